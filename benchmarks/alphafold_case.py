@@ -71,10 +71,16 @@ LADDER: Mapping[str, dict[str, Any]] = {
 
 KEYS = ("plain", "autocast", "half", "blocks", "chunks16")  # of its plans, in the report
 SHORT = {
-    "pair": "pair", "MSA": "msa", "triangle attention logits": "triangle_logits",
-    "MSA attention logits": "msa_logits", "template": "template", "structure": "structure",
-    "parameter": "states", "gradient": "states", "optimizer_state": "states",
-}  # fmt: skip
+    "pair": "pair",
+    "MSA": "msa",
+    "triangle attention logits": "triangle_logits",
+    "MSA attention logits": "msa_logits",
+    "template": "template",
+    "structure": "structure",
+    "parameter": "states",
+    "gradient": "states",
+    "optimizer_state": "states",
+}
 _SHARED = "bf16 parameters, one sample on 2"
 _SHARED_AGAIN = "bf16 parameters, checkpointing, one sample on 4"
 BESIDE: Mapping[str, dict[str, Any]] = {  # the ladder: axial parallelism
@@ -115,15 +121,25 @@ def predicted(size: str, name: str, machine: str = ONE) -> dict[str, Any]:
     classes = at_peak(traced)
     classes["workspace"] = int(found.allocated_bytes.value) - sum(classes.values())  # cuBLAS's own
     return {
-        "kind": "predicted", "size": size, "name": name, "machine": machine, "plan": plan.label,
-        "samples": samples, "peak_bytes": found.allocated_bytes.value, "phase": found.peak_phase,
+        "kind": "predicted",
+        "size": size,
+        "name": name,
+        "machine": machine,
+        "plan": plan.label,
+        "samples": samples,
+        "peak_bytes": found.allocated_bytes.value,
+        "phase": found.peak_phase,
         "device_bytes": kept.value if kept else None,
         "fits": needed_bytes(found, devices) <= devices.device.memory_bytes.value,
-        "step_s": [step.low, step.value, step.high] if step else None, "energy_j": found.energy_j,
-        "usd": found.usd, "co2_g": found.co2_g, "by_class": classes,
-        "block_keeps": kept_by_block(traced), "parameters": traced.parameter_count,
+        "step_s": [step.low, step.value, step.high] if step else None,
+        "energy_j": found.energy_j,
+        "usd": found.usd,
+        "co2_g": found.co2_g,
+        "by_class": classes,
+        "block_keeps": kept_by_block(traced),
+        "parameters": traced.parameter_count,
         "took_s": round(time.perf_counter() - begun),
-    }  # fmt: skip
+    }
 
 
 OFFERED = ("plain, fp32", "bf16 parameters, checkpointing per block")
@@ -146,9 +162,12 @@ def offered(size: str = "initial") -> Iterator[dict[str, Any]]:
                 found, machine=machine.name, size=size, plain=name == OFFERED[0], fits=fits
             )
             yield {
-                "kind": "offer", "size": size, "name": name, "machine": machine.name,
+                "kind": "offer",
+                "size": size,
+                "name": name,
+                "machine": machine.name,
                 "offer": json.loads(serialization.dumps(told)),
-            }  # fmt: skip
+            }
 
 
 def _alike(size: str, samples: int, step: int, seed: int) -> dict[str, Any]:
@@ -170,10 +189,12 @@ def kept_by_block(traced: Trace, block: str = "blocks.20") -> dict[str, int]:
     """What the forward pass of the last step leaves alive of one block in the middle."""
     span = [s for s in traced.spans if s.phase is Phase.FORWARD][-1]
     kept = (
-        a for a in traced.allocations
-        if span.start <= a.start < span.end and (a.end is None or a.end > span.end)
+        a
+        for a in traced.allocations
+        if span.start <= a.start < span.end
+        and (a.end is None or a.end > span.end)
         and (a.module == block or a.module.startswith(f"{block}."))
-    )  # fmt: skip
+    )
     return _by_class(traced, kept)
 
 
@@ -215,9 +236,17 @@ def trained(name: str, seeds: int) -> Iterator[dict[str, Any]]:
     guess, job = explain(asked, plan, lambda *_: None), load(ref)
     for seed in range(seeds):
         spec = RunSpec(
-            name=name, role="run", job=ref, plan=plan, engine="native", seed=seed, steps=job.steps,
-            batch_size=job.batch_size, threads=1, evaluate=True,
-        )  # fmt: skip
+            name=name,
+            role="run",
+            job=ref,
+            plan=plan,
+            engine="native",
+            seed=seed,
+            steps=job.steps,
+            batch_size=job.batch_size,
+            threads=1,
+            evaluate=True,
+        )
         done = run_spec(spec, guess, lambda *_: None, name)
         yield {"kind": "trained", "name": name, "seed": seed, "run": json.loads(serialization.dumps(done))}
 
@@ -250,12 +279,19 @@ def others(path: Path) -> Iterator[dict[str, Any]]:
         scored = score(row)
         kept = re.search(r"activation memory (\d+)", row["mem_other"])
         yield {
-            "kind": "published", "name": row["id"], "shape": row["seq_len"], "recomputed": row["act_ckpt"],
-            "devices": row["n_gpus"] or "1", "software": row["software"], "notes": row["notes"],
-            "measured_bytes": scored.measured_bytes, "predicted_bytes": scored.predicted_bytes,
-            "reason": scored.reason, "kept_bytes": int(kept[1]) * 2**20 if kept else None,
+            "kind": "published",
+            "name": row["id"],
+            "shape": row["seq_len"],
+            "recomputed": row["act_ckpt"],
+            "devices": row["n_gpus"] or "1",
+            "software": row["software"],
+            "notes": row["notes"],
+            "measured_bytes": scored.measured_bytes,
+            "predicted_bytes": scored.predicted_bytes,
+            "reason": scored.reason,
+            "kept_bytes": int(kept[1]) * 2**20 if kept else None,
             "predicted_kept_bytes": None if scored.predicted_bytes is None else _left_alive(setup_of(row)),
-        }  # fmt: skip
+        }
 
 
 def _left_alive(setup: Setup) -> float:
@@ -301,18 +337,24 @@ def for_the_report(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
         rungs = [
             {
-                "plan": key, "peak_bytes": r["peak_bytes"], "step_s": round(r["step_s"][1], 3),
-                "fits": r["fits"], "parts": _few_classes(r["by_class"]),
+                "plan": key,
+                "peak_bytes": r["peak_bytes"],
+                "step_s": round(r["step_s"][1], 3),
+                "fits": r["fits"],
+                "parts": _few_classes(r["by_class"]),
             }
-            for key, name in zip(KEYS, LADDER, strict=True) if (r := ladder.get(name))
-        ]  # fmt: skip
+            for key, name in zip(KEYS, LADDER, strict=True)
+            if (r := ladder.get(name))
+        ]
         preset = PRESETS[PUBLISHED_SIZES[size]]
         sizes.append({"name": size, "residues": preset.residues, "rows": preset.rows, "rungs": rungs})
     return {
         "created": max(r["created"] for r in found if r["kind"] == "predicted")[:10],
-        "device": devices.device.name, "memory_bytes": devices.device.memory_bytes.value, "sizes": sizes,
+        "device": devices.device.name,
+        "memory_bytes": devices.device.memory_bytes.value,
+        "sizes": sizes,
         "offers": [r["offer"] for r in found if r["kind"] == "offer"],
-    }  # fmt: skip
+    }
 
 
 def _few_classes(by_class: Mapping[str, int]) -> dict[str, int]:

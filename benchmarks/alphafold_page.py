@@ -52,9 +52,10 @@ def page(found: Sequence[Record], verdicts: Mapping[str, Record], ladder: Sequen
         return "# The AlphaFold 2 case\n\nNo records yet.\n"
     last = max(found, key=lambda r: r["created"])
     about = _ABOUT.format(
-        created=last["created"][:10], processor=last["environment"].get("processor", "?"),
+        created=last["created"][:10],
+        processor=last["environment"].get("processor", "?"),
         torch=last["environment"].get("torch", "?"),
-    )  # fmt: skip
+    )
     parts = [about, *_classes(found), *_ladder(found, ladder), *_tiny(found, verdicts, ladder)]
     parts += [*_published(found), *_whole(found), *_devices(found)]
     return "\n\n".join(map(_wrapped, parts)) + "\n"
@@ -136,11 +137,16 @@ def _ladder(found: Sequence[Record], ladder: Sequence[str]) -> Iterator[str]:
         plain = rungs[0][1]["peak_bytes"] if rungs else 1
         rows = [
             [
-                name, _gib(r["peak_bytes"]), f"{100 * r['peak_bytes'] / plain:.1f}",
-                "yes" if r["fits"] else "no", _seconds(r), f"{r['energy_j'] / 1000:.1f}", f"{r['took_s']}",
+                name,
+                _gib(r["peak_bytes"]),
+                f"{100 * r['peak_bytes'] / plain:.1f}",
+                "yes" if r["fits"] else "no",
+                _seconds(r),
+                f"{r['energy_j'] / 1000:.1f}",
+                f"{r['took_s']}",
             ]
             for name, r in rungs
-        ]  # fmt: skip
+        ]
         yield f"**{title[:1].upper()}{title[1:]}**"
         yield table("plan | peak, GiB | % of plain | fits | step, s | kJ | traced in, s", rows)
     yield _AUTOCAST
@@ -211,9 +217,14 @@ def _trained(name: str, of: Sequence[Record], verdict: Record | None) -> list[st
     peak, guess = max(m["peak_bytes"] for m in measured), of[0]["run"]["predicted_peak_bytes"]
     step = statistics.median(s for m in measured for s in m["step_s"][2:])
     return [
-        name, f"{guess / MIB:.1f}", f"{peak / MIB:.1f}", f"{100 * (guess / peak - 1):+.2f} %", f"{step:.2f}",
-        ", ".join(f"{m['metric']:.1f}" for m in measured), "baseline" if verdict is None else verdict["kind"],
-    ]  # fmt: skip
+        name,
+        f"{guess / MIB:.1f}",
+        f"{peak / MIB:.1f}",
+        f"{100 * (guess / peak - 1):+.2f} %",
+        f"{step:.2f}",
+        ", ".join(f"{m['metric']:.1f}" for m in measured),
+        "baseline" if verdict is None else verdict["kind"],
+    ]
 
 
 # -- published runs ------------------------------------------------------------------------------------------
@@ -235,8 +246,9 @@ def _published(found: Sequence[Record]) -> Iterator[str]:
     )
     yield table(
         "run | shape | recomputed | devices | peak, GiB | predicted | error | above, GiB | predicted",
-        [_published_row(r) for r in rows], right=4,
-    )  # fmt: skip
+        [_published_row(r) for r in rows],
+        right=4,
+    )
     yield (
         f"Peaks within 10 %: {len(close)} of {len(known)} predicted, of {len(rows)} published. Transients "
         f"within 10 %: {len(near)} of {len(above)}. Not predicted: "
@@ -250,11 +262,15 @@ def _whole(found: Sequence[Record]) -> Iterator[str]:
     ours = _at(found, "bf16 parameters, checkpointing per block")
     rows = [
         [
-            SIZES[s], mib, f"{seconds:.1f}", f"{ours[s]['device_bytes'] / MIB:,.0f}",
+            SIZES[s],
+            mib,
+            f"{seconds:.1f}",
+            f"{ours[s]['device_bytes'] / MIB:,.0f}",
             f"{ours[s]['step_s'][1]:.1f}",
         ]
-        for s, (mib, seconds) in _OPENFOLD.items() if s in ours
-    ]  # fmt: skip
+        for s, (mib, seconds) in _OPENFOLD.items()
+        if s in ours
+    ]
     yield (
         "Whole trainings of OpenFold on one A100-40GB in bf16, as its users report them (issue 103), beside "
         "this plan on an H100. Not the same: OpenFold has its own attention kernels, a moving average, side "
@@ -294,12 +310,17 @@ def _devices(found: Sequence[Record]) -> Iterator[str]:
         per_1000 = 1000 / samples
         rows.append(
             [
-                r["size"], r["name"], r["machine"], _gib(r["peak_bytes"]), f"{r['step_s'][1]:.2f}",
-                f"{samples / r['step_s'][1]:.2f}", f"{r['energy_j'] * per_1000 / 3.6e6:.2f}",
+                r["size"],
+                r["name"],
+                r["machine"],
+                _gib(r["peak_bytes"]),
+                f"{r['step_s'][1]:.2f}",
+                f"{samples / r['step_s'][1]:.2f}",
+                f"{r['energy_j'] * per_1000 / 3.6e6:.2f}",
                 "-" if r["usd"] is None else f"{r['usd'] * per_1000:.2f}",
                 "-" if r["co2_g"] is None else f"{r['co2_g'] * per_1000 / 1000:.2f}",
             ]
-        )  # fmt: skip
+        )
     yield (
         "Plans that fit, predicted: replicated by DDP with one sample a device, or one sample on several by "
         "axial parallelism where the plan says so. Energy, money and CO2 are of 1,000 samples, at the "

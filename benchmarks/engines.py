@@ -208,9 +208,17 @@ class Bench:
 def spec_of(row: Row) -> RunSpec:
     ref = JobRef(spec=f"{HERE / 'rank_jobs.py'}:{row.job}")
     return RunSpec(
-        name=row.name, role="benchmark", job=ref, plan=row.plan, engine=row.engine, seed=0, steps=STEPS,
-        batch_size=load(ref).batch_size, threads=1, evaluate=False,
-    )  # fmt: skip
+        name=row.name,
+        role="benchmark",
+        job=ref,
+        plan=row.plan,
+        engine=row.engine,
+        seed=0,
+        steps=STEPS,
+        batch_size=load(ref).batch_size,
+        threads=1,
+        evaluate=False,
+    )
 
 
 def _silent(event: Mapping[str, object]) -> None:

@@ -36,13 +36,20 @@ PROGRAMS = HERE.parent / "tests" / "engines" / "handover"
 CHECKPOINTING = {"activation-checkpointing": {}}
 TIMEOUT_S = 300
 USERS_DEEPSPEED = {
-    "gradient_clipping": 0.05, "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2},
+    "gradient_clipping": 0.05,
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 2},
     "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.001, "warmup_num_steps": 10}},
-}  # fmt: skip
+}
 USERS_TRAINER = {
-    "output_dir": "mine", "learning_rate": 3e-5, "max_grad_norm": 0.05, "per_device_train_batch_size": 4,
-    "weight_decay": 0.1, "optim": "adamw_torch", "gradient_checkpointing": True,
-}  # fmt: skip
+    "output_dir": "mine",
+    "learning_rate": 3e-5,
+    "max_grad_norm": 0.05,
+    "per_device_train_batch_size": 4,
+    "weight_decay": 0.1,
+    "optim": "adamw_torch",
+    "gradient_checkpointing": True,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +71,10 @@ class Row:
 
     @property
     def name(self) -> str:
-        uses = " + ".join(n + (f"({', '.join(f'{k}={v}' for k, v in s.items())})" if s else "")
-                          for n, s in self.uses.items())  # fmt: skip
+        uses = " + ".join(
+            n + (f"({', '.join(f'{k}={v}' for k, v in s.items())})" if s else "")
+            for n, s in self.uses.items()
+        )
         program = self.script or ("by_trainer.py" if self.target == "trainer" else "worker")
         return f"{self.target}, {self.engine}, {program}: {uses}"
 
@@ -78,15 +87,22 @@ def _rows() -> Iterator[Row]:
         yield Row(target="torchrun", engine="accelerate", uses=uses)
     for stage in (0, 1, 2, 3):
         yield Row(
-            target="torchrun", engine="deepspeed", uses={"zero": {"stage": stage}, **CHECKPOINTING},
-            user_file="ds.json", clip="ds.json",
-        )  # fmt: skip
+            target="torchrun",
+            engine="deepspeed",
+            uses={"zero": {"stage": stage}, **CHECKPOINTING},
+            user_file="ds.json",
+            clip="ds.json",
+        )
     yield Row(target="torchrun", engine="fairscale", uses={"sharded-ddp": {}, **CHECKPOINTING})
     yield Row(target="torchrun", engine="megatron", uses={"ddp": {}}, job="char-lm", clip="nobody")
     yield Row(
-        target="torchrun", engine="deepspeed", uses={"zero": {"stage": 2}, **CHECKPOINTING},
-        script="by_deepspeed.py", user_file="ds.json", clip="ds.json",
-    )  # fmt: skip
+        target="torchrun",
+        engine="deepspeed",
+        uses={"zero": {"stage": 2}, **CHECKPOINTING},
+        script="by_deepspeed.py",
+        user_file="ds.json",
+        clip="ds.json",
+    )
     yield Row(
         target="torchrun", engine="accelerate", uses={"ddp": {}, **CHECKPOINTING}, script="by_accelerate.py"
     )
@@ -95,9 +111,12 @@ def _rows() -> Iterator[Row]:
         if target != "torchrun":
             yield Row(target=target, engine="native", uses={"fsdp2": {}})
     yield Row(
-        target="trainer", engine="native", uses={"ddp": {"bucket_view": False}, **CHECKPOINTING},
-        user_file="tr.json", clip="tr.json",
-    )  # fmt: skip
+        target="trainer",
+        engine="native",
+        uses={"ddp": {"bucket_view": False}, **CHECKPOINTING},
+        user_file="tr.json",
+        clip="tr.json",
+    )
 
 
 ROWS = tuple(_rows())
@@ -132,9 +151,14 @@ def export(row: Row, root: Path) -> Path:
 def _env() -> dict[str, str]:
     source = str(HERE.parent / "src")
     return {
-        **os.environ, "PYTHON": sys.executable, "PYTHONPATH": source, "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1", "HEAD_ADDR": "127.0.0.1", "LOCAL_ADDR": "127.0.0.1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": source,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "HEAD_ADDR": "127.0.0.1",
+        "LOCAL_ADDR": "127.0.0.1",
+    }
 
 
 def command(row: Row, folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -180,20 +204,30 @@ def measured(row: Row) -> dict[str, Any]:
         words, env = command(row, folder)
         begun = time.perf_counter()
         ended = subprocess.run(
-            words, cwd=folder, env={**_env(), **env}, capture_output=True, text=True, timeout=TIMEOUT_S,
+            words,
+            cwd=folder,
+            env={**_env(), **env},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
             check=False,
-        )  # fmt: skip
+        )
         wall_s = time.perf_counter() - begun
         kept = _kept(row, folder)
     text = ended.stdout + ended.stderr
     told = [json.loads(t) for t in re.findall(r"^\[default\d\]:\s?(\{\"event\".*\})$", text, re.M)]
     checks = [t for t in told if t["event"] in ("conformance", "handover")]
     return {
-        "row": row.name, "plan": row.plan.label, "rc": ended.returncode, "wall_s": wall_s, "kept": kept,
-        "ranks": [_of_rank(t) for t in checks], "clip": row.clip,
+        "row": row.name,
+        "plan": row.plan.label,
+        "rc": ended.returncode,
+        "wall_s": wall_s,
+        "kept": kept,
+        "ranks": [_of_rank(t) for t in checks],
+        "clip": row.clip,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "error": text[-600:] if ended.returncode else "",
-    }  # fmt: skip
+    }
 
 
 def _kept(row: Row, folder: Path) -> bool | None:
@@ -210,15 +244,19 @@ def _of_rank(told: Mapping[str, Any]) -> dict[str, Any]:
     """Whether it conforms, whether clipping was seen, and what a careless script was told that it lacks."""
     if "checked" in told:
         return {
-            "conforms": True, "clipping": "gradient clipping" in told["checked"],
-            "careless": told["careless"], "unseen": told["unseen"],
-        }  # fmt: skip
+            "conforms": True,
+            "clipping": "gradient clipping" in told["checked"],
+            "careless": told["careless"],
+            "unseen": told["unseen"],
+        }
     text = told["told"]
     checked, _, unseen = text.partition("; not seen: ")
     return {
-        "conforms": text.startswith("as planned"), "clipping": "gradient clipping" in checked,
-        "careless": None, "unseen": [unseen] if unseen else [],
-    }  # fmt: skip
+        "conforms": text.startswith("as planned"),
+        "clipping": "gradient clipping" in checked,
+        "careless": None,
+        "unseen": [unseen] if unseen else [],
+    }
 
 
 def page(records: list[dict[str, Any]]) -> str:

@@ -67,9 +67,14 @@ def job(width: int, depth: int, batch: int, **more: Any) -> Job:
         return {"x": x, "y": torch.randn(batch, TOKENS, 32, generator=generator)}
 
     return Job(
-        name=f"stack-{width}x{depth}", build_model=functools.partial(Stack, width, depth), loss=_loss,
-        make_batch=make_batch, batch_size=batch, blocks="blocks", **more,
-    )  # fmt: skip
+        name=f"stack-{width}x{depth}",
+        build_model=functools.partial(Stack, width, depth),
+        loss=_loss,
+        make_batch=make_batch,
+        batch_size=batch,
+        blocks="blocks",
+        **more,
+    )
 
 
 def parameters(width: int, depth: int) -> int:
@@ -86,30 +91,40 @@ _SMALL_BUCKET = {"reduce_bucket_elements": 20_000_000}
 RUNS: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("activations to disk", "long", {"activation-offload": {"to": "disk"}}, 1),
     (
-        "activations to disk, every other block recomputed", "long",
-        {"activation-offload": {"to": "disk"}, "activation-checkpointing": {"every": 2}}, 1,
+        "activations to disk, every other block recomputed",
+        "long",
+        {"activation-offload": {"to": "disk"}, "activation-checkpointing": {"every": 2}},
+        1,
     ),
     (
-        "activations to disk, four micro-batches", "wide",
-        {"activation-offload": {"to": "disk"}, "gradient-accumulation": {"micro_batches": 4}}, 1,
+        "activations to disk, four micro-batches",
+        "wide",
+        {"activation-offload": {"to": "disk"}, "gradient-accumulation": {"micro_batches": 4}},
+        1,
     ),
     (
-        "activations to disk, bf16 autocast", "long",
-        {"activation-offload": {"to": "disk"}, "bf16-autocast": {}}, 1,
+        "activations to disk, bf16 autocast",
+        "long",
+        {"activation-offload": {"to": "disk"}, "bf16-autocast": {}},
+        1,
     ),
     ("activations to disk, EMA and clipping", "averaged", {"activation-offload": {"to": "disk"}}, 1),
     ("FSDP2, parameters away", "wide", {"fsdp2": {"offload": True}}, 2),
     (
-        "FSDP2, parameters away, recomputed", "long",
-        {"fsdp2": {"offload": True}, "activation-checkpointing": {}}, 2,
+        "FSDP2, parameters away, recomputed",
+        "long",
+        {"fsdp2": {"offload": True}, "activation-checkpointing": {}},
+        2,
     ),
     ("ZeRO 2, optimizer away", "wide", {"zero": {"stage": 2, "offload": "optimizer", **_SMALL_BUCKET}}, 2),
     ("ZeRO 3, parameters away", "wide", {"zero": {"stage": 3, "offload": "parameters", **_SMALL_BUCKET}}, 2),
     (
-        "ZeRO 3, parameters away, one rank", "averaged",
-        {"zero": {"stage": 3, "offload": "parameters", **_SMALL_BUCKET}}, 1,
+        "ZeRO 3, parameters away, one rank",
+        "averaged",
+        {"zero": {"stage": 3, "offload": "parameters", **_SMALL_BUCKET}},
+        1,
     ),
-)  # fmt: skip
+)
 
 
 def measured(name: str, plan: memfit.Plan) -> int:
@@ -121,9 +136,15 @@ def measured(name: str, plan: memfit.Plan) -> int:
     from memfit.types.launch import RunSpec
 
     spec = RunSpec(
-        name=name, role="run", job=JobRef(spec=f"{Path(__file__)}:{name}"), plan=plan, seed=0, steps=3,
-        threads=1, evaluate=False,
-    )  # fmt: skip
+        name=name,
+        role="run",
+        job=JobRef(spec=f"{Path(__file__)}:{name}"),
+        plan=plan,
+        seed=0,
+        steps=3,
+        threads=1,
+        evaluate=False,
+    )
     one_process = plan.ranks == 1
     seen = [run(render(spec), on_event=lambda event: None)] if one_process else [*run_ranks(render(spec))]
     for one in seen:
@@ -168,11 +189,15 @@ def questions(count: int, *, seed: int, widest: int = 16_384) -> Iterator[Questi
     for _ in range(count):
         width = 64 * max(2, round(2 ** chance.uniform(2, 14) / 64 * widest / 16_384))
         yield Question(
-            width=width, depth=chance.choice((2, 3, 4)), machine=chance.choice(MACHINES),
+            width=width,
+            depth=chance.choice((2, 3, 4)),
+            machine=chance.choice(MACHINES),
             devices=chance.choice((1, 1, 2, 4, 8)),
             techniques=chance.choice(
                 (
-                    {}, {"fsdp2": {}}, {"fsdp2": {"offload": True}},
+                    {},
+                    {"fsdp2": {}},
+                    {"fsdp2": {"offload": True}},
                     {"zero": {"stage": 2, "offload": "optimizer"}},
                     {"zero": {"stage": 3, "offload": "optimizer"}},
                     {"zero": {"stage": 3, "offload": "parameters"}},
@@ -182,7 +207,7 @@ def questions(count: int, *, seed: int, widest: int = 16_384) -> Iterator[Questi
             ),
             host_bytes=chance.choice((None, int(GIB * 2 ** chance.uniform(3, 12)))),
             workers=chance.choice((0, 0, 4)),
-        )  # fmt: skip
+        )
 
 
 def at_least(asked: Question) -> tuple[float, bool]:
@@ -213,8 +238,10 @@ def answer(asked: Question) -> memfit.Prediction:
     name = f"{asked.devices}x{asked.machine}" if asked.devices > 1 else asked.machine
     return memfit.estimate(
         job(asked.width, asked.depth, asked.devices, workers=asked.workers),
-        plan={"ranks": asked.devices, "techniques": techniques}, machine=name, host_memory=asked.host_bytes,
-    )  # fmt: skip
+        plan={"ranks": asked.devices, "techniques": techniques},
+        machine=name,
+        host_memory=asked.host_bytes,
+    )
 
 
 def mistaken(asked: Question, found: memfit.Prediction) -> bool:

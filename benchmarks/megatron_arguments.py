@@ -53,9 +53,12 @@ PLANS: tuple[tuple[int, dict[str, dict[str, Any]]], ...] = (
     (2, {"context-parallel": {"degree": 2}}),
 )
 DEGREES = (
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-    "data_parallel_size", "world_size",
-)  # fmt: skip
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "data_parallel_size",
+    "world_size",
+)
 RENAMED = {"norm_epsilon": "layernorm_epsilon"}
 
 
@@ -78,15 +81,26 @@ def page(lines: list[dict[str, Any]]) -> str:
     )
     found = [f"- {line['core']}, {line['plan']}: {line['refused']}" for line in lines if line["refused"]]
     named = [f"- {plan}" for plan in dict.fromkeys(line["plan"] for line in lines)]
-    return "\n".join([
-        "# Arguments of Megatron-LM", "",
-        "Written by `python benchmarks/megatron_arguments.py CHECKOUT...`: what the engine `megatron`",
-        "renders for plans, read by `parse_args` and `validate_args` of Megatron-LM's trainer. Taken:",
-        "neither objects, every option comes out as given, and degrees, type, recomputation and optimizer",
-        "that follow are the plan's. Nothing was trained.", "",
-        "| megatron-core | commit | tried | plans taken |", "|---|---|---|--:|", *rows, "",
-        *(["Refused:", "", *found, ""] if found else []), "The plans:", "", *named, "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Arguments of Megatron-LM",
+            "",
+            "Written by `python benchmarks/megatron_arguments.py CHECKOUT...`: what the engine `megatron`",
+            "renders for plans, read by `parse_args` and `validate_args` of Megatron-LM's trainer. Taken:",
+            "neither objects, every option comes out as given, and degrees, type, recomputation and",
+            "optimizer that follow are the plan's. Nothing was trained.",
+            "",
+            "| megatron-core | commit | tried | plans taken |",
+            "|---|---|---|--:|",
+            *rows,
+            "",
+            *(["Refused:", "", *found, ""] if found else []),
+            "The plans:",
+            "",
+            *named,
+            "",
+        ]
+    )
 
 
 def plans() -> list[Plan]:
@@ -100,9 +114,13 @@ def judged(checkout: Path) -> list[dict[str, Any]]:
     texts = [_rendered(plan) for plan in plans()]
     given = [[plan.ranks, text.split()] for plan, text in zip(plans(), texts, strict=True)]
     child = subprocess.run(
-        (sys.executable, __file__, "--parse", str(checkout)), input=json.dumps(given),
-        capture_output=True, text=True, check=False, env={**os.environ, **ENGINE.env},
-    )  # fmt: skip
+        (sys.executable, __file__, "--parse", str(checkout)),
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **ENGINE.env},
+    )
     if child.returncode:
         raise RuntimeError(f"the parser of {checkout} does not load: {child.stderr}")
     told = json.loads(child.stdout.splitlines()[-1])
@@ -126,9 +144,16 @@ def judged(checkout: Path) -> list[dict[str, Any]]:
 def _rendered(plan: Plan) -> str:
     assert ENGINE.supports(plan) == (), ENGINE.supports(plan)
     spec = RunSpec(
-        name="x", role="run", job=JobRef(spec="x"), plan=plan, engine="megatron", seed=0, steps=10,
-        batch_size=SIZE.batch_size, sizes=sizes(read(Gpt(SIZE))),
-    )  # fmt: skip
+        name="x",
+        role="run",
+        job=JobRef(spec="x"),
+        plan=plan,
+        engine="megatron",
+        seed=0,
+        steps=10,
+        batch_size=SIZE.batch_size,
+        sizes=sizes(read(Gpt(SIZE))),
+    )
     return render(spec).files[CONFIG]
 
 

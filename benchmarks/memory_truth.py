@@ -51,9 +51,16 @@ RECORDS = Path(__file__).parent / "records" / "memory_truth.jsonl"
 PAGE = Path(__file__).parent / "memory_truth.md"
 STEPS = 2
 SCIENCE = {  # built-in jobs and the batch they are measured with
-    "alphafold2": 2, "protein-ss": 8, "protein-lm": 4, "weather": 4, "molecules": 16, "potential": 8,
-    "genome": 4, "segmentation3d": 2, "char-lm": 8,
-}  # fmt: skip
+    "alphafold2": 2,
+    "protein-ss": 8,
+    "protein-lm": 4,
+    "weather": 4,
+    "molecules": 16,
+    "potential": 8,
+    "genome": 4,
+    "segmentation3d": 2,
+    "char-lm": 8,
+}
 SEQUENCE_BYTES = 64  # blocks this small are numbers wrapped as tensors; compared apart
 
 AUTOCAST, MASTER = use("bf16-autocast"), use("bf16-parameters", rounding="master")

@@ -27,29 +27,54 @@ from memfit.jobs.builtin.alphafold import evoformer, structure
 PAGE = Path(__file__).with_suffix(".md")
 ROWS, N, HEADS = 7, 13, 3
 WIDTHS = evoformer.Widths(
-    c_m=15, c_z=10, msa_heads=HEADS, msa_head_width=5, pair_heads=2, pair_head_width=4, triangle=11,
-    outer=6, transition=2, dropout=(0.0, 0.0),
-)  # fmt: skip
+    c_m=15,
+    c_z=10,
+    msa_heads=HEADS,
+    msa_head_width=5,
+    pair_heads=2,
+    pair_head_width=4,
+    triangle=11,
+    outer=6,
+    transition=2,
+    dropout=(0.0, 0.0),
+)
 NAMES = (  # ours, theirs
-    (r"^row\.attention\.norm", "msa_att_row.layer_norm_m"), (r"^row\.bias\.norm", "msa_att_row.layer_norm_z"),
-    (r"^row\.bias\.weight", "msa_att_row.linear_z"), (r"^row\.attention", "msa_att_row.mha"),
-    (r"^column\.attention\.norm", "{column}.{norm}"), (r"^column\.attention", "{column}.{inner}"),
-    (r"^transition\.", "msa_transition."), (r"^outer\.product\.out", "outer_product_mean.linear_out"),
-    (r"^outer\.norm", "outer_product_mean.layer_norm"), (r"^outer\.left", "outer_product_mean.linear_1"),
+    (r"^row\.attention\.norm", "msa_att_row.layer_norm_m"),
+    (r"^row\.bias\.norm", "msa_att_row.layer_norm_z"),
+    (r"^row\.bias\.weight", "msa_att_row.linear_z"),
+    (r"^row\.attention", "msa_att_row.mha"),
+    (r"^column\.attention\.norm", "{column}.{norm}"),
+    (r"^column\.attention", "{column}.{inner}"),
+    (r"^transition\.", "msa_transition."),
+    (r"^outer\.product\.out", "outer_product_mean.linear_out"),
+    (r"^outer\.norm", "outer_product_mean.layer_norm"),
+    (r"^outer\.left", "outer_product_mean.linear_1"),
     (r"^outer\.right", "outer_product_mean.linear_2"),
-    (r"^pairs\.outgoing", "pair_stack.tri_mul_out"), (r"^pairs\.incoming", "pair_stack.tri_mul_in"),
-    (r"^pairs\.starting", "pair_stack.tri_att_start"), (r"^pairs\.ending", "pair_stack.tri_att_end"),
+    (r"^pairs\.outgoing", "pair_stack.tri_mul_out"),
+    (r"^pairs\.incoming", "pair_stack.tri_mul_in"),
+    (r"^pairs\.starting", "pair_stack.tri_att_start"),
+    (r"^pairs\.ending", "pair_stack.tri_att_end"),
     (r"^pairs\.transition\.", "pair_stack.pair_transition."),
-    (r"(tri_mul_\w+)\.norm_out", r"\1.layer_norm_out"), (r"(tri_mul_\w+)\.norm\b", r"\1.layer_norm_in"),
-    (r"(tri_mul_\w+)\.left\.value", r"\1.linear_a_p"), (r"(tri_mul_\w+)\.left\.gate", r"\1.linear_a_g"),
-    (r"(tri_mul_\w+)\.right\.value", r"\1.linear_b_p"), (r"(tri_mul_\w+)\.right\.gate", r"\1.linear_b_g"),
-    (r"(tri_mul_\w+)\.gate", r"\1.linear_g"), (r"(tri_mul_\w+)\.out", r"\1.linear_z"),
-    (r"(tri_att_\w+)\.attention\.norm", r"\1.layer_norm"), (r"(tri_att_\w+)\.bias\.weight", r"\1.linear"),
-    (r"(tri_att_\w+)\.attention", r"\1.mha"), (r"transition\.norm", "transition.layer_norm"),
-    (r"\.up\.", ".linear_1."), (r"\.down\.", ".linear_2."), (r"\.query\.", ".linear_q."),
-    (r"\.key\.", ".linear_k."), (r"\.value\.", ".linear_v."), (r"\.gate\.", ".linear_g."),
+    (r"(tri_mul_\w+)\.norm_out", r"\1.layer_norm_out"),
+    (r"(tri_mul_\w+)\.norm\b", r"\1.layer_norm_in"),
+    (r"(tri_mul_\w+)\.left\.value", r"\1.linear_a_p"),
+    (r"(tri_mul_\w+)\.left\.gate", r"\1.linear_a_g"),
+    (r"(tri_mul_\w+)\.right\.value", r"\1.linear_b_p"),
+    (r"(tri_mul_\w+)\.right\.gate", r"\1.linear_b_g"),
+    (r"(tri_mul_\w+)\.gate", r"\1.linear_g"),
+    (r"(tri_mul_\w+)\.out", r"\1.linear_z"),
+    (r"(tri_att_\w+)\.attention\.norm", r"\1.layer_norm"),
+    (r"(tri_att_\w+)\.bias\.weight", r"\1.linear"),
+    (r"(tri_att_\w+)\.attention", r"\1.mha"),
+    (r"transition\.norm", "transition.layer_norm"),
+    (r"\.up\.", ".linear_1."),
+    (r"\.down\.", ".linear_2."),
+    (r"\.query\.", ".linear_q."),
+    (r"\.key\.", ".linear_k."),
+    (r"\.value\.", ".linear_v."),
+    (r"\.gate\.", ".linear_g."),
     (r"\.out\.", ".linear_o."),
-)  # fmt: skip
+)
 
 
 def openfold(folder: Path) -> None:
@@ -75,9 +100,13 @@ def _attention_core(query: Any, key: Any, value: Any, *biases: Any) -> torch.Ten
 def theirs_of(name: str, *, one_query: bool) -> str:
     column = "msa_att_col" if one_query else "msa_att_col._msa_att"
     for ours, theirs in NAMES:
-        told = theirs.format(
-            column=column, norm="layer_norm_m", inner="global_attention" if one_query else "mha"
-        ) if "{" in theirs else theirs  # fmt: skip
+        told = (
+            theirs.format(
+                column=column, norm="layer_norm_m", inner="global_attention" if one_query else "mha"
+            )
+            if "{" in theirs
+            else theirs
+        )
         name = re.sub(ours, told, name)
     return name
 
@@ -87,11 +116,21 @@ def block(one_query: bool) -> tuple[nn.Module, nn.Module]:
 
     widths = dataclasses.replace(WIDTHS, global_columns=one_query)
     given = {
-        "c_m": 15, "c_z": 10, "c_hidden_msa_att": 5, "c_hidden_opm": 6, "c_hidden_mul": 11,
-        "c_hidden_pair_att": 4, "no_heads_msa": HEADS, "no_heads_pair": 2, "transition_n": 2,
-        "msa_dropout": 0.0, "pair_dropout": 0.0, "opm_first": False, "fuse_projection_weights": False,
+        "c_m": 15,
+        "c_z": 10,
+        "c_hidden_msa_att": 5,
+        "c_hidden_opm": 6,
+        "c_hidden_mul": 11,
+        "c_hidden_pair_att": 4,
+        "no_heads_msa": HEADS,
+        "no_heads_pair": 2,
+        "transition_n": 2,
+        "msa_dropout": 0.0,
+        "pair_dropout": 0.0,
+        "opm_first": False,
+        "fuse_projection_weights": False,
         "inf": 1e9,
-    }  # fmt: skip
+    }
     if one_query:
         theirs = ExtraMSABlock(**given, eps=1e-5, ckpt=False)
     else:
@@ -220,10 +259,16 @@ def main() -> None:
     openfold(folder)
     torch.manual_seed(0)
     rows = [*blocks(), template_block(), attention()]
-    commit = sys.argv[2] if len(sys.argv) > 2 else subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
+    commit = (
+        sys.argv[2]
+        if len(sys.argv) > 2
+        else subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    )
     table = [f"| {name} | {out:.1e} | {grad:.1e} |" for name, out, grad in rows]
     PAGE.write_text(
         "# Agreement with OpenFold\n\n"

@@ -36,7 +36,7 @@ from peers.rows import (
     rank_question,
     rank_rows,
     run_together,
-)  # fmt: skip
+)
 from peers.table import page
 
 from memfit.cost.memory import memory_profile
@@ -130,9 +130,14 @@ def ask(python: str, peer: str, source: str, questions: Sequence[Question]) -> d
     path = [str(HERE.parent / "src"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [python, "-W", "ignore", "-m", "peers.adapters", peer, source], env=env, check=True, capture_output=True,
-        input=json.dumps([to_json(q) for q in questions]), text=True, timeout=LIMIT_S,
-    )  # fmt: skip
+        [python, "-W", "ignore", "-m", "peers.adapters", peer, source],
+        env=env,
+        check=True,
+        capture_output=True,
+        input=json.dumps([to_json(q) for q in questions]),
+        text=True,
+        timeout=LIMIT_S,
+    )
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told
 

@@ -39,51 +39,106 @@ PEERS = {
         name="llm-analysis", says="", called="", packages=["llm-analysis>=0.2.2,<0.3"], source="optional"
     ),
     "galvatron": Peer(
-        name="galvatron", says="", called="", source="needed",
+        name="galvatron",
+        says="",
+        called="",
+        source="needed",
         packages=["hydra-core", "rich", "pydantic", "scipy", "pybind11"],
     ),
     "deepspeed": Peer(name="deepspeed", says="", called="", packages=["deepspeed>=0.19,<0.20", "tabulate"]),
-}  # fmt: skip
+}
 Question = dict[str, Any]
 _COMMON = {"per_host": 8, "gib": 80, "cores": 1, "limit": 100_000, "patience": 120}
 QUESTIONS: dict[str, Question] = {
     "GPT-3 175B, 64 A100": {
-        "layers": 96, "hidden": 12288, "heads": 96, "kv_heads": 96, "ffn": 49152, "gated": False,
-        "vocab": 51200, "length": 2048, "batch": 64, "gpus": 64, "gpu": "A100-80GB-SXM",
-        "on": "8x8xA100-80GB-SXM@IB-HDR", "without": ["compile"], **_COMMON,
+        "layers": 96,
+        "hidden": 12288,
+        "heads": 96,
+        "kv_heads": 96,
+        "ffn": 49152,
+        "gated": False,
+        "vocab": 51200,
+        "length": 2048,
+        "batch": 64,
+        "gpus": 64,
+        "gpu": "A100-80GB-SXM",
+        "on": "8x8xA100-80GB-SXM@IB-HDR",
+        "without": ["compile"],
+        **_COMMON,
     },
     "Llama-2-7B, 8 A100": {
-        "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 32, "ffn": 11008, "gated": True,
-        "vocab": 32000, "length": 2048, "batch": 64, "gpus": 8, "gpu": "A100-80GB-SXM",
-        "on": "8xA100-80GB-SXM", "galvatron": "llama2-7b", **_COMMON,
+        "layers": 32,
+        "hidden": 4096,
+        "heads": 32,
+        "kv_heads": 32,
+        "ffn": 11008,
+        "gated": True,
+        "vocab": 32000,
+        "length": 2048,
+        "batch": 64,
+        "gpus": 8,
+        "gpu": "A100-80GB-SXM",
+        "on": "8xA100-80GB-SXM",
+        "galvatron": "llama2-7b",
+        **_COMMON,
     },
     "Llama-3.1-70B, 512 H100": {
-        "layers": 80, "hidden": 8192, "heads": 64, "kv_heads": 8, "ffn": 28672, "gated": True,
-        "vocab": 128256, "length": 8192, "batch": 1024, "gpus": 512, "gpu": "H100-SXM",
-        "on": "64x8xH100-SXM@IB-NDR", **_COMMON,
+        "layers": 80,
+        "hidden": 8192,
+        "heads": 64,
+        "kv_heads": 8,
+        "ffn": 28672,
+        "gated": True,
+        "vocab": 128256,
+        "length": 8192,
+        "batch": 1024,
+        "gpus": 512,
+        "gpu": "H100-SXM",
+        "on": "64x8xH100-SXM@IB-NDR",
+        **_COMMON,
     },
-}  # fmt: skip
+}
 # GPT-181B of the BLOOM team on 384 A100 and 2048 sequences (the 12 x 4 layout: 2016): measured layouts.
 MEASURED = "GPT-181B, 384 A100: which measured layout"
 QUESTIONS[MEASURED] = {
-    "layers": 72, "hidden": 14336, "heads": 64, "kv_heads": 64, "ffn": 57344, "gated": False,
-    "vocab": 250880, "length": 2048, "batch": 2048, "gpus": 384, "gpu": "A100-80GB-SXM", **_COMMON,
-}  # fmt: skip
+    "layers": 72,
+    "hidden": 14336,
+    "heads": 64,
+    "kv_heads": 64,
+    "ffn": 57344,
+    "gated": False,
+    "vocab": 250880,
+    "length": 2048,
+    "batch": 2048,
+    "gpus": 384,
+    "gpu": "A100-80GB-SXM",
+    **_COMMON,
+}
 
 
 def _layout(tensor: int, stages: int, data: int, micro: int, zero: int = 1) -> dict[str, Any]:
     return {
-        "tensor": tensor, "sequence": False, "stages": stages, "virtual": 1, "data": data, "zero": zero,
-        "micro": micro, "recompute": "full", "offload": [],
-    }  # fmt: skip
+        "tensor": tensor,
+        "sequence": False,
+        "stages": stages,
+        "virtual": 1,
+        "data": data,
+        "zero": zero,
+        "micro": micro,
+        "recompute": "full",
+        "offload": [],
+    }
 
 
 BLOOM = {
-    "BLOOM-prequel-0718": (_layout(8, 12, 4, 1), 2048), "BLOOM-prequel-0719": (_layout(8, 12, 4, 2), 2048),
-    "BLOOM-prequel-0720": (_layout(8, 12, 4, 4), 2048), "BLOOM-prequel-0721": (_layout(8, 12, 4, 8), 2048),
-    "BLOOM-prequel-0733": (_layout(8, 12, 4, 2, 0), 2048), "BLOOM-prequel-0762": (_layout(8, 4, 12, 4), 2016),
+    "BLOOM-prequel-0718": (_layout(8, 12, 4, 1), 2048),
+    "BLOOM-prequel-0719": (_layout(8, 12, 4, 2), 2048),
+    "BLOOM-prequel-0720": (_layout(8, 12, 4, 4), 2048),
+    "BLOOM-prequel-0721": (_layout(8, 12, 4, 8), 2048),
+    "BLOOM-prequel-0733": (_layout(8, 12, 4, 2, 0), 2048),
+    "BLOOM-prequel-0762": (_layout(8, 4, 12, 4), 2016),
     "BLOOM-prequel-0769": (_layout(4, 6, 16, 2), 2048),
-}  # fmt: skip
+}
 
 # -- memfit -----------------------------------------------------------------------------------------------
 
@@ -96,31 +151,49 @@ def _job(name: str, question: Question) -> Any:
     from memfit.types.job import Job
 
     shared = {
-        "num_hidden_layers": question["layers"], "hidden_size": question["hidden"], "use_cache": False,
-        "num_attention_heads": question["heads"], "vocab_size": question["vocab"],
-        "max_position_embeddings": question["length"], "attn_implementation": "sdpa",
-    }  # fmt: skip
+        "num_hidden_layers": question["layers"],
+        "hidden_size": question["hidden"],
+        "use_cache": False,
+        "num_attention_heads": question["heads"],
+        "vocab_size": question["vocab"],
+        "max_position_embeddings": question["length"],
+        "attn_implementation": "sdpa",
+    }
     llama, blocks = question["gated"], "model.layers" if question["gated"] else "model.decoder.layers"
 
     def build() -> Any:
         if llama:
-            return LlamaForCausalLM(LlamaConfig(
-                **shared, intermediate_size=question["ffn"], num_key_value_heads=question["kv_heads"],
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    **shared,
+                    intermediate_size=question["ffn"],
+                    num_key_value_heads=question["kv_heads"],
+                    tie_word_embeddings=False,
+                )
+            )
+        return OPTForCausalLM(
+            OPTConfig(
+                **shared,
+                ffn_dim=question["ffn"],
+                dropout=0.0,
+                word_embed_proj_dim=question["hidden"],
+                activation_function="gelu",
                 tie_word_embeddings=False,
-            ))  # fmt: skip
-        return OPTForCausalLM(OPTConfig(
-            **shared, ffn_dim=question["ffn"], dropout=0.0, word_embed_proj_dim=question["hidden"],
-            activation_function="gelu", tie_word_embeddings=False,
-        ))  # fmt: skip
+            )
+        )
 
     def batch(step: int, seed: int) -> Any:
         shape = question["batch"], question["length"]
         return {n: torch.zeros(*shape, dtype=torch.long) for n in ("input_ids", "labels")}
 
     return Job(
-        name=re.sub(r"\W+", "-", name.lower()), build_model=build, make_batch=batch, blocks=blocks,
-        loss=lambda model, given: model(**given).loss, batch_size=question["batch"],
-    )  # fmt: skip
+        name=re.sub(r"\W+", "-", name.lower()),
+        build_model=build,
+        make_batch=batch,
+        blocks=blocks,
+        loss=lambda model, given: model(**given).loss,
+        batch_size=question["batch"],
+    )
 
 
 def memfit(name: str) -> dict[str, Any]:
@@ -131,14 +204,19 @@ def memfit(name: str) -> dict[str, Any]:
     from memfit.techniques.registry import brief
 
     question = QUESTIONS[name]
-    found, _, _ = _searched(_job(name, question), machine(question["on"]),
-                               without=tuple(question.get("without", ())))  # fmt: skip
+    found, _, _ = _searched(
+        _job(name, question), machine(question["on"]), without=tuple(question.get("without", ()))
+    )
     chosen = found.recommended.estimate
     return {
-        "seconds": time.perf_counter() - begun, "considered": found.considered, "said": brief(chosen.plan),
-        "layout": _from_memfit(chosen.plan, question), "own_s": chosen.step_s.value,
-        "own_gib": chosen.allocated_bytes.value / 2**30, "raw": chosen.plan.to_dict(),
-    }  # fmt: skip
+        "seconds": time.perf_counter() - begun,
+        "considered": found.considered,
+        "said": brief(chosen.plan),
+        "layout": _from_memfit(chosen.plan, question),
+        "own_s": chosen.step_s.value,
+        "own_gib": chosen.allocated_bytes.value / 2**30,
+        "raw": chosen.plan.to_dict(),
+    }
 
 
 def _from_memfit(plan: Any, question: Question) -> dict[str, Any]:
@@ -154,11 +232,18 @@ def _from_memfit(plan: Any, question: Question) -> dict[str, Any]:
     offload = [w for w in ("activation-offload",) if w in used]
     offload += ["states"] if used.get("fsdp2", {}).get("offload") else []
     return {
-        "tensor": degree, "sequence": bool(tensor.get("sequence")), "stages": stages, "context": context,
-        "virtual": pipe.get("virtual", 1), "schedule": pipe.get("schedule", ""), "data": data, "zero": zero,
-        "micro": question["batch"] // data // count, "recompute": _recompute(used, question["layers"]),
+        "tensor": degree,
+        "sequence": bool(tensor.get("sequence")),
+        "stages": stages,
+        "context": context,
+        "virtual": pipe.get("virtual", 1),
+        "schedule": pipe.get("schedule", ""),
+        "data": data,
+        "zero": zero,
+        "micro": question["batch"] // data // count,
+        "recompute": _recompute(used, question["layers"]),
         "offload": offload,
-    }  # fmt: skip
+    }
 
 
 def _recompute(used: Mapping[str, Any], blocks: int) -> str:
@@ -180,13 +265,18 @@ def to_plan(layout: Mapping[str, Any], question: Question) -> Any:
     wanted: dict[str, dict[str, Any]] = {"adamw-fused": {}}
     if tensor > 1:
         wanted["tensor-parallel"] = {
-            "degree": tensor, "sequence": layout["sequence"], "vocabulary": "parallel-loss",
-        }  # fmt: skip
+            "degree": tensor,
+            "sequence": layout["sequence"],
+            "vocabulary": "parallel-loss",
+        }
     if stages > 1:
         schedule = layout.get("schedule") or ("interleaved" if layout["virtual"] > 1 else "1f1b")
         wanted["pipeline"] = {
-            "stages": stages, "schedule": schedule, "virtual": layout["virtual"], "micro_batches": count,
-        }  # fmt: skip
+            "stages": stages,
+            "schedule": schedule,
+            "virtual": layout["virtual"],
+            "micro_batches": count,
+        }
     elif count > 1:
         wanted["gradient-accumulation"] = {"micro_batches": count}
     if data > 1:
@@ -235,9 +325,14 @@ def ask(peer: str, question: Question, sources: Mapping[str, str], folder: Path)
     env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            [python_of(PEERS[name], folder), "-W", "ignore", "-m", "peers.searches", peer, source], env=env,
-            check=True, capture_output=True, input=json.dumps(question), text=True, timeout=LIMIT_S,
-        )  # fmt: skip
+            [python_of(PEERS[name], folder), "-W", "ignore", "-m", "peers.searches", peer, source],
+            env=env,
+            check=True,
+            capture_output=True,
+            input=json.dumps(question),
+            text=True,
+            timeout=LIMIT_S,
+        )
         told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return told
     except subprocess.TimeoutExpired:
@@ -248,8 +343,14 @@ def ask(peer: str, question: Question, sources: Mapping[str, str], folder: Path)
 
 def record(question: str, peer: str, answer: Mapping[str, Any]) -> None:
     when = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
-    line = {"when": when, "question": question, "peer": peer, "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 1), **answer}  # fmt: skip
+    line = {
+        "when": when,
+        "question": question,
+        "peer": peer,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        **answer,
+    }
     print(json.dumps(line)[:600], flush=True)
     with RECORD.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

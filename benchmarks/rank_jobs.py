@@ -104,9 +104,14 @@ def _next_token(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
 
 def _language_model(name: str, width: int, blocks: int, *, tied: bool = False) -> Job:
     return Job(
-        name=name, build_model=lambda: Gpt(width, blocks, tied=tied), make_batch=_tokens, loss=_next_token,
-        batch_size=BATCH, blocks="blocks", head="head",
-    )  # fmt: skip
+        name=name,
+        build_model=lambda: Gpt(width, blocks, tied=tied),
+        make_batch=_tokens,
+        loss=_next_token,
+        batch_size=BATCH,
+        blocks="blocks",
+        head="head",
+    )
 
 
 def gpt() -> Job:
@@ -125,9 +130,14 @@ def gpt_house() -> Job:
 
     size = GptSize(layers=4, width=128, heads=4, length=LENGTH, vocabulary=VOCABULARY, batch_size=BATCH)
     return Job(
-        name="gpt_house", build_model=lambda: House(size), make_batch=_tokens, loss=_next_token,
-        batch_size=BATCH, blocks="blocks", head="head",
-    )  # fmt: skip
+        name="gpt_house",
+        build_model=lambda: House(size),
+        make_batch=_tokens,
+        loss=_next_token,
+        batch_size=BATCH,
+        blocks="blocks",
+        head="head",
+    )
 
 
 class SequenceFirst(nn.Module):
@@ -166,9 +176,12 @@ def gpt_sequence_first() -> Job:
     """`gpt_house` as Megatron-core computes it: what its losses are compared with to the bit."""
     house = gpt_house()
     return dataclasses.replace(
-        house, name="gpt_sequence_first", build_model=lambda: SequenceFirst(house.build_model()),
-        blocks="source.blocks", head="source.head",
-    )  # fmt: skip
+        house,
+        name="gpt_sequence_first",
+        build_model=lambda: SequenceFirst(house.build_model()),
+        blocks="source.blocks",
+        head="source.head",
+    )
 
 
 def gpt_tied() -> Job:
@@ -177,9 +190,15 @@ def gpt_tied() -> Job:
 
 def moe() -> Job:
     return Job(
-        name="moe", build_model=lambda: Gpt(128, 3, tied=False, block=MixtureBlock), make_batch=_tokens,
-        loss=_next_token, batch_size=BATCH, blocks="blocks", head="head", experts="blocks.*.mlp",
-    )  # fmt: skip
+        name="moe",
+        build_model=lambda: Gpt(128, 3, tied=False, block=MixtureBlock),
+        make_batch=_tokens,
+        loss=_next_token,
+        batch_size=BATCH,
+        blocks="blocks",
+        head="head",
+        experts="blocks.*.mlp",
+    )
 
 
 class Residual(nn.Module):
@@ -219,10 +238,14 @@ def _images(step: int, seed: int) -> dict[str, torch.Tensor]:
 
 def convnet() -> Job:
     return Job(
-        name="convnet", build_model=ConvNet, make_batch=_images,
+        name="convnet",
+        build_model=ConvNet,
+        make_batch=_images,
         loss=lambda model, batch: functional.cross_entropy(model(batch["image"]), batch["label"]),
-        batch_size=BATCH, blocks="blocks", head="head",
-    )  # fmt: skip
+        batch_size=BATCH,
+        blocks="blocks",
+        head="head",
+    )
 
 
 class Mlp(nn.Module):
@@ -251,10 +274,14 @@ def _points(step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _regression(name: str, width: int) -> Job:
     return Job(
-        name=name, build_model=lambda: Mlp(width), make_batch=_points,
+        name=name,
+        build_model=lambda: Mlp(width),
+        make_batch=_points,
         loss=lambda model, batch: functional.mse_loss(model(batch[0]), batch[1]),
-        batch_size=64, blocks="blocks", head="head",
-    )  # fmt: skip
+        batch_size=64,
+        blocks="blocks",
+        head="head",
+    )
 
 
 def mlp() -> Job:

@@ -72,9 +72,12 @@ def train(job: Job, plan: Plan, world: World, counter: CountingAllocator, *, set
     live = [v - base for v in itertools.accumulate(log.deltas_bytes, initial=log.start_bytes)]
     peaks = phase_peaks(live, marks)
     return Repeat(
-        settled=settled, peaks=peaks, inside=_highest_of_gloo(log, live) == peaks["peak"], losses=losses,
+        settled=settled,
+        peaks=peaks,
+        inside=_highest_of_gloo(log, live) == peaks["peak"],
+        losses=losses,
         second_step=list(log.deltas_bytes[slice(*steps[1])]),
-    )  # fmt: skip
+    )
 
 
 def phase_peaks(live: Sequence[int], marks: Sequence[Mark]) -> dict[str, int]:

@@ -35,9 +35,16 @@ over when it is called, *at most* keeps what it holds until its group's next col
 
 def page(records: list[Record]) -> str:
     columns = (
-        "configuration", "measured", "peak", *PHASES, "range", "at most", "in a collective", "loss ratio - 1",
+        "configuration",
+        "measured",
+        "peak",
+        *PHASES,
+        "range",
+        "at most",
+        "in a collective",
+        "loss ratio - 1",
         "sequence",
-    )  # fmt: skip
+    )
     source = "`python benchmarks/memory_truth_ranks.py` from `benchmarks/records/memory_truth_ranks.jsonl`"
     apart = [r for r in records if r["sequence"]["verdict"] == "differs"]
     lines = [

@@ -57,9 +57,12 @@ HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**4
 
 def _bert(name: str, kind: str, rows: int, length: int, **fields: Any) -> Job:
     config = {
-        "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768,
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "intermediate_size": 768,
         **fields,
-    }  # fmt: skip
+    }
     model = _hf(f"{kind}Config", f"{kind}ForMaskedLM", **config)
     return job(name, model, _text(rows, length, config["vocab_size"], masked=True), _own_loss, rows=rows)
 
@@ -79,18 +82,32 @@ def esm() -> Job:
 
 def llama() -> Job:
     model = _hf(
-        "LlamaConfig", "LlamaForCausalLM", vocab_size=1024, hidden_size=192, num_hidden_layers=6,
-        num_attention_heads=6, num_key_value_heads=2, intermediate_size=512, max_position_embeddings=256,
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        vocab_size=1024,
+        hidden_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        max_position_embeddings=256,
         use_cache=False,
-    )  # fmt: skip
+    )
     return job("llama", model, _text(3, 192, 1024), _own_loss, rows=3)
 
 
 def vit() -> Job:
     model = _hf(
-        "ViTConfig", "ViTForImageClassification", image_size=64, patch_size=8, hidden_size=192,
-        num_hidden_layers=6, num_attention_heads=6, intermediate_size=768, num_labels=100,
-    )  # fmt: skip
+        "ViTConfig",
+        "ViTForImageClassification",
+        image_size=64,
+        patch_size=8,
+        hidden_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        intermediate_size=768,
+        num_labels=100,
+    )
 
     def batch(g: torch.Generator) -> dict[str, torch.Tensor]:
         pixels, labels = pictures(8, 64, 100)(g)
@@ -101,9 +118,17 @@ def vit() -> Job:
 
 def t5() -> Job:
     model = _hf(
-        "T5Config", "T5ForConditionalGeneration", vocab_size=1024, d_model=192, d_kv=32, d_ff=512,
-        num_layers=4, num_heads=6, decoder_start_token_id=0, use_cache=False,
-    )  # fmt: skip
+        "T5Config",
+        "T5ForConditionalGeneration",
+        vocab_size=1024,
+        d_model=192,
+        d_kv=32,
+        d_ff=512,
+        num_layers=4,
+        num_heads=6,
+        decoder_start_token_id=0,
+        use_cache=False,
+    )
     batch = _text(4, 160, 1024, decoder=96)
     return job("t5", model, batch, _own_loss, rows=4, blocks="encoder.block")
 
@@ -111,26 +136,40 @@ def t5() -> Job:
 def resnet() -> Job:
     def model() -> nn.Module:
         return nn.Sequential(
-            nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2, 1), nn.Sequential(*(Residual(32) for _ in range(8))),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 100),
-        )  # fmt: skip
+            nn.Conv2d(3, 32, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+            nn.Sequential(*(Residual(32) for _ in range(8))),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, 100),
+        )
 
     return job("resnet", model, pictures(12, 96, 100), to_class, rows=12, blocks="4")
 
 
 def unet() -> Job:
     return job(
-        "unet", lambda: UNet(24),
+        "unet",
+        lambda: UNet(24),
         lambda g: (torch.randn(4, 1, 96, 96, generator=g), torch.randn(4, 1, 96, 96, generator=g)),
-        to_target, rows=4, blocks="up",
-    )  # fmt: skip
+        to_target,
+        rows=4,
+        blocks="up",
+    )
 
 
 JOBS: dict[str, Callable[[], Job]] = {
-    "gpt": lambda: load(JobRef(spec="char-lm", batch=8)), "unet": unet, "llama": llama, "esm": esm,
-    "resnet": resnet, "vit": vit, "evoformer": evoformer, "t5": t5,
-}  # fmt: skip
+    "gpt": lambda: load(JobRef(spec="char-lm", batch=8)),
+    "unet": unet,
+    "llama": llama,
+    "esm": esm,
+    "resnet": resnet,
+    "vit": vit,
+    "evoformer": evoformer,
+    "t5": t5,
+}
 
 
 _PLAIN_PLAN = Plan()
@@ -227,9 +266,13 @@ class Live:
     def row(self) -> dict[str, Any]:
         c = self.config
         return {
-            "kind": c.kind, "label": c.label, "budget_mib": c.budget_mib,
-            "predicted_bytes": c.predicted_bytes, **self.told, "step_s": self.step_s,
-        }  # fmt: skip
+            "kind": c.kind,
+            "label": c.label,
+            "budget_mib": c.budget_mib,
+            "predicted_bytes": c.predicted_bytes,
+            **self.told,
+            "step_s": self.step_s,
+        }
 
 
 # --- one architecture

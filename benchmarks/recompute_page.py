@@ -106,9 +106,12 @@ _COLUMNS = (
 def page(records: list[dict[str, Any]]) -> str:
     environment, architectures = records[-1]["environment"], [r["architecture"] for r in records]
     about = _ABOUT.format(
-        created=records[-1]["created"], processor=environment.get("processor", "unknown processor"),
-        torch=environment.get("torch"), rounds=records[-1]["rounds"], turn=PER_TURN,
-    )  # fmt: skip
+        created=records[-1]["created"],
+        processor=environment.get("processor", "unknown processor"),
+        torch=environment.get("torch"),
+        rounds=records[-1]["rounds"],
+        turn=PER_TURN,
+    )
     title = "# Recomputation: memfit, torch's memory budget and every k-th block at equal measured peak"
     lines = [
         title,

@@ -162,9 +162,15 @@ def taught(planning: Planning, steps: int) -> dict[Plan, float]:
     mixed, checkpointing = autocast(planning.pricer.space), use("activation-checkpointing", every=1)
     found: dict[Plan, float] = {}
     for plan in dict.fromkeys(
-        [plain, best, *(without(best, u.technique) for u in best.uses), plain.with_use(mixed),
-         plain.with_use(checkpointing), plain.with_use(mixed).with_use(checkpointing)]
-    ):  # fmt: skip
+        [
+            plain,
+            best,
+            *(without(best, u.technique) for u in best.uses),
+            plain.with_use(mixed),
+            plain.with_use(checkpointing),
+            plain.with_use(mixed).with_use(checkpointing),
+        ]
+    ):
         try:
             guess = planning.pricer.whole(plan).step_s
         except UserError:  # a budget that cannot be met without the technique
@@ -196,9 +202,15 @@ def drawn(planning: Planning, count: int) -> list[Plan]:
 
 def _measure_one(planning: Planning, plan: Plan, steps: int, row: dict[str, Any]) -> None:
     spec = RunSpec(
-        name=plan.label, role="benchmark", job=planning.request.job, plan=plan, seed=0, steps=steps,
-        threads=local_machine.threads(), evaluate=False,
-    )  # fmt: skip
+        name=plan.label,
+        role="benchmark",
+        job=planning.request.job,
+        plan=plan,
+        seed=0,
+        steps=steps,
+        threads=local_machine.threads(),
+        evaluate=False,
+    )
     measured = run(native.render(spec), on_event=lambda event: None)
     row["outcome"] = measured.outcome.value
     row["measured_peak_bytes"] = measured.peak_bytes

@@ -56,9 +56,11 @@ class Residual(nn.Module):
         convolution = nn.Conv1d if dimensions == 1 else nn.Conv2d
         self.inner = nn.Sequential(
             convolution(width, width, 3, padding=dilation, dilation=dilation),
-            nn.GroupNorm(4, width), nn.SiLU(),
-            convolution(width, width, 3, padding=1), nn.GroupNorm(4, width),
-        )  # fmt: skip
+            nn.GroupNorm(4, width),
+            nn.SiLU(),
+            convolution(width, width, 3, padding=1),
+            nn.GroupNorm(4, width),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.silu(x + self.inner(x))
@@ -240,6 +242,10 @@ def __getattr__(name: str) -> Any:
     kind = found[1]
     width, depth, length, count = map(int, found.groups()[1:])
     return Job(
-        name=name, build_model=lambda: _MODELS[kind](width, depth, length), loss=_loss, batch_size=count,
-        make_batch=lambda step, seed: _batch(kind, length, count, 1000 * seed + step), steps=100,
-    )  # fmt: skip
+        name=name,
+        build_model=lambda: _MODELS[kind](width, depth, length),
+        loss=_loss,
+        batch_size=count,
+        make_batch=lambda step, seed: _batch(kind, length, count, 1000 * seed + step),
+        steps=100,
+    )

@@ -33,13 +33,35 @@ RECORDS = Path(__file__).parent / "records" / "science.jsonl"
 PAGE = Path(__file__).parent / "science.md"
 JOBS = ("alphafold2", "protein-ss", "weather", "molecules", "potential", "genome", "segmentation3d")
 _KEPT = (
-    "job", "size", "machine", "cap_bytes", "cap_reason", "verdicts", "reproducible", "step_time_ratio",
-    "metric_name", "metric_unit", "metric_naive", "notes", "took_s",
-)  # fmt: skip
+    "job",
+    "size",
+    "machine",
+    "cap_bytes",
+    "cap_reason",
+    "verdicts",
+    "reproducible",
+    "step_time_ratio",
+    "metric_name",
+    "metric_unit",
+    "metric_naive",
+    "notes",
+    "took_s",
+)
 _KEPT_OF_RUNS = (
-    "name", "role", "label", "capped", "seed", "steps", "outcome", "predicted_peak_bytes",
-    "measured_peak_bytes", "predicted_step_s", "step_s", "metric", "wall_s",
-)  # fmt: skip
+    "name",
+    "role",
+    "label",
+    "capped",
+    "seed",
+    "steps",
+    "outcome",
+    "predicted_peak_bytes",
+    "measured_peak_bytes",
+    "predicted_step_s",
+    "step_s",
+    "metric",
+    "wall_s",
+)
 
 
 def main() -> None:
@@ -68,9 +90,19 @@ def measure(job: str, seeds: int) -> dict[str, Any]:
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         asked = [
-            sys.executable, "-m", "memfit", "poc", job, "--seeds", str(seeds), "--json",
-            "--store", f"{folder}/store.sqlite", "--out", f"{folder}/report.html",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "memfit",
+            "poc",
+            job,
+            "--seeds",
+            str(seeds),
+            "--json",
+            "--store",
+            f"{folder}/store.sqlite",
+            "--out",
+            f"{folder}/report.html",
+        ]
         done = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = json.loads(done.stdout)

@@ -43,18 +43,29 @@ def _llama(size: str, rows: int) -> Any:
 
     layers, width, feed_forward, heads = LLAMA[size]
     config = LlamaConfig(
-        num_hidden_layers=layers, hidden_size=width, intermediate_size=feed_forward,
-        num_attention_heads=heads, vocab_size=128256, num_key_value_heads=8, use_cache=False,
-        max_position_embeddings=131072, tie_word_embeddings=False, attn_implementation="sdpa",
-    )  # fmt: skip
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_attention_heads=heads,
+        vocab_size=128256,
+        num_key_value_heads=8,
+        use_cache=False,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
 
     def batch(step: int, seed: int) -> Any:
         return {name: torch.zeros(rows, LENGTH, dtype=torch.long) for name in ("input_ids", "labels")}
 
     return Job(
-        name=f"llama-3.1-{size}", build_model=lambda: LlamaForCausalLM(config), make_batch=batch,
-        loss=lambda model, given: model(**given).loss, batch_size=rows, blocks="model.layers",
-    )  # fmt: skip
+        name=f"llama-3.1-{size}",
+        build_model=lambda: LlamaForCausalLM(config),
+        make_batch=batch,
+        loss=lambda model, given: model(**given).loss,
+        batch_size=rows,
+        blocks="model.layers",
+    )
 
 
 def _searched(job: Any, machine: Any, tell: Any = None, **wanted: Any) -> tuple[Any, Any, Any]:
@@ -70,12 +81,14 @@ def _searched(job: Any, machine: Any, tell: Any = None, **wanted: Any) -> tuple[
     ranks = machine.device_count
     pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind, ranks))
     aim = Aim(
-        goal=Objective(wanted.get("goal", "fastest")), accuracy=Accuracy(wanted.get("accuracy", "rounding")),
+        goal=Objective(wanted.get("goal", "fastest")),
+        accuracy=Accuracy(wanted.get("accuracy", "rounding")),
         cap_bytes=wanted.get("cap_bytes") or int(machine.device.memory_bytes.value),
-        needs=lambda e: needed_bytes(e, machine), host=lambda e: host_holds(e, machine),
+        needs=lambda e: needed_bytes(e, machine),
+        host=lambda e: host_holds(e, machine),
         tell=tell or (lambda *a: None),
         bounds=Bounds(micro_batch=wanted.get("micro_batch", 0), without=wanted.get("without", ())),
-    )  # fmt: skip
+    )
     return search_scale(pricer, ranks, aim), Scale(pricer, aim), aim
 
 
@@ -95,11 +108,19 @@ def child(name: str) -> None:
     found, _, _ = _searched(_llama(size, rows), machine(on), tell)
     assert found.recommended is not None
     chosen = found.recommended.estimate
-    print(json.dumps({
-        "searching_s": marks[0], "considered": found.considered, "plan": brief(chosen.plan),
-        "step_s": chosen.step_s.value, "allocated_gib": chosen.allocated_bytes.value / 2**30,
-        "traced": chosen.traced, "answer": json.dumps([c.estimate.plan.fingerprint for c in found.frontier]),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "searching_s": marks[0],
+                "considered": found.considered,
+                "plan": brief(chosen.plan),
+                "step_s": chosen.step_s.value,
+                "allocated_gib": chosen.allocated_bytes.value / 2**30,
+                "traced": chosen.traced,
+                "answer": json.dumps([c.estimate.plan.fingerprint for c in found.frontier]),
+            }
+        )
+    )
 
 
 def large(name: str) -> dict[str, Any]:
@@ -112,11 +133,13 @@ def large(name: str) -> dict[str, Any]:
         runs.append(json.loads(done.stdout.splitlines()[-1]) | {"whole_s": time.perf_counter() - begun})
     first, second = runs
     return {
-        "case": name, "goal": LARGE[name][3], "seconds": [r["whole_s"] for r in runs],
+        "case": name,
+        "goal": LARGE[name][3],
+        "seconds": [r["whole_s"] for r in runs],
         "searching_s": [r["searching_s"] for r in runs],
         "same": first["answer"] == second["answer"] and first["plan"] == second["plan"],
         **{k: first[k] for k in ("considered", "plan", "step_s", "allocated_gib", "traced")},
-    }  # fmt: skip
+    }
 
 
 # -- small spaces -----------------------------------------------------------------------------------------
@@ -136,46 +159,69 @@ def _transformer(kind: str, batch: int, **sizes: Any) -> Callable[[], Any]:
             return {n: torch.zeros(batch, 512, dtype=torch.long) for n in ("input_ids", "labels")}
 
         return Job(
-            name=kind.lower(), build_model=lambda: head.from_config(config), make_batch=given,
-            loss=lambda model, part: model(**part).loss, batch_size=batch,
-        )  # fmt: skip
+            name=kind.lower(),
+            build_model=lambda: head.from_config(config),
+            make_batch=given,
+            loss=lambda model, part: model(**part).loss,
+            batch_size=batch,
+        )
 
     return make
 
 
 _LLAMA = {
-    "num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
-    "num_key_value_heads": 8, "vocab_size": 32000,
-}  # fmt: skip
+    "num_hidden_layers": 4,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
 _GPT2 = {"n_layer": 4, "n_embd": 768, "n_head": 12, "vocab_size": 8192}
 _BERT = {"num_hidden_layers": 4, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-_FEW = ("zero", "activation-offload", "context-parallel", "compile", "adamw-single", "bf16-autocast",
-        "adamw-8bit", "selective-checkpointing")  # fmt: skip
+_FEW = (
+    "zero",
+    "activation-offload",
+    "context-parallel",
+    "compile",
+    "adamw-single",
+    "bf16-autocast",
+    "adamw-8bit",
+    "selective-checkpointing",
+)
 _MORE = ("adamw-fused", "bf16-parameters", "chunked-cross-entropy")
 SMALL: Mapping[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
     "Llama, 4 blocks, 2 L4, exact": (
-        _transformer("Llama", 4, **_LLAMA), "2xL4", {"accuracy": "exact", "without": _FEW},
+        _transformer("Llama", 4, **_LLAMA),
+        "2xL4",
+        {"accuracy": "exact", "without": _FEW},
     ),
     "Llama, 4 blocks, 4 A100, 4.5 GiB": (
-        _transformer("Llama", 4, **_LLAMA), "4xA100-80GB-SXM",
+        _transformer("Llama", 4, **_LLAMA),
+        "4xA100-80GB-SXM",
         {"cap_bytes": int(4.5 * 2**30), "without": (*_FEW, *_MORE, "pipeline"), "micro_batch": 1},
     ),
     "Llama, 4 blocks, 2 hosts of 2 L4, smallest": (
-        _transformer("Llama", 4, **_LLAMA), "2x2xL4@Ethernet-100G",
+        _transformer("Llama", 4, **_LLAMA),
+        "2x2xL4@Ethernet-100G",
         {"goal": "smallest", "micro_batch": 1, "without": (*_FEW, *_MORE, "ddp")},
     ),
     "GPT-2, 4 blocks, 2 RTX 4090, exact": (
-        _transformer("GPT2", 8, **_GPT2), "2xRTX-4090", {"accuracy": "exact", "without": _FEW},
+        _transformer("GPT2", 8, **_GPT2),
+        "2xRTX-4090",
+        {"accuracy": "exact", "without": _FEW},
     ),
     "GPT-2, 4 blocks, 4 H100, no tensor parallelism": (
-        _transformer("GPT2", 8, **_GPT2), "4xH100-SXM",
+        _transformer("GPT2", 8, **_GPT2),
+        "4xH100-SXM",
         {"without": (*_FEW, "tensor-parallel", "bf16-parameters", "chunked-cross-entropy", "pipeline")},
     ),
     "BERT, 4 blocks, 2 A100, 4.5 GiB": (
-        _transformer("Bert", 8, **_BERT), "2xA100-40GB-SXM",
+        _transformer("Bert", 8, **_BERT),
+        "2xA100-40GB-SXM",
         {"cap_bytes": int(4.5 * 2**30), "without": (*_FEW, *_MORE, "pipeline"), "micro_batch": 2},
     ),
-}  # fmt: skip
+}
 
 
 def small(name: str) -> dict[str, Any]:
@@ -205,11 +251,19 @@ def small(name: str) -> dict[str, Any]:
     assert top is not None
     gap = score(chosen, aim.goal) / score(top, aim.goal) - 1
     return {
-        "case": name, "goal": aim.goal.value, "considered": found.considered, "traced_all": len(every),
-        "failed": failed, "fit": len(fitting), "search_s": search_s,
-        "exhaustive_s": time.perf_counter() - begun, "found": brief(chosen.plan), "best": brief(top.plan),
-        "same": chosen.plan == top.plan, "gap": gap,
-    }  # fmt: skip
+        "case": name,
+        "goal": aim.goal.value,
+        "considered": found.considered,
+        "traced_all": len(every),
+        "failed": failed,
+        "fit": len(fitting),
+        "search_s": search_s,
+        "exhaustive_s": time.perf_counter() - begun,
+        "found": brief(chosen.plan),
+        "best": brief(top.plan),
+        "same": chosen.plan == top.plan,
+        "gap": gap,
+    }
 
 
 def _as_searched(plan: Any, chosen: Any, wanted: Mapping[str, Any]) -> bool:
@@ -288,9 +342,10 @@ def main() -> None:
             if not re.search(args.only, name):
                 continue
             begun = {
-                "when": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", "cores": os.cpu_count(),
+                "when": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+                "cores": os.cpu_count(),
                 "load": os.getloadavg()[0],
-            }  # fmt: skip
+            }
             found = run(name) | begun
             print(json.dumps(found), flush=True)
             with RECORD.open("a", encoding="utf-8") as file:

@@ -38,10 +38,17 @@ def _config(size: str) -> Any:
 
     layers, width, feed_forward, heads = LLAMA[size]
     return LlamaConfig(
-        num_hidden_layers=layers, hidden_size=width, intermediate_size=feed_forward,
-        num_attention_heads=heads, vocab_size=128256, num_key_value_heads=8, use_cache=False,
-        max_position_embeddings=131072, tie_word_embeddings=False, attn_implementation="sdpa",
-    )  # fmt: skip
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_attention_heads=heads,
+        vocab_size=128256,
+        num_key_value_heads=8,
+        use_cache=False,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
 
 
 def _llama(size: str, rows: int) -> Any:
@@ -58,9 +65,14 @@ def _llama(size: str, rows: int) -> Any:
         return {name: torch.zeros(rows, LENGTH, dtype=torch.long) for name in ("tokens", "labels")}
 
     return Job(
-        name=f"llama-3.1-{size}", build_model=lambda: LlamaForCausalLM(_config(size)), make_batch=batch,
-        loss=loss, batch_size=rows, blocks="model.layers", head="lm_head",
-    )  # fmt: skip
+        name=f"llama-3.1-{size}",
+        build_model=lambda: LlamaForCausalLM(_config(size)),
+        make_batch=batch,
+        loss=loss,
+        batch_size=rows,
+        blocks="model.layers",
+        head="lm_head",
+    )
 
 
 def _told(prediction: Any) -> int:
@@ -156,8 +168,10 @@ def cold(name: str, *, watch: bool) -> dict[str, Any]:
     began = time.perf_counter()
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", __file__, "--case", name],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     watched, peak_bytes = psutil.Process(child.pid), 0
     while watch and child.poll() is None:
         peak_bytes = max(peak_bytes, _proportional_bytes(watched))
@@ -240,10 +254,14 @@ def main() -> None:
     import torch
 
     record: dict[str, Any] = {
-        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "cores": os.cpu_count(),
-        "processor": _processor(), "python": platform.python_version(), "torch": torch.__version__,
-        "load": os.getloadavg()[0], "runs": [],
-    }  # fmt: skip
+        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+        "runs": [],
+    }
     for turn in range(options.runs + 1):
         for name in CASES:
             record["runs"].append(cold(name, watch=turn == options.runs))

@@ -56,9 +56,11 @@ def _estimate(job: Any, plan: Any) -> Any:
     at_peak, phases = dict(found.at_peak_bytes), dict(found.phase_peak_bytes)
     return {
         "allocated": [found.allocated_bytes.low, found.allocated_bytes.value, found.allocated_bytes.high],
-        "phases": {str(k): v for k, v in phases.items()}, "at_peak": {str(k): v for k, v in at_peak.items()},
-        "modules": dict(found.by_module_bytes), "flops": found.flops_per_step,
-    }  # fmt: skip
+        "phases": {str(k): v for k, v in phases.items()},
+        "at_peak": {str(k): v for k, v in at_peak.items()},
+        "modules": dict(found.by_module_bytes),
+        "flops": found.flops_per_step,
+    }
 
 
 # -- searches ---------------------------------------------------------------------------------------------
@@ -179,9 +181,12 @@ def findings() -> Iterator[Answer]:
 # -- record and compare -----------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[], Iterator[Answer]]] = {
-    "findings": findings, "exports": exports, "searches": searches, "ranks": estimates_on_ranks,
+    "findings": findings,
+    "exports": exports,
+    "searches": searches,
+    "ranks": estimates_on_ranks,
     "estimates": estimates,
-}  # fmt: skip
+}
 
 
 def _command(*words: str) -> tuple[int, str]:

@@ -32,16 +32,35 @@ import torch
 LIMIT_S, WALL_LIMIT_S = 100, 600.0  # of one process: processor time, and time on a busy machine
 CONTEXT = multiprocessing.get_context("forkserver")  # of one that has imported libraries and run nothing
 PRELOADED = (
-    "torch", "unseen_population", "memfit.api", "timm", "torchvision", "diffusers", "transformers",
-    "torch_geometric", "e3nn.nn",
-    "mace.modules", "monai.networks.nets", "segmentation_models_pytorch", "lightning.pytorch.demos",
-)  # fmt: skip
+    "torch",
+    "unseen_population",
+    "memfit.api",
+    "timm",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "torch_geometric",
+    "e3nn.nn",
+    "mace.modules",
+    "monai.networks.nets",
+    "segmentation_models_pytorch",
+    "lightning.pytorch.demos",
+)
 STEPS, THREADS = 3, 2
 OPTIMIZERS = ("adamw", "sgd", "adam")
 LIBRARIES = (
-    "torch", "timm", "torchvision", "diffusers", "transformers", "torch-geometric", "e3nn", "mace-torch",
-    "monai", "segmentation-models-pytorch", "lightning",
-)  # fmt: skip
+    "torch",
+    "timm",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "torch-geometric",
+    "e3nn",
+    "mace-torch",
+    "monai",
+    "segmentation-models-pytorch",
+    "lightning",
+)
 
 
 def optimizer_of(name: str) -> Any:
@@ -105,9 +124,12 @@ def ask(group: str, name: str, optimizer_name: str, form: int) -> dict[str, Any]
     )
     allocated = found.allocated_bytes
     return {
-        "estimate": allocated.value, "low": allocated.low, "high": allocated.high,
-        "seconds": time.perf_counter() - begun, "assumptions": list(found.estimate.assumptions),
-    }  # fmt: skip
+        "estimate": allocated.value,
+        "low": allocated.low,
+        "high": allocated.high,
+        "seconds": time.perf_counter() - begun,
+        "assumptions": list(found.estimate.assumptions),
+    }
 
 
 def child(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -183,10 +183,11 @@ def monai_networks() -> dict[str, Make]:
         "DenseNet121": ("class", {"in_channels": 1, "out_channels": CLASSES}),
         "SEResNet50": ("class", {"in_channels": 1, "num_classes": CLASSES}),
         "EfficientNetBN": (
-            "class", {"model_name": "efficientnet-b0", "in_channels": 1, "num_classes": CLASSES},
+            "class",
+            {"model_name": "efficientnet-b0", "in_channels": 1, "num_classes": CLASSES},
         ),
         "MedNeXtSmall": ("mask", {**both, "init_filters": 8}),
-    }  # fmt: skip
+    }
 
     def make(name: str, dims: int) -> Task:
         what, settings = kinds[name]
@@ -216,9 +217,13 @@ def unet(width: int, layers: int) -> Task:
 
     blocks = (width, 2 * width)
     model = diffusers.UNet2DModel(
-        sample_size=32, block_out_channels=blocks, layers_per_block=layers, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=32,
+        block_out_channels=blocks,
+        layers_per_block=layers,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     return Task(model, [{"sample": torch.randn(4, 3, 32, 32), "timestep": torch.arange(4)}], mean_loss)
 
 
@@ -226,10 +231,15 @@ def conditional(width: int, layers: int) -> Task:
     import diffusers
 
     model = diffusers.UNet2DConditionModel(
-        sample_size=16, block_out_channels=(width, 2 * width), layers_per_block=layers, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=8,
-    )  # fmt: skip
+        sample_size=16,
+        block_out_channels=(width, 2 * width),
+        layers_per_block=layers,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=32,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=8,
+    )
     return Task(model, [noise(32)], mean_loss)
 
 
@@ -237,9 +247,12 @@ def autoencoder(kind: str, width: int, layers: int) -> Task:
     import diffusers
 
     model = getattr(diffusers, kind)(
-        block_out_channels=(width, 2 * width), layers_per_block=layers, norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+        block_out_channels=(width, 2 * width),
+        layers_per_block=layers,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     return Task(model, [{"sample": torch.randn(2, 3, 48, 48)}], mean_loss)
 
 
@@ -247,10 +260,15 @@ def dit(width: int, layers: int) -> Task:
     import diffusers
 
     model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=width // 4, num_layers=layers, sample_size=16,
+        num_attention_heads=4,
+        attention_head_dim=width // 4,
+        num_layers=layers,
+        sample_size=16,
         in_channels=4,
-        out_channels=4, num_embeds_ada_norm=100, norm_num_groups=4,
-    )  # fmt: skip
+        out_channels=4,
+        num_embeds_ada_norm=100,
+        norm_num_groups=4,
+    )
     batch = {"hidden_states": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([1, 5])}
     return Task(model, [{**batch, "class_labels": torch.tensor([3, 4])}], mean_loss)
 
@@ -259,10 +277,16 @@ def pixart(width: int, layers: int) -> Task:
     import diffusers
 
     model = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=width // 4, num_layers=layers, sample_size=16,
+        num_attention_heads=4,
+        attention_head_dim=width // 4,
+        num_layers=layers,
+        sample_size=16,
         in_channels=4,
-        out_channels=8, cross_attention_dim=width, caption_channels=32, use_additional_conditions=False,
-    )  # fmt: skip
+        out_channels=8,
+        cross_attention_dim=width,
+        caption_channels=32,
+        use_additional_conditions=False,
+    )
     batch = {"hidden_states": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([1, 5])}
     more = {"encoder_hidden_states": torch.randn(2, 7, 32), "added_cond_kwargs": {}}
     return Task(model, [{**batch, **more}], mean_loss)
@@ -272,9 +296,16 @@ def stable3(width: int, layers: int) -> Task:
     import diffusers
 
     model = diffusers.SD3Transformer2DModel(
-        sample_size=16, in_channels=4, num_layers=layers, attention_head_dim=width // 4, out_channels=4,
-        num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=width, pooled_projection_dim=64,
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=4,
+        num_layers=layers,
+        attention_head_dim=width // 4,
+        out_channels=4,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=width,
+        pooled_projection_dim=64,
+    )
     batch = {"hidden_states": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([1, 5])}
     more = {"encoder_hidden_states": torch.randn(2, 7, 32), "pooled_projections": torch.randn(2, 64)}
     return Task(model, [{**batch, **more}], mean_loss)
@@ -284,10 +315,15 @@ def video(width: int, layers: int) -> Task:
     import diffusers
 
     model = diffusers.UNet3DConditionModel(
-        sample_size=16, block_out_channels=(width, 2 * width), layers_per_block=layers, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), cross_attention_dim=32,
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), attention_head_dim=8,
-    )  # fmt: skip
+        sample_size=16,
+        block_out_channels=(width, 2 * width),
+        layers_per_block=layers,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        cross_attention_dim=32,
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        attention_head_dim=8,
+    )
     return Task(model, [{**noise(32), "sample": torch.randn(2, 4, 4, 16, 16)}], mean_loss)
 
 
@@ -295,9 +331,13 @@ def signal(width: int, layers: int) -> Task:
     import diffusers
 
     model = diffusers.UNet1DModel(
-        sample_size=256, in_channels=2, out_channels=2, block_out_channels=(width, width, 2 * width),
-        layers_per_block=layers, extra_in_channels=16,
-    )  # fmt: skip
+        sample_size=256,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(width, width, 2 * width),
+        layers_per_block=layers,
+        extra_in_channels=16,
+    )
     return Task(model, [{"sample": torch.randn(2, 2, 256), "timestep": torch.tensor([1, 5])}], mean_loss)
 
 
@@ -305,41 +345,87 @@ def control(width: int, layers: int) -> Task:
     import diffusers
 
     model = diffusers.ControlNetModel(
-        block_out_channels=(width, 2 * width), layers_per_block=layers, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
+        block_out_channels=(width, 2 * width),
+        layers_per_block=layers,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=32,
         attention_head_dim=8,
         conditioning_embedding_out_channels=(8, 16),
-    )  # fmt: skip
+    )
     return Task(model, [{**noise(32), "controlnet_cond": torch.randn(2, 3, 32, 32)}], mean_loss)
 
 
 def diffusers_models() -> dict[str, Make]:
     kinds: dict[str, Callable[[int, int], Task]] = {
-        "UNet2D": unet, "UNet2DCondition": conditional, "DiT": dit, "PixArt": pixart, "SD3": stable3,
-        "UNet3DCondition": video, "UNet1D": signal, "ControlNet": control,
+        "UNet2D": unet,
+        "UNet2DCondition": conditional,
+        "DiT": dit,
+        "PixArt": pixart,
+        "SD3": stable3,
+        "UNet3DCondition": video,
+        "UNet1D": signal,
+        "ControlNet": control,
         "AutoencoderKL": functools.partial(autoencoder, "AutoencoderKL"),
         "VQModel": functools.partial(autoencoder, "VQModel"),
-    }  # fmt: skip
+    }
     return {
         f"{name} {width} x {layers}": functools.partial(make, width, layers)
-        for name, make in kinds.items() for width in (32, 64, 96) for layers in (1, 2)
-    }  # fmt: skip
+        for name, make in kinds.items()
+        for width in (32, 64, 96)
+        for layers in (1, 2)
+    }
 
 
 # -- transformers -----------------------------------------------------------------------------------
 
 _SMALL = {
-    "hidden_size": 64, "d_model": 64, "dim": 64, "n_embd": 64, "embed_dim": 64, "embedding_size": 64,
-    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2,
-    "decoder_layers": 2, "num_decoder_layers": 2, "num_attention_heads": 4, "n_head": 4, "n_heads": 4,
-    "num_heads": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 128, "d_ff": 128, "n_inner": 128, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
-    "hidden_dim": 128, "ffn_dim": 128, "vocab_size": 1000, "head_dim": 16, "d_kv": 16, "image_size": 64,
-    "max_position_embeddings": 256, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "rotary_dim": 8,
-    "num_conv_pos_embedding_groups": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_size": 64,
+    "d_model": 64,
+    "dim": 64,
+    "n_embd": 64,
+    "embed_dim": 64,
+    "embedding_size": 64,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "num_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "d_ff": 128,
+    "n_inner": 128,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "hidden_dim": 128,
+    "ffn_dim": 128,
+    "vocab_size": 1000,
+    "head_dim": 16,
+    "d_kv": 16,
+    "image_size": 64,
+    "max_position_embeddings": 256,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_group": 1,
+    "topk_group": 1,
+    "rotary_dim": 8,
+    "num_conv_pos_embedding_groups": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "decoder_start_token_id": 1,
-}  # fmt: skip
+}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -368,8 +454,9 @@ def transformers_group(
     names = getattr(modeling_auto, mapping)
     return {
         f"{name}": functools.partial(make, kind, name)
-        for kind, name in names.items() if isinstance(name, str) and hasattr(transformers, name)
-    }  # fmt: skip
+        for kind, name in names.items()
+        if isinstance(name, str) and hasattr(transformers, name)
+    }
 
 
 def tokens(config: Any, model: nn.Module) -> list[Any]:
@@ -393,8 +480,9 @@ def pictures(config: Any, model: nn.Module) -> list[Any]:
     sizes = dict.fromkeys((getattr(config, "image_size", 64), 64, 224))
     return [
         {"pixel_values": torch.randn(2, 3, s, s), "labels": torch.tensor([0, 1])}
-        for s in sizes if isinstance(s, int)
-    ]  # fmt: skip
+        for s in sizes
+        if isinstance(s, int)
+    ]
 
 
 def time_series() -> dict[str, Make]:
@@ -404,21 +492,34 @@ def time_series() -> dict[str, Make]:
 
     def lagged(name: str, width: int) -> Task:
         config = getattr(hf, f"{name}Config")(
-            prediction_length=future, context_length=24, lags_sequence=[1, 2, 3], num_time_features=1,
-            d_model=width, encoder_layers=2, decoder_layers=2,
-        )  # fmt: skip
+            prediction_length=future,
+            context_length=24,
+            lags_sequence=[1, 2, 3],
+            num_time_features=1,
+            d_model=width,
+            encoder_layers=2,
+            decoder_layers=2,
+        )
         batch = {
-            "past_values": torch.randn(4, past), "past_time_features": torch.randn(4, past, 1),
-            "past_observed_mask": torch.ones(4, past), "future_values": torch.randn(4, future),
+            "past_values": torch.randn(4, past),
+            "past_time_features": torch.randn(4, past, 1),
+            "past_observed_mask": torch.ones(4, past),
+            "future_values": torch.randn(4, future),
             "future_time_features": torch.randn(4, future, 1),
-        }  # fmt: skip
+        }
         return Task(getattr(hf, f"{name}ForPrediction")(config), [batch], mean_loss)
 
     def patched(name: str, width: int) -> Task:
         config = getattr(hf, f"{name}Config")(
-            num_input_channels=3, context_length=64, prediction_length=future, patch_length=8, patch_stride=8,
-            d_model=width, num_hidden_layers=2, num_layers=2,
-        )  # fmt: skip
+            num_input_channels=3,
+            context_length=64,
+            prediction_length=future,
+            patch_length=8,
+            patch_stride=8,
+            d_model=width,
+            num_hidden_layers=2,
+            num_layers=2,
+        )
         batch = {"past_values": torch.randn(4, 64, 3), "future_values": torch.randn(4, future, 3)}
         return Task(getattr(hf, f"{name}ForPrediction")(config), [batch], mean_loss)
 
@@ -428,8 +529,9 @@ def time_series() -> dict[str, Make]:
     }
     return {
         f"{name} {width}": functools.partial(make, name, width)
-        for name, make in made.items() for width in (32, 64)
-    }  # fmt: skip
+        for name, make in made.items()
+        for width in (32, 64)
+    }
 
 
 # -- graphs and atoms -------------------------------------------------------------------------------
@@ -478,8 +580,10 @@ def graph_models() -> dict[str, Make]:
     made |= {"GraphUNet": unet, "AttentiveFP": attentive}
     return {
         f"{name} {width} x {layers}": functools.partial(make, width, layers)
-        for name, make in made.items() for width in (32, 128) for layers in (2, 4)
-    }  # fmt: skip
+        for name, make in made.items()
+        for width in (32, 128)
+        for layers in (2, 4)
+    }
 
 
 def e3nn_models() -> dict[str, Make]:
@@ -518,9 +622,11 @@ def e3nn_models() -> dict[str, Make]:
 
     def make(width: int, layers: int) -> Task:
         batch = {
-            "atoms": torch.randn(20, 4), "vectors": torch.randn(80, 3), "lengths": torch.rand(80, 8),
+            "atoms": torch.randn(20, 4),
+            "vectors": torch.randn(80, 3),
+            "lengths": torch.rand(80, 8),
             "edges": torch.randint(0, 20, (2, 80)),
-        }  # fmt: skip
+        }
         return Task(Network(width, layers), [batch], mean_loss)
 
     return {f"network {w} x {n}": functools.partial(make, w, n) for w in (4, 8, 16) for n in (1, 2, 3)}
@@ -539,22 +645,36 @@ def mace_models() -> dict[str, Make]:
     def make(width: int, order: int) -> Task:
         table = tools.AtomicNumberTable([1, 6, 8])
         model = modules.ScaleShiftMACE(
-            r_max=4.0, num_bessel=6, num_polynomial_cutoff=5, max_ell=2, num_interactions=2, num_elements=3,
+            r_max=4.0,
+            num_bessel=6,
+            num_polynomial_cutoff=5,
+            max_ell=2,
+            num_interactions=2,
+            num_elements=3,
             interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
             interaction_cls_first=modules.interaction_classes["RealAgnosticInteractionBlock"],
-            hidden_irreps=o3.Irreps(f"{width}x0e + {width}x1o"), MLP_irreps=o3.Irreps("16x0e"),
-            gate=torch.nn.functional.silu, atomic_energies=numpy.zeros(3), avg_num_neighbors=8,
-            atomic_numbers=[1, 6, 8], correlation=order, atomic_inter_scale=1.0, atomic_inter_shift=0.0,
-        )  # fmt: skip
+            hidden_irreps=o3.Irreps(f"{width}x0e + {width}x1o"),
+            MLP_irreps=o3.Irreps("16x0e"),
+            gate=torch.nn.functional.silu,
+            atomic_energies=numpy.zeros(3),
+            avg_num_neighbors=8,
+            atomic_numbers=[1, 6, 8],
+            correlation=order,
+            atomic_inter_scale=1.0,
+            atomic_inter_shift=0.0,
+        )
         rng = numpy.random.default_rng(0)
         configs = [
             data.Configuration(
-                atomic_numbers=rng.choice([1, 6, 8], 12), positions=rng.random((12, 3)) * 5,
+                atomic_numbers=rng.choice([1, 6, 8], 12),
+                positions=rng.random((12, 3)) * 5,
                 properties={"energy": 0.0, "forces": numpy.zeros((12, 3))},
-                property_weights={"energy": 1.0, "forces": 1.0}, cell=numpy.eye(3) * 30, pbc=(False,) * 3,
+                property_weights={"energy": 1.0, "forces": 1.0},
+                cell=numpy.eye(3) * 30,
+                pbc=(False,) * 3,
             )
             for _ in range(2)
-        ]  # fmt: skip
+        ]
         atoms = [data.AtomicData.from_config(c, z_table=table, cutoff=4.0) for c in configs]
         loader = torch_geometric.dataloader.DataLoader(atoms, batch_size=2, shuffle=False)
         return Task(model.float(), [next(iter(loader))], loss)
@@ -624,20 +744,25 @@ GROUPS: dict[str, tuple[int, Callable[[], dict[str, Make]]]] = {
     "torchvision detection": (2, torchvision_detection),
     "diffusers": (5, diffusers_models),
     "transformers causal": (
-        2, functools.partial(transformers_group, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", tokens),
+        2,
+        functools.partial(transformers_group, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", tokens),
     ),
     "transformers MoE": (
-        1, functools.partial(transformers_group, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", tokens, experts=True),
+        1,
+        functools.partial(transformers_group, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", tokens, experts=True),
     ),
     "transformers encoder-decoder": (
-        2, functools.partial(transformers_group, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", pairs),
+        2,
+        functools.partial(transformers_group, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", pairs),
     ),
     "transformers audio": (
-        2, functools.partial(transformers_group, "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", sounds),
+        2,
+        functools.partial(transformers_group, "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", sounds),
     ),
     "transformers time series": (1, time_series),
     "transformers vision": (
-        2, functools.partial(transformers_group, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", pictures),
+        2,
+        functools.partial(transformers_group, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", pictures),
     ),
     "PyG": (4, graph_models),
     "e3nn": (1, e3nn_models),
@@ -645,4 +770,4 @@ GROUPS: dict[str, tuple[int, Callable[[], dict[str, Make]]]] = {
     "monai": (4, monai_networks),
     "segmentation-models-pytorch": (3, segmentation_models),
     "lightning": (1, lightning_examples),
-}  # fmt: skip
+}

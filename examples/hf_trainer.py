@@ -24,13 +24,24 @@ class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def make_trainer(folder: str, **arguments: object) -> Trainer:
     """A Llama of 1.8 million random parameters; ``arguments`` go to TrainingArguments."""
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=128, use_cache=False,
-    )  # fmt: skip
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        use_cache=False,
+    )
     args = TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=4, max_steps=2, use_cpu=True, report_to=[],
-        save_strategy="no", disable_tqdm=True, **arguments,  # type: ignore[arg-type]
-    )  # fmt: skip
+        output_dir=folder,
+        per_device_train_batch_size=4,
+        max_steps=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **arguments,  # type: ignore[arg-type]
+    )
     return Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=RandomTokens())
 
 

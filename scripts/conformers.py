@@ -28,19 +28,35 @@ FRAMES, BETWEEN, SETTLING, RELAXING = 90, 20, 400, 300
 
 M = "[H]C([H])([H])"  # methyl
 TRAIN = {
-    "methane": f"{M}[H]", "ethane": f"{M}C([H])([H])[H]", "propane": f"{M}C([H])([H])C([H])([H])[H]",
-    "ethene": "[H]C([H])=C([H])[H]", "propene": f"{M}C([H])=C([H])[H]", "ethyne": "[H]C#C[H]",
-    "methanol": f"{M}O[H]", "ethanol": f"{M}C([H])([H])O[H]", "dimethyl ether": f"{M}OC([H])([H])[H]",
-    "formaldehyde": "[H]C([H])=O", "acetaldehyde": f"{M}C([H])=O", "formic acid": "[H]C(=O)O[H]",
-    "acetic acid": f"{M}C(=O)O[H]", "methyl formate": f"{M}OC([H])=O", "methylamine": f"{M}N([H])[H]",
-    "ethylamine": f"{M}C([H])([H])N([H])[H]", "formamide": "[H]C(=O)N([H])[H]",
-    "urea": "[H]N([H])C(=O)N([H])[H]", "acetonitrile": f"{M}C#N", "water": "[H]O[H]",
-    "ammonia": "[H]N([H])[H]", "glycolaldehyde": "[H]OC([H])([H])C([H])=O",
-}  # fmt: skip
+    "methane": f"{M}[H]",
+    "ethane": f"{M}C([H])([H])[H]",
+    "propane": f"{M}C([H])([H])C([H])([H])[H]",
+    "ethene": "[H]C([H])=C([H])[H]",
+    "propene": f"{M}C([H])=C([H])[H]",
+    "ethyne": "[H]C#C[H]",
+    "methanol": f"{M}O[H]",
+    "ethanol": f"{M}C([H])([H])O[H]",
+    "dimethyl ether": f"{M}OC([H])([H])[H]",
+    "formaldehyde": "[H]C([H])=O",
+    "acetaldehyde": f"{M}C([H])=O",
+    "formic acid": "[H]C(=O)O[H]",
+    "acetic acid": f"{M}C(=O)O[H]",
+    "methyl formate": f"{M}OC([H])=O",
+    "methylamine": f"{M}N([H])[H]",
+    "ethylamine": f"{M}C([H])([H])N([H])[H]",
+    "formamide": "[H]C(=O)N([H])[H]",
+    "urea": "[H]N([H])C(=O)N([H])[H]",
+    "acetonitrile": f"{M}C#N",
+    "water": "[H]O[H]",
+    "ammonia": "[H]N([H])[H]",
+    "glycolaldehyde": "[H]OC([H])([H])C([H])=O",
+}
 TEST = {
-    "acetamide": f"{M}C(=O)N([H])[H]", "dimethylamine": f"{M}N([H])C([H])([H])[H]",
-    "acetone": f"{M}C(=O)C([H])([H])[H]", "ethylene glycol": "[H]OC([H])([H])C([H])([H])O[H]",
-}  # fmt: skip
+    "acetamide": f"{M}C(=O)N([H])[H]",
+    "dimethylamine": f"{M}N([H])C([H])([H])[H]",
+    "acetone": f"{M}C(=O)C([H])([H])[H]",
+    "ethylene glycol": "[H]OC([H])([H])C([H])([H])O[H]",
+}
 
 
 class Molecule:
@@ -125,9 +141,15 @@ def main() -> None:
         print(f"{name}: mean force {np.abs([f[2] for f in frames]).mean():.3f} eV/angstrom")
     molecule_of = np.repeat(np.arange(len(names)), FRAMES).astype(np.uint8)
     np.savez_compressed(
-        HERE, name=np.array(names), numbers=numbers, molecule=molecule_of,
-        energy=np.array(energy), positions=positions, forces=forces, train_molecules=np.int64(len(TRAIN)),
-    )  # fmt: skip
+        HERE,
+        name=np.array(names),
+        numbers=numbers,
+        molecule=molecule_of,
+        energy=np.array(energy),
+        positions=positions,
+        forces=forces,
+        train_molecules=np.int64(len(TRAIN)),
+    )
     print(HERE.name, HERE.stat().st_size, hashlib.sha256(HERE.read_bytes()).hexdigest())
 
 

@@ -136,9 +136,10 @@ def accelerate() -> Sections:
     top = of_fields(config_args.SageMakerConfig) | of_fields(config_args.ClusterConfig)
     found: Sections = {"": {k: options[k] if k == "mixed_precision" else v for k, v in top.items()}}
     for section, front in (
-        ("fsdp_config", "fsdp_"), ("megatron_lm_config", "megatron_lm_"),
+        ("fsdp_config", "fsdp_"),
+        ("megatron_lm_config", "megatron_lm_"),
         ("parallelism_config", "parallelism_config_"),
-    ):  # fmt: skip
+    ):
         found[section] = {k.removeprefix(front): v for k, v in options.items() if k.startswith(front)}
     deep = ("zero", "offload", "deepspeed", "gradient")
     found["deepspeed_config"] = {k: v for k, v in options.items() if k.startswith(deep)}

@@ -18,11 +18,28 @@ from hypothesis import settings
 
 # Not the modules that handle tensors: a checking wrapper holds its arguments and so changes what is measured.
 _CHECKED = (
-    "types", "catalog", "cost", "planner.selection", "planner.plan_space", "planner.parallelism_grid",
-    "engines.base", "engines.registry", "engines.native", "engines.replay", "runtime.child_process",
-    "runtime.restart", "runtime.ranks", "runtime.engine_environment", "verify", "store", "report", "export",
-    "workflows.proof_of_concept", "cli", "decision",
-)  # fmt: skip
+    "types",
+    "catalog",
+    "cost",
+    "planner.selection",
+    "planner.plan_space",
+    "planner.parallelism_grid",
+    "engines.base",
+    "engines.registry",
+    "engines.native",
+    "engines.replay",
+    "runtime.child_process",
+    "runtime.restart",
+    "runtime.ranks",
+    "runtime.engine_environment",
+    "verify",
+    "store",
+    "report",
+    "export",
+    "workflows.proof_of_concept",
+    "cli",
+    "decision",
+)
 beartype_packages(
     tuple(f"memfit.{name}" for name in _CHECKED),
     conf=BeartypeConf(is_pep484_tower=True),  # an int is a float, as for mypy

@@ -34,9 +34,32 @@ from memfit.types.job import Job
 __all__ = ["FIRST_SET", "SECOND_SET", "THIRD_SET"]
 
 FIRST_SET: tuple[Callable[[], Job], ...] = (
-    esm, gpt2, llama, bert, t5, vit, resnet, unet, conv3d, lstm, gru, packed, mamba, tied, custom,
-    compiled, gnn, force_field, fno, evoformer, moe_dense, moe_index, several, swin, perceiver,
-)  # fmt: skip
+    esm,
+    gpt2,
+    llama,
+    bert,
+    t5,
+    vit,
+    resnet,
+    unet,
+    conv3d,
+    lstm,
+    gru,
+    packed,
+    mamba,
+    tied,
+    custom,
+    compiled,
+    gnn,
+    force_field,
+    fno,
+    evoformer,
+    moe_dense,
+    moe_index,
+    several,
+    swin,
+    perceiver,
+)
 # (job, what its first run showed, on the day it was written)
 _NO_CHANGE = "within 0.001 % in its first run"
 _NORMS = (
@@ -62,6 +85,18 @@ SECOND_SET: tuple[tuple[Callable[[], Job], str], ...] = (
     (vae, _NO_CHANGE),
 )
 THIRD_SET: tuple[Callable[[], Job], ...] = (
-    translator, glow, diffusion, clicks, selective, equivariant, crops, spectral, detector, adversaries,
-    speech, masked, radiance, rollout,
-)  # fmt: skip
+    translator,
+    glow,
+    diffusion,
+    clicks,
+    selective,
+    equivariant,
+    crops,
+    spectral,
+    detector,
+    adversaries,
+    speech,
+    masked,
+    radiance,
+    rollout,
+)

@@ -252,9 +252,10 @@ class Rollout(nn.Module):
     def __init__(self, width: int = 24) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(1, width, 5, padding=2, padding_mode="circular"), nn.Tanh(),
+            nn.Conv2d(1, width, 5, padding=2, padding_mode="circular"),
+            nn.Tanh(),
             nn.Conv2d(width, 1, 3, padding=1, padding_mode="circular"),
-        )  # fmt: skip
+        )
         self.register_buffer("stencil", torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]]))
 
     def forward(self, field: torch.Tensor, steps: int) -> torch.Tensor:

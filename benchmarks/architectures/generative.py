@@ -93,9 +93,12 @@ class Coupling(nn.Module):
         self.shift, self.scale = (nn.Parameter(torch.zeros(1, channels, 1, 1)) for _ in range(2))
         self.mix = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0])
         self.net = nn.Sequential(
-            nn.Conv2d(channels // 2, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
+            nn.Conv2d(channels // 2, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+            nn.ReLU(),
             nn.Conv2d(width, channels, 3, padding=1),
-        )  # fmt: skip
+        )
 
     def forward(self, x: torch.Tensor, volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = x.shape[-1] * x.shape[-2]
@@ -207,16 +210,27 @@ class Adversaries(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.generator = nn.Sequential(
-            nn.Linear(64, 4 * width * 16), nn.Unflatten(1, (4 * width, 4, 4)), nn.ReLU(),
-            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1), nn.BatchNorm2d(2 * width), nn.ReLU(),
-            nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh(),
-        )  # fmt: skip
+            nn.Linear(64, 4 * width * 16),
+            nn.Unflatten(1, (4 * width, 4, 4)),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(2 * width, width, 4, 2, 1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, 3, 4, 2, 1),
+            nn.Tanh(),
+        )
         self.critic = nn.Sequential(
-            nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2 * width, 4, 2, 1),
-            nn.InstanceNorm2d(2 * width, affine=True), nn.LeakyReLU(0.2), nn.Flatten(),
+            nn.Conv2d(3, width, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.InstanceNorm2d(2 * width, affine=True),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
             nn.Linear(2 * width * 64, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, real: torch.Tensor, noise: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         made = self.generator(noise)

@@ -53,9 +53,11 @@ _LIMITS = {"allocated": "worst 1 %", "reserved": "worst 5 %", "device": "worst 3
 
 _BLOCKS = {"evoformer-256": (256, 128), "evoformer-384": (384, 512)}  # residues, rows of the alignment
 _OF_BLOCKS = (
-    (), (use("bf16-autocast"),), (use("bf16-parameters", rounding="master"),),
+    (),
+    (use("bf16-autocast"),),
+    (use("bf16-parameters", rounding="master"),),
     (use("chunking", parts=0, mib=0),),
-)  # fmt: skip
+)
 
 
 def _block(name: str) -> Job:

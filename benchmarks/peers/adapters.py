@@ -27,9 +27,18 @@ Answer = tuple[int, list[str]]
 PRECISION = ("bf16-autocast", "bf16-parameters")
 # What other people's code raises on what it does not know: the table shows it in that cell.
 FOREIGN = (
-    RuntimeError, ValueError, TypeError, AssertionError, KeyError, AttributeError, IndexError, ImportError,
-    OSError, NotImplementedError, ZeroDivisionError,
-)  # fmt: skip
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ImportError,
+    OSError,
+    NotImplementedError,
+    ZeroDivisionError,
+)
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -66,10 +75,13 @@ def _hugging_face(facts: Facts) -> Any:
     import transformers
 
     sizes = {
-        "vocab_size": facts.vocab, "hidden_size": facts.hidden, "intermediate_size": facts.ffn,
-        "num_hidden_layers": facts.layers, "num_attention_heads": facts.heads,
+        "vocab_size": facts.vocab,
+        "hidden_size": facts.hidden,
+        "intermediate_size": facts.ffn,
+        "num_hidden_layers": facts.layers,
+        "num_attention_heads": facts.heads,
         "tie_word_embeddings": facts.tied,
-    }  # fmt: skip
+    }
     if facts.gated:
         llama = transformers.LlamaConfig(
             **sizes, num_key_value_heads=facts.kv_heads, head_dim=facts.head_dim, use_cache=False
@@ -157,18 +169,23 @@ def kitsune(question: Question, source: str) -> Answer:
     if facts and facts.lora_rank:
         roles = _LLAMA_NAMES if facts.gated else _NEOX_NAMES  # it asks for substrings of layers' names
         config = LoRAConfig(
-            rank=facts.lora_rank, use_qlora=facts.quantized,
+            rank=facts.lora_rank,
+            use_qlora=facts.quantized,
             target_modules=tuple(roles[t] for t in facts.lora_targets if t in roles),
-        )  # fmt: skip
+        )
         found: Any = estimate_lora_memory(model, batch_size=question.batch, config=config, **given)
     elif question.sharding:
         strategy = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2"}.get(question.sharding, "zero3")
         if "parameters kept whole" in question.techniques:
             strategy, missing = "zero2", [m for m in missing if m != "parameters kept whole"]
         found = estimate_multi_gpu(
-            model, total_batch_size=question.batch * question.ranks, optimizer=question.optimizer,
-            strategy=strategy, world_size=question.ranks, **given,
-        )  # fmt: skip
+            model,
+            total_batch_size=question.batch * question.ranks,
+            optimizer=question.optimizer,
+            strategy=strategy,
+            world_size=question.ranks,
+            **given,
+        )
     else:
         found = predict_memory(model, batch_size=question.batch, optimizer=question.optimizer, **given)
     return found.total_bytes - found.overhead_bytes, missing
@@ -211,27 +228,41 @@ def llm_analysis(question: Question, source: str) -> Answer:
     kept = (2 if facts.weights == "float32" else 4) if half and facts.states == "float32" else 0
     weight_bits = 16 if half else 8 * BYTES[facts.weights]
     model = ModelConfig(
-        name="row", num_layers=facts.layers, n_head=facts.heads, hidden_dim=facts.hidden,
-        vocab_size=facts.vocab, max_seq_len=facts.length, num_key_value_heads=facts.kv_heads,
-        ffn_embed_dim=facts.ffn, expansion_ratio=facts.ffn / facts.hidden,
+        name="row",
+        num_layers=facts.layers,
+        n_head=facts.heads,
+        hidden_dim=facts.hidden,
+        vocab_size=facts.vocab,
+        max_seq_len=facts.length,
+        num_key_value_heads=facts.kv_heads,
+        ffn_embed_dim=facts.ffn,
+        expansion_ratio=facts.ffn / facts.hidden,
         **({"mlp_gated_linear_units": facts.gated} if source else {}),
-    )  # fmt: skip
+    )
     analysis = LLMAnalysis(
-        model, GPUConfig("row", 500, 1000, 100, 1e-6, 100),
+        model,
+        GPUConfig("row", 500, 1000, 100, 1e-6, 100),
         DtypeConfig("row", weight_bits, 8 * BYTES[facts.compute], weight_bits),
         ParallelismConfig(
-            tp_size=facts.tensor_parallel, pp_size=facts.pipeline,
-            dp_size=question.ranks // facts.tensor_parallel // facts.pipeline),
-    )  # fmt: skip
+            tp_size=facts.tensor_parallel,
+            pp_size=facts.pipeline,
+            dp_size=question.ranks // facts.tensor_parallel // facts.pipeline,
+        ),
+    )
     stage = 2 if "parameters kept whole" in question.techniques else question.stage
     summary = analysis.training(
-        batch_size_per_gpu=facts.batch, gradient_accumulation_steps=1, seq_len=facts.length,
+        batch_size_per_gpu=facts.batch,
+        gradient_accumulation_steps=1,
+        seq_len=facts.length,
         activation_recomputation=ActivationRecomputation["FULL" if facts.recompute == "full" else "NONE"],
-        ds_zero=DSZeRO(stage), master_weights_dtype_bytes=grad, other_op_bytes=state + kept - grad,
-        layernorm_dtype_bytes=BYTES[facts.compute], flash_attn=not facts.attention_dropout,
+        ds_zero=DSZeRO(stage),
+        master_weights_dtype_bytes=grad,
+        other_op_bytes=state + kept - grad,
+        layernorm_dtype_bytes=BYTES[facts.compute],
+        flash_attn=not facts.attention_dropout,
         softmax_dropout=facts.attention_dropout,
         **({} if source else {"mlp_gated_linear_units": facts.gated}),
-    )  # fmt: skip
+    )
     key = "estimated_peak_memory_per_gpu"
     peak = summary.get(key, summary.get("(weight+op_state+grad+act)_memory_per_gpu"))
     return int(peak), lacking(question, "activation-checkpointing", "parameters kept whole")
@@ -248,15 +279,24 @@ def eleutherai(question: Question, source: str) -> Answer:
     stage = 2 if whole else question.stage
     low = BYTES[facts.compute]
     given = {
-        "num-gpus": question.ranks, "tensor-parallel-size": facts.tensor_parallel,
-        "pipeline-parallel-size": facts.pipeline, "zero-stage": stage, "batch-size-per-gpu": facts.batch,
-        "zero-allgather-bucket-size": question.bucket_elements, "zero3-max-live-params": facts.block_params,
-        "sequence-length": facts.length, "vocab-size": facts.vocab, "hidden-size": facts.hidden,
-        "num-attention-heads": facts.heads, "num-layers": facts.layers,
-        "ffn-expansion-factor": facts.ffn / facts.hidden, "num-mlp-linears": 3 if facts.gated else 2,
-        "kv-size-ratio": facts.kv_heads / facts.heads, "low-prec-bytes-per-val": low,
+        "num-gpus": question.ranks,
+        "tensor-parallel-size": facts.tensor_parallel,
+        "pipeline-parallel-size": facts.pipeline,
+        "zero-stage": stage,
+        "batch-size-per-gpu": facts.batch,
+        "zero-allgather-bucket-size": question.bucket_elements,
+        "zero3-max-live-params": facts.block_params,
+        "sequence-length": facts.length,
+        "vocab-size": facts.vocab,
+        "hidden-size": facts.hidden,
+        "num-attention-heads": facts.heads,
+        "num-layers": facts.layers,
+        "ffn-expansion-factor": facts.ffn / facts.hidden,
+        "num-mlp-linears": 3 if facts.gated else 2,
+        "kv-size-ratio": facts.kv_heads / facts.heads,
+        "low-prec-bytes-per-val": low,
         "bytes-per-grad-ele": BYTES[facts.states],
-    }  # fmt: skip
+    }
     flags = ["--checkpoint-activations"] * (facts.recompute == "full")
     flags += ["--disable-mixed-precision"] * (facts.compute == "float32")
     flags += ["--partition-activations"] * (facts.tensor_parallel > 1)
@@ -301,19 +341,31 @@ def fitcheck(question: Question, source: str) -> Answer:
     if "head" in facts.lora_targets:
         raise Refused("has no adapter on the head")
     model = ModelConfig(
-        name="row", num_params=facts.params, hidden_size=facts.hidden, num_layers=facts.layers,
-        num_attention_heads=facts.heads, num_kv_heads=facts.kv_heads, intermediate_size=facts.ffn,
-        vocab_size=facts.vocab, head_dim=facts.head_dim, tie_word_embeddings=facts.tied,
-    )  # fmt: skip
+        name="row",
+        num_params=facts.params,
+        hidden_size=facts.hidden,
+        num_layers=facts.layers,
+        num_attention_heads=facts.heads,
+        num_kv_heads=facts.kv_heads,
+        intermediate_size=facts.ffn,
+        vocab_size=facts.vocab,
+        head_dim=facts.head_dim,
+        tie_word_embeddings=facts.tied,
+    )
     training = TrainingConfig(
         precision={"float32": "fp32", "bfloat16": "bf16"}[facts.compute],
-        quantization="nf4" if facts.quantized else "none", double_quant=facts.double,
+        quantization="nf4" if facts.quantized else "none",
+        double_quant=facts.double,
         optimizer={"adamw": "adamw", "adamw-8bit": "adam8bit", "sgd": "sgd"}[question.optimizer],
-        optimizer_dtype={"float32": "fp32", "bfloat16": "bf16"}[facts.states], batch_size=facts.batch,
-        seq_len=facts.length, lora_rank=facts.lora_rank or None,
-        lora_targets=[f"{t}_proj" for t in facts.lora_targets], grad_checkpoint=facts.recompute == "full",
-        flash_attn=True, grad_accum_steps=facts.accumulation,
-    )  # fmt: skip
+        optimizer_dtype={"float32": "fp32", "bfloat16": "bf16"}[facts.states],
+        batch_size=facts.batch,
+        seq_len=facts.length,
+        lora_rank=facts.lora_rank or None,
+        lora_targets=[f"{t}_proj" for t in facts.lora_targets],
+        grad_checkpoint=facts.recompute == "full",
+        flash_attn=True,
+        grad_accum_steps=facts.accumulation,
+    )
     report = estimate(model, training, get_gpu("row", 10**6))
     missing = lacking(question, "activation-checkpointing", "lora")
     if facts.states != "float32" and not facts.lora_rank:
@@ -460,11 +512,19 @@ def memfit_published(question: Question, source: str) -> Answer:
 
 
 PEERS: dict[str, Callable[[Question, str], Answer]] = {
-    "accelerate": accelerate, "deepspeed": deepspeed, "MemTracker": mem_tracker,
-    "FSDPMemTracker": fsdp_tracker, "torch-kitsune": kitsune, "llm-analysis": llm_analysis,
-    "eleutherai": eleutherai, "fitcheck-llm": fitcheck,
-    "truth": truth, "memfit": memfit, "memfit-unprobed": unprobed, "memfit-published": memfit_published,
-}  # fmt: skip
+    "accelerate": accelerate,
+    "deepspeed": deepspeed,
+    "MemTracker": mem_tracker,
+    "FSDPMemTracker": fsdp_tracker,
+    "torch-kitsune": kitsune,
+    "llm-analysis": llm_analysis,
+    "eleutherai": eleutherai,
+    "fitcheck-llm": fitcheck,
+    "truth": truth,
+    "memfit": memfit,
+    "memfit-unprobed": unprobed,
+    "memfit-published": memfit_published,
+}
 DISTRIBUTIONS = {"MemTracker": "torch", "FSDPMemTracker": "torch"}
 
 

@@ -72,5 +72,12 @@ def to_json(question: Question) -> dict[str, Any]:
 def from_json(told: dict[str, Any]) -> Question:
     facts = told["facts"] and Facts(**{**told["facts"], "lora_targets": tuple(told["facts"]["lora_targets"])})
     shape = told["shape"] and tuple(told["shape"])
-    return Question(**{**told, "facts": facts, "shape": shape, "build": tuple(told["build"]),
-                       "techniques": tuple(told["techniques"])})  # fmt: skip
+    return Question(
+        **{
+            **told,
+            "facts": facts,
+            "shape": shape,
+            "build": tuple(told["build"]),
+            "techniques": tuple(told["techniques"]),
+        }
+    )

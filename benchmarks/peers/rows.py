@@ -55,23 +55,56 @@ def _own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 _ENCODER = {
-    "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": FFN,
-}  # fmt: skip
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": FFN,
+}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": partial(
-        _model, "GPT2LMHeadModel", "GPT2Config", vocab_size=WORDS, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
-        n_positions=POSITIONS, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0),
+        _model,
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        vocab_size=WORDS,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_positions=POSITIONS,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
     "llama": partial(
-        _model, "LlamaForCausalLM", "LlamaConfig", vocab_size=WORDS, num_key_value_heads=KV_HEADS,
-        use_cache=False, **{**_ENCODER, "intermediate_size": GATED_FFN}),
+        _model,
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        vocab_size=WORDS,
+        num_key_value_heads=KV_HEADS,
+        use_cache=False,
+        **{**_ENCODER, "intermediate_size": GATED_FFN},
+    ),
     "bert": partial(_model, "BertForMaskedLM", "BertConfig", vocab_size=WORDS, **_ENCODER),
     "esm": partial(
-        _model, "EsmForMaskedLM", "EsmConfig", vocab_size=33, position_embedding_type="rotary",
-        pad_token_id=1, mask_token_id=32, token_dropout=True, **_ENCODER),
+        _model,
+        "EsmForMaskedLM",
+        "EsmConfig",
+        vocab_size=33,
+        position_embedding_type="rotary",
+        pad_token_id=1,
+        mask_token_id=32,
+        token_dropout=True,
+        **_ENCODER,
+    ),
     "vit": partial(
-        _model, "ViTForImageClassification", "ViTConfig", image_size=96, patch_size=8, num_labels=100,
-        **_ENCODER),
-}  # fmt: skip
+        _model,
+        "ViTForImageClassification",
+        "ViTConfig",
+        image_size=96,
+        patch_size=8,
+        num_labels=100,
+        **_ENCODER,
+    ),
+}
 VOCABULARY = {"gpt2": WORDS, "llama": WORDS, "bert": WORDS, "esm": 33}
 
 
@@ -99,18 +132,35 @@ def _text_case(model: str, batch: int, length: int, *uses: Use) -> Case:
 
 
 CASES = (
-    _text_case("gpt2", 4, 256), _text_case("gpt2", 1, 256), _text_case("gpt2", 8, 128),
-    _text_case("gpt2", 4, 256, AUTOCAST), _text_case("gpt2", 4, 256, FULL), _text_case("gpt2", 4, 256, SGD),
-    _text_case("llama", 4, 256), _text_case("llama", 1, 256), _text_case("llama", 2, 512, FULL),
-    _text_case("llama", 4, 256, AUTOCAST), _text_case("llama", 4, 256, FULL),
-    _text_case("llama", 4, 256, AUTOCAST, FULL), _text_case("llama", 1, 256, AUTOCAST),
-    _text_case("bert", 1, 256), _text_case("bert", 8, 128, AUTOCAST), _text_case("bert", 8, 128, FULL),
-    _text_case("esm", 1, 256), _text_case("esm", 4, 256, AUTOCAST),
-    Case(model="vit", batch=1), Case(model="vit", batch=8), Case(model="vit", batch=8, uses=(AUTOCAST,)),
-    Case(model="resnet"), Case(model="resnet", uses=(SGD,)), Case(model="resnet", uses=(AUTOCAST,)),
-    Case(model="mlp"), Case(model="mlp", uses=(SGD,)), Case(model="multi-input"),
+    _text_case("gpt2", 4, 256),
+    _text_case("gpt2", 1, 256),
+    _text_case("gpt2", 8, 128),
+    _text_case("gpt2", 4, 256, AUTOCAST),
+    _text_case("gpt2", 4, 256, FULL),
+    _text_case("gpt2", 4, 256, SGD),
+    _text_case("llama", 4, 256),
+    _text_case("llama", 1, 256),
+    _text_case("llama", 2, 512, FULL),
+    _text_case("llama", 4, 256, AUTOCAST),
+    _text_case("llama", 4, 256, FULL),
+    _text_case("llama", 4, 256, AUTOCAST, FULL),
+    _text_case("llama", 1, 256, AUTOCAST),
+    _text_case("bert", 1, 256),
+    _text_case("bert", 8, 128, AUTOCAST),
+    _text_case("bert", 8, 128, FULL),
+    _text_case("esm", 1, 256),
+    _text_case("esm", 4, 256, AUTOCAST),
+    Case(model="vit", batch=1),
+    Case(model="vit", batch=8),
+    Case(model="vit", batch=8, uses=(AUTOCAST,)),
+    Case(model="resnet"),
+    Case(model="resnet", uses=(SGD,)),
+    Case(model="resnet", uses=(AUTOCAST,)),
+    Case(model="mlp"),
+    Case(model="mlp", uses=(SGD,)),
+    Case(model="multi-input"),
     Case(model="multi-input", uses=(AUTOCAST,)),
-)  # fmt: skip
+)
 # Of the rows of memory_truth_ranks.py: each rank trains the whole model on its half of the batch.
 DATA_PARALLEL = {*SHARDING, "activation-checkpointing", "gradient-accumulation"}
 
@@ -123,9 +173,10 @@ def run_together(sharding: str) -> list[Row]:
 def rank_rows(sharding: str) -> list[Row]:
     """Of models whose inputs and sizes every peer can be told."""
     return [
-        r for r in run_together(sharding)
+        r
+        for r in run_together(sharding)
         if {u.technique for u in r.plan.uses} <= DATA_PARALLEL and (r.job in SHAPES or _gpt_of(r.job))
-    ]  # fmt: skip
+    ]
 
 
 @functools.cache
@@ -142,9 +193,13 @@ def job_of(case: Case) -> Job:
     words = VOCABULARY.get(case.model)
     make = partial(_text, case.batch, case.length, words) if words else partial(_pictures, case.batch)
     return Job(
-        name=case.model, build_model=MODELS[case.model], make_batch=make, loss=_own_loss,
-        batch_size=case.batch, optimizer=OptimizerChoice(learning_rate=1e-4),
-    )  # fmt: skip
+        name=case.model,
+        build_model=MODELS[case.model],
+        make_batch=make,
+        loss=_own_loss,
+        batch_size=case.batch,
+        optimizer=OptimizerChoice(learning_rate=1e-4),
+    )
 
 
 def case_named(name: str) -> Case:
@@ -163,11 +218,15 @@ def _cpu_question(case: Case) -> Question:
     job = job_of(case)
     compute = "bfloat16" if AUTOCAST in case.uses else "float32"
     return Question(
-        name=case.name, build=("cpu", case.name), techniques=techniques, compute=compute,
-        batch=job.batch_size, optimizer="sgd" if SGD in case.uses else "adamw",
+        name=case.name,
+        build=("cpu", case.name),
+        techniques=techniques,
+        compute=compute,
+        batch=job.batch_size,
+        optimizer="sgd" if SGD in case.uses else "adamw",
         shape=(case.length,) if case.length else SHAPES.get(case.model),
         facts=_cpu_facts(case, compute) if case.length else None,
-    )  # fmt: skip
+    )
 
 
 def _cpu_facts(case: Case, compute: str) -> Facts:
@@ -177,12 +236,23 @@ def _cpu_facts(case: Case, compute: str) -> Facts:
     blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
     return Facts(
         params=sum(p.numel() for p in model.parameters()),
-        block_params=sum(p.numel() for p in blocks[0].parameters()), layers=LAYERS, hidden=WIDTH, heads=HEADS,
-        kv_heads=KV_HEADS if gated else HEADS, head_dim=WIDTH // HEADS, ffn=GATED_FFN if gated else FFN,
-        vocab=VOCABULARY[case.model], gated=gated, causal=causal, tied=not gated, length=case.length,
-        batch=case.batch, compute=compute, attention_dropout=case.model == "bert",
+        block_params=sum(p.numel() for p in blocks[0].parameters()),
+        layers=LAYERS,
+        hidden=WIDTH,
+        heads=HEADS,
+        kv_heads=KV_HEADS if gated else HEADS,
+        head_dim=WIDTH // HEADS,
+        ffn=GATED_FFN if gated else FFN,
+        vocab=VOCABULARY[case.model],
+        gated=gated,
+        causal=causal,
+        tied=not gated,
+        length=case.length,
+        batch=case.batch,
+        compute=compute,
+        attention_dropout=case.model == "bert",
         recompute="full" if FULL in case.uses else "",
-    )  # fmt: skip
+    )
 
 
 def rank_question(row: Row) -> Question:
@@ -201,14 +271,25 @@ def rank_question(row: Row) -> Question:
     }
     batch = job.batch_size // row.plan.ranks // parts
     return Question(
-        name=row.name, build=("ranks", row.job), compute=compute, batch=batch, ranks=row.plan.ranks,
-        techniques=(*uses, *(k for k, v in lacks.items() if v)), sharding=f"{sharding}{own.get('stage', '')}",
+        name=row.name,
+        build=("ranks", row.job),
+        compute=compute,
+        batch=batch,
+        ranks=row.plan.ranks,
+        techniques=(*uses, *(k for k, v in lacks.items() if v)),
+        sharding=f"{sharding}{own.get('stage', '')}",
         shape=SHAPES.get(row.job, (rank_jobs.LENGTH,)),
         bucket_elements=int(own.get("reduce_bucket_elements", 0)),
-        facts=None if row.job in SHAPES else _rank_facts(
-            row.job, batch, compute, weights="bfloat16" if half and sharding == "zero" else "float32",
-            recompute="full" if "activation-checkpointing" in uses else ""),
-    )  # fmt: skip
+        facts=None
+        if row.job in SHAPES
+        else _rank_facts(
+            row.job,
+            batch,
+            compute,
+            weights="bfloat16" if half and sharding == "zero" else "float32",
+            recompute="full" if "activation-checkpointing" in uses else "",
+        ),
+    )
 
 
 def _rank_facts(job: str, batch: int, compute: str, *, weights: str, recompute: str) -> Facts:
@@ -218,11 +299,23 @@ def _rank_facts(job: str, batch: int, compute: str, *, weights: str, recompute: 
     heads = width // 32
     return Facts(
         params=sum(p.numel() for p in model.parameters()),
-        block_params=sum(p.numel() for p in model.blocks[0].parameters()), layers=len(model.blocks),
-        hidden=width, heads=heads, kv_heads=heads, head_dim=32, ffn=4 * width, vocab=rank_jobs.VOCABULARY,
-        gated=False, causal=True, tied=model.head.weight is model.embed.weight, length=rank_jobs.LENGTH,
-        batch=batch, compute=compute, weights=weights, recompute=recompute,
-    )  # fmt: skip
+        block_params=sum(p.numel() for p in model.blocks[0].parameters()),
+        layers=len(model.blocks),
+        hidden=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=32,
+        ffn=4 * width,
+        vocab=rank_jobs.VOCABULARY,
+        gated=False,
+        causal=True,
+        tied=model.head.weight is model.embed.weight,
+        length=rank_jobs.LENGTH,
+        batch=batch,
+        compute=compute,
+        weights=weights,
+        recompute=recompute,
+    )
 
 
 # -- published runs
@@ -232,10 +325,13 @@ def published_setups(file: Path) -> list[Setup]:
     """Training steps of quality A whose allocated memory is given."""
     found = [setup_of(row) for row in read(file)]
     return [
-        s for s in found
-        if s.row["quality"] == "A" and s.measured is not None and s.measured.kind == "allocated"
+        s
+        for s in found
+        if s.row["quality"] == "A"
+        and s.measured is not None
+        and s.measured.kind == "allocated"
         and s.row["scope"] == "train_step"
-    ]  # fmt: skip
+    ]
 
 
 def published_bytes(setup: Setup) -> float:
@@ -249,38 +345,65 @@ def published_question(setup: Setup) -> Question:
     sizes = arch is not None and setup.code != "vision" and arch.moe is None and arch.mla is None
     one_sample = (setup.length,) if setup.length else None
     names = {
-        "compile": setup.compiled, "fp8": setup.float8, "context-parallel": setup.ranks["cp"] > 1,
-        "expert-parallel": setup.ranks["ep"] > 1, setup.optimizer: setup.optimizer not in ("adamw", "sgd"),
+        "compile": setup.compiled,
+        "fp8": setup.float8,
+        "context-parallel": setup.ranks["cp"] > 1,
+        "expert-parallel": setup.ranks["ep"] > 1,
+        setup.optimizer: setup.optimizer not in ("adamw", "sgd"),
         "selective-checkpointing": setup.recompute not in ("", "full"),
-        "activation-checkpointing": setup.recompute == "full", "lora": setup.lora is not None,
+        "activation-checkpointing": setup.recompute == "full",
+        "lora": setup.lora is not None,
         "parameters kept whole": setup.sharding == "fsdp2" and not setup.reshard,
-        "offload": bool(setup.offload), "fused loss or layers": setup.code in ("liger", "foak"),
-    }  # fmt: skip
+        "offload": bool(setup.offload),
+        "fused loss or layers": setup.code in ("liger", "foak"),
+    }
     return Question(
-        name=setup.id, build=("facts",), techniques=tuple(k for k, v in names.items() if v),
-        compute=setup.compute, batch=setup.micro_batch,
+        name=setup.id,
+        build=("facts",),
+        techniques=tuple(k for k, v in names.items() if v),
+        compute=setup.compute,
+        batch=setup.micro_batch,
         ranks=math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp")),
-        sharding="fsdp2" if setup.sharding == "fsdp1" else setup.sharding, optimizer=setup.optimizer,
-        shape=one_sample, facts=_published_facts(setup, arch) if arch is not None and sizes else None,
-    )  # fmt: skip
+        sharding="fsdp2" if setup.sharding == "fsdp1" else setup.sharding,
+        optimizer=setup.optimizer,
+        shape=one_sample,
+        facts=_published_facts(setup, arch) if arch is not None and sizes else None,
+    )
 
 
 def _published_facts(setup: Setup, arch: Arch) -> Facts:
     gated, lora = arch.mlp == "swiglu", setup.lora
     block = (
         2 * arch.hidden * (arch.heads + arch.kv_heads) * arch.head_dim
-        + (3 if gated else 2) * arch.hidden * arch.ffn + 2 * arch.hidden
-    )  # fmt: skip
+        + (3 if gated else 2) * arch.hidden * arch.ffn
+        + 2 * arch.hidden
+    )
     words = arch.vocab * arch.hidden
     megatron = setup.code == "megatron"  # keeps an fp32 master beside its bf16 weights
     return Facts(
-        params=arch.layers * block + (1 if arch.tied else 2) * words + arch.hidden, block_params=block,
-        layers=arch.layers, hidden=arch.hidden, heads=arch.heads, kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim, ffn=arch.ffn, vocab=arch.vocab, gated=gated, causal=True, tied=arch.tied,
+        params=arch.layers * block + (1 if arch.tied else 2) * words + arch.hidden,
+        block_params=block,
+        layers=arch.layers,
+        hidden=arch.hidden,
+        heads=arch.heads,
+        kv_heads=arch.kv_heads,
+        head_dim=arch.head_dim,
+        ffn=arch.ffn,
+        vocab=arch.vocab,
+        gated=gated,
+        causal=True,
+        tied=arch.tied,
         length=setup.length,
-        batch=setup.micro_batch, compute=setup.compute, weights=setup.parameters,
-        states="float32" if megatron else setup.parameters, recompute=setup.recompute,
-        lora_rank=lora.rank if lora else 0, lora_targets=tuple(sorted(lora.targets)) if lora else (),
-        quantized=bool(lora and lora.base), double=bool(lora and lora.double),
-        tensor_parallel=setup.ranks["tp"], pipeline=setup.ranks["pp"], accumulation=setup.micro_batches,
-    )  # fmt: skip
+        batch=setup.micro_batch,
+        compute=setup.compute,
+        weights=setup.parameters,
+        states="float32" if megatron else setup.parameters,
+        recompute=setup.recompute,
+        lora_rank=lora.rank if lora else 0,
+        lora_targets=tuple(sorted(lora.targets)) if lora else (),
+        quantized=bool(lora and lora.base),
+        double=bool(lora and lora.double),
+        tensor_parallel=setup.ranks["tp"],
+        pipeline=setup.ranks["pp"],
+        accumulation=setup.micro_batches,
+    )

@@ -51,9 +51,7 @@ def page(
     lines += _measured(answers.get(measured, {}), measured, published)
     every = [a for one in answers.values() for a in one.values()]
     loads = [a["load"] for a in every] or [0]
-    head = _HEAD.format(
-        cores=every[0]["cores"] if every else "?", load=f"{min(loads)} to {max(loads)}"
-    )  # fmt: skip
+    head = _HEAD.format(cores=every[0]["cores"] if every else "?", load=f"{min(loads)} to {max(loads)}")
     searched = [
         "",
         "## What each searches",
@@ -70,11 +68,14 @@ def _question(name: str, answers: Mapping[str, Mapping[str, Any]], questions: Ma
     costs = told.get("costs", {}).get("costs", {})
     without = f"; memfit without {', '.join(asked['without'])}" if asked.get("without") else ""
     lines = [
-        "", f"## {name}", "",
-        f"{asked['layers']} x {asked['hidden']}; {asked['batch']} x {asked['length']} tokens{without}.", "",
+        "",
+        f"## {name}",
+        "",
+        f"{asked['layers']} x {asked['hidden']}; {asked['batch']} x {asked['length']} tokens{without}.",
+        "",
         "| | version | seconds | candidates | plan | its own cost | memfit's | Calculon's | llm-analysis's |",
         "|---|---|--:|--:|---|--:|--:|--:|--:|",
-    ]  # fmt: skip
+    ]
     for party in _SEARCHED:
         answer = told.get(party)
         if answer is None:
@@ -147,10 +148,14 @@ def _measured(told: Mapping[str, Any], name: str, published: Path) -> list[str]:
     by |= {m: {i: costs[i].get("seconds") for i in ids} for m, costs in models.items()}
     truth = {i: rows[i]["measured_step_s"] for i in ids}
     lines = [
-        "", f"## {name}", "",
-        _PUBLISHED, "",
-        f"| row | measured | {' | '.join(by)} |", "|---|--:|" + "--:|" * len(by),
-    ]  # fmt: skip
+        "",
+        f"## {name}",
+        "",
+        _PUBLISHED,
+        "",
+        f"| row | measured | {' | '.join(by)} |",
+        "|---|--:|" + "--:|" * len(by),
+    ]
     lines += [f"| {i} | {truth[i]:.1f} s | " + " | ".join(_seconds(by[m][i]) for m in by) + " |" for i in ids]
     chosen = {m: min((v, i) for i, v in one.items() if v)[1] for m, one in by.items()}
     best = min(truth.values())

@@ -57,10 +57,13 @@ def _calculon_files(question: Question, source: str, folder: Path, offload: bool
     """It has no gates and no grouped queries: a gated MLP is a plain one of as many parameters."""
     wide = question["ffn"] * 3 // 2 if question["gated"] else question["ffn"]
     application = {
-        "hidden": question["hidden"], "feedforward": wide, "seq_size": question["length"],
-        "attn_heads": question["heads"], "attn_size": question["hidden"] // question["heads"],
+        "hidden": question["hidden"],
+        "feedforward": wide,
+        "seq_size": question["length"],
+        "attn_heads": question["heads"],
+        "attn_size": question["hidden"] // question["heads"],
         "num_blocks": question["layers"],
-    }  # fmt: skip
+    }
     system = json.loads((Path(source) / "systems" / _CALCULON[question["gpu"]]).read_text())
     if not offload:
         system["mem2"]["GiB"] = 0
@@ -83,10 +86,15 @@ def calculon(question: Question, source: str) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         best = json.loads((folder / "best.json").read_text())["0"]
     return {
-        **told, "seconds": seconds, "considered": found["considered"], "good": found["good"],
-        "layout": _from_calculon(best["execution"]), "own_s": best["stats"]["total_time"],
-        "own_gib": best["stats"]["proc_mem_tier1_cap_req"] / GIB, "raw": best["execution"],
-    }  # fmt: skip
+        **told,
+        "seconds": seconds,
+        "considered": found["considered"],
+        "good": found["good"],
+        "layout": _from_calculon(best["execution"]),
+        "own_s": best["stats"]["total_time"],
+        "own_gib": best["stats"]["proc_mem_tier1_cap_req"] / GIB,
+        "raw": best["execution"],
+    }
 
 
 def _calculon_run(
@@ -94,8 +102,16 @@ def _calculon_run(
 ) -> dict[str, int]:
     application, system = _calculon_files(question, source, folder, offload)
     given = [str(application), str(question["gpus"]), str(question["batch"]), "float16", str(system)]
-    command = [sys.executable, str(Path(source) / "bin" / "calculon"), "loe", *given,
-               str(folder / "best.json"), "-c", str(question["cores"]), *options]  # fmt: skip
+    command = [
+        sys.executable,
+        str(Path(source) / "bin" / "calculon"),
+        "loe",
+        *given,
+        str(folder / "best.json"),
+        "-c",
+        str(question["cores"]),
+        *options,
+    ]
     env = {**os.environ, "PYTHONPATH": source}
     done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     said = done.stdout + done.stderr
@@ -106,13 +122,16 @@ def _calculon_run(
 def _from_calculon(execution: Mapping[str, Any]) -> Layout:
     kept = ("weight", "activations", "optimizer")
     return {
-        "tensor": execution["tensor_par"], "sequence": execution["tensor_par_comm_type"] == "rs_ag",
-        "stages": execution["pipeline_par"], "virtual": execution["pipeline_interleaving"],
-        "data": execution["data_par"], "zero": int(execution["optimizer_sharding"]),
+        "tensor": execution["tensor_par"],
+        "sequence": execution["tensor_par_comm_type"] == "rs_ag",
+        "stages": execution["pipeline_par"],
+        "virtual": execution["pipeline_interleaving"],
+        "data": execution["data_par"],
+        "zero": int(execution["optimizer_sharding"]),
         "micro": execution["microbatch_size"],
         "recompute": execution["activation_recompute"].replace("attn_only", "attention"),
         "offload": [k for k in kept if execution[f"{k}_offload"]],
-    }  # fmt: skip
+    }
 
 
 def calculon_costs(question: Question, source: str) -> dict[str, Any]:
@@ -150,18 +169,30 @@ def _to_calculon(layout: Layout, question: Question) -> dict[str, Any]:
     if layout["recompute"] not in ("none", "attention", "full"):
         raise Refused("recomputes all blocks or none")
     return {
-        "num_procs": question["gpus"], "tensor_par": layout["tensor"], "pipeline_par": layout["stages"],
-        "data_par": layout["data"], "tensor_par_net": 0,
+        "num_procs": question["gpus"],
+        "tensor_par": layout["tensor"],
+        "pipeline_par": layout["stages"],
+        "data_par": layout["data"],
+        "tensor_par_net": 0,
         "pipeline_par_net": int(question["gpus"] > question["per_host"]),
-        "data_par_net": int(several and not inside), "batch_size": question["batch"],
-        "microbatch_size": layout["micro"], "datatype": "float16", "fused_activation": True,
+        "data_par_net": int(several and not inside),
+        "batch_size": question["batch"],
+        "microbatch_size": layout["micro"],
+        "datatype": "float16",
+        "fused_activation": True,
         "attention_type": "multihead",
         "activation_recompute": layout["recompute"].replace("attention", "attn_only"),
-        "pipeline_interleaving": layout["virtual"], "optimizer_sharding": several and layout["zero"] > 0,
+        "pipeline_interleaving": layout["virtual"],
+        "optimizer_sharding": several and layout["zero"] > 0,
         "tensor_par_comm_type": "rs_ag" if layout["sequence"] and layout["tensor"] > 1 else "ar",
-        "tensor_par_overlap": "none", "seq_par_ag_redo": False, "data_par_overlap": False,
-        "weight_offload": False, "activations_offload": False, "optimizer_offload": False, "training": True,
-    }  # fmt: skip
+        "tensor_par_overlap": "none",
+        "seq_par_ag_redo": False,
+        "data_par_overlap": False,
+        "weight_offload": False,
+        "activations_offload": False,
+        "optimizer_offload": False,
+        "training": True,
+    }
 
 
 # -- llm-analysis -----------------------------------------------------------------------------------------
@@ -183,9 +214,13 @@ def llm_analysis(question: Question, source: str) -> dict[str, Any]:
     if best is None:
         raise Refused("nothing that it thinks fits")
     return {
-        "seconds": time.perf_counter() - begun, "considered": considered, "good": good,
-        "layout": best[1], "own_s": best[0]["seconds"], "own_gib": best[0]["gib"],
-    }  # fmt: skip
+        "seconds": time.perf_counter() - begun,
+        "considered": considered,
+        "good": good,
+        "layout": best[1],
+        "own_s": best[0]["seconds"],
+        "own_gib": best[0]["gib"],
+    }
 
 
 def _llm_layouts(question: Question) -> Iterator[Layout]:
@@ -199,9 +234,16 @@ def _llm_layouts(question: Question) -> Iterator[Layout]:
         ):
             if (data > 1 or not zero) and (tensor > 1 or not sequence):
                 yield {
-                    "tensor": tensor, "sequence": sequence, "stages": stages, "virtual": 1, "data": data,
-                    "zero": zero, "micro": micro, "recompute": recompute, "offload": [],
-                }  # fmt: skip
+                    "tensor": tensor,
+                    "sequence": sequence,
+                    "stages": stages,
+                    "virtual": 1,
+                    "data": data,
+                    "zero": zero,
+                    "micro": micro,
+                    "recompute": recompute,
+                    "offload": [],
+                }
 
 
 def llm_analysis_costs(question: Question, source: str) -> dict[str, Any]:
@@ -231,27 +273,40 @@ def _llm_cost(layout: Layout, question: Question, source: str) -> dict[str, Any]
     if layout["recompute"] not in _RECOMPUTED or layout.get("context", 1) > 1:
         raise Refused("has no such recomputation, or no context parallelism")
     model = config.ModelConfig(
-        name="asked", num_layers=question["layers"], n_head=question["heads"], hidden_dim=question["hidden"],
-        vocab_size=question["vocab"], max_seq_len=question["length"],
+        name="asked",
+        num_layers=question["layers"],
+        n_head=question["heads"],
+        hidden_dim=question["hidden"],
+        vocab_size=question["vocab"],
+        max_seq_len=question["length"],
         num_key_value_heads=question["kv_heads"],
-        ffn_embed_dim=question["ffn"], expansion_ratio=question["ffn"] / question["hidden"],
+        ffn_embed_dim=question["ffn"],
+        expansion_ratio=question["ffn"] / question["hidden"],
         **({"mlp_gated_linear_units": question["gated"]} if source else {}),
-    )  # fmt: skip
+    )
     asked = analysis.LLMAnalysis(
-        model, config.get_gpu_config_by_name(_LLM_ANALYSIS[question["gpu"]]),
+        model,
+        config.get_gpu_config_by_name(_LLM_ANALYSIS[question["gpu"]]),
         config.get_dtype_config_by_name("w16a16e16"),
         config.ParallelismConfig(
-            tp_size=layout["tensor"], pp_size=layout["stages"], dp_size=layout["data"],
+            tp_size=layout["tensor"],
+            pp_size=layout["stages"],
+            dp_size=layout["data"],
             sp_size=layout["tensor"] if layout["sequence"] else 1,
         ),
-        flops_efficiency=0.5, hbm_memory_efficiency=0.9,
-    )  # fmt: skip
+        flops_efficiency=0.5,
+        hbm_memory_efficiency=0.9,
+    )
     told = asked.training(
-        batch_size_per_gpu=layout["micro"], global_batch_size=question["batch"], seq_len=question["length"],
+        batch_size_per_gpu=layout["micro"],
+        global_batch_size=question["batch"],
+        seq_len=question["length"],
         activation_recomputation=analysis.ActivationRecomputation[_RECOMPUTED[layout["recompute"]]],
-        ds_zero=analysis.DSZeRO(layout["zero"]), layernorm_dtype_bytes=2, flash_attn=True,
+        ds_zero=analysis.DSZeRO(layout["zero"]),
+        layernorm_dtype_bytes=2,
+        flash_attn=True,
         **({} if source else {"mlp_gated_linear_units": question["gated"]}),
-    )  # fmt: skip
+    )
     peak = told.get("estimated_peak_memory_per_gpu", told.get("(weight+op_state+grad+act)_memory_per_gpu"))
     return {"seconds": told["latency_per_iter"], "gib": peak / GIB}
 
@@ -261,9 +316,10 @@ def _llm_cost(layout: Layout, question: Question, source: str) -> dict[str, Any]
 
 # No pipeline, no Ulysses, two micro-batches a step.
 _GALVATRON_NARROW = [
-    "search_engine.search_space_info.max_pp_deg=1", "search_engine.search_space_info.disable_sp=1",
+    "search_engine.search_space_info.max_pp_deg=1",
+    "search_engine.search_space_info.disable_sp=1",
     "+search_engine.batch_size_info.settle_chunk=2",
-]  # fmt: skip
+]
 
 
 def galvatron(question: Question, source: str) -> dict[str, Any]:
@@ -274,18 +330,27 @@ def galvatron(question: Question, source: str) -> dict[str, Any]:
     models = Path(source) / "galvatron" / "models"
     overrides = [
         f"search_engine.model_info.model_config_path={models}/model_configs/{name}.yaml",
-        "search_engine.profiling_info.time_profile_mode=batch", f"SEQ_LENGTH={question['length']}",
+        "search_engine.profiling_info.time_profile_mode=batch",
+        f"SEQ_LENGTH={question['length']}",
         f"MEMORY_CONSTRAINT={question['gib']}",
         f"search_engine.batch_size_info.settle_bsz={question['batch']}",
-    ]  # fmt: skip
+    ]
     with tempfile.TemporaryDirectory() as made:
         out = Path(made) / "out"
         out.mkdir()
         lines = [
-            f"LOG_DIR={made}/logs", f"+search_engine.options_info.output_config_path={out}",
-        ]  # fmt: skip
-        command = [sys.executable, "-c", _GALVATRON, str(models / "gpt"), "scripts/search_dist.yaml",
-                   *overrides, *lines]  # fmt: skip
+            f"LOG_DIR={made}/logs",
+            f"+search_engine.options_info.output_config_path={out}",
+        ]
+        command = [
+            sys.executable,
+            "-c",
+            _GALVATRON,
+            str(models / "gpt"),
+            "scripts/search_dist.yaml",
+            *overrides,
+            *lines,
+        ]
         env = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{made}"}
         _galvatron_core(source, made)
         whole, _ = _galvatron_run(command, models / "gpt", env, question["patience"])
@@ -307,9 +372,15 @@ def _galvatron_run(
     begun = time.perf_counter()
     try:
         done = subprocess.run(
-            command, env=env, cwd=folder, check=False, text=True, timeout=limit_s,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command,
+            env=env,
+            cwd=folder,
+            check=False,
+            text=True,
+            timeout=limit_s,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         said = str(done.stdout)
     except subprocess.TimeoutExpired as late:
         said = late.stdout.decode() if isinstance(late.stdout, bytes) else ""
@@ -327,8 +398,17 @@ def _galvatron_core(source: str, folder: str) -> None:
 
     paths = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     out = Path(folder) / f"galvatron_dp_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = ["g++", "-O3", "-shared", "-std=c++11", "-fPIC", *paths,
-               str(Path(source) / "csrc" / "dp_core.cpp"), "-o", str(out)]  # fmt: skip
+    command = [
+        "g++",
+        "-O3",
+        "-shared",
+        "-std=c++11",
+        "-fPIC",
+        *paths,
+        str(Path(source) / "csrc" / "dp_core.cpp"),
+        "-o",
+        str(out),
+    ]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         raise Refused("its dynamic program needs a C++ compiler")
 
@@ -378,14 +458,20 @@ def _from_galvatron(plan: Mapping[str, Any], said: str, question: Question) -> d
         "considered": _galvatron_tasks(said),
         "counted": f"dynamic programs, each over {strategies[1] if strategies else '?'} strategies a layer",
         "layout": {
-            "tensor": tensor, "sequence": True, "stages": stages, "virtual": 1, "data": data,
+            "tensor": tensor,
+            "sequence": True,
+            "stages": stages,
+            "virtual": 1,
+            "data": data,
             "zero": 3 if sum(each["dp_types_enc"]) * 2 > blocks else 2,
             "micro": plan["global_bsz"] // plan["chunks"] // data,
-            "recompute": {0: "none", blocks: "full"}.get(again, f"{again} of {blocks} blocks"), "offload": [],
+            "recompute": {0: "none", blocks: "full"}.get(again, f"{again} of {blocks} blocks"),
+            "offload": [],
         },
-        "own_s": float(cost[1]) if cost else None, "raw": dict(plan),
+        "own_s": float(cost[1]) if cost else None,
+        "raw": dict(plan),
         "own_gib": max(map(float, re.findall(r"[\d.]+", cost[2]))) / 1024 if cost else None,
-    }  # fmt: skip
+    }
 
 
 # -- DeepSpeed's autotuner --------------------------------------------------------------------------------
@@ -401,9 +487,11 @@ for _ in range(8):
 """
 _LAUNCH = "from deepspeed.launcher.runner import main; main()"
 _CONFIG = {
-    "train_micro_batch_size_per_gpu": "auto", "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True},
+    "train_micro_batch_size_per_gpu": "auto",
+    "optimizer": {"type": "AdamW"},
+    "bf16": {"enabled": True},
     "autotuning": {"enabled": True, "arg_mappings": {}},
-}  # fmt: skip
+}
 
 
 def autotuner(question: Question, source: str) -> dict[str, Any]:
@@ -426,9 +514,14 @@ def autotuner(question: Question, source: str) -> dict[str, Any]:
         env = {**os.environ, "PATH": f"{made}{os.pathsep}{os.environ.get('PATH', '')}"}
         begun = time.perf_counter()
         job = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            cwd=folder,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             said, _ = job.communicate(timeout=question["patience"])
         except subprocess.TimeoutExpired:
@@ -446,9 +539,13 @@ def autotuner(question: Question, source: str) -> dict[str, Any]:
 
 
 SEARCHES: dict[str, Callable[[Question, str], dict[str, Any]]] = {
-    "calculon": calculon, "llm-analysis": llm_analysis, "galvatron": galvatron, "deepspeed": autotuner,
-    "calculon-costs": calculon_costs, "llm-analysis-costs": llm_analysis_costs,
-}  # fmt: skip
+    "calculon": calculon,
+    "llm-analysis": llm_analysis,
+    "galvatron": galvatron,
+    "deepspeed": autotuner,
+    "calculon-costs": calculon_costs,
+    "llm-analysis-costs": llm_analysis_costs,
+}
 
 
 def main() -> None:

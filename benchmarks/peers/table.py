@@ -55,19 +55,26 @@ def score(name: str, rows: Sequence[Row]) -> Score:
     told = [r for r in rows if error(r, name) is not None]
     full = [r for r in told if not r["answers"][name]["missing"]]
     pairs = [
-        (e, t, e if (bare := error(r, "memfit-unprobed")) is None else bare) for r in full
+        (e, t, e if (bare := error(r, "memfit-unprobed")) is None else bare)
+        for r in full
         if (e := error(r, "memfit")) is not None and (t := error(r, name)) is not None
-    ]  # fmt: skip
+    ]
     counts = (len(full), len(told) - len(full), len(rows) - len(told), len(pairs))
     named = dict(zip(("full", "part", "none", "both"), counts, strict=True))
     if not pairs:
         return Score(**named)
     ours, theirs, bare = ([abs(e) for e in each] for each in zip(*pairs, strict=True))
     return Score(
-        full=named["full"], part=named["part"], none=named["none"], both=named["both"],
-        memfit_worst=max(ours), bare_worst=max(bare), memfit_median=statistics.median(ours),
-        peer_worst=max(theirs), peer_median=statistics.median(theirs),
-    )  # fmt: skip
+        full=named["full"],
+        part=named["part"],
+        none=named["none"],
+        both=named["both"],
+        memfit_worst=max(ours),
+        bare_worst=max(bare),
+        memfit_median=statistics.median(ours),
+        peer_worst=max(theirs),
+        peer_median=statistics.median(theirs),
+    )
 
 
 def page(record: Row, peers: Sequence[Peer], caveats: Sequence[str], command: str) -> str:

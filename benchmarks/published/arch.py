@@ -161,9 +161,12 @@ def _extra(row: Mapping[str, str]) -> dict[str, object]:
         shared = re.search(r"shared\s*(?:ffn\s*)?(\d+)", text)
         dense = re.search(r"(\d+)\s*dense", f"{row['model']} {text}".lower())
         more["moe"] = Moe(
-            experts=int(experts[1]), top_k=int(top[1]), ffn=int(width[1]) if width else _integer(row, "ffn"),
-            shared_ffn=int(shared[1]) if shared else 0, dense_layers=int(dense[1]) if dense else 0,
-        )  # fmt: skip
+            experts=int(experts[1]),
+            top_k=int(top[1]),
+            ffn=int(width[1]) if width else _integer(row, "ffn"),
+            shared_ffn=int(shared[1]) if shared else 0,
+            dense_layers=int(dense[1]) if dense else 0,
+        )
     if "mla" in text and (rank := re.search(r"kv_lora\s*(\d+)", text)):
         query = re.search(r"q_lora\s*(\d+)", text)
         more["mla"] = Mla(q_rank=int(query[1]) if query else 0, kv_rank=int(rank[1]))

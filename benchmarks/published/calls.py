@@ -104,9 +104,15 @@ class AttentionCall(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, width: int, apart: bool,
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        width: int,
+        apart: bool,
         again: bool,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         out = q.new_empty(q.shape[0], width)
         statistics = q.new_empty(q.shape[0], heads, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, *(() if again else (out, statistics)))

@@ -269,9 +269,10 @@ def fold_of(setup: Setup, *, told: bool = False) -> Fold:
     sizes = {
         "sequences": number(r"n_(?:seq|extra|msa)\s*(\d+)|(\d+)\s*(?:msa|sequences)(?! heads)"),
         "residues": number(r"n_res\s*(\d+)|(\d+)\s*res(?:idues)?\b|crop\D{0,8}(\d+)"),
-        "c_m": number(r"c_m\s*(\d+)"), "c_z": number(r"c_z\s*(\d+)"),
+        "c_m": number(r"c_m\s*(\d+)"),
+        "c_z": number(r"c_z\s*(\d+)"),
         "blocks": int(setup.row["layers"] or 0),
-    }  # fmt: skip
+    }
     if missing := [k for k, v in sizes.items() if not v]:
         raise UserError(f"the row gives no {', '.join(missing)}")
     if not told and "chunk" in f"{text} {setup.row['act_ckpt']}".lower():
@@ -281,8 +282,10 @@ def fold_of(setup: Setup, *, told: bool = False) -> Fold:
     if not told and "finer" in setup.row["act_ckpt"].lower():
         raise UserError("which segments inside a block are recomputed is not in the row")
     return Fold(
-        **sizes, msa_heads=number(r"(\d+) msa heads|heads (\d+)", 8),
-        pair_heads=number(r"(\d+) pair heads", 4), outer=number(r"outer-product c (\d+)", 32),
+        **sizes,
+        msa_heads=number(r"(\d+) msa heads|heads (\d+)", 8),
+        pair_heads=number(r"(\d+) pair heads", 4),
+        outer=number(r"outer-product c (\d+)", 32),
         fused=bool(re.search(r"fastfold|uni-?fold\b", notes.split(";")[0])),
         global_columns="extra" in setup.row["model"].lower(),
-    )  # fmt: skip
+    )

@@ -34,17 +34,26 @@ def fold_job(setup: Setup) -> Job:
         return AlphaFold(shape)
 
     return Job(
-        name=setup.id, build_model=build, make_batch=batch, loss=alphafold2.loss, batch_size=samples,
-        blocks="blocks", more_blocks=("extra", "template.blocks"), islands=("structure", "recycle", "heads"),
-    )  # fmt: skip
+        name=setup.id,
+        build_model=build,
+        make_batch=batch,
+        loss=alphafold2.loss,
+        batch_size=samples,
+        blocks="blocks",
+        more_blocks=("extra", "template.blocks"),
+        islands=("structure", "recycle", "heads"),
+    )
 
 
 def _crop(row: Mapping[str, str]) -> tuple[int, int, int]:
     """What the row says; where it says nothing, the published stage that it names, else the first."""
     text = " ".join(row[c] for c in ("extra_arch", "seq_len")).lower()
     stage = "finetune" if re.search("fine-?tun", f"{row['method']} {row['model']}".lower()) else "initial"
-    patterns = (r"n_res\s*(\d+)|(\d+)\s*res|crop\D{0,8}(\d+)", r"n_seq\s*(\d+)|(?<!extra )(\d+)\s*msa",
-                r"extra\D{0,8}(\d+)|(\d+)\s*extra")  # fmt: skip
+    patterns = (
+        r"n_res\s*(\d+)|(\d+)\s*res|crop\D{0,8}(\d+)",
+        r"n_seq\s*(\d+)|(?<!extra )(\d+)\s*msa",
+        r"extra\D{0,8}(\d+)|(\d+)\s*extra",
+    )
     found = [re.search(p, text) for p in patterns]
     told = [int(next(g for g in f.groups() if g)) if f else 0 for f in found]
     residues, rows, extra = (a or b for a, b in zip(told, _CROPS[stage], strict=True))

@@ -26,9 +26,16 @@ def kernel(
 ) -> OpCall:
     args = [[], int(moved), int(flops), kind, list(shape), dtype]
     return OpCall(
-        clock=0, op="memfit.kernel.default", signature=json.dumps(["memfit.kernel.default", args, {}]),
-        phase=Phase.FORWARD, step=0, module="", dtype=dtype, flops=int(flops), moved_bytes=int(moved),
-    )  # fmt: skip
+        clock=0,
+        op="memfit.kernel.default",
+        signature=json.dumps(["memfit.kernel.default", args, {}]),
+        phase=Phase.FORWARD,
+        step=0,
+        module="",
+        dtype=dtype,
+        flops=int(flops),
+        moved_bytes=int(moved),
+    )
 
 
 def wait(stream: str) -> OpCall:
@@ -61,18 +68,27 @@ class Calls:
         return kernel(2 * elements, dtype=self.dtype)
 
     def product(
-        self, rows: int, columns: int, inner: int, batch: int = 1, *, whole: bool = False, sums: bool = False,
+        self,
+        rows: int,
+        columns: int,
+        inner: int,
+        batch: int = 1,
+        *,
+        whole: bool = False,
+        sums: bool = False,
         back: bool = False,
-    ) -> list[OpCall]:  # fmt: skip
+    ) -> list[OpCall]:
         """``whole``: not in float8. ``sums``: a weight's gradient, into float32. ``back``: an input's."""
         low = self.shape.float8 and not whole
         size = 1 if low else 2
         moved = batch * (size * (rows * inner + inner * columns) + (8 if sums else 2) * rows * columns)
         made = kernel(
-            moved, flops=2 * batch * rows * columns * inner / (FULL_SUM if low and (sums or back) else 1),
-            kind="mm", shape=(batch, rows, columns, inner),
+            moved,
+            flops=2 * batch * rows * columns * inner / (FULL_SUM if low and (sums or back) else 1),
+            kind="mm",
+            shape=(batch, rows, columns, inner),
             dtype="float8_e4m3fn" if low else self.dtype,
-        )  # fmt: skip
+        )
         if sums and self.fork:
             return [made, kernel(self.fork * batch * rows * columns, dtype=self.dtype)]
         return (
@@ -125,9 +141,14 @@ class Calls:
         reduced = self.tensor("reduce_scatter" if self.split else "all_reduce", stream=stream)
         waits = [wait(stream)] if reduced and stream else []
         return [
-            *again, *self.product(self.rows, hidden, columns, back=True), *waits, *reduced,
-            *self.product(columns, hidden, self.rows, sums=True), *self.summed(columns), *waits,
-        ]  # fmt: skip
+            *again,
+            *self.product(self.rows, hidden, columns, back=True),
+            *waits,
+            *reduced,
+            *self.product(columns, hidden, self.rows, sums=True),
+            *self.summed(columns),
+            *waits,
+        ]
 
     def row(self, inner: int) -> list[OpCall]:
         reduced = self.tensor("reduce_scatter" if self.split else "all_reduce")
@@ -168,9 +189,12 @@ class Calls:
         flops = 2 * heads * shape.length * keys * 2 * width * (2.5 if backward else 1)
         moved = 2 * heads * shape.length * width * (8 if backward else 4)
         made = kernel(
-            moved, flops=flops, kind="attention_backward" if backward else "attention",
-            shape=(heads, shape.length, keys, width, int(shape.context == 1)), dtype=self.dtype,
-        )  # fmt: skip
+            moved,
+            flops=flops,
+            kind="attention_backward" if backward else "attention",
+            shape=(heads, shape.length, keys, width, int(shape.context == 1)),
+            dtype=self.dtype,
+        )
         return [*self._ring(width, backward), made, *([wait("group ring")] if shape.context > 1 else [])]
 
     def _ring(self, width: int, backward: bool) -> list[OpCall]:
@@ -192,9 +216,13 @@ class Calls:
             return [*self._whole(there, heads), softmax, dropout, *self._whole(back, heads)]
         dropout, softmax = self.moved(2.5 * scores), self.moved(3 * scores)
         return [
-            *self._whole(there, heads), *self._whole(back, heads), dropout, softmax,
-            *self._whole(back, heads), *self._whole(back, heads),
-        ]  # fmt: skip
+            *self._whole(there, heads),
+            *self._whole(back, heads),
+            dropout,
+            softmax,
+            *self._whole(back, heads),
+            *self._whole(back, heads),
+        ]
 
     def _whole(self, sizes: tuple[int, int, int], batch: int) -> list[OpCall]:
         return self.product(*sizes, batch, whole=True)
@@ -211,9 +239,13 @@ class Calls:
             asked = [*self.column(mixed), *added, turned]
             return [self.norm(), *asked, *self.core(), *self.row(query), self.residual()]
         return [
-            self.residual(), *self.row_backward(query), *self.core(backward=True), turned,
-            *self.column_backward(mixed), *self.norm_backward(),
-        ]  # fmt: skip
+            self.residual(),
+            *self.row_backward(query),
+            *self.core(backward=True),
+            turned,
+            *self.column_backward(mixed),
+            *self.norm_backward(),
+        ]
 
     def _latent(self, mla: Mla, *, backward: bool) -> list[OpCall]:
         heads, hidden = self.arch.heads // self.shape.tensor, self.arch.hidden
@@ -309,9 +341,11 @@ class Calls:
         reduced = self.tensor("reduce_scatter" if self.split else "all_reduce")
         return [
             self.moved((0 if fused else 5) * logits),
-            *self.product(self.rows, hidden, vocab, whole=True), *reduced,
-            *self.product(vocab, hidden, self.rows, whole=True, sums=True), self.norm(backward=True),
-        ]  # fmt: skip
+            *self.product(self.rows, hidden, vocab, whole=True),
+            *reduced,
+            *self.product(vocab, hidden, self.rows, whole=True, sums=True),
+            self.norm(backward=True),
+        ]
 
     def embedding(self) -> list[OpCall]:
         reduced = self.tensor("reduce_scatter" if self.split else "all_reduce")

@@ -241,13 +241,18 @@ def stages_of(setup: Setup, arch: Arch) -> list[Stage]:
         warmup = (degree - rank - 1) * 2 + (virtual - 1) * degree if virtual > 1 else degree - rank - 1
         found.append(
             Stage(
-                layers=range(rank * each, min(arch.layers, (rank + 1) * each)), chunks=virtual,
-                in_flight=min(warmup + 1, setup.micro_batches * virtual), first=rank == 0,
-                last=rank == degree - 1, fused_loss=bridge or "ce fusion" in text, shards=data if zero else 1,
-                expert_shards=max(1, data // setup.ranks["ep"]) if zero else 1, grad_bytes=2 if bridge else 4,
+                layers=range(rank * each, min(arch.layers, (rank + 1) * each)),
+                chunks=virtual,
+                in_flight=min(warmup + 1, setup.micro_batches * virtual),
+                first=rank == 0,
+                last=rank == degree - 1,
+                fused_loss=bridge or "ce fusion" in text,
+                shards=data if zero else 1,
+                expert_shards=max(1, data // setup.ranks["ep"]) if zero else 1,
+                grad_bytes=2 if bridge else 4,
                 copy_bytes=2 if setup.float8 and not whole else 0,
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -263,12 +268,18 @@ def rank_jobs(setup: Setup, arch: Arch) -> list[Job]:
     dtype = getattr(torch, setup.compute)
     attention = setup.row["attn_impl"].lower()
     shape = Shape(
-        length=setup.length // setup.ranks["cp"], batch=setup.micro_batch, tensor=setup.ranks["tp"],
-        sequence_parallel=setup.sequence_parallel, context=setup.ranks["cp"],
+        length=setup.length // setup.ranks["cp"],
+        batch=setup.micro_batch,
+        tensor=setup.ranks["tp"],
+        sequence_parallel=setup.sequence_parallel,
+        context=setup.ranks["cp"],
         experts_here=max(1, arch.moe.experts // setup.ranks["ep"]) if arch.moe else 0,
-        flash="unfused" not in attention, dtype=dtype, float8=setup.float8,
-        recompute=setup.recompute == "attention", plain=setup.code != "megatron",
-    )  # fmt: skip
+        flash="unfused" not in attention,
+        dtype=dtype,
+        float8=setup.float8,
+        recompute=setup.recompute == "attention",
+        plain=setup.code != "megatron",
+    )
     return [_job(setup, arch, shape, stage) for stage in stages_of(setup, arch)]
 
 
@@ -289,6 +300,10 @@ def _job(setup: Setup, arch: Arch, shape: Shape, stage: Stage) -> Job:
         return out
 
     return Job(
-        name=setup.id, build_model=build, make_batch=lambda step, seed: torch.zeros(1, 1, dtype=torch.int64),
-        loss=loss, batch_size=1, blocks="blocks",
-    )  # fmt: skip
+        name=setup.id,
+        build_model=build,
+        make_batch=lambda step, seed: torch.zeros(1, 1, dtype=torch.int64),
+        loss=loss,
+        batch_size=1,
+        blocks="blocks",
+    )

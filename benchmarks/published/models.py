@@ -23,17 +23,25 @@ from published.rows import Setup, before_torch_2, when
 from published.vision import vit_job
 
 _DIALECTS = {
-    "litgpt": LITGPT, "thunder": LITGPT, "titan": TITAN, "tune": TUNE, "hf": HUGGING_FACE, "liger": LIGER,
+    "litgpt": LITGPT,
+    "thunder": LITGPT,
+    "titan": TITAN,
+    "tune": TUNE,
+    "hf": HUGGING_FACE,
+    "liger": LIGER,
     "foak": FOAK,
-}  # fmt: skip
+}
 
 
 STACKS = {"evoformer": stack_job, "nnscaler": nnscaler_job}
 
 _TENSOR_PARALLEL = {
-    "blocks.*.attention.project.*": "colwise", "blocks.*.attention.out": "rowwise",
-    "blocks.*.mlp.gate": "colwise", "blocks.*.mlp.up": "colwise", "blocks.*.mlp.down": "rowwise",
-}  # fmt: skip
+    "blocks.*.attention.project.*": "colwise",
+    "blocks.*.attention.out": "rowwise",
+    "blocks.*.mlp.gate": "colwise",
+    "blocks.*.mlp.up": "colwise",
+    "blocks.*.mlp.down": "rowwise",
+}
 
 
 def job_of(setup: Setup) -> Job:
@@ -113,10 +121,14 @@ def bert_job(setup: Setup, arch: Arch) -> Job:
     )
     samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
     config = BertConfig(
-        vocab_size=arch.vocab, hidden_size=arch.hidden, num_hidden_layers=arch.layers,
-        num_attention_heads=arch.heads, intermediate_size=arch.ffn,
-        attn_implementation="sdpa" if kernel else "eager", max_position_embeddings=max(512, setup.length),
-    )  # fmt: skip
+        vocab_size=arch.vocab,
+        hidden_size=arch.hidden,
+        num_hidden_layers=arch.layers,
+        num_attention_heads=arch.heads,
+        intermediate_size=arch.ffn,
+        attn_implementation="sdpa" if kernel else "eager",
+        max_position_embeddings=max(512, setup.length),
+    )
 
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         tokens = torch.zeros(samples, setup.length, dtype=torch.int64)
@@ -131,9 +143,13 @@ def bert_job(setup: Setup, arch: Arch) -> Job:
         return keeping_gradients(model) if before_torch_2(setup) else model
 
     return Job(
-        name=setup.id, build_model=build, make_batch=batch,
-        loss=lambda model, part: model(**part).loss, batch_size=samples, blocks="bert.encoder.layer",
-    )  # fmt: skip
+        name=setup.id,
+        build_model=build,
+        make_batch=batch,
+        loss=lambda model, part: model(**part).loss,
+        batch_size=samples,
+        blocks="bert.encoder.layer",
+    )
 
 
 def keeping_gradients(model: torch.nn.Module) -> torch.nn.Module:
@@ -164,10 +180,16 @@ def decoder_job(setup: Setup, arch: Arch, dialect: Dialect, loss: Loss) -> Job:
         return {"tokens": tokens, "targets": tokens.clone()}
 
     return Job(
-        name=setup.id, build_model=build, make_batch=batch, loss=loss, batch_size=samples,
-        blocks="blocks", head="head", loss_terms=lambda part: int(part["tokens"].shape[0]),
+        name=setup.id,
+        build_model=build,
+        make_batch=batch,
+        loss=loss,
+        batch_size=samples,
+        blocks="blocks",
+        head="head",
+        loss_terms=lambda part: int(part["tokens"].shape[0]),
         tensor_parallel=_TENSOR_PARALLEL,
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager

@@ -193,15 +193,19 @@ _PUBLIC: Mapping[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "esm2-650m": (33, 1280, 20, 20, 64, 5120, 33, True),
     "esm2-3b": (36, 2560, 40, 40, 64, 10240, 33, True),
     "esm2-15b": (48, 5120, 40, 40, 128, 20480, 33, True),
-}  # fmt: skip
+}
 
 
 # Mixtures of experts among them: experts, of which a token takes, width of an expert.
 _PUBLIC_MOE: Mapping[str, tuple[int, int, int]] = {
-    "mixtral-8x7b": (8, 2, 14336), "mixtral-8x22b": (8, 2, 16384),
-    "qwen3-30b-a3b": (128, 8, 768), "qwen3-235b-a22b": (128, 8, 1536), "olmoe-1b-7b": (64, 8, 1024),
-    "gpt-oss-20b": (32, 4, 2880), "gpt-oss-120b": (128, 4, 2880),
-}  # fmt: skip
+    "mixtral-8x7b": (8, 2, 14336),
+    "mixtral-8x22b": (8, 2, 16384),
+    "qwen3-30b-a3b": (128, 8, 768),
+    "qwen3-235b-a22b": (128, 8, 1536),
+    "olmoe-1b-7b": (64, 8, 1024),
+    "gpt-oss-20b": (32, 4, 2880),
+    "gpt-oss-120b": (128, 4, 2880),
+}
 
 
 def plain(name: str) -> str:

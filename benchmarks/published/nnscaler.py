@@ -298,9 +298,13 @@ def nnscaler_job(setup: Setup) -> Job:
         return {
             "m": torch.zeros(1, fold.sequences, fold.residues, fold.c_m, dtype=dtype),
             "z": torch.zeros(1, fold.residues, fold.residues, fold.c_z, dtype=dtype),
-        }  # fmt: skip
+        }
 
     return Job(
-        name=setup.id, build_model=build, make_batch=batch, batch_size=1, blocks="blocks",
+        name=setup.id,
+        build_model=build,
+        make_batch=batch,
+        batch_size=1,
+        blocks="blocks",
         loss=lambda model, part: model(part["m"], part["z"]),
-    )  # fmt: skip
+    )

@@ -15,9 +15,11 @@ _LARGE = 0.03
 _WHY = Path(__file__).parent / "why.toml"
 
 _WORDS = {
-    "predicted": "rows predicted", "median": "median error", "worst": "worst error",
+    "predicted": "rows predicted",
+    "median": "median error",
+    "worst": "worst error",
     "median_of_sources": "median of sources' medians",
-}  # fmt: skip
+}
 _TARGETS = (
     ("allocated, quality A", "predicted", 28),
     ("allocated, quality A", "median", 0.03),
@@ -56,13 +58,17 @@ def page(record: Mapping[str, Any]) -> str:
     why = tomllib.loads(_WHY.read_text(encoding="utf-8"))
     environment = record["environment"]
     lines = [
-        "# Published training runs", "", why["caveats"].strip(), "",
+        "# Published training runs",
+        "",
+        why["caveats"].strip(),
+        "",
         f"Command: `{record['command']}`, {record['took_s'] / 60:.0f} minutes, cores {environment['cores']},",
         f"torch {environment['torch']}, {record['created'][:10]}.",
-        "Sizes in GiB. Generated from `benchmarks/records/published.jsonl`.", "",
+        "Sizes in GiB. Generated from `benchmarks/records/published.jsonl`.",
+        "",
         "| rows | measured | predicted | median error | median of sources | worst |",
         "|---|--:|--:|--:|--:|--:|",
-    ]  # fmt: skip
+    ]
     for s in record["summary"]:
         numbers = " | ".join(_percent(s[k]) for k in ("median", "median_of_sources", "worst"))
         lines.append(f"| {s['name']} | {s['rows']} | {s['predicted']} | {numbers} |")
@@ -94,9 +100,12 @@ def _targets(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]], why: Mapping[str, str]) -> list[str]:
     lines = [
-        "", f"## {title}", "",
-        "| id | quality | mem_metric | measured | predicted | error | why |", "|---|---|---|--:|--:|--:|---|",
-    ]  # fmt: skip
+        "",
+        f"## {title}",
+        "",
+        "| id | quality | mem_metric | measured | predicted | error | why |",
+        "|---|---|---|--:|--:|--:|---|",
+    ]
     for r in rows:
         measured = _size(r["measured"]) + ("" if r["unit_sure"] else " (unit unsure)")
         numbers = f"{measured} | {_size(r['predicted'])} | {_percent(r['error'], '+.1%')}"

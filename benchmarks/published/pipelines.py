@@ -27,13 +27,17 @@ _STATE_BYTES = (
 
 def shape_of(setup: Setup, arch: Arch) -> Shape:
     return Shape(
-        length=setup.length // setup.ranks["cp"], batch=setup.micro_batch, tensor=setup.ranks["tp"],
-        sequence_parallel=setup.sequence_parallel, context=setup.ranks["cp"],
+        length=setup.length // setup.ranks["cp"],
+        batch=setup.micro_batch,
+        tensor=setup.ranks["tp"],
+        sequence_parallel=setup.sequence_parallel,
+        context=setup.ranks["cp"],
         experts_here=max(1, arch.moe.experts // setup.ranks["ep"]) if arch.moe else 0,
         flash=not re.search("unfused|v100", f"{setup.row['attn_impl']} {setup.row['gpu']}".lower()),
         dtype=getattr(torch, setup.compute),
-        float8=setup.float8, recompute=setup.recompute == "attention",
-    )  # fmt: skip
+        float8=setup.float8,
+        recompute=setup.recompute == "attention",
+    )
 
 
 class Run:
@@ -44,10 +48,13 @@ class Run:
         assert model is not None
         self.player = Player(model=model, machine=machine, members={}, blocking=_blocking(setup))
         self.calls = Calls(
-            arch=arch, shape=self.shape, hosts_of=machine.devices_per_host, expert=setup.ranks["ep"],
+            arch=arch,
+            shape=self.shape,
+            hosts_of=machine.devices_per_host,
+            expert=setup.ranks["ep"],
             fork=_fork_bytes(setup),
             overlap=bool(re.search(r"nemo|bridge", setup.row["group"].lower())),
-        )  # fmt: skip
+        )
         self.busy: dict[str, float] = {}
 
     def play(self, calls: Sequence[OpCall], times: float) -> float:
@@ -73,9 +80,11 @@ class Run:
         line = simulate(kind, forward, backward, micros, send_s=send_s, virtual=virtual)
         ends = self._update_s(max(b for b in backward) * virtual)
         return Played(
-            step_s=line.step_s + ends, busy_s=self.busy, exposed_s=ends,
+            step_s=line.step_s + ends,
+            busy_s=self.busy,
+            exposed_s=ends,
             idle_s=line.bubble_ratio * line.step_s,
-        )  # fmt: skip
+        )
 
     def _stages(self) -> tuple[list[float], list[float]]:
         """Seconds of a micro-batch, forward and backward, through each stage."""

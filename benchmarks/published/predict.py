@@ -129,10 +129,13 @@ def _sharding(setup: Setup) -> list[Use]:
         units, reshard = _groups(setup)
         options: dict[str, Any] = {
             "precision": "bf16" if setup.parameters == "float32" else "as-is",
-            "reshard": setup.reshard and reshard, "units": units,
-            "prefetch": 1, "replicas": setup.replicas, "sync": "every",
+            "reshard": setup.reshard and reshard,
+            "units": units,
+            "prefetch": 1,
+            "replicas": setup.replicas,
+            "sync": "every",
             "offload": "parameters" in setup.offload,
-        }  # fmt: skip
+        }
         return [use("fsdp2", **options)]
     if setup.sharding == "ddp":
         mib = 256 if setup.code == "thunder" else 25  # the benchmark's own default; torch's
@@ -160,9 +163,10 @@ def _zero(setup: Setup) -> Use:
     (transformers/integrations/deepspeed.py)."""
     place = "parameters" if "parameters" in setup.offload else "optimizer" if setup.offload else "none"
     options: dict[str, Any] = {
-        "stage": int(setup.sharding[-1]), "offload": place,
+        "stage": int(setup.sharding[-1]),
+        "offload": place,
         "precision": "fp32" if setup.compute == "float32" else "bf16",
-    }  # fmt: skip
+    }
     if setup.sharding == "zero3" and setup.arch is not None and setup.code in ("hf", "liger", "foak"):
         width = setup.arch.hidden
         options["reduce_bucket_elements"] = width * width

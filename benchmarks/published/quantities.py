@@ -9,9 +9,18 @@ from memfit.types.errors import UserError
 
 GIB = 2**30
 UNITS = {
-    "gib": GIB, "mib": 2**20, "kib": 2**10, "tib": 2**40, "bytes": 1, "byte": 1, "b": 1, "gb(1e9)": 10**9,
-    "mb(1e6)": 10**6, "gb(2^30)": GIB, "mb(2^20)": 2**20,
-}  # fmt: skip
+    "gib": GIB,
+    "mib": 2**20,
+    "kib": 2**10,
+    "tib": 2**40,
+    "bytes": 1,
+    "byte": 1,
+    "b": 1,
+    "gb(1e9)": 10**9,
+    "mb(1e6)": 10**6,
+    "gb(2^30)": GIB,
+    "mb(2^20)": 2**20,
+}
 # Where a source only says "GB" or "MB": tools print powers of two under these names more often than not.
 UNSURE = {"gb(base?)": GIB, "mb(base?)": 2**20, "gb": GIB, "mb": 2**20, "kb": 2**10, "g": GIB, "m": 2**20}
 

@@ -59,12 +59,52 @@ class Setup:
 
 
 COLUMNS = (
-    "id", "group", "scope", "quality", "model", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn",
-    "vocab", "tied_emb", "moe", "extra_arch", "method", "lora", "gpu", "gpu_mem_gb", "n_gpus", "dp",
-    "zero_fsdp", "tp", "pp", "vp", "cp", "ep", "sp", "precision", "optimizer", "seq_len", "micro_batch",
-    "grad_accum", "global_batch", "act_ckpt", "compile", "attn_impl", "offload", "mem_value", "mem_unit",
-    "mem_gib", "mem_metric", "software", "source", "notes",
-)  # fmt: skip
+    "id",
+    "group",
+    "scope",
+    "quality",
+    "model",
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "ffn",
+    "vocab",
+    "tied_emb",
+    "moe",
+    "extra_arch",
+    "method",
+    "lora",
+    "gpu",
+    "gpu_mem_gb",
+    "n_gpus",
+    "dp",
+    "zero_fsdp",
+    "tp",
+    "pp",
+    "vp",
+    "cp",
+    "ep",
+    "sp",
+    "precision",
+    "optimizer",
+    "seq_len",
+    "micro_batch",
+    "grad_accum",
+    "global_batch",
+    "act_ckpt",
+    "compile",
+    "attn_impl",
+    "offload",
+    "mem_value",
+    "mem_unit",
+    "mem_gib",
+    "mem_metric",
+    "software",
+    "source",
+    "notes",
+)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -101,19 +141,28 @@ def setup_of(row: Mapping[str, str]) -> Setup:
         raise UserError("micro_batch is 0", hint="leave it blank where it is not known")
     micro = whole(row["micro_batch"]) or _micro_batch(row, data, length)
     return Setup(
-        row=row, code=code, arch=_arch(row, code), measured=measured_of(row),
-        length=length, micro_batch=micro,
+        row=row,
+        code=code,
+        arch=_arch(row, code),
+        measured=measured_of(row),
+        length=length,
+        micro_batch=micro,
         micro_batches=whole(row["grad_accum"]) or _accumulated(row, micro, data, length),
-        parameters=parameters, compute=compute, float8="fp8" in precision or "float8" in precision,
+        parameters=parameters,
+        compute=compute,
+        float8="fp8" in precision or "float8" in precision,
         optimizer="sgd" if code == "nnscaler" else words.optimizer(row["optimizer"]),
         fused=_fused(row, code),
-        lora=_lora(row, code, sharding), sharding=sharding,
-        reshard=words.reshards(row["zero_fsdp"]), replicas=words.replicas(row["zero_fsdp"], data),
-        recompute=_recompute(row["act_ckpt"], code), compiled=words.yes(row["compile"]),
+        lora=_lora(row, code, sharding),
+        sharding=sharding,
+        reshard=words.reshards(row["zero_fsdp"]),
+        replicas=words.replicas(row["zero_fsdp"], data),
+        recompute=_recompute(row["act_ckpt"], code),
+        compiled=words.yes(row["compile"]),
         ranks={k: degree(row, k) for k in ("tp", "pp", "vp", "cp", "ep")} | {"dp": data},
         sequence_parallel=words.yes(row["sp"]),
         offload=offload,
-    )  # fmt: skip
+    )
 
 
 def _data_ranks(row: Mapping[str, str]) -> int:
@@ -206,17 +255,50 @@ def _fused(row: Mapping[str, str], code: str) -> bool:
 
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 _ROLES: Mapping[str, tuple[str, ...]] = {
-    "query": ("q",), "key": ("k",), "value": ("v",), "projection": ("o",), "mlp": _MLP, "ffn": _MLP,
-    "head": ("head",), "q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",), "c_attn": ("q", "k", "v"),
-    "attn c_proj": ("o",), "w1": ("gate",), "w2": ("up",), "q_proj": ("q",), "k_proj": ("k",),
-    "v_proj": ("v",), "o_proj": ("o",), "gate_proj": ("gate",), "up_proj": ("up",), "down_proj": ("down",),
-    "gate": ("gate",), "up": ("up",), "down": ("down",), "gate_up_proj": ("gate", "up"),
-    "w_pack": ("q", "k", "v"), "qkv": ("q", "k", "v"), "qkv_proj": ("q", "k", "v"), "lm_head": ("head",),
-    "query_key_value": ("q", "k", "v"), "dense_h_to_4h": ("gate", "up"), "dense_4h_to_h": ("down",),
-    "fc1": ("gate", "up"), "fc2": ("down",), "out_proj": ("o",), "attn": _ATTENTION,
-    "output": ("head",), "all linear": _ATTENTION + _MLP, "all-linear": _ATTENTION + _MLP,
-    "all": _ATTENTION + _MLP, "attention": _ATTENTION, "linear layers": _ATTENTION + _MLP,
-}  # fmt: skip
+    "query": ("q",),
+    "key": ("k",),
+    "value": ("v",),
+    "projection": ("o",),
+    "mlp": _MLP,
+    "ffn": _MLP,
+    "head": ("head",),
+    "q": ("q",),
+    "k": ("k",),
+    "v": ("v",),
+    "o": ("o",),
+    "c_attn": ("q", "k", "v"),
+    "attn c_proj": ("o",),
+    "w1": ("gate",),
+    "w2": ("up",),
+    "q_proj": ("q",),
+    "k_proj": ("k",),
+    "v_proj": ("v",),
+    "o_proj": ("o",),
+    "gate_proj": ("gate",),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+    "gate": ("gate",),
+    "up": ("up",),
+    "down": ("down",),
+    "gate_up_proj": ("gate", "up"),
+    "w_pack": ("q", "k", "v"),
+    "qkv": ("q", "k", "v"),
+    "qkv_proj": ("q", "k", "v"),
+    "lm_head": ("head",),
+    "query_key_value": ("q", "k", "v"),
+    "dense_h_to_4h": ("gate", "up"),
+    "dense_4h_to_h": ("down",),
+    "fc1": ("gate", "up"),
+    "fc2": ("down",),
+    "out_proj": ("o",),
+    "attn": _ATTENTION,
+    "output": ("head",),
+    "all linear": _ATTENTION + _MLP,
+    "all-linear": _ATTENTION + _MLP,
+    "all": _ATTENTION + _MLP,
+    "attention": _ATTENTION,
+    "linear layers": _ATTENTION + _MLP,
+}
 
 
 def _lora(row: Mapping[str, str], code: str, sharding: str) -> Lora | None:
@@ -291,9 +373,18 @@ def _kind(metric: str) -> str:
 
 # Stable releases of torch, from its release notes: (minor of 2, year, month).
 _TORCH_2 = (
-    (0, 2023, 3), (1, 2023, 10), (2, 2024, 1), (3, 2024, 4), (4, 2024, 7), (5, 2024, 10), (6, 2025, 1),
-    (7, 2025, 4), (8, 2025, 8), (9, 2025, 10), (10, 2026, 1),
-)  # fmt: skip
+    (0, 2023, 3),
+    (1, 2023, 10),
+    (2, 2024, 1),
+    (3, 2024, 4),
+    (4, 2024, 7),
+    (5, 2024, 10),
+    (6, 2025, 1),
+    (7, 2025, 4),
+    (8, 2025, 8),
+    (9, 2025, 10),
+    (10, 2026, 1),
+)
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _SEASONS = {"early": 2, "mid": 6, "late": 11}
 

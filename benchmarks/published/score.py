@@ -52,10 +52,15 @@ class Speed:
 
     def as_row(self) -> dict[str, Any]:
         return {
-            "step_s": self.predicted_s, "measured_step_s": self.measured_s, "step_error": self.error,
-            "speed_unit": self.unit, "measured_speed": self.value, "predicted_speed": self.predicted,
-            "busy_s": dict(self.busy_s), "step_reason": self.reason,
-        }  # fmt: skip
+            "step_s": self.predicted_s,
+            "measured_step_s": self.measured_s,
+            "step_error": self.error,
+            "speed_unit": self.unit,
+            "measured_speed": self.value,
+            "predicted_speed": self.predicted,
+            "busy_s": dict(self.busy_s),
+            "step_reason": self.reason,
+        }
 
 
 _SPEEDS = ("tok_s_gpu", "tok_s_total", "samples_s", "step_time_s")
@@ -89,13 +94,21 @@ class Scored:
     def as_row(self) -> dict[str, Any]:
         """Sizes in GiB."""
         return {
-            "id": self.id, "quality": self.quality, "mem_metric": self.metric,
-            "measured": _gib(self.measured_bytes), "predicted": _gib(self.predicted_bytes),
-            "error": self.error, "compared": self.compared, "reason": self.reason, "source": self.source,
-            "card_full": self.full, "unit_sure": self.sure, "reference": self.reference,
+            "id": self.id,
+            "quality": self.quality,
+            "mem_metric": self.metric,
+            "measured": _gib(self.measured_bytes),
+            "predicted": _gib(self.predicted_bytes),
+            "error": self.error,
+            "compared": self.compared,
+            "reason": self.reason,
+            "source": self.source,
+            "card_full": self.full,
+            "unit_sure": self.sure,
+            "reference": self.reference,
             "state": self.state,
             **(self.speed.as_row() if self.speed else {}),
-        }  # fmt: skip
+        }
 
 
 def _gib(size_bytes: float | None) -> float | None:
@@ -105,9 +118,13 @@ def _gib(size_bytes: float | None) -> float | None:
 def score(row: Mapping[str, str]) -> Scored:
     """One row can be odd in ways that nobody foresaw: it is then refused, and the others go on."""
     found = Scored(
-        id=row["id"], source=row["group"], quality=row["quality"], metric=row["mem_metric"],
-        reference=row["scope"] == "analytic_reference", state=state_of(row),
-    )  # fmt: skip
+        id=row["id"],
+        source=row["group"],
+        quality=row["quality"],
+        metric=row["mem_metric"],
+        reference=row["scope"] == "analytic_reference",
+        state=state_of(row),
+    )
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -246,11 +263,13 @@ def _summary(name: str, scored: Sequence[Scored]) -> Summary:
     sources = sorted({source for source, _ in errors})
     each = [statistics.median(e for source, e in errors if source == one) for one in sources]
     return Summary(
-        name=name, rows=len(scored), predicted=len(errors),
+        name=name,
+        rows=len(scored),
+        predicted=len(errors),
         median=statistics.median(e for _, e in errors) if errors else None,
         median_of_sources=statistics.median(each) if each else None,
         worst=max((e for _, e in errors), default=None),
-    )  # fmt: skip
+    )
 
 
 # -- time -----------------------------------------------------------------------------------------------
@@ -298,11 +317,14 @@ def times(scored: Sequence[Scored]) -> list[Times]:
 def _times(name: str, rows: Sequence[Scored]) -> Times:
     errors = [abs(s.speed.error) for s in rows if s.speed and s.speed.error is not None]
     return Times(
-        name=name, rows=len(rows), predicted=len(errors),
+        name=name,
+        rows=len(rows),
+        predicted=len(errors),
         median=statistics.median(errors) if errors else None,
         within=sum(e <= 0.30 for e in errors) / len(errors) if errors else None,
-        worst=max(errors, default=None), sources=len({s.source for s in rows}),
-    )  # fmt: skip
+        worst=max(errors, default=None),
+        sources=len({s.source for s in rows}),
+    )
 
 
 def sweeps(scored: Sequence[Scored]) -> list[Sweep]:
@@ -332,10 +354,14 @@ def _sweep(name: str, unit: str, speeds: Sequence[Speed]) -> Sweep:
         if abs(a / b - 1) > 0.02
     ]
     return Sweep(
-        name=name, unit=unit, rows=len(speeds), rank=_spearman(true, made),
-        pairs=sum(pairs) / len(pairs) if pairs else 1.0, told=len(pairs),
+        name=name,
+        unit=unit,
+        rows=len(speeds),
+        rank=_spearman(true, made),
+        pairs=sum(pairs) / len(pairs) if pairs else 1.0,
+        told=len(pairs),
         median=statistics.median(abs(s.error or 0.0) for s in speeds),
-    )  # fmt: skip
+    )
 
 
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float:

@@ -168,9 +168,12 @@ def play(setup: Setup, card: Device, trace: Trace) -> Played:
 def machine_of(setup: Setup, card: Device, ranks: int) -> Machine:
     each = 16 if "v100" in setup.row["gpu"].lower() and ranks > 8 else 8
     return Machine(
-        name=card.name, device=with_kernels(setup, card), device_count=ranks, devices_per_host=each,
+        name=card.name,
+        device=with_kernels(setup, card),
+        device_count=ranks,
+        devices_per_host=each,
         network=network_of(setup, card),
-    )  # fmt: skip
+    )
 
 
 def network_of(setup: Setup, card: Device) -> Link:
@@ -254,9 +257,12 @@ def float8(op: OpCall, cast_bytes: int) -> list[OpCall]:
         return [op]
     elements = op.moved_bytes / 2  # of both operands and the result, in half precision
     cast = dataclasses.replace(
-        op, op="aten._to_copy.default", signature=f'["float8",[{op.signature}],{{}}]', flops=0,
+        op,
+        op="aten._to_copy.default",
+        signature=f'["float8",[{op.signature}],{{}}]',
+        flops=0,
         moved_bytes=int(elements * 2 / 3 * cast_bytes),
-    )  # fmt: skip
+    )
     flops = op.flops / FULL_SUM if op.phase is Phase.BACKWARD else op.flops
     low = dataclasses.replace(op, dtype="float8_e4m3fn", flops=int(flops), moved_bytes=int(elements * 4 / 3))
     return [cast, low]
@@ -274,9 +280,13 @@ def one_optimizer(trace: Trace, ops: tuple[OpCall, ...]) -> tuple[OpCall, ...]:
     gone = set(map(id, step))
     moved = (3 * sum(weights) + 2 * states) / len(weights)
     one = dataclasses.replace(
-        kernel(moved, dtype="float32"), op="aten._fused_adamw_.default", signature='["one",[],{}]',
-        phase=Phase.OPTIMIZER, step=last, clock=step[0].clock,
-    )  # fmt: skip
+        kernel(moved, dtype="float32"),
+        op="aten._fused_adamw_.default",
+        signature='["one",[],{}]',
+        phase=Phase.OPTIMIZER,
+        step=last,
+        clock=step[0].clock,
+    )
     return (*(o for o in ops if id(o) not in gone), *[one] * len(weights))
 
 

@@ -9,8 +9,11 @@ from typing import Any
 from published.score import Scored, Sweep, Times, told_apart
 
 _NAMES = {
-    "tok_s_gpu": "tokens/s/GPU", "tok_s_total": "tokens/s", "samples_s": "samples/s", "step_time_s": "s/step",
-}  # fmt: skip
+    "tok_s_gpu": "tokens/s/GPU",
+    "tok_s_total": "tokens/s",
+    "samples_s": "samples/s",
+    "step_time_s": "s/step",
+}
 _RANK, _LARGE_SWEEP = 0.9, 5
 
 
@@ -137,10 +140,12 @@ def _targets(record: Mapping[str, Any]) -> list[str]:
 
 
 _KINDS = {
-    "before": "as they stood before", "left out": "chosen without the row's source",
+    "before": "as they stood before",
+    "left out": "chosen without the row's source",
     "left out, said": "chosen without the row's source, but for what papers, code and logs say",
-    "used": "as used", "all": "chosen on all rows",
-}  # fmt: skip
+    "used": "as used",
+    "all": "chosen on all rows",
+}
 
 
 def held_out_in_words(found: Mapping[str, Any]) -> list[str]:
@@ -205,10 +210,12 @@ def _rows(
 ) -> list[str]:
     head, line = ("error | left out", "--:|--:") if held else ("error", "--:")
     lines = [
-        "", "## Step time, every row", "",
+        "",
+        "## Step time, every row",
+        "",
         f"| id | quality | unit | published | predicted | step | predicted | {head} | most of it | why |",
         f"|---|---|---|--:|--:|--:|--:|{line}|---|---|",
-    ]  # fmt: skip
+    ]
     for r in rows:
         most = sorted(r["busy_s"].items(), key=lambda kv: -kv[1])[:3]
         shares = ", ".join(f"{name} {busy / r['step_s']:.0%}" for name, busy in most)

@@ -76,6 +76,11 @@ def vit_job(setup: Setup, arch: Arch) -> Job:
         return {"images": images, "labels": torch.zeros(samples, dtype=torch.int64)}
 
     return Job(
-        name=setup.id, build_model=build, make_batch=batch, batch_size=samples, blocks="blocks", head="head",
+        name=setup.id,
+        build_model=build,
+        make_batch=batch,
+        batch_size=samples,
+        blocks="blocks",
+        head="head",
         loss=lambda model, part: functional.cross_entropy(model(part["images"]), part["labels"]),
-    )  # fmt: skip
+    )

@@ -32,9 +32,18 @@ if TYPE_CHECKING:
     from memfit.api import Prediction, assert_fits, conform, estimate, from_trainer
 
 __all__ = [
-    "Job", "MemfitError", "Metric", "OptimizerChoice", "Plan", "Prediction", "UserError", "assert_fits",
-    "conform", "estimate", "from_trainer",
-]  # fmt: skip
+    "Job",
+    "MemfitError",
+    "Metric",
+    "OptimizerChoice",
+    "Plan",
+    "Prediction",
+    "UserError",
+    "assert_fits",
+    "conform",
+    "estimate",
+    "from_trainer",
+]
 __version__ = "0.1.0"
 
 

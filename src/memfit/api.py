@@ -249,9 +249,13 @@ def _predicted(
     pricer = Pricer(job=job, machine=machine, space=unsearched)
     cap = cap_bytes or int(machine.device.memory_bytes.value)
     return Prediction(
-        estimate=_priced(pricer, plan, probe), job=job, machine=machine, cap_bytes=cap, pricer=pricer,
+        estimate=_priced(pricer, plan, probe),
+        job=job,
+        machine=machine,
+        cap_bytes=cap,
+        pricer=pricer,
         probe=probe,
-    )  # fmt: skip
+    )
 
 
 def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:

@@ -94,8 +94,9 @@ def _stack_batch(step: int, seed: int) -> dict[str, torch.Tensor]:
     return {
         "m": torch.randn(2, 16, 40, 32, generator=numbers),
         "z": torch.randn(2, 40, 40, 32, generator=numbers),
-        "rows": held.unsqueeze(1).repeat(1, 16, 1), "pairs": held.unsqueeze(1) * held.unsqueeze(2),
-    }  # fmt: skip
+        "rows": held.unsqueeze(1).repeat(1, 16, 1),
+        "pairs": held.unsqueeze(1) * held.unsqueeze(2),
+    }
 
 
 def _job(name: str, build: Any, **more: Any) -> Job:

@@ -126,10 +126,17 @@ def _llama() -> nn.Module:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=2,
         )
-    )  # fmt: skip
+    )
 
 
 def _esm() -> nn.Module:
@@ -137,11 +144,19 @@ def _esm() -> nn.Module:
 
     model = EsmForMaskedLM(
         EsmConfig(
-            vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=64, intermediate_size=128,
-            num_hidden_layers=2, num_attention_heads=4, position_embedding_type="rotary", token_dropout=False,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            vocab_size=33,
+            mask_token_id=32,
+            pad_token_id=1,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            position_embedding_type="rotary",
+            token_dropout=False,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
-    )  # fmt: skip
+    )
     del model.esm.contact_head
     return model
 

@@ -50,10 +50,17 @@ def _llama() -> nn.Module:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=2,
         )
-    )  # fmt: skip
+    )
 
 
 def _esm() -> nn.Module:
@@ -61,11 +68,18 @@ def _esm() -> nn.Module:
 
     return EsmForMaskedLM(
         EsmConfig(
-            vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=64, intermediate_size=128,
-            num_hidden_layers=4, num_attention_heads=4, position_embedding_type="rotary",
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            vocab_size=33,
+            mask_token_id=32,
+            pad_token_id=1,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            position_embedding_type="rotary",
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
-    )  # fmt: skip
+    )
 
 
 def _tokens(step: int, seed: int) -> torch.Tensor:
@@ -324,9 +338,13 @@ def test_what_cannot_be_cut_is_said(model: Any, plan: Plan, word: str) -> None:
     job = JOBS["gpt"]
     if model is not None:
         job = Job(
-            name="x", build_model=model, make_batch=lambda step, seed: torch.ones(8, 8),
-            loss=lambda m, x: m(x).sum(), batch_size=8, blocks="blocks",
-        )  # fmt: skip
+            name="x",
+            build_model=model,
+            make_batch=lambda step, seed: torch.ones(8, 8),
+            loss=lambda m, x: m(x).sum(),
+            batch_size=8,
+            blocks="blocks",
+        )
     with pytest.raises(UserError, match=word):
         trace(job, plan)
 

@@ -56,9 +56,18 @@ def _run(folder: Path, plan: Plan, deaths: int, *, save: bool = True) -> tuple[A
     (folder / "deaths").write_text(str(deaths))
     keep = Keep(save=str(folder / "kept"), every_steps=2) if save else Keep()
     spec = RunSpec(
-        name="x", role="run", job=JobRef(spec=f"{folder / 'job.py'}:job"), plan=plan, seed=0, steps=STEPS,
-        threads=1, evaluate=False, batch_size=8, keep=keep, cap_bytes=64 * 2**20,
-    )  # fmt: skip
+        name="x",
+        role="run",
+        job=JobRef(spec=f"{folder / 'job.py'}:job"),
+        plan=plan,
+        seed=0,
+        steps=STEPS,
+        threads=1,
+        evaluate=False,
+        batch_size=8,
+        keep=keep,
+        cap_bytes=64 * 2**20,
+    )
     told: list[str] = []
 
     def progress(stage: str, done: int, total: int, text: str) -> None:
@@ -66,9 +75,15 @@ def _run(folder: Path, plan: Plan, deaths: int, *, save: bool = True) -> tuple[A
 
     none = Interval(value=0.0, low=0.0, high=0.0)
     estimate = Estimate(
-        plan=plan, allocated_bytes=none, phase_peak_bytes={}, at_peak_bytes={}, by_module_bytes={},
-        step_s=None, flops_per_step=0, traced=False,
-    )  # fmt: skip
+        plan=plan,
+        allocated_bytes=none,
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=None,
+        flops_per_step=0,
+        traced=False,
+    )
     return run_spec(spec, estimate, progress, "x").measurement, told
 
 

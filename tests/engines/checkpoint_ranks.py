@@ -91,9 +91,14 @@ def _loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def small() -> Job:
     return Job(
-        name="small", build_model=Small, make_batch=_batch, loss=_loss, batch_size=BATCH, blocks="blocks",
+        name="small",
+        build_model=Small,
+        make_batch=_batch,
+        loss=_loss,
+        batch_size=BATCH,
+        blocks="blocks",
         head="head",
-    )  # fmt: skip
+    )
 
 
 BUCKET = {"reduce_bucket_elements": 10_000}
@@ -113,21 +118,33 @@ HERE = {n: used for n, used in ENGINES.items() if importlib.util.find_spec(n.par
 _CORE = ("ddp", "fsdp2", "zero2", "zero3")
 PAIRS = [
     *itertools.product(("plain", "tensor", *_CORE), _CORE),
-    ("ddp", "tensor"), ("zero3", "tensor"), ("tensor", "tensor"),
-    ("fsdp2", "fsdp2-recomputed"), ("fsdp2-recomputed", "fsdp2"),
-    ("sharded-ddp", "zero2"), ("zero3", "sharded-ddp"), ("zero1", "zero2"), ("ddp", "zero1"),
-    ("tensor", "pipeline"), ("pipeline", "ddp"),
+    ("ddp", "tensor"),
+    ("zero3", "tensor"),
+    ("tensor", "tensor"),
+    ("fsdp2", "fsdp2-recomputed"),
+    ("fsdp2-recomputed", "fsdp2"),
+    ("sharded-ddp", "zero2"),
+    ("zero3", "sharded-ddp"),
+    ("zero1", "zero2"),
+    ("ddp", "zero1"),
+    ("tensor", "pipeline"),
+    ("pipeline", "ddp"),
     *[
         pair
         for pair in [
-            ("fairscale", "sharded-ddp"), ("fsdp2", "fairscale"), ("accelerate", "fsdp2"),
-            ("fsdp2", "accelerate"), ("deepspeed-2", "deepspeed"),
-            ("deepspeed", "deepspeed-2"), ("deepspeed", "fsdp2"), ("ddp", "deepspeed"),
+            ("fairscale", "sharded-ddp"),
+            ("fsdp2", "fairscale"),
+            ("accelerate", "fsdp2"),
+            ("fsdp2", "accelerate"),
+            ("deepspeed-2", "deepspeed"),
+            ("deepspeed", "deepspeed-2"),
+            ("deepspeed", "fsdp2"),
+            ("ddp", "deepspeed"),
             ("zero3", "deepspeed-2"),
         ]
         if {n for n in pair if n in ENGINES} <= set(HERE)
     ],
-]  # fmt: skip
+]
 SAVING = [*PLANS, *HERE]
 
 
@@ -137,9 +154,16 @@ def plan(name: str, ranks: int = 2) -> Plan:
 
 def spec(given: Plan, keep: Keep, engine: str = "native", job: str = "small") -> RunSpec:
     return RunSpec(
-        name="x", role="run", job=JobRef(spec=job), plan=given, engine=engine, seed=0, batch_size=BATCH,
-        steps=SAVED, keep=keep,
-    )  # fmt: skip
+        name="x",
+        role="run",
+        job=JobRef(spec=job),
+        plan=given,
+        engine=engine,
+        seed=0,
+        batch_size=BATCH,
+        steps=SAVED,
+        keep=keep,
+    )
 
 
 class Training:

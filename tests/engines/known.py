@@ -115,9 +115,12 @@ def megatron(data: dict[str, Any]) -> Iterator[str]:
 
 
 LIBRARIES: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
-    "deepspeed": deepspeed, "accelerate": accelerate, "trainer": trainer, "torchtitan": torchtitan,
+    "deepspeed": deepspeed,
+    "accelerate": accelerate,
+    "trainer": trainer,
+    "torchtitan": torchtitan,
     "megatron": megatron,
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     library, *beside = sys.argv[1:]

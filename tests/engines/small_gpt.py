@@ -24,6 +24,10 @@ def _loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 gpt = Job(
-    name="gpt", build_model=lambda: Gpt(SIZE), make_batch=_batch, loss=_loss, batch_size=4,
+    name="gpt",
+    build_model=lambda: Gpt(SIZE),
+    make_batch=_batch,
+    loss=_loss,
+    batch_size=4,
     loss_terms=lambda part: int(part["next"].numel()),
-)  # fmt: skip
+)

@@ -128,13 +128,25 @@ class Dropped(torch.nn.Module):
 def dropped() -> Any:
     batch = lambda step, seed: torch.randn(16, 8, generator=torch.Generator().manual_seed(step))  # noqa: E731
     return ranks.Job(
-        name="dropped", build_model=Dropped, make_batch=batch, batch_size=16,
+        name="dropped",
+        build_model=Dropped,
+        make_batch=batch,
+        batch_size=16,
         loss=lambda model, x: model(x).square().mean(),
-    )  # fmt: skip
+    )
 
 
-@pytest.mark.parametrize("uses", [(), (use("sgd"),), (use("adafactor"),), (use("optimizer-in-backward"),),
-                                  (use("bf16-parameters", rounding="master"),)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "uses",
+    [
+        (),
+        (use("sgd"),),
+        (use("adafactor"),),
+        (use("optimizer-in-backward"),),
+        (use("bf16-parameters", rounding="master"),),
+    ],
+    ids=str,
+)
 def test_the_same_plan_goes_on_bit_by_bit(tmp_path: Path, uses: Any) -> None:
     given = Plan(uses=tuple(ranks.make_use(u.technique, u.settings) for u in uses))
     first = alone(Keep(save=str(tmp_path)), tmp_path, given, dropped())

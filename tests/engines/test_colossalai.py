@@ -46,9 +46,16 @@ def _plan(ranks: int, **uses: dict[str, Any]) -> Plan:
 
 def _spec(plan: Plan, engine: str = "colossalai") -> RunSpec:
     return RunSpec(
-        name="x", role="run", job=JOB, plan=plan, engine=engine, seed=0, steps=20,
-        threads=1, evaluate=False,
-    )  # fmt: skip
+        name="x",
+        role="run",
+        job=JOB,
+        plan=plan,
+        engine=engine,
+        seed=0,
+        steps=20,
+        threads=1,
+        evaluate=False,
+    )
 
 
 @made
@@ -74,7 +81,8 @@ def test_ddp_that_is_not_applied_is_named() -> None:
 
 PLUGINS = {
     "TorchDDPPlugin": (
-        _plan(2, ddp={"bucket_mib": 7}), {"bucket_cap_mb": 7, "gradient_as_bucket_view": True}
+        _plan(2, ddp={"bucket_mib": 7}),
+        {"bucket_cap_mb": 7, "gradient_as_bucket_view": True},
     ),
     "LowLevelZeroPlugin": (
         _plan(2, zero={"stage": 2, "reduce_bucket_elements": 3 << 20, "offload": "optimizer"}),
@@ -86,15 +94,20 @@ PLUGINS = {
     ),
     "HybridParallelPlugin": (
         _plan(
-            4, pipeline={"stages": 2, "schedule": "interleaved", "virtual": 2},
+            4,
+            pipeline={"stages": 2, "schedule": "interleaved", "virtual": 2},
             tensor_parallel={"vocabulary": "gathered", "sequence": True},
         ),
         {
-            "tp_size": 2, "pp_size": 2, "num_model_chunks": 2, "pp_style": "interleaved",
-            "sequence_parallelism_mode": "split_gather", "parallel_output": False,
+            "tp_size": 2,
+            "pp_size": 2,
+            "num_model_chunks": 2,
+            "pp_style": "interleaved",
+            "sequence_parallelism_mode": "split_gather",
+            "parallel_output": False,
         },
     ),
-}  # fmt: skip
+}
 _BUILD = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
@@ -168,9 +181,16 @@ def test_without_an_environment_the_one_command_is_told(home: Path) -> None:
 
 def test_an_environment_that_is_gone_is_told(home: Path) -> None:
     nowhere = str(home / "nowhere")
-    record("colossalai", Environment(
-        folder=nowhere, python=f"{nowhere}/bin/python", packages=nowhere, installed_bytes=1, took_s=1.0,
-    ))  # fmt: skip
+    record(
+        "colossalai",
+        Environment(
+            folder=nowhere,
+            python=f"{nowhere}/bin/python",
+            packages=nowhere,
+            installed_bytes=1,
+            took_s=1.0,
+        ),
+    )
     assert ENGINE.probe().problem == f"its environment {nowhere} is gone"
     launch = render(_spec(_plan(2, ddp={})))
     assert launch.argv[0] == f"{nowhere}/bin/python"

@@ -82,11 +82,15 @@ class _Mixture(torch.nn.Module):
 
 JOBS = {
     "experts": Job(
-        name="mixture", build_model=_Mixture, make_batch=_batch, loss=_loss, batch_size=4,
+        name="mixture",
+        build_model=_Mixture,
+        make_batch=_batch,
+        loss=_loss,
+        batch_size=4,
         experts="experts.?",
     ),
     "axial": alphafold2.make(batch=2, length=23),
-}  # fmt: skip
+}
 
 
 def _plan(ranks: int = 2, **uses: dict[str, Any]) -> Plan:
@@ -162,50 +166,64 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "zero 2": (_plan(zero={"stage": 2, **FAST}), _off("zero"), "zero stage 2: optimizer state"),
     "tensor-parallel": (_plan(tensor_parallel={}), _off("tensor-parallel"), "tensor-parallel"),
     "checkpointing": (
-        _plan(ddp={}, activation_checkpointing={}), _off("activation-checkpointing"),
+        _plan(ddp={}, activation_checkpointing={}),
+        _off("activation-checkpointing"),
         "activation-checkpointing",
     ),
     "autocast": (_plan(ddp={}, bf16_autocast={}), _off("bf16-autocast"), "bf16-autocast"),
     "autocast, fsdp2": (
-        _plan(fsdp2={}, lora={}, bf16_autocast={}), _off("bf16-autocast"), "bf16-autocast: planned torch",
+        _plan(fsdp2={}, lora={}, bf16_autocast={}),
+        _off("bf16-autocast"),
+        "bf16-autocast: planned torch",
     ),
     "bf16": (_plan(ddp={}, bf16_parameters={}), _off("bf16-parameters"), "bf16-parameters"),
     "accumulation": (
-        _plan(ddp={}, gradient_accumulation={"micro_batches": 2}), _off("gradient-accumulation"),
+        _plan(ddp={}, gradient_accumulation={"micro_batches": 2}),
+        _off("gradient-accumulation"),
         "gradient-accumulation",
     ),
     "context": (_plan(context_parallel={}), _off("context-parallel"), "context-parallel: parts of a sample"),
     "axial": (_plan(axial_parallel={}), _off("axial-parallel"), "axial-parallel: parts of a sample"),
     "experts": (
-        _plan(expert_parallel={}, ddp={}), _off("expert-parallel"), "expert-parallel: planned experts dealt",
+        _plan(expert_parallel={}, ddp={}),
+        _off("expert-parallel"),
+        "expert-parallel: planned experts dealt",
     ),
     "pipeline": (_plan(pipeline={}), _off("pipeline"), "pipeline: blocks"),
     "pipeline, blocks left": (_plan(pipeline={}), _left(None), "pipeline: blocks"),
     "pipeline, embedding left": (
-        _plan(pipeline={}), _left((SIZE.vocabulary, SIZE.width)), "pipeline: parameters: planned only",
+        _plan(pipeline={}),
+        _left((SIZE.vocabulary, SIZE.width)),
+        "pipeline: parameters: planned only",
     ),
     "pipeline, micro-batches": (
-        _plan(pipeline={"micro_batches": 4}), _other("pipeline", micro_batches=2),
+        _plan(pipeline={"micro_batches": 4}),
+        _other("pipeline", micro_batches=2),
         "pipeline: micro-batches: planned 4 micro-batches, found 2",
     ),
     "pipeline, compiled": (_plan(pipeline={}, compile={}), _off("compile"), "compile: planned blocks"),
     "fsdp2, compiled": (_plan(fsdp2={}, compile={}), _off("compile"), "compile: planned blocks 0, 1 run"),
     "fsdp2, offload": (
-        _plan(fsdp2={"offload": True}), _other("fsdp2", offload=False),
+        _plan(fsdp2={"offload": True}),
+        _other("fsdp2", offload=False),
         "fsdp2: offload: planned optimizer, parameters in host memory, found none",
     ),
     "fsdp2, offload unasked": (
-        _plan(fsdp2={}), _other("fsdp2", offload=True), "found optimizer, parameters",
+        _plan(fsdp2={}),
+        _other("fsdp2", offload=True),
+        "found optimizer, parameters",
     ),
     "zero 2, offload": (
-        _plan(zero={"stage": 2, "offload": "optimizer", **FAST}), _other("zero", offload="none"),
+        _plan(zero={"stage": 2, "offload": "optimizer", **FAST}),
+        _other("zero", offload="none"),
         "zero: offload: planned optimizer in host memory, found none",
     ),
     "zero 3, offload": (
-        _plan(zero={"stage": 3, "offload": "parameters", **FAST}), _other("zero", offload="optimizer"),
+        _plan(zero={"stage": 3, "offload": "parameters", **FAST}),
+        _other("zero", offload="optimizer"),
         "zero: offload: planned optimizer, parameters in host memory, found optimizer",
     ),
-}  # fmt: skip
+}
 
 
 def _told(name: str, plan: Plan, rank: int) -> str:

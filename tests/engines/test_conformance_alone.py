@@ -216,8 +216,9 @@ def test_blocks_of_torchs_own_classes_are_compiled(quick_compiler: None) -> None
     def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(batch["x"]).square().mean()  # type: ignore[no-any-return]
 
-    own = Job(name="own", build_model=build, make_batch=lambda *_: {"x": torch.ones(4, 8)}, loss=loss,
-              batch_size=4)  # fmt: skip
+    own = Job(
+        name="own", build_model=build, make_batch=lambda *_: {"x": torch.ones(4, 8)}, loss=loss, batch_size=4
+    )
     told = _told(_plan("compile"), own)
     assert told.startswith("fine: as planned"), told
     assert "compile" in told.partition("; not seen")[0]

@@ -155,15 +155,18 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any]]] = {
     "zero 2, bf16": (_plan(zero={"stage": 2, "precision": "bf16", **FAST}), _alone),
     "zero 3": (_plan(zero={"stage": 3, **FAST}), _own_shards),
     "zero 1, accumulated": (
-        _plan(zero={"stage": 1, **FAST}, gradient_accumulation={"micro_batches": 2}), _alone,
+        _plan(zero={"stage": 1, **FAST}, gradient_accumulation={"micro_batches": 2}),
+        _alone,
     ),
     "zero 3, accumulated": (
-        _plan(zero={"stage": 3, **FAST}, gradient_accumulation={"micro_batches": 2}), _own_shards,
+        _plan(zero={"stage": 3, **FAST}, gradient_accumulation={"micro_batches": 2}),
+        _own_shards,
     ),
     "fsdp2": (_plan(fsdp2={}), _no_scatter),
     "fsdp2, accumulated": (_plan(fsdp2={}, gradient_accumulation={"micro_batches": 2}), _no_scatter),
     "fsdp2, kept, accumulated": (
-        _plan(fsdp2={"reshard": False}, gradient_accumulation={"micro_batches": 2}), _no_scatter,
+        _plan(fsdp2={"reshard": False}, gradient_accumulation={"micro_batches": 2}),
+        _no_scatter,
     ),
     "fsdp2, bf16": (_plan(fsdp2={"precision": "bf16"}), _no_scatter),
     "sharded-ddp": (_plan(sharded_ddp={}), _no_owners),
@@ -172,23 +175,28 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any]]] = {
     "fsdp2 x tensor": (_plan(4, fsdp2={}, tensor_parallel={}), _no_scatter),
     "fsdp2 x sequence": (_plan(4, fsdp2={}, tensor_parallel={"sequence": True}), _no_scatter),
     "pipeline x ddp": (_plan(4, ddp={}, pipeline={"micro_batches": 2}), _never_in_sync),
-}  # fmt: skip
+}
 
 
 OTHERS: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "reshard": (
-        _plan(fsdp2={}), _other("fsdp2", reshard=False), "fsdp2: reshard: planned gathered blocks freed",
+        _plan(fsdp2={}),
+        _other("fsdp2", reshard=False),
+        "fsdp2: reshard: planned gathered blocks freed",
     ),
     "kept": (
-        _plan(fsdp2={"reshard": False}), _other("fsdp2", reshard=True),
+        _plan(fsdp2={"reshard": False}),
+        _other("fsdp2", reshard=True),
         "fsdp2: reshard: planned gathered blocks kept",
     ),
     "units": (
-        _plan(fsdp2={}), _at_once, "fsdp2: units: planned each block is gathered apart, found blocks 0, 1",
+        _plan(fsdp2={}),
+        _at_once,
+        "fsdp2: units: planned each block is gathered apart, found blocks 0, 1",
     ),
     "tensor": (_plan(tensor_parallel={}), _parts_of_sums, SUMS),
     "megatron": (_plan(tensor_parallel={}), _megatrons_parts_of_sums, SUMS),
-}  # fmt: skip
+}
 
 
 def _told(plan: Plan, engine: str = "native") -> str:
@@ -349,14 +357,20 @@ def _scaled() -> Loop:
 def _deepspeed(stage: int, dtype: str = "") -> Loop:
     import deepspeed
 
-    model, config = _Net(), {
-        "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.01,
-        "zero_optimization": {
-            "stage": stage, "reduce_bucket_size": 3000, "stage3_param_persistence_threshold": 1,
+    model, config = (
+        _Net(),
+        {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_clipping": 0.01,
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": 3000,
+                "stage3_param_persistence_threshold": 1,
+            },
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            **({dtype: {"enabled": True}} if dtype else {}),
         },
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        **({dtype: {"enabled": True}} if dtype else {}),
-    }  # fmt: skip
+    )
     engine, optimizer, *_ = deepspeed.initialize(model=model, config=config)
 
     def step() -> None:
@@ -433,11 +447,18 @@ LOOPS: dict[str, tuple[dict[str, Any], Callable[[], Loop]]] = {
     "deepspeed 3": ({"zero": {"stage": 3, **FAST}}, lambda: _deepspeed(3)),
     "deepspeed 2 bf16": ({"zero": {"stage": 2, "precision": "bf16", **FAST}}, lambda: _deepspeed(2, "bf16")),
     "fairscale": ({"sharded-ddp": {}}, _fairscale),
-}  # fmt: skip
+}
 
 
-REDUCED_BY_PYTHON = ("fsdp2", "fsdp2 late", "deepspeed 1", "deepspeed 2", "deepspeed 3", "deepspeed 2 bf16",
-                     "fairscale")  # fmt: skip
+REDUCED_BY_PYTHON = (
+    "fsdp2",
+    "fsdp2 late",
+    "deepspeed 1",
+    "deepspeed 2",
+    "deepspeed 3",
+    "deepspeed 2 bf16",
+    "fairscale",
+)
 
 
 def _by_hand(name: str) -> str:

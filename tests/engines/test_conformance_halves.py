@@ -216,28 +216,34 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Case], str]] = {
     "one of two micro-batches": ({"fsdp2": {}, **TWO}, _lost_micro_batches, "fsdp2: mean of gradients"),
     "half sharded apart": ({"fsdp2": {}}, lambda: _stepping(_sharded(slice(2))), "fsdp2: units"),
     "half recomputed": (
-        {"ddp": {}, "activation-checkpointing": {}}, _half_recomputed,
+        {"ddp": {}, "activation-checkpointing": {}},
+        _half_recomputed,
         "activation-checkpointing: planned blocks 0, 1, 2, 3 run again in backward, found 0, 1",
     ),
     "a step each": (
-        {"ddp": {}, "gradient-accumulation": {"micro_batches": 4}}, _step_each,
+        {"ddp": {}, "gradient-accumulation": {"micro_batches": 4}},
+        _step_each,
         "planned 4 micro-batches, found 1",
     ),
     "no pipeline": ({"pipeline": {"micro_batches": 4}}, _no_pipeline, "every rank trains the same ones"),
     "one block whole": ({"tensor-parallel": {}}, lambda: _cut(3, names=("tp",)), "blocks 3 whole"),
     "nothing cut": (
-        {"tensor-parallel": {}}, lambda: _stepping(_Net(), same=True), "the same matrices on every rank",
+        {"tensor-parallel": {}},
+        lambda: _stepping(_Net(), same=True),
+        "the same matrices on every rank",
     ),
     "what one rank had": ({"ddp": {}}, _rank_zeros_own, "ddp: mean of gradients"),
     "a mesh without names": ({"tensor-parallel": {}}, _cut, ""),
     "clipped by value": (
-        {"ddp": {}}, lambda: _averaged_by_hand(lambda m: nn.utils.clip_grad_value_(m.parameters(), 1e-3)), "",
+        {"ddp": {}},
+        lambda: _averaged_by_hand(lambda m: nn.utils.clip_grad_value_(m.parameters(), 1e-3)),
+        "",
     ),
     "decayed": ({"ddp": {}}, lambda: _averaged_by_hand(_decayed), ""),
     "averaged in the step": ({"ddp": {}}, _averaged_in_the_step, ""),
     "one parameter ignored": ({"fsdp2": {}}, _ignoring, ""),
     "sparse": ({"ddp": {}}, _sparse, ""),
-}  # fmt: skip
+}
 
 
 def _told(name: str) -> str:

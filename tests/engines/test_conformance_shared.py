@@ -120,17 +120,19 @@ CASES: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "fsdp2": (_plan(fsdp2={}), _same_samples, "fsdp2: samples: planned others on each of 2"),
     "zero": (_plan(zero={"stage": 2, **FAST}), _same_samples, "zero: samples: planned others"),
     "ddp, accumulated": (
-        _plan(ddp={}, gradient_accumulation={"micro_batches": 4}), _same_samples,
+        _plan(ddp={}, gradient_accumulation={"micro_batches": 4}),
+        _same_samples,
         "ddp: samples: planned others",
     ),
     "context": (_plan(context_parallel={}), _own_part_only, "context-parallel: attention: planned"),
     "context, fsdp2, recomputed": (
-        _plan(context_parallel={}, fsdp2={}, activation_checkpointing={}), _own_part_only,
+        _plan(context_parallel={}, fsdp2={}, activation_checkpointing={}),
+        _own_part_only,
         "context-parallel: attention: planned",
     ),
     "zero 3": (_plan(zero={"stage": 3, **FAST}), _alone, "zero stage 3: parameters: planned 1/2"),
     "zero 3, gradients": (_plan(zero=SMALL), _alone, "zero stage 3: gradients: planned 1/2"),
-}  # fmt: skip
+}
 
 
 class _Apart(Gpt):
@@ -208,18 +210,22 @@ ACCUMULATED = _plan(pipeline={"micro_batches": 2}, gradient_accumulation={"micro
 # Honest steps: the plan, and jobs of which all is seen; then those of which samples, or attention, are not.
 HONEST: dict[str, tuple[Plan, tuple[str, ...], tuple[str, ...]]] = {
     "ddp": (
-        _plan(ddp={}), ("tied", "dropout", "uneven", "called twice"), ("alike", "two alike", "same inputs"),
+        _plan(ddp={}),
+        ("tied", "dropout", "uneven", "called twice"),
+        ("alike", "two alike", "same inputs"),
     ),
     "fsdp2": (_plan(fsdp2={}), ("frozen",), ("two alike",)),
     "zero": (_plan(zero={"stage": 1}), ("uneven",), ()),
     "zero 3": (_plan(zero=SMALL), ("frozen", "tied"), ()),
     "context": (
-        _plan(context_parallel={}), ("frozen", "tied", "called twice", "apart", "alike"), ("identity",),
+        _plan(context_parallel={}),
+        ("frozen", "tied", "called twice", "apart", "alike"),
+        ("identity",),
     ),
     "1f1b": (_pipeline("1f1b"), ("frozen", "tied"), ()),
     "interleaved": (_pipeline("interleaved", 2), ("dropout",), ()),
     "accumulated": (ACCUMULATED, ("plain",), ()),
-}  # fmt: skip
+}
 
 
 def _told(job: Job, plan: Plan, rank: int) -> str:

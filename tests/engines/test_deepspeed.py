@@ -70,9 +70,13 @@ def _batch(step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 JOB = Job(
-    name="net", build_model=Net, make_batch=_batch, batch_size=8, blocks="blocks",
+    name="net",
+    build_model=Net,
+    make_batch=_batch,
+    batch_size=8,
+    blocks="blocks",
     loss=lambda model, batch: functional.mse_loss(model(batch[0]), batch[1]),
-)  # fmt: skip
+)
 SMALL = {"reduce_bucket_elements": 40_000}
 WINDOW = {**SMALL, "persist_elements": 500, "live_elements": 50_000, "prefetch_elements": 35_000}
 
@@ -103,9 +107,17 @@ ALONE = {f"stage {stage}": _plan(1, zero={"stage": stage, **WINDOW}) for stage i
 
 def _spec(plan: Plan) -> RunSpec:
     return RunSpec(
-        name="x", role="run", job=JobRef(spec=f"{__file__}:JOB"), plan=plan, engine="deepspeed", seed=0,
-        steps=STEPS, threads=1, evaluate=False, batch_size=8,
-    )  # fmt: skip
+        name="x",
+        role="run",
+        job=JobRef(spec=f"{__file__}:JOB"),
+        plan=plan,
+        engine="deepspeed",
+        seed=0,
+        steps=STEPS,
+        threads=1,
+        evaluate=False,
+        batch_size=8,
+    )
 
 
 # -- the program ----------------------------------------------------------------------------------------
@@ -278,10 +290,21 @@ def test_its_own_parser_reads_what_the_plan_says(tmp_path: Path) -> None:
         command, check=True, capture_output=True, env={**os.environ, **ENGINE.env, "WORLD_SIZE": "1"}
     )
     assert json.loads((tmp_path / "read.json").read_text()) == {
-        "stage": 3, "bucket": 40_000, "overlap": True, "optimizer": "cpu", "parameters": "cpu",
-        "prefetch": 35_000, "persist": 500, "live": 50_000, "reuse": 50_000, "bf16": True, "parts": 2,
-        "batch": 2, "clip": 0.0, "untested": True,
-    }  # fmt: skip
+        "stage": 3,
+        "bucket": 40_000,
+        "overlap": True,
+        "optimizer": "cpu",
+        "parameters": "cpu",
+        "prefetch": 35_000,
+        "persist": 500,
+        "live": 50_000,
+        "reuse": 50_000,
+        "bf16": True,
+        "parts": 2,
+        "batch": 2,
+        "clip": 0.0,
+        "untested": True,
+    }
 
 
 _SECTION = """

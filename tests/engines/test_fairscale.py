@@ -71,9 +71,13 @@ def _batch(step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 JOB = Job(
-    name="net", build_model=Net, make_batch=_batch, batch_size=16, blocks="blocks",
+    name="net",
+    build_model=Net,
+    make_batch=_batch,
+    batch_size=16,
+    blocks="blocks",
     loss=lambda model, batch: functional.mse_loss(model(batch[0]), batch[1]),
-)  # fmt: skip
+)
 
 
 def _plan(ranks: int = 2, **uses: dict[str, Any]) -> Plan:
@@ -97,9 +101,17 @@ ALONE = {"alone": _plan(1, sharded_ddp={})}
 
 def _spec(plan: Plan) -> RunSpec:
     return RunSpec(
-        name="x", role="run", job=JobRef(spec=f"{__file__}:JOB"), plan=plan, engine="fairscale", seed=0,
-        steps=STEPS, threads=1, evaluate=False, batch_size=16,
-    )  # fmt: skip
+        name="x",
+        role="run",
+        job=JobRef(spec=f"{__file__}:JOB"),
+        plan=plan,
+        engine="fairscale",
+        seed=0,
+        steps=STEPS,
+        threads=1,
+        evaluate=False,
+        batch_size=16,
+    )
 
 
 # -- the program ----------------------------------------------------------------------------------------
@@ -263,9 +275,13 @@ class Stack(nn.Module):
 def _stack(kind: type[nn.Module], **fields: Any) -> Job:
     given: dict[str, Any] = {"loss": lambda model, batch: model(batch).square().mean(), **fields}
     return Job(
-        name="stack", build_model=lambda: Stack(kind), blocks="blocks", batch_size=8, **given,
+        name="stack",
+        build_model=lambda: Stack(kind),
+        blocks="blocks",
+        batch_size=8,
+        **given,
         make_batch=lambda step, seed: torch.randn(8, 4, generator=torch.Generator().manual_seed(step)),
-    )  # fmt: skip
+    )
 
 
 def _force(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,11 @@ from memfit.types.plan import Plan
 HERE = Path(__file__).with_name("handover")
 TIMEOUT_S = 240
 USERS_DEEPSPEED = {
-    "gradient_clipping": 0.05, "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2},
+    "gradient_clipping": 0.05,
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 2},
     "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.001, "warmup_num_steps": 10}},
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,17 +48,25 @@ CASES = {
         techniques={"fsdp2": {}}, words=("--script", "by_torch.py", "--script-applies", "all")
     ),
     "a script on Accelerate": Case(
-        techniques={"ddp": {}}, needs="accelerate",
+        techniques={"ddp": {}},
+        needs="accelerate",
         words=("--engine", "accelerate", "--script", "by_accelerate.py", "--script-applies", "all"),
     ),
     "a script on DeepSpeed, of the user's file": Case(
-        techniques={"zero": {"stage": 2}}, needs="deepspeed",
+        techniques={"zero": {"stage": 2}},
+        needs="deepspeed",
         words=(
-            "--from", "ds.json", "--ranks", "2", "--script", "by_deepspeed.py", "--script-applies",
+            "--from",
+            "ds.json",
+            "--ranks",
+            "2",
+            "--script",
+            "by_deepspeed.py",
+            "--script-applies",
             "activation-checkpointing",
         ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

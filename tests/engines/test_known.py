@@ -14,9 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIBRARIES = {
-    "deepspeed": "deepspeed", "accelerate": "accelerate", "trainer": "transformers",
-    "torchtitan": ".parsers/torchtitan-0.2", "megatron": ".parsers/megatron-core",
-}  # fmt: skip
+    "deepspeed": "deepspeed",
+    "accelerate": "accelerate",
+    "trainer": "transformers",
+    "torchtitan": ".parsers/torchtitan-0.2",
+    "megatron": ".parsers/megatron-core",
+}
 
 
 @pytest.mark.parametrize(("library", "package"), LIBRARIES.items())
@@ -27,9 +30,13 @@ def test_the_library_takes_every_setting_of_the_table(library: str, package: str
     text = resources.files("memfit.lint").joinpath(f"options/{library}.toml").read_text(encoding="utf-8")
     path = os.pathsep.join([*beside, str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     child = subprocess.run(
-        [sys.executable, Path(__file__).with_name("known.py"), library, *beside], input=text,
-        env=os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
+        [sys.executable, Path(__file__).with_name("known.py"), library, *beside],
+        input=text,
+        env=os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert child.returncode == 0, child.stderr[-2000:]
     assert json.loads(child.stdout.splitlines()[-1]) == []

@@ -38,9 +38,16 @@ def fit(folder: Path, callback: Any, **arguments: Any) -> None:
     rows = words_batch(0, 0)
     data = [{k: v[i] for k, v in rows.items()} for _ in range(8) for i in range(8)]
     trainer = lightning.Trainer(
-        accelerator="cpu", max_steps=3, default_root_dir=folder, callbacks=[callback], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **arguments,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_steps=3,
+        default_root_dir=folder,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **arguments,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8))

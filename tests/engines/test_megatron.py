@@ -59,9 +59,15 @@ def _loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _job(tied: bool) -> Job:
     return Job(
-        name="gpt", build_model=lambda: _build(tied), make_batch=_batch, loss=_loss, batch_size=4,
-        loss_terms=lambda part: int(part["next"].numel()), blocks="blocks", head="head",
-    )  # fmt: skip
+        name="gpt",
+        build_model=lambda: _build(tied),
+        make_batch=_batch,
+        loss=_loss,
+        batch_size=4,
+        loss_terms=lambda part: int(part["next"].numel()),
+        blocks="blocks",
+        head="head",
+    )
 
 
 gpt, tied = _job(tied=False), _job(tied=True)
@@ -73,9 +79,16 @@ def _plan(ranks: int, **uses: dict[str, Any]) -> Plan:
 
 def _spec(plan: Plan, attribute: str = "gpt", **more: Any) -> RunSpec:
     return RunSpec(
-        name="x", role="run", job=JobRef(spec=f"{__file__}:{attribute}"), plan=plan, seed=0, steps=STEPS,
-        threads=1, evaluate=False, **more,
-    )  # fmt: skip
+        name="x",
+        role="run",
+        job=JobRef(spec=f"{__file__}:{attribute}"),
+        plan=plan,
+        seed=0,
+        steps=STEPS,
+        threads=1,
+        evaluate=False,
+        **more,
+    )
 
 
 @functools.cache
@@ -90,13 +103,15 @@ _TENSOR = {"vocabulary": "gathered"}
 PLANS = {
     "tensor": (_plan(2, tensor_parallel=_TENSOR), "gpt"),
     "sequence": (
-        _plan(2, tensor_parallel={**_TENSOR, "sequence": True}, activation_checkpointing={}), "tied"
+        _plan(2, tensor_parallel={**_TENSOR, "sequence": True}, activation_checkpointing={}),
+        "tied",
     ),
     "data": (
-        _plan(2, ddp={"bucket_mib": 1, "sync": "last"}, gradient_accumulation={"micro_batches": 2}), "gpt"
+        _plan(2, ddp={"bucket_mib": 1, "sync": "last"}, gradient_accumulation={"micro_batches": 2}),
+        "gpt",
     ),
     "alone": (_plan(1), "gpt"),
-}  # fmt: skip
+}
 
 
 @installed
@@ -227,15 +242,22 @@ RENDERED = {
     "tensor and sequence": (
         _plan(2, tensor_parallel={**_TENSOR, "sequence": True}, activation_checkpointing={}),
         {
-            "tensor-model-parallel-size": "2", "sequence-parallel": "", "recompute-granularity": "full",
-            "recompute-method": "uniform", "micro-batch-size": "64", "num-layers": "8",
+            "tensor-model-parallel-size": "2",
+            "sequence-parallel": "",
+            "recompute-granularity": "full",
+            "recompute-method": "uniform",
+            "micro-batch-size": "64",
+            "num-layers": "8",
         },
     ),
     "interleaved": (
         _plan(4, pipeline={"stages": 2, "schedule": "interleaved", "virtual": 2, "micro_batches": 8}, ddp={}),
         {
-            "pipeline-model-parallel-size": "2", "num-layers-per-virtual-pipeline-stage": "2",
-            "micro-batch-size": "4", "global-batch-size": "64", "overlap-grad-reduce": "",
+            "pipeline-model-parallel-size": "2",
+            "num-layers-per-virtual-pipeline-stage": "2",
+            "micro-batch-size": "4",
+            "global-batch-size": "64",
+            "overlap-grad-reduce": "",
             "ddp-bucket-size": str(25 * 2**18),
         },
     ),
@@ -244,7 +266,7 @@ RENDERED = {
         {"use-distributed-optimizer": "", "bf16": "", "micro-batch-size": "4"},
     ),
     "context": (_plan(2, context_parallel={"degree": 2}), {"context-parallel-size": "2"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -257,19 +279,30 @@ def test_the_trainers_arguments_say_what_the_plan_says(name: str) -> None:
 # The trainer's parser reads them in test_megatron_parser.py; these are
 # the configurations of the package that its options become.
 _DDP = {
-    "overlap-grad-reduce": "overlap_grad_reduce", "ddp-bucket-size": "bucket_size",
+    "overlap-grad-reduce": "overlap_grad_reduce",
+    "ddp-bucket-size": "bucket_size",
     "use-distributed-optimizer": "use_distributed_optimizer",
-}  # fmt: skip
+}
 _TRAINERS_OWN = {
-    "seq-length", "max-position-embeddings", "vocab-size", "position-embedding-type", "micro-batch-size",
-    "global-batch-size", "optimizer", "train-iters", "seed", "clip-grad", "make-vocab-size-divisible-by",
+    "seq-length",
+    "max-position-embeddings",
+    "vocab-size",
+    "position-embedding-type",
+    "micro-batch-size",
+    "global-batch-size",
+    "optimizer",
+    "train-iters",
+    "seed",
+    "clip-grad",
+    "make-vocab-size-divisible-by",
     "untie-embeddings-and-output-weights",
-}  # fmt: skip
+}
 _OTHERWISE = {
-    "norm-epsilon": "layernorm_epsilon", "no-bias-gelu-fusion": "bias_activation_fusion",
+    "norm-epsilon": "layernorm_epsilon",
+    "no-bias-gelu-fusion": "bias_activation_fusion",
     "disable-bias-linear": "add_bias_linear",
     "num-layers-per-virtual-pipeline-stage": "virtual_pipeline_model_parallel_size",
-}  # fmt: skip
+}
 
 
 @installed

@@ -27,15 +27,26 @@ class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def make_trainer(folder: Path, **arguments: Any) -> Trainer:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, use_cache=False,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         args = TrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=4, max_steps=3, use_cpu=True, report_to=[],
-            save_strategy="no", disable_tqdm=True, **arguments,
-        )  # fmt: skip
+            output_dir=str(folder),
+            per_device_train_batch_size=4,
+            max_steps=3,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            **arguments,
+        )
     return Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=Tokens())
 
 

@@ -90,10 +90,13 @@ class States(nn.Module):
 
 def of_logits(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dtype: Any, *uses: Use) -> Trace:
     job = Job(
-        name="loss", build_model=functools.partial(typed, dtype, States), batch_size=TOKENS, head="head",
+        name="loss",
+        build_model=functools.partial(typed, dtype, States),
+        batch_size=TOKENS,
+        head="head",
         make_batch=lambda *_: (torch.ones(1, dtype=dtype), torch.zeros(TOKENS, dtype=torch.int64)),
         loss=lambda model, batch: loss(model(batch[0]), batch[1]),
-    )  # fmt: skip
+    )
     return trace(job, Plan(uses=uses), device="cuda", steps=1, update=False)
 
 
@@ -162,11 +165,14 @@ class Mlp(nn.Module):
 
 def mlp(dtype: torch.dtype = torch.float32, rows: int = 4, **options: Any) -> Job:
     return Job(
-        name="mlp", build_model=functools.partial(typed, dtype, functools.partial(Mlp, **options)),
+        name="mlp",
+        build_model=functools.partial(typed, dtype, functools.partial(Mlp, **options)),
         make_batch=lambda *_: torch.zeros(rows, WIDTHS[0], dtype=dtype),
-        loss=lambda model, x: model(x).float().sum(), batch_size=rows, blocks="layers",
+        loss=lambda model, x: model(x).float().sum(),
+        batch_size=rows,
+        blocks="layers",
         optimizer=OptimizerChoice(learning_rate=1e-3),
-    )  # fmt: skip
+    )
 
 
 PARAMETERS = sum(a * b + b for a, b in itertools.pairwise(WIDTHS))
@@ -206,9 +212,7 @@ def test_bytes_of_optimizer_state_a_parameter(uses: Any, bytes_: float) -> None:
 def test_stepping_in_backward_holds_one_layers_gradients() -> None:
     plan = Plan(uses=(make_use("optimizer-in-backward", {}),))
     sizes = 4 * LARGEST, 4 * PARAMETERS
-    found = [
-        most_bytes(trace(mlp(), p, device="cuda"), Category.GRADIENT) for p in (plan, Plan())
-    ]  # fmt: skip
+    found = [most_bytes(trace(mlp(), p, device="cuda"), Category.GRADIENT) for p in (plan, Plan())]
     assert found[0] <= 2.1 * sizes[0]
     assert found[1] == pytest.approx(sizes[1], rel=0.02)
 
@@ -271,16 +275,19 @@ def kept_by_a_layer(batch: int, length: int, width: int, heads: int, *, fused: b
 
     def kept_by(layers: int) -> int:
         job = Job(
-            name="layers", batch_size=batch, blocks="0",
+            name="layers",
+            batch_size=batch,
+            blocks="0",
             build_model=functools.partial(
-                typed, BF16,
+                typed,
+                BF16,
                 lambda: nn.Sequential(
                     nn.Sequential(*(MegatronLayer(width, heads, fused=fused) for _ in range(layers)))
                 ),
             ),
             make_batch=lambda *_: torch.zeros(batch, length, width, dtype=BF16, requires_grad=True),
             loss=lambda model, x: model(x * 1).float().sum(),
-        )  # fmt: skip
+        )
         traced = trace(job, Plan(uses=uses), device="cuda", steps=1, update=False)
         return live(traced, span(traced, Phase.BACKWARD).start, Category.ACTIVATION)
 
@@ -389,10 +396,14 @@ def gpt(size: GptSize) -> Job:
         return functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
     return Job(
-        name="gpt", build_model=lambda: Gpt(size), loss=loss,
-        make_batch=lambda *_: torch.zeros(shape, dtype=torch.int64), batch_size=size.batch_size,
-        blocks="blocks", head="head",
-    )  # fmt: skip
+        name="gpt",
+        build_model=lambda: Gpt(size),
+        loss=loss,
+        make_batch=lambda *_: torch.zeros(shape, dtype=torch.int64),
+        batch_size=size.batch_size,
+        blocks="blocks",
+        head="head",
+    )
 
 
 @functools.cache
@@ -406,9 +417,10 @@ def staged(schedule: str, rank: int, stages: int = STAGES, virtual: int = 1, dev
 def in_flight(traced: Trace) -> int:
     """What one operator of a block keeps once a micro-batch, most at once."""
     made = [
-        a for a in traced.allocations
+        a
+        for a in traced.allocations
         if a.category is Category.ACTIVATION and a.op == "aten.gelu.default" and a.phase is Phase.FORWARD
-    ]  # fmt: skip
+    ]
     block = made[0].module
     return most(a for a in made if a.module == block)
 
@@ -445,11 +457,12 @@ def test_gloo_holds_what_is_sent_until_the_schedule_waits() -> None:
     """GPipe waits for all its sends at the end; with NCCL one of the gradients sent back is there at once."""
     held = {
         device: most(
-            a for a in staged("gpipe", 1, 2, 1, device).allocations
+            a
+            for a in staged("gpipe", 1, 2, 1, device).allocations
             if a.phase is Phase.BACKWARD and a.requested_bytes == 16 * 32 * 4
         )
         for device in ("cpu", "cuda")
-    }  # fmt: skip
+    }
     assert held["cpu"] - held["cuda"] == MICRO - 1
 
 
@@ -502,15 +515,27 @@ def test_context_parallelism_cuts_the_tokens(degree: int) -> None:
 @pytest.mark.parametrize(
     ("bytes_", "reserved"),
     [
-        (1, 2 * MIB), (1 * MIB, 2 * MIB), (1 * MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB),
-        (10 * MIB, 10 * MIB), (10 * MIB + 1, 12 * MIB), (33 * MIB, 34 * MIB),
+        (1, 2 * MIB),
+        (1 * MIB, 2 * MIB),
+        (1 * MIB + 1, 20 * MIB),
+        (10 * MIB - 512, 20 * MIB),
+        (10 * MIB, 10 * MIB),
+        (10 * MIB + 1, 12 * MIB),
+        (33 * MIB, 34 * MIB),
     ],
-)  # fmt: skip
+)
 def test_a_segment_of_the_caching_allocator(bytes_: int, reserved: int) -> None:
     one = Allocation(
-        start=0, end=None, size_bytes=-(-bytes_ // 512) * 512, category=Category.TEMPORARY,
-        phase=Phase.FORWARD, step=0, module="", op="", requested_bytes=bytes_,
-    )  # fmt: skip
+        start=0,
+        end=None,
+        size_bytes=-(-bytes_ // 512) * 512,
+        category=Category.TEMPORARY,
+        phase=Phase.FORWARD,
+        step=0,
+        module="",
+        op="",
+        requested_bytes=bytes_,
+    )
     assert replay((one,)).reserved_peak_bytes == reserved
 
 

@@ -110,9 +110,11 @@ class Triangle(nn.Module):
 
 def transition(width: int) -> nn.Module:
     return nn.Sequential(
-        nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.ReLU(),
+        nn.LayerNorm(width),
+        nn.Linear(width, 4 * width, bias=False),
+        nn.ReLU(),
         nn.Linear(4 * width, width, bias=False),
-    )  # fmt: skip
+    )
 
 
 class Evoformer(nn.Module):
@@ -186,9 +188,13 @@ def peak_and_resident(sequences: int, residues: int, devices: int, blocks: int) 
     m = torch.zeros(sequences // devices, residues, MSA, dtype=torch.float16)
     z = torch.zeros(residues // devices, residues, PAIR, dtype=torch.float16)
     job = Job(
-        name="evoformer", build_model=lambda: half(lambda: Stack(blocks, devices)), batch_size=1,
-        make_batch=lambda *_: [m, z], loss=lambda model, batch: model(*batch), blocks="blocks",
-    )  # fmt: skip
+        name="evoformer",
+        build_model=lambda: half(lambda: Stack(blocks, devices)),
+        batch_size=1,
+        make_batch=lambda *_: [m, z],
+        loss=lambda model, batch: model(*batch),
+        blocks="blocks",
+    )
     plan = Plan(uses=(make_use("activation-checkpointing", {}),))
     traced = trace(job, plan, device="cuda", steps=1, update=False)
     clock, live = levels(traced)

@@ -33,9 +33,12 @@ from memfit.types.trace import Allocation, Category, Phase, Trace, rounded
 from memfit.types.units import MIB
 
 few = settings(
-    max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
     phases=(Stage.explicit, Stage.generate),  # a failing network is small as it is
-)  # fmt: skip
+)
 many = settings(few, max_examples=60)
 
 STATE = (Category.PARAMETER, Category.GRADIENT, Category.OPTIMIZER_STATE)
@@ -61,11 +64,14 @@ class Chain(nn.Module):
 
 def chain(widths: list[int], rows: int, kind: str = "relu", dtype: torch.dtype = torch.float32) -> Job:
     return Job(
-        name="chain", build_model=lambda: Chain(widths, kind).to(dtype),
+        name="chain",
+        build_model=lambda: Chain(widths, kind).to(dtype),
         make_batch=lambda *_: torch.ones(rows, widths[0], dtype=dtype),
-        loss=lambda model, x: model(x).sum(), batch_size=rows, blocks="layers",
+        loss=lambda model, x: model(x).sum(),
+        batch_size=rows,
+        blocks="layers",
         optimizer=OptimizerChoice(learning_rate=1e-3),
-    )  # fmt: skip
+    )
 
 
 def weights(widths: list[int]) -> list[int]:
@@ -267,11 +273,13 @@ def counter() -> CountingAllocator:
 
 @few
 @given(
-    widths=widths_of, rows=rows_of, kind=kind_of,
+    widths=widths_of,
+    rows=rows_of,
+    kind=kind_of,
     use=st.sampled_from(
         [None, ("activation-checkpointing", {"every": 1}), ("sgd", {}), ("optimizer-in-backward", {})]
     ),
-)  # fmt: skip
+)
 def test_a_random_network_takes_what_was_said(
     counter: CountingAllocator, widths: list[int], rows: int, kind: str, use: Any
 ) -> None:
@@ -358,9 +366,7 @@ def test_a_second_round_needs_no_more_than_one_that_frees_everything(found: tupl
 
 
 @many
-@given(
-    st.floats(1e6, 1e11), st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0.3, 3), st.floats(1, 2)
-)  # fmt: skip
+@given(st.floats(1e6, 1e11), st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0.3, 3), st.floats(1, 2))
 def test_a_larger_card_never_fails_more_often(
     value: float, below: float, above: float, at: float, more: float
 ) -> None:

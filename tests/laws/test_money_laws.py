@@ -28,9 +28,17 @@ from memfit.types.result import Interval, Offer
 few = settings(max_examples=40, phases=(Phase.explicit, Phase.generate))  # shrinking many draws takes long
 ROUNDING = 1e-9  # of the largest part of a sum
 PRICES = (
-    "price", "per_hour", "storage_per_month", "energy_per_kwh", "levy_per_kwh", "basic_per_kw_month",
-    "labour_per_hour", "tax_ratio", "hardware_factor", "rental_factor",
-)  # fmt: skip
+    "price",
+    "per_hour",
+    "storage_per_month",
+    "energy_per_kwh",
+    "levy_per_kwh",
+    "basic_per_kw_month",
+    "labour_per_hour",
+    "tax_ratio",
+    "hardware_factor",
+    "rental_factor",
+)
 
 
 def number(low: float, high: float) -> st.SearchStrategy[float]:
@@ -178,10 +186,20 @@ pairs = st.tuples(ways(), ways(plain=True))
 def ranges(draw: st.DrawFn, terms: Terms) -> list[Term]:
     """Some of the terms with a range around what they are."""
     names = (
-        "runs_per_year", "discount_ratio", "utilisation_ratio", "tax_ratio", "support_ratio",
-        "labour_per_hour", "per_usd", "energy_per_kwh", "levy_per_kwh", "hardware_factor", "rental_factor",
-        "plain_time_factor", "recommended_time_factor",
-    )  # fmt: skip
+        "runs_per_year",
+        "discount_ratio",
+        "utilisation_ratio",
+        "tax_ratio",
+        "support_ratio",
+        "labour_per_hour",
+        "per_usd",
+        "energy_per_kwh",
+        "levy_per_kwh",
+        "hardware_factor",
+        "rental_factor",
+        "plain_time_factor",
+        "recommended_time_factor",
+    )
     found = []
     for name in draw(st.lists(st.sampled_from(names), unique=True, max_size=5)):
         now = getattr(terms, name)
@@ -315,10 +333,15 @@ def test_without_its_watts_a_machine_s_cost_is_unknown(way: dict[str, Any], term
 def offer(machine: str, plain: bool, step_s: float | None, power_w: float) -> Offer:
     span = None if step_s is None else Interval(value=step_s, low=0.9 * step_s, high=1.1 * step_s)
     return Offer(
-        machine=machine, size="", plan="plain training" if plain else "checkpointing", plain=plain,
-        fits=step_s is not None, memory_bytes=Interval(value=2e10, low=2e10, high=2e10), step_s=span,
+        machine=machine,
+        size="",
+        plan="plain training" if plain else "checkpointing",
+        plain=plain,
+        fits=step_s is not None,
+        memory_bytes=Interval(value=2e10, low=2e10, high=2e10),
+        step_s=span,
         power_w=power_w,
-    )  # fmt: skip
+    )
 
 
 OFFERS = (
@@ -332,9 +355,15 @@ OFFERS = (
 POC = dataclasses.replace(full_poc(), offers=OFFERS)
 LABOUR, ENERGY, LEVY, BASIC, PRICE, PER_HOUR, STORAGE, VALUE = range(8)
 own_prices = st.tuples(
-    number(1, 300), number(0.03125, 2), number(0, 0.5), number(0, 50), number(1000, 1e5), number(0.25, 30),
-    number(0, 500), number(0, 1e4),
-)  # fmt: skip
+    number(1, 300),
+    number(0.03125, 2),
+    number(0, 0.5),
+    number(0, 50),
+    number(1000, 1e5),
+    number(0.25, 30),
+    number(0, 500),
+    number(0, 1e4),
+)
 
 
 def told(currency: str, rate: float, own: tuple[float, ...], *, named: bool) -> cases.DecisionCase:
@@ -374,8 +403,10 @@ def test_the_answer_is_the_same_in_every_currency(code: str, own: tuple[float, .
     rate = finance.currency(code).per_usd.value
     dollars, theirs = decided(told("USD", 1.0, own, named=named)), decided(told(code, rate, own, named=named))
     assert (theirs.best, theirs.reference, theirs.payback) == (
-        dollars.best, dollars.reference, dollars.payback,
-    )  # fmt: skip
+        dollars.best,
+        dollars.reference,
+        dollars.payback,
+    )
     assert theirs.shown == dollars.shown
     assert theirs.saved_percent == pytest.approx(dollars.saved_percent, rel=1e-9, abs=1e-9)
     assert theirs.chance_percent == dollars.chance_percent

@@ -48,9 +48,14 @@ from memfit.types.units import GIB, MIB
 
 FULL = make_use("activation-checkpointing", {})
 LLAMA_3_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-}  # fmt: skip
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
 MISTRAL_7B = {**LLAMA_3_8B, "vocab_size": 32000, "sliding_window": None}
 LLAMA_PARAMETERS = 8.03e9
 
@@ -71,10 +76,14 @@ def own_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def decoder(model: Callable[[], nn.Module], batch: int, length: int, loss: Any = own_loss) -> Job:
     return Job(
-        name="decoder", build_model=model, loss=loss, batch_size=batch,
-        make_batch=lambda *_: torch.zeros(batch, length, dtype=torch.int64), blocks="model.layers",
+        name="decoder",
+        build_model=model,
+        loss=loss,
+        batch_size=batch,
+        make_batch=lambda *_: torch.zeros(batch, length, dtype=torch.int64),
+        blocks="model.layers",
         head="lm_head",
-    )  # fmt: skip
+    )
 
 
 def profile(traced: Trace) -> MemoryProfile:
@@ -122,9 +131,15 @@ def test_2_checkpointed_activations_to_the_mebibyte(
     layers: int, hidden: int, length: int, freed_mib: int
 ) -> None:
     config = Qwen3Config(
-        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, vocab_size=1024, attn_implementation="sdpa",
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=1024,
+        attn_implementation="sdpa",
+    )
     job = decoder(functools.partial(in_dtype, torch.bfloat16, lambda: Qwen3ForCausalLM(config)), 1, length)
     plan, few = Plan(uses=(FULL,)), 2
     deep = deep_trace(job, plan, device="cuda", steps=1, update=False)
@@ -172,10 +187,13 @@ class Frozen(nn.Module):
 def loss_peak(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *uses: Use) -> int:
     """Highest live bytes less what is there before and after."""
     job = Job(
-        name="loss", build_model=functools.partial(in_dtype, torch.bfloat16, Frozen),
+        name="loss",
+        build_model=functools.partial(in_dtype, torch.bfloat16, Frozen),
         make_batch=lambda *_: (torch.ones(1, dtype=torch.bfloat16), torch.zeros(ROWS, dtype=torch.int64)),
-        loss=lambda model, batch: loss(model(batch[0]), batch[1]), batch_size=ROWS, head="head",
-    )  # fmt: skip
+        loss=lambda model, batch: loss(model(batch[0]), batch[1]),
+        batch_size=ROWS,
+        head="head",
+    )
     traced = trace(job, Plan(uses=uses), device="cuda", steps=1, update=False)
     return profile(traced).peak_bytes - alive_at(traced, Phase.FORWARD)
 
@@ -311,9 +329,12 @@ def stage_memory(*uses: Use) -> tuple[int, int, int]:
     """(peak, live bytes when the last step's optimizer begins, parameters) of one of four data-parallel
     ranks. The batch is tiny, so that nothing but state counts."""
     job = Job(
-        name="stage", build_model=_FirstStage, make_batch=lambda *_: torch.zeros(4, 8, dtype=torch.int64),
-        loss=lambda model, tokens: model(tokens), batch_size=4,
-    )  # fmt: skip
+        name="stage",
+        build_model=_FirstStage,
+        make_batch=lambda *_: torch.zeros(4, 8, dtype=torch.int64),
+        loss=lambda model, tokens: model(tokens),
+        batch_size=4,
+    )
     traced = trace(job, Plan(uses=uses, ranks=4), device="cuda")
     return profile(traced).peak_bytes, alive_at(traced, Phase.OPTIMIZER, -1), traced.parameter_count
 
@@ -380,10 +401,14 @@ def step_flops(layers: int, width: int, heads: int, batch: int, *uses: Use) -> i
 
     def flops(few: int) -> int:
         job = Job(
-            name="gpt", build_model=lambda: in_dtype(torch.bfloat16, lambda: _Gpt(width, heads, few)),
-            make_batch=lambda *_: torch.zeros(batch, 2048, dtype=torch.int64), loss=_whole_again,
-            batch_size=batch, blocks="blocks", head="head",
-        )  # fmt: skip
+            name="gpt",
+            build_model=lambda: in_dtype(torch.bfloat16, lambda: _Gpt(width, heads, few)),
+            make_batch=lambda *_: torch.zeros(batch, 2048, dtype=torch.int64),
+            loss=_whole_again,
+            batch_size=batch,
+            blocks="blocks",
+            head="head",
+        )
         traced = trace(job, Plan(uses=uses), device="cuda", steps=1, update=False)
         return sum(op.flops * times for op, times in step_ops(traced))
 

@@ -31,13 +31,16 @@ def run_children(
         subprocess.Popen(
             [sys.executable, "-W", "ignore", script, *of_rank],
             env={
-                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **env,
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": paths,
+                **env,
                 **(rank_env(rank, ranks, port) if ranks > 1 else {}),
             },
             stdout=subprocess.DEVNULL,
         )
         for rank, of_rank in enumerate(arguments)
-    ]  # fmt: skip
+    ]
     try:
         codes = [child.wait(limit_s) for child in children]
     finally:

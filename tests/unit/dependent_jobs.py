@@ -16,9 +16,12 @@ BATCH, WIDTH, CLASSES = 8, 10, 5
 
 def job(name: str, model: Callable[[], nn.Module], batch: Any, loss: Any, **more: Any) -> Job:
     return Job(
-        name=name, build_model=model, make_batch=batch, loss=loss,
+        name=name,
+        build_model=model,
+        make_batch=batch,
+        loss=loss,
         **{"batch_size": BATCH, **more},
-    )  # fmt: skip
+    )
 
 
 def numbers(step: int, seed: int) -> torch.Generator:
@@ -157,8 +160,12 @@ class Queue(nn.Module):
 def dependent() -> list[Job]:
     return [
         job("BatchNorm1d", lambda: dense(nn.BatchNorm1d(16)), vectors, classify),
-        job("BatchNorm2d without running statistics",
-            lambda: conv(nn.BatchNorm2d(8, track_running_stats=False)), images, per_pixel),
+        job(
+            "BatchNorm2d without running statistics",
+            lambda: conv(nn.BatchNorm2d(8, track_running_stats=False)),
+            images,
+            per_pixel,
+        ),
         job("SyncBatchNorm", lambda: conv(nn.SyncBatchNorm(8)), images, per_pixel),
         job("InfoNCE", lambda: dense(out=6), pairs, info_nce),
         job("batch-hard triplets", dense, vectors, batch_hard_triplets),
@@ -167,7 +174,7 @@ def dependent() -> list[Job]:
         job("a sum", dense, vectors, summed),
         job("a mean over labels that are not counted", Words, sequences, masked_mean),
         job("balanced experts", Balanced, vectors, balanced),
-    ]  # fmt: skip
+    ]
 
 
 # -- independent -------------------------------------------------------------------------------------------
@@ -238,9 +245,14 @@ def independent() -> list[Job]:
         job("InstanceNorm", lambda: conv(nn.InstanceNorm2d(8, affine=True)), images, per_pixel),
         job("Dice of each sample", lambda: conv(nn.Identity()), images, sample_dice),
         job("dropout", lambda: dense(nn.Dropout(0.5)), vectors, classify),
-        job("attention with dropout, labels counted", lambda: Words(0.2), sequences, masked_mean,
-            loss_terms=lambda part: int((part["labels"] >= 0).sum())),
+        job(
+            "attention with dropout, labels counted",
+            lambda: Words(0.2),
+            sequences,
+            masked_mean,
+            loss_terms=lambda part: int((part["labels"] >= 0).sum()),
+        ),
         job("stochastic depth", DropPath, vectors, classify),
         job("frozen BatchNorm", Frozen, images, per_pixel),
         job("diffusion", lambda: conv(nn.Identity()), images, noise_prediction),
-    ]  # fmt: skip
+    ]

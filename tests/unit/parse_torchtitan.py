@@ -20,8 +20,10 @@ from unittest.mock import MagicMock
 ABSENT = (
     "torchtitan.distributed.minimal_async_ep.kernels",  # 0.3
     "torchtitan.models.moe.kernels",  # 0.2
-    "datasets", "datasets.distributed", "torch.utils.tensorboard",
-)  # fmt: skip
+    "datasets",
+    "datasets.distributed",
+    "torch.utils.tensorboard",
+)
 SECTIONS = ("training", "parallelism", "optimizer", "compile", "activation_checkpoint")
 
 

@@ -43,9 +43,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def ran(outcome: OutcomeKind) -> Run:
     spec = RunSpec(name="x", role="run", job=JobRef(spec="x"), plan=Plan(), seed=0, steps=1)
     return Run(
-        spec=spec, predicted_peak_bytes=None, predicted_phase_peak_bytes={}, predicted_step_s=None,
+        spec=spec,
+        predicted_peak_bytes=None,
+        predicted_phase_peak_bytes={},
+        predicted_step_s=None,
         measurement=Measurement(outcome=outcome),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture

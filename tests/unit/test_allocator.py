@@ -29,14 +29,17 @@ def steps(*events: tuple[object, ...]) -> list[Event]:
 @pytest.mark.parametrize(
     ("asked", "divisions", "given_"),
     [
-        (1, 0, 512), (512, 0, 512), (513, 0, 1024), (1200, 0, 1536),
+        (1, 0, 512),
+        (512, 0, 512),
+        (513, 0, 1024),
+        (1200, 0, 1536),
         (1200, 4, 1536),  # below 512 x divisions nothing changes
         (5000, 4, 5120),  # 4096, 5120, 6144, 7168
         (4096, 4, 4096),
         (7169, 4, 8192),
         (100 * MIB, 8, 104 * MIB),  # parts of 8 MiB above 64 MiB
     ],
-)  # fmt: skip
+)
 def test_sizes_are_rounded(asked: int, divisions: int, given_: int) -> None:
     assert rounded_bytes(asked, divisions) == given_
 
@@ -44,10 +47,15 @@ def test_sizes_are_rounded(asked: int, divisions: int, given_: int) -> None:
 @pytest.mark.parametrize(
     ("asked", "segment"),
     [
-        (512, 2 * MIB), (MIB, 2 * MIB), (MIB + 512, 20 * MIB), (10 * MIB - 512, 20 * MIB),
-        (10 * MIB, 10 * MIB), (10 * MIB + 512, 12 * MIB), (21 * MIB, 22 * MIB),
+        (512, 2 * MIB),
+        (MIB, 2 * MIB),
+        (MIB + 512, 20 * MIB),
+        (10 * MIB - 512, 20 * MIB),
+        (10 * MIB, 10 * MIB),
+        (10 * MIB + 512, 12 * MIB),
+        (21 * MIB, 22 * MIB),
     ],
-)  # fmt: skip
+)
 def test_segments_by_size(asked: int, segment: int) -> None:
     assert segment_bytes(asked) == segment
     assert run(steps(("a", asked))).reserved_peak_bytes == segment
@@ -142,9 +150,14 @@ def test_a_split_segment_cannot_be_given_back_but_free_pages_can() -> None:
 def test_unmapped_pages_are_filled_from_the_lowest_address() -> None:
     """Live blocks keep the ends; the hole between them is unmapped, and mapped again for what fits it."""
     events = steps(
-        ("a", 20 * MIB), ("hole", 60 * MIB), ("z", 20 * MIB), ("hole",),
-        ("side", 60 * MIB, "side"), ("side",), ("new", 60 * MIB),
-    )  # fmt: skip
+        ("a", 20 * MIB),
+        ("hole", 60 * MIB),
+        ("z", 20 * MIB),
+        ("hole",),
+        ("side", 60 * MIB, "side"),
+        ("side",),
+        ("new", 60 * MIB),
+    )
     found = run(events, Settings(cap_bytes=100 * MIB, expandable_segments=True))
     assert (found.fits, found.reserved_bytes, found.retries) == (True, 100 * MIB, 2)
 
@@ -179,9 +192,13 @@ def test_garbage_of_all_streams_ages_by_one_count() -> None:
     """PyTorch counts requests of its one pool of large blocks, whatever their streams: when the last is made,
     the side stream's 60 MiB have aged by two, the main stream's 40 by one; the older of them goes."""
     events = [
-        ("s", 60 * MIB, "side"), ("o", 40 * MIB, ""), ("s", -1, ""), ("p", 20 * MIB, "third"), ("o", -1, ""),
+        ("s", 60 * MIB, "side"),
+        ("o", 40 * MIB, ""),
+        ("s", -1, ""),
+        ("p", 20 * MIB, "third"),
+        ("o", -1, ""),
         ("x", 60 * MIB, ""),
-    ]  # fmt: skip
+    ]
     found = run(events, Settings(cap_bytes=220 * MIB, garbage_collection_threshold=0.5))
     assert found.reserved_bytes == 120 * MIB
 
@@ -191,9 +208,16 @@ def test_garbage_of_all_streams_ages_by_one_count() -> None:
 
 def life(start: int, end: int | None, size: int, stream: str = "") -> Allocation:
     return Allocation(
-        start=start, end=end, size_bytes=size, category=Category.TEMPORARY, phase=Phase.FORWARD, step=0,
-        module="", op="", stream=stream,
-    )  # fmt: skip
+        start=start,
+        end=end,
+        size_bytes=size,
+        category=Category.TEMPORARY,
+        phase=Phase.FORWARD,
+        step=0,
+        module="",
+        op="",
+        stream=stream,
+    )
 
 
 def test_a_trace_is_played_by_its_clock() -> None:
@@ -262,9 +286,10 @@ def test_when_all_is_freed_the_segments_are_whole_again(events: list[Event], how
     cap = played.reserved_peak_bytes
     everything = [*events, *rest(events), ("last", cap, "third stream")]
     limited = Settings(
-        cap_bytes=cap + 20 * MIB, expandable_segments=how.expandable_segments,
+        cap_bytes=cap + 20 * MIB,
+        expandable_segments=how.expandable_segments,
         max_split_size_bytes=how.max_split_size_bytes,
-    )  # fmt: skip
+    )
     assert run(everything, limited).fits
 
 
@@ -275,11 +300,12 @@ def test_a_cap_is_never_exceeded(events: list[Event], how: Settings, share: int)
     capped = run(
         events,
         Settings(
-            cap_bytes=cap, expandable_segments=how.expandable_segments,
+            cap_bytes=cap,
+            expandable_segments=how.expandable_segments,
             max_split_size_bytes=how.max_split_size_bytes,
             roundup_power2_divisions=how.roundup_power2_divisions,
         ),
-    )  # fmt: skip
+    )
     assert capped.reserved_peak_bytes <= cap
     assert capped.fits or cap < free.reserved_peak_bytes
 

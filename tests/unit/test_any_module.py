@@ -203,10 +203,21 @@ def resized(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 CASES: tuple[tuple[Callable[..., torch.Tensor], tuple[int, ...]], ...] = (
-    (residual, ()), (squared, ()), (strided_linear, (8, 16, 32)), (gathered, ()), (largest, ()),
-    (on_views, ()), (complex_numbers, ()), (custom, ()), (hooked, ()), (copied, ()), (slope, ()),
-    (curved, ()), (products, ()), (resized, ()),
-)  # fmt: skip
+    (residual, ()),
+    (squared, ()),
+    (strided_linear, (8, 16, 32)),
+    (gathered, ()),
+    (largest, ()),
+    (on_views, ()),
+    (complex_numbers, ()),
+    (custom, ()),
+    (hooked, ()),
+    (copied, ()),
+    (slope, ()),
+    (curved, ()),
+    (products, ()),
+    (resized, ()),
+)
 
 
 @counted

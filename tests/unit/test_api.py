@@ -30,9 +30,12 @@ def net() -> nn.Module:
 
 def job(**changes: Any) -> memfit.Job:
     given: dict[str, Any] = {
-        "name": "net", "build_model": net, "make_batch": lambda step, seed: (X, Y), "batch_size": 32,
+        "name": "net",
+        "build_model": net,
+        "make_batch": lambda step, seed: (X, Y),
+        "batch_size": 32,
         "loss": lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1]),
-    }  # fmt: skip
+    }
     return memfit.Job(**given | changes)
 
 
@@ -93,11 +96,14 @@ def test_a_models_own_loss_is_found(wrap: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "moments"),
     [
-        ("adamw", 2), ("sgd", 1), (torch.optim.SGD, 0), (lambda p: torch.optim.Adagrad(p, lr=0.1), 1),
+        ("adamw", 2),
+        ("sgd", 1),
+        (torch.optim.SGD, 0),
+        (lambda p: torch.optim.Adagrad(p, lr=0.1), 1),
         (memfit.OptimizerChoice(name="adam"), 2),
     ],
     ids=["adamw", "sgd", "class", "function", "choice"],
-)  # fmt: skip
+)
 def test_state_is_that_of_the_optimizer_given(optimizer: Any, moments: int) -> None:
     found = memfit.estimate(net(), (X, Y), nn.CrossEntropyLoss(), optimizer)
     state = found.lifecycle.peak("save").device_bytes - 896 - 1280  # parameters and batch, by hand

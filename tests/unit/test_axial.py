@@ -48,13 +48,18 @@ class _Block(Axial):
 
 def _job() -> Job:
     batch = {
-        "m": torch.zeros(1, ROWS, N, C), "z": torch.zeros(1, N, N, C),
-        "rows": torch.ones(1, ROWS, N), "pairs": torch.ones(1, N, N),
-    }  # fmt: skip
+        "m": torch.zeros(1, ROWS, N, C),
+        "z": torch.zeros(1, N, N, C),
+        "rows": torch.ones(1, ROWS, N),
+        "pairs": torch.ones(1, N, N),
+    }
     return Job(
-        name="block", build_model=_Block, make_batch=lambda step, seed: batch,
-        loss=lambda model, given: model(given), batch_size=1,
-    )  # fmt: skip
+        name="block",
+        build_model=_Block,
+        make_batch=lambda step, seed: batch,
+        loss=lambda model, given: model(given),
+        batch_size=1,
+    )
 
 
 def _plan(ranks: int = RANKS, **uses: Any) -> Plan:
@@ -70,12 +75,17 @@ def test_what_travels_for_one_block_is_counted_by_hand() -> None:
     bias, outer, pairs, rows = 2 * N * N * 4, ROWS * N * 4 * 4, N * N * C * 4, ROWS * N * C * 4
     wanted = collections.Counter(
         {
-            ("all_gather", bias): 3, ("all_gather", outer): 2, ("all_gather", pairs): 2 + 1 + 1,
+            ("all_gather", bias): 3,
+            ("all_gather", outer): 2,
+            ("all_gather", pairs): 2 + 1 + 1,
             ("all_gather", rows): 1,
-            ("reduce_scatter", bias): 3, ("reduce_scatter", outer): 1, ("reduce_scatter", pairs): 1 + 1,
-            ("all_to_all", rows // RANKS): 2 + 2, ("all_to_all", pairs // RANKS): 2 + 2,
+            ("reduce_scatter", bias): 3,
+            ("reduce_scatter", outer): 1,
+            ("reduce_scatter", pairs): 1 + 1,
+            ("all_to_all", rows // RANKS): 2 + 2,
+            ("all_to_all", pairs // RANKS): 2 + 2,
         }
-    )  # fmt: skip
+    )
     assert found - collections.Counter({("", 0): found["", 0]}) == wanted
 
 
@@ -142,9 +152,16 @@ def test_a_search_shares_one_sample_and_sketches_the_pass_that_is_learned_from(c
     model = time_model(on.device, Calibration())
     assert model is not None
     limits = Limits(
-        ranks=on.device_count, per_host=4, batch=1, blocks=4, device="cuda", context=(1, 4), pipeline=False,
-        without=frozenset(LEFT_OUT), effect=EffectClass.E1,
-    )  # fmt: skip
+        ranks=on.device_count,
+        per_host=4,
+        batch=1,
+        blocks=4,
+        device="cuda",
+        context=(1, 4),
+        pipeline=False,
+        without=frozenset(LEFT_OUT),
+        effect=EffectClass.E1,
+    )
     found = find(Traced(job, "cuda"), on, model, limits, (2.0**40, 2.0**50))
     pricer = Pricer(job=job, machine=on, space=space_of(job, "cuda", on.device_count))
     assert found.sketches

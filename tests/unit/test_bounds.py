@@ -86,9 +86,16 @@ def test_exchanged_bytes_take_time_and_sharded_weights_are_gathered_again() -> N
 def test_nothing_is_missed_where_nothing_is_asked_or_fits() -> None:
     exactly = Interval(value=1.0, low=1.0, high=1.0)
     fitting = Estimate(
-        plan=Plan(), allocated_bytes=exactly, phase_peak_bytes={}, at_peak_bytes={}, by_module_bytes={},
-        step_s=exactly, flops_per_step=0, traced=True, usd=0.5,
-    )  # fmt: skip
+        plan=Plan(),
+        allocated_bytes=exactly,
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=exactly,
+        flops_per_step=0,
+        traced=True,
+        usd=0.5,
+    )
     assert missed(Bounds(steps=10), [fitting]) == missed(Bounds(steps=10, deadline_s=1.0), []) == ""
     both = missed(Bounds(steps=10, deadline_s=5.0, budget_usd=2.0), [fitting])
     assert both == (

@@ -113,10 +113,25 @@ def test_links_of_known_devices() -> None:
 
 @pytest.mark.parametrize(
     ("name", "box_gb"),
-    [("T4", 16), ("L40S", 48), ("A100-40GB-SXM", 40), ("A100-80GB-SXM", 80), ("H100-SXM", 80),
-     ("H200-SXM", 141), ("H100-96GB-HBM2e", 96), ("A30", 24), ("GH200-96GB", 96), ("B200", 192),
-     ("B300", 288), ("H20", 96), ("RTX-4090", 24), ("RTX-5090", 32), ("V100-16GB-SXM2", 16), ("MI300X", 192)],
-)  # fmt: skip
+    [
+        ("T4", 16),
+        ("L40S", 48),
+        ("A100-40GB-SXM", 40),
+        ("A100-80GB-SXM", 80),
+        ("H100-SXM", 80),
+        ("H200-SXM", 141),
+        ("H100-96GB-HBM2e", 96),
+        ("A30", 24),
+        ("GH200-96GB", 96),
+        ("B200", 192),
+        ("B300", 288),
+        ("H20", 96),
+        ("RTX-4090", 24),
+        ("RTX-5090", 32),
+        ("V100-16GB-SXM2", 16),
+        ("MI300X", 192),
+    ],
+)
 def test_usable_memory_is_a_little_less_than_the_number_on_the_box(name: str, box_gb: int) -> None:
     usable_gib = catalog.device(name).memory_bytes.value / GIB
     assert 0.9 * box_gb < usable_gib < box_gb
@@ -151,19 +166,38 @@ def test_places_are_plausible() -> None:
 
 @pytest.mark.parametrize(
     ("given_name", "found"),
-    [("h100 sxm", "H100-SXM"), ("H100_SXM5", "H100-SXM"), ("NVIDIA H100 80GB HBM3", "H100-SXM"),
-     ("NVIDIA H100 PCIe", "H100-PCIe"), ("Tesla V100-SXM2-16GB", "V100-16GB-SXM2"), ("Tesla T4", "T4"),
-     ("NVIDIA A100-SXM4-80GB", "A100-80GB-SXM"), ("NVIDIA GeForce RTX 4090", "RTX-4090"),
-     ("H100-80GB", "H100-SXM"), ("A100-SXM4-80GB", "A100-80GB-SXM"), ("A100-80GB", "A100-80GB-SXM"),
-     ("NVIDIA A100 80GB PCIe", "A100-80GB-PCIe"), ("NVIDIA A100-PCIE-40GB", "A100-40GB-PCIe"),
-     ("NVIDIA H100 NVL", "H100-NVL"), ("NVIDIA H200", "H200-SXM"), ("NVIDIA H20", "H20"),
-     ("NVIDIA B200", "B200"), ("NVIDIA B300 SXM6 AC", "B300"), ("NVIDIA GB200", "GB200"),
-     ("NVIDIA GH200 480GB", "GH200-96GB"), ("Tesla V100-PCIE-16GB", "V100-16GB-PCIe"),
-     ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"), ("NVIDIA A10G", "A10G"),
-     ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"), ("AMD Instinct MI250X", "MI250X"),
-     ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX-4070-Ti-Super"), ("rtx4090", "RTX-4090"),
-     ("AMD Instinct MI300X", "MI300X"), ("nvidia l4", "L4")],
-)  # fmt: skip
+    [
+        ("h100 sxm", "H100-SXM"),
+        ("H100_SXM5", "H100-SXM"),
+        ("NVIDIA H100 80GB HBM3", "H100-SXM"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("Tesla V100-SXM2-16GB", "V100-16GB-SXM2"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB-SXM"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("H100-80GB", "H100-SXM"),
+        ("A100-SXM4-80GB", "A100-80GB-SXM"),
+        ("A100-80GB", "A100-80GB-SXM"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB-PCIe"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB-PCIe"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA H200", "H200-SXM"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA B300 SXM6 AC", "B300"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA GH200 480GB", "GH200-96GB"),
+        ("Tesla V100-PCIE-16GB", "V100-16GB-PCIe"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"),
+        ("AMD Instinct MI250X", "MI250X"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX-4070-Ti-Super"),
+        ("rtx4090", "RTX-4090"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("nvidia l4", "L4"),
+    ],
+)
 def test_names_are_found_as_people_and_torch_write_them(given_name: str, found: str) -> None:
     assert catalog.device(given_name).name == found
 
@@ -176,9 +210,13 @@ def test_case_and_punctuation_never_matter(name: str, separator: str, upper: boo
 
 @pytest.mark.parametrize(
     ("given_name", "suggested"),
-    [("H100-SMX", ["H100-SXM"]), ("RTX 4900", ["RTX-4090"]), ("H100", ["H100-SXM", "H100-PCIe"]),
-     ("A100", ["A100-40GB-SXM", "A100-80GB-SXM"])],
-)  # fmt: skip
+    [
+        ("H100-SMX", ["H100-SXM"]),
+        ("RTX 4900", ["RTX-4090"]),
+        ("H100", ["H100-SXM", "H100-PCIe"]),
+        ("A100", ["A100-40GB-SXM", "A100-80GB-SXM"]),
+    ],
+)
 def test_a_typo_or_an_ambiguous_name_is_told_what_is_near(given_name: str, suggested: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         catalog.device(given_name)

@@ -25,9 +25,17 @@ from memfit.types.plan import Plan
 from memfit.types.trace import Phase
 
 WIDTHS = Widths(
-    c_m=24, c_z=16, msa_heads=2, msa_head_width=12, pair_heads=2, pair_head_width=8, triangle=16, outer=6,
-    transition=2, dropout=(0.0, 0.0),
-)  # fmt: skip
+    c_m=24,
+    c_z=16,
+    msa_heads=2,
+    msa_head_width=12,
+    pair_heads=2,
+    pair_head_width=8,
+    triangle=16,
+    outer=6,
+    transition=2,
+    dropout=(0.0, 0.0),
+)
 
 
 def _job(build: Callable[[], nn.Module], *shape: int) -> Job:
@@ -35,9 +43,12 @@ def _job(build: Callable[[], nn.Module], *shape: int) -> Job:
         return {"x": torch.randn(*shape, generator=torch.Generator().manual_seed(step))}
 
     return Job(
-        name="x", build_model=lambda: nn.Sequential(build()), make_batch=batch,
-        loss=lambda model, given: model(given["x"]).square().mean(), batch_size=shape[0],
-    )  # fmt: skip
+        name="x",
+        build_model=lambda: nn.Sequential(build()),
+        make_batch=batch,
+        loss=lambda model, given: model(given["x"]).square().mean(),
+        batch_size=shape[0],
+    )
 
 
 def _axes(build: Callable[[], nn.Module], *shape: int) -> tuple[tuple[int, ...], int] | None:
@@ -88,14 +99,19 @@ def _evoformer(residues: int, rows: int, widths: Widths = WIDTHS) -> Job:
         held = torch.ones(1, residues)
         held[:, -3:] = 0
         return {
-            "m": torch.randn(1, rows, residues, widths.c_m, generator=numbers), "z": pairs,
-            "rows": held.unsqueeze(1).repeat(1, rows, 1), "pairs": held.unsqueeze(1) * held.unsqueeze(2),
-        }  # fmt: skip
+            "m": torch.randn(1, rows, residues, widths.c_m, generator=numbers),
+            "z": pairs,
+            "rows": held.unsqueeze(1).repeat(1, rows, 1),
+            "pairs": held.unsqueeze(1) * held.unsqueeze(2),
+        }
 
     return Job(
-        name="evoformer", build_model=lambda: _Block(widths), make_batch=batch,
-        loss=lambda model, given: model(given), batch_size=1,
-    )  # fmt: skip
+        name="evoformer",
+        build_model=lambda: _Block(widths),
+        make_batch=batch,
+        loss=lambda model, given: model(given),
+        batch_size=1,
+    )
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["evoformer", "extra MSA"])
@@ -128,17 +144,18 @@ def test_row_attention_is_cut_by_rows_where_lengths_and_channels_are_the_same_nu
 ) -> None:
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         return {
-            "m": torch.zeros(1, rows, residues, width), "z": torch.zeros(1, residues, residues, 128),
+            "m": torch.zeros(1, rows, residues, width),
+            "z": torch.zeros(1, residues, residues, 128),
             "rows": torch.ones(1, rows, residues),
-        }  # fmt: skip
+        }
 
     job = Job(
-        name="row", make_batch=batch, batch_size=1,
-        build_model=lambda: RowAttention(
-            Widths(c_m=width, c_z=128, msa_heads=8, msa_head_width=width // 8)
-        ),
+        name="row",
+        make_batch=batch,
+        batch_size=1,
+        build_model=lambda: RowAttention(Widths(c_m=width, c_z=128, msa_heads=8, msa_head_width=width // 8)),
         loss=lambda model, given: model(given["m"], given["z"], given["rows"]).mean(),
-    )  # fmt: skip
+    )
     with FakeTensorMode():
         model = job.build_model()
     found = to_cut(model, insides(job, model), 2**28)
@@ -193,9 +210,12 @@ def _cuts(layers: list[nn.Module], shape: tuple[int, ...]) -> dict[str, tuple[in
     model = nn.Sequential(*layers)
     batch = torch.randn(shape)
     job = Job(
-        name="it", build_model=lambda: model, make_batch=lambda step, seed: {"x": batch},
-        loss=lambda m, b: m(b["x"]).square().mean(), batch_size=shape[0],
-    )  # fmt: skip
+        name="it",
+        build_model=lambda: model,
+        make_batch=lambda step, seed: {"x": batch},
+        loss=lambda m, b: m(b["x"]).square().mean(),
+        batch_size=shape[0],
+    )
     found = to_cut(model, insides(job, model), 0)
     return {name: (cut.axes[cut.first], cut.out_axis) for name, cut in found.items()}
 
@@ -269,10 +289,12 @@ class _Triangle(nn.Module):
 @pytest.mark.parametrize("crop", [256, 384])
 def test_triangle_attention_at_published_crops_peaks_at_an_eighth(crop: int) -> None:
     job = Job(
-        name="triangle", build_model=_Triangle, batch_size=1,
+        name="triangle",
+        build_model=_Triangle,
+        batch_size=1,
         make_batch=lambda step, seed: (torch.zeros(1, crop, crop, 1), torch.ones(1, crop, crop)),
         loss=lambda model, given: model(*given).mean(),
-    )  # fmt: skip
+    )
     peaks = [
         memory_profile(trace(job, Plan(uses=uses)), Calibration()).peak_bytes
         for uses in ((), (make_use("chunking", {}),))

@@ -33,15 +33,26 @@ from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
 
 POC: Poc = fixture.full_poc()
 TRACE = Trace(
-    device="cpu", steps=1, ops=(), parameter_count=1, trainable_count=1,
+    device="cpu",
+    steps=1,
+    ops=(),
+    parameter_count=1,
+    trainable_count=1,
     spans=(PhaseSpan(phase=Phase.FORWARD, step=0, start=0, end=9),),
     allocations=(
         Allocation(
-            start=1, end=None, size_bytes=64, category=Category.ACTIVATION, phase=Phase.FORWARD, step=0,
-            module="head", op="aten.mm.default", line="mine.py:3",
+            start=1,
+            end=None,
+            size_bytes=64,
+            category=Category.ACTIVATION,
+            phase=Phase.FORWARD,
+            step=0,
+            module="head",
+            op="aten.mm.default",
+            line="mine.py:3",
         ),
     ),
-)  # fmt: skip
+)
 COMMANDS = ("poc", "plan", "explain", "run", "lengths", "report", "jobs", "techniques", "machines", "doctor")
 
 
@@ -387,9 +398,18 @@ def test_the_poc_view_keeps_its_names() -> None:
     promised = {"cap_bytes", "runs", "verdict", "reproducible", "effort", "report"}
     assert promised <= set(view)
     of_run = {
-        "name", "role", "capped", "seed", "outcome", "predicted_peak_bytes", "measured_peak_bytes",
-        "predicted_step_s", "step_s", "losses", "metric",
-    }  # fmt: skip
+        "name",
+        "role",
+        "capped",
+        "seed",
+        "outcome",
+        "predicted_peak_bytes",
+        "measured_peak_bytes",
+        "predicted_step_s",
+        "step_s",
+        "losses",
+        "metric",
+    }
     assert all(of_run <= set(run) for run in view["runs"])
     first = view["runs"][0]
     assert (first["role"], first["capped"], first["outcome"]) == ("baseline", True, "oom")

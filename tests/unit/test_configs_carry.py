@@ -53,18 +53,27 @@ def test_deepspeed_alone(tmp_path: Path) -> None:
     assert (found.engine, found.plan.ranks, found.micro_batch, found.batch) == ("deepspeed", 2, 4, 32)
     assert names(found) == {"zero", "gradient-accumulation"}  # AdamW runs on the host
     assert knobs(found, "zero") == {
-        "stage": 2, "precision": "bf16", "overlap": True, "offload": "optimizer", "persist_elements": 100_000,
-        "reduce_bucket_elements": 500_000_000, "prefetch_elements": 50_000_000,
-        "live_elements": 1_000_000_000, "memory_efficient_linear": True,
-    }  # fmt: skip
+        "stage": 2,
+        "precision": "bf16",
+        "overlap": True,
+        "offload": "optimizer",
+        "persist_elements": 100_000,
+        "reduce_bucket_elements": 500_000_000,
+        "prefetch_elements": 50_000_000,
+        "live_elements": 1_000_000_000,
+        "memory_efficient_linear": True,
+    }
     assert left(found) == {"zero_optimization.zero_quantized_weights"}
 
 
 def test_deepspeed_stage_3_and_auto(tmp_path: Path) -> None:
     section = zero(
-        3, offload_param={"device": "nvme"}, stage3_prefetch_bucket_size=7, reduce_bucket_size="auto",
+        3,
+        offload_param={"device": "nvme"},
+        stage3_prefetch_bucket_size=7,
+        reduce_bucket_size="auto",
         stage3_param_persistence_threshold=0,
-    )  # fmt: skip
+    )
     found = carried(
         tmp_path, ds(fp16={"enabled": "auto"}, sparse_attention={"mode": "fixed"}, **section), ranks=4
     )
@@ -72,9 +81,11 @@ def test_deepspeed_stage_3_and_auto(tmp_path: Path) -> None:
     assert knobs(found, "zero")["prefetch_elements"] == 7
     assert knobs(found, "zero")["persist_elements"] == 1
     assert left(found) == {
-        "offload_param to nvme", "zero_optimization.reduce_bucket_size auto", "fp16.enabled auto",
+        "offload_param to nvme",
+        "zero_optimization.reduce_bucket_size auto",
+        "fp16.enabled auto",
         "sparse_attention",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -150,8 +161,10 @@ def test_the_trainer_alone(tmp_path: Path) -> None:
 def test_gradients_are_reduced_when_and_where_the_trainer_does(tmp_path: Path) -> None:
     once = tr(gradient_accumulation_steps=2, ddp_bucket_cap_mb=7)
     assert knobs(carried(tmp_path, once, ranks=2), "ddp") == {
-        "bucket_mib": 7, "bucket_view": False, "sync": "last",
-    }  # fmt: skip
+        "bucket_mib": 7,
+        "bucket_view": False,
+        "sync": "last",
+    }
     told = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     each = tr(gradient_accumulation_steps=2, fsdp=True, accelerator_config=told)
     assert knobs(carried(tmp_path, each, ranks=2), "fsdp2")["sync"] == "every"
@@ -184,14 +197,19 @@ def test_torchtitan(tmp_path: Path) -> None:
     tables = {
         "training": {"local_batch_size": 4, "global_batch_size": 32},
         "parallelism": {"data_parallel_shard_degree": -1} | mesh(tensor=2),
-        "activation_checkpoint": {"mode": "full"}, "optimizer": {"implementation": "for-loop"},
+        "activation_checkpoint": {"mode": "full"},
+        "optimizer": {"implementation": "for-loop"},
         "model": {"converters": ["float8"]},
-    }  # fmt: skip
+    }
     found = carried(tmp_path, tt(**tables), ranks=8)
     assert (found.engine, found.plan.ranks, found.micro_batch, found.batch) == ("native", 8, 4, 32)
     assert names(found) == {
-        "fsdp2", "tensor-parallel", "activation-checkpointing", "adamw-single", "gradient-accumulation",
-    }  # fmt: skip
+        "fsdp2",
+        "tensor-parallel",
+        "activation-checkpointing",
+        "adamw-single",
+        "gradient-accumulation",
+    }
     assert knobs(found, "gradient-accumulation")["micro_batches"] == 2
     assert left(found) == {"converter float8"}
 
@@ -206,10 +224,11 @@ def test_torchtitans_float8_is_float8(tmp_path: Path) -> None:
 
 def test_torchtitans_pipeline_keeps_gathered_parameters(tmp_path: Path) -> None:
     tables = {
-        "training": {"local_batch_size": 8}, "activation_checkpoint": {"mode": "none"},
+        "training": {"local_batch_size": 8},
+        "activation_checkpoint": {"mode": "none"},
         "parallelism": {"data_parallel_shard_degree": 2, "pipeline_parallel_schedule": "Interleaved1F1B"}
         | mesh(pipeline=2),
-    }  # fmt: skip
+    }
     found = carried(tmp_path, tt(**tables))
     assert found.plan.ranks == 4
     assert (knobs(found, "pipeline")["micro_batches"], knobs(found, "pipeline")["virtual"]) == (8, 2)
@@ -229,9 +248,16 @@ def test_what_clashes_is_left_out_with_the_reason(tmp_path: Path) -> None:
 def written(engine: Engine, plan: Plan) -> File:
     """The file that ``memfit run --engine`` gives to the library."""
     spec = RunSpec(
-        name="x", role="baseline", job=JobRef(spec="protein-lm"), plan=plan, engine=engine.name, seed=0,
-        steps=1, batch_size=32, sizes={"num-layers": "8"},
-    )  # fmt: skip
+        name="x",
+        role="baseline",
+        job=JobRef(spec="protein-lm"),
+        plan=plan,
+        engine=engine.name,
+        seed=0,
+        steps=1,
+        batch_size=32,
+        sizes={"num-layers": "8"},
+    )
     assert engine.files is not None
     ((name, text),) = engine.files(spec).items()
     return name, text

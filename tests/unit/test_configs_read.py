@@ -98,10 +98,15 @@ torchrun --nproc_per_node $GPUS pretrain.py "${ARGS[@]}" \\
 """
     )
     assert script.flags == {
-        "micro_batch_size": "2", "global_batch_size": "16", "lr": "1e-4", "bf16": True, "seq_length": "4096",
-        "nproc_per_node": "8", "fp8_format": "hybrid",
+        "micro_batch_size": "2",
+        "global_batch_size": "16",
+        "lr": "1e-4",
+        "bf16": True,
+        "seq_length": "4096",
+        "nproc_per_node": "8",
+        "fp8_format": "hybrid",
         "tensor_model_parallel_size": script.flags["tensor_model_parallel_size"],
-    }  # fmt: skip
+    }
     assert script.unsure == {"fp8_format"}
     assert script.env == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
@@ -170,9 +175,11 @@ def test_accelerates_megatron_section_is_megatrons_arguments(tmp_path: Path) -> 
     options = read([tmp_path / "a.yaml"]).megatron
     assert options is not None
     assert options.data == {
-        "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "sequence_parallel": True,
         "bf16": True,
-    }  # fmt: skip
+    }
 
 
 def test_values_that_are_left_to_the_library_are_none(tmp_path: Path) -> None:

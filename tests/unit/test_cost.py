@@ -28,9 +28,15 @@ def held(start: int, end: int | None, size: int, category: Category = ACTIVATION
 
 def op(clock: int, *, phase: Phase = Phase.FORWARD, **more: Any) -> OpCall:
     fields = {
-        "op": "aten.mm.default", "signature": f"s{clock}", "step": 0, "module": "", "dtype": "float32",
-        "flops": 0, "moved_bytes": 0, **more,
-    }  # fmt: skip
+        "op": "aten.mm.default",
+        "signature": f"s{clock}",
+        "step": 0,
+        "module": "",
+        "dtype": "float32",
+        "flops": 0,
+        "moved_bytes": 0,
+        **more,
+    }
     return OpCall(clock=clock, phase=phase, **fields)
 
 
@@ -80,8 +86,11 @@ def test_the_peak_is_split_by_category_and_module() -> None:
 def test_a_phase_in_which_nothing_is_made_has_what_was_there_before() -> None:
     quiet = made(held(1, None, 100), held(15, None, 7), spans=spans(10, 20, 30, 40))
     assert memory_profile(quiet, Calibration()).phase_peak_bytes == {
-        "setup": 100, "forward": 107, "backward": 107, "optimizer": 107,
-    }  # fmt: skip
+        "setup": 100,
+        "forward": 107,
+        "backward": 107,
+        "optimizer": 107,
+    }
 
 
 def test_kernels_that_make_the_next_batch_are_not_of_the_building() -> None:
@@ -138,12 +147,16 @@ def test_the_timeline_is_the_last_step_without_what_follows() -> None:
 def test_micro_steps_that_were_not_played_are_seen_again_in_the_timeline() -> None:
     phases = (Phase.FORWARD, Phase.BACKWARD, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
     found = made(
-        held(5, None, 100), held(12, 18, 1), held(32, 38, 2), held(42, 48, 3), held(52, 58, 9),
+        held(5, None, 100),
+        held(12, 18, 1),
+        held(32, 38, 2),
+        held(42, 48, 3),
+        held(52, 58, 9),
         spans=tuple(
             PhaseSpan(phase=p, step=0, start=10 * (i + 1), end=10 * (i + 2)) for i, p in enumerate(phases)
         ),
         repeated_micro_steps=2,
-    )  # fmt: skip
+    )
     per_phase = 10
     seen = timeline(found, 9 * per_phase)
     peaks = [max(seen[i : i + per_phase]) - 100 for i in range(0, len(seen), per_phase)]
@@ -163,9 +176,13 @@ def test_micro_steps_that_were_not_played_count_on_the_last_that_was() -> None:
         ),
     )
     ops = (
-        op(0, phase=Phase.SETUP), op(2), op(12, phase=last), op(22), op(32, phase=last),
+        op(0, phase=Phase.SETUP),
+        op(2),
+        op(12, phase=last),
+        op(22),
+        op(32, phase=last),
         op(42, phase=Phase.OPTIMIZER),
-    )  # fmt: skip
+    )
     found = made(ops=ops, spans=twice, repeated_micro_steps=5)
     assert [(o.clock, times) for o, times in step_ops(found)] == [(2, 1), (12, 1), (22, 6), (32, 6), (42, 1)]
 
@@ -181,10 +198,12 @@ def fact(value: float) -> Fact:
 
 def device(flops: float | None = 100 * GIGA, bandwidth: float | None = 10 * GIGA) -> Device:
     return Device(
-        name="test", kind="cuda", memory_bytes=fact(2**30),
+        name="test",
+        kind="cuda",
+        memory_bytes=fact(2**30),
         bandwidth_bytes_s=fact(bandwidth) if bandwidth else None,
         peak_flops={"float32": fact(flops)} if flops else {},
-    )  # fmt: skip
+    )
 
 
 CALIBRATED = Calibration(flops_s={"float32": 100 * GIGA}, bandwidth_bytes_s=10 * GIGA, overhead_s=1e-6)

@@ -29,24 +29,42 @@ A100 = catalog.machine("A100-80GB-SXM")
 
 def op(clock: int, name: str, phase: Phase, step: int = 0) -> OpCall:
     return OpCall(
-        clock=clock, op=name, signature="", phase=phase, step=step, module="", dtype="float32", flops=0,
+        clock=clock,
+        op=name,
+        signature="",
+        phase=phase,
+        step=step,
+        module="",
+        dtype="float32",
+        flops=0,
         moved_bytes=0,
-    )  # fmt: skip
+    )
 
 
 def life(start: int, end: int | None, size: int) -> Allocation:
     return Allocation(
-        start=start, end=end, size_bytes=size, category=Category.TEMPORARY, phase=Phase.FORWARD, step=0,
-        module="", op="",
-    )  # fmt: skip
+        start=start,
+        end=end,
+        size_bytes=size,
+        category=Category.TEMPORARY,
+        phase=Phase.FORWARD,
+        step=0,
+        module="",
+        op="",
+    )
 
 
 def traced(allocations: list[Allocation], ops: list[OpCall] | None = None, offloaded: int = 0) -> Trace:
     return Trace(
-        device="cuda", steps=1, allocations=tuple(allocations), ops=tuple(ops or ()),
-        spans=(PhaseSpan(phase=Phase.FORWARD, step=0, start=0, end=10),), parameter_count=0,
-        trainable_count=0, offloaded_bytes=offloaded,
-    )  # fmt: skip
+        device="cuda",
+        steps=1,
+        allocations=tuple(allocations),
+        ops=tuple(ops or ()),
+        spans=(PhaseSpan(phase=Phase.FORWARD, step=0, start=0, end=10),),
+        parameter_count=0,
+        trainable_count=0,
+        offloaded_bytes=offloaded,
+    )
 
 
 def exactly(value: float) -> Interval:
@@ -61,14 +79,17 @@ def test_one_blas_workspace_a_thread(name: str, size_mib: float) -> None:
     """Forward and optimizer share one; backward has its own; both stay. An H100's snapshot shows two of
     32 MiB (pytorch#144397)."""
     ops = [
-        op(0, "aten.relu.default", Phase.FORWARD), op(2, "aten.addmm.default", Phase.FORWARD),
-        op(4, "aten.mm.default", Phase.BACKWARD), op(6, "aten.mm.default", Phase.BACKWARD),
+        op(0, "aten.relu.default", Phase.FORWARD),
+        op(2, "aten.addmm.default", Phase.FORWARD),
+        op(4, "aten.mm.default", Phase.BACKWARD),
+        op(6, "aten.mm.default", Phase.BACKWARD),
         op(8, "aten.bmm.default", Phase.OPTIMIZER),
-    ]  # fmt: skip
+    ]
     made = with_workspaces(traced([], ops), catalog.device(name)).allocations
     assert [(a.start, a.end, a.size_bytes, a.op) for a in made] == [
-        (3, None, size_mib * MIB, BLAS_WORKSPACE), (5, None, size_mib * MIB, BLAS_WORKSPACE),
-    ]  # fmt: skip
+        (3, None, size_mib * MIB, BLAS_WORKSPACE),
+        (5, None, size_mib * MIB, BLAS_WORKSPACE),
+    ]
 
 
 def test_no_matrix_product_no_workspace_and_none_on_a_processor() -> None:

@@ -47,34 +47,49 @@ def alloc(start: int, end: int | None, size_bytes: int, **other: Any) -> Allocat
 def traced(allocations: Sequence[Allocation], ops: Sequence[OpCall] = (), *, end: int = 30) -> Trace:
     spans = [(Phase.SETUP, 0, 10), (Phase.FORWARD, 10, 20), (Phase.BACKWARD, 20, end)]
     return Trace(
-        device="cpu", steps=1, allocations=tuple(allocations), ops=tuple(ops),
-        parameter_count=1, trainable_count=1,
+        device="cpu",
+        steps=1,
+        allocations=tuple(allocations),
+        ops=tuple(ops),
+        parameter_count=1,
+        trainable_count=1,
         spans=tuple(PhaseSpan(phase=p, step=0, start=a, end=b) for p, a, b in spans),
-    )  # fmt: skip
+    )
 
 
 def op(clock: int, module: str, name: str = "aten.mm.default") -> OpCall:
     return OpCall(
-        clock=clock, op=name, signature=f"{name} {clock}", phase=Phase.FORWARD, step=0, module=module,
-        dtype="float32", flops=10, moved_bytes=20,
-    )  # fmt: skip
+        clock=clock,
+        op=name,
+        signature=f"{name} {clock}",
+        phase=Phase.FORWARD,
+        step=0,
+        module=module,
+        dtype="float32",
+        flops=10,
+        moved_bytes=20,
+    )
 
 
 def explained(trace: Trace, plan: Plan = Plan(), calibration: Calibration = Calibration()) -> Explained:  # noqa: B008
     profile = memory_profile(trace, calibration)
     peak = profile.peak_bytes
     found = dataclasses.replace(
-        estimate(plan, peak), allocated_bytes=Interval(value=peak, low=peak, high=peak), plan=plan,
-        phase_peak_bytes=profile.phase_peak_bytes, at_peak_bytes=profile.at_peak_bytes,
-        peak_phase=profile.peak_phase, peak_op=profile.peak_op,
-    )  # fmt: skip
+        estimate(plan, peak),
+        allocated_bytes=Interval(value=peak, low=peak, high=peak),
+        plan=plan,
+        phase_peak_bytes=profile.phase_peak_bytes,
+        at_peak_bytes=profile.at_peak_bytes,
+        peak_phase=profile.peak_phase,
+        peak_op=profile.peak_op,
+    )
     return Explained(estimate=found, trace=with_workspace(trace, profile), peak_clock=profile.peak_clock)
 
 
 PARAMETERS = [
     alloc(i, None, 2 * KIB, category=Category.PARAMETER, phase=Phase.SETUP, module=f"layers.{i}.mlp", line="")
     for i in range(2)
-]  # fmt: skip
+]
 SAVED = [alloc(11, 25, 8 * KIB), alloc(13, 23, 8 * KIB, module="layers.1.mlp")]
 PLAIN = explained(
     traced([*PARAMETERS, *SAVED, alloc(12, 14, 1 * KIB, category=Category.TEMPORARY, module="")])
@@ -103,8 +118,9 @@ def test_what_a_kernel_takes_inside_is_alive_only_while_it_runs() -> None:
     found = explained(trace, calibration=probed)
     assert found.estimate.allocated_bytes.value == 58 * KIB
     assert [(c.category, c.module, c.size_bytes) for c in contributors(found)] == [
-        ("workspace", "conv", 50 * KIB), ("activation", "layers.*.mlp", 8 * KIB),
-    ]  # fmt: skip
+        ("workspace", "conv", 50 * KIB),
+        ("activation", "layers.*.mlp", 8 * KIB),
+    ]
     assert highest(active(pickle.loads(snapshot(found)))) == 58 * KIB
 
 
@@ -116,11 +132,16 @@ def test_a_difference_adds_up_by_category_and_by_operator() -> None:
     assert found.change_bytes == -6 * KIB
     assert sum(found.by_category_bytes.values()) == sum(m.change_bytes for m in found.movers) == -6 * KIB
     assert dict(found.by_category_bytes) == {
-        "activation": -8 * KIB, "gradient": 3 * KIB, "temporary": -1 * KIB, "parameter": 0,
-    }  # fmt: skip
+        "activation": -8 * KIB,
+        "gradient": 3 * KIB,
+        "temporary": -1 * KIB,
+        "parameter": 0,
+    }
     assert [(m.category, m.first_bytes, m.second_bytes) for m in found.movers] == [
-        ("activation", 16 * KIB, 8 * KIB), ("gradient", 0, 3 * KIB), ("temporary", 1 * KIB, 0),
-    ]  # fmt: skip
+        ("activation", 16 * KIB, 8 * KIB),
+        ("gradient", 0, 3 * KIB),
+        ("temporary", 1 * KIB, 0),
+    ]
 
 
 def test_a_difference_is_told_in_words_and_bytes() -> None:
@@ -176,11 +197,14 @@ def lives(draw: st.DrawFn) -> list[Allocation]:
         ends.setdefault(index, []).append(clock)
     return [
         alloc(
-            a, draw(st.sampled_from([b, None])), 64 * draw(st.integers(0, 9)),
-            category=draw(st.sampled_from(list(Category))), stream=draw(st.sampled_from(["", "all-gather"])),
+            a,
+            draw(st.sampled_from([b, None])),
+            64 * draw(st.integers(0, 9)),
+            category=draw(st.sampled_from(list(Category))),
+            stream=draw(st.sampled_from(["", "all-gather"])),
         )
         for a, b in ends.values()
-    ]  # fmt: skip
+    ]
 
 
 @given(lives())
@@ -199,8 +223,12 @@ def test_law_a_snapshot_holds_what_is_alive_without_overlap(allocations: list[Al
             taken[start] = end
         elif event["action"] == "free_completed":
             assert taken.pop(start) == end
-    kept = {b["address"]: b["address"] + b["size"] for s in data["segments"] for b in s["blocks"]
-            if b["state"] == "active_allocated"}  # fmt: skip
+    kept = {
+        b["address"]: b["address"] + b["size"]
+        for s in data["segments"]
+        for b in s["blocks"]
+        if b["state"] == "active_allocated"
+    }
     assert kept == taken
     assert all(sum(b["size"] for b in s["blocks"]) == s["total_size"] for s in data["segments"])
 
@@ -217,8 +245,10 @@ def test_pytorchs_own_viewer_opens_the_snapshot() -> None:
         assert "snapshot.pickle" in page
     frames = data["device_traces"][0][3]["frames"]
     assert [_memory_viz._frame_fmt(f) for f in frames] == [
-        "my.py:7:mm", "module:0:layers.0.mlp", "memfit:0:activation made in forward, step 1",
-    ]  # fmt: skip
+        "my.py:7:mm",
+        "module:0:layers.0.mlp",
+        "memfit:0:activation made in forward, step 1",
+    ]
 
 
 def test_the_snapshot_uses_only_what_the_web_viewer_reads() -> None:
@@ -226,10 +256,28 @@ def test_the_snapshot_uses_only_what_the_web_viewer_reads() -> None:
 
     codes = {code.name for code, *_ in pickletools.genops(snapshot(PLAIN))}
     assert codes <= {
-        "PROTO", "FRAME", "MEMOIZE", "MARK", "STOP", "EMPTY_DICT", "EMPTY_LIST", "SETITEM", "SETITEMS",
-        "APPEND", "APPENDS", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE",
-        "BINGET", "LONG_BINGET", "NEWFALSE", "TUPLE2",
-    }  # fmt: skip
+        "PROTO",
+        "FRAME",
+        "MEMOIZE",
+        "MARK",
+        "STOP",
+        "EMPTY_DICT",
+        "EMPTY_LIST",
+        "SETITEM",
+        "SETITEMS",
+        "APPEND",
+        "APPENDS",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINGET",
+        "LONG_BINGET",
+        "NEWFALSE",
+        "TUPLE2",
+    }
 
 
 # --- Perfetto
@@ -291,11 +339,14 @@ def test_law_every_shown_instant_is_exact_and_the_peak_is_shown(
 def test_a_long_trace_makes_a_page_below_two_megabytes() -> None:
     many = [
         alloc(
-            10 + i, 11 + i + (i * 7919) % (40 if i % 5 else 30_000), 64 * (1 + i % 977),
-            line=f"my.py:{i % 300}", module=f"layers.{i % 120}.part.{i % 7}",
+            10 + i,
+            11 + i + (i * 7919) % (40 if i % 5 else 30_000),
+            64 * (1 + i % 977),
+            line=f"my.py:{i % 300}",
+            module=f"layers.{i % 120}.part.{i % 7}",
         )
         for i in range(100_000)
-    ]  # fmt: skip
+    ]
     page = render_explained(explained(traced(many, end=200_000)), job="big", lang="en")
     assert MOST_BYTES / 4 < len(page.encode()) < 2_000_000
     assert "https://" not in page

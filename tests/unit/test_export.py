@@ -35,9 +35,17 @@ CLUSTERS = ("torchrun", "slurm")
 
 def handover(plan: Plan = DDP, engine: str = "native", **more: object) -> Handover:
     spec = RunSpec(
-        name="x", role="run", job=JobRef(spec="tiny.py:words"), plan=plan, engine=engine, seed=0, steps=2,
-        batch_size=8, evaluate=False, threads=1,
-    )  # fmt: skip
+        name="x",
+        role="run",
+        job=JobRef(spec="tiny.py:words"),
+        plan=plan,
+        engine=engine,
+        seed=0,
+        steps=2,
+        batch_size=8,
+        evaluate=False,
+        threads=1,
+    )
     own = {"plan.yaml": plan_text(plan), "tiny.py": TINY.read_text()}
     return Handover(config=render(spec), own_files=own, **more)  # type: ignore[arg-type]
 
@@ -68,9 +76,15 @@ def test_shell_files_parse(tmp_path: Path, target: str) -> None:
 
 # A part of sbatch's options: `man sbatch`, Slurm 25.05, https://slurm.schedmd.com/sbatch.html, read 2026-11.
 SBATCH = {
-    "job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "requeue", "open-mode",
+    "job-name",
+    "nodes",
+    "ntasks-per-node",
+    "cpus-per-task",
+    "gpus-per-node",
+    "requeue",
+    "open-mode",
     "output",
-}  # fmt: skip
+}
 
 
 def test_slurm_directives_come_first_and_are_known() -> None:
@@ -101,18 +115,24 @@ def test_the_sbatch_script_trains_on_two_nodes(tmp_path: Path) -> None:
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
     slurm = {
-        "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "1",
-        "SLURM_JOB_ID": str(os.getpid()), "LOCAL_ADDR": "127.0.0.1",
-    }  # fmt: skip
+        "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "LOCAL_ADDR": "127.0.0.1",
+    }
     assert _run("job.sbatch", folder, {**slurm, "PATH": f"{stubs}:{os.environ['PATH']}"}) == ["ok", "ok"]
 
 
 def test_the_sbatch_script_says_where_it_must_be_submitted(tmp_path: Path) -> None:
     write(tmp_path / "out", bundle("slurm", handover(nodes=2)))
     ended = subprocess.run(
-        ["bash", tmp_path / "out" / "job.sbatch"], env={**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        ["bash", tmp_path / "out" / "job.sbatch"],
+        env={**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 2
     assert "submit from the folder" in ended.stderr
 
@@ -121,9 +141,14 @@ def _run(script: str, folder: Path, env: dict[str, str]) -> list[str]:
     """How each rank ended, as it told itself."""
     source = str(Path(__file__).parents[2] / "src")
     ended = subprocess.run(
-        ["bash", script], cwd=folder, capture_output=True, text=True, check=False, timeout=200,
+        ["bash", script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
         env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": source, **env},
-    )  # fmt: skip
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     logs = [f.read_text().splitlines() for f in folder.glob("logs/**/stdout.log")]
     told = [json.loads(line) for lines in logs for line in lines if line.startswith('{"event": "result"')]
@@ -368,9 +393,12 @@ def test_every_engine_can_be_handed_over() -> None:
 
 def test_modules_beside_the_jobs_file_are_carried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, text in {
-        "jobs.py": "import torch, parts\nfrom layers.norms import Norm\n", "parts.py": "from more import x\n",
-        "more.py": "import jobs, json\n", "other.py": "", "layers/__init__.py": "",
-    }.items():  # fmt: skip
+        "jobs.py": "import torch, parts\nfrom layers.norms import Norm\n",
+        "parts.py": "from more import x\n",
+        "more.py": "import jobs, json\n",
+        "other.py": "",
+        "layers/__init__.py": "",
+    }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert sorted(_carried(tmp_path / "jobs.py")) == ["jobs.py", "more.py", "parts.py"]

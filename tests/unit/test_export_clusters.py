@@ -33,9 +33,13 @@ with open(f"{os.environ['TOLD']}/{rank}", "w") as file:
 def scripted(**more: Any) -> Handover:
     given = handover(nodes=2, script=("own.py",), **more)
     return Handover(
-        config=given.config, nodes=2, script=given.script, gpu=given.gpu, image=given.image,
+        config=given.config,
+        nodes=2,
+        script=given.script,
+        gpu=given.gpu,
+        image=given.image,
         own_files={"own.py": PROGRAM},
-    )  # fmt: skip
+    )
 
 
 def documents(handed: Handover) -> dict[str, Any]:
@@ -125,14 +129,19 @@ def _start(command: list[str], folders: list[Path], told: Path, known: dict[str,
     here = {"PYTHON": sys.executable, "LOCAL_ADDR": "127.0.0.1", "TOLD": str(told)}
     nodes = [
         subprocess.Popen(
-            command, cwd=folder,
+            command,
+            cwd=folder,
             env={
-                **os.environ, **here, **known, "HEAD_PORT": port, "NODE_RANK": str(node),
+                **os.environ,
+                **here,
+                **known,
+                "HEAD_PORT": port,
+                "NODE_RANK": str(node),
                 "SKYPILOT_NODE_RANK": str(node),
             },
         )
         for node, folder in enumerate(folders)
-    ]  # fmt: skip
+    ]
     assert [node.wait(100) for node in nodes] == [0, 0]
     assert {f.name: f.read_text() for f in told.iterdir()} == dict.fromkeys("01", "2 1 127.0.0.1")
 

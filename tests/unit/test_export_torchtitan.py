@@ -25,15 +25,25 @@ from memfit.types.plan import Plan
 
 # Fields that are written, of torchtitan/config/job_config.py (v0.2.2).
 TRAINING = {
-    "local_batch_size", "global_batch_size", "enable_cpu_offload", "dtype", "mixed_precision_param",
+    "local_batch_size",
+    "global_batch_size",
+    "enable_cpu_offload",
+    "dtype",
+    "mixed_precision_param",
     "mixed_precision_reduce",
-}  # fmt: skip
+}
 PARALLELISM = {
-    "data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree",
-    "pipeline_parallel_degree", "context_parallel_degree", "expert_parallel_degree",
-    "fsdp_reshard_after_forward", "disable_loss_parallel", "pipeline_parallel_schedule",
+    "data_parallel_replicate_degree",
+    "data_parallel_shard_degree",
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "context_parallel_degree",
+    "expert_parallel_degree",
+    "fsdp_reshard_after_forward",
+    "disable_loss_parallel",
+    "pipeline_parallel_schedule",
     "pipeline_parallel_microbatch_size",
-}  # fmt: skip
+}
 KEYS = {
     "training": TRAINING,
     "parallelism": PARALLELISM,
@@ -120,9 +130,12 @@ def its_own(release: str, cases: dict[str, list[str]]) -> dict[str, dict[str, An
         pytest.skip(f"bash scripts/parsers.sh puts torchtitan {release} there")
     child = subprocess.run(
         (sys.executable, Path(__file__).parent / "parse_torchtitan.py"),
-        input=json.dumps(cases), capture_output=True, text=True, check=False,
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(package)},
-    )  # fmt: skip
+    )
     assert child.returncode == 0, child.stderr
     found: dict[str, dict[str, Any]] = json.loads(child.stdout.splitlines()[-1])
     return found

@@ -70,9 +70,11 @@ def test_ddp(tmp_path: Path) -> None:
 
 def test_fsdp2(tmp_path: Path) -> None:
     given = plan(
-        4, fsdp2={"precision": "bf16", "reshard": False, "offload": True}, activation_checkpointing={},
+        4,
+        fsdp2={"precision": "bf16", "reshard": False, "offload": True},
+        activation_checkpointing={},
         gradient_accumulation={},
-    )  # fmt: skip
+    )
     args = loaded(tmp_path / "out", given)
     told = args.fsdp_plugin_args
     assert (args.bf16, args.gradient_checkpointing, args.fsdp) == (True, False, True)

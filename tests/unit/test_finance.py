@@ -146,9 +146,13 @@ def test_defaults_are_assumptions_and_say_so(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("ask", "wrong", "what"),
-    [(finance.currency, "YEN", "currency"), (finance.tariff, "japan-high", "tariff"),
-     (finance.supplier_co2, "Tepko", "electricity supplier"), (finance.default, "discount", "default")],
-)  # fmt: skip
+    [
+        (finance.currency, "YEN", "currency"),
+        (finance.tariff, "japan-high", "tariff"),
+        (finance.supplier_co2, "Tepko", "electricity supplier"),
+        (finance.default, "discount", "default"),
+    ],
+)
 def test_unknown_names_give_one_error(ask: Callable[[str], Fact], wrong: str, what: str) -> None:
     with pytest.raises(UserError, match=f"unknown {what}: '{wrong}'"):
         ask(wrong)

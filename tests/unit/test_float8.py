@@ -84,9 +84,16 @@ def product(fast: bool) -> OpCall:
     args = [*sizes, {"t": [[], [], "float32"]}, {"t": [[], [], "float32"]}, None, None, {"torch": "bfloat16"}]
     signature = json.dumps(["aten._scaled_mm.default", [*args, *([True] if fast else [])], {}])
     return OpCall(
-        clock=0, op="aten._scaled_mm.default", signature=signature.replace(" ", ""), phase=Phase.FORWARD,
-        step=0, module="", dtype="float8_e4m3fn", flops=2 * 4096**3, moved_bytes=4 * 4096**2,
-    )  # fmt: skip
+        clock=0,
+        op="aten._scaled_mm.default",
+        signature=signature.replace(" ", ""),
+        phase=Phase.FORWARD,
+        step=0,
+        module="",
+        dtype="float8_e4m3fn",
+        flops=2 * 4096**3,
+        moved_bytes=4 * 4096**2,
+    )
 
 
 def test_sums_in_full_precision_take_longer() -> None:

@@ -193,12 +193,19 @@ def test_limits_are_read_strictly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "[time]\nstep_ratio = true", "[time]\nstep_ratio = '2'", "[time]\nstep_ratio = nan",
-        "[effort]\nfailed_attempts = [1]", "[memory]\nunder_cap = 1", "[memory]\nunder_cap = 'yes'",
-        "[accuracy]\nverdicts = true", "[accuracy]\nverdicts = []", "[accuracy]\nverdicts = 'equivalent'",
-        "[accuracy]\nverdicts = ['fine']", "time = 3",
+        "[time]\nstep_ratio = true",
+        "[time]\nstep_ratio = '2'",
+        "[time]\nstep_ratio = nan",
+        "[effort]\nfailed_attempts = [1]",
+        "[memory]\nunder_cap = 1",
+        "[memory]\nunder_cap = 'yes'",
+        "[accuracy]\nverdicts = true",
+        "[accuracy]\nverdicts = []",
+        "[accuracy]\nverdicts = 'equivalent'",
+        "[accuracy]\nverdicts = ['fine']",
+        "time = 3",
     ],
-)  # fmt: skip
+)
 def test_a_limit_of_another_type_is_one_clear_error(text: str, tmp_path: Path) -> None:
     path = tmp_path / "gates.toml"
     path.write_text(text)

@@ -64,9 +64,15 @@ def made_by_hand() -> Poc:
         step = Interval(value=step_s, low=0.9 * step_s, high=1.1 * step_s)
         plan = "plain training" if plain else "checkpointing"
         return Offer(
-            machine=machine, size="650M", plan=plan, plain=plain, fits=fits,
-            memory_bytes=memory, step_s=step, power_w=power_w,
-        )  # fmt: skip
+            machine=machine,
+            size="650M",
+            plan=plan,
+            plain=plain,
+            fits=fits,
+            memory_bytes=memory,
+            step_s=step,
+            power_w=power_w,
+        )
 
     offers = (
         offer("RTX-4090", plain=True, fits=False, step_s=1.0, power_w=550.0),
@@ -92,9 +98,13 @@ STAND_INS = {
     "stand-in-python": 'echo "$@"',
 }
 JOB = {
-    "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_CPUS_PER_TASK": "8",
-    "SLURM_NNODES": "1", "PYTHON": "stand-in-python",
-}  # fmt: skip
+    "SLURM_JOB_NODELIST": "localhost",
+    "SLURM_JOB_ID": "7",
+    "SLURM_NODEID": "0",
+    "SLURM_CPUS_PER_TASK": "8",
+    "SLURM_NNODES": "1",
+    "PYTHON": "stand-in-python",
+}
 
 
 def launch(command: str) -> subprocess.CompletedProcess[str]:

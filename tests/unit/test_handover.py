@@ -44,14 +44,23 @@ DEEPSPEED = """{
 }
 """
 TRAINER = {
-    "output_dir": "mine", "learning_rate": 3e-5, "lr_scheduler_type": "cosine", "max_grad_norm": 0.3,
-    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True, "report_to": "wandb",
-}  # fmt: skip
+    "output_dir": "mine",
+    "learning_rate": 3e-5,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 0.3,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "bf16": True,
+    "report_to": "wandb",
+}
 AUTO = {
-    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 2},
     "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
-}  # fmt: skip
+}
 ACCELERATE = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -85,9 +94,14 @@ torchrun --nproc_per_node 2 pretrain_gpt.py --num-layers 4 --hidden-size 64 --nu
   --save $CHECKPOINTS --log-interval 10
 """
 FILES = {
-    "ds.json": DEEPSPEED, "trainer.json": json.dumps(TRAINER), "auto.json": json.dumps(AUTO),
-    "accelerate.yaml": ACCELERATE, "titan.toml": TITAN, "megatron.sh": MEGATRON, "train.py": "print(1)\n",
-}  # fmt: skip
+    "ds.json": DEEPSPEED,
+    "trainer.json": json.dumps(TRAINER),
+    "auto.json": json.dumps(AUTO),
+    "accelerate.yaml": ACCELERATE,
+    "titan.toml": TITAN,
+    "megatron.sh": MEGATRON,
+    "train.py": "print(1)\n",
+}
 
 
 @pytest.fixture
@@ -139,9 +153,11 @@ def test_another_plan_changes_what_it_decides_and_nothing_else(folder: Path) -> 
     ]:
         del found["zero_optimization"][name]
     assert found == {
-        **json.loads(DEEPSPEED.replace("  // of our cluster\n", "")), "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 2, "zero_optimization": {"stage": 3, "round_robin_gradients": True},
-    }  # fmt: skip
+        **json.loads(DEEPSPEED.replace("  // of our cluster\n", "")),
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": 3, "round_robin_gradients": True},
+    }
     assert (folder / "out" / "ds.json").read_text() == (folder / "out" / "deepspeed.json").read_text()
     assert "zero_optimization.stage: 2 -> 3" in (folder / "out" / "README.md").read_text()
     read_back = to_plan.over(read([folder / "out" / "deepspeed.json"], ranks=2))
@@ -223,7 +239,7 @@ def test_all_values_of_a_flag_are_read() -> None:
             "started with trainer.json, which engine accelerate does not read",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_kept_is_refused_in_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
 ) -> None:
@@ -240,10 +256,13 @@ def test_what_cannot_be_kept_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("name", "limit", "explicit"),
     [
-        ("ds.json", 0.25, True), ("trainer.json", 0.3, True), ("titan.toml", 0.6, True),
-        ("megatron.sh", 0.9, True), ("accelerate.yaml", None, False),
+        ("ds.json", 0.25, True),
+        ("trainer.json", 0.3, True),
+        ("titan.toml", 0.6, True),
+        ("megatron.sh", 0.9, True),
+        ("accelerate.yaml", None, False),
     ],
-)  # fmt: skip
+)
 def test_clipping_is_read_from_each_library(
     folder: Path, name: str, limit: float | None, explicit: bool
 ) -> None:

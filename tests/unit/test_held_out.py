@@ -21,13 +21,20 @@ def constants() -> dict[str, float]:
     issue = {f"issue {phase}": seconds for phase, seconds in op_time.ASSUMED_ISSUE_S.items()}
     steps = {f"aligned {step}": share for step, share in kernel_model._ALIGNED}
     return {
-        **issue, **steps, "strided": kernel_model.STRIDED, "broadcast": kernel_model.BROADCAST,
-        "narrow": kernel_model.NARROW, "row": kernel_model._ROW_START,
+        **issue,
+        **steps,
+        "strided": kernel_model.STRIDED,
+        "broadcast": kernel_model.BROADCAST,
+        "narrow": kernel_model.NARROW,
+        "row": kernel_model._ROW_START,
         "host": stream_simulator.ASSUMED_HOST_BYTES_S,
-        "host of pipelines": pipelines.ASSUMED_HOST_BYTES_S, "float8": layers.FULL_SUM,
-        "float8 of traces": step_time.FULL_SUM, "triton": step_time.TRITON_RATIO, "chain": step_time._KEPT_BESIDE,
+        "host of pipelines": pipelines.ASSUMED_HOST_BYTES_S,
+        "float8": layers.FULL_SUM,
+        "float8 of traces": step_time.FULL_SUM,
+        "triton": step_time.TRITON_RATIO,
+        "chain": step_time._KEPT_BESIDE,
         "low end": step_time.LOW_END,
-    }  # fmt: skip
+    }
 
 
 def ratios(card: str) -> dict[str, float]:

@@ -65,9 +65,10 @@ def test_a_gradient_an_optimizer_and_parameters_away_are_counted() -> None:
     """By hand: 16 bytes of each parameter and more are on the host, in all shards together."""
     count = by_hand.parameters(1024, 4)
     for techniques, least in (
-        ({"fsdp2": {"offload": True}}, 16), ({"zero": {"stage": 2, "offload": "optimizer"}}, 16),
+        ({"fsdp2": {"offload": True}}, 16),
+        ({"zero": {"stage": 2, "offload": "optimizer"}}, 16),
         ({"zero": {"stage": 3, "offload": "parameters"}}, 20),
-    ):  # fmt: skip
+    ):
         found = memfit.estimate(by_hand.job(1024, 4, 4), plan=techniques, machine="4xH100-SXM")
         offload = found.estimate.host_parts_bytes["offload"]
         assert least * count <= offload < 1.9 * least * count, techniques
@@ -152,9 +153,12 @@ def test_sketches_of_a_search_know_what_the_host_must_hold() -> None:
 def test_assert_fits_says_what_the_host_lacks() -> None:
     with pytest.raises(AssertionError, match="host memory"):
         memfit.assert_fits(
-            by_hand.job(512, 3, 8), "80GiB", plan={"activation-offload": {"to": "host"}},
-            machine="H100-SXM", host_memory="1GiB",
-        )  # fmt: skip
+            by_hand.job(512, 3, 8),
+            "80GiB",
+            plan={"activation-offload": {"to": "host"}},
+            machine="H100-SXM",
+            host_memory="1GiB",
+        )
 
 
 def test_a_processors_estimate_is_its_processes_with_their_tensors() -> None:

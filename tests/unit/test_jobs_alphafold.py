@@ -21,9 +21,17 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 
 WIDTHS = evoformer.Widths(
-    c_m=6, c_z=4, msa_heads=3, msa_head_width=2, pair_heads=2, pair_head_width=3, triangle=5, outer=3,
-    transition=2, dropout=(0.0, 0.0),
-)  # fmt: skip
+    c_m=6,
+    c_z=4,
+    msa_heads=3,
+    msa_head_width=2,
+    pair_heads=2,
+    pair_head_width=3,
+    triangle=5,
+    outer=3,
+    transition=2,
+    dropout=(0.0, 0.0),
+)
 ROWS, N = 4, 5
 
 

@@ -65,9 +65,18 @@ def _batch() -> dict[str, torch.Tensor]:
 # -- what is learned from what ----------------------------------------------------------------------------
 
 TRUNK = {
-    "embed", "recycle", "template", "embed_extra", "extra.0.row", "extra.0.transition", "extra.0.outer",
-    "extra.0.pairs", "blocks.0.row", "blocks.0.column", "blocks.0.transition",
-}  # fmt: skip
+    "embed",
+    "recycle",
+    "template",
+    "embed_extra",
+    "extra.0.row",
+    "extra.0.transition",
+    "extra.0.outer",
+    "extra.0.pairs",
+    "blocks.0.row",
+    "blocks.0.column",
+    "blocks.0.transition",
+}
 PAIRS = {"blocks.0.outer", "blocks.0.pairs"}
 SINGLE = {"single", "structure.attention", "structure.transition"}
 ALL = TRUNK | PAIRS | SINGLE | {"structure.update", "structure.angles"}

@@ -18,9 +18,17 @@ from memfit.jobs.builtin.alphafold import evoformer, model, structure
 
 N = 6
 WIDTHS = evoformer.Widths(
-    c_m=6, c_z=4, msa_heads=3, msa_head_width=2, pair_heads=2, pair_head_width=3, triangle=5, outer=3,
-    transition=2, dropout=(0.5, 0.5),
-)  # fmt: skip
+    c_m=6,
+    c_z=4,
+    msa_heads=3,
+    msa_head_width=2,
+    pair_heads=2,
+    pair_head_width=3,
+    triangle=5,
+    outer=3,
+    transition=2,
+    dropout=(0.5, 0.5),
+)
 SMALL = dataclasses.replace(model.small(residues=16, batch_size=2), blocks=1)
 
 
@@ -181,9 +189,17 @@ def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
 
 def test_frames_are_composed_round_after_round_and_rotations_pass_no_gradient_on() -> None:
     widths = structure.StructureWidths(
-        c_s=8, c_z=4, heads=2, head_width=3, query_points=2, value_points=2, iterations=3, angles=2,
-        angle_width=5, dropout=0.0,
-    )  # fmt: skip
+        c_s=8,
+        c_z=4,
+        heads=2,
+        head_width=3,
+        query_points=2,
+        value_points=2,
+        iterations=3,
+        angles=2,
+        angle_width=5,
+        dropout=0.0,
+    )
     module: Any = _random(structure.StructureModule(widths))
     given, z = torch.randn(1, N, 8).double(), torch.randn(1, N, N, 4).double()
     mask = torch.ones(1, N).double()

@@ -270,15 +270,19 @@ def _case() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Array]:
     off = structure.rotation_of(torch.tensor(rng.normal(0, 0.05, (3, 2, count, 3)))).numpy()
     far = rng.normal(0, [[[[1.5]]], [[[1.0]]], [[[0.5]]]], (3, 2, count, 3)) + 40 * (1 - mask)[..., None]
     batch = {
-        "atoms": torch.tensor(atoms).float(), "mask": torch.tensor(mask).float(),
+        "atoms": torch.tensor(atoms).float(),
+        "mask": torch.tensor(mask).float(),
         "residue": torch.randint(20, (2, 4, count)),
         "hidden": torch.tensor((rng.random((2, 4, count)) < 0.3) * mask[:, None]).float(),
-    }  # fmt: skip
+    }
     out = {
-        "rotations": torch.tensor(axes @ off).float(), "angles": torch.randn(3, 2, count, 7, 2),
-        "translations": torch.tensor(atoms[:, :, 1] + far).float(), "residue": torch.randn(2, 4, count, 23),
-        "distance": torch.randn(2, count, count, 64), "confidence": torch.randn(2, count, 50),
-    }  # fmt: skip
+        "rotations": torch.tensor(axes @ off).float(),
+        "angles": torch.randn(3, 2, count, 7, 2),
+        "translations": torch.tensor(atoms[:, :, 1] + far).float(),
+        "residue": torch.randn(2, 4, count, 23),
+        "distance": torch.randn(2, count, count, 64),
+        "confidence": torch.randn(2, count, 50),
+    }
     return batch, out, angles
 
 

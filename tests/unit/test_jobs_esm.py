@@ -22,12 +22,21 @@ SIZE = esm.EsmSize(layers=3, width=48, heads=4, length=21, batch_size=3)
 def hugging_face(size: esm.EsmSize = SIZE) -> Any:
     torch.manual_seed(3)
     config = EsmConfig(
-        vocab_size=esm.VOCABULARY, pad_token_id=esm.PAD, mask_token_id=esm.MASK, hidden_size=size.width,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, intermediate_size=4 * size.width,
-        max_position_embeddings=1026, position_embedding_type="rotary", token_dropout=False,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-5,
+        vocab_size=esm.VOCABULARY,
+        pad_token_id=esm.PAD,
+        mask_token_id=esm.MASK,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.width,
+        max_position_embeddings=1026,
+        position_embedding_type="rotary",
+        token_dropout=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        layer_norm_eps=1e-5,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     model = EsmForMaskedLM(config)
     with torch.no_grad():
         for param in model.parameters():  # nothing zero or one that a fault could hide behind
@@ -93,9 +102,10 @@ def test_it_needs_hugging_faces_memory(plan: dict[str, Any]) -> None:
         embedded = inner.embeddings(tokens, attention_mask=valid)
         positions = torch.arange(tokens.shape[1]).unsqueeze(0)
         hidden = inner.encoder(
-            embedded, attention_mask=valid[:, None, None, :],
+            embedded,
+            attention_mask=valid[:, None, None, :],
             position_embeddings=inner.rotary_embeddings(embedded, positions),
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
         return model.lm_head(hidden)  # type: ignore[no-any-return]
 
     theirs = peak(hugging_face, with_mask)

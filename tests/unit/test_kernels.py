@@ -35,10 +35,14 @@ def fact(value: float) -> Fact:
 
 def card(*, flops: float = 300e12, bandwidth: float = 2e12, link: float = 300e9, **more: Any) -> Device:
     return Device(
-        name="card", kind="cuda", memory_bytes=fact(2**36), bandwidth_bytes_s=fact(bandwidth),
+        name="card",
+        kind="cuda",
+        memory_bytes=fact(2**36),
+        bandwidth_bytes_s=fact(bandwidth),
         peak_flops={"bfloat16": fact(flops), "float32": fact(flops / 16), "float8": fact(2 * flops)},
-        link=Link(name="link", bytes_s=fact(link)), **more,
-    )  # fmt: skip
+        link=Link(name="link", bytes_s=fact(link)),
+        **more,
+    )
 
 
 def found(device: Device | None = None) -> Kernels:
@@ -53,9 +57,16 @@ def tensor(*shape: int, dtype: str = "bfloat16") -> dict[str, Any]:
 
 def call(name: str, args: list[Any], *, flops: int = 0, moved: int = 0, dtype: str = "bfloat16") -> OpCall:
     return OpCall(
-        clock=1, op=f"aten.{name}.default", signature=json.dumps([f"aten.{name}.default", args, {}]),
-        phase=Phase.FORWARD, step=0, module="", dtype=dtype, flops=flops, moved_bytes=moved,
-    )  # fmt: skip
+        clock=1,
+        op=f"aten.{name}.default",
+        signature=json.dumps([f"aten.{name}.default", args, {}]),
+        phase=Phase.FORWARD,
+        step=0,
+        module="",
+        dtype=dtype,
+        flops=flops,
+        moved_bytes=moved,
+    )
 
 
 def product(m: int, n: int, k: int, **more: Any) -> OpCall:
@@ -166,9 +177,12 @@ def test_law_a_faster_device_is_never_slower(
 def cluster(link: float = 300e9, network: float = 25e9, *, switched: bool = True) -> Machine:
     channels = {"nccl_multicast_channels": fact(16)} if switched else {}
     return Machine(
-        name="c", device=card(link=link, **channels), device_count=64, devices_per_host=8,
+        name="c",
+        device=card(link=link, **channels),
+        device_count=64,
+        devices_per_host=8,
         network=Link(name="n", bytes_s=fact(network)),
-    )  # fmt: skip
+    )
 
 
 GROUPS = st.sampled_from([(2, 2), (8, 8), (16, 8), (64, 8), (8, 1), (256, 4)])

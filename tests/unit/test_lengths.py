@@ -24,7 +24,7 @@ from memfit.cost.lengths import (
     oom_per_epoch,
     oom_per_step,
     quantile_length,
-)  # fmt: skip
+)
 from memfit.cost.memory import levels
 from memfit.runtime.local_machine import this_machine
 from memfit.trace.tracer import trace
@@ -111,9 +111,12 @@ def test_a_batch_is_stretched_where_rows_and_length_are() -> None:
 
 def test_a_batch_without_length_is_a_mistake() -> None:
     job = Job(
-        name="flat", build_model=_Attention, make_batch=lambda s, e: torch.ones(4),
-        loss=lambda m, b: b.sum(), batch_size=4,
-    )  # fmt: skip
+        name="flat",
+        build_model=_Attention,
+        make_batch=lambda s, e: torch.ones(4),
+        loss=lambda m, b: b.sum(),
+        batch_size=4,
+    )
     with pytest.raises(UserError, match="no length"):
         house.at_shape(job, 2, 8)
 

@@ -194,10 +194,13 @@ def test_the_lengths_of_tokens_are_told_apart_from_other_shapes() -> None:
     def workload(batch: torch.Tensor) -> Workload:
         return workload_of(
             memfit.Job(
-                name="x", build_model=lambda: nn.Linear(1, 1), make_batch=lambda step, seed: batch,
-                loss=lambda model, part: part.sum(), batch_size=len(batch),
+                name="x",
+                build_model=lambda: nn.Linear(1, 1),
+                make_batch=lambda step, seed: batch,
+                loss=lambda model, part: part.sum(),
+                batch_size=len(batch),
             )
-        )  # fmt: skip
+        )
 
     assert workload(torch.zeros(2, 32, dtype=torch.long)).length == 32
     assert workload(torch.zeros(2, 3, 8, 8)).sample_shape == (3, 8, 8)
@@ -362,15 +365,25 @@ def _search(needed_bytes: int, fits: bool, device: bool = True) -> SearchResult:
     gib = 2**30
     peak = 74.85 * gib
     estimate = Estimate(
-        plan=Plan(), allocated_bytes=Interval(value=peak, low=peak, high=peak), phase_peak_bytes={},
-        at_peak_bytes={}, by_module_bytes={}, step_s=None, flops_per_step=1,
+        plan=Plan(),
+        allocated_bytes=Interval(value=peak, low=peak, high=peak),
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=None,
+        flops_per_step=1,
         device_bytes=Interval(value=78 * gib, low=77 * gib, high=81.5 * gib) if device else None,
-    )  # fmt: skip
+    )
     choice = Choice(estimate=estimate, fits=fits, effect=EffectClass.E0, needed_bytes=needed_bytes)
     return SearchResult(
-        goal="fastest", cap_bytes=int(79.18 * gib), considered=1, baseline=choice, frontier=(choice,),
-        recommended=None, smallest=choice,
-    )  # fmt: skip
+        goal="fastest",
+        cap_bytes=int(79.18 * gib),
+        considered=1,
+        baseline=choice,
+        frontier=(choice,),
+        recommended=None,
+        smallest=choice,
+    )
 
 
 def _printed(result: SearchResult, lang: str) -> str:

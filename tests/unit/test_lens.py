@@ -61,10 +61,12 @@ def test_softmax_into_float32_keeps_its_output_only() -> None:
 def test_softmax_into_float32_is_one_kernel_for_float16_only(dtype: torch.dtype, copies: int) -> None:
     """aten/src/ATen/native/SoftMax.cpp converts bfloat16 first."""
     job = Job(
-        name="softmax", build_model=lambda: torch.nn.Linear(16, 16, dtype=dtype), batch_size=4,
+        name="softmax",
+        build_model=lambda: torch.nn.Linear(16, 16, dtype=dtype),
+        batch_size=4,
         make_batch=lambda step, seed: {"x": torch.zeros(4, 8, 16, dtype=dtype)},
         loss=lambda model, batch: model(batch["x"]).softmax(-1, dtype=torch.float32).sum(),
-    )  # fmt: skip
+    )
     found = trace(job, Plan(), device="cuda")
     made = [
         a
@@ -108,10 +110,12 @@ def test_without_a_lens_nothing_changes() -> None:
 def test_softmax_backward_on_cuda_multiplies_into_a_tensor_of_its_own(device: str, tensors: int) -> None:
     """`Tensor tmp = grad * output;` in softmax_backward_cuda_out, aten/src/ATen/native/cuda/SoftMax.cu."""
     job = Job(
-        name="softmax", build_model=lambda: torch.nn.Linear(16, 16), batch_size=4,
+        name="softmax",
+        build_model=lambda: torch.nn.Linear(16, 16),
+        batch_size=4,
         make_batch=lambda step, seed: {"x": torch.zeros(4, 8, 16)},
         loss=lambda model, batch: (model(batch["x"]).softmax(-1) * batch["x"]).sum(),
-    )  # fmt: skip
+    )
     made = [a for a in trace(job, Plan(), device=device).allocations if "_softmax_backward" in a.op]
     last = [a for a in made if a.step == max(m.step for m in made)]
     assert [a.requested_bytes for a in last] == tensors * [4 * _COUNT]

@@ -26,9 +26,12 @@ class _Interrupted(nn.Module):
 
 def test_an_interrupted_step_with_zero_3_leaves_nothing() -> None:
     job = Job(
-        name="stops", build_model=_Interrupted, make_batch=lambda step, seed: {"x": torch.ones(4, 8)},
-        loss=lambda model, batch: model(batch["x"]).sum(), batch_size=4,
-    )  # fmt: skip
+        name="stops",
+        build_model=_Interrupted,
+        make_batch=lambda step, seed: {"x": torch.ones(4, 8)},
+        loss=lambda model, batch: model(batch["x"]).sum(),
+        batch_size=4,
+    )
     before = functional.linear
     try:
         trace(job, Plan(uses=(make_use("zero", {"stage": 3}),), ranks=2), device="cuda")

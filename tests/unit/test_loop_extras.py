@@ -42,9 +42,13 @@ def _without_batch_norm() -> nn.Module:
 
 
 JOB = Job(
-    name="loop", build_model=build_model, make_batch=make_batch, loss=loss, batch_size=16,
+    name="loop",
+    build_model=build_model,
+    make_batch=make_batch,
+    loss=loss,
+    batch_size=16,
     optimizer=OptimizerChoice(name="sgd", learning_rate=0.1),
-)  # fmt: skip
+)
 PARAMETER_BYTES = sum(p.numel() * 4 for p in build_model().parameters())
 
 

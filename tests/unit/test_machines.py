@@ -20,12 +20,20 @@ from memfit.types.machine import Fact
 
 @pytest.mark.parametrize(
     ("spec", "name", "count"),
-    [("H100-SXM", "H100-SXM", 1), ("8xH100-SXM", "8xH100-SXM", 8), ("8 x h100 sxm", "8xH100-SXM", 8),
-     ("1xT4", "T4", 1), ("2XA10G", "2xA10G", 2), ("64x8xH100-SXM@IB-NDR", "64x8xH100-SXM@IB-NDR", 512),
-     ("16*h100-sxm @ ndr", "2x8xH100-SXM@IB-NDR", 16), ("1 x 8 x H100 SXM", "8xH100-SXM", 8),
-     ("1x16xH100-SXM@ndr", "1x16xH100-SXM@IB-NDR", 16), ("1x T4@efa", "T4@EFA-v1", 1),
-     ("8xB200@roce 400g", "8xB200@RoCE-400G", 8)],
-)  # fmt: skip
+    [
+        ("H100-SXM", "H100-SXM", 1),
+        ("8xH100-SXM", "8xH100-SXM", 8),
+        ("8 x h100 sxm", "8xH100-SXM", 8),
+        ("1xT4", "T4", 1),
+        ("2XA10G", "2xA10G", 2),
+        ("64x8xH100-SXM@IB-NDR", "64x8xH100-SXM@IB-NDR", 512),
+        ("16*h100-sxm @ ndr", "2x8xH100-SXM@IB-NDR", 16),
+        ("1 x 8 x H100 SXM", "8xH100-SXM", 8),
+        ("1x16xH100-SXM@ndr", "1x16xH100-SXM@IB-NDR", 16),
+        ("1x T4@efa", "T4@EFA-v1", 1),
+        ("8xB200@roce 400g", "8xB200@RoCE-400G", 8),
+    ],
+)
 def test_machine_specs(spec: str, name: str, count: int) -> None:
     made = catalog.machine(spec, "Japan")
     assert (made.name, made.device_count) == (name, count)
@@ -38,9 +46,22 @@ def test_machine_is_in_the_world_unless_told() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "  ", "0xT4", "-1xT4", "8x", "xT4", "8xNOPE", "8xT4@", "@IB-NDR", "T4@x@y", "2x2x2xT4",
-     "0x8xT4@IB-NDR", "T4@IB-NRD"],
-)  # fmt: skip
+    [
+        "",
+        "  ",
+        "0xT4",
+        "-1xT4",
+        "8x",
+        "xT4",
+        "8xNOPE",
+        "8xT4@",
+        "@IB-NDR",
+        "T4@x@y",
+        "2x2x2xT4",
+        "0x8xT4@IB-NDR",
+        "T4@IB-NRD",
+    ],
+)
 def test_bad_machine_specs_are_the_users_mistake(spec: str) -> None:
     with pytest.raises(UserError):
         catalog.machine(spec)
@@ -175,13 +196,23 @@ def test_all_problems_of_a_file_are_told_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new", "told"),
-    [("device_count = 2", "device_count = 0", "device_count: 0"), ('"cuda"', '"tpu"', "device.kind: 'tpu'"),
-     ("5e10", "-1", "device.memory_bytes: -1"), ("1.8e14", "0", "device.peak_flops.bfloat16: 0"),
-     ('name = "Custom"', 'name = "Custom"\nusd_per_hour = 2', "device.usd_per_hour: 2, but a figure names"),
-     ('"measured"', '"guessed"', "device.memory_bytes"), ('"sweden"', '"swedn"', "did you mean sweden"),
-     ("5e10", "nan", "device.memory_bytes: nan"), ("5e10", '"lots"', "device.memory_bytes.value"),
-     ('name = "lab box"', "name = lab box", "is not TOML")],
-)  # fmt: skip
+    [
+        ("device_count = 2", "device_count = 0", "device_count: 0"),
+        ('"cuda"', '"tpu"', "device.kind: 'tpu'"),
+        ("5e10", "-1", "device.memory_bytes: -1"),
+        ("1.8e14", "0", "device.peak_flops.bfloat16: 0"),
+        (
+            'name = "Custom"',
+            'name = "Custom"\nusd_per_hour = 2',
+            "device.usd_per_hour: 2, but a figure names",
+        ),
+        ('"measured"', '"guessed"', "device.memory_bytes"),
+        ('"sweden"', '"swedn"', "did you mean sweden"),
+        ("5e10", "nan", "device.memory_bytes: nan"),
+        ("5e10", '"lots"', "device.memory_bytes.value"),
+        ('name = "lab box"', "name = lab box", "is not TOML"),
+    ],
+)
 def test_what_cannot_be_true_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
     with pytest.raises(UserError) as caught:
         catalog.from_toml(_written(tmp_path, FULL.replace(old, new)))
@@ -218,10 +249,16 @@ def test_a_users_cluster_is_the_spelled_one_under_its_own_name(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("counts", "devices", "each"),
-    [("hosts = 4\ndevice_count = 8", 8, 2), ("devices_per_host = 2\ndevice_count = 8", 8, 2),
-     ("devices_per_host = 4", 4, 0), ("device_count = 4", 4, 0), ("hosts = 1\ndevice_count = 4", 4, 0),
-     ("hosts = 2\ndevices_per_host = 1", 2, 1), ("", 1, 0)],
-)  # fmt: skip
+    [
+        ("hosts = 4\ndevice_count = 8", 8, 2),
+        ("devices_per_host = 2\ndevice_count = 8", 8, 2),
+        ("devices_per_host = 4", 4, 0),
+        ("device_count = 4", 4, 0),
+        ("hosts = 1\ndevice_count = 4", 4, 0),
+        ("hosts = 2\ndevices_per_host = 1", 2, 1),
+        ("", 1, 0),
+    ],
+)
 def test_two_counts_say_the_third(tmp_path: Path, counts: str, devices: int, each: int) -> None:
     made = catalog.from_toml(_written(tmp_path, CLUSTER.replace("hosts = 4\ndevices_per_host = 8", counts)))
     assert (made.device_count, made.devices_per_host) == (devices, each)
@@ -230,19 +267,22 @@ def test_two_counts_say_the_third(tmp_path: Path, counts: str, devices: int, eac
 
 @pytest.mark.parametrize(
     ("old", "new", "told"),
-    [("hosts = 4", "hosts = 4\ndevice_count = 30", "device_count: 30, but 4 hosts of 8 devices are 32"),
-     ("hosts = 4", "device_count = 30", "device_count: 30 is no multiple of devices_per_host, 8"),
-     ("devices_per_host = 8", "device_count = 6", "device_count: 6 is no multiple of hosts, 4"),
-     ("devices_per_host = 8", "", "hosts: 4, but devices_per_host does not say"),
-     ("hosts = 4", "hosts = 0", "hosts: 0, but a whole number"),
-     ("hosts = 4", 'hosts = "four"', "hosts: 'four', but a whole number"),
-     ("hosts = 4", "hosts = true", "hosts: True, but a whole number"),
-     ('network = "hdr"', "", "network: none, but 4 hosts need one; a [network] table or one of IB-EDR, "),
-     ('"hdr"', '"IB-NRD"', "network: unknown network: 'IB-NRD'"), ('"hdr"', "3", "network: "),
-     ('place = "japan"', 'host = "HGX-A10"', "did you mean HGX-A100"),
-     ("hosts = 4", "hotss = 4", "hotss: unknown key (did you mean hosts?"),
-     ('"A100-80GB"', '"A100"', "device: unknown device: 'A100'")],
-)  # fmt: skip
+    [
+        ("hosts = 4", "hosts = 4\ndevice_count = 30", "device_count: 30, but 4 hosts of 8 devices are 32"),
+        ("hosts = 4", "device_count = 30", "device_count: 30 is no multiple of devices_per_host, 8"),
+        ("devices_per_host = 8", "device_count = 6", "device_count: 6 is no multiple of hosts, 4"),
+        ("devices_per_host = 8", "", "hosts: 4, but devices_per_host does not say"),
+        ("hosts = 4", "hosts = 0", "hosts: 0, but a whole number"),
+        ("hosts = 4", 'hosts = "four"', "hosts: 'four', but a whole number"),
+        ("hosts = 4", "hosts = true", "hosts: True, but a whole number"),
+        ('network = "hdr"', "", "network: none, but 4 hosts need one; a [network] table or one of IB-EDR, "),
+        ('"hdr"', '"IB-NRD"', "network: unknown network: 'IB-NRD'"),
+        ('"hdr"', "3", "network: "),
+        ('place = "japan"', 'host = "HGX-A10"', "did you mean HGX-A100"),
+        ("hosts = 4", "hotss = 4", "hotss: unknown key (did you mean hosts?"),
+        ('"A100-80GB"', '"A100"', "device: unknown device: 'A100'"),
+    ],
+)
 def test_a_cluster_that_cannot_be_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
     with pytest.raises(UserError) as caught:
         catalog.from_toml(_written(tmp_path, CLUSTER.replace(old, new)))
@@ -294,12 +334,17 @@ def test_a_users_device_host_and_network_as_tables(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new", "told"),
-    [('"ada"', '"adda"', "device.architecture: unknown architecture"),
-     ('"ada"', "3", "device.architecture: unknown key"), ('"PCIe4"', '"PCI"', "device.link: unknown link"),
-     ("= 200", "= 0", "host.power_w: 0, but a positive number"), ("1e9", "-1", "network.bytes_s: -1"),
-     ("power_w", "power", "host.power: unknown key (did you mean power_w?)"),
-     ("bytes_s", "byte_s", "network.bytes_s: "), ("= 0.5", "= 0", "device.efficiency_ratio.matmul: 0")],
-)  # fmt: skip
+    [
+        ('"ada"', '"adda"', "device.architecture: unknown architecture"),
+        ('"ada"', "3", "device.architecture: unknown key"),
+        ('"PCIe4"', '"PCI"', "device.link: unknown link"),
+        ("= 200", "= 0", "host.power_w: 0, but a positive number"),
+        ("1e9", "-1", "network.bytes_s: -1"),
+        ("power_w", "power", "host.power: unknown key (did you mean power_w?)"),
+        ("bytes_s", "byte_s", "network.bytes_s: "),
+        ("= 0.5", "= 0", "device.efficiency_ratio.matmul: 0"),
+    ],
+)
 def test_what_cannot_be_true_of_tables_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
     with pytest.raises(UserError) as caught:
         catalog.from_toml(_written(tmp_path, OWN.replace(old, new)))
@@ -348,9 +393,15 @@ def test_a_machine_file_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("IB-NRD", "did you mean IB-NDR"), ("HGX-H10", "HGX-H100"), ("zzz", "`memfit machines` lists them"),
-     ("2x8xT4", "names no network"), ("japn", "did you mean japan"), ("8xT4@IB-NRD", "did you mean IB-NDR")],
-)  # fmt: skip
+    [
+        ("IB-NRD", "did you mean IB-NDR"),
+        ("HGX-H10", "HGX-H100"),
+        ("zzz", "`memfit machines` lists them"),
+        ("2x8xT4", "names no network"),
+        ("japn", "did you mean japan"),
+        ("8xT4@IB-NRD", "did you mean IB-NDR"),
+    ],
+)
 def test_a_name_of_nothing_is_told_what_is_near(
     name: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

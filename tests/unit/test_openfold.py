@@ -39,14 +39,18 @@ OWN = {
     "amp": {"enabled": False, "opt_level": "O2"},
     "bfloat16": {"enabled": True},
     "zero_optimization": {
-        "stage": 2, "offload_optimizer": {"device": "cpu"}, "contiguous_gradients": True,
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu"},
+        "contiguous_gradients": True,
     },
     "activation_checkpointing": {
-        "partition_activations": True, "cpu_checkpointing": False, "profile": False,
+        "partition_activations": True,
+        "cpu_checkpointing": False,
+        "profile": False,
     },
     "gradient_clipping": 0.1,
     "zero_force_ds_cpu_optimizer": False,
-}  # fmt: skip
+}
 TRAIN = (
     "python3 train_openfold.py mmcifs alignments templates out 2021-10-10 --config_preset {} --seed 4 {}\n"
 )
@@ -72,9 +76,17 @@ def exported(
     given: Plan, size: str | None = "initial", nodes: int = 1, job: str = "alphafold2"
 ) -> dict[str, str]:
     spec = RunSpec(
-        name="x", role="run", job=JobRef(spec=job, size=size), plan=given, engine="native", seed=0, steps=2,
-        batch_size=2 * given.ranks, evaluate=False, threads=1,
-    )  # fmt: skip
+        name="x",
+        role="run",
+        job=JobRef(spec=job, size=size),
+        plan=given,
+        engine="native",
+        seed=0,
+        steps=2,
+        batch_size=2 * given.ranks,
+        evaluate=False,
+        threads=1,
+    )
     own = {"plan.yaml": plan_text(given)}
     return dict(bundle("openfold", Handover(config=render(spec), own_files=own, nodes=nodes)))
 
@@ -199,8 +211,10 @@ def test_a_published_command_with_openfolds_own_deepspeed_file(tmp_path: Path) -
     assert found.plan == PLANS["half-4"]
     assert (found.engine, found.size, found.plan.ranks, found.batch) == ("deepspeed", "finetune", 4, 4)
     assert {left.option for left in found.left_out} == {
-        "zero_optimization.stage 2", "offload_optimizer", "ema.decay",
-    }  # fmt: skip
+        "zero_optimization.stage 2",
+        "offload_optimizer",
+        "ema.decay",
+    }
 
 
 def test_defaults_are_those_of_training(tmp_path: Path) -> None:

@@ -80,9 +80,21 @@ def test_memtracker_need_not_be_beaten_by_five() -> None:
 
 def test_questions_cross_the_process_boundary_unchanged() -> None:
     facts = Facts(
-        params=1, block_params=1, layers=1, hidden=1, heads=1, kv_heads=1, head_dim=1, ffn=1, vocab=1,
-        gated=True, causal=True, length=1, batch=1, lora_targets=("q", "v"),
-    )  # fmt: skip
+        params=1,
+        block_params=1,
+        layers=1,
+        hidden=1,
+        heads=1,
+        kv_heads=1,
+        head_dim=1,
+        ffn=1,
+        vocab=1,
+        gated=True,
+        causal=True,
+        length=1,
+        batch=1,
+        lora_targets=("q", "v"),
+    )
     for given in (facts, None):
         question = Question(
             name="x",
@@ -116,7 +128,9 @@ def test_a_peer_that_refuses_or_fails_gives_no_number(monkeypatch: pytest.Monkey
 
 
 def test_every_peer_is_asked_and_told_of() -> None:
-    assert {p.name for p in PEERS} == {p for p in adapters.PEERS if p != "truth" and not p.startswith("memfit")}
+    assert {p.name for p in PEERS} == {
+        p for p in adapters.PEERS if p != "truth" and not p.startswith("memfit")
+    }
     assert all(p.says and p.called for p in PEERS)
     assert CAVEATS
 

@@ -82,9 +82,13 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
     path = tmp_path_factory.mktemp("own") / "own.py"
     path.write_text(JOB)
     return Request(
-        job=JobRef(spec=f"{path}:job"), machine=local_machine.this_machine("world"), cap_bytes=19 * MIB,
-        accuracy=Accuracy.EXACT, goal=Objective.FASTEST, threads=1,
-    )  # fmt: skip
+        job=JobRef(spec=f"{path}:job"),
+        machine=local_machine.this_machine("world"),
+        cap_bytes=19 * MIB,
+        accuracy=Accuracy.EXACT,
+        goal=Objective.FASTEST,
+        threads=1,
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,9 +113,15 @@ def whole(
         patch.setattr(single_device, "FINALISTS", 4)
         patch.setattr(proof_of_concept, "_TRIALS_S", 0.0)  # two runs
         found = poc(
-            request_, store=store, seeds=1, steps=4, report_path=None, lang="en", command="memfit poc",
+            request_,
+            store=store,
+            seeds=1,
+            steps=4,
+            report_path=None,
+            lang="en",
+            command="memfit poc",
             progress=lambda stage, done, total, detail: stages.append(stage),
-        )  # fmt: skip
+        )
     return found, store, stages
 
 
@@ -225,9 +235,13 @@ def test_one_run_has_its_prediction_beside_it(
     monkeypatch.setattr(single_run, "run", child)
     free = dataclasses.replace(request_, cap_bytes=None)
     found = run_plan(
-        free, Plan(), seed=3, steps=None, capped=capped,
+        free,
+        Plan(),
+        seed=3,
+        steps=None,
+        capped=capped,
         progress=lambda *told: seen.append(told),
-    )  # fmt: skip
+    )
     (spec,) = given
     assert (spec.seed, spec.steps, spec.plan) == (3, 40, Plan())
     assert found.predicted_peak_bytes is not None
@@ -265,9 +279,15 @@ def test_a_cap_nobody_can_keep_is_told_before_anything_runs(
     store = Store(tmp_path / "store.sqlite3")
     with pytest.raises(NothingFits):
         poc(
-            dataclasses.replace(request_, cap_bytes=MIB), store=store, seeds=1, steps=1, report_path=None,
-            lang="en", command="", progress=quiet,
-        )  # fmt: skip
+            dataclasses.replace(request_, cap_bytes=MIB),
+            store=store,
+            seeds=1,
+            steps=1,
+            report_path=None,
+            lang="en",
+            command="",
+            progress=quiet,
+        )
     assert store.records() == ()
 
 
@@ -277,9 +297,12 @@ def test_a_cap_nobody_can_keep_is_told_before_anything_runs(
 def ran(times_s: tuple[float, ...]) -> Run:
     spec = RunSpec(name="x", role="run", job=JobRef(spec="x"), plan=Plan(), seed=0, steps=1)
     return Run(
-        spec=spec, predicted_peak_bytes=None, predicted_phase_peak_bytes={}, predicted_step_s=None,
+        spec=spec,
+        predicted_peak_bytes=None,
+        predicted_phase_peak_bytes={},
+        predicted_step_s=None,
         measurement=Measurement(outcome=OutcomeKind.OK, step_s=times_s),
-    )  # fmt: skip
+    )
 
 
 def test_step_times_are_compared_pair_by_pair() -> None:
@@ -322,11 +345,12 @@ def test_only_ablations_that_are_many_times_slower_are_run_in_a_few_steps(
 
     def told(step_s: Any) -> None:
         monkeypatch.setattr(
-            type(pricer), "whole",
+            type(pricer),
+            "whole",
             lambda self, plan: dataclasses.replace(
                 estimate, step_s=around(seconds[plan], 0.1) if plan in seconds else step_s
             ),
-        )  # fmt: skip
+        )
 
     specs = list(story.specs())
     for step_s, steps in ((quick, {40}), (slow, {7}), (around(100.0, 0.1), {5})):

@@ -22,19 +22,32 @@ def fact(value: float) -> Fact:
 
 def machine(*, flops: float = 100e12, bandwidth: float = 1e12, link: float = 100e9) -> Machine:
     device = Device(
-        name="d", kind="cuda", memory_bytes=fact(2**36), bandwidth_bytes_s=fact(bandwidth),
-        peak_flops={"bfloat16": fact(flops)}, link=Link(name="l", bytes_s=fact(link)),
+        name="d",
+        kind="cuda",
+        memory_bytes=fact(2**36),
+        bandwidth_bytes_s=fact(bandwidth),
+        peak_flops={"bfloat16": fact(flops)},
+        link=Link(name="l", bytes_s=fact(link)),
         efficiency_ratio={"matmul": fact(1.0), "memory": fact(1.0), "link": fact(1.0)},
-        nccl_channels=fact(16), multiprocessor_count=fact(128),
-    )  # fmt: skip
+        nccl_channels=fact(16),
+        multiprocessor_count=fact(128),
+    )
     return Machine(name="m", device=device, device_count=8, devices_per_host=8)
 
 
 def call(name: str, args: list[Any], **more: Any) -> OpCall:
     fields = {
-        "clock": 1, "op": name, "signature": json.dumps([name, args, {}]), "phase": Phase.FORWARD, "step": 0,
-        "module": "", "dtype": "bfloat16", "flops": 0, "moved_bytes": 0, **more,
-    }  # fmt: skip
+        "clock": 1,
+        "op": name,
+        "signature": json.dumps([name, args, {}]),
+        "phase": Phase.FORWARD,
+        "step": 0,
+        "module": "",
+        "dtype": "bfloat16",
+        "flops": 0,
+        "moved_bytes": 0,
+        **more,
+    }
     return OpCall(**fields)
 
 
@@ -126,9 +139,15 @@ def trace(ops: list[OpCall], again: int = 0) -> Trace:
         PhaseSpan(phase=Phase.BACKWARD, step=0, start=1, end=len(ops)),
     )
     return Trace(
-        device="cuda", steps=1, allocations=(), ops=numbered, spans=spans, parameter_count=0,
-        trainable_count=0, repeated_micro_steps=again,
-    )  # fmt: skip
+        device="cuda",
+        steps=1,
+        allocations=(),
+        ops=numbered,
+        spans=spans,
+        parameter_count=0,
+        trainable_count=0,
+        repeated_micro_steps=again,
+    )
 
 
 def test_micro_steps_that_were_not_played_are_on_the_line() -> None:
@@ -147,8 +166,9 @@ STEPS = st.lists(
     st.sampled_from(
         [work(), gather(), gather(stream="s"), gather(stream="group 0"), wait("", "s"), wait("s", "")]
     ),
-    min_size=1, max_size=12,
-)  # fmt: skip
+    min_size=1,
+    max_size=12,
+)
 
 
 @given(ops=STEPS, faster=st.floats(1, 10), wider=st.floats(1, 10), link=st.floats(1, 10))

@@ -37,10 +37,14 @@ def fact(value: float) -> Fact:
 PROCESSOR = Machine(
     name="test",
     device=Device(
-        name="test", kind="cpu", memory_bytes=fact(2**30), bandwidth_bytes_s=fact(1e9),
-        peak_flops={"float32": fact(1e10)}, power_w=fact(10.0),
+        name="test",
+        kind="cpu",
+        memory_bytes=fact(2**30),
+        bandwidth_bytes_s=fact(1e9),
+        peak_flops={"float32": fact(1e10)},
+        power_w=fact(10.0),
     ),
-)  # fmt: skip
+)
 
 
 def quiet(*begun: Any) -> None:
@@ -77,10 +81,11 @@ def test_a_demonstration_whose_quarter_no_plan_fits_gets_a_cap_that_one_does(ask
     assert needed_bytes(recommended.estimate, PROCESSOR) <= found.cap_bytes == found.result.cap_bytes
     least = min(needed_bytes(c.estimate, PROCESSOR) for c in found.result.frontier)
     assert found.cap_bytes == pytest.approx(1.1 * least, rel=1e-3)
-    assert found.cap_reason == found.result.cap_reason == (
+    assert found.cap_reason == found.result.cap_reason
+    assert found.cap_reason == (
         "demonstration: what the smallest plan needs and a tenth more, as none fits 25% of the baseline's "
         "predicted peak"
-    )  # fmt: skip
+    )
     assert "25% に収まるプランがないため" in load_words("ja").of(found.cap_reason)
 
 

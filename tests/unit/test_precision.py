@@ -104,9 +104,12 @@ class Known(nn.Module):
         x = x + self.masked(self.scores(x), batch["seen"]) + self.softmax(self.scores(x))
         x = x + self.far_norm(batch["far"])
         others = (
-            self.distances(batch["xyz"]), self.rotations(self.angles(x).flatten(1)),
-            self.log_sum(x + batch["hot"]), self.squares(batch["long"]), self.spectrum(x),
-        )  # fmt: skip
+            self.distances(batch["xyz"]),
+            self.rotations(self.angles(x).flatten(1)),
+            self.log_sum(x + batch["hot"]),
+            self.squares(batch["long"]),
+            self.spectrum(x),
+        )
         return self.head(self.rms(x)), *others
 
 
@@ -117,10 +120,14 @@ def known_batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         return torch.randn(*shape, generator=generator)
 
     return {
-        "x": normal(4, 32, 16), "seen": (normal(4, 1, 16) > -1).float(), "far": 1000 + normal(4, 32, 16),
-        "xyz": 500 + normal(4, 32, 3), "hot": torch.full((4, 1, 1), 12.0), "long": normal(4, 100_000),
+        "x": normal(4, 32, 16),
+        "seen": (normal(4, 1, 16) > -1).float(),
+        "far": 1000 + normal(4, 32, 16),
+        "xyz": 500 + normal(4, 32, 3),
+        "hot": torch.full((4, 1, 1), 12.0),
+        "long": normal(4, 100_000),
         "y": torch.randint(0, 8, (4, 32), generator=generator),
-    }  # fmt: skip
+    }
 
 
 def known_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -314,9 +321,12 @@ def fold() -> tuple[PrecisionAdvice, ...]:
     size = dataclasses.replace(small(residues=40, batch_size=2), blocks=1)
     folds = alphafold2.built_in_folds()
     job = Job(
-        name="fold", build_model=lambda: AlphaFold(size), batch_size=2, loss=alphafold2.loss,
+        name="fold",
+        build_model=lambda: AlphaFold(size),
+        batch_size=2,
+        loss=alphafold2.loss,
         make_batch=lambda step, seed: alphafold2.train_batch(folds, size, step=step, seed=seed),
-    )  # fmt: skip
+    )
     return advise(job, ("bf16", "fp16"), batches=1, trained=40)
 
 
@@ -324,10 +334,16 @@ def test_alphafold_s_known_islands_are_found_without_being_told(fold: tuple[Prec
     """Softmax behind large masks (float16 ends at 65,504), statistics of norms, distances and frames."""
     bf16, fp16 = fold
     masked = {
-        "extra.0.row", "extra.0.column.attention", "extra.0.pairs.starting", "extra.0.pairs.ending",
-        "blocks.0.row", "blocks.0.column", "blocks.0.pairs.starting", "blocks.0.pairs.ending",
+        "extra.0.row",
+        "extra.0.column.attention",
+        "extra.0.pairs.starting",
+        "extra.0.pairs.ending",
+        "blocks.0.row",
+        "blocks.0.column",
+        "blocks.0.pairs.starting",
+        "blocks.0.pairs.ending",
         "structure.attention",
-    }  # fmt: skip
+    }
     assert masked <= set(fp16.islands) <= masked | {"recycle", "structure"}
     reasons = {e.pattern.replace("*", "0"): e.reason for e in fp16.examined}
     assert {reasons[path] for path in masked} == {"overflow"}
@@ -344,8 +360,9 @@ def test_what_torch_sums_in_float32_is_told_apart() -> None:
 
     given = job(
         lambda: nn.ModuleDict({"norm": nn.LayerNorm(512), "up": nn.Linear(512, 16), "soft": nn.Softmax(-1)}),
-        batch, lambda m, b: m["up"](m["soft"](m["norm"](b["x"]))).square().mean(),
-    )  # fmt: skip
+        batch,
+        lambda m, b: m["up"](m["soft"](m["norm"](b["x"]))).square().mean(),
+    )
     (advice,) = advise(given, ("bf16",), batches=1, trained=0)
     assert advice.islands == ()
     assert set(advice.sums) == {"norm", "soft"}

@@ -36,10 +36,15 @@ def plan(*uses: Any) -> Plan:
 
 def priced(of: Plan, peak: float, step_s: float, *, traced: bool = True) -> Estimate:
     return Estimate(
-        plan=of, allocated_bytes=Interval(value=peak, low=peak, high=peak), phase_peak_bytes={},
-        at_peak_bytes={}, by_module_bytes={}, step_s=Interval(value=step_s, low=step_s, high=step_s),
-        flops_per_step=0, traced=traced,
-    )  # fmt: skip
+        plan=of,
+        allocated_bytes=Interval(value=peak, low=peak, high=peak),
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=Interval(value=step_s, low=step_s, high=step_s),
+        flops_per_step=0,
+        traced=traced,
+    )
 
 
 # Of all plans. The sketch of half batches in bf16 is too small: its trace needs 45.
@@ -62,9 +67,14 @@ CAP = Cap(bytes=40, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda
 
 def reasons(traced: Sequence[Estimate]) -> dict[str, Reason]:
     found = decide(
-        traced, goal=Objective.FASTEST, cap_bytes=40, considered=len(SKETCHES), fits=CAP.has, left_out=(),
+        traced,
+        goal=Objective.FASTEST,
+        cap_bytes=40,
+        considered=len(SKETCHES),
+        fits=CAP.has,
+        left_out=(),
         price=Prices(lambda of: next(e for e in (*traced, *SKETCHES) if e.plan == of), sketches=SKETCHES),
-    )  # fmt: skip
+    )
     assert found.recommended is not None
     return {r.technique: r for r in found.recommended.reasons if r.kind != "saves"}
 
@@ -89,9 +99,12 @@ def test_where_none_fits_the_smallest_is_traced_and_named_with_what_it_needs() -
     assert wanted == [plan(MIXED, THIRDS, LOW_BIT)]
     found = reasons([*TRACED, priced(wanted[0], 41, 1.4)])
     assert found["adamw-8bit"] == Reason(
-        kind="left_out_too_large", technique="adamw-8bit", plan_count=2, least_bytes=41,
+        kind="left_out_too_large",
+        technique="adamw-8bit",
+        plan_count=2,
+        least_bytes=41,
         detail=wanted[0].label,
-    )  # fmt: skip
+    )
 
 
 def test_a_sketch_that_may_fit_is_no_reason_to_say_that_none_does() -> None:
@@ -113,10 +126,14 @@ def test_a_sketch_that_may_fit_is_no_reason_to_say_that_none_does() -> None:
 )
 def test_what_was_priced_is_said_in_both_languages(lang: str, said: str) -> None:
     found = decide(
-        [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 41, 1.4)], goal=Objective.FASTEST, cap_bytes=40,
-        considered=6, fits=CAP.has, left_out=(),
+        [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 41, 1.4)],
+        goal=Objective.FASTEST,
+        cap_bytes=40,
+        considered=6,
+        fits=CAP.has,
+        left_out=(),
         price=Prices(lambda of: next(e for e in TRACED if e.plan == of), sketches=SKETCHES),
-    )  # fmt: skip
+    )
     view = search_view(found).recommended
     assert view is not None
     texts = [sentence_text(reason, load_words(lang)) for reason in view.reasons]
@@ -154,9 +171,12 @@ def told_of(scale: Scale, known: Sequence[Estimate]) -> dict[str, Reason]:
 def test_of_many_devices_a_technique_that_does_not_fit_is_told_with_what_was_priced() -> None:
     told = told_of(Scale(32), KNOWN)
     assert told["adamw-8bit"] == Reason(
-        kind="left_out_too_large", technique="adamw-8bit", plan_count=2, least_bytes=35,
+        kind="left_out_too_large",
+        technique="adamw-8bit",
+        plan_count=2,
+        least_bytes=35,
         detail=brief(plan(MIXED, THIRDS, LOW_BIT)),
-    )  # fmt: skip
+    )
     needed = told["activation-checkpointing"]
     assert (needed.kind, needed.plan_count, needed.least_bytes) == ("needed_priced", 5, 35)
 
@@ -188,10 +208,14 @@ def fact(value: float) -> Fact:
 PROCESSOR = Machine(
     name="test",
     device=Device(
-        name="test", kind="cpu", memory_bytes=fact(2**30), bandwidth_bytes_s=fact(1e9),
-        peak_flops={"float32": fact(1e10), "bfloat16": fact(2e10)}, power_w=fact(10.0),
+        name="test",
+        kind="cpu",
+        memory_bytes=fact(2**30),
+        bandwidth_bytes_s=fact(1e9),
+        peak_flops={"float32": fact(1e10), "bfloat16": fact(2e10)},
+        power_w=fact(10.0),
     ),
-)  # fmt: skip
+)
 
 
 def test_a_search_traces_a_plan_with_every_technique_that_it_leaves_out(

@@ -35,10 +35,14 @@ def fact(value: float) -> Fact:
 CPU = Machine(
     name="test",
     device=Device(
-        name="test", kind="cpu", memory_bytes=fact(2**30), bandwidth_bytes_s=fact(1e9),
-        peak_flops={"float32": fact(1e10)}, power_w=fact(10.0),
+        name="test",
+        kind="cpu",
+        memory_bytes=fact(2**30),
+        bandwidth_bytes_s=fact(1e9),
+        peak_flops={"float32": fact(1e10)},
+        power_w=fact(10.0),
     ),
-)  # fmt: skip
+)
 CUDA = dataclasses.replace(CPU, device=dataclasses.replace(CPU.device, kind="cuda"))
 
 
@@ -60,11 +64,20 @@ def micro(parts: int) -> Use:
 
 
 PLANS = [
-    (), (FULL,), (use("activation-checkpointing", every=2),), (MIXED,), (micro(8),), (micro(2),),
-    (micro(4), MIXED), (micro(4), FULL), (use("sgd"),), (use("bf16-parameters", rounding="master"),),
-    (use("optimizer-in-backward"),), (use("selective-checkpointing", keep="matmul"),),
+    (),
+    (FULL,),
+    (use("activation-checkpointing", every=2),),
+    (MIXED,),
+    (micro(8),),
+    (micro(2),),
+    (micro(4), MIXED),
+    (micro(4), FULL),
+    (use("sgd"),),
+    (use("bf16-parameters", rounding="master"),),
+    (use("optimizer-in-backward"),),
+    (use("selective-checkpointing", keep="matmul"),),
     (use("chunked-cross-entropy", chunks=8),),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("uses", PLANS, ids=lambda u: Plan(uses=u).label)
@@ -105,10 +118,17 @@ def test_parts_are_traced_once_and_shared_between_machines(
     pricer.sketch(Plan(uses=(micro(2),)))
     monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
     other = Pricer(
-        job=pricer.job, space=pricer.space, parts=pricer.parts,
-        machine=dataclasses.replace(CPU, name="faster", device=dataclasses.replace(
-            CPU.device, peak_flops={"float32": fact(1e13)}, bandwidth_bytes_s=fact(1e12))),
-    )  # fmt: skip
+        job=pricer.job,
+        space=pricer.space,
+        parts=pricer.parts,
+        machine=dataclasses.replace(
+            CPU,
+            name="faster",
+            device=dataclasses.replace(
+                CPU.device, peak_flops={"float32": fact(1e13)}, bandwidth_bytes_s=fact(1e12)
+            ),
+        ),
+    )
     slow, fast = pricer.sketch(Plan(uses=(micro(4),))), other.sketch(Plan(uses=(micro(4),)))
     assert fast.allocated_bytes == slow.allocated_bytes
     assert fast.step_s is not None
@@ -198,9 +218,12 @@ def test_more_finalists_are_the_next_best_that_fit_as_the_traced_did(pricer: Pri
     recomputed = use("activation-checkpointing", every=2)
     more = use("gradient-accumulation", micro_batches=4)
     sketches = [
-        made(1.0, 60, offload, fewer), made(2.0, 55, offload, more), made(3.0, 90, recomputed),
-        made(4.0, 40, recomputed, more), made(5.0, 120),
-    ]  # fmt: skip
+        made(1.0, 60, offload, fewer),
+        made(2.0, 55, offload, more),
+        made(3.0, 90, recomputed),
+        made(4.0, 40, recomputed, more),
+        made(5.0, 120),
+    ]
     cap = Cap(bytes=100, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda plan: ())
     traced = [made(1.0, 130, offload, fewer), made(5.0, 120)]
 
@@ -220,9 +243,12 @@ def asked(monkeypatch: pytest.MonkeyPatch, machine: Machine = CPU, cap_bytes: in
     monkeypatch.setattr(single_device, "FINALISTS", 3)
     monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
     return Request(
-        job=JobRef(spec="words"), machine=machine, cap_bytes=cap_bytes, accuracy=Accuracy.EXACT,
+        job=JobRef(spec="words"),
+        machine=machine,
+        cap_bytes=cap_bytes,
+        accuracy=Accuracy.EXACT,
         goal=Objective.SMALLEST,
-    )  # fmt: skip
+    )
 
 
 def test_a_search_recommends_a_plan_that_fits_and_was_traced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,11 +285,13 @@ def test_a_job_says_what_part_of_plain_training_is_shown(
     request, peak = asked(monkeypatch), Interval(value=800, low=800, high=800)
     basis = dataclasses.replace(pricer.sketch(Plan()), allocated_bytes=peak)
     assert single_device._cap(request, basis, 0.25) == (
-        200, "demonstration: a quarter of the baseline's predicted peak",
-    )  # fmt: skip
+        200,
+        "demonstration: a quarter of the baseline's predicted peak",
+    )
     assert single_device._cap(request, basis, 0.4) == (
-        320, "demonstration: 40% of the baseline's predicted peak",
-    )  # fmt: skip
+        320,
+        "demonstration: 40% of the baseline's predicted peak",
+    )
     with pytest.raises(UserError, match="at most 1"):
         single_device._cap(request, basis, 1.5)
 
@@ -336,9 +364,12 @@ def test_the_best_plan_is_measured_beside_those_that_lack_one_of_its_techniques(
 ) -> None:
     mib = 2**20
     told = {
-        Plan(): (900 * mib, 1.0), BOTH: (300 * mib, 1.6), FIRST: (400 * mib, 1.5),
-        SECOND: (800 * mib, 1.0), OTHER: (350 * mib, 2.0),
-    }  # fmt: skip
+        Plan(): (900 * mib, 1.0),
+        BOTH: (300 * mib, 1.6),
+        FIRST: (400 * mib, 1.5),
+        SECOND: (800 * mib, 1.0),
+        OTHER: (350 * mib, 2.0),
+    }
     prices = Prices(pricer.whole(Plan()), told, then)
     monkeypatch.setattr(single_device, "calibrate", lambda p, r, t, plans, **rest: p.measured.update(plans))
     device = dataclasses.replace(CPU.device, name="this machine")

@@ -38,9 +38,18 @@ def _row(**given: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("Llama-2-7B", 6.738), ("Llama-3-8B", 8.030), ("Mistral-7B-v0.1", 7.242), ("TinyLlama-1.1B", 1.100),
-     ("Qwen2.5-7B", 7.616), ("Falcon-7B", 6.922), ("phi-2", 2.780), ("Gemma-2B", 2.506), ("gpt2-xl", 1.558)],
-)  # fmt: skip
+    [
+        ("Llama-2-7B", 6.738),
+        ("Llama-3-8B", 8.030),
+        ("Mistral-7B-v0.1", 7.242),
+        ("TinyLlama-1.1B", 1.100),
+        ("Qwen2.5-7B", 7.616),
+        ("Falcon-7B", 6.922),
+        ("phi-2", 2.780),
+        ("Gemma-2B", 2.506),
+        ("gpt2-xl", 1.558),
+    ],
+)
 def test_named_models_have_the_published_number_of_parameters(name: str, billions: float) -> None:
     row = _row(model=name, seq_len="1024", micro_batch="1", precision="bf16-true", method="full_ft")
     model = fake_model(job_of(setup_of(row)))
@@ -67,19 +76,29 @@ def test_experts_are_read_from_free_text() -> None:
 
 @pytest.mark.parametrize(
     ("text", "sharding"),
-    [("FSDP1 FULL_SHARD, BACKWARD_PRE prefetch", "fsdp1"), ("FSDP2 full shard", "fsdp2"),
-     ("FSDP2 zero2", "fsdp2"), ("DeepSpeed ZeRO-2", "zero2"), ("distributed optimizer (ZeRO-1)", "zero1"),
-     ("DDP", "ddp"), ("", "")],
-)  # fmt: skip
+    [
+        ("FSDP1 FULL_SHARD, BACKWARD_PRE prefetch", "fsdp1"),
+        ("FSDP2 full shard", "fsdp2"),
+        ("FSDP2 zero2", "fsdp2"),
+        ("DeepSpeed ZeRO-2", "zero2"),
+        ("distributed optimizer (ZeRO-1)", "zero1"),
+        ("DDP", "ddp"),
+        ("", ""),
+    ],
+)
 def test_sharding_is_read_from_free_text(text: str, sharding: str) -> None:
     assert setup_of(_row(zero_fsdp=text, model="Llama-2-7B")).sharding == sharding
 
 
 @pytest.mark.parametrize(
     ("text", "dtypes"),
-    [("pure bf16 (params, grads, AdamW states)", ("bfloat16", "bfloat16")), ("fp32", ("float32", "float32")),
-     ("bf16 AMP (fp32 params)", ("float32", "bfloat16")), ("fp16 AMP", ("float32", "float16"))],
-)  # fmt: skip
+    [
+        ("pure bf16 (params, grads, AdamW states)", ("bfloat16", "bfloat16")),
+        ("fp32", ("float32", "float32")),
+        ("bf16 AMP (fp32 params)", ("float32", "bfloat16")),
+        ("fp16 AMP", ("float32", "float16")),
+    ],
+)
 def test_precision_is_read_from_free_text(text: str, dtypes: tuple[str, str]) -> None:
     setup = setup_of(_row(precision=text, model="Llama-2-7B"))
     assert (setup.parameters, setup.compute) == dtypes
@@ -99,10 +118,19 @@ def test_units_and_metrics() -> None:
 
 def test_a_run_becomes_a_plan() -> None:
     row = _row(
-        model="Llama-2-7B", method="lora", lora="r8 on query,value", seq_len="64", micro_batch="1",
-        precision="bf16-true", software="litgpt 2024",
-        global_batch="4", n_gpus="1", dp="1", optimizer="AdamW", act_ckpt="none",
-    )  # fmt: skip
+        model="Llama-2-7B",
+        method="lora",
+        lora="r8 on query,value",
+        seq_len="64",
+        micro_batch="1",
+        precision="bf16-true",
+        software="litgpt 2024",
+        global_batch="4",
+        n_gpus="1",
+        dp="1",
+        optimizer="AdamW",
+        act_ckpt="none",
+    )
     setup = setup_of(row)
     assert setup.lora is not None
     assert (setup.lora.targets, setup.lora.rank) == ({"q", "v"}, 8)
@@ -113,10 +141,20 @@ def test_a_run_becomes_a_plan() -> None:
 def test_pure_bf16_adamw_peaks_at_five_times_the_parameters() -> None:
     """Fact 1 of the measurements: parameters, gradients, two moments and foreach's one temporary."""
     row = _row(
-        model="Llama-2-7B", layers="3", hidden="512", heads="8", kv_heads="8", head_dim="64", ffn="1536",
-        vocab="8000", seq_len="8", micro_batch="1",
-        precision="pure bf16", optimizer="AdamW", software="transformers 4.48",
-    )  # fmt: skip
+        model="Llama-2-7B",
+        layers="3",
+        hidden="512",
+        heads="8",
+        kv_heads="8",
+        head_dim="64",
+        ffn="1536",
+        vocab="8000",
+        seq_len="8",
+        micro_batch="1",
+        precision="pure bf16",
+        optimizer="AdamW",
+        software="transformers 4.48",
+    )
     setup = setup_of(row)
     parameters = 2 * sum(p.numel() for p in fake_model(job_of(setup)).parameters())
     found = predict(setup)
@@ -150,13 +188,21 @@ def test_rows_are_read_with_any_further_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"id,group\n1,2\n", "has no column scope, quality"), (b"\xff\xfe", "cannot read"),
-     (",".join(COLUMNS).encode(), "has no rows"), (None, "No such file")],
-)  # fmt: skip
+    [
+        (b"", "is empty"),
+        (b"id,group\n1,2\n", "has no column scope, quality"),
+        (b"\xff\xfe", "cannot read"),
+        (",".join(COLUMNS).encode(), "has no rows"),
+        (None, "No such file"),
+    ],
+)
 def test_a_file_that_cannot_be_used_is_one_error(
-    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    content: bytes | None,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     path = tmp_path / "runs.csv"
     if content is not None:
         path.write_bytes(content)
@@ -235,10 +281,13 @@ def test_the_page_has_every_row_with_its_error_or_its_reason() -> None:
         _scored(0.3, id="full-1", full=True),
     ]
     record = {
-        "command": "python it", "took_s": 60, "created": "2026-01-01T00:00:00+00:00",
+        "command": "python it",
+        "took_s": 60,
+        "created": "2026-01-01T00:00:00+00:00",
         "environment": {"torch": "2", "cores": "2"},
-        "rows": [s.as_row() for s in rows], "summary": [dataclasses.asdict(s) for s in summaries(rows)],
-    }  # fmt: skip
+        "rows": [s.as_row() for s in rows],
+        "summary": [dataclasses.asdict(s) for s in summaries(rows)],
+    }
     text = page(record)
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
     assert "+20.0%" in lines["far-1"]
@@ -270,8 +319,14 @@ def test_what_other_parallelism_leaves_are_data_ranks() -> None:
 
 
 def test_zero_has_a_precision_of_its_own() -> None:
-    row = _row(model="Llama-2-7B", n_gpus="8", zero_fsdp="DeepSpeed ZeRO-3", precision="bf16 + fp32 master",
-               offload="optimizer->CPU params->CPU", optimizer="AdamW")  # fmt: skip
+    row = _row(
+        model="Llama-2-7B",
+        n_gpus="8",
+        zero_fsdp="DeepSpeed ZeRO-3",
+        precision="bf16 + fp32 master",
+        offload="optimizer->CPU params->CPU",
+        optimizer="AdamW",
+    )
     used = plan_of(setup_of(row)).get("zero")
     assert used is not None
     assert (used.settings["stage"], used.settings["offload"]) == (3, "parameters")
@@ -307,8 +362,18 @@ def test_old_versions_keep_gradients_after_the_step() -> None:
 
 @pytest.mark.parametrize("kind", [Experts, ExpertList])
 def test_both_mixtures_have_the_same_parameters_and_shapes(kind: type[torch.nn.Module]) -> None:
-    arch = arch_of(_row(model="Mixtral-8x7B", hidden="16", layers="1", heads="2", head_dim="8", ffn="32",
-                        vocab="64", moe="4 experts top-2"))  # fmt: skip
+    arch = arch_of(
+        _row(
+            model="Mixtral-8x7B",
+            hidden="16",
+            layers="1",
+            heads="2",
+            head_dim="8",
+            ffn="32",
+            vocab="64",
+            moe="4 experts top-2",
+        )
+    )
     assert arch is not None
     experts = kind(arch, lambda role, inputs, outputs, bias: torch.nn.Linear(inputs, outputs, bias=bias))
     assert sum(p.numel() for p in experts.parameters()) == 4 * 16 + 4 * 3 * 16 * 32
@@ -317,8 +382,15 @@ def test_both_mixtures_have_the_same_parameters_and_shapes(kind: type[torch.nn.M
 
 
 def test_a_run_larger_than_its_card_contradicts_itself() -> None:
-    row = _row(model="Llama-2-7B", layers="2", seq_len="8", micro_batch="1", precision="pure bf16",
-               optimizer="AdamW", gpu_mem_gb="1")  # fmt: skip
+    row = _row(
+        model="Llama-2-7B",
+        layers="2",
+        seq_len="8",
+        micro_batch="1",
+        precision="pure bf16",
+        optimizer="AdamW",
+        gpu_mem_gb="1",
+    )
     with pytest.raises(UserError, match="more than its card"):
         predict(setup_of(row))
 
@@ -326,9 +398,17 @@ def test_a_run_larger_than_its_card_contradicts_itself() -> None:
 @pytest.mark.parametrize("columns", [False, True], ids=["evoformer", "extra MSA"])
 def test_what_nnscaler_recomputes_changes_no_gradient(columns: bool) -> None:
     fold = Fold(
-        sequences=8, residues=6, c_m=64, c_z=32, msa_heads=8, pair_heads=1, outer=4, blocks=2, fused=False,
+        sequences=8,
+        residues=6,
+        c_m=64,
+        c_z=32,
+        msa_heads=8,
+        pair_heads=1,
+        outer=4,
+        blocks=2,
+        fused=False,
         global_columns=columns,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     models = [Stack(fold, policy).double() for policy in ("", "extra" if columns else "parts")]
     for parameter in models[0].parameters():
@@ -344,10 +424,16 @@ def test_what_nnscaler_recomputes_changes_no_gradient(columns: bool) -> None:
 
 def test_nnscalers_rows_say_what_is_recomputed_and_train_with_sgd() -> None:
     row = _row(
-        group="AF2-Evoformer-nnscaler", model="AlphaFold-2 Evoformer stack", layers="48", precision="fp16",
-        extra_arch="c_m 256, c_z 128, 8 MSA heads, 4 pair heads", seq_len="N_seq 128 x N_res 256",
-        micro_batch="1", n_gpus="1", scope="stack",
-    )  # fmt: skip
+        group="AF2-Evoformer-nnscaler",
+        model="AlphaFold-2 Evoformer stack",
+        layers="48",
+        precision="fp16",
+        extra_arch="c_m 256, c_z 128, 8 MSA heads, 4 pair heads",
+        seq_len="N_seq 128 x N_res 256",
+        micro_batch="1",
+        n_gpus="1",
+        scope="stack",
+    )
     for text, policy, recompute in (
         ("per-Evoformer-block recompute", "", "full"),
         ("finer-grained", "parts", "inside"),

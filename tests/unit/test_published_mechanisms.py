@@ -17,14 +17,35 @@ from memfit.types.plan import KnobValue, Plan, Use, use
 from memfit.types.trace import Category, Phase, Trace
 
 _TITAN = {
-    "model": "Custom", "group": "torchtitan", "software": "torchtitan 2024-12", "layers": "4", "hidden": "64",
-    "heads": "4", "ffn": "256", "vocab": "512", "seq_len": "32", "micro_batch": "2", "n_gpus": "2", "dp": "2",
-    "zero_fsdp": "FSDP2", "precision": "bf16 mp (fp32 params)", "act_ckpt": "selective (op)", "gpu": "A100",
-}  # fmt: skip
+    "model": "Custom",
+    "group": "torchtitan",
+    "software": "torchtitan 2024-12",
+    "layers": "4",
+    "hidden": "64",
+    "heads": "4",
+    "ffn": "256",
+    "vocab": "512",
+    "seq_len": "32",
+    "micro_batch": "2",
+    "n_gpus": "2",
+    "dp": "2",
+    "zero_fsdp": "FSDP2",
+    "precision": "bf16 mp (fp32 params)",
+    "act_ckpt": "selective (op)",
+    "gpu": "A100",
+}
 _MEGATRON = {
-    **_TITAN, "group": "Megatron", "software": "Megatron-LM", "zero_fsdp": "", "n_gpus": "1", "dp": "1",
-    "precision": "bf16", "act_ckpt": "none", "attn_impl": "flash", "grad_accum": "1",
-}  # fmt: skip
+    **_TITAN,
+    "group": "Megatron",
+    "software": "Megatron-LM",
+    "zero_fsdp": "",
+    "n_gpus": "1",
+    "dp": "1",
+    "precision": "bf16",
+    "act_ckpt": "none",
+    "attn_impl": "flash",
+    "grad_accum": "1",
+}
 
 
 def _setup(base: dict[str, str], **more: str) -> Setup:
@@ -33,10 +54,18 @@ def _setup(base: dict[str, str], **more: str) -> Setup:
 
 @pytest.mark.parametrize(
     ("software", "told"),
-    [("torch 2.9.0.dev20250815+cu128", (2025, 8)), ("torch 1963fc8 (2024-12-23)", (2024, 12)),
-     ("nightlies Mar-Apr 2024", (2024, 4)), ("early 2025 (titan PR 778)", (2025, 2)), ("mid-2024", (2024, 6)),
-     ("PyTorch 2.4.1", (2024, 7)), ("torch 2.7.0a0+git1", (2025, 1)), ("torch 1.13", None), ("", None)],
-)  # fmt: skip
+    [
+        ("torch 2.9.0.dev20250815+cu128", (2025, 8)),
+        ("torch 1963fc8 (2024-12-23)", (2024, 12)),
+        ("nightlies Mar-Apr 2024", (2024, 4)),
+        ("early 2025 (titan PR 778)", (2025, 2)),
+        ("mid-2024", (2024, 6)),
+        ("PyTorch 2.4.1", (2024, 7)),
+        ("torch 2.7.0a0+git1", (2025, 1)),
+        ("torch 1.13", None),
+        ("", None),
+    ],
+)
 def test_the_age_of_the_software_is_read(software: str, told: tuple[int, int] | None) -> None:
     assert when({"software": software, "group": "", "source": ""}) == told
 
@@ -48,9 +77,13 @@ def _kept_products(setup: Setup) -> Counter[str]:
     return Counter(
         a.module.split(".")[1]
         for a in found.allocations
-        if a.op == "aten.mm.default" and a.module.startswith("blocks.") and a.step == 1
-        and a.start < end and (a.end is None or a.end >= end) and a.phase is Phase.FORWARD
-    )  # fmt: skip
+        if a.op == "aten.mm.default"
+        and a.module.startswith("blocks.")
+        and a.step == 1
+        and a.start < end
+        and (a.end is None or a.end >= end)
+        and a.phase is Phase.FORWARD
+    )
 
 
 def test_a_compiled_block_does_not_keep_the_product_that_backward_never_reads() -> None:
@@ -140,13 +173,20 @@ def test_megatron_keeps_inputs_of_linear_layers_in_one_byte() -> None:
 
 @pytest.mark.parametrize(
     ("more", "reason"),
-    [({"micro_batch": ""}, "no micro_batch"), ({"seq_len": "long"}, "seq_len \\('long'\\)"),
-     ({"layers": "twelve"}, "layers is no whole number"), ({"kv_heads": "3"}, "no multiple of kv_heads"),
-     ({"layers": "", "model": "FooNet"}, "no layers"), ({"model": "flan-t5-xl"}, "flan-t5's kind"),
-     ({"model": "Foo-8x7B"}, "the moe column"), ({"mem_value": "9", "mem_unit": "furlongs"}, "no size"),
-     ({"micro_batch": "1.5"}, "micro_batch"), ({"micro_batch": "0"}, "micro_batch is 0"),
-     ({"layers": "0"}, "layers is 0")],
-)  # fmt: skip
+    [
+        ({"micro_batch": ""}, "no micro_batch"),
+        ({"seq_len": "long"}, "seq_len \\('long'\\)"),
+        ({"layers": "twelve"}, "layers is no whole number"),
+        ({"kv_heads": "3"}, "no multiple of kv_heads"),
+        ({"layers": "", "model": "FooNet"}, "no layers"),
+        ({"model": "flan-t5-xl"}, "flan-t5's kind"),
+        ({"model": "Foo-8x7B"}, "the moe column"),
+        ({"mem_value": "9", "mem_unit": "furlongs"}, "no size"),
+        ({"micro_batch": "1.5"}, "micro_batch"),
+        ({"micro_batch": "0"}, "micro_batch is 0"),
+        ({"layers": "0"}, "layers is 0"),
+    ],
+)
 def test_what_cannot_be_expressed_is_named(more: dict[str, str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         predict(_setup(_TITAN, **more))
@@ -164,10 +204,18 @@ def test_numbers_are_read_as_people_write_them() -> None:
 
 @pytest.mark.parametrize(
     ("model", "layers", "hidden"),
-    [("meta-llama/Llama-3.2-1B-Instruct", 16, 2048), ("Qwen/Qwen-2.5-7B", 28, 3584), ("Qwen-7B", 32, 4096),
-     ("facebook/opt-1.3b", 24, 2048), ("bert-large-uncased", 24, 1024), ("distilbert-base", 6, 768),
-     ("ViT-L/16", 24, 1024), ("google/gemma2-9b-it", 42, 3584), ("EleutherAI/gpt-neox-20b", 44, 6144)],
-)  # fmt: skip
+    [
+        ("meta-llama/Llama-3.2-1B-Instruct", 16, 2048),
+        ("Qwen/Qwen-2.5-7B", 28, 3584),
+        ("Qwen-7B", 32, 4096),
+        ("facebook/opt-1.3b", 24, 2048),
+        ("bert-large-uncased", 24, 1024),
+        ("distilbert-base", 6, 768),
+        ("ViT-L/16", 24, 1024),
+        ("google/gemma2-9b-it", 42, 3584),
+        ("EleutherAI/gpt-neox-20b", 44, 6144),
+    ],
+)
 def test_common_models_are_known_by_name(model: str, layers: int, hidden: int) -> None:
     found = _setup(_TITAN, model=model, layers="", hidden="", heads="", ffn="", vocab="").arch
     assert found is not None

@@ -28,9 +28,14 @@ def setup(**given: str) -> Setup:
 
 @pytest.mark.parametrize(
     ("speed", "seconds"),
-    [({"tok_s_gpu": "8192"}, 8.0), ({"tok_s_total": "65536"}, 8.0), ({"samples_s": "32"}, 2.0),
-     ({"step_time_s": "3.5", "tok_s_gpu": "1"}, 3.5), ({}, None)],
-)  # fmt: skip
+    [
+        ({"tok_s_gpu": "8192"}, 8.0),
+        ({"tok_s_total": "65536"}, 8.0),
+        ({"samples_s": "32"}, 2.0),
+        ({"step_time_s": "3.5", "tok_s_gpu": "1"}, 3.5),
+        ({}, None),
+    ],
+)
 def test_every_unit_of_speed_is_a_step(speed: dict[str, str], seconds: float | None) -> None:
     assert measured_s(setup(**speed)) == seconds
 

@@ -17,23 +17,45 @@ from memfit.trace.tracer import fake_model, trace
 
 def _setup(**given: str) -> Setup:
     sizes = {
-        "layers": "8", "hidden": "256", "heads": "4", "kv_heads": "2", "ffn": "512", "vocab": "1024",
-        "seq_len": "256", "micro_batch": "2", "precision": "bf16", "n_gpus": "1", "model": "Llama",
-        "gpu": "A100", "gpu_mem_gb": "80",
-    }  # fmt: skip
+        "layers": "8",
+        "hidden": "256",
+        "heads": "4",
+        "kv_heads": "2",
+        "ffn": "512",
+        "vocab": "1024",
+        "seq_len": "256",
+        "micro_batch": "2",
+        "precision": "bf16",
+        "n_gpus": "1",
+        "model": "Llama",
+        "gpu": "A100",
+        "gpu_mem_gb": "80",
+    }
     basic = {"id": "x-1", "scope": "train_step", "quality": "A", "method": "pretrain"}
     return setup_of({**dict.fromkeys(COLUMNS, ""), **basic, **sizes, **given})
 
 
 @pytest.mark.parametrize(
     ("name", "memory_gb", "known"),
-    [("DGX A100", 80, "A100-80GB-SXM"), ("A100(40G)", 0, "A100-40GB-SXM"), ("A100", 40, "A100-40GB-SXM"),
-     ("H100 x 1", 80, "H100-SXM"), ("8xH100 80GB HBM3", 0, "H100-SXM"),
-     ("NVIDIA A100-PCIE-40GB", 0, "A100-40GB-PCIe"), ("RTX Pro 6000", 96, "RTX-PRO-6000"),
-     ("V100 32G (DGX-1)", 32, "V100-32GB-SXM2"), ("4x3090", 24, "RTX-3090"),
-     ("NVIDIA L40S", 48, "L40S"), ("L4", 24, "L4"), ("A800", 80, "A100-80GB-SXM"), ("RTX 3090 Ti", 24, ""),
-     ("Titan RTX", 24, ""), ("not stated", 0, ""), ("", 80, "")],
-)  # fmt: skip
+    [
+        ("DGX A100", 80, "A100-80GB-SXM"),
+        ("A100(40G)", 0, "A100-40GB-SXM"),
+        ("A100", 40, "A100-40GB-SXM"),
+        ("H100 x 1", 80, "H100-SXM"),
+        ("8xH100 80GB HBM3", 0, "H100-SXM"),
+        ("NVIDIA A100-PCIE-40GB", 0, "A100-40GB-PCIe"),
+        ("RTX Pro 6000", 96, "RTX-PRO-6000"),
+        ("V100 32G (DGX-1)", 32, "V100-32GB-SXM2"),
+        ("4x3090", 24, "RTX-3090"),
+        ("NVIDIA L40S", 48, "L40S"),
+        ("L4", 24, "L4"),
+        ("A800", 80, "A100-80GB-SXM"),
+        ("RTX 3090 Ti", 24, ""),
+        ("Titan RTX", 24, ""),
+        ("not stated", 0, ""),
+        ("", 80, ""),
+    ],
+)
 def test_a_card_is_known_by_what_it_is_called(name: str, memory_gb: float, known: str) -> None:
     found = card(name, memory_gb)
     assert (found.name if found else "") == known
@@ -41,12 +63,25 @@ def test_a_card_is_known_by_what_it_is_called(name: str, memory_gb: float, known
 
 @pytest.mark.parametrize(
     ("text", "sharding"),
-    [("zero_stage: 1", "zero1"), ("ZeRO stage 3", "zero3"), ("zero_stage=2", "zero2"),
-     ("zero2(dp8)", "zero2"), ("stage 2", "zero2"), ("DeepSpeed stage 3", "zero3"),
-     ("--use-distributed-optimizer", "zero1"), ("HSDP", "fsdp2"), ("FULL_SHARD", "fsdp1"),
-     ("--ddp-backend fully_sharded", "fsdp1"), ("fully_shard (FSDP2)", "fsdp2"), ("FSDP NO_SHARD", "ddp"),
-     ("SHARD_GRAD_OP", "fsdp1"), ("DistributedDataParallel", "ddp"), ("ZeRO-0", "ddp"), ("", "ddp")],
-)  # fmt: skip
+    [
+        ("zero_stage: 1", "zero1"),
+        ("ZeRO stage 3", "zero3"),
+        ("zero_stage=2", "zero2"),
+        ("zero2(dp8)", "zero2"),
+        ("stage 2", "zero2"),
+        ("DeepSpeed stage 3", "zero3"),
+        ("--use-distributed-optimizer", "zero1"),
+        ("HSDP", "fsdp2"),
+        ("FULL_SHARD", "fsdp1"),
+        ("--ddp-backend fully_sharded", "fsdp1"),
+        ("fully_shard (FSDP2)", "fsdp2"),
+        ("FSDP NO_SHARD", "ddp"),
+        ("SHARD_GRAD_OP", "fsdp1"),
+        ("DistributedDataParallel", "ddp"),
+        ("ZeRO-0", "ddp"),
+        ("", "ddp"),
+    ],
+)
 def test_sharding_is_read_from_flags_and_names(text: str, sharding: str) -> None:
     assert words.sharding(text, 8, (2025, 1)) == sharding
     assert words.sharding("FSDP", 8, (2023, 6)) == "fsdp1"
@@ -55,27 +90,46 @@ def test_sharding_is_read_from_flags_and_names(text: str, sharding: str) -> None
 
 @pytest.mark.parametrize(
     ("text", "recompute"),
-    [("gradient checkpointing (use_reentrant=False)", "full"), ("gradient_checkpointing true", "full"),
-     ("--checkpoint-activations", "full"), ("w/ Gradient checkpointing", "full"), ("yes", "full"),
-     ("gradient_checkpointing ✘", ""), ("use_gc false", ""), ("No AC", ""), ("n", ""), ("", ""), ("off", ""),
-     ("selective (every 2nd layer)", "every-2"), ("50% of layers", "every-2"), ("SAC 1/3", "every-3"),
-     ("selective (op)", "operators"), ("--recompute-granularity selective", "attention"),
-     ("--recompute-granularity full --recompute-num-layers 1", "full"), ("full (flags not captured)", "full"),
-     ("checkpointing not stated", "")],
-)  # fmt: skip
+    [
+        ("gradient checkpointing (use_reentrant=False)", "full"),
+        ("gradient_checkpointing true", "full"),
+        ("--checkpoint-activations", "full"),
+        ("w/ Gradient checkpointing", "full"),
+        ("yes", "full"),
+        ("gradient_checkpointing ✘", ""),
+        ("use_gc false", ""),
+        ("No AC", ""),
+        ("n", ""),
+        ("", ""),
+        ("off", ""),
+        ("selective (every 2nd layer)", "every-2"),
+        ("50% of layers", "every-2"),
+        ("SAC 1/3", "every-3"),
+        ("selective (op)", "operators"),
+        ("--recompute-granularity selective", "attention"),
+        ("--recompute-granularity full --recompute-num-layers 1", "full"),
+        ("full (flags not captured)", "full"),
+        ("checkpointing not stated", ""),
+    ],
+)
 def test_recomputation_is_read_from_flags_and_words(text: str, recompute: str) -> None:
     assert words.recompute(text) == recompute
 
 
 @pytest.mark.parametrize(
     ("text", "code", "dtypes"),
-    [("dtype bfloat16, use_amp false", "hf", ("bfloat16", "bfloat16")),
-     ("bfloat16 autocast", "hf", ("float32", "bfloat16")),
-     ("16-mixed", "hf", ("float32", "float16")), ("bf16-mixed", "hf", ("float32", "bfloat16")),
-     ("torch.bfloat16", "hf", ("bfloat16", "bfloat16")), ("TF32", "hf", ("float32", "float32")),
-     ("mixed precision (AMP FP16)", "hf", ("float32", "float16")), ("float16", "hf", ("float16", "float16")),
-     ("BF16 (torch_dtype bfloat16, mixed_precision bf16)", "hf", ("bfloat16", "bfloat16"))],
-)  # fmt: skip
+    [
+        ("dtype bfloat16, use_amp false", "hf", ("bfloat16", "bfloat16")),
+        ("bfloat16 autocast", "hf", ("float32", "bfloat16")),
+        ("16-mixed", "hf", ("float32", "float16")),
+        ("bf16-mixed", "hf", ("float32", "bfloat16")),
+        ("torch.bfloat16", "hf", ("bfloat16", "bfloat16")),
+        ("TF32", "hf", ("float32", "float32")),
+        ("mixed precision (AMP FP16)", "hf", ("float32", "float16")),
+        ("float16", "hf", ("float16", "float16")),
+        ("BF16 (torch_dtype bfloat16, mixed_precision bf16)", "hf", ("bfloat16", "bfloat16")),
+    ],
+)
 def test_bfloat16_is_no_float16_and_a_switch_that_is_off_is_off(
     text: str, code: str, dtypes: tuple[str, str]
 ) -> None:
@@ -84,9 +138,19 @@ def test_bfloat16_is_no_float16_and_a_switch_that_is_off_is_off(
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("4,096", 4096), ("4k", 4096), ("max 2048", 2048), ("TP=4", 4), ("2 per GPU", 2), ("up to 8192", 8192),
-     ("1024 sequences (4.19M tokens)", 1024), ("1.5", 0), ("variable length", 0), ("N_seq 128", 0)],
-)  # fmt: skip
+    [
+        ("4,096", 4096),
+        ("4k", 4096),
+        ("max 2048", 2048),
+        ("TP=4", 4),
+        ("2 per GPU", 2),
+        ("up to 8192", 8192),
+        ("1024 sequences (4.19M tokens)", 1024),
+        ("1.5", 0),
+        ("variable length", 0),
+        ("N_seq 128", 0),
+    ],
+)
 def test_whole_numbers_are_read_after_words_at_most(text: str, number: int) -> None:
     assert whole(text) == number
 
@@ -106,10 +170,18 @@ def test_sizes_degrees_and_batches_are_read_where_they_are_written() -> None:
 
 @pytest.mark.parametrize(
     ("model", "layers", "hidden"),
-    [("GPT-2 (124M)", 12, 768), ("GPT3 175B", 96, 12288), ("gpt2-xl", 48, 1600), ("7B Llama 2", 32, 4096),
-     ("deit_base_patch16_224", 12, 768), ("ESM-2 650M", 33, 1280), ("Code Llama 34B", 48, 8192),
-     ("Llama-2-like 13B", 40, 5120), ("baichuan2-7b-chat", 32, 4096)],
-)  # fmt: skip
+    [
+        ("GPT-2 (124M)", 12, 768),
+        ("GPT3 175B", 96, 12288),
+        ("gpt2-xl", 48, 1600),
+        ("7B Llama 2", 32, 4096),
+        ("deit_base_patch16_224", 12, 768),
+        ("ESM-2 650M", 33, 1280),
+        ("Code Llama 34B", 48, 8192),
+        ("Llama-2-like 13B", 40, 5120),
+        ("baichuan2-7b-chat", 32, 4096),
+    ],
+)
 def test_models_are_known_by_the_names_people_use(model: str, layers: int, hidden: int) -> None:
     found = public(model)
     assert found is not None

@@ -56,10 +56,15 @@ def estimate(at: int, *, traced: bool) -> Estimate:
     accumulated = make_use("gradient-accumulation", {"micro_batches": STEPS[at]})
     seconds = (TRACED if traced else SKETCHED)[at]
     return Estimate(
-        plan=Plan(uses=(accumulated,)), allocated_bytes=exactly(1.0), phase_peak_bytes={},
-        at_peak_bytes={}, by_module_bytes={}, step_s=exactly(seconds), flops_per_step=0,
+        plan=Plan(uses=(accumulated,)),
+        allocated_bytes=exactly(1.0),
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=exactly(seconds),
+        flops_per_step=0,
         traced=traced,
-    )  # fmt: skip
+    )
 
 
 def scale(blocks: int) -> Any:
@@ -69,12 +74,17 @@ def scale(blocks: int) -> Any:
         return STEPS.index(int(e.plan.uses[0].settings["micro_batches"]))
 
     return SimpleNamespace(
-        aim=SimpleNamespace(goal=Objective.FASTEST, cap_bytes=10), traced=SimpleNamespace(blocks=blocks),
-        tell=lambda *given: None, needs=lambda e: 1, fits_memory=lambda e: True, estimate=lambda e: e,
-        ahead=lambda plans: None, traced_or_refused=lambda e: estimate(at(e), traced=True),
+        aim=SimpleNamespace(goal=Objective.FASTEST, cap_bytes=10),
+        traced=SimpleNamespace(blocks=blocks),
+        tell=lambda *given: None,
+        needs=lambda e: 1,
+        fits_memory=lambda e: True,
+        estimate=lambda e: e,
+        ahead=lambda plans: None,
+        traced_or_refused=lambda e: estimate(at(e), traced=True),
         sketch_of=lambda plan: next(e for i in range(5) if (e := estimate(i, traced=False)).plan == plan),
         beside=lambda e: [estimate(i, traced=False) for i in (at(e) - 1, at(e) + 1) if 0 <= i < 5],
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("blocks", "best"), [(4, 0.8), (80, 1.0)])

@@ -48,9 +48,12 @@ def job_of(model: Callable[[], nn.Module], *, rows: int = 64, width: int = 32) -
         return torch.randn(rows, width, generator=g), torch.randn(rows, width, generator=g)
 
     return Job(
-        name="one", build_model=model, make_batch=batch, batch_size=rows,
+        name="one",
+        build_model=model,
+        make_batch=batch,
+        batch_size=rows,
         loss=lambda net, b: functional.mse_loss(net(b[0]), b[1]),
-    )  # fmt: skip
+    )
 
 
 class Inplace(nn.Module):

@@ -75,9 +75,11 @@ def test_metrics_of_the_built_in_jobs_are_told_in_japanese() -> None:
 
 def test_the_page_uses_them() -> None:
     poc = dataclasses.replace(
-        full_poc(), offers=offers(), job_title="Masked language model of proteins (ESM-2)",
+        full_poc(),
+        offers=offers(),
+        job_title="Masked language model of proteins (ESM-2)",
         machine="this machine",
-    )  # fmt: skip
+    )
     page = render_html(poc, lang="ja", decision=decide(poc, parsed("", "it")))
     assert "タンパク質のマスク言語モデル（ESM-2）：手元のメモリーに収まる学習" in page
     for left in ("Masked language", "this machine", "an assumption", "interval of the predicted"):

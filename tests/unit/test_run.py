@@ -42,10 +42,16 @@ def config(code: str, *, timeout_s: float = 60, cap_bytes: int | None = None, **
         env=env,
         files={"child.py": TELL + code, "spec.json": '{"answer": 42}'},
         spec=RunSpec(
-            name="test", role="baseline", job=JobRef(spec="x"), plan=Plan(), seed=0, steps=2,
-            timeout_s=timeout_s, cap_bytes=cap_bytes,
+            name="test",
+            role="baseline",
+            job=JobRef(spec="x"),
+            plan=Plan(),
+            seed=0,
+            steps=2,
+            timeout_s=timeout_s,
+            cap_bytes=cap_bytes,
         ),
-    )  # fmt: skip
+    )
 
 
 def ending(code: str, *, timeout_s: float = 60, cap_bytes: int | None = None) -> Measurement:

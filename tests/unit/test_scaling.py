@@ -77,9 +77,13 @@ def job(batch: int, blocks: int = BLOCKS) -> Job:
         return {name: torch.zeros(batch, LENGTH, dtype=torch.int64) for name in ("x", "y")}
 
     return Job(
-        name="small", build_model=functools.partial(_Model, blocks), make_batch=make, loss=loss,
-        batch_size=batch, tokens_per_batch=batch * LENGTH,
-    )  # fmt: skip
+        name="small",
+        build_model=functools.partial(_Model, blocks),
+        make_batch=make,
+        loss=loss,
+        batch_size=batch,
+        tokens_per_batch=batch * LENGTH,
+    )
 
 
 @functools.cache
@@ -89,9 +93,15 @@ def traced(batch: int = 32) -> Traced:
 
 def limits(**changes: Any) -> Limits:
     base = Limits(
-        ranks=8, per_host=8, batch=32, blocks=BLOCKS, device="cuda", tensor=(1, 2, 4), context=(1, 2),
+        ranks=8,
+        per_host=8,
+        batch=32,
+        blocks=BLOCKS,
+        device="cuda",
+        tensor=(1, 2, 4),
+        context=(1, 2),
         chunks=True,
-    )  # fmt: skip
+    )
     return dataclasses.replace(base, **changes)
 
 
@@ -126,9 +136,15 @@ def test_no_plan_is_counted_twice() -> None:
 
 def test_a_million_plans_for_many_devices() -> None:
     wanted = Limits(
-        ranks=512, per_host=8, batch=1024, blocks=80, device="cuda", tensor=(1, 2, 4, 8), context=(1, 2, 4),
+        ranks=512,
+        per_host=8,
+        batch=1024,
+        blocks=80,
+        device="cuda",
+        tensor=(1, 2, 4, 8),
+        context=(1, 2, 4),
         chunks=True,
-    )  # fmt: skip
+    )
     assert sum(math.prod(g.shape) for g in grids(wanted)) > 1_000_000
 
 
@@ -216,9 +232,13 @@ def aim(on: Machine, *, goal: str = "fastest", accuracy: str = "exact", **change
     bounds = dataclasses.replace(bounds, without=(*bounds.without, *FEW))
     cap = changes.pop("cap_bytes", int(on.device.memory_bytes.value))
     return Aim(
-        goal=Objective(goal), accuracy=Accuracy(accuracy), cap_bytes=cap, bounds=bounds,
-        needs=lambda e: needed_bytes(e, on), tell=lambda *a: None,
-    )  # fmt: skip
+        goal=Objective(goal),
+        accuracy=Accuracy(accuracy),
+        cap_bytes=cap,
+        bounds=bounds,
+        needs=lambda e: needed_bytes(e, on),
+        tell=lambda *a: None,
+    )
 
 
 def pricer_of(batch: int, on: Machine, blocks: int = 4) -> Pricer:
@@ -270,11 +290,12 @@ def test_the_frontier_of_sketches_is_not_dominated() -> None:
     edge = frontier(estimates)
     for one in edge:
         assert not any(
-            o.allocated_bytes.value < one.allocated_bytes.value and score(o, Objective.FASTEST) < score(
-                one, Objective.FASTEST) and o.plan.fingerprint != one.plan.fingerprint
+            o.allocated_bytes.value < one.allocated_bytes.value
+            and score(o, Objective.FASTEST) < score(one, Objective.FASTEST)
+            and o.plan.fingerprint != one.plan.fingerprint
             and len(o.plan.uses) <= len(one.plan.uses)
             for o in edge
-        )  # fmt: skip
+        )
 
 
 def test_a_deadline_that_a_slower_link_meets_is_met_on_a_quicker_one() -> None:
@@ -406,10 +427,15 @@ def test_a_technique_that_a_model_cannot_be_traced_with_is_left_out_alone(
 def test_an_engine_s_plans_are_those_that_it_carries(name: str, least: int) -> None:
     carrier = engine(name)
     limits = Limits(
-        ranks=8, per_host=8, batch=64, blocks=4, device="cuda", chunks=True,
+        ranks=8,
+        per_host=8,
+        batch=64,
+        blocks=4,
+        device="cuda",
+        chunks=True,
         refuses=None if name == "native" else carrier.supports,
         without=frozenset(TECHNIQUES) - carrier.known,
-    )  # fmt: skip
+    )
     plans = [g.plan(i) for g in grids(limits) for i in itertools.product(*map(range, g.shape))]
     assert len(plans) >= least
     assert bool(plans) == bool(least)

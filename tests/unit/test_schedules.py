@@ -46,9 +46,12 @@ def test_law_every_round_trip_of_1f1b_waits_for_its_sends(ranks: int, rounds: in
 
 
 @given(
-    kind=st.sampled_from(KINDS), micros=MICROS, virtual=st.integers(1, 3), send=st.floats(0, 1),
+    kind=st.sampled_from(KINDS),
+    micros=MICROS,
+    virtual=st.integers(1, 3),
+    send=st.floats(0, 1),
     stages=st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=6),
-)  # fmt: skip
+)
 def test_law_no_step_is_shorter_than_the_busiest_rank(
     kind: str, micros: int, virtual: int, send: float, stages: list[tuple[float, float]]
 ) -> None:

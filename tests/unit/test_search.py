@@ -37,9 +37,15 @@ def priced(plan: Plan, peak: float, time_s: float | None = 1.0, **more: Any) -> 
         return Interval(value=value, low=value, high=value)
 
     return Estimate(
-        plan=plan, allocated_bytes=exact(peak), phase_peak_bytes={}, at_peak_bytes={}, by_module_bytes={},
-        step_s=None if time_s is None else exact(time_s), flops_per_step=0, **more,
-    )  # fmt: skip
+        plan=plan,
+        allocated_bytes=exact(peak),
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=None if time_s is None else exact(time_s),
+        flops_per_step=0,
+        **more,
+    )
 
 
 # --- space
@@ -64,9 +70,13 @@ def test_a_missing_package_leaves_its_techniques_out_with_the_reason(monkeypatch
     allowed, left_out = usable(SPACE, Accuracy.ANY)
     missing = {r.technique: r.detail for r in left_out if r.kind == "left_out_unavailable"}
     assert missing == {
-        "adamw-8bit": "bitsandbytes", "adamw-paged": "bitsandbytes", "adamw-4bit": "torchao", "lora": "peft",
-        "float8-linear": "torchao", "qlora": "peft, bitsandbytes",
-    }  # fmt: skip
+        "adamw-8bit": "bitsandbytes",
+        "adamw-paged": "bitsandbytes",
+        "adamw-4bit": "torchao",
+        "lora": "peft",
+        "float8-linear": "torchao",
+        "qlora": "peft, bitsandbytes",
+    }
     assert not missing.keys() & {t.name for t in allowed}
 
 
@@ -85,9 +95,10 @@ def test_plans_are_all_combinations_that_do_not_clash_plain_first() -> None:
 
 def test_the_number_of_plans_is_the_product_of_choices_minus_clashes() -> None:
     kept = [
-        t for t in usable(SPACE, Accuracy.ROUNDING)[0]
+        t
+        for t in usable(SPACE, Accuracy.ROUNDING)[0]
         if t.name in ("gradient-accumulation", "optimizer-in-backward", "activation-checkpointing")
-    ]  # fmt: skip
+    ]
     # accumulation (none, 2, 4) x checkpointing (none, 1, 2, 3) x in backward (no, yes), but not with 2 and 4
     assert len(list(plans(SPACE, kept))) == 3 * 4 * 2 - 2 * 4
 
@@ -96,8 +107,10 @@ def test_the_number_of_plans_is_the_product_of_choices_minus_clashes() -> None:
 
 ESTIMATES = st.lists(
     st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(1, 5)),
-    min_size=1, max_size=7, unique_by=lambda t: t[0],
-)  # fmt: skip
+    min_size=1,
+    max_size=7,
+    unique_by=lambda t: t[0],
+)
 
 
 def at_least_as_good(one: Estimate, other: Estimate) -> bool:
@@ -186,9 +199,14 @@ PRICES = {
 
 def decided(cap: int, goal: Objective = Objective.FASTEST, *left_out: Reason) -> Any:
     return decide(
-        list(PRICES.values()), goal=goal, cap_bytes=cap, considered=99, left_out=left_out,
-        fits=lambda e: e.allocated_bytes.value <= cap, price=PRICES.__getitem__,
-    )  # fmt: skip
+        list(PRICES.values()),
+        goal=goal,
+        cap_bytes=cap,
+        considered=99,
+        left_out=left_out,
+        fits=lambda e: e.allocated_bytes.value <= cap,
+        price=PRICES.__getitem__,
+    )
 
 
 def test_the_winner_says_what_each_technique_saves() -> None:
@@ -220,9 +238,14 @@ def test_it_says_why_each_other_technique_is_not_in_it() -> None:
 def test_equally_good_but_not_simpler_is_not_needed() -> None:
     same = {PLAIN: priced(PLAIN, 50), CHECKPOINTED: priced(CHECKPOINTED, 40)}
     found = decide(
-        list(same.values()), goal=Objective.FASTEST, cap_bytes=60, considered=2, left_out=(),
-        fits=lambda e: True, price=same.__getitem__,
-    )  # fmt: skip
+        list(same.values()),
+        goal=Objective.FASTEST,
+        cap_bytes=60,
+        considered=2,
+        left_out=(),
+        fits=lambda e: True,
+        price=same.__getitem__,
+    )
     assert found.recommended is not None
     assert found.recommended.estimate.plan == PLAIN
     assert [r.kind for r in found.recommended.reasons] == ["left_out_not_needed"]
@@ -231,9 +254,14 @@ def test_equally_good_but_not_simpler_is_not_needed() -> None:
 def test_a_quicker_plan_inside_the_error_of_the_times_is_left_out_as_uncertain() -> None:
     quicker = {PLAIN: priced(PLAIN, 50), CHECKPOINTED: priced(CHECKPOINTED, 40, 0.9)}
     found = decide(
-        list(quicker.values()), goal=Objective.FASTEST, cap_bytes=60, considered=2, left_out=(),
-        fits=lambda e: True, price=Prices(quicker.__getitem__, band=Band(0.25, 0.5)),
-    ).recommended  # fmt: skip
+        list(quicker.values()),
+        goal=Objective.FASTEST,
+        cap_bytes=60,
+        considered=2,
+        left_out=(),
+        fits=lambda e: True,
+        price=Prices(quicker.__getitem__, band=Band(0.25, 0.5)),
+    ).recommended
     assert found is not None
     assert found.estimate.plan == PLAIN
     (why,) = found.reasons
@@ -260,9 +288,14 @@ def test_where_nothing_fits_there_is_no_recommendation_but_the_smallest() -> Non
 def test_without_times_a_reason_has_no_ratio() -> None:
     prices = {PLAIN: priced(PLAIN, 100, None), CHECKPOINTED: priced(CHECKPOINTED, 40, None)}
     found = decide(
-        list(prices.values()), goal=Objective.SMALLEST, cap_bytes=50, considered=2, left_out=(),
-        fits=lambda e: e.allocated_bytes.value <= 50, price=prices.__getitem__,
-    )  # fmt: skip
+        list(prices.values()),
+        goal=Objective.SMALLEST,
+        cap_bytes=50,
+        considered=2,
+        left_out=(),
+        fits=lambda e: e.allocated_bytes.value <= 50,
+        price=prices.__getitem__,
+    )
     assert found.recommended is not None
     assert [(r.saved_bytes, r.time_ratio) for r in found.recommended.reasons] == [(60, None)]
 

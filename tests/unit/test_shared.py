@@ -80,7 +80,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "no parameters": (lambda r: r["model"].update(parameters=0), "model.parameters"),
     "a time that is text": (lambda r: r["recommended"].update(step_s="fast"), "recommended.step_s"),
     "energy without boundary": (
-        lambda r: r["baseline"].update(energy={"joules": 3.0, "boundary": ""}), "baseline.energy.boundary",
+        lambda r: r["baseline"].update(energy={"joules": 3.0, "boundary": ""}),
+        "baseline.energy.boundary",
     ),
     "effect class of nobody": (lambda r: r["recommended"].update(effect="E9"), "recommended.effect"),
     "interval upside down": (lambda r: r["verdict"].update(low=2.0, high=1.0), "verdict"),
@@ -91,25 +92,30 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a technique of nobody": (lambda r: r["recommended"].update(plan={"magic": {}}), "technique 'magic'"),
     "an ID that is a path": (lambda r: r.update(poc_id="../../x"), "poc_id"),
     "a number that is text": (
-        lambda r: r.update(cap_bytes="1000"), "cap_bytes: it is '1000'; allowed: a valid integer",
+        lambda r: r.update(cap_bytes="1000"),
+        "cap_bytes: it is '1000'; allowed: a valid integer",
     ),
     "a number that is a truth value": (lambda r: r["data"].update(batch_size=True), "data.batch_size"),
     "a version that is a truth value": (lambda r: r.update(version=True), "version True"),
     "a setting that is a fraction": (
-        lambda r: r["recommended"].update(plan={"zero": {"stage": 1.5}}), "plan.zero.stage: it is",
+        lambda r: r["recommended"].update(plan={"zero": {"stage": 1.5}}),
+        "plan.zero.stage: it is",
     ),
     "another effect than its plan's": (
         lambda r: (r["recommended"].update(effect="E0"), r["verdict"].update(effect="E0")),
         "recommended.effect is E0",
     ),
     "techniques that clash": (
-        lambda r: r["recommended"]["plan"].update({"bf16-parameters": {}}), "recommended.plan",
+        lambda r: r["recommended"]["plan"].update({"bf16-parameters": {}}),
+        "recommended.plan",
     ),
     "a setting of nobody": (
-        lambda r: r["recommended"]["plan"].update({"bf16-autocast": {"speed": 9}}), "unknown setting 'speed'",
+        lambda r: r["recommended"]["plan"].update({"bf16-autocast": {"speed": 9}}),
+        "unknown setting 'speed'",
     ),
     "a stage of nobody": (
-        lambda r: r["recommended"]["plan"].update({"zero": {"stage": 9}}), "stage is 9; allowed: 0, 1, 2, 3",
+        lambda r: r["recommended"]["plan"].update({"zero": {"stage": 9}}),
+        "stage is 9; allowed: 0, 1, 2, 3",
     ),
     "equivalent without margin": (lambda r: r["verdict"].update(margin=None), "without a margin"),
     "equivalent without interval": (lambda r: r["verdict"].update(low=None), "verdict.low is null"),
@@ -124,15 +130,18 @@ BROKEN: dict[str, tuple[Change, str]] = {
         "verdict.difference is 0.1, the scores give",
     ),
     "equivalent on other seeds": (
-        lambda r: r["baseline"].update(metric_by_seed={"7": 67.2, "8": 67.4, "9": 67.6}), "other seeds",
+        lambda r: r["baseline"].update(metric_by_seed={"7": 67.2, "8": 67.4, "9": 67.6}),
+        "other seeds",
     ),
     "undecided against its scores": (lambda r: r["verdict"].update(kind="undecided"), "is undecided"),
     "bitwise equal with other scores": (lambda r: _bitwise(r, 1.0), "the scores of seed"),
     "an outcome of nobody": (
-        lambda r: r["recommended"].update(under_cap="fine"), "recommended.under_cap: it is 'fine'; allowed: ",
+        lambda r: r["recommended"].update(under_cap="fine"),
+        "recommended.under_cap: it is 'fine'; allowed: ",
     ),
     "under the cap with a peak above it": (
-        lambda r: r["recommended"].update(measured_peak_bytes=2 * CAP), "above the cap",
+        lambda r: r["recommended"].update(measured_peak_bytes=2 * CAP),
+        "above the cap",
     ),
     "a day that never was": (lambda r: r.update(created="2026-02-31T00:00:00+00:00"), "created: 2026-02-31"),
     "a day to come": (lambda r: r.update(created="2999-02-01T00:00:00+00:00"), "is in the future"),
@@ -141,7 +150,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "an engine without a name": (lambda r: r["baseline"].update(engine=" "), "baseline.engine"),
     "scores of nothing": (lambda r: r.update(metric=""), "metric has no name"),
     "a blank boundary": (
-        lambda r: r["baseline"].update(energy={"joules": 3.0, "boundary": " \t"}), "baseline.energy.boundary",
+        lambda r: r["baseline"].update(energy={"joules": 3.0, "boundary": " \t"}),
+        "baseline.energy.boundary",
     ),
     "half a character": (lambda r: r.update(command="\ud800"), "command: '\\ud800' has half a character"),
     "half a character in a name": (lambda r: r["hardware"].update({"\ud800": ""}), "hardware"),
@@ -152,24 +162,27 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "a step time ratio of nothing": (lambda r: r["baseline"].update(step_s=None), "step_time_ratio is given"),
     "a setting without end": (
-        lambda r: r["recommended"]["plan"].update({"zero": {"offload": "x" * 10**6}}), "offload is 'xxx",
+        lambda r: r["recommended"]["plan"].update({"zero": {"offload": "x" * 10**6}}),
+        "offload is 'xxx",
     ),
     "out of memory far below the cap": (
         lambda r: (r["baseline"].update(measured_peak_bytes=CAP), r.update(cap_bytes=10**12)),
         "far below the cap",
     ),
     "one seed as three": (
-        lambda r: r["baseline"].update(metric_by_seed={"0": 1.0, "00": 2.0, "000": 3.0}), "the seed '00'",
+        lambda r: r["baseline"].update(metric_by_seed={"0": 1.0, "00": 2.0, "000": 3.0}),
+        "the seed '00'",
     ),
     "one plan with two peaks": (
         lambda r: r["recommended"].update(plan={}, effect="E0", measured_peak_bytes=CAP // 2),
         "the plans are one",
     ),
     "an interval without a margin": (
-        lambda r: (_bitwise(r), r["verdict"].update(low=-9.0)), "verdict.low is given",
+        lambda r: (_bitwise(r), r["verdict"].update(low=-9.0)),
+        "verdict.low is given",
     ),
     "notes that are text": (lambda r: r.update(notes="none"), "notes: it is 'none'; allowed: a list"),
-}  # fmt: skip
+}
 
 
 def _bitwise(r: dict[str, Any], off: float = 0.0) -> None:

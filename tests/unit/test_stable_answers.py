@@ -42,9 +42,14 @@ EIGHT_BIT, MIXED = use("adamw-8bit"), use("bf16-autocast")
 
 def priced(seconds: float, *uses: Use, mib: float = 10.0) -> Estimate:
     return Estimate(
-        plan=Plan(uses=uses), allocated_bytes=around(mib * MIB, 0.01), phase_peak_bytes={}, at_peak_bytes={},
-        by_module_bytes={}, step_s=around(seconds, 0.25), flops_per_step=1,
-    )  # fmt: skip
+        plan=Plan(uses=uses),
+        allocated_bytes=around(mib * MIB, 0.01),
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=around(seconds, 0.25),
+        flops_per_step=1,
+    )
 
 
 # --- ranking
@@ -52,10 +57,13 @@ def priced(seconds: float, *uses: Use, mib: float = 10.0) -> Estimate:
 
 def test_noise_within_the_error_of_the_timings_changes_no_recommendation() -> None:
     truth = [
-        priced(1.00, MIXED, CHECKPOINTED, EIGHT_BIT), priced(1.01, MIXED, ACCUMULATED, EIGHT_BIT),
-        priced(1.03, MIXED, ACCUMULATED), priced(1.02, MIXED, CHECKPOINTED), priced(1.45, CHECKPOINTED),
+        priced(1.00, MIXED, CHECKPOINTED, EIGHT_BIT),
+        priced(1.01, MIXED, ACCUMULATED, EIGHT_BIT),
+        priced(1.03, MIXED, ACCUMULATED),
+        priced(1.02, MIXED, CHECKPOINTED),
+        priced(1.45, CHECKPOINTED),
         priced(1.5, ACCUMULATED),
-    ]  # fmt: skip
+    ]
     draw, answers = random.Random(0), set()
     for _ in range(200):
         noisy = [
@@ -117,12 +125,22 @@ def test_of_plans_with_the_same_techniques_the_settings_decide_and_not_the_noise
 
 def calls(count: int, flops: int = 10**9) -> list[tuple[OpCall, int]]:
     return [
-        (OpCall(
-            clock=i, op="aten.mm.default", signature=f"op {i:03}", phase=Phase.FORWARD, step=0, module="",
-            dtype="float32", flops=flops * (1 + i % 3), moved_bytes=8,
-        ), 1)
+        (
+            OpCall(
+                clock=i,
+                op="aten.mm.default",
+                signature=f"op {i:03}",
+                phase=Phase.FORWARD,
+                step=0,
+                module="",
+                dtype="float32",
+                flops=flops * (1 + i % 3),
+                moved_bytes=8,
+            ),
+            1,
+        )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def test_which_operators_are_timed_depends_on_the_plans_and_not_on_the_clock() -> None:
@@ -135,10 +153,14 @@ def test_which_operators_are_timed_depends_on_the_plans_and_not_on_the_clock() -
 
 def timed(seconds: float, *names: str, failed: Sequence[str] = ()) -> Calibration:
     return Calibration(
-        flops_s={"float32": 1e11}, bandwidth_bytes_s=1e10, op_s=dict.fromkeys(names, seconds),
-        op_peak_bytes=dict.fromkeys(names, 64), op_spread_ratio=dict.fromkeys(names, 0.1),
-        not_timed=tuple(failed), load_count=7.0,
-    )  # fmt: skip
+        flops_s={"float32": 1e11},
+        bandwidth_bytes_s=1e10,
+        op_s=dict.fromkeys(names, seconds),
+        op_peak_bytes=dict.fromkeys(names, 64),
+        op_spread_ratio=dict.fromkeys(names, 0.1),
+        not_timed=tuple(failed),
+        load_count=7.0,
+    )
 
 
 def test_what_is_stored_is_never_overwritten_until_it_is_forgotten(tmp_path: Path) -> None:
@@ -258,9 +280,11 @@ def test_an_interrupted_search_has_the_best_plan_so_far(stage: str) -> None:
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
 def test_ctrl_c_shows_it_and_ends_as_shells_expect(
-    searched: Planning, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    searched: Planning,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     more: tuple[str, ...],
-) -> None:  # fmt: skip
+) -> None:
     def search(*asked: object, **more: object) -> Planning:
         raise SearchInterrupted(dataclasses.replace(searched.result, unfinished=True))
 
@@ -365,10 +389,14 @@ def test_a_set_of_techniques_predicted_close_is_tried_with_its_fewest_micro_batc
 ) -> None:
     four = use("gradient-accumulation", micro_batches=4)
     sketches = [
-        priced(1.0), priced(1.05, CHECKPOINTED), priced(1.1, EIGHT_BIT),
+        priced(1.0),
+        priced(1.05, CHECKPOINTED),
+        priced(1.1, EIGHT_BIT),
         priced(1.15, CHECKPOINTED, EIGHT_BIT),
-        priced(1.2, EIGHT_BIT, four), priced(1.4, EIGHT_BIT, ACCUMULATED), priced(9.0, ACCUMULATED),
-    ]  # fmt: skip
+        priced(1.2, EIGHT_BIT, four),
+        priced(1.4, EIGHT_BIT, ACCUMULATED),
+        priced(9.0, ACCUMULATED),
+    ]
     planning = dataclasses.replace(searched, sketches=sketches, estimates=(), fits=lambda estimate: True)
     plans = trials._shortlist(planning)
     assert Plan(uses=(EIGHT_BIT, four)) in plans

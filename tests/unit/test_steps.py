@@ -48,11 +48,16 @@ def pipeline(**settings: Any) -> Use:
 
 
 PLANS = (
-    (use("ddp", {}),), (use("fsdp2", {"precision": "bf16"}),), (use("zero", {"stage": 1}),),
-    (use("zero", {"stage": 3}),), (pipeline(schedule="gpipe"),), (pipeline(schedule="1f1b"),),
+    (use("ddp", {}),),
+    (use("fsdp2", {"precision": "bf16"}),),
+    (use("zero", {"stage": 1}),),
+    (use("zero", {"stage": 3}),),
+    (pipeline(schedule="gpipe"),),
+    (pipeline(schedule="1f1b"),),
     (pipeline(stages=2, schedule="interleaved", virtual=2), use("fsdp2", {})),
-    (pipeline(schedule="zero-bubble"),), (pipeline(stages=2, schedule="zero-bubble-v", virtual=2),),
-)  # fmt: skip
+    (pipeline(schedule="zero-bubble"),),
+    (pipeline(stages=2, schedule="zero-bubble-v", virtual=2),),
+)
 
 
 @pytest.mark.parametrize("uses", PLANS, ids=lambda uses: "+".join(f"{u.technique}" for u in uses))

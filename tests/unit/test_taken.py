@@ -109,15 +109,24 @@ def test_what_others_wrote_is_shown_and_not_obeyed(
     ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs = written(
-        tmp_path / "theirs.json", poc_id="theirs", model={"job": HOSTILE, "size": HOSTILE}, metric=HOSTILE,
-        hardware={"machine": HOSTILE, HOSTILE: "x"}, command=HOSTILE,
-    )  # fmt: skip
+        tmp_path / "theirs.json",
+        poc_id="theirs",
+        model={"job": HOSTILE, "size": HOSTILE},
+        metric=HOSTILE,
+        hardware={"machine": HOSTILE, HOSTILE: "x"},
+        command=HOSTILE,
+    )
     assert main(["record", "--store", ours, "--add", theirs, "--from", HOSTILE]) == 0
     for command in (
-        ["compare", ID, theirs], ["compare", "theirs", ID], ["compare", "theirs", ID, "--json"],
-        ["scale", theirs], ["scale", "theirs"],
-        ["scale", "theirs", "--pilot", "L4"], ["record", "--poc", "theirs"], ["decide", "theirs"],
-    ):  # fmt: skip
+        ["compare", ID, theirs],
+        ["compare", "theirs", ID],
+        ["compare", "theirs", ID, "--json"],
+        ["scale", theirs],
+        ["scale", "theirs"],
+        ["scale", "theirs", "--pilot", "L4"],
+        ["record", "--poc", "theirs"],
+        ["decide", "theirs"],
+    ):
         main([*command, "--store", ours])
         told = "".join(capsys.readouterr())
         assert "red" in told, command

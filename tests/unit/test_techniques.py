@@ -133,9 +133,13 @@ def test_nothing_is_proposed_that_the_job_has_no_place_for() -> None:
     bare = Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device="cpu")
     proposed = {t.name for t in TECHNIQUES.values() if list(t.settings(bare))}
     assert not proposed & {
-        "gradient-accumulation", "activation-checkpointing", "selective-checkpointing",
-        "chunked-cross-entropy", "lora", "qlora",
-    }  # fmt: skip
+        "gradient-accumulation",
+        "activation-checkpointing",
+        "selective-checkpointing",
+        "chunked-cross-entropy",
+        "lora",
+        "qlora",
+    }
     assert [s["micro_batches"] for s in technique("gradient-accumulation").settings(SPACE)] == [2, 4, 8]
 
 
@@ -157,9 +161,15 @@ class _TwoStacks(nn.Module):
 @pytest.mark.parametrize(("more", "every", "again"), [((), 1, 5), (("heads",), 1, 6), (("heads",), 2, 4)])
 def test_every_stack_is_recomputed(more: tuple[str, ...], every: int, again: int) -> None:
     job = dataclasses.replace(
-        words(2), build_model=_TwoStacks, blocks=None, more_blocks=more, head=None, loss_terms=None,
-        make_batch=lambda step, seed: torch.randn(2, 3, 8), loss=lambda model, x: model(x).square().mean(),
-    )  # fmt: skip
+        words(2),
+        build_model=_TwoStacks,
+        blocks=None,
+        more_blocks=more,
+        head=None,
+        loss_terms=None,
+        make_batch=lambda step, seed: torch.randn(2, 3, 8),
+        loss=lambda model, x: model(x).square().mean(),
+    )
     step = TrainingStep(job, Plan(uses=(use("activation-checkpointing", every=every),)))
     stacks = (*step.model.encoder, *step.model.decoder, *step.model.heads)  # type: ignore[misc]
     assert sum("forward" in vars(block) for block in stacks) == again

@@ -92,8 +92,10 @@ def test_cuda_rounds_every_storage_to_512_bytes() -> None:
 
 def test_phases_follow_each_other_without_a_gap(plain: Trace) -> None:
     assert [s.phase for s in plain.spans if s.step == 1 and s.phase is not Phase.SETUP] == [
-        Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER,
-    ]  # fmt: skip
+        Phase.FORWARD,
+        Phase.BACKWARD,
+        Phase.OPTIMIZER,
+    ]
     assert all(one.end == other.start for one, other in zip(plain.spans, plain.spans[1:], strict=False))
     assert all(a.end is None or a.end > a.start for a in plain.allocations)
 
@@ -136,9 +138,12 @@ def test_backward_has_the_module_and_line_of_the_forward_it_undoes() -> None:
     found = trace(words(blocks=1), Plan(), lines=True)
     first = [a for a in found.allocations if a.phase is Phase.BACKWARD and a.step == 1][:5]
     assert [(a.op.split(".")[1], a.module) for a in first] == [
-        ("ones_like", ""), ("nll_loss_backward", ""), ("_log_softmax_backward_data", ""),
-        ("mm", "head"), ("mm", "head"),
-    ]  # fmt: skip
+        ("ones_like", ""),
+        ("nll_loss_backward", ""),
+        ("_log_softmax_backward_data", ""),
+        ("mm", "head"),
+        ("mm", "head"),
+    ]
     forward = {a.line for a in found.allocations if a.phase is Phase.FORWARD and a.module == "head"}
     assert {a.line for a in first[3:]} == forward
 
@@ -147,9 +152,10 @@ def test_parameters_gradients_and_state_belong_to_the_module_that_holds_the_para
     found = trace(words(blocks=1), Plan())
     for category, copies in ((Category.PARAMETER, 1), (Category.GRADIENT, 1), (Category.OPTIMIZER_STATE, 2)):
         sizes = [
-            a.size_bytes for a in found.allocations
+            a.size_bytes
+            for a in found.allocations
             if a.category is category and a.module == "head" and a.step == 0 and a.size_bytes > 64
-        ]  # fmt: skip
+        ]
         assert sorted(sizes) == sorted([VOCABULARY * WIDTH * 4, VOCABULARY * 4] * copies)
 
 
@@ -337,8 +343,9 @@ def kernels(found: Trace) -> set[str]:
 def test_half_precision_attention_on_cuda_is_flash_and_saves_no_square(kv_heads: int) -> None:
     found = trace(attention(kv_heads=kv_heads), Plan(uses=(use("bf16-autocast"),)), device="cuda")
     assert kernels(found) == {
-        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
-    }  # fmt: skip
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_backward",
+    }
     assert all(a.size_bytes < HEADS * QUERIES * QUERIES * 2 for a in found.allocations)
 
 
@@ -348,8 +355,9 @@ def test_half_precision_attention_on_cuda_is_flash_and_saves_no_square(kv_heads:
 def test_with_a_mask_it_is_the_memory_efficient_kernel(mask: torch.Tensor) -> None:
     found = trace(attention(mask), Plan(), device="cuda")
     assert kernels(found) == {
-        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"
-    }  # fmt: skip
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_efficient_attention_backward",
+    }
 
 
 def test_in_single_precision_too() -> None:

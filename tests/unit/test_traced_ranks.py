@@ -71,9 +71,12 @@ def test_collectives_inside_compiled_blocks_are_kernels_of_their_own() -> None:
     size = GptSize(layers=2, width=32, heads=2, length=16, vocabulary=64, batch_size=4)
     tokens = torch.zeros(4, 16, dtype=torch.long)
     job = Job(
-        name="gpt", build_model=lambda: Gpt(size), make_batch=lambda step, seed: tokens, batch_size=4,
+        name="gpt",
+        build_model=lambda: Gpt(size),
+        make_batch=lambda step, seed: tokens,
+        batch_size=4,
         loss=lambda model, batch: model(batch).float().logsumexp(-1).mean(),
-    )  # fmt: skip
+    )
     made = []
     for uses in ({}, {"compile": {}}):
         traced = trace(job, on_two(context_parallel={"degree": 2}, **uses), device="cuda")

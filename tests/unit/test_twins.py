@@ -85,8 +85,11 @@ def test_a_chain_is_that_of_running_every_block(more: Any, monkeypatch: pytest.M
     traces.append(trace(job, plan, device="cuda"))
     one, other = seen
     assert (one.uses, one.carried, one.returns, one.before) == (
-        other.uses, other.carried, other.returns, other.before
-    )  # fmt: skip
+        other.uses,
+        other.carried,
+        other.returns,
+        other.before,
+    )
     births = [[(a.op, a.module, a.size_bytes) for a in t.allocations if a.step] for t in traces]
     assert births[0] == births[1]
     assert [o.signature for o in traces[0].ops] == [o.signature for o in traces[1].ops]

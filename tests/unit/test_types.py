@@ -142,9 +142,15 @@ def test_nothing_fits_says_the_least_that_would_do() -> None:
 # --- the child's command line
 
 SPEC = RunSpec(
-    name="x", role="run", job=JobRef(spec="protein-ss"), plan=Plan(uses=(use("bf16-autocast"),)), seed=3,
-    steps=2, threads=2, cap_bytes=MIB,
-)  # fmt: skip
+    name="x",
+    role="run",
+    job=JobRef(spec="protein-ss"),
+    plan=Plan(uses=(use("bf16-autocast"),)),
+    seed=3,
+    steps=2,
+    threads=2,
+    cap_bytes=MIB,
+)
 
 
 def test_the_child_reads_the_very_specification_it_was_given() -> None:
@@ -159,7 +165,11 @@ def test_calibration_is_asked_with_its_signatures_and_budget() -> None:
     config = native.render_calibration(SPEC, ["a", "b"], budget_s=1.5, packages=["bitsandbytes"])
     request = json.loads(config.files["request.json"])
     assert request == {
-        "signatures": ["a", "b"], "budget_s": 1.5, "threads": 2, "packages": ["bitsandbytes"],
-        "rates": True, "memory_only": False,
-    }  # fmt: skip
+        "signatures": ["a", "b"],
+        "budget_s": 1.5,
+        "threads": 2,
+        "packages": ["bitsandbytes"],
+        "rates": True,
+        "memory_only": False,
+    }
     assert config.argv[3:] == ("calibrate", "{dir}/request.json")

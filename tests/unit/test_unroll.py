@@ -52,10 +52,12 @@ class Deep(nn.Module):
 
 def job(**model: Any) -> Job:
     return Job(
-        name="deep", build_model=lambda: Deep(**model), batch_size=4,
+        name="deep",
+        build_model=lambda: Deep(**model),
+        batch_size=4,
         make_batch=lambda step, seed: torch.zeros(4, 8, dtype=torch.long),
         loss=lambda model, batch: model(batch).square().mean(),
-    )  # fmt: skip
+    )
 
 
 COMPILED, KEPT = use("compile", scope="blocks"), use("selective-checkpointing", keep="matmul")
@@ -64,8 +66,13 @@ RECOMPUTED = (use("activation-checkpointing", every=1),)
 
 def fsdp2(*uses: Use, **knobs: object) -> Plan:
     settings = {
-        "reshard": True, "precision": "bf16", "prefetch": 1, "replicas": 1, "offload": False, "sync": "every",
-    }  # fmt: skip
+        "reshard": True,
+        "precision": "bf16",
+        "prefetch": 1,
+        "replicas": 1,
+        "offload": False,
+        "sync": "every",
+    }
     return Plan(ranks=2, uses=(*uses, use("fsdp2", **{**settings, **knobs})))  # type: ignore[arg-type]
 
 
@@ -176,15 +183,19 @@ def test_a_stage_of_a_long_pipeline_is_traced_in_a_short_one(
 ) -> None:
     stages, micros, virtual = (8, 8, 2) if schedule == "interleaved" else (4, 12, 1)
     settings: dict[str, KnobValue] = {
-        "stages": stages, "micro_batches": micros, "schedule": schedule, "virtual": virtual,
-    }  # fmt: skip
+        "stages": stages,
+        "micro_batches": micros,
+        "schedule": schedule,
+        "virtual": virtual,
+    }
     copies = 1 + any(u.technique == "fsdp2" for u in used)
     plan = Plan(ranks=stages * copies, uses=(*used, use("pipeline", **settings)))
     rows = micros * copies
     many = dataclasses.replace(
-        job(depth=depth), batch_size=rows,
+        job(depth=depth),
+        batch_size=rows,
         make_batch=lambda step, seed: torch.zeros(rows, 4, dtype=torch.int32),  # 512 bytes, however few
-    )  # fmt: skip
+    )
     ranks = layout(plan).distinct_ranks()
     for rank, deep in zip(ranks, deep_traces(many, plan, ranks, device="cuda"), strict=True):
         whole = trace(many, plan, rank=rank, device="cuda")

@@ -36,9 +36,12 @@ Q3 = Metric(
 
 def make_run(seed: int = 0, *, name: str = "baseline", **measured: Any) -> Run:
     defaults: dict[str, Any] = {
-        "outcome": OutcomeKind.OK, "losses": (2.0, 1.5, 1.0), "grad_norms": (1.0, 1.0, 1.0),
-        "weights_digest": "aa", "metric": 70.0,
-    }  # fmt: skip
+        "outcome": OutcomeKind.OK,
+        "losses": (2.0, 1.5, 1.0),
+        "grad_norms": (1.0, 1.0, 1.0),
+        "weights_digest": "aa",
+        "metric": 70.0,
+    }
     spec = RunSpec(name=name, role=name, job=JobRef(spec="protein-ss"), plan=Plan(), seed=seed, steps=3)
     return Run(
         spec=spec,

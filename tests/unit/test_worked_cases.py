@@ -105,9 +105,15 @@ def offer(machine: str, plain: bool, fits: bool, step_s: float | None, power_w: 
     memory = Interval(value=20.0 * GIB, low=19.0 * GIB, high=21.0 * GIB)
     plan = "plain training" if plain else "checkpointing"
     return Offer(
-        machine=machine, size="tiny", plan=plan, plain=plain, fits=fits, memory_bytes=memory,
-        step_s=span, power_w=power_w,
-    )  # fmt: skip
+        machine=machine,
+        size="tiny",
+        plan=plan,
+        plain=plain,
+        fits=fits,
+        memory_bytes=memory,
+        step_s=span,
+        power_w=power_w,
+    )
 
 
 @dataclasses.dataclass
@@ -170,10 +176,21 @@ def lowest(rows: dict[Any, Row]) -> Any:
 # ---- 1. One laboratory with one 24 GB card, in yen ---------------------------------------------------------
 
 LABORATORY = {
-    "steps": "18000", "runs": "60", "years": "5", "use": "0.5", "labour": "4200", "tax": "0.1",
-    "discount": "0.03", "life": "5", "support": "0.05", "pue": "1.0",
-    "energy": "29.99", "levy": "3.8", "basic": "275.61", "co2": "421",
-}  # fmt: skip
+    "steps": "18000",
+    "runs": "60",
+    "years": "5",
+    "use": "0.5",
+    "labour": "4200",
+    "tax": "0.1",
+    "discount": "0.03",
+    "life": "5",
+    "support": "0.05",
+    "pue": "1.0",
+    "energy": "29.99",
+    "levy": "3.8",
+    "basic": "275.61",
+    "co2": "421",
+}
 LABORATORY_OFFERS: tuple[Told, ...] = (
     ("RTX-4090", True, False, None, None),
     ("RTX-4090", False, True, 2.5, 560.0),
@@ -210,7 +227,12 @@ def laboratory(case: dict[str, str], *, plain: str = "1", quick: str = "1") -> d
         ),
         ("cloud", "A100-80GB-SXM", True, False): column(case, per_hour="450", **a100, **rented),
         ("cloud", "A100-80GB-SXM", False, False): column(
-            case, per_hour="450", watt="640", step_s=s("1.5", quick), embodied_g="127600", plan_setup="6",
+            case,
+            per_hour="450",
+            watt="640",
+            step_s=s("1.5", quick),
+            embodied_g="127600",
+            plan_setup="6",
             **rented,
         ),
         ("purchase", "RTX-A6000", True, True): column(
@@ -226,7 +248,7 @@ def laboratory(case: dict[str, str], *, plain: str = "1", quick: str = "1") -> d
         ("cloud", "RTX-4090", False, True): column(
             case, per_hour=R4090_HOUR, watt="560", step_s=s("2.5", quick), plan_setup="6", **rented
         ),
-    }  # fmt: skip
+    }
 
 
 OWN_CARD, REFERENCE = ("existing", "RTX-4090", False, False), ("cloud", "RTX-A6000", True, True)
@@ -284,10 +306,22 @@ def test_a_machine_that_is_not_enough_is_no_answer(decided: Any) -> None:
 # ---- 2. A group with servers of eight H100, in dollars -----------------------------------------------------
 
 GROUP = {
-    "steps": "60000", "runs": "500", "years": "5", "use": "0.8", "labour": "95", "tax": "0.06",
-    "discount": "0.05", "life": "3", "support": "0.04", "pue": "1.3", "value": "900",
-    "energy": "0.128", "levy": "0", "basic": "11.5", "co2": "350",
-}  # fmt: skip
+    "steps": "60000",
+    "runs": "500",
+    "years": "5",
+    "use": "0.8",
+    "labour": "95",
+    "tax": "0.06",
+    "discount": "0.05",
+    "life": "3",
+    "support": "0.04",
+    "pue": "1.3",
+    "value": "900",
+    "energy": "0.128",
+    "levy": "0",
+    "basic": "11.5",
+    "co2": "350",
+}
 GROUP_OFFERS: tuple[Told, ...] = (
     ("8xH100-SXM", True, False, None, None),
     ("8xH100-SXM", False, True, 1.5, 8400.0),
@@ -344,10 +378,21 @@ def test_a_group_that_buys_or_rents_eight_h100(decided: Any) -> None:
 # ---- 3. Saving memory does not pay, in euros ---------------------------------------------------------------
 
 NOT_WORTH_IT = {
-    "steps": "10000", "runs": "200", "years": "5", "use": "0.7", "labour": "60", "tax": "0",
-    "discount": "0.03", "life": "5", "support": "0.1", "pue": "1.2",
-    "energy": "0.3052", "levy": "0", "basic": "0", "co2": "330",
-}  # fmt: skip
+    "steps": "10000",
+    "runs": "200",
+    "years": "5",
+    "use": "0.7",
+    "labour": "60",
+    "tax": "0",
+    "discount": "0.03",
+    "life": "5",
+    "support": "0.1",
+    "pue": "1.2",
+    "energy": "0.3052",
+    "levy": "0",
+    "basic": "0",
+    "co2": "330",
+}
 NOT_WORTH_IT_OFFERS: tuple[Told, ...] = (
     ("RTX-4090", True, True, 0.9, 480.0),
     ("RTX-4090", False, True, 1.2, 470.0),

@@ -266,9 +266,12 @@ def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: A
     with pytest.raises(UserError, match="has no run of this job and seed"):
         replayed()
     done = Run(
-        spec=asked, predicted_peak_bytes=1, predicted_phase_peak_bytes={}, predicted_step_s=None,
+        spec=asked,
+        predicted_peak_bytes=1,
+        predicted_phase_peak_bytes={},
+        predicted_step_s=None,
         measurement=told(asked)[0],
-    )  # fmt: skip
+    )
     store.append("run", "run", done)
     assert replayed().measurement == done.measurement
     with pytest.raises(UserError, match="no run of this job and seed has the plan"):

@@ -79,9 +79,14 @@ def memfit(*arguments: str, folder: Path) -> tuple[int, str, str]:
 
 def _ended(arguments: Sequence[str], folder: Path) -> tuple[int, str, str]:
     ended = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=200,
+        [sys.executable, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
         env={**os.environ, "XDG_DATA_HOME": str(folder / "data")},
-    )  # fmt: skip
+    )
     return ended.returncode, ended.stdout, ended.stderr
 
 
@@ -214,14 +219,20 @@ def recommending(plan: Plan, *, baseline: Plan, step_time_ratio: float) -> Poc:
         if r.spec.role in sides
     ]
     same = Verdict(
-        kind=VerdictKind.EQUIVALENT, effect=effect_of(plan), test="identity",
-        reason="the recommendation is plain training itself", cause=Cause(kind="same_plan"),
-    )  # fmt: skip
+        kind=VerdictKind.EQUIVALENT,
+        effect=effect_of(plan),
+        test="identity",
+        reason="the recommendation is plain training itself",
+        cause=Cause(kind="same_plan"),
+    )
     return dataclasses.replace(
-        poc, cap_bytes=2 * PEAKS[PLAIN], runs=tuple(runs), step_time_ratio=step_time_ratio,
+        poc,
+        cap_bytes=2 * PEAKS[PLAIN],
+        runs=tuple(runs),
+        step_time_ratio=step_time_ratio,
         search=dataclasses.replace(poc.search, **chosen, frontier=(chosen["recommended"],)),
         verdicts=(NamedVerdict(name="recommended", plan=plan, verdict=same),),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

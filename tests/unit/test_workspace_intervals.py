@@ -86,9 +86,14 @@ def images() -> Case:
 
 def digits() -> Case:
     model = nn.Sequential(
-        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Conv2d(1, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
         nn.Linear(9216, 10),
-    )  # fmt: skip
+    )
     return model, {"x": torch.rand(16, 1, 28, 28)}, lambda m, b: m(b["x"]).square().mean()
 
 
@@ -139,9 +144,15 @@ def turned() -> Case:
 
 
 CASES = {
-    "volumes": volumes, "images": images, "digits": digits, "adversaries": adversaries, "norms": norms,
-    "masks": masks, "doubles": doubles, "turned": turned,
-}  # fmt: skip
+    "volumes": volumes,
+    "images": images,
+    "digits": digits,
+    "adversaries": adversaries,
+    "norms": norms,
+    "masks": masks,
+    "doubles": doubles,
+    "turned": turned,
+}
 TRAINED = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -291,9 +302,10 @@ def test_no_convolution_takes_more_than_its_bound(
 
 ATEN = torch.ops.aten
 MIXED = [
-    (a, b) for a in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
+    (a, b)
+    for a in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
     for b in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("dtypes", MIXED, ids=lambda pair: f"{str(pair[0])[6:]}-{str(pair[1])[6:]}")
@@ -321,9 +333,10 @@ def test_no_kernel_takes_more_than_its_bound_in_any_layout() -> None:
         _, mean, deviation = ATEN.native_batch_norm.default(y, *norm, True, 0.1, 1e-5)
         taken(counter, ATEN.native_batch_norm.default, [y, *norm, True, 0.1, 1e-5])
         taken(
-            counter, ATEN.native_batch_norm_backward.default,
+            counter,
+            ATEN.native_batch_norm_backward.default,
             [x, y, few, few, few, mean, deviation, True, 1e-5, [True] * 3],
-        )  # fmt: skip
+        )
         taken(counter, ATEN.avg_pool2d.default, [x, [2, 2]])
         taken(counter, ATEN.upsample_nearest2d.default, [x, [64, 64]])
     for x in (rows, rows.t(), torch.rand(512, 1024)[:, ::2]):

@@ -148,9 +148,11 @@ def after(decision: Decision, moves: Mapping[str, float]) -> tuple[list[Way], Te
     if "energy" in moves:
         terms = dataclasses.replace(terms, energy_per_kwh=Amount(own=moves["energy"]), levy_per_kwh=Amount())
     names = {
-        "hardware": "hardware_factor", "labour": "labour_per_hour", "runs": "runs_per_year",
+        "hardware": "hardware_factor",
+        "labour": "labour_per_hour",
+        "runs": "runs_per_year",
         "utilisation": "utilisation_ratio",
-    }  # fmt: skip
+    }
     terms = dataclasses.replace(terms, **{names[k]: v for k, v in moves.items() if k in names})
     more = moves.get("setup", hours) - hours
     ways = [
@@ -350,9 +352,17 @@ def test_hostile_texts_are_shown_and_do_not_run(browser: Any, tmp_path: Path) ->
         "it",
     )
     poc = dataclasses.replace(
-        full_poc(), offers=offers(), job_title=EVIL, job_name=EVIL, machine=EVIL, notes=(EVIL,), metric=EVIL,
-        command=EVIL, data_source=EVIL, environment={EVIL: EVIL},
-    )  # fmt: skip
+        full_poc(),
+        offers=offers(),
+        job_title=EVIL,
+        job_name=EVIL,
+        machine=EVIL,
+        notes=(EVIL,),
+        metric=EVIL,
+        command=EVIL,
+        data_source=EVIL,
+        environment={EVIL: EVIL},
+    )
     path = write_html(poc, tmp_path / "evil.html", lang="en", decision=decide(poc, case, name=EVIL))
     page = browser.new_page()
     page.goto(path.as_uri())

@@ -63,9 +63,14 @@ def explained() -> Explained:
         made.append(Allocation(start=10 + block, end=29 - block, size_bytes=400 * kib, **saved))
     spans = ((Phase.SETUP, 0, 10), (Phase.FORWARD, 10, 20), (Phase.BACKWARD, 20, 30))
     trace = Trace(
-        device="cpu", steps=1, allocations=tuple(made), ops=(), parameter_count=1, trainable_count=1,
+        device="cpu",
+        steps=1,
+        allocations=tuple(made),
+        ops=(),
+        parameter_count=1,
+        trainable_count=1,
         spans=tuple(PhaseSpan(phase=p, step=0, start=a, end=b) for p, a, b in spans),
-    )  # fmt: skip
+    )
     return Explained(estimate=full_poc().search.baseline.estimate, trace=trace, peak_clock=12)
 
 

@@ -25,7 +25,22 @@ from memfit.catalog.machine_file import from_toml
 from memfit.catalog.machine_spec import machine
 
 __all__ = [
-    "cpu_power", "device", "device_names", "devices_of", "efficiency", "engine_facts", "from_toml", "host",
-    "host_names", "host_of", "link", "link_names", "machine", "network", "network_names", "package_facts",
-    "place", "place_names",
-]  # fmt: skip
+    "cpu_power",
+    "device",
+    "device_names",
+    "devices_of",
+    "efficiency",
+    "engine_facts",
+    "from_toml",
+    "host",
+    "host_names",
+    "host_of",
+    "link",
+    "link_names",
+    "machine",
+    "network",
+    "network_names",
+    "package_facts",
+    "place",
+    "place_names",
+]

@@ -49,13 +49,26 @@ app = typer.Typer(
     add_completion=False,
 )
 for _name, _function in (
-    ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
-    ("lint", lint.lint), ("export", export.export), ("lengths", lengths.lengths),
-    ("precision", precision.precision), ("report", report.report), ("record", record.record),
-    ("compare", record.compare), ("scale", scale.scale), ("decide", decide.decide), ("jobs", jobs.jobs),
-    ("techniques", techniques.techniques), ("machines", machines.machines), ("engine", engine.engine),
-    ("engines", engines.engines), ("doctor", doctor.doctor),
-):  # fmt: skip
+    ("poc", poc.poc),
+    ("plan", plan.plan),
+    ("explain", explain.explain),
+    ("run", run.run),
+    ("lint", lint.lint),
+    ("export", export.export),
+    ("lengths", lengths.lengths),
+    ("precision", precision.precision),
+    ("report", report.report),
+    ("record", record.record),
+    ("compare", record.compare),
+    ("scale", scale.scale),
+    ("decide", decide.decide),
+    ("jobs", jobs.jobs),
+    ("techniques", techniques.techniques),
+    ("machines", machines.machines),
+    ("engine", engine.engine),
+    ("engines", engines.engines),
+    ("doctor", doctor.doctor),
+):
     app.command(_name)(grouped(_function))
 
 

@@ -173,9 +173,12 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
     before it."""
     try:
         child = subprocess.run(
-            (sys.executable, "-P", "-c", _IMPORT, *names), capture_output=True, text=True, check=False,
+            (sys.executable, "-P", "-c", _IMPORT, *names),
+            capture_output=True,
+            text=True,
+            check=False,
             timeout=_IMPORT_LIMIT_S,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired as error:
         return f"not done after {_IMPORT_LIMIT_S:.0f} s", len((error.stdout or b"").split())
     lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 
 def engines(
-    job: JobOptions, which: WhichOptions, goal: GoalOptions, on: MachineOptions, here: HereOptions,
+    job: JobOptions,
+    which: WhichOptions,
+    goal: GoalOptions,
+    on: MachineOptions,
+    here: HereOptions,
     output: JsonOptions,
-) -> None:  # fmt: skip
+) -> None:
     """Compare the engines for a plan: whether each supports it, its memory, effort and maintenance."""
     plan = plan_file(which)
     asked = request(job, goal, here, on.on)
@@ -54,8 +58,12 @@ def _row(choice: memfit.workflows.engine_comparison.EngineChoice) -> tuple[str, 
         f"{facts['packages']} packages, {facts['mib']} MiB" if "packages" in facts else "not measured",
         f"builds: {facts.get('builds', 'unknown')}",
     ]
-    upkeep = [facts.get("release", ""), facts.get("status", ""), f"torch {facts.get('torch', 'unknown')}",
-              facts.get("licence", "")]  # fmt: skip
+    upkeep = [
+        facts.get("release", ""),
+        facts.get("status", ""),
+        f"torch {facts.get('torch', 'unknown')}",
+        facts.get("licence", ""),
+    ]
     return (
         choice.engine,
         "; ".join(choice.gaps) or "carries it" + "".join(f"; {part} asks for CUDA" for part in choice.cuda),

@@ -49,9 +49,15 @@ class ExplainOptions:
 
 
 def explain(
-    job: JobOptions, more: ExplainOptions, which: WhichOptions, goal: GoalOptions,
-    on: MachineOptions, here: HereOptions, lang: LanguageOptions, output: JsonOptions,
-) -> None:  # fmt: skip
+    job: JobOptions,
+    more: ExplainOptions,
+    which: WhichOptions,
+    goal: GoalOptions,
+    on: MachineOptions,
+    here: HereOptions,
+    lang: LanguageOptions,
+    output: JsonOptions,
+) -> None:
     """Show what uses the memory of a plan, or why two plans differ, before running."""
     words = language(lang.lang)
     job, files = _plan_files(job, more)
@@ -97,9 +103,14 @@ def _plans(files: list[str], more: ExplainOptions, which: WhichOptions) -> list[
 
 
 def _one(
-    found: memfit.report.explain.Explained, more: ExplainOptions, workload: Workload, *, lang: str, job: str,
+    found: memfit.report.explain.Explained,
+    more: ExplainOptions,
+    workload: Workload,
+    *,
+    lang: str,
+    job: str,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     from memfit.report import explain_files, explain_html
     from memfit.report.explain import contributors
     from memfit.report.files import write_whole

@@ -88,9 +88,13 @@ class ExportOptions:
 
 
 def export(
-    job: JobOptions, which: WhichOptions, goal: GoalOptions, own: ExportOptions, here: HereOptions,
+    job: JobOptions,
+    which: WhichOptions,
+    goal: GoalOptions,
+    own: ExportOptions,
+    here: HereOptions,
     output: JsonOptions,
-) -> None:  # fmt: skip
+) -> None:
     """Write a plan as files to start elsewhere, without training.
 
     The engine's configuration is byte for byte the one that `memfit run` would use.
@@ -122,10 +126,18 @@ def export(
     steps = script_steps(config.spec) if words and target not in LIBRARIES else ()
     check_acknowledged(steps, _names(own.script_applies), script=words[0] if words else "")
     handover = Handover(
-        config=config, nodes=own.nodes, script=words, max_restarts=own.max_restarts, gpu=own.gpu,
-        image=own.image, setup=own.setup, claim=own.claim, user_files=given, dependence=dependence,
+        config=config,
+        nodes=own.nodes,
+        script=words,
+        max_restarts=own.max_restarts,
+        gpu=own.gpu,
+        image=own.image,
+        setup=own.setup,
+        claim=own.claim,
+        user_files=given,
+        dependence=dependence,
         own_files={"plan.yaml": plan_text(plan), **(script_file if words else job_file)},
-    )  # fmt: skip
+    )
     files = bundle(target, handover)
     write(own.out, files, force=own.force)
     if output.json:
@@ -137,9 +149,11 @@ def export(
 
 
 def _print_written(
-    out: Path, files: Sequence[str], handover: memfit.export.base.Handover,
+    out: Path,
+    files: Sequence[str],
+    handover: memfit.export.base.Handover,
     steps: Sequence[memfit.export.script_steps.ScriptStep],
-) -> None:  # fmt: skip
+) -> None:
     from memfit.export.readme import dependence_line
 
     print(f"{out}: {', '.join(files)}")
@@ -224,10 +238,20 @@ def _launch(
     own = {} if path in ("", "hf") else _carried(Path(path))
     ref = dataclasses.replace(given, spec=f"{Path(path).name}:{attribute}") if own else given
     spec = RunSpec(
-        name=plan.label, role="run", job=ref, plan=plan, engine=engine, seed=0, steps=loaded.steps,
-        batch_size=batch_size, clip=clip, sizes=model_sizes(engine, loaded), threads=here.threads or 0,
-        evaluate=plan.ranks == 1, keep=keep,
-    )  # fmt: skip
+        name=plan.label,
+        role="run",
+        job=ref,
+        plan=plan,
+        engine=engine,
+        seed=0,
+        steps=loaded.steps,
+        batch_size=batch_size,
+        clip=clip,
+        sizes=model_sizes(engine, loaded),
+        threads=here.threads or 0,
+        evaluate=plan.ranks == 1,
+        keep=keep,
+    )
     return render(spec), own, files, dependence
 
 

@@ -76,10 +76,13 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
         size = f"{size or 'tiny'}@{max(16, int(values.max()))}"  # enough positions for the longest sequence
     job = load(JobRef(spec=options.job, size=size, batch=options.batch))
     found = house.report(
-        job, values, batch=options.batch or job.batch_size, machine=machine,
+        job,
+        values,
+        batch=options.batch or job.batch_size,
+        machine=machine,
         plan=read_plan(options.plan) if options.plan else Plan(),
         cap_bytes=cap_bytes or int(machine.device.memory_bytes.value),
-    )  # fmt: skip
+    )
     workload = dataclasses.replace(
         workload_of(job, machine.name), batch_size=found.batch, length=found.longest, assumed=()
     )
@@ -108,12 +111,16 @@ def _print(found: memfit.workflows.sequence_lengths.LengthReport) -> None:
         ("batching", "highest peak", "fits", "steps", "padding", "attention wasted"),
         (
             (
-                b.name, format_bytes(b.peak_bytes), "yes" if b.fits else "no", str(b.steps),
-                f"{b.wasted_ratio:.1%}", f"{b.attention_wasted_ratio:.1%}",
+                b.name,
+                format_bytes(b.peak_bytes),
+                "yes" if b.fits else "no",
+                str(b.steps),
+                f"{b.wasted_ratio:.1%}",
+                f"{b.attention_wasted_ratio:.1%}",
             )
             for b in found.batchings
         ),
-    )  # fmt: skip
+    )
     print(f"{found.best} saves most")
 
 

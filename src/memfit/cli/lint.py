@@ -54,10 +54,21 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
 
 
 # Files of an export that are not linted: memfit, a cluster or an engine without rules reads them.
-_NOT_LINTED = frozenset({
-    "export.json", "run.json", "plan.yaml", "README.md", "torchrun.sh", "job.sbatch", "job.yaml", "task.yaml",
-    "colossalai.json", "fairscale.json", "torchtitan.args",
-})  # fmt: skip
+_NOT_LINTED = frozenset(
+    {
+        "export.json",
+        "run.json",
+        "plan.yaml",
+        "README.md",
+        "torchrun.sh",
+        "job.sbatch",
+        "job.yaml",
+        "task.yaml",
+        "colossalai.json",
+        "fairscale.json",
+        "torchtitan.args",
+    }
+)
 
 
 def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:

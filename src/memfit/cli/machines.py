@@ -18,10 +18,17 @@ from memfit.types.units import GIB
 
 # The end of a fact's name -> (divisor for display, unit after the division).
 _UNITS: Final = {
-    "usd_per_kwh": (1, "USD/kWh"), "co2_g_per_kwh": (1, "g CO2/kWh"), "usd_per_hour": (1, "USD/h"),
-    "usd_to_buy": (1, "USD"), "bytes_s": (1e9, "GB/s"), "bytes": (GIB, "GiB"), "latency_s": (1e-6, "us"),
-    "power_w": (1, "W"), "embodied_kg": (1, "kg CO2"), "peak_flops": (1e12, "TFLOPS"),
-}  # fmt: skip
+    "usd_per_kwh": (1, "USD/kWh"),
+    "co2_g_per_kwh": (1, "g CO2/kWh"),
+    "usd_per_hour": (1, "USD/h"),
+    "usd_to_buy": (1, "USD"),
+    "bytes_s": (1e9, "GB/s"),
+    "bytes": (GIB, "GiB"),
+    "latency_s": (1e-6, "us"),
+    "power_w": (1, "W"),
+    "embodied_kg": (1, "kg CO2"),
+    "peak_flops": (1e12, "TFLOPS"),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,10 +131,16 @@ def _number(fact: Fact | None, scale: float = 1) -> str:
 def _device(one: Device) -> tuple[str, ...]:
     peak = one.peak_flops.get("bfloat16", one.peak_flops.get("float16"))
     return (
-        one.name, _number(one.memory_bytes, GIB), _number(one.bandwidth_bytes_s, 1e12), _number(peak, 1e12),
-        one.link.name if one.link else "", _number(one.power_w), _number(one.usd_per_hour),
-        _number(one.usd_to_buy), catalog.host_of(one.name),
-    )  # fmt: skip
+        one.name,
+        _number(one.memory_bytes, GIB),
+        _number(one.bandwidth_bytes_s, 1e12),
+        _number(peak, 1e12),
+        one.link.name if one.link else "",
+        _number(one.power_w),
+        _number(one.usd_per_hour),
+        _number(one.usd_to_buy),
+        catalog.host_of(one.name),
+    )
 
 
 def _network(one: Link) -> tuple[str, ...]:
@@ -138,9 +151,13 @@ def _network(one: Link) -> tuple[str, ...]:
 
 def _host(one: Host) -> tuple[str, ...]:
     return (
-        one.name, str(catalog.devices_of(one.name)), _number(one.memory_bytes, GIB),
-        _number(one.device_bytes_s, 1e9), _number(one.shared_bytes_s, 1e9), _number(one.power_w),
-    )  # fmt: skip
+        one.name,
+        str(catalog.devices_of(one.name)),
+        _number(one.memory_bytes, GIB),
+        _number(one.device_bytes_s, 1e9),
+        _number(one.shared_bytes_s, 1e9),
+        _number(one.power_w),
+    )
 
 
 def _place(one: Place) -> tuple[str, ...]:

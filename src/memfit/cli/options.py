@@ -209,8 +209,10 @@ def _parameters(noun: Any) -> list[inspect.Parameter]:
     needed = inspect.Parameter.empty
     return [
         inspect.Parameter(
-            f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name],
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=hints[f.name],
             default=needed if f.default is dataclasses.MISSING else f.default,
         )
         for f in dataclasses.fields(noun)
-    ]  # fmt: skip
+    ]

@@ -87,9 +87,15 @@ class FromOptions:
 
 
 def plan(
-    job: JobOptions, goal: GoalOptions, on: MachineOptions, limits: BoundsOptions, here: HereOptions,
-    yours: FromOptions, save: SaveOptions, output: OutputOptions,
-) -> None:  # fmt: skip
+    job: JobOptions,
+    goal: GoalOptions,
+    on: MachineOptions,
+    limits: BoundsOptions,
+    here: HereOptions,
+    yours: FromOptions,
+    save: SaveOptions,
+    output: OutputOptions,
+) -> None:
     """Recommend a plan that fits the memory, without training.
 
     Prints the recommended plan and its rivals, what each technique saves and costs, and why other plans were

@@ -25,9 +25,15 @@ if TYPE_CHECKING:
 
 
 def plan_given(
-    files: Sequence[Path], job: JobOptions, goal: GoalOptions, here: HereOptions, on: str, *,
-    lang: str, as_json: bool,
-) -> Plan:  # fmt: skip
+    files: Sequence[Path],
+    job: JobOptions,
+    goal: GoalOptions,
+    here: HereOptions,
+    on: str,
+    *,
+    lang: str,
+    as_json: bool,
+) -> Plan:
     """Predict and lint the set-up in ``files``, print the result, and return its plan. Raises UserError for
     files of no known kind, and for plans that the job does not support."""
     from memfit.lint import check, draft, parse, to_plan

@@ -46,9 +46,14 @@ class PocOptions:
 
 
 def poc(
-    job: JobOptions, goal: GoalOptions, own: PocOptions, here: HereOptions, store: StoreOptions,
-    lang: LanguageOptions, output: JsonOptions,
-) -> None:  # fmt: skip
+    job: JobOptions,
+    goal: GoalOptions,
+    own: PocOptions,
+    here: HereOptions,
+    store: StoreOptions,
+    lang: LanguageOptions,
+    output: JsonOptions,
+) -> None:
     """Predict, search, train, verify and report on this machine."""
     words = language(lang.lang)
     path = writable(own.out) if own.out is not None else None
@@ -60,9 +65,15 @@ def poc(
         from memfit.workflows import proof_of_concept
 
         found = proof_of_concept.poc(
-            asked, store=records, seeds=own.seeds, steps=job.steps, report_path=path, lang=words,
-            command=shlex.join(["memfit", *sys.argv[1:]]), progress=progress,
-        )  # fmt: skip
+            asked,
+            store=records,
+            seeds=own.seeds,
+            steps=job.steps,
+            report_path=path,
+            lang=words,
+            command=shlex.join(["memfit", *sys.argv[1:]]),
+            progress=progress,
+        )
     _tell(found, lang=words, as_json=output.json)
     if not any(r.measurement.outcome is OutcomeKind.OK for r in found.runs if r.spec.role == "recommended"):
         raise typer.Exit(1)

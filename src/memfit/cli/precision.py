@@ -50,9 +50,13 @@ def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, ou
     workload = workload_of(loaded)
     with Bars(words) as progress:
         told = advise(
-            loaded, _DTYPES if asked == "both" else (asked,), batches=more.batches, trained=more.after,
-            device=device, say=lambda stage, done, total: progress(f"precision-{stage}", done, total, ""),
-        )  # fmt: skip
+            loaded,
+            _DTYPES if asked == "both" else (asked,),
+            batches=more.batches,
+            trained=more.after,
+            device=device,
+            say=lambda stage, done, total: progress(f"precision-{stage}", done, total, ""),
+        )
     if output.json:
         emit({"workload": workload, "advice": told})
         return

@@ -45,8 +45,9 @@ def request(
     if ranks > 1 and machine.device.kind != "cpu" and ranks != count:
         raise UserError(
             f"--nproc {ranks} on {machine.name}, which is {count} device{'s' * (count > 1)}",
-            allowed="a process for each device", hint=f"--on says how many: {ranks}x{machine.device.name}",
-        )  # fmt: skip
+            allowed="a process for each device",
+            hint=f"--on says how many: {ranks}x{machine.device.name}",
+        )
     warn_of_shadowed_modules(job.spec)
     quiet_libraries()
     from memfit.engines.registry import engine
@@ -166,9 +167,13 @@ def best_so_far(*, lang: str, as_json: bool, workload: Workload | None = None) -
 
 
 def show_search(
-    result: SearchResult, *, lang: str, as_json: bool, correction: Calibration | None = None,
+    result: SearchResult,
+    *,
+    lang: str,
+    as_json: bool,
+    correction: Calibration | None = None,
     workload: Workload | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Print the result of a search as text or JSON."""
     if as_json:
         from memfit.cli.views import search_view

@@ -43,10 +43,12 @@ class RunOptions:
     seed: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=0, max=2**31 - 1,
+            metavar="N",
+            min=0,
+            max=2**31 - 1,
             help="Of initial weights and data order. Default: the checkpoint's, else 0.",
         ),
-    ] = None  # fmt: skip
+    ] = None
     timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="Stop it after this: 90s, 10m, 72h. Default: never.")
     ] = None
@@ -67,9 +69,14 @@ class RunOptions:
 
 
 def run(
-    job: JobOptions, which: WhichOptions, goal: GoalOptions, own: RunOptions,
-    here: HereOptions, store: StoreOptions, output: JsonOptions,
-) -> None:  # fmt: skip
+    job: JobOptions,
+    which: WhichOptions,
+    goal: GoalOptions,
+    own: RunOptions,
+    here: HereOptions,
+    store: StoreOptions,
+    output: JsonOptions,
+) -> None:
     """Train one plan, and compare its measured memory and time with the prediction."""
     timeout_s = parse_duration(own.timeout) if own.timeout is not None else None
     plan = plan_file(which)
@@ -83,9 +90,15 @@ def run(
             plan = recommended_plan(asked, progress)
         capped = goal.memory is not None if own.capped is None else own.capped
         done = proof_of_concept.run_plan(
-            asked, plan, seed=own.seed, steps=job.steps, capped=capped, progress=progress, keep=kept(own),
+            asked,
+            plan,
+            seed=own.seed,
+            steps=job.steps,
+            capped=capped,
+            progress=progress,
+            keep=kept(own),
             store=Store(store.store),
-        )  # fmt: skip
+        )
     if output.json:
         from memfit.cli.views import run_view
 

@@ -61,9 +61,13 @@ class ScaleOptions:
 
 
 def scale(
-    own: ScaleOptions, effort: EffortOptions, goal: GoalOptions, here: HereOptions, store: StoreOptions,
+    own: ScaleOptions,
+    effort: EffortOptions,
+    goal: GoalOptions,
+    here: HereOptions,
+    store: StoreOptions,
     output: OutputOptions,
-) -> None:  # fmt: skip
+) -> None:
     """Check a proof of concept against the gate to the next stage, and predict that stage.
 
     Exits with code 1 if a gate does not hold; then nothing further is predicted.
@@ -215,8 +219,17 @@ def _decision(
 def _with_money(stages: dict[str, Any], made: memfit.types.decision.Decision) -> dict[str, Any]:
     """Return every stage as in the report, with the current predictions added."""
     of_record = (
-        "state", "machine", "plan", "engine", "memory_bytes", "step_s", "spent", "to_spend", "most", "unpaid"
-    )  # fmt: skip
+        "state",
+        "machine",
+        "plan",
+        "engine",
+        "memory_bytes",
+        "step_s",
+        "spent",
+        "to_spend",
+        "most",
+        "unpaid",
+    )
     found = {}
     for stage in made.stages:
         known = dataclasses.asdict(stage)
@@ -226,9 +239,12 @@ def _with_money(stages: dict[str, Any], made: memfit.types.decision.Decision) ->
 
 
 def _print(
-    found: RecordFound, held: tuple[memfit.decision.rollout_gates.Gate, ...], stages: dict[str, Any],
-    made: tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None, lang: str,
-) -> None:  # fmt: skip
+    found: RecordFound,
+    held: tuple[memfit.decision.rollout_gates.Gate, ...],
+    stages: dict[str, Any],
+    made: tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None,
+    lang: str,
+) -> None:
     from memfit.report.decision_terminal import print_gate_end, print_gates, print_stages
     from memfit.report.words import load_words
 

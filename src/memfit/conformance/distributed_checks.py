@@ -27,7 +27,7 @@ from memfit.conformance.sharding import (
     own_shard,
     states,
     whole,
-)  # fmt: skip
+)
 from memfit.conformance.technique_checks import told
 
 _ALL_RATIO = 0.9  # fraction of bytes
@@ -46,9 +46,11 @@ def shards(step: Observation) -> None:
     held, part = (sum(of_rank) for of_rank in zip(*every, strict=True))
     if held:
         step.differs(
-            f"{feature}: replicas", f"{part // degree:,} elements on all ranks together", f"{held:,}",
+            f"{feature}: replicas",
+            f"{part // degree:,} elements on all ranks together",
+            f"{held:,}",
             wrong=held < _ONCE_RATIO * part / degree,
-        )  # fmt: skip
+        )
 
 
 def units(step: Observation) -> None:
@@ -66,9 +68,11 @@ def units(step: Observation) -> None:
         return
     most = max((blocks - {-1} for blocks in inside), key=len)
     step.differs(
-        "fsdp2: units", "each block is gathered apart",
-        f"blocks {told(sorted(most))} together", wrong=len(most) > 1,
-    )  # fmt: skip
+        "fsdp2: units",
+        "each block is gathered apart",
+        f"blocks {told(sorted(most))} together",
+        wrong=len(most) > 1,
+    )
 
 
 def resharded(step: Observation) -> None:
@@ -84,9 +88,11 @@ def resharded(step: Observation) -> None:
     frees, others = used.settings["reshard"] is not False, len(step.blocks) - 1
     here = len(set(kept) - {others})
     step.differs(
-        "fsdp2: reshard", f"gathered blocks {'freed after' if frees else 'kept from'} forward",
-        f"{here} of {others} still gathered where backward begins", wrong=(2 * here > others) == frees,
-    )  # fmt: skip
+        "fsdp2: reshard",
+        f"gathered blocks {'freed after' if frees else 'kept from'} forward",
+        f"{here} of {others} still gathered where backward begins",
+        wrong=(2 * here > others) == frees,
+    )
 
 
 def _block_of(step: Observation) -> dict[nn.Module, int]:
@@ -125,10 +131,11 @@ def replicas(step: Observation) -> None:
     )
     feature = next((u.technique for u in step.plan.uses if u.technique in _AVERAGING), "replicas")
     step.differs(
-        f"{feature}: replicas", "equal parameters on every rank after a step",
+        f"{feature}: replicas",
+        "equal parameters on every rank after a step",
         f"parameter norms up to {apart:.1e} apart: gradients are not averaged",
         wrong=apart > _REPLICAS_RATIO,
-    )  # fmt: skip
+    )
 
 
 def norms(params: Iterable[nn.Parameter]) -> list[float]:
@@ -162,8 +169,11 @@ def offloaded_states(step: Observation) -> None:
 
 
 def _planned_on_host(offload: str) -> list[str]:
-    return {"True": ["optimizer", "parameters"], "parameters": ["optimizer", "parameters"],
-            "optimizer": ["optimizer"]}.get(offload, [])  # fmt: skip
+    return {
+        "True": ["optimizer", "parameters"],
+        "parameters": ["optimizer", "parameters"],
+        "optimizer": ["optimizer"],
+    }.get(offload, [])
 
 
 def _on_devices(step: Observation, planned: Sequence[str]) -> set[str]:
@@ -223,9 +233,11 @@ def stages(step: Observation) -> None:
     most = virtual * math.ceil(len(step.blocks) / (step.layout.pipeline * virtual))
     if step.whole_elements:
         step.differs(
-            "pipeline: blocks", f"at most {most} of {len(step.blocks)} on a rank",
-            f"{len(held)} ({told(held)})", wrong=len(held) > most,
-        )  # fmt: skip
+            "pipeline: blocks",
+            f"at most {most} of {len(step.blocks)} on a rank",
+            f"{len(held)} ({told(held)})",
+            wrong=len(held) > most,
+        )
     else:
         step.unseen("pipeline: how many blocks a rank holds: the whole model is not known")
     named = {n: p for n, p in step.model.named_parameters() if p.requires_grad}
@@ -243,16 +255,19 @@ def stages(step: Observation) -> None:
         return
     if all(s.learned == own.learned and near(s.norms, own.norms) for s in everyone):
         step.differs(
-            "pipeline: stages", "parameters that no other stage trains", "every rank trains the same ones",
+            "pipeline: stages",
+            "parameters that no other stage trains",
+            "every rank trains the same ones",
             wrong=True,
-        )  # fmt: skip
+        )
         return
     idle = sorted((elsewhere - own.learned) & own.held.keys())
     step.differs(
-        "pipeline: parameters", "only those that this rank's stages use",
+        "pipeline: parameters",
+        "only those that this rank's stages use",
         f"{sum(own.held[n] for n in idle):,} elements that other stages train ({told(idle[:3])})",
         wrong=bool(idle),
-    )  # fmt: skip
+    )
 
 
 def shared_samples(step: Observation) -> None:
@@ -268,9 +283,11 @@ def shared_samples(step: Observation) -> None:
         step.unseen(f"{feature}: nothing that blocks are given could be compared")
         return
     step.differs(
-        feature, f"another one on each of {step.layout.context} ranks", "the same",
+        feature,
+        f"another one on each of {step.layout.context} ranks",
+        "the same",
         wrong=all(p == partners[0] for p in partners),
-    )  # fmt: skip
+    )
 
 
 def entering(args: Iterable[Any]) -> Iterator[float]:
@@ -293,12 +310,18 @@ def experts(step: Observation) -> None:
         return
     total = step.whole_elements
     step.differs(
-        "expert-parallel", f"experts dealt to {used.settings['degree']} ranks",
-        f"{held:,} of {total:,} elements on a rank", wrong=held >= total,
-    )  # fmt: skip
+        "expert-parallel",
+        f"experts dealt to {used.settings['degree']} ranks",
+        f"{held:,} of {total:,} elements on a rank",
+        wrong=held >= total,
+    )
 
 
 AT_REST: tuple[Callable[[Observation], None], ...] = (shards, units, experts)
 AFTER_A_STEP: tuple[Callable[[Observation], None], ...] = (
-    replicas, offloaded_states, stages, shared_samples, resharded,
-)  # fmt: skip
+    replicas,
+    offloaded_states,
+    stages,
+    shared_samples,
+    resharded,
+)

@@ -84,9 +84,15 @@ def _this_rank(step: Observation) -> _Rank:
     cut = cut_names(step) if step.layout.tensor > 1 else None
     own = {n: t.tolist() for n, t in averages.own.items() if cut is None or n in cut}
     return _Rank(
-        group, copy, own, averages.backward, averages.before, averages.after, bool(averages.began),
+        group,
+        copy,
+        own,
+        averages.backward,
+        averages.before,
+        averages.after,
+        bool(averages.began),
         averages.waiting,
-    )  # fmt: skip
+    )
 
 
 def cut_names(step: Observation) -> set[str]:

@@ -20,8 +20,10 @@ from memfit.conformance.fingerprints import figures, real
 from memfit.conformance.prepared import Prepared
 from memfit.conformance.sharding import fsdp_groups, in_backward, layers, meshes_of, placed, shape
 
-_FSDP = ("torch.distributed.fsdp._fully_shard._fsdp_param_group",
-         "torch.distributed._composable.fsdp._fsdp_param_group")  # fmt: skip
+_FSDP = (
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group",
+    "torch.distributed._composable.fsdp._fsdp_param_group",
+)
 
 Figures = dict[str, list[float]]
 

@@ -38,7 +38,7 @@ from memfit.conformance.sharding import (
     state_elements,
     whole,
     world_size,
-)  # fmt: skip
+)
 from memfit.types.conformance import Conformance, NotConforming
 
 _PADDING = 64  # elements per rank, of flat buffers
@@ -62,9 +62,11 @@ class Monitor(Observation):
         if compiled is None or compiled.settings["scope"] != "model":
             self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
         self._handles += self.heard.listen(
-            self.blocks if compiled is None else (), islands=self.islands, on_first=self._on_first,
+            self.blocks if compiled is None else (),
+            islands=self.islands,
+            on_first=self._on_first,
             busy=lambda: self.reach.running,
-        )  # fmt: skip
+        )
         if self.layout.tensor > 1 and self.blocks and compiled is None:
             self._handles.append(self.blocks[-1].register_forward_hook(self._on_last))
         inner = [o for o in layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
@@ -222,7 +224,7 @@ class Monitor(Observation):
         parts = (
             n if id(p) in alone else math.ceil(r / degree) * n / max(r, 1)
             for p, r, n in zip(params, rows, sizes, strict=True)
-        )  # fmt: skip
+        )
         return sum(parts) + _PADDING * degree
 
     def _overlapping(self, params: list[nn.Parameter], degree: int) -> int:
@@ -271,9 +273,11 @@ class Monitor(Observation):
         # Gradients were not reduced to shards.
         never = self.plan.get("fsdp2") is not None and not self.gradients
         self.differs(
-            feature, f"1/{degree} of {part:,} elements on a rank before the update", f"{self.gradients:,}",
+            feature,
+            f"1/{degree} of {part:,} elements on a rank before the update",
+            f"{self.gradients:,}",
             wrong=never or self.gradients > most + self._bucketed(),
-        )  # fmt: skip
+        )
         zero = self.plan.get("zero")
         if zero is None or int(zero.settings["stage"]) != 2 or not self.waiting:
             return
@@ -284,9 +288,11 @@ class Monitor(Observation):
             self.unseen(f"{feature} in backward: the reduce bucket could hold them all")
         else:
             self.differs(
-                feature, f"at most {int(most):,} of {part:,} elements in backward", f"{self.waiting:,}",
+                feature,
+                f"at most {int(most):,} of {part:,} elements in backward",
+                f"{self.waiting:,}",
                 wrong=self.waiting > most,
-            )  # fmt: skip
+            )
 
     def _state(self) -> None:
         held = state_elements(self.optimizer)

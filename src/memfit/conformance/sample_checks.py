@@ -49,15 +49,19 @@ def different_samples(step: Observation) -> None:
         return
     ranks = sorted({r.rank for pair in sure for r in pair})
     step.differs(
-        feature, f"others on each of {step.layout.data} data-parallel ranks",
-        f"the same on ranks {', '.join(map(str, ranks[:8]))}", wrong=bool(sure),
-    )  # fmt: skip
+        feature,
+        f"others on each of {step.layout.data} data-parallel ranks",
+        f"the same on ranks {', '.join(map(str, ranks[:8]))}",
+        wrong=bool(sure),
+    )
 
 
 def _same_ends(a: _Rank, b: _Rank) -> bool:
-    return bool(a.ends) and len(a.ends) == len(b.ends) and all(
-        math.isclose(x, y, rel_tol=_EQUAL_RATIO) for x, y in zip(a.ends, b.ends, strict=True)
-    )  # fmt: skip
+    return (
+        bool(a.ends)
+        and len(a.ends) == len(b.ends)
+        and all(math.isclose(x, y, rel_tol=_EQUAL_RATIO) for x, y in zip(a.ends, b.ends, strict=True))
+    )
 
 
 def other_parts(step: Observation) -> None:
@@ -70,6 +74,8 @@ def other_parts(step: Observation) -> None:
         step.unseen(f"{feature}: no block was heard whose output mixes positions")
         return
     step.differs(
-        feature, "blocks whose output depends on the other ranks' part of a sample",
-        f"none, and {step.reach.own} that depend on the rank's own", wrong=not step.reach.reached,
-    )  # fmt: skip
+        feature,
+        "blocks whose output depends on the other ranks' part of a sample",
+        f"none, and {step.reach.own} that depend on the rank's own",
+        wrong=not step.reach.reached,
+    )

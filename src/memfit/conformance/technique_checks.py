@@ -58,10 +58,11 @@ def offloaded_activations(step: Observation) -> None:
     if graph.unsized:  # kept by other means than Python's hooks
         stayed, went = len(here), graph.away
     step.differs(
-        "activation-offload", f"saved tensors of {least // 1024} KiB or more go to {used.settings['to']}",
+        "activation-offload",
+        f"saved tensors of {least // 1024} KiB or more go to {used.settings['to']}",
         f"{graph.away} went, {len(here)} stayed ({sum(here):,} bytes)",
         wrong=stayed > _STAYS_RATIO * (stayed + went),
-    )  # fmt: skip
+    )
 
 
 def dropped_tensors(step: Observation) -> None:
@@ -140,24 +141,28 @@ def adapters(step: Observation) -> None:
     low = [p for p in matrices if p.requires_grad and min(shape(p)[:2]) <= rank]
     learning = [p for p in matrices if p.requires_grad and min(shape(p)[:2]) > rank]
     step.differs(
-        feature, f"of the blocks' weights only matrices of rank {rank} learn",
+        feature,
+        f"of the blocks' weights only matrices of rank {rank} learn",
         f"{sum(map(whole, low)):,} elements of such, {sum(map(whole, learning)):,} of others",
         wrong=bool(learning) or not low,
-    )  # fmt: skip
+    )
     beside: list[Any] = [m for b in step.blocks for m in b.modules() if _frozen_linear(m)]
     least = sum(rank * (m.in_features + m.out_features) for m in beside)
     found = sum(math.prod(shape(p)) for p in low if rank in shape(p)[:2])
     step.differs(
-        f"{feature}: adapters", f"{least:,} elements of rank {rank} beside {len(beside)} linear layers",
+        f"{feature}: adapters",
+        f"{least:,} elements of rank {rank} beside {len(beside)} linear layers",
         f"{found:,} of that rank, matrices of rank {told(sorted({min(shape(p)[:2]) for p in low}))}",
         wrong=bool(low) and found < least,
-    )  # fmt: skip
+    )
     if feature == "qlora":
         wide = [p for p in matrices if not p.requires_grad and p.is_floating_point()]
         step.differs(
-            "qlora: frozen weights", "in 4 bits", f"{sum(map(whole, wide)):,} elements that are not",
+            "qlora: frozen weights",
+            "in 4 bits",
+            f"{sum(map(whole, wide)):,} elements that are not",
             wrong=bool(wide),
-        )  # fmt: skip
+        )
 
 
 def eight_bits(step: Observation) -> None:
@@ -171,9 +176,11 @@ def eight_bits(step: Observation) -> None:
         return
     found = [m for m in wanted if type(m).__name__ == "Float8Linear"]  # torchao's class
     step.differs(
-        float8.NAME, f"{len(wanted)} linear layers of the blocks with products in 8 bits", f"{len(found)}",
+        float8.NAME,
+        f"{len(wanted)} linear layers of the blocks with products in 8 bits",
+        f"{len(found)}",
         wrong=len(found) < len(wanted),
-    )  # fmt: skip
+    )
 
 
 def _frozen_linear(module: Any) -> bool:
@@ -212,9 +219,11 @@ def optimizer_kind(step: Observation) -> None:
     planned = f"{least / elements:g} to {most / elements:g}" if least < most else f"{most / elements:g}"
     codes = (", in codes", f", {code_bytes / elements:.2f} in codes") if kind in _CODED else ("", "")
     step.differs(
-        kind, f"{planned} bytes of state an element{codes[0]}", f"{size_bytes / elements:.2f}{codes[1]}",
+        kind,
+        f"{planned} bytes of state an element{codes[0]}",
+        f"{size_bytes / elements:.2f}{codes[1]}",
         wrong=size_bytes > 1.01 * most or enough < 0.99 * least,
-    )  # fmt: skip
+    )
 
 
 def _bounds(kind: str, param: torch.Tensor) -> tuple[float, float]:
@@ -267,9 +276,11 @@ def in_backward_updates(step: Observation) -> None:
         step.unseen("optimizer-in-backward: no gradients, or one parameter that is most of the model")
         return
     step.differs(
-        "optimizer-in-backward", f"at most {most:,} elements of gradients at a time", f"{step.waiting:,}",
+        "optimizer-in-backward",
+        f"at most {most:,} elements of gradients at a time",
+        f"{step.waiting:,}",
         wrong=step.waiting > most,
-    )  # fmt: skip
+    )
 
 
 def _counts(kind: str, param: torch.Tensor) -> bool:
@@ -293,15 +304,32 @@ def told(values: Iterable[Any]) -> str:
 
 AT_REST: tuple[Callable[[Observation], None], ...] = (adapters, eight_bits, update_kernel)
 AFTER_A_STEP: tuple[Callable[[Observation], None], ...] = (
-    offloaded_activations, dropped_tensors, compiled, chunked_loss,
-    optimizer_kind, in_backward_updates,
-)  # fmt: skip
+    offloaded_activations,
+    dropped_tensors,
+    compiled,
+    chunked_loss,
+    optimizer_kind,
+    in_backward_updates,
+)
 
-_BY_A_STEP = frozenset({
-    "activation-offload", "optimal-checkpointing", "compile", "chunked-cross-entropy", "pipeline",
-    "context-parallel", "axial-parallel", "optimizer-in-backward", "gradient-accumulation",
-    "activation-checkpointing", "selective-checkpointing", "bf16-autocast", "fp16-autocast", *_KINDS,
-})  # fmt: skip
+_BY_A_STEP = frozenset(
+    {
+        "activation-offload",
+        "optimal-checkpointing",
+        "compile",
+        "chunked-cross-entropy",
+        "pipeline",
+        "context-parallel",
+        "axial-parallel",
+        "optimizer-in-backward",
+        "gradient-accumulation",
+        "activation-checkpointing",
+        "selective-checkpointing",
+        "bf16-autocast",
+        "fp16-autocast",
+        *_KINDS,
+    }
+)
 _PARTLY = {
     "expert-parallel": "sharding, gradients and replicas of what lies beside the experts",
     "selective-checkpointing": "what blocks keep, beyond that they run again",
@@ -315,9 +343,19 @@ _PARTLY = {
 }
 # Techniques that a check, here or in `Monitor`, covers.
 SEEN = _BY_A_STEP | {
-    "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel", "bf16-parameters", "expert-parallel", "lora",
-    "qlora", "adamw-fused", "adamw-single", "float8-linear",
-}  # fmt: skip
+    "ddp",
+    "fsdp2",
+    "zero",
+    "sharded-ddp",
+    "tensor-parallel",
+    "bf16-parameters",
+    "expert-parallel",
+    "lora",
+    "qlora",
+    "adamw-fused",
+    "adamw-single",
+    "float8-linear",
+}
 
 
 def not_looked_at(step: Observation, *, stepped: bool) -> Iterator[str]:

@@ -45,9 +45,11 @@ def tensor_parallel(step: Observation) -> None:
     total = (not staged and step.whole_elements) or sum(p.numel() for p in params)
     most = total * (1 + 1 / degree) / 2  # norms, and sometimes the vocabulary, stay whole
     step.differs(
-        "tensor-parallel", f"layers cut over {degree} ranks", f"{part:,} of {total:,} elements on a rank",
+        "tensor-parallel",
+        f"layers cut over {degree} ranks",
+        f"{part:,} of {total:,} elements on a rank",
         wrong=part > most,
-    )  # fmt: skip
+    )
     blocks = [list(b.parameters()) for b in step.blocks] if known else []
     sizes = [(sum(p.numel() for p in b), sum(map(whole, b))) for b in blocks]
     left = [i for i, (of, here) in enumerate(sizes) if here == of]
@@ -74,16 +76,19 @@ def summed(step: Observation) -> None:
     own = next(left for other, left in every if other == group)
     apart = max(
         abs(a - b) / max(size, 1e-300)
-        for other, left in every if other == group
+        for other, left in every
+        if other == group
         for (a, size), (b, _) in zip(own, left, strict=False)
-    )  # fmt: skip
+    )
     if apart > _ALIKE_RATIO and any(_drops(m) for m in step.model.modules()):
         step.unseen(f"{feature}: dropout may differ")
         return
     step.differs(
-        feature, f"the same output of the last block on {step.layout.tensor} ranks", f"{apart:.1e} apart",
+        feature,
+        f"the same output of the last block on {step.layout.tensor} ranks",
+        f"{apart:.1e} apart",
         wrong=apart > _ALIKE_RATIO,
-    )  # fmt: skip
+    )
 
 
 def _whole_alike(step: Observation) -> None:
@@ -100,9 +105,12 @@ def _whole_alike(step: Observation) -> None:
         step.unseen(f"{feature}: which they are is not known")
         return
     apart = [
-        n for other, of_rank in every if other == group
-        for n, value in of_rank.items() if not math.isclose(value, own.get(n, value), rel_tol=_WHOLE_RATIO)
-    ]  # fmt: skip
+        n
+        for other, of_rank in every
+        if other == group
+        for n, value in of_rank.items()
+        if not math.isclose(value, own.get(n, value), rel_tol=_WHOLE_RATIO)
+    ]
     if apart and any(_drops(m) for m in step.model.modules()):
         step.unseen(f"{feature}: dropout may differ")
         return

@@ -80,9 +80,15 @@ def _workspace(op: OpCall, size_bytes: int) -> Allocation:
     later in the trace.
     """
     return Allocation(
-        start=op.clock + 1, end=None, size_bytes=size_bytes, category=Category.WORKSPACE, phase=op.phase,
-        step=op.step, module="", op=BLAS_WORKSPACE,
-    )  # fmt: skip
+        start=op.clock + 1,
+        end=None,
+        size_bytes=size_bytes,
+        category=Category.WORKSPACE,
+        phase=op.phase,
+        step=op.step,
+        module="",
+        op=BLAS_WORKSPACE,
+    )
 
 
 def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Outside:

@@ -50,12 +50,15 @@ class HostTensors:
     def of(trace: Trace) -> HostTensors:
         batch = sum(
             a.requested_bytes or a.size_bytes
-            for a in trace.allocations if a.category is Category.INPUT and a.step == trace.steps - 1
-        )  # fmt: skip
+            for a in trace.allocations
+            if a.category is Category.INPUT and a.step == trace.steps - 1
+        )
         return HostTensors(
-            kept_bytes=trace.host_step_bytes, building_bytes=trace.host_peak_bytes,
-            model_bytes=trace.model_bytes, batch_bytes=batch,
-        )  # fmt: skip
+            kept_bytes=trace.host_step_bytes,
+            building_bytes=trace.host_peak_bytes,
+            model_bytes=trace.model_bytes,
+            batch_bytes=batch,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +104,12 @@ def host_memory(
         value=max(training.value, loading), low=max(training.low, loading), high=max(training.high, loading)
     )
     parts = {
-        "offload": offload.value, "tensors": own.value, "workers": ready.value, "processes": process.value,
+        "offload": offload.value,
+        "tensors": own.value,
+        "workers": ready.value,
+        "processes": process.value,
         "loading": loading,
-    }  # fmt: skip
+    }
     return HostMemory(
         bytes=_plus(need, process), parts_bytes={name: int(size) for name, size in parts.items() if size}
     )

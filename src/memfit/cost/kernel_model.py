@@ -21,9 +21,14 @@ from memfit.types.trace import OpCall
 
 # Share of the peak that large operators reach, used if the catalog has none; marked assumed in reports.
 ASSUMED_RATIOS = {
-    "matmul": 0.72, "matmul_float8": 0.60, "matmul_tf32": 0.70, "matmul_float32": 0.85, "attention": 0.45,
-    "attention_backward": 0.36, "memory": 0.85,
-}  # fmt: skip
+    "matmul": 0.72,
+    "matmul_float8": 0.60,
+    "matmul_tf32": 0.70,
+    "matmul_float32": 0.85,
+    "attention": 0.45,
+    "attention_backward": 0.36,
+    "memory": 0.85,
+}
 ASSUMED_MULTIPROCESSORS = 128  # 108 of an A100, 132 of an H100, 148 of a B200
 LAUNCH_S = 2e-6  # time from the start of an empty kernel to the start of the next (nodes of CUDA graphs)
 
@@ -45,9 +50,24 @@ NARROW = 0.7  # share of the bandwidth of a memory-bound product: its tiles star
 # more instructions than the fast accumulation: about three quarters of its rate; assumed.
 FULL_SUM = 0.75
 _WHOLE = (  # these have their own kernels, which are not sensitive to the layout
-    "mm", "addmm", "bmm", "baddbmm", "native_", "_scaled_dot", "embedding", "_fused", "_foreach", "nll_loss",
-    "convolution", "_softmax", "_log_softmax", "sum", "mean", "_scaled_mm", "_grouped_mm",
-)  # fmt: skip
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "native_",
+    "_scaled_dot",
+    "embedding",
+    "_fused",
+    "_foreach",
+    "nll_loss",
+    "convolution",
+    "_softmax",
+    "_log_softmax",
+    "sum",
+    "mean",
+    "_scaled_mm",
+    "_grouped_mm",
+)
 _LARGE = 8192  # matrix size for which the catalog's product ratios hold
 # Start and end costs of a query tile in keys, and the same of a key tile in backward. FlashAttention-2's
 # published curves over the length (Dao 2023, figures 5 and 6) reach half of the rate at about as many keys.
@@ -57,13 +77,22 @@ _HEAD_START = 16  # in elements of the head dimension: exponentials beside the p
 _HALF = ("bfloat16", "float16")
 
 _PRODUCTS = {  # position of their first matrix among the arguments
-    "mm": 0, "bmm": 0, "_scaled_mm": 0, "_grouped_mm": 0, "addmm": 1, "baddbmm": 1, "_addmm_activation": 1,
-}  # fmt: skip
+    "mm": 0,
+    "bmm": 0,
+    "_scaled_mm": 0,
+    "_grouped_mm": 0,
+    "addmm": 1,
+    "baddbmm": 1,
+    "_addmm_activation": 1,
+}
 _CAUSAL_AT = {
-    "_scaled_dot_product_flash_attention": 4, "_scaled_dot_product_flash_attention_backward": 11,
-    "_scaled_dot_product_efficient_attention": 6, "_scaled_dot_product_efficient_attention_backward": 11,
-    "_scaled_dot_product_cudnn_attention": 6, "_scaled_dot_product_cudnn_attention_backward": 14,
-}  # fmt: skip
+    "_scaled_dot_product_flash_attention": 4,
+    "_scaled_dot_product_flash_attention_backward": 11,
+    "_scaled_dot_product_efficient_attention": 6,
+    "_scaled_dot_product_efficient_attention_backward": 11,
+    "_scaled_dot_product_cudnn_attention": 6,
+    "_scaled_dot_product_cudnn_attention_backward": 14,
+}
 
 
 class Product(NamedTuple):

@@ -88,9 +88,15 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
     if op is None or not size_bytes:
         return trace
     inside = Allocation(
-        start=at, end=at + 1, size_bytes=size_bytes, category=Category.WORKSPACE, phase=op.phase,
-        step=op.step, module=op.module, op=op.op,
-    )  # fmt: skip
+        start=at,
+        end=at + 1,
+        size_bytes=size_bytes,
+        category=Category.WORKSPACE,
+        phase=op.phase,
+        step=op.step,
+        module=op.module,
+        op=op.op,
+    )
     return dataclasses.replace(trace, allocations=(*trace.allocations, inside))
 
 

@@ -207,10 +207,12 @@ class _Program:
         whole = numpy.zeros(self.width)
         whole[: len(self.index)] = gap_ratio is not None
         solved = milp(
-            objective, integrality=whole, bounds=Bounds(0, 1),
+            objective,
+            integrality=whole,
+            bounds=Bounds(0, 1),
             constraints=LinearConstraint(matrix, ub=[limit for _, limit in rows]),
             options={"mip_rel_gap": gap_ratio or 0.0, "node_limit": _NODES},
-        )  # fmt: skip
+        )
         return None if solved.x is None else numpy.asarray(solved.x)
 
     def learn(self, dropped: frozenset[int], budget_bytes: int) -> bool:

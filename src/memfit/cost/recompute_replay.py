@@ -111,9 +111,10 @@ def _outside(trace: Trace, points: list[tuple[int, int]]) -> Iterator[int]:
 def _candidates(recording: Recording, least_bytes: int) -> list[Candidate]:
     made = recording.made
     wanted = {
-        n for n, m in enumerate(made)
+        n
+        for n, m in enumerate(made)
         if m.needs and not m.pinned and m.size_bytes >= least_bytes and (m.end is None or m.end > m.needs[0])
-    }  # fmt: skip
+    }
     found = []
     for number in sorted(wanted):
         sources, calls, between = set[int](), set[int](), set[int]()
@@ -132,11 +133,15 @@ def _candidates(recording: Recording, least_bytes: int) -> list[Candidate]:
             m = made[number]
             found.append(
                 Candidate(
-                    number=number, size_bytes=m.size_bytes, gone=m.last_read, first_need=m.needs[0],
-                    sources=tuple(sorted(sources)), calls=tuple(sorted(calls)),
+                    number=number,
+                    size_bytes=m.size_bytes,
+                    gone=m.last_read,
+                    first_need=m.needs[0],
+                    sources=tuple(sorted(sources)),
+                    calls=tuple(sorted(calls)),
                     between=tuple(sorted(between)),
                 )
-            )  # fmt: skip
+            )
     return found
 
 

@@ -158,9 +158,16 @@ def _ready(
 
 
 def closed_s(
-    kind: str, forward_s: Any, backward_s: Any, micro_batches: Any, ranks: Any, *, weight_s: Any = 0.0,
-    send_s: Any = 0.0, virtual: Any = 1,
-) -> Any:  # fmt: skip
+    kind: str,
+    forward_s: Any,
+    backward_s: Any,
+    micro_batches: Any,
+    ranks: Any,
+    *,
+    weight_s: Any = 0.0,
+    send_s: Any = 0.0,
+    virtual: Any = 1,
+) -> Any:
     """Return the step seconds for equal stages.
 
     ``forward_s`` and ``backward_s``: of one micro-batch through all of a rank's chunks. ``send_s`` is exact

@@ -99,15 +99,21 @@ def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, used: Use, machine: Ma
     order = [pieces[0], *[pieces[min(1, len(pieces) - 1)]] * (stages - 2), pieces[-1]]
     forward, backward = ([one[i] / chunks for one in order] * chunks for i in range(2))
     line = simulate(
-        kind, forward, backward, micros, virtual=chunks,
-        weight_s=[_WEIGHT_SHARE * b for b in backward], send_s=_send_s(pairs[0][1], plan, machine),
-    )  # fmt: skip
+        kind,
+        forward,
+        backward,
+        micros,
+        virtual=chunks,
+        weight_s=[_WEIGHT_SHARE * b for b in backward],
+        send_s=_send_s(pairs[0][1], plan, machine),
+    )
     slowest, trace = max(zip(pieces, pairs, strict=True), key=lambda both: sum(both[0][:2]))[1]
     whole = slowest.step(trace)
     return dataclasses.replace(
-        whole, step_s=line.step_s + max(one[2] for one in pieces),
+        whole,
+        step_s=line.step_s + max(one[2] for one in pieces),
         idle_s=whole.idle_s + line.bubble_ratio * line.step_s,
-    )  # fmt: skip
+    )
 
 
 def micro_steps(trace: Trace) -> int:

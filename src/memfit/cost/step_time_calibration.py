@@ -39,9 +39,13 @@ def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibrati
             missed.append(abs(_told(*_fit(others), plan) / ratio - 1))
         spread = max(LEAST_SPREAD, *missed)
     return dataclasses.replace(
-        calibration, step_ratio=base, technique_ratio=by_technique, step_spread_ratio=spread,
-        corrected_by=source, corrected_count=len(seen),
-    )  # fmt: skip
+        calibration,
+        step_ratio=base,
+        technique_ratio=by_technique,
+        step_spread_ratio=spread,
+        corrected_by=source,
+        corrected_count=len(seen),
+    )
 
 
 def factor(calibration: Calibration, plan: Plan) -> float:

@@ -28,10 +28,17 @@ FASTER = 0.9  # factor on a resource's time to test whether it is the bottleneck
 _PLAYED_AGAIN = 2  # micro-steps that are simulated; the rest are extrapolated linearly
 
 _KINDS = {
-    "allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
-    "allreduce": "all_reduce", "all_reduce": "all_reduce", "broadcast": "broadcast", "alltoall": "all_to_all",
-    "all_to_all": "all_to_all", "scatter": "broadcast", "reduce": "broadcast",
-}  # fmt: skip
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+    "broadcast": "broadcast",
+    "alltoall": "all_to_all",
+    "all_to_all": "all_to_all",
+    "scatter": "broadcast",
+    "reduce": "broadcast",
+}
 _ITEM_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
@@ -151,10 +158,11 @@ def _added(one: Played, more: Sequence[Played], times: int) -> Played:
     """Return ``one`` with each of ``more`` added ``times`` times."""
     busy_s = {k: v + times * sum(m.busy_s.get(k, 0.0) for m in more) for k, v in one.busy_s.items()}
     return Played(
-        step_s=one.step_s + times * sum(m.step_s for m in more), busy_s=busy_s,
+        step_s=one.step_s + times * sum(m.step_s for m in more),
+        busy_s=busy_s,
         exposed_s=one.exposed_s + times * sum(m.exposed_s for m in more),
         idle_s=one.idle_s + times * sum(m.idle_s for m in more),
-    )  # fmt: skip
+    )
 
 
 class _Stage:
@@ -182,8 +190,10 @@ class _Stage:
         self._join()
         return Played(
             step_s=max(self.issued, *self.free.values(), 0.0),
-            busy_s=dict(self.busy), exposed_s=self.exposed, idle_s=self.idle,
-        )  # fmt: skip
+            busy_s=dict(self.busy),
+            exposed_s=self.exposed,
+            idle_s=self.idle,
+        )
 
     def _join(self) -> None:
         """Make compute wait for all collectives, because gradients are complete at the end of backward."""

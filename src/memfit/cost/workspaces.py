@@ -25,9 +25,16 @@ MATTERS_RATIO: Final = 0.003
 _BLOCK: Final = 16  # most channels that oneDNN stores together in a block
 _SMALL_INPUT: Final = 20_480  # elements; single samples up to this size are convolved by torch's own kernel
 _ITEM_BYTES: Final = {
-    "float64": 8, "complex64": 8, "complex128": 16, "int64": 8, "float32": 4, "int32": 4, "float16": 2,
-    "bfloat16": 2, "int16": 2,
-}  # fmt: skip
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int16": 2,
+}
 _HALVES: Final = ("bfloat16", "float16")
 _ONCE: Final = 64 * KIB  # rounding of small buffers
 
@@ -73,12 +80,21 @@ _CONVERTS_NOTHING: Final = frozenset(_AS_THEY_ARE.split())
 _PRODUCTS: Final = frozenset({"mm", "addmm"})
 _BY_LAYOUT: Final = frozenset(
     {
-        "_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data", "avg_pool2d",
-        "avg_pool2d_backward", "embedding_dense_backward", "max_pool2d_with_indices",
-        "max_pool2d_with_indices_backward", "native_batch_norm",
-        "native_layer_norm", "nll_loss2d_backward", "nll_loss2d_forward",
+        "_log_softmax",
+        "_log_softmax_backward_data",
+        "_softmax",
+        "_softmax_backward_data",
+        "avg_pool2d",
+        "avg_pool2d_backward",
+        "embedding_dense_backward",
+        "max_pool2d_with_indices",
+        "max_pool2d_with_indices_backward",
+        "native_batch_norm",
+        "native_layer_norm",
+        "nll_loss2d_backward",
+        "nll_loss2d_forward",
     }
-)  # fmt: skip
+)
 _NO_KERNELS: Final = ("memfit.", "stream.", "c10d.", "_c10d_functional.", "prim.", "profiler.")
 # The only operators checked on an accelerator, because their workspaces are the large ones.
 _CONVOLUTIONS: Final = frozenset({"convolution", "convolution_backward", "cudnn_convolution"})
@@ -111,10 +127,12 @@ def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> 
         return None
     kept = _kept_bytes(trace, calibration)
     calls = [
-        (op, bound) for op in trace.ops
-        if op.signature not in calibration.op_peak_bytes and (op.phase is not Phase.SETUP or op.step == 0)
+        (op, bound)
+        for op in trace.ops
+        if op.signature not in calibration.op_peak_bytes
+        and (op.phase is not Phase.SETUP or op.step == 0)
         and (bound := bound_bytes(op.signature, trace.device, calibration.threads or 1))
-    ]  # fmt: skip
+    ]
     reaches = [
         (level + bound + kept, op)
         for level, (op, bound) in zip(
@@ -246,9 +264,10 @@ def _layout(tensor: Sequence[Any]) -> str:
     shape, strides = tensor[:2]
     channels_last = [0, *range(2, len(shape)), 1]
     found = [
-        layout for layout, order in (("contiguous", range(len(shape))), ("channels last", channels_last))
+        layout
+        for layout, order in (("contiguous", range(len(shape))), ("channels last", channels_last))
         if _lies_in(order, shape, strides)
-    ]  # fmt: skip
+    ]
     return "other" if not found else (found[0] if len(found) == 1 else "")
 
 
@@ -315,9 +334,15 @@ def _convolution(args: list[Any], *, backward: bool) -> _Convolution:
         sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in zip(*shape, strict=True)]
         out = [x[0], weight[0], *sizes]
     return _Convolution(
-        x=x, weight=weight, out=out, dilation=dilation, transposed=transposed, groups=groups,
-        dtype=args[0]["t"][2], backward=backward,
-    )  # fmt: skip
+        x=x,
+        weight=weight,
+        out=out,
+        dilation=dilation,
+        transposed=transposed,
+        groups=groups,
+        dtype=args[0]["t"][2],
+        backward=backward,
+    )
 
 
 def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads: int) -> int:

@@ -197,9 +197,11 @@ def _roomy(way: Way, offer: Offer | None) -> Way:
     if offer is None:
         return way
     return dataclasses.replace(
-        way, memory_bytes=offer.memory_bytes, usable_bytes=usable_bytes(offer.machine),
+        way,
+        memory_bytes=offer.memory_bytes,
+        usable_bytes=usable_bytes(offer.machine),
         fit_percent=_fit_percent(offer),
-    )  # fmt: skip
+    )
 
 
 def usable_bytes(machine: str) -> float | None:

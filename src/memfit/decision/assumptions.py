@@ -236,6 +236,12 @@ def _number(name: str, given: CaseFigure | int | None, row: Fact | None, unit: s
     low = row.value if row.low is None or whole else row.low
     high = row.value if row.high is None or whole else row.high
     return Term(
-        name=name, value=row.value, unit=unit, low=low, high=high, source=row.source, date=row.date,
+        name=name,
+        value=row.value,
+        unit=unit,
+        low=low,
+        high=high,
+        source=row.source,
+        date=row.date,
         mark="measured" if row.kind == "measured" else "assumed",
-    )  # fmt: skip
+    )

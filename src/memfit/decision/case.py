@@ -210,9 +210,14 @@ def term(name: str, given: CaseFigure, unit: str) -> Term:
     """
     low, high = given.bounds
     return Term(
-        name=name, value=given.value, unit=unit, low=low, high=high,
-        source=given.source or "your case", date=given.date,
-    )  # fmt: skip
+        name=name,
+        value=given.value,
+        unit=unit,
+        low=low,
+        high=high,
+        source=given.source or "your case",
+        date=given.date,
+    )
 
 
 TEMPLATE = """\

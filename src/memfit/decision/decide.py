@@ -43,10 +43,13 @@ def decide(
     plan_hours = own.value if own is not None else None if counted is None else counted / 60
     labour = case.money.labour_per_hour is not None
     asking = Asking(
-        case=case, offers=offers, steps_per_run=known.steps_per_run, plan_hours=plan_hours,
+        case=case,
+        offers=offers,
+        steps_per_run=known.steps_per_run,
+        plan_hours=plan_hours,
         labour_known=labour,
         trained=poc.search.recommended.estimate.plan if poc.search.recommended else Plan(),
-    )  # fmt: skip
+    )
     ways = asking.ways()
     sheets = tuple(money.sheet(way, known.terms) for way in ways)
     if own is not None:
@@ -100,9 +103,15 @@ def _why_none(sheets: Sequence[Sheet]) -> str:
 
 
 def _weighed(
-    known: Told, ways: Sequence[Way], sheets: Sequence[Sheet], numbers: Sequence[Term], *,
-    case: DecisionCase, name: str, size: str,
-) -> Decision:  # fmt: skip
+    known: Told,
+    ways: Sequence[Way],
+    sheets: Sequence[Sheet],
+    numbers: Sequence[Term],
+    *,
+    case: DecisionCase,
+    name: str,
+    size: str,
+) -> Decision:
     """Determine the best way, the reference it is compared with, and how certain the comparison is."""
     had = [i for i, w in enumerate(ways) if w.kind == "existing"]
     paid = {kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("purchase", "cloud")}

@@ -23,14 +23,25 @@ def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
     """
     loss = next((s.most for s in made.stages if s.name == "pilot"), None)
     found = (
-        _accuracy(poc, made), _stability(poc), _reproducibility(poc), _load(poc), _maturity(poc, made),
-        _supply(made), _security(poc),
-    )  # fmt: skip
+        _accuracy(poc, made),
+        _stability(poc),
+        _reproducibility(poc),
+        _load(poc),
+        _maturity(poc, made),
+        _supply(made),
+        _security(poc),
+    )
     return tuple(
-        Risk(kind=kind, level=level, evidence=f"evidence.{key}", values=values, source=source,
-             loss=None if kind == "security" else loss)
+        Risk(
+            kind=kind,
+            level=level,
+            evidence=f"evidence.{key}",
+            values=values,
+            source=source,
+            loss=None if kind == "security" else loss,
+        )
         for kind, level, key, values, source in found
-    )  # fmt: skip
+    )
 
 
 _Values = dict[str, str | float | None]
@@ -86,10 +97,12 @@ def _reproducibility(poc: Poc) -> _Found:
 def _load(poc: Poc) -> _Found:
     effort = poc.effort
     values = {
-        "commands": float(effort.commands), "lines": float(effort.changed_lines),
-        "packages": float(effort.packages), "failed": float(effort.failed_attempts),
+        "commands": float(effort.commands),
+        "lines": float(effort.changed_lines),
+        "packages": float(effort.packages),
+        "failed": float(effort.failed_attempts),
         "minutes": effort.attended_minutes,
-    }  # fmt: skip
+    }
     counted = effort.attended_minutes is not None
     level = "some" if effort.failed_attempts or effort.packages or not counted else "low"
     return ("load", level, "load.counted" if counted else "load.uncounted", values, "#effort")

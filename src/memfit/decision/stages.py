@@ -184,9 +184,11 @@ def _one_run(way: Way, there: Terms) -> tuple[float | None, float]:
     part = max(1, math.ceil(12 * run_hours(way, there) / HOURS_PER_YEAR)) / 12
     basic = there.basic_per_kw_month
     terms = dataclasses.replace(
-        there, runs_per_year=1, years=1,
+        there,
+        runs_per_year=1,
+        years=1,
         basic_per_kw_month=Amount(usd=basic.usd * part, own=basic.own * part),
-    )  # fmt: skip
+    )
     once = sheet(dataclasses.replace(way, storage_per_month=way.storage_per_month * part), terms)
     if once.electricity_per_year is None:
         return None, 0.0

@@ -19,10 +19,18 @@ Files = Mapping[str, str]
 # Techniques that memfit applies to a model, a loss or an optimizer before it passes them to an engine.
 BESIDE = frozenset(
     {
-        "activation-checkpointing", "selective-checkpointing", "activation-offload", "chunked-cross-entropy",
-        "adamw-8bit", "adamw-fused", "adamw-single", "adafactor", "sgd", "lora",
+        "activation-checkpointing",
+        "selective-checkpointing",
+        "activation-offload",
+        "chunked-cross-entropy",
+        "adamw-8bit",
+        "adamw-fused",
+        "adamw-single",
+        "adafactor",
+        "sgd",
+        "lora",
     }
-)  # fmt: skip
+)
 
 
 def no_files(spec: RunSpec) -> Files:
@@ -88,9 +96,10 @@ class Engine:
         low, high = self.tested
         if not _at(low) <= _at(version) < _at(high):
             return Probe(
-                version=version, problem=f"{version} was never tried: {low} to below {high} were",
+                version=version,
+                problem=f"{version} was never tried: {low} to below {high} were",
                 fix=self.install,
-            )  # fmt: skip
+            )
         return Probe(version=version)
 
 

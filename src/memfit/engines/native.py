@@ -16,9 +16,10 @@ from memfit.types.launch import LaunchConfig, RunSpec
 _SOURCE = Path(__file__).parents[2]
 
 ENGINE = Engine(
-    name="native", summary="torch alone: DDP, FSDP2, tensor, pipeline, context, axial and expert parallelism",
+    name="native",
+    summary="torch alone: DDP, FSDP2, tensor, pipeline, context, axial and expert parallelism",
     carries=frozenset(TECHNIQUES),
-)  # fmt: skip
+)
 
 
 def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:

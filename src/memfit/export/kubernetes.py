@@ -26,9 +26,10 @@ def files(handover: Handover) -> Files:
     volume, or if the files do not fit a ConfigMap."""
     if not handover.image:
         raise UserError(
-            "no --image", allowed="a container image with Python, torch and what is started",
+            "no --image",
+            allowed="a container image with Python, torch and what is started",
             hint="for example --image registry/name:tag",
-        )  # fmt: skip
+        )
     if (kept := handover.config.spec.keep.save) and not (handover.claim and kept.startswith("/")):
         raise UserError(
             f"--save {kept} without a volume",
@@ -64,7 +65,9 @@ def objects(handover: Handover, carried: Files) -> list[Object]:
     found: list[Object] = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": dict(carried)},
         {
-            "apiVersion": "v1", "kind": "Service", "metadata": meta,
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": meta,
             "spec": {
                 "clusterIP": "None",  # the service only gives names to pods and has no address
                 "publishNotReadyAddresses": True,  # the first pod must be found before it is ready
@@ -73,7 +76,7 @@ def objects(handover: Handover, carried: Files) -> list[Object]:
             },
         },
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": _job(handover, labels)},
-    ]  # fmt: skip
+    ]
     return found
 
 

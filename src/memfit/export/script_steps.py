@@ -26,11 +26,19 @@ _APPLIED: Mapping[str, frozenset[str]] = {
     "deepspeed": frozenset({"ddp", "zero", "gradient-accumulation"}),
     "megatron": frozenset(
         {
-            "ddp", "fsdp2", "zero", "tensor-parallel", "pipeline", "context-parallel",
-            "activation-checkpointing", "bf16-parameters", "gradient-accumulation", "sgd",
+            "ddp",
+            "fsdp2",
+            "zero",
+            "tensor-parallel",
+            "pipeline",
+            "context-parallel",
+            "activation-checkpointing",
+            "bf16-parameters",
+            "gradient-accumulation",
+            "sgd",
         }
     ),
-}  # fmt: skip
+}
 
 _CALLS: Mapping[str, str] = {
     "activation-checkpointing": "recompute {blocks} in backward: model.gradient_checkpointing_enable(), "
@@ -132,9 +140,10 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
         if name not in (*names, "all"):
             close = difflib.get_close_matches(name, names, n=1)
             raise UserError(
-                f"--script-applies {name}", allowed=", ".join(("all", *names)),
+                f"--script-applies {name}",
+                allowed=", ".join(("all", *names)),
                 hint=f"did you mean {close[0]}?" if close else "",
-            )  # fmt: skip
+            )
     if "all" in acknowledged or not (missing := [s for s in steps if s.name not in acknowledged]):
         return
     listed = "; ".join(f"({n}) {s.name}: {s.text}" for n, s in enumerate(missing, 1))

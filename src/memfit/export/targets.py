@@ -56,6 +56,10 @@ def _by_the_users_names(handover: Handover, files: Files) -> Files:
             f"{handover.script[0]} is started with {missing[0]}, which engine {handover.config.engine} does "
             "not read: it would not have the plan's settings",
             allowed=f"configurations of {handover.config.engine}, or another --to",
-        )  # fmt: skip
-    return {word: files[name] for name, path in sources.items() for word in words
-            if word == Path(path).name and name in files}  # fmt: skip
+        )
+    return {
+        word: files[name]
+        for name, path in sources.items()
+        for word in words
+        if word == Path(path).name and name in files
+    }

@@ -40,9 +40,12 @@ def files(handover: Handover) -> Files:
 def script(handover: Handover) -> str:
     """Return the text of torchrun.sh."""
     head = _HEAD.format(
-        label=handover.plan.label, engine=handover.config.engine, ranks=handover.plan.ranks,
-        per_node=handover.per_node, nodes=handover.nodes,
-    )  # fmt: skip
+        label=handover.plan.label,
+        engine=handover.config.engine,
+        ranks=handover.plan.ranks,
+        per_node=handover.per_node,
+        nodes=handover.nodes,
+    )
     several = _SEVERAL_NODES if handover.nodes > 1 else ""
     exports = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in environment(handover).items())
     by_accelerate = handover.script and handover.config.engine == "accelerate"

@@ -22,9 +22,12 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 _DDP_BUCKET_MIB = 100  # fixed in the parallelize.py of torchtitan's models
 _SCHEDULES = {
-    "gpipe": ("GPipe", 1), "1f1b": ("1F1B", 1), "interleaved": ("Interleaved1F1B", 2),
-    "zero-bubble": ("InterleavedZeroBubble", 2), "zero-bubble-v": ("ZBVZeroBubble", 2),
-}  # fmt: skip
+    "gpipe": ("GPipe", 1),
+    "1f1b": ("1F1B", 1),
+    "interleaved": ("Interleaved1F1B", 2),
+    "zero-bubble": ("InterleavedZeroBubble", 2),
+    "zero-bubble-v": ("ZBVZeroBubble", 2),
+}
 _KERNELS = {"adamw-fused": "fused", "adamw-single": "for-loop"}
 # Technique -> settings for which torchtitan supports one value: (setting, value, reason).
 _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
@@ -42,10 +45,21 @@ _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     "selective-checkpointing": (("keep", "every-second-matmul", "what its op policy keeps"),),
 }
 _SAID = {
-    "ddp", "fsdp2", "tensor-parallel", "context-parallel", "pipeline", "expert-parallel", "bf16-autocast",
-    "gradient-accumulation", "activation-checkpointing", "selective-checkpointing", "compile",
-    "optimizer-in-backward", "float8-linear", *_KERNELS,
-}  # fmt: skip
+    "ddp",
+    "fsdp2",
+    "tensor-parallel",
+    "context-parallel",
+    "pipeline",
+    "expert-parallel",
+    "bf16-autocast",
+    "gradient-accumulation",
+    "activation-checkpointing",
+    "selective-checkpointing",
+    "compile",
+    "optimizer-in-backward",
+    "float8-linear",
+    *_KERNELS,
+}
 
 
 def files(handover: Handover) -> Files:

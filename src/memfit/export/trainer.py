@@ -19,9 +19,13 @@ from memfit.types.plan import Plan
 ARGUMENTS = "training_args.json"
 
 _OPTIMIZERS = {
-    "adamw-fused": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "adamw-paged": "paged_adamw_8bit",
-    "adamw-4bit": "adamw_torch_4bit", "adafactor": "adafactor", "sgd": "sgd",
-}  # fmt: skip
+    "adamw-fused": "adamw_torch_fused",
+    "adamw-8bit": "adamw_bnb_8bit",
+    "adamw-paged": "paged_adamw_8bit",
+    "adamw-4bit": "adamw_torch_4bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
 _SAID = {
     "ddp",
     "fsdp2",

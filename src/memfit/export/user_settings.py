@@ -97,14 +97,19 @@ def _toml_value(value: Any) -> str:
 
 _FREE_OF_DEEPSPEED = frozenset(
     {
-        "gradient_clipping", "steps_per_print", "wall_clock_breakdown",
-        "zero_optimization.contiguous_gradients", "zero_optimization.reduce_scatter",
+        "gradient_clipping",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "zero_optimization.contiguous_gradients",
+        "zero_optimization.reduce_scatter",
         "zero_optimization.allgather_bucket_size",
-        "zero_optimization.round_robin_gradients", "zero_optimization.sub_group_size",
-        "zero_optimization.stage3_max_reuse_distance", "zero_optimization.offload_optimizer.pin_memory",
+        "zero_optimization.round_robin_gradients",
+        "zero_optimization.sub_group_size",
+        "zero_optimization.stage3_max_reuse_distance",
+        "zero_optimization.offload_optimizer.pin_memory",
         "zero_optimization.offload_param.pin_memory",
     }
-)  # fmt: skip
+)
 _DEEPSPEED = _Format(
     kind="deepspeed", load=json.loads, dump=_json_text, suffixes=(".json",), free=_FREE_OF_DEEPSPEED
 )
@@ -112,27 +117,35 @@ _FORMATS: Mapping[str, _Format] = {
     deepspeed.CONFIG: _DEEPSPEED,
     openfold.DEEPSPEED: _DEEPSPEED,
     accelerate.CONFIG: _Format(
-        kind="accelerate", load=_yaml, dump=_yaml_text, suffixes=(".yaml", ".yml"),
+        kind="accelerate",
+        load=_yaml,
+        dump=_yaml_text,
+        suffixes=(".yaml", ".yml"),
         free=frozenset(
             {
-                "compute_environment", "debug", "downcast_bf16", "machine_rank", "main_training_function",
-                "num_machines", "rdzv_backend", "same_network", "use_cpu",
+                "compute_environment",
+                "debug",
+                "downcast_bf16",
+                "machine_rank",
+                "main_training_function",
+                "num_machines",
+                "rdzv_backend",
+                "same_network",
+                "use_cpu",
             }
         ),
     ),
     megatron.CONFIG: _Format(
-        kind="megatron", load=_options, dump=_options_text,
+        kind="megatron",
+        load=_options,
+        dump=_options_text,
         free=frozenset({"clip-grad", "seed", "hidden-dropout", "attention-dropout", "train-iters"}),
     ),
     trainer.ARGUMENTS: _Format(kind="trainer", load=json.loads, dump=_json_text, suffixes=(".json",)),
-    torchtitan.TOML: _Format(
-        kind="torchtitan", load=tomllib.loads, dump=toml_text, suffixes=(".toml",)
-    ),
-    openfold.CHANGES: _Format(
-        kind="openfold_config", load=json.loads, dump=_json_text, suffixes=(".json",)
-    ),
+    torchtitan.TOML: _Format(kind="torchtitan", load=tomllib.loads, dump=toml_text, suffixes=(".toml",)),
+    openfold.CHANGES: _Format(kind="openfold_config", load=json.loads, dump=_json_text, suffixes=(".json",)),
     openfold.ARGUMENTS: _Format(kind="openfold", load=_options, dump=_options_text),
-}  # fmt: skip
+}
 
 
 def read_user_files(
@@ -189,16 +202,17 @@ def with_target_settings(handover: Handover, target: Target) -> Handover:
     kept = _kept(handover.user_files, handover.config.spec, rendered, of_target)
     earlier = handover.kept or kept
     both = UserSettings(
-        files=kept.files, sources={**earlier.sources, **kept.sources},
+        files=kept.files,
+        sources={**earlier.sources, **kept.sources},
         changed=tuple(dict.fromkeys((*earlier.changed, *kept.changed))),
         not_carried=tuple(dict.fromkeys((*earlier.not_carried, *kept.not_carried))),
-    )  # fmt: skip
+    )
     return dataclasses.replace(handover, kept=both)
 
 
 def _kept(
     given: UserFiles, spec: RunSpec, rendered: Callable[[RunSpec], Files], names: Collection[str]
-) -> UserSettings:  # fmt: skip
+) -> UserSettings:
     """Merge the user's settings into the rendered files called ``names``. Gradient clipping is written only
     if the job sets it and no file does. What the files say, or leave to their library's default, is not
     changed."""
@@ -255,12 +269,34 @@ def unused_files(setup: Setup, kept: Mapping[str, str]) -> tuple[str, ...]:
 # Options of torchrun, deepspeed and accelerate launch, which the exported script sets itself.
 _OF_LAUNCHERS = frozenset(
     {
-        "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_backend",
-        "rdzv_endpoint", "rdzv_id", "rdzv_conf", "standalone", "max_restarts", "local_addr", "tee",
-        "num_gpus", "num_nodes", "hostfile", "include", "exclude", "config_file", "num_processes",
-        "num_machines", "machine_rank", "main_process_ip", "main_process_port", "no_python", "module",
+        "nproc_per_node",
+        "nnodes",
+        "node_rank",
+        "master_addr",
+        "master_port",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "rdzv_id",
+        "rdzv_conf",
+        "standalone",
+        "max_restarts",
+        "local_addr",
+        "tee",
+        "num_gpus",
+        "num_nodes",
+        "hostfile",
+        "include",
+        "exclude",
+        "config_file",
+        "num_processes",
+        "num_machines",
+        "machine_rank",
+        "main_process_ip",
+        "main_process_port",
+        "no_python",
+        "module",
     }
-)  # fmt: skip
+)
 
 
 def _user_data(
@@ -370,10 +406,15 @@ def _remove(data: dict[str, Any], path: tuple[str, ...]) -> None:
 
 # Settings that Accelerate refuses in its YAML beside a DeepSpeed file, which holds them instead.
 _SAID_BY_FILE = (
-    "gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device",
-    "offload_param_device", "offload_param_nvme_path", "offload_optimizer_nvme_path",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_stage",
+    "offload_optimizer_device",
+    "offload_param_device",
+    "offload_param_nvme_path",
+    "offload_optimizer_nvme_path",
     "zero3_save_16bit_model",
-)  # fmt: skip
+)
 
 
 def _made_consistent(
@@ -400,9 +441,12 @@ def _made_consistent(
 
 
 _FSDP1_ONLY = (
-    "fsdp_sharding_strategy", "fsdp_use_orig_params", "fsdp_backward_prefetch", "fsdp_forward_prefetch",
+    "fsdp_sharding_strategy",
+    "fsdp_use_orig_params",
+    "fsdp_backward_prefetch",
+    "fsdp_forward_prefetch",
     "fsdp_sync_module_states",
-)  # fmt: skip
+)
 
 
 def _as_fsdp2(section: dict[str, Any]) -> Iterator[str]:

@@ -23,9 +23,20 @@ from memfit.types.plan import Plan, use
 
 # Of the module itself: no argument of the Trainer says them, the callback looks whether it does them.
 _OF_THE_MODULE = {
-    "activation-checkpointing", "selective-checkpointing", "chunked-loss", "compile", "lora", "qlora",
-    "adamw-8bit", "adamw-4bit", "adamw-paged", "adamw-fused", "adamw-single", "adafactor", "sgd",
-}  # fmt: skip
+    "activation-checkpointing",
+    "selective-checkpointing",
+    "chunked-loss",
+    "compile",
+    "lora",
+    "qlora",
+    "adamw-8bit",
+    "adamw-4bit",
+    "adamw-paged",
+    "adamw-fused",
+    "adamw-single",
+    "adafactor",
+    "sgd",
+}
 _OF_THE_TRAINER = {"ddp", "fsdp2", "bf16-autocast", "fp16-autocast", "gradient-accumulation"}
 _MIXED = {"bf16-autocast": "bf16-mixed", "fp16-autocast": "16-mixed"}
 
@@ -104,9 +115,13 @@ class _Hooks:
             except UserError as error:
                 why_not = str(error)
         self._recorder = Recorder(
-            plan=plan, prediction=prediction, why_not=why_not, model=pl_module, strict=self._strict,
+            plan=plan,
+            prediction=prediction,
+            why_not=why_not,
+            model=pl_module,
+            strict=self._strict,
             blocks=self._blocks,
-        )  # fmt: skip
+        )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *given: Any) -> None:
         if not self._inside and self._recorder is not None:

@@ -54,10 +54,14 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
                 why_not = str(error)
         self._path = Path(path) if path is not None else Path(args.output_dir) / "memfit.json"
         self._recorder = Recorder(
-            plan=plan_of(plan) if plan is not None else plan_of_arguments(args), prediction=prediction,
-            why_not=why_not, model=trainer.model, strict=strict, blocks=blocks,
+            plan=plan_of(plan) if plan is not None else plan_of_arguments(args),
+            prediction=prediction,
+            why_not=why_not,
+            model=trainer.model,
+            strict=strict,
+            blocks=blocks,
             clip=None if args.deepspeed else args.max_grad_norm,  # DeepSpeed clips by its own file
-        )  # fmt: skip
+        )
         if prediction is not None and args.process_index == 0:
             print(f"memfit: {prediction}")
 

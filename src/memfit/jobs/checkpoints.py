@@ -91,9 +91,10 @@ def must_be_free(folder: Path, after: int) -> None:
     later = [p for p in _newest_first(folder) if p.suffix != PARTIAL and _step(p) > after]
     if later:
         raise UserError(
-            f"{folder} holds {later[0].name} of another run already", allowed="an empty folder",
+            f"{folder} holds {later[0].name} of another run already",
+            allowed="an empty folder",
             hint=f"or --resume {folder} to go on from it",
-        )  # fmt: skip
+        )
 
 
 def about(path: Path) -> Checkpoint:

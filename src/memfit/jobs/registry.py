@@ -34,9 +34,16 @@ class BuiltIn:
 
 # Each is a module of that name with underscores, loaded on demand.
 _BUILT_IN: Final = (
-    "alphafold2", "protein-ss", "protein-lm", "char-lm", "molecules", "genome", "weather", "potential",
+    "alphafold2",
+    "protein-ss",
+    "protein-lm",
+    "char-lm",
+    "molecules",
+    "genome",
+    "weather",
+    "potential",
     "segmentation3d",
-)  # fmt: skip
+)
 
 
 def names() -> tuple[str, ...]:

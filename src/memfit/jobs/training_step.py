@@ -62,10 +62,13 @@ class TrainingStep:
         model = job.build_model()
         model.train()
         bench = Workbench(
-            job=job, model=model, device=device, make_optimizer=default_optimizer(job.optimizer, device),
+            job=job,
+            model=model,
+            device=device,
+            make_optimizer=default_optimizer(job.optimizer, device),
             world=world or World(layout=layout(plan)),
             first_part=lambda parts: split(job.make_batch(0, 0), parts)[0],
-        )  # fmt: skip
+        )
         on_built(bench)
         fp32_modules.keep(bench, plan, self.carried)
         for technique, _ in in_order(plan):

@@ -27,9 +27,10 @@ def clipping_setting(setup: Setup) -> ClippingSetting:
     if setup.deepspeed is not None:
         return _deepspeed(setup, setup.deepspeed)
     for options, path in (
-        (setup.megatron, "clip_grad"), (setup.torchtitan, "training.max_norm"),
+        (setup.megatron, "clip_grad"),
+        (setup.torchtitan, "training.max_norm"),
         (setup.trainer, "max_grad_norm"),
-    ):  # fmt: skip
+    ):
         if options is not None:
             return _of(options, path)
     return ClippingSetting(limit=None, explicit=False)

@@ -21,8 +21,11 @@ _OPERATORS = frozenset({"\\", "|", "||", "&", "&&", ">"})
 _NUMBER = re.compile(r"-[\d.][\d.e-]*")
 _MOST_ROUNDS = 6  # of substitution, for variables whose values refer to other variables
 _WORK: Mapping[str, Callable[[int, int], int]] = {
-    "*": operator.mul, "/": operator.floordiv, "+": operator.add, "-": operator.sub,
-}  # fmt: skip
+    "*": operator.mul,
+    "/": operator.floordiv,
+    "+": operator.add,
+    "-": operator.sub,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,10 +64,12 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
         return DescribedModel(layers=layers, width=width, missing=missing)
     vocabulary, differences = _vocabulary(given, tensor)
     common = {
-        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
         "vocab_size": vocabulary,
         "tie_word_embeddings": not given.on("untie_embeddings_and_output_weights"),
-    }  # fmt: skip
+    }
     kind, sizes = _family(given, width, heads)
     if not kind:
         missing = "memfit builds no model with its positions, normalization, activation and heads together"
@@ -99,18 +101,25 @@ def _family(given: Options, width: int, heads: int) -> tuple[str, dict[str, Any]
     length = max(given.size("max_position_embeddings") or 1, given.size("seq_length") or 1)
     if (position, gated, normalization) == ("rope", True, "RMSNorm"):
         return "llama", {
-            "intermediate_size": feed, "num_key_value_heads": groups, "head_dim": head,
-            "attention_bias": biased, "mlp_bias": biased, "max_position_embeddings": length,
-        }  # fmt: skip
+            "intermediate_size": feed,
+            "num_key_value_heads": groups,
+            "head_dim": head,
+            "attention_bias": biased,
+            "mlp_bias": biased,
+            "max_position_embeddings": length,
+        }
     if gated or normalization != "LayerNorm" or groups != heads or head != width // heads:
         return "", {}
     if position == "learned_absolute" and biased:
         return "biogpt", {"intermediate_size": feed, "hidden_act": "gelu", "max_position_embeddings": length}
     if position == "rope":
         return "gpt_neox", {
-            "intermediate_size": feed, "hidden_act": "gelu", "use_parallel_residual": False,
-            "attention_bias": biased, "max_position_embeddings": length,
-        }  # fmt: skip
+            "intermediate_size": feed,
+            "hidden_act": "gelu",
+            "use_parallel_residual": False,
+            "attention_bias": biased,
+            "max_position_embeddings": length,
+        }
     return "", {}
 
 
@@ -131,14 +140,20 @@ def _vocabulary(given: Options, tensor: int) -> tuple[int, tuple[tuple[str, str]
 # -- torchtitan ------------------------------------------------------------------------------------------
 
 _LLAMA3 = {
-    "debugmodel": (256, 768, 6, 16, 16), "8B": (4096, 14_336, 32, 32, 8), "70B": (8192, 28_672, 80, 64, 8),
+    "debugmodel": (256, 768, 6, 16, 16),
+    "8B": (4096, 14_336, 32, 32, 8),
+    "70B": (8192, 28_672, 80, 64, 8),
     "405B": (16_384, 53_248, 126, 128, 8),
-}  # fmt: skip
+}
 _QWEN3 = {
-    "debugmodel": (256, 3072, 8, 16, 8), "0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8),
-    "4B": (2560, 9728, 36, 32, 8), "8B": (4096, 12_288, 36, 32, 8), "14B": (5120, 17_408, 40, 40, 8),
+    "debugmodel": (256, 3072, 8, 16, 8),
+    "0.6B": (1024, 3072, 28, 16, 8),
+    "1.7B": (2048, 6144, 28, 16, 8),
+    "4B": (2560, 9728, 36, 32, 8),
+    "8B": (4096, 12_288, 36, 32, 8),
+    "14B": (5120, 17_408, 40, 40, 8),
     "32B": (5120, 25_600, 64, 64, 8),
-}  # fmt: skip
+}
 _TIED = ("debugmodel", "0.6B", "1.7B", "4B")  # flavors of Qwen3 with tied embeddings
 _ATTENTIONS = re.compile(r"_(flex|varlen)(_attn)?$")  # suffixes of flavors that have the same sizes
 _DEBUG_TOKENS = 2048
@@ -159,11 +174,16 @@ def of_torchtitan(given: Options) -> DescribedModel | None:
     job = _job(
         name.removesuffix("3") if name == "llama3" else name,
         {
-            "hidden_size": width, "intermediate_size": feed, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": tokens,
-            "head_dim": width // heads if name == "llama3" else 128, "max_position_embeddings": 131_072,
+            "hidden_size": width,
+            "intermediate_size": feed,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "vocab_size": tokens,
+            "head_dim": width // heads if name == "llama3" else 128,
+            "max_position_embeddings": 131_072,
             "tie_word_embeddings": name == "qwen3" and size in _TIED,
         },
-    )  # fmt: skip
+    )
     alike = ((f"torchtitan's {name} {flavor}", "predicted as transformers' model of the same sizes"),)
     return DescribedModel(layers=layers, width=width, job=job, differences=alike)

@@ -30,15 +30,21 @@ class Preset:
 _INITIAL, _FINE = Preset(), Preset(residues=384, rows=512, extra_rows=5120)
 _UNTEMPLATED = dataclasses.replace(_FINE, templates=False)
 _MODELS = {
-    "model_1": Preset(extra_rows=5120), "model_2": Preset(),
-    "model_3": Preset(extra_rows=5120, templates=False), "model_4": Preset(extra_rows=5120, templates=False),
+    "model_1": Preset(extra_rows=5120),
+    "model_2": Preset(),
+    "model_3": Preset(extra_rows=5120, templates=False),
+    "model_4": Preset(extra_rows=5120, templates=False),
     "model_5": Preset(templates=False),
-}  # fmt: skip
+}
 PRESETS: Final[Mapping[str, Preset]] = {
-    "initial_training": _INITIAL, "finetuning": _FINE, "finetuning_ptm": _FINE,
-    "finetuning_no_templ": _UNTEMPLATED, "finetuning_no_templ_ptm": _UNTEMPLATED, **_MODELS,
+    "initial_training": _INITIAL,
+    "finetuning": _FINE,
+    "finetuning_ptm": _FINE,
+    "finetuning_no_templ": _UNTEMPLATED,
+    "finetuning_no_templ_ptm": _UNTEMPLATED,
+    **_MODELS,
     **{f"{name}_ptm": preset for name, preset in _MODELS.items()},
-}  # fmt: skip
+}
 DEFAULT_PRESET: Final = "initial_training"
 # Sizes of the job alphafold2 at which it is OpenFold's network -> OpenFold's preset.
 JOB, SIZES = (
@@ -50,20 +56,32 @@ KERNELS: Final = ("use_deepspeed_evo_attention", "use_lma", "use_flash")
 # All keys of "globals". OpenFold accepts other keys without a warning.
 GLOBALS: Final = frozenset(
     {
-        "blocks_per_ckpt", "chunk_size", *KERNELS, "offload_inference", "c_z", "c_m", "c_t", "c_e", "c_s",
-        "eps", "is_multimer", "seqemb_mode_enabled",
+        "blocks_per_ckpt",
+        "chunk_size",
+        *KERNELS,
+        "offload_inference",
+        "c_z",
+        "c_m",
+        "c_t",
+        "c_e",
+        "c_s",
+        "eps",
+        "is_multimer",
+        "seqemb_mode_enabled",
     }
-)  # fmt: skip
+)
 # These keys share one reference in OpenFold's configuration: setting any of them sets all.
 CKPT: Final = (
-    "globals.blocks_per_ckpt", "model.evoformer_stack.blocks_per_ckpt",
+    "globals.blocks_per_ckpt",
+    "model.evoformer_stack.blocks_per_ckpt",
     "model.template.template_pair_stack.blocks_per_ckpt",
-)  # fmt: skip
+)
 EXTRA_CKPT: Final = "model.extra_msa.extra_msa_stack.ckpt"
 TUNED: Final = (
-    "model.evoformer_stack.tune_chunk_size", "model.extra_msa.extra_msa_stack.tune_chunk_size",
+    "model.evoformer_stack.tune_chunk_size",
+    "model.extra_msa.extra_msa_stack.tune_chunk_size",
     "model.template.template_pair_stack.tune_chunk_size",
-)  # fmt: skip
+)
 
 
 def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:

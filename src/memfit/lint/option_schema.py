@@ -80,11 +80,13 @@ class Spec:
 
 
 _ASKED = {
-    "integer": Spec.counts, "number": Spec.counts, "switch": Spec.switches,
+    "integer": Spec.counts,
+    "number": Spec.counts,
+    "switch": Spec.switches,
     "text": lambda *_: True,
     "list": lambda *_: True,  # most libraries split text into a list
     "table": lambda *_: False,
-}  # fmt: skip
+}
 
 
 def _number(value: Any, spelled: bool) -> float | None:

@@ -152,15 +152,26 @@ def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:
 # Settings whose "auto" Accelerate fills in without a Trainer (accelerator.py, _prepare_deepspeed, 1.15). The
 # Trainer fills in more.
 _ACCELERATE_FILLS = {
-    *_BATCH, "gradient_clipping", "fp16.enabled", "bf16.enabled", "optimizer.params.lr",
-    "optimizer.params.weight_decay", "scheduler.params.warmup_min_lr", "scheduler.params.warmup_max_lr",
-    "scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps",
-    "zero_optimization.reduce_bucket_size", "zero_optimization.stage3_prefetch_bucket_size",
+    *_BATCH,
+    "gradient_clipping",
+    "fp16.enabled",
+    "bf16.enabled",
+    "optimizer.params.lr",
+    "optimizer.params.weight_decay",
+    "scheduler.params.warmup_min_lr",
+    "scheduler.params.warmup_max_lr",
+    "scheduler.params.warmup_num_steps",
+    "scheduler.params.total_num_steps",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.stage3_param_persistence_threshold",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save", "zero_optimization.stage",
-    "zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device",
-    "zero_optimization.offload_param.nvme_path", "zero_optimization.offload_optimizer.nvme_path",
-}  # fmt: skip
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.stage",
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_param.device",
+    "zero_optimization.offload_param.nvme_path",
+    "zero_optimization.offload_optimizer.nvme_path",
+}
 
 
 def deepspeed_auto_unfilled(d: Options, s: Setup) -> Found:
@@ -244,11 +255,21 @@ def deepspeed_no_zero(d: Options, s: Setup) -> Found:
 
 # From _REMOVED_TOP_LEVEL_CONFIG_KEYS and _REMOVED_ZERO_CONFIG_KEYS of runtime/config.py, 0.19.8.
 _REMOVED = (
-    "nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue",
-    "sparse_attention", "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
-    "zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather",
+    "nebula",
+    "compression_training",
+    "amp",
+    "quantize_training",
+    "sparse_gradients",
+    "eigenvalue",
+    "sparse_attention",
+    "elasticity",
+    "graph_harvesting",
+    "curriculum_learning",
+    "progressive_layer_drop",
+    "zero_optimization.mics_shard_size",
+    "zero_optimization.mics_hierarchical_params_gather",
     "zero_optimization.zeropp_loco_param",
-)  # fmt: skip
+)
 
 
 def deepspeed_removed(d: Options, s: Setup) -> Found:
@@ -284,12 +305,29 @@ def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
 
 
 _OWN = (
-    deepspeed_batch_product, deepspeed_two_precisions, deepspeed_fp16_off, deepspeed_bf16_loss_scale,
-    deepspeed_offload_parameters, deepspeed_offload_optimizer, deepspeed_stage3_keys, deepspeed_nvme_path,
-    deepspeed_contiguous_checkpoints, deepspeed_checkpointing_unused, deepspeed_auto_unfilled,
-    deepspeed_untested_optimizer, deepspeed_one_bit, deepspeed_offload_lamb, deepspeed_scheduler_steps,
-    deepspeed_pipeline, deepspeed_bucket, deepspeed_removed, deepspeed_no_zero, deepspeed_zeropp,
+    deepspeed_batch_product,
+    deepspeed_two_precisions,
+    deepspeed_fp16_off,
+    deepspeed_bf16_loss_scale,
+    deepspeed_offload_parameters,
+    deepspeed_offload_optimizer,
+    deepspeed_stage3_keys,
+    deepspeed_nvme_path,
+    deepspeed_contiguous_checkpoints,
+    deepspeed_checkpointing_unused,
+    deepspeed_auto_unfilled,
+    deepspeed_untested_optimizer,
+    deepspeed_one_bit,
+    deepspeed_offload_lamb,
+    deepspeed_scheduler_steps,
+    deepspeed_pipeline,
+    deepspeed_bucket,
+    deepspeed_removed,
+    deepspeed_no_zero,
+    deepspeed_zeropp,
     deepspeed_nvme_stage,
-    deepspeed_torch_adam, deepspeed_hpz_ranks, deepspeed_least_scale,
-)  # fmt: skip
+    deepspeed_torch_adam,
+    deepspeed_hpz_ranks,
+    deepspeed_least_scale,
+)
 CHECKS = {("deepspeed",): _OWN, ("deepspeed", "trainer"): (deepspeed_gather_on_save,)}

@@ -14,10 +14,15 @@ def _kind(a: Options) -> str:
 # -- Accelerate --------------------------------------------------------------------------------------------
 
 _DOUBLED = (
-    "gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device",
-    "offload_param_device", "offload_param_nvme_path", "offload_optimizer_nvme_path",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_stage",
+    "offload_optimizer_device",
+    "offload_param_device",
+    "offload_param_nvme_path",
+    "offload_optimizer_nvme_path",
     "zero3_save_16bit_model",
-)  # fmt: skip
+)
 
 
 def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
@@ -170,8 +175,12 @@ def _version(options: Options, s: Setup) -> int | None:
 
 
 _ONLY_FSDP1 = (
-    "use_orig_params", "sync_module_states", "forward_prefetch", "backward_prefetch", "sharding_strategy",
-)  # fmt: skip
+    "use_orig_params",
+    "sync_module_states",
+    "forward_prefetch",
+    "backward_prefetch",
+    "sharding_strategy",
+)
 _HARMLESS = ("none", "false", "no_prefetch")  # values that ask for nothing
 
 
@@ -245,10 +254,12 @@ def trainer_deepspeed_clipping(d: Options, t: Options, s: Setup) -> Found:
 def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found:
     """Report hyperparameters that differ between the DeepSpeed file and the TrainingArguments."""
     for ours, theirs in (
-        ("learning_rate", "optimizer.params.lr"), ("weight_decay", "optimizer.params.weight_decay"),
-        ("adam_epsilon", "optimizer.params.eps"), ("learning_rate", "scheduler.params.warmup_max_lr"),
+        ("learning_rate", "optimizer.params.lr"),
+        ("weight_decay", "optimizer.params.weight_decay"),
+        ("adam_epsilon", "optimizer.params.eps"),
+        ("learning_rate", "scheduler.params.warmup_max_lr"),
         ("warmup_steps", "scheduler.params.warmup_num_steps"),
-    ):  # fmt: skip
+    ):
         yield from _differs(d, t, ours, theirs)
 
 
@@ -353,23 +364,41 @@ def fsdp2_offload_clipping(t: Options, s: Setup) -> Found:
 _FSDP = (fsdp2_old_options, fsdp2_reshard, fsdp_efficient_loading, fsdp_wrapping, fsdp_prefetch)
 CHECKS = {
     ("accelerate",): (
-        accelerate_deepspeed_twice, accelerate_section_ignored, accelerate_processes, accelerate_rendezvous,
-        accelerate_local_address, accelerate_one_process,
-        accelerate_machine_rank, accelerate_few_devices, accelerate_idle_devices, accelerate_cpu_fp16,
+        accelerate_deepspeed_twice,
+        accelerate_section_ignored,
+        accelerate_processes,
+        accelerate_rendezvous,
+        accelerate_local_address,
+        accelerate_one_process,
+        accelerate_machine_rank,
+        accelerate_few_devices,
+        accelerate_idle_devices,
+        accelerate_cpu_fp16,
     ),
     ("accelerate", "deepspeed"): (
-        accelerate_other_launcher, accelerate_zero3_init, accelerate_deepspeed_precision,
+        accelerate_other_launcher,
+        accelerate_zero3_init,
+        accelerate_deepspeed_precision,
     ),
     ("deepspeed", "trainer"): (
-        trainer_deepspeed_batch, trainer_deepspeed_accumulation, trainer_deepspeed_clipping,
-        trainer_deepspeed_hyperparameters, trainer_deepspeed_precision, trainer_optimizer_twice,
+        trainer_deepspeed_batch,
+        trainer_deepspeed_accumulation,
+        trainer_deepspeed_clipping,
+        trainer_deepspeed_hyperparameters,
+        trainer_deepspeed_precision,
+        trainer_optimizer_twice,
         trainer_find_batch,
     ),
     ("trainer",): (
-        trainer_fsdp_deepspeed, trainer_two_precisions, trainer_fsdp_checkpointing,
-        trainer_fsdp_save_only_model, trainer_best_model, trainer_unused_parameters, trainer_cache,
+        trainer_fsdp_deepspeed,
+        trainer_two_precisions,
+        trainer_fsdp_checkpointing,
+        trainer_fsdp_save_only_model,
+        trainer_best_model,
+        trainer_unused_parameters,
+        trainer_cache,
         fsdp2_offload_clipping,
     ),
     ("trainer", "accelerate"): (trainer_accelerate_precision,),
     ("fsdp",): _FSDP,
-}  # fmt: skip
+}

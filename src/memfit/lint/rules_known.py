@@ -57,9 +57,12 @@ def deepspeed_unknown_key(d: Options, s: Setup) -> Found:
 
 # Keys of the fp16 section within bf16: the rule deepspeed_bf16_loss_scale reports them.
 _COPIED = (
-    "bf16.loss_scale", "bf16.loss_scale_window", "bf16.initial_scale_power", "bf16.hysteresis",
+    "bf16.loss_scale",
+    "bf16.loss_scale_window",
+    "bf16.initial_scale_power",
+    "bf16.hysteresis",
     "bf16.min_loss_scale",
-)  # fmt: skip
+)
 
 
 def deepspeed_section_key(d: Options, s: Setup) -> Found:
@@ -159,13 +162,19 @@ def torchtitan_value(t: Options, s: Setup) -> Found:
 
 CHECKS = {
     ("deepspeed",): (
-        deepspeed_unknown_key, deepspeed_section_key, deepspeed_newer_key, deepspeed_text_for_number,
+        deepspeed_unknown_key,
+        deepspeed_section_key,
+        deepspeed_newer_key,
+        deepspeed_text_for_number,
         deepspeed_value,
     ),
     ("accelerate",): (
-        accelerate_unknown_key, accelerate_newer_key, accelerate_section_key, accelerate_value,
+        accelerate_unknown_key,
+        accelerate_newer_key,
+        accelerate_section_key,
+        accelerate_value,
     ),
     ("trainer",): (trainer_unknown_key, trainer_section_key, trainer_value, trainer_gone),
     ("megatron",): (megatron_unknown_option, megatron_value),
     ("torchtitan",): (torchtitan_unknown_key, torchtitan_value),
-}  # fmt: skip
+}

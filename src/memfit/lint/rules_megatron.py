@@ -32,10 +32,17 @@ def _without(m: Options, name: str) -> bool:
 
 
 _UNEVEN = (
-    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "hybrid_layer_pattern",
-    "hybrid_override_pattern", "is_hybrid_model", "heterogeneous_layers_config_path", "encoder_num_layers",
-)  # fmt: skip
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "is_hybrid_model",
+    "heterogeneous_layers_config_path",
+    "encoder_num_layers",
+)
 _VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
 
 
@@ -107,9 +114,12 @@ def megatron_ranks(m: Options, s: Setup) -> Found:
     tensor, pipeline, context = mesh
     if s.ranks % (tensor * pipeline * context):
         yield {
-            "ranks": s.ranks, "tensor": tensor, "pipeline": pipeline, "context": context,
+            "ranks": s.ranks,
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "context": context,
             "least": tensor * pipeline * context,
-        }  # fmt: skip
+        }
 
 
 def megatron_interleaved_batch(m: Options, s: Setup) -> Found:
@@ -327,12 +337,32 @@ def megatron_tensor_overlap(m: Options, s: Setup) -> Found:
 
 
 _ALL = (
-    megatron_sequence_parallel, megatron_optimizer_alone, megatron_layers, megatron_virtual_layers,
-    megatron_virtual_pipeline, megatron_batch, megatron_ranks, megatron_interleaved_batch, megatron_recompute,
-    megatron_recompute_off, megatron_overlap_gather, megatron_connections, megatron_two_precisions,
-    megatron_heads, megatron_experts, megatron_moe_sequence, megatron_context_length, megatron_torch_fsdp2,
-    megatron_batch_schedule, megatron_tensor_overlap, megatron_positions, megatron_query_groups,
-    megatron_few_query_groups, megatron_query_groups_off, megatron_two_lengths,
-    megatron_distributed_activations, megatron_grouped_gemm,
-)  # fmt: skip
+    megatron_sequence_parallel,
+    megatron_optimizer_alone,
+    megatron_layers,
+    megatron_virtual_layers,
+    megatron_virtual_pipeline,
+    megatron_batch,
+    megatron_ranks,
+    megatron_interleaved_batch,
+    megatron_recompute,
+    megatron_recompute_off,
+    megatron_overlap_gather,
+    megatron_connections,
+    megatron_two_precisions,
+    megatron_heads,
+    megatron_experts,
+    megatron_moe_sequence,
+    megatron_context_length,
+    megatron_torch_fsdp2,
+    megatron_batch_schedule,
+    megatron_tensor_overlap,
+    megatron_positions,
+    megatron_query_groups,
+    megatron_few_query_groups,
+    megatron_query_groups_off,
+    megatron_two_lengths,
+    megatron_distributed_activations,
+    megatron_grouped_gemm,
+)
 CHECKS = {("megatron",): _ALL}

@@ -90,8 +90,11 @@ def openfold_deepspeed_stage3(o: Options, d: Options, s: Setup) -> Found:
 CHECKS = {
     ("openfold",): (openfold_seed, openfold_fp16_deepspeed, openfold_accumulation, openfold_preset),
     ("openfold_config",): (
-        openfold_unknown_key, openfold_two_kernels, openfold_chunk_training, openfold_blocks_per_ckpt,
+        openfold_unknown_key,
+        openfold_two_kernels,
+        openfold_chunk_training,
+        openfold_blocks_per_ckpt,
         openfold_extra_ckpt,
     ),
     ("openfold", "deepspeed"): (openfold_deepspeed_accumulation, openfold_deepspeed_stage3),
-}  # fmt: skip
+}

@@ -130,8 +130,16 @@ def torchtitan_selective_option(t: Options, s: Setup) -> Found:
 
 
 _ALL = (
-    torchtitan_degrees, torchtitan_async_tensor, torchtitan_float8_eager, torchtitan_replicate,
-    torchtitan_step_in_backward, torchtitan_unclipped, torchtitan_microbatches, torchtitan_batch,
-    torchtitan_budget_eager, torchtitan_sequence, torchtitan_selective_option,
-)  # fmt: skip
+    torchtitan_degrees,
+    torchtitan_async_tensor,
+    torchtitan_float8_eager,
+    torchtitan_replicate,
+    torchtitan_step_in_backward,
+    torchtitan_unclipped,
+    torchtitan_microbatches,
+    torchtitan_batch,
+    torchtitan_budget_eager,
+    torchtitan_sequence,
+    torchtitan_selective_option,
+)
 CHECKS = {("torchtitan",): _ALL}

@@ -86,7 +86,10 @@ def trainer_constant_warmup(t: Options, s: Setup) -> Found:
 
 CHECKS = {
     ("trainer",): (
-        trainer_best_steps, trainer_no_workers, trainer_two_warmups, trainer_constant_warmup,
+        trainer_best_steps,
+        trainer_no_workers,
+        trainer_two_warmups,
+        trainer_constant_warmup,
     ),
     ("torchtitan",): (torchtitan_no_workers,),
-}  # fmt: skip
+}

@@ -27,10 +27,15 @@ def over(setup: Setup) -> Carried:
         draft.leave(f"the file {name}", "it is not there")
     plan = dataclasses.replace(draft.plan, ranks=draft.ranks)
     return Carried(
-        plan=plan, engine=engine, micro_batch=draft.micro_batch, batch=draft.batch,
-        left_out=tuple(dict.fromkeys(draft.left_out)), size=draft.size, length=draft.length,
+        plan=plan,
+        engine=engine,
+        micro_batch=draft.micro_batch,
+        batch=draft.batch,
+        left_out=tuple(dict.fromkeys(draft.left_out)),
+        size=draft.size,
+        length=draft.length,
         model=draft.model,
-    )  # fmt: skip
+    )
 
 
 def _whose(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:

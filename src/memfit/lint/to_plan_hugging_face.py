@@ -9,19 +9,38 @@ from memfit.types.plan import KnobValue
 # -- DeepSpeed, alone or below Accelerate and the Trainer --------------------------------------------
 
 _ZERO_READ = {
-    "stage", "reduce_bucket_size", "overlap_comm", "offload_optimizer", "offload_param", "cpu_offload",
-    "prefetch_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
-    "param_persistence_threshold", "stage3_max_live_parameters", "max_live_parameters",
+    "stage",
+    "reduce_bucket_size",
+    "overlap_comm",
+    "offload_optimizer",
+    "offload_param",
+    "cpu_offload",
+    "prefetch_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "max_live_parameters",
     "memory_efficient_linear",
-}  # fmt: skip
+}
 # Settings of checkpoints and of logging, and settings that do not change the memory of the device.
 _ZERO_WITHOUT_BYTES = {
-    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
-    "elastic_checkpoint", "load_from_fp32_weights", "ignore_unused_parameters", "round_robin_gradients",
-    "log_trace_cache_warnings", "allgather_partitions", "reduce_scatter", "contiguous_gradients",
-    "sub_group_size", "stage3_max_reuse_distance", "override_module_apply",
-    "use_multi_rank_bucket_allreduce", "allgather_bucket_size",
-}  # fmt: skip
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save",
+    "elastic_checkpoint",
+    "load_from_fp32_weights",
+    "ignore_unused_parameters",
+    "round_robin_gradients",
+    "log_trace_cache_warnings",
+    "allgather_partitions",
+    "reduce_scatter",
+    "contiguous_gradients",
+    "sub_group_size",
+    "stage3_max_reuse_distance",
+    "override_module_apply",
+    "use_multi_rank_bucket_allreduce",
+    "allgather_bucket_size",
+}
 _SECTIONS = {
     "activation_checkpointing": "it changes only models that call deepspeed.checkpointing",
     "amp": "apex's mixed precision is not in memfit",
@@ -149,10 +168,16 @@ def _batches(setup: Setup, config: Options, draft: Draft) -> None:
 
 _DEEPSPEED_ADAM = ("adam", "adamw", "fusedadam")
 _TRAINER_OPTIMIZERS = {
-    "adamw_torch_fused": "adamw-fused", "adamw_apex_fused": "adamw-fused", "adafactor": "adafactor", "sgd":
-    "sgd", "adamw_bnb_8bit": "adamw-8bit", "adamw_8bit": "adamw-8bit", "adamw_torch_8bit": "adamw-8bit",
-    "paged_adamw_8bit": "adamw-paged", "adamw_torch_4bit": "adamw-4bit",
-}  # fmt: skip
+    "adamw_torch_fused": "adamw-fused",
+    "adamw_apex_fused": "adamw-fused",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+    "adamw_bnb_8bit": "adamw-8bit",
+    "adamw_8bit": "adamw-8bit",
+    "adamw_torch_8bit": "adamw-8bit",
+    "paged_adamw_8bit": "adamw-paged",
+    "adamw_torch_4bit": "adamw-4bit",
+}
 
 
 def _deepspeed_optimizer(setup: Setup, config: Options, draft: Draft) -> None:
@@ -272,9 +297,14 @@ def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
     replicas = (above.size("num_machines") or 1) if strategy.startswith("HYBRID") else sizes["dp_replicate"]
     if data > 1:
         draft.take(
-            "fsdp2", "FSDP", reshard=not keep, replicas=replicas, offload=fsdp.on("offload_params"),
-            precision="bf16" if precision == "bf16" else "as-is", sync=_sync(setup),
-        )  # fmt: skip
+            "fsdp2",
+            "FSDP",
+            reshard=not keep,
+            replicas=replicas,
+            offload=fsdp.on("offload_params"),
+            precision="bf16" if precision == "bf16" else "as-is",
+            sync=_sync(setup),
+        )
     elif precision == "bf16":
         draft.take("bf16-autocast", "mixed precision bf16")
     return data

@@ -26,9 +26,12 @@ def from_megatron(setup: Setup, draft: Draft) -> None:
         draft.take("context-parallel", f"context-parallel-size {context}", degree=context)
     if tensor > 1:
         draft.take(
-            "tensor-parallel", f"tensor-model-parallel-size {tensor}", degree=tensor,
-            sequence=given.on("sequence_parallel"), vocabulary="parallel-loss",
-        )  # fmt: skip
+            "tensor-parallel",
+            f"tensor-model-parallel-size {tensor}",
+            degree=tensor,
+            sequence=given.on("sequence_parallel"),
+            vocabulary="parallel-loss",
+        )
     steps = _micro_batches(given, data, draft)
     if pipeline > 1:
         _megatron_pipeline(given, pipeline, steps, draft)
@@ -74,9 +77,13 @@ def _megatron_pipeline(given: Options, stages: int, steps: int | None, draft: Dr
         virtual = max(1, layers // stages // each)
     knobs: dict[str, KnobValue] = {"micro_batches": steps} if steps else {}
     draft.take(
-        "pipeline", f"pipeline-model-parallel-size {stages}", stages=stages, virtual=virtual,
-        schedule="interleaved" if virtual > 1 else "1f1b", **knobs,
-    )  # fmt: skip
+        "pipeline",
+        f"pipeline-model-parallel-size {stages}",
+        stages=stages,
+        virtual=virtual,
+        schedule="interleaved" if virtual > 1 else "1f1b",
+        **knobs,
+    )
 
 
 def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None:
@@ -95,9 +102,13 @@ def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None
     if data > 1 and sharded and alone:
         bucket = given.size("ddp_bucket_size") or max(40_000_000, 1_000_000 * data)
         draft.take(
-            "zero", "--use-distributed-optimizer", stage=1, precision="bf16" if half else "fp32",
-            reduce_bucket_elements=bucket, overlap=given.on("overlap_grad_reduce"),
-        )  # fmt: skip
+            "zero",
+            "--use-distributed-optimizer",
+            stage=1,
+            precision="bf16" if half else "fp32",
+            reduce_bucket_elements=bucket,
+            overlap=given.on("overlap_grad_reduce"),
+        )
         draft.leave(
             "gradients reduced in place", f"memfit's ZeRO copies them to a bucket of {bucket} elements first"
         )
@@ -142,9 +153,12 @@ def _megatron_recompute(given: Options, draft: Draft) -> None:
 
 _TITAN_LENGTH = 2048
 _SCHEDULES = {
-    "1f1b": "1f1b", "gpipe": "gpipe", "interleaved1f1b": "interleaved",
-    "interleavedzerobubble": "zero-bubble", "zbvzerobubble": "zero-bubble-v",
-}  # fmt: skip
+    "1f1b": "1f1b",
+    "gpipe": "gpipe",
+    "interleaved1f1b": "interleaved",
+    "interleavedzerobubble": "zero-bubble",
+    "zbvzerobubble": "zero-bubble-v",
+}
 
 
 def from_torchtitan(setup: Setup, draft: Draft) -> None:
@@ -219,9 +233,13 @@ def _titan_batches(given: Options, data: int, stages: int, draft: Draft) -> None
         name = _SCHEDULES.get(schedule, "1f1b")
         size = given.size("parallelism.pipeline_parallel_microbatch_size") or 1
         draft.take(
-            "pipeline", "pipeline_parallel_degree", stages=stages, schedule=name,
-            virtual=2 if name in ("interleaved", "zero-bubble-v") else 1, micro_batches=max(1, local // size),
-        )  # fmt: skip
+            "pipeline",
+            "pipeline_parallel_degree",
+            stages=stages,
+            schedule=name,
+            virtual=2 if name in ("interleaved", "zero-bubble-v") else 1,
+            micro_batches=max(1, local // size),
+        )
     draft.accumulate(steps)
 
 
@@ -230,10 +248,15 @@ def _titan_data(given: Options, replicas: int, shard: int, staged: bool, draft: 
     policy = str(given.get("parallelism.fsdp_reshard_after_forward") or "default")
     if shard > 1 or (replicas > 1 and draft.plan.get("tensor-parallel")):
         draft.take(
-            "fsdp2", "FSDP", reshard=policy == "always" or (policy == "default" and not staged),
-            precision="bf16" if half else "as-is", replicas=replicas, units="ends",
-            offload=given.on("training.enable_cpu_offload"), sync="last" if staged else "every",
-        )  # fmt: skip
+            "fsdp2",
+            "FSDP",
+            reshard=policy == "always" or (policy == "default" and not staged),
+            precision="bf16" if half else "as-is",
+            replicas=replicas,
+            units="ends",
+            offload=given.on("training.enable_cpu_offload"),
+            sync="last" if staged else "every",
+        )
         return
     if replicas > 1:
         draft.take("ddp", "data_parallel_replicate_degree", bucket_mib=100, bucket_view=False)

@@ -13,11 +13,25 @@ if TYPE_CHECKING:
     import torch
 
 _MODULES_OWN = frozenset(
-    {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks",
-     "_backward_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks",
-     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_compiled_call_impl"}
-)  # fmt: skip
+    {
+        "_parameters",
+        "_buffers",
+        "_modules",
+        "_non_persistent_buffers_set",
+        "_backward_pre_hooks",
+        "_backward_hooks",
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+        "_compiled_call_impl",
+    }
+)
 _DEEPEST = 12
 _HEAD_NAMES = ("lm_head", "head", "decoder", "classifier", "output")
 
@@ -103,10 +117,15 @@ def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
     same attributes. Attributes that hold the block's own index may differ."""
     told = _Told(index, {id(m): name for name, m in block.named_modules()})
     modules = (
-        (name, type(m), len(m._forward_hooks), len(m._forward_pre_hooks),
-         *((k, told.of(v)) for k, v in vars(m).items() if k not in _MODULES_OWN))
+        (
+            name,
+            type(m),
+            len(m._forward_hooks),
+            len(m._forward_pre_hooks),
+            *((k, told.of(v)) for k, v in vars(m).items() if k not in _MODULES_OWN),
+        )
         for name, m in block.named_modules()
-    )  # fmt: skip
+    )
     tensors = [*block.named_parameters(), *block.named_buffers()]
     return (*modules, *((name, type(t), tuple(t.shape), t.dtype) for name, t in tensors))
 

@@ -191,9 +191,12 @@ def _cut(module: nn.Module, call: ModuleCall, trials: Trials) -> ChunkCut | None
     axes, out_axis = found
     first = next(iter(axes))
     return ChunkCut(
-        axes=axes, first=first, out_axis=out_axis, inside_bytes=call.inside_bytes,
+        axes=axes,
+        first=first,
+        out_axis=out_axis,
+        inside_bytes=call.inside_bytes,
         first_count=math.prod(shapes[first]),
-    )  # fmt: skip
+    )
 
 
 # torch's own attributes, and what techniques wrap around a module.

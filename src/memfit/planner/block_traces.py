@@ -89,9 +89,14 @@ class Traced:
         keeps.
         """
         key = Key(
-            tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute,
-            uses=(make_use("activation-checkpointing", {"every": 1}),), samples=1,
-        )  # fmt: skip
+            tensor=1,
+            sequence=False,
+            vocabulary="whole",
+            context=1,
+            compute=compute,
+            uses=(make_use("activation-checkpointing", {"every": 1}),),
+            samples=1,
+        )
         return self.parts(key, lambda ops: 0.0).block.kept_bytes
 
     def updating(self, uses: Uses, seconds: Seconds) -> Updating:
@@ -110,8 +115,9 @@ class Traced:
         ]
         todo += [
             (-1, self.updates, uses, self._updated)
-            for uses in dict.fromkeys(updates) if uses not in self.updates
-        ]  # fmt: skip
+            for uses in dict.fromkeys(updates)
+            if uses not in self.updates
+        ]
         todo.sort(key=lambda one: one[0])
         with uncollected():
             found = side_by_side([functools.partial(make, what) for _, _, what, make in todo])
@@ -138,9 +144,11 @@ class Traced:
 
     def _small(self, samples: int, blocks: int) -> Job:
         return dataclasses.replace(
-            self.job, batch_size=samples, make_batch=_Few(self._batch, self.job.batch_size, samples),
+            self.job,
+            batch_size=samples,
+            make_batch=_Few(self._batch, self.job.batch_size, samples),
             build_model=FirstBlocks(self.job, blocks),
-        )  # fmt: skip
+        )
 
 
 def _loads(key: Key) -> int:

@@ -82,10 +82,17 @@ class Scale:
             allocated = around(middle, _SKETCH_MEMORY_RATIO)
             memory = sketched(allocated, self.machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
             probe = Estimate(
-                plan=Plan(), allocated_bytes=allocated, phase_peak_bytes={}, at_peak_bytes={},
-                by_module_bytes={}, step_s=None, flops_per_step=0, traced=False,
-                reserved_bytes=memory.reserved_bytes, device_bytes=memory.device_bytes,
-            )  # fmt: skip
+                plan=Plan(),
+                allocated_bytes=allocated,
+                phase_peak_bytes={},
+                at_peak_bytes={},
+                by_module_bytes={},
+                step_s=None,
+                flops_per_step=0,
+                traced=False,
+                reserved_bytes=memory.reserved_bytes,
+                device_bytes=memory.device_bytes,
+            )
             low, high = (middle, high) if self.fits_memory(probe) else (low, middle)
         return low
 
@@ -112,15 +119,21 @@ class Scale:
         each, known = per_host(self.machine), self.engine.known - self.pricer.space.refused
         degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(each, 1)))
         return Limits(
-            ranks=ranks, per_host=each, batch=self.pricer.job.batch_size, blocks=self.traced.blocks,
-            device=self.pricer.device, tensor=degrees, context=tuple(d for d in degrees if d <= 8),
-            chunks=self.pricer.space.vocabulary >= 512, effect=self.aim.accuracy.highest,
+            ranks=ranks,
+            per_host=each,
+            batch=self.pricer.job.batch_size,
+            blocks=self.traced.blocks,
+            device=self.pricer.device,
+            tensor=degrees,
+            context=tuple(d for d in degrees if d <= 8),
+            chunks=self.pricer.space.vocabulary >= 512,
+            effect=self.aim.accuracy.highest,
             micro_batch=self.bounds.micro_batch,
             splits=may_split(self.pricer.dependence, self.aim.accuracy),
             shares=may_share(self.pricer.dependence, self.aim.accuracy),
             refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
             without=frozenset(self.bounds.without) | (frozenset(TECHNIQUES) - known) | unable(self.machine),
-        )  # fmt: skip
+        )
 
     def estimates(self, ranks: int) -> list[Estimate]:
         return [self.estimate(s) for s in self.sketches(ranks).sketches]
@@ -165,11 +178,16 @@ class Scale:
         allocated = scaled(e.allocated_bytes, memory)
         held = sketched(allocated, self._machine(e.plan.ranks), reserved_ratio=ASSUMED_RESERVED_RATIO)
         return dataclasses.replace(
-            e, step_s=e.step_s and scaled(e.step_s, step), allocated_bytes=allocated,
-            reserved_bytes=held.reserved_bytes, device_bytes=held.device_bytes,
-            device_parts_bytes=held.device_parts_bytes, oom_probability=held.oom_probability,
-            usd=e.usd and e.usd * step, co2_g=e.co2_g and e.co2_g * step,
-        )  # fmt: skip
+            e,
+            step_s=e.step_s and scaled(e.step_s, step),
+            allocated_bytes=allocated,
+            reserved_bytes=held.reserved_bytes,
+            device_bytes=held.device_bytes,
+            device_parts_bytes=held.device_parts_bytes,
+            oom_probability=held.oom_probability,
+            usd=e.usd and e.usd * step,
+            co2_g=e.co2_g and e.co2_g * step,
+        )
 
     def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
         """Return (resource, seconds saved if its work took a tenth less) of the traced plan, in falling
@@ -186,20 +204,35 @@ class Scale:
         allocated = around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
         memory = sketched(allocated, machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
         host = host_memory(
-            self.traced.host_tensors(sketch.host_bytes), sketch.plan, machine, allocated=allocated,
+            self.traced.host_tensors(sketch.host_bytes),
+            sketch.plan,
+            machine,
+            allocated=allocated,
             workers=self.pricer.job.workers,
-        )  # fmt: skip
+        )
         return Estimate(
-            plan=sketch.plan, allocated_bytes=allocated, phase_peak_bytes={}, at_peak_bytes={},
-            by_module_bytes={}, step_s=around(sketch.step_s, _SKETCH_TIME_RATIO), flops_per_step=0,
-            energy_j=cost.energy_j, energy_boundary=modelled_boundary(machine), usd=cost.usd,
-            co2_g=cost.co2_g, traced=False, reserved_bytes=memory.reserved_bytes,
-            device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
+            plan=sketch.plan,
+            allocated_bytes=allocated,
+            phase_peak_bytes={},
+            at_peak_bytes={},
+            by_module_bytes={},
+            step_s=around(sketch.step_s, _SKETCH_TIME_RATIO),
+            flops_per_step=0,
+            energy_j=cost.energy_j,
+            energy_boundary=modelled_boundary(machine),
+            usd=cost.usd,
+            co2_g=cost.co2_g,
+            traced=False,
+            reserved_bytes=memory.reserved_bytes,
+            device_bytes=memory.device_bytes,
+            device_parts_bytes=memory.device_parts_bytes,
             oom_probability=memory.oom_probability,
             dependence=self.pricer.dependence_under(sketch.plan),
-            host_bytes=host.bytes, host_parts_bytes=host.parts_bytes,
-            host_memory_bytes=known_host(machine)[0], host_memory_assumed=known_host(machine)[1],
-        )  # fmt: skip
+            host_bytes=host.bytes,
+            host_parts_bytes=host.parts_bytes,
+            host_memory_bytes=known_host(machine)[0],
+            host_memory_assumed=known_host(machine)[1],
+        )
 
     def _machine(self, ranks: int) -> Machine:
         return dataclasses.replace(self.machine, device_count=ranks)
@@ -227,9 +260,12 @@ class Scale:
             self.pairs.append((sketched_as, traced))
             return traced
         return dataclasses.replace(
-            traced, step_s=sketched_as.step_s, usd=sketched_as.usd, co2_g=sketched_as.co2_g,
+            traced,
+            step_s=sketched_as.step_s,
+            usd=sketched_as.usd,
+            co2_g=sketched_as.co2_g,
             energy_j=sketched_as.energy_j,
-        )  # fmt: skip
+        )
 
     def billed(self, e: Estimate) -> Estimate:
         """Return the estimate with energy and cost for the devices that the plan uses, as in sketches."""

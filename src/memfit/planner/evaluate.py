@@ -116,9 +116,13 @@ class Pricer:
             return plan
         seconds = self.model.op_s if self.model else nominal_s
         return self.choices.of(
-            self.job, plan, device=self.device, seconds=seconds, calibration=self.calibration,
+            self.job,
+            plan,
+            device=self.device,
+            seconds=seconds,
+            calibration=self.calibration,
             gap_ratio=self.gap_ratio,
-        )  # fmt: skip
+        )
 
     def seen(self) -> list[OpCall]:
         """Return the distinct operators of all traces made so far."""
@@ -193,9 +197,14 @@ class Pricer:
 
     def _of_rank(self, plan: Plan, traced: Trace, step: Played | None) -> Estimate:
         found = estimate(
-            traced, plan, machine=self.machine, calibration=self.calibration, model=self.model, step=step,
+            traced,
+            plan,
+            machine=self.machine,
+            calibration=self.calibration,
+            model=self.model,
+            step=step,
             workers=self.job.workers,
-        )  # fmt: skip
+        )
         if plan == plain(plan.ranks) and found.reserved_bytes is not None:
             self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value
         return dataclasses.replace(found, dependence=self.dependence_under(plan))
@@ -302,16 +311,29 @@ class Pricer:
         tensors = dataclasses.replace(HostTensors.of(basis), kept_bytes=kept, building_bytes=kept)
         host = host_memory(tensors, plan, self.machine, allocated=allocated, workers=self.job.workers)
         return Estimate(
-            plan=plan, allocated_bytes=allocated, phase_peak_bytes=peaks, at_peak_bytes={},
-            by_module_bytes={}, step_s=around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
-            flops_per_step=int(micros * vector[_FLOPS]), energy_j=cost.energy_j,
-            energy_boundary=modelled_boundary(self.machine), usd=cost.usd, co2_g=cost.co2_g,
-            peak_phase=phase, traced=False, reserved_bytes=memory.reserved_bytes,
-            device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
-            oom_probability=memory.oom_probability, dependence=self.dependence_under(plan),
-            host_bytes=host.bytes, host_parts_bytes=host.parts_bytes,
-            host_memory_bytes=known_host(self.machine)[0], host_memory_assumed=known_host(self.machine)[1],
-        )  # fmt: skip
+            plan=plan,
+            allocated_bytes=allocated,
+            phase_peak_bytes=peaks,
+            at_peak_bytes={},
+            by_module_bytes={},
+            step_s=around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
+            flops_per_step=int(micros * vector[_FLOPS]),
+            energy_j=cost.energy_j,
+            energy_boundary=modelled_boundary(self.machine),
+            usd=cost.usd,
+            co2_g=cost.co2_g,
+            peak_phase=phase,
+            traced=False,
+            reserved_bytes=memory.reserved_bytes,
+            device_bytes=memory.device_bytes,
+            device_parts_bytes=memory.device_parts_bytes,
+            oom_probability=memory.oom_probability,
+            dependence=self.dependence_under(plan),
+            host_bytes=host.bytes,
+            host_parts_bytes=host.parts_bytes,
+            host_memory_bytes=known_host(self.machine)[0],
+            host_memory_assumed=known_host(self.machine)[1],
+        )
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:
         """Return two smaller block counts to extrapolate from; None if the model is too small or its blocks
@@ -398,10 +420,16 @@ def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
 def _added(gradient: Allocation) -> OpCall:
     """Return the operator by which a later micro-batch adds its gradient to the accumulated one."""
     return OpCall(
-        clock=gradient.start, op="aten.add_.Tensor", signature=f"gradients of {gradient.size_bytes} bytes",
-        phase=Phase.BACKWARD, step=gradient.step, module=gradient.module, dtype="float32", flops=0,
+        clock=gradient.start,
+        op="aten.add_.Tensor",
+        signature=f"gradients of {gradient.size_bytes} bytes",
+        phase=Phase.BACKWARD,
+        step=gradient.step,
+        module=gradient.module,
+        dtype="float32",
+        flops=0,
         moved_bytes=3 * gradient.size_bytes,
-    )  # fmt: skip
+    )
 
 
 def _with_gradients_moved(

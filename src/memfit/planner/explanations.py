@@ -47,9 +47,12 @@ def rivals(
         change = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
         kinds = ("without_worse", "without_as_good") if inside else ("left_out_slower", "left_out_not_needed")
         yield Reason(
-            kind=kinds[not worse], technique=name, saved_bytes=change, time_ratio=ratio,
+            kind=kinds[not worse],
+            technique=name,
+            saved_bytes=change,
+            time_ratio=ratio,
             detail=brief(rival.plan),
-        )  # fmt: skip
+        )
 
 
 def smallest_traced(
@@ -132,10 +135,13 @@ def _told(kind: str, winner: Estimate, other: Estimate, **more: Any) -> Sensitiv
         return then / now if now and then else None
 
     return Sensitivity(
-        kind=kind, plan=brief(other.plan), **more,
-        time_ratio=ratio(lambda e: e.step_s.value if e.step_s else None), cost_ratio=ratio(lambda e: e.usd),
+        kind=kind,
+        plan=brief(other.plan),
+        **more,
+        time_ratio=ratio(lambda e: e.step_s.value if e.step_s else None),
+        cost_ratio=ratio(lambda e: e.usd),
         carbon_ratio=ratio(lambda e: e.co2_g),
-    )  # fmt: skip
+    )
 
 
 def _more_memory(scale: Scale, least: Estimate, ranks: int) -> Iterator[str]:
@@ -173,6 +179,9 @@ def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
             ways.append(f"{times * ranks} devices, with {brief(found.plan)}")
             break
     return NothingFits(
-        cap_bytes=cap_bytes, least_bytes=scale.needs(least), plan_text=brief(least.plan), ways=tuple(ways),
+        cap_bytes=cap_bytes,
+        least_bytes=scale.needs(least),
+        plan_text=brief(least.plan),
+        ways=tuple(ways),
         missed=missed(scale.bounds, fitting),
-    )  # fmt: skip
+    )

@@ -28,18 +28,20 @@ def price(grid: Grid, given: Given, rates: Rates) -> Priced:
     parts = given.inside[0][0]
     ends = given.ends[0][0]
     elements = Elements(
-        block=parts.block.parameter_bytes / size, before=ends.before.parameter_bytes / size,
+        block=parts.block.parameter_bytes / size,
+        before=ends.before.parameter_bytes / size,
         after=ends.after.parameter_bytes / size,
-    )  # fmt: skip
+    )
     away = numpy.array([float(bool(u)) for u in grid.away]).reshape(1, 1, 1, -1, 1)
     seconds = _seconds(layout, axes, elements, rates, away)
     peak, host = _bytes(layout, axes, elements, away)
     peak = peak + rates.workspace_bytes
     shape = grid.shape
     return Priced(
-        step_s=numpy.broadcast_to(seconds, shape), allocated_bytes=numpy.broadcast_to(peak, shape),
+        step_s=numpy.broadcast_to(seconds, shape),
+        allocated_bytes=numpy.broadcast_to(peak, shape),
         host_bytes=numpy.broadcast_to(host, shape),
-    )  # fmt: skip
+    )
 
 
 # -- seconds ------------------------------------------------------------------------------------------
@@ -85,9 +87,11 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, a
         ends = [(first, *root(elements.before)), (last, *root(elements.after))]
         busiest = repeated + bare + _highest([work + micro for work, micro, _ in ends])
         line = _Line(
-            busiest=busiest, through=layout.stages * (repeated + bare) + first + last, ahead=depth * forward,
+            busiest=busiest,
+            through=layout.stages * (repeated + bare) + first + last,
+            ahead=depth * forward,
             send=send,
-        )  # fmt: skip
+        )
         step = _pipelined(layout, counts, line) + once + _highest([step for *_, step in ends])
     step = step + _handed_on(axes, own, every, rates)
     return step + _update(axes, elements, depth, layout, rates)

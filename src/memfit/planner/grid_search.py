@@ -35,9 +35,16 @@ _WORTH = 0.005  # a relative gain in time below this adds no point to the fronti
 _SHARES = 2  # number of shares of the grids that are priced in parallel
 _COPIED_BYTES = 1 << 30
 _COPY = OpCall(
-    clock=0, op="aten.copy_.default", signature="", phase=Phase.FORWARD, step=0, module="", dtype="float32",
-    flops=0, moved_bytes=_COPIED_BYTES,
-)  # fmt: skip
+    clock=0,
+    op="aten.copy_.default",
+    signature="",
+    phase=Phase.FORWARD,
+    step=0,
+    module="",
+    dtype="float32",
+    flops=0,
+    moved_bytes=_COPIED_BYTES,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,8 +106,9 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
     todo = [(pricing.traceable(grid, compute, refused), compute, states) for grid, compute, states in todo]
     grids_of = [
         (dataclasses.replace(grid, states=states), compute)
-        for grid, compute, states in todo if grid.inside and grid.ends
-    ]  # fmt: skip
+        for grid, compute, states in todo
+        if grid.inside and grid.ends
+    ]
     shares = [grids_of[at::_SHARES] for at in range(_SHARES)]
     best = side_by_side([functools.partial(pricing.best, share, caps) for share in shares])
     sketches, considered = list[Sketch](), 0
@@ -110,9 +118,11 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
             sketches += [Sketch(grid, *one) for one in picked]
     sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
     return GridSketches(
-        sketches=tuple(_few(sketches, caps)), considered=considered, refused=tuple(refused),
+        sketches=tuple(_few(sketches, caps)),
+        considered=considered,
+        refused=tuple(refused),
         beside=pricing.beside,
-    )  # fmt: skip
+    )
 
 
 def _todo(machine: Machine, limits: Limits) -> _Todo:
@@ -173,10 +183,13 @@ class _Pricing:
     def __init__(self, traced: Traced, machine: Machine, model: TimeModel, limits: Limits) -> None:
         self.computes = _computes(machine, limits)
         self.composer = Composer(
-            traced, lambda ops: model.total_s((o, 1) for o in ops), self.computes[0],
-            max(limits.tensor), max(limits.context),
+            traced,
+            lambda ops: model.total_s((o, 1) for o in ops),
+            self.computes[0],
+            max(limits.tensor),
+            max(limits.context),
             vocabulary="parallel-loss" if limits.vocabulary else "whole",
-        )  # fmt: skip
+        )
         self.traced = traced
         link = machine.host.device_bytes_s if machine.host else None
         blas = machine.device.blas_workspace_bytes
@@ -235,8 +248,10 @@ class _Pricing:
         assert priced is not None, "it was priced before"
         others = [
             (*index[:axis], at, *index[axis + 1 :])
-            for axis, size in enumerate(grid.shape) for at in range(size) if at != index[axis]
-        ]  # fmt: skip
+            for axis, size in enumerate(grid.shape)
+            for at in range(size)
+            if at != index[axis]
+        ]
         flat = (int(numpy.ravel_multi_index(one, grid.shape)) for one in others)
         return [Sketch(grid, *_picked(grid, priced, at)) for at in flat]
 
@@ -252,10 +267,14 @@ class _Pricing:
         states = [self._state(s, ranks, staged) for s in grid.states]
         cut = layout.context * (layout.tensor if layout.sequence else 1)
         given = Given(
-            blocks=self.traced.blocks, tensors=self.traced.tensors,
+            blocks=self.traced.blocks,
+            tensors=self.traced.tensors,
             hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut,
-            inside=inside, ends=ends, states=states, averaged=self.traced.job.ema is not None,
-        )  # fmt: skip
+            inside=inside,
+            ends=ends,
+            states=states,
+            averaged=self.traced.job.ema is not None,
+        )
         return price(grid, given, self.rates)
 
     @functools.cache  # noqa: B019  lives as long as one search
@@ -270,17 +289,19 @@ class _Pricing:
         def seconds(cut: LayoutCut, which: str, way: int) -> float:
             total = 0.0
             for travel, ranks, close in (
-                (cut.tensor_travel, layout.tensor, near[0]), (cut.context_travel, layout.context, near[1]),
-            ):  # fmt: skip
+                (cut.tensor_travel, layout.tensor, near[0]),
+                (cut.context_travel, layout.context, near[1]),
+            ):
                 total += sum(self.rates.communicate(k, b, ranks, close) for k, b in travel[which][way])
             return total
 
         def piece(cut: LayoutCut, which: str) -> Piece:
             one: Piece = getattr(cut.parts, which)
             return dataclasses.replace(
-                one, forward_s=one.forward_s + seconds(cut, which, 0),
+                one,
+                forward_s=one.forward_s + seconds(cut, which, 0),
                 backward_s=one.backward_s + seconds(cut, which, 1),
-            )  # fmt: skip
+            )
 
         return [
             Parts(before=piece(c, "before"), block=piece(c, "block"), after=piece(c, "after")) for c in cuts
@@ -387,6 +408,8 @@ def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
 def _picked(grid: Grid, priced: Priced, at: int) -> _Picked:
     index = tuple(int(i) for i in numpy.unravel_index(at, grid.shape))
     return (
-        index, float(priced.step_s[index]), float(priced.allocated_bytes[index]),
+        index,
+        float(priced.step_s[index]),
+        float(priced.allocated_bytes[index]),
         float(priced.host_bytes[index]),
-    )  # fmt: skip
+    )

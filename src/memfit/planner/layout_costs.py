@@ -42,7 +42,7 @@ class Composer:
 
     def __init__(
         self, traced: Traced, seconds: Seconds, compute: str, tensor: int, context: int, *, vocabulary: str
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.vocabulary = vocabulary
         self.traced, self.seconds, self.compute = traced, seconds, compute
         self.tensor, self.context = tensor, context
@@ -85,14 +85,26 @@ class Composer:
     # -- composing ------------------------------------------------------------------------------------
 
     def _key(
-        self, *, uses: Uses = (), samples: int = 1, tensor: int = 1, sequence: bool = False, context: int = 1,
-        vocabulary: str = "", compute: str = "",
-    ) -> Key:  # fmt: skip
+        self,
+        *,
+        uses: Uses = (),
+        samples: int = 1,
+        tensor: int = 1,
+        sequence: bool = False,
+        context: int = 1,
+        vocabulary: str = "",
+        compute: str = "",
+    ) -> Key:
         vocabulary = vocabulary or (self.vocabulary if tensor > 1 else "whole")
         return Key(
-            tensor=tensor, sequence=sequence, vocabulary=vocabulary, context=context,
-            compute=compute or self.compute, uses=uses, samples=samples,
-        )  # fmt: skip
+            tensor=tensor,
+            sequence=sequence,
+            vocabulary=vocabulary,
+            context=context,
+            compute=compute or self.compute,
+            uses=uses,
+            samples=samples,
+        )
 
     @functools.cache  # noqa: B019
     def _parts(self, key: Key) -> Parts:
@@ -231,7 +243,10 @@ def _mixed(recomputed: LayoutCut, plain: LayoutCut, every: int) -> LayoutCut:
         return float(getattr(one, name) * share + getattr(other, name) * (1 - share))
 
     block = dataclasses.replace(
-        one, backward_s=mean("backward_s"), kept_bytes=mean("kept_bytes"), flops=mean("flops"),
+        one,
+        backward_s=mean("backward_s"),
+        kept_bytes=mean("kept_bytes"),
+        flops=mean("flops"),
         forward_top_bytes=max(one.forward_top_bytes, other.forward_top_bytes),
-    )  # fmt: skip
+    )
     return dataclasses.replace(recomputed, parts=dataclasses.replace(recomputed.parts, block=block))

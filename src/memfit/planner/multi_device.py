@@ -76,8 +76,12 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(
-        goal=goal.value, cap_bytes=aim.cap_bytes, considered=considered,
-        baseline=choice(basis), frontier=tuple(recommended if e is winner else choice(e) for e in ordered),
-        recommended=recommended, smallest=choice(smallest),
+        goal=goal.value,
+        cap_bytes=aim.cap_bytes,
+        considered=considered,
+        baseline=choice(basis),
+        frontier=tuple(recommended if e is winner else choice(e) for e in ordered),
+        recommended=recommended,
+        smallest=choice(smallest),
         sensitivity=tuple(sensitivity(scale, winner, known, ranks)),
-    )  # fmt: skip
+    )

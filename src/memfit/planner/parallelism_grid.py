@@ -75,8 +75,11 @@ class GridLayout:
     def uses(self) -> Uses:
         found = []
         if self.tensor > 1:
-            found.append(_use("tensor-parallel", degree=self.tensor, sequence=self.sequence,
-                              vocabulary=self.vocabulary))  # fmt: skip
+            found.append(
+                _use(
+                    "tensor-parallel", degree=self.tensor, sequence=self.sequence, vocabulary=self.vocabulary
+                )
+            )
         if self.context > 1:
             found.append(_use(self.sharing, degree=self.context))
         return tuple(found)
@@ -108,8 +111,15 @@ class Grid:
         uses = [*self.layout.uses, *itertools.chain(*at)]
         count = self.micro[index[0]][1]
         if self.layout.stages > 1:
-            uses.append(_use("pipeline", stages=self.layout.stages, schedule=self.layout.schedule,
-                             virtual=self.layout.virtual, micro_batches=count))  # fmt: skip
+            uses.append(
+                _use(
+                    "pipeline",
+                    stages=self.layout.stages,
+                    schedule=self.layout.schedule,
+                    virtual=self.layout.virtual,
+                    micro_batches=count,
+                )
+            )
         elif count > 1:
             uses.append(_use("gradient-accumulation", micro_batches=count))
         return Plan(uses=tuple(uses), ranks=self.layout.ranks)
@@ -129,8 +139,13 @@ def grids(limits: Limits) -> Iterator[Grid]:
             continue
         extra = layout.uses
         if layout.stages > 1:
-            staged = _use("pipeline", stages=layout.stages, schedule=layout.schedule, virtual=layout.virtual,
-                          micro_batches=2)  # fmt: skip
+            staged = _use(
+                "pipeline",
+                stages=layout.stages,
+                schedule=layout.schedule,
+                virtual=layout.virtual,
+                micro_batches=2,
+            )
             extra = (*extra, staged)
         states = _carried(_states(limits, layout, extra), extra, limits)
         inside = _allowed(_inside(), extra, limits)
@@ -147,19 +162,27 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
     cuts = [(1, False, "whole")]
     cuts += [
         (degree, sequence, vocabulary)
-        for degree in limits.tensor if degree > 1
+        for degree in limits.tensor
+        if degree > 1
         for sequence in (True, False)
         for vocabulary in (("parallel-loss", "whole") if limits.vocabulary else ("whole",))
-    ]  # fmt: skip
+    ]
     for (tensor, sequence, vocabulary), context in itertools.product(cuts, limits.context):
         within = tensor * context
         if limits.ranks % within:
             continue
         for stages, schedule, virtual in _pipelines(limits, limits.ranks // within):
             layout = GridLayout(
-                ranks=limits.ranks, tensor=tensor, sequence=sequence, vocabulary=vocabulary,
-                context=context, sharing=limits.sharing, stages=stages, schedule=schedule, virtual=virtual,
-            )  # fmt: skip
+                ranks=limits.ranks,
+                tensor=tensor,
+                sequence=sequence,
+                vocabulary=vocabulary,
+                context=context,
+                sharing=limits.sharing,
+                stages=stages,
+                schedule=schedule,
+                virtual=virtual,
+            )
             probe = layout.uses
             if stages > 1:
                 probe = (*probe, _use("pipeline", stages=2, schedule="1f1b", virtual=1, micro_batches=2))
@@ -264,8 +287,13 @@ def _data(limits: Limits, layout: GridLayout) -> list[Uses]:
     for reshard, precision, sync, offload, copies in itertools.product(
         (True, False), ("bf16", "as-is"), syncs, (False, True), replicas
     ):
-        found.append((_use("fsdp2", reshard=reshard, precision=precision, sync=sync, offload=offload,
-                           replicas=copies),))  # fmt: skip
+        found.append(
+            (
+                _use(
+                    "fsdp2", reshard=reshard, precision=precision, sync=sync, offload=offload, replicas=copies
+                ),
+            )
+        )
     if layout.tensor == layout.context == layout.stages == 1:
         for stage, precision in itertools.product((1, 2, 3), ("bf16", "fp32")):
             for place in ("none", "optimizer", *(("parameters",) if stage == 3 else ())):
@@ -300,9 +328,10 @@ def _fine_use(used: Use, effect: EffectClass, device: str, forbidden: frozenset[
 
 @functools.cache  # most layouts have the same axes
 def _parted(
-    axes: tuple[tuple[Uses, ...], ...], states: tuple[Uses, ...],
+    axes: tuple[tuple[Uses, ...], ...],
+    states: tuple[Uses, ...],
     engine: tuple[Callable[[Plan], object], Uses, int] | None,
-) -> list[tuple[list[tuple[Uses, ...]], tuple[Uses, ...]]]:  # fmt: skip
+) -> list[tuple[list[tuple[Uses, ...]], tuple[Uses, ...]]]:
     """Split the states into groups that allow the same values of the other axes.
 
     Returns (the allowed values of each axis, the states) of each group for which no axis is empty. A state
@@ -327,8 +356,10 @@ def _parted(
         parted.setdefault(fits, []).append(state)
     found = []
     for fits, alike in parted.items():
-        kept = [tuple(v for v, fit in zip(axis, f, strict=True) if fit)
-                for axis, f in zip(axes, fits, strict=True)]  # fmt: skip
+        kept = [
+            tuple(v for v, fit in zip(axis, f, strict=True) if fit)
+            for axis, f in zip(axes, fits, strict=True)
+        ]
         if all(kept):
             found.append((kept, tuple(alike)))
     return found

@@ -185,9 +185,11 @@ def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 def _merits(e: Estimate) -> tuple[float, float, int, int, int, str]:
     return (
-        e.allocated_bytes.value, score(e, Objective.FASTEST), *complexity(e.plan, e.dependence),
+        e.allocated_bytes.value,
+        score(e, Objective.FASTEST),
+        *complexity(e.plan, e.dependence),
         e.plan.fingerprint,
-    )  # fmt: skip
+    )
 
 
 def _dominates(one: Estimate, other: Estimate) -> bool:
@@ -349,9 +351,12 @@ def none_fits(
     large = needs(least) > cap_bytes
     kinds = ("needed_late", "needed_priced") if inside else ("left_out_late", "left_out_too_large")
     return Reason(
-        kind=kinds[large], technique=name, plan_count=len(priced), least_bytes=needs(least),
+        kind=kinds[large],
+        technique=name,
+        plan_count=len(priced),
+        least_bytes=needs(least),
         detail=brief(least.plan) if large else "",
-    )  # fmt: skip
+    )
 
 
 def _compared(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:

@@ -62,37 +62,85 @@ def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: boo
         gathered = 2.0 if knobs["precision"] == "bf16" or halved else 4.0
         shards, reshard = ranks // copies, knobs["reshard"] is True
         return State(
-            compute=compute, stored=stored, gathered=gathered, gradient=stored,
-            reduced=2.0 if halved and knobs["precision"] != "bf16" else 4.0, parameter_shards=shards,
-            gradient_shards=shards, state_shards=shards, replicas=copies, reshard=reshard,
-            stays=staged and not reshard and not every, every=every, bucket=0.0, bucket_bytes=0.0,
-            offload="all" if knobs["offload"] else "", kind="fsdp2", updating=updating,
-        )  # fmt: skip
+            compute=compute,
+            stored=stored,
+            gathered=gathered,
+            gradient=stored,
+            reduced=2.0 if halved and knobs["precision"] != "bf16" else 4.0,
+            parameter_shards=shards,
+            gradient_shards=shards,
+            state_shards=shards,
+            replicas=copies,
+            reshard=reshard,
+            stays=staged and not reshard and not every,
+            every=every,
+            bucket=0.0,
+            bucket_bytes=0.0,
+            offload="all" if knobs["offload"] else "",
+            kind="fsdp2",
+            updating=updating,
+        )
     if "zero" in named:
         knobs = named["zero"]
         stage, half = int(knobs["stage"]), knobs["precision"] == "bf16"
         size = 2.0 if half else 4.0
         master = dataclasses.replace(updating, state_bytes=updating.state_bytes + 4.0 * half)
         return State(
-            compute=compute, stored=size, gathered=size, gradient=size, reduced=size,
-            parameter_shards=ranks if stage == 3 else 1, gradient_shards=ranks if stage >= 2 else 1,
-            state_shards=ranks, replicas=1, reshard=stage == 3, stays=False, every=True, bucket=0.0,
+            compute=compute,
+            stored=size,
+            gathered=size,
+            gradient=size,
+            reduced=size,
+            parameter_shards=ranks if stage == 3 else 1,
+            gradient_shards=ranks if stage >= 2 else 1,
+            state_shards=ranks,
+            replicas=1,
+            reshard=stage == 3,
+            stays=False,
+            every=True,
+            bucket=0.0,
             bucket_bytes=size * int(knobs["reduce_bucket_elements"]),
             offload={"none": "", "optimizer": "optimizer", "parameters": "all"}[str(knobs["offload"])],
-            kind="zero", updating=master,
-        )  # fmt: skip
+            kind="zero",
+            updating=master,
+        )
     if "ddp" in named:
         knobs = named["ddp"]
         return State(
-            compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored,
-            parameter_shards=1, gradient_shards=1, state_shards=1, replicas=ranks, reshard=False, stays=False,
+            compute=compute,
+            stored=stored,
+            gathered=stored,
+            gradient=stored,
+            reduced=stored,
+            parameter_shards=1,
+            gradient_shards=1,
+            state_shards=1,
+            replicas=ranks,
+            reshard=False,
+            stays=False,
             every=every and not staged,  # a pipeline syncs DDP at its last micro-batch only
-            bucket=0.0 if knobs["bucket_view"] else 1.0, bucket_bytes=0.0,
-            offload="", kind="ddp", updating=updating,
-        )  # fmt: skip
+            bucket=0.0 if knobs["bucket_view"] else 1.0,
+            bucket_bytes=0.0,
+            offload="",
+            kind="ddp",
+            updating=updating,
+        )
     return State(
-        compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored, parameter_shards=1,
-        gradient_shards=1, state_shards=1, replicas=1, reshard=False, stays=False, every=True,
+        compute=compute,
+        stored=stored,
+        gathered=stored,
+        gradient=stored,
+        reduced=stored,
+        parameter_shards=1,
+        gradient_shards=1,
+        state_shards=1,
+        replicas=1,
+        reshard=False,
+        stays=False,
+        every=True,
         bucket=0.0,
-        bucket_bytes=0.0, offload="", kind="", updating=updating,
-    )  # fmt: skip
+        bucket_bytes=0.0,
+        offload="",
+        kind="",
+        updating=updating,
+    )

@@ -191,9 +191,12 @@ def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer
         raise UserError(f"a batch of {job.batch_size} on {ranks} ranks", allowed=f"--batch {ranks} or more")
     space = space_of(job, request.machine.device.kind, request.ranks, half_of(request.machine))
     return job, Pricer(
-        job=job, machine=request.machine, space=space, engine=request.engine,
+        job=job,
+        machine=request.machine,
+        space=space,
+        engine=request.engine,
         calibration=request.correction,
-    )  # fmt: skip
+    )
 
 
 def model_sizes(name: str, job: Job) -> Mapping[str, str]:
@@ -255,9 +258,15 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             )
             estimates = list({e.plan: e for e in (*estimates, *more)}.values())
         result = decide(
-            estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
-            left_out=left_out, inside=inside, price=_prices(pricer, request, sketches),
-        )  # fmt: skip
+            estimates,
+            goal=request.goal,
+            cap_bytes=cap_bytes,
+            considered=considered,
+            fits=fits,
+            left_out=left_out,
+            inside=inside,
+            price=_prices(pricer, request, sketches),
+        )
     except KeyboardInterrupt:
         so_far = _best_so_far(pricer, request, cap_bytes, fits, sketches)
         raise SearchInterrupted(so_far) from None
@@ -268,16 +277,27 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         asked = [e for e in estimates if as_asked(e.plan, bounds, batch)]
         raise _nothing_fits(asked, request, cap_bytes, bounds, ways=_ways(pricer))
     return Planning(
-        request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result,
-        estimates=estimates, sketches=sketches, fits=fits, left_out=left_out,
-    )  # fmt: skip
+        request=request,
+        job=job,
+        pricer=pricer,
+        cap_bytes=cap_bytes,
+        cap_reason=cap_reason,
+        result=result,
+        estimates=estimates,
+        sketches=sketches,
+        fits=fits,
+        left_out=left_out,
+    )
 
 
 def _prices(pricer: Pricer, request: Request, sketches: list[Estimate]) -> Prices:
     return Prices(
-        pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
-        _band(pricer, request), lambda e: needed_bytes(e, request.machine), sketches,
-    )  # fmt: skip
+        pricer.whole,
+        pricer.trace_all if request.ranks == 1 else lambda plans: None,
+        _band(pricer, request),
+        lambda e: needed_bytes(e, request.machine),
+        sketches,
+    )
 
 
 def _nothing_fits(
@@ -289,10 +309,13 @@ def _nothing_fits(
     """
     least = min(asked, key=lambda e: e.allocated_bytes.value)
     return NothingFits(
-        cap_bytes=cap_bytes, least_bytes=needed_bytes(least, request.machine), plan_text=least.plan.label,
-        missed=missed(bounds, list(filter(fits_under(cap_bytes, request.machine), asked))), ways=ways,
+        cap_bytes=cap_bytes,
+        least_bytes=needed_bytes(least, request.machine),
+        plan_text=least.plan.label,
+        missed=missed(bounds, list(filter(fits_under(cap_bytes, request.machine), asked))),
+        ways=ways,
         host="" if host_holds(least, request.machine) else host_line(least, request.machine),
-    )  # fmt: skip
+    )
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -306,9 +329,11 @@ class SearchInterrupted(KeyboardInterrupt):
 def timings(known: Calibration) -> Timings:
     """Return how reliable the calibration's timings are."""
     return Timings(
-        spread_ratio=known.spread_ratio, load_count=known.load_count, waited_ratio=known.waited_ratio,
+        spread_ratio=known.spread_ratio,
+        load_count=known.load_count,
+        waited_ratio=known.waited_ratio,
         processor_count=local_machine.threads(),
-    )  # fmt: skip
+    )
 
 
 def _band(pricer: Pricer, request: Request) -> Band:
@@ -322,10 +347,13 @@ def _best_so_far(
     """Return the best of the plans traced so far, or of the sketches if no traced plan fits."""
     highest, refuses = request.accuracy.highest, engine(request.engine).supports
     traced = [
-        pricer.whole(plan) for plan, rank in list(pricer.traces)
-        if rank == 0 and effect_of(plan, pricer.dependence) <= highest and not refuses(plan)
+        pricer.whole(plan)
+        for plan, rank in list(pricer.traces)
+        if rank == 0
+        and effect_of(plan, pricer.dependence) <= highest
+        and not refuses(plan)
         and not any(plan.get(name) for name in request.bounds.without)
-    ]  # fmt: skip
+    ]
     basis = pricer.whole(plain(request.ranks))
     pool = traced if any(map(fits, traced)) else [*traced, *sketches]
     winner = best(filter(fits, pool), request.goal, _band(pricer, request))
@@ -337,11 +365,15 @@ def _best_so_far(
 
     shown = {e.plan: e for e in (basis, smallest, *([winner] if winner else []))}
     return SearchResult(
-        goal=request.goal.value, cap_bytes=cap_bytes, considered=len(sketches) or len(pool),
-        baseline=choice(basis), recommended=choice(winner) if winner else None, smallest=choice(smallest),
+        goal=request.goal.value,
+        cap_bytes=cap_bytes,
+        considered=len(sketches) or len(pool),
+        baseline=choice(basis),
+        recommended=choice(winner) if winner else None,
+        smallest=choice(smallest),
         frontier=tuple(map(choice, sorted(shown.values(), key=lambda e: e.allocated_bytes.value))),
         unfinished=True,
-    )  # fmt: skip
+    )
 
 
 def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
@@ -395,11 +427,14 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
         return None
     cap_bytes = request.cap_bytes or int(request.machine.device.memory_bytes.value)
     aim = Aim(
-        goal=request.goal, accuracy=request.accuracy, cap_bytes=cap_bytes,
+        goal=request.goal,
+        accuracy=request.accuracy,
+        cap_bytes=cap_bytes,
         needs=lambda estimate: needed_bytes(estimate, request.machine),
         host=lambda estimate: host_holds(estimate, request.machine),
-        bounds=dataclasses.replace(request.bounds, steps=job.steps), tell=progress,
-    )  # fmt: skip
+        bounds=dataclasses.replace(request.bounds, steps=job.steps),
+        tell=progress,
+    )
     result = search_scale(pricer, ranks, aim)
     reason = "asked for" if request.cap_bytes is not None else "the device's memory"
     return Planning(
@@ -504,9 +539,10 @@ def _price(
     carries = engine(request.engine).supports
     basis = plain(request.ranks)  # always priced, because the other plans are compared with it
     every = [
-        plan for plan in plans(pricer.space, techniques)
+        plan
+        for plan in plans(pricer.space, techniques)
         if not carries(plan) and (plan == basis or as_asked(plan, request.bounds, pricer.space.batch_size))
-    ]  # fmt: skip
+    ]
     pricer.prepare(every, lambda *begun: progress("search", *begun))
     for done, plan in enumerate(every):
         progress("price", done, len(every), plan.label)
@@ -521,9 +557,11 @@ def _price(
 
     look(chosen)
     cap = Cap(
-        bytes=cap_bytes, needs=lambda e: needed_bytes(e, request.machine), refuses=carries,
+        bytes=cap_bytes,
+        needs=lambda e: needed_bytes(e, request.machine),
+        refuses=carries,
         host=host_holds_under(cap_bytes, request.machine),
-    )  # fmt: skip
+    )
     chosen += until_some_fit(pricer.whole, look, sketches, chosen, cap=cap, goal=request.goal, most=most)
     made = _with_rivals(pricer, request, fits, [pricer.whole(plan) for plan in chosen], progress)
     if not is_long(pricer):
@@ -560,9 +598,14 @@ def _with_rivals(
 
 
 def _with_counterfactuals(
-    pricer: Pricer, request: Request, fits: Fits, made: list[Estimate], sketches: list[Estimate], cap: Cap,
+    pricer: Pricer,
+    request: Request,
+    fits: Fits,
+    made: list[Estimate],
+    sketches: list[Estimate],
+    cap: Cap,
     progress: Progress,
-) -> list[Estimate]:  # fmt: skip
+) -> list[Estimate]:
     """Add plans with each technique that the winner lacks, so that its exclusion rests on a trace.
 
     If one of them beats the winner, its own rivals are added too.
@@ -687,9 +730,15 @@ def probe_here(request: Request, signatures: list[str], budget_s: float, rates: 
             )
 
     spec = RunSpec(
-        name="calibration", role="calibration", job=request.job, plan=Plan(), seed=0, steps=0,
-        threads=_threads(request), timeout_s=_CALIBRATION_LIMIT_S,
-    )  # fmt: skip
+        name="calibration",
+        role="calibration",
+        job=request.job,
+        plan=Plan(),
+        seed=0,
+        steps=0,
+        threads=_threads(request),
+        timeout_s=_CALIBRATION_LIMIT_S,
+    )
     packages = ["bitsandbytes"] if any('"bitsandbytes.' in s for s in signatures) else []
     config = native.render_calibration(spec, signatures, budget_s=budget_s, packages=packages, rates=rates)
     outcome = run(config, on_event=listen)

@@ -49,9 +49,10 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
     """
     if planning.request.goal not in BY_TIME:
         raise UserError(
-            f"measuring for the goal {planning.request.goal.value}", allowed=", ".join(BY_TIME),
+            f"measuring for the goal {planning.request.goal.value}",
+            allowed=", ".join(BY_TIME),
             hint="memory is predicted exactly",
-        )  # fmt: skip
+        )
     found = _Trials(planning, progress, budget_s)
     found.turn(_shortlist(planning), _SCREENING)
     for _ in range(CLIMBS):
@@ -118,31 +119,38 @@ class _Trials:
         planning, pricer = self.planning, self.planning.pricer
         trials = tuple(
             Trial(
-                plan=plan, predicted_s=self.predicted[plan], step_s=tuple(self.times.get(plan, ())),
-                peak_bytes=self.peaks.get(plan), reason=self.failed.get(plan, ""),
+                plan=plan,
+                predicted_s=self.predicted[plan],
+                step_s=tuple(self.times.get(plan, ())),
+                peak_bytes=self.peaks.get(plan),
+                reason=self.failed.get(plan, ""),
             )
             for plan in self.predicted
-        )  # fmt: skip
+        )
         result = planning.result
         if not self.times:
             return dataclasses.replace(planning, result=dataclasses.replace(result, trials=trials))
         pricer.recalibrate(corrected(pricer.calibration, self.known(), source=""))
         priced = {plan: pricer.whole(plan) for plan in self.times}
         fastest = best(
-            (_with_time(priced[p], min(t)) for p, t in self.times.items()), Objective.FASTEST,
+            (_with_time(priced[p], min(t)) for p, t in self.times.items()),
+            Objective.FASTEST,
             measured_band(list(self.times.values())),
-        )  # fmt: skip
+        )
         assert fastest is not None
         winner = priced[fastest.plan]
         why = reasons_for(
-            winner, [*priced.values(), *(pricer.whole(e.plan) for e in planning.estimates)],
-            planning.fits, planning.request.goal,
+            winner,
+            [*priced.values(), *(pricer.whole(e.plan) for e in planning.estimates)],
+            planning.fits,
+            planning.request.goal,
             Prices(
-                pricer.whole, sketches=planning.sketches,
+                pricer.whole,
+                sketches=planning.sketches,
                 needs=lambda e: needed_bytes(e, planning.request.machine),
             ),
             planning.cap_bytes,
-        )  # fmt: skip
+        )
         chosen = Choice(
             estimate=winner,
             fits=True,
@@ -152,10 +160,13 @@ class _Trials:
         again = {c.estimate.plan: self._priced_again(c) for c in (*result.frontier, result.baseline)}
         again[winner.plan] = chosen
         result = dataclasses.replace(
-            result, recommended=chosen, baseline=again[result.baseline.estimate.plan], trials=trials,
+            result,
+            recommended=chosen,
+            baseline=again[result.baseline.estimate.plan],
+            trials=trials,
             smallest=self._priced_again(result.smallest),
             frontier=tuple(sorted(again.values(), key=lambda c: c.estimate.allocated_bytes.value)),
-        )  # fmt: skip
+        )
         return dataclasses.replace(planning, result=result)
 
     def _priced_again(self, choice: Choice) -> Choice:
@@ -189,11 +200,20 @@ def few_steps(
     request, job = planning.request, planning.job
     name = "native" if engine(request.engine).supports(plan) else request.engine
     spec = RunSpec(
-        name=plan.label, role="trial", job=request.job, plan=plan, engine=name, seed=0, steps=steps,
-        batch_size=job.batch_size, sizes=model_sizes(name, job), evaluate=False,
-        cap_bytes=planning.cap_bytes if capped else None, timeout_s=120.0 + 10 * steps * expected_s,
+        name=plan.label,
+        role="trial",
+        job=request.job,
+        plan=plan,
+        engine=name,
+        seed=0,
+        steps=steps,
+        batch_size=job.batch_size,
+        sizes=model_sizes(name, job),
+        evaluate=False,
+        cap_bytes=planning.cap_bytes if capped else None,
+        timeout_s=120.0 + 10 * steps * expected_s,
         threads=request.threads or max(1, local_machine.threads() // request.ranks),
-    )  # fmt: skip
+    )
     if plan.ranks == 1:
         return run(render(spec), on_event=lambda event: None)
     every = run_ranks(render(spec))

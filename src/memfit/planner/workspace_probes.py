@@ -87,10 +87,11 @@ def _learn(pricer: Pricer, taken: Mapping[str, Taken]) -> None:
         before = pricer.calibration
         pricer.recalibrate(
             dataclasses.replace(
-                before, op_peak_bytes={**before.op_peak_bytes, **peaks},
+                before,
+                op_peak_bytes={**before.op_peak_bytes, **peaks},
                 op_kept_bytes={**before.op_kept_bytes, **kept},
             )
-        )  # fmt: skip
+        )
 
 
 def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
@@ -108,9 +109,15 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
             found[signatures[event["index"]]] = taken and (taken[0], taken[1])
 
     spec = RunSpec(
-        name="workspaces", role="calibration", job=JobRef(spec=""), plan=Plan(), seed=0, steps=0,
-        threads=threads, timeout_s=_LIMIT_S,
-    )  # fmt: skip
+        name="workspaces",
+        role="calibration",
+        job=JobRef(spec=""),
+        plan=Plan(),
+        seed=0,
+        steps=0,
+        threads=threads,
+        timeout_s=_LIMIT_S,
+    )
     spaces = {json.loads(s)[0].split(".")[0] for s in signatures} - {"aten"}
     config = native.render_calibration(
         spec, signatures, budget_s=_BUDGET_S, packages=sorted(spaces & sys.modules.keys()), memory_only=True

@@ -290,15 +290,20 @@ def _told(
     apart = named["pure"]
     kept = {p for p in everything if not any(fnmatch.fnmatchcase(o, i) for i in apart for o in _above(p))}
     return PrecisionAdvice(
-        job=job.name, size=job.size, dtype=dtype, device=device,
-        batches_count=counts[0], trained_steps=counts[1],
+        job=job.name,
+        size=job.size,
+        dtype=dtype,
+        device=device,
+        batches_count=counts[0],
+        trained_steps=counts[1],
         examined=tuple(e for e in examined if e.pattern not in ("", LOSS)),
         outside=tuple(e for e in examined if e.pattern in ("", LOSS)),
         sums=tuple(e.pattern for e in examined if _sums(e)),
-        islands=apart, islands_autocast=named["autocast"],
+        islands=apart,
+        islands_autocast=named["autocast"],
         loss_ratio=whole.effect(set(everything), backward=False)[0],
         kept_ratio=whole.effect(kept, backward=False)[0],
-    )  # fmt: skip
+    )
 
 
 def _sums(one: Examined) -> bool:
@@ -319,22 +324,29 @@ def _told_place(place: _Place) -> Examined:
     worst = place.worst
     shown = {
         name: Shown(
-            error_ratio=f.output.error, spread_ratio=f.output.spread, gradient_ratio=f.gradient,
+            error_ratio=f.output.error,
+            spread_ratio=f.output.spread,
+            gradient_ratio=f.gradient,
             lost=f.failed or f.born or ("?" if f.output.lost else ""),
         )
         for name, f in worst.items()
         if name != "sums"
-    }  # fmt: skip
+    }
     reasons = {
         mode: next((r for f in place.found.values() if (r := _fault(f, mode, place.effect_ratio))), "")
         for mode in ("pure", "autocast")
     }
     return Examined(
-        pattern=place.pattern, kind=place.kind, modules_count=len(place.calls), **shown,
+        pattern=place.pattern,
+        kind=place.kind,
+        modules_count=len(place.calls),
+        **shown,
         sums_ratio=worst["sums"].output.error if "sums" in worst else 0.0,
-        loss_ratio=place.loss_ratio, effect_ratio=place.effect_ratio,
-        reason=reasons["pure"], reason_autocast=reasons["autocast"],
-    )  # fmt: skip
+        loss_ratio=place.loss_ratio,
+        effect_ratio=place.effect_ratio,
+        reason=reasons["pure"],
+        reason_autocast=reasons["autocast"],
+    )
 
 
 def _named(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:

@@ -278,9 +278,11 @@ class ReplayErrors:
     def worst(self, other: ReplayErrors) -> ReplayErrors:
         born = ", ".join(sorted({*self.born.split(", "), *other.born.split(", ")} - {""}))
         return ReplayErrors(
-            self.output.worst(other.output), max(self.gradient, other.gradient), born,
+            self.output.worst(other.output),
+            max(self.gradient, other.gradient),
+            born,
             self.failed or other.failed,
-        )  # fmt: skip
+        )
 
 
 def compare(exact: ReplayedModule, found: ReplayedModule) -> ReplayErrors:

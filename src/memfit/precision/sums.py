@@ -81,5 +81,8 @@ def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any
 
 
 _OWN: Final[dict[str, Callable[..., Any]]] = {
-    "native_layer_norm": _layer_norm, "_softmax": _softmax, "sum": _sum, "mean": _mean,
-}  # fmt: skip
+    "native_layer_norm": _layer_norm,
+    "_softmax": _softmax,
+    "sum": _sum,
+    "mean": _mean,
+}

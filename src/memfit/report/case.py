@@ -17,8 +17,16 @@ from memfit.types import serialization
 from memfit.types.result import Offer
 
 CLASSES: Final = (
-    "pair", "msa", "triangle_logits", "msa_logits", "extra", "template", "structure", "states", "other",
-)  # fmt: skip
+    "pair",
+    "msa",
+    "triangle_logits",
+    "msa_logits",
+    "extra",
+    "template",
+    "structure",
+    "states",
+    "other",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +71,19 @@ def case_view(job: str) -> CaseView | None:
         return None
     sizes = tuple(
         CaseSize(
-            name=size["name"], residues=size["residues"], rows=size["rows"],
+            name=size["name"],
+            residues=size["residues"],
+            rows=size["rows"],
             rungs=tuple(_rung(rung, size["rungs"][0]["peak_bytes"]) for rung in size["rungs"]),
         )
         for size in told["sizes"]
-    )  # fmt: skip
+    )
     return CaseView(
-        created=told["created"], device=told["device"], memory=assumed(told["memory_bytes"], "bytes"),
+        created=told["created"],
+        device=told["device"],
+        memory=assumed(told["memory_bytes"], "bytes"),
         sizes=sizes,
-    )  # fmt: skip
+    )
 
 
 def case_offers(job: str) -> tuple[Offer, ...]:

@@ -94,7 +94,12 @@ def _reason(reason: Reason) -> Sentence:
 
 def _reason_key(kind: str, *, timed: bool) -> str:
     compared = kind in {
-        "saves", "costs", "left_out_slower", "left_out_not_needed", "left_out_uncertain",
-        "without_worse", "without_as_good",
-    }  # fmt: skip
+        "saves",
+        "costs",
+        "left_out_slower",
+        "left_out_not_needed",
+        "left_out_uncertain",
+        "without_worse",
+        "without_as_good",
+    }
     return f"reason.{kind}" if timed or not compared else f"reason.{kind}_untimed"

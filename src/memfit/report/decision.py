@@ -20,10 +20,19 @@ from memfit.verify.aggregate import energy_saved
 
 Filled = Mapping[str, Figure | str | Sentence]
 MONEY: Final = (  # figures of a way, named as in the Sheet, in the order of the table
-    "setup", "purchase", "initial", "electricity_per_year", "rental_per_year", "people_per_year",
-    "support_per_year", "running_per_year", "residual", "present_cost", "cost_per_run",
+    "setup",
+    "purchase",
+    "initial",
+    "electricity_per_year",
+    "rental_per_year",
+    "people_per_year",
+    "support_per_year",
+    "running_per_year",
+    "residual",
+    "present_cost",
+    "cost_per_run",
     "net_present_value",
-)  # fmt: skip
+)
 
 
 def decision_view(poc: Poc, made: Decision) -> DecisionView:
@@ -53,7 +62,7 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
         prices=tuple(price_rows(made)),
         energy_saved=energy and (sourced(_energy_saved(*energy), POC), energy[1]),
         sliders=sliders(made),
-    )  # fmt: skip
+    )
     view = dataclasses.replace(view, stages=tuple(_with_back(view, row) for row in view.stages))
     return dataclasses.replace(
         view,
@@ -79,10 +88,12 @@ def _risk(made: Decision, risk: Risk) -> RiskRow:
     mark = Mark.PREDICTED if risk.kind == "supply" else Mark.MEASURED
     evidence = Sentence(key=risk.evidence, values=_filled(risk.values, mark))
     return RiskRow(
-        kind=risk.kind, level=risk.level, source=risk.source,
+        kind=risk.kind,
+        level=risk.level,
+        source=risk.source,
         loss=dataclasses.replace(cash(made, risk.loss, stage_anchor("pilot")), live="most"),
         evidence=sourced(evidence, verdict_anchor("recommended") if risk.source == "#verdicts" else POC),
-    )  # fmt: skip
+    )
 
 
 def _way(made: Decision, slot: str, index: int) -> WayRow:
@@ -185,7 +196,12 @@ def _term(made: Decision, term: Term) -> TermRow:
 
     ranged = term.low is not None and term.high is not None and term.low < term.high
     row = TermRow(
-        name=term.name, value=figure(term.value), low=figure(term.low), high=figure(term.high), ranged=ranged,
-        source=term.source, date=term.date,
-    )  # fmt: skip
+        name=term.name,
+        value=figure(term.value),
+        low=figure(term.low),
+        high=figure(term.high),
+        ranged=ranged,
+        source=term.source,
+        date=term.date,
+    )
     return sourced(row, term_anchor(term.name))

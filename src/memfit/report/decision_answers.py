@@ -283,9 +283,11 @@ _GATE_UNITS: Final[Mapping[str, tuple[str, float]]] = {
 
 
 _FACTS: Final = (
-    "comes with torch", "released regularly", "no release for over a year",
+    "comes with torch",
+    "released regularly",
+    "no release for over a year",
     "dormant: no release since 2022",
-)  # fmt: skip
+)
 
 
 def engine_fact(text: str) -> Sentence | str:

@@ -67,10 +67,13 @@ def _claim(view: DecisionView) -> Sentence:
         told = {"way": best.name, "tight": way_name(view.made.ways[tight]), "more": more}
         return Sentence(key="phrase.does_not_pay", values=told)
     values: Filled = {
-        "way": best.name, "reference": reference.name, "low": view.saved_low, "high": view.saved_high,
+        "way": best.name,
+        "reference": reference.name,
+        "low": view.saved_low,
+        "high": view.saved_high,
         "change": dataclasses.replace(view.saved, unit="percent"),
         "more": _more(1 - view.saved.value / 100, view.saved.source),
-    }  # fmt: skip
+    }
     return Sentence(key="phrase.less" if key == "saves" else "phrase.more", values=values)
 
 

@@ -47,18 +47,25 @@ def _of(made: Decision, index: int, way: Way) -> Iterator[PriceRow]:
 
 def _price(name: Sentence, what: str, fact: Fact, machine: str) -> PriceRow:
     return PriceRow(
-        name=name, what=what,
+        name=name,
+        what=what,
         value=assumed(fact.value, f"money $ {3 if what == 'rent' else 0}", machine_anchor(machine)),
-        kind=finance.price_kind(fact.source), source=fact.source, date=fact.date,
-    )  # fmt: skip
+        kind=finance.price_kind(fact.source),
+        source=fact.source,
+        date=fact.date,
+    )
 
 
 def _watts(name: Sentence, index: int, way: Way, device: Device | None) -> PriceRow:
     fact = None if way.own_power or device is None else device.power_w
     return PriceRow(
-        name=name, what="watts", value=predicted(way.power_w, "W", way_anchor(index)), kind="",
-        source=fact.source if fact else "your case" if way.power_w else "", date=fact.date if fact else "",
-    )  # fmt: skip
+        name=name,
+        what="watts",
+        value=predicted(way.power_w, "W", way_anchor(index)),
+        kind="",
+        source=fact.source if fact else "your case" if way.power_w else "",
+        date=fact.date if fact else "",
+    )
 
 
 def _device(machine: str) -> Device | None:

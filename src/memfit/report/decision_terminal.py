@@ -138,8 +138,11 @@ def _print_ways(view: DecisionView, console: Console, words: Words) -> None:
         return
     if view.saved_low.value is not None:
         told = {
-            "saved": view.saved, "low": view.saved_low, "high": view.saved_high, "chance": view.chance,
-        }  # fmt: skip
+            "saved": view.saved,
+            "low": view.saved_low,
+            "high": view.saved_high,
+            "chance": view.chance,
+        }
         line = words.get("uncertainty.interval", **{k: figure_text(f, words) for k, f in told.items()})
         console.print(Text(line))
     if view.payback is not None:

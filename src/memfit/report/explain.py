@@ -156,10 +156,14 @@ def _sentences(found: PlanDifference) -> Iterator[Sentence]:
             yield _change(kind, change_bytes, name=Sentence(key=f"{kind}.{name}"))
     for top in found.movers[:1]:
         yield _change(
-            "mover", top.change_bytes, name=Sentence(key=f"category.{top.category}"), op=top.op,
+            "mover",
+            top.change_bytes,
+            name=Sentence(key=f"category.{top.category}"),
+            op=top.op,
             module=top.module or Sentence(key="text.root"),
-            first=predicted(top.first_bytes, "bytes"), second=predicted(top.second_bytes, "bytes"),
-        )  # fmt: skip
+            first=predicted(top.first_bytes, "bytes"),
+            second=predicted(top.second_bytes, "bytes"),
+        )
 
 
 def _change(kind: str, change_bytes: int, **values: Figure | str | Sentence) -> Sentence:

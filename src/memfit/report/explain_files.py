@@ -53,10 +53,16 @@ def snapshot(explained: Explained) -> bytes:
         for index, (name, space) in enumerate(spaces.items())
     ]
     asked = [
-        {"action": "segment_alloc", "addr": s["address"], "size": s["total_size"], "stream": s["stream"],
-         "frames": [], "time_us": 0}
+        {
+            "action": "segment_alloc",
+            "addr": s["address"],
+            "size": s["total_size"],
+            "stream": s["stream"],
+            "frames": [],
+            "time_us": 0,
+        }
         for s in segments
-    ]  # fmt: skip
+    ]
     return pickle.dumps({"segments": segments, "device_traces": [[*asked, *actions]]}, protocol=_PROTOCOL)
 
 
@@ -132,10 +138,19 @@ def _segment(space: _Space, stream: int, left: list[tuple[int, Allocation, list[
     gap(space.address + space.total_bytes)
     active = sum(a.size_bytes for _, a, _ in left)
     return {
-        "device": 0, "address": space.address, "total_size": space.total_bytes, "allocated_size": active,
-        "active_size": active, "requested_size": active, "stream": stream, "segment_type": "large",
-        "segment_pool_id": (0, 0), "is_expandable": False, "frames": [], "blocks": blocks,
-    }  # fmt: skip
+        "device": 0,
+        "address": space.address,
+        "total_size": space.total_bytes,
+        "allocated_size": active,
+        "active_size": active,
+        "requested_size": active,
+        "stream": stream,
+        "segment_type": "large",
+        "segment_pool_id": (0, 0),
+        "is_expandable": False,
+        "frames": [],
+        "blocks": blocks,
+    }
 
 
 def chrome_trace(explained: Explained) -> bytes:

@@ -18,9 +18,15 @@ from memfit.types.trace import Category, Phase
 MOST_BYTES: Final = 1_800_000  # most bytes of data in the page
 _POINTS: Final = (3000, 1500, 750, 375, 180, 90)
 _STACK: Final = (
-    Category.PARAMETER, Category.OPTIMIZER_STATE, Category.EMA, Category.INPUT, Category.GRADIENT,
-    Category.ACTIVATION, Category.TEMPORARY, Category.WORKSPACE,
-)  # fmt: skip
+    Category.PARAMETER,
+    Category.OPTIMIZER_STATE,
+    Category.EMA,
+    Category.INPUT,
+    Category.GRADIENT,
+    Category.ACTIVATION,
+    Category.TEMPORARY,
+    Category.WORKSPACE,
+)
 
 
 def render_explained(explained: Explained, *, job: str, lang: str) -> str:
@@ -29,13 +35,18 @@ def render_explained(explained: Explained, *, job: str, lang: str) -> str:
     alive = [a for a in explained.trace.allocations if a.start <= peak and (a.end is None or a.end > peak)]
     apart_bytes = estimate.allocated_bytes.value - sum(a.size_bytes for a in alive)
     return render(
-        "explain.html.j2", words, job=job, estimate=estimate, trace=explained.trace,
+        "explain.html.j2",
+        words,
+        job=job,
+        estimate=estimate,
+        trace=explained.trace,
         op=op_name(estimate.peak_op),
-        peak=figure_text(predicted(estimate.allocated_bytes.value, "bytes"), words), stack=_STACK,
+        peak=figure_text(predicted(estimate.allocated_bytes.value, "bytes"), words),
+        stack=_STACK,
         data=_data(explained, words),
         count=f"{len(explained.trace.allocations):,}",
         apart=figure_text(predicted(apart_bytes, "bytes"), words) if apart_bytes > 0 else "",
-    )  # fmt: skip
+    )
 
 
 def _data(explained: Explained, words: Words) -> str:

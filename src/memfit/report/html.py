@@ -63,9 +63,16 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
     shown = decision_view(poc, decision) if decision is not None else None
     records = report_records(poc, decision, view.case.created if view.case else "")
     return render(
-        "template.html.j2", words, labels=_labels(records, decision, words), view=view, poc=poc,
-        decision=shown, records=records, **_drawings(view, words), **_script(shown, words),
-    )  # fmt: skip
+        "template.html.j2",
+        words,
+        labels=_labels(records, decision, words),
+        view=view,
+        poc=poc,
+        decision=shown,
+        records=records,
+        **_drawings(view, words),
+        **_script(shown, words),
+    )
 
 
 def _labels(

@@ -9,10 +9,15 @@ from memfit.types.result import Estimate, Interval
 from memfit.types.units import format_bytes
 
 _COLOURS = {
-    "parameter": "#3b7dd8", "gradient": "#8a63d2", "optimizer_state": "#2a9d8f", "ema": "#607d3b",
+    "parameter": "#3b7dd8",
+    "gradient": "#8a63d2",
+    "optimizer_state": "#2a9d8f",
+    "ema": "#607d3b",
     "activation": "#e08a1e",
-    "temporary": "#9aa0a6", "input": "#c2185b", "workspace": "#6d4c41",
-}  # fmt: skip
+    "temporary": "#9aa0a6",
+    "input": "#c2185b",
+    "workspace": "#6d4c41",
+}
 _MOST_GUESSES = 5
 _STYLE = """<style>
 .memfit{font:14px/1.5 system-ui,sans-serif;max-width:44rem;color-scheme:light dark;color:inherit}
@@ -30,9 +35,11 @@ def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: in
     """Return the title, the verdict, the kinds of memory with intervals, and the peak's memory as a bar."""
     verdict = f'<b class="{"fits" if fits else "not"}">{"fits" if fits else "does not fit"}</b>'
     kinds = {
-        "allocated": estimate.allocated_bytes, "reserved": estimate.reserved_bytes,
-        "device": estimate.device_bytes, "host": estimate.host_bytes,
-    }  # fmt: skip
+        "allocated": estimate.allocated_bytes,
+        "reserved": estimate.reserved_bytes,
+        "device": estimate.device_bytes,
+        "host": estimate.host_bytes,
+    }
     told = "".join(f"<div>assumed: {escape(what)}</div>" for what in estimate.guesses[:_MOST_GUESSES])
     if estimate.split_warning:
         told = f"<div>{escape(estimate.split_warning)}</div>{told}"

@@ -20,9 +20,13 @@ def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> Non
     """Print the advice. Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     title = words.get(
-        "precision.title", job=advice.job, size=advice.size, dtype=advice.dtype,
-        batches=advice.batches_count, steps=advice.trained_steps,
-    )  # fmt: skip
+        "precision.title",
+        job=advice.job,
+        size=advice.size,
+        dtype=advice.dtype,
+        batches=advice.batches_count,
+        steps=advice.trained_steps,
+    )
     console.print(Text(title, style="bold"))
     named = [e for e in advice.examined if e.reason or e.reason_autocast]
     rest = [e for e in advice.examined if not e.reason and not e.reason_autocast]
@@ -43,10 +47,13 @@ def _cells(one: Examined, advice: PrecisionAdvice, words: Words) -> list[str]:
     loss = "" if one.loss_ratio is None else _percent(one.loss_ratio, words)
     name = one.pattern if one.modules_count == 1 else f"{one.pattern}  ×{one.modules_count}"
     return [
-        name, _why(one, words), _error(one.pure.error_ratio, one.pure.lost, words),
-        _percent(one.pure.gradient_ratio, words), _error(one.autocast.error_ratio, one.autocast.lost, words),
+        name,
+        _why(one, words),
+        _error(one.pure.error_ratio, one.pure.lost, words),
+        _percent(one.pure.gradient_ratio, words),
+        _error(one.autocast.error_ratio, one.autocast.lost, words),
         loss,
-    ]  # fmt: skip
+    ]
 
 
 def _error(ratio: float, lost: str, words: Words) -> str:

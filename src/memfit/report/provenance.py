@@ -148,10 +148,11 @@ def _groups(poc: Poc) -> Iterator[ProvenanceRecord]:
     for number, runs in enumerate(by_plan(poc.runs), 1):
         spec = runs[0].spec
         yield ProvenanceRecord(
-            anchor=group_anchor(spec.role, spec.plan), label=f"G{number}",
+            anchor=group_anchor(spec.role, spec.plan),
+            label=f"G{number}",
             what=_said("group", role=_role(spec.role), plan=spec.plan.label),
             of=_of(poc, ok_runs(runs) or runs),
-        )  # fmt: skip
+        )
 
 
 def choices(poc: Poc) -> tuple[Choice, ...]:
@@ -186,10 +187,12 @@ def _tests(poc: Poc) -> Iterator[ProvenanceRecord]:
     for i, named in enumerate(poc.verdicts):
         tried = [r for r in ok_runs(poc.runs) if r.spec.plan == named.plan]
         yield ProvenanceRecord(
-            anchor=verdict_anchor(named.name), label=f"V{i + 1}",
-            what=_said("verdict", plan=named.plan.label), of=_of(poc, [*plain, *tried]),
+            anchor=verdict_anchor(named.name),
+            label=f"V{i + 1}",
+            what=_said("verdict", plan=named.plan.label),
+            of=_of(poc, [*plain, *tried]),
             sources=(named.verdict.test,),
-        )  # fmt: skip
+        )
     for i, table in enumerate(poc.interactions):
         what = _said("interaction", first=table.first, second=table.second)
         of = _of(poc, [r for r in ok_runs(poc.runs) if r.spec.role in ("baseline", "ablation")])

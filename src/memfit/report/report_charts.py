@@ -101,8 +101,15 @@ def _rings(search: SearchView, words: Words) -> list[charts.Dot]:
         css = "recommended" if row.recommended else "baseline" if label else "ablation"
         if row.peak.value is not None and row.step.value is not None:
             hint = _hint(row.plan, row.peak, row.step, words)
-            found.append(charts.Dot(css=f"{css} ring", x=row.peak.value, y=row.step.value, hint=hint,
-                                    label=words.get(f"text.{label}") if label else ""))  # fmt: skip
+            found.append(
+                charts.Dot(
+                    css=f"{css} ring",
+                    x=row.peak.value,
+                    y=row.step.value,
+                    hint=hint,
+                    label=words.get(f"text.{label}") if label else "",
+                )
+            )
     return found
 
 

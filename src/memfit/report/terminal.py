@@ -35,9 +35,14 @@ from memfit.types.machine import Calibration
 from memfit.types.result import Effort, Estimate, Poc, SearchResult, Timings, Trial
 
 _STYLES: Final = {
-    "ok": "green", "equivalent": "green", "oom": "red", "failed": "red", "different": "red",
-    "timeout": "yellow", "undecided": "yellow",
-}  # fmt: skip
+    "ok": "green",
+    "equivalent": "green",
+    "oom": "red",
+    "failed": "red",
+    "different": "red",
+    "timeout": "yellow",
+    "undecided": "yellow",
+}
 MOST_MODULES: Final = 15
 MOST_ASSUMPTIONS: Final = 5
 Parts = Sequence[tuple[str, Figure, Figure]]
@@ -191,9 +196,11 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
     phases = [(words.name("phase", name), size, share) for name, size, share in view.phases]
     device = [(words.name("memory", name), size, share) for name, size, share in view.device_parts]
     for column, parts in (
-        ("category", categories), ("phase", phases), ("module", _few_modules(view.modules, words)),
+        ("category", categories),
+        ("phase", phases),
+        ("module", _few_modules(view.modules, words)),
         ("device", device),
-    ):  # fmt: skip
+    ):
         if parts:
             console.print(_shares(words.get(f"column.{column}"), parts, words))
     console.print(Text(words.get("terminal.not_included"), style="dim"))

@@ -76,13 +76,14 @@ class Pieces:
     def __create_write_items__(self, fqn: str, whole: object) -> list[WriteItem]:
         return [
             WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets), type=WriteItemType.SHARD,
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=chunk, properties=TensorProperties(dtype=self.dtype), size=self.shape
                 ),
             )
             for chunk in self.__create_chunk_list__()
-        ]  # fmt: skip
+        ]
 
 
 class Saves(DefaultSavePlanner):
@@ -232,8 +233,11 @@ def _deepspeed12(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
         own, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
         yield TensorPlace(
             owner=optimizer.single_partition_of_fp32_groups[fragment.param_group_index],
-            shape=tuple(param.shape), start=own.start, end=own.start + own.numel, at=flat.start,
-        )  # fmt: skip
+            shape=tuple(param.shape),
+            start=own.start,
+            end=own.start + own.numel,
+            at=flat.start,
+        )
 
 
 def _deepspeed3(optimizer: Any, param: Any) -> Iterator[TensorPlace]:

@@ -191,10 +191,18 @@ def _command(compiler: str) -> tuple[str, ...]:
     torch_dir = Path(torch.__file__).parent
     undefined = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
     return (
-        compiler, "-std=c++20", "-O2", "-fPIC", "-shared", *undefined, f"-I{torch_dir / 'include'}",
+        compiler,
+        "-std=c++20",
+        "-O2",
+        "-fPIC",
+        "-shared",
+        *undefined,
+        f"-I{torch_dir / 'include'}",
         str(_SOURCE),
-        f"-L{torch_dir / 'lib'}", "-lc10", f"-Wl,-rpath,{torch_dir / 'lib'}",
-    )  # fmt: skip
+        f"-L{torch_dir / 'lib'}",
+        "-lc10",
+        f"-Wl,-rpath,{torch_dir / 'lib'}",
+    )
 
 
 def _cache_path(command: tuple[str, ...]) -> Path:

@@ -37,9 +37,12 @@ def install(engine: Engine, into: Path | None, told: Told) -> Environment:
     asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = subprocess.run((str(python), "-c", asked), capture_output=True, text=True, check=True).stdout
     made = Environment(
-        folder=str(folder), python=str(python), packages=packages.strip(), installed_bytes=_bytes(folder),
+        folder=str(folder),
+        python=str(python),
+        packages=packages.strip(),
+        installed_bytes=_bytes(folder),
         took_s=time.perf_counter() - begun,
-    )  # fmt: skip
+    )
     record(engine.name, made)
     return made
 

@@ -134,9 +134,15 @@ def probe(signature: str, counter: PeakCounter) -> Probed | None:
 
 # An argument that JSON cannot hold, or values that the kernel rejects.
 CANNOT_RUN = (
-    RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
     MemoryError,
-)  # fmt: skip
+)
 
 
 def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Inside]:

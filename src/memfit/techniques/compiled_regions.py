@@ -16,17 +16,38 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
 
 _ATEN: Any = torch.ops.aten
-_EXTERN = frozenset({
-    _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.convolution, _ATEN.convolution_backward,
-    _ATEN._scaled_dot_product_flash_attention, _ATEN._scaled_dot_product_flash_attention_backward,
-    _ATEN._scaled_dot_product_efficient_attention, _ATEN._scaled_dot_product_efficient_attention_backward,
-    _ATEN._scaled_mm, _ATEN.sort, _ATEN.topk, _ATEN._grouped_mm,
-})  # fmt: skip
+_EXTERN = frozenset(
+    {
+        _ATEN.mm,
+        _ATEN.addmm,
+        _ATEN.bmm,
+        _ATEN.baddbmm,
+        _ATEN.convolution,
+        _ATEN.convolution_backward,
+        _ATEN._scaled_dot_product_flash_attention,
+        _ATEN._scaled_dot_product_flash_attention_backward,
+        _ATEN._scaled_dot_product_efficient_attention,
+        _ATEN._scaled_dot_product_efficient_attention_backward,
+        _ATEN._scaled_mm,
+        _ATEN.sort,
+        _ATEN.topk,
+        _ATEN._grouped_mm,
+    }
+)
 _VIEWS = (_ATEN.reshape, _ATEN._unsafe_view)
-_REDUCTIONS = frozenset({
-    _ATEN.sum, _ATEN.mean, _ATEN.amax, _ATEN.amin, _ATEN.var_mean, _ATEN.max, _ATEN.min, _ATEN.argmax,
-    _ATEN.any,
-})  # fmt: skip
+_REDUCTIONS = frozenset(
+    {
+        _ATEN.sum,
+        _ATEN.mean,
+        _ATEN.amax,
+        _ATEN.amin,
+        _ATEN.var_mean,
+        _ATEN.max,
+        _ATEN.min,
+        _ATEN.argmax,
+        _ATEN.any,
+    }
+)
 
 
 class Region:

@@ -96,9 +96,24 @@ def _on_real_logits(name: str) -> Any:
 
 # Python looks up operators on the class and not through __getattr__.
 for _name in (
-    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul", "neg",
-    "lt", "le", "gt", "ge", "setitem", "len",
-):  # fmt: skip
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "pow",
+    "matmul",
+    "neg",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "setitem",
+    "len",
+):
     setattr(LazyLogits, f"__{_name}__", _on_real_logits(f"__{_name}__"))
 
 

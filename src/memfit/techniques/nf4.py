@@ -59,7 +59,11 @@ def _widen(packed: torch.Tensor, state: Any, scales: Any, dtype: torch.dtype) ->
         return bnb.functional.dequantize_4bit(packed, state).to(dtype)  # type: ignore[no-any-return]
     absmax = bnb.functional.dequantize_blockwise(*scales)
     known = bnb.functional.QuantState(
-        absmax, shape=state.shape, code=state.code, blocksize=state.blocksize, quant_type="nf4",
+        absmax,
+        shape=state.shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type="nf4",
         dtype=state.dtype,
-    )  # fmt: skip
+    )
     return bnb.functional.dequantize_4bit(packed, known).to(dtype)  # type: ignore[no-any-return]

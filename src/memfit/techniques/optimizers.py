@@ -243,9 +243,14 @@ def _not_searched(space: Space) -> Iterable[Mapping[str, KnobValue]]:
 
 def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **more: Any) -> Technique:
     return Technique(
-        name=name, summary=summary, effect=effect, apply=_replace(maker), order=40, slot="optimizer",
+        name=name,
+        summary=summary,
+        effect=effect,
+        apply=_replace(maker),
+        order=40,
+        slot="optimizer",
         **{"settings": _once, **more},
-    )  # fmt: skip
+    )
 
 
 ADAMW_8BIT = _technique(

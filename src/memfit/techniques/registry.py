@@ -171,8 +171,9 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
     if machine is not None and not unable(machine).isdisjoint(u.technique for u in plan.uses):
         raise UserError(
             f"{float8.NAME} on {machine.device.name}, which has no matrix units for 8-bit floats",
-            allowed="H100, L4, L40S, RTX 40 and later; MI300 and later", hint="`memfit machines` lists peaks",
-        )  # fmt: skip
+            allowed="H100, L4, L40S, RTX 40 and later; MI300 and later",
+            hint="`memfit machines` lists peaks",
+        )
     if (clash := conflict(plan)) is not None:
         raise UserError(f"impossible plan: {clash}", hint="take one of them out")
     for u in plan.uses:
@@ -214,9 +215,10 @@ def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
     """Raise UserError if the step would weight the loss terms of the batch's parts wrongly."""
     if dependence.cause is DependenceCause.WEIGHTS and changes_training(plan, dependence):
         raise UserError(
-            f"{plan.label}: {dependence.reason}", allowed=dependence.way_out,
+            f"{plan.label}: {dependence.reason}",
+            allowed=dependence.way_out,
             hint="or a plan that does not split the batch",
-        )  # fmt: skip
+        )
 
 
 def _effect(used: Use) -> EffectClass:

@@ -446,9 +446,17 @@ class Ledger(TorchDispatchMode):
         line = self._line() if self.lines else ""
         node = running_node() if self.current in (Phase.FORWARD, Phase.BACKWARD) else 0
         life = _Life(
-            self.clock, size_bytes, self.current, self.step, module, op, line, node, category=category,
+            self.clock,
+            size_bytes,
+            self.current,
+            self.step,
+            module,
+            op,
+            line,
+            node,
+            category=category,
             place=self.place,
-        )  # fmt: skip
+        )
         self.clock += 1
         self.lives.append(life)
         return life
@@ -489,7 +497,15 @@ class Ledger(TorchDispatchMode):
             saved = life.phase is Phase.FORWARD and outlives
             category = Category.ACTIVATION if saved else Category.TEMPORARY
         return Allocation(
-            start=life.start, end=life.end, size_bytes=rounded(life.size_bytes, self.device),
-            category=category, phase=life.phase, step=life.step, module=life.module, op=life.op,
-            line=life.line, requested_bytes=life.size_bytes, stream=life.place,
-        )  # fmt: skip
+            start=life.start,
+            end=life.end,
+            size_bytes=rounded(life.size_bytes, self.device),
+            category=category,
+            phase=life.phase,
+            step=life.step,
+            module=life.module,
+            op=life.op,
+            line=life.line,
+            requested_bytes=life.size_bytes,
+            stream=life.place,
+        )

@@ -56,34 +56,57 @@ def assuming(case: AssumedCase) -> Iterator[None]:
 # Operators that give indices or counts by comparing unknown numbers.
 CHOICES = frozenset(
     {
-        _ATEN.topk.default, _ATEN.sort.default, _ATEN.sort.stable, _ATEN.argsort.default,
-        _ATEN.argmax.default, _ATEN.argmin.default, _ATEN.max.dim, _ATEN.min.dim,
-        _ATEN.kthvalue.default, _ATEN.median.dim,
-        _ATEN.mode.default, _ATEN.multinomial.default, _ATEN.bucketize.Tensor, _ATEN.searchsorted.Tensor,
+        _ATEN.topk.default,
+        _ATEN.sort.default,
+        _ATEN.sort.stable,
+        _ATEN.argsort.default,
+        _ATEN.argmax.default,
+        _ATEN.argmin.default,
+        _ATEN.max.dim,
+        _ATEN.min.dim,
+        _ATEN.kthvalue.default,
+        _ATEN.median.dim,
+        _ATEN.mode.default,
+        _ATEN.multinomial.default,
+        _ATEN.bucketize.Tensor,
+        _ATEN.searchsorted.Tensor,
         _ATEN.cummax.default,
     }
-)  # fmt: skip
+)
 # Operators that give the positions or the number of the True elements of an unknown mask.
 COUNTS = frozenset(
     {
-        _ATEN.nonzero.default, _ATEN.sum.default, _ATEN.sum.dim_IntList, _ATEN.count_nonzero.default,
-        _ATEN.count_nonzero.dim_IntList, _ATEN.cumsum.default,
+        _ATEN.nonzero.default,
+        _ATEN.sum.default,
+        _ATEN.sum.dim_IntList,
+        _ATEN.count_nonzero.default,
+        _ATEN.count_nonzero.dim_IntList,
+        _ATEN.cumsum.default,
     }
-)  # fmt: skip
+)
 # Operators whose result depends on the shape and dtype of a tensor only.
 CONSTANTS = frozenset(
     {
-        _ATEN.zeros_like.default, _ATEN.ones_like.default, _ATEN.full_like.default, _ATEN.new_zeros.default,
-        _ATEN.new_ones.default, _ATEN.new_full.default,
+        _ATEN.zeros_like.default,
+        _ATEN.ones_like.default,
+        _ATEN.full_like.default,
+        _ATEN.new_zeros.default,
+        _ATEN.new_ones.default,
+        _ATEN.new_full.default,
     }
-)  # fmt: skip
+)
 # Operators that fill a small tensor with random numbers.
 FILLS = frozenset(
     {
-        _ATEN.uniform_.default, _ATEN.normal_.default, _ATEN.random_.default, _ATEN.random_.to,
-        _ATEN.random_.__getattr__("from"), _ATEN.bernoulli_.float, _ATEN.exponential_.default,
+        _ATEN.uniform_.default,
+        _ATEN.normal_.default,
+        _ATEN.random_.default,
+        _ATEN.random_.to,
+        _ATEN.random_.__getattr__("from"),
+        _ATEN.bernoulli_.float,
+        _ATEN.exponential_.default,
     }
-)  # fmt: skip
+)
 
 
 def is_assumed(value: torch.Tensor | None) -> bool:

@@ -347,9 +347,16 @@ def _ctc_loss(
 
 
 def _ctc_loss_backward(
-    self: Guesses, grad: torch.Tensor, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any,
-    lengths: Any, likelihood: torch.Tensor, log_alpha: torch.Tensor, *rest: Any,
-) -> torch.Tensor:  # fmt: skip
+    self: Guesses,
+    grad: torch.Tensor,
+    log_probs: torch.Tensor,
+    targets: torch.Tensor,
+    inputs: Any,
+    lengths: Any,
+    likelihood: torch.Tensor,
+    log_alpha: torch.Tensor,
+    *rest: Any,
+) -> torch.Tensor:
     self.scratch += [torch.empty_like(log_probs, memory_format=torch.contiguous_format)]
     self.scratch += [torch.empty_like(log_alpha)]
     return self.scratch[-2]

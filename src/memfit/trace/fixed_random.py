@@ -22,9 +22,11 @@ _SAME, _SAME_KEPT = (
     0.05,
 )
 _WIDE = {
-    torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
     torch.complex64: torch.complex128,
-}  # fmt: skip
+}
 
 
 class TimeIsUp(Exception):
@@ -133,8 +135,19 @@ def _multinomial(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -
 
 
 _FILLS: dict[str, Callable[[FixedRandom, torch.Tensor, dict[str, Any]], Any]] = {
-    "bernoulli": _bernoulli, "bernoulli_": _bernoulli_in_place, "rand": _uniform, "rand_like": _uniform,
-    "uniform_": _uniform, "normal": _normal, "normal_": _normal, "randn": _standard_normal,
-    "randn_like": _standard_normal, "randint": _integers, "randint_like": _integers, "random_": _integers,
-    "exponential_": _exponential, "randperm": _permutation, "multinomial": _multinomial,
-}  # fmt: skip
+    "bernoulli": _bernoulli,
+    "bernoulli_": _bernoulli_in_place,
+    "rand": _uniform,
+    "rand_like": _uniform,
+    "uniform_": _uniform,
+    "normal": _normal,
+    "normal_": _normal,
+    "randn": _standard_normal,
+    "randn_like": _standard_normal,
+    "randint": _integers,
+    "randint_like": _integers,
+    "random_": _integers,
+    "exponential_": _exponential,
+    "randperm": _permutation,
+    "multinomial": _multinomial,
+}

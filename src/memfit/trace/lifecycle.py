@@ -129,9 +129,14 @@ class _Watch:
 def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
     ledger = Ledger(device, guesses=Guesses(job.bound))
     with (
-        _guesses_blamed(ledger), _fake_world() as fake, _random_states(ledger), _resizes(ledger),
-        device_lens(device), ledger, values_read(ledger.guesses),
-    ):  # fmt: skip
+        _guesses_blamed(ledger),
+        _fake_world() as fake,
+        _random_states(ledger),
+        _resizes(ledger),
+        device_lens(device),
+        ledger,
+        values_read(ledger.guesses),
+    ):
         yield _Watch(ledger=ledger), fake
 
 

@@ -228,10 +228,19 @@ class OperatorCall:
     def told(self) -> OpCall:
         stream, group, waits = self.flow or ("", "", None)
         return OpCall(
-            clock=self.clock, op=self.name, signature=self.work.signature, phase=self.phase, step=self.step,
-            module=self.module, dtype=self.work.dtype, flops=self.work.flops,
-            moved_bytes=self.work.moved_bytes, stream=stream, group=group, waits=waits,
-        )  # fmt: skip
+            clock=self.clock,
+            op=self.name,
+            signature=self.work.signature,
+            phase=self.phase,
+            step=self.step,
+            module=self.module,
+            dtype=self.work.dtype,
+            flops=self.work.flops,
+            moved_bytes=self.work.moved_bytes,
+            stream=stream,
+            group=group,
+            waits=waits,
+        )
 
 
 def key(value: Any) -> Any:
@@ -303,10 +312,15 @@ _TAKE_ROWS = frozenset(
 _PICK_ELEMENTS = frozenset({"aten.nll_loss_forward.default", "aten.nll_loss_backward.default"})
 _WRITE_ONLY = frozenset(
     {
-        "aten.copy_.default", "aten.fill_.Scalar", "aten.fill_.Tensor", "aten.zero_.default",
-        "aten._foreach_copy_.default", "aten._foreach_zero_.default", "memfit.kernel.default",
+        "aten.copy_.default",
+        "aten.fill_.Scalar",
+        "aten.fill_.Tensor",
+        "aten.zero_.default",
+        "aten._foreach_copy_.default",
+        "aten._foreach_zero_.default",
+        "memfit.kernel.default",
     }
-)  # fmt: skip
+)
 ITEM = _ATEN._local_scalar_dense.default
 ADD = _ATEN.add.Tensor
 SCATTER_ADD = _ATEN.scatter_add.default
@@ -328,16 +342,18 @@ WIDE_LOSSES = frozenset(
 GROUP_NORM = _ATEN.native_group_norm.default
 NORM_GRADIENTS = frozenset(
     {
-        _ATEN.native_layer_norm_backward.default, _ATEN.native_group_norm_backward.default,
+        _ATEN.native_layer_norm_backward.default,
+        _ATEN.native_group_norm_backward.default,
         _ATEN.native_batch_norm_backward.default,
     }
-)  # fmt: skip
+)
 SPARSE_MAKERS = frozenset(
     {
-        _ATEN._sparse_coo_tensor_with_dims_and_tensors.default, _ATEN._sparse_coo_tensor_unsafe.default,
+        _ATEN._sparse_coo_tensor_with_dims_and_tensors.default,
+        _ATEN._sparse_coo_tensor_unsafe.default,
         _ATEN.sparse_coo_tensor.indices_size,
     }
-)  # fmt: skip
+)
 IS_COALESCED = _ATEN.is_coalesced.default
 COALESCE = _ATEN._coalesce.default
 SOFTMAX_BACKWARD = _ATEN._softmax_backward_data.default
@@ -347,15 +363,28 @@ _COMM: Any = torch.ops._c10d_functional
 WAIT, COMING = _COMM.wait_tensor.default, _COMM._wrap_tensor_autograd.default
 SENDING = frozenset(
     {
-        _COMM.all_gather_into_tensor.default, _COMM.reduce_scatter_tensor.default,
+        _COMM.all_gather_into_tensor.default,
+        _COMM.reduce_scatter_tensor.default,
         _COMM.all_to_all_single.default,
     }
-)  # fmt: skip
+)
 _VIEWS = frozenset(
-    {_ATEN.view.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.slice.Tensor, _ATEN.as_strided.default,
-     _ATEN.unsqueeze.default, _ATEN.expand.default, _ATEN.permute.default, _ATEN.select.int,
-     _ATEN.detach.default, _ATEN.alias.default, _ATEN._unsafe_view.default, _ATEN.squeeze.dim}
-)  # fmt: skip
+    {
+        _ATEN.view.default,
+        _ATEN.t.default,
+        _ATEN.transpose.int,
+        _ATEN.slice.Tensor,
+        _ATEN.as_strided.default,
+        _ATEN.unsqueeze.default,
+        _ATEN.expand.default,
+        _ATEN.permute.default,
+        _ATEN.select.int,
+        _ATEN.detach.default,
+        _ATEN.alias.default,
+        _ATEN._unsafe_view.default,
+        _ATEN.squeeze.dim,
+    }
+)
 _INITIALISERS = frozenset(
     {_ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.fill_.Scalar, _ATEN.zero_.default}
 )

@@ -114,8 +114,10 @@ def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False
     return SampleDependence(
         kind=DependenceKind.DEPENDENT,
         cause=DependenceCause.SYNC_BATCH_NORM if synced else DependenceCause.BATCH_NORM,
-        reason=reason + also, modules=tuple(norms), across_ranks=loss or not synced,
-    )  # fmt: skip
+        reason=reason + also,
+        modules=tuple(norms),
+        across_ranks=loss or not synced,
+    )
 
 
 # -- a job that fits the limits of a trial ----------------------------------------------------------------
@@ -376,9 +378,11 @@ class _Trial:
         return differs
 
     def _stateful(
-        self, changed: list[tuple[nn.Module, str]], after: Mapping[Any, torch.Tensor],
+        self,
+        changed: list[tuple[nn.Module, str]],
+        after: Mapping[Any, torch.Tensor],
         states: Sequence[Mapping[Any, torch.Tensor]],
-    ) -> SampleDependence:  # fmt: skip
+    ) -> SampleDependence:
         """Return the result for a model whose state changes in a forward pass. The loss is the same, but each
         micro-batch updates the state."""
         if self.norms:
@@ -388,9 +392,12 @@ class _Trial:
         of_data = any(not _alike(s.get(k), after[k]) for s in states for k in changed)
         why = "by the samples that it is given" if of_data else "once more for each part"
         return SampleDependence(
-            kind=DependenceKind.DEPENDENT, cause=DependenceCause.STATE, across_ranks=of_data,
-            reason=f"a forward pass updates it, {why}", modules=paths,
-        )  # fmt: skip
+            kind=DependenceKind.DEPENDENT,
+            cause=DependenceCause.STATE,
+            across_ranks=of_data,
+            reason=f"a forward pass updates it, {why}",
+            modules=paths,
+        )
 
 
 def _wrongly_weighed(weights: list[float], shares: list[float]) -> SampleDependence:
@@ -556,9 +563,8 @@ def _changed(
 ) -> list[tuple[nn.Module, str]]:
     """Return the state that a forward pass changed, except counters of passes."""
     return [
-        k for k, t in before.items()
-        if (t.dim() or t.is_floating_point()) and not _alike(after.get(k), t)
-    ]  # fmt: skip
+        k for k, t in before.items() if (t.dim() or t.is_floating_point()) and not _alike(after.get(k), t)
+    ]
 
 
 def _alike(one: torch.Tensor | None, other: torch.Tensor) -> bool:

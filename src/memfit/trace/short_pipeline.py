@@ -99,9 +99,10 @@ class MemoryLine:
         makes them at the start). Raises Mismatch if micro-batches receive different sizes."""
         forward = next(s for s in trace.spans if s.phase is Phase.FORWARD)
         made = [
-            a for a in trace.allocations
+            a
+            for a in trace.allocations
             if forward.start <= a.start < forward.end and a.end is None and a.category is Category.ACTIVATION
-        ]  # fmt: skip
+        ]
         ones = made[:: self.short_micros]
         if [a.size_bytes for a in made] != [a.size_bytes for a in ones for _ in range(self.short_micros)]:
             raise Mismatch("micro-batches receive different bytes")
@@ -116,9 +117,10 @@ def _kept(trace: Trace, forward: PhaseSpan, last: int) -> tuple[list[Allocation]
     """Return the allocations that a micro-batch's forward keeps for its own backward, and those it keeps
     until the ``last`` backward, such as its loss."""
     kept = [
-        a for a in trace.allocations
+        a
+        for a in trace.allocations
         if forward.start <= a.start < forward.end <= (a.end or 0) and a.category is not Category.INPUT
-    ]  # fmt: skip
+    ]
     return [a for a in kept if (a.end or 0) < last], [a for a in kept if (a.end or 0) >= last]
 
 

@@ -88,12 +88,18 @@ def trace(
     scratch = plan.ranks > 1 and device == "cpu"
     ledger.modes_above = int(scratch)
     with (
-        _guesses_blamed(ledger), fake_ranks(plan, rank) as world, _fake_world() as fake,
-        _random_states(ledger), _resizes(ledger), _propagation_unseen(ledger), device_lens(device), ledger,
+        _guesses_blamed(ledger),
+        fake_ranks(plan, rank) as world,
+        _fake_world() as fake,
+        _random_states(ledger),
+        _resizes(ledger),
+        _propagation_unseen(ledger),
+        device_lens(device),
+        ledger,
         values_read(ledger.guesses),
         GlooScratch() if scratch else contextlib.nullcontext(),
         streams(ledger) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
-    ):  # fmt: skip
+    ):
         ledger.place = "host" if builds_on_host(plan, device) else ""
         built: list[int] = []
         step = _STEP.get()(
@@ -201,9 +207,12 @@ def _played(
                 # One process needs an earlier step only for the state that its optimizer makes.
                 first = index < steps - 1 and step.bench.world.layout.ranks == 1
                 outputs = step.run(
-                    inputs, mark, micro_batches_played=1 if first else played, update=update,
+                    inputs,
+                    mark,
+                    micro_batches_played=1 if first else played,
+                    update=update,
                     terms_per_rank=terms,
-                )  # fmt: skip
+                )
             ledger.phase(Phase.SETUP)
             del outputs, inputs
             _label_state(ledger, step)

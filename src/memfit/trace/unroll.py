@@ -96,9 +96,15 @@ class Blocks:
 
 
 _ON_A_LINE = (
-    "parameter_count", "trainable_count", "offloaded_bytes", "restored_bytes", "offloaded_tensors",
-    "host_peak_bytes", "host_step_bytes", "model_bytes",
-)  # fmt: skip
+    "parameter_count",
+    "trainable_count",
+    "offloaded_bytes",
+    "restored_bytes",
+    "offloaded_tensors",
+    "host_peak_bytes",
+    "host_step_bytes",
+    "model_bytes",
+)
 
 
 def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trace:

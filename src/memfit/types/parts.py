@@ -28,9 +28,14 @@ class Piece:
 
 
 NUMBERS = (
-    "forward_s", "backward_s", "kept_bytes", "forward_top_bytes", "backward_top_bytes", "parameter_bytes",
+    "forward_s",
+    "backward_s",
+    "kept_bytes",
+    "forward_top_bytes",
+    "backward_top_bytes",
+    "parameter_bytes",
     "flops",
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,9 +44,13 @@ def verdict(
         return _bitwise(pairs)
     if effect is EffectClass.E1 and (beyond := _beyond_tolerance(pairs)):
         return Verdict(
-            kind=VerdictKind.DIFFERENT, effect=effect, test=_TESTS[effect], reason=_beyond_reason(beyond),
-            pairs=len(pairs), cause=beyond,
-        )  # fmt: skip
+            kind=VerdictKind.DIFFERENT,
+            effect=effect,
+            test=_TESTS[effect],
+            reason=_beyond_reason(beyond),
+            pairs=len(pairs),
+            cause=beyond,
+        )
     return _by_metric(pairs, effect, metric)
 
 
@@ -129,9 +133,12 @@ def _beyond_tolerance(pairs: Pairs) -> Cause | None:
         if beyond := float32.first_beyond(a.measurement.losses, b.measurement.losses):
             step, difference = beyond
             return Cause(
-                kind="beyond_rounding", seed=a.spec.seed, step=step, difference=difference,
+                kind="beyond_rounding",
+                seed=a.spec.seed,
+                step=step,
+                difference=difference,
                 limit_ratio=float32.tolerance(step),
-            )  # fmt: skip
+            )
     return None
 
 

@@ -113,10 +113,17 @@ class Keeper:
     def _about(self, done: int, entries: list[Entry]) -> Checkpoint:
         spec = self.spec
         return Checkpoint(
-            step=done, seed=spec.seed, job=self.step.job.name, plan=spec.plan.label, engine=spec.engine,
-            ranks=spec.plan.ranks, shapes=self._shapes(), optimizer=type(self.optimizers[0]).__name__,
-            state=tuple(sorted(_everyone({e.key for e in entries if e.kind == "state"}))), files_bytes={},
-        )  # fmt: skip
+            step=done,
+            seed=spec.seed,
+            job=self.step.job.name,
+            plan=spec.plan.label,
+            engine=spec.engine,
+            ranks=spec.plan.ranks,
+            shapes=self._shapes(),
+            optimizer=type(self.optimizers[0]).__name__,
+            state=tuple(sorted(_everyone({e.key for e in entries if e.kind == "state"}))),
+            files_bytes={},
+        )
 
     def _shapes(self) -> Shapes:
         own = {n: p.shape for n, p in places(self.step).items()}

@@ -179,9 +179,14 @@ def _conform(
     used = spec.plan.get("gradient-accumulation")
     played = min(_WATCHED, int(used.settings["micro_batches"]) if used is not None else 1)
     watch = Monitor(
-        step.model, step.optimizer, spec.plan, blocks=job.blocks, head=job.head, whole_elements=built[0],
+        step.model,
+        step.optimizer,
+        spec.plan,
+        blocks=job.blocks,
+        head=job.head,
+        whole_elements=built[0],
         micro_batches=played,
-    )  # fmt: skip
+    )
     watch.clip = job.clip or 0.0
     watch.own = Own(dtypes=built[1], step=functools.partial(_own_step, job, given[0]))
 

@@ -78,9 +78,11 @@ def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int)
         cap_bytes = int(request.machine.device.memory_bytes.value)
     need = needed_bytes(given, request.machine)
     told = Beside(
-        given=given, needed_bytes=need, cap_bytes=cap_bytes,
+        given=given,
+        needed_bytes=need,
+        cap_bytes=cap_bytes,
         fits=None if cap_bytes is None else fits_under(cap_bytes, request.machine)(given),
-    )  # fmt: skip
+    )
     if plan.ranks == 1:
         if cap_bytes is None:  # on a CPU, the cap is what the given plan needs
             request = dataclasses.replace(request, cap_bytes=need)

@@ -72,11 +72,18 @@ def _choice(
             gaps = (str(error),)
     low, high = engine.tested
     return EngineChoice(
-        engine=engine.name, summary=engine.summary, gaps=gaps, cuda=engine.asks_cuda(plan),
-        version=probe.version, problem=probe.problem, fix=probe.fix,
-        tested=f">={low}, <{high}" if low else "", estimate=estimate, config_lines=lines,
+        engine=engine.name,
+        summary=engine.summary,
+        gaps=gaps,
+        cuda=engine.asks_cuda(plan),
+        version=probe.version,
+        problem=probe.problem,
+        fix=probe.fix,
+        tested=f">={low}, <{high}" if low else "",
+        estimate=estimate,
+        config_lines=lines,
         facts=catalog.engine_facts(engine.name),
-    )  # fmt: skip
+    )
 
 
 def _priced(
@@ -94,7 +101,15 @@ def _priced(
 def _lines(request: Request, job: Job, plan: Plan) -> Iterator[int]:
     """Yield the number of lines of each of the engine's own files."""
     spec = RunSpec(
-        name="", role="", job=request.job, plan=plan, engine=request.engine, seed=0, steps=job.steps,
-        batch_size=job.batch_size, clip=job.clip, sizes=model_sizes(request.engine, job),
-    )  # fmt: skip
+        name="",
+        role="",
+        job=request.job,
+        plan=plan,
+        engine=request.engine,
+        seed=0,
+        steps=job.steps,
+        batch_size=job.batch_size,
+        clip=job.clip,
+        sizes=model_sizes(request.engine, job),
+    )
     yield from (len(text.splitlines()) for name, text in render(spec).files.items() if name != "run.json")

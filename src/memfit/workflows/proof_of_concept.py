@@ -65,9 +65,19 @@ from memfit.workflows.effort import effort
 from memfit.workflows.single_run import anatomy, explain, run_plan, run_spec
 
 __all__ = [
-    "Objective", "Planning", "Progress", "Request", "anatomy", "attended", "explain", "poc", "report",
-    "run_plan", "search", "stored_poc",
-]  # fmt: skip
+    "Objective",
+    "Planning",
+    "Progress",
+    "Request",
+    "anatomy",
+    "attended",
+    "explain",
+    "poc",
+    "report",
+    "run_plan",
+    "search",
+    "stored_poc",
+]
 
 # Records beside a PoC's own: the user's figures, later predictions, machines of stages, limits.
 CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
@@ -304,12 +314,20 @@ class _Story:
         request, job = self.planning.request, self.planning.job
         name_of_engine = "native" if engine(request.engine).supports(plan) else request.engine
         return RunSpec(
-            name=name, role=role, job=request.job, plan=plan, engine=name_of_engine, seed=seed,
-            steps=self.steps, batch_size=job.batch_size, clip=job.clip,
+            name=name,
+            role=role,
+            job=request.job,
+            plan=plan,
+            engine=name_of_engine,
+            seed=seed,
+            steps=self.steps,
+            batch_size=job.batch_size,
+            clip=job.clip,
             sizes=model_sizes(name_of_engine, job),
             cap_bytes=self.planning.cap_bytes if capped else None,
-            threads=request.threads or max(1, local_machine.threads() // request.ranks), timeline=seed == 0,
-        )  # fmt: skip
+            threads=request.threads or max(1, local_machine.threads() // request.ranks),
+            timeline=seed == 0,
+        )
 
     def shortened(self, spec: RunSpec) -> RunSpec:
         """Shorten an ablation that is many times slower than plain training to a measurement of memory and
@@ -358,9 +376,12 @@ class _Story:
             yield named(RECOMMENDED, plain, chosen)
         else:
             same = Verdict(
-                kind=VerdictKind.EQUIVALENT, effect=effect_of(self.baseline), test="identity",
-                reason="the recommendation is plain training itself", cause=Cause(kind="same_plan"),
-            )  # fmt: skip
+                kind=VerdictKind.EQUIVALENT,
+                effect=effect_of(self.baseline),
+                test="identity",
+                reason="the recommendation is plain training itself",
+                cause=Cause(kind="same_plan"),
+            )
             yield NamedVerdict(name=RECOMMENDED, plan=self.baseline, verdict=same)
         for other in (r for r in runs if r.spec.role == ABLATION):
             yield named(other.spec.name, plain[:1], [other])
@@ -375,9 +396,14 @@ class _Story:
             if all(v is not None for v in values):
                 neither, first, second, both = (float(v) for v in values if v is not None)
                 yield Interaction(
-                    first=self.mixed.technique, second=_CHECKPOINTING.technique, quantity=quantity,
-                    neither=neither, first_only=first, second_only=second, both=both,
-                )  # fmt: skip
+                    first=self.mixed.technique,
+                    second=_CHECKPOINTING.technique,
+                    quantity=quantity,
+                    neither=neither,
+                    first_only=first,
+                    second_only=second,
+                    both=both,
+                )
 
 
 def _notes(used: JobRef, asked: JobRef, *, beyond: bool) -> tuple[str, ...]:

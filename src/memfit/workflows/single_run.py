@@ -101,9 +101,10 @@ def run_plan(
     most = max(8, 2 * local_machine.threads())
     if plan.ranks > most:
         raise UserError(
-            f"a plan of {plan.ranks} ranks", allowed=f"at most {most} processes on this machine",
+            f"a plan of {plan.ranks} ranks",
+            allowed=f"at most {most} processes on this machine",
             hint="`memfit explain` predicts it without running it",
-        )  # fmt: skip
+        )
     job = make_pricer(request)[0]
     keep, seed = checkpoints.settled(keep, seed, steps or job.steps)
     replayed = request.engine == "replay"
@@ -113,13 +114,23 @@ def run_plan(
     if replayed:
         return _replayed(known, request, estimate)
     spec = RunSpec(
-        name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed, keep=keep,
-        timeout_s=request.timeout_s, steps=steps or job.steps, batch_size=job.batch_size, clip=job.clip,
+        name=plan.label,
+        role="run",
+        job=request.job,
+        plan=plan,
+        engine=request.engine,
+        seed=seed,
+        keep=keep,
+        timeout_s=request.timeout_s,
+        steps=steps or job.steps,
+        batch_size=job.batch_size,
+        clip=job.clip,
         sizes=model_sizes(request.engine, job),
         cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
-        threads=request.threads or local_machine.threads(), evaluate=plan.ranks == 1,
+        threads=request.threads or local_machine.threads(),
+        evaluate=plan.ranks == 1,
         source_digest=source_digest(request.job.spec),
-    )  # fmt: skip
+    )
     done = run_spec(spec, estimate, progress, plan.label, strict=True)
     if store is not None:
         store.append("run", "run", done)
@@ -148,10 +159,11 @@ def _replayed(known: Sequence[Run], request: Request, estimate: Estimate) -> Run
     if found[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
         raise UserError(f"{request.job.spec} has changed since that run", hint=_TRAIN)
     return dataclasses.replace(
-        found[-1], predicted_peak_bytes=int(estimate.allocated_bytes.value),
+        found[-1],
+        predicted_peak_bytes=int(estimate.allocated_bytes.value),
         predicted_phase_peak_bytes=estimate.phase_peak_bytes,
         predicted_step_s=estimate.step_s.value if estimate.step_s else None,
-    )  # fmt: skip
+    )
 
 
 def run_spec(

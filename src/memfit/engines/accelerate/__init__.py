@@ -98,4 +98,4 @@ ENGINE = Engine(
     no_scalars=lambda plan: plan.get("zero") is not None,
     own_trace=True,
     files=_files,
-)  # fmt: skip
+)

@@ -81,9 +81,12 @@ def _gemini(plan: Plan) -> dict[str, Any]:
 def _hybrid(plan: Plan) -> dict[str, Any]:
     place, stages, tensor = layout(plan), plan.get("pipeline"), plan.get("tensor-parallel")
     found: dict[str, Any] = {
-        "tp_size": place.tensor, "pp_size": place.pipeline, "zero_stage": 0, "precision": "fp32",
+        "tp_size": place.tensor,
+        "pp_size": place.pipeline,
+        "zero_stage": 0,
+        "precision": "fp32",
         "parallel_output": tensor is not None and tensor.settings["vocabulary"] == "parallel-loss",
-    }  # fmt: skip
+    }
     if (zero := plan.get("zero")) is not None:
         found |= {"zero_stage": int(zero.settings["stage"]), "precision": str(zero.settings["precision"])}
         found["zero_bucket_size_in_m"] = int(zero.settings["reduce_bucket_elements"]) // _MI
@@ -147,11 +150,18 @@ ENGINE = Engine(
     carries=frozenset({"ddp", "zero", "tensor-parallel", "pipeline", "gradient-accumulation"}),
     beside=frozenset(
         {
-            "activation-checkpointing", "selective-checkpointing", "chunked-cross-entropy", "adamw-fused",
-            "adamw-single", "adafactor", "sgd", "bf16-autocast", "bf16-parameters",
+            "activation-checkpointing",
+            "selective-checkpointing",
+            "chunked-cross-entropy",
+            "adamw-fused",
+            "adamw-single",
+            "adafactor",
+            "sgd",
+            "bf16-autocast",
+            "bf16-parameters",
         }
     ),
     reasons=_reasons,
     asks_cuda=_asks_cuda,
     files=_files,
-)  # fmt: skip
+)

@@ -111,4 +111,4 @@ ENGINE = Engine(
     predicted=as_zero,
     files=_files,
     env={"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},  # LOCAL_RANK is needed even with one rank
-)  # fmt: skip
+)

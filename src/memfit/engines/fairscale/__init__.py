@@ -51,4 +51,4 @@ ENGINE = Engine(
     beside=(BESIDE | {"bf16-autocast"}) - {"activation-checkpointing"},
     reasons=_reasons,
     files=_files,
-)  # fmt: skip
+)

@@ -59,10 +59,14 @@ def arguments(spec: RunSpec) -> dict[str, str]:
     """Return the trainer's options, name -> value; the value of a switch is ""."""
     place = layout(spec.plan)
     return {
-        **spec.sizes, **_degrees(spec.plan, place, spec.sizes), **_data_parallel(spec.plan, place),
-        **_batches(spec, place), **_step(spec), **_ALWAYS,
+        **spec.sizes,
+        **_degrees(spec.plan, place, spec.sizes),
+        **_data_parallel(spec.plan, place),
+        **_batches(spec, place),
+        **_step(spec),
+        **_ALWAYS,
         **({"clip-grad": str(spec.clip)} if spec.clip else {}),
-    }  # fmt: skip
+    }
 
 
 # Options that make the trainer match the job's own step where its defaults differ.
@@ -149,8 +153,15 @@ ENGINE = Engine(
     install="pip install 'memfit[megatron]'",
     carries=frozenset(
         {
-            "ddp", "fsdp2", "zero", "tensor-parallel", "pipeline", "context-parallel",
-            "activation-checkpointing", "bf16-parameters", "gradient-accumulation",
+            "ddp",
+            "fsdp2",
+            "zero",
+            "tensor-parallel",
+            "pipeline",
+            "context-parallel",
+            "activation-checkpointing",
+            "bf16-parameters",
+            "gradient-accumulation",
         }
     ),
     beside=frozenset({"adamw-fused", "adamw-single", "sgd"}),
@@ -159,4 +170,4 @@ ENGINE = Engine(
     files=_files,
     env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
     own_trace=True,
-)  # fmt: skip
+)

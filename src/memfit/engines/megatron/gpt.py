@@ -52,11 +52,16 @@ def read(model: nn.Module) -> GptShape:
         )
     first: Any = model.blocks[0]
     return GptShape(
-        layers=len(model.blocks), width=model.embed.embedding_dim, heads=first.heads,
-        feed=first.widen.out_features, length=model.position.num_embeddings,
-        vocabulary=model.embed.num_embeddings, eps=model.norm.eps, biased=first.mix.bias is not None,
+        layers=len(model.blocks),
+        width=model.embed.embedding_dim,
+        heads=first.heads,
+        feed=first.widen.out_features,
+        length=model.position.num_embeddings,
+        vocabulary=model.embed.num_embeddings,
+        eps=model.norm.eps,
+        biased=first.mix.bias is not None,
         tied=model.head.weight is model.embed.weight,
-    )  # fmt: skip
+    )
 
 
 def sizes(shape: GptShape) -> dict[str, str]:
@@ -183,9 +188,13 @@ class MegatronGpt(nn.Module):
         self.vocabulary, degree = shape.vocabulary, config.tensor_model_parallel_size
         filled = -(-shape.vocabulary // degree) * degree
         self.core = GPTModel(
-            config, block, vocab_size=filled, max_sequence_length=shape.length,
-            parallel_output=False, share_embeddings_and_output_weights=shape.tied,
-        )  # fmt: skip
+            config,
+            block,
+            vocab_size=filled,
+            max_sequence_length=shape.length,
+            parallel_output=False,
+            share_embeddings_and_output_weights=shape.tied,
+        )
 
     @property
     def blocks(self) -> Any:

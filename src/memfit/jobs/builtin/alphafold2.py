@@ -76,20 +76,21 @@ def make(
     512 rows. Raises UserError for user-defined data and weights.
     """
     refuse(
-        NAME, {"--data": data, "--weights": weights},
+        NAME,
+        {"--data": data, "--weights": weights},
         allowed="neither: it trains from scratch on the chains that come with memfit",
-    )  # fmt: skip
+    )
     shape, folds = _shape(size, length, batch), built_in_folds()
     return Job(
-        name=NAME, title=TITLE, size=size if length is None else f"{size}@{length}",
+        name=NAME,
+        title=TITLE,
+        size=size if length is None else f"{size}@{length}",
         build_model=lambda: _build(shape),
         make_batch=lambda step, seed: train_batch(folds, shape, step=step, seed=seed),
         loss=loss,
         evaluate=lambda model: contact_precision(model, folds, shape),
         metric=metric(folds, shape),
-        optimizer=OptimizerChoice(
-            name="adam", learning_rate=2e-3 if size == "tiny" else 1e-3, eps=1e-6
-        ),
+        optimizer=OptimizerChoice(name="adam", learning_rate=2e-3 if size == "tiny" else 1e-3, eps=1e-6),
         batch_size=shape.batch_size,
         tokens_per_batch=shape.batch_size * shape.residues,
         length_unit="residues",
@@ -98,7 +99,7 @@ def make(
         more_blocks=("extra", "template.blocks") if shape.templates else ("extra",),
         islands=("structure", "recycle", "heads"),
         data_source=DATA_SOURCE,
-    )  # fmt: skip
+    )
 
 
 def _shape(size: str, length: int | None, batch: int | None) -> FoldSize:
@@ -106,9 +107,11 @@ def _shape(size: str, length: int | None, batch: int | None) -> FoldSize:
 
     if size == "tiny":
         return small(residues=length or 40, batch_size=batch or 4)
-    crops = {"residues": 384, "rows": 512, "extra_rows": 5120} if size == "finetune" else {
-        "residues": 256, "rows": 128, "extra_rows": 1024
-    }  # fmt: skip
+    crops = (
+        {"residues": 384, "rows": 512, "extra_rows": 5120}
+        if size == "finetune"
+        else {"residues": 256, "rows": 128, "extra_rows": 1024}
+    )
     return published(**crops | ({"residues": length} if length else {}), batch_size=batch or 1)
 
 
@@ -131,9 +134,12 @@ def built_in_folds() -> Folds:
     with resources.as_file(folder / "pdb_backbone.npz") as path, np.load(path) as kept:
         atoms = np.cumsum(kept["step"].astype(np.int32), axis=0).reshape(-1, 3, 3)
     return Folds(
-        offset=offset, residue=residue, profile=profile / profile.sum(-1, keepdims=True),
-        atoms=(atoms / 100).astype(np.float32), train_count=train_count,
-    )  # fmt: skip
+        offset=offset,
+        residue=residue,
+        profile=profile / profile.sum(-1, keepdims=True),
+        atoms=(atoms / 100).astype(np.float32),
+        train_count=train_count,
+    )
 
 
 def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[str, torch.Tensor]:
@@ -175,11 +181,15 @@ def pack(
     gone[..., 2:22] = profile[:, None]
     extra = eye[drawn[:, shape.rows - 1 :]]
     arrays = {
-        "target": eye[residue][..., :22], "msa": np.concatenate([shown, gone], axis=-1),
+        "target": eye[residue][..., :22],
+        "msa": np.concatenate([shown, gone], axis=-1),
         "extra": np.concatenate([extra, np.zeros((*extra.shape[:-1], 2), np.float32)], axis=-1),
-        "index": np.broadcast_to(np.arange(length), (count, length)).copy(), "mask": mask, "atoms": atoms,
-        "residue": msa.astype(np.int64), "hidden": hidden.astype(np.float32),
-    }  # fmt: skip
+        "index": np.broadcast_to(np.arange(length), (count, length)).copy(),
+        "mask": mask,
+        "atoms": atoms,
+        "residue": msa.astype(np.int64),
+        "hidden": hidden.astype(np.float32),
+    }
     if shape.templates:
         arrays["template"] = np.zeros((count, shape.templates, length, length, 88), np.float32)
         arrays["template_mask"] = np.zeros((count, shape.templates), np.float32)
@@ -233,9 +243,12 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
     local = true.invert(atoms)  # bond lengths and angles are taken from the true structure
     placed = Frames(rotations[-1], translations[-1]).apply(local).flatten(1, 2)
     final = fape(
-        Frames(rotations[-1], translations[-1]), true, placed, atoms.flatten(1, 2),
+        Frames(rotations[-1], translations[-1]),
+        true,
+        placed,
+        atoms.flatten(1, 2),
         (mask, mask.repeat_interleave(3, dim=1)),
-    ).mean()  # fmt: skip
+    ).mean()
     follows = mask * functional.pad(mask[:, :-1], (1, 0))
     turned, held = torsions(atoms, follows)
     auxiliary = torch.stack(along).mean() + sum(
@@ -245,11 +258,12 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
         right = lddt(translations[-1], true.translation, mask)
         bins = (right * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
     parts = {
-        "fape": final, "auxiliary": auxiliary,
+        "fape": final,
+        "auxiliary": auxiliary,
         "distance": cross_entropy(out["distance"], distance_bins(beta_of(atoms)), pairs),
         "residue": cross_entropy(out["residue"], batch["residue"], batch["hidden"]),
         "confidence": cross_entropy(out["confidence"], bins, mask),
-    }  # fmt: skip
+    }
     weights = {"fape": 0.5, "auxiliary": 0.5, "distance": 0.3, "residue": 2.0, "confidence": 0.01}
     total = sum(weights[name] * part for name, part in parts.items())
     return {**parts, "loss": torch.as_tensor(total), "lddt": (right * mask).sum() / mask.sum()}

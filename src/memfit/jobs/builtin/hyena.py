@@ -67,9 +67,14 @@ class LongFilter(nn.Module):
         super().__init__()
         sine = Sine(hidden)  # one frequency per unit for all three layers, as published
         self.network = nn.Sequential(
-            nn.Linear(_TIME_FEATURES, hidden), sine, nn.Linear(hidden, hidden), sine,
-            nn.Linear(hidden, hidden), sine, nn.Linear(hidden, width, bias=False),
-        )  # fmt: skip
+            nn.Linear(_TIME_FEATURES, hidden),
+            sine,
+            nn.Linear(hidden, hidden),
+            sine,
+            nn.Linear(hidden, hidden),
+            sine,
+            nn.Linear(hidden, width, bias=False),
+        )
         fastest, slowest = math.log(1e-2) / 0.3, math.log(1e-2) / 1.5
         self.rates: torch.Tensor
         self.register_buffer("rates", torch.linspace(slowest, fastest, width).abs())

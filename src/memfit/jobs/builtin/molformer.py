@@ -36,9 +36,16 @@ class MolformerSize:
 
 # github.com/IBM/molformer, training/run_pubchem_light.sh: 1,200 molecules on each of its GPUs.
 XL: Final = MolformerSize(
-    layers=12, width=768, heads=12, features=32, feed=768, length=202, vocabulary=2362, batch_size=1200,
+    layers=12,
+    width=768,
+    heads=12,
+    features=32,
+    feed=768,
+    length=202,
+    vocabulary=2362,
+    batch_size=1200,
     masked=True,
-)  # fmt: skip
+)
 
 
 def rotary(length: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -97,9 +97,16 @@ def _shape(size: str, frames: MoleculeFrames) -> SchnetSize:
         return OPEN_CATALYST
     atoms = frames.species.shape[1]
     return SchnetSize(
-        layers=3, width=64, filters=64, radial=32, cutoff=5.0, species=int(frames.species.max()) + 1,
-        atoms=atoms, neighbours=atoms - 1, batch_size=32,
-    )  # fmt: skip
+        layers=3,
+        width=64,
+        filters=64,
+        radial=32,
+        cutoff=5.0,
+        species=int(frames.species.max()) + 1,
+        atoms=atoms,
+        neighbours=atoms - 1,
+        batch_size=32,
+    )
 
 
 def _build(shape: SchnetSize, weights: str | None) -> torch.nn.Module:
@@ -169,10 +176,14 @@ def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str
     energy = frames.energy[picked].sum(1)
     return as_tensors(
         {
-            "species": species, "positions": positions, "near": near, "within": within, "energy": energy,
+            "species": species,
+            "positions": positions,
+            "near": near,
+            "within": within,
+            "energy": energy,
             "forces": forces,
         }
-    )  # fmt: skip
+    )
 
 
 def neighbours(species: Array, positions: Array, shape: SchnetSize) -> tuple[Array, Array]:

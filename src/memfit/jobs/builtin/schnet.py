@@ -39,9 +39,16 @@ class SchnetSize:
 # SchNet of Open Catalyst 2020 (Chanussot et al. 2021, ACS Catal. 11:6059): 9.1 M parameters; structures have
 # up to 225 atoms, each with 50 neighbours within 6 angstrom.
 OPEN_CATALYST: Final = SchnetSize(
-    layers=5, width=1024, filters=256, radial=200, cutoff=6.0, species=100, atoms=225, neighbours=50,
+    layers=5,
+    width=1024,
+    filters=256,
+    radial=200,
+    cutoff=6.0,
+    species=100,
+    atoms=225,
+    neighbours=50,
     batch_size=20,
-)  # fmt: skip
+)
 
 
 def shifted_softplus(x: torch.Tensor) -> torch.Tensor:

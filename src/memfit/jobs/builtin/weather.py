@@ -92,9 +92,16 @@ def _shape(size: str) -> ForecasterSize:
             layers=3, width=20, channels=1, grid=(32, 32), patch=1, rollout=4, batch_size=8, modes=10
         )
     return ForecasterSize(
-        layers=12, width=768, channels=20, grid=(720, 1440), patch=8, rollout=2, batch_size=2, groups=8,
+        layers=12,
+        width=768,
+        channels=20,
+        grid=(720, 1440),
+        patch=8,
+        rollout=2,
+        batch_size=2,
+        groups=8,
         positions=True,
-    )  # fmt: skip
+    )
 
 
 def _build(shape: ForecasterSize, weights: str | None) -> torch.nn.Module:

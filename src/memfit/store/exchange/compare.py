@@ -44,9 +44,13 @@ def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
             *_unlike("engine", one.engine, other.engine),
         ]
         found.append(
-            _row(f"{name}: peak_bytes", one.measured_peak_bytes, other.measured_peak_bytes,
-                 [*run, *source, *torch])
-        )  # fmt: skip
+            _row(
+                f"{name}: peak_bytes",
+                one.measured_peak_bytes,
+                other.measured_peak_bytes,
+                [*run, *source, *torch],
+            )
+        )
         found.append(_row(f"{name}: step_s", one.step_s, other.step_s, [*run, *where, *torch, *threads]))
         found.append(_energy(f"{name}: joules", one.energy, other.energy, [*run, *where, *torch, *threads]))
         metric = list(_unlike("metric", (a.metric, a.metric_unit), (b.metric, b.metric_unit)))

@@ -14,9 +14,16 @@ from memfit.types.result import Choice, OutcomeKind, Poc, Run, Verdict
 from memfit.verify.aggregate import ok_runs, peak_bytes, step_s
 
 _AS_IT_IS = (
-    "poc_id", "created", "command", "place", "cap_bytes", "cap_reason", "metric", "metric_unit",
+    "poc_id",
+    "created",
+    "command",
+    "place",
+    "cap_bytes",
+    "cap_reason",
+    "metric",
+    "metric_unit",
     "metric_naive",
-)  # fmt: skip
+)
 _OF_HARDWARE = ("processor", "cores", "ram_bytes", "accelerators")
 
 

@@ -66,7 +66,13 @@ TECHNIQUE = Technique(
     # context-parallel and tensor-parallel also share the memory of a sample; zero and sharded-ddp average
     # over data-parallel ranks only; the others have not been tried together with it.
     forbids=(
-        "context-parallel", "tensor-parallel", "zero", "sharded-ddp", "expert-parallel", "pipeline",
-        "compile", "optimal-checkpointing",
+        "context-parallel",
+        "tensor-parallel",
+        "zero",
+        "sharded-ddp",
+        "expert-parallel",
+        "pipeline",
+        "compile",
+        "optimal-checkpointing",
     ),
-)  # fmt: skip
+)

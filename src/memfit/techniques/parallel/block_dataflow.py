@@ -32,8 +32,17 @@ from memfit.types.errors import UserError
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 # Operators that read a tensor's shape and dtype but not its values.
-_SHAPE_ONLY = ("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like",
-               "full_like", "new_empty_strided")  # fmt: skip
+_SHAPE_ONLY = (
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_empty_strided",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -36,9 +36,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     from memfit.techniques.parallel.sample_parallel_collectives import averaging
 
     across = Across(
-        group=mesh.get_group().group_name, rank=bench.world.index("context"), ranks=mesh.size(),
-        device=bench.device, fixed=bench.fixed_counts,
-    )  # fmt: skip
+        group=mesh.get_group().group_name,
+        rank=bench.world.index("context"),
+        ranks=mesh.size(),
+        device=bench.device,
+        fixed=bench.fixed_counts,
+    )
     mode = functools.partial(AttentionAcross, across)
     for module in (*_blocks(bench), bench.model):
         _under(module, mode)

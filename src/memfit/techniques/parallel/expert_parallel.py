@@ -39,9 +39,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         module = bench.model.get_submodule(name)
         experts = _deal(module, name, bench.world.layout.data_index(bench.world.rank), ranks)
         travel = _Travel(
-            group=group, ranks=ranks, experts=experts.total,
-            capacity_percent=int(settings["capacity_percent"]), run=experts.run,
-        )  # fmt: skip
+            group=group,
+            ranks=ranks,
+            experts=experts.total,
+            capacity_percent=int(settings["capacity_percent"]),
+            run=experts.run,
+        )
         module.forward = travel.forward
         for own, param in module.named_parameters():
             bench.own_parameters.add(f"{name}.{own}")

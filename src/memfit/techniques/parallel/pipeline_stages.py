@@ -202,9 +202,14 @@ class Pipeline:
 
         part = _Part(self, stage)
         made = _Stage(
-            part, stage, len(self.bounds), self.device, input_args=like(stage), output_args=like(stage + 1),
+            part,
+            stage,
+            len(self.bounds),
+            self.device,
+            input_args=like(stage),
+            output_args=like(stage + 1),
             group=self.group,
-        )  # fmt: skip
+        )
         made.stage_index_to_group_rank = self.rank_of
         return made
 

@@ -287,9 +287,10 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
         )
     _must_divide(f"the vocabulary of {name}", head.out_features, mesh.size())
     tables = [
-        n for n, m in model.named_modules()
+        n
+        for n, m in model.named_modules()
         if isinstance(m, torch.nn.Embedding) and m.num_embeddings == head.out_features
-    ]  # fmt: skip
+    ]
     tied = {n for n in tables if model.get_submodule(n).weight is head.weight}
     style = ColwiseParallel(
         output_layouts=Shard(-1) if parallel_loss else Replicate(), use_local_output=not parallel_loss

@@ -94,7 +94,16 @@ TECHNIQUE = Technique(
         ),
     ),
     forbids=(
-        "activation-offload", "compile", "qlora", "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel",
-        "context-parallel", "expert-parallel", "pipeline",
+        "activation-offload",
+        "compile",
+        "qlora",
+        "ddp",
+        "fsdp2",
+        "zero",
+        "sharded-ddp",
+        "tensor-parallel",
+        "context-parallel",
+        "expert-parallel",
+        "pipeline",
     ),
-)  # fmt: skip
+)

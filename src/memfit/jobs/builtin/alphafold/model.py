@@ -57,9 +57,16 @@ def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> 
             c_m=64, c_z=64, msa_heads=4, msa_head_width=16, pair_head_width=16, triangle=64, transition=2
         ),
         structure=StructureWidths(c_s=384, c_z=128),
-        blocks=48, extra_blocks=4, template_blocks=2, templates=4,
-        rows=rows, extra_rows=extra_rows, residues=residues, recycles=1, batch_size=batch_size,
-    )  # fmt: skip
+        blocks=48,
+        extra_blocks=4,
+        template_blocks=2,
+        templates=4,
+        rows=rows,
+        extra_rows=extra_rows,
+        residues=residues,
+        recycles=1,
+        batch_size=batch_size,
+    )
 
 
 def small(*, residues: int, batch_size: int) -> FoldSize:
@@ -72,9 +79,16 @@ def small(*, residues: int, batch_size: int) -> FoldSize:
         structure=StructureWidths(
             c_s=48, c_z=32, heads=4, head_width=12, value_points=4, iterations=2, angle_width=32
         ),
-        blocks=2, extra_blocks=1, template_blocks=1, templates=0,
-        rows=12, extra_rows=16, residues=residues, recycles=1, batch_size=batch_size,
-    )  # fmt: skip
+        blocks=2,
+        extra_blocks=1,
+        template_blocks=1,
+        templates=0,
+        rows=12,
+        extra_rows=16,
+        residues=residues,
+        recycles=1,
+        batch_size=batch_size,
+    )
 
 
 class InputEmbedder(Axial):
@@ -119,9 +133,13 @@ class Confidence(nn.Module):
         super().__init__()
         wide = min(128, c_s)
         self.layers = nn.Sequential(
-            nn.LayerNorm(c_s), nn.Linear(c_s, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(),
+            nn.LayerNorm(c_s),
+            nn.Linear(c_s, wide),
+            nn.ReLU(),
+            nn.Linear(wide, wide),
+            nn.ReLU(),
             nn.Linear(wide, CONFIDENCE_BINS),
-        )  # fmt: skip
+        )
 
     def forward(self, single: torch.Tensor) -> torch.Tensor:
         return self.layers(single)  # type: ignore[no-any-return]
@@ -206,11 +224,16 @@ class AlphaFold(Axial):
         single, rotations, translations, angles = self.structure(self.single(m[:, 0]), z, mask)
         distance, residue, confidence = self.heads(m, z, single)
         return {
-            "first": m[:, 0], "pairs": cut,
-            "distance": distance, "residue": residue, "confidence": confidence,
-            "rotations": rotations, "translations": translations, "angles": angles,
+            "first": m[:, 0],
+            "pairs": cut,
+            "distance": distance,
+            "residue": residue,
+            "confidence": confidence,
+            "rotations": rotations,
+            "translations": translations,
+            "angles": angles,
             "beta": translations[-1] + (rotations[-1] @ rotations.new_tensor(_BETA)),
-        }  # fmt: skip
+        }
 
 
 def _initialised(module: nn.Module) -> None:
@@ -224,10 +247,16 @@ def _initialised(module: nn.Module) -> None:
                 nn.init.zeros_(child.weight)
                 nn.init.ones_(child.bias)
     residual = {
-        "Attention": "out", "GlobalAttention": "out", "Transition": "down", "OuterProduct": "out",
-        "TriangleMultiplication": "out", "Templates": "out", "InvariantPointAttention": "out",
-        "StructureModule": "update", "Heads": "distance",
-    }.get(type(module).__name__)  # fmt: skip
+        "Attention": "out",
+        "GlobalAttention": "out",
+        "Transition": "down",
+        "OuterProduct": "out",
+        "TriangleMultiplication": "out",
+        "Templates": "out",
+        "InvariantPointAttention": "out",
+        "StructureModule": "update",
+        "Heads": "distance",
+    }.get(type(module).__name__)
     if residual is not None:
         nn.init.zeros_(getattr(module, residual).weight)
         nn.init.zeros_(getattr(module, residual).bias)

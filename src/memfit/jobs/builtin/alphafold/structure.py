@@ -55,10 +55,16 @@ def rotation_of(vector: torch.Tensor) -> torch.Tensor:
     a = torch.rsqrt(1 + b * b + c * c + d * d)
     b, c, d = b * a, c * a, d * a
     rows = [
-        a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c),
-        2 * (b * c + a * d), a * a - b * b + c * c - d * d, 2 * (c * d - a * b),
-        2 * (b * d - a * c), 2 * (c * d + a * b), a * a - b * b - c * c + d * d,
-    ]  # fmt: skip
+        a * a + b * b - c * c - d * d,
+        2 * (b * c - a * d),
+        2 * (b * d + a * c),
+        2 * (b * c + a * d),
+        a * a - b * b + c * c - d * d,
+        2 * (c * d - a * b),
+        2 * (b * d - a * c),
+        2 * (c * d + a * b),
+        a * a - b * b - c * c + d * d,
+    ]
     return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))  # type: ignore[no-any-return]
 
 
