@@ -250,7 +250,7 @@ def _of_rank(told: Mapping[str, Any]) -> dict[str, Any]:
             "unseen": told["unseen"],
         }
     text = told["told"]
-    checked, _, unseen = text.partition("; not seen: ")
+    checked, _, unseen = text.partition("; not checked: ")
     return {
         "conforms": text.startswith("as planned"),
         "clipping": "gradient clipping" in checked,

@@ -3,8 +3,8 @@
 ::
 
     import memfit
-    found = memfit.estimate(model, batch, optimizer="adamw", machine="H100-SXM")
-    found.allocated_bytes.value, found.fits
+    prediction = memfit.estimate(model, batch, optimizer="adamw", machine="H100-SXM")
+    prediction.allocated_bytes.value, prediction.fits
 """
 
 from __future__ import annotations
@@ -157,16 +157,16 @@ class Prediction:
     def __str__(self) -> str:
         allocated = self.allocated_bytes
         kinds = (("reserved", self.reserved_bytes), ("device", self.device_bytes), ("host", self.host_bytes))
-        more = "".join(f", {name} {format_bytes(v.value)}" for name, v in kinds if v is not None)
+        other_memory = "".join(f", {name} {format_bytes(v.value)}" for name, v in kinds if v is not None)
         guesses = self.estimate.guesses
-        assumed = f"; {self.estimate.split_warning}" if self.estimate.split_warning else ""
-        assumed += f"; assumed: {guesses[0]}" if guesses else ""
-        assumed += f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
+        caveats = f"; {self.estimate.split_warning}" if self.estimate.split_warning else ""
+        caveats += f"; assumed: {guesses[0]}" if guesses else ""
+        caveats += f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
         return (
             f"{workload_text(self.workload)}; {self.plan.label}: allocated {format_bytes(allocated.value)} "
-            f"({format_bytes(allocated.low)} to {format_bytes(allocated.high)}){more}; peak in "
+            f"({format_bytes(allocated.low)} to {format_bytes(allocated.high)}){other_memory}; peak in "
             f"{self.estimate.peak_phase}; {'fits' if self.fits else 'does not fit'} "
-            f"{format_bytes(self.cap_bytes)}, of which it needs {format_bytes(self.needed_bytes)}{assumed}"
+            f"{format_bytes(self.cap_bytes)}, of which it needs {format_bytes(self.needed_bytes)}{caveats}"
             f"{f'; {self.host}' if self.host else ''}; not included: {', '.join(NOT_INCLUDED)}"
         )
 
@@ -233,8 +233,8 @@ def _with_host(machine: Machine, memory: str | int | None) -> Machine:
 
 
 def _plan_on(plan: Any, machine: Machine) -> Plan:
-    found = plan_of(plan)
-    return plan_of(on_ranks(plan, machine.device_count)) if _of_several(found) else found
+    resolved_plan = plan_of(plan)
+    return plan_of(on_ranks(plan, machine.device_count)) if _of_several(resolved_plan) else resolved_plan
 
 
 def _of_several(plan: Plan) -> list[str]:
@@ -244,9 +244,9 @@ def _of_several(plan: Plan) -> list[str]:
 def _predicted(
     job: Job, plan: Plan, machine: Machine, cap_bytes: int | None = None, *, probe: bool
 ) -> Prediction:
-    kind = machine.device.kind
-    unsearched = Space(batch_size=job.batch_size, block_count=0, has_head=False, vocabulary=0, device=kind)
-    pricer = Pricer(job=job, machine=machine, space=unsearched)
+    device_kind = machine.device.kind
+    space = Space(batch_size=job.batch_size, block_count=0, has_head=False, vocabulary=0, device=device_kind)
+    pricer = Pricer(job=job, machine=machine, space=space)
     cap = cap_bytes or int(machine.device.memory_bytes.value)
     return Prediction(
         estimate=_priced(pricer, plan, probe),
@@ -268,7 +268,7 @@ def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"the training step does not run on fake tensors: {type(error).__name__}: {reason[:200]}",
-            hint="if it trains without memfit, it is a limit of memfit's",
+            hint="if it trains without memfit, this is a limitation of memfit",
         ) from error
 
 
@@ -290,14 +290,14 @@ def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Pr
     if micro_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=micro_batches))
     with torch.random.fork_rng(devices=[]):
-        part = dict(next(iter(trainer.get_train_dataloader())))
-    batch = _pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t] * micro_batches), part)
-    kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        micro_batch = dict(next(iter(trainer.get_train_dataloader())))
+    batch = _pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t] * micro_batches), micro_batch)
+    optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     return estimate(
         trainer.model,
         batch,
         loss=trainer.compute_loss,
-        optimizer=lambda params: kind(params, **settings),
+        optimizer=lambda params: optimizer_class(params, **settings),
         plan=Plan(uses=tuple(uses)),
         machine=machine,
         clip=args.max_grad_norm or None,
@@ -331,69 +331,81 @@ def assert_fits(  # noqa: PLR0913
     """
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     if isinstance(model, Prediction):
-        found = dataclasses.replace(model, cap_bytes=cap_bytes)
+        prediction = dataclasses.replace(model, cap_bytes=cap_bytes)
     else:
         job = job_of(
             model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
         )
-        on = _with_host(machine_of(machine), host_memory)
-        found = _predicted(job, _plan_on(plan, on), on, cap_bytes, probe=probe)
-    if not found.fits:
-        raise AssertionError(_why_not(found))
-    return found
+        target = _with_host(machine_of(machine), host_memory)
+        prediction = _predicted(job, _plan_on(plan, target), target, cap_bytes, probe=probe)
+    if not prediction.fits:
+        raise AssertionError(_why_not(prediction))
+    return prediction
 
 
-def _why_not(found: Prediction) -> str:
-    guess = found.estimate
-    need = needed_bytes(guess, found.machine)
-    smaller = next((p for p in _smaller(found) if p.fits), None)
-    over = f"{format_bytes(need - found.cap_bytes)} more than {format_bytes(found.cap_bytes)}"
-    if need <= found.cap_bytes:
-        over = f"within {format_bytes(found.cap_bytes)}, but not the host"
-    peak = f"peak of {format_bytes(guess.allocated_bytes.value)} in tensors"
+def _why_not(prediction: Prediction) -> str:
+    peak_estimate = prediction.estimate
+    need_bytes = needed_bytes(peak_estimate, prediction.machine)
+    smaller = next((p for p in _smaller(prediction) if p.fits), None)
+    excess_text = (
+        f"{format_bytes(need_bytes - prediction.cap_bytes)} more than {format_bytes(prediction.cap_bytes)}"
+    )
+    if need_bytes <= prediction.cap_bytes:
+        excess_text = f"within {format_bytes(prediction.cap_bytes)}, but the host has too little memory"
+    peak = f"peak of {format_bytes(peak_estimate.allocated_bytes.value)} in tensors"
     lines = [
-        f"{found.job.name}, {found.plan.label}: needs {format_bytes(need)} on {found.machine.name}, {over}",
-        f"{peak}, in {guess.peak_phase} at {guess.peak_op}",
-        f"alive then: {_largest(guess.at_peak_bytes)}",
-        f"by module: {_largest(guess.by_module_bytes)}",
+        (
+            f"{prediction.job.name}, {prediction.plan.label}: needs {format_bytes(need_bytes)} on "
+            f"{prediction.machine.name}, {excess_text}"
+        ),
+        f"{peak}, in {peak_estimate.peak_phase} at {peak_estimate.peak_op}",
+        f"live at the peak: {_largest(peak_estimate.at_peak_bytes)}",
+        f"by module: {_largest(peak_estimate.by_module_bytes)}",
     ]
-    if not host_holds(guess, found.machine):
+    if not host_holds(peak_estimate, prediction.machine):
         lines.insert(
-            1, found.host or f"all processes need {format_bytes(_host_value(guess))} of this machine"
+            1,
+            prediction.host
+            or f"all processes together need {format_bytes(_host_value(peak_estimate))} of this machine's "
+            "memory",
         )
     if smaller is not None:
-        least = format_bytes(needed_bytes(smaller.estimate, found.machine))
-        doubt = f"; {smaller.estimate.split_warning}" if smaller.estimate.split_warning else ""
-        lines.append(f"would fit: {smaller.plan.label} ({least}){doubt}")
+        smaller_need = format_bytes(needed_bytes(smaller.estimate, prediction.machine))
+        warning = f"; {smaller.estimate.split_warning}" if smaller.estimate.split_warning else ""
+        lines.append(f"would fit: {smaller.plan.label} ({smaller_need}){warning}")
     return "\n".join(lines)
 
 
-def _host_value(guess: Estimate) -> float:
-    return guess.host_bytes.value if guess.host_bytes else 0.0
+def _host_value(peak_estimate: Estimate) -> float:
+    return peak_estimate.host_bytes.value if peak_estimate.host_bytes else 0.0
 
 
 def _largest(parts: Mapping[str, int]) -> str:
-    few = sorted(parts.items(), key=lambda item: -item[1])[:4]
-    return ", ".join(f"{name.replace('_', ' ') or 'the model itself'} {format_bytes(n)}" for name, n in few)
+    top_parts = sorted(parts.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(
+        f"{name.replace('_', ' ') or 'the model itself'} {format_bytes(n)}" for name, n in top_parts
+    )
 
 
-def _smaller(found: Prediction) -> Iterator[Prediction]:
+def _smaller(prediction: Prediction) -> Iterator[Prediction]:
     """Yield predictions of the plan with more and more techniques that keep the algorithm, the cheapest
     first.
     """
-    if found.allocated_bytes.value > _CHEAP_BYTES:
+    if prediction.allocated_bytes.value > _CHEAP_BYTES:
         return
-    plan, batch = found.plan, found.job.batch_size
-    added: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1)]
-    if batch > 1 and found.pricer.dependence.kind is not DependenceKind.DEPENDENT:
-        added += [use("gradient-accumulation", micro_batches=n) for n in (2, 4, batch) if 1 < n <= batch]
-    for one in added:
+    plan, batch = prediction.plan, prediction.job.batch_size
+    extra_uses: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1)]
+    if batch > 1 and prediction.pricer.dependence.kind is not DependenceKind.DEPENDENT:
+        extra_uses += [use("gradient-accumulation", micro_batches=n) for n in (2, 4, batch) if 1 < n <= batch]
+    for extra_use in extra_uses:
         with contextlib.suppress(MemfitError):  # it conflicts with the plan or does not suit the model
-            more = plan_of(plan.with_use(one))
-            if not proposable(more):
+            extended_plan = plan_of(plan.with_use(extra_use))
+            if not proposable(extended_plan):
                 continue
-            yield dataclasses.replace(found, estimate=_priced(found.pricer, more, found.probe))
-            plan = more
+            yield dataclasses.replace(
+                prediction, estimate=_priced(prediction.pricer, extended_plan, prediction.probe)
+            )
+            plan = extended_plan
 
 
 def conform(
@@ -434,21 +446,25 @@ def conform(
     if not callable(getattr(model, "named_parameters", None)):
         raise UserError(f"the model is a {type(model).__name__}", allowed="a torch.nn.Module")
     _check_step(step)
-    asked = plan_of(on_ranks(plan, ranks or world_size()))
-    several = tuple(t for t in _of_several(asked) if t != "zero")  # zero has a layout of one rank
-    if several and world_size() == 1 and ranks is None and not says_ranks(plan):
-        alone = Difference(
-            feature="ranks", planned=f"several, for {', '.join(several)}", found="a world size of 1"
+    target_plan = plan_of(on_ranks(plan, ranks or world_size()))
+    multi_rank_techniques = tuple(
+        t for t in _of_several(target_plan) if t != "zero"
+    )  # zero has a layout of one rank
+    if multi_rank_techniques and world_size() == 1 and ranks is None and not says_ranks(plan):
+        difference = Difference(
+            feature="ranks",
+            planned=f"several, for {', '.join(multi_rank_techniques)}",
+            found="a world size of 1",
         )
-        raise NotConforming(Conformance(differences=(alone,), checked=("ranks",), unseen=()))
+        raise NotConforming(Conformance(differences=(difference,), checked=("ranks",), unseen=()))
     if clip is not None and not 0 <= clip < math.inf:
         raise UserError(f"clip={clip!r}", allowed="a gradient norm such as 1.0, or 0 for no clipping")
-    watch = Monitor(model, optimizer, asked, blocks=blocks)
-    watch.clip = clip
-    with watch:
+    monitor = Monitor(model, optimizer, target_plan, blocks=blocks)
+    monitor.clip = clip
+    with monitor:
         if step is not None:
             step()
-    return watch.conclude()
+    return monitor.conclude()
 
 
 def _check_step(step: object) -> None:

@@ -68,8 +68,8 @@ def job_of(
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
             raise UserError("a Job has its own batch, loss and optimizer", hint="give only plan and machine")
-        asked: dict[str, Any] = {"bound": bound, "ema": ema, "clip": clip, "workers": workers}
-        return dataclasses.replace(model, **{k: v for k, v in asked.items() if v is not None})
+        overrides: dict[str, Any] = {"bound": bound, "ema": ema, "clip": clip, "workers": workers}
+        return dataclasses.replace(model, **{k: v for k, v in overrides.items() if v is not None})
     model = getattr(model, "_orig_mod", model)  # a compiled module is predicted as the eager module inside it
     build = _build_of(model)
     value = _batch_of(batch)
@@ -89,8 +89,8 @@ def job_of(
     module = model if isinstance(model, torch.nn.Module) else fake_model(told(job, _MINE))
     if not isinstance(module, torch.nn.Module):
         raise UserError(f"{name}() returned a {type(module).__name__}", allowed="a torch.nn.Module")
-    read = loss_of(loss, inspect.signature(module.forward))
-    return told(dataclasses.replace(job, loss=read), _MINE)
+    loss_function = loss_of(loss, inspect.signature(module.forward))
+    return told(dataclasses.replace(job, loss=loss_function), _MINE)
 
 
 def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
@@ -98,10 +98,11 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # its forward is compiled and copied with it
-            own = vars(module).get("forward")
-            if own is not None and getattr(own, "__self__", None) is not module:
+            replaced_forward = vars(module).get("forward")
+            if replaced_forward is not None and getattr(replaced_forward, "__self__", None) is not module:
                 raise UserError(
-                    f"the forward of {name or 'the model'} was replaced by {own!r:.60} and cannot be copied",
+                    f"the forward of {name or 'the model'} was replaced by {replaced_forward!r:.60} and "
+                    "cannot be copied",
                     hint="give a function that builds the model, or the model before it was wrapped",
                 )
         return lambda: copied(model)
@@ -112,10 +113,11 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
         )
 
     def build() -> torch.nn.Module:
-        made: torch.nn.Module = model()
-        fake = torch._guards.active_fake_mode() is None or not isinstance(made, torch.nn.Module)
-        fake = fake or all(isinstance(p, FakeTensor) for p in made.parameters())
-        return made if fake else copied(made)  # a function may return an already existing module
+        built_module: torch.nn.Module = model()
+        is_fake = torch._guards.active_fake_mode() is None or not isinstance(built_module, torch.nn.Module)
+        is_fake = is_fake or all(isinstance(p, FakeTensor) for p in built_module.parameters())
+        # a function may return an already existing module
+        return built_module if is_fake else copied(built_module)
 
     return build
 
@@ -152,14 +154,16 @@ def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
             f"the loss is a {type(loss).__name__}", allowed="a function of (model, batch) or (output, batch)"
         )
     names = _parameters(loss)
-    torchs = isinstance(loss, torch.nn.Module) or getattr(loss, "__module__", "") == "torch.nn.functional"
-    if not torchs and (not names or names[0].lower() not in _OUTPUTS):
+    is_torch_loss = (
+        isinstance(loss, torch.nn.Module) or getattr(loss, "__module__", "") == "torch.nn.functional"
+    )
+    if not is_torch_loss and (not names or names[0].lower() not in _OUTPUTS):
         return loss  # type: ignore[no-any-return]
-    whole = not torchs and len(names) > 1 and names[1].lower() in _BATCHES
+    takes_batch = not is_torch_loss and len(names) > 1 and names[1].lower() in _BATCHES
 
     def of_output(model: torch.nn.Module, batch: Any) -> torch.Tensor:
         output = _called(model, batch, forward, target_apart=True)
-        return loss(output, batch if whole else _target(batch))  # type: ignore[no-any-return]
+        return loss(output, batch if takes_batch else _target(batch))  # type: ignore[no-any-return]
 
     return of_output
 
@@ -176,7 +180,7 @@ def _target(batch: Any) -> Any:
         return batch[-1]
     if isinstance(batch, Mapping):
         return next((batch[k] for k in _TARGETS if k in batch), batch)
-    return next((found for k in _TARGETS if (found := getattr(batch, k, None)) is not None), batch)
+    return next((target for k in _TARGETS if (target := getattr(batch, k, None)) is not None), batch)
 
 
 def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: bool = False) -> Any:
@@ -184,23 +188,23 @@ def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart:
     kinds = [p.kind for p in forward.parameters.values()]
     if isinstance(batch, Mapping):
         takes_all = inspect.Parameter.VAR_KEYWORD in kinds
-        taken = {k: v for k, v in batch.items() if takes_all or k in forward.parameters}
-        if not taken:
+        keywords = {k: v for k, v in batch.items() if takes_all or k in forward.parameters}
+        if not keywords:
             raise UserError(
                 f"the model's forward{forward} takes none of the batch's {', '.join(batch)}",
                 hint="give loss=lambda model, batch: ...",
             )
-        return model(**taken)
+        return model(**keywords)
     if not isinstance(batch, tuple | list):
         return model(batch)
-    places = [
+    positional_parameters = [
         p for p in forward.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    most = len(batch) if inspect.Parameter.VAR_POSITIONAL in kinds else len(places)
-    needed = sum(p.default is p.empty for p in places)
-    if target_apart and needed < len(batch):
-        most = min(most, len(batch) - 1)
-    return model(*batch[:most])
+    count = len(batch) if inspect.Parameter.VAR_POSITIONAL in kinds else len(positional_parameters)
+    required_count = sum(p.default is p.empty for p in positional_parameters)
+    if target_apart and required_count < len(batch):
+        count = min(count, len(batch) - 1)
+    return model(*batch[:count])
 
 
 def own_loss(output: Any) -> torch.Tensor:
@@ -209,20 +213,20 @@ def own_loss(output: Any) -> torch.Tensor:
     Without one, the mean of the first output is used, whose memory is that of a plain reduction. Raises
     UserError if there is no floating-point tensor.
     """
-    found = getattr(output, "loss", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("loss")
-    if isinstance(found, torch.Tensor):
-        return found
+    loss = getattr(output, "loss", None)
+    if loss is None and isinstance(output, Mapping):
+        loss = output.get("loss")
+    if isinstance(loss, torch.Tensor):
+        return loss
     leaves = [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    chosen = next((t for t in leaves if t.numel() == 1), leaves[0] if leaves else None)
-    if chosen is None:
+    loss_tensor = next((t for t in leaves if t.numel() == 1), leaves[0] if leaves else None)
+    if loss_tensor is None:
         raise UserError(
             f"no loss can be read from the model's output, a {type(output).__name__}",
             allowed="an output with .loss, or with a floating-point tensor",
             hint="give loss=lambda model, batch: ...",
         )
-    return chosen if chosen.numel() == 1 else chosen.mean()
+    return loss_tensor if loss_tensor.numel() == 1 else loss_tensor.mean()
 
 
 # -- the optimizer --------------------------------------------------------------------------------
@@ -259,21 +263,25 @@ def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[t
     )
     index = {id(p): i for i, p in enumerate(trainable)}
     groups = [([index[id(p)] for p in g["params"] if id(p) in index], g) for g in optimizer.param_groups]
-    if not any(places for places, _ in groups):
+    if not any(indices for indices, _ in groups):
         raise UserError(
             "the optimizer holds no trainable parameter of this model",
             hint="give the module it was made for, or a function of parameters that makes it",
         )
-    kind: Any = type(optimizer)
-    accepted = _parameters(kind)
-    defaults = {k: v for k, v in optimizer.defaults.items() if k in accepted}
+    optimizer_class: Any = type(optimizer)
+    accepted_names = _parameters(optimizer_class)
+    defaults = {k: v for k, v in optimizer.defaults.items() if k in accepted_names}
     shapes = [p.shape for p in trainable]
-    numbers = [(places, {k: v for k, v in g.items() if k != "params"}) for places, g in groups if places]
+    group_settings = [
+        (indices, {k: v for k, v in g.items() if k != "params"}) for indices, g in groups if indices
+    ]
 
     def make(params: list[torch.nn.Parameter]) -> Any:
         if [p.shape for p in params] != shapes:
-            return kind(params, **defaults)
-        return kind([{**n, "params": [params[i] for i in places]} for places, n in numbers], **defaults)
+            return optimizer_class(params, **defaults)
+        return optimizer_class(
+            [{**n, "params": [params[i] for i in indices]} for indices, n in group_settings], **defaults
+        )
 
     return make
 
@@ -289,8 +297,8 @@ def plan_of(plan: Any) -> Plan:
     """
     if plan is None or isinstance(plan, Plan):
         plan = plan or Plan()
-        full = tuple(make_use(u.technique, u.settings) for u in plan.uses)
-        return check(dataclasses.replace(plan, uses=full))
+        complete_uses = tuple(make_use(u.technique, u.settings) for u in plan.uses)
+        return check(dataclasses.replace(plan, uses=complete_uses))
     data = _read(plan)
     if isinstance(data, Path):
         return read_plan(data)
@@ -310,7 +318,7 @@ def _read(plan: Any) -> Any:
     try:
         data = yaml.safe_load(plan)
     except yaml.YAMLError as error:
-        raise UserError(f"the plan is no YAML: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(f"the plan is not valid YAML: {' '.join(str(error).split())[:160]}") from error
     return {data: {}} if isinstance(data, str) else data
 
 

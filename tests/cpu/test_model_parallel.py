@@ -298,17 +298,27 @@ def test_heads_hidden_from_view_are_refused() -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Embedding(128, 64), nn.Sequential(Hidden(), Hidden()), nn.Linear(64, 128))
 
-    with pytest.raises(UserError, match="heads would be cut in two"):
+    with pytest.raises(UserError, match="heads would be split between ranks"):
         trace(_job("hidden", build, blocks="1"), _plan(tensor_parallel={}))
 
 
 @pytest.mark.parametrize(
     ("name", "ranks_", "uses", "words"),
     [
-        ("gpt", 3, {"tensor-parallel": {"degree": 3}}, "on 3 ranks"),
-        ("gpt", 8, {"tensor-parallel": {"degree": 8}}, "heads is 4, on 8 ranks"),
-        ("gpt", 6, {"context-parallel": {"degree": 6}, "ddp": {}}, "a sequence of 32 on 6"),
-        ("mixture", 3, {"expert-parallel": {"degree": 3}, "ddp": {}}, "4 experts of blocks.0.experts on 3"),
+        ("gpt", 3, {"tensor-parallel": {"degree": 3}}, "which 3 ranks"),
+        ("gpt", 8, {"tensor-parallel": {"degree": 8}}, "heads is 4, which 8 ranks"),
+        (
+            "gpt",
+            6,
+            {"context-parallel": {"degree": 6}, "ddp": {}},
+            "a sequence of length 32 cannot be cut for 6",
+        ),
+        (
+            "mixture",
+            3,
+            {"expert-parallel": {"degree": 3}, "ddp": {}},
+            "4 experts of blocks.0.experts cannot be shared equally by 3",
+        ),
         ("gpt", 2, {"expert-parallel": {}, "ddp": {}}, "no experts"),
         ("mixture", 2, {"tensor-parallel": {}, "ddp": {}}, "cannot be combined"),
         ("gpt", 2, {"axial-parallel": {}}, "nothing to cut in Gpt"),

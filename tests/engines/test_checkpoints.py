@@ -260,8 +260,8 @@ def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -
     with pytest.raises(UserError) as refused:
         training.keeper.restore()
     told = str(refused.value)
-    assert "step-00000003 is of another model: 34 of 34 tensors differ: " in told
-    assert "blocks.0.attention.out.bias 62 there and missing here" in told
+    assert "step-00000003 belongs to a different model: 34 of 34 tensors differ: " in told
+    assert "blocks.0.attention.out.bias 62 in the checkpoint and missing in this run" in told
     assert "\n" not in told
 
 
@@ -292,20 +292,20 @@ def test_where_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "step-00000007.partial").mkdir()
     with pytest.raises(UserError, match=r"step-00000007\.partial: its save was interrupted"):
         checkpoints.find(tmp_path)
-    with pytest.raises(UserError, match="no complete checkpoint: its save was interrupted"):
+    with pytest.raises(UserError, match="not a complete checkpoint: its save was interrupted"):
         checkpoints.find(tmp_path / "step-00000007.partial")
 
 
 def test_what_a_run_goes_on_from_is_settled_before_it_starts(saved: Path) -> None:
     keep, seed = checkpoints.settled(Keep(resume=str(saved), save=str(saved)), None, 5)
     assert (keep.resume, seed) == (str(saved / "step-00000003"), 0)
-    with pytest.raises(UserError, match="seed 4 for a run of seed 0"):
+    with pytest.raises(UserError, match="seed 4 differs from that of the run to resume, 0"):
         checkpoints.settled(Keep(resume=str(saved)), 4, 5)
-    with pytest.raises(UserError, match="has done 3 of 3 steps; allowed: --steps above 3"):
+    with pytest.raises(UserError, match="has already done 3 of 3 steps; allowed: --steps above 3"):
         checkpoints.settled(Keep(resume=str(saved)), 0, 3)
-    with pytest.raises(UserError, match="holds step-00000003 of another run already"):
+    with pytest.raises(UserError, match="already contains step-00000003 of another run"):
         checkpoints.settled(Keep(save=str(saved)), 0, 3)
-    with pytest.raises(UserError, match="holds step-00000003 of another run already"):
+    with pytest.raises(UserError, match="already contains step-00000003 of another run"):
         checkpoints.settled(Keep(resume=str(saved / "step-00000001"), save=str(saved)), 0, 3)
 
 
@@ -315,7 +315,7 @@ def test_what_a_run_goes_on_from_is_settled_before_it_starts(saved: Path) -> Non
         (lambda p: (p / "memfit.json").unlink(), "no memfit.json"),
         (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
         (lambda p: os.truncate(p / "__0_0.distcp", 1000), "__0_0.distcp has 1000 bytes of"),
-        (lambda p: (p / "memfit.json").write_text("{"), "memfit.json is broken"),
+        (lambda p: (p / "memfit.json").write_text("{"), "memfit.json is invalid"),
     ],
 )
 def test_an_incomplete_checkpoint_is_passed_over_and_told(
@@ -430,10 +430,10 @@ def test_a_run_that_was_killed_while_saving_goes_on(
     path.write_text(f"KILL = False\n{JOB}")
     given = ["run", f"{path}:job", "--threads", "1", "--steps", "4", "--save", str(to)]
     assert main(given) == 2
-    assert f"holds {good} of another run already" in capsys.readouterr().err
+    assert f"already contains {good} of another run" in capsys.readouterr().err
     assert main([*given, "--resume", str(to)]) == 0
     told = capsys.readouterr().out
-    assert f"resumed {to / good}; passed over step-00000002.partial: its save was interrupted" in told
+    assert f"resumed {to / good}; skipped step-00000002.partial: its save was interrupted" in told
     assert (to / "latest").read_text() == "step-00000004\n"
 
 
@@ -448,7 +448,7 @@ def test_what_a_worker_refuses_is_the_users_mistake(saved: Path, capsys: pytest.
 
 def test_saving_now_and_then_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--save-every", "2"]) == 2
-    assert "--save-every without --save" in capsys.readouterr().err
+    assert "--save-every needs --save" in capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)

@@ -148,7 +148,7 @@ def test_the_plugins_own_constructors_take_them() -> None:
 
 @pytest.mark.parametrize("name", ["LowLevelZeroPlugin", "GeminiPlugin", "HybridParallelPlugin"])
 def test_what_asks_for_cuda_is_rendered_and_not_run(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name} asks for CUDA"):
+    with pytest.raises(UserError, match=f"{name} requires CUDA"):
         ready("colossalai", PLUGINS[name][0])
 
 
@@ -158,7 +158,7 @@ def test_what_asks_for_cuda_is_rendered_and_not_run(name: str) -> None:
         (_plan(2, zero={"stage": 3}), "precision must be 'bf16'"),
         (_plan(2, zero={"stage": 1}), "must be a multiple"),
         (_plan(2, tensor_parallel={}), "must not be 'whole'"),
-        (_plan(2, fsdp2={}), "fsdp2 is not in colossalai"),
+        (_plan(2, fsdp2={}), "fsdp2 is not supported by colossalai"),
     ],
 )
 def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
@@ -191,7 +191,7 @@ def test_an_environment_that_is_gone_is_told(home: Path) -> None:
             took_s=1.0,
         ),
     )
-    assert ENGINE.probe().problem == f"its environment {nowhere} is gone"
+    assert ENGINE.probe().problem == f"its environment {nowhere} no longer exists"
     launch = render(_spec(_plan(2, ddp={})))
     assert launch.argv[0] == f"{nowhere}/bin/python"
     assert Path(launch.env["PYTHONPATH"], "memfit").is_dir()
@@ -209,7 +209,7 @@ def test_an_environment_is_made_measured_and_recorded(home: Path) -> None:
     assert Path(found.packages, "pip").is_dir()
     assert found.installed_bytes > 1_000_000
     assert told
-    with pytest.raises(UserError, match="is there and not empty"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         install(_tiny("--help"), home / "own", told.append)
 
 

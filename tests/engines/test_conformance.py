@@ -187,7 +187,7 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "experts": (
         _plan(expert_parallel={}, ddp={}),
         _off("expert-parallel"),
-        "expert-parallel: planned experts dealt",
+        "expert-parallel: planned experts distributed",
     ),
     "pipeline": (_plan(pipeline={}), _off("pipeline"), "pipeline: blocks"),
     "pipeline, blocks left": (_plan(pipeline={}), _left(None), "pipeline: blocks"),
@@ -202,7 +202,11 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
         "pipeline: micro-batches: planned 4 micro-batches, found 2",
     ),
     "pipeline, compiled": (_plan(pipeline={}, compile={}), _off("compile"), "compile: planned blocks"),
-    "fsdp2, compiled": (_plan(fsdp2={}, compile={}), _off("compile"), "compile: planned blocks 0, 1 run"),
+    "fsdp2, compiled": (
+        _plan(fsdp2={}, compile={}),
+        _off("compile"),
+        "compile: planned blocks 0, 1 compiled",
+    ),
     "fsdp2, offload": (
         _plan(fsdp2={"offload": True}),
         _other("fsdp2", offload=False),
@@ -349,12 +353,12 @@ def test_a_users_own_model_in_one_process() -> None:
         NotConforming, match=r"activation-checkpointing: planned blocks 0, 1, 2 .* found none"
     ):
         conform(model, optimizer, {"activation-checkpointing": {}}, step=step)
-    with pytest.raises(NotConforming, match=r"sgd: planned 4 bytes of state an element, found 8\.00"):
+    with pytest.raises(NotConforming, match=r"sgd: planned 4 bytes of state per element, found 8\.00"):
         conform(model, optimizer, {"sgd": {}}, step=step)
     seen = conform(model, optimizer, {"techniques": {"chunking": {}}, "ranks": 1}, step=step)
-    assert seen.unseen == ("chunking: nothing of it is looked at",)
+    assert seen.unseen == ("chunking: not checked",)
     idle = conform(model, optimizer, {"activation-offload": {}})
-    assert "activation-offload: no step was watched" in idle.unseen
+    assert "activation-offload: no training step was observed" in idle.unseen
     with pytest.raises(NotConforming, match="ranks: planned 2, found 1"):
         conform(model, optimizer, {"ddp": {}}, step=step, ranks=2)
 

@@ -87,7 +87,7 @@ def test_offload_that_keeps_a_copy_in_memory() -> None:
     """Hooks are in force and nothing goes away."""
     with mock.patch("memfit.techniques.offload.Parked", lambda tensor, spool: Kept(tensor)):
         told = _told(PLANS["activation-offload"])
-    assert "activation-offload: planned saved tensors of 4 KiB or more go to disk, found 0 went" in told
+    assert "activation-offload: planned saved tensors of 4 KiB or more go to disk, found 0 offloaded" in told
 
 
 class Kept:
@@ -153,7 +153,7 @@ def test_tensors_that_are_not_dropped() -> None:
     assert plan.uses[0].settings["dropped"] != "none"
     assert "optimal-checkpointing" in _told(plan).partition("not seen")[0]
     with mock.patch("memfit.techniques.recompute.optimal._without", return_value=contextlib.nullcontext()):
-        assert "optimal-checkpointing: planned tensors that backward makes again, found 0" in _told(plan)
+        assert "optimal-checkpointing: planned tensors that backward recomputes, found 0" in _told(plan)
 
 
 @pytest.fixture
@@ -187,10 +187,10 @@ def _first_only() -> Any:
 @pytest.mark.parametrize(
     ("scope", "sabotage", "found"),
     [
-        ("blocks", _never, "blocks 0, 1, 2 run compiled, found none"),
-        ("blocks", _first_only, "blocks 0, 1, 2 run compiled, found 0"),
+        ("blocks", _never, "blocks 0, 1, 2 compiled, found none"),
+        ("blocks", _first_only, "blocks 0, 1, 2 compiled, found 0"),
         ("blocks", lambda: torch.compiler.set_stance("force_eager"), "found none"),
-        ("model", _never, "the whole model run compiled, found none"),
+        ("model", _never, "the whole model compiled, found none"),
     ],
 )
 def test_what_is_not_compiled(
@@ -256,7 +256,7 @@ def _on_a_device(around: Any) -> None:
 def test_offload_to_the_host_of_an_accelerator() -> None:
     hooks = torch.autograd.graph.saved_tensors_hooks
     _on_a_device(hooks(lambda t: torch.zeros(t.shape), lambda t: t.to("meta")))
-    with pytest.raises(NotConforming, match=r"go to host, found 0 went, [1-9]\d* stayed"):
+    with pytest.raises(NotConforming, match=r"go to host, found 0 offloaded, [1-9]\d* not offloaded"):
         _on_a_device(hooks(lambda t: (t,), lambda t: t[0]))
 
 
@@ -287,7 +287,7 @@ def test_torchs_own_offload_and_a_step_without_it() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    with pytest.raises(NotConforming, match=r"activation-offload: planned .* found 0 went"):
+    with pytest.raises(NotConforming, match=r"activation-offload: planned .* found 0 offloaded"):
         conform(model, optimizer, plan, step=lambda: step(torch.autograd.graph.save_on_cpu()))
     numpy_copies = torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True), torch.from_numpy)
     assert not conform(model, optimizer, plan, step=lambda: step(numpy_copies)).differences

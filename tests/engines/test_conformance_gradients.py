@@ -192,7 +192,7 @@ OTHERS: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "units": (
         _plan(fsdp2={}),
         _at_once,
-        "fsdp2: units: planned each block is gathered apart, found blocks 0, 1",
+        "fsdp2: units: planned each block is gathered separately, found blocks 0, 1",
     ),
     "tensor": (_plan(tensor_parallel={}), _parts_of_sums, SUMS),
     "megatron": (_plan(tensor_parallel={}), _megatrons_parts_of_sums, SUMS),

@@ -226,7 +226,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Case], str]] = {
         "planned 4 micro-batches, found 1",
     ),
     "no pipeline": ({"pipeline": {"micro_batches": 4}}, _no_pipeline, "every rank trains the same ones"),
-    "one block whole": ({"tensor-parallel": {}}, lambda: _cut(3, names=("tp",)), "blocks 3 whole"),
+    "one block whole": ({"tensor-parallel": {}}, lambda: _cut(3, names=("tp",)), "blocks 3 not sharded"),
     "nothing cut": (
         {"tensor-parallel": {}},
         lambda: _stepping(_Net(), same=True),

@@ -69,7 +69,7 @@ def test_adapters_of_a_lower_rank(name: str) -> None:
     with mock.patch.object(adapters, "_adapt", lambda bench, rank: inner(bench, rank // 2)):
         told = _told((name, {"rank": 8}))
     assert f"{name}: adapters: planned " in told
-    assert "found 0 of that rank, matrices of rank 4" in told
+    assert "found 0 of that rank; ranks of the matrices: 4" in told
 
 
 @LORA
@@ -79,7 +79,7 @@ def test_adapters_beside_fewer_layers() -> None:
     with first:
         told = _told(("lora", {"rank": 8}))
     assert "lora: adapters: planned " in told
-    assert "beside 8 linear layers" in told
+    assert "for 8 linear layers" in told
 
 
 class _Low(nn.Module):
@@ -138,7 +138,7 @@ def test_another_optimizer(planned: str, found: str) -> None:
         assert planned in told.partition("; not seen")[0]
     else:
         assert f"{planned}: planned" in told
-        assert "bytes of state an element" in told
+        assert "bytes of state per element" in told
 
 
 @CODES

@@ -108,21 +108,25 @@ ORDER, APART = "pipeline: schedule: planned", "pipeline: schedule: gradients of 
 SMALL = {"stage": 3, **FAST, "persist_elements": 2000}
 # What is planned, how it is undone, and what the message must name.
 CASES: dict[str, tuple[Plan, Callable[[], Any], str]] = {
-    "1f1b": (_pipeline("1f1b"), _run("gpipe"), f"{ORDER} 1f1b, 2, 1 micro-batches under way"),
-    "gpipe": (_pipeline("gpipe"), _run("1f1b"), f"{ORDER} gpipe, 4, 4 micro-batches under way"),
+    "1f1b": (_pipeline("1f1b"), _run("gpipe"), f"{ORDER} 1f1b, 2, 1 micro-batches in flight"),
+    "gpipe": (_pipeline("gpipe"), _run("1f1b"), f"{ORDER} gpipe, 4, 4 micro-batches in flight"),
     "interleaved": (_pipeline("interleaved", 2), _run("gpipe"), f"{ORDER} interleaved"),
     "interleaved, looped": (_pipeline("interleaved", 2), _looped, f"{ORDER} interleaved"),
     "zero-bubble": (_pipeline("zero-bubble"), _run("gpipe"), f"{ORDER} zero-bubble"),
-    "zero-bubble, 1f1b": (_pipeline("zero-bubble"), _run("1f1b"), f"{APART} apart, later, found with"),
-    "1f1b, zero-bubble": (_pipeline("1f1b"), _run("zero-bubble"), f"{APART} with those of inputs, found"),
-    "zero-bubble-v": (_pipeline("zero-bubble-v", 2), _run("interleaved", 2), f"{APART} apart, later"),
-    "ddp": (_plan(ddp={}), _same_samples, "ddp: samples: planned others on each of 2"),
-    "fsdp2": (_plan(fsdp2={}), _same_samples, "fsdp2: samples: planned others on each of 2"),
-    "zero": (_plan(zero={"stage": 2, **FAST}), _same_samples, "zero: samples: planned others"),
+    "zero-bubble, 1f1b": (_pipeline("zero-bubble"), _run("1f1b"), f"{APART} computed separately, later"),
+    "1f1b, zero-bubble": (
+        _pipeline("1f1b"),
+        _run("zero-bubble"),
+        f"{APART} computed with gradients of inputs",
+    ),
+    "zero-bubble-v": (_pipeline("zero-bubble-v", 2), _run("interleaved", 2), f"{APART} computed separately"),
+    "ddp": (_plan(ddp={}), _same_samples, "ddp: samples: planned different samples on each of 2"),
+    "fsdp2": (_plan(fsdp2={}), _same_samples, "fsdp2: samples: planned different samples on each of 2"),
+    "zero": (_plan(zero={"stage": 2, **FAST}), _same_samples, "zero: samples: planned different samples"),
     "ddp, accumulated": (
         _plan(ddp={}, gradient_accumulation={"micro_batches": 4}),
         _same_samples,
-        "ddp: samples: planned others",
+        "ddp: samples: planned different samples",
     ),
     "context": (_plan(context_parallel={}), _own_part_only, "context-parallel: attention: planned"),
     "context, fsdp2, recomputed": (
@@ -312,7 +316,9 @@ def test_an_honest_step_is_as_planned(name: str, honest: Told) -> None:
         for job in (*seen, *unseen):
             told = of_rank[name][job]
             assert told.startswith("fine: as planned"), f"{job}: {told}"
-            blind = "some ranks are given the same" in told or "no block was heard whose output mixes" in told
+            blind = (
+                "some ranks receive the same" in told or "no block was observed whose output mixes" in told
+            )
             assert blind == (job in unseen), f"{job}: {told}"
 
 

@@ -341,11 +341,11 @@ def test_what_recomputes_is_not_in_its_file_where_it_would_change_nothing(tmp_pa
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        (_plan(2, fsdp2={}), "fsdp2 is not in deepspeed"),
+        (_plan(2, fsdp2={}), "fsdp2 is not supported by deepspeed"),
         (_plan(2, ddp={}, gradient_accumulation=PARTS), "sync must be 'last'"),
         (_plan(2, zero={"stage": 0, "precision": "bf16"}), "stage 0 has no offload and no bf16"),
-        (_plan(2, zero={"stage": 3}, chunked_cross_entropy={}), "has let the head go"),
-        (_plan(2), "several ranks: zero or ddp"),
+        (_plan(2, zero={"stage": 3}, chunked_cross_entropy={}), "has freed the head"),
+        (_plan(2), "several ranks: it requires zero or ddp"),
     ],
 )
 def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:

@@ -354,7 +354,7 @@ def test_on_one_rank_losses_are_the_same_bits(one: dict[str, Any], reference: li
         ("island", [True, False], "fine: "),
         ("named", [True, True], "would lose gradients of what Named returns"),
         ("nested", [True, True], "would lose gradients of what Nested returns"),
-        ("force", [True, True], "cannot recompute for a loss that takes gradients itself"),
+        ("force", [True, True], "does not support a loss that computes gradients itself"),
     ],
 )
 def test_blocks_are_recomputed_by_fairscale_where_it_can(
@@ -393,9 +393,9 @@ def test_its_constructors_know_every_argument_and_it_divides_as_predicted() -> N
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        (_plan(2, fsdp2={}), "FullyShardedDataParallel asks for CUDA"),
-        (_plan(2, zero={}), "zero is not in fairscale"),
-        (_plan(2), "sharded-ddp is what it does"),
+        (_plan(2, fsdp2={}), "FullyShardedDataParallel requires CUDA"),
+        (_plan(2, zero={}), "zero is not supported by fairscale"),
+        (_plan(2), "it requires sharded-ddp"),
     ],
 )
 def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:

@@ -13,6 +13,7 @@ from tiny import VOCABULARY, Words, words_batch
 from torch.nn import functional
 
 from memfit.integrations import lightning as ours
+from memfit.techniques.registry import TECHNIQUES
 from memfit.types.conformance import NotConforming
 from memfit.types.errors import UserError
 
@@ -88,3 +89,9 @@ def test_arguments_of_several_ranks() -> None:
     assert isinstance(sharded["strategy"], ModelParallelStrategy)
     with pytest.raises(UserError, match=r"no argument for zero; DeepSpeedStrategy"):
         ours.trainer_arguments({"ranks": 4, "techniques": {"zero": {}}})
+
+
+def test_a_technique_of_the_module_needs_no_argument() -> None:
+    found = ours.trainer_arguments({"techniques": {"chunked-cross-entropy": {"chunks": 4}}})
+    assert (found["strategy"], found["precision"], found["accumulate_grad_batches"]) == ("auto", "32-true", 1)
+    assert TECHNIQUES.keys() >= ours._OF_THE_MODULE | ours._OF_THE_TRAINER

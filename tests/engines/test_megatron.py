@@ -158,7 +158,7 @@ def test_on_a_gpu_its_buffers_lie_there() -> None:
         (_plan(2, zero={"stage": 3}), "stage must be 1"),
         (_plan(2, fsdp2={}), "replicas must be all"),
         (_plan(2, ddp={}, gradient_accumulation={"micro_batches": 2}), "sync must be 'last'"),
-        (_plan(1, bf16_autocast={}), "bf16-autocast is not in megatron"),
+        (_plan(1, bf16_autocast={}), "bf16-autocast is not supported by megatron"),
     ],
 )
 def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
@@ -168,7 +168,7 @@ def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str)
 @pytest.mark.parametrize("plan", [_plan(2, pipeline={}), _plan(2, zero={"stage": 1})])
 def test_what_asks_for_cuda_is_rendered_and_not_run(plan: Plan) -> None:
     assert ENGINE.supports(plan) == ()
-    with pytest.raises(UserError, match="asks for CUDA"):
+    with pytest.raises(UserError, match="requires CUDA"):
         ready("megatron", plan)
 
 

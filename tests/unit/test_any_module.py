@@ -581,7 +581,7 @@ def test_an_optimizer_that_divides_by_what_its_scalars_lack_of_one() -> None:
 
 def test_an_optimizer_with_a_closure_is_refused() -> None:
     lbfgs = torch.optim.LBFGS
-    with pytest.raises(UserError, match="LBFGS asks for the loss several times a step"):
+    with pytest.raises(UserError, match="LBFGS needs the loss several times per step"):
         memfit.estimate(
             nn.Linear(4, 4), torch.randn(2, 4), loss=lambda output, batch: output.sum(), optimizer=lbfgs
         )

@@ -205,14 +205,14 @@ def _replaced() -> nn.Module:
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"model": "gpt2"}, "the model is a str"),
-    "no batch": ({"batch": None}, "holds no tensor"),
+    "no batch": ({"batch": None}, "contains no tensor"),
     "a loader": ({"batch": torch.utils.data.DataLoader([1])}, "next(iter(loader))"),
     "no loss": ({"loss": 3}, "the loss is a int"),
     "unknown optimizer": ({"optimizer": "adamx"}, "unknown optimizer 'adamx'"),
     "no optimizer": ({"optimizer": 3}, "the optimizer is a int"),
     "another's optimizer": ({"optimizer": torch.optim.SGD(net().parameters())}, "of this model"),
     "unknown technique": ({"plan": {"bf16-autocas": {}}}, "did you mean 'bf16-autocast'"),
-    "broken text": ({"plan": "a: ["}, "no YAML"),
+    "broken text": ({"plan": "a: ["}, "not valid YAML"),
     "unknown machine": ({"machine": "H10"}, "unknown device"),
     "no machine": ({"machine": 8}, "the machine is a int"),
     "wrong shape": ({"batch": (torch.ones(3, 5), Y[:3])}, "your training step failed: RuntimeError"),
@@ -275,7 +275,7 @@ def test_assert_fits_passes_or_tells_what_would() -> None:
     with pytest.raises(AssertionError) as error:
         memfit.assert_fits(wide, limit)
     text = str(error.value)
-    assert all(part in text for part in ("peak of", "alive then:", "by module:"))
+    assert all(part in text for part in ("peak of", "live at the peak:", "by module:"))
     suggested = text.rpartition("would fit: ")[2].partition(" (")[0]
     assert suggested.startswith(("activation-checkpointing", "bf16-autocast"))
     with pytest.raises(AssertionError, match="more than 1 B"):

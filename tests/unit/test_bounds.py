@@ -56,7 +56,8 @@ def test_the_micro_batch_asked_for_goes_through(small: str) -> None:
         found = searched(small, micro_batch=size).result
         assert found.recommended is not None
         assert as_asked(found.recommended.estimate.plan, Bounds(micro_batch=size), 8)
-    with pytest.raises(UserError, match="a micro-batch of 3 of the 8 samples of a rank; allowed: 1, 2, 4, 8"):
+    message = "a micro-batch of 3 does not divide the 8 samples of a rank; allowed: 1, 2, 4, 8"
+    with pytest.raises(UserError, match=message):
         searched(small, micro_batch=3)
 
 

@@ -223,7 +223,7 @@ def test_a_typo_or_an_ambiguous_name_is_told_what_is_near(given_name: str, sugge
     assert caught.value.given == f"unknown device: {given_name!r}"
     assert all(name in caught.value.hint for name in suggested)
     assert "\n" not in str(caught.value)
-    assert "(all: `memfit machines`)" in caught.value.hint
+    assert "(`memfit machines` lists all)" in caught.value.hint
 
 
 def test_nothing_near_gives_the_list_and_no_suggestion() -> None:

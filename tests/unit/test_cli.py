@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import report_fixture as fixture
 
-import memfit
+import memfit.workflows
 from memfit.cli import doctor, main, views
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import GoalOptions
@@ -57,7 +57,7 @@ COMMANDS = ("poc", "plan", "explain", "run", "lengths", "report", "jobs", "techn
 
 
 class FakePipeline(SimpleNamespace):
-    """Answers with the hand-made results and keeps what it was asked."""
+    """Returns the hand-made results and records what it was called with."""
 
     asked: dict[str, Any]
 
@@ -87,7 +87,7 @@ class FakePipeline(SimpleNamespace):
 def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
     fake = FakePipeline()
     monkeypatch.setitem(sys.modules, "memfit.workflows.proof_of_concept", fake)  # type: ignore[arg-type]
-    monkeypatch.setattr(memfit, "pipeline", fake, raising=False)
+    monkeypatch.setattr(memfit.workflows, "proof_of_concept", fake, raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     return fake
 
@@ -109,7 +109,7 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
 # --- help
 
 
-def test_help_is_quick_and_loads_nothing_heavy() -> None:
+def test_help_is_quick_and_imports_no_heavy_library() -> None:
     code = (
         "import sys, time; begun = time.perf_counter(); from memfit.cli import main\n"
         "code = main(['--help']); took_s = time.perf_counter() - begun\n"
@@ -117,7 +117,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         "print(code, heavy, took_s, file=sys.stderr)"
     )
     took_s = []
-    for _ in range(3):  # the least of three: other processes may hold the machine
+    for _ in range(3):  # the fastest of three, since other processes may slow this one
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         exit_code, heavy, seconds = child.stderr.split()
         assert (exit_code, heavy) == ("0", "[]")
@@ -127,13 +127,13 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_its_options(command: str, ask: Ask) -> None:
+def test_every_command_prints_help_with_its_options(command: str, ask: Ask) -> None:
     code, out, err = ask(command, "--help")
     assert (code, err) == (0, "")
     assert "--json" in out
 
 
-def test_no_command_is_a_request_for_help(ask: Ask) -> None:
+def test_without_a_command_the_help_is_printed(ask: Ask) -> None:
     assert ask() == ask("--help")
     assert ask("--version") == (0, f"memfit {memfit.__version__}\n", "")
 
@@ -172,7 +172,7 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("explain --plan missing.yaml", "missing.yaml: No such file"),
         ("explain a.yaml b.yaml c.yaml", "3 plan files"),
         ("explain a.yaml b.yaml --html x.html", "show one plan"),
-        ("explain a.yaml --recommended", "plan files are given twice"),
+        ("explain a.yaml --recommended", "the plan is given both as a file and by"),
         ("explain --snapshot no/such/folder.pickle", "there is no folder no/such"),
         ("run --plan missing.yaml --recommended", "--plan and --recommended"),
         ("plan --save no/such/folder.yaml", "there is no folder no/such"),
@@ -180,7 +180,7 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("report --out .", "is a folder"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_two(
+def test_a_mistake_is_reported_in_one_line_with_exit_code_two(
     line: str, told: str, ask: Ask, pipeline: FakePipeline
 ) -> None:
     code, out, err = ask(*line.split())
@@ -191,7 +191,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     assert err.count("\n") == 1
 
 
-def test_a_mistake_with_json_is_also_one_object(ask: Ask, pipeline: FakePipeline) -> None:
+def test_a_mistake_with_json_is_also_reported_as_one_json_object(ask: Ask, pipeline: FakePipeline) -> None:
     for line in ("plan --memory 12parsecs --json", "plan --json --stepps 3", "plam --json"):
         code, out, err = ask(*line.split())
         error = json.loads(out)["error"]
@@ -199,7 +199,7 @@ def test_a_mistake_with_json_is_also_one_object(ask: Ask, pipeline: FakePipeline
         assert err == f"memfit: {error['message']}\n"
 
 
-def test_an_unknown_key_in_a_plan_is_named(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
+def test_an_unknown_key_in_a_plan_gets_a_suggestion(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text("techniqes: {}\n")
     code, _, err = ask("explain", "--plan", str(file))
@@ -207,7 +207,7 @@ def test_an_unknown_key_in_a_plan_is_named(ask: Ask, pipeline: FakePipeline, tmp
     assert "did you mean 'techniques'?" in err
 
 
-def test_a_plan_is_not_overwritten_unasked(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
+def test_a_plan_file_is_overwritten_only_with_force(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text("mine")
     assert ask("plan", "--save", str(file))[0] == 2
@@ -216,14 +216,14 @@ def test_a_plan_is_not_overwritten_unasked(ask: Ask, pipeline: FakePipeline, tmp
     assert "techniques:" in file.read_text()
 
 
-def test_one_of_only_suggests_what_is_near() -> None:
+def test_one_of_suggests_only_similar_values() -> None:
     assert one_of("--goal", "fastest", ["fastest"]) == "fastest"
     with pytest.raises(UserError) as caught:
         one_of("--goal", "zzz", ["fastest"])
     assert "did you mean" not in str(caught.value)
 
 
-# --- other endings
+# --- other exit codes
 
 
 def _raise(error: BaseException) -> Callable[..., Any]:
@@ -233,19 +233,21 @@ def _raise(error: BaseException) -> Callable[..., Any]:
     return function
 
 
-def test_nothing_fits_is_exit_code_three_with_the_least(ask: Ask, pipeline: FakePipeline) -> None:
+def test_when_nothing_fits_the_exit_code_is_three_and_the_smallest_need_is_named(
+    ask: Ask, pipeline: FakePipeline
+) -> None:
     pipeline.search = _raise(NothingFits(cap_bytes=1024, least_bytes=4096, plan_text="plain"))
     code, out, err = ask("plan", "--json")
     assert (code, json.loads(out)["error"]["exit_code"]) == (3, 3)
     assert "4096 B" in err.splitlines()[-1]
 
 
-def test_a_broken_run_is_exit_code_one(ask: Ask, pipeline: FakePipeline) -> None:
+def test_a_broken_run_exits_with_code_one(ask: Ask, pipeline: FakePipeline) -> None:
     pipeline.search = _raise(RunError("the worker broke"))
     assert ask("plan")[0] == 1
 
 
-def test_a_broken_invariant_keeps_its_traceback(
+def test_an_internal_error_keeps_its_traceback_and_is_reported_as_json(
     ask: Ask, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline.search = _raise(ZeroDivisionError("inside"))
@@ -256,14 +258,14 @@ def test_a_broken_invariant_keeps_its_traceback(
     }
 
 
-def test_an_interruption_is_one_line(ask: Ask, pipeline: FakePipeline) -> None:
+def test_an_interruption_is_reported_in_one_line_with_exit_code_130(ask: Ask, pipeline: FakePipeline) -> None:
     pipeline.poc = _raise(KeyboardInterrupt())  # type: ignore[method-assign]
     code, _, err = ask("poc")
     assert code == 130
     assert err.splitlines()[-1].startswith("memfit: interrupted")
 
 
-def test_a_reader_that_stops_reading_is_no_traceback() -> None:
+def test_a_closed_output_pipe_exits_without_a_traceback() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "memfit", "--version"]
@@ -272,10 +274,10 @@ def test_a_reader_that_stops_reading_is_no_traceback() -> None:
     assert (child.returncode, child.stderr) == (1, b"")
 
 
-# --- what the pipeline is asked
+# --- requests to the pipeline
 
 
-def test_options_become_the_request(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
+def test_command_line_options_become_the_request(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
     line = (
         "plan protein-ss --size 8M --batch 4 --steps 7 --memory 1.5GiB --goal smallest --accuracy any "
         "--on 8xH100-SXM --place japan --threads 2"
@@ -287,7 +289,7 @@ def test_options_become_the_request(ask: Ask, pipeline: FakePipeline, tmp_path: 
     assert (request.machine.device_count, request.machine.place.name, request.threads) == (8, "japan", 2)
 
 
-def test_the_poc_is_asked_with_its_store_and_command(
+def test_poc_receives_its_store_seeds_and_command_line(
     ask: Ask, pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["memfit", "poc", "--seeds", "5"])
@@ -297,7 +299,7 @@ def test_the_poc_is_asked_with_its_store_and_command(
     assert pipeline.asked["request"].is_here
 
 
-def test_explain_and_run_take_plain_a_file_or_the_recommended(
+def test_explain_takes_the_plain_plan_a_plan_file_or_the_recommended_plan(
     ask: Ask, pipeline: FakePipeline, tmp_path: Path
 ) -> None:
     file = tmp_path / "plan.yaml"
@@ -311,7 +313,7 @@ def test_explain_and_run_take_plain_a_file_or_the_recommended(
         assert pipeline.asked["plan"] == plan
 
 
-def test_explain_writes_the_files_asked_for_and_names_lines(
+def test_explain_writes_the_requested_files_and_names_source_lines_unless_disabled(
     ask: Ask, pipeline: FakePipeline, tmp_path: Path
 ) -> None:
     page, pickled, chrome = (tmp_path / name for name in ("a.html", "b.pickle", "c.json"))
@@ -352,14 +354,14 @@ def test_a_run_is_capped_when_memory_is_given(
     assert pipeline.asked["capped"] is capped
 
 
-def test_a_run_that_did_not_end_well_is_exit_code_one(ask: Ask, pipeline: FakePipeline) -> None:
+def test_a_run_that_runs_out_of_memory_exits_with_code_one(ask: Ask, pipeline: FakePipeline) -> None:
     assert POC.runs[0].measurement.outcome is OutcomeKind.OOM
     code, out, _ = ask("run")
     assert code == 1
     assert "oom under" in out
 
 
-def test_results_are_printed_in_the_language_asked_for(ask: Ask, pipeline: FakePipeline) -> None:
+def test_results_are_printed_in_the_requested_language(ask: Ask, pipeline: FakePipeline) -> None:
     for command in ("plan", "explain", "poc"):
         english, japanese = ask(command)[1], ask(command, "--lang", "ja")[1]
         assert english != japanese
@@ -372,12 +374,14 @@ def test_results_are_printed_in_the_language_asked_for(ask: Ask, pipeline: FakeP
 @pytest.mark.parametrize(
     "command", ["poc", "plan", "explain", "run", "report", "jobs", "techniques", "machines"]
 )
-def test_json_is_one_object_and_progress_is_elsewhere(command: str, ask: Ask, pipeline: FakePipeline) -> None:
+def test_json_output_is_one_object_without_progress_lines(
+    command: str, ask: Ask, pipeline: FakePipeline
+) -> None:
     _, out, _ = ask(command, "--json")
     assert isinstance(json.loads(out), dict)
 
 
-def test_the_plan_view_has_each_plan_beside_its_estimate() -> None:
+def test_the_search_view_gives_each_plan_beside_its_estimate() -> None:
     view = views.search_view(POC.search)
     best, expected = view["recommended"], POC.search.recommended
     assert expected is not None
@@ -393,7 +397,7 @@ def test_the_plan_view_has_each_plan_beside_its_estimate() -> None:
     assert view["cap_bytes"] == fixture.CAP
 
 
-def test_the_poc_view_keeps_its_names() -> None:
+def test_the_poc_view_keeps_its_key_names() -> None:
     view = views.poc_view(POC)
     promised = {"cap_bytes", "runs", "verdict", "reproducible", "effort", "report"}
     assert promised <= set(view)
@@ -421,14 +425,16 @@ def test_the_poc_view_keeps_its_names() -> None:
 @pytest.mark.parametrize(
     ("times_s", "median_s"), [((), None), ((9.0,), 9.0), ((9.0, 8.0), 8.5), ((9.0, 8.0, 1.0, 2.0, 3.0), 2.0)]
 )
-def test_the_step_time_leaves_out_the_first_two(times_s: tuple[float, ...], median_s: float | None) -> None:
+def test_the_step_time_is_the_median_without_the_first_two_steps(
+    times_s: tuple[float, ...], median_s: float | None
+) -> None:
     assert views.step_s(Measurement(outcome=OutcomeKind.OK, step_s=times_s)) == median_s
 
 
 # --- progress
 
 
-def test_without_a_terminal_long_stages_get_a_line_now_and_then(
+def test_without_a_terminal_long_stages_print_a_line_at_intervals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, seconds in (
@@ -439,7 +445,7 @@ def test_without_a_terminal_long_stages_get_a_line_now_and_then(
     ):
         monkeypatch.setattr(f"memfit.cli.progress.{name}", seconds)
     with Bars("en") as bars:
-        bars("search", 0, 9, "plain")  # over at once, in the silent beginning: no line
+        bars("search", 0, 9, "plain")  # ends at once, within the silent period: no line
         bars("run", 0, 4, "baseline")
         bars("run", 3, 4, "baseline")
         time.sleep(0.45)  # one line at 0.1 s and one 0.25 s later
@@ -452,7 +458,7 @@ def test_without_a_terminal_long_stages_get_a_line_now_and_then(
     assert told == ["training 3/4 baseline"] * 2 + ["training 0/4 recommended"]
 
 
-def test_on_a_terminal_every_finished_stage_leaves_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_every_ended_stage_leaves_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -469,20 +475,20 @@ def test_on_a_terminal_every_finished_stage_leaves_a_line(monkeypatch: pytest.Mo
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "✓ searching plans" in text
     assert "✓ training baseline  " in text
-    assert "• training recommended 4/10" in text  # it ended early, and the line says so
+    assert "• training recommended 4/10" in text  # it ended early, as the line shows
 
 
 # --- doctor
 
 
-def test_the_doctor_knows_the_extras_of_the_package() -> None:
+def test_the_doctor_lists_extras_that_the_package_defines() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for package, extra in doctor.EXTRAS.items():
         assert any(requirement.startswith(package) for requirement in extras[extra])
 
 
-def test_the_doctor_imports_packages_for_real_and_goes_on_after_a_broken_one(
+def test_the_doctor_imports_packages_and_continues_after_a_broken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "memfit_broken.py").write_text("raise RuntimeError('half installed')")
@@ -496,7 +502,7 @@ def test_the_doctor_imports_packages_for_real_and_goes_on_after_a_broken_one(
     }
 
 
-def test_the_doctor_says_what_a_missing_package_keeps_from_working() -> None:
+def test_the_doctor_reports_techniques_that_a_missing_package_disables() -> None:
     packages = doctor.packages({"no-such-package-here": "lowbit"})
     assert [(p.ok, p.fix) for p in packages] == [(False, "pip install 'memfit[lowbit]'")]
     missing = [doctor.Check(name="peft", ok=False, detail="not installed", fix="pip install 'memfit[lora]'")]
@@ -506,7 +512,7 @@ def test_the_doctor_says_what_a_missing_package_keeps_from_working() -> None:
     assert usable["lora"].fix == "pip install 'memfit[lora]'"
 
 
-def test_the_doctor_does_without_everything_optional(
+def test_the_doctor_works_without_torch_and_optional_packages(
     ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("torch", "memfit.runtime.counting_allocator", "memfit.runtime.memory"):
@@ -519,7 +525,9 @@ def test_the_doctor_does_without_everything_optional(
     assert not any(package["ok"] for package in found["packages"])
 
 
-def test_the_doctor_reads_well_in_a_terminal(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_prints_machine_techniques_and_store_in_a_terminal(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "packages", lambda extras: [])
     code, out, _ = ask("doctor")
     assert code == 0
@@ -527,10 +535,10 @@ def test_the_doctor_reads_well_in_a_terminal(ask: Ask, monkeypatch: pytest.Monke
         assert word in out
 
 
-# --- quiet
+# --- log messages of libraries
 
 
-def test_only_the_known_chatter_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_known_harmless_library_warnings_are_suppressed(caplog: pytest.LogCaptureFixture) -> None:
     import logging
 
     quiet_libraries()
@@ -550,18 +558,18 @@ job = Job(name="x", build_model=lambda: {}["zz"], make_batch=lambda s, d: (), lo
     [("raise SystemExit(0)", "SystemExit: 0"), (BROKEN, "KeyError: 'zz'")],
     ids=["exits", "fails"],
 )
-def test_errors_of_the_users_own_code_are_one_line(
+def test_errors_in_the_users_own_code_are_reported_in_one_line(
     body: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own.py").write_text(body)
     assert main(["explain", f"{tmp_path / 'own.py'}:job"]) == 2
     err = capfd.readouterr().err
     assert told in err
-    lines = err.strip().splitlines()  # on a busy machine the progress says first that it is loading
+    lines = err.strip().splitlines()  # on a busy machine a progress line on loading may come first
     assert len([line for line in lines if not line.startswith("loading (")]) == 1
 
 
-def test_doctor_names_every_extra_that_a_technique_lacks() -> None:
+def test_the_doctor_names_every_extra_that_a_technique_lacks() -> None:
     from memfit.cli.doctor import Check, techniques
 
     lacking = [Check(name=n, ok=False, detail="not installed", fix="one") for n in ("peft", "bitsandbytes")]

@@ -70,7 +70,7 @@ def test_an_error_is_exit_code_1_and_other_findings_are_none(ask: Ask) -> None:
     code, out, _ = ask("lint", "useless.json")
     assert code == 0
     assert "warning useless.json" in out
-    assert ask("lint", "clean.json") == (0, "Nothing known is wrong.\n", "")
+    assert ask("lint", "clean.json") == (0, "No known problem was found.\n", "")
 
 
 def test_findings_as_one_json_object_and_in_japanese(ask: Ask) -> None:
@@ -147,4 +147,4 @@ def test_where_nothing_fits_the_least_that_would_is_told(ask: Ask, monkeypatch: 
     monkeypatch.setattr(memfit.workflows.config_review, "search", search)
     code, out, _ = ask("plan", "own.py:job", "--from", "clean.json", "--memory", "1B")
     assert code == 0
-    assert "the least that would do is 2 B" in out
+    assert "the smallest plan needs 2 B" in out

@@ -50,13 +50,13 @@ def test_content_says_the_kind(kind: str, name: str, text: str, tmp_path: Path) 
         ("a.json", '{"name": "x"}', "its keys are name"),
         ("a.json", '{"model.layers.0.mlp": 1, "lm_head": 2}', "its keys are model.layers.0.mlp"),
         ("a.json", "[1, 2]", "a list"),
-        ("a.json", "{", "is no JSON"),
-        ("a.yaml", "a: [", "is no YAML"),
-        ("a.toml", "= 1", "is no TOML"),
+        ("a.json", "{", "is not valid JSON"),
+        ("a.yaml", "a: [", "is not valid YAML"),
+        ("a.toml", "= 1", "is not valid TOML"),
         ("pyproject.toml", "[project]\nname = 'x'\n", "its keys are project"),
         ("a.sh", "echo hello --world\n", "no option of a training library"),
-        ("a.json", "{" + " " * (1 << 20) + "}", "larger than a configuration"),
-        ("a.bin", "\udcff\udcfe", "no text"),
+        ("a.json", "{" + " " * (1 << 20) + "}", "too large for a configuration file"),
+        ("a.bin", "\udcff\udcfe", "not a text file"),
     ],
 )
 def test_other_files_are_refused_in_one_sentence(name: str, text: str, says: str, tmp_path: Path) -> None:

@@ -569,7 +569,7 @@ def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None
         ("deepspeed-nvme-stage", ds(**zero(1, offload_optimizer=DISK)), "the stage is 1"),
         ("deepspeed-least-scale", ds(fp16={"enabled": True, "min_loss_scale": 100000}), "65536"),
         ("megatron-experts", mg(f"{DENSE} --expert-model-parallel-size 2"), "no experts"),
-        ("megatron-experts", mg("--num-experts 6 --expert-model-parallel-size 4"), "share 6 experts"),
+        ("megatron-experts", mg("--num-experts 6 --expert-model-parallel-size 4"), "with 6 experts"),
         (
             "megatron-moe-sequence",
             mg("--num-experts 8 --tensor-model-parallel-size 2 --nproc_per_node 8 --global-batch-size 8"),
@@ -629,7 +629,11 @@ def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None
         ("torchtitan-sequence", tt(training={"seq_len": 4098}, parallelism=mesh(tensor=4)), "4098"),
         ("torchtitan-unknown-key", tt(traning={"seq_len": 8}), "traning"),
         ("torchtitan-unknown-key", tt(optimizer={"max_norm": 1.0}), "optimizer.max_norm"),
-        ("torchtitan-unknown-key", ("job.toml", "max_norm = 1.0\n[job]\n[model]\n"), "max_norm is none"),
+        (
+            "torchtitan-unknown-key",
+            ("job.toml", "max_norm = 1.0\n[job]\n[model]\n"),
+            "max_norm is not a setting",
+        ),
         ("torchtitan-unknown-key", tt(**{"quantize.linear.float8": {"filter_fqn": []}}), "filter_fqn"),
     ],
 )

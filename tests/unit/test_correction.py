@@ -116,5 +116,5 @@ def test_the_terminal_says_it() -> None:
     found = corrected(Calibration(), [(plan, 1.25) for plan in ALL], source="some-poc")
     console = Console(file=out, width=300)
     terminal.print_search(full_poc().search, console=console, lang="en", correction=found)
-    assert "Step times are corrected by 5 plans that PoC some-poc ran here (1.25×" in out.getvalue()
+    assert "Step times are corrected with 5 plans that PoC some-poc measured here (1.25×" in out.getvalue()
     assert "±5.00 %" in out.getvalue()

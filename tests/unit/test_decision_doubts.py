@@ -153,9 +153,7 @@ def test_what_is_at_most_says_that_labour_is_missing_and_asks_for_it(missing: st
     made, view = seen(
         CARD.replace(missing, ""), effort=dataclasses.replace(full_poc().effort, attended_minutes=None)
     )
-    assert "at most without labour, whose hours or price are not known and are asked for" in card(
-        view, "risk"
-    )
+    assert "at most without labour, whose hours or price are missing" in card(view, "risk")
     assert {"effort.setup_hours", "money.labour_per_hour"} & {*made.asked}
 
 
@@ -218,7 +216,7 @@ def test_a_machine_without_watts_is_asked_for_and_not_free(kind: str) -> None:
     assert f"{kind}.power_w" in made.asked
     row = next(w for w in view.ways if w.index == index)
     assert (row.money["present_cost"].value, row.saved.value) == (None, None)
-    assert "nobody has told its watts" in card(view, "money")
+    assert "its power draw is missing" in card(view, "money")
     made, view = seen(text, offers=())
     assert made.best is None
     assert card(view, "money") == WORDS.get("decide.money.none_priced")
@@ -373,7 +371,7 @@ def test_limits_of_an_older_version_end_with_the_next_gate(tmp_path: Path) -> No
     for kind in ("begin", "poc"):
         store.append(record.poc_id, kind, record)
     store.append(record.poc_id, proof_of_concept.GATES, {"text": "[accuracy]\nverdicts = []\n"})
-    with pytest.raises(UserError, match="memfit scale without it forgets it"):
+    with pytest.raises(UserError, match="memfit scale without --gates resets them"):
         proof_of_concept.decide(store, poc_id=None, case=None)
     store.append(record.poc_id, proof_of_concept.GATES, {"text": ""})
     assert not proof_of_concept.decide(store, poc_id=None, case=None)[1].own_limits

@@ -45,7 +45,9 @@ def test_its_facts_have_a_source_and_a_date(name: str) -> None:
 
 
 def test_what_it_cannot_carry_is_told_with_those_that_can() -> None:
-    with pytest.raises(UserError, match=r"tensor-parallel is not in accelerate.*engines that can: native"):
+    with pytest.raises(
+        UserError, match=r"tensor-parallel is not supported by accelerate.*engines that support it: native"
+    ):
         carrying("accelerate", TENSOR)
     with pytest.raises(UserError, match="did you mean 'deepspeed'"):
         engine("deepsped")
@@ -55,7 +57,7 @@ def test_another_version_and_none_are_told_with_what_installs_it(monkeypatch: py
     probed = Engine(
         name="x", summary="", distribution="numpy", tested=("0.1", "0.2"), install="pip install x"
     )
-    assert "was never tried" in probed.probe().problem
+    assert "is untested" in probed.probe().problem
     missing = dataclasses.replace(probed, distribution="no-such-thing")
     assert (missing.probe().problem, missing.probe().fix) == ("not installed", "pip install x")
     inside = dataclasses.replace(probed, tested=("1", "99"))
@@ -66,7 +68,7 @@ def test_another_version_and_none_are_told_with_what_installs_it(monkeypatch: py
 
 
 def test_replicas_of_nothing_sharded_are_refused() -> None:
-    with pytest.raises(UserError, match="leave nothing to shard; that is ddp"):
+    with pytest.raises(UserError, match="leave nothing to shard; use ddp"):
         trace(load(JobRef(spec="char-lm")), Plan(uses=(make_use("fsdp2", {"replicas": 2}),), ranks=2))
 
 
@@ -87,12 +89,14 @@ def test_accelerate_carries_fp16_on_gpus_alone() -> None:
     )
     assert "mixed_precision: fp16" in render(spec).files["accelerate.yaml"]
     assert carrying("accelerate", half)
-    with pytest.raises(UserError, match="cannot train this plan here: fp16-autocast asks for CUDA"):
+    with pytest.raises(UserError, match="cannot train this plan here: fp16-autocast requires CUDA"):
         ready("accelerate", half)
     assert not ENGINES["accelerate"].asks_cuda(half.without("fp16-autocast"))
     for kind in ("fp16", "bf16"):
         sharded = Plan(uses=(make_use(f"{kind}-autocast", {}), make_use("fsdp2", {})), ranks=2)
-        with pytest.raises(UserError, match=f"{kind}-autocast: with FSDP2 its {kind} is the dtype of gather"):
+        with pytest.raises(
+            UserError, match=f"{kind}-autocast: with FSDP2, its {kind} setting is the dtype of gather"
+        ):
             carrying("accelerate", sharded)
 
 

@@ -248,7 +248,10 @@ def test_accelerates_launcher_takes_the_command_line(tmp_path: Path, monkeypatch
 
 
 def test_ranks_are_dealt_evenly() -> None:
-    with pytest.raises(UserError, match="4 ranks on 3 nodes; allowed: nodes that divide 4: 1, 2, 4"):
+    with pytest.raises(
+        UserError,
+        match="4 ranks cannot be divided evenly among 3 nodes; allowed: numbers of nodes that divide 4: 1",
+    ):
         handover(ZERO, "deepspeed", nodes=3)
 
 
@@ -258,7 +261,7 @@ def test_ranks_are_dealt_evenly() -> None:
 def test_nothing_is_overwritten_and_nothing_is_left_half(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, {"a": "1", "b": "2"})
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         write(out, {"a": "3"})
     (out / "mine").write_text("kept")
     write(out, {"a": "3"}, force=True)
@@ -313,7 +316,7 @@ def test_the_command_carries_the_users_job(
     assert json.loads((tmp_path / "out" / "run.json").read_text())["job"]["spec"] == "tiny.py:words"
     assert (tmp_path / "out" / "tiny.py").read_bytes() == TINY.read_bytes()
     assert main(command) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
 
 
@@ -367,7 +370,7 @@ def test_megatrons_trainer_is_told_the_models_sizes(tmp_path: Path) -> None:
         (["--to", "slrum"], "did you mean 'slurm'"),
         (["--to", "slurm", "--nodes", "3"], "nodes that divide 2"),
         (["--to", "slurm", "--engine", "deepsped"], "did you mean 'deepspeed'"),
-        (["--to", "slurm", "--engine", "replay"], "replay trains nothing"),
+        (["--to", "slurm", "--engine", "replay"], "replay does not train"),
         (["--to", "slurm", "--script", "nowhere.py"], "cannot read nowhere.py"),
     ],
 )
@@ -402,4 +405,4 @@ def test_modules_beside_the_jobs_file_are_carried(tmp_path: Path, capsys: pytest
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert sorted(_carried(tmp_path / "jobs.py")) == ["jobs.py", "more.py", "parts.py"]
-    assert "not carried: layers beside jobs.py" in capsys.readouterr().err
+    assert "not copied: layers beside jobs.py" in capsys.readouterr().err

@@ -156,15 +156,15 @@ def test_pods_keep_checkpoints_on_a_claim() -> None:
     assert {"name": "kept", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
     assert {"name": "kept", "mountPath": "/kept"} in pod["containers"][0]["volumeMounts"]
     for save, claim in (("/kept", ""), ("kept", "disk")):
-        with pytest.raises(UserError, match="without a volume"):
+        with pytest.raises(UserError, match="needs a volume"):
             documents(kept(save, claim))
 
 
 @pytest.mark.parametrize(
     ("target", "given", "said"),
     [
-        ("k8s", handover(nodes=2), "no --image"),
-        ("skypilot", handover(nodes=2, script=("own.py",)), "no --gpu"),
+        ("k8s", handover(nodes=2), "--image is missing"),
+        ("skypilot", handover(nodes=2, script=("own.py",)), "--gpu is missing"),
         (
             "k8s",
             Handover(config=handover().config, image="a", own_files={"x": "y" * 2_000_000}),

@@ -119,12 +119,12 @@ def loaded_as_is(folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (plan(2, fsdp2={"prefetch": 2}), "no setting of how many groups"),
-        (plan(2, tensor_parallel={}), "tensor-parallel is not in them"),
+        (plan(2, fsdp2={"prefetch": 2}), "no setting for the number of groups"),
+        (plan(2, tensor_parallel={}), "tensor-parallel is not supported"),
         (plan(activation_checkpointing={"every": 2}), "every must be 1"),
         (plan(2, ddp={}), "bucket_view must be false"),
         (plan(2, zero={}), "--engine deepspeed"),
-        (plan(gradient_accumulation={"micro_batches": 3}), "a batch of 8 in 3 parts"),
+        (plan(gradient_accumulation={"micro_batches": 3}), "a batch of 8 cannot be split into 3 equal parts"),
     ],
 )
 def test_what_the_arguments_cannot_say(given: Plan, said: str) -> None:

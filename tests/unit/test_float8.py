@@ -113,7 +113,7 @@ def test_only_cards_with_such_units_take_it(name: str, able: bool) -> None:
     if able:
         check(plan(NAME), on)
     else:
-        with pytest.raises(UserError, match=f"{NAME} on {name}, which has no matrix units"):
+        with pytest.raises(UserError, match=f"{NAME} is not supported on {name}, which has no matrix units"):
             check(plan(NAME), on)
 
 

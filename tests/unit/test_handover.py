@@ -296,7 +296,7 @@ def test_the_jobs_clipping_is_in_every_engines_file_and_target() -> None:
     for plan, engine in ((FSDP, "native"), (ZERO, "deepspeed")):
         files = bundle("trainer", clipped(plan, engine))
         assert json.loads(files["training_args.json"])["max_grad_norm"] == 0.5
-        assert "clipped to a norm of 0.5, as the job says" in files["README.md"]
+        assert "clipped to a norm of 0.5, as the job specifies" in files["README.md"]
     ends = Plan(uses=(make_use("fsdp2", {"units": "ends"}),), ranks=2)
     assert "max_norm = 0.5\n" in bundle("torchtitan", clipped(ends, "native"))["torchtitan.toml"]
 
@@ -319,7 +319,10 @@ def test_an_export_with_a_script_is_refused_until_its_part_is_acknowledged(
     assert export(*words, "--script-applies", "adamw-fused") == 2
     assert "(1) activation-checkpointing" in capsys.readouterr().err
     assert export(*words, "--script-applies", "adamw-fused,activation-checkpointing") == 0
-    assert "train.py must do itself:\n  activation-checkpointing" in capsys.readouterr().out
+    assert (
+        "train.py must apply these parts of the plan itself:\n  activation-checkpointing"
+        in capsys.readouterr().out
+    )
     text = (folder / "out" / "README.md").read_text()
     assert "## What train.py must do itself" in text
     assert "`adamw-fused`: torch.optim.AdamW(..., fused=True)" in text
@@ -386,7 +389,7 @@ def test_unplanned_clipping_is_found_by_the_norm_before_it() -> None:
     assert "gradient clipping" in _watched(clip=0, calls=False, before=1e-9).checked
     with pytest.raises(NotConforming, match="gradient clipping: planned none"):
         _watched(clip=0, calls=False, before=1e9)
-    assert "whether other code than torch's clips" in str(_watched(clip=0, calls=False).unseen)
+    assert "whether code other than torch's clips gradients" in str(_watched(clip=0, calls=False).unseen)
 
 
 def test_conform_takes_the_limit() -> None:

@@ -301,7 +301,7 @@ def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary() -> None:
         (">a\nMKV\n>empty\n\n>c\nMK\n", "line 3: 'empty' has no sequence"),
         ("MKV\n", "line 1: a FASTA file starts with '>'"),
         ("\n \n", "is empty"),
-        (">only\nMKV\n", "holds 1 sequence"),
+        (">only\nMKV\n", "contains 1 sequence"),
     ],
 )
 def test_a_broken_fasta_is_refused_with_its_place(tmp_path: Path, text: str, place: str) -> None:
@@ -333,7 +333,7 @@ def test_a_fasta_is_read_whole(tmp_path: Path) -> None:
         (">a\nMKV\nHEC\n>b\nMKV\nHE\n", "line 6: 2 states for 3 residues of 'b'"),
         (">a\nMKV\nHEX\n>b\nMK\nHE\n", "line 3, column 3: 'X' is not a state"),
         (">a\nMKV\n", "line 1: 'a' is followed by 1 lines"),
-        (">a\nMKV\nHEC\n", "holds 1 chain"),
+        (">a\nMKV\nHEC\n", "contains 1 chain"),
     ],
 )
 def test_broken_labels_are_refused_with_their_place(tmp_path: Path, text: str, place: str) -> None:
@@ -471,9 +471,9 @@ def test_a_bundled_configuration_builds_without_network() -> None:
 def test_configurations_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{not json")
     assert "config.json" in refusal(f"hf:{tmp_path}")
-    assert "has no head memfit can train" in refusal("hf:clip")
+    assert "has no head that memfit can train" in refusal("hf:clip")
     assert "a file of your own can train any model" in refusal("hf:t5")
-    assert "no --data" in refusal("hf:gpt2", data="x")
+    assert "does not accept --data" in refusal("hf:gpt2", data="x")
     assert "unknown size" in refusal("hf:gpt2", size="8M")
 
 
@@ -524,7 +524,7 @@ def test_a_job_of_ones_own(own: str) -> None:
     [
         ("jib", "has no attribute 'jib'; allowed: build, make, job, broken, wrong, needs; did you mean job?"),
         ("", "has no attribute ''"),
-        ("number", "is a int; allowed: a memfit.Job or a function returning one"),
+        ("number", "is a int; allowed: a memfit.Job or a function that returns one"),
         ("broken", "failed: ZeroDivisionError: division by zero at "),
         ("wrong", "returned a str; allowed: a memfit.Job"),
         ("needs", "cannot be called with no arguments"),
@@ -544,7 +544,7 @@ def test_errors_of_the_users_file_name_their_line(own: str, tmp_path: Path) -> N
     )
     file.write_text("x = (\n")
     assert f"SyntaxError: '(' was never closed at {file}:1" in refusal(f"{file}:job")
-    assert "takes no --size" in refusal(f"{own}:job", size="big")
+    assert "does not accept --size" in refusal(f"{own}:job", size="big")
     assert "cannot be called with data" in refusal(f"{own}:make", data="x")
 
 

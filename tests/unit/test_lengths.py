@@ -215,7 +215,7 @@ def test_lengths_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "column", "told"),
     [
-        ("a.txt", "3\nfour\n", None, "line 2: 'four' is no length"),
+        ("a.txt", "3\nfour\n", None, "line 2: 'four' is not a length"),
         ("a.txt", "0\n", None, "a length below 1"),
         ("a.csv", "name\nx\n", None, "no column of whole numbers"),
         ("a.csv", "n\n1\n-2\n", "n", "line 3"),

@@ -68,7 +68,9 @@ def test_every_kind_of_job_takes_a_length_and_a_batch(own: str) -> None:
 
 
 def test_a_finished_job_takes_no_length(own: str) -> None:
-    with pytest.raises(UserError, match="is a finished Job and takes no --length; make finished a function"):
+    with pytest.raises(
+        UserError, match="is a Job, not a function, and does not accept --length; make finished a function"
+    ):
         load(JobRef(spec=f"{own}:finished", length=64))
 
 
@@ -286,7 +288,7 @@ def test_a_script_of_megatron_is_built_from_its_own_sizes(
 def test_a_model_that_memfit_does_not_build_says_so(more: str, tmp_path: Path) -> None:
     model = _carried(tmp_path, "train.sh", MEGATRON + more).model
     assert (model.layers, model.width, model.job) == (2, 64, "")
-    assert model.missing.startswith("memfit builds no model with ")
+    assert model.missing.startswith("memfit cannot build a model with ")
 
 
 def _planned(
@@ -313,7 +315,10 @@ def test_a_job_that_differs_from_the_script_is_named(
 ) -> None:
     told = _planned(tmp_path, MEGATRON, f"{own}:job", capsys)
     left = {one["option"]: one["reason"] for one in told["left_out"]}
-    assert left["2 layers of width 64"] == f"{own}:job has no blocks of width unknown: predicted for that"
+    assert (
+        left["2 layers of width 64"]
+        == f"{own}:job has no blocks of width unknown; the job's own sizes are predicted"
+    )
     assert told["workload"]["sample_shape"] == [32, 4]  # its length is the script's
 
 
@@ -323,8 +328,8 @@ def test_a_length_that_the_job_cannot_take_is_left_out_by_name(
     script = MEGATRON.replace("--micro-batch-size 2 --global-batch-size 8", "--micro-batch-size 1")
     told = _planned(tmp_path, script, f"{own}:finished", capsys)
     left = {one["option"]: one["reason"] for one in told["left_out"]}
-    assert "takes no --length" in left["length 32"]
-    assert "takes no --batch" in left["batch 2"]
+    assert "does not accept --length" in left["length 32"]
+    assert "does not accept --batch" in left["batch 2"]
     assert told["batch"] is None
 
 
@@ -334,7 +339,7 @@ def test_the_batch_that_is_asked_for_is_the_one_that_is_told(
     zero = '{"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}'
     told = _planned(tmp_path, zero, f"{own}:job --batch 128", capsys, "zero.json")
     assert (told["workload"]["batch_size"], told["batch"], told["micro_batch"]) == (128, 128, 4)
-    assert {"option": "batch 256", "reason": "--batch 128 was asked for"} in told["left_out"]
+    assert {"option": "batch 256", "reason": "--batch 128 was given"} in told["left_out"]
 
 
 @pytest.mark.parametrize(
@@ -400,7 +405,7 @@ def test_plain_training_is_told_with_the_bytes_that_decide_and_their_range() -> 
         "needs up to 81.5 GiB on the device (78 GiB expected, 77 GiB to 81.5 GiB; 74.85 GiB of tensors)"
         in _printed(planned, "en")
     )
-    assert "The least that would do: 81.5 GiB" in _printed(planned, "en")
+    assert "The smallest needs 81.5 GiB" in _printed(planned, "en")
     assert "最大 81.5 GiB（見込み 78 GiB、範囲 77 GiB ～ 81.5 GiB、うちテンソル 74.85 GiB）" in _printed(
         planned, "ja"
     )

@@ -86,7 +86,7 @@ def test_a_spelled_machine_reads_as_itself(name: str, hosts: int, each: int, net
 def test_several_hosts_need_a_network_and_the_line_names_them() -> None:
     with pytest.raises(UserError) as caught:
         catalog.machine("4x8xH100-SXM")
-    assert "is 4 hosts and names no network" in str(caught.value)
+    assert "has 4 hosts but names no network" in str(caught.value)
     assert "IB-NDR" in caught.value.allowed
     assert "4x8xH100-SXM@IB-NDR" in caught.value.hint
     assert "\n" not in str(caught.value)
@@ -204,7 +204,7 @@ def test_all_problems_of_a_file_are_told_in_one_line(tmp_path: Path) -> None:
         (
             'name = "Custom"',
             'name = "Custom"\nusd_per_hour = 2',
-            "device.usd_per_hour: 2, but a figure names",
+            "device.usd_per_hour: 2, but a figure needs",
         ),
         ('"measured"', '"guessed"', "device.memory_bytes"),
         ('"sweden"', '"swedn"', "did you mean sweden"),
@@ -269,13 +269,13 @@ def test_two_counts_say_the_third(tmp_path: Path, counts: str, devices: int, eac
     ("old", "new", "told"),
     [
         ("hosts = 4", "hosts = 4\ndevice_count = 30", "device_count: 30, but 4 hosts of 8 devices are 32"),
-        ("hosts = 4", "device_count = 30", "device_count: 30 is no multiple of devices_per_host, 8"),
-        ("devices_per_host = 8", "device_count = 6", "device_count: 6 is no multiple of hosts, 4"),
-        ("devices_per_host = 8", "", "hosts: 4, but devices_per_host does not say"),
+        ("hosts = 4", "device_count = 30", "device_count: 30 is not a multiple of devices_per_host, 8"),
+        ("devices_per_host = 8", "device_count = 6", "device_count: 6 is not a multiple of hosts, 4"),
+        ("devices_per_host = 8", "", "hosts: 4, but devices_per_host is missing"),
         ("hosts = 4", "hosts = 0", "hosts: 0, but a whole number"),
         ("hosts = 4", 'hosts = "four"', "hosts: 'four', but a whole number"),
         ("hosts = 4", "hosts = true", "hosts: True, but a whole number"),
-        ('network = "hdr"', "", "network: none, but 4 hosts need one; a [network] table or one of IB-EDR, "),
+        ('network = "hdr"', "", "network: missing, but 4 hosts need one; give a [network] table or one of "),
         ('"hdr"', '"IB-NRD"', "network: unknown network: 'IB-NRD'"),
         ('"hdr"', "3", "network: "),
         ('place = "japan"', 'host = "HGX-A10"', "did you mean HGX-A100"),

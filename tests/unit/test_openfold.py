@@ -173,7 +173,7 @@ def test_what_is_written(tmp_path: Path) -> None:
         "moving average",
         "ZeRO stage 2",
         "CUDA_VISIBLE_DEVICES",
-        "132 where",
+        "132 for",
     ):
         assert said in readme
     plain = json.loads(exported(PLANS["plain"])["openfold.json"])
@@ -184,11 +184,11 @@ def test_what_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "more", "said"),
     [
-        (plan(chunking={}), {}, "chunks in inference only"),
+        (plan(chunking={}), {}, "chunks only in inference"),
         (plan(gradient_accumulation={}), {}, "does not reach its Trainer"),
         (plan(bf16_parameters={"rounding": "stochastic"}), {}, "rounding must be"),
         (plan(2, zero={"precision": "bf16"}), {}, "has no float32 islands"),
-        (plan(2, fsdp2={}), {}, "fsdp2: it has none"),
+        (plan(2, fsdp2={}), {}, "fsdp2: not supported"),
         (plan(2, ddp={}), {}, "bucket_view must be false"),
         (plan(2, zero={"stage": 3}), {}, "stage must be 1 or 2"),
         (plan(activation_checkpointing={"every": 2}), {}, "every must be 1"),
@@ -271,7 +271,7 @@ def test_another_network_and_a_missing_file_are_told(tmp_path: Path) -> None:
     [
         ('{"globals": {"chunk_size": 4}}', "nested"),
         ('{"globals.chunk_size": 4, "globals.chunk_size.x": 1}', "each key once"),
-        ('{"crop_size": 4}', "no configuration that memfit knows"),
+        ('{"crop_size": 4}', "not a configuration that memfit can read"),
         ('{"globals.blocks_per_ckpt": "two"}', 'blocks_per_ckpt is "two"'),
         ('{"data.train.crop_size": null}', "crop_size is null"),
     ],

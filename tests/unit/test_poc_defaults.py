@@ -83,7 +83,7 @@ def test_a_demonstration_whose_quarter_no_plan_fits_gets_a_cap_that_one_does(ask
     assert found.cap_bytes == pytest.approx(1.1 * least, rel=1e-3)
     assert found.cap_reason == found.result.cap_reason
     assert found.cap_reason == (
-        "demonstration: what the smallest plan needs and a tenth more, as none fits 25% of the baseline's "
+        "demonstration: what the smallest plan needs plus 10 %, because no plan fits 25% of the baseline's "
         "predicted peak"
     )
     assert "25% に収まるプランがないため" in load_words("ja").of(found.cap_reason)

@@ -381,7 +381,7 @@ def test_the_command_tells_in_two_languages_and_in_json(
 ) -> None:
     file = tmp_path / "mine.py"
     file.write_text("import test_precision\n\njob = test_precision.job()\n")
-    for lang, words in (("en", "paste into the Job"), ("ja", "Job に次を加えて")):
+    for lang, words in (("en", "add to the Job"), ("ja", "Job に次を加えて")):
         assert main(["precision", f"{file}:job", "--after", "0", "--lang", lang]) == 0
         out = capsys.readouterr().out
         assert words in out

@@ -116,7 +116,7 @@ def test_a_sketch_that_may_fit_is_no_reason_to_say_that_none_does() -> None:
     [
         (
             "en",
-            "no plan with it that was priced fits (2 were); the smallest needs 41 B",
+            "no priced plan with it fits (2 priced); the smallest needs 41 B",
         ),
         (
             "ja",

@@ -307,7 +307,7 @@ def test_where_the_program_ends_without_an_answer_the_least_found_is_one(
 
 
 def test_a_plan_that_is_not_chosen_yet_trains_nothing() -> None:
-    with pytest.raises(UserError, match="no choice yet"):
+    with pytest.raises(UserError, match="no choice of tensors yet"):
         TrainingStep(words(), asked(100))
 
 

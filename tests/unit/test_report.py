@@ -492,7 +492,7 @@ def test_terminal_plan_shows_some_of_a_long_frontier_and_says_how_many_more_ther
     frontier = (*found.frontier, *[found.smallest] * 100)
     many = dataclasses.replace(found, frontier=frontier)
     terminal.print_search(many, console=console, lang="en")
-    left = re.search(r"More plans of the frontier between these: (\d+)\.", out.getvalue())
+    left = re.search(r"Further plans on the frontier between these: (\d+)\.", out.getvalue())
     assert left is not None
     assert int(left[1]) == len(frontier) - len(terminal._spread(search_view(many).frontier))
 
@@ -523,7 +523,7 @@ def test_terminal_plan_when_nothing_fits() -> None:
     terminal.print_search(
         dataclasses.replace(search(), recommended=None, cap_bytes=MIB), console=console, lang="en"
     )
-    assert "No allowed plan fits 1 MiB. The least that would do: 246 MiB" in out.getvalue()
+    assert "No allowed plan fits 1 MiB. The smallest needs 246 MiB" in out.getvalue()
 
 
 def test_terminal_explain_adds_up() -> None:
@@ -549,6 +549,6 @@ def test_fixture_is_consistent() -> None:
 
 def test_a_sentence_of_others_is_not_taken_for_an_engines_refusal() -> None:
     words = load_words("ja")
-    assert words.of("zero is not in accelerate") == "accelerate は zero に非対応"
+    assert words.of("zero is not supported by accelerate") == "accelerate は zero に非対応"
     source = "it is that of the 40 GB model; its larger memory is not in it"
     assert words.of(source) == source

@@ -35,7 +35,7 @@ def test_every_told_text_is_japanese_with_the_same_places() -> None:
 
 def test_what_changes_is_carried_over_and_translated_itself() -> None:
     assert JA.of("out of memory in backward of step 12") == "ステップ 12 の逆伝播でメモリー不足"
-    assert JA.of("bf16-parameters is not in deepspeed") == "deepspeed は bf16-parameters に非対応"
+    assert JA.of("bf16-parameters is not supported by deepspeed") == "deepspeed は bf16-parameters に非対応"
     naive = JA.of("always the commonest training state (helix)")
     assert naive == "学習データで最も多い状態（ヘリックス）を常に予測"
 

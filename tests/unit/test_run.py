@@ -132,7 +132,7 @@ def test_the_environment_is_the_parents_with_the_runs_on_top(monkeypatch: pytest
 def test_a_broken_result_names_its_place() -> None:
     measured = ending("tell('step', step=0, loss=1.0)\ntell('result', measurement={'outcome': 'splendid'})")
     assert measured.outcome is OutcomeKind.FAILED
-    assert "the child's result is broken at outcome" in measured.reason
+    assert "the child's result is invalid at outcome" in measured.reason
     assert measured.steps_done == 1
 
 

@@ -285,7 +285,7 @@ def test_ranks_that_share_dependent_samples_are_refused_with_the_ways_out(own: P
 
 
 def test_accumulation_that_weighs_the_loss_wrongly_is_refused(own: Path) -> None:
-    with pytest.raises(UserError, match=r"a sum in which two parts weigh 1, 1.*loss_terms"):
+    with pytest.raises(UserError, match=r"a sum that weighs two parts by 1, 1.*loss_terms"):
         explain(_request(f"{own}:summed"), SPLIT, _quiet)
 
 
@@ -317,7 +317,7 @@ def test_it_is_told_in_the_languages_of_the_report(own: Path, capsys: pytest.Cap
         print_estimate(found, console=Console(width=300), lang=lang)
         assert told in capsys.readouterr().out
     untested = dataclasses.replace(found, dependence=UNTESTED)
-    for lang, told in (("en", "Not tested whether"), ("ja", "未検証")):
+    for lang, told in (("en", "was not tested"), ("ja", "未検証")):
         print_estimate(untested, console=Console(width=300), lang=lang)
         assert told in capsys.readouterr().out
 

@@ -37,7 +37,7 @@ class Scaled(Words):
 JOB = Job(
     name="scaled", build_model=Scaled, make_batch=words_batch, loss=words_loss, batch_size=8, blocks="blocks"
 )
-TOLD = r"takes no parameters without dimensions, and 'scale' has none; .*torch\.ones\(1\)"
+TOLD = r"does not support parameters without dimensions, but 'scale' is one; .*torch\.ones\(1\)"
 
 
 def _plan(name: str, ranks: int = 2, **settings: Any) -> Plan:

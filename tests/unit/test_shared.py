@@ -124,14 +124,17 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda r: [r[side].update(metric_by_seed={}) for side in ("baseline", "recommended")],
         "the scores are of seeds none",
     ),
-    "equivalent with half of the scores": (lambda r: r["baseline"].update(metric_by_seed={}), "other seeds"),
+    "equivalent with half of the scores": (
+        lambda r: r["baseline"].update(metric_by_seed={}),
+        "different seeds",
+    ),
     "equivalent against its scores": (
         lambda r: r["recommended"].update(metric_by_seed={"0": 10.0, "1": 20.0, "2": 30.0}),
-        "verdict.difference is 0.1, the scores give",
+        "verdict.difference is 0.1, but the scores give",
     ),
     "equivalent on other seeds": (
         lambda r: r["baseline"].update(metric_by_seed={"7": 67.2, "8": 67.4, "9": 67.6}),
-        "other seeds",
+        "different seeds",
     ),
     "undecided against its scores": (lambda r: r["verdict"].update(kind="undecided"), "is undecided"),
     "bitwise equal with other scores": (lambda r: _bitwise(r, 1.0), "the scores of seed"),
@@ -175,7 +178,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "one plan with two peaks": (
         lambda r: r["recommended"].update(plan={}, effect="E0", measured_peak_bytes=CAP // 2),
-        "the plans are one",
+        "the two plans are the same",
     ),
     "an interval without a margin": (
         lambda r: (_bitwise(r), r["verdict"].update(low=-9.0)),
@@ -266,7 +269,7 @@ def test_text_that_is_no_json_is_told_by_its_line(tmp_path: Path) -> None:
 
 def test_a_number_of_5000_digits_is_told() -> None:
     raw = json.dumps(plain()).replace(str(CAP), "9" * 5000)
-    with pytest.raises(UserError, match="no record"):
+    with pytest.raises(UserError, match="not a record"):
         exchange.parsed(raw, what="it")
 
 
@@ -288,7 +291,7 @@ def test_equal_conditions_are_compared() -> None:
     assert found["recommended: peak_bytes"].ratio == (peak + 1) / peak
     assert found["baseline: peak_bytes"].ratio == 1
     assert {name for name, row in found.items() if row.against} == {"baseline: joules", "recommended: joules"}
-    assert found["recommended: joules"].against == ["A has none", "B has none"]
+    assert found["recommended: joules"].against == ["A has no value", "B has no value"]
 
 
 def _other_seeds(r: dict[str, Any]) -> None:
@@ -302,10 +305,10 @@ def _other_seeds(r: dict[str, Any]) -> None:
     [
         (lambda r: r["baseline"]["energy"].update(boundary="wall socket"), "baseline: joules", "boundary"),
         (_bitwise, "verdict", "effect"),
-        (_bitwise, "recommended: peak_bytes", "effect class E0 and E2"),
-        (_bitwise, "recommended: step_s", "effect class E0 and E2"),
-        (_bitwise, "recommended: joules", "effect class E0 and E2"),
-        (_bitwise, "recommended: Q3", "effect class E0 and E2"),
+        (_bitwise, "recommended: peak_bytes", "effect class differs: E0 and E2"),
+        (_bitwise, "recommended: step_s", "effect class differs: E0 and E2"),
+        (_bitwise, "recommended: joules", "effect class differs: E0 and E2"),
+        (_bitwise, "recommended: Q3", "effect class differs: E0 and E2"),
         (lambda r: r["model"].update(size="paper"), "baseline: peak_bytes", "size"),
         (lambda r: r["recommended"].update(ranks=4), "recommended: peak_bytes", "ranks"),
         (lambda r: r["recommended"].update(engine="deepspeed"), "recommended: step_s", "engine"),
@@ -344,5 +347,5 @@ def test_an_unfinished_poc_has_no_record() -> None:
 def test_a_field_that_is_there_twice_is_refused() -> None:
     text = exchange.text(exchange.of_poc(full_poc()))
     twice = text.replace('"reproducible":', '"reproducible": false, "reproducible":', 1)
-    with pytest.raises(UserError, match="'reproducible' is there twice"):
+    with pytest.raises(UserError, match="'reproducible' appears twice"):
         exchange.parsed(twice, what="b")

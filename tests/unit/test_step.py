@@ -46,7 +46,7 @@ def test_micro_batches_are_views_and_other_lengths_are_shared() -> None:
 
 
 def test_a_batch_without_tensors_is_refused() -> None:
-    with pytest.raises(UserError, match="holds no tensor"):
+    with pytest.raises(UserError, match="contains no tensor"):
         batch_length({"text": "ACDE", "scale": torch.tensor(1.0)})
 
 

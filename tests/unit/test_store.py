@@ -137,7 +137,7 @@ def test_another_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.db"
     with contextlib.closing(sqlite3.connect(path)) as raw:
         raw.execute("CREATE TABLE mine (x)")
-    with pytest.raises(UserError, match="not a store of memfit's"):
+    with pytest.raises(UserError, match="not a memfit store"):
         Store(path)
 
 

@@ -75,13 +75,13 @@ def test_who_says_so_is_told(ours: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["record", "--store", ours, "--add", other]) == 2
     capsys.readouterr()
     assert main(["scale", "theirs", "--store", ours]) == 0
-    assert "Not measured here: group B says so." in capsys.readouterr().out
+    assert "Not measured here: the record is from group B." in capsys.readouterr().out
     assert main(["scale", "theirs", "--store", ours, "--lang", "ja"]) == 0
     assert "提供元：group B" in capsys.readouterr().out
     assert main(["scale", "theirs", "--store", ours, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["taken_from"] == "group B"
     assert main(["compare", ID, "theirs", "--store", ours]) == 0
-    assert "B was not measured here: group B says so" in capsys.readouterr().out
+    assert "B was not measured here: group B reports it" in capsys.readouterr().out
     for command in (["decide", "theirs"], ["report", "--poc", "theirs"]):
         assert main([*command, "--store", ours]) == 2
         assert "taken in from group B, not measured here" in capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_a_file_that_a_record_names_is_not_run(
     asked = ["scale", theirs, "--store", ours, "--pilot", "RTX-4090"]
     assert main(asked) == 2
     told = capsys.readouterr().err
-    assert "what others name is not run" in told
+    assert "memfit does not run files that others name" in told
     assert "--job FILE.py:NAME" in told
     assert not ran.exists()
     assert main([*asked, "--job", f"{evil}:job"]) == 2, "it has no job, and is run: it was asked for"

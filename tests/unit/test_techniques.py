@@ -235,9 +235,9 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("- a\n- b\n", "holds no mapping"),
-        ("techniques: [sgd]\n", "techniques is no mapping"),
-        ("techniques: {sgd: [\n", "is no YAML"),
+        ("- a\n- b\n", "does not contain a mapping"),
+        ("techniques: [sgd]\n", "techniques is not a mapping"),
+        ("techniques: {sgd: [\n", "is not valid YAML"),
         ("techniques: {sgd: {}, adafactor: {}}\n", "both set the optimizer"),
     ],
 )
@@ -435,7 +435,7 @@ def test_a_spool_goes_on_after_a_part(tmp_path: Path) -> None:
     parked = Parked(torch.arange(999.0), spool)
     assert torch.equal(parked.back(), torch.arange(999.0))
     spool._file.truncate(100)
-    with pytest.raises(OSError, match="cut short"):
+    with pytest.raises(OSError, match="truncated"):
         parked.back()
     spool.close()
 

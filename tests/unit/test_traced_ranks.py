@@ -150,7 +150,7 @@ def test_parts_beside_the_blocks_may_lie_in_lists() -> None:
 
 def test_logits_in_chunks_need_a_head_that_stays() -> None:
     trace(words(), on_two(chunked_cross_entropy={}, fsdp2={"reshard": False}))
-    with pytest.raises(UserError, match="has let the head go"):
+    with pytest.raises(UserError, match="has freed the head's weight"):
         trace(words(), on_two(chunked_cross_entropy={}, fsdp2={}))
 
 

@@ -126,15 +126,14 @@ def test_nested_nouns_enums_and_numbers_keep_their_kinds() -> None:
     ],
 )
 def test_a_broken_record_names_its_place(text: str, place: str) -> None:
-    with pytest.raises(UserError, match=f"record 7 is broken at {place}"):
+    with pytest.raises(UserError, match=f"record 7 is invalid at {place}"):
         serialization.loads(Measurement, text, what="record 7")
 
 
 def test_nothing_fits_says_the_least_that_would_do() -> None:
     error = NothingFits(cap_bytes=MIB, least_bytes=3 * GIB, plan_text="bf16-autocast")
     assert str(error) == (
-        "no allowed plan fits 1 MiB (1048576 B); the least that would do is 3 GiB (3221225472 B), "
-        "with bf16-autocast"
+        "no allowed plan fits 1 MiB (1048576 B); the smallest plan needs 3 GiB (3221225472 B): bf16-autocast"
     )
     assert error.exit_code == 3
 

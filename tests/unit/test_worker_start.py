@@ -121,13 +121,16 @@ def test_a_module_beside_the_job_that_python_hides_is_told_once(tmp_path: Path) 
     (tmp_path / "numpy" / "__init__.py").write_text("")
     import numpy
 
+    own, hidden = "the standard library's module", tmp_path / "numpy" / "__init__.py"
     taken = {
-        "mine.py imports numpy": f"{numpy.__file__} is taken, not {tmp_path / 'numpy' / '__init__.py'}",
-        "mine.py imports random": f"the standard library's is taken, not {tmp_path / 'random.py'}",
-        "helper.py imports datetime": f"the standard library's is taken, not {tmp_path / 'datetime.py'}",
+        "mine.py imports numpy": f"Python loads {numpy.__file__} instead of {hidden}",
+        "mine.py imports random": f"Python loads {own} instead of {tmp_path / 'random.py'}",
+        "helper.py imports datetime": f"Python loads {own} instead of {tmp_path / 'datetime.py'}",
     }
     lines = list(shadowed_modules(f"{tmp_path / 'mine.py'}:job"))
-    assert dict(line.removesuffix("; rename it if it is meant").split(": ", 1) for line in lines) == taken
+    assert (
+        dict(line.removesuffix("; rename that file if it is meant").split(": ", 1) for line in lines) == taken
+    )
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,10 @@ def currency(code: str) -> Currency:
 
     Raises UserError with the known codes.
     """
-    known = find(code, what="currency", rows=_rows("currencies"))
-    row = _rows("currencies")[known]
+    catalog_code = find(code, what="currency", rows=_rows("currencies"))
+    row = _rows("currencies")[catalog_code]
     rate = fact(row["per_usd"], _sources())
-    return Currency(code=known, symbol=row["symbol"], decimals=row["decimals"], per_usd=rate)
+    return Currency(code=catalog_code, symbol=row["symbol"], decimals=row["decimals"], per_usd=rate)
 
 
 def tax_ratio(place: str) -> Fact | None:
@@ -99,23 +99,23 @@ def write_off_years(place: str, computer: str = "server") -> Fact:
 
 def tariff(name: str) -> Tariff:
     """Return a tariff, for example ``"japan-high-voltage"``. Raises UserError with the closest names."""
-    known = find(name, what="tariff", rows=_rows("tariffs"))
-    row = _rows("tariffs")[known]
+    catalog_name = find(name, what="tariff", rows=_rows("tariffs"))
+    row = _rows("tariffs")[catalog_name]
     prices = facts(row, _sources(), ("energy_per_kwh", "levy_per_kwh", "basic_per_kw_month"))
-    return Tariff(name=known, place=row["place"], currency=row["currency"], **prices)
+    return Tariff(name=catalog_name, place=row["place"], currency=row["currency"], **prices)
 
 
 def supplier_place(name: str) -> str:
     """Return the place of an electricity supplier. Raises UserError with the closest names."""
-    known = find(name, what="electricity supplier", rows=_rows("suppliers"))
-    place: str = _rows("suppliers")[known]["place"]
+    catalog_name = find(name, what="electricity supplier", rows=_rows("suppliers"))
+    place: str = _rows("suppliers")[catalog_name]["place"]
     return place
 
 
 def supplier_co2(name: str) -> Fact:
     """Return the grams of CO2 per kWh that a supplier sells. Raises UserError with the closest names."""
-    known = find(name, what="electricity supplier", rows=_rows("suppliers"))
-    return fact(_rows("suppliers")[known]["co2_g_per_kwh"], _sources())
+    catalog_name = find(name, what="electricity supplier", rows=_rows("suppliers"))
+    return fact(_rows("suppliers")[catalog_name]["co2_g_per_kwh"], _sources())
 
 
 def host_usd(name: str) -> Fact | None:
@@ -125,10 +125,10 @@ def host_usd(name: str) -> Fact | None:
     `name` may be a part of it (``"1/8 of HGX-H100"``).
     """
     try:
-        known = find(_PART.sub("", name), what="host", rows=table("hosts.toml")["hosts"])
+        catalog_name = find(_PART.sub("", name), what="host", rows=table("hosts.toml")["hosts"])
     except UserError:
         return None
-    row = _rows("hosts").get(known)
+    row = _rows("hosts").get(catalog_name)
     return fact(row["usd_to_buy"], _sources()) if row else None
 
 
@@ -139,8 +139,8 @@ def price_kind(source: str) -> str:
 
 def default(name: str) -> Fact:
     """Return the value used until the user gives one, for example ``"discount_rate"``. Raises UserError."""
-    known = find(name, what="default", rows={key: {} for key in default_names()})
-    return fact(_rows("defaults")[known], _sources())
+    catalog_name = find(name, what="default", rows={key: {} for key in default_names()})
+    return fact(_rows("defaults")[catalog_name], _sources())
 
 
 def _place(name: str) -> str:
@@ -151,8 +151,8 @@ def _place(name: str) -> str:
         return name
 
 
-def _rows(room: str) -> dict[str, Any]:
-    rows: dict[str, Any] = table("finance.toml")[room]
+def _rows(table_name: str) -> dict[str, Any]:
+    rows: dict[str, Any] = table("finance.toml")[table_name]
     return rows
 
 

@@ -111,10 +111,16 @@ def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
     UserError for an unknown architecture.
     """
     ratios = table("efficiency.toml")
-    known = find(architecture, what="architecture", rows=ratios["architectures"])
-    general = {key: fact(row, ratios["sources"]) for key, row in ratios["architectures"][known].items()}
-    own = {key: fact(row, ratios["sources"]) for key, row in ratios["devices"].get(name, {}).items()}
-    return {key: dataclasses.replace(one, kind="assumed") for key, one in general.items()} | own
+    catalog_name = find(architecture, what="architecture", rows=ratios["architectures"])
+    architecture_ratios = {
+        key: fact(row, ratios["sources"]) for key, row in ratios["architectures"][catalog_name].items()
+    }
+    device_ratios = {
+        key: fact(row, ratios["sources"]) for key, row in ratios["devices"].get(name, {}).items()
+    }
+    return {
+        key: dataclasses.replace(ratio, kind="assumed") for key, ratio in architecture_ratios.items()
+    } | device_ratios
 
 
 def engine_facts(name: str) -> dict[str, tuple[str, str, str]]:
@@ -127,9 +133,9 @@ def package_facts(name: str) -> dict[str, tuple[str, str, str]]:
     return _upkeep("packages", name)
 
 
-def _upkeep(room: str, name: str) -> dict[str, tuple[str, str, str]]:
+def _upkeep(table_name: str, name: str) -> dict[str, tuple[str, str, str]]:
     engines = table("engines.toml")
-    row: dict[str, list[Any]] = engines[room].get(name, {})
+    row: dict[str, list[Any]] = engines[table_name].get(name, {})
     sources = {key: engines["sources"][source] for key, (_, source) in row.items()}
     return {
         key: (str(value), sources[key]["source"], sources[key]["date"]) for key, (value, _) in row.items()
@@ -152,49 +158,57 @@ def _device(name: str) -> Device:
 
 
 @functools.cache
-def _link(room: str, name: str) -> Link:
+def _link(table_name: str, name: str) -> Link:
     links = table("links.toml")
-    return Link(name=name, **facts(links[room][name], links["sources"], ("bytes_s", "latency_s")))
+    return Link(name=name, **facts(links[table_name][name], links["sources"], ("bytes_s", "latency_s")))
 
 
 @functools.cache
 def _network(name: str, devices: int) -> Link:
     links = table("links.toml")
     row = links["networks"][name]
-    known = facts(row, links["sources"], ("bytes_s", "host_bytes_s", "latency_s"))
-    whole = known.pop("host_bytes_s", None)
-    if whole is not None:
-        known["bytes_s"] = _share(whole, Fraction(1, devices), f"; one for {devices} devices")
-    return Link(name=name, **known)
+    link_facts = facts(row, links["sources"], ("bytes_s", "host_bytes_s", "latency_s"))
+    host_bytes_s = link_facts.pop("host_bytes_s", None)
+    if host_bytes_s is not None:
+        link_facts["bytes_s"] = _share(
+            host_bytes_s, Fraction(1, devices), f"; one card for {devices} devices"
+        )
+    return Link(name=name, **link_facts)
 
 
 @functools.cache
 def _host(name: str, devices: int) -> Host:
     hosts = table("hosts.toml")
     row = hosts["hosts"][name]
-    known = facts(row, hosts["sources"], _HOST_FACTS)
-    sold = row["devices"]
-    if devices in (0, sold):
-        return Host(name=name, **known)
-    if devices > sold:
-        return Host(name=f"{name} with {devices} devices", **known)
-    part = Fraction(devices, sold)
+    host_facts = facts(row, hosts["sources"], _HOST_FACTS)
+    host_devices = row["devices"]
+    if devices in (0, host_devices):
+        return Host(name=name, **host_facts)
+    if devices > host_devices:
+        return Host(name=f"{name} with {devices} devices", **host_facts)
+    share = Fraction(devices, host_devices)
     for key in ("memory_bytes", "storage_bytes_s", "power_w"):
-        if key in known:
-            known[key] = _share(known[key], part, f"; {part} of it for {devices} of {sold} devices")
-    one, all_of_them = known.get("device_bytes_s"), known.get("shared_bytes_s")
-    if one is not None and all_of_them is not None and one.value * devices < all_of_them.value:
-        known["shared_bytes_s"] = _share(one, Fraction(devices), f"; {devices} at once")
-    return Host(name=f"{part} of {name}", **known)
+        if key in host_facts:
+            host_facts[key] = _share(
+                host_facts[key], share, f"; {share} of it for {devices} of {host_devices} devices"
+            )
+    device_bytes_s, shared_bytes_s = host_facts.get("device_bytes_s"), host_facts.get("shared_bytes_s")
+    if (
+        device_bytes_s is not None
+        and shared_bytes_s is not None
+        and device_bytes_s.value * devices < shared_bytes_s.value
+    ):
+        host_facts["shared_bytes_s"] = _share(device_bytes_s, Fraction(devices), f"; {devices} at once")
+    return Host(name=f"{share} of {name}", **host_facts)
 
 
-def _share(whole: Fact, part: Fraction, why: str) -> Fact:
+def _share(total: Fact, share: Fraction, note: str) -> Fact:
     """Return a part of a Fact, marked assumed, because the sharing depends on what else runs there."""
-    if part == 1:
-        return whole
-    low, high = (None if bound is None else float(bound * part) for bound in (whole.low, whole.high))
-    value, source = float(whole.value * part), whole.source + why
-    return dataclasses.replace(whole, value=value, low=low, high=high, source=source, kind="assumed")
+    if share == 1:
+        return total
+    low, high = (None if bound is None else float(bound * share) for bound in (total.low, total.high))
+    value, source = float(total.value * share), total.source + note
+    return dataclasses.replace(total, value=value, low=low, high=high, source=source, kind="assumed")
 
 
 @functools.cache

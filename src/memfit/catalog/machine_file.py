@@ -52,45 +52,53 @@ def from_toml(path: str | Path) -> Machine:
     data = _read(Path(path))
     problems = [*_counted(data), *_named(data)]
     problems += _unknown_keys(Machine, data)
-    made, wrong = _build(data)
-    known = {problem.partition(":")[0] for problem in problems}
-    problems += [one for one in wrong if one.partition(":")[0] not in known]
-    problems += [] if made is None else _odd_values(made)
-    if problems or made is None:
+    machine, build_problems = _build(data)
+    reported_keys = {problem.partition(":")[0] for problem in problems}
+    problems += [
+        build_problem
+        for build_problem in build_problems
+        if build_problem.partition(":")[0] not in reported_keys
+    ]
+    problems += [] if machine is None else _odd_values(machine)
+    if problems or machine is None:
         raise UserError(f"machine file {path}: {'; '.join(problems)}")
-    return made
+    return machine
 
 
 def _counted(data: dict[str, Any]) -> Iterator[str]:
     """Complete `hosts`, devices_per_host and device_count, any two of which give the third, and yield what is
     wrong with them.
     """
-    given = {key: data.get(key) for key in ("hosts", "devices_per_host", "device_count")}
-    hosts, each, count = given.values()
+    counts = {key: data.get(key) for key in ("hosts", "devices_per_host", "device_count")}
+    hosts, devices_per_host, count = counts.values()
     data.pop("hosts", None)
-    odd = [f"{k}: {v!r}, but a whole number of at least 1 is needed" for k, v in given.items() if _odd(v)]
-    if odd:
-        yield from odd
+    problems = [
+        f"{k}: {v!r}, but a whole number of at least 1 is needed" for k, v in counts.items() if _odd(v)
+    ]
+    if problems:
+        yield from problems
         return
-    if hosts and each:
-        whole = hosts * each
-        if count not in (None, whole):
-            yield f"device_count: {count}, but {hosts} hosts of {each} devices are {whole}"
+    if hosts and devices_per_host:
+        total = hosts * devices_per_host
+        if count not in (None, total):
+            yield f"device_count: {count}, but {hosts} hosts of {devices_per_host} devices are {total}"
     elif hosts and hosts > 1 and count is None:
-        yield f"hosts: {hosts}, but devices_per_host does not say how many devices each has"
+        yield f"hosts: {hosts}, but devices_per_host is missing"
         return
     else:
-        whole = count or each or 1
-        parts, what = (each, "devices_per_host") if each else (hosts or 1, "hosts")
-        if whole % parts:
-            yield f"device_count: {whole} is no multiple of {what}, {parts}"
+        total = count or devices_per_host or 1
+        divisor, divisor_name = (
+            (devices_per_host, "devices_per_host") if devices_per_host else (hosts or 1, "hosts")
+        )
+        if total % divisor:
+            yield f"device_count: {total} is not a multiple of {divisor_name}, {divisor}"
             return
-        each = parts if each else whole // parts
-    hosts = whole // each
-    data |= {"device_count": whole, "devices_per_host": each if hosts > 1 else 0}
+        devices_per_host = divisor if devices_per_host else total // divisor
+    hosts = total // devices_per_host
+    data |= {"device_count": total, "devices_per_host": devices_per_host if hosts > 1 else 0}
     if hosts > 1 and "network" not in data:
         names = ", ".join(load.network_names())
-        yield f"network: none, but {hosts} hosts need one; a [network] table or one of {names}"
+        yield f"network: missing, but {hosts} hosts need one; give a [network] table or one of {names}"
 
 
 def _odd(count: Any) -> bool:
@@ -99,53 +107,53 @@ def _odd(count: Any) -> bool:
 
 def _named(data: dict[str, Any]) -> Iterator[str]:
     """Replace names of the catalog by what they name. Unknown names are reported and left unchanged."""
-    each = data.get("devices_per_host") or data.get("device_count") or 1
-    each = 1 if _odd(each) else each
+    devices_per_host = data.get("devices_per_host") or data.get("device_count") or 1
+    devices_per_host = 1 if _odd(devices_per_host) else devices_per_host
     yield from _based(data)
     device = data.get("device")
     yield from _looked_up(data, "device", load.device)
     if isinstance(data.get("device"), Device) and "host" not in data:
         data["host"] = load.host_of(data["device"].name) or None
     yield from _looked_up(data, "place", load.place)
-    yield from _looked_up(data, "host", lambda name: load.host(name, each))
-    yield from _looked_up(data, "network", lambda name: load.network(name, each))
+    yield from _looked_up(data, "host", lambda name: load.host(name, devices_per_host))
+    yield from _looked_up(data, "network", lambda name: load.network(name, devices_per_host))
     if isinstance(device, dict):
         yield from _looked_up(device, "link", load.link, "device.")
         yield from _looked_up(device, "architecture", load.efficiency, "device.")
-        stand_in, own = device.get("architecture"), device.get("efficiency_ratio", {})
-        if isinstance(stand_in, (str, dict)):
+        architecture_ratios, device_ratios = device.get("architecture"), device.get("efficiency_ratio", {})
+        if isinstance(architecture_ratios, (str, dict)):
             del device["architecture"]
-        if isinstance(stand_in, dict) and isinstance(own, dict):
-            device["efficiency_ratio"] = stand_in | own
+        if isinstance(architecture_ratios, dict) and isinstance(device_ratios, dict):
+            device["efficiency_ratio"] = architecture_ratios | device_ratios
 
 
 def _based(data: dict[str, Any]) -> Iterator[str]:
     """Complete a [device] table that is based on a device of the catalog."""
-    own = data.get("device")
-    if not isinstance(own, dict) or "base" not in own:
+    table = data.get("device")
+    if not isinstance(table, dict) or "base" not in table:
         return
     try:
-        base = load.device(str(own.pop("base")))
+        base_device = load.device(str(table.pop("base")))
     except UserError as error:
         yield f"device: base: {error}"
         data["device"] = None
         return
-    whole = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    base_fields = {field.name: getattr(base_device, field.name) for field in dataclasses.fields(base_device)}
     for key in ("peak_flops", "efficiency_ratio"):
-        if isinstance(own.get(key), dict):
-            own[key] = {**whole[key], **own[key]}
-    data["device"] = whole | own
-    data.setdefault("host", load.host_of(base.name) or None)
+        if isinstance(table.get(key), dict):
+            table[key] = {**base_fields[key], **table[key]}
+    data["device"] = base_fields | table
+    data.setdefault("host", load.host_of(base_device.name) or None)
 
 
 def _looked_up(
-    data: dict[str, Any], key: str, lookup: Callable[[str], Any], where: str = ""
+    data: dict[str, Any], key: str, lookup: Callable[[str], Any], prefix: str = ""
 ) -> Iterator[str]:
     if isinstance(data.get(key), str):
         try:
             data[key] = lookup(data[key])
         except UserError as error:
-            yield f"{where}{key}: {error}"
+            yield f"{prefix}{key}: {error}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -168,26 +176,28 @@ def _build(data: dict[str, Any]) -> tuple[Machine | None, list[str]]:
 
 def _said(error: Any) -> str:
     """Return the problem of one field. A bare number where a Fact is needed lacks its source."""
-    given = error["input"]
-    if error["type"] == "dataclass_type" and isinstance(given, (int, float)):
-        return f'{given}, but a figure names its source: {{value = {given}, source = "...", date = "..."}}'
+    value = error["input"]
+    if error["type"] == "dataclass_type" and isinstance(value, (int, float)):
+        return f'{value}, but a figure needs a source: {{value = {value}, source = "...", date = "..."}}'
     return str(error["msg"].lower())
 
 
-def _unknown_keys(noun: Any, data: Any, where: str = "") -> Iterator[str]:
-    """Yield keys that are not fields of the dataclass `noun`, recursively, each with the closest field."""
+def _unknown_keys(data_type: Any, data: Any, prefix: str = "") -> Iterator[str]:
+    """Yield keys that are not fields of the dataclass `data_type`, recursively, each with the closest
+    field.
+    """
     if not isinstance(data, Mapping):
         return
-    hints = typing.get_type_hints(noun)
+    hints = typing.get_type_hints(data_type)
     for key, value in data.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, [*_OWN_KEYS.get(noun, ()), *hints], n=1)
-            yield f"{where}{key}: unknown key" + (f" (did you mean {near[0]}?)" if near else "")
+            matches = difflib.get_close_matches(key, [*_OWN_KEYS.get(data_type, ()), *hints], n=1)
+            yield f"{prefix}{key}: unknown key" + (f" (did you mean {matches[0]}?)" if matches else "")
         elif typing.get_origin(hints[key]) is Mapping and isinstance(value, Mapping):
-            for inner, row in value.items():
-                yield from _unknown_keys(Fact, row, f"{where}{key}.{inner}.")
-        elif (inner_noun := _dataclass_in(hints[key])) is not None:
-            yield from _unknown_keys(inner_noun, value, f"{where}{key}.")
+            for inner_key, table in value.items():
+                yield from _unknown_keys(Fact, table, f"{prefix}{key}.{inner_key}.")
+        elif (inner_type := _dataclass_in(hints[key])) is not None:
+            yield from _unknown_keys(inner_type, value, f"{prefix}{key}.")
 
 
 def _dataclass_in(hint: Any) -> Any:
@@ -195,14 +205,14 @@ def _dataclass_in(hint: Any) -> Any:
     return next((t for t in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(t)), None)
 
 
-def _odd_values(made: Machine) -> Iterator[str]:
+def _odd_values(machine: Machine) -> Iterator[str]:
     """Yield values that are well-formed but cannot be right."""
-    if made.device.kind not in ("cpu", "cuda"):
-        yield f"device.kind: {made.device.kind!r}, but cpu or cuda is needed"
-    if made.place is not None and made.place.pue_ratio.value < 1:
+    if machine.device.kind not in ("cpu", "cuda"):
+        yield f"device.kind: {machine.device.kind!r}, but cpu or cuda is needed"
+    if machine.place is not None and machine.place.pue_ratio.value < 1:
         yield "place.pue_ratio: below 1, but a site draws at least what its computers draw"
-    for noun, where in ((made.device, "device"), (made.host, "host"), (made.network, "network")):
-        for name, fact in facts_in(noun, where):
+    for part, part_name in ((machine.device, "device"), (machine.host, "host"), (machine.network, "network")):
+        for name, fact in facts_in(part, part_name):
             if not fact.value > 0:
                 yield f"{name}: {fact.value:g}, but a positive number is needed"
 

@@ -30,32 +30,34 @@ def machine(spec: str, place: str = "world") -> Machine:
         raise UserError(f"not a machine: {spec!r}", hint=f"for example {EXAMPLES}")
     device = load.device(match.group(3))
     network = load.network(match.group(4)).name if match.group(4) else ""
-    hosts, each = counts if len(counts) == 2 else _filled(spec, device.name, *counts, network=network)
+    hosts, devices_per_host = (
+        counts if len(counts) == 2 else _filled(spec, device.name, *counts, network=network)
+    )
     if hosts > 1 and not network:
         raise UserError(
-            f"{spec!r} is {hosts} hosts and names no network between them",
+            f"{spec!r} has {hosts} hosts but names no network between them",
             allowed=", ".join(load.network_names()),
-            hint=f"for example {spelled(device.name, hosts, each, 'IB-NDR')}",
+            hint=f"for example {spelled(device.name, hosts, devices_per_host, 'IB-NDR')}",
         )
-    room = load.host_of(device.name)
+    host_name = load.host_of(device.name)
     return Machine(
-        name=spelled(device.name, hosts, each, network),
+        name=spelled(device.name, hosts, devices_per_host, network),
         device=device,
-        device_count=hosts * each,
+        device_count=hosts * devices_per_host,
         place=load.place(place),
-        devices_per_host=each if hosts > 1 else 0,
-        host=load.host(room, each) if room else None,
-        network=load.network(network, each) if network else None,
+        devices_per_host=devices_per_host if hosts > 1 else 0,
+        host=load.host(host_name, devices_per_host) if host_name else None,
+        network=load.network(network, devices_per_host) if network else None,
     )
 
 
 def spelled(device: str, hosts: int, devices: int, network: str = "") -> str:
     """Return the spec that `machine` reads, such as ``2x1xT4@IB-HDR``."""
-    room = load.host_of(device)
-    crowded = bool(network and room) and devices > load.devices_of(
-        room
+    host_name = load.host_of(device)
+    exceeds_host = bool(network and host_name) and devices > load.devices_of(
+        host_name
     )  # a single count would mean several hosts
-    counts = (hosts, devices) if hosts > 1 or crowded else (devices,) if devices > 1 else ()
+    counts = (hosts, devices) if hosts > 1 or exceeds_host else (devices,) if devices > 1 else ()
     return "".join(f"{count}x" for count in counts) + device + (f"@{network}" if network else "")
 
 
@@ -64,12 +66,13 @@ def _filled(spec: str, device: str, count: int = 1, *, network: str) -> tuple[in
 
     Raises UserError if the devices do not fill whole hosts.
     """
-    room = load.host_of(device)
-    if not (network and room) or count <= (each := load.devices_of(room)):
+    host_name = load.host_of(device)
+    if not (network and host_name) or count <= (devices_per_host := load.devices_of(host_name)):
         return 1, count
-    if count % each:
+    if count % devices_per_host:
         raise UserError(
-            f"{spec!r}: {count} devices fill no whole number of hosts, {room} holds {each}",
-            hint=f"say how many hosts and how many in each, for example {spelled(device, 2, each, network)}",
+            f"{spec!r}: {count} devices do not fill whole hosts; {host_name} holds {devices_per_host}",
+            hint="give the number of hosts and of devices in each, for example "
+            f"{spelled(device, 2, devices_per_host, network)}",
         )
-    return count // each, each
+    return count // devices_per_host, devices_per_host

@@ -39,14 +39,18 @@ def facts(row: Row, sources: Mapping[str, dict[str, str]], keys: tuple[str, ...]
 
 def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
     """Return the table's own name for `given`. Raises UserError with the closest names."""
-    known = {plain(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))}
-    wanted = plain(given)
-    if wanted in known:
-        return known[wanted]
-    near = _closest(wanted, known)
-    hint = f"did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""
-    if near and len(rows) > _FEW_ROWS:
-        raise UserError(f"unknown {what}: {given!r}", hint=f"{hint} (all: `memfit machines`)")
+    names_by_key = {plain(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))}
+    query = plain(given)
+    if query in names_by_key:
+        return names_by_key[query]
+    matches = _closest(query, names_by_key)
+    hint = (
+        f"did you mean {' or '.join(filter(None, (', '.join(matches[:-1]), matches[-1])))}?"
+        if matches
+        else ""
+    )
+    if matches and len(rows) > _FEW_ROWS:
+        raise UserError(f"unknown {what}: {given!r}", hint=f"{hint} (`memfit machines` lists all)")
     raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(rows), hint=hint)
 
 
@@ -55,13 +59,13 @@ def plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", _BRANDS.sub("", name.lower()))
 
 
-def _closest(wanted: str, known: dict[str, str]) -> tuple[str, ...]:
+def _closest(query: str, names_by_key: dict[str, str]) -> tuple[str, ...]:
     """Return the closest names, without repeats.
 
-    These are names that begin with `wanted`, plain variants before those with another memory size or number.
+    These are names that begin with `query`, plain variants before those with another memory size or number.
     If there are none, similar names.
     """
-    begins = [key for key in known if wanted and key.startswith(wanted)]
-    begins.sort(key=lambda key: key[len(wanted) :][:1].isdigit())
-    alike = begins or difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
-    return tuple(dict.fromkeys(known[key] for key in alike))
+    prefix_matches = [key for key in names_by_key if query and key.startswith(query)]
+    prefix_matches.sort(key=lambda key: key[len(query) :][:1].isdigit())
+    matches = prefix_matches or difflib.get_close_matches(query, names_by_key, n=3, cutoff=0.6)
+    return tuple(dict.fromkeys(names_by_key[key] for key in matches))

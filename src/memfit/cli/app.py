@@ -90,11 +90,11 @@ def _top(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors that memfit does not expect are raised with their
     traceback."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in given
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in argv
     try:
-        _known_command(given)
-        code = typer.main.get_command(app).main(given, prog_name="memfit", standalone_mode=False)
+        _known_command(argv)
+        code = typer.main.get_command(app).main(argv, prog_name="memfit", standalone_mode=False)
         sys.stdout.flush()
     except MemfitError as error:
         return _fail(str(error), error.exit_code, as_json and not isinstance(error, Interrupted))
@@ -116,20 +116,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code or 0)
 
 
-def _known_command(given: Sequence[str]) -> None:
+def _known_command(argv: Sequence[str]) -> None:
     """Check the command's name. Raises UserError with the nearest name. Options before the command take no
     values, so the first word that is no option is the command."""
-    first = next((word for word in given if not word.startswith("-")), None)
-    if first is not None:
-        one_of("command", first, (c.name for c in app.registered_commands if c.name))
+    command = next((word for word in argv if not word.startswith("-")), None)
+    if command is not None:
+        one_of("command", command, (c.name for c in app.registered_commands if c.name))
 
 
 def _usage(error: BaseException) -> str:
     """Return the parser's message in one line, with a pointer to --help."""
     context = getattr(error, "ctx", None)
-    where = context.command_path if context is not None else "memfit"
+    command = context.command_path if context is not None else "memfit"
     text = " ".join(str(getattr(error, "format_message", lambda: error)()).split())
-    return f"{text.rstrip('.')}; see `{where} --help`"
+    return f"{text.rstrip('.')}; see `{command} --help`"
 
 
 def _fail(message: str, exit_code: int, as_json: bool) -> int:

@@ -19,11 +19,14 @@ class DecideOptions:
     """The proof of concept, and the user's figures."""
 
     poc: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="Which proof of concept. Default: the last.")
+        str | None, typer.Argument(metavar="[ID]", help="ID of the proof of concept. Default: the last one.")
     ] = None
     case: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.toml", help="Your figures. Default: those that were given last, or none."),
+        typer.Option(
+            metavar="FILE.toml",
+            help="Case file with your figures (see --template). Default: the figures given last, if any.",
+        ),
     ] = None
     template: Annotated[
         bool, typer.Option("--template", help="Print a case file with every figure that can be given.")
@@ -32,10 +35,10 @@ class DecideOptions:
 
 def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, output: OutputOptions) -> None:
     """Compare four options: the machine you have, a purchase, the cloud, and doing nothing."""
-    words = language(output.lang)
+    language_code = language(output.lang)
     if own.template:
         if own.case is not None or own.poc is not None:
-            raise UserError("--template with a case or an ID", allowed="--template alone")
+            raise UserError("--template cannot be used with a case or an ID", allowed="--template alone")
         from memfit.decision.case import TEMPLATE
 
         print(TEMPLATE, end="")
@@ -45,13 +48,13 @@ def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, outpu
     from memfit.types import serialization
     from memfit.workflows import proof_of_concept
 
-    kept = Store(store.store)
+    records = Store(store.store)
     if effort.attended_minutes is not None:
-        proof_of_concept.attended(kept, own.poc, effort.attended_minutes)
-    poc, found = proof_of_concept.decide(kept, poc_id=own.poc, case=own.case)
+        proof_of_concept.attended(records, own.poc, effort.attended_minutes)
+    poc, decision = proof_of_concept.decide(records, poc_id=own.poc, case=own.case)
     if output.json:
-        emit({"poc_id": poc.poc_id, "decision": serialization.to_plain(found)})
+        emit({"poc_id": poc.poc_id, "decision": serialization.to_plain(decision)})
     else:
         from memfit.report.decision_terminal import print_decision
 
-        print_decision(poc, found, lang=words, console=console())
+        print_decision(poc, decision, lang=language_code, console=console())

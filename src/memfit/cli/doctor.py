@@ -39,18 +39,23 @@ class Check:
 def doctor(store: StoreOptions, output: JsonOptions) -> None:
     """Show what works on this machine and what to install."""
     with Bars("en") as progress:
-        found = {"machine": list(machine()), "tools": list(tools())}
+        checks_by_group = {"machine": list(machine()), "tools": list(tools())}
         progress("packages", 0, 0, ", ".join(EXTRAS))
-        found["packages"] = packages(EXTRAS)
-        found["techniques"] = techniques(found["packages"])
-        found["engines"] = list(engines())
-        found["files"] = list(files(store))
+        checks_by_group["packages"] = packages(EXTRAS)
+        checks_by_group["techniques"] = techniques(checks_by_group["packages"])
+        checks_by_group["engines"] = list(engines())
+        checks_by_group["files"] = list(files(store))
     if output.json:
-        emit({room: [dataclasses.asdict(check) for check in checks] for room, checks in found.items()})
+        emit(
+            {
+                group: [dataclasses.asdict(check) for check in checks]
+                for group, checks in checks_by_group.items()
+            }
+        )
     else:
-        width = max(len(check.name) for checks in found.values() for check in checks)
-        for room, checks in found.items():
-            _print(room, checks, width)
+        width = max(len(check.name) for checks in checks_by_group.values() for check in checks)
+        for group, checks in checks_by_group.items():
+            _print(group, checks, width)
 
 
 def machine() -> Iterator[Check]:
@@ -58,12 +63,12 @@ def machine() -> Iterator[Check]:
     from memfit.runtime.local_machine import free_bytes, threads
     from memfit.store import fingerprint
 
-    seen = fingerprint()
-    yield Check(name="processor", ok=None, detail=seen["processor"])
-    yield Check(name="cores", ok=None, detail=f"{seen['cores']}; {threads()} usable by this process")
-    total = format_bytes(int(seen["ram_bytes"]))
+    facts = fingerprint()
+    yield Check(name="processor", ok=None, detail=facts["processor"])
+    yield Check(name="cores", ok=None, detail=f"{facts['cores']}; {threads()} usable by this process")
+    total = format_bytes(int(facts["ram_bytes"]))
     yield Check(name="memory", ok=None, detail=f"{total}, {format_bytes(free_bytes())} free now")
-    yield Check(name="system", ok=None, detail=f"{seen['system']}, {seen['python']}")
+    yield Check(name="system", ok=None, detail=f"{facts['system']}, {facts['python']}")
     yield torch_check()
 
 
@@ -76,7 +81,7 @@ def torch_check() -> Check:
         return Check(name="torch", ok=False, detail=_one_line(str(error)), fix="pip install torch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Check(
-        name="torch", ok=True, detail=f"{torch.__version__}, GPU: {', '.join(gpus) or 'none it can use'}"
+        name="torch", ok=True, detail=f"{torch.__version__}, GPU: {', '.join(gpus) or 'none usable'}"
     )
 
 
@@ -98,8 +103,8 @@ def allocator_check() -> Check:
         reason = str(error)
     if reason is None:
         return Check(name=name, ok=True, detail="built; peaks are counted over all threads")
-    told = f"{_one_line(reason)}; peaks come from torch's allocator events instead"
-    return Check(name=name, ok=False, detail=told, fix="install a C++ compiler, for example g++")
+    detail = f"{_one_line(reason)}; peaks come from torch's allocator events instead"
+    return Check(name=name, ok=False, detail=detail, fix="install a C++ compiler, for example g++")
 
 
 def cap_check() -> Check:
@@ -108,16 +113,16 @@ def cap_check() -> Check:
 
     name = "memory cap"
     if Group.of(os.getpid()) is not None:
-        return Check(name=name, ok=True, detail="cgroup of its own for each run")
+        return Check(name=name, ok=True, detail="each run has a cgroup of its own")
     try:
         from memfit.runtime.memory import data_bytes
 
-        bounded = data_bytes() is not None
+        can_limit_data = data_bytes() is not None
     except (ImportError, OSError):
-        bounded = False
-    if bounded:
-        return Check(name=name, ok=True, detail="RLIMIT_DATA of each run (no cgroup may be made here)")
-    return Check(name=name, ok=False, detail="none: this system has no /proc, runs cannot be capped")
+        can_limit_data = False
+    if can_limit_data:
+        return Check(name=name, ok=True, detail="RLIMIT_DATA of each run (cgroups cannot be created here)")
+    return Check(name=name, ok=False, detail="none: this system has no /proc, so runs cannot be capped")
 
 
 def meter_check() -> Check:
@@ -129,7 +134,7 @@ def meter_check() -> Check:
     joules, boundary = meter.stop()
     if joules is None:
         return Check(
-            name="energy meter", ok=None, detail="none that may be read: energy is modelled as power x time"
+            name="energy meter", ok=None, detail="none can be read: energy is modelled as power x time"
         )
     return Check(name="energy meter", ok=True, detail=boundary)
 
@@ -142,11 +147,13 @@ def packages(extras: Mapping[str, str]) -> list[Check]:
 
 
 def _package(name: str, extra: str, version: str | None, error: str | None) -> Check:
-    install = f"pip install 'memfit[{extra}]'"
+    install_command = f"pip install 'memfit[{extra}]'"
     if version is None:
-        return Check(name=name, ok=False, detail="not installed", fix=install)
+        return Check(name=name, ok=False, detail="not installed", fix=install_command)
     if error is not None:
-        return Check(name=name, ok=False, detail=f"{version} does not import: {error}", fix=install)
+        return Check(
+            name=name, ok=False, detail=f"{version} cannot be imported: {error}", fix=install_command
+        )
     return Check(name=name, ok=True, detail=version)
 
 
@@ -160,12 +167,12 @@ def _version(package: str) -> str | None:
 def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield (name, reason) for each package that cannot be imported. Imports run in a child process, because
     a broken library may crash it."""
-    waiting = list(names)
-    while waiting:
-        reason, imported = _import(waiting)
-        waiting = waiting[imported:]
-        if waiting:
-            yield waiting.pop(0), reason
+    remaining = list(names)
+    while remaining:
+        reason, imported_count = _import(remaining)
+        remaining = remaining[imported_count:]
+        if remaining:
+            yield remaining.pop(0), reason
 
 
 def _import(names: Sequence[str]) -> tuple[str, int]:
@@ -180,7 +187,7 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
             timeout=_IMPORT_LIMIT_S,
         )
     except subprocess.TimeoutExpired as error:
-        return f"not done after {_IMPORT_LIMIT_S:.0f} s", len((error.stdout or b"").split())
+        return f"the import did not finish within {_IMPORT_LIMIT_S:.0f} s", len((error.stdout or b"").split())
     lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
     return _one_line(lines[-1]), sum(line in names for line in child.stdout.splitlines())
 
@@ -193,17 +200,20 @@ def techniques(found: Sequence[Check]) -> list[Check]:
         from memfit.techniques.registry import TECHNIQUES
     except (ImportError, OSError, MemfitError) as error:
         return [Check(name="techniques", ok=False, detail=_one_line(str(error)))]
-    bad = {check.name: check for check in found if not check.ok}
-    return [_technique(t.name, t.summary, [bad[p] for p in t.needs if p in bad]) for t in TECHNIQUES.values()]
+    failed_checks = {check.name: check for check in found if not check.ok}
+    return [
+        _technique(t.name, t.summary, [failed_checks[p] for p in t.needs if p in failed_checks])
+        for t in TECHNIQUES.values()
+    ]
 
 
-def _technique(name: str, summary: str, without: Sequence[Check]) -> Check:
-    if not without:
+def _technique(name: str, summary: str, failed_checks: Sequence[Check]) -> Check:
+    if not failed_checks:
         return Check(name=name, ok=True, detail=summary)
-    why = "; ".join(f"needs {check.name}: {check.detail}" for check in without)
-    extras = ",".join(dict.fromkeys(EXTRAS[check.name] for check in without if check.name in EXTRAS))
-    fix = f"pip install 'memfit[{extras}]'" if len(without) > 1 and extras else without[0].fix
-    return Check(name=name, ok=False, detail=why, fix=fix)
+    reason = "; ".join(f"needs {check.name}: {check.detail}" for check in failed_checks)
+    extras = ",".join(dict.fromkeys(EXTRAS[check.name] for check in failed_checks if check.name in EXTRAS))
+    fix = f"pip install 'memfit[{extras}]'" if len(failed_checks) > 1 and extras else failed_checks[0].fix
+    return Check(name=name, ok=False, detail=reason, fix=fix)
 
 
 def engines() -> Iterator[Check]:
@@ -212,7 +222,7 @@ def engines() -> Iterator[Check]:
 
     for engine in ENGINES.values():
         probe = engine.probe()
-        detail = f"{probe.version} {probe.problem}".strip() if probe.problem else probe.version
+        detail = probe.problem or probe.version
         yield Check(
             name=engine.name, ok=not probe.problem, detail=f"{detail}: {engine.summary}", fix=probe.fix
         )
@@ -225,7 +235,9 @@ def files(store: StoreOptions) -> Iterator[Check]:
     from memfit.store import default_path
 
     path = store.store or default_path()
-    state = f"{format_bytes(path.stat().st_size)}" if path.is_file() else "made by the first proof of concept"
+    state = (
+        f"{format_bytes(path.stat().st_size)}" if path.is_file() else "created by the first proof of concept"
+    )
     yield Check(name="store", ok=None, detail=f"{path} ({state})")
     yield Check(
         name="cache", ok=None, detail=f"{platformdirs.user_cache_path('memfit')} (the counting allocator)"
@@ -236,7 +248,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:200]
 
 
-def _print(room: str, checks: Sequence[Check], width: int) -> None:
+def _print(title: str, checks: Sequence[Check], width: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -249,6 +261,6 @@ def _print(room: str, checks: Sequence[Check], width: int) -> None:
         if check.fix:
             detail.append(f"\n→ {check.fix}", style="yellow")
         table.add_row(signs[check.ok], Text(check.name), detail)
-    out = console()
-    out.print(Text(room, style="bold"))
-    out.print(table)
+    output = console()
+    output.print(Text(title, style="bold"))
+    output.print(table)

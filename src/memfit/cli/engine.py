@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 class EngineOptions:
     """What to do, with which engine, and where."""
 
-    action: Annotated[str, typer.Argument(metavar="list|install", help="What to do.")] = "list"
+    action: Annotated[
+        str,
+        typer.Argument(
+            metavar="list|install",
+            help="list: show the engines and what is installed; install: create the environment of one.",
+        ),
+    ] = "list"
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The engine to install.")] = None
     into: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A new folder for its environment. Default: in your data folder."),
+        typer.Option(metavar="DIR", help="New folder for the environment. Default: in your data folder."),
     ] = None
 
 
@@ -43,25 +49,25 @@ def _list(*, as_json: bool) -> None:
     from memfit.engines.registry import ENGINES
 
     if as_json:
-        emit({"engines": [view(e) for e in ENGINES.values()]})
+        emit({"engines": [view(engine_type) for engine_type in ENGINES.values()]})
     else:
         print_table(("engine", "here", "what it is"), map(_row, ENGINES.values()))
 
 
-def _install(own: EngineOptions, *, as_json: bool) -> None:
+def _install(options: EngineOptions, *, as_json: bool) -> None:
     from memfit.engines.registry import engine as named
     from memfit.runtime.engine_environment import install
     from memfit.types.serialization import to_plain
 
-    if own.name is None:
-        raise UserError("no engine was named", allowed="memfit engine install NAME")
+    if options.name is None:
+        raise UserError("the name of the engine is missing", allowed="memfit engine install NAME")
     with Bars("en") as progress:
-        made = install(named(own.name), own.into, lambda line: progress("install", 0, 0, line))
+        environment = install(named(options.name), options.into, lambda line: progress("install", 0, 0, line))
     if as_json:
-        emit({"engine": own.name, "environment": to_plain(made)})
+        emit({"engine": options.name, "environment": to_plain(environment)})
     else:
-        size, took = format_bytes(made.installed_bytes), format_seconds(made.took_s)
-        print(f"{own.name} is in {made.folder}: {size}, made in {took}")
+        size, duration = format_bytes(environment.installed_bytes), format_seconds(environment.took_s)
+        print(f"{options.name} is installed in {environment.folder}: {size}, in {duration}")
 
 
 def view(engine: memfit.engines.base.Engine) -> dict[str, Any]:
@@ -73,5 +79,5 @@ def view(engine: memfit.engines.base.Engine) -> dict[str, Any]:
 
 def _row(engine: memfit.engines.base.Engine) -> tuple[str, ...]:
     probe = engine.probe()
-    here = f"{probe.version} {probe.problem}".strip()
-    return engine.name, f"{here}\n{probe.fix}" if probe.problem else here, engine.summary
+    installed = probe.problem or probe.version
+    return engine.name, f"{installed}\n{probe.fix}" if probe.problem else installed, engine.summary

@@ -24,21 +24,28 @@ def engines(
 ) -> None:
     """Compare the engines for a plan: whether each supports it, its memory, effort and maintenance."""
     plan = plan_file(which)
-    asked = request(job, goal, here, on.on)
-    workload = begin_answer(asked, lang="en", quiet=output.json)
+    job_request = request(job, goal, here, on.on)
+    workload = begin_answer(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.workflows.engine_comparison import choices
 
-        chosen = plan or recommended_plan(asked, progress)
-        found = choices(asked, chosen, progress)
+        compared_plan = plan or recommended_plan(job_request, progress)
+        engine_choices = choices(job_request, compared_plan, progress)
     if output.json:
-        carried = [view(c) for c in found]
-        emit({"workload": workload, "plan": chosen.to_dict(), "ranks": chosen.ranks, "engines": carried})
+        views = [view(c) for c in engine_choices]
+        emit(
+            {
+                "workload": workload,
+                "plan": compared_plan.to_dict(),
+                "ranks": compared_plan.ranks,
+                "engines": views,
+            }
+        )
         return
-    print(chosen.label)
+    print(compared_plan.label)
     print_table(
         ("engine", "this plan", "predicted peak", "step", "here", "configuration", "to install", "upkeep"),
-        map(_row, found),
+        map(_row, engine_choices),
     )
 
 
@@ -66,10 +73,10 @@ def _row(choice: memfit.workflows.engine_comparison.EngineChoice) -> tuple[str, 
     ]
     return (
         choice.engine,
-        "; ".join(choice.gaps) or "carries it" + "".join(f"; {part} asks for CUDA" for part in choice.cuda),
+        "; ".join(choice.gaps) or "supported" + "".join(f"; {part} needs CUDA" for part in choice.cuda),
         format_bytes(estimate.allocated_bytes.value) if estimate else "",
         format_seconds(step.value) if step else "",
-        f"{choice.version} {choice.problem}".strip() + (f"\n{choice.fix}" if choice.problem else ""),
+        (choice.problem or choice.version) + (f"\n{choice.fix}" if choice.problem else ""),
         "" if choice.config_lines is None else f"{choice.config_lines} lines",
         "\n".join(needs),
         "\n".join(filter(None, upkeep)),

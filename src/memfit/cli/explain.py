@@ -34,16 +34,19 @@ class ExplainOptions:
     """The plans to compare, and the files to write."""
 
     plans: Annotated[
-        list[str] | None, typer.Argument(metavar="[A.yaml B.yaml]", help="Why do these two plans differ?")
+        list[str] | None,
+        typer.Argument(
+            metavar="[A.yaml B.yaml]", help="Plan file to explain, or two to show why they differ."
+        ),
     ] = None
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A treemap and a timeline, in one HTML file.")
+        Path | None, typer.Option(metavar="FILE", help="Write a treemap and a timeline to this HTML file.")
     ] = None
     snapshot: Annotated[
-        Path | None, typer.Option(metavar="FILE.pickle", help="For PyTorch's memory viewer.")
+        Path | None, typer.Option(metavar="FILE.pickle", help="Write a snapshot for PyTorch's memory viewer.")
     ] = None
     perfetto: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="A Chrome trace, for ui.perfetto.dev.")
+        Path | None, typer.Option(metavar="FILE.json", help="Write a Chrome trace for ui.perfetto.dev.")
     ] = None
     lines: Annotated[bool, typer.Option(help="Find the line of your code that made each allocation.")] = True
 
@@ -59,52 +62,55 @@ def explain(
     output: JsonOptions,
 ) -> None:
     """Show what uses the memory of a plan, or why two plans differ, before running."""
-    words = language(lang.lang)
+    language_code = language(lang.lang)
     job, files = _plan_files(job, more)
     plans = _plans(files, more, which)
-    asked = request(job, goal, here, on.on)
-    workload = begin_answer(asked, lang=words, quiet=output.json)
-    with Bars(words) as progress:
+    job_request = request(job, goal, here, on.on)
+    workload = begin_answer(job_request, lang=language_code, quiet=output.json)
+    with Bars(language_code) as progress:
         from memfit.workflows import proof_of_concept
 
-        found = proof_of_concept.anatomy(
-            asked, plans or [recommended_plan(asked, progress)], progress, lines=more.lines
+        explanations = proof_of_concept.anatomy(
+            job_request, plans or [recommended_plan(job_request, progress)], progress, lines=more.lines
         )
-    if len(found) == 1:
-        _one(found[0], more, workload, lang=words, job=job.spec, as_json=output.json)
+    if len(explanations) == 1:
+        _one(explanations[0], more, workload, lang=language_code, job=job.spec, as_json=output.json)
     else:
-        _two(found[0], found[1], workload, lang=words, as_json=output.json)
+        _two(explanations[0], explanations[1], workload, lang=language_code, as_json=output.json)
 
 
-def _plan_files(job: JobOptions, more: ExplainOptions) -> tuple[JobOptions, list[str]]:
+def _plan_files(job: JobOptions, options: ExplainOptions) -> tuple[JobOptions, list[str]]:
     """Separate the job from the plan files: ``explain A.yaml B.yaml`` names no job."""
-    files = list(more.plans or ())
+    files = list(options.plans or ())
     if job.job is not None and job.job.endswith((".yaml", ".yml")):
         return dataclasses.replace(job, job=None), [job.job, *files]
     return job, files
 
 
-def _plans(files: list[str], more: ExplainOptions, which: WhichOptions) -> list[Plan]:
+def _plans(files: list[str], options: ExplainOptions, which: WhichOptions) -> list[Plan]:
     """Return the plans to explain; empty for the recommended plan. Raises UserError for contradictory
     options."""
-    written = [path for path in (more.html, more.snapshot, more.perfetto) if path]
-    for path in written:
+    output_paths = [path for path in (options.html, options.snapshot, options.perfetto) if path]
+    for path in output_paths:
         writable(path)
     if len(files) > 2:
-        raise UserError(f"{len(files)} plan files", allowed="one, or two to compare")
+        raise UserError(f"{len(files)} plan files are given", allowed="one, or two to compare")
     if files and (which.plan or which.recommended):
-        raise UserError("plan files are given twice", hint="leave out --plan and --recommended")
-    if len(files) == 2 and written:
+        raise UserError(
+            "the plan is given both as a file and by --plan or --recommended",
+            hint="leave out --plan and --recommended",
+        )
+    if len(files) == 2 and output_paths:
         raise UserError(
             "--html, --snapshot and --perfetto show one plan", hint="leave them out to compare two"
         )
-    chosen = [WhichOptions(plan=Path(file)) for file in files] or [which]
-    return [plan for plan in map(plan_file, chosen) if plan is not None]
+    selections = [WhichOptions(plan=Path(file)) for file in files] or [which]
+    return [plan for plan in map(plan_file, selections) if plan is not None]
 
 
 def _one(
-    found: memfit.report.explain.Explained,
-    more: ExplainOptions,
+    explanation: memfit.report.explain.Explained,
+    options: ExplainOptions,
     workload: Workload,
     *,
     lang: str,
@@ -115,22 +121,28 @@ def _one(
     from memfit.report.explain import contributors
     from memfit.report.files import write_whole
 
-    wanted: tuple[tuple[Path | None, Callable[[], bytes]], ...] = (
-        (more.html, lambda: explain_html.render_explained(found, job=job, lang=lang).encode()),
-        (more.snapshot, lambda: explain_files.snapshot(found)),
-        (more.perfetto, lambda: explain_files.chrome_trace(found)),
+    outputs: tuple[tuple[Path | None, Callable[[], bytes]], ...] = (
+        (options.html, lambda: explain_html.render_explained(explanation, job=job, lang=lang).encode()),
+        (options.snapshot, lambda: explain_files.snapshot(explanation)),
+        (options.perfetto, lambda: explain_files.chrome_trace(explanation)),
     )
     # All files are rendered before the first is written.
-    for path, data in [(path, make()) for path, make in wanted if path]:
+    for path, data in [(path, render()) for path, render in outputs if path]:
         write_whole(path, data)
     if as_json:
         from memfit.cli.views import estimate_view
 
-        emit({"workload": workload, **estimate_view(found.estimate), "contributors": contributors(found)})
+        emit(
+            {
+                "workload": workload,
+                **estimate_view(explanation.estimate),
+                "contributors": contributors(explanation),
+            }
+        )
     else:
         from memfit.report.explain_terminal import print_explained
 
-        print_explained(found, console=console(), lang=lang)
+        print_explained(explanation, console=console(), lang=lang)
 
 
 def _two(
@@ -143,16 +155,16 @@ def _two(
 ) -> None:
     from memfit.report.explain import difference
 
-    found = difference(first, second)
+    plan_difference = difference(first, second)
     if as_json:
-        emit({"workload": workload, **_difference_view(found, lang)})
+        emit({"workload": workload, **_difference_view(plan_difference, lang)})
     else:
         from memfit.report.explain_terminal import print_difference
 
-        print_difference(found, console=console(), lang=lang)
+        print_difference(plan_difference, console=console(), lang=lang)
 
 
-def _difference_view(found: memfit.report.explain.PlanDifference, lang: str) -> dict[str, Any]:
+def _difference_view(plan_difference: memfit.report.explain.PlanDifference, lang: str) -> dict[str, Any]:
     from memfit.cli.views import estimate_view
     from memfit.report.quantities import sentence_text
     from memfit.report.words import load_words
@@ -160,11 +172,11 @@ def _difference_view(found: memfit.report.explain.PlanDifference, lang: str) -> 
 
     words = load_words(lang)
     return {
-        "first": estimate_view(found.first),
-        "second": estimate_view(found.second),
-        "change_bytes": found.change_bytes,
-        "by_category_bytes": found.by_category_bytes,
-        "by_phase_bytes": found.by_phase_bytes,
-        "movers": [{**to_plain(m), "change_bytes": m.change_bytes} for m in found.movers],
-        "sentences": [sentence_text(s, words) for s in found.sentences],
+        "first": estimate_view(plan_difference.first),
+        "second": estimate_view(plan_difference.second),
+        "change_bytes": plan_difference.change_bytes,
+        "by_category_bytes": plan_difference.by_category_bytes,
+        "by_phase_bytes": plan_difference.by_phase_bytes,
+        "movers": [{**to_plain(m), "change_bytes": m.change_bytes} for m in plan_difference.movers],
+        "sentences": [sentence_text(s, words) for s in plan_difference.sentences],
     }

@@ -37,32 +37,49 @@ class ExportOptions:
     to: Annotated[
         str,
         typer.Option(
-            metavar="TARGET", help="torchrun, slurm, k8s, skypilot, trainer, torchtitan or openfold."
+            metavar="TARGET",
+            help="Launcher, cluster or trainer to write files for: torchrun, slurm, k8s, skypilot, trainer, "
+            "torchtitan or openfold.",
         ),
     ]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")]
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines that the ranks are dealt to.")] = 1
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create for the files.")]
+    nodes: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Number of machines; the ranks are split evenly over them."),
+    ] = 1
     script: Annotated[
         str | None,
-        typer.Option(metavar="'FILE.py ARGS'", help="Your own training script in place of memfit's worker."),
+        typer.Option(
+            metavar="'FILE.py ARGS'",
+            help="Your own training script with its arguments, instead of memfit's worker.",
+        ),
     ] = None
     max_restarts: Annotated[
-        int, typer.Option(metavar="N", min=0, help="How often the launcher starts all ranks again.")
+        int,
+        typer.Option(
+            metavar="N", min=0, help="How many times the launcher restarts all ranks after a failure."
+        ),
     ] = 3
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="skypilot: the accelerator, such as H100.")] = ""
-    image: Annotated[str, typer.Option(metavar="IMAGE", help="k8s: the container image.")] = ""
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="For skypilot: the accelerator, such as H100.")] = (
+        ""
+    )
+    image: Annotated[str, typer.Option(metavar="IMAGE", help="For k8s: the container image.")] = ""
     setup: Annotated[
-        str, typer.Option(metavar="COMMAND", help="skypilot: what a fresh machine installs.")
+        str, typer.Option(metavar="COMMAND", help="For skypilot: the command that sets up a new machine.")
     ] = ""
     save: Annotated[
         str,
-        typer.Option(metavar="DIR", help="Checkpoints, on a folder of all nodes; a restart goes on from it."),
+        typer.Option(
+            metavar="DIR",
+            help="Write checkpoints to this folder, which all nodes must share; a restart continues from "
+            "them.",
+        ),
     ] = ""
     save_every: Annotated[
-        int, typer.Option(metavar="N", min=0, help="And after every N steps. 0: at the end only.")
+        int, typer.Option(metavar="N", min=0, help="Also save after every N steps. 0: only at the end.")
     ] = 0
     claim: Annotated[
-        str, typer.Option(metavar="NAME", help="k8s: the volume claim with --save's folder.")
+        str, typer.Option(metavar="NAME", help="For k8s: the volume claim that holds the folder of --save.")
     ] = ""
     force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export.")] = False
     given: Annotated[
@@ -70,19 +87,23 @@ class ExportOptions:
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Your own configuration of DeepSpeed, Accelerate, Trainer, Megatron-LM, torchtitan or "
-            "OpenFold: its plan unless another is given, and every setting that no plan decides. May be "
-            "given several times.",
+            help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
+            "torchtitan or "
+            "OpenFold. Its plan is used unless another is given, and every setting that no plan decides is "
+            "kept. "
+            "Can be given several times.",
         ),
     ] = None
     ranks: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes, where the files of --from do not say.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Number of processes, if the files of --from do not give it."),
     ] = None
     script_applies: Annotated[
         str,
         typer.Option(
             metavar="NAME,...",
-            help="What --script does itself of the plan, such as activation-checkpointing; all: everything.",
+            help="Parts of the plan that --script applies itself, such as activation-checkpointing; all: "
+            "all of them.",
         ),
     ] = ""
 
@@ -110,40 +131,40 @@ def export(
     from memfit.workflows.single_run import settled
 
     target = one_of("--to", own.to, TARGETS)
-    words, script_file = _words(own.script)
-    by_worker = not words and target not in LIBRARIES
-    given = read_user_files(own.given, ranks=own.ranks, for_worker=by_worker) if own.given else None
-    job, goal = _as_files_say(given, job, goal)
-    asked = which.plan is not None or which.recommended
-    plan = given.carried.plan if given is not None and not asked else plan_file(which)
+    script_words, script_file = _words(own.script)
+    by_worker = not script_words and target not in LIBRARIES
+    user_files = read_user_files(own.given, ranks=own.ranks, for_worker=by_worker) if own.given else None
+    job, goal = _as_files_say(user_files, job, goal)
+    plan_chosen = which.plan is not None or which.recommended
+    plan = user_files.carried.plan if user_files is not None and not plan_chosen else plan_file(which)
     if plan is None:
         with Bars("en") as progress:
             plan = recommended_plan(request(job, goal, here), progress)
     elif open_budget(plan) is not None:
         with Bars("en") as progress:
             plan = settled(request(job, goal, here), plan, progress)
-    config, job_file, given, dependence = _launch(job, goal.engine, plan, here, _kept(own), given)
-    steps = script_steps(config.spec) if words and target not in LIBRARIES else ()
-    check_acknowledged(steps, _names(own.script_applies), script=words[0] if words else "")
+    config, job_file, user_files, dependence = _launch(job, goal.engine, plan, here, _kept(own), user_files)
+    steps = script_steps(config.spec) if script_words and target not in LIBRARIES else ()
+    check_acknowledged(steps, _names(own.script_applies), script=script_words[0] if script_words else "")
     handover = Handover(
         config=config,
         nodes=own.nodes,
-        script=words,
+        script=script_words,
         max_restarts=own.max_restarts,
         gpu=own.gpu,
         image=own.image,
         setup=own.setup,
         claim=own.claim,
-        user_files=given,
+        user_files=user_files,
         dependence=dependence,
-        own_files={"plan.yaml": plan_text(plan), **(script_file if words else job_file)},
+        own_files={"plan.yaml": plan_text(plan), **(script_file if script_words else job_file)},
     )
     files = bundle(target, handover)
     write(own.out, files, force=own.force)
     if output.json:
-        listed, caution = {s.name: s.text for s in steps}, dependence_line(handover)
-        written = {"folder": str(own.out), "files": sorted(files)}
-        emit({**written, "script_steps": listed, "dependence": caution})
+        step_texts, caution = {s.name: s.text for s in steps}, dependence_line(handover)
+        summary = {"folder": str(own.out), "files": sorted(files)}
+        emit({**summary, "script_steps": step_texts, "dependence": caution})
     else:
         _print_written(own.out, sorted(files), handover, steps)
 
@@ -160,11 +181,14 @@ def _print_written(
     if (caution := dependence_line(handover)) is not None:
         print(caution)
     if steps:
-        print(f"{handover.script[0]} must do itself:")
+        print(f"{handover.script[0]} must apply these parts of the plan itself:")
     for step in steps:
         print(f"  {step.name}: {step.text}")
     if handover.user_files is not None:
-        print(f"Your settings are kept; {out}/README.md lists what the plan changed and what is not in it.")
+        print(
+            f"Your settings are kept; {out}/README.md lists what the plan changed and what it does not "
+            "contain."
+        )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -172,35 +196,40 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _as_files_say(
-    given: memfit.export.base.UserFiles | None, job: JobOptions, goal: GoalOptions
+    user_files: memfit.export.base.UserFiles | None, job: JobOptions, goal: GoalOptions
 ) -> tuple[JobOptions, GoalOptions]:
     """Take the engine from the user's files, and the batch if the job accepts it, unless the options give
     them."""
     from memfit.jobs.registry import load
 
-    if given is None:
+    if user_files is None:
         return job, goal
     if goal.engine == "native":
-        goal = dataclasses.replace(goal, engine=given.carried.engine)
-    if job.batch is not None or given.carried.batch is None:
+        goal = dataclasses.replace(goal, engine=user_files.carried.engine)
+    if job.batch is not None or user_files.carried.batch is None:
         return job, goal
-    batch = given.carried.batch
+    batch = user_files.carried.batch
     ref = job.ref
     try:
         load(dataclasses.replace(ref, batch=batch))
     except UserError as error:
-        if (own := load(ref).batch_size) != batch:
-            print(f"memfit: the files say a batch of {batch}, the job has {own}: {error}", file=sys.stderr)
+        if (job_batch := load(ref).batch_size) != batch:
+            print(
+                f"memfit: the files set a batch of {batch}, but the job uses {job_batch}: {error}",
+                file=sys.stderr,
+            )
         return job, goal
     return dataclasses.replace(job, batch=batch), goal
 
 
-def _kept(own: ExportOptions) -> Keep:
-    if own.script is not None and own.save:
-        raise UserError("--save with --script", hint="your own script keeps its own checkpoints")
-    if own.save_every and not own.save:
-        raise UserError("--save-every without --save", allowed="--save DIR --save-every N")
-    return Keep(save=own.save, every_steps=own.save_every, resume=own.save)
+def _kept(options: ExportOptions) -> Keep:
+    if options.script is not None and options.save:
+        raise UserError(
+            "--save cannot be used with --script", hint="your own script writes its own checkpoints"
+        )
+    if options.save_every and not options.save:
+        raise UserError("--save-every needs --save", allowed="--save DIR --save-every N")
+    return Keep(save=options.save, every_steps=options.save_every, resume=options.save)
 
 
 def _launch(
@@ -209,7 +238,7 @@ def _launch(
     plan: Plan,
     here: HereOptions,
     keep: Keep,
-    files: memfit.export.base.UserFiles | None,
+    user_files: memfit.export.base.UserFiles | None,
 ) -> tuple[
     LaunchConfig,
     dict[str, str],
@@ -223,24 +252,28 @@ def _launch(
     from memfit.planner.single_device import model_sizes
 
     if engine == "replay":
-        raise UserError("engine replay trains nothing", hint="name the engine whose runs it answers from")
+        raise UserError(
+            "the engine replay does not train", hint="name the engine whose recorded runs it replays"
+        )
     carrying(engine, plan)
-    given = job.ref
-    loaded = load(given)
+    ref = job.ref
+    loaded = load(ref)
     dependence = _dependence(loaded, plan)
     clip, batch_size = loaded.clip, loaded.batch_size
-    if files is not None:
-        batch_size = batch_size if files.for_worker or job.batch else files.carried.batch or batch_size
-        files = dataclasses.replace(files, job_clip=loaded.clip)
-        clip = files.clip
-        given = dataclasses.replace(given, clip=clip or 0.0)
-    path, _, attribute = given.spec.rpartition(":")
-    own = {} if path in ("", "hf") else _carried(Path(path))
-    ref = dataclasses.replace(given, spec=f"{Path(path).name}:{attribute}") if own else given
+    if user_files is not None:
+        batch_size = (
+            batch_size if user_files.for_worker or job.batch else user_files.carried.batch or batch_size
+        )
+        user_files = dataclasses.replace(user_files, job_clip=loaded.clip)
+        clip = user_files.clip
+        ref = dataclasses.replace(ref, clip=clip or 0.0)
+    path, _, attribute = ref.spec.rpartition(":")
+    job_files = {} if path in ("", "hf") else _carried(Path(path))
+    launch_ref = dataclasses.replace(ref, spec=f"{Path(path).name}:{attribute}") if job_files else ref
     spec = RunSpec(
         name=plan.label,
         role="run",
-        job=ref,
+        job=launch_ref,
         plan=plan,
         engine=engine,
         seed=0,
@@ -252,7 +285,7 @@ def _launch(
         evaluate=plan.ranks == 1,
         keep=keep,
     )
-    return render(spec), own, files, dependence
+    return render(spec), job_files, user_files, dependence
 
 
 def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependence.SampleDependence | None:
@@ -280,22 +313,22 @@ def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
 def _carried(path: Path) -> dict[str, str]:
     """Return the text of the file and of all modules beside it that it imports, directly or indirectly.
     Packages beside it are only reported on standard error: the export's files have no subfolders."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     packages: set[str] = set()
-    waiting = [path]
-    while waiting:
-        one = waiting.pop()
-        found |= (text := _read(one))
-        for name in _imported(text[one.name]):
-            beside = path.parent / f"{name}.py"
-            if beside.is_file() and beside.name not in found:
-                waiting.append(beside)
+    pending = [path]
+    while pending:
+        file = pending.pop()
+        texts |= (file_text := _read(file))
+        for name in _imported(file_text[file.name]):
+            module_path = path.parent / f"{name}.py"
+            if module_path.is_file() and module_path.name not in texts:
+                pending.append(module_path)
             elif (path.parent / name / "__init__.py").is_file():
                 packages.add(name)
     if packages:
-        told = f"not carried: {', '.join(sorted(packages))} beside {path.name}"
-        print(f"memfit: {told}; install what is a package where it runs", file=sys.stderr)
-    return found
+        message = f"packages are not copied: {', '.join(sorted(packages))} beside {path.name}"
+        print(f"memfit: {message}; install them on the machine that runs it", file=sys.stderr)
+    return texts
 
 
 def _imported(source: str) -> Iterator[str]:
@@ -318,7 +351,7 @@ def _read(path: Path) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text", allowed="a Python file in UTF-8") from error
+        raise UserError(f"{path} is not a text file", allowed="a Python file in UTF-8") from error
     if len(data) > _MOST_BYTES:
         raise UserError(f"{path} has {len(data)} bytes", allowed=f"at most {_MOST_BYTES}")
     return {path.name: text}

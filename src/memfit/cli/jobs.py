@@ -12,13 +12,13 @@ def jobs(output: JsonOptions) -> None:
     quiet_libraries()
     from memfit.jobs.registry import DEFAULT, describe
 
-    found = describe()
+    descriptions = describe()
     if output.json:
-        kept = ("name", "title", "sizes", "data_source")
-        emit({"default": DEFAULT, "jobs": [{key: getattr(job, key) for key in kept} for job in found]})
+        keys = ("name", "title", "sizes", "data_source")
+        emit({"default": DEFAULT, "jobs": [{key: getattr(job, key) for key in keys} for job in descriptions]})
         return
     print_table(
         ("job", "sizes", "what is trained, on what"),
-        ((job.name, ", ".join(job.sizes), f"{job.title}\n{job.data_source}") for job in found),
+        ((job.name, ", ".join(job.sizes), f"{job.title}\n{job.data_source}") for job in descriptions),
     )
     print("Your own: FILE.py:NAME, a Job in a Python file, or hf:PATH_OR_NAME, a Hugging Face configuration.")

@@ -28,29 +28,48 @@ class LengthOptions:
 
     file: Annotated[
         str,
-        typer.Argument(metavar="FILE", help="One length a line, or .fasta[.gz], .csv or .npz."),
+        typer.Argument(
+            metavar="FILE", help="File with one length per line, or a .fasta[.gz], .csv or .npz file."
+        ),
     ]
     job: Annotated[
-        str, typer.Option(metavar="JOB", help="A built-in job, FILE.py:NAME, or hf:PATH_OR_NAME.")
+        str,
+        typer.Option(
+            metavar="JOB",
+            help="Job to train: a built-in job (`memfit jobs` lists them), FILE.py:NAME for a job of your "
+            "own, or hf:PATH_OR_NAME for a Hugging Face configuration.",
+        ),
     ] = "protein-lm"
-    size: Annotated[str | None, typer.Option(metavar="NAME", help="The job's size.")] = None
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Size of the job; `memfit jobs` lists the sizes of each job."),
+    ] = None
     batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Sequences per optimizer step.")] = (
         None
     )
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="For example 24GiB. Default: the machine's.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory that the training must fit in, for example 24GiB. Default: the machine's.",
+        ),
     ] = None
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="A plan file. Default: plain training.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Plan file, as written by `memfit plan --save`. Default: plain training.",
+        ),
     ] = None
     column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which column of a .csv or array of an .npz.")
+        str | None,
+        typer.Option(metavar="NAME", help="Column of the .csv file, or array of the .npz file, to read."),
     ] = None
     max_length: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Longer sequences are cut to this.")
+        int | None, typer.Option(metavar="N", min=1, help="Cut longer sequences to this length.")
     ] = None
     extra_tokens: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Special tokens added to each sequence.")
+        int, typer.Option(metavar="N", min=0, help="Number of special tokens added to each sequence.")
     ] = 0
 
 
@@ -75,7 +94,7 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
     if options.job in names() and "@" not in (size or ""):
         size = f"{size or 'tiny'}@{max(16, int(values.max()))}"  # enough positions for the longest sequence
     job = load(JobRef(spec=options.job, size=size, batch=options.batch))
-    found = house.report(
+    length_report = house.report(
         job,
         values,
         batch=options.batch or job.batch_size,
@@ -84,28 +103,36 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
         cap_bytes=cap_bytes or int(machine.device.memory_bytes.value),
     )
     workload = dataclasses.replace(
-        workload_of(job, machine.name), batch_size=found.batch, length=found.longest, assumed=()
+        workload_of(job, machine.name),
+        batch_size=length_report.batch,
+        length=length_report.longest,
+        assumed=(),
     )
     if output.json:
-        emit({"workload": workload, **to_plain(found)})
+        emit({"workload": workload, **to_plain(length_report)})
     else:
         print_workload(workload, "en")
-        _print(found)
+        _print(length_report)
 
 
-def _print(found: memfit.workflows.sequence_lengths.LengthReport) -> None:
-    print(f"{found.sequences} sequences, {found.batch} a step, the longest {found.longest}")
-    print_table(("padded length", "predicted peak"), _sizes(found.curve_bytes.items()))
-    print_table(("random batches", "predicted peak"), _sizes(found.quantile_bytes.items()))
-    worst = max(abs(h.error_ratio) for h in found.held_out)
-    print(f"on {len(found.held_out)} shapes that were not fitted: off by at most {worst:.2%}")
-    fits = f"up to length {found.fits_up_to}" if found.fits_up_to else "at no length of the data"
+def _print(report: memfit.workflows.sequence_lengths.LengthReport) -> None:
+    print(f"{report.sequences} sequences, {report.batch} per step, the longest has length {report.longest}")
+    print_table(("padded length", "predicted peak"), _sizes(report.curve_bytes.items()))
+    print_table(("random batches", "predicted peak"), _sizes(report.quantile_bytes.items()))
+    worst = max(abs(h.error_ratio) for h in report.held_out)
+    print(f"on {len(report.held_out)} shapes that the fit did not use: the error is at most {worst:.2%}")
+    fits = f"up to length {report.fits_up_to}" if report.fits_up_to else "at no length of the data"
     print(
-        f"fits {format_bytes(found.cap_bytes)} {fits}, with {format_bytes(found.margin_bytes)} beside tensors"
+        f"fits {format_bytes(report.cap_bytes)} {fits}, with {format_bytes(report.margin_bytes)} kept free "
+        "for memory beside the tensors"
     )
-    print(f"chance to run out: {found.oom_per_step:.3g} a step, {found.oom_per_epoch:.3g} an epoch")
     print(
-        f"try first the sequences {', '.join(map(str, found.first[:8]))}{' ...' if found.batch > 8 else ''}"
+        f"probability of running out of memory: {report.oom_per_step:.3g} per step, "
+        f"{report.oom_per_epoch:.3g} per epoch"
+    )
+    print(
+        "batch to try first: sequences "
+        f"{', '.join(map(str, report.first[:8]))}{' ...' if report.batch > 8 else ''}"
     )
     print_table(
         ("batching", "highest peak", "fits", "steps", "padding", "attention wasted"),
@@ -118,10 +145,10 @@ def _print(found: memfit.workflows.sequence_lengths.LengthReport) -> None:
                 f"{b.wasted_ratio:.1%}",
                 f"{b.attention_wasted_ratio:.1%}",
             )
-            for b in found.batchings
+            for b in report.batchings
         ),
     )
-    print(f"{found.best} saves most")
+    print(f"{report.best} saves most memory")
 
 
 def _sizes(pairs: Iterable[tuple[object, int]]) -> Iterable[tuple[str, str]]:

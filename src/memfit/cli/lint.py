@@ -25,10 +25,13 @@ class LintOptions:
 
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="One of each kind: DeepSpeed, Accelerate, Trainer, ..."),
+        typer.Argument(
+            metavar="FILE...",
+            help="Configuration files of one set-up, one of each kind: DeepSpeed, Accelerate, Trainer, ...",
+        ),
     ]
     ranks: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes, where no file says how many.")
+        int | None, typer.Option(metavar="N", min=1, help="Number of processes, if no file gives it.")
     ] = None
 
 
@@ -39,17 +42,17 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
     TOML and OpenFold's settings. Several files are read as one set-up. Exits with code 1 if a finding is an
     error.
     """
-    words = language(lang.lang)
+    language_code = language(lang.lang)
     from memfit.lint.check import check
     from memfit.lint.parse import read
 
     setup = read(_of_libraries(options.files), ranks=options.ranks)
-    found = check(setup, lang=words)
+    findings = check(setup, lang=language_code)
     if output.json:
-        emit({"files": list(setup.files), "findings": findings_view(found)})
+        emit({"files": list(setup.files), "findings": findings_view(findings)})
     else:
-        print_findings(found, lang=words)
-    if any(f.severity == "error" for f in found):
+        print_findings(findings, lang=language_code)
+    if any(f.severity == "error" for f in findings):
         raise typer.Exit(1)
 
 
@@ -75,13 +78,13 @@ def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
     """Return the files without those that an export puts beside them. Raises UserError if none is left."""
     from memfit.export.write import MANIFEST
 
-    others = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
-    if not others:
+    library_files = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
+    if not library_files:
         raise UserError(
-            f"{', '.join(map(str, files))} of an export: no configuration of another library",
+            f"{', '.join(map(str, files))}: part of an export, not a configuration of another library",
             allowed="an export for DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan or OpenFold",
         )
-    return others
+    return library_files
 
 
 def findings_view(found: Sequence[memfit.lint.check.Finding]) -> list[dict[str, Any]]:
@@ -96,12 +99,12 @@ def print_findings(found: Sequence[memfit.lint.check.Finding], *, lang: str) -> 
 
     from memfit.report.words import load_words
 
-    words, out = load_words(lang), console()
+    words, output = load_words(lang), console()
     for f in found:
         severity = words.get(f"lint.{f.severity}")
-        out.print(Text.assemble((severity, _STYLES[f.severity]), f" {f.file}: {f.says} [{f.rule}]"))
-        out.print(Padding(Text(f.do), (0, 0, 0, 4)))
+        output.print(Text.assemble((severity, _STYLES[f.severity]), f" {f.file}: {f.says} [{f.rule}]"))
+        output.print(Padding(Text(f.do), (0, 0, 0, 4)))
         for link in f.links:
-            out.print(Padding(Text(link, style="dim"), (0, 0, 0, 4)))
+            output.print(Padding(Text(link, style="dim"), (0, 0, 0, 4)))
     if not found:
-        out.print(Text(words.get("lint.clean")))
+        output.print(Text(words.get("lint.clean")))

@@ -29,5 +29,5 @@ _CHATTER: Final = {
 
 def quiet_libraries() -> None:
     """Drop these messages and no others. Call it before the libraries are imported."""
-    for logger, known in _CHATTER.items():
-        logging.getLogger(logger).addFilter(known)
+    for logger, message_filter in _CHATTER.items():
+        logging.getLogger(logger).addFilter(message_filter)

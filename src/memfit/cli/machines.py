@@ -39,7 +39,8 @@ class NameOptions:
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="A machine as --on takes it, a network, host, link or place: its figures and their sources.",
+            help="Show the figures of one entry and their sources: a machine as in --on, a network, host, "
+            "link or place.",
         ),
     ] = None
 
@@ -47,13 +48,13 @@ class NameOptions:
 def machines(which: NameOptions, output: JsonOptions) -> None:
     """List the devices, networks, hosts and places of the catalog, or show one of them with its sources."""
     if which.name is not None:
-        kind, noun = _found(which.name)
+        kind, entry = _found(which.name)
         if output.json:
-            emit({kind: noun})
+            emit({kind: entry})
         else:
-            _print_one(kind, noun)
+            _print_one(kind, entry)
         return
-    lists: dict[str, list[Any]] = {
+    catalog_entries: dict[str, list[Any]] = {
         "devices": [catalog.device(name) for name in catalog.device_names()],
         "links": [catalog.link(name) for name in catalog.link_names()],
         "networks": [catalog.network(name) for name in catalog.network_names()],
@@ -61,40 +62,43 @@ def machines(which: NameOptions, output: JsonOptions) -> None:
         "places": [catalog.place(name) for name in catalog.place_names()],
     }
     if output.json:
-        emit(lists)
+        emit(catalog_entries)
         return
     print_table(
         ("device", "GiB", "TB/s", "16-bit TFLOPS", "link", "W", "USD/h", "USD", "host"),
-        map(_device, lists["devices"]),
+        map(_device, catalog_entries["devices"]),
     )
-    print_table(("network", "GB/s a device", "latency us"), map(_network, lists["networks"]))
-    print_table(("host", "devices", "memory GiB", "GB/s a device", "in all", "W"), map(_host, lists["hosts"]))
-    print_table(("place", "USD/kWh", "g CO2/kWh"), map(_place, lists["places"]))
+    print_table(("network", "GB/s per device", "latency us"), map(_network, catalog_entries["networks"]))
+    print_table(
+        ("host", "devices", "memory GiB", "GB/s per device", "GB/s in total", "W"),
+        map(_host, catalog_entries["hosts"]),
+    )
+    print_table(("place", "USD/kWh", "g CO2/kWh"), map(_place, catalog_entries["places"]))
     print("--on takes hosts x devices x device @ network, for example 64x8xH100-SXM@IB-NDR, or FILE.toml.")
-    print("`memfit machines NAME` shows every figure of one with its source and date.")
+    print("`memfit machines NAME` shows every figure of one entry with its source and date.")
 
 
-def _print_one(kind: str, noun: Any) -> None:
+def _print_one(kind: str, entry: Any) -> None:
     """Print the figures with the numbers of their sources, and the sources below."""
     sources: dict[str, int] = {}
     rows = []
-    for path, fact in facts_in(noun):
-        told = f"{fact.source} ({fact.kind}, {fact.date})"
+    for path, fact in facts_in(entry):
+        source_text = f"{fact.source} ({fact.kind}, {fact.date})"
         scale, unit = _unit(path)
         spread = "" if None in (fact.low, fact.high) else f"{_at(fact.low, scale)} to {_at(fact.high, scale)}"
-        number = sources.setdefault(told, len(sources) + 1)
+        number = sources.setdefault(source_text, len(sources) + 1)
         rows.append((path, f"{_at(fact.value, scale)} {unit}".strip(), spread, str(number)))
-    print(f"{kind} {noun.name}")
+    print(f"{kind} {entry.name}")
     print_table(("figure", "value", "range", "source"), rows)
-    for told, number in sources.items():
-        print(f"{number:3}  {told}")
+    for source_text, number in sources.items():
+        print(f"{number:3}  {source_text}")
 
 
 def _found(name: str) -> tuple[str, Any]:
     """Return the kind of `name` and the catalog's entry. Raises UserError with the nearest names."""
     if name.endswith(".toml"):
         return "machine", catalog.from_toml(name)
-    rooms: dict[str, Callable[[], Any]] = {
+    loaders: dict[str, Callable[[], Any]] = {
         "machine": lambda: dataclasses.replace(catalog.machine(name), place=None),
         "network": lambda: catalog.network(name),
         "host": lambda: catalog.host(name),
@@ -102,21 +106,21 @@ def _found(name: str) -> tuple[str, Any]:
         "place": lambda: catalog.place(name),
     }
     hints = []
-    for kind, found in rooms.items():
+    for kind, load in loaders.items():
         try:
-            return kind, found()
+            return kind, load()
         except UserError as error:
             if kind == "machine" and not error.given.startswith("unknown device"):
                 raise
             hints.append(error.hint)
-    near = " or ".join(hint.removeprefix("did you mean ").rstrip("?") for hint in hints if hint)
-    hint = f"did you mean {near}?" if near else "`memfit machines` lists them"
-    raise UserError(f"no machine, network, host, link or place: {name!r}", hint=hint)
+    candidates = " or ".join(hint.removeprefix("did you mean ").rstrip("?") for hint in hints if hint)
+    hint = f"did you mean {candidates}?" if candidates else "`memfit machines` lists them"
+    raise UserError(f"no machine, network, host, link or place has the name {name!r}", hint=hint)
 
 
 def _unit(path: str) -> tuple[float, str]:
-    known = (found for end, found in _UNITS.items() if path.endswith(end) or f"{end}." in path)
-    return next(known, (1, ""))
+    units = (unit for end, unit in _UNITS.items() if path.endswith(end) or f"{end}." in path)
+    return next(units, (1, ""))
 
 
 def _at(value: float | None, scale: float) -> str:
@@ -128,37 +132,37 @@ def _number(fact: Fact | None, scale: float = 1) -> str:
     return "" if fact is None else _at(fact.value, scale)
 
 
-def _device(one: Device) -> tuple[str, ...]:
-    peak = one.peak_flops.get("bfloat16", one.peak_flops.get("float16"))
+def _device(device: Device) -> tuple[str, ...]:
+    peak = device.peak_flops.get("bfloat16", device.peak_flops.get("float16"))
     return (
-        one.name,
-        _number(one.memory_bytes, GIB),
-        _number(one.bandwidth_bytes_s, 1e12),
+        device.name,
+        _number(device.memory_bytes, GIB),
+        _number(device.bandwidth_bytes_s, 1e12),
         _number(peak, 1e12),
-        one.link.name if one.link else "",
-        _number(one.power_w),
-        _number(one.usd_per_hour),
-        _number(one.usd_to_buy),
-        catalog.host_of(one.name),
+        device.link.name if device.link else "",
+        _number(device.power_w),
+        _number(device.usd_per_hour),
+        _number(device.usd_to_buy),
+        catalog.host_of(device.name),
     )
 
 
-def _network(one: Link) -> tuple[str, ...]:
-    shared = catalog.network(one.name, 2).bytes_s != one.bytes_s
-    rate = _number(one.bytes_s, 1e9) + (" for the host" if shared else "")
-    return one.name, rate, _number(one.latency_s, 1e-6)
+def _network(network: Link) -> tuple[str, ...]:
+    shared = catalog.network(network.name, 2).bytes_s != network.bytes_s
+    rate = _number(network.bytes_s, 1e9) + (" for the host" if shared else "")
+    return network.name, rate, _number(network.latency_s, 1e-6)
 
 
-def _host(one: Host) -> tuple[str, ...]:
+def _host(host: Host) -> tuple[str, ...]:
     return (
-        one.name,
-        str(catalog.devices_of(one.name)),
-        _number(one.memory_bytes, GIB),
-        _number(one.device_bytes_s, 1e9),
-        _number(one.shared_bytes_s, 1e9),
-        _number(one.power_w),
+        host.name,
+        str(catalog.devices_of(host.name)),
+        _number(host.memory_bytes, GIB),
+        _number(host.device_bytes_s, 1e9),
+        _number(host.shared_bytes_s, 1e9),
+        _number(host.power_w),
     )
 
 
-def _place(one: Place) -> tuple[str, ...]:
-    return one.name, _number(one.usd_per_kwh), _number(one.co2_g_per_kwh)
+def _place(place: Place) -> tuple[str, ...]:
+    return place.name, _number(place.usd_per_kwh), _number(place.co2_g_per_kwh)

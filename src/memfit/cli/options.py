@@ -23,18 +23,28 @@ class JobOptions:
     job: Annotated[
         str | None,
         typer.Argument(
-            metavar="[JOB]", help="A built-in job, FILE.py:NAME, or hf:PATH_OR_NAME. Default: protein-ss."
+            metavar="[JOB]",
+            help="What to train: a built-in job (`memfit jobs` lists them), FILE.py:NAME for a job of your "
+            "own, or hf:PATH_OR_NAME for a Hugging Face configuration. Default: protein-ss.",
         ),
     ] = None
     size: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The job's size; `memfit jobs` lists them.")
+        str | None,
+        typer.Option(metavar="NAME", help="Size of the job; `memfit jobs` lists the sizes of each job."),
     ] = None
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Your data in the job's format.")] = None
-    weights: Annotated[str | None, typer.Option(metavar="DIR", help="Start from these safetensors.")] = None
-    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps of one run.")] = None
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with your own data, in the job's format.")
+    ] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder with safetensors files to take the initial weights from."),
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of optimizer steps in one run.")
+    ] = None
     batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Samples per optimizer step.")] = None
     length: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokens, residues or bases of a sample.")
+        int | None, typer.Option(metavar="N", min=1, help="Length of a sample: tokens, residues or bases.")
     ] = None
 
     @property
@@ -56,36 +66,45 @@ class GoalOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="The memory to fit, for example 24GiB. Default on a CPU, as a demonstration: a quarter of "
-            "what plain training needs, or the least that a plan fits.",
+            help="Memory that the training must fit in, for example 24GiB. Default: the memory of the "
+            "device; on a CPU, as a "
+            "demonstration, a quarter of what plain training needs, or the least that any plan needs.",
         ),
     ] = None
     host_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory of each host of --on. Default: the catalog's or file's."),
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of each host of the --on machine. Default: the value in the catalog or the machine "
+            "file.",
+        ),
     ] = None
     goal: Annotated[
         str,
         typer.Option(
             metavar="fastest|smallest|cheapest|greenest|fewest",
-            help="Which plan is best; fewest: devices.",
+            help="What the recommended plan optimizes. fewest: the number of devices.",
         ),
     ] = "fastest"
     accuracy: Annotated[
         str,
         typer.Option(
             metavar="exact|rounding|any",
-            help="What a plan may do to the numbers: nothing, other rounding, or another algorithm too.",
+            help="How a plan may change the numbers that training computes. exact: not at all; rounding: "
+            "also sums in another order and other rounding; any: also another algorithm.",
         ),
     ] = "rounding"
     engine: Annotated[
-        str, typer.Option(metavar="NAME", help="What trains; `memfit engines` shows which can.")
+        str,
+        typer.Option(metavar="NAME", help="Engine that runs the training; `memfit engines` compares them."),
     ] = "native"
 
 
 ExcludedTechniques = Annotated[
     list[str] | None,
-    typer.Option("--without", metavar="TECHNIQUE", help="Not to use this one. May be given several times."),
+    typer.Option(
+        "--without", metavar="TECHNIQUE", help="Do not use this technique. Can be given several times."
+    ),
 ]
 
 
@@ -94,18 +113,28 @@ class BoundsOptions:
     """Limits of the whole training, on the devices of --on."""
 
     deadline: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Done by then: 90m, 72h, 3d; with --steps.")
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Longest time that the whole training may take, for example 90m, 72h or 3d. Needs --steps.",
+        ),
     ] = None
     budget: Annotated[
-        float | None, typer.Option(metavar="USD", min=0.01, help="For no more than this; with --steps.")
+        float | None,
+        typer.Option(
+            metavar="USD", min=0.01, help="Most that the whole training may cost, in USD. Needs --steps."
+        ),
     ] = None
     micro_batch: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Samples that go through at once.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Samples in one micro-batch. Default: chosen by memfit."),
     ] = None
     without: ExcludedTechniques = None
     explain_infeasible: Annotated[
         bool,
-        typer.Option("--explain-infeasible", help="If nothing fits: the least changes that would help."),
+        typer.Option(
+            "--explain-infeasible", help="If no plan fits, show the smallest changes that would make one fit."
+        ),
     ] = False
 
 
@@ -113,12 +142,19 @@ class BoundsOptions:
 class HereOptions:
     """The origin of the electricity, and how this machine is used."""
 
-    place: Annotated[str, typer.Option(metavar="PLACE", help="Whose power: a country, or world.")] = "world"
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all.")] = None
+    place: Annotated[
+        str,
+        typer.Option(
+            metavar="PLACE", help="Origin of the electricity, for its price and CO2: a country, or world."
+        ),
+    ] = "world"
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of CPU threads. Default: all.")
+    ] = None
     recalibrate: Annotated[
         bool,
         typer.Option(
-            "--recalibrate", help="Time this machine's operators again; else stored timings are used."
+            "--recalibrate", help="Time this machine's operators again instead of using the stored timings."
         ),
     ] = False
 
@@ -131,7 +167,8 @@ class MachineOptions:
         str,
         typer.Option(
             metavar="MACHINE",
-            help="this, H100-SXM, 8xH100-SXM, 64x8xH100-SXM@IB-NDR or FILE.toml; see `memfit machines`.",
+            help="Machine to plan for: this, H100-SXM, 8xH100-SXM, 64x8xH100-SXM@IB-NDR or FILE.toml; "
+            "`memfit machines` lists the names.",
         ),
     ] = "this"
 
@@ -141,10 +178,13 @@ class WhichOptions:
     """The plan; plain training if neither option is given."""
 
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="A plan file, as `memfit plan --save` writes it.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml", help="Use the plan in this file, as written by `memfit plan --save`."
+        ),
     ] = None
     recommended: Annotated[
-        bool, typer.Option("--recommended", help="The plan that `memfit plan` recommends.")
+        bool, typer.Option("--recommended", help="Use the plan that `memfit plan` recommends.")
     ] = False
 
 
@@ -153,7 +193,11 @@ class StoreOptions:
     """The location of the records."""
 
     store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The store. Default: in your data folder.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Store: the file that keeps the records of runs. Default: in your data folder.",
+        ),
     ] = None
 
 
@@ -163,7 +207,9 @@ class EffortOptions:
 
     attended_minutes: Annotated[
         float | None,
-        typer.Option(metavar="MIN", help="Minutes that people sat beside it, kept with the proof."),
+        typer.Option(
+            metavar="MIN", help="Minutes that people spent attending to the proof of concept; stored with it."
+        ),
     ] = None
 
 
@@ -178,7 +224,9 @@ class LanguageOptions:
 class JsonOptions:
     """Whether to print the result as JSON."""
 
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,33 +234,42 @@ class OutputOptions:
     """The language and format of the result."""
 
     lang: Annotated[str, typer.Option(metavar="en|ja", help="Language of the result.")] = "en"
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")
+    ] = False
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
     """Wrap `function`, which takes option dataclasses, for typer: the wrapper has one parameter for each of
     their fields."""
-    nouns = {n: t for n, t in typing.get_type_hints(function).items() if n != "return"}
-    shown = [parameter for noun in nouns.values() for parameter in _parameters(noun)]
+    option_types = {n: t for n, t in typing.get_type_hints(function).items() if n != "return"}
+    parameters = [
+        parameter for option_type in option_types.values() for parameter in _parameters(option_type)
+    ]
 
     def command(**given: Any) -> None:
-        function(**{n: t(**{f.name: given[f.name] for f in dataclasses.fields(t)}) for n, t in nouns.items()})
+        function(
+            **{
+                n: t(**{f.name: given[f.name] for f in dataclasses.fields(t)})
+                for n, t in option_types.items()
+            }
+        )
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in shown}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
 
-def _parameters(noun: Any) -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(noun, include_extras=True)
-    needed = inspect.Parameter.empty
+def _parameters(option_type: Any) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(option_type, include_extras=True)
+    required = inspect.Parameter.empty
     return [
         inspect.Parameter(
             f.name,
             inspect.Parameter.KEYWORD_ONLY,
             annotation=hints[f.name],
-            default=needed if f.default is dataclasses.MISSING else f.default,
+            default=required if f.default is dataclasses.MISSING else f.default,
         )
-        for f in dataclasses.fields(noun)
+        for f in dataclasses.fields(option_type)
     ]

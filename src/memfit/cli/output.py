@@ -35,8 +35,8 @@ def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
     names = tuple(map(str, allowed))
     if given in names:
         return given
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else ""
+    matches = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
+    hint = f"did you mean {matches[0]!r}?" if matches else ""
     raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(names), hint=hint)
 
 

@@ -45,21 +45,27 @@ class SaveOptions:
         bool,
         typer.Option(
             "--measure",
-            help="On this machine: run the plans whose predicted times lie within the error of the best for "
-            "a few steps in turn, and recommend by what was measured.",
+            help="Run the plans whose predicted times lie within the prediction error of the best for a few "
+            "steps each on "
+            "this machine, and choose the recommendation by the measurements.",
         ),
     ] = False
     measure_time: Annotated[
-        str, typer.Option(metavar="TIME", help="With --measure: begin no run after this time: 90s, 5m.")
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="With --measure: start no further run after this time, for example 90s or 5m.",
+        ),
     ] = "5m"
     save: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Write the recommended plan here, to read and edit; with --from, the plan read.",
+            help="Write the recommended plan to this file, which you can read and edit; with --from, write "
+            "the plan of the set-up.",
         ),
     ] = None
-    force: Annotated[bool, typer.Option("--force", help="Overwrite that file.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --save.")] = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +77,24 @@ class FromOptions:
         typer.Option(
             "--from",
             metavar="FILE",
-            help="A set-up you have, of DeepSpeed, Accelerate, Trainer, Megatron-LM or torchtitan: predict "
-            "and lint it, and tell what would be better. May be given several times.",
+            help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
+            "torchtitan or OpenFold: "
+            "predict and lint it, and show what would be better. Can be given several times.",
         ),
     ] = None
     corrected_by: Annotated[
         str | None,
         typer.Option(
-            metavar="ID|last", help="Correct step times by what this proof of concept measured here."
+            metavar="ID|last",
+            help="Correct the predicted step times by the measurements of this proof of concept.",
         ),
     ] = None
     store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The store it is in. Default: in your data folder.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Store that holds the proof of concept of --corrected-by. Default: in your data folder.",
+        ),
     ] = None
 
 
@@ -101,58 +113,66 @@ def plan(
     Prints the recommended plan and its rivals, what each technique saves and costs, and why other plans were
     left out.
     """
-    words = language(output.lang)
+    language_code = language(output.lang)
     if save.save is not None:
         writable(save.save, overwrite=save.force)
     if yours.given and yours.corrected_by is not None:
-        raise UserError("--corrected-by with --from", allowed="one of them")
+        raise UserError("--corrected-by cannot be used with --from", allowed="one of them")
     if save.measure and (yours.given or on.on != "this"):
-        raise UserError("--measure runs plans on this machine", allowed="neither --on nor --from with it")
+        raise UserError("--measure runs plans on this machine", allowed="--measure without --on and --from")
     budget_s = parse_duration(save.measure_time)
     if yours.given:
         from memfit.cli.plan_from_config import plan_given
 
-        carried = plan_given(yours.given, job, goal, here, on.on, lang=words, as_json=output.json)
+        read_plan = plan_given(yours.given, job, goal, here, on.on, lang=language_code, as_json=output.json)
         if save.save is not None:
             read_from = ", ".join(str(p) for p in yours.given)
-            write_plan(save.save, carried, note=f"for {job.spec}, read from {read_from}")
+            write_plan(save.save, read_plan, note=f"for {job.spec}, read from {read_from}")
         return
-    asked = request(job, goal, here, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
+    job_request = request(job, goal, here, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
     if yours.corrected_by is not None:
-        asked = _corrected(asked, yours)
-    workload = begin_answer(asked, lang=words, quiet=output.json)
-    with best_so_far(lang=words, as_json=output.json, workload=workload), Bars(words) as progress:
+        job_request = _corrected(job_request, yours)
+    workload = begin_answer(job_request, lang=language_code, quiet=output.json)
+    with (
+        best_so_far(lang=language_code, as_json=output.json, workload=workload),
+        Bars(language_code) as progress,
+    ):
         from memfit.workflows import proof_of_concept
 
         try:
             result = proof_of_concept.search(
-                asked, progress, measure_s=budget_s if save.measure else None
+                job_request, progress, measure_s=budget_s if save.measure else None
             ).result
         except NothingFits as error:
             raise error.explained() if limits.explain_infeasible else error from None
     if save.save is not None and result.recommended is not None:
         write_plan(save.save, result.recommended.estimate.plan, note=f"for {job.spec}, found by memfit plan")
-    show_search(result, lang=words, as_json=output.json, correction=asked.correction, workload=workload)
+    show_search(
+        result, lang=language_code, as_json=output.json, correction=job_request.correction, workload=workload
+    )
 
 
 def _corrected(
-    asked: memfit.planner.single_device.Request, yours: FromOptions
+    job_request: memfit.planner.single_device.Request, options: FromOptions
 ) -> memfit.planner.single_device.Request:
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
-    which = None if yours.corrected_by == "last" else yours.corrected_by
-    return proof_of_concept.corrected_by(asked, Store(yours.store), which)
+    poc_id = None if options.corrected_by == "last" else options.corrected_by
+    return proof_of_concept.corrected_by(job_request, Store(options.store), poc_id)
 
 
 def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
     """Return the limits of the training. Raises UserError if a limit of the whole training is given without
     the number of steps, or if a limit is given that applies only to the devices of --on."""
-    total = given.deadline is not None or given.budget is not None
-    if total and job.steps is None:
-        raise UserError("--deadline and --budget are of the whole training", hint="give --steps")
-    if on == "this" and (total or given.micro_batch):
-        raise UserError("--deadline, --budget and --micro-batch are for the devices of --on")
+    limits_training = given.deadline is not None or given.budget is not None
+    if limits_training and job.steps is None:
+        raise UserError(
+            "--deadline and --budget limit the whole training and need its number of steps",
+            hint="give --steps",
+        )
+    if on == "this" and (limits_training or given.micro_batch):
+        raise UserError("--deadline, --budget and --micro-batch apply only to the devices of --on")
     return Bounds(
         steps=job.steps or 0,
         deadline_s=parse_duration(given.deadline) if given.deadline is not None else None,

@@ -45,25 +45,25 @@ def plan_given(
         setup = dataclasses.replace(setup, ranks=count)
     carried = to_plan.over(setup)
     if carried.plan.ranks > count:
-        told = draft.LeftOut(
+        note = draft.LeftOut(
             option=f"{carried.plan.ranks} processes on {count} devices",
-            reason="predicted as if each had its own",
+            reason="predicted as if each process had its own device",
         )
-        carried = dataclasses.replace(carried, left_out=(*carried.left_out, told))
+        carried = dataclasses.replace(carried, left_out=(*carried.left_out, note))
     job, carried = _modelled(*_published(carried, job))
-    asked, size, carried = _sized(carried, job, goal, here, on)
-    asked, carried = _clipped(asked, carried, clipping_setting(setup).limit)
+    job_request, size, carried = _sized(carried, job, goal, here, on)
+    job_request, carried = _clipped(job_request, carried, clipping_setting(setup).limit)
     from memfit.workflows import config_review
 
-    found = check.check(dataclasses.replace(setup, parameters=size.parameter_count), lang=lang)
-    workload = begin_answer(asked, lang=lang, quiet=as_json)
+    findings = check.check(dataclasses.replace(setup, parameters=size.parameter_count), lang=lang)
+    workload = begin_answer(job_request, lang=lang, quiet=as_json)
     if not as_json:  # printed before the prediction, which may fail because the plan is impossible
         _print_carried(carried, lang)
-        print_findings(found, lang=lang)
+        print_findings(findings, lang=lang)
     with Bars(lang) as progress:
-        result = config_review.beside(asked, carried.plan, progress, parameters=size.parameter_count)
+        result = config_review.beside(job_request, carried.plan, progress, parameters=size.parameter_count)
     if as_json:
-        emit({"workload": workload, "clip": asked.job.clip or None, **_view(carried, found, result)})
+        emit({"workload": workload, "clip": job_request.job.clip or None, **_view(carried, findings, result)})
     else:
         _print(result, lang)
     return carried.plan
@@ -72,8 +72,8 @@ def plan_given(
 def _left_out(carried: memfit.lint.draft.Carried, option: str, reason: str) -> memfit.lint.draft.Carried:
     from memfit.lint.draft import LeftOut
 
-    left = LeftOut(option=option, reason=reason)
-    return dataclasses.replace(carried, left_out=(*carried.left_out, left))
+    note = LeftOut(option=option, reason=reason)
+    return dataclasses.replace(carried, left_out=(*carried.left_out, note))
 
 
 def _published(
@@ -87,17 +87,17 @@ def _published(
         return carried, job
     if job.job not in (None, JOB):
         raise UserError(
-            f"OpenFold's settings for the job {job.spec}", allowed=f"memfit plan {JOB} --from ..."
+            f"OpenFold's settings do not describe the job {job.spec}", allowed=f"memfit plan {JOB} --from ..."
         )
     job, (size, _, length) = dataclasses.replace(job, job=JOB), carried.size.partition("@")
     if job.size is None and (job.length is None or not length or job.length == int(length)):
         return carried, dataclasses.replace(job, size=size if job.length else carried.size)
     if job.size is None:
-        carried = _left_out(carried, f"crop of {length} residues", f"--length {job.length} was asked for")
+        carried = _left_out(carried, f"crop of {length} residues", f"--length {job.length} was given")
         return carried, dataclasses.replace(job, size=size)
     if job.size == carried.size:
         return carried, job
-    return _left_out(carried, f"crop of size {carried.size}", f"--size {job.size} was asked for"), job
+    return _left_out(carried, f"crop of size {carried.size}", f"--size {job.size} was given"), job
 
 
 def _modelled(
@@ -132,58 +132,60 @@ def _sized(
     from memfit.workflows import config_review
 
     for name in ("batch", "length"):
-        own, files = getattr(job, name), getattr(carried, name)
-        if files is None or own == files:
+        option_value, file_value = getattr(job, name), getattr(carried, name)
+        if file_value is None or option_value == file_value:
             continue
-        if own is not None:
-            carried = _left_out(carried, f"{name} {files}", f"--{name} {own} was asked for")
+        if option_value is not None:
+            carried = _left_out(carried, f"{name} {file_value}", f"--{name} {option_value} was given")
             continue
-        taken = dataclasses.replace(job, **{name: files})
+        changed_job = dataclasses.replace(job, **{name: file_value})
         try:
-            config_review.job_size(request(taken, goal, here, on))
+            config_review.job_size(request(changed_job, goal, here, on))
         except UserError as error:
             # Raises the job's own error if the job is invalid without the files' value too.
             config_review.job_size(request(job, goal, here, on))
-            carried = _left_out(carried, f"{name} {files}", str(error))
+            carried = _left_out(carried, f"{name} {file_value}", str(error))
             continue
-        job = taken
-    asked = request(job, goal, here, on)
-    size = config_review.job_size(asked)
-    return asked, size, _as_predicted(carried, job, size)
+        job = changed_job
+    job_request = request(job, goal, here, on)
+    size = config_review.job_size(job_request)
+    return job_request, size, _as_predicted(carried, job, size)
 
 
 def _as_predicted(
     carried: memfit.lint.draft.Carried, job: JobOptions, size: memfit.workflows.config_review.JobSize
 ) -> memfit.lint.draft.Carried:
     """Set the predicted batch and length, and record how the files' model differs from the job's."""
-    micro = carried.micro_batch
-    if micro is not None and carried.batch is not None:
-        steps = carried.batch // micro
-        micro = size.batch_size // steps if size.batch_size % steps == 0 else None
+    micro_batch = carried.micro_batch
+    if micro_batch is not None and carried.batch is not None:
+        steps = carried.batch // micro_batch
+        micro_batch = size.batch_size // steps if size.batch_size % steps == 0 else None
     model = carried.model
     if model is not None and job.job not in (None, model.job):
         pairs = ((model.layers, size.layers), (model.width, size.width))
-        if any(files is not None and files != own for files, own in pairs):
-            own = f"{size.layers or 'no'} blocks of width {size.width or 'unknown'}"
-            carried = _left_out(carried, _described(model), f"{job.spec} has {own}: predicted for that")
+        if any(file_value is not None and file_value != job_value for file_value, job_value in pairs):
+            job_value = f"{size.layers or 'no'} blocks of width {size.width or 'unknown'}"
+            carried = _left_out(
+                carried, _described(model), f"{job.spec} has {job_value}; the job's own sizes are predicted"
+            )
         elif model.layers is None:
             carried = _left_out(carried, "the model", f"{model.missing}: predicted for {job.spec}")
-    return dataclasses.replace(carried, batch=job.batch, length=job.length, micro_batch=micro)
+    return dataclasses.replace(carried, batch=job.batch, length=job.length, micro_batch=micro_batch)
 
 
 def _clipped(
-    asked: memfit.planner.single_device.Request, carried: memfit.lint.draft.Carried, limit: float | None
+    job_request: memfit.planner.single_device.Request, carried: memfit.lint.draft.Carried, limit: float | None
 ) -> tuple[memfit.planner.single_device.Request, memfit.lint.draft.Carried]:
     """Clip gradients to ``limit``, as the files say. 0: not clipped; None: the files do not determine it."""
     if limit and carried.plan.get("optimizer-in-backward"):
         reason = "each parameter is updated before the whole norm is known: predicted without clipping"
-        return asked, _left_out(carried, f"gradients clipped to {limit:g}", reason)
-    return dataclasses.replace(asked, job=dataclasses.replace(asked.job, clip=limit)), carried
+        return job_request, _left_out(carried, f"gradients clipped to {limit:g}", reason)
+    return dataclasses.replace(job_request, job=dataclasses.replace(job_request.job, clip=limit)), carried
 
 
 def _view(
     carried: memfit.lint.draft.Carried,
-    found: Sequence[memfit.lint.check.Finding],
+    findings: Sequence[memfit.lint.check.Finding],
     result: memfit.workflows.config_review.Beside,
 ) -> dict[str, Any]:
     from memfit.cli.views import choice_view, estimate_view
@@ -197,8 +199,8 @@ def _view(
         "micro_batch": carried.micro_batch,
         "batch": carried.batch,
         "length": carried.length,
-        "left_out": [dataclasses.asdict(left) for left in carried.left_out],
-        "findings": findings_view(found),
+        "left_out": [dataclasses.asdict(note) for note in carried.left_out],
+        "findings": findings_view(findings),
         "better": [estimate_view(e) for e in result.better],
         "recommended": choice_view(result.recommended) if result.recommended is not None else None,
         "nothing_fits": result.nothing,
@@ -210,13 +212,13 @@ def _print_carried(carried: memfit.lint.draft.Carried, lang: str) -> None:
 
     from memfit.report.words import load_words
 
-    words, out = load_words(lang), console()
+    words, output = load_words(lang), console()
     title = words.get(
         "lint.carried", engine=carried.engine, plan=carried.plan.label, batch=carried.batch or "-"
     )
-    out.print(Text(title, style="bold"))
-    for left in carried.left_out:
-        out.print(Text(words.get("lint.left_out", option=left.option, reason=left.reason), style="dim"))
+    output.print(Text(title, style="bold"))
+    for note in carried.left_out:
+        output.print(Text(words.get("lint.left_out", option=note.option, reason=note.reason), style="dim"))
 
 
 def _print(result: memfit.workflows.config_review.Beside, lang: str) -> None:
@@ -226,28 +228,30 @@ def _print(result: memfit.workflows.config_review.Beside, lang: str) -> None:
     from memfit.report.words import load_words
     from memfit.types.units import format_bytes
 
-    words, out = load_words(lang), console()
-    print_estimate(result.given, console=out, lang=lang)
+    words, output = load_words(lang), console()
+    print_estimate(result.given, console=output, lang=lang)
     if result.fits is not None and result.cap_bytes is not None:
         sizes = {"needed": format_bytes(result.needed_bytes), "cap": format_bytes(result.cap_bytes)}
-        out.print(Text(words.get("lint.fits" if result.fits else "lint.too_much", **sizes), style="bold"))
+        output.print(Text(words.get("lint.fits" if result.fits else "lint.too_much", **sizes), style="bold"))
     choice = result.recommended
-    others = [choice.estimate] if choice is not None else list(result.better)
+    estimates = [choice.estimate] if choice is not None else list(result.better)
     if result.nothing is not None:
-        out.print(Text(result.nothing, style="bold"))
+        output.print(Text(result.nothing, style="bold"))
         return
-    out.print(Text(words.get("lint.better" if others else "lint.nothing_better"), style="bold"))
-    for other in others:
-        out.print(Text(words.get("lint.instead", **_compared(result.given, other))))
+    output.print(Text(words.get("lint.better" if estimates else "lint.nothing_better"), style="bold"))
+    for estimate in estimates:
+        output.print(Text(words.get("lint.instead", **_compared(result.given, estimate))))
 
 
-def _compared(given: memfit.types.result.Estimate, other: memfit.types.result.Estimate) -> dict[str, str]:
+def _compared(
+    current: memfit.types.result.Estimate, alternative: memfit.types.result.Estimate
+) -> dict[str, str]:
     from memfit.types.units import format_bytes
 
-    peak = other.allocated_bytes.value
-    change = peak - given.allocated_bytes.value
+    peak = alternative.allocated_bytes.value
+    change = peak - current.allocated_bytes.value
     return {
-        "plan": other.plan.label,
+        "plan": alternative.plan.label,
         "peak": format_bytes(int(peak)),
         "change": f"{'+' if change > 0 else '-'}{format_bytes(int(abs(change)))}",
     }

@@ -33,7 +33,9 @@ class PocOptions:
     seeds: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, help="Pairs of runs behind the verdict; fewer than 3 decide nothing."
+            metavar="N",
+            min=1,
+            help="Number of seeds: pairs of runs that the verdict is based on. Fewer than 3 decide nothing.",
         ),
     ] = 3
     nproc: Annotated[
@@ -41,7 +43,8 @@ class PocOptions:
     ] = 1
     without: ExcludedTechniques = None
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The HTML report. Default: beside the store.")
+        Path | None,
+        typer.Option(metavar="FILE", help="HTML report to write. Default: in the folder of the store."),
     ] = None
 
 
@@ -55,36 +58,38 @@ def poc(
     output: JsonOptions,
 ) -> None:
     """Predict, search, train, verify and report on this machine."""
-    words = language(lang.lang)
+    language_code = language(lang.lang)
     path = writable(own.out) if own.out is not None else None
-    asked = request(job, goal, here, ranks=own.nproc, bounds=Bounds(without=excluded_techniques(own.without)))
+    job_request = request(
+        job, goal, here, ranks=own.nproc, bounds=Bounds(without=excluded_techniques(own.without))
+    )
     from memfit.store import Store
 
     records = Store(store.store)
-    with best_so_far(lang=words, as_json=output.json), Bars(words) as progress:
+    with best_so_far(lang=language_code, as_json=output.json), Bars(language_code) as progress:
         from memfit.workflows import proof_of_concept
 
-        found = proof_of_concept.poc(
-            asked,
+        proof = proof_of_concept.poc(
+            job_request,
             store=records,
             seeds=own.seeds,
             steps=job.steps,
             report_path=path,
-            lang=words,
+            lang=language_code,
             command=shlex.join(["memfit", *sys.argv[1:]]),
             progress=progress,
         )
-    _tell(found, lang=words, as_json=output.json)
-    if not any(r.measurement.outcome is OutcomeKind.OK for r in found.runs if r.spec.role == "recommended"):
+    _tell(proof, lang=language_code, as_json=output.json)
+    if not any(r.measurement.outcome is OutcomeKind.OK for r in proof.runs if r.spec.role == "recommended"):
         raise typer.Exit(1)
 
 
-def _tell(found: Poc, *, lang: str, as_json: bool) -> None:
+def _tell(proof: Poc, *, lang: str, as_json: bool) -> None:
     if as_json:
         from memfit.cli.views import poc_view
 
-        emit(poc_view(found))
+        emit(poc_view(proof))
     else:
         from memfit.report.terminal import print_poc
 
-        print_poc(found, lang=lang, console=console())
+        print_poc(proof, lang=lang, console=console())

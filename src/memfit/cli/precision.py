@@ -20,14 +20,22 @@ _DTYPES: Final = ("bf16", "fp16")
 class PrecisionOptions:
     """The precisions to try, and on which data."""
 
-    dtype: Annotated[str, typer.Option(metavar="bf16|fp16|both", help="The precision to try.")] = "both"
-    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Training batches to look at.")] = 1
+    dtype: Annotated[str, typer.Option(metavar="bf16|fp16|both", help="Precision to try.")] = "both"
+    batches: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of training batches to measure.")
+    ] = 1
     after: Annotated[
         int,
-        typer.Option(metavar="N", min=0, help="Steps of training beforehand: new weights hide much."),
+        typer.Option(
+            metavar="N", min=0, help="Training steps before measuring: untrained weights hide many errors."
+        ),
     ] = 40
     device: Annotated[
-        str, typer.Option(metavar="cuda|cpu", help="Whose autocast; its lists of float32 operators differ.")
+        str,
+        typer.Option(
+            metavar="cuda|cpu",
+            help="Device whose autocast is assumed: the operators that it keeps in float32 differ.",
+        ),
     ] = "cuda"
 
 
@@ -37,8 +45,8 @@ def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, ou
     The code of each module runs in half precision and in float64 on real activations and gradients. It gets
     the results of its child modules as inputs, so that an error is attributed to the module that causes it.
     """
-    words = language(lang.lang)
-    asked = one_of("--dtype", more.dtype, (*_DTYPES, "both"))
+    language_code = language(lang.lang)
+    dtype = one_of("--dtype", more.dtype, (*_DTYPES, "both"))
     device = one_of("--device", more.device, ("cuda", "cpu"))
     quiet_libraries()
     from memfit.jobs.registry import load
@@ -46,20 +54,20 @@ def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, ou
     from memfit.precision.advise import advise
     from memfit.report.precision_terminal import print_advice
 
-    loaded = load(job.ref)
-    workload = workload_of(loaded)
-    with Bars(words) as progress:
-        told = advise(
-            loaded,
-            _DTYPES if asked == "both" else (asked,),
+    loaded_job = load(job.ref)
+    workload = workload_of(loaded_job)
+    with Bars(language_code) as progress:
+        results = advise(
+            loaded_job,
+            _DTYPES if dtype == "both" else (dtype,),
             batches=more.batches,
             trained=more.after,
             device=device,
             say=lambda stage, done, total: progress(f"precision-{stage}", done, total, ""),
         )
     if output.json:
-        emit({"workload": workload, "advice": told})
+        emit({"workload": workload, "advice": results})
         return
-    print_workload(workload, words)
-    for advice in told:
-        print_advice(advice, console=console(), lang=words)
+    print_workload(workload, language_code)
+    for advice in results:
+        print_advice(advice, console=console(), lang=language_code)

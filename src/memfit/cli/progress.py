@@ -160,11 +160,11 @@ class _Bar:
         self._live.remove_task(self._live.task_ids[-1])
         if stage.age_s < _STAGE_S and stage.total == 0:
             return
-        whole = well and stage.complete
+        finished = well and stage.complete
         run = _short(stage.detail.partition(": ")[0]) if stage.name == "run" else ""
-        words = " ".join(filter(None, (stage.title, run, "" if whole else stage.count)))
-        sign = ("✓ ", "green") if whole else ("• ", "yellow")
-        self._live.console.print(Text.assemble(sign, words, (f"  {format_seconds(stage.age_s)}", "dim")))
+        text = " ".join(filter(None, (stage.title, run, "" if finished else stage.count)))
+        sign = ("✓ ", "green") if finished else ("• ", "yellow")
+        self._live.console.print(Text.assemble(sign, text, (f"  {format_seconds(stage.age_s)}", "dim")))
 
     def close(self) -> None:
         self._ticker.close()
@@ -197,9 +197,9 @@ class _Lines:
         stage, now_s = self._stage, time.monotonic()
         if stage is not None and now_s >= self._next_s:
             self._next_s = now_s + _LINE_EVERY_S
-            since = f"({format_seconds(stage.age_s)})"
-            words = (stage.title, stage.count, _short(stage.detail), since)
-            print(*filter(None, words), file=sys.stderr, flush=True)
+            elapsed = f"({format_seconds(stage.age_s)})"
+            parts = (stage.title, stage.count, _short(stage.detail), elapsed)
+            print(*filter(None, parts), file=sys.stderr, flush=True)
 
 
 def _short(text: str) -> str:

@@ -27,15 +27,22 @@ class RecordOptions:
     """The record to write or to add."""
 
     poc: Annotated[
-        str | None, typer.Option(metavar="ID", help="Which proof of concept. Default: the last.")
+        str | None,
+        typer.Option(metavar="ID", help="ID of the proof of concept to write. Default: the last one."),
     ] = None
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Default: standard output.")] = None
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="File to write. Default: standard output.")
+    ] = None
     add: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Take another group's record into the store.")
+        Path | None, typer.Option(metavar="FILE.json", help="Add a record from another group to the store.")
     ] = None
     said_by: Annotated[
         str | None,
-        typer.Option("--from", metavar="NAME", help="With --add: whose it is. Default: the file's name."),
+        typer.Option(
+            "--from",
+            metavar="NAME",
+            help="With --add: who reports the record. Default: the name of the file.",
+        ),
     ] = None
     schema: Annotated[bool, typer.Option("--schema", help="Print the format's JSON Schema.")] = False
 
@@ -44,16 +51,16 @@ class RecordOptions:
 class CompareOptions:
     """The two records to compare."""
 
-    a: Annotated[str, typer.Argument(metavar="A", help="A record's file, or the ID of one in the store.")]
-    b: Annotated[str, typer.Argument(metavar="B", help="The other.")]
+    a: Annotated[str, typer.Argument(metavar="A", help="First record: a file, or an ID in the store.")]
+    b: Annotated[str, typer.Argument(metavar="B", help="Second record, given in the same way.")]
 
 
 def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None:
     """Write a proof of concept as one JSON file that others can read, or add one from others to the store."""
     if sum((own.schema, own.add is not None, own.poc is not None or own.out is not None)) > 1:
-        raise UserError("--schema, --add and --poc or --out together", allowed="one of them")
+        raise UserError("--schema, --add and --poc or --out cannot be used together", allowed="one of them")
     if own.said_by is not None and own.add is None:
-        raise UserError("--from without --add", allowed="both, or neither")
+        raise UserError("--from needs --add", allowed="both, or neither")
     quiet_libraries()
     from memfit.store import Store, exchange
     from memfit.store.database import TAKEN
@@ -61,15 +68,15 @@ def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None
     if own.schema:
         emit(exchange.schema())
         return
-    kept = Store(store.store)
+    records = Store(store.store)
     if own.add is not None:
-        taken = exchange.read(own.add)
-        known = _known(kept, taken, str(own.add))
-        if known is None:
-            body = {"from": own.said_by or own.add.name, "record": taken.model_dump(mode="json")}
-            kept.append(taken.poc_id, TAKEN, body)
-        done = "added" if known is None else "already there:"
-        emit({"added": taken.poc_id}) if output.json else print(f"{done} {taken.poc_id}")
+        received = exchange.read(own.add)
+        stored = _known(records, received, str(own.add))
+        if stored is None:
+            body = {"from": own.said_by or own.add.name, "record": received.model_dump(mode="json")}
+            records.append(received.poc_id, TAKEN, body)
+        status = "added" if stored is None else "already in the store:"
+        emit({"added": received.poc_id}) if output.json else print(f"{status} {received.poc_id}")
         return
     text = exchange.text(found_record(own.poc, store.store).record)
     if own.out is None:
@@ -84,12 +91,12 @@ def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> No
     quiet_libraries()
     from memfit.store import exchange
 
-    both = [found_record(name, store.store) for name in (own.a, own.b)]
-    rows = exchange.compare(*(found.record for found in both))
-    sources = {side: found.taken_from for side, found in zip("AB", both, strict=True)}
+    found_records = [found_record(name, store.store) for name in (own.a, own.b)]
+    rows = exchange.compare(*(origin.record for origin in found_records))
+    sources = {side: origin.taken_from for side, origin in zip("AB", found_records, strict=True)}
     if output.json:
-        told = {"a": own.a, "b": own.b, "taken_from": sources}
-        emit(told | {"compared": [r.model_dump() for r in rows]})
+        header = {"a": own.a, "b": own.b, "taken_from": sources}
+        emit(header | {"compared": [r.model_dump() for r in rows]})
         return
     print_table(
         ("Quantity", "A", "B", "B / A"),
@@ -100,11 +107,11 @@ def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> No
         for reason in row.against:
             reasons.setdefault(reason, []).append(row.quantity)
     for reason, quantities in reasons.items():
-        named = "all of it" if len(quantities) == len(rows) else ", ".join(quantities)
-        console().print(one_line(f"not comparable, as {reason}: {named}"), markup=False)
+        quantity_names = "all quantities" if len(quantities) == len(rows) else ", ".join(quantities)
+        console().print(one_line(f"not comparable, because {reason}: {quantity_names}"), markup=False)
     for side, source in sources.items():
         if source:
-            console().print(one_line(f"{side} was not measured here: {source} says so"), markup=False)
+            console().print(one_line(f"{side} was not measured here: {source} reports it"), markup=False)
 
 
 def _told(value: float | str | None) -> str:
@@ -125,42 +132,45 @@ def found_record(name: str | None, path: Path | None) -> RecordFound:
     from memfit.store import Store, exchange
     from memfit.store.pocs import wanted_poc
 
-    kept = Store(path)
+    records = Store(path)
     if name is not None and Path(name).is_file():
-        given = exchange.read(Path(name))
-        known = _known(kept, given, name)
-        return known or RecordFound(record=given, taken_from=name)
+        file_record = exchange.read(Path(name))
+        stored = _known(records, file_record, name)
+        return stored or RecordFound(record=file_record, taken_from=name)
     if name is not None and ("/" in name or name.endswith(".json")):
         raise UserError(f"there is no file {name}")
-    return _stored(kept, wanted_poc(kept, name))
+    return _stored(records, wanted_poc(records, name))
 
 
-def _stored(kept: memfit.store.Store, wanted: str) -> RecordFound:
-    """Return our own proof of concept with the ID ``wanted``, or a record from others."""
+def _stored(store: memfit.store.Store, poc_id: str) -> RecordFound:
+    """Return our own proof of concept with the ID ``poc_id``, or a record from others."""
     from memfit.store import exchange
     from memfit.store.database import TAKEN, taken_from
     from memfit.workflows import proof_of_concept
 
-    taken = kept.records(wanted, TAKEN)
-    if not taken or wanted in kept.poc_ids():
-        return RecordFound(record=exchange.of_poc(proof_of_concept.stored_poc(kept, wanted)), taken_from="")
-    body = json.loads(taken[-1].body)
-    record = exchange.parsed(json.dumps(body.get("record", body)), what=f"record {wanted}")
-    return RecordFound(record=record, taken_from=taken_from(taken[-1]))
+    received = store.records(poc_id, TAKEN)
+    if not received or poc_id in store.poc_ids():
+        return RecordFound(record=exchange.of_poc(proof_of_concept.stored_poc(store, poc_id)), taken_from="")
+    body = json.loads(received[-1].body)
+    record = exchange.parsed(json.dumps(body.get("record", body)), what=f"record {poc_id}")
+    return RecordFound(record=record, taken_from=taken_from(received[-1]))
 
 
-def _known(kept: memfit.store.Store, given: memfit.store.exchange.Shared, what: str) -> RecordFound | None:
-    """Return what the store has under the ID of `given`, or None if it has nothing. Raises UserError if it
-    has anything but the same record, byte for byte."""
+def _known(
+    store: memfit.store.Store, file_record: memfit.store.exchange.Shared, source: str
+) -> RecordFound | None:
+    """Return what the store has under the ID of `file_record`, or None if it has nothing. Raises UserError if
+    it has anything but the same record, byte for byte."""
     from memfit.store import exchange
     from memfit.store.database import TAKEN
 
-    if given.poc_id not in kept.poc_ids() and not kept.records(given.poc_id, TAKEN):
+    if file_record.poc_id not in store.poc_ids() and not store.records(file_record.poc_id, TAKEN):
         return None
-    found = _stored(kept, given.poc_id)
-    if exchange.text(found.record) != exchange.text(given):
+    stored = _stored(store, file_record.poc_id)
+    if exchange.text(stored.record) != exchange.text(file_record):
         raise UserError(
-            f"{what} has the ID {given.poc_id}, and is not the record that the store has under it",
-            hint=f"`memfit record --poc {given.poc_id}` writes that one; --store names another store",
+            f"{source} has the ID {file_record.poc_id}, but the store has a different record under this ID",
+            hint=f"`memfit record --poc {file_record.poc_id}` writes the record in the store; --store "
+            "chooses another store",
         )
-    return found
+    return stored

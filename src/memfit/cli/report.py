@@ -19,28 +19,32 @@ class ReportOptions:
     """The proof of concept, the user's figures, and the file to write."""
 
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The HTML file. Default: memfit-ID.LANG.html here.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="HTML file to write. Default: memfit-ID.LANG.html in the current folder."
+        ),
     ] = None
     poc: Annotated[
-        str | None, typer.Option(metavar="ID", help="Which proof of concept. Default: the last.")
+        str | None, typer.Option(metavar="ID", help="ID of the proof of concept. Default: the last one.")
     ] = None
     case: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="Your figures, as of `memfit decide`.")
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Case file with your figures, as for `memfit decide`."),
     ] = None
 
 
 def report(own: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
     """Write the HTML report of a recorded proof of concept."""
-    words = language(lang.lang)
+    language_code = language(lang.lang)
     path = writable(own.out) if own.out is not None else None
     quiet_libraries()
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
-    written = proof_of_concept.report(
-        Store(store.store), poc_id=own.poc, case=own.case, path=path, lang=words
+    report_path = proof_of_concept.report(
+        Store(store.store), poc_id=own.poc, case=own.case, path=path, lang=language_code
     )
     if output.json:
-        emit({"report": str(written)})
+        emit({"report": str(report_path)})
     else:
-        print(written)
+        print(report_path)

@@ -44,9 +44,9 @@ def request(
     count = machine.device_count
     if ranks > 1 and machine.device.kind != "cpu" and ranks != count:
         raise UserError(
-            f"--nproc {ranks} on {machine.name}, which is {count} device{'s' * (count > 1)}",
-            allowed="a process for each device",
-            hint=f"--on says how many: {ranks}x{machine.device.name}",
+            f"--nproc {ranks} on {machine.name}, which has {count} device{'s' * (count > 1)}",
+            allowed="one process per device",
+            hint=f"--on sets the number of devices: {ranks}x{machine.device.name}",
         )
     warn_of_shadowed_modules(job.spec)
     quiet_libraries()
@@ -85,10 +85,10 @@ def begin_answer(asked: memfit.planner.single_device.Request, *, lang: str, quie
     from memfit.jobs.registry import load
     from memfit.planner.workload import workload_of
 
-    found = workload_of(load(asked.job), asked.machine.name)
+    workload = workload_of(load(asked.job), asked.machine.name)
     if not quiet:
-        print_workload(found, lang)
-    return found
+        print_workload(workload, lang)
+    return workload
 
 
 def print_workload(workload: Workload, lang: str) -> None:
@@ -191,7 +191,7 @@ def writable(path: Path, *, overwrite: bool = True) -> Path:
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint="give a file name")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}", hint="make it first")
+        raise UserError(f"{path}: there is no folder {path.parent}", hint="create it first")
     if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already", hint="--force overwrites it")
+        raise UserError(f"{path} already exists", hint="--force overwrites it")
     return path

@@ -39,23 +39,37 @@ class ScaleOptions:
     """The record, the limits of the gates, and the machines of the next stages."""
 
     record: Annotated[
-        str | None, typer.Argument(metavar="[RECORD]", help="A record's file or ID. Default: the last.")
+        str | None,
+        typer.Argument(
+            metavar="[RECORD]", help="File or ID of a record. Default: the last proof of concept."
+        ),
     ] = None
     gates: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="Your limits; `--json` shows all of them.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml", help="File with your own limits of the gates; `--json` shows all limits."
+        ),
     ] = None
     pilot: Annotated[
-        str | None, typer.Option(metavar="MACHINE", help="Where the pilot would run, as of --on.")
+        str | None,
+        typer.Option(metavar="MACHINE", help="Machine for the pilot, as in --on of `memfit plan`."),
     ] = None
-    full: Annotated[str | None, typer.Option(metavar="MACHINE", help="Where the full size would.")] = None
+    full: Annotated[
+        str | None,
+        typer.Option(metavar="MACHINE", help="Machine for the full size, as in --on of `memfit plan`."),
+    ] = None
     size: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The job's size there. Default: paper, if it has that."),
+        typer.Option(
+            metavar="NAME", help="Size of the job in these stages. Default: paper, if the job has that size."
+        ),
     ] = None
     job: Annotated[
         str | None,
         typer.Option(
-            metavar="JOB", help="What to predict there. Default: the record's, if that is built in."
+            metavar="JOB",
+            help="Job to predict in these stages. Default: the job of the record; a record from others must "
+            "be of a built-in job.",
         ),
     ] = None
 
@@ -80,44 +94,51 @@ def scale(
     from memfit.decision import rollout_gates
 
     limits = rollout_gates.read(own.gates) if own.gates is not None else rollout_gates.Gates()
-    found = found_record(own.record, store.store)
+    record_found = found_record(own.record, store.store)
     if effort.attended_minutes is not None:
-        found = _attended(found, effort.attended_minutes, store)
-    record = found.record
-    held = rollout_gates.evaluate(record, limits)
-    failed = [gate for gate in held if not gate.holds]
+        record_found = _attended(record_found, effort.attended_minutes, store)
+    record = record_found.record
+    gate_results = rollout_gates.evaluate(record, limits)
+    failed = [gate for gate in gate_results if not gate.holds]
     stages: dict[str, Any] = {}
     if not failed and machines:
-        job, plans = _job(own.job or _spec(found, store), own.size), []
+        job, plans = _job(own.job or _spec(record_found, store), own.size), []
         for name, on in machines.items():
-            stages[name], planned = _stage(job, on, goal, here)
-            plans.append(planned)
-        if not found.taken_from:
+            stages[name], planning = _stage(job, on, goal, here)
+            plans.append(planning)
+        if not record_found.taken_from:
             _keep(record.poc_id, plans, store)
-    made = None if found.taken_from else _decision(record.poc_id, stages, own.gates, store)
+    decision = None if record_found.taken_from else _decision(record.poc_id, stages, own.gates, store)
     if output.json:
-        stages = stages if made is None or failed else _with_money(stages, made[1])
-        told = {"gates": [g.model_dump() for g in held], "limits": limits.model_dump(), "stages": stages}
-        emit({"poc_id": record.poc_id, "taken_from": found.taken_from, "holds": not failed, **told})
+        stages = stages if decision is None or failed else _with_money(stages, decision[1])
+        details = {
+            "gates": [g.model_dump() for g in gate_results],
+            "limits": limits.model_dump(),
+            "stages": stages,
+        }
+        emit({"poc_id": record.poc_id, "taken_from": record_found.taken_from, "holds": not failed, **details})
     else:
-        _print(found, held, stages, made, lang)
+        _print(record_found, gate_results, stages, decision, lang)
     if failed:
         raise typer.Exit(1)
 
 
-def _attended(found: RecordFound, minutes: float, store: StoreOptions) -> RecordFound:
+def _attended(record_found: RecordFound, minutes: float, store: StoreOptions) -> RecordFound:
     """Store the minutes and return the updated record. Raises UserError for a record from others."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
-    poc_id = found.record.poc_id
-    if found.taken_from:
-        raise UserError(f"--attended-minutes for {poc_id}, which was not measured here: {found.taken_from}")
+    poc_id = record_found.record.poc_id
+    if record_found.taken_from:
+        raise UserError(
+            f"--attended-minutes cannot be set for {poc_id}, which was not measured here but taken from "
+            f"{record_found.taken_from}"
+        )
     proof_of_concept.attended(Store(store.store), poc_id, minutes)
     return found_record(poc_id, store.store)
 
 
-def _spec(found: RecordFound, store: StoreOptions) -> str:
+def _spec(record_found: RecordFound, store: StoreOptions) -> str:
     """Return the spec of the record's job. For our own records it includes the file of a user's job, which a
     name does not identify. Raises UserError if a record from others is not of a built-in job: predicting the
     job would run its file."""
@@ -125,15 +146,16 @@ def _spec(found: RecordFound, store: StoreOptions) -> str:
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
-    record = found.record
-    if not found.taken_from:
+    record = record_found.record
+    if not record_found.taken_from:
         return proof_of_concept.stored_poc(Store(store.store), record.poc_id).runs[0].spec.job.spec
     if record.model.job in names():
         return record.model.job
     raise UserError(
-        f"the record of {found.taken_from} is of the job {record.model.job!r}; what others name is not run",
+        f"the record of {record_found.taken_from} is of the job {record.model.job!r}, which is not built in; "
+        "memfit does not run files that others name",
         allowed=", ".join(names()),
-        hint="--job FILE.py:NAME says which of your jobs it is",
+        hint="name your own job with --job FILE.py:NAME",
     )
 
 
@@ -150,16 +172,16 @@ def _stage(
     from memfit.planner import single_device
     from memfit.types.units import format_bytes
 
-    asked = request(job, goal, here, on)
+    job_request = request(job, goal, here, on)
     with Bars("en") as progress:
-        planned = single_device.search(asked, progress)
-    found = planned.result.recommended
-    assert found is not None, "search raises NothingFits otherwise"
-    estimate = found.estimate
+        planning = single_device.search(job_request, progress)
+    choice = planning.result.recommended
+    assert choice is not None, "search raises NothingFits otherwise"
+    estimate = choice.estimate
     memory = estimate.device_bytes or estimate.allocated_bytes
-    told = {
-        "machine": asked.machine.name,
-        "size": planned.job.size,
+    stage = {
+        "machine": job_request.machine.name,
+        "size": planning.job.size,
         "plan": estimate.plan.to_dict(),
         "label": estimate.plan.label,
         "memory_bytes": dataclasses.asdict(memory),
@@ -174,30 +196,32 @@ def _stage(
         ],
         "way_back": "the stage before, with its plan and checkpoints (`memfit run --save`, `--resume`)",
     }
-    return told, planned
+    return stage, planning
 
 
-def _keep(poc_id: str, found: list[memfit.planner.single_device.Planning], store: StoreOptions) -> None:
+def _keep(poc_id: str, plannings: list[memfit.planner.single_device.Planning], store: StoreOptions) -> None:
     """Store the stages' predictions for the decision. If the PoC predicted another size, also predict and
     store the catalog's machines at this size. All are predicted before the first is stored."""
     from memfit.planner.single_device import is_long
     from memfit.store import Store
     from memfit.workflows import proof_of_concept, reference_machines
 
-    kept = Store(store.store)
-    if not found:
+    records = Store(store.store)
+    if not plannings:
         return
-    poc, first = proof_of_concept.stored_poc(kept, poc_id), found[0]
+    poc, base_planning = proof_of_concept.stored_poc(records, poc_id), plannings[0]
     offers: list[memfit.types.result.Offer] = []
-    told = (*poc.offers, *proof_of_concept.offers_of(kept, poc_id))
-    known = {o.machine for o in told if o.size == first.job.size} >= set(reference_machines.priced())
-    slow = first.pricer.space.ranks == 1 and is_long(first.pricer)
-    if not known and not slow and poc.search.recommended is not None:
+    stored_offers = (*poc.offers, *proof_of_concept.offers_of(records, poc_id))
+    priced_already = {o.machine for o in stored_offers if o.size == base_planning.job.size} >= set(
+        reference_machines.priced()
+    )
+    slow = base_planning.pricer.space.ranks == 1 and is_long(base_planning.pricer)
+    if not priced_already and not slow and poc.search.recommended is not None:
         with Bars("en") as progress:
-            offers += reference_machines.offers(first, poc.search.recommended.estimate.plan, progress)
-    offers += [offer for planned in found for offer in reference_machines.stage_offers(planned)]
+            offers += reference_machines.offers(base_planning, poc.search.recommended.estimate.plan, progress)
+    offers += [offer for planning in plannings for offer in reference_machines.stage_offers(planning)]
     for offer in offers:
-        kept.append(poc_id, proof_of_concept.OFFER, offer)
+        records.append(poc_id, proof_of_concept.OFFER, offer)
 
 
 def _decision(
@@ -208,17 +232,17 @@ def _decision(
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
-    kept = Store(store.store)
+    records = Store(store.store)
     for name, stage in stages.items():
-        kept.append(poc_id, proof_of_concept.STAGE, {"name": name, "machine": stage["machine"]})
+        records.append(poc_id, proof_of_concept.STAGE, {"name": name, "machine": stage["machine"]})
     text = gates.read_text(encoding="utf-8") if gates is not None else ""
-    kept.append(poc_id, proof_of_concept.GATES, {"text": text})  # the report shows the gate checked last
-    return proof_of_concept.decide(kept, poc_id=poc_id, case=None)
+    records.append(poc_id, proof_of_concept.GATES, {"text": text})  # the report shows the gate checked last
+    return proof_of_concept.decide(records, poc_id=poc_id, case=None)
 
 
-def _with_money(stages: dict[str, Any], made: memfit.types.decision.Decision) -> dict[str, Any]:
+def _with_money(stages: dict[str, Any], decision: memfit.types.decision.Decision) -> dict[str, Any]:
     """Return every stage as in the report, with the current predictions added."""
-    of_record = (
+    record_keys = (
         "state",
         "machine",
         "plan",
@@ -230,52 +254,57 @@ def _with_money(stages: dict[str, Any], made: memfit.types.decision.Decision) ->
         "most",
         "unpaid",
     )
-    found = {}
-    for stage in made.stages:
-        known = dataclasses.asdict(stage)
-        told = {"currency": made.currency, **{name: known[name] for name in of_record}}
-        found[stage.name] = told | stages.get(stage.name, {})
-    return found
+    stage_views = {}
+    for stage in decision.stages:
+        stage_values = dataclasses.asdict(stage)
+        view = {"currency": decision.currency, **{name: stage_values[name] for name in record_keys}}
+        stage_views[stage.name] = view | stages.get(stage.name, {})
+    return stage_views
 
 
 def _print(
-    found: RecordFound,
-    held: tuple[memfit.decision.rollout_gates.Gate, ...],
+    record_found: RecordFound,
+    gate_results: tuple[memfit.decision.rollout_gates.Gate, ...],
     stages: dict[str, Any],
-    made: tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None,
+    decision: tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None,
     lang: str,
 ) -> None:
     from memfit.report.decision_terminal import print_gate_end, print_gates, print_stages
     from memfit.report.words import load_words
 
-    out, words, model = console(), load_words(lang), found.record.model
-    out.print(one_line(f"PoC {found.record.poc_id}: {model.job} {model.size}"), markup=False)
-    if found.taken_from:
-        told = words.get("scale.taken", source=found.taken_from)
-        out.print(one_line(told), markup=False, style="yellow")
-    print_gates([g.words for g in held], console=out, lang=lang)
-    if made is not None and all(g.holds for g in held):
-        print_stages(*made, console=out, lang=lang)
-    elif made is None:
-        _print_plain(stages, out, words)
-    print_gate_end([g.words for g in held], predicted=bool(stages), console=out, lang=lang)
-    unknown = [g.name for g in held if g.name == "effort: attended minutes" and g.found is None]
-    if unknown and not found.taken_from:
-        out.print(words.get("scale.ask_attended"), markup=False)
+    output, words, model = console(), load_words(lang), record_found.record.model
+    output.print(one_line(f"PoC {record_found.record.poc_id}: {model.job} {model.size}"), markup=False)
+    if record_found.taken_from:
+        notice = words.get("scale.taken", source=record_found.taken_from)
+        output.print(one_line(notice), markup=False, style="yellow")
+    print_gates([g.words for g in gate_results], console=output, lang=lang)
+    if decision is not None and all(g.holds for g in gate_results):
+        print_stages(*decision, console=output, lang=lang)
+    elif decision is None:
+        _print_plain(stages, output, words)
+    print_gate_end([g.words for g in gate_results], predicted=bool(stages), console=output, lang=lang)
+    unmeasured = [g.name for g in gate_results if g.name == "effort: attended minutes" and g.found is None]
+    if unmeasured and not record_found.taken_from:
+        output.print(words.get("scale.ask_attended"), markup=False)
 
 
-def _print_plain(stages: dict[str, Any], out: rich.console.Console, words: memfit.report.words.Words) -> None:
+def _print_plain(
+    stages: dict[str, Any], output: rich.console.Console, words: memfit.report.words.Words
+) -> None:
     """Print the predictions for a record from others, without costs."""
     from memfit.types.units import format_bytes
 
     for name, stage in stages.items():
         memory, step = stage["memory_bytes"], stage["step_s"]
-        told = {"memory": format_bytes(memory["high"]), "step": f"{step['high']:.3g} s" if step else ""}
-        stop = words.get("stages.stop_numbers", **told) if step else words.get("stages.stop_text")
+        limits = {"memory": format_bytes(memory["high"]), "step": f"{step['high']:.3g} s" if step else ""}
+        stop = words.get("stages.stop_numbers", **limits) if step else words.get("stages.stop_text")
         lines = [("machine", f"{stage['machine']}, {stage['size']}: {stage['label']}")]
-        lines += [("memory", " – ".join(format_bytes(memory[end]) for end in ("low", "high")))]
+        lines += [("memory", " – ".join(format_bytes(memory[bound]) for bound in ("low", "high")))]
         lines += [("step", f"{step['low']:.3g} – {step['high']:.3g} s")] if step else []
-        lines += [("stop", stop), *((end, words.get(f"stages.{end}_text")) for end in ("back", "watch"))]
-        out.print(words.get(f"stages.{name}"), style="bold", markup=False)
+        lines += [
+            ("stop", stop),
+            *((bound, words.get(f"stages.{bound}_text")) for bound in ("back", "watch")),
+        ]
+        output.print(words.get(f"stages.{name}"), style="bold", markup=False)
         for key, text in lines:
-            out.print(f"  {words.get(f'stages.{key}')}: {text}", markup=False)
+            output.print(f"  {words.get(f'stages.{key}')}: {text}", markup=False)

@@ -43,8 +43,8 @@ def row(technique: memfit.techniques.base.Technique) -> tuple[str, ...]:
     """Return the technique's row of the table."""
     missing = technique.missing
     needs = [f"needs {p}{', which is missing' if p in missing else ''}" for p in technique.needs]
-    about = "; ".join([*map(_knob, technique.knobs), *needs])
-    return technique.name, technique.effect.label, "\n".join(filter(None, (technique.summary, about)))
+    details = "; ".join([*map(_knob, technique.knobs), *needs])
+    return technique.name, technique.effect.label, "\n".join(filter(None, (technique.summary, details)))
 
 
 def _knob(knob: memfit.techniques.base.Knob) -> str:

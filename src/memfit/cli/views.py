@@ -21,8 +21,8 @@ def plan_view(plan: Plan) -> View:
 
 def estimate_view(estimate: Estimate) -> View:
     """Return the estimate, with its plan as technique -> settings."""
-    more = {**plan_view(estimate.plan), "not_included": list(NOT_INCLUDED)}
-    return serialization.to_plain(estimate) | more  # type: ignore[no-any-return]
+    additional = {**plan_view(estimate.plan), "not_included": list(NOT_INCLUDED)}
+    return serialization.to_plain(estimate) | additional  # type: ignore[no-any-return]
 
 
 def choice_view(choice: Choice) -> View:
@@ -42,9 +42,9 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
     """Return the result of a search. ``recommended`` is null if nothing fits; then ``smallest`` is the plan
     that needs the least memory. ``correction``: how measured runs correct step times, or null if there are
     none."""
-    known = correction is not None and correction.corrected_by
+    corrected = correction is not None and correction.corrected_by
     return {
-        "correction": correction_view(correction) if correction is not None and known else None,
+        "correction": correction_view(correction) if correction is not None and corrected else None,
         "recommended": choice_view(result.recommended) if result.recommended else None,
         "frontier": [choice_view(c) for c in result.frontier],
         "baseline": choice_view(result.baseline),
@@ -85,7 +85,7 @@ def step_s(measurement: Measurement) -> float | None:
 
 def run_view(run: Run) -> View:
     """Return a run with its prediction and measurement."""
-    spec, seen = run.spec, run.measurement
+    spec, measurement = run.spec, run.measurement
     return {
         "name": spec.name,
         "role": spec.role,
@@ -95,23 +95,23 @@ def run_view(run: Run) -> View:
         "seed": spec.seed,
         "steps": spec.steps,
         "keep": serialization.to_plain(spec.keep),
-        "outcome": seen.outcome.value,
-        "reason": seen.reason,
+        "outcome": measurement.outcome.value,
+        "reason": measurement.reason,
         "predicted_peak_bytes": run.predicted_peak_bytes,
-        "measured_peak_bytes": seen.peak_bytes,
-        "peak_source": seen.peak_source,
+        "measured_peak_bytes": measurement.peak_bytes,
+        "peak_source": measurement.peak_source,
         "predicted_phase_peak_bytes": dict(run.predicted_phase_peak_bytes),
-        "phase_peak_bytes": dict(seen.phase_peak_bytes),
+        "phase_peak_bytes": dict(measurement.phase_peak_bytes),
         "predicted_step_s": run.predicted_step_s,
-        "step_s": step_s(seen),
-        "losses": list(seen.losses),
-        "grad_norms": list(seen.grad_norms),
-        "metric": seen.metric,
-        "limit_kind": seen.limit_kind,
-        "overhead_ratio": seen.overhead_ratio,
-        "energy_j": seen.energy_j,
-        "energy_boundary": seen.energy_boundary,
-        "wall_s": seen.wall_s,
+        "step_s": step_s(measurement),
+        "losses": list(measurement.losses),
+        "grad_norms": list(measurement.grad_norms),
+        "metric": measurement.metric,
+        "limit_kind": measurement.limit_kind,
+        "overhead_ratio": measurement.overhead_ratio,
+        "energy_j": measurement.energy_j,
+        "energy_boundary": measurement.energy_boundary,
+        "wall_s": measurement.wall_s,
     }
 
 

@@ -70,8 +70,8 @@ class Graph:
         push = hooks._push_saved_tensors_default_hooks
         self._patches: list[Any] = [mock.patch.object(torch.autograd, "backward", backward)]
         if self._weighs:
-            weighed = functools.partial(self._push, push)
-            self._patches += [mock.patch.object(hooks, "_push_saved_tensors_default_hooks", weighed)]
+            measuring_push = functools.partial(self._push, push)
+            self._patches += [mock.patch.object(hooks, "_push_saved_tensors_default_hooks", measuring_push)]
         for patch in self._patches:
             patch.start()
         return self
@@ -86,10 +86,10 @@ class Graph:
         def weighed(tensor: torch.Tensor) -> Any:
             packed, storage = pack(tensor), tensor.untyped_storage()
             key = (storage._cdata, tensor._version, tensor.storage_offset(), tensor.numel(), tensor.dtype)
-            before = self._known.get(key)
-            again = before is not None and not before.expired()
+            previous = self._known.get(key)
+            repeated = previous is not None and not previous.expired()
             self._known[key] = StorageWeakRef(storage)
-            self._sizes[id(packed)] = 0 if again else tensor.numel() * tensor.element_size()
+            self._sizes[id(packed)] = 0 if repeated else tensor.numel() * tensor.element_size()
             return packed
 
         push(weighed, unpack)
@@ -97,49 +97,51 @@ class Graph:
     def _look(self, roots: list[Any]) -> None:
         tensors = [r for r in roots if isinstance(r, torch.Tensor)]
         self.device = tensors[0].device.type if tensors else self.device
-        own = (getattr(t, "_local_tensor", t).detach() for t in tensors)
-        self.ends += [float(t.sum(dtype=torch.float64)) for t in own if not t.is_meta]
+        local_tensors = (getattr(t, "_local_tensor", t).detach() for t in tensors)
+        self.ends += [float(t.sum(dtype=torch.float64)) for t in local_tensors if not t.is_meta]
         model = self._model()
-        resident = {t.untyped_storage()._cdata for t in _resident(model)} if model is not None else set[int]()
-        seen = set[Any]()
+        resident_ids = (
+            {t.untyped_storage()._cdata for t in _resident(model)} if model is not None else set[int]()
+        )
+        storage_keys = set[Any]()
         for node in _nodes(t.grad_fn for t in tensors):
-            fused = node.name() == "CompiledFunctionBackward"
-            for after, _ in node.next_functions:
-                if (leaf := getattr(after, "variable", None)) is not None:
-                    (self.compiled if fused else self.eager).add(id(leaf))
+            is_compiled = node.name() == "CompiledFunctionBackward"
+            for next_node, _ in node.next_functions:
+                if (leaf := getattr(next_node, "variable", None)) is not None:
+                    (self.compiled if is_compiled else self.eager).add(id(leaf))
             for raw in _raw(node):
-                self._one(raw, resident, seen)
+                self._one(raw, resident_ids, storage_keys)
 
-    def _one(self, raw: Any, resident: set[int], seen: set[Any]) -> None:
+    def _one(self, raw: Any, resident_ids: set[int], storage_keys: set[Any]) -> None:
         try:
-            kept = raw.data
+            saved_value = raw.data
         except RuntimeError:  # freed
             return
         except AttributeError:  # torch 2.5 does not expose saved tensors
             self.unread += 1
             return
-        if type(kept).__module__ == "torch.utils.checkpoint" or kept is None:
+        if type(saved_value).__module__ == "torch.utils.checkpoint" or saved_value is None:
             return
-        tensors = list(_tensors(kept))
-        if not isinstance(kept, torch.Tensor):
+        tensors = list(_tensors(saved_value))
+        if not isinstance(saved_value, torch.Tensor):
             self.packed += 1
-        near = [getattr(t, "_local_tensor", t) for t in tensors if t.device.type == self.device]
-        if not near:
+        device_tensors = [getattr(t, "_local_tensor", t) for t in tensors if t.device.type == self.device]
+        if not device_tensors:
             self.away += 1
-            self.unsized += id(kept) not in self._sizes
-            self.away_bytes += self._sizes.get(id(kept), 0)
-        for local in near:
-            if local.untyped_storage()._cdata not in resident:
-                self._near(local, seen)
+            self.unsized += id(saved_value) not in self._sizes
+            self.away_bytes += self._sizes.get(id(saved_value), 0)
+        for local in device_tensors:
+            if local.untyped_storage()._cdata not in resident_ids:
+                self._near(local, storage_keys)
 
-    def _near(self, local: torch.Tensor, seen: set[Any]) -> None:
+    def _near(self, local: torch.Tensor, storage_keys: set[Any]) -> None:
         if local.dim() > 1:
             width = int(local.shape[-1])
             self.rows[width] = max(self.rows.get(width, 0), local.numel() // max(width, 1))
         storage = local.untyped_storage()
-        for sizes, told in ((self.here, True), (self.stuck, local.is_contiguous())):
-            if told and (key := (storage._cdata, sizes is self.here)) not in seen:
-                seen.add(key)
+        for sizes, applies in ((self.here, True), (self.stuck, local.is_contiguous())):
+            if applies and (key := (storage._cdata, sizes is self.here)) not in storage_keys:
+                storage_keys.add(key)
                 sizes.append(storage.nbytes())
 
 
@@ -152,30 +154,30 @@ def _resident(model: nn.Module) -> Iterator[torch.Tensor]:
 
 def gathered(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
     """Yield (parameter that layers compute with, shard it is gathered from) for fsdp2."""
-    for one in fsdp_params(model):
-        if (whole := getattr(one, "_unsharded_param", None)) is not None:
-            yield whole, one.sharded_param
+    for fsdp_param in fsdp_params(model):
+        if (full_param := getattr(fsdp_param, "_unsharded_param", None)) is not None:
+            yield full_param, fsdp_param.sharded_param
 
 
 def _nodes(roots: Iterable[Any]) -> Iterator[Any]:
-    waiting, seen = [r for r in roots if r is not None], set[Any]()
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
+    pending, visited = [r for r in roots if r is not None], set[Any]()
+    while pending:
+        node = pending.pop()
+        if node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         yield node
-        waiting += [after for after, _ in node.next_functions if after is not None]
+        pending += [next_node for next_node, _ in node.next_functions if next_node is not None]
 
 
 def _raw(node: Any) -> Iterator[Any]:
     for name in dir(node):
         if name.startswith("_raw_saved_"):
             try:
-                found = getattr(node, name)
+                value = getattr(node, name)
             except RuntimeError:  # freed
                 continue
-            yield from found if isinstance(found, tuple | list) else [found]
+            yield from value if isinstance(value, tuple | list) else [value]
 
 
 def _tensors(packed: Any, depth: int = _DEEP) -> Iterator[torch.Tensor]:

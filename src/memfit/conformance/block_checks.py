@@ -24,50 +24,57 @@ _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}
 def parameter_dtypes(step: Observation) -> None:
     """Check the dtypes of the parameters."""
     zero, plan = step.plan.get("zero"), step.plan
-    low = plan.get("bf16-parameters") or (zero is not None and zero.settings["precision"] == "bf16")
+    is_bf16 = plan.get("bf16-parameters") or (zero is not None and zero.settings["precision"] == "bf16")
     if plan.get("qlora") is not None:
         return
     feature = "bf16-parameters" if plan.get("bf16-parameters") else "parameter dtype"
-    wanted = torch.bfloat16 if low else torch.float32
-    apart = {p for m in step.islands for p in m.parameters(recurse=False)}
-    inside = {p for b in step.blocks for p in b.parameters()} if low else set[nn.Parameter]()
-    others = (p for p in inside or step.trainable() if p not in apart)
-    counted = [p for p in others if p.is_floating_point() and p.dtype != torch.float64]
-    found = {p.dtype for p in counted}
-    text = _listed(found)
-    if low:
-        wide = sum(whole(p) for p in counted if p.dtype != wanted)
-        step.differs(feature, str(wanted), text, wrong=wide > _OWN_WIDE_RATIO * sum(map(whole, counted)))
-    elif torch.bfloat16 in found or torch.float16 in found:
-        own = None if step.own is None else step.own.dtypes
-        wrong = bool(_beside(step, feature, text, found - {wanted}, own))
-        step.differs(feature, str(wanted), text, wrong=wrong)
+    planned_dtype = torch.bfloat16 if is_bf16 else torch.float32
+    island_params = {p for m in step.islands for p in m.parameters(recurse=False)}
+    block_params = {p for b in step.blocks for p in b.parameters()} if is_bf16 else set[nn.Parameter]()
+    params = (p for p in block_params or step.trainable() if p not in island_params)
+    float_params = [p for p in params if p.is_floating_point() and p.dtype != torch.float64]
+    dtypes = {p.dtype for p in float_params}
+    text = _listed(dtypes)
+    if is_bf16:
+        wide_elements = sum(whole(p) for p in float_params if p.dtype != planned_dtype)
+        step.differs(
+            feature,
+            str(planned_dtype),
+            text,
+            wrong=wide_elements > _OWN_WIDE_RATIO * sum(map(whole, float_params)),
+        )
+    elif torch.bfloat16 in dtypes or torch.float16 in dtypes:
+        own_dtypes = None if step.own is None else step.own.dtypes
+        wrong = bool(_beside(step, feature, text, dtypes - {planned_dtype}, own_dtypes))
+        step.differs(feature, str(planned_dtype), text, wrong=wrong)
 
 
 def recomputation(step: Observation) -> None:
     """Check which blocks run again in backward."""
-    used, ran = step.plan.get("activation-checkpointing"), set(step.heard.ran)
-    used = used or step.plan.get("selective-checkpointing")
-    if not ran:
-        if used is not None:
-            step.unseen(f"{used.technique}: no repeated blocks were seen running")
+    use, run_blocks = step.plan.get("activation-checkpointing"), set(step.heard.ran)
+    use = use or step.plan.get("selective-checkpointing")
+    if not run_blocks:
+        if use is not None:
+            step.unseen(f"{use.technique}: no repeated blocks were observed running")
         return
-    wanted = set[int]()
-    if used is not None:
-        wanted = {i for i in ran if i % int(used.settings.get("every", 1)) == 0}
-    feature = used.technique if used is not None else "activation-checkpointing"
-    found = step.heard.recomputed()
+    planned_blocks = set[int]()
+    if use is not None:
+        planned_blocks = {i for i in run_blocks if i % int(use.settings.get("every", 1)) == 0}
+    feature = use.technique if use is not None else "activation-checkpointing"
+    recomputed_blocks = step.heard.recomputed()
     if step.plan.get("chunking") is not None:
-        found &= wanted  # slices of the other blocks run again
-    planned, text = (_listed(sorted(s)) for s in (wanted, found))
-    own = _own_step(step, None) if found - wanted else None
-    again = None if own is None else own.recomputed()
-    beside = _beside(step, feature, f"that blocks {text} run again", found - wanted, again)
-    due = wanted & step.heard.passed  # nothing is recomputed if no gradient passes through
-    if used is not None and not due:
-        step.unseen(f"{feature}: no gradient goes through the blocks that would run again")
-    wrong = bool(due - found or beside)
-    step.differs(feature, f"blocks {planned} run again in backward", text, wrong=wrong)
+        recomputed_blocks &= planned_blocks  # slices of the other blocks run again
+    planned_text, text = (_listed(sorted(s)) for s in (planned_blocks, recomputed_blocks))
+    own_step = _own_step(step, None) if recomputed_blocks - planned_blocks else None
+    own_blocks = None if own_step is None else own_step.recomputed()
+    extra_blocks = _beside(
+        step, feature, f"blocks {text} run again", recomputed_blocks - planned_blocks, own_blocks
+    )
+    due_blocks = planned_blocks & step.heard.passed  # nothing is recomputed if no gradient passes through
+    if use is not None and not due_blocks:
+        step.unseen(f"{feature}: no gradient passes through the blocks that would run again")
+    wrong = bool(due_blocks - recomputed_blocks or extra_blocks)
+    step.differs(feature, f"blocks {planned_text} run again in backward", text, wrong=wrong)
 
 
 def autocast(step: Observation) -> None:
@@ -75,57 +82,69 @@ def autocast(step: Observation) -> None:
     feature = next((n for n in _AUTOCAST if step.plan.get(n)), "bf16-autocast")
     if not step.heard.autocast:
         if step.plan.get(feature):
-            step.unseen(f"{feature}: no layers of repeated blocks were heard")
+            step.unseen(f"{feature}: no layers of repeated blocks were observed")
         return
-    found = {kind for _, kind in step.heard.autocast}
-    text = _listed(found)
+    kinds = {kind for _, kind in step.heard.autocast}
+    text = _listed(kinds)
     if step.plan.get(feature) is not None:
         step.differs(feature, str(_AUTOCAST[feature]), text, wrong=_outside(step, feature))
         return
-    own = _own_step(step, None) if found - {"off"} else None
-    kinds = None if own is None else {kind for _, kind in own.autocast}
-    step.differs(feature, "off", text, wrong=bool(_beside(step, feature, text, found - {"off"}, kinds)))
+    own_step = _own_step(step, None) if kinds - {"off"} else None
+    own_kinds = None if own_step is None else {kind for _, kind in own_step.autocast}
+    step.differs(feature, "off", text, wrong=bool(_beside(step, feature, text, kinds - {"off"}, own_kinds)))
 
 
 def _outside(step: Observation, feature: str) -> bool:
     """Return whether blocks run outside autocast although the model itself does not cause this."""
-    wanted = _AUTOCAST[feature]
+    planned_dtype = _AUTOCAST[feature]
     blocks = {index for index, _ in step.heard.autocast}
-    outside = blocks - step.heard.narrow(str(wanted))
-    own = _own_step(step, wanted) if outside else None
-    if own is not None:
-        return bool(outside & own.narrow(str(wanted)))
-    few = 2 * len(outside) <= len(blocks)
-    if outside and few:
-        step.unseen(f"{feature}: whether the model itself leaves blocks {_listed(sorted(outside))} out")
-    return not few
+    outside_blocks = blocks - step.heard.narrow(str(planned_dtype))
+    own_step = _own_step(step, planned_dtype) if outside_blocks else None
+    if own_step is not None:
+        return bool(outside_blocks & own_step.narrow(str(planned_dtype)))
+    is_minority = 2 * len(outside_blocks) <= len(blocks)
+    if outside_blocks and is_minority:
+        step.unseen(
+            f"{feature}: blocks {_listed(sorted(outside_blocks))} run outside autocast; "
+            "whether the model itself causes this is unknown"
+        )
+    return not is_minority
 
 
 def fsdp2_precision(step: Observation) -> None:
     """Check the dtype in which FSDP2's layers compute."""
-    fsdp, computed = step.plan.get("fsdp2"), step.heard.computed
-    if fsdp is None or not computed:
+    fsdp, elements_by_dtype = step.plan.get("fsdp2"), step.heard.computed
+    if fsdp is None or not elements_by_dtype:
         return
-    low = fsdp.settings["precision"] == "bf16"
-    held = {p.dtype for block in step.blocks for p in block.parameters() if p.is_floating_point()}
-    wide = sum(n for d, n in computed.items() if d != torch.bfloat16)
-    planned = {torch.bfloat16} if low else held
-    wrong = wide > _OWN_WIDE_RATIO * sum(computed.values()) if low else planned != set(computed)
-    step.differs("fsdp2: precision", f"layers in {_listed(planned)}", _listed(computed), wrong=wrong)
+    is_bf16 = fsdp.settings["precision"] == "bf16"
+    param_dtypes = {p.dtype for block in step.blocks for p in block.parameters() if p.is_floating_point()}
+    wide_elements = sum(n for d, n in elements_by_dtype.items() if d != torch.bfloat16)
+    planned_dtypes = {torch.bfloat16} if is_bf16 else param_dtypes
+    wrong = (
+        wide_elements > _OWN_WIDE_RATIO * sum(elements_by_dtype.values())
+        if is_bf16
+        else planned_dtypes != set(elements_by_dtype)
+    )
+    step.differs(
+        "fsdp2: precision", f"layers in {_listed(planned_dtypes)}", _listed(elements_by_dtype), wrong=wrong
+    )
 
 
-def _own_step(step: Observation, narrow: torch.dtype | None) -> Heard | None:
-    return None if step.own is None else step.own.step(narrow)
+def _own_step(step: Observation, dtype: torch.dtype | None) -> Heard | None:
+    return None if step.own is None else step.own.step(dtype)
 
 
 def _beside(
-    step: Observation, feature: str, text: str, found: set[_T], own: Collection[_T] | None
+    step: Observation, feature: str, text: str, effects: set[_T], own_effects: Collection[_T] | None
 ) -> set[_T]:
-    """Return the part of ``found`` that the model does not cause by itself."""
-    if own is not None:
-        return found - set(own)
-    if found:
-        step.unseen(f"{feature}: {text}, which the plan does not say: whether the model does so by itself")
+    """Return the part of ``effects`` that the model does not cause by itself."""
+    if own_effects is not None:
+        return effects - set(own_effects)
+    if effects:
+        step.unseen(
+            f"{feature}: {text}, which the plan does not request; "
+            "whether the model itself causes this is unknown"
+        )
     return set()
 
 

@@ -21,35 +21,41 @@ def clipped(step: Observation) -> None:
         return
     if not any(from_all(bool(step.clipping.squares))):
         if step.clip:
-            step.unseen(f"{FEATURE}: no update of a torch optimizer was seen")
+            step.unseen(f"{FEATURE}: no update of a torch optimizer was observed")
         return
-    whole = not any(u.technique in _SEVERAL for u in step.plan.uses)
-    norm = step.clipping.norm() if whole else step.clipping.largest()
+    knows_whole = not any(u.technique in _SEVERAL for u in step.plan.uses)
+    norm = step.clipping.norm() if knows_whole else step.clipping.largest()
     if step.clip:
-        _limited(step, norm, whole=whole)
+        _limited(step, norm, whole=knows_whole)
     else:
-        _never(step, norm, whole=whole)
+        _never(step, norm, whole=knows_whole)
 
 
 def _limited(step: Observation, norm: float, *, whole: bool) -> None:
     limit = step.clip or 0.0
-    least = "" if whole else "at least "
-    called = any(from_all(any(math.isclose(n, limit) for n in step.clipping.limits)))
+    prefix = "" if whole else "at least "
+    clipping_called = any(from_all(any(math.isclose(n, limit) for n in step.clipping.limits)))
     too_large = norm > limit * (1 + _TOLERANCE_RATIO)
-    if too_large or called or (whole and norm > limit * (1 - _TOLERANCE_RATIO)):
-        planned = f"gradients of norm at most {limit:g} at the update"
-        step.differs(FEATURE, planned, f"{least}{norm:.4g}", wrong=too_large)
+    if too_large or clipping_called or (whole and norm > limit * (1 - _TOLERANCE_RATIO)):
+        limit_text = f"gradients of norm at most {limit:g} at the update"
+        step.differs(FEATURE, limit_text, f"{prefix}{norm:.4g}", wrong=too_large)
     else:
-        step.unseen(f"{FEATURE}: the norm, {least}{norm:.4g}, did not reach {limit:g}")
+        step.unseen(f"{FEATURE}: the norm, {prefix}{norm:.4g}, did not reach {limit:g}")
 
 
 def _never(step: Observation, norm: float, *, whole: bool) -> None:
-    limits = sorted({n for of_rank in from_all(tuple(step.clipping.limits)) for n in of_rank if n < math.inf})
-    before = step.clipping.before
+    limits = sorted(
+        {n for rank_limits in from_all(tuple(step.clipping.limits)) for n in rank_limits if n < math.inf}
+    )
+    norm_before = step.clipping.before
     if limits:
-        step.differs(FEATURE, "none", f"to a norm of {', '.join(f'{n:g}' for n in limits)}", wrong=True)
-    elif before is not None and whole:
-        wrong = norm < before * (1 - _TOLERANCE_RATIO)
-        step.differs(FEATURE, "none", f"a norm of {norm:.4g} at the update, {before:.4g} before", wrong=wrong)
+        step.differs(
+            FEATURE, "none", f"clipping to a norm of {', '.join(f'{n:g}' for n in limits)}", wrong=True
+        )
+    elif norm_before is not None and whole:
+        wrong = norm < norm_before * (1 - _TOLERANCE_RATIO)
+        step.differs(
+            FEATURE, "none", f"a norm of {norm:.4g} at the update, {norm_before:.4g} before", wrong=wrong
+        )
     else:
-        step.unseen(f"{FEATURE}: whether other code than torch's clips")
+        step.unseen(f"{FEATURE}: whether code other than torch's clips gradients")

@@ -68,8 +68,8 @@ class Clipping:
             local = local.coalesce().values()
         if mesh is None:
             return world_size() / (self._prepared.sharded("optimizer state")[0] if self._flat() else 1), local
-        cut = math.prod(mesh.size(i) for i, p in enumerate(grad.placements) if p.is_shard())  # type: ignore[attr-defined]
-        return world_size() / cut, local
+        shard_count = math.prod(mesh.size(i) for i, p in enumerate(grad.placements) if p.is_shard())  # type: ignore[attr-defined]
+        return world_size() / shard_count, local
 
     def _flat(self) -> bool:
         """Return whether a plain tensor of the optimizer belongs to this rank alone."""

@@ -44,36 +44,38 @@ class PartReach:
     def _around(self, index: int, inner: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            first = not (self.reached or self.running or index in self.tried or in_backward())
-            if first and torch.is_grad_enabled():
+            is_first = not (self.reached or self.running or index in self.tried or in_backward())
+            if is_first and torch.is_grad_enabled():
                 self.tried.add(index)
                 self._try(self.blocks[index], inner, (args, kwargs))
             return inner(*args, **kwargs)
 
         return forward
 
-    def _try(self, block: nn.Module, inner: Callable[..., Any], given: Any) -> None:
-        mine = self.place % 2
-        changes = (_as_it_is, *(_other if turn == mine else _as_it_is for turn in (0, 1)), _half_other)
-        self.running, kept = True, [(b, b.detach().clone()) for b in block.buffers()]
+    def _try(self, block: nn.Module, inner: Callable[..., Any], inputs: Any) -> None:
+        parity = self.place % 2
+        changes = (_as_it_is, *(_other if turn == parity else _as_it_is for turn in (0, 1)), _half_other)
+        self.running, buffers = True, [(b, b.detach().clone()) for b in block.buffers()]
         outs = []
         try:
             for change in changes:
-                with torch.no_grad(), torch.random.fork_rng(_devices(given)):
-                    args, kwargs = _pytree.tree_map_only(torch.Tensor, change, given)
+                with torch.no_grad(), torch.random.fork_rng(_devices(inputs)):
+                    args, kwargs = _pytree.tree_map_only(torch.Tensor, change, inputs)
                     outs.append(inner(*args, **kwargs))
         finally:
             self.running = False
             with torch.no_grad():
-                for buffer, before in kept:
-                    buffer.copy_(before)
-        moved = not _same(outs[0], outs[2 - mine])
-        mixed = not _same(
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+        reads_others = not _same(outs[0], outs[2 - parity])
+        mixes_positions = not _same(
             *(_pytree.tree_map_only(torch.Tensor, _second_half, out) for out in (outs[0], outs[3]))
         )
-        every: list[tuple[tuple[int, ...], bool, bool]] = from_all((self.group, moved, mixed))
-        self.reached = all(any(m for g, m, _ in every if g == group) for group, *_ in every)
-        self.own += not self.reached and all(mixed for *_, mixed in every)
+        entries: list[tuple[tuple[int, ...], bool, bool]] = from_all(
+            (self.group, reads_others, mixes_positions)
+        )
+        self.reached = all(any(m for g, m, _ in entries if g == group) for group, *_ in entries)
+        self.own += not self.reached and all(mixes_positions for *_, mixes_positions in entries)
 
 
 def _devices(args: Any) -> list[int]:
@@ -101,8 +103,8 @@ def _second_half(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[:, tensor.shape[1] // 2 :] if tensor.dim() > 2 else tensor
 
 
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(_tensors(one), _tensors(other), strict=True)
+def _same(first_output: Any, second_output: Any) -> bool:
+    pairs = zip(_tensors(first_output), _tensors(second_output), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -114,7 +116,10 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 def reach_of(prepared: Prepared) -> PartReach:
     """Return the `PartReach` of a prepared model. It tries nothing if ranks do not share samples, or if
     blocks are compiled."""
-    place, plan = prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0), prepared.plan
-    tries = prepared.layout.context > 1 and plan.get("compile") is None
-    group = tuple(v for name, v in place.items() if name != "context")
-    return PartReach(prepared.blocks if tries else [], place=place["context"], group=group)
+    coordinate, plan = (
+        prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0),
+        prepared.plan,
+    )
+    can_try = prepared.layout.context > 1 and plan.get("compile") is None
+    group = tuple(v for name, v in coordinate.items() if name != "context")
+    return PartReach(prepared.blocks if can_try else [], place=coordinate["context"], group=group)

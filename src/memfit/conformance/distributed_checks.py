@@ -42,14 +42,14 @@ def shards(step: Observation) -> None:
     if degree == 1 or step.plan.get("expert-parallel") is not None:
         return
     params = list(step.model.parameters())
-    every: list[tuple[int, int]] = from_all((sum(map(local_elements, params)), step.part(params)))
-    held, part = (sum(of_rank) for of_rank in zip(*every, strict=True))
-    if held:
+    counts: list[tuple[int, int]] = from_all((sum(map(local_elements, params)), step.part(params)))
+    held_elements, expected_elements = (sum(column) for column in zip(*counts, strict=True))
+    if held_elements:
         step.differs(
             f"{feature}: replicas",
-            f"{part // degree:,} elements on all ranks together",
-            f"{held:,}",
-            wrong=held < _ONCE_RATIO * part / degree,
+            f"{expected_elements // degree:,} elements on all ranks together",
+            f"{held_elements:,}",
+            wrong=held_elements < _ONCE_RATIO * expected_elements / degree,
         )
 
 
@@ -57,41 +57,47 @@ def units(step: Observation) -> None:
     """Check that FSDP2 gathers block by block."""
     if step.plan.get("fsdp2") is None or len(step.blocks) < 2:
         return
-    at = _block_of(step)
-    whole = collections.Counter(at.get(p._module_info.module, -1) for p in fsdp_params(step.model))
-    inside = []
+    block_of_module = _block_of(step)
+    block_totals = collections.Counter(
+        block_of_module.get(p._module_info.module, -1) for p in fsdp_params(step.model)
+    )
+    group_blocks = []
     for group in fsdp_groups(step.model):
-        here = collections.Counter(at.get(p._module_info.module, -1) for p in group.fsdp_params)
-        inside.append({block for block, count in here.items() if 2 * count > whole[block]})
-    if not any(inside):
-        step.unseen("fsdp2: units: no groups of parameters could be found")
+        group_counts = collections.Counter(
+            block_of_module.get(p._module_info.module, -1) for p in group.fsdp_params
+        )
+        group_blocks.append(
+            {block for block, count in group_counts.items() if 2 * count > block_totals[block]}
+        )
+    if not any(group_blocks):
+        step.unseen("fsdp2: units: no parameter groups were found")
         return
-    most = max((blocks - {-1} for blocks in inside), key=len)
+    largest_group = max((blocks - {-1} for blocks in group_blocks), key=len)
     step.differs(
         "fsdp2: units",
-        "each block is gathered apart",
-        f"blocks {told(sorted(most))} together",
-        wrong=len(most) > 1,
+        "each block is gathered separately",
+        f"blocks {told(sorted(largest_group))} together",
+        wrong=len(largest_group) > 1,
     )
 
 
 def resharded(step: Observation) -> None:
     """Check that what FSDP2 has gathered is freed after a block's forward, or kept, as planned. The last
     block may stay gathered, because backward needs it first."""
-    used = step.plan.get("fsdp2")
-    if used is None or step.layout.pipeline > 1 or step.layout.shard * step.layout.context == 1:
+    use = step.plan.get("fsdp2")
+    if use is None or step.layout.pipeline > 1 or step.layout.shard * step.layout.context == 1:
         return
-    kept = step.still_gathered
-    if kept is None or len(step.blocks) < 2 or not any(True for _ in fsdp_groups(step.model)):
-        step.unseen("fsdp2: reshard: nothing could be seen of it")
+    gathered_blocks = step.still_gathered
+    if gathered_blocks is None or len(step.blocks) < 2 or not any(True for _ in fsdp_groups(step.model)):
+        step.unseen("fsdp2: reshard: gathered blocks could not be observed")
         return
-    frees, others = used.settings["reshard"] is not False, len(step.blocks) - 1
-    here = len(set(kept) - {others})
+    reshards, last_block = use.settings["reshard"] is not False, len(step.blocks) - 1
+    gathered_count = len(set(gathered_blocks) - {last_block})
     step.differs(
         "fsdp2: reshard",
-        f"gathered blocks {'freed after' if frees else 'kept from'} forward",
-        f"{here} of {others} still gathered where backward begins",
-        wrong=(2 * here > others) == frees,
+        f"gathered blocks {'freed after' if reshards else 'kept from'} forward",
+        f"{gathered_count} of {last_block} still gathered when backward begins",
+        wrong=(2 * gathered_count > last_block) == reshards,
     )
 
 
@@ -103,46 +109,50 @@ def _block_of(step: Observation) -> dict[nn.Module, int]:
 
 def still_gathered(step: Observation) -> list[int]:
     """Return the indices of blocks most of whose elements are gathered, with fsdp2."""
-    at = _block_of(step)
-    here, total = [0] * len(step.blocks), [0] * len(step.blocks)
+    block_of_module = _block_of(step)
+    gathered_elements, total_elements = [0] * len(step.blocks), [0] * len(step.blocks)
     for param in fsdp_params(step.model):
-        if (index := at.get(param._module_info.module)) is None:
+        if (index := block_of_module.get(param._module_info.module)) is None:
             continue
-        total[index] += (elements := param.sharded_param.numel())
-        whole = getattr(param, "_unsharded_param", None)
-        local = getattr(whole, "_local_tensor", whole)
-        here[index] += elements if local is not None and local.untyped_storage().nbytes() else 0
-    return [i for i, (now, of) in enumerate(zip(here, total, strict=True)) if of and 2 * now > of]
+        total_elements[index] += (elements := param.sharded_param.numel())
+        full_param = getattr(param, "_unsharded_param", None)
+        local = getattr(full_param, "_local_tensor", full_param)
+        gathered_elements[index] += elements if local is not None and local.untyped_storage().nbytes() else 0
+    return [
+        i
+        for i, (block_gathered, block_total) in enumerate(zip(gathered_elements, total_elements, strict=True))
+        if block_total and 2 * block_gathered > block_total
+    ]
 
 
 def replicas(step: Observation) -> None:
     """Check that whole parameters are equal on every rank after a step. If not, gradients were not
     averaged."""
-    alike = step.layout.data * step.layout.context
-    if alike == 1 or step.layout.ranks != alike or step.sharded("parameters")[0] > 1:
+    replica_count = step.layout.data * step.layout.context
+    if replica_count == 1 or step.layout.ranks != replica_count or step.sharded("parameters")[0] > 1:
         return
     if step.plan.get("expert-parallel") is not None:
         return
-    own = norms(step.trainable())
-    apart = max(
+    own_norms = norms(step.trainable())
+    deviation = max(
         abs(a - b) / max(abs(a), abs(b), 1e-300)
-        for of_rank in from_all(own)
-        for a, b in zip(own, of_rank, strict=True)
+        for rank_norms in from_all(own_norms)
+        for a, b in zip(own_norms, rank_norms, strict=True)
     )
     feature = next((u.technique for u in step.plan.uses if u.technique in _AVERAGING), "replicas")
     step.differs(
         f"{feature}: replicas",
         "equal parameters on every rank after a step",
-        f"parameter norms up to {apart:.1e} apart: gradients are not averaged",
-        wrong=apart > _REPLICAS_RATIO,
+        f"parameter norms up to {deviation:.1e} apart: gradients are not averaged",
+        wrong=deviation > _REPLICAS_RATIO,
     )
 
 
 def norms(params: Iterable[nn.Parameter]) -> list[float]:
     """Return the norms of this rank's parts of the parameters."""
-    local = (real(getattr(p, "to_local", lambda p=p: p)().detach()) for p in params)
-    norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in local]
-    return torch.stack(norms).tolist() if norms else []
+    local_parts = (real(getattr(p, "to_local", lambda p=p: p)().detach()) for p in params)
+    values = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in local_parts]
+    return torch.stack(values).tolist() if values else []
 
 
 def near(a: list[float], b: list[float]) -> bool:
@@ -155,17 +165,22 @@ def near(a: list[float], b: list[float]) -> bool:
 def offloaded_states(step: Observation) -> None:
     """Check the offload of parameters and optimizer state. If layers compute on an accelerator, the devices
     of tensors are checked, else the object that would move them."""
-    used = step.plan.get("fsdp2") or step.plan.get("zero")
-    if used is None:
+    use = step.plan.get("fsdp2") or step.plan.get("zero")
+    if use is None:
         return
-    planned = _planned_on_host(str(used.settings["offload"]))
-    found = _by_policy(step) if step.graph.device in ("", "cpu") else _on_devices(step, planned)
-    feature = f"{used.technique}: offload"
-    if found is None:
-        if planned:
+    planned_names = _planned_on_host(str(use.settings["offload"]))
+    found_names = _by_policy(step) if step.graph.device in ("", "cpu") else _on_devices(step, planned_names)
+    feature = f"{use.technique}: offload"
+    if found_names is None:
+        if planned_names:
             step.unseen(f"{feature}: no object that moves tensors to the host was found")
         return
-    step.differs(feature, f"{told(planned)} in host memory", told(sorted(found)), wrong=set(planned) != found)
+    step.differs(
+        feature,
+        f"{told(planned_names)} in host memory",
+        told(sorted(found_names)),
+        wrong=set(planned_names) != found_names,
+    )
 
 
 def _planned_on_host(offload: str) -> list[str]:
@@ -176,20 +191,20 @@ def _planned_on_host(offload: str) -> list[str]:
     }.get(offload, [])
 
 
-def _on_devices(step: Observation, planned: Sequence[str]) -> set[str]:
+def _on_devices(step: Observation, planned_names: Sequence[str]) -> set[str]:
     """Return what has its bytes on the host: nearly all of its bytes if that is the plan, else most of them.
     ZeRO leaves small parameters in place."""
-    stay = "parameters" in planned and step.plan.get("zero") is not None
-    moved = (p for p in step.model.parameters() if not (stay and step.persists(p)))
-    state = (t for _, tensors in states(step.optimizer) for t in tensors)
-    found = {"parameters": [own_shard(p) for p in moved], "optimizer": list(state)}
-    return {name for name, tensors in found.items() if _on_host(tensors, name in planned)}
+    keeps_small = "parameters" in planned_names and step.plan.get("zero") is not None
+    params = (p for p in step.model.parameters() if not (keeps_small and step.persists(p)))
+    state_tensors = (t for _, tensors in states(step.optimizer) for t in tensors)
+    tensors_by_name = {"parameters": [own_shard(p) for p in params], "optimizer": list(state_tensors)}
+    return {name for name, tensors in tensors_by_name.items() if _on_host(tensors, name in planned_names)}
 
 
-def _on_host(tensors: list[torch.Tensor], planned: bool) -> bool:
+def _on_host(tensors: list[torch.Tensor], is_planned: bool) -> bool:
     all_bytes = sum(map(local_bytes, tensors))
     host_bytes = sum(local_bytes(t) for t in tensors if t.device.type == "cpu")
-    return host_bytes > all_bytes * (_ALL_RATIO if planned else 0.5) if all_bytes else planned
+    return host_bytes > all_bytes * (_ALL_RATIO if is_planned else 0.5) if all_bytes else is_planned
 
 
 def _by_policy(step: Observation) -> set[str] | None:
@@ -207,8 +222,8 @@ def _by_policy(step: Observation) -> set[str] | None:
     return None
 
 
-def _named(**said: bool) -> set[str]:
-    return {name for name, so in said.items() if so}
+def _named(**flags: bool) -> set[str]:
+    return {name for name, enabled in flags.items() if enabled}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -225,35 +240,35 @@ class _Stage:
 
 def stages(step: Observation) -> None:
     """Check that each rank holds its own stages and nothing else."""
-    used = step.plan.get("pipeline")
-    if used is None:
+    use = step.plan.get("pipeline")
+    if use is None:
         return
-    virtual = int(used.settings["virtual"])
-    held = [i for i, b in enumerate(step.blocks) if any(map(whole, b.parameters()))]
-    most = virtual * math.ceil(len(step.blocks) / (step.layout.pipeline * virtual))
+    virtual = int(use.settings["virtual"])
+    held_blocks = [i for i, b in enumerate(step.blocks) if any(map(whole, b.parameters()))]
+    max_blocks = virtual * math.ceil(len(step.blocks) / (step.layout.pipeline * virtual))
     if step.whole_elements:
         step.differs(
             "pipeline: blocks",
-            f"at most {most} of {len(step.blocks)} on a rank",
-            f"{len(held)} ({told(held)})",
-            wrong=len(held) > most,
+            f"at most {max_blocks} of {len(step.blocks)} on a rank",
+            f"{len(held_blocks)} ({told(held_blocks)})",
+            wrong=len(held_blocks) > max_blocks,
         )
     else:
-        step.unseen("pipeline: how many blocks a rank holds: the whole model is not known")
-    named = {n: p for n, p in step.model.named_parameters() if p.requires_grad}
-    learned = {n for n, p in named.items() if id(p) in step.learned}
-    own = _Stage(
+        step.unseen("pipeline: how many blocks a rank holds: the size of the whole model is unknown")
+    trained_params = {n: p for n, p in step.model.named_parameters() if p.requires_grad}
+    learned_names = {n for n, p in trained_params.items() if id(p) in step.learned}
+    own_stage = _Stage(
         step.layout.coordinate(dist.get_rank())["pipeline"],
-        {n: whole(p) for n, p in named.items()},
-        learned,
-        norms(named.values()),
+        {n: whole(p) for n, p in trained_params.items()},
+        learned_names,
+        norms(trained_params.values()),
     )
-    everyone: list[_Stage] = from_all(own)
-    elsewhere = set[str]().union(*(s.learned for s in everyone if s.place != own.place))
-    if not all(s.learned for s in everyone):
+    all_stages: list[_Stage] = from_all(own_stage)
+    names_elsewhere = set[str]().union(*(s.learned for s in all_stages if s.place != own_stage.place))
+    if not all(s.learned for s in all_stages):
         step.unseen("pipeline: parameters: no gradients were seen")
         return
-    if all(s.learned == own.learned and near(s.norms, own.norms) for s in everyone):
+    if all(s.learned == own_stage.learned and near(s.norms, own_stage.norms) for s in all_stages):
         step.differs(
             "pipeline: stages",
             "parameters that no other stage trains",
@@ -261,32 +276,33 @@ def stages(step: Observation) -> None:
             wrong=True,
         )
         return
-    idle = sorted((elsewhere - own.learned) & own.held.keys())
+    idle_names = sorted((names_elsewhere - own_stage.learned) & own_stage.held.keys())
     step.differs(
         "pipeline: parameters",
         "only those that this rank's stages use",
-        f"{sum(own.held[n] for n in idle):,} elements that other stages train ({told(idle[:3])})",
-        wrong=bool(idle),
+        f"{sum(own_stage.held[n] for n in idle_names):,} elements that other stages train "
+        f"({told(idle_names[:3])})",
+        wrong=bool(idle_names),
     )
 
 
 def shared_samples(step: Observation) -> None:
     """Check that ranks that share a sample work on different parts of it."""
-    used = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
-    if used is None or step.layout.context == 1:
+    use = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
+    if use is None or step.layout.context == 1:
         return
-    feature = f"{used.technique}: parts of a sample"
+    feature = f"{use.technique}: parts of a sample"
     group = step.beside("context")
-    every: list[tuple[Any, list[float]]] = from_all((group, step.entered))
-    partners = [entered for other, entered in every if other == group]
-    if not all(entered for _, entered in every):  # the same on every rank
-        step.unseen(f"{feature}: nothing that blocks are given could be compared")
+    entries: list[tuple[Any, list[float]]] = from_all((group, step.entered))
+    partner_fingerprints = [fingerprints for entry_group, fingerprints in entries if entry_group == group]
+    if not all(fingerprints for _, fingerprints in entries):  # the same on every rank
+        step.unseen(f"{feature}: the inputs of the blocks could not be compared")
         return
     step.differs(
         feature,
-        f"another one on each of {step.layout.context} ranks",
-        "the same",
-        wrong=all(p == partners[0] for p in partners),
+        f"a different part on each of {step.layout.context} ranks",
+        "the same part on every rank",
+        wrong=all(p == partner_fingerprints[0] for p in partner_fingerprints),
     )
 
 
@@ -301,19 +317,19 @@ def entering(args: Iterable[Any]) -> Iterator[float]:
 
 def experts(step: Observation) -> None:
     """Check that a rank holds only its part of the experts."""
-    used = step.plan.get("expert-parallel")
-    if used is None:
+    use = step.plan.get("expert-parallel")
+    if use is None:
         return
-    held = sum(map(whole, step.model.parameters()))
+    held_elements = sum(map(whole, step.model.parameters()))
     if not step.whole_elements:
-        step.unseen("expert-parallel: how many experts a rank holds: the whole model is not known")
+        step.unseen("expert-parallel: how many experts a rank holds: the size of the whole model is unknown")
         return
     total = step.whole_elements
     step.differs(
         "expert-parallel",
-        f"experts dealt to {used.settings['degree']} ranks",
-        f"{held:,} of {total:,} elements on a rank",
-        wrong=held >= total,
+        f"experts distributed over {use.settings['degree']} ranks",
+        f"{held_elements:,} of {total:,} elements on a rank",
+        wrong=held_elements >= total,
     )
 
 

@@ -28,30 +28,32 @@ def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) ->
     head = min(-start % columns, flat.numel())
     body = head + (flat.numel() - head) // columns * columns
     row, first = divmod(start, columns)
-    after = row + bool(head)
+    next_row = row + bool(head)
     blocks = (
         (flat[:head].view(1, -1), row, first),
-        (flat[head:body].view(-1, columns), after, 0),
-        (flat[body:].view(1, -1), after + (body - head) // columns, 0),
+        (flat[head:body].view(-1, columns), next_row, 0),
+        (flat[body:].view(1, -1), next_row + (body - head) // columns, 0),
     )
-    found = flat.new_zeros(len(TURNS), dtype=torch.float64)
-    for block, at, column in blocks:
+    totals = flat.new_zeros(len(TURNS), dtype=torch.float64)
+    for block, block_row, column in blocks:
         if not block.numel():
             continue
-        rows = _waves(torch.arange(at, at + block.shape[0], device=block.device), 0)
-        across = _waves(torch.arange(column, column + block.shape[1], device=block.device), 1)
+        row_weights = _waves(torch.arange(block_row, block_row + block.shape[0], device=block.device), 0)
+        column_weights = _waves(torch.arange(column, column + block.shape[1], device=block.device), 1)
         size = max(1, _AT_ONCE // block.shape[1])  # limits the rows of a part, so that copies stay small
-        for part, by in zip(block.split(size), rows.split(size), strict=True):
-            found += ((part.float() @ across) * by).sum(0, dtype=torch.float64)
-    return found
+        for part, row_part in zip(block.split(size), row_weights.split(size), strict=True):
+            totals += ((part.float() @ column_weights) * row_part).sum(0, dtype=torch.float64)
+    return totals
 
 
 def _of_rows(sparse: torch.Tensor) -> torch.Tensor:
     """Return the fingerprint of a sparse gradient that has only some rows, as embeddings produce."""
     values = sparse.values().reshape(sparse.values().shape[0], -1).float()
-    across = _waves(torch.arange(values.shape[1], device=values.device), 1)
-    found: torch.Tensor = ((values @ across) * _waves(sparse.indices()[0], 0)).sum(0, dtype=torch.float64)
-    return found
+    column_weights = _waves(torch.arange(values.shape[1], device=values.device), 1)
+    totals: torch.Tensor = ((values @ column_weights) * _waves(sparse.indices()[0], 0)).sum(
+        0, dtype=torch.float64
+    )
+    return totals
 
 
 def _waves(places: torch.Tensor, axis: int) -> torch.Tensor:

@@ -53,40 +53,40 @@ def mean_gradients(step: Observation) -> None:
         return
     feature = next((u.technique for u in step.plan.uses if u.technique in _AVERAGING), "replicas")
     feature = f"{feature}: mean of gradients"
-    staged = step.plan.get("pipeline")
+    pipeline = step.plan.get("pipeline")
     if step.plan.get("expert-parallel") is not None:
         step.unseen(f"{feature}: experts are not the same on all ranks")
         return
-    if staged is not None and str(staged.settings["schedule"]).startswith("zero-bubble"):
-        step.unseen(f"{feature}: those of weights come apart from backward")
+    if pipeline is not None and str(pipeline.settings["schedule"]).startswith("zero-bubble"):
+        step.unseen(f"{feature}: gradients of weights are computed separately from backward")
         return
-    every: list[_Rank] = from_all(_this_rank(step))
-    groups = [[r for r in every if r.group == g] for g in dict.fromkeys(r.group for r in every)]
-    found = [_judged(group) for group in groups]
-    changed = any(getattr(m, "_comm_hooks", None) for m in step.model.modules()) or (
+    all_ranks: list[_Rank] = from_all(_this_rank(step))
+    groups = [[r for r in all_ranks if r.group == g] for g in dict.fromkeys(r.group for r in all_ranks)]
+    verdicts = [_judged(group) for group in groups]
+    has_hooks = any(getattr(m, "_comm_hooks", None) for m in step.model.modules()) or (
         step.averages.hooked and step.plan.get("fsdp2") is not None
     )
-    if any(f.wrong for f in found) and any(from_all(changed)):
-        step.unseen(f"{feature}: a hook makes something else of them")
-    elif unseen := [f.why for f in found if not f.wrong and f.why]:
-        step.unseen(f"{feature}: {unseen[0]}")
+    if any(f.wrong for f in verdicts) and any(from_all(has_hooks)):
+        step.unseen(f"{feature}: a hook of the user changes the gradients")
+    elif reasons := [f.why for f in verdicts if not f.wrong and f.why]:
+        step.unseen(f"{feature}: {reasons[0]}")
     else:
-        why = next((f.why for f in found if f.wrong), "")
-        step.differs(feature, f"the mean of {ranks} ranks'", why, wrong=bool(why))
+        why = next((f.why for f in verdicts if f.wrong), "")
+        step.differs(feature, f"the mean of {ranks} ranks' gradients", why, wrong=bool(why))
 
 
 def _this_rank(step: Observation) -> _Rank:
     averages = step.averages
     group = step.beside("replicate", "shard", "context")
-    inside = ("shard", "context") if step.plan.get("fsdp2") is not None else ("shard",)
-    sharded = any(step.sharded(what)[0] > 1 for what in ("optimizer state", "gradients"))
-    copy = step.beside(*inside) if sharded else step.beside()
-    cut = cut_names(step) if step.layout.tensor > 1 else None
-    own = {n: t.tolist() for n, t in averages.own.items() if cut is None or n in cut}
+    dimensions = ("shard", "context") if step.plan.get("fsdp2") is not None else ("shard",)
+    is_sharded = any(step.sharded(kind)[0] > 1 for kind in ("optimizer state", "gradients"))
+    copy = step.beside(*dimensions) if is_sharded else step.beside()
+    cut_params = cut_names(step) if step.layout.tensor > 1 else None
+    own_figures = {n: t.tolist() for n, t in averages.own.items() if cut_params is None or n in cut_params}
     return _Rank(
         group,
         copy,
-        own,
+        own_figures,
         averages.backward,
         averages.before,
         averages.after,
@@ -100,7 +100,7 @@ def cut_names(step: Observation) -> set[str]:
     parts of sums over its ranks."""
 
     def cut(param: nn.Parameter) -> bool:
-        by_mesh = any(p.is_shard() for p, tensor in placed(param) if tensor)
+        by_mesh = any(p.is_shard() for p, tensor_parallel in placed(param) if tensor_parallel)
         return by_mesh or bool(getattr(param, "tensor_model_parallel", False))
 
     return {n for n, p in step.model.named_parameters() if cut(p)}
@@ -116,25 +116,25 @@ class _Verdict:
 
 def _judged(group: list[_Rank]) -> _Verdict:
     if any(r.began for r in group):
-        return _Verdict("an earlier pass had left some")
+        return _Verdict("gradients of an earlier pass existed when the step began")
     if any(r.waiting for r in group):
-        return _Verdict("some that were not reduced when the optimizer stepped", wrong=True)
+        return _Verdict("some gradients that were not reduced before the optimizer step", wrong=True)
     if not all(r.own for r in group):
-        return _Verdict("none were seen on their way")
+        return _Verdict("no gradients were observed in backward")
     ranks = _Ranks.of(group)
     if not bool(ranks.sure.any()):
-        return _Verdict("ranks' own hardly differ")
+        return _Verdict("the gradients of the ranks hardly differ")
     copies = [[r for r in group if r.copy == c] for c in dict.fromkeys(r.copy for r in group)]
     return _compared(ranks, copies)
 
 
 def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
     before, after, backward = (
-        [ranks.figures([getattr(r, when) for r in copy]) for copy in copies]
-        for when in ("before", "after", "backward")
+        [ranks.figures([getattr(r, moment) for r in copy]) for copy in copies]
+        for moment in ("before", "after", "backward")
     )
     if not any(bool(f.any()) for f in (*before, *after, *backward)):
-        return _Verdict("what the update is given was not found")
+        return _Verdict("the gradients that the update receives were not found")
     if not any(bool(f.any()) for f in before):
         before = backward  # the optimizer's step was not observed
     if ranks.averaged(before) or ranks.averaged(after):  # the second: averaged within the optimizer's step
@@ -143,8 +143,8 @@ def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
         if ranks.averaged(backward):
             return _Verdict()  # averaged, then clipped or decayed
         if len(copies) > 1:
-            return _Verdict("they are the same on every rank, and not a multiple of the mean")
-    return _Verdict("others: they were not reduced over all ranks", wrong=True)
+            return _Verdict("the gradients are the same on every rank, but not a multiple of the mean")
+    return _Verdict("gradients that were not reduced over all ranks", wrong=True)
 
 
 class _Ranks:
@@ -154,22 +154,24 @@ class _Ranks:
     @classmethod
     def of(cls, group: list[_Rank]) -> _Ranks:
         names = sorted(set[str]().union(*(r.own for r in group)))
-        nothing = [0.0] * (len(TURNS) + 1)
-        own = torch.tensor([[r.own.get(n, nothing) for n in names] for r in group], dtype=torch.float64)
-        return cls(names, own[..., :-1], own[..., -1].mean(0))
+        zeros = [0.0] * (len(TURNS) + 1)
+        values = torch.tensor([[r.own.get(n, zeros) for n in names] for r in group], dtype=torch.float64)
+        return cls(names, values[..., :-1], values[..., -1].mean(0))
 
     def __init__(self, names: list[str], own: torch.Tensor, squares: torch.Tensor) -> None:
         self._names, self.own, self._squares, self._mean = names, own, squares, own.mean(0)
         sizes = self._mean.square().sum(-1).clamp_min(1e-300)
-        self._near = _SPREAD_RATIO * torch.stack([_apart(one, self._mean) for one in own]).amax(0)
+        self._near = _SPREAD_RATIO * torch.stack(
+            [_apart(rank_figures, self._mean) for rank_figures in own]
+        ).amax(0)
         noise = _SURE * squares / sizes
         self.sure = (self._near > noise * _ROUNDING**2) & own.isfinite().all(-1).all(0)
         self._rounding = noise * _ROUNDING_BF16**2
 
     def figures(self, copy: list[Figures]) -> torch.Tensor:
         """Return the figures of all shards of a copy together, shape (parameters, figures)."""
-        nothing = [0.0] * len(TURNS)
-        shards = [[of_rank.get(n, nothing) for n in self._names] for of_rank in copy]
+        zeros = [0.0] * len(TURNS)
+        shards = [[rank_figures.get(n, zeros) for n in self._names] for rank_figures in copy]
         return torch.tensor(shards, dtype=torch.float64).sum(0)
 
     def averaged(self, copies: list[torch.Tensor]) -> bool:
@@ -179,14 +181,16 @@ class _Ranks:
         """Return the share of gradients that are not a multiple of their mean."""
         return self._share(self._wrong(given))
 
-    def _wrong(self, given: torch.Tensor) -> torch.Tensor:
-        apart = _apart(given, self._mean)
-        return self.sure & (apart > self._near) & (apart > self._rounding)
+    def _wrong(self, gradients: torch.Tensor) -> torch.Tensor:
+        distances = _apart(gradients, self._mean)
+        return self.sure & (distances > self._near) & (distances > self._rounding)
 
     def of_one(self, given: torch.Tensor) -> bool:
         """Return whether the gradients that are not a multiple of the mean are one rank's own."""
         wrong = self._wrong(given)
-        return any(self._share(wrong & self._differ(given, own)) < _SHARE for own in self.own)
+        return any(
+            self._share(wrong & self._differ(given, rank_figures)) < _SHARE for rank_figures in self.own
+        )
 
     def alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Return whether the gradients are equal up to a factor per parameter, and rounding."""
@@ -195,16 +199,16 @@ class _Ranks:
     def _differ(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return _apart(a, b) > torch.maximum(self._near / 10, self._rounding)
 
-    def _share(self, some: torch.Tensor) -> float:
+    def _share(self, mask: torch.Tensor) -> float:
         """Return the share of some parameters: by their squares, or by a part of their number, because heads
         and embeddings may outweigh all blocks."""
-        by_squares = float(self._squares[some].sum() / self._squares[self.sure].sum())
-        return max(by_squares, float(some.sum() / self.sure.sum()) / _COUNT)
+        by_squares = float(self._squares[mask].sum() / self._squares[self.sure].sum())
+        return max(by_squares, float(mask.sum() / self.sure.sum()) / _COUNT)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the squared sine of the angle between figures for each parameter, or 0 if one of them is
     zero."""
     product, sizes = (a * b).sum(-1).square(), a.square().sum(-1) * b.square().sum(-1)
-    there = sizes > 0
-    return torch.where(there, 1 - product / torch.where(there, sizes, 1.0), 0.0).clamp_min(0.0)
+    nonzero = sizes > 0
+    return torch.where(nonzero, 1 - product / torch.where(nonzero, sizes, 1.0), 0.0).clamp_min(0.0)

@@ -66,10 +66,10 @@ class Averages:
             self._stack.callback(handle.remove)
         self._patch(torch.autograd, "backward", self._backward)
         for layer in layers(prepared.optimizer):
-            hooked = hasattr(layer, "_optimizer_step_pre_hooks")
-            if hooked:  # hooks of others run first
+            has_hooks = hasattr(layer, "_optimizer_step_pre_hooks")
+            if has_hooks:  # hooks of others run first
                 self._stack.callback(layer.register_step_pre_hook(lambda *_: self._stepping()).remove)
-            self._patch(layer, "step", functools.partial(self._step, hooked))
+            self._patch(layer, "step", functools.partial(self._step, has_hooks))
         if (module := _fsdp_module()) is not None:
             self._patch(module, "foreach_reduce", self._reduce)
         return self
@@ -77,20 +77,20 @@ class Averages:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _patch(self, of: Any, name: str, around: Callable[..., Any]) -> None:
-        inner = getattr(of, name)
-        call = functools.wraps(inner)(functools.partial(around, inner))
+    def _patch(self, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        inner = getattr(target, name)
+        call = functools.wraps(inner)(functools.partial(wrapper, inner))
         with contextlib.suppress(AttributeError):  # an object without settable attributes
-            self._stack.enter_context(mock.patch.object(of, name, call))
+            self._stack.enter_context(mock.patch.object(target, name, call))
 
     def _made(self, name: str, grad: torch.Tensor) -> None:
         local = real(getattr(grad, "_local_tensor", grad).detach())
         squares = torch.linalg.vector_norm(
             local.coalesce().values() if local.is_sparse else local, dtype=torch.float64
         ).square()
-        found = torch.cat([figures(local), squares[None]])
-        before = self.own.get(name)
-        self.own[name] = found if before is None else before + found
+        numbers = torch.cat([figures(local), squares[None]])
+        previous = self.own.get(name)
+        self.own[name] = numbers if previous is None else previous + numbers
 
     def _reduce(self, inner: Any, params: Any, grads: Iterable[torch.Tensor], *args: Any, **kw: Any) -> Any:
         """Record what FSDP2 is about to reduce. Its layers compute with other tensors than the parameters."""
@@ -103,10 +103,10 @@ class Averages:
         if in_backward():
             inner(*args, **kwargs)
             return
-        there = _any(self._read())
+        has_gradients = _any(self._read())
         if self.began is None:
-            self.began = there
-        if self._filled and not there:  # gradients were reset: sharpness-aware steps, LBFGS
+            self.began = has_gradients
+        if self._filled and not has_gradients:  # gradients were reset: sharpness-aware steps, LBFGS
             self.own.clear()
         inner(*args, **kwargs)
         self.backward = self._read()
@@ -125,19 +125,19 @@ class Averages:
 
     def _read(self) -> Figures:
         with meshes_of(self._prepared.plan, self._prepared.model):
-            held = list(_held(self._prepared, self._params))
-        pieces = [(n, part) for part in held if (n := self._names.get(id(part.of))) is not None]
+            gradients = list(_held(self._prepared, self._params))
+        pieces = [(n, piece) for piece in gradients if (n := self._names.get(id(piece.of))) is not None]
         if not pieces:
             return {}
-        every = [figures(p.values, p.start, p.columns).cpu() / p.copies for _, p in pieces]
-        found: Figures = {}
-        for (name, _), values in zip(pieces, torch.stack(every).tolist(), strict=True):
-            found[name] = [a + b for a, b in zip(found.get(name, [0.0] * len(values)), values, strict=True)]
-        return found
+        fingerprints = [figures(p.values, p.start, p.columns).cpu() / p.copies for _, p in pieces]
+        totals: Figures = {}
+        for (name, _), values in zip(pieces, torch.stack(fingerprints).tolist(), strict=True):
+            totals[name] = [a + b for a, b in zip(totals.get(name, [0.0] * len(values)), values, strict=True)]
+        return totals
 
 
-def _any(read: Figures) -> bool:
-    return any(map(any, read.values()))
+def _any(readings: Figures) -> bool:
+    return any(map(any, readings.values()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -166,7 +166,9 @@ def _fsdp_module() -> Any:
 
 def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
     """Yield the gradients that this rank's update receives."""
-    beside = prepared.layout.shard * prepared.layout.context if prepared.plan.get("fsdp2") is not None else 1
+    plain_copies = (
+        prepared.layout.shard * prepared.layout.context if prepared.plan.get("fsdp2") is not None else 1
+    )
     for layer in layers(prepared.optimizer):
         if hasattr(layer, "own_gradients"):  # memfit's ZeRO and sharded DDP
             yield from itertools.starmap(_Piece, layer.own_gradients())
@@ -183,18 +185,18 @@ def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
         # main_grad is Megatron's.
         grad = getattr(param, "main_grad", None) if param.grad is None else param.grad
         if grad is not None and (start := _starts(param)) is not None:
-            copies = 1 if hasattr(param, "placements") else beside
+            copies = 1 if hasattr(param, "placements") else plain_copies
             yield _Piece(param, start, getattr(grad, "_local_tensor", grad), copies)
 
 
 def _deepspeed(optimizer: Any) -> Iterator[_Piece]:
     """Yield DeepSpeed's gradients. Stages 1 and 2 keep a range of the concatenated parameters; stage 3 keeps
     a part of each parameter."""
-    stretches = getattr(optimizer, "params_in_partition", None)
+    partitions = getattr(optimizer, "params_in_partition", None)
     for group, grads in optimizer.averaged_gradients.items():
-        params = stretches[group] if stretches is not None else optimizer.fp16_groups[group]
+        params = partitions[group] if partitions is not None else optimizer.fp16_groups[group]
         for index, (param, grad) in enumerate(zip(params, grads or (), strict=False)):  # padding follows
-            if stretches is None:
+            if partitions is None:
                 start = dist.get_rank(param.ds_process_group) * param.ds_tensor.ds_numel
             else:
                 start = 0 if index else int(optimizer.first_offset[group])
@@ -208,12 +210,16 @@ def _starts(param: nn.Parameter) -> int | None:
     if mesh is None:
         return 0
     start, rows = 0, param.shape[0] if param.dim() else 1
-    cuts = [(i, tensor, p.dim) for i, (p, tensor) in enumerate(placed(param)) if hasattr(p, "dim")]
-    for index, tensor, dim in cuts:
-        if tensor and dim == 0:
+    cuts = [
+        (i, tensor_parallel, p.dim)
+        for i, (p, tensor_parallel) in enumerate(placed(param))
+        if hasattr(p, "dim")
+    ]
+    for index, tensor_parallel, dim in cuts:
+        if tensor_parallel and dim == 0:
             rows = math.ceil(rows / mesh.size(index))
-    for index, tensor, dim in cuts:
-        if not tensor:
+    for index, tensor_parallel, dim in cuts:
+        if not tensor_parallel:
             if dim:
                 return None
             start = math.ceil(rows / mesh.size(index)) * mesh.get_local_rank(index)
@@ -224,9 +230,13 @@ def _unreduced(prepared: Prepared) -> Iterator[nn.Parameter]:
     """Yield FSDP2's parameters whose gradients have not been reduced yet, over all ranks or among
     replicas."""
     for group in fsdp_groups(prepared.model):
-        partly = getattr(group, "_partial_reduce_output", None) is not None
+        partly_reduced = getattr(group, "_partial_reduce_output", None) is not None
         for param in group.fsdp_params:
-            gathered = getattr(param, "_unsharded_param", None)
-            own = getattr(param, "unsharded_accumulated_grad", None)
-            if partly or own is not None or getattr(gathered, "grad", None) is not None:
+            full_param = getattr(param, "_unsharded_param", None)
+            accumulated_grad = getattr(param, "unsharded_accumulated_grad", None)
+            if (
+                partly_reduced
+                or accumulated_grad is not None
+                or getattr(full_param, "grad", None) is not None
+            ):
                 yield param.sharded_param

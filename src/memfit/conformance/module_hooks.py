@@ -60,26 +60,28 @@ class Heard:
             for module in list(block.modules())[1:] or [block]
         ]
 
-    def _hear(self, index: int, module: nn.Module, given: Any, *, apart: bool) -> None:
-        own = list(module.parameters(recurse=False))
-        elements = sum(map(whole, own))
+    def _hear(self, index: int, module: nn.Module, inputs: Any, *, apart: bool) -> None:
+        params = list(module.parameters(recurse=False))
+        elements = sum(map(whole, params))
         if in_backward():
             self.again[index][id(module)] = elements
             return
         self.ran[index][id(module)] = elements
-        tensors = (t for t in _pytree.tree_leaves(given) if isinstance(t, torch.Tensor))
-        if any(t.requires_grad for t in (*own, *tensors)):
+        tensors = (t for t in _pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor))
+        if any(t.requires_grad for t in (*params, *tensors)):
             self.passed.add(index)
-        for p in () if apart else own:
+        for p in () if apart else params:
             if p.is_floating_point() and p.numel():
-                kind = p.device.type
-                on = torch.is_autocast_enabled(kind)
-                self.autocast.add((index, str(torch.get_autocast_dtype(kind)) if on else "off"))
+                device_type = p.device.type
+                enabled = torch.is_autocast_enabled(device_type)
+                self.autocast.add((index, str(torch.get_autocast_dtype(device_type)) if enabled else "off"))
                 self.computed[p.dtype] += whole(p)
 
     def recomputed(self) -> set[int]:
         """Return the blocks of which nearly everything ran again."""
-        shares = {i: _weight(self.again.get(i, {})) / max(_weight(own), 1) for i, own in self.ran.items()}
+        shares = {
+            i: _weight(self.again.get(i, {})) / max(_weight(elements), 1) for i, elements in self.ran.items()
+        }
         return {i for i, share in shares.items() if share >= _MOST}
 
     def narrow(self, dtype: str) -> set[int]:

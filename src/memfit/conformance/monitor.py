@@ -58,23 +58,23 @@ class Monitor(Observation):
         self._handles = []
         for listener in (self.graph, self.order, self.reach, self.averages, self.clipping):
             listener.__enter__()
-        compiled = self.plan.get("compile")  # a hook inside would split the graph
-        if compiled is None or compiled.settings["scope"] != "model":
+        compile_use = self.plan.get("compile")  # a hook inside would split the graph
+        if compile_use is None or compile_use.settings["scope"] != "model":
             self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
         self._handles += self.heard.listen(
-            self.blocks if compiled is None else (),
+            self.blocks if compile_use is None else (),
             islands=self.islands,
             on_first=self._on_first,
             busy=lambda: self.reach.running,
         )
-        if self.layout.tensor > 1 and self.blocks and compiled is None:
+        if self.layout.tensor > 1 and self.blocks and compile_use is None:
             self._handles.append(self.blocks[-1].register_forward_hook(self._on_last))
-        inner = [o for o in layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
+        torch_optimizers = [o for o in layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
         for param in (trainable := list(self.trainable())):
             self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable))))
-        if inner:
-            self._handles.append(inner[-1].register_step_pre_hook(self._on_update))
-            self._handles.append(inner[-1].register_step_post_hook(lambda *_: self._on_step()))
+        if torch_optimizers:
+            self._handles.append(torch_optimizers[-1].register_step_pre_hook(self._on_update))
+            self._handles.append(torch_optimizers[-1].register_step_post_hook(lambda *_: self._on_step()))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,28 +143,28 @@ class Monitor(Observation):
             if self.plan.get("expert-parallel") is None:
                 self._parameters()
             block_checks.parameter_dtypes(self)
-            for look in (
+            for check in (
                 *technique_checks.AT_REST,
                 tensor_parallel_check.tensor_parallel,
                 *distributed_checks.AT_REST,
             ):
-                look(self)
-            if stepped := bool(self.heard.ran or self.forwards or self.graph.backwards):
+                check(self)
+            if has_step := bool(self.heard.ran or self.forwards or self.graph.backwards):
                 self._stepped()
             elif self.plan.uses:
-                self.unseen("gradients, recomputation and replicas: no step was watched")
-            self.not_seen += technique_checks.not_looked_at(self, stepped=stepped)
-        found = self._gathered()
-        if found.differences:
-            raise NotConforming(found)
-        return found
+                self.unseen("gradients, recomputation and replicas: no training step was observed")
+            self.not_seen += technique_checks.not_looked_at(self, stepped=has_step)
+        result = self._gathered()
+        if result.differences:
+            raise NotConforming(result)
+        return result
 
     def _stepped(self) -> None:
         self._micro_batches()
         if self.plan.get("expert-parallel") is None:
             self._gradients()
             self._state()
-        more = (
+        other_checks = (
             *block_checks.AFTER_A_STEP,
             schedule_check.schedule,
             sample_checks.different_samples,
@@ -173,56 +173,64 @@ class Monitor(Observation):
             tensor_parallel_check.summed,
             clipping_check.clipped,
         )
-        for look in (*technique_checks.AFTER_A_STEP, *distributed_checks.AFTER_A_STEP, *more):
-            look(self)
+        for check in (*technique_checks.AFTER_A_STEP, *distributed_checks.AFTER_A_STEP, *other_checks):
+            check(self)
 
     def _gathered(self) -> Conformance:
         """Gather the differences of all ranks, so that no rank waits for one that has stopped."""
-        told = [self.differences]
+        differences_by_rank = [self.differences]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            told = [None] * dist.get_world_size()  # type: ignore[list-item]
-            dist.all_gather_object(told, self.differences)
-        union = dict.fromkeys(d for of_rank in told for d in of_rank)
+            differences_by_rank = [None] * dist.get_world_size()  # type: ignore[list-item]
+            dist.all_gather_object(differences_by_rank, self.differences)
+        union = dict.fromkeys(d for rank_differences in differences_by_rank for d in rank_differences)
         return Conformance(differences=tuple(union), checked=tuple(self.checked), unseen=tuple(self.not_seen))
 
     def _ranks(self) -> None:
-        found = world_size()
-        self.differs("ranks", str(self.plan.ranks), str(found), wrong=found != self.plan.ranks)
+        ranks = world_size()
+        self.differs("ranks", str(self.plan.ranks), str(ranks), wrong=ranks != self.plan.ranks)
 
     def _parameters(self) -> None:
         """Check the parameters that this rank holds: all of its part of the model, or the planned shard."""
         params = list(self.model.parameters())
-        held, part = sum(map(local_elements, params)), self.part(params)
+        held_elements, part_elements = sum(map(local_elements, params)), self.part(params)
         degree, feature = self.sharded("parameters")
-        if degree > 1 and not held:
-            self.unseen(f"{feature}: no shards could be found")
+        if degree > 1 and not held_elements:
+            self.unseen(f"{feature}: no shards were found")
         elif degree > 1:
-            kept = sum(whole(p) for p in params if self.persists(p))
-            most = kept + self._shard([p for p in params if not self.persists(p)], degree)
-            self.differs(
-                feature, f"1/{degree} of {part:,} elements on a rank", f"{held:,}", wrong=held > most
+            persistent_elements = sum(whole(p) for p in params if self.persists(p))
+            max_elements = persistent_elements + self._shard(
+                [p for p in params if not self.persists(p)], degree
             )
-        elif part:
             self.differs(
-                "parameters", "whole", f"{held:,} of {part:,} elements on a rank", wrong=held < 0.99 * part
+                feature,
+                f"1/{degree} of {part_elements:,} elements on a rank",
+                f"{held_elements:,}",
+                wrong=held_elements > max_elements,
+            )
+        elif part_elements:
+            self.differs(
+                "parameters",
+                "whole",
+                f"{held_elements:,} of {part_elements:,} elements on a rank",
+                wrong=held_elements < 0.99 * part_elements,
             )
 
     def _shard(self, params: list[nn.Parameter], degree: int) -> float:
         """Return the most elements of ``params`` that one of ``degree`` ranks may hold: whole rows of each
         with fsdp2, whole parameters if these are distributed, else even parts."""
         sizes = [whole(p) for p in params]
-        if (part := self.part(params)) > sum(sizes):
-            return part / degree + _PADDING * degree
+        if (part_elements := self.part(params)) > sum(sizes):
+            return part_elements / degree + _PADDING * degree
         if self.plan.get("sharded-ddp") is not None:
             return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
         by_rows = self.plan.get("fsdp2") is not None
-        left = [p for p in params if not placed(p)] if by_rows else []
-        if sum(map(whole, left)) > _IGNORED_RATIO * sum(sizes):
-            left = []
-        alone = {id(p) for p in left}  # parameters that FSDP2 was told to ignore
+        ignored_params = [p for p in params if not placed(p)] if by_rows else []
+        if sum(map(whole, ignored_params)) > _IGNORED_RATIO * sum(sizes):
+            ignored_params = []
+        ignored_ids = {id(p) for p in ignored_params}  # parameters that FSDP2 was told to ignore
         rows = [p.shape[0] if by_rows and p.dim() else n for p, n in zip(params, sizes, strict=True)]
         parts = (
-            n if id(p) in alone else math.ceil(r / degree) * n / max(r, 1)
+            n if id(p) in ignored_ids else math.ceil(r / degree) * n / max(r, 1)
             for p, r, n in zip(params, rows, sizes, strict=True)
         )
         return sum(parts) + _PADDING * degree
@@ -241,66 +249,75 @@ class Monitor(Observation):
 
     def _bucketed(self) -> int:
         """Return the elements of gradients that every rank keeps in buckets, one per owner."""
-        used = self.plan.get("sharded-ddp")
-        return int(used.settings["reduce_buffer_elements"]) * self.layout.shard if used is not None else 0
+        use = self.plan.get("sharded-ddp")
+        return int(use.settings["reduce_buffer_elements"]) * self.layout.shard if use is not None else 0
 
     def _micro_batches(self) -> None:
-        used, staged = self.plan.get("gradient-accumulation"), self.plan.get("pipeline")
-        wanted = self.micro_batches or (int(used.settings["micro_batches"]) if used else 1)
-        if staged is not None:  # every stage on this rank runs each micro-batch
-            wanted *= int(staged.settings["micro_batches"]) * int(staged.settings["virtual"])
+        accumulation, pipeline = self.plan.get("gradient-accumulation"), self.plan.get("pipeline")
+        planned_count = self.micro_batches or (
+            int(accumulation.settings["micro_batches"]) if accumulation else 1
+        )
+        if pipeline is not None:  # every stage on this rank runs each micro-batch
+            planned_count *= int(pipeline.settings["micro_batches"]) * int(pipeline.settings["virtual"])
             # torch's stages may run one to infer shapes.
-            found = self.order.staged.count("F") or self.forwards
+            found_count = self.order.staged.count("F") or self.forwards
             feature = "pipeline: micro-batches"
         else:  # a loss may call the model several times, and read other data in between
-            found, feature = self.graph.backwards or self.forwards, "gradient-accumulation"
-        if found and (staged is not None or wanted > 1):
+            found_count, feature = self.graph.backwards or self.forwards, "gradient-accumulation"
+        if found_count and (pipeline is not None or planned_count > 1):
             # LBFGS and sharpness-aware steps run their micro-batches several times.
-            if staged is None and not found % wanted:
-                found = max(self.passes, default=0) or found
-            wrong = found != wanted if staged is not None else bool(found % wanted)
-            self.differs(feature, f"{wanted} micro-batches", str(found), wrong=wrong)
-        elif used is not None or staged is not None:
-            self.unseen(f"{feature}: no pass was heard")
+            if pipeline is None and not found_count % planned_count:
+                found_count = max(self.passes, default=0) or found_count
+            wrong = (
+                found_count != planned_count if pipeline is not None else bool(found_count % planned_count)
+            )
+            self.differs(feature, f"{planned_count} micro-batches", str(found_count), wrong=wrong)
+        elif accumulation is not None or pipeline is not None:
+            self.unseen(f"{feature}: no forward or backward pass was observed")
 
     def _gradients(self) -> None:
         params = list(self.trainable())
         degree, feature = self.sharded("gradients")
         if degree == 1 or self.gradients is None:
             return
-        part = self.part(params)
-        most = self._shard(params, degree)
+        part_elements = self.part(params)
+        max_elements = self._shard(params, degree)
         # Gradients were not reduced to shards.
-        never = self.plan.get("fsdp2") is not None and not self.gradients
+        unreduced = self.plan.get("fsdp2") is not None and not self.gradients
         self.differs(
             feature,
-            f"1/{degree} of {part:,} elements on a rank before the update",
+            f"1/{degree} of {part_elements:,} elements on a rank before the update",
             f"{self.gradients:,}",
-            wrong=never or self.gradients > most + self._bucketed(),
+            wrong=unreduced or self.gradients > max_elements + self._bucketed(),
         )
         zero = self.plan.get("zero")
         if zero is None or int(zero.settings["stage"]) != 2 or not self.waiting:
             return
         bucket = int(zero.settings["reduce_bucket_elements"])
         # The last one may be in progress.
-        most = self._overlapping(params, degree) + bucket + max(map(whole, params))
-        if most >= part:
-            self.unseen(f"{feature} in backward: the reduce bucket could hold them all")
+        max_elements = self._overlapping(params, degree) + bucket + max(map(whole, params))
+        if max_elements >= part_elements:
+            self.unseen(f"{feature} in backward: all gradients fit in one reduce bucket")
         else:
             self.differs(
                 feature,
-                f"at most {int(most):,} of {part:,} elements in backward",
+                f"at most {int(max_elements):,} of {part_elements:,} elements in backward",
                 f"{self.waiting:,}",
-                wrong=self.waiting > most,
+                wrong=self.waiting > max_elements,
             )
 
     def _state(self) -> None:
-        held = state_elements(self.optimizer)
+        state_count = state_elements(self.optimizer)
         params = list(self.trainable())
-        part = self.part(params)
+        part_elements = self.part(params)
         degree, feature = self.sharded("optimizer state")
-        if not held:
-            self.unseen("optimizer state: it has none that could be found")
+        if not state_count:
+            self.unseen("optimizer state: none was found")
         elif degree > 1:
-            most = self._shard(params, degree)
-            self.differs(feature, f"of 1/{degree} of {part:,} elements", f"of {held:,}", wrong=held > most)
+            max_elements = self._shard(params, degree)
+            self.differs(
+                feature,
+                f"state for 1/{degree} of {part_elements:,} elements",
+                f"state for {state_count:,}",
+                wrong=state_count > max_elements,
+            )

@@ -46,32 +46,32 @@ class Prepared:
 
     def beside(self, *dimensions: str) -> tuple[int, ...]:
         """Return this rank's coordinates along all other dimensions of the plan's mesh."""
-        place = self.layout.coordinate(dist.get_rank())
-        return tuple(v for name, v in place.items() if name not in dimensions)
+        coordinate = self.layout.coordinate(dist.get_rank())
+        return tuple(v for name, v in coordinate.items() if name not in dimensions)
 
     def trainable(self) -> Iterator[nn.Parameter]:
         return (p for p in self.model.parameters() if p.requires_grad)
 
     def part(self, params: list[nn.Parameter]) -> int:
         """Return the elements of this rank's part of the model. Parameters may have been freed."""
-        found = sum(map(whole, params))
-        gone = any(not p.numel() and not lets_go(p) for p in params)
-        return max(found, self.whole_elements or 0) if gone else found
+        elements = sum(map(whole, params))
+        is_freed = any(not p.numel() and not lets_go(p) for p in params)
+        return max(elements, self.whole_elements or 0) if is_freed else elements
 
     def persists(self, param: nn.Parameter) -> bool:
         """Return whether ZeRO 3 keeps this parameter whole because it is small."""
-        used = self.plan.get("zero")
-        return used is not None and whole(param) <= int(used.settings["persist_elements"])
+        use = self.plan.get("zero")
+        return use is not None and whole(param) <= int(use.settings["persist_elements"])
 
     def sharded(self, what: str) -> tuple[int, str]:
         """Return (number of ranks over which the plan shards ``what``, the feature name)."""
         shard = self.layout.shard * self.layout.context if self.plan.get("fsdp2") else self.layout.shard
         if self.plan.get("fsdp2") is not None:
             return shard, f"fsdp2: {what}"
-        if (used := self.plan.get("zero")) is not None:
-            stage = int(used.settings["stage"])
-            least = {"optimizer state": 1, "gradients": 2, "parameters": 3}[what]
-            return (shard if stage >= least else 1), f"zero stage {stage}: {what}"
+        if (use := self.plan.get("zero")) is not None:
+            stage = int(use.settings["stage"])
+            required_stage = {"optimizer state": 1, "gradients": 2, "parameters": 3}[what]
+            return (shard if stage >= required_stage else 1), f"zero stage {stage}: {what}"
         if self.plan.get("sharded-ddp") is not None and what != "parameters":
             return shard, f"sharded-ddp: {what}"
         return 1, what

@@ -31,28 +31,30 @@ def different_samples(step: Observation) -> None:
     """Check that data-parallel ranks train on different samples."""
     if step.layout.data == 1:
         return
-    used = next((u.technique for u in step.plan.uses if u.technique in _DATA_PARALLEL), "replicas")
-    feature, group = f"{used}: samples", step.beside("replicate", "shard")
-    every: list[_Rank] = from_all(
+    technique = next((u.technique for u in step.plan.uses if u.technique in _DATA_PARALLEL), "replicas")
+    feature, group = f"{technique}: samples", step.beside("replicate", "shard")
+    all_ranks: list[_Rank] = from_all(
         _Rank(dist.get_rank(), group, tuple(step.samples.given), step.samples.several, tuple(step.graph.ends))
     )
-    if not all(r.given for r in every):  # the same on every rank
-        step.unseen(f"{feature}: nothing that the model is given was heard")
+    if not all(r.given for r in all_ranks):  # the same on every rank
+        step.unseen(f"{feature}: no inputs of the model were observed")
         return
-    alike = collections.defaultdict[Any, list[_Rank]](list)
-    for one in every:
-        alike[one.group, one.given].append(one)
-    pairs = [pair for ranks in alike.values() for pair in itertools.combinations(ranks, 2)]
-    sure = [pair for pair in pairs if pair[0].several and _same_ends(*pair)]
-    if pairs and not sure:
-        step.unseen(f"{feature}: some ranks are given the same: one sample, or other targets, or dropout")
+    ranks_by_inputs = collections.defaultdict[Any, list[_Rank]](list)
+    for rank in all_ranks:
+        ranks_by_inputs[rank.group, rank.given].append(rank)
+    pairs = [pair for ranks in ranks_by_inputs.values() for pair in itertools.combinations(ranks, 2)]
+    certain_pairs = [pair for pair in pairs if pair[0].several and _same_ends(*pair)]
+    if pairs and not certain_pairs:
+        step.unseen(
+            f"{feature}: some ranks receive the same inputs, but only one sample, or their losses differ"
+        )
         return
-    ranks = sorted({r.rank for pair in sure for r in pair})
+    ranks = sorted({r.rank for pair in certain_pairs for r in pair})
     step.differs(
         feature,
-        f"others on each of {step.layout.data} data-parallel ranks",
-        f"the same on ranks {', '.join(map(str, ranks[:8]))}",
-        wrong=bool(sure),
+        f"different samples on each of {step.layout.data} data-parallel ranks",
+        f"the same samples on ranks {', '.join(map(str, ranks[:8]))}",
+        wrong=bool(certain_pairs),
     )
 
 
@@ -66,16 +68,16 @@ def _same_ends(a: _Rank, b: _Rank) -> bool:
 
 def other_parts(step: Observation) -> None:
     """Check that blocks read the other ranks' parts of a sample."""
-    used = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
-    if used is None or step.layout.context == 1:
+    use = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
+    if use is None or step.layout.context == 1:
         return
-    feature = f"{used.technique}: attention"
+    feature = f"{use.technique}: attention"
     if not (step.reach.reached or step.reach.own):  # the same on every rank
-        step.unseen(f"{feature}: no block was heard whose output mixes positions")
+        step.unseen(f"{feature}: no block was observed whose output mixes positions")
         return
     step.differs(
         feature,
         "blocks whose output depends on the other ranks' part of a sample",
-        f"none, and {step.reach.own} that depend on the rank's own",
+        f"none; {step.reach.own} depend only on the rank's own part",
         wrong=not step.reach.reached,
     )

@@ -15,54 +15,59 @@ from memfit.conformance.technique_checks import told
 
 def schedule(step: Observation) -> None:
     """Check that as many micro-batches are in flight on each stage as the planned schedule allows."""
-    used = step.plan.get("pipeline")
-    if used is None:
+    use = step.plan.get("pipeline")
+    if use is None:
         return
-    name, virtual = str(used.settings["schedule"]), int(used.settings["virtual"])
-    stages, micros = step.layout.pipeline, int(used.settings["micro_batches"])
-    place = step.layout.coordinate(dist.get_rank())["pipeline"]
+    name, virtual = str(use.settings["schedule"]), int(use.settings["virtual"])
+    stages, micro_batches = step.layout.pipeline, int(use.settings["micro_batches"])
+    stage = step.layout.coordinate(dist.get_rank())["pipeline"]
     order = step.order.staged or step.order.plain
-    every: list[tuple[int, str, bool]] = from_all((place, order, bool(step.order.staged)))
-    if not all({"F", "B"} <= set(o) for _, o, _ in every):
-        step.unseen("pipeline: schedule: no forwards and backwards of stages were heard")
+    entries: list[tuple[int, str, bool]] = from_all((stage, order, bool(step.order.staged)))
+    if not all({"F", "B"} <= set(o) for _, o, _ in entries):
+        step.unseen("pipeline: schedule: no forward and backward passes of stages were observed")
         return
-    limits = [_under_way(name, virtual, stages, micros, p) for p in range(stages)]
-    found = [max(_most(o) for at, o, _ in every if at == p) for p in range(stages)]
-    other = found != limits if name == "gpipe" else any(f > n for f, n in zip(found, limits, strict=True))
+    limits = [_under_way(name, virtual, stages, micro_batches, p) for p in range(stages)]
+    peaks = [max(_most(o) for entry_stage, o, _ in entries if entry_stage == p) for p in range(stages)]
+    is_wrong = peaks != limits if name == "gpipe" else any(f > n for f, n in zip(peaks, limits, strict=True))
     step.differs(
         "pipeline: schedule",
-        f"{name}, {told(limits)} micro-batches under way on its ranks",
-        told(found),
-        wrong=other,
+        f"{name}, {told(limits)} micro-batches in flight on its ranks",
+        told(peaks),
+        wrong=is_wrong,
     )
-    if not all(staged for *_, staged in every):
-        step.unseen("pipeline: schedule: whether gradients of weights come apart")
+    if not all(is_staged for *_, is_staged in entries):
+        step.unseen("pipeline: schedule: whether gradients of weights are computed separately")
         return
-    apart, wanted = any("W" in o for _, o, _ in every), name.startswith("zero-bubble")
-    when = {True: "apart, later", False: "with those of inputs"}
-    step.differs("pipeline: schedule: gradients of weights", when[wanted], when[apart], wrong=apart != wanted)
+    is_separate, planned_separate = any("W" in o for _, o, _ in entries), name.startswith("zero-bubble")
+    texts = {True: "computed separately, later", False: "computed with gradients of inputs"}
+    step.differs(
+        "pipeline: schedule: gradients of weights",
+        texts[planned_separate],
+        texts[is_separate],
+        wrong=is_separate != planned_separate,
+    )
 
 
-def _under_way(name: str, virtual: int, stages: int, micros: int, place: int) -> int:
-    """Return the largest number of forwards whose backward has not run, on the rank at ``place`` (Huang et
+def _under_way(name: str, virtual: int, stages: int, micro_batches: int, stage: int) -> int:
+    """Return the largest number of forwards whose backward has not run, on the rank at ``stage`` (Huang et
     al. 2019; Narayanan et al. 2019 and 2021; Qi et al. 2023, whose V schedule holds on every rank what 1F1B
     holds on its first rank)."""
     # Interleaved: micro-batches of a stage before the rank's next stage runs.
-    at_once = micros // max(1, micros // stages)
-    after = stages - 1 - place
-    found = {
-        "gpipe": micros * virtual,
-        "1f1b": after + 1,
-        "interleaved": (virtual - 1) * at_once + 2 * after + 1,
-        "zero-bubble": (virtual - 1) * at_once + after + 1,
+    at_once = micro_batches // max(1, micro_batches // stages)
+    later_stages = stages - 1 - stage
+    limits = {
+        "gpipe": micro_batches * virtual,
+        "1f1b": later_stages + 1,
+        "interleaved": (virtual - 1) * at_once + 2 * later_stages + 1,
+        "zero-bubble": (virtual - 1) * at_once + later_stages + 1,
         "zero-bubble-v": 2 * stages,
     }
-    return min(found[name], micros * virtual)
+    return min(limits[name], micro_batches * virtual)
 
 
 def _most(order: str) -> int:
-    now = most = 0
+    in_flight = maximum = 0
     for letter in order:
-        now += {"F": 1, "B": -1}.get(letter, 0)
-        most = max(most, now)
-    return most
+        in_flight += {"F": 1, "B": -1}.get(letter, 0)
+        maximum = max(maximum, in_flight)
+    return maximum

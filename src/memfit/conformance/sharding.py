@@ -23,8 +23,12 @@ def whole(param: nn.Parameter) -> int:
     if lets_go(param):
         return math.prod(shape(param))
     mesh: Any = getattr(param, "device_mesh", None)
-    cut = [mesh.size(i) for i, (p, tensor) in enumerate(placed(param)) if p.is_shard() and tensor]
-    return math.ceil(param.numel() / int(math.prod(cut)))
+    tensor_degrees = [
+        mesh.size(i)
+        for i, (p, tensor_parallel) in enumerate(placed(param))
+        if p.is_shard() and tensor_parallel
+    ]
+    return math.ceil(param.numel() / int(math.prod(tensor_degrees)))
 
 
 _TENSOR = ("tensor", "tp", "model", "mp", "tensor_parallel", "tensor_model_parallel")
@@ -35,8 +39,8 @@ _UNNAMED_IS_TENSOR: contextvars.ContextVar[bool] = contextvars.ContextVar("unnam
 def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
     """Set how meshes without names are read, inside this context: as those of tensor parallelism, if the plan
     has it and nothing else shards."""
-    alone = plan.get("tensor-parallel") is not None and not any(True for _ in fsdp_groups(model))
-    token = _UNNAMED_IS_TENSOR.set(alone)
+    only_tensor = plan.get("tensor-parallel") is not None and not any(True for _ in fsdp_groups(model))
+    token = _UNNAMED_IS_TENSOR.set(only_tensor)
     try:
         yield
     finally:
@@ -50,8 +54,8 @@ def placed(param: torch.Tensor) -> list[tuple[Any, bool]]:
     if mesh is None:
         return []
     names = mesh.mesh_dim_names or ("",) * mesh.ndim
-    tensor = [n in _TENSOR or (not n and _UNNAMED_IS_TENSOR.get()) for n in names]
-    return list(zip(param.placements, tensor, strict=True))  # type: ignore[attr-defined]
+    tensor_flags = [n in _TENSOR or (not n and _UNNAMED_IS_TENSOR.get()) for n in names]
+    return list(zip(param.placements, tensor_flags, strict=True))  # type: ignore[attr-defined]
 
 
 def shape(param: torch.Tensor) -> tuple[int, ...]:
@@ -66,8 +70,8 @@ def lets_go(param: torch.Tensor) -> bool:
 
 def own_shard(param: torch.Tensor) -> torch.Tensor:
     """Return the part of a parameter that stays on this rank with ZeRO 3, else the parameter itself."""
-    found: torch.Tensor = getattr(param, "ds_tensor", getattr(param, "shard", param))
-    return found
+    shard: torch.Tensor = getattr(param, "ds_tensor", getattr(param, "shard", param))
+    return shard
 
 
 def in_backward() -> bool:
@@ -82,10 +86,10 @@ def world_size() -> int:
 
 def from_all(own: Any) -> list[Any]:
     """Return every rank's value, in the order of ranks. This is a collective."""
-    every: list[Any] = [own] * world_size()
-    if len(every) > 1:
-        dist.all_gather_object(every, own)
-    return every
+    values: list[Any] = [own] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, own)
+    return values
 
 
 def local_elements(tensor: torch.Tensor) -> int:
@@ -104,8 +108,10 @@ def layers(optimizer: Any) -> Iterator[Any]:
         if optimizer is None:
             return
         yield optimizer
-        inner = (getattr(optimizer, name, None) for name in ("optimizer", "optim", "inner", "base_optimizer"))
-        optimizer = next((i for i in inner if i is not None and hasattr(i, "step")), None)
+        candidates = (
+            getattr(optimizer, name, None) for name in ("optimizer", "optim", "inner", "base_optimizer")
+        )
+        optimizer = next((i for i in candidates if i is not None and hasattr(i, "step")), None)
 
 
 def states(optimizer: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
@@ -143,8 +149,8 @@ def local_bytes(tensor: torch.Tensor) -> int:
 def fsdp_groups(model: nn.Module) -> Iterator[Any]:
     """Yield the parameter groups of fsdp2, including those of several modules. Torch has no public way to
     list them."""
-    states = {id(s): s for m in model.modules() if (s := getattr(m, "_get_fsdp_state", lambda: None)())}
-    for state in states.values():
+    fsdp_states = {id(s): s for m in model.modules() if (s := getattr(m, "_get_fsdp_state", lambda: None)())}
+    for state in fsdp_states.values():
         yield from getattr(state, "_fsdp_param_groups", ())
 
 

@@ -26,10 +26,10 @@ class Order:
 
     def __enter__(self) -> Self:
         if self._listens:
-            kind = importlib.import_module("torch.distributed.pipelining.stage")._PipelineStageBase
+            stage_class = importlib.import_module("torch.distributed.pipelining.stage")._PipelineStageBase
             for name, letter in _CALLS.items():
-                telling = self._telling(getattr(kind, name), letter)
-                self._stack.enter_context(mock.patch.object(kind, name, telling))
+                wrapper = self._telling(getattr(stage_class, name), letter)
+                self._stack.enter_context(mock.patch.object(stage_class, name, wrapper))
         return self
 
     def __exit__(self, *_: object) -> None:

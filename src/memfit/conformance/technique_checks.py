@@ -41,68 +41,80 @@ _LOW_RANK = 32  # rows and columns from which factored moments are clearly small
 
 def offloaded_activations(step: Observation) -> None:
     """Check that saved tensors are offloaded."""
-    used = step.plan.get("activation-offload")
-    if used is None:
+    use = step.plan.get("activation-offload")
+    if use is None:
         return
-    graph, least = step.graph, int(used.settings["minimum_kib"]) * 1024
-    if used.settings["to"] == "host" and graph.device == "cpu":
-        step.unseen("activation-offload: the step runs in host memory, there is nowhere to go")
+    graph, minimum_bytes = step.graph, int(use.settings["minimum_kib"]) * 1024
+    if use.settings["to"] == "host" and graph.device == "cpu":
+        step.unseen(
+            "activation-offload: the step runs in host memory, so there is no other memory to offload to"
+        )
         return
     # Only contiguous tensors go to a file.
-    kept = graph.stuck if used.settings["to"] == "disk" else graph.here
-    here = [size for size in kept if size >= least]
-    if not graph.away + len(here):
-        step.unseen(f"activation-offload: no saved tensors of {least // 1024} KiB or more were found")
+    storage_sizes = graph.stuck if use.settings["to"] == "disk" else graph.here
+    large_sizes = [size for size in storage_sizes if size >= minimum_bytes]
+    if not graph.away + len(large_sizes):
+        step.unseen(f"activation-offload: no saved tensors of {minimum_bytes // 1024} KiB or more were found")
         return
-    stayed, went = sum(here), graph.away_bytes
+    kept_amount, moved_amount = sum(large_sizes), graph.away_bytes
     if graph.unsized:  # kept by other means than Python's hooks
-        stayed, went = len(here), graph.away
+        kept_amount, moved_amount = len(large_sizes), graph.away
     step.differs(
         "activation-offload",
-        f"saved tensors of {least // 1024} KiB or more go to {used.settings['to']}",
-        f"{graph.away} went, {len(here)} stayed ({sum(here):,} bytes)",
-        wrong=stayed > _STAYS_RATIO * (stayed + went),
+        f"saved tensors of {minimum_bytes // 1024} KiB or more go to {use.settings['to']}",
+        f"{graph.away} offloaded, {len(large_sizes)} not offloaded ({sum(large_sizes):,} bytes)",
+        wrong=kept_amount > _STAYS_RATIO * (kept_amount + moved_amount),
     )
 
 
 def dropped_tensors(step: Observation) -> None:
     """Check that tensors are dropped and recomputed in backward."""
-    used = step.plan.get("optimal-checkpointing")
-    if used is None or used.settings["dropped"] in ("", "none"):
+    use = step.plan.get("optimal-checkpointing")
+    if use is None or use.settings["dropped"] in ("", "none"):
         return
     count = step.graph.packed
     if step.graph.unread:
-        step.unseen("optimal-checkpointing: this torch does not show what is saved for backward")
+        step.unseen(
+            "optimal-checkpointing: this version of torch does not expose the tensors saved for backward"
+        )
         return
-    step.differs("optimal-checkpointing", "tensors that backward makes again", str(count), wrong=not count)
+    step.differs("optimal-checkpointing", "tensors that backward recomputes", str(count), wrong=not count)
 
 
 def compiled(step: Observation) -> None:
     """Check that blocks or the model run compiled."""
-    used = step.plan.get("compile")
-    if used is None:
+    use = step.plan.get("compile")
+    if use is None:
         return
     graph, shards = step.graph, {id(p): id(s) for p, s in gathered(step.model)}
-    fused = {shards.get(i, i) for i in graph.compiled}
-    graphed = fused | {shards.get(i, i) for i in graph.eager}
-    blocks = [step.model] if used.settings["scope"] == "model" else step.blocks
-    wanted, found = [], []
+    compiled_ids = {shards.get(i, i) for i in graph.compiled}
+    graph_ids = compiled_ids | {shards.get(i, i) for i in graph.eager}
+    blocks = [step.model] if use.settings["scope"] == "model" else step.blocks
+    planned_blocks, compiled_blocks = [], []
     for index, block in enumerate(blocks):
-        own = {id(p): whole(p) for p in block.parameters()}
-        if reached := sum(own[i] for i in own.keys() & graphed):
-            wanted.append(index)
-            found += [index] * (sum(own[i] for i in own.keys() & fused) > reached / 2)  # graphs may break
-    if not wanted:
-        step.unseen("compile: no parameters of what is to be compiled were found in the graph")
+        elements = {id(p): whole(p) for p in block.parameters()}
+        if graph_elements := sum(elements[i] for i in elements.keys() & graph_ids):
+            planned_blocks.append(index)
+            # Graphs may break.
+            compiled_blocks += [index] * (
+                sum(elements[i] for i in elements.keys() & compiled_ids) > graph_elements / 2
+            )
+    if not planned_blocks:
+        step.unseen("compile: the graph contains no parameters of the modules to be compiled")
         return
-    what = "the whole model" if used.settings["scope"] == "model" else f"blocks {told(wanted)}"
-    step.differs("compile", f"{what} run compiled", told(found), wrong=found != wanted)
+    scope_text = "the whole model" if use.settings["scope"] == "model" else f"blocks {told(planned_blocks)}"
+    step.differs(
+        "compile",
+        f"{scope_text} compiled",
+        told(compiled_blocks),
+        wrong=compiled_blocks != planned_blocks,
+    )
 
 
 def chunked_loss(step: Observation) -> None:
     """Check that no logits are kept for backward."""
-    used = step.plan.get("chunked-cross-entropy")
-    if used is None:
+    use = step.plan.get("chunked-cross-entropy")
+    if use is None:
         return
     feature, graph = "chunked-cross-entropy", step.graph
     try:
@@ -112,16 +124,20 @@ def chunked_loss(step: Observation) -> None:
         return
     width, rows = head.out_features, graph.rows.get(head.out_features, 0)
     # Of the rows that the head reads.
-    part = graph.rows.get(head.in_features, 0) / int(used.settings["chunks"])
-    others = (m for m in step.model.modules() if isinstance(m, nn.Linear) and m is not head)
-    alike = any(width in (m.in_features, m.out_features) for m in others)
-    if alike or not graph.backwards or 0 < rows < part:  # there may be as many tokens as classes
-        step.unseen(f"{feature}: logits cannot be told from what other layers make")
+    rows_per_chunk = graph.rows.get(head.in_features, 0) / int(use.settings["chunks"])
+    other_linears = (m for m in step.model.modules() if isinstance(m, nn.Linear) and m is not head)
+    ambiguous = any(width in (m.in_features, m.out_features) for m in other_linears)
+    # There may be as many tokens as classes.
+    if ambiguous or not graph.backwards or 0 < rows < rows_per_chunk:
+        step.unseen(f"{feature}: logits cannot be distinguished from the outputs of other layers")
     elif not rows and (graph.packed or graph.unread):
-        step.unseen(f"{feature}: what is saved for backward is somewhere else")
+        step.unseen(f"{feature}: the tensors saved for backward cannot be inspected")
     else:
         step.differs(
-            feature, f"no logits of {width} classes kept for backward", f"{rows} rows of them", wrong=rows > 0
+            feature,
+            f"no logits of {width} classes kept for backward",
+            f"{rows} rows of logits",
+            wrong=rows > 0,
         )
 
 
@@ -130,38 +146,40 @@ def chunked_loss(step: Observation) -> None:
 
 def adapters(step: Observation) -> None:
     """Check that only adapters of the planned rank are trained in the blocks."""
-    used = step.plan.get("lora") or step.plan.get("qlora")
-    if used is None:
+    use = step.plan.get("lora") or step.plan.get("qlora")
+    if use is None:
         return
-    feature, rank = used.technique, int(used.settings["rank"])
+    feature, rank = use.technique, int(use.settings["rank"])
     matrices = [p for b in step.blocks for p in b.parameters() if len(shape(p)) > 1]
     if not matrices:
         step.unseen(f"{feature}: no blocks with weights were found")
         return
-    low = [p for p in matrices if p.requires_grad and min(shape(p)[:2]) <= rank]
-    learning = [p for p in matrices if p.requires_grad and min(shape(p)[:2]) > rank]
+    adapter_matrices = [p for p in matrices if p.requires_grad and min(shape(p)[:2]) <= rank]
+    full_matrices = [p for p in matrices if p.requires_grad and min(shape(p)[:2]) > rank]
     step.differs(
         feature,
-        f"of the blocks' weights only matrices of rank {rank} learn",
-        f"{sum(map(whole, low)):,} elements of such, {sum(map(whole, learning)):,} of others",
-        wrong=bool(learning) or not low,
+        f"in the blocks, only matrices of rank {rank} are trained",
+        f"{sum(map(whole, adapter_matrices)):,} trained elements in them, "
+        f"{sum(map(whole, full_matrices)):,} in other matrices",
+        wrong=bool(full_matrices) or not adapter_matrices,
     )
-    beside: list[Any] = [m for b in step.blocks for m in b.modules() if _frozen_linear(m)]
-    least = sum(rank * (m.in_features + m.out_features) for m in beside)
-    found = sum(math.prod(shape(p)) for p in low if rank in shape(p)[:2])
+    frozen_linears: list[Any] = [m for b in step.blocks for m in b.modules() if _frozen_linear(m)]
+    expected_elements = sum(rank * (m.in_features + m.out_features) for m in frozen_linears)
+    adapter_elements = sum(math.prod(shape(p)) for p in adapter_matrices if rank in shape(p)[:2])
     step.differs(
         f"{feature}: adapters",
-        f"{least:,} elements of rank {rank} beside {len(beside)} linear layers",
-        f"{found:,} of that rank, matrices of rank {told(sorted({min(shape(p)[:2]) for p in low}))}",
-        wrong=bool(low) and found < least,
+        f"{expected_elements:,} elements of rank {rank} for {len(frozen_linears)} linear layers",
+        f"{adapter_elements:,} of that rank; ranks of the matrices: "
+        f"{told(sorted({min(shape(p)[:2]) for p in adapter_matrices}))}",
+        wrong=bool(adapter_matrices) and adapter_elements < expected_elements,
     )
     if feature == "qlora":
-        wide = [p for p in matrices if not p.requires_grad and p.is_floating_point()]
+        wide_weights = [p for p in matrices if not p.requires_grad and p.is_floating_point()]
         step.differs(
             "qlora: frozen weights",
             "in 4 bits",
-            f"{sum(map(whole, wide)):,} elements that are not",
-            wrong=bool(wide),
+            f"{sum(map(whole, wide_weights)):,} elements in floating point",
+            wrong=bool(wide_weights),
         )
 
 
@@ -170,16 +188,16 @@ def eight_bits(step: Observation) -> None:
     if step.plan.get(float8.NAME) is None:
         return
     linears = [m for block in step.blocks for m in block.modules() if isinstance(m, nn.Linear)]
-    wanted = [m for m in linears if float8.fits((m.in_features, m.out_features))]
-    if not wanted:
-        step.unseen(f"{float8.NAME}: no linear layers of such sizes were found in blocks")
+    eligible_linears = [m for m in linears if float8.fits((m.in_features, m.out_features))]
+    if not eligible_linears:
+        step.unseen(f"{float8.NAME}: the blocks have no linear layers of supported sizes")
         return
-    found = [m for m in wanted if type(m).__name__ == "Float8Linear"]  # torchao's class
+    float8_linears = [m for m in eligible_linears if type(m).__name__ == "Float8Linear"]  # torchao's class
     step.differs(
         float8.NAME,
-        f"{len(wanted)} linear layers of the blocks with products in 8 bits",
-        f"{len(found)}",
-        wrong=len(found) < len(wanted),
+        f"{len(eligible_linears)} linear layers of the blocks with 8-bit products",
+        f"{len(float8_linears)}",
+        wrong=len(float8_linears) < len(eligible_linears),
     )
 
 
@@ -187,42 +205,53 @@ def _frozen_linear(module: Any) -> bool:
     """Return whether a module is a frozen linear layer that this rank holds, in any number of bits."""
     if not isinstance(getattr(module, "in_features", None), int) or next(module.children(), None) is not None:
         return False
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     weight = module._parameters.get("weight")
-    return bool(own) and hasattr(module, "out_features") and not (weight is not None and weight.requires_grad)
+    return (
+        bool(tensors)
+        and hasattr(module, "out_features")
+        and not (weight is not None and weight.requires_grad)
+    )
 
 
 def optimizer_kind(step: Observation) -> None:
     """Check the kind of optimizer by the bytes of state per element of the parameters, and by the width of
     its numbers."""
-    used = next((u for u in step.plan.uses if u.technique in _KINDS), None)
-    if used is None:
+    use = next((u for u in step.plan.uses if u.technique in _KINDS), None)
+    if use is None:
         return
-    kind, elements, least, most = used.technique, 0, 0.0, 0.0
+    kind, elements, min_bytes, max_bytes = use.technique, 0, 0.0, 0.0
     embeddings = (m.weight for m in step.model.modules() if isinstance(m, nn.Embedding) and kind in _CODED)
-    apart = set(map(id, embeddings))
-    kept = dict[tuple[int, ...], torch.Tensor]()  # tables of code values are shared
+    excluded_ids = set(map(id, embeddings))
+    state_tensors = dict[tuple[int, ...], torch.Tensor]()  # tables of code values are shared
     for param, tensors in states(step.optimizer):
-        if not isinstance(param, torch.Tensor) or id(param) in apart or not _counts(kind, param):
+        if not isinstance(param, torch.Tensor) or id(param) in excluded_ids or not _counts(kind, param):
             continue
         if count := local_bytes(param) // param.element_size():
             elements += count
-            low, high = _bounds(kind, param)
-            least, most = least + count * low, most + count * high
-            kept.update((_address(t), t) for t in tensors if t is not param)  # a master is its own state
-    size_bytes = sum(map(local_bytes, kept.values()))
+            low_bound, high_bound = _bounds(kind, param)
+            min_bytes, max_bytes = min_bytes + count * low_bound, max_bytes + count * high_bound
+            # A master is its own state.
+            state_tensors.update((_address(t), t) for t in tensors if t is not param)
+    size_bytes = sum(map(local_bytes, state_tensors.values()))
     if not elements or not size_bytes:
-        step.unseen(f"{kind}: no state of parameters large enough to tell was found")
+        step.unseen(f"{kind}: no optimizer state was found for parameters that are large enough to check")
         return
-    code_bytes = sum(local_bytes(p) for t in kept.values() for p in _parts(t) if p.element_size() == 1)
-    enough = code_bytes if kind in _CODED else size_bytes
-    planned = f"{least / elements:g} to {most / elements:g}" if least < most else f"{most / elements:g}"
-    codes = (", in codes", f", {code_bytes / elements:.2f} in codes") if kind in _CODED else ("", "")
+    code_bytes = sum(
+        local_bytes(p) for t in state_tensors.values() for p in _parts(t) if p.element_size() == 1
+    )
+    counted_bytes = code_bytes if kind in _CODED else size_bytes
+    planned_text = (
+        f"{min_bytes / elements:g} to {max_bytes / elements:g}"
+        if min_bytes < max_bytes
+        else f"{max_bytes / elements:g}"
+    )
+    code_texts = (", in codes", f", {code_bytes / elements:.2f} in codes") if kind in _CODED else ("", "")
     step.differs(
         kind,
-        f"{planned} bytes of state an element{codes[0]}",
-        f"{size_bytes / elements:.2f}{codes[1]}",
-        wrong=size_bytes > 1.01 * most or enough < 0.99 * least,
+        f"{planned_text} bytes of state per element{code_texts[0]}",
+        f"{size_bytes / elements:.2f}{code_texts[1]}",
+        wrong=size_bytes > 1.01 * max_bytes or counted_bytes < 0.99 * min_bytes,
     )
 
 
@@ -230,8 +259,8 @@ def _bounds(kind: str, param: torch.Tensor) -> tuple[float, float]:
     if (bounds := _STATE_BYTES.get(kind)) is not None:
         return bounds
     low, high = _MOMENTS[kind]
-    wide = 4 if kind != "sgd" else 0  # moments may be wider than a bf16 parameter
-    return low * param.element_size(), high * max(param.element_size(), wide)
+    moment_bytes = 4 if kind != "sgd" else 0  # moments may be wider than a bf16 parameter
+    return low * param.element_size(), high * max(param.element_size(), moment_bytes)
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -244,18 +273,20 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def update_kernel(step: Observation) -> None:
     """Check which update torch's optimizer runs. It does what its groups say, or raises."""
-    used = step.plan.get("adamw-fused") or step.plan.get("adamw-single")
-    if used is None:
+    use = step.plan.get("adamw-fused") or step.plan.get("adamw-single")
+    if use is None:
         return
-    inner = [o for o in layers(step.optimizer) if hasattr(o, "param_groups")][-1:]
-    inner = list(getattr(step.optimizer, "optimizers", {}).values()) or inner
-    groups = [g for o in inner for g in getattr(o, "param_groups", ())]
+    inner_optimizers = [o for o in layers(step.optimizer) if hasattr(o, "param_groups")][-1:]
+    inner_optimizers = list(getattr(step.optimizer, "optimizers", {}).values()) or inner_optimizers
+    groups = [g for o in inner_optimizers for g in getattr(o, "param_groups", ())]
     if not groups:
-        step.unseen(f"{used.technique}: no optimizer of torch's own was found")
+        step.unseen(f"{use.technique}: no torch optimizer was found")
         return
-    found = sorted({_kernel(g) for g in groups})
-    wanted = used.technique.removeprefix("adamw-")
-    step.differs(used.technique, f"a {wanted} update", told(found), wrong=found != [wanted])
+    kernels = sorted({_kernel(g) for g in groups})
+    planned_kernel = use.technique.removeprefix("adamw-")
+    step.differs(
+        use.technique, f"a {planned_kernel} update", told(kernels), wrong=kernels != [planned_kernel]
+    )
 
 
 def _kernel(group: dict[str, Any]) -> str:
@@ -271,23 +302,23 @@ def in_backward_updates(step: Observation) -> None:
     if step.plan.get("optimizer-in-backward") is None:
         return
     sizes = [whole(p) for p in step.model.parameters() if p.requires_grad]
-    most = max(sizes, default=0)
-    if not step.arrived or sum(sizes) <= 2 * most:
-        step.unseen("optimizer-in-backward: no gradients, or one parameter that is most of the model")
+    largest = max(sizes, default=0)
+    if not step.arrived or sum(sizes) <= 2 * largest:
+        step.unseen("optimizer-in-backward: there are no gradients, or one parameter is most of the model")
         return
     step.differs(
         "optimizer-in-backward",
-        f"at most {most:,} elements of gradients at a time",
+        f"at most {largest:,} elements of gradients at a time",
         f"{step.waiting:,}",
-        wrong=step.waiting > most,
+        wrong=step.waiting > largest,
     )
 
 
 def _counts(kind: str, param: torch.Tensor) -> bool:
     if kind == "adafactor":
         return param.dim() > 1 and min(param.shape[-2:]) >= _LOW_RANK
-    own = local_bytes(param) // param.element_size()
-    return kind in _MOMENTS or (own >= _SMALL and own % _BLOCK == 0)
+    local_count = local_bytes(param) // param.element_size()
+    return kind in _MOMENTS or (local_count >= _SMALL and local_count % _BLOCK == 0)
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -331,15 +362,15 @@ _BY_A_STEP = frozenset(
     }
 )
 _PARTLY = {
-    "expert-parallel": "sharding, gradients and replicas of what lies beside the experts",
-    "selective-checkpointing": "what blocks keep, beyond that they run again",
-    "adamw-paged": "whether the host and the device share the state by pages",
-    "tensor-parallel": "whether activations are cut, beside parameters",
-    "context-parallel": "whether every block's attention reaches all of the other ranks",
-    "activation-offload": "whether more than three quarters of the bytes went",
-    "float8-linear": "what runs inside of torchao's layers",
-    "lora": "whether adapters learn",
-    "sgd": "an optimizer with as many bytes of state",
+    "expert-parallel": "sharding, gradients and replicas of parameters outside the experts are not checked",
+    "selective-checkpointing": "which tensors the blocks keep is not checked, only that the blocks run again",
+    "adamw-paged": "whether the state is paged between the host and the device is not checked",
+    "tensor-parallel": "whether activations are sharded is not checked, only parameters",
+    "context-parallel": "whether the attention of every block reaches all other ranks is not checked",
+    "activation-offload": "whether more than three quarters of the bytes are offloaded is not checked",
+    "float8-linear": "what runs inside torchao's layers is not checked",
+    "lora": "whether the adapters are updated is not checked",
+    "sgd": "another optimizer with the same bytes of state is not detected",
 }
 # Techniques that a check, here or in `Monitor`, covers.
 SEEN = _BY_A_STEP | {
@@ -362,9 +393,9 @@ def not_looked_at(step: Observation, *, stepped: bool) -> Iterator[str]:
     """Yield what is not checked: techniques, parts of techniques, and settings other than the default."""
     for name in (u.technique for u in step.plan.uses):
         if name not in SEEN:
-            yield f"{name}: nothing of it is looked at"
+            yield f"{name}: not checked"
         elif name in _BY_A_STEP and not stepped:
-            yield f"{name}: no step was watched"
+            yield f"{name}: no training step was observed"
         elif name in _PARTLY:
             yield f"{name}: {_PARTLY[name]}"
     yield from _other_settings(step)
@@ -379,8 +410,8 @@ _NO_LOOK = {
 
 
 def _other_settings(step: Observation) -> Iterator[str]:
-    for used in step.plan.uses:
-        usual = {k.name: k.default for k in technique(used.technique).knobs}
-        for name in _NO_LOOK.get(used.technique, ()):
-            if (value := used.settings.get(name)) != usual.get(name):
-                yield f"{used.technique}: {name}={value}"
+    for use in step.plan.uses:
+        defaults = {k.name: k.default for k in technique(use.technique).knobs}
+        for name in _NO_LOOK.get(use.technique, ()):
+            if (value := use.settings.get(name)) != defaults.get(name):
+                yield f"{use.technique}: {name}={value}"

@@ -26,68 +26,84 @@ def tensor_parallel(step: Observation) -> None:
     if degree == 1 or step.plan.get("expert-parallel") is not None:
         return
     params = list(step.model.parameters())
-    part, staged = step.part(params), step.layout.pipeline > 1
+    part_elements, has_pipeline = step.part(params), step.layout.pipeline > 1
     # DTensors know their whole size.
-    known = any(placed(p) for p in params)
-    if not known and not step.whole_elements:
-        matrices = norms(p for p in params if p.dim() > 1)
-        stepped = bool(step.graph.backwards)  # before a step, slices may be equal
-        if stepped and matrices and all(near(matrices, other) for other in from_all(matrices)):
+    has_dtensors = any(placed(p) for p in params)
+    if not has_dtensors and not step.whole_elements:
+        matrix_norms = norms(p for p in params if p.dim() > 1)
+        has_step = bool(step.graph.backwards)  # before a step, slices may be equal
+        if (
+            has_step
+            and matrix_norms
+            and all(near(matrix_norms, rank_norms) for rank_norms in from_all(matrix_norms))
+        ):
             step.differs(
                 "tensor-parallel",
-                f"layers cut over {degree} ranks",
+                f"layers sharded over {degree} ranks",
                 "the same matrices on every rank",
                 wrong=True,
             )
         else:
-            step.unseen("tensor-parallel: how much is cut: neither DTensors nor the whole model are known")
+            step.unseen(
+                "tensor-parallel: how much is sharded: there are no DTensors, "
+                "and the size of the whole model is unknown"
+            )
         return
-    total = (not staged and step.whole_elements) or sum(p.numel() for p in params)
-    most = total * (1 + 1 / degree) / 2  # norms, and sometimes the vocabulary, stay whole
+    total = (not has_pipeline and step.whole_elements) or sum(p.numel() for p in params)
+    max_elements = total * (1 + 1 / degree) / 2  # norms, and sometimes the vocabulary, stay whole
     step.differs(
         "tensor-parallel",
-        f"layers cut over {degree} ranks",
-        f"{part:,} of {total:,} elements on a rank",
-        wrong=part > most,
+        f"layers sharded over {degree} ranks",
+        f"{part_elements:,} of {total:,} elements on a rank",
+        wrong=part_elements > max_elements,
     )
-    blocks = [list(b.parameters()) for b in step.blocks] if known else []
+    blocks = [list(b.parameters()) for b in step.blocks] if has_dtensors else []
     sizes = [(sum(p.numel() for p in b), sum(map(whole, b))) for b in blocks]
-    left = [i for i, (of, here) in enumerate(sizes) if here == of]
-    if sizes and len({of for of, _ in sizes}) == 1:
-        step.differs("tensor-parallel: blocks", "each is cut", f"blocks {told(left)} whole", wrong=bool(left))
+    whole_blocks = [
+        i for i, (full_elements, local_elements) in enumerate(sizes) if local_elements == full_elements
+    ]
+    if sizes and len({full_elements for full_elements, _ in sizes}) == 1:
+        step.differs(
+            "tensor-parallel: blocks",
+            "each is sharded",
+            f"blocks {told(whole_blocks)} not sharded",
+            wrong=bool(whole_blocks),
+        )
 
 
 def summed(step: Observation) -> None:
     """Check that tensor-parallel ranks get the same output of their last block, so that partial sums are
     summed."""
-    used = step.plan.get("tensor-parallel")
-    if used is None or step.layout.tensor == 1 or step.plan.get("expert-parallel") is not None:
+    use = step.plan.get("tensor-parallel")
+    if use is None or step.layout.tensor == 1 or step.plan.get("expert-parallel") is not None:
         return
     _whole_alike(step)
     feature = "tensor-parallel: sums over ranks"
-    if used.settings["sequence"] or step.plan.get("compile") is not None:
-        step.unseen(f"{feature}: ranks hold other parts of what blocks give out, or blocks are compiled")
+    if use.settings["sequence"] or step.plan.get("compile") is not None:
+        step.unseen(
+            f"{feature}: ranks hold different parts of the blocks' output, or the blocks are compiled"
+        )
         return
     group = step.beside("tensor")
-    every: list[tuple[Any, list[tuple[float, float]]]] = from_all((group, step.left))
-    if not all(left for _, left in every):  # the same on every rank
-        step.unseen(f"{feature}: what the last block gives out was not seen")
+    entries: list[tuple[Any, list[tuple[float, float]]]] = from_all((group, step.left))
+    if not all(outputs for _, outputs in entries):  # the same on every rank
+        step.unseen(f"{feature}: the output of the last block was not observed")
         return
-    own = next(left for other, left in every if other == group)
-    apart = max(
+    own_outputs = next(outputs for entry_group, outputs in entries if entry_group == group)
+    deviation = max(
         abs(a - b) / max(size, 1e-300)
-        for other, left in every
-        if other == group
-        for (a, size), (b, _) in zip(own, left, strict=False)
+        for entry_group, outputs in entries
+        if entry_group == group
+        for (a, size), (b, _) in zip(own_outputs, outputs, strict=False)
     )
-    if apart > _ALIKE_RATIO and any(_drops(m) for m in step.model.modules()):
+    if deviation > _ALIKE_RATIO and any(_drops(m) for m in step.model.modules()):
         step.unseen(f"{feature}: dropout may differ")
         return
     step.differs(
         feature,
         f"the same output of the last block on {step.layout.tensor} ranks",
-        f"{apart:.1e} apart",
-        wrong=apart > _ALIKE_RATIO,
+        f"{deviation:.1e} apart, relative to the norm",
+        wrong=deviation > _ALIKE_RATIO,
     )
 
 
@@ -96,29 +112,33 @@ def _whole_alike(step: Observation) -> None:
     sums in backward are missing."""
     feature = "tensor-parallel: parameters that are not cut"
     params = dict(step.model.named_parameters())
-    cut = cut_names(step)
-    named = any(hasattr(p, "tensor_model_parallel") or placed(p) for p in params.values())
-    own = {n: norms([p])[0] for n, p in params.items() if n not in cut and p.requires_grad} if named else {}
+    cut_params = cut_names(step)
+    cut_known = any(hasattr(p, "tensor_model_parallel") or placed(p) for p in params.values())
+    own_norms = (
+        {n: norms([p])[0] for n, p in params.items() if n not in cut_params and p.requires_grad}
+        if cut_known
+        else {}
+    )
     group = step.beside("tensor")
-    every: list[tuple[Any, dict[str, float]]] = from_all((group, own))
-    if not all(of_rank for _, of_rank in every):
-        step.unseen(f"{feature}: which they are is not known")
+    entries: list[tuple[Any, dict[str, float]]] = from_all((group, own_norms))
+    if not all(rank_norms for _, rank_norms in entries):
+        step.unseen(f"{feature}: it is unknown which parameters are sharded")
         return
-    apart = [
+    differing_names = [
         n
-        for other, of_rank in every
-        if other == group
-        for n, value in of_rank.items()
-        if not math.isclose(value, own.get(n, value), rel_tol=_WHOLE_RATIO)
+        for entry_group, rank_norms in entries
+        if entry_group == group
+        for n, value in rank_norms.items()
+        if not math.isclose(value, own_norms.get(n, value), rel_tol=_WHOLE_RATIO)
     ]
-    if apart and any(_drops(m) for m in step.model.modules()):
+    if differing_names and any(_drops(m) for m in step.model.modules()):
         step.unseen(f"{feature}: dropout may differ")
         return
     step.differs(
         feature,
         "the same on every rank after a step",
-        f"{told(apart[:3])} apart: sums in backward",
-        wrong=bool(apart),
+        f"{told(differing_names[:3])} differ: sums in backward are missing",
+        wrong=bool(differing_names),
     )
 
 

@@ -96,9 +96,9 @@ class CachingAllocator:
         block = self._cached(pool, size) or self._fresh(pool, size)
         if block is None:
             return False
-        rest = block.size - size
-        if self._splits(pool, size, rest):
-            remainder = block.insert_after(block.address + size, rest)
+        remainder_bytes = block.size - size
+        if self._splits(pool, size, remainder_bytes):
+            remainder = block.insert_after(block.address + size, remainder_bytes)
             block.size = size
             pool.add(remainder)
         block.idle = False
@@ -134,20 +134,20 @@ class CachingAllocator:
         """
         pool.searches[0] += 1
         free = pool.free
-        at = bisect.bisect_left(free, (size,))
-        if at == len(free):
+        index = bisect.bisect_left(free, (size,))
+        if index == len(free):
             return None
         if self.settings.expandable_segments:  # a block that can grow counts with all it can grow to
-            while at + 1 < len(free) and room_bytes(free[at + 1][2]) < room_bytes(free[at][2]):
-                at += 1
-        block = free[at][2]
+            while index + 1 < len(free) and room_bytes(free[index + 1][2]) < room_bytes(free[index][2]):
+                index += 1
+        block = free[index][2]
         if self._unsplit_bytes is not None:
             oversize = size >= self._unsplit_bytes
             if not oversize and block.size >= self._unsplit_bytes:
                 return None
             if oversize and block.size >= size + LARGE_SEGMENT_BYTES:
                 return None
-        del free[at]
+        del free[index]
         return block
 
     def _fresh(self, pool: Pool, size: int) -> SegmentBlock | None:
@@ -168,11 +168,11 @@ class CachingAllocator:
     def _segment(self, pool: Pool, size: int) -> SegmentBlock | None:
         if self.settings.expandable_segments:
             return self._grown(pool, size)
-        whole = segment_bytes(size)
-        if not self._reserve(whole):
+        segment_size = segment_bytes(size)
+        if not self._reserve(segment_size):
             return None
-        block = SegmentBlock(pool, self._next_address, whole)
-        self._next_address += whole
+        block = SegmentBlock(pool, self._next_address, segment_size)
+        self._next_address += segment_size
         return block
 
     def _reserve(self, size: int) -> bool:
@@ -183,10 +183,10 @@ class CachingAllocator:
         self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
         return True
 
-    def _splits(self, pool: Pool, size: int, rest: int) -> bool:
+    def _splits(self, pool: Pool, size: int, remainder_bytes: int) -> bool:
         if pool.small or self.settings.expandable_segments:
-            return rest >= SMALLEST_BYTES
-        return rest > SMALL_BYTES and (self._unsplit_bytes is None or size < self._unsplit_bytes)
+            return remainder_bytes >= SMALLEST_BYTES
+        return remainder_bytes > SMALL_BYTES and (self._unsplit_bytes is None or size < self._unsplit_bytes)
 
     # -- expandable segments ------------------------------------------------------------------------
 
@@ -213,15 +213,15 @@ class CachingAllocator:
 
     def _map(self, block: SegmentBlock, size: int) -> bool:
         pool = block.pool
-        mapped = -(-size // pool.page_bytes) * pool.page_bytes
-        if not self._reserve(mapped):
+        mapped_bytes = -(-size // pool.page_bytes) * pool.page_bytes
+        if not self._reserve(mapped_bytes):
             return False
         pool.remove(block)
-        if mapped < block.size:
-            rest = block.insert_after(block.address + mapped, block.size - mapped)
-            rest.mapped = False
-            pool.add(rest)
-            block.size = mapped
+        if mapped_bytes < block.size:
+            remainder = block.insert_after(block.address + mapped_bytes, block.size - mapped_bytes)
+            remainder.mapped = False
+            pool.add(remainder)
+            block.size = mapped_bytes
         block.mapped = True
         merge(block, block.before)
         merge(block, block.after)
@@ -230,25 +230,25 @@ class CachingAllocator:
 
     def _unmap(self, block: SegmentBlock) -> None:
         """Release the pages that lie entirely in a free block."""
-        page, pool = block.pool.page_bytes, block.pool
-        first = -(-block.address // page) * page
-        last = (block.address + block.size) // page * page
-        if first >= last:
+        page_bytes, pool = block.pool.page_bytes, block.pool
+        start = -(-block.address // page_bytes) * page_bytes
+        end = (block.address + block.size) // page_bytes * page_bytes
+        if start >= end:
             return
         pool.remove(block)
         middle = block
-        if first > block.address:
-            middle = block.insert_after(first, block.address + block.size - first)
-            block.size = first - block.address
+        if start > block.address:
+            middle = block.insert_after(start, block.address + block.size - start)
+            block.size = start - block.address
             pool.add(block)
-        if middle.address + middle.size > last:
-            pool.add(middle.insert_after(last, middle.address + middle.size - last))
-            middle.size = last - first
+        if middle.address + middle.size > end:
+            pool.add(middle.insert_after(end, middle.address + middle.size - end))
+            middle.size = end - start
         middle.mapped = False
         merge(middle, middle.before)
         merge(middle, middle.after)
         pool.add(middle)
-        self.reserved_bytes -= last - first
+        self.reserved_bytes -= end - start
 
     # -- giving memory back -------------------------------------------------------------------------
 
@@ -262,10 +262,10 @@ class CachingAllocator:
         excess = self.reserved_bytes - int(threshold * cap)
         while excess > 0:
             ages = {b: b.pool.age(b) for b in self._idle(small=False) if is_whole(b)}
-            old = [b for b, age in ages.items() if age * len(ages) >= sum(ages.values())]
-            if not old:
+            stale_blocks = [b for b, age in ages.items() if age * len(ages) >= sum(ages.values())]
+            if not stale_blocks:
                 return
-            for block in old:
+            for block in stale_blocks:
                 excess -= block.size
                 self._give_back(block)
 
@@ -277,16 +277,16 @@ class CachingAllocator:
         """
         if self._unsplit_bytes is None or self.settings.expandable_segments:
             return False
-        wanted = max(size, self._unsplit_bytes)
-        at = bisect.bisect_left(pool.free, (wanted,))
-        if at < len(pool.free):
-            self._give_back(pool.free[at][2])
+        needed_bytes = max(size, self._unsplit_bytes)
+        index = bisect.bisect_left(pool.free, (needed_bytes,))
+        if index < len(pool.free):
+            self._give_back(pool.free[index][2])
             return True
-        released = 0
-        while released < wanted and pool.free and pool.free[-1][0] >= self._unsplit_bytes:
-            released += pool.free[-1][0]
+        released_bytes = 0
+        while released_bytes < needed_bytes and pool.free and pool.free[-1][0] >= self._unsplit_bytes:
+            released_bytes += pool.free[-1][0]
             self._give_back(pool.free[-1][2])
-        return released >= wanted
+        return released_bytes >= needed_bytes
 
     def _release_cached(self) -> None:
         """Wait for other streams, then release every segment and page without a live block."""
@@ -310,23 +310,23 @@ class CachingAllocator:
 
 def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
     """Replay the events in order; stop at the first allocation that fails."""
-    heap = CachingAllocator(settings)
-    fits = all(_played(heap, *event) for event in events)
+    allocator = CachingAllocator(settings)
+    fits = all(_played(allocator, *event) for event in events)
     return Replayed(
-        allocated_peak_bytes=heap.allocated_peak_bytes,
-        reserved_peak_bytes=heap.reserved_peak_bytes,
-        allocated_bytes=heap.allocated_bytes,
-        reserved_bytes=heap.reserved_bytes,
-        retries=heap.retries,
+        allocated_peak_bytes=allocator.allocated_peak_bytes,
+        reserved_peak_bytes=allocator.reserved_peak_bytes,
+        allocated_bytes=allocator.allocated_bytes,
+        reserved_bytes=allocator.reserved_bytes,
+        retries=allocator.retries,
         fits=fits,
     )
 
 
-def _played(heap: CachingAllocator, key: Hashable, size_bytes: int, stream: str) -> bool:
+def _played(allocator: CachingAllocator, key: Hashable, size_bytes: int, stream: str) -> bool:
     if size_bytes < 0:
-        heap.free(key)
+        allocator.free(key)
         return True
-    return heap.allocate(key, size_bytes, stream)
+    return allocator.allocate(key, size_bytes, stream)
 
 
 def replay(allocations: Iterable[Allocation], settings: Settings | None = None) -> Replayed:
@@ -338,11 +338,14 @@ def replay(allocations: Iterable[Allocation], settings: Settings | None = None) 
 
 def events_of(allocations: Iterable[Allocation]) -> list[Event]:
     """Return the events by clock. Empty tensors never reach the allocator, so they are left out."""
-    lives = [a for a in allocations if a.size_bytes]
-    ended = [i for i, a in enumerate(lives) if a.end is not None]
-    clock = numpy.array([a.start for a in lives] + [lives[i].end for i in ended], dtype=numpy.int64)
-    order: list[int] = numpy.argsort(clock, kind="stable").tolist()
-    count = len(lives)
+    nonempty = [a for a in allocations if a.size_bytes]
+    free_indices = [i for i, a in enumerate(nonempty) if a.end is not None]
+    clocks = numpy.array(
+        [a.start for a in nonempty] + [nonempty[i].end for i in free_indices], dtype=numpy.int64
+    )
+    order: list[int] = numpy.argsort(clocks, kind="stable").tolist()
+    count = len(nonempty)
     return [
-        (i, lives[i].size_bytes, lives[i].stream) if i < count else (ended[i - count], -1, "") for i in order
+        (i, nonempty[i].size_bytes, nonempty[i].stream) if i < count else (free_indices[i - count], -1, "")
+        for i in order
     ]

@@ -54,11 +54,11 @@ class SegmentBlock:
 
     def insert_after(self, address: int, size: int) -> SegmentBlock:
         """Insert a new block after this one in the same segment and return it."""
-        new = SegmentBlock(self.pool, address, size)
-        new.before, new.after, self.after = self, self.after, new
-        if new.after is not None:
-            new.after.before = new
-        return new
+        block = SegmentBlock(self.pool, address, size)
+        block.before, block.after, self.after = self, self.after, block
+        if block.after is not None:
+            block.after.before = block
+        return block
 
 
 class Pool:
@@ -117,8 +117,8 @@ def is_whole(block: SegmentBlock) -> bool:
 
 def room_bytes(block: SegmentBlock) -> int:
     """Return the block's size plus that of the unmapped block after it, into which it can grow."""
-    beyond = block.after
-    return block.size + (beyond.size if beyond is not None and not beyond.mapped else 0)
+    next_block = block.after
+    return block.size + (next_block.size if next_block is not None and not next_block.mapped else 0)
 
 
 def growable(pool: Pool) -> Iterator[SegmentBlock]:
@@ -126,14 +126,14 @@ def growable(pool: Pool) -> Iterator[SegmentBlock]:
     one.
     """
     for _, block in pool.unmapped:
-        before = block.before
-        yield before if before is not None and before.idle else block
+        previous = block.before
+        yield previous if previous is not None and previous.idle else block
 
 
 def run_holds(block: SegmentBlock | None, size: int) -> bool:
     """Return whether the run of idle blocks from this one is at least ``size`` bytes long."""
-    found = 0
-    while found < size and block is not None and block.idle:
-        found += block.size
+    total_bytes = 0
+    while total_bytes < size and block is not None and block.idle:
+        total_bytes += block.size
         block = block.after
-    return found >= size
+    return total_bytes >= size

@@ -46,9 +46,9 @@ def wires(machine: Machine) -> Wires:
     """Return the bandwidths that transfers reach on this machine."""
     device, network = machine.device, machine.network
     link = device.link.bytes_s.value if device.link else ASSUMED_LINK_BYTES_S
-    reached = device.efficiency_ratio.get("link")
+    link_ratio = device.efficiency_ratio.get("link")
     return Wires(
-        link * (reached.value if reached else LINK_RATIO),
+        link * (link_ratio.value if link_ratio else LINK_RATIO),
         (network.bytes_s.value if network else ASSUMED_NETWORK_BYTES_S) * NETWORK_RATIO,
         link * SWITCH_RATIO if device.nccl_multicast_channels is not None else 0.0,
     )
@@ -64,17 +64,17 @@ def collective_s(kind: str, size_bytes: Any, ranks: int, ranks_per_host: int, ma
     assert kind in KINDS, kind
     if ranks <= 1:
         return size_bytes * 0.0
-    each = max(1, min(ranks_per_host, ranks))
-    found = wires(machine)
+    local_ranks = max(1, min(ranks_per_host, ranks))
+    bandwidths = wires(machine)
     if kind == "send":
-        return _sent_s(size_bytes, found, inside=each > 1)
+        return _sent_s(size_bytes, bandwidths, inside=local_ranks > 1)
     if kind == "all_to_all":
-        return _exchange_s(size_bytes, ranks, each, found)
-    options = [_ring_s(kind, size_bytes, ranks, each, found, p) for p in _RING]
+        return _exchange_s(size_bytes, ranks, local_ranks, bandwidths)
+    options = [_ring_s(kind, size_bytes, ranks, local_ranks, bandwidths, p) for p in _RING]
     if kind == "all_reduce":
-        options += [_tree_s(size_bytes, ranks, each, found, p) for p in _TREE]
-        if found.switch and ranks == each > 2:
-            options.append(_SWITCH_S + size_bytes * (2 * (ranks - 1) / ranks) / found.switch)
+        options += [_tree_s(size_bytes, ranks, local_ranks, bandwidths, p) for p in _TREE]
+        if bandwidths.switch and ranks == local_ranks > 2:
+            options.append(_SWITCH_S + size_bytes * (2 * (ranks - 1) / ranks) / bandwidths.switch)
     return _least(options) + LAUNCH_S
 
 
@@ -86,46 +86,55 @@ def _least(options: list[Any]) -> Any:
     return numpy.minimum.reduce(options)
 
 
-def _speed(ranks: int, each: int, found: Wires) -> float:
+def _speed(ranks: int, local_ranks: int, bandwidths: Wires) -> float:
     """Return the bus bandwidth of a ring."""
-    if each == 1:
-        return found.outside
-    return found.inside if ranks == each else min(found.inside, found.outside * each)
-
-
-def _ring_s(kind: str, size: Any, ranks: int, each: int, found: Wires, protocol: Protocol) -> Any:
-    start, inside_s, outside_s, share = protocol
-    hosts = -(-ranks // each)
-    rounds = 2 if kind == "all_reduce" else 1
-    steps, far = rounds * (ranks - 1), rounds * (hosts if rounds == 2 and hosts > 1 else hosts - 1)
-    if kind == "broadcast":  # a chain: whole chunks follow each other
-        moved, steps, far = size * 1.0, ranks - 1, hosts - 1
-    else:
-        moved = size * (rounds * (ranks - 1) / ranks)
+    if local_ranks == 1:
+        return bandwidths.outside
     return (
-        start
-        + max(0, steps - far) * inside_s
-        + far * outside_s
-        + moved / (_speed(ranks, each, found) * share)
+        bandwidths.inside
+        if ranks == local_ranks
+        else min(bandwidths.inside, bandwidths.outside * local_ranks)
     )
 
 
-def _tree_s(size: Any, ranks: int, each: int, found: Wires, protocol: Protocol) -> Any:
+def _ring_s(kind: str, size: Any, ranks: int, local_ranks: int, bandwidths: Wires, protocol: Protocol) -> Any:
+    start, inside_s, outside_s, share = protocol
+    hosts = -(-ranks // local_ranks)
+    rounds = 2 if kind == "all_reduce" else 1
+    steps, network_steps = rounds * (ranks - 1), rounds * (hosts if rounds == 2 and hosts > 1 else hosts - 1)
+    if kind == "broadcast":  # a chain: whole chunks follow each other
+        moved_bytes, steps, network_steps = size * 1.0, ranks - 1, hosts - 1
+    else:
+        moved_bytes = size * (rounds * (ranks - 1) / ranks)
+    return (
+        start
+        + max(0, steps - network_steps) * inside_s
+        + network_steps * outside_s
+        + moved_bytes / (_speed(ranks, local_ranks, bandwidths) * share)
+    )
+
+
+def _tree_s(size: Any, ranks: int, local_ranks: int, bandwidths: Wires, protocol: Protocol) -> Any:
     """Return the seconds of a tree: chains inside hosts, a double binary tree between them, up and down."""
     start, inside_s, outside_s, share = protocol
-    hosts = -(-ranks // each)
-    latency = 2 * ((each - 1) * inside_s + math.ceil(math.log2(hosts)) * outside_s)
-    return start + latency + size * 2.0 / (_speed(ranks, each, found) * share)
+    hosts = -(-ranks // local_ranks)
+    latency = 2 * ((local_ranks - 1) * inside_s + math.ceil(math.log2(hosts)) * outside_s)
+    return start + latency + size * 2.0 / (_speed(ranks, local_ranks, bandwidths) * share)
 
 
-def _sent_s(size: Any, found: Wires, *, inside: bool) -> Any:
-    start, near, far, _ = _RING[2]
-    return LAUNCH_S + start + (near if inside else far) + size / (found.inside if inside else found.outside)
+def _sent_s(size: Any, bandwidths: Wires, *, inside: bool) -> Any:
+    start, inside_s, outside_s, _ = _RING[2]
+    return (
+        LAUNCH_S
+        + start
+        + (inside_s if inside else outside_s)
+        + size / (bandwidths.inside if inside else bandwidths.outside)
+    )
 
 
-def _exchange_s(size: Any, ranks: int, each: int, found: Wires) -> Any:
+def _exchange_s(size: Any, ranks: int, local_ranks: int, bandwidths: Wires) -> Any:
     """Return the seconds of an all-to-all. Traffic inside a host and traffic leaving it flow in parallel."""
-    near, far = (each - 1) / ranks, (ranks - each) / ranks
+    local_share, remote_share = (local_ranks - 1) / ranks, (ranks - local_ranks) / ranks
     start, _, outside_s, _ = _RING[2]
-    latency = LAUNCH_S + start + (ranks - 1) * _PEER_S + (outside_s if far else 0.0)
-    return latency + size * max(near / found.inside, far / found.outside)
+    latency = LAUNCH_S + start + (ranks - 1) * _PEER_S + (outside_s if remote_share else 0.0)
+    return latency + size * max(local_share / bandwidths.inside, remote_share / bandwidths.outside)

@@ -58,15 +58,15 @@ def with_workspaces(trace: Trace, device: Device) -> Trace:
     optimizer run in the caller's thread, backward in autograd's; each has one BLAS handle
     (aten/src/ATen/cuda/CublasHandlePool.cpp). The workspaces go through the caching allocator.
     """
-    size = device.blas_workspace_bytes
-    if size is None:
+    workspace_size = device.blas_workspace_bytes
+    if workspace_size is None:
         return trace
-    first: dict[bool, OpCall] = {}
+    first_ops: dict[bool, OpCall] = {}
     for op in trace.ops:
         if _base_name(op.op) in _BLAS_OPS:
-            first.setdefault(op.phase is Phase.BACKWARD, op)
-    made = tuple(_workspace(op, int(size.value)) for op in first.values())
-    return dataclasses.replace(trace, allocations=(*trace.allocations, *made))
+            first_ops.setdefault(op.phase is Phase.BACKWARD, op)
+    workspaces = tuple(_workspace(op, int(workspace_size.value)) for op in first_ops.values())
+    return dataclasses.replace(trace, allocations=(*trace.allocations, *workspaces))
 
 
 def _base_name(op: str) -> str:
@@ -99,8 +99,8 @@ def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Ou
     groups = [ranks for _, ranks in communicators if ranks > 1]
     if groups:
         parts["nccl"] = added(nccl_bytes(device, ranks) for ranks in groups)
-    known = {name: int(part.value) for name, part in parts.items() if part is not None}
-    return Outside(total_bytes=added(parts.values()), parts_bytes=known)
+    known_bytes = {name: int(part.value) for name, part in parts.items() if part is not None}
+    return Outside(total_bytes=added(parts.values()), parts_bytes=known_bytes)
 
 
 def nccl_bytes(device: Device, ranks: int) -> Interval | None:
@@ -114,9 +114,9 @@ def nccl_bytes(device: Device, ranks: int) -> Interval | None:
     if channels is None:
         return None
     multicast = _MULTICAST_BYTES * min(ranks, _NODE_RANKS) * _count(device.nccl_multicast_channels)
-    second = multicast or channels.value * CONNECTION_BYTES
+    second_algorithm = multicast or channels.value * CONNECTION_BYTES
     return Interval(
-        value=channels.value * CONNECTION_BYTES + second,
+        value=channels.value * CONNECTION_BYTES + second_algorithm,
         low=channels.low * CONNECTION_BYTES,
         high=channels.high * CONNECTION_BYTES * 3 + multicast,
     )
@@ -139,13 +139,13 @@ def added(parts: Iterable[Interval | None]) -> Interval | None:
 
     None if a part is unknown.
     """
-    known = list(parts)
-    if any(part is None for part in known):
+    intervals = list(parts)
+    if any(part is None for part in intervals):
         return None
     return Interval(
-        value=sum(p.value for p in known if p),
-        low=sum(p.low for p in known if p),
-        high=sum(p.high for p in known if p),
+        value=sum(p.value for p in intervals if p),
+        low=sum(p.low for p in intervals if p),
+        high=sum(p.high for p in intervals if p),
     )
 
 
@@ -158,9 +158,9 @@ def exceeds_probability(amount: Interval, limit: float) -> float:
     below, above = ((amount.value - amount.low) / 1.96, (amount.high - amount.value) / 1.96)
     if below + above == 0:
         return float(amount.value > limit)
-    side = below if limit < amount.value else above
-    if side == 0:
+    spread = below if limit < amount.value else above
+    if spread == 0:
         return 0.0 if limit >= amount.value else 1.0
-    tail = math.erfc(abs(limit - amount.value) / side / math.sqrt(2)) / 2
-    share = 2 * side / (below + above) * tail
-    return share if limit >= amount.value else 1 - share
+    tail = math.erfc(abs(limit - amount.value) / spread / math.sqrt(2)) / 2
+    probability = 2 * spread / (below + above) * tail
+    return probability if limit >= amount.value else 1 - probability

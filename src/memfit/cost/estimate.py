@@ -50,8 +50,8 @@ def estimate(
     trace = with_workspaces(trace, machine.device)
     profile = memory_profile(trace, calibration)
     allocated = _with_assumed(around(profile.peak_bytes, MEMORY_RATIO), trace)
-    if (left := unprobed(trace, profile, calibration)) is not None:
-        allocated = dataclasses.replace(allocated, high=max(allocated.high, left.high_bytes))
+    if (unprobed_workspaces := unprobed(trace, profile, calibration)) is not None:
+        allocated = dataclasses.replace(allocated, high=max(allocated.high, unprobed_workspaces.high_bytes))
     memory = footprint(trace, allocated, machine)
     host = host_memory(tensors, plan, machine, allocated=allocated, workers=workers)
     ops = step_ops(trace)
@@ -81,7 +81,10 @@ def estimate(
         host_memory_assumed=known_host(machine)[1],
         oom_probability=memory.oom_probability,
         rank=trace.rank,
-        assumptions=(*trace.assumptions, *([left.assumption()] if left else [])),
+        assumptions=(
+            *trace.assumptions,
+            *([unprobed_workspaces.assumption()] if unprobed_workspaces else []),
+        ),
     )
 
 
@@ -111,6 +114,6 @@ def around(value: float, ratio: float) -> Interval:
 
 def modelled_boundary(machine: Machine) -> str:
     """Return the text that says what a modelled energy covers."""
-    covered = "package" if machine.device.kind == "cpu" else "board"
+    device_part = "package" if machine.device.kind == "cpu" else "board"
     host = "" if hosts_w(machine) is None else " and host"
-    return f"{covered}{host} (modelled: power x time)"
+    return f"{device_part}{host} (modelled: power x time)"

@@ -90,25 +90,31 @@ def host_memory(
     process = _times(_CPU_PROCESS if cpu else _CUDA_PROCESS, ranks)
     if cpu and plan.ranks > 1:
         process = _plus(process, _exactly(ranks * _CPU_GROUP_BYTES))
-    kept = tensors.kept_bytes
-    offload = Interval(value=kept, low=kept, high=kept * (_PINNED_ROUNDING if uses_pinned(plan) else 1.0))
+    kept_bytes = tensors.kept_bytes
+    offload = Interval(
+        value=kept_bytes, low=kept_bytes, high=kept_bytes * (_PINNED_ROUNDING if uses_pinned(plan) else 1.0)
+    )
     offload = _times(offload, ranks)
-    ready = _times(_WORKER, ranks * workers)
-    ready = _plus(ready, _exactly(ranks * workers * (_READY_BATCHES + 1) * tensors.batch_bytes))
-    own = _times(allocated, ranks) if cpu else _exactly(0.0)
-    loading = 0.0
+    workers_memory = _times(_WORKER, ranks * workers)
+    workers_memory = _plus(
+        workers_memory, _exactly(ranks * workers * (_READY_BATCHES + 1) * tensors.batch_bytes)
+    )
+    tensor_memory = _times(allocated, ranks) if cpu else _exactly(0.0)
+    loading_bytes = 0.0
     if not cpu and not any(u.technique in LOADED_IN_PIECES for u in plan.uses):
-        loading = max(tensors.building_bytes * (ranks == 1), tensors.model_bytes)
-    training = _plus(_plus(offload, ready), own)
+        loading_bytes = max(tensors.building_bytes * (ranks == 1), tensors.model_bytes)
+    training_memory = _plus(_plus(offload, workers_memory), tensor_memory)
     need = Interval(
-        value=max(training.value, loading), low=max(training.low, loading), high=max(training.high, loading)
+        value=max(training_memory.value, loading_bytes),
+        low=max(training_memory.low, loading_bytes),
+        high=max(training_memory.high, loading_bytes),
     )
     parts = {
         "offload": offload.value,
-        "tensors": own.value,
-        "workers": ready.value,
+        "tensors": tensor_memory.value,
+        "workers": workers_memory.value,
         "processes": process.value,
-        "loading": loading,
+        "loading": loading_bytes,
     }
     return HostMemory(
         bytes=_plus(need, process), parts_bytes={name: int(size) for name, size in parts.items() if size}
@@ -125,12 +131,12 @@ def _exactly(value: float) -> Interval:
     return Interval(value=value, low=value, high=value)
 
 
-def _times(one: Interval, count: float) -> Interval:
-    return Interval(value=one.value * count, low=one.low * count, high=one.high * count)
+def _times(interval: Interval, count: float) -> Interval:
+    return Interval(value=interval.value * count, low=interval.low * count, high=interval.high * count)
 
 
-def _plus(one: Interval, other: Interval) -> Interval:
-    return Interval(value=one.value + other.value, low=one.low + other.low, high=one.high + other.high)
+def _plus(left: Interval, right: Interval) -> Interval:
+    return Interval(value=left.value + right.value, low=left.low + right.low, high=left.high + right.high)
 
 
 def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
@@ -139,7 +145,7 @@ def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
     Raises UserError for a CPU.
     """
     if machine.device.kind == "cpu":
-        raise UserError("host memory of a CPU is the memory itself", hint="give it as --memory")
+        raise UserError("a CPU has no host memory apart from its own memory", hint="give it with --memory")
     fact = Fact(value=float(size_bytes), source="asked for", date="", kind="measured")
     host = machine.host or Host(name="your host")
     return dataclasses.replace(machine, host=dataclasses.replace(host, memory_bytes=fact))
@@ -160,19 +166,21 @@ def host_holds(estimate: Estimate, machine: Machine) -> bool:
 
     If the host's memory is unknown, a plan that keeps tensors there does not fit.
     """
-    need, there = estimate.host_bytes, memory_bytes(machine)
+    need, available_bytes = estimate.host_bytes, memory_bytes(machine)
     if need is None:
         return True
-    if there is None:
+    if available_bytes is None:
         return not estimate.host_parts_bytes.get("offload")
-    return need.value <= there
+    return need.value <= available_bytes
 
 
 def known_host(machine: Machine) -> tuple[int | None, bool]:
     """Return (bytes of one host, whether they are assumed)."""
-    there = memory_bytes(machine)
-    known = machine.host.memory_bytes if machine.host else None
-    return (None if there is None else int(there)), known is not None and known.kind == "assumed"
+    available_bytes = memory_bytes(machine)
+    fact = machine.host.memory_bytes if machine.host else None
+    return (
+        None if available_bytes is None else int(available_bytes)
+    ), fact is not None and fact.kind == "assumed"
 
 
 def host_line(estimate: Estimate, machine: Machine) -> str:
@@ -180,21 +188,21 @@ def host_line(estimate: Estimate, machine: Machine) -> str:
 
     Returns "" on a CPU, where the cap already covers this memory.
     """
-    need, there = estimate.host_bytes, memory_bytes(machine)
+    need, available_bytes = estimate.host_bytes, memory_bytes(machine)
     if machine.device.kind == "cpu" or need is None:
         return ""
     ranks = ranks_of_host(estimate.plan, machine)
-    needs = f"needs {format_bytes(need.value)} of host memory"
-    needs += f" for {ranks} ranks" if ranks > 1 else ""
-    say = "give your host's by --host-memory or in a machine file"
-    if there is None:
+    need_text = f"needs {format_bytes(need.value)} of host memory"
+    need_text += f" for {ranks} ranks" if ranks > 1 else ""
+    hint = "give your host's memory with --host-memory or in a machine file"
+    if available_bytes is None:
         if estimate.host_parts_bytes.get("offload"):
-            return f"{needs}; host memory unknown: does not fit unless the host has as much ({say})"
-        return f"host memory unknown: not checked ({needs})"
-    assumed = known_host(machine)[1]
-    has = f"the host has {format_bytes(there)}{' (assumed)' if assumed else ''}"
-    if need.value > there:
-        return f"{needs}, {has}: does not fit" + (f" ({say})" if assumed else "")
-    if need.high > there:
-        return f"{needs} (up to {format_bytes(need.high)} as pinned blocks are rounded up), {has}"
-    return f"{needs}, {has}"
+            return f"{need_text}; host memory unknown: does not fit unless the host has that much ({hint})"
+        return f"host memory unknown: not checked ({need_text})"
+    is_assumed = known_host(machine)[1]
+    host_text = f"the host has {format_bytes(available_bytes)}{' (assumed)' if is_assumed else ''}"
+    if need.value > available_bytes:
+        return f"{need_text}, {host_text}: does not fit" + (f" ({hint})" if is_assumed else "")
+    if need.high > available_bytes:
+        return f"{need_text} (up to {format_bytes(need.high)} as pinned blocks are rounded up), {host_text}"
+    return f"{need_text}, {host_text}"

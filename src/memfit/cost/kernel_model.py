@@ -141,18 +141,18 @@ class Kernels:
             return 0.0
         shape, kind = shape_of(op.signature), "matmul"
         flops: float = op.flops
-        left = 1.0
+        share = 1.0
         if isinstance(shape, Scores):
             kind = "attention_backward" if shape.backward else "attention"
             flops *= shape.share
-            left = _attention_share(shape, self.multiprocessors)
+            share = _attention_share(shape, self.multiprocessors)
         elif isinstance(shape, Product):
-            left = _aligned(shape, op.dtype) * (FULL_SUM if _sums_fully(op.signature) else 1.0)
+            share = _aligned(shape, op.dtype) * (FULL_SUM if _sums_fully(op.signature) else 1.0)
             start = _TILE_START * self.rate(op.dtype) / self.multiprocessors / _TILE_START_FLOPS_S
-            left *= product_share(shape, self.multiprocessors, start) / _large_share(
+            share *= product_share(shape, self.multiprocessors, start) / _large_share(
                 self.multiprocessors, start
             )
-        return flops / (self.rate(op.dtype) * self.ratio(kind, op.dtype) * left)
+        return flops / (self.rate(op.dtype) * self.ratio(kind, op.dtype) * share)
 
     def rate(self, dtype: str) -> float:
         """Return the FLOP/s of the dtype, or of float32 if the device has no units for it."""
@@ -170,11 +170,11 @@ def kernels(device: Device) -> Kernels | None:
     """Return the device's rates, or None if the catalog knows neither its compute nor its bandwidth."""
     if not device.peak_flops or device.bandwidth_bytes_s is None:
         return None
-    known = {name: fact.value for name, fact in device.efficiency_ratio.items()}
+    catalog_ratios = {name: fact.value for name, fact in device.efficiency_ratio.items()}
     return Kernels(
         flops_s={k: f.value for k, f in device.peak_flops.items()},
         bandwidth_bytes_s=device.bandwidth_bytes_s.value,
-        ratios=ASSUMED_RATIOS | known,
+        ratios=ASSUMED_RATIOS | catalog_ratios,
         multiprocessors=int(_value(device.multiprocessor_count, ASSUMED_MULTIPROCESSORS)),
     )
 
@@ -200,13 +200,13 @@ def product_share(shape: Product, multiprocessors: int, start: float = _TILE_STA
     best = 0.0
     for rows, columns, rate in _TILES:
         tiles = shape.batch * -(-shape.rows // rows) * -(-shape.columns // columns)
-        inside = shape.batch * shape.rows * shape.columns / (tiles * rows * columns)
+        useful_share = shape.batch * shape.rows * shape.columns / (tiles * rows * columns)
         for split in _SPLITS:
             if split > 1 and (tiles * split > 2 * multiprocessors or shape.inner < 256 * split):
                 break
             waves = tiles * split / multiprocessors
             inner = shape.inner / split
-            best = max(best, rate * inside * waves / math.ceil(waves) * inner / (inner + start))
+            best = max(best, rate * useful_share * waves / math.ceil(waves) * inner / (inner + start))
     return best
 
 
@@ -237,9 +237,10 @@ def _large_share(multiprocessors: int, start: float) -> float:
 def _attention_share(shape: Scores, multiprocessors: int) -> float:
     start = _KEYS_START_BACKWARD if shape.backward else _KEYS_START
     waves = shape.tiles / multiprocessors
-    filled = waves / math.ceil(waves) if waves < 4 else 1.0  # unequal causal tiles even out over many waves
-    head = shape.head_dim / (shape.head_dim + _HEAD_START) * (128 + _HEAD_START) / 128
-    return filled * shape.keys / (shape.keys + start) * min(1.0, head)
+    # unequal causal tiles even out over many waves
+    wave_share = waves / math.ceil(waves) if waves < 4 else 1.0
+    head_share = shape.head_dim / (shape.head_dim + _HEAD_START) * (128 + _HEAD_START) / 128
+    return wave_share * shape.keys / (shape.keys + start) * min(1.0, head_share)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -329,8 +330,8 @@ def _scores(base: str, args: list[Any]) -> Scores | None:
     query, key = (_sizes(a) for a in args[backward:][:2])
     if len(query) != 4 or len(key) != 4:
         return None
-    at = _CAUSAL_AT.get(base, 4)
-    causal = at < len(args) and args[at] is True
+    index = _CAUSAL_AT.get(base, 4)
+    causal = index < len(args) and args[index] is True
     return _of_scores(
         query[0] * query[1], query[2], key[2], query[3], causal and query[2] == key[2], backward
     )

@@ -63,17 +63,17 @@ def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
     clocks = [_clocks(t) for t in traces]
     if any(not np.array_equal(c, clocks[0]) for c in clocks):
         raise UserError(
-            "the step's operators change with the length of its batch, so its peaks are no polynomial of it",
-            hint="predict the lengths you need one by one",
+            "the step's operators change with the length, so its peak is not a polynomial of the length",
+            hint="run a separate prediction for each length that you need",
         )
     terms = np.array([s.terms for s in shapes])
     scale = terms.max(axis=0)
     sizes = np.array([[a.size_bytes for a in t.allocations] for t in traces], dtype=float)
-    solved = np.linalg.lstsq(terms / scale, sizes, rcond=None)[0].T / scale
-    count = len(solved)
+    coefficients = np.linalg.lstsq(terms / scale, sizes, rcond=None)[0].T / scale
+    count = len(coefficients)
     live = np.zeros((count + 1, len(terms[0])))
-    live[:count] += solved
-    np.subtract.at(live, clocks[0], solved)
+    live[:count] += coefficients
+    np.subtract.at(live, clocks[0], coefficients)
     return PeakModel(instants=np.unique(np.cumsum(live[:count], axis=0), axis=0))
 
 
@@ -106,23 +106,23 @@ def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> flo
     The last batch holds the remainder in fewer rows, so it can take lengths up to ``last_limit``. The epoch
     is safe only if every longer sequence falls into it.
     """
-    long = int((lengths > limit).sum())
-    left_over = len(lengths) % batch
-    if long == 0:
+    long_count = int((lengths > limit).sum())
+    remainder = len(lengths) % batch
+    if long_count == 0:
         return 0.0
-    if long > left_over or int(lengths.max()) > last_limit:
+    if long_count > remainder or int(lengths.max()) > last_limit:
         return 1.0
-    return 1.0 - all_among(long, left_over, len(lengths))
+    return 1.0 - all_among(long_count, remainder, len(lengths))
 
 
 def quantile_length(lengths: Ints, batch: int, share: float) -> int:
     """Return the padded length that ``share`` of random batches do not exceed: a quantile of the maximum of
     ``batch`` draws.
     """
-    ordered = np.unique(lengths)
-    ranks = np.searchsorted(np.sort(lengths), ordered, side="right")
-    at = bisect.bisect_left(ranks, share, key=lambda k: all_among(batch, int(k), len(lengths)))
-    return int(ordered[min(at, len(ordered) - 1)])
+    distinct_lengths = np.unique(lengths)
+    ranks = np.searchsorted(np.sort(lengths), distinct_lengths, side="right")
+    index = bisect.bisect_left(ranks, share, key=lambda k: all_among(batch, int(k), len(lengths)))
+    return int(distinct_lengths[min(index, len(distinct_lengths) - 1)])
 
 
 # -- ways to batch --------------------------------------------------------------------------------
@@ -160,14 +160,16 @@ def batchings(
     attention.
     """
     rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(lengths))
-    pools = [shuffled[i : i + batch * _POOL_BATCHES] for i in range(0, len(lengths), batch * _POOL_BATCHES)]
-    bucketed = np.concatenate([p[np.argsort(-lengths[p], kind="stable")] for p in pools])
+    random_order = rng.permutation(len(lengths))
+    pools = [
+        random_order[i : i + batch * _POOL_BATCHES] for i in range(0, len(lengths), batch * _POOL_BATCHES)
+    ]
+    bucketed_order = np.concatenate([p[np.argsort(-lengths[p], kind="stable")] for p in pools])
     longest_first = np.argsort(-lengths, kind="stable")
     budget = batch * float(lengths.mean())
-    ways: Mapping[str, list[_Batch]] = {
-        "random": _chunks(lengths, shuffled, batch),
-        "length-bucketed": _chunks(lengths, bucketed, batch),
+    batches_by_name: Mapping[str, list[_Batch]] = {
+        "random": _chunks(lengths, random_order, batch),
+        "length-bucketed": _chunks(lengths, bucketed_order, batch),
         "sorted": _chunks(lengths, longest_first, batch),
         "max-tokens": _by_tokens(lengths, longest_first, budget),
         "packed": _packed(lengths, longest_first, budget, block_diagonal=False),
@@ -175,42 +177,44 @@ def batchings(
     }
     # However an epoch is shuffled, its longest sequence is in some batch, and in some epoch that batch is
     # full.
-    first = longest_first[:batch]
-    whole: _Batch = (first, Shape(rows=len(first), length=int(lengths.max())))
+    longest = longest_first[:batch]
+    full_batch: _Batch = (longest, Shape(rows=len(longest), length=int(lengths.max())))
     return tuple(
         _judged(
             name,
-            made,
-            [whole, *made] if name in ("random", "length-bucketed") else made,
+            batches,
+            [full_batch, *batches] if name in ("random", "length-bucketed") else batches,
             lengths,
             model,
             fits,
         )
-        for name, made in ways.items()
+        for name, batches in batches_by_name.items()
     )
 
 
 def _judged(
     name: str,
-    made: list[_Batch],
-    possible: list[_Batch],
+    batches: list[_Batch],
+    possible_batches: list[_Batch],
     lengths: Ints,
     model: PeakModel,
     fits: Callable[[int], bool],
 ) -> Batching:
-    peaks = {shape: model.peak_bytes(shape) for _, shape in dict.fromkeys((0, s) for _, s in possible)}
-    worst, shape = max(possible, key=lambda pair: peaks[pair[1]])
-    padded = sum(s.rows * s.length for _, s in made)
-    pairs = sum(s.terms[-1] for _, s in made)
-    real = int(lengths.sum())
+    peaks = {
+        shape: model.peak_bytes(shape) for _, shape in dict.fromkeys((0, s) for _, s in possible_batches)
+    }
+    worst, shape = max(possible_batches, key=lambda pair: peaks[pair[1]])
+    padded_tokens = sum(s.rows * s.length for _, s in batches)
+    pair_count = sum(s.terms[-1] for _, s in batches)
+    real_tokens = int(lengths.sum())
     return Batching(
         name=name,
         peak_bytes=peaks[shape],
         fits=fits(peaks[shape]),
-        steps=len(made),
-        padded_tokens=padded,
-        wasted_ratio=1 - real / padded,
-        attention_wasted_ratio=max(0.0, 1 - float((lengths.astype(float) ** 2).sum()) / pairs),
+        steps=len(batches),
+        padded_tokens=padded_tokens,
+        wasted_ratio=1 - real_tokens / padded_tokens,
+        attention_wasted_ratio=max(0.0, 1 - float((lengths.astype(float) ** 2).sum()) / pair_count),
         worst=tuple(int(i) for i in worst),
     )
 
@@ -222,32 +226,34 @@ def _chunks(lengths: Ints, order: Ints, batch: int) -> list[_Batch]:
 
 def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch]:
     """Take as many rows per batch as the budget of padded tokens allows, but at least one."""
-    made, at = [], 0
-    while at < len(longest_first):
-        length = int(lengths[longest_first[at]])
-        part = longest_first[at : at + max(1, int(budget // length))]
-        made.append((part, Shape(rows=len(part), length=length)))
-        at += len(part)
-    return made
+    batches, start = [], 0
+    while start < len(longest_first):
+        length = int(lengths[longest_first[start]])
+        indices = longest_first[start : start + max(1, int(budget // length))]
+        batches.append((indices, Shape(rows=len(indices), length=length)))
+        start += len(indices)
+    return batches
 
 
 def _packed(lengths: Ints, longest_first: Ints, budget: float, *, block_diagonal: bool) -> list[_Batch]:
     """Pack by best fit, longest first (Johnson 1974), into rows of the longest length."""
     length = int(lengths.max())
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free length, row), sorted
+    free_rows: list[tuple[int, int]] = []  # (free length, row), sorted
     for index in longest_first:
-        need = int(lengths[index])
-        at = bisect.bisect_left(room, (need, -1))
-        left, row = room.pop(at) if at < len(room) else (length, len(rows))
+        sequence_length = int(lengths[index])
+        position = bisect.bisect_left(free_rows, (sequence_length, -1))
+        free_length, row = free_rows.pop(position) if position < len(free_rows) else (length, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(int(index))
-        bisect.insort(room, (left - need, row))
-    together = max(1, round(budget / length))
-    made = []
-    for i in range(0, len(rows), together):
-        part = np.array([x for row in rows[i : i + together] for x in row])
-        squares = float((lengths[part].astype(float) ** 2).sum()) if block_diagonal else None
-        made.append((part, Shape(rows=len(rows[i : i + together]), length=length, attended=squares)))
-    return made
+        bisect.insort(free_rows, (free_length - sequence_length, row))
+    rows_per_batch = max(1, round(budget / length))
+    batches = []
+    for i in range(0, len(rows), rows_per_batch):
+        indices = np.array([x for row in rows[i : i + rows_per_batch] for x in row])
+        squares = float((lengths[indices].astype(float) ** 2).sum()) if block_diagonal else None
+        batches.append(
+            (indices, Shape(rows=len(rows[i : i + rows_per_batch]), length=length, attended=squares))
+        )
+    return batches

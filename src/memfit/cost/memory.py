@@ -30,12 +30,12 @@ class MemoryProfile:
 def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return (clock, live bytes from that clock on), sorted by clock; each clock value occurs once."""
     clock = [a.start for a in trace.allocations] + [a.end for a in trace.allocations if a.end is not None]
-    change = [a.size_bytes for a in trace.allocations]
-    change += [-a.size_bytes for a in trace.allocations if a.end is not None]
+    changes = [a.size_bytes for a in trace.allocations]
+    changes += [-a.size_bytes for a in trace.allocations if a.end is not None]
     order = numpy.argsort(numpy.array(clock, dtype=numpy.int64), kind="stable")
     return (
         numpy.array(clock, dtype=numpy.int64)[order],
-        numpy.cumsum(numpy.array(change, dtype=numpy.int64)[order]),
+        numpy.cumsum(numpy.array(changes, dtype=numpy.int64)[order]),
     )
 
 
@@ -45,35 +45,37 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
     clock, live = levels(trace)
     phase_peak, peaks = Counter[str](), []
     for span in trace.spans:
-        first, last = numpy.searchsorted(clock, (span.start, span.end))
-        highest = int(live[first - 1]) if first else 0  # the level at its start
-        if last > first:
-            top = first + int(numpy.argmax(live[first:last]))
-            peaks.append((int(live[top]), int(clock[top]), str(span.phase), "", False))
-            highest = max(highest, int(live[top]))
+        start_index, end_index = numpy.searchsorted(clock, (span.start, span.end))
+        highest_bytes = int(live[start_index - 1]) if start_index else 0  # the level at its start
+        if end_index > start_index:
+            top_index = start_index + int(numpy.argmax(live[start_index:end_index]))
+            peaks.append((int(live[top_index]), int(clock[top_index]), str(span.phase), "", False))
+            highest_bytes = max(highest_bytes, int(live[top_index]))
         if span.phase is Phase.SETUP and span.start:
             continue  # nothing is built between steps
-        phase_peak[str(span.phase)] = max(phase_peak[str(span.phase)], highest)
-    for op, inside in _inside(trace, clock, live, calibration):
+        phase_peak[str(span.phase)] = max(phase_peak[str(span.phase)], highest_bytes)
+    for op, op_peak in _inside(trace, clock, live, calibration):
         if op.phase is Phase.SETUP and op.clock >= trace.spans[0].end:
             continue
-        peaks.append((inside, op.clock, str(op.phase), op.op, True))
-        phase_peak[str(op.phase)] = max(phase_peak[str(op.phase)], inside)
+        peaks.append((op_peak, op.clock, str(op.phase), op.op, True))
+        phase_peak[str(op.phase)] = max(phase_peak[str(op.phase)], op_peak)
     # A probe that finds only the outputs adds nothing: ties go to the level between operators.
-    top_bytes, at, phase, op_name, probed = max(peaks, key=lambda p: (p[0], not p[4]))
-    alive = [a for a in trace.allocations if a.start <= at and (a.end is None or a.end > at)]
-    categories = _sum_by(alive, lambda a: str(a.category))
-    modules = _sum_by(alive, lambda a: a.module)
-    if (inside_op := top_bytes - sum(categories.values())) > 0:
-        categories[str(Category.WORKSPACE)] = inside_op
+    top_bytes, peak_clock, phase, op_name, probed = max(peaks, key=lambda p: (p[0], not p[4]))
+    live_allocations = [
+        a for a in trace.allocations if a.start <= peak_clock and (a.end is None or a.end > peak_clock)
+    ]
+    categories = _sum_by(live_allocations, lambda a: str(a.category))
+    modules = _sum_by(live_allocations, lambda a: a.module)
+    if (workspace_bytes := top_bytes - sum(categories.values())) > 0:
+        categories[str(Category.WORKSPACE)] = workspace_bytes
     return MemoryProfile(
         peak_bytes=top_bytes,
         phase_peak_bytes=dict(phase_peak),
         at_peak_bytes=categories,
         by_module_bytes=modules,
         peak_phase=phase,
-        peak_op=op_name or _op_at(trace, at),
-        peak_clock=at,
+        peak_op=op_name or _op_at(trace, peak_clock),
+        peak_clock=peak_clock,
         workspace_probed=probed,
     )
 
@@ -82,14 +84,14 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
     """Return the trace with the kernel workspace at the peak as an allocation, so that its highest level is
     the predicted peak.
     """
-    at = profile.peak_clock
-    op = next((o for o in trace.ops if o.clock == at), None)
+    clock = profile.peak_clock
+    op = next((o for o in trace.ops if o.clock == clock), None)
     size_bytes = profile.at_peak_bytes.get(str(Category.WORKSPACE), 0)
     if op is None or not size_bytes:
         return trace
-    inside = Allocation(
-        start=at,
-        end=at + 1,
+    workspace = Allocation(
+        start=clock,
+        end=clock + 1,
         size_bytes=size_bytes,
         category=Category.WORKSPACE,
         phase=op.phase,
@@ -97,7 +99,7 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
         module=op.module,
         op=op.op,
     )
-    return dataclasses.replace(trace, allocations=(*trace.allocations, inside))
+    return dataclasses.replace(trace, allocations=(*trace.allocations, workspace))
 
 
 def with_kept(trace: Trace, calibration: Calibration) -> Trace:
@@ -106,13 +108,13 @@ def with_kept(trace: Trace, calibration: Calibration) -> Trace:
     """
     if not any(op.signature in calibration.op_kept_bytes for op in trace.ops):
         return trace
-    empty = {(a.op, a.start): a for a in trace.allocations if not a.size_bytes}
+    empty_allocations = {(a.op, a.start): a for a in trace.allocations if not a.size_bytes}
     sizes: dict[int, int] = {}
     for op in trace.ops:
-        kept = calibration.op_kept_bytes.get(op.signature)
-        starts = [start for name, start in empty if name == op.op and start > op.clock]
-        if kept and starts:
-            sizes[min(starts)] = kept
+        kept_bytes = calibration.op_kept_bytes.get(op.signature)
+        starts = [start for name, start in empty_allocations if name == op.op and start > op.clock]
+        if kept_bytes and starts:
+            sizes[min(starts)] = kept_bytes
     allocations = (
         dataclasses.replace(a, size_bytes=sizes[a.start]) if a.start in sizes else a
         for a in trace.allocations
@@ -125,21 +127,21 @@ def _inside(
 ) -> Iterator[tuple[OpCall, int]]:
     """Yield (operator, live bytes at its own peak) for probed operators."""
     for op in trace.ops:
-        own = calibration.op_peak_bytes.get(op.signature)
-        if own is not None:
+        op_peak_bytes = calibration.op_peak_bytes.get(op.signature)
+        if op_peak_bytes is not None:
             index = int(numpy.searchsorted(clock, op.clock, side="right")) - 1
-            yield op, (int(live[index]) if index >= 0 else 0) + own
+            yield op, (int(live[index]) if index >= 0 else 0) + op_peak_bytes
 
 
-def _sum_by(alive: list[Allocation], key: Callable[[Allocation], str]) -> dict[str, int]:
+def _sum_by(allocations: list[Allocation], key: Callable[[Allocation], str]) -> dict[str, int]:
     total = Counter[str]()
-    for a in alive:
+    for a in allocations:
         total[key(a)] += a.size_bytes
     return dict(total.most_common())
 
 
-def _op_at(trace: Trace, at: int) -> str:
-    return next((a.op for a in trace.allocations if a.start == at), "")
+def _op_at(trace: Trace, clock: int) -> str:
+    return next((a.op for a in trace.allocations if a.start == clock), "")
 
 
 def state_bytes(trace: Trace) -> int:
@@ -156,12 +158,12 @@ def timeline(trace: Trace, points: int) -> tuple[int, ...]:
     so that a measured step lines up. Micro-steps that were not traced repeat the ones that represent them.
     """
     clock, live = levels(trace)
-    last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
-    micro, rest = [s for s in last if s.phase is not Phase.OPTIMIZER], last[-1:]
+    step_spans = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
+    micro_spans, optimizer_spans = [s for s in step_spans if s.phase is not Phase.OPTIMIZER], step_spans[-1:]
     stretches = []
-    for span in (*micro, *_repeated(trace) * trace.repeated_micro_steps, *rest):
-        first, end = numpy.searchsorted(clock, (span.start, span.end))
-        stretches.append([int(v) for v in live[max(0, first - 1) : end]])
+    for span in (*micro_spans, *_repeated(trace) * trace.repeated_micro_steps, *optimizer_spans):
+        start_index, end_index = numpy.searchsorted(clock, (span.start, span.end))
+        stretches.append([int(v) for v in live[max(0, start_index - 1) : end_index]])
     return thin_phases(stretches, points)
 
 
@@ -172,8 +174,10 @@ def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
     them.
     """
     ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
-    micro, again = _repeated(trace), trace.repeated_micro_steps
-    return tuple((op, 1 + again if any(s.start <= op.clock < s.end for s in micro) else 1) for op in ops)
+    repeated_spans, repetitions = _repeated(trace), trace.repeated_micro_steps
+    return tuple(
+        (op, 1 + repetitions if any(s.start <= op.clock < s.end for s in repeated_spans) else 1) for op in ops
+    )
 
 
 def _repeated(trace: Trace) -> tuple[PhaseSpan, ...]:
@@ -184,6 +188,6 @@ def _repeated(trace: Trace) -> tuple[PhaseSpan, ...]:
     """
     if trace.repeated_spans:
         return trace.repeated_spans
-    last = [s for s in trace.spans if s.step == trace.steps - 1]
-    phases = [[s for s in last if s.phase is phase][-1:] for phase in (Phase.FORWARD, Phase.BACKWARD)]
+    step_spans = [s for s in trace.spans if s.step == trace.steps - 1]
+    phases = [[s for s in step_spans if s.phase is phase][-1:] for phase in (Phase.FORWARD, Phase.BACKWARD)]
     return (*phases[0], *phases[1])

@@ -46,18 +46,22 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
     events = events_of(trace.allocations)
     plain = run(events)
     reserved = _reserved(events, plain, allocated)
-    beside = outside(machine.device, trace.communicators)
-    device = added((reserved, beside.total_bytes))
+    outside_memory = outside(machine.device, trace.communicators)
+    device = added((reserved, outside_memory.total_bytes))
     memory_bytes = machine.device.memory_bytes.value
-    least = reserved
-    if beside.total_bytes and device and device.high > memory_bytes > allocated.low + beside.total_bytes.low:
-        least = _least(events, plain, reserved, allocated)
-    needed = added((least, beside.total_bytes))
+    required = reserved
+    if (
+        outside_memory.total_bytes
+        and device
+        and device.high > memory_bytes > allocated.low + outside_memory.total_bytes.low
+    ):
+        required = _least(events, plain, reserved, allocated)
+    required_total = added((required, outside_memory.total_bytes))
     return Footprint(
         reserved_bytes=reserved,
         device_bytes=device,
-        device_parts_bytes={"reserved": int(reserved.value), **beside.parts_bytes},
-        oom_probability=exceeds_probability(needed, memory_bytes) if needed else None,
+        device_parts_bytes={"reserved": int(reserved.value), **outside_memory.parts_bytes},
+        oom_probability=exceeds_probability(required_total, memory_bytes) if required_total else None,
     )
 
 
@@ -72,18 +76,21 @@ def sketched(allocated: Interval, machine: Machine, *, reserved_ratio: float) ->
         low=allocated.low,
         high=allocated.high * max(reserved_ratio, ASSUMED_RESERVED_RATIO),
     )
-    beside = outside(machine.device)
-    device = added((reserved, beside.total_bytes))
+    outside_memory = outside(machine.device)
+    device = added((reserved, outside_memory.total_bytes))
     return Footprint(
         reserved_bytes=reserved,
         device_bytes=device,
-        device_parts_bytes={"reserved": int(reserved.value), **beside.parts_bytes},
+        device_parts_bytes={"reserved": int(reserved.value), **outside_memory.parts_bytes},
         oom_probability=exceeds_probability(device, machine.device.memory_bytes.value) if device else None,
     )
 
 
 def _reserved(events: Sequence[Event], plain: Replayed, allocated: Interval) -> Interval:
-    peaks = [plain.reserved_peak_bytes, *(run(late(events, by)).reserved_peak_bytes for by in _LATE_EVENTS)]
+    peaks = [
+        plain.reserved_peak_bytes,
+        *(run(late(events, places)).reserved_peak_bytes for places in _LATE_EVENTS),
+    ]
     scale_low, scale_high = allocated.low / allocated.value, allocated.high / allocated.value
     return Interval(
         value=plain.reserved_peak_bytes,
@@ -109,6 +116,6 @@ def _least(events: Sequence[Event], plain: Replayed, reserved: Interval, allocat
             high = middle
         else:
             low = middle
-    shrunk = high / plain.reserved_peak_bytes
-    lowest = min(high, max(allocated.low, reserved.low * shrunk))
-    return Interval(value=high, low=lowest, high=max(high, reserved.high * shrunk))
+    ratio = high / plain.reserved_peak_bytes
+    lowest = min(high, max(allocated.low, reserved.low * ratio))
+    return Interval(value=high, low=lowest, high=max(high, reserved.high * ratio))

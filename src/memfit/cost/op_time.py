@@ -70,14 +70,14 @@ class TimeModel:
         curve = self.curves.get((op.op, op.dtype)) or self.curves.get((op.op, "float32"))
         if not curve or ideal_s <= 0:
             return self.efficiency_ratio
-        at = math.log(ideal_s)
-        index = bisect.bisect_left(curve, (at, 0.0))
+        log_ideal = math.log(ideal_s)
+        index = bisect.bisect_left(curve, (log_ideal, 0.0))
         if index == 0:
             return curve[0][1]
         if index == len(curve):
             return curve[-1][1]
         (x0, y0), (x1, y1) = curve[index - 1], curve[index]
-        return y0 + (y1 - y0) * (at - x0) / (x1 - x0) if x1 > x0 else y0
+        return y0 + (y1 - y0) * (log_ideal - x0) / (x1 - x0) if x1 > x0 else y0
 
     def issue_s(self, op: OpCall) -> float:
         """Return the seconds that the host takes to launch the operator, in parallel with the device."""
@@ -89,9 +89,9 @@ class TimeModel:
         """Return the seconds of (operator, count) pairs run one after the other: the longer of their work and
         their launches.
         """
-        known = list(ops)
-        work_s = sum(self.op_s(op) * times for op, times in known)
-        return max(work_s, sum(self.issue_s(op) * times for op, times in known))
+        pairs = list(ops)
+        work_s = sum(self.op_s(op) * times for op, times in pairs)
+        return max(work_s, sum(self.issue_s(op) * times for op, times in pairs))
 
 
 def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] = ()) -> TimeModel | None:
@@ -106,7 +106,7 @@ def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] 
     if not rates or not bandwidth:
         return None
     calibrated = bool(calibration.flops_s)
-    bare = TimeModel(
+    base_model = TimeModel(
         calibration=calibration,
         flops_s=rates,
         bandwidth_bytes_s=bandwidth,
@@ -116,12 +116,12 @@ def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] 
         curves={},
         kernels=None if calibrated or device.kind == "cpu" else kernels(device),
     )
-    return dataclasses.replace(bare, curves=_curves(bare, seen))
+    return dataclasses.replace(base_model, curves=_curves(base_model, seen))
 
 
-def _curves(model: TimeModel, seen: Iterable[OpCall]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+def _curves(model: TimeModel, ops: Iterable[OpCall]) -> dict[tuple[str, str], list[tuple[float, float]]]:
     points: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
-    for op in {o.signature: o for o in seen}.values():
+    for op in {o.signature: o for o in ops}.values():
         measured, ideal_s = model.calibration.op_s.get(op.signature), model.roofline_s(op)
         if measured and ideal_s > 0:
             points[op.op, op.dtype][math.log(ideal_s)] = ideal_s / measured
@@ -152,10 +152,10 @@ def signatures_to_time(
     rates.
     """
     pairs = list(ops)
-    once = {op.signature: _weight_s(op) for op, _ in pairs}
-    chosen, spent_s = [], 0.0
+    weights_s = {op.signature: _weight_s(op) for op, _ in pairs}
+    signatures, spent_s = [], 0.0
     for signature in signatures_by_weight(pairs):
         if signature not in known and spent_s < budget_s:
-            chosen.append(signature)
-            spent_s += _SETUP_S + max(2 * once[signature], min(_CALLS_S, _CALLS * once[signature]))
-    return chosen
+            signatures.append(signature)
+            spent_s += _SETUP_S + max(2 * weights_s[signature], min(_CALLS_S, _CALLS * weights_s[signature]))
+    return signatures

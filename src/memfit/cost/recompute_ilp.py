@@ -41,17 +41,17 @@ class RecomputeChoice:
 def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) -> RecomputeChoice | None:
     """Return the cheapest choice found whose replayed peak is within the budget, or None."""
     program = _Program(replay)
-    found: list[RecomputeChoice] = []
+    choices: list[RecomputeChoice] = []
     for _ in range(_ROUNDS):
         dropped = program.dropped(budget_bytes, gap_ratio)
         if dropped is None:
             break
         choice = refined(replay, _choice(replay, dropped), budget_bytes)
-        found.append(choice)
+        choices.append(choice)
         if not program.learn(choice.dropped, budget_bytes):
             break
-    fitting = [c for c in found if c.peak_bytes <= budget_bytes]
-    return min(fitting, key=lambda c: (c.cost_s, sorted(c.dropped))) if fitting else None
+    fitting_choices = [c for c in choices if c.peak_bytes <= budget_bytes]
+    return min(fitting_choices, key=lambda c: (c.cost_s, sorted(c.dropped))) if fitting_choices else None
 
 
 def smallest(replay: Replay) -> RecomputeChoice:
@@ -60,11 +60,11 @@ def smallest(replay: Replay) -> RecomputeChoice:
     It is the first one found when raising the budget from the optimum of the program without integrality.
     """
     plain = _choice(replay, frozenset())
-    low = _Program(replay).lowest_bytes()
+    lower_bound = _Program(replay).lowest_bytes()
     for share in _STEPS_UP:
-        found = solve(replay, int(low + share * (plain.peak_bytes - low)), gap_ratio=1.0)
-        if found is not None:
-            return found
+        choice = solve(replay, int(lower_bound + share * (plain.peak_bytes - lower_bound)), gap_ratio=1.0)
+        if choice is not None:
+            return choice
     return plain
 
 
@@ -80,9 +80,9 @@ def refined(replay: Replay, choice: RecomputeChoice, budget_bytes: int) -> Recom
         return choice
     by_cost = sorted(choice.dropped, key=lambda n: (choice.cost_s - replay.cost_s(choice.dropped - {n}), n))
     for number in reversed(by_cost):
-        less = _choice(replay, choice.dropped - {number})
-        if less.peak_bytes <= budget_bytes and less.cost_s <= choice.cost_s:
-            choice = less
+        smaller = _choice(replay, choice.dropped - {number})
+        if smaller.peak_bytes <= budget_bytes and smaller.cost_s <= choice.cost_s:
+            choice = smaller
     return choice
 
 
@@ -95,14 +95,14 @@ class _Program:
         self.replay = replay
         self.index = {c.number: i for i, c in enumerate(replay.candidates)}
         self.events = sorted({c.first_need for c in replay.candidates})
-        self.place = {at: k for k, at in enumerate(self.events)}
+        self.place = {clock: k for k, clock in enumerate(self.events)}
         calls = sorted({k for c in replay.candidates for k in c.calls})
         self.call = {k: len(self.index) + i for i, k in enumerate(calls)}
         self.absent: dict[tuple[int, int], int] = {}
         column = len(self.index) + len(calls)
         for c in replay.candidates:
-            last = self.place[c.first_need]
-            for k in range(max(0, last - _WINDOW), last):
+            need_index = self.place[c.first_need]
+            for k in range(max(0, need_index - _WINDOW), need_index):
                 self.absent[c.number, k] = column
                 column += 1
         self.peak, self.width = column, column + 1
@@ -114,29 +114,33 @@ class _Program:
 
     def _structure(self) -> None:
         for c in self.replay.candidates:
-            own = self.index[c.number]
-            self.rows += [({own: 1.0, self.call[k]: -1.0}, 0.0) for k in c.calls]
-            last = self.place[c.first_need]
-            first = max(0, last - _WINDOW)
-            before = own
-            for k in range(first, last):
-                self.rows.append(({self.absent[c.number, k]: 1.0, before: -1.0}, 0.0))
-                before = self.absent[c.number, k]
+            drop_column = self.index[c.number]
+            self.rows += [({drop_column: 1.0, self.call[k]: -1.0}, 0.0) for k in c.calls]
+            need_index = self.place[c.first_need]
+            first_index = max(0, need_index - _WINDOW)
+            previous_column = drop_column
+            for k in range(first_index, need_index):
+                self.rows.append(({self.absent[c.number, k]: 1.0, previous_column: -1.0}, 0.0))
+                previous_column = self.absent[c.number, k]
             for source in c.sources:
                 if source in self.index:
                     self._after(c, self.replay.candidates[self.index[source]])
 
-    def _after(self, made: Candidate, source: Candidate) -> None:
-        """Require that ``source`` is present when ``made`` is recomputed."""
-        own, last, need = self.index[made.number], self.place[source.first_need], self.place[made.first_need]
-        first = max(0, last - _WINDOW)
-        if need < first:
-            self.rows.append(({own: 1.0, self.index[source.number]: 1.0}, 1.0))
-        for k in range(first, min(last, need + 1)):
-            row = {self.absent[source.number, k]: 1.0, own: 1.0}
-            if k < need and (made.number, k) in self.absent:
-                row[self.absent[made.number, k]] = -1.0
-            if k == need or (made.number, k) in self.absent:
+    def _after(self, candidate: Candidate, source: Candidate) -> None:
+        """Require that ``source`` is present when ``candidate`` is recomputed."""
+        drop_column, source_need, candidate_need = (
+            self.index[candidate.number],
+            self.place[source.first_need],
+            self.place[candidate.first_need],
+        )
+        first_index = max(0, source_need - _WINDOW)
+        if candidate_need < first_index:
+            self.rows.append(({drop_column: 1.0, self.index[source.number]: 1.0}, 1.0))
+        for k in range(first_index, min(source_need, candidate_need + 1)):
+            row = {self.absent[source.number, k]: 1.0, drop_column: 1.0}
+            if k < candidate_need and (candidate.number, k) in self.absent:
+                row[self.absent[candidate.number, k]] = -1.0
+            if k == candidate_need or (candidate.number, k) in self.absent:
                 self.rows.append((row, 1.0))
 
     def _instants(self) -> list[tuple[int, int]]:
@@ -144,20 +148,24 @@ class _Program:
         clock, level = self.replay.clock, self.replay.level
         bounds = sorted({*self.events, *(c.gone for c in self.replay.candidates)})
         parts = numpy.searchsorted(numpy.array(bounds, dtype=numpy.int64), clock, side="right")
-        top: dict[int, tuple[int, int]] = {}
-        for part, at, value in zip(parts.tolist(), clock.tolist(), level.tolist(), strict=True):
-            if part not in top or value > top[part][1]:
-                top[part] = (at, value)
-        return list(top.values())
+        highest: dict[int, tuple[int, int]] = {}
+        for part, instant, value in zip(parts.tolist(), clock.tolist(), level.tolist(), strict=True):
+            if part not in highest or value > highest[part][1]:
+                highest[part] = (instant, value)
+        return list(highest.values())
 
-    def _row(self, at: int) -> dict[int, float]:
-        """Return the bytes absent at clock ``at``, by column, as negative coefficients."""
+    def _row(self, instant: int) -> dict[int, float]:
+        """Return the bytes absent at clock ``instant``, by column, as negative coefficients."""
         # index of the last first need up to that clock
-        step = int(numpy.searchsorted(self.events, at, side="right")) - 1
+        event_index = int(numpy.searchsorted(self.events, instant, side="right")) - 1
         row = {}
         for c in self.replay.candidates:
-            if c.gone <= at < c.first_need:
-                column = self.absent.get((c.number, step), self.index[c.number]) if step >= 0 else None
+            if c.gone <= instant < c.first_need:
+                column = (
+                    self.absent.get((c.number, event_index), self.index[c.number])
+                    if event_index >= 0
+                    else None
+                )
                 row[self.index[c.number] if column is None else column] = -float(c.size_bytes)
         return row
 
@@ -168,79 +176,89 @@ class _Program:
         for k, column in self.call.items():
             seconds[column] = (self.replay.seconds[k] + 1e-9) / total
         rows = []
-        for at, level in self.instants:
-            top = level + self.moment[at]
-            if top > budget_bytes:
-                rows.append((self._row(at), float(budget_bytes - top)))
-        solved = self._solved(rows, seconds, gap_ratio)
-        if solved is None:
+        for instant, level in self.instants:
+            peak = level + self.moment[instant]
+            if peak > budget_bytes:
+                rows.append((self._row(instant), float(budget_bytes - peak)))
+        solution = self._solved(rows, seconds, gap_ratio)
+        if solution is None:
             return None
-        return frozenset(n for n, i in self.index.items() if solved[i] > 0.5)
+        return frozenset(n for n, i in self.index.items() if solution[i] > 0.5)
 
     def lowest_bytes(self) -> int:
         """Return a lower bound on the peak of any choice: the optimum of the program without integrality."""
         unit = float(self.replay.level.max())
         objective = numpy.zeros(self.width)
         objective[self.peak] = 1.0
-        rows = [({**self._row(at), self.peak: -unit}, -float(level)) for at, level in self.instants]
-        solved = self._solved(rows, objective, None)
-        assert solved is not None
-        return int(solved[self.peak] * unit)
+        rows = [({**self._row(instant), self.peak: -unit}, -float(level)) for instant, level in self.instants]
+        solution = self._solved(rows, objective, None)
+        assert solution is not None
+        return int(solution[self.peak] * unit)
 
     def _solved(
-        self, more: list[tuple[dict[int, float], float]], objective: numpy.ndarray, gap_ratio: float | None
+        self,
+        extra_rows: list[tuple[dict[int, float], float]],
+        objective: numpy.ndarray,
+        gap_ratio: float | None,
     ) -> numpy.ndarray | None:
         """Solve the program.
 
-        ``more``: additional rows in bytes. ``gap_ratio``: relative optimality gap; None: without integrality.
+        ``extra_rows``: additional rows in bytes. ``gap_ratio``: relative optimality gap; None: without
+        integrality.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
         unit = float(max(1, int(self.replay.level.max())))
-        rows = self.rows + [({k: v / unit for k, v in row.items()}, limit / unit) for row, limit in more]
+        rows = self.rows + [
+            ({k: v / unit for k, v in row.items()}, limit / unit) for row, limit in extra_rows
+        ]
         entries = [(r, k, v) for r, (row, _) in enumerate(rows) for k, v in row.items()]
         matrix = csr_array(
             ([e[2] for e in entries], ([e[0] for e in entries], [e[1] for e in entries])),
             shape=(len(rows), self.width),
         )
-        whole = numpy.zeros(self.width)
-        whole[: len(self.index)] = gap_ratio is not None
-        solved = milp(
+        integrality = numpy.zeros(self.width)
+        integrality[: len(self.index)] = gap_ratio is not None
+        result = milp(
             objective,
-            integrality=whole,
+            integrality=integrality,
             bounds=Bounds(0, 1),
             constraints=LinearConstraint(matrix, ub=[limit for _, limit in rows]),
             options={"mip_rel_gap": gap_ratio or 0.0, "node_limit": _NODES},
         )
-        return None if solved.x is None else numpy.asarray(solved.x)
+        return None if result.x is None else numpy.asarray(result.x)
 
     def learn(self, dropped: frozenset[int], budget_bytes: int) -> bool:
         """Add what the replay finds above the program's rows to them. Returns whether anything was added."""
         clock, level = self.replay.levels(dropped)
-        known = numpy.array([at for at, _ in self.instants], dtype=numpy.int64)
-        order = numpy.argsort(known)
+        instants = numpy.array([instant for instant, _ in self.instants], dtype=numpy.int64)
+        order = numpy.argsort(instants)
         changed = False
-        tops: dict[int, int] = {}
-        for at, value in zip(clock.tolist(), level.tolist(), strict=True):
+        highest: dict[int, int] = {}
+        for instant, value in zip(clock.tolist(), level.tolist(), strict=True):
             if value > budget_bytes:
-                near = int(known[order[max(0, int(numpy.searchsorted(known[order], at, side="right")) - 1)]])
-                tops[near] = max(tops.get(near, 0), int(value))
+                nearest = int(
+                    instants[
+                        order[max(0, int(numpy.searchsorted(instants[order], instant, side="right")) - 1)]
+                    ]
+                )
+                highest[nearest] = max(highest.get(nearest, 0), int(value))
         levels = dict(self.instants)
-        for at, value in tops.items():
-            absent = self._absent(at, dropped)
-            more = value - (levels[at] - absent)
-            if more > self.moment[at]:
-                self.moment[at] = more
+        for instant, value in highest.items():
+            absent_bytes = self._absent(instant, dropped)
+            extra_bytes = value - (levels[instant] - absent_bytes)
+            if extra_bytes > self.moment[instant]:
+                self.moment[instant] = extra_bytes
                 changed = True
         return changed
 
-    def _absent(self, at: int, dropped: frozenset[int]) -> int:
+    def _absent(self, instant: int, dropped: frozenset[int]) -> int:
         """Return the most bytes that the program treats as absent: of dropped tensors before their first
         need.
         """
         return sum(
             c.size_bytes
             for c in self.replay.candidates
-            if c.number in dropped and c.gone <= at < c.first_need
+            if c.number in dropped and c.gone <= instant < c.first_need
         )

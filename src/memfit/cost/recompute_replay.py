@@ -49,7 +49,7 @@ class Replay:
 
     def cost_s(self, dropped: frozenset[int]) -> float:
         """Return the seconds of recomputation. ``dropped``: numbers of the candidates."""
-        calls = {c for one in self.candidates if one.number in dropped for c in one.calls}
+        calls = {c for candidate in self.candidates if candidate.number in dropped for c in candidate.calls}
         return sum(self.seconds[c] for c in calls)
 
     def closure(self, dropped: frozenset[int]) -> frozenset[int]:
@@ -72,25 +72,25 @@ def replay(
     """Prepare the replay of a recording. Tensors smaller than ``least_bytes`` are always kept."""
     trace = with_kept(recording.trace, calibration)
     ops = {op.clock: op for op in trace.ops}
-    called = [ops.get(c.clock) for c in recording.calls]
-    inside = [calibration.op_peak_bytes.get(op.signature, 0) if op else 0 for op in called]
+    recorded_ops = [ops.get(c.clock) for c in recording.calls]
+    op_peaks = [calibration.op_peak_bytes.get(op.signature, 0) if op else 0 for op in recorded_ops]
     clock, level = levels(trace)
-    extra = [
-        (op.clock, int(level[max(0, int(numpy.searchsorted(clock, op.clock, side="right")) - 1)]) + own)
+    op_points = [
+        (op.clock, int(level[max(0, int(numpy.searchsorted(clock, op.clock, side="right")) - 1)]) + op_peak)
         for op in trace.ops
-        if (own := calibration.op_peak_bytes.get(op.signature))
+        if (op_peak := calibration.op_peak_bytes.get(op.signature))
     ]
-    points = [*zip(clock.tolist(), level.tolist(), strict=True), *extra]
+    points = [*zip(clock.tolist(), level.tolist(), strict=True), *op_points]
     points.sort(key=lambda p: p[0])
     end = max(s.end for s in trace.spans if s.phase is Phase.BACKWARD)
-    within = [p for p in points if recording.start <= p[0] < end]
+    pass_points = [p for p in points if recording.start <= p[0] < end]
     return Replay(
         recording=recording,
         candidates=tuple(_candidates(recording, least_bytes)),
-        seconds=[seconds(op) if op else 0.0 for op in called],
-        workspace=inside,
-        clock=numpy.array([p[0] for p in within], dtype=numpy.int64),
-        level=numpy.array([p[1] for p in within], dtype=numpy.int64),
+        seconds=[seconds(op) if op else 0.0 for op in recorded_ops],
+        workspace=op_peaks,
+        clock=numpy.array([p[0] for p in pass_points], dtype=numpy.int64),
+        level=numpy.array([p[1] for p in pass_points], dtype=numpy.int64),
         outside_bytes=max(_outside(trace, points), default=0),
     )
 
@@ -102,47 +102,50 @@ def _outside(trace: Trace, points: list[tuple[int, int]]) -> Iterator[int]:
     """
     spans = [s for s in trace.spans if s.phase is Phase.OPTIMIZER or not s.start]
     starts = [s.start for s in spans]
-    for at, value in points:
-        place = bisect.bisect_right(starts, at) - 1
-        if place >= 0 and at < spans[place].end:
+    for clock, value in points:
+        index = bisect.bisect_right(starts, clock) - 1
+        if index >= 0 and clock < spans[index].end:
             yield value
 
 
 def _candidates(recording: Recording, least_bytes: int) -> list[Candidate]:
-    made = recording.made
-    wanted = {
+    tensors = recording.made
+    droppable = {
         n
-        for n, m in enumerate(made)
-        if m.needs and not m.pinned and m.size_bytes >= least_bytes and (m.end is None or m.end > m.needs[0])
+        for n, tensor in enumerate(tensors)
+        if tensor.needs
+        and not tensor.pinned
+        and tensor.size_bytes >= least_bytes
+        and (tensor.end is None or tensor.end > tensor.needs[0])
     }
-    found = []
-    for number in sorted(wanted):
-        sources, calls, between = set[int](), set[int](), set[int]()
+    candidates = []
+    for number in sorted(droppable):
+        sources, calls, intermediates = set[int](), set[int](), set[int]()
         stack, possible = [number], True
         while stack:
-            own = made[stack.pop()].calls
-            calls.update(own)
-            for read in {r for c in own for r in recording.calls[c].reads}:
-                if read in wanted and read != number:
-                    sources.add(read)
-                elif read != number and read not in between and not made[read].needs:
-                    possible = possible and not made[read].pinned
-                    between.add(read)
-                    stack.append(read)
+            tensor_calls = tensors[stack.pop()].calls
+            calls.update(tensor_calls)
+            for source in {r for c in tensor_calls for r in recording.calls[c].reads}:
+                if source in droppable and source != number:
+                    sources.add(source)
+                elif source != number and source not in intermediates and not tensors[source].needs:
+                    possible = possible and not tensors[source].pinned
+                    intermediates.add(source)
+                    stack.append(source)
         if possible:
-            m = made[number]
-            found.append(
+            tensor = tensors[number]
+            candidates.append(
                 Candidate(
                     number=number,
-                    size_bytes=m.size_bytes,
-                    gone=m.last_read,
-                    first_need=m.needs[0],
+                    size_bytes=tensor.size_bytes,
+                    gone=tensor.last_read,
+                    first_need=tensor.needs[0],
                     sources=tuple(sorted(sources)),
                     calls=tuple(sorted(calls)),
-                    between=tuple(sorted(between)),
+                    between=tuple(sorted(intermediates)),
                 )
             )
-    return found
+    return candidates
 
 
 class _Played:
@@ -164,75 +167,75 @@ class _Played:
         for number in self.dropped:
             for source in self._reads(number):
                 self.readers[source].add(number)
-            m = self.made[number]
-            if m.needs and m.end is not None:
-                self.changes[m.last_read] -= m.size_bytes
+            tensor = self.made[number]
+            if tensor.needs and tensor.end is not None:
+                self.changes[tensor.last_read] -= tensor.size_bytes
         events = sorted((t, n) for n in self.dropped for t in self.made[n].needs)
-        for at, number in events:
+        for instant, number in events:
             if number not in self.present:
-                self._make(number, at)
+                self._make(number, instant)
         clocks = numpy.array(sorted(self.changes), dtype=numpy.int64)
         sums = numpy.cumsum(numpy.array([self.changes[c] for c in clocks.tolist()], dtype=numpy.int64))
         clock, level = self.replay.clock, self.replay.level
         if not len(clocks):
             return clock, level
-        own = numpy.concatenate(([0], sums))
-        after = level + own[numpy.searchsorted(clocks, clock, side="right")]
-        before = {at: 0 for at, _ in self.instants}
-        times = numpy.array(sorted(before), dtype=numpy.int64)
-        base = level[numpy.maximum(numpy.searchsorted(clock, times, side="right") - 1, 0)]
-        base = base + own[numpy.searchsorted(clocks, times, side="left")]
-        ground = dict(zip(times.tolist(), base.tolist(), strict=True))
-        tops = [(at, ground[at] + more) for at, more in self.instants]
+        shifts = numpy.concatenate(([0], sums))
+        shifted_level = level + shifts[numpy.searchsorted(clocks, clock, side="right")]
+        distinct_instants = {instant: 0 for instant, _ in self.instants}
+        instant_clocks = numpy.array(sorted(distinct_instants), dtype=numpy.int64)
+        base_level = level[numpy.maximum(numpy.searchsorted(clock, instant_clocks, side="right") - 1, 0)]
+        base_level = base_level + shifts[numpy.searchsorted(clocks, instant_clocks, side="left")]
+        base_by_clock = dict(zip(instant_clocks.tolist(), base_level.tolist(), strict=True))
+        peaks = [(instant, base_by_clock[instant] + extra_bytes) for instant, extra_bytes in self.instants]
         return (
-            numpy.concatenate((clock, numpy.array([t[0] for t in tops], dtype=numpy.int64))),
-            numpy.concatenate((after, numpy.array([t[1] for t in tops], dtype=numpy.int64))),
+            numpy.concatenate((clock, numpy.array([t[0] for t in peaks], dtype=numpy.int64))),
+            numpy.concatenate((shifted_level, numpy.array([t[1] for t in peaks], dtype=numpy.int64))),
         )
 
     def _reads(self, number: int) -> set[int]:
         return {r for c in self.made[number].calls for r in self.calls[c].reads} - {number}
 
-    def _make(self, number: int, at: int) -> None:
+    def _make(self, number: int, clock: int) -> None:
         """Recompute the tensor, sources first, as at run time.
 
-        Changes at ``at`` apply after it; instants within the recomputation are recorded.
+        Changes at ``clock`` apply after it; instants within the recomputation are recorded.
         """
         self.above = 0
         stack = [number]
         while stack:
-            top = stack[-1]
-            missing = [r for r in self._reads(top) if r in self.dropped and r not in self.present]
-            if top in self.present:
+            current = stack[-1]
+            missing = [r for r in self._reads(current) if r in self.dropped and r not in self.present]
+            if current in self.present:
                 stack.pop()
             elif missing:
                 stack += missing
             else:
-                self._made(top, at)
+                self._made(current, clock)
 
-    def _made(self, number: int, at: int) -> None:
-        m = self.made[number]
+    def _made(self, number: int, clock: int) -> None:
+        tensor = self.made[number]
         self.present.add(number)
-        workspace = max((self.replay.workspace[c] for c in m.calls), default=0)
-        self.above += m.size_bytes
-        self.instants.append((at, max(self.above, self.above - m.size_bytes + workspace)))
-        self.changes[at] += m.size_bytes
+        workspace = max((self.replay.workspace[c] for c in tensor.calls), default=0)
+        self.above += tensor.size_bytes
+        self.instants.append((clock, max(self.above, self.above - tensor.size_bytes + workspace)))
+        self.changes[clock] += tensor.size_bytes
         for source in self._reads(number):
-            waiting = self.readers[source]
-            waiting.discard(number)
-            if not waiting:
-                self._let_go(source, at)
-        if not m.needs and not self.readers[number]:
-            self._free(m.size_bytes, at)
+            remaining_readers = self.readers[source]
+            remaining_readers.discard(number)
+            if not remaining_readers:
+                self._let_go(source, clock)
+        if not tensor.needs and not self.readers[number]:
+            self._free(tensor.size_bytes, clock)
 
-    def _let_go(self, source: int, at: int) -> None:
+    def _let_go(self, source: int, clock: int) -> None:
         """Release a source after its last reader, unless backward still needs it."""
-        m = self.made[source]
-        if source in self.dropped and not m.needs:
-            self._free(m.size_bytes, at)
-        elif m.end is not None and m.end <= at:  # held longer than in the plain step
-            self.changes[m.end] += m.size_bytes
-            self.changes[at] -= m.size_bytes
+        tensor = self.made[source]
+        if source in self.dropped and not tensor.needs:
+            self._free(tensor.size_bytes, clock)
+        elif tensor.end is not None and tensor.end <= clock:  # held longer than in the plain step
+            self.changes[tensor.end] += tensor.size_bytes
+            self.changes[clock] -= tensor.size_bytes
 
-    def _free(self, size_bytes: int, at: int) -> None:
+    def _free(self, size_bytes: int, clock: int) -> None:
         self.above -= size_bytes
-        self.changes[at] -= size_bytes
+        self.changes[clock] -= size_bytes

@@ -50,7 +50,7 @@ def simulate(
     weight = list(weight_s) if weight_s is not None and kind == "zero-bubble" else [0.0] * stages
     seconds = (list(forward_s), [b - w for b, w in zip(backward_s, weight, strict=True)], weight)
     busy = tuple(
-        micro_batches * sum(each[s] for each in seconds for s in range(r, stages, ranks))
+        micro_batches * sum(work_s[s] for work_s in seconds for s in range(r, stages, ranks))
         for r in range(ranks)
     )
     if ranks == 1:
@@ -58,8 +58,8 @@ def simulate(
     orders = [_order(kind, r, ranks, micro_batches, virtual) for r in range(ranks)]
     if kind == "zero-bubble":
         orders = [_with_weights(order, rank) for rank, order in enumerate(orders)]
-    ends = _play(orders, seconds, send_s, ranks)
-    return Simulated(step_s=max(ends), busy_s=busy)
+    end_times = _play(orders, seconds, send_s, ranks)
+    return Simulated(step_s=max(end_times), busy_s=busy)
 
 
 def _order(kind: str, rank: int, ranks: int, micros: int, virtual: int) -> list[_Work]:
@@ -71,8 +71,8 @@ def _order(kind: str, rank: int, ranks: int, micros: int, virtual: int) -> list[
     else:
         warmup = min(len(forward), ranks - rank - 1)
     order: list[_Work] = [(_FORWARD, *f) for f in forward[:warmup]]
-    for ahead, back in zip(forward[warmup:], backward, strict=False):
-        order += [(_FORWARD, *ahead), (_BACKWARD, *back)]
+    for next_forward, next_backward in zip(forward[warmup:], backward, strict=False):
+        order += [(_FORWARD, *next_forward), (_BACKWARD, *next_backward)]
     return order + [(_BACKWARD, *b) for b in backward[len(forward) - warmup :]]
 
 
@@ -82,18 +82,18 @@ def _with_weights(order: list[_Work], rank: int) -> list[_Work]:
     A rank postpones as many weight gradients as there are ranks before it, and does them where it would
     otherwise wait for the last backwards.
     """
-    found: list[_Work] = []
-    owed: list[_Work] = []
-    forwards = sum(kind == _FORWARD for kind, _, _ in order)
+    ordered_work: list[_Work] = []
+    weight_queue: list[_Work] = []
+    remaining_forwards = sum(kind == _FORWARD for kind, _, _ in order)
     for work in order:
-        found.append(work)
+        ordered_work.append(work)
         if work[0] == _FORWARD:
-            forwards -= 1
+            remaining_forwards -= 1
             continue
-        owed.append((_WEIGHT, *work[1:]))
-        if len(owed) > rank or (not forwards and owed):
-            found.append(owed.pop(0))
-    return found + owed
+        weight_queue.append((_WEIGHT, *work[1:]))
+        if len(weight_queue) > rank or (not remaining_forwards and weight_queue):
+            ordered_work.append(weight_queue.pop(0))
+    return ordered_work + weight_queue
 
 
 def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -101,9 +101,9 @@ def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, in
     chunk by chunk.
     """
     forward, backward = [], []
-    size = _group(ranks, micros)
-    for first in range(0, micros, size):
-        group = range(first, min(first + size, micros))
+    group_size = _group(ranks, micros)
+    for start in range(0, micros, group_size):
+        group = range(start, min(start + group_size, micros))
         forward += [(c, j) for c in range(virtual) for j in group]
         backward += [(c, j) for c in reversed(range(virtual)) for j in group]
     return forward, backward
@@ -118,42 +118,47 @@ def _play(
     orders: list[list[_Work]], seconds: tuple[list[float], ...], send_s: float, ranks: int
 ) -> list[float]:
     """Return the time when each rank finishes."""
-    last = len(seconds[0]) - 1
-    done: dict[tuple[int, int, int], float] = {}  # (kind, stage, micro-batch) -> end
-    free, place = [0.0] * ranks, [0] * ranks
-    waiting = list(range(ranks))
-    while waiting:
+    last_stage = len(seconds[0]) - 1
+    end_times: dict[tuple[int, int, int], float] = {}  # (kind, stage, micro-batch) -> end
+    free_times, positions = [0.0] * ranks, [0] * ranks
+    active_ranks = list(range(ranks))
+    while active_ranks:
         stuck = True
-        for rank in waiting:
-            order, at, now = orders[rank], place[rank], free[rank]
-            while at < len(order):
-                kind, chunk, micro = order[at]
+        for rank in active_ranks:
+            order, position, time = orders[rank], positions[rank], free_times[rank]
+            while position < len(order):
+                kind, chunk, micro = order[position]
                 stage = chunk * ranks + rank
-                ready = _ready(kind, stage, micro, last, done, send_s)
+                ready = _ready(kind, stage, micro, last_stage, end_times, send_s)
                 if ready is None:
                     break
-                now = max(now, ready) + seconds[kind][stage]
-                done[kind, stage, micro] = now
-                at += 1
+                time = max(time, ready) + seconds[kind][stage]
+                end_times[kind, stage, micro] = time
+                position += 1
                 stuck = False
-            place[rank], free[rank] = at, now
-        waiting = [r for r in waiting if place[r] < len(orders[r])]
-        assert not (stuck and waiting), "the schedule waits for itself"
-    return free
+            positions[rank], free_times[rank] = position, time
+        active_ranks = [r for r in active_ranks if positions[r] < len(orders[r])]
+        assert not (stuck and active_ranks), "the schedule waits for itself"
+    return free_times
 
 
 def _ready(
-    kind: int, stage: int, micro: int, last: int, done: dict[tuple[int, int, int], float], send_s: float
+    kind: int,
+    stage: int,
+    micro: int,
+    last_stage: int,
+    end_times: dict[tuple[int, int, int], float],
+    send_s: float,
 ) -> float | None:
     """Return the time when the inputs of a piece of work are available; None if it is not known yet."""
     if kind == _WEIGHT or (kind == _FORWARD and stage == 0):
         return 0.0
     if kind == _FORWARD:
-        end = done.get((_FORWARD, stage - 1, micro))
-    elif stage == last:
-        return done.get((_FORWARD, stage, micro))
+        end = end_times.get((_FORWARD, stage - 1, micro))
+    elif stage == last_stage:
+        return end_times.get((_FORWARD, stage, micro))
     else:
-        end = done.get((_BACKWARD, stage + 1, micro))
+        end = end_times.get((_BACKWARD, stage + 1, micro))
     return None if end is None else end + send_s
 
 
@@ -174,13 +179,17 @@ def closed_s(
     for 1F1B with a multiple of ``ranks`` micro-batches, where every round trip waits for its sends, and for
     GPipe. For the other schedules it counts the first and last micro-batch only.
     """
-    both, ahead = forward_s + backward_s, ranks - 1
+    micro_batch_s, other_ranks = forward_s + backward_s, ranks - 1
     if kind == "gpipe":
-        return (micro_batches + ahead) * both + 2 * ahead * send_s
+        return (micro_batches + other_ranks) * micro_batch_s + 2 * other_ranks * send_s
     if kind == "1f1b":
-        trips = ahead * micro_batches / ranks + (ranks - 2) * (ranks > 1)
-        return (micro_batches + ahead) * both + 2 * trips * send_s
+        round_trips = other_ranks * micro_batches / ranks + (ranks - 2) * (ranks > 1)
+        return (micro_batches + other_ranks) * micro_batch_s + 2 * round_trips * send_s
     if kind == "interleaved":
-        return (micro_batches + ahead / virtual) * both + 2 * ahead * send_s
+        return (micro_batches + other_ranks / virtual) * micro_batch_s + 2 * other_ranks * send_s
     assert kind == "zero-bubble", kind
-    return micro_batches * both + ahead * (both - 2 * weight_s) + 2 * ahead * send_s
+    return (
+        micro_batches * micro_batch_s
+        + other_ranks * (micro_batch_s - 2 * weight_s)
+        + 2 * other_ranks * send_s
+    )

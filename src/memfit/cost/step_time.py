@@ -30,11 +30,11 @@ def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeMod
     if plan.ranks > 1 and machine.device.kind == "cpu":
         return None
     pairs = [(Player(model=model, machine=machine, members=t.members), t) for t in traces]
-    used = plan.get("pipeline")
-    if used is not None:
-        return _piped(pairs, plan, used, machine)
-    each = [_with_offload(p.step(t), t, machine, model) for p, t in pairs]
-    return max(each, key=lambda found: found.step_s)
+    pipeline = plan.get("pipeline")
+    if pipeline is not None:
+        return _piped(pairs, plan, pipeline, machine)
+    steps = [_with_offload(p.step(t), t, machine, model) for p, t in pairs]
+    return max(steps, key=lambda step: step.step_s)
 
 
 def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, micros: int) -> float | None:
@@ -47,34 +47,34 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
         return compute_s
     if machine.device.kind == "cpu":
         return None
-    near = min(plan.ranks, machine.devices_per_host or machine.device_count)
-    narrow = plan.get("bf16-parameters") or any(u.settings.get("precision") == "bf16" for u in plan.uses)
-    size = parameters * (2.0 if narrow else 4.0)
+    ranks_per_host = min(plan.ranks, machine.devices_per_host or machine.device_count)
+    is_bf16 = plan.get("bf16-parameters") or any(u.settings.get("precision") == "bf16" for u in plan.uses)
+    size_bytes = parameters * (2.0 if is_bf16 else 4.0)
 
     def sent(kind: str) -> float:
-        return float(collective_s(kind, size, plan.ranks, near, machine))
+        return float(collective_s(kind, size_bytes, plan.ranks, ranks_per_host, machine))
 
     shards = plan.get("fsdp2") or plan.get("zero")
     if shards is None:
-        exchanged = sent("all_reduce")
+        exchange_s = sent("all_reduce")
     else:
-        whole = shards.settings.get("reshard") is False or shards.settings.get("stage", 3) != 3
-        exchanged = sent("all_gather") * (1 if whole else 2 * micros) + sent("reduce_scatter")
-    return compute_s + max(0.0, exchanged - compute_s / 2)
+        keeps_parameters = shards.settings.get("reshard") is False or shards.settings.get("stage", 3) != 3
+        exchange_s = sent("all_gather") * (1 if keeps_parameters else 2 * micros) + sent("reduce_scatter")
+    return compute_s + max(0.0, exchange_s - compute_s / 2)
 
 
-def _with_offload(found: Played, trace: Trace, machine: Machine, model: TimeModel) -> Played:
+def _with_offload(step: Played, trace: Trace, machine: Machine, model: TimeModel) -> Played:
     """Add the copies that leave the device and come back, for which compute waits."""
-    more_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)
-    more_s += model.calibration.disk_file_s * _whole(trace, trace.offloaded_tensors)
-    busy = {**found.busy_s, "host link": more_s} if more_s else found.busy_s
-    return dataclasses.replace(found, step_s=found.step_s + more_s, busy_s=busy)
+    copy_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)
+    copy_s += model.calibration.disk_file_s * _whole(trace, trace.offloaded_tensors)
+    busy = {**step.busy_s, "host link": copy_s} if copy_s else step.busy_s
+    return dataclasses.replace(step, step_s=step.step_s + copy_s, busy_s=busy)
 
 
-def _whole(trace: Trace, played: int) -> float:
+def _whole(trace: Trace, traced_quantity: int) -> float:
     """Scale a quantity of the traced micro-batches to all micro-batches of a step."""
     forwards = sum(s.phase is Phase.FORWARD and s.step == trace.steps - 1 for s in trace.spans)
-    return played * (forwards + trace.unplayed(Phase.FORWARD)) / max(1, forwards)
+    return traced_quantity * (forwards + trace.unplayed(Phase.FORWARD)) / max(1, forwards)
 
 
 def host_bytes_s(machine: Machine, model: TimeModel) -> float:
@@ -82,23 +82,25 @@ def host_bytes_s(machine: Machine, model: TimeModel) -> float:
     host = machine.host
     if host is None or host.device_bytes_s is None or model.calibration.disk_bytes_s:
         return model.offload_bytes_s
-    each = min(machine.devices_per_host or machine.device_count, machine.device_count)
-    shared = host.shared_bytes_s.value / each if host.shared_bytes_s else host.device_bytes_s.value
-    return min(host.device_bytes_s.value, shared)
+    devices_per_host = min(machine.devices_per_host or machine.device_count, machine.device_count)
+    share_bytes_s = (
+        host.shared_bytes_s.value / devices_per_host if host.shared_bytes_s else host.device_bytes_s.value
+    )
+    return min(host.device_bytes_s.value, share_bytes_s)
 
 
-def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, used: Use, machine: Machine) -> Played:
+def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, pipeline: Use, machine: Machine) -> Played:
     """Simulate a pipeline. The second rank represents all ranks between the first and the last."""
-    stages, virtual = layout(plan).pipeline, int(used.settings["virtual"])
-    kind = str(used.settings["schedule"])
+    stages, virtual = layout(plan).pipeline, int(pipeline.settings["virtual"])
+    kind = str(pipeline.settings["schedule"])
     chunks = virtual if kind == "interleaved" else 1
     if kind.startswith("zero-bubble"):
         kind = "zero-bubble"  # a rank's chunks run one after the other
     micros = max(1, micro_steps(pairs[0][1]) // virtual)  # the last stage's loss is a separate forward
     pieces = [_pieces(p, t, micros) for p, t in pairs]
-    order = [pieces[0], *[pieces[min(1, len(pieces) - 1)]] * (stages - 2), pieces[-1]]
-    forward, backward = ([one[i] / chunks for one in order] * chunks for i in range(2))
-    line = simulate(
+    stage_pieces = [pieces[0], *[pieces[min(1, len(pieces) - 1)]] * (stages - 2), pieces[-1]]
+    forward, backward = ([piece[i] / chunks for piece in stage_pieces] * chunks for i in range(2))
+    simulation = simulate(
         kind,
         forward,
         backward,
@@ -107,21 +109,21 @@ def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, used: Use, machine: Ma
         weight_s=[_WEIGHT_SHARE * b for b in backward],
         send_s=_send_s(pairs[0][1], plan, machine),
     )
-    slowest, trace = max(zip(pieces, pairs, strict=True), key=lambda both: sum(both[0][:2]))[1]
-    whole = slowest.step(trace)
+    slowest, trace = max(zip(pieces, pairs, strict=True), key=lambda pair: sum(pair[0][:2]))[1]
+    rank_step = slowest.step(trace)
     return dataclasses.replace(
-        whole,
-        step_s=line.step_s + max(one[2] for one in pieces),
-        idle_s=whole.idle_s + line.bubble_ratio * line.step_s,
+        rank_step,
+        step_s=simulation.step_s + max(piece[2] for piece in pieces),
+        idle_s=rank_step.idle_s + simulation.bubble_ratio * simulation.step_s,
     )
 
 
 def micro_steps(trace: Trace) -> int:
     """Return the number of forwards in a step: one per chunk and micro-batch."""
     forwards = [s for s in trace.spans if s.phase is Phase.FORWARD and s.step == trace.steps - 1]
-    worked = {o.clock for o in trace.ops if o.phase is Phase.FORWARD}
-    seen = sum(any(s.start <= clock < s.end for clock in worked) for s in forwards)
-    return seen + trace.unplayed(Phase.FORWARD)
+    forward_clocks = {o.clock for o in trace.ops if o.phase is Phase.FORWARD}
+    forward_count = sum(any(s.start <= clock < s.end for clock in forward_clocks) for s in forwards)
+    return forward_count + trace.unplayed(Phase.FORWARD)
 
 
 def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, float]:
@@ -129,10 +131,10 @@ def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, fl
     ops = [o for o in trace.ops if o.step == trace.steps - 1]
     seconds: dict[Phase, float] = {Phase.FORWARD: 0.0, Phase.BACKWARD: 0.0, Phase.OPTIMIZER: 0.0}
     for span in trace.spans:
-        inside = [o for o in ops if span.start <= o.clock < span.end]
-        if inside and span.step == trace.steps - 1 and span.phase is not Phase.SETUP:
-            times = 1 + trace.repeated_micro_steps * (span in trace.repeated_spans)
-            seconds[span.phase] += times * player.play(inside).step_s
+        span_ops = [o for o in ops if span.start <= o.clock < span.end]
+        if span_ops and span.step == trace.steps - 1 and span.phase is not Phase.SETUP:
+            repetitions = 1 + trace.repeated_micro_steps * (span in trace.repeated_spans)
+            seconds[span.phase] += repetitions * player.play(span_ops).step_s
     forward, backward = (seconds[p] / micros for p in (Phase.FORWARD, Phase.BACKWARD))
     return forward, backward, seconds[Phase.OPTIMIZER]
 
@@ -140,6 +142,6 @@ def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, fl
 def _send_s(trace: Trace, plan: Plan, machine: Machine) -> float:
     """Return the seconds to send one stage's output to the next."""
     sizes = [payload_bytes(o) for o in trace.ops if o.op.startswith("c10d.send")]
-    apart = plan.ranks // layout(plan).pipeline
-    inside = not machine.devices_per_host or apart < machine.devices_per_host
+    rank_distance = plan.ranks // layout(plan).pipeline
+    inside = not machine.devices_per_host or rank_distance < machine.devices_per_host
     return float(collective_s("send", max(sizes, default=0), 2, 2 if inside else 1, machine))

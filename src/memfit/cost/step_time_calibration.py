@@ -33,11 +33,11 @@ def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibrati
     base, by_technique = _fit(seen)
     spread = None
     if len(seen) >= _ENOUGH:
-        missed = []
+        errors = []
         for index, (plan, ratio) in enumerate(seen):
-            others = [*seen[:index], *seen[index + 1 :]]
-            missed.append(abs(_told(*_fit(others), plan) / ratio - 1))
-        spread = max(LEAST_SPREAD, *missed)
+            other_runs = [*seen[:index], *seen[index + 1 :]]
+            errors.append(abs(_told(*_fit(other_runs), plan) / ratio - 1))
+        spread = max(LEAST_SPREAD, *errors)
     return dataclasses.replace(
         calibration,
         step_ratio=base,
@@ -57,16 +57,16 @@ def _told(base: float, by_technique: Mapping[str, float], plan: Plan) -> float:
     return math.prod((by_technique.get(use.technique, 1.0) for use in plan.uses), start=base)
 
 
-def _fit(seen: Seen) -> tuple[float, dict[str, float]]:
+def _fit(runs: Seen) -> tuple[float, dict[str, float]]:
     import numpy
 
-    names = sorted({use.technique for plan, _ in seen for use in plan.uses})
-    rows = [[1.0, *(float(plan.get(name) is not None) for name in names)] for plan, _ in seen]
-    drawn = _RIDGE * numpy.eye(len(names) + 1)[1:]  # the base is not shrunk
-    left = numpy.vstack([numpy.array(rows), drawn])
-    right = numpy.concatenate([[math.log(ratio) for _, ratio in seen], numpy.zeros(len(names))])
-    found = numpy.exp(numpy.linalg.lstsq(left, right, rcond=None)[0])
-    return float(found[0]), {name: float(ratio) for name, ratio in zip(names, found[1:], strict=True)}
+    names = sorted({use.technique for plan, _ in runs for use in plan.uses})
+    rows = [[1.0, *(float(plan.get(name) is not None) for name in names)] for plan, _ in runs]
+    ridge_rows = _RIDGE * numpy.eye(len(names) + 1)[1:]  # the base is not shrunk
+    matrix = numpy.vstack([numpy.array(rows), ridge_rows])
+    targets = numpy.concatenate([[math.log(ratio) for _, ratio in runs], numpy.zeros(len(names))])
+    ratios = numpy.exp(numpy.linalg.lstsq(matrix, targets, rcond=None)[0])
+    return float(ratios[0]), {name: float(ratio) for name, ratio in zip(names, ratios[1:], strict=True)}
 
 
 def merged(old: Calibration, new: Calibration) -> Calibration:

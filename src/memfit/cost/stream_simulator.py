@@ -83,8 +83,9 @@ class Player:
     def __post_init__(self) -> None:
         device = self.machine.device
         channels = device.nccl_channels.value if device.nccl_channels else ASSUMED_CHANNELS
-        whole = self.model.kernels.multiprocessors if self.model.kernels else math.inf
-        self.beside = 1 / (1 - min(0.5, channels / whole))  # slowdown of a kernel beside a collective
+        multiprocessors = self.model.kernels.multiprocessors if self.model.kernels else math.inf
+        # slowdown of a kernel beside a collective
+        self.beside = 1 / (1 - min(0.5, channels / multiprocessors))
         self._items: dict[tuple[str, Phase, str, str], tuple[float, float, str]] = {}
 
     def item(self, op: OpCall) -> Item:
@@ -106,22 +107,22 @@ class Player:
         return seconds * self.quicker.get(resource, 1.0), issue_s, resource
 
     def _on_host(self) -> int:
-        each = self.machine.devices_per_host or self.machine.device_count
-        return max(1, min(each, self.machine.device_count))
+        devices_per_host = self.machine.devices_per_host or self.machine.device_count
+        return max(1, min(devices_per_host, self.machine.device_count))
 
     def _collective(self, op: OpCall) -> tuple[float, str]:
-        kind, size_bytes, *where = sent(op)
-        if where:  # a synthetic operator gives its number of ranks and how many of them share a host
-            count, near = where
-            seconds = collective_s(kind, size_bytes, count, near, self.machine)
-            return float(seconds), "link" if near >= count else "network"
+        kind, size_bytes, *placement = sent(op)
+        if placement:  # a synthetic operator gives its number of ranks and how many of them share a host
+            rank_count, local_ranks = placement
+            seconds = collective_s(kind, size_bytes, rank_count, local_ranks, self.machine)
+            return float(seconds), "link" if local_ranks >= rank_count else "network"
         ranks = self.members.get(op.group, ())
         if len(ranks) < 2:
             return 0.0, "link"
-        here = self.machine.devices_per_host or max(ranks) + 1
-        near = max(Counter(r // here for r in ranks).values())
-        seconds = collective_s(kind, size_bytes, len(ranks), near, self.machine)
-        return float(seconds), "link" if near == len(ranks) else "network"
+        ranks_per_host = self.machine.devices_per_host or max(ranks) + 1
+        local_ranks = max(Counter(r // ranks_per_host for r in ranks).values())
+        seconds = collective_s(kind, size_bytes, len(ranks), local_ranks, self.machine)
+        return float(seconds), "link" if local_ranks == len(ranks) else "network"
 
     # -- playing --------------------------------------------------------------------------------------
 
@@ -130,38 +131,38 @@ class Player:
 
     def step(self, trace: Trace) -> Played:
         """Simulate a whole step: the last one traced, with untraced micro-steps extrapolated linearly."""
-        again = trace.repeated_micro_steps
+        repetitions = trace.repeated_micro_steps
         if trace.repeated_spans:  # a pipeline, whose phases follow its schedule
-            whole, spans = self.play(_played(trace)), trace.repeated_spans
-            more = [self.play(o for o in _played(trace) if s.start <= o.clock < s.end) for s in spans]
-            return _added(whole, more, again)
+            whole_step, spans = self.play(_played(trace)), trace.repeated_spans
+            span_steps = [self.play(o for o in _played(trace) if s.start <= o.clock < s.end) for s in spans]
+            return _added(whole_step, span_steps, repetitions)
         before, micro, after = split(trace)
-        if again <= _PLAYED_AGAIN:
-            return self.play([*before, *micro * (again + 1), *after])
-        one, two = (
+        if repetitions <= _PLAYED_AGAIN:
+            return self.play([*before, *micro * (repetitions + 1), *after])
+        shorter, longer = (
             self.play([*before, *micro * (n + 1), *after]) for n in (_PLAYED_AGAIN - 1, _PLAYED_AGAIN)
         )
-        times = again - _PLAYED_AGAIN
-        return _added(_added(two, [two], times), [one], -times)
+        extra_steps = repetitions - _PLAYED_AGAIN
+        return _added(_added(longer, [longer], extra_steps), [shorter], -extra_steps)
 
     def bottleneck(self, trace: Trace) -> dict[str, float]:
         """Return resource -> seconds saved per step if its work takes a tenth less, largest first."""
         base = self.step(trace)
-        saved = {}
+        saved_s = {}
         for resource in [*base.busy_s]:
-            faster = dataclasses.replace(self, quicker={**self.quicker, resource: FASTER})
-            saved[resource] = base.step_s - faster.step(trace).step_s
-        return dict(sorted(saved.items(), key=lambda kv: -kv[1]))
+            faster_player = dataclasses.replace(self, quicker={**self.quicker, resource: FASTER})
+            saved_s[resource] = base.step_s - faster_player.step(trace).step_s
+        return dict(sorted(saved_s.items(), key=lambda kv: -kv[1]))
 
 
-def _added(one: Played, more: Sequence[Played], times: int) -> Played:
-    """Return ``one`` with each of ``more`` added ``times`` times."""
-    busy_s = {k: v + times * sum(m.busy_s.get(k, 0.0) for m in more) for k, v in one.busy_s.items()}
+def _added(base: Played, additions: Sequence[Played], count: int) -> Played:
+    """Return ``base`` with each of ``additions`` added ``count`` times."""
+    busy_s = {k: v + count * sum(m.busy_s.get(k, 0.0) for m in additions) for k, v in base.busy_s.items()}
     return Played(
-        step_s=one.step_s + times * sum(m.step_s for m in more),
+        step_s=base.step_s + count * sum(m.step_s for m in additions),
         busy_s=busy_s,
-        exposed_s=one.exposed_s + times * sum(m.exposed_s for m in more),
-        idle_s=one.idle_s + times * sum(m.idle_s for m in more),
+        exposed_s=base.exposed_s + count * sum(m.exposed_s for m in additions),
+        idle_s=base.idle_s + count * sum(m.idle_s for m in additions),
     )
 
 
@@ -201,8 +202,8 @@ class _Stage:
             if stream and ends:
                 self._until(ends[-1])
 
-    def _wait(self, stream: str, awaited: str, lag: int) -> None:
-        ends = self.ends[awaited]
+    def _wait(self, stream: str, other_stream: str, lag: int) -> None:
+        ends = self.ends[other_stream]
         if len(ends) > lag:
             end = ends[len(ends) - lag - 1]
             if stream:
@@ -247,27 +248,33 @@ class _Stage:
             return 0.0
         self.flying = [f for f in self.flying if f[1] > start]
         end = start + seconds
-        together = sum(max(0.0, min(end, last) - max(start, first)) for first, last in self.flying)
-        return min(together, seconds) * (self.beside - 1)
+        overlap_s = sum(
+            max(0.0, min(end, other_end) - max(start, other_start)) for other_start, other_end in self.flying
+        )
+        return min(overlap_s, seconds) * (self.beside - 1)
 
 
 def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
     """Return the operators of the last step: (before its last micro-step, of that micro-step, after it)."""
-    last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
+    step_spans = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
     ops = _played(trace)
-    first, end = _window(last)
-    before = [o for o in ops if o.clock < first]
-    return before, [o for o in ops if first <= o.clock < end], [o for o in ops if o.clock >= end]
+    window_start, window_end = _window(step_spans)
+    before = [o for o in ops if o.clock < window_start]
+    return (
+        before,
+        [o for o in ops if window_start <= o.clock < window_end],
+        [o for o in ops if o.clock >= window_end],
+    )
 
 
 def _played(trace: Trace) -> list[OpCall]:
     return [o for o in trace.ops if o.step == trace.steps - 1 and o.phase is not Phase.SETUP]
 
 
-def _window(last: Sequence[PhaseSpan]) -> tuple[int, int]:
+def _window(spans: Sequence[PhaseSpan]) -> tuple[int, int]:
     """Return the start and end clock of the last micro-step: of its forward and its backward."""
-    starts = [s.start for s in last if s.phase is Phase.FORWARD]
-    ends = [s.end for s in last if s.phase is Phase.BACKWARD]
+    starts = [s.start for s in spans if s.phase is Phase.FORWARD]
+    ends = [s.end for s in spans if s.phase is Phase.BACKWARD]
     return (starts[-1], ends[-1]) if starts and ends else (0, 0)
 
 
@@ -302,8 +309,8 @@ def _sent(signature: str) -> tuple[str, int]:
         return "", 0
     if name.startswith("_c10d_functional") and kind == "all_gather":
         return kind, sizes[0] * next((a for a in args[1:] if isinstance(a, int)), 1)
-    several = kind in ("all_gather", "reduce_scatter", "all_to_all") and len(sizes) > 1
-    return kind, max(sizes) if several else sizes[0]
+    takes_largest = kind in ("all_gather", "reduce_scatter", "all_to_all") and len(sizes) > 1
+    return kind, max(sizes) if takes_largest else sizes[0]
 
 
 def _bytes(value: Any) -> int:

@@ -116,7 +116,7 @@ class Unprobed:
     def assumption(self) -> str:
         """Return one line for the list of assumptions."""
         names = ", ".join(f"{name} ({count} calls)" for name, count in self.calls.items())
-        return f"workspaces not probed, the upper end has room for them: {names}"
+        return f"workspaces not probed, so the upper end includes their upper bounds: {names}"
 
 
 def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> Unprobed | None:
@@ -125,7 +125,7 @@ def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> 
     clock, live = levels(trace)
     if not trace.ops or not len(clock):
         return None
-    kept = _kept_bytes(trace, calibration)
+    kept_bytes = _kept_bytes(trace, calibration)
     calls = [
         (op, bound)
         for op in trace.ops
@@ -133,31 +133,31 @@ def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> 
         and (op.phase is not Phase.SETUP or op.step == 0)
         and (bound := bound_bytes(op.signature, trace.device, calibration.threads or 1))
     ]
-    reaches = [
-        (level + bound + kept, op)
+    peaks = [
+        (level + bound + kept_bytes, op)
         for level, (op, bound) in zip(
             _with_outputs(trace, clock, live, [op for op, _ in calls]), calls, strict=True
         )
     ]
-    least = profile.peak_bytes * (1 + MATTERS_RATIO)
-    over = sorted((r for r in reaches if r[0] > least), key=lambda r: -r[0])
-    if not over:
+    threshold = profile.peak_bytes * (1 + MATTERS_RATIO)
+    critical_calls = sorted((r for r in peaks if r[0] > threshold), key=lambda r: -r[0])
+    if not critical_calls:
         return None
-    names: dict[str, int] = {}
-    for _, op in over:
+    call_counts: dict[str, int] = {}
+    for _, op in critical_calls:
         name = base_name(op.op)
-        names[name] = names.get(name, 0) + (op.step == trace.steps - 1)
+        call_counts[name] = call_counts.get(name, 0) + (op.step == trace.steps - 1)
     return Unprobed(
-        high_bytes=max(over[0][0], profile.peak_bytes + kept),
-        signatures=tuple(dict.fromkeys(op.signature for _, op in over)),
-        calls=names,
+        high_bytes=max(critical_calls[0][0], profile.peak_bytes + kept_bytes),
+        signatures=tuple(dict.fromkeys(op.signature for _, op in critical_calls)),
+        calls=call_counts,
     )
 
 
 def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ...]:
     """Return the signatures of operators whose workspaces could move the peak, largest effect first."""
-    left = unprobed(trace, memory_profile(trace, calibration), calibration)
-    return left.signatures if left else ()
+    workspaces = unprobed(trace, memory_profile(trace, calibration), calibration)
+    return workspaces.signatures if workspaces else ()
 
 
 def _with_outputs(
@@ -169,10 +169,10 @@ def _with_outputs(
     if not ops:
         return []
     starts = sorted({op.clock for op in trace.ops})
-    nexts = dict(zip(starts, [*starts[1:], int(clock[-1]) + 1], strict=True))
-    first = numpy.searchsorted(clock, [op.clock for op in ops], side="right") - 1
-    last = numpy.searchsorted(clock, [nexts[op.clock] for op in ops], side="right")
-    return [int(live[max(0, i) : max(1, j)].max()) for i, j in zip(first, last, strict=True)]
+    next_starts = dict(zip(starts, [*starts[1:], int(clock[-1]) + 1], strict=True))
+    start_indices = numpy.searchsorted(clock, [op.clock for op in ops], side="right") - 1
+    end_indices = numpy.searchsorted(clock, [next_starts[op.clock] for op in ops], side="right")
+    return [int(live[max(0, i) : max(1, j)].max()) for i, j in zip(start_indices, end_indices, strict=True)]
 
 
 def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
@@ -216,11 +216,11 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
         return _recurrent_bytes(*_sizes(signature))
     if base.startswith("_scaled_dot_product"):
         return _attention_bytes(tensors, threads)
-    larger = 0  # an output that may first be made in another layout
+    output_bytes = 0  # an output that may first be made in another layout
     if base.startswith("upsample") and not base.endswith("backward"):
         shape, _, dtype = args[0]["t"][:3]
-        larger = int(math.prod([*shape[:2], *args[1]])) * _ITEM_BYTES.get(dtype, 1)
-    return (sum(map(_tensor_bytes, tensors)) + larger) * (3 if halves else 2) + _ONCE
+        output_bytes = int(math.prod([*shape[:2], *args[1]])) * _ITEM_BYTES.get(dtype, 1)
+    return (sum(map(_tensor_bytes, tensors)) + output_bytes) * (3 if halves else 2) + _ONCE
 
 
 def _copied_bytes(signature: str, base: str) -> int:
@@ -232,8 +232,8 @@ def _copied_bytes(signature: str, base: str) -> int:
     name, args, kwargs = json.loads(signature)
     tensors = [t for t in _tensors([args, kwargs]) if t[0]]
     if base in _PRODUCTS:
-        copied = [t for t in tensors if not _takes_product(t)]
-        return sum(map(_tensor_bytes, copied)) + _ONCE * bool(copied)
+        copies = [t for t in tensors if not _takes_product(t)]
+        return sum(map(_tensor_bytes, copies)) + _ONCE * bool(copies)
     layouts = {_layout(t) for t in tensors if len(t[0]) > 1} - {""}
     if base in _BY_LAYOUT and (len(layouts) > 1 or "other" in layouts):
         return 2 * sum(map(_tensor_bytes, tensors)) + _ONCE
@@ -245,10 +245,12 @@ def _copied_bytes(signature: str, base: str) -> int:
     widest = _promoted(dtypes)
     if dtypes <= {widest} and not widest.startswith("complex"):
         return 0
-    item = _ITEM_BYTES.get(widest, 8)  # integers alone may become int64 or float32
-    others = [t for t in tensors if t[2] != widest] or tensors
-    again = [t for t in others[:1] if t is tensors[0] and name.split(".")[1].endswith("_")]
-    return _ONCE + sum(int(math.prod(t[0])) * max(item, _ITEM_BYTES.get(t[2], 1)) for t in (*others, *again))
+    item_bytes = _ITEM_BYTES.get(widest, 8)  # integers alone may become int64 or float32
+    mixed_tensors = [t for t in tensors if t[2] != widest] or tensors
+    in_place = [t for t in mixed_tensors[:1] if t is tensors[0] and name.split(".")[1].endswith("_")]
+    return _ONCE + sum(
+        int(math.prod(t[0])) * max(item_bytes, _ITEM_BYTES.get(t[2], 1)) for t in (*mixed_tensors, *in_place)
+    )
 
 
 def _takes_product(tensor: Sequence[Any]) -> bool:
@@ -263,12 +265,12 @@ def _layout(tensor: Sequence[Any]) -> str:
     """
     shape, strides = tensor[:2]
     channels_last = [0, *range(2, len(shape)), 1]
-    found = [
+    layouts = [
         layout
         for layout, order in (("contiguous", range(len(shape))), ("channels last", channels_last))
         if _lies_in(order, shape, strides)
     ]
-    return "other" if not found else (found[0] if len(found) == 1 else "")
+    return "other" if not layouts else (layouts[0] if len(layouts) == 1 else "")
 
 
 def _lies_in(order: Sequence[int], shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -284,10 +286,14 @@ def _promoted(dtypes: Collection[str]) -> str:
     """Return the floating or complex dtype in which tensors of these dtypes are computed; "" if all are
     integers.
     """
-    wide = sorted((d for d in dtypes if d.startswith(("float", "bfloat", "complex"))), key=_wideness)
-    if len(wide) > 1 and set(wide) == set(_HALVES):
+    float_dtypes = sorted((d for d in dtypes if d.startswith(("float", "bfloat", "complex"))), key=_wideness)
+    if len(float_dtypes) > 1 and set(float_dtypes) == set(_HALVES):
         return "float32"
-    return "complex128" if {"complex64", "float64"} <= set(wide) else (wide[-1] if wide else "")
+    return (
+        "complex128"
+        if {"complex64", "float64"} <= set(float_dtypes)
+        else (float_dtypes[-1] if float_dtypes else "")
+    )
 
 
 def _wideness(dtype: str) -> tuple[bool, int]:
@@ -319,12 +325,14 @@ def input_bytes(signature: str) -> int:
 
 def _convolution(args: list[Any], *, backward: bool) -> _Convolution:
     """Parse the arguments of aten.convolution or aten.convolution_backward."""
-    first = 4 if backward else 3
-    stride, padding, dilation, transposed, more, groups = args[first : first + 6]
+    index = 4 if backward else 3
+    stride, padding, dilation, transposed, output_padding, groups = args[index : index + 6]
     x, weight = (a["t"][0] for a in args[int(backward) : int(backward) + 2])
-    rank = len(x) - 2
-    each = [v * rank if len(v) == 1 else v for v in (stride, padding, dilation, more)]
-    shape = x[2:], weight[2:], *each
+    dimensions = len(x) - 2
+    per_dimension = [
+        v * dimensions if len(v) == 1 else v for v in (stride, padding, dilation, output_padding)
+    ]
+    shape = x[2:], weight[2:], *per_dimension
     if backward:
         out = args[0]["t"][0]
     elif transposed:
@@ -356,41 +364,52 @@ def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads:
 
     On an accelerator it is one copy of input, weight and output in another layout, and has not been checked.
     """
-    one = _convolution(args, backward=backward)
-    item = _ITEM_BYTES.get(one.dtype, 4)
+    convolution = _convolution(args, backward=backward)
+    item_bytes = _ITEM_BYTES.get(convolution.dtype, 4)
     if device != "cpu":
-        copies = sum(s[0] * _filled(s[1], 8) * math.prod(s[2:]) for s in (one.x, one.out))
-        return (copies + math.prod(one.weight)) * item
-    halves = one.dtype in _HALVES
-    item, groups = max(4, item), one.groups
-    cin, cout = one.x[1] // groups, one.out[1] // groups
-    apart = halves and 1 < groups < one.x[1]  # each group's channels are padded
+        copies = sum(s[0] * _filled(s[1], 8) * math.prod(s[2:]) for s in (convolution.x, convolution.out))
+        return (copies + math.prod(convolution.weight)) * item_bytes
+    halves = convolution.dtype in _HALVES
+    item_bytes, groups = max(4, item_bytes), convolution.groups
+    cin, cout = convolution.x[1] // groups, convolution.out[1] // groups
+    pads_groups = halves and 1 < groups < convolution.x[1]  # each group's channels are padded
     copies = sum(
-        s[0] * (groups * _filled(s[1] // groups) if apart else _filled(s[1])) * math.prod(s[2:])
-        for s in (one.x, one.out)
+        s[0] * (groups * _filled(s[1] // groups) if pads_groups else _filled(s[1])) * math.prod(s[2:])
+        for s in (convolution.x, convolution.out)
     )
-    kernel = math.prod(one.weight[2:])
+    kernel = math.prod(convolution.weight[2:])
     weights = max(_filled(groups), groups * _filled(cin) * _filled(cout)) * kernel
-    reordered = 1.5 * (2 * copies + (4 + threads * one.backward) * weights)
-    return int((reordered * (3 if halves and one.backward else 1) + _unfolded(one, threads)) * item) + _ONCE
+    reordered_elements = 1.5 * (2 * copies + (4 + threads * convolution.backward) * weights)
+    return (
+        int(
+            (
+                reordered_elements * (3 if halves and convolution.backward else 1)
+                + _unfolded(convolution, threads)
+            )
+            * item_bytes
+        )
+        + _ONCE
+    )
 
 
-def _unfolded(one: _Convolution, threads: int) -> int:
+def _unfolded(convolution: _Convolution, threads: int) -> int:
     """Return the number of elements of the unfolded input, with each patch written out.
 
     torch's own kernels unfold the whole batch. oneDNN's matrix products, used for dilated, grouped and narrow
     convolutions, unfold one sample per thread.
     """
-    kernel = math.prod(one.weight[2:])
-    source, places = (one.out, one.x) if one.transposed else (one.x, one.out)
-    sample = source[1] * kernel * math.prod(places[2:])
-    small = one.x[0] == 1 and math.prod(one.x) <= _SMALL_INPUT
-    if one.dtype != "float32" or kernel == 1 or small:
-        return one.x[0] * sample
-    least = int(min(one.x[1], one.out[1]))
-    narrow = least // one.groups < _BLOCK // 2
-    if max(one.dilation) > 1 or 1 < one.groups < least or narrow:
-        return sample // one.groups * min(threads, one.groups * one.x[0])
+    kernel = math.prod(convolution.weight[2:])
+    source, positions = (
+        (convolution.out, convolution.x) if convolution.transposed else (convolution.x, convolution.out)
+    )
+    sample_elements = source[1] * kernel * math.prod(positions[2:])
+    is_small = convolution.x[0] == 1 and math.prod(convolution.x) <= _SMALL_INPUT
+    if convolution.dtype != "float32" or kernel == 1 or is_small:
+        return convolution.x[0] * sample_elements
+    min_channels = int(min(convolution.x[1], convolution.out[1]))
+    is_narrow = min_channels // convolution.groups < _BLOCK // 2
+    if max(convolution.dilation) > 1 or 1 < convolution.groups < min_channels or is_narrow:
+        return sample_elements // convolution.groups * min(threads, convolution.groups * convolution.x[0])
     return 0
 
 
@@ -421,9 +440,9 @@ def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
     """
     (queries, width), keys = tensors[0][0][-2:], tensors[1][0][-2]
     rows = min(int(queries), 256)
-    block = 3 * rows * (min(keys, 512) + width + 2) * 4
-    packed = sum(map(_tensor_bytes, tensors)) if any(t[2] in _HALVES for t in tensors) else 0
-    return int(threads * block + packed)
+    block_bytes = 3 * rows * (min(keys, 512) + width + 2) * 4
+    packed_bytes = sum(map(_tensor_bytes, tensors)) if any(t[2] in _HALVES for t in tensors) else 0
+    return int(threads * block_bytes + packed_bytes)
 
 
 def _tensors(value: Any) -> list[Sequence[Any]]:

@@ -43,81 +43,85 @@ class Asking:
         Raises UserError for a machine about which nothing is known.
         """
         case = self.case
-        mine: list[Way] = []
+        user_ways: list[Way] = []
         for kind in ("existing", "purchase", "cloud"):
-            given: ExistingMachine = getattr(case, kind)
-            if given.machine is not None:
-                mine += self._named(kind, given)
-            elif given != type(given)():
-                self._needs_a_machine(kind, given)
-        every = [way for offer in self.offers if _counts(offer) for way in self._of_catalog(offer)]
-        return (Way(kind="nothing"), *mine, *every)
+            section: ExistingMachine = getattr(case, kind)
+            if section.machine is not None:
+                user_ways += self._named(kind, section)
+            elif section != type(section)():
+                self._needs_a_machine(kind, section)
+        catalog_ways = [way for offer in self.offers if _counts(offer) for way in self._of_catalog(offer)]
+        return (Way(kind="nothing"), *user_ways, *catalog_ways)
 
-    def _needs_a_machine(self, kind: str, given: ExistingMachine) -> None:
+    def _needs_a_machine(self, kind: str, section: ExistingMachine) -> None:
         """Raise UserError for hours and prices without a machine.
 
         Setup and operating hours and data storage need none.
         """
-        aside = {"setup_hours", "operating_hours_per_year", "storage_per_month"}
-        odd = sorted(given.model_fields_set - aside)
-        if odd:
-            raise UserError(f"[{kind}] has {', '.join(odd)} but names no machine", hint='machine = "..."')
+        optional_keys = {"setup_hours", "operating_hours_per_year", "storage_per_month"}
+        keys = sorted(section.model_fields_set - optional_keys)
+        if keys:
+            raise UserError(
+                f"[{kind}] has {', '.join(keys)} but names no machine", hint='add machine = "..."'
+            )
 
-    def _named(self, kind: str, given: ExistingMachine) -> list[Way]:
-        known = _known(given.machine or "")
-        name = known.name if known is not None else given.machine or ""
-        own = {True: given.hours_plain, False: given.hours_recommended}
-        found = []
-        for plain, hours in own.items():
+    def _named(self, kind: str, section: ExistingMachine) -> list[Way]:
+        machine = _known(section.machine or "")
+        name = machine.name if machine is not None else section.machine or ""
+        hours_by_plain = {True: section.hours_plain, False: section.hours_recommended}
+        candidates = []
+        for plain, hours in hours_by_plain.items():
             offer = next((o for o in self.offers if o.machine == name and o.plain is plain), None)
             if hours is None and (offer is None or not offer.fits or offer.step_s is None):
                 continue
-            found.append(self._way(kind, given, name, plain, hours, offer, known))
-        if not found and known is None:
+            candidates.append(self._way(kind, section, name, plain, hours, offer, machine))
+        if not candidates and machine is None:
             raise UserError(
                 f"[{kind}] machine {name!r} is not in the catalog",
                 hint=_near(name)
-                + "give hours_plain or hours_recommended, and power_w, of a machine of your own",
+                + "give power_w, and hours_plain or hours_recommended, for a machine of your own",
             )
-        if not found:
+        if not candidates:
             raise UserError(
                 f"no prediction for [{kind}] machine {name!r} in this record",
                 hint=f"`memfit scale --pilot {name}` makes one, or give hours_plain or hours_recommended",
             )
-        return found
+        return candidates
 
     def _way(
         self,
         kind: str,
-        given: ExistingMachine,
+        section: ExistingMachine,
         name: str,
         plain: bool,
         hours: float | None,
         offer: Offer | None,
-        known: CatalogMachine | None,
+        machine: CatalogMachine | None,
     ) -> Way:
-        power_w = given.power_w if given.power_w else offer.power_w if offer else _power_w(known)
+        power_w = section.power_w if section.power_w else offer.power_w if offer else _power_w(machine)
         way = self._labelled(kind, name, plain, offer)
         price: Amount | None = None
         per_hour: Amount | None = None
-        if isinstance(given, Purchase):
-            price = Amount(own=given.price.value) if given.price else price_of(known)
+        if isinstance(section, Purchase):
+            price = Amount(own=section.price.value) if section.price else price_of(machine)
             if price is None:
-                raise UserError(f"[purchase] {name} has no price in the catalog", hint="price = ...")
-        if isinstance(given, Cloud):
-            per_hour = Amount(own=given.per_hour.value) if given.per_hour else rent_of(known)
+                raise UserError(f"[purchase] {name} has no price in the catalog", hint="add price = ...")
+        if isinstance(section, Cloud):
+            per_hour = Amount(own=section.per_hour.value) if section.per_hour else rent_of(machine)
             if per_hour is None:
-                raise UserError(f"[cloud] {name} has no rental price in the catalog", hint="per_hour = ...")
+                raise UserError(
+                    f"[cloud] {name} has no rental price in the catalog", hint="add per_hour = ..."
+                )
         return dataclasses.replace(
             _roomy(way, offer if hours is None else None),
             hours=hours if hours is not None else self._hours(offer),
             predicted=hours is None,
             power_w=power_w,
-            own_power=bool(given.power_w),
+            own_power=bool(section.power_w),
             price=price,
             per_hour=per_hour,
-            most_machines=given.machines if isinstance(given, Existing) else None,
-            embodied_kg=_embodied_kg(known),
+            most_machines=section.machines if isinstance(section, Existing) else None,
+            embodied_kg=_embodied_kg(machine),
             plain_j=self._plain_j(name),
             of_catalog=False,
             unknown=way.unknown if power_w or kind == "cloud" else (*way.unknown, f"{kind}.power_w"),
@@ -141,10 +145,10 @@ class Asking:
 
     def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Way:
         """Return the way with the working hours of people, and the names of those that are unknown."""
-        given: ExistingMachine = getattr(self.case, kind)
+        section: ExistingMachine = getattr(self.case, kind)
         hours = {
-            f"{kind}.setup_hours": given.setup_hours,
-            f"{kind}.operating_hours_per_year": given.operating_hours_per_year,
+            f"{kind}.setup_hours": section.setup_hours,
+            f"{kind}.operating_hours_per_year": section.operating_hours_per_year,
         }
         if not plain:
             hours["effort.setup_hours"] = self.plan_hours
@@ -174,12 +178,14 @@ class Asking:
 
     def _untried(self, label: str) -> tuple[str, ...]:
         names = [part.partition("(")[0] for part in label.split(" + ")]
-        own = {u.technique for u in self.trained.uses}
-        new = [TECHNIQUES[n] for n in names if n in TECHNIQUES and n not in own]
-        return tuple(t.name for t in new if t.effect > EffectClass.E1)
+        trained_techniques = {u.technique for u in self.trained.uses}
+        techniques = [TECHNIQUES[n] for n in names if n in TECHNIQUES and n not in trained_techniques]
+        return tuple(t.name for t in techniques if t.effect > EffectClass.E1)
 
     def _hours(self, offer: Offer | None) -> float:
-        assert offer is not None and offer.step_s is not None, "asked for by whoever has one"
+        assert offer is not None and offer.step_s is not None, (
+            "called only with an offer that has a step time"
+        )
         return self.steps_per_run * offer.step_s.value / 3600
 
 
@@ -208,28 +214,30 @@ def usable_bytes(machine: str) -> float | None:
     """Return the memory of one device that a program may use; None if the catalog does not have the
     device.
     """
-    known = _known(machine)
-    return known.device.memory_bytes.value if known is not None else None
+    catalog_machine = _known(machine)
+    return catalog_machine.device.memory_bytes.value if catalog_machine is not None else None
 
 
 def _fit_percent(offer: Offer) -> float:
     """Return the probability in percent that the device has enough memory, with a triangular distribution
     over the prediction.
     """
-    span, most = offer.memory_bytes, usable_bytes(offer.machine)
-    if most is None or most >= span.high:
+    prediction, available_bytes = offer.memory_bytes, usable_bytes(offer.machine)
+    if available_bytes is None or available_bytes >= prediction.high:
         return 100.0
-    if most <= span.low:
+    if available_bytes <= prediction.low:
         return 0.0
-    width = span.high - span.low
-    if most >= span.value:
-        return 100 * (1 - (span.high - most) ** 2 / (width * (span.high - span.value)))
-    return 100 * (most - span.low) ** 2 / (width * (span.value - span.low))
+    width = prediction.high - prediction.low
+    if available_bytes >= prediction.value:
+        return 100 * (
+            1 - (prediction.high - available_bytes) ** 2 / (width * (prediction.high - prediction.value))
+        )
+    return 100 * (available_bytes - prediction.low) ** 2 / (width * (prediction.value - prediction.low))
 
 
 def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, catalog.device_names(), n=1)
-    return f"did you mean {near[0]}? or " if near else ""
+    matches = difflib.get_close_matches(name, catalog.device_names(), n=1)
+    return f"did you mean {matches[0]}? or " if matches else ""
 
 
 def _known(name: str) -> CatalogMachine | None:
@@ -247,15 +255,15 @@ def price_of(machine: CatalogMachine | None) -> Amount | None:
     """
     if machine is None:
         return None
-    device, room = machine.device, catalog.host_of(machine.device.name)
-    server = finance.host_usd(room) if room else None
+    device, host_name = machine.device, catalog.host_of(machine.device.name)
+    server = finance.host_usd(host_name) if host_name else None
     if device.usd_to_buy is None or server is None:
         return None
-    sold = catalog.devices_of(room)
-    if not room.startswith(_ANY_NUMBER) and machine.device_count % sold:
+    devices_in_host = catalog.devices_of(host_name)
+    if not host_name.startswith(_ANY_NUMBER) and machine.device_count % devices_in_host:
         return None
-    each = machine.devices_per_host or min(machine.device_count, sold)
-    servers = -(-machine.device_count // each)
+    devices_per_host = machine.devices_per_host or min(machine.device_count, devices_in_host)
+    servers = -(-machine.device_count // devices_per_host)
     return Amount(usd=device.usd_to_buy.value * machine.device_count + server.value * servers)
 
 
@@ -277,13 +285,13 @@ def _power_w(machine: CatalogMachine | None) -> float | None:
 
 
 def _embodied_kg(machine: CatalogMachine | None) -> float | None:
-    made = machine.device.embodied_kg if machine is not None else None
-    return made.value * machine.device_count if made is not None and machine is not None else None
+    per_device = machine.device.embodied_kg if machine is not None else None
+    return per_device.value * machine.device_count if per_device is not None and machine is not None else None
 
 
 def asked(ways: Iterable[Way], case: DecisionCase) -> tuple[str, ...]:
     """Return the names of the case's keys that are needed for a complete answer, most important first."""
-    found = dict.fromkeys(name for way in ways for name in way.unknown)
+    unknown_keys = dict.fromkeys(name for way in ways for name in way.unknown)
     missing = [] if case.existing.machine else ["existing.machine"]
     value = [] if case.work.value_per_run is not None else ["work.value_per_run"]
-    return (*missing, *found, *value)
+    return (*missing, *unknown_keys, *value)

@@ -41,20 +41,20 @@ def told(
     have.
     """
     currency = finance.currency(case.currency)
-    where = _where(case, place)
+    case_place = _where(case, place)
     rate = _rate(case, currency)
-    here = _Here(case, currency, where, rate)
+    electricity_prices = _Here(case, currency, case_place, rate)
     numbers = [
         rate,
         *_work(case),
-        *_money(case, where),
-        *here.electricity(),
+        *_money(case, case_place),
+        *electricity_prices.electricity(),
         *_factors(case, offers, seen or {}),
     ]
-    known = {n.name: n for n in numbers}
+    terms_by_name = {n.name: n for n in numbers}
 
     def value(name: str) -> Any:
-        return known[name].value
+        return terms_by_name[name].value
 
     terms = Terms(
         runs_per_year=value("runs_per_year"),
@@ -66,9 +66,9 @@ def told(
         support_ratio=value("support_ratio"),
         labour_per_hour=value("labour_per_hour") or 0.0,
         per_usd=value("per_usd"),
-        energy_per_kwh=here.amounts["energy_per_kwh"],
-        levy_per_kwh=here.amounts["levy_per_kwh"],
-        basic_per_kw_month=here.amounts["basic_per_kw_month"],
+        energy_per_kwh=electricity_prices.amounts["energy_per_kwh"],
+        levy_per_kwh=electricity_prices.amounts["levy_per_kwh"],
+        basic_per_kw_month=electricity_prices.amounts["basic_per_kw_month"],
         co2_g_per_kwh=value("co2_g_per_kwh"),
         pue_ratio=value("pue_ratio"),
         value_per_run=value("value_per_run"),
@@ -76,7 +76,7 @@ def told(
     )
     return Told(
         currency=currency,
-        place=where,
+        place=case_place,
         steps_per_run=int(value("steps_per_run")),
         terms=terms,
         numbers=tuple(numbers),
@@ -88,56 +88,64 @@ def _where(case: DecisionCase, place: str) -> str:
 
     Raises UserError if they contradict each other.
     """
-    told = {
+    places = {
         "place": catalog.place(case.place).name if case.place else None,
         "tariff": finance.tariff(case.tariff).place if case.tariff else None,
         "supplier": finance.supplier_place(case.supplier) if case.supplier else None,
     }
-    known = {name: where for name, where in told.items() if where is not None}
-    if len(set(known.values())) > 1:
-        given = ", ".join(f"{name} {getattr(case, name)!r} is of {where}" for name, where in known.items())
-        raise UserError(f"the case mixes countries: {given}", allowed="tariff and supplier of the place")
-    return next(iter(known.values()), place)
+    stated_places = {name: country for name, country in places.items() if country is not None}
+    if len(set(stated_places.values())) > 1:
+        conflict = ", ".join(
+            f"{name} {getattr(case, name)!r} belongs to {country}" for name, country in stated_places.items()
+        )
+        raise UserError(
+            f"the case mixes countries: {conflict}", allowed="a tariff and a supplier of the same place"
+        )
+    return next(iter(stated_places.values()), place)
 
 
 def _rate(case: DecisionCase, currency: finance.Currency) -> Term:
     """Return the exchange rate. Raises UserError for one that belongs to another currency or is inverted."""
-    told, usual = case.money.per_usd, currency.per_usd.value
-    if told is not None:
-        low, high = told.bounds
-        most = 1.0 if currency.code == "USD" else _ODD
-        if low < usual / most or high > usual * most:
+    figure, catalog_rate = case.money.per_usd, currency.per_usd.value
+    if figure is not None:
+        low, high = figure.bounds
+        factor = 1.0 if currency.code == "USD" else _ODD
+        if low < catalog_rate / factor or high > catalog_rate * factor:
             raise UserError(
-                f"money.per_usd is {told.value:g}: units of {currency.code} for a US dollar",
-                allowed=f"{usual / most:g} to {usual * most:g}; the catalog has {usual:g}",
+                f"money.per_usd is {figure.value:g} {currency.code} per US dollar",
+                allowed=f"{catalog_rate / factor:g} to {catalog_rate * factor:g}; "
+                f"the catalog's rate is {catalog_rate:g}",
             )
-    return _number("per_usd", told, currency.per_usd, "")
+    return _number("per_usd", figure, currency.per_usd, "")
 
 
 def _work(case: DecisionCase) -> Iterable[Term]:
     work = case.work
-    for name, given, unit in (
+    for name, figure, unit in (
         ("steps_per_run", work.steps_per_run, "steps"),
         ("years", work.years, "years"),
         ("runs_per_year", work.runs_per_year, "runs"),
         ("utilisation_ratio", work.utilisation_ratio, ""),
     ):
-        yield _number(name, given, finance.default(name), unit)
+        yield _number(name, figure, finance.default(name), unit)
     yield _number("value_per_run", work.value_per_run, None, "money")
 
 
-def _money(case: DecisionCase, where: str) -> Iterable[Term]:
+def _money(case: DecisionCase, place: str) -> Iterable[Term]:
     money = case.money
-    untaxed = Fact(
-        value=0.0, source="none is known for this place, or it is reclaimed", date="", kind="assumed"
+    no_tax = Fact(
+        value=0.0,
+        source="no tax rate is known for this place, or the tax is assumed to be reclaimed",
+        date="",
+        kind="assumed",
     )
     yield _number("labour_per_hour", money.labour_per_hour, None, "money")
-    yield _number("tax_ratio", money.tax_ratio, finance.tax_ratio(where) or untaxed, "")
+    yield _number("tax_ratio", money.tax_ratio, finance.tax_ratio(place) or no_tax, "")
     yield _number("discount_ratio", money.discount_ratio, finance.default("discount_rate"), "")
-    yield _number("life_years", money.life_years, finance.write_off_years(where), "years")
+    yield _number("life_years", money.life_years, finance.write_off_years(place), "years")
     yield _number("support_ratio", money.support_ratio, finance.default("support_ratio"), "")
-    yield _number("pue_ratio", money.pue_ratio, catalog.place(where).pue_ratio, "")
-    grid = finance.supplier_co2(case.supplier) if case.supplier else catalog.place(where).co2_g_per_kwh
+    yield _number("pue_ratio", money.pue_ratio, catalog.place(place).pue_ratio, "")
+    grid = finance.supplier_co2(case.supplier) if case.supplier else catalog.place(place).co2_g_per_kwh
     yield _number("co2_g_per_kwh", money.co2_g_per_kwh, grid, "g/kWh")
 
 
@@ -157,10 +165,10 @@ class _Here:
     def electricity(self) -> Iterable[Term]:
         average = _spread(catalog.place(self.where).usd_per_kwh, finance.default("electricity_spread"))
         for name in ("energy_per_kwh", "levy_per_kwh", "basic_per_kw_month"):
-            given = getattr(self.case.money, name)
+            figure = getattr(self.case.money, name)
             row: Fact | None = getattr(self.tariff, name) if self.tariff else None
-            if given is not None:
-                yield self._own(name, _number(name, given, None, "money"))
+            if figure is not None:
+                yield self._own(name, _number(name, figure, None, "money"))
             elif row is not None and self.tariff is not None:
                 yield self._priced(name, row, self.tariff.currency)
             elif name == "energy_per_kwh":
@@ -179,27 +187,29 @@ class _Here:
         usd = row.value / finance.currency(currency).per_usd.value
         self.amounts[name] = Amount(usd=usd)
         scale = usd * (self.rate.value or 0.0) / row.value if row.value else 0.0
-        here = _number(name, None, row, "money")
-        low, high = ((here.low or 0.0) * scale, (here.high or 0.0) * scale)
-        return dataclasses.replace(here, value=row.value * scale, low=low, high=high)
+        term = _number(name, None, row, "money")
+        low, high = ((term.low or 0.0) * scale, (term.high or 0.0) * scale)
+        return dataclasses.replace(term, value=row.value * scale, low=low, high=high)
 
 
-def _factors(case: DecisionCase, offers: Sequence[Offer], seen: Mapping[bool, float]) -> Iterable[Term]:
+def _factors(
+    case: DecisionCase, offers: Sequence[Offer], step_errors: Mapping[bool, float]
+) -> Iterable[Term]:
     """Yield the common factors on the catalog's purchase prices, on its rental prices and on all predicted
     step times, and the prices given by the user, each with its own range.
     """
     for name, default in (("hardware_factor", "hardware_spread"), ("rental_factor", "rental_spread")):
         yield _number(name, None, finance.default(default), "factor")
-    for name, given in (("purchase_price", case.purchase.price), ("rental_price", case.cloud.per_hour)):
-        if given is not None:
-            yield _number(name, given, None, "money")
+    for name, price in (("purchase_price", case.purchase.price), ("rental_price", case.cloud.per_hour)):
+        if price is not None:
+            yield _number(name, price, None, "money")
     for name, plain in (("plain_time_factor", True), ("recommended_time_factor", False)):
-        spans = [o.step_s for o in offers if o.plain is plain and o.step_s is not None]
-        low = min((s.low / s.value for s in spans), default=1.0)
-        high = max((s.high / s.value for s in spans), default=1.0)
+        step_times = [o.step_s for o in offers if o.plain is plain and o.step_s is not None]
+        low = min((s.low / s.value for s in step_times), default=1.0)
+        high = max((s.high / s.value for s in step_times), default=1.0)
         source = "the interval of the predicted step times"
-        if plain in seen:
-            low, high = widened(low, high, seen[plain])
+        if plain in step_errors:
+            low, high = widened(low, high, step_errors[plain])
             source = f"{source}, widened by the error that the PoC's own runs showed"
         yield Term(name=name, value=1.0, unit="factor", low=low, high=high, mark="predicted", source=source)
 
@@ -210,8 +220,8 @@ def widened(low: float, high: float, ratio: float) -> tuple[float, float]:
     Both are factors, so their logarithms add up in squares like independent errors, on both sides.
     """
     error = math.log(ratio)
-    least = math.exp(-math.hypot(math.log(low), error)) if low > 0 else low
-    return least, math.exp(math.hypot(math.log(high), error))
+    lower = math.exp(-math.hypot(math.log(low), error)) if low > 0 else low
+    return lower, math.exp(math.hypot(math.log(high), error))
 
 
 def _spread(row: Fact, spread: Fact) -> Fact:
@@ -221,20 +231,20 @@ def _spread(row: Fact, spread: Fact) -> Fact:
     return dataclasses.replace(row, low=row.value * spread.low, high=row.value * spread.high)
 
 
-def _number(name: str, given: CaseFigure | int | None, row: Fact | None, unit: str) -> Term:
-    if isinstance(given, int):
-        return Term(name=name, value=given, unit=unit, low=given, high=given, source="your case")
-    if given is not None:
-        low, high = given.bounds
-        source = given.source or "your case"
+def _number(name: str, figure: CaseFigure | int | None, row: Fact | None, unit: str) -> Term:
+    if isinstance(figure, int):
+        return Term(name=name, value=figure, unit=unit, low=figure, high=figure, source="your case")
+    if figure is not None:
+        low, high = figure.bounds
+        source = figure.source or "your case"
         return Term(
-            name=name, value=given.value, unit=unit, low=low, high=high, source=source, date=given.date
+            name=name, value=figure.value, unit=unit, low=low, high=high, source=source, date=figure.date
         )
     if row is None:
         return Term(name=name, value=None, unit=unit)
-    whole = name in _WHOLE  # years are whole numbers, without a range
-    low = row.value if row.low is None or whole else row.low
-    high = row.value if row.high is None or whole else row.high
+    is_whole = name in _WHOLE  # years are whole numbers, without a range
+    low = row.value if row.low is None or is_whole else row.low
+    high = row.value if row.high is None or is_whole else row.high
     return Term(
         name=name,
         value=row.value,

@@ -53,10 +53,10 @@ class CaseFigure(_Strict):
         return low, self.value if self.high is None else self.high
 
 
-def _figure(given: Any) -> Any:
-    if isinstance(given, bool | str | list):
+def _figure(value: Any) -> Any:
+    if isinstance(value, bool | str | list):
         raise ValueError("a number is needed, or {value = ..., low = ..., high = ...}")
-    return {"value": given} if isinstance(given, int | float) else given
+    return {"value": value} if isinstance(value, int | float) else value
 
 
 Given = Annotated[CaseFigure, pydantic.BeforeValidator(_figure)]
@@ -66,22 +66,22 @@ Bare = Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
 Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
 
 
-def _above(given: CaseFigure) -> CaseFigure:
-    if given.bounds[0] < _LEAST:
+def _above(figure: CaseFigure) -> CaseFigure:
+    if figure.bounds[0] < _LEAST:
         raise ValueError(f"a number above 0 is needed, at least {_LEAST:g}")
-    return given
+    return figure
 
 
-def _pue(given: CaseFigure) -> CaseFigure:
-    if not _PUE[0] <= given.bounds[0] <= given.bounds[1] <= _PUE[1]:
-        raise ValueError("a PUE is all of a site's electricity by its computers': 1 to 10")
-    return given
+def _pue(figure: CaseFigure) -> CaseFigure:
+    if not _PUE[0] <= figure.bounds[0] <= figure.bounds[1] <= _PUE[1]:
+        raise ValueError("a PUE is the electricity of a site divided by that of its computers, so 1 to 10")
+    return figure
 
 
-def _ratio(given: CaseFigure) -> CaseFigure:
-    if given.bounds[1] > 1:
+def _ratio(figure: CaseFigure) -> CaseFigure:
+    if figure.bounds[1] > 1:
         raise ValueError("a ratio of at most 1 is needed: 0.1 for 10 %")
-    return given
+    return figure
 
 
 Above = Annotated[Given, pydantic.AfterValidator(_above)]
@@ -184,21 +184,21 @@ def parsed(text: str, what: str) -> DecisionCase:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{what} is not TOML: {error}") from error
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] != "extra_forbidden":
+        details = error.errors()[0]
+        if details["type"] != "extra_forbidden":
             raise serialization.fault(error, what) from error
-        place = [str(p) for p in first["loc"]]
-        known = _keys(place[:-1])
-        near = difflib.get_close_matches(place[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else ""
+        location = [str(p) for p in details["loc"]]
+        keys = _keys(location[:-1])
+        matches = difflib.get_close_matches(location[-1], keys, n=1)
+        hint = f"did you mean {matches[0]}?" if matches else ""
         raise UserError(
-            f"{what} has an unknown key: {'.'.join(place)}", allowed=", ".join(known), hint=hint
+            f"{what} has an unknown key: {'.'.join(location)}", allowed=", ".join(keys), hint=hint
         ) from error
 
 
-def _keys(place: list[str]) -> list[str]:
+def _keys(location: list[str]) -> list[str]:
     part: Any = DecisionCase()
-    for name in place:
+    for name in location:
         part = getattr(part, name, None)
     return list(type(part).model_fields if isinstance(part, _Strict) else CaseFigure.model_fields)
 
@@ -221,12 +221,12 @@ def term(name: str, given: CaseFigure, unit: str) -> Term:
 
 
 TEMPLATE = """\
-# Your figures for `memfit decide --case FILE`. Remove the # from what you know; the rest is taken from the
-# catalog, each with its source, or asked for. Money is in this currency and without tax. A number may have
-# a range: {value = 25.5, low = 20, high = 32, source = "bill of May", date = "2026-05-31"}
+# Your figures for `memfit decide --case FILE`. Remove the # from the lines that you know; the others come
+# from the catalog, each with its source, or are reported as missing. Money is in this currency, without tax.
+# A number may have a range: {value = 25.5, low = 20, high = 32, source = "bill of May", date = "2026-05-31"}
 
 currency = "USD"
-# place = "japan"                    # whose electricity, tax and write-off: `memfit machines` lists places
+# place = "japan"                    # its prices, taxes and write-off; `memfit machines` lists the places
 # tariff = "japan-high-voltage"      # instead of the place's average price
 # supplier = "tepco-ep"              # instead of the grid's average CO2
 
@@ -235,7 +235,7 @@ currency = "USD"
 # runs_per_year = 12
 # years = 5
 # utilisation_ratio = 0.7            # share of a year in which a machine can be busy
-# longest_run_hours = 720            # a way whose run takes longer does not do the work
+# longest_run_hours = 720            # an alternative whose run takes longer is excluded
 # value_per_run = 0                  # what a finished run is worth to you
 
 [money]
@@ -243,27 +243,27 @@ currency = "USD"
 # energy_per_kwh = 0
 # levy_per_kwh = 0
 # basic_per_kw_month = 0
-# per_usd = 1                        # units of the currency for a US dollar
-# tax_ratio = 0                      # that you cannot reclaim: 0.1 for 10 %
+# per_usd = 1                        # units of the currency per US dollar
+# tax_ratio = 0                      # tax that you cannot reclaim; 0.1 is 10 %
 # discount_ratio = 0.03
-# life_years = 5                     # in which a machine is written off
-# support_ratio = 0.1                # of the price, a year
+# life_years = 5                     # after which a machine is written off
+# support_ratio = 0.1                # share of the price per year
 # pue_ratio = 1.56
 # co2_g_per_kwh = 481
 
 [effort]
-# setup_hours = 0                    # to adopt the recommended plan; else what the PoC counted
+# setup_hours = 0                    # to adopt the recommended plan; if unset, the PoC's count
 
 [existing]                           # the machine that you have
-# machine = "RTX-4090"               # as of --on
+# machine = "RTX-4090"               # written as in --on
 # machines = 1
-# hours_plain = 24                   # of one run, where you know better than the prediction
+# hours_plain = 24                   # per run, if you know better than the prediction
 # hours_recommended = 30
 # power_w = 500
 # setup_hours = 0
 # operating_hours_per_year = 0
 
-[purchase]                           # unset: the cheapest of the catalog
+[purchase]                           # if unset, the cheapest of the catalog
 # machine = "H100-PCIe"
 # price = 30000                      # of one machine with all its devices
 # hours_plain = 24
@@ -272,7 +272,7 @@ currency = "USD"
 # setup_hours = 0
 # operating_hours_per_year = 0
 
-[cloud]                              # unset: the cheapest of the catalog
+[cloud]                              # if unset, the cheapest of the catalog
 # machine = "8xH100-SXM"
 # per_hour = 24                      # of one machine with all its devices
 # storage_per_month = 0

@@ -35,48 +35,58 @@ def decide(
     """
     size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
     # ways to do the same work
-    last = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}
-    offers = list(last.values())
-    known = told(case, place=_place(poc.place), offers=offers, seen=_step_errors(poc))
-    counted = poc.effort.attended_minutes
-    own = case.effort.setup_hours
-    plan_hours = own.value if own is not None else None if counted is None else counted / 60
-    labour = case.money.labour_per_hour is not None
-    asking = Asking(
+    offers_by_machine = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}
+    offers = list(offers_by_machine.values())
+    assumptions = told(case, place=_place(poc.place), offers=offers, seen=_step_errors(poc))
+    attended_minutes = poc.effort.attended_minutes
+    setup_figure = case.effort.setup_hours
+    plan_hours = (
+        setup_figure.value
+        if setup_figure is not None
+        else None
+        if attended_minutes is None
+        else attended_minutes / 60
+    )
+    labour_known = case.money.labour_per_hour is not None
+    inputs = Asking(
         case=case,
         offers=offers,
-        steps_per_run=known.steps_per_run,
+        steps_per_run=assumptions.steps_per_run,
         plan_hours=plan_hours,
-        labour_known=labour,
+        labour_known=labour_known,
         trained=poc.search.recommended.estimate.plan if poc.search.recommended else Plan(),
     )
-    ways = asking.ways()
-    sheets = tuple(money.sheet(way, known.terms) for way in ways)
-    if own is not None:
-        hours = term("setup_hours", own, "hours")
+    ways = inputs.ways()
+    sheets = tuple(money.sheet(way, assumptions.terms) for way in ways)
+    if setup_figure is not None:
+        hours = term("setup_hours", setup_figure, "hours")
     else:
         hours = Term(
             name="setup_hours", value=plan_hours, unit="hours", mark="measured", source="counted in the PoC"
         )
-    made = _weighed(known, ways, sheets, (*known.numbers, hours), case=case, name=name, size=size)
-    held = limits or rollout_gates.Gates()
-    made = dataclasses.replace(
-        made, stages=stages(poc, made, offers, named or {}, held), own_limits=held != rollout_gates.Gates()
+    decision = _weighed(
+        assumptions, ways, sheets, (*assumptions.numbers, hours), case=case, name=name, size=size
     )
-    return dataclasses.replace(made, risks=risks(poc, made))
+    gates = limits or rollout_gates.Gates()
+    decision = dataclasses.replace(
+        decision,
+        stages=stages(poc, decision, offers, named or {}, gates),
+        own_limits=gates != rollout_gates.Gates(),
+    )
+    return dataclasses.replace(decision, risks=risks(poc, decision))
 
 
 def _step_errors(poc: Poc) -> Mapping[bool, float]:
     """Return measured over predicted step time of plain training and of the recommended plan, if both are
     known.
     """
-    found = {}
+    errors = {}
     for role, plain in (("baseline", True), ("recommended", False)):
         runs = ok_runs(r for r in poc.runs if r.spec.role == role)
-        measured, guess = step_s(runs), next((r.predicted_step_s for r in runs), None)
-        if measured and guess:
-            found[plain] = measured / guess
-    return found
+        measured, predicted = step_s(runs), next((r.predicted_step_s for r in runs), None)
+        if measured and predicted:
+            errors[plain] = measured / predicted
+    return errors
 
 
 def _place(name: str) -> str:
@@ -87,12 +97,12 @@ def _place(name: str) -> str:
         return "world"
 
 
-def _own(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int]) -> int | None:
+def _own(ways: Sequence[Way], sheets: Sequence[Sheet], indices: Sequence[int]) -> int | None:
     """Return the user's cheapest offer, or one of unknown cost, so that the user's own offer is always
     shown.
     """
-    unknown = [i for i in among if sheets[i].present_cost is None]
-    best = money.cheapest(ways, sheets, among)
+    unknown = [i for i in indices if sheets[i].present_cost is None]
+    best = money.cheapest(ways, sheets, indices)
     return best if best is not None or not unknown else unknown[0]
 
 
@@ -103,7 +113,7 @@ def _why_none(sheets: Sequence[Sheet]) -> str:
 
 
 def _weighed(
-    known: Told,
+    assumptions: Told,
     ways: Sequence[Way],
     sheets: Sequence[Sheet],
     numbers: Sequence[Term],
@@ -113,52 +123,54 @@ def _weighed(
     size: str,
 ) -> Decision:
     """Determine the best way, the reference it is compared with, and how certain the comparison is."""
-    had = [i for i, w in enumerate(ways) if w.kind == "existing"]
-    paid = {kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("purchase", "cloud")}
-    offered = {kind: [i for i in found if not ways[i].of_catalog] for kind, found in paid.items()}
+    existing = [i for i, w in enumerate(ways) if w.kind == "existing"]
+    by_kind = {kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("purchase", "cloud")}
+    user_by_kind = {kind: [i for i in indices if not ways[i].of_catalog] for kind, indices in by_kind.items()}
     best = money.cheapest(ways, sheets, range(len(ways)))
-    reference = money.cheapest(ways, sheets, [i for found in paid.values() for i in found if ways[i].plain])
-    open_slots = [
-        *zip(("existing", "existing_plain"), had, strict=False),
-        *((f"own_{kind}", _own(ways, sheets, found)) for kind, found in offered.items()),
-        *((kind, money.cheapest(ways, sheets, found)) for kind, found in paid.items()),
+    reference = money.cheapest(
+        ways, sheets, [i for indices in by_kind.values() for i in indices if ways[i].plain]
+    )
+    candidates = [
+        *zip(("existing", "existing_plain"), existing, strict=False),
+        *((f"own_{kind}", _own(ways, sheets, indices)) for kind, indices in user_by_kind.items()),
+        *((kind, money.cheapest(ways, sheets, indices)) for kind, indices in by_kind.items()),
         ("nothing", 0),
         ("reference", reference),
     ]
-    slots = tuple((slot, index) for slot, index in open_slots if index is not None)
-    listed = tuple(dict.fromkeys(index for _, index in slots))
-    saved = interval = odds = years = None
+    slots = tuple((slot, index) for slot, index in candidates if index is not None)
+    shown_indices = tuple(dict.fromkeys(index for _, index in slots))
+    saving = interval = chance = years = None
     kind, swings = "", tuple[Swing, ...]()
     if best is not None and reference is not None:
         pair = ways[best], ways[reference]
-        saved = money.saved_percent(sheets[best], sheets[reference])
-        kind, years = money.payback(sheets[best], sheets[reference], known.terms.life_years)
-        spread = monte_carlo.interval(*pair, known.terms, numbers)
-        interval, odds = spread if spread is not None else (None, None)
-        swings = monte_carlo.tornado(*pair, known.terms, numbers)
+        saving = money.saved_percent(sheets[best], sheets[reference])
+        kind, years = money.payback(sheets[best], sheets[reference], assumptions.terms.life_years)
+        spread = monte_carlo.interval(*pair, assumptions.terms, numbers)
+        interval, chance = spread if spread is not None else (None, None)
+        swings = monte_carlo.tornado(*pair, assumptions.terms, numbers)
     return Decision(
-        currency=known.currency.code,
-        symbol=known.currency.symbol,
-        decimals=known.currency.decimals,
-        place=known.place,
+        currency=assumptions.currency.code,
+        symbol=assumptions.currency.symbol,
+        decimals=assumptions.currency.decimals,
+        place=assumptions.place,
         case=name,
         size=size,
-        steps_per_run=known.steps_per_run,
-        terms=known.terms,
+        steps_per_run=assumptions.steps_per_run,
+        terms=assumptions.terms,
         told=tuple(numbers),
         ways=tuple(ways),
         sheets=tuple(sheets),
-        shown=listed,
+        shown=shown_indices,
         slots=slots,
         best=best,
         reference=reference,
         tight=money.cheapest(ways, sheets, [i for i, w in enumerate(ways) if not w.plain]),
-        saved_percent=saved,
+        saved_percent=saving,
         saved_interval_percent=interval,
-        chance_percent=odds,
+        chance_percent=chance,
         payback_years=years,
         payback=kind,
         swings=swings,
-        asked=asked([ways[i] for i in listed], case),
+        asked=asked([ways[i] for i in shown_indices], case),
         why_none="" if best is not None else _why_none(sheets),
     )

@@ -19,50 +19,60 @@ def sheet(way: Way, terms: Terms) -> Sheet:
 
     Doing nothing costs nothing and yields nothing.
     """
-    works = way.kind != "nothing"
+    does_work = way.kind != "nothing"
     hours = run_hours(way, terms)
-    yearly = hours * terms.runs_per_year
-    machines = needed(yearly, terms) if works else 0
-    taxed = 1 + terms.tax_ratio
+    hours_per_year = hours * terms.runs_per_year
+    machines = needed(hours_per_year, terms) if does_work else 0
+    tax_factor = 1 + terms.tax_ratio
     meter_kw = None if way.power_w is None else way.power_w / 1000 * terms.pue_ratio
     price = way.price.at(terms.per_usd) * terms.hardware_factor if way.price else 0.0
-    purchase = price * machines * taxed
-    rent = way.per_hour.at(terms.per_usd) * terms.rental_factor if way.per_hour else 0.0
+    purchase = price * machines * tax_factor
+    rent_per_hour = way.per_hour.at(terms.per_usd) * terms.rental_factor if way.per_hour else 0.0
     setup = way.setup_hours * terms.labour_per_hour
-    own = way.kind != "cloud"  # a rental price includes electricity
-    electricity = _electricity(meter_kw or 0.0, yearly, machines, terms) * taxed if own else 0.0
-    known = meter_kw is not None or not own or not works  # an unknown cost is not zero
-    rental = (yearly * rent + 12 * way.storage_per_month) * taxed
+    pays_electricity = way.kind != "cloud"  # a rental price includes electricity
+    electricity = (
+        _electricity(meter_kw or 0.0, hours_per_year, machines, terms) * tax_factor
+        if pays_electricity
+        else 0.0
+    )
+    cost_known = meter_kw is not None or not pays_electricity or not does_work  # an unknown cost is not zero
+    rental = (hours_per_year * rent_per_hour + 12 * way.storage_per_month) * tax_factor
     people = way.operating_hours * terms.labour_per_hour
     support = terms.support_ratio * purchase
     running = electricity + rental + people + support
-    bought, residual = _purchases(purchase, terms)
-    factor = annuity(terms.discount_ratio, terms.years)
-    present = setup + bought + running * factor - residual / (1 + terms.discount_ratio) ** terms.years
+    purchases, residual = _purchases(purchase, terms)
+    annuity_factor = annuity(terms.discount_ratio, terms.years)
+    present_cost = (
+        setup + purchases + running * annuity_factor - residual / (1 + terms.discount_ratio) ** terms.years
+    )
     value = terms.value_per_run
-    worth = None if value is None or not known else value * terms.runs_per_year * factor - present
-    operation = None if meter_kw is None else hours * meter_kw * terms.co2_g_per_kwh
-    embodied = _embodied(way, hours, terms)
+    net_value = (
+        None
+        if value is None or not cost_known
+        else value * terms.runs_per_year * annuity_factor - present_cost
+    )
+    operation_g = None if meter_kw is None else hours * meter_kw * terms.co2_g_per_kwh
+    embodied_g = _embodied(way, hours, terms)
     return Sheet(
         machines=machines,
-        hours_per_year=yearly,
+        hours_per_year=hours_per_year,
         kwh_per_run=None if meter_kw is None else hours * meter_kw,
         setup=setup,
         purchase=purchase,
         initial=setup + purchase,
-        electricity_per_year=electricity if known else None,
+        electricity_per_year=electricity if cost_known else None,
         rental_per_year=rental,
         people_per_year=people,
         support_per_year=support,
-        running_per_year=running if known else None,
+        running_per_year=running if cost_known else None,
         residual=residual,
-        present_cost=present if known else None,
-        cost_per_run=present / (terms.runs_per_year * terms.years) if known else None,
-        net_present_value=worth if works else 0.0,
-        operation_g=operation if works else 0.0,
-        embodied_g=embodied if works else 0.0,
-        sci_g=(operation + embodied if operation is not None and embodied is not None else None)
-        if works
+        present_cost=present_cost if cost_known else None,
+        cost_per_run=present_cost / (terms.runs_per_year * terms.years) if cost_known else None,
+        net_present_value=net_value if does_work else 0.0,
+        operation_g=operation_g if does_work else 0.0,
+        embodied_g=embodied_g if does_work else 0.0,
+        sci_g=(operation_g + embodied_g if operation_g is not None and embodied_g is not None else None)
+        if does_work
         else 0.0,
         enough=(way.most_machines is None or machines <= way.most_machines)
         and (terms.longest_run_hours is None or hours <= terms.longest_run_hours),
@@ -97,9 +107,9 @@ def _purchases(purchase: float, terms: Terms) -> tuple[float, float]:
     Depreciation is straight-line.
     """
     life, years = terms.life_years, terms.years
-    times = math.ceil(years / life)
-    bought = sum(purchase * (1 + terms.discount_ratio) ** -(life * j) for j in range(times))
-    return bought, purchase * (times * life - years) / life
+    purchase_count = math.ceil(years / life)
+    present_value = sum(purchase * (1 + terms.discount_ratio) ** -(life * j) for j in range(purchase_count))
+    return present_value, purchase * (purchase_count * life - years) / life
 
 
 def _embodied(way: Way, hours: float, terms: Terms) -> float | None:
@@ -120,8 +130,8 @@ def cheapest(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int])
     Ways of unknown cost are not considered.
     """
     costs = {i: sheets[i].present_cost for i in among if sheets[i].enough and ways[i].kind != "nothing"}
-    known = {i: cost for i, cost in costs.items() if cost is not None}
-    return min(known, key=lambda i: known[i], default=None)
+    known_costs = {i: cost for i, cost in costs.items() if cost is not None}
+    return min(known_costs, key=lambda i: known_costs[i], default=None)
 
 
 def saved_percent(one: Sheet, reference: Sheet) -> float | None:
@@ -137,15 +147,15 @@ def payback(one: Sheet, reference: Sheet, life_years: float = math.inf) -> tuple
     after which new ones are bought, are not stated: the result is then ("not in life", that life) or ("all
     life", that life). ("", None) if a running cost is unknown.
     """
-    more = one.initial - reference.initial
+    extra_cost = one.initial - reference.initial
     if reference.running_per_year is None or one.running_per_year is None:
         return "", None
-    gain = reference.running_per_year - one.running_per_year
-    if more <= 0 <= gain:
+    saving_per_year = reference.running_per_year - one.running_per_year
+    if extra_cost <= 0 <= saving_per_year:
         return "at once", 0.0
-    if more >= 0 >= gain:
+    if extra_cost >= 0 >= saving_per_year:
         return "never", None
-    years, life = more / gain, life_years if one.purchase or reference.purchase else math.inf
+    years, life = extra_cost / saving_per_year, life_years if one.purchase or reference.purchase else math.inf
     if years > life:
-        return ("not in life" if more > 0 else "all life"), life
-    return ("years" if more > 0 else "until"), years
+        return ("not in life" if extra_cost > 0 else "all life"), life
+    return ("years" if extra_cost > 0 else "until"), years

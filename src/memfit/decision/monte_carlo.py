@@ -31,13 +31,13 @@ def interval(
     if not spans or best == reference:
         return Interval(value=point, low=point, high=point), 100.0 * (point > 0)
     columns = [_drawn(name, span, draws) for name, span in spans.items()]
-    found = []
+    savings = []
     for row in zip(*columns, strict=True):
-        drawn = {name: float(value) for name, value in zip(spans, row, strict=True)}
-        saved = saved_at(drawn)
-        found.append(point if saved is None else saved)
-    low, high = (float(numpy.percentile(found, at)) for at in (5, 95))
-    chance = 100.0 * float(numpy.mean([f > 0 for f in found]))
+        sample = {name: float(value) for name, value in zip(spans, row, strict=True)}
+        saving = saved_at(sample)
+        savings.append(point if saving is None else saving)
+    low, high = (float(numpy.percentile(savings, percentile)) for percentile in (5, 95))
+    chance = 100.0 * float(numpy.mean([f > 0 for f in savings]))
     return Interval(value=point, low=min(low, point), high=max(high, point)), chance
 
 
@@ -49,11 +49,11 @@ def _drawn(name: str, span: Interval, draws: int) -> Any:
     """
     import numpy
 
-    at = numpy.random.default_rng(zlib.crc32(name.encode())).random(draws)
+    positions = numpy.random.default_rng(zlib.crc32(name.encode())).random(draws)
     width, left, right = span.high - span.low, span.value - span.low, span.high - span.value
-    rising = span.low + width * numpy.sqrt(at * (left / width))
-    falling = span.high - width * numpy.sqrt((1 - at) * (right / width))
-    return numpy.where(at < left / width, rising, falling)
+    rising = span.low + width * numpy.sqrt(positions * (left / width))
+    falling = span.high - width * numpy.sqrt((1 - positions) * (right / width))
+    return numpy.where(positions < left / width, rising, falling)
 
 
 def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tuple[Swing, ...]:
@@ -61,25 +61,25 @@ def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tu
 
     Terms whose effect is only rounding are left out.
     """
-    found, saved_at = [], _saver(best, reference, terms, told)
+    swings, saved_at = [], _saver(best, reference, terms, told)
     for name, span in ranged(told).items():
         low, high = (saved_at({name: end}) for end in (span.low, span.high))
         if low is None or high is None:
             continue
         if abs(high - low) > _DUST * max(100.0, abs(low), abs(high)):
-            found.append(Swing(name=name, low_percent=low, high_percent=high))
-    return tuple(sorted(found, key=lambda s: -abs(s.high_percent - s.low_percent)))
+            swings.append(Swing(name=name, low_percent=low, high_percent=high))
+    return tuple(sorted(swings, key=lambda s: -abs(s.high_percent - s.low_percent)))
 
 
 def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
     """Return `terms` with some of them at other values; an Amount keeps its currency."""
     changes: dict[str, Any] = {}
     for name, value in values.items():
-        now = getattr(terms, name)
-        if isinstance(now, Amount):
-            whole = now.at(terms.per_usd)
-            ratio = value / whole if whole else 0.0
-            changes[name] = Amount(usd=now.usd * ratio, own=now.own * ratio if whole else value)
+        current = getattr(terms, name)
+        if isinstance(current, Amount):
+            amount = current.at(terms.per_usd)
+            ratio = value / amount if amount else 0.0
+            changes[name] = Amount(usd=current.usd * ratio, own=current.own * ratio if amount else value)
         else:
             changes[name] = value
     return dataclasses.replace(terms, **changes)
@@ -97,15 +97,15 @@ def ranged(told: Sequence[Term]) -> dict[str, Interval]:
 
 
 def _saver(
-    best: Way, reference: Way, terms: Terms, told: Sequence[Term]
+    best: Way, reference: Way, terms: Terms, numbers: Sequence[Term]
 ) -> Callable[[Mapping[str, float]], float | None]:
     """Return a function that computes the saving in percent with some terms at other values."""
-    own = {t.name: t.value for t in told if t.name in OWN and t.value is not None}
+    user_values = {t.name: t.value for t in numbers if t.name in OWN and t.value is not None}
 
     def saved_at(values: Mapping[str, float]) -> float | None:
-        there = moved(terms, {name: value for name, value in values.items() if name not in OWN})
-        ways = (placed(way, values, own, terms) for way in (best, reference))
-        return saved_percent(*(sheet(way, there) for way in ways))
+        moved_terms = moved(terms, {name: value for name, value in values.items() if name not in OWN})
+        ways = (placed(way, values, user_values, terms) for way in (best, reference))
+        return saved_percent(*(sheet(way, moved_terms) for way in ways))
 
     return saved_at
 
@@ -122,8 +122,8 @@ def placed(way: Way, values: Mapping[str, float], own: Mapping[str, float], term
         amount: Amount | None = getattr(way, field)
         if amount is None or way.of_catalog or name not in own:
             continue
-        usual = getattr(terms, common)
-        told = values.get(name, own[name]) / own[name] if own[name] else 1.0
-        ratio = told * usual / values.get(common, usual)
+        common_factor = getattr(terms, common)
+        price_ratio = values.get(name, own[name]) / own[name] if own[name] else 1.0
+        ratio = price_ratio * common_factor / values.get(common, common_factor)
         changes[field] = Amount(usd=amount.usd * ratio, own=amount.own * ratio)
     return dataclasses.replace(way, **changes)

@@ -22,7 +22,7 @@ def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
     `loss` is the highest cost of the pilot; None for security, which is not a matter of money.
     """
     loss = next((s.most for s in made.stages if s.name == "pilot"), None)
-    found = (
+    entries = (
         _accuracy(poc, made),
         _stability(poc),
         _reproducibility(poc),
@@ -40,7 +40,7 @@ def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
             source=source,
             loss=None if kind == "security" else loss,
         )
-        for kind, level, key, values, source in found
+        for kind, level, key, values, source in entries
     )
 
 
@@ -52,19 +52,19 @@ def _runs(poc: Poc) -> list[Run]:
     return [r for r in poc.runs if r.spec.role == "recommended"]
 
 
-def _accuracy(poc: Poc, made: Decision) -> _Found:
-    named = next((n.verdict for n in poc.verdicts if n.name == "recommended"), None)
-    if named is None:
+def _accuracy(poc: Poc, decision: Decision) -> _Found:
+    verdict = next((n.verdict for n in poc.verdicts if n.name == "recommended"), None)
+    if verdict is None:
         return ("accuracy", "unknown", "accuracy.none", {}, "")
-    kind = named.kind.value
+    kind = verdict.kind.value
     level = {"equivalent": "low", "different": "high"}.get(kind, "some")
-    untried = made.ways[made.best].untried if made.best is not None else ()
+    untried = decision.ways[decision.best].untried if decision.best is not None else ()
     if untried and level == "low":
         return ("accuracy", "some", "accuracy.untried", {"names": ", ".join(untried)}, "#money")
-    if not named.metric:
-        bare: _Values = {"verdict": f"verdict.{kind}", "pairs": float(named.pairs)}
-        return ("accuracy", level, "accuracy.bare", bare, "#verdicts")
-    values: _Values = {"metric": named.metric, "pairs": float(named.pairs)}
+    if not verdict.metric:
+        counts: _Values = {"verdict": f"verdict.{kind}", "pairs": float(verdict.pairs)}
+        return ("accuracy", level, "accuracy.bare", counts, "#verdicts")
+    values: _Values = {"metric": verdict.metric, "pairs": float(verdict.pairs)}
     return ("accuracy", level, f"accuracy.{kind}", values, "#verdicts")
 
 
@@ -72,25 +72,27 @@ def _stability(poc: Poc) -> _Found:
     runs = _runs(poc)
     if not runs:
         return ("stability", "unknown", "stability.none", {}, "")
-    fine = [r for r in runs if r.measurement.outcome is OutcomeKind.OK]
-    values: _Values = {"runs": float(len(runs)), "fine": float(len(fine))}
-    if len(fine) < len(runs):
+    completed = [r for r in runs if r.measurement.outcome is OutcomeKind.OK]
+    values: _Values = {"runs": float(len(runs)), "fine": float(len(completed))}
+    if len(completed) < len(runs):
         return ("stability", "high", "stability.failed", values, "#runs")
-    spare = [
+    headroom_percents = [
         100 * min(r.measurement.headroom_bytes) / r.spec.cap_bytes
-        for r in fine
+        for r in completed
         if r.measurement.headroom_bytes and r.spec.cap_bytes
     ]
-    if not spare:
+    if not headroom_percents:
         return ("stability", "low", "stability.fine", values, "#runs")
-    values["spare"] = min(spare)
-    level = "low" if min(spare) >= _TIGHT_PERCENT else "some"
+    values["spare"] = min(headroom_percents)
+    level = "low" if min(headroom_percents) >= _TIGHT_PERCENT else "some"
     return ("stability", level, "stability.spare", values, "#runs")
 
 
 def _reproducibility(poc: Poc) -> _Found:
-    seen = poc.reproducibility.reproducible
-    level, key = ("unknown", "none") if seen is None else ("low", "yes") if seen else ("some", "no")
+    reproducible = poc.reproducibility.reproducible
+    level, key = (
+        ("unknown", "none") if reproducible is None else ("low", "yes") if reproducible else ("some", "no")
+    )
     return ("reproducibility", level, f"reproducibility.{key}", {}, "#reproducible")
 
 
@@ -108,7 +110,7 @@ def _load(poc: Poc) -> _Found:
     return ("load", level, "load.counted" if counted else "load.uncounted", values, "#effort")
 
 
-def _maturity(poc: Poc, made: Decision) -> _Found:
+def _maturity(poc: Poc, decision: Decision) -> _Found:
     """Judge the engine and the libraries behind the plans' techniques by the worst of them."""
     engine = next((r.spec.engine for r in _runs(poc)), "native")
     facts = catalog.engine_facts(engine)
@@ -117,15 +119,15 @@ def _maturity(poc: Poc, made: Decision) -> _Found:
     values: _Values = {"engine": engine, "status": facts["status"][0]}
     for name in ("release", "torch", "licence"):
         values[name] = facts[name][0] if name in facts else "?"
-    libraries = {name: catalog.package_facts(name) for name in _libraries(poc, made)}
-    upkeep = [facts.get("status"), *(known.get("status") for known in libraries.values())]
-    level = "low" if all(found and found[0] == "released regularly" for found in upkeep) else "high"
-    if any(found is None for found in upkeep) and level == "high":
+    libraries = {name: catalog.package_facts(name) for name in _libraries(poc, decision)}
+    upkeep = [facts.get("status"), *(package_facts.get("status") for package_facts in libraries.values())]
+    level = "low" if all(fact and fact[0] == "released regularly" for fact in upkeep) else "high"
+    if any(fact is None for fact in upkeep) and level == "high":
         level = "unknown"
-    sources = dict.fromkeys(f"{found[1]}, {found[2]}" for found in upkeep if found)
+    sources = dict.fromkeys(f"{fact[1]}, {fact[2]}" for fact in upkeep if fact)
     if not libraries:
         return ("maturity", level, "maturity.known", values, "; ".join(sources))
-    values["libraries"] = "; ".join(_told(name, known) for name, known in libraries.items())
+    values["libraries"] = "; ".join(_told(name, package_facts) for name, package_facts in libraries.items())
     return ("maturity", level, "maturity.known_with", values, "; ".join(sources))
 
 
@@ -135,28 +137,32 @@ def _told(name: str, facts: Mapping[str, tuple[str, str, str]]) -> str:
     return ", ".join(p for p in (f"{name} {release}", torch, licence) if p)
 
 
-def _libraries(poc: Poc, made: Decision) -> tuple[str, ...]:
+def _libraries(poc: Poc, decision: Decision) -> tuple[str, ...]:
     """Return the packages that the techniques of the trained plan and of the best way's plan need."""
-    chosen = poc.search.recommended
-    labels = [chosen.estimate.plan.label] if chosen else []
-    labels += [made.ways[made.best].plan] if made.best is not None and not made.ways[made.best].plain else []
-    found: dict[str, None] = {}
+    recommended = poc.search.recommended
+    labels = [recommended.estimate.plan.label] if recommended else []
+    labels += (
+        [decision.ways[decision.best].plan]
+        if decision.best is not None and not decision.ways[decision.best].plain
+        else []
+    )
+    packages: dict[str, None] = {}
     for part in (part for label in labels for part in label.split(" + ")):
-        known = TECHNIQUES.get(part.partition("(")[0])
-        found |= dict.fromkeys(known.needs if known else ())
+        technique = TECHNIQUES.get(part.partition("(")[0])
+        packages |= dict.fromkeys(technique.needs if technique else ())
         if "rounding=stochastic" in part:
-            found["torchao"] = None
-    return tuple(found)
+            packages["torchao"] = None
+    return tuple(packages)
 
 
-def _supply(made: Decision) -> _Found:
-    offered = [w for w in made.ways if w.of_catalog and w.kind != "nothing"]
-    plain, tight = ({w.machine for w in offered if w.plain is side} for side in (True, False))
-    if not offered:
+def _supply(decision: Decision) -> _Found:
+    offers = [w for w in decision.ways if w.of_catalog and w.kind != "nothing"]
+    plain, tight = ({w.machine for w in offers if w.plain is side} for side in (True, False))
+    if not offers:
         return ("supply", "unknown", "supply.none", {}, "")
-    able = plain | tight
-    values = {"machines": float(len(able)), "plain": float(len(plain))}
-    level = "low" if len(able) >= _FEW_MACHINES else "some"
+    machines = plain | tight
+    values = {"machines": float(len(machines)), "plain": float(len(plain))}
+    level = "low" if len(machines) >= _FEW_MACHINES else "some"
     return ("supply", level, "supply.counted", values, "#money")
 
 

@@ -21,9 +21,9 @@ _Number = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Kind = Literal["equivalent", "undecided", "different"]
 
 
-def _asked(given: Any) -> Any:
+def _asked(value: Any) -> Any:
     """Convert false to None, because TOML has no null."""
-    return None if given is False else given
+    return None if value is False else value
 
 
 Limit = Annotated[_Number | None, pydantic.BeforeValidator(_asked)]
@@ -100,12 +100,12 @@ class Gate(_Strict):
     @property
     def words(self) -> tuple[str, str, str, bool]:
         """(Name, what was found ("" if it was not measured), limit, whether it holds), as used in reports."""
-        found = self.found
-        if isinstance(found, bool):
-            told = "yes" if found else "no"
+        figure = self.found
+        if isinstance(figure, bool):
+            text = "yes" if figure else "no"
         else:
-            told = f"{found:.4g}" if isinstance(found, float) else found or ""
-        return self.name, told, self.limit, self.holds
+            text = f"{figure:.4g}" if isinstance(figure, float) else figure or ""
+        return self.name, text, self.limit, self.holds
 
 
 def read(path: Path) -> Gates:
@@ -119,46 +119,46 @@ def parsed(text: str, path: str) -> Gates:
     Raises UserError with the location of the first fault.
     """
     try:
-        given = tomllib.loads(text)
+        data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     try:
-        return Gates.model_validate(given)
+        return Gates.model_validate(data)
     except pydantic.ValidationError as error:
         if error.errors()[0]["type"] != "extra_forbidden":
             raise serialization.fault(error, path) from error
-        place = ".".join(map(str, error.errors()[0]["loc"]))
+        location = ".".join(map(str, error.errors()[0]["loc"]))
         allowed = ", ".join(f"{n}.{k}" for n, part in Gates().model_dump().items() for k in part)
-        raise UserError(f"{path} has an unknown key: {place}", allowed=allowed) from error
+        raise UserError(f"{path} has an unknown key: {location}", allowed=allowed) from error
 
 
 def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
     """Return every enabled gate, in the order in which they should be read."""
-    plain, chosen = record.baseline, record.recommended
+    plain, recommended = record.baseline, record.recommended
     effort = record.effort
-    found = [
-        _most("memory: prediction error", _error(plain, chosen), gates.memory.prediction_error),
-        _must("memory: trained under the cap", _capped(chosen), gates.memory.under_cap),
+    results = [
+        _most("memory: prediction error", _error(plain, recommended), gates.memory.prediction_error),
+        _must("memory: trained under the cap", _capped(recommended), gates.memory.under_cap),
         _most("time: step by plain's", _step_ratio(record), gates.time.step_ratio),
         _verdict(record, gates.accuracy.verdicts),
         _must("reproducibility: the same again", record.reproducible, gates.reproducibility.same_again),
-        _most("energy: run by plain's", _joules(plain, chosen), gates.energy.ratio),
+        _most("energy: run by plain's", _joules(plain, recommended), gates.energy.ratio),
         _most("effort: failed attempts", float(effort.failed_attempts), gates.effort.failed_attempts),
         _most("effort: attended minutes", effort.attended_minutes, gates.effort.attended_minutes),
     ]
-    return tuple(gate for gate in found if gate is not None)
+    return tuple(gate for gate in results if gate is not None)
 
 
-def _most(name: str, found: float | None, limit: float | None) -> Gate | None:
+def _most(name: str, value: float | None, limit: float | None) -> Gate | None:
     if limit is None:
         return None
     return Gate(
-        name=name, found=found, limit=f"at most {limit:g}", holds=found is not None and found <= limit
+        name=name, found=value, limit=f"at most {limit:g}", holds=value is not None and value <= limit
     )
 
 
-def _must(name: str, found: bool | None, asked: bool) -> Gate | None:
-    return Gate(name=name, found=found, limit="yes", holds=found is True) if asked else None
+def _must(name: str, value: bool | None, required: bool) -> Gate | None:
+    return Gate(name=name, found=value, limit="yes", holds=value is True) if required else None
 
 
 def _verdict(record: Shared, allowed: Sequence[Kind] | None) -> Gate | None:
@@ -172,11 +172,11 @@ def _capped(side: Side) -> bool | None:
     return side.under_cap == "ok" if side.under_cap else None
 
 
-def _error(plain: Side, chosen: Side) -> float | None:
+def _error(plain: Side, recommended: Side) -> float | None:
     """Return the largest prediction error; None if the recommended plan's is unknown, or plain training's
     although it ran.
     """
-    sides = [chosen, *([plain] if plain.measured_peak_bytes else [])]
+    sides = [recommended, *([plain] if plain.measured_peak_bytes else [])]
     errors = [
         abs(side.predicted_peak_bytes / side.measured_peak_bytes - 1)
         for side in sides
@@ -187,16 +187,20 @@ def _error(plain: Side, chosen: Side) -> float | None:
 
 def _step_ratio(record: Shared) -> float | None:
     """Return the ratio shown in the report, or the ratio of both medians if the record has none."""
-    told = record.step_time_ratio
-    return told if told is not None else _ratio(record.recommended.step_s, record.baseline.step_s)
+    ratio = record.step_time_ratio
+    return ratio if ratio is not None else _ratio(record.recommended.step_s, record.baseline.step_s)
 
 
-def _ratio(one: float | None, other: float | None) -> float | None:
-    return one / other if one is not None and other else None
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator is not None and denominator else None
 
 
-def _joules(plain: Side, chosen: Side) -> float | None:
-    one, other = chosen.energy, plain.energy
-    if one is None or other is None or one.boundary != other.boundary:
+def _joules(plain: Side, recommended: Side) -> float | None:
+    recommended_energy, plain_energy = recommended.energy, plain.energy
+    if (
+        recommended_energy is None
+        or plain_energy is None
+        or recommended_energy.boundary != plain_energy.boundary
+    ):
         return None
-    return one.joules / other.joules
+    return recommended_energy.joules / plain_energy.joules

@@ -28,9 +28,9 @@ def stages(
         record = exchange.of_poc(poc)
     except UserError:
         return ()
-    held = rollout_gates.evaluate(record, limits)
+    gates = rollout_gates.evaluate(record, limits)
     energy_j, hours = _energy_j(poc, made.terms), (poc.effort.attended_minutes or 0.0) / 60
-    first = Stage(
+    poc_stage = Stage(
         name="poc",
         state="done",
         machine=poc.machine,
@@ -39,32 +39,32 @@ def stages(
         spent=None if energy_j is None else spent(energy_j, hours, made.terms),
         to_spend=0.0,
         unpaid=() if poc.effort.attended_minutes == 0 else _unpaid_poc(poc, made),
-        gates=tuple(gate.words for gate in held),
+        gates=tuple(gate.words for gate in gates),
         energy_j=energy_j,
         hours=hours,
     )
-    state = "next" if all(gate.holds for gate in held) else "stopped"
-    trial = _named(made, named.get("pilot")) or (pilot(made) if "pilot" not in named else None)
-    whole = _named(made, named.get("full"))
-    if whole is None and "full" not in named and made.best is not None:
-        whole = made.ways[made.best]
-    pilot_stage = _stage("pilot", state, named.get("pilot", ""), trial, offers, made)
-    full = _stage("full", "later", named.get("full", ""), whole, offers, made)
+    state = "next" if all(gate.holds for gate in gates) else "stopped"
+    pilot_way = _named(made, named.get("pilot")) or (pilot(made) if "pilot" not in named else None)
+    full_way = _named(made, named.get("full"))
+    if full_way is None and "full" not in named and made.best is not None:
+        full_way = made.ways[made.best]
+    pilot_stage = _stage("pilot", state, named.get("pilot", ""), pilot_way, offers, made)
+    full_stage = _stage("full", "later", named.get("full", ""), full_way, offers, made)
     pilot_stage = dataclasses.replace(
-        pilot_stage, to_spend=pilot_cost(made, trial), most=pilot_most(made, trial), ends=_dear(made)
+        pilot_stage, to_spend=pilot_cost(made, pilot_way), most=pilot_most(made, pilot_way), ends=_dear(made)
     )
-    return first, pilot_stage, dataclasses.replace(full, to_spend=rest(made, whole, trial))
+    return poc_stage, pilot_stage, dataclasses.replace(full_stage, to_spend=rest(made, full_way, pilot_way))
 
 
-def _unpaid_poc(poc: Poc, made: Decision) -> tuple[str, ...]:
+def _unpaid_poc(poc: Poc, decision: Decision) -> tuple[str, ...]:
     if poc.effort.attended_minutes is None:
         return ("poc.attended_minutes",)
-    return _unpriced(made)
+    return _unpriced(decision)
 
 
-def _unpriced(made: Decision) -> tuple[str, ...]:
-    priced = any(t.name == "labour_per_hour" and t.value is not None for t in made.told)
-    return () if priced else ("money.labour_per_hour",)
+def _unpriced(decision: Decision) -> tuple[str, ...]:
+    has_price = any(t.name == "labour_per_hour" and t.value is not None for t in decision.told)
+    return () if has_price else ("money.labour_per_hour",)
 
 
 def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
@@ -75,35 +75,35 @@ def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
     if cost is None or whole is None or trial is None or pilot_cost(made, trial) is None:
         return cost
     same_machine = (trial.kind, trial.machine) == (whole.kind, whole.machine)
-    paid = min(trial.plan_hours, whole.plan_hours)
-    paid += whole.setup_hours - whole.plan_hours if same_machine else 0.0
-    return cost - paid * made.terms.labour_per_hour
+    paid_hours = min(trial.plan_hours, whole.plan_hours)
+    paid_hours += whole.setup_hours - whole.plan_hours if same_machine else 0.0
+    return cost - paid_hours * made.terms.labour_per_hour
 
 
-def _named(made: Decision, machine: str | None) -> Way | None:
+def _named(decision: Decision, machine: str | None) -> Way | None:
     """Return the cheapest way on this machine; existing is preferred to rented, and rented to bought.
 
     None if it has no price.
     """
     order = ("existing", "cloud", "purchase")
-    found = [(w, s) for w, s in zip(made.ways, made.sheets, strict=True) if w.machine == machine]
-    priced = [
+    matches = [(w, s) for w, s in zip(decision.ways, decision.sheets, strict=True) if w.machine == machine]
+    candidates = [
         (order.index(w.kind), s.present_cost, w)
-        for w, s in found
+        for w, s in matches
         if w.kind in order and s.present_cost is not None
     ]
-    return min(priced, key=lambda one: one[:2])[2] if priced else None
+    return min(candidates, key=lambda entry: entry[:2])[2] if candidates else None
 
 
 def _stage(
-    name: str, state: str, machine: str, way: Way | None, offers: Sequence[Offer], made: Decision
+    name: str, state: str, machine: str, way: Way | None, offers: Sequence[Offer], decision: Decision
 ) -> Stage:
     """Return a stage. Predictions are shown even if the machine has no price."""
     machine = way.machine if way is not None else machine
-    fit = [o for o in offers if o.machine == machine and o.fits]
-    same = [o for o in fit if way is None or o.plain is way.plain]
-    offer = min(same, key=lambda o: o.plain, default=None)
-    back, back_way = _back(made, machine, way is not None and way.plain)
+    fitting_offers = [o for o in offers if o.machine == machine and o.fits]
+    matching_offers = [o for o in fitting_offers if way is None or o.plain is way.plain]
+    offer = min(matching_offers, key=lambda o: o.plain, default=None)
+    back, back_way = _back(decision, machine, way is not None and way.plain)
     usable = usable_bytes(machine)
     return Stage(
         name=name,
@@ -117,22 +117,26 @@ def _stage(
         stop_bytes=min(offer.memory_bytes.high, usable or math.inf) if offer else None,
         back=back,
         back_way=back_way,
-        way=None if way is None else made.ways.index(way),
+        way=None if way is None else decision.ways.index(way),
     )
 
 
-def _back(made: Decision, machine: str, plain: bool) -> tuple[str, int | None]:
+def _back(decision: Decision, machine: str, plain: bool) -> tuple[str, int | None]:
     """Return (what to go back to if the stage fails, index of that way).
 
     It is plain training on the same machine if it surely fits there, else the cheapest machine on which it
     fits, else what is done today.
     """
-    own = [i for i, w in enumerate(made.ways) if w.machine == machine and w.plain and made.sheets[i].enough]
-    sure = [i for i in own if made.ways[i].fit_percent == 100]
-    if sure and not plain:
-        return "plain", sure[0]
-    elsewhere = made.reference is not None and made.ways[made.reference].machine != machine
-    return ("reference", made.reference) if elsewhere and not plain else ("stay", None)
+    plain_here = [
+        i
+        for i, w in enumerate(decision.ways)
+        if w.machine == machine and w.plain and decision.sheets[i].enough
+    ]
+    certain = [i for i in plain_here if decision.ways[i].fit_percent == 100]
+    if certain and not plain:
+        return "plain", certain[0]
+    elsewhere = decision.reference is not None and decision.ways[decision.reference].machine != machine
+    return ("reference", decision.reference) if elsewhere and not plain else ("stay", None)
 
 
 def pilot(made: Decision) -> Way | None:
@@ -146,10 +150,10 @@ def pilot(made: Decision) -> Way | None:
     best = made.ways[made.best]
     if best.kind != "purchase":
         return best
-    rented = [w for w in made.ways if w.kind == "cloud" and w.plain is best.plain]
-    same = [w for w in rented if w.machine == best.machine]
+    rentals = [w for w in made.ways if w.kind == "cloud" and w.plain is best.plain]
+    same_machine = [w for w in rentals if w.machine == best.machine]
     one_run = dataclasses.replace(made.terms, runs_per_year=1, years=1)
-    return min(same or rented, key=lambda w: sheet(w, one_run).rental_per_year, default=None)
+    return min(same_machine or rentals, key=lambda w: sheet(w, one_run).rental_per_year, default=None)
 
 
 def pilot_cost(made: Decision, way: Way | None) -> float | None:
@@ -167,32 +171,35 @@ def pilot_most(made: Decision, way: Way | None) -> float | None:
     if way is None or way.kind == "purchase":
         return None
     ends = _dear(made)
-    own = {t.name: t.value for t in made.told if t.name in OWN and t.value is not None}
-    dear = monte_carlo.moved(made.terms, {n: end for n, end in ends.items() if n not in OWN})
-    cost, people = _one_run(monte_carlo.placed(way, ends, own, made.terms), dear)
+    user_values = {t.name: t.value for t in made.told if t.name in OWN and t.value is not None}
+    dear_terms = monte_carlo.moved(made.terms, {n: end for n, end in ends.items() if n not in OWN})
+    cost, people = _one_run(monte_carlo.placed(way, ends, user_values, made.terms), dear_terms)
     return None if cost is None else cost + people
 
 
-def _dear(made: Decision) -> dict[str, float]:
+def _dear(decision: Decision) -> dict[str, float]:
     """Return the most expensive end of each range."""
-    spans = monte_carlo.ranged(made.told).items()
+    spans = monte_carlo.ranged(decision.told).items()
     return {name: span.low if name == "utilisation_ratio" else span.high for name, span in spans}
 
 
-def _one_run(way: Way, there: Terms) -> tuple[float | None, float]:
+def _one_run(way: Way, base_terms: Terms) -> tuple[float | None, float]:
     """Return (cost of setup, electricity and rental; cost of people) for one run."""
-    part = max(1, math.ceil(12 * run_hours(way, there) / HOURS_PER_YEAR)) / 12
-    basic = there.basic_per_kw_month
+    year_share = max(1, math.ceil(12 * run_hours(way, base_terms) / HOURS_PER_YEAR)) / 12
+    basic = base_terms.basic_per_kw_month
     terms = dataclasses.replace(
-        there,
+        base_terms,
         runs_per_year=1,
         years=1,
-        basic_per_kw_month=Amount(usd=basic.usd * part, own=basic.own * part),
+        basic_per_kw_month=Amount(usd=basic.usd * year_share, own=basic.own * year_share),
     )
-    once = sheet(dataclasses.replace(way, storage_per_month=way.storage_per_month * part), terms)
-    if once.electricity_per_year is None:
+    costs = sheet(dataclasses.replace(way, storage_per_month=way.storage_per_month * year_share), terms)
+    if costs.electricity_per_year is None:
         return None, 0.0
-    return once.setup + once.electricity_per_year + once.rental_per_year, once.people_per_year * part
+    return (
+        costs.setup + costs.electricity_per_year + costs.rental_per_year,
+        costs.people_per_year * year_share,
+    )
 
 
 def spent(energy_j: float, hours: float, terms: Terms) -> float:
@@ -208,12 +215,12 @@ def _energy_j(poc: Poc, terms: Terms) -> float | None:
 
     Runs without a meter are modelled: the power of plain training's step times the duration of the run.
     """
-    basis = poc.search.baseline.estimate
-    power_w = basis.energy_j / basis.step_s.value if basis.energy_j and basis.step_s else None
+    estimate = poc.search.baseline.estimate
+    power_w = estimate.energy_j / estimate.step_s.value if estimate.energy_j and estimate.step_s else None
     joules = 0.0
     for run in poc.runs:
-        read = run.measurement.energy_j
-        if read is None and power_w is None:
+        measured_j = run.measurement.energy_j
+        if measured_j is None and power_w is None:
             return None
-        joules += read if read is not None else (power_w or 0.0) * run.measurement.wall_s
+        joules += measured_j if measured_j is not None else (power_w or 0.0) * run.measurement.wall_s
     return joules * terms.pue_ratio

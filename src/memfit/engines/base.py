@@ -78,26 +78,32 @@ class Engine:
 
     def supports(self, plan: Plan) -> tuple[str, ...]:
         """Return the reasons why the engine does not support the plan; empty if it does."""
-        gaps = (u.technique for u in plan.uses if u.technique not in self.known)
-        unknown = tuple(f"{technique} is not in {self.name}" for technique in gaps)
-        return unknown or self.reasons(plan)
+        techniques = (u.technique for u in plan.uses if u.technique not in self.known)
+        reasons = tuple(f"{technique} is not supported by {self.name}" for technique in techniques)
+        return reasons or self.reasons(plan)
 
     def probe(self) -> Probe:
         """Return what is installed on this machine, without importing it."""
         if not self.distribution:
-            return Probe(version=_version("torch") or "", problem="" if _version("torch") else "no torch")
-        home = recorded(self.name) if self.requirements else None
+            return Probe(
+                version=_version("torch") or "", problem="" if _version("torch") else "torch is not installed"
+            )
+        environment = recorded(self.name) if self.requirements else None
         version = None
-        if home is not None or not self.requirements:
-            version = _version(self.distribution, home.packages if home is not None else None)
+        if environment is not None or not self.requirements:
+            version = _version(self.distribution, environment.packages if environment is not None else None)
         if version is None:
-            gone = f"its environment {home.folder} is gone" if home is not None else "not installed"
-            return Probe(problem=gone, fix=self.install)
+            problem = (
+                f"its environment {environment.folder} no longer exists"
+                if environment is not None
+                else "not installed"
+            )
+            return Probe(problem=problem, fix=self.install)
         low, high = self.tested
         if not _at(low) <= _at(version) < _at(high):
             return Probe(
                 version=version,
-                problem=f"{version} was never tried: {low} to below {high} were",
+                problem=f"{version} is untested: versions {low} to below {high} were tested",
                 fix=self.install,
             )
         return Probe(version=version)
@@ -115,11 +121,11 @@ class Probe:
 
 def _version(distribution: str, folder: str | None = None) -> str | None:
     path = sys.path if folder is None else [folder]
-    found = next(iter(importlib.metadata.distributions(name=distribution, path=path)), None)
-    return found.version if found is not None else None
+    package = next(iter(importlib.metadata.distributions(name=distribution, path=path)), None)
+    return package.version if package is not None else None
 
 
 def _at(version: str) -> tuple[int, ...]:
     """Return the release of a version in comparable form: "0.19.8+x" -> (0, 19, 8)."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(n) for n in found.group().split(".")) if found else ()
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(n) for n in match.group().split(".")) if match else ()

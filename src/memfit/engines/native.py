@@ -25,11 +25,21 @@ ENGINE = Engine(
 def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
     """Return the process that `run` starts, with the engine's configuration files; `export` writes the same.
     The interpreter of an engine's own environment imports memfit from this source folder."""
-    home = recorded(engine.name) if engine.requirements else None
+    environment = recorded(engine.name) if engine.requirements else None
     return LaunchConfig(
         engine=engine.name,
-        argv=(home.python if home else sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json"),
-        env={**_environment(spec.threads), **engine.env, **({"PYTHONPATH": str(_SOURCE)} if home else {})},
+        argv=(
+            environment.python if environment else sys.executable,
+            "-m",
+            "memfit.worker",
+            "run",
+            "{dir}/run.json",
+        ),
+        env={
+            **_environment(spec.threads),
+            **engine.env,
+            **({"PYTHONPATH": str(_SOURCE)} if environment else {}),
+        },
         files={"run.json": serialization.dumps(spec, indent=2), **engine.files(spec)},
         spec=spec,
     )

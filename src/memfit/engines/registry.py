@@ -33,29 +33,30 @@ def engine(name: str) -> Engine:
 def carrying(name: str, plan: Plan) -> Engine:
     """Return the engine if it supports the plan. Raises UserError with every reason why it does not, and with
     the engines that do."""
-    found = engine(name)
+    candidate = engine(name)
     layout(plan)  # raises first for an invalid number of ranks, which no engine would support
-    if why := found.supports(plan):
-        able = (e for e in ENGINES.values() if e is not replay.ENGINE)
-        others = ", ".join(e.name for e in able if not e.supports(plan)) or "none"
+    if reasons := candidate.supports(plan):
+        engines = (e for e in ENGINES.values() if e is not replay.ENGINE)
+        alternatives = ", ".join(e.name for e in engines if not e.supports(plan)) or "none"
         raise UserError(
-            f"engine {name} cannot carry this plan: {'; '.join(why)}", allowed=f"engines that can: {others}"
+            f"engine {name} does not support this plan: {'; '.join(reasons)}",
+            allowed=f"engines that support it: {alternatives}",
         )
-    return found
+    return candidate
 
 
 def ready(name: str, plan: Plan) -> Engine:
     """Return the engine if it supports the plan, is installed, and can train the plan here, on CPU ranks.
     Raises UserError with the command that installs it, or with the parts that require CUDA."""
-    found = carrying(name, plan)
-    if parts := found.asks_cuda(plan):
+    candidate = carrying(name, plan)
+    if parts := candidate.asks_cuda(plan):
         raise UserError(
-            f"engine {name} cannot train this plan here: {', '.join(parts)} asks for CUDA",
-            hint="`memfit explain` predicts it, and its configuration can be exported",
+            f"engine {name} cannot train this plan here: {', '.join(parts)} requires CUDA",
+            hint="`memfit explain` predicts it, and `memfit export` writes its configuration",
         )
-    if (probe := found.probe()).problem:
+    if (probe := candidate.probe()).problem:
         raise UserError(f"engine {name}: {probe.problem}", hint=probe.fix)
-    return found
+    return candidate
 
 
 def render(spec: RunSpec) -> LaunchConfig:

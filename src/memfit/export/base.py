@@ -36,8 +36,8 @@ class UserFiles:
     def clip(self) -> float | None:
         """The largest gradient norm, from the files, else from the job, else the default of the files'
         library. None if gradients are not clipped."""
-        said = self.clipping.explicit or self.job_clip is None
-        return (self.clipping.limit if said else self.job_clip) or None
+        files_decide = self.clipping.explicit or self.job_clip is None
+        return (self.clipping.limit if files_decide else self.job_clip) or None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +76,12 @@ class Handover:
 
     def __post_init__(self) -> None:
         if clash := sorted(self.own_files.keys() & self.config.files.keys()):
-            raise UserError(f"memfit writes a {clash[0]} too", hint="rename yours")
+            raise UserError(f"memfit writes a file named {clash[0]} itself", hint="rename your file")
         ranks = self.plan.ranks
         if self.nodes < 1 or ranks % self.nodes:
             raise UserError(
-                f"{ranks} ranks on {self.nodes} nodes",
-                allowed=f"nodes that divide {ranks}: {', '.join(map(str, divisors(ranks)))}",
+                f"{ranks} ranks cannot be divided evenly among {self.nodes} nodes",
+                allowed=f"numbers of nodes that divide {ranks}: {', '.join(map(str, divisors(ranks)))}",
                 hint="ranks: N in the plan file says how many processes train",
             )
 

@@ -26,18 +26,20 @@ def files(handover: Handover) -> Files:
     volume, or if the files do not fit a ConfigMap."""
     if not handover.image:
         raise UserError(
-            "no --image",
-            allowed="a container image with Python, torch and what is started",
+            "--image is missing",
+            allowed="a container image with Python, torch and the program to start",
             hint="for example --image registry/name:tag",
         )
-    if (kept := handover.config.spec.keep.save) and not (handover.claim and kept.startswith("/")):
+    if (save_path := handover.config.spec.keep.save) and not (handover.claim and save_path.startswith("/")):
         raise UserError(
-            f"--save {kept} without a volume",
-            allowed="--save /PATH --claim NAME, a claim that all pods may mount",
+            f"--save {save_path} needs a volume and an absolute path",
+            allowed="--save /PATH --claim NAME, a claim that all pods can mount",
         )
     carried = torchrun.files(handover)
     if (size := sum(len(t.encode()) for t in carried.values())) > _MOST_BYTES:
-        raise UserError(f"the files have {size} bytes", allowed=f"at most {_MOST_BYTES} in a ConfigMap")
+        raise UserError(
+            f"the files have {size} bytes together", allowed=f"at most {_MOST_BYTES} in a ConfigMap"
+        )
     return {**carried, JOB: text(objects(handover, carried))}
 
 
@@ -62,7 +64,7 @@ def objects(handover: Handover, carried: Files) -> list[Object]:
     name = handover.name
     labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/created-by": "memfit"}
     meta = {"name": name, "labels": labels}
-    found: list[Object] = [
+    documents: list[Object] = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": dict(carried)},
         {
             "apiVersion": "v1",
@@ -77,7 +79,7 @@ def objects(handover: Handover, carried: Files) -> list[Object]:
         },
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": _job(handover, labels)},
     ]
-    return found
+    return documents
 
 
 def _job(handover: Handover, labels: dict[str, str]) -> Object:
@@ -93,7 +95,7 @@ def _job(handover: Handover, labels: dict[str, str]) -> Object:
 
 def _pod(handover: Handover) -> Object:
     name = handover.name
-    claim = {"name": "kept", "persistentVolumeClaim": {"claimName": handover.claim}}
+    claim_volume = {"name": "kept", "persistentVolumeClaim": {"claimName": handover.claim}}
     return {
         "subdomain": name,
         "restartPolicy": "OnFailure",
@@ -101,7 +103,7 @@ def _pod(handover: Handover) -> Object:
         "volumes": [
             {"name": "files", "configMap": {"name": name}},
             {"name": "work", "emptyDir": {}},
-            *([claim] if handover.claim else []),
+            *([claim_volume] if handover.claim else []),
             {
                 "name": "shm",
                 "emptyDir": {"medium": "Memory"},

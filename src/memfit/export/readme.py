@@ -14,32 +14,33 @@ from memfit.techniques.registry import effect_of
 NAME = "README.md"
 
 _START = {
-    "torchrun": "On every node, with its own number:\n\n"
+    "torchrun": "Run this on every node; with several nodes, `NODE_RANK` is different on each:\n\n"
     "```sh\n{where}bash torchrun.sh\n```\n\n"
-    "`HEAD_PORT` (29400), `LOGS` (logs), `PYTHON` (python) and `LOCAL_ADDR` may be set too.",
+    "`HEAD_PORT` (default 29400), `LOGS` (logs), `PYTHON` (python) and `LOCAL_ADDR` can be set as well.",
     "slurm": "From this folder, on a file system that all nodes see:\n\n"
     "```sh\nsbatch job.sbatch\n```\n\n"
-    "Partition, account and time limit are your cluster's: `sbatch --partition=... --time=... job.sbatch`. "
+    "Partition, account and time limit depend on your cluster: "
+    "`sbatch --partition=... --time=... job.sbatch`. "
     "Slurm requeues the job when a node fails or it is preempted.",
     "k8s": "```sh\nkubectl apply -f job.yaml\nkubectl logs -f job/{name} --all-pods --prefix\n```\n\n"
-    "No operator is needed. The ConfigMap in job.yaml holds the other files. Pods that come one by one wait "
+    "No operator is needed. The ConfigMap in job.yaml holds the other files. Pods that start one by one wait "
     "for each other; a queue such as Kueue starts them together.",
     "skypilot": "From this folder:\n\n"
     "```sh\nsky launch -c {name} task.yaml\n```\n\n"
-    "`sky jobs launch task.yaml` starts again after a preemption, and after errors too.",
+    "`sky jobs launch task.yaml` restarts the task after a preemption or an error.",
     "trainer": "In your script:\n\n"
     "```python\n(args,) = HfArgumentParser(TrainingArguments).parse_json_file('training_args.json')\n```\n\n"
-    "started on {ranks} processes. What is not in the file (learning rate, epochs, folders) is yours to set. "
-    "`memfit.integrations.transformers.MemfitCallback` looks whether it does what the plan says.",
+    "Start it on {ranks} processes. Set what is not in the file (learning rate, epochs, folders) yourself. "
+    "`memfit.integrations.transformers.MemfitCallback` checks that the run follows the plan.",
     "torchtitan": "torchtitan v0.3, with your `--module` and `--config`:\n\n"
     "```sh\ntorchrun --nproc-per-node {ranks} -m torchtitan.train --module llama3 --config llama3_8b "
     "$(cat torchtitan.args)\n```\n\n"
-    "v0.2.2, the last with TOML: add your `[model]` and data to torchtitan.toml, and "
+    "v0.2.2, the last version that reads TOML: add your `[model]` and data to torchtitan.toml, then run "
     "`torchrun ... -m torchtitan.train --job.config_file torchtitan.toml`.",
-    "openfold": "With your data, from this folder, on every node:\n\n"
+    "openfold": "Run this with your data, from this folder, on every node:\n\n"
     "```sh\npython train_openfold.py MMCIF_DIR ALIGNMENT_DIR TEMPLATE_MMCIF_DIR OUTPUT_DIR 2021-10-10 "
     "$(cat openfold.args)\n```\n\n"
-    "What is not in the files (caches of chains, learning rate, epochs) is yours to give.",
+    "Pass what is not in the files (caches of chains, learning rate, epochs) yourself.",
 }
 
 
@@ -84,111 +85,114 @@ def _script_lines(handover: Handover) -> Iterator[str]:
     if not steps:
         return
     yield f"\n## What {handover.script[0]} must do itself\n"
-    yield "No file here applies these, and `--script-applies` said that the script does:\n"
+    yield "No file here applies these steps; `--script-applies` declared that the script does:\n"
     yield from (f"- `{step.name}`: {step.text}" for step in steps)
     yield "\n`memfit.conform(model, optimizer, 'plan.yaml', step=one_step)` checks it on every rank."
 
 
 def _settings_lines(handover: Handover, files: Files) -> Iterator[str]:
-    given, kept = handover.user_files, handover.kept
-    if given is None or kept is None:
+    user_files, settings = handover.user_files, handover.kept
+    if user_files is None or settings is None:
         return
     yield "\n## Your settings\n"
-    for name, path in sorted(kept.sources.items()):
-        yield f"- `{name}` has every setting of `{Path(path).name}` that the plan does not decide."
-    yield from (f"- Changed for the plan: {change}." for change in kept.changed)
-    yield from (f"- Not in the export: {left}." for left in kept.not_carried)
-    if torchtitan.ARGUMENTS in files and kept.sources:
-        yield f"- `{torchtitan.ARGUMENTS}` has the plan alone: v0.3 reads no TOML with your other settings."
-    for unused in set(given.setup.files) - set(kept.sources.values()):
+    for name, path in sorted(settings.sources.items()):
+        yield f"- `{name}` keeps every setting of `{Path(path).name}` that the plan does not decide."
+    yield from (f"- Changed for the plan: {change}." for change in settings.changed)
+    yield from (f"- Not in the export: {omission}." for omission in settings.not_carried)
+    if torchtitan.ARGUMENTS in files and settings.sources:
+        yield f"- `{torchtitan.ARGUMENTS}` has only the plan: v0.3 does not read TOML with your settings."
+    for unused in set(user_files.setup.files) - set(settings.sources.values()):
         yield f"- Not in the export: settings of `{Path(unused).name}`; this target has no file for them."
-    for left in given.carried.left_out:
-        yield f"- Not in the plan: {left.option}: {left.reason}."
+    for omission in user_files.carried.left_out:
+        yield f"- Not in the plan: {omission.option}: {omission.reason}."
 
 
 _DEFAULT_CLIPPING = {
-    "trainer": "the Trainer's own default, 1.0 (max_grad_norm), holds, without DeepSpeed",
-    "torchtitan": "torchtitan's own default, 1.0 (training.max_norm), holds",
-    "megatron": "Megatron-LM's own default, 1.0 (--clip-grad), holds for a script of yours",
-    "deepspeed": "DeepSpeed's file says 0, as its own default is 1.0: write yours there",
+    "trainer": "without DeepSpeed, the Trainer's own default of 1.0 (max_grad_norm) applies",
+    "torchtitan": "torchtitan's own default of 1.0 (training.max_norm) applies",
+    "megatron": "in a script of yours, Megatron-LM's own default of 1.0 (--clip-grad) applies",
+    "deepspeed": "DeepSpeed's file sets 0, because its own default is 1.0; write your norm there",
 }
 
 
 def _clipping(target: str, handover: Handover) -> str:
     """Return a sentence on where gradients are clipped, and to which norm."""
-    spec, given = handover.config.spec, handover.user_files
+    spec, user_files = handover.config.spec, handover.user_files
     if target == "openfold":
-        return "Gradients are clipped as openfold's files say; DeepSpeed's file says its norm."
+        return "Gradients are clipped as OpenFold configures it; DeepSpeed's file sets its own norm."
     if spec.clip:
-        said = given is not None and (given.clipping.explicit or given.job_clip is None)
-        by = "your configuration" if said else "the job"
-        return f"Gradients are clipped to a norm of {spec.clip:g}, as {by} says."
-    if given is not None and given.clipping.explicit:
-        return "Gradients are not clipped, as your configuration says."
+        from_files = user_files is not None and (user_files.clipping.explicit or user_files.job_clip is None)
+        source = "your configuration" if from_files else "the job"
+        return f"Gradients are clipped to a norm of {spec.clip:g}, as {source} specifies."
+    if user_files is not None and user_files.clipping.explicit:
+        return "Gradients are not clipped, as your configuration specifies."
     key = target if target in _DEFAULT_CLIPPING else spec.engine
     default = _DEFAULT_CLIPPING.get(
         key if spec.engine != "accelerate" or "zero" not in spec.plan.label else "deepspeed"
     )
-    return "Neither the job nor a configuration clips gradients, and the prediction is for none" + (
+    return "Neither the job nor a configuration clips gradients, and the prediction assumes no clipping" + (
         f"; {default}." if default else "."
     )
 
 
 def _what(name: str, handover: Handover) -> str:
     if name in handover.engine_files:
-        as_run = handover.kept is None and not handover.script
+        is_unchanged = handover.kept is None and not handover.script
         return f"the configuration of {handover.config.engine}" + (
-            ", byte for byte what `memfit run` uses" if as_run else ""
+            ", byte for byte what `memfit run` uses" if is_unchanged else ""
         )
-    known = {
+    descriptions = {
         RUN: "the run, as `memfit run` would execute it",
         "plan.yaml": "the plan, for `memfit explain --plan` and `memfit.conform`",
-        "torchrun.sh": "what every node executes",
+        "torchrun.sh": "the script that every node executes",
         "training_args.json": "the plan as TrainingArguments",
         "torchtitan.toml": "the plan for torchtitan v0.2.2",
         "torchtitan.args": "the plan for torchtitan v0.3",
         openfold.ARGUMENTS: "arguments of train_openfold.py",
-        openfold.CHANGES: "what they change of OpenFold's configuration",
-        openfold.DEEPSPEED: "DeepSpeed's configuration, as Lightning takes it",
+        openfold.CHANGES: "changes to OpenFold's configuration",
+        openfold.DEEPSPEED: "DeepSpeed's configuration, in the form that Lightning accepts",
     }
-    return known.get(name) or ("yours" if name in handover.own_files else "what is submitted")
+    return descriptions.get(name) or ("your file" if name in handover.own_files else "the file to submit")
 
 
 def _notes(target: str, handover: Handover) -> Iterator[str]:
     spec = handover.config.spec
     if target == "torchtitan":
-        yield "Its steps are torchtitan's own: chunked losses are its configuration's."
-        yield from (f"torchtitan.args is not here: v0.3 has no {n}." for n in newer_cannot(handover.plan))
+        yield "The training step is torchtitan's own; its configuration decides whether losses are chunked."
+        yield from (
+            f"torchtitan.args is missing, because v0.3 does not support {n}."
+            for n in newer_cannot(handover.plan)
+        )
     if target == "openfold":
         yield from openfold.notes(handover.plan)
     if target in {"trainer", "torchtitan", "openfold"}:
-        yield f"The batch is {spec.batch_size} samples a step on all ranks."
+        yield f"The batch is {spec.batch_size} samples per step over all ranks."
         return
     if handover.script:
         yield (
-            "Every node needs Python with what your script imports; modules of your own go beside it. The "
-            "configuration says how many samples a rank takes: "
-            f"{spec.batch_size} a step on all ranks were given."
+            "Every node needs Python with the packages that your script imports; put your own modules beside "
+            "it. The configuration says how many samples a rank takes; over all ranks the plan has "
+            f"{spec.batch_size} per step."
         )
         if handover.config.engine == "native":
             yield (
                 "The native engine has no configuration file: your script applies plan.yaml, and "
-                "`memfit.conform(model, optimizer, plan)` tells whether it did."
+                "`memfit.conform(model, optimizer, plan)` checks that it did."
             )
         return
     yield (
-        "memfit's worker joins its ranks over gloo and trains on processors; it does not use GPUs on several "
-        "ranks. For GPUs hand the plan to your own script: `memfit export --script train.py`."
+        "memfit's worker connects its ranks over gloo and trains on CPUs; it does not use GPUs for several "
+        "ranks. For GPUs use a script of your own: `memfit export --script train.py`."
     )
     if spec.keep.save:
-        where = f"`{spec.keep.save}`, which all nodes must see"
-        yield f"Ranks that are started again go on from the newest complete checkpoint in {where}."
+        directory = f"`{spec.keep.save}`, which all nodes must be able to access"
+        yield f"Restarted ranks continue from the newest complete checkpoint in {directory}."
     else:
-        yield "It keeps no checkpoints: a restart begins at the first step (`--save DIR` changes that)."
+        yield "The run saves no checkpoint, so a restart begins at step 0 (`--save DIR` changes that)."
     extra = "" if handover.config.engine == "native" else f"[{handover.config.engine}]"
     yield f"Every node needs Python with memfit and the engine's packages: `pip install 'memfit{extra}'`."
-    given = [f"`{p}`" for p in (spec.job.data, spec.job.weights) if p]
-    if given:
-        yield f"These must be there on every node: {', '.join(given)}."
+    paths = [f"`{p}`" for p in (spec.job.data, spec.job.weights) if p]
+    if paths:
+        yield f"These paths must exist on every node: {', '.join(paths)}."
     if handover.nodes > 1:
-        yield "Where gloo takes the wrong network, say which: `GLOO_SOCKET_IFNAME=eth0`."
+        yield "If gloo picks the wrong network interface, name the right one: `GLOO_SOCKET_IFNAME=eth0`."

@@ -45,10 +45,10 @@ _CALLS: Mapping[str, str] = {
     "or torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)",
     "selective-checkpointing": "torch.utils.checkpoint with create_selective_checkpoint_contexts, "
     "keep: {keep}",
-    "optimal-checkpointing": "recompute the operators that plan.yaml names; memfit's own worker does",
+    "optimal-checkpointing": "recompute the operators that plan.yaml names; memfit's own worker does this",
     "activation-offload": "torch.autograd.graph.save_on_cpu(pin_memory=True) around the forward pass",
-    "chunked-cross-entropy": "compute head and loss in chunks, so that no whole logits exist",
-    "chunking": "run independent slices of modules one after another; memfit's own worker does",
+    "chunked-cross-entropy": "compute head and loss in chunks, so that the full logits never exist",
+    "chunking": "run independent slices of modules one after another; memfit's own worker does this",
     "compile": "torch.compile, scope: {scope}",
     "gradient-accumulation": "split the batch into {micro_batches} micro-batches and update after the last",
     "bf16-autocast": "torch.autocast(device_type, torch.bfloat16) around forward and loss",
@@ -73,8 +73,8 @@ _CALLS: Mapping[str, str] = {
     "sharded-ddp": "fairscale's OSS and ShardedDataParallel",
     "tensor-parallel": "torch.distributed.tensor.parallel.parallelize_module over {degree} ranks",
     "context-parallel": "torch.distributed.tensor.experimental.context_parallel over {degree} ranks",
-    "axial-parallel": "share each sample among {degree} ranks by its axes; memfit's own worker does",
-    "expert-parallel": "share experts among {degree} ranks",
+    "axial-parallel": "split each sample along its axes over {degree} ranks; memfit's own worker does this",
+    "expert-parallel": "distribute experts over {degree} ranks",
     "pipeline": "torch.distributed.pipelining in {stages} stages, schedule {schedule}, {micro_batches} "
     "micro-batches",
 }
@@ -97,39 +97,41 @@ def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
 
 def _steps(spec: RunSpec) -> Iterator[ScriptStep]:
     plan, applied = spec.plan, _APPLIED.get(spec.engine, frozenset())
-    for used in plan.uses:
-        if used.technique == "ddp" and spec.engine == "accelerate" and not _default_buckets(used):
-            yield ScriptStep(name="ddp", text=_BUCKETS.format(**used.settings))
-        elif used.technique not in applied and not _by_accelerate(spec, used):
-            yield ScriptStep(name=used.technique, text=_text(used, plan))
-    by_file = spec.engine in ("deepspeed", "megatron") or plan.get("zero") is not None
-    if spec.clip and not (by_file and spec.engine != "native"):
+    for use in plan.uses:
+        if use.technique == "ddp" and spec.engine == "accelerate" and not _default_buckets(use):
+            yield ScriptStep(name="ddp", text=_BUCKETS.format(**use.settings))
+        elif use.technique not in applied and not _by_accelerate(spec, use):
+            yield ScriptStep(name=use.technique, text=_text(use, plan))
+    clipped_by_file = spec.engine in ("deepspeed", "megatron") or plan.get("zero") is not None
+    if spec.clip and not (clipped_by_file and spec.engine != "native"):
         call = "accelerator" if spec.engine == "accelerate" else "torch.nn.utils"
         yield ScriptStep(name=CLIP, text=f"{call}.clip_grad_norm_(model.parameters(), {spec.clip:g})")
 
 
-def _text(used: Use, plan: Plan) -> str:
-    settings = dict(used.settings)
-    if used.technique == "activation-checkpointing":
-        every = int(settings["every"])
-        settings["blocks"] = "every block" if every == 1 else f"one block of {every}"
-    text = _CALLS[used.technique].format(**settings)
-    once = any(other.settings.get("sync") == "last" for other in plan.uses)
-    return f"{text}, the only one that reduces gradients" if used.technique == _SPLIT and once else text
+def _text(use: Use, plan: Plan) -> str:
+    settings = dict(use.settings)
+    if use.technique == "activation-checkpointing":
+        interval = int(settings["every"])
+        settings["blocks"] = "every block" if interval == 1 else f"one block of {interval}"
+    text = _CALLS[use.technique].format(**settings)
+    reduces_once = any(plan_use.settings.get("sync") == "last" for plan_use in plan.uses)
+    return (
+        f"{text}, the only one that reduces gradients" if use.technique == _SPLIT and reduces_once else text
+    )
 
 
-def _default_buckets(used: Use) -> bool:
+def _default_buckets(use: Use) -> bool:
     """Return whether the settings are those of torch's DDP, which Accelerate creates by default."""
-    return (used.settings["bucket_mib"], used.settings["bucket_view"]) == (25, False)
+    return (use.settings["bucket_mib"], use.settings["bucket_view"]) == (25, False)
 
 
-def _by_accelerate(spec: RunSpec, used: Use) -> bool:
+def _by_accelerate(spec: RunSpec, use: Use) -> bool:
     """Return whether Accelerate applies the technique for a script. Its FSDP recomputes every block if the
     YAML says so. With DeepSpeed below it, gradients are accumulated as DeepSpeed's file says."""
-    if used.technique == _SPLIT:
+    if use.technique == _SPLIT:
         return spec.engine == "accelerate" and spec.plan.get("zero") is not None
-    whole = used.technique == "activation-checkpointing" and used.settings["every"] == 1
-    return whole and spec.engine == "accelerate" and spec.plan.get("fsdp2") is not None
+    every_block = use.technique == "activation-checkpointing" and use.settings["every"] == 1
+    return every_block and spec.engine == "accelerate" and spec.plan.get("fsdp2") is not None
 
 
 def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str], *, script: str) -> None:
@@ -138,19 +140,19 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
     names = [step.name for step in steps]
     for name in acknowledged:
         if name not in (*names, "all"):
-            close = difflib.get_close_matches(name, names, n=1)
+            suggestions = difflib.get_close_matches(name, names, n=1)
             raise UserError(
-                f"--script-applies {name}",
+                f"there is no such step: --script-applies {name}",
                 allowed=", ".join(("all", *names)),
-                hint=f"did you mean {close[0]}?" if close else "",
+                hint=f"did you mean {suggestions[0]}?" if suggestions else "",
             )
     if "all" in acknowledged or not (missing := [s for s in steps if s.name not in acknowledged]):
         return
-    listed = "; ".join(f"({n}) {s.name}: {s.text}" for n, s in enumerate(missing, 1))
+    steps_text = "; ".join(f"({n}) {s.name}: {s.text}" for n, s in enumerate(missing, 1))
     raise UserError(
-        f"no exported file applies these, {script} must do so itself, or it trains another plan than the one "
-        f"predicted: {listed}",
-        hint=f"once it does, acknowledge that: --script-applies {','.join(names)}",
+        f"no exported file applies these steps, so {script} must; otherwise it trains a different plan from "
+        f"the predicted one: {steps_text}",
+        hint=f"when it does, confirm it with --script-applies {','.join(names)}",
     )
 
 
@@ -159,8 +161,8 @@ def script_files(config: LaunchConfig) -> Mapping[str, str]:
     itself, while for a script Accelerate's FSDP does it."""
     import yaml
 
-    recomputed = config.spec.plan.get("activation-checkpointing")
-    if recomputed is None or not _by_accelerate(config.spec, recomputed):
+    checkpointing = config.spec.plan.get("activation-checkpointing")
+    if checkpointing is None or not _by_accelerate(config.spec, checkpointing):
         return config.files
     data = yaml.safe_load(config.files[accelerate.CONFIG])
     data["fsdp_config"]["fsdp_activation_checkpointing"] = True

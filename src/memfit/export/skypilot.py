@@ -47,14 +47,18 @@ def _resources(handover: Handover) -> dict[str, Any]:
     if not handover.on_gpus:
         return {"cpus": f"{handover.cpus_per_node}+", **recovery}
     if not handover.gpu:
-        raise UserError("no --gpu", allowed="an accelerator as `sky show-gpus` lists it", hint="--gpu H100")
+        raise UserError(
+            "--gpu is missing", allowed="an accelerator as `sky show-gpus` lists it", hint="--gpu H100"
+        )
     return {"accelerators": f"{handover.gpu}:{handover.per_node}", **recovery}
 
 
 def _check(handover: Handover) -> str:
     """Return a command that imports the needed packages. It is used if no set-up command is given, so that a
     node that lacks a package reports it before anything starts."""
-    needed = ["torch"] if handover.script else ["torch", "memfit"]
-    distribution = {"accelerate": "accelerate", "deepspeed": "deepspeed", "megatron": "megatron.core"}
-    needed += [distribution[handover.config.engine]] if handover.config.engine in distribution else []
-    return f"python -c {shlex.quote('import ' + ', '.join(needed))}"
+    packages = ["torch"] if handover.script else ["torch", "memfit"]
+    module_by_engine = {"accelerate": "accelerate", "deepspeed": "deepspeed", "megatron": "megatron.core"}
+    packages += (
+        [module_by_engine[handover.config.engine]] if handover.config.engine in module_by_engine else []
+    )
+    return f"python -c {shlex.quote('import ' + ', '.join(packages))}"

@@ -38,9 +38,11 @@ def bundle(target: str, handover: Handover) -> Files:
         files |= {name: handover.kept.files[name] for name in files}
     files |= _by_the_users_names(handover, files)
     files[NAME] = readme(target, handover, files)
-    changed = sorted(n for n, text in handover.own_files.items() if files[n] != text)
-    if changed:
-        raise UserError(f"{', '.join(changed)} is what memfit calls its own file", hint="rename yours")
+    clashing = sorted(n for n, text in handover.own_files.items() if files[n] != text)
+    if clashing:
+        raise UserError(
+            f"{', '.join(clashing)}: memfit itself writes a file of that name", hint="rename yours"
+        )
     return files
 
 
@@ -50,11 +52,11 @@ def _by_the_users_names(handover: Handover, files: Files) -> Files:
     replace."""
     sources = handover.kept.sources if handover.kept is not None else {}
     words = [part for word in handover.script[1:] for part in word.split("=")]
-    given = handover.user_files.setup.files if handover.user_files is not None else ()
-    if missing := [Path(f).name for f in given if Path(f).name in words and f not in sources.values()]:
+    user_paths = handover.user_files.setup.files if handover.user_files is not None else ()
+    if missing := [Path(f).name for f in user_paths if Path(f).name in words and f not in sources.values()]:
         raise UserError(
             f"{handover.script[0]} is started with {missing[0]}, which engine {handover.config.engine} does "
-            "not read: it would not have the plan's settings",
+            "not read, so the run would not have the plan's settings",
             allowed=f"configurations of {handover.config.engine}, or another --to",
         )
     return {

@@ -20,14 +20,14 @@ _HEAD = """\
 set -euo pipefail
 cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
 : "${{PYTHON:=python}}" "${{LOGS:=logs}}"
-# Else ranks that are started again read addresses of dead ones (pytorch/pytorch issue 135712).
+# Otherwise restarted ranks read the addresses of dead ones (pytorch/pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 """
 _SEVERAL_NODES = """\
 : "${NODE_RANK:?is 0 on the first node, then 1, 2, ...}"
 : "${HEAD_ADDR:?is the name or address of the first node}"
 : "${HEAD_PORT:=29400}" "${RUN_ID:=memfit}"
-# The first node keeps the rendezvous; nobody has to guess from names who that is.
+# The first node hosts the rendezvous; torchrun does not have to guess it from host names.
 if [ "$NODE_RANK" = 0 ]; then is_host=1; else is_host=0; fi
 """
 
@@ -46,20 +46,20 @@ def script(handover: Handover) -> str:
         per_node=handover.per_node,
         nodes=handover.nodes,
     )
-    several = _SEVERAL_NODES if handover.nodes > 1 else ""
-    exports = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in environment(handover).items())
+    node_variables = _SEVERAL_NODES if handover.nodes > 1 else ""
+    export_lines = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in environment(handover).items())
     by_accelerate = handover.script and handover.config.engine == "accelerate"
-    launch = _accelerate(handover) if by_accelerate else _torchrun(handover)
-    return head + several + exports + "exec " + " \\\n  ".join(launch) + "\n"
+    command = _accelerate(handover) if by_accelerate else _torchrun(handover)
+    return head + node_variables + export_lines + "exec " + " \\\n  ".join(command) + "\n"
 
 
 def environment(handover: Handover) -> dict[str, str]:
     """Return the environment variables of the launch, without paths of this machine. For a script the
     variables of memfit's worker are left out too: those for training on CPUs, and PYTHONSAFEPATH, which
     removes the current folder from the import path."""
-    of_worker = ("DS_ACCELERATOR", "PYTHONSAFEPATH") if handover.script else ()
-    without = {"PYTHONPATH", "LOCAL_RANK", *of_worker}
-    return {k: v for k, v in handover.config.env.items() if k not in without}
+    worker_variables = ("DS_ACCELERATOR", "PYTHONSAFEPATH") if handover.script else ()
+    excluded = {"PYTHONPATH", "LOCAL_RANK", *worker_variables}
+    return {k: v for k, v in handover.config.env.items() if k not in excluded}
 
 
 def _torchrun(handover: Handover) -> Iterator[str]:
@@ -98,11 +98,11 @@ def program(handover: Handover) -> str:
 def _handed(handover: Handover) -> str:
     """Return arguments that pass the engine's configuration to the user's script, unless the script names it
     itself."""
-    engine, has = handover.config.engine, handover.engine_files
-    if engine in ("native", "accelerate") or any(n in word for n in has for word in handover.script):
+    engine, config_names = handover.config.engine, handover.engine_files
+    if engine in ("native", "accelerate") or any(n in word for n in config_names for word in handover.script):
         return ""
-    if "deepspeed.json" in has:
+    if "deepspeed.json" in config_names:
         return "--deepspeed --deepspeed_config deepspeed.json"  # deepspeed.add_config_arguments
-    if "megatron.args" in has:
+    if "megatron.args" in config_names:
         return "$(cat megatron.args)"
     raise UserError(f"engine {engine} has no configuration that a script could read")

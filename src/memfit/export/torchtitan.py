@@ -33,16 +33,16 @@ _KERNELS = {"adamw-fused": "fused", "adamw-single": "for-loop"}
 _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     "ddp": (
         ("bucket_mib", _DDP_BUCKET_MIB, "its buckets have a fixed size"),
-        ("bucket_view", False, "gradients lie beside its buckets"),
+        ("bucket_view", False, "gradients are separate from its buckets"),
         ("sync", "every", "it reduces after every micro-batch"),
     ),
     "fsdp2": (
-        ("units", "ends", "it gathers the embedding apart, and norm and head together"),
+        ("units", "ends", "it gathers the embedding separately, and norm and head together"),
         ("prefetch", 1, "it gathers one group ahead"),
     ),
-    "tensor-parallel": (("sequence", True, "it is always sequence parallel too"),),
+    "tensor-parallel": (("sequence", True, "it always uses sequence parallelism as well"),),
     "compile": (("scope", "blocks", "it compiles block by block"),),
-    "selective-checkpointing": (("keep", "every-second-matmul", "what its op policy keeps"),),
+    "selective-checkpointing": (("keep", "every-second-matmul", "its op policy keeps these operators"),),
 }
 _SAID = {
     "ddp",
@@ -65,62 +65,65 @@ _SAID = {
 def files(handover: Handover) -> Files:
     """Return the files of the export. Raises UserError if torchtitan cannot train the plan."""
     plan = handover.plan
-    if why := tuple(_why_not(plan)):
-        raise UserError(f"torchtitan cannot train this plan: {'; '.join(why)}")
-    found = {**handover.own_files, TOML: toml(sections(handover))}
+    if reasons := tuple(_why_not(plan)):
+        raise UserError(f"torchtitan cannot train this plan: {'; '.join(reasons)}")
+    rendered = {**handover.own_files, TOML: toml(sections(handover))}
     if not newer_cannot(plan):
-        found[ARGUMENTS] = "".join(f"{line}\n" for line in arguments(sections(handover)))
-    return found
+        rendered[ARGUMENTS] = "".join(f"{line}\n" for line in arguments(sections(handover)))
+    return rendered
 
 
 def _why_not(plan: Plan) -> Iterator[str]:
-    for used in plan.uses:
-        name, knobs = used.technique, used.settings
+    for use in plan.uses:
+        name, knobs = use.technique, use.settings
         if name not in _SAID:
-            yield f"{name} is not in it"
-        for knob, value, why in _ONLY.get(name, ()):
+            yield f"{name} is not supported"
+        for knob, value, reason in _ONLY.get(name, ()):
             if knobs[knob] != value:
-                yield f"{name}: {why}, {knob} must be {json.dumps(value)}"
+                yield f"{name}: {reason}, so {knob} must be {json.dumps(value)}"
         if name == "fsdp2":
             yield from _fsdp_not(knobs, staged=plan.get("pipeline") is not None)
             if plan.get("bf16-autocast") is not None:
-                yield "bf16-autocast: it has none beside FSDP, whose precision is that of gathered parameters"
+                yield "bf16-autocast: not used with FSDP, whose own precision applies to gathered parameters"
         if name == "tensor-parallel" and knobs["vocabulary"] == "whole":
-            yield "tensor-parallel: embedding and head are always cut, vocabulary must not be 'whole'"
+            yield "tensor-parallel: embedding and head are always split, so vocabulary must not be 'whole'"
         if name == "pipeline" and knobs["virtual"] != _SCHEDULES[str(knobs["schedule"])][1]:
             stages = _SCHEDULES[str(knobs["schedule"])][1]
-            yield f"pipeline: {knobs['schedule']} has {stages} stages on a rank, virtual must be {stages}"
+            yield f"pipeline: {knobs['schedule']} has {stages} stages per rank, so virtual must be {stages}"
 
 
 def _fsdp_not(knobs: Mapping[str, Any], *, staged: bool) -> Iterator[str]:
     if knobs["reshard"] not in {True, False}:
-        yield "fsdp2: reshard is for all groups or none"
+        yield "fsdp2: reshard applies to all groups or none, so it must be true or false"
     if staged and (knobs["sync"], knobs["reshard"]) != ("last", False):  # torch.distributed.pipelining.stage
         yield (
             "fsdp2: its pipelines reduce in each stage's last backward and keep parameters gathered until "
-            'then, sync must be "last" and reshard false'
+            'then, so sync must be "last" and reshard false'
         )
     if not staged and knobs["sync"] != "every":
-        yield 'fsdp2: it reduces after every micro-batch, sync must be "every"'
+        yield 'fsdp2: it reduces after every micro-batch, so sync must be "every"'
 
 
 def newer_cannot(plan: Plan) -> tuple[str, ...]:
     """Return the parts of the plan that v0.3 does not support."""
-    recomputed, tensor = plan.get("activation-checkpointing"), plan.get("tensor-parallel")
+    checkpointing, tensor = plan.get("activation-checkpointing"), plan.get("tensor-parallel")
     return tuple(
         text
-        for is_so, text in (
-            (recomputed is not None and recomputed.settings["every"] != 1, "recomputing every k-th block"),
+        for applies, text in (
+            (
+                checkpointing is not None and checkpointing.settings["every"] != 1,
+                "recomputing every k-th block",
+            ),
             (plan.get("selective-checkpointing") is not None, "v0.2's op policy of recomputation"),
             (plan.get("optimizer-in-backward") is not None, "optimizer steps in backward"),
             (plan.get("ddp") is not None, "DDP's own buckets"),
             (plan.get("float8-linear") is not None, "v0.2's float8 converter"),
             (
                 tensor is not None and tensor.settings["vocabulary"] == "gathered",
-                "gathering the logits of a cut head",
+                "gathering the logits of a split head",
             ),
         )
-        if is_so
+        if applies
     )
 
 
@@ -128,7 +131,7 @@ def sections(handover: Handover) -> Sections:
     """Return the settings of torchtitan v0.2.2 for the plan, by table."""
     plan = handover.plan
     place, fsdp = layout(plan), plan.get("fsdp2")
-    half = plan.get("bf16-autocast") is not None or (
+    is_bf16 = plan.get("bf16-autocast") is not None or (
         fsdp is not None and fsdp.settings["precision"] == "bf16"
     )
     experts, tensor = plan.get("expert-parallel"), plan.get("tensor-parallel")
@@ -147,31 +150,34 @@ def sections(handover: Handover) -> Sections:
     training |= {
         "enable_cpu_offload": fsdp is not None and bool(fsdp.settings["offload"]),
         "dtype": "float32",
-        "mixed_precision_param": "bfloat16" if half else "float32",
+        "mixed_precision_param": "bfloat16" if is_bf16 else "float32",
         "mixed_precision_reduce": "float32",
     }
     if handover.config.spec.clip:
         training["max_norm"] = handover.config.spec.clip
     kernel = next((_KERNELS[u.technique] for u in plan.uses if u.technique in _KERNELS), "foreach")
-    early = plan.get("optimizer-in-backward") is not None
-    compiled = {"components": ["model"]} if plan.get("compile") is not None else {}
+    steps_in_backward = plan.get("optimizer-in-backward") is not None
+    compile_section = {"components": ["model"]} if plan.get("compile") is not None else {}
     return {
         "training": training,
         "parallelism": {**parallelism, **pipeline},
         "activation_checkpoint": _recomputation(plan),
-        "optimizer": {"implementation": kernel, **({"early_step_in_backward": True} if early else {})},
-        "compile": {"enable": bool(compiled), **compiled},
+        "optimizer": {
+            "implementation": kernel,
+            **({"early_step_in_backward": True} if steps_in_backward else {}),
+        },
+        "compile": {"enable": bool(compile_section), **compile_section},
         **_converted(plan),
     }
 
 
 def _converted(plan: Plan) -> Sections:
     """Return the settings of the float8 converter. The head is not converted, as in memfit."""
-    low = plan.get("float8-linear")
-    if low is None:
+    float8 = plan.get("float8-linear")
+    if float8 is None:
         return {}
-    own = {"recipe_name": low.settings["scaling"], "filter_fqns": ["output"]}
-    return {"model": {"converters": ["quantize.linear.float8"]}, "quantize.linear.float8": own}
+    converter_settings = {"recipe_name": float8.settings["scaling"], "filter_fqns": ["output"]}
+    return {"model": {"converters": ["quantize.linear.float8"]}, "quantize.linear.float8": converter_settings}
 
 
 def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,29 +186,30 @@ def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
     plan, batch_size = handover.plan, handover.config.spec.batch_size
     accumulation, stages = plan.get("gradient-accumulation"), plan.get("pipeline")
     steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
-    streamed = int(stages.settings["micro_batches"]) if stages is not None else 1
-    parts = layout(plan).data * steps * streamed
+    pipeline_batches = int(stages.settings["micro_batches"]) if stages is not None else 1
+    parts = layout(plan).data * steps * pipeline_batches
     if batch_size % parts:
         raise UserError(
-            f"a batch of {batch_size} in {parts} parts", allowed=f"a multiple of {parts} (--batch)"
+            f"a batch of {batch_size} cannot be split into {parts} equal parts",
+            allowed=f"a multiple of {parts} (--batch)",
         )
-    micro = batch_size // parts
-    training = {"local_batch_size": micro * streamed, "global_batch_size": batch_size}
+    micro_batch_size = batch_size // parts
+    training = {"local_batch_size": micro_batch_size * pipeline_batches, "global_batch_size": batch_size}
     if stages is None:
         return training, {}
     return training, {
         "pipeline_parallel_schedule": _SCHEDULES[str(stages.settings["schedule"])][0],
-        "pipeline_parallel_microbatch_size": micro,
+        "pipeline_parallel_microbatch_size": micro_batch_size,
     }
 
 
 def _recomputation(plan: Plan) -> dict[str, Any]:
     if plan.get("selective-checkpointing") is not None:
         return {"mode": "selective", "selective_ac_option": "op"}
-    if (used := plan.get("activation-checkpointing")) is None:
+    if (use := plan.get("activation-checkpointing")) is None:
         return {"mode": "none"}
-    every = int(used.settings["every"])
-    return {"mode": "full"} if every == 1 else {"mode": "selective", "selective_ac_option": str(every)}
+    interval = int(use.settings["every"])
+    return {"mode": "full"} if interval == 1 else {"mode": "selective", "selective_ac_option": str(interval)}
 
 
 def toml(given: Sections) -> str:

@@ -40,26 +40,28 @@ _SAID = {
 
 def files(handover: Handover) -> Files:
     """Return the files of the export. Raises UserError if TrainingArguments cannot express the plan."""
-    why = tuple(_why_not(handover.plan))
+    reasons = tuple(_why_not(handover.plan))
     if handover.plan.get("zero") is not None and "deepspeed.json" not in handover.engine_files:
-        why += ("zero is DeepSpeed's: --engine deepspeed",)
-    if why:
-        raise UserError(f"TrainingArguments cannot say this plan: {'; '.join(why)}")
-    given = {n: t for n, t in handover.carried.items() if n in handover.own_files or n == "deepspeed.json"}
-    return {**given, ARGUMENTS: json.dumps(arguments(handover), indent=2) + "\n"}
+        reasons += ("zero needs DeepSpeed: --engine deepspeed",)
+    if reasons:
+        raise UserError(f"TrainingArguments cannot express this plan: {'; '.join(reasons)}")
+    extra_files = {
+        n: t for n, t in handover.carried.items() if n in handover.own_files or n == "deepspeed.json"
+    }
+    return {**extra_files, ARGUMENTS: json.dumps(arguments(handover), indent=2) + "\n"}
 
 
 def _why_not(plan: Plan) -> Iterator[str]:
-    for used in plan.uses:
-        name, knobs = used.technique, used.settings
+    for use in plan.uses:
+        name, knobs = use.technique, use.settings
         if name not in _SAID | _OPTIMIZERS.keys():
-            yield f"{name} is not in them"
+            yield f"{name} is not supported"
         elif name == "activation-checkpointing" and knobs["every"] != 1:
-            yield "activation-checkpointing: every block or none, every must be 1"
+            yield "activation-checkpointing: it recomputes every block or none, so every must be 1"
         elif name == "compile" and knobs["scope"] != "model":
-            yield "compile: the whole model is one graph, scope must be 'model'"
+            yield "compile: the whole model is one graph, so scope must be 'model'"
         elif name == "ddp" and knobs["bucket_view"]:
-            yield "ddp: gradients lie beside the Trainer's buckets, bucket_view must be false"
+            yield "ddp: gradients are separate from the Trainer's buckets, so bucket_view must be false"
     if plan.get("fsdp2") is not None:
         yield from engine("accelerate").reasons(plan)
 
@@ -73,12 +75,13 @@ def arguments(handover: Handover) -> dict[str, Any]:
     share = layout(plan).data * steps
     if batch_size % share:
         raise UserError(
-            f"a batch of {batch_size} in {share} parts", allowed=f"a multiple of {share} (--batch)"
+            f"a batch of {batch_size} cannot be split into {share} equal parts",
+            allowed=f"a multiple of {share} (--batch)",
         )
     optimizer = next(
         (_OPTIMIZERS[u.technique] for u in plan.uses if u.technique in _OPTIMIZERS), "adamw_torch"
     )
-    found: dict[str, Any] = {
+    arguments_by_name: dict[str, Any] = {
         "output_dir": "out",
         "per_device_train_batch_size": batch_size // share,
         "gradient_accumulation_steps": steps,
@@ -89,19 +92,17 @@ def arguments(handover: Handover) -> dict[str, Any]:
         **_data_parallel(handover, accumulated=steps > 1),
     }
     if handover.config.spec.clip:
-        found["max_grad_norm"] = handover.config.spec.clip
+        arguments_by_name["max_grad_norm"] = handover.config.spec.clip
     if optimizer == "sgd":
-        found["optim_args"] = "momentum=0.9"
+        arguments_by_name["optim_args"] = "momentum=0.9"
     if plan.get("compile") is not None:
-        found["torch_compile"] = True
-    return found
+        arguments_by_name["torch_compile"] = True
+    return arguments_by_name
 
 
 def _half(plan: Plan) -> bool:
-    used = plan.get("fsdp2") or plan.get("zero")
-    return plan.get("bf16-autocast") is not None or (
-        used is not None and used.settings["precision"] == "bf16"
-    )
+    use = plan.get("fsdp2") or plan.get("zero")
+    return plan.get("bf16-autocast") is not None or (use is not None and use.settings["precision"] == "bf16")
 
 
 def _recomputation(plan: Plan) -> dict[str, Any]:
@@ -112,15 +113,15 @@ def _recomputation(plan: Plan) -> dict[str, Any]:
 
 def _data_parallel(handover: Handover, *, accumulated: bool) -> dict[str, Any]:
     plan = handover.plan
-    found: dict[str, Any] = {}
+    arguments_by_name: dict[str, Any] = {}
     if "deepspeed.json" in handover.engine_files:
         # The Trainer refuses a clipping norm that differs from DeepSpeed's file.
         return {"deepspeed": "deepspeed.json", "max_grad_norm": handover.config.spec.clip or 0.0}
     if (ddp := plan.get("ddp")) is not None:
-        found["ddp_bucket_cap_mb"] = int(ddp.settings["bucket_mib"])
+        arguments_by_name["ddp_bucket_cap_mb"] = int(ddp.settings["bucket_mib"])
     if (fsdp := plan.get("fsdp2")) is not None:
-        found["fsdp"] = True
-        found["fsdp_config"] = {
+        arguments_by_name["fsdp"] = True
+        arguments_by_name["fsdp_config"] = {
             "version": 2,
             "reshard_after_forward": bool(fsdp.settings["reshard"]),
             "cpu_offload": bool(fsdp.settings["offload"]),
@@ -129,5 +130,5 @@ def _data_parallel(handover: Handover, *, accumulated: bool) -> dict[str, Any]:
         }
     sync = next((u.settings["sync"] for u in (ddp, fsdp) if u is not None), "last")
     if accumulated and sync == "every":
-        found["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-    return found
+        arguments_by_name["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    return arguments_by_name

@@ -156,7 +156,7 @@ def read_user_files(
     setup = read(paths)
     if ranks is not None and setup.ranks not in (None, ranks):
         raise UserError(
-            f"--ranks {ranks}, but the files of --from say {setup.ranks}", hint="leave --ranks out"
+            f"--ranks {ranks} is given, but the files of --from say {setup.ranks}", hint="omit --ranks"
         )
     if setup.ranks is None and ranks is None:
         raise UserError(
@@ -181,11 +181,13 @@ def with_engine_settings(handover: Handover) -> Handover:
         return dataclasses.replace(handover, config=config)
 
     def rendered(spec: RunSpec) -> Files:
-        made = render(spec)
-        return script_files(made) if handover.script else made.files
+        launch = render(spec)
+        return script_files(launch) if handover.script else launch.files
 
-    kept = _kept(handover.user_files, config.spec, rendered, _OF_ENGINES)
-    return dataclasses.replace(handover, kept=kept, config=dataclasses.replace(config, files=kept.files))
+    settings = _kept(handover.user_files, config.spec, rendered, _OF_ENGINES)
+    return dataclasses.replace(
+        handover, kept=settings, config=dataclasses.replace(config, files=settings.files)
+    )
 
 
 def with_target_settings(handover: Handover, target: Target) -> Handover:
@@ -199,35 +201,37 @@ def with_target_settings(handover: Handover, target: Target) -> Handover:
         )
 
     of_target = _FORMATS.keys() - _OF_ENGINES
-    kept = _kept(handover.user_files, handover.config.spec, rendered, of_target)
-    earlier = handover.kept or kept
-    both = UserSettings(
-        files=kept.files,
-        sources={**earlier.sources, **kept.sources},
-        changed=tuple(dict.fromkeys((*earlier.changed, *kept.changed))),
-        not_carried=tuple(dict.fromkeys((*earlier.not_carried, *kept.not_carried))),
+    settings = _kept(handover.user_files, handover.config.spec, rendered, of_target)
+    engine_settings = handover.kept or settings
+    combined = UserSettings(
+        files=settings.files,
+        sources={**engine_settings.sources, **settings.sources},
+        changed=tuple(dict.fromkeys((*engine_settings.changed, *settings.changed))),
+        not_carried=tuple(dict.fromkeys((*engine_settings.not_carried, *settings.not_carried))),
     )
-    return dataclasses.replace(handover, kept=both)
+    return dataclasses.replace(handover, kept=combined)
 
 
 def _kept(
-    given: UserFiles, spec: RunSpec, rendered: Callable[[RunSpec], Files], names: Collection[str]
+    user_files: UserFiles, spec: RunSpec, rendered: Callable[[RunSpec], Files], names: Collection[str]
 ) -> UserSettings:
     """Merge the user's settings into the rendered files called ``names``. Gradient clipping is written only
     if the job sets it and no file does. What the files say, or leave to their library's default, is not
     changed."""
-    own = None if given.clipping.explicit else given.job_clip
-    new = rendered(dataclasses.replace(spec, clip=spec.clip if given.for_worker else own))
-    batch = given.carried.batch or spec.batch_size
-    said = dataclasses.replace(spec, plan=given.carried.plan, batch_size=batch, clip=None)
+    clip = None if user_files.clipping.explicit else user_files.job_clip
+    new_files = rendered(dataclasses.replace(spec, clip=spec.clip if user_files.for_worker else clip))
+    batch = user_files.carried.batch or spec.batch_size
+    user_spec = dataclasses.replace(spec, plan=user_files.carried.plan, batch_size=batch, clip=None)
     try:
-        before = rendered(said)
+        user_plan_files = rendered(user_spec)
     except UserError:  # the target cannot express the files' own plan: the exported plan decides everything
-        before = {}
+        user_plan_files = {}
     ranks = layout(spec.plan).data
-    own_files = {name: text for name, text in new.items() if name in names}
-    kept = keep_settings(own_files, before, given.setup, data_ranks=ranks, for_worker=given.for_worker)
-    return dataclasses.replace(kept, files={**new, **kept.files})
+    own_files = {name: text for name, text in new_files.items() if name in names}
+    settings = keep_settings(
+        own_files, user_plan_files, user_files.setup, data_ranks=ranks, for_worker=user_files.for_worker
+    )
+    return dataclasses.replace(settings, files={**new_files, **settings.files})
 
 
 _OF_ENGINES = frozenset({deepspeed.CONFIG, accelerate.CONFIG, megatron.CONFIG})
@@ -240,25 +244,27 @@ def keep_settings(
     same files for the plan that the user's files describe; ``data_ranks``: ranks that see different samples.
     ``for_worker``: True if memfit's worker reads the files; then every value must be known and all settings
     of the plan must be written."""
-    found, sources = dict(files), {}
+    merged_files, sources = dict(files), {}
     changed: list[str] = []
     not_carried: list[str] = []
     for name, text in files.items():
-        form = _FORMATS.get(name)
-        options: Options | None = getattr(setup, form.kind) if form is not None else None
-        if form is None or options is None:
+        file_format = _FORMATS.get(name)
+        options: Options | None = getattr(setup, file_format.kind) if file_format is not None else None
+        if file_format is None or options is None:
             continue
-        user, own_text, left = _user_data(form, options, setup, name)
-        said = _leaves(form.load(before[name])) if name in before else {}
-        free = form.free if for_worker else None
-        merged, differing = _merged(user, _leaves(form.load(text)), said, free=free)
-        differing += _made_consistent(name, merged, files, data_ranks, bool(differing))
-        same = not differing and own_text is not None and not for_worker
-        found[name] = own_text if same and own_text is not None else form.dump(merged)
+        user, user_text, omitted = _user_data(file_format, options, setup, name)
+        user_plan_leaves = _leaves(file_format.load(before[name])) if name in before else {}
+        free_paths = file_format.free if for_worker else None
+        merged, changes = _merged(user, _leaves(file_format.load(text)), user_plan_leaves, free=free_paths)
+        changes += _made_consistent(name, merged, files, data_ranks, bool(changes))
+        is_unchanged = not changes and user_text is not None and not for_worker
+        merged_files[name] = user_text if is_unchanged and user_text is not None else file_format.dump(merged)
         sources[name] = options.file
-        changed += [f"{name}: {what}" for what in differing]
-        not_carried += left
-    return UserSettings(files=found, sources=sources, changed=tuple(changed), not_carried=tuple(not_carried))
+        changed += [f"{name}: {what}" for what in changes]
+        not_carried += omitted
+    return UserSettings(
+        files=merged_files, sources=sources, changed=tuple(changed), not_carried=tuple(not_carried)
+    )
 
 
 def unused_files(setup: Setup, kept: Mapping[str, str]) -> tuple[str, ...]:
@@ -300,35 +306,41 @@ _OF_LAUNCHERS = frozenset(
 
 
 def _user_data(
-    form: _Format, options: Options, setup: Setup, name: str
+    file_format: _Format, options: Options, setup: Setup, name: str
 ) -> tuple[dict[str, Any], str | None, list[str]]:
     """Return (settings as written, the text if the file may be copied or None, settings that are left
     out)."""
     path = Path(options.file)
-    others = (getattr(setup, kind) for kind in ("accelerate", "trainer", "openfold") if kind != form.kind)
+    other_kinds = (
+        getattr(setup, kind) for kind in ("accelerate", "trainer", "openfold") if kind != file_format.kind
+    )
     # These settings stand within another library's file.
-    if any(o is not None and o.file == options.file for o in others):
+    if any(o is not None and o.file == options.file for o in other_kinds):
         return copy.deepcopy(dict(options.data)), None, []
     text, data = parsed(path)
-    if data is not None and form.suffixes:
-        return copy.deepcopy(data), text if path.suffix in form.suffixes else None, []
+    if data is not None and file_format.suffixes:
+        return copy.deepcopy(data), text if path.suffix in file_format.suffixes else None, []
     values = option_values(text) if data is None else _flat(data)
     values = {n: words for n, words in values.items() if n not in _OF_LAUNCHERS}
-    unknown = {n for n, words in values.items() if n in options.unsure or any("$" in w for w in words)}
-    left = [f"--{n} of {path.name}: its value is known only when the script runs" for n in sorted(unknown)]
-    known = {n: w for n, w in values.items() if n not in unknown}
+    unknown_names = {n for n, words in values.items() if n in options.unsure or any("$" in w for w in words)}
+    omitted = [
+        f"--{n} of {path.name}: its value is known only when the script runs" for n in sorted(unknown_names)
+    ]
+    known_values = {n: w for n, w in values.items() if n not in unknown_names}
     if name == trainer.ARGUMENTS:
-        return {n: _typed(words) for n, words in known.items()}, None, left
-    dashed = {n.replace("_", "-") if name == megatron.CONFIG else n: " ".join(w) for n, w in known.items()}
-    return dashed, None, left
+        return {n: _typed(words) for n, words in known_values.items()}, None, omitted
+    options_text = {
+        n.replace("_", "-") if name == megatron.CONFIG else n: " ".join(w) for n, w in known_values.items()
+    }
+    return options_text, None, omitted
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Return the options in a YAML file of Megatron-LM's arguments, as words."""
-    given = data.get("MODEL_ARGS") if isinstance(data.get("MODEL_ARGS"), Mapping) else data
-    assert isinstance(given, Mapping)
-    named = {str(n).lstrip("-").replace("-", "_"): v for n, v in given.items()}
-    return {n: () if v is True else tuple(str(v).split()) for n, v in named.items() if v is not False}
+    arguments = data.get("MODEL_ARGS") if isinstance(data.get("MODEL_ARGS"), Mapping) else data
+    assert isinstance(arguments, Mapping)
+    values = {str(n).lstrip("-").replace("-", "_"): v for n, v in arguments.items()}
+    return {n: () if v is True else tuple(str(v).split()) for n, v in values.items() if v is not False}
 
 
 def _typed(words: tuple[str, ...]) -> Any:
@@ -345,42 +357,46 @@ def _typed(words: tuple[str, ...]) -> Any:
     return True if not words else one(words[0]) if len(words) == 1 else [one(w) for w in words]
 
 
-def _leaves(data: Mapping[str, Any], above: tuple[str, ...] = ()) -> Leaves:
-    found: Leaves = {}
+def _leaves(data: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Leaves:
+    leaves: Leaves = {}
     for name, value in data.items():
         if isinstance(value, Mapping) and value:
-            found |= _leaves(value, (*above, str(name)))
+            leaves |= _leaves(value, (*prefix, str(name)))
         else:
-            found[(*above, str(name))] = value
-    return found
+            leaves[(*prefix, str(name))] = value
+    return leaves
 
 
 def _merged(
-    user: dict[str, Any], new: Leaves, old: Leaves, *, free: frozenset[str] | None
+    user: dict[str, Any], new_leaves: Leaves, old_leaves: Leaves, *, free: frozenset[str] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the user's settings with those that the plan decides replaced, and a list of the changes. If
-    ``free`` is None, the plan decides only the settings that differ between ``old`` and ``new``. Otherwise it
-    decides all of ``new``, except paths in ``free`` that the user sets."""
-    told: list[str] = []
-    for path, value in new.items():
-        now = _get(user, path)
+    """Return the user's settings with those that the plan decides replaced, and a list of the changes.
+
+    If ``free`` is None, the plan decides only the settings that differ between ``old_leaves`` and
+    ``new_leaves``. Otherwise it decides all of ``new_leaves``, except paths in ``free`` that the user sets.
+    """
+    changes: list[str] = []
+    for path, value in new_leaves.items():
+        current = _get(user, path)
         if free is None:
-            decides = old.get(path, _MISSING) != value
+            decides = old_leaves.get(path, _MISSING) != value
         else:
-            decides = now is _MISSING or now == "auto" or ".".join(path) not in free
-        if decides and now != value:
-            told += [] if now is _MISSING and free is not None else [_change(path, now, value)]
+            decides = current is _MISSING or current == "auto" or ".".join(path) not in free
+        if decides and current != value:
+            changes += [] if current is _MISSING and free is not None else [_change(path, current, value)]
             _set(user, path, value)
-    for path in old.keys() - new.keys():
-        if free is None and (now := _get(user, path)) is not _MISSING:
+    for path in old_leaves.keys() - new_leaves.keys():
+        if free is None and (current := _get(user, path)) is not _MISSING:
             _remove(user, path)
-            told.append(_change(path, now, _MISSING))
-    return user, told
+            changes.append(_change(path, current, _MISSING))
+    return user, changes
 
 
-def _change(path: tuple[str, ...], now: Any, value: Any) -> str:
-    before, after = ("not set" if v is _MISSING else json.dumps(v, default=str) for v in (now, value))
-    return f"{'.'.join(path)}: {before} -> {after}"
+def _change(path: tuple[str, ...], current: Any, value: Any) -> str:
+    old_text, new_text = (
+        "not set" if v is _MISSING else json.dumps(v, default=str) for v in (current, value)
+    )
+    return f"{'.'.join(path)}: {old_text} -> {new_text}"
 
 
 def _get(data: Any, path: tuple[str, ...]) -> Any:
@@ -400,8 +416,8 @@ def _set(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _remove(data: dict[str, Any], path: tuple[str, ...]) -> None:
-    inside = _get(data, path[:-1]) if path[:-1] else data
-    inside.pop(path[-1], None)
+    parent = _get(data, path[:-1]) if path[:-1] else data
+    parent.pop(path[-1], None)
 
 
 # Settings that Accelerate refuses in its YAML beside a DeepSpeed file, which holds them instead.
@@ -429,11 +445,11 @@ def _made_consistent(
             merged["deepspeed"] = deepspeed.CONFIG
             yield f"deepspeed: {deepspeed.CONFIG}"
     elif name == accelerate.CONFIG and deepspeed.CONFIG in files:
-        given = merged.get("deepspeed_config") or {}
-        section = {n: v for n, v in given.items() if n not in _SAID_BY_FILE}
+        section_data = merged.get("deepspeed_config") or {}
+        section = {n: v for n, v in section_data.items() if n not in _SAID_BY_FILE}
         section |= {"deepspeed_config_file": deepspeed.CONFIG}
         merged.pop("mixed_precision", None)
-        if section != given:
+        if section != section_data:
             merged["deepspeed_config"] = section
             yield f"deepspeed_config.deepspeed_config_file: {deepspeed.CONFIG}"
     elif name == accelerate.CONFIG and differs and merged.get("fsdp_config", {}).get("fsdp_version") == 1:
@@ -460,15 +476,15 @@ def _as_fsdp2(section: dict[str, Any]) -> Iterator[str]:
 
 
 def _deepspeed_consistent(merged: dict[str, Any], rendered: str, data_ranks: int) -> Iterator[str]:
-    half = json.loads(rendered)["bf16"]["enabled"]
-    narrow = [n for n in ("fp16", "bf16", "bfloat16", "amp") if (_get(merged, (n, "enabled")) is True)]
-    extra = [n for n in narrow if not half or (n != "bf16" and len(narrow) > 1)]
-    for section in extra:
+    is_bf16 = json.loads(rendered)["bf16"]["enabled"]
+    enabled = [n for n in ("fp16", "bf16", "bfloat16", "amp") if (_get(merged, (n, "enabled")) is True)]
+    superfluous = [n for n in enabled if not is_bf16 or (n != "bf16" and len(enabled) > 1)]
+    for section in superfluous:
         merged[section]["enabled"] = False
         yield f"{section}.enabled: true -> false"
     micro, steps = (merged.get(n) for n in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
-    whole = merged.get("train_batch_size")
-    parts = [n for n in (micro, steps) if isinstance(n, int)]
-    if isinstance(whole, int) and len(parts) == 2 and whole != math.prod(parts) * data_ranks:
+    total_batch = merged.get("train_batch_size")
+    factors = [n for n in (micro, steps) if isinstance(n, int)]
+    if isinstance(total_batch, int) and len(factors) == 2 and total_batch != math.prod(factors) * data_ranks:
         del merged["train_batch_size"]
-        yield f"train_batch_size: {whole} -> not set"
+        yield f"train_batch_size: {total_batch} -> not set"

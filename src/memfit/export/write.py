@@ -18,22 +18,24 @@ def write(folder: Path, files: Files, *, force: bool = False) -> None:
     """Write ``files`` and a manifest into ``folder``. Raises UserError if the folder contains anything,
     unless ``force`` is set. With ``force``, files of the same names and files that only an earlier export
     wrote are replaced or removed; everything else stays."""
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken and (not force or not folder.is_dir()):
-        hint = "--force replaces the files of an export" if folder.is_dir() else "give a folder"
-        raise UserError(f"{folder} is there already", allowed="a folder that is new or empty", hint=hint)
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied and (not force or not folder.is_dir()):
+        hint = "--force replaces the files of an export" if folder.is_dir() else "give a folder, not a file"
+        raise UserError(f"{folder} already exists", allowed="a folder that is new or empty", hint=hint)
     if not folder.absolute().parent.is_dir():
-        raise UserError(f"{folder}: there is no folder {folder.parent}", hint="make it first")
+        raise UserError(
+            f"{folder} cannot be written: there is no folder {folder.parent}", hint="create it first"
+        )
     try:
-        _write(folder, files, replacing=taken)
+        _write(folder, files, replacing=occupied)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from error
 
 
 def _write(folder: Path, files: Files, *, replacing: bool) -> None:
     manifest = json.dumps({"files": {n: digest(t) for n, t in sorted(files.items())}}, indent=2) + "\n"
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as made:
-        new = Path(made) / "new"
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as staging:
+        new = Path(staging) / "new"
         new.mkdir()
         for name, text in {**files, MANIFEST: manifest}.items():
             (new / name).write_bytes(text.encode())
@@ -57,7 +59,7 @@ def digest(text: str) -> str:
 
 def _written_before(folder: Path) -> set[str]:
     try:
-        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-    return {name for name in told if isinstance(name, str) and Path(name).name == name}
+    return {name for name in names if isinstance(name, str) and Path(name).name == name}

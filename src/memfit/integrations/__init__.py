@@ -1,2 +1,2 @@
-"""memfit inside the training loops of others: callbacks that predict, look whether the plan was applied, and
-record predicted against measured. Each module loads the library that it is for."""
+"""Callbacks for the training loops of other libraries. They predict the step, check whether the plan was
+applied, and record predicted and measured peaks. Each module imports the library that it supports."""

@@ -1,4 +1,4 @@
-"""A callback for Lightning's Trainer, and the Trainer's arguments of a plan (Lightning 2.6).
+"""A callback for Lightning's Trainer, and the Trainer's arguments for a plan (Lightning 2.6).
 
 ::
 
@@ -21,11 +21,11 @@ from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan, use
 
-# Of the module itself: no argument of the Trainer says them, the callback looks whether it does them.
+# Techniques of the module itself. The Trainer has no arguments for them; the callback checks them.
 _OF_THE_MODULE = {
     "activation-checkpointing",
     "selective-checkpointing",
-    "chunked-loss",
+    "chunked-cross-entropy",
     "compile",
     "lora",
     "qlora",
@@ -42,27 +42,27 @@ _MIXED = {"bf16-autocast": "bf16-mixed", "fp16-autocast": "16-mixed"}
 
 
 def trainer_arguments(plan: Any) -> dict[str, Any]:
-    """``strategy``, ``precision``, ``accumulate_grad_batches`` and ``devices`` for a plan.
+    """Return ``strategy``, ``precision``, ``accumulate_grad_batches`` and ``devices`` for a plan.
 
     FSDP2 is Lightning's ModelParallelStrategy: the module's ``configure_model`` calls ``fully_shard`` with
-    the plan's precision. Recomputation, adapters and optimizers are the module's own too. Raises UserError
-    for techniques that neither says.
+    the plan's precision. Recomputation, adapters and optimizers also belong to the module. Raises UserError
+    for techniques that belong to neither the Trainer nor the module.
     """
     plan = plan_of(plan)
-    unsaid = [u.technique for u in plan.uses if u.technique not in _OF_THE_MODULE | _OF_THE_TRAINER]
-    if unsaid:
-        zero = (
+    unsupported = [u.technique for u in plan.uses if u.technique not in _OF_THE_MODULE | _OF_THE_TRAINER]
+    if unsupported:
+        zero_hint = (
             "DeepSpeedStrategy(config='deepspeed.json') reads the file of `memfit export --engine deepspeed`"
         )
         raise UserError(
-            f"Lightning's Trainer has no argument for {', '.join(unsaid)}",
-            hint=zero if "zero" in unsaid else "",
+            f"Lightning's Trainer has no argument for {', '.join(unsupported)}",
+            hint=zero_hint if "zero" in unsupported else "",
         )
     accumulation = plan.get("gradient-accumulation")
     return {
         "devices": plan.ranks,
         "strategy": _strategy(plan),
-        "precision": next((said for name, said in _MIXED.items() if plan.get(name)), "32-true"),
+        "precision": next((precision for name, precision in _MIXED.items() if plan.get(name)), "32-true"),
         "accumulate_grad_batches": int(accumulation.settings["micro_batches"]) if accumulation else 1,
     }
 
@@ -83,12 +83,13 @@ def _strategy(plan: Plan) -> Any:
 
 
 class _Hooks:
-    """Predicts the module's step on its first batch, looks after the first update whether the plan was
-    applied, and records predicted against measured peak.
+    """Predicts the module's step on its first batch, checks after the first update whether the plan was
+    applied, and records the predicted and the measured peak.
 
-    ``plan``: a plan, mapping or file; by default what the Trainer's arguments say. ``prediction``: one
-    made before, as one process is predicted here. ``path``: the record; by default memfit.json in the
-    Trainer's folder. ``strict``: training ends where the plan was not applied. Raises UserError.
+    ``plan``: a plan, mapping or file; by default derived from the Trainer's arguments. ``prediction``: an
+    earlier prediction; required on several ranks, because only one process can be predicted here. ``path``:
+    the file of the record; by default memfit.json in the Trainer's folder. ``strict``: training stops if the
+    plan was not applied. Raises UserError.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class _Hooks:
 
 @functools.cache
 def _callback() -> type:
-    """Lightning is loaded when the class is first asked for."""
+    """Return the callback class. Lightning is imported when the class is first used."""
     from lightning.pytorch.callbacks import Callback
 
     class MemfitCallback(_Hooks, Callback):  # type: ignore[misc]
@@ -165,37 +166,41 @@ def __getattr__(name: str) -> Any:
 
 
 def plan_of_trainer(trainer: Any) -> Plan:
-    """What a Lightning Trainer's arguments say. Raises UserError for strategies of several ranks but DDP."""
-    uses = [use(name) for name, said in _MIXED.items() if str(trainer.precision) == said]
+    """Return the plan of a Lightning Trainer's arguments. Raises UserError for several ranks with a strategy
+    other than DDP."""
+    uses = [use(name) for name, precision in _MIXED.items() if str(trainer.precision) == precision]
     if trainer.accumulate_grad_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=trainer.accumulate_grad_batches))
     if trainer.world_size > 1:
         kind = type(trainer.strategy).__name__
         if kind != "DDPStrategy":
-            raise UserError(f"no plan is told from {kind}", hint="give MemfitCallback(plan)")
+            raise UserError(
+                f"a plan cannot be derived from the strategy {kind}",
+                hint="pass the plan: MemfitCallback(plan)",
+            )
         uses.append(use("ddp"))
     return plan_of(Plan(uses=tuple(uses), ranks=trainer.world_size))
 
 
 def predicted(trainer: Any, module: Any, plan: Plan) -> Prediction:
-    """The module's ``training_step`` on the first batches of its loader, with its optimizer. Raises UserError
-    for several ranks, and for what cannot be predicted."""
+    """Return the prediction for the module's ``training_step`` on the first batch of its loader, with its
+    optimizer. Raises UserError for several ranks, and if the step cannot be predicted."""
     from torch.utils import _pytree
 
     if plan.ranks > 1:
-        raise UserError("of several ranks no Lightning module is predicted: give prediction=")
+        raise UserError("a Lightning module on several ranks cannot be predicted here: pass prediction=")
     with torch.random.fork_rng(devices=[]):
-        part = next(iter(trainer.train_dataloader))
-    accumulated = trainer.accumulate_grad_batches
-    batch = _pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t] * accumulated), part)
+        first_batch = next(iter(trainer.train_dataloader))
+    micro_batches = trainer.accumulate_grad_batches
+    batch = _pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t] * micro_batches), first_batch)
     batch = tuple(batch) if isinstance(batch, list) else batch
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
-        found = model.training_step(batch, 0)
-        return found["loss"] if isinstance(found, dict) else found  # type: ignore[no-any-return]
+        output = model.training_step(batch, 0)
+        return output["loss"] if isinstance(output, dict) else output  # type: ignore[no-any-return]
 
-    attached, module._trainer = module._trainer, None  # what is copied is the module alone
+    original_trainer, module._trainer = module._trainer, None  # only the module must be copied
     try:
         return estimate(module, batch, loss=loss, optimizer=trainer.optimizers[0], plan=plan)
     finally:
-        module._trainer = attached
+        module._trainer = original_trainer

@@ -1,4 +1,5 @@
-"""What every callback does: one watched step, the peak of every step, one file at the end."""
+"""The common part of all callbacks: check one step, measure the peak of every step, write one file at the
+end."""
 
 from __future__ import annotations
 
@@ -18,9 +19,8 @@ from memfit.types.units import format_bytes
 
 
 class Recorder:
-    """``strict``: a plan that was not applied ends the training; ``clip``: the largest gradient norm, None
-    where nobody knows. Made when the model is there and training
-    has not begun."""
+    """Create it after the model is built and before training begins. ``strict``: training stops if the plan
+    was not applied. ``clip``: the largest gradient norm; None if it is unknown."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Recorder:
         self._watch: Monitor | None = None
         self._counter: PeakCounter = peak_counter("cpu")
         gc.collect()
-        # whether the counter was there before the model was made or not: its bytes, and what is added now
+        # The model's bytes that the counter does not include: it may have started before or after the model.
         self._offset_bytes = _resident_bytes(model) - self._counter.live_bytes()
 
     def step_begins(self, model: torch.nn.Module, optimizer: Any, device: torch.device) -> None:
@@ -53,26 +53,28 @@ class Recorder:
             self._watch.__enter__()
 
     def updated(self) -> None:
-        """After the optimizer's first step, on every rank alike. Raises NotConforming where strict."""
+        """Check the plan after the optimizer's first step. Every rank must call it. Raises NotConforming if
+        the plan was not applied and the recorder is strict."""
         if self._watch is None:
             return
-        watch, self._watch = self._watch, None
-        watch.__exit__()
+        monitor, self._watch = self._watch, None
+        monitor.__exit__()
         try:
-            found = watch.conclude()
+            conformance = monitor.conclude()
         except NotConforming as error:
             self.conformance = str(error)
             if self.strict:
                 raise
         else:
-            self.conformance = str(found)
+            self.conformance = str(conformance)
 
     def step_ends(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self._counter.peak_bytes() + self._offset_bytes)
         self.steps += 1
 
     def told(self) -> dict[str, Any]:
-        """The record. Peaks are of live tensor bytes of this rank, between a step's begin and its end."""
+        """Return the record. Peaks are live tensor bytes of this rank between the beginning and the end of a
+        step."""
         predicted = self.prediction.allocated_bytes if self.prediction is not None else None
         return {
             "plan": {"techniques": self.plan.to_dict(), "ranks": self.plan.ranks},
@@ -89,19 +91,22 @@ class Recorder:
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.new")
-        new.write_text(json.dumps(self.told(), indent=2) + "\n", encoding="utf-8")
-        new.replace(path)
+        temporary_path = path.with_name(f"{path.name}.new")
+        temporary_path.write_text(json.dumps(self.told(), indent=2) + "\n", encoding="utf-8")
+        temporary_path.replace(path)
 
     @property
     def line(self) -> str:
-        """Predicted against measured in one line."""
-        measured = f"peak {format_bytes(self.peak_bytes)} measured over {self.steps} steps"
+        """The predicted and the measured peak in one line."""
+        measured_text = f"peak {format_bytes(self.peak_bytes)} measured over {self.steps} steps"
         if self.prediction is None or not self.peak_bytes:
-            return f"memfit: {measured}; not predicted: {self.why_not or 'nothing was measured'}"
+            return f"memfit: {measured_text}; not predicted: {self.why_not or 'nothing was measured'}"
         predicted = self.prediction.allocated_bytes.value
-        off = 100 * (predicted / self.peak_bytes - 1)
-        return f"memfit: {measured}, {format_bytes(predicted)} predicted ({off:+.2f} %); {self.conformance}"
+        error_percent = 100 * (predicted / self.peak_bytes - 1)
+        return (
+            f"memfit: {measured_text}, {format_bytes(predicted)} predicted ({error_percent:+.2f} %); "
+            f"{self.conformance}"
+        )
 
 
 def _resident_bytes(model: torch.nn.Module) -> int:

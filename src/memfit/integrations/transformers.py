@@ -24,13 +24,14 @@ from memfit.types.plan import Plan
 
 
 class MemfitCallback(TrainerCallback):  # type: ignore[misc]
-    """Predicts the trainer's step, looks after its first update whether the plan was applied, and records
-    predicted against measured peak.
+    """Predicts the trainer's step, checks after its first update whether the plan was applied, and records
+    the predicted and the measured peak.
 
-    ``plan``: a plan, mapping or file; by default what the TrainingArguments say. ``prediction``: one made
-    before, as `memfit.from_trainer` predicts one process. ``path``: the record; by default memfit.json in
-    the output folder (memfit.1.json, ... of other ranks). ``strict``: training ends where the plan was not
-    applied. ``blocks``: module path of the repeated blocks. Raises UserError.
+    ``plan``: a plan, mapping or file; by default derived from the TrainingArguments. ``prediction``: an
+    earlier prediction; required on several ranks, because `memfit.from_trainer` predicts one process.
+    ``path``: the file of the record; by default memfit.json in the output folder (memfit.1.json, ... for
+    other ranks). ``strict``: training stops if the plan was not applied. ``blocks``: module path of the
+    repeated blocks. Raises UserError.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
         if prediction is None:
             try:
                 if args.world_size > 1:
-                    raise UserError("of several ranks no Trainer is predicted: give prediction=")
+                    raise UserError("a Trainer on several ranks cannot be predicted here: pass prediction=")
                 prediction = from_trainer(trainer)
             except UserError as error:
                 why_not = str(error)
@@ -60,7 +61,7 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
             model=trainer.model,
             strict=strict,
             blocks=blocks,
-            clip=None if args.deepspeed else args.max_grad_norm,  # DeepSpeed clips by its own file
+            clip=None if args.deepspeed else args.max_grad_norm,  # DeepSpeed reads the norm from its own file
         )
         if prediction is not None and args.process_index == 0:
             print(f"memfit: {prediction}")
@@ -82,7 +83,8 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def plan_of_arguments(args: Any) -> Plan:
-    """What TrainingArguments say, on as many ranks as there are. Raises UserError for what no plan says."""
+    """Return the plan of TrainingArguments, on the current number of ranks. Raises UserError for settings
+    that no plan can express."""
     options = Options(file="TrainingArguments", data=args.to_dict())
-    carried = to_plan.over(Setup(trainer=options, ranks=args.world_size))
-    return carried.plan
+    conversion = to_plan.over(Setup(trainer=options, ranks=args.world_size))
+    return conversion.plan

@@ -32,17 +32,17 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     ``folder`` may itself be a checkpoint. Raises UserError if there is none.
     """
     if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
-        if why := incomplete(folder):
-            raise UserError(f"{folder} is no complete checkpoint: {why}", hint=f"try {folder.parent}")
+        if reason := incomplete(folder):
+            raise UserError(f"{folder} is not a complete checkpoint: {reason}", hint=f"try {folder.parent}")
         return folder, about(folder), ()
-    passed: list[str] = []
+    skipped_reasons: list[str] = []
     for path in _newest_first(folder):
-        if not (why := incomplete(path)):
-            return path, about(path), tuple(passed)
-        passed.append(f"{path.name}: {why}")
-    told = f" ({'; '.join(passed)})" if passed else ""
+        if not (reason := incomplete(path)):
+            return path, about(path), tuple(skipped_reasons)
+        skipped_reasons.append(f"{path.name}: {reason}")
+    details = f" ({'; '.join(skipped_reasons)})" if skipped_reasons else ""
     raise UserError(
-        f"no complete checkpoint in {folder}{told}", allowed="a folder that `memfit run --save` wrote to"
+        f"no complete checkpoint in {folder}{details}", allowed="a folder that `memfit run --save` wrote to"
     )
 
 
@@ -52,21 +52,27 @@ def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
     Without a given seed it is the checkpoint's. Raises UserError if that is not possible, or if saves would
     mix with those of another run.
     """
-    done, chosen = 0, seed or 0
+    completed_steps, resume_seed = 0, seed or 0
     if keep.resume:
-        path, there, passed = find(Path(keep.resume))
-        done, chosen = there.step, there.seed
-        if seed not in {None, there.seed}:
-            raise UserError(f"seed {seed} for a run of seed {there.seed}", allowed="the same seed, or none")
-        if done >= steps:
-            raise UserError(f"{path} has done {done} of {steps} steps", allowed=f"--steps above {done}")
-        keep = dataclasses.replace(keep, resume=str(path.resolve()), passed_over=passed)
+        path, checkpoint, skipped_reasons = find(Path(keep.resume))
+        completed_steps, resume_seed = checkpoint.step, checkpoint.seed
+        if seed not in {None, checkpoint.seed}:
+            raise UserError(
+                f"seed {seed} differs from that of the run to resume, {checkpoint.seed}",
+                allowed="the same seed, or none",
+            )
+        if completed_steps >= steps:
+            raise UserError(
+                f"{path} has already done {completed_steps} of {steps} steps",
+                allowed=f"--steps above {completed_steps}",
+            )
+        keep = dataclasses.replace(keep, resume=str(path.resolve()), passed_over=skipped_reasons)
     if keep.save and Path(keep.save).exists() and not Path(keep.save).is_dir():
-        raise UserError(f"--save {keep.save} is a file", allowed="a folder, there or not")
+        raise UserError(f"--save {keep.save} is a file", allowed="an existing or a new folder")
     if keep.save:
-        must_be_free(Path(keep.save), done)
+        must_be_free(Path(keep.save), completed_steps)
         keep = dataclasses.replace(keep, save=str(Path(keep.save).resolve()))
-    return keep, chosen
+    return keep, resume_seed
 
 
 def restarted(keep: Keep) -> Keep:
@@ -78,22 +84,22 @@ def restarted(keep: Keep) -> Keep:
     if not keep.resume or keep.resume != keep.save:
         return keep
     try:
-        path, _, passed = find(Path(keep.save))
+        path, _, skipped_reasons = find(Path(keep.save))
     except UserError:
         return dataclasses.replace(keep, resume="")
-    return dataclasses.replace(keep, resume=str(path), passed_over=passed)
+    return dataclasses.replace(keep, resume=str(path), passed_over=skipped_reasons)
 
 
 def must_be_free(folder: Path, after: int) -> None:
     """Raise UserError if ``folder`` contains checkpoints of steps later than ``after``, which belong to
     another run.
     """
-    later = [p for p in _newest_first(folder) if p.suffix != PARTIAL and _step(p) > after]
-    if later:
+    later_checkpoints = [p for p in _newest_first(folder) if p.suffix != PARTIAL and _step(p) > after]
+    if later_checkpoints:
         raise UserError(
-            f"{folder} holds {later[0].name} of another run already",
+            f"{folder} already contains {later_checkpoints[0].name} of another run",
             allowed="an empty folder",
-            hint=f"or --resume {folder} to go on from it",
+            hint=f"or --resume {folder} to continue from it",
         )
 
 
@@ -110,22 +116,22 @@ def incomplete(path: Path) -> str:
         return f"no {ABOUT}"
     try:
         files_bytes = about(path).files_bytes
-    except UserError as broken:
-        return broken.given
+    except UserError as error:
+        return error.given
     for name, size_bytes in files_bytes.items():
         file = path / name
         found_bytes = file.stat().st_size if file.is_file() else None
         if found_bytes != size_bytes:
-            there = "is missing" if found_bytes is None else f"has {found_bytes} bytes of {size_bytes}"
-            return f"{name} {there}"
+            problem = "is missing" if found_bytes is None else f"has {found_bytes} bytes of {size_bytes}"
+            return f"{name} {problem}"
     return ""
 
 
 def begin(folder: Path, step: int) -> Path:
     """Return a new empty folder for the checkpoint of ``step``. Remains of interrupted saves are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(left)
+    for leftover in folder.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(leftover)
     path = folder / f"step-{step:08d}{PARTIAL}"
     path.mkdir()
     return path
@@ -140,16 +146,18 @@ def publish(partial: Path, said: Checkpoint) -> Path:
     path = partial.with_suffix("")
     partial.rename(path)
     _sync(path.parent)
-    fresh = path.parent / f"{LATEST}{PARTIAL}"
-    _write(fresh, path.name + "\n")
-    fresh.replace(path.parent / LATEST)
+    pointer = path.parent / f"{LATEST}{PARTIAL}"
+    _write(pointer, path.name + "\n")
+    pointer.replace(path.parent / LATEST)
     _sync(path.parent)
     return path
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
-    named = [p for p in folder.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name.removesuffix(PARTIAL))]
-    yield from sorted(named, key=lambda p: (_step(p), p.suffix != PARTIAL), reverse=True)
+    folders = [
+        p for p in folder.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name.removesuffix(PARTIAL))
+    ]
+    yield from sorted(folders, key=lambda p: (_step(p), p.suffix != PARTIAL), reverse=True)
 
 
 def _step(path: Path) -> int:

@@ -56,10 +56,10 @@ def make(
     which the model has no positions.
     """
     if data is not None:
-        raise UserError(f"{PREFIX}{name} trains on random tokens and takes no --data")
+        raise UserError(f"{PREFIX}{name} trains on random tokens and does not accept --data")
     config = read_config(name)
     task, batch_size = task_of(config, name), batch or _BATCH_SIZE
-    assumed = tuple(o for o, value in (("batch", batch), ("length", length)) if value is None)
+    assumptions = tuple(o for o, value in (("batch", batch), ("length", length)) if value is None)
     length = _length(config, task, length, size, name)
     return Job(
         name=_shown_name(name, config),
@@ -70,7 +70,7 @@ def make(
         loss=lambda model, part: model(**part).loss,
         batch_size=batch_size,
         tokens_per_batch=batch_size * length,
-        assumed=assumed,
+        assumed=assumptions,
         optimizer=OptimizerChoice(learning_rate=1e-4),
         data_source="random tokens",
     )
@@ -78,9 +78,9 @@ def make(
 
 def _shown_name(name: str, config: Any) -> str:
     """Return ``hf:llama``; if settings were changed, with the two that say most about the size."""
-    base, changed, _ = name.partition("?")
+    base, changes, _ = name.partition("?")
     layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
-    return f"{PREFIX}{base}" + (f" ({layers} layers of width {width})" if changed else "")
+    return f"{PREFIX}{base}" + (f" ({layers} layers of width {width})" if changes else "")
 
 
 def _longest(config: Any) -> int | None:
@@ -88,22 +88,27 @@ def _longest(config: Any) -> int | None:
     return next((int(n) for name in _LENGTH_NAMES if (n := getattr(config, name, None))), None)
 
 
-def _length(config: Any, task: str, asked: int | None, size: str, name: str) -> int:
+def _length(config: Any, task: str, requested_length: int | None, size: str, name: str) -> int:
     """Return the tokens of a sequence: the requested number, else the size's, limited by the position
     embeddings.
 
     Rotary and relative positions have no limit. Raises UserError if more are requested than there are.
     """
-    longest = _longest(config)
-    length = asked or min(longest or _PAPER_LENGTH, _TINY_LENGTH if size == "tiny" else _PAPER_LENGTH)
+    config_length = _longest(config)
+    length = requested_length or min(
+        config_length or _PAPER_LENGTH, _TINY_LENGTH if size == "tiny" else _PAPER_LENGTH
+    )
     if length > MOST_TOKENS:
         raise UserError(f"length {length}", allowed=f"1 to {MOST_TOKENS}")
-    most = length
-    if longest is not None and length > longest - _RESERVED_POSITIONS:
-        most = min(length, _positions(config, task, longest) or length)
-    if asked is not None and most < asked:
-        raise UserError(f"length {asked} of {PREFIX}{name}", allowed=f"1 to {most}, the model's positions")
-    return most
+    allowed_length = length
+    if config_length is not None and length > config_length - _RESERVED_POSITIONS:
+        allowed_length = min(length, _positions(config, task, config_length) or length)
+    if requested_length is not None and allowed_length < requested_length:
+        raise UserError(
+            f"length {requested_length} of {PREFIX}{name}",
+            allowed=f"1 to {allowed_length}, the model's positions",
+        )
+    return allowed_length
 
 
 def _positions(config: Any, task: str, longest: int) -> int | None:
@@ -115,14 +120,16 @@ def _positions(config: Any, task: str, longest: int) -> int | None:
     with torch.device("meta"):
         model = _auto_models()[task].from_config(config)
     sizes = range(longest, longest + _RESERVED_POSITIONS + 1)
-    found = []
+    row_counts = []
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.num_embeddings in sizes:
             padding = -1 if module.padding_idx is None else module.padding_idx
-            first = getattr(module, "offset", None) or padding + 1
-            found += [module.num_embeddings - first] if module.num_embeddings != config.vocab_size else []
+            first_row = getattr(module, "offset", None) or padding + 1
+            row_counts += (
+                [module.num_embeddings - first_row] if module.num_embeddings != config.vocab_size else []
+            )
     tables = [b for n, b in model.named_buffers() if "embed_pos" in n and b.dim() > 1 and len(b) in sizes]
-    return min([*found, *map(len, tables)], default=None)
+    return min([*row_counts, *map(len, tables)], default=None)
 
 
 def read_config(name: str) -> Any:
@@ -136,11 +143,11 @@ def read_config(name: str) -> Any:
     elif name in CONFIG_MAPPING:
         config = CONFIG_MAPPING[name]()
     else:
-        close = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
+        suggestions = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
         raise UserError(
             f"no Hugging Face configuration {name!r}",
             allowed="a folder with config.json, or a model type that transformers knows, "
-            f"such as {', '.join(close or ('gpt2', 'llama', 'bert'))}",
+            f"such as {', '.join(suggestions or ('gpt2', 'llama', 'bert'))}",
         )
     _change(config, changes, name)
     if hasattr(config, "use_cache"):
@@ -152,9 +159,10 @@ def _change(config: Any, changes: str, name: str) -> None:
     """Set ``a=1&b=2`` in the configuration. Raises UserError for a setting that it does not have."""
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
-            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            suggestions = difflib.get_close_matches(key, list(config.to_dict()), n=1)
             raise UserError(
-                f"{PREFIX}{name} has no setting {key!r}", hint=f"did you mean {close[0]}?" if close else ""
+                f"{PREFIX}{name} has no setting {key!r}",
+                hint=f"did you mean {suggestions[0]}?" if suggestions else "",
             )
         try:
             setattr(config, key, json.loads(text))
@@ -183,7 +191,7 @@ def task_of(config: Any, name: str) -> str:
         if type(config) in auto._model_mapping and not getattr(config, "is_encoder_decoder", False):
             return task
     raise UserError(
-        f"{PREFIX}{name} ({type(config).__name__}) has no head memfit can train",
+        f"{PREFIX}{name} ({type(config).__name__}) has no head that memfit can train",
         allowed="architectures with a masked-LM, causal-LM or sequence-classification head",
         hint="a file of your own can train any model: FILE.py:NAME, see README",
     )

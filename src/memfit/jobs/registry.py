@@ -57,9 +57,13 @@ def describe() -> tuple[BuiltIn, ...]:
 
 
 def _built_in(name: str) -> BuiltIn:
-    room = importlib.import_module(f"memfit.jobs.builtin.{name.replace('-', '_')}")
+    module = importlib.import_module(f"memfit.jobs.builtin.{name.replace('-', '_')}")
     return BuiltIn(
-        name=room.NAME, title=room.TITLE, sizes=room.SIZES, data_source=room.DATA_SOURCE, make=room.make
+        name=module.NAME,
+        title=module.TITLE,
+        sizes=module.SIZES,
+        data_source=module.DATA_SOURCE,
+        make=module.make,
     )
 
 
@@ -90,22 +94,22 @@ def _make(ref: JobRef) -> Job:
         if ref.length is not None and not SHORTEST <= ref.length <= MOST_TOKENS:
             raise UserError(f"length {ref.length} of {ref.spec}", allowed=f"{SHORTEST} to {MOST_TOKENS}")
         job = built_in.make(**options)
-        smallest = ref.size is None or ref.size == built_in.sizes[0]
-        return job if smallest else dataclasses.replace(job, reduced=built_in.make)
+        is_smallest = ref.size is None or ref.size == built_in.sizes[0]
+        return job if is_smallest else dataclasses.replace(job, reduced=built_in.make)
     if ":" in ref.spec:
         return load_user_job(ref.spec, options)
-    close = difflib.get_close_matches(ref.spec, names(), n=1)
+    suggestions = difflib.get_close_matches(ref.spec, names(), n=1)
     raise UserError(
         f"unknown job {ref.spec!r}",
         allowed=f"{', '.join(names())}, path.py:attribute or hf:PATH_OR_NAME",
-        hint=f"did you mean {close[0]}?" if close else "",
+        hint=f"did you mean {suggestions[0]}?" if suggestions else "",
     )
 
 
 def _split_length(ref: JobRef) -> JobRef:
     """Convert ``--size 650M@4096`` to ``--size 650M --length 4096``. Raises UserError for two lengths."""
-    size, at, length = (ref.size or "").partition("@")
-    if not at:
+    size, separator, length = (ref.size or "").partition("@")
+    if not separator:
         return ref
     if not size or not length.isdigit() or ":" in ref.spec.removeprefix(huggingface.PREFIX):
         raise UserError(f"size {ref.size!r} of {ref.spec}", allowed="SIZE@LENGTH, or --length alone")
@@ -116,9 +120,9 @@ def _split_length(ref: JobRef) -> JobRef:
 
 def _check_size(ref: JobRef, sizes: tuple[str, ...]) -> None:
     if ref.size is not None and ref.size not in sizes:
-        close = difflib.get_close_matches(ref.size, sizes, n=1)
+        suggestions = difflib.get_close_matches(ref.size, sizes, n=1)
         raise UserError(
             f"unknown size {ref.size!r} of {ref.spec}",
             allowed=", ".join(sizes),
-            hint=f"did you mean {close[0]}?" if close else "",
+            hint=f"did you mean {suggestions[0]}?" if suggestions else "",
         )

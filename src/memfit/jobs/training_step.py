@@ -87,7 +87,7 @@ class TrainingStep:
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise UserError(
-                f"{type(self.optimizer).__name__} asks for the loss several times a step",
+                f"{type(self.optimizer).__name__} needs the loss several times per step",
                 allowed="an optimizer whose step needs no closure",
             )
 
@@ -135,17 +135,17 @@ class TrainingStep:
         """Return (this data-parallel rank's part of the whole batch as new tensors, mean loss terms per
         rank).
         """
-        world, cut = self.bench.world, self.bench.slices
-        if cut is not None:
+        world, cut_sample = self.bench.world, self.bench.slices
+        if cut_sample is not None:
             with _disable_current_modes():  # labels are counted on real values, in a trace too
-                parts = [s for part in split(batch, world.layout.data) for s in cut(part)]
+                parts = [s for part in split(batch, world.layout.data) for s in cut_sample(part)]
                 index = world.layout.data_index(world.rank) * world.layout.context + world.index("context")
                 return parts[index], sum(self._terms(p) for p in parts) / len(parts)
         if world.layout.data == 1:
             return batch, float(self._terms(batch))
         part = split(batch, world.layout.data)[world.layout.data_index(world.rank)]
-        own = map_batch(torch.clone, part)
-        return own, self._terms(batch) / world.layout.data
+        local_part = map_batch(torch.clone, part)
+        return local_part, self._terms(batch) / world.layout.data
 
     def close(self) -> None:
         """Release everything that hooks hold in reference cycles. The step must not be used afterwards."""
@@ -192,8 +192,8 @@ class TrainingStep:
     def _weight_average(self) -> WeightAverage | None:
         if self.job.ema is None:
             return None
-        adapted = self.plan.get("lora") is not None or self.plan.get("qlora") is not None
-        return WeightAverage(self.bench, self.model, self.job.ema, frozen=not adapted)
+        has_adapters = self.plan.get("lora") is not None or self.plan.get("qlora") is not None
+        return WeightAverage(self.bench, self.model, self.job.ema, frozen=not has_adapters)
 
     def _forgo(self) -> torch.Tensor:
         norm = self._grad_norm()
@@ -212,14 +212,14 @@ class TrainingStep:
             terms = [self._terms(p) for p in parts]
             pieces = [(p, share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
             return self.bench.pipeline.run(pieces, self._weighted, on_phase, last=last)
-        for tell in self.bench.before_micro_batch:
-            tell(last)
+        for callback in self.bench.before_micro_batch:
+            callback(last)
         on_phase(Phase.FORWARD)
-        weighted = self._weighted(self.bench.call or self.model, part, share)
+        weighted_loss = self._weighted(self.bench.call or self.model, part, share)
         on_phase(Phase.BACKWARD)
         scale = self.bench.loss_scale
-        self._backward(weighted if scale is None else weighted * scale.value)
-        return weighted.detach().float()
+        self._backward(weighted_loss if scale is None else weighted_loss * scale.value)
+        return weighted_loss.detach().float()
 
     def _weighted(self, model: Any, part: Any, share: float) -> torch.Tensor:
         with self.contexts():
@@ -239,20 +239,22 @@ class TrainingStep:
         return self.job.loss_terms(part) if self.job.loss_terms else self._default_terms(part)
 
     def _default_terms(self, part: Any) -> int:
-        found = self.bench.loss_terms(part)
-        return batch_length(part) if found is None else found
+        terms = self.bench.loss_terms(part)
+        return batch_length(part) if terms is None else terms
 
     def _grad_norm(self) -> torch.Tensor:
         if self.bench.grad_norm is not None:
             return self.bench.grad_norm()
         if isinstance(self.optimizer, StepInBackward):
             return torch.stack(self.optimizer.square_norms).sum().sqrt()
-        elsewhere = self.bench.counted_elsewhere
-        named = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        own = [g for n, g in named.items() if n in self.bench.own_parameters]
-        grads = [g for n, g in named.items() if n not in elsewhere | self.bench.own_parameters]
+        counted_elsewhere = self.bench.counted_elsewhere
+        grads_by_name = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        own_grads = [g for n, g in grads_by_name.items() if n in self.bench.own_parameters]
+        grads = [
+            g for n, g in grads_by_name.items() if n not in counted_elsewhere | self.bench.own_parameters
+        ]
         if self.bench.world.mesh is not None:
-            return global_norm(grads, self.bench.world, own=own)
+            return global_norm(grads, self.bench.world, own=own_grads)
         norms = [torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g) for g in grads]
         total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).float())
         return total
@@ -260,11 +262,13 @@ class TrainingStep:
 
 def _must_be_loss(loss: object) -> None:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        description = (
+            f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        )
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            got = "a scalar tensor that does not depend on any trainable parameter"
+            description = "a scalar tensor that does not depend on any trainable parameter"
         raise UserError(
-            f"the job's loss(model, batch) returned {got[:120]}",
+            f"the job's loss(model, batch) returned {description[:120]}",
             allowed="a scalar tensor that depends on the model's parameters",
         )
 
@@ -278,9 +282,13 @@ def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
 
     if not isinstance(grad, DTensor):
         return (), grad
-    whole = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
-    mesh, kinds = grad.device_mesh, whole.placements
-    return tuple(mesh.get_group(i) for i, p in enumerate(kinds) if not p.is_replicate()), whole.to_local()
+    reduced_grad = grad.redistribute(
+        placements=[Replicate() if p.is_partial() else p for p in grad.placements]
+    )
+    mesh, placements = grad.device_mesh, reduced_grad.placements
+    return tuple(
+        mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate()
+    ), reduced_grad.to_local()
 
 
 def global_norm(
@@ -327,7 +335,7 @@ def batch_length(batch: Any) -> int:
     tensors = [t for t in batch_tensors(batch) if t.dim() > 0]
     if not tensors:
         raise UserError(
-            "the job's batch holds no tensor",
+            "the job's batch contains no tensor",
             allowed="a tensor, a mapping or tuple of tensors, or an object with .to() that holds tensors",
         )
     count = sample_count(batch)
@@ -350,8 +358,8 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
     starts = [sum(sizes[:i]) for i in range(parts)]
 
     def cut(value: Any, start: int, size: int) -> Any:
-        whole = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length
-        return value.narrow(0, start, size) if whole else value
+        is_batched = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length
+        return value.narrow(0, start, size) if is_batched else value
 
     return [
         _pytree.tree_map(lambda v, s=start, n=size: cut(v, s, n), batch)

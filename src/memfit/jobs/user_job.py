@@ -28,19 +28,19 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
     """
     path, _, name = spec.rpartition(":")
     module = _run_file(Path(path), spec)
-    found = _attribute(module, name, path)
-    if isinstance(found, Job) and not options:
-        return told(found, spec)
-    if isinstance(found, Job):
+    value = _attribute(module, name, path)
+    if isinstance(value, Job) and not options:
+        return told(value, spec)
+    if isinstance(value, Job):
         raise UserError(
-            f"{spec} is a finished Job and takes no --{next(iter(options))}",
+            f"{spec} is a Job, not a function, and does not accept --{next(iter(options))}",
             hint=f"make {name} a function with the arguments {', '.join(options)} that returns the Job",
         )
-    if not callable(found):
+    if not callable(value):
         raise UserError(
-            f"{spec} is a {type(found).__name__}", allowed="a memfit.Job or a function returning one"
+            f"{spec} is a {type(value).__name__}", allowed="a memfit.Job or a function that returns one"
         )
-    return _call(found, options, spec)
+    return _call(value, options, spec)
 
 
 def source_digest(spec: str) -> str:
@@ -100,10 +100,10 @@ def _run_file(path: Path, spec: str) -> ModuleType:
         raise UserError(f"no such file: {path}", hint="a job of your own is given as path.py:attribute")
     resolved = path.resolve()
     name = f"memfit_user_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
-    place = importlib.util.spec_from_file_location(name, resolved)
-    if place is None or place.loader is None:
-        raise UserError(f"{path} is no Python file", allowed="a file ending in .py")
-    module, loader = importlib.util.module_from_spec(place), place.loader
+    module_spec = importlib.util.spec_from_file_location(name, resolved)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"{path} is not a Python file", allowed="a file ending in .py")
+    module, loader = importlib.util.module_from_spec(module_spec), module_spec.loader
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     if str(resolved.parent) not in sys.path:
         sys.path.append(str(resolved.parent))
@@ -118,20 +118,23 @@ def shadowed_modules(spec: str) -> Iterator[str]:
     Nothing is imported. Jobs that are not the user's, and unreadable files, are skipped.
     """
     path = Path(spec.rpartition(":")[0])
-    waiting, known = [path] if path.suffix == ".py" else [], set[str]()
-    while waiting:
-        file = waiting.pop()
-        for name in sorted(_imported_names(file) - known):
-            known.add(name)
-            own = _own_module(path.parent, name)
-            if own is None:
+    pending, visited = [path] if path.suffix == ".py" else [], set[str]()
+    while pending:
+        file = pending.pop()
+        for name in sorted(_imported_names(file) - visited):
+            visited.add(name)
+            own_path = _own_module(path.parent, name)
+            if own_path is None:
                 continue
             origin = _origin(name)
-            if origin is None or Path(origin).resolve() == own.resolve():
-                waiting.append(own)
+            if origin is None or Path(origin).resolve() == own_path.resolve():
+                pending.append(own_path)
             else:
-                taken = "the standard library's" if name in sys.stdlib_module_names else origin
-                yield f"{file.name} imports {name}: {taken} is taken, not {own}; rename it if it is meant"
+                imported_from = "the standard library's module" if name in sys.stdlib_module_names else origin
+                yield (
+                    f"{file.name} imports {name}: Python loads {imported_from} instead of {own_path}; "
+                    "rename that file if it is meant"
+                )
 
 
 def _own_module(folder: Path, name: str) -> Path | None:
@@ -146,9 +149,11 @@ def _imported_names(file: Path) -> set[str]:
     except (OSError, SyntaxError, ValueError):
         return set()
     nodes = list(ast.walk(tree))
-    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    parts = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    return {name.split(".")[0] for name in whole | parts} - {""}
+    imports = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    from_imports = {
+        node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+    }
+    return {name.split(".")[0] for name in imports | from_imports} - {""}
 
 
 def _origin(name: str) -> str | None:
@@ -156,10 +161,10 @@ def _origin(name: str) -> str | None:
     none.
     """
     try:
-        place = importlib.util.find_spec(name)
+        module_spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-    return place.origin if place is not None else None
+    return module_spec.origin if module_spec is not None else None
 
 
 _NO_GRADIENT = "Expected to have finished reduction in the prior iteration"  # DDP's reducer
@@ -179,7 +184,8 @@ def guarded(action: Any, spec: str) -> Any:
         if _NO_GRADIENT in str(error):
             raise UserError(
                 f"{spec}: ddp waits for gradients of parameters that the loss does not use",
-                hint="freeze them (requires_grad_(False)), or shard instead: fsdp2 waits for nobody",
+                hint="freeze them (requires_grad_(False)), or use fsdp2, "
+                "which does not wait for unused parameters",
             ) from error
         folder = Path(spec.rpartition(":")[0]).resolve().parent
         frames = [
@@ -187,10 +193,10 @@ def guarded(action: Any, spec: str) -> Any:
             for f in traceback.extract_tb(error.__traceback__)
             if Path(f.filename).is_relative_to(folder) and "site-packages" not in f.filename
         ]
-        at = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
-        told = error.msg if isinstance(error, SyntaxError) else str(error)
-        message = (told.splitlines() or [""])[0]
-        raise UserError(f"{spec} failed: {type(error).__name__}: {message}{at}") from error
+        location = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
+        error_text = error.msg if isinstance(error, SyntaxError) else str(error)
+        message = (error_text.splitlines() or [""])[0]
+        raise UserError(f"{spec} failed: {type(error).__name__}: {message}{location}") from error
 
 
 def _syntax_place(error: BaseException) -> str:
@@ -201,11 +207,11 @@ def _attribute(module: ModuleType, name: str, path: str) -> Any:
     if hasattr(module, name) and name:
         return getattr(module, name)
     jobs = [n for n, v in vars(module).items() if _job_like(n, v, module)]
-    close = difflib.get_close_matches(name, jobs, n=1)
+    suggestions = difflib.get_close_matches(name, jobs, n=1)
     raise UserError(
         f"{path} has no attribute {name!r}",
         allowed=", ".join(jobs) or "none: the file defines no memfit.Job and no function",
-        hint=f"did you mean {close[0]}?" if close else "",
+        hint=f"did you mean {suggestions[0]}?" if suggestions else "",
     )
 
 

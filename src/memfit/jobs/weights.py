@@ -27,19 +27,19 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
     """
     from torch._guards import detect_fake_mode
 
-    stored = _stored(Path(folder))
+    files = _stored(Path(folder))
     if detect_fake_mode() is not None:
         return
-    sources = {id(p): (p, name) for name, p in _names(model) for name in _aliases(name) if name in stored}
+    sources = {id(p): (p, name) for name, p in _names(model) for name in _aliases(name) if name in files}
     missing = [n for n, p in model.named_parameters() if id(p) not in sources and not n.startswith(may_miss)]
     if not sources or missing:
         raise UserError(
-            f"{folder} holds {'none' if not sources else 'not all'} of the model's parameters"
+            f"{folder} contains {'none' if not sources else 'not all'} of the model's parameters"
             + (f": {len(missing)} missing, first {missing[0]}" if sources else ""),
             allowed="weights saved from the same architecture and size",
         )
     for param, name in sources.values():
-        _copy(param, stored[name], name)
+        _copy(param, files[name], name)
 
 
 def _names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -52,8 +52,8 @@ def _aliases(name: str) -> Iterator[str]:
     An encoder saved alone has no prefix, and Hugging Face still writes TensorFlow's gamma and beta for some
     layer norms.
     """
-    old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-    for spelling in {name, old}:
+    old_name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    for spelling in {name, old_name}:
         yield from {spelling, spelling.removeprefix("esm.")}
 
 
@@ -75,7 +75,7 @@ def _index(path: Path) -> dict[str, str]:
     try:
         names = json.loads(path.read_text("utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no index of safetensors: {error}") from error
+        raise UserError(f"{path} is not an index of safetensors: {error}") from error
     return dict(names)
 
 
@@ -96,7 +96,7 @@ def _copy(param: torch.nn.Parameter, file: Path, name: str) -> None:
         raise UserError(
             f"{name} in {file} has shape {tuple(value.shape)}",
             allowed=f"{tuple(param.shape)}, the model's",
-            hint="choose the --size the weights were saved from",
+            hint="choose the --size that the weights were saved from",
         )
     with torch.no_grad():
         param.copy_(value)

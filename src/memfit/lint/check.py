@@ -71,12 +71,12 @@ def texts() -> Mapping[str, Mapping[str, Any]]:
 def check(setup: Setup, *, lang: str = "en") -> tuple[Finding, ...]:
     """Return all findings in ``setup``, the most severe first. Raises KeyError for a language that rules.toml
     has no texts in."""
-    found: list[Finding] = []
-    for name, (kinds, finds) in CHECKS.items():
+    findings: list[Finding] = []
+    for name, (kinds, find_values) in CHECKS.items():
         options = [getattr(setup, kind) for kind in kinds]
         if all(o is not None for o in options):
-            found += (_finding(name, options[0].file, v, lang) for v in finds(*options, setup))
-    return tuple(sorted(found, key=lambda f: list(Severity).index(f.severity)))
+            findings += (_finding(name, options[0].file, v, lang) for v in find_values(*options, setup))
+    return tuple(sorted(findings, key=lambda f: list(Severity).index(f.severity)))
 
 
 def _finding(name: str, file: str, values: Mapping[str, Any], lang: str) -> Finding:

@@ -37,10 +37,10 @@ def clipping_setting(setup: Setup) -> ClippingSetting:
 
 
 def _of(options: Options, path: str) -> ClippingSetting:
-    found = options.number(path)
-    if found is None:
+    norm = options.number(path)
+    if norm is None:
         return ClippingSetting(limit=_DEFAULT_NORM, explicit=False)
-    return ClippingSetting(limit=max(0.0, found), explicit=True)
+    return ClippingSetting(limit=max(0.0, norm), explicit=True)
 
 
 def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
@@ -49,7 +49,5 @@ def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
     if config.raw("gradient_clipping") == "auto":
         limit = _of(setup.trainer, "max_grad_norm").limit if setup.trainer is not None else _DEFAULT_NORM
         return ClippingSetting(limit=limit, explicit=True)
-    found = config.number("gradient_clipping")
-    return ClippingSetting(
-        limit=_DEFAULT_NORM if found is None else max(0.0, found), explicit=found is not None
-    )
+    norm = config.number("gradient_clipping")
+    return ClippingSetting(limit=_DEFAULT_NORM if norm is None else max(0.0, norm), explicit=norm is not None)

@@ -56,15 +56,15 @@ class Draft:
         """Add a technique with ``knobs`` to the plan. If it is invalid or conflicts with the plan, leave it
         out and record ``option`` with the reason."""
         try:
-            tried = self.plan.with_use(make_use(technique, knobs))
+            new_plan = self.plan.with_use(make_use(technique, knobs))
         except UserError as error:
             self.leave(option, str(error))
             return
-        clash = conflict(tried)
-        if clash:
-            self.leave(option, f"in memfit {clash}")
+        conflict_reason = conflict(new_plan)
+        if conflict_reason:
+            self.leave(option, f"in memfit {conflict_reason}")
         else:
-            self.plan = tried
+            self.plan = new_plan
 
     def leave(self, option: str, reason: str) -> None:
         """Record ``option`` as left out for ``reason``."""
@@ -85,7 +85,7 @@ class Draft:
 
 def product(values: Iterable[int | None]) -> int:
     """Return the product of ``values``; None and 0 count as 1."""
-    found = 1
+    result = 1
     for value in values:
-        found *= value or 1
-    return found
+        result *= value or 1
+    return result

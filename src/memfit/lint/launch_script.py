@@ -45,47 +45,51 @@ def read_script(text: str) -> Script:
     """Return the flags and exported variables of a shell script, with variables replaced where they have one
     value."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
-    known = _variables(lines)
+    variables = _variables(lines)
     flags: dict[str, Any] = {}
     unsure: set[str] = set()
-    for line, branch in _branches(lines):
-        for name, value in _flags(_filled(line, known)):
-            if branch or flags.get(name, value) != value:
+    for line, in_branch in _branches(lines):
+        for name, value in _flags(_filled(line, variables)):
+            if in_branch or flags.get(name, value) != value:
                 unsure.add(name)
             flags[name] = value
-    exported = {n: v for n, v in known.items() if re.search(rf"(?m)^\s*export\s+{n}=", "\n".join(lines))}
+    environment = {
+        variable: variable_value
+        for variable, variable_value in variables.items()
+        if re.search(rf"(?m)^\s*export\s+{variable}=", "\n".join(lines))
+    }
     underscored = frozenset(re.findall(r"--(\w*_\w*)", "\n".join(lines)))
-    return Script(flags=flags, env=exported, unsure=frozenset(unsure), underscored=underscored)
+    return Script(flags=flags, env=environment, unsure=frozenset(unsure), underscored=underscored)
 
 
 def option_values(text: str) -> dict[str, tuple[str, ...]]:
     """Return all values of each flag, by Python name; the tuple of a switch is empty. If a flag is given
     twice, the later values replace the earlier ones."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
-    known = _variables(lines)
-    found: dict[str, tuple[str, ...]] = {}
+    variables = _variables(lines)
+    options: dict[str, tuple[str, ...]] = {}
     for line in lines:
         name: str | None = None
-        for word in re.sub(r"[\"'(){}\[\];]", " ", _filled(line, known)).split():
+        for word in re.sub(r"[\"'(){}\[\];]", " ", _filled(line, variables)).split():
             flag, has_value, value = word.partition("=")
             if _FLAG.fullmatch(flag):
                 name = flag[2:].replace("-", "_")
-                found[name] = (value,) if has_value else ()
+                options[name] = (value,) if has_value else ()
             elif word in _OPERATORS or (word[0] in "->" and not _NUMBER.fullmatch(word)):
                 name = None
             elif name is not None:
-                found[name] = (*found[name], word)
-    return found
+                options[name] = (*options[name], word)
+    return options
 
 
 def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
     """Yield each line, and whether it lies within a branch or a loop."""
     depth = 0
     for line in lines:
-        bare = re.sub(r"\"[^\"]*\"|'[^']*'|--[\w-]+", "", line)
-        opened, closed = len(_OPENS.findall(bare)), len(_CLOSES.findall(bare))
-        yield line, depth > 0 or opened > closed
-        depth = max(0, depth + opened - closed)
+        unquoted = re.sub(r"\"[^\"]*\"|'[^']*'|--[\w-]+", "", line)
+        opened_count, closed_count = len(_OPENS.findall(unquoted)), len(_CLOSES.findall(unquoted))
+        yield line, depth > 0 or opened_count > closed_count
+        depth = max(0, depth + opened_count - closed_count)
 
 
 def _variables(lines: list[str]) -> dict[str, str]:
@@ -94,38 +98,40 @@ def _variables(lines: list[str]) -> dict[str, str]:
     for line in lines:
         for name, value in _ASSIGNED.findall(line):
             values.setdefault(name, set()).add(value.strip("\"'"))
-    known = {name: found.pop() for name, found in values.items() if len(found) == 1}
+    variables = {
+        name: distinct_values.pop() for name, distinct_values in values.items() if len(distinct_values) == 1
+    }
     for _ in range(_MOST_ROUNDS):
-        known = {
-            name: _filled(value, {k: v for k, v in known.items() if k != name})
-            for name, value in known.items()
+        variables = {
+            name: _filled(value, {k: v for k, v in variables.items() if k != name})
+            for name, value in variables.items()
         }
-    return known
+    return variables
 
 
-def _filled(text: str, known: Mapping[str, str]) -> str:
+def _filled(text: str, variables: Mapping[str, str]) -> str:
     def value(match: re.Match[str]) -> str:
         name, default = match[1] or match[3], match[2]
-        return known.get(name, default if default is not None else match[0])
+        return variables.get(name, default if default is not None else match[0])
 
     text = _VARIABLE.sub(value, text)
-    return _SUM.sub(lambda m: _worked_out(m[1], known) or m[0], text)
+    return _SUM.sub(lambda m: _worked_out(m[1], variables) or m[0], text)
 
 
-def _worked_out(text: str, known: Mapping[str, str]) -> str | None:
+def _worked_out(text: str, variables: Mapping[str, str]) -> str | None:
     """Evaluate an expression of whole numbers and variables: * and / first, then + and -, from left to right.
     Return None if a variable is unknown, the result is negative, or a divisor is 0."""
-    parts = [known.get(p, p) for p in re.findall(r"\w+|[*/+-]", text)]
-    for signs in ("*/", "+-"):
-        done: list[str] = []
+    parts = [variables.get(p, p) for p in re.findall(r"\w+|[*/+-]", text)]
+    for operators in ("*/", "+-"):
+        reduced: list[str] = []
         for part in parts:
-            if len(done) > 1 and done[-1] in _WORK and done[-1] in signs:
-                if not (part.isdigit() and done[-2].isdigit()) or (done[-1] == "/" and part == "0"):
+            if len(reduced) > 1 and reduced[-1] in _WORK and reduced[-1] in operators:
+                if not (part.isdigit() and reduced[-2].isdigit()) or (reduced[-1] == "/" and part == "0"):
                     return None
-                done[-2:] = [str(_WORK[done[-1]](int(done[-2]), int(part)))]
+                reduced[-2:] = [str(_WORK[reduced[-1]](int(reduced[-2]), int(part)))]
             else:
-                done.append(part)
-        parts = done
+                reduced.append(part)
+        parts = reduced
     return parts[0] if len(parts) == 1 and parts[0].isdigit() else None
 
 
@@ -135,11 +141,11 @@ def _flags(line: str) -> Iterator[tuple[str, Any]]:
         flag, has_value, value = word.partition("=")
         if not _FLAG.fullmatch(flag):
             continue
-        following = words[index + 1] if index + 1 < len(words) else "--"
+        next_word = words[index + 1] if index + 1 < len(words) else "--"
         if not has_value:
             value = (
                 ""
-                if following.startswith("--") or following in ("\\", "|", "||", "&", "&&", ">")
-                else following
+                if next_word.startswith("--") or next_word in ("\\", "|", "||", "&", "&&", ">")
+                else next_word
             )
         yield flag[2:].replace("-", "_"), value or True

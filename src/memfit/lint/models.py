@@ -53,14 +53,18 @@ def _job(kind: str, sizes: Mapping[str, Any]) -> str:
 def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
     """Return the model that Megatron-LM's arguments describe, or None if they say nothing about it.
     ``tensor``: the tensor-parallel size, which determines the padding of the vocabulary."""
-    layers, width, heads = (given.size(n) for n in ("num_layers", "hidden_size", "num_attention_heads"))
+    layers, width, heads = (
+        given.size(option) for option in ("num_layers", "hidden_size", "num_attention_heads")
+    )
     if not (layers or width or heads):
         return None
     if layers is None or width is None or heads is None:
-        return DescribedModel(layers=layers, width=width, missing="the script does not say all of its sizes")
-    others = [what for name, what in _MEGATRON_OTHERS.items() if given.raw(name) and not given.off(name)]
-    if others:
-        missing = f"memfit builds no model with {', '.join(others)} from a script"
+        return DescribedModel(layers=layers, width=width, missing="the script does not give all of its sizes")
+    unsupported = [
+        feature for name, feature in _MEGATRON_OTHERS.items() if given.raw(name) and not given.off(name)
+    ]
+    if unsupported:
+        missing = f"memfit cannot build a model with {', '.join(unsupported)} from a script"
         return DescribedModel(layers=layers, width=width, missing=missing)
     vocabulary, differences = _vocabulary(given, tensor)
     common = {
@@ -72,7 +76,7 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
     }
     kind, sizes = _family(given, width, heads)
     if not kind:
-        missing = "memfit builds no model with its positions, normalization, activation and heads together"
+        missing = "memfit has no model with this mix of positions, normalization, activation and heads"
         return DescribedModel(layers=layers, width=width, missing=missing)
     attention, hidden = _share(given, "attention_dropout"), _share(given, "hidden_dropout")
     if kind == "llama" and hidden:
@@ -82,58 +86,68 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
     return DescribedModel(layers=layers, width=width, job=job, differences=differences)
 
 
-def _share(given: Options, name: str) -> float:
+def _share(options: Options, name: str) -> float:
     """Return a dropout probability; Megatron-LM's default is 0.1."""
-    value = given.number(name)
+    value = options.number(name)
     return 0.1 if value is None else value
 
 
-def _family(given: Options, width: int, heads: int) -> tuple[str, dict[str, Any]]:
+def _family(options: Options, width: int, heads: int) -> tuple[str, dict[str, Any]]:
     """Return an architecture of transformers and the sizes that are specific to it; "" if none matches."""
-    rotary = given.on("use_rotary_position_embeddings")
-    position = given.get("position_embedding_type") or ("rope" if rotary else "learned_absolute")
-    gated = given.on("swiglu")
-    normalization = str(given.get("normalization") or "LayerNorm")
-    usual = int(4 * width * 2 / 3 / 64) * 64 if gated else 4 * width
-    feed, biased = given.size("ffn_hidden_size") or usual, not given.on("disable_bias_linear")
-    groups = (given.size("num_query_groups") or 1) if given.on("group_query_attention") else heads
-    head = given.size("kv_channels") or width // heads
-    length = max(given.size("max_position_embeddings") or 1, given.size("seq_length") or 1)
+    rotary = options.on("use_rotary_position_embeddings")
+    position = options.get("position_embedding_type") or ("rope" if rotary else "learned_absolute")
+    gated = options.on("swiglu")
+    normalization = str(options.get("normalization") or "LayerNorm")
+    default_ffn_size = int(4 * width * 2 / 3 / 64) * 64 if gated else 4 * width
+    ffn_size, has_bias = (
+        options.size("ffn_hidden_size") or default_ffn_size,
+        not options.on("disable_bias_linear"),
+    )
+    groups = (options.size("num_query_groups") or 1) if options.on("group_query_attention") else heads
+    head = options.size("kv_channels") or width // heads
+    length = max(options.size("max_position_embeddings") or 1, options.size("seq_length") or 1)
     if (position, gated, normalization) == ("rope", True, "RMSNorm"):
         return "llama", {
-            "intermediate_size": feed,
+            "intermediate_size": ffn_size,
             "num_key_value_heads": groups,
             "head_dim": head,
-            "attention_bias": biased,
-            "mlp_bias": biased,
+            "attention_bias": has_bias,
+            "mlp_bias": has_bias,
             "max_position_embeddings": length,
         }
     if gated or normalization != "LayerNorm" or groups != heads or head != width // heads:
         return "", {}
-    if position == "learned_absolute" and biased:
-        return "biogpt", {"intermediate_size": feed, "hidden_act": "gelu", "max_position_embeddings": length}
+    if position == "learned_absolute" and has_bias:
+        return "biogpt", {
+            "intermediate_size": ffn_size,
+            "hidden_act": "gelu",
+            "max_position_embeddings": length,
+        }
     if position == "rope":
         return "gpt_neox", {
-            "intermediate_size": feed,
+            "intermediate_size": ffn_size,
             "hidden_act": "gelu",
             "use_parallel_residual": False,
-            "attention_bias": biased,
+            "attention_bias": has_bias,
             "max_position_embeddings": length,
         }
     return "", {}
 
 
-def _vocabulary(given: Options, tensor: int) -> tuple[int, tuple[tuple[str, str], ...]]:
+def _vocabulary(options: Options, tensor: int) -> tuple[int, tuple[tuple[str, str], ...]]:
     """Return the size of the vocabulary, padded as Megatron-LM pads it, and the assumptions made."""
-    said = given.size("padded_vocab_size")
-    if said is not None:
-        return said, ()
-    count, part = given.size("vocab_size"), (given.size("make_vocab_size_divisible_by") or 128) * tensor
-    padded = -(-(count or _GPT2_TOKENS) // part) * part
-    if count is not None or given.get("tokenizer_type") == "GPT2BPETokenizer":
+    padded_size = options.size("padded_vocab_size")
+    if padded_size is not None:
+        return padded_size, ()
+    count, multiple = (
+        options.size("vocab_size"),
+        (options.size("make_vocab_size_divisible_by") or 128) * tensor,
+    )
+    padded = -(-(count or _GPT2_TOKENS) // multiple) * multiple
+    if count is not None or options.get("tokenizer_type") == "GPT2BPETokenizer":
         return padded, ()
     return padded, (
-        ("the tokenizer's vocabulary", f"the script does not say it: {padded:,} tokens are assumed"),
+        ("the tokenizer's vocabulary", f"the script does not give it: {padded:,} tokens are assumed"),
     )
 
 
@@ -169,13 +183,13 @@ def of_torchtitan(given: Options) -> DescribedModel | None:
     if size not in rows:
         missing = f"memfit does not know the sizes of torchtitan's {name} {flavor}"
         return DescribedModel(layers=None, width=None, missing=missing)
-    width, feed, layers, heads, groups = rows[size]
+    width, ffn_size, layers, heads, groups = rows[size]
     tokens = _DEBUG_TOKENS if size == "debugmodel" else 128_256 if name == "llama3" else 151_936
     job = _job(
         name.removesuffix("3") if name == "llama3" else name,
         {
             "hidden_size": width,
-            "intermediate_size": feed,
+            "intermediate_size": ffn_size,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": groups,
@@ -185,5 +199,7 @@ def of_torchtitan(given: Options) -> DescribedModel | None:
             "tie_word_embeddings": name == "qwen3" and size in _TIED,
         },
     )
-    alike = ((f"torchtitan's {name} {flavor}", "predicted as transformers' model of the same sizes"),)
-    return DescribedModel(layers=layers, width=width, job=job, differences=alike)
+    differences = (
+        (f"torchtitan's {name} {flavor}", "predicted as the model of transformers with the same sizes"),
+    )
+    return DescribedModel(layers=layers, width=width, job=job, differences=differences)

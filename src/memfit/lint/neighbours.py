@@ -13,17 +13,17 @@ def neighbours(plan: Plan, *, parameters: int | None = None) -> tuple[Plan, ...]
     """Return the valid plans that differ from ``plan`` in one change. Plans that need more ranks or another
     engine are not generated. ``parameters``: the number of the model's parameters, the upper limit of a ZeRO
     bucket."""
-    tried = (_with(plan, name, knobs) for name, knobs in _changes(plan, parameters))
-    return tuple(dict.fromkeys(p for p in tried if p != plan and conflict(p) is None))
+    candidates = (_with(plan, name, knobs) for name, knobs in _changes(plan, parameters))
+    return tuple(dict.fromkeys(p for p in candidates if p != plan and conflict(p) is None))
 
 
 def _with(plan: Plan, name: str, knobs: dict[str, KnobValue]) -> Plan:
-    used = plan.get(name)
-    return plan.with_use(make_use(name, (used.settings if used is not None else {}) | knobs))
+    current_use = plan.get(name)
+    return plan.with_use(make_use(name, (current_use.settings if current_use is not None else {}) | knobs))
 
 
 def _changes(plan: Plan, parameters: int | None) -> Iterator[tuple[str, dict[str, KnobValue]]]:
-    zero, sharded = plan.get("zero"), plan.get("fsdp2")
+    zero, fsdp = plan.get("zero"), plan.get("fsdp2")
     yield "activation-checkpointing", {"every": 1}
     if zero is not None:
         stage, bucket = int(zero.settings["stage"]), int(zero.settings["reduce_bucket_elements"])
@@ -33,11 +33,11 @@ def _changes(plan: Plan, parameters: int | None) -> Iterator[tuple[str, dict[str
             yield "zero", {"stage": stage + 1}
         if stage:
             yield "zero", {"precision": "bf16"}
-    elif sharded is not None:
+    elif fsdp is not None:
         yield "fsdp2", {"precision": "bf16"}
         yield "fsdp2", {"reshard": True}
     else:
         yield "bf16-autocast", {}
-    accumulated = plan.get("gradient-accumulation")
-    steps = int(accumulated.settings["micro_batches"]) if accumulated is not None else 1
+    accumulation = plan.get("gradient-accumulation")
+    steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
     yield "gradient-accumulation", {"micro_batches": 2 * steps}

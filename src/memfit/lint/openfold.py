@@ -87,7 +87,7 @@ TUNED: Final = (
 def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
     """Return the value that the JSON gives to the last of ``paths`` that it names, which may be None (null).
     Return ``default`` if it names none of them."""
-    found, settings = default, s.openfold_config
+    value, settings = default, s.openfold_config
     for path in paths:
         node: Any = settings.data if settings is not None else {}
         for part in path.split("."):
@@ -95,8 +95,8 @@ def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
                 break
             node = node[part]
         else:
-            found = node
-    return found
+            value = node
+    return value
 
 
 def arguments(s: Setup) -> Options:
@@ -106,26 +106,26 @@ def arguments(s: Setup) -> Options:
 
 def preset(s: Setup) -> str | None:
     """Return the name of the preset, or None if it is known only when the script runs."""
-    given = arguments(s)
-    if given.raw("config_preset") is None and "config_preset" not in given.unsure:
+    options = arguments(s)
+    if options.raw("config_preset") is None and "config_preset" not in options.unsure:
         return DEFAULT_PRESET
-    name = given.get("config_preset")
+    name = options.get("config_preset")
     return None if name is None else str(name)
 
 
 def crop(s: Setup) -> Preset | None:
     """Return the preset with the JSON's changes, or None if the preset is not one of the monomer's. Raises
     UserError for sizes that OpenFold's configuration does not accept."""
-    found = PRESETS.get(preset(s) or "")
-    if found is None:
+    base_preset = PRESETS.get(preset(s) or "")
+    if base_preset is None:
         return None
     keys = {"residues": "crop_size", "rows": "max_msa_clusters", "extra_rows": "max_extra_msa"}
     sizes = {
-        field: _count(f"data.train.{key}", changed(s, [f"data.train.{key}"], getattr(found, field)))
+        field: _count(f"data.train.{key}", changed(s, [f"data.train.{key}"], getattr(base_preset, field)))
         for field, key in keys.items()
     }
-    templates = changed(s, ["model.template.enabled"], found.templates) is True
-    return dataclasses.replace(found, templates=templates, **sizes)
+    templates = changed(s, ["model.template.enabled"], base_preset.templates) is True
+    return dataclasses.replace(base_preset, templates=templates, **sizes)
 
 
 def blocks_per_ckpt(s: Setup) -> int | None:

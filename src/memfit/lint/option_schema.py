@@ -49,20 +49,20 @@ class Spec:
     def _is_one(self, value: Any) -> bool:
         if isinstance(value, Mapping | list):
             return False
-        fold = str.lower if self.any_case or isinstance(value, bool) else str
+        normalize = str.lower if self.any_case or isinstance(value, bool) else str
         # YAML reads the word no as False, so a boolean matches every spelling of itself.
-        said = _SWITCHES[value] if isinstance(value, bool) else (fold(str(value)),)
-        return any(fold(str(v)) in said for v in self.values)
+        spellings = _SWITCHES[value] if isinstance(value, bool) else (normalize(str(value)),)
+        return any(normalize(str(v)) in spellings for v in self.values)
 
     def counts(self, value: Any, spelled: bool) -> bool:
         """Return whether ``value`` is a number of this kind within the bounds."""
         number = _number(value, spelled)
-        whole = number is not None and (self.kind == "number" or _is_integer(value, number))
-        return whole and self._bounded(number)  # type: ignore[arg-type]
+        is_valid_number = number is not None and (self.kind == "number" or _is_integer(value, number))
+        return is_valid_number and self._bounded(number)  # type: ignore[arg-type]
 
     def _bounded(self, number: float) -> bool:
-        low = self.least is None or number > self.least or (number == self.least and not self.open)
-        return low and (self.most is None or number <= self.most)
+        above_minimum = self.least is None or number > self.least or (number == self.least and not self.open)
+        return above_minimum and (self.most is None or number <= self.most)
 
     def switches(self, value: Any, spelled: bool) -> bool:
         """Return whether ``value`` is true or false."""
@@ -74,9 +74,9 @@ class Spec:
         if self.values:
             return ", ".join(map(str, self.values))
         sign = ">" if self.open else ">="
-        low = f" {sign} {self.least:g}" if self.least is not None else ""
-        high = f" <= {self.most:g}" if self.most is not None else ""
-        return {"switch": "true, false"}.get(self.kind, self.kind) + low + high
+        minimum_text = f" {sign} {self.least:g}" if self.least is not None else ""
+        maximum_text = f" <= {self.most:g}" if self.most is not None else ""
+        return {"switch": "true, false"}.get(self.kind, self.kind) + minimum_text + maximum_text
 
 
 _ASKED = {
@@ -101,8 +101,8 @@ def _number(value: Any, spelled: bool) -> float | None:
 def _is_integer(value: Any, number: float) -> bool:
     """Return whether ``value``, of numeric value ``number``, is an integer. The number 5e8 is one; the text
     "5e8" is not, because int() does not parse it."""
-    text = isinstance(value, str) and not value.strip().lstrip("+-").replace("_", "").isdigit()
-    return number == number and abs(number) != float("inf") and number == int(number) and not text
+    is_other_text = isinstance(value, str) and not value.strip().lstrip("+-").replace("_", "").isdigit()
+    return number == number and abs(number) != float("inf") and number == int(number) and not is_other_text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,19 +133,23 @@ class Known:
     def near(self, section: str, key: str) -> str | None:
         """Return the path that ``key`` was probably meant for, or None: a similar name in the same section,
         or the same name in another section, if exactly one other section has it."""
-        found = like(key, self.now.get(section, {}) if self.shares else self.names(section))
-        if found is not None:
-            return f"{section}.{found}".lstrip(".")
+        similar_name = like(key, self.now.get(section, {}) if self.shares else self.names(section))
+        if similar_name is not None:
+            return f"{section}.{similar_name}".lstrip(".")
         if self.shares and not section:
             return None
-        homes = [f"{other}.{key}".lstrip(".") for other in self.sections if key in self.names(other)]
-        return homes[0] if len(homes) == 1 else None
+        paths = [
+            f"{other_section}.{key}".lstrip(".")
+            for other_section in self.sections
+            if key in self.names(other_section)
+        ]
+        return paths[0] if len(paths) == 1 else None
 
 
 def like(name: str, names: Iterable[str]) -> str | None:
     """Return the most similar of ``names``, or None if none is similar enough to be a misspelling."""
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=_LIKE)
-    return near[0] if near else None
+    matches = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=_LIKE)
+    return matches[0] if matches else None
 
 
 @functools.cache
@@ -175,14 +179,14 @@ def known(library: str) -> Known:
     )
 
 
-def _spec(said: Any, also: Any, any_case: bool) -> Spec:
-    if also == "any":
+def _spec(schema: Any, extra_values: Any, any_case: bool) -> Spec:
+    if extra_values == "any":
         return Spec()
-    if isinstance(said, list):
-        return Spec(values=(*said, *(also or ())), any_case=any_case)
-    kind, *bounds = said.split()
-    found = dict(zip(bounds[::2], map(float, bounds[1::2]), strict=True))
-    return Spec(kind=kind, least=found.get(">=", found.get(">")), most=found.get("<="), open=">" in found)
+    if isinstance(schema, list):
+        return Spec(values=(*schema, *(extra_values or ())), any_case=any_case)
+    kind, *bounds = schema.split()
+    limits = dict(zip(bounds[::2], map(float, bounds[1::2]), strict=True))
+    return Spec(kind=kind, least=limits.get(">=", limits.get(">")), most=limits.get("<="), open=">" in limits)
 
 
 def _of(options: Options, library: str) -> bool:
@@ -234,5 +238,5 @@ def shown(spec: Spec, value: Any) -> str:
     names = [str(v) for v in spec.values]
     if len(names) <= _MOST_SHOWN:
         return str(spec)
-    like = difflib.get_close_matches(str(value), names, n=3, cutoff=0) or names[:3]
-    return f"{', '.join(like)}, ... ({len(names)})"
+    closest = difflib.get_close_matches(str(value), names, n=3, cutoff=0) or names[:3]
+    return f"{', '.join(closest)}, ... ({len(names)})"

@@ -141,22 +141,22 @@ class Options:
         """Return the value, or None if it is not given, left to the library ("auto"), or known only when the
         script runs."""
         value = self.raw(path)
-        unknown = isinstance(value, str) and (value in ("auto", "") or "$" in value)
-        return None if unknown or path in self.unsure else value
+        undetermined = isinstance(value, str) and (value in ("auto", "") or "$" in value)
+        return None if undetermined or path in self.unsure else value
 
     def number(self, path: str) -> float | None:
         """Return the value as a finite number, or None."""
         value = self.get(path)
         try:
-            found = None if isinstance(value, bool) or value is None else float(value)
+            number_value = None if isinstance(value, bool) or value is None else float(value)
         except (TypeError, ValueError):
             return None
-        return found if found is not None and math.isfinite(found) else None
+        return number_value if number_value is not None and math.isfinite(number_value) else None
 
     def count(self, path: str) -> int | None:
         """Return the value as an integer, or None."""
-        found = self.number(path)
-        return int(found) if found is not None and found == int(found) else None
+        number_value = self.number(path)
+        return int(number_value) if number_value is not None and number_value == int(number_value) else None
 
     def on(self, path: str) -> bool:
         return str(self.get(path)).lower() in ("true", "1", "yes")
@@ -166,8 +166,8 @@ class Options:
 
     def size(self, path: str) -> int | None:
         """Return the value as an integer of at least 1, or None."""
-        found = self.count(path)
-        return found if found is not None and found >= 1 else None
+        integer_value = self.count(path)
+        return integer_value if integer_value is not None and integer_value >= 1 else None
 
     def texts(self, path: str) -> tuple[str, ...]:
         """Return the items of a list, or the words of a text, as strings."""
@@ -203,34 +203,36 @@ class Setup:
         """The file that configures FSDP, or None. Accelerate's file takes precedence over the Trainer's."""
         if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
             return self.accelerate
-        on = self.trainer is not None and bool(self.trainer.raw("fsdp")) and not self.trainer.off("fsdp")
-        return self.trainer if on else None
+        trainer_uses_fsdp = (
+            self.trainer is not None and bool(self.trainer.raw("fsdp")) and not self.trainer.off("fsdp")
+        )
+        return self.trainer if trainer_uses_fsdp else None
 
     @property
     def files(self) -> tuple[str, ...]:
-        found = (getattr(self, kind) for kind in KINDS)
-        return tuple(dict.fromkeys(o.file for o in found if o is not None))
+        settings_by_kind = (getattr(self, kind) for kind in KINDS)
+        return tuple(dict.fromkeys(options.file for options in settings_by_kind if options is not None))
 
 
 def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | None = None) -> Setup:
     """Read ``paths``, and the files that they name, as one set-up. Raises UserError if a file cannot be read,
     is of no known kind, or is a second one of the same kind."""
-    found: dict[str, Options] = {}
+    options_by_kind: dict[str, Options] = {}
     missing: list[str] = []
     for path in paths:
         kind, options = _read_one(path)
-        if kind in found:
+        if kind in options_by_kind:
             raise UserError(
-                f"{found[kind].file} and {options.file} are both {KINDS[kind]}",
+                f"{options_by_kind[kind].file} and {options.file} are both {KINDS[kind]}",
                 allowed="one file of each kind",
             )
-        found[kind] = options
-    for kind, options in list(found.items()):
-        _follow(kind, options, found, missing)
-    _follow_changes(found, missing)
+        options_by_kind[kind] = options
+    for kind, options in list(options_by_kind.items()):
+        _follow(kind, options, options_by_kind, missing)
+    _follow_changes(options_by_kind, missing)
     if ranks is None:
-        ranks = _ranks(found)
-    return Setup(**found, ranks=ranks, parameters=parameters, missing=tuple(missing))
+        ranks = _ranks(options_by_kind)
+    return Setup(**options_by_kind, ranks=ranks, parameters=parameters, missing=tuple(missing))
 
 
 def _read_one(path: Path) -> tuple[str, Options]:
@@ -239,9 +241,11 @@ def _read_one(path: Path) -> tuple[str, Options]:
     if isinstance(data, Script):
         kind = max(_SCRIPTS, key=lambda k: len(_MARKS[k] & data.flags.keys()))
         if not _MARKS[kind] & (data.flags.keys() | data.unsure):
-            raise _unknown(path, "no option of a training library in it")
-        own = not _MARKS["megatron"] & data.underscored
-        return kind, Options(file=str(path), data=data.flags, env=data.env, unsure=data.unsure, defaults=own)
+            raise _unknown(path, "it contains no option of a training library")
+        uses_library_defaults = not _MARKS["megatron"] & data.underscored
+        return kind, Options(
+            file=str(path), data=data.flags, env=data.env, unsure=data.unsure, defaults=uses_library_defaults
+        )
     if isinstance(data.get("MODEL_ARGS"), Mapping):  # the form of Megatron-LM's own test cases
         env = {k: str(v) for k, v in (data.get("ENV_VARS") or {}).items()}
         return "megatron", Options(file=str(path), data=_snake(data["MODEL_ARGS"]), env=env)
@@ -251,14 +255,14 @@ def _read_one(path: Path) -> tuple[str, Options]:
         return "torchtitan", Options(file=str(path), data=data)
     if (changes := _changes(path, data)) is not None:
         return "openfold_config", Options(file=str(path), data=changes)
-    plain = _snake(data)
-    scores = {kind: _score(kind, marks, plain) for kind, marks in _MARKS.items()}
+    settings = _snake(data)
+    scores = {kind: _score(kind, marks, settings) for kind, marks in _MARKS.items()}
     kind = max(scores, key=lambda k: scores[k])
     if not scores[kind]:
         raise _unknown(path, _keys_of(data))
     underscored = {str(k) for k in data if "_" in str(k)}  # Megatron-LM's own parser accepts only hyphens
-    own = not _MARKS["megatron"] & underscored
-    return kind, Options(file=str(path), data=_sections(kind, plain), defaults=own)
+    uses_library_defaults = not _MARKS["megatron"] & underscored
+    return kind, Options(file=str(path), data=_sections(kind, settings), defaults=uses_library_defaults)
 
 
 def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
@@ -266,20 +270,20 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
     keys = [str(key) for key in data]
     if "globals" in keys and set(keys) <= OPENFOLD_PARTS:
         raise UserError(
-            f"{path} is nested", allowed='flat keys, as OpenFold reads them: "globals.chunk_size"'
+            f"{path} has nested keys", allowed='flat keys, as OpenFold reads them: "globals.chunk_size"'
         )
     if not any(map(_FOLD.match, keys)):
         return None
-    found: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for key, value in data.items():
-        *above, last = str(key).split(".")
-        node = found
-        for part in above:
+        *parents, last = str(key).split(".")
+        node = nested
+        for part in parents:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise UserError(f"{path} sets {key} and a part of it", allowed="each key once")
         node[last] = value
-    return found
+    return nested
 
 
 def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
@@ -295,27 +299,29 @@ def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:
     DeepSpeed only as mappings, and for the Trainer only as switches."""
     sections = {k for k in ("fp16", "bf16", "activation_checkpointing") if isinstance(data.get(k), Mapping)}
     switches = {"fp16", "bf16", "activation_checkpointing"} - sections
-    other = switches if kind == "deepspeed" else sections if kind == "trainer" else set()
-    return len((marks - other) & data.keys())
+    ambiguous = switches if kind == "deepspeed" else sections if kind == "trainer" else set()
+    return len((marks - ambiguous) & data.keys())
 
 
 def _text(path: Path) -> str:
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{path} is larger than a configuration", allowed=f"at most {_MOST_BYTES} bytes")
+            raise UserError(
+                f"{path} is too large for a configuration file", allowed=f"at most {_MOST_BYTES} bytes"
+            )
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise _unknown(path, "no text") from error
+        raise _unknown(path, "it is not a text file") from error
 
 
 # DeepSpeed parses its file as HJSON, which allows comments.
 _COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
-def _kept_string(found: re.Match[str]) -> str:
-    return found.group() if found.group().startswith('"') else ""
+def _kept_string(match: re.Match[str]) -> str:
+    return match.group() if match.group().startswith('"') else ""
 
 
 def _data(path: Path, text: str) -> dict[str, Any] | Script:
@@ -332,17 +338,18 @@ def _data(path: Path, text: str) -> dict[str, Any] | Script:
             )
             if isinstance(data, dict):
                 return data
-            raise _unknown(path, f"a {type(data).__name__}")
+            raise _unknown(path, f"it contains a {type(data).__name__}")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(
-            f"{path} is no {path.suffix[1:].upper()}: {' '.join(str(error).split())[:120]}"
+            f"{path} is not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())[:120]}"
         ) from error
     return read_script(text)
 
 
-def _unknown(path: Path, what: str) -> UserError:
+def _unknown(path: Path, description: str) -> UserError:
     return UserError(
-        f"{path} is no configuration that memfit knows: {what}", allowed="; ".join(KINDS.values())
+        f"{path} is not a configuration that memfit can read: {description}",
+        allowed="; ".join(KINDS.values()),
     )
 
 
@@ -370,34 +377,34 @@ def _sections(kind: str, data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _follow(kind: str, options: Options, found: dict[str, Options], missing: list[str]) -> None:
+def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], missing: list[str]) -> None:
     """Add the DeepSpeed or Megatron-LM settings that another file contains or names."""
-    inside: Any = None
+    reference: Any = None
     if kind == "trainer":
-        inside = options.raw("deepspeed")
+        reference = options.raw("deepspeed")
     elif kind == "accelerate" and str(options.raw("distributed_type")).upper() == "DEEPSPEED":
-        inside = options.raw("deepspeed_config.deepspeed_config_file") or _as_deepspeed(options)
+        reference = options.raw("deepspeed_config.deepspeed_config_file") or _as_deepspeed(options)
     elif kind in ("megatron", "openfold"):
-        inside = options.get("deepspeed_config") or options.get("deepspeed_config_path")
+        reference = options.get("deepspeed_config") or options.get("deepspeed_config_path")
     elif kind == "accelerate" and str(options.raw("distributed_type")).upper() == "MEGATRON_LM":
-        found.setdefault("megatron", Options(file=options.file, data=_as_megatron(options)))
-    if not inside or inside in ("none", True) or "deepspeed" in found:
+        options_by_kind.setdefault("megatron", Options(file=options.file, data=_as_megatron(options)))
+    if not reference or reference in ("none", True) or "deepspeed" in options_by_kind:
         return
-    if isinstance(inside, Mapping):
-        found["deepspeed"] = Options(file=options.file, data=inside)
+    if isinstance(reference, Mapping):
+        options_by_kind["deepspeed"] = Options(file=options.file, data=reference)
         return
-    target = _named(options, inside)
+    target = _named(options, reference)
     if target is not None and target.suffix == ".json":
-        found["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
+        options_by_kind["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
     else:
-        missing.append(str(inside))
+        missing.append(str(reference))
 
 
-def _follow_changes(found: dict[str, Options], missing: list[str]) -> None:
+def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> None:
     """Add the JSON file that OpenFold's arguments name."""
-    options = found.get("openfold")
+    options = options_by_kind.get("openfold")
     name = options.get("experiment_config_json") if options is not None else None
-    if options is None or not name or "openfold_config" in found:
+    if options is None or not name or "openfold_config" in options_by_kind:
         return
     if (target := _named(options, name)) is None:
         missing.append(str(name))
@@ -405,33 +412,33 @@ def _follow_changes(found: dict[str, Options], missing: list[str]) -> None:
     kind, changes = _read_one(target)
     if kind != "openfold_config":
         raise UserError(f"{target} is {KINDS[kind]}", allowed=KINDS["openfold_config"])
-    found["openfold_config"] = changes
+    options_by_kind["openfold_config"] = changes
 
 
 def _named(options: Options, name: Any) -> Path | None:
     # Projects often name files relative to their root, so every folder above the file is tried.
-    places = (*Path(options.file).absolute().parents, Path.cwd())
-    return next((p / str(name) for p in places if (p / str(name)).is_file()), None)
+    folders = (*Path(options.file).absolute().parents, Path.cwd())
+    return next((folder / str(name) for folder in folders if (folder / str(name)).is_file()), None)
 
 
 def _as_deepspeed(options: Options) -> dict[str, Any]:
     """Return the DeepSpeed configuration that Accelerate's own DeepSpeed plugin builds (utils/dataclasses.py,
     DeepSpeedPlugin.__post_init__, Accelerate 1.15, 2026-11)."""
-    given = options.section("deepspeed_config")
+    section = options.section("deepspeed_config")
     precision = str(options.raw("mixed_precision"))
-    zero: dict[str, Any] = {"stage": given.get("zero_stage", 2)}
+    zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
     for name, old in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_param")):
-        device, path = given.get(f"{old}_device", "none"), given.get(f"{old}_nvme_path")
+        device, path = section.get(f"{old}_device", "none"), section.get(f"{old}_nvme_path")
         zero[name] = {"device": device} | ({"nvme_path": path} if path else {})
-    zero["stage3_gather_16bit_weights_on_model_save"] = given.get("zero3_save_16bit_model", False)
+    zero["stage3_gather_16bit_weights_on_model_save"] = section.get("zero3_save_16bit_model", False)
     data: dict[str, Any] = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": given.get("gradient_accumulation_steps", 1),
+        "gradient_accumulation_steps": section.get("gradient_accumulation_steps", 1),
         "zero_optimization": zero,
     }
-    if given.get("gradient_clipping"):
-        data["gradient_clipping"] = given["gradient_clipping"]
+    if section.get("gradient_clipping"):
+        data["gradient_clipping"] = section["gradient_clipping"]
     if precision in ("bf16", "fp16", "fp8"):
         data["fp16" if precision == "fp16" else "bf16"] = {"enabled": True}
     return data
@@ -448,25 +455,25 @@ _MEGATRON_NAMES = {
 
 
 def _as_megatron(options: Options) -> dict[str, Any]:
-    given = options.section("megatron_lm_config")
-    data = {_MEGATRON_NAMES[k]: v for k, v in given.items() if k in _MEGATRON_NAMES}
+    section = options.section("megatron_lm_config")
+    data = {_MEGATRON_NAMES[k]: v for k, v in section.items() if k in _MEGATRON_NAMES}
     precision = str(options.raw("mixed_precision"))
     return data | ({precision: True} if precision in ("bf16", "fp16") else {})
 
 
-def _ranks(found: Mapping[str, Options]) -> int | None:
-    if (options := found.get("accelerate")) is not None:
+def _ranks(options_by_kind: Mapping[str, Options]) -> int | None:
+    if (options := options_by_kind.get("accelerate")) is not None:
         return options.count("num_processes")
-    if (options := found.get("openfold")) is not None:
+    if (options := options_by_kind.get("openfold")) is not None:
         counts = [1 if options.raw(n) is None else options.count(n) for n in ("gpus", "num_nodes")]
         return counts[0] * counts[1] if counts[0] and counts[1] else None
-    for options in _scripts(found):
+    for options in _scripts(options_by_kind):
         nodes = 1 if options.raw("nnodes") is None else options.count("nnodes")
-        each = options.count("nproc_per_node") or options.count("num_gpus")
-        if nodes and each:
-            return nodes * each
+        processes_per_node = options.count("nproc_per_node") or options.count("num_gpus")
+        if nodes and processes_per_node:
+            return nodes * processes_per_node
     return None
 
 
-def _scripts(found: Mapping[str, Options]) -> Iterable[Options]:
-    return (found[k] for k in ("megatron", "trainer") if k in found)
+def _scripts(options_by_kind: Mapping[str, Options]) -> Iterable[Options]:
+    return (options_by_kind[k] for k in ("megatron", "trainer") if k in options_by_kind)

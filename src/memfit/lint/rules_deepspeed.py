@@ -28,21 +28,21 @@ def _device(d: Options, name: str) -> str:
 def _shares_samples(d: Options, s: Setup) -> bool:
     """Return whether several processes may work on the same samples, as in tensor and sequence
     parallelism."""
-    mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
-    split = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
-    split = split or "autosp" in d.texts("compile.passes")
-    return bool(split) or mesh or s.megatron is not None
+    has_mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
+    splits_model = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
+    splits_model = splits_model or "autosp" in d.texts("compile.passes")
+    return bool(splits_model) or has_mesh or s.megatron is not None
 
 
 def deepspeed_batch_product(d: Options, s: Setup) -> Found:
     """Report a train_batch_size that is not micro-batch x accumulation steps x processes."""
-    whole, micro, steps = (d.count(k) for k in _BATCH)
-    if not whole or not micro or micro < 1:
+    global_batch, micro_batch, steps = (d.count(k) for k in _BATCH)
+    if not global_batch or not micro_batch or micro_batch < 1:
         return
     ranks = None if _shares_samples(d, s) else s.ranks
-    least = micro * (steps or 1) * (ranks or 1)
-    if whole % least or (steps and ranks and whole != least):
-        yield {"whole": whole, "micro": micro, "steps": steps or "n", "ranks": ranks or "n"}
+    smallest_batch = micro_batch * (steps or 1) * (ranks or 1)
+    if global_batch % smallest_batch or (steps and ranks and global_batch != smallest_batch):
+        yield {"whole": global_batch, "micro": micro_batch, "steps": steps or "n", "ranks": ranks or "n"}
 
 
 def deepspeed_two_precisions(d: Options, s: Setup) -> Found:
@@ -81,10 +81,10 @@ def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
     not reported: they do no harm there."""
     if (stage := _stage(d)) not in {0, 1, 2}:
         return
-    named = [
+    stage3_keys = [
         k for k in d.section("zero_optimization") if k.startswith("stage3_") and "on_model_save" not in k
     ]
-    keys = [k for k in named if d.get(f"zero_optimization.{k}") is not None]
+    keys = [k for k in stage3_keys if d.get(f"zero_optimization.{k}") is not None]
     if keys:
         yield {"keys": ", ".join(keys), "stage": stage}
 
@@ -123,12 +123,12 @@ def deepspeed_hpz_ranks(d: Options, s: Setup) -> Found:
 def deepspeed_least_scale(d: Options, s: Setup) -> Found:
     """Report a dynamic loss scale whose minimum is above its initial value. DeepSpeed's defaults are 2**16
     for the initial value and 1 for the minimum."""
-    least, power = d.number("fp16.min_loss_scale"), d.count("fp16.initial_scale_power")
+    min_scale, power = d.number("fp16.min_loss_scale"), d.count("fp16.initial_scale_power")
     power = 16 if d.raw("fp16.initial_scale_power") is None else power
-    if not d.on("fp16.enabled") or d.number("fp16.loss_scale") or least is None or power is None:
+    if not d.on("fp16.enabled") or d.number("fp16.loss_scale") or min_scale is None or power is None:
         return
-    if 0 <= power <= 64 and least > 2**power:
-        yield {"least": f"{least:g}", "first": 2**power, "power": power}
+    if 0 <= power <= 64 and min_scale > 2**power:
+        yield {"least": f"{min_scale:g}", "first": 2**power, "power": power}
 
 
 def deepspeed_contiguous_checkpoints(d: Options, s: Setup) -> Found:
@@ -143,8 +143,8 @@ def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:
     torch's checkpoint, which reads none of these settings."""
     if s.trainer is None and s.accelerate is None:
         return
-    wanted = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
-    keys = [k for k in wanted if d.on(f"activation_checkpointing.{k}")]
+    options = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
+    keys = [k for k in options if d.on(f"activation_checkpointing.{k}")]
     if keys:
         yield {"keys": ", ".join(keys)}
 
@@ -233,13 +233,13 @@ def deepspeed_pipeline(d: Options, s: Setup) -> Found:
 def deepspeed_bucket(d: Options, s: Setup) -> Found:
     """Report a reduce_bucket_size above the model's number of parameters. Stages 1 and 2 allocate the whole
     bucket, and a second one if communication overlaps."""
-    whole = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
-    auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
+    allocates_bucket = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
+    is_auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
     bucket = d.count("zero_optimization.reduce_bucket_size") or 500_000_000
-    if s.parameters is not None and whole and not auto and bucket > s.parameters:
-        each = 2 if d.on("bf16.enabled") or d.on("fp16.enabled") else 4
-        times = 2 if d.on("zero_optimization.overlap_comm") else 1
-        mib = bucket * each * times / 2**20
+    if s.parameters is not None and allocates_bucket and not is_auto and bucket > s.parameters:
+        bytes_per_element = 2 if d.on("bf16.enabled") or d.on("fp16.enabled") else 4
+        bucket_count = 2 if d.on("zero_optimization.overlap_comm") else 1
+        mib = bucket * bytes_per_element * bucket_count / 2**20
         yield {"bucket": bucket, "parameters": s.parameters, "mib": f"{mib:.0f}"}
 
 
@@ -247,9 +247,13 @@ def deepspeed_no_zero(d: Options, s: Setup) -> Found:
     """Report a missing zero_optimization section, which Accelerate's plugin, and so the Trainer, asks for.
     Trainer flags without a training batch are ignored: scripts that only generate text have some of them
     too."""
-    trains = s.trainer is not None and s.trainer.raw("per_device_train_batch_size") is not None
-    tuned = d.on("autotuning.enabled")
-    if (trains or s.accelerate is not None) and d.raw("zero_optimization") is None and not tuned:
+    trainer_trains = s.trainer is not None and s.trainer.raw("per_device_train_batch_size") is not None
+    is_autotuning = d.on("autotuning.enabled")
+    if (
+        (trainer_trains or s.accelerate is not None)
+        and d.raw("zero_optimization") is None
+        and not is_autotuning
+    ):
         yield {}
 
 

@@ -32,16 +32,16 @@ def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
     if not path or _kind(a) != "DEEPSPEED":
         return
     keys = [k for k in _DOUBLED if k in a.section("deepspeed_config")]
-    clash = s.deepspeed is not None and any(accelerate_deepspeed_precision(a, s.deepspeed, s))
-    keys += ["mixed_precision"] if a.raw("mixed_precision") is not None and not clash else []
+    precision_conflict = s.deepspeed is not None and any(accelerate_deepspeed_precision(a, s.deepspeed, s))
+    keys += ["mixed_precision"] if a.raw("mixed_precision") is not None and not precision_conflict else []
     if keys:
         yield {"keys": ", ".join(keys), "path": path}
 
 
 def accelerate_other_launcher(a: Options, d: Options, s: Setup) -> Found:
     """Report a DeepSpeed file that nothing reads because distributed_type is not DEEPSPEED."""
-    told = a.raw("distributed_type") is not None and _kind(a) not in ("DEEPSPEED", "NONE")
-    if told and s.trainer is None:  # an argument of the Trainer may name the file
+    other_launcher = a.raw("distributed_type") is not None and _kind(a) not in ("DEEPSPEED", "NONE")
+    if other_launcher and s.trainer is None:  # an argument of the Trainer may name the file
         yield {"kind": _kind(a)}
 
 
@@ -54,10 +54,10 @@ def accelerate_zero3_init(a: Options, d: Options, s: Setup) -> Found:
 
 def accelerate_deepspeed_precision(a: Options, d: Options, s: Setup) -> Found:
     """Report a mixed_precision that contradicts the precision that the DeepSpeed file enables."""
-    mixed = str(a.raw("mixed_precision")).lower()
-    other = {"bf16": "fp16", "fp8": "fp16", "fp16": "bf16"}.get(mixed)
-    if other is not None and d.on(f"{other}.enabled"):
-        yield {"mixed": mixed, "other": other}
+    mixed_precision = str(a.raw("mixed_precision")).lower()
+    opposite = {"bf16": "fp16", "fp8": "fp16", "fp16": "bf16"}.get(mixed_precision)
+    if opposite is not None and d.on(f"{opposite}.enabled"):
+        yield {"mixed": mixed_precision, "other": opposite}
 
 
 _SECTIONS = {"fsdp_config": "FSDP", "deepspeed_config": "DEEPSPEED", "megatron_lm_config": "MEGATRON_LM"}
@@ -80,17 +80,23 @@ def accelerate_processes(a: Options, s: Setup) -> Found:
 def _machines(a: Options) -> int | None:
     """Return num_machines, or None if another launcher determines it: SageMaker's, or DeepSpeed's, which
     reads a hostfile."""
-    local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
-    own = _kind(a) != "DEEPSPEED" or a.raw("deepspeed_config.deepspeed_multinode_launcher") == "standard"
-    return a.size("num_machines") if local and own and _kind(a) not in ("XLA", "TPU") else None
+    is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
+    accelerate_launches = (
+        _kind(a) != "DEEPSPEED" or a.raw("deepspeed_config.deepspeed_multinode_launcher") == "standard"
+    )
+    return (
+        a.size("num_machines")
+        if is_local and accelerate_launches and _kind(a) not in ("XLA", "TPU")
+        else None
+    )
 
 
 def accelerate_rendezvous(a: Options, s: Setup) -> Found:
     """Report several machines without the address of the first, or without a port that is needed. Launchers
     based on torchrun default to port 29500; the plain launcher, for CPUs, has no default."""
-    plain = a.on("use_cpu") or _kind(a) in ("NO", "MULTI_CPU")
-    needed = ("main_process_ip", "main_process_port") if plain else ("main_process_ip",)
-    missing = [n for n in needed if a.raw(n) in (None, "")]
+    is_plain_launcher = a.on("use_cpu") or _kind(a) in ("NO", "MULTI_CPU")
+    required = ("main_process_ip", "main_process_port") if is_plain_launcher else ("main_process_ip",)
+    missing = [n for n in required if a.raw(n) in (None, "")]
     if (machines := _machines(a)) is not None and machines > 1 and missing:
         yield {"machines": machines, "missing": " and ".join(missing)}
 
@@ -110,11 +116,12 @@ def accelerate_one_process(a: Options, s: Setup) -> Found:
     machine, whatever num_processes is, unless the command line overrides it with --multi_gpu or a similar
     option."""
     processes = a.count("num_processes")
-    local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
-    plain = a.raw("distributed_type") is not None and _kind(a) in ("NO", "FALSE")  # YAML reads no as False
+    is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
+    # YAML reads no as False.
+    is_undistributed = a.raw("distributed_type") is not None and _kind(a) in ("NO", "FALSE")
     if (
-        plain
-        and local
+        is_undistributed
+        and is_local
         and not a.on("use_cpu")
         and processes is not None
         and processes > (a.count("num_machines") or 1)
@@ -133,25 +140,30 @@ def _devices(a: Options) -> tuple[int, int] | None:
     """Return (the number of devices that gpu_ids names, the number of processes per machine), or None if
     either is unknown."""
     ids = a.get("gpu_ids")
-    named = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
+    device_ids = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
     processes, machines = a.size("num_processes"), a.size("num_machines") or 1
-    if processes is None or processes % machines or a.on("use_cpu") or not all(n.isdigit() for n in named):
+    if (
+        processes is None
+        or processes % machines
+        or a.on("use_cpu")
+        or not all(device_id.isdigit() for device_id in device_ids)
+    ):
         return None
-    return (len(named), processes // machines) if named else None
+    return (len(device_ids), processes // machines) if device_ids else None
 
 
 def accelerate_few_devices(a: Options, s: Setup) -> Found:
     """Report a gpu_ids that names fewer devices than a machine has processes."""
-    found = _devices(a)
-    if found is not None and found[0] < found[1]:
-        yield {"ids": a.raw("gpu_ids"), "devices": found[0], "processes": found[1]}
+    counts = _devices(a)
+    if counts is not None and counts[0] < counts[1]:
+        yield {"ids": a.raw("gpu_ids"), "devices": counts[0], "processes": counts[1]}
 
 
 def accelerate_idle_devices(a: Options, s: Setup) -> Found:
     """Report a gpu_ids that names more devices than a machine has processes."""
-    found = _devices(a)
-    if found is not None and found[0] > found[1]:
-        yield {"ids": a.raw("gpu_ids"), "devices": found[0], "processes": found[1]}
+    counts = _devices(a)
+    if counts is not None and counts[0] > counts[1]:
+        yield {"ids": a.raw("gpu_ids"), "devices": counts[0], "processes": counts[1]}
 
 
 def accelerate_cpu_fp16(a: Options, s: Setup) -> Found:
@@ -170,8 +182,8 @@ def _of(name: str, options: Options) -> str:
 def _version(options: Options, s: Setup) -> int | None:
     """Return the version of FSDP, or None for a Trainer's file that does not say it. Accelerate's default is
     1. The Trainer's default depends on its release: newer ones use 2."""
-    given = options.count("fsdp_config.version")
-    return given if given is not None else 1 if options is s.accelerate else None
+    version = options.count("fsdp_config.version")
+    return version if version is not None else 1 if options is s.accelerate else None
 
 
 _ONLY_FSDP1 = (
@@ -229,11 +241,16 @@ def fsdp_prefetch(o: Options, s: Setup) -> Found:
 # -- the Trainer and the libraries it drives ---------------------------------------------------------------
 
 
-def _differs(d: Options, t: Options, ours: str, theirs: str) -> Found:
+def _differs(d: Options, t: Options, trainer_key: str, deepspeed_key: str) -> Found:
     """Yield a finding if both files state the setting, with different numbers."""
-    mine, other = t.number(ours), d.number(theirs)
-    if mine is not None and other is not None and mine != other:
-        yield {"ours": ours, "mine": t.raw(ours), "theirs": theirs, "other": d.raw(theirs)}
+    trainer_value, deepspeed_value = t.number(trainer_key), d.number(deepspeed_key)
+    if trainer_value is not None and deepspeed_value is not None and trainer_value != deepspeed_value:
+        yield {
+            "ours": trainer_key,
+            "mine": t.raw(trainer_key),
+            "theirs": deepspeed_key,
+            "other": d.raw(deepspeed_key),
+        }
 
 
 def trainer_deepspeed_batch(d: Options, t: Options, s: Setup) -> Found:
@@ -253,25 +270,33 @@ def trainer_deepspeed_clipping(d: Options, t: Options, s: Setup) -> Found:
 
 def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found:
     """Report hyperparameters that differ between the DeepSpeed file and the TrainingArguments."""
-    for ours, theirs in (
+    for trainer_key, deepspeed_key in (
         ("learning_rate", "optimizer.params.lr"),
         ("weight_decay", "optimizer.params.weight_decay"),
         ("adam_epsilon", "optimizer.params.eps"),
         ("learning_rate", "scheduler.params.warmup_max_lr"),
         ("warmup_steps", "scheduler.params.warmup_num_steps"),
     ):
-        yield from _differs(d, t, ours, theirs)
+        yield from _differs(d, t, trainer_key, deepspeed_key)
 
 
 def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
     """Report a precision that differs between the DeepSpeed file and the TrainingArguments."""
     for name in ("fp16", "bf16"):
-        mine, other = t.get(name), d.get(f"{name}.enabled")
-        if mine is not None and other is not None and t.on(name) != d.on(f"{name}.enabled"):
-            yield {"name": name, "mine": mine, "other": other}
-    for name, rival in (("bf16", "fp16"), ("fp16", "bf16")):
-        if d.on(f"{name}.enabled") and t.get(name) is None and t.on(rival):
-            yield {"name": name, "mine": f"not set, with {rival} on", "other": d.get(f"{name}.enabled")}
+        trainer_value, deepspeed_value = t.get(name), d.get(f"{name}.enabled")
+        if (
+            trainer_value is not None
+            and deepspeed_value is not None
+            and t.on(name) != d.on(f"{name}.enabled")
+        ):
+            yield {"name": name, "mine": trainer_value, "other": deepspeed_value}
+    for name, other_precision in (("bf16", "fp16"), ("fp16", "bf16")):
+        if d.on(f"{name}.enabled") and t.get(name) is None and t.on(other_precision):
+            yield {
+                "name": name,
+                "mine": f"not set, with {other_precision} on",
+                "other": d.get(f"{name}.enabled"),
+            }
 
 
 _SAME_AS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
@@ -304,10 +329,10 @@ def trainer_two_precisions(t: Options, s: Setup) -> Found:
 
 def trainer_accelerate_precision(t: Options, a: Options, s: Setup) -> Found:
     """Report an Accelerate mixed_precision that differs from the TrainingArguments, which take precedence."""
-    mixed = str(a.get("mixed_precision")).lower().replace("false", "no")
-    mine = [n for n in ("bf16", "fp16") if t.on(n)]
-    if len(mine) == 1 and mixed in {"no", "bf16", "fp16"} and mixed != mine[0]:
-        yield {"mine": mine[0], "mixed": mixed}
+    mixed_precision = str(a.get("mixed_precision")).lower().replace("false", "no")
+    enabled = [n for n in ("bf16", "fp16") if t.on(n)]
+    if len(enabled) == 1 and mixed_precision in {"no", "bf16", "fp16"} and mixed_precision != enabled[0]:
+        yield {"mine": enabled[0], "mixed": mixed_precision}
 
 
 def _recomputes(t: Options) -> bool:
@@ -316,16 +341,16 @@ def _recomputes(t: Options) -> bool:
 
 def trainer_fsdp_checkpointing(t: Options, s: Setup) -> Found:
     """Report FSDP's activation_checkpointing together with the TrainingArguments' gradient_checkpointing."""
-    o = s.fsdp
-    if o is not None and _recomputes(t) and o.on("fsdp_config.activation_checkpointing"):
+    fsdp = s.fsdp
+    if fsdp is not None and _recomputes(t) and fsdp.on("fsdp_config.activation_checkpointing"):
         yield {}
 
 
 def trainer_fsdp_save_only_model(t: Options, s: Setup) -> Found:
     """Report save_only_model with sharded state dicts of FSDP, which do not support it."""
-    o = s.fsdp
-    alone = t.on("save_only_model") and not t.on("load_best_model_at_end")
-    if o is not None and alone and _of("state_dict_type", o) == "sharded_state_dict":
+    fsdp = s.fsdp
+    saves_only_model = t.on("save_only_model") and not t.on("load_best_model_at_end")
+    if fsdp is not None and saves_only_model and _of("state_dict_type", fsdp) == "sharded_state_dict":
         yield {}
 
 
@@ -339,9 +364,9 @@ def trainer_best_model(t: Options, s: Setup) -> Found:
 
 def trainer_unused_parameters(t: Options, s: Setup) -> Found:
     """Report ddp_find_unused_parameters with reentrant checkpointing, which fails in DDP."""
-    plain = s.deepspeed is None and s.fsdp is None
+    is_ddp = s.deepspeed is None and s.fsdp is None
     reentrant = any(t.on(f"{n}_checkpointing_kwargs.use_reentrant") for n in ("gradient", "activation"))
-    if plain and _recomputes(t) and t.on("ddp_find_unused_parameters") and reentrant:
+    if is_ddp and _recomputes(t) and t.on("ddp_find_unused_parameters") and reentrant:
         yield {}
 
 
@@ -353,11 +378,11 @@ def trainer_cache(t: Options, s: Setup) -> Found:
 
 def fsdp2_offload_clipping(t: Options, s: Setup) -> Found:
     """Report gradient clipping with FSDP2's offload. The Trainer clips to 1.0 unless told otherwise."""
-    o = s.fsdp
-    if o is None or _version(o, s) != 2:
+    fsdp = s.fsdp
+    if fsdp is None or _version(fsdp, s) != 2:
         return
     norm = t.number("max_grad_norm")
-    if any(o.on(f"fsdp_config.{k}") for k in ("offload_params", "cpu_offload")) and norm != 0:
+    if any(fsdp.on(f"fsdp_config.{k}") for k in ("offload_params", "cpu_offload")) and norm != 0:
         yield {"norm": "1.0 (its default)" if norm is None else norm}
 
 

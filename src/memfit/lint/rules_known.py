@@ -16,17 +16,17 @@ def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
     """Find misspelled settings. ``refused``: whether to report the sections in which the library stops at an
     unknown key, or the others."""
     table = known(library)
-    for section, key, near in unknown(o, library) if _read_as_written(o, s) else ():
-        if near is not None and (section in table.refuses) == refused:
-            yield {"key": f"{section}.{key}".lstrip("."), "near": near}
+    for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
+        if intended_path is not None and (section in table.refuses) == refused:
+            yield {"key": f"{section}.{key}".lstrip("."), "near": intended_path}
 
 
 def _newer(o: Options, s: Setup, library: str) -> Found:
     """Find unknown settings that are similar to no known one, in sections where the library stops at an
     unknown key."""
     table = known(library)
-    for section, key, near in unknown(o, library) if _read_as_written(o, s) else ():
-        if near is None and section in table.refuses:
+    for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
+        if intended_path is None and section in table.refuses:
             yield {"key": f"{section}.{key}".lstrip("."), "release": table.release}
 
 
@@ -84,8 +84,8 @@ def deepspeed_text_for_number(d: Options, s: Setup) -> Found:
 
 def deepspeed_value(d: Options, s: Setup) -> Found:
     """Report values that DeepSpeed does not accept, except numbers written as text."""
-    text = [f["key"] for f in deepspeed_text_for_number(d, s)]
-    yield from (f for f in _value(d, s, "deepspeed") if f["key"] not in text)
+    text_keys = [f["key"] for f in deepspeed_text_for_number(d, s)]
+    yield from (f for f in _value(d, s, "deepspeed") if f["key"] not in text_keys)
 
 
 def accelerate_unknown_key(a: Options, s: Setup) -> Found:
@@ -127,21 +127,21 @@ def trainer_gone(t: Options, s: Setup) -> Found:
     """Report arguments that the checked release of transformers does not have. Only a file with nothing but
     the Trainer's arguments is checked: other front ends still have some of them."""
     table = known("trainer")
-    gone = [key for key in t.data if key in table.older[""]]
-    if gone and all(key in table.names("") for key in t.data):
-        yield {"keys": ", ".join(gone), "release": table.release}
+    removed_keys = [key for key in t.data if key in table.older[""]]
+    if removed_keys and all(key in table.names("") for key in t.data):
+        yield {"keys": ", ".join(removed_keys), "release": table.release}
 
 
-def _option(found: dict[str, str]) -> dict[str, str]:
-    return found | {k: f"--{found[k].replace('_', '-')}" for k in ("key", "near") if k in found}
+def _option(finding: dict[str, str]) -> dict[str, str]:
+    return finding | {k: f"--{finding[k].replace('_', '-')}" for k in ("key", "near") if k in finding}
 
 
 def megatron_unknown_option(m: Options, s: Setup) -> Found:
     """Report misspelled options of Megatron-LM. An unambiguous abbreviation of an option is valid."""
     names = known("megatron").names("")
-    for found in _unknown(m, s, "megatron", refused=True) if m.defaults else ():
-        if not any(name.startswith(found["key"]) for name in names):
-            yield _option(found)
+    for finding in _unknown(m, s, "megatron", refused=True) if m.defaults else ():
+        if not any(name.startswith(finding["key"]) for name in names):
+            yield _option(finding)
 
 
 def megatron_value(m: Options, s: Setup) -> Found:

@@ -53,8 +53,8 @@ def _even(m: Options) -> bool:
 def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
     """Report --sequence-parallel without tensor parallelism. Files that give neither the tensor-parallel size
     nor the micro-batch size are skipped: they are only part of the arguments."""
-    said = m.raw("tensor_model_parallel_size") is not None or m.raw("micro_batch_size") is not None
-    if m.on("sequence_parallel") and _size(m, "tensor_model") == 1 and said:
+    is_complete = m.raw("tensor_model_parallel_size") is not None or m.raw("micro_batch_size") is not None
+    if m.on("sequence_parallel") and _size(m, "tensor_model") == 1 and is_complete:
         yield {}
 
 
@@ -81,11 +81,13 @@ def megatron_virtual_layers(m: Options, s: Setup) -> Found:
     if not _even(m):
         return
     layers, stages = m.count("num_layers"), _size(m, "pipeline_model")
-    each, virtual = (m.count(n) for n in _VIRTUAL)
+    layers_per_virtual_stage, virtual_stages = (m.count(n) for n in _VIRTUAL)
     if not layers or not stages or layers % stages:
         return
-    if (each and layers // stages % each) or (virtual and layers // stages % virtual):
-        yield {"layers": layers, "stages": stages, "each": each or f"1/{virtual}"}
+    if (layers_per_virtual_stage and layers // stages % layers_per_virtual_stage) or (
+        virtual_stages and layers // stages % virtual_stages
+    ):
+        yield {"layers": layers, "stages": stages, "each": layers_per_virtual_stage or f"1/{virtual_stages}"}
 
 
 def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
@@ -101,9 +103,9 @@ def megatron_batch(m: Options, s: Setup) -> Found:
     """Report a global batch that is no multiple of micro-batch x data-parallel ranks."""
     if m.raw("rampup_batch_size") is not None:
         return
-    whole, micro, data = m.count("global_batch_size"), m.count("micro_batch_size"), _data(s)
-    if whole and micro and whole % (micro * (data or 1)):
-        yield {"whole": whole, "micro": micro, "data": data or "any number of"}
+    global_batch, micro_batch, data = m.count("global_batch_size"), m.count("micro_batch_size"), _data(s)
+    if global_batch and micro_batch and global_batch % (micro_batch * (data or 1)):
+        yield {"whole": global_batch, "micro": micro_batch, "data": data or "any number of"}
 
 
 def megatron_ranks(m: Options, s: Setup) -> Found:
@@ -127,11 +129,13 @@ def megatron_interleaved_batch(m: Options, s: Setup) -> Found:
     data = _data(s)
     if data is None or m.raw("microbatch_group_size_per_virtual_pipeline_stage") is not None:
         return
-    whole, micro = m.count("global_batch_size"), m.count("micro_batch_size")
-    stages, virtual = _size(m, "pipeline_model"), any(m.count(n) for n in _VIRTUAL)
-    if not (stages and stages > 1 and virtual and whole and micro) or whole % (micro * data):
+    global_batch, micro_batch = m.count("global_batch_size"), m.count("micro_batch_size")
+    stages, is_interleaved = _size(m, "pipeline_model"), any(m.count(n) for n in _VIRTUAL)
+    if not (stages and stages > 1 and is_interleaved and global_batch and micro_batch) or global_batch % (
+        micro_batch * data
+    ):
         return
-    if (steps := whole // (micro * data)) % stages:
+    if (steps := global_batch // (micro_batch * data)) % stages:
         yield {"steps": steps, "stages": stages}
 
 
@@ -142,24 +146,26 @@ def _recompute(m: Options) -> tuple[str | None, list[str], str]:
     """Return the granularity, which of method and number of layers are given, and how the file writes
     them."""
     granularity = m.get("recompute_granularity") or ("selective" if m.on("recompute_activations") else None)
-    given = [n for n in _RECOMPUTE if m.raw(n) is not None]
-    shown = ", ".join(f"--{n.replace('_', '-')} {m.raw(n)}" for n in given)
-    return granularity, given, shown or "neither method nor number of layers"
+    recompute_options = [n for n in _RECOMPUTE if m.raw(n) is not None]
+    shown = ", ".join(f"--{n.replace('_', '-')} {m.raw(n)}" for n in recompute_options)
+    return granularity, recompute_options, shown or "neither method nor number of layers"
 
 
 def megatron_recompute(m: Options, s: Setup) -> Found:
     """Report a --recompute-granularity with the wrong options: "full" needs a method and a number of layers,
     "selective" takes neither."""
-    granularity, given, shown = _recompute(m)
-    wrong = (granularity == "selective" and given) or (granularity == "full" and len(given) < 2)
-    if wrong and not m.unsure.intersection(("recompute_granularity", *_RECOMPUTE)):
+    granularity, recompute_options, shown = _recompute(m)
+    is_wrong = (granularity == "selective" and recompute_options) or (
+        granularity == "full" and len(recompute_options) < 2
+    )
+    if is_wrong and not m.unsure.intersection(("recompute_granularity", *_RECOMPUTE)):
         yield {"granularity": granularity, "shown": shown}
 
 
 def megatron_recompute_off(m: Options, s: Setup) -> Found:
     """Report recomputation options without --recompute-granularity, which have no effect."""
-    granularity, given, shown = _recompute(m)
-    if granularity is None and given and _without(m, "recompute_granularity"):
+    granularity, recompute_options, shown = _recompute(m)
+    if granularity is None and recompute_options and _without(m, "recompute_granularity"):
         yield {"shown": shown}
 
 
@@ -167,10 +173,10 @@ def megatron_overlap_gather(m: Options, s: Setup) -> Found:
     """Report --overlap-param-gather without the options it needs."""
     if not m.on("overlap_param_gather"):
         return
-    instead = ("use_megatron_fsdp", "use_custom_fsdp", "use_layer_wise_distributed_optimizer")
-    sharded = not _without(m, "use_distributed_optimizer") or not all(_without(m, n) for n in instead)
-    sharded = sharded or "muon" in str(m.raw("optimizer"))
-    missing = [] if sharded else ["--use-distributed-optimizer"]
+    alternatives = ("use_megatron_fsdp", "use_custom_fsdp", "use_layer_wise_distributed_optimizer")
+    is_sharded = not _without(m, "use_distributed_optimizer") or not all(_without(m, n) for n in alternatives)
+    is_sharded = is_sharded or "muon" in str(m.raw("optimizer"))
+    missing = [] if is_sharded else ["--use-distributed-optimizer"]
     missing += ["--overlap-grad-reduce"] if _without(m, "overlap_grad_reduce") else []
     if missing:
         yield {"missing": " and ".join(missing)}
@@ -182,17 +188,23 @@ def megatron_connections(m: Options, s: Setup) -> Found:
     value = m.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if value is None or not value.isdigit():
         return
-    sharded = m.on("use_torch_fsdp2") or m.on("use_megatron_fsdp")
+    uses_fsdp = m.on("use_torch_fsdp2") or m.on("use_megatron_fsdp")
     mesh = _mesh(m)
     # This overlap needs more connections, so a value above 1 is right for it.
-    overlaps = not _without(m, "overlap_moe_expert_parallel_comm")
-    if sharded and value == "1":
-        why = "FSDP's gathers wait behind the computation"
-        yield {"value": value, "why": why, "wanted": "8 or more"}
+    overlaps_experts = not _without(m, "overlap_moe_expert_parallel_comm")
+    if uses_fsdp and value == "1":
+        reason = "FSDP's gathers wait behind the computation"
+        yield {"value": value, "why": reason, "wanted": "8 or more"}
     # Set-ups for Blackwell choose 32, which does no harm there.
-    if not sharded and not overlaps and mesh and value not in ("1", "32") and (mesh[0] > 1 or mesh[2] > 1):
-        why = "tensor and context parallelism need collectives to start before the computation"
-        yield {"value": value, "why": why, "wanted": "1"}
+    if (
+        not uses_fsdp
+        and not overlaps_experts
+        and mesh
+        and value not in ("1", "32")
+        and (mesh[0] > 1 or mesh[2] > 1)
+    ):
+        reason = "tensor and context parallelism need collectives to start before the computation"
+        yield {"value": value, "why": reason, "wanted": "1"}
 
 
 def megatron_two_precisions(m: Options, s: Setup) -> Found:
@@ -212,8 +224,8 @@ def megatron_heads(m: Options, s: Setup) -> Found:
 def _groups(m: Options) -> int | None:
     """Return the number of query groups in use, or None. Without --group-query-attention every head has keys
     and values of its own."""
-    used = m.on("group_query_attention") or not m.defaults
-    return m.size("num_query_groups") if used else None
+    has_groups = m.on("group_query_attention") or not m.defaults
+    return m.size("num_query_groups") if has_groups else None
 
 
 def megatron_query_groups(m: Options, s: Setup) -> Found:
@@ -234,8 +246,8 @@ def megatron_few_query_groups(m: Options, s: Setup) -> Found:
 def megatron_query_groups_off(m: Options, s: Setup) -> Found:
     """Report --num-query-groups without --group-query-attention, which ignores it."""
     groups, heads = m.size("num_query_groups"), m.size("num_attention_heads")
-    plain = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
-    if groups and heads and groups != heads and plain and _without(m, "use_checkpoint_args"):
+    is_plain_attention = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
+    if groups and heads and groups != heads and is_plain_attention and _without(m, "use_checkpoint_args"):
         yield {"groups": groups, "heads": heads}
 
 
@@ -250,20 +262,20 @@ def megatron_distributed_activations(m: Options, s: Setup) -> Found:
     """Report --distribute-saved-activations with options that exclude it."""
     if not m.on("distribute_saved_activations"):
         return
-    clash = ["--sequence-parallel"] if m.on("sequence_parallel") else []
-    clash += ["--tensor-model-parallel-size 1"] if _size(m, "tensor_model") == 1 else []
-    full = m.get("recompute_granularity") == "full" or "recompute_granularity" in m.unsure
-    clash += ["no --recompute-granularity full"] if not full and m.defaults else []
-    if clash:
-        yield {"clash": ", ".join(clash)}
+    conflicts = ["--sequence-parallel"] if m.on("sequence_parallel") else []
+    conflicts += ["--tensor-model-parallel-size 1"] if _size(m, "tensor_model") == 1 else []
+    is_full = m.get("recompute_granularity") == "full" or "recompute_granularity" in m.unsure
+    conflicts += ["no --recompute-granularity full"] if not is_full and m.defaults else []
+    if conflicts:
+        yield {"clash": ", ".join(conflicts)}
 
 
 def _dense(m: Options) -> bool:
     """Return whether the network certainly has no experts: it is described, and no number of experts is
     given."""
-    described = any(m.raw(n) is not None for n in ("num_layers", "hidden_size", "num_attention_heads"))
+    is_described = any(m.raw(n) is not None for n in ("num_layers", "hidden_size", "num_attention_heads"))
     experts = m.get("num_experts")
-    return described and "num_experts" not in m.unsure and (m.raw("num_experts") is None or experts == 0)
+    return is_described and "num_experts" not in m.unsure and (m.raw("num_experts") is None or experts == 0)
 
 
 def megatron_experts(m: Options, s: Setup) -> Found:
@@ -291,8 +303,8 @@ def megatron_moe_sequence(m: Options, s: Setup) -> Found:
     # batch shows that the script is complete.
     trains = trains or (s.ranks is not None and m.raw("global_batch_size") is not None)
     trains = trains and _without(m, "deepspeed")  # DeepSpeed has its own mixture of experts
-    mixture = (m.count("num_experts") or 1) > 1
-    if mixture and (tensor or 1) > 1 and _without(m, "sequence_parallel") and trains:
+    has_experts = (m.count("num_experts") or 1) > 1
+    if has_experts and (tensor or 1) > 1 and _without(m, "sequence_parallel") and trains:
         yield {"experts": m.count("num_experts"), "tensor": tensor}
 
 
@@ -306,22 +318,22 @@ def megatron_context_length(m: Options, s: Setup) -> Found:
 
 def megatron_positions(m: Options, s: Setup) -> Found:
     """Report a sequence length above --max-position-embeddings."""
-    length, most = m.count("seq_length"), m.count("max_position_embeddings")
-    if length and most and length > most:
-        yield {"length": length, "most": most}
+    length, max_positions = m.count("seq_length"), m.count("max_position_embeddings")
+    if length and max_positions and length > max_positions:
+        yield {"length": length, "most": max_positions}
 
 
 def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
     """Report --use-torch-fsdp2 with options that exclude it, or without those it needs."""
     if not m.on("use_torch_fsdp2"):
         return
-    clash = [f"--{n.replace('_', '-')}" for n in ("use_distributed_optimizer", "fp16") if m.on(n)]
+    conflicts = [f"--{n.replace('_', '-')}" for n in ("use_distributed_optimizer", "fp16") if m.on(n)]
     sizes = {n: _size(m, f"{n}_model") or 1 for n in ("pipeline", "expert")}
-    clash += [f"--{n}-model-parallel-size {size}" for n, size in sizes.items() if size > 1]
-    needed = ("no_gradient_accumulation_fusion", "untie_embeddings_and_output_weights")
-    clash += [f"no --{n.replace('_', '-')}" for n in needed if _without(m, n)]
-    if clash:
-        yield {"clash": ", ".join(clash)}
+    conflicts += [f"--{n}-model-parallel-size {size}" for n, size in sizes.items() if size > 1]
+    required = ("no_gradient_accumulation_fusion", "untie_embeddings_and_output_weights")
+    conflicts += [f"no --{n.replace('_', '-')}" for n in required if _without(m, n)]
+    if conflicts:
+        yield {"clash": ", ".join(conflicts)}
 
 
 def megatron_batch_schedule(m: Options, s: Setup) -> Found:

@@ -30,8 +30,8 @@ def openfold_preset(o: Options, s: Setup) -> Found:
     """Report a config_preset that OpenFold does not have. Presets of other networks ("seq", "multimer") are
     skipped."""
     name = openfold.preset(s)
-    known = name in openfold.PRESETS or name is None
-    if not known and not str(name).startswith("seq") and "multimer" not in str(name):
+    is_known = name in openfold.PRESETS or name is None
+    if not is_known and not str(name).startswith("seq") and "multimer" not in str(name):
         yield {"name": name, "known": ", ".join(openfold.PRESETS)}
 
 
@@ -45,9 +45,9 @@ def openfold_unknown_key(c: Options, s: Setup) -> Found:
 
 def openfold_two_kernels(c: Options, s: Setup) -> Found:
     """Report several attention kernels that are switched on together."""
-    used = [k for k in openfold.KERNELS if c.raw(f"globals.{k}") is True]
-    if len(used) > 1:
-        yield {"used": " and ".join(used)}
+    enabled_kernels = [k for k in openfold.KERNELS if c.raw(f"globals.{k}") is True]
+    if len(enabled_kernels) > 1:
+        yield {"used": " and ".join(enabled_kernels)}
 
 
 def openfold_chunk_training(c: Options, s: Setup) -> Found:
@@ -60,13 +60,17 @@ def openfold_chunk_training(c: Options, s: Setup) -> Found:
 def openfold_blocks_per_ckpt(c: Options, s: Setup) -> Found:
     """Report a blocks_per_ckpt above the number of blocks. Template blocks are recomputed in groups of the
     same size, so the smaller template stack sets the limit if there are templates."""
-    together, asked = openfold.blocks_per_ckpt(s), openfold.crop(s)
-    if together is None:
+    blocks_per_group, crop = openfold.blocks_per_ckpt(s), openfold.crop(s)
+    if blocks_per_group is None:
         return
-    templates = asked is None or asked.templates
-    most = openfold.TEMPLATE_BLOCKS if templates else openfold.EVOFORMER_BLOCKS
-    if together > most:
-        yield {"together": together, "most": most, "stack": "template" if templates else "Evoformer"}
+    has_templates = crop is None or crop.templates
+    max_blocks = openfold.TEMPLATE_BLOCKS if has_templates else openfold.EVOFORMER_BLOCKS
+    if blocks_per_group > max_blocks:
+        yield {
+            "together": blocks_per_group,
+            "most": max_blocks,
+            "stack": "template" if has_templates else "Evoformer",
+        }
 
 
 def openfold_extra_ckpt(c: Options, s: Setup) -> Found:

@@ -18,11 +18,16 @@ _DEGREES = (
 def _degrees(t: Options) -> tuple[int, int, int, int, int]:
     """Return the degrees (replicate, shard, tensor, pipeline, context); shard is -1 for "all remaining
     ranks". Older releases have some of them in other tables."""
-    found = []
+    degrees = []
     for name in _DEGREES:
-        places = [f"{table}.{name}_degree" for table in ("parallelism", "training", "experimental")]
-        found.append(next((n for n in map(t.count, places) if n), -1 if name == "data_parallel_shard" else 1))
-    return tuple(found)  # type: ignore[return-value]
+        paths = [f"{table}.{name}_degree" for table in ("parallelism", "training", "experimental")]
+        degrees.append(
+            next(
+                (degree for degree in map(t.count, paths) if degree),
+                -1 if name == "data_parallel_shard" else 1,
+            )
+        )
+    return tuple(degrees)  # type: ignore[return-value]
 
 
 def _compiles(t: Options) -> bool:
@@ -35,10 +40,10 @@ def torchtitan_degrees(t: Options, s: Setup) -> Found:
     replicate, shard, tensor, pipeline, context = degrees = _degrees(t)
     shown = " x ".join(f"{n} {d}" for n, d in zip(_DEGREES, degrees, strict=True))
     model = replicate * tensor * pipeline * context
-    wrong = replicate < 1 or min(tensor, pipeline, context) < 1
-    if s.ranks is not None and not wrong:
-        wrong = s.ranks % model != 0 if shard == -1 else s.ranks != model * shard
-    if wrong:
+    is_wrong = replicate < 1 or min(tensor, pipeline, context) < 1
+    if s.ranks is not None and not is_wrong:
+        is_wrong = s.ranks % model != 0 if shard == -1 else s.ranks != model * shard
+    if is_wrong:
         yield {"shown": shown, "ranks": s.ranks or "any number of"}
 
 
@@ -60,9 +65,9 @@ def torchtitan_float8_eager(t: Options, s: Setup) -> Found:
 def torchtitan_replicate(t: Options, s: Setup) -> Found:
     """Report DDP (replicate above 1, shard 1) together with other parallelism."""
     replicate, shard, tensor, pipeline, context = _degrees(t)
-    others = {"tensor_parallel": tensor, "pipeline_parallel": pipeline, "context_parallel": context}
-    if replicate > 1 and shard == 1 and max(others.values()) > 1:
-        shown = ", ".join(f"{n}_degree {d}" for n, d in others.items() if d > 1)
+    other_degrees = {"tensor_parallel": tensor, "pipeline_parallel": pipeline, "context_parallel": context}
+    if replicate > 1 and shard == 1 and max(other_degrees.values()) > 1:
+        shown = ", ".join(f"{n}_degree {d}" for n, d in other_degrees.items() if d > 1)
         yield {"replicate": replicate, "shown": shown}
 
 
@@ -86,24 +91,24 @@ def torchtitan_microbatches(t: Options, s: Setup) -> Found:
     pipeline = _degrees(t)[3]
     if pipeline == 1 or t.count("experimental.pipeline_parallel_microbatches"):
         return
-    local = t.count("training.local_batch_size") or t.count("training.batch_size")
+    local_batch = t.count("training.local_batch_size") or t.count("training.batch_size")
     size = t.count("parallelism.pipeline_parallel_microbatch_size") or 1
-    if local and (local % size or local // size < pipeline) and t.section("parallelism"):
-        yield {"local": local, "size": size, "stages": pipeline}
+    if local_batch and (local_batch % size or local_batch // size < pipeline) and t.section("parallelism"):
+        yield {"local": local_batch, "size": size, "stages": pipeline}
 
 
 def torchtitan_batch(t: Options, s: Setup) -> Found:
     """Report a global batch that is no multiple of local batch x data-parallel ranks."""
-    whole = t.count("training.global_batch_size")
-    local = t.count("training.local_batch_size")
-    if not whole or not local or whole < 1:
+    global_batch = t.count("training.global_batch_size")
+    local_batch = t.count("training.local_batch_size")
+    if not global_batch or not local_batch or global_batch < 1:
         return
     replicate, shard, tensor, pipeline, context = _degrees(t)
     data = replicate * shard
     if shard < 0:
         data = s.ranks // (tensor * pipeline * context) if s.ranks else replicate
-    if data > 0 and whole % (local * data):
-        yield {"whole": whole, "local": local, "data": data}
+    if data > 0 and global_batch % (local_batch * data):
+        yield {"whole": global_batch, "local": local_batch, "data": data}
 
 
 def torchtitan_budget_eager(t: Options, s: Setup) -> Found:
@@ -116,9 +121,9 @@ def torchtitan_sequence(t: Options, s: Setup) -> Found:
     """Report a sequence length that is no multiple of tensor x 2 x context degrees. All language models
     require it; image models (flux) have no sequence length."""
     _, _, tensor, _, context = _degrees(t)
-    length, images = t.size("training.seq_len"), "flux" in str(t.get("model.name"))
-    split = min(tensor, context) > 0 and tensor * context > 1 and not images
-    if split and length and length % (tensor * 2 * context):
+    length, is_image_model = t.size("training.seq_len"), "flux" in str(t.get("model.name"))
+    splits_sequence = min(tensor, context) > 0 and tensor * context > 1 and not is_image_model
+    if splits_sequence and length and length % (tensor * 2 * context):
         yield {"length": length, "tensor": tensor, "context": context}
 
 

@@ -20,32 +20,36 @@ def _strategy(t: Options, *names: str, default: str) -> str | None:
 def trainer_best_steps(t: Options, s: Setup) -> Found:
     """Report load_best_model_at_end with different strategies or intervals of saving and evaluation. The save
     strategy "best" is always valid."""
-    evaluated = _strategy(t, "eval_strategy", "evaluation_strategy", default="no")
-    saved = _strategy(t, "save_strategy", default="steps")
-    if not t.on("load_best_model_at_end") or evaluated is None or saved in (None, "best"):
+    eval_strategy = _strategy(t, "eval_strategy", "evaluation_strategy", default="no")
+    save_strategy = _strategy(t, "save_strategy", default="steps")
+    if not t.on("load_best_model_at_end") or eval_strategy is None or save_strategy in (None, "best"):
         return
-    if evaluated != saved:
-        yield {"evaluated": evaluated, "saved": saved}
-    elif saved == "steps" and not _multiple(*(steps := _steps(t))):
-        yield {"evaluated": f"steps, every {steps[1]:g}", "saved": f"steps, every {steps[0]:g}"}
+    if eval_strategy != save_strategy:
+        yield {"evaluated": eval_strategy, "saved": save_strategy}
+    elif save_strategy == "steps" and not _multiple(*(intervals := _steps(t))):
+        yield {"evaluated": f"steps, every {intervals[1]:g}", "saved": f"steps, every {intervals[0]:g}"}
 
 
 def _steps(t: Options) -> tuple[float | None, float | None]:
     """Return the intervals of (saving, evaluation)."""
-    logged = 500.0 if t.raw("logging_steps") is None else t.number("logging_steps")
-    saved = 500.0 if t.raw("save_steps") is None else t.number("save_steps")
-    return saved, logged if t.raw("eval_steps") in (None, 0) else t.number("eval_steps")
+    logging_interval = 500.0 if t.raw("logging_steps") is None else t.number("logging_steps")
+    save_interval = 500.0 if t.raw("save_steps") is None else t.number("save_steps")
+    return save_interval, logging_interval if t.raw("eval_steps") in (None, 0) else t.number("eval_steps")
 
 
-def _multiple(saved: float | None, evaluated: float | None) -> bool:
+def _multiple(save_interval: float | None, eval_interval: float | None) -> bool:
     """Return whether the interval of saving is a multiple of the interval of evaluation. Values below 1 are
     fractions of all steps. Return True if either is unknown."""
-    if not saved or not evaluated:
+    if not save_interval or not eval_interval:
         return True
-    if (saved < 1) != (evaluated < 1):
+    if (save_interval < 1) != (eval_interval < 1):
         return False
-    times = 1_000_000 if saved < 1 else 1  # fractions are compared as whole numbers
-    return round(saved * times) % round(evaluated * times) == 0 if evaluated * times >= 1 else True
+    scale = 1_000_000 if save_interval < 1 else 1  # fractions are compared as whole numbers
+    return (
+        round(save_interval * scale) % round(eval_interval * scale) == 0
+        if eval_interval * scale >= 1
+        else True
+    )
 
 
 def trainer_no_workers(t: Options, s: Setup) -> Found:

@@ -24,7 +24,7 @@ def over(setup: Setup) -> Carried:
     draft = Draft(ranks=setup.ranks or 1)
     apply(setup, draft)
     for name in setup.missing:
-        draft.leave(f"the file {name}", "it is not there")
+        draft.leave(f"the file {name}", "it does not exist")
     plan = dataclasses.replace(draft.plan, ranks=draft.ranks)
     return Carried(
         plan=plan,

@@ -42,15 +42,15 @@ _ZERO_WITHOUT_BYTES = {
     "allgather_bucket_size",
 }
 _SECTIONS = {
-    "activation_checkpointing": "it changes only models that call deepspeed.checkpointing",
-    "amp": "apex's mixed precision is not in memfit",
-    "compression_training": "compression is not in memfit",
-    "sparse_attention": "sparse attention is not in memfit",
-    "tensor_parallel": "DeepSpeed's automatic tensor parallelism is not in memfit",
-    "torch_autocast": "beside ZeRO memfit has bf16 parameters only",
-    "compile": "DeepCompile is not in memfit",
-    "expert_parallel": "DeepSpeed's expert parallelism is not in memfit",
-    "elasticity": "a plan has one number of ranks",
+    "activation_checkpointing": "it affects only models that call deepspeed.checkpointing",
+    "amp": "memfit does not support apex's mixed precision",
+    "compression_training": "memfit does not support compression",
+    "sparse_attention": "memfit does not support sparse attention",
+    "tensor_parallel": "memfit does not support DeepSpeed's automatic tensor parallelism",
+    "torch_autocast": "with ZeRO, memfit's only mixed precision is bf16 parameters",
+    "compile": "memfit does not support DeepCompile",
+    "expert_parallel": "memfit does not support DeepSpeed's expert parallelism",
+    "elasticity": "a plan has a fixed number of ranks",
 }
 
 
@@ -103,7 +103,7 @@ def _zero_knobs(
             elif config.raw(f"zero_optimization.{name}") == "auto":
                 draft.leave(
                     f"zero_optimization.{name} auto",
-                    "it is made of the model's hidden_size; DeepSpeed's default is predicted",
+                    "it is computed from the model's hidden_size; predicted with DeepSpeed's default",
                 )
     if stage < 3:
         knobs["overlap"] = config.on("zero_optimization.overlap_comm")
@@ -130,15 +130,15 @@ def _offload(config: Options, stage: int, draft: Draft) -> str:
 def _precision(setup: Setup, config: Options, draft: Draft) -> str:
     """Return the precision in which DeepSpeed computes. "auto" stands for the Trainer's or Accelerate's
     setting."""
-    above = _mixed_precision(setup)
+    outer_precision = _mixed_precision(setup)
     for name in ("bf16", "bfloat16", "fp16"):
         auto = config.raw(f"{name}.enabled") == "auto"
-        if config.on(f"{name}.enabled") or (auto and above == name.replace("bfloat16", "bf16")):
+        if config.on(f"{name}.enabled") or (auto and outer_precision == name.replace("bfloat16", "bf16")):
             if name == "fp16":
-                draft.leave("fp16", "predicted as bf16: as many bytes, without the loss scale")
+                draft.leave("fp16", "predicted as bf16: the same number of bytes, without the loss scale")
             return "bf16"
-        if auto and above is None:
-            draft.leave(f"{name}.enabled auto", "no file says what the Trainer makes of it; taken as off")
+        if auto and outer_precision is None:
+            draft.leave(f"{name}.enabled auto", "no file gives the value that replaces it; predicted as off")
     return "fp32"
 
 
@@ -152,16 +152,19 @@ def _mixed_precision(setup: Setup) -> str | None:
 
 def _batches(setup: Setup, config: Options, draft: Draft) -> None:
     args = setup.trainer
-    micro, steps = config.size("train_micro_batch_size_per_gpu"), config.size("gradient_accumulation_steps")
+    micro_batch, steps = (
+        config.size("train_micro_batch_size_per_gpu"),
+        config.size("gradient_accumulation_steps"),
+    )
     if args is not None:
-        micro = micro or args.size("per_device_train_batch_size")
+        micro_batch = micro_batch or args.size("per_device_train_batch_size")
         steps = steps or args.size("gradient_accumulation_steps")
-    whole = config.size("train_batch_size")
-    if whole is not None and micro is not None and steps is None:
-        steps = max(1, whole // (micro * draft.ranks))
-    elif whole is not None and micro is None:
-        micro = max(1, whole // ((steps or 1) * draft.ranks))
-    draft.micro_batch = micro
+    global_batch = config.size("train_batch_size")
+    if global_batch is not None and micro_batch is not None and steps is None:
+        steps = max(1, global_batch // (micro_batch * draft.ranks))
+    elif global_batch is not None and micro_batch is None:
+        micro_batch = max(1, global_batch // ((steps or 1) * draft.ranks))
+    draft.micro_batch = micro_batch
     draft.accumulate(steps)
     draft.sized(draft.ranks, steps)
 
@@ -185,8 +188,8 @@ def _deepspeed_optimizer(setup: Setup, config: Options, draft: Draft) -> None:
     if name is None:
         _trainer_optimizer(setup, draft)
     elif str(name).lower() in _DEEPSPEED_ADAM:
-        host = config.raw("zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
-        if not host and not config.on("optimizer.params.torch_adam"):
+        is_on_host = config.raw("zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
+        if not is_on_host and not config.on("optimizer.params.torch_adam"):
             draft.take("adamw-fused", f"optimizer {name}")
     elif str(name).lower() == "sgd":
         draft.take("sgd", f"optimizer {name}")
@@ -213,13 +216,13 @@ def from_hugging_face(setup: Setup, draft: Draft) -> None:
     kind = str(accelerate.raw("distributed_type") if accelerate is not None else "").upper()
     fsdp = _fsdp_options(setup)
     precision = _mixed_precision(setup) or "no"
-    sharded = fsdp is not None and (draft.ranks > 1 or setup.ranks is None)
-    if precision == "fp8" or (precision == "fp16" and sharded):
+    is_sharded = fsdp is not None and (draft.ranks > 1 or setup.ranks is None)
+    if precision == "fp8" or (precision == "fp16" and is_sharded):
         draft.leave(f"mixed precision {precision}", "predicted as bf16")
         precision = "bf16"
-    data = draft.ranks
-    if fsdp is not None and sharded:
-        data = _fsdp(setup, fsdp, precision, draft)
+    data_ranks = draft.ranks
+    if fsdp is not None and is_sharded:
+        data_ranks = _fsdp(setup, fsdp, precision, draft)
     else:
         if draft.ranks > 1:
             draft.take("ddp", kind or "data parallel", **_ddp(setup))
@@ -231,7 +234,7 @@ def from_hugging_face(setup: Setup, draft: Draft) -> None:
         draft.micro_batch = args.size("per_device_train_batch_size") or 8  # the Trainer's default
         steps = args.size("gradient_accumulation_steps")
         draft.accumulate(steps)
-        draft.sized(data, steps)
+        draft.sized(data_ranks, steps)
         if args.on("torch_compile"):
             draft.take("compile", "torch_compile", scope="model")
     if (
@@ -253,8 +256,8 @@ def _sync(setup: Setup) -> str:
     """Return when gradients are reduced. By default both libraries reduce only after the last micro-batch."""
     args = setup.trainer
     steps = args.size("gradient_accumulation_steps") if args is not None else None
-    each = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
-    return "last" if args is not None and (steps or 1) > 1 and not args.on(each) else "every"
+    sync_option = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
+    return "last" if args is not None and (steps or 1) > 1 and not args.on(sync_option) else "every"
 
 
 def _fsdp_options(setup: Setup) -> Options | None:
@@ -265,11 +268,11 @@ def _fsdp_options(setup: Setup) -> Options | None:
     if args is None or setup.fsdp is None:
         return None
     data = {"version": 2, **args.section("fsdp_config")}
-    words = args.texts("fsdp")
-    data.setdefault("reshard_after_forward", "shard_grad_op" not in words)
-    if "no_shard" in words:
+    fsdp_flags = args.texts("fsdp")
+    data.setdefault("reshard_after_forward", "shard_grad_op" not in fsdp_flags)
+    if "no_shard" in fsdp_flags:
         data["sharding_strategy"] = "NO_SHARD"
-    data.setdefault("offload_params", data.get("cpu_offload", "offload" in words))
+    data.setdefault("offload_params", data.get("cpu_offload", "offload" in fsdp_flags))
     return Options(file=args.file, data=data)
 
 
@@ -279,27 +282,29 @@ def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
     strategy = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}.get(
         strategy, strategy
     )
-    above = setup.accelerate or Options(file="", data={})
-    sizes = {n: above.size(f"parallelism_config.{n}_size") or 1 for n in ("tp", "cp", "dp_replicate")}
+    accelerate = setup.accelerate or Options(file="", data={})
+    sizes = {n: accelerate.size(f"parallelism_config.{n}_size") or 1 for n in ("tp", "cp", "dp_replicate")}
     for name, technique in (("tp", "tensor-parallel"), ("cp", "context-parallel")):
         if sizes[name] > 1:
             draft.take(technique, f"{name}_size {sizes[name]}", degree=sizes[name])
-    data = max(1, draft.ranks // (sizes["tp"] * sizes["cp"]))
+    data_ranks = max(1, draft.ranks // (sizes["tp"] * sizes["cp"]))
     if fsdp.count("version") != 2:
-        draft.leave("fsdp_version 1", "its flat parameters are not in memfit: predicted as FSDP2")
+        draft.leave("fsdp_version 1", "memfit does not support its flat parameters: predicted as FSDP2")
         if strategy == "NO_SHARD":
             draft.take("ddp", "NO_SHARD", **_ddp(setup))
             if precision == "bf16":
                 draft.take("bf16-autocast", "mixed precision bf16")
-            return data
+            return data_ranks
     reshard = fsdp.raw("reshard_after_forward")
-    keep = strategy in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or str(reshard).lower() == "false"
-    replicas = (above.size("num_machines") or 1) if strategy.startswith("HYBRID") else sizes["dp_replicate"]
-    if data > 1:
+    keeps_parameters = strategy in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or str(reshard).lower() == "false"
+    replicas = (
+        (accelerate.size("num_machines") or 1) if strategy.startswith("HYBRID") else sizes["dp_replicate"]
+    )
+    if data_ranks > 1:
         draft.take(
             "fsdp2",
             "FSDP",
-            reshard=not keep,
+            reshard=not keeps_parameters,
             replicas=replicas,
             offload=fsdp.on("offload_params"),
             precision="bf16" if precision == "bf16" else "as-is",
@@ -307,13 +312,13 @@ def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
         )
     elif precision == "bf16":
         draft.take("bf16-autocast", "mixed precision bf16")
-    return data
+    return data_ranks
 
 
 def _checkpointing(setup: Setup, draft: Draft) -> None:
     args, fsdp = setup.trainer, _fsdp_options(setup)
-    of_trainer = args is not None and (
+    trainer_recomputes = args is not None and (
         args.on("gradient_checkpointing") or args.on("activation_checkpointing")
     )
-    if of_trainer or (fsdp is not None and fsdp.on("activation_checkpointing")):
+    if trainer_recomputes or (fsdp is not None and fsdp.on("activation_checkpointing")):
         draft.take("activation-checkpointing", "checkpointing of every block", every=1)

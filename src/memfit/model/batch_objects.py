@@ -26,8 +26,8 @@ def map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
     def mapped(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             return function(leaf)
-        inside = list(_tensors_inside(leaf))
-        return copy.deepcopy(leaf, {id(tensor): function(tensor) for tensor in inside}) if inside else leaf
+        tensors = list(_tensors_inside(leaf))
+        return copy.deepcopy(leaf, {id(tensor): function(tensor) for tensor in tensors}) if tensors else leaf
 
     return _pytree.tree_map(mapped, batch)
 
@@ -52,14 +52,14 @@ def split_object(batch: Any, sizes: Sequence[int]) -> list[Any] | None:
     """
     if not any(_is_object(leaf) for leaf in _pytree.tree_leaves(batch)):
         return None
-    join, apart = getattr(type(batch), "from_data_list", None), getattr(batch, "to_data_list", None)
-    if join is None or apart is None:
+    join, split = getattr(type(batch), "from_data_list", None), getattr(batch, "to_data_list", None)
+    if join is None or split is None:
         raise UserError(
-            f"a batch that is or has a {_object_name(batch)} cannot be split into {len(sizes)}",
+            f"a batch that is or contains a {_object_name(batch)} cannot be split into {len(sizes)}",
             allowed="tensors with the batch as first dimension, or one object with to_data_list() and "
             "from_data_list()",
         )
-    samples = iter(apart())
+    samples = iter(split())
     return [join([next(samples) for _ in range(size)]) for size in sizes]
 
 
@@ -80,18 +80,18 @@ def _tensors_inside(leaf: Any) -> Iterator[torch.Tensor]:
         yield from _walk(leaf, set())
 
 
-def _walk(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+def _walk(value: Any, visited_ids: set[int]) -> Iterator[torch.Tensor]:
     """Yield tensors depth first through containers and attributes, visiting each object once."""
-    if id(value) in seen or isinstance(value, torch.nn.Module | type):
+    if id(value) in visited_ids or isinstance(value, torch.nn.Module | type):
         return
-    seen.add(id(value))
+    visited_ids.add(id(value))
     if isinstance(value, torch.Tensor):
         yield value
         return
-    inner: list[Any] = list(getattr(value, "__dict__", {}).values())
+    items: list[Any] = list(getattr(value, "__dict__", {}).values())
     if isinstance(value, Mapping):
-        inner += value.values()
+        items += value.values()
     elif isinstance(value, list | tuple | set):
-        inner += value
-    for one in inner:
-        yield from _walk(one, seen)
+        items += value
+    for item in items:
+        yield from _walk(item, visited_ids)

@@ -45,15 +45,15 @@ def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, l
     """
     if path is not None:
         return path, _children_at(model, path)
-    found = [(name, list(m.children())) for name, m in model.named_modules() if _repeats(m)]
-    if not found:
+    candidates = [(name, list(m.children())) for name, m in model.named_modules() if _repeats(m)]
+    if not candidates:
         raise UserError(
             "no repeated blocks found in the model",
             allowed="an nn.ModuleList or nn.Sequential of two or more modules of one class",
             hint="name its module path in Job(blocks=...)",
         )
     return max(
-        found, key=lambda pair: (sum(p.numel() for b in pair[1] for p in b.parameters()), len(pair[1]))
+        candidates, key=lambda pair: (sum(p.numel() for b in pair[1] for p in b.parameters()), len(pair[1]))
     )
 
 
@@ -63,14 +63,14 @@ def find_stacks(
     """Return the stacks of blocks of a model: the blocks of `find_blocks`, those at the paths ``more``, and
     other stacks whose members have the same class or are also recomputed by Hugging Face. An example is an
     encoder's stack beside a decoder's."""
-    first, blocks = find_blocks(model, path)
-    stacks = {first: blocks} | {name: _children_at(model, name) for name in more}
+    main_path, blocks = find_blocks(model, path)
+    stacks = {main_path: blocks} | {name: _children_at(model, name) for name in more}
     kinds = {kind for kind in type(blocks[0]).__mro__ if kind.__name__ == "GradientCheckpointingLayer"}
     kinds.add(type(blocks[0]))
     for name, module in model.named_modules():
-        inside = any(name == s or name.startswith(f"{s}.") or s.startswith(f"{name}.") for s in stacks)
+        overlaps = any(name == s or name.startswith(f"{s}.") or s.startswith(f"{name}.") for s in stacks)
         children = list(module.children())
-        if not inside and _repeats(module) and isinstance(children[0], tuple(kinds)):
+        if not overlaps and _repeats(module) and isinstance(children[0], tuple(kinds)):
             stacks[name] = children
     return list(stacks.values())
 
@@ -101,28 +101,28 @@ def twins(blocks: Sequence[torch.nn.Module]) -> list[int]:
     Of a group of equal blocks this is the second one, because the first may receive inputs that no other
     gets.
     """
-    found: list[int] = []
-    seen: dict[object, list[int]] = {}
+    indices: list[int] = []
+    groups: dict[object, list[int]] = {}
     params = [p for b in blocks for p in b.parameters()]
-    apart = len({id(p) for p in params}) == len(params)
+    no_shared_parameters = len({id(p) for p in params}) == len(params)
     for index, block in enumerate(blocks):
-        alike = seen.setdefault(_looks(block, index) if apart else index, [])
-        alike.append(index)
-        found.append(alike[1] if len(alike) > 1 else index)
-    return found
+        group = groups.setdefault(_looks(block, index) if no_shared_parameters else index, [])
+        group.append(index)
+        indices.append(group[1] if len(group) > 1 else index)
+    return indices
 
 
 def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
     """Return a key that is equal for blocks whose modules have the same classes, hooks and shapes, and the
     same attributes. Attributes that hold the block's own index may differ."""
-    told = _Told(index, {id(m): name for name, m in block.named_modules()})
+    converter = _Told(index, {id(m): name for name, m in block.named_modules()})
     modules = (
         (
             name,
             type(m),
             len(m._forward_hooks),
             len(m._forward_pre_hooks),
-            *((k, told.of(v)) for k, v in vars(m).items() if k not in _MODULES_OWN),
+            *((k, converter.of(v)) for k, v in vars(m).items() if k not in _MODULES_OWN),
         )
         for name, m in block.named_modules()
     )
@@ -188,16 +188,16 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
     """
     import torch
 
-    named = dict(model.named_modules())
+    modules = dict(model.named_modules())
     if path is not None:
-        head = named.get(path)
+        head = modules.get(path)
         if not isinstance(head, torch.nn.Linear):
-            raise UserError(f"the model has no nn.Linear at {path!r}", hint="mend Job(head=...)")
+            raise UserError(f"the model has no nn.Linear at {path!r}", hint="correct Job(head=...)")
         return path, head
-    outputs = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in named.items():
-        customary = name.rpartition(".")[2] in _HEAD_NAMES and name.count(".") <= 1
-        if isinstance(module, torch.nn.Linear) and (module is outputs or customary):
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in modules.items():
+        has_head_name = name.rpartition(".")[2] in _HEAD_NAMES and name.count(".") <= 1
+        if isinstance(module, torch.nn.Linear) and (module is output_embeddings or has_head_name):
             return name, module
     raise UserError(
         "no output projection found in the model",

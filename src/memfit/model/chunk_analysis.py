@@ -75,9 +75,11 @@ class _Watch(AnyWay):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self._stack:
             call = self._stack[-1]
-            given = {_storage(t) for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-            made = [t for t in _pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-            call.inside_bytes += sum(t.nbytes for t in made if _storage(t) not in given)
+            input_storages = {
+                _storage(t) for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+            }
+            outputs = [t for t in _pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            call.inside_bytes += sum(t.nbytes for t in outputs if _storage(t) not in input_storages)
             if func is torch.ops.aten.convolution.default:
                 call.columns_bytes += columns_bytes(out, args[1])
             call.reach = max(call.reach, _reach(func, args))
@@ -109,14 +111,14 @@ def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
     """Return the first call of every module, by name, in a forward pass of a copy that holds no values."""
     parts = (job.build_model, job.make_batch, job.loss)
     tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())
-    wrapped = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
-    key = (*map(id, parts), tensors, wrapped)
+    wrapped_names = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
+    key = (*map(id, parts), tensors, wrapped_names)
     if key not in _SEEN:
         watch = _Watch()
-        with valueless(job, model) as (copied, batch):
-            watch.watch(copied)
+        with valueless(job, model) as (model_copy, batch):
+            watch.watch(model_copy)
             with watch:
-                job.loss(copied, batch)
+                job.loss(model_copy, batch)
         while len(_SEEN) >= _MOST_SEEN:
             del _SEEN[next(iter(_SEEN))]
         _SEEN[key] = (parts, watch.calls)  # kept alive, so that the ids stay unique
@@ -135,13 +137,13 @@ def to_cut(
         if call is not None and call.inside_bytes <= budget:
             return {}
         prefix = f"{name}." if name else ""
-        below: dict[str, ChunkCut] = {}
-        for child, inner in module.named_children():
-            below |= choose(prefix + child, inner)
-        if call is None or sum(c.inside_bytes for c in below.values()) > _HELD_BELOW * call.inside_bytes:
-            return below
+        inner_cuts: dict[str, ChunkCut] = {}
+        for child, child_module in module.named_children():
+            inner_cuts |= choose(prefix + child, child_module)
+        if call is None or sum(c.inside_bytes for c in inner_cuts.values()) > _HELD_BELOW * call.inside_bytes:
+            return inner_cuts
         cut = _cut(module, call, trials)
-        return {name: cut} if cut is not None else below
+        return {name: cut} if cut is not None else inner_cuts
 
     return choose("", model)
 
@@ -152,16 +154,16 @@ def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, 
     With ``parts``, this is that part of its inner bytes. With ``parts=0`` it is half of its output, which
     exists anyway, but at most half of its inner bytes.
     """
-    most = [(calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0, trials)]
-    inside, out = max(most, default=(0, 0))
-    return inside // parts if parts else min(inside, out) // 2
+    sizes = [(calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0, trials)]
+    inside_bytes, out_bytes = max(sizes, default=(0, 0))
+    return inside_bytes // parts if parts else min(inside_bytes, out_bytes) // 2
 
 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
     """Return whether some module allocates much inside and can be cut along an axis other than the batch."""
     calls, trials = insides(job, model), Trials()
-    found = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
-    return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in found.items())
+    cuts = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
+    return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in cuts.items())
 
 
 # -- trial -----------------------------------------------------------------------------------------------
@@ -178,24 +180,24 @@ def _cut(module: nn.Module, call: ModuleCall, trials: Trials) -> ChunkCut | None
     if not all(buffer.is_floating_point() for buffer in module.buffers()):
         return None  # indices drawn at random would be out of range
     shapes = {i: tuple(t.shape) for i, t in tensors.items()}
-    others = tuple(repr(v) for i, v in enumerate(call.leaves) if i not in tensors)
+    constants = tuple(repr(v) for i, v in enumerate(call.leaves) if i not in tensors)
     parameters = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
-    key = (type(module), tuple(shapes.items()), others, parameters, _constants(module))
+    key = (type(module), tuple(shapes.items()), constants, parameters, _constants(module))
     if key not in trials.known:
         with _disable_current_modes(), torch.no_grad(), Live() as live:
             trials.known[key] = tried(module, call, shapes)
         trials.peak_bytes = max(trials.peak_bytes, live.peak_bytes)
-    found = trials.known[key]
-    if found is None:
+    result = trials.known[key]
+    if result is None:
         return None
-    axes, out_axis = found
-    first = next(iter(axes))
+    axes, out_axis = result
+    first_leaf = next(iter(axes))
     return ChunkCut(
         axes=axes,
-        first=first,
+        first=first_leaf,
         out_axis=out_axis,
         inside_bytes=call.inside_bytes,
-        first_count=math.prod(shapes[first]),
+        first_count=math.prod(shapes[first_leaf]),
     )
 
 
@@ -222,7 +224,7 @@ def _told(value: Any, depth: int = 3) -> str:
         return f"{type(value)}{[_told(v, depth - 1) for v in value]}"
     if depth and isinstance(value, dict):
         return str({str(k): _told(v, depth - 1) for k, v in value.items()})
-    plain = not isinstance(value, torch.Tensor | nn.Module) and not callable(value)
-    if depth and plain and hasattr(value, "__dict__"):
+    is_plain = not isinstance(value, torch.Tensor | nn.Module) and not callable(value)
+    if depth and is_plain and hasattr(value, "__dict__"):
         return f"{type(value)}{_told(vars(value), depth - 1)}"
     return f"{type(value)} {id(value)}"

@@ -58,7 +58,7 @@ class Live(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.held = {k: kept for k, kept in self.held.items() if not kept[0].expired()}
+        self.held = {k: entry for k, entry in self.held.items() if not entry[0].expired()}
         columns = columns_bytes(out, args[1]) if func is torch.ops.aten.convolution.default else 0
         self.peak_bytes = max(self.peak_bytes, columns + sum(size for _, size in self.held.values()))
         return out
@@ -70,20 +70,20 @@ def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]
     ``shapes`` are the real shapes of the tensor leaves of ``call``.
     """
     try:
-        copied = _random_copy(module)
+        module_copy = _random_copy(module)
     except (RuntimeError, TypeError):  # a module that holds a file or a tensor of a graph cannot be copied
         return None
-    numbers, run = torch.Generator().manual_seed(0), functools.partial(_ran, copied, call)
+    generator, run = torch.Generator().manual_seed(0), functools.partial(_ran, module_copy, call)
 
     def drawn(sizes: Mapping[int, tuple[int, ...]]) -> dict[int, torch.Tensor]:
-        return {i: torch.randn(s, generator=numbers, dtype=torch.float64) for i, s in sizes.items()}
+        return {i: torch.randn(s, generator=generator, dtype=torch.float64) for i, s in sizes.items()}
 
     def small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
         """Return whether the inputs fit the limits of a trial. No dimension is longer than in the real call,
         so nothing inside is."""
-        elements, real = (sum(map(math.prod, s.values())) for s in (sizes, shapes))
-        made = (call.inside_bytes + call.columns_bytes) * elements / max(1, real)
-        return elements <= _MOST_ELEMENTS and made <= max(_MOST_INSIDE, call.inside_bytes)
+        elements, real_elements = (sum(map(math.prod, s.values())) for s in (sizes, shapes))
+        trial_bytes = (call.inside_bytes + call.columns_bytes) * elements / max(1, real_elements)
+        return elements <= _MOST_ELEMENTS and trial_bytes <= max(_MOST_INSIDE, call.inside_bytes)
 
     def runs(sizes: dict[int, tuple[int, ...]]) -> bool:
         return small(sizes) and run(drawn(sizes)) is not None
@@ -91,23 +91,29 @@ def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]
     def reaches(axes: Mapping[int, int], out_axis: int) -> bool:
         """Return whether the output may depend on inputs outside its slice. What cannot be tested counts as
         True."""
-        far = _lengthened(shapes, sizes, axes, runs)
-        seen = min((far or sizes)[i][axis] for i, axis in axes.items())
-        if seen <= call.reach or (far is None and any(shapes[i][a] != sizes[i][a] for i, a in axes.items())):
+        long_sizes = _lengthened(shapes, sizes, axes, runs)
+        tested_length = min((long_sizes or sizes)[i][axis] for i, axis in axes.items())
+        if tested_length <= call.reach or (
+            long_sizes is None and any(shapes[i][a] != sizes[i][a] for i, a in axes.items())
+        ):
             return True
-        if far is None:
+        if long_sizes is None:
             return False
-        wide = drawn(far)
-        told = run(wide)
-        return told is None or out_axis not in _same(run, wide, told, axes)
+        long_inputs = drawn(long_sizes)
+        long_output = run(long_inputs)
+        return long_output is None or out_axis not in _same(run, long_inputs, long_output, axes)
 
     sizes = _shortened(shapes, runs)
-    whole = drawn(sizes) if small(sizes) else {}
-    expected = run(whole) if whole else None
+    inputs = drawn(sizes) if small(sizes) else {}
+    expected = run(inputs) if inputs else None
     if expected is None:
         return None
-    ways = ((axes, at) for axes in _ways(shapes, sizes) for at in _same(run, whole, expected, axes))
-    return next((way for way in ways if not reaches(*way)), None)
+    candidates = (
+        (axes, output_axis)
+        for axes in _ways(shapes, sizes)
+        for output_axis in _same(run, inputs, expected, axes)
+    )
+    return next((candidate for candidate in candidates if not reaches(*candidate)), None)
 
 
 def _ran(module: nn.Module, call: ModuleCall, tensors: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
@@ -128,35 +134,35 @@ def _lengthened(
 ) -> dict[int, tuple[int, ...]] | None:
     """Return the sizes with the cut axis at its real length, or as long as can be tried. A module with a long
     reach, such as a dilated convolution, does not reach other positions in a short input."""
-    first, axis = next(iter(axes.items()))
-    length = shapes[first][axis], sizes[first][axis]
-    for wanted in (length[0], *(n for n in _FAR if length[1] < n < length[0])):
-        longer = {
-            i: tuple(wanted if both == length else both[1] for both in zip(shapes[i], s, strict=True))
+    leaf, axis = next(iter(axes.items()))
+    lengths = shapes[leaf][axis], sizes[leaf][axis]
+    for new_length in (lengths[0], *(n for n in _FAR if lengths[1] < n < lengths[0])):
+        long_sizes = {
+            i: tuple(new_length if pair == lengths else pair[1] for pair in zip(shapes[i], s, strict=True))
             for i, s in sizes.items()
         }
-        if longer != sizes and runs(longer):
-            return longer
+        if long_sizes != sizes and runs(long_sizes):
+            return long_sizes
     return None
 
 
 def _random_copy(module: nn.Module) -> nn.Module:
     """Return a float64 copy with random parameters. With zeros, as some layers are initialised, everything
     would look independent."""
-    numbers = torch.Generator().manual_seed(1)
-    held: dict[int, Any] = {}
+    generator = torch.Generator().manual_seed(1)
+    copies: dict[int, Any] = {}
     for parameter in module.parameters():
         size = max(1, parameter.shape[-1] if parameter.dim() > 1 else 1)
-        values = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64) / size**0.5
-        held[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / size**0.5
+        copies[id(parameter)] = nn.Parameter(values, requires_grad=False)
     for buffer in module.buffers():
-        held[id(buffer)] = torch.randn(buffer.shape, generator=numbers, dtype=torch.float64)
-    plain = copy.deepcopy(module, held)
-    for inner in plain.modules():
+        copies[id(buffer)] = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
+    module_copy = copy.deepcopy(module, copies)
+    for inner in module_copy.modules():
         vars(inner).pop("forward", None)  # remove wrappers of other techniques
         for hooks in (inner._forward_pre_hooks, inner._forward_hooks):
             hooks.clear()
-    return plain
+    return module_copy
 
 
 def _shortened(
@@ -166,60 +172,60 @@ def _shortened(
     of them, or all except last dimensions (of every tensor or of one), which may be channels of the same
     size."""
     lengths = sorted({n for s in shapes.values() for n in s if n > max(_SHORT)}, reverse=True)
-    shorts = dict(zip(lengths, itertools.cycle(_SHORT), strict=False))
-    everywhere, none = frozenset[int](), frozenset(shapes)
-    ways = [
-        [everywhere, none, *(frozenset({i}) for i, s in shapes.items() if s and s[-1] == n), None]
+    short_lengths = dict(zip(lengths, itertools.cycle(_SHORT), strict=False))
+    all_dims, all_but_last = frozenset[int](), frozenset(shapes)
+    choices = [
+        [all_dims, all_but_last, *(frozenset({i}) for i, s in shapes.items() if s and s[-1] == n), None]
         for n in lengths
     ]
-    for kept in itertools.islice(itertools.product(*ways), _MOST_TRIALS):
-        last_stays = dict(zip(lengths, kept, strict=True))
+    for choice in itertools.islice(itertools.product(*choices), _MOST_TRIALS):
+        last_stays = dict(zip(lengths, choice, strict=True))
 
         def size(i: int, at: int, stays: Mapping[int, frozenset[int] | None] = last_stays) -> int:
             length = shapes[i][at]
-            held = stays.get(length)
-            whole = held is None or (i in held and at == len(shapes[i]) - 1)
-            return length if whole else shorts[length]
+            kept_leaves = stays.get(length)
+            stays_real = kept_leaves is None or (i in kept_leaves and at == len(shapes[i]) - 1)
+            return length if stays_real else short_lengths[length]
 
-        tried = {i: tuple(size(i, at) for at in range(len(s))) for i, s in shapes.items()}
-        if runs(tried):
-            return tried
+        sizes = {i: tuple(size(i, at) for at in range(len(s))) for i, s in shapes.items()}
+        if runs(sizes):
+            return sizes
     return shapes
 
 
 def _ways(shapes: dict[int, tuple[int, ...]], sizes: dict[int, tuple[int, ...]]) -> Iterator[dict[int, int]]:
     """Yield ways to cut: an axis of the largest tensor, longest first, and for each other tensor an axis of
     the same length, or none."""
-    first = max(shapes, key=lambda i: math.prod(shapes[i]))
-    others = [i for i in shapes if i != first]
-    long = [a for a, n in enumerate(sizes[first]) if n >= 3 and shapes[first][a] > 3]
-    for axis in sorted(long, key=lambda a: -shapes[first][a]):
-        length = shapes[first][axis], sizes[first][axis]
-        same: list[list[int | None]] = [
-            [*(a for a, n in enumerate(zip(shapes[i], sizes[i], strict=True)) if n == length), None]
-            for i in others
+    largest = max(shapes, key=lambda i: math.prod(shapes[i]))
+    other_leaves = [i for i in shapes if i != largest]
+    long_axes = [a for a, n in enumerate(sizes[largest]) if n >= 3 and shapes[largest][a] > 3]
+    for axis in sorted(long_axes, key=lambda a: -shapes[largest][a]):
+        lengths = shapes[largest][axis], sizes[largest][axis]
+        matching_axes: list[list[int | None]] = [
+            [*(a for a, n in enumerate(zip(shapes[i], sizes[i], strict=True)) if n == lengths), None]
+            for i in other_leaves
         ]
-        for chosen in itertools.islice(itertools.product(*same), _MOST_TRIALS):
-            yield {first: axis} | {i: a for i, a in zip(others, chosen, strict=True) if a is not None}
+        for choice in itertools.islice(itertools.product(*matching_axes), _MOST_TRIALS):
+            yield {largest: axis} | {i: a for i, a in zip(other_leaves, choice, strict=True) if a is not None}
 
 
 def _same(
     run: Callable[[Mapping[int, torch.Tensor]], torch.Tensor | None],
-    whole: Mapping[int, torch.Tensor],
+    inputs: Mapping[int, torch.Tensor],
     expected: torch.Tensor,
     axes: Mapping[int, int],
 ) -> Iterator[int]:
     """Yield the axes of the output along which the output of a slice equals the slice of the whole output."""
-    length = next(whole[i].shape[a] for i, a in axes.items())
+    length = next(inputs[i].shape[a] for i, a in axes.items())
     slices = [(0, 2), (length // 2 - 1, 2), (length - 2, 2)]
-    found = [
-        run({i: t.narrow(axes[i], *part) if i in axes else t for i, t in whole.items()}) for part in slices
+    outputs = [
+        run({i: t.narrow(axes[i], *part) if i in axes else t for i, t in inputs.items()}) for part in slices
     ]
     for axis, size in enumerate(expected.shape):
         if size == length and all(
             out is not None
-            and out.shape == (wanted := expected.narrow(axis, *part)).shape
-            and torch.allclose(out, wanted, rtol=1e-9, atol=1e-12)
-            for out, part in zip(found, slices, strict=True)
+            and out.shape == (expected_slice := expected.narrow(axis, *part)).shape
+            and torch.allclose(out, expected_slice, rtol=1e-9, atol=1e-12)
+            for out, part in zip(outputs, slices, strict=True)
         ):
             yield axis

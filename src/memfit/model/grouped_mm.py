@@ -19,9 +19,9 @@ def grouped_products() -> AbstractContextManager[Any]:
     return mock.patch.object(_meta_registrations, _NAME, _of_any_dtype)
 
 
-def _of_any_dtype(mat_a: torch.Tensor, mat_b: torch.Tensor, **given: Any) -> torch.Tensor:
+def _of_any_dtype(mat_a: torch.Tensor, mat_b: torch.Tensor, **options: Any) -> torch.Tensor:
     half = torch.bfloat16
-    if given.get("scale_a") is not None or mat_a.dtype == half or mat_b.dtype != mat_a.dtype:
-        return _known(mat_a, mat_b, **given)  # type: ignore[no-any-return]
-    out: torch.Tensor = _known(mat_a.to(half), mat_b.to(half), **{**given, "out_dtype": None})
-    return out.to(given.get("out_dtype") or mat_a.dtype)
+    if options.get("scale_a") is not None or mat_a.dtype == half or mat_b.dtype != mat_a.dtype:
+        return _known(mat_a, mat_b, **options)  # type: ignore[no-any-return]
+    out: torch.Tensor = _known(mat_a.to(half), mat_b.to(half), **{**options, "out_dtype": None})
+    return out.to(options.get("out_dtype") or mat_a.dtype)

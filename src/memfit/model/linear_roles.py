@@ -84,12 +84,12 @@ class Flow(AnyWay):
         """Return (module, argument) at which the input of this Linear can be gathered for all its readers.
         This is the outermost module that receives that tensor and uses it only for Linears split by
         columns."""
-        fed = self.linears[name]
-        _, users = self._used.get(id(fed.input), (None, ()))
-        for call in fed.within:
-            used = any(_in(at, call.name) for at in users)
-            place = next((key for key, t in call.given if t is fed.input), None)
-            if place is not None and not used:
+        linear = self.linears[name]
+        _, users = self._used.get(id(linear.input), (None, ()))
+        for call in linear.within:
+            is_used = any(_in(user, call.name) for user in users)
+            place = next((key for key, t in call.given if t is linear.input), None)
+            if place is not None and not is_used:
                 return call.name, place
         return name, 0
 
@@ -109,71 +109,75 @@ class Flow(AnyWay):
             return twin + name[len(block) :] if _in(name, block) else name
 
         for name in [n for n in self.linears if _in(n, block)]:
-            fed = self.linears[name]
-            within = tuple(_Call(there(c.name), c.given) for c in fed.within)
-            self.linears[there(name)] = dataclasses.replace(fed, within=within)
+            linear = self.linears[name]
+            within = tuple(_Call(there(c.name), c.given) for c in linear.within)
+            self.linears[there(name)] = dataclasses.replace(linear, within=within)
         self.inside |= {there(n): dims for n, dims in self.inside.items() if _in(n, block)}
         for _, users in self._used.values():
-            users += [there(at) for at in users if _in(at, block)]
+            users += [there(user) for user in users if _in(user, block)]
 
-    def _entering(self, name: str, block: bool) -> Any:
+    def _entering(self, name: str, is_block: bool) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given = [(k, t) for k, t in (*enumerate(args), *kwargs.items()) if isinstance(t, torch.Tensor)]
-            for _, tensor in given if block else ():
+            tensors = [(k, t) for k, t in (*enumerate(args), *kwargs.items()) if isinstance(t, torch.Tensor)]
+            for _, tensor in tensors if is_block else ():
                 _mark(tensor, frozenset(), None)
-            self._stack.append(_Call(name, tuple(given)))
-            first = given[0][1] if given else None
-            if first is None:
+            self._stack.append(_Call(name, tuple(tensors)))
+            input_tensor = tensors[0][1] if tensors else None
+            if input_tensor is None:
                 return
             if isinstance(module, nn.Linear):
-                self._see(name, first)
-            elif _sources(first) and any(True for _ in module.parameters(recurse=False)):
-                self.inside[name] = first.dim()
+                self._see(name, input_tensor)
+            elif _sources(input_tensor) and any(True for _ in module.parameters(recurse=False)):
+                self.inside[name] = input_tensor.dim()
 
         return enter
 
-    def _see(self, name: str, given: torch.Tensor) -> None:
-        columns = [s for s in _sources(given) if self.linears[s].role == COLWISE]
+    def _see(self, name: str, tensor: torch.Tensor) -> None:
+        columns = [s for s in _sources(tensor) if self.linears[s].role == COLWISE]
         role = self.roles.get(name, "") if self.roles else (ROWWISE if columns else COLWISE)
-        self.linears.setdefault(name, Fed(role, given, tuple(self._stack), given.dim()))
+        self.linears.setdefault(name, Fed(role, tensor, tuple(self._stack), tensor.dim()))
         if role == ROWWISE:
             for source in columns:
                 self.linears[source].reaches_rows = True
         if role != COLWISE:
-            self._use(given, name)
+            self._use(tensor, name)
 
-    def _use(self, tensor: torch.Tensor, at: str) -> None:
-        self._used.setdefault(id(tensor), (tensor, []))[1].append(at)
+    def _use(self, tensor: torch.Tensor, user: str) -> None:
+        self._used.setdefault(id(tensor), (tensor, []))[1].append(user)
 
-    def _leaving(self, name: str, last: bool) -> Any:
+    def _leaving(self, name: str, is_last: bool) -> Any:
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             self._stack.pop()
             if isinstance(module, nn.Linear) and name in self.linears:
-                columns = self.linears[name].role == COLWISE
-                _mark(out, frozenset([name] if columns else ()), (name, out.shape[-1]) if columns else None)
-            if last:
+                is_colwise = self.linears[name].role == COLWISE
+                _mark(
+                    out,
+                    frozenset([name] if is_colwise else ()),
+                    (name, out.shape[-1]) if is_colwise else None,
+                )
+            if is_last:
                 raise _Done
 
         return leave
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        given = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        at = self._stack[-1].name if self._stack else ""
-        if at not in self.linears:
-            for tensor in given:
-                self._use(tensor, at)
+        inputs = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        module_name = self._stack[-1].name if self._stack else ""
+        if module_name not in self.linears:
+            for tensor in inputs:
+                self._use(tensor, module_name)
         # Integers, such as a router's choice of experts, carry no features.
-        found = frozenset[str]().union(*(_sources(t) for t in given if t.is_floating_point()))
+        sources = frozenset[str]().union(*(_sources(t) for t in inputs if t.is_floating_point()))
         for tensor in _pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                _mark(tensor, found, self._cut(func, given[0], out) if given else None)
+                _mark(tensor, sources, self._cut(func, inputs[0], out) if inputs else None)
         return out
 
-    def _cut(self, func: Any, given: torch.Tensor, out: Any) -> tuple[str, int] | None:
+    def _cut(self, func: Any, tensor: torch.Tensor, out: Any) -> tuple[str, int] | None:
         """Return the Linear and width that a split or view of a Linear's output belongs to, or None. Record
         how the output is split and viewed."""
-        origin: tuple[str, int] | None = getattr(given, "_memfit_origin", None)
+        origin: tuple[str, int] | None = getattr(tensor, "_memfit_origin", None)
         if origin is None or func.overloadpacket.__name__ not in (
             "split",
             "split_with_sizes",
@@ -184,7 +188,7 @@ class Flow(AnyWay):
         name, width = origin
         if not isinstance(out, torch.Tensor):
             widths = {t.shape[-1] for t in out}
-            if len(widths) == 1 and given.shape[-1] == width:
+            if len(widths) == 1 and tensor.shape[-1] == width:
                 self.linears[name].parts = len(out)
                 return name, widths.pop()
             return None
@@ -209,26 +213,28 @@ def observe(
     ``shrink(copy)`` may change that copy first. Modes that are active outside see nothing of the run. Of
     equal blocks, only two are run."""
     flow = Flow(roles)
-    alike = _twins(model, blocks, roles)
-    with valueless(job, model) as (copied, batch):
+    twin_indices = _twins(model, blocks, roles)
+    with valueless(job, model) as (model_copy, batch):
         if shrink is not None:
-            shrink(copied)
-        flow.watch(copied, blocks[: max(alike) + 1])
+            shrink(model_copy)
+        flow.watch(model_copy, blocks[: max(twin_indices) + 1])
         try:
             with flow:
-                job.loss(copied, batch)
+                job.loss(model_copy, batch)
         except _Done:
             pass
-    for name, twin in zip(blocks[max(alike) + 1 :], alike[max(alike) + 1 :], strict=True):
+    for name, twin in zip(
+        blocks[max(twin_indices) + 1 :], twin_indices[max(twin_indices) + 1 :], strict=True
+    ):
         flow.copy(blocks[twin], name)
     return flow
 
 
 def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> list[int]:
     """Return `twins` of the blocks, where twins also have the same roles for their Linears."""
-    told = [{(n[len(b) :], role) for n, role in roles.items() if _in(n, b)} for b in blocks]
-    found = twins([model.get_submodule(name) for name in blocks])
-    return [twin if told[twin] == told[i] else i for i, twin in enumerate(found)]
+    block_roles = [{(n[len(b) :], role) for n, role in roles.items() if _in(n, b)} for b in blocks]
+    twin_indices = twins([model.get_submodule(name) for name in blocks])
+    return [twin if block_roles[twin] == block_roles[i] else i for i, twin in enumerate(twin_indices)]
 
 
 @contextlib.contextmanager
@@ -241,9 +247,9 @@ def valueless(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         torch.no_grad(),
     ):
-        held = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
+        copies = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
         batch = map_batch(fake.from_tensor, job.make_batch(0, 0))
-        yield copy.deepcopy(model, held), batch
+        yield copy.deepcopy(model, copies), batch
 
 
 def _valueless(tensor: torch.Tensor) -> torch.Tensor:
@@ -256,8 +262,8 @@ def _mark(tensor: Any, sources: frozenset[str], origin: tuple[str, int] | None) 
 
 
 def _sources(tensor: torch.Tensor) -> frozenset[str]:
-    found: frozenset[str] = getattr(tensor, "_memfit_sources", frozenset())
-    return found
+    sources: frozenset[str] = getattr(tensor, "_memfit_sources", frozenset())
+    return sources
 
 
 def _in(name: str, path: str) -> bool:

@@ -20,11 +20,11 @@ def scalars(model: torch.nn.Module) -> list[str]:
 def refuse_scalars(model: torch.nn.Module, who: str, *, left_alone: Collection[str] = ()) -> None:
     """Raise UserError naming the first parameter without dimensions, except those in ``left_alone``. ``who``
     is what does not support them."""
-    found = [name for name in scalars(model) if name not in left_alone]
-    if found:
-        more = f" ({len(found)} such parameters)" if len(found) > 1 else ""
+    names = [name for name in scalars(model) if name not in left_alone]
+    if names:
+        count_note = f" ({len(names)} such parameters)" if len(names) > 1 else ""
         raise UserError(
-            f"{who} takes no parameters without dimensions, and {found[0]!r} has none{more}",
+            f"{who} does not support parameters without dimensions, but {names[0]!r} is one{count_note}",
             allowed="parameters of at least one dimension",
-            hint="one element in one dimension computes the same: nn.Parameter(torch.ones(1))",
+            hint="give it one dimension of one element, which computes the same: nn.Parameter(torch.ones(1))",
         )

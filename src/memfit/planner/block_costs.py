@@ -27,18 +27,18 @@ def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
     micro-batch. The model may run the blocks several times before the pass that gradients flow through, as
     with recycling. Raises UserError if the blocks do not run one after the other.
     """
-    look = _Look(trace, path, seconds)
-    forward, backward = look.firsts(Phase.FORWARD), look.firsts(Phase.BACKWARD)
-    ordered = forward == sorted(forward) and backward == sorted(backward, reverse=True)
-    if len(forward) != BLOCKS or len(backward) != BLOCKS or not ordered:
+    view = _Look(trace, path, seconds)
+    forward, backward = view.firsts(Phase.FORWARD), view.firsts(Phase.BACKWARD)
+    is_ordered = forward == sorted(forward) and backward == sorted(backward, reverse=True)
+    if len(forward) != BLOCKS or len(backward) != BLOCKS or not is_ordered:
         raise UserError(f"the blocks {path!r} do not run one after the other", allowed="a chain of blocks")
-    ahead, back = look.span(Phase.FORWARD), look.span(Phase.BACKWARD)
-    out, home = look.end(Phase.FORWARD, BLOCKS - 1), look.end(Phase.BACKWARD, 0)
-    inside = [f"{path}.{i}" for i in range(BLOCKS)]
+    forward_span, backward_span = view.span(Phase.FORWARD), view.span(Phase.BACKWARD)
+    forward_end, backward_end = view.end(Phase.FORWARD, BLOCKS - 1), view.end(Phase.BACKWARD, 0)
+    modules = [f"{path}.{i}" for i in range(BLOCKS)]
     return Parts(
-        before=look.piece((ahead.start, forward[0]), (home, back.end), None),
-        block=look.piece((forward[1], forward[2]), (backward[1], backward[0]), inside[1]),
-        after=look.piece((out, ahead.end), (back.start, backward[-1]), None),
+        before=view.piece((forward_span.start, forward[0]), (backward_end, backward_span.end), None),
+        block=view.piece((forward[1], forward[2]), (backward[1], backward[0]), modules[1]),
+        after=view.piece((forward_end, forward_span.end), (backward_span.start, backward[-1]), None),
     )
 
 
@@ -62,9 +62,9 @@ class _Look:
     def _runs(self, phase: Phase) -> list[tuple[str, list[OpCall]]]:
         """Return (block number, operators) for each time that a block runs in ``phase``, in order."""
         span, prefix = self.span(phase), f"{self.path}."
-        within = (o for o in self.ops if span.start <= o.clock < span.end and o.module.startswith(prefix))
-        grouped = itertools.groupby(within, lambda o: o.module.removeprefix(prefix).partition(".")[0])
-        return [(number, list(ops)) for number, ops in grouped]
+        block_ops = (o for o in self.ops if span.start <= o.clock < span.end and o.module.startswith(prefix))
+        groups = itertools.groupby(block_ops, lambda o: o.module.removeprefix(prefix).partition(".")[0])
+        return [(number, list(ops)) for number, ops in groups]
 
     def _of_block(self, phase: Phase, index: int) -> list[OpCall]:
         """Return the operators of the last run of block ``index`` in ``phase``."""
@@ -75,8 +75,8 @@ class _Look:
         return sum(number == "1" for number, _ in self._runs(Phase.FORWARD))
 
     def firsts(self, phase: Phase) -> list[int]:
-        found = [self._of_block(phase, i) for i in range(BLOCKS)]
-        return [ops[0].clock for ops in found if ops]
+        runs = [self._of_block(phase, i) for i in range(BLOCKS)]
+        return [ops[0].clock for ops in runs if ops]
 
     def end(self, phase: Phase, index: int) -> int:
         """Return the clock of the first operator after the block's last one, or the end of the phase."""
@@ -85,18 +85,18 @@ class _Look:
 
     def level(self, clock: int) -> int:
         """Return the live bytes just before ``clock``."""
-        at = int(numpy.searchsorted(self.clock, clock)) - 1
-        return int(self.live[at]) if at >= 0 else 0
+        index = int(numpy.searchsorted(self.clock, clock)) - 1
+        return int(self.live[index]) if index >= 0 else 0
 
     def top(self, window: tuple[int, int]) -> int:
         """Return the highest live bytes in the window, above the level at its start."""
-        first, end = numpy.searchsorted(self.clock, window)
-        before = self.level(window[0])
-        return max(0, int(self.live[first:end].max(initial=before)) - before)
+        begin, end = numpy.searchsorted(self.clock, window)
+        base_bytes = self.level(window[0])
+        return max(0, int(self.live[begin:end].max(initial=base_bytes)) - base_bytes)
 
     def within(self, window: tuple[int, int]) -> list[OpCall]:
-        first, end = numpy.searchsorted(self.clocks, window)
-        return self.ops[first:end]
+        begin, end = numpy.searchsorted(self.clocks, window)
+        return self.ops[begin:end]
 
     def piece(self, forward: tuple[int, int], backward: tuple[int, int], module: str | None) -> Piece:
         """Return the costs of one piece within these windows.
@@ -104,29 +104,31 @@ class _Look:
         With ``module`` None, only work outside the blocks counts. Forward passes without gradients
         (recycling) count towards the time of the blocks, and towards the memory of what runs before them.
         """
-        kept = self.level(forward[1]) - self.level(forward[0])
-        made = (a for a in self.trace.allocations if a.category is Category.GRADIENT and a.step == self.last)
-        gradients = sum(a.size_bytes for a in made if backward[0] <= a.start < backward[1])
-        ahead, back = self.within(forward), self.within(backward)
+        kept_bytes = self.level(forward[1]) - self.level(forward[0])
+        step_gradients = (
+            a for a in self.trace.allocations if a.category is Category.GRADIENT and a.step == self.last
+        )
+        gradients = sum(a.size_bytes for a in step_gradients if backward[0] <= a.start < backward[1])
+        forward_ops, backward_ops = self.within(forward), self.within(backward)
         if module is None:
-            ahead = [o for o in ahead if not o.module.startswith(f"{self.path}.")]
-        times = 1 if module is None else self.passes()
+            forward_ops = [o for o in forward_ops if not o.module.startswith(f"{self.path}.")]
+        pass_count = 1 if module is None else self.passes()
         return Piece(
-            forward_s=self.seconds(ahead) * times,
-            backward_s=self.seconds(back),
-            kept_bytes=kept,
+            forward_s=self.seconds(forward_ops) * pass_count,
+            backward_s=self.seconds(backward_ops),
+            kept_bytes=kept_bytes,
             forward_top_bytes=self.top(forward),
             backward_top_bytes=self.top(backward),
             parameter_bytes=gradients,
-            flops=sum(o.flops for o in (*(ahead * times), *back)),
-            forward_travel=_travel(ahead) * times,
-            backward_travel=_travel(back),
+            flops=sum(o.flops for o in (*(forward_ops * pass_count), *backward_ops)),
+            forward_travel=_travel(forward_ops) * pass_count,
+            backward_travel=_travel(backward_ops),
         )
 
 
 def _travel(ops: Sequence[OpCall]) -> Travel:
-    found = [sent(op) for op in ops if op.op.startswith(COLLECTIVES)]
-    return tuple((kind, float(size)) for kind, size in found if kind)
+    transfers = [sent(op) for op in ops if op.op.startswith(COLLECTIVES)]
+    return tuple((kind, float(size)) for kind, size in transfers if kind)
 
 
 def updating_of(trace: Trace, seconds: Seconds) -> Updating:
@@ -134,16 +136,16 @@ def updating_of(trace: Trace, seconds: Seconds) -> Updating:
 
     ``trace`` covers two steps on one rank. The second optimizer phase is divided by the number of parameters.
     """
-    look = _Look(trace, "", seconds)
-    span = look.span(Phase.OPTIMIZER)
+    view = _Look(trace, "", seconds)
+    span = view.span(Phase.OPTIMIZER)
     window = (span.start, span.end)
-    state = sum(
+    state_bytes = sum(
         a.size_bytes for a in trace.allocations if a.category is Category.OPTIMIZER_STATE and a.end is None
     )
     elements = trace.trainable_count
     return Updating(
-        update_s=seconds(look.within(window)) / elements,
-        moved_bytes=sum(o.moved_bytes for o in look.within(window)) / elements,
-        state_bytes=state / elements,
-        top_bytes=look.top(window) / elements,
+        update_s=seconds(view.within(window)) / elements,
+        moved_bytes=sum(o.moved_bytes for o in view.within(window)) / elements,
+        state_bytes=state_bytes / elements,
+        top_bytes=view.top(window) / elements,
     )

@@ -67,9 +67,9 @@ class Traced:
         The whole batch is counted.
         """
         tensors = (t for t in _pytree.tree_leaves(self._batch) if isinstance(t, torch.Tensor))
-        batch = sum(t.numel() * t.element_size() for t in tensors)
+        batch_bytes = sum(t.numel() * t.element_size() for t in tensors)
         return HostTensors(
-            kept_bytes=kept_bytes, building_bytes=0.0, model_bytes=self.model_bytes, batch_bytes=batch
+            kept_bytes=kept_bytes, building_bytes=0.0, model_bytes=self.model_bytes, batch_bytes=batch_bytes
         )
 
     def parts(self, key: Key, seconds: Seconds) -> Parts:
@@ -78,10 +78,10 @@ class Traced:
         Raises UserError if the model cannot be cut or run that way.
         """
         self.trace([key])
-        found = self.kept[key]
-        if isinstance(found, str):
-            raise UserError(found)
-        return parts_of(found, self.path, seconds)
+        result = self.kept[key]
+        if isinstance(result, str):
+            raise UserError(result)
+        return parts_of(result, self.path, seconds)
 
     @functools.cache  # noqa: B019  lives as long as one search
     def hidden_bytes(self, compute: str) -> float:
@@ -110,19 +110,19 @@ class Traced:
         Traces with torch.compile come first and those with distributed tensors last, because each of these
         loads parts of torch that the other traces do not need.
         """
-        todo: list[tuple[int, dict[Any, Any], Any, Callable[[Any], Any]]] = [
+        tasks: list[tuple[int, dict[Any, Any], Any, Callable[[Any], Any]]] = [
             (_loads(key), self.kept, key, self._traced) for key in dict.fromkeys(keys) if key not in self.kept
         ]
-        todo += [
+        tasks += [
             (-1, self.updates, uses, self._updated)
             for uses in dict.fromkeys(updates)
             if uses not in self.updates
         ]
-        todo.sort(key=lambda one: one[0])
+        tasks.sort(key=lambda task: task[0])
         with uncollected():
-            found = side_by_side([functools.partial(make, what) for _, _, what, make in todo])
-        for (_, known, what, _), made in zip(todo, found, strict=True):
-            known[what] = made
+            results = side_by_side([functools.partial(make, task_key) for _, _, task_key, make in tasks])
+        for (_, cache, task_key, _), result in zip(tasks, results, strict=True):
+            cache[task_key] = result
 
     def _updated(self, uses: Uses) -> Trace:
         return trace(self._small(1, 1), Plan(uses=uses), device=self.device, steps=2)
@@ -173,7 +173,7 @@ class _Few:
         from torch.utils import _pytree
 
         def first(value: Any) -> Any:
-            cut = hasattr(value, "dim") and value.dim() > 0 and value.shape[0] == self.of
-            return value[: self.samples].clone() if cut else value
+            has_samples = hasattr(value, "dim") and value.dim() > 0 and value.shape[0] == self.of
+            return value[: self.samples].clone() if has_samples else value
 
         return _pytree.tree_map(first, self.whole)

@@ -65,8 +65,8 @@ class Scale:
         self.pairs: list[tuple[Estimate, Estimate]] = []  # (sketch, whole trace) of each finalist
         if pricer.model is None:
             raise UserError(
-                f"speeds of {self.machine.device.name} are unknown",
-                hint="add its peak and bandwidth to the machine file",
+                f"the speed of {self.machine.device.name} is unknown",
+                hint="add its peak FLOP/s and memory bandwidth to the machine file",
             )
         self.model = pricer.model
         self.traced = Traced(pricer.job, pricer.device)
@@ -76,10 +76,10 @@ class Scale:
 
     def _allocated_cap(self) -> float:
         """Return the highest allocated bytes of a sketch that still fits, found by bisection."""
-        low, high = 0.0, 2.0**50
+        fitting_bytes, excessive_bytes = 0.0, 2.0**50
         for _ in range(60):
-            middle = (low + high) / 2
-            allocated = around(middle, _SKETCH_MEMORY_RATIO)
+            middle_bytes = (fitting_bytes + excessive_bytes) / 2
+            allocated = around(middle_bytes, _SKETCH_MEMORY_RATIO)
             memory = sketched(allocated, self.machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
             probe = Estimate(
                 plan=Plan(),
@@ -93,13 +93,15 @@ class Scale:
                 reserved_bytes=memory.reserved_bytes,
                 device_bytes=memory.device_bytes,
             )
-            low, high = (middle, high) if self.fits_memory(probe) else (low, middle)
-        return low
+            fitting_bytes, excessive_bytes = (
+                (middle_bytes, excessive_bytes) if self.fits_memory(probe) else (fitting_bytes, middle_bytes)
+            )
+        return fitting_bytes
 
     def _host_cap(self, ranks: int) -> float:
         """Return the host memory that each rank may use; 0 if the host's memory is unknown."""
-        there = memory_bytes(self.machine)
-        return 0.0 if there is None else there / min(ranks, per_host(self.machine))
+        host_memory_bytes = memory_bytes(self.machine)
+        return 0.0 if host_memory_bytes is None else host_memory_bytes / min(ranks, per_host(self.machine))
 
     def fits_memory(self, estimate: Estimate) -> bool:
         return self.needs(estimate) <= self.aim.cap_bytes and self.aim.host(estimate)
@@ -116,11 +118,14 @@ class Scale:
         return self.found[ranks]
 
     def _limits(self, ranks: int) -> Limits:
-        each, known = per_host(self.machine), self.engine.known - self.pricer.space.refused
-        degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(each, 1)))
+        devices_per_host, known_techniques = (
+            per_host(self.machine),
+            self.engine.known - self.pricer.space.refused,
+        )
+        degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(devices_per_host, 1)))
         return Limits(
             ranks=ranks,
-            per_host=each,
+            per_host=devices_per_host,
             batch=self.pricer.job.batch_size,
             blocks=self.traced.blocks,
             device=self.pricer.device,
@@ -132,37 +137,39 @@ class Scale:
             splits=may_split(self.pricer.dependence, self.aim.accuracy),
             shares=may_share(self.pricer.dependence, self.aim.accuracy),
             refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
-            without=frozenset(self.bounds.without) | (frozenset(TECHNIQUES) - known) | unable(self.machine),
+            without=frozenset(self.bounds.without)
+            | (frozenset(TECHNIQUES) - known_techniques)
+            | unable(self.machine),
         )
 
     def estimates(self, ranks: int) -> list[Estimate]:
         return [self.estimate(s) for s in self.sketches(ranks).sketches]
 
     def sketch_of(self, plan: Plan) -> Sketch | None:
-        found = self.found.get(plan.ranks)
-        return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if found else None
+        grid_sketches = self.found.get(plan.ranks)
+        return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if grid_sketches else None
 
     def beside(self, sketch: Sketch) -> list[Estimate]:
         """Return the plans that differ from the sketch along one axis of its grid."""
         ranks = sketch.grid.layout.ranks
-        near = self.found[ranks].beside(sketch)
-        self.sketched[ranks] += near
-        return [self.estimate(s) for s in near]
+        neighbours = self.found[ranks].beside(sketch)
+        self.sketched[ranks] += neighbours
+        return [self.estimate(s) for s in neighbours]
 
     def over(self, counts: Sequence[int]) -> list[Estimate]:
         """Return the estimates for all these device counts.
 
         If none of them has a plan, raises the first UserError.
         """
-        found, reasons = list[Estimate](), list[UserError]()
+        estimates, reasons = list[Estimate](), list[UserError]()
         for ranks in counts:
             try:
-                found += self.estimates(ranks)
+                estimates += self.estimates(ranks)
             except UserError as error:
                 reasons.append(error)
         if len(reasons) == len(counts):
             raise reasons[0]
-        return found
+        return estimates
 
     def expected(self, e: Estimate) -> Estimate:
         """Return the estimate that a whole trace is expected to give.
@@ -172,21 +179,27 @@ class Scale:
         """
         if e.traced or not self.pairs:
             return e
-        alike = [p for p in self.pairs if kind(p[0].plan) == kind(e.plan)] or self.pairs
-        step = statistics.median(w.step_s.value / s.step_s.value for s, w in alike if s.step_s and w.step_s)
-        memory = statistics.median(w.allocated_bytes.value / s.allocated_bytes.value for s, w in alike)
-        allocated = scaled(e.allocated_bytes, memory)
-        held = sketched(allocated, self._machine(e.plan.ranks), reserved_ratio=ASSUMED_RESERVED_RATIO)
+        similar_pairs = [p for p in self.pairs if kind(p[0].plan) == kind(e.plan)] or self.pairs
+        step_ratio = statistics.median(
+            w.step_s.value / s.step_s.value for s, w in similar_pairs if s.step_s and w.step_s
+        )
+        memory_ratio = statistics.median(
+            w.allocated_bytes.value / s.allocated_bytes.value for s, w in similar_pairs
+        )
+        allocated = scaled(e.allocated_bytes, memory_ratio)
+        device_memory = sketched(
+            allocated, self._machine(e.plan.ranks), reserved_ratio=ASSUMED_RESERVED_RATIO
+        )
         return dataclasses.replace(
             e,
-            step_s=e.step_s and scaled(e.step_s, step),
+            step_s=e.step_s and scaled(e.step_s, step_ratio),
             allocated_bytes=allocated,
-            reserved_bytes=held.reserved_bytes,
-            device_bytes=held.device_bytes,
-            device_parts_bytes=held.device_parts_bytes,
-            oom_probability=held.oom_probability,
-            usd=e.usd and e.usd * step,
-            co2_g=e.co2_g and e.co2_g * step,
+            reserved_bytes=device_memory.reserved_bytes,
+            device_bytes=device_memory.device_bytes,
+            device_parts_bytes=device_memory.device_parts_bytes,
+            oom_probability=device_memory.oom_probability,
+            usd=e.usd and e.usd * step_ratio,
+            co2_g=e.co2_g and e.co2_g * step_ratio,
         )
 
     def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:

@@ -114,12 +114,12 @@ class Pricer:
         """Return the plan with its open choice made: the tensors to recompute under its memory budget."""
         if open_budget(plan) is None:
             return plan
-        seconds = self.model.op_s if self.model else nominal_s
+        op_seconds = self.model.op_s if self.model else nominal_s
         return self.choices.of(
             self.job,
             plan,
             device=self.device,
-            seconds=seconds,
+            seconds=op_seconds,
             calibration=self.calibration,
             gap_ratio=self.gap_ratio,
         )
@@ -135,27 +135,29 @@ class Pricer:
         return self.traces[plan, rank]
 
     def _trace(self, plan: Plan, ranks: Iterable[int]) -> None:
-        new = [rank for rank in ranks if (plan, rank) not in self.traces]
-        if not new:
+        missing_ranks = [rank for rank in ranks if (plan, rank) not in self.traces]
+        if not missing_ranks:
             return
         with uncollected():
-            made = self._made(plan, new)
-        self.traces |= {(plan, rank): traced for rank, traced in zip(new, made, strict=True)}
+            traces = self._made(plan, missing_ranks)
+        self.traces |= {(plan, rank): traced for rank, traced in zip(missing_ranks, traces, strict=True)}
 
     def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
         """Trace the plan on these ranks, with the engine's own training step if the engine has one that can
         be traced here.
         """
-        carried = engine(self.engine)
-        if carried.no_scalars(plan):
+        backend = engine(self.engine)
+        if backend.no_scalars(plan):
             refuse_scalars(fake_model(self.job), self.engine)
-        if not carried.own_trace:
-            plan = carried.predicted(plan)
+        if not backend.own_trace:
+            plan = backend.predicted(plan)
             return deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
-        if why := carried.probe().problem or ", ".join(carried.asks_cuda(plan)):
-            made = deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
-            told = f"{self.engine}'s own step cannot be traced here ({why}): predicted as native's"
-            return [dataclasses.replace(t, assumptions=(*t.assumptions, told)) for t in made]
+        if obstacle := backend.probe().problem or ", ".join(backend.asks_cuda(plan)):
+            traces = deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
+            assumption = (
+                f"{self.engine}'s own step cannot be traced here ({obstacle}), so native's step was predicted"
+            )
+            return [dataclasses.replace(t, assumptions=(*t.assumptions, assumption)) for t in traces]
         with stepping(step_maker(self.engine, None)):
             return [trace(self.job, plan, rank=r, device=self.device, lines=self.lines) for r in ranks]
 
@@ -168,11 +170,11 @@ class Pricer:
         if self.engine != "native":
             return
         with contextlib.suppress(Exception), uncollected():
-            settled = [self.settled(plan) for plan in plans]
-            ranks = [(plan, rank) for plan in settled for rank in layout(plan).distinct_ranks()]
-            wanted = [one for one in ranks if one not in self.traces]
-            made = traces_of(self.job, wanted, device=self.device, lines=self.lines)
-            self.traces |= dict(zip(wanted, made, strict=True))
+            settled_plans = [self.settled(plan) for plan in plans]
+            keys = [(plan, rank) for plan in settled_plans for rank in layout(plan).distinct_ranks()]
+            missing_keys = [key for key in keys if key not in self.traces]
+            traces = traces_of(self.job, missing_keys, device=self.device, lines=self.lines)
+            self.traces |= dict(zip(missing_keys, traces, strict=True))
 
     # -- exact ----------------------------------------------------------------------------------------
 
@@ -180,10 +182,12 @@ class Pricer:
         """Return the estimate of the rank with the highest peak, with the host memory of the rank that needs
         most of it.
         """
-        ranks = self.each_rank(plan)
-        most = max(ranks, key=lambda e: e.allocated_bytes.value)
-        host = max(ranks, key=lambda e: e.host_bytes.value if e.host_bytes else 0.0)
-        return dataclasses.replace(most, host_bytes=host.host_bytes, host_parts_bytes=host.host_parts_bytes)
+        rank_estimates = self.each_rank(plan)
+        largest = max(rank_estimates, key=lambda e: e.allocated_bytes.value)
+        host_largest = max(rank_estimates, key=lambda e: e.host_bytes.value if e.host_bytes else 0.0)
+        return dataclasses.replace(
+            largest, host_bytes=host_largest.host_bytes, host_parts_bytes=host_largest.host_parts_bytes
+        )
 
     def each_rank(self, plan: Plan) -> list[Estimate]:
         """Return one estimate for every distinct rank of the plan, such as the stages of a pipeline."""
@@ -196,7 +200,7 @@ class Pricer:
             return [self._of_rank(plan, traced, step) for traced in traces]
 
     def _of_rank(self, plan: Plan, traced: Trace, step: Played | None) -> Estimate:
-        found = estimate(
+        rank_estimate = estimate(
             traced,
             plan,
             machine=self.machine,
@@ -205,9 +209,9 @@ class Pricer:
             step=step,
             workers=self.job.workers,
         )
-        if plan == plain(plan.ranks) and found.reserved_bytes is not None:
-            self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value
-        return dataclasses.replace(found, dependence=self.dependence_under(plan))
+        if plan == plain(plan.ranks) and rank_estimate.reserved_bytes is not None:
+            self.reserved_ratio = rank_estimate.reserved_bytes.value / rank_estimate.allocated_bytes.value
+        return dataclasses.replace(rank_estimate, dependence=self.dependence_under(plan))
 
     def trace_all(
         self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
@@ -217,17 +221,17 @@ class Pricer:
         ``tell(done, count, plan)`` is called with the number of finished traces and the label of one in
         progress. Plans whose memory budget cannot be met are skipped here; pricing them raises the error.
         """
-        new = [p for p in dict.fromkeys(possible(plans, self.settled)) if (p, 0) not in self.traces]
-        made: dict[int, Sequence[Trace]] = {}
+        missing_plans = [p for p in dict.fromkeys(possible(plans, self.settled)) if (p, 0) not in self.traces]
+        traces_by_index: dict[int, Sequence[Trace]] = {}
         try:
             with uncollected():
                 side_by_side(
-                    [functools.partial(self._made, plan, [0]) for plan in new],
-                    lambda done, i: tell(done, len(new), new[i].label),
-                    made,
+                    [functools.partial(self._made, plan, [0]) for plan in missing_plans],
+                    lambda done, i: tell(done, len(missing_plans), missing_plans[i].label),
+                    traces_by_index,
                 )
         finally:  # after an interrupt, the finished ones are kept
-            self.traces |= {(new[i], 0): traces[0] for i, traces in made.items()}
+            self.traces |= {(missing_plans[i], 0): traces[0] for i, traces in traces_by_index.items()}
 
     # -- quick ----------------------------------------------------------------------------------------
 
@@ -237,30 +241,34 @@ class Pricer:
         """Make the parts that the sketches of ``plans`` are composed from, in parallel."""
         parts = {
             (plan, blocks, steps, "")
-            for whole in plans
-            for plan, steps in self._composed_of(whole)[1]
+            for composed_plan in plans
+            for plan, steps in self._composed_of(composed_plan)[1]
             for blocks in self._cut(plan) or (0,)
         }
-        new = sorted(parts - self.parts.keys(), key=lambda key: (key[0].fingerprint, *key[1:]))
+        missing_keys = sorted(parts - self.parts.keys(), key=lambda key: (key[0].fingerprint, *key[1:]))
         with uncollected():
-            made = side_by_side(
-                [functools.partial(self._part, *key[:3]) for key in new],
-                lambda done, i: tell(done, len(new), new[i][0].label),
+            new_parts = side_by_side(
+                [functools.partial(self._part, *key[:3]) for key in missing_keys],
+                lambda done, i: tell(done, len(missing_keys), missing_keys[i][0].label),
             )
-        self.parts |= dict(zip(new, made, strict=True))
+        self.parts |= dict(zip(missing_keys, new_parts, strict=True))
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
         """Return (the weight of the whole-batch part, the parts to compose as (plan, steps)).
 
         The rest of the weight belongs to the part with the smallest micro-batches.
         """
-        most, used = self.space.parts[-1], plan.get(_ACCUMULATION)
-        micros = int(used.settings["micro_batches"]) if used else 1
-        share = (1 / micros - 1 / most) / (1 - 1 / most) if most > 1 else 1.0
+        max_micro_batches, accumulation = self.space.parts[-1], plan.get(_ACCUMULATION)
+        micros = int(accumulation.settings["micro_batches"]) if accumulation else 1
+        whole_batch_share = (
+            (1 / micros - 1 / max_micro_batches) / (1 - 1 / max_micro_batches)
+            if max_micro_batches > 1
+            else 1.0
+        )
         core = _core(plan)
-        parts = [(core, 1)] if share > 0 else []
-        parts += [(_accumulated(core, most), 1)] if share < 1 else []
-        return share, [*parts, (_accumulated(_optimizer_only(plan), most), 2)]
+        parts = [(core, 1)] if whole_batch_share > 0 else []
+        parts += [(_accumulated(core, max_micro_batches), 1)] if whole_batch_share < 1 else []
+        return whole_batch_share, [*parts, (_accumulated(_optimizer_only(plan), max_micro_batches), 2)]
 
     def sketch(self, plan: Plan) -> Estimate:
         """Estimate a plan by composing parts.
@@ -268,25 +276,25 @@ class Pricer:
         Peaks between the traced micro-batch sizes are upper bounds: a maximum of linear functions is convex,
         so it lies below its chord.
         """
-        most = self.space.parts[-1]
-        used = plan.get(_ACCUMULATION)
-        micros = int(used.settings["micro_batches"]) if used else 1
-        core, share = _core(plan), self._composed_of(plan)[0]
+        max_micro_batches = self.space.parts[-1]
+        accumulation = plan.get(_ACCUMULATION)
+        micros = int(accumulation.settings["micro_batches"]) if accumulation else 1
+        core, whole_batch_share = _core(plan), self._composed_of(plan)[0]
         vector = numpy.zeros(_ENTRIES)
-        if share > 0:
-            vector += share * self._vector(core)
-        if share < 1:
-            vector += (1 - share) * self._vector(_accumulated(core, most))
+        if whole_batch_share > 0:
+            vector += whole_batch_share * self._vector(core)
+        if whole_batch_share < 1:
+            vector += (1 - whole_batch_share) * self._vector(_accumulated(core, max_micro_batches))
         if micros > 1:
             vector[[_FORWARD, _BACKWARD]] = vector[[_FORWARD_AGAIN, _BACKWARD_AGAIN]]
-        optimizer = self._vector(_accumulated(_optimizer_only(plan), most), steps=2)
+        optimizer = self._vector(_accumulated(_optimizer_only(plan), max_micro_batches), steps=2)
         vector[[_RESIDENT, _OPTIMIZER, _STEP_S]] = optimizer[[_RESIDENT, _OPTIMIZER, _STEP_S]]
         vector[_HOST] = max(vector[_HOST], optimizer[_HOST])
         if plan.get("optimizer-in-backward"):
             vector[[_BACKWARD, _OPTIMIZER]] = vector[[_STEPPED, _RESIDENT]]
-        if (away := plan.get("activation-offload")) is not None:
+        if (offload := plan.get("activation-offload")) is not None:
             vector[[_FORWARD, _BACKWARD]] -= vector[_SAVED]
-            vector[_HOST] += vector[_SAVED] * (away.settings["to"] == "host" and self.device != "cpu")
+            vector[_HOST] += vector[_SAVED] * (offload.settings["to"] == "host" and self.device != "cpu")
             if self.model:
                 vector[_MICRO_S] += 2 * vector[_SAVED] / self.model.offload_bytes_s
                 vector[_MICRO_S] += vector[_TENSORS] * self.calibration.disk_file_s
@@ -301,14 +309,16 @@ class Pricer:
         }
         phase = max(peaks, key=lambda p: peaks[p])
         seconds = float(micros * vector[_MICRO_S] + vector[_STEP_S]) * factor(self.calibration, plan)
-        basis = self.trace(plain(plan.ranks))
-        model = basis.parameter_count
-        step_s = sketched_s(seconds, plan, model, self.machine, micros) if self.model else None
+        plain_trace = self.trace(plain(plan.ranks))
+        parameter_count = plain_trace.parameter_count
+        step_s = sketched_s(seconds, plan, parameter_count, self.machine, micros) if self.model else None
         cost = bill(self.machine, step_s=step_s)
         allocated = around(peaks[phase], _SKETCH_MEMORY_RATIO)
         memory = sketched(allocated, self.machine, reserved_ratio=self.reserved_ratio)
-        kept = float(vector[_HOST])
-        tensors = dataclasses.replace(HostTensors.of(basis), kept_bytes=kept, building_bytes=kept)
+        host_kept_bytes = float(vector[_HOST])
+        tensors = dataclasses.replace(
+            HostTensors.of(plain_trace), kept_bytes=host_kept_bytes, building_bytes=host_kept_bytes
+        )
         host = host_memory(tensors, plan, self.machine, allocated=allocated, workers=self.job.workers)
         return Estimate(
             plan=plan,
@@ -341,26 +351,32 @@ class Pricer:
         """
         recompute = plan.get("activation-checkpointing")
         period = int(recompute.settings["every"]) if recompute else 1
-        few, more = max(2, period), max(2, period) + period
-        return (few, more) if self.space.block_count > max(_FEW_BLOCKS, more) and self.repeats else None
+        small_count, large_count = max(2, period), max(2, period) + period
+        return (
+            (small_count, large_count)
+            if self.space.block_count > max(_FEW_BLOCKS, large_count) and self.repeats
+            else None
+        )
 
     def _vector(self, plan: Plan, *, steps: int = 1) -> numpy.ndarray:
         cut = self._cut(plan)
         if cut is None:
             return self._measured(plan, 0, steps)
-        few, more = (self._measured(plan, n, steps) for n in cut)
-        whole: numpy.ndarray = few + (more - few) * ((self.space.block_count - cut[0]) / (cut[1] - cut[0]))
-        return whole
+        small_vector, large_vector = (self._measured(plan, n, steps) for n in cut)
+        extrapolated_vector: numpy.ndarray = small_vector + (large_vector - small_vector) * (
+            (self.space.block_count - cut[0]) / (cut[1] - cut[0])
+        )
+        return extrapolated_vector
 
     def _measured(self, plan: Plan, blocks: int, steps: int) -> numpy.ndarray:
         key = (plan, blocks, steps, self.machine.name)
         if key not in self.vectors:
-            raw = (plan, blocks, steps, "")
-            if raw not in self.parts:
-                self.parts[raw] = self._part(plan, blocks, steps)
-            memory, micro, rest, micros = self.parts[raw]
-            seconds = [self.model.total_s(ops) if self.model else 0.0 for ops in (micro, rest)]
-            self.vectors[key] = numpy.array([*memory, seconds[0] / micros, seconds[1]])
+            part_key = (plan, blocks, steps, "")
+            if part_key not in self.parts:
+                self.parts[part_key] = self._part(plan, blocks, steps)
+            memory_entries, micro_ops, optimizer_ops, micros = self.parts[part_key]
+            seconds = [self.model.total_s(ops) if self.model else 0.0 for ops in (micro_ops, optimizer_ops)]
+            self.vectors[key] = numpy.array([*memory_entries, seconds[0] / micros, seconds[1]])
         return self.vectors[key]
 
     def _part(self, plan: Plan, blocks: int, steps: int) -> _Part:
@@ -375,46 +391,48 @@ def _digested(traced: Trace) -> _Part:
     The memory of forward and backward is counted above the live bytes at the start of the last step, without
     its batch. Equal operators are stored once with their count, so that many traces can be kept.
     """
-    clock, live = levels(traced)
-    last = [s for s in traced.spans if s.step == traced.steps - 1 and s.phase is not Phase.SETUP]
-    inputs = sum(
-        a.size_bytes for a in traced.allocations if a.category is Category.INPUT and a.step == last[0].step
+    clock, live_bytes = levels(traced)
+    last_spans = [s for s in traced.spans if s.step == traced.steps - 1 and s.phase is not Phase.SETUP]
+    input_size = sum(
+        a.size_bytes
+        for a in traced.allocations
+        if a.category is Category.INPUT and a.step == last_spans[0].step
     )
-    base = int(live[max(0, int(numpy.searchsorted(clock, last[0].start)) - 1)]) - inputs
-    tops = _tops(traced, last)
+    base_bytes = int(live_bytes[max(0, int(numpy.searchsorted(clock, last_spans[0].start)) - 1)]) - input_size
+    peaks = _tops(traced, last_spans)
     ops = step_ops(traced)
     micros = 1 + traced.repeated_micro_steps
-    born = [a for a in traced.allocations if a.start >= last[0].start]
-    grads = [a for a in born if a.category is Category.GRADIENT and a.end]
-    worked = [(o, n) for o, n in ops if o.phase is not Phase.OPTIMIZER]
-    micro = _gathered(worked + [(_added(g), micros - 1) for g in grads if micros > 1])
-    rest = _gathered((o, n) for o, n in ops if o.phase is Phase.OPTIMIZER)
-    again, stepped = _with_gradients_moved(traced, last, grads)
-    kept = [a.size_bytes for a in born if a.category is Category.ACTIVATION]
-    memory = [
-        int(live[-1]),
-        tops[Phase.FORWARD] - base,
-        tops[Phase.BACKWARD] - base,
-        tops[Phase.OPTIMIZER],
-        sum(size for size in kept if size >= _OFFLOADED_BYTES),
-        again[Phase.FORWARD] - base,
-        again[Phase.BACKWARD] - base,
-        stepped[Phase.BACKWARD] - base,
-        sum(o.flops * n for o, n in micro) / micros,
-        sum(size >= _OFFLOADED_BYTES for size in kept),
+    step_allocations = [a for a in traced.allocations if a.start >= last_spans[0].start]
+    gradients = [a for a in step_allocations if a.category is Category.GRADIENT and a.end]
+    pass_ops = [(o, n) for o, n in ops if o.phase is not Phase.OPTIMIZER]
+    micro_ops = _gathered(pass_ops + [(_added(g), micros - 1) for g in gradients if micros > 1])
+    optimizer_ops = _gathered((o, n) for o, n in ops if o.phase is Phase.OPTIMIZER)
+    accumulation_peaks, stepping_peaks = _with_gradients_moved(traced, last_spans, gradients)
+    activation_sizes = [a.size_bytes for a in step_allocations if a.category is Category.ACTIVATION]
+    memory_entries = [
+        int(live_bytes[-1]),
+        peaks[Phase.FORWARD] - base_bytes,
+        peaks[Phase.BACKWARD] - base_bytes,
+        peaks[Phase.OPTIMIZER],
+        sum(size for size in activation_sizes if size >= _OFFLOADED_BYTES),
+        accumulation_peaks[Phase.FORWARD] - base_bytes,
+        accumulation_peaks[Phase.BACKWARD] - base_bytes,
+        stepping_peaks[Phase.BACKWARD] - base_bytes,
+        sum(o.flops * n for o, n in micro_ops) / micros,
+        sum(size >= _OFFLOADED_BYTES for size in activation_sizes),
         traced.host_step_bytes,
     ]
-    return memory, micro, rest, micros
+    return memory_entries, micro_ops, optimizer_ops, micros
 
 
 def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
     """Return the highest live bytes of each phase within the spans."""
-    clock, live = levels(traced)
-    tops = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER), 0)
+    clock, live_bytes = levels(traced)
+    peaks = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER), 0)
     for span in spans:
-        first, end = numpy.searchsorted(clock, (span.start, span.end))
-        tops[span.phase] = max(tops[span.phase], int(live[first:end].max()) if end > first else 0)
-    return tops
+        begin, end = numpy.searchsorted(clock, (span.start, span.end))
+        peaks[span.phase] = max(peaks[span.phase], int(live_bytes[begin:end].max()) if end > begin else 0)
+    return peaks
 
 
 def _added(gradient: Allocation) -> OpCall:
@@ -433,7 +451,7 @@ def _added(gradient: Allocation) -> OpCall:
 
 
 def _with_gradients_moved(
-    traced: Trace, last: list[PhaseSpan], grads: list[Allocation]
+    traced: Trace, last_spans: list[PhaseSpan], gradients: list[Allocation]
 ) -> tuple[dict[Phase, int], dict[Phase, int]]:
     """Return `_tops` as they would be (in a later micro-batch, with the optimizer stepping in backward).
 
@@ -441,23 +459,25 @@ def _with_gradients_moved(
     gradient that is added to them. With the optimizer in backward, each gradient is freed at once, after
     AdamW's two temporaries of the parameter's size.
     """
-    earlier = [dataclasses.replace(g, start=last[0].start, end=g.start + 1) for g in grads]
-    freed = [dataclasses.replace(g, start=g.start + 1, size_bytes=-g.size_bytes) for g in grads]
-    temporary = [dataclasses.replace(g, end=g.start + 1, size_bytes=2 * g.size_bytes) for g in grads]
-    again, stepped = (
-        dataclasses.replace(traced, allocations=(*traced.allocations, *more))
-        for more in (earlier, [*freed, *temporary])
+    accumulated_gradients = [
+        dataclasses.replace(g, start=last_spans[0].start, end=g.start + 1) for g in gradients
+    ]
+    releases = [dataclasses.replace(g, start=g.start + 1, size_bytes=-g.size_bytes) for g in gradients]
+    temporaries = [dataclasses.replace(g, end=g.start + 1, size_bytes=2 * g.size_bytes) for g in gradients]
+    accumulation_trace, stepping_trace = (
+        dataclasses.replace(traced, allocations=(*traced.allocations, *extra_allocations))
+        for extra_allocations in (accumulated_gradients, [*releases, *temporaries])
     )
-    return _tops(again, last), _tops(stepped, last)
+    return _tops(accumulation_trace, last_spans), _tops(stepping_trace, last_spans)
 
 
 def _gathered(ops: Iterable[tuple[OpCall, int]]) -> Weighted:
-    total: dict[str, int] = {}
-    example: dict[str, OpCall] = {}
-    for op, times in ops:
-        total[op.signature] = total.get(op.signature, 0) + times
-        example[op.signature] = op
-    return [(example[s], n) for s, n in total.items()]
+    counts: dict[str, int] = {}
+    examples: dict[str, OpCall] = {}
+    for op, count in ops:
+        counts[op.signature] = counts.get(op.signature, 0) + count
+        examples[op.signature] = op
+    return [(examples[s], n) for s, n in counts.items()]
 
 
 def _accumulated(plan: Plan, micros: int) -> Plan:
@@ -469,9 +489,13 @@ def _core(plan: Plan) -> Plan:
 
     The rounding of bf16 parameters, activation offload and the optimizer in backward are priced on top.
     """
-    aside = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
-    kept = [u for u in plan.uses if technique(u.technique).slot != "optimizer" and u.technique not in aside]
-    core = Plan(uses=tuple(kept), ranks=plan.ranks)
+    excluded_names = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
+    uses = [
+        u
+        for u in plan.uses
+        if technique(u.technique).slot != "optimizer" and u.technique not in excluded_names
+    ]
+    core = Plan(uses=tuple(uses), ranks=plan.ranks)
     return core.with_use(use("bf16-parameters", rounding="master")) if core.get("bf16-parameters") else core
 
 
@@ -479,5 +503,5 @@ def _optimizer_only(plan: Plan) -> Plan:
     """Return what decides the optimizer's phase: optimizer technique, parameter precision and adapters."""
     names = {"bf16-parameters", "lora", "qlora"}
     slots = {"optimizer", "data-parallel"}
-    kept = [u for u in plan.uses if u.technique in names or technique(u.technique).slot in slots]
-    return Plan(uses=tuple(kept), ranks=plan.ranks)
+    uses = [u for u in plan.uses if u.technique in names or technique(u.technique).slot in slots]
+    return Plan(uses=tuple(uses), ranks=plan.ranks)

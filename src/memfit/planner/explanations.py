@@ -35,21 +35,25 @@ def rivals(
     def relative(e: Estimate) -> float:
         return score(e, goal) / score(winner, goal)
 
-    for name, inside, others in _with_or_without(winner, known):
-        rivals = [e for e in others if fits(e)]
-        rivals = [e for e in rivals if credible(e, winner, goal)] or rivals
-        if not rivals:
-            yield none_fits(name, others, scale.needs, scale.aim.cap_bytes, inside=inside)
+    for name, has_technique, alternatives in _with_or_without(winner, known):
+        fitting_rivals = [e for e in alternatives if fits(e)]
+        fitting_rivals = [e for e in fitting_rivals if credible(e, winner, goal)] or fitting_rivals
+        if not fitting_rivals:
+            yield none_fits(name, alternatives, scale.needs, scale.aim.cap_bytes, inside=has_technique)
             continue
-        rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan, e.dependence)))
-        worse = relative(rival) > 1 + _GAIN
+        rival = min(fitting_rivals, key=lambda e: (relative(e), complexity(e.plan, e.dependence)))
+        is_worse = relative(rival) > 1 + _GAIN
         ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
-        change = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
-        kinds = ("without_worse", "without_as_good") if inside else ("left_out_slower", "left_out_not_needed")
+        saved_bytes = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
+        kinds = (
+            ("without_worse", "without_as_good")
+            if has_technique
+            else ("left_out_slower", "left_out_not_needed")
+        )
         yield Reason(
-            kind=kinds[not worse],
+            kind=kinds[not is_worse],
             technique=name,
-            saved_bytes=change,
+            saved_bytes=saved_bytes,
             time_ratio=ratio,
             detail=brief(rival.plan),
         )
@@ -62,27 +66,27 @@ def smallest_traced(
 
     Only plans whose sketch exceeds the cap by no more than the error of sketches are traced.
     """
-    tried = set[Plan]()
-    for _, _, others in _with_or_without(winner, known):
-        least = min(others, key=scale.needs, default=None)
-        if least is None or least.traced or any(map(fits, others)):
+    traced_plans = set[Plan]()
+    for _, _, alternatives in _with_or_without(winner, known):
+        smallest = min(alternatives, key=scale.needs, default=None)
+        if smallest is None or smallest.traced or any(map(fits, alternatives)):
             continue
-        near = scale.needs(least) * (1 - _SKETCH_ERROR) <= scale.aim.cap_bytes
-        if not near or least.plan in {*tried, *scale.refused}:
+        may_fit = scale.needs(smallest) * (1 - _SKETCH_ERROR) <= scale.aim.cap_bytes
+        if not may_fit or smallest.plan in {*traced_plans, *scale.refused}:
             continue
-        tried.add(least.plan)
-        if (whole := scale.traced_or_refused(least)) is not None:
-            yield whole
+        traced_plans.add(smallest.plan)
+        if (traced := scale.traced_or_refused(smallest)) is not None:
+            yield traced
 
 
 def _with_or_without(
-    winner: Estimate, known: Sequence[Estimate]
+    winner: Estimate, estimates: Sequence[Estimate]
 ) -> Iterator[tuple[str, bool, list[Estimate]]]:
     """Yield (technique, whether the winner has it, the plans that differ from the winner in that)."""
-    used = {u.technique for u in winner.plan.uses}
-    for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
-        inside = name in used
-        yield name, inside, [e for e in known if (e.plan.get(name) is None) == inside]
+    winner_techniques = {u.technique for u in winner.plan.uses}
+    for name in sorted({u.technique for e in estimates for u in e.plan.uses} | winner_techniques):
+        has_technique = name in winner_techniques
+        yield name, has_technique, [e for e in estimates if (e.plan.get(name) is None) == has_technique]
 
 
 def credible(e: Estimate, winner: Estimate, goal: Objective) -> bool:
@@ -95,8 +99,8 @@ def credible(e: Estimate, winner: Estimate, goal: Objective) -> bool:
 
 def cannot(scale: Scale) -> list[Reason]:
     """Return why the model cannot be cut in some ways and why some finalists could not be traced."""
-    found = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
-    return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(found)]
+    refusals = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
+    return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(refusals)]
 
 
 def sensitivity(
@@ -108,80 +112,88 @@ def sensitivity(
     def better(e: Estimate) -> bool:
         return score(scale.expected(e), goal) < score(winner, goal) * (1 - _GAIN)
 
-    bigger = [e for e in known if keeps(scale.bounds, e) and scale.needs(e) > cap_bytes and better(e)]
-    if bigger:
-        least = min(bigger, key=lambda e: (scale.needs(e), score(e, goal)))
-        more = scale.needs(least) - cap_bytes
-        yield _told("memory", winner, scale.expected(least), more_bytes=more)
+    larger_plans = [e for e in known if keeps(scale.bounds, e) and scale.needs(e) > cap_bytes and better(e)]
+    if larger_plans:
+        smallest = min(larger_plans, key=lambda e: (scale.needs(e), score(e, goal)))
+        extra_bytes = scale.needs(smallest) - cap_bytes
+        yield _told("memory", winner, scale.expected(smallest), more_bytes=extra_bytes)
     if goal is not Objective.FEWEST:
         # more devices are smaller in any case, so compare by time
-        by = Objective.FASTEST if goal is Objective.SMALLEST else goal
+        objective = Objective.FASTEST if goal is Objective.SMALLEST else goal
         try:
-            kept = [e for e in scale.estimates(2 * ranks) if scale.fits_memory(e) and keeps(scale.bounds, e)]
-            twice = best(kept, by)
+            candidates = [
+                e for e in scale.estimates(2 * ranks) if scale.fits_memory(e) and keeps(scale.bounds, e)
+            ]
+            doubled_best = best(candidates, objective)
         except UserError:
-            twice = None
-        if twice is not None:
-            yield _told("devices", winner, scale.expected(twice), more_devices=2 * ranks - winner.plan.ranks)
+            doubled_best = None
+        if doubled_best is not None:
+            yield _told(
+                "devices", winner, scale.expected(doubled_best), more_devices=2 * ranks - winner.plan.ranks
+            )
     for resource, saved_s in scale.bottleneck(winner.plan):
         step_s = winner.step_s.value if winner.step_s else math.inf
         if saved_s > 0.005 * step_s:
             yield Sensitivity(kind=resource, time_ratio=1 - saved_s / step_s)
 
 
-def _told(kind: str, winner: Estimate, other: Estimate, **more: Any) -> Sensitivity:
+def _told(kind: str, winner: Estimate, changed: Estimate, **extra: Any) -> Sensitivity:
     def ratio(value: Callable[[Estimate], float | None]) -> float | None:
-        now, then = value(winner), value(other)
-        return then / now if now and then else None
+        winner_value, changed_value = value(winner), value(changed)
+        return changed_value / winner_value if winner_value and changed_value else None
 
     return Sensitivity(
         kind=kind,
-        plan=brief(other.plan),
-        **more,
+        plan=brief(changed.plan),
+        **extra,
         time_ratio=ratio(lambda e: e.step_s.value if e.step_s else None),
         cost_ratio=ratio(lambda e: e.usd),
         carbon_ratio=ratio(lambda e: e.co2_g),
     )
 
 
-def _more_memory(scale: Scale, least: Estimate, ranks: int) -> Iterator[str]:
-    if (more := scale.needs(least) - scale.aim.cap_bytes) > 0:
-        yield f"{more / 2**30:.1f} GiB more on each device"
-    inside = [e for e in (least, *scale.estimates(ranks)) if scale.needs(e) <= scale.aim.cap_bytes]
-    if inside:
-        found = min(inside, key=lambda e: (e.host_bytes.value if e.host_bytes else 0.0, complexity(e.plan)))
-        yield f"{brief(found.plan)}, which {host_line(found, scale.machine)}"
+def _more_memory(scale: Scale, smallest: Estimate, ranks: int) -> Iterator[str]:
+    if (extra_bytes := scale.needs(smallest) - scale.aim.cap_bytes) > 0:
+        yield f"{extra_bytes / 2**30:.1f} GiB more on each device"
+    fitting = [e for e in (smallest, *scale.estimates(ranks)) if scale.needs(e) <= scale.aim.cap_bytes]
+    if fitting:
+        preferred = min(
+            fitting, key=lambda e: (e.host_bytes.value if e.host_bytes else 0.0, complexity(e.plan))
+        )
+        yield f"{brief(preferred.plan)}, which {host_line(preferred, scale.machine)}"
 
 
 def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
     """Return the NothingFits error with the smallest changes each of which alone would make a plan fit."""
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
-    least = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))
+    smallest = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))
     ways = []
     fitting = [e for e in known if scale.fits_memory(e)]
     if fitting:
-        quickest = min(fitting, key=lambda e: score(e, Objective.FASTEST))
-        cheap = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
-        if scale.bounds.deadline_s is not None and quickest.step_s:
-            needed = quickest.step_s.value * scale.bounds.steps
-            ways.append(f"a deadline of {needed / 3600:.2f} h, with {brief(quickest.plan)}")
-        if scale.bounds.budget_usd is not None and cheap.usd is not None:
-            ways.append(f"a budget of {cheap.usd * scale.bounds.steps:.2f} USD, with {brief(cheap.plan)}")
+        fastest = min(fitting, key=lambda e: score(e, Objective.FASTEST))
+        cheapest = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
+        if scale.bounds.deadline_s is not None and fastest.step_s:
+            needed_s = fastest.step_s.value * scale.bounds.steps
+            ways.append(f"a deadline of {needed_s / 3600:.2f} h, with {brief(fastest.plan)}")
+        if scale.bounds.budget_usd is not None and cheapest.usd is not None:
+            ways.append(
+                f"a budget of {cheapest.usd * scale.bounds.steps:.2f} USD, with {brief(cheapest.plan)}"
+            )
     else:
-        ways += _more_memory(scale, least, ranks)
-    for times in (2, 4, 8, 16):
+        ways += _more_memory(scale, smallest, ranks)
+    for factor in (2, 4, 8, 16):
         try:
-            wider = [e for e in scale.estimates(times * ranks) if scale.fits_memory(e)]
+            candidates = [e for e in scale.estimates(factor * ranks) if scale.fits_memory(e)]
         except UserError:
             continue
-        if more := [e for e in wider if keeps(scale.bounds, e)]:
-            found = min(more, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
-            ways.append(f"{times * ranks} devices, with {brief(found.plan)}")
+        if acceptable := [e for e in candidates if keeps(scale.bounds, e)]:
+            preferred = min(acceptable, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
+            ways.append(f"{factor * ranks} devices, with {brief(preferred.plan)}")
             break
     return NothingFits(
         cap_bytes=cap_bytes,
-        least_bytes=scale.needs(least),
-        plan_text=brief(least.plan),
+        least_bytes=scale.needs(smallest),
+        plan_text=brief(smallest.plan),
         ways=tuple(ways),
         missed=missed(scale.bounds, fitting),
     )

@@ -69,12 +69,12 @@ class Given:
 
 def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array:
     """Return a value by micro-batch size, on the line through the traced sizes, never below 0."""
-    one = float(getattr(getattr(parts[0], which), field))
+    single_value = float(getattr(getattr(parts[0], which), field))
     if len(parts) == 1:
-        return one * sizes
-    two = float(getattr(getattr(parts[1], which), field))
-    slope = (two - one) / (_MICRO_SIZES[1] - _MICRO_SIZES[0])
-    value: Array = numpy.maximum(one + slope * (sizes - _MICRO_SIZES[0]), 0.0)
+        return single_value * sizes
+    double_value = float(getattr(getattr(parts[1], which), field))
+    slope = (double_value - single_value) / (_MICRO_SIZES[1] - _MICRO_SIZES[0])
+    value: Array = numpy.maximum(single_value + slope * (sizes - _MICRO_SIZES[0]), 0.0)
     return value
 
 

@@ -24,17 +24,17 @@ _OFFLOADED_KEEPS = 0.02  # share of kept bytes that stays: tensors too small to 
 def price(grid: Grid, given: Given, rates: Rates) -> Priced:
     """Return step time, peak device bytes and host bytes of every plan in the grid."""
     layout, axes = grid.layout, Axes(given, grid)
-    size = GATHERED[given.states[0].compute]
+    element_bytes = GATHERED[given.states[0].compute]
     parts = given.inside[0][0]
     ends = given.ends[0][0]
     elements = Elements(
-        block=parts.block.parameter_bytes / size,
-        before=ends.before.parameter_bytes / size,
-        after=ends.after.parameter_bytes / size,
+        block=parts.block.parameter_bytes / element_bytes,
+        before=ends.before.parameter_bytes / element_bytes,
+        after=ends.after.parameter_bytes / element_bytes,
     )
-    away = numpy.array([float(bool(u)) for u in grid.away]).reshape(1, 1, 1, -1, 1)
-    seconds = _seconds(layout, axes, elements, rates, away)
-    peak, host = _bytes(layout, axes, elements, away)
+    offloaded = numpy.array([float(bool(u)) for u in grid.away]).reshape(1, 1, 1, -1, 1)
+    seconds = _seconds(layout, axes, elements, rates, offloaded)
+    peak, host = _bytes(layout, axes, elements, offloaded)
     peak = peak + rates.workspace_bytes
     shape = grid.shape
     return Priced(
@@ -47,53 +47,59 @@ def price(grid: Grid, given: Given, rates: Rates) -> Priced:
 # -- seconds ------------------------------------------------------------------------------------------
 
 
-def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, away: Array) -> Array:
-    given, counts, staged = axes.given, axes.counts, layout.stages > 1
-    depth = deepest(given.blocks, layout)
-    ahead, back = _travel(layout, axes, elements.block, rates)
-    moved = 2 * axes.inside("kept_bytes") * away / rates.host_bytes_s
-    every = numpy.maximum(axes.states(lambda s: s.every or s.kind == "zero"), counts == 1)
+def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, offloaded: Array) -> Array:
+    inputs, counts, is_pipelined = axes.given, axes.counts, layout.stages > 1
+    depth = deepest(inputs.blocks, layout)
+    gather_s, reduce_s = _travel(layout, axes, elements.block, rates)
+    offload_s = 2 * axes.inside("kept_bytes") * offloaded / rates.host_bytes_s
+    each_micro = numpy.maximum(axes.states(lambda s: s.every or s.kind == "zero"), counts == 1)
     stays = axes.states(lambda s: s.stays)
-    opened = _Opened.of(axes, staged=staged)
-    opening = axes.states(lambda s: _opening_bytes(s) * elements.block / rates.copied_bytes_s)
-    forward = axes.inside("forward_s") + moved / 2 + opening * opened.ahead
-    backward = axes.inside("backward_s") + moved / 2 + opening * opened.back
+    gathers = _Opened.of(axes, staged=is_pipelined)
+    copy_s = axes.states(lambda s: _opening_bytes(s) * elements.block / rates.copied_bytes_s)
+    forward = axes.inside("forward_s") + offload_s / 2 + copy_s * gathers.ahead
+    backward = axes.inside("backward_s") + offload_s / 2 + copy_s * gathers.back
     # Per block: gathers and reductions hide behind the block's own work as far as it lasts. A stage's
     # backward begins with one more gather, of a block that ran forward before it.
-    gathered = ahead * opened.back * (1 + staged * layout.virtual / depth)
-    repeated = depth * (
-        _beside(forward, ahead * opened.ahead, rates) + _beside(backward, gathered + back * every, rates)
+    backward_gather_s = gather_s * gathers.back * (1 + is_pipelined * layout.virtual / depth)
+    blocks_s = depth * (
+        _beside(forward, gather_s * gathers.ahead, rates)
+        + _beside(backward, backward_gather_s + reduce_s * each_micro, rates)
     )
     # When the model or a stage begins, no work is running that could hide the first block's gather; when it
     # ends, none that could hide the last reduction.
-    times = layout.virtual
-    bare = times * (ahead * (opened.ahead + opened.back * staged) + back * every)
-    once = stays * (times * ahead + depth * (numpy.maximum(ahead - forward, 0.0) + opening)) + (1 - every) * (
-        times * back + depth * numpy.maximum(back - numpy.maximum(backward - ahead * opened.back, 0.0), 0.0)
+    chunks = layout.virtual
+    exposed_s = chunks * (gather_s * (gathers.ahead + gathers.back * is_pipelined) + reduce_s * each_micro)
+    once_s = stays * (chunks * gather_s + depth * (numpy.maximum(gather_s - forward, 0.0) + copy_s)) + (
+        1 - each_micro
+    ) * (
+        chunks * reduce_s
+        + depth * numpy.maximum(reduce_s - numpy.maximum(backward - gather_s * gathers.back, 0.0), 0.0)
     )
-    first = axes.ends("before", "forward_s") + axes.ends("before", "backward_s")
-    last = axes.ends("after", "forward_s") + axes.ends("after", "backward_s")
+    first_s = axes.ends("before", "forward_s") + axes.ends("before", "backward_s")
+    last_s = axes.ends("after", "forward_s") + axes.ends("after", "backward_s")
 
     def root(size: float) -> tuple[Array, Array]:
-        there, home = _travel(layout, axes, size, rates)
-        return there * (opened.ahead + opened.back) + home * every, there * stays + home * (1 - every)
+        root_gather_s, root_reduce_s = _travel(layout, axes, size, rates)
+        return root_gather_s * (
+            gathers.ahead + gathers.back
+        ) + root_reduce_s * each_micro, root_gather_s * stays + root_reduce_s * (1 - each_micro)
 
-    own = depth * elements.block + elements.before + elements.after
-    if not staged:
-        micro, step = root(elements.before + elements.after)
-        step = step + once + counts * (repeated + bare + first + last + micro)
+    rank_elements = depth * elements.block + elements.before + elements.after
+    if not is_pipelined:
+        micro_s, step = root(elements.before + elements.after)
+        step = step + once_s + counts * (blocks_s + exposed_s + first_s + last_s + micro_s)
     else:
-        send = rates.communicate("send", axes.hidden(), 2, _spread(layout, rates))
-        ends = [(first, *root(elements.before)), (last, *root(elements.after))]
-        busiest = repeated + bare + _highest([work + micro for work, micro, _ in ends])
-        line = _Line(
-            busiest=busiest,
-            through=layout.stages * (repeated + bare) + first + last,
+        send_s = rates.communicate("send", axes.hidden(), 2, _spread(layout, rates))
+        ends = [(first_s, *root(elements.before)), (last_s, *root(elements.after))]
+        busiest_s = blocks_s + exposed_s + _highest([end_s + micro_s for end_s, micro_s, _ in ends])
+        stage_times = _Line(
+            busiest=busiest_s,
+            through=layout.stages * (blocks_s + exposed_s) + first_s + last_s,
             ahead=depth * forward,
-            send=send,
+            send=send_s,
         )
-        step = _pipelined(layout, counts, line) + once + _highest([step for *_, step in ends])
-    step = step + _handed_on(axes, own, every, rates)
+        step = _pipelined(layout, counts, stage_times) + once_s + _highest([step for *_, step in ends])
+    step = step + _handed_on(axes, rank_elements, each_micro, rates)
     return step + _update(axes, elements, depth, layout, rates)
 
 
@@ -115,8 +121,8 @@ class _Opened:
         them.
         """
         reshard, stays = axes.states(lambda s: s.reshard), axes.states(lambda s: s.stays)
-        kept = (1 - reshard) * (1 - stays)
-        return _Opened(ahead=reshard + kept * (not staged), back=reshard + kept * staged)
+        stays_open = (1 - reshard) * (1 - stays)
+        return _Opened(ahead=reshard + stays_open * (not staged), back=reshard + stays_open * staged)
 
 
 def _opening_bytes(state: State) -> float:
@@ -130,7 +136,7 @@ def _opening_bytes(state: State) -> float:
     return (state.stored + state.gathered) / state.parameter_shards + 2 * state.gathered
 
 
-def _handed_on(axes: Axes, own: float, every: Array, rates: Rates) -> Array:
+def _handed_on(axes: Axes, rank_elements: float, each_micro: Array, rates: Rates) -> Array:
     """Return the seconds per step to copy gradients into the reduction's buffer and to accumulate
     micro-batches.
 
@@ -138,28 +144,28 @@ def _handed_on(axes: Axes, own: float, every: Array, rates: Rates) -> Array:
     last is.
     """
     counts, states = axes.counts, axes.states
-    travels = states(lambda s: s.kind in ("fsdp2", "zero") and s.gradient_shards * s.state_shards > 1)
-    copied = travels * states(lambda s: s.gathered + s.reduced)
-    to_shards = states(lambda s: 3 * s.gradient / s.gradient_shards)
-    whole = states(lambda s: s.gathered + 2 * s.reduced if s.gradient_shards > 1 else 3 * s.gradient)
-    added = (counts - 1) * (every * to_shards + (1 - every) * whole)
-    moved_bytes = copied * (every * counts + (1 - every)) + added
-    seconds: Array = own * moved_bytes / rates.copied_bytes_s
+    communicates = states(lambda s: s.kind in ("fsdp2", "zero") and s.gradient_shards * s.state_shards > 1)
+    copied_bytes = communicates * states(lambda s: s.gathered + s.reduced)
+    shard_bytes = states(lambda s: 3 * s.gradient / s.gradient_shards)
+    whole_bytes = states(lambda s: s.gathered + 2 * s.reduced if s.gradient_shards > 1 else 3 * s.gradient)
+    accumulated_bytes = (counts - 1) * (each_micro * shard_bytes + (1 - each_micro) * whole_bytes)
+    moved_bytes = copied_bytes * (each_micro * counts + (1 - each_micro)) + accumulated_bytes
+    seconds: Array = rank_elements * moved_bytes / rates.copied_bytes_s
     return seconds
 
 
-def _beside(work: Array, travel: Array, rates: Rates) -> Array:
+def _beside(work: Array, communication: Array, rates: Rates) -> Array:
     """Return the seconds of work and communication together. Work is slowed while communication runs."""
-    slowed = work + (rates.beside - 1) / rates.beside * numpy.minimum(travel, work * rates.beside)
-    return numpy.maximum(slowed, travel)
+    slowed_work = work + (rates.beside - 1) / rates.beside * numpy.minimum(communication, work * rates.beside)
+    return numpy.maximum(slowed_work, communication)
 
 
 def _spread(layout: GridLayout, rates: Rates) -> int:
     """Return how many ranks of two neighbouring pipeline stages share a host: 2, or 1 if a host holds one
     stage.
     """
-    apart = layout.ranks // layout.stages
-    return 2 if apart < rates.per_host else 1
+    stage_ranks = layout.ranks // layout.stages
+    return 2 if stage_ranks < rates.per_host else 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,61 +180,70 @@ class _Line:
     send: Array
 
 
-def _pipelined(layout: GridLayout, counts: Array, line: _Line) -> Array:
+def _pipelined(layout: GridLayout, counts: Array, stage_times: _Line) -> Array:
     """Return the seconds of all micro-batches, as `cost.schedules.closed_s` computes them for equal stages.
 
     Zero-bubble schedules postpone half of the backward work, so they wait for forwards only.
     """
-    others = layout.stages - 1
-    waiting = (line.through - line.busiest) / layout.virtual
+    other_stages = layout.stages - 1
+    waiting_s = (stage_times.through - stage_times.busiest) / layout.virtual
     if layout.schedule.startswith("zero-bubble"):
-        waiting = others * line.ahead
-    hops = others
+        waiting_s = other_stages * stage_times.ahead
+    hops = other_stages
     if layout.schedule == "1f1b":  # every round trip waits for its sends
-        hops = others * counts / layout.stages + max(0, layout.stages - 2)
-    return counts * line.busiest + waiting + 2 * hops * line.send
+        hops = other_stages * counts / layout.stages + max(0, layout.stages - 2)
+    return counts * stage_times.busiest + waiting_s + 2 * hops * stage_times.send
 
 
 def _travel(layout: GridLayout, axes: Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
     """Return the seconds to gather ``elements`` parameters and to reduce their gradients, by state."""
-    close = max(1, rates.per_host // layout.tensor)
-    ahead, back = [], []
+    local_ranks = max(1, rates.per_host // layout.tensor)
+    gather_s, reduce_s = [], []
     for state in axes.given.states:
         shards = state.parameter_shards
-        gather = rates.communicate("all_gather", elements * state.gathered, shards, min(shards, close))
-        ahead.append(gather if shards > 1 else 0.0)
-        spread = max(state.gradient_shards, state.state_shards if state.kind == "zero" else 1)
+        state_gather_s = rates.communicate(
+            "all_gather", elements * state.gathered, shards, min(shards, local_ranks)
+        )
+        gather_s.append(state_gather_s if shards > 1 else 0.0)
+        reduce_ranks = max(state.gradient_shards, state.state_shards if state.kind == "zero" else 1)
         seconds = 0.0
-        if spread > 1:
+        if reduce_ranks > 1:
             kind = "reduce_scatter" if state.gradient_shards > 1 else "all_reduce"
-            seconds += rates.communicate(kind, elements * state.reduced, spread, min(spread, close))
+            seconds += rates.communicate(
+                kind, elements * state.reduced, reduce_ranks, min(reduce_ranks, local_ranks)
+            )
         if state.replicas > 1:
-            part = elements * state.reduced / spread
-            near = max(1, close // spread)
-            seconds += rates.communicate("all_reduce", part, state.replicas, min(state.replicas, near))
-        back.append(seconds)
+            shard_bytes = elements * state.reduced / reduce_ranks
+            replicas_per_host = max(1, local_ranks // reduce_ranks)
+            seconds += rates.communicate(
+                "all_reduce", shard_bytes, state.replicas, min(state.replicas, replicas_per_host)
+            )
+        reduce_s.append(seconds)
     shape = (1, 1, 1, 1, -1)
-    return numpy.array(ahead).reshape(shape), numpy.array(back).reshape(shape)
+    return numpy.array(gather_s).reshape(shape), numpy.array(reduce_s).reshape(shape)
 
 
 def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rates: Rates) -> Array:
-    own = depth * elements.block + max(elements.before, elements.after)
+    rank_elements = depth * elements.block + max(elements.before, elements.after)
     if layout.stages == 1:
-        own = depth * elements.block + elements.before + elements.after
+        rank_elements = depth * elements.block + elements.before + elements.after
 
     def seconds(state: State) -> float:
-        mine = own / state.state_shards
+        shard_elements = rank_elements / state.state_shards
         if state.offload:  # updated by the host's cores, copied there and back over the bus
-            moved = mine * (state.gradient + state.stored) / rates.host_bytes_s
+            transfer_s = shard_elements * (state.gradient + state.stored) / rates.host_bytes_s
             calls = _CALLS_AWAY["zero" if state.kind == "zero" else "fsdp2"] * axes.given.tensors
-            moved += calls / layout.stages * rates.host_call_s
-            return moved + mine * state.updating.moved_bytes / rates.host_update_bytes_s
-        extra = 0.0
+            transfer_s += calls / layout.stages * rates.host_call_s
+            return transfer_s + shard_elements * state.updating.moved_bytes / rates.host_update_bytes_s
+        gather_s = 0.0
         if state.kind == "zero" and state.parameter_shards == 1 and state.state_shards > 1:
-            extra = rates.communicate(
-                "all_gather", own * state.stored, state.state_shards, min(state.state_shards, rates.per_host)
+            gather_s = rates.communicate(
+                "all_gather",
+                rank_elements * state.stored,
+                state.state_shards,
+                min(state.state_shards, rates.per_host),
             )
-        return mine * state.updating.update_s + extra
+        return shard_elements * state.updating.update_s + gather_s
 
     return axes.states(seconds)
 
@@ -236,25 +251,25 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
 # -- bytes --------------------------------------------------------------------------------------------
 
 
-def _bytes(layout: GridLayout, axes: Axes, elements: Elements, away: Array) -> tuple[Array, Array]:
+def _bytes(layout: GridLayout, axes: Axes, elements: Elements, offloaded: Array) -> tuple[Array, Array]:
     """Return (the higher peak of the first and the last stage, host bytes of a rank)."""
     depth = deepest(axes.given.blocks, layout)
     if layout.stages == 1:
-        found = [_stage(layout, axes, elements, depth, away, first=True, last=True)]
+        stages = [_stage(layout, axes, elements, depth, offloaded, first=True, last=True)]
     else:
-        found = [
-            _stage(layout, axes, elements, depth, away, first=True, last=False),
-            _stage(layout, axes, elements, depth, away, first=False, last=True),
+        stages = [
+            _stage(layout, axes, elements, depth, offloaded, first=True, last=False),
+            _stage(layout, axes, elements, depth, offloaded, first=False, last=True),
         ]
-    peak = _highest([p for p, _ in found])
-    host = _highest([h for _, h in found])
+    peak = _highest([p for p, _ in stages])
+    host = _highest([h for _, h in stages])
     return peak, host
 
 
 def _highest(arrays: Sequence[Array]) -> Array:
     highest = arrays[0]
-    for other in arrays[1:]:
-        highest = numpy.maximum(highest, other)
+    for array in arrays[1:]:
+        highest = numpy.maximum(highest, array)
     return highest
 
 
@@ -270,61 +285,86 @@ def _waiting(layout: GridLayout, counts: Array, *, first: bool) -> Array:
         return numpy.minimum(counts, p if first else 1)
     if layout.schedule == "zero-bubble-v":
         return numpy.minimum(counts, p)
-    warm = (v - 1) * p + 2 * (p - 1 if first else 0) + 1
-    return numpy.minimum(counts * v, warm) / v
+    warmup = (v - 1) * p + 2 * (p - 1 if first else 0) + 1
+    return numpy.minimum(counts * v, warmup) / v
 
 
 def _stage(
-    layout: GridLayout, axes: Axes, elements: Elements, depth: int, away: Array, *, first: bool, last: bool
+    layout: GridLayout,
+    axes: Axes,
+    elements: Elements,
+    depth: int,
+    offloaded: Array,
+    *,
+    first: bool,
+    last: bool,
 ) -> tuple[Array, Array]:
     counts, states = axes.counts, axes.states
-    own = depth * elements.block + elements.before * first + elements.after * last
-    root = elements.before * first + elements.after * last
-    stays = 1 - (1 - _OFFLOADED_KEEPS) * away
+    rank_elements = depth * elements.block + elements.before * first + elements.after * last
+    root_elements = elements.before * first + elements.after * last
+    kept_share = 1 - (1 - _OFFLOADED_KEEPS) * offloaded
     kept_block = axes.inside("kept_bytes")
-    kept = depth * kept_block + axes.hidden() * (not first)
-    kept = kept + axes.ends("before", "kept_bytes") * first
-    waiting = _waiting(layout, counts, first=first) if layout.stages > 1 else numpy.ones_like(counts)
+    kept_bytes = depth * kept_block + axes.hidden() * (not first)
+    kept_bytes = kept_bytes + axes.ends("before", "kept_bytes") * first
+    waiting_micros = _waiting(layout, counts, first=first) if layout.stages > 1 else numpy.ones_like(counts)
     # other schedules start the backward right after the loss
-    losses = (waiting - 1) * (layout.schedule == "gpipe")
-    held = ((waiting - 1) * kept + losses * axes.ends("after", "kept_bytes") * last) * stays
+    waiting_losses = (waiting_micros - 1) * (layout.schedule == "gpipe")
+    held_bytes = (
+        (waiting_micros - 1) * kept_bytes + waiting_losses * axes.ends("after", "kept_bytes") * last
+    ) * kept_share
 
     on_device = states(lambda s: s.offload != "all")
     state_here = states(lambda s: not s.offload)
-    parameters = own * states(lambda s: s.stored / s.parameter_shards) * on_device
-    state = own * states(lambda s: s.updating.state_bytes / s.state_shards) * state_here
-    gradient = own * states(lambda s: s.gradient / s.gradient_shards) * on_device
-    bucket = own * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
-    again = counts > 1
+    parameters = rank_elements * states(lambda s: s.stored / s.parameter_shards) * on_device
+    state = rank_elements * states(lambda s: s.updating.state_bytes / s.state_shards) * state_here
+    gradient = rank_elements * states(lambda s: s.gradient / s.gradient_shards) * on_device
+    bucket = rank_elements * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
+    accumulates = counts > 1
     # In one round of interleaved micro-batches, each chunk runs them all in a row and then reduces.
-    unreduced = own / numpy.where(counts <= layout.stages, layout.virtual, 1)
-    whole = again * unreduced * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
-    resident = (
-        parameters + state + bucket + gradient * numpy.maximum(states(lambda s: s.kind == "ddp"), again)
+    unreduced_elements = rank_elements / numpy.where(counts <= layout.stages, layout.virtual, 1)
+    whole_gradients = (
+        accumulates
+        * unreduced_elements
+        * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
+    )
+    resident_bytes = (
+        parameters + state + bucket + gradient * numpy.maximum(states(lambda s: s.kind == "ddp"), accumulates)
     )
 
-    sharded = states(lambda s: s.parameter_shards > 1)
-    open_ahead, open_back = _opened(axes, elements.block, root, depth)
-    base = resident + held
-    ahead = base + kept * stays + sharded * open_ahead + axes.inside("forward_top_bytes") - kept_block * stays
-    ahead = numpy.maximum(
-        ahead, base + kept * stays + sharded * open_ahead + axes.ends("after", "forward_top_bytes") * last
+    is_sharded = states(lambda s: s.parameter_shards > 1)
+    forward_open, backward_open = _opened(axes, elements.block, root_elements, depth)
+    base_bytes = resident_bytes + held_bytes
+    forward_peak = (
+        base_bytes
+        + kept_bytes * kept_share
+        + is_sharded * forward_open
+        + axes.inside("forward_top_bytes")
+        - kept_block * kept_share
     )
-    after = axes.ends("after", "kept_bytes") * last
-    back_base = base + kept * stays + sharded * open_back + whole
-    back = numpy.maximum(
-        back_base + after + axes.ends("after", "backward_top_bytes") * last,
-        back_base + axes.inside("backward_top_bytes") + kept_block * (1 - stays),
+    forward_peak = numpy.maximum(
+        forward_peak,
+        base_bytes
+        + kept_bytes * kept_share
+        + is_sharded * forward_open
+        + axes.ends("after", "forward_top_bytes") * last,
     )
-    growing = gradient * (1 - again) * (1 - states(lambda s: s.kind == "ddp"))
-    end = base + growing + (kept_block + axes.ends("before", "kept_bytes") * first) * stays
-    end = end + axes.inside("backward_top_bytes") + sharded * open_back
-    updating = parameters + state + bucket + gradient
-    top = own * states(lambda s: s.updating.top_bytes / s.state_shards) * state_here
-    peak = _highest([ahead, back, end, updating + top])
-    average = _averaged_bytes(axes) * own * states(lambda s: 1 / s.parameter_shards)
-    host = kept * away * waiting + own * states(_host_bytes)
-    return peak + average * on_device, host + average * (1 - on_device)
+    loss_bytes = axes.ends("after", "kept_bytes") * last
+    backward_base = base_bytes + kept_bytes * kept_share + is_sharded * backward_open + whole_gradients
+    backward_peak = numpy.maximum(
+        backward_base + loss_bytes + axes.ends("after", "backward_top_bytes") * last,
+        backward_base + axes.inside("backward_top_bytes") + kept_block * (1 - kept_share),
+    )
+    growing_gradient = gradient * (1 - accumulates) * (1 - states(lambda s: s.kind == "ddp"))
+    backward_end = (
+        base_bytes + growing_gradient + (kept_block + axes.ends("before", "kept_bytes") * first) * kept_share
+    )
+    backward_end = backward_end + axes.inside("backward_top_bytes") + is_sharded * backward_open
+    update_base = parameters + state + bucket + gradient
+    update_top = rank_elements * states(lambda s: s.updating.top_bytes / s.state_shards) * state_here
+    peak = _highest([forward_peak, backward_peak, backward_end, update_base + update_top])
+    average_bytes = _averaged_bytes(axes) * rank_elements * states(lambda s: 1 / s.parameter_shards)
+    host = kept_bytes * offloaded * waiting_micros + rank_elements * states(_host_bytes)
+    return peak + average_bytes * on_device, host + average_bytes * (1 - on_device)
 
 
 def _averaged_bytes(axes: Axes) -> float:
@@ -342,11 +382,11 @@ def _host_bytes(state: State) -> float:
     if not state.offload:
         return 0.0
     if state.kind != "zero":
-        kept = state.stored + state.gradient + state.updating.state_bytes
+        kept_bytes = state.stored + state.gradient + state.updating.state_bytes
     else:
         moments = state.updating.state_bytes - 4.0 * (state.stored < 4.0)
-        kept = 4.0 + 4.0 + moments + state.stored * (1 + (state.offload == "all"))
-    return (kept + state.updating.top_bytes) / state.state_shards
+        kept_bytes = 4.0 + 4.0 + moments + state.stored * (1 + (state.offload == "all"))
+    return (kept_bytes + state.updating.top_bytes) / state.state_shards
 
 
 def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:
@@ -356,9 +396,16 @@ def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, A
     Counted are the group at work, the group gathered ahead and its flat buffer, and the copy of the gradient
     in the reduction's buffer (torch.distributed.fsdp, overlapping copies).
     """
-    unit, ends = axes.states(lambda s: block * s.gathered), axes.states(lambda s: root * s.gathered)
+    block_bytes, root_bytes = (
+        axes.states(lambda s: block * s.gathered),
+        axes.states(lambda s: root * s.gathered),
+    )
     reshard = axes.states(lambda s: s.reshard)
-    ahead = ends + reshard * 3 * unit + (1 - reshard) * (depth * unit + 2 * unit)
-    travelling = axes.states(lambda s: block * s.reduced * (1 + 1 / max(1, s.gradient_shards)))
-    back = ends + reshard * 3 * unit + (1 - reshard) * depth * unit + travelling
-    return ahead, back
+    forward_open = (
+        root_bytes + reshard * 3 * block_bytes + (1 - reshard) * (depth * block_bytes + 2 * block_bytes)
+    )
+    reducing_bytes = axes.states(lambda s: block * s.reduced * (1 + 1 / max(1, s.gradient_shards)))
+    backward_open = (
+        root_bytes + reshard * 3 * block_bytes + (1 - reshard) * depth * block_bytes + reducing_bytes
+    )
+    return forward_open, backward_open

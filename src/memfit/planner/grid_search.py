@@ -90,44 +90,44 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
     ``caps`` are the highest bytes with which a rank fits, on the device and in host memory. Raises UserError
     if there is no plan.
     """
-    hoped = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
-    todo = _todo(machine, hoped)
+    optimistic_limits = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
+    tasks = _todo(machine, optimistic_limits)
     # in one call, because most models can be cut
-    traced.trace(*_Pricing(traced, machine, model, hoped).needed(todo))
-    limits, refused = _cuttable(traced, machine, limits)
-    if limits != hoped:
-        todo = _todo(machine, limits)
-    if not todo:
+    traced.trace(*_Pricing(traced, machine, model, optimistic_limits).needed(tasks))
+    limits, refusals = _cuttable(traced, machine, limits)
+    if limits != optimistic_limits:
+        tasks = _todo(machine, limits)
+    if not tasks:
         from memfit.planner.parallelism_grid import none_at_all
 
         raise none_at_all(limits)
     pricing = _Pricing(traced, machine, model, limits)
-    traced.trace(*pricing.needed(todo))
-    todo = [(pricing.traceable(grid, compute, refused), compute, states) for grid, compute, states in todo]
-    grids_of = [
+    traced.trace(*pricing.needed(tasks))
+    tasks = [(pricing.traceable(grid, compute, refusals), compute, states) for grid, compute, states in tasks]
+    grid_precisions = [
         (dataclasses.replace(grid, states=states), compute)
-        for grid, compute, states in todo
+        for grid, compute, states in tasks
         if grid.inside and grid.ends
     ]
-    shares = [grids_of[at::_SHARES] for at in range(_SHARES)]
-    best = side_by_side([functools.partial(pricing.best, share, caps) for share in shares])
+    shares = [grid_precisions[offset::_SHARES] for offset in range(_SHARES)]
+    share_results = side_by_side([functools.partial(pricing.best, share, caps) for share in shares])
     sketches, considered = list[Sketch](), 0
-    for share, found in zip(shares, best, strict=True):
-        for (grid, _), (plans, picked) in zip(share, found, strict=True):
-            considered += plans
-            sketches += [Sketch(grid, *one) for one in picked]
+    for share, results in zip(shares, share_results, strict=True):
+        for (grid, _), (plan_count, picks) in zip(share, results, strict=True):
+            considered += plan_count
+            sketches += [Sketch(grid, *pick) for pick in picks]
     sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
     return GridSketches(
         sketches=tuple(_few(sketches, caps)),
         considered=considered,
-        refused=tuple(refused),
+        refused=tuple(refusals),
         beside=pricing.beside,
     )
 
 
 def _todo(machine: Machine, limits: Limits) -> _Todo:
-    todo = [(grid, compute, states) for grid in grids(limits) for compute, states in _by_compute(grid)]
-    return [t for t in todo if t[1] in _computes(machine, limits)]
+    tasks = [(grid, compute, states) for grid in grids(limits) for compute, states in _by_compute(grid)]
+    return [t for t in tasks if t[1] in _computes(machine, limits)]
 
 
 def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
@@ -136,11 +136,11 @@ def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
     float32 is searched if the accuracy requires it, if the device has nothing narrower, and beside the
     narrower precisions if the techniques that provide them are excluded.
     """
-    narrow = "bfloat16" in machine.device.peak_flops or machine.device.kind == "cpu"
-    if not narrow or limits.effect < 2:
+    has_narrow = "bfloat16" in machine.device.peak_flops or machine.device.kind == "cpu"
+    if not has_narrow or limits.effect < 2:
         return ("fp32",)
-    left_out = {"bf16-autocast", "bf16-parameters"} <= limits.without
-    return ("bf16", "autocast", "fp32") if left_out else ("bf16", "autocast")
+    narrow_excluded = {"bf16-autocast", "bf16-parameters"} <= limits.without
+    return ("bf16", "autocast", "fp32") if narrow_excluded else ("bf16", "autocast")
 
 
 def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
@@ -154,29 +154,31 @@ def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits,
     """Return the limits reduced to degrees by which the model can be cut, found by cutting it, and the
     refusals.
     """
-    compute, refused = _computes(machine, limits)[0], list[str]()
+    compute, refusals = _computes(machine, limits)[0], list[str]()
 
     def upto(degrees: Sequence[int], make: Callable[[int], Key]) -> tuple[int, ...]:
-        for most in sorted((d for d in degrees if d > 1), reverse=True):
-            traced.trace([make(most)])
-            found = traced.kept[make(most)]
-            if not isinstance(found, str):
-                return tuple(d for d in degrees if most % d == 0)
-            refused.append(found)
+        for largest_degree in sorted((d for d in degrees if d > 1), reverse=True):
+            traced.trace([make(largest_degree)])
+            outcome = traced.kept[make(largest_degree)]
+            if not isinstance(outcome, str):
+                return tuple(d for d in degrees if largest_degree % d == 0)
+            refusals.append(outcome)
         return (1,)
 
-    plain = Key(tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute, uses=(), samples=1)
-    cut = dict[str, Any](sequence=True, vocabulary="parallel-loss")
-    tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
-    context = upto(limits.context, lambda d: dataclasses.replace(plain, context=d))
-    shared = tensor != (1,)
-    if not shared and len(limits.tensor) > 1:  # the size of the vocabulary may not be divisible
-        cut["vocabulary"] = "whole"
-        tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
-    found = dataclasses.replace(
-        limits, tensor=tensor, context=context, sharing=traced.sharing, vocabulary=shared
+    uncut_key = Key(
+        tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute, uses=(), samples=1
     )
-    return found, refused
+    cut_settings = dict[str, Any](sequence=True, vocabulary="parallel-loss")
+    tensor = upto(limits.tensor, lambda d: dataclasses.replace(uncut_key, tensor=d, **cut_settings))
+    context = upto(limits.context, lambda d: dataclasses.replace(uncut_key, context=d))
+    vocabulary_shared = tensor != (1,)
+    if not vocabulary_shared and len(limits.tensor) > 1:  # the size of the vocabulary may not be divisible
+        cut_settings["vocabulary"] = "whole"
+        tensor = upto(limits.tensor, lambda d: dataclasses.replace(uncut_key, tensor=d, **cut_settings))
+    outcome = dataclasses.replace(
+        limits, tensor=tensor, context=context, sharing=traced.sharing, vocabulary=vocabulary_shared
+    )
+    return outcome, refusals
 
 
 class _Pricing:
@@ -220,40 +222,40 @@ class _Pricing:
         """
 
         def kept(axis: tuple[Uses, ...]) -> tuple[Uses, ...]:
-            fine = []
+            traceable_uses = []
             for uses in axis:
                 try:
                     self.composer.block(GridLayout(ranks=1), compute, uses)
                 except UserError as error:
-                    told = f"{' + '.join(u.technique for u in uses) or 'plain training'}: {error}"
-                    refused.extend([told] if told not in refused else [])
+                    refusal = f"{' + '.join(u.technique for u in uses) or 'plain training'}: {error}"
+                    refused.extend([refusal] if refusal not in refused else [])
                 else:
-                    fine.append(uses)
-            return tuple(fine)
+                    traceable_uses.append(uses)
+            return tuple(traceable_uses)
 
         return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
     def best(self, parts: Sequence[tuple[Grid, str]], caps: Caps) -> list[tuple[int, list[_Picked]]]:
         """Return (number of plans, the best of them) for each grid."""
-        found = []
+        results = []
         for grid, compute in parts:
             priced = self.price(grid, compute)
-            found.append((priced.step_s.size, _best(grid, priced, caps)) if priced else (0, []))
-        return found
+            results.append((priced.step_s.size, _best(grid, priced, caps)) if priced else (0, []))
+        return results
 
     def beside(self, sketch: Sketch) -> list[Sketch]:
         """Return the plans of the sketch's grid that differ from it along one axis."""
         grid, index = sketch.grid, sketch.index
         priced = self.price(grid, compute_of(grid.states[index[-1]]))
         assert priced is not None, "it was priced before"
-        others = [
-            (*index[:axis], at, *index[axis + 1 :])
+        neighbours = [
+            (*index[:axis], position, *index[axis + 1 :])
             for axis, size in enumerate(grid.shape)
-            for at in range(size)
-            if at != index[axis]
+            for position in range(size)
+            if position != index[axis]
         ]
-        flat = (int(numpy.ravel_multi_index(one, grid.shape)) for one in others)
-        return [Sketch(grid, *_picked(grid, priced, at)) for at in flat]
+        flat_indices = (int(numpy.ravel_multi_index(neighbour, grid.shape)) for neighbour in neighbours)
+        return [Sketch(grid, *_picked(grid, priced, position)) for position in flat_indices]
 
     def price(self, grid: Grid, compute: str) -> Priced | None:
         """Price the grid. Returns None if the model cannot run that way."""
@@ -265,17 +267,17 @@ class _Pricing:
             return None
         ranks, staged = layout.data * layout.context, layout.stages > 1
         states = [self._state(s, ranks, staged) for s in grid.states]
-        cut = layout.context * (layout.tensor if layout.sequence else 1)
-        given = Given(
+        cut_degree = layout.context * (layout.tensor if layout.sequence else 1)
+        inputs = Given(
             blocks=self.traced.blocks,
             tensors=self.traced.tensors,
-            hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut,
+            hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut_degree,
             inside=inside,
             ends=ends,
             states=states,
             averaged=self.traced.job.ema is not None,
         )
-        return price(grid, given, self.rates)
+        return price(grid, inputs, self.rates)
 
     @functools.cache  # noqa: B019  lives as long as one search
     def _state(self, uses: Uses, ranks: int, staged: bool) -> State:
@@ -283,24 +285,29 @@ class _Pricing:
 
     def _settled(self, layout: GridLayout, cuts: Sequence[LayoutCut]) -> list[Parts]:
         """Return the parts with the time of their collectives added."""
-        each = self.rates.per_host
-        near = min(layout.tensor, each), min(layout.context, max(1, each // layout.tensor))
+        devices_per_host = self.rates.per_host
+        near_ranks = (
+            min(layout.tensor, devices_per_host),
+            min(layout.context, max(1, devices_per_host // layout.tensor)),
+        )
 
         def seconds(cut: LayoutCut, which: str, way: int) -> float:
-            total = 0.0
-            for travel, ranks, close in (
-                (cut.tensor_travel, layout.tensor, near[0]),
-                (cut.context_travel, layout.context, near[1]),
+            total_s = 0.0
+            for transfers, ranks, near_count in (
+                (cut.tensor_travel, layout.tensor, near_ranks[0]),
+                (cut.context_travel, layout.context, near_ranks[1]),
             ):
-                total += sum(self.rates.communicate(k, b, ranks, close) for k, b in travel[which][way])
-            return total
+                total_s += sum(
+                    self.rates.communicate(k, b, ranks, near_count) for k, b in transfers[which][way]
+                )
+            return total_s
 
         def piece(cut: LayoutCut, which: str) -> Piece:
-            one: Piece = getattr(cut.parts, which)
+            base: Piece = getattr(cut.parts, which)
             return dataclasses.replace(
-                one,
-                forward_s=one.forward_s + seconds(cut, which, 0),
-                backward_s=one.backward_s + seconds(cut, which, 1),
+                base,
+                forward_s=base.forward_s + seconds(cut, which, 0),
+                backward_s=base.backward_s + seconds(cut, which, 1),
             )
 
         return [
@@ -331,8 +338,8 @@ def per_host(machine: Machine) -> int:
 def _updating(uses: Uses) -> Uses:
     """Return the techniques that decide the optimizer's step on one rank."""
     names = ("bf16-parameters", "bf16-autocast")
-    kept = [u for u in uses if u.technique in names or technique(u.technique).slot == "optimizer"]
-    return tuple(u for u in kept if u.technique != "bf16-autocast")
+    relevant_uses = [u for u in uses if u.technique in names or technique(u.technique).slot == "optimizer"]
+    return tuple(u for u in relevant_uses if u.technique != "bf16-autocast")
 
 
 def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
@@ -342,21 +349,21 @@ def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
     fastest of each memory level. The smallest plan of all is added.
     """
     step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
-    picked: dict[int, None] = {}
-    held = priced.host_bytes.ravel() <= caps[1]
-    inside = numpy.flatnonzero((memory <= caps[0]) & held)
-    if inside.size:
-        quickest = inside[numpy.argsort(step[inside], kind="stable")[:_KEPT_PER_GRID]]
-        tied = inside[step[inside] <= step[quickest[0]] * (1 + TIE_RATIO)]
-        simple = tied[numpy.argmin(_burden(grid).ravel()[tied])]
-        picked |= dict.fromkeys([*map(int, quickest), int(simple)])
-    level = numpy.floor(numpy.log2(numpy.maximum(memory, 1.0)) * _LEVELS_PER_DOUBLING).astype(int)
-    pool = held if held.any() else ~held
-    for one in numpy.unique(level[pool]):
-        at = numpy.flatnonzero((level == one) & pool)
-        picked[int(at[numpy.argmin(step[at])])] = None
-    picked[int(numpy.argmin(memory))] = None
-    return [_picked(grid, priced, at) for at in picked]
+    picks: dict[int, None] = {}
+    host_fits = priced.host_bytes.ravel() <= caps[1]
+    fitting = numpy.flatnonzero((memory <= caps[0]) & host_fits)
+    if fitting.size:
+        fastest = fitting[numpy.argsort(step[fitting], kind="stable")[:_KEPT_PER_GRID]]
+        ties = fitting[step[fitting] <= step[fastest[0]] * (1 + TIE_RATIO)]
+        simplest = ties[numpy.argmin(_burden(grid).ravel()[ties])]
+        picks |= dict.fromkeys([*map(int, fastest), int(simplest)])
+    levels = numpy.floor(numpy.log2(numpy.maximum(memory, 1.0)) * _LEVELS_PER_DOUBLING).astype(int)
+    candidates = host_fits if host_fits.any() else ~host_fits
+    for level in numpy.unique(levels[candidates]):
+        flat_index = numpy.flatnonzero((levels == level) & candidates)
+        picks[int(flat_index[numpy.argmin(step[flat_index])])] = None
+    picks[int(numpy.argmin(memory))] = None
+    return [_picked(grid, priced, flat_index) for flat_index in picks]
 
 
 def _burden(grid: Grid) -> numpy.ndarray:
@@ -383,30 +390,30 @@ def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
     Kept are the frontier of time and memory, the fastest and the smallest fitting plans of each layout, and
     fitting plans that are as fast as the fastest.
     """
-    ordered = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
-    kept: list[Sketch] = []
-    quickest = math.inf
-    for one in ordered:
-        if one.step_s < quickest * (1 - _WORTH):
-            kept.append(one)
-            quickest = one.step_s
-    best: dict[Any, list[Sketch]] = {}
+    by_memory = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
+    selection: list[Sketch] = []
+    fastest_s = math.inf
+    for sketch in by_memory:
+        if sketch.step_s < fastest_s * (1 - _WORTH):
+            selection.append(sketch)
+            fastest_s = sketch.step_s
+    groups: dict[Any, list[Sketch]] = {}
     fitting = [s for s in sketches if s.allocated_bytes <= caps[0] and s.host_bytes <= caps[1]]
-    for one in fitting:
-        at = one.grid.layout
-        best.setdefault((at.tensor, at.context, at.stages, at.schedule), []).append(one)
-    for group in best.values():
+    for sketch in fitting:
+        layout = sketch.grid.layout
+        groups.setdefault((layout.tensor, layout.context, layout.stages, layout.schedule), []).append(sketch)
+    for group in groups.values():
         group.sort(key=lambda s: (s.step_s, s.allocated_bytes))
-        kept += group[:_KEPT_PER_LAYOUT]
-        kept.append(min(group, key=lambda s: (s.allocated_bytes, s.step_s)))
+        selection += group[:_KEPT_PER_LAYOUT]
+        selection.append(min(group, key=lambda s: (s.allocated_bytes, s.step_s)))
     if fitting:
-        limit = min(s.step_s for s in fitting) * (1 + TIE_RATIO)
-        kept += [s for s in fitting if s.step_s <= limit][:_KEPT_TIED]
-    return list({id(s): s for s in kept}.values())
+        limit_s = min(s.step_s for s in fitting) * (1 + TIE_RATIO)
+        selection += [s for s in fitting if s.step_s <= limit_s][:_KEPT_TIED]
+    return list({id(s): s for s in selection}.values())
 
 
-def _picked(grid: Grid, priced: Priced, at: int) -> _Picked:
-    index = tuple(int(i) for i in numpy.unravel_index(at, grid.shape))
+def _picked(grid: Grid, priced: Priced, flat_index: int) -> _Picked:
+    index = tuple(int(i) for i in numpy.unravel_index(flat_index, grid.shape))
     return (
         index,
         float(priced.step_s[index]),

@@ -66,17 +66,17 @@ class Composer:
 
     def block(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
         """Return the parts that decide a block's cost, for one and for two samples in a micro-batch."""
-        one = self._composed(layout, compute, _traceable(uses), self.vocabulary)
-        every = next((int(u.settings["every"]) for u in uses if u.technique == _FULL.technique), 1)
-        if every > 1:
-            without = tuple(u for u in uses if u.technique != _FULL.technique)
-            one = _mixed(one, self._composed(layout, compute, without, self.vocabulary), every)
-        return [one, self._twice(one)]
+        single = self._composed(layout, compute, _traceable(uses), self.vocabulary)
+        period = next((int(u.settings["every"]) for u in uses if u.technique == _FULL.technique), 1)
+        if period > 1:
+            other_uses = tuple(u for u in uses if u.technique != _FULL.technique)
+            single = _mixed(single, self._composed(layout, compute, other_uses, self.vocabulary), period)
+        return [single, self._twice(single)]
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
         """Return the parts that decide the cost before and after the blocks, for one and for two samples."""
-        one = self._composed(layout, compute, uses, layout.vocabulary)
-        return [one, self._twice(one)]
+        single = self._composed(layout, compute, uses, layout.vocabulary)
+        return [single, self._twice(single)]
 
     @functools.cache  # noqa: B019  lives as long as one search
     def updating(self, uses: Uses) -> Updating:
@@ -112,20 +112,26 @@ class Composer:
 
     @functools.cache  # noqa: B019
     def _composed(self, layout: GridLayout, compute: str, uses: Uses, vocabulary: str) -> LayoutCut:
-        base, plain = self._parts(self._key(uses=uses)), self._parts(self._key())
-        found, tensor, context = base, _no_travel(), _no_travel()
+        base, plain_parts = self._parts(self._key(uses=uses)), self._parts(self._key())
+        parts, tensor_travel, context_travel = base, _no_travel(), _no_travel()
         if compute != self.compute:
-            found = _scaled(found, plain, self._parts(self._key(compute=compute)), 1.0)
+            parts = _scaled(parts, plain_parts, self._parts(self._key(compute=compute)), 1.0)
         if layout.tensor > 1:
-            most, weight = self._at_most(layout, uses, base, vocabulary), _weight(layout.tensor, self.tensor)
-            tensor = _travel(most, 1 / layout.context)
-            found = _scaled(found, base, most, weight)
+            most_cut_parts, weight = (
+                self._at_most(layout, uses, base, vocabulary),
+                _weight(layout.tensor, self.tensor),
+            )
+            tensor_travel = _travel(most_cut_parts, 1 / layout.context)
+            parts = _scaled(parts, base, most_cut_parts, weight)
         if layout.context > 1:
-            like = (_FULL,) if _named(uses, _FULL.technique) else ()
-            one, cut = self._parts(self._key(uses=like)), self._key(uses=like, context=self.context)
-            context = _travel(self._parts(cut), 1 / layout.tensor)
-            found = _scaled(found, one, self._parts(cut), _weight(layout.context, self.context))
-        return LayoutCut(parts=found, tensor_travel=tensor, context_travel=context)
+            matching_uses = (_FULL,) if _named(uses, _FULL.technique) else ()
+            uncut_parts, cut_key = (
+                self._parts(self._key(uses=matching_uses)),
+                self._key(uses=matching_uses, context=self.context),
+            )
+            context_travel = _travel(self._parts(cut_key), 1 / layout.tensor)
+            parts = _scaled(parts, uncut_parts, self._parts(cut_key), _weight(layout.context, self.context))
+        return LayoutCut(parts=parts, tensor_travel=tensor_travel, context_travel=context_travel)
 
     def _at_most(self, layout: GridLayout, uses: Uses, base: Parts, vocabulary: str) -> Parts:
         """Return the parts at the largest tensor degree.
@@ -133,33 +139,33 @@ class Composer:
         With a whole vocabulary, the ends are taken from the plain trace with the whole vocabulary on every
         rank.
         """
-        plain = self._parts(self._key())
-        cut = functools.partial(self._key, tensor=self.tensor, sequence=layout.sequence)
-        traced = uses in ((), (_FULL,)) or layout.sequence
-        if _named(uses, "chunked-cross-entropy") or not traced:
-            most = _scaled(base, plain, self._parts(cut()), 1.0)
+        plain_parts = self._parts(self._key())
+        most_cut_key = functools.partial(self._key, tensor=self.tensor, sequence=layout.sequence)
+        is_traced = uses in ((), (_FULL,)) or layout.sequence
+        if _named(uses, "chunked-cross-entropy") or not is_traced:
+            most_cut_parts = _scaled(base, plain_parts, self._parts(most_cut_key()), 1.0)
         else:
-            most = self._parts(cut(uses=uses))
+            most_cut_parts = self._parts(most_cut_key(uses=uses))
         if vocabulary == "whole":
             ends = self._parts(self._key(tensor=self.tensor, sequence=True, vocabulary="whole"))
-            ends = _scaled(base, plain, ends, 1.0)
-            return dataclasses.replace(most, before=ends.before, after=ends.after)
-        return most
+            ends = _scaled(base, plain_parts, ends, 1.0)
+            return dataclasses.replace(most_cut_parts, before=ends.before, after=ends.after)
+        return most_cut_parts
 
-    def _twice(self, one: LayoutCut) -> LayoutCut:
+    def _twice(self, single: LayoutCut) -> LayoutCut:
         """Return the parts for two samples.
 
         What does not grow with them (gradients, cast weights) is as in the plain trace.
         """
-        plain, double = self._parts(self._key()), self._parts(self._key(samples=2))
+        plain_parts, double_parts = self._parts(self._key()), self._parts(self._key(samples=2))
 
         def grown(which: str) -> Piece:
             piece: Piece
-            piece, a, b = (getattr(p, which) for p in (one.parts, plain, double))
-            share = piece.parameter_bytes / a.parameter_bytes if a.parameter_bytes else 1.0
+            piece, a, b = (getattr(p, which) for p in (single.parts, plain_parts, double_parts))
+            parameter_share = piece.parameter_bytes / a.parameter_bytes if a.parameter_bytes else 1.0
             values = {}
             for name in NUMBERS:
-                fixed = (2 * getattr(a, name) - getattr(b, name)) * share
+                fixed = (2 * getattr(a, name) - getattr(b, name)) * parameter_share
                 value = getattr(piece, name)
                 values[name] = max(value, 2 * value - fixed)
             if a.forward_s and a.backward_s:  # seconds do not grow linearly
@@ -168,45 +174,47 @@ class Composer:
             values["parameter_bytes"] = piece.parameter_bytes
             return dataclasses.replace(piece, **values)
 
-        twice = {
-            which: (_times(one.tensor_travel[which], 2.0), _times(one.context_travel[which], 2.0))
+        doubled_travel = {
+            which: (_times(single.tensor_travel[which], 2.0), _times(single.context_travel[which], 2.0))
             for which in PIECES
         }
         return LayoutCut(
             parts=Parts(before=grown("before"), block=grown("block"), after=grown("after")),
-            tensor_travel={w: t for w, (t, _) in twice.items()},
-            context_travel={w: c for w, (_, c) in twice.items()},
+            tensor_travel={w: t for w, (t, _) in doubled_travel.items()},
+            context_travel={w: c for w, (_, c) in doubled_travel.items()},
         )
 
 
 def _times(travel: tuple[Travel, Travel], factor: float) -> tuple[Travel, Travel]:
-    ahead, back = (tuple((k, b * factor) for k, b in one) for one in travel)
-    return ahead, back
+    forward, backward = (tuple((k, b * factor) for k, b in collectives) for collectives in travel)
+    return forward, backward
 
 
-def _weight(degree: int, most: int) -> float:
-    """Return the weight of the trace at ``most`` ranks for ``degree`` ranks, by a + d / n.
+def _weight(degree: int, largest_degree: int) -> float:
+    """Return the weight of the trace at ``largest_degree`` ranks for ``degree`` ranks, by a + d / n.
 
     The one-rank trace has the remaining weight.
     """
-    return (1 - 1 / degree) / (1 - 1 / most)
+    return (1 - 1 / degree) / (1 - 1 / largest_degree)
 
 
-def _scaled(found: Parts, one: Parts, other: Parts, weight: float) -> Parts:
-    """Scale ``found`` by the ratios of ``other`` to ``one``.
+def _scaled(parts: Parts, denominator: Parts, numerator: Parts, weight: float) -> Parts:
+    """Scale ``parts`` by the ratios of ``numerator`` to ``denominator``.
 
     ``weight`` 1 applies the full ratio, 0 none of it.
     """
 
     def piece(which: str) -> Piece:
-        now: Piece
-        now, before, after = (getattr(p, which) for p in (found, one, other))
+        base_piece: Piece
+        base_piece, denominator_piece, numerator_piece = (
+            getattr(p, which) for p in (parts, denominator, numerator)
+        )
         values = {}
         for name in NUMBERS:
-            old = getattr(before, name)
-            ratio = getattr(after, name) / old if old > 0 else 1.0
-            values[name] = getattr(now, name) * (1 + (ratio - 1) * weight)
-        return dataclasses.replace(now, **values)
+            denominator_value = getattr(denominator_piece, name)
+            ratio = getattr(numerator_piece, name) / denominator_value if denominator_value > 0 else 1.0
+            values[name] = getattr(base_piece, name) * (1 + (ratio - 1) * weight)
+        return dataclasses.replace(base_piece, **values)
 
     return Parts(before=piece("before"), block=piece("block"), after=piece("after"))
 
@@ -235,18 +243,18 @@ def _traceable(uses: Uses) -> Uses:
     return tuple(one(u) for u in uses)
 
 
-def _mixed(recomputed: LayoutCut, plain: LayoutCut, every: int) -> LayoutCut:
+def _mixed(recomputed: LayoutCut, plain: LayoutCut, period: int) -> LayoutCut:
     """Return an average block when every k-th is recomputed. Its highest level is the higher of the two."""
-    one, other, share = recomputed.parts.block, plain.parts.block, 1 / every
+    recomputed_block, plain_block, share = recomputed.parts.block, plain.parts.block, 1 / period
 
     def mean(name: str) -> float:
-        return float(getattr(one, name) * share + getattr(other, name) * (1 - share))
+        return float(getattr(recomputed_block, name) * share + getattr(plain_block, name) * (1 - share))
 
     block = dataclasses.replace(
-        one,
+        recomputed_block,
         backward_s=mean("backward_s"),
         kept_bytes=mean("kept_bytes"),
         flops=mean("flops"),
-        forward_top_bytes=max(one.forward_top_bytes, other.forward_top_bytes),
+        forward_top_bytes=max(recomputed_block.forward_top_bytes, plain_block.forward_top_bytes),
     )
     return dataclasses.replace(recomputed, parts=dataclasses.replace(recomputed.parts, block=block))

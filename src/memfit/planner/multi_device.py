@@ -19,10 +19,10 @@ def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
     """Return the device counts to try: all devices, and also fewer where the goal can prefer fewer."""
     if goal in (Objective.FASTEST, Objective.SMALLEST):
         return (ranks,)
-    fewer = [ranks]
-    while fewer[-1] % 2 == 0:
-        fewer.append(fewer[-1] // 2)
-    return tuple(fewer)
+    rank_counts = [ranks]
+    while rank_counts[-1] % 2 == 0:
+        rank_counts.append(rank_counts[-1] // 2)
+    return tuple(rank_counts)
 
 
 def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
@@ -32,56 +32,64 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     """
     scale, goal = Scale(pricer, aim), aim.goal
 
-    unshared = plain(min(ranks, pricer.job.batch_size))  # each replica needs at least one sample
-    shared = unshared.ranks == 1 or may_share(pricer.dependence, aim.accuracy)
-    whole = aim.bounds.micro_batch in (0, pricer.job.batch_size // unshared.ranks)
+    plain_plan = plain(min(ranks, pricer.job.batch_size))  # each replica needs at least one sample
+    may_share_batch = plain_plan.ranks == 1 or may_share(pricer.dependence, aim.accuracy)
+    has_whole_batch = aim.bounds.micro_batch in (0, pricer.job.batch_size // plain_plan.ranks)
 
     def fits(estimate: Estimate) -> bool:
-        asked = estimate.plan != unshared or (whole and shared)
-        return asked and scale.fits_memory(estimate) and keeps(aim.bounds, estimate)
+        requested = estimate.plan != plain_plan or (has_whole_batch and may_share_batch)
+        return requested and scale.fits_memory(estimate) and keeps(aim.bounds, estimate)
 
     sizes = counts(ranks, goal)
     estimates = scale.over(sizes)
-    finalists = Race(scale, fits).run(estimates, unshared)
-    tried = {e.plan for e in finalists}
-    known = [*finalists, *(e for e in estimates if e.plan not in tried and e.plan not in scale.refused)]
-    basis = next((e for e in known if e.plan == unshared), None)
-    if basis is None or (not basis.traced and fits(basis)):
-        basis = scale.billed(scale.pricer.whole(unshared))
-    known = [e for e in known if e.plan != basis.plan]
-    winner = best([e for e in (*finalists, basis) if e.traced and fits(e)], goal)
+    finalists = Race(scale, fits).run(estimates, plain_plan)
+    traced_plans = {e.plan for e in finalists}
+    candidates = [
+        *finalists,
+        *(e for e in estimates if e.plan not in traced_plans and e.plan not in scale.refused),
+    ]
+    baseline = next((e for e in candidates if e.plan == plain_plan), None)
+    if baseline is None or (not baseline.traced and fits(baseline)):
+        baseline = scale.billed(scale.pricer.whole(plain_plan))
+    candidates = [e for e in candidates if e.plan != baseline.plan]
+    winner = best([e for e in (*finalists, baseline) if e.traced and fits(e)], goal)
     if winner is None:
         bounds = ((aim.bounds.deadline_s, Objective.FASTEST), (aim.bounds.budget_usd, Objective.CHEAPEST))
-        for asked, best_by in bounds:  # how close the best plans by these goals come
-            if asked is not None:
-                finalists = [*finalists, *Race(scale, scale.fits_memory, best_by).run(estimates, unshared)]
-        raise nothing(scale, [*finalists, basis], ranks)
-    expected = [scale.expected(e) for e in known]  # compare like with like
-    choices = [e for e in frontier([*(e for e in expected if credible(e, winner, goal)), basis]) if fits(e)]
-    by_plan = {e.plan: e for e in (winner, basis, *choices)}
+        for requested, objective in bounds:  # how close the best plans by these goals come
+            if requested is not None:
+                finalists = [
+                    *finalists,
+                    *Race(scale, scale.fits_memory, objective).run(estimates, plain_plan),
+                ]
+        raise nothing(scale, [*finalists, baseline], ranks)
+    expected = [scale.expected(e) for e in candidates]  # compare like with like
+    frontier_estimates = [
+        e for e in frontier([*(e for e in expected if credible(e, winner, goal)), baseline]) if fits(e)
+    ]
+    by_plan = {e.plan: e for e in (winner, baseline, *frontier_estimates)}
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
-        held = not e.traced or fits(e)  # sketches that do not fit are in no choice
-        return Choice(estimate=e, fits=held, effect=effect_of(e.plan, e.dependence), reasons=reasons)
+        within_limits = not e.traced or fits(e)  # sketches that do not fit are in no choice
+        return Choice(estimate=e, fits=within_limits, effect=effect_of(e.plan, e.dependence), reasons=reasons)
 
-    sketch, told = scale.sketch_of(winner.plan), {e.plan for e in known}
-    beside = scale.beside(sketch) if sketch is not None else []
-    expected += [scale.expected(e) for e in beside if e.plan not in told]
-    priced = [*expected, basis]
-    sure = {e.plan: e for e in smallest_traced(scale, winner, priced, fits)}
-    priced = [sure.get(e.plan, e) for e in priced]
-    why = (*rivals(scale, winner, priced, fits), *cannot(scale))
-    recommended = choice(winner, (*dependence_reasons(winner.plan, pricer.dependence), *why))
+    sketch, known_plans = scale.sketch_of(winner.plan), {e.plan for e in candidates}
+    neighbours = scale.beside(sketch) if sketch is not None else []
+    expected += [scale.expected(e) for e in neighbours if e.plan not in known_plans]
+    priced = [*expected, baseline]
+    traced_by_plan = {e.plan: e for e in smallest_traced(scale, winner, priced, fits)}
+    priced = [traced_by_plan.get(e.plan, e) for e in priced]
+    technique_reasons = (*rivals(scale, winner, priced, fits), *cannot(scale))
+    recommended = choice(winner, (*dependence_reasons(winner.plan, pricer.dependence), *technique_reasons))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(
         goal=goal.value,
         cap_bytes=aim.cap_bytes,
         considered=considered,
-        baseline=choice(basis),
+        baseline=choice(baseline),
         frontier=tuple(recommended if e is winner else choice(e) for e in ordered),
         recommended=recommended,
         smallest=choice(smallest),
-        sensitivity=tuple(sensitivity(scale, winner, known, ranks)),
+        sensitivity=tuple(sensitivity(scale, winner, candidates, ranks)),
     )

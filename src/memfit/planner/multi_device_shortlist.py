@@ -52,23 +52,23 @@ class Race:
 
         ``basis`` is always traced, in parallel with the first two finalists.
         """
-        waiting = [e for e in estimates if self.fits(e)]
-        sketch, rival = self._two(waiting)
+        candidates = [e for e in estimates if self.fits(e)]
+        sketch, rival = self._two(candidates)
         if sketch is not None and rival is not None:
             self.scale.tell("finalists", 0, self._most, f"{brief(sketch.plan)}, {brief(rival.plan)}")
             self.scale.ahead([sketch.plan, rival.plan, basis])
-        for tries in range(3 * self._most):
+        for attempt in range(3 * self._most):
             if sketch is None:
                 break
-            waiting.remove(sketch)
-            self.scale.tell("finalists", tries, self._most, brief(sketch.plan))
-            whole = self.scale.traced_or_refused(sketch)
-            if whole is None:
-                waiting = [e for e in waiting if _family(e.plan) != _family(sketch.plan)]
+            candidates.remove(sketch)
+            self.scale.tell("finalists", attempt, self._most, brief(sketch.plan))
+            traced_estimate = self.scale.traced_or_refused(sketch)
+            if traced_estimate is None:
+                candidates = [e for e in candidates if _family(e.plan) != _family(sketch.plan)]
             else:
-                self._learn(sketch, whole)
-                waiting = [e for e in waiting if self._light(e)]
-            sketch = rival if rival in waiting else self._next(waiting)
+                self._learn(sketch, traced_estimate)
+                candidates = [e for e in candidates if self._light(e)]
+            sketch = rival if rival in candidates else self._next(candidates)
         if not any(map(self.fits, self.traced)):
             self._smallest(estimates)
         elif self._most > _FINALISTS:
@@ -81,21 +81,23 @@ class Race:
         Plans that differ from the best one in one thing are traced, and so on from any better plan. Sketches
         may have excluded such a plan by less than their error.
         """
-        tried, near = {e.plan for e in self.traced}, dict[Plan, list[Estimate]]()
-        for done in range(_CLIMBED):
-            top = best([e for e in self.traced if self.fits(e)], self.goal)
-            if top is None:
+        traced_plans, neighbours = {e.plan for e in self.traced}, dict[Plan, list[Estimate]]()
+        for attempt in range(_CLIMBED):
+            best_traced = best([e for e in self.traced if self.fits(e)], self.goal)
+            if best_traced is None:
                 return
-            if top.plan not in near:
-                near[top.plan] = self._beside(top.plan)
-            following = best([e for e in near[top.plan] if e.plan not in tried], self.goal)
-            if following is None:
+            if best_traced.plan not in neighbours:
+                neighbours[best_traced.plan] = self._beside(best_traced.plan)
+            next_sketch = best(
+                [e for e in neighbours[best_traced.plan] if e.plan not in traced_plans], self.goal
+            )
+            if next_sketch is None:
                 return
-            tried.add(following.plan)
-            self.scale.tell("finalists", done, _CLIMBED, brief(following.plan))
-            whole = self.scale.traced_or_refused(following)
-            if whole is not None:
-                self.traced.append(whole)
+            traced_plans.add(next_sketch.plan)
+            self.scale.tell("finalists", attempt, _CLIMBED, brief(next_sketch.plan))
+            traced_estimate = self.scale.traced_or_refused(next_sketch)
+            if traced_estimate is not None:
+                self.traced.append(traced_estimate)
 
     def _beside(self, plan: Plan) -> list[Estimate]:
         """Return the fitting plans that differ from ``plan`` in one thing and by their sketch may be
@@ -109,37 +111,47 @@ class Race:
 
     def hoped(self, e: Estimate) -> float:
         """Return the best score that a trace of this plan may have."""
-        alike, degrees = kind(e.plan)
-        known = [(doublings(kind(p)[1], degrees), r) for p, r in self._ratios.items() if kind(p)[0] == alike]
-        nearest = min(reversed(known), key=lambda one: one[0], default=(0.0, self._unknown))
+        plan_kind, degrees = kind(e.plan)
+        ratios_by_distance = [
+            (doublings(kind(p)[1], degrees), r) for p, r in self._ratios.items() if kind(p)[0] == plan_kind
+        ]
+        nearest = min(reversed(ratios_by_distance), key=lambda entry: entry[0], default=(0.0, self._unknown))
         return float(score(e, self.goal) * nearest[1] * _NEAR ** nearest[0])
 
-    def _two(self, waiting: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
+    def _two(self, candidates: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
         """Return the best plan, and the plan of another kind that would come next if sketches are right, or
         None.
         """
-        first = best(waiting, self.goal)
-        if first is None:
+        best_sketch = best(candidates, self.goal)
+        if best_sketch is None:
             return None, None
-        rival = self._closest([e for e in waiting if kind(e.plan) != kind(first.plan)])
-        worth = rival is not None and self.hoped(rival) * self._equal < score(first, self.goal)
-        return first, rival if worth else None
+        rival = self._closest([e for e in candidates if kind(e.plan) != kind(best_sketch.plan)])
+        is_worth_tracing = rival is not None and self.hoped(rival) * self._equal < score(
+            best_sketch, self.goal
+        )
+        return best_sketch, rival if is_worth_tracing else None
 
-    def _next(self, waiting: Sequence[Estimate]) -> Estimate | None:
+    def _next(self, candidates: Sequence[Estimate]) -> Estimate | None:
         fitting = [e for e in self.traced if self.fits(e)]
-        top = best(fitting, self.goal)
-        if top is None and not self.traced:
-            return best(waiting, self.goal)
-        sketch = self._closest(waiting)
+        best_traced = best(fitting, self.goal)
+        if best_traced is None and not self.traced:
+            return best(candidates, self.goal)
+        sketch = self._closest(candidates)
         if sketch is None or len(fitting) >= self._most:
             return None
-        beaten = top is not None and score(top, self.goal) <= self.hoped(sketch) * self._equal
-        return None if beaten else sketch
+        is_beaten = (
+            best_traced is not None and score(best_traced, self.goal) <= self.hoped(sketch) * self._equal
+        )
+        return None if is_beaten else sketch
 
-    def _closest(self, waiting: Sequence[Estimate]) -> Estimate | None:
+    def _closest(self, candidates: Sequence[Estimate]) -> Estimate | None:
         """Return the mildest and simplest of the plans that may be as good as any."""
-        hoped = [self.hoped(e) for e in waiting]
-        near = [(e, h) for e, h in zip(waiting, hoped, strict=True) if h <= min(hoped) * self._equal]
+        hoped_scores = [self.hoped(e) for e in candidates]
+        contenders = [
+            (e, h)
+            for e, h in zip(candidates, hoped_scores, strict=True)
+            if h <= min(hoped_scores) * self._equal
+        ]
 
         def preferred(found: tuple[Estimate, float]) -> tuple[Any, ...]:
             e, h = found
@@ -151,28 +163,28 @@ class Race:
                 e.plan.fingerprint,
             )
 
-        return min(near, key=preferred, default=(None, 0.0))[0]
+        return min(contenders, key=preferred, default=(None, 0.0))[0]
 
     def _light(self, e: Estimate) -> bool:
         return self.scale.aim.host(e) and self.scale.needs(e) * self._heaviest <= self.scale.aim.cap_bytes
 
-    def _learn(self, sketch: Estimate, whole: Estimate) -> None:
-        self.traced.append(whole)
-        self._ratios[sketch.plan] = score(whole, self.goal) / score(sketch, self.goal)
-        if self.scale.needs(whole) > self.scale.aim.cap_bytes:
-            self._heaviest = max(self._heaviest, self.scale.needs(whole) / self.scale.needs(sketch))
+    def _learn(self, sketch: Estimate, traced_estimate: Estimate) -> None:
+        self.traced.append(traced_estimate)
+        self._ratios[sketch.plan] = score(traced_estimate, self.goal) / score(sketch, self.goal)
+        if self.scale.needs(traced_estimate) > self.scale.aim.cap_bytes:
+            self._heaviest = max(self._heaviest, self.scale.needs(traced_estimate) / self.scale.needs(sketch))
 
     def _smallest(self, estimates: Sequence[Estimate]) -> None:
         ordered = sorted(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan, e.dependence)))
-        found = (self.scale.traced_or_refused(e) for e in ordered[:_FINALISTS])
-        self.traced += list(itertools.islice(filter(None, found), 1))
+        traced_estimates = (self.scale.traced_or_refused(e) for e in ordered[:_FINALISTS])
+        self.traced += list(itertools.islice(filter(None, traced_estimates), 1))
 
 
 def _unusual(plan: Plan) -> int:
     """Return how many settings differ from the technique's default, not counting degrees."""
-    usual = {(u.technique, k.name): k.default for u in plan.uses for k in technique(u.technique).knobs}
+    defaults = {(u.technique, k.name): k.default for u in plan.uses for k in technique(u.technique).knobs}
     return sum(
-        usual[u.technique, k] != v for u in plan.uses if u.technique not in CUTTING for k, v in u.knobs
+        defaults[u.technique, k] != v for u in plan.uses if u.technique not in CUTTING for k, v in u.knobs
     )
 
 

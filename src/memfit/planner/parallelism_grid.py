@@ -73,16 +73,16 @@ class GridLayout:
 
     @property
     def uses(self) -> Uses:
-        found = []
+        uses = []
         if self.tensor > 1:
-            found.append(
+            uses.append(
                 _use(
                     "tensor-parallel", degree=self.tensor, sequence=self.sequence, vocabulary=self.vocabulary
                 )
             )
         if self.context > 1:
-            found.append(_use(self.sharing, degree=self.context))
-        return tuple(found)
+            uses.append(_use(self.sharing, degree=self.context))
+        return tuple(uses)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +107,9 @@ class Grid:
 
     def plan(self, index: Sequence[int]) -> Plan:
         """The plan at these indices along the axes."""
-        at = [axis[i] for axis, i in zip(self._axes, index[1:], strict=True)]
-        uses = [*self.layout.uses, *itertools.chain(*at)]
-        count = self.micro[index[0]][1]
+        axis_uses = [axis[i] for axis, i in zip(self._axes, index[1:], strict=True)]
+        uses = [*self.layout.uses, *itertools.chain(*axis_uses)]
+        micro_batches = self.micro[index[0]][1]
         if self.layout.stages > 1:
             uses.append(
                 _use(
@@ -117,11 +117,11 @@ class Grid:
                     stages=self.layout.stages,
                     schedule=self.layout.schedule,
                     virtual=self.layout.virtual,
-                    micro_batches=count,
+                    micro_batches=micro_batches,
                 )
             )
-        elif count > 1:
-            uses.append(_use("gradient-accumulation", micro_batches=count))
+        elif micro_batches > 1:
+            uses.append(_use("gradient-accumulation", micro_batches=micro_batches))
         return Plan(uses=tuple(uses), ranks=self.layout.ranks)
 
     @property
@@ -137,41 +137,46 @@ def grids(limits: Limits) -> Iterator[Grid]:
         micro = _micro(limits, layout)
         if not micro:
             continue
-        extra = layout.uses
+        layout_uses = layout.uses
         if layout.stages > 1:
-            staged = _use(
+            pipeline = _use(
                 "pipeline",
                 stages=layout.stages,
                 schedule=layout.schedule,
                 virtual=layout.virtual,
                 micro_batches=2,
             )
-            extra = (*extra, staged)
-        states = _carried(_states(limits, layout, extra), extra, limits)
-        inside = _allowed(_inside(), extra, limits)
-        ends = _allowed(_ends(limits, layout), extra, limits)
-        away = _allowed([(), (_use("activation-offload", to="host"),)], extra, limits)
+            layout_uses = (*layout_uses, pipeline)
+        states = _carried(_states(limits, layout, layout_uses), layout_uses, limits)
+        inside = _allowed(_inside(), layout_uses, limits)
+        ends = _allowed(_ends(limits, layout), layout_uses, limits)
+        away = _allowed([(), (_use("activation-offload", to="host"),)], layout_uses, limits)
         accumulates = layout.stages == 1 and any(count > 1 for _, count in micro)
-        asked = (*extra, *((_use("gradient-accumulation", micro_batches=2),) if accumulates else ()))
-        refused = None if limits.refuses is None else (limits.refuses, asked, limits.ranks)
-        for kept, alike in _parted((inside, ends, away), states, refused):
-            yield Grid(layout=layout, micro=micro, inside=kept[0], ends=kept[1], away=kept[2], states=alike)
+        engine_uses = (
+            *layout_uses,
+            *((_use("gradient-accumulation", micro_batches=2),) if accumulates else ()),
+        )
+        engine_check = None if limits.refuses is None else (limits.refuses, engine_uses, limits.ranks)
+        for axes, group_states in _parted((inside, ends, away), states, engine_check):
+            yield Grid(
+                layout=layout, micro=micro, inside=axes[0], ends=axes[1], away=axes[2], states=group_states
+            )
 
 
 def _layouts(limits: Limits) -> Iterator[GridLayout]:
-    cuts = [(1, False, "whole")]
-    cuts += [
+    tensor_settings = [(1, False, "whole")]
+    tensor_settings += [
         (degree, sequence, vocabulary)
         for degree in limits.tensor
         if degree > 1
         for sequence in (True, False)
         for vocabulary in (("parallel-loss", "whole") if limits.vocabulary else ("whole",))
     ]
-    for (tensor, sequence, vocabulary), context in itertools.product(cuts, limits.context):
-        within = tensor * context
-        if limits.ranks % within:
+    for (tensor, sequence, vocabulary), context in itertools.product(tensor_settings, limits.context):
+        model_ranks = tensor * context
+        if limits.ranks % model_ranks:
             continue
-        for stages, schedule, virtual in _pipelines(limits, limits.ranks // within):
+        for stages, schedule, virtual in _pipelines(limits, limits.ranks // model_ranks):
             layout = GridLayout(
                 ranks=limits.ranks,
                 tensor=tensor,
@@ -183,10 +188,13 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
                 schedule=schedule,
                 virtual=virtual,
             )
-            probe = layout.uses
+            probe_uses = layout.uses
             if stages > 1:
-                probe = (*probe, _use("pipeline", stages=2, schedule="1f1b", virtual=1, micro_batches=2))
-            if conflict(Plan(uses=probe, ranks=limits.ranks)) is None and _fine(probe, limits):
+                probe_uses = (
+                    *probe_uses,
+                    _use("pipeline", stages=2, schedule="1f1b", virtual=1, micro_batches=2),
+                )
+            if conflict(Plan(uses=probe_uses, ranks=limits.ranks)) is None and _fine(probe_uses, limits):
                 yield layout
 
 
@@ -207,42 +215,44 @@ def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int]]:
 
 
 def _micro(limits: Limits, layout: GridLayout) -> tuple[tuple[int, int], ...]:
-    own = limits.batch // layout.data
-    found = [(own // count, count) for count in _divisors(own)]
+    rank_batch = limits.batch // layout.data
+    splits = [(rank_batch // count, count) for count in _divisors(rank_batch)]
     if not limits.splits:
-        found = [f for f in found if f[1] == 1]
+        splits = [f for f in splits if f[1] == 1]
     if limits.micro_batch:
-        found = [f for f in found if f[0] == limits.micro_batch]
+        splits = [f for f in splits if f[0] == limits.micro_batch]
     if layout.schedule in ("interleaved", "zero-bubble-v"):  # rounds of as many micro-batches as stages
-        found = [f for f in found if f[1] % layout.stages == 0]
+        splits = [f for f in splits if f[1] % layout.stages == 0]
     elif layout.schedule == "zero-bubble":  # all rounds must have the same number of micro-batches
-        found = [f for f in found if f[1] % max(1, f[1] // layout.stages) == 0]
+        splits = [f for f in splits if f[1] % max(1, f[1] // layout.stages) == 0]
     elif layout.schedule == "1f1b":  # torch's 1F1B needs at least as many micro-batches as stages
-        found = [f for f in found if f[1] >= layout.stages]
-    return tuple(found)
+        splits = [f for f in splits if f[1] >= layout.stages]
+    return tuple(splits)
 
 
 def _inside() -> list[Uses]:
-    recomputed: list[Uses] = [(), *((_use("activation-checkpointing", every=k),) for k in (1, 2, 4))]
-    recomputed += [
+    recomputations: list[Uses] = [(), *((_use("activation-checkpointing", every=k),) for k in (1, 2, 4))]
+    recomputations += [
         (_use("selective-checkpointing", keep=k),) for k in ("attention", "matmul", "every-second-matmul")
     ]
-    compiled = (_use("compile", scope="blocks"),)
-    cheap = [
+    compilation = (_use("compile", scope="blocks"),)
+    cheap_recomputations = [
         r
-        for r in recomputed
+        for r in recomputations
         if not r or r[0].settings.get("keep") == "matmul" or r[0].settings.get("every") == 1
     ]
-    eight = (_use("float8-linear"),)  # its casts cost more than they gain unless they are fused
-    return recomputed + [(*r, *compiled, *low) for low in ((), eight) for r in cheap]
+    float8 = (_use("float8-linear"),)  # its casts cost more than they gain unless they are fused
+    return recomputations + [
+        (*r, *compilation, *low_precision) for low_precision in ((), float8) for r in cheap_recomputations
+    ]
 
 
 def _ends(limits: Limits, layout: GridLayout) -> list[Uses]:
-    plain = layout.vocabulary == "whole" and limits.chunks
-    return [(), *((_use("chunked-cross-entropy", chunks=n),) for n in (4, 16) if plain)]
+    chunkable = layout.vocabulary == "whole" and limits.chunks
+    return [(), *((_use("chunked-cross-entropy", chunks=n),) for n in (4, 16) if chunkable)]
 
 
-def _states(limits: Limits, layout: GridLayout, extra: Uses) -> list[Uses]:
+def _states(limits: Limits, layout: GridLayout, layout_uses: Uses) -> list[Uses]:
     """Return all allowed combinations of data parallelism, precision and optimizer.
 
     Conflict rules concern two techniques at a time, so few pairs are checked and many states are built from
@@ -254,43 +264,58 @@ def _states(limits: Limits, layout: GridLayout, extra: Uses) -> list[Uses]:
     precisions: list[Uses] = [(), (_use("bf16-autocast"),)]
     precisions += [(_use("bf16-parameters", rounding=r),) for r in ("master", "stochastic")]
     axes = [
-        [u for u in axis if _fine(u, limits) and _go_together(extra, u)]
+        [u for u in axis if _fine(u, limits) and _go_together(layout_uses, u)]
         for axis in (_data(limits, layout), precisions, optimizers)
     ]
-    data, ways, steps = axes
-    stepped = [[_go_together(p, o) for o in steps] for p in ways]
-    found: list[Uses] = []
-    for d in data:
-        beside = [_go_together(d, o) for o in steps]
-        for p, alike in zip(ways, stepped, strict=True):
+    data_options, precision_options, optimizer_options = axes
+    precision_optimizer_matches = [[_go_together(p, o) for o in optimizer_options] for p in precision_options]
+    states: list[Uses] = []
+    for d in data_options:
+        data_optimizer_matches = [_go_together(d, o) for o in optimizer_options]
+        for p, optimizer_matches in zip(precision_options, precision_optimizer_matches, strict=True):
             if _go_together(d, p):
-                found += [(*d, *p, *o) for o, a, b in zip(steps, alike, beside, strict=True) if a and b]
-    return found
+                states += [
+                    (*d, *p, *o)
+                    for o, a, b in zip(
+                        optimizer_options, optimizer_matches, data_optimizer_matches, strict=True
+                    )
+                    if a and b
+                ]
+    return states
 
 
 def _data(limits: Limits, layout: GridLayout) -> list[Uses]:
-    data = layout.data * layout.context
-    if data == 1:
+    data_ranks = layout.data * layout.context
+    if data_ranks == 1:
         return [()]
     syncs = ("every", "last") if limits.batch > layout.data else ("every",)
     # number of shards when one copy of the shards stays inside a host
-    hosts = max(1, limits.per_host // (layout.tensor * layout.context))
-    replicas = sorted({1, layout.data // hosts if layout.data % hosts == 0 else 1} - {0, layout.data})
+    shards_per_host = max(1, limits.per_host // (layout.tensor * layout.context))
+    replicas = sorted(
+        {1, layout.data // shards_per_host if layout.data % shards_per_host == 0 else 1} - {0, layout.data}
+    )
     if layout.context > 1:
         replicas = [1]
-    found: list[Uses] = []
+    options: list[Uses] = []
     if layout.data > 1:
-        once = layout.stages > 1  # in a pipeline, DDP reduces once per step in any case
-        found += [(_use("ddp", bucket_view=v, sync=s),) for v in (True, False) for s in syncs[: 2 - once]]
+        reduces_once = layout.stages > 1  # in a pipeline, DDP reduces once per step in any case
+        options += [
+            (_use("ddp", bucket_view=v, sync=s),) for v in (True, False) for s in syncs[: 2 - reduces_once]
+        ]
         if layout.virtual > 1:  # DDP waits for the gradient of every parameter
-            found = []
-    for reshard, precision, sync, offload, copies in itertools.product(
+            options = []
+    for reshard, precision, sync, offload, replica_count in itertools.product(
         (True, False), ("bf16", "as-is"), syncs, (False, True), replicas
     ):
-        found.append(
+        options.append(
             (
                 _use(
-                    "fsdp2", reshard=reshard, precision=precision, sync=sync, offload=offload, replicas=copies
+                    "fsdp2",
+                    reshard=reshard,
+                    precision=precision,
+                    sync=sync,
+                    offload=offload,
+                    replicas=replica_count,
                 ),
             )
         )
@@ -298,19 +323,19 @@ def _data(limits: Limits, layout: GridLayout) -> list[Uses]:
         for stage, precision in itertools.product((1, 2, 3), ("bf16", "fp32")):
             for place in ("none", "optimizer", *(("parameters",) if stage == 3 else ())):
                 bucket = {"reduce_bucket_elements": 50_000_000}
-                found.append((_use("zero", stage=stage, precision=precision, offload=place, **bucket),))
-    return found
+                options.append((_use("zero", stage=stage, precision=precision, offload=place, **bucket),))
+    return options
 
 
-def _allowed(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
-    return tuple(u for u in axis if _fine(u, limits) and _go_together(extra, u))
+def _allowed(axis: Iterable[Uses], layout_uses: Uses, limits: Limits) -> tuple[Uses, ...]:
+    return tuple(u for u in axis if _fine(u, limits) and _go_together(layout_uses, u))
 
 
-def _carried(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
+def _carried(axis: Iterable[Uses], layout_uses: Uses, limits: Limits) -> tuple[Uses, ...]:
     refuses = limits.refuses
     if refuses is None:
         return tuple(axis)
-    return tuple(u for u in axis if not refuses(Plan(uses=(*extra, *u), ranks=limits.ranks)))
+    return tuple(u for u in axis if not refuses(Plan(uses=(*layout_uses, *u), ranks=limits.ranks)))
 
 
 def _fine(uses: Uses, limits: Limits) -> bool:
@@ -319,11 +344,18 @@ def _fine(uses: Uses, limits: Limits) -> bool:
 
 
 @functools.cache
-def _fine_use(used: Use, effect: EffectClass, device: str, forbidden: frozenset[str]) -> bool:
-    one = technique(used.technique)
-    asked = one.slot == "data-parallel" or one.name in CUTTING
-    mild = effect_of(Plan(uses=(used,))) <= (max(effect, EffectClass.E1) if asked else effect)
-    return mild and device in one.devices and not one.lacks(used.settings) and used.technique not in forbidden
+def _fine_use(used: Use, effect: EffectClass, device: str, excluded: frozenset[str]) -> bool:
+    definition = technique(used.technique)
+    divides_work = definition.slot == "data-parallel" or definition.name in CUTTING
+    accurate_enough = effect_of(Plan(uses=(used,))) <= (
+        max(effect, EffectClass.E1) if divides_work else effect
+    )
+    return (
+        accurate_enough
+        and device in definition.devices
+        and not definition.lacks(used.settings)
+        and used.technique not in excluded
+    )
 
 
 @functools.cache  # most layouts have the same axes
@@ -346,28 +378,28 @@ def _parted(
     def fit(state: Uses, other: Uses) -> bool:
         if engine is None:
             return _go_together(state, other)
-        refuses, extra, ranks = engine
-        plan = Plan(uses=(*extra, *state, *other), ranks=ranks)
+        refuses, layout_uses, ranks = engine
+        plan = Plan(uses=(*layout_uses, *state, *other), ranks=ranks)
         return _go_together(state, other) and not refuses(plan)
 
-    parted: dict[tuple[tuple[bool, ...], ...], list[Uses]] = {}
+    groups: dict[tuple[tuple[bool, ...], ...], list[Uses]] = {}
     for state in states:
         fits = tuple(tuple(fit(state, other) for other in axis) for axis in axes)
-        parted.setdefault(fits, []).append(state)
-    found = []
-    for fits, alike in parted.items():
-        kept = [
-            tuple(v for v, fit in zip(axis, f, strict=True) if fit)
-            for axis, f in zip(axes, fits, strict=True)
+        groups.setdefault(fits, []).append(state)
+    result = []
+    for fits, group in groups.items():
+        allowed_axes = [
+            tuple(v for v, fit in zip(axis, axis_fits, strict=True) if fit)
+            for axis, axis_fits in zip(axes, fits, strict=True)
         ]
-        if all(kept):
-            found.append((kept, tuple(alike)))
-    return found
+        if all(allowed_axes):
+            result.append((allowed_axes, tuple(group)))
+    return result
 
 
 @functools.cache
-def _go_together(one: Uses, other: Uses) -> bool:
-    return proposable(Plan(uses=(*one, *other)))
+def _go_together(uses: Uses, other_uses: Uses) -> bool:
+    return proposable(Plan(uses=(*uses, *other_uses)))
 
 
 @functools.cache
@@ -388,21 +420,22 @@ def none_at_all(limits: Limits) -> UserError:
     """Return the error that says why there is no grid."""
     if not (limits.splits and limits.shares):
         return UserError(
-            f"samples of a batch depend on each other, and every plan for {limits.ranks} devices splits it",
-            allowed="--accuracy any, where the loss is weighed rightly",
-            hint="`memfit plan` for one device says why; SyncBatchNorm can be split among ranks",
+            f"samples of a batch depend on each other, and every plan for {limits.ranks} devices splits "
+            "the batch",
+            allowed="--accuracy any, if the loss weights its terms correctly",
+            hint="`memfit plan` for one device gives the reason; SyncBatchNorm allows data-parallel ranks",
         )
     if limits.batch % limits.ranks == 0 and limits.refuses is not None:
         return UserError(
-            f"none of the plans for {limits.ranks} devices that a search knows is carried by this engine",
+            f"this engine supports none of the plans for {limits.ranks} devices that a search considers",
             allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
-            hint="`memfit engines JOB --plan FILE` prices a plan of your own, and says who carries it",
+            hint="`memfit engines JOB --plan FILE` prices a plan of yours and shows which engines support it",
         )
     if limits.batch % limits.ranks == 0:
         return UserError(
-            f"what is left out, the accuracy and the micro-batch asked for leave no plan for {limits.ranks} "
+            f"the excluded techniques, the accuracy and the micro-batch leave no plan for {limits.ranks} "
             f"device{'s' * (limits.ranks > 1)}",
-            hint="ask for less of --without, --accuracy or --micro-batch",
+            hint="relax --without, --accuracy or --micro-batch",
         )
     return UserError(
         f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} ranks",

@@ -20,11 +20,13 @@ def kind(plan: Plan) -> tuple[object, Degrees]:
     """Return ((data-parallel settings and how the model is cut), degrees), which decide the error of a
     sketch.
     """
-    cut = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
-    degrees = {(name, k): int(v) for name, k, v in cut if k in _DEGREES}
-    ways = tuple(one for one in cut if one[1] not in (*_DEGREES, "micro_batches"))
+    cutting_settings = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
+    degrees = {(name, k): int(v) for name, k, v in cutting_settings if k in _DEGREES}
+    cutting_kind = tuple(
+        setting for setting in cutting_settings if setting[1] not in (*_DEGREES, "micro_batches")
+    )
     data = (u for u in plan.uses if technique(u.technique).slot == "data-parallel")
-    return (tuple(dict.fromkeys(name for name, _, _ in cut)), ways, *data), degrees
+    return (tuple(dict.fromkeys(name for name, _, _ in cutting_settings)), cutting_kind, *data), degrees
 
 
 def doublings(one: Degrees, other: Degrees) -> float:

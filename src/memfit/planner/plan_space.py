@@ -36,23 +36,31 @@ def usable(
     ``small_states_bytes``: size of parameters, gradients and optimizer state if that is too little to be
     worth saving, else None. ``dependence``: whether the job's samples depend on each other.
     """
-    allowed, out = [], []
-    for one in TECHNIQUES.values():
-        offered = space.device in one.devices and any(True for _ in one.settings(space))
-        if missing := one.missing:
-            out.append(Reason(kind="left_out_unavailable", technique=one.name, detail=", ".join(missing)))
-        elif one.name == "gradient-accumulation" and dependence and not may_split(dependence, accuracy):
-            out.append(Reason(kind="left_out_changes", technique=one.name, detail=dependence.changes))
-        elif not offered:
+    allowed, reasons = [], []
+    for candidate in TECHNIQUES.values():
+        is_applicable = space.device in candidate.devices and any(True for _ in candidate.settings(space))
+        if missing_packages := candidate.missing:
+            reasons.append(
+                Reason(
+                    kind="left_out_unavailable", technique=candidate.name, detail=", ".join(missing_packages)
+                )
+            )
+        elif candidate.name == "gradient-accumulation" and dependence and not may_split(dependence, accuracy):
+            reasons.append(
+                Reason(kind="left_out_changes", technique=candidate.name, detail=dependence.changes)
+            )
+        elif not is_applicable:
             continue
         # data parallelism is requested explicitly
-        elif one.effect > accuracy.highest and one.slot != "data-parallel":
-            out.append(Reason(kind="left_out_accuracy", technique=one.name, detail=accuracy.value))
-        elif small_states_bytes is not None and one.slot == "optimizer":
-            out.append(Reason(kind="left_out_small", technique=one.name, saved_bytes=small_states_bytes))
+        elif candidate.effect > accuracy.highest and candidate.slot != "data-parallel":
+            reasons.append(Reason(kind="left_out_accuracy", technique=candidate.name, detail=accuracy.value))
+        elif small_states_bytes is not None and candidate.slot == "optimizer":
+            reasons.append(
+                Reason(kind="left_out_small", technique=candidate.name, saved_bytes=small_states_bytes)
+            )
         else:
-            allowed.append(one)
-    return allowed, tuple(out)
+            allowed.append(candidate)
+    return allowed, tuple(reasons)
 
 
 def may_split(dependence: SampleDependence, accuracy: Accuracy) -> bool:
@@ -83,11 +91,11 @@ def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason
 def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
     """Yield all combinations that may be proposed, in a fixed order, plain training first."""
     slots: dict[str, list[Use]] = {}
-    for one in techniques:
-        slots.setdefault(one.slot or one.name, []).extend(_uses(one, space))
+    for candidate in techniques:
+        slots.setdefault(candidate.slot or candidate.name, []).extend(_uses(candidate, space))
     choices = [[None, *uses] for uses in slots.values()]
-    for picked in itertools.product(*choices):
-        plan = Plan(uses=tuple(u for u in picked if u is not None), ranks=space.ranks)
+    for combination in itertools.product(*choices):
+        plan = Plan(uses=tuple(u for u in combination if u is not None), ranks=space.ranks)
         if proposable(plan) and (space.ranks == 1 or _shares_work(plan)):
             yield plan
 
@@ -96,10 +104,10 @@ def _shares_work(plan: Plan) -> bool:
     return any(technique(u.technique).slot == "data-parallel" for u in plan.uses)
 
 
-def _uses(one: Technique, space: Space) -> list[Use]:
-    settings: Iterable[Mapping[str, object]] = one.settings(space)
-    uses = [make_use(one.name, s) for s in settings]
-    return [u for u in uses if not one.lacks(u.settings)]
+def _uses(definition: Technique, space: Space) -> list[Use]:
+    settings: Iterable[Mapping[str, object]] = definition.settings(space)
+    uses = [make_use(definition.name, s) for s in settings]
+    return [u for u in uses if not definition.lacks(u.settings)]
 
 
 _PLACE = {name: place for place, name in enumerate(TECHNIQUES)}

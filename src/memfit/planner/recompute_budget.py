@@ -63,11 +63,15 @@ class Cap:
         """Return the highest peak of tensors that fits, on the line through the plans with the lowest and
         highest peak.
         """
-        low, high = (f(made, key=lambda e: e.allocated_bytes.value) for f in (min, max))
-        tensors, needed = low.allocated_bytes.value, self.needs(low)
-        rise = self.needs(high) - needed
-        slope = (high.allocated_bytes.value - tensors) / rise if rise > 0 else tensors / needed
-        return max(0, int(tensors + (self.bytes * _UNDER_CAP - needed) * slope))
+        lowest, highest = (f(made, key=lambda e: e.allocated_bytes.value) for f in (min, max))
+        tensor_bytes, lowest_need = lowest.allocated_bytes.value, self.needs(lowest)
+        need_rise = self.needs(highest) - lowest_need
+        slope = (
+            (highest.allocated_bytes.value - tensor_bytes) / need_rise
+            if need_rise > 0
+            else tensor_bytes / lowest_need
+        )
+        return max(0, int(tensor_bytes + (self.bytes * _UNDER_CAP - lowest_need) * slope))
 
 
 def budgeted(
@@ -86,28 +90,28 @@ def budgeted(
     if goal is Objective.SMALLEST:
         return []
     limit = min((score(e, goal) for e in made if cap.has(e)), default=math.inf) * (1 - _WORTH)
-    traced = {e.plan for e in made}
-    known = [*made, *(e for e in sketches if e.plan not in traced)]
-    waiting = [e for e in known if score(e, goal) < limit and not cap.has(e) and cap.may(e.plan)]
+    traced_plans = {e.plan for e in made}
+    estimates = [*made, *(e for e in sketches if e.plan not in traced_plans)]
+    candidates = [e for e in estimates if score(e, goal) < limit and not cap.has(e) and cap.may(e.plan)]
     room_bytes, beside_bytes = cap.room_bytes(made), 0  # device memory beside the step's own tensors
     for _ in range(_ATTEMPTS):
-        bare, budget_bytes = best(waiting, goal), room_bytes - beside_bytes
-        if bare is None or budget_bytes < _MIB:
+        candidate, budget_bytes = best(candidates, goal), room_bytes - beside_bytes
+        if candidate is None or budget_bytes < _MIB:
             break
-        plan = bare.plan.with_use(make_use(NAME, {"budget_mib": budget_bytes // _MIB}))
+        plan = candidate.plan.with_use(make_use(NAME, {"budget_mib": budget_bytes // _MIB}))
         tell("finalists", 0, 1, brief(plan))
         try:
-            found = whole(plan)
+            plan_estimate = whole(plan)
         except UserError:  # does not fit even with everything recomputed
-            waiting.remove(bare)
+            candidates.remove(candidate)
             continue
-        if cap.has(found):
-            return [found]
-        more = int(found.allocated_bytes.value) - budget_bytes
-        if more > beside_bytes + _MIB:
-            beside_bytes = more
+        if cap.has(plan_estimate):
+            return [plan_estimate]
+        excess_bytes = int(plan_estimate.allocated_bytes.value) - budget_bytes
+        if excess_bytes > beside_bytes + _MIB:
+            beside_bytes = excess_bytes
         else:  # the caching allocator takes segments of 20 MiB or more
-            room_bytes -= math.ceil((cap.needs(found) - cap.bytes) / _SEGMENT) * _SEGMENT
+            room_bytes -= math.ceil((cap.needs(plan_estimate) - cap.bytes) / _SEGMENT) * _SEGMENT
     return []
 
 
@@ -118,8 +122,12 @@ def nominal_s(op: OpCall) -> float:
 
 def open_budget(plan: Plan) -> int | None:
     """Return the plan's budget in bytes if its tensors are not chosen yet, else None."""
-    used = plan.get(NAME)
-    return int(used.settings["budget_mib"]) * _MIB if used and not used.settings["dropped"] else None
+    recomputation = plan.get(NAME)
+    return (
+        int(recomputation.settings["budget_mib"]) * _MIB
+        if recomputation and not recomputation.settings["dropped"]
+        else None
+    )
 
 
 def chosen(
@@ -139,30 +147,39 @@ def chosen(
     budget_bytes = open_budget(check(plan))
     if budget_bytes is None:
         return plan
-    known = calibration or Calibration()
+    device_calibration = calibration or Calibration()
     recording = record(job, plan.without(NAME), device=device)
-    if memory_profile(recording.trace, known).peak_bytes <= _aim(budget_bytes):
+    if memory_profile(recording.trace, device_calibration).peak_bytes <= _aim(budget_bytes):
         return _with(plan, "none")
-    played = replay(recording, seconds, known, least_bytes=int(budget_bytes * _LEAST_RATIO))
+    recording_replay = replay(
+        recording, seconds, device_calibration, least_bytes=int(budget_bytes * _LEAST_RATIO)
+    )
 
     def traced(dropped: frozenset[int]) -> tuple[Plan, int]:
-        made = _with(plan, dropped_text(recording.key, played.closure(dropped)))
-        return made, memory_profile(trace(job, made, device=device), known).peak_bytes
+        concrete_plan = _with(plan, dropped_text(recording.key, recording_replay.closure(dropped)))
+        return concrete_plan, memory_profile(
+            trace(job, concrete_plan, device=device), device_calibration
+        ).peak_bytes
 
-    found = _closed(played, traced, _aim(budget_bytes), gap_ratio)
-    if found is not None:
-        return found
-    lowest = smallest(played)
-    plan_of_least, least = traced(lowest.dropped)
+    budget_plan = _closed(recording_replay, traced, _aim(budget_bytes), gap_ratio)
+    if budget_plan is not None:
+        return budget_plan
+    smallest_choice = smallest(recording_replay)
+    smallest_plan, smallest_peak = traced(smallest_choice.dropped)
     # the solver ended without an answer: start from the smallest and refine up to the budget
-    if least <= _aim(budget_bytes):
-        off_bytes = max(0, least - lowest.peak_bytes)
-        more, peak_bytes = traced(refined(played, lowest, _aim(budget_bytes) - off_bytes).dropped)
-        return more if peak_bytes <= _aim(budget_bytes) else plan_of_least
+    if smallest_peak <= _aim(budget_bytes):
+        off_bytes = max(0, smallest_peak - smallest_choice.peak_bytes)
+        refined_plan, peak_bytes = traced(
+            refined(recording_replay, smallest_choice, _aim(budget_bytes) - off_bytes).dropped
+        )
+        return refined_plan if peak_bytes <= _aim(budget_bytes) else smallest_plan
     raise UserError(
         f"{NAME}: a budget of {format_bytes(budget_bytes)}",
-        allowed=f"at least {math.ceil(least / (1 - _SPARE_RATIO) / _MIB)} MiB, the least found for this job",
-        hint="a smaller batch, gradient-accumulation, or bf16-autocast lowers what there is to keep",
+        allowed=(
+            f"at least {math.ceil(smallest_peak / (1 - _SPARE_RATIO) / _MIB)} MiB, the smallest budget found "
+            "for this job"
+        ),
+        hint="a smaller batch, gradient-accumulation or bf16-autocast reduces what must be kept",
     )
 
 
@@ -179,10 +196,10 @@ class Choices:
                 self.kept[plan] = chosen(job, plan, **how)
             except UserError as error:
                 self.kept[plan] = error
-        found = self.kept[plan]
-        if isinstance(found, UserError):
-            raise found
-        return found
+        choice = self.kept[plan]
+        if isinstance(choice, UserError):
+            raise choice
+        return choice
 
 
 def possible(plans: Iterable[Plan], settled: Callable[[Plan], Plan]) -> Iterator[Plan]:
@@ -197,7 +214,10 @@ def _aim(budget_bytes: int) -> int:
 
 
 def _closed(
-    played: Replay, traced: Callable[[frozenset[int]], tuple[Plan, int]], wanted_bytes: int, gap_ratio: float
+    recording_replay: Replay,
+    traced: Callable[[frozenset[int]], tuple[Plan, int]],
+    target_bytes: int,
+    gap_ratio: float,
 ) -> Plan | None:
     """Solve and trace until the traced peak meets the budget.
 
@@ -205,27 +225,27 @@ def _closed(
     difference is added back once, provided that the result still fits.
     """
     best: tuple[float, Plan] | None = None
-    budget_bytes, given_back = wanted_bytes, False
+    budget_bytes, is_raised = target_bytes, False
     for _ in range(_TRIES):
-        choice = solve(played, budget_bytes, gap_ratio=gap_ratio)
+        choice = solve(recording_replay, budget_bytes, gap_ratio=gap_ratio)
         if choice is None:
             break
         plan, peak_bytes = traced(choice.dropped)
         off_bytes = peak_bytes - choice.peak_bytes
-        if peak_bytes > wanted_bytes:
+        if peak_bytes > target_bytes:
             if best is not None:
                 break
-            budget_bytes = min(budget_bytes, choice.peak_bytes) - (peak_bytes - wanted_bytes)
+            budget_bytes = min(budget_bytes, choice.peak_bytes) - (peak_bytes - target_bytes)
             continue
         if best is None or choice.cost_s < best[0]:
             best = choice.cost_s, plan
-        if given_back or off_bytes >= -wanted_bytes * _SPARE_RATIO:
+        if is_raised or off_bytes >= -target_bytes * _SPARE_RATIO:
             break
-        budget_bytes, given_back = wanted_bytes - off_bytes, True
+        budget_bytes, is_raised = target_bytes - off_bytes, True
     return best[1] if best else None
 
 
 def _with(plan: Plan, dropped: str) -> Plan:
-    used = plan.get(NAME)
-    assert used is not None
-    return plan.with_use(make_use(NAME, {**used.settings, "dropped": dropped}))
+    recomputation = plan.get(NAME)
+    assert recomputation is not None
+    return plan.with_use(make_use(NAME, {**recomputation.settings, "dropped": dropped}))

@@ -50,8 +50,8 @@ def timed_band(spread_ratio: float) -> Band:
     The widening is limited, so that noise never makes a plan count as equal that is predicted to take far
     longer.
     """
-    more = min(_WIDEST, max(0.0, spread_ratio - _USUAL_SPREAD_RATIO))
-    return Band(TIMED.low + more, TIMED.high + 2 * more)
+    widening = min(_WIDEST, max(0.0, spread_ratio - _USUAL_SPREAD_RATIO))
+    return Band(TIMED.low + widening, TIMED.high + 2 * widening)
 
 
 class Objective(enum.StrEnum):
@@ -82,7 +82,9 @@ def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
         return True
     if batch % size:
         allowed = ", ".join(str(d) for d in range(1, batch + 1) if batch % d == 0)
-        raise UserError(f"a micro-batch of {size} of the {batch} samples of a rank", allowed=allowed)
+        raise UserError(
+            f"a micro-batch of {size} does not divide the {batch} samples of a rank", allowed=allowed
+        )
     used = plan.get("gradient-accumulation")
     return size * (int(used.settings["micro_batches"]) if used else 1) == batch
 
@@ -93,22 +95,22 @@ def missed(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
 
     Returns "" if no plan fits, or if neither limit is set.
     """
-    asked = (
+    limits = (
         (bounds.deadline_s, Objective.FASTEST, "a deadline of {} (the quickest", format_seconds),
         (bounds.budget_usd, Objective.CHEAPEST, "a budget of {} (the cheapest", "{:g} USD".format),
     )
-    told = []
-    for limit, goal, words, text in asked:
+    misses = []
+    for limit, goal, template, formatter in limits:
         if limit is not None and fitting:
             e = min(fitting, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
             time = format_seconds(e.step_s.value * bounds.steps) if e.step_s else "unknown time"
-            takes = f"{time} and {_usd(e.usd, bounds.steps)}, with {brief(e.plan)}"
-            told.append(f"{words.format(text(limit))} that fits takes {takes})")
-    return f"no allowed plan keeps to {' and '.join(told)}, for {bounds.steps:,} steps" if told else ""
+            summary = f"{time} and {_usd(e.usd, bounds.steps)}, with {brief(e.plan)}"
+            misses.append(f"{template.format(formatter(limit))} that fits takes {summary})")
+    return f"no allowed plan keeps to {' and '.join(misses)}, for {bounds.steps:,} steps" if misses else ""
 
 
-def _usd(each: float | None, steps: int) -> str:
-    return "an unknown price" if each is None else f"{each * steps:.3g} USD"
+def _usd(step_usd: float | None, steps: int) -> str:
+    return "an unknown price" if step_usd is None else f"{step_usd * steps:.3g} USD"
 
 
 def score(estimate: Estimate, goal: Objective) -> float:
@@ -130,12 +132,12 @@ def score(estimate: Estimate, goal: Objective) -> float:
 
 def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> Estimate | None:
     """Return the mildest and simplest estimate among those that are as good as the best by the goal."""
-    pool = simplest_first(estimates, goal)
-    if not pool or math.isinf(score(pool[-1], goal)):
-        return pool[0] if pool else None
-    scores = [score(e, goal) for e in pool]
+    candidates = simplest_first(estimates, goal)
+    if not candidates or math.isinf(score(candidates[-1], goal)):
+        return candidates[0] if candidates else None
+    scores = [score(e, goal) for e in candidates]
     limit = _equal_up_to(scores, EXACT if goal in (Objective.SMALLEST, Objective.FEWEST) else band)
-    return next(e for e, reached in zip(pool, scores, strict=True) if reached <= limit)
+    return next(e for e, e_score in zip(candidates, scores, strict=True) if e_score <= limit)
 
 
 def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estimate]:
@@ -143,21 +145,25 @@ def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estim
 
     Estimates that are neither milder nor better are left out.
     """
-    kept: list[Estimate] = []
+    ordered: list[Estimate] = []
     for e in sorted(estimates, key=lambda e: (mildness(e.plan, e.dependence), score(e, goal))):
-        if not kept or score(e, goal) < score(kept[-1], goal):
-            kept.append(e)
-    return kept
+        if not ordered or score(e, goal) < score(ordered[-1], goal):
+            ordered.append(e)
+    return ordered
 
 
 def _equal_up_to(scores: Sequence[float], band: Band) -> float:
     """Return the highest score that counts as equal to the lowest, which is the last of ``scores``."""
-    least = scores[-1]
-    inside = max(s for s in scores if s <= least * (1 + band.low))
-    between = sorted(s for s in scores if inside < s <= least * (1 + band.high))
-    steps = [inside, *between, min((s for s in scores if s > least * (1 + band.high)), default=math.inf)]
-    wide = least * (1 + 2 * band.high - band.low)  # a plan above this is far enough away
-    gaps = [min(above, wide) - below for below, above in itertools.pairwise(steps)]
+    lowest = scores[-1]
+    equal_low = max(s for s in scores if s <= lowest * (1 + band.low))
+    candidates = sorted(s for s in scores if equal_low < s <= lowest * (1 + band.high))
+    steps = [
+        equal_low,
+        *candidates,
+        min((s for s in scores if s > lowest * (1 + band.high)), default=math.inf),
+    ]
+    far_score = lowest * (1 + 2 * band.high - band.low)  # a plan above this is far enough away
+    gaps = [min(above, far_score) - below for below, above in itertools.pairwise(steps)]
     return steps[gaps.index(max(gaps))]
 
 
@@ -177,9 +183,9 @@ def _padded(value: object) -> str:
 
 def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
     """Return the estimates that no other beats in peak, time and effect class at once, by increasing peak."""
-    kept = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
+    undominated = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
     return sorted(
-        kept, key=lambda e: (e.allocated_bytes.value, score(e, Objective.FASTEST), e.plan.fingerprint)
+        undominated, key=lambda e: (e.allocated_bytes.value, score(e, Objective.FASTEST), e.plan.fingerprint)
     )
 
 
@@ -192,8 +198,8 @@ def _merits(e: Estimate) -> tuple[float, float, int, int, int, str]:
     )
 
 
-def _dominates(one: Estimate, other: Estimate) -> bool:
-    a, b = _merits(one), _merits(other)
+def _dominates(e: Estimate, other_e: Estimate) -> bool:
+    a, b = _merits(e), _merits(other_e)
     no_worse = all(x <= y for x, y in zip(a[:3], b[:3], strict=True))
     return no_worse and (a[:3] != b[:3] or a[3:] < b[3:])
 
@@ -230,27 +236,27 @@ def decide(
     ``inside`` tells whether an estimate fits the memory alone; it is given if ``fits`` checks more than that.
     """
     prices = price if isinstance(price, Prices) else Prices(price)
-    basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
+    baseline = next(e for e in estimates if e.plan == plain(e.plan.ranks))
     winner = best([e for e in estimates if fits(e)], goal, prices.band)
     smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan, e.dependence)))
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
-        held = (inside or fits)(e)
-        return Choice(estimate=e, fits=held, effect=effect_of(e.plan, e.dependence), reasons=reasons)
+        within_cap = (inside or fits)(e)
+        return Choice(estimate=e, fits=within_cap, effect=effect_of(e.plan, e.dependence), reasons=reasons)
 
-    kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [basis]
-    unique = {e.plan: e for e in ([winner] if winner else []) + kept}
-    ordered = sorted(unique.values(), key=lambda e: e.allocated_bytes.value)
+    shown = [e for e in frontier(estimates) if fits(e) or e is smallest] + [baseline]
+    by_plan = {e.plan: e for e in ([winner] if winner else []) + shown}
+    ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     recommended = None
     if winner is not None:
         prices.prepare([without(winner.plan, u.technique) for u in winner.plan.uses])
-        why = reasons_for(winner, estimates, fits, goal, prices, cap_bytes)
-        recommended = choice(winner, (*why, *left_out))
+        winner_reasons = reasons_for(winner, estimates, fits, goal, prices, cap_bytes)
+        recommended = choice(winner, (*winner_reasons, *left_out))
     return SearchResult(
         goal=goal.value,
         cap_bytes=cap_bytes,
         considered=considered,
-        baseline=choice(basis),
+        baseline=choice(baseline),
         frontier=tuple(recommended if recommended and e is winner else choice(e) for e in ordered),
         recommended=recommended,
         smallest=choice(smallest),
@@ -276,27 +282,27 @@ def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Rea
     reasons = []
     for use in estimate.plan.uses:
         try:
-            less = price(without(estimate.plan, use.technique))
+            reduced = price(without(estimate.plan, use.technique))
         except UserError:  # a budget that cannot be met without it
             reasons.append(Reason(kind="needed", technique=use.technique))
             continue
-        if less.plan == estimate.plan:
+        if reduced.plan == estimate.plan:
             continue  # DDP is the fallback of several ranks
         reasons.append(
             Reason(
                 kind="saves",
                 technique=use.technique,
-                saved_bytes=int(less.allocated_bytes.value - estimate.allocated_bytes.value),
-                time_ratio=_ratio(estimate, less),
+                saved_bytes=int(reduced.allocated_bytes.value - estimate.allocated_bytes.value),
+                time_ratio=_ratio(estimate, reduced),
             )
         )
     return tuple(sorted(reasons, key=lambda r: -(r.saved_bytes or 0)))
 
 
-def _ratio(one: Estimate, other: Estimate) -> float | None:
-    if one.step_s is None or other.step_s is None or not other.step_s.value:
+def _ratio(estimate: Estimate, reference: Estimate) -> float | None:
+    if estimate.step_s is None or reference.step_s is None or not reference.step_s.value:
         return None
-    return one.step_s.value / other.step_s.value
+    return estimate.step_s.value / reference.step_s.value
 
 
 def _why_not(
@@ -319,8 +325,8 @@ def _why_not(
         if rivals:
             reasons.append(_compared(winner, min(rivals, key=lambda e: by_goal(e, goal)), name, goal))
         elif traced or not any(map(fits, sketched)):
-            whole = {e.plan for e in traced}
-            priced = [*traced, *(e for e in sketched if e.plan not in whole)]
+            traced_plans = {e.plan for e in traced}
+            priced = [*traced, *(e for e in sketched if e.plan not in traced_plans)]
             reasons.append(none_fits(name, priced, prices.needs, cap_bytes, inside=False))
     return tuple(reasons)
 
@@ -345,17 +351,17 @@ def none_fits(
     reason says how many plans there are and how much the smallest needs, or that the device would be large
     enough but another limit is not met.
     """
-    least = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
-    if least is None:
+    smallest = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
+    if smallest is None:
         return Reason(kind="needed", technique=name)
-    large = needs(least) > cap_bytes
+    exceeds_cap = needs(smallest) > cap_bytes
     kinds = ("needed_late", "needed_priced") if inside else ("left_out_late", "left_out_too_large")
     return Reason(
-        kind=kinds[large],
+        kind=kinds[exceeds_cap],
         technique=name,
         plan_count=len(priced),
-        least_bytes=needs(least),
-        detail=brief(least.plan) if large else "",
+        least_bytes=needs(smallest),
+        detail=brief(smallest.plan) if exceeds_cap else "",
     )
 
 

@@ -51,46 +51,46 @@ def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: boo
     ``ranks`` is the number of ranks that share a parameter, over data and context. ``staged``: part of a
     pipeline.
     """
-    named = {u.technique: u.settings for u in uses}
+    settings_by_name = {u.technique: u.settings for u in uses}
     compute = compute_of(uses)
-    halved = "bf16-parameters" in named
-    stored = 2.0 if halved else 4.0
-    every = any(u.settings.get("sync") == "every" for u in uses)
-    if "fsdp2" in named:
-        knobs = named["fsdp2"]
-        copies = int(knobs["replicas"])
-        gathered = 2.0 if knobs["precision"] == "bf16" or halved else 4.0
-        shards, reshard = ranks // copies, knobs["reshard"] is True
+    has_half_parameters = "bf16-parameters" in settings_by_name
+    stored = 2.0 if has_half_parameters else 4.0
+    reduces_each_micro = any(u.settings.get("sync") == "every" for u in uses)
+    if "fsdp2" in settings_by_name:
+        knobs = settings_by_name["fsdp2"]
+        replica_count = int(knobs["replicas"])
+        gathered = 2.0 if knobs["precision"] == "bf16" or has_half_parameters else 4.0
+        shards, reshard = ranks // replica_count, knobs["reshard"] is True
         return State(
             compute=compute,
             stored=stored,
             gathered=gathered,
             gradient=stored,
-            reduced=2.0 if halved and knobs["precision"] != "bf16" else 4.0,
+            reduced=2.0 if has_half_parameters and knobs["precision"] != "bf16" else 4.0,
             parameter_shards=shards,
             gradient_shards=shards,
             state_shards=shards,
-            replicas=copies,
+            replicas=replica_count,
             reshard=reshard,
-            stays=staged and not reshard and not every,
-            every=every,
+            stays=staged and not reshard and not reduces_each_micro,
+            every=reduces_each_micro,
             bucket=0.0,
             bucket_bytes=0.0,
             offload="all" if knobs["offload"] else "",
             kind="fsdp2",
             updating=updating,
         )
-    if "zero" in named:
-        knobs = named["zero"]
-        stage, half = int(knobs["stage"]), knobs["precision"] == "bf16"
-        size = 2.0 if half else 4.0
-        master = dataclasses.replace(updating, state_bytes=updating.state_bytes + 4.0 * half)
+    if "zero" in settings_by_name:
+        knobs = settings_by_name["zero"]
+        stage, is_half = int(knobs["stage"]), knobs["precision"] == "bf16"
+        element_bytes = 2.0 if is_half else 4.0
+        master_updating = dataclasses.replace(updating, state_bytes=updating.state_bytes + 4.0 * is_half)
         return State(
             compute=compute,
-            stored=size,
-            gathered=size,
-            gradient=size,
-            reduced=size,
+            stored=element_bytes,
+            gathered=element_bytes,
+            gradient=element_bytes,
+            reduced=element_bytes,
             parameter_shards=ranks if stage == 3 else 1,
             gradient_shards=ranks if stage >= 2 else 1,
             state_shards=ranks,
@@ -99,13 +99,13 @@ def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: boo
             stays=False,
             every=True,
             bucket=0.0,
-            bucket_bytes=size * int(knobs["reduce_bucket_elements"]),
+            bucket_bytes=element_bytes * int(knobs["reduce_bucket_elements"]),
             offload={"none": "", "optimizer": "optimizer", "parameters": "all"}[str(knobs["offload"])],
             kind="zero",
-            updating=master,
+            updating=master_updating,
         )
-    if "ddp" in named:
-        knobs = named["ddp"]
+    if "ddp" in settings_by_name:
+        knobs = settings_by_name["ddp"]
         return State(
             compute=compute,
             stored=stored,
@@ -118,7 +118,7 @@ def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: boo
             replicas=ranks,
             reshard=False,
             stays=False,
-            every=every and not staged,  # a pipeline syncs DDP at its last micro-batch only
+            every=reduces_each_micro and not staged,  # a pipeline syncs DDP at its last micro-batch only
             bucket=0.0 if knobs["bucket_view"] else 1.0,
             bucket_bytes=0.0,
             offload="",

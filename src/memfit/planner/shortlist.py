@@ -27,19 +27,19 @@ def finalists(
     """
     fitting = _ordered([e for e in sketches if fits(e)], goal)
     smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
-    edge = frontier(sketches)
-    step = max(1, len(edge) // 4)
-    picked = [
+    frontier_sketches = frontier(sketches)
+    stride = max(1, len(frontier_sketches) // 4)
+    finalist_plans = [
         plain(sketches[0].plan.ranks),
         *(e.plan for e in fitting[: most - _SPARE]),
         smallest[0].plan,
-        *(e.plan for e in edge[::step]),
+        *(e.plan for e in frontier_sketches[::stride]),
     ]
-    simple = simplest_first(fitting, goal)
-    if simple:
-        limit = score(simple[-1], goal) * (1 + _SKETCHED_RATIO)
-        picked[1:1] = [e.plan for e in simple if score(e, goal) <= limit][:_SIMPLEST]
-    return list(dict.fromkeys(picked))[: most + _SIMPLEST]
+    simplest = simplest_first(fitting, goal)
+    if simplest:
+        limit = score(simplest[-1], goal) * (1 + _SKETCHED_RATIO)
+        finalist_plans[1:1] = [e.plan for e in simplest if score(e, goal) <= limit][:_SIMPLEST]
+    return list(dict.fromkeys(finalist_plans))[: most + _SIMPLEST]
 
 
 def until_some_fit(
@@ -58,11 +58,13 @@ def until_some_fit(
     """
     added: list[Plan] = []
     for _ in range(_ROUNDS):
-        more = more_finalists(sketches, [*map(whole, (*chosen, *added))], cap=cap, goal=goal, most=most)
-        if not more:
+        round_plans = more_finalists(
+            sketches, [*map(whole, (*chosen, *added))], cap=cap, goal=goal, most=most
+        )
+        if not round_plans:
             break
-        look(more)
-        added += more
+        look(round_plans)
+        added += round_plans
     return added
 
 
@@ -76,17 +78,17 @@ def counterfactuals(
     """
     by_plan = {e.plan: e for e in sketches}
     ratios = [cap.needs(e) / cap.needs(by_plan[e.plan]) for e in traced if e.plan in by_plan]
-    lightest, tried = min([1.0, *ratios]), {e.plan for e in traced}
-    wanted = []
+    lowest_ratio, traced_plans = min([1.0, *ratios]), {e.plan for e in traced}
+    plans_to_trace = []
     for name in techniques_beside(winner, sketches):
-        having = [e for e in sketches if e.plan.get(name)]
-        may_fit = _ordered([e for e in having if cap.needs(e) * lightest <= cap.bytes], goal)
-        order = [e.plan for e in may_fit[:1]]
+        with_technique = [e for e in sketches if e.plan.get(name)]
+        may_fit = _ordered([e for e in with_technique if cap.needs(e) * lowest_ratio <= cap.bytes], goal)
+        technique_plans = [e.plan for e in may_fit[:1]]
         if not any(e.plan.get(name) and cap.has(e) for e in traced):
-            smallest = min(having, key=lambda e: (cap.needs(e), e.plan.fingerprint))
-            order.append(smallest.plan)
-        wanted += [plan for plan in order if plan not in tried]
-    return list(dict.fromkeys(wanted))
+            smallest = min(with_technique, key=lambda e: (cap.needs(e), e.plan.fingerprint))
+            technique_plans.append(smallest.plan)
+        plans_to_trace += [plan for plan in technique_plans if plan not in traced_plans]
+    return list(dict.fromkeys(plans_to_trace))
 
 
 def more_finalists(
@@ -96,15 +98,15 @@ def more_finalists(
 
     Sketches are corrected by the error of traced plans with the same techniques.
     """
-    missing = most - _SPARE - sum(map(cap.has, traced))
-    by_plan, heavier = {e.plan: e for e in sketches}, dict[frozenset[str], float]()
-    for found in traced:
-        if (sketch := by_plan.pop(found.plan, None)) is not None:
-            ratio = cap.needs(found) / cap.needs(sketch)
-            heavier[_used(found.plan)] = max(ratio, heavier.get(_used(found.plan), 0.0))
+    missing_count = most - _SPARE - sum(map(cap.has, traced))
+    by_plan, ratios = {e.plan: e for e in sketches}, dict[frozenset[str], float]()
+    for traced_estimate in traced:
+        if (sketch := by_plan.pop(traced_estimate.plan, None)) is not None:
+            ratio = cap.needs(traced_estimate) / cap.needs(sketch)
+            ratios[_used(traced_estimate.plan)] = max(ratio, ratios.get(_used(traced_estimate.plan), 0.0))
     fitting = (e for e in by_plan.values() if cap.host(e))
-    left = [e for e in fitting if cap.needs(e) * heavier.get(_used(e.plan), 1.0) <= cap.bytes]
-    return [e.plan for e in _ordered(left, goal)[: max(0, missing)]]
+    remaining = [e for e in fitting if cap.needs(e) * ratios.get(_used(e.plan), 1.0) <= cap.bytes]
+    return [e.plan for e in _ordered(remaining, goal)[: max(0, missing_count)]]
 
 
 def _ordered(estimates: Sequence[Estimate], goal: Objective) -> list[Estimate]:

@@ -52,7 +52,7 @@ _SMALL_STATES_RATIO = 1 / 16
 _DEMONSTRATION = "demonstration:"  # start of the cap's reason if no cap was given on a CPU
 _DEMONSTRATION_SPARE_RATIO = 1.1
 _REACHABLE = (
-    _DEMONSTRATION + " what the smallest plan needs and a tenth more, as none fits {share:.0%} of the "
+    _DEMONSTRATION + " what the smallest plan needs plus 10 %, because no plan fits {share:.0%} of the "
     "baseline's predicted peak"
 )
 _FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # nominal seconds of probing operators
@@ -143,12 +143,12 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
 
     model = fake_model(job)
     try:
-        path, found = find_blocks(model, job.blocks)
-        blocks, linears = len(found), any(True for _ in block_linears(model, path))
+        path, modules = find_blocks(model, job.blocks)
+        block_count, has_linears = len(modules), any(True for _ in block_linears(model, path))
     except UserError:
         if job.blocks is not None:
             raise
-        blocks, linears = 0, False
+        block_count, has_linears = 0, False
     try:
         vocabulary = find_head(model, job.head)[1].out_features
     except UserError:
@@ -157,13 +157,13 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
         vocabulary = 0
     return Space(
         batch_size=max(1, job.batch_size // ranks),
-        block_count=blocks,
+        block_count=block_count,
         has_head=vocabulary > 0,
         vocabulary=vocabulary,
         device=device,
         ranks=ranks,
         half=half,
-        linears=linears,
+        linears=has_linears,
         scalars=bool(scalars(model)),
         clipped=job.clip is not None,
         slices=ranks == 1 and worth_cutting(job, model),
@@ -188,7 +188,10 @@ def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer
     """
     job, ranks = load(request.job), request.ranks
     if replicas and job.batch_size < ranks:
-        raise UserError(f"a batch of {job.batch_size} on {ranks} ranks", allowed=f"--batch {ranks} or more")
+        raise UserError(
+            f"a batch of {job.batch_size} cannot be divided over {ranks} ranks",
+            allowed=f"--batch {ranks} or more",
+        )
     space = space_of(job, request.machine.device.kind, request.ranks, half_of(request.machine))
     return job, Pricer(
         job=job,
@@ -221,17 +224,17 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     if request.machine.device_count > 1 and not request.is_here:
         ranks = request.ranks if request.ranks > 1 else request.machine.device_count
         request = dataclasses.replace(request, ranks=ranks)
-        if (found := _search_many(request, progress)) is not None:
-            return found
+        if (planning := _search_many(request, progress)) is not None:
+            return planning
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request)
     _refuse_ranks(request, pricer)
     limit_parts(pricer, request.accuracy)
-    basis = pricer.whole(plain(request.ranks))
+    baseline = pricer.whole(plain(request.ranks))
     if request.is_here and must_run:
-        request, job, pricer, basis = _runnable(request, job, pricer, basis)
+        request, job, pricer, baseline = _runnable(request, job, pricer, baseline)
     pricer.gap_ratio = _GAP_RATIO
-    cap_bytes, cap_reason = _cap(request, basis, job.demonstration_ratio)
+    cap_bytes, cap_reason = _cap(request, baseline, job.demonstration_ratio)
     if request.is_here:
         _begin_calibration(pricer, request, progress)
     batch, bounds = pricer.space.batch_size, dataclasses.replace(request.bounds, steps=job.steps)
@@ -242,21 +245,27 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     def fits(e: Estimate) -> bool:
         return inside(e) and as_asked(e.plan, bounds, batch) and keeps(bounds, e)
 
-    states = states_bytes(basis)
-    small = states if states < _SMALL_STATES_RATIO * cap_bytes else None
+    state_bytes = states_bytes(baseline)
+    small_state_bytes = state_bytes if state_bytes < _SMALL_STATES_RATIO * cap_bytes else None
     sketches: list[Estimate] = []
     try:
         estimates, considered, left_out = _price(
-            pricer, request, cap_bytes, progress, fits, small=small, sketches=sketches
+            pricer, request, cap_bytes, progress, fits, small_state_bytes=small_state_bytes, sketches=sketches
         )
         if cap_reason.startswith(_DEMONSTRATION) and not any(map(fits, estimates)):
             cap_bytes = _reachable_cap(estimates, request, batch)
             cap_reason = _REACHABLE.format(share=job.demonstration_ratio)
             sketches.clear()
-            more, considered, left_out = _price(
-                pricer, request, cap_bytes, progress, fits, small=small, sketches=sketches
+            capped_estimates, considered, left_out = _price(
+                pricer,
+                request,
+                cap_bytes,
+                progress,
+                fits,
+                small_state_bytes=small_state_bytes,
+                sketches=sketches,
             )
-            estimates = list({e.plan: e for e in (*estimates, *more)}.values())
+            estimates = list({e.plan: e for e in (*estimates, *capped_estimates)}.values())
         result = decide(
             estimates,
             goal=request.goal,
@@ -268,14 +277,14 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             price=_prices(pricer, request, sketches),
         )
     except KeyboardInterrupt:
-        so_far = _best_so_far(pricer, request, cap_bytes, fits, sketches)
-        raise SearchInterrupted(so_far) from None
+        partial_result = _best_so_far(pricer, request, cap_bytes, fits, sketches)
+        raise SearchInterrupted(partial_result) from None
     result = dataclasses.replace(
         result, cap_reason=cap_reason, timings=timings(pricer.calibration) if request.is_here else None
     )
     if result.recommended is None:
-        asked = [e for e in estimates if as_asked(e.plan, bounds, batch)]
-        raise _nothing_fits(asked, request, cap_bytes, bounds, ways=_ways(pricer))
+        requested_estimates = [e for e in estimates if as_asked(e.plan, bounds, batch)]
+        raise _nothing_fits(requested_estimates, request, cap_bytes, bounds, ways=_ways(pricer))
     return Planning(
         request=request,
         job=job,
@@ -301,20 +310,25 @@ def _prices(pricer: Pricer, request: Request, sketches: list[Estimate]) -> Price
 
 
 def _nothing_fits(
-    asked: Sequence[Estimate], request: Request, cap_bytes: int, bounds: Bounds, *, ways: tuple[str, ...]
+    requested_estimates: Sequence[Estimate],
+    request: Request,
+    cap_bytes: int,
+    bounds: Bounds,
+    *,
+    ways: tuple[str, ...],
 ) -> NothingFits:
     """Return the error with the least memory that would be enough.
 
-    ``asked`` are plans with the requested micro-batch.
+    ``requested_estimates`` are plans with the requested micro-batch.
     """
-    least = min(asked, key=lambda e: e.allocated_bytes.value)
+    smallest = min(requested_estimates, key=lambda e: e.allocated_bytes.value)
     return NothingFits(
         cap_bytes=cap_bytes,
-        least_bytes=needed_bytes(least, request.machine),
-        plan_text=least.plan.label,
-        missed=missed(bounds, list(filter(fits_under(cap_bytes, request.machine), asked))),
+        least_bytes=needed_bytes(smallest, request.machine),
+        plan_text=smallest.plan.label,
+        missed=missed(bounds, list(filter(fits_under(cap_bytes, request.machine), requested_estimates))),
         ways=ways,
-        host="" if host_holds(least, request.machine) else host_line(least, request.machine),
+        host="" if host_holds(smallest, request.machine) else host_line(smallest, request.machine),
     )
 
 
@@ -345,33 +359,33 @@ def _best_so_far(
     pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
 ) -> SearchResult:
     """Return the best of the plans traced so far, or of the sketches if no traced plan fits."""
-    highest, refuses = request.accuracy.highest, engine(request.engine).supports
-    traced = [
+    max_effect, refusals_of = request.accuracy.highest, engine(request.engine).supports
+    traced_estimates = [
         pricer.whole(plan)
         for plan, rank in list(pricer.traces)
         if rank == 0
-        and effect_of(plan, pricer.dependence) <= highest
-        and not refuses(plan)
+        and effect_of(plan, pricer.dependence) <= max_effect
+        and not refusals_of(plan)
         and not any(plan.get(name) for name in request.bounds.without)
     ]
-    basis = pricer.whole(plain(request.ranks))
-    pool = traced if any(map(fits, traced)) else [*traced, *sketches]
-    winner = best(filter(fits, pool), request.goal, _band(pricer, request))
-    smallest = min([basis, *pool], key=lambda e: e.allocated_bytes.value)
+    baseline = pricer.whole(plain(request.ranks))
+    candidates = traced_estimates if any(map(fits, traced_estimates)) else [*traced_estimates, *sketches]
+    winner = best(filter(fits, candidates), request.goal, _band(pricer, request))
+    smallest = min([baseline, *candidates], key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate) -> Choice:
-        need, effect = needed_bytes(e, request.machine), effect_of(e.plan, e.dependence)
-        return Choice(estimate=e, fits=fits(e), effect=effect, needed_bytes=need)
+        need_bytes, effect = needed_bytes(e, request.machine), effect_of(e.plan, e.dependence)
+        return Choice(estimate=e, fits=fits(e), effect=effect, needed_bytes=need_bytes)
 
-    shown = {e.plan: e for e in (basis, smallest, *([winner] if winner else []))}
+    by_plan = {e.plan: e for e in (baseline, smallest, *([winner] if winner else []))}
     return SearchResult(
         goal=request.goal.value,
         cap_bytes=cap_bytes,
-        considered=len(sketches) or len(pool),
-        baseline=choice(basis),
+        considered=len(sketches) or len(candidates),
+        baseline=choice(baseline),
         recommended=choice(winner) if winner else None,
         smallest=choice(smallest),
-        frontier=tuple(map(choice, sorted(shown.values(), key=lambda e: e.allocated_bytes.value))),
+        frontier=tuple(map(choice, sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value))),
         unfinished=True,
     )
 
@@ -385,29 +399,29 @@ def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
     space = pricer.space
     if space.batch_size == 1 or pricer.dependence.kind is not DependenceKind.DEPENDENT:
         return
-    least = 2 if may_split(pricer.dependence, accuracy) else space.batch_size
-    pricer.space = dataclasses.replace(space, least_part=least)
+    smallest_part = 2 if may_split(pricer.dependence, accuracy) else space.batch_size
+    pricer.space = dataclasses.replace(space, least_part=smallest_part)
 
 
 def _ways(pricer: Pricer) -> tuple[str, ...]:
-    found = pricer.dependence if pricer.space.batch_size > 1 else None
-    if found is None or found.kind is not DependenceKind.DEPENDENT:
+    dependence = pricer.dependence if pricer.space.batch_size > 1 else None
+    if dependence is None or dependence.kind is not DependenceKind.DEPENDENT:
         return ()
-    if found.cause is DependenceCause.WEIGHTS:
-        return (f"gradient-accumulation, with {found.way_out}",)
-    return (f"gradient-accumulation, which {found.changes}, under --accuracy any",)
+    if dependence.cause is DependenceCause.WEIGHTS:
+        return (f"gradient-accumulation, with {dependence.way_out}",)
+    return (f"gradient-accumulation, which {dependence.changes}, under --accuracy any",)
 
 
 def _refuse_ranks(request: Request, pricer: Pricer) -> None:
     """Raise UserError if dividing the batch over ranks would change the training."""
     if request.ranks == 1 or may_share(pricer.dependence, request.accuracy):
         return
-    found = pricer.dependence
-    refuse_wrong_weights(plain(request.ranks), found)
+    dependence = pricer.dependence
+    refuse_wrong_weights(plain(request.ranks), dependence)
     raise UserError(
-        f"{request.ranks} ranks that share the batch: that {found.changes} ({found.reason})",
+        f"{request.ranks} ranks share the batch, which {dependence.changes} ({dependence.reason})",
         allowed="--accuracy any",
-        hint=f"ways out: {found.way_out}",
+        hint=f"alternatives: {dependence.way_out}",
     )
 
 
@@ -443,35 +457,37 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
 
 
 def _runnable(
-    request: Request, job: Job, pricer: Pricer, basis: Estimate
+    request: Request, job: Job, pricer: Pricer, baseline: Estimate
 ) -> tuple[Request, Job, Pricer, Estimate]:
     """Return the same with the batch halved until plain training fits the memory that is free now."""
-    free = local_machine.free_bytes() // request.ranks
-    while needed_bytes(basis, request.machine) > free and job.batch_size > request.ranks:
-        smaller = dataclasses.replace(request.job, batch=job.batch_size // 2)
-        request = dataclasses.replace(request, job=smaller)
+    free_bytes = local_machine.free_bytes() // request.ranks
+    while needed_bytes(baseline, request.machine) > free_bytes and job.batch_size > request.ranks:
+        smaller_job = dataclasses.replace(request.job, batch=job.batch_size // 2)
+        request = dataclasses.replace(request, job=smaller_job)
         job, pricer = make_pricer(request)
         limit_parts(pricer, request.accuracy)
-        basis = pricer.whole(plain(request.ranks))
-    return request, job, pricer, basis
+        baseline = pricer.whole(plain(request.ranks))
+    return request, job, pricer, baseline
 
 
-def _cap(request: Request, basis: Estimate, share: float) -> tuple[int, str]:
+def _cap(request: Request, baseline: Estimate, ratio: float) -> tuple[int, str]:
     if request.cap_bytes is not None:
         return request.cap_bytes, "asked for"
     if request.machine.device.kind == "cpu":
-        if not 0 < share <= 1:
-            raise UserError(f"the job's demonstration_ratio is {share}", allowed="above 0, at most 1")
-        told = {0.25: "a quarter", 0.5: "half"}.get(share, f"{share:.0%}")
-        reason = f"{_DEMONSTRATION} {told} of the baseline's predicted peak"
-        return int(basis.allocated_bytes.value * share), reason
+        if not 0 < ratio <= 1:
+            raise UserError(f"the job's demonstration_ratio is {ratio}", allowed="above 0, at most 1")
+        ratio_text = {0.25: "a quarter", 0.5: "half"}.get(ratio, f"{ratio:.0%}")
+        reason = f"{_DEMONSTRATION} {ratio_text} of the baseline's predicted peak"
+        return int(baseline.allocated_bytes.value * ratio), reason
     return int(request.machine.device.memory_bytes.value), "the device's memory"
 
 
 def _reachable_cap(estimates: Sequence[Estimate], request: Request, batch: int) -> int:
     """Return the cap of a demonstration: the least that a requested plan needs, plus a margin."""
-    asked = [e for e in estimates if as_asked(e.plan, request.bounds, batch)]
-    return int(min(needed_bytes(e, request.machine) for e in asked) * _DEMONSTRATION_SPARE_RATIO)
+    requested_estimates = [e for e in estimates if as_asked(e.plan, request.bounds, batch)]
+    return int(
+        min(needed_bytes(e, request.machine) for e in requested_estimates) * _DEMONSTRATION_SPARE_RATIO
+    )
 
 
 def needed_bytes(estimate: Estimate, machine: Machine) -> int:
@@ -485,8 +501,8 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
         if estimate.traced:  # the upper end is higher if the workspaces of kernels were not probed
             allocated_bytes = max(allocated_bytes, estimate.allocated_bytes.high / CPU_HEADROOM_RATIO)
         return int(allocated_bytes * CPU_HEADROOM_RATIO) + CPU_HEADROOM_BYTES
-    if (whole := estimate.device_bytes) is not None:
-        return int(whole.high if estimate.traced else whole.value)
+    if (device_bytes := estimate.device_bytes) is not None:
+        return int(device_bytes.high if estimate.traced else device_bytes.value)
     reserved = estimate.reserved_bytes
     reserved_bytes = reserved.value if reserved else allocated_bytes * ASSUMED_RESERVED_RATIO
     return int(reserved_bytes) + UNKNOWN_DEVICE_BYTES
@@ -496,8 +512,8 @@ def fits_under(cap_bytes: int, machine: Machine) -> Fits:
     """Return a function that tells whether an estimate fits ``cap_bytes`` on the device and the host's
     memory.
     """
-    holds = host_holds_under(cap_bytes, machine)
-    return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes and holds(estimate)
+    host_fits = host_holds_under(cap_bytes, machine)
+    return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes and host_fits(estimate)
 
 
 def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
@@ -523,85 +539,88 @@ def _price(
     progress: Progress,
     fits: Fits,
     *,
-    small: int | None,
+    small_state_bytes: int | None,
     sketches: list[Estimate],
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
     """Sketch every plan, trace the best ones whole, and calibrate the operators they need.
 
-    ``small``: bytes of the states if they are too small for another optimizer to matter, else None. The
-    sketches are appended to ``sketches``.
+    ``small_state_bytes``: bytes of the states if they are too small for another optimizer to matter, else
+    None. The sketches are appended to ``sketches``.
     """
     dependence = pricer.dependence if pricer.job.batch_size > 1 else None
-    offered, left_out = usable(
-        pricer.space, request.accuracy, small_states_bytes=small, dependence=dependence
+    usable_techniques, left_out = usable(
+        pricer.space, request.accuracy, small_states_bytes=small_state_bytes, dependence=dependence
     )
-    techniques = [t for t in offered if t.name not in request.bounds.without]
-    carries = engine(request.engine).supports
-    basis = plain(request.ranks)  # always priced, because the other plans are compared with it
-    every = [
+    techniques = [t for t in usable_techniques if t.name not in request.bounds.without]
+    refusals_of = engine(request.engine).supports
+    plain_plan = plain(request.ranks)  # always priced, because the other plans are compared with it
+    all_plans = [
         plan
         for plan in plans(pricer.space, techniques)
-        if not carries(plan) and (plan == basis or as_asked(plan, request.bounds, pricer.space.batch_size))
+        if not refusals_of(plan)
+        and (plan == plain_plan or as_asked(plan, request.bounds, pricer.space.batch_size))
     ]
-    pricer.prepare(every, lambda *begun: progress("search", *begun))
-    for done, plan in enumerate(every):
-        progress("price", done, len(every), plan.label)
+    pricer.prepare(all_plans, lambda *counts: progress("search", *counts))
+    for index, plan in enumerate(all_plans):
+        progress("price", index, len(all_plans), plan.label)
         sketches.append(pricer.sketch(plan))
-    most = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
-    chosen = finalists(sketches, fits, request.goal, most)
+    finalist_count = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
+    finalist_plans = finalists(sketches, fits, request.goal, finalist_count)
 
     def look(these: list[Plan]) -> None:
-        pricer.trace_all(these, lambda *begun: progress("finalists", *begun))
+        pricer.trace_all(these, lambda *counts: progress("finalists", *counts))
         if request.is_here:
             calibrate(pricer, request, progress, plans=these)
 
-    look(chosen)
+    look(finalist_plans)
     cap = Cap(
         bytes=cap_bytes,
         needs=lambda e: needed_bytes(e, request.machine),
-        refuses=carries,
+        refuses=refusals_of,
         host=host_holds_under(cap_bytes, request.machine),
     )
-    chosen += until_some_fit(pricer.whole, look, sketches, chosen, cap=cap, goal=request.goal, most=most)
-    made = _with_rivals(pricer, request, fits, [pricer.whole(plan) for plan in chosen], progress)
+    finalist_plans += until_some_fit(
+        pricer.whole, look, sketches, finalist_plans, cap=cap, goal=request.goal, most=finalist_count
+    )
+    estimates = _with_rivals(pricer, request, fits, [pricer.whole(plan) for plan in finalist_plans], progress)
     if not is_long(pricer):
-        made = _with_counterfactuals(pricer, request, fits, made, sketches, cap, progress)
+        estimates = _with_counterfactuals(pricer, request, fits, estimates, sketches, cap, progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
-        made += budgeted(pricer.whole, sketches, made, request.goal, cap, progress)
-    return made, len(every), left_out
+        estimates += budgeted(pricer.whole, sketches, estimates, request.goal, cap, progress)
+    return estimates, len(all_plans), left_out
 
 
 def _with_rivals(
-    pricer: Pricer, request: Request, fits: Fits, made: list[Estimate], progress: Progress
+    pricer: Pricer, request: Request, fits: Fits, estimates: list[Estimate], progress: Progress
 ) -> list[Estimate]:
     """Add the plans that lack one of the winner's techniques, which sketches may have overestimated.
 
     Their operators are measured. This is repeated while it changes the winner.
     """
-    refuses = engine(request.engine).supports
-    winner = best(filter(fits, made), request.goal, _band(pricer, request))
+    refusals_of = engine(request.engine).supports
+    winner = best(filter(fits, estimates), request.goal, _band(pricer, request))
     for _ in range(_SETTLING_ROUNDS):
         if winner is None:
             break
-        less = dict.fromkeys(without(winner.plan, u.technique) for u in winner.plan.uses)
-        rivals = [p for p in less if p not in {e.plan for e in made} and not refuses(p)]
+        reduced_plans = dict.fromkeys(without(winner.plan, u.technique) for u in winner.plan.uses)
+        rivals = [p for p in reduced_plans if p not in {e.plan for e in estimates} and not refusals_of(p)]
         if request.ranks == 1:
             pricer.trace_all(rivals)
         if request.is_here:
             calibrate(pricer, request, progress, [winner.plan, *rivals], budget_s=_SETTLING_BUDGET_S)
-            made = [pricer.whole(e.plan) for e in made]  # priced with the new calibration
-        made = [*made, *map(pricer.whole, rivals)]
-        before, winner = winner, best(filter(fits, made), request.goal, _band(pricer, request))
-        if winner is None or winner.plan == before.plan:
+            estimates = [pricer.whole(e.plan) for e in estimates]  # priced with the new calibration
+        estimates = [*estimates, *map(pricer.whole, rivals)]
+        previous_winner, winner = winner, best(filter(fits, estimates), request.goal, _band(pricer, request))
+        if winner is None or winner.plan == previous_winner.plan:
             break
-    return made
+    return estimates
 
 
 def _with_counterfactuals(
     pricer: Pricer,
     request: Request,
     fits: Fits,
-    made: list[Estimate],
+    estimates: list[Estimate],
     sketches: list[Estimate],
     cap: Cap,
     progress: Progress,
@@ -612,21 +631,23 @@ def _with_counterfactuals(
     """
     for _ in range(_COUNTERFACTUAL_ROUNDS):
         band = _band(pricer, request)
-        winner = best(filter(fits, made), request.goal, band)
+        winner = best(filter(fits, estimates), request.goal, band)
         if winner is None:
             break
-        wanted = counterfactuals(sketches, made, winner, cap=cap, goal=request.goal)
-        if not wanted:
+        candidate_plans = counterfactuals(sketches, estimates, winner, cap=cap, goal=request.goal)
+        if not candidate_plans:
             break
         if request.ranks == 1:
-            pricer.trace_all(wanted, lambda *begun: progress("finalists", *begun))
+            pricer.trace_all(candidate_plans, lambda *counts: progress("finalists", *counts))
         if request.is_here:
-            calibrate(pricer, request, progress, plans=wanted, budget_s=_SETTLING_BUDGET_S)
-        made = [pricer.whole(plan) for plan in dict.fromkeys([*(e.plan for e in made), *wanted])]
-        after = best(filter(fits, made), request.goal, band)
-        if after is None or after.plan != winner.plan:
-            made = _with_rivals(pricer, request, fits, made, progress)
-    return made
+            calibrate(pricer, request, progress, plans=candidate_plans, budget_s=_SETTLING_BUDGET_S)
+        estimates = [
+            pricer.whole(plan) for plan in dict.fromkeys([*(e.plan for e in estimates), *candidate_plans])
+        ]
+        new_winner = best(filter(fits, estimates), request.goal, band)
+        if new_winner is None or new_winner.plan != winner.plan:
+            estimates = _with_rivals(pricer, request, fits, estimates, progress)
+    return estimates
 
 
 def is_long(pricer: Pricer) -> bool:
@@ -656,25 +677,37 @@ def calibrate(
     from memfit.cost.op_time import signatures_to_time
     from memfit.cost.workspaces import unprobed_signatures
 
-    first = plans is None
-    chosen = _representatives(pricer, request.bounds.without) if plans is None else plans
+    is_first_call = plans is None
+    calibrated_plans = _representatives(pricer, request.bounds.without) if plans is None else plans
     if request.ranks == 1:
-        pricer.trace_all(chosen)
-    ops = [pair for plan in chosen for pair in step_ops(pricer.trace(plan))]
-    known = {*pricer.calibration.op_s, *pricer.calibration.not_timed}
-    wanted = signatures_to_time(ops, known, budget_s=_FIRST_BUDGET_S if first else budget_s)
-    decisive = [s for plan in chosen for s in unprobed_signatures(pricer.trace(plan), pricer.calibration)]
-    wanted = list(dict.fromkeys((*wanted, *[s for s in decisive if s not in known][:_MOST_DECISIVE])))
-    if not first and not wanted:
+        pricer.trace_all(calibrated_plans)
+    ops = [pair for plan in calibrated_plans for pair in step_ops(pricer.trace(plan))]
+    known_signatures = {*pricer.calibration.op_s, *pricer.calibration.not_timed}
+    signatures = signatures_to_time(
+        ops, known_signatures, budget_s=_FIRST_BUDGET_S if is_first_call else budget_s
+    )
+    peak_signatures = [
+        s for plan in calibrated_plans for s in unprobed_signatures(pricer.trace(plan), pricer.calibration)
+    ]
+    signatures = list(
+        dict.fromkeys(
+            (*signatures, *[s for s in peak_signatures if s not in known_signatures][:_MOST_DECISIVE])
+        )
+    )
+    if not is_first_call and not signatures:
         return
     cache = CalibrationCache(_threads(request))
-    stored = cache.read()
-    missing = [s for s in wanted if s not in stored.op_s and s not in stored.not_timed]
-    rates = not stored.flops_s and not pricer.calibration.flops_s
-    if missing or rates:
-        progress("calibrate", 0, 0, f"{len(missing)} operators")
-        stored = cache.add(probe_here(request, missing, _LONGEST_RATIO * budget_s, rates))
-    pricer.recalibrate(merged(pricer.calibration, selected(stored, set(wanted))))
+    stored_calibration = cache.read()
+    missing_signatures = [
+        s for s in signatures if s not in stored_calibration.op_s and s not in stored_calibration.not_timed
+    ]
+    needs_rates = not stored_calibration.flops_s and not pricer.calibration.flops_s
+    if missing_signatures or needs_rates:
+        progress("calibrate", 0, 0, f"{len(missing_signatures)} operators")
+        stored_calibration = cache.add(
+            probe_here(request, missing_signatures, _LONGEST_RATIO * budget_s, needs_rates)
+        )
+    pricer.recalibrate(merged(pricer.calibration, selected(stored_calibration, set(signatures))))
 
 
 def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> None:
@@ -687,22 +720,22 @@ def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> 
     calibrate(pricer, request, progress)
 
 
-def _representatives(pricer: Pricer, excluded: Sequence[str]) -> list[Plan]:
+def _representatives(pricer: Pricer, excluded_techniques: Sequence[str]) -> list[Plan]:
     """Return plans whose operators span the search: whole batch and single samples, in both precisions.
 
-    Plans with a technique in ``excluded`` are left out.
+    Plans with a technique in ``excluded_techniques`` are left out.
     """
     parts = pricer.space.parts
-    single = [use("gradient-accumulation", micro_batches=parts[-1])] if parts[-1] > 1 else []
-    middle = [use("gradient-accumulation", micro_batches=4)] if 4 in parts[:-1] else []
-    mixed, basis = autocast(pricer.space), plain(pricer.space.ranks)
-    spanning = [
-        basis,
-        basis.with_use(mixed),
-        *(basis.with_use(u) for u in middle + single),
-        *(basis.with_use(mixed).with_use(u) for u in middle + single),
+    single_samples = [use("gradient-accumulation", micro_batches=parts[-1])] if parts[-1] > 1 else []
+    four_micro_batches = [use("gradient-accumulation", micro_batches=4)] if 4 in parts[:-1] else []
+    mixed_precision, plain_plan = autocast(pricer.space), plain(pricer.space.ranks)
+    candidates = [
+        plain_plan,
+        plain_plan.with_use(mixed_precision),
+        *(plain_plan.with_use(u) for u in four_micro_batches + single_samples),
+        *(plain_plan.with_use(mixed_precision).with_use(u) for u in four_micro_batches + single_samples),
     ]
-    return [plan for plan in spanning if plan == basis or not any(map(plan.get, excluded))]
+    return [plan for plan in candidates if plan == plain_plan or not any(map(plan.get, excluded_techniques))]
 
 
 _MOST_DECISIVE = 32  # most operators whose workspaces could move a peak, probed beside those that take time
@@ -719,11 +752,11 @@ def probe_here(request: Request, signatures: list[str], budget_s: float, rates: 
 
     Raises RunError if the child process ends without a calibration.
     """
-    found: list[Calibration] = []
+    calibrations: list[Calibration] = []
 
     def listen(event: Mapping[str, Any]) -> None:
         if event["event"] == "calibration":
-            found.append(
+            calibrations.append(
                 serialization.loads(
                     Calibration, serialization.dumps(event["calibration"]), what="calibration"
                 )
@@ -742,6 +775,6 @@ def probe_here(request: Request, signatures: list[str], budget_s: float, rates: 
     packages = ["bitsandbytes"] if any('"bitsandbytes.' in s for s in signatures) else []
     config = native.render_calibration(spec, signatures, budget_s=budget_s, packages=packages, rates=rates)
     outcome = run(config, on_event=listen)
-    if not found:
+    if not calibrations:
         raise RunError(f"calibration did not finish: {outcome.reason or outcome.outcome.value}")
-    return found[0]
+    return calibrations[0]

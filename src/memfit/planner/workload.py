@@ -18,7 +18,7 @@ def workload_of(job: Job, machine: str = "") -> Workload:
     The model is built without memory to count its parameters. A batch is made if the job gives no length.
     """
     length = job.tokens_per_batch // job.batch_size if job.batch_size > 0 else 0
-    found = Workload(
+    workload = Workload(
         model=_model(job),
         parameter_count=sum(p.numel() for p in fake_model(job).parameters()),
         batch_size=job.batch_size,
@@ -27,7 +27,7 @@ def workload_of(job: Job, machine: str = "") -> Workload:
         assumed=job.assumed,
         machine=machine,
     )
-    return found if length else _with_shape(found, job)
+    return workload if length else _with_shape(workload, job)
 
 
 def _model(job: Job) -> str:

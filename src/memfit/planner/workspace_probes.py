@@ -49,15 +49,17 @@ def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
     Workspaces that cannot be probed stay unknown; `cost.estimate` widens the interval by their bound.
     """
     pricer.recalibrate(dataclasses.replace(pricer.calibration, threads=torch.get_num_threads()))
-    known = _Kept.of(pricer.calibration.threads)
+    stored_probes = _Kept.of(pricer.calibration.threads)
     for _ in range(_ATTEMPTS):
-        wanted = _wanted(pricer, plan)
-        _learn(pricer, {s: known.taken[k] for s in wanted if (k := _key(s)) in known.taken})
-        left = [s for s in _wanted(pricer, plan) if _key(s) not in known.taken]
-        fresh = _probed(left, pricer.calibration.threads)
-        if not fresh:
+        signatures = _wanted(pricer, plan)
+        _learn(
+            pricer, {s: stored_probes.taken[k] for s in signatures if (k := _key(s)) in stored_probes.taken}
+        )
+        unknown_signatures = [s for s in _wanted(pricer, plan) if _key(s) not in stored_probes.taken]
+        results = _probed(unknown_signatures, pricer.calibration.threads)
+        if not results:
             return
-        known.add({_key(s): taken for s, taken in fresh.items()})
+        stored_probes.add({_key(s): workspace for s, workspace in results.items()})
 
 
 def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
@@ -65,31 +67,31 @@ def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
     run.
     """
     most_bytes = _FREE_RATIO * local_machine.free_bytes()
-    wanted: dict[str, None] = {}
+    signatures: dict[str, None] = {}
     for rank in layout(pricer.settled(plan)).distinct_ranks():
         trace = pricer.trace(plan, rank)
         ops = {op.signature: op for op in trace.ops}
         for signature in unprobed_signatures(trace, pricer.calibration):
             if _is_small(ops[signature], most_bytes, pricer.calibration.threads):
-                wanted[signature] = None
-    return list(wanted)
+                signatures[signature] = None
+    return list(signatures)
 
 
 def _is_small(op: OpCall, most_bytes: float, threads: int) -> bool:
-    taken = input_bytes(op.signature) + bound_bytes(op.signature, "cpu", threads)
-    return op.flops <= _MOST_FLOPS and taken <= most_bytes
+    total_bytes = input_bytes(op.signature) + bound_bytes(op.signature, "cpu", threads)
+    return op.flops <= _MOST_FLOPS and total_bytes <= most_bytes
 
 
-def _learn(pricer: Pricer, taken: Mapping[str, Taken]) -> None:
-    peaks = {s: t[0] for s, t in taken.items() if t}
-    kept = {s: t[1] for s, t in taken.items() if t and t[1]}
-    if peaks:
-        before = pricer.calibration
+def _learn(pricer: Pricer, workspaces: Mapping[str, Taken]) -> None:
+    peak_bytes = {s: t[0] for s, t in workspaces.items() if t}
+    kept_bytes = {s: t[1] for s, t in workspaces.items() if t and t[1]}
+    if peak_bytes:
+        calibration = pricer.calibration
         pricer.recalibrate(
             dataclasses.replace(
-                before,
-                op_peak_bytes={**before.op_peak_bytes, **peaks},
-                op_kept_bytes={**before.op_kept_bytes, **kept},
+                calibration,
+                op_peak_bytes={**calibration.op_peak_bytes, **peak_bytes},
+                op_kept_bytes={**calibration.op_kept_bytes, **kept_bytes},
             )
         )
 
@@ -101,12 +103,12 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
     """
     if not signatures:
         return {}
-    found: dict[str, Taken] = {}
+    results: dict[str, Taken] = {}
 
     def listen(event: Mapping[str, Any]) -> None:
         if event["event"] == "workspace":
-            taken = event["taken"]
-            found[signatures[event["index"]]] = taken and (taken[0], taken[1])
+            workspace = event["taken"]
+            results[signatures[event["index"]]] = workspace and (workspace[0], workspace[1])
 
     spec = RunSpec(
         name="workspaces",
@@ -118,16 +120,20 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
         threads=threads,
         timeout_s=_LIMIT_S,
     )
-    spaces = {json.loads(s)[0].split(".")[0] for s in signatures} - {"aten"}
+    namespaces = {json.loads(s)[0].split(".")[0] for s in signatures} - {"aten"}
     config = native.render_calibration(
-        spec, signatures, budget_s=_BUDGET_S, packages=sorted(spaces & sys.modules.keys()), memory_only=True
+        spec,
+        signatures,
+        budget_s=_BUDGET_S,
+        packages=sorted(namespaces & sys.modules.keys()),
+        memory_only=True,
     )
     with contextlib.suppress(OSError):  # if no process can be started, nothing is probed
-        ended = run(config, on_event=listen)
-        crashed = ended.outcome.value == "failed" and len(found) < len(signatures)
-        if crashed and (found or "killed by" in ended.reason):
-            found[signatures[len(found)]] = None
-    return found
+        ending = run(config, on_event=listen)
+        crashed = ending.outcome.value == "failed" and len(results) < len(signatures)
+        if crashed and (results or "killed by" in ending.reason):
+            results[signatures[len(results)]] = None
+    return results
 
 
 @dataclasses.dataclass

@@ -74,28 +74,31 @@ def advise(
     float32.
     """
     model = _trained(job, trained, say)
-    kinds = {d: modes(model, DTYPES[d], cuda=device == "cuda") for d in dtypes}
-    for other in list(kinds.values())[1:]:
-        other["exact"] = kinds[dtypes[0]]["exact"]
+    modes_by_dtype = {d: modes(model, DTYPES[d], cuda=device == "cuda") for d in dtypes}
+    for other_modes in list(modes_by_dtype.values())[1:]:
+        other_modes["exact"] = modes_by_dtype[dtypes[0]]["exact"]
     places: dict[str, dict[str, _Place]] = {d: {} for d in dtypes}
     data = [padded(_few(job, trained + index)) for index in range(batches)]
     for index, batch in enumerate(data):
         say("record", index, batches)
         root = record(model, batch, job.loss)
         if not math.isfinite(float(root.made)):
-            raise UserError(f"the loss of {job.name} is {float(root.made)} in float32", hint="mend it first")
-        for dtype, own in kinds.items():
-            _learn(root, own, batch, job, dtype)
-        _examine(root, places, model, kinds, job, say)
-    found = []
+            raise UserError(
+                f"the loss of {job.name} is {float(root.made)} in float32",
+                hint="fix the job first: its loss must be finite",
+            )
+        for dtype, dtype_modes in modes_by_dtype.items():
+            _learn(root, dtype_modes, batch, job, dtype)
+        _examine(root, places, model, modes_by_dtype, job, say)
+    advice = []
     for dtype in dtypes:
-        whole = _Whole(model, kinds[dtype]["pure"].model, DTYPES[dtype], data[0], job)
-        inside = [p for p in places[dtype].values() if p.pattern != LOSS]
-        for index, place in enumerate(sorted(inside, key=_rank, reverse=True)[:_RUN]):
+        effects = _Whole(model, modes_by_dtype[dtype]["pure"].model, DTYPES[dtype], data[0], job)
+        module_places = [p for p in places[dtype].values() if p.pattern != LOSS]
+        for index, place in enumerate(sorted(module_places, key=_rank, reverse=True)[:_RUN]):
             say("effect", index, _RUN)
-            place.loss_ratio, place.effect_ratio = whole.effect(_paths(place, "pure") or set(place.calls))
-        found.append(_told(job, dtype, device, places[dtype], whole, (batches, trained)))
-    return tuple(found)
+            place.loss_ratio, place.effect_ratio = effects.effect(_paths(place, "pure") or set(place.calls))
+        advice.append(_told(job, dtype, device, places[dtype], effects, (batches, trained)))
+    return tuple(advice)
 
 
 def _trained(job: Job, steps: int, say: Say) -> nn.Module:
@@ -122,24 +125,24 @@ def padded(batch: Any) -> Any:
     """
 
     def pad(mask: torch.Tensor) -> torch.Tensor:
-        long = mask.dim() > 1 and mask.shape[-1] >= _PADDED and not mask.requires_grad
-        if not long or mask.is_complex() or not bool((mask == 1).all()):
+        is_mask = mask.dim() > 1 and mask.shape[-1] >= _PADDED and not mask.requires_grad
+        if not is_mask or mask.is_complex() or not bool((mask == 1).all()):
             return mask
-        made = mask.clone()
-        made[..., -(mask.shape[-1] // _PADDED) :] = 0
-        return made
+        padded_mask = mask.clone()
+        padded_mask[..., -(mask.shape[-1] // _PADDED) :] = 0
+        return padded_mask
 
     return rebuild(batch, pad)
 
 
-def _learn(root: RecordedCall, kinds: dict[str, Mode], batch: Any, job: Job, dtype: str) -> None:
+def _learn(root: RecordedCall, modes_by_name: dict[str, Mode], batch: Any, job: Job, dtype: str) -> None:
     """Record in which dtype each tensor actually arrives."""
 
     def narrowed(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return rebuild((args, kwargs), lambda t: t.to(DTYPES[dtype]) if is_float(t) else t)
 
     for name in ("pure", "autocast"):
-        mode = kinds[name]
+        mode = modes_by_name[name]
         with contextlib.ExitStack() as stack:
             if name == "pure":
                 stack.callback(mode.model.register_forward_pre_hook(narrowed, with_kwargs=True).remove)
@@ -155,7 +158,7 @@ def _examine(
     root: RecordedCall,
     places: dict[str, dict[str, _Place]],
     model: nn.Module,
-    kinds: dict[str, dict[str, Mode]],
+    modes_by_dtype: dict[str, dict[str, Mode]],
     job: Job,
     say: Say,
 ) -> None:
@@ -167,15 +170,17 @@ def _examine(
             calls.setdefault((pattern, kind), {}).setdefault(call.path, []).append(call)
     for index, ((pattern, kind), by_path) in enumerate(calls.items()):
         say("module", index, len(calls))
-        kept = {d: p.setdefault(f"{pattern} {kind}", _Place(pattern, kind)) for d, p in places.items()}
+        places_by_dtype = {
+            d: p.setdefault(f"{pattern} {kind}", _Place(pattern, kind)) for d, p in places.items()
+        }
         paths = list(by_path)
-        first = sorted({paths[0], paths[1 % len(paths)], paths[len(paths) // 2], paths[-1]})
-        for path in first if len(paths) > _SAME else paths:
-            _look(kept, path, by_path[path], kinds, job)
-        if len(paths) > _SAME and any(_paths(place, m) for place in kept.values() for m in _WAYS):
-            for path in set(paths) - set(first):
-                _look(kept, path, by_path[path], kinds, job)
-        for place in kept.values():
+        sample = sorted({paths[0], paths[1 % len(paths)], paths[len(paths) // 2], paths[-1]})
+        for path in sample if len(paths) > _SAME else paths:
+            _look(places_by_dtype, path, by_path[path], modes_by_dtype, job)
+        if len(paths) > _SAME and any(_paths(place, m) for place in places_by_dtype.values() for m in _WAYS):
+            for path in set(paths) - set(sample):
+                _look(places_by_dtype, path, by_path[path], modes_by_dtype, job)
+        for place in places_by_dtype.values():
             place.calls |= dict.fromkeys(paths)
 
 
@@ -183,30 +188,30 @@ def _look(
     places: dict[str, _Place],
     path: str,
     calls: list[RecordedCall],
-    kinds: dict[str, dict[str, Mode]],
+    modes_by_dtype: dict[str, dict[str, Mode]],
     job: Job,
 ) -> None:
     for call in {id(c): c for c in (max(calls, key=_largest), calls[-1])}.values():
-        both = next(iter(kinds.values()))
-        exact, wide = (play(call, both[name], job.loss) for name in ("exact", "float32"))
+        shared_modes = next(iter(modes_by_dtype.values()))
+        exact, wide = (play(call, shared_modes[name], job.loss) for name in ("exact", "float32"))
         if exact.failed:  # code that names float32 explicitly
             exact = wide
         if exact.failed or any(not bool(t.isfinite().any()) for t in exact.outputs if t.numel()):
             continue
         for dtype, place in places.items():
-            seen = {"float32": compare(exact, wide)}
+            errors = {"float32": compare(exact, wide)}
             for name in ("rounded", *_WAYS):
-                seen[name] = compare(exact, play(call, kinds[dtype][name], job.loss))
-            if seen["pure"].born or seen["autocast"].born:
+                errors[name] = compare(exact, play(call, modes_by_dtype[dtype][name], job.loss))
+            if errors["pure"].born or errors["autocast"].born:
                 births = Births()  # non-finite values that occur in float64 too
-                play(call, both["exact"], job.loss, listening=births)
-                for one in seen.values():
-                    one.born = ", ".join(sorted({*one.born.split(", ")} - births.names))
+                play(call, shared_modes["exact"], job.loss, listening=births)
+                for error in errors.values():
+                    error.born = ", ".join(sorted({*error.born.split(", ")} - births.names))
             sums = NarrowSums()
-            if not seen["pure"].failed:
-                summed = play(call, kinds[dtype]["pure"], job.loss, listening=sums, backward=False)
-                seen["sums"] = compare(exact, summed) if sums.used else ReplayErrors(Gap(), 0.0)
-            place.found[path] = _merged([place.found[path], seen]) if path in place.found else seen
+            if not errors["pure"].failed:
+                replay = play(call, modes_by_dtype[dtype]["pure"], job.loss, listening=sums, backward=False)
+                errors["sums"] = compare(exact, replay) if sums.used else ReplayErrors(Gap(), 0.0)
+            place.found[path] = _merged([place.found[path], errors]) if path in place.found else errors
 
 
 def _largest(call: RecordedCall) -> float:
@@ -214,47 +219,49 @@ def _largest(call: RecordedCall) -> float:
     return max((float(t.abs().max()) for t in floats), default=0.0)
 
 
-def _merged(found: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayErrors]:
-    made: dict[str, ReplayErrors] = {}
-    for each in found:
-        for name, one in each.items():
-            made[name] = made[name].worst(one) if name in made else one
-    return made
+def _merged(results: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayErrors]:
+    worst: dict[str, ReplayErrors] = {}
+    for errors in results:
+        for name, error in errors.items():
+            worst[name] = worst[name].worst(error) if name in worst else error
+    return worst
 
 
-def _fault(found: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
+def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
     """Return why a module's own code must be float32 in that mode; "" if it need not be."""
-    seen, wide, rounded = found[mode], found["float32"], found["rounded"]
-    if seen.failed and not wide.failed:
+    mode_errors, float32_errors, rounded_errors = errors[mode], errors["float32"], errors["rounded"]
+    if mode_errors.failed and not float32_errors.failed:
         return "fails"
-    if (seen.born or seen.output.lost) and not wide.output.lost:
+    if (mode_errors.born or mode_errors.output.lost) and not float32_errors.output.lost:
         return "overflow"
 
     def mended(low: float, high: float, limit: float) -> bool:
         return low > limit and high < low / _BETTER
 
-    if mended(seen.output.error, wide.output.error, OUTPUT):
-        return "inputs" if rounded.output.error > seen.output.error / 2 else "computation"
-    piled = seen.output.error > _TWICE * rounded.output.error
-    if piled and mended(seen.output.error, wide.output.error, _SOME):
+    if mended(mode_errors.output.error, float32_errors.output.error, OUTPUT):
+        return "inputs" if rounded_errors.output.error > mode_errors.output.error / 2 else "computation"
+    accumulates = mode_errors.output.error > _TWICE * rounded_errors.output.error
+    if accumulates and mended(mode_errors.output.error, float32_errors.output.error, _SOME):
         return "computation"
-    if mended(seen.gradient, wide.gradient, GRADIENT):
+    if mended(mode_errors.gradient, float32_errors.gradient, GRADIENT):
         return "gradient"
-    moved = effect is not None and effect > OUTPUT
-    if moved and mended(seen.output.spread, wide.output.spread, OUTPUT):
+    matters = effect is not None and effect > OUTPUT
+    if matters and mended(mode_errors.output.spread, float32_errors.output.spread, OUTPUT):
         return "spread"
     return ""
 
 
 def _paths(place: _Place, mode: str) -> set[str]:
-    return {p for p, found in place.found.items() if _fault(found, mode, place.effect_ratio)}
+    return {p for p, errors in place.found.items() if _fault(errors, mode, place.effect_ratio)}
 
 
 def _rank(place: _Place) -> tuple[bool, float]:
     if not place.found:
         return False, 0.0
-    seen = place.worst["pure"]
-    return bool(_fault(place.worst, "pure")), max(seen.output.spread, seen.output.error, seen.gradient / 2)
+    errors = place.worst["pure"]
+    return bool(_fault(place.worst, "pure")), max(
+        errors.output.spread, errors.output.error, errors.gradient / 2
+    )
 
 
 class _Whole:
@@ -277,18 +284,20 @@ class _Whole:
             self.narrow.zero_grad(set_to_none=True)
         if not math.isfinite(loss):
             return math.inf, math.inf
-        moved = casting.apart(self.grads, grads, paths) if backward else 0.0
-        return abs(loss - self.loss) / max(abs(self.loss), 1e-30), moved if math.isfinite(moved) else math.inf
+        shift = casting.apart(self.grads, grads, paths) if backward else 0.0
+        return abs(loss - self.loss) / max(abs(self.loss), 1e-30), shift if math.isfinite(shift) else math.inf
 
 
 def _told(
-    job: Job, dtype: str, device: str, places: dict[str, _Place], whole: _Whole, counts: tuple[int, int]
+    job: Job, dtype: str, device: str, places: dict[str, _Place], effects: _Whole, counts: tuple[int, int]
 ) -> PrecisionAdvice:
-    everything = [p for place in places.values() for p in place.calls if p not in ("", LOSS)]
-    named = {m: _named(places.values(), m, whole.model) for m in ("pure", "autocast")}
+    all_paths = [p for place in places.values() for p in place.calls if p not in ("", LOSS)]
+    islands = {m: _named(places.values(), m, effects.model) for m in ("pure", "autocast")}
     examined = [_told_place(p) for p in sorted(places.values(), key=_rank, reverse=True) if p.found]
-    apart = named["pure"]
-    kept = {p for p in everything if not any(fnmatch.fnmatchcase(o, i) for i in apart for o in _above(p))}
+    pure_islands = islands["pure"]
+    narrow_paths = {
+        p for p in all_paths if not any(fnmatch.fnmatchcase(o, i) for i in pure_islands for o in _above(p))
+    }
     return PrecisionAdvice(
         job=job.name,
         size=job.size,
@@ -299,19 +308,19 @@ def _told(
         examined=tuple(e for e in examined if e.pattern not in ("", LOSS)),
         outside=tuple(e for e in examined if e.pattern in ("", LOSS)),
         sums=tuple(e.pattern for e in examined if _sums(e)),
-        islands=apart,
-        islands_autocast=named["autocast"],
-        loss_ratio=whole.effect(set(everything), backward=False)[0],
-        kept_ratio=whole.effect(kept, backward=False)[0],
+        islands=pure_islands,
+        islands_autocast=islands["autocast"],
+        loss_ratio=effects.effect(set(all_paths), backward=False)[0],
+        kept_ratio=effects.effect(narrow_paths, backward=False)[0],
     )
 
 
-def _sums(one: Examined) -> bool:
+def _sums(place: Examined) -> bool:
     """Return whether narrow sums would be a fault, and a larger error than that of narrow tensors."""
     return (
-        not one.reason
-        and one.pattern not in ("", LOSS)
-        and one.sums_ratio > max(_SOME, _TWICE * one.pure.error_ratio)
+        not place.reason
+        and place.pattern not in ("", LOSS)
+        and place.sums_ratio > max(_SOME, _TWICE * place.pure.error_ratio)
     )
 
 
@@ -322,7 +331,7 @@ def _above(path: str) -> Iterator[str]:
 
 def _told_place(place: _Place) -> Examined:
     worst = place.worst
-    shown = {
+    errors = {
         name: Shown(
             error_ratio=f.output.error,
             spread_ratio=f.output.spread,
@@ -340,7 +349,7 @@ def _told_place(place: _Place) -> Examined:
         pattern=place.pattern,
         kind=place.kind,
         modules_count=len(place.calls),
-        **shown,
+        **errors,
         sums_ratio=worst["sums"].output.error if "sums" in worst else 0.0,
         loss_ratio=place.loss_ratio,
         effect_ratio=place.effect_ratio,
@@ -352,16 +361,16 @@ def _told_place(place: _Place) -> Examined:
 def _named(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:
     """Return patterns that match exactly the modules at fault."""
     names = [n for n, _ in model.named_modules()]
-    wanted = [(p.pattern, _paths(p, mode)) for p in places if p.pattern not in ("", LOSS)]
-    return tuple(p for pattern, paths in wanted for p in _patterns(pattern, paths, names))
+    paths_by_pattern = [(p.pattern, _paths(p, mode)) for p in places if p.pattern not in ("", LOSS)]
+    return tuple(p for pattern, paths in paths_by_pattern for p in _patterns(pattern, paths, names))
 
 
 def _patterns(pattern: str, paths: set[str], names: list[str]) -> list[str]:
     numbered = sorted({_NUMBER.sub(lambda m: "[0-9]" * len(m[0]), p) for p in paths})
-    for tried in ([pattern], numbered):  # a star matches dots too
+    for candidates in ([pattern], numbered):  # a star matches dots too
         if (
-            len(paths) > len(tried)
-            and {n for n in names for t in tried if fnmatch.fnmatchcase(n, t)} == paths
+            len(paths) > len(candidates)
+            and {n for n in names for t in candidates if fnmatch.fnmatchcase(n, t)} == paths
         ):
-            return tried
+            return candidates
     return sorted(paths, key=lambda p: [(len(x), x) for x in p.split(".")])

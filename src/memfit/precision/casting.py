@@ -23,7 +23,7 @@ def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: to
     def cast(dtype: torch.dtype) -> Callable[[Any], Any]:
         return lambda value: rebuild(value, lambda t: t.to(dtype) if is_float(t) else t)
 
-    down, up = cast(low), cast(torch.float32)
+    narrow_down, widen = cast(low), cast(torch.float32)
 
     def between(inner: Callable[..., Any], into: Any, out: Any) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -32,21 +32,23 @@ def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: to
 
         return forward
 
-    inside = [p for p, _ in model.named_modules() if p and any(not o or p.startswith(f"{o}.") for o in paths)]
-    pairs = {p: (model.get_submodule(p), narrow.get_submodule(p)) for p in {*inside, *paths}}
-    own = {p: pairs[p][1].forward for p in paths}
-    patched: list[nn.Module] = []
+    inner_paths = [
+        p for p, _ in model.named_modules() if p and any(not o or p.startswith(f"{o}.") for o in paths)
+    ]
+    pairs = {p: (model.get_submodule(p), narrow.get_submodule(p)) for p in {*inner_paths, *paths}}
+    own_forwards = {p: pairs[p][1].forward for p in paths}
+    patched_modules: list[nn.Module] = []
     try:
-        for path, (wide, thin) in pairs.items():
+        for path, (wide_module, narrow_module) in pairs.items():
             if path:
-                thin.forward = between(wide, up, down)
-                patched.append(thin)
-            if path in own:
-                wide.forward = between(own[path], down, up)
-                patched.append(wide)
+                narrow_module.forward = between(wide_module, widen, narrow_down)
+                patched_modules.append(narrow_module)
+            if path in own_forwards:
+                wide_module.forward = between(own_forwards[path], narrow_down, widen)
+                patched_modules.append(wide_module)
         yield
     finally:
-        for module in patched:
+        for module in patched_modules:
             del module.forward
 
 
@@ -55,12 +57,12 @@ def step(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Run one forward and, if ``backward``, one backward pass. Returns (loss, gradients by parameter)."""
     with certain(), contextlib.nullcontext() if backward else torch.no_grad():
-        made = loss(model, batch)
+        loss_value = loss(model, batch)
     if backward:
-        made.backward()
+        loss_value.backward()
     grads = {n: p.grad.detach() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return float(made.detach()), grads
+    return float(loss_value.detach()), grads
 
 
 def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], without: Collection[str]) -> float:
@@ -70,6 +72,6 @@ def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], witho
     names = [n for n in first if n in second and n.rpartition(".")[0] not in without]
     if not names:
         return 0.0
-    square = sum(float(first[n].double().square().sum()) for n in names)
+    reference_square = sum(float(first[n].double().square().sum()) for n in names)
     change = sum(float((first[n] - second[n]).double().square().sum()) for n in names)
-    return float((change / square) ** 0.5) if square else 0.0
+    return float((change / reference_square) ** 0.5) if reference_square else 0.0

@@ -60,13 +60,13 @@ def record(
 ) -> RecordedCall:
     """Record one step and return the tree of calls, with the loss function at its root."""
     root = RecordedCall(LOSS, given=((batch,), {}))
-    watch = _Watch(model, root)
-    with watch, _Computing(watch.stack), certain():
-        made = loss(model, batch)
-    root.made = made.detach().clone()
-    root.made_grads = {0: torch.ones_like(made)}
+    recorder = _Watch(model, root)
+    with recorder, _Computing(recorder.stack), certain():
+        output = loss(model, batch)
+    root.made = output.detach().clone()
+    root.made_grads = {0: torch.ones_like(output)}
     if backward:
-        made.backward()
+        output.backward()
         model.zero_grad(set_to_none=True)
     return root
 
@@ -95,10 +95,10 @@ class _Watch:
 
         return enter
 
-    def _after(self, module: nn.Module, args: Any, made: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self.stack.pop()
-        call.made = _kept(made)
-        for index, tensor in enumerate(leaves(made)):
+        call.made = _kept(output)
+        for index, tensor in enumerate(leaves(output)):
             if tensor.requires_grad and is_float(tensor):
                 tensor.register_hook(_keeping(call.made_grads, index))
 
@@ -151,11 +151,11 @@ class _Computing(TorchDispatchMode):
         self.stack = stack
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         call = self.stack[-1]
         if not call.computes and not func.is_view and func.overloadpacket.__name__ not in _MOVES:
-            call.computes = any(is_float(t) for t in leaves(made))
-        return made
+            call.computes = any(is_float(t) for t in leaves(result))
+        return result
 
 
 @contextlib.contextmanager
@@ -181,11 +181,14 @@ class _WithoutDropout(TorchFunctionMode):
 def learn_dtypes(root: RecordedCall, mode: str, run: Callable[[], RecordedCall]) -> None:
     """Take the dtypes from a real run in another precision, if it runs and makes the same calls."""
     try:
-        other = run()
+        narrow_root = run()
     except FAILURES:
         return
-    pairs = list(zip(root.all(), other.all(), strict=False))
-    if [c.path for c in root.all()] != [c.path for c in other.all()]:
+    pairs = list(zip(root.all(), narrow_root.all(), strict=False))
+    if [c.path for c in root.all()] != [c.path for c in narrow_root.all()]:
         return
-    for call, seen in pairs:
-        call.dtypes[mode] = ([t.dtype for t in leaves(seen.given)], [t.dtype for t in leaves(seen.made)])
+    for call, narrow_call in pairs:
+        call.dtypes[mode] = (
+            [t.dtype for t in leaves(narrow_call.given)],
+            [t.dtype for t in leaves(narrow_call.made)],
+        )

@@ -65,10 +65,10 @@ def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
     """Return the modes by name: exact, float32, rounded, pure and autocast."""
 
     def twin(*dtypes: torch.dtype) -> nn.Module:
-        made = copy.deepcopy(model)
+        twin_model = copy.deepcopy(model)
         for dtype in dtypes:
-            made = made.to(dtype)
-        return made
+            twin_model = twin_model.to(dtype)
+        return twin_model
 
     def autocast() -> contextlib.AbstractContextManager[Any]:
         stack = contextlib.ExitStack()
@@ -115,20 +115,20 @@ def play(
 ) -> ReplayedModule:
     """Replay a call. Errors that a precision may cause are not raised but described in ``failed``."""
     run = _Replay(call, mode)
-    heard = listening or (Births() if mode.narrow else contextlib.nullcontext())
-    born = heard.names if isinstance(heard, Births) else set()
+    listener = listening or (Births() if mode.narrow else contextlib.nullcontext())
+    nonfinite_operators = listener.names if isinstance(listener, Births) else set()
     try:
-        with certain(), run.children(), heard, mode.around():
-            made = run.own(loss)
-        run.collect(made)
+        with certain(), run.children(), listener, mode.around():
+            output = run.own(loss)
+        run.collect(output)
         if backward:
             run.back()
     except FAILURES as error:
         text = " ".join(str(error).split())[:160] or type(error).__name__
-        return ReplayedModule([], [], [], [], None, born, failed=text)
+        return ReplayedModule([], [], [], [], None, nonfinite_operators, failed=text)
     finally:
         run.module.zero_grad(set_to_none=True)
-    return run.played(born)
+    return run.played(nonfinite_operators)
 
 
 class OtherWay(RuntimeError):
@@ -148,21 +148,22 @@ class _Replay:
     def enters(self, value: Any, dtypes: list[torch.dtype] | None) -> Any:
         """Return the value with its tensors as leaves of a new graph, in the dtypes in which they arrive."""
         memo: dict[int, torch.Tensor] = {}
-        order = iter(dtypes or ())
+        dtype_order = iter(dtypes or ())
 
         def enter(tensor: torch.Tensor) -> torch.Tensor:
-            dtype = next(order, self.mode.arrives)
+            dtype = next(dtype_order, self.mode.arrives)
             if not is_float(tensor):
                 return tensor
             if id(tensor) not in memo:
-                new = tensor.detach()
-                for kind in (self.mode.rounded or dtype, dtype):
-                    new = _within(new, kind)
-                new = new.clone().requires_grad_(tensor.requires_grad)
-                memo[id(tensor)] = new
-                self.sources.append(new)
-            new = memo[id(tensor)]
-            return new.view_as(new) if new.requires_grad else new  # the module's own code may write into it
+                leaf = tensor.detach()
+                for target_dtype in (self.mode.rounded or dtype, dtype):
+                    leaf = _within(leaf, target_dtype)
+                leaf = leaf.clone().requires_grad_(tensor.requires_grad)
+                memo[id(tensor)] = leaf
+                self.sources.append(leaf)
+            leaf = memo[id(tensor)]
+            # the module's own code may write into it
+            return leaf.view_as(leaf) if leaf.requires_grad else leaf
 
         return rebuild(value, enter)
 
@@ -175,13 +176,13 @@ class _Replay:
 
     @contextlib.contextmanager
     def children(self) -> Iterator[None]:
-        named = self.module.named_modules(prefix="" if self.call.path == LOSS else self.call.path)
-        inside = [(n, m) for n, m in named if m is not self.module or self.call.path == LOSS]
+        modules = self.module.named_modules(prefix="" if self.call.path == LOSS else self.call.path)
+        inner_modules = [(n, m) for n, m in modules if m is not self.module or self.call.path == LOSS]
         with contextlib.ExitStack() as stack:
-            for name, module in inside:
-                kept = vars(module).get("forward")
+            for name, module in inner_modules:
+                own_forward = vars(module).get("forward")
                 module.forward = self._child(name)
-                stack.callback(_restore, module, kept)
+                stack.callback(_restore, module, own_forward)
             yield
 
     def _child(self, path: str) -> Callable[..., Any]:
@@ -192,8 +193,8 @@ class _Replay:
             for index, tensor in enumerate(leaves((args, kwargs))):
                 if is_float(tensor):
                     self.ends.append((tensor, call.given_grads.get(index)))
-            seen = call.dtypes.get(self.mode.name)
-            return self.enters(call.made, seen[1] if seen else None)
+            dtypes = call.dtypes.get(self.mode.name)
+            return self.enters(call.made, dtypes[1] if dtypes else None)
 
         return forward
 
@@ -208,10 +209,10 @@ class _Replay:
         """Run backward with all gradients scaled by their largest value, as loss scaling does: float16 ends
         at 6e-8.
         """
-        known = [(t, g) for t, g in self.ends if g is not None and t.requires_grad]
-        top = max((float(g.abs().max()) for _, g in known if g.numel()), default=0.0)
-        if top > 0:
-            torch.autograd.backward([t for t, _ in known], [(g / top).to(t.dtype) for t, g in known])
+        pairs = [(t, g) for t, g in self.ends if g is not None and t.requires_grad]
+        largest = max((float(g.abs().max()) for _, g in pairs if g.numel()), default=0.0)
+        if largest > 0:
+            torch.autograd.backward([t for t, _ in pairs], [(g / largest).to(t.dtype) for t, g in pairs])
 
     def played(self, born: set[str]) -> ReplayedModule:
         storages = {t.untyped_storage().data_ptr() for t in self.handed}
@@ -231,17 +232,17 @@ def _within(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Cast with clamping to the dtype's range, so that an overflow is attributed to the module that made the
     value, not to its readers.
     """
-    top = torch.finfo(dtype).max
-    if top >= torch.finfo(tensor.dtype).max:
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(tensor.dtype).max:
         return tensor.to(dtype)
-    return torch.where(tensor.isfinite(), tensor.clamp(-top, top), tensor).to(dtype)
+    return torch.where(tensor.isfinite(), tensor.clamp(-limit, limit), tensor).to(dtype)
 
 
-def _restore(module: nn.Module, kept: Any) -> None:
-    if kept is None:
+def _restore(module: nn.Module, forward: Any) -> None:
+    if forward is None:
         del module.forward
     else:
-        module.forward = kept
+        module.forward = forward
 
 
 class Births(TorchDispatchMode):
@@ -252,12 +253,12 @@ class Births(TorchDispatchMode):
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        new = name not in self.names and not name.startswith(("empty", "new_empty"))
-        if new and _broken(made) and not _broken((args, kwargs or {})):
+        is_candidate = name not in self.names and not name.startswith(("empty", "new_empty"))
+        if is_candidate and _broken(result) and not _broken((args, kwargs or {})):
             self.names.add(name)
-        return made
+        return result
 
 
 def _broken(value: Any) -> bool:
@@ -276,11 +277,11 @@ class ReplayErrors:
     failed: str = ""
 
     def worst(self, other: ReplayErrors) -> ReplayErrors:
-        born = ", ".join(sorted({*self.born.split(", "), *other.born.split(", ")} - {""}))
+        operators = ", ".join(sorted({*self.born.split(", "), *other.born.split(", ")} - {""}))
         return ReplayErrors(
             self.output.worst(other.output),
             max(self.gradient, other.gradient),
-            born,
+            operators,
             self.failed or other.failed,
         )
 
@@ -290,16 +291,16 @@ def compare(exact: ReplayedModule, found: ReplayedModule) -> ReplayErrors:
     output, gradient = Gap(), 0.0
     if found.failed:
         return ReplayErrors(Gap(lost=True), 0.0, failed=found.failed)
-    for want, got, passed in zip(exact.outputs, found.outputs, exact.passed, strict=True):
+    for reference, replayed, passed in zip(exact.outputs, found.outputs, exact.passed, strict=True):
         if not passed:
-            output = output.worst(gap(want, got))
+            output = output.worst(gap(reference, replayed))
     pairs = [(a, b) for a, b in zip(exact.grads, found.grads, strict=True) if a is not None and b is not None]
     if exact.parameters is not None and found.parameters is not None:
         pairs.append((exact.parameters, found.parameters))
-    top = max((float(a.double().square().mean().sqrt()) for a, _ in pairs if a.numel()), default=0.0)
+    largest = max((float(a.double().square().mean().sqrt()) for a, _ in pairs if a.numel()), default=0.0)
     lost = False
-    for want, got in pairs:
-        apart = gap(want, got, floor=0.25 * top, trim=True)
-        gradient, lost = max(gradient, apart.error), lost or apart.lost
+    for reference, replayed in pairs:
+        difference = gap(reference, replayed, floor=0.25 * largest, trim=True)
+        gradient, lost = max(gradient, difference.error), lost or difference.lost
     output.lost = output.lost or lost
     return ReplayErrors(output, gradient, born=", ".join(sorted(found.born)))

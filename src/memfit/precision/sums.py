@@ -24,12 +24,12 @@ class NarrowSums(TorchDispatchMode):
         self.used = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = _OWN.get(func.overloadpacket.__name__)
-        if own is None or not isinstance(args[0], torch.Tensor) or args[0].dtype not in _NARROW:
+        replacement = _OWN.get(func.overloadpacket.__name__)
+        if replacement is None or not isinstance(args[0], torch.Tensor) or args[0].dtype not in _NARROW:
             return func(*args, **(kwargs or {}))
-        made = own(*args, **(kwargs or {}))
-        self.used = self.used or made is not NotImplemented
-        return func(*args, **(kwargs or {})) if made is NotImplemented else made
+        result = replacement(*args, **(kwargs or {}))
+        self.used = self.used or result is not NotImplemented
+        return func(*args, **(kwargs or {})) if result is NotImplemented else result
 
 
 _NARROW: Final = (torch.bfloat16, torch.float16)
@@ -50,20 +50,20 @@ def _layer_norm(
 ) -> tuple[torch.Tensor, ...]:
     flat = x.flatten(x.dim() - len(shape))
     mean = added(flat).unsqueeze(-1) / flat.shape[-1]
-    apart = flat - mean
-    scale = (added(apart * apart).unsqueeze(-1) / flat.shape[-1] + eps).rsqrt()
-    made = (apart * scale).view_as(x)
-    made = made if weight is None else made * weight
+    centred = flat - mean
+    scale = (added(centred * centred).unsqueeze(-1) / flat.shape[-1] + eps).rsqrt()
+    result = (centred * scale).view_as(x)
+    result = result if weight is None else result * weight
     statistics = (x.shape[: x.dim() - len(shape)] + (1,) * len(shape),) * 2
     return (
-        made if bias is None else made + bias,
+        result if bias is None else result + bias,
         *(t.view(s).float() for t, s in zip((mean, scale), statistics, strict=True)),
     )
 
 
 def _softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
-    raised = (x - x.amax(dim, keepdim=True)).exp()
-    return raised / added(raised.transpose(dim, -1)).unsqueeze(-1).transpose(dim, -1)
+    exponentials = (x - x.amax(dim, keepdim=True)).exp()
+    return exponentials / added(exponentials.transpose(dim, -1)).unsqueeze(-1).transpose(dim, -1)
 
 
 def _sum(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
@@ -71,13 +71,13 @@ def _sum(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any 
         return NotImplemented
     if dim is None:
         return added(x.flatten())
-    made = added(x.transpose(dim[0], -1)).unsqueeze(-1).transpose(dim[0], -1)
-    return made if keepdim else made.squeeze(dim[0])
+    result = added(x.transpose(dim[0], -1)).unsqueeze(-1).transpose(dim[0], -1)
+    return result if keepdim else result.squeeze(dim[0])
 
 
 def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    made = _sum(x, dim, keepdim, dtype=dtype)
-    return made if made is NotImplemented else made / (x.numel() / max(1, made.numel()))
+    result = _sum(x, dim, keepdim, dtype=dtype)
+    return result if result is NotImplemented else result / (x.numel() / max(1, result.numel()))
 
 
 _OWN: Final[dict[str, Callable[..., Any]]] = {

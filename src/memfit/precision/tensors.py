@@ -36,18 +36,18 @@ def rebuild(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        made = copy.copy(value)
+        mapping = copy.copy(value)
         for key, item in value.items():
-            made[key] = rebuild(item, change)
-        return made
+            mapping[key] = rebuild(item, change)
+        return mapping
     if isinstance(value, tuple | list):
         items = [rebuild(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if _holds(value):
-        held = copy.copy(value)
+        clone = copy.copy(value)
         for name in _fields(value):
-            object.__setattr__(held, name, rebuild(getattr(value, name), change))
-        return held
+            object.__setattr__(clone, name, rebuild(getattr(value, name), change))
+        return clone
     return value
 
 
@@ -101,23 +101,23 @@ def gap(reference: torch.Tensor, found: torch.Tensor, floor: float = 0.0, *, tri
     ``floor``: lower bound of the reference's size, because nothing is accurate relative to zero. ``trim``
     leaves out the worst 1 %, such as values near a kink (of a ReLU) that fall on its other side.
     """
-    want, got = reference.detach().flatten(), found.detach().flatten()
-    if want.shape != got.shape:
+    reference_values, values = reference.detach().flatten(), found.detach().flatten()
+    if reference_values.shape != values.shape:
         return Gap(1.0, 1.0, lost=True)
-    lost = not all_finite(got) and bool((want.isfinite() & ~got.isfinite()).any())
-    step = max(1, want.numel() // _SAMPLE) | 1  # odd, so that no channel is left out
-    want, got = want[::step].double(), got[::step].double()
-    near = want.isfinite() & got.isfinite()
-    want, got = want[near], got[near]
-    size = want.abs()
-    if bool((positive := size > 0).any()):
-        near = size <= _FAR * size[positive].median()
-        want, got = want[near], got[near]
-    apart = (got - want).abs()
-    if trim and apart.numel() >= 100:
-        apart = apart[apart <= apart.kthvalue(apart.numel() * 99 // 100).values]
-    error, rms = _rms(apart), max(_rms(want), floor)
-    spread = _rms(want - want.mean()) if want.numel() > 1 else 0.0
+    lost = not all_finite(values) and bool((reference_values.isfinite() & ~values.isfinite()).any())
+    step = max(1, reference_values.numel() // _SAMPLE) | 1  # odd, so that no channel is left out
+    reference_values, values = reference_values[::step].double(), values[::step].double()
+    mask = reference_values.isfinite() & values.isfinite()
+    reference_values, values = reference_values[mask], values[mask]
+    magnitude = reference_values.abs()
+    if bool((positive := magnitude > 0).any()):
+        mask = magnitude <= _FAR * magnitude[positive].median()
+        reference_values, values = reference_values[mask], values[mask]
+    differences = (values - reference_values).abs()
+    if trim and differences.numel() >= 100:
+        differences = differences[differences <= differences.kthvalue(differences.numel() * 99 // 100).values]
+    error, rms = _rms(differences), max(_rms(reference_values), floor)
+    spread = _rms(reference_values - reference_values.mean()) if reference_values.numel() > 1 else 0.0
     if spread <= 1e-9 * rms:
         spread = rms
     return Gap(error / rms if rms else 0.0, error / spread if spread else 0.0, lost)

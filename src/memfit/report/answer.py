@@ -21,20 +21,20 @@ def _plain(poc: Poc) -> Sentence:
     cap = assumed(poc.cap_bytes, "bytes", POC)
     capped = [r for r in _runs(poc, "baseline") if r.spec.cap_bytes is not None]
     need = peak_bytes(_runs(poc, "baseline"))
-    base = group_anchor("baseline", poc.search.baseline.estimate.plan)
-    needs = measured(need, "bytes", base) if need else _predicted_peak(poc)
+    anchor = group_anchor("baseline", poc.search.baseline.estimate.plan)
+    need_figure = measured(need, "bytes", anchor) if need else _predicted_peak(poc)
     if not capped:
         key = "answer.plain.predicted_fits" if poc.search.baseline.fits else "answer.plain.predicted_oom"
         return Sentence(key=key, values={"cap": cap, "peak": _predicted_peak(poc)})
     outcome = capped[0].measurement.outcome
-    values: dict[str, Figure | str | Sentence] = {"cap": cap, "peak": needs}
+    values: dict[str, Figure | str | Sentence] = {"cap": cap, "peak": need_figure}
     return Sentence(key=f"answer.plain.{outcome}", values=values)
 
 
 def _predicted_peak(poc: Poc) -> Figure:
-    basis = poc.search.baseline.estimate
-    need = poc.search.baseline.needed_bytes or basis.allocated_bytes.value
-    return predicted(need, "bytes", prediction_anchor(basis.plan))
+    estimate = poc.search.baseline.estimate
+    need = poc.search.baseline.needed_bytes or estimate.allocated_bytes.value
+    return predicted(need, "bytes", prediction_anchor(estimate.plan))
 
 
 def _runs(poc: Poc, role: str) -> list[Run]:
@@ -44,9 +44,9 @@ def _runs(poc: Poc, role: str) -> list[Run]:
 def _recommended(poc: Poc) -> Sentence:
     best = poc.search.recommended
     if best is None:
-        small = poc.search.smallest.estimate
-        need = poc.search.smallest.needed_bytes or small.allocated_bytes.value
-        least = predicted(need, "bytes", prediction_anchor(small.plan))
+        smallest = poc.search.smallest.estimate
+        need = poc.search.smallest.needed_bytes or smallest.allocated_bytes.value
+        least = predicted(need, "bytes", prediction_anchor(smallest.plan))
         cap = assumed(poc.cap_bytes, "bytes", POC)
         return Sentence(key="answer.plan.none", values={"cap": cap, "least": least})
     plan = best.estimate.plan.label
@@ -57,36 +57,38 @@ def _recommended(poc: Poc) -> Sentence:
     if runs:
         outcome = Sentence(key=f"outcome.{runs[-1].measurement.outcome}")
         return Sentence(key="answer.plan.broke", values={"plan": plan, "outcome": outcome})
-    guess = predicted(best.estimate.allocated_bytes.value, "bytes", prediction_anchor(best.estimate.plan))
-    return Sentence(key="answer.plan.predicted", values={"plan": plan, "peak": guess})
+    predicted_peak = predicted(
+        best.estimate.allocated_bytes.value, "bytes", prediction_anchor(best.estimate.plan)
+    )
+    return Sentence(key="answer.plan.predicted", values={"plan": plan, "peak": predicted_peak})
 
 
 def _measured_plan(poc: Poc, plan: str, peak: int) -> Sentence:
-    base = peak_bytes(_runs(poc, "baseline"))
+    plain_peak = peak_bytes(_runs(poc, "baseline"))
     capped = any(r.spec.cap_bytes is not None for r in ok_runs(_runs(poc, "recommended")))
     values: dict[str, Figure | str | Sentence] = {"plan": plan, "peak": measured(peak, "bytes")}
-    if base is None or poc.step_time_ratio is None:
+    if plain_peak is None or poc.step_time_ratio is None:
         return Sentence(key="answer.plan.measured_alone", values=values)
-    values["share"] = measured(100 * peak / base, "percent")
+    values["share"] = measured(100 * peak / plain_peak, "percent")
     values["ratio"] = measured(poc.step_time_ratio, "ratio")
     return Sentence(key="answer.plan.measured" if capped else "answer.plan.measured_uncapped", values=values)
 
 
 def _science(poc: Poc) -> Sentence:
-    again = _reproducible(poc)
-    named = next((n for n in poc.verdicts if n.name == "recommended"), None)
-    if named is None:
-        return Sentence(key="answer.science.missing", values={"reproducible": again})
-    verdict = named.verdict
+    reproducibility = _reproducible(poc)
+    named_verdict = next((n for n in poc.verdicts if n.name == "recommended"), None)
+    if named_verdict is None:
+        return Sentence(key="answer.science.missing", values={"reproducible": reproducibility})
+    verdict = named_verdict.verdict
     if verdict.difference is None or verdict.margin is None:
-        return Sentence(key=f"answer.science.{verdict.kind}", values={"reproducible": again})
-    values = {**_interval(named, poc), "reproducible": again}
-    told = Sentence(key=f"answer.science.{verdict.kind}_interval", values=values)
-    return sourced(told, verdict_anchor(named.name))
+        return Sentence(key=f"answer.science.{verdict.kind}", values={"reproducible": reproducibility})
+    values = {**_interval(named_verdict, poc), "reproducible": reproducibility}
+    sentence = Sentence(key=f"answer.science.{verdict.kind}_interval", values=values)
+    return sourced(sentence, verdict_anchor(named_verdict.name))
 
 
-def _interval(named: NamedVerdict, poc: Poc) -> dict[str, Figure | str | Sentence]:
-    verdict, unit = named.verdict, poc.metric_unit
+def _interval(named_verdict: NamedVerdict, poc: Poc) -> dict[str, Figure | str | Sentence]:
+    verdict, unit = named_verdict.verdict, poc.metric_unit
 
     def bound(value: float | None) -> Figure:
         return Figure(value=value, unit=apart(unit), mark=Mark.MEASURED, signed=True)
@@ -102,12 +104,12 @@ def _interval(named: NamedVerdict, poc: Poc) -> dict[str, Figure | str | Sentenc
 
 
 def _reproducible(poc: Poc) -> Sentence:
-    found = poc.reproducibility
-    if found.reproducible is None:
+    reproducibility = poc.reproducibility
+    if reproducibility.reproducible is None:
         return Sentence(key="answer.reproducible.missing")
-    if found.reproducible:
+    if reproducibility.reproducible:
         return Sentence(key="answer.reproducible.yes")
-    if found.first_differing_step is None:
+    if reproducibility.first_differing_step is None:
         return Sentence(key="answer.reproducible.no")
-    step = measured(found.first_differing_step, "count", POC)
+    step = measured(reproducibility.first_differing_step, "count", POC)
     return Sentence(key="answer.reproducible.no_step", values={"step": step})

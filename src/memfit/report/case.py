@@ -66,8 +66,8 @@ class CaseView:
 
 def case_view(job: str) -> CaseView | None:
     """Return the stored predictions of the job, or None if it has none."""
-    told = _kept(job)
-    if told is None:
+    case = _kept(job)
+    if case is None:
         return None
     sizes = tuple(
         CaseSize(
@@ -76,12 +76,12 @@ def case_view(job: str) -> CaseView | None:
             rows=size["rows"],
             rungs=tuple(_rung(rung, size["rungs"][0]["peak_bytes"]) for rung in size["rungs"]),
         )
-        for size in told["sizes"]
+        for size in case["sizes"]
     )
     return CaseView(
-        created=told["created"],
-        device=told["device"],
-        memory=assumed(told["memory_bytes"], "bytes"),
+        created=case["created"],
+        device=case["device"],
+        memory=assumed(case["memory_bytes"], "bytes"),
         sizes=sizes,
     )
 
@@ -92,29 +92,30 @@ def case_offers(job: str) -> tuple[Offer, ...]:
 
     Returns an empty tuple for a job without stored predictions.
     """
-    told = _kept(job) or {}
+    case = _kept(job) or {}
     return tuple(
-        serialization.loads(Offer, json.dumps(one), what="a kept case") for one in told.get("offers", ())
+        serialization.loads(Offer, json.dumps(offer), what="a stored case")
+        for offer in case.get("offers", ())
     )
 
 
 def _kept(job: str) -> dict[str, Any] | None:
-    kept = resources.files("memfit.report").joinpath("cases", f"{job}.json")
-    if not job.isidentifier() or not kept.is_file():
+    path = resources.files("memfit.report").joinpath("cases", f"{job}.json")
+    if not job.isidentifier() or not path.is_file():
         return None
-    return dict(json.loads(kept.read_text(encoding="utf-8")))
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _rung(told: dict[str, object], first_bytes: float) -> CaseRung:
-    peak, step, parts = told["peak_bytes"], told["step_s"], told["parts"]
+def _rung(record: dict[str, object], first_bytes: float) -> CaseRung:
+    peak, step, parts = record["peak_bytes"], record["step_s"], record["parts"]
     assert isinstance(peak, int | float)
     assert isinstance(step, int | float)
     assert isinstance(parts, dict)
     return CaseRung(
-        plan=str(told["plan"]),
+        plan=str(record["plan"]),
         peak=predicted(peak, "bytes"),
         share=predicted(100 * peak / first_bytes, "percent"),
         step=predicted(step, "s"),
-        fits=bool(told["fits"]),
+        fits=bool(record["fits"]),
         parts=tuple((name, parts[name]) for name in CLASSES if parts.get(name)),
     )

@@ -86,8 +86,10 @@ def axis(
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     top, bottom = max(finite), 0.0 if zero else min(finite)
-    air = 0.08 * (top - bottom) or abs(top) or 1.0
-    return Axis(title=title, low=bottom if zero else bottom - air, high=top + air, scale=scale, text=text)
+    padding = 0.08 * (top - bottom) or abs(top) or 1.0
+    return Axis(
+        title=title, low=bottom if zero else bottom - padding, high=top + padding, scale=scale, text=text
+    )
 
 
 def plot(
@@ -170,10 +172,10 @@ def interval(bounds: tuple[float, float, float], *, reach: float, css: str) -> s
     )
 
 
-def _round_step(rough: float) -> float:
+def _round_step(raw_step: float) -> float:
     """Round up to 1, 2, 2.5 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    power = 10.0 ** math.floor(math.log10(raw_step))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw_step * 0.999)
 
 
 def _pct(share: float) -> str:
@@ -192,21 +194,21 @@ def _upright(css: str, value: float | None, full: float, top: int, bottom: int) 
 
 
 def _grid(x: Axis, y: Axis) -> str:
-    across = "".join(
+    horizontal_lines = "".join(
         f'<line class="grid" x1="0" x2="100%" y1="{_px(y.share(v))}" y2="{_px(y.share(v))}"/>'
         f'<text class="y" x="-10" y="{_px(y.share(v))}" dy=".35em">{escape(y.text(v))}</text>'
         for v in y.ticks()
     )
-    below = "".join(
+    x_labels = "".join(
         f'<text class="x" x="{_pct(x.share(v))}" y="{HEIGHT + 20}">{escape(x.text(v))}</text>'
         for v in x.ticks(4)
     )
-    base = f'<line class="base" x1="0" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}"/>'
+    baseline = f'<line class="base" x1="0" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}"/>'
     titles = (
         f'<text class="title" x="-82" y="-24">{escape(y.title)}</text>'
         f'<text class="title end" x="100%" y="{HEIGHT + 42}">{escape(x.title)}</text>'
     )
-    return across + below + base + titles
+    return horizontal_lines + x_labels + baseline + titles
 
 
 def _stretched(paths: Sequence[str]) -> str:

@@ -14,8 +14,8 @@ def search_view(result: SearchResult) -> SearchView:
 
     def row(choice: Choice) -> ChoiceRow:
         plan = choice.estimate.plan
-        made = _choice(choice, recommended=best is not None and plan == best.estimate.plan)
-        return sourced(made, prediction_anchor(plan))
+        choice_row = _choice(choice, recommended=best is not None and plan == best.estimate.plan)
+        return sourced(choice_row, prediction_anchor(plan))
 
     return SearchView(
         goal=result.goal,
@@ -29,19 +29,21 @@ def search_view(result: SearchResult) -> SearchView:
     )
 
 
-def _sensitivity(one: Sensitivity) -> Sentence:
-    time = predicted(one.time_ratio, "ratio")
-    if not one.more_bytes and not one.more_devices:
-        name = Sentence(key=f"resource.{one.kind}")
+def _sensitivity(change: Sensitivity) -> Sentence:
+    time = predicted(change.time_ratio, "ratio")
+    if not change.more_bytes and not change.more_devices:
+        name = Sentence(key=f"resource.{change.kind}")
         return Sentence(key="sensitivity.resource", values={"name": name, "time": time})
     return Sentence(
-        key=f"sensitivity.{one.kind}",
+        key=f"sensitivity.{change.kind}",
         values={
-            "amount": predicted(one.more_bytes or one.more_devices, "bytes" if one.more_bytes else "count"),
+            "amount": predicted(
+                change.more_bytes or change.more_devices, "bytes" if change.more_bytes else "count"
+            ),
             "time": time,
-            "cost": predicted(one.cost_ratio, "ratio"),
-            "carbon": predicted(one.carbon_ratio, "ratio"),
-            "plan": one.plan,
+            "cost": predicted(change.cost_ratio, "ratio"),
+            "carbon": predicted(change.carbon_ratio, "ratio"),
+            "plan": change.plan,
         },
     )
 
@@ -93,7 +95,7 @@ def _reason(reason: Reason) -> Sentence:
 
 
 def _reason_key(kind: str, *, timed: bool) -> str:
-    compared = kind in {
+    is_comparison = kind in {
         "saves",
         "costs",
         "left_out_slower",
@@ -102,4 +104,4 @@ def _reason_key(kind: str, *, timed: bool) -> str:
         "without_worse",
         "without_as_good",
     }
-    return f"reason.{kind}" if timed or not compared else f"reason.{kind}_untimed"
+    return f"reason.{kind}" if timed or not is_comparison else f"reason.{kind}_untimed"

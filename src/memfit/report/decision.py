@@ -40,7 +40,7 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
     ways = tuple(_way(made, slot, index) for slot, index in made.slots)
     best = next((w for w in ways if w.best and not w.again), None)
     reference = next((w for w in ways if w.reference), None)
-    spread = made.saved_interval_percent
+    interval = made.saved_interval_percent
     energy = energy_saved(poc.runs)
     view = DecisionView(
         made=made,
@@ -49,8 +49,8 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
         best=best,
         reference=reference,
         saved=_percent(made.saved_percent),
-        saved_low=_percent(spread.low if spread else None),
-        saved_high=_percent(spread.high if spread else None),
+        saved_low=_percent(interval.low if interval else None),
+        saved_high=_percent(interval.high if interval else None),
         chance=predicted(made.chance_percent, "percent", SAVING),
         payback=_payback(made),
         swings=tuple((s.name, _percent(s.low_percent), _percent(s.high_percent)) for s in made.swings),
@@ -84,22 +84,24 @@ def _percent(value: float | None) -> Figure:
     return predicted(value, "saving", SAVING)
 
 
-def _risk(made: Decision, risk: Risk) -> RiskRow:
+def _risk(decision: Decision, risk: Risk) -> RiskRow:
     mark = Mark.PREDICTED if risk.kind == "supply" else Mark.MEASURED
     evidence = Sentence(key=risk.evidence, values=_filled(risk.values, mark))
     return RiskRow(
         kind=risk.kind,
         level=risk.level,
         source=risk.source,
-        loss=dataclasses.replace(cash(made, risk.loss, stage_anchor("pilot")), live="most"),
+        loss=dataclasses.replace(cash(decision, risk.loss, stage_anchor("pilot")), live="most"),
         evidence=sourced(evidence, verdict_anchor("recommended") if risk.source == "#verdicts" else POC),
     )
 
 
-def _way(made: Decision, slot: str, index: int) -> WayRow:
-    way, sheet = made.ways[index], made.sheets[index]
-    other = None if made.reference is None or way.kind == "nothing" else made.sheets[made.reference]
-    saved = None if other is None else sheet.saved_percent(other)
+def _way(decision: Decision, slot: str, index: int) -> WayRow:
+    way, sheet = decision.ways[index], decision.sheets[index]
+    reference_sheet = (
+        None if decision.reference is None or way.kind == "nothing" else decision.sheets[decision.reference]
+    )
+    saved = None if reference_sheet is None else sheet.saved_percent(reference_sheet)
     mark = Mark.PREDICTED if way.predicted else Mark.ASSUMED
     row = WayRow(
         slot=slot,
@@ -107,15 +109,15 @@ def _way(made: Decision, slot: str, index: int) -> WayRow:
         name=way_name(way),
         plan=way.plan,
         plain=way.plain,
-        again=(f"own_{slot}", index) in made.slots,
+        again=(f"own_{slot}", index) in decision.slots,
         untried=way.untried,
-        best=index == made.best and slot != "reference",
+        best=index == decision.best and slot != "reference",
         reference=slot == "reference",
         enough=sheet.enough,
         at_least=bool(way.unknown),
         hours=Figure(value=3600 * way.hours, unit="s", mark=mark),
         machines=predicted(sheet.machines, "count"),
-        money={name: cash(made, getattr(sheet, name)) for name in MONEY},
+        money={name: cash(decision, getattr(sheet, name)) for name in MONEY},
         saved=predicted(saved, "saving"),
         kwh=_kwh(sheet),
         energy_saved=predicted(None if way.plain else _energy_percent(way), "saving"),
@@ -137,11 +139,11 @@ def _kwh(sheet: Sheet) -> Figure:
     return predicted(None if sheet.kwh_per_run is None else 3.6e6 * sheet.kwh_per_run, "j")
 
 
-def _payback(made: Decision) -> Sentence | None:
-    if not made.payback:
+def _payback(decision: Decision) -> Sentence | None:
+    if not decision.payback:
         return None
-    years = predicted(made.payback_years, "years", SAVING)
-    key = made.payback.replace(" ", "_")
+    years = predicted(decision.payback_years, "years", SAVING)
+    key = decision.payback.replace(" ", "_")
     return Sentence(key=f"payback.{key}", values={"years": years})
 
 
@@ -160,7 +162,7 @@ def _filled(values: Mapping[str, str | float | None], mark: Mark) -> Filled:
     return {name: one(name, value) for name, value in values.items()}
 
 
-def _stage(made: Decision, stage: Stage) -> StageRow:
+def _stage(decision: Decision, stage: Stage) -> StageRow:
     row = StageRow(
         stage=stage,
         gates=tuple((*gate_words(gate), gate[3]) for gate in stage.gates),
@@ -168,9 +170,9 @@ def _stage(made: Decision, stage: Stage) -> StageRow:
         memory=_ends(stage.memory_bytes, "bytes"),
         step=_ends(stage.step_s, "s"),
         # based on modelled energy, unless a meter was available
-        spent=dataclasses.replace(cash(made, stage.spent), live="spent"),
-        to_spend=dataclasses.replace(cash(made, stage.to_spend), live=stage.name),
-        most=dataclasses.replace(cash(made, stage.most), live="most"),
+        spent=dataclasses.replace(cash(decision, stage.spent), live="spent"),
+        to_spend=dataclasses.replace(cash(decision, stage.to_spend), live=stage.name),
+        most=dataclasses.replace(cash(decision, stage.most), live="most"),
         stop=predicted(stage.stop_bytes, "bytes"),
         back=None,
     )
@@ -186,12 +188,12 @@ def _ends(span: Interval | None, unit: str) -> tuple[Figure, Figure]:
     return predicted(ends[0], unit), predicted(ends[1], unit)
 
 
-def _term(made: Decision, term: Term) -> TermRow:
+def _term(decision: Decision, term: Term) -> TermRow:
     def figure(value: float | None) -> Figure:
         # a kWh costs fractions of the currency unit
-        unit, more = term.unit, 2 if term.name.endswith("_per_kwh") else 0
+        unit, extra_decimals = term.unit, 2 if term.name.endswith("_per_kwh") else 0
         if unit == "money":
-            unit = f"money {made.symbol} {made.decimals + more}"
+            unit = f"money {decision.symbol} {decision.decimals + extra_decimals}"
         return Figure(value=value, unit="rate" if term.name == "per_usd" else unit, mark=Mark(term.mark))
 
     ranged = term.low is not None and term.high is not None and term.low < term.high

@@ -47,25 +47,30 @@ def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]
 
 def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     """Return the PoC's own answer, and before it the user's machine at full size if one was named."""
-    seen = answer(poc)[:2]
-    mine = [w for w in view.ways if w.slot.startswith("existing")]
-    if not mine:  # the recommended plan's result answers the question, plain training's does not
-        return (*reversed(seen), Sentence(key="decide.fits.unnamed"))
-    machine = view.made.ways[mine[0].index].machine
-    able = [w for w in mine if w.enough]
-    sure = [w for w in able if view.made.ways[w.index].fit_percent == 100]
-    one = (sure or able or mine)[0]
-    does = [w.plain for w in sure or able]
-    key = "none" if not does else "both" if len(does) == 2 else "plain" if does[0] else "recommended"
-    if key == "recommended" and len(mine) == 2:
+    poc_sentences = answer(poc)[:2]
+    existing_ways = [w for w in view.ways if w.slot.startswith("existing")]
+    if not existing_ways:  # the recommended plan's result answers the question, plain training's does not
+        return (*reversed(poc_sentences), Sentence(key="decide.fits.unnamed"))
+    machine = view.made.ways[existing_ways[0].index].machine
+    sufficient_ways = [w for w in existing_ways if w.enough]
+    certain_ways = [w for w in sufficient_ways if view.made.ways[w.index].fit_percent == 100]
+    way = (certain_ways or sufficient_ways or existing_ways)[0]
+    plain = [w.plain for w in certain_ways or sufficient_ways]
+    key = "none" if not plain else "both" if len(plain) == 2 else "plain" if plain[0] else "recommended"
+    if key == "recommended" and len(existing_ways) == 2:
         key = "with"  # plain training may fit, or it fits and is too slow
-    values: Filled = {"machine": machine, "hours": one.hours, "plan": one.plan, "needed": one.machines}
-    here = Sentence(key="decide.fits.here", values={"told": seen[0]})
-    said = Sentence(key=f"decide.fits.{key}", values=values)
-    if does and not sure:
-        said = likely(view, one.index)
-        return (said, Sentence(key="decide.fits.likely_with", values=values), here, *seen[1:])
-    return (said, here, *seen[1:])
+    values: Filled = {"machine": machine, "hours": way.hours, "plan": way.plan, "needed": way.machines}
+    poc_sentence = Sentence(key="decide.fits.here", values={"told": poc_sentences[0]})
+    main_sentence = Sentence(key=f"decide.fits.{key}", values=values)
+    if plain and not certain_ways:
+        main_sentence = likely(view, way.index)
+        return (
+            main_sentence,
+            Sentence(key="decide.fits.likely_with", values=values),
+            poc_sentence,
+            *poc_sentences[1:],
+        )
+    return (main_sentence, poc_sentence, *poc_sentences[1:])
 
 
 def _money(view: DecisionView) -> tuple[Sentence, ...]:
@@ -85,19 +90,19 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     key = headline(view)
     if view.reference is not None:
         values["reference"] = view.reference.name
-    told = [Sentence(key=f"decide.money.{key}", values=values)]
+    sentences = [Sentence(key=f"decide.money.{key}", values=values)]
     # refers to the way named in the sentence before
-    told.append(Sentence(key="decide.money.first", values=values))
-    told += _with_saving(view) if best.plain else []
+    sentences.append(Sentence(key="decide.money.first", values=values))
+    sentences += _with_saving(view) if best.plain else []
     if best.untried:
-        told.append(Sentence(key="decide.money.untried", values={"names": ", ".join(best.untried)}))
-    told += [
+        sentences.append(Sentence(key="decide.money.untried", values={"names": ", ".join(best.untried)}))
+    sentences += [
         _unpriced(w) for w in view.ways if w.money["present_cost"].value is None and w.slot != "nothing"
     ][:1]
-    told += [likely(view, i) for i in _doubtful(view)]
+    sentences += [likely(view, i) for i in _doubtful(view)]
     if best.at_least:
-        told.append(_unknown(view, best))
-    return tuple(told)
+        sentences.append(_unknown(view, best))
+    return tuple(sentences)
 
 
 def _unpriced(row: WayRow) -> Sentence:
@@ -109,9 +114,9 @@ def _doubtful(view: DecisionView) -> list[int]:
 
     The existing machine is left out, because the first card covers it.
     """
-    pair = dict.fromkeys(row.index for row in (view.best, view.reference) if row is not None)
+    indices = dict.fromkeys(row.index for row in (view.best, view.reference) if row is not None)
     ways = view.made.ways
-    return [i for i in pair if ways[i].fit_percent < 100 and ways[i].kind != "existing"]
+    return [i for i in indices if ways[i].fit_percent < 100 and ways[i].kind != "existing"]
 
 
 def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
@@ -128,59 +133,61 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
         values: Filled = {"hours": view.best.hours, "other": view.reference.hours}
         yield Sentence(key="decide.money.gain_time", values=values)
     machine = view.made.ways[view.best.index].machine
-    grown = [r for r in poc.reach if r.recommended and (r.plain is None or r.recommended > r.plain)]
-    own = [r for r in grown if r.machine == machine] or grown
-    for reach in own[:1]:
+    extended_reaches = [
+        r for r in poc.reach if r.recommended and (r.plain is None or r.recommended > r.plain)
+    ]
+    machine_reaches = [r for r in extended_reaches if r.machine == machine] or extended_reaches
+    for reach in machine_reaches[:1]:
         unit = "parameters" if reach.quantity == "parameters" else "count"
         source = reach_anchor(poc.reach.index(reach))
-        told: Filled = {
+        placeholders: Filled = {
             "machine": reach.machine,
             "what": Sentence(key=f"quantity.{reach.quantity}"),
             "most": predicted(reach.recommended, unit, source),
             "plain": predicted(reach.plain, unit, source),
         }
         key = "gain_reach" if reach.plain is not None else "gain_reach_new"
-        yield Sentence(key=f"decide.money.{key}", values=told)
+        yield Sentence(key=f"decide.money.{key}", values=placeholders)
 
 
 def _unknown(view: DecisionView, best: WayRow) -> Sentence:
     """Say up to which labour cost the saving holds, if labour is missing in it and there is a saving."""
-    made, reference = view.made, view.reference
-    ends = (made.sheets[reference.index if reference else best.index], made.sheets[best.index])
-    spare = (ends[0].present_cost or 0.0) - (ends[1].present_cost or 0.0)
-    if spare <= 0:
+    decision, reference = view.made, view.reference
+    sheets = (decision.sheets[reference.index if reference else best.index], decision.sheets[best.index])
+    allowance = (sheets[0].present_cost or 0.0) - (sheets[1].present_cost or 0.0)
+    if allowance <= 0:
         return Sentence(key="decide.money.at_least")
-    return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(made, spare, SAVING)})
+    return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(decision, allowance, SAVING)})
 
 
 def _with_saving(view: DecisionView) -> list[Sentence]:
     """Return what the best way with the recommended plan would lose, for when plain training is the
     answer.
     """
-    made, reference = view.made, view.reference
-    index = made.tight
+    decision, reference = view.made, view.reference
+    index = decision.tight
     if index is None or reference is None:
         return []
-    share = made.sheets[index].saved_percent(made.sheets[reference.index])
+    share = decision.sheets[index].saved_percent(decision.sheets[reference.index])
     saved = predicted(share, "saving", way_anchor(index))
-    values: dict[str, Figure | str | Sentence] = {"way": way_name(made.ways[index]), "saved": saved}
-    if (more := costs_more(view, index)) is None:
+    values: dict[str, Figure | str | Sentence] = {"way": way_name(decision.ways[index]), "saved": saved}
+    if (extra_cost := costs_more(view, index)) is None:
         return [Sentence(key="decide.money.with_saving", values=values)]
-    return [Sentence(key="decide.money.with_saving_more", values=values | {"more": more})]
+    return [Sentence(key="decide.money.with_saving_more", values=values | {"more": extra_cost})]
 
 
 def _rank(view: DecisionView, best: WayRow) -> list[Sentence]:
     """Say that a way with complete hours may be cheaper than one whose hours are missing."""
-    made = view.made
-    cost = {w.index: made.sheets[w.index].present_cost for w in view.ways if w.enough and not w.at_least}
-    known = {i: c for i, c in cost.items() if c is not None and made.ways[i].kind != "nothing"}
-    if not known:
+    decision = view.made
+    costs = {w.index: decision.sheets[w.index].present_cost for w in view.ways if w.enough and not w.at_least}
+    complete_costs = {i: c for i, c in costs.items() if c is not None and decision.ways[i].kind != "nothing"}
+    if not complete_costs:
         return []
-    index = min(known, key=lambda i: known[i])
-    other = next(w for w in view.ways if w.index == index)
-    more = known[index] - (made.sheets[best.index].present_cost or 0.0)
-    gap = cash(made, more, way_anchor(index))
-    return [Sentence(key="decide.money.rank", values={"other": other.name, "gap": gap})]
+    index = min(complete_costs, key=lambda i: complete_costs[i])
+    rival = next(w for w in view.ways if w.index == index)
+    extra_cost = complete_costs[index] - (decision.sheets[best.index].present_cost or 0.0)
+    gap = cash(decision, extra_cost, way_anchor(index))
+    return [Sentence(key="decide.money.rank", values={"other": rival.name, "gap": gap})]
 
 
 _ORDER: Final = {"high": 0, "unknown": 1, "some": 2, "low": 3}
@@ -198,8 +205,8 @@ def _risk(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
         "verdict": Sentence(key=f"verdict.{kinds[0]}" if kinds else "decide.risk.unjudged"),
         "stake": Sentence(key="stake.unknown"),
     }
-    about = "decide.risk.low" if worst.level == "low" else "decide.risk.worst"
-    keys = ["decide.risk.short", about]
+    evidence_key = "decide.risk.low" if worst.level == "low" else "decide.risk.worst"
+    keys = ["decide.risk.short", evidence_key]
     for row in (row for row in view.stages if row.stage.name == "pilot"):
         values |= {"stake": stake(row), "back": way_back(view, row)}
         keys.append("decide.risk.way_out")
@@ -211,42 +218,45 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
     if len(view.stages) < 2:
         return (Sentence(key="decide.next.unfinished"),)
     pilot = view.stages[1]
-    if (stopped := _stopped(view)) is not None:
-        own = [Sentence(key="stages.own_limits")] if view.made.own_limits else []
-        return (Sentence(key="decide.next.stopped", values=stopped), *own)
+    if (failed_gate := _stopped(view)) is not None:
+        limit_notes = [Sentence(key="stages.own_limits")] if view.made.own_limits else []
+        return (Sentence(key="decide.next.stopped", values=failed_gate), *limit_notes)
     if not pilot.stage.machine:
         return (Sentence(key="decide.next.predict"),)
-    told: Filled = {"machine": pilot.stage.machine, "cost": pilot.to_spend, "memory": pilot.stop}
-    known = pilot.stop.value is not None
+    placeholders: Filled = {"machine": pilot.stage.machine, "cost": pilot.to_spend, "memory": pilot.stop}
+    has_memory_limit = pilot.stop.value is not None
     return (
-        Sentence(key="decide.next.pilot", values=told),
-        Sentence(key="decide.next.stop" if known else "decide.next.stop_unpriced", values=told),
+        Sentence(key="decide.next.pilot", values=placeholders),
+        Sentence(
+            key="decide.next.stop" if has_memory_limit else "decide.next.stop_unpriced", values=placeholders
+        ),
     )
 
 
 def _stopped(view: DecisionView) -> Filled | None:
     """Return the first failed gate as words, or None."""
-    failed = [g for g in view.stages[0].stage.gates if not g[3]] if view.stages else []
-    if not failed:
+    failed_gates = [g for g in view.stages[0].stage.gates if not g[3]] if view.stages else []
+    if not failed_gates:
         return None
-    gate, found, limit = sourced(gate_words(failed[0]), stage_anchor("poc"))
-    return {"gate": gate, "found": found, "limit": limit}
+    gate, result, limit = sourced(gate_words(failed_gates[0]), stage_anchor("poc"))
+    return {"gate": gate, "found": result, "limit": limit}
 
 
 def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | Figure, Sentence | Figure]:
     """Return a gate's name, what was found and what is required, in the reader's language."""
-    name, found, limit, holds = gate
-    seen, asked = _gate_value(found, name), _gate_value(limit, name)
-    if isinstance(seen, Figure) and isinstance(asked, Sentence) and not holds:
-        most = asked.values.get("value")
-        if isinstance(most, Figure) and _same_text(seen, most):
-            seen = dataclasses.replace(seen, unit="rate")  # with enough digits to show the difference
-    return Sentence(key=f"gate.{name}"), seen, asked
+    name, result, limit, holds = gate
+    result_value, limit_value = _gate_value(result, name), _gate_value(limit, name)
+    if isinstance(result_value, Figure) and isinstance(limit_value, Sentence) and not holds:
+        limit_figure = limit_value.values.get("value")
+        if isinstance(limit_figure, Figure) and _same_text(result_value, limit_figure):
+            # with enough digits to show the difference
+            result_value = dataclasses.replace(result_value, unit="rate")
+    return Sentence(key=f"gate.{name}"), result_value, limit_value
 
 
-def _same_text(one: Figure, other: Figure) -> bool:
-    pair = [number_text(f.value, f.unit) for f in (one, other) if f.value is not None]
-    return len(pair) == 2 and pair[0] == pair[1]
+def _same_text(first: Figure, second: Figure) -> bool:
+    texts = [number_text(f.value, f.unit) for f in (first, second) if f.value is not None]
+    return len(texts) == 2 and texts[0] == texts[1]
 
 
 _KINDS: Final = ("equivalent", "different", "undecided")
@@ -263,11 +273,11 @@ def _gate_value(text: str, name: str) -> Sentence | Figure:
         for kind in rest:
             first = Sentence(key="gate_value.either", values={"one": first, "other": kind})
         return first
-    most = text.removeprefix("at most ")
+    limit_text = text.removeprefix("at most ")
     unit, scale = _GATE_UNITS.get(name, ("count", 1.0))
-    if most == text:
+    if limit_text == text:
         return measured(scale * float(text), unit, POC)
-    limit = assumed(scale * float(most), unit, GATES)
+    limit = assumed(scale * float(limit_text), unit, GATES)
     return Sentence(key="gate_value.at_most", values={"value": limit})
 
 
@@ -297,19 +307,19 @@ def engine_fact(text: str) -> Sentence | str:
 
 def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     """Yield the phrases for a meeting: the claim, the stages, the main risks, and one about each engine."""
-    stopped = _stopped(view)
-    yield claim(poc, view, stopped)
-    yield staged(view, stopped)
+    failed_gate = _stopped(view)
+    yield claim(poc, view, failed_gate)
+    yield staged(view, failed_gate)
     yield from main_risks(poc, view)
     plan = poc.search.recommended.estimate.plan if poc.search.recommended else None
-    used = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")
+    used_engine = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")
     for name in ENGINES:
         facts = catalog.engine_facts(name)
-        told: dict[str, Figure | str | Sentence] = {
+        statements: dict[str, Figure | str | Sentence] = {
             k: engine_fact(facts[k][0]) if k in facts else "?"
             for k in ("release", "torch", "licence", "status")
         }
         gaps = engine(name).supports(plan) if plan is not None else ()
-        key = "phrase.used" if name == used else "phrase.gap" if gaps else "phrase.candidate"
-        told["gap"] = gaps[0] if gaps else ""
-        yield Sentence(key=key, values={"engine": name, **told})
+        key = "phrase.used" if name == used_engine else "phrase.gap" if gaps else "phrase.candidate"
+        statements["gap"] = gaps[0] if gaps else ""
+        yield Sentence(key=key, values={"engine": name, **statements})

@@ -29,10 +29,10 @@ def headline(view: DecisionView) -> str:
 def costs_more(view: DecisionView, index: int) -> Sentence | None:
     """Return by how much a way is more expensive than the best one: in percent, or as a multiple."""
     sheets, best = view.made.sheets, view.made.best
-    here, least = sheets[index].present_cost, sheets[best].present_cost if best is not None else None
-    if here is None or not least or least <= 0:
+    cost, best_cost = sheets[index].present_cost, sheets[best].present_cost if best is not None else None
+    if cost is None or not best_cost or best_cost <= 0:
         return None
-    return _more(here / least, way_anchor(index))
+    return _more(cost / best_cost, way_anchor(index))
 
 
 def _more(ratio: float, source: str) -> Sentence:
@@ -45,14 +45,14 @@ def _more(ratio: float, source: str) -> Sentence:
 
 def claim(poc: Poc, view: DecisionView, stopped: Filled | None) -> Sentence:
     """Return the first phrase. `stopped`: the failed gate as words, or None."""
-    said = _claim(view)
+    sentence = _claim(view)
     if view.best is None:
-        return said
+        return sentence
     key = "phrase.but"
     for caveat in _caveats(poc, view, stopped):
-        said = Sentence(key=key, values={"claim": said, "caveat": caveat})
+        sentence = Sentence(key=key, values={"claim": sentence, "caveat": caveat})
         key = "phrase.also"
-    return said
+    return sentence
 
 
 def _claim(view: DecisionView) -> Sentence:
@@ -61,11 +61,11 @@ def _claim(view: DecisionView) -> Sentence:
         return Sentence(key="phrase.no_cost")
     if key in ("is_reference", "does_not_pay"):
         tight = view.made.tight
-        more = None if tight is None else costs_more(view, tight)
-        if tight is None or more is None:
+        extra_cost = None if tight is None else costs_more(view, tight)
+        if tight is None or extra_cost is None:
             return Sentence(key="phrase.same", values={"way": best.name})
-        told = {"way": best.name, "tight": way_name(view.made.ways[tight]), "more": more}
-        return Sentence(key="phrase.does_not_pay", values=told)
+        placeholders = {"way": best.name, "tight": way_name(view.made.ways[tight]), "more": extra_cost}
+        return Sentence(key="phrase.does_not_pay", values=placeholders)
     values: Filled = {
         "way": best.name,
         "reference": reference.name,
@@ -77,13 +77,13 @@ def _claim(view: DecisionView) -> Sentence:
     return Sentence(key="phrase.less" if key == "saves" else "phrase.more", values=values)
 
 
-def _caveats(poc: Poc, view: DecisionView, stopped: Filled | None) -> Iterator[Sentence]:
+def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterator[Sentence]:
     """Yield the conditions of the answer.
 
     Scientific equivalence does not matter for the cost of plain training.
     """
     best = view.best
-    assert best is not None, "told of an answer only"
+    assert best is not None, "caveats belong to an answer"
     way = view.made.ways[best.index]
     if way.fit_percent < 100:
         yield dataclasses.replace(likely(view, best.index), key="phrase.caveat_likely")
@@ -94,8 +94,8 @@ def _caveats(poc: Poc, view: DecisionView, stopped: Filled | None) -> Iterator[S
             yield Sentence(key="phrase.caveat_science", values={"verdict": verdict})
         if best.untried:
             yield Sentence(key="phrase.caveat_untried", values={"names": ", ".join(best.untried)})
-        if stopped is not None:
-            yield Sentence(key="phrase.caveat_stopped", values=stopped)
+        if failed_gate is not None:
+            yield Sentence(key="phrase.caveat_stopped", values=failed_gate)
     if best.at_least:
         yield Sentence(key="phrase.caveat_hours")
 
@@ -133,19 +133,27 @@ def stake(pilot: StageRow) -> Sentence:
 
 def way_back(view: DecisionView, row: StageRow) -> Sentence:
     """Return what to go back to; names the way if it is one that fits."""
-    to = row.stage.back_way
-    values = {} if to is None else {"way": way_name(view.made.ways[to])}
+    way_index = row.stage.back_way
+    values = {} if way_index is None else {"way": way_name(view.made.ways[way_index])}
     return Sentence(key=f"back.{row.stage.back}", values=values)
 
 
 def main_risks(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     """Yield operating load and reproducibility, each with whether it was evaluated."""
-    found = {r.kind: r.evidence for r in view.risks}
-    if not {"load", "reproducibility"} <= found.keys():
+    evidence = {r.kind: r.evidence for r in view.risks}
+    if not {"load", "reproducibility"} <= evidence.keys():
         return
-    load = poc.effort.attended_minutes is not None
-    again = poc.reproducibility.reproducible is not None
-    key = "risks" if load and again else "risks_load" if again else "risks_again" if load else "risks_open"
+    load_counted = poc.effort.attended_minutes is not None
+    reproducibility_tested = poc.reproducibility.reproducible is not None
+    key = (
+        "risks"
+        if load_counted and reproducibility_tested
+        else "risks_load"
+        if reproducibility_tested
+        else "risks_again"
+        if load_counted
+        else "risks_open"
+    )
     yield Sentence(
-        key=f"phrase.{key}", values={"load": found["load"], "reproducibility": found["reproducibility"]}
+        key=f"phrase.{key}", values={"load": evidence["load"], "reproducibility": evidence["reproducibility"]}
     )

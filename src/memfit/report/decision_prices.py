@@ -16,23 +16,23 @@ from memfit.types.machine import Device, Fact
 
 def price_rows(made: Decision) -> Iterator[PriceRow]:
     """Yield the prices of every way in the table, once per machine and way of obtaining it."""
-    seen = set()
+    priced_keys = set()
     for index in dict.fromkeys(index for _, index in made.slots):
         way = made.ways[index]
         key = way.kind, way.machine, way.of_catalog
-        if way.kind != "nothing" and key not in seen:
+        if way.kind != "nothing" and key not in priced_keys:
             yield from _of(made, index, way)
-        seen.add(key)
+        priced_keys.add(key)
 
 
-def _of(made: Decision, index: int, way: Way) -> Iterator[PriceRow]:
+def _of(decision: Decision, index: int, way: Way) -> Iterator[PriceRow]:
     device = _device(way.machine)
-    name, told = way_name(way), {t.name: t for t in made.told}
-    own = told.get({"purchase": "purchase_price", "cloud": "rental_price"}.get(way.kind, ""))
-    if own is not None and not way.of_catalog:
-        value = cash(made, own.value, term_anchor(own.name))
+    name, terms = way_name(way), {t.name: t for t in decision.told}
+    offer = terms.get({"purchase": "purchase_price", "cloud": "rental_price"}.get(way.kind, ""))
+    if offer is not None and not way.of_catalog:
+        value = cash(decision, offer.value, term_anchor(offer.name))
         what = "own_rent" if way.kind == "cloud" else "own_price"
-        yield PriceRow(name=name, what=what, value=value, kind="", source=own.source, date=own.date)
+        yield PriceRow(name=name, what=what, value=value, kind="", source=offer.source, date=offer.date)
     elif device is not None:
         server = finance.host_usd(catalog.host_of(device.name)) if catalog.host_of(device.name) else None
         prices = {"device": device.usd_to_buy, "server": server} if way.kind == "purchase" else {}

@@ -38,11 +38,15 @@ def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> 
         console.print(Text(words.get("lead.terms"), style="dim"))
 
 
-def _work(made: Decision, words: Words) -> str:
+def _work(decision: Decision, words: Words) -> str:
     """Return the text that says for how much work all ways are priced."""
-    told = {"runs": made.terms.runs_per_year, "steps": made.steps_per_run, "years": made.terms.years}
-    figures = {name: f"{value:,.10g}" for name, value in told.items()}
-    return words.get("lead.money", size=made.size or "–", **figures)
+    amounts = {
+        "runs": decision.terms.runs_per_year,
+        "steps": decision.steps_per_run,
+        "years": decision.terms.years,
+    }
+    figures = {name: f"{value:,.10g}" for name, value in amounts.items()}
+    return words.get("lead.money", size=decision.size or "–", **figures)
 
 
 def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console, lang: str) -> None:
@@ -51,8 +55,8 @@ def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console
     columns = ("gate", "found", "limit", "holds")
     table = new_table([words.get(f"gate_column.{name}") for name in columns], left=len(columns))
     for gate in gates:
-        ends = words.get("stages.holds" if gate[3] else "stages.fails")
-        table.add_row(*map(Text, _gate(gate, words)), Text(ends, style="" if gate[3] else "red"))
+        result = words.get("stages.holds" if gate[3] else "stages.fails")
+        table.add_row(*map(Text, _gate(gate, words)), Text(result, style="" if gate[3] else "red"))
     console.print(table)
 
 
@@ -63,7 +67,7 @@ def print_gate_end(
     words = load_words(lang)
     failed = [_gate(gate, words) for gate in gates if not gate[3]]
     if failed:
-        reasons = "; ".join(words.get("scale.reason", gate=name, found=found) for name, found, _ in failed)
+        reasons = "; ".join(words.get("scale.reason", gate=name, found=result) for name, result, _ in failed)
         console.print(Text(words.get("scale.stopped", reasons=reasons), style="red"))
     else:
         console.print(Text(words.get("scale.holds")))
@@ -89,16 +93,16 @@ def print_stages(poc: Poc, made: Decision, *, console: Console, lang: str) -> No
         lines += [("engine", stage.engine)] if stage.engine else []
         lines += [("memory", _span(row.memory, words))] if stage.memory_bytes else []
         lines += [("step", _span(row.step, words))] if stage.step_s else []
-        short = f" ({words.get('stages.without_labour')})" if stage.unpaid else ""
+        labour_note = f" ({words.get('stages.without_labour')})" if stage.unpaid else ""
         if stage.name == "poc":
-            lines.append(("spent", f"{figure_text(row.spent, words)}{short}"))
+            lines.append(("spent", f"{figure_text(row.spent, words)}{labour_note}"))
         else:
-            spans = stage.most is not None and stage.most > (stage.to_spend or 0.0)
-            told = _span((row.to_spend, row.most), words) if spans else figure_text(row.to_spend, words)
-            lines.append(("to_spend", f"{told}{short}"))
+            is_range = stage.most is not None and stage.most > (stage.to_spend or 0.0)
+            amount = _span((row.to_spend, row.most), words) if is_range else figure_text(row.to_spend, words)
+            lines.append(("to_spend", f"{amount}{labour_note}"))
             lines += [("stop", _stop(row, words))]
-            back = sentence_text(row.back, words) if row.back else words.get("stages.back_text")
-            lines += [("back", back), ("watch", words.get("stages.watch_text"))]
+            way_back = sentence_text(row.back, words) if row.back else words.get("stages.back_text")
+            lines += [("back", way_back), ("watch", words.get("stages.watch_text"))]
         for name, text in lines:
             console.print(Text(f"  {words.get(f'stages.{name}')}: {text}"))
 
@@ -107,8 +111,8 @@ def _stop(row: StageRow, words: Words) -> str:
     memory, step = row.stop, row.step[1]
     if memory.value is None or step.value is None:
         return words.get("stages.stop_text")
-    told = {"memory": figure_text(memory, words), "step": figure_text(step, words)}
-    return words.get("stages.stop_numbers", **told)
+    placeholders = {"memory": figure_text(memory, words), "step": figure_text(step, words)}
+    return words.get("stages.stop_numbers", **placeholders)
 
 
 def _span(ends: tuple[Figure, Figure], words: Words) -> str:
@@ -137,13 +141,15 @@ def _print_ways(view: DecisionView, console: Console, words: Words) -> None:
         console.print(Text(words.get("uncertainty.same")))
         return
     if view.saved_low.value is not None:
-        told = {
+        placeholders = {
             "saved": view.saved,
             "low": view.saved_low,
             "high": view.saved_high,
             "chance": view.chance,
         }
-        line = words.get("uncertainty.interval", **{k: figure_text(f, words) for k, f in told.items()})
+        line = words.get(
+            "uncertainty.interval", **{k: figure_text(f, words) for k, f in placeholders.items()}
+        )
         console.print(Text(line))
     if view.payback is not None:
         console.print(Text(sentence_text(view.payback, words)))

@@ -109,24 +109,30 @@ def contributors(explained: Explained) -> tuple[Contributor, ...]:
 
 def difference(first: Explained, second: Explained) -> PlanDifference:
     """Compare two plans of one job at their peaks."""
-    one, other = first.estimate, second.estimate
-    sides = [Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()]
-    for side, explained in zip(sides, (first, second), strict=True):
+    first_estimate, second_estimate = first.estimate, second.estimate
+    bytes_by_plan = [Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()]
+    for contributor_bytes, explained in zip(bytes_by_plan, (first, second), strict=True):
         for c in contributors(explained):
-            side[c.category, c.module, c.op] += c.size_bytes
+            contributor_bytes[c.category, c.module, c.op] += c.size_bytes
     movers = [
-        Mover(category=c, module=m, op=o, first_bytes=sides[0][c, m, o], second_bytes=sides[1][c, m, o])
-        for c, m, o in {**sides[0], **sides[1]}
+        Mover(
+            category=c,
+            module=m,
+            op=o,
+            first_bytes=bytes_by_plan[0][c, m, o],
+            second_bytes=bytes_by_plan[1][c, m, o],
+        )
+        for c, m, o in {**bytes_by_plan[0], **bytes_by_plan[1]}
     ]
-    found = PlanDifference(
-        first=one,
-        second=other,
-        by_category_bytes=_changes(one.at_peak_bytes, other.at_peak_bytes),
-        by_phase_bytes=_changes(one.phase_peak_bytes, other.phase_peak_bytes),
+    comparison = PlanDifference(
+        first=first_estimate,
+        second=second_estimate,
+        by_category_bytes=_changes(first_estimate.at_peak_bytes, second_estimate.at_peak_bytes),
+        by_phase_bytes=_changes(first_estimate.phase_peak_bytes, second_estimate.phase_peak_bytes),
         movers=tuple(sorted((m for m in movers if m.change_bytes), key=lambda m: -abs(m.change_bytes))),
         sentences=(),
     )
-    return dataclasses.replace(found, sentences=tuple(_sentences(found)))
+    return dataclasses.replace(comparison, sentences=tuple(_sentences(comparison)))
 
 
 def _folded(module: str) -> str:
@@ -134,39 +140,39 @@ def _folded(module: str) -> str:
 
 
 def _changes(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
-    every = {name: second.get(name, 0) - first.get(name, 0) for name in {**first, **second}}
-    return dict(sorted(every.items(), key=lambda item: -abs(item[1])))
+    changes = {name: second.get(name, 0) - first.get(name, 0) for name in {**first, **second}}
+    return dict(sorted(changes.items(), key=lambda item: -abs(item[1])))
 
 
-def _sentences(found: PlanDifference) -> Iterator[Sentence]:
+def _sentences(comparison: PlanDifference) -> Iterator[Sentence]:
     """Yield each plan's peak, their difference, and the largest changes by category, phase and operator."""
-    for name, estimate in (("A", found.first), ("B", found.second)):
+    for name, estimate in (("A", comparison.first), ("B", comparison.second)):
         peak = predicted(estimate.allocated_bytes.value, "bytes")
         phase = Sentence(key=f"phase.{estimate.peak_phase}")
         plan, op = estimate.plan.label, op_name(estimate.peak_op)
         yield Sentence(
             key="explain.peak", values={"name": name, "plan": plan, "peak": peak, "phase": phase, "op": op}
         )
-    before = found.first.allocated_bytes.value
-    share = predicted(100 * abs(found.change_bytes) / before, "percent")
-    yield _change("total", found.change_bytes, share=share)
-    for kind, parts in (("category", found.by_category_bytes), ("phase", found.by_phase_bytes)):
+    first_bytes = comparison.first.allocated_bytes.value
+    share = predicted(100 * abs(comparison.change_bytes) / first_bytes, "percent")
+    yield _change("total", comparison.change_bytes, share=share)
+    for kind, parts in (("category", comparison.by_category_bytes), ("phase", comparison.by_phase_bytes)):
         name, change_bytes = next(iter(parts.items()), ("", 0))
         if change_bytes:
             yield _change(kind, change_bytes, name=Sentence(key=f"{kind}.{name}"))
-    for top in found.movers[:1]:
+    for mover in comparison.movers[:1]:
         yield _change(
             "mover",
-            top.change_bytes,
-            name=Sentence(key=f"category.{top.category}"),
-            op=top.op,
-            module=top.module or Sentence(key="text.root"),
-            first=predicted(top.first_bytes, "bytes"),
-            second=predicted(top.second_bytes, "bytes"),
+            mover.change_bytes,
+            name=Sentence(key=f"category.{mover.category}"),
+            op=mover.op,
+            module=mover.module or Sentence(key="text.root"),
+            first=predicted(mover.first_bytes, "bytes"),
+            second=predicted(mover.second_bytes, "bytes"),
         )
 
 
 def _change(kind: str, change_bytes: int, **values: Figure | str | Sentence) -> Sentence:
-    way = "more" if change_bytes > 0 else "less" if change_bytes else "same"
+    direction = "more" if change_bytes > 0 else "less" if change_bytes else "same"
     size = predicted(abs(change_bytes), "bytes")
-    return Sentence(key=f"explain.{kind}_{way}", values={**values, "change": size})
+    return Sentence(key=f"explain.{kind}_{direction}", values={**values, "change": size})

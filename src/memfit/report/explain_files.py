@@ -31,28 +31,28 @@ def snapshot(explained: Explained) -> bytes:
     trace = explained.trace
     streams = dict.fromkeys(a.stream for a in trace.allocations)
     spaces = {s: _Space(address=(i + 1) * _FIRST_ADDRESS) for i, s in enumerate(streams)}
-    at: dict[int, int] = {}
+    addresses: dict[int, int] = {}
     frames: dict[int, list[Event]] = {}
     actions: list[Event] = []
     for clock, change_bytes, a in events(trace):
         if not a.size_bytes:
             continue
-        born, key = change_bytes > 0, id(a)
-        if born:
-            at[key], frames[key] = spaces[a.stream].take(a.size_bytes), _frames(a)
-        event = {"addr": at[key], "size": a.size_bytes, "frames": frames[key], "time_us": clock}
+        is_alloc, key = change_bytes > 0, id(a)
+        if is_alloc:
+            addresses[key], frames[key] = spaces[a.stream].take(a.size_bytes), _frames(a)
+        event = {"addr": addresses[key], "size": a.size_bytes, "frames": frames[key], "time_us": clock}
         event["stream"] = list(streams).index(a.stream)
         actions += [
-            {"action": x, **event} for x in (("alloc",) if born else ("free_requested", "free_completed"))
+            {"action": x, **event} for x in (("alloc",) if is_alloc else ("free_requested", "free_completed"))
         ]
-        if not born:
-            spaces[a.stream].give(at.pop(key), a.size_bytes)
-    left = [(at[id(a)], a, frames[id(a)]) for a in trace.allocations if id(a) in at]
+        if not is_alloc:
+            spaces[a.stream].give(addresses.pop(key), a.size_bytes)
+    live_blocks = [(addresses[id(a)], a, frames[id(a)]) for a in trace.allocations if id(a) in addresses]
     segments = [
-        _segment(space, index, sorted((x for x in left if x[1].stream == name), key=lambda x: x[0]))
+        _segment(space, index, sorted((x for x in live_blocks if x[1].stream == name), key=lambda x: x[0]))
         for index, (name, space) in enumerate(spaces.items())
     ]
-    asked = [
+    segment_events = [
         {
             "action": "segment_alloc",
             "addr": s["address"],
@@ -63,7 +63,9 @@ def snapshot(explained: Explained) -> bytes:
         }
         for s in segments
     ]
-    return pickle.dumps({"segments": segments, "device_traces": [[*asked, *actions]]}, protocol=_PROTOCOL)
+    return pickle.dumps(
+        {"segments": segments, "device_traces": [[*segment_events, *actions]]}, protocol=_PROTOCOL
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -118,7 +120,7 @@ def _frames(a: Allocation) -> list[Event]:
     ]
 
 
-def _segment(space: _Space, stream: int, left: list[tuple[int, Allocation, list[Event]]]) -> Event:
+def _segment(space: _Space, stream: int, live_blocks: list[tuple[int, Allocation, list[Event]]]) -> Event:
     """Return the stream's segment at the end of the trace: live blocks and the gaps between them."""
     blocks: list[Event] = []
     end = space.address
@@ -130,13 +132,13 @@ def _segment(space: _Space, stream: int, left: list[tuple[int, Allocation, list[
                 {"address": end, "size": size, "requested_size": 0, "state": "inactive", "frames": []}
             )
 
-    for address, a, frames in left:
+    for address, a, frames in live_blocks:
         gap(address)
         block = {"address": address, "size": a.size_bytes, "requested_size": a.size_bytes}
         blocks.append({**block, "state": "active_allocated", "frames": frames})
         end = address + a.size_bytes
     gap(space.address + space.total_bytes)
-    active = sum(a.size_bytes for _, a, _ in left)
+    active = sum(a.size_bytes for _, a, _ in live_blocks)
     return {
         "device": 0,
         "address": space.address,
@@ -161,20 +163,20 @@ def chrome_trace(explained: Explained) -> bytes:
     """
     trace, estimate = explained.trace, explained.estimate
     name = f"memfit: {estimate.plan.label}"
-    found: list[Event] = [_named("process_name", 0, name), _named("thread_name", _PHASES, "phases")]
-    found += [_named("thread_name", _MODULES, "modules and operators"), *_counters(trace)]
-    found += [
+    trace_events: list[Event] = [_named("process_name", 0, name), _named("thread_name", _PHASES, "phases")]
+    trace_events += [_named("thread_name", _MODULES, "modules and operators"), *_counters(trace)]
+    trace_events += [
         _slice(f"{s.phase}, step {s.step + 1}", s.start, s.end, _PHASES, {})
         for s in trace.spans
         if s.end > s.start
     ]
-    found += _module_slices(trace)
+    trace_events += _module_slices(trace)
     peak = {
         "bytes": int(estimate.allocated_bytes.value),
         "phase": estimate.peak_phase,
         "op": estimate.peak_op,
     }
-    found.append(
+    trace_events.append(
         {
             "ph": "i",
             "s": "p",
@@ -185,12 +187,12 @@ def chrome_trace(explained: Explained) -> bytes:
             "args": peak,
         }
     )
-    about = {
+    metadata = {
         "made by": "memfit explain",
         "clock": "one tick, shown as 1 us, for each operator, allocation and free: an order, not time",
     }
-    whole = {"traceEvents": found, "displayTimeUnit": "ms", "otherData": about}
-    return json.dumps(whole, separators=(",", ":")).encode()
+    document = {"traceEvents": trace_events, "displayTimeUnit": "ms", "otherData": metadata}
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 def _named(kind: str, thread: int, name: str) -> Event:
@@ -214,20 +216,20 @@ def _module_slices(trace: Trace) -> Iterator[Event]:
 
     A module's slice lasts as long as consecutive operators are inside the module.
     """
-    opened: list[tuple[str, int]] = []  # (name, start), outermost first
+    open_modules: list[tuple[str, int]] = []  # (name, start), outermost first
     ends = {s.end for s in trace.spans}
     bounds = sorted(ends)
-    for op, after in pairwise([*trace.ops, None]):
+    for op, next_op in pairwise([*trace.ops, None]):
         assert op is not None
         limit = bounds[min(bisect.bisect_right(bounds, op.clock), len(bounds) - 1)]
-        end = min(after.clock, limit) if after else limit
+        end = min(next_op.clock, limit) if next_op else limit
         path = op.module.split(".") if op.module else []
-        while opened and [n for n, _ in opened] != path[: len(opened)]:
-            name, start = opened.pop()
+        while open_modules and [n for n, _ in open_modules] != path[: len(open_modules)]:
+            name, start = open_modules.pop()
             yield _slice(name, start, op.clock, _MODULES, {})
-        opened += [(n, op.clock) for n in path[len(opened) :]]
+        open_modules += [(n, op.clock) for n in path[len(open_modules) :]]
         args = {"flops": op.flops, "moved_bytes": op.moved_bytes, "dtype": op.dtype}
         yield _slice(op_name(op.op), op.clock, end, _MODULES, args)
-        while opened and (after is None or after.clock >= limit):
-            name, start = opened.pop()
+        while open_modules and (next_op is None or next_op.clock >= limit):
+            name, start = open_modules.pop()
             yield _slice(name, start, end, _MODULES, {})

@@ -32,8 +32,10 @@ _STACK: Final = (
 def render_explained(explained: Explained, *, job: str, lang: str) -> str:
     """Return the page's text. Raises UserError for a language without a catalog."""
     words, estimate, peak = load_words(lang), explained.estimate, explained.peak_clock
-    alive = [a for a in explained.trace.allocations if a.start <= peak and (a.end is None or a.end > peak)]
-    apart_bytes = estimate.allocated_bytes.value - sum(a.size_bytes for a in alive)
+    live_allocations = [
+        a for a in explained.trace.allocations if a.start <= peak and (a.end is None or a.end > peak)
+    ]
+    workspace_bytes = estimate.allocated_bytes.value - sum(a.size_bytes for a in live_allocations)
     return render(
         "explain.html.j2",
         words,
@@ -45,20 +47,22 @@ def render_explained(explained: Explained, *, job: str, lang: str) -> str:
         stack=_STACK,
         data=_data(explained, words),
         count=f"{len(explained.trace.allocations):,}",
-        apart=figure_text(predicted(apart_bytes, "bytes"), words) if apart_bytes > 0 else "",
+        apart=figure_text(predicted(workspace_bytes, "bytes"), words) if workspace_bytes > 0 else "",
     )
 
 
 def _data(explained: Explained, words: Words) -> str:
     """Return JSON that is safe inside a script element, with as many instants as fit into `MOST_BYTES`."""
-    own = {k.removeprefix("explain."): v for k, v in words.texts.items() if k.startswith("explain.")}
+    explain_texts = {
+        k.removeprefix("explain."): v for k, v in words.texts.items() if k.startswith("explain.")
+    }
     names = {str(x): words.name("category", x) for x in Category} | {
         str(x): words.name("phase", x) for x in Phase
     }
-    said = {**own, **names, "root": words.get("text.root")}
+    texts = {**explain_texts, **names, "root": words.get("text.root")}
     for points in _POINTS:
-        found = {"words": said, "lang": words.lang, "stack": _STACK, **series(explained, points)}
-        text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+        data = {"words": texts, "lang": words.lang, "stack": _STACK, **series(explained, points)}
+        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
         if len(text.encode()) <= MOST_BYTES:
             break
     return text
@@ -117,22 +121,22 @@ class _Table:
 
 def _path(modules: _Table, module: str) -> int:
     """Return the index of a dotted path in a tree of names, from 1; the root is 0."""
-    place = 0
+    index = 0
     for name in module.split(".") if module else ():
-        place = modules.index((place, name)) + 1
-    return place
+        index = modules.index((index, name)) + 1
+    return index
 
 
 def _instants(explained: Explained, points: int) -> list[int]:
     trace = explained.trace
-    level, at = 0, Counter[int]()
+    level, level_by_clock = 0, Counter[int]()
     for clock, change_bytes, _ in events(trace):
         level += change_bytes
-        at[clock] = level
-    width = max(1.0, (max(at) + 1) / points)
+        level_by_clock[clock] = level
+    width = max(1.0, (max(level_by_clock) + 1) / points)
     highest: dict[int, int] = {}
-    for clock, height in at.items():
+    for clock, height in level_by_clock.items():
         stretch = int(clock / width)
-        if stretch not in highest or height > at[highest[stretch]]:
+        if stretch not in highest or height > level_by_clock[highest[stretch]]:
             highest[stretch] = clock
     return sorted({*highest.values(), explained.peak_clock, *(s.start for s in trace.spans)})

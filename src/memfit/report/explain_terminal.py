@@ -19,10 +19,10 @@ Row = tuple[list[str], list[Figure]]
 
 def print_explained(explained: Explained, *, console: Console, lang: str) -> None:
     """Print the estimate, then what is alive at its peak. Raises UserError for an unknown `lang`."""
-    words, found = load_words(lang), contributors(explained)
+    words, parts = load_words(lang), contributors(explained)
     print_estimate(explained.estimate, console=console, lang=lang)
-    rows = [([*_who(c, words), c.line], _sizes(c.size_bytes, c.count)) for c in found[:MOST]]
-    if rest := found[MOST:]:
+    rows = [([*_who(c, words), c.line], _sizes(c.size_bytes, c.count)) for c in parts[:MOST]]
+    if rest := parts[MOST:]:
         label = words.get("explain.more", count=len(rest))
         total = _sizes(sum(c.size_bytes for c in rest), sum(c.count for c in rest))
         rows.append(([label, "", "", ""], total))

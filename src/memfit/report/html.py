@@ -60,7 +60,7 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
     """Return the report as HTML text. Raises UserError for a language without a catalog."""
     words = load_words(lang)
     view = poc_view(poc)
-    shown = decision_view(poc, decision) if decision is not None else None
+    decision_page = decision_view(poc, decision) if decision is not None else None
     records = report_records(poc, decision, view.case.created if view.case else "")
     return render(
         "template.html.j2",
@@ -68,10 +68,10 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
         labels=_labels(records, decision, words),
         view=view,
         poc=poc,
-        decision=shown,
+        decision=decision_page,
         records=records,
         **_drawings(view, words),
-        **_script(shown, words),
+        **_script(decision_page, words),
     )
 
 
@@ -83,13 +83,13 @@ def _labels(
     return {r.anchor: r.label for r in records} | terms
 
 
-def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
+def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, Any]:
     """Return the data of the sliders, and the hash by which the page's policy allows this script and no
     other.
     """
     from markupsafe import Markup
 
-    if shown is None or shown.best is None:
+    if decision_page is None or decision_page.best is None:
         return {
             "script_hash": "",
             "played": "",
@@ -98,15 +98,15 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
             "decisive": DECISIVE,
             "swing_css": _swing_css(()),
         }
-    told = played(shown.made, [(w.slot, w.index) for w in shown.ways])
-    labels = [sentence_text(way_name(way), words) for way in shown.made.ways]
+    data = played(decision_page.made, [(w.slot, w.index) for w in decision_page.ways])
+    labels = [sentence_text(way_name(way), words) for way in decision_page.made.ways]
     plain = words.get("way.plain")
-    plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in shown.made.ways]
-    more = {"labels": labels, "plans": plans, "many": words.texts["unit.many"], "least": MANY}
-    text = json.dumps({**told, **more}, ensure_ascii=False)
+    plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in decision_page.made.ways]
+    texts = {"labels": labels, "plans": plans, "many": words.texts["unit.many"], "least": MANY}
+    text = json.dumps({**data, **texts}, ensure_ascii=False)
     text = text.translate(TURNING)
-    for bad in "<>&\u2028\u2029":  # nothing in the text can close the element or open another
-        text = text.replace(bad, f"\\u{ord(bad):04x}")
+    for character in "<>&\u2028\u2029":  # nothing in the text can close the element or open another
+        text = text.replace(character, f"\\u{ord(character):04x}")
     digest = hashlib.sha256(_asset("decision.js").encode()).digest()
     return {
         "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
@@ -114,18 +114,18 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
         "money_rows": MONEY,
         "draws": DRAWS,
         "decisive": DECISIVE,
-        "swing_css": _swing_css([(low, high) for _, low, high in shown.swings]),
+        "swing_css": _swing_css([(low, high) for _, low, high in decision_page.swings]),
     }
 
 
 def _swing_css(swings: Sequence[tuple[Figure, Figure]]) -> Callable[[Figure, Figure], str]:
     """Return a function for a bar's position between the lowest and the highest end of all bars."""
     ends = [f.value for swing in swings for f in swing if f.value is not None]
-    least, span = (min(ends), max(ends) - min(ends) or 1.0) if ends else (0.0, 1.0)
+    lowest, span = (min(ends), max(ends) - min(ends) or 1.0) if ends else (0.0, 1.0)
 
     def css(low: Figure, high: Figure) -> str:
         a, b = sorted((low.value or 0.0, high.value or 0.0))
-        return f"left:{100 * (a - least) / span:.2f}%;width:{100 * (b - a) / span:.2f}%"
+        return f"left:{100 * (a - lowest) / span:.2f}%;width:{100 * (b - a) / span:.2f}%"
 
     return css
 
@@ -185,12 +185,12 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
             ).format(css, text, mark)
         if figure.source not in labels:
             raise ValueError(f"{text} ({mark}) is from no record of this page: {figure.source!r}")
-        live = Markup(' data-stage="{}"').format(figure.live) if figure.live else ""
-        told = words.get("mark_of", mark=mark, record=labels[figure.source])
+        live_attribute = Markup(' data-stage="{}"').format(figure.live) if figure.live else ""
+        tooltip = words.get("mark_of", mark=mark, record=labels[figure.source])
         return Markup(
             '<a class="num {0}" href="#{1}" title="{3}"{4}>{2}'
             '<i class="tag" role="img" aria-label="{3}"></i></a>'
-        ).format(css, figure.source, text, told, live)
+        ).format(css, figure.source, text, tooltip, live_attribute)
 
     return num
 
@@ -204,9 +204,11 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
     num = _marked(words, labels)
 
     def t(key: str, **values: object) -> Markup:
-        shown = {k: num(v) if isinstance(v, Figure) else named(k, v) for k, v in values.items()}
-        plain = {k: figure_text(v, words) if isinstance(v, Figure) else shown[k] for k, v in values.items()}
-        return Markup(escape(words.tight(key, plain))).format(**shown)
+        html_values = {k: num(v) if isinstance(v, Figure) else named(k, v) for k, v in values.items()}
+        text_values = {
+            k: figure_text(v, words) if isinstance(v, Figure) else html_values[k] for k, v in values.items()
+        }
+        return Markup(escape(words.tight(key, text_values))).format(**html_values)
 
     def named(key: str, value: object) -> object:
         _no_bare_number(value)

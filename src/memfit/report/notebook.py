@@ -40,15 +40,17 @@ def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: in
         "device": estimate.device_bytes,
         "host": estimate.host_bytes,
     }
-    told = "".join(f"<div>assumed: {escape(what)}</div>" for what in estimate.guesses[:_MOST_GUESSES])
+    notes = "".join(
+        f"<div>assumed: {escape(assumption)}</div>" for assumption in estimate.guesses[:_MOST_GUESSES]
+    )
     if estimate.split_warning:
-        told = f"<div>{escape(estimate.split_warning)}</div>{told}"
+        notes = f"<div>{escape(estimate.split_warning)}</div>{notes}"
     rows = "".join(_row(name, value) for name, value in kinds.items() if value is not None)
     return (
         f'{_STYLE}<div class="memfit"><div><b>{escape(title)}</b>, {escape(estimate.plan.label)}: {verdict} '
         f"{format_bytes(cap_bytes)} of {escape(machine)}; peak in {escape(estimate.peak_phase)}</div>"
         f"<table><tr><th>memory</th><th>peak</th><th>from</th><th>to</th></tr>{rows}</table>"
-        f"{_bar(estimate.at_peak_bytes)}{told}</div>"
+        f"{_bar(estimate.at_peak_bytes)}{notes}</div>"
     )
 
 
@@ -59,14 +61,14 @@ def _row(name: str, value: Interval) -> str:
 
 def _bar(parts: Mapping[str, int]) -> str:
     scale = sum(parts.values()) or 1
-    named = [(n.replace("_", " "), size, _COLOURS.get(n, "#607d8b")) for n, size in parts.items() if size]
+    segments = [(n.replace("_", " "), size, _COLOURS.get(n, "#607d8b")) for n, size in parts.items() if size]
     pieces = "".join(
         f'<i style="width:{100 * size / scale:.2f}%;background:{colour}" title="{escape(name)}"></i>'
-        for name, size, colour in named
+        for name, size, colour in segments
     )
     key = "".join(
         f'<i style="background:{colour}"></i>{escape(name)} {format_bytes(size)}'
-        for name, size, colour in named
+        for name, size, colour in segments
     )
     bar = f'<div class="bar" role="img" aria-label="what is alive at the peak">{pieces}</div>'
     return f'{bar}<div class="key">{key}</div>'

@@ -28,30 +28,30 @@ def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> Non
         steps=advice.trained_steps,
     )
     console.print(Text(title, style="bold"))
-    named = [e for e in advice.examined if e.reason or e.reason_autocast]
-    rest = [e for e in advice.examined if not e.reason and not e.reason_autocast]
+    faulty_places = [e for e in advice.examined if e.reason or e.reason_autocast]
+    other_places = [e for e in advice.examined if not e.reason and not e.reason_autocast]
     table = new_table([words.get(f"precision.{name}") for name in _COLUMNS], left=2)
-    for one in (*named, *rest[:MOST]):
-        table.add_row(*map(Text, _cells(one, advice, words)))
+    for place in (*faulty_places, *other_places[:MOST]):
+        table.add_row(*map(Text, _cells(place, advice, words)))
     console.print(table)
-    if more := rest[MOST:]:
-        console.print(Text(words.get("precision.more", count=len(more))))
-    for one in advice.outside:
-        if one.reason or one.reason_autocast:
-            where = words.get("precision.root" if one.pattern == "" else "precision.loss_code")
-            console.print(Text(words.get("precision.outside", where=where, why=_why(one, words))))
+    if hidden_places := other_places[MOST:]:
+        console.print(Text(words.get("precision.more", count=len(hidden_places))))
+    for place in advice.outside:
+        if place.reason or place.reason_autocast:
+            location = words.get("precision.root" if place.pattern == "" else "precision.loss_code")
+            console.print(Text(words.get("precision.outside", where=location, why=_why(place, words))))
     _print_islands(advice, console, words)
 
 
-def _cells(one: Examined, advice: PrecisionAdvice, words: Words) -> list[str]:
-    loss = "" if one.loss_ratio is None else _percent(one.loss_ratio, words)
-    name = one.pattern if one.modules_count == 1 else f"{one.pattern}  ×{one.modules_count}"
+def _cells(place: Examined, advice: PrecisionAdvice, words: Words) -> list[str]:
+    loss = "" if place.loss_ratio is None else _percent(place.loss_ratio, words)
+    name = place.pattern if place.modules_count == 1 else f"{place.pattern}  ×{place.modules_count}"
     return [
         name,
-        _why(one, words),
-        _error(one.pure.error_ratio, one.pure.lost, words),
-        _percent(one.pure.gradient_ratio, words),
-        _error(one.autocast.error_ratio, one.autocast.lost, words),
+        _why(place, words),
+        _error(place.pure.error_ratio, place.pure.lost, words),
+        _percent(place.pure.gradient_ratio, words),
+        _error(place.autocast.error_ratio, place.autocast.lost, words),
         loss,
     ]
 
@@ -64,11 +64,11 @@ def _percent(ratio: float, words: Words) -> str:
     return f"{100 * ratio:.2g} %" if math.isfinite(ratio) and ratio < 100 else words.get("precision.lost")
 
 
-def _why(one: Examined, words: Words) -> str:
-    reason = one.reason or one.reason_autocast
+def _why(place: Examined, words: Words) -> str:
+    reason = place.reason or place.reason_autocast
     if not reason:
         return ""
-    return words.get(f"precision.reason.{reason}", what=one.pure.lost or one.autocast.lost)
+    return words.get(f"precision.reason.{reason}", what=place.pure.lost or place.autocast.lost)
 
 
 def _print_islands(advice: PrecisionAdvice, console: Console, words: Words) -> None:
@@ -84,8 +84,8 @@ def _print_islands(advice: PrecisionAdvice, console: Console, words: Words) -> N
         worst = max(e.sums_ratio for e in advice.examined if e.pattern in advice.sums)
         text = words.get("precision.sums", names=", ".join(advice.sums), worst=_percent(worst, words))
         console.print(Text(text))
-    told = (_percent(r, words) for r in (advice.loss_ratio, advice.kept_ratio))
-    console.print(Text(words.get("precision.whole", **dict(zip(("all", "kept"), told, strict=True)))))
+    percents = (_percent(r, words) for r in (advice.loss_ratio, advice.kept_ratio))
+    console.print(Text(words.get("precision.whole", **dict(zip(("all", "kept"), percents, strict=True)))))
 
 
 def _line(islands: tuple[str, ...]) -> str:

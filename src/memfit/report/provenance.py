@@ -110,12 +110,12 @@ def poc_records(poc: Poc, case_created: str = "") -> tuple[ProvenanceRecord, ...
 
     `case_created`: when the job's published sizes were recorded; "" if there are none.
     """
-    found = [_poc(poc), *_runs(poc), *_groups(poc), *_predictions(poc), *_outlook(poc), *_tests(poc)]
+    records = [_poc(poc), *_runs(poc), *_groups(poc), *_predictions(poc), *_outlook(poc), *_tests(poc)]
     if case_created:
-        found.append(
+        records.append(
             ProvenanceRecord(anchor=CASE, label="C", what=_said("case", job=poc.job_name), date=case_created)
         )
-    return tuple(found)
+    return tuple(records)
 
 
 def _said(kind: str, **values: Figure | str | Sentence) -> Sentence:
@@ -134,14 +134,14 @@ def _poc(poc: Poc) -> ProvenanceRecord:
 def _runs(poc: Poc) -> Iterator[ProvenanceRecord]:
     for i, run in enumerate(poc.runs):
         spec, m = run.spec, run.measurement
-        told = _said("run", role=_role(spec.role), plan=spec.plan.label, seed=str(spec.seed))
+        what = _said("run", role=_role(spec.role), plan=spec.plan.label, seed=str(spec.seed))
         notes = (f"{poc.poc_id} / {spec.name} / {i + 1}", spec.engine, m.peak_source, m.energy_boundary)
         sources = tuple(n for n in notes if n)
-        yield ProvenanceRecord(anchor=run_anchor(i), label=f"R{i + 1}", what=told, of=(POC,), sources=sources)
+        yield ProvenanceRecord(anchor=run_anchor(i), label=f"R{i + 1}", what=what, of=(POC,), sources=sources)
 
 
 def _of(poc: Poc, runs: Sequence[Run]) -> tuple[str, ...]:
-    return tuple(run_anchor(i) for i, run in enumerate(poc.runs) if any(run is one for one in runs))
+    return tuple(run_anchor(i) for i, run in enumerate(poc.runs) if any(run is member for member in runs))
 
 
 def _groups(poc: Poc) -> Iterator[ProvenanceRecord]:
@@ -159,8 +159,8 @@ def choices(poc: Poc) -> tuple[Choice, ...]:
     """Return the distinct plans of the search that the report shows."""
     search = poc.search
     best = [search.recommended] if search.recommended else []
-    every = (search.baseline, *best, *search.frontier, search.smallest)
-    return tuple({c.estimate.plan.fingerprint: c for c in every}.values())
+    candidates = (search.baseline, *best, *search.frontier, search.smallest)
+    return tuple({c.estimate.plan.fingerprint: c for c in candidates}.values())
 
 
 def _predictions(poc: Poc) -> Iterator[ProvenanceRecord]:
@@ -173,30 +173,30 @@ def _predictions(poc: Poc) -> Iterator[ProvenanceRecord]:
 def _outlook(poc: Poc) -> Iterator[ProvenanceRecord]:
     for i, row in enumerate(poc.paper):
         what = _said("paper", size=row.size, machine=row.machine)
-        of = (POC, machine_anchor(row.machine))
-        yield ProvenanceRecord(anchor=paper_anchor(i), label=f"Q{i + 1}", what=what, of=of)
+        origins = (POC, machine_anchor(row.machine))
+        yield ProvenanceRecord(anchor=paper_anchor(i), label=f"Q{i + 1}", what=what, of=origins)
     for i, reach in enumerate(poc.reach):
         quantity = Sentence(key=f"quantity.{reach.quantity}")
         what = _said("reach", machine=reach.machine, quantity=quantity)
-        of = (POC, machine_anchor(reach.machine))
-        yield ProvenanceRecord(anchor=reach_anchor(i), label=f"L{i + 1}", what=what, of=of)
+        origins = (POC, machine_anchor(reach.machine))
+        yield ProvenanceRecord(anchor=reach_anchor(i), label=f"L{i + 1}", what=what, of=origins)
 
 
 def _tests(poc: Poc) -> Iterator[ProvenanceRecord]:
-    plain = [r for r in ok_runs(poc.runs) if r.spec.role == "baseline"]
-    for i, named in enumerate(poc.verdicts):
-        tried = [r for r in ok_runs(poc.runs) if r.spec.plan == named.plan]
+    plain_runs = [r for r in ok_runs(poc.runs) if r.spec.role == "baseline"]
+    for i, named_verdict in enumerate(poc.verdicts):
+        plan_runs = [r for r in ok_runs(poc.runs) if r.spec.plan == named_verdict.plan]
         yield ProvenanceRecord(
-            anchor=verdict_anchor(named.name),
+            anchor=verdict_anchor(named_verdict.name),
             label=f"V{i + 1}",
-            what=_said("verdict", plan=named.plan.label),
-            of=_of(poc, [*plain, *tried]),
-            sources=(named.verdict.test,),
+            what=_said("verdict", plan=named_verdict.plan.label),
+            of=_of(poc, [*plain_runs, *plan_runs]),
+            sources=(named_verdict.verdict.test,),
         )
     for i, table in enumerate(poc.interactions):
         what = _said("interaction", first=table.first, second=table.second)
-        of = _of(poc, [r for r in ok_runs(poc.runs) if r.spec.role in ("baseline", "ablation")])
-        yield ProvenanceRecord(anchor=interaction_anchor(i), label=f"I{i + 1}", what=what, of=of)
+        origins = _of(poc, [r for r in ok_runs(poc.runs) if r.spec.role in ("baseline", "ablation")])
+        yield ProvenanceRecord(anchor=interaction_anchor(i), label=f"I{i + 1}", what=what, of=origins)
     if poc.metric_margin_source:
         what = _said("margin", metric=poc.metric)
         yield ProvenanceRecord(anchor=MARGIN, label="D", what=what, sources=(poc.metric_margin_source,))
@@ -210,33 +210,33 @@ def decision_records(made: Decision) -> tuple[ProvenanceRecord, ...]:
     return (*_ways(made), *_saving(made), *_stages(made))
 
 
-def _ways(made: Decision) -> Iterator[ProvenanceRecord]:
-    for i, way in enumerate(made.ways):
+def _ways(decision: Decision) -> Iterator[ProvenanceRecord]:
+    for i, way in enumerate(decision.ways):
         name = Sentence(key=f"way.{way.kind}", values={"machine": way.machine})
         hours = "hours" if way.predicted else "own_hours"
         plan: Sentence | str = Sentence(key="way.plain") if way.plain else way.plan
         what = _said("nothing") if way.kind == "nothing" else _said(hours, way=name, way_plan=plan)
-        of = (machine_anchor(way.machine),) if way.machine else ()
-        yield ProvenanceRecord(anchor=way_anchor(i), label=f"W{i}", what=what, of=of)
+        origins = (machine_anchor(way.machine),) if way.machine else ()
+        yield ProvenanceRecord(anchor=way_anchor(i), label=f"W{i}", what=what, of=origins)
 
 
-def _saving(made: Decision) -> Iterator[ProvenanceRecord]:
-    of = tuple(way_anchor(i) for i in (made.best, made.reference) if i is not None)
-    yield ProvenanceRecord(anchor=SAVING, label="S", what=_said("saving"), of=of)
+def _saving(decision: Decision) -> Iterator[ProvenanceRecord]:
+    origins = tuple(way_anchor(i) for i in (decision.best, decision.reference) if i is not None)
+    yield ProvenanceRecord(anchor=SAVING, label="S", what=_said("saving"), of=origins)
 
 
-def _stages(made: Decision) -> Iterator[ProvenanceRecord]:
-    for number, stage in enumerate(made.stages, 1):
+def _stages(decision: Decision) -> Iterator[ProvenanceRecord]:
+    for number, stage in enumerate(decision.stages, 1):
         what = _said("stage", stage=Sentence(key=f"stages.{stage.name}"), machine=stage.machine or "–")
-        of = _way_of(made, stage.machine)
-        yield ProvenanceRecord(anchor=stage_anchor(stage.name), label=f"K{number}", what=what, of=of)
-    if made.stages:
+        origins = _way_of(decision, stage.machine)
+        yield ProvenanceRecord(anchor=stage_anchor(stage.name), label=f"K{number}", what=what, of=origins)
+    if decision.stages:
         yield ProvenanceRecord(anchor=GATES, label="T", what=_said("gates"))
 
 
-def _way_of(made: Decision, machine: str) -> tuple[str, ...]:
-    here = (way_anchor(i) for i, way in enumerate(made.ways) if machine and way.machine == machine)
-    return tuple(here)[:1]
+def _way_of(decision: Decision, machine: str) -> tuple[str, ...]:
+    anchors = (way_anchor(i) for i, way in enumerate(decision.ways) if machine and way.machine == machine)
+    return tuple(anchors)[:1]
 
 
 def report_records(poc: Poc, made: Decision | None, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
@@ -267,16 +267,16 @@ def _facts(name: str) -> Iterator[tuple[Sentence, str, str]]:
         device = catalog.machine(name).device
     except UserError:
         return
-    room = catalog.host_of(device.name)
-    known: Mapping[str, tuple[Fact | None, str]] = {
+    host = catalog.host_of(device.name)
+    facts: Mapping[str, tuple[Fact | None, str]] = {
         "memory": (device.memory_bytes, "bytes"),
         "price": (device.usd_to_buy, "usd"),
-        "host": (finance.host_usd(room) if room else None, "usd"),
+        "host": (finance.host_usd(host) if host else None, "usd"),
         "rent": (device.usd_per_hour, "usd"),
         "power": (device.power_w, "W"),
         "embodied": (device.embodied_kg, "kg"),
     }
-    for kind, (fact, unit) in known.items():
+    for kind, (fact, unit) in facts.items():
         if fact is not None:
             value = assumed(fact.value, unit, machine_anchor(name))
             yield Sentence(key=f"record.fact_{kind}", values={"value": value}), fact.source, fact.date

@@ -70,17 +70,17 @@ def sourced(value: T, source: str) -> T:
 
     The value is a figure, a tuple, a mapping or a row of this package.
     """
-    found: Any = value
+    result: Any = value
     if isinstance(value, Figure):
-        found = value if value.source else dataclasses.replace(value, source=source)
+        result = value if value.source else dataclasses.replace(value, source=source)
     elif isinstance(value, tuple):
-        found = tuple(sourced(one, source) for one in value)
+        result = tuple(sourced(item, source) for item in value)
     elif isinstance(value, Mapping):
-        found = {key: sourced(one, source) for key, one in value.items()}
+        result = {key: sourced(item, source) for key, item in value.items()}
     elif dataclasses.is_dataclass(value) and type(value).__module__.startswith("memfit.report."):
         names = [f.name for f in dataclasses.fields(value)]
-        found = dataclasses.replace(value, **{n: sourced(getattr(value, n), source) for n in names})  # type: ignore[type-var]
-    return cast(T, found)
+        result = dataclasses.replace(value, **{n: sourced(getattr(value, n), source) for n in names})  # type: ignore[type-var]
+    return cast(T, result)
 
 
 _SCALES: Final[Mapping[str, tuple[tuple[float, str], ...]]] = {

@@ -80,11 +80,11 @@ def _stairs(search: SearchView) -> list[tuple[float, float]]:
     class.
     """
     points = sorted((r.peak.value, r.step.value) for r in search.frontier if r.peak.value and r.step.value)
-    kept: list[tuple[float, float]] = []
+    corners: list[tuple[float, float]] = []
     for peak, step in points:
-        if not kept or step < kept[-1][1]:
-            kept.append((peak, step))
-    return kept
+        if not corners or step < corners[-1][1]:
+            corners.append((peak, step))
+    return corners
 
 
 def _seconds_axis(title: str, values: Sequence[float]) -> charts.Axis:
@@ -95,13 +95,13 @@ def _rings(search: SearchView, words: Words) -> list[charts.Dot]:
     rows = {row.plan: row for row in (search.baseline, *search.frontier)}
     if search.recommended:
         rows[search.recommended.plan] = search.recommended
-    found = []
+    dots = []
     for row in rows.values():
         label = "recommended" if row.recommended else "plain" if row.plan == search.baseline.plan else ""
         css = "recommended" if row.recommended else "baseline" if label else "ablation"
         if row.peak.value is not None and row.step.value is not None:
             hint = _hint(row.plan, row.peak, row.step, words)
-            found.append(
+            dots.append(
                 charts.Dot(
                     css=f"{css} ring",
                     x=row.peak.value,
@@ -110,7 +110,7 @@ def _rings(search: SearchView, words: Words) -> list[charts.Dot]:
                     label=words.get(f"text.{label}") if label else "",
                 )
             )
-    return found
+    return dots
 
 
 def _filled(view: PocView, words: Words) -> list[charts.Dot]:

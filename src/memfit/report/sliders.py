@@ -16,13 +16,13 @@ def sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
     """Return the start, range and step of each slider."""
     t = made.terms
     energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
-    usual = energy or 0.2 * t.per_usd
-    hour = t.labour_per_hour or 50 * t.per_usd
+    usual_energy = energy or 0.2 * t.per_usd
+    labour_price = t.labour_per_hour or 50 * t.per_usd
     hours = next((n.value for n in made.told if n.name == "setup_hours"), None) or 0.0
     spans = {
-        "energy": (energy, 0.0, 4 * usual, usual / 100),
+        "energy": (energy, 0.0, 4 * usual_energy, usual_energy / 100),
         "hardware": (1.0, 0.2, 3.0, 0.01),
-        "labour": (t.labour_per_hour, 0.0, 4 * hour, hour / 100),
+        "labour": (t.labour_per_hour, 0.0, 4 * labour_price, labour_price / 100),
         "setup": (hours, 0.0, max(200.0, 2 * hours), 0.5),
         "runs": (t.runs_per_year, 1.0, max(200.0, 4 * t.runs_per_year), 1.0),
         "utilisation": (t.utilisation_ratio, 0.05, 1.0, 0.01),
@@ -39,14 +39,12 @@ def _slider(start: float, low: float, high: float, step: float) -> Mapping[str, 
     return {"start": start, "low": max(0.0, low), "high": max(high, start), "step": step}
 
 
-def _stages(made: Decision) -> Mapping[str, Any]:
+def _stages(decision: Decision) -> Mapping[str, Any]:
     """Return the inputs of the stages' money. Stages keep their machines when sliders move."""
-    found = {stage.name: stage for stage in made.stages}
-    done, pilot, full = (found.get(name) for name in ("poc", "pilot", "full"))
+    stages = {stage.name: stage for stage in decision.stages}
+    poc, pilot, full = (stages.get(name) for name in ("poc", "pilot", "full"))
     return {
-        "poc": {"energy_j": done.energy_j, "hours": done.hours}
-        if done and done.energy_j is not None
-        else None,
+        "poc": {"energy_j": poc.energy_j, "hours": poc.hours} if poc and poc.energy_j is not None else None,
         "pilot": pilot.way if pilot else None,
         "full": full.way if full else None,
         "ends": pilot.ends if pilot else {},
@@ -57,12 +55,12 @@ def played(made: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any
     """Return what decision.js needs to compute the same sheets: ways, terms, and which way is in which
     slot.
     """
-    own = {w.kind for w in made.ways if not w.of_catalog}
+    own_kinds = {w.kind for w in made.ways if not w.of_catalog}
     names = {swing.name for swing in made.swings}
     return {
         "ways": to_plain(made.ways),
         "terms": to_plain(made.terms),
-        "own": {kind: kind in own for kind in ("purchase", "cloud")},
+        "own": {kind: kind in own_kinds for kind in ("purchase", "cloud")},
         "own_terms": {t.name: t.value for t in made.told if t.name in OWN and t.value is not None},
         "offers": OFFERS,
         "slots": [{"slot": slot, "index": index} for slot, index in slots],

@@ -88,20 +88,20 @@ def print_search(
     console.print(Text(title, style="bold"))
     console.print(Text(_plain_line(view, cap, words)))
     if result.cap_reason.startswith("demonstration"):
-        told = words.of(words.name("cap_reason", result.cap_reason))
-        console.print(Text(words.get("page.cap_line", cap=cap, reason=told)))
+        cap_reason = words.of(words.name("cap_reason", result.cap_reason))
+        console.print(Text(words.get("page.cap_line", cap=cap, reason=cap_reason)))
     _print_cautions(result, correction, words, console)
     if view.frontier:
-        few = _spread(view.frontier)
-        console.print(_frontier(few, words))
-        if not all(row.traced for row in few):
+        shown_rows = _spread(view.frontier)
+        console.print(_frontier(shown_rows, words))
+        if not all(row.traced for row in shown_rows):
             console.print(Text(words.get("terminal.sketched"), style="dim"))
-        if left := len(view.frontier) - len(few):
-            console.print(Text(words.get("terminal.frontier_left", count=left), style="dim"))
+        if hidden_count := len(view.frontier) - len(shown_rows):
+            console.print(Text(words.get("terminal.frontier_left", count=hidden_count), style="dim"))
     if view.recommended is None:
-        least = _text(_need(view.smallest), words)
-        name = "terminal.no_plan_yet" if result.unfinished else "terminal.no_plan"
-        text = words.get(name, cap=cap, least=least, plan=view.smallest.plan)
+        smallest_need = _text(_need(view.smallest), words)
+        text_key = "terminal.no_plan_yet" if result.unfinished else "terminal.no_plan"
+        text = words.get(text_key, cap=cap, least=smallest_need, plan=view.smallest.plan)
         console.print(Text(text, style="red"))
         return
     _print_trials(result.trials, words, console)
@@ -131,22 +131,25 @@ def _print_cautions(
 def _print_trials(trials: Sequence[Trial], words: Words, console: Console) -> None:
     if trials:
         console.print(Text(words.get("terminal.trials")))
-    for one in sorted(trials, key=lambda t: t.median_s or math.inf):
-        told = {"plan": brief(one.plan), "predicted": _text(predicted(one.predicted_s, "s"), words)}
-        if one.median_s is None:
-            line = words.get("terminal.trial_failed", reason=one.reason, **told)
+    for trial in sorted(trials, key=lambda t: t.median_s or math.inf):
+        placeholders = {
+            "plan": brief(trial.plan),
+            "predicted": _text(predicted(trial.predicted_s, "s"), words),
+        }
+        if trial.median_s is None:
+            line = words.get("terminal.trial_failed", reason=trial.reason, **placeholders)
         else:
-            low, high = (_text(measured(f(one.step_s), "s"), words) for f in (min, max))
-            spread = words.get("terminal.trial_spread", low=low, high=high) if len(one.step_s) > 1 else ""
-            median = _text(measured(one.median_s, "s"), words)
-            line = words.get("terminal.trial", measured=median, spread=spread, **told)
+            low, high = (_text(measured(f(trial.step_s), "s"), words) for f in (min, max))
+            spread = words.get("terminal.trial_spread", low=low, high=high) if len(trial.step_s) > 1 else ""
+            median = _text(measured(trial.median_s, "s"), words)
+            line = words.get("terminal.trial", measured=median, spread=spread, **placeholders)
         console.print(Padding(Text(line), (0, 0, 0, 2)))
 
 
 def _noise(timings: Timings, words: Words) -> str:
     percents = {"spread": timings.spread_ratio, "waited": timings.waited_ratio}
-    shown = {name: _text(measured(100 * ratio, "percent"), words) for name, ratio in percents.items()}
-    return words.get("terminal.noisy", load=f"{timings.load_count:.1f}", **shown)
+    texts = {name: _text(measured(100 * ratio, "percent"), words) for name, ratio in percents.items()}
+    return words.get("terminal.noisy", load=f"{timings.load_count:.1f}", **texts)
 
 
 def _cost(result: SearchResult, words: Words) -> str | None:
@@ -163,12 +166,12 @@ def _cost(result: SearchResult, words: Words) -> str | None:
     return words.get("terminal.cost", **{name: _text(figure, words) for name, figure in figures.items()})
 
 
-def _correction(found: Calibration, words: Words) -> str:
-    spread = found.step_spread_ratio
+def _correction(calibration: Calibration, words: Words) -> str:
+    spread = calibration.step_spread_ratio
     percent = predicted(None if spread is None else 100 * spread, "percent")
-    told = {"poc": found.corrected_by, "plans": found.corrected_count}
-    ratio = _text(measured(found.step_ratio, "ratio"), words)
-    return words.get("terminal.corrected", ratio=ratio, spread=_text(percent, words), **told)
+    placeholders = {"poc": calibration.corrected_by, "plans": calibration.corrected_count}
+    ratio = _text(measured(calibration.step_ratio, "ratio"), words)
+    return words.get("terminal.corrected", ratio=ratio, spread=_text(percent, words), **placeholders)
 
 
 def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
@@ -190,8 +193,8 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
         console.print(Text(words.get("terminal.at", phase=phase, op=view.peak_op)))
     if (split := _split(estimate.dependence, words)) is not None:
         console.print(split)
-    for what in estimate.assumptions[:MOST_ASSUMPTIONS]:
-        console.print(Text(words.get("terminal.assumed", what=what), style="dim"))
+    for assumption in estimate.assumptions[:MOST_ASSUMPTIONS]:
+        console.print(Text(words.get("terminal.assumed", what=assumption), style="dim"))
     categories = [(words.name("category", name), size, share) for name, size, share in view.categories]
     phases = [(words.name("phase", name), size, share) for name, size, share in view.phases]
     device = [(words.name("memory", name), size, share) for name, size, share in view.device_parts]
@@ -208,17 +211,21 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
 
 def _host(estimate: Estimate, words: Words) -> str | None:
     """Say whether the device's host has the memory that the plan needs there; None on a CPU."""
-    need, there = estimate.host_bytes, estimate.host_memory_bytes
+    need, host_memory_bytes = estimate.host_bytes, estimate.host_memory_bytes
     if need is None or "tensors" in estimate.host_parts_bytes:
         return None
     values = {"need": _text(predicted(need.value, "bytes"), words)}
-    if there is None:
-        away = estimate.host_parts_bytes.get("offload")
-        return words.get("terminal.host_unknown_offload" if away else "terminal.host_unknown", **values)
-    values["there"] = value_text(predicted(there, "bytes"), words)
+    if host_memory_bytes is None:
+        offload_bytes = estimate.host_parts_bytes.get("offload")
+        return words.get(
+            "terminal.host_unknown_offload" if offload_bytes else "terminal.host_unknown", **values
+        )
+    values["there"] = value_text(predicted(host_memory_bytes, "bytes"), words)
     if estimate.host_memory_assumed:
         values["there"] += f" ({words.get('mark.assumed')})"
-    return words.get("terminal.host_short" if need.value > there else "terminal.host_enough", **values)
+    return words.get(
+        "terminal.host_short" if need.value > host_memory_bytes else "terminal.host_enough", **values
+    )
 
 
 def _split(dependence: SampleDependence | None, words: Words) -> Text | None:
@@ -228,8 +235,10 @@ def _split(dependence: SampleDependence | None, words: Words) -> Text | None:
     if dependence.kind is DependenceKind.NOT_TESTED:
         return Text(words.get("reason.not_tested", detail=words.of(dependence.reason)), style="yellow")
     changes, way_out = words.of(dependence.changes), words.of(dependence.way_out)
-    told = words.get("terminal.split", changes=changes, reason=words.of(dependence.reason), way_out=way_out)
-    return Text(told, style="red")
+    message = words.get(
+        "terminal.split", changes=changes, reason=words.of(dependence.reason), way_out=way_out
+    )
+    return Text(message, style="red")
 
 
 def _text(figure: Figure, words: Words) -> str:
@@ -249,10 +258,10 @@ def new_table(columns: Iterable[str], *, left: int = 1) -> Table:
 
 
 def _run_table(rows: Sequence[RunRow], metric: str, words: Words) -> Table:
-    guess, seen = words.get("mark.predicted"), words.get("mark.measured")
+    predicted_label, measured_label = words.get("mark.predicted"), words.get("mark.measured")
     peak, step = words.get("column.peak_short"), words.get("column.step_short")
     run, outcome, error = (words.get(f"column.{name}") for name in ("run", "outcome", "error"))
-    numbers = (f"{peak}\n{guess}", f"{peak}\n{seen}", error, f"{step}\n{seen}")
+    numbers = (f"{peak}\n{predicted_label}", f"{peak}\n{measured_label}", error, f"{step}\n{measured_label}")
     table = new_table(
         [run, outcome, *numbers, words.of(metric) if metric else words.get("column.metric")], left=2
     )
@@ -321,11 +330,11 @@ def _plain_line(view: SearchView, cap: str, words: Words) -> str:
     plain = view.baseline
     fits = words.get("text.fits" if plain.fits else "text.does_not_fit")
     need, peak, step = (_text(figure, words) for figure in (_need(plain), plain.peak, plain.step))
-    told = {"needed": need, "peak": peak, "step": step, "fits": fits, "cap": cap}
+    placeholders = {"needed": need, "peak": peak, "step": step, "fits": fits, "cap": cap}
     if plain.device is None:
-        return words.get("terminal.baseline", **told)
+        return words.get("terminal.baseline", **placeholders)
     low, expected, high = (_text(figure, words) for figure in plain.device)
-    return words.get("terminal.baseline_device", **told, low=low, expected=expected, high=high)
+    return words.get("terminal.baseline_device", **placeholders, low=low, expected=expected, high=high)
 
 
 def _need(row: ChoiceRow) -> Figure:
@@ -336,8 +345,8 @@ def _need(row: ChoiceRow) -> Figure:
 def _spread(rows: Sequence[ChoiceRow]) -> list[ChoiceRow]:
     """Shorten a long frontier to its ends, some rows evenly between them, and the recommended plan."""
     step = max(1.0, (len(rows) - 1) / (_MOST_ROWS - 1))
-    kept = {round(i * step) for i in range(_MOST_ROWS)}
-    return [row for i, row in enumerate(rows) if i in kept or row.recommended]
+    indices = {round(i * step) for i in range(_MOST_ROWS)}
+    return [row for i, row in enumerate(rows) if i in indices or row.recommended]
 
 
 def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
@@ -350,8 +359,8 @@ def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
         effect = f"{row.effect} {words.get(f'effect.{row.effect}')}"
         fits = words.get("text.fits" if row.fits else "text.does_not_fit")
         name = ("* " if row.recommended else "") + _folded(row.plan)
-        about = "" if row.traced else "~ "
-        figures = (about + _text(figure, words) for figure in (_need(row), row.peak, row.step))
+        prefix = "" if row.traced else "~ "
+        figures = (prefix + _text(figure, words) for figure in (_need(row), row.peak, row.step))
         cells = (name, effect, fits, *figures)
         style = "bold green" if row.recommended else "" if row.fits else "dim"
         table.add_row(*map(Text, cells), style=style)
@@ -371,14 +380,14 @@ def _few_modules(parts: Parts, words: Words) -> Parts:
 
     The root module is named, as its path is empty.
     """
-    named = [(name or words.get("text.root"), size, share) for name, size, share in parts]
-    rest = named[MOST_MODULES:]
+    modules = [(name or words.get("text.root"), size, share) for name, size, share in parts]
+    rest = modules[MOST_MODULES:]
     if not rest:
-        return named
+        return modules
     size = predicted(sum(size.value or 0 for _, size, _ in rest), "bytes")
     share = predicted(sum(share.value or 0 for _, _, share in rest), "percent")
     label = words.get("terminal.more_modules", count=len(rest))
-    return [*named[:MOST_MODULES], (label, size, share)]
+    return [*modules[:MOST_MODULES], (label, size, share)]
 
 
 def _shares(title: str, parts: Parts, words: Words) -> Table:

@@ -141,8 +141,8 @@ def _error(guess: float | None, truth: float | None) -> Figure:
 
     It is marked as measured, because it rests on a measurement.
     """
-    known = guess is not None and truth
-    value = 100 * (guess - truth) / truth if known and guess is not None and truth else None
+    comparable = guess is not None and truth
+    value = 100 * (guess - truth) / truth if comparable and guess is not None and truth else None
     return Figure(value=value, unit="percent", mark=Mark.MEASURED, signed=True)
 
 
@@ -173,17 +173,17 @@ def _run_row(run: Run, metric_unit: str) -> RunRow:
 def _phase_rows(runs: Sequence[Run]) -> tuple[PhaseRow, ...]:
     """Return the rows of one run, which represents its plan: phases of equal plans have equal peaks."""
     run = next((r for r in ok_runs(runs) if r.measurement.phase_peak_bytes), runs[0])
-    seen, guessed = run.measurement.phase_peak_bytes, run.predicted_phase_peak_bytes
+    measured_bytes, predicted_bytes = run.measurement.phase_peak_bytes, run.predicted_phase_peak_bytes
     return tuple(
         PhaseRow(
             role=run.spec.role,
             plan=run.spec.plan.label,
             phase=phase,
-            predicted=predicted(guessed.get(phase), "bytes"),
-            measured=measured(seen.get(phase), "bytes"),
-            error=_error(guessed.get(phase), seen.get(phase)),
+            predicted=predicted(predicted_bytes.get(phase), "bytes"),
+            measured=measured(measured_bytes.get(phase), "bytes"),
+            error=_error(predicted_bytes.get(phase), measured_bytes.get(phase)),
         )
-        for phase in dict.fromkeys([*guessed, *seen])
+        for phase in dict.fromkeys([*predicted_bytes, *measured_bytes])
     )
 
 
@@ -193,14 +193,14 @@ def _ladder(groups: Sequence[Sequence[Run]]) -> tuple[Rung, ...]:
 
 
 def _rung(runs: Sequence[Run], base_bytes: int | None) -> Rung:
-    first, peak = runs[0], peak_bytes(runs)
+    first_run, peak = runs[0], peak_bytes(runs)
     return Rung(
-        role=first.spec.role,
-        plan=first.spec.plan.label,
-        predicted_peak=predicted(first.predicted_peak_bytes, "bytes"),
+        role=first_run.spec.role,
+        plan=first_run.spec.plan.label,
+        predicted_peak=predicted(first_run.predicted_peak_bytes, "bytes"),
         peak=measured(peak, "bytes"),
         share=measured(100 * peak / base_bytes if peak and base_bytes else None, "percent"),
-        predicted_step=predicted(first.predicted_step_s, "s"),
+        predicted_step=predicted(first_run.predicted_step_s, "s"),
         step=measured(step_s(runs), "s"),
     )
 
@@ -214,17 +214,22 @@ def thin(values: Sequence[int], most: int = MAX_POINTS) -> tuple[int, ...]:
 
 
 def _timelines(poc: Poc) -> tuple[Timeline, ...]:
-    found: list[Timeline] = []
+    timelines: list[Timeline] = []
     for role in ("baseline", "recommended"):
         runs = [r for r in poc.runs if r.spec.role == role]
-        seen = next((r.measurement.timeline_bytes for r in ok_runs(runs) if r.measurement.timeline_bytes), ())
-        known = poc.predicted_timeline_bytes
-        guessed = next((known[r.spec.name] for r in runs if known.get(r.spec.name)), known.get(role, ()))
-        if seen:
-            found.append(Timeline(role=role, mark=Mark.MEASURED, values=thin(seen)))
-        if guessed:
-            found.append(Timeline(role=role, mark=Mark.PREDICTED, values=thin(guessed)))
-    return tuple(found)
+        measured_bytes = next(
+            (r.measurement.timeline_bytes for r in ok_runs(runs) if r.measurement.timeline_bytes), ()
+        )
+        predictions = poc.predicted_timeline_bytes
+        predicted_bytes = next(
+            (predictions[r.spec.name] for r in runs if predictions.get(r.spec.name)),
+            predictions.get(role, ()),
+        )
+        if measured_bytes:
+            timelines.append(Timeline(role=role, mark=Mark.MEASURED, values=thin(measured_bytes)))
+        if predicted_bytes:
+            timelines.append(Timeline(role=role, mark=Mark.PREDICTED, values=thin(predicted_bytes)))
+    return tuple(timelines)
 
 
 def _losses(runs: Sequence[Run]) -> tuple[LossCurve, ...]:
@@ -242,7 +247,7 @@ def _verdict(name: str, plan: str, verdict: Verdict, poc: Poc) -> VerdictRow:
     unit = poc.metric_unit
     bounds = (verdict.low, verdict.difference, verdict.high)
     margin = verdict.margin
-    scaled = [b / margin for b in bounds if b is not None and margin]
+    bounds_in_margins = [b / margin for b in bounds if b is not None and margin]
     low, difference, high = (
         Figure(value=b, unit=apart(unit), mark=Mark.MEASURED, signed=True) for b in bounds
     )
@@ -260,13 +265,15 @@ def _verdict(name: str, plan: str, verdict: Verdict, poc: Poc) -> VerdictRow:
         margin=assumed(margin, apart(unit), MARGIN if poc.metric_margin_source else ""),
         pairs=measured(verdict.pairs, "count"),
         power=predicted(None if verdict.power is None else 100 * verdict.power, "percent"),
-        in_margins=(scaled[0], scaled[1], scaled[2]) if len(scaled) == 3 else None,
+        in_margins=(bounds_in_margins[0], bounds_in_margins[1], bounds_in_margins[2])
+        if len(bounds_in_margins) == 3
+        else None,
     )
 
 
 def _test(verdict: Verdict) -> Sentence:
-    same = verdict.cause is not None and verdict.cause.kind == "same_plan"
-    return Sentence(key=f"test.{'same' if same else verdict.effect.label}")
+    same_plan = verdict.cause is not None and verdict.cause.kind == "same_plan"
+    return Sentence(key=f"test.{'same' if same_plan else verdict.effect.label}")
 
 
 def _why(verdict: Verdict, cause: Cause) -> Sentence:
@@ -314,16 +321,16 @@ def _times(value: float | None, count: int) -> float | None:
 
 
 def _resources(runs: Sequence[Run], estimates: Mapping[str, Estimate]) -> ResourceRow:
-    first = runs[0]
-    steps, estimate = first.spec.steps, estimates.get(first.spec.plan.fingerprint)
+    first_run = runs[0]
+    steps, estimate = first_run.spec.steps, estimates.get(first_run.spec.plan.fingerprint)
     one_step_s = step_s(runs)
     time = measured(_times(one_step_s, steps), "s")
     if one_step_s is None:
-        time = predicted(_times(first.predicted_step_s, steps), "s")
+        time = predicted(_times(first_run.predicted_step_s, steps), "s")
     energy, boundary = _energy(runs, estimate)
     return ResourceRow(
-        role=first.spec.role,
-        plan=first.spec.plan.label,
+        role=first_run.spec.role,
+        plan=first_run.spec.plan.label,
         steps=assumed(steps, "count", POC),
         time=time,
         energy=energy,
@@ -338,11 +345,11 @@ def _energy(runs: Sequence[Run], estimate: Estimate | None) -> tuple[Figure, str
 
     Energy counts as predicted if its boundary says that it is modelled.
     """
-    read = [r.measurement for r in ok_runs(runs) if r.measurement.energy_j is not None]
-    if read:
-        joules = statistics.median(m.energy_j for m in read if m.energy_j is not None)
-        mark = Mark.PREDICTED if "model" in read[0].energy_boundary else Mark.MEASURED
-        return Figure(value=joules, unit="j", mark=mark), read[0].energy_boundary
+    measurements = [r.measurement for r in ok_runs(runs) if r.measurement.energy_j is not None]
+    if measurements:
+        joules = statistics.median(m.energy_j for m in measurements if m.energy_j is not None)
+        mark = Mark.PREDICTED if "model" in measurements[0].energy_boundary else Mark.MEASURED
+        return Figure(value=joules, unit="j", mark=mark), measurements[0].energy_boundary
     per_step = estimate.energy_j if estimate else None
     return predicted(_times(per_step, runs[0].spec.steps), "j"), estimate.energy_boundary if estimate else ""
 

@@ -60,8 +60,8 @@ class Words:
         if text in self.told:
             return self.told[text]
         for pattern, template in _patterns(self.lang):
-            if found := pattern.fullmatch(text):
-                return template.format(**{k: self.told.get(v, v) for k, v in found.groupdict().items()})
+            if match := pattern.fullmatch(text):
+                return template.format(**{k: self.told.get(v, v) for k, v in match.groupdict().items()})
         return text
 
     def all(self, group: str) -> tuple[str, ...]:
@@ -89,8 +89,8 @@ def _told(lang: str) -> Mapping[str, str]:
 @functools.cache
 def _patterns(lang: str) -> tuple[tuple[re.Pattern[str], str], ...]:
     """Return patterns for the translated texts with placeholders, longest first."""
-    changing = sorted((text for text in _told(lang) if "{" in text), key=len, reverse=True)
-    return tuple((re.compile(_pattern(text)), _told(lang)[text]) for text in changing)
+    templates = sorted((text for text in _told(lang) if "{" in text), key=len, reverse=True)
+    return tuple((re.compile(_pattern(text)), _told(lang)[text]) for text in templates)
 
 
 # placeholders for single names, not for sentences by others
@@ -99,8 +99,8 @@ _ONE_WORD: Final = dict.fromkeys(("technique", "engine", "knob"), r"\S+")
 
 def _pattern(text: str) -> str:
     parts = re.split(r"\{(\w+)\}", text)
-    named = (f"(?P<{p}>{_ONE_WORD.get(p, '.+?')})" if i % 2 else re.escape(p) for i, p in enumerate(parts))
-    return "".join(named)
+    groups = (f"(?P<{p}>{_ONE_WORD.get(p, '.+?')})" if i % 2 else re.escape(p) for i, p in enumerate(parts))
+    return "".join(groups)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

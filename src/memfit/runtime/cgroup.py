@@ -70,7 +70,7 @@ class Group:
             self.path.rmdir()
 
 
-def _delegated_home(root: Path, own: Path) -> Path | None:
+def _delegated_home(root: Path, membership_file: Path) -> Path | None:
     """Return this process's group if its parent group belongs to the user and delegates the memory
     controller, else None.
 
@@ -79,11 +79,11 @@ def _delegated_home(root: Path, own: Path) -> Path | None:
     if os.geteuid() == 0:
         return None  # root may write anywhere, which does not show a delegation
     with contextlib.suppress(OSError, StopIteration):
-        lines = own.read_text().splitlines()
+        lines = membership_file.read_text().splitlines()
         home = root / next(line[4:] for line in lines if line.startswith("0::/"))
         parent = home.parent
-        handed_down = (parent / "cgroup.subtree_control").read_text().split()
-        writable = os.access(parent, os.W_OK) and os.access(parent / "cgroup.procs", os.W_OK)
-        if home != root and "memory" in handed_down and writable:
+        controllers = (parent / "cgroup.subtree_control").read_text().split()
+        is_writable = os.access(parent, os.W_OK) and os.access(parent / "cgroup.procs", os.W_OK)
+        if home != root and "memory" in controllers and is_writable:
             return home
     return None

@@ -42,16 +42,16 @@ def boxes(shape: Shape, start: int, end: int) -> Iterator[Box]:
     if not shape:
         yield (), ()
         return
-    inner = shape[1:]
-    row = math.prod(inner)
-    first, last = -(-start // row), end // row  # whole rows
-    if first > last:
-        yield from _in_row(last, inner, start - last * row, end - last * row)
+    inner_shape = shape[1:]
+    row = math.prod(inner_shape)
+    first_row, end_row = -(-start // row), end // row  # whole rows
+    if first_row > end_row:
+        yield from _in_row(end_row, inner_shape, start - end_row * row, end - end_row * row)
         return
-    yield from _in_row(first - 1, inner, start - (first - 1) * row, row if start % row else 0)
-    if first < last:
-        yield (first, *(0 for _ in inner)), (last - first, *inner)
-    yield from _in_row(last, inner, 0, end - last * row)
+    yield from _in_row(first_row - 1, inner_shape, start - (first_row - 1) * row, row if start % row else 0)
+    if first_row < end_row:
+        yield (first_row, *(0 for _ in inner_shape)), (end_row - first_row, *inner_shape)
+    yield from _in_row(end_row, inner_shape, 0, end - end_row * row)
 
 
 def _in_row(row: int, inner: Shape, start: int, end: int) -> Iterator[Box]:
@@ -90,26 +90,26 @@ class Saves(DefaultSavePlanner):
     """Save planner that supports `Pieces`."""
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        if isinstance(found, Pieces):
+        value = self.state_dict[index.fqn]
+        if isinstance(value, Pieces):
             assert index.offset is not None
-            return found.views[index.offset]
+            return value.views[index.offset]
         return super().lookup_object(index)
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:  # noqa: A002
-        found = super().transform_object(write_item, object)
-        return _apart(found) if isinstance(found, torch.Tensor) else found
+        value = super().transform_object(write_item, object)
+        return _apart(value) if isinstance(value, torch.Tensor) else value
 
 
 def _apart(part: torch.Tensor) -> torch.Tensor:
     """Return the same elements in the same memory with a storage that contains nothing else. The writer would
     copy a part of a larger storage, and keep all copies until its file is complete."""
-    plain = type(part) in {torch.Tensor, nn.Parameter}
-    if not plain or part.device.type != "cpu" or not part.is_contiguous():
+    is_plain = type(part) in {torch.Tensor, nn.Parameter}
+    if not is_plain or part.device.type != "cpu" or not part.is_contiguous():
         return part
-    width, begin = part.element_size(), part.storage_offset() * part.element_size()
-    own = part.untyped_storage()[begin : begin + part.numel() * width]
-    return torch.empty(0, dtype=part.dtype).set_(own, 0, part.shape, part.stride())
+    width, start = part.element_size(), part.storage_offset() * part.element_size()
+    storage = part.untyped_storage()[start : start + part.numel() * width]
+    return torch.empty(0, dtype=part.dtype).set_(storage, 0, part.shape, part.stride())
 
 
 class Loads(DefaultLoadPlanner):
@@ -126,20 +126,20 @@ class Loads(DefaultLoadPlanner):
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        found = self.state_dict[index.fqn]
-        if isinstance(found, Pieces):
+        value = self.state_dict[index.fqn]
+        if isinstance(value, Pieces):
             assert index.offset is not None
-            return found.views[index.offset]
+            return value.views[index.offset]
         return super().lookup_tensor(index)
 
 
 def in_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
     """Return the pieces of a tensor of ``shape`` whose elements from ``start`` on are in ``flat``."""
-    views, at = {}, 0
+    views, index = {}, 0
     for offsets, sizes in boxes(shape, start, start + flat.numel()):
         count = math.prod(sizes)
-        views[torch.Size(offsets)] = flat[at : at + count].view(sizes)
-        at += count
+        views[torch.Size(offsets)] = flat[index : index + count].view(sizes)
+        index += count
     return Pieces(shape, flat.dtype, views)
 
 
@@ -150,13 +150,13 @@ def in_rows(rows: DTensor, parts: int) -> Pieces:
     local = rows.to_local()
     _, offsets = compute_local_shape_and_global_offset(rows.shape, rows.device_mesh, rows.placements)
     block = rows.shape[0] // (parts * degree)
-    views, at = {}, offsets[0]
-    while at < offsets[0] + local.shape[0]:
-        (rank, part), within = divmod(at // block, parts), at % block
-        count = min(block - within, offsets[0] + local.shape[0] - at)
-        begin = (part * degree + rank) * block + within
-        views[torch.Size((begin, *offsets[1:]))] = local.narrow(0, at - offsets[0], count)
-        at += count
+    views, row = {}, offsets[0]
+    while row < offsets[0] + local.shape[0]:
+        (rank, part), row_in_block = divmod(row // block, parts), row % block
+        count = min(block - row_in_block, offsets[0] + local.shape[0] - row)
+        start = (part * degree + rank) * block + row_in_block
+        views[torch.Size((start, *offsets[1:]))] = local.narrow(0, row - offsets[0], count)
+        row += count
     return Pieces(tuple(rows.shape), local.dtype, views)
 
 
@@ -177,42 +177,44 @@ class TensorPlace:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | Pieces:
         """Return the parameter's part of ``tensor``, which has the same layout as the owner."""
-        held = tensor.detach()
+        detached = tensor.detach()
         if self.fused:
-            assert isinstance(held, DTensor)
-            return in_rows(held, self.fused)
+            assert isinstance(detached, DTensor)
+            return in_rows(detached, self.fused)
         if self.at is None:
-            return held
-        return in_flat(self.shape, self.start, held.narrow(0, self.at, self.end - self.start))
+            return detached
+        return in_flat(self.shape, self.start, detached.narrow(0, self.at, self.end - self.start))
 
 
 def places(step: TrainingStep) -> dict[str, TensorPlace]:
     """Return the place of every parameter of which this rank holds a part. Owners are fp32 masters if there
     are any."""
-    named = {p: clean(n) for n, p in step.model.named_parameters()}
+    names = {p: clean(n) for n, p in step.model.named_parameters()}
     optimizer: Any = step.optimizer
-    fused = {clean(n): parts for n, parts in step.bench.fused_rows.items()}
-    found = {n: TensorPlace(owner=p, shape=tuple(p.shape), fused=fused.get(n, 0)) for p, n in named.items()}
+    fused_parts = {clean(n): parts for n, parts in step.bench.fused_rows.items()}
+    result = {
+        n: TensorPlace(owner=p, shape=tuple(p.shape), fused=fused_parts.get(n, 0)) for p, n in names.items()
+    }
     if hasattr(optimizer, "shards"):
-        found = {named[p]: place for p, place in _stage3(optimizer)}
+        result = {names[p]: place for p, place in _stage3(optimizer)}
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        found = {n: place for p, n in named.items() for place in _deepspeed3(optimizer, p)}
+        result = {n: place for p, n in names.items() for place in _deepspeed3(optimizer, p)}
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-        own = {n: place for p, n in named.items() for place in _deepspeed12(optimizer, p)}
-        found = own | {n: found[n] for p, n in named.items() if not p.requires_grad}
+        master_places = {n: place for p, n in names.items() for place in _deepspeed12(optimizer, p)}
+        result = master_places | {n: result[n] for p, n in names.items() if not p.requires_grad}
     elif hasattr(optimizer, "span"):
-        own = {named[p]: place for p, place in _stage12(optimizer)}
-        found = own | {n: found[n] for p, n in named.items() if p not in optimizer.span}
+        master_places = {names[p]: place for p, place in _stage12(optimizer)}
+        result = master_places | {n: result[n] for p, n in names.items() if p not in optimizer.span}
     elif hasattr(optimizer, "masters"):
         pairs = zip(optimizer.params, optimizer.masters, strict=True)
-        found |= {named[p]: dataclasses.replace(found[named[p]], owner=m) for p, m in pairs}
-    return found
+        result |= {names[p]: dataclasses.replace(result[names[p]], owner=m) for p, m in pairs}
+    return result
 
 
 def _stage12(optimizer: Any) -> Iterator[tuple[nn.Parameter, TensorPlace]]:
     for param, (a, b) in optimizer.mine.items():
-        at = optimizer.span[param][0] + a - optimizer.rank * optimizer.size
-        yield param, TensorPlace(owner=optimizer.master, shape=tuple(param.shape), start=a, end=b, at=at)
+        index = optimizer.span[param][0] + a - optimizer.rank * optimizer.size
+        yield param, TensorPlace(owner=optimizer.master, shape=tuple(param.shape), start=a, end=b, at=index)
 
 
 def _stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, TensorPlace]]:
@@ -221,22 +223,22 @@ def _stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, TensorPlace]]:
         count, size = math.prod(shape), shards.size[param]
         start, end = (min(r * size, count) for r in (optimizer.rank, optimizer.rank + 1))
         if start < end:
-            trained = param in shards.place
-            owner = optimizer.master if trained else shards.shard[param]
-            at = shards.place[param] if trained else 0
-            yield param, TensorPlace(owner=owner, shape=tuple(shape), start=start, end=end, at=at)
+            is_trained = param in shards.place
+            owner = optimizer.master if is_trained else shards.shard[param]
+            index = shards.place[param] if is_trained else 0
+            yield param, TensorPlace(owner=owner, shape=tuple(shape), start=start, end=end, at=index)
 
 
 def _deepspeed12(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
     """Yield a parameter's fp32 fragment on this rank, as deepspeed/utils/tensor_fragment.py links them."""
     if (fragment := getattr(param, "_hp_mapping", None)) is not None:
-        own, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
+        address, flat_address = fragment.lp_fragment_address, fragment.hp_fragment_address
         yield TensorPlace(
             owner=optimizer.single_partition_of_fp32_groups[fragment.param_group_index],
             shape=tuple(param.shape),
-            start=own.start,
-            end=own.start + own.numel,
-            at=flat.start,
+            start=address.start,
+            end=address.start + address.numel,
+            at=flat_address.start,
         )
 
 
@@ -246,11 +248,11 @@ def _deepspeed3(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
     size, count, rank = param.ds_tensor.ds_numel, param.ds_numel, dist.get_rank()
     start, end = (min(r * size, count) for r in (rank, rank + 1))
     if start < end:
-        owner, at = param.ds_tensor, 0
+        owner, index = param.ds_tensor, 0
         if param.requires_grad:
-            group, at, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+            group, index, _ = optimizer.grad_position[optimizer.get_param_id(param)]
             owner = optimizer.fp32_partitioned_groups_flat[group]
-        yield TensorPlace(owner=owner, shape=tuple(param.ds_shape), start=start, end=end, at=at)
+        yield TensorPlace(owner=owner, shape=tuple(param.ds_shape), start=start, end=end, at=index)
 
 
 def spread(step: TrainingStep) -> None:
@@ -298,13 +300,15 @@ def clean(name: str) -> str:
 
 def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """Return the torch optimizers inside any wrappers. Raises UserError if there are none."""
-    own = vars(optimizer)
-    inner = next((own[n] for n in ("optimizers", "inner", "optimizer", "optim") if n in own), None)
+    attributes = vars(optimizer)
+    inner = next(
+        (attributes[n] for n in ("optimizers", "inner", "optimizer", "optim") if n in attributes), None
+    )
     if inner is not None:
         parts = (
             inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list) else [inner]
         )
-        return [found for part in parts for found in optimizers(part)]
+        return [torch_optimizer for part in parts for torch_optimizer in optimizers(part)]
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"{type(optimizer).__name__} cannot be saved", allowed="a torch.optim.Optimizer")
     return [optimizer]
@@ -314,20 +318,20 @@ def make_states(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor])
     """Create the state that a first step makes, by steps with zero gradients, one parameter at a time. Its
     values are then overwritten by those read. ``flats`` holds the tensors that the optimizer will get, if it
     has none between steps (DeepSpeed's stage 3)."""
-    held = {p: p.grad for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
-    for param in held:
+    grads = {p: p.grad for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+    for param in grads:
         param.grad = None
-    for param, grad in held.items():
+    for param, grad in grads.items():
         _step_alone(optimizer, param, grad)
-    for param, grad in held.items():
+    for param, grad in grads.items():
         param.grad = grad
-    if not held:
+    if not grads:
         group = optimizer.param_groups[0]
         for flat in flats:
-            given = flat.grad
+            flat_grad = flat.grad
             group["params"] = [flat]
-            _step_alone(optimizer, flat, given)
-            group["params"], flat.grad = [], given
+            _step_alone(optimizer, flat, flat_grad)
+            group["params"], flat.grad = [], flat_grad
 
 
 def _step_alone(optimizer: torch.optim.Optimizer, param: torch.Tensor, grad: torch.Tensor | None) -> None:

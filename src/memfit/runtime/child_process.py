@@ -46,7 +46,7 @@ CHILD_ENV: Final[Mapping[str, str]] = {
     "OMP_WAIT_POLICY": "passive",
     "KINETO_LOG_LEVEL": "5",  # hides the profiler's messages, which would bury the reason on standard error
 }
-STOPPED: Final = "stopped, as another rank had failed"
+STOPPED: Final = "stopped because another rank failed"
 _STDERR_KEPT_BYTES: Final = 4096
 _TICK_S: Final = 0.2
 _ASK: Final = """
@@ -136,13 +136,14 @@ class _Watch:
         with selectors.DefaultSelector() as selector:
             selector.register(descriptor, selectors.EVENT_READ)
             while self._left_s() > 0:
-                exited = self._exited()  # checked before reading, so that all its output is then in the pipe
-                if selector.select(0 if exited else min(_TICK_S, self._left_s())):
+                # Checked before reading, so that all its output is then in the pipe.
+                has_exited = self._exited()
+                if selector.select(0 if has_exited else min(_TICK_S, self._left_s())):
                     chunk = os.read(descriptor, 1 << 16)
                     if not chunk:
                         return
                     yield chunk
-                elif exited:
+                elif has_exited:
                     return  # a grandchild holds the pipe open
 
     def _exited(self) -> bool:
@@ -202,11 +203,11 @@ class _Watch:
             )
         if code == -signal.SIGKILL and _machine_oom_kills() > self._machine_kills:
             return OutcomeKind.OOM, "killed by the kernel: the machine ran out of memory"
-        said_oom = [line for line in lines if is_oom_text(line)]
-        if code and said_oom:
-            return OutcomeKind.OOM, said_oom[-1]
-        how = "ended without a result" if code == 0 else _code_text(code)
-        return OutcomeKind.FAILED, f"{how}: {lines[-1]}" if lines else how
+        oom_lines = [line for line in lines if is_oom_text(line)]
+        if code and oom_lines:
+            return OutcomeKind.OOM, oom_lines[-1]
+        ending = "ended without a result" if code == 0 else _code_text(code)
+        return OutcomeKind.FAILED, f"{ending}: {lines[-1]}" if lines else ending
 
     def _last_words(self) -> list[str]:
         size = self._errors.seek(0, os.SEEK_END)

@@ -97,7 +97,7 @@ class CountingAllocator:
     def install(self) -> None:
         """Start counting. Raises AllocatorUnavailable if torch's allocator cannot be wrapped."""
         if not self._library.memfit_install():
-            raise AllocatorUnavailable("torch's CPU allocator in place cannot be wrapped")
+            raise AllocatorUnavailable("torch's current CPU allocator cannot be wrapped")
         _count_copied_storages()
 
     def live_bytes(self) -> int:

@@ -30,13 +30,19 @@ class EnergyMeter:
 
     def stop(self) -> tuple[float | None, str]:
         """Return (joules, boundary) since start(), or (None, "") if there is no readable meter."""
-        before, after = self._started, self._read()
-        if not after or len(before) != len(after):
+        start_readings, end_readings = self._started, self._read()
+        if not end_readings or len(start_readings) != len(end_readings):
             return _NO_METER
         if self._board is not None:
-            (first,), (last,) = before, after
-            return _NO_METER if first is None or last is None else ((last - first) / 1e3, "board (NVML)")
-        spent_uj = [zone.spent_uj(b, a) for zone, b, a in zip(self._zones, before, after, strict=True)]
+            (start_mj,), (end_mj,) = start_readings, end_readings
+            return (
+                _NO_METER
+                if start_mj is None or end_mj is None
+                else ((end_mj - start_mj) / 1e3, "board (NVML)")
+            )
+        spent_uj = [
+            zone.spent_uj(b, a) for zone, b, a in zip(self._zones, start_readings, end_readings, strict=True)
+        ]
         joules = sum(s for s in spent_uj if s is not None) / 1e6
         return _NO_METER if None in spent_uj else (joules, "package (RAPL)")
 
@@ -67,12 +73,12 @@ class _Zone:
 def _zones(powercap: Path) -> tuple[_Zone, ...]:
     """Return the package zones: `intel-rapl:0` and so on, also on AMD. Subzones such as core and dram are
     part of a package or separate."""
-    found = []
+    zones = []
     for path in sorted(powercap.glob("intel-rapl:*")):
         range_uj = _int(path / "max_energy_range_uj")
         if path.name.count(":") == 1 and _text(path / "name").startswith("package") and range_uj:
-            found.append(_Zone(path=path, range_uj=range_uj))
-    return tuple(found)
+            zones.append(_Zone(path=path, range_uj=range_uj))
+    return tuple(zones)
 
 
 def _text(path: Path) -> str:

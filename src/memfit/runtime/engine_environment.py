@@ -28,37 +28,37 @@ def install(engine: Engine, into: Path | None, told: Told) -> Environment:
     folder = (into or home() / engine.name).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"{folder} is there and not empty", hint="remove it, or name another folder with --into"
+            f"{folder} exists and is not empty", hint="remove it, or name another folder with --into"
         )
-    begun = time.perf_counter()
+    start = time.perf_counter()
     _run([sys.executable, "-P", "-m", "venv", str(folder)], told)
     python = next(p for p in (folder / "bin/python", folder / "Scripts/python.exe") if p.exists())
     _run([str(python), "-P", "-m", "pip", "install", "--no-input", *engine.requirements], told)
-    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = subprocess.run((str(python), "-c", asked), capture_output=True, text=True, check=True).stdout
-    made = Environment(
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.run((str(python), "-c", code), capture_output=True, text=True, check=True).stdout
+    environment = Environment(
         folder=str(folder),
         python=str(python),
         packages=packages.strip(),
         installed_bytes=_bytes(folder),
-        took_s=time.perf_counter() - begun,
+        took_s=time.perf_counter() - start,
     )
-    record(engine.name, made)
-    return made
+    record(engine.name, environment)
+    return environment
 
 
-def _run(command: list[str], told: Told) -> None:
-    last = ""
+def _run(command: list[str], on_line: Told) -> None:
+    last_line = ""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
     ) as child:
         assert child.stdout is not None
         for line in child.stdout:
             if line.strip():
-                last = line.strip()
-                told(last)
+                last_line = line.strip()
+                on_line(last_line)
     if child.returncode:
-        raise RunError(f"{' '.join(command[:4])} ended with {child.returncode}: {last}")
+        raise RunError(f"{' '.join(command[:4])} failed with exit code {child.returncode}: {last_line}")
 
 
 def _bytes(folder: Path) -> int:

@@ -22,12 +22,12 @@ _PATIENCE_S = 5e-4
 def gloo_threads(*names: str) -> list[int]:
     """Return the ids of this process's threads with these names, or none if the system does not list
     threads."""
-    tasks, found = Path("/proc/self/task"), list[int]()
+    tasks, ids = Path("/proc/self/task"), list[int]()
     for task in tasks.iterdir() if tasks.exists() else ():
         with contextlib.suppress(OSError):  # the thread has ended in the meantime
             if (task / "comm").read_text().strip() in names:
-                found.append(int(task.name))
-    return found
+                ids.append(int(task.name))
+    return ids
 
 
 @contextlib.contextmanager
@@ -64,14 +64,14 @@ def _patient() -> Iterator[None]:
     waits, gathers, tensor_waits = dist.Work.wait, dist.ProcessGroup._allgather_base, functional.wait_tensor
 
     def wait(work: Any, *args: Any) -> Any:
-        done = waits(work, *args)
+        result = waits(work, *args)
         time.sleep(_PATIENCE_S)
-        return done
+        return result
 
     def wait_tensor(tensor: Any) -> Any:
-        done = tensor_waits(tensor)  # type: ignore[no-untyped-call]
+        result = tensor_waits(tensor)  # type: ignore[no-untyped-call]
         time.sleep(_PATIENCE_S)
-        return done
+        return result
 
     def gather(group: Any, *args: Any) -> Any:
         work = gathers(group, *args)

@@ -35,8 +35,8 @@ def accelerator_kind() -> str:
 
     if not torch.accelerator.is_available():
         return ""
-    found = torch.accelerator.current_accelerator()
-    return found.type if found is not None else ""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator is not None else ""
 
 
 def free_bytes() -> int:

@@ -118,17 +118,17 @@ class TorchEvents:
         self._peak = max(self._peak, self._live)
 
 
-def _allocations(profiled: profile) -> list[tuple[int, int]]:
+def _allocations(session: profile) -> list[tuple[int, int]]:
     """Return (pointer, +bytes or -bytes) of every CPU allocation and free, in order of time."""
     from torch._C._profiler import _EventType
 
-    results = profiled.profiler.kineto_results if profiled.profiler else None
-    found: list[tuple[int, int, int]] = []
+    results = session.profiler.kineto_results if session.profiler else None
+    events: list[tuple[int, int, int]] = []
     for event in _tree(results.experimental_event_tree() if results else []):
         if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
             fields = event.extra_fields
-            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
-    return [(pointer, size) for _, pointer, size in sorted(found, key=lambda item: item[0])]
+            events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    return [(pointer, size) for _, pointer, size in sorted(events, key=lambda item: item[0])]
 
 
 def _tree(events: list[Any]) -> Iterator[Any]:
@@ -141,9 +141,9 @@ def _tree(events: list[Any]) -> Iterator[Any]:
 
 def rss_bytes() -> int:
     """Return the resident bytes of this process now."""
-    found = _status_bytes("VmRSS")
-    if found is not None:
-        return found
+    status_bytes = _status_bytes("VmRSS")
+    if status_bytes is not None:
+        return status_bytes
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -151,9 +151,9 @@ def rss_bytes() -> int:
 
 def rss_peak_bytes() -> int:
     """Return the highest resident bytes since the last reset_rss_peak, or since the process started."""
-    found = _status_bytes("VmHWM")
-    if found is not None:
-        return found
+    status_bytes = _status_bytes("VmHWM")
+    if status_bytes is not None:
+        return status_bytes
     import psutil
 
     memory = psutil.Process().memory_info()

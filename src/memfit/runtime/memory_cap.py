@@ -95,17 +95,17 @@ def _cpu_cap(cap_bytes: int, allocator: CountingAllocator | None) -> _Cap:
 def _data_limit_holds() -> bool:
     """Return whether RLIMIT_DATA works. This is tested, because kernels before Linux 4.7 and some sandboxes
     do not apply it to mappings."""
-    held = data_bytes()
-    if held is None:
+    current_bytes = data_bytes()
+    if current_bytes is None:
         return False
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (held + _PROBE_BYTES, before[1]))
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (current_bytes + _PROBE_BYTES, limits[1]))
     try:
         mmap.mmap(-1, 2 * _PROBE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except OSError:
         return True
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
     return False
 
 

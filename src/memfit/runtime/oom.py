@@ -30,11 +30,11 @@ def is_oom_error(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error)
-    capped = resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
-    return isinstance(error, RuntimeError) and (is_oom_text(text) or (capped and _NO_KERNEL in text))
+    is_capped = resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+    return isinstance(error, RuntimeError) and (is_oom_text(text) or (is_capped and _NO_KERNEL in text))
 
 
 def is_oom_text(text: str) -> bool:
     """Return whether the output of a dead process says that memory ran out."""
-    lowered = text.lower()
-    return any(t in lowered for t in _TEXTS)
+    lower_text = text.lower()
+    return any(t in lower_text for t in _TEXTS)

@@ -39,26 +39,26 @@ def calibrate(
 ) -> Calibration:
     """Probe the signatures in order until ``budget_s`` seconds are spent. With ``rates``, first measure the
     machine itself: matrix products, copies, the disk and the overhead of a call."""
-    begun, waited_s = time.perf_counter(), _waited_s()
+    start, waited_s = time.perf_counter(), _waited_s()
     machine = _rates() if rates else Calibration()
-    seen: dict[str, Probed] = {}
-    failed: list[str] = []
+    probes: dict[str, Probed] = {}
+    failures: list[str] = []
     for signature in signatures:
-        if time.perf_counter() - begun > budget_s:
+        if time.perf_counter() - start > budget_s:
             break
-        if (found := probe(signature, counter)) is not None:
-            seen[signature] = found
+        if (result := probe(signature, counter)) is not None:
+            probes[signature] = result
         else:
-            failed.append(signature)
-    took_s = time.perf_counter() - begun
+            failures.append(signature)
+    took_s = time.perf_counter() - start
     return dataclasses.replace(
         machine,
         threads=torch.get_num_threads(),
-        op_s={s: p.seconds for s, p in seen.items()},
-        op_peak_bytes={s: p.peak_bytes for s, p in seen.items()},
-        op_kept_bytes={s: p.kept_bytes for s, p in seen.items() if p.kept_bytes},
-        op_spread_ratio={s: p.spread_ratio for s, p in seen.items()},
-        not_timed=tuple(failed),
+        op_s={s: p.seconds for s, p in probes.items()},
+        op_peak_bytes={s: p.peak_bytes for s, p in probes.items()},
+        op_kept_bytes={s: p.kept_bytes for s, p in probes.items() if p.kept_bytes},
+        op_spread_ratio={s: p.spread_ratio for s, p in probes.items()},
+        not_timed=tuple(failures),
         load_count=os.getloadavg()[0],
         waited_ratio=min(1.0, (_waited_s() - waited_s) / took_s),
         took_s=took_s,
@@ -91,9 +91,9 @@ def workspaces(
 ) -> Iterator[tuple[str, Inside | None]]:
     """Run each signature's operator once, in order, until ``budget_s`` seconds are spent. Yield the signature
     with the bytes it takes, or with None if the operator cannot run alone."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for signature in signatures:
-        if time.perf_counter() - begun > budget_s:
+        if time.perf_counter() - start > budget_s:
             return
         try:
             yield signature, inside(signature, counter)[1]
@@ -125,9 +125,9 @@ class Probed(NamedTuple):
 def probe(signature: str, counter: PeakCounter) -> Probed | None:
     """Measure one operator, or return None if it cannot run alone."""
     try:
-        call, taken = inside(signature, counter)
+        call, usage = inside(signature, counter)
         seconds, spread_ratio = _typical_s(call)
-        return Probed(seconds, taken.peak_bytes, taken.kept_bytes, spread_ratio)
+        return Probed(seconds, usage.peak_bytes, usage.kept_bytes, spread_ratio)
     except CANNOT_RUN:
         return None
 
@@ -149,12 +149,12 @@ def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Ins
     """Return the operator as a function with made-up arguments, and the bytes of its first call. Raises one
     of `CANNOT_RUN`."""
     call, args, kwargs = ready(signature)
-    before = counter.live_bytes()
+    start_bytes = counter.live_bytes()
     counter.reset_peak()
     out = call(*args, **kwargs)  # no input requires a gradient; kernels that check see training
-    peak = counter.peak_bytes() - before
-    kept = sum(t.nbytes for t in _tensors(out) if t.dtype == torch.uint8 and "mkldnn" in signature)
-    return lambda: call(*args, **kwargs), Inside(peak, kept)
+    peak_bytes = counter.peak_bytes() - start_bytes
+    kept_bytes = sum(t.nbytes for t in _tensors(out) if t.dtype == torch.uint8 and "mkldnn" in signature)
+    return lambda: call(*args, **kwargs), Inside(peak_bytes, kept_bytes)
 
 
 def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
@@ -169,12 +169,23 @@ def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]
 def _after_forward(inputs: list[Any]) -> list[Any]:
     """Return the arguments for oneDNN's recurrent backward. It reads the workspace that its forward wrote,
     and crashes on anything else."""
-    *tensors, reverse, mode, hidden, layers, biases, train, both, sizes, first, _ = inputs
+    *tensors, reverse, mode, hidden, layers, biases, train, bidirectional, sizes, batch_first, _ = inputs
     out, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
-        *tensors[:7], reverse, sizes, mode, hidden, layers, biases, both, first, train
+        *tensors[:7], reverse, sizes, mode, hidden, layers, biases, bidirectional, batch_first, train
     )
-    ends = (reverse, mode, hidden, layers, biases, train, both, sizes, first, workspace)
-    return [*tensors[:7], out, hy, cy, *tensors[10:], *ends]
+    trailing_arguments = (
+        reverse,
+        mode,
+        hidden,
+        layers,
+        biases,
+        train,
+        bidirectional,
+        sizes,
+        batch_first,
+        workspace,
+    )
+    return [*tensors[:7], out, hy, cy, *tensors[10:], *trailing_arguments]
 
 
 def _tensors(out: Any) -> list[torch.Tensor]:
@@ -183,12 +194,12 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 def _best_s(call: Callable[[], Any]) -> float:
     """Return the shortest time of a few calls, because other work on the machine only adds time."""
-    taken: list[float] = []
-    while len(taken) < _REPEATS and sum(taken) < _OP_LIMIT_S:
+    times_s: list[float] = []
+    while len(times_s) < _REPEATS and sum(times_s) < _OP_LIMIT_S:
         start = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        times_s.append(time.perf_counter() - start)
+    return min(times_s)
 
 
 def _typical_s(call: Callable[[], Any]) -> tuple[float, float]:
@@ -198,15 +209,15 @@ def _typical_s(call: Callable[[], Any]) -> tuple[float, float]:
     calls was a quarter below the time in a step. Time in which a call waited for a CPU that another process
     used does not count.
     """
-    between, taken = torch.ones(_BETWEEN_BYTES // 4), list[float]()
-    while len(taken) < _CALLS and (sum(taken) < _OP_LIMIT_S or len(taken) < _FEWEST_CALLS):
-        between.add_(1.0)
+    filler, times_s = torch.ones(_BETWEEN_BYTES // 4), list[float]()
+    while len(times_s) < _CALLS and (sum(times_s) < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
+        filler.add_(1.0)
         waited_s, start = _waited_s(), time.perf_counter()
         call()
         wall_s = time.perf_counter() - start
-        taken.append(max(wall_s / 20, wall_s - (_waited_s() - waited_s)))
-    median_s = statistics.median(taken)
-    return median_s, median_s / min(taken) - 1
+        times_s.append(max(wall_s / 20, wall_s - (_waited_s() - waited_s)))
+    median_s = statistics.median(times_s)
+    return median_s, median_s / min(times_s) - 1
 
 
 def _operator(name: str) -> Any:
@@ -224,14 +235,14 @@ def _real(value: Any) -> Any:
             return getattr(torch, value["torch"])
         if "device" in value:
             return torch.device(value["device"])
-        raise ValueError(f"cannot be made again: {value}")
+        raise ValueError(f"the argument cannot be recreated: {value}")
     return value
 
 
-def _tensor(shape: list[int], stride: list[int], dtype_name: str, seen_as: str = "") -> torch.Tensor:
+def _tensor(shape: list[int], stride: list[int], dtype_name: str, variant: str = "") -> torch.Tensor:
     """Return a tensor of small random numbers. Integers are zeros, which are always valid indices, and masks
     are True."""
-    if seen_as == "conj":
+    if variant == "conj":
         return _tensor(shape, stride, dtype_name).conj()
     dtype = getattr(torch, dtype_name)
     tensor = torch.empty_strided(shape, stride, dtype=dtype)
@@ -240,8 +251,8 @@ def _tensor(shape: list[int], stride: list[int], dtype_name: str, seen_as: str =
     if not dtype.is_floating_point and not dtype.is_complex:
         return tensor.zero_()
     if any(s == 0 for s in stride) and tensor.numel():
-        stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor.as_strided([stored], [1]).fill_(0.5).as_strided(shape, stride)
+        stored_elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor.as_strided([stored_elements], [1]).fill_(0.5).as_strided(shape, stride)
     return tensor.uniform_(0.1, 1.0) if dtype.is_floating_point else tensor.fill_(0.5)
 
 
@@ -266,9 +277,9 @@ def _disk() -> tuple[float, float]:
 
     def seconds(tensor: torch.Tensor, count: int) -> float:
         start = time.perf_counter()
-        parked = [Parked(tensor, spool) for _ in range(count)]
-        while parked:
-            parked.pop().back()
+        tensors = [Parked(tensor, spool) for _ in range(count)]
+        while tensors:
+            tensors.pop().back()
         return time.perf_counter() - start
 
     large, small = torch.ones(_LARGE_BYTES // 4), torch.ones(_FILE_BYTES // 4)

@@ -27,16 +27,16 @@ def run_ranks(
     are stopped if they have not ended after `GRACE_S` seconds.
     """
     ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
-    graces: list[threading.Timer] = []
+    timers: list[threading.Timer] = []
 
     def one(rank: int) -> Measurement:
         env = {**config.env, **rank_env(rank, ranks, port)}
-        told = dataclasses.replace(config, env=env)
-        measured = run(told, on_event=lambda event: on_event(rank, event), stop=stop)
-        if measured.outcome is not OutcomeKind.OK:
-            graces.append(threading.Timer(GRACE_S, stop.set))
-            graces[-1].start()
-        return measured
+        rank_config = dataclasses.replace(config, env=env)
+        measurement = run(rank_config, on_event=lambda event: on_event(rank, event), stop=stop)
+        if measurement.outcome is not OutcomeKind.OK:
+            timers.append(threading.Timer(GRACE_S, stop.set))
+            timers[-1].start()
+        return measurement
 
     with ThreadPoolExecutor(ranks) as pool:
         try:
@@ -46,8 +46,8 @@ def run_ranks(
             stop.set()
             raise
         finally:
-            for grace in graces:
-                grace.cancel()
+            for timer in timers:
+                timer.cancel()
 
 
 def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:

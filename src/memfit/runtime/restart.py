@@ -38,37 +38,37 @@ def run_through(
             losses[rank][step] = float(loss)
         on_event(rank, event)
 
-    seen = start(spec, listen)
+    measurements = start(spec, listen)
     for _ in range(RESTARTS if spec.keep.save else 0):
-        dead = [m for m in seen if _died(m)]
-        if not dead:
-            return seen
-        first = min(dead, key=lambda m: (not m.reason.startswith("killed"), m.reason == STOPPED))
-        on_event(0, {"event": "restarted", "why": first.reason})
+        failures = [m for m in measurements if _died(m)]
+        if not failures:
+            return measurements
+        failure = min(failures, key=lambda m: (not m.reason.startswith("killed"), m.reason == STOPPED))
+        on_event(0, {"event": "restarted", "why": failure.reason})
         spec = dataclasses.replace(spec, keep=_newest(spec.keep))
-        seen = [_whole(m, losses[rank]) for rank, m in enumerate(start(spec, listen))]
-    return seen
+        measurements = [_whole(m, losses[rank]) for rank, m in enumerate(start(spec, listen))]
+    return measurements
 
 
-def _died(measured: Measurement) -> bool:
+def _died(measurement: Measurement) -> bool:
     """Return whether a rank ended without a result after training had started. An earlier failure would
     happen again."""
-    silent = measured.outcome is OutcomeKind.FAILED and measured.peak_bytes is None
-    return silent and measured.steps_done > 0
+    is_silent = measurement.outcome is OutcomeKind.FAILED and measurement.peak_bytes is None
+    return is_silent and measurement.steps_done > 0
 
 
 def _newest(keep: Keep) -> Keep:
     """Return ``keep`` set to resume from the newest checkpoint, or unchanged if none was saved."""
     try:
-        path, _, passed = checkpoints.find(Path(keep.save))
+        path, _, passed_over = checkpoints.find(Path(keep.save))
     except UserError:
         return keep
-    return dataclasses.replace(keep, resume=str(path), passed_over=passed)
+    return dataclasses.replace(keep, resume=str(path), passed_over=passed_over)
 
 
-def _whole(measured: Measurement, losses: dict[int, float]) -> Measurement:
-    if measured.outcome is not OutcomeKind.OK:
-        return measured
+def _whole(measurement: Measurement, losses: dict[int, float]) -> Measurement:
+    if measurement.outcome is not OutcomeKind.OK:
+        return measurement
     return dataclasses.replace(
-        measured, losses=tuple(losses[step] for step in sorted(losses)), steps_done=len(losses)
+        measurement, losses=tuple(losses[step] for step in sorted(losses)), steps_done=len(losses)
     )

@@ -39,9 +39,9 @@ def default_path() -> Path:
 def machine_key(threads: int) -> str:
     """Return a digest of everything that a timing depends on: processor, cores, torch, libc, the
     environment's thread settings, the number of threads, and the timing method."""
-    seen = fingerprint()
+    environment = fingerprint()
     names = [*_MACHINE, *(f"env {name}" for name in VARIABLES if "CUDA" not in name)]
-    return digest({**{n: seen[n] for n in names}, "threads": str(threads), "method": str(_METHOD)})
+    return digest({**{n: environment[n] for n in names}, "threads": str(threads), "method": str(_METHOD)})
 
 
 class CalibrationCache:
@@ -57,14 +57,14 @@ class CalibrationCache:
             rates = connection.execute("SELECT body FROM machine WHERE key = ?", (self.key,)).fetchone()
             rows = connection.execute("SELECT signature, body FROM operator WHERE key = ?", (self.key,))
             if rates is not None:
-                known = serialization.loads(Calibration, rates[0], what="the stored calibration")
-                return _with_operators(known, {signature: json.loads(body) for signature, body in rows})
+                calibration = serialization.loads(Calibration, rates[0], what="the stored calibration")
+                return _with_operators(calibration, {signature: json.loads(body) for signature, body in rows})
         return Calibration()
 
     def add(self, fresh: Calibration) -> Calibration:
         """Store what is not stored yet, and return everything that is stored now. Return `fresh` itself if
         nothing can be stored."""
-        bare = dataclasses.replace(
+        rates = dataclasses.replace(
             fresh, op_s={}, op_peak_bytes={}, op_kept_bytes={}, op_spread_ratio={}, not_timed=()
         )
         with contextlib.suppress(OSError, sqlite3.Error), self._connection() as connection:
@@ -72,7 +72,7 @@ class CalibrationCache:
             with connection:
                 if fresh.flops_s:
                     insert = "INSERT OR IGNORE INTO machine VALUES (?, ?)"
-                    connection.execute(insert, (self.key, serialization.dumps(bare)))
+                    connection.execute(insert, (self.key, serialization.dumps(rates)))
                 connection.executemany(
                     "INSERT OR IGNORE INTO operator VALUES (?, ?, ?)",
                     [(self.key, signature, json.dumps(row)) for signature, row in _rows(fresh)],
@@ -89,8 +89,8 @@ class CalibrationCache:
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        opened = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None)
-        with contextlib.closing(opened) as connection:
+        database = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None)
+        with contextlib.closing(database) as connection:
             for statement in _TABLES:
                 connection.execute(statement)
             yield connection
@@ -109,25 +109,25 @@ def selected(calibration: Calibration, signatures: set[str]) -> Calibration:
     )
 
 
-def _rows(fresh: Calibration) -> Iterator[tuple[str, dict[str, Any]]]:
-    for signature, seconds in fresh.op_s.items():
+def _rows(calibration: Calibration) -> Iterator[tuple[str, dict[str, Any]]]:
+    for signature, seconds in calibration.op_s.items():
         yield (
             signature,
             {
                 "seconds": seconds,
-                "peak_bytes": fresh.op_peak_bytes.get(signature, 0),
-                "kept_bytes": fresh.op_kept_bytes.get(signature, 0),
-                "spread_ratio": fresh.op_spread_ratio.get(signature, 0.0),
+                "peak_bytes": calibration.op_peak_bytes.get(signature, 0),
+                "kept_bytes": calibration.op_kept_bytes.get(signature, 0),
+                "spread_ratio": calibration.op_spread_ratio.get(signature, 0.0),
             },
         )
-    for signature in fresh.not_timed:
+    for signature in calibration.not_timed:
         yield signature, {"seconds": None}
 
 
-def _with_operators(known: Calibration, rows: dict[str, dict[str, Any]]) -> Calibration:
+def _with_operators(calibration: Calibration, rows: dict[str, dict[str, Any]]) -> Calibration:
     timed = {s: row for s, row in rows.items() if row["seconds"] is not None}
     return dataclasses.replace(
-        known,
+        calibration,
         op_s={s: float(row["seconds"]) for s, row in timed.items()},
         op_peak_bytes={s: int(row["peak_bytes"]) for s, row in timed.items()},
         op_kept_bytes={s: int(row["kept_bytes"]) for s, row in timed.items() if row["kept_bytes"]},

@@ -59,7 +59,7 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the store's folder: {error}", hint=_OTHER) from error
+            raise UserError(f"cannot create the store's folder: {error}", hint=_OTHER) from error
         with self._connection() as connection:
             if self._is_new(connection):
                 self._lay_out(connection)
@@ -117,8 +117,8 @@ class Store:
 
     @functools.cached_property
     def _environment(self) -> tuple[str, Mapping[str, str]]:
-        seen = fingerprint()
-        return digest(seen), seen
+        environment = fingerprint()
+        return digest(environment), environment
 
     def _rows(self, query: str, *arguments: str | None) -> list[Any]:
         with self._connection() as connection:
@@ -147,7 +147,7 @@ class Store:
                 hint=f"update memfit, or {_OTHER}",
             )
         if application or connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            raise UserError(f"{self.path} is a database, but not a store of memfit's", hint=_OTHER)
+            raise UserError(f"{self.path} is a database, but not a memfit store", hint=_OTHER)
         return True
 
     def _lay_out(self, connection: sqlite3.Connection) -> None:
@@ -179,6 +179,6 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 def _guards() -> Iterator[str]:
     """Yield triggers against UPDATE, DELETE, and INSERT OR REPLACE, which silently deletes."""
     for table, key in _KEYS.items():
-        taken = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {key} = NEW.{key})"
-        for event, condition in (("UPDATE", ""), ("DELETE", ""), ("INSERT", taken)):
+        exists_clause = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {key} = NEW.{key})"
+        for event, condition in (("UPDATE", ""), ("DELETE", ""), ("INSERT", exists_clause)):
             yield _GUARD.format(table=table, event=event, condition=condition)

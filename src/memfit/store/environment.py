@@ -75,15 +75,15 @@ def _hardware() -> dict[str, str]:
 
 def _processor(cpuinfo: Path) -> str:
     """Return the processor's name from Linux's /proc/cpuinfo, else the less precise name from Python."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _read(cpuinfo), re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or _UNKNOWN
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(cpuinfo), re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or _UNKNOWN
 
 
 def _nvidia_models(folder: Path) -> list[str]:
     """Return the models of the GPUs for which the NVIDIA driver has a folder."""
     texts = [_read(file) for file in sorted(folder.glob("*/information"))]
     return [
-        found[1].strip() for text in texts if (found := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))
+        match[1].strip() for text in texts if (match := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))
     ]
 
 

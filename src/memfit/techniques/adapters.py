@@ -38,15 +38,16 @@ def _adapt(bench: Workbench, rank: int) -> None:
     path, _ = find_blocks(bench.model, bench.job.blocks)
     # Keep ids, not parameters: the imports below log and keep this frame alive, and would keep parameters
     # that shards replace.
-    outside = {id(p) for name, p in bench.model.named_parameters() if not name.startswith(path + ".")}
+    outside_ids = {id(p) for name, p in bench.model.named_parameters() if not name.startswith(path + ".")}
     targets = sorted(name for name, _ in block_linears(bench.model, path))
     if not targets:
         raise UserError(
-            f"low-rank adapters for {type(bench.model).__name__}", allowed="blocks that hold linear layers"
+            f"low-rank adapters find no linear layers in the blocks of {type(bench.model).__name__}",
+            allowed="blocks that contain linear layers",
         )
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), bench.model)
     for name, param in bench.model.named_parameters():
-        param.requires_grad_(param.is_floating_point() and ("lora_" in name or id(param) in outside))
+        param.requires_grad_(param.is_floating_point() and ("lora_" in name or id(param) in outside_ids))
 
 
 def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torch.nn.Linear]]:

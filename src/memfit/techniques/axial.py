@@ -108,8 +108,8 @@ class Cut(Whole):
     def part(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         length, size = x.shape[dim], self.size(x.shape[dim])
         begin = min(self.together.rank * size, length)
-        found = x.narrow(dim, begin, min(size, length - begin))
-        return _filled(found, dim, size)
+        own_part = x.narrow(dim, begin, min(size, length - begin))
+        return _filled(own_part, dim, size)
 
     def all(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
         return _joined(self.together.stack(x), dim, length)
@@ -141,8 +141,8 @@ def _joined(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     if size * ranks == length and math.prod(shape[:dim]) == 1:
         shape[dim] = length
         return torch.ops.aten._unsafe_view(parts, shape)  # type: ignore[no-any-return]
-    held = zip(parts.unbind(), _lengths(length, size, ranks), strict=True)
-    return torch.cat([part.narrow(dim, 0, own) for part, own in held], dim)
+    padded_parts = zip(parts.unbind(), _lengths(length, size, ranks), strict=True)
+    return torch.cat([part.narrow(dim, 0, part_length) for part, part_length in padded_parts], dim)
 
 
 class _Own(torch.autograd.Function):
@@ -154,8 +154,8 @@ class _Own(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        found = ctx.cut.all(grad, ctx.dim, ctx.length)
-        return found.div_(ctx.cut.together.ranks), None, None
+        whole_grad = ctx.cut.all(grad, ctx.dim, ctx.length)
+        return whole_grad.div_(ctx.cut.together.ranks), None, None
 
 
 class _All(torch.autograd.Function):
@@ -224,16 +224,16 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         left, right = ctx.saved_tensors
-        cut, dim, along = ctx.cut, ctx.dim, _place(ctx.sums, ctx.dim)
-        (of_left, of_right), of_out = ctx.sums.split("->")[0].split(","), ctx.sums.split("->")[1]
+        cut, dim, out_dim = ctx.cut, ctx.dim, _place(ctx.sums, ctx.dim)
+        (left_dims, right_dims), out_dims = ctx.sums.split("->")[0].split(","), ctx.sums.split("->")[1]
         parts = cut.together.gather(right)
         grads = right.new_zeros(len(parts), *right.shape)
         grad_left, begin = torch.zeros_like(left), 0
         for index, size in enumerate(_lengths(ctx.length, right.shape[dim], len(parts))):
-            here, part = grad.narrow(along, begin, size), parts[index].narrow(dim, 0, size)
-            grad_left += torch.einsum(f"{of_out},{of_right}->{of_left}", here, part)
+            grad_part, part = grad.narrow(out_dim, begin, size), parts[index].narrow(dim, 0, size)
+            grad_left += torch.einsum(f"{out_dims},{right_dims}->{left_dims}", grad_part, part)
             grads[index].narrow(dim, 0, size).copy_(
-                torch.einsum(f"{of_out},{of_left}->{of_right}", here, left)
+                torch.einsum(f"{out_dims},{left_dims}->{right_dims}", grad_part, left)
             )
             begin += size
         del parts

@@ -63,7 +63,7 @@ class Knob:
         if self.choices:
             return ", ".join(str(c) for c in self.choices)
         if self.pattern is not None:
-            return f"text like {self.pattern.pattern}"
+            return f"text that matches {self.pattern.pattern}"
         return f"an integer of at least {self.minimum}"
 
     def accepts(self, value: object) -> bool:
@@ -95,14 +95,14 @@ class Space:
     @property
     def parts(self) -> tuple[int, ...]:
         """Numbers of micro-batches into which a rank's samples can be split, including 1."""
-        most = max(1, self.batch_size // self.least_part)
-        return tuple(n for n in range(1, most + 1) if self.batch_size % n == 0)
+        most_parts = max(1, self.batch_size // self.least_part)
+        return tuple(n for n in range(1, most_parts + 1) if self.batch_size % n == 0)
 
     @property
     def refused(self) -> frozenset[str]:
         """Names of techniques that do not support the job."""
         reasons = {"fsdp2": self.scalars, "optimizer-in-backward": self.clipped}
-        return frozenset(name for name, refused in reasons.items() if refused)
+        return frozenset(name for name, is_refused in reasons.items() if is_refused)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +139,8 @@ class Technique:
 
     def lacks(self, settings: Mapping[str, KnobValue]) -> tuple[str, ...]:
         """Return the packages that these settings require and that are not installed."""
-        asked = (k.needs[settings[k.name]] for k in self.knobs if settings.get(k.name) in k.needs)
-        return (*self.missing, *(p for p in asked if importlib.util.find_spec(p) is None))
+        packages = (k.needs[settings[k.name]] for k in self.knobs if settings.get(k.name) in k.needs)
+        return (*self.missing, *(p for p in packages if importlib.util.find_spec(p) is None))
 
 
 class OptimizerLike(Protocol):

@@ -23,11 +23,11 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     from memfit.techniques.deferred_logits import LazyLogits
 
     _, head = find_head(bench.model, bench.job.head)
-    chunks, plain = int(settings["chunks"]), head.forward
+    chunks, original = int(settings["chunks"]), head.forward
 
     def forward(hidden: torch.Tensor) -> Any:
         if not head.training:
-            return plain(hidden)
+            return original(hidden)
         return LazyLogits(hidden, head, chunks)
 
     head.forward = forward  # type: ignore[method-assign,assignment]

@@ -33,16 +33,16 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     from memfit.model.chunk_analysis import Trials, budget_bytes, insides, to_cut
 
     calls, trials = insides(bench.job, bench.model), Trials()
-    asked_bytes = int(settings["mib"]) * MIB
-    budget = asked_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
-    found = to_cut(bench.model, calls, budget, trials)
+    requested_bytes = int(settings["mib"]) * MIB
+    budget = requested_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
+    cuts = to_cut(bench.model, calls, budget, trials)
     torch.empty(trials.peak_bytes, dtype=torch.uint8)  # stands for the memory of the trials in a prediction
-    if not found:
+    if not cuts:
         raise UserError(
-            f"chunking of {type(bench.model).__name__}",
-            allowed="modules of independent slices that make more inside than the budget",
+            f"chunking finds nothing to cut in {type(bench.model).__name__}",
+            allowed="modules that work on independent slices and allocate more inside than the budget",
         )
-    for name, cut in found.items():
+    for name, cut in cuts.items():
         _wrap(bench.model.get_submodule(name), cut, budget)
 
 
@@ -57,22 +57,25 @@ def _wrap(module: torch.nn.Module, cut: ChunkCut, budget: int) -> None:
 
         leaves, spec = _pytree.tree_flatten((args, kwargs))
         length = leaves[cut.first].shape[cut.axes[cut.first]]
-        inside = cut.inside_bytes * leaves[cut.first].numel() / cut.first_count
-        size = math.ceil(length / min(length, max(1, math.ceil(inside / max(1, budget)))))
+        inside_bytes = cut.inside_bytes * leaves[cut.first].numel() / cut.first_count
+        size = math.ceil(length / min(length, max(1, math.ceil(inside_bytes / max(1, budget)))))
         if size == length:
             return inner(*args, **kwargs)
-        parts = {at: leaves[at].split(size, axis) for at, axis in cut.axes.items()}
+        parts = {leaf_index: leaves[leaf_index].split(size, axis) for leaf_index, axis in cut.axes.items()}
 
         def part(*tensors: torch.Tensor) -> Any:
-            held = list(leaves)
-            for at, tensor in zip(parts, tensors, strict=True):
-                held[at] = tensor
-            own, named = _pytree.tree_unflatten(held, spec)
-            return inner(*own, **named)
+            part_leaves = list(leaves)
+            for leaf_index, tensor in zip(parts, tensors, strict=True):
+                part_leaves[leaf_index] = tensor
+            part_args, part_kwargs = _pytree.tree_unflatten(part_leaves, spec)
+            return inner(*part_args, **part_kwargs)
 
         run = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
         return torch.cat(
-            [(run if torch.is_grad_enabled() else part)(*each) for each in zip(*parts.values(), strict=True)],
+            [
+                (run if torch.is_grad_enabled() else part)(*slices)
+                for slices in zip(*parts.values(), strict=True)
+            ],
             dim=cut.out_axis,
         )
 
@@ -92,10 +95,13 @@ TECHNIQUE = Technique(
     order=48,
     knobs=(
         Knob(
-            name="parts", default=0, minimum=0, doc="budget: this part of the most that a module makes inside"
+            name="parts",
+            default=0,
+            minimum=0,
+            doc="budget: the most that a module allocates inside, divided by this",
         ),
         Knob(
-            name="mib", default=0, minimum=0, doc="budget in MiB; both 0: half of what that module gives out"
+            name="mib", default=0, minimum=0, doc="budget in MiB; if both are 0, half of that module's output"
         ),
     ),
     forbids=(

@@ -66,7 +66,7 @@ TECHNIQUE = Technique(
         Knob(
             name="scope",
             default="blocks",
-            doc="what is one graph; parts: blocks, and what lies beside them",
+            doc="what becomes one graph; parts: each block, and each module outside them",
             choices=("blocks", "parts", "model"),
         ),
     ),

@@ -81,10 +81,10 @@ class Region:
         module, inner = self.module, self.inner
 
         def call(*tensors: torch.Tensor) -> Any:
-            given = list(leaves)
+            new_leaves = list(leaves)
             for place, tensor in zip(places, tensors[len(names) :], strict=True):
-                given[place] = tensor
-            args, kwargs = _pytree.tree_unflatten(given, spec)
+                new_leaves[place] = tensor
+            args, kwargs = _pytree.tree_unflatten(new_leaves, spec)
             # The module itself is not called: its hooks (FSDP's) are outside the compiled region.
             with _reparametrize_module(module, dict(zip(names, tensors, strict=False))):
                 return inner(*args, **kwargs)
@@ -147,7 +147,7 @@ def _joint(
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     single, count = False, 0
-    names, apart = set[str](), False  # apart: copy outputs, which may be views of inputs
+    names, copy_outputs = set[str](), False  # outputs may be views of inputs
 
     def flat(*given: torch.Tensor) -> tuple[Any, ...]:
         nonlocal single, count
@@ -155,9 +155,9 @@ def _joint(
         if (mode := get_proxy_mode()) is not None:
             names.update(n.name for n in mode.tracer.graph.nodes)
         single = isinstance(outs, torch.Tensor)
-        found = (outs,) if single else tuple(outs)
-        count = len(found)
-        return tuple(o.clone() for o in found) if apart else found
+        results = (outs,) if single else tuple(outs)
+        count = len(results)
+        return tuple(o.clone() for o in results) if copy_outputs else results
 
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
         copies = [
@@ -175,7 +175,7 @@ def _joint(
         except RuntimeError as error:
             if "outputs that alias" not in str(error):
                 raise
-            apart = True
+            copy_outputs = True
             joint = _without_last_copies(exported(), count)
     _drop_checks(joint.graph)
     return joint, copies, single, count, names
@@ -191,10 +191,12 @@ def _drop_checks(graph: fx.Graph) -> None:
 
 def _without_last_copies(joint: Any, outputs: int) -> Any:
     """Remove the copies of outputs that were made for export. torch.compile returns views as views."""
-    last = next(n for n in joint.graph.nodes if n.op == "output")
-    found = list(last.args[0])
-    found[:outputs] = (n.args[0] if n.target is torch.ops.aten.clone.default else n for n in found[:outputs])
-    last.args = (found,)
+    output_node = next(n for n in joint.graph.nodes if n.op == "output")
+    results = list(output_node.args[0])
+    results[:outputs] = (
+        n.args[0] if n.target is torch.ops.aten.clone.default else n for n in results[:outputs]
+    )
+    output_node.args = (results,)
     joint.graph.eliminate_dead_code()
     joint.recompile()
     return joint
@@ -216,14 +218,14 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        kept = ctx.kept
-        if kept is None:
+        saved_values = ctx.kept
+        if saved_values is None:
             tensors = iter(ctx.saved_tensors)
-            kept = [next(tensors) if other is None else other for other in ctx.other]
+            saved_values = [next(tensors) if constant is None else constant for constant in ctx.other]
         ctx.kept = None
-        given = [*kept, *grads]
-        del kept, grads
-        return None, *ctx.pair.backward.run(given)
+        inputs = [*saved_values, *grads]
+        del saved_values, grads
+        return None, *ctx.pair.backward.run(inputs)
 
 
 @dataclasses.dataclass(slots=True)
@@ -256,17 +258,17 @@ class Schedule:
         values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
         given.clear()
         values.update(self.attributes)
-        left = Counter(self.uses)
-        for node in [n for n in values if not left[n]]:
+        reads_left = Counter(self.uses)
+        for node in [n for n in values if not reads_left[n]]:
             del values[node]
-        for each in self.kernels:
-            if each.node is not None:
-                values[each.node] = _call(each.node, values)
-                _release(each.inputs, left, values)
+        for kernel_call in self.kernels:
+            if kernel_call.node is not None:
+                values[kernel_call.node] = _call(kernel_call.node, values)
+                _release(kernel_call.inputs, reads_left, values)
             else:
-                _fused(each, left, values)
-            if each.node is not None and not left[each.node]:
-                del values[each.node]
+                _fused(kernel_call, reads_left, values)
+            if kernel_call.node is not None and not reads_left[kernel_call.node]:
+                del values[kernel_call.node]
         return [values[n] if isinstance(n, fx.Node) else n for n in self.result]
 
 
@@ -275,23 +277,23 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _fused(group: _Kernel, left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
+def _fused(group: _Kernel, reads_left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
     """Run a fused group. An input that is not used again and has the size of an output is overwritten."""
-    wanted = Counter(_meta_bytes(n) for n in group.outputs)
+    output_counts = Counter(_meta_bytes(n) for n in group.outputs)
     inputs = dict.fromkeys(group.inputs)  # in a fixed order, so that equal graphs run alike
     reads = read_bytes(values.get(n) for n in inputs)
-    dying = [n for n in inputs if left[n] == group.inputs.count(n)]
-    for node in dying:
+    last_uses = [n for n in inputs if reads_left[n] == group.inputs.count(n)]
+    for node in last_uses:
         value = values.get(node)
         size = value.untyped_storage().nbytes() if isinstance(value, torch.Tensor) else -1
-        if wanted[size] and node.op != "placeholder":
-            wanted[size] -= 1
+        if output_counts[size] and node.op != "placeholder":
+            output_counts[size] -= 1
             values[node] = None
     for node in group.outputs:
         value = node.meta["val"]
         values[node] = torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype)
     kernel([values[n] for n in group.outputs], reads)
-    _release(group.inputs, left, values)
+    _release(group.inputs, reads_left, values)
 
 
 def _meta_bytes(node: fx.Node) -> int:
@@ -299,10 +301,10 @@ def _meta_bytes(node: fx.Node) -> int:
     return int(value.numel() * value.element_size())
 
 
-def _release(nodes: list[fx.Node], left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
+def _release(nodes: list[fx.Node], reads_left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
     for node in nodes:
-        left[node] -= 1
-        if left[node] <= 0:
+        reads_left[node] -= 1
+        if reads_left[node] <= 0:
             values.pop(node, None)
 
 
@@ -333,8 +335,8 @@ def _levels(calls: list[fx.Node]) -> dict[fx.Node, int]:
     value that is read only on a later level is computed on that level."""
     level: dict[fx.Node, int] = {}
     for node in calls:
-        before = [level[i] + _extern(i) for i in node.all_input_nodes if i in level]
-        level[node] = max(before, default=0)
+        earlier_levels = [level[i] + _extern(i) for i in node.all_input_nodes if i in level]
+        level[node] = max(earlier_levels, default=0)
     for node in reversed(calls):
         if _alone(node) or _packet(node) in _REDUCTIONS:
             continue
@@ -360,9 +362,9 @@ def _groups(graph: fx.Graph) -> dict[fx.Node, int]:
         return node
 
     for node in parent:
-        for given in node.all_input_nodes:
-            if given in parent and level[given] == level[node]:
-                parent[root(node)] = root(given)
+        for source in node.all_input_nodes:
+            if source in parent and level[source] == level[node]:
+                parent[root(node)] = root(source)
     number = {n: i for i, n in enumerate(calls)}
     return {n: number[root(n)] for n in parent if not _alone(n)}
 
@@ -372,21 +374,21 @@ def _ordered(graph: fx.Graph, groups: dict[fx.Node, int]) -> list[_Kernel]:
     for node, group in groups.items():
         members.setdefault(group, []).append(node)
     kernels: list[_Kernel] = []
-    done: set[Any] = set()
+    emitted_keys: set[Any] = set()
 
     def inputs_of(group: int) -> list[fx.Node]:
-        inside = set(members[group])
-        found = {i: None for n in members[group] for i in _sources(n, inside, groups)}
-        return list(found)
+        group_nodes = set(members[group])
+        sources = {i: None for n in members[group] for i in _sources(n, group_nodes, groups)}
+        return list(sources)
 
     def emit(node: fx.Node) -> None:
         key: Any = groups.get(node, node)
-        if node.op != "call_function" or key in done:
+        if node.op != "call_function" or key in emitted_keys:
             return
-        done.add(key)
+        emitted_keys.add(key)
         inputs = inputs_of(key) if node in groups else list(node.all_input_nodes)
-        for given in inputs:
-            emit(given)
+        for source in inputs:
+            emit(source)
         if node not in groups:
             kernels.append(_Kernel(node=node, inputs=inputs, outputs=[]))
             return
@@ -402,17 +404,17 @@ def _ordered(graph: fx.Graph, groups: dict[fx.Node, int]) -> list[_Kernel]:
     return kernels
 
 
-def _sources(node: fx.Node, inside: set[fx.Node], groups: dict[fx.Node, int]) -> list[fx.Node]:
+def _sources(node: fx.Node, group_nodes: set[fx.Node], groups: dict[fx.Node, int]) -> list[fx.Node]:
     """Return what a fused node reads from outside its group. Views of values inside the group count as
     inside."""
-    found = []
-    for given in node.all_input_nodes:
-        base = given
+    sources = []
+    for source in node.all_input_nodes:
+        base = source
         while base.op == "call_function" and base not in groups and _alone(base) and not _from_extern(base):
             base = base.all_input_nodes[0]
-        if base not in inside:
-            found.append(given)
-    return found
+        if base not in group_nodes:
+            sources.append(source)
+    return sources
 
 
 def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
@@ -421,9 +423,9 @@ def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
         return False  # its items leave one by one; the items of a view (split) are all of it
     for user in node.users:
         if user in groups:
-            outside = groups[user] != group
+            leaves_group = groups[user] != group
         else:
-            outside = user.op == "output" or _from_extern(user) or _leaves(user, group, groups)
-        if outside:
+            leaves_group = user.op == "output" or _from_extern(user) or _leaves(user, group, groups)
+        if leaves_group:
             return True
     return False

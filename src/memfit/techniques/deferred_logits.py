@@ -45,13 +45,13 @@ class LazyLogits:
         """The head's weight. Raises UserError if it was resharded before the loss."""
         if hasattr(self.head.weight, "device_mesh"):
             raise UserError(
-                "chunked-cross-entropy: fsdp2 has let the head go when the loss wants it",
-                hint='fsdp2 with reshard=False or "not-last"',
+                "chunked-cross-entropy: fsdp2 has freed the head's weight before the loss uses it",
+                hint='use fsdp2 with reshard=False or "not-last"',
             )
         if not self.head.weight.numel():
             raise UserError(
-                "chunked-cross-entropy: zero of stage 3 has let the head go when the loss wants it",
-                hint="zero of stage 2, or persist_elements as large as the head's weight",
+                "chunked-cross-entropy: zero of stage 3 has freed the head's weight before the loss uses it",
+                hint="use zero of stage 2, or persist_elements as large as the head's weight",
             )
         return self.head.weight
 
@@ -80,10 +80,14 @@ class LazyLogits:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else kwargs.get("input")
-        if func is functional.cross_entropy and isinstance(first, LazyLogits) and _plain(first, args, kwargs):
-            rest = {k: v for k, v in kwargs.items() if k not in ("input", *_NO_EFFECT)}
-            return _cross_entropy(first, *args[1:], **rest)
+        logits = args[0] if args else kwargs.get("input")
+        if (
+            func is functional.cross_entropy
+            and isinstance(logits, LazyLogits)
+            and _plain(logits, args, kwargs)
+        ):
+            options = {k: v for k, v in kwargs.items() if k not in ("input", *_NO_EFFECT)}
+            return _cross_entropy(logits, *args[1:], **options)
         return func(*_materialize(args), **_materialize(kwargs))
 
 
@@ -124,12 +128,12 @@ def _plain(lazy: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Return whether a cross-entropy is plain: class indices against rows of logits, with no other option.
     With more dimensions, the classes would be along the second dimension."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
-    rows = lazy.made is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
-    known = {"input", "target", "ignore_index", "reduction"}
+    has_rows = lazy.made is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
+    allowed_names = {"input", "target", "ignore_index", "reduction"}
     return (
-        rows
+        has_rows
         and len(args) <= 2
-        and all(k in known or (k in _NO_EFFECT and v == _NO_EFFECT[k]) for k, v in kwargs.items())
+        and all(k in allowed_names or (k in _NO_EFFECT and v == _NO_EFFECT[k]) for k, v in kwargs.items())
     )
 
 
@@ -155,8 +159,8 @@ def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) ->
     shape = args[0] if args and isinstance(args[0], tuple | list | torch.Size) else args
     if name == "flatten":
         start, end = (*args, *(kwargs.get(k, d) for k, d in (("start_dim", 0), ("end_dim", -1))[len(args) :]))
-        last = end % hidden.dim() == hidden.dim() - 1
-        return None if last else lazy.with_hidden(hidden.flatten(start, end))
+        flattens_last = end % hidden.dim() == hidden.dim() - 1
+        return None if flattens_last else lazy.with_hidden(hidden.flatten(start, end))
     if not shape or shape[-1] not in (vocabulary, -1) or (shape[-1] == -1 and _leading(shape, lazy) is None):
         return None
     return lazy.with_hidden(hidden.reshape(*shape[:-1], hidden.shape[-1]))
@@ -165,21 +169,24 @@ def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) ->
 def _cast(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits:
     """Return deferred logits whose real logits will have another dtype. The chunked loss is computed in
     float32 in any case."""
-    given = {"float": (torch.float32,), "type_as": (getattr(args[0], "dtype", None) if args else None,)}
-    found = [d for d in given.get(name, (*args, *kwargs.values())) if isinstance(d, torch.dtype)]
-    return LazyLogits(lazy.hidden, lazy.head, lazy.chunks, cast=found[0]) if found else lazy
+    dtypes_by_method = {
+        "float": (torch.float32,),
+        "type_as": (getattr(args[0], "dtype", None) if args else None,),
+    }
+    dtypes = [d for d in dtypes_by_method.get(name, (*args, *kwargs.values())) if isinstance(d, torch.dtype)]
+    return LazyLogits(lazy.hidden, lazy.head, lazy.chunks, cast=dtypes[0]) if dtypes else lazy
 
 
 def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
     """Return whether this index leaves the vocabulary dimension whole and last."""
     if any(i is None for i in index):
         return False
-    whole = isinstance(index[-1], slice) and index[-1] == slice(None)
+    keeps_vocabulary = isinstance(index[-1], slice) and index[-1] == slice(None)
     if any(i is Ellipsis for i in index):
-        return whole
+        return keeps_vocabulary
     masks = [i for i in index if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
-    covered = len(index) + sum(m.dim() - 1 for m in masks)
-    return covered < dims or (whole and covered == dims)
+    covered_dims = len(index) + sum(m.dim() - 1 for m in masks)
+    return covered_dims < dims or (keeps_vocabulary and covered_dims == dims)
 
 
 def _leading(shape: Any, lazy: LazyLogits) -> int | None:

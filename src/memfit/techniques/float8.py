@@ -25,15 +25,17 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
-    fit = {name for name, linear in block_linears(bench.model, path) if fits(linear.weight.shape)}
-    if not fit:
+    names = {name for name, linear in block_linears(bench.model, path) if fits(linear.weight.shape)}
+    if not names:
         raise UserError(
-            f"{NAME} for {type(bench.model).__name__}",
+            f"{NAME} finds no suitable linear layers in the blocks of {type(bench.model).__name__}",
             allowed=f"blocks with linear layers whose sizes are multiples of {_STEP}",
         )
     config = Float8LinearConfig.from_recipe_name(str(settings["scaling"]))
     config = dataclasses.replace(config, emulate=bench.device == "cpu")  # the CPU's own kernel takes minutes
-    convert_to_float8_training(bench.model, config=config, module_filter_fn=lambda module, name: name in fit)
+    convert_to_float8_training(
+        bench.model, config=config, module_filter_fn=lambda module, name: name in names
+    )
 
 
 def fits(shape: Iterable[int]) -> bool:

@@ -36,14 +36,14 @@ class LossScale:
         import torch
 
         finite = math.isfinite(float(norm))
-        scale, good = self.value, int(self.groups[0]["good_steps"])
+        scale, good_steps = self.value, int(self.groups[0]["good_steps"])
         if finite:
             norm.div_(scale)
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / scale)
-            good = (good + 1) % self.patience
-            new = scale * (1 if good else 2)
+            good_steps = (good_steps + 1) % self.patience
+            new_scale = scale * (1 if good_steps else 2)
         else:
-            new, good = max(1.0, scale / 2), 0
+            new_scale, good_steps = max(1.0, scale / 2), 0
         for group in self.groups:
-            group["loss_scale"], group["good_steps"] = new, good
+            group["loss_scale"], group["good_steps"] = new_scale, good_steps
         return finite or scale <= 1  # the scale cannot be halved further: the loss itself is not finite

@@ -58,7 +58,7 @@ def _widen(packed: torch.Tensor, state: Any, scales: Any, dtype: torch.dtype) ->
     if scales is None:
         return bnb.functional.dequantize_4bit(packed, state).to(dtype)  # type: ignore[no-any-return]
     absmax = bnb.functional.dequantize_blockwise(*scales)
-    known = bnb.functional.QuantState(
+    quant_state = bnb.functional.QuantState(
         absmax,
         shape=state.shape,
         code=state.code,
@@ -66,4 +66,4 @@ def _widen(packed: torch.Tensor, state: Any, scales: Any, dtype: torch.dtype) ->
         quant_type="nf4",
         dtype=state.dtype,
     )
-    return bnb.functional.dequantize_4bit(packed, known).to(dtype)  # type: ignore[no-any-return]
+    return bnb.functional.dequantize_4bit(packed, quant_state).to(dtype)  # type: ignore[no-any-return]

@@ -55,14 +55,14 @@ class _Away:
         # Contiguous tensors have the same order of elements in memory whatever their shape.
         shape = tensor.numel() if tensor.is_contiguous() else (tensor.shape, tensor.stride())
         key = (storage._cdata, tensor._version, tensor.storage_offset(), shape, tensor.dtype)
-        known = self.gone.get(key)
-        away = known[1]() if known is not None else None
+        entry = self.gone.get(key)
+        stored_copy = entry[1]() if entry is not None else None
         if self.bench.on_offload is not None:
-            self.bench.on_offload(0 if away is not None else size_bytes, size_bytes)
-        if away is None:
-            away = self._put(tensor)
-            self.gone[key] = StorageWeakRef(storage), weakref.ref(away)
-        return _Saved(away, tensor.shape)
+            self.bench.on_offload(0 if stored_copy is not None else size_bytes, size_bytes)
+        if stored_copy is None:
+            stored_copy = self._put(tensor)
+            self.gone[key] = StorageWeakRef(storage), weakref.ref(stored_copy)
+        return _Saved(stored_copy, tensor.shape)
 
     def _unpack(self, packed: Any) -> Any:
         return packed.away.back().view(packed.shape) if isinstance(packed, _Saved) else packed
@@ -132,8 +132,8 @@ class Spool:
         """Write ``data`` and return its place in the file. Raises OSError if the disk is full."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="memfit-offload-", buffering=0)  # noqa: SIM115
-        free = self._free.get(data.nbytes)
-        place = free.pop() if free else self._end
+        free_places = self._free.get(data.nbytes)
+        place = free_places.pop() if free_places else self._end
         self._end = max(self._end, place + data.nbytes)
         with self._lock:
             self._file.seek(place)
@@ -146,9 +146,9 @@ class Spool:
         with self._lock:
             self._file.seek(place)
             while data.nbytes:
-                if not (read := self._file.readinto(data)):
-                    raise OSError("the file of offloaded activations has been cut short")
-                data = data[read:]
+                if not (count := self._file.readinto(data)):
+                    raise OSError("the file of offloaded activations is truncated")
+                data = data[count:]
 
     def free(self, place: int, size_bytes: int) -> None:
         """Release a place for reuse."""
@@ -193,19 +193,19 @@ def _raw(tensor: Any) -> memoryview:
 
 
 def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    where = "disk" if space.device == "cpu" else "host"
-    return [{"to": where, "minimum_kib": 64}]
+    target = "disk" if space.device == "cpu" else "host"
+    return [{"to": target, "minimum_kib": 64}]
 
 
 TECHNIQUE = Technique(
     name="activation-offload",
-    summary="move what backward needs out of memory after forward and back when it is its turn",
+    summary="move what backward needs out of memory after forward, and back just before its use",
     effect=EffectClass.E0,
     apply=_apply,
     settings=_settings,
     order=90,
     knobs=(
-        Knob(name="to", default="disk", doc="where saved tensors wait", choices=("disk", "host")),
-        Knob(name="minimum_kib", default=64, doc="smaller tensors stay"),
+        Knob(name="to", default="disk", doc="where saved tensors are kept", choices=("disk", "host")),
+        Knob(name="minimum_kib", default=64, doc="smaller tensors stay in memory"),
     ),
 )

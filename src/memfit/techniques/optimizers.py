@@ -30,11 +30,11 @@ def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
 def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
     """Make the user's optimizer. If it leaves ``foreach`` open, set it to what torch chooses for the
     device."""
-    made = make(params)
-    for group in getattr(made, "param_groups", []):
+    optimizer = make(params)
+    for group in getattr(optimizer, "param_groups", []):
         if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
-    return made
+    return optimizer
 
 
 def _alike(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter
     import torch
 
     kind = torch.optim.Adam if choice.name == "adam" else torch.optim.AdamW
-    made = kind(
+    optimizer = kind(
         _alike(params),
         lr=choice.learning_rate,
         betas=choice.betas,
@@ -58,7 +58,7 @@ def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter
         weight_decay=choice.weight_decay,
         foreach=device == "cuda",
     )
-    return cast(OptimizerLike, made)
+    return cast(OptimizerLike, optimizer)
 
 
 def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
@@ -69,8 +69,8 @@ def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
         import torch
 
         fused = True if kernel == "fused" else None
-        made = torch.optim.AdamW(_alike(params), **_numbers(choice), fused=fused, foreach=False)
-        return cast(OptimizerLike, made)
+        optimizer = torch.optim.AdamW(_alike(params), **_numbers(choice), fused=fused, foreach=False)
+        return cast(OptimizerLike, optimizer)
 
     return make
 
@@ -81,19 +81,19 @@ def _sgd(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter])
     # Adam's learning rate is per unit of gradient sign, and plain SGD needs a larger one. The factor is a
     # convention; as an E3 technique, SGD is judged by the metric.
     rate = choice.learning_rate * (100.0 if choice.name != "sgd" else 1.0)
-    made = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         _alike(params), lr=rate, momentum=0.9, weight_decay=choice.weight_decay, foreach=device == "cuda"
     )
-    return cast(OptimizerLike, made)
+    return cast(OptimizerLike, optimizer)
 
 
 def _adafactor(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
     import torch
 
-    made = torch.optim.Adafactor(
+    optimizer = torch.optim.Adafactor(
         params, lr=choice.learning_rate, weight_decay=choice.weight_decay, foreach=False
     )
-    return cast(OptimizerLike, made)
+    return cast(OptimizerLike, optimizer)
 
 
 def _adamw4bit(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
@@ -105,14 +105,14 @@ def _adamw4bit(choice: OptimizerChoice, device: str, params: list[torch.nn.Param
 def _adamw8bit(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
     import bitsandbytes as bnb
 
-    made = bnb.optim.AdamW8bit(
+    optimizer = bnb.optim.AdamW8bit(
         params,
         lr=choice.learning_rate,
         betas=choice.betas,
         eps=choice.eps,
         weight_decay=choice.weight_decay,
     )
-    return cast(OptimizerLike, made)
+    return cast(OptimizerLike, optimizer)
 
 
 def _paged(bench: Workbench, params: list[torch.nn.Parameter]) -> OptimizerLike:
@@ -241,7 +241,7 @@ def _not_searched(space: Space) -> Iterable[Mapping[str, KnobValue]]:
     return []  # only for predictions of runs that use it
 
 
-def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **more: Any) -> Technique:
+def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **options: Any) -> Technique:
     return Technique(
         name=name,
         summary=summary,
@@ -249,7 +249,7 @@ def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **more:
         apply=_replace(maker),
         order=40,
         slot="optimizer",
-        **{"settings": _once, **more},
+        **{"settings": _once, **options},
     )
 
 
@@ -263,7 +263,7 @@ ADAMW_8BIT = _technique(
 )
 ADAMW_PAGED = Technique(
     name="adamw-paged",
-    summary="AdamW in 8 bits whose moments lie in memory that the host and the device share by pages",
+    summary="AdamW in 8 bits, with its moments in paged memory that host and device share",
     effect=EffectClass.E2,
     apply=_apply_paged,
     settings=_not_searched,

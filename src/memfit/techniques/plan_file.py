@@ -29,7 +29,7 @@ def read_plan(path: Path) -> Plan:
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())[:160]}") from error
     return parse_plan(data, what=str(path))
 
 
@@ -37,11 +37,13 @@ def parse_plan(data: object, *, what: str) -> Plan:
     """Return the plan that parsed YAML ``data`` describes. Raises UserError, in which ``what`` names the
     source."""
     if not isinstance(data, dict):
-        raise UserError(f"{what} holds no mapping", allowed=f"a mapping with the keys {', '.join(_KEYS)}")
+        raise UserError(
+            f"{what} does not contain a mapping", allowed=f"a mapping with the keys {', '.join(_KEYS)}"
+        )
     problems = [_unknown(key) for key in data if key not in _KEYS]
     techniques = data.get("techniques") or {}
     if not isinstance(techniques, dict):
-        problems.append("techniques is no mapping of technique names to settings")
+        problems.append("techniques is not a mapping of technique names to settings")
         techniques = {}
     ranks = data.get("ranks", 1)
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:

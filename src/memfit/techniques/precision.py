@@ -151,7 +151,7 @@ PARAMETERS = Technique(
         Knob(
             name="rounding",
             default="master",
-            doc="how small updates survive: an fp32 master copy, or stochastic rounding without one",
+            doc="how small updates are preserved: by an fp32 master copy, or by stochastic rounding",
             choices=("master", "stochastic"),
             needs={"stochastic": "torchao"},
         ),

@@ -98,22 +98,22 @@ def layout(plan: Plan) -> Layout:
 
 
 def _data_degrees(plan: Plan, data: int) -> tuple[int, int]:
-    used = [u for u in plan.uses if u.technique in (*_REPLICATED, *_SHARDED)]
-    if not used:
+    data_uses = [u for u in plan.uses if u.technique in (*_REPLICATED, *_SHARDED)]
+    if not data_uses:
         if data == 1:
             return 1, 1
         raise UserError(
             f"{data} of the plan's {plan.ranks} ranks have nothing to do",
             allowed=f"a data-parallel technique: {', '.join((*_REPLICATED, *_SHARDED))}",
         )
-    return (data, 1) if used[0].technique in _REPLICATED else _replicas(used[0], data)
+    return (data, 1) if data_uses[0].technique in _REPLICATED else _replicas(data_uses[0], data)
 
 
 def _replicas(use: Use, data: int) -> tuple[int, int]:
     replicas = int(use.settings.get("replicas", 1))
     if data % replicas:
         raise UserError(
-            f"{replicas} replicas over {data} data-parallel ranks", allowed=f"a divisor of {data}"
+            f"{replicas} replicas do not divide {data} data-parallel ranks", allowed=f"a divisor of {data}"
         )
     return replicas, data // replicas
 
@@ -128,10 +128,10 @@ class World:
 
     def sub(self, *names: str) -> DeviceMesh | None:
         """Return the submesh along these dimensions, without those of degree 1, or None if none is left."""
-        kept = tuple(n for n in names if getattr(self.layout, n) > 1)
-        if not kept or self.mesh is None:
+        dimensions = tuple(n for n in names if getattr(self.layout, n) > 1)
+        if not dimensions or self.mesh is None:
             return None
-        return self.mesh[kept] if len(kept) > 1 else self.mesh[kept[0]]
+        return self.mesh[dimensions] if len(dimensions) > 1 else self.mesh[dimensions[0]]
 
     def flat(self, *names: str) -> DeviceMesh | None:
         """Return the submesh along these dimensions, flattened into one dimension."""
@@ -149,32 +149,32 @@ def make_world(plan: Plan, *, rank: int, device: str) -> World:
     On torch's fake process group only the groups of this rank are made, so that sixteen thousand ranks cost
     no more than eight. Raises UserError if the plan's degrees do not fit its ranks.
     """
-    found = layout(plan)
+    plan_layout = layout(plan)
     if plan.ranks == 1:
-        return World(layout=found)
+        return World(layout=plan_layout)
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    named = [(d, n) for d, n in zip(DIMENSIONS, found.shape, strict=True) if n > 1]
-    names, shape = tuple(d for d, _ in named), tuple(n for _, n in named)
+    dimensions = [(d, n) for d, n in zip(DIMENSIONS, plan_layout.shape, strict=True) if n > 1]
+    names, shape = tuple(d for d, _ in dimensions), tuple(n for _, n in dimensions)
     if dist.get_backend() == "fake":
-        mesh = _mesh_of_own_groups(found, rank, names, shape)
+        mesh = _mesh_of_own_groups(plan_layout, rank, names, shape)
     else:
         mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-    return World(layout=found, rank=rank, mesh=mesh)
+    return World(layout=plan_layout, rank=rank, mesh=mesh)
 
 
 def _mesh_of_own_groups(
-    found: Layout, rank: int, names: tuple[str, ...], shape: tuple[int, ...]
+    plan_layout: Layout, rank: int, names: tuple[str, ...], shape: tuple[int, ...]
 ) -> DeviceMesh:
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    grid = torch.arange(found.ranks).view(shape)
-    place = found.coordinate(rank)
+    grid = torch.arange(plan_layout.ranks).view(shape)
+    coordinate = plan_layout.coordinate(rank)
     groups = [
-        dist.new_group(grid[tuple(slice(None) if n == name else place[n] for n in names)].tolist())
+        dist.new_group(grid[tuple(slice(None) if n == name else coordinate[n] for n in names)].tolist())
         for name in names
     ]
     return DeviceMesh.from_group(groups, "cpu", mesh=grid, mesh_dim_names=names)

@@ -78,8 +78,8 @@ def technique(name: str) -> Technique:
 
 def make_use(name: str, settings: Mapping[str, object]) -> Use:
     """Return a Use with defaults filled in. Raises UserError for unknown knobs and values out of range."""
-    found = technique(name)
-    knobs = {k.name: k for k in found.knobs}
+    definition = technique(name)
+    knobs = {k.name: k for k in definition.knobs}
     for key, value in settings.items():
         if key not in knobs:
             close = difflib.get_close_matches(key, knobs, n=1)
@@ -88,9 +88,9 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
             raise UserError(f"unknown setting {key!r} of technique {name!r}", allowed=allowed, hint=hint)
         if not knobs[key].accepts(value):
             raise UserError(f"{name}: {key} is {value!r}", allowed=knobs[key].allowed)
-    filled: dict[str, KnobValue] = {k.name: k.default for k in found.knobs}
-    filled.update({k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)})
-    return use(name, **filled)
+    values: dict[str, KnobValue] = {k.name: k.default for k in definition.knobs}
+    values.update({k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)})
+    return use(name, **values)
 
 
 def plain(ranks: int = 1) -> Plan:
@@ -103,52 +103,55 @@ def without(plan: Plan, name: str) -> Plan:
     """Return the plan without one technique. Plans of several ranks fall back to DDP, because the ranks must
     share the work. If recomputation has a budget, its choice of tensors is cleared, because it was made for
     other operators."""
-    rest = plan.without(name)
-    if (budget := rest.get(optimal.NAME)) is not None:
-        rest = rest.with_use(make_use(optimal.NAME, {**budget.settings, "dropped": ""}))
+    reduced_plan = plan.without(name)
+    if (budget := reduced_plan.get(optimal.NAME)) is not None:
+        reduced_plan = reduced_plan.with_use(make_use(optimal.NAME, {**budget.settings, "dropped": ""}))
     if technique(name).slot != "data-parallel" or plan.ranks == 1:
-        return rest
-    return rest.with_use(make_use("ddp", {}))
+        return reduced_plan
+    return reduced_plan.with_use(make_use("ddp", {}))
 
 
 def conflict(plan: Plan) -> str | None:
     """Return why the techniques of a plan cannot be combined, or None."""
-    used = [technique(u.technique) for u in plan.uses]
-    for i, one in enumerate(used):
-        for other in used[i + 1 :]:
-            if one.slot and one.slot == other.slot:
-                return f"{one.name} and {other.name} both set the {one.slot}"
-            if _forbids(one, other) or _forbids(other, one):
-                return f"{one.name} cannot be combined with {other.name}"
-    return _conflict_of_settings(plan, used)
+    techniques = [technique(u.technique) for u in plan.uses]
+    for i, left in enumerate(techniques):
+        for right in techniques[i + 1 :]:
+            if left.slot and left.slot == right.slot:
+                return f"{left.name} and {right.name} both set the {left.slot}"
+            if _forbids(left, right) or _forbids(right, left):
+                return f"{left.name} cannot be combined with {right.name}"
+    return _conflict_of_settings(plan, techniques)
 
 
-def _conflict_of_settings(plan: Plan, used: list[Technique]) -> str | None:
-    narrow = plan.get("bf16-parameters")
-    other = next((one.name for one in used if one.slot == "optimizer"), None)
-    if other and narrow is not None and narrow.settings.get("rounding") == "stochastic":
-        return f"stochastic rounding of bf16-parameters has an AdamW of its own, not {other}"
-    sharded = plan.get("zero")
-    if sharded is not None and sharded.settings.get("stage") == 3 and plan.get("compile") is not None:
-        return "zero of stage 3 gathers parameters inside of blocks, and compile makes one graph of each"
-    recomputes = next(filter(plan.get, ("activation-checkpointing", "selective-checkpointing")), None)
-    adapts = next(filter(plan.get, ("lora", "qlora")), None)
-    if sharded is not None and sharded.settings.get("stage") == 3 and recomputes and adapts:
+def _conflict_of_settings(plan: Plan, techniques: list[Technique]) -> str | None:
+    bf16_use = plan.get("bf16-parameters")
+    optimizer = next((t.name for t in techniques if t.slot == "optimizer"), None)
+    if optimizer and bf16_use is not None and bf16_use.settings.get("rounding") == "stochastic":
+        return f"bf16-parameters with stochastic rounding uses its own AdamW and cannot use {optimizer}"
+    zero_use = plan.get("zero")
+    if zero_use is not None and zero_use.settings.get("stage") == 3 and plan.get("compile") is not None:
+        return "zero of stage 3 gathers parameters inside blocks, but compile makes one graph of each block"
+    recompute_name = next(filter(plan.get, ("activation-checkpointing", "selective-checkpointing")), None)
+    adapter_name = next(filter(plan.get, ("lora", "qlora")), None)
+    if zero_use is not None and zero_use.settings.get("stage") == 3 and recompute_name and adapter_name:
         return (
-            f"{recomputes} compares weights between forward and recomputation, and zero of stage 3 has freed "
-            f"the frozen ones of {adapts} by then (with DeepSpeed itself, use_reentrant=True avoids that)"
+            f"{recompute_name} compares weights between forward and recomputation, but zero of stage 3 has "
+            f"freed the frozen weights of {adapter_name} by then (with DeepSpeed itself, use_reentrant=True "
+            "avoids that)"
         )
-    staged = plan.get("pipeline")
-    split = staged is not None and str(staged.settings.get("schedule")).startswith("zero-bubble")
-    if split and plan.get("selective-checkpointing") is not None:
-        return "zero-bubble runs backward in two parts, and selective-checkpointing keeps values for one"
-    if split and plan.get("compile") is not None:
-        return "zero-bubble runs backward in two parts, and compile makes one graph of it"
+    pipeline_use = plan.get("pipeline")
+    is_zero_bubble = pipeline_use is not None and str(pipeline_use.settings.get("schedule")).startswith(
+        "zero-bubble"
+    )
+    if is_zero_bubble and plan.get("selective-checkpointing") is not None:
+        return "zero-bubble runs backward in two parts, but selective-checkpointing keeps values for only one"
+    if is_zero_bubble and plan.get("compile") is not None:
+        return "zero-bubble runs backward in two parts, but compile makes one graph of it"
     return None
 
 
-def _forbids(one: Technique, other: Technique) -> bool:
-    return other.name in one.forbids or bool(other.slot and other.slot in one.forbids)
+def _forbids(left: Technique, right: Technique) -> bool:
+    return right.name in left.forbids or bool(right.slot and right.slot in left.forbids)
 
 
 def proposable(plan: Plan) -> bool:
@@ -161,8 +164,8 @@ def proposable(plan: Plan) -> bool:
 def unable(machine: Machine) -> frozenset[str]:
     """Return the techniques that the machine's devices do not support."""
     device = machine.device
-    low = device.kind == "cpu" or "float8" in device.peak_flops  # a CPU emulates float8
-    return frozenset() if low else frozenset({float8.NAME})
+    has_float8 = device.kind == "cpu" or "float8" in device.peak_flops  # a CPU emulates float8
+    return frozenset() if has_float8 else frozenset({float8.NAME})
 
 
 def check(plan: Plan, machine: Machine | None = None) -> Plan:
@@ -170,9 +173,10 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
     machine's devices do not support a technique."""
     if machine is not None and not unable(machine).isdisjoint(u.technique for u in plan.uses):
         raise UserError(
-            f"{float8.NAME} on {machine.device.name}, which has no matrix units for 8-bit floats",
+            f"{float8.NAME} is not supported on {machine.device.name}, which has no matrix units for "
+            "8-bit floats",
             allowed="H100, L4, L40S, RTX 40 and later; MI300 and later",
-            hint="`memfit machines` lists peaks",
+            hint="`memfit machines` lists the peak rates of devices",
         )
     if (clash := conflict(plan)) is not None:
         raise UserError(f"impossible plan: {clash}", hint="take one of them out")
@@ -221,17 +225,17 @@ def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
         )
 
 
-def _effect(used: Use) -> EffectClass:
-    lower = used.settings.get("precision") == "bf16"
-    return max(technique(used.technique).effect, EffectClass.E2 if lower else EffectClass.E0)
+def _effect(technique_use: Use) -> EffectClass:
+    is_bf16 = technique_use.settings.get("precision") == "bf16"
+    return max(technique(technique_use.technique).effect, EffectClass.E2 if is_bf16 else EffectClass.E0)
 
 
 def brief(plan: Plan) -> str:
     """Return the plan's label without settings that have their default value."""
 
     def short(used: Use) -> Use:
-        usual = {k.name: k.default for k in technique(used.technique).knobs}
-        return Use(technique=used.technique, knobs=tuple(k for k in used.knobs if usual.get(k[0]) != k[1]))
+        defaults = {k.name: k.default for k in technique(used.technique).knobs}
+        return Use(technique=used.technique, knobs=tuple(k for k in used.knobs if defaults.get(k[0]) != k[1]))
 
     return Plan(uses=tuple(map(short, plan.uses)), ranks=plan.ranks).label
 

@@ -145,15 +145,15 @@ class Ledger(TorchDispatchMode):
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Record that a storage was resized in place: the old block ends and a block of the new size
         begins."""
-        known = self._known.get(storage._cdata)
+        entry = self._known.get(storage._cdata)
         size_bytes = storage.nbytes()
-        if known is None or known[0]() is None or known[1].size_bytes == size_bytes:
+        if entry is None or entry[0]() is None or entry[1].size_bytes == size_bytes:
             return
-        reference, old = known
+        reference, old_life = entry
         # Torch allocates the new block, copies the contents and then frees the old block.
-        life = self._born(size_bytes, old.op, old.module, old.category)
-        self._end(old)
-        self._known[storage._cdata] = (reference, life)
+        new_life = self._born(size_bytes, old_life.op, old_life.module, old_life.category)
+        self._end(old_life)
+        self._known[storage._cdata] = (reference, new_life)
 
     # -- called by torch ----------------------------------------------------------------------------
 
@@ -182,10 +182,10 @@ class Ledger(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         values = self.shadows.values(func, args, kwargs)
         if func is operators.ITEM:
-            told = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
+            is_listed = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
             if self.current is Phase.OPTIMIZER and values is None and args[0].dtype.is_floating_point:
                 values = _SCALAR
-            return self.guesses.item(args[0], told=told, value=values)
+            return self.guesses.item(args[0], told=is_listed, value=values)
         out = (
             self._silent(func, fact, args, kwargs)
             if fact.silent
@@ -218,7 +218,7 @@ class Ledger(TorchDispatchMode):
         module = self.modules.name(self.current)
         owners = self._owners(args) if not module and self.current in (Phase.SETUP, Phase.OPTIMIZER) else []
         module = module or (owners[0] if len(owners) == 1 else "")
-        before = self.clock
+        start_clock = self.clock
         self.clock += 1
         key = (func, operators.key(args), operators.key(kwargs) if kwargs else ())
         if self._writes(func, args, kwargs):
@@ -235,9 +235,9 @@ class Ledger(TorchDispatchMode):
             elif func in operators.NORMS:
                 out = of_kernels_types(func, args, out, self.device)
         outputs = tensors_in(out)
-        each = len(owners) == len(outputs) > 1
+        per_output = len(owners) == len(outputs) > 1
         for i, tensor in enumerate((*self.guesses.scratch, *outputs)):
-            self._note(tensor, fact.name, owners[i] if each else module)
+            self._note(tensor, fact.name, owners[i] if per_output else module)
             if fact.resizes:
                 self.resized(tensor.untyped_storage())
         self.guesses.scratch.clear()
@@ -248,7 +248,7 @@ class Ledger(TorchDispatchMode):
         # Building the model on the host is not device work.
         if self.place != "host" or self.current is not Phase.SETUP:
             self._record(
-                before, fact.name, work, module, self.flows.of(func, fact.name, args, out, self.place)
+                start_clock, fact.name, work, module, self.flows.of(func, fact.name, args, out, self.place)
             )
         return out
 
@@ -263,34 +263,34 @@ class Ledger(TorchDispatchMode):
             return _rows_of(args[0]).joined
         # A fake sparse tensor without rows counts as coalesced, and torch would not coalesce it again.
         out = args[0].clone() if func is operators.COALESCE else func(*args, **kwargs)
-        given = [_rows_of(t) for t in args if operators.is_sparse(t)]
-        size_bytes = max((rows.size_bytes for rows in given), default=0)
-        share = min((rows.distinct_ratio for rows in given), default=1.0)
+        input_rows = [_rows_of(t) for t in args if operators.is_sparse(t)]
+        size_bytes = max((rows.size_bytes for rows in input_rows), default=0)
+        distinct_ratio = min((rows.distinct_ratio for rows in input_rows), default=1.0)
         if func is operators.COALESCE:
-            size_bytes, share = int(size_bytes * share), 1.0
+            size_bytes, distinct_ratio = int(size_bytes * distinct_ratio), 1.0
         if func in operators.SPARSE_MAKERS:
-            dense = [t for t in tensors_in(args) if not operators.is_sparse(t)]
-            size_bytes = sum(t.numel() * t.element_size() for t in dense) or size_bytes
-            places = next((self.shadows.of(t) for t in dense if t.dtype is torch.int64), None)
-            if places is not None and places.numel():
+            dense_tensors = [t for t in tensors_in(args) if not operators.is_sparse(t)]
+            size_bytes = sum(t.numel() * t.element_size() for t in dense_tensors) or size_bytes
+            indices = next((self.shadows.of(t) for t in dense_tensors if t.dtype is torch.int64), None)
+            if indices is not None and indices.numel():
                 with no_dispatch():
-                    share = places.unique(dim=-1).numel() / places.numel()
+                    distinct_ratio = indices.unique(dim=-1).numel() / indices.numel()
         self._sparse_seen = True
-        made = [_Rows(size_bytes, share) for t in tensors_in(out) if operators.is_sparse(t)]
-        for tensor, rows in zip(filter(operators.is_sparse, tensors_in(out)), made, strict=True):
+        output_rows = [_Rows(size_bytes, distinct_ratio) for t in tensors_in(out) if operators.is_sparse(t)]
+        for tensor, rows in zip(filter(operators.is_sparse, tensors_in(out)), output_rows, strict=True):
             setattr(tensor, _ROWS, rows)
             self._note(tensor, fact.name, self.modules.name(self.current))
             rows.joined = func is operators.COALESCE
         if func is operators.COALESCE and self.current is Phase.OPTIMIZER:
             for copy in [_Rows(size_bytes, 1.0) for _ in range(_SPARSE_COPIES)]:
-                made.append(copy)
+                output_rows.append(copy)
                 self._note_rows(copy, fact.name, self.modules.name(self.current))
         return out
 
     def _note_rows(self, rows: _Rows, op: str, module: str) -> _Life:
-        known = self._known.get(id(rows))
-        if known is not None and known[0]() is rows:
-            return known[1]
+        entry = self._known.get(id(rows))
+        if entry is not None and entry[0]() is rows:
+            return entry[1]
         life = self._born(rows.size_bytes, op, module)
         self._known[id(rows)] = (weakref.ref(rows, self._death(id(rows))), life)
         return life
@@ -298,14 +298,14 @@ class Ledger(TorchDispatchMode):
     def _owners(self, args: Any) -> list[str]:
         """Return the modules that own the first argument or, if it is a list, each of its tensors. Outside
         forward and backward, the result of an operator belongs to the module whose parameter it works on."""
-        first = args[0] if args else None
-        tensors = first if isinstance(first, list | tuple) else [first]
+        argument = args[0] if args else None
+        tensors = argument if isinstance(argument, list | tuple) else [argument]
         return [self.owner(t) for t in tensors if isinstance(t, torch.Tensor)]
 
     def owner(self, tensor: torch.Tensor) -> str:
         """Return the path of the module that a tensor belongs to, or "" if it is not known."""
-        known = [self._known.get(t.untyped_storage()._cdata) for t in plain_tensors(tensor)]
-        return known[0][1].module if known and known[0] is not None else ""
+        entries = [self._known.get(t.untyped_storage()._cdata) for t in plain_tensors(tensor)]
+        return entries[0][1].module if entries and entries[0] is not None else ""
 
     def unseen(self, build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:
         """Return ``build`` as a function whose operators are not recorded. Its tensors are recorded when they
@@ -322,12 +322,12 @@ class Ledger(TorchDispatchMode):
 
     @contextlib.contextmanager
     def _set(self, name: str, value: Any) -> Iterator[None]:
-        before = getattr(self, name)
+        previous = getattr(self, name)
         setattr(self, name, value)
         try:
             yield
         finally:
-            setattr(self, name, before)
+            setattr(self, name, previous)
 
     def wait(self, stream: str, awaited: str, calls: int) -> None:
         """Record that ``stream`` waits for the first ``calls`` calls of the stream ``awaited``."""
@@ -352,10 +352,10 @@ class Ledger(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and the check costs more than the bookkeeping
 
-    def _widen(self, given: torch.Tensor, wanted: torch.Tensor, loss: torch.Tensor) -> None:
+    def _widen(self, prediction: torch.Tensor, target: torch.Tensor, loss: torch.Tensor) -> None:
         """Enlarge the storage of a reduced loss. A loss reduced to a scalar stays in the storage of the
         unreduced loss, which is computed from another tensor of that size (aten/src/ATen/native/Loss.cpp)."""
-        elements = math.prod(torch.broadcast_shapes(given.shape, wanted.shape))
+        elements = math.prod(torch.broadcast_shapes(prediction.shape, target.shape))
         if loss.dim() == 0 and elements > 1:
             loss.untyped_storage().resize_(elements * loss.element_size())
             self.guesses.scratch.append(loss.new_empty(elements))
@@ -370,11 +370,11 @@ class Ledger(TorchDispatchMode):
     def _writes(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Return whether torch would run this operator in place. False for wrapper subclasses, whatever they
         contain."""
-        plain = self._outer is not func
-        self._outer = self._outer if plain else None
+        is_plain = self._outer is not func
+        self._outer = self._outer if is_plain else None
         return (
             func in operators.IN_PLACE
-            and plain
+            and is_plain
             and self._solely_held(args[0], spare=int(func is not operators.ADD))
             and self._in_place(func, *args, **kwargs)
         )
@@ -384,11 +384,11 @@ class Ledger(TorchDispatchMode):
         ``spare`` more references are allowed, for a formula that has just checked whether the tensor is a
         subclass."""
         storage = tensor.untyped_storage()
-        held = tensor._use_count() - self.modes_above - self._sole[0]
-        alone = 0 <= held <= spare and torch._C._storage_Use_Count(storage._cdata) == self._sole[1]
-        return alone and tensor.numel() * tensor.element_size() == storage.nbytes()
+        references = tensor._use_count() - self.modes_above - self._sole[0]
+        is_sole = 0 <= references <= spare and torch._C._storage_Use_Count(storage._cdata) == self._sole[1]
+        return is_sole and tensor.numel() * tensor.element_size() == storage.nbytes()
 
-    def _in_place(self, func: Any, held: Any, more: Any, *args: Any, **kwargs: Any) -> bool:
+    def _in_place(self, func: Any, target: Any, operand: Any, *args: Any, **kwargs: Any) -> bool:
         """Return whether torch runs this operator in place on plain tensors, which it never does on fake
         ones:
 
@@ -400,22 +400,22 @@ class Ledger(TorchDispatchMode):
           was made by an earlier node, or by this node if it has two edges to the same input. Sums inside a
           formula start from a tensor that the formula made.
         """
-        known = self._known.get(held.untyped_storage()._cdata)
-        if known is None or (func is operators.ADD and (kwargs or not isinstance(more, torch.Tensor))):
+        entry = self._known.get(target.untyped_storage()._cdata)
+        if entry is None or (func is operators.ADD and (kwargs or not isinstance(operand, torch.Tensor))):
             return False
-        if func is operators.ADD and held.dim() > 2 and known[1].op == _PRODUCT[more.dim() == 1]:
-            return bool(torch.broadcast_shapes(held.shape, more.shape) == held.shape)
+        if func is operators.ADD and target.dim() > 2 and entry[1].op == _PRODUCT[operand.dim() == 1]:
+            return bool(torch.broadcast_shapes(target.shape, operand.shape) == target.shape)
         node: Any = torch._C._current_autograd_node()
         if node is None:
             return False
-        this_node = known[1].node == running_node()
+        this_node = entry[1].node == running_node()
         if func in operators.OF_LOGITS:
-            formula = this_node and not torch.is_grad_enabled() and "sigmoid" in known[1].op
-            return formula and "CrossEntropyWithLogits" in node.name()
+            is_formula = this_node and not torch.is_grad_enabled() and "sigmoid" in entry[1].op
+            return is_formula and "CrossEntropyWithLogits" in node.name()
         if func is not operators.ADD:
             # The backward of scatter_reduce.
-            means = func is operators.SCATTER_ADD and "zeros_like" in known[1].op
-            return this_node and "zeros" in known[1].op and not means
+            is_scatter_reduce = func is operators.SCATTER_ADD and "zeros_like" in entry[1].op
+            return this_node and "zeros" in entry[1].op and not is_scatter_reduce
         if self.current is not Phase.BACKWARD or torch.is_grad_enabled():
             return False
         return not this_node or len(set(node.next_functions)) < len(node.next_functions)
@@ -425,9 +425,9 @@ class Ledger(TorchDispatchMode):
             return self._note_rows(_rows_of(tensor), op, module)
         storage = strided_storage(tensor)
         key = storage._cdata
-        known = self._known.get(key)
-        if known is not None and known[0]() is not None:
-            return known[1]
+        entry = self._known.get(key)
+        if entry is not None and entry[0]() is not None:
+            return entry[1]
         life = self._born(storage.nbytes(), op, module)
         self._known[key] = (weakref.ref(storage, self._death(key)), life)
         return life
@@ -467,9 +467,9 @@ class Ledger(TorchDispatchMode):
 
     def _death(self, key: int) -> Callable[[Any], None]:
         def died(reference: Any) -> None:
-            known = self._known.get(key)
-            if known is not None and known[0] is reference:
-                self._end(known[1])
+            entry = self._known.get(key)
+            if entry is not None and entry[0] is reference:
+                self._end(entry[1])
                 del self._known[key]
 
         return died
@@ -494,8 +494,8 @@ class Ledger(TorchDispatchMode):
             index = bisect.bisect_right(bounds, life.start)
             phase_end = bounds[index] if index < len(bounds) else self.clock
             outlives = life.end is None or life.end >= phase_end
-            saved = life.phase is Phase.FORWARD and outlives
-            category = Category.ACTIVATION if saved else Category.TEMPORARY
+            is_saved = life.phase is Phase.FORWARD and outlives
+            category = Category.ACTIVATION if is_saved else Category.TEMPORARY
         return Allocation(
             start=life.start,
             end=life.end,

@@ -129,19 +129,19 @@ def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor 
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         if dtype is torch.bool:
-            made = torch.ones(shape, dtype=dtype)
+            values = torch.ones(shape, dtype=dtype)
             if case is not AssumedCase.USUAL:
                 half = torch.randint(0, 2, (tensor.numel(),), generator=generator).bool()
-                made.view(-1)[1:] = half[1:] if case is AssumedCase.HIGH else False
-            return marked(made)  # type: ignore[no-any-return]
+                values.view(-1)[1:] = half[1:] if case is AssumedCase.HIGH else False
+            return marked(values)  # type: ignore[no-any-return]
         if not dtype.is_floating_point:
             return None
         if case is AssumedCase.USUAL or not shape:
-            made = torch.rand(shape, generator=generator)
+            values = torch.rand(shape, generator=generator)
         else:  # all rows are equal, with rising or falling values
             row = torch.linspace(0.1, 0.9, shape[-1])
-            made = (row if case is AssumedCase.HIGH else row.flip(0)).expand(shape).contiguous()
-        return marked(made.to(dtype))  # type: ignore[no-any-return]
+            values = (row if case is AssumedCase.HIGH else row.flip(0)).expand(shape).contiguous()
+        return marked(values.to(dtype))  # type: ignore[no-any-return]
 
 
 _OF_DRAWS: dict[AssumedCase, Any] = {
@@ -156,14 +156,14 @@ def drawn(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> An
     its numbers are replaced by the lowest or the highest. A single number, which may be compared with a
     threshold, is the median of several draws in the usual case."""
     with _own_random_numbers(seed):
-        made = func(*args, **kwargs)
-        plain = isinstance(made, torch.Tensor) and made.numel() and not made.is_complex()
-        if not plain or func is _ATEN.randperm.default:
-            return marked(made)
-        if case is not AssumedCase.USUAL or made.numel() == 1:
-            every = torch.cat([made.reshape(-1), *(func(*args, **kwargs).reshape(-1) for _ in range(16))])
-            made.fill_(_OF_DRAWS[case](every.double()))
-    return marked(made)
+        numbers = func(*args, **kwargs)
+        is_plain = isinstance(numbers, torch.Tensor) and numbers.numel() and not numbers.is_complex()
+        if not is_plain or func is _ATEN.randperm.default:
+            return marked(numbers)
+        if case is not AssumedCase.USUAL or numbers.numel() == 1:
+            draws = torch.cat([numbers.reshape(-1), *(func(*args, **kwargs).reshape(-1) for _ in range(16))])
+            numbers.fill_(_OF_DRAWS[case](draws.double()))
+    return marked(numbers)
 
 
 def filled(
@@ -171,15 +171,15 @@ def filled(
 ) -> torch.Tensor:
     """Return a real tensor of the shape of ``tensor`` that the random in-place operator has filled."""
     with unset_fake_temporarily(), torch.no_grad():
-        made = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return drawn(lambda: func(made.clone(), *args, **kwargs), (), {}, case, seed)  # type: ignore[no-any-return]
+        target = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return drawn(lambda: func(target.clone(), *args, **kwargs), (), {}, case, seed)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def _own_random_numbers(seed: int) -> Iterator[None]:
-    before = torch.default_generator.get_state()
+    state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        torch.default_generator.set_state(before)
+        torch.default_generator.set_state(state)

@@ -35,12 +35,12 @@ def plain_formulas() -> Iterator[None]:
 def _given_to(function: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> Any:
         tensor: Any = args[0] if args else None
-        learns = type(tensor) is FakeTensor and tensor.requires_grad and torch.is_grad_enabled()
-        known = kwargs.keys() <= {"dim", "keepdim"}
-        if not learns or not known or tensor.dim() == 0 or torch.is_autocast_enabled("cpu"):
+        needs_grad = type(tensor) is FakeTensor and tensor.requires_grad and torch.is_grad_enabled()
+        has_known_options = kwargs.keys() <= {"dim", "keepdim"}
+        if not needs_grad or not has_known_options or tensor.dim() == 0 or torch.is_autocast_enabled("cpu"):
             return inner(*args, **kwargs)
-        rest = [*args[1:], *(kwargs[name] for name in ("dim", "keepdim") if name in kwargs)]
-        return function.apply(tensor, inner, *rest)
+        arguments = [*args[1:], *(kwargs[name] for name in ("dim", "keepdim") if name in kwargs)]
+        return function.apply(tensor, inner, *arguments)
 
     return called
 
@@ -81,11 +81,11 @@ class _Cumulated(torch.autograd.Function):
         (tensor, out), dim = ctx.saved_tensors, ctx.dim
         if tensor.shape[dim] == 1:
             return grads[0], None, None
-        weighted = out.conj() * grads[0]
+        product = out.conj() * grads[0]
         zeros = tensor == 0
         zeros.any()
-        turned = weighted.flip(dim)
-        added = turned.cumsum(dim)
-        back = added.flip(dim)
-        del turned, added  # freed together, as at the end of a C++ expression
-        return back.div(tensor.conj()), None, None
+        reverse = product.flip(dim)
+        sums = reverse.cumsum(dim)
+        result = sums.flip(dim)
+        del reverse, sums  # freed together, as at the end of a C++ expression
+        return result.div(tensor.conj()), None, None

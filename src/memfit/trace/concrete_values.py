@@ -80,11 +80,11 @@ class Shadows:
     def _chosen(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return indices and counts computed from assumed numbers, and then forget the numbers. A mask keeps
         its assumed values."""
-        known = self.assume(args[0]) is not None
-        found = self.compute(func, args, kwargs) if known and self.may_follow(args) else None
-        if known and args[0].dtype is not torch.bool:
+        has_values = self.assume(args[0]) is not None
+        result = self.compute(func, args, kwargs) if has_values and self.may_follow(args) else None
+        if has_values and args[0].dtype is not torch.bool:
             self.forget(args[0])
-        return None if found is None else _pytree.tree_map(_whole_numbers, found)
+        return None if result is None else _pytree.tree_map(_whole_numbers, result)
 
     def _constant(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return a tensor filled with one integer or bool, whose value does not depend on the values of its
@@ -116,20 +116,24 @@ class Shadows:
 
     def _filled(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         tensor = args[0]
-        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-        if whole and 0 < tensor.numel() <= _MOST_FILLED:
+        is_whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        if is_whole and 0 < tensor.numel() <= _MOST_FILLED:
             setattr(tensor, _NAME, filled(func, tensor, args[1:], kwargs, self.case, self._seed()))
 
     def may_follow(self, args: Any) -> bool:
         """Return quickly whether the operator can be followed: its first argument, or the first element of a
         list, has values, is real or is not a tensor. False inside torch.func's transforms, whose tensors wrap
         others."""
-        first = args[0] if args else None
-        while isinstance(first, list | tuple) and first:
-            first = first[0]
+        argument = args[0] if args else None
+        while isinstance(argument, list | tuple) and argument:
+            argument = argument[0]
         if not self.on or torch._C._functorch.peek_interpreter_stack() is not None:
             return False
-        return not isinstance(first, torch.Tensor) or type(first) is torch.Tensor or hasattr(first, _NAME)
+        return (
+            not isinstance(argument, torch.Tensor)
+            or type(argument) is torch.Tensor
+            or hasattr(argument, _NAME)
+        )
 
     def compute(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's result on real values. Return None if a value is missing or large, or if the
@@ -139,25 +143,25 @@ class Shadows:
                 return args[0].clone()
         leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         values = {id(x): self.of(x) for x in leaves}
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        writes = random and func._schema.is_mutable
-        if writes or None in values.values() or _large(args):
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        is_random_write = is_random and func._schema.is_mutable
+        if is_random_write or None in values.values() or _large(args):
             self._forget(func, leaves)
             return None
-        real = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
+        real_arguments = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
         with torch.no_grad(), unset_fake_temporarily():
-            if random:
-                return drawn(func, real[0], real[1], self.case, self._seed())
-            out = func(*real[0], **real[1])
+            if is_random:
+                return drawn(func, real_arguments[0], real_arguments[1], self.case, self._seed())
+            out = func(*real_arguments[0], **real_arguments[1])
         return marked(out) if any(map(is_assumed, values.values())) else out
 
     def attach(self, out: Any, real: Any) -> None:
         """Attach the values ``real`` to the fake tensors ``out`` of the same shapes."""
         for fake, value in zip(_pytree.tree_leaves(out), _pytree.tree_leaves(real), strict=True):
-            same = (
+            has_same_shape = (
                 isinstance(fake, FakeTensor) and isinstance(value, torch.Tensor) and fake.shape == value.shape
             )
-            if same and value.numel() <= _MOST_ELEMENTS:
+            if has_same_shape and value.numel() <= _MOST_ELEMENTS:
                 setattr(fake, _NAME, value)
 
     def _forget(self, func: Any, leaves: list[torch.Tensor]) -> None:

@@ -66,39 +66,41 @@ class Guesses:
 
         Raises UserError if a line without a bound keeps asking.
         """
-        truth, floating = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
-        chance = value is not None and is_assumed(self.shadows.of(tensor))
-        place = asking_line() if truth and (value is None or (chance and value)) else ""
-        denied = bool(place) and isinstance(self.bound, Mapping) and place in self.bound
-        self.doubtful = place if place and not denied else self.doubtful
+        is_bool, is_float = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
+        is_guess = value is not None and is_assumed(self.shadows.of(tensor))
+        place = asking_line() if is_bool and (value is None or (is_guess and value)) else ""
+        is_denied = bool(place) and isinstance(self.bound, Mapping) and place in self.bound
+        self.doubtful = place if place and not is_denied else self.doubtful
         if not told:
-            if value is not None and not denied:
+            if value is not None and not is_denied:
                 return value  # type: ignore[no-any-return]
-            if truth:
-                return not denied and not self._rejects()
-            return 1.0 if floating else 1
-        where = library_line()
-        found = 0 if denied else self._given("item", where)
-        self._asked[where] += 1
+            if is_bool:
+                return not is_denied and not self._rejects()
+            return 1.0 if is_float else 1
+        line = library_line()
+        bound = 0 if is_denied else self._given("item", line)
+        self._asked[line] += 1
         # "" is an optimizer's own line, stepping in backward
-        limit = _LOOP_LIMIT if where else 1000 * _LOOP_LIMIT
-        if found is None and self._asked[where] > limit:
+        limit = _LOOP_LIMIT if line else 1000 * _LOOP_LIMIT
+        if bound is None and self._asked[line] > limit:
             raise UserError(
-                f"a loop on .item() at {where or 'an unknown line'} does not end on fake tensors",
-                allowed="bound={" + repr(where or "item") + ": how often it runs} of the Job or of estimate",
+                f"a loop on .item() at {line or 'an unknown line'} does not end on fake tensors",
+                allowed="bound={"
+                + repr(line or "item")
+                + ": number of iterations} in Job(...) or estimate(...)",
             )
         source = ""
-        if truth and (found is not None or value is None):
-            answer: bool | int | float = found is None or self._asked[where] % (int(found) + 1) != 0
-        elif found is not None:
-            answer = found if floating else int(found)
+        if is_bool and (bound is not None or value is None):
+            answer: bool | int | float = bound is None or self._asked[line] % (int(bound) + 1) != 0
+        elif bound is not None:
+            answer = bound if is_float else int(bound)
         elif value is not None:
-            answer, source = value, self._source(chance, where)
+            answer, source = value, self._source(is_guess, line)
         else:
-            self.open[where] = None
-            answer = 1.0 if floating else 1
-        if not (truth and found):
-            self._tell(f".item() on {tensor.dtype} answered {answer}{source}", where)
+            self.open[line] = None
+            answer = 1.0 if is_float else 1
+        if not (is_bool and bound):
+            self._tell(f".item() on {tensor.dtype} answered {answer}{source}", line)
         return answer
 
     def _rejects(self) -> bool:
@@ -125,101 +127,101 @@ class Guesses:
         try:
             return func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
-            op, where = func.overloadpacket.__name__, library_line()
-            chance = values is None
-            values = self._of_assumed(func, args, kwargs) if chance else values
+            op, line = func.overloadpacket.__name__, library_line()
+            is_guess = values is None
+            values = self._of_assumed(func, args, kwargs) if is_guess else values
             if values is None:
                 raise UserError(
                     op
-                    + (f" at {where}" if where else "")
-                    + " gives what only the values of its inputs decide",
-                    allowed="values that follow from the batch alone",
-                    hint="take the operator out of the step",
+                    + (f" at {line}" if line else "")
+                    + " has a result that depends on the values of its inputs",
+                    allowed="inputs whose values follow from the batch alone",
+                    hint="remove the operator from the step",
                 ) from None
-            of = "assumed values" if chance else "the batch, as in the batch"
-            self._tell(f"{op} gave what it gives for {of}", where)
-            if chance:
-                self.assumed[where or op] = None
+            origin = "assumed values" if is_guess else "known values, as in the batch"
+            self._tell(f"{op} gave its result for {origin}", line)
+            if is_guess:
+                self.assumed[line or op] = None
             return _pytree.tree_map_only(torch.Tensor, _without_values, values)
 
     def size(self, op: str, most: int, decided: torch.Tensor, count: Callable[[torch.Tensor], Any]) -> int:
         """Return how many of ``most`` possible elements ``op`` gives: the bound, or else ``count`` of the
         values of ``decided``. Raises UserError if there is neither."""
-        where = library_line()
-        found = self._given(op, where)
-        if found is None:
-            found = self.bound.get("") if isinstance(self.bound, Mapping) else self.bound
+        line = library_line()
+        bound = self._given(op, line)
+        if bound is None:
+            bound = self.bound.get("") if isinstance(self.bound, Mapping) else self.bound
         source = ""
-        if found is None:
-            real = self.shadows.assume(decided) if decided.dtype is torch.bool else self.shadows.of(decided)
-            if real is not None:
+        if bound is None:
+            values = self.shadows.assume(decided) if decided.dtype is torch.bool else self.shadows.of(decided)
+            if values is not None:
                 with torch.no_grad(), unset_fake_temporarily():
-                    found = int(count(real))
-                source = self._source(is_assumed(real), where or op)
+                    bound = int(count(values))
+                source = self._source(is_assumed(values), line or op)
             elif op in _LIMITED:  # all of them or one; the values are large, or distinct and unknown
-                found = min(1, most) if self.shadows.case is AssumedCase.LOW else most
-                source = self._source(True, where or op)
+                bound = min(1, most) if self.shadows.case is AssumedCase.LOW else most
+                source = self._source(True, line or op)
             else:
-                raise _unbounded(op, where)
-        size = math.ceil(found * most) if isinstance(found, float) else found
-        self._tell(f"{op} gave {size} of {most} elements{source}", where)
+                raise _unbounded(op, line)
+        size = math.ceil(bound * most) if isinstance(bound, float) else bound
+        self._tell(f"{op} gave {size} of {most} elements{source}", line)
         return size
 
-    def _given(self, op: str, where: str) -> int | float | None:
+    def _given(self, op: str, line: str) -> int | float | None:
         if not isinstance(self.bound, Mapping):
             return None
-        return self.bound.get(where, self.bound.get(user_line(), self.bound.get(op)))
+        return self.bound.get(line, self.bound.get(user_line(), self.bound.get(op)))
 
-    def _source(self, chance: bool, where: str) -> str:
-        """Record ``where`` if its answer is assumed, and return the suffix that says where an answer comes
+    def _source(self, is_guess: bool, line: str) -> str:
+        """Record ``line`` if its answer is assumed, and return the suffix that says where an answer comes
         from."""
-        if chance:
-            self.assumed[where] = None
-        return "" if chance else ", as in the batch"
+        if is_guess:
+            self.assumed[line] = None
+        return "" if is_guess else ", as in the batch"
 
     def read(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """Return values for code outside torch: the batch's or assumed ones. Integers without a known range
         and large tensors are filled with the line's bound, or with ones."""
-        real, where = self.shadows.assume(tensor), library_line()
-        if real is None:
-            bound = self._given("item", where)
-            self.open |= {where: None} if bound is None else {}
+        values, line = self.shadows.assume(tensor), library_line()
+        if values is None:
+            bound = self._given("item", line)
+            self.open |= {line: None} if bound is None else {}
             with unset_fake_temporarily():
-                filled = torch.full(tensor.shape, 1 if bound is None else bound).to(tensor.dtype)
-            self._tell(f"{what} gave {1 if bound is None else bound} everywhere", where)
-            return filled
-        chance = is_assumed(real)
-        self._tell(f"{what} gave {'assumed ' if chance else ''}values" + self._source(chance, where), where)
-        return real
+                constants = torch.full(tensor.shape, 1 if bound is None else bound).to(tensor.dtype)
+            self._tell(f"{what} gave {1 if bound is None else bound} everywhere", line)
+            return constants
+        is_guess = is_assumed(values)
+        self._tell(f"{what} gave {'assumed ' if is_guess else ''}values" + self._source(is_guess, line), line)
+        return values
 
     def _of_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's result for assumed numbers and masks. Return None if an argument holds
         unknown integers, some of which would be out of range, or if the operator fails."""
         leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        unknown = [x for x in leaves if self.shadows.of(x) is None]
+        unknown_tensors = [x for x in leaves if self.shadows.of(x) is None]
         values = {id(x): self.shadows.assume(x) for x in leaves}
-        for tensor in unknown:
+        for tensor in unknown_tensors:
             self.shadows.forget(tensor)
         if None in values.values():
             return None
-        real = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
+        real_arguments = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
         with (
             torch.no_grad(),
             unset_fake_temporarily(),
             contextlib.suppress(RuntimeError, ValueError, IndexError),
         ):
-            return func(*real[0], **real[1])
+            return func(*real_arguments[0], **real_arguments[1])
         return None
 
-    def _tell(self, what: str, where: str) -> None:
-        self.assumptions[what + (f" at {where}" if where else "")] = None
+    def _tell(self, text: str, line: str) -> None:
+        self.assumptions[text + (f" at {line}" if line else "")] = None
 
     def positions(self, func: Any, args: Any) -> Any:
         """Replace boolean indices by positions, one ``nonzero`` each, as the kernel does."""
         if func not in _INDEXED or not any(_is_mask(i) for i in args[1]):
             return args
-        reads = func is _ATEN.index.Tensor
-        if not reads and args[2].numel() == 1:
+        is_read = func is _ATEN.index.Tensor
+        if not is_read and args[2].numel() == 1:
             return args  # a single value for all elements is a masked fill
         indices: list[Any] = []
         for index in args[1]:
@@ -240,10 +242,11 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _unbounded(op: str, where: str) -> UserError:
+def _unbounded(op: str, line: str) -> UserError:
     return UserError(
-        op + (f" at {where}" if where else "") + " has a size that depends on the data",
-        allowed=f"bound={{{where or op!r}: N}} of the Job or of estimate, N elements or a share such as 0.5",
+        op + (f" at {line}" if line else "") + " has a size that depends on the data",
+        allowed=f"bound={{{line or op!r}: N}} in Job(...) or estimate(...), N elements or a fraction such as "
+        "0.5",
     )
 
 
@@ -253,9 +256,11 @@ def _nonzero(self: Guesses, x: torch.Tensor) -> torch.Tensor:
 
 
 def _masked_select(self: Guesses, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    most = math.prod(torch.broadcast_shapes(x.shape, mask.shape))
-    times = most // max(1, mask.numel())
-    return x.new_empty(self.size("masked_select", most, mask, lambda real: real.count_nonzero() * times))
+    max_elements = math.prod(torch.broadcast_shapes(x.shape, mask.shape))
+    repeats = max_elements // max(1, mask.numel())
+    return x.new_empty(
+        self.size("masked_select", max_elements, mask, lambda values: values.count_nonzero() * repeats)
+    )
 
 
 def _unique(
@@ -265,7 +270,7 @@ def _unique(
     return_inverse: bool = False,
     return_counts: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    size = self.size("unique", x.numel(), x, lambda real: real.unique().numel())
+    size = self.size("unique", x.numel(), x, lambda values: values.unique().numel())
     shapes = (x.shape if return_inverse else 0, size * return_counts)
     return (x.new_empty(size), *(x.new_empty(n, dtype=torch.int64) for n in shapes))
 
@@ -286,7 +291,7 @@ def _unique_dim(
     return_inverse: bool = False,
     return_counts: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    size = self.size("unique", x.shape[dim], x, lambda real: real.unique(dim=dim).shape[dim])
+    size = self.size("unique", x.shape[dim], x, lambda values: values.unique(dim=dim).shape[dim])
     shape = list(x.shape)
     inverse = x.new_empty(shape[dim] * return_inverse, dtype=torch.int64)
     shape[dim] = size
@@ -294,7 +299,7 @@ def _unique_dim(
 
 
 def _bincount(self: Guesses, x: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
-    size = max(minlength, self.size("bincount", x.numel(), x, lambda real: real.max() + 1))
+    size = max(minlength, self.size("bincount", x.numel(), x, lambda values: values.max() + 1))
     return torch.empty(size, dtype=torch.int64 if weights is None else torch.float64)
 
 
@@ -313,11 +318,11 @@ def _pack_padded_sequence(
     by_time = padded.transpose(0, 1) if batch_first else padded
     longest, rows = by_time.shape[:2]
     size = self.size("_pack_padded_sequence", longest * rows, lengths, torch.sum)
-    real = self.shadows.of(lengths)
+    real_lengths = self.shadows.of(lengths)
     with torch.no_grad(), unset_fake_temporarily():
-        if real is None or int(real.sum()) != size:
-            real = _shared_out(size, longest, rows)
-        sizes = (real[None] > torch.arange(int(real.max()))[:, None]).sum(1)
+        if real_lengths is None or int(real_lengths.sum()) != size:
+            real_lengths = _shared_out(size, longest, rows)
+        sizes = (real_lengths[None] > torch.arange(int(real_lengths.max()))[:, None]).sum(1)
         widths, steps = sizes.unique_consecutive(return_counts=True)
         cuts = torch.stack((steps.cumsum(0) - steps, steps.cumsum(0), widths), 1).tolist()
     pieces = [by_time[start:end, :width].contiguous().flatten(0, 1) for start, end, width in cuts]
@@ -329,9 +334,9 @@ def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
     """Return lengths of ``rows`` sequences with ``size`` elements in total: one as long as possible, the
     others about equal."""
     size = min(max(size, rows), longest * rows)
-    first = min(longest, size - rows + 1)
-    others, more = divmod(size - first, max(1, rows - 1))
-    return torch.tensor([first] + [others + (i < more) for i in range(rows - 1)])
+    max_length = min(longest, size - rows + 1)
+    rest_length, remainder = divmod(size - max_length, max(1, rows - 1))
+    return torch.tensor([max_length] + [rest_length + (i < remainder) for i in range(rows - 1)])
 
 
 def _ctc_loss(
@@ -339,9 +344,9 @@ def _ctc_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """CTC keeps one state per time step for every label and every gap between labels (LossCTC.cpp). Lengths
     are a tensor or numbers."""
-    most = targets.shape[1] if targets.dim() == 2 else targets.numel()
-    known = not isinstance(lengths, torch.Tensor)
-    states = 2 * (max(lengths) if known else self.size("ctc_loss", most, lengths, torch.max)) + 1
+    max_labels = targets.shape[1] if targets.dim() == 2 else targets.numel()
+    are_numbers = not isinstance(lengths, torch.Tensor)
+    states = 2 * (max(lengths) if are_numbers else self.size("ctc_loss", max_labels, lengths, torch.max)) + 1
     alpha = log_probs.new_empty(log_probs.shape[1], log_probs.shape[0], states)
     return log_probs.new_empty(log_probs.shape[1]), alpha
 
@@ -370,10 +375,10 @@ def _log_softmax_backward(
     return grad.new_empty(grad.shape, dtype=dtype)
 
 
-def _equal(self: Guesses, one: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+def _equal(self: Guesses, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     """Answer True, except when torch tests a condition of its own for truth (is_scalar_tensor_true in
     TensorUtils, for istft's windows). There a true condition is an error, so the answer is False."""
-    answer = one.dim() > 0 or one.dtype is not torch.bool
+    answer = tensor.dim() > 0 or tensor.dtype is not torch.bool
     self._tell(f"equal answered {answer}", library_line())
     return answer
 

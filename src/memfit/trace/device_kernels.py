@@ -36,9 +36,9 @@ class Lens(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = _KERNELS.get(func)
-        if found is not None:
-            return found(*args, **kwargs)
+        replacement = _KERNELS.get(func)
+        if replacement is not None:
+            return replacement(*args, **kwargs)
         if func in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
             return _widened(func, args, kwargs)
         return func(*args, **kwargs)

@@ -67,15 +67,15 @@ def copied(model: torch.nn.Module) -> torch.nn.Module:
     if fake is None:
         return copy.deepcopy(model)
     with FakeCopies(fake):
-        compiled = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
-        return copy.deepcopy(model, {id(module): _script_copied(module, fake) for module in compiled})
+        script_modules = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+        return copy.deepcopy(model, {id(module): _script_copied(module, fake) for module in script_modules})
 
 
 def _script_copied(module: Any, fake: FakeTensorMode) -> Any:
     """Copy a TorchScript module into the fake mode. C++ clones its tensors, so this runs without autograd,
     where clones would not be leaves, and with no mode active other than the fake mode."""
     with _disable_current_modes(), fake, torch.no_grad():
-        made = copy.deepcopy(module)
-    for old, new in zip(module.parameters(), made.parameters(), strict=True):
-        new.requires_grad_(old.requires_grad)
-    return made
+        clone = copy.deepcopy(module)
+    for source, target in zip(module.parameters(), clone.parameters(), strict=True):
+        target.requires_grad_(source.requires_grad)
+    return clone

@@ -38,7 +38,7 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 
     if dist.is_initialized():
         raise MemfitError(
-            "a plan of several ranks cannot be traced while a process group is initialised here"
+            "a plan with several ranks cannot be traced while this process has an initialised process group"
         )
     _forget_other_worlds(layout(plan), rank)
     hook = sys.excepthook  # torch installs one that adds the rank to every later traceback
@@ -58,13 +58,13 @@ def _cut_columns_told(plan: Plan) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        its_own = error.__cause__ is None or isinstance(error.__cause__, MemfitError)
-        if plan.get("tensor-parallel") is None or its_own:
+        is_own_error = error.__cause__ is None or isinstance(error.__cause__, MemfitError)
+        if plan.get("tensor-parallel") is None or is_own_error:
             raise
         raise UserError(
             f"tensor-parallel: {error.given}",
-            hint="a rank has a part of the columns of each Linear that is cut; name those that can be cut in "
-            'Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
+            hint="each rank holds a part of the columns of every split Linear layer; name the layers that "
+            'can be split in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
         ) from error
 
 
@@ -125,10 +125,10 @@ class _Chunks:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         start = index * self._each
-        left = self._tensor.shape[self._dim] - start
-        if self._each and left <= 0:
+        remaining = self._tensor.shape[self._dim] - start
+        if self._each and remaining <= 0:
             return self._tensor.new_empty(0)
-        return self._tensor.narrow(self._dim, start, min(self._each, left))
+        return self._tensor.narrow(self._dim, start, min(self._each, remaining))
 
 
 _LATE: contextvars.ContextVar[bool] = contextvars.ContextVar("late", default=False)
@@ -165,8 +165,8 @@ def priming() -> Iterator[None]:
 def primed(plan: Plan) -> bool:
     """Return whether the first step of a trace of ``plan`` is replaced by an optimizer step
     (`priming`)."""
-    used = plan.get("pipeline")
-    return _PRIMES.get() and used is not None and int(used.settings["virtual"]) > 1
+    pipeline = plan.get("pipeline")
+    return _PRIMES.get() and pipeline is not None and int(pipeline.settings["virtual"]) > 1
 
 
 class GlooScratch(TorchDispatchMode):
@@ -188,8 +188,8 @@ class GlooScratch(TorchDispatchMode):
         for size_bytes in sizes:
             torch.empty(size_bytes, dtype=torch.uint8)
         if self._late and (group := group_of(func, args)):
-            kept = torch.empty(max(sizes), dtype=torch.uint8) if sizes else None
-            self._held[group] = (args, out, kept)
+            scratch = torch.empty(max(sizes), dtype=torch.uint8) if sizes else None
+            self._held[group] = (args, out, scratch)
         return out
 
     @classmethod
@@ -225,8 +225,8 @@ class _RealIntegers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        makes = func is torch.ops.aten.empty.memory_format and kwargs.get("dtype") is torch.int32
-        if makes or (tensors and all(type(t) is torch.Tensor for t in tensors)):
+        is_maker = func is torch.ops.aten.empty.memory_format and kwargs.get("dtype") is torch.int32
+        if is_maker or (tensors and all(type(t) is torch.Tensor for t in tensors)):
             with no_dispatch():
                 out = func(*args, **kwargs)
             if isinstance(out, torch.Tensor):
@@ -266,9 +266,9 @@ def without_host(
     """Return the device's allocations, the peak bytes in host memory, and that peak without the temporary
     memory of building the model."""
     host = [a for a in allocations if a.stream == "host"]
-    built = next((s.start for s in spans if s.phase is Phase.FORWARD), 0)
-    kept = [a for a in host if a.end is None or a.end > built]
-    return tuple(a for a in allocations if a.stream != "host"), _highest(host), _highest(kept)
+    forward_start = next((s.start for s in spans if s.phase is Phase.FORWARD), 0)
+    later_host = [a for a in host if a.end is None or a.end > forward_start]
+    return tuple(a for a in allocations if a.stream != "host"), _highest(host), _highest(later_host)
 
 
 def _highest(allocations: Sequence[Allocation]) -> int:
@@ -293,9 +293,9 @@ def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> N
     def reduce(group: Any, bucket: Any) -> Any:
         buffer = bucket.buffer().div_(ranks)
         torch.distributed.all_reduce(buffer, group=group, async_op=True)
-        done: torch.futures.Future[Any] = torch.futures.Future()
-        done.set_result(buffer)
-        return done
+        future: torch.futures.Future[Any] = torch.futures.Future()
+        future.set_result(buffer)
+        return future
 
     # torch reads the annotations as types, and in this module they are strings.
     reduce.__annotations__ = {

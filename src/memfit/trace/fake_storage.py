@@ -33,12 +33,16 @@ def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
     outputs, in one dtype.
     """
     if func in operators.NORM_GRADIENTS:
-        same = out[0] is not None and out[0].dtype == args[1].dtype
-        wanted = args[-1][0]
-        return out if same and wanted else (torch.empty_like(args[1]) if wanted else None, *out[1:])
-    mixed = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[1:5])
-    wide = mixed or (device != "cpu" and func is not operators.GROUP_NORM)
-    if not wide or args[0].element_size() != 2:
+        has_dtype = out[0] is not None and out[0].dtype == args[1].dtype
+        is_requested = args[-1][0]
+        return (
+            out
+            if has_dtype and is_requested
+            else (torch.empty_like(args[1]) if is_requested else None, *out[1:])
+        )
+    is_mixed = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[1:5])
+    is_wide = is_mixed or (device != "cpu" and func is not operators.GROUP_NORM)
+    if not is_wide or args[0].element_size() != 2:
         return out
     return (out[0], *(torch.empty_like(statistic, dtype=torch.float32) for statistic in out[1:]))
 
@@ -47,11 +51,11 @@ def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     """Return the tensor's storage. Raises UserError for layouts whose bytes are not in one storage."""
     if tensor.layout is torch.strided:
         return tensor.untyped_storage()
-    where = user_line()
+    line = user_line()
     raise UserError(
-        f"a {str(tensor.layout)[6:]} tensor" + (f" at {where}" if where else ""),
+        f"a {str(tensor.layout)[6:]} tensor" + (f" at {line}" if line else ""),
         allowed="dense tensors",
-        hint="sparse gradients come from nn.Embedding(sparse=True); take that out",
+        hint="sparse gradients come from nn.Embedding(sparse=True); use sparse=False",
     )
 
 
@@ -60,16 +64,16 @@ def sole_counts() -> tuple[int, int]:
     """Return the reference counts of a tensor and of its storage, as a dispatch mode sees them, when only the
     autograd engine holds the tensor. They are measured on ``x * x``, where two gradients of ``x`` are
     added."""
-    seen: list[tuple[int, int]] = []
+    counts: list[tuple[int, int]] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is operators.ADD:
                 storage = args[0].untyped_storage()
-                seen.append((args[0]._use_count(), torch._C._storage_Use_Count(storage._cdata)))
+                counts.append((args[0]._use_count(), torch._C._storage_Use_Count(storage._cdata)))
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(), torch.enable_grad(), Watch():  # type: ignore[no-untyped-call]
         root = torch.ones(2, requires_grad=True).sin()
         (root * root).sum().backward()
-    return seen[0]
+    return counts[0]

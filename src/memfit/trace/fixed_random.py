@@ -49,14 +49,14 @@ class FixedRandom(TorchDispatchMode):
         if time.thread_time() > self.deadline_s:
             raise TimeIsUp
         name = func._schema.name.removeprefix("aten::")
-        named = {k: _WIDE.get(v, v) if k == "dtype" else v for k, v in (kwargs or {}).items()}
+        options = {k: _WIDE.get(v, v) if k == "dtype" else v for k, v in (kwargs or {}).items()}
         if not func._schema.is_mutable:
-            args, named = _widened(args, named)
+            args, options = _widened(args, options)
         if name == "native_dropout" and args[2] is not False:
             return self._dropout(*args[:2])
-        out = func(*args, **named)
+        out = func(*args, **options)
         if (fill := _FILLS.get(name)) is not None:
-            values = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | named
+            values = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | options
             out.copy_(fill(self, out, values))
         return out
 
@@ -68,17 +68,17 @@ class FixedRandom(TorchDispatchMode):
             yield
 
     def _dropout(self, x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
-        kept = self.uniform(x, _SAME_KEPT) < 1 - p
-        return x * kept / max(1 - p, 1e-9), kept
+        mask = self.uniform(x, _SAME_KEPT) < 1 - p
+        return x * mask / max(1 - p, 1e-9), mask
 
     def uniform(self, like: torch.Tensor, same: float = _SAME) -> torch.Tensor:
         """Return numbers in [0, 1) in the shape of ``like`` that depend on the last index only, or not at
         all."""
-        last = like.shape[-1] if like.dim() else 1
-        if last <= 1 or last in self.counts:
+        length = like.shape[-1] if like.dim() else 1
+        if length <= 1 or length in self.counts:
             return torch.full(like.shape, same, dtype=torch.float64, device=like.device)
-        places = torch.arange(1, last + 1, dtype=torch.float64, device=like.device)
-        return (places * _GOLDEN).frac().expand(like.shape)
+        positions = torch.arange(1, length + 1, dtype=torch.float64, device=like.device)
+        return (positions * _GOLDEN).frac().expand(like.shape)
 
 
 def _widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -129,9 +129,9 @@ def _permutation(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -
 
 
 def _multinomial(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
-    likeliest = values["self"].argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(out.shape[-1], device=out.device) % likeliest.shape[-1]
-    return likeliest.index_select(-1, places)
+    order = values["self"].argsort(dim=-1, descending=True, stable=True)
+    positions = torch.arange(out.shape[-1], device=out.device) % order.shape[-1]
+    return order.index_select(-1, positions)
 
 
 _FILLS: dict[str, Callable[[FixedRandom, torch.Tensor, dict[str, Any]], Any]] = {

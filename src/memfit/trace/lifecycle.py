@@ -86,8 +86,8 @@ def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
     batch = job.make_batch(0, 0)
     peaks, sizes = _training(job, plan, batch, device)
     ways = ["resume"] if device == "cpu" else ["resume", "resume-via-host"]
-    resumed = [_resuming(job, plan, batch, device, way) for way in ways]
-    return Lifecycle(peaks=(*_loading(job, device), *peaks, *resumed), checkpoint_bytes=sizes)
+    resume_peaks = [_resuming(job, plan, batch, device, way) for way in ways]
+    return Lifecycle(peaks=(*_loading(job, device), *peaks, *resume_peaks), checkpoint_bytes=sizes)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -112,9 +112,9 @@ class _Watch:
     @contextlib.contextmanager
     def made(self, place: str) -> Iterator[None]:
         """Assign storages that are made inside this context to `place` instead of the device."""
-        first = len(self.ledger.lives)
+        start = len(self.ledger.lives)
         yield
-        self.aside.update((id(life), place) for life in self.ledger.lives[first:])
+        self.aside.update((id(life), place) for life in self.ledger.lives[start:])
 
     def _highest(self, *places: str) -> int:
         lives = [x for x in self.ledger.lives if self.aside.get(id(x), "") in places]
@@ -150,13 +150,13 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
         with _watched(job, device) as (watch, _):
             model = job.build_model()
             _label_model(watch.ledger, model)
-            stored = model.state_dict()
+            state = model.state_dict()
             if way == "load-assign":
-                watch.aside.update(_lives_of(watch.ledger, stored))
+                watch.aside.update(_lives_of(watch.ledger, state))
                 watch.begin()
             with watch.made(place):
-                loaded = _loaded(stored)
-            model.load_state_dict(loaded, assign=way == "load-assign")
+                loaded_state = _loaded(state)
+            model.load_state_dict(loaded_state, assign=way == "load-assign")
             peaks.append(watch.end(way))
     return peaks
 
@@ -205,26 +205,30 @@ def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
 
 def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> LifecyclePeak:
     with _watched(job, device) as (watch, fake):
-        stepped = TrainingStep(job, plan, device=device)
-        _label_state(watch.ledger, stepped)
-        stepped.run(_fake(batch, fake, watch.ledger), micro_batches_played=1)
-        state = _state(stepped)
+        old_step = TrainingStep(job, plan, device=device)
+        _label_state(watch.ledger, old_step)
+        old_step.run(_fake(batch, fake, watch.ledger), micro_batches_played=1)
+        state = _state(old_step)
         watch.aside.update(_lives_of(watch.ledger, state))
-        stepped.close()
+        old_step.close()
         watch.begin()
-        fresh = TrainingStep(job, plan, device=device)
-        _label_state(watch.ledger, fresh)
+        new_step = TrainingStep(job, plan, device=device)
+        _label_state(watch.ledger, new_step)
         with watch.made("host" if way == "resume-via-host" else ""):
-            stored = _loaded(state)
-        fresh.model.load_state_dict(stored["model"])
+            loaded_state = _loaded(state)
+        new_step.model.load_state_dict(loaded_state["model"])
         # On a device the optimizer moves the state it is given; on fake CPU tensors this copy stands for that
         # move.
-        states = _loaded(stored["optimizer"]) if way == "resume-via-host" else stored["optimizer"]
+        optimizer_states = (
+            _loaded(loaded_state["optimizer"]) if way == "resume-via-host" else loaded_state["optimizer"]
+        )
         with FakeCopies():
-            for optimizer, saved in zip(_optimizers(fresh.optimizer), states, strict=True):
-                optimizer.load_state_dict(saved)
+            for optimizer, optimizer_state in zip(
+                _optimizers(new_step.optimizer), optimizer_states, strict=True
+            ):
+                optimizer.load_state_dict(optimizer_state)
         peak = watch.end(way)
-        fresh.close()
+        new_step.close()
     return peak
 
 
@@ -240,7 +244,7 @@ def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
         return [optimizer]
     inner = getattr(optimizer, "optimizers", None) or getattr(optimizer, "inner", [])
     parts = inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list) else [inner]
-    return [found for part in parts for found in _optimizers(part)]
+    return [torch_optimizer for part in parts for torch_optimizer in _optimizers(part)]
 
 
 def _state(step: TrainingStep) -> dict[str, Any]:
@@ -257,16 +261,16 @@ def _state(step: TrainingStep) -> dict[str, Any]:
 def _loaded(state: Any) -> Any:
     """Return ``state`` as torch.load would create it: every distinct storage once, and tensors as views of
     their storages."""
-    made: dict[int, torch.Tensor] = {}
+    buffers: dict[int, torch.Tensor] = {}
 
     def one(tensor: torch.Tensor) -> torch.Tensor:
         if is_traceable_wrapper_subclass(tensor):
             return tensor.detach().clone()
         storage = tensor.untyped_storage()
-        if storage._cdata not in made:
-            made[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8)
-        typed = made[storage._cdata].view(tensor.dtype)
-        return typed.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+        if storage._cdata not in buffers:
+            buffers[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8)
+        view = buffers[storage._cdata].view(tensor.dtype)
+        return view.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
     return _pytree.tree_map_only(torch.Tensor, one, state)
 

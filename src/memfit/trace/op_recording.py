@@ -48,10 +48,10 @@ def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
         return step
 
     with stepping(make_step):
-        traced = trace(job, plan, device=device)
+        job_trace = trace(job, plan, device=device)
     (recorder,) = last
     return Recording(
-        trace=traced,
+        trace=job_trace,
         key=recorder.key,
         start=recorder.start,
         made=recorder.made(),
@@ -82,8 +82,8 @@ class _Recorder(Numbered):
         self._readers: defaultdict[int, set[int]] = defaultdict(set)  # storage -> results made from it
 
     def number(self, tensor: torch.Tensor) -> int | None:
-        found = self._numbers.get(storage_key(tensor))
-        return found[1] if found is not None else None
+        entry = self._numbers.get(storage_key(tensor))
+        return entry[1] if entry is not None else None
 
     sees_views = True
 
@@ -93,36 +93,42 @@ class _Recorder(Numbered):
     def after(
         self, func: Any, args: Any, kwargs: Any, made: list[tuple[int, torch.Tensor]], state: Any
     ) -> None:
-        given = list(flat((args, tuple(kwargs.values()))))
-        goals = written(func, args, kwargs)
-        reads = dict.fromkeys(n for n in map(self.number, given) if n is not None)
+        inputs = list(flat((args, tuple(kwargs.values()))))
+        write_targets = written(func, args, kwargs)
+        reads = dict.fromkeys(n for n in map(self.number, inputs) if n is not None)
         for number in reads:
             self.last_read[number] = self.ledger.clock
-        targets = [n for n in map(self.number, goals) if n is not None]
-        if not (made or targets):
+        target_numbers = [n for n in map(self.number, write_targets) if n is not None]
+        if not (made or target_numbers):
             return
         index = len(self.calls)
         self.calls.append(Called(clock=state, reads=tuple(reads)))
-        fresh = range(self.count, self.count + len(made))
-        for target in targets:
+        new_numbers = range(self.count, self.count + len(made))
+        for target in target_numbers:
             self.of[target].append(index)
-        keys = {storage_key(t) for t in given}
-        for number, (_, tensor) in zip(fresh, made, strict=True):
+        keys = {storage_key(t) for t in inputs}
+        for number, (_, tensor) in zip(new_numbers, made, strict=True):
             self._born(number, tensor, index, shared=storage_key(tensor) in keys)
-        self._pin(goals, targets, fresh, kwargs)
-        self.pinned.update(n for t in given if (n := self.number(t)) is not None and not self._plain(n, t))
-        for tensor in given:
-            self._readers[storage_key(tensor)].update((*fresh, *targets))
+        self._pin(write_targets, target_numbers, new_numbers, kwargs)
+        self.pinned.update(n for t in inputs if (n := self.number(t)) is not None and not self._plain(n, t))
+        for tensor in inputs:
+            self._readers[storage_key(tensor)].update((*new_numbers, *target_numbers))
 
-    def _pin(self, goals: list[torch.Tensor], targets: list[int], fresh: range, kwargs: Any) -> None:
+    def _pin(
+        self, write_targets: list[torch.Tensor], target_numbers: list[int], new_numbers: range, kwargs: Any
+    ) -> None:
         """Pin results that cannot be recomputed. A result made from a tensor that is then overwritten would
         have to be recomputed before that write."""
-        for tensor in goals:
+        for tensor in write_targets:
             readers = self._readers[storage_key(tensor)]
             self.pinned |= readers - {self.number(tensor)}
-        odd = any(not self._plain(n, t) for t in goals if (n := self.number(t)) is not None)
-        if not repeatable(kwargs, len(goals) - len(targets)) or len(goals) > 1 or odd:
-            self.pinned.update((*fresh, *targets))
+        has_odd_view = any(not self._plain(n, t) for t in write_targets if (n := self.number(t)) is not None)
+        if (
+            not repeatable(kwargs, len(write_targets) - len(target_numbers))
+            or len(write_targets) > 1
+            or has_odd_view
+        ):
+            self.pinned.update((*new_numbers, *target_numbers))
 
     def _plain(self, number: int, tensor: torch.Tensor) -> bool:
         return plain_view(tensor, self.dtypes[number])

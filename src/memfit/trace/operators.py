@@ -79,18 +79,18 @@ def faked(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> Fak
     skipped, because they take longer than the operator."""
     state = _STATE.get(device)
     if state is None:
-        made = FakeTensor(mode, meta, device)
-        _STATE[device] = {k: v for k, v in vars(made).items() if k != "fake_mode"}
-        return made
-    made = torch.Tensor._make_subclass(
+        fake = FakeTensor(mode, meta, device)
+        _STATE[device] = {k: v for k, v in vars(fake).items() if k != "fake_mode"}
+        return fake
+    fake = torch.Tensor._make_subclass(
         FakeTensor, meta, meta.requires_grad, dispatch_device=True, device_for_backend_keys=device
     )
     if mode._allow_unsafe_data_ptr_access:
-        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
     else:
-        torch._C._set_throw_on_mutable_data_ptr(made)
-    vars(made).update(state, fake_mode=mode)
-    return made
+        torch._C._set_throw_on_mutable_data_ptr(fake)
+    vars(fake).update(state, fake_mode=mode)
+    return fake
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,11 +106,11 @@ class Fresh:
 
     def make(self) -> Any:
         with in_kernel_invocation_manager(self.mode):
-            made = [
+            metas = [
                 (torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
                 for size, stride, dtype, device in self.layouts
             ]
-        out = tuple(faked(self.mode, meta, device) for meta, device in made)
+        out = tuple(faked(self.mode, meta, device) for meta, device in metas)
         return out if self.several else out[0]
 
 
@@ -133,17 +133,21 @@ def only_writes(func: Any) -> bool:
 def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
     """Return the layouts of the outputs ``out``. Return None if an output is not a new tensor, or if it
     depends on more than shapes."""
-    made = out if isinstance(out, tuple) else (out,)
+    outputs = out if isinstance(out, tuple) else (out,)
     if func.namespace != "aten" or func._schema.is_mutable or func in MAKERS:
         return None
-    old = {t.untyped_storage()._cdata for t in given}
-    if not made or not all(type(t) is FakeTensor and t.constant is None and _plain(t) for t in made):
+    input_storages = {t.untyped_storage()._cdata for t in given}
+    if not outputs or not all(type(t) is FakeTensor and t.constant is None and _plain(t) for t in outputs):
         return None
-    new = {t.untyped_storage()._cdata for t in made}
-    if new & old or len(new) < len(made) or any(getattr(t, "constant", None) is not None for t in given):
+    output_storages = {t.untyped_storage()._cdata for t in outputs}
+    if (
+        output_storages & input_storages
+        or len(output_storages) < len(outputs)
+        or any(getattr(t, "constant", None) is not None for t in given)
+    ):
         return None
-    layouts = tuple((t.size(), t.stride(), t.dtype, t.fake_device) for t in made)
-    return Fresh(made[0].fake_mode, layouts, isinstance(out, tuple))
+    layouts = tuple((t.size(), t.stride(), t.dtype, t.fake_device) for t in outputs)
+    return Fresh(outputs[0].fake_mode, layouts, isinstance(out, tuple))
 
 
 class Results:
@@ -156,9 +160,9 @@ class Results:
 
     def of(self, key: Any, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
         """Return the operator's result. ``values`` is as in `Guesses.call`."""
-        made = self._made.get(key)
-        if made is not None:
-            return made.make()
+        entry = self._made.get(key)
+        if entry is not None:
+            return entry.make()
         if key in self._written and args[0].constant is None:
             return args[0]
         out = self._guesses.call(func, args, kwargs, values)
@@ -182,35 +186,35 @@ def built(func: Any, args: Any, kwargs: Any) -> Any:
     initialisation."""
     if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
         return args[0]
-    found = view(func, args, kwargs)
-    return func(*args, **kwargs) if found is None else found
+    fake_view = view(func, args, kwargs)
+    return func(*args, **kwargs) if fake_view is None else fake_view
 
 
 def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
     """Return the signature, dtype, floating-point operations and bytes moved of a call with output
     ``out``."""
-    read, outputs = tensors_in(args, kwargs), tensors_in(out)
-    dtype, flops, moved = _dtype(read + outputs), 0, 0
+    inputs, outputs = tensors_in(args, kwargs), tensors_in(out)
+    dtype, flops, total_bytes = _dtype(inputs + outputs), 0, 0
     if func.namespace == "memfit":  # techniques/synthetic_kernel.py
-        moved, flops, dtype = args[1], args[2], args[5] or dtype
+        total_bytes, flops, dtype = args[1], args[2], args[5] or dtype
     elif of.count:
         flops = int(of.count(*args, **kwargs, out_val=out))
     if of.name in _TAKE_ROWS:
-        read = [*read[1:], *outputs]
+        inputs = [*inputs[1:], *outputs]
     elif of.name in _PICK_ELEMENTS:
-        read = []
+        inputs = []
     elif of.name in _WRITE_ONLY:
-        read = read[len(tensors_in(args[0])) :]
-    written = outputs or tensors_in(*_mutated(func, args, kwargs))
-    moved += moved_bytes(read + written)
-    return OperatorWork(describe(of.name, args, kwargs), dtype, flops, moved)
+        inputs = inputs[len(tensors_in(args[0])) :]
+    targets = outputs or tensors_in(*_mutated(func, args, kwargs))
+    total_bytes += moved_bytes(inputs + targets)
+    return OperatorWork(describe(of.name, args, kwargs), dtype, flops, total_bytes)
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """Return the arguments that an operator writes to without returning them, such as foreach lists."""
-    given = enumerate(func._schema.arguments)
-    wanted = [(i, a.name) for i, a in given if a.alias_info and a.alias_info.is_write]
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in wanted]
+    arguments = enumerate(func._schema.arguments)
+    targets = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in targets]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -265,15 +269,15 @@ def is_sparse(value: Any) -> bool:
 def tensors_in(*values: Any) -> list[torch.Tensor]:
     """Return the tensors among the arguments, in order. The walk is hand-written because it runs for every
     operator."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, list | tuple):
-            found += tensors_in(*value)
+            tensors += tensors_in(*value)
         elif isinstance(value, dict):
-            found += tensors_in(*value.values())
-    return found
+            tensors += tensors_in(*value.values())
+    return tensors
 
 
 def _dtype(tensors: list[torch.Tensor]) -> str:
@@ -289,13 +293,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
     """Count two products of (queries x keys x head dim) per head. Shapes are (batch, heads, length, dim)."""
     batch, heads, queries, dim = query.shape
     return int(2 * batch * heads * queries * key.shape[2] * (dim + value.shape[3]))
 
 
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
     """Count the five products of backward (the scores again, then dV, dP, dQ, dK)."""
     return _attention_flops(query, key, value) * 5 // 2
 

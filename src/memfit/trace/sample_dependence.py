@@ -60,24 +60,24 @@ def sample_dependence(job: Job) -> SampleDependence:
     An error of the job's own functions is not raised: the result is then "not tested", with the reason."""
     key = (id(job.loss), job.batch_size)
     with contextlib.suppress(TypeError):  # the function cannot be a weak key
-        known = _KNOWN.setdefault(job.build_model, {})
-        if key not in known:
-            known[key] = job.loss, _tried(job)
-        return known[key][1]
+        results = _KNOWN.setdefault(job.build_model, {})
+        if key not in results:
+            results[key] = job.loss, _tried(job)
+        return results[key][1]
     return _tried(job)
 
 
 def _tried(job: Job) -> SampleDependence:
     try:
-        small = _affordable(job)
-        answer = _Trial(small).run()
+        small_job = _affordable(job)
+        result = _Trial(small_job).run()
     except TimeIsUp:
-        answer = _not_tested(f"the trial takes longer than {_MOST_S:g} s")
+        result = _not_tested(f"the trial takes longer than {_MOST_S:g} s")
     except Exception as error:  # noqa: BLE001  any error of the user's code on parts of a batch
-        answer = _not_tested(_first_line(error))
-    if answer.kind is DependenceKind.NOT_TESTED:
-        return _by_batch_norms(job, answer)
-    return answer
+        result = _not_tested(_first_line(error))
+    if result.kind is DependenceKind.NOT_TESTED:
+        return _by_batch_norms(job, result)
+    return result
 
 
 def _not_tested(reason: str) -> SampleDependence:
@@ -99,7 +99,7 @@ def _by_batch_norms(job: Job, untested: SampleDependence) -> SampleDependence:
     except Exception:  # noqa: BLE001  whoever traces the job reports why it cannot be built
         return untested
     norms = {name: m for name, m in model.named_modules() if _takes_statistics(m)}
-    return _of_norms(norms, f"by its layers; {untested.reason}") if norms else untested
+    return _of_norms(norms, f"judged by the model's layers; {untested.reason}") if norms else untested
 
 
 def _takes_statistics(module: nn.Module) -> bool:
@@ -109,14 +109,14 @@ def _takes_statistics(module: nn.Module) -> bool:
 def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False) -> SampleDependence:
     """Return the result for BatchNorm layers. ``loss``: splitting changes the loss even without these
     layers."""
-    synced = all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
-    also = "; the loss compares samples too" if loss else ""
+    only_sync = all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
+    suffix = "; the loss also compares samples" if loss else ""
     return SampleDependence(
         kind=DependenceKind.DEPENDENT,
-        cause=DependenceCause.SYNC_BATCH_NORM if synced else DependenceCause.BATCH_NORM,
-        reason=reason + also,
+        cause=DependenceCause.SYNC_BATCH_NORM if only_sync else DependenceCause.BATCH_NORM,
+        reason=reason + suffix,
         modules=tuple(norms),
-        across_ranks=loss or not synced,
+        across_ranks=loss or not only_sync,
     )
 
 
@@ -127,32 +127,34 @@ def _affordable(job: Job) -> Job:
     """Return the job with few samples and, if it is large, in its reduced form or with few blocks. Raises
     UserError if none fits."""
     reasons: list[str] = []
-    for smaller in _smaller(job):
+    for variant in _smaller(job):
         for count in _SAMPLES:
-            made = _with_samples(smaller, count)
-            cost = _Cost.of(made)
-            if not cost.reason(made.batch_size):
-                return made
-            reasons.append(cost.reason(made.batch_size))
+            candidate = _with_samples(variant, count)
+            cost = _Cost.of(candidate)
+            if not cost.reason(candidate.batch_size):
+                return candidate
+            reasons.append(cost.reason(candidate.batch_size))
             if cost.call_s > _MOST_COST_S:
                 break  # fewer samples need as many calls
     raise UserError(reasons[-1] if reasons else "the model is too large for a trial")
 
 
 def _smaller(job: Job) -> Iterator[Job]:
-    most = _most_bytes()
+    limit_bytes = _most_bytes()
     model = fake_model(job)
-    if _parameter_bytes(model) <= most:
+    if _parameter_bytes(model) <= limit_bytes:
         yield job
     if job.reduced is not None:
         yield job.reduced()
     kinds = {type(m) for m in model.modules()}
     for count in _FEW_BLOCKS:
-        cut = with_blocks(job, count)
+        short_job = with_blocks(job, count)
         with contextlib.suppress(UserError, AssertionError):  # the model has no blocks that can be left out
-            left = fake_model(cut)
-            if {type(m) for m in left.modules()} == kinds and _parameter_bytes(left) <= most:
-                yield cut
+            short_model = fake_model(short_job)
+            if {type(m) for m in short_model.modules()} == kinds and _parameter_bytes(
+                short_model
+            ) <= limit_bytes:
+                yield short_job
 
 
 def _parameter_bytes(model: nn.Module) -> int:
@@ -176,25 +178,28 @@ class _Cost:
 
     @classmethod
     def of(cls, job: Job) -> _Cost:
-        traced = trace(job, Plan(), steps=1, update=False)
-        flops = _PASSES * sum(op.flops for op in traced.ops)
-        calls = _CALLS * len(traced.ops)
-        return cls(2 * _peak_bytes(traced), flops / _FLOPS_PER_S, calls * _CALL_S)
+        job_trace = trace(job, Plan(), steps=1, update=False)
+        flops = _PASSES * sum(op.flops for op in job_trace.ops)
+        calls = _CALLS * len(job_trace.ops)
+        return cls(2 * _peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
 
     def reason(self, samples: int) -> str:
         """Return why the cost is too high, or "" if it is not."""
-        most, seconds = _most_bytes(), self.flops_s + self.call_s
-        if self.needed_bytes > most:
-            needed, allowed = format_bytes(self.needed_bytes), format_bytes(most)
-            return f"a trial of {samples} samples takes {needed}, more than {allowed}"
+        limit_bytes, seconds = _most_bytes(), self.flops_s + self.call_s
+        if self.needed_bytes > limit_bytes:
+            needed_text, limit_text = format_bytes(self.needed_bytes), format_bytes(limit_bytes)
+            return f"a trial of {samples} samples needs {needed_text}, more than the limit of {limit_text}"
         if seconds > _MOST_COST_S:
-            return f"a trial of {samples} samples takes {seconds:.0f} s, more than {_MOST_COST_S:g} s"
+            return (
+                f"a trial of {samples} samples takes {seconds:.0f} s, more than the limit of "
+                f"{_MOST_COST_S:g} s"
+            )
         return ""
 
 
-def _peak_bytes(traced: Trace) -> int:
-    changes = [(a.start, a.size_bytes) for a in traced.allocations]
-    changes += [(a.end, -a.size_bytes) for a in traced.allocations if a.end is not None]
+def _peak_bytes(job_trace: Trace) -> int:
+    changes = [(a.start, a.size_bytes) for a in job_trace.allocations]
+    changes += [(a.end, -a.size_bytes) for a in job_trace.allocations if a.end is not None]
     return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
 
 
@@ -222,12 +227,12 @@ class _Gradients:
         gradients."""
         scale = max(self.norm(), other.norm())
         loss = abs(self.loss - other.loss) / max(self.size, other.size, 1e-300)
-        each = [
+        distances = [
             _norm(self.by_name[n] - other.by_name[n])
             / max(_norm(self.by_name[n]), _norm(other.by_name[n]), _SMALL_GRADIENT_RATIO * scale, 1e-300)
             for n in self.by_name
         ]
-        return max(loss, *each)
+        return max(loss, *distances)
 
 
 def _norm(tensor: torch.Tensor) -> float:
@@ -264,59 +269,71 @@ class _Trial:
             self.model = _model_in_float64(self.job)
             self.state = _state_of(self.model)
             batch = _in_float64(self.batch)
-            answer = self._compared(batch, "on the first real samples", real=True)
-            if answer.kind is not DependenceKind.INDEPENDENT:
-                return answer
+            real_result = self._compared(batch, "on the first real samples", real=True)
+            if real_result.kind is not DependenceKind.INDEPENDENT:
+                return real_result
             _add_noise(self.model)
             try:
-                redrawn = self._compared(_redrawn(batch), "on random samples", real=False)
+                random_result = self._compared(_redrawn(batch), "on random samples", real=False)
             except TimeIsUp:
                 raise
             except Exception as error:  # noqa: BLE001  the job may not accept random values
-                redrawn = _not_tested(_first_line(error))
-            if redrawn.kind is DependenceKind.NOT_TESTED:
-                reason = f"{answer.reason}; random samples could not be tried: {redrawn.reason}"
-                return dataclasses.replace(answer, reason=reason)
-            return redrawn if redrawn.kind is DependenceKind.DEPENDENT else answer
+                random_result = _not_tested(_first_line(error))
+            if random_result.kind is DependenceKind.NOT_TESTED:
+                reason = f"{real_result.reason}; random samples could not be tried: {random_result.reason}"
+                return dataclasses.replace(real_result, reason=reason)
+            return random_result if random_result.kind is DependenceKind.DEPENDENT else real_result
 
-    def _compared(self, batch: Any, where: str, *, real: bool) -> SampleDependence:
+    def _compared(self, batch: Any, setting: str, *, real: bool) -> SampleDependence:
         """Compare the whole batch with its halves and, for a ``real`` batch, the first half with its single
         samples."""
         if real:  # fill caches and initialise what depends on the first batch
             self._gradients(batch)
             self.state = _state_of(self.model)
-        whole = self._gradients(batch)
-        if not numpy.isfinite(whole.loss) or not numpy.isfinite(whole.norm()) or not whole.norm():
-            return _not_tested(f"loss or gradients are not finite, or all zero, {where}")
-        after = _state_of(self.model)
+        batch_gradients = self._gradients(batch)
+        if (
+            not numpy.isfinite(batch_gradients.loss)
+            or not numpy.isfinite(batch_gradients.norm())
+            or not batch_gradients.norm()
+        ):
+            return _not_tested(
+                f"the loss or gradients are not finite, or the gradients are all zero, {setting}"
+            )
+        final_state = _state_of(self.model)
         halves = split(batch, 2)
         try:
-            found, states = self._of_parts(halves)
+            part_gradients, states = self._of_parts(halves)
         except TimeIsUp:
             raise
         except Exception as error:  # noqa: BLE001  any error of the user's code
             return _not_tested(f"the loss fails on half of the batch: {_first_line(error)}")
-        different = self._difference(batch, halves, whole, found, where)
-        if different is not None:
-            return different
-        if changed := _changed(self.state, after):
-            return self._stateful(changed, after, states)
+        difference = self._difference(batch, halves, batch_gradients, part_gradients, setting)
+        if difference is not None:
+            return difference
+        if changed_keys := _changed(self.state, final_state):
+            return self._stateful(changed_keys, final_state, states)
         if real and batch_length(halves[0]) > 1:
-            singles = split(halves[0], batch_length(halves[0]))
+            samples = split(halves[0], batch_length(halves[0]))
             with contextlib.suppress(*_ONE_IS_TOO_FEW):
-                parts, _ = self._of_parts(singles)
-                if (different := self._difference(halves[0], singles, found[0], parts, where)) is not None:
-                    return different
-        return SampleDependence(kind=DependenceKind.INDEPENDENT, reason=f"whole and split alike {where}")
+                sample_gradients, _ = self._of_parts(samples)
+                if (
+                    difference := self._difference(
+                        halves[0], samples, part_gradients[0], sample_gradients, setting
+                    )
+                ) is not None:
+                    return difference
+        return SampleDependence(
+            kind=DependenceKind.INDEPENDENT, reason=f"the whole and the split batch agree {setting}"
+        )
 
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
         """Return the gradients of each part, all starting from the same state, and the state that each part
         leaves."""
-        found, states = [], []
+        gradients, states = [], []
         for part in parts:
-            found.append(self._gradients(part))
+            gradients.append(self._gradients(part))
             states.append(_state_of(self.model))
-        return found, states
+        return gradients, states
 
     def _gradients(self, part: Any, seed: int = 0) -> _Gradients:
         _restore(self.state)
@@ -325,8 +342,8 @@ class _Trial:
         with _watched(self.model, self.norms):
             loss = self.job.loss(self.model, _cloned(part))
             loss.backward()
-        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+        params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in params.items()}
         dense = {n: g.to_dense() if g.is_sparse else g for n, g in grads.items()}
         value = float(loss.detach())
         self.model.zero_grad(set_to_none=True)
@@ -336,93 +353,102 @@ class _Trial:
         return self.job.loss_terms(part) if self.job.loss_terms else batch_length(part)
 
     def _difference(
-        self, batch: Any, parts: Sequence[Any], whole: _Gradients, found: list[_Gradients], where: str
+        self,
+        batch: Any,
+        parts: Sequence[Any],
+        batch_gradients: _Gradients,
+        part_gradients: list[_Gradients],
+        setting: str,
     ) -> SampleDependence | None:
         """Return why the sum of the parts differs from the whole, or None if it does not."""
         terms = [self._terms(p) for p in parts]
         shares = [n / sum(terms) for n in terms]
-        distance = whole.distance(_sum(found, shares))
+        distance = batch_gradients.distance(_sum(part_gradients, shares))
         if distance <= _ROUNDING_RATIO:
             return None
         if distance <= _DEPENDENCE_RATIO:
             return _not_tested(
-                f"whole and split differ by {distance:.0e}, which rounding may explain, {where}"
+                f"the whole and the split batch differ by {distance:.0e}, which rounding may explain, "
+                f"{setting}"
             )
-        if self._is_random(batch, whole):
+        if self._is_random(batch, batch_gradients):
             return _not_tested("the loss has random numbers of its own, which cannot be fixed")
-        reason = f"whole and split differ by {distance:.1g} {where}"
+        reason = f"the whole and the split batch differ by {distance:.1g} {setting}"
         if norms := dict(self.norms):
             return _of_norms(norms, reason, loss=self._differs_without(batch, norms))
-        if (weights := _weights(whole, found)) is not None:
+        if (weights := _weights(batch_gradients, part_gradients)) is not None:
             return _wrongly_weighed(weights, shares)
         return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS, reason=reason)
 
-    def _is_random(self, batch: Any, whole: _Gradients) -> bool:
+    def _is_random(self, batch: Any, batch_gradients: _Gradients) -> bool:
         """Return whether the same batch has another loss with another seed."""
-        return whole.distance(self._gradients(batch, seed=1)) > _ROUNDING_RATIO
+        return batch_gradients.distance(self._gradients(batch, seed=1)) > _ROUNDING_RATIO
 
     def _differs_without(self, batch: Any, norms: Mapping[str, nn.Module]) -> bool:
         """Return whether splitting changes the loss if batch statistics are held fixed."""
-        keeping = [m for m in norms.values() if getattr(m, "running_mean", None) is not None]
-        if len(keeping) < len(norms):
+        layers = [m for m in norms.values() if getattr(m, "running_mean", None) is not None]
+        if len(layers) < len(norms):
             return False  # layers without running statistics cannot be held fixed
-        for m in keeping:
+        for m in layers:
             m.eval()
         parts = split(batch, 2)
         terms = [self._terms(p) for p in parts]
-        found, _ = self._of_parts(parts)
-        total = _sum(found, [n / sum(terms) for n in terms])
+        gradients, _ = self._of_parts(parts)
+        total = _sum(gradients, [n / sum(terms) for n in terms])
         differs = self._gradients(batch).distance(total) > _DEPENDENCE_RATIO
-        for m in keeping:
+        for m in layers:
             m.train()
         return differs
 
     def _stateful(
         self,
-        changed: list[tuple[nn.Module, str]],
-        after: Mapping[Any, torch.Tensor],
+        changed_keys: list[tuple[nn.Module, str]],
+        final_state: Mapping[Any, torch.Tensor],
         states: Sequence[Mapping[Any, torch.Tensor]],
     ) -> SampleDependence:
         """Return the result for a model whose state changes in a forward pass. The loss is the same, but each
         micro-batch updates the state."""
         if self.norms:
-            return _of_norms(dict(self.norms), "their statistics are updated by every part")
+            return _of_norms(dict(self.norms), "each part updates the layers' statistics")
         names = {m: name for name, m in self.model.named_modules()}
-        paths = tuple(f"{names[m]}.{name}".strip(".") for m, name in changed)
-        of_data = any(not _alike(s.get(k), after[k]) for s in states for k in changed)
-        why = "by the samples that it is given" if of_data else "once more for each part"
+        paths = tuple(f"{names[m]}.{name}".strip(".") for m, name in changed_keys)
+        depends_on_data = any(not _alike(s.get(k), final_state[k]) for s in states for k in changed_keys)
+        detail = "depending on its samples" if depends_on_data else "once for each part"
         return SampleDependence(
             kind=DependenceKind.DEPENDENT,
             cause=DependenceCause.STATE,
-            across_ranks=of_data,
-            reason=f"a forward pass updates it, {why}",
+            across_ranks=depends_on_data,
+            reason=f"a forward pass updates it, {detail}",
             modules=paths,
         )
 
 
 def _wrongly_weighed(weights: list[float], shares: list[float]) -> SampleDependence:
-    told, meant = (", ".join(f"{w:.3g}" for w in ws) for ws in (weights, shares))
+    loss_weights, step_weights = (", ".join(f"{w:.3g}" for w in ws) for ws in (weights, shares))
     kind = "a sum" if all(abs(w - 1) < _DEPENDENCE_RATIO for w in weights) else "a mean"
-    reason = f"the loss is {kind} in which two parts weigh {told}, and the step weighs them {meant}"
+    reason = (
+        f"the loss is {kind} that weighs two parts by {loss_weights}, but the step weighs them by "
+        f"{step_weights}"
+    )
     return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.WEIGHTS, reason=reason)
 
 
-def _weights(whole: _Gradients, found: list[_Gradients]) -> list[float] | None:
+def _weights(batch_gradients: _Gradients, part_gradients: list[_Gradients]) -> list[float] | None:
     """Return the weights with which two parts add up to the whole, or None if the whole is not such a sum."""
-    if len(found) != 2:
+    if len(part_gradients) != 2:
         return None
-    one, other = (_flat(f) for f in found)
-    columns, target = torch.stack((one, other), dim=1), _flat(whole)
+    left, right = (_flat(f) for f in part_gradients)
+    columns, target = torch.stack((left, right), dim=1), _flat(batch_gradients)
     weights = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0].tolist()
-    fits = whole.distance(_sum(found, weights)) <= _ROUNDING_RATIO
-    weighted = abs(sum(weights) - 1) <= _DEPENDENCE_RATIO or all(
+    is_sum = batch_gradients.distance(_sum(part_gradients, weights)) <= _ROUNDING_RATIO
+    is_mean_or_sum = abs(sum(weights) - 1) <= _DEPENDENCE_RATIO or all(
         abs(w - 1) <= _DEPENDENCE_RATIO for w in weights
     )
-    return weights if fits and weighted and min(weights) >= 0 else None
+    return weights if is_sum and is_mean_or_sum and min(weights) >= 0 else None
 
 
-def _flat(one: _Gradients) -> torch.Tensor:
-    return torch.cat([*(g.flatten() for g in one.by_name.values()), torch.tensor([one.loss])])
+def _flat(gradients: _Gradients) -> torch.Tensor:
+    return torch.cat([*(g.flatten() for g in gradients.by_name.values()), torch.tensor([gradients.loss])])
 
 
 # -- settings for a trial, and the state of a model ------------------------------------------------------
@@ -471,8 +497,8 @@ def _watched(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None]:
 
         return hook
 
-    named = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
-    hooks = [m.register_forward_pre_hook(note(n)) for n, m in named]
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    hooks = [m.register_forward_pre_hook(note(n)) for n, m in layers]
     try:
         yield
     finally:
@@ -512,18 +538,18 @@ def _cloned(batch: Any) -> Any:
 def _redrawn(batch: Any) -> Any:
     """Return random inputs of the same structure: other floating-point numbers, and the same integers and
     flags in another order within each sample."""
-    numbers, length = torch.Generator().manual_seed(0), batch_length(batch)
+    generator, length = torch.Generator().manual_seed(0), batch_length(batch)
 
     def drawn(t: torch.Tensor) -> torch.Tensor:
         if not t.numel():
             return t
         if t.is_floating_point() and t.unique().numel() > _FEW_VALUES:
-            noise = torch.randn(t.shape, generator=numbers, dtype=torch.float64)
+            noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
             return t.mean() + noise * t.std().nan_to_num(1.0)
         if t.dim() < 2 or t.shape[0] != length:
             return t
         rows = t.reshape(length, -1)
-        order = torch.rand(rows.shape, generator=numbers).argsort(dim=1)
+        order = torch.rand(rows.shape, generator=generator).argsort(dim=1)
         return rows.gather(1, order).reshape(t.shape)
 
     with FixedRandom.paused():
@@ -532,19 +558,19 @@ def _redrawn(batch: Any) -> Any:
 
 def _add_noise(model: nn.Module) -> None:
     """Add noise to parameters, because parameters that start at zero would hide the layers behind them."""
-    numbers = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     with FixedRandom.paused(), torch.no_grad():
         for p in model.parameters():
             width = max(1, p[0].numel() if p.dim() > 1 else 1)
-            noise = torch.randn(p.shape, generator=numbers, dtype=torch.float64)
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             p.add_(noise, alpha=_NOISE_RATIO / max(width, 10) ** 0.5)
 
 
 def _state_of(model: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
     """Return copies of buffers and of other tensors that modules hold. A tensor that several modules hold
     stays shared."""
-    held = [(m, n, t) for m in model.modules() for n, t in (*m._buffers.items(), *vars(m).items())]
-    return _copied({(m, n): t for m, n, t in held if isinstance(t, torch.Tensor)})
+    attributes = [(m, n, t) for m in model.modules() for n, t in (*m._buffers.items(), *vars(m).items())]
+    return _copied({(m, n): t for m, n, t in attributes if isinstance(t, torch.Tensor)})
 
 
 def _copied(state: Mapping[tuple[nn.Module, str], torch.Tensor]) -> dict[tuple[nn.Module, str], torch.Tensor]:
@@ -559,17 +585,20 @@ def _restore(state: Mapping[tuple[nn.Module, str], torch.Tensor]) -> None:
 
 
 def _changed(
-    before: Mapping[tuple[nn.Module, str], torch.Tensor], after: Mapping[tuple[nn.Module, str], torch.Tensor]
+    old_state: Mapping[tuple[nn.Module, str], torch.Tensor],
+    new_state: Mapping[tuple[nn.Module, str], torch.Tensor],
 ) -> list[tuple[nn.Module, str]]:
     """Return the state that a forward pass changed, except counters of passes."""
     return [
-        k for k, t in before.items() if (t.dim() or t.is_floating_point()) and not _alike(after.get(k), t)
+        k
+        for k, t in old_state.items()
+        if (t.dim() or t.is_floating_point()) and not _alike(new_state.get(k), t)
     ]
 
 
-def _alike(one: torch.Tensor | None, other: torch.Tensor) -> bool:
-    if one is None or one.shape != other.shape or one.dtype != other.dtype:
+def _alike(left: torch.Tensor | None, right: torch.Tensor) -> bool:
+    if left is None or left.shape != right.shape or left.dtype != right.dtype:
         return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    return torch.allclose(one, other, rtol=_ROUNDING_RATIO, atol=1e-12, equal_nan=True)
+    if not left.is_floating_point():
+        return torch.equal(left, right)
+    return torch.allclose(left, right, rtol=_ROUNDING_RATIO, atol=1e-12, equal_nan=True)

@@ -66,62 +66,78 @@ class MemoryLine:
 
     def filled(self, trace: Trace) -> Trace:
         """Return ``trace`` with the memory of the micro-batches that were not traced added."""
-        found, beyond = dataclasses.replace(trace, rank=self.rank, ranks=self.plan.ranks), 0
+        result, extra_micros = dataclasses.replace(trace, rank=self.rank, ranks=self.plan.ranks), 0
         if self.stages > 1:
-            beyond = self.micros - self.short_micros
-            played = len(_spans(trace, trace.steps - 1, Phase.BACKWARD)) // len(self.missing)
-            again = (played // self.short_micros + trace.repeated_micro_steps) * self.micros - played
-        if self.stages == 1 or not again:
-            return found
-        more, between = self._buffers(trace) * beyond, tuple[PhaseSpan, ...]()
+            extra_micros = self.micros - self.short_micros
+            micro_steps = len(_spans(trace, trace.steps - 1, Phase.BACKWARD)) // len(self.missing)
+            repeated_micro_steps = (
+                micro_steps // self.short_micros + trace.repeated_micro_steps
+            ) * self.micros - micro_steps
+        if self.stages == 1 or not repeated_micro_steps:
+            return result
+        extra_allocations, repeated_spans = self._buffers(trace) * extra_micros, tuple[PhaseSpan, ...]()
         for step in range(trace.steps):
             forwards, backwards = (_spans(trace, step, p) for p in (Phase.FORWARD, Phase.BACKWARD))
             if not backwards:  # the step was replaced by an optimizer step (`priming`)
                 continue
             # An extra span before the first forward, which in the first step makes the receive buffers.
-            receives = len(forwards) > len(backwards)
-            seconds = [
+            has_receive_span = len(forwards) > len(backwards)
+            second_micros = [
                 c * self.short_micros + min(1, self.short_micros - 1) for c in range(len(self.missing))
             ]
-            ahead, back = [forwards[receives + at] for at in seconds], [backwards[at] for at in seconds[::-1]]
-            for forward, backward, missing in zip(ahead, back, self.missing, strict=True):
-                kept, left = _kept(trace, forward, backwards[-1].start)
+            second_forwards, second_backwards = (
+                [forwards[has_receive_span + index] for index in second_micros],
+                [backwards[index] for index in second_micros[::-1]],
+            )
+            for forward, backward, missing in zip(
+                second_forwards, second_backwards, self.missing, strict=True
+            ):
+                short_lived, long_lived = _kept(trace, forward, backwards[-1].start)
                 # The second backward adds to existing gradients and reduces nothing, like all but the first
                 # and the last.
-                more += [dataclasses.replace(a, end=backward.end - 1) for a in kept] * missing + left * beyond
-            between = (*ahead, *back)
+                extra_allocations += [
+                    dataclasses.replace(a, end=backward.end - 1) for a in short_lived
+                ] * missing + long_lived * extra_micros
+            repeated_spans = (*second_forwards, *second_backwards)
         return dataclasses.replace(
-            found, allocations=(*trace.allocations, *more), repeated_micro_steps=again, repeated_spans=between
+            result,
+            allocations=(*trace.allocations, *extra_allocations),
+            repeated_micro_steps=repeated_micro_steps,
+            repeated_spans=repeated_spans,
         )
 
     def _buffers(self, trace: Trace) -> list[Allocation]:
         """Return the buffers that micro-batches are received into. They stay allocated (torch's PipelineStage
         makes them at the start). Raises Mismatch if micro-batches receive different sizes."""
         forward = next(s for s in trace.spans if s.phase is Phase.FORWARD)
-        made = [
+        buffers = [
             a
             for a in trace.allocations
             if forward.start <= a.start < forward.end and a.end is None and a.category is Category.ACTIVATION
         ]
-        ones = made[:: self.short_micros]
-        if [a.size_bytes for a in made] != [a.size_bytes for a in ones for _ in range(self.short_micros)]:
-            raise Mismatch("micro-batches receive different bytes")
-        return ones
+        micro_buffers = buffers[:: self.short_micros]
+        if [a.size_bytes for a in buffers] != [
+            a.size_bytes for a in micro_buffers for _ in range(self.short_micros)
+        ]:
+            raise Mismatch("micro-batches receive tensors of different sizes")
+        return micro_buffers
 
 
 def _spans(trace: Trace, step: int, phase: Phase) -> list[PhaseSpan]:
     return [s for s in trace.spans if s.step == step and s.phase is phase]
 
 
-def _kept(trace: Trace, forward: PhaseSpan, last: int) -> tuple[list[Allocation], list[Allocation]]:
+def _kept(trace: Trace, forward: PhaseSpan, last_backward: int) -> tuple[list[Allocation], list[Allocation]]:
     """Return the allocations that a micro-batch's forward keeps for its own backward, and those it keeps
-    until the ``last`` backward, such as its loss."""
-    kept = [
+    until ``last_backward``, such as its loss."""
+    allocations = [
         a
         for a in trace.allocations
         if forward.start <= a.start < forward.end <= (a.end or 0) and a.category is not Category.INPUT
     ]
-    return [a for a in kept if (a.end or 0) < last], [a for a in kept if (a.end or 0) >= last]
+    return [a for a in allocations if (a.end or 0) < last_backward], [
+        a for a in allocations if (a.end or 0) >= last_backward
+    ]
 
 
 _IN_FLIGHT = {"gpipe": 3, "1f1b": 2}  # micro-batches in flight in a shortened pipeline
@@ -142,34 +158,34 @@ class _Short:
 def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None:
     """Return the shorter pipeline for ``rank`` of a model with ``blocks`` blocks. Return None if no shorter
     pipeline has the same micro-batches in flight, or if the batch does not divide into the plan's parts."""
-    used, place = plan.get("pipeline"), layout(plan)
-    if used is None:
+    pipeline, place = plan.get("pipeline"), layout(plan)
+    if pipeline is None:
         return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
-    stages, micros = place.pipeline, int(used.settings["micro_batches"])
-    schedule = used.settings["schedule"]
-    accumulated = plan.get("gradient-accumulation")
-    parts = place.data * micros * (int(accumulated.settings["micro_batches"]) if accumulated else 1)
-    per_stage = plan.ranks // stages
-    stage = rank // per_stage
+    stages, micros = place.pipeline, int(pipeline.settings["micro_batches"])
+    schedule = pipeline.settings["schedule"]
+    accumulation = plan.get("gradient-accumulation")
+    parts = place.data * micros * (int(accumulation.settings["micro_batches"]) if accumulation else 1)
+    ranks_per_stage = plan.ranks // stages
+    stage = rank // ranks_per_stage
     if schedule == "interleaved":
-        short = _interleaved(stages, stage, micros, int(used.settings["virtual"]), blocks)
+        short = _interleaved(stages, stage, micros, int(pipeline.settings["virtual"]), blocks)
     else:
         short = _straight(str(schedule), stages, stage, micros)
     if short is None or job.batch_size % parts:
         return None
-    knobs = {**used.settings, "stages": short.stages, "micro_batches": short.micros}
+    knobs = {**pipeline.settings, "stages": short.stages, "micro_batches": short.micros}
     return MemoryLine(
         job=job,
         plan=plan,
         rank=rank,
         stages=stages,
         stage=stage,
-        virtual=int(used.settings["virtual"]),
+        virtual=int(pipeline.settings["virtual"]),
         short_job=_first_rows(job, job.batch_size // micros * short.micros),
         short_plan=dataclasses.replace(
-            plan.with_use(use("pipeline", **knobs)), ranks=per_stage * short.stages
+            plan.with_use(use("pipeline", **knobs)), ranks=ranks_per_stage * short.stages
         ),
-        short_rank=short.stage * per_stage + rank % per_stage,
+        short_rank=short.stage * ranks_per_stage + rank % ranks_per_stage,
         short_stages=short.stages,
         short_stage=short.stage,
         micros=micros,
@@ -182,12 +198,14 @@ def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None
 def _straight(schedule: str, stages: int, stage: int, micros: int) -> _Short | None:
     if schedule not in _IN_FLIGHT:
         return None
-    flying = micros if schedule == "gpipe" else min(micros, stages - stage)
-    kept = min(flying, _IN_FLIGHT[schedule])
-    place = min(stage, 1)
-    count = max(2, place + (kept if schedule == "1f1b" else 1 + (stage < stages - 1)))
-    traced = min(micros, max(count, 3))  # a first, a last and one in between
-    return _Short(stages=count, stage=place, micros=traced, missing=(flying - kept,))
+    in_flight = micros if schedule == "gpipe" else min(micros, stages - stage)
+    short_in_flight = min(in_flight, _IN_FLIGHT[schedule])
+    short_stage = min(stage, 1)
+    short_stages = max(2, short_stage + (short_in_flight if schedule == "1f1b" else 1 + (stage < stages - 1)))
+    short_micros = min(micros, max(short_stages, 3))  # a first, a last and one in between
+    return _Short(
+        stages=short_stages, stage=short_stage, micros=short_micros, missing=(in_flight - short_in_flight,)
+    )
 
 
 def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int) -> _Short | None:
@@ -198,31 +216,35 @@ def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int
     backward pass right after the forward pass of its last chunk (`cost.schedules`). Returns None for other
     ranks, for other numbers of micro-batches, and where no such pipeline of three stages exists.
     """
-    last = stage == stages - 1
-    if micros != stages or stages <= _ROUND or not (stage < 2 or last):
+    is_last = stage == stages - 1
+    if micros != stages or stages <= _ROUND or not (stage < 2 or is_last):
         return None
-    place = _ROUND - 1 if last else stage
-    own = _of_rank(blocks, stages, stage, virtual)
-    most = max(own) * _ROUND * virtual
-    alike = (f for f in range(_ROUND * virtual) if _of_rank(most - f, _ROUND, place, virtual) == own)
-    fewer = next(alike, None)
+    short_stage = _ROUND - 1 if is_last else stage
+    block_counts = _of_rank(blocks, stages, stage, virtual)
+    max_blocks = max(block_counts) * _ROUND * virtual
+    candidates = (
+        f
+        for f in range(_ROUND * virtual)
+        if _of_rank(max_blocks - f, _ROUND, short_stage, virtual) == block_counts
+    )
+    fewer = next(candidates, None)
     if fewer is None:
         return None
-    missing = [stages - _ROUND] * (virtual - last) + [0] * last
-    return _Short(stages=_ROUND, stage=place, micros=_ROUND, missing=tuple(missing), fewer=fewer)
+    missing = [stages - _ROUND] * (virtual - is_last) + [0] * is_last
+    return _Short(stages=_ROUND, stage=short_stage, micros=_ROUND, missing=tuple(missing), fewer=fewer)
 
 
 def _numbers(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
     """Return the indices of a rank's blocks, chunk by chunk."""
-    each, more = divmod(blocks, stages * virtual)
+    chunk_blocks, remainder = divmod(blocks, stages * virtual)
     sizes = zip(range(stage, stages * virtual, stages), _of_rank(blocks, stages, stage, virtual), strict=True)
-    return [each * at + min(at, more) + i for at, size in sizes for i in range(size)]
+    return [chunk_blocks * chunk + min(chunk, remainder) + i for chunk, size in sizes for i in range(size)]
 
 
 def _of_rank(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
     """Return the number of blocks in each of a rank's chunks."""
-    each, more = divmod(blocks, stages * virtual)
-    return [each + (at < more) for at in range(stage, stages * virtual, stages)]
+    chunk_blocks, remainder = divmod(blocks, stages * virtual)
+    return [chunk_blocks + (chunk < remainder) for chunk in range(stage, stages * virtual, stages)]
 
 
 def _first_rows(job: Job, rows: int) -> Job:

@@ -22,8 +22,12 @@ def user_line() -> str:
     optimizer allocates."""
     frame: Any = sys._getframe(1)
     while frame is not None and (path := frame.f_code.co_filename) != _STEP:
-        own = any(part in path for part in _NOT_THE_USERS)
-        if not own or path.startswith(f"{_PACKAGE}jobs/") or "/site-packages/transformers/models/" in path:
+        is_internal = any(part in path for part in _NOT_THE_USERS)
+        if (
+            not is_internal
+            or path.startswith(f"{_PACKAGE}jobs/")
+            or "/site-packages/transformers/models/" in path
+        ):
             return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
@@ -34,8 +38,8 @@ def library_line() -> str:
     read."""
     frame: Any = sys._getframe(1)
     while frame is not None and (path := frame.f_code.co_filename) != _STEP:
-        installed = "/site-packages/" in path and "/site-packages/torch/" not in path
-        if (installed and _PACKAGE not in path) or not any(part in path for part in _NOT_THE_USERS):
+        is_library = "/site-packages/" in path and "/site-packages/torch/" not in path
+        if (is_library and _PACKAGE not in path) or not any(part in path for part in _NOT_THE_USERS):
             return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return user_line()

@@ -72,8 +72,8 @@ class Flows:
 def _apart(func: Any, args: Any) -> bool:
     if func.namespace != "c10d":
         return True
-    at = next((i for i, a in enumerate(func._schema.arguments) if a.name in ("asyncOp", "async_op")), None)
-    return at is not None and (args[at] if at < len(args) else True) is True
+    index = next((i for i, a in enumerate(func._schema.arguments) if a.name in ("asyncOp", "async_op")), None)
+    return index is not None and (args[index] if index < len(args) else True) is True
 
 
 def _storage(tensor: Any) -> int:

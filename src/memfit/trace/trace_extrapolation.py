@@ -48,25 +48,27 @@ def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> l
     flight. Equal stages share their traces.
     """
     model = tracer.fake_model(job)
-    found = repeated(model, job)
+    blocks = repeated(model, job)
     cpu = options.get("device", "cpu") == "cpu"
-    deep = [
-        _Deep.of(job, plan, rank, *found) if found and _repeats(plan, cpu=cpu) else None
+    deep_ranks = [
+        _Deep.of(job, plan, rank, *blocks) if blocks and _repeats(plan, cpu=cpu) else None
         for plan, rank in wanted
     ]
     calls: dict[Any, Callable[[], Trace]] = {}
-    for (plan, rank), one in zip(wanted, deep, strict=True):
-        if one is None:
+    for (plan, rank), deep_rank in zip(wanted, deep_ranks, strict=True):
+        if deep_rank is None:
             calls["whole", plan, rank] = partial(tracer.trace, job, plan, rank=rank, **options)
         else:
-            calls |= {one.key(d): partial(one.line.trace, d, **options) for d in one.depths()[:2]}
+            calls |= {
+                deep_rank.key(d): partial(deep_rank.line.trace, d, **options) for d in deep_rank.depths()[:2]
+            }
     large = sum(p.numel() for p in model.parameters()) >= _LARGE
     del model
-    made = side_by_side(list(calls.values())) if large else [call() for call in calls.values()]
-    kept = dict(zip(calls, made, strict=True))
+    results = side_by_side(list(calls.values())) if large else [call() for call in calls.values()]
+    traces = dict(zip(calls, results, strict=True))
     return [
-        kept["whole", plan, rank] if one is None else one.unrolled(kept, options)
-        for (plan, rank), one in zip(wanted, deep, strict=True)
+        traces["whole", plan, rank] if deep_rank is None else deep_rank.unrolled(traces, options)
+        for (plan, rank), deep_rank in zip(wanted, deep_ranks, strict=True)
     ]
 
 
@@ -92,20 +94,22 @@ class _Deep:
         line = shortened(job, plan, rank, count)
         if line is None:
             return None
-        own, period = line.own_blocks(count), _period(plan)
-        few = _first_depth(plan, period)
-        few += (len(own) - few) % period
-        wanted = Blocks(path=path, first=own[0], count=len(own), period=period)
-        deep = _Deep(line=line, wanted=wanted, first_depth=few)
-        if line.stages > 1 and (line.virtual > 1 or len(own) <= 2 * few + period):
-            numbers = dict(zip(line.short_blocks(line.depth(count)), own, strict=True))
-            alike = all((one - other) % period == 0 for one, other in numbers.items())
+        indices, period = line.own_blocks(count), _period(plan)
+        first_depth = _first_depth(plan, period)
+        first_depth += (len(indices) - first_depth) % period
+        rank_blocks = Blocks(path=path, first=indices[0], count=len(indices), period=period)
+        deep = _Deep(line=line, wanted=rank_blocks, first_depth=first_depth)
+        if line.stages > 1 and (line.virtual > 1 or len(indices) <= 2 * first_depth + period):
+            numbers = dict(zip(line.short_blocks(line.depth(count)), indices, strict=True))
+            are_aligned = all((short_index - index) % period == 0 for short_index, index in numbers.items())
             deep = dataclasses.replace(deep, numbers=numbers, first_depth=line.depth(count))
-            worth = line.short_micros < line.micros and len(own) * line.short_stages <= count and alike
+            is_worth = (
+                line.short_micros < line.micros and len(indices) * line.short_stages <= count and are_aligned
+            )
         else:
             bucketed = any(map(plan.get, ("ddp", "zero", "sharded-ddp")))  # buckets span blocks
-            worth = not bucketed and deep._is_worth(few)
-        return deep if worth else None
+            is_worth = not bucketed and deep._is_worth(first_depth)
+        return deep if is_worth else None
 
     def depths(self) -> range:
         """Return the numbers of blocks of the traces that may be made. Each trace is unrolled to the next and
@@ -119,10 +123,12 @@ class _Deep:
         return self.line.short_plan, self.line.short_rank, self.line.short_job.batch_size, depth
 
     def unrolled(self, kept: dict[Any, Trace], options: dict[str, Any]) -> Trace:
-        line, wanted = self.line, self.wanted
+        line, rank_blocks = self.line, self.wanted
         if self.numbers:
             try:
-                return line.filled(renumbered(kept[self.key(self.first_depth)], wanted.path, self.numbers))
+                return line.filled(
+                    renumbered(kept[self.key(self.first_depth)], rank_blocks.path, self.numbers)
+                )
             except Mismatch:
                 return tracer.trace(line.job, line.plan, rank=line.rank, **options)
         for depth, deeper in pairwise(self.depths()):
@@ -131,10 +137,10 @@ class _Deep:
             for blocks in (depth, deeper):
                 if self.key(blocks) not in kept:
                     kept[self.key(blocks)] = line.trace(blocks, **options)
-            given = dataclasses.replace(wanted, first=line.short_stage * depth, count=depth)
-            shallow, proof = kept[self.key(depth)], kept[self.key(deeper)]
+            short_blocks = dataclasses.replace(rank_blocks, first=line.short_stage * depth, count=depth)
+            shallow_trace, deeper_trace = kept[self.key(depth)], kept[self.key(deeper)]
             try:
-                return line.filled(unroll(shallow, proof, given, wanted))
+                return line.filled(unroll(shallow_trace, deeper_trace, short_blocks, rank_blocks))
             except Mismatch:
                 continue
         return tracer.trace(line.job, line.plan, rank=line.rank, **options)
@@ -152,14 +158,14 @@ def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:
         return None
-    apart = fp32_modules.find(model, job.islands)
-    equal = len({_shape(b, f"{path}.{i}", apart) for i, b in enumerate(blocks)}) == 1
-    return (path, len(blocks)) if equal and isinstance(model.get_submodule(path), CONTAINERS) else None
+    fp32_names = fp32_modules.find(model, job.islands)
+    are_equal = len({_shape(b, f"{path}.{i}", fp32_names) for i, b in enumerate(blocks)}) == 1
+    return (path, len(blocks)) if are_equal and isinstance(model.get_submodule(path), CONTAINERS) else None
 
 
-def _shape(block: torch.nn.Module, path: str, apart: Iterable[str]) -> tuple[Any, ...]:
-    inside = tuple(sorted(n.removeprefix(path) for n in apart if f"{n}.".startswith(f"{path}.")))
-    return tuple((name, p.shape) for name, p in block.named_parameters()), inside
+def _shape(block: torch.nn.Module, path: str, fp32_names: Iterable[str]) -> tuple[Any, ...]:
+    inner_names = tuple(sorted(n.removeprefix(path) for n in fp32_names if f"{n}.".startswith(f"{path}.")))
+    return tuple((name, p.shape) for name, p in block.named_parameters()), inner_names
 
 
 def _period(plan: Plan) -> int:
@@ -170,6 +176,6 @@ def _period(plan: Plan) -> int:
 def _first_depth(plan: Plan, period: int) -> int:
     """Return the number of blocks of the first shallow trace. The first and the last block may differ from
     those in between. Prefetching makes more blocks differ, and so do tensors sharded along the sequence."""
-    sharded, split = plan.get("fsdp2"), plan.get("tensor-parallel")
-    ahead = int(sharded.settings["prefetch"]) if sharded else 0
-    return ((3, 4, 8, 10)[min(ahead, 3)] + bool(sharded and split)) * period
+    fsdp2, tensor_parallel = plan.get("fsdp2"), plan.get("tensor-parallel")
+    prefetch = int(fsdp2.settings["prefetch"]) if fsdp2 else 0
+    return ((3, 4, 8, 10)[min(prefetch, 3)] + bool(fsdp2 and tensor_parallel)) * period

@@ -38,42 +38,42 @@ def side_by_side(
     results = {} if results is None else results
     if min(len(calls), cores) < 2 or _REFUSED or not _may_fork():
         return _one_by_one(calls, tell, results)
-    waiting, working = list(range(len(calls))), dict[Connection, int]()
-    found: dict[int, tuple[bool, Any]] = {}
-    copies = [_copy(calls) for _ in range(min(cores, len(calls)))]
-    free = [channel for channel, _ in copies]
-    from_end = set(free[1::2])
+    queue, index_by_channel = list(range(len(calls))), dict[Connection, int]()
+    outcomes: dict[int, tuple[bool, Any]] = {}
+    processes = [_copy(calls) for _ in range(min(cores, len(calls)))]
+    idle_channels = [channel for channel, _ in processes]
+    end_channels = set(idle_channels[1::2])
     try:
-        while waiting or working:
-            while waiting and free:
-                channel = free.pop(0)
-                working[channel] = waiting.pop(-1 if channel in from_end else 0)
-                channel.send(working[channel])
-                tell(len(found), working[channel])
-            for ready in [c for c in wait(list(working)) if isinstance(c, Connection)]:
-                index = working.pop(ready)
+        while queue or index_by_channel:
+            while queue and idle_channels:
+                channel = idle_channels.pop(0)
+                index_by_channel[channel] = queue.pop(-1 if channel in end_channels else 0)
+                channel.send(index_by_channel[channel])
+                tell(len(outcomes), index_by_channel[channel])
+            for ready_channel in [c for c in wait(list(index_by_channel)) if isinstance(c, Connection)]:
+                index = index_by_channel.pop(ready_channel)
                 try:
-                    found[index] = ready.recv()
-                    free.append(ready)
-                    results.update({index: found[index][1]} if found[index][0] else {})
-                    if _no_backward(*found[index]):
-                        _REFUSED.append(str(found[index][1]))
+                    outcomes[index] = ready_channel.recv()
+                    idle_channels.append(ready_channel)
+                    results.update({index: outcomes[index][1]} if outcomes[index][0] else {})
+                    if _no_backward(*outcomes[index]):
+                        _REFUSED.append(str(outcomes[index][1]))
                         return _one_by_one(calls, tell, results)
                 except EOFError:  # killed, perhaps for its memory: run it here, where the error is visible
-                    found[index] = (True, calls[index]())
-                    copies.append(_copy(calls))
-                    free.append(copies[-1][0])
-                tell(len(found), next(iter(working.values()), index))
+                    outcomes[index] = (True, calls[index]())
+                    processes.append(_copy(calls))
+                    idle_channels.append(processes[-1][0])
+                tell(len(outcomes), next(iter(index_by_channel.values()), index))
     finally:
-        for channel, process in copies:
+        for channel, process in processes:
             channel.close()
             process.terminate()
             process.join()
-    for index in sorted(found):
-        worked, value = found[index]
-        if not worked:
+    for index in sorted(outcomes):
+        is_ok, value = outcomes[index]
+        if not is_ok:
             raise value
-    return [found[i][1] for i in range(len(calls))]
+    return [outcomes[i][1] for i in range(len(calls))]
 
 
 _REFUSED: list[str] = []  # autograd's message from a forked process; later calls then do not fork
@@ -87,21 +87,21 @@ def _one_by_one(calls: Sequence[Callable[[], _T]], tell: Tell, results: dict[int
     return [results[index] for index in range(len(calls))]
 
 
-def _no_backward(worked: bool, value: Any) -> bool:
+def _no_backward(is_ok: bool, value: Any) -> bool:
     """Return whether a call failed because autograd has device threads (CUDA builds). No backward can then
     run in a forked process after one has run in the original process."""
-    return not worked and isinstance(value, RuntimeError) and "fork-based multiprocessing" in str(value)
+    return not is_ok and isinstance(value, RuntimeError) and "fork-based multiprocessing" in str(value)
 
 
 def _copy(calls: Sequence[Callable[[], Any]]) -> tuple[Connection, Any]:
     """Fork a process. Return the connection that takes the index of a call and returns its answer, and the
     process."""
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=_answer, args=(calls, there), daemon=True)
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_answer, args=(calls, child_end), daemon=True)
     process.start()
-    there.close()
-    return here, process
+    child_end.close()
+    return parent_end, process
 
 
 def _answer(calls: Sequence[Callable[[], Any]], channel: Connection) -> None:

@@ -101,9 +101,13 @@ def trace(
         streams(ledger) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):
         ledger.place = "host" if builds_on_host(plan, device) else ""
-        built: list[int] = []
+        model_bytes: list[int] = []
         step = _STEP.get()(
-            _unwatched(job, ledger), plan, device=device, world=world, on_built=partial(_begin, ledger, built)
+            _unwatched(job, ledger),
+            plan,
+            device=device,
+            world=world,
+            on_built=partial(_begin, ledger, model_bytes),
         )
         ledger.place = ""
         _label_state(ledger, step)
@@ -111,9 +115,11 @@ def trace(
         if moves_parameters(plan, device):
             ledger.move(list(step.model.parameters()), "")
         if any(_compiled(m) for m in step.model.modules()):
-            ledger.guesses.assumptions["modules under torch.compile keep what eager code keeps"] = None
-        done = _play(
-            ledger, step, partial(_given, ledger, fake, step), steps=steps, most=played, update=update
+            ledger.guesses.assumptions[
+                "modules under torch.compile keep the same tensors as in eager mode"
+            ] = None
+        played_count = _play(
+            ledger, step, partial(_given, ledger, fake, step), steps=steps, max_played=played, update=update
         )
         groups = members()
     allocations, ops, spans = ledger.finish()
@@ -127,7 +133,7 @@ def trace(
         spans=spans,
         parameter_count=sum(p.numel() for p in params),
         trainable_count=sum(p.numel() for p in params if p.requires_grad),
-        repeated_micro_steps=step.bench.micro_batches - done,
+        repeated_micro_steps=step.bench.micro_batches - played_count,
         offloaded_bytes=ledger.offloaded_bytes,
         restored_bytes=ledger.restored_bytes,
         offloaded_tensors=ledger.offloaded_tensors,
@@ -140,7 +146,7 @@ def trace(
         members=groups,
         host_peak_bytes=host_peak_bytes,
         host_step_bytes=host_step_bytes,
-        model_bytes=built[0],
+        model_bytes=model_bytes[0],
     )
 
 
@@ -181,16 +187,28 @@ def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int)
 
 
 def _play(
-    ledger: Ledger, step: TrainingStep, given: Callable[[int], Any], *, steps: int, most: int, update: bool
+    ledger: Ledger,
+    step: TrainingStep,
+    make_inputs: Callable[[int], Any],
+    *,
+    steps: int,
+    max_played: int,
+    update: bool,
 ) -> int:
     """Run the steps and return the number of micro-batches run in each."""
-    played = min(step.bench.micro_batches, most)
+    played = min(step.bench.micro_batches, max_played)
     with _not_tracing():  # building the model may have imported modules to patch
-        return _played(ledger, step, given, steps=steps, played=played, update=update)
+        return _played(ledger, step, make_inputs, steps=steps, played=played, update=update)
 
 
 def _played(
-    ledger: Ledger, step: TrainingStep, given: Callable[[int], Any], *, steps: int, played: int, update: bool
+    ledger: Ledger,
+    step: TrainingStep,
+    make_inputs: Callable[[int], Any],
+    *,
+    steps: int,
+    played: int,
+    update: bool,
 ) -> int:
     step.bench.on_gradient = lambda param: ledger.label(param.grad, Category.GRADIENT)
     step.bench.on_offload = ledger.note_offload
@@ -203,13 +221,13 @@ def _played(
             if index < steps - 1 and primed(step.plan):
                 step.prime(mark)
             else:
-                inputs, terms = given(index)
+                inputs, terms = make_inputs(index)
                 # One process needs an earlier step only for the state that its optimizer makes.
-                first = index < steps - 1 and step.bench.world.layout.ranks == 1
+                is_early_step = index < steps - 1 and step.bench.world.layout.ranks == 1
                 outputs = step.run(
                     inputs,
                     mark,
-                    micro_batches_played=1 if first else played,
+                    micro_batches_played=1 if is_early_step else played,
                     update=update,
                     terms_per_rank=terms,
                 )
@@ -229,9 +247,9 @@ def _unwatched(job: Job, ledger: Ledger) -> Job:
     return dataclasses.replace(job, build_model=ledger.unseen(job.build_model))
 
 
-def _begin(ledger: Ledger, built: list[int], bench: Workbench) -> None:
+def _begin(ledger: Ledger, model_bytes: list[int], bench: Workbench) -> None:
     tensors = [*bench.model.parameters(), *bench.model.buffers()]
-    built.append(sum(t.numel() * t.element_size() for t in tensors))
+    model_bytes.append(sum(t.numel() * t.element_size() for t in tensors))
     bench.on_ddp = partial(ready_for_fakes, note=ledger.note_real)
     if ledger.device != "cpu":
         bench.place = ledger.placed
@@ -288,8 +306,8 @@ def _fake_world() -> Iterator[FakeTensorMode]:
         # Hide warnings that the model also gives where it really runs.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        silent: dict[str, Any] = {"__enter__": lambda self: self, "__exit__": lambda *raised: None}
-        stack.enter_context(mock.patch.multiple(torch.autograd.profiler.record_function, **silent))
+        no_ops: dict[str, Any] = {"__enter__": lambda self: self, "__exit__": lambda *exc_info: None}
+        stack.enter_context(mock.patch.multiple(torch.autograd.profiler.record_function, **no_ops))
         # pin_memory does nothing: fake tensors cannot be pinned, and pinned memory counts as host memory.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *a, **k: self))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -358,25 +376,25 @@ def _guesses_blamed(ledger: Ledger) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        own = isinstance(error, UserError) and error.__cause__ is None
-        blamed = _blamed(error, list(guesses.assumptions))
-        if guesses.doubtful and not own:
-            raise Doubted(guesses.doubtful, blamed or error) from error
-        if blamed is not None:
-            raise blamed from error
+        is_own_error = isinstance(error, UserError) and error.__cause__ is None
+        guess_error = _blamed(error, list(guesses.assumptions))
+        if guesses.doubtful and not is_own_error:
+            raise Doubted(guesses.doubtful, guess_error or error) from error
+        if guess_error is not None:
+            raise guess_error from error
         raise
 
 
-def _blamed(error: Exception, guessed: list[str]) -> UserError | None:
-    if not guessed or not isinstance(error, RuntimeError | ValueError | IndexError | TypeError):
+def _blamed(error: Exception, guesses: list[str]) -> UserError | None:
+    if not guesses or not isinstance(error, RuntimeError | ValueError | IndexError | TypeError):
         return None
     reason = (str(error).splitlines() or [repr(error)])[0]
-    told = UserError(
+    user_error = UserError(
         f"the step does not run on fake tensors: {reason[:200]}",
-        hint=f"memfit had to guess ({guessed[-1]}); give a better value in bound=",
+        hint=f"memfit had to guess ({guesses[-1]}); give a better value in bound=",
     )
-    told.__cause__ = error
-    return told
+    user_error.__cause__ = error
+    return user_error
 
 
 def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
@@ -384,29 +402,33 @@ def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
     mode, and so breaks the record of memory."""
     if id(tensor) not in memo:
         with torch.no_grad():
-            fresh = tensor.detach().clone()
-        wanted = tensor.requires_grad
-        parameter = isinstance(tensor, torch.nn.Parameter)
-        memo[id(tensor)] = torch.nn.Parameter(fresh, wanted) if parameter else fresh.requires_grad_(wanted)
-    copied: torch.Tensor = memo[id(tensor)]
-    return copied
+            clone = tensor.detach().clone()
+        requires_grad = tensor.requires_grad
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = (
+            torch.nn.Parameter(clone, requires_grad) if is_parameter else clone.requires_grad_(requires_grad)
+        )
+    result: torch.Tensor = memo[id(tensor)]
+    return result
 
 
 def _apply_without_swap() -> Any:
     """Return a ``Module._apply`` for fake tensors. Torch would swap parameters in place, which fails for fake
     ones, so they are replaced. Tied parameters stay tied."""
-    seen: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
+    replacements: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
     depth = 0
 
     def replaced(param: torch.nn.Parameter, fn: Any) -> torch.nn.Parameter:
-        known = seen.get(id(param))
-        if known is None or known[0]() is not param:  # a freed parameter's id may be reused
+        entry = replacements.get(id(param))
+        if entry is None or entry[0]() is not param:  # a freed parameter's id may be reused
             with torch.no_grad():
-                applied = fn(param)
-            same = applied is param or applied.untyped_storage()._cdata == param.untyped_storage()._cdata
-            fresh = param if same else torch.nn.Parameter(applied, param.requires_grad)
-            seen[id(param)] = (weakref.ref(param), fresh)
-        return seen[id(param)][1]
+                new_tensor = fn(param)
+            shares_storage = (
+                new_tensor is param or new_tensor.untyped_storage()._cdata == param.untyped_storage()._cdata
+            )
+            new_param = param if shares_storage else torch.nn.Parameter(new_tensor, param.requires_grad)
+            replacements[id(param)] = (weakref.ref(param), new_param)
+        return replacements[id(param)][1]
 
     def apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
         nonlocal depth
@@ -421,7 +443,7 @@ def _apply_without_swap() -> Any:
                 module._buffers[key] = fn(buffer)
         depth -= 1
         if depth == 0:
-            seen.clear()
+            replacements.clear()
         return module
 
     return apply

@@ -27,9 +27,9 @@ class FirstBlocks:
     count: int
 
     def __call__(self) -> torch.nn.Module:
-        known = _KNOWN.get(self.job.build_model)
-        if known is not None:
-            kind, path = known
+        entry = _KNOWN.get(self.job.build_model)
+        if entry is not None:
+            kind, path = entry
             with contextlib.suppress(Exception), _hollow_beyond(kind, self.count):
                 return keep_blocks(self.job.build_model(), path, self.count)
         return keep_blocks(self.job.build_model(), self.job.blocks, self.count)

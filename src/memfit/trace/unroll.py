@@ -114,19 +114,19 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
     Raises Mismatch if unrolling ``shallow`` does not give ``deeper``.
     """
     assert (wanted.count - given.count) % given.period == 0, (given, wanted)
-    middle, growth, more = _middle(shallow, deeper, given)
-    whole = _Unrolled(shallow, given, wanted, middle)
-    times = whole.extra
-    ops = tuple(_worked(whole, more))
-    grown = [
-        _grown(a, times * growth[o], shallow.device) if o in growth else a
-        for a, o in zip(whole.trace.allocations, whole.origin, strict=True)
+    middle, growth, extra_work = _middle(shallow, deeper, given)
+    deep = _Unrolled(shallow, given, wanted, middle)
+    extra_periods = deep.extra
+    ops = tuple(_worked(deep, extra_work))
+    allocations = [
+        _grown(a, extra_periods * growth[o], shallow.device) if o in growth else a
+        for a, o in zip(deep.trace.allocations, deep.origin, strict=True)
     ]
-    line = {
-        name: getattr(shallow, name) + times * (getattr(deeper, name) - getattr(shallow, name))
+    totals = {
+        name: getattr(shallow, name) + extra_periods * (getattr(deeper, name) - getattr(shallow, name))
         for name in _ON_A_LINE
     }
-    return dataclasses.replace(whole.trace, allocations=tuple(grown), ops=ops, **line)
+    return dataclasses.replace(deep.trace, allocations=tuple(allocations), ops=ops, **totals)
 
 
 def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
@@ -138,8 +138,9 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
         number, dot, rest = made.module[len(path) + 1 :].partition(".")
         if not number.isdecimal():
             return made
-        other = numbers.get(int(number), number)  # a block of another rank, which is built and then dropped
-        return dataclasses.replace(made, module=f"{path}.{other}{dot}{rest}")
+        # A missing number is that of another rank's block, which is built and then dropped.
+        new_number = numbers.get(int(number), number)
+        return dataclasses.replace(made, module=f"{path}.{new_number}{dot}{rest}")
 
     return dataclasses.replace(
         trace, allocations=tuple(map(moved, trace.allocations)), ops=tuple(map(moved, trace.ops))
@@ -147,62 +148,70 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
 
 
 def _middle(
-    shallow: Trace, deeper: Trace, given: Blocks
+    shallow: Trace, deeper: Trace, blocks: Blocks
 ) -> tuple[int, dict[int, int], dict[int, tuple[_Work, _Work]]]:
     """Return a block whose repetition gives the deeper trace, and what grows in addition. The first and last
     blocks, and those that prefetch them, may differ. Raises Mismatch if there is none."""
     reason = "fewer than three periods"
-    true, periods = canonical(deeper), -(-given.count // given.period)
-    more = dataclasses.replace(given, count=given.count + given.period)
+    expected, periods = canonical(deeper), -(-blocks.count // blocks.period)
+    deeper_blocks = dataclasses.replace(blocks, count=blocks.count + blocks.period)
     for middle in sorted(range(1, periods - 1), key=lambda m: abs(2 * m - periods)):
         try:
-            made = _Unrolled(shallow, given, more, middle)
-            return middle, _growth(made, true), _more_work(made, true)
+            candidate = _Unrolled(shallow, blocks, deeper_blocks, middle)
+            return middle, _growth(candidate, expected), _more_work(candidate, expected)
         except Mismatch as mismatch:
             reason = str(mismatch)
     raise Mismatch(reason)
 
 
-def _grown(a: Allocation, more_bytes: int, device: str) -> Allocation:
-    requested = a.requested_bytes + more_bytes
+def _grown(a: Allocation, extra_bytes: int, device: str) -> Allocation:
+    requested = a.requested_bytes + extra_bytes
     return dataclasses.replace(a, requested_bytes=requested, size_bytes=rounded(requested, device))
 
 
-def _growth(made: _Unrolled, true: Trace) -> dict[int, int]:
+def _growth(candidate: _Unrolled, expected: Trace) -> dict[int, int]:
     """Return the bytes by which allocations outside the blocks grow per period, by shallow index. Raises
     Mismatch if anything else differs."""
-    mine = made.trace
-    if len(mine.allocations) != len(true.allocations):
-        raise Mismatch(f"{len(true.allocations)} allocations where {len(mine.allocations)} were expected")
-    if [(o.clock, o.op) for o in mine.ops] != [(o.clock, o.op) for o in true.ops]:
-        raise Mismatch("operators come in another order")
+    actual = candidate.trace
+    if len(actual.allocations) != len(expected.allocations):
+        raise Mismatch(
+            f"{len(expected.allocations)} allocations where {len(actual.allocations)} were expected"
+        )
+    if [(o.clock, o.op) for o in actual.ops] != [(o.clock, o.op) for o in expected.ops]:
+        raise Mismatch("the operators are in a different order")
     growth = {}
-    for origin, one, other in zip(made.origin, mine.allocations, true.allocations, strict=True):
-        if (one.start, one.end, one.op) != (other.start, other.end, other.op):
-            raise Mismatch(f"{other.op} in {other.module or 'the model'} lives at another time")
-        if one.requested_bytes != other.requested_bytes:
-            if made.born[origin].block is not None:
-                raise Mismatch(f"{other.op} in {other.module} has another size")
-            growth[origin] = other.requested_bytes - one.requested_bytes
+    for origin, allocation, reference in zip(
+        candidate.origin, actual.allocations, expected.allocations, strict=True
+    ):
+        if (allocation.start, allocation.end, allocation.op) != (
+            reference.start,
+            reference.end,
+            reference.op,
+        ):
+            raise Mismatch(f"{reference.op} in {reference.module or 'the model'} has a different lifetime")
+        if allocation.requested_bytes != reference.requested_bytes:
+            if candidate.born[origin].block is not None:
+                raise Mismatch(f"{reference.op} in {reference.module} has a different size")
+            growth[origin] = reference.requested_bytes - allocation.requested_bytes
     return growth
 
 
-def _more_work(made: _Unrolled, true: Trace) -> dict[int, tuple[_Work, _Work]]:
+def _more_work(candidate: _Unrolled, expected: Trace) -> dict[int, tuple[_Work, _Work]]:
     """Return, by shallow index, the additional work of the first and of the last copy of an operator."""
-    found: dict[int, list[_Work]] = defaultdict(list)
-    for origin, one, other in zip(made.op_origin, made.trace.ops, true.ops, strict=True):
-        found[origin].append(_Work.between(one, other))
-    return {origin: (more[0], more[-1]) for origin, more in found.items() if any(map(any, more))}
+    work_by_origin: dict[int, list[_Work]] = defaultdict(list)
+    for origin, op, reference in zip(candidate.op_origin, candidate.trace.ops, expected.ops, strict=True):
+        work_by_origin[origin].append(_Work.between(op, reference))
+    return {origin: (works[0], works[-1]) for origin, works in work_by_origin.items() if any(map(any, works))}
 
 
-def _worked(made: _Unrolled, more: dict[int, tuple[_Work, _Work]]) -> Iterator[OpCall]:
+def _worked(candidate: _Unrolled, extra_work: dict[int, tuple[_Work, _Work]]) -> Iterator[OpCall]:
     copies: dict[int, int] = defaultdict(int)
-    for origin, op in zip(made.op_origin, made.trace.ops, strict=True):
-        if origin not in more:
+    for origin, op in zip(candidate.op_origin, candidate.trace.ops, strict=True):
+        if origin not in extra_work:
             yield op
             continue
-        first, last = more[origin]
-        yield last.added(first.added(op, made.extra - copies[origin]), copies[origin])
+        first_work, last_work = extra_work[origin]
+        yield last_work.added(first_work.added(op, candidate.extra - copies[origin]), copies[origin])
         copies[origin] += 1
 
 
@@ -218,13 +227,13 @@ def _events(trace: Trace, tag: Callable[[str], int | None]) -> list[_Event]:
 
 
 def _spanned(events: list[_Event], spans: tuple[PhaseSpan, ...]) -> Iterator[tuple[PhaseSpan, list[_Event]]]:
-    first = 0
+    start = 0
     for span in spans:
-        last = first
-        while last < len(events) and events[last].clock < span.end:
-            last += 1
-        yield span, events[first:last]
-        first = last
+        end = start
+        while end < len(events) and events[end].clock < span.end:
+            end += 1
+        yield span, events[start:end]
+        start = end
 
 
 def canonical(trace: Trace) -> Trace:
@@ -234,11 +243,11 @@ def canonical(trace: Trace) -> Trace:
     tables = {_ALLOCATE: starts, _FREE: ends, _OPERATE: clocks}
     spans, clock = [], 0
     for span, events in _spanned(_events(trace, lambda module: None), trace.spans):
-        began = clock
+        start = clock
         for event in (e for group in _groups(events) for e in group):
             tables[event.kind][event.index] = clock
             clock += 1
-        spans.append(dataclasses.replace(span, start=began, end=clock))
+        spans.append(dataclasses.replace(span, start=start, end=clock))
     return dataclasses.replace(
         trace,
         spans=tuple(spans),
@@ -258,7 +267,7 @@ class _Unrolled:
         self.periods = -(-given.count // given.period)
         self.extra = (wanted.count - given.count) // given.period
         events = _spanned(_events(shallow, given.period_of), shallow.spans)
-        self.chapters = [_Chapter(span, self._runs(own, span.phase)) for span, own in events]
+        self.chapters = [_Chapter(span, self._runs(span_events, span.phase)) for span, span_events in events]
         self.born = self._births()
         self.origin: list[int] = []
         self.op_origin: list[int] = []
@@ -272,60 +281,61 @@ class _Unrolled:
         positional = phase in (Phase.FORWARD, Phase.BACKWARD)
         runs: _Runs = []
         for group in _groups(events):
-            at_work = runs[-1][0] if runs else None
-            listed = len({e.block for e in group} - {None}) > 1 and (at_work is None or not positional)
+            running_block = runs[-1][0] if runs else None
+            is_list = len({e.block for e in group} - {None}) > 1 and (running_block is None or not positional)
             for event in group:
-                block = event.block if event.kind != _FREE or listed else at_work
+                block = event.block if event.kind != _FREE or is_list else running_block
                 if not runs or block != runs[-1][0]:
                     runs.append((block, []))
                 runs[-1][1].append(event)
         return _joined(runs)
 
     def _births(self) -> dict[int, _Place]:
-        born = {}
+        places = {}
         for c, chapter in enumerate(self.chapters):
-            seen: dict[int | None, int] = {}
+            occurrences: dict[int | None, int] = {}
             for block, events in chapter.runs:
-                occurrence = seen[block] = seen.get(block, -1) + 1
+                occurrence = occurrences[block] = occurrences.get(block, -1) + 1
                 for offset, event in enumerate(events):
                     if event.kind == _ALLOCATE:
-                        born[event.index] = _Place(c, block, occurrence, offset)
-        return born
+                        places[event.index] = _Place(c, block, occurrence, offset)
+        return places
 
     # -- writing ------------------------------------------------------------------------------------
 
     def _write(self) -> Trace:
-        born: list[dict[str, Any]] = []  # what differs from the shallow allocation
+        changes: list[dict[str, Any]] = []  # what differs from the shallow allocation
         ops: list[OpCall] = []
         spans: list[PhaseSpan] = []
-        made: dict[_Place, int] = {}  # new place -> new index
+        indices: dict[_Place, int] = {}  # new place -> new index
         clock = 0
         for c, chapter in enumerate(self.chapters):
-            began = clock
-            seen: dict[int | None, int] = {}
+            start = clock
+            occurrences: dict[int | None, int] = {}
             for template, block, events in self._expanded(chapter):
-                occurrence = seen[block] = seen.get(block, -1) + 1
+                occurrence = occurrences[block] = occurrences.get(block, -1) + 1
                 for offset, event in enumerate(events):
                     if event.kind == _ALLOCATE:
-                        made[_Place(c, block, occurrence, offset)] = len(born)
+                        indices[_Place(c, block, occurrence, offset)] = len(changes)
                         module = self._renamed(self.shallow.allocations[event.index].module, template, block)
-                        born.append({"start": clock, "end": None, "module": module})
+                        changes.append({"start": clock, "end": None, "module": module})
                         self.origin.append(event.index)
                     elif event.kind == _FREE:
-                        target = made.get(self._like(self.born[event.index], template, block))
-                        if target is None or born[target]["end"] is not None:
-                            raise Mismatch("a block frees what no other block has")
-                        born[target]["end"] = clock
+                        target = indices.get(self._like(self.born[event.index], template, block))
+                        if target is None or changes[target]["end"] is not None:
+                            raise Mismatch("a block frees an allocation whose counterpart does not exist")
+                        changes[target]["end"] = clock
                     else:
                         op = self.shallow.ops[event.index]
                         module = self._renamed(op.module, template, block)
                         ops.append(dataclasses.replace(op, clock=clock, module=module))
                         self.op_origin.append(event.index)
                     clock += 1
-            spans.append(dataclasses.replace(chapter.span, start=began, end=clock))
-        like = self.shallow.allocations
+            spans.append(dataclasses.replace(chapter.span, start=start, end=clock))
+        originals = self.shallow.allocations
         allocations = tuple(
-            dataclasses.replace(like[i], **new) for i, new in zip(self.origin, born, strict=True)
+            dataclasses.replace(originals[i], **change)
+            for i, change in zip(self.origin, changes, strict=True)
         )
         return dataclasses.replace(self.shallow, allocations=allocations, ops=tuple(ops), spans=tuple(spans))
 
@@ -333,7 +343,7 @@ class _Unrolled:
         """Yield (block in the shallow trace, block in the deep one, events). Copies of the middle block
         follow the direction in which the chapter visits blocks."""
         order = [b for b, _ in chapter.runs if b is not None]
-        place = 0
+        position = 0
         for block, events in chapter.runs:
             if block is None:
                 yield None, None, events
@@ -342,11 +352,11 @@ class _Unrolled:
             if block > self.middle:
                 copies = [block + self.extra]
             elif block == self.middle:
-                after = order[place + 1] if place + 1 < len(order) else None
-                before = order[place - 1] if place else None
-                ascending = after == block + 1 or before == block - 1
+                next_block = order[position + 1] if position + 1 < len(order) else None
+                previous_block = order[position - 1] if position else None
+                ascending = next_block == block + 1 or previous_block == block - 1
                 copies = list(range(block, block + self.extra + 1))[:: 1 if ascending else -1]
-            place += 1
+            position += 1
             for copy in copies:
                 yield block, copy, events
 
@@ -355,22 +365,22 @@ class _Unrolled:
         ``template``."""
         if place.block is None:
             return place
-        far = template is not None and 2 * abs(place.block - template) > self.periods - 1
-        if template is None or block is None or far:  # far: from one end to the other
-            moved = place.block + (self.extra if place.block > self.middle else 0)
+        is_far = template is not None and 2 * abs(place.block - template) > self.periods - 1
+        if template is None or block is None or is_far:  # from one end to the other
+            new_block = place.block + (self.extra if place.block > self.middle else 0)
         else:
-            moved = place.block + block - template
-        return place._replace(block=moved)
+            new_block = place.block + block - template
+        return place._replace(block=new_block)
 
     def _renamed(self, module: str, template: int | None, block: int | None) -> str:
-        own = self.given.period_of(module)
-        if own is None:
+        period = self.given.period_of(module)
+        if period is None:
             return module
         if template is None or block is None:
-            later = self.extra if own > self.middle else 0
+            shift = self.extra if period > self.middle else 0
         else:
-            later = block - template
-        return self.given.moved(module, self.first, later)
+            shift = block - template
+        return self.given.moved(module, self.first, shift)
 
 
 def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
@@ -392,14 +402,16 @@ def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
 def _joined(runs: _Runs) -> _Runs:
     """Join runs. Events without a block that lie inside a block, or between neighbouring blocks, join the run
     before."""
-    joined: _Runs = []
-    for i, (own, events) in enumerate(runs):
-        between = own is None and 0 < i < len(runs) - 1
-        before, after = (runs[i - 1][0], runs[i + 1][0]) if between else (None, None)
-        near = before is not None and after is not None and abs(before - after) <= 1
-        block = before if near else own
-        if joined and joined[-1][0] == block and block is not None:
-            joined[-1][1].extend(events)
+    result: _Runs = []
+    for i, (run_block, events) in enumerate(runs):
+        is_between = run_block is None and 0 < i < len(runs) - 1
+        previous_block, next_block = (runs[i - 1][0], runs[i + 1][0]) if is_between else (None, None)
+        are_neighbours = (
+            previous_block is not None and next_block is not None and abs(previous_block - next_block) <= 1
+        )
+        block = previous_block if are_neighbours else run_block
+        if result and result[-1][0] == block and block is not None:
+            result[-1][1].extend(events)
         else:
-            joined.append((block, events))
-    return joined
+            result.append((block, events))
+    return result

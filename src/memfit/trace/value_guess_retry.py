@@ -40,19 +40,19 @@ def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, 
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        first: Exception | None = None
+        first_error: Exception | None = None
         for _ in range(_TRIES):
             try:
                 return run(job, *args, **kwargs)
-            except Doubted as doubted:
-                first = first or doubted.reason
-                job = _told(job, {doubted.place: 0})
+            except Doubted as doubt:
+                first_error = first_error or doubt.reason
+                job = _told(job, {doubt.place: 0})
             except Exception:
-                if first is not None:
-                    raise first from first.__cause__
+                if first_error is not None:
+                    raise first_error from first_error.__cause__
                 raise
-        assert first is not None
-        raise first from first.__cause__
+        assert first_error is not None
+        raise first_error from first_error.__cause__
 
     return settled
 
@@ -63,23 +63,24 @@ def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
-        found = run(job, *args, **kwargs)
+        trace = run(job, *args, **kwargs)
 
         def matters(lines: Iterable[str]) -> bool:
             with contextlib.suppress(UserError, *_FAILURES):  # an answer that fails says nothing
-                once: Any = {**kwargs, "steps": 1}
-                other = run(_told(job, dict.fromkeys(lines, _ANOTHER)), *args, **once)
-                return _sizes(found) != _sizes(other)
+                options: Any = {**kwargs, "steps": 1}
+                other_trace = run(_told(job, dict.fromkeys(lines, _ANOTHER)), *args, **options)
+                return _sizes(trace) != _sizes(other_trace)
             return False
 
-        if found.guessed and matters(found.guessed):
-            lines = [line for line in found.guessed if matters([line])] or found.guessed
+        if trace.guessed and matters(trace.guessed):
+            lines = [line for line in trace.guessed if matters([line])] or trace.guessed
             raise UserError(
-                f".item() at {' and '.join(lines)} decides how much memory the step takes, and the batch "
-                "alone does not say what it gives",
-                allowed=f"bound={{{', '.join(f'{line!r}: N' for line in lines)}}} of the Job or of estimate",
+                f".item() at {' and '.join(lines)} determines how much memory the step takes, but its "
+                "value does not follow from the batch alone",
+                allowed=f"bound={{{', '.join(f'{line!r}: N' for line in lines)}}} in Job(...) or "
+                "estimate(...)",
             )
-        return found
+        return trace
 
     return settled
 
@@ -90,21 +91,21 @@ def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
-        found = run(job, *args, **kwargs)
-        if not found.assumed:
-            return found
-        peaks = [_peak_bytes(found)]
+        trace = run(job, *args, **kwargs)
+        if not trace.assumed:
+            return trace
+        peaks = [_peak_bytes(trace)]
         for case in (AssumedCase.LOW, AssumedCase.HIGH):
             with contextlib.suppress(UserError, *_FAILURES), assuming(case):  # some values are impossible
                 peaks.append(_peak_bytes(run(job, *args, **kwargs)))
-        where, tried = " and ".join(found.assumed), len(peaks) - 1
-        told = f"values at {where} were assumed; the interval holds the peaks under {tried} other cases"
-        matters = min(peaks) < max(peaks) or not tried
+        places, case_count = " and ".join(trace.assumed), len(peaks) - 1
+        note = f"values at {places} were assumed; the interval covers the peaks of {case_count} other cases"
+        is_relevant = min(peaks) < max(peaks) or not case_count
         return dataclasses.replace(
-            found,
+            trace,
             assumed_low_ratio=min(peaks) / peaks[0],
             assumed_high_ratio=max(peaks) / peaks[0],
-            assumptions=(*found.assumptions, told) if matters else found.assumptions,
+            assumptions=(*trace.assumptions, note) if is_relevant else trace.assumptions,
         )
 
     return settled
@@ -116,9 +117,9 @@ def _peak_bytes(trace: Trace) -> int:
     return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
 
 
-def _told(job: Job, more: Mapping[str, int]) -> Job:
-    known = job.bound if isinstance(job.bound, Mapping) else {} if job.bound is None else {"": job.bound}
-    return dataclasses.replace(job, bound={**known, **more})
+def _told(job: Job, overrides: Mapping[str, int]) -> Job:
+    bounds = job.bound if isinstance(job.bound, Mapping) else {} if job.bound is None else {"": job.bound}
+    return dataclasses.replace(job, bound={**bounds, **overrides})
 
 
 def _sizes(trace: Trace) -> list[int]:

@@ -21,7 +21,7 @@ def values_read(guesses: Guesses) -> Iterator[None]:
     """Patch these functions inside this context."""
     shadows = guesses.shadows
     with contextlib.ExitStack() as stack:
-        for home, name, put in (
+        for home, name, replacement in (
             (torch._VF, "_pad_packed_sequence", _padding(shadows)),
             (torch, "ctc_loss", _given_tensors(torch.ctc_loss)),
             (torch, "tensor_split", _given_numbers(torch.tensor_split)),
@@ -29,7 +29,7 @@ def values_read(guesses: Guesses) -> Iterator[None]:
             (torch.Tensor, "numpy", _of_values(guesses, torch.Tensor.numpy)),
             (FakeTensor, "tolist", _of_values(guesses, torch.Tensor.tolist)),
         ):
-            stack.enter_context(mock.patch.object(home, name, put, create=home is torch._VF))
+            stack.enter_context(mock.patch.object(home, name, replacement, create=home is torch._VF))
         yield
 
 
@@ -79,15 +79,15 @@ def _padding(shadows: Shadows) -> Callable[..., Any]:
             widths, steps = (t.tolist() for t in batch_sizes.unique_consecutive(return_counts=True))
         longest = len(batch_sizes)
         if 0 < total_length < longest:
-            raise ValueError(f"total_length is {total_length}, and the longest sequence has {longest}")
+            raise ValueError(f"total_length is {total_length}, but the longest sequence has length {longest}")
         out = data.new_full((max(longest, total_length), rows, *data.shape[1:]), value)
         lengths = torch.empty(rows, dtype=torch.int64)
         shadows.attach(lengths, real)
-        place = time = 0
+        offset = start = 0
         for width, count in zip(widths, steps, strict=True):
-            piece = data[place : place + width * count].view(count, width, *data.shape[1:])
-            out[time : time + count, :width].copy_(piece)
-            place, time = place + width * count, time + count
+            piece = data[offset : offset + width * count].view(count, width, *data.shape[1:])
+            out[start : start + count, :width].copy_(piece)
+            offset, start = offset + width * count, start + count
         return (out.transpose(0, 1) if batch_first else out), lengths
 
     return pad

@@ -31,8 +31,8 @@ class Conformance:
     unseen: tuple[str, ...]
 
     def __str__(self) -> str:
-        told = "; ".join(map(str, self.differences)) or f"as planned ({', '.join(self.checked)})"
-        return f"{told}; not seen: {'; '.join(self.unseen)}" if self.unseen else told
+        text = "; ".join(map(str, self.differences)) or f"as planned ({', '.join(self.checked)})"
+        return f"{text}; not checked: {'; '.join(self.unseen)}" if self.unseen else text
 
 
 class NotConforming(MemfitError):
@@ -40,5 +40,5 @@ class NotConforming(MemfitError):
 
     def __init__(self, found: Conformance) -> None:
         self.found = found
-        told = "; ".join(str(d) for d in found.differences)
-        super().__init__(f"the plan was not applied: {told}")
+        differences = "; ".join(str(d) for d in found.differences)
+        super().__init__(f"the plan was not applied: {differences}")

@@ -147,8 +147,12 @@ class Sheet:
 
         None if unknown.
         """
-        mine, other = self.present_cost, reference.present_cost
-        return None if mine is None or other is None or other <= 0 else 100 * (1 - mine / other)
+        cost, reference_cost = self.present_cost, reference.present_cost
+        return (
+            None
+            if cost is None or reference_cost is None or reference_cost <= 0
+            else 100 * (1 - cost / reference_cost)
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ _CHANGES = {
     DependenceCause.SYNC_BATCH_NORM: "changes SyncBatchNorm's statistics in micro-batches",
     DependenceCause.STATE: "changes the state that a forward pass updates",
     DependenceCause.LOSS: "changes the loss, which compares samples of a batch",
-    DependenceCause.WEIGHTS: "weighs the terms of the loss wrongly",
+    DependenceCause.WEIGHTS: "weights the terms of the loss incorrectly",
 }
 
 
@@ -60,7 +60,7 @@ class SampleDependence:
         if self.kind is DependenceKind.NOT_TESTED:
             return f"not tested whether samples of a batch depend on each other ({self.reason})"
         if self.kind is DependenceKind.DEPENDENT:
-            return f"splitting the batch {self.changes} ({self.reason}); way out: {self.way_out}"
+            return f"splitting the batch {self.changes} ({self.reason}); instead, use {self.way_out}"
         return ""
 
     @property
@@ -68,5 +68,5 @@ class SampleDependence:
         if self.cause is DependenceCause.BATCH_NORM:
             return "SyncBatchNorm for data-parallel ranks, no micro-batches"
         if self.cause is DependenceCause.WEIGHTS:
-            return "a mean over the terms, which Job(loss_terms=...) counts in a part"
+            return "a mean over the terms, with Job(loss_terms=...) returning the number of terms in a part"
         return "a plan that does not split the batch"

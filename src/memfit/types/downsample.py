@@ -8,9 +8,9 @@ from itertools import pairwise
 
 def thin_phases(stretches: Sequence[Sequence[int]], points: int) -> tuple[int, ...]:
     """Reduce each stretch to ``points // len(stretches)`` values (at least two), keeping maxima."""
-    each = max(2, points // max(1, len(stretches)))
+    count = max(2, points // max(1, len(stretches)))
     out: list[int] = []
     for values in (s for s in stretches if s):
-        edges = [round(i * len(values) / each) for i in range(each + 1)]
+        edges = [round(i * len(values) / count) for i in range(count + 1)]
         out += [max(values[min(a, len(values) - 1) : max(b, a + 1)]) for a, b in pairwise(edges)]
     return tuple(out)

@@ -45,8 +45,8 @@ def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
     """Return the entry with that name. Raises UserError with the allowed names and the closest one."""
     if name in table:
         return table[name]
-    close = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else ""
+    matches = difflib.get_close_matches(name, table, n=1)
+    hint = f"did you mean {matches[0]!r}?" if matches else ""
     raise UserError(f"unknown {what} {name!r}", allowed=", ".join(table), hint=hint)
 
 
@@ -72,17 +72,17 @@ class NothingFits(MemfitError):
     ) -> None:
         self.cap_bytes, self.least_bytes, self.plan_text = cap_bytes, least_bytes, plan_text
         self.ways = ways
-        beside = f"; {host}" if host else ""
+        host_text = f"; {host}" if host else ""
         super().__init__(
             missed
-            or f"no allowed plan fits {format_bytes(cap_bytes)} ({cap_bytes} B); the least that would do "
-            f"is {format_bytes(least_bytes)} ({least_bytes} B), with {plan_text}{beside}"
+            or f"no allowed plan fits {format_bytes(cap_bytes)} ({cap_bytes} B); the smallest plan "
+            f"needs {format_bytes(least_bytes)} ({least_bytes} B): {plan_text}{host_text}"
         )
 
     def explained(self) -> NothingFits:
         """Return the same error with the possible changes in its text."""
         if self.ways:
-            self.args = (f"{self}; any of these would do: {'; '.join(self.ways)}",)
+            self.args = (f"{self}; any one of these would be enough: {'; '.join(self.ways)}",)
         return self
 
 
@@ -96,4 +96,4 @@ class Interrupted(MemfitError):
     exit_code = 130  # 128 + SIGINT, as shells count
 
     def __init__(self) -> None:
-        super().__init__("interrupted: the search was not finished, a better plan may exist")
+        super().__init__("interrupted: the search was not finished; a better plan may exist")

@@ -15,10 +15,10 @@ def uncollected() -> Iterator[None]:
     the collector runs is chance anyway: a model's own reference cycles stay alive here, as they may without
     this context.
     """
-    before = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if before:
+        if was_enabled:
             gc.enable()

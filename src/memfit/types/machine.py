@@ -144,5 +144,5 @@ class Calibration:
     def spread_ratio(self) -> float:
         """Spread of the operators' repeated calls, weighted by their time."""
         total_s = sum(self.op_s.get(s, 0.0) for s in self.op_spread_ratio)
-        weighted = sum(ratio * self.op_s.get(s, 0.0) for s, ratio in self.op_spread_ratio.items())
-        return weighted / total_s if total_s else 0.0
+        weighted_sum = sum(ratio * self.op_s.get(s, 0.0) for s, ratio in self.op_spread_ratio.items())
+        return weighted_sum / total_s if total_s else 0.0

@@ -53,7 +53,7 @@ _DURATION_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w":
 
 def parse_duration(text: str) -> float:
     """Return the seconds of ``90m``, ``72h``, ``1.5d``, ``2w``. Raises UserError for other text."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    if found is None or found[2] not in _DURATION_S or not float(found[1]):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    if match is None or match[2] not in _DURATION_S or not float(match[1]):
         raise UserError(f"not a time: {text!r}", allowed="a number with s, m, h, d or w, such as 72h")
-    return float(found[1]) * _DURATION_S[found[2]]
+    return float(match[1]) * _DURATION_S[match[2]]

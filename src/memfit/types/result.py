@@ -294,8 +294,8 @@ class Trial:
 
     @property
     def median_s(self) -> float | None:
-        ordered = sorted(self.step_s)
-        return ordered[len(ordered) // 2] if ordered else None
+        times = sorted(self.step_s)
+        return times[len(times) // 2] if times else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,18 +80,21 @@ def toml_text(path: Path) -> str:
 
 def fault(error: pydantic.ValidationError, what: str) -> UserError:
     """Return the first fault in one line: its location, what was given, what is allowed."""
-    first, *rest = error.errors(include_url=False, include_context=False)
-    branches = [e for e in rest if first["loc"] and e["loc"][:-1] == first["loc"][:-1]]
-    branches = [e for e in branches if e["input"] is first["input"]]  # for a value with several allowed types
-    path = first["loc"][:-1] if branches else first["loc"]
-    place = ".".join(map(str, path)) or ("the whole text" if first["type"] == "json_invalid" else "")
-    broken = f"{what} is broken at {_short(place)}" if place else f"{what} is broken"
-    told = (_SHOULD.fullmatch(_OBJECT.sub("an object", e["msg"])) for e in (first, *branches))
-    allowed = [m[1] for m in told if m]
-    allowed = allowed or (["a list"] if first["type"] == "sequence_str" else [])
+    main_error, *other_errors = error.errors(include_url=False, include_context=False)
+    branches = [e for e in other_errors if main_error["loc"] and e["loc"][:-1] == main_error["loc"][:-1]]
+    # for a value with several allowed types
+    branches = [e for e in branches if e["input"] is main_error["input"]]
+    path = main_error["loc"][:-1] if branches else main_error["loc"]
+    location = ".".join(map(str, path)) or ("the whole text" if main_error["type"] == "json_invalid" else "")
+    heading = f"{what} is invalid at {_short(location)}" if location else f"{what} is invalid"
+    matches = (_SHOULD.fullmatch(_OBJECT.sub("an object", e["msg"])) for e in (main_error, *branches))
+    allowed = [m[1] for m in matches if m]
+    allowed = allowed or (["a list"] if main_error["type"] == "sequence_str" else [])
     if not allowed:
-        return UserError(f"{broken}: {_short(first['msg'].removeprefix('Value error, '), 6 * _LONGEST)}")
-    return UserError(f"{broken}: it is {_short(ascii(first['input']))}", allowed=" or ".join(allowed))
+        return UserError(
+            f"{heading}: {_short(main_error['msg'].removeprefix('Value error, '), 6 * _LONGEST)}"
+        )
+    return UserError(f"{heading}: it is {_short(ascii(main_error['input']))}", allowed=" or ".join(allowed))
 
 
 def _short(text: str, longest: int = _LONGEST) -> str:

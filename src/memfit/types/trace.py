@@ -128,5 +128,5 @@ class Trace:
 
     def unplayed(self, phase: Phase) -> int:
         """Return the number of forwards or backwards of a step beyond those traced."""
-        each = sum(s.phase is phase for s in self.repeated_spans) or 1
-        return each * self.repeated_micro_steps
+        per_micro_step = sum(s.phase is phase for s in self.repeated_spans) or 1
+        return per_micro_step * self.repeated_micro_steps

@@ -27,10 +27,12 @@ def by_plan(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.spec.role, run.spec.plan.fingerprint), []).append(run)
-    ends = {plan for role, plan in groups if role != "ablation"}
-    kept = [g for (role, plan), g in groups.items() if role != "ablation" or plan not in ends]
-    place = {"baseline": 0, "ablation": 1, "recommended": 2}
-    return sorted(kept, key=lambda g: (place.get(g[0].spec.role, 1), -(peak_bytes(g) or 0)))
+    main_plans = {plan for role, plan in groups if role != "ablation"}
+    distinct_groups = [
+        g for (role, plan), g in groups.items() if role != "ablation" or plan not in main_plans
+    ]
+    order = {"baseline": 0, "ablation": 1, "recommended": 2}
+    return sorted(distinct_groups, key=lambda g: (order.get(g[0].spec.role, 1), -(peak_bytes(g) or 0)))
 
 
 def ok_runs(runs: Iterable[Run]) -> list[Run]:
@@ -56,13 +58,13 @@ def energy_saved(runs: Iterable[Run]) -> tuple[float, str] | None:
     The runs have equal steps. A negative value means that saving memory cost energy. None if both were not
     measured within the same boundary.
     """
-    told: dict[str, list[tuple[float, str]]] = {"baseline": [], "recommended": []}
+    energies: dict[str, list[tuple[float, str]]] = {"baseline": [], "recommended": []}
     for run in ok_runs(runs):
         m = run.measurement
-        if run.spec.role in told and m.energy_j:
-            told[run.spec.role].append((m.energy_j, m.energy_boundary))
-    boundaries = {boundary for side in told.values() for _, boundary in side}
-    if not all(told.values()) or len(boundaries) != 1:
+        if run.spec.role in energies and m.energy_j:
+            energies[run.spec.role].append((m.energy_j, m.energy_boundary))
+    boundaries = {boundary for side in energies.values() for _, boundary in side}
+    if not all(energies.values()) or len(boundaries) != 1:
         return None
-    plain, chosen = (statistics.median(joules for joules, _ in side) for side in told.values())
-    return 100 * (1 - chosen / plain), boundaries.pop()
+    plain, recommended = (statistics.median(joules for joules, _ in side) for side in energies.values())
+    return 100 * (1 - recommended / plain), boundaries.pop()

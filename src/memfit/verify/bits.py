@@ -20,14 +20,14 @@ def reproducibility(run_a: Run, run_b: Run) -> Reproducibility:
 
     If only the weights differ, the last step is named, because its update is what differs.
     """
-    assert run_a.spec.seed == run_b.spec.seed, "reproducibility is asked of one seed"
-    assert run_a.spec.plan == run_b.spec.plan, "reproducibility is asked of one plan"
-    if trouble := _not_comparable(run_a.measurement, run_b.measurement):
-        return Reproducibility(reproducible=None, detail=trouble)
-    found = _first_differing(run_a.measurement, run_b.measurement)
-    if found is None:
+    assert run_a.spec.seed == run_b.spec.seed, "both runs must have the same seed"
+    assert run_a.spec.plan == run_b.spec.plan, "both runs must have the same plan"
+    if reason := _not_comparable(run_a.measurement, run_b.measurement):
+        return Reproducibility(reproducible=None, detail=reason)
+    difference = _first_differing(run_a.measurement, run_b.measurement)
+    if difference is None:
         return Reproducibility(reproducible=True, detail=_what_was_equal(run_a.measurement))
-    step, what = found
+    step, what = difference
     detail = f"{what} first differs at step {step} (counted from 0)"
     return Reproducibility(reproducible=False, first_differing_step=step, detail=detail)
 
@@ -42,7 +42,7 @@ def _not_comparable(a: Measurement, b: Measurement) -> str:
 
 
 def _first_differing(a: Measurement, b: Measurement) -> tuple[int, str] | None:
-    found = [
+    differences = [
         (step, what)
         for what, x, y in (
             ("the loss", a.losses, b.losses),
@@ -50,9 +50,9 @@ def _first_differing(a: Measurement, b: Measurement) -> tuple[int, str] | None:
         )
         if (step := first_difference(x, y)) is not None
     ]
-    if not found and a.weights_digest != b.weights_digest:
-        found = [(len(a.losses) - 1, "the update of the weights")]
-    return min(found, key=lambda f: f[0], default=None)
+    if not differences and a.weights_digest != b.weights_digest:
+        differences = [(len(a.losses) - 1, "the update of the weights")]
+    return min(differences, key=lambda f: f[0], default=None)
 
 
 def _what_was_equal(m: Measurement) -> str:

@@ -50,17 +50,23 @@ def tost(differences: Sequence[float], *, margin: float) -> Tost:
     assert n >= MIN_PAIRS, f"{n} pairs"
     ordered = sorted(differences)  # sorted, so that the order of the seeds cannot change the last bit
     mean, sd = statistics.fmean(ordered), statistics.stdev(ordered)
-    half = critical_t(n - 1, alpha=ALPHA) * sd / math.sqrt(n)
+    half_width = critical_t(n - 1, alpha=ALPHA) * sd / math.sqrt(n)
     power = tost_power(margin=margin, sd=sd, pairs=n, alpha=ALPHA)
     return Tost(
-        difference=mean, low=mean - half, high=mean + half, sd=sd, pairs=n, power=power, margin=margin
+        difference=mean,
+        low=mean - half_width,
+        high=mean + half_width,
+        sd=sd,
+        pairs=n,
+        power=power,
+        margin=margin,
     )
 
 
 def pairs_needed(*, margin: float, sd: float) -> int | None:
     """Return the smallest number of pairs with a power of `GOOD_POWER` at this spread; None if above 200."""
     choices = range(MIN_PAIRS, _MOST_PAIRS + 1)
-    at = bisect.bisect_left(
+    index = bisect.bisect_left(
         choices, GOOD_POWER, key=lambda n: tost_power(margin=margin, sd=sd, pairs=n, alpha=ALPHA)
     )
-    return choices[at] if at < len(choices) else None
+    return choices[index] if index < len(choices) else None

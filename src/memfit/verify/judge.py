@@ -36,36 +36,40 @@ def verdict(
     (see `float32`), then as E2. E2 and E3: equivalence of the metric within its fixed margin.
     """
     pairs = _paired(baseline, candidate)
-    if trouble := _unpaired(baseline, candidate):
-        return _undecided(effect, trouble, Cause(kind="unpaired"), pairs=len(pairs))
-    if trouble := _unfinished(pairs):
-        return _undecided(effect, trouble, Cause(kind="unfinished", detail=trouble), pairs=len(pairs))
+    if problem := _unpaired(baseline, candidate):
+        return _undecided(effect, problem, Cause(kind="unpaired"), pairs=len(pairs))
+    if problem := _unfinished(pairs):
+        return _undecided(effect, problem, Cause(kind="unfinished", detail=problem), pairs=len(pairs))
     if effect is EffectClass.E0:
         return _bitwise(pairs)
-    if effect is EffectClass.E1 and (beyond := _beyond_tolerance(pairs)):
+    if effect is EffectClass.E1 and (cause := _beyond_tolerance(pairs)):
         return Verdict(
             kind=VerdictKind.DIFFERENT,
             effect=effect,
             test=_TESTS[effect],
-            reason=_beyond_reason(beyond),
+            reason=_beyond_reason(cause),
             pairs=len(pairs),
-            cause=beyond,
+            cause=cause,
         )
     return _by_metric(pairs, effect, metric)
 
 
 def _paired(baseline: Sequence[Run], candidate: Sequence[Run]) -> Pairs:
-    other = {run.spec.seed: run for run in candidate}
-    ours = sorted(baseline, key=lambda run: run.spec.seed)
-    return [(run, other[run.spec.seed]) for run in ours if run.spec.seed in other]
+    candidate_by_seed = {run.spec.seed: run for run in candidate}
+    baseline_runs = sorted(baseline, key=lambda run: run.spec.seed)
+    return [
+        (run, candidate_by_seed[run.spec.seed]) for run in baseline_runs if run.spec.seed in candidate_by_seed
+    ]
 
 
 def _unpaired(baseline: Sequence[Run], candidate: Sequence[Run]) -> str:
-    ours, theirs = (sorted(run.spec.seed for run in runs) for runs in (baseline, candidate))
-    if not ours or not theirs:
+    baseline_seeds, candidate_seeds = (
+        sorted(run.spec.seed for run in runs) for runs in (baseline, candidate)
+    )
+    if not baseline_seeds or not candidate_seeds:
         return "there are no runs to compare"
-    if ours != theirs or len(set(ours)) < len(ours):
-        return f"seeds do not pair one to one: baseline {ours}, candidate {theirs}"
+    if baseline_seeds != candidate_seeds or len(set(baseline_seeds)) < len(baseline_seeds):
+        return f"seeds do not pair one to one: baseline {baseline_seeds}, candidate {candidate_seeds}"
     return ""
 
 
@@ -77,8 +81,8 @@ def _unfinished(pairs: Pairs) -> str:
         if not m.losses or not all(map(math.isfinite, m.losses)):
             return f"{_name(run)} recorded no finite losses"
     for a, b in pairs:
-        if (one := len(a.measurement.losses)) != (other := len(b.measurement.losses)):
-            return f"{_name(a)} took {one} steps and {_name(b)} {other}"
+        if (baseline_steps := len(a.measurement.losses)) != (candidate_steps := len(b.measurement.losses)):
+            return f"{_name(a)} took {baseline_steps} steps and {_name(b)} {candidate_steps}"
     return ""
 
 
@@ -101,15 +105,17 @@ def _bitwise(pairs: Pairs) -> Verdict:
     if any(not run.measurement.weights_digest for pair in pairs for run in pair):
         cause = Cause(kind="no_digest")
         return _undecided(EffectClass.E0, "a run recorded no digest of its weights", cause, pairs=len(pairs))
-    differing = next((found for pair in pairs if (found := _differing_bits(*pair))), None)
-    equal = f"losses and trained weights are bitwise equal on {len(pairs)} seed(s)"
+    difference = next(
+        (pair_difference for pair in pairs if (pair_difference := _differing_bits(*pair))), None
+    )
+    equal_reason = f"losses and trained weights are bitwise equal on {len(pairs)} seed(s)"
     return Verdict(
-        kind=VerdictKind.DIFFERENT if differing else VerdictKind.EQUIVALENT,
+        kind=VerdictKind.DIFFERENT if difference else VerdictKind.EQUIVALENT,
         effect=EffectClass.E0,
         test=_TESTS[EffectClass.E0],
-        reason=_bits_reason(differing) if differing else equal,
+        reason=_bits_reason(difference) if difference else equal_reason,
         pairs=len(pairs),
-        cause=differing or Cause(kind="equal_bits"),
+        cause=difference or Cause(kind="equal_bits"),
     )
 
 
@@ -130,8 +136,8 @@ def _bits_reason(cause: Cause) -> str:
 
 def _beyond_tolerance(pairs: Pairs) -> Cause | None:
     for a, b in pairs:
-        if beyond := float32.first_beyond(a.measurement.losses, b.measurement.losses):
-            step, difference = beyond
+        if excess := float32.first_beyond(a.measurement.losses, b.measurement.losses):
+            step, difference = excess
             return Cause(
                 kind="beyond_rounding",
                 seed=a.spec.seed,
@@ -151,53 +157,59 @@ def _beyond_reason(cause: Cause) -> str:
 
 def _by_metric(pairs: Pairs, effect: EffectClass, metric: Metric | None) -> Verdict:
     if metric is None:
-        none = "the job has no metric with a margin"
-        return _undecided(effect, none, Cause(kind="no_metric"), pairs=len(pairs))
+        no_metric = "the job has no metric with a margin"
+        return _undecided(effect, no_metric, Cause(kind="no_metric"), pairs=len(pairs))
     differences = [d for a, b in pairs if (d := _difference(a, b)) is not None]
     if len(differences) < len(pairs):
         cause = Cause(kind="not_finite", detail=metric.name)
         return _undecided(effect, f"a run has no finite {metric.name}", cause, pairs=len(pairs))
     if len(differences) < MIN_PAIRS:
-        few = f"{len(pairs)} pair(s) of seeds; equivalence needs at least {MIN_PAIRS}"
-        return _undecided(effect, few, Cause(kind="few_pairs", needed_count=MIN_PAIRS), pairs=len(pairs))
+        too_few = f"{len(pairs)} pair(s) of seeds; equivalence needs at least {MIN_PAIRS}"
+        return _undecided(effect, too_few, Cause(kind="few_pairs", needed_count=MIN_PAIRS), pairs=len(pairs))
     return _from_tost(tost(differences, margin=metric.margin), effect, metric)
 
 
 def _difference(a: Run, b: Run) -> float | None:
-    before, after = a.measurement.metric, b.measurement.metric
-    if before is None or after is None or not math.isfinite(after - before):
+    baseline_score, candidate_score = a.measurement.metric, b.measurement.metric
+    if (
+        baseline_score is None
+        or candidate_score is None
+        or not math.isfinite(candidate_score - baseline_score)
+    ):
         return None
-    return after - before
+    return candidate_score - baseline_score
 
 
-def _from_tost(t: Tost, effect: EffectClass, metric: Metric) -> Verdict:
-    cause = _tost_cause(t, metric)
-    reason = _tost_reason(t, metric, cause)
+def _from_tost(test: Tost, effect: EffectClass, metric: Metric) -> Verdict:
+    cause = _tost_cause(test, metric)
+    reason = _tost_reason(test, metric, cause)
     return Verdict(
-        kind=t.kind,
+        kind=test.kind,
         effect=effect,
         test=_TESTS[effect],
         reason=f"{reason}; {_E3_NOTE}" if effect is EffectClass.E3 else reason,
         metric=metric.name,
-        margin=t.margin,
-        difference=t.difference,
-        low=t.low,
-        high=t.high,
-        pairs=t.pairs,
-        power=t.power,
+        margin=test.margin,
+        difference=test.difference,
+        low=test.low,
+        high=test.high,
+        pairs=test.pairs,
+        power=test.power,
         cause=cause,
     )
 
 
-def _tost_cause(t: Tost, metric: Metric) -> Cause:
-    if t.kind is VerdictKind.EQUIVALENT:
+def _tost_cause(test: Tost, metric: Metric) -> Cause:
+    if test.kind is VerdictKind.EQUIVALENT:
         return Cause(kind="inside")
-    if t.kind is VerdictKind.DIFFERENT:
-        return Cause(kind="better" if (t.difference > 0) == metric.higher_is_better else "worse")
-    needed = pairs_needed(margin=t.margin, sd=t.sd)
+    if test.kind is VerdictKind.DIFFERENT:
+        return Cause(kind="better" if (test.difference > 0) == metric.higher_is_better else "worse")
+    needed = pairs_needed(margin=test.margin, sd=test.sd)
     if needed is None:
         return Cause(kind="neither_ever")
-    return Cause(kind="neither_near") if needed <= t.pairs else Cause(kind="neither_yet", needed_count=needed)
+    return (
+        Cause(kind="neither_near") if needed <= test.pairs else Cause(kind="neither_yet", needed_count=needed)
+    )
 
 
 _WOULD_DECIDE = {
@@ -206,14 +218,14 @@ _WOULD_DECIDE = {
 }
 
 
-def _tost_reason(t: Tost, metric: Metric, cause: Cause) -> str:
-    found = (
-        f"{metric.name} differs by {t.difference:+.4g} {metric.unit} (90 % interval {t.low:+.4g} to "
-        f"{t.high:+.4g}, margin {t.margin:.4g}, {t.pairs} pairs, power {t.power:.0%})"
+def _tost_reason(test: Tost, metric: Metric, cause: Cause) -> str:
+    summary = (
+        f"{metric.name} differs by {test.difference:+.4g} {metric.unit} (90 % interval {test.low:+.4g} to "
+        f"{test.high:+.4g}, margin {test.margin:.4g}, {test.pairs} pairs, power {test.power:.0%})"
     )
     if cause.kind == "inside":
-        return f"{found}: inside the margin"
+        return f"{summary}: inside the margin"
     if cause.kind in ("better", "worse"):
-        return f"{found}: beyond the margin, for the {cause.kind}"
-    more = f"about {cause.needed_count} pairs would do if there is no true difference"
-    return f"{found}: neither inside nor outside the margin; {_WOULD_DECIDE.get(cause.kind, more)}"
+        return f"{summary}: beyond the margin, for the {cause.kind}"
+    needed_text = f"about {cause.needed_count} pairs would be enough if there is no true difference"
+    return f"{summary}: neither inside nor outside the margin; {_WOULD_DECIDE.get(cause.kind, needed_text)}"

@@ -25,8 +25,8 @@ def main(path: Path) -> None:
     if request["memory_only"]:
         probes = workspaces(request["signatures"], budget_s=request["budget_s"], counter=counter)
         # Reported one by one, because the next one may crash this process.
-        for index, (_, taken) in enumerate(probes):
-            tell("workspace", index=index, taken=taken)
+        for index, (_, usage) in enumerate(probes):
+            tell("workspace", index=index, taken=usage)
         tell("result", measurement=Measurement(outcome=OutcomeKind.OK))
         return
     result = calibrate(

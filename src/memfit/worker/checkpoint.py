@@ -50,13 +50,18 @@ class Keeper:
         """Raises UserError if the run's state cannot be saved by name."""
         self.spec, self.step, self.rank = spec, step, step.bench.world.rank
         if spec.engine not in ENGINES:
-            raise UserError(f"checkpoints of engine {spec.engine}", allowed=", ".join(ENGINES))
+            raise UserError(
+                f"checkpoints are not supported for engine {spec.engine}", allowed=", ".join(ENGINES)
+            )
         if spec.engine == "fairscale" and spec.plan.get("fsdp2") is not None:
-            raise UserError("checkpoints of FairScale's flat parameters", allowed="engine native with fsdp2")
+            raise UserError(
+                "checkpoints are not supported for FairScale's flat parameters",
+                allowed="engine native with fsdp2",
+            )
         if step.bench.own_parameters:
             raise UserError(
-                "checkpoints of a plan with expert-parallel",
-                hint="leave it out: its experts have no names yet",
+                "checkpoints are not supported for plans with expert-parallel",
+                hint="remove expert-parallel from the plan: its experts have no parameter names yet",
             )
         self.optimizers = optimizers(step.optimizer)
         self.begun = [_numbers(group) for group in self._groups()]
@@ -65,19 +70,19 @@ class Keeper:
         """Load the checkpoint and return the number of steps done. Raises UserError if it belongs to another
         model or optimizer."""
         path = Path(self.spec.keep.resume)
-        there = checkpoints.about(path)
-        _must_be_alike(path, there.shapes, self._shapes())
+        metadata = checkpoints.about(path)
+        _must_be_alike(path, metadata.shapes, self._shapes())
         flats = {id(p.owner): p.owner for p in places(self.step).values() if p.owner.requires_grad}
         for optimizer in self.optimizers:
             make_states(optimizer, flats.values())
-        for group, begun in zip(self._groups(), self.begun, strict=True):
-            group.update(begun)
+        for group, initial in zip(self._groups(), self.begun, strict=True):
+            group.update(initial)
         entries = list(self._entries())
-        _must_keep_the_same(path, there, _everyone({e.key for e in entries if e.kind == "state"}))
-        self._read(path, entries, f"random.{self.rank % there.ranks}")
+        _must_keep_the_same(path, metadata, _everyone({e.key for e in entries if e.kind == "state"}))
+        self._read(path, entries, f"random.{self.rank % metadata.ranks}")
         spread(self.step)
-        tell("resumed", path=str(path), step=there.step)
-        return there.step
+        tell("resumed", path=str(path), step=metadata.step)
+        return metadata.step
 
     def check(self) -> None:
         """Call after the first step. Raises UserError if the optimizer's state cannot be saved by name."""
@@ -87,28 +92,30 @@ class Keeper:
     def due(self, done: int) -> bool:
         """Return whether to save after ``done`` steps."""
         keep = self.spec.keep
-        now = done == self.spec.steps or (keep.every_steps > 0 and done % keep.every_steps == 0)
-        return bool(keep.save) and now
+        is_due = done == self.spec.steps or (keep.every_steps > 0 and done % keep.every_steps == 0)
+        return bool(keep.save) and is_due
 
     def save(self, done: int) -> None:
         """Save a checkpoint after ``done`` steps. Raises MemfitError if it cannot be written."""
         folder = Path(self.spec.keep.save)
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
-        said = self._about(done, entries)
-        partial = _from_first(checkpoints.begin(folder, done) if self.rank == 0 else None)
+        metadata = self._about(done, entries)
+        partial_folder = _from_first(checkpoints.begin(folder, done) if self.rank == 0 else None)
         state: dict[str, Any] = {**self._tensors(writing=True), **{e.text: e.stored for e in entries}}
         state[f"random.{self.rank}"] = torch.get_rng_state()
         try:
             with _quiet():
-                save(state, storage_writer=FileSystemWriter(partial), planner=Saves(), no_dist=_alone())
+                save(
+                    state, storage_writer=FileSystemWriter(partial_folder), planner=Saves(), no_dist=_alone()
+                )
             if self.rank == 0:
-                files = {f.name: f.stat().st_size for f in partial.iterdir()}
-                checkpoints.publish(partial, dataclasses.replace(said, files_bytes=files))
+                files = {f.name: f.stat().st_size for f in partial_folder.iterdir()}
+                checkpoints.publish(partial_folder, dataclasses.replace(metadata, files_bytes=files))
         except (OSError, CheckpointException) as error:
-            why = str(error).strip().splitlines()[-1]
-            raise MemfitError(f"step {done} was not saved in {folder}: {why}") from error
+            reason = str(error).strip().splitlines()[-1]
+            raise MemfitError(f"step {done} was not saved in {folder}: {reason}") from error
         _from_first(None)
-        tell("saved", step=done, path=str(partial.with_suffix("")))
+        tell("saved", step=done, path=str(partial_folder.with_suffix("")))
 
     def _about(self, done: int, entries: list[Entry]) -> Checkpoint:
         spec = self.spec
@@ -126,27 +133,27 @@ class Keeper:
         )
 
     def _shapes(self) -> Shapes:
-        own = {n: p.shape for n, p in places(self.step).items()}
-        own |= {n: tuple(b.shape) for n, b in buffers(self.step.model).items()}
-        return dict(sorted(_everyone(set(own.items()))))
+        shapes = {n: p.shape for n, p in places(self.step).items()}
+        shapes |= {n: tuple(b.shape) for n, b in buffers(self.step.model).items()}
+        return dict(sorted(_everyone(set(shapes.items()))))
 
     def _tensors(self, *, writing: bool = False) -> dict[str, Any]:
         """Return parameters and buffers by key. Every rank has its own buffers, and only those of the first
         rank are saved."""
-        found: dict[str, Any] = {f"model.{n}": p.of(p.owner) for n, p in places(self.step).items()}
-        place = self.step.bench.world.layout.coordinate(self.rank)
-        if not (writing and any(index for name, index in place.items() if name != "pipeline")):
-            found |= {f"model.{n}": b for n, b in buffers(self.step.model).items()}
-        return found
+        tensors: dict[str, Any] = {f"model.{n}": p.of(p.owner) for n, p in places(self.step).items()}
+        coordinate = self.step.bench.world.layout.coordinate(self.rank)
+        if not (writing and any(index for name, index in coordinate.items() if name != "pipeline")):
+            tensors |= {f"model.{n}": b for n, b in buffers(self.step.model).items()}
+        return tensors
 
     def _entries(self) -> Iterator[Entry]:
         """Yield the values that the optimizer keeps for each parameter."""
-        held: dict[str, dict[int, Any]] = {
+        states: dict[str, dict[int, Any]] = {
             "state": {id(owner): s for o in self.optimizers for owner, s in o.state.items()},
             "param_groups": {id(p): group for group in self._groups() for p in group["params"]},
         }
-        for (name, place), kind in itertools.product(places(self.step).items(), held):
-            state = held[kind].get(id(place.owner), {})
+        for (name, place), kind in itertools.product(places(self.step).items(), states):
+            state = states[kind].get(id(place.owner), {})
             keys = state if kind == "state" else _numbers(state)
             yield from (Entry(kind=kind, name=name, key=key, place=place, state=state) for key in keys)
 
@@ -156,20 +163,20 @@ class Keeper:
     def _moved(self, entry: Entry) -> bool:
         """Return whether training has changed a number of a group. Only such numbers are saved; the plan sets
         the others."""
-        begun = next(b for g, b in zip(self._groups(), self.begun, strict=True) if g is entry.state)
-        return bool(begun.get(entry.key) != entry.state[entry.key])
+        initial = next(b for g, b in zip(self._groups(), self.begun, strict=True) if g is entry.state)
+        return bool(initial.get(entry.key) != entry.state[entry.key])
 
-    def _read(self, path: Path, entries: list[Entry], random: str) -> None:
+    def _read(self, path: Path, entries: list[Entry], random_key: str) -> None:
         reader = FileSystemReader(path)
-        known = reader.read_metadata().state_dict_metadata
-        target = {k: v for k, v in self._tensors().items() if k in known}
-        target |= {e.text: e.into for e in entries if e.text in known}
-        target[random] = torch.get_rng_state()
+        metadata = reader.read_metadata().state_dict_metadata
+        target = {k: v for k, v in self._tensors().items() if k in metadata}
+        target |= {e.text: e.into for e in entries if e.text in metadata}
+        target[random_key] = torch.get_rng_state()
         with _quiet():
             load(target, storage_reader=reader, planner=Loads(), no_dist=_alone())
-        torch.set_rng_state(target[random])
+        torch.set_rng_state(target[random_key])
         for entry in entries:
-            if entry.text in known:
+            if entry.text in metadata:
                 entry.enter(target[entry.text])
             elif entry.kind == "state":
                 self._forget(entry)
@@ -217,8 +224,9 @@ class Entry:
         if self.place.at is None or self.shared:
             return value
         raise UserError(
-            f"{self.key} of a flat optimizer state has {value.numel()} elements for {owner.numel()}",
-            allowed="under zero, an optimizer whose state has the parameters' shape",
+            f"{self.key} of a flat optimizer state has {value.numel()} elements, but its parameters have "
+            f"{owner.numel()}",
+            allowed="with zero, an optimizer whose state has the shape of its parameters",
         )
 
     @property
@@ -239,25 +247,26 @@ class Entry:
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return copies of the numbers in a parameter group."""
-    found = {k: v for k, v in group.items() if isinstance(v, int | float) or _is_scalar(v)}
-    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
+    numbers = {k: v for k, v in group.items() if isinstance(v, int | float) or _is_scalar(v)}
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}
 
 
 def _is_scalar(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == 1
 
 
-def _must_be_alike(path: Path, there: Shapes, here: Shapes) -> None:
-    different = [n for n in {**there, **here} if there.get(n) != here.get(n)]
-    if different:
-        named = "; ".join(
-            f"{n} {_shape(there, n)} there and {_shape(here, n)} here" for n in different[:_NAMED]
+def _must_be_alike(path: Path, saved_shapes: Shapes, run_shapes: Shapes) -> None:
+    differences = [n for n in {**saved_shapes, **run_shapes} if saved_shapes.get(n) != run_shapes.get(n)]
+    if differences:
+        details = "; ".join(
+            f"{n} {_shape(saved_shapes, n)} in the checkpoint and {_shape(run_shapes, n)} in this run"
+            for n in differences[:_NAMED]
         )
-        more = f"; and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
+        suffix = f"; and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
         raise UserError(
-            f"{path} is of another model: {len(different)} of {len({**there, **here})} tensors differ: "
-            f"{named}{more}",
-            allowed="the job, size and adapters it was saved with",
+            f"{path} belongs to a different model: {len(differences)} of "
+            f"{len({**saved_shapes, **run_shapes})} tensors differ: {details}{suffix}",
+            allowed="the job, size and adapters that the checkpoint was saved with",
         )
 
 
@@ -265,12 +274,12 @@ def _shape(shapes: Shapes, name: str) -> str:
     return "x".join(map(str, shapes[name])) or "a scalar" if name in shapes else "missing"
 
 
-def _must_keep_the_same(path: Path, there: Checkpoint, keys: Collection[str]) -> None:
-    if set(there.state) != set(keys):
-        kept = ", ".join(sorted(keys)) or "nothing"
+def _must_keep_the_same(path: Path, metadata: Checkpoint, keys: Collection[str]) -> None:
+    if set(metadata.state) != set(keys):
+        key_names = ", ".join(sorted(keys)) or "nothing"
         raise UserError(
-            f"{path} was saved by {there.optimizer}, which keeps {', '.join(there.state) or 'nothing'}; this "
-            f"plan's optimizer keeps {kept}",
+            f"{path} was saved by {metadata.optimizer}, which keeps "
+            f"{', '.join(metadata.state) or 'nothing'}; this plan's optimizer keeps {key_names}",
             allowed="the same optimizer",
         )
 
@@ -280,11 +289,12 @@ def _must_step_together(path: Path, shared: list[Entry], target: Mapping[str, An
     for entry in shared:
         if entry.text in target:
             values.setdefault(entry.key, set()).add(float(target[entry.text]))
-    apart = _everyone({f"{key} {sorted(v)}" for key, v in values.items() if len(v) > 1})
-    if apart:
+    differences = _everyone({f"{key} {sorted(v)}" for key, v in values.items() if len(v) > 1})
+    if differences:
         raise UserError(
-            f"{path}: parameters do not share {sorted(apart)[0]}, and one flat state has one",
-            allowed="a plan without zero of stage 1 to 3",
+            f"{path}: parameters differ in {sorted(differences)[0]}, but a flat optimizer state holds one "
+            "value",
+            allowed="a plan without zero stages 1 to 3",
         )
 
 
@@ -300,19 +310,19 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _everyone(own: set[Any]) -> set[Any]:
+def _everyone(values: set[Any]) -> set[Any]:
     """Return the union of the ranks' sets. This is a collective."""
     if _alone():
-        return own
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return set().union(*found)
+        return values
+    rank_values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(rank_values, values)
+    return set().union(*rank_values)
 
 
 def _from_first(value: Any) -> Any:
     """Return rank 0's value on every rank. No rank continues before rank 0 has sent it."""
     if dist.is_initialized():
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
     return value

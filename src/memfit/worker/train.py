@@ -106,14 +106,14 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
     job = load(spec.job)
     with joined(spec.plan) as world, gloo_first(spec.plan.ranks > 1) as settle:
         tell("stage", stage="warm-up")
-        make = step_maker(spec.engine, path.parent)
-        elements = _warm_up(job, spec, world, make)
-        begun = time.perf_counter()
-        gauge = _Gauge(counter, counter.live_bytes(), world, settle, make, elements)
+        make_step = step_maker(spec.engine, path.parent)
+        elements = _warm_up(job, spec, world, make_step)
+        start = time.perf_counter()
+        gauge = _Gauge(counter, counter.live_bytes(), world, settle, make_step, elements)
         counter.reset_peak()
         with _cap(spec, counter) as limit:
             measurement = _guarded(job, spec, gauge, limit)
-    return dataclasses.replace(measurement, wall_s=time.perf_counter() - begun)
+    return dataclasses.replace(measurement, wall_s=time.perf_counter() - start)
 
 
 @contextlib.contextmanager
@@ -157,47 +157,55 @@ def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
 
     batch = job.make_batch(0, spec.seed)
     torch.manual_seed(spec.seed)
-    built: list[tuple[int, frozenset[Any]]] = []
-    step = make_step(job, spec.plan, world=world, on_built=lambda bench: built.append(_made(bench.model)))
+    model_facts: list[tuple[int, frozenset[Any]]] = []
+    step = make_step(
+        job, spec.plan, world=world, on_built=lambda bench: model_facts.append(_made(bench.model))
+    )
     part, terms = step.local(batch)
-    _conform(step, (part, terms), job, spec, built[0])
+    _conform(step, (part, terms), job, spec, model_facts[0])
     step.run(part, micro_batches_played=1, terms_per_rank=terms)
     step.close()
     del step, batch, part
     gc.collect()
-    return built[0][0]
+    return model_facts[0][0]
 
 
 def _conform(
-    step: TrainingStep, given: tuple[Any, float], job: Job, spec: RunSpec, built: tuple[int, frozenset[Any]]
+    step: TrainingStep,
+    inputs: tuple[Any, float],
+    job: Job,
+    spec: RunSpec,
+    model_facts: tuple[int, frozenset[Any]],
 ) -> None:
-    """Watch one step and compare it with the plan. ``built`` holds the elements and dtypes of the model's
-    parameters before the plan. Raises NotConforming."""
+    """Watch one step and compare it with the plan. ``model_facts`` holds the elements and dtypes of the
+    model's parameters before the plan. Raises NotConforming."""
     from memfit.conformance.module_hooks import Own
     from memfit.conformance.monitor import Monitor
 
-    used = spec.plan.get("gradient-accumulation")
-    played = min(_WATCHED, int(used.settings["micro_batches"]) if used is not None else 1)
-    watch = Monitor(
+    accumulation = spec.plan.get("gradient-accumulation")
+    micro_batches = min(
+        _WATCHED, int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+    )
+    monitor = Monitor(
         step.model,
         step.optimizer,
         spec.plan,
         blocks=job.blocks,
         head=job.head,
-        whole_elements=built[0],
-        micro_batches=played,
+        whole_elements=model_facts[0],
+        micro_batches=micro_batches,
     )
-    watch.clip = job.clip or 0.0
-    watch.own = Own(dtypes=built[1], step=functools.partial(_own_step, job, given[0]))
+    monitor.clip = job.clip or 0.0
+    monitor.own = Own(dtypes=model_facts[1], step=functools.partial(_own_step, job, inputs[0]))
 
     def on_phase(phase: Phase) -> None:
         if phase is Phase.OPTIMIZER:
-            watch.before_update()
+            monitor.before_update()
 
-    with watch:
-        norm = step.run(given[0], on_phase, micro_batches_played=played, terms_per_rank=given[1])[1]
-    watch.clipping.before = float(norm)
-    tell("conformance", told=str(watch.conclude()))
+    with monitor:
+        norm = step.run(inputs[0], on_phase, micro_batches_played=micro_batches, terms_per_rank=inputs[1])[1]
+    monitor.clipping.before = float(norm)
+    tell("conformance", told=str(monitor.conclude()))
 
 
 def _still(step: TrainingStep, job: Job, elements: int) -> None:
@@ -213,7 +221,7 @@ def _still(step: TrainingStep, job: Job, elements: int) -> None:
 _WATCHED = 2  # micro-batches that are watched if the plan has several
 
 
-def _own_step(job: Job, part: Any, narrow: Any) -> Any:
+def _own_step(job: Job, part: Any, autocast_dtype: Any) -> Any:
     """Run a step of the plain model on two samples of its batch, and return what was observed, or None if it
     fails."""
     import torch
@@ -222,15 +230,15 @@ def _own_step(job: Job, part: Any, narrow: Any) -> Any:
     from memfit.jobs.training_step import batch_length, split
     from memfit.model.blocks import find_blocks
 
-    heard, model = Heard(), job.build_model().train()
+    observations, model = Heard(), job.build_model().train()
     try:
-        heard.listen(find_blocks(model, job.blocks)[1])
-        with torch.autocast("cpu", narrow, enabled=narrow is not None):
+        observations.listen(find_blocks(model, job.blocks)[1])
+        with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
             loss = job.loss(model, split(part, max(1, batch_length(part) // 2))[0])
         loss.backward()
     except Exception:  # noqa: BLE001  the user's own code, which may need more samples
         return None
-    return heard
+    return observations
 
 
 def _made(model: Any) -> tuple[int, frozenset[Any]]:
@@ -295,17 +303,17 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
     keeper = _keeper(spec, step)
     if keeper is not None and step.average is not None:
         raise UserError(
-            "checkpoints of a job with ema, which they do not hold",
+            "checkpoints are not supported for jobs with ema: they do not store the averaged weights",
             allowed="a run without --save and --resume",
         )
     if keeper is not None and spec.keep.resume:
         gauge.turn("resume")
         gauge.first = keeper.restore()
     for index in range(gauge.first, spec.steps):
-        given = step.local(job.make_batch(index, spec.seed))
+        inputs = step.local(job.make_batch(index, spec.seed))
         gauge.turn("between")
-        _one_step(step, given, index, spec, gauge)
-        del given
+        _one_step(step, inputs, index, spec, gauge)
+        del inputs
         if keeper is not None and index == gauge.first:
             keeper.check()
         if keeper is not None and keeper.due(index + 1):
@@ -323,29 +331,31 @@ def _keeper(spec: RunSpec, step: TrainingStep) -> Keeper | None:
     return Keeper(spec, step)
 
 
-def _one_step(step: TrainingStep, given: tuple[Any, float], index: int, spec: RunSpec, gauge: _Gauge) -> None:
-    last = index == spec.steps - 1
-    log = getattr(gauge.counter, "start_log", None) if spec.timeline and last else None
+def _one_step(
+    step: TrainingStep, inputs: tuple[Any, float], index: int, spec: RunSpec, gauge: _Gauge
+) -> None:
+    is_last = index == spec.steps - 1
+    log = getattr(gauge.counter, "start_log", None) if spec.timeline and is_last else None
     if log is not None:
         log()
-        begun = _event_count(gauge.counter)
+        start_count = _event_count(gauge.counter)
     gauge.step_peak_bytes = 0
     start = time.perf_counter()
 
-    turns: list[int] = []
+    phase_starts: list[int] = []
 
     def mark(phase: Phase) -> None:
         gauge.turn(str(phase))
         if log is not None:
-            turns.append(_event_count(gauge.counter))
+            phase_starts.append(_event_count(gauge.counter))
 
-    loss, norm = step.run(given[0], mark, terms_per_rank=given[1])
+    loss, norm = step.run(inputs[0], mark, terms_per_rank=inputs[1])
     values = float(loss), float(norm)
     gauge.step_s.append(time.perf_counter() - start)
     gauge.turn("between")
     if log is not None:
-        recorded = gauge.counter.stop_log()  # type: ignore[attr-defined]
-        gauge.timeline = _timeline(recorded, [t - begun for t in turns], gauge.base_bytes)
+        event_log = gauge.counter.stop_log()  # type: ignore[attr-defined]
+        gauge.timeline = _timeline(event_log, [t - start_count for t in phase_starts], gauge.base_bytes)
     gauge.losses.append(values[0])
     gauge.grad_norms.append(values[1])
     if spec.cap_bytes is not None:
@@ -361,28 +371,30 @@ def _event_count(counter: Any) -> int:
     return int(counts.allocations + counts.frees)
 
 
-def _timeline(recorded: Any, turns: list[int], base_bytes: int) -> tuple[int, ...]:
+def _timeline(event_log: Any, phase_starts: list[int], base_bytes: int) -> tuple[int, ...]:
     """Return live bytes by phase, downsampled like the prediction's timeline."""
     from itertools import accumulate, pairwise
 
     from memfit.types.downsample import thin_phases
 
-    live = [v - base_bytes for v in accumulate(recorded.deltas_bytes, initial=recorded.start_bytes)]
-    return thin_phases([live[a : b + 1] for a, b in pairwise([*turns, len(live)])], TIMELINE_POINTS)
+    live_bytes = [v - base_bytes for v in accumulate(event_log.deltas_bytes, initial=event_log.start_bytes)]
+    return thin_phases(
+        [live_bytes[a : b + 1] for a, b in pairwise([*phase_starts, len(live_bytes)])], TIMELINE_POINTS
+    )
 
 
 def _digest(model: Any) -> str:
     """Return the SHA-256 of the trained parameters' bytes, in the order of their names."""
     import torch
 
-    total = hashlib.sha256()
+    checksum = hashlib.sha256()
     for name, param in sorted(model.named_parameters()):
-        total.update(name.encode())
+        checksum.update(name.encode())
         local = getattr(param, "to_local", lambda p=param: p)()  # this rank's shard of a sharded parameter
         if not local.untyped_storage().nbytes():
             continue  # freed by ZeRO 3
-        total.update(local.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+        checksum.update(local.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
 
 
 def _measurement(
@@ -395,7 +407,7 @@ def _measurement(
     metric: float | None,
     digest: str,
 ) -> Measurement:
-    used = gauge.used_bytes or (limit.used_bytes() if limit is not None else None)
+    used_bytes = gauge.used_bytes or (limit.used_bytes() if limit is not None else None)
     phases = {k: v for k, v in gauge.phase_peaks.items() if k != "between"}
     return Measurement(
         outcome=outcome,
@@ -408,8 +420,8 @@ def _measurement(
         rss_peak_bytes=max(gauge.phase_rss.values(), default=None),
         footprint_bytes=limit.footprint_bytes if limit is not None else None,
         limit_kind=limit.kind if limit is not None else "",
-        process_peak_bytes=used,
-        overhead_ratio=used / gauge.peak_bytes if used and gauge.peak_bytes else None,
+        process_peak_bytes=used_bytes,
+        overhead_ratio=used_bytes / gauge.peak_bytes if used_bytes and gauge.peak_bytes else None,
         step_s=tuple(gauge.step_s),
         losses=tuple(gauge.losses),
         grad_norms=tuple(gauge.grad_norms),

@@ -62,8 +62,10 @@ def job_size(request: Request) -> JobSize:
         blocks = find_blocks(model, job.blocks)[1]
     except UserError:
         return JobSize(batch_size=job.batch_size, parameter_count=count, layers=None, width=None)
-    named = blocks[0].named_parameters()
-    widths = Counter(p.numel() for n, p in named if p.dim() == 1 and re.search(r"norm|ln_|_ln", n.lower()))
+    block_parameters = blocks[0].named_parameters()
+    widths = Counter(
+        p.numel() for n, p in block_parameters if p.dim() == 1 and re.search(r"norm|ln_|_ln", n.lower())
+    )
     width = widths.most_common(1)[0][0] if widths else None
     return JobSize(batch_size=job.batch_size, parameter_count=count, layers=len(blocks), width=width)
 
@@ -72,31 +74,35 @@ def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int)
     """Price ``plan`` and find better ones. Raises UserError if the job does not support the plan."""
     _, pricer = make_pricer(request)
     progress("trace", 0, 0, plan.label)
-    given = pricer.whole(check(plan, request.machine))
+    given_estimate = pricer.whole(check(plan, request.machine))
     cap_bytes = request.cap_bytes
     if cap_bytes is None and request.machine.device.kind != "cpu":
         cap_bytes = int(request.machine.device.memory_bytes.value)
-    need = needed_bytes(given, request.machine)
-    told = Beside(
-        given=given,
-        needed_bytes=need,
+    need_bytes = needed_bytes(given_estimate, request.machine)
+    comparison = Beside(
+        given=given_estimate,
+        needed_bytes=need_bytes,
         cap_bytes=cap_bytes,
-        fits=None if cap_bytes is None else fits_under(cap_bytes, request.machine)(given),
+        fits=None if cap_bytes is None else fits_under(cap_bytes, request.machine)(given_estimate),
     )
     if plan.ranks == 1:
         if cap_bytes is None:  # on a CPU, the cap is what the given plan needs
-            request = dataclasses.replace(request, cap_bytes=need)
+            request = dataclasses.replace(request, cap_bytes=need_bytes)
         try:
             recommended = search(request, progress).result.recommended
         except NothingFits as error:
-            return dataclasses.replace(told, nothing=str(error))
-        return dataclasses.replace(told, recommended=recommended)
+            return dataclasses.replace(comparison, nothing=str(error))
+        return dataclasses.replace(comparison, recommended=recommended)
     better = []
-    for other in neighbours(plan, parameters=parameters):
-        progress("trace", 0, 0, other.label)
+    for neighbour in neighbours(plan, parameters=parameters):
+        progress("trace", 0, 0, neighbour.label)
         with contextlib.suppress(UserError):  # the job does not support it, for example half a sample
-            priced = pricer.whole(check(other))
-            if effect_of(other, priced.dependence) <= max(effect_of(plan, given.dependence), EffectClass.E2):
-                better.append(priced)
-    less = [e for e in better if e.allocated_bytes.value < given.allocated_bytes.value]
-    return dataclasses.replace(told, better=tuple(sorted(less, key=lambda e: e.allocated_bytes.value)))
+            neighbour_estimate = pricer.whole(check(neighbour))
+            if effect_of(neighbour, neighbour_estimate.dependence) <= max(
+                effect_of(plan, given_estimate.dependence), EffectClass.E2
+            ):
+                better.append(neighbour_estimate)
+    smaller = [e for e in better if e.allocated_bytes.value < given_estimate.allocated_bytes.value]
+    return dataclasses.replace(
+        comparison, better=tuple(sorted(smaller, key=lambda e: e.allocated_bytes.value))
+    )

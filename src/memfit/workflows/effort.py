@@ -24,18 +24,18 @@ def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort
     on disk, runs that failed and PoCs that were interrupted. Attended minutes can only be given by the user.
     """
     packages = _closure(["memfit", *(p for u in plan.uses for p in technique(u.technique).needs)])
-    broken = sum(r.measurement.outcome in (OutcomeKind.FAILED, OutcomeKind.TIMEOUT) for r in runs)
-    unfinished = {r.poc_id for r in store.records(kind="begin")} - {
+    failure_count = sum(r.measurement.outcome in (OutcomeKind.FAILED, OutcomeKind.TIMEOUT) for r in runs)
+    interrupted_ids = {r.poc_id for r in store.records(kind="begin")} - {
         r.poc_id for r in store.records(kind="poc")
     }
-    current = {store.latest_poc_id()} if runs else set()
+    current_ids = {store.latest_poc_id()} if runs else set()
     return Effort(
         commands=1,
         changed_lines=_job_lines(ref),
         packages=len(packages),
         installed_mib=round(sum(_size_mib(p) for p in packages), 1),
         attended_minutes=None,
-        failed_attempts=broken + len(unfinished - current),
+        failed_attempts=failure_count + len(interrupted_ids - current_ids),
     )
 
 
@@ -51,19 +51,19 @@ def _closure(roots: Sequence[str]) -> set[str]:
     """Return the installed distributions that the roots need, directly or not, without torch, numpy and what
     only they need.
     """
-    found: set[str] = set()
+    distributions: set[str] = set()
     queue = list(roots)
     while queue:
         name = queue.pop().lower().replace("_", "-")
-        if name in found or name in _THEIRS:
+        if name in distributions or name in _THEIRS:
             continue
         try:
             requires = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
             continue
-        found.add(name)
+        distributions.add(name)
         queue += [m.group() for r in requires if "extra ==" not in r and (m := _NAME.match(r))]
-    return found
+    return distributions
 
 
 def _size_mib(name: str) -> float:

@@ -47,12 +47,12 @@ def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoi
     Each is predicted as it would run.
     """
     # shared calibration of this machine, so that engines differ by what they run and not by timing noise
-    known = [Calibration()]
+    calibrations = [Calibration()]
     load(request.job)  # a job that cannot be loaded is not the fault of an engine
     layout(plan)
-    training = (e for e in ENGINES.values() if e.name != "replay")
-    found = [_choice(request, plan, engine, known, progress) for engine in training]
-    return sorted(found, key=lambda c: (bool(c.gaps), c.estimate is None, _bytes(c)))
+    training_engines = (e for e in ENGINES.values() if e.name != "replay")
+    engine_choices = [_choice(request, plan, engine, calibrations, progress) for engine in training_engines]
+    return sorted(engine_choices, key=lambda c: (bool(c.gaps), c.estimate is None, _bytes(c)))
 
 
 def _bytes(choice: EngineChoice) -> float:
@@ -60,14 +60,16 @@ def _bytes(choice: EngineChoice) -> float:
 
 
 def _choice(
-    request: Request, plan: Plan, engine: Engine, known: list[Calibration], progress: Progress
+    request: Request, plan: Plan, engine: Engine, calibrations: list[Calibration], progress: Progress
 ) -> EngineChoice:
     gaps, probe = engine.supports(plan), engine.probe()
     estimate, lines = None, None
     if not gaps:
         progress("trace", 0, 0, engine.name)
         try:
-            estimate, lines = _priced(dataclasses.replace(request, engine=engine.name), plan, known, progress)
+            estimate, lines = _priced(
+                dataclasses.replace(request, engine=engine.name), plan, calibrations, progress
+            )
         except UserError as error:
             gaps = (str(error),)
     low, high = engine.tested
@@ -87,14 +89,14 @@ def _choice(
 
 
 def _priced(
-    request: Request, plan: Plan, known: list[Calibration], progress: Progress
+    request: Request, plan: Plan, calibrations: list[Calibration], progress: Progress
 ) -> tuple[Estimate, int]:
     job, pricer = make_pricer(request)
     pricer.whole(plan)
     if request.is_here:
-        pricer.recalibrate(known[-1])
+        pricer.recalibrate(calibrations[-1])
         calibrate(pricer, request, progress, plans=[plan])
-        known.append(pricer.calibration)
+        calibrations.append(pricer.calibration)
     return pricer.whole(plan), sum(_lines(request, job, plan))
 
 

@@ -81,7 +81,7 @@ __all__ = [
 
 # Records beside a PoC's own: the user's figures, later predictions, machines of stages, limits.
 CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
-_KEPT_GATES = "what the last memfit scale --gates kept (memfit scale without it forgets it)"
+_KEPT_GATES = "the gates stored by the last memfit scale --gates (memfit scale without --gates resets them)"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
 _TRIALS_S = 60.0  # seconds of a proof of concept for rivals of its recommendation
@@ -105,21 +105,21 @@ def poc(
 
     Every run is stored as soon as it ends. Raises NothingFits, UserError.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
-    story = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
-    found = story.begin(request)
-    specs = list(story.specs())
+    runner = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
+    proof = runner.begin(request)
+    specs = list(runner.specs())
     calibrate(planning.pricer, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs)))
     for index, spec in enumerate(specs):
-        found = story.add_run(found, story.shortened(spec), f"{spec.name} ({index + 1} of {len(specs)})")
-    found = story.conclude(found)
-    path = report_path or store.path.parent / "reports" / f"{found.poc_id}.{lang}.html"
+        proof = runner.add_run(proof, runner.shortened(spec), f"{spec.name} ({index + 1} of {len(specs)})")
+    proof = runner.conclude(proof)
+    path = report_path or store.path.parent / "reports" / f"{proof.poc_id}.{lang}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = dataclasses.replace(found, took_s=time.perf_counter() - begun, report=str(path))
-    store.append(found.poc_id, "poc", found)
-    write_html(found, path, lang=lang, decision=decide_on(found, cases.DecisionCase()))
-    return found
+    proof = dataclasses.replace(proof, took_s=time.perf_counter() - started, report=str(path))
+    store.append(proof.poc_id, "poc", proof)
+    write_html(proof, path, lang=lang, decision=decide_on(proof, cases.DecisionCase()))
+    return proof
 
 
 def search(
@@ -131,24 +131,26 @@ def search(
     Raises NothingFits, UserError.
     """
     if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
-        raise UserError(f"--measure with --goal {request.goal.value}", allowed=", ".join(trials.BY_TIME))
+        raise UserError(
+            f"--measure cannot be used with --goal {request.goal.value}", allowed=", ".join(trials.BY_TIME)
+        )
     planning = planner.search(request, progress, must_run=must_run)
     if measure_s is None or request.goal not in trials.BY_TIME:
         return planning
     try:
         return trials.measured(planning, progress, budget_s=measure_s)
     except KeyboardInterrupt:
-        so_far = dataclasses.replace(planning.result, unfinished=True)
-        raise planner.SearchInterrupted(so_far) from None
+        partial_result = dataclasses.replace(planning.result, unfinished=True)
+        raise planner.SearchInterrupted(partial_result) from None
 
 
 def report(
     store: Store, *, poc_id: str | None, path: Path | None, lang: str, case: Path | None = None
 ) -> Path:
     """Write the HTML of a stored PoC, by default the latest. An interrupted PoC shows what it has."""
-    found, decision = decide(store, poc_id=poc_id, case=case)
-    path = path or Path(f"memfit-{found.poc_id}.{lang}.html")
-    return write_html(found, path, lang=lang, decision=decision)
+    proof, decision = decide(store, poc_id=poc_id, case=case)
+    path = path or Path(f"memfit-{proof.poc_id}.{lang}.html")
+    return write_html(proof, path, lang=lang, decision=decision)
 
 
 def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
@@ -156,26 +158,36 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
 
     The user's figures come from the file `case`, which is then stored; without it, from the last stored case.
     """
-    wanted = wanted_poc(store, poc_id)
-    found = stored_poc(store, wanted)
-    kept = store.records(wanted, CASE)
+    resolved_id = wanted_poc(store, poc_id)
+    proof = stored_poc(store, resolved_id)
+    case_records = store.records(resolved_id, CASE)
     if case is not None:
-        own, name = cases.read(case), str(case)
-    elif kept:
-        last = json.loads(kept[-1].body)
-        own, name = cases.parsed(last["text"], f"the case that was kept, {last['name']},"), last["name"]
+        user_case, name = cases.read(case), str(case)
+    elif case_records:
+        last_case = json.loads(case_records[-1].body)
+        user_case, name = (
+            cases.parsed(last_case["text"], f"the stored case, {last_case['name']},"),
+            last_case["name"],
+        )
     else:
-        own, name = cases.DecisionCase(), ""
-    more = offers_of(store, wanted)
-    named = {s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(wanted, STAGE)))}
-    held = store.records(wanted, GATES)[-1:]  # earlier ones may be of an older version
-    limits = [rollout_gates.parsed(json.loads(r.body)["text"], _KEPT_GATES) for r in held]
+        user_case, name = cases.DecisionCase(), ""
+    later_offers = offers_of(store, resolved_id)
+    stage_machines = {
+        s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(resolved_id, STAGE)))
+    }
+    gate_records = store.records(resolved_id, GATES)[-1:]  # earlier ones may be of an older version
+    stored_gates = [rollout_gates.parsed(json.loads(r.body)["text"], _KEPT_GATES) for r in gate_records]
     decision = decide_on(
-        found, own, more=more, name=name, named=named, limits=limits[-1] if limits else rollout_gates.Gates()
+        proof,
+        user_case,
+        more=later_offers,
+        name=name,
+        named=stage_machines,
+        limits=stored_gates[-1] if stored_gates else rollout_gates.Gates(),
     )
     if case is not None:
-        store.append(wanted, CASE, {"name": name, "text": case.read_text(encoding="utf-8")})
-    return found, decision
+        store.append(resolved_id, CASE, {"name": name, "text": case.read_text(encoding="utf-8")})
+    return proof, decision
 
 
 def offers_of(store: Store, poc_id: str) -> list[Offer]:
@@ -191,24 +203,32 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
 
     Raises UserError for another job, machine or torch version, and if no run completed.
     """
-    wanted = wanted_poc(store, poc_id)
-    found, now = stored_poc(store, wanted), fingerprint()
-    job = found.runs[0].spec.job.spec if found.runs else found.job_name
+    resolved_id = wanted_poc(store, poc_id)
+    proof, environment = stored_poc(store, resolved_id), fingerprint()
+    job = proof.runs[0].spec.job.spec if proof.runs else proof.job_name
     if not request.is_here or job != request.job.spec:
-        raise UserError(f"PoC {wanted} ran {job} on this machine", allowed="plans for the same job here")
-    other = [name for name in _SAME if found.environment.get(name) != now.get(name)]
-    if other:
-        told = "; ".join(f"{n} {found.environment.get(n)} then, {now.get(n)} now" for n in other)
-        raise UserError(f"PoC {wanted} was measured elsewhere: {told}")
+        raise UserError(
+            f"PoC {resolved_id} ran {job} on this machine", allowed="a plan for that job on this machine"
+        )
+    changed_facts = [name for name in _SAME if proof.environment.get(name) != environment.get(name)]
+    if changed_facts:
+        changes_text = "; ".join(
+            f"{n} {proof.environment.get(n)} then, {environment.get(n)} now" for n in changed_facts
+        )
+        raise UserError(f"PoC {resolved_id} was measured in a different environment: {changes_text}")
     ratios: dict[Plan, list[float]] = {}
-    for run in found.runs:
+    for run in proof.runs:
         seconds = median_step_s(run.measurement)
         if run.measurement.outcome is OutcomeKind.OK and seconds and run.predicted_step_s:
             ratios.setdefault(run.spec.plan, []).append(seconds / run.predicted_step_s)
     if not ratios:
-        raise UserError(f"no run of PoC {wanted} ended well: it corrects nothing")
-    seen = [(plan, statistics.median(of_plan)) for plan, of_plan in ratios.items()]
-    return dataclasses.replace(request, correction=corrected(request.correction, seen, source=wanted))
+        raise UserError(
+            f"no run of PoC {resolved_id} completed with a step time, so it cannot correct predictions"
+        )
+    median_ratios = [(plan, statistics.median(plan_ratios)) for plan, plan_ratios in ratios.items()]
+    return dataclasses.replace(
+        request, correction=corrected(request.correction, median_ratios, source=resolved_id)
+    )
 
 
 @dataclasses.dataclass(kw_only=False)
@@ -239,11 +259,13 @@ class _Story:
     def begin(self, asked: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
         # Other machines and sizes are only reported for one device, and for models that are traced quickly.
-        metric, beyond = job.metric, request.ranks == 1 and not is_long(self.planning.pricer)
+        metric, covers_other_sizes = job.metric, request.ranks == 1 and not is_long(self.planning.pricer)
         paper, offers = (
-            reference_machines.paper(self.planning, self.progress) if beyond else ((), case_offers(job.name))
+            reference_machines.paper(self.planning, self.progress)
+            if covers_other_sizes
+            else ((), case_offers(job.name))
         )
-        found = Poc(
+        proof = Poc(
             poc_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=self.command,
@@ -275,13 +297,13 @@ class _Story:
             place=request.machine.place.name if request.machine.place else "",
             paper=paper,
             offers=offers,
-            reach=reference_machines.reach(self.planning, self.progress) if beyond else (),
+            reach=reference_machines.reach(self.planning, self.progress) if covers_other_sizes else (),
             steps_per_run=self.steps,
-            notes=_notes(request.job, asked.job, beyond=beyond or request.ranks > 1),
+            notes=_notes(request.job, asked.job, covers_other_sizes=covers_other_sizes or request.ranks > 1),
             finished=False,
         )
-        self.store.append(found.poc_id, "begin", found)
-        return found
+        self.store.append(proof.poc_id, "begin", proof)
+        return proof
 
     def specs(self) -> Iterator[RunSpec]:
         """Yield the runs: the baseline under the cap; baseline and recommendation in turn over the seeds, so
@@ -293,37 +315,40 @@ class _Story:
             yield self._spec(BASELINE, BASELINE, self.baseline, seed=seed)
             yield self._spec(RECOMMENDED, RECOMMENDED, self.recommended, seed=seed, capped=True)
         yield self._spec("recommended again", RECOMMENDED, self.recommended, seed=0, capped=True)
-        seen, excluded = {self.baseline, self.recommended}, self.planning.request.bounds.without
+        known_plans, excluded_techniques = (
+            {self.baseline, self.recommended},
+            self.planning.request.bounds.without,
+        )
         for name, plan in self._ablations():
-            if plan not in seen and not any(plan.get(technique) for technique in excluded):
-                seen.add(plan)
+            if plan not in known_plans and not any(plan.get(technique) for technique in excluded_techniques):
+                known_plans.add(plan)
                 yield self._spec(name, ABLATION, plan, seed=0)
 
     def _ablations(self) -> Iterator[tuple[str, Plan]]:
-        for used in self.recommended.uses:
-            less = without(self.recommended, used.technique)
+        for technique_use in self.recommended.uses:
+            reduced_plan = without(self.recommended, technique_use.technique)
             with contextlib.suppress(UserError):  # a budget that cannot be met without it
-                yield f"without {used.technique}", self.planning.pricer.settled(less)
+                yield f"without {technique_use.technique}", self.planning.pricer.settled(reduced_plan)
         yield "precision only", self.baseline.with_use(self.mixed)
         if self.planning.pricer.space.block_count:
             yield "checkpointing only", self.baseline.with_use(_CHECKPOINTING)
-            both = self.baseline.with_use(self.mixed).with_use(_CHECKPOINTING)
-            yield "precision and checkpointing", both
+            combined_plan = self.baseline.with_use(self.mixed).with_use(_CHECKPOINTING)
+            yield "precision and checkpointing", combined_plan
 
     def _spec(self, name: str, role: str, plan: Plan, *, seed: int, capped: bool = False) -> RunSpec:
         request, job = self.planning.request, self.planning.job
-        name_of_engine = "native" if engine(request.engine).supports(plan) else request.engine
+        engine_name = "native" if engine(request.engine).supports(plan) else request.engine
         return RunSpec(
             name=name,
             role=role,
             job=request.job,
             plan=plan,
-            engine=name_of_engine,
+            engine=engine_name,
             seed=seed,
             steps=self.steps,
             batch_size=job.batch_size,
             clip=job.clip,
-            sizes=model_sizes(name_of_engine, job),
+            sizes=model_sizes(engine_name, job),
             cap_bytes=self.planning.cap_bytes if capped else None,
             threads=request.threads or max(1, local_machine.threads() // request.ranks),
             timeline=seed == 0,
@@ -335,56 +360,63 @@ class _Story:
 
         An example is bfloat16 on a processor without support for it.
         """
-        own, plain_s = (self.planning.pricer.whole(p).step_s for p in (spec.plan, self.baseline))
-        if spec.role != ABLATION or own is None or plain_s is None or own.value < _SLOW * plain_s.value:
+        spec_step, plain_step = (self.planning.pricer.whole(p).step_s for p in (spec.plan, self.baseline))
+        if (
+            spec.role != ABLATION
+            or spec_step is None
+            or plain_step is None
+            or spec_step.value < _SLOW * plain_step.value
+        ):
             return spec
-        few = max(_FEWEST_STEPS, int(_SLOW_RUN_S / own.value))
-        return dataclasses.replace(spec, steps=few, evaluate=False) if few < spec.steps else spec
+        step_count = max(_FEWEST_STEPS, int(_SLOW_RUN_S / spec_step.value))
+        return (
+            dataclasses.replace(spec, steps=step_count, evaluate=False) if step_count < spec.steps else spec
+        )
 
     def add_run(self, found: Poc, spec: RunSpec, label: str) -> Poc:
-        done = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
-        self.store.append(found.poc_id, "run", done)
-        return dataclasses.replace(found, runs=(*found.runs, done))
+        run = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
+        self.store.append(found.poc_id, "run", run)
+        return dataclasses.replace(found, runs=(*found.runs, run))
 
     def conclude(self, found: Poc) -> Poc:
         runs = found.runs
-        plain = [r for r in runs if r.spec.role == BASELINE and r.spec.cap_bytes is None]
-        chosen = [r for r in runs if r.spec.name == RECOMMENDED]
-        again = [r for r in runs if r.spec.name == "recommended again"]
+        baseline_runs = [r for r in runs if r.spec.role == BASELINE and r.spec.cap_bytes is None]
+        recommended_runs = [r for r in runs if r.spec.name == RECOMMENDED]
+        repeated_runs = [r for r in runs if r.spec.name == "recommended again"]
         return dataclasses.replace(
             found,
-            verdicts=tuple(self._verdicts(plain, chosen, runs)),
+            verdicts=tuple(self._verdicts(baseline_runs, recommended_runs, runs)),
             interactions=tuple(self._interactions(runs)),
-            reproducibility=reproducibility(chosen[0], again[0]),
+            reproducibility=reproducibility(recommended_runs[0], repeated_runs[0]),
             effort=effort(self.planning.request.job, self.recommended, runs, self.store),
-            step_time_ratio=_paired_ratio(plain, chosen),
+            step_time_ratio=_paired_ratio(baseline_runs, recommended_runs),
             finished=True,
         )
 
     def _verdicts(
-        self, plain: Sequence[Run], chosen: Sequence[Run], runs: Sequence[Run]
+        self, baseline_runs: Sequence[Run], recommended_runs: Sequence[Run], runs: Sequence[Run]
     ) -> Iterator[NamedVerdict]:
         metric = self.planning.job.metric
 
         def named(name: str, base: Sequence[Run], other: Sequence[Run]) -> NamedVerdict:
             plan = other[0].spec.plan
             effect = effect_of(plan, other[0].dependence)
-            judged = verdict(base, other, effect=effect, metric=metric)
-            return NamedVerdict(name=name, plan=plan, verdict=judged)
+            outcome = verdict(base, other, effect=effect, metric=metric)
+            return NamedVerdict(name=name, plan=plan, verdict=outcome)
 
         if self.recommended != self.baseline:
-            yield named(RECOMMENDED, plain, chosen)
+            yield named(RECOMMENDED, baseline_runs, recommended_runs)
         else:
-            same = Verdict(
+            identity_verdict = Verdict(
                 kind=VerdictKind.EQUIVALENT,
                 effect=effect_of(self.baseline),
                 test="identity",
                 reason="the recommendation is plain training itself",
                 cause=Cause(kind="same_plan"),
             )
-            yield NamedVerdict(name=RECOMMENDED, plan=self.baseline, verdict=same)
+            yield NamedVerdict(name=RECOMMENDED, plan=self.baseline, verdict=identity_verdict)
         for other in (r for r in runs if r.spec.role == ABLATION):
-            yield named(other.spec.name, plain[:1], [other])
+            yield named(other.spec.name, baseline_runs[:1], [other])
 
     def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
         """Yield the interaction of precision and checkpointing on seed 0, if all four combinations ran."""
@@ -394,37 +426,37 @@ class _Story:
         for quantity, value in _QUANTITIES.items():
             values = [value(c.measurement) if c else None for c in cells]
             if all(v is not None for v in values):
-                neither, first, second, both = (float(v) for v in values if v is not None)
+                neither, first_only, second_only, both = (float(v) for v in values if v is not None)
                 yield Interaction(
                     first=self.mixed.technique,
                     second=_CHECKPOINTING.technique,
                     quantity=quantity,
                     neither=neither,
-                    first_only=first,
-                    second_only=second,
+                    first_only=first_only,
+                    second_only=second_only,
                     both=both,
                 )
 
 
-def _notes(used: JobRef, asked: JobRef, *, beyond: bool) -> tuple[str, ...]:
+def _notes(job: JobRef, requested_job: JobRef, *, covers_other_sizes: bool) -> tuple[str, ...]:
     """Return what the reader must know about this PoC."""
     notes = []
-    if used != asked:
+    if job != requested_job:
         notes.append(
-            "Plain training does not fit this machine's free memory at the batch asked for: everything here, "
-            f"the verdict included, is for a batch of {used.batch}."
+            "Plain training does not fit this machine's free memory at the requested batch, so all results "
+            f"here, including the verdict, are for a batch of {job.batch}."
         )
-    if not beyond and "paper" in reference_machines.sizes(used.spec):
+    if not covers_other_sizes and "paper" in reference_machines.sizes(job.spec):
         notes.append(
-            "The full size was not planned here, as a trace of this model takes long: "
-            f"`memfit plan {used.spec} --size paper --on MACHINE` does it."
+            "The full size was not planned here, because tracing this model takes long; run "
+            f"`memfit plan {job.spec} --size paper --on MACHINE` to plan it."
         )
     return tuple(notes)
 
 
 def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
-    fine = (r for r in runs if r.measurement.outcome is OutcomeKind.OK and r.spec.seed == 0)
-    return next((r for r in fine if r.spec.plan == plan), None)
+    successful_runs = (r for r in runs if r.measurement.outcome is OutcomeKind.OK and r.spec.seed == 0)
+    return next((r for r in successful_runs if r.spec.plan == plan), None)
 
 
 # how many times slower than plain training; seconds and fewest steps of such an ablation
@@ -436,11 +468,14 @@ _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
 }
 
 
-def _paired_ratio(plain: Sequence[Run], chosen: Sequence[Run]) -> float | None:
+def _paired_ratio(baseline_runs: Sequence[Run], recommended_runs: Sequence[Run]) -> float | None:
     """Return the median over seeds of recommended / baseline step time, for pairs run one after the other."""
     ratios = []
-    for one, other in zip(plain, chosen, strict=False):
-        base, new = median_step_s(one.measurement), median_step_s(other.measurement)
-        if base and new:
-            ratios.append(new / base)
+    for baseline_run, recommended_run in zip(baseline_runs, recommended_runs, strict=False):
+        baseline_s, recommended_s = (
+            median_step_s(baseline_run.measurement),
+            median_step_s(recommended_run.measurement),
+        )
+        if baseline_s and recommended_s:
+            ratios.append(recommended_s / baseline_s)
     return statistics.median(ratios) if ratios else None

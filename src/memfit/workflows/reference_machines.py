@@ -69,24 +69,26 @@ def _offers(
     Other plans are considered only if none of those fits.
     """
     if trained is None:
-        best_here = planning.result.recommended
-        trained = best_here.estimate.plan if best_here is not None else Plan()
+        recommendation = planning.result.recommended
+        trained = recommendation.estimate.plan if recommendation is not None else Plan()
     for pricer in pricers:
         machine = pricer.machine
         progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
         fits = fits_under(int(machine.device.memory_bytes.value), machine)
         plain = pricer.sketch(Plan())
         yield offer(plain, machine=machine.name, size=pricer.job.size, plain=True, fits=fits(plain))
-        for plans_ in (_seen_plans(planning, pricer, trained), _paper_plans(planning, pricer)):
-            found = best(_fitting(pricer, plans_, fits, machine), planning.request.goal, MODELLED)
-            if found is not None:
+        for candidate_plans in (_seen_plans(planning, pricer, trained), _paper_plans(planning, pricer)):
+            recommended = best(
+                _fitting(pricer, candidate_plans, fits, machine), planning.request.goal, MODELLED
+            )
+            if recommended is not None:
                 break
-        if found is not None and found.plan != plain.plan:
-            yield offer(found, machine=machine.name, size=pricer.job.size, plain=False, fits=True)
+        if recommended is not None and recommended.plan != plain.plan:
+            yield offer(recommended, machine=machine.name, size=pricer.job.size, plain=False, fits=True)
 
 
 def _fitting(
-    pricer: Pricer, plans_: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
+    pricer: Pricer, candidate_plans: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
 ) -> list[Estimate]:
     """Return the plans whose upper end fits, else those whose value fits.
 
@@ -94,11 +96,11 @@ def _fitting(
     """
 
     def surely(sketch: Estimate) -> bool:
-        whole = sketch.device_bytes
-        return whole is None or whole.high <= machine.device.memory_bytes.value
+        device_bytes = sketch.device_bytes
+        return device_bytes is None or device_bytes.high <= machine.device.memory_bytes.value
 
-    likely = [e for e in map(pricer.sketch, plans_) if fits(e)]
-    return [e for e in likely if surely(e)] or likely
+    fitting = [e for e in map(pricer.sketch, candidate_plans) if fits(e)]
+    return [e for e in fitting if surely(e)] or fitting
 
 
 def _usable(planning: Planning, pricer: Pricer) -> list[Technique]:
@@ -112,33 +114,33 @@ def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]
     techniques that change results at most by rounding.
     """
     techniques = _usable(planning, pricer)
-    own, dependence = {u.technique for u in trained.uses}, planning.pricer.dependence
+    trained_names, dependence = {u.technique for u in trained.uses}, planning.pricer.dependence
 
     def mild(t: Technique) -> bool:
-        split = t.name == "gradient-accumulation" and dependence.kind is DependenceKind.DEPENDENT
-        return t.effect <= EffectClass.E1 and not split
+        splits_dependent = t.name == "gradient-accumulation" and dependence.kind is DependenceKind.DEPENDENT
+        return t.effect <= EffectClass.E1 and not splits_dependent
 
-    kept = [t for t in techniques if t.name in own or (t.name in _AT_PAPER and mild(t))]
-    narrow = {t.name for t in kept if t.effect > EffectClass.E1}
+    allowed = [t for t in techniques if t.name in trained_names or (t.name in _AT_PAPER and mild(t))]
+    restricted_names = {t.name for t in allowed if t.effect > EffectClass.E1}
     return [
         p
-        for p in plans(pricer.space, kept)
-        if _one_setting(p) and all(p.get(n) in (None, trained.get(n)) for n in narrow)
+        for p in plans(pricer.space, allowed)
+        if _one_setting(p) and all(p.get(n) in (None, trained.get(n)) for n in restricted_names)
     ]
 
 
 def stage_offers(planned: Planning) -> Iterator[Offer]:
     """Yield plain training and the recommendation of a finished search."""
     result, machine, size = planned.result, planned.request.machine.name, planned.job.size
-    basis, chosen = result.baseline, result.recommended
-    yield offer(basis.estimate, machine=machine, size=size, plain=True, fits=basis.fits)
-    if chosen is not None and chosen.estimate.plan != basis.estimate.plan:
-        yield offer(chosen.estimate, machine=machine, size=size, plain=False, fits=True)
+    baseline, recommended = result.baseline, result.recommended
+    yield offer(baseline.estimate, machine=machine, size=size, plain=True, fits=baseline.fits)
+    if recommended is not None and recommended.estimate.plan != baseline.estimate.plan:
+        yield offer(recommended.estimate, machine=machine, size=size, plain=False, fits=True)
 
 
 def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:
     """Convert an estimate to an Offer."""
-    step, joules = estimate.step_s, estimate.energy_j
+    step_s, energy_j = estimate.step_s, estimate.energy_j
     return Offer(
         machine=machine,
         size=size,
@@ -146,8 +148,8 @@ def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: boo
         plain=plain,
         fits=fits,
         memory_bytes=estimate.device_bytes or estimate.allocated_bytes,
-        step_s=step,
-        power_w=joules / step.value if joules is not None and step is not None else None,
+        step_s=step_s,
+        power_w=energy_j / step_s.value if energy_j is not None and step_s is not None else None,
     )
 
 
@@ -167,20 +169,20 @@ def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES
     """Return one pricer per machine. Machines with the same kernels share their traces."""
     job = load(ref)
     place = planning.request.machine.place
-    shared: dict[Any, Any] = {}
+    shared_parts: dict[Any, Any] = {}
     spaces: dict[str, Space] = {}
-    made = []
+    pricers = []
     for name in machines:
         machine = catalog.machine(name, place.name if place else "world")
-        kind = machine.device.kind
-        if kind not in spaces:
-            spaces[kind] = space_of(job, kind)
-        pricer = Pricer(job=job, machine=machine, space=spaces[kind])
+        device_kind = machine.device.kind
+        if device_kind not in spaces:
+            spaces[device_kind] = space_of(job, device_kind)
+        pricer = Pricer(job=job, machine=machine, space=spaces[device_kind])
         pricer.dependence = planning.pricer.dependence  # of the same model at a smaller size
         limit_parts(pricer, planning.request.accuracy)
-        pricer.parts = shared
-        made.append(pricer)
-    return made
+        pricer.parts = shared_parts
+        pricers.append(pricer)
+    return pricers
 
 
 def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
@@ -201,8 +203,8 @@ def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
 
 def _paper_plans(planning: Planning, pricer: Pricer) -> list[Plan]:
     techniques = _usable(planning, pricer)
-    kept = [t for t in techniques if t.name in _AT_PAPER]
-    return [p for p in plans(pricer.space, kept) if _one_setting(p)]
+    allowed = [t for t in techniques if t.name in _AT_PAPER]
+    return [p for p in plans(pricer.space, allowed) if _one_setting(p)]
 
 
 def _one_setting(plan: Plan) -> bool:
@@ -320,7 +322,7 @@ def _tightest(planning: Planning, pricer: Pricer) -> Plan:
     state, as far as the accuracy class allows.
     """
     names = {t.name for t in _usable(planning, pricer)}
-    wanted: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]
+    uses: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]
     if pricer.space.parts[-1] > 1:
-        wanted.append(use("gradient-accumulation", micro_batches=pricer.space.parts[-1]))
-    return Plan(uses=tuple(u for u in wanted if u.technique in names))
+        uses.append(use("gradient-accumulation", micro_batches=pricer.space.parts[-1]))
+    return Plan(uses=tuple(u for u in uses if u.technique in names))

@@ -85,13 +85,13 @@ def read_lengths(path: str, *, column: str | None = None) -> Ints:
         lines = enumerate(read_text(path).splitlines(), start=1)
         values = [_whole(x.strip(), f"{path} line {n}") for n, x in lines if x.strip()]
     if not values or min(values) < 1:
-        raise UserError(f"{path} holds {'a length below 1' if values else 'no lengths'}")
+        raise UserError(f"{path} contains {'a length below 1' if values else 'no lengths'}")
     return np.array(values, np.int64)
 
 
-def _whole(text: str, where: str) -> int:
+def _whole(text: str, location: str) -> int:
     if not text.isdigit():
-        raise UserError(f"{where}: {text[:40]!r} is no length", allowed="a whole number of tokens")
+        raise UserError(f"{location}: {text[:40]!r} is not a length", allowed="a whole number of tokens")
     return int(text)
 
 
@@ -101,19 +101,19 @@ def _from_npz(path: str, column: str | None) -> list[int]:
             arrays = {k: file[k] for k in file.files if column in (None, k)}
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    found = [a for a in arrays.values() if a.ndim == 1 and np.issubdtype(a.dtype, np.integer)]
-    if not found:
+    length_arrays = [a for a in arrays.values() if a.ndim == 1 and np.issubdtype(a.dtype, np.integer)]
+    if not length_arrays:
         raise UserError(f"{path} has no array of whole numbers{f' {column!r}' if column else ''}")
-    return [int(v) for v in found[0]]
+    return [int(v) for v in length_arrays[0]]
 
 
 def _from_csv(path: str, column: str | None) -> list[int]:
     rows = list(csv.DictReader(io.StringIO(read_text(path))))
     names = list(rows[0]) if rows else []
-    chosen = column or next((n for n in names if (rows[0][n] or "").strip().isdigit()), None)
-    if chosen is None or chosen not in names:
+    column_name = column or next((n for n in names if (rows[0][n] or "").strip().isdigit()), None)
+    if column_name is None or column_name not in names:
         raise UserError(f"{path} has no column {column or 'of whole numbers'}", allowed=", ".join(names))
-    return [_whole((r[chosen] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
+    return [_whole((r[column_name] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
 
 
 def at_shape(job: Job, rows: int, length: int) -> Job:
@@ -125,7 +125,9 @@ def at_shape(job: Job, rows: int, length: int) -> Job:
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)]
     sizes = Counter(size for t in tensors for size in t.shape[1:])
     if not sizes:
-        raise UserError(f"the batches of {job.name} have no length", allowed="tensors of (rows, length, ...)")
+        raise UserError(
+            f"the batches of {job.name} have no length dimension", allowed="tensors of (rows, length, ...)"
+        )
     old_rows = batch_length(batch)
     old_length = max(sizes, key=lambda size: (sizes[size], size))
 
@@ -137,9 +139,9 @@ def at_shape(job: Job, rows: int, length: int) -> Job:
                 tensor = tensor.index_select(dim, torch.arange(length) * old_length // length)
         return tensor.contiguous()
 
-    stretched = _pytree.tree_map_only(torch.Tensor, resized, batch)
+    resized_batch = _pytree.tree_map_only(torch.Tensor, resized, batch)
     return dataclasses.replace(
-        job, make_batch=lambda step, seed: stretched, batch_size=rows, loss_terms=None, tokens_per_batch=0
+        job, make_batch=lambda step, seed: resized_batch, batch_size=rows, loss_terms=None, tokens_per_batch=0
     )
 
 
@@ -147,8 +149,8 @@ def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
     """Fit the peak model from six traces: three lengths up to ``longest``, with one and two rows per
     micro-batch.
     """
-    micro = plan.get("gradient-accumulation")
-    rows = int(micro.settings["micro_batches"]) if micro else 1
+    accumulation = plan.get("gradient-accumulation")
+    rows = int(accumulation.settings["micro_batches"]) if accumulation else 1
     lengths = sorted({max(_SHORTEST, -(-longest * q // 64) * 16) for q in (1, 2, 4)})
     if len(lengths) < 3:
         lengths = [_SHORTEST, 2 * _SHORTEST, 4 * _SHORTEST]
@@ -180,11 +182,11 @@ def report(
         return peak_bytes + margin <= cap_bytes
 
     distinct = np.unique(lengths)
-    rests = len(lengths) % batch or batch
-    limit, last_limit = (_limit(model, rows, distinct, fits) for rows in (batch, rests))
-    peaks = {n: model.peak_bytes(Shape(rows=batch, length=n)) for n in _curve(longest)}
-    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    ways = cost.batchings(lengths, batch, model, fits=fits)
+    last_rows = len(lengths) % batch or batch
+    limit, last_limit = (_limit(model, rows, distinct, fits) for rows in (batch, last_rows))
+    curve_bytes = {n: model.peak_bytes(Shape(rows=batch, length=n)) for n in _curve(longest)}
+    quantiles = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    batchings = cost.batchings(lengths, batch, model, fits=fits)
     return LengthReport(
         sequences=len(lengths),
         batch=batch,
@@ -195,34 +197,36 @@ def report(
         oom_per_step=cost.oom_per_step(lengths, batch, limit),
         oom_per_epoch=cost.oom_per_epoch(lengths, batch, limit, last_limit),
         quantile_bytes={
-            name: model.peak_bytes(Shape(rows=batch, length=cost.quantile_length(lengths, batch, share)))
-            for name, share in shares.items()
+            name: model.peak_bytes(Shape(rows=batch, length=cost.quantile_length(lengths, batch, fraction)))
+            for name, fraction in quantiles.items()
         },
-        curve_bytes=peaks,
+        curve_bytes=curve_bytes,
         held_out=held_out,
         first=tuple(int(i) for i in np.argsort(-lengths, kind="stable")[:batch]),
-        batchings=ways,
-        best=min(ways, key=lambda w: (w.peak_bytes, w.padded_tokens)).name,
+        batchings=batchings,
+        best=min(batchings, key=lambda w: (w.peak_bytes, w.padded_tokens)).name,
     )
 
 
 def _checked(
-    job: Job, plan: Plan, machine: Machine, model: PeakModel, whole: tuple[int, int]
+    job: Job, plan: Plan, machine: Machine, model: PeakModel, longest_batch: tuple[int, int]
 ) -> tuple[tuple[HeldOut, ...], int]:
     """Check the model at shapes it was not fitted to, including the longest whole batch.
 
     Also returns the memory that this batch needs beside its tensors.
     """
-    rows, longest = whole
-    found, margin = [], 0
+    rows, longest = longest_batch
+    held_out, margin = [], 0
     for length in dict.fromkeys((max(_SHORTEST, longest * 2 // 3), longest)):
-        sized = at_shape(job, rows, length)
-        pricer = Pricer(job=sized, machine=machine, space=space_of(sized, machine.device.kind))
-        traced = int(levels(pricer.trace(plan))[1].max())
-        predicted = model.peak_bytes(Shape(rows=rows, length=length))
-        margin = max(0, needed_bytes(pricer.whole(plan), machine) - traced)
-        found.append(HeldOut(rows=rows, length=length, predicted_bytes=predicted, traced_bytes=traced))
-    return tuple(found), margin
+        sized_job = at_shape(job, rows, length)
+        pricer = Pricer(job=sized_job, machine=machine, space=space_of(sized_job, machine.device.kind))
+        traced_bytes = int(levels(pricer.trace(plan))[1].max())
+        predicted_bytes = model.peak_bytes(Shape(rows=rows, length=length))
+        margin = max(0, needed_bytes(pricer.whole(plan), machine) - traced_bytes)
+        held_out.append(
+            HeldOut(rows=rows, length=length, predicted_bytes=predicted_bytes, traced_bytes=traced_bytes)
+        )
+    return tuple(held_out), margin
 
 
 def _limit(model: PeakModel, rows: int, distinct: Ints, fits: Any) -> int:

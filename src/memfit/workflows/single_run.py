@@ -39,7 +39,7 @@ from memfit.types.result import (
     Run,
 )
 
-_TRAIN = "`memfit run` without --engine replay"
+_TRAIN = "record one with `memfit run` without --engine replay"
 _NOT_KEPT = Keep()
 
 
@@ -75,10 +75,10 @@ def anatomy(
 
 def _explained(pricer: Pricer, plan: Plan) -> Explained:
     estimate = pricer.whole(plan)
-    traced = pricer.trace(plan, estimate.rank)
-    profile = memory_profile(traced, pricer.calibration)
-    whole = with_workspace(traced, profile)
-    return Explained(estimate=estimate, trace=whole, peak_clock=profile.peak_clock)
+    base_trace = pricer.trace(plan, estimate.rank)
+    profile = memory_profile(base_trace, pricer.calibration)
+    full_trace = with_workspace(base_trace, profile)
+    return Explained(estimate=estimate, trace=full_trace, peak_clock=profile.peak_clock)
 
 
 def run_plan(
@@ -98,21 +98,21 @@ def run_plan(
     the engine "replay" reads it. Raises UserError if the plan has too many ranks for this machine.
     """
     ready(request.engine, plan)
-    most = max(8, 2 * local_machine.threads())
-    if plan.ranks > most:
+    max_ranks = max(8, 2 * local_machine.threads())
+    if plan.ranks > max_ranks:
         raise UserError(
-            f"a plan of {plan.ranks} ranks",
-            allowed=f"at most {most} processes on this machine",
+            f"a plan with {plan.ranks} ranks cannot run here",
+            allowed=f"at most {max_ranks} processes on this machine",
             hint="`memfit explain` predicts it without running it",
         )
     job = make_pricer(request)[0]
     keep, seed = checkpoints.settled(keep, seed, steps or job.steps)
-    replayed = request.engine == "replay"
-    known = _stored(store or Store(), request, seed) if replayed else []
+    is_replay = request.engine == "replay"
+    stored_runs = _stored(store or Store(), request, seed) if is_replay else []
     estimate = explain(request, plan, progress)
     plan = estimate.plan
-    if replayed:
-        return _replayed(known, request, estimate)
+    if is_replay:
+        return _replayed(stored_runs, request, estimate)
     spec = RunSpec(
         name=plan.label,
         role="run",
@@ -131,35 +131,35 @@ def run_plan(
         evaluate=plan.ranks == 1,
         source_digest=source_digest(request.job.spec),
     )
-    done = run_spec(spec, estimate, progress, plan.label, strict=True)
+    result = run_spec(spec, estimate, progress, plan.label, strict=True)
     if store is not None:
-        store.append("run", "run", done)
-    return done
+        store.append("run", "run", result)
+    return result
 
 
 def _stored(store: Store, request: Request, seed: int) -> list[Run]:
     """Return the stored runs of this job with this seed. Raises UserError if there are none."""
-    stored = [
+    stored_runs = [
         serialization.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(kind="run")
     ]
-    asked = (_unlimited(request.job), seed)
-    if found := [r for r in stored if (_unlimited(r.spec.job), r.spec.seed) == asked]:
-        return found
+    request_key = (_unlimited(request.job), seed)
+    if matches := [r for r in stored_runs if (_unlimited(r.spec.job), r.spec.seed) == request_key]:
+        return matches
     raise UserError(f"{store.path} has no run of this job and seed", hint=_TRAIN)
 
 
-def _replayed(known: Sequence[Run], request: Request, estimate: Estimate) -> Run:
+def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) -> Run:
     """Return the last of the runs with this plan, with today's prediction.
 
     Raises UserError if there is none.
     """
-    found = [r for r in known if r.spec.plan == estimate.plan]
-    if not found:
+    matches = [r for r in stored_runs if r.spec.plan == estimate.plan]
+    if not matches:
         raise UserError(f"no run of this job and seed has the plan {estimate.plan.label}", hint=_TRAIN)
-    if found[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
+    if matches[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
         raise UserError(f"{request.job.spec} has changed since that run", hint=_TRAIN)
     return dataclasses.replace(
-        found[-1],
+        matches[-1],
         predicted_peak_bytes=int(estimate.allocated_bytes.value),
         predicted_phase_peak_bytes=estimate.phase_peak_bytes,
         predicted_step_s=estimate.step_s.value if estimate.step_s else None,
@@ -201,15 +201,15 @@ def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> 
     For several ranks it is the one that ran out of memory or failed, else the one with the highest peak (as
     in predictions) with the mean of all ranks' losses.
     """
-    seen = run_through(spec, _started, on_event=lambda rank, event: None if rank else listen(event))
+    measurements = run_through(spec, _started, on_event=lambda rank, event: None if rank else listen(event))
     if spec.plan.ranks == 1:
-        return seen[0]
+        return measurements[0]
     # ranks fail when their neighbour has run out of memory
-    failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
-    if failed:
-        return min(failed, key=lambda m: (m.outcome is not OutcomeKind.OOM, m.reason == STOPPED))
-    losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in seen), strict=True))
-    return dataclasses.replace(max(seen, key=lambda m: m.peak_bytes or 0), losses=losses)
+    failures = [m for m in measurements if m.outcome is not OutcomeKind.OK]
+    if failures:
+        return min(failures, key=lambda m: (m.outcome is not OutcomeKind.OOM, m.reason == STOPPED))
+    losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in measurements), strict=True))
+    return dataclasses.replace(max(measurements, key=lambda m: m.peak_bytes or 0), losses=losses)
 
 
 def _started(spec: RunSpec, on_event: OnEvent) -> Sequence[Measurement]:

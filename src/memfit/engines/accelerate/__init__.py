@@ -16,54 +16,58 @@ CONFIG = "accelerate.yaml"
 
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
-    found = list(deepspeed.ENGINE.reasons(plan)) if plan.get("zero") is not None else []
-    for half in ("bf16", "fp16"):
-        if plan.get("fsdp2") is not None and plan.get(f"{half}-autocast") is not None:
-            found.append(f"{half}-autocast: with FSDP2 its {half} is the dtype of gathered parameters")
-    for used in plan.uses:
-        knobs = used.settings
-        if used.technique == "fsdp2":
+    reasons = list(deepspeed.ENGINE.reasons(plan)) if plan.get("zero") is not None else []
+    for dtype in ("bf16", "fp16"):
+        if plan.get("fsdp2") is not None and plan.get(f"{dtype}-autocast") is not None:
+            reasons.append(
+                f"{dtype}-autocast: with FSDP2, its {dtype} setting is the dtype of gathered parameters"
+            )
+    for use in plan.uses:
+        knobs = use.settings
+        if use.technique == "fsdp2":
             if int(knobs["replicas"]) > 1:
-                found.append("fsdp2: replicas (HSDP) are not in its YAML")
+                reasons.append("fsdp2: its YAML has no setting for replicas (HSDP)")
             if knobs["units"] != "blocks":
-                found.append(f"fsdp2: units {knobs['units']!r} cannot be named in its YAML")
+                reasons.append(f"fsdp2: units {knobs['units']!r} cannot be expressed in its YAML")
             if int(knobs["prefetch"]) > 1:
-                found.append("fsdp2: it has no setting of how many groups are gathered ahead")
+                reasons.append("fsdp2: it has no setting for the number of groups that are prefetched")
             if knobs["reshard"] not in {True, False}:
-                found.append(f"fsdp2: reshard {knobs['reshard']!r} is for all groups or none")
-    return tuple(found)
+                reasons.append(
+                    f"fsdp2: reshard {knobs['reshard']!r} is not supported: it reshards all groups or none"
+                )
+    return tuple(reasons)
 
 
 def _files(spec: RunSpec) -> dict[str, str]:
     import yaml
 
-    beside = deepspeed.ENGINE.files(spec) if spec.plan.get("zero") is not None else {}
-    return {CONFIG: yaml.safe_dump(config(spec.plan), sort_keys=False), **beside}
+    deepspeed_files = deepspeed.ENGINE.files(spec) if spec.plan.get("zero") is not None else {}
+    return {CONFIG: yaml.safe_dump(config(spec.plan), sort_keys=False), **deepspeed_files}
 
 
 def config(plan: Plan) -> dict[str, Any]:
     """Return the content of the file that `accelerate launch --config_file` reads. `mixed_precision` is the
     dtype of gathered parameters under FSDP2, and autocast otherwise."""
-    mixed = "bf16" if plan.get("bf16-autocast") else "fp16" if plan.get("fp16-autocast") else "no"
-    found: dict[str, Any] = {
+    mixed_precision = "bf16" if plan.get("bf16-autocast") else "fp16" if plan.get("fp16-autocast") else "no"
+    content: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,
         "distributed_type": "MULTI_GPU" if plan.ranks > 1 else "NO",
         "downcast_bf16": "no",
         "machine_rank": 0,
         "main_training_function": "main",
-        "mixed_precision": mixed,
+        "mixed_precision": mixed_precision,
         "num_machines": 1,
         "num_processes": plan.ranks,
         "rdzv_backend": "static",
         "same_network": True,
         "use_cpu": False,
     }
-    if (used := plan.get("fsdp2")) is not None:
-        knobs = used.settings
-        found["distributed_type"] = "FSDP"
-        found["mixed_precision"] = "bf16" if knobs["precision"] == "bf16" else "no"
-        found["fsdp_config"] = {
+    if (use := plan.get("fsdp2")) is not None:
+        knobs = use.settings
+        content["distributed_type"] = "FSDP"
+        content["mixed_precision"] = "bf16" if knobs["precision"] == "bf16" else "no"
+        content["fsdp_config"] = {
             "fsdp_version": 2,
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "fsdp_reshard_after_forward": bool(knobs["reshard"]),
@@ -73,10 +77,10 @@ def config(plan: Plan) -> dict[str, Any]:
             "fsdp_activation_checkpointing": False,
         }
     if plan.get("zero") is not None:  # settings in DeepSpeed's own file must not be repeated here
-        found["distributed_type"] = "DEEPSPEED"
-        found["deepspeed_config"] = {"deepspeed_config_file": deepspeed.CONFIG, "zero3_init_flag": False}
-        del found["mixed_precision"]
-    return found
+        content["distributed_type"] = "DEEPSPEED"
+        content["deepspeed_config"] = {"deepspeed_config_file": deepspeed.CONFIG, "zero3_init_flag": False}
+        del content["mixed_precision"]
+    return content
 
 
 def _asks_cuda(plan: Plan) -> tuple[str, ...]:

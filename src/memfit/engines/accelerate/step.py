@@ -40,20 +40,20 @@ class Step(TrainingStep):
     def __new__(cls, job: Job, plan: Plan, **options: Any) -> Step:
         """Return DeepSpeed's step, created by Accelerate, for a run with ZeRO. A trace uses memfit's own
         ZeRO."""
-        through = plan.get("zero") is not None and cls.folder is not None
-        return super().__new__(_ThroughDeepspeed if through else cls)
+        uses_deepspeed = plan.get("zero") is not None and cls.folder is not None
+        return super().__new__(_ThroughDeepspeed if uses_deepspeed else cls)
 
     def _prepare(self) -> OptimizerLike:
         plan, bench = self.plan, self.bench
-        given = config(plan) if self.folder is None else yaml.safe_load((self.folder / CONFIG).read_text())
-        sharded = bool(given.get("fsdp_config"))
-        if self.folder is None and not sharded:
+        content = config(plan) if self.folder is None else yaml.safe_load((self.folder / CONFIG).read_text())
+        has_fsdp = bool(content.get("fsdp_config"))
+        if self.folder is None and not has_fsdp:
             return self._as_native()
-        self.accelerator = accelerator = _accelerator(given, plan)
-        if sharded:
+        self.accelerator = accelerator = _accelerator(content, plan)
+        if has_fsdp:
             refuse_scalars(self.model, "fsdp2")
             cast(Any, self.model)._no_split_modules = list(_block_classes(bench))
-        optimizer = self._prepared_fake() if sharded and self.folder is None else self._prepared()
+        optimizer = self._prepared_fake() if has_fsdp and self.folder is None else self._prepared()
         bench.call = _Forwarding(self.wrapped, accelerator.unwrap_model(self.wrapped))
         self.model = bench.model = bench.call.inner
         sync = next((str(u.settings["sync"]) for u in plan.uses if "sync" in u.settings), "every")
@@ -65,16 +65,16 @@ class Step(TrainingStep):
 
     def _prepared(self) -> OptimizerLike:
         bench = self.bench
-        plain = bench.make_optimizer(bench.trainable())
-        self.wrapped, optimizer = self.accelerator.prepare(self.model, plain)
+        inner_optimizer = bench.make_optimizer(bench.trainable())
+        self.wrapped, optimizer = self.accelerator.prepare(self.model, inner_optimizer)
         return cast(OptimizerLike, optimizer)
 
     def _as_native(self) -> OptimizerLike:
         """Prepare a trace without FSDP. For DDP, autocast and accumulation, Accelerate does the same as
         memfit's own step."""
-        for technique, used in in_order(self.plan):
+        for technique, use in in_order(self.plan):
             if technique.name in self.carried:
-                technique.apply(self.bench, used.settings)
+                technique.apply(self.bench, use.settings)
         return super()._prepare()
 
     def _prepared_fake(self) -> OptimizerLike:
@@ -122,8 +122,8 @@ class _ThroughDeepspeed(step.Step, Step):
 
     def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
         assert self.folder is not None
-        given = yaml.safe_load((self.folder / CONFIG).read_text())
-        self.accelerator = _accelerator(given, self.plan, folder=self.folder)
+        content = yaml.safe_load((self.folder / CONFIG).read_text())
+        self.accelerator = _accelerator(content, self.plan, folder=self.folder)
         self.bench.closers.append(self.accelerator.free_memory)
         return self.accelerator.prepare(model, optimizer)[0]
 
@@ -149,42 +149,42 @@ def _block_classes(bench: Any) -> Iterator[str]:
     yield from sorted({type(b).__name__ for b in blocks})
 
 
-def _accelerator(given: Mapping[str, Any], plan: Plan, folder: Path | None = None) -> Any:
+def _accelerator(content: Mapping[str, Any], plan: Plan, folder: Path | None = None) -> Any:
     """Return an Accelerator that is configured by the file, through the variables that `accelerate launch`
     would set from it. DDP's buckets are not in the file: a program passes them as arguments."""
     from accelerate import Accelerator
     from accelerate.utils import patch_environment
 
     _reset()
-    with patch_environment(**_variables(given)):
+    with patch_environment(**_variables(content)):
         accelerator = Accelerator(cpu=True, kwargs_handlers=list(_handlers(plan)))
-        if given.get("fsdp_config"):
+        if content.get("fsdp_config"):
             _shard_on_cpu(accelerator)
-        if given.get("deepspeed_config") and folder is not None:
-            _deepspeed_on_cpu(accelerator, folder / given["deepspeed_config"]["deepspeed_config_file"])
+        if content.get("deepspeed_config") and folder is not None:
+            _deepspeed_on_cpu(accelerator, folder / content["deepspeed_config"]["deepspeed_config_file"])
     return accelerator
 
 
 def _handlers(plan: Plan) -> Iterator[Any]:
     from accelerate.utils import DistributedDataParallelKwargs
 
-    if (used := plan.get("ddp")) is not None:
+    if (use := plan.get("ddp")) is not None:
         yield DistributedDataParallelKwargs(
-            bucket_cap_mb=int(used.settings["bucket_mib"]),
-            gradient_as_bucket_view=bool(used.settings["bucket_view"]),
+            bucket_cap_mb=int(use.settings["bucket_mib"]),
+            gradient_as_bucket_view=bool(use.settings["bucket_view"]),
         )
 
 
-def _variables(given: Mapping[str, Any]) -> dict[str, str]:
+def _variables(content: Mapping[str, Any]) -> dict[str, str]:
     """Return the environment variables that accelerate/utils/launch.py sets for the configuration."""
-    found = {"ACCELERATE_MIXED_PRECISION": str(given.get("mixed_precision", "no"))}
-    if sharding := given.get("fsdp_config"):
-        found["ACCELERATE_USE_FSDP"] = "true"
-        named = {k.upper(): v for k, v in sharding.items()}
-        found |= {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in named.items()}
-    if given.get("deepspeed_config"):  # an Accelerator reads it when it is created, also on a CPU
-        found["ACCELERATE_USE_DEEPSPEED"] = "true"
-    return found
+    variables = {"ACCELERATE_MIXED_PRECISION": str(content.get("mixed_precision", "no"))}
+    if fsdp_settings := content.get("fsdp_config"):
+        variables["ACCELERATE_USE_FSDP"] = "true"
+        settings = {k.upper(): v for k, v in fsdp_settings.items()}
+        variables |= {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in settings.items()}
+    if content.get("deepspeed_config"):  # an Accelerator reads it when it is created, also on a CPU
+        variables["ACCELERATE_USE_DEEPSPEED"] = "true"
+    return variables
 
 
 def _reset() -> None:
@@ -210,7 +210,8 @@ def _deepspeed_on_cpu(accelerator: Any, config: Path) -> None:
     from accelerate.utils import DeepSpeedPlugin, DistributedType
 
     state = accelerator.state
-    for one in (PartialState(), state):  # PartialState overwrites AcceleratorState whenever that is accessed
-        one.distributed_type = DistributedType.DEEPSPEED
+    # PartialState overwrites AcceleratorState whenever that is accessed.
+    for shared_state in (PartialState(), state):
+        shared_state.distributed_type = DistributedType.DEEPSPEED
     state.deepspeed_plugins = {"default": DeepSpeedPlugin(hf_ds_config=str(config))}
     state.select_deepspeed_plugin("default")

@@ -41,18 +41,18 @@ def config(plan: Plan, clip: float | None = None) -> dict[str, Any]:
 
 
 def _ddp(plan: Plan) -> dict[str, Any]:
-    used = plan.get("ddp")
-    assert used is not None
+    use = plan.get("ddp")
+    assert use is not None
     return {
-        "bucket_cap_mb": int(used.settings["bucket_mib"]),
-        "gradient_as_bucket_view": bool(used.settings["bucket_view"]),
+        "bucket_cap_mb": int(use.settings["bucket_mib"]),
+        "gradient_as_bucket_view": bool(use.settings["bucket_view"]),
     }
 
 
 def _zero_knobs(plan: Plan) -> Mapping[str, Any]:
-    used = plan.get("zero")
-    assert used is not None
-    return used.settings
+    use = plan.get("zero")
+    assert use is not None
+    return use.settings
 
 
 def _zero(plan: Plan) -> dict[str, Any]:
@@ -79,27 +79,27 @@ def _gemini(plan: Plan) -> dict[str, Any]:
 
 
 def _hybrid(plan: Plan) -> dict[str, Any]:
-    place, stages, tensor = layout(plan), plan.get("pipeline"), plan.get("tensor-parallel")
-    found: dict[str, Any] = {
-        "tp_size": place.tensor,
-        "pp_size": place.pipeline,
+    mesh, pipeline, tensor = layout(plan), plan.get("pipeline"), plan.get("tensor-parallel")
+    arguments: dict[str, Any] = {
+        "tp_size": mesh.tensor,
+        "pp_size": mesh.pipeline,
         "zero_stage": 0,
         "precision": "fp32",
         "parallel_output": tensor is not None and tensor.settings["vocabulary"] == "parallel-loss",
     }
     if (zero := plan.get("zero")) is not None:
-        found |= {"zero_stage": int(zero.settings["stage"]), "precision": str(zero.settings["precision"])}
-        found["zero_bucket_size_in_m"] = int(zero.settings["reduce_bucket_elements"]) // _MI
+        arguments |= {"zero_stage": int(zero.settings["stage"]), "precision": str(zero.settings["precision"])}
+        arguments["zero_bucket_size_in_m"] = int(zero.settings["reduce_bucket_elements"]) // _MI
     if (ddp := plan.get("ddp")) is not None:
-        found |= {"ddp_bucket_cap_mb": int(ddp.settings["bucket_mib"])}
-        found["gradient_as_bucket_view"] = bool(ddp.settings["bucket_view"])
+        arguments |= {"ddp_bucket_cap_mb": int(ddp.settings["bucket_mib"])}
+        arguments["gradient_as_bucket_view"] = bool(ddp.settings["bucket_view"])
     if tensor is not None and tensor.settings["sequence"]:
-        found |= {"enable_sequence_parallelism": True, "sequence_parallelism_mode": "split_gather"}
-    if stages is not None:
-        found["num_microbatches"] = int(stages.settings["micro_batches"])
-        found["pp_style"] = _STYLES[str(stages.settings["schedule"])]
-        found["num_model_chunks"] = int(stages.settings["virtual"])
-    return found
+        arguments |= {"enable_sequence_parallelism": True, "sequence_parallelism_mode": "split_gather"}
+    if pipeline is not None:
+        arguments["num_microbatches"] = int(pipeline.settings["micro_batches"])
+        arguments["pp_style"] = _STYLES[str(pipeline.settings["schedule"])]
+        arguments["num_model_chunks"] = int(pipeline.settings["virtual"])
+    return arguments
 
 
 _ARGUMENTS = {DDP: _ddp, ZERO: _zero, GEMINI: _gemini, HYBRID: _hybrid}
@@ -110,25 +110,25 @@ def _reasons(plan: Plan) -> tuple[str, ...]:
 
 
 def _why_not(plan: Plan) -> Iterator[str]:
-    zero, stages, tensor = plan.get("zero"), plan.get("pipeline"), plan.get("tensor-parallel")
+    zero, pipeline, tensor = plan.get("zero"), plan.get("pipeline"), plan.get("tensor-parallel")
     if zero is not None:
         yield from _zero_reasons(zero.settings)
-    if stages is not None and stages.settings["schedule"] not in _STYLES:
-        yield f"pipeline: schedule {stages.settings['schedule']!r} needs its own solver, or is not there"
+    if pipeline is not None and pipeline.settings["schedule"] not in _STYLES:
+        yield f"pipeline: schedule {pipeline.settings['schedule']!r} is missing or needs its own solver"
     if tensor is not None and tensor.settings["vocabulary"] == "whole":
-        yield "tensor-parallel: embedding and head are always cut, vocabulary must not be 'whole'"
+        yield "tensor-parallel: embedding and head are always sharded, so vocabulary must not be 'whole'"
 
 
 def _zero_reasons(knobs: Mapping[str, Any]) -> Iterator[str]:
     stage, offload, bucket = int(knobs["stage"]), str(knobs["offload"]), int(knobs["reduce_bucket_elements"])
     if stage == 3 and knobs["precision"] != "bf16":
-        yield "zero: stage 3 is Gemini, which trains in half precision, precision must be 'bf16'"
+        yield "zero: stage 3 is Gemini, which trains in half precision, so precision must be 'bf16'"
     if stage in (1, 2) and bucket % _MI:
-        yield f"zero: its buckets are counted in {_MI} elements, reduce_bucket_elements must be a multiple"
+        yield f"zero: its bucket unit is {_MI} elements, so reduce_bucket_elements must be a multiple"
     if stage in (1, 2) and offload == "parameters":
-        yield "zero: below stage 3 parameters stay, offload must be 'none' or 'optimizer'"
+        yield "zero: below stage 3 parameters are not offloaded, so offload must be 'none' or 'optimizer'"
     if stage == 0:
-        yield "zero: stage 0 is ddp here"
+        yield "zero: stage 0 is the technique ddp in this engine"
 
 
 def _asks_cuda(plan: Plan) -> tuple[str, ...]:

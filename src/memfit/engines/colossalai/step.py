@@ -25,19 +25,19 @@ class Step(TrainingStep):
 
     def _prepare(self) -> OptimizerLike:
         bench, model = self.bench, cast(Any, self.model)
-        given = json.loads((self.folder / CONFIG).read_text())
-        plain = bench.make_optimizer(bench.trainable())
+        content = json.loads((self.folder / CONFIG).read_text())
+        base_optimizer = bench.make_optimizer(bench.trainable())
         self.booster: Any = None
-        if not given["plugin"]:
+        if not content["plugin"]:
             self.wrapped: Any = model
-            return plain
+            return base_optimizer
         _check(model, bench.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns that kernels for GPUs are missing
             from colossalai.booster import Booster, plugin
 
-            self.booster = Booster(plugin=getattr(plugin, given["plugin"])(**given["arguments"]))
-            self.wrapped, optimizer, *_ = self.booster.boost(model, plain)
+            self.booster = Booster(plugin=getattr(plugin, content["plugin"])(**content["arguments"]))
+            self.wrapped, optimizer, *_ = self.booster.boost(model, base_optimizer)
         self.model = bench.model = self.wrapped.unwrap()
         bench.call = self.wrapped
         if any(u.settings.get("sync") == "last" for u in self.plan.uses):
@@ -80,6 +80,6 @@ def _check(model: torch.nn.Module, device: str) -> None:
     norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     if norms and device == "cpu":
         raise UserError(
-            f"engine colossalai turns {norms[0]} into a SyncBatchNorm, which asks for CUDA",
+            f"engine colossalai turns {norms[0]} into a SyncBatchNorm, which requires CUDA",
             allowed="models without batch normalisation on CPU ranks",
         )

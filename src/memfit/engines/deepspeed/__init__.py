@@ -28,19 +28,19 @@ def as_zero(plan: Plan) -> Plan:
 
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
-    found = []
+    reasons = []
     if plan.ranks > 1 and plan.get("ddp") is None and plan.get("zero") is None:
-        found.append("several ranks: zero or ddp is what it does with them")
-    several = plan.get("gradient-accumulation") is not None
-    if several and (ddp := plan.get("ddp")) is not None and ddp.settings["sync"] != "last":
-        found.append("ddp: sync must be 'last', it reduces once a step")
+        reasons.append("several ranks: it requires zero or ddp")
+    accumulates = plan.get("gradient-accumulation") is not None
+    if accumulates and (ddp := plan.get("ddp")) is not None and ddp.settings["sync"] != "last":
+        reasons.append("ddp: sync must be 'last', because gradients are reduced once per step")
     if (zero := plan.get("zero")) is not None:
         knobs = zero.settings
         if int(knobs["stage"]) == 0 and (knobs["precision"] != "fp32" or knobs["offload"] != "none"):
-            found.append("zero: stage 0 has no offload and no bf16")
+            reasons.append("zero: stage 0 has no offload and no bf16")
         if int(knobs["stage"]) == 3 and plan.get("chunked-cross-entropy") is not None:
-            found.append("chunked-cross-entropy: stage 3 has let the head go when the loss wants it")
-    return tuple(found)
+            reasons.append("chunked-cross-entropy: zero stage 3 has freed the head when the loss needs it")
+    return tuple(reasons)
 
 
 def _files(spec: RunSpec) -> dict[str, str]:
@@ -50,28 +50,28 @@ def _files(spec: RunSpec) -> dict[str, str]:
 def config(spec: RunSpec) -> dict[str, Any]:
     """Return the content of the file that `deepspeed --deepspeed_config` reads. The program creates the
     optimizer."""
-    used = as_zero(spec.plan).get("zero")
+    zero = as_zero(spec.plan).get("zero")
     accumulation = spec.plan.get("gradient-accumulation")
     micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
-    bf16 = used is not None and used.settings["precision"] == "bf16"
+    is_bf16 = zero is not None and zero.settings["precision"] == "bf16"
     return {
         "train_micro_batch_size_per_gpu": max(1, spec.batch_size // (spec.plan.ranks * micro_batches)),
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": spec.clip or 0.0,  # DeepSpeed's default of 1.0 would differ from the prediction
-        "bf16": {"enabled": bf16},
-        "data_types": {"grad_accum_dtype": "bf16" if bf16 else "fp32"},
+        "bf16": {"enabled": is_bf16},
+        "data_types": {"grad_accum_dtype": "bf16" if is_bf16 else "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero(used) if used is not None else {"stage": 0},
+        "zero_optimization": _zero(zero) if zero is not None else {"stage": 0},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
 
 
-def _zero(used: Use) -> dict[str, Any]:
-    knobs = used.settings
+def _zero(use: Use) -> dict[str, Any]:
+    knobs = use.settings
     stage = int(knobs["stage"])
-    found: dict[str, Any] = {
+    section: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
@@ -82,7 +82,7 @@ def _zero(used: Use) -> dict[str, Any]:
         "offload_optimizer": _to_host(knobs["offload"] != "none"),
     }
     if stage == 3:
-        found |= {
+        section |= {
             "offload_param": _to_host(knobs["offload"] == "parameters"),
             "sub_group_size": 1_000_000_000,
             "stage3_prefetch_bucket_size": int(knobs["prefetch_elements"]),
@@ -91,11 +91,11 @@ def _zero(used: Use) -> dict[str, Any]:
             "stage3_max_reuse_distance": int(knobs["live_elements"]),
             "memory_efficient_linear": bool(knobs["memory_efficient_linear"]),
         }
-    return found
+    return section
 
 
-def _to_host(moved: bool) -> dict[str, Any]:
-    return {"device": "cpu", "pin_memory": True} if moved else {"device": "none"}
+def _to_host(enabled: bool) -> dict[str, Any]:
+    return {"device": "cpu", "pin_memory": True} if enabled else {"device": "none"}
 
 
 ENGINE = Engine(

@@ -28,7 +28,7 @@ class Step(TrainingStep):
         zero = self.plan.get("zero")
         if self.job.ema is not None and zero is not None and zero.settings["stage"] == 3:
             raise UserError(
-                "ema on engine deepspeed with ZeRO stage 3, which lets parameters go between steps",
+                "ema on engine deepspeed with ZeRO stage 3, which frees parameters between steps",
                 allowed="stages 0 to 2, or the native engine, which averages shards",
             )
         imported()

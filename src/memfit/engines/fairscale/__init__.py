@@ -18,9 +18,11 @@ CONFIG = "fairscale.json"
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
     if plan.get("fsdp2") is not None:
-        return ("fsdp2: its FullyShardedDataParallel asks for CUDA streams, and is FSDP of torch 1",)
+        return (
+            "fsdp2: its FullyShardedDataParallel requires CUDA streams and implements the FSDP of torch 1",
+        )
     if plan.ranks > 1 and plan.get("sharded-ddp") is None:
-        return ("several ranks: sharded-ddp is what it does with them",)
+        return ("several ranks: it requires sharded-ddp",)
     return ()
 
 
@@ -30,10 +32,10 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 def config(plan: Plan) -> dict[str, object]:
     """Return the arguments of ShardedDataParallel besides the model and the optimizer."""
-    used = plan.get("sharded-ddp")
-    most = int(used.settings["reduce_buffer_elements"]) if used is not None else 0
+    use = plan.get("sharded-ddp")
+    buffer_elements = int(use.settings["reduce_buffer_elements"]) if use is not None else 0
     return {
-        "reduce_buffer_size": most,
+        "reduce_buffer_size": buffer_elements,
         "broadcast_buffers": True,
         "sync_models_at_startup": True,
         "auto_refresh_trainable": True,

@@ -58,9 +58,9 @@ class Step(TrainingStep):
         return cast(OptimizerLike, optimizer)
 
     def _recomputed(self) -> Iterator[torch.nn.Module]:
-        if (used := self.plan.get("activation-checkpointing")) is not None:
+        if (use := self.plan.get("activation-checkpointing")) is not None:
             for blocks in find_stacks(self.model, self.job.blocks, self.job.more_blocks):
-                yield from blocks[:: int(used.settings["every"])]
+                yield from blocks[:: int(use.settings["every"])]
 
     def _checkpoint(self, block: torch.nn.Module) -> None:
         from fairscale.nn.checkpoint import checkpoint_wrapper
@@ -78,7 +78,7 @@ class Step(TrainingStep):
             if "not compatible with .grad()" not in str(error):
                 raise
             raise UserError(
-                "FairScale's checkpoint_wrapper cannot recompute for a loss that takes gradients itself",
+                "FairScale's checkpoint_wrapper does not support a loss that computes gradients itself",
                 hint="leave activation-checkpointing out, or train on another engine",
             ) from error
 
@@ -99,11 +99,11 @@ class Step(TrainingStep):
     def _grad_norm(self) -> torch.Tensor:
         """Return the norm of all gradients. Each rank sums the gradients that it owns; the others are freed
         or only partially summed."""
-        sharded: Any = self.optimizer
-        own = [p for p, rank in sharded._param_to_rank.items() if rank == sharded.rank]
-        norms = [torch.linalg.vector_norm(p.grad).float() for p in own if p.grad is not None]
+        optimizer: Any = self.optimizer
+        own_params = [p for p, rank in optimizer._param_to_rank.items() if rank == optimizer.rank]
+        norms = [torch.linalg.vector_norm(p.grad).float() for p in own_params if p.grad is not None]
         total = torch.stack(norms or [torch.zeros(())]).square().sum()  # a rank may own nothing
-        torch.distributed.all_reduce(total, group=sharded.group)
+        torch.distributed.all_reduce(total, group=optimizer.group)
         return total.sqrt()
 
     def _let_go(self) -> None:
@@ -116,9 +116,9 @@ def _must_be_flat(block: torch.nn.Module, args: Any, output: Any) -> None:
     """Raise UserError if the wrapper would lose gradients of the block's output: it returns tensors nested
     deeper than a tuple without gradients, and only the keys of a mapping."""
     parts = output if isinstance(output, tuple | list) else (output,)
-    deeper = [p for p in parts if not isinstance(p, torch.Tensor)]
-    hidden = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(deeper))
-    if hidden or len(deeper) == len(parts):
+    nested_parts = [p for p in parts if not isinstance(p, torch.Tensor)]
+    has_nested_tensors = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(nested_parts))
+    if has_nested_tensors or len(nested_parts) == len(parts):
         raise UserError(
             f"FairScale's checkpoint_wrapper would lose gradients of what {type(block).__name__} returns",
             allowed="blocks that return a tensor or a tuple of tensors",

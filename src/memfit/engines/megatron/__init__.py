@@ -23,25 +23,31 @@ def _reasons(plan: Plan) -> tuple[str, ...]:
 
 def _why_not(plan: Plan) -> Iterator[str]:
     accumulates = plan.get("gradient-accumulation") is not None
-    for used in plan.uses:
-        name, knobs = used.technique, used.settings
-        for knob, value, why in _ONLY.get(name, ()):
+    for use in plan.uses:
+        name, knobs = use.technique, use.settings
+        for knob, value, reason in _ONLY.get(name, ()):
             if knobs[knob] != value:
-                yield f"{name}: {why}, {knob} must be {value!r}"
+                yield f"{name}: {reason}, so {knob} must be {value!r}"
         if accumulates and knobs.get("sync") == "every":
-            yield f"{name}: gradients are reduced after the last micro-batch alone, sync must be 'last'"
+            yield f"{name}: gradients are reduced only after the last micro-batch, so sync must be 'last'"
         if name == "fsdp2" and layout(plan).shard > 1:
-            yield "fsdp2: it shards optimizer state alone (zero, stage 1); replicas must be all data ranks"
+            yield "fsdp2: it shards only optimizer state (zero, stage 1), so replicas must be all data ranks"
 
 
 # Technique -> settings for which Megatron supports one value: (setting, value, reason).
 _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
-    "tensor-parallel": (("vocabulary", "gathered", "embedding and head are always cut"),),
-    "activation-checkpointing": (("every", 1, "all layers are recomputed or none"),),
+    "tensor-parallel": (("vocabulary", "gathered", "embedding and head are always sharded"),),
+    "activation-checkpointing": (("every", 1, "either all layers are recomputed or none"),),
     "ddp": (("bucket_view", True, "gradients are always views of its buffer"),),
-    "fsdp2": (("precision", "as-is", "replicas are what is meant"), ("offload", False, "replicas stay")),
-    "zero": (("stage", 1, "it shards optimizer state alone"), ("offload", "none", "states stay")),
-    "bf16-parameters": (("rounding", "master", "it keeps fp32 masters"),),
+    "fsdp2": (
+        ("precision", "as-is", "it assumes replicas"),
+        ("offload", False, "replicas are not offloaded"),
+    ),
+    "zero": (
+        ("stage", 1, "it shards only optimizer state"),
+        ("offload", "none", "optimizer state is not offloaded"),
+    ),
+    "bf16-parameters": (("rounding", "master", "it keeps fp32 master weights"),),
 }
 
 
@@ -57,12 +63,12 @@ def _asks_cuda(plan: Plan) -> tuple[str, ...]:
 
 def arguments(spec: RunSpec) -> dict[str, str]:
     """Return the trainer's options, name -> value; the value of a switch is ""."""
-    place = layout(spec.plan)
+    mesh = layout(spec.plan)
     return {
         **spec.sizes,
-        **_degrees(spec.plan, place, spec.sizes),
-        **_data_parallel(spec.plan, place),
-        **_batches(spec, place),
+        **_degrees(spec.plan, mesh, spec.sizes),
+        **_data_parallel(spec.plan, mesh),
+        **_batches(spec, mesh),
         **_step(spec),
         **_ALWAYS,
         **({"clip-grad": str(spec.clip)} if spec.clip else {}),
@@ -78,55 +84,59 @@ _ALWAYS: Mapping[str, str] = {
 }
 
 
-def _degrees(plan: Plan, place: Layout, sizes: Mapping[str, str]) -> dict[str, str]:
-    found = {
-        "tensor-model-parallel-size": str(place.tensor),
-        "pipeline-model-parallel-size": str(place.pipeline),
-        "context-parallel-size": str(place.context),
+def _degrees(plan: Plan, mesh: Layout, sizes: Mapping[str, str]) -> dict[str, str]:
+    options = {
+        "tensor-model-parallel-size": str(mesh.tensor),
+        "pipeline-model-parallel-size": str(mesh.pipeline),
+        "context-parallel-size": str(mesh.context),
     }
-    tensor, stages = plan.get("tensor-parallel"), plan.get("pipeline")
-    if tensor is not None and tensor.settings["sequence"] and place.tensor > 1:
-        found["sequence-parallel"] = ""
-    virtual = int(stages.settings["virtual"]) if stages is not None else 1
+    tensor, pipeline = plan.get("tensor-parallel"), plan.get("pipeline")
+    if tensor is not None and tensor.settings["sequence"] and mesh.tensor > 1:
+        options["sequence-parallel"] = ""
+    virtual = int(pipeline.settings["virtual"]) if pipeline is not None else 1
     if virtual > 1 and "num-layers" in sizes:
-        found["num-layers-per-virtual-pipeline-stage"] = str(
-            int(sizes["num-layers"]) // (place.pipeline * virtual)
+        options["num-layers-per-virtual-pipeline-stage"] = str(
+            int(sizes["num-layers"]) // (mesh.pipeline * virtual)
         )
     elif virtual > 1:
-        found["num-virtual-stages-per-pipeline-rank"] = str(virtual)
+        options["num-virtual-stages-per-pipeline-rank"] = str(virtual)
     if plan.get("activation-checkpointing") is not None:
-        found |= {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": "1"}
-    return found
+        options |= {
+            "recompute-granularity": "full",
+            "recompute-method": "uniform",
+            "recompute-num-layers": "1",
+        }
+    return options
 
 
-def _data_parallel(plan: Plan, place: Layout) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _data_parallel(plan: Plan, mesh: Layout) -> dict[str, str]:
+    options: dict[str, str] = {}
     ddp, zero = plan.get("ddp"), plan.get("zero")
     if ddp is not None:
         elements = int(ddp.settings["bucket_mib"]) * 2**20 // _GRADIENT_BYTES
-        found |= {"overlap-grad-reduce": "", "ddp-bucket-size": str(elements)}
+        options |= {"overlap-grad-reduce": "", "ddp-bucket-size": str(elements)}
     if zero is not None:
-        found["use-distributed-optimizer"] = ""
+        options["use-distributed-optimizer"] = ""
         if zero.settings["overlap"]:
             bucket = str(zero.settings["reduce_bucket_elements"])
-            found |= {"overlap-grad-reduce": "", "ddp-bucket-size": bucket}
+            options |= {"overlap-grad-reduce": "", "ddp-bucket-size": bucket}
     if plan.get("bf16-parameters") is not None or (zero is not None and zero.settings["precision"] == "bf16"):
-        found["bf16"] = ""
-    return found
+        options["bf16"] = ""
+    return options
 
 
-def _batches(spec: RunSpec, place: Layout) -> dict[str, str]:
+def _batches(spec: RunSpec, mesh: Layout) -> dict[str, str]:
     if not spec.batch_size:
         return {}
-    parts = [
-        int(used.settings["micro_batches"])
+    divisors = [
+        int(use.settings["micro_batches"])
         for name in ("gradient-accumulation", "pipeline")
-        if (used := spec.plan.get(name)) is not None
+        if (use := spec.plan.get(name)) is not None
     ]
-    micro = spec.batch_size // place.data
-    for count in parts:
-        micro //= count
-    return {"micro-batch-size": str(max(1, micro)), "global-batch-size": str(spec.batch_size)}
+    micro_batch_size = spec.batch_size // mesh.data
+    for count in divisors:
+        micro_batch_size //= count
+    return {"micro-batch-size": str(max(1, micro_batch_size)), "global-batch-size": str(spec.batch_size)}
 
 
 def _step(spec: RunSpec) -> dict[str, str]:

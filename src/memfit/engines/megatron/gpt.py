@@ -45,28 +45,28 @@ def read(model: nn.Module) -> GptShape:
             f"engine megatron: the job's model is {type(model).__name__}",
             allowed="memfit.jobs.builtin.gpt.Gpt",
         )
-    if why := list(_differences(model)):
+    if reasons := list(_differences(model)):
         raise UserError(
-            f"engine megatron: GPTModel cannot express {'; '.join(why)}",
-            allowed="blocks of memfit.jobs.builtin.gpt alike in heads, norms and biases",
+            f"engine megatron: GPTModel cannot express {'; '.join(reasons)}",
+            allowed="blocks of memfit.jobs.builtin.gpt with the same heads, norms and biases",
         )
-    first: Any = model.blocks[0]
+    first_block: Any = model.blocks[0]
     return GptShape(
         layers=len(model.blocks),
         width=model.embed.embedding_dim,
-        heads=first.heads,
-        feed=first.widen.out_features,
+        heads=first_block.heads,
+        feed=first_block.widen.out_features,
         length=model.position.num_embeddings,
         vocabulary=model.embed.num_embeddings,
         eps=model.norm.eps,
-        biased=first.mix.bias is not None,
+        biased=first_block.mix.bias is not None,
         tied=model.head.weight is model.embed.weight,
     )
 
 
 def sizes(shape: GptShape) -> dict[str, str]:
     """Return the shape as options of Megatron-LM's trainer."""
-    found = {
+    options = {
         "num-layers": str(shape.layers),
         "hidden-size": str(shape.width),
         "ffn-hidden-size": str(shape.feed),
@@ -82,39 +82,41 @@ def sizes(shape: GptShape) -> dict[str, str]:
         "untie-embeddings-and-output-weights": not shape.tied,
         "disable-bias-linear": not shape.biased,
     }
-    return found | {name: "" for name, on in switches.items() if on}
+    return options | {name: "" for name, enabled in switches.items() if enabled}
 
 
 def _differences(model: Gpt) -> Iterator[str]:
-    parts = {f"blocks.{i}.{n}": getattr(b, n, None) for i, b in enumerate(model.blocks) for n in _LINEARS}
+    linears = {f"blocks.{i}.{n}": getattr(b, n, None) for i, b in enumerate(model.blocks) for n in _LINEARS}
     norms = {f"blocks.{i}.{n}": getattr(b, n, None) for i, b in enumerate(model.blocks) for n in _NORMS}
-    wanted: list[tuple[Mapping[str, Any], type[nn.Module]]] = [
+    expectations: list[tuple[Mapping[str, Any], type[nn.Module]]] = [
         ({f"blocks.{i}": b for i, b in enumerate(model.blocks)}, GptBlock),
-        (parts, nn.Linear),
+        (linears, nn.Linear),
         ({**norms, "norm": model.norm}, nn.LayerNorm),
     ]
-    strange = [
+    mismatches = [
         f"{n}, a {type(m).__name__}"
-        for members, kind in wanted
+        for members, expected_class in expectations
         for n, m in members.items()
-        if type(m) is not kind
+        if type(m) is not expected_class
     ]
-    if strange or not parts:
-        yield from strange or ["a model without blocks"]
+    if mismatches or not linears:
+        yield from mismatches or ["a model without blocks"]
         return
-    yield from _unlike(model, list(parts.values()), [*norms.values(), model.norm])
+    yield from _unlike(model, list(linears.values()), [*norms.values(), model.norm])
 
 
 def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
     """Yield settings that vary within the model while GPTModel has one value, and settings that GPTModel
     lacks."""
-    alike = {
+    values_by_problem = {
         "norms with different eps": {n.eps for n in norms},
         "blocks with different heads": {b.heads for b in model.blocks},
         "feed-forward parts of different widths": {b.widen.out_features for b in model.blocks},
         "biases in some Linear layers only": {m.bias is not None for m in linears},
     }
-    yield from (f"{what} {sorted(seen)}" for what, seen in alike.items() if len(seen) > 1)
+    yield from (
+        f"{problem} {sorted(values)}" for problem, values in values_by_problem.items() if len(values) > 1
+    )
     if any(n.weight is None or n.bias is None for n in norms):
         yield "norms without weight or bias"
     if model.head.bias is not None:
@@ -156,8 +158,8 @@ class CoreAttention(nn.Module):
         **ignored: Any,
     ) -> torch.Tensor:
         q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return attended.permute(2, 0, 1, 3).flatten(2)
+        output = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return output.permute(2, 0, 1, 3).flatten(2)
 
 
 class Norm(nn.LayerNorm):
@@ -186,11 +188,11 @@ class MegatronGpt(nn.Module):
         block = TransformerBlockSubmodules(layer_specs=[layer] * shape.layers, layer_norm=Norm)
         self.config = config  # Megatron's own functions look for it here
         self.vocabulary, degree = shape.vocabulary, config.tensor_model_parallel_size
-        filled = -(-shape.vocabulary // degree) * degree
+        padded_size = -(-shape.vocabulary // degree) * degree
         self.core = GPTModel(
             config,
             block,
-            vocab_size=filled,
+            vocab_size=padded_size,
             max_sequence_length=shape.length,
             parallel_output=False,
             share_embeddings_and_output_weights=shape.tied,
@@ -210,8 +212,8 @@ class MegatronGpt(nn.Module):
             must_divide("sequence", tokens.shape[1], self.config.tensor_model_parallel_size)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits: torch.Tensor = self.core(tokens, positions, None)
-        filled = logits.shape[-1] > self.vocabulary
-        return logits[..., : self.vocabulary].contiguous() if filled else logits
+        is_padded = logits.shape[-1] > self.vocabulary
+        return logits[..., : self.vocabulary].contiguous() if is_padded else logits
 
 
 def transformer_config(shape: GptShape, **parallel: Any) -> Any:
@@ -242,20 +244,22 @@ def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
     """Copy the slices of ``rank``, the rank within its tensor-parallel group, from ``source`` to ``target``.
     Then free the parameters of ``source``."""
     shape = read(source)
-    own = dict(target.core.named_parameters())
-    for name, whole in _whole(source, shape):
-        param = own.pop(name)
-        dim = next((d for d in range(whole.dim()) if whole.shape[d] != param.shape[d]), None)
+    target_params = dict(target.core.named_parameters())
+    for name, full_tensor in _whole(source, shape):
+        param = target_params.pop(name)
+        dim = next((d for d in range(full_tensor.dim()) if full_tensor.shape[d] != param.shape[d]), None)
         with torch.no_grad():
             if dim is None:
-                param.copy_(whole)
+                param.copy_(full_tensor)
                 continue
             start, size = rank * param.shape[dim], param.shape[dim]
             cast(Any, param).tensor_model_parallel = True  # Megatron sets it only when it initializes weights
-            real = max(0, min(size, whole.shape[dim] - start))  # the other rows pad the vocabulary
-            param.narrow(dim, real, size - real).zero_()
-            param.narrow(dim, 0, real).copy_(whole.narrow(dim, min(start, whole.shape[dim]), real))
-    assert not own, f"without initial weights: {', '.join(own)}"
+            real_rows = max(0, min(size, full_tensor.shape[dim] - start))  # the other rows pad the vocabulary
+            param.narrow(dim, real_rows, size - real_rows).zero_()
+            param.narrow(dim, 0, real_rows).copy_(
+                full_tensor.narrow(dim, min(start, full_tensor.shape[dim]), real_rows)
+            )
+    assert not target_params, f"without initial weights: {', '.join(target_params)}"
     for param in source.parameters():
         param.data = param.data.new_empty(0)
 
@@ -273,10 +277,10 @@ def _whole(source: Gpt, shape: GptShape) -> Iterator[tuple[str, torch.Tensor]]:
         "mlp.linear_fc2": "narrow",
     }
     for index, block in enumerate(source.blocks):
-        for theirs, ours in pairs.items():
-            for name, param in getattr(block, ours).named_parameters():
-                rows = _by_head(param, shape.heads) if ours == "query_key_value" else param
-                yield f"decoder.layers.{index}.{theirs}.{name}", rows
+        for megatron_name, gpt_name in pairs.items():
+            for name, param in getattr(block, gpt_name).named_parameters():
+                rows = _by_head(param, shape.heads) if gpt_name == "query_key_value" else param
+                yield f"decoder.layers.{index}.{megatron_name}.{name}", rows
     yield from ((f"decoder.final_layernorm.{n}", p) for n, p in source.norm.named_parameters())
     if not shape.tied:
         yield "output_layer.weight", source.head.weight

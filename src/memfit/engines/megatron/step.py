@@ -41,36 +41,37 @@ class Step(TrainingStep):
         bench = self.bench
         if bench.islands and fp32_modules.surroundings(self.plan) is not None:
             raise UserError(
-                "megatron builds the model anew, without the job's islands", hint="train in float32 there"
+                "engine megatron builds its own model, which omits the float32 islands of the job",
+                hint="train in float32 with this engine",
             )
-        with contextlib.ExitStack() as around:
-            around.enter_context(warnings.catch_warnings())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
             # Warnings that kernels for GPUs are missing, and that Megatron uses deprecated names of torch.
             warnings.filterwarnings("ignore", module=r"megatron\.")
             warnings.filterwarnings("ignore", message="`torch.distributed")
-            self._build(around)
-            bench.closers.append(around.pop_all().close)
+            self._build(stack)
+            bench.closers.append(stack.pop_all().close)
         for param in bench.trainable():
             bench.on_kept(cast(Any, param).main_grad, "gradient")
         self.syncing: Any = None
         bench.before_micro_batch.append(self._sync_last)
         return bench.make_optimizer(bench.trainable())
 
-    def _build(self, around: contextlib.ExitStack) -> None:
-        bench, given, shape, source = self.bench, self._given(), read(self.model), cast(Any, self.model)
-        degree = int(given["tensor-model-parallel-size"])
+    def _build(self, stack: contextlib.ExitStack) -> None:
+        bench, options, shape, source = self.bench, self._given(), read(self.model), cast(Any, self.model)
+        degree = int(options["tensor-model-parallel-size"])
         check_cut(shape, degree)
-        traced = isinstance(next(source.parameters()), FakeTensor)
+        is_trace = isinstance(next(source.parameters()), FakeTensor)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron's imports warn about other packages
-            around.enter_context(_on_cpu())
-            around.enter_context(_parallel_state(degree, traced=traced))
-            config = transformer_config(shape, **_transformer(given))
+            stack.enter_context(_on_cpu())
+            stack.enter_context(_parallel_state(degree, traced=is_trace))
+            config = transformer_config(shape, **_transformer(options))
             self._check_sequence(bool(config.sequence_parallel))
             with bench.place(""):  # its buffers must also be allocated on the training device
-                self.model = bench.model = inner = MegatronGpt(shape, config)
-                copy_weights(source, inner, rank=bench.world.rank % degree)
-                self.wrapped = bench.call = _wrapped(inner, config, given)
+                self.model = bench.model = megatron_model = MegatronGpt(shape, config)
+                copy_weights(source, megatron_model, rank=bench.world.rank % degree)
+                self.wrapped = bench.call = _wrapped(megatron_model, config, options)
 
     def _given(self) -> Mapping[str, str]:
         """Return the options in the run's file, or in a trace those that the file would contain."""
@@ -79,15 +80,15 @@ class Step(TrainingStep):
         job = JobRef(spec=self.job.name)
         return arguments(RunSpec(name="", role="", job=job, plan=self.plan, seed=0, steps=0))
 
-    def _check_sequence(self, found: bool) -> None:
+    def _check_sequence(self, is_split: bool) -> None:
         """Check that activations are split along the sequence as planned. Raises NotConforming. The check is
         here because no parameter's size shows it."""
-        used = self.plan.get("tensor-parallel")
-        planned = used is not None and bool(used.settings["sequence"])
-        if planned != found:
-            words = {True: "cut along the sequence too", False: "whole between the layers that are cut"}
+        use = self.plan.get("tensor-parallel")
+        planned_split = use is not None and bool(use.settings["sequence"])
+        if planned_split != is_split:
+            texts = {True: "split along the sequence as well", False: "whole between the sharded layers"}
             difference = Difference(
-                feature="tensor-parallel: activations", planned=words[planned], found=words[found]
+                feature="tensor-parallel: activations", planned=texts[planned_split], found=texts[is_split]
             )
             raise NotConforming(Conformance(differences=(difference,), checked=(), unseen=()))
 
@@ -122,68 +123,68 @@ class Step(TrainingStep):
     def _grad_norm(self) -> torch.Tensor:
         """Return the norm of all gradients. Slices of tensor-parallel ranks are summed; gradients that all
         ranks hold count once."""
-        cut, whole = torch.zeros(()), torch.zeros(())
+        sharded_square, replicated_square = torch.zeros(()), torch.zeros(())
         for param in self.bench.trainable():
             square = torch.linalg.vector_norm(cast(torch.Tensor, param.grad)).float().square()
             if getattr(param, "tensor_model_parallel", False):
-                cut = cut + square
+                sharded_square = sharded_square + square
             else:
-                whole = whole + square
-        tensor = self.bench.world.sub("tensor")
-        if tensor is not None:
-            torch.distributed.all_reduce(cut, group=tensor.get_group())
-        return (cut + whole).sqrt()
+                replicated_square = replicated_square + square
+        tensor_mesh = self.bench.world.sub("tensor")
+        if tensor_mesh is not None:
+            torch.distributed.all_reduce(sharded_square, group=tensor_mesh.get_group())
+        return (sharded_square + replicated_square).sqrt()
 
 
-def _transformer(given: Mapping[str, str]) -> dict[str, Any]:
+def _transformer(options: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig that its trainer derives from the arguments."""
-    found: dict[str, Any] = {
-        "tensor_model_parallel_size": int(given["tensor-model-parallel-size"]),
-        "sequence_parallel": "sequence-parallel" in given,
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": int(options["tensor-model-parallel-size"]),
+        "sequence_parallel": "sequence-parallel" in options,
     }
-    if "recompute-granularity" in given:
-        found |= {
-            "recompute_granularity": given["recompute-granularity"],
-            "recompute_method": given["recompute-method"],
-            "recompute_num_layers": int(given["recompute-num-layers"]),
+    if "recompute-granularity" in options:
+        fields |= {
+            "recompute_granularity": options["recompute-granularity"],
+            "recompute_method": options["recompute-method"],
+            "recompute_num_layers": int(options["recompute-num-layers"]),
         }
-    return found
+    return fields
 
 
-def _wrapped(model: MegatronGpt, config: Any, given: Mapping[str, str]) -> Any:
+def _wrapped(model: MegatronGpt, config: Any, options: Mapping[str, str]) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    bucket = int(given["ddp-bucket-size"]) if "ddp-bucket-size" in given else None
-    overlaps = "overlap-grad-reduce" in given
+    bucket = int(options["ddp-bucket-size"]) if "ddp-bucket-size" in options else None
+    overlaps = "overlap-grad-reduce" in options
     settings = DistributedDataParallelConfig(overlap_grad_reduce=overlaps, bucket_size=bucket)
     return DistributedDataParallel(config, settings, model)
 
 
 @contextlib.contextmanager
-def _parallel_state(tensor: int, *, traced: bool) -> Iterator[None]:
+def _parallel_state(degree: int, *, traced: bool) -> Iterator[None]:
     """Initialize Megatron's process groups beside torch's. If torch has none yet, create one first."""
     dist: Any = torch.distributed
     from megatron.core import parallel_state
 
     with _disable_current_modes():
-        alone, hook = not dist.is_initialized(), sys.excepthook
-        if alone and traced:
+        owns_group, excepthook = not dist.is_initialized(), sys.excepthook
+        if owns_group and traced:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
             dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
-        elif alone:
+        elif owns_group:
             dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+            tensor_model_parallel_size=degree, create_gloo_process_groups=False
         )
     try:
         with _uncoalesced() if traced else contextlib.nullcontext():
             yield
     finally:
         parallel_state.destroy_model_parallel()
-        if alone:
+        if owns_group:
             dist.destroy_process_group()
-            sys.excepthook = hook
+            sys.excepthook = excepthook
 
 
 def _uncoalesced() -> Any:

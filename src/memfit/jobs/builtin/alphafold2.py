@@ -124,15 +124,18 @@ def _build(shape: FoldSize) -> torch.nn.Module:
 def built_in_folds() -> Folds:
     """Return the chains of ``protein-ss`` with their backbones."""
     folder = resources.files("memfit.jobs.builtin") / "data"
-    with resources.as_file(folder / "pdb_ss.npz") as path, np.load(path) as kept:
-        profile = kept["profile"].astype(np.float32)
-        known = profile.sum(-1, keepdims=True) > 0
-        alone = np.eye(21, dtype=np.float32)[kept["residue"]][:, :20] + np.float32(1e-3)
-        profile = np.where(known, profile, alone)
-        offset, residue = np.concatenate([[0], np.cumsum(kept["length"])]), kept["residue"].astype(np.int64)
-        train_count = int(kept["n_train"])
-    with resources.as_file(folder / "pdb_backbone.npz") as path, np.load(path) as kept:
-        atoms = np.cumsum(kept["step"].astype(np.int32), axis=0).reshape(-1, 3, 3)
+    with resources.as_file(folder / "pdb_ss.npz") as path, np.load(path) as archive:
+        profile = archive["profile"].astype(np.float32)
+        has_profile = profile.sum(-1, keepdims=True) > 0
+        one_hot = np.eye(21, dtype=np.float32)[archive["residue"]][:, :20] + np.float32(1e-3)
+        profile = np.where(has_profile, profile, one_hot)
+        offset, residue = (
+            np.concatenate([[0], np.cumsum(archive["length"])]),
+            archive["residue"].astype(np.int64),
+        )
+        train_count = int(archive["n_train"])
+    with resources.as_file(folder / "pdb_backbone.npz") as path, np.load(path) as archive:
+        atoms = np.cumsum(archive["step"].astype(np.int32), axis=0).reshape(-1, 3, 3)
     return Folds(
         offset=offset,
         residue=residue,
@@ -148,9 +151,9 @@ def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[
     Chains longer than the crop are cropped at a random position.
     """
     rng = step_rng(step, seed)
-    picked = epoch_indices(folds.train_count, shape.batch_size, step=step, seed=seed)
-    spare = np.maximum(folds.offset[picked + 1] - folds.offset[picked] - shape.residues, 0)
-    return pack(folds, picked, rng.integers(0, spare + 1), shape, rng)
+    chains = epoch_indices(folds.train_count, shape.batch_size, step=step, seed=seed)
+    excess = np.maximum(folds.offset[chains + 1] - folds.offset[chains] - shape.residues, 0)
+    return pack(folds, chains, rng.integers(0, excess + 1), shape, rng)
 
 
 def pack(
@@ -169,20 +172,20 @@ def pack(
     for row, (chain, skip) in enumerate(zip(picked, skipped, strict=True)):
         start = folds.offset[chain] + skip
         stop = min(folds.offset[chain + 1], start + length)
-        held = slice(stop - start)
-        residue[row, held], mask[row, held] = folds.residue[start:stop], 1
-        profile[row, held], atoms[row, held] = folds.profile[start:stop], folds.atoms[start:stop]
-    drawn = _homologs(profile, shape.rows + shape.extra_rows - 1, rng)
-    msa = np.concatenate([residue[:, None], drawn[:, : shape.rows - 1]], axis=1)
+        span = slice(stop - start)
+        residue[row, span], mask[row, span] = folds.residue[start:stop], 1
+        profile[row, span], atoms[row, span] = folds.profile[start:stop], folds.atoms[start:stop]
+    homologs = _homologs(profile, shape.rows + shape.extra_rows - 1, rng)
+    msa = np.concatenate([residue[:, None], homologs[:, : shape.rows - 1]], axis=1)
     hidden = (rng.random(msa.shape) < HIDDEN_SHARE) * mask[:, None]
     eye = np.eye(23, dtype=np.float32)
-    shown = eye[np.where(hidden > 0, _MASK_CLASS, msa)]
-    gone = np.zeros((*msa.shape, 26), np.float32)  # deletions, which profiles do not contain
-    gone[..., 2:22] = profile[:, None]
-    extra = eye[drawn[:, shape.rows - 1 :]]
+    visible = eye[np.where(hidden > 0, _MASK_CLASS, msa)]
+    deletions = np.zeros((*msa.shape, 26), np.float32)  # deletions, which profiles do not contain
+    deletions[..., 2:22] = profile[:, None]
+    extra = eye[homologs[:, shape.rows - 1 :]]
     arrays = {
         "target": eye[residue][..., :22],
-        "msa": np.concatenate([shown, gone], axis=-1),
+        "msa": np.concatenate([visible, deletions], axis=-1),
         "extra": np.concatenate([extra, np.zeros((*extra.shape[:-1], 2), np.float32)], axis=-1),
         "index": np.broadcast_to(np.arange(length), (count, length)).copy(),
         "mask": mask,
@@ -198,12 +201,12 @@ def pack(
 
 def _homologs(profile: Array, rows: int, rng: np.random.Generator) -> Array:
     """Return (batch, rows, n) residues drawn independently from each column's profile (batch, n, 20)."""
-    steps = np.cumsum(profile, axis=-1)
-    thrown = rng.random((profile.shape[0], rows, profile.shape[1]), np.float32)
-    drawn = np.zeros(thrown.shape, np.int64)
-    for kind in range(19):
-        drawn += thrown > steps[:, None, :, kind]
-    return drawn
+    cumulative = np.cumsum(profile, axis=-1)
+    random_values = rng.random((profile.shape[0], rows, profile.shape[1]), np.float32)
+    residues = np.zeros(random_values.shape, np.int64)
+    for letter in range(19):
+        residues += random_values > cumulative[:, None, :, letter]
+    return residues
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -231,34 +234,34 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
     pairs = mask.unsqueeze(1) * mask.unsqueeze(2)
 
     def cross_entropy(logits: Any, classes: Any, weight: Any) -> torch.Tensor:
-        each = functional.cross_entropy(logits.float().movedim(-1, 1), classes, reduction="none")
-        return ((each * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)).mean()  # type: ignore[no-any-return]
+        losses = functional.cross_entropy(logits.float().movedim(-1, 1), classes, reduction="none")
+        return ((losses * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)).mean()  # type: ignore[no-any-return]
 
-    true = frames_of(atoms)
+    true_frames = frames_of(atoms)
     rotations, translations = out["rotations"].float(), out["translations"].float()
-    along = [
-        fape(Frames(r, t), true, t, true.translation, (mask, mask))
+    frame_errors = [
+        fape(Frames(r, t), true_frames, t, true_frames.translation, (mask, mask))
         for r, t in zip(rotations.unbind(0), translations.unbind(0), strict=True)
     ]
-    local = true.invert(atoms)  # bond lengths and angles are taken from the true structure
-    placed = Frames(rotations[-1], translations[-1]).apply(local).flatten(1, 2)
-    final = fape(
+    local_atoms = true_frames.invert(atoms)  # bond lengths and angles are taken from the true structure
+    placed_atoms = Frames(rotations[-1], translations[-1]).apply(local_atoms).flatten(1, 2)
+    final_error = fape(
         Frames(rotations[-1], translations[-1]),
-        true,
-        placed,
+        true_frames,
+        placed_atoms,
         atoms.flatten(1, 2),
         (mask, mask.repeat_interleave(3, dim=1)),
     ).mean()
-    follows = mask * functional.pad(mask[:, :-1], (1, 0))
-    turned, held = torsions(atoms, follows)
-    auxiliary = torch.stack(along).mean() + sum(
-        torsion_loss(a[:, :, :3].float(), turned, held).mean() for a in out["angles"].unbind(0)
-    ) / len(along)
+    chain_mask = mask * functional.pad(mask[:, :-1], (1, 0))
+    true_torsions, torsion_mask = torsions(atoms, chain_mask)
+    auxiliary = torch.stack(frame_errors).mean() + sum(
+        torsion_loss(a[:, :, :3].float(), true_torsions, torsion_mask).mean() for a in out["angles"].unbind(0)
+    ) / len(frame_errors)
     with torch.no_grad():
-        right = lddt(translations[-1], true.translation, mask)
-        bins = (right * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
+        true_lddt = lddt(translations[-1], true_frames.translation, mask)
+        bins = (true_lddt * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
     parts = {
-        "fape": final,
+        "fape": final_error,
         "auxiliary": auxiliary,
         "distance": cross_entropy(out["distance"], distance_bins(beta_of(atoms)), pairs),
         "residue": cross_entropy(out["residue"], batch["residue"], batch["hidden"]),
@@ -266,7 +269,7 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
     }
     weights = {"fape": 0.5, "auxiliary": 0.5, "distance": 0.3, "residue": 2.0, "confidence": 0.01}
     total = sum(weights[name] * part for name, part in parts.items())
-    return {**parts, "loss": torch.as_tensor(total), "lddt": (right * mask).sum() / mask.sum()}
+    return {**parts, "loss": torch.as_tensor(total), "lddt": (true_lddt * mask).sum() / mask.sum()}
 
 
 # -- evaluation -------------------------------------------------------------------------------------------
@@ -274,10 +277,10 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
 
 def test_parts(folds: Folds, shape: FoldSize) -> Any:
     """Yield batches of the test set's chains, cropped at their start, always with the same alignments."""
-    few = min(shape.batch_size, EVALUATED_AT_ONCE)
+    chunk_size = min(shape.batch_size, EVALUATED_AT_ONCE)
     test = np.arange(folds.train_count, folds.count)[:_TESTED]
-    for index, picked in enumerate(np.array_split(test, -(-len(test) // few))):
-        yield pack(folds, picked, np.zeros_like(picked), shape, step_rng(index, 0))
+    for index, chains in enumerate(np.array_split(test, -(-len(test) // chunk_size))):
+        yield pack(folds, chains, np.zeros_like(chains), shape, step_rng(index, 0))
 
 
 def contact_precision(model: torch.nn.Module, folds: Folds, shape: FoldSize) -> float:
@@ -287,26 +290,28 @@ def contact_precision(model: torch.nn.Module, folds: Folds, shape: FoldSize) -> 
     from memfit.jobs.builtin.alphafold.model import distance_edges
 
     # bins that end at or before the contact distance
-    near = int((distance_edges() <= CONTACT_ANGSTROM).sum())
-    found: list[float] = []
+    contact_bins = int((distance_edges() <= CONTACT_ANGSTROM).sum())
+    precisions: list[float] = []
     with evaluating(model) as device:
-        for packed in test_parts(folds, shape):
-            part = {name: tensor.to(device) for name, tensor in packed.items()}
-            logits = model(part)["distance"].float()
-            likely = logits.softmax(-1)[..., :near].sum(-1)
-            found += _precisions(likely.cpu().numpy(), packed["atoms"].numpy(), packed["mask"].numpy())
-    return 100 * float(np.mean(found))
+        for tensors in test_parts(folds, shape):
+            batch = {name: tensor.to(device) for name, tensor in tensors.items()}
+            logits = model(batch)["distance"].float()
+            probabilities = logits.softmax(-1)[..., :contact_bins].sum(-1)
+            precisions += _precisions(
+                probabilities.cpu().numpy(), tensors["atoms"].numpy(), tensors["mask"].numpy()
+            )
+    return 100 * float(np.mean(precisions))
 
 
-def _precisions(likely: Array, atoms: Array, mask: Array) -> list[float]:
-    found = []
-    for scores, chain, held in zip(likely, atoms, mask, strict=True):
-        length = int(held.sum())
+def _precisions(probabilities: Array, atoms: Array, mask: Array) -> list[float]:
+    precisions = []
+    for scores, chain, chain_mask in zip(probabilities, atoms, mask, strict=True):
+        length = int(chain_mask.sum())
         first, second = np.triu_indices(length, APART)
         if len(first):
-            best = np.argsort(-scores[first, second], kind="stable")[: max(1, length // 2)]
-            found.append(float(_contacts(chain[:length])[first[best], second[best]].mean()))
-    return found
+            top_pairs = np.argsort(-scores[first, second], kind="stable")[: max(1, length // 2)]
+            precisions.append(float(_contacts(chain[:length])[first[top_pairs], second[top_pairs]].mean()))
+    return precisions
 
 
 def _contacts(atoms: Array) -> Array:
@@ -324,20 +329,20 @@ def metric(folds: Folds, shape: FoldSize) -> Metric:
     Its naive result is the best ranking of contacts by separation along the chain alone.
     """
     length = shape.residues
-    near, seen = np.zeros(length), np.zeros(length)
+    contacts, totals = np.zeros(length), np.zeros(length)
     for chain in range(0, folds.train_count, 4):
         start = folds.offset[chain]
-        touching = _contacts(folds.atoms[start : min(folds.offset[chain + 1], start + length)])
-        for apart in range(APART, len(touching)):
-            near[apart] += touching.diagonal(apart).sum()
-            seen[apart] += len(touching) - apart
-    prior = near / np.maximum(seen, 1)
-    found: list[float] = []
+        contact_map = _contacts(folds.atoms[start : min(folds.offset[chain + 1], start + length)])
+        for gap in range(APART, len(contact_map)):
+            contacts[gap] += contact_map.diagonal(gap).sum()
+            totals[gap] += len(contact_map) - gap
+    prior = contacts / np.maximum(totals, 1)
+    precisions: list[float] = []
     for chain in range(folds.train_count, folds.count)[:_TESTED]:
         start = folds.offset[chain]
         atoms = folds.atoms[start : min(folds.offset[chain + 1], start + length)]
         separation = np.abs(np.subtract.outer(np.arange(len(atoms)), np.arange(len(atoms))))
-        found += _precisions(prior[separation][None], atoms[None], np.ones((1, len(atoms))))
+        precisions += _precisions(prior[separation][None], atoms[None], np.ones((1, len(atoms))))
     return Metric(
         name="contact precision at L/2",
         unit="percentage points",
@@ -348,6 +353,6 @@ def metric(folds: Folds, shape: FoldSize) -> Metric:
             "next (27, 47 and 70 % in CASP11, 12, 13; Shrestha et al. 2019, doi:10.1002/prot.25819): a "
             "quarter of such a step is no difference"
         ),
-        naive=100 * float(np.mean(found)),
+        naive=100 * float(np.mean(precisions)),
         naive_name="contacts ranked by separation along the chain alone",
     )

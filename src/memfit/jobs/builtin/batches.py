@@ -22,7 +22,7 @@ def refuse(job: str, given: Mapping[str, object], *, allowed: str) -> None:
     """Raise UserError for the first given option that ``job`` does not support."""
     for option, value in given.items():
         if value is not None:
-            raise UserError(f"{option} {value} for {job}", allowed=allowed)
+            raise UserError(f"{option} {value} is not supported by {job}", allowed=allowed)
 
 
 def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array:
@@ -30,10 +30,10 @@ def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array
 
     Every epoch is a new permutation drawn from (seed, epoch). A batch may extend over the end of an epoch.
     """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs: list[int] = (places // count).tolist()
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs: list[int] = (positions // count).tolist()
     orders = {e: np.random.default_rng((seed, e)).permutation(count) for e in set(epochs)}
-    return np.array([orders[e][p % count] for e, p in zip(epochs, places, strict=True)])
+    return np.array([orders[e][p % count] for e, p in zip(epochs, positions, strict=True)])
 
 
 def step_rng(step: int, seed: int) -> np.random.Generator:

@@ -103,12 +103,12 @@ def read(path: str | None, length: int) -> Text:
 
     Raises UserError if a part would be shorter than one window of ``length`` + 1 bytes.
     """
-    whole = np.frombuffer((read_text(path) if path else _documentation()).encode(), np.uint8)
-    cut = len(whole) - len(whole) // 10
-    if len(whole) - cut < length + 1:
-        named = path or "the built-in text"
-        raise UserError(f"{named} has {len(whole)} bytes", allowed=f"at least {10 * (length + 1)}")
-    return Text(train=whole[:cut], test=whole[cut:], source=path or DATA_SOURCE)
+    text_bytes = np.frombuffer((read_text(path) if path else _documentation()).encode(), np.uint8)
+    boundary = len(text_bytes) - len(text_bytes) // 10
+    if len(text_bytes) - boundary < length + 1:
+        source = path or "the built-in text"
+        raise UserError(f"{source} has {len(text_bytes)} bytes", allowed=f"at least {10 * (length + 1)}")
+    return Text(train=text_bytes[:boundary], test=text_bytes[boundary:], source=path or DATA_SOURCE)
 
 
 def _documentation() -> str:
@@ -128,8 +128,8 @@ def train_batch(
 
 
 def _windows(text: Array, starts: Array, length: int) -> dict[str, Array]:
-    places = starts[:, None] + np.arange(length + 1)
-    window = text[places].astype(np.int64)
+    positions = starts[:, None] + np.arange(length + 1)
+    window = text[positions].astype(np.int64)
     return {"tokens": window[:, :-1], "next": window[:, 1:]}
 
 
@@ -152,11 +152,11 @@ def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: 
     """Return the mean cross-entropy in bits over the first windows of the held-out text."""
     starts, total = _test_starts(text, length), 0.0
     with evaluating(model) as device:
-        few = min(batch_size, EVALUATED_AT_ONCE)
-        for first in range(0, len(starts), few):
-            arrays = _windows(text, starts[first : first + few], length)
-            part = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
-            total += float(_cross_entropy(model, part, reduction="sum"))
+        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
+        for start in range(0, len(starts), chunk_size):
+            arrays = _windows(text, starts[start : start + chunk_size], length)
+            batch = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
+            total += float(_cross_entropy(model, batch, reduction="sum"))
     return total / (len(starts) * length * math.log(2))
 
 
@@ -164,7 +164,7 @@ def metric(text: Text, length: int) -> Metric:
     """Return bits per byte. The naive model is the byte frequencies of the training text (plus one each)."""
     counts = np.bincount(text.train, minlength=256) + 1
     bits = -np.log2(counts / counts.sum())
-    scored = _windows(text.test, _test_starts(text.test, length), length)["next"]
+    targets = _windows(text.test, _test_starts(text.test, length), length)["next"]
     return Metric(
         name="bits per byte",
         unit="bits",
@@ -175,6 +175,6 @@ def metric(text: Text, length: int) -> Metric:
             "(1.13, 1.18) and enwik8 (1.06, 1.11; Al-Rfou et al. 2019, arXiv 1808.04444): half of that is "
             "no difference"
         ),
-        naive=float(bits[scored].mean()),
+        naive=float(bits[targets].mean()),
         naive_name="byte frequencies of the training text",
     )

@@ -66,14 +66,14 @@ class SelfAttention(nn.Module):
         """Attend. ``hidden`` (batch, length, width); ``mask`` (batch, 1, 1, length) is False at padding."""
         query, key, value = (self._heads(p(hidden)) for p in (self.query, self.key, self.value))
         query = query * self.head_width**-0.5  # before the rotation, as ESM-2 was trained
-        mixed: torch.Tensor = functional.scaled_dot_product_attention(
+        context: torch.Tensor = functional.scaled_dot_product_attention(
             _rotated(query, rotary), _rotated(key, rotary), value, attn_mask=mask, scale=1.0
         )
-        return mixed.transpose(1, 2).flatten(2)
+        return context.transpose(1, 2).flatten(2)
 
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+    def _heads(self, projection: torch.Tensor) -> torch.Tensor:
         """Reshape (batch, length, width) to (batch, heads, length, width of a head)."""
-        return projected.view(*projected.shape[:-1], -1, self.head_width).transpose(1, 2)
+        return projection.view(*projection.shape[:-1], -1, self.head_width).transpose(1, 2)
 
 
 def _rotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
@@ -140,8 +140,8 @@ class Layer(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=_EPS)
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-        mixed = self.attention(hidden, mask, rotary)
-        return self.output(self.intermediate(self.LayerNorm(mixed)), mixed)  # type: ignore[no-any-return]
+        attention_output = self.attention(hidden, mask, rotary)
+        return self.output(self.intermediate(self.LayerNorm(attention_output)), attention_output)  # type: ignore[no-any-return]
 
 
 class Encoder(nn.Module):
@@ -169,8 +169,8 @@ class RotaryPositions(nn.Module):
     def forward(self, hidden: torch.Tensor) -> Rotary:
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         angles = positions[..., None].float() * self.inv_freq.to(device=hidden.device, dtype=torch.float)  # type: ignore[operator]
-        both = torch.cat((angles, angles), dim=-1)
-        return both.cos().to(hidden.dtype), both.sin().to(hidden.dtype)
+        doubled = torch.cat((angles, angles), dim=-1)
+        return doubled.cos().to(hidden.dtype), doubled.sin().to(hidden.dtype)
 
 
 class Embeddings(nn.Module):
@@ -239,8 +239,8 @@ class SecondaryStructure(nn.Module):
     def forward(self, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Return logits ``(batch, length, 3)`` for features ``(batch, length, 41)``."""
         features = features.to(self.esm.encoder.emb_layer_norm_after.weight.dtype)
-        reach = WINDOW // 2
-        windows = functional.pad(features, (0, 0, reach, reach)).unfold(1, WINDOW, 1).flatten(2)
+        radius = WINDOW // 2
+        windows = functional.pad(features, (0, 0, radius, radius)).unfold(1, WINDOW, 1).flatten(2)
         return self.head(self.esm(self.embed(windows), valid))  # type: ignore[no-any-return]
 
 

@@ -104,11 +104,11 @@ def _records(path: str) -> Iterator[tuple[int, str, list[tuple[int, str]]]]:
 
 
 def _sequence(path: str, lines: list[tuple[int, str]]) -> str:
-    whole = "".join(text for _, text in lines).removesuffix("*").upper()
-    if not whole.strip(RESIDUES + _AMBIGUOUS):  # only valid letters: the usual case, tested first
-        return whole
-    *first, (number, last) = lines
-    parts = [*first, (number, last.removesuffix("*"))]
+    sequence = "".join(text for _, text in lines).removesuffix("*").upper()
+    if not sequence.strip(RESIDUES + _AMBIGUOUS):  # only valid letters: the usual case, tested first
+        return sequence
+    *leading_lines, (number, last_line) = lines
+    parts = [*leading_lines, (number, last_line.removesuffix("*"))]
     return "".join(_checked(path, n, text, RESIDUES + _AMBIGUOUS, "an amino acid") for n, text in parts)
 
 

@@ -63,8 +63,9 @@ def make(
         shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
     batch_size = batch or shape.batch_size
     genome = read(data, shape.length + shape.kmer)
-    room = len(genome.test) - shape.kmer - 1
-    tested = dataclasses.replace(shape, length=min(shape.length, room))  # the held-out part may be shorter
+    max_length = len(genome.test) - shape.kmer - 1
+    # The held-out part may be shorter than a window.
+    test_shape = dataclasses.replace(shape, length=min(shape.length, max_length))
     return Job(
         name=NAME,
         title=TITLE,
@@ -74,8 +75,8 @@ def make(
         make_batch=lambda step, seed: train_batch(genome.train, shape, batch_size, step=step, seed=seed),
         loss=functools.partial(_cross_entropy, reduction="mean"),
         loss_terms=lambda part: int(part["next"].numel()),
-        evaluate=lambda model: bits_per_base(model, genome.test, tested, batch_size),
-        metric=metric(genome, tested),
+        evaluate=lambda model: bits_per_base(model, genome.test, test_shape, batch_size),
+        metric=metric(genome, test_shape),
         optimizer=OptimizerChoice(learning_rate=2e-3 if shape.kmer > 1 else 6e-4, betas=(0.9, 0.98)),
         batch_size=batch_size,
         tokens_per_batch=batch_size * shape.length,
@@ -111,20 +112,20 @@ def read(path: str | None, needed: int) -> Genome:
     Raises UserError if a window of ``needed`` bases does not fit into the training part.
     """
     bases, source = (_fasta(path), path) if path else (_chromosome(), DATA_SOURCE)
-    cut = len(bases) - len(bases) // 10
-    if cut < max(2 * needed, 400):
+    boundary = len(bases) - len(bases) // 10
+    if boundary < max(2 * needed, 400):
         allowed = f"at least {max(int(2.3 * needed), 450)} for this window"
         raise UserError(f"{len(bases)} bases of DNA", allowed=allowed)
-    return Genome(train=bases[:cut], test=bases[cut:], source=source)
+    return Genome(train=bases[:boundary], test=bases[boundary:], source=source)
 
 
 def _chromosome() -> Array:
     with (
         resources.as_file(resources.files("memfit.jobs.builtin") / "data" / "ecoli_536.npz") as path,
-        np.load(path) as kept,
+        np.load(path) as archive,
     ):
-        fours = kept["packed"][:, None] >> np.array([6, 4, 2, 0], np.uint8)
-        bases: Array = (fours & 3).ravel()[: int(kept["bases"])]
+        groups = archive["packed"][:, None] >> np.array([6, 4, 2, 0], np.uint8)
+        bases: Array = (groups & 3).ravel()[: int(archive["bases"])]
         return bases
 
 
@@ -132,18 +133,18 @@ def _fasta(path: str) -> Array:
     """Return the bases of all records, concatenated. Letters that are not bases (N, gaps) are left out."""
     lines = [line.strip() for line in read_text(path).splitlines() if not line.startswith(">")]
     letters = np.frombuffer("".join(lines).upper().encode(), np.uint8)
-    number = np.full(256, 255, np.uint8)
-    number[list(b"ACGT")] = range(4)
-    found = number[letters]
-    return found[found < 4]
+    code_of_letter = np.full(256, 255, np.uint8)
+    code_of_letter[list(b"ACGT")] = range(4)
+    codes = code_of_letter[letters]
+    return codes[codes < 4]
 
 
 def words(bases: Array, length: int) -> Array:
     """Return the number of each word of ``length`` bases, int64 (bases - length + 1,)."""
-    number = np.zeros(len(bases) - length + 1, np.int64)
+    numbers = np.zeros(len(bases) - length + 1, np.int64)
     for i in range(length):
-        number = 4 * number + bases[i : i + len(number)]
-    return number
+        numbers = 4 * numbers + bases[i : i + len(numbers)]
+    return numbers
 
 
 def train_batch(
@@ -182,11 +183,11 @@ def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_
     """Return the mean cross-entropy of the next base over the test windows, in bits."""
     starts, total = _test_starts(bases, shape), 0.0
     with evaluating(model) as device:
-        few = min(batch_size, EVALUATED_AT_ONCE)
-        for first in range(0, len(starts), few):
-            arrays = _windows(bases, starts[first : first + few], shape)
-            part = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
-            total += float(_cross_entropy(model, part, reduction="sum"))
+        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
+        for start in range(0, len(starts), chunk_size):
+            arrays = _windows(bases, starts[start : start + chunk_size], shape)
+            batch = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
+            total += float(_cross_entropy(model, batch, reduction="sum"))
     return total / (len(starts) * shape.length * math.log(2))
 
 
@@ -212,9 +213,9 @@ def metric(genome: Genome, shape: HyenaSize) -> Metric:
 
     The naive model is a Markov chain of order two, that is, words of codon length.
     """
-    places = scored(genome, shape)
-    places = places[places >= 4]
-    bits = {order: markov_bits(genome, places, order) for order in (_NAIVE_ORDER, 3, 4)}
+    positions = scored(genome, shape)
+    positions = positions[positions >= 4]
+    bits = {order: markov_bits(genome, positions, order) for order in (_NAIVE_ORDER, 3, 4)}
     return Metric(
         name="bits per base",
         unit="bits",

@@ -44,8 +44,8 @@ class GptBlock(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.query_key_value(x).chunk(3, dim=-1)
         )
-        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return attended.transpose(1, 2).flatten(2)
+        output = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return output.transpose(1, 2).flatten(2)
 
 
 class Gpt(nn.Module):

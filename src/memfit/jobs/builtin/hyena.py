@@ -45,8 +45,8 @@ def causal_convolution(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """Convolve ``x`` (batch, width, length) causally with ``taps`` (width, length), by FFT in float32."""
     length = x.shape[-1]
     spectrum = torch.fft.rfft(x.float(), n=2 * length) * torch.fft.rfft(taps.float(), n=2 * length)
-    whole: torch.Tensor = torch.fft.irfft(spectrum, n=2 * length)
-    return whole[..., :length].to(x.dtype)
+    full_output: torch.Tensor = torch.fft.irfft(spectrum, n=2 * length)
+    return full_output[..., :length].to(x.dtype)
 
 
 class Sine(nn.Module):
@@ -119,8 +119,8 @@ class Hyena(nn.Module):
         ones.
         """
         length = x.shape[1]
-        three = self.short(self.three(x).transpose(1, 2))[..., :length]
-        outer, inner, value = three.chunk(3, dim=1)
+        projections = self.short(self.three(x).transpose(1, 2))[..., :length]
+        outer, inner, value = projections.chunk(3, dim=1)
         return self.mix((self.long(value * inner) * outer).transpose(1, 2))  # type: ignore[no-any-return]
 
 

@@ -144,30 +144,30 @@ def _installed() -> Pairs:
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     with gzip.open(folder / "Environment" / "Syrres logP data.csv.gz", "rt", encoding="utf-8-sig") as file:
-        measured = {row["CAS"]: float(row["logP"]) for row in csv.DictReader(file, delimiter="\t")}
-    found = {}
-    for kind in ("large", "small"):
-        name = f"chemical identifiers pubchem {kind}.tsv"
+        logp_by_cas = {row["CAS"]: float(row["logP"]) for row in csv.DictReader(file, delimiter="\t")}
+    values_by_smiles = {}
+    for file_kind in ("large", "small"):
+        name = f"chemical identifiers pubchem {file_kind}.tsv"
         with (folder / "Identifiers" / name).open(encoding="utf-8") as file:
             for line in file:
                 _, cas, _, _, smiles, *_ = line.split("\t", 5)
-                if cas in measured:
-                    found[smiles] = measured[cas]
-    return sorted(found.items())
+                if cas in logp_by_cas:
+                    values_by_smiles[smiles] = logp_by_cas[cas]
+    return sorted(values_by_smiles.items())
 
 
 def _user(path: str) -> Pairs:
     """Return the user's molecules. A first line without a number is a heading."""
-    found = []
+    pairs = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         smiles, _, value = line.strip().partition("," if "," in line else "\t" if "\t" in line else " ")
         try:
-            found.append((smiles.strip(), float(value)))
+            pairs.append((smiles.strip(), float(value)))
             graph(smiles.strip())
         except ValueError as error:
             if number > 1 and line.strip():
                 raise UserError(f"{path} line {number}: {error}", allowed="SMILES,value") from error
-    return found
+    return pairs
 
 
 def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
@@ -177,31 +177,31 @@ def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
     MoleculeNet (Wu et al. 2018, Chem. Sci. 9:513), the rarest fifth for testing. Molecules without rings are
     one group. Raises UserError if there are fewer than ten.
     """
-    kept = [(smiles, value) for smiles, value in pairs if len(tokens(smiles)) <= length]
-    if len(kept) < 10:
-        raise UserError(f"{len(kept)} molecules of at most {length} tokens", allowed="at least 10")
-    skeletons = [ring_skeleton(smiles) for smiles, _ in kept]
+    short_pairs = [(smiles, value) for smiles, value in pairs if len(tokens(smiles)) <= length]
+    if len(short_pairs) < 10:
+        raise UserError(f"{len(short_pairs)} molecules of at most {length} tokens", allowed="at least 10")
+    skeletons = [ring_skeleton(smiles) for smiles, _ in short_pairs]
     count = Counter(skeletons)
-    order = sorted(range(len(kept)), key=lambda i: (-count[skeletons[i]], skeletons[i], i))
-    cut = int(_TRAIN_SHARE * len(kept))
-    while cut > 1 and skeletons[order[cut]] == skeletons[order[cut - 1]]:
-        cut -= 1
-    smiles = tuple(kept[i][0] for i in order)
+    order = sorted(range(len(short_pairs)), key=lambda i: (-count[skeletons[i]], skeletons[i], i))
+    train_count = int(_TRAIN_SHARE * len(short_pairs))
+    while train_count > 1 and skeletons[order[train_count]] == skeletons[order[train_count - 1]]:
+        train_count -= 1
+    smiles = tuple(short_pairs[i][0] for i in order)
     return Molecules(
         smiles=smiles,
-        values=np.array([kept[i][1] for i in order], np.float32),
-        tokens=_numbers(smiles, smiles[:cut]),
-        train_count=cut,
+        values=np.array([short_pairs[i][1] for i in order], np.float32),
+        tokens=_numbers(smiles, smiles[:train_count]),
+        train_count=train_count,
         length=length,
         source=source,
     )
 
 
-def _numbers(smiles: Iterable[str], known: Iterable[str]) -> Array:
-    """Return token numbers. A token that occurs in no ``known`` molecule is unknown."""
-    alphabet = sorted({token for text in known for token in tokens(text)})
-    number = {token: _FIRST + i for i, token in enumerate(alphabet[: 96 - _FIRST])}
-    rows = [[number.get(token, _UNKNOWN) for token in tokens(text)] for text in smiles]
+def _numbers(smiles: Iterable[str], training_smiles: Iterable[str]) -> Array:
+    """Return token numbers. A token that occurs in no molecule of ``training_smiles`` is unknown."""
+    alphabet = sorted({token for text in training_smiles for token in tokens(text)})
+    token_numbers = {token: _FIRST + i for i, token in enumerate(alphabet[: 96 - _FIRST])}
+    rows = [[token_numbers.get(token, _UNKNOWN) for token in tokens(text)] for text in smiles]
     longest = max(len(row) for row in rows)
     return np.array([row + [_PAD] * (longest - len(row)) for row in rows], np.uint8)
 
@@ -215,17 +215,17 @@ def train_batch(
     and deviation 1. If ``masked``, also ``labels`` (batch, length) int64, -100 where nothing is to be
     predicted.
     """
-    picked = epoch_indices(molecules.train_count, batch_size, step=step, seed=seed)
+    indices = epoch_indices(molecules.train_count, batch_size, step=step, seed=seed)
     mean, deviation = molecules.scale
-    number = molecules.padded(picked)
+    numbers = molecules.padded(indices)
     arrays = {
-        "tokens": number,
-        "valid": number != _PAD,
-        "value": (molecules.values[picked] - mean) / deviation,
+        "tokens": numbers,
+        "valid": numbers != _PAD,
+        "value": (molecules.values[indices] - mean) / deviation,
     }
     if masked:
-        asked = (step_rng(step, seed).random(number.shape) < _MASKED_SHARE) & arrays["valid"]
-        arrays |= {"labels": np.where(asked, number, _NO_LABEL), "tokens": np.where(asked, _MASK, number)}
+        hidden = (step_rng(step, seed).random(numbers.shape) < _MASKED_SHARE) & arrays["valid"]
+        arrays |= {"labels": np.where(hidden, numbers, _NO_LABEL), "tokens": np.where(hidden, _MASK, numbers)}
     return as_tensors(arrays)
 
 
@@ -252,11 +252,11 @@ def held_out_rmse(model: torch.nn.Module, molecules: Molecules, batch_size: int)
     mean, deviation = molecules.scale
     squares, test = 0.0, np.arange(molecules.train_count, len(molecules.smiles))
     with evaluating(model) as device:
-        few = min(batch_size, EVALUATED_AT_ONCE)
-        for picked in np.array_split(test, -(-len(test) // few)):
-            number = as_tensors({"tokens": molecules.padded(picked)})["tokens"].to(device)
-            value = model(number, number != _PAD)[0].float().cpu().numpy()
-            squares += float(((value * deviation + mean - molecules.values[picked]) ** 2).sum())
+        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
+        for indices in np.array_split(test, -(-len(test) // chunk_size)):
+            numbers = as_tensors({"tokens": molecules.padded(indices)})["tokens"].to(device)
+            value = model(numbers, numbers != _PAD)[0].float().cpu().numpy()
+            squares += float(((value * deviation + mean - molecules.values[indices]) ** 2).sum())
     return float((squares / len(test)) ** 0.5)
 
 
@@ -265,8 +265,8 @@ def metric(molecules: Molecules) -> Metric:
     elements = Counter(e for text in molecules.smiles[: molecules.train_count] for e in graph(text)[0])
     common = [element for element, _ in elements.most_common(9)]
     counts = np.array([[graph(s)[0].count(e) for e in common] + [1] for s in molecules.smiles], np.float64)
-    cut = molecules.train_count
-    weights = np.linalg.lstsq(counts[:cut], molecules.values[:cut], rcond=None)[0]
+    train_count = molecules.train_count
+    weights = np.linalg.lstsq(counts[:train_count], molecules.values[:train_count], rcond=None)[0]
     return Metric(
         name="RMSE of logP",
         unit="log units",
@@ -276,6 +276,6 @@ def metric(molecules: Molecules) -> Metric:
             "determinations of one substance by the shake-flask method should agree within +-0.3 log units "
             "(OECD test guideline 107, 1995): half of that is no difference"
         ),
-        naive=float(np.sqrt(np.mean((counts[cut:] @ weights - molecules.values[cut:]) ** 2))),
+        naive=float(np.sqrt(np.mean((counts[train_count:] @ weights - molecules.values[train_count:]) ** 2))),
         naive_name=f"a linear fit to the number of {', '.join(c.capitalize() for c in common)} atoms",
     )

@@ -81,10 +81,10 @@ class LinearAttention(nn.Module):
         """Inputs have the shape ``(batch, heads, length, width)``; ``valid`` (batch, length) is False at
         padding.
         """
-        asked = functional.relu(query @ self.directions) + 1e-3
-        held = (functional.relu(key @ self.directions) + 1e-3) * valid[:, None, :, None]
-        weight = asked @ held.sum(2)[..., None]
-        return asked @ (held.transpose(2, 3) @ value) / weight
+        query_features = functional.relu(query @ self.directions) + 1e-3
+        key_features = (functional.relu(key @ self.directions) + 1e-3) * valid[:, None, :, None]
+        weight = query_features @ key_features.sum(2)[..., None]
+        return query_features @ (key_features.transpose(2, 3) @ value) / weight
 
 
 class MolformerBlock(nn.Module):

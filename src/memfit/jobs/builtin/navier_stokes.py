@@ -27,8 +27,8 @@ class Square:
 
     def wavenumbers(self) -> tuple[Array, Array]:
         """Return the wavenumbers along y and x, broadcastable to (points, points // 2 + 1)."""
-        along = np.fft.fftfreq(self.points, 1 / self.points)
-        return along[:, None], np.arange(self.points // 2 + 1)[None, :]
+        frequencies = np.fft.fftfreq(self.points, 1 / self.points)
+        return frequencies[:, None], np.arange(self.points // 2 + 1)[None, :]
 
     def linear(self) -> Array:
         """Return the rate of each wavenumber in 1/s: decay, and the westward propagation of Rossby waves."""
@@ -47,8 +47,8 @@ class Square:
         y, x = self.wavenumbers()
         u, v = self.velocity(spectrum)
         product = u * self.grid(1j * x * spectrum) + v * self.grid(1j * y * spectrum)
-        kept = (np.abs(y) < self.points / 3) & (x < self.points / 3)
-        return -np.fft.rfft2(product) * kept
+        dealias_mask = (np.abs(y) < self.points / 3) & (x < self.points / 3)
+        return -np.fft.rfft2(product) * dealias_mask
 
     def grid(self, spectrum: Array) -> Array:
         return np.fft.irfft2(spectrum, s=(self.points, self.points))
@@ -93,8 +93,8 @@ def coarser(vorticity: Array, points: int) -> Array:
     """Return the same fields on a grid of ``points``, without the wavenumbers that this grid cannot
     represent.
     """
-    fine, half = vorticity.shape[-1], points // 2
+    fine_points, half = vorticity.shape[-1], points // 2
     spectrum = np.fft.rfft2(vorticity)[..., : half + 1]
     spectrum = np.concatenate([spectrum[..., :half, :], spectrum[..., -half:, :]], axis=-2)
     spectrum[..., half, :] = spectrum[..., half] = 0
-    return np.asarray(np.fft.irfft2(spectrum, s=(points, points)) * (points / fine) ** 2)
+    return np.asarray(np.fft.irfft2(spectrum, s=(points, points)) * (points / fine_points) ** 2)

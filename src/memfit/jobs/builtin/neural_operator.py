@@ -60,12 +60,12 @@ class SharedFilter(nn.Module):
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
-        self.groups, each = size.groups, size.width // size.groups
+        self.groups, group_width = size.groups, size.width // size.groups
         self.weights = nn.ParameterList(
-            [nn.Parameter(0.02 * torch.randn(size.groups, each, each, 2)) for _ in range(2)]
+            [nn.Parameter(0.02 * torch.randn(size.groups, group_width, group_width, 2)) for _ in range(2)]
         )
         self.biases = nn.ParameterList(
-            [nn.Parameter(0.02 * torch.randn(size.groups, each, 2)) for _ in range(2)]
+            [nn.Parameter(0.02 * torch.randn(size.groups, group_width, 2)) for _ in range(2)]
         )
 
     def forward(self, spectrum: torch.Tensor) -> torch.Tensor:
@@ -91,9 +91,9 @@ class SpectralMixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spectrum = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")
-        mixed = self.filter(spectrum)
-        back: torch.Tensor = torch.fft.irfft2(mixed, s=x.shape[1:3], dim=(1, 2), norm="ortho")
-        return back + x
+        filtered_spectrum = self.filter(spectrum)
+        output: torch.Tensor = torch.fft.irfft2(filtered_spectrum, s=x.shape[1:3], dim=(1, 2), norm="ortho")
+        return output + x
 
 
 class OperatorBlock(nn.Module):
@@ -109,8 +109,8 @@ class OperatorBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.mixing(self.norm(x))
-        made: torch.Tensor = x + self.mlp(self.mlp_norm(x))
-        return made
+        output: torch.Tensor = x + self.mlp(self.mlp_norm(x))
+        return output
 
 
 class Forecaster(nn.Module):
@@ -121,8 +121,8 @@ class Forecaster(nn.Module):
         patch, rows, columns = size.patch, *(n // size.patch for n in size.grid)
         self.patch = patch
         self.embed = nn.Conv2d(size.channels, size.width, patch, stride=patch)
-        places = 0.02 * torch.randn(1, rows, columns, size.width) if size.positions else None
-        self.positions = None if places is None else nn.Parameter(places)
+        positions = 0.02 * torch.randn(1, rows, columns, size.width) if size.positions else None
+        self.positions = None if positions is None else nn.Parameter(positions)
         self.blocks = nn.ModuleList([OperatorBlock(size) for _ in range(size.layers)])
         self.to_fields = nn.Linear(size.width, size.channels * patch**2, bias=False)
 

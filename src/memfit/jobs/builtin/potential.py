@@ -68,7 +68,9 @@ def make(
 ) -> Job:
     """Return the job at one of SIZES. ``data``: an ``.npz`` file with the same arrays as the built-in one."""
     if length is not None:
-        raise UserError(f"{NAME} at length {length}", allowed="no length: molecules are as large as they are")
+        raise UserError(
+            f"{NAME} at length {length}", allowed="no length: the number of atoms is given by the molecules"
+        )
     frames = read(data)
     shape = _shape(size, frames)
     batch_size = batch or shape.batch_size
@@ -127,19 +129,19 @@ def read(path: str | None) -> MoleculeFrames:
     """
     file = Path(path) if path else resources.files("memfit.jobs.builtin") / "data" / "conformers.npz"
     try:
-        with resources.as_file(file) as here, np.load(here) as kept:
-            found = {key: kept[key] for key in _KEYS}
+        with resources.as_file(file) as local_path, np.load(local_path) as archive:
+            arrays = {key: archive[key] for key in _KEYS}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}", allowed=f"an .npz with {', '.join(_KEYS)}") from error
-    train_count = int((found["molecule"] < found["train_molecules"]).sum())
-    species = found["numbers"][found["molecule"]]
+    train_count = int((arrays["molecule"] < arrays["train_molecules"]).sum())
+    species = arrays["numbers"][arrays["molecule"]]
     counts = (species[:, :, None] == np.unique(species[species > 0])).sum(1).astype(np.float64)
-    share = np.linalg.lstsq(counts[:train_count], found["energy"][:train_count], rcond=None)[0]
+    element_energy = np.linalg.lstsq(counts[:train_count], arrays["energy"][:train_count], rcond=None)[0]
     return MoleculeFrames(
         species=species,
-        positions=found["positions"],
-        forces=found["forces"],
-        energy=(found["energy"] - counts @ share).astype(np.float32),
+        positions=arrays["positions"],
+        forces=arrays["forces"],
+        energy=(arrays["energy"] - counts @ element_energy).astype(np.float32),
         train_count=train_count,
         source=path or DATA_SOURCE,
     )
@@ -152,9 +154,9 @@ def train_batch(
 
     A sample with room for more atoms than a molecule has contains several molecules.
     """
-    several = shape.atoms // frames.species.shape[1]
-    picked = epoch_indices(frames.train_count, batch_size * several, step=step, seed=seed)
-    return packed(frames, picked.reshape(batch_size, several), shape)
+    molecules_per_sample = shape.atoms // frames.species.shape[1]
+    indices = epoch_indices(frames.train_count, batch_size * molecules_per_sample, step=step, seed=seed)
+    return packed(frames, indices.reshape(batch_size, molecules_per_sample), shape)
 
 
 def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str, torch.Tensor]:
@@ -164,14 +166,17 @@ def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str
     float32; the nearest neighbours ``near`` (batch, atoms, neighbours) int64, and ``within``, which is True
     inside the cutoff.
     """
-    batch, several = picked.shape
-    grid = np.array(np.unravel_index(np.arange(several), (several, 3, 3)))[::-1].T * np.float32(_APART)
-    room = ((0, 0), (0, shape.atoms - several * frames.species.shape[1]))
-    species = np.pad(frames.species[picked].reshape(batch, -1), room).astype(np.int64)
+    batch, molecules_per_sample = picked.shape
+    offsets = np.array(np.unravel_index(np.arange(molecules_per_sample), (molecules_per_sample, 3, 3)))[
+        ::-1
+    ].T * np.float32(_APART)
+    padding = ((0, 0), (0, shape.atoms - molecules_per_sample * frames.species.shape[1]))
+    species = np.pad(frames.species[picked].reshape(batch, -1), padding).astype(np.int64)
     positions = np.pad(
-        (frames.positions[picked] + grid[:, None]).reshape(batch, -1, 3).astype(np.float32), (*room, (0, 0))
+        (frames.positions[picked] + offsets[:, None]).reshape(batch, -1, 3).astype(np.float32),
+        (*padding, (0, 0)),
     )
-    forces = np.pad(frames.forces[picked].reshape(batch, -1, 3), (*room, (0, 0)))
+    forces = np.pad(frames.forces[picked].reshape(batch, -1, 3), (*padding, (0, 0)))
     near, within = neighbours(species, positions, shape)
     energy = frames.energy[picked].sum(1)
     return as_tensors(
@@ -192,12 +197,12 @@ def neighbours(species: Array, positions: Array, shape: SchnetSize) -> tuple[Arr
     """
     near = np.empty((*species.shape, shape.neighbours), np.int64)
     within = np.empty(near.shape, bool)
-    for sample, (kinds, places) in enumerate(zip(species, positions, strict=True)):
-        apart = np.linalg.norm(places[:, None] - places, axis=-1)
-        apart[:, kinds == 0] = apart[kinds == 0] = np.inf
-        np.fill_diagonal(apart, np.inf)
-        near[sample] = np.argsort(apart, axis=1, kind="stable")[:, : shape.neighbours]
-        within[sample] = np.take_along_axis(apart, near[sample], 1) < shape.cutoff
+    for sample, (elements, coordinates) in enumerate(zip(species, positions, strict=True)):
+        distances = np.linalg.norm(coordinates[:, None] - coordinates, axis=-1)
+        distances[:, elements == 0] = distances[elements == 0] = np.inf
+        np.fill_diagonal(distances, np.inf)
+        near[sample] = np.argsort(distances, axis=1, kind="stable")[:, : shape.neighbours]
+        within[sample] = np.take_along_axis(distances, near[sample], 1) < shape.cutoff
     return near, within
 
 
@@ -213,9 +218,9 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     """
     energy, forces = _answer(model, batch)
     atoms = (batch["species"] > 0).sum(1)
-    pull = (forces - batch["forces"]).square().sum((1, 2)) / (3 * atoms)
-    height = ((energy - batch["energy"]) / atoms).square()
-    total: torch.Tensor = (pull + _ENERGY_WEIGHT * height).mean()
+    force_term = (forces - batch["forces"]).square().sum((1, 2)) / (3 * atoms)
+    energy_term = ((energy - batch["energy"]) / atoms).square()
+    total: torch.Tensor = (force_term + _ENERGY_WEIGHT * energy_term).mean()
     return total
 
 
@@ -228,16 +233,16 @@ def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSiz
     meV/angstrom.
     """
     total = count = 0.0
-    several = shape.atoms // frames.species.shape[1]
+    molecules_per_sample = shape.atoms // frames.species.shape[1]
     test = _test(frames)
-    test = test[: len(test) // several * several].reshape(-1, several)
+    test = test[: len(test) // molecules_per_sample * molecules_per_sample].reshape(-1, molecules_per_sample)
     with evaluating(model) as device:
-        few = min(batch_size, EVALUATED_AT_ONCE)
-        for picked in np.array_split(test, -(-len(test) // few)):
-            batch = packed(frames, picked, shape)
+        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
+        for indices in np.array_split(test, -(-len(test) // chunk_size)):
+            batch = packed(frames, indices, shape)
             part = {name: tensor.to(device) for name, tensor in batch.items()}
-            wrong = (_answer(model, part)[1] - part["forces"]).abs() * (part["species"] > 0)[..., None]
-            total += float(wrong.sum())
+            errors = (_answer(model, part)[1] - part["forces"]).abs() * (part["species"] > 0)[..., None]
+            total += float(errors.sum())
             count += 3 * float((part["species"] > 0).sum())
     return 1000 * total / count
 
@@ -248,37 +253,37 @@ def pair_forces(frames: MoleculeFrames, picked: Array, width: float = 0.25, cuto
     Each pair of elements exerts a force along the line between its atoms, in bins of distance smoothed into
     triangles.
     """
-    species, places = frames.species[picked].astype(np.int64), frames.positions[picked]
-    apart = places[:, None] - places[:, :, None]
-    distance = np.linalg.norm(apart, axis=-1) + 1e-9
+    species, positions = frames.species[picked].astype(np.int64), frames.positions[picked]
+    displacement = positions[:, None] - positions[:, :, None]
+    distance = np.linalg.norm(displacement, axis=-1) + 1e-9
     kinds = np.unique(frames.species[frames.species > 0])
     lookup = np.zeros(256, np.int64)
     lookup[kinds] = np.arange(len(kinds))
-    one, other = lookup[species[:, :, None]], lookup[species[:, None]]
-    pair = np.maximum(one, other) * len(kinds) + np.minimum(one, other)
+    first_kind, second_kind = lookup[species[:, :, None]], lookup[species[:, None]]
+    pair = np.maximum(first_kind, second_kind) * len(kinds) + np.minimum(first_kind, second_kind)
     pairs = [i * len(kinds) + j for i in range(len(kinds)) for j in range(i + 1)]
-    counts = (species[:, :, None] > 0) & (species[:, None] > 0) & (distance > 1e-6) & (distance < cutoff)
+    pair_mask = (species[:, :, None] > 0) & (species[:, None] > 0) & (distance > 1e-6) & (distance < cutoff)
     bins = np.arange(0.75, cutoff, width)
     terms = np.empty((*species.shape, 3, len(pairs), len(bins)), np.float32)
-    for place, middle in enumerate(bins):
-        weight = np.maximum(0, 1 - np.abs(distance - middle) / width) * counts / distance
+    for bin_index, centre in enumerate(bins):
+        weight = np.maximum(0, 1 - np.abs(distance - centre) / width) * pair_mask / distance
         for index, kind in enumerate(pairs):
-            terms[..., index, place] = ((weight * (pair == kind))[..., None] * apart).sum(2)
+            terms[..., index, bin_index] = ((weight * (pair == kind))[..., None] * displacement).sum(2)
     return terms.reshape(-1, len(pairs) * len(bins))
 
 
 def metric(frames: MoleculeFrames) -> Metric:
     """Return the force error. The naive result is a pair potential fitted by least squares."""
     train = np.linspace(0, frames.train_count - 1, min(_FITTED, frames.train_count)).astype(np.int64)
-    terms, asked = pair_forces(frames, train), frames.forces[train].ravel()
+    terms, target_forces = pair_forces(frames, train), frames.forces[train].ravel()
     ridge = 1e-3 * np.eye(terms.shape[1], dtype=np.float32)
-    weights = np.linalg.solve(terms.T @ terms + ridge, terms.T @ asked)
-    wrong = pulls = 0.0
-    for part in np.array_split(_test(frames), 8):
-        there = np.repeat(frames.species[part].ravel() > 0, 3)
-        true = frames.forces[part].ravel()[there]
-        wrong += float(np.abs((pair_forces(frames, part) @ weights)[there] - true).sum())
-        pulls += float(np.abs(true).sum())
+    weights = np.linalg.solve(terms.T @ terms + ridge, terms.T @ target_forces)
+    error_sum = force_sum = 0.0
+    for indices in np.array_split(_test(frames), 8):
+        atom_mask = np.repeat(frames.species[indices].ravel() > 0, 3)
+        target = frames.forces[indices].ravel()[atom_mask]
+        error_sum += float(np.abs((pair_forces(frames, indices) @ weights)[atom_mask] - target).sum())
+        force_sum += float(np.abs(target).sum())
     count = 3 * int((frames.species[_test(frames)] > 0).sum())
     return Metric(
         name="force error",
@@ -289,8 +294,8 @@ def metric(frames: MoleculeFrames) -> Metric:
             "1 kcal/mol/angstrom (43.4 meV/angstrom) is the accuracy that the field calls chemical (Schuett "
             "et al. 2018, J. Chem. Phys. 148:241722): half of that is no difference"
         ),
-        naive=1000 * wrong / count,
+        naive=1000 * error_sum / count,
         naive_name=(
-            f"a pair potential fitted by least squares (no force at all: {1000 * pulls / count:.0f})"
+            f"a pair potential fitted by least squares (no force at all: {1000 * force_sum / count:.0f})"
         ),
     )

@@ -101,19 +101,21 @@ def read_sequences(path: str | None) -> Sequences:
     held out.
     """
     if path is None:
-        kept = resources.files("memfit.jobs.builtin") / "data" / "uniprot_5000.fasta.gz"
-        with resources.as_file(kept) as file:
+        resource = resources.files("memfit.jobs.builtin") / "data" / "uniprot_5000.fasta.gz"
+        with resources.as_file(resource) as file:
             proteins = read_fasta(str(file))
     else:
         proteins = read_fasta(path)
     if len(proteins) < 2:
-        raise UserError(f"{path} holds {len(proteins)} sequence", allowed="at least 2: some train, some test")
+        raise UserError(
+            f"{path} contains {len(proteins)} sequence", allowed="at least 2, for training and for testing"
+        )
     tokens = tuple(encode(p.sequence) for p in proteins)
-    held_out = min(_TEST_COUNT, max(1, len(tokens) // 10))
+    test_count = min(_TEST_COUNT, max(1, len(tokens) // 10))
     source = (
-        DATA_SOURCE if path is None else f"{path}: {len(tokens)} sequences, the last {held_out} for testing"
+        DATA_SOURCE if path is None else f"{path}: {len(tokens)} sequences, the last {test_count} for testing"
     )
-    return Sequences(train=tokens[:-held_out], test=tokens[-held_out:], source=source)
+    return Sequences(train=tokens[:-test_count], test=tokens[-test_count:], source=source)
 
 
 def encode(sequence: str) -> Array:
@@ -135,8 +137,8 @@ def train_batch(
     """Return ``tokens``, ``labels`` (-100 where nothing is to be predicted), both (batch, length) int64, and
     ``valid`` bool.
     """
-    picked = epoch_indices(len(sequences.train), batch_size, step=step, seed=seed)
-    return as_tensors(_masked([sequences.train[i] for i in picked], length, step_rng(step, seed)))
+    indices = epoch_indices(len(sequences.train), batch_size, step=step, seed=seed)
+    return as_tensors(_masked([sequences.train[i] for i in indices], length, step_rng(step, seed)))
 
 
 def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[str, Array]:
@@ -146,15 +148,17 @@ def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[st
     """
     tokens = np.full((len(rows), length), _PAD, np.int64)
     labels = np.full_like(tokens, -100)
-    for row, whole in enumerate(rows):
-        skip = rng.integers(0, max(len(whole) - (length - 2), 0) + 1)
-        part = whole[skip : skip + length - 2]
-        chosen = rng.choice(len(part), size=max(1, round(_MASKED_SHARE * len(part))), replace=False)
+    for row, sequence in enumerate(rows):
+        start = rng.integers(0, max(len(sequence) - (length - 2), 0) + 1)
+        part = sequence[start : start + length - 2]
+        positions = rng.choice(len(part), size=max(1, round(_MASKED_SHARE * len(part))), replace=False)
         tokens[row, : len(part) + 2] = [_START, *part, _END]
-        labels[row, 1 + chosen] = part[chosen]
-        fate = rng.random(len(chosen))
-        drawn = rng.integers(_FIRST, _FIRST + _STANDARD, size=len(chosen))
-        tokens[row, 1 + chosen] = np.where(fate < 0.8, _MASK, np.where(fate < 0.9, drawn, part[chosen]))
+        labels[row, 1 + positions] = part[positions]
+        random_values = rng.random(len(positions))
+        random_residues = rng.integers(_FIRST, _FIRST + _STANDARD, size=len(positions))
+        tokens[row, 1 + positions] = np.where(
+            random_values < 0.8, _MASK, np.where(random_values < 0.9, random_residues, part[positions])
+        )
     return {"tokens": tokens, "labels": labels, "valid": tokens != _PAD}
 
 
@@ -171,10 +175,10 @@ def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> tor
 def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[dict[str, Array]]:
     """Return the test batches, with the same masks every time, whatever the batch size."""
     rng = np.random.default_rng(_TEST_SEED)
-    whole = _masked(list(sequences.test), length, rng)
-    few = min(batch_size, EVALUATED_AT_ONCE)
-    starts = range(0, len(sequences.test), few)
-    return [{name: array[i : i + few] for name, array in whole.items()} for i in starts]
+    arrays = _masked(list(sequences.test), length, rng)
+    chunk_size = min(batch_size, EVALUATED_AT_ONCE)
+    starts = range(0, len(sequences.test), chunk_size)
+    return [{name: array[i : i + chunk_size] for name, array in arrays.items()} for i in starts]
 
 
 def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, batch_size: int) -> float:
@@ -182,8 +186,8 @@ def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, bat
     total, terms = 0.0, 0
     with evaluating(model) as device:
         for arrays in _test_batches(sequences, length, batch_size):
-            part = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
-            total += float(_cross_entropy(model, part, reduction="sum"))
+            batch = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
+            total += float(_cross_entropy(model, batch, reduction="sum"))
             terms += int((arrays["labels"] >= 0).sum())
     return total / terms
 
@@ -196,7 +200,7 @@ def metric(sequences: Sequences, length: int) -> Metric:
     counts = np.bincount(np.concatenate(sequences.train), minlength=33)[_FIRST : _FIRST + len(_LETTERS)] + 1
     log_share = np.log(counts / counts.sum())
     parts = _test_batches(sequences, length, len(sequences.test))
-    asked = np.concatenate([part["labels"][part["labels"] >= 0] for part in parts])
+    targets = np.concatenate([part["labels"][part["labels"] >= 0] for part in parts])
     return Metric(
         name="masked cross-entropy",
         unit="nats",
@@ -207,6 +211,6 @@ def metric(sequences: Sequences, length: int) -> Metric:
             f"379:1123), {math.log(10.45 / 6.37) / math.log2(15e9 / 8e6):.3f} nats per doubling of size: "
             "less than half a doubling is no difference"
         ),
-        naive=float(-log_share[asked - _FIRST].mean()),
+        naive=float(-log_share[targets - _FIRST].mean()),
         naive_name="residue frequencies of the training sequences",
     )

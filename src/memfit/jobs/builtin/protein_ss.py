@@ -104,14 +104,14 @@ def built_in_chains() -> Chains:
     """Return the built-in chains."""
     with (
         resources.as_file(resources.files("memfit.jobs.builtin") / "data" / "pdb_ss.npz") as path,
-        np.load(path) as kept,
+        np.load(path) as archive,
     ):
-        one_hot = _one_hot(kept["residue"])
+        one_hot = _one_hot(archive["residue"])
         return Chains(
-            offset=np.concatenate([[0], np.cumsum(kept["length"])]),
-            features=np.concatenate([one_hot, kept["profile"]], axis=1),
-            state=kept["state"].astype(np.int64),
-            train_count=int(kept["n_train"]),
+            offset=np.concatenate([[0], np.cumsum(archive["length"])]),
+            features=np.concatenate([one_hot, archive["profile"]], axis=1),
+            state=archive["state"].astype(np.int64),
+            train_count=int(archive["n_train"]),
             source=DATA_SOURCE,
         )
 
@@ -123,7 +123,9 @@ def user_chains(path: str) -> Chains:
     """
     proteins = read_labelled(path)
     if len(proteins) < 2:
-        raise UserError(f"{path} holds {len(proteins)} chain", allowed="at least 2: some train, some test")
+        raise UserError(
+            f"{path} contains {len(proteins)} chain", allowed="at least 2, for training and for testing"
+        )
     residue = np.array([max(RESIDUES.find(r), -1) % 21 for p in proteins for r in p.sequence], np.uint8)
     one_hot = _one_hot(residue)
     return Chains(
@@ -151,15 +153,15 @@ def train_batch(
     (batch, length) bool.
     """
     rng = step_rng(step, seed)
-    picked = epoch_indices(chains.train_count, batch_size, step=step, seed=seed)
-    spare = np.maximum(chains.offset[picked + 1] - chains.offset[picked] - length, 0)
-    return _pack(chains, picked, rng.integers(0, spare + 1), length)
+    indices = epoch_indices(chains.train_count, batch_size, step=step, seed=seed)
+    excess = np.maximum(chains.offset[indices + 1] - chains.offset[indices] - length, 0)
+    return _pack(chains, indices, rng.integers(0, excess + 1), length)
 
 
-def _pack(chains: Chains, picked: Array, skipped: Array, length: int) -> dict[str, torch.Tensor]:
-    features = np.zeros((len(picked), length, chains.features.shape[1]), np.float32)
-    state = np.full((len(picked), length), _NO_LABEL, np.int64)
-    for row, (chain, skip) in enumerate(zip(picked, skipped, strict=True)):
+def _pack(chains: Chains, indices: Array, offsets: Array, length: int) -> dict[str, torch.Tensor]:
+    features = np.zeros((len(indices), length, chains.features.shape[1]), np.float32)
+    state = np.full((len(indices), length), _NO_LABEL, np.int64)
+    for row, (chain, skip) in enumerate(zip(indices, offsets, strict=True)):
         start = chains.offset[chain] + skip
         stop = min(chains.offset[chain + 1], start + length)
         features[row, : stop - start] = chains.features[start:stop] / np.float32(255)
@@ -177,17 +179,17 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> float:
     """Return the percentage of test residues whose state is predicted correctly."""
-    right = seen = 0
+    correct = total = 0
     test = np.arange(chains.train_count, chains.count)
     with evaluating(model) as device:
-        few = min(batch_size, EVALUATED_AT_ONCE)
-        for picked in np.array_split(test, -(-len(test) // few)):
-            packed = _pack(chains, picked, np.zeros_like(picked), length)
-            part = {name: tensor.to(device) for name, tensor in packed.items()}
-            best = model(part["features"], part["valid"]).argmax(-1)
-            right += int(((best == part["state"]) & part["valid"]).sum())
-            seen += int(part["valid"].sum())
-    return 100 * right / seen
+        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
+        for indices in np.array_split(test, -(-len(test) // chunk_size)):
+            tensors = _pack(chains, indices, np.zeros_like(indices), length)
+            batch = {name: tensor.to(device) for name, tensor in tensors.items()}
+            predictions = model(batch["features"], batch["valid"]).argmax(-1)
+            correct += int(((predictions == batch["state"]) & batch["valid"]).sum())
+            total += int(batch["valid"].sum())
+    return 100 * correct / total
 
 
 def metric(chains: Chains, length: int) -> Metric:
@@ -195,7 +197,7 @@ def metric(chains: Chains, length: int) -> Metric:
     boundary = chains.offset[chains.train_count]
     commonest = np.bincount(chains.state[:boundary], minlength=3).argmax()
     starts, stops = chains.offset[chains.train_count : -1], chains.offset[chains.train_count + 1 :]
-    scored = np.concatenate(
+    test_states = np.concatenate(
         [chains.state[a : min(b, a + length)] for a, b in zip(starts, stops, strict=True)]
     )
     return Metric(
@@ -209,6 +211,6 @@ def metric(chains: Chains, length: int) -> Metric:
             "by at least 1 point (Cuff & Barton 2000); the field called 4 points a substantial advance "
             "(Rost & Eyrich 2001, Proteins 45 S5:192): half of that is no difference"
         ),
-        naive=100 * float((scored == commonest).mean()),
+        naive=100 * float((test_states == commonest).mean()),
         naive_name=f"always the commonest training state ({('helix', 'strand', 'coil')[commonest]})",
     )

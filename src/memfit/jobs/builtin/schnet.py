@@ -83,12 +83,12 @@ class Geometry(nn.Module):
         The Gaussians have shape (batch, atoms, neighbours, radial). The weight (batch, atoms, neighbours, 1)
         falls to zero at the cutoff and is zero where ``within`` is False.
         """
-        apart = gathered(positions, near) - positions[:, :, None]
+        displacement = gathered(positions, near) - positions[:, :, None]
         # sets these distances to one, because the square root has no derivative at zero
-        none = (~within).to(apart.dtype)
-        distance = (apart.square().sum(-1) + none).sqrt()[..., None]
-        inside = (distance < self.cutoff) & within[..., None]
-        weight = 0.5 * (torch.cos(distance * (math.pi / self.cutoff)) + 1) * inside
+        padding = (~within).to(displacement.dtype)
+        distance = (displacement.square().sum(-1) + padding).sqrt()[..., None]
+        in_range = (distance < self.cutoff) & within[..., None]
+        weight = 0.5 * (torch.cos(distance * (math.pi / self.cutoff)) + 1) * in_range
         return torch.exp(-self.sharpness * (distance - self.centres).square()), weight
 
 
@@ -148,11 +148,11 @@ class Schnet(nn.Module):
         forces are differentiable again. They are also computed when gradients are disabled outside.
         """
         with torch.enable_grad():
-            places = positions.detach().requires_grad_()
-            radial, weight = self.geometry(places, near, within)
+            leaf_positions = positions.detach().requires_grad_()
+            radial, weight = self.geometry(leaf_positions, near, within)
             x = self.embed(species)
             for block in self.blocks:
                 x = block(x, radial, weight, near)
             energy = self.energy(x, species > 0)
-            (slope,) = torch.autograd.grad(energy.sum(), places, create_graph=self.training)
-        return energy, -slope
+            (gradient,) = torch.autograd.grad(energy.sum(), leaf_positions, create_graph=self.training)
+        return energy, -gradient

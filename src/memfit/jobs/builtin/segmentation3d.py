@@ -116,13 +116,13 @@ def _build(shape: UNetSize, weights: str | None) -> torch.nn.Module:
 @functools.cache
 def read() -> Head:
     """Return the volume. Raises UserError if the package that contains it is not installed."""
-    found = importlib.util.find_spec("nilearn")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("nilearn")
+    if spec is None or spec.origin is None:
         raise UserError(
             f"{NAME} reads a volume that comes with the package nilearn, which is not installed",
             hint="pip install 'memfit[science]'",
         )
-    folder = Path(found.origin).parent / "datasets" / "data"
+    folder = Path(spec.origin).parent / "datasets" / "data"
     t1, grey, white = (_volume(folder, name).astype(np.float32) for name in ("t1", "gm", "wm"))
     tissue = np.argmax([255 - grey - white, grey, white], axis=0).astype(np.uint8)
     return Head(intensity=t1 / np.median(t1[tissue == 2]), tissue=tissue)
@@ -141,16 +141,16 @@ def scanned(clean: Array, rng: np.random.Generator, channels: int = 1) -> Array:
     A random polynomial of second degree is applied as bias field, then Rician noise, different in each
     channel.
     """
-    along = np.linspace(-1, 1, len(clean), dtype=np.float32)
-    x, y, z = along[:, None, None], along[None, :, None], along[None, None, :]
+    axis = np.linspace(-1, 1, len(clean), dtype=np.float32)
+    x, y, z = axis[:, None, None], axis[None, :, None], axis[None, None, :]
     terms = (x, y, z, x * y, y * z, z * x, x * x, y * y, z * z)
     field = np.zeros_like(clean)
     for weight, term in zip(rng.standard_normal(len(terms)), terms, strict=True):
         field += np.float32(weight) * term
     low, high = field.min(), field.max()
-    seen = clean * (1 - BIAS / 2 + BIAS * (field - low) / (high - low))
+    biased = clean * (1 - BIAS / 2 + BIAS * (field - low) / (high - low))
     real, imaginary = np.float32(NOISE) * rng.standard_normal((2, channels, *clean.shape), np.float32)
-    return np.asarray(np.hypot(seen + real, imaginary))
+    return np.asarray(np.hypot(biased + real, imaginary))
 
 
 def train_batch(
@@ -168,23 +168,24 @@ def _training_corners(head: Head, patch: int, count: int, rng: np.random.Generat
     """Return the corners (count, 3) of cubes, each centred on a voxel of grey or white matter."""
     low, high = np.zeros((2, count, 3), np.int64)
     high[:] = np.array(head.tissue.shape) - patch
-    inside = np.argwhere(head.tissue[::4, ::4, ::4] > 0) * 4
-    centres = inside[rng.integers(0, len(inside), count)]
-    before, after = _HELD_OUT[0] - _GAP - patch, _HELD_OUT[1] + _GAP
-    if before >= 0:  # cubes of the paper's size fit on neither side; they are for planning, not for training
-        behind = centres[:, 1] < sum(_HELD_OUT) / 2
-        high[:, 1] = np.where(behind, before, high[:, 1])
-        low[:, 1] = np.where(behind, 0, after)
+    tissue_voxels = np.argwhere(head.tissue[::4, ::4, ::4] > 0) * 4
+    centres = tissue_voxels[rng.integers(0, len(tissue_voxels), count)]
+    max_below, min_above = _HELD_OUT[0] - _GAP - patch, _HELD_OUT[1] + _GAP
+    # Cubes of the paper's size fit on neither side; they are for planning, not for training.
+    if max_below >= 0:
+        is_below = centres[:, 1] < sum(_HELD_OUT) / 2
+        high[:, 1] = np.where(is_below, max_below, high[:, 1])
+        low[:, 1] = np.where(is_below, 0, min_above)
     return np.clip(centres - patch // 2, low, high)
 
 
 def _cubes(
     head: Head, corners: Array, patch: int, channels: int, rng: np.random.Generator
 ) -> dict[str, Array]:
-    places = [tuple(slice(c, c + patch) for c in corner) for corner in corners]
+    slices = [tuple(slice(c, c + patch) for c in corner) for corner in corners]
     return {
-        "volume": np.stack([scanned(head.intensity[p], rng, channels) for p in places]),
-        "tissue": np.stack([head.tissue[p] for p in places]).astype(np.int64),
+        "volume": np.stack([scanned(head.intensity[p], rng, channels) for p in slices]),
+        "tissue": np.stack([head.tissue[p] for p in slices]).astype(np.int64),
     }
 
 
@@ -218,24 +219,24 @@ def mean_dice(model: torch.nn.Module, head: Head, shape: UNetSize) -> float:
     """Return the mean Dice of grey and white matter in the held-out region, in percent."""
     import torch
 
-    seen = _test_cubes(head, shape.channels)
+    cubes = _test_cubes(head, shape.channels)
     with evaluating(model) as device:
-        best = [
+        predictions = [
             model(torch.tensor(volume[None], device=device))[-1].argmax(1)[0].cpu().numpy()
-            for volume in seen["volume"]
+            for volume in cubes["volume"]
         ]
-    return dice(np.stack(best), seen["tissue"])
+    return dice(np.stack(predictions), cubes["tissue"])
 
 
 def dice(found: Array, truth: Array) -> float:
     """Return the mean Dice of grey and white matter between two label arrays, in percent."""
-    of_each = [
+    scores = [
         2
         * ((found == tissue) & (truth == tissue)).sum()
         / ((found == tissue).sum() + (truth == tissue).sum())
         for tissue in (1, 2)
     ]
-    return 100 * float(np.mean(of_each))
+    return 100 * float(np.mean(scores))
 
 
 def _test_cubes(head: Head, channels: int) -> dict[str, Array]:

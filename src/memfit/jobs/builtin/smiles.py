@@ -30,22 +30,22 @@ def graph(smiles: str) -> Graph:
     bonds: list[tuple[int, int]] = []
     branches: list[int] = []
     rings: dict[str, int] = {}
-    last = -1
+    last_atom = -1
     for token in tokens(smiles):
         if token == "(":
-            branches.append(last)
+            branches.append(last_atom)
         elif token in ").":
-            last = _reopened(branches, smiles) if token == ")" else -1
+            last_atom = _reopened(branches, smiles) if token == ")" else -1
         elif token[0] == "%" or token.isdigit():
             if token in rings:
-                bonds.append((rings.pop(token), last))
+                bonds.append((rings.pop(token), last_atom))
             else:
-                rings[token] = last
+                rings[token] = last_atom
         elif token not in _BONDS:
             atoms.append(_element(token))
-            if last >= 0:
-                bonds.append((last, len(atoms) - 1))
-            last = len(atoms) - 1
+            if last_atom >= 0:
+                bonds.append((last_atom, len(atoms) - 1))
+            last_atom = len(atoms) - 1
     if rings or branches:
         raise ValueError(f"an unclosed ring or branch in {smiles!r}")
     return atoms, bonds
@@ -58,8 +58,8 @@ def _reopened(branches: list[int], smiles: str) -> int:
 
 
 def _element(token: str) -> str:
-    found = _ELEMENT.match(token)
-    return (found[1] if found else token).upper()
+    match = _ELEMENT.match(token)
+    return (match[1] if match else token).upper()
 
 
 def ring_skeleton(smiles: str) -> str:
@@ -71,24 +71,26 @@ def ring_skeleton(smiles: str) -> str:
     ones may share a name, which keeps them on one side of a split.
     """
     atoms, bonds = graph(smiles)
-    near: dict[int, set[int]] = {atom: set() for atom in range(len(atoms))}
-    for one, other in bonds:
-        near[one].add(other)
-        near[other].add(one)
-    ends = [atom for atom, others in near.items() if len(others) < 2]
+    neighbours: dict[int, set[int]] = {atom: set() for atom in range(len(atoms))}
+    for atom_index, neighbour in bonds:
+        neighbours[atom_index].add(neighbour)
+        neighbours[neighbour].add(atom_index)
+    ends = [atom for atom, linked_atoms in neighbours.items() if len(linked_atoms) < 2]
     while ends:
         end = ends.pop()
-        for other in near.pop(end, ()):
-            near[other].discard(end)
-            if len(near[other]) < 2:
-                ends.append(other)
-    colours = {atom: atoms[atom] for atom in near}
-    for _ in near:
-        refined = {a: _digest([colours[a], *sorted(colours[b] for b in near[a])]) for a in near}
-        if len(set(refined.values())) == len(set(colours.values())):
+        for neighbour in neighbours.pop(end, ()):
+            neighbours[neighbour].discard(end)
+            if len(neighbours[neighbour]) < 2:
+                ends.append(neighbour)
+    colours = {atom: atoms[atom] for atom in neighbours}
+    for _ in neighbours:
+        new_colours = {
+            a: _digest([colours[a], *sorted(colours[b] for b in neighbours[a])]) for a in neighbours
+        }
+        if len(set(new_colours.values())) == len(set(colours.values())):
             break
-        colours = refined
-    return _digest(sorted(colours.values())) if near else ""
+        colours = new_colours
+    return _digest(sorted(colours.values())) if neighbours else ""
 
 
 def _digest(parts: list[str]) -> str:

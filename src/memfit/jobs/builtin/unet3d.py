@@ -37,8 +37,8 @@ class Convolution(nn.Module):
         self.act = nn.LeakyReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = self.act(self.norm(self.conv(x)))
-        return made
+        output: torch.Tensor = self.act(self.norm(self.conv(x)))
+        return output
 
 
 class UnetStage(nn.Module):
@@ -56,8 +56,8 @@ class UnetStage(nn.Module):
         if self.up is not None:
             assert skip is not None
             x = torch.cat([self.up(x), skip], dim=1)
-        made: torch.Tensor = self.second(self.first(x))
-        return made
+        output: torch.Tensor = self.second(self.first(x))
+        return output
 
 
 class UNet(nn.Module):
@@ -66,9 +66,10 @@ class UNet(nn.Module):
     def __init__(self, size: UNetSize) -> None:
         super().__init__()
         features = size.features
-        given = (size.channels, *features)
+        input_channels = (size.channels, *features)
         down = [
-            UnetStage(g, f, stride=1 + (i > 0)) for i, (g, f) in enumerate(zip(given, features, strict=False))
+            UnetStage(g, f, stride=1 + (i > 0))
+            for i, (g, f) in enumerate(zip(input_channels, features, strict=False))
         ]
         up = [
             UnetStage(below, f, up=True) for below, f in zip(features[:0:-1], features[-2::-1], strict=True)

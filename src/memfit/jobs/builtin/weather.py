@@ -118,9 +118,9 @@ def read() -> Fields:
     """Return the built-in fields."""
     with (
         resources.as_file(resources.files("memfit.jobs.builtin") / "data" / "vorticity.npz") as path,
-        np.load(path) as kept,
+        np.load(path) as archive,
     ):
-        fields, count = kept["vorticity"].astype(np.float32), int(kept["n_train"])
+        fields, count = archive["vorticity"].astype(np.float32), int(archive["n_train"])
     fields /= fields[:count].std()
     return Fields(train=fields[:count], test=fields[count:])
 
@@ -131,13 +131,13 @@ def train_batch(
     """Return ``fields`` (batch, rollout + 1, channels, rows, columns) float32: a window of one trajectory
     each.
     """
-    picked = epoch_indices(Fields.windows(frames, shape.rollout), batch_size, step=step, seed=seed)
+    indices = epoch_indices(Fields.windows(frames, shape.rollout), batch_size, step=step, seed=seed)
     starts = frames.shape[1] - shape.rollout
-    cut = [frames[i // starts, i % starts : i % starts + shape.rollout + 1] for i in picked]
-    return {"fields": _on_grid(np.stack(cut), shape)}
+    windows = [frames[i // starts, i % starts : i % starts + shape.rollout + 1] for i in indices]
+    return {"fields": _on_grid(np.stack(windows), shape)}
 
 
-def _on_grid(cut: Array, shape: ForecasterSize) -> torch.Tensor:
+def _on_grid(windows: Array, shape: ForecasterSize) -> torch.Tensor:
     """Return (batch, time, rows, columns) as channels on the model's grid.
 
     If the grid is larger than the data, or there are more channels, the periodic fields repeat, each channel
@@ -146,9 +146,9 @@ def _on_grid(cut: Array, shape: ForecasterSize) -> torch.Tensor:
     import torch
 
     rows, columns = shape.grid
-    repeats = (1, 1, -(-rows // cut.shape[2]), -(-columns // cut.shape[3]))
-    tiled = as_tensors({"fields": np.tile(cut, repeats)[:, :, :rows, :columns]})["fields"]
-    return torch.stack([tiled.roll(channel, 2) for channel in range(shape.channels)], dim=2)
+    repeats = (1, 1, -(-rows // windows.shape[2]), -(-columns // windows.shape[3]))
+    field = as_tensors({"fields": np.tile(windows, repeats)[:, :, :rows, :columns]})["fields"]
+    return torch.stack([field.roll(channel, 2) for channel in range(shape.channels)], dim=2)
 
 
 def _errors(model: torch.nn.Module, fields: torch.Tensor) -> torch.Tensor:
@@ -156,10 +156,10 @@ def _errors(model: torch.nn.Module, fields: torch.Tensor) -> torch.Tensor:
     import torch
 
     truth = fields[:, 1:]
-    missed = torch.stack(model(fields[:, 0], truth.shape[1]), dim=1) - truth
-    missed = torch.linalg.vector_norm(missed, dim=(2, 3, 4))
-    relative: torch.Tensor = missed / torch.linalg.vector_norm(truth, dim=(2, 3, 4))
-    return relative
+    deviation = torch.stack(model(fields[:, 0], truth.shape[1]), dim=1) - truth
+    deviation = torch.linalg.vector_norm(deviation, dim=(2, 3, 4))
+    relative_errors: torch.Tensor = deviation / torch.linalg.vector_norm(truth, dim=(2, 3, 4))
+    return relative_errors
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -171,9 +171,9 @@ def relative_error(model: torch.nn.Module, frames: Array, shape: ForecasterSize)
     """Return the mean relative L2 error of the last forecast of each rollout over held-out trajectories."""
     windows, errors = _test_windows(frames, shape.rollout), []
     with evaluating(model) as device:
-        for first in range(0, len(windows), EVALUATED_AT_ONCE):
-            part = _on_grid(windows[first : first + EVALUATED_AT_ONCE], shape)
-            errors += _errors(model, part.to(device))[:, -1].tolist()
+        for start in range(0, len(windows), EVALUATED_AT_ONCE):
+            fields = _on_grid(windows[start : start + EVALUATED_AT_ONCE], shape)
+            errors += _errors(model, fields.to(device))[:, -1].tolist()
     return float(np.mean(errors))
 
 
@@ -192,7 +192,7 @@ def metric(fields: Fields, rollout: int) -> Metric:
     first, last = fields.train[:, :-rollout], fields.train[:, rollout:]
     factor = float((first * last).sum() / (first * first).sum())
     windows = _test_windows(fields.test, rollout)
-    missed = np.linalg.norm(windows[:, -1] - factor * windows[:, 0], axis=(1, 2))
+    deviation = np.linalg.norm(windows[:, -1] - factor * windows[:, 0], axis=(1, 2))
     return Metric(
         name=f"relative L2 error after {rollout} steps",
         unit="",
@@ -203,6 +203,6 @@ def metric(fields: Fields, rollout: int) -> Metric:
             "of 1e-4 from 1,000 trajectories (Li et al. 2021, arXiv 2010.08895, table 1): half of their "
             "difference is no difference"
         ),
-        naive=float(np.mean(missed / np.linalg.norm(windows[:, -1], axis=(1, 2)))),
+        naive=float(np.mean(deviation / np.linalg.norm(windows[:, -1], axis=(1, 2)))),
         naive_name=f"damped persistence (first field times {factor:.2f})",
     )

@@ -26,62 +26,73 @@ def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
     """Return all quantities of two PoCs, each with the reasons why its values are not comparable."""
     same_model = [*_unlike("model", a.model, b.model)]
     same_work = [*same_model, *_unlike("data", a.data, b.data)]
-    where = [*_unlike("hardware", a.hardware, b.hardware)]
+    hardware = [*_unlike("hardware", a.hardware, b.hardware)]
     torch = [*_unlike("software: torch", a.software.get("torch"), b.software.get("torch"))]
-    limits = ("threads", "env OMP_NUM_THREADS", "env MKL_NUM_THREADS")
-    threads = [r for x in limits for r in _unlike(f"software: {x}", a.software.get(x), b.software.get(x))]
-    found = []
+    thread_keys = ("threads", "env OMP_NUM_THREADS", "env MKL_NUM_THREADS")
+    threads = [
+        r for x in thread_keys for r in _unlike(f"software: {x}", a.software.get(x), b.software.get(x))
+    ]
+    rows = []
     for name in ("baseline", "recommended"):
-        one, other = getattr(a, name), getattr(b, name)
+        side_a, side_b = getattr(a, name), getattr(b, name)
         if name == "recommended":
-            found.append(_row(f"{name}: plan", _label(one), _label(other), []))
-        source = list(_unlike("how peaks were measured", one.peak_source, other.peak_source))
-        run = [
+            rows.append(_row(f"{name}: plan", _label(side_a), _label(side_b), []))
+        source = list(_unlike("source of the peaks", side_a.peak_source, side_b.peak_source))
+        run_reasons = [
             *same_work,
             # Plans of different effect classes make different claims about the results.
-            *_unlike("effect class", one.effect, other.effect),
-            *_unlike("ranks", one.ranks, other.ranks),
-            *_unlike("engine", one.engine, other.engine),
+            *_unlike("effect class", side_a.effect, side_b.effect),
+            *_unlike("number of ranks", side_a.ranks, side_b.ranks),
+            *_unlike("engine", side_a.engine, side_b.engine),
         ]
-        found.append(
+        rows.append(
             _row(
                 f"{name}: peak_bytes",
-                one.measured_peak_bytes,
-                other.measured_peak_bytes,
-                [*run, *source, *torch],
+                side_a.measured_peak_bytes,
+                side_b.measured_peak_bytes,
+                [*run_reasons, *source, *torch],
             )
         )
-        found.append(_row(f"{name}: step_s", one.step_s, other.step_s, [*run, *where, *torch, *threads]))
-        found.append(_energy(f"{name}: joules", one.energy, other.energy, [*run, *where, *torch, *threads]))
+        rows.append(
+            _row(f"{name}: step_s", side_a.step_s, side_b.step_s, [*run_reasons, *hardware, *torch, *threads])
+        )
+        rows.append(
+            _energy(
+                f"{name}: joules", side_a.energy, side_b.energy, [*run_reasons, *hardware, *torch, *threads]
+            )
+        )
         metric = list(_unlike("metric", (a.metric, a.metric_unit), (b.metric, b.metric_unit)))
-        classes = _unlike("effect class", one.effect, other.effect)
-        seeds = list(_unlike("seeds", sorted(one.metric_by_seed), sorted(other.metric_by_seed)))
+        classes = _unlike("effect class", side_a.effect, side_b.effect)
+        seeds = list(_unlike("set of seeds", sorted(side_a.metric_by_seed), sorted(side_b.metric_by_seed)))
         scores = [*same_work, *torch, *metric, *seeds, *classes]
-        found.append(_row(f"{name}: {a.metric or 'metric'}", _mean(one), _mean(other), scores))
-    found.append(_verdicts(a, b, same_work))
-    return tuple(found)
+        rows.append(_row(f"{name}: {a.metric or 'metric'}", _mean(side_a), _mean(side_b), scores))
+    rows.append(_verdicts(a, b, same_work))
+    return tuple(rows)
 
 
-def _verdicts(a: Shared, b: Shared, against: list[str]) -> Compared:
-    one, other = a.verdict, b.verdict
+def _verdicts(a: Shared, b: Shared, reasons: list[str]) -> Compared:
+    verdict_a, verdict_b = a.verdict, b.verdict
     for name in ("effect", "test", "margin"):
-        against = [
-            *against,
-            *_unlike(f"verdict's {name}", getattr(one, name, None), getattr(other, name, None)),
+        reasons = [
+            *reasons,
+            *_unlike(f"verdict's {name}", getattr(verdict_a, name, None), getattr(verdict_b, name, None)),
         ]
-    return _row("verdict", one and one.kind, other and other.kind, against)
+    return _row("verdict", verdict_a and verdict_a.kind, verdict_b and verdict_b.kind, reasons)
 
 
-def _energy(quantity: str, one: Energy | None, other: Energy | None, against: list[str]) -> Compared:
-    if one is not None and other is not None:
-        against = [*against, *_unlike("energy boundary", one.boundary, other.boundary)]
-    return _row(quantity, one and one.joules, other and other.joules, against)
+def _energy(quantity: str, energy_a: Energy | None, energy_b: Energy | None, reasons: list[str]) -> Compared:
+    if energy_a is not None and energy_b is not None:
+        reasons = [*reasons, *_unlike("energy boundary", energy_a.boundary, energy_b.boundary)]
+    return _row(quantity, energy_a and energy_a.joules, energy_b and energy_b.joules, reasons)
 
 
-def _row(quantity: str, a: Any, b: Any, against: Sequence[str]) -> Compared:
-    why = [*against, *(f"{side} has none" for side, value in (("A", a), ("B", b)) if value is None)]
-    numbers = not why and isinstance(a, int | float) and isinstance(b, int | float) and a
-    return Compared(quantity=quantity, a=a, b=b, ratio=b / a if numbers else None, against=why)
+def _row(quantity: str, a: Any, b: Any, reasons: Sequence[str]) -> Compared:
+    all_reasons = [
+        *reasons,
+        *(f"{side} has no value" for side, value in (("A", a), ("B", b)) if value is None),
+    ]
+    comparable = not all_reasons and isinstance(a, int | float) and isinstance(b, int | float) and a
+    return Compared(quantity=quantity, a=a, b=b, ratio=b / a if comparable else None, against=all_reasons)
 
 
 def _unlike(what: str, a: Any, b: Any) -> Iterator[str]:
@@ -92,15 +103,15 @@ def _unlike(what: str, a: Any, b: Any) -> Iterator[str]:
         for key in sorted(a.keys() | b.keys()):
             yield from _unlike(f"{what}: {key}", a.get(key), b.get(key))
     elif a != b:
-        yield f"{what} {a!s} and {b!s}"
+        yield f"{what} differs: {a!s} and {b!s}"
 
 
 def _label(side: Side) -> str:
-    named = (
+    uses = (
         f"{name}({', '.join(f'{k}={v}' for k, v in sorted(knobs.items()))})" if knobs else name
         for name, knobs in sorted(side.plan.items())
     )
-    return " + ".join(named) or "plain"
+    return " + ".join(uses) or "plain"
 
 
 def _mean(side: Side) -> float | None:

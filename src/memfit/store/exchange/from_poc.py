@@ -33,13 +33,13 @@ def of_poc(poc: Poc) -> Shared:
     recommended = poc.search.recommended
     if not poc.finished or recommended is None:
         raise UserError(f"PoC {poc.poc_id} was interrupted", hint="only a finished one has a record")
-    judged = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
-    seen = dict(poc.environment)
-    told = {name: getattr(poc, name) for name in _AS_IT_IS}
-    plain, chosen = (_side(poc.runs, c) for c in (poc.search.baseline, recommended))
-    ratio, notes = _step_time_ratio(poc, plain, chosen)
+    verdict = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
+    environment = dict(poc.environment)
+    fields = {name: getattr(poc, name) for name in _AS_IT_IS}
+    plain_side, recommended_side = (_side(poc.runs, c) for c in (poc.search.baseline, recommended))
+    ratio, notes = _step_time_ratio(poc, plain_side, recommended_side)
     return checked(
-        told
+        fields
         | {
             "format": FORMAT,
             "version": VERSION,
@@ -49,12 +49,13 @@ def of_poc(poc: Poc) -> Shared:
                 "batch_size": max(1, poc.runs[0].spec.batch_size),
                 "steps_per_run": poc.steps_per_run,
             },
-            "hardware": {"machine": poc.machine} | {n: seen.pop(n) for n in _OF_HARDWARE if n in seen},
-            "software": seen | {"threads": str(poc.runs[0].spec.threads)},
-            "baseline": plain,
-            "recommended": chosen,
+            "hardware": {"machine": poc.machine}
+            | {n: environment.pop(n) for n in _OF_HARDWARE if n in environment},
+            "software": environment | {"threads": str(poc.runs[0].spec.threads)},
+            "baseline": plain_side,
+            "recommended": recommended_side,
             "step_time_ratio": ratio,
-            "verdict": judged and _judgement(judged),
+            "verdict": verdict and _judgement(verdict),
             "reproducible": poc.reproducibility.reproducible,
             "effort": dataclasses.asdict(poc.effort),
             "notes": [*poc.notes, *notes],
@@ -64,59 +65,59 @@ def of_poc(poc: Poc) -> Shared:
 
 
 def _step_time_ratio(
-    poc: Poc, plain: Mapping[str, Any], chosen: Mapping[str, Any]
+    poc: Poc, plain: Mapping[str, Any], recommended: Mapping[str, Any]
 ) -> tuple[float | None, tuple[str, ...]]:
     """Return the PoC's ratio of step times, and a note if the ratio is left out for noise. The ratio is None
     if a run did not finish, or if both plans are plain training: the timings of one plan differ only by
     noise."""
-    ratio, plain_s, chosen_s = poc.step_time_ratio, plain["step_s"], chosen["step_s"]
-    if ratio is None or plain_s is None or chosen_s is None or plain["plan"] == chosen["plan"]:
+    ratio, plain_s, recommended_s = poc.step_time_ratio, plain["step_s"], recommended["step_s"]
+    if ratio is None or plain_s is None or recommended_s is None or plain["plan"] == recommended["plan"]:
         return None, ()
-    if agrees_with_medians(ratio, plain_s, chosen_s):
+    if agrees_with_medians(ratio, plain_s, recommended_s):
         return ratio, ()
-    told = (
+    note = (
         f"Step times varied too much between runs: the median ratio of the pairs is {ratio:.3g}, "
-        f"the ratio of the median step times {chosen_s / plain_s:.3g}."
+        f"but the ratio of the median step times is {recommended_s / plain_s:.3g}."
     )
-    return None, (told,)
+    return None, (note,)
 
 
-def _judgement(found: Verdict) -> Mapping[str, Any]:
+def _judgement(verdict: Verdict) -> Mapping[str, Any]:
     names = ("test", "margin", "difference", "low", "high", "pairs")
-    told = {name: getattr(found, name) for name in names}
-    return told | {"kind": found.kind.value, "effect": found.effect.label}
+    fields = {name: getattr(verdict, name) for name in names}
+    return fields | {"kind": verdict.kind.value, "effect": verdict.effect.label}
 
 
-def _worst(capped: Sequence[Run]) -> str:
+def _worst(capped_runs: Sequence[Run]) -> str:
     """Return "ok" only if every run under the cap succeeded, otherwise the first other outcome; "" if there
     was none."""
-    outcomes = [r.measurement.outcome for r in capped]
-    bad = (outcome for outcome in outcomes if outcome is not OutcomeKind.OK)
-    return next(bad, OutcomeKind.OK).value if outcomes else ""
+    outcomes = [r.measurement.outcome for r in capped_runs]
+    failures = (outcome for outcome in outcomes if outcome is not OutcomeKind.OK)
+    return next(failures, OutcomeKind.OK).value if outcomes else ""
 
 
 def _side(runs: Sequence[Run], choice: Choice) -> Mapping[str, Any]:
     plan = choice.estimate.plan
-    own = [r for r in runs if r.spec.plan == plan]
-    done, capped = ok_runs(own), [r for r in own if r.spec.cap_bytes is not None]
-    first = (done or own)[0]
-    joules = [r.measurement.energy_j for r in done if r.measurement.energy_j]
-    boundary = first.measurement.energy_boundary or "not told"
+    plan_runs = [r for r in runs if r.spec.plan == plan]
+    completed, capped_runs = ok_runs(plan_runs), [r for r in plan_runs if r.spec.cap_bytes is not None]
+    first_run = (completed or plan_runs)[0]
+    joules = [r.measurement.energy_j for r in completed if r.measurement.energy_j]
+    boundary = first_run.measurement.energy_boundary or "not told"
     # The runs on which the verdict is based.
-    judged = [r for r in done if r.spec.cap_bytes is None or r.spec.name == "recommended"]
-    told = ((r.spec.seed, r.measurement.metric) for r in judged)
-    scores = {str(seed): score for seed, score in told if score is not None and math.isfinite(score)}
+    judged_runs = [r for r in completed if r.spec.cap_bytes is None or r.spec.name == "recommended"]
+    seed_scores = ((r.spec.seed, r.measurement.metric) for r in judged_runs)
+    scores = {str(seed): score for seed, score in seed_scores if score is not None and math.isfinite(score)}
     return {
         "plan": plan.to_dict(),
         "ranks": plan.ranks,
-        "engine": first.spec.engine,
+        "engine": first_run.spec.engine,
         "effect": choice.effect.label,
-        "under_cap": _worst(capped),
-        "predicted_peak_bytes": first.predicted_peak_bytes,
-        "measured_peak_bytes": peak_bytes(own),
-        "peak_source": first.measurement.peak_source,
-        "predicted_step_s": first.predicted_step_s,
-        "step_s": step_s(own),
+        "under_cap": _worst(capped_runs),
+        "predicted_peak_bytes": first_run.predicted_peak_bytes,
+        "measured_peak_bytes": peak_bytes(plan_runs),
+        "peak_source": first_run.measurement.peak_source,
+        "predicted_step_s": first_run.predicted_step_s,
+        "step_s": step_s(plan_runs),
         "energy": {"joules": statistics.mean(joules), "boundary": boundary} if joules else None,
         "metric_by_seed": scores,
     }

@@ -49,14 +49,14 @@ _SAME_PEAK: Final = 0.05
 _SPARE, _SPARE_BYTES = 2, 2**30  # factor and bytes that a process may need in addition to its tensors
 
 
-def _dated(given: str) -> str:
+def _dated(date: str) -> str:
     try:
-        moment = datetime.datetime.fromisoformat(given)
+        moment = datetime.datetime.fromisoformat(date)
     except ValueError as error:
-        raise ValueError(f"{given} is no date: {error}") from error
+        raise ValueError(f"{date} is not a date: {error}") from error
     if moment > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1):  # clocks may differ
-        raise ValueError(f"{given} is in the future")
-    return given
+        raise ValueError(f"{date} is in the future")
+    return date
 
 
 _MOMENT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
@@ -178,39 +178,39 @@ def schema() -> Mapping[str, Any]:
 
 def text(record: Shared) -> str:
     """Return the canonical text of a record: equal records have equal bytes."""
-    told = record.model_dump(mode="json")
-    if told["step_time_ratio"] is None:
-        del told["step_time_ratio"]  # the text of a record that is older than this field stays the same
-    return escaped(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
+    data = record.model_dump(mode="json")
+    if data["step_time_ratio"] is None:
+        del data["step_time_ratio"]  # the text of a record that is older than this field stays the same
+    return escaped(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a mapping. Raises ValueError for a repeated field, as readers differ in which of its values they
     use."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
-    return found
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return mapping
 
 
 def parsed(raw: str, *, what: str) -> Shared:
     """Parse the text of a record. Raises UserError with the first fault: its place, what was given, and what
     is allowed. ``what`` names the text in messages."""
     try:
-        found = json.loads(raw, object_pairs_hook=_once)
+        data = json.loads(raw, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(f"{what} is not JSON: {error.msg} in line {error.lineno}") from error
     except RecursionError:
-        raise UserError(f"{what} is nested deeper than a record") from None
+        raise UserError(f"{what} is nested deeper than a record can be") from None
     except ValueError as error:  # a number with thousands of digits
-        raise UserError(f"{what} is no record: {error}") from error
-    if isinstance(found, dict) and found.get("format") == FORMAT:
-        version = found.get("version")
+        raise UserError(f"{what} is not a record: {error}") from error
+    if isinstance(data, dict) and data.get("format") == FORMAT:
+        version = data.get("version")
         if isinstance(version, bool) or version != VERSION:
-            told = ascii(version)[:40]
-            raise UserError(f"{what} has version {told} of the format", allowed=str(VERSION))
-    return checked(found, what=what)
+            shown_version = ascii(version)[:40]
+            raise UserError(f"{what} has version {shown_version} of the format", allowed=str(VERSION))
+    return checked(data, what=what)
 
 
 def checked(found: object, *, what: str) -> Shared:
@@ -219,9 +219,11 @@ def checked(found: object, *, what: str) -> Shared:
         record = Shared.model_validate(found)
     except pydantic.ValidationError as error:
         raise serialization.fault(error, what) from error
-    for place, told in _texts(record.model_dump(mode="python")):
-        if any("\ud800" <= c <= "\udfff" for c in told):
-            raise UserError(f"{what} is broken at {place}: {told!a} has half a character (a lone surrogate)")
+    for place, value in _texts(record.model_dump(mode="python")):
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(
+                f"{what} is invalid at {place}: {value!a} has half a character (a lone surrogate)"
+            )
     return record
 
 
@@ -243,7 +245,7 @@ def read(path: Path) -> Shared:
     record."""
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{path} is larger than a record", allowed=f"{_MOST_BYTES} bytes")
+            raise UserError(f"{path} is larger than a record can be", allowed=f"{_MOST_BYTES} bytes")
         return parsed(path.read_text(encoding="utf-8"), what=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
@@ -265,9 +267,9 @@ def faults(record: Shared) -> Iterator[str]:
         yield from _of_side(name, side, plan, record.cap_bytes)
     peaks = [s.measured_peak_bytes for s in (record.baseline, record.recommended)]
     if plans[0] == plans[1] and None not in peaks and not math.isclose(*peaks, rel_tol=_SAME_PEAK):  # type: ignore[arg-type]
-        yield f"the plans are one, with peaks of {peaks[0]} B and {peaks[1]} B"
+        yield f"the two plans are the same, but their peaks are {peaks[0]} B and {peaks[1]} B"
     if not record.metric.strip() and (record.baseline.metric_by_seed or record.recommended.metric_by_seed):
-        yield "metric has no name, and plans have scores by it"
+        yield "metric has no name, but the plans have scores"
     if plans[0] != plain(plans[0].ranks):
         yield f"baseline.plan is {plans[0].label}, allowed: plain training"
     if record.step_time_ratio is not None:
@@ -282,20 +284,23 @@ def _of_side(name: str, side: Side, plan: Plan, cap_bytes: int) -> Iterator[str]
         splits_batch(plan) and side.effect == EffectClass.E3.label
     )  # splitting a batch whose samples depend on each other has the effect E3
     if side.effect != effect and not dependent:
-        yield f"{name}.effect is {side.effect}, that of its plan {plan.label} is {effect}"
+        yield f"{name}.effect is {side.effect}, but its plan {plan.label} has {effect}"
     if side.under_cap == "ok" and peak is not None and peak > cap_bytes:
-        yield f"{name}.under_cap is ok with a peak of {peak} B above the cap of {cap_bytes} B"
+        yield f"{name}.under_cap is ok, but its peak of {peak} B is above the cap of {cap_bytes} B"
     if side.under_cap == "oom" and peak is not None and cap_bytes > _SPARE * peak + _SPARE_BYTES:
-        yield f"{name}.under_cap is oom with a peak of {peak} B far below the cap of {cap_bytes} B"
-    if odd := [seed for seed in side.metric_by_seed if not re.fullmatch(r"0|[1-9]\d*", seed)]:
-        yield f"{name}.metric_by_seed has the seed {odd[0]!r}, allowed: whole numbers, each written once"
+        yield f"{name}.under_cap is oom, but its peak of {peak} B is far below the cap of {cap_bytes} B"
+    if invalid_seeds := [seed for seed in side.metric_by_seed if not re.fullmatch(r"0|[1-9]\d*", seed)]:
+        yield (
+            f"{name}.metric_by_seed has the seed {invalid_seeds[0]!r}, allowed: whole numbers, "
+            "each written once"
+        )
 
 
-def _of_ratio(told: float, plain_s: float | None, chosen_s: float | None) -> Iterator[str]:
-    if plain_s is None or chosen_s is None:
-        yield "step_time_ratio is given, and step_s of a plan is not"
-    elif not agrees_with_medians(told, plain_s, chosen_s):
-        yield f"step_time_ratio is {told:g}, step_s of the plans give {chosen_s / plain_s:g}"
+def _of_ratio(ratio: float, plain_s: float | None, recommended_s: float | None) -> Iterator[str]:
+    if plain_s is None or recommended_s is None:
+        yield "step_time_ratio is given, but step_s of a plan is missing"
+    elif not agrees_with_medians(ratio, plain_s, recommended_s):
+        yield f"step_time_ratio is {ratio:g}, but the step_s of the plans give {recommended_s / plain_s:g}"
 
 
 def agrees_with_medians(step_time_ratio: float, plain_s: float, chosen_s: float) -> bool:
@@ -310,67 +315,83 @@ def _plan(side: Side) -> Plan:
     return plan
 
 
-def _of_verdict(record: Shared, judged: Judgement, *, same: bool) -> Iterator[str]:
+def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[str]:
     """Yield inconsistencies of the verdict. `same`: both plans are equal, so their equivalence needs no
     proof."""
-    base, chosen = record.baseline.metric_by_seed, record.recommended.metric_by_seed
-    equivalent = judged.kind == "equivalent"
-    if judged.effect != record.recommended.effect:
-        yield f"the verdict is on {judged.effect}, the plan is {record.recommended.effect}"
+    baseline_scores, recommended_scores = record.baseline.metric_by_seed, record.recommended.metric_by_seed
+    equivalent = verdict.kind == "equivalent"
+    if verdict.effect != record.recommended.effect:
+        yield f"the verdict is on {verdict.effect}, but the plan has {record.recommended.effect}"
     if equivalent and not same:
-        yield from _of_equivalence(judged, base, chosen)
-    told = [n for n in ("difference", "low", "high") if getattr(judged, n) is not None]
-    if judged.margin is None and told:
-        yield f"verdict.{told[0]} is given, and verdict.margin is not"
-    if judged.margin is not None:
-        yield from _of_metric(judged, judged.margin, base, chosen)
+        yield from _of_equivalence(verdict, baseline_scores, recommended_scores)
+    fields = [n for n in ("difference", "low", "high") if getattr(verdict, n) is not None]
+    if verdict.margin is None and fields:
+        yield f"verdict.{fields[0]} is given, but verdict.margin is missing"
+    if verdict.margin is not None:
+        yield from _of_metric(verdict, verdict.margin, baseline_scores, recommended_scores)
     elif equivalent:
-        for seed in base.keys() & chosen.keys():
-            if not math.isclose(base[seed], chosen[seed], rel_tol=_SAME_SCORE):
-                yield f"the verdict is bitwise equal, the scores of seed {seed} are not"
+        for seed in baseline_scores.keys() & recommended_scores.keys():
+            if not math.isclose(baseline_scores[seed], recommended_scores[seed], rel_tol=_SAME_SCORE):
+                yield f"the verdict is bitwise equality, but the scores of seed {seed} differ"
 
 
 def _of_equivalence(
-    judged: Judgement, base: Mapping[str, float], chosen: Mapping[str, float]
+    verdict: Judgement, baseline_scores: Mapping[str, float], recommended_scores: Mapping[str, float]
 ) -> Iterator[str]:
     """Yield inconsistencies of the equivalence of two plans. It needs pairs of runs, and a margin unless the
     plan is bitwise equal."""
-    if judged.pairs == 0:
+    if verdict.pairs == 0:
         yield "the verdict is equivalent on 0 pairs"
-    if judged.margin is None and judged.effect != "E0":
-        yield f"the verdict on {judged.effect} is equivalent without a margin"
-    if base.keys() != chosen.keys():
-        yield f"the verdict is equivalent on other seeds: {_seeds(base)} and {_seeds(chosen)}"
-    if base and judged.pairs != len(base):
-        yield f"the verdict has {judged.pairs} pairs, the runs {len(base)} seeds"
+    if verdict.margin is None and verdict.effect != "E0":
+        yield f"the verdict on {verdict.effect} is equivalent, but verdict.margin is missing"
+    if baseline_scores.keys() != recommended_scores.keys():
+        yield (
+            f"the verdict is equivalent, but the plans have different seeds: {_seeds(baseline_scores)} "
+            f"and {_seeds(recommended_scores)}"
+        )
+    if baseline_scores and verdict.pairs != len(baseline_scores):
+        yield f"the verdict has {verdict.pairs} pairs, but the runs have {len(baseline_scores)} seeds"
 
 
 def _of_metric(
-    judged: Judgement, margin: float, base: Mapping[str, float], chosen: Mapping[str, float]
+    verdict: Judgement,
+    margin: float,
+    baseline_scores: Mapping[str, float],
+    recommended_scores: Mapping[str, float],
 ) -> Iterator[str]:
     """Yield inconsistencies of a verdict with a margin, which must be the result of the paired test of the
     scores."""
-    told = {"difference": judged.difference, "low": judged.low, "high": judged.high}
-    for name, value in told.items():
+    values = {"difference": verdict.difference, "low": verdict.low, "high": verdict.high}
+    for name, value in values.items():
         if value is None:
-            yield f"verdict.{name} is null beside a margin"
+            yield f"verdict.{name} is null, but verdict.margin is given"
             return
-    low, high = judged.low or 0.0, judged.high or 0.0
-    if judged.kind == "equivalent" and not -margin < low <= high < margin:
-        yield f"the verdict is equivalent, its interval {low:g} to {high:g} not inside its margin {margin:g}"
-    if base.keys() != chosen.keys() or judged.pairs != len(base) or judged.pairs < MIN_PAIRS:
+    low, high = verdict.low or 0.0, verdict.high or 0.0
+    if verdict.kind == "equivalent" and not -margin < low <= high < margin:
         yield (
-            f"the verdict has an interval of {judged.pairs} pairs, the scores are of seeds {_seeds(base)} "
-            f"and {_seeds(chosen)}; allowed: the same seeds, at least {MIN_PAIRS}"
+            f"the verdict is equivalent, but its interval {low:g} to {high:g} is not inside its margin "
+            f"{margin:g}"
+        )
+    if (
+        baseline_scores.keys() != recommended_scores.keys()
+        or verdict.pairs != len(baseline_scores)
+        or verdict.pairs < MIN_PAIRS
+    ):
+        yield (
+            f"the verdict has an interval of {verdict.pairs} pairs, but the scores are of seeds "
+            f"{_seeds(baseline_scores)} and {_seeds(recommended_scores)}; allowed: the same seeds, "
+            f"at least {MIN_PAIRS}"
         )
         return
-    found = tost([chosen[seed] - base[seed] for seed in base], margin=margin)
-    for name, value in told.items():
-        expected = getattr(found, name)
+    result = tost(
+        [recommended_scores[seed] - baseline_scores[seed] for seed in baseline_scores], margin=margin
+    )
+    for name, value in values.items():
+        expected = getattr(result, name)
         if value is None or not math.isclose(value, expected, rel_tol=_ROUNDING, abs_tol=_ROUNDING * margin):
-            yield f"verdict.{name} is {value:g}, the scores give {expected:g}"
-    if judged.kind != found.kind.value:
-        yield f"the verdict is {judged.kind}, the scores give {found.kind.value}"
+            yield f"verdict.{name} is {value:g}, but the scores give {expected:g}"
+    if verdict.kind != result.kind.value:
+        yield f"the verdict is {verdict.kind}, but the scores give {result.kind.value}"
 
 
 def _seeds(scores: Mapping[str, float]) -> str:

@@ -80,7 +80,7 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
     with _disable_current_modes():
         batch = bench.first_part(parts)
         fake = detect_fake_mode(list(bench.model.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, _lent(bench.model, fake) as owned:
+        with fake, _lent(bench.model, fake) as fake_tensors:
             names = {key: name for name, p in bench.model.named_parameters() for key in _storages(p)}
             recorder = _Recorder(names, path, blocks)
             part = map_batch(fake.from_tensor, batch)
@@ -90,16 +90,20 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
                 for context in bench.forward_contexts:
                     stack.enter_context(context())
                 bench.job.loss(bench.call or bench.model, part)
-            del owned
+            del fake_tensors
     if recorder.position != len(blocks):
-        raise UserError(f"the loss does not call all of {path}", hint="name the blocks in Job(blocks=...)")
+        raise UserError(
+            f"the loss does not call every block of {path}", hint="name the blocks in Job(blocks=...)"
+        )
     for name, _ in bench.model.named_parameters():
-        inside = [i for i in range(len(blocks)) if name.startswith(f"{path}.{i}.")]
-        recorder.uses[name].update(inside or (() if recorder.uses[name] else (-1,)))
+        block_indices = [i for i in range(len(blocks)) if name.startswith(f"{path}.{i}.")]
+        recorder.uses[name].update(block_indices or (() if recorder.uses[name] else (-1,)))
     return Chain(
         path=path,
         blocks=tuple(blocks),
-        uses={n: frozenset(int(at) for at in found) for n, found in recorder.uses.items()},
+        uses={
+            n: frozenset(int(position) for position in positions) for n, positions in recorder.uses.items()
+        },
         carried=tuple(recorder.carried),
         returns=tuple(recorder.returns),
         before=recorder.called_once(),
@@ -136,8 +140,8 @@ class _Recorder(TorchDispatchMode):
             self._follow(func, _tensors((args, kwargs)), _tensors(out))
         return out
 
-    def _follow(self, func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
-        keys = [key for t in given for key in _storages(t)]
+    def _follow(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        keys = [key for t in inputs for key in _storages(t)]
         params = {self.names[k] for k in keys if k in self.names}
         origins = {self._origin[k] for k in keys if k in self._origin}
         if not params and not origins:
@@ -145,22 +149,24 @@ class _Recorder(TorchDispatchMode):
         if func.is_view:
             return
         if self.position % 1:
-            raise self._broken(f"{func} works on what blocks make, between two of them")
-        if old := [o for o in origins if o not in (self.position, self.position - 1)]:
-            raise self._broken(f"{self._place(self.position)} reads what {self._place(old[0])} made")
+            raise self._broken(f"{func} works on a block's output between two blocks")
+        if distant_origins := [o for o in origins if o not in (self.position, self.position - 1)]:
+            raise self._broken(
+                f"{self._place(self.position)} reads a tensor that {self._place(distant_origins[0])} made"
+            )
         for name in params:
             self.uses[name].add(self.position)
-        for tensor in made:
+        for tensor in outputs:
             for key in _storages(tensor):
                 if key not in self.names:
                     self._origin[key] = self.position
             self._kept.append(tensor)
 
-    def _broken(self, why: str) -> UserError:
+    def _broken(self, reason: str) -> UserError:
         return UserError(
-            f"the model is not a chain of blocks: {why}",
-            allowed=f"modules in {self.path} that hand their output to the next and to nobody else",
-            hint="move such work into the blocks, or name other blocks in Job(blocks=...)",
+            f"the model is not a chain of blocks: {reason}",
+            allowed=f"modules in {self.path} that pass their output to the next one and to nothing else",
+            hint="move such operations into the blocks, or name other blocks in Job(blocks=...)",
         )
 
     def _place(self, position: float) -> str:
@@ -171,15 +177,15 @@ class _Recorder(TorchDispatchMode):
     @contextlib.contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
         names = {id(m): n for n, m in model.named_modules()}
-        begun: list[str] = []
+        stack: list[str] = []
 
         def enter(module: torch.nn.Module, args: Any) -> None:
             if self.position == -1 and id(module) in names:
-                begun.append(names[id(module)])
+                stack.append(names[id(module)])
 
         def leave(module: torch.nn.Module, args: Any, out: Any) -> None:
-            if self.position == -1 and id(module) in names and begun and begun[-1] == names[id(module)]:
-                self._called[begun.pop()].append(holes(out))
+            if self.position == -1 and id(module) in names and stack and stack[-1] == names[id(module)]:
+                self._called[stack.pop()].append(holes(out))
 
         hooks = torch.nn.modules.module
         handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
@@ -194,12 +200,12 @@ class _Recorder(TorchDispatchMode):
     def _around(self, index: int, block: torch.nn.Module) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.position != (index - 0.5 if index else -1):
-                raise self._broken(f"{self.path}.{index} is not called once, in order")
+                raise self._broken(f"{self.path}.{index} is not called exactly once and in order")
             leaves = _pytree.tree_leaves((args, kwargs))
             self.carried.append(
                 {
-                    at: Hole(tuple(leaf.shape), leaf.dtype)
-                    for at, leaf in enumerate(leaves)
+                    place: Hole(tuple(leaf.shape), leaf.dtype)
+                    for place, leaf in enumerate(leaves)
                     if isinstance(leaf, torch.Tensor)
                     and any(self._origin.get(key) == index - 1 for key in _storages(leaf))
                 }
@@ -215,32 +221,36 @@ class _Recorder(TorchDispatchMode):
     def _output(self, index: int, block: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the output of a block. If an equal block had the same inputs, the block is not run and the
         output is like that block's."""
-        given = (holes((args, kwargs)), self.carried[-1])
-        if self._twins[index] in self._ran and _same(self._ran[self._twins[index]][0], given):
+        inputs = (holes((args, kwargs)), self.carried[-1])
+        if self._twins[index] in self._ran and _same(self._ran[self._twins[index]][0], inputs):
             out = _pytree.tree_map_only(torch.Tensor, torch.empty_like, self._ran[self._twins[index]][1])
-            made = _tensors(out)
-            self._origin |= {key: index for t in made for key in _storages(t)}
-            self._kept += made
+            outputs = _tensors(out)
+            self._origin |= {key: index for t in outputs for key in _storages(t)}
+            self._kept += outputs
             return out
-        before = _held(block)
+        attribute_ids = _held(block)
         out = block._call_impl(*args, **kwargs)
-        own = all(n.startswith(f"{self.path}.{index}.") for n, at in self.uses.items() if index in at)
-        old = {key for t in _tensors((args, kwargs)) for key in _storages(t)}
-        new = all(type(t) is _FAKE and not old & {*_storages(t)} for t in _tensors(out))
-        if own and new and before == _held(block):
-            self._ran[index] = given, out
+        reads_own_parameters = all(
+            n.startswith(f"{self.path}.{index}.") for n, positions in self.uses.items() if index in positions
+        )
+        input_storages = {key for t in _tensors((args, kwargs)) for key in _storages(t)}
+        outputs_are_new = all(
+            type(t) is _FAKE and not input_storages & {*_storages(t)} for t in _tensors(out)
+        )
+        if reads_own_parameters and outputs_are_new and attribute_ids == _held(block):
+            self._ran[index] = inputs, out
         return out
 
     def called_once(self) -> dict[str, Any]:
         """Return what outermost modules returned that hold parameters and were called once, entirely before
         the blocks."""
-        early = {n for n, at in self.uses.items() if at == {-1.0}}
-        found: dict[str, Any] = {}
+        early_names = {n for n, positions in self.uses.items() if positions == {-1.0}}
+        results: dict[str, Any] = {}
         for name, outs in sorted(self._called.items(), key=lambda pair: pair[0].count(".")):
-            nested = any(name.startswith(f"{outer}.") for outer in found)
-            if len(outs) == 1 and not nested and any(p.startswith(f"{name}.") for p in early):
-                found[name] = outs[0]
-        return found
+            nested = any(name.startswith(f"{outer}.") for outer in results)
+            if len(outs) == 1 and not nested and any(p.startswith(f"{name}.") for p in early_names):
+                results[name] = outs[0]
+        return results
 
 
 def holes(value: Any) -> Any:
@@ -269,23 +279,23 @@ class Zeros:
 def _lent(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[dict[int, torch.Tensor]]:
     """Give the model fake copies of its parameters and buffers. Afterwards every module's attributes are
     restored, including tables that a forward caches."""
-    saved = [(module, dict(vars(module))) for module in model.modules()]
-    lent: dict[int, torch.Tensor] = {}
+    module_states = [(module, dict(vars(module))) for module in model.modules()]
+    copies: dict[int, torch.Tensor] = {}
 
     def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:
             return None
-        if id(tensor) not in lent:
-            lent[id(tensor)] = tensor.detach() if isinstance(tensor, _FAKE) else fake.from_tensor(tensor)
-        return lent[id(tensor)]
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach() if isinstance(tensor, _FAKE) else fake.from_tensor(tensor)
+        return copies[id(tensor)]
 
     try:
-        for module, attributes in saved:
+        for module, attributes in module_states:
             for kind in ("_parameters", "_buffers"):
                 vars(module)[kind] = {name: copy(tensor) for name, tensor in attributes[kind].items()}
-        yield lent
+        yield copies
     finally:
-        for module, attributes in saved:
+        for module, attributes in module_states:
             vars(module).clear()
             vars(module).update(attributes)
 
@@ -295,9 +305,9 @@ def _held(block: torch.nn.Module) -> list[int]:
     return [id(value) for m in block.modules() for value in vars(m).values()]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(left: Any, right: Any) -> bool:
     try:
-        return bool(one == other)
+        return bool(left == right)
     except (RuntimeError, ValueError, TypeError):  # arguments that cannot be compared
         return False
 

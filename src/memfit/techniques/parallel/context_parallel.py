@@ -52,7 +52,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         length = _length(whole, dim)
         if length % (2 * across.ranks):
             raise UserError(
-                f"a sequence of {length} on {across.ranks} context-parallel ranks",
+                f"a sequence of length {length} cannot be cut for {across.ranks} context-parallel ranks",
                 allowed=f"a multiple of {2 * across.ranks}",
             )
         across.length = length // across.ranks
@@ -70,7 +70,9 @@ def _look(bench: Workbench) -> None:
 
         with valueless(bench.job, bench.model) as (model, batch), AnyWay(), GatheredCounts() as counts:
             bench.job.loss(model, batch)
-        bench.fixed_counts = {site: frozenset(found) for site, found in counts.found.items()}
+        bench.fixed_counts = {
+            site: frozenset(counts_at_site) for site, counts_at_site in counts.found.items()
+        }
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:
@@ -113,7 +115,7 @@ def _length(batch: Any, dim: int) -> int:
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim() > dim]
     if not tensors:
         raise UserError(
-            "no tensor of the batch has a sequence", hint="name its dimension in Job(sequence_dim=)"
+            "no tensor of the batch has a sequence dimension", hint="name the dimension in Job(sequence_dim=)"
         )
     return int(tensors[0].shape[dim])
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 _SYNC = Knob(
     name="sync",
     default="every",
-    doc="reduce gradients after every micro-batch, or only after the last (no_sync: whole gradients wait); "
-    "in a pipeline FSDP2 does so in each stage's last backward, and gathers once where reshard is false",
+    doc="reduce gradients after every micro-batch, or only after the last (no_sync: whole gradients are kept "
+    "until then); in a pipeline FSDP2 does so in each stage's last backward, and gathers once where reshard "
+    "is false",
     choices=("every", "last"),
 )
 
@@ -37,19 +38,19 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         return
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bench.model, bench.own_parameters)
     with bench.place(""):  # DDP's buckets are on the device
-        wrapped = DistributedDataParallel(
+        ddp = DistributedDataParallel(
             bench.model,
             process_group=mesh.get_group(),
             bucket_cap_mb=int(settings["bucket_mib"]),
             gradient_as_bucket_view=bool(settings["bucket_view"]),
         )
-    bench.call, bench.ddp = _Forwarding(wrapped), wrapped
+    bench.call, bench.ddp = _Forwarding(ddp), ddp
     if bench.on_ddp is not None:
-        bench.on_ddp(wrapped)
+        bench.on_ddp(ddp)
     if settings["sync"] == "last":
 
         def choose(last: bool) -> None:
-            wrapped.require_backward_grad_sync = last
+            ddp.require_backward_grad_sync = last
 
         bench.before_micro_batch.append(choose)
 
@@ -75,7 +76,7 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if replicas > 1 and bench.world.layout.shard == 1:  # a mesh of one dimension would be sharded over
         raise UserError(
             f"{replicas} replicas over {replicas} data-parallel ranks leave nothing to shard",
-            hint="that is ddp",
+            hint="use ddp, or fewer replicas",
         )
     mesh = bench.world.sub("replicate", "shard") if bench.world.layout.context == 1 else _with_context(bench)
     if mesh is None:
@@ -101,9 +102,9 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     def choose(last: bool) -> None:
         root.set_is_last_backward(last)
         if settings["sync"] == "last":
-            once(last) if bench.pipeline else root.set_requires_gradient_sync(last)
+            sync_stages(last) if bench.pipeline else root.set_requires_gradient_sync(last)
 
-    once = _once_a_step(bench, root, stay=settings["reshard"] is False)
+    sync_stages = _once_a_step(bench, root, stay=settings["reshard"] is False)
     bench.before_micro_batch.append(choose)
 
 
@@ -113,14 +114,14 @@ def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool],
     (torch.distributed.pipelining.stage)."""
     from torch.distributed.fsdp import FSDPModule
 
-    every = [m for m in root.modules() if isinstance(m, FSDPModule)]
+    fsdp_modules = [m for m in root.modules() if isinstance(m, FSDPModule)]
 
     def choose(last: bool) -> None:
-        for module in every:
-            ends = last or bool(bench.pipeline and module in bench.pipeline.ending)
-            module.set_requires_gradient_sync(ends, recurse=False)
+        for module in fsdp_modules:
+            is_last_backward = last or bool(bench.pipeline and module in bench.pipeline.ending)
+            module.set_requires_gradient_sync(is_last_backward, recurse=False)
             if stay:
-                module.set_reshard_after_backward(ends, recurse=False)
+                module.set_reshard_after_backward(is_last_backward, recurse=False)
 
     return choose
 
@@ -130,30 +131,35 @@ def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[
     their own that are not cast."""
     from torch.distributed.fsdp import fully_shard
 
-    wanted = _groups(bench, str(settings.get("units")), settings["reshard"])
-    narrow = settings["precision"] != "as-is" or len({p.dtype for p in bench.model.parameters()}) > 1
-    if not narrow or not bench.islands:
-        return [fully_shard(modules, reshard_after_forward=free, **options) for modules, free in wanted]
-    apart = {i for i in bench.islands.values() if next(i.parameters(), None) is not None}
-    wide = {m for i in apart for m in i.modules()}
-    wanted = [
-        ([m for m in g if m not in wide] or g if isinstance(g, list) else g, free) for g, free in wanted
+    group_specs = _groups(bench, str(settings.get("units")), settings["reshard"])
+    mixed_dtypes = settings["precision"] != "as-is" or len({p.dtype for p in bench.model.parameters()}) > 1
+    if not mixed_dtypes or not bench.islands:
+        return [fully_shard(modules, reshard_after_forward=free, **options) for modules, free in group_specs]
+    separate_islands = {i for i in bench.islands.values() if next(i.parameters(), None) is not None}
+    island_modules = {m for i in separate_islands for m in i.modules()}
+    group_specs = [
+        ([m for m in g if m not in island_modules] or g if isinstance(g, list) else g, free)
+        for g, free in group_specs
     ]
-    grouped = {m for g, _ in wanted for m in (g if isinstance(g, list) else [g])}
-    apart -= grouped
-    around = {i for i in apart if grouped & set(i.modules())}
-    as_is = options | {"mp_policy": _precision("as-is")}
+    grouped_modules = {m for g, _ in group_specs for m in (g if isinstance(g, list) else [g])}
+    separate_islands -= grouped_modules
+    outer_islands = {i for i in separate_islands if grouped_modules & set(i.modules())}
+    uncast_options = options | {"mp_policy": _precision("as-is")}
 
     def shard(module: Any, free: bool) -> Any:
-        alike = as_is if wide.issuperset(module if isinstance(module, list) else [module]) else options
-        return fully_shard(module, reshard_after_forward=free, **alike)
+        shard_options = (
+            uncast_options
+            if island_modules.issuperset(module if isinstance(module, list) else [module])
+            else options
+        )
+        return fully_shard(module, reshard_after_forward=free, **shard_options)
 
-    for island in apart - around:
+    for island in separate_islands - outer_islands:
         shard(island, settings["reshard"] is not False)
-    groups = [shard(modules, free) for modules, free in wanted[:-1]]
-    for island in around:
+    groups = [shard(modules, free) for modules, free in group_specs[:-1]]
+    for island in outer_islands:
         shard(island, settings["reshard"] is not False)
-    return [*groups, shard(*wanted[-1])]
+    return [*groups, shard(*group_specs[-1])]
 
 
 def _optimize_on_host(bench: Workbench) -> None:
@@ -169,8 +175,8 @@ def _with_context(bench: Workbench) -> Any:
     flat = bench.world.flat("shard", "context")
     if bench.world.layout.replicate > 1:
         raise UserError(
-            "fsdp2 with replicas and context-parallel together",
-            hint="leave one of them out: not supported yet",
+            "fsdp2 with replicas does not support context-parallel yet",
+            hint="leave out the replicas or context-parallel",
         )
     return flat
 
@@ -188,31 +194,31 @@ def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any,
     """Return the groups that are gathered together, each with whether it is freed after forward. The root,
     with everything else, comes last."""
     blocks = _blocks(bench)
-    before, after = _beside(bench, blocks)
-    apart: list[Any] = list(blocks)
+    modules_before, modules_after = _beside(bench, blocks)
+    modules: list[Any] = list(blocks)
     if units == "parts":
-        apart += before + after
+        modules += modules_before + modules_after
     elif units == "ends":
-        apart = [*before, *blocks, after] if after else [*before, *blocks]
-    free = [reshard is not False] * len(apart)
-    if reshard == "not-last" and apart:
+        modules = [*modules_before, *blocks, modules_after] if modules_after else [*modules_before, *blocks]
+    free = [reshard is not False] * len(modules)
+    if reshard == "not-last" and modules:
         free[-1] = False
-    return [*zip(apart, free, strict=True), (bench.model, reshard is True)]
+    return [*zip(modules, free, strict=True), (bench.model, reshard is True)]
 
 
 def _beside(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
     """Return the root's own modules that have parameters and contain no blocks: those before the blocks
     (embedding) and those after them (last norm, head)."""
-    inside = {m for block in blocks for m in block.modules()}
-    before: list[Any] = []
-    after: list[Any] = []
-    now = before
+    block_modules = {m for block in blocks for m in block.modules()}
+    modules_before: list[Any] = []
+    modules_after: list[Any] = []
+    current = modules_before
     for module in _callable(bench.model):
-        if inside & set(module.modules()):
-            now = after
+        if block_modules & set(module.modules()):
+            current = modules_after
         elif next(module.parameters(), None) is not None:
-            now.append(module)
-    return before, after
+            current.append(module)
+    return modules_before, modules_after
 
 
 def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -281,17 +287,20 @@ FSDP2 = Technique(
         Knob(
             name="reshard",
             default=True,
-            doc="free gathered parameters after forward; blocks: of blocks only, as torch before 2.8; "
-            "not-last: nor of the last block",
+            doc="free gathered parameters after forward; blocks: those of blocks only, as torch before 2.8; "
+            "not-last: those of all blocks but the last",
             choices=(True, False, "blocks", "not-last"),
         ),
-        Knob(name="precision", default="as-is", doc="of gathered parameters", choices=("as-is", "bf16")),
+        Knob(
+            name="precision", default="as-is", doc="dtype of gathered parameters", choices=("as-is", "bf16")
+        ),
         Knob(name="prefetch", default=1, doc="groups gathered ahead"),
         Knob(name="replicas", default=1, doc="copies of the sharded model (HSDP)"),
         Knob(
             name="units",
             default="blocks",
-            doc="gathered apart; ends: also what lies before the blocks, and together what lies after them",
+            doc="what is gathered at once: each block; parts: also each module before or after the blocks; "
+            "ends: as parts, but all modules after the blocks together",
             choices=("blocks", "parts", "ends"),
         ),
         Knob(name="offload", default=False, doc="shards live in host memory", choices=(True, False)),

@@ -31,23 +31,23 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     ranks, mesh = bench.world.layout.data, bench.world.sub("replicate", "shard")
     if mesh is None or mesh.ndim > 1 or int(settings["degree"]) != ranks:
         raise UserError(
-            f"expert-parallel of degree {settings['degree']} on {ranks} data-parallel ranks",
+            f"expert-parallel of degree {settings['degree']} does not fit {ranks} data-parallel ranks",
             allowed=f"degree={ranks}, and one dimension of data parallelism",
         )
     group = mesh.get_group()
     for name in _mixtures(bench):
         module = bench.model.get_submodule(name)
         experts = _deal(module, name, bench.world.layout.data_index(bench.world.rank), ranks)
-        travel = _Travel(
+        dispatcher = _Travel(
             group=group,
             ranks=ranks,
             experts=experts.total,
             capacity_percent=int(settings["capacity_percent"]),
             run=experts.run,
         )
-        module.forward = travel.forward
-        for own, param in module.named_parameters():
-            bench.own_parameters.add(f"{name}.{own}")
+        module.forward = dispatcher.forward
+        for param_name, param in module.named_parameters():
+            bench.own_parameters.add(f"{name}.{param_name}")
             # These gradients sum the terms of every rank, while other gradients are averaged over ranks.
             param.register_hook(lambda grad: grad / ranks)
 
@@ -56,20 +56,22 @@ def _mixtures(bench: Workbench) -> list[str]:
     """Return the names of the modules that hold experts. Raises UserError if there are none."""
     names = [name for name, _ in bench.model.named_modules()]
     if (pattern := bench.job.experts) is not None:
-        found = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+        mixtures = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
     else:
-        found = [n for n in names if _is_grouped(bench.model.get_submodule(n))]
-    if not found:
+        mixtures = [n for n in names if _is_grouped(bench.model.get_submodule(n))]
+    if not mixtures:
         raise UserError(
             "expert-parallel finds no experts in the model" + (f" at {pattern!r}" if pattern else ""),
             hint='name them in Job(experts="blocks.*.experts")',
         )
-    return found
+    return mixtures
 
 
 def _is_grouped(module: torch.nn.Module) -> bool:
-    held = dict(module.named_parameters(recurse=False))
-    return tuple(held) == _GROUPED and all(p.dim() == 3 for p in held.values()) and hasattr(module, "act_fn")
+    params = dict(module.named_parameters(recurse=False))
+    return (
+        tuple(params) == _GROUPED and all(p.dim() == 3 for p in params.values()) and hasattr(module, "act_fn")
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,26 +89,29 @@ def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
     import torch
 
     lists = [(n, m) for n, m in module.named_children() if isinstance(m, torch.nn.ModuleList)]
-    grouped = _is_grouped(module)
-    total = module.gate_up_proj.shape[0] if grouped else len(lists[0][1]) if len(lists) == 1 else 0
-    if not total or (not grouped and len(list(module.named_children())) > 1):
+    is_grouped = _is_grouped(module)
+    total = module.gate_up_proj.shape[0] if is_grouped else len(lists[0][1]) if len(lists) == 1 else 0
+    if not total or (not is_grouped and len(list(module.named_children())) > 1):
         raise UserError(
-            f"{name} is no module of experts",
+            f"{name} is not a module of experts",
             allowed="one nn.ModuleList, or gate_up_proj, down_proj and act_fn",
         )
     if total % ranks:
-        raise UserError(f"{total} experts of {name} on {ranks} ranks", allowed=f"a divisor of {total}")
-    own = slice(rank * (total // ranks), (rank + 1) * (total // ranks))
-    if grouped:
+        raise UserError(
+            f"{total} experts of {name} cannot be shared equally by {ranks} ranks",
+            allowed=f"a number of ranks that divides {total}",
+        )
+    own_slice = slice(rank * (total // ranks), (rank + 1) * (total // ranks))
+    if is_grouped:
         for param in _GROUPED:
-            kept = getattr(module, param).detach()[own].clone()
-            setattr(module, param, torch.nn.Parameter(kept))
+            weights = getattr(module, param).detach()[own_slice].clone()
+            setattr(module, param, torch.nn.Parameter(weights))
         return _Dealt(total=total, run=lambda tokens: _gated(module, tokens))
     path, experts = lists[0]
-    kept_list = torch.nn.ModuleList(list(experts)[own])
-    setattr(module, path, kept_list)
+    own_experts = torch.nn.ModuleList(list(experts)[own_slice])
+    setattr(module, path, own_experts)
     return _Dealt(
-        total=total, run=lambda tokens: torch.stack([e(t) for e, t in zip(kept_list, tokens, strict=True)])
+        total=total, run=lambda tokens: torch.stack([e(t) for e, t in zip(own_experts, tokens, strict=True)])
     )
 
 
@@ -136,14 +141,14 @@ class _Travel:
         capacity = math.ceil(chosen.numel() * self.capacity_percent / (100 * self.experts))
         by_expert, order = chosen.reshape(-1).sort(stable=True)
         slots = self._slots(by_expert, capacity)
-        sent = tokens.new_zeros(self.experts * capacity + 1, width)  # the last row receives dropped tokens
-        sent = sent.index_copy(0, slots, tokens[order // choices])[:-1]
-        here = self._swap(sent).view(self.ranks, -1, capacity, width).transpose(0, 1)
-        done = self.run(here.flatten(1, 2)).view(-1, self.ranks, capacity, width).transpose(0, 1)
-        back = self._swap(done.reshape(-1, width))
-        back = torch.cat([back, back.new_zeros(1, width)])[slots]
-        weighted = back * weights.reshape(-1)[order].unsqueeze(-1).to(back.dtype)
-        return torch.zeros_like(tokens).index_add(0, order // choices, weighted)
+        rows = tokens.new_zeros(self.experts * capacity + 1, width)  # the last row receives dropped tokens
+        rows = rows.index_copy(0, slots, tokens[order // choices])[:-1]
+        own_tokens = self._swap(rows).view(self.ranks, -1, capacity, width).transpose(0, 1)
+        outputs = self.run(own_tokens.flatten(1, 2)).view(-1, self.ranks, capacity, width).transpose(0, 1)
+        results = self._swap(outputs.reshape(-1, width))
+        results = torch.cat([results, results.new_zeros(1, width)])[slots]
+        weighted_results = results * weights.reshape(-1)[order].unsqueeze(-1).to(results.dtype)
+        return torch.zeros_like(tokens).index_add(0, order // choices, weighted_results)
 
     def _slots(self, by_expert: torch.Tensor, capacity: int) -> torch.Tensor:
         """Return the row of each token in what is sent, for choices sorted by expert. The first tokens get
@@ -153,17 +158,17 @@ class _Travel:
         numbers = torch.arange(by_expert.numel(), device=by_expert.device)
         counts = torch.zeros(self.experts, dtype=torch.int64, device=by_expert.device)
         counts = counts.scatter_add(0, by_expert, torch.ones_like(by_expert))
-        place = numbers - (counts.cumsum(0) - counts)[by_expert]
-        return torch.where(place < capacity, by_expert * capacity + place, self.experts * capacity)
+        index = numbers - (counts.cumsum(0) - counts)[by_expert]
+        return torch.where(index < capacity, by_expert * capacity + index, self.experts * capacity)
 
     def _swap(self, rows: torch.Tensor) -> torch.Tensor:
         """Send equal parts to all ranks, in the order of ranks. This operation is its own inverse."""
         import torch
         from torch.distributed._functional_collectives import all_to_all_single
 
-        part = [rows.shape[0] // self.ranks] * self.ranks
-        swapped: torch.Tensor = all_to_all_single(rows.contiguous(), part, part, self.group)
-        return torch.ops._c10d_functional.wait_tensor(swapped)  # type: ignore[no-any-return]
+        part_sizes = [rows.shape[0] // self.ranks] * self.ranks
+        result: torch.Tensor = all_to_all_single(rows.contiguous(), part_sizes, part_sizes, self.group)
+        return torch.ops._c10d_functional.wait_tensor(result)  # type: ignore[no-any-return]
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
@@ -172,14 +177,18 @@ def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
 
 TECHNIQUE = Technique(
     name="expert-parallel",
-    summary="the experts of each mixture are dealt to the data-parallel ranks",
+    summary="the experts of each mixture are distributed over the data-parallel ranks",
     effect=EffectClass.E3,  # tokens beyond an expert's capacity are dropped
     apply=_apply,
     settings=_nothing,
     order=47,
     knobs=(
         Knob(name="degree", default=2, doc="ranks that share the experts: all data-parallel ones"),
-        Knob(name="capacity_percent", default=125, doc="tokens an expert takes, of an even share"),
+        Knob(
+            name="capacity_percent",
+            default=125,
+            doc="tokens that an expert takes, in percent of an even share",
+        ),
     ),
     forbids=("tensor-parallel", "context-parallel", "pipeline", "zero", "lora", "qlora", "compile"),
 )

@@ -46,15 +46,15 @@ class Across(Together):
         the back chunk."""
         everything, front, back = slice(None), slice(0, self.length // 2), slice(self.length // 2, None)
         yield self.rank, (everything, everything, causal)
-        for other in range(self.ranks):
-            if other == self.rank:
+        for key_rank in range(self.ranks):
+            if key_rank == self.rank:
                 continue
             if not causal:
-                yield other, (everything, everything, False)
-            elif other < self.rank:
-                yield other, (everything, front, False)
+                yield key_rank, (everything, everything, False)
+            elif key_rank < self.rank:
+                yield key_rank, (everything, front, False)
             else:
-                yield other, (back, everything, False)
+                yield key_rank, (back, everything, False)
 
 
 class AttentionAcross(TorchFunctionMode):
@@ -100,13 +100,13 @@ def _counted(func: Any, args: Any) -> int | None:
 def _site() -> Site:
     """Return the two innermost calls in code outside torch and this folder, with their instruction, because
     one line may hold several calls."""
-    found = list[tuple[Any, int]]()
+    calls = list[tuple[Any, int]]()
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and len(found) < _DEEP:
+    while frame is not None and len(calls) < _DEEP:
         if not frame.f_code.co_filename.startswith(_UNDER):
-            found.append((frame.f_code, frame.f_lasti))
+            calls.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back
-    return tuple(found)
+    return tuple(calls)
 
 
 def _attention(
@@ -124,14 +124,14 @@ def _attention(
     that have no meaning on a slice."""
     if query.shape[2] != across.length or key.shape[2] != across.length:
         raise UserError(
-            f"context-parallel: attention of {query.shape[2]} queries to {key.shape[2]} keys",
+            f"context-parallel does not support attention of {query.shape[2]} queries to {key.shape[2]} keys",
             allowed=f"self-attention over this rank's {across.length} positions",
         )
     if dropout_p:
-        raise UserError("context-parallel with dropout in attention", allowed="0")
+        raise UserError("context-parallel does not support dropout in attention", allowed="a dropout of 0")
     if attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.shape[1:3] != (1, 1)):
         raise UserError(
-            f"context-parallel: an attention mask of shape {tuple(attn_mask.shape)}",
+            f"context-parallel does not support an attention mask of shape {tuple(attn_mask.shape)}",
             allowed="is_causal=True, or a mask of keys (batch, 1, 1, length)",
         )
     if torch.is_autocast_enabled(query.device.type):
@@ -169,13 +169,13 @@ class _Attend(torch.autograd.Function):
         keys, values = across.gather(key), across.gather(value)
         biases = across.gather(bias) if bias is not None else None
         out = total = torch.empty(0)
-        for other, (rows, columns, ordered) in across.blocks(causal):
-            bias_here = _columns(biases, other, columns, rows, query)
-            kernel = _Kernel(device=across.device, causal=ordered, scale=scale, bias=bias_here)
+        for key_rank, (rows, columns, is_causal) in across.blocks(causal):
+            block_bias = _columns(biases, key_rank, columns, rows, query)
+            kernel = _Kernel(device=across.device, causal=is_causal, scale=scale, bias=block_bias)
             part, weight = kernel.forward(
-                query[:, :, rows], keys[other][:, :, columns], values[other][:, :, columns]
+                query[:, :, rows], keys[key_rank][:, :, columns], values[key_rank][:, :, columns]
             )
-            if other == across.rank:
+            if key_rank == across.rank:
                 out, total = part.float(), weight
             else:
                 _merge(out[:, :, rows], total[:, :, rows], part, weight)
@@ -194,34 +194,34 @@ class _Attend(torch.autograd.Function):
         grad_keys, grad_values = (
             torch.zeros((across.ranks, *t.shape), dtype=t.dtype, device=t.device) for t in (key, value)
         )
-        for other, (rows, columns, ordered) in across.blocks(ctx.causal):
-            bias_here = _columns(biases, other, columns, rows, query)
-            kernel = _Kernel(device=across.device, causal=ordered, scale=ctx.scale, bias=bias_here)
-            inputs = query[:, :, rows], keys[other][:, :, columns], values[other][:, :, columns]
+        for key_rank, (rows, columns, is_causal) in across.blocks(ctx.causal):
+            block_bias = _columns(biases, key_rank, columns, rows, query)
+            kernel = _Kernel(device=across.device, causal=is_causal, scale=ctx.scale, bias=block_bias)
+            inputs = query[:, :, rows], keys[key_rank][:, :, columns], values[key_rank][:, :, columns]
             for_query, for_key, for_value = kernel.backward(
                 grad[:, :, rows], inputs, out[:, :, rows], total[:, :, rows]
             )
             grad_query[:, :, rows] += for_query
-            grad_keys[other][:, :, columns] += for_key
-            grad_values[other][:, :, columns] += for_value
+            grad_keys[key_rank][:, :, columns] += for_key
+            grad_values[key_rank][:, :, columns] += for_value
         grad_key = across.scatter_sum(grad_keys.flatten(0, 1))
         return grad_query, grad_key, across.scatter_sum(grad_values.flatten(0, 1)), None, None, None, None
 
 
 def _columns(
-    biases: tuple[torch.Tensor, ...] | None, other: int, columns: slice, rows: slice, query: torch.Tensor
+    biases: tuple[torch.Tensor, ...] | None, key_rank: int, columns: slice, rows: slice, query: torch.Tensor
 ) -> torch.Tensor | None:
     if biases is None:
         return None
-    return biases[other][..., columns].expand(-1, query.shape[1], query[:, :, rows].shape[2], -1)
+    return biases[key_rank][..., columns].expand(-1, query.shape[1], query[:, :, rows].shape[2], -1)
 
 
 def _merge(out: torch.Tensor, total: torch.Tensor, part: torch.Tensor, weight: torch.Tensor) -> None:
     """Merge two softmax averages into the first, in place. ``total`` and ``weight`` are logarithms of
     sums."""
-    both = torch.logaddexp(total, weight)
-    out.mul_((total - both).exp_().unsqueeze(-1)).add_(part.mul((weight - both).exp_().unsqueeze(-1)))
-    total.copy_(both)
+    log_sum = torch.logaddexp(total, weight)
+    out.mul_((total - log_sum).exp_().unsqueeze(-1)).add_(part.mul((weight - log_sum).exp_().unsqueeze(-1)))
+    total.copy_(log_sum)
 
 
 def _repeated(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -246,16 +246,16 @@ class _Kernel:
         inputs = query, _repeated(key, query), _repeated(value, query)
         causal, scale, bias = self.causal, self.scale, self.bias
         if self.device == "cpu":
-            found = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+            results = _ATEN._scaled_dot_product_flash_attention_for_cpu(
                 *inputs, 0.0, causal, attn_mask=bias, scale=scale
             )
         elif bias is None and query.dtype in _HALF:
-            found = _ATEN._scaled_dot_product_flash_attention(*inputs, 0.0, causal, False, scale=scale)
+            results = _ATEN._scaled_dot_product_flash_attention(*inputs, 0.0, causal, False, scale=scale)
         else:
-            found = _ATEN._scaled_dot_product_efficient_attention(
+            results = _ATEN._scaled_dot_product_efficient_attention(
                 *inputs, bias, True, 0.0, causal, scale=scale
             )
-        return found[0], found[1][:, :, : query.shape[2]]
+        return results[0], results[1][:, :, : query.shape[2]]
 
     def backward(
         self,
@@ -266,25 +266,27 @@ class _Kernel:
     ) -> tuple[torch.Tensor, ...]:
         """Return the gradients of query, key and value. ``out`` and ``total`` are those of the whole rows."""
         query, key, value = inputs
-        repeated = query, _repeated(key, query), _repeated(value, query)
+        kernel_inputs = query, _repeated(key, query), _repeated(value, query)
         causal, scale, bias = self.causal, self.scale, self.bias
         seed = torch.zeros((), dtype=torch.int64, device=query.device)  # dropout's seed, which is not used
         if self.device == "cpu":
             grads = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, *repeated, out, total, 0.0, causal, attn_mask=bias, scale=scale
+                grad, *kernel_inputs, out, total, 0.0, causal, attn_mask=bias, scale=scale
             )
         elif bias is None and query.dtype in _HALF:
             lengths = None, None, query.shape[2], key.shape[2]
             grads = _ATEN._scaled_dot_product_flash_attention_backward(
-                grad, *repeated, out, total.contiguous(), *lengths, 0.0, causal, seed, seed, scale=scale
+                grad, *kernel_inputs, out, total.contiguous(), *lengths, 0.0, causal, seed, seed, scale=scale
             )
         else:
             # The kernel pads rows to multiples of 32.
             padded = functional.pad(total, (0, -total.shape[2] % 32))
-            wanted = True, True, True, False
+            grad_flags = True, True, True, False
             grads = _ATEN._scaled_dot_product_efficient_attention_backward(
-                grad, *repeated, bias, out, padded, seed, seed, 0.0, wanted, causal, scale=scale
+                grad, *kernel_inputs, bias, out, padded, seed, seed, 0.0, grad_flags, causal, scale=scale
             )
         heads = key.shape[1]
-        folded = (g.unflatten(1, (heads, -1)).sum(2) if g.shape[1] != heads else g for g in grads[1:3])
-        return grads[0], *folded
+        key_value_grads = (
+            g.unflatten(1, (heads, -1)).sum(2) if g.shape[1] != heads else g for g in grads[1:3]
+        )
+        return grads[0], *key_value_grads

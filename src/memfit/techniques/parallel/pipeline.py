@@ -42,18 +42,18 @@ def _check(schedule: str, virtual: int, layout: Layout) -> None:
     low, high = _VIRTUAL[schedule]
     if not low <= virtual <= high:
         allowed = f"virtual={low}" + ("" if high == low else " or more")
-        raise UserError(f"pipeline schedule {schedule!r} with virtual={virtual}", allowed=allowed)
+        raise UserError(f"pipeline schedule {schedule!r} does not support virtual={virtual}", allowed=allowed)
     if virtual > 1 and layout.replicate > 1 and layout.shard == 1:
         raise UserError(
-            f"ddp with {virtual} pipeline stages on a rank",
+            f"ddp does not support {virtual} pipeline stages on a rank",
             allowed="fsdp2",
-            hint="DDP waits for every parameter's gradient, and each backward brings one stage's",
+            hint="DDP waits for every parameter's gradient, but each backward computes those of one stage",
         )
     if schedule.startswith("zero-bubble") and layout.data > 1:
         raise UserError(
-            f"pipeline schedule {schedule!r} over {layout.data} data-parallel ranks",
+            f"pipeline schedule {schedule!r} does not support {layout.data} data-parallel ranks",
             allowed="gpipe, 1f1b, interleaved",
-            hint="torch's split backward passes the hooks of data parallelism by",
+            hint="torch's split backward bypasses the hooks of data parallelism",
         )
 
 
@@ -70,7 +70,7 @@ TECHNIQUE = Technique(
     order=86,
     slot="pipeline",
     knobs=(
-        Knob(name="stages", default=2, doc="ranks the blocks are dealt to", minimum=2),
+        Knob(name="stages", default=2, doc="ranks over which the blocks are distributed", minimum=2),
         Knob(name="schedule", default="1f1b", doc="order of forwards and backwards", choices=tuple(_VIRTUAL)),
         Knob(name="virtual", default=1, doc="stages on each rank (interleaved, zero-bubble)"),
         Knob(name="micro_batches", default=4, doc="parts that stream through"),

@@ -76,15 +76,17 @@ class Pipeline:
         self._shared = self._find_shared()
         self._cut()
         blocks = {s: self.chain.blocks[slice(*self.bounds[s])] for s in self.stages}
-        self._inside = {s: frozenset(m for b in found for m in b.modules()) for s, found in blocks.items()}
+        self._inside = {
+            s: frozenset(m for b in stage_blocks for m in b.modules()) for s, stage_blocks in blocks.items()
+        }
         self._schedule = self._make_schedule(schedule, learns)
 
     # -- reducing the model ---------------------------------------------------------------------------
 
     def _positions(self, stage: int) -> set[int]:
         first, end = self.bounds[stage]
-        ends = {-1} if stage == 0 else set[int]()
-        return {*range(first, end), *ends, *({end} if stage == len(self.bounds) - 1 else ())}
+        prefix = {-1} if stage == 0 else set[int]()
+        return {*range(first, end), *prefix, *({end} if stage == len(self.bounds) - 1 else ())}
 
     def _learns(self, stage: int) -> bool:
         """Return whether a parameter before the stage is trained, so that the stage's input needs a
@@ -98,33 +100,33 @@ class Pipeline:
     def _find_shared(self) -> dict[str, Any]:
         """Return, for tied parameters on several ranks, the parameter name and the group of ranks that hold
         it. All ranks but the first leave them out of the gradient norm."""
-        found, groups = dict[str, Any](), dict[tuple[int, ...], Any]()
-        everyone = dist.get_process_group_ranks(self.group)
+        groups_by_name, groups = dict[str, Any](), dict[tuple[int, ...], Any]()
+        global_ranks = dist.get_process_group_ranks(self.group)
         for name, param in self.bench.model.named_parameters():
             holders = sorted(
                 {self.rank_of[s] for s in self.rank_of if self.chain.uses[name] & self._positions(s)}
             )
-            here = self.rank_of[self.stages[0]]
-            if len(holders) < 2 or here not in holders or not param.requires_grad:
+            rank = self.rank_of[self.stages[0]]
+            if len(holders) < 2 or rank not in holders or not param.requires_grad:
                 continue
-            ranks = tuple(everyone[h] for h in holders)
+            ranks = tuple(global_ranks[h] for h in holders)
             if ranks not in groups:
-                groups[ranks] = self.group if len(ranks) == len(everyone) else _group(ranks)
-            found[name] = groups[ranks]
-            if here != holders[0]:
+                groups[ranks] = self.group if len(ranks) == len(global_ranks) else _group(ranks)
+            groups_by_name[name] = groups[ranks]
+            if rank != holders[0]:
                 self.bench.counted_elsewhere.add(name)
-        return found
+        return groups_by_name
 
     def _cut(self) -> None:
         model, chain = self.bench.model, self.chain
-        here = set[int]().union(*(self._positions(s) for s in self.stages))
-        gone = {n for n, at in chain.uses.items() if not at & here}
+        own_positions = set[int]().union(*(self._positions(s) for s in self.stages))
+        dropped_names = {n for n, positions in chain.uses.items() if not positions & own_positions}
         for name, module in model.named_modules(remove_duplicate=False):
-            for key in [k for k in module._parameters if f"{name}.{k}".lstrip(".") in gone]:
+            for key in [k for k in module._parameters if f"{name}.{k}".lstrip(".") in dropped_names]:
                 _drop(module, key, module._parameters)
         for index, block in enumerate(chain.blocks):
             block._compiled_call_impl = self._route(index, block)
-            if index not in here:
+            if index not in own_positions:
                 for module in block.modules():
                     for key in list(module._buffers):
                         _drop(module, key, module._buffers)
@@ -178,11 +180,11 @@ class Pipeline:
     # -- running --------------------------------------------------------------------------------------
 
     def _make_schedule(self, name: str, learns: list[bool]) -> Any:
-        made = [self._make_stage(s, learns) for s in self.stages]
+        stages = [self._make_stage(s, learns) for s in self.stages]
         single = issubclass(SCHEDULES[name], schedules.PipelineScheduleSingle)
         try:
             return SCHEDULES[name](
-                made[0] if single else made, self.micro_batches, loss_fn=_as_it_is, scale_grads=False
+                stages[0] if single else stages, self.micro_batches, loss_fn=_as_it_is, scale_grads=False
             )
         except ValueError as error:
             raise UserError(f"pipeline schedule {name!r}: {error}") from error
@@ -201,7 +203,7 @@ class Pipeline:
             )
 
         part = _Part(self, stage)
-        made = _Stage(
+        pipeline_stage = _Stage(
             part,
             stage,
             len(self.bounds),
@@ -210,8 +212,8 @@ class Pipeline:
             output_args=like(stage + 1),
             group=self.group,
         )
-        made.stage_index_to_group_rank = self.rank_of
-        return made
+        pipeline_stage.stage_index_to_group_rank = self.rank_of
+        return pipeline_stage
 
     def run(
         self,
@@ -276,14 +278,14 @@ class Pipeline:
     def before_backward(self, stage: int, *, counts: bool) -> None:
         self._mark(Phase.BACKWARD)
         self._backwards_left[stage] -= counts
-        ends = counts and self._last and not self._backwards_left[stage]
-        self.ending = self._inside[stage] if ends else frozenset()
+        is_last_backward = counts and self._last and not self._backwards_left[stage]
+        self.ending = self._inside[stage] if is_last_backward else frozenset()
         final = counts and not any(self._backwards_left.values())
         ddp = self.bench.ddp
         if ddp is not None:
             ddp.require_backward_grad_sync = True
-        for tell in self.bench.before_micro_batch:
-            tell(final and self._last)
+        for callback in self.bench.before_micro_batch:
+            callback(final and self._last)
         if ddp is not None and final and ddp.require_backward_grad_sync:
             ddp.reducer.prepare_for_backward([])
 
@@ -350,10 +352,10 @@ def _works_as_on(device: str) -> contextlib.AbstractContextManager[Any]:
     work objects do so; NCCL's release them when they have been waited for."""
     if dist.get_backend() != "fake" or device != "cpu":
         return contextlib.nullcontext()
-    plain = schedules._batch_p2p
+    original = schedules._batch_p2p
 
     def batch(ops: list[dist.P2POp], desc: str | None = None) -> list[Any]:
-        return [_Work(work, [op.tensor for op in ops]) for work in plain(ops, desc)]
+        return [_Work(work, [op.tensor for op in ops]) for work in original(ops, desc)]
 
     return mock.patch.object(schedules, "_batch_p2p", batch)
 
@@ -375,15 +377,15 @@ def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
     UserError if there are more stages than blocks."""
     if stages > blocks:
         raise UserError(
-            f"{stages} pipeline stages of a model with {blocks} blocks", allowed=f"at most {blocks}"
+            f"{stages} pipeline stages are more than the model's {blocks} blocks", allowed=f"at most {blocks}"
         )
     sizes = [blocks // stages + (s < blocks % stages) for s in range(stages)]
     return [(sum(sizes[:s]), sum(sizes[: s + 1])) for s in range(stages)]
 
 
-def _drop(module: torch.nn.Module, key: str, held: dict[str, Any]) -> None:
+def _drop(module: torch.nn.Module, key: str, tensors: dict[str, Any]) -> None:
     """Replace a parameter or buffer by zeros that take no memory."""
-    tensor = held.pop(key)
+    tensor = tensors.pop(key)
     if tensor is not None:
         zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
         object.__setattr__(module, key, zero.expand(tensor.shape))

@@ -25,8 +25,8 @@ class Together:
     def stack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return every rank's tensor, stacked to shape (ranks, ...)."""
         whole = _COMM.all_gather_into_tensor(tensor.contiguous(), self.ranks, self.group)
-        stacked: torch.Tensor = _COMM.wait_tensor(whole).unflatten(0, (self.ranks, -1))
-        return stacked
+        parts: torch.Tensor = _COMM.wait_tensor(whole).unflatten(0, (self.ranks, -1))
+        return parts
 
     def gather(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return every rank's tensor, in the order of ranks."""
@@ -34,23 +34,23 @@ class Together:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over ranks as a new tensor, the same on every rank."""
-        summed: torch.Tensor = _COMM.wait_tensor(_COMM.all_reduce(tensor, "sum", self.group))
-        return summed
+        total: torch.Tensor = _COMM.wait_tensor(_COMM.all_reduce(tensor, "sum", self.group))
+        return total
 
     def scatter_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of the sum of tensors that are stacked in the order of ranks along
         dimension 0."""
         part = _COMM.reduce_scatter_tensor(tensor, "sum", self.ranks, self.group)
-        summed: torch.Tensor = _COMM.wait_tensor(part)
-        return summed
+        total: torch.Tensor = _COMM.wait_tensor(part)
+        return total
 
     def exchange(self, tensor: torch.Tensor) -> torch.Tensor:
         """Split a tensor into equal parts along dimension 0 and send the i-th part to the i-th rank. Return
         the received parts in the order of ranks."""
         part = [tensor.shape[0] // self.ranks] * self.ranks
-        came = _COMM.all_to_all_single(tensor.contiguous(), part, part, self.group)
-        swapped: torch.Tensor = _COMM.wait_tensor(came)
-        return swapped
+        received = _COMM.all_to_all_single(tensor.contiguous(), part, part, self.group)
+        parts: torch.Tensor = _COMM.wait_tensor(received)
+        return parts
 
 
 def averaging(bench: Workbench, together: Together) -> Callable[[bool], None]:
@@ -62,12 +62,14 @@ def averaging(bench: Workbench, together: Together) -> Callable[[bool], None]:
     done = False
 
     def average(grad: torch.Tensor) -> torch.Tensor:
-        own = grad.to_local() if isinstance(grad, DTensor) else grad
-        mean = together.sum(own).div_(together.ranks)
+        local_grad = grad.to_local() if isinstance(grad, DTensor) else grad
+        mean = together.sum(local_grad).div_(together.ranks)
         if not isinstance(grad, DTensor):
             return mean
-        mesh, kinds = grad.device_mesh, grad.placements
-        return DTensor.from_local(mean, mesh, kinds, run_check=False, shape=grad.shape, stride=grad.stride())
+        mesh, placements = grad.device_mesh, grad.placements
+        return DTensor.from_local(
+            mean, mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride()
+        )
 
     def start(last: bool) -> None:
         nonlocal done

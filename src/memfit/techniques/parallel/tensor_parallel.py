@@ -41,14 +41,16 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     _split_heads(bench.model, roles, mesh.size())
     for name, role in roles.items():
         if role == _COLWISE and flow.linears[name].parts > 1:
-            fused, parts = bench.model.get_submodule(name), flow.linears[name].parts
-            _rows_by_rank(fused, parts, mesh.size())
-            bench.fused_rows |= {f"{name}.{own}": parts for own, _ in fused.named_parameters()}
+            fused_linear, parts = bench.model.get_submodule(name), flow.linears[name].parts
+            _rows_by_rank(fused_linear, parts, mesh.size())
+            bench.fused_rows |= {
+                f"{name}.{param_name}": parts for param_name, _ in fused_linear.named_parameters()
+            }
     sequence = bool(settings["sequence"])
-    styles, gathered = _styles(bench.model, names, flow, roles, sequence)
+    styles, gather_arguments = _styles(bench.model, names, flow, roles, sequence)
     for name, style in styles:
         _parallelize(bench.model, name, mesh, style)
-    for name, place in gathered.items():
+    for name, place in gather_arguments.items():
         _gather(bench.model.get_submodule(name), mesh, place)
     if sequence:
         _enter_and_leave(blocks, mesh)
@@ -59,33 +61,35 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _roles(bench: Workbench, blocks: list[str]) -> tuple[Flow, dict[str, str]]:
     """Return what was observed of the blocks, and the roles of the Linears to split. Raises UserError if none
     can be split."""
-    given = _given(bench.model, bench.job.tensor_parallel or getattr(bench.model, "_tp_plan", None) or {})
-    flow = _observed(bench, blocks, given, 1)
-    found = {}
-    for name, fed in flow.linears.items():
-        if fed.role == _ROWWISE or (fed.role == _COLWISE and fed.reaches_rows):
-            found[name] = fed.role
-        elif fed.role == _COLWISE and bench.job.tensor_parallel:
+    given_roles = _given(
+        bench.model, bench.job.tensor_parallel or getattr(bench.model, "_tp_plan", None) or {}
+    )
+    flow = _observed(bench, blocks, given_roles, 1)
+    roles = {}
+    for name, linear in flow.linears.items():
+        if linear.role == _ROWWISE or (linear.role == _COLWISE and linear.reaches_rows):
+            roles[name] = linear.role
+        elif linear.role == _COLWISE and bench.job.tensor_parallel:
             raise UserError(
-                f"Job.tensor_parallel cuts {name} by columns, but no Linear cut by rows follows",
-                hint="name that one too, or leave this one out",
+                f"Job.tensor_parallel splits {name} by columns, but no Linear split by rows follows it",
+                hint="name the Linear that follows it too, or leave this one out",
             )
-    if not found:
+    if not roles:
         raise UserError(
             "tensor-parallel finds no pair of Linear layers in the blocks",
             hint='name them in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
         )
-    return flow, found
+    return flow, roles
 
 
 def _given(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str]:
     """Return module names with the role given by the first pattern that matches."""
-    found = {}
+    roles = {}
     for name, _ in model.named_modules():
         role = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), "")
         if role in (_COLWISE, _ROWWISE):
-            found[name] = role
-    return found
+            roles[name] = role
+    return roles
 
 
 # Flows of models of one structure, by the job's loss, which is the same in jobs with fewer blocks or samples.
@@ -99,19 +103,19 @@ def _observed(
 
     key = (tuple(blocks), tuple(roles.items()), degree, _structure(bench.model))
     try:
-        known = _SEEN.setdefault(bench.job.loss, {})
+        flows = _SEEN.setdefault(bench.job.loss, {})
     except TypeError:  # an object without weak references is not cached
-        known = {}
+        flows = {}
     try:
-        if key not in known:
-            known[key] = observe(bench.job, bench.model, blocks, roles, shrink)
+        if key not in flows:
+            flows[key] = observe(bench.job, bench.model, blocks, roles, shrink)
     except (RuntimeError, ValueError, TypeError) as error:
-        what = "on a slice of their features" if shrink else "without values"
+        condition = "on a slice of their features" if shrink else "on tensors without values"
         raise UserError(
-            f"tensor-parallel: the blocks do not run {what}: {str(error).splitlines()[0]}",
-            hint="name the Linear layers to cut in Job(tensor_parallel=...)",
+            f"tensor-parallel: the blocks do not run {condition}: {str(error).splitlines()[0]}",
+            hint="name the Linear layers to split in Job(tensor_parallel=...)",
         ) from error
-    return known[key]
+    return flows[key]
 
 
 def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
@@ -145,12 +149,12 @@ def _check_split(
                 if dim < param.dim():
                     param.data = param.data.narrow(dim, 0, param.shape[dim] // degree)
 
-    cut = _observed(bench, blocks, roles, degree, shrink)
-    for (name, before), (_, after) in zip(flow.views, cut.views, strict=False):
-        if name in roles and before[-1] != after[-1]:
+    split_flow = _observed(bench, blocks, roles, degree, shrink)
+    for (name, whole_view), (_, split_view) in zip(flow.views, split_flow.views, strict=False):
+        if name in roles and whole_view[-1] != split_view[-1]:
             raise UserError(
-                f"tensor-parallel: the output of {name} is seen as {before}, on {degree} ranks as {after}: "
-                "its heads would be cut in two",
+                f"tensor-parallel: the output of {name} is viewed as {whole_view}, but on {degree} ranks as "
+                f"{split_view}: its heads would be split between ranks",
                 hint="keep the number of heads in an attribute of the module such as num_heads",
             )
 
@@ -162,10 +166,11 @@ def _check_config(config: Any, degree: int) -> None:
             _must_divide(attribute, heads, degree)
 
 
-def _must_divide(what: str, count: int, degree: int) -> None:
+def _must_divide(quantity: str, count: int, degree: int) -> None:
     if count % degree:
         raise UserError(
-            f"tensor-parallel: {what} is {count}, on {degree} ranks", allowed=f"a divisor of {count}"
+            f"tensor-parallel: {quantity} is {count}, which {degree} ranks cannot share equally",
+            allowed=f"a degree that divides {count}",
         )
 
 
@@ -202,41 +207,46 @@ def _styles(
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
-    found: list[tuple[str, Any]] = []
-    gathered: dict[str, int | str] = {}
-    between = Shard(1) if sequence else Replicate()
+    styles: list[tuple[str, Any]] = []
+    gather_arguments: dict[str, int | str] = {}
+    activation_layout = Shard(1) if sequence else Replicate()
     for name, role in roles.items():
         if sequence and flow.linears[name].output_dims != 3:
-            raise UserError(f"{name} sees no (batch, sequence, features)", hint="leave out sequence=True")
+            raise UserError(
+                f"{name} does not take an input of shape (batch, sequence, features)",
+                hint="leave out sequence=True",
+            )
         if role == _ROWWISE:
-            found.append((name, RowwiseParallel(output_layouts=between)))
+            styles.append((name, RowwiseParallel(output_layouts=activation_layout)))
             continue
-        at, place = flow.gather_at(name)
-        if sequence and at != name:
-            gathered[at] = place
-        found.append((name, ColwiseParallel(input_layouts=between if at == name else Replicate())))
+        gather_name, argument = flow.gather_at(name)
+        if sequence and gather_name != name:
+            gather_arguments[gather_name] = argument
+        styles.append(
+            (name, ColwiseParallel(input_layouts=activation_layout if gather_name == name else Replicate()))
+        )
     for name, module in model.named_modules():
-        own = any(True for _ in module.parameters(recurse=False))
-        if not own or name in roles or not any(_within(name, b) for b in blocks):
+        has_parameters = any(True for _ in module.parameters(recurse=False))
+        if not has_parameters or name in roles or not any(_within(name, b) for b in blocks):
             continue
         if name in flow.inside:
             if flow.inside[name] != 4:
-                raise UserError(f"tensor-parallel: {name} works on features that are cut")
-            found.append((name, SequenceParallel(sequence_dim=2, use_local_output=True)))
+                raise UserError(f"tensor-parallel: {name} works on features that are split over the ranks")
+            styles.append((name, SequenceParallel(sequence_dim=2, use_local_output=True)))
         elif sequence:
-            found.append((name, SequenceParallel(use_local_output=True)))
-    return found, gathered
+            styles.append((name, SequenceParallel(use_local_output=True)))
+    return styles, gather_arguments
 
 
-def _gather(module: torch.nn.Module, mesh: DeviceMesh, place: int | str) -> None:
+def _gather(module: torch.nn.Module, mesh: DeviceMesh, argument: int | str) -> None:
     """Gather the whole sequence as a DTensor, once for all Linears inside. Other arguments are unchanged."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        given: Any = dict(enumerate(args)) | kwargs
-        cut = DTensor.from_local(given[place], mesh, [Shard(1)], run_check=False)
-        given[place] = cut.redistribute(placements=[Replicate()])
-        return tuple(given[i] for i in range(len(args))), {k: given[k] for k in kwargs}
+        arguments: Any = dict(enumerate(args)) | kwargs
+        shard = DTensor.from_local(arguments[argument], mesh, [Shard(1)], run_check=False)
+        arguments[argument] = shard.redistribute(placements=[Replicate()])
+        return tuple(arguments[i] for i in range(len(args))), {k: arguments[k] for k in kwargs}
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
 
@@ -259,9 +269,9 @@ def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
     def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         key = next(iter(kwargs)) if not args else None
         whole = args[0] if args else kwargs[key]
-        _must_divide("the sequence", whole.shape[1], mesh.size())
-        cut = to(whole, Replicate(), Shard(1))
-        return ((cut, *args[1:]), kwargs) if args else (args, {**kwargs, key: cut})
+        _must_divide("the sequence length", whole.shape[1], mesh.size())
+        part = to(whole, Replicate(), Shard(1))
+        return ((part, *args[1:]), kwargs) if args else (args, {**kwargs, key: part})
 
     def leave(module: torch.nn.Module, args: Any, out: Any) -> Any:
         if isinstance(out, tuple):
@@ -283,7 +293,8 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
     name, head = find_head(model, bench.job.head)
     if "forward" in vars(head):
         raise UserError(
-            "tensor-parallel with vocabulary and chunked-cross-entropy", hint="leave one of them out"
+            "tensor-parallel cannot split the vocabulary together with chunked-cross-entropy",
+            hint="leave one of them out",
         )
     _must_divide(f"the vocabulary of {name}", head.out_features, mesh.size())
     tables = [
@@ -291,14 +302,14 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
         for n, m in model.named_modules()
         if isinstance(m, torch.nn.Embedding) and m.num_embeddings == head.out_features
     ]
-    tied = {n for n in tables if model.get_submodule(n).weight is head.weight}
+    tied_tables = {n for n in tables if model.get_submodule(n).weight is head.weight}
     style = ColwiseParallel(
         output_layouts=Shard(-1) if parallel_loss else Replicate(), use_local_output=not parallel_loss
     )
     _parallelize(model, name, mesh, style)
     for table in tables:
         _parallelize(model, table, mesh, RowwiseParallel(input_layouts=Replicate()))
-        if table in tied:
+        if table in tied_tables:
             model.get_submodule(table).weight = head.weight
     if parallel_loss:  # also for backward, which forward's contexts do not cover
         stack = contextlib.ExitStack()
@@ -319,11 +330,16 @@ TECHNIQUE = Technique(
     order=45,
     knobs=(
         Knob(name="degree", default=2, doc="ranks that share the layers"),
-        Knob(name="sequence", default=False, doc="cut norms, residuals by sequence", choices=(True, False)),
+        Knob(
+            name="sequence",
+            default=False,
+            doc="also split norms and residuals, along the sequence",
+            choices=(True, False),
+        ),
         Knob(
             name="vocabulary",
             default="whole",
-            doc="embedding and head: whole on every rank, cut with logits gathered, or cut with the loss",
+            doc="embedding and head: whole on every rank, split with gathered logits, or split with the loss",
             choices=("whole", "gathered", "parallel-loss"),
         ),
     ),

@@ -44,16 +44,18 @@ def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     policy = str(settings["keep"])
-    kept = frozenset(_kept_operators(policy))
-    judge = functools.partial(_every_second if policy == "every-second-matmul" else _all_of, kept)
+    kept_operators = frozenset(_kept_operators(policy))
+    make_predicate = functools.partial(
+        _every_second if policy == "every-second-matmul" else _all_of, kept_operators
+    )
     stacks = find_stacks(bench.model, bench.job.blocks, bench.job.more_blocks)
     for block in itertools.chain(*stacks):
         region = getattr(block.forward, "region", None)
         if region is None:
             block.forward = _without_cast_cache(block.forward)
-            recompute(block, context_fn=functools.partial(_contexts, judge))
+            recompute(block, context_fn=functools.partial(_contexts, make_predicate))
         else:  # a compiled block's graph is split according to the policy
-            region.recompute = judge
+            region.recompute = make_predicate
 
 
 def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,27 +66,27 @@ def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        before = torch.is_autocast_cache_enabled()
+        was_enabled = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
             return inner(*args, **kwargs)
         finally:
-            torch.set_autocast_cache_enabled(before)
+            torch.set_autocast_cache_enabled(was_enabled)
 
     return forward
 
 
-def _contexts(judge: Callable[[], Callable[[Any], bool]]) -> Any:
+def _contexts(make_predicate: Callable[[], Callable[[Any], bool]]) -> Any:
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    keeps = {True: judge(), False: judge()}  # keyed by whether it is the recomputation
+    keeps = {True: make_predicate(), False: make_predicate()}  # keyed by whether it is the recomputation
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        saved = keeps[context.is_recompute](op)
-        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+        is_kept = keeps[context.is_recompute](op)
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    first, again = create_selective_checkpoint_contexts(policy)
-    return first, _Lasting(again)
+    forward_context, recompute_context = create_selective_checkpoint_contexts(policy)
+    return forward_context, _Lasting(recompute_context)
 
 
 class _Lasting:
@@ -108,11 +110,11 @@ class _Lasting:
         self.kept = {}
 
 
-def _all_of(kept: frozenset[Any]) -> Callable[[Any], bool]:
-    return kept.__contains__
+def _all_of(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
+    return kept_operators.__contains__
 
 
-def _every_second(kept: frozenset[Any]) -> Callable[[Any], bool]:
+def _every_second(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
     """Return torchtitan's policy: of the matrix products of one call, only every second one is kept (the
     first, the third, ...)."""
     import torch
@@ -123,9 +125,9 @@ def _every_second(kept: frozenset[Any]) -> Callable[[Any], bool]:
 
     def keeps(op: Any) -> bool:
         nonlocal seen
-        product = op in products
-        seen += product
-        return op in kept and not (product and seen % 2 == 0)
+        is_product = op in products
+        seen += is_product
+        return op in kept_operators and not (is_product and seen % 2 == 0)
 
     return keeps
 
@@ -165,7 +167,7 @@ FULL = Technique(
     settings=_every_with_blocks,
     order=50,
     slot="recomputation",
-    knobs=(Knob(name="every", default=1, doc="recompute every k-th block; 1 is all"),),
+    knobs=(Knob(name="every", default=1, doc="recompute every k-th block; 1: every block"),),
 )
 
 SELECTIVE = Technique(

@@ -40,17 +40,17 @@ class OperatorNumber:
 @functools.cache
 def fact(func: Any) -> OperatorNumber:
     """Return the facts about an operator."""
-    written: list[int | str] = []
+    written_arguments: list[int | str] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append(argument.name if argument.kwarg_only else i)
+            written_arguments.append(argument.name if argument.kwarg_only else i)
     random = torch.Tag.nondeterministic_seeded in func.tags
     aliases = [r.alias_info is not None for r in func._schema.returns]
-    views: bool | None = all(aliases) and not written if all(aliases) == any(aliases) else None
+    views: bool | None = all(aliases) and not written_arguments if all(aliases) == any(aliases) else None
     if func is _ATEN._unsafe_view.default:
         views = True
     checked = b"" if _CONSTANTS.search(func.name()) else func.name().encode()
-    return OperatorNumber(checked, views, random, tuple(written), _STATISTICS.get(func))
+    return OperatorNumber(checked, views, random, tuple(written_arguments), _STATISTICS.get(func))
 
 
 def flat(values: Any) -> Iterator[torch.Tensor]:
@@ -74,9 +74,9 @@ def called(func: Any, args: Any, kwargs: Any) -> Any:
     trace from treating the sum's argument as overwritten."""
     if func is not _ATEN.add.Tensor or type(args[0]) in _PLAIN:
         return func(*args, **kwargs)
-    spare = args[0].detach()
+    alias = args[0].detach()
     out = func(*args, **kwargs)
-    del spare
+    del alias
     return out
 
 
@@ -101,25 +101,25 @@ class Numbered(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.busy or func in _UNSEEN:
             return func(*args, **kwargs)
-        known = fact(func)
-        if known.views and not self.sees_views:
+        facts = fact(func)
+        if facts.views and not self.sees_views:
             return func(*args, **kwargs)
-        state = self.before(known, func, args, kwargs)
+        state = self.before(facts, func, args, kwargs)
         out = called(func, args, kwargs)
-        made = self._made(known, args, kwargs, out)
-        self.after(func, args, kwargs, made, state)
-        if made:
-            self.count += len(made)
-            self.key = zlib.crc32(known.checked, self.key)
+        outputs = self._made(facts, args, kwargs, out)
+        self.after(func, args, kwargs, outputs, state)
+        if outputs:
+            self.count += len(outputs)
+            self.key = zlib.crc32(facts.checked, self.key)
         return out
 
-    def _made(self, known: OperatorNumber, args: Any, kwargs: Any, out: Any) -> Fresh:
-        if known.views:
+    def _made(self, facts: OperatorNumber, args: Any, kwargs: Any, out: Any) -> Fresh:
+        if facts.views:
             return []
-        if known.views is False and not known.written:
+        if facts.views is False and not facts.written:
             return [(0, out)] if isinstance(out, torch.Tensor) else list(enumerate(flat((out,))))
-        seen = {storage_key(t) for t in flat((args, tuple(kwargs.values())))}
-        return [(i, t) for i, t in enumerate(flat((out,))) if storage_key(t) not in seen]
+        input_keys = {storage_key(t) for t in flat((args, tuple(kwargs.values())))}
+        return [(i, t) for i, t in enumerate(flat((out,))) if storage_key(t) not in input_keys]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

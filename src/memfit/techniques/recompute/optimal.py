@@ -28,15 +28,15 @@ def dropped_text(key: int, dropped: Iterable[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    told = ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
-    return f"{key:08x}:{told}" if told else "none"
+    numbers_text = ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
+    return f"{key:08x}:{numbers_text}" if numbers_text else "none"
 
 
 def read_dropped(text: str) -> tuple[int, frozenset[int]]:
     """Return the checksum and the numbers of dropped storages from the text of `dropped_text`."""
-    key, _, told = text.partition(":")
+    key, _, numbers_text = text.partition(":")
     numbers = set[int]()
-    for run in told.split(","):
+    for run in numbers_text.split(","):
         first, _, last = run.partition("-")
         numbers.update(range(int(first), int(last or first) + 1))
     return int(key, 16), frozenset(numbers)
@@ -46,9 +46,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     text = str(settings["dropped"])
     if not text:
         raise UserError(
-            f"{NAME} with a budget of {settings['budget_mib']} MiB and no choice yet",
-            allowed="a plan that memfit has chosen the tensors for",
-            hint="memfit.planner.recompute_budget.chosen(job, plan) gives it",
+            f"{NAME} with a budget of {settings['budget_mib']} MiB has no choice of tensors yet",
+            allowed="a plan for which memfit has chosen the tensors",
+            hint="memfit.planner.recompute_budget.chosen(job, plan) returns one",
         )
     if text != "none":
         key, numbers = read_dropped(text)
@@ -68,7 +68,7 @@ def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
         raise UserError(
             f"{NAME}: the forward pass runs other operators than those the plan was made for",
             allowed="the same job, device and versions of torch and of the model's library",
-            hint="take 'dropped' out of the plan, and memfit chooses again",
+            hint="remove 'dropped' from the plan, and memfit chooses again",
         )
 
 
@@ -78,7 +78,7 @@ def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
 
 TECHNIQUE = Technique(
     name=NAME,
-    summary="drop the tensors whose recomputation costs least, as many as a budget for the step's peak asks",
+    summary="drop the tensors that cost least to recompute, until the step's peak fits a budget",
     effect=EffectClass.E0,
     apply=_apply,
     settings=_nothing,
@@ -89,7 +89,7 @@ TECHNIQUE = Technique(
         Knob(
             name="dropped",
             default="",
-            doc="numbers of the dropped tensors; left out, memfit chooses",
+            doc="numbers of the dropped tensors; if left out, memfit chooses them",
             pattern=re.compile(_SHAPE),
         ),
     ),

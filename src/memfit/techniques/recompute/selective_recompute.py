@@ -130,7 +130,7 @@ def _references(given: Any) -> Iterator[Ref | Held]:
             yield from _references(value)
 
 
-def _given(own: Value, leaf: Any) -> Any:
+def _given(target: Value, leaf: Any) -> Any:
     if isinstance(leaf, Held):
         if leaf.version is not None and leaf.tensor._version != leaf.version:
             raise MemfitError("a parameter was changed in backward before recomputation had read it")
@@ -138,8 +138,8 @@ def _given(own: Value, leaf: Any) -> Any:
     if isinstance(leaf, Ref):
         return seen(leaf.value, leaf.geometry)
     if isinstance(leaf, OwnTensors):
-        return seen(own, leaf.geometry)
-    return [_given(own, part) for part in leaf] if isinstance(leaf, list) else leaf
+        return seen(target, leaf.geometry)
+    return [_given(target, part) for part in leaf] if isinstance(leaf, list) else leaf
 
 
 def seen(value: Value, geometry: StorageGeometry) -> torch.Tensor:
@@ -150,18 +150,18 @@ def seen(value: Value, geometry: StorageGeometry) -> torch.Tensor:
 
 
 def _repeated(func: Any, args: Any, kwargs: Any, state: Any) -> Any:
-    first = fact(func).statistics
-    if first is not None and args[first] is not None:  # the first run has updated them
-        args = [*args[:first], args[first].clone(), args[first + 1].clone(), *args[first + 2 :]]
+    index = fact(func).statistics
+    if index is not None and args[index] is not None:  # the first run has updated them
+        args = [*args[:index], args[index].clone(), args[index + 1].clone(), *args[index + 2 :]]
     if state is None:
         return called(func, args, kwargs)
-    device, before = state
-    now = rng_state(device)
-    set_rng_state(device, before)
+    device, start_state = state
+    current_state = rng_state(device)
+    set_rng_state(device, start_state)
     try:
         return func(*args, **kwargs)
     finally:
-        set_rng_state(device, now)
+        set_rng_state(device, current_state)
 
 
 def rng_state(device: torch.device) -> torch.Tensor:
@@ -181,8 +181,8 @@ def set_rng_state(device: torch.device, state: torch.Tensor) -> None:
 
 def device_of(args: Any, kwargs: Any) -> torch.device:
     """Return the device on which a call runs."""
-    given = next(flat((args, tuple(kwargs.values()))), None)
-    return given.device if given is not None else torch.device(kwargs.get("device") or "cpu")
+    tensor = next(flat((args, tuple(kwargs.values()))), None)
+    return tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
 
 
 class Tape(Numbered):
@@ -197,8 +197,8 @@ class Tape(Numbered):
         self.read: set[int] = set()  # storages, some already freed, that recorded calls read
 
     def value(self, tensor: torch.Tensor) -> Value | None:
-        found = self.values.get(storage_key(tensor))
-        return found[1] if found is not None else None
+        entry = self.values.get(storage_key(tensor))
+        return entry[1] if entry is not None else None
 
     # -- forward
 
@@ -220,19 +220,19 @@ class Tape(Numbered):
     def after(
         self, func: Any, args: Any, kwargs: Any, made: list[tuple[int, torch.Tensor]], state: Any
     ) -> None:
-        goals = written(func, args, kwargs)
-        if not goals and self.dropped.isdisjoint(range(self.count, self.count + len(made))):
+        written_tensors = written(func, args, kwargs)
+        if not written_tensors and self.dropped.isdisjoint(range(self.count, self.count + len(made))):
             return
-        targets = [v for v in map(self.value, goals) if v is not None]
-        ours = [pair for i, pair in enumerate(made, self.count) if i in self.dropped]
-        if not (targets or ours) or not repeatable(kwargs, len(goals) - len(targets)):
+        targets = [v for v in map(self.value, written_tensors) if v is not None]
+        dropped_outputs = [pair for i, pair in enumerate(made, self.count) if i in self.dropped]
+        if not (targets or dropped_outputs) or not repeatable(kwargs, len(written_tensors) - len(targets)):
             return
         call = RecomputedCall(func, self._sources(args, kwargs, targets), state)
         self.calls.add(call)
         for value in targets:
             value.pending.append(call)
             call.outputs.append((-1, weakref.ref(value)))
-        for place, tensor in ours:
+        for place, tensor in dropped_outputs:
             value = Value(tensor.dtype)
             value.pending.append(call)
             call.outputs.append((place, weakref.ref(value)))
@@ -241,16 +241,16 @@ class Tape(Numbered):
     def _is_odd(self, tensor: torch.Tensor, targets: list[torch.Tensor], kwargs: Any) -> bool:
         """Return whether a write to a dropped storage cannot be repeated on a recomputed one."""
         value = self.value(tensor)
-        strange = len(targets) > 1 or not repeatable(kwargs, 0)
-        return value is not None and (strange or not plain_view(tensor, value.dtype))
+        unrepeatable = len(targets) > 1 or not repeatable(kwargs, 0)
+        return value is not None and (unrepeatable or not plain_view(tensor, value.dtype))
 
     def _keep(self, tensor: torch.Tensor) -> None:
         """Keep the storage from now on. Earlier users get the contents that it had before."""
-        found = self.values.pop(storage_key(tensor), None)
-        if found is not None:
-            before = weakref.ref(found[1])
-            del found
-            if (value := before()) is not None:
+        entry = self.values.pop(storage_key(tensor), None)
+        if entry is not None:
+            value_reference = weakref.ref(entry[1])
+            del entry
+            if (value := value_reference()) is not None:
                 self._make(value)
 
     def _remember(self, tensor: torch.Tensor, value: Value) -> None:
@@ -264,8 +264,8 @@ class Tape(Numbered):
 
     def _sources(self, args: Any, kwargs: Any, targets: list[Value]) -> Any:
         """Return the arguments with dropped tensors by reference and kept ones without their graph."""
-        given = [self._source(leaf, targets) for leaf in args]
-        return given, {name: self._source(leaf, targets) for name, leaf in kwargs.items()}
+        positional = [self._source(leaf, targets) for leaf in args]
+        return positional, {name: self._source(leaf, targets) for name, leaf in kwargs.items()}
 
     def _source(self, leaf: Any, targets: list[Value]) -> Any:
         if isinstance(leaf, list | tuple):
@@ -275,13 +275,13 @@ class Tape(Numbered):
         if leaf.layout is not torch.strided:
             return Held(leaf.detach(), None)
         key = storage_key(leaf)
-        found = self.values.get(key)
-        ours = found is not None and plain_view(leaf, found[1].dtype)
-        if found is not None and ours and found[1] in targets:
+        entry = self.values.get(key)
+        is_dropped = entry is not None and plain_view(leaf, entry[1].dtype)
+        if entry is not None and is_dropped and entry[1] in targets:
             return OwnTensors(StorageGeometry.of(leaf))
         self.read.add(key)
-        if found is not None and ours:
-            return Ref(found[1], StorageGeometry.of(leaf))
+        if entry is not None and is_dropped:
+            return Ref(entry[1], StorageGeometry.of(leaf))
         if leaf.is_leaf and leaf.requires_grad:
             return Held(leaf, leaf._version)
         return Held(leaf.detach(), None)
@@ -315,7 +315,7 @@ class Tape(Numbered):
         """Run the pending calls of a storage, after those of the storages they read."""
         if not value.pending:
             return
-        before, self.busy = self.busy, True
+        was_busy, self.busy = self.busy, True
         stack = [value]
         try:
             # The state is as in forward below autograd and autocast; some kernels check the gradient mode.
@@ -326,10 +326,10 @@ class Tape(Numbered):
                         stack.pop()
                         continue
                     call = top.pending[0]
-                    missing = [v for v in call.sources if v.pending]
-                    if missing:
-                        stack += missing
+                    pending_sources = [v for v in call.sources if v.pending]
+                    if pending_sources:
+                        stack += pending_sources
                     else:
                         call.run(top)
         finally:
-            self.busy = before
+            self.busy = was_busy

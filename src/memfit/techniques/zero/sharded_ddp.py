@@ -23,8 +23,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     mesh = bench.world.sub("shard")
     make, group = bench.make_optimizer, mesh.get_group() if mesh is not None else Alone()
-    most = int(settings["reduce_buffer_elements"])
-    bench.make_optimizer = lambda params: ShardedDdp(bench, params, most, make, group)
+    buffer_elements = int(settings["reduce_buffer_elements"])
+    bench.make_optimizer = lambda params: ShardedDdp(bench, params, buffer_elements, make, group)
 
 
 class ShardedDdp:
@@ -42,7 +42,9 @@ class ShardedDdp:
             sorted((p for p in params if self.owner[p] == rank), key=lambda p: p.numel())
             for rank in range(self.ranks)
         ]
-        self.params = sorted((p for own in self.by_owner for p in own), key=lambda p: p.numel())
+        self.params = sorted(
+            (p for rank_params in self.by_owner for p in rank_params), key=lambda p: p.numel()
+        )
         self.flats: dict[int, torch.Tensor] = {}
         self._flatten()
         self.buckets: list[Bucket] = []
@@ -62,12 +64,12 @@ class ShardedDdp:
             for rank, params in enumerate(self.by_owner):
                 if not params:
                     continue
-                flat, at = params[0].new_zeros(sum(p.numel() for p in params)), 0
+                flat, offset = params[0].new_zeros(sum(p.numel() for p in params)), 0
                 for param in params:
-                    place = flat.narrow(0, at, param.numel())
+                    place = flat.narrow(0, offset, param.numel())
                     place.copy_(param.detach().view(-1))
                     param.data = place.view_as(param)
-                    at += param.numel()
+                    offset += param.numel()
                 self.flats[rank] = flat
 
     def _begin(self, last: bool) -> None:
@@ -109,11 +111,11 @@ class ShardedDdp:
             for bucket in self.buckets:
                 bucket.shrink()
 
-    def _send(self, what: str, tensor: torch.Tensor, rank: int) -> Any:
+    def _send(self, collective: str, tensor: torch.Tensor, rank: int) -> Any:
         import torch
 
-        to = torch.distributed.get_global_rank(self.group, rank)
-        return getattr(torch.distributed, what)(tensor, to, group=self.group, async_op=True)
+        global_rank = torch.distributed.get_global_rank(self.group, rank)
+        return getattr(torch.distributed, collective)(tensor, global_rank, group=self.group, async_op=True)
 
     def _reduce(self, grad: torch.Tensor, owner: int, param: torch.nn.Parameter | None = None) -> None:
         grad.mul_(1.0 / self.ranks)
@@ -176,8 +178,8 @@ class ShardedDdp:
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
         """Return (parameter, its first element, gradient) of the parameters that this rank updates. Gradients
         of other parameters are stale."""
-        own = (p for p in self.params if self.owner[p] == self.rank)
-        return ((p, 0, p.grad) for p in own if p.grad is not None)
+        owned_params = (p for p in self.params if self.owner[p] == self.rank)
+        return ((p, 0, p.grad) for p in owned_params if p.grad is not None)
 
     def step(self) -> None:
         self.inner.step()
@@ -216,14 +218,14 @@ class Bucket:
 
     def shrink(self) -> None:
         """Reduce the buffer to the elements in use."""
-        self.buffer, at = self.buffer[: self.elements].clone(), 0
+        self.buffer, offset = self.buffer[: self.elements].clone(), 0
         for param in self.params:
-            self._place(param, at)
-            at += param.numel()
+            self._place(param, offset)
+            offset += param.numel()
 
-    def _place(self, param: torch.nn.Parameter, at: int) -> None:
+    def _place(self, param: torch.nn.Parameter, offset: int) -> None:
         assert param.grad is not None
-        place = self.buffer.narrow(0, at, param.numel()).view_as(param)
+        place = self.buffer.narrow(0, offset, param.numel()).view_as(param)
         place.copy_(param.grad)
         param.grad = place
 
@@ -231,11 +233,11 @@ class Bucket:
 def owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parameter, int]:
     """Return the owner of each parameter. In the model's order, each goes to the rank with the fewest
     elements so far."""
-    sizes, found = [0] * ranks, {}
+    sizes, owner_of = [0] * ranks, {}
     for param in params:
-        found[param] = rank = sizes.index(min(sizes))
+        owner_of[param] = rank = sizes.index(min(sizes))
         sizes[rank] += param.numel()
-    return found
+    return owner_of
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
@@ -254,7 +256,8 @@ TECHNIQUE = Technique(
         Knob(
             name="reduce_buffer_elements",
             default=2**23,
-            doc="small gradients reduced together, which every rank keeps; 0: each alone",
+            doc="size of the buffers, kept by every rank, in which small gradients are reduced together; "
+            "0: each gradient is reduced alone",
             minimum=0,
         ),
     ),

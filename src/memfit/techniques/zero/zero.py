@@ -31,7 +31,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     mesh = bench.world.sub("shard")
     stage, offload = int(settings["stage"]), str(settings["offload"])
     if stage == 0 and (offload != "none" or settings["precision"] != "fp32"):
-        raise UserError("zero of stage 0 with offload or bf16", allowed="stages 1 to 3")
+        raise UserError("zero of stage 0 supports neither offload nor bf16", allowed="stages 1 to 3")
     if offload == "parameters" and stage < 3:
         raise UserError(
             f"zero of stage {stage} keeps whole parameters on the device",
@@ -43,10 +43,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if settings["precision"] == "bf16":
         bench.forward_contexts.append(lambda: Bf16Inputs(bench.model))
     make, group = bench.make_optimizer, mesh.get_group() if mesh is not None else Alone()
-    kind = (ZeroNone, ZeroTwo, ZeroTwo, ZeroThree)[stage]
+    zero_class = (ZeroNone, ZeroTwo, ZeroTwo, ZeroThree)[stage]
 
     def make_zero(params: list[torch.nn.Parameter]) -> Reducing:
-        return kind(bench, params, settings, make, group)
+        return zero_class(bench, params, settings, make, group)
 
     bench.make_optimizer = make_zero
 
@@ -67,16 +67,19 @@ TECHNIQUE = Technique(
         Knob(
             name="stage",
             default=2,
-            doc="0: gradients are averaged; 1: optimizer state sharded; 2: and gradients; 3: and parameters",
+            doc="what is sharded; 0: nothing, gradients are averaged; 1: optimizer state; 2: also gradients; "
+            "3: also parameters",
             choices=(0, 1, 2, 3),
         ),
         Knob(
             name="precision",
             default="fp32",
-            doc="parameters and gradients; the master is fp32",
+            doc="dtype of parameters and gradients; the master copy is fp32",
             choices=("fp32", "bf16"),
         ),
-        Knob(name="reduce_bucket_elements", default=500_000_000, doc="gradients reduced together"),
+        Knob(
+            name="reduce_bucket_elements", default=500_000_000, doc="elements of gradients reduced together"
+        ),
         Knob(
             name="overlap",
             default=False,
@@ -86,17 +89,21 @@ TECHNIQUE = Technique(
         Knob(
             name="offload",
             default="none",
-            doc="what lives in host memory",
+            doc="what is kept in host memory",
             choices=("none", "optimizer", "parameters"),
         ),
         Knob(name="persist_elements", default=100_000, doc="stage 3: parameters up to this size stay whole"),
-        Knob(name="live_elements", default=1_000_000_000, doc="stage 3: gathered parameters kept for reuse"),
-        Knob(name="prefetch_elements", default=50_000_000, doc="stage 3: gathered ahead"),
+        Knob(
+            name="live_elements",
+            default=1_000_000_000,
+            doc="stage 3: elements of gathered parameters kept for reuse",
+        ),
+        Knob(name="prefetch_elements", default=50_000_000, doc="stage 3: elements gathered ahead"),
         Knob(
             name="memory_efficient_linear",
             default=True,
             doc="stage 3: linear layers keep no gathered weight; False: torch's own, which keep "
-            "weights until backward; on one rank losses are then plain training's bits",
+            "weights until backward; on one rank, losses are then bitwise those of plain training",
             choices=(True, False),
         ),
     ),

@@ -79,10 +79,10 @@ class Reducing:
         with torch.no_grad():
             self._on_gradient(param)
 
-    def _into(self, buffer: torch.Tensor, at: int, param: torch.nn.Parameter) -> None:
+    def _into(self, buffer: torch.Tensor, offset: int, param: torch.nn.Parameter) -> None:
         """Move a gradient to a place in ``buffer`` and free its own storage."""
         assert param.grad is not None
-        place = buffer.narrow(0, at, param.numel()).view_as(param)
+        place = buffer.narrow(0, offset, param.numel()).view_as(param)
         place.copy_(param.grad)
         param.grad = place
 
@@ -172,8 +172,8 @@ class ZeroNone(Reducing):
         flat = torch._utils._flatten_dense_tensors(grads)
         all_reduce(flat, self.group)
         flat.mul_(1.0 / self.ranks)
-        for grad, averaged in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
-            grad.copy_(averaged)
+        for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
+            grad.copy_(mean)
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
         torch._foreach_mul_([p.grad for p in self.params if p.grad is not None], factor)
@@ -211,11 +211,11 @@ class ZeroTwo(Reducing):
             p: (max(a, low) - a, min(b, high) - a) for p, (a, b) in self.span.items() if a < high and b > low
         }
         with torch.no_grad(), bench.place(""):
-            own = self.part.clone()
+            part_copy = self.part.clone()
         with torch.no_grad(), bench.place(self.state_on):
-            apart = bool(self.state_on) and bench.device != "cpu"
-            self.master = torch.nn.Parameter(own.to(torch.float32, copy=apart))
-            del own
+            on_host = bool(self.state_on) and bench.device != "cpu"
+            self.master = torch.nn.Parameter(part_copy.to(torch.float32, copy=on_host))
+            del part_copy
             if self.state_on:
                 self._keep_on_host(max(p.numel() for p in params))
             else:
@@ -236,10 +236,10 @@ class ZeroTwo(Reducing):
         count = sum(p.numel() for p in self.params)
         padding = [self.params[0].new_zeros(-count % alignment)] if count % alignment else []
         flat: torch.Tensor = torch._utils._flatten_dense_tensors([p.detach() for p in self.params] + padding)
-        at = 0
+        offset = 0
         for param in self.params:
-            param.data = flat.narrow(0, at, param.numel()).view_as(param)
-            at += param.numel()
+            param.data = flat.narrow(0, offset, param.numel()).view_as(param)
+            offset += param.numel()
         return flat
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
@@ -272,30 +272,30 @@ class ZeroTwo(Reducing):
     def _average(self, whole: torch.Tensor) -> None:
         """Average the gradients of all ranks in a copy, and copy this rank's part back."""
         whole.div_(self.ranks)
-        slices = [(owner, whole.narrow(0, at, count)) for owner, at, count in self._slices()]
+        slices = [(owner, whole.narrow(0, offset, count)) for owner, offset, count in self._slices()]
         copy = torch._utils._flatten_dense_tensors([s for _, s in slices])
         all_reduce(copy, self.group)
-        for (owner, kept), averaged in zip(slices, copy.split([s.numel() for _, s in slices]), strict=True):
+        for (owner, target), mean in zip(slices, copy.split([s.numel() for _, s in slices]), strict=True):
             if owner == self.rank:
-                kept.copy_(averaged)
+                target.copy_(mean)
 
     def _slices(self) -> Iterator[tuple[int, int, int]]:
         """Yield (owner, start, elements) of the pending gradients. Adjacent gradients of one owner are
         merged."""
-        at, held = 0, (-1, 0, 0)
+        offset, run = 0, (-1, 0, 0)
         for param in self.pending:
             start, end = self.span[param]
             while start < end:
                 owner = start // self.size
                 count = min(end, (owner + 1) * self.size) - start
-                if owner == held[0]:
-                    held = (owner, held[1], held[2] + count)
+                if owner == run[0]:
+                    run = (owner, run[1], run[2] + count)
                 else:
-                    if held[2]:
-                        yield held
-                    held = (owner, at, count)
-                at, start = at + count, start + count
-        yield held
+                    if run[2]:
+                        yield run
+                    run = (owner, offset, count)
+                offset, start = offset + count, start + count
+        yield run
 
     def _keep(self, param: torch.nn.Parameter) -> None:
         """Move what this rank needs of a gradient out of the bucket, which is reused."""
@@ -317,18 +317,18 @@ class ZeroTwo(Reducing):
         added to on the device."""
         (a, b), grad = self.mine[param], param.grad
         assert self.master.grad is not None and grad is not None
-        earlier = self.shards_gradients and self.micro_batch > 0
-        if earlier or not self.last:
+        has_sum = self.shards_gradients and self.micro_batch > 0
+        if has_sum or not self.last:
             if param not in self.gathered:
                 with self.bench.place("host"):
                     self.gathered[param] = torch.zeros(param.numel(), dtype=param.dtype)
-            if earlier:
+            if has_sum:
                 grad.view(-1).add_(self.spare[: param.numel()].copy_(self.gathered[param]))
             self.gathered[param].copy_(grad.view(-1))
         if self.last:
-            at, own = self.span[param][0] + a - self.rank * self.size, grad.view(-1)[a:b]
-            self.norms[param] = norm64(own)
-            self.master.grad.narrow(0, at, b - a).copy_(own.float())
+            offset, rank_part = self.span[param][0] + a - self.rank * self.size, grad.view(-1)[a:b]
+            self.norms[param] = norm64(rank_part)
+            self.master.grad.narrow(0, offset, b - a).copy_(rank_part.float())
             param.grad = None
 
     def _after_backward(self) -> None:
@@ -341,19 +341,19 @@ class ZeroTwo(Reducing):
                         self._add(param)
             self._reduce()
             if not self.state_on:
-                fresh = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.mine]
-                for held, more in zip(self.held, fresh, strict=False):
-                    held.add_(more)
-                self.held = self.held or fresh
+                new_grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.mine]
+                for total, grad in zip(self.held, new_grads, strict=False):
+                    total.add_(grad)
+                self.held = self.held or new_grads
             self.buffers, self.own = [], None
             self.zero_grad()
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
         if self.state_on:
             assert self.master.grad is not None
-            first = self.rank * self.size
+            part_start = self.rank * self.size
             for param, (a, b) in self.mine.items():
-                yield param, a, self.master.grad.narrow(0, self.span[param][0] + a - first, b - a)
+                yield param, a, self.master.grad.narrow(0, self.span[param][0] + a - part_start, b - a)
         elif self.held:
             starts = (a for a, _ in self.mine.values())
             yield from zip(self.mine, starts, self._parts(), strict=True)

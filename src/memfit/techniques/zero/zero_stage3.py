@@ -41,20 +41,20 @@ class ZeroThree(Reducing):
         self.norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         with torch.no_grad():
             self.shards = shards = Shards(bench, params, settings, group)
-            own = shards.flat
+            flat = shards.flat
             with bench.place(self.state_on):
-                self.master = torch.nn.Parameter(own.float().clone())
+                self.master = torch.nn.Parameter(flat.float().clone())
                 if self.state_on:
                     self.master.grad = torch.zeros_like(self.master)
                 torch.zeros_like(self.master)
             with bench.place(""):
-                self.buffer = torch.empty(self.limit, dtype=own.dtype)
+                self.buffer = torch.empty(self.limit, dtype=flat.dtype)
             with bench.place(self.state_on):
-                self.grads = torch.zeros_like(own)
+                self.grads = torch.zeros_like(flat)
             for param in params:  # so that its gradient's shape is known
                 shards.gather([param])
                 shards.let_go([param])
-        bench.on_kept(own, "parameter")
+        bench.on_kept(flat, "parameter")
         bench.on_kept(self.grads, "gradient")
         bench.closers.append(bench.model.register_forward_pre_hook(lambda *_: shards.begin()).remove)
         linear = LinearPatch() if settings["memory_efficient_linear"] else None
@@ -94,8 +94,8 @@ class ZeroThree(Reducing):
         """Reduce and scatter a copy of the gradients in which each rank's pieces are adjacent."""
         pending = sorted(self.pending, key=self.shards.number.__getitem__)
         sizes = [self.shards.size[p] for p in pending]
-        own = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
-        for param, part in zip(pending, own.split(sizes), strict=True):
+        rank_part = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
+        for param, part in zip(pending, rank_part.split(sizes), strict=True):
             self._keep(param, part)
         self.pending, self.elements = [], 0
 
@@ -114,22 +114,22 @@ class ZeroThree(Reducing):
             ]
             whole = torch.cat(pieces)
         whole.div_(self.ranks)
-        own = whole.narrow(0, self.rank * sum(sizes), sum(sizes))
+        rank_part = whole.narrow(0, self.rank * sum(sizes), sum(sizes))
         if self.ranks > 1:
-            self.group._reduce_scatter_base(own, whole, ReduceScatterOptions()).wait()
-        return own
+            self.group._reduce_scatter_base(rank_part, whole, ReduceScatterOptions()).wait()
+        return rank_part
 
     def _keep(self, param: torch.nn.Parameter, part: torch.Tensor) -> None:
-        kept, apart = self.shards.of(param, self.grads), bool(self.state_on) and self.bench.device != "cpu"
+        total, on_host = self.shards.of(param, self.grads), bool(self.state_on) and self.bench.device != "cpu"
         if self.micro_batch == 0:
-            kept.copy_(part)
-        elif apart:
-            kept.copy_(part.clone().add_(part))  # the sum comes to the device and goes back
+            total.copy_(part)
+        elif on_host:
+            total.copy_(part.clone().add_(part))  # the sum comes to the device and goes back
         else:
-            kept.add_(part)
+            total.add_(part)
         if self.state_on and self.last:
             with self.bench.place(""):
-                grad = kept.clone() if apart else kept
+                grad = total.clone() if on_host else total
                 self.norms[param] = norm64(grad)
                 assert self.master.grad is not None
                 self.shards.of(param, self.master.grad).copy_(grad.float())
@@ -181,12 +181,12 @@ class Shards:
         group: Group,
     ) -> None:
         self.bench, self.group, self.ranks = bench, group, group.size()
-        every = list(bench.model.parameters())
-        self.number = {p: i for i, p in enumerate(every)}
-        self.shape = {p: p.shape for p in every}
-        self.size = {p: -(-p.numel() // self.ranks) for p in every}
+        params = list(bench.model.parameters())
+        self.number = {p: i for i, p in enumerate(params)}
+        self.shape = {p: p.shape for p in params}
+        self.size = {p: -(-p.numel() // self.ranks) for p in params}
         threshold, self.offload = int(settings["persist_elements"]), settings["offload"] == "parameters"
-        self.persistent = dict.fromkeys(p for p in every if p.numel() <= threshold)
+        self.persistent = dict.fromkeys(p for p in params if p.numel() <= threshold)
         self.most_live, self.ahead = int(settings["live_elements"]), int(settings["prefetch_elements"])
         self.whole: set[torch.nn.Parameter] = set()
         self.flying: dict[torch.nn.Parameter, Flight] = {}  # being gathered, or gathered and not used yet
@@ -197,32 +197,32 @@ class Shards:
         # Modules of this micro-batch in order, while the order is recorded.
         self.visits: list[torch.nn.Module] | None = None
         self.order: list[torch.nn.Module] = []  # the known order
-        self.shard = {p: self._cut(p) for p in every}
+        self.shard = {p: self._cut(p) for p in params}
         self.place: dict[torch.nn.Parameter, int] = {}
         self.flat = self._flattened(trained)
-        for param in every:  # for code that inspects what a rank holds
+        for param in params:  # for code that inspects what a rank holds
             param.whole_shape, param.shard = self.shape[param], self.shard[param]  # type: ignore[attr-defined]
         self.begin()
 
     def _cut(self, param: torch.nn.Parameter) -> torch.Tensor:
         on_host = self.offload and param not in self.persistent
         with self.bench.place("host" if on_host else ""):
-            own = torch.empty(self.size[param], dtype=param.dtype)
+            shard = torch.empty(self.size[param], dtype=param.dtype)
         start = min(self.group.rank() * self.size[param], param.numel())
-        given = param.detach().view(-1)[start : start + self.size[param]]
-        own[: given.numel()].copy_(given)
-        own[given.numel() :].zero_()
+        elements = param.detach().view(-1)[start : start + self.size[param]]
+        shard[: elements.numel()].copy_(elements)
+        shard[elements.numel() :].zero_()
         param.data = torch.empty(0, dtype=param.dtype)
-        return own
+        return shard
 
     def _flattened(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
         """Copy pieces one by one into a buffer on the host, which then moves to the device."""
         with self.bench.place("host"):
             flat = torch.empty(sum(self.size[p] for p in trained), dtype=trained[0].dtype)
-        at = 0
+        offset = 0
         for param in trained:
-            self.place[param] = at
-            at += self.size[param]
+            self.place[param] = offset
+            offset += self.size[param]
             self.of(param, flat).copy_(self.shard[param])
             del self.shard[param]
         if not self.offload and self.bench.device != "cpu":
@@ -257,8 +257,8 @@ class Shards:
                 self._free(param)
 
     def _of(self, module: torch.nn.Module) -> list[torch.nn.Parameter]:
-        own = {*module.parameters(recurse=False), *self.others[module]}
-        return sorted(own, key=self.number.__getitem__)
+        params = {*module.parameters(recurse=False), *self.others[module]}
+        return sorted(params, key=self.number.__getitem__)
 
     def read(self, param: torch.nn.Parameter) -> None:
         """Gather a parameter that the running module reads, possibly of another module. From now on it is
@@ -275,54 +275,57 @@ class Shards:
             self.order, self.queue, self.visits = [], deque(), None
         if self.visits is not None:
             self.visits.append(module)
-        needed = self._of(module)
+        params = self._of(module)
         with torch.no_grad():
-            self._send([p for p in needed if p not in self.whole and p not in self.flying])
-            for param in needed:
+            self._send([p for p in params if p not in self.whole and p not in self.flying])
+            for param in params:
                 self.active[param].add(module)
                 if param in self.flying:
                     self._land(param)
             if self.order:
-                self._prefetch(needed)
+                self._prefetch(params)
         self.at += 1
 
-    def _prefetch(self, needed: list[torch.nn.Parameter]) -> None:
+    def _prefetch(self, module_params: list[torch.nn.Parameter]) -> None:
         """Start gathering what comes next, in the order in which it will be used."""
-        new = {p for p in needed if self.latest[p] < self.at}
-        seen: set[torch.nn.Parameter] = set()
-        while self.queue and len(seen) < len(new):
+        new_params = {p for p in module_params if self.latest[p] < self.at}
+        used_params: set[torch.nn.Parameter] = set()
+        while self.queue and len(used_params) < len(new_params):
             param, self.latest[param] = self.queue.popleft()
-            seen.add(param)
-        room, wanted = min(self.most_live - self.live, self.ahead), dict[torch.nn.Parameter, None]()
-        while self.queue and room > 0:
-            param, at = self.queue.popleft()
-            self.latest[param] = max(self.latest[param], at)
-            if param not in self.whole and param not in self.flying and param not in wanted:
-                wanted[param] = None
-                room -= math.prod(self.shape[param])
-        self._send(sorted(wanted, key=self.number.__getitem__))
+            used_params.add(param)
+        elements_left, next_params = (
+            min(self.most_live - self.live, self.ahead),
+            dict[torch.nn.Parameter, None](),
+        )
+        while self.queue and elements_left > 0:
+            param, position = self.queue.popleft()
+            self.latest[param] = max(self.latest[param], position)
+            if param not in self.whole and param not in self.flying and param not in next_params:
+                next_params[param] = None
+                elements_left -= math.prod(self.shape[param])
+        self._send(sorted(next_params, key=self.number.__getitem__))
 
     def release(self, module: torch.nn.Module) -> None:
         """Free the parameters of a module that has run, unless they are kept for reuse."""
-        own = self._of(module)
-        kept = self._kept(own) if self.order else set()
-        for param in own:
+        params = self._of(module)
+        kept_params = self._kept(params) if self.order else set()
+        for param in params:
             self.active[param].discard(module)
-            if param not in kept:
+            if param not in kept_params:
                 self._free(param)
 
-    def _kept(self, own: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
+    def _kept(self, module_params: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
         """Return the parameters to keep: persistent ones, and those that are used again within the limit for
         reuse."""
-        soon = set(self.persistent) | {p for p in own if self.latest[p] > self.at}
+        kept_params = set(self.persistent) | {p for p in module_params if self.latest[p] > self.at}
         elements = 0
         for module in self.order[self.at :]:
             if elements >= self.most_live:
                 break
             for param in self._of(module):
-                soon.add(param)
+                kept_params.add(param)
                 elements += math.prod(self.shape[param])
-        return soon
+        return kept_params
 
     def _free(self, param: torch.nn.Parameter) -> None:
         if param in self.whole and not self.active[param]:
@@ -358,17 +361,17 @@ class Shards:
             self._be_whole(params)
             return
         flat = torch.empty(sum(self.size[p] for p in params) * self.ranks, dtype=params[0].dtype)
-        own = flat.chunk(self.ranks)[self.group.rank()] if len(params) > 1 else self.shard[params[0]]
+        rank_part = flat.chunk(self.ranks)[self.group.rank()] if len(params) > 1 else self.shard[params[0]]
         if len(params) > 1:
-            torch.cat([self.shard[p] for p in params], out=own)
-        flight = Flight(params, flat, all_gather(flat, own, self.group))
+            torch.cat([self.shard[p] for p in params], out=rank_part)
+        flight = Flight(params, flat, all_gather(flat, rank_part, self.group))
         self.flying.update(dict.fromkeys(params, flight))
 
     def _be_whole(self, params: list[torch.nn.Parameter]) -> None:
         """On one rank, use the pieces as the whole parameters."""
         for param in params:
-            apart = self.offload and self.bench.device != "cpu"
-            self._arrived(param, self.shard[param].clone() if apart else self.shard[param])
+            on_host = self.offload and self.bench.device != "cpu"
+            self._arrived(param, self.shard[param].clone() if on_host else self.shard[param])
 
     def _land(self, param: torch.nn.Parameter) -> None:
         """Wait for the gather of a parameter. The first one that is needed completes all of its gather; the
@@ -382,17 +385,19 @@ class Shards:
         if len(flight.params) == 1:
             self._arrived(param, flight.flat)
             return
-        at, rows = 0, flight.flat.view(self.ranks, -1)
-        for one in flight.params:
-            size, count = self.size[one], math.prod(self.shape[one])
+        offset, rows = 0, flight.flat.view(self.ranks, -1)
+        for member in flight.params:
+            size, count = self.size[member], math.prod(self.shape[member])
             if count == size * self.ranks:
-                together = rows[:, at : at + size].clone(memory_format=torch.contiguous_format).view(-1)
+                flat_param = (
+                    rows[:, offset : offset + size].clone(memory_format=torch.contiguous_format).view(-1)
+                )
             else:
-                pieces = [rows[r, at : at + min(size, count - r * size)] for r in range(self.ranks)]
-                together = torch.cat([p for p in pieces if p.numel()])
-            self._arrived(one, together)
-            del together
-            at += size
+                pieces = [rows[r, offset : offset + min(size, count - r * size)] for r in range(self.ranks)]
+                flat_param = torch.cat([p for p in pieces if p.numel()])
+            self._arrived(member, flat_param)
+            del flat_param
+            offset += size
 
     def _arrived(self, param: torch.nn.Parameter, flat: torch.Tensor) -> None:
         shape = self.shape[param]
@@ -410,5 +415,5 @@ class Flight:
 def piece(flat: torch.Tensor, size: int, rank: int) -> list[torch.Tensor]:
     """Return a rank's piece of a flat tensor, and the padding up to ``size`` if it is shorter."""
     start = min(rank * size, flat.numel())
-    own = flat[start : start + size]
-    return [own] if own.numel() == size else [own, flat.new_zeros(size - own.numel())]
+    elements = flat[start : start + size]
+    return [elements] if elements.numel() == size else [elements, flat.new_zeros(size - elements.numel())]

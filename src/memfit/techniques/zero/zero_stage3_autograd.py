@@ -14,11 +14,11 @@ from torch.utils import _pytree
 def watch_reads(module: torch.nn.Module, read: Callable[[Any], None]) -> Callable[[], None]:
     """Call ``read`` with each of the module's parameters that is read by name. Return a function that ends
     this."""
-    plain = module._parameters
-    module._parameters = _Parameters(plain, read)
+    original = module._parameters
+    module._parameters = _Parameters(original, read)
 
     def end() -> None:
-        module._parameters = plain
+        module._parameters = original
 
     return end
 
@@ -29,10 +29,10 @@ class _Parameters(dict[str, Any]):
         self.read = read
 
     def __getitem__(self, name: str) -> Any:
-        found = super().__getitem__(name)
-        if found is not None:
-            self.read(found)
-        return found
+        param = super().__getitem__(name)
+        if param is not None:
+            self.read(param)
+        return param
 
 
 _PLAIN = functional.linear

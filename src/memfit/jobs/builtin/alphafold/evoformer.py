@@ -61,10 +61,10 @@ class Attention(nn.Module):
         del query, key
         for bias in biases:
             logits += bias  # in place: a product's result is not kept for backward
-        mixed = logits.softmax(-1) @ value
+        context = logits.softmax(-1) @ value
         del logits, value
-        mixed = mixed.transpose(-2, -3).flatten(-2)
-        return self.out(torch.sigmoid(self.gate(x)) * mixed)  # type: ignore[no-any-return]
+        context = context.transpose(-2, -3).flatten(-2)
+        return self.out(torch.sigmoid(self.gate(x)) * context)  # type: ignore[no-any-return]
 
 
 class GlobalAttention(nn.Module):
@@ -81,13 +81,13 @@ class GlobalAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         x = self.norm(x)
-        held = mask.unsqueeze(-1)
-        mean = (x * held).sum(-2) / (held.sum(-2) + 1e-5)
+        weights = mask.unsqueeze(-1)
+        mean = (x * weights).sum(-2) / (weights.sum(-2) + 1e-5)
         query = (self.query(mean) * self.scale).unflatten(-1, (self.heads, -1))
         logits = query @ self.key(x).transpose(-1, -2) + ((mask - 1) * -MASKED).unsqueeze(-2)
-        mixed = logits.softmax(-1) @ self.value(x)
+        context = logits.softmax(-1) @ self.value(x)
         gate = torch.sigmoid(self.gate(x)).unflatten(-1, (self.heads, -1))
-        return self.out((gate * mixed.unsqueeze(-3)).flatten(-2))  # type: ignore[no-any-return]
+        return self.out((gate * context.unsqueeze(-3)).flatten(-2))  # type: ignore[no-any-return]
 
 
 class PairBias(nn.Module):
@@ -111,8 +111,8 @@ class RowAttention(Axial):
         self.bias = PairBias(nn.LayerNorm(widths.c_z), widths.c_z, widths.msa_heads)
 
     def forward(self, m: torch.Tensor, z: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        masked = ((rows - 1) * -MASKED)[:, :, None, None, :]
-        return self.attention(m, masked, self.across.gathered(self.bias(z), 3, z.shape[2]))  # type: ignore[no-any-return]
+        mask_bias = ((rows - 1) * -MASKED)[:, :, None, None, :]
+        return self.attention(m, mask_bias, self.across.gathered(self.bias(z), 3, z.shape[2]))  # type: ignore[no-any-return]
 
 
 class ColumnAttention(nn.Module):
@@ -125,10 +125,10 @@ class ColumnAttention(nn.Module):
         self.attention = kind(widths.c_m, widths.msa_heads, widths.msa_head_width)
 
     def forward(self, m: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        columns, held = m.transpose(1, 2), rows.transpose(1, 2)
+        columns, column_mask = m.transpose(1, 2), rows.transpose(1, 2)
         if not self.one_query:
-            held = ((held - 1) * -MASKED)[:, :, None, None, :]
-        return self.attention(columns, held).transpose(1, 2)  # type: ignore[no-any-return]
+            column_mask = ((column_mask - 1) * -MASKED)[:, :, None, None, :]
+        return self.attention(columns, column_mask).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class Transition(nn.Module):
@@ -165,10 +165,10 @@ class OuterProductMean(Axial):
         self.product = OuterProduct(widths.outer, widths.c_z)
 
     def forward(self, m: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        m, own = self.norm(m), self.across.own(rows, 2)
-        held = own.unsqueeze(-1)
-        product = self.product(self.left(m) * held, self.right(m) * held, rows.shape[2])
-        count = torch.einsum("bsi,bsj->bij", own, rows).unsqueeze(-1)
+        m, own_rows = self.norm(m), self.across.own(rows, 2)
+        weights = own_rows.unsqueeze(-1)
+        product = self.product(self.left(m) * weights, self.right(m) * weights, rows.shape[2])
+        count = torch.einsum("bsi,bsj->bij", own_rows, rows).unsqueeze(-1)
         return product / (count + _COUNT_EPS)  # type: ignore[no-any-return]
 
 
@@ -194,13 +194,13 @@ class TriangleMultiplication(Axial):
         self.gate, self.out = nn.Linear(widths.c_z, widths.c_z), nn.Linear(widths.triangle, widths.c_z)
 
     def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-        z, held = self.norm(z), self.across.own(pairs, 1).unsqueeze(-1)
+        z, pair_mask = self.norm(z), self.across.own(pairs, 1).unsqueeze(-1)
         if self.outgoing:
             product = self.across.product(
-                "bikc,bjkc->bijc", self.left(z, held), self.right(z, held), 1, z.shape[2]
+                "bikc,bjkc->bijc", self.left(z, pair_mask), self.right(z, pair_mask), 1, z.shape[2]
             )
         else:  # each rank has a part of what is summed over
-            product = torch.einsum("bkic,bkjc->bijc", self.left(z, held), self.right(z, held))
+            product = torch.einsum("bkic,bkjc->bijc", self.left(z, pair_mask), self.right(z, pair_mask))
             product = self.across.summed(product, 1)
         return torch.sigmoid(self.gate(z)) * self.out(self.norm_out(product))  # type: ignore[no-any-return]
 
@@ -218,8 +218,8 @@ class TriangleAttention(Axial):
         length = z.shape[2]
         if not self.starting:
             z, pairs = self.across.turned(z, 1, 2, length).transpose(1, 2), pairs.transpose(1, 2)
-        masked = ((self.across.own(pairs, 1) - 1) * -MASKED)[:, :, None, None, :]
-        out = self.attention(z, masked, self.across.gathered(self.bias(z), 3, length))
+        mask_bias = ((self.across.own(pairs, 1) - 1) * -MASKED)[:, :, None, None, :]
+        out = self.attention(z, mask_bias, self.across.gathered(self.bias(z), 3, length))
         return out if self.starting else self.across.turned(out.transpose(1, 2), 2, 1, length)
 
 
@@ -310,31 +310,31 @@ class Templates(Axial):
     def forward(
         self, z: torch.Tensor, pairs: torch.Tensor, templates: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
-        embedded: list[torch.Tensor] = []
-        for one in templates.unbind(1):
-            t = self.embed(self.across.own(one, 1))
+        template_embeddings: list[torch.Tensor] = []
+        for template in templates.unbind(1):
+            t = self.embed(self.across.own(template, 1))
             for block in self.blocks:
                 t = block(t, pairs)
-            embedded.append(self.norm(t))
-        t = torch.stack(embedded, dim=-2)  # (batch, i, j, templates, c_t)
+            template_embeddings.append(self.norm(t))
+        t = torch.stack(template_embeddings, dim=-2)  # (batch, i, j, templates, c_t)
         query = self.query(z).unflatten(-1, (self.heads, -1)).unsqueeze(-2) * self.scale
         key, value = (p(t).unflatten(-1, (self.heads, -1)).transpose(-2, -3) for p in (self.key, self.value))
         logits = query @ key.transpose(-1, -2) + ((real - 1) * -MASKED)[:, None, None, None, None, :]
-        mixed = (logits.softmax(-1) @ value).squeeze(-2).flatten(-2)
-        return self.out(mixed) * real.amax(-1)[:, None, None, None]  # type: ignore[no-any-return]
+        context = (logits.softmax(-1) @ value).squeeze(-2).flatten(-2)
+        return self.out(context) * real.amax(-1)[:, None, None, None]  # type: ignore[no-any-return]
 
 
 def relative_positions(own: torch.Tensor, index: torch.Tensor, reach: int) -> torch.Tensor:
     """Algorithm 4's one-hot (batch, own, residues, 2 reach + 1) of clipped differences of index."""
-    apart = (own[:, :, None] - index[:, None, :]).clamp(-reach, reach) + reach
-    return functional.one_hot(apart, 2 * reach + 1).float()
+    offsets = (own[:, :, None] - index[:, None, :]).clamp(-reach, reach) + reach
+    return functional.one_hot(offsets, 2 * reach + 1).float()
 
 
 def binned(squared: torch.Tensor, least: float, most: float, bins: int) -> torch.Tensor:
     """One-hot of the nearest of ``bins`` places from ``least`` to ``most`` Angstrom (algorithms 32 and 5; the
     published code has other places, and none for what is nearer than its first)."""
-    places = torch.linspace(least, most, bins, device=squared.device)
-    between, no_end = ((places[1:] + places[:-1]) / 2) ** 2, places.new_full((1,), torch.inf)
-    above: Any = torch.cat([-no_end, between])
-    below: Any = torch.cat([between, no_end])
-    return ((squared[..., None] > above) & (squared[..., None] <= below)).float()  # type: ignore[no-any-return]
+    centres = torch.linspace(least, most, bins, device=squared.device)
+    edges, infinity = ((centres[1:] + centres[:-1]) / 2) ** 2, centres.new_full((1,), torch.inf)
+    lower_edges: Any = torch.cat([-infinity, edges])
+    upper_edges: Any = torch.cat([edges, infinity])
+    return ((squared[..., None] > lower_edges) & (squared[..., None] <= upper_edges)).float()  # type: ignore[no-any-return]

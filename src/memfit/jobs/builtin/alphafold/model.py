@@ -105,8 +105,8 @@ class InputEmbedder(Axial):
         self, target: torch.Tensor, msa: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         z = self.left(self.across.own(target, 1)).unsqueeze(2) + self.right(target).unsqueeze(1)
-        own = self.across.own(index, 1)
-        z = z + self.position(relative_positions(own, index, _REACH).to(target.dtype))
+        own_index = self.across.own(index, 1)
+        z = z + self.position(relative_positions(own_index, index, _REACH).to(target.dtype))
         return self.msa(msa) + self.target(target).unsqueeze(1), z
 
 
@@ -131,14 +131,14 @@ class Confidence(nn.Module):
 
     def __init__(self, c_s: int) -> None:
         super().__init__()
-        wide = min(128, c_s)
+        hidden_width = min(128, c_s)
         self.layers = nn.Sequential(
             nn.LayerNorm(c_s),
-            nn.Linear(c_s, wide),
+            nn.Linear(c_s, hidden_width),
             nn.ReLU(),
-            nn.Linear(wide, wide),
+            nn.Linear(hidden_width, hidden_width),
             nn.ReLU(),
-            nn.Linear(wide, CONFIDENCE_BINS),
+            nn.Linear(hidden_width, CONFIDENCE_BINS),
         )
 
     def forward(self, single: torch.Tensor) -> torch.Tensor:
@@ -157,8 +157,8 @@ class Heads(nn.Module):
     def forward(
         self, m: torch.Tensor, z: torch.Tensor, single: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        half = self.distance(z)
-        return half + half.transpose(1, 2), self.residue(m), self.confidence(single)
+        half_logits = self.distance(z)
+        return half_logits + half_logits.transpose(1, 2), self.residue(m), self.confidence(single)
 
 
 class AlphaFold(Axial):
@@ -182,50 +182,51 @@ class AlphaFold(Axial):
         self.apply(_initialised)
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
-        given = dict(batch)
-        count, length = given["target"].shape[:2]
-        like, widths = given["target"], self.size.widths
-        first, z = (
-            like.new_zeros(count, length, widths.c_m),
-            like.new_zeros(count, self.across.size(length), length, widths.c_z),
+        features = dict(batch)
+        count, length = features["target"].shape[:2]
+        target, widths = features["target"], self.size.widths
+        first_row, z = (
+            target.new_zeros(count, length, widths.c_m),
+            target.new_zeros(count, self.across.size(length), length, widths.c_z),
         )
-        beta = like.new_zeros(count, length, 3)
+        beta = target.new_zeros(count, length, 3)
         with torch.no_grad():
             for _ in range(self.size.recycles):
-                out = self._pass(given, first, z, beta)
-                first, z, beta = out["first"], out["pairs"], out["beta"]
+                out = self._pass(features, first_row, z, beta)
+                first_row, z, beta = out["first"], out["pairs"], out["beta"]
                 del out
         # Casts of weights that autocast made without gradients must not serve the pass that has them.
         torch.clear_autocast_cache()
-        return self._pass(given, first, z, beta)
+        return self._pass(features, first_row, z, beta)
 
     def _pass(
-        self, given: dict[str, torch.Tensor], first: torch.Tensor, z: torch.Tensor, beta: torch.Tensor
+        self, features: dict[str, torch.Tensor], first_row: torch.Tensor, z: torch.Tensor, beta: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        mask = given["mask"]
+        mask = features["mask"]
         pairs = mask.unsqueeze(1) * mask.unsqueeze(2)
-        m, fresh = self.embed(given["target"], given["msa"], given["index"])
-        pairs, held = pairs.to(m.dtype), mask.to(m.dtype).unsqueeze(1)  # or they would widen what they mask
-        first, recycled = self.recycle(first, z, beta)
-        m, z = torch.cat([(m[:, 0] + first).unsqueeze(1), m[:, 1:]], dim=1), fresh + recycled
-        del fresh, recycled
-        rows, m = held.expand(m.shape[:3]), self.across.own(m, 1)
+        m, input_pairs = self.embed(features["target"], features["msa"], features["index"])
+        # Masks in a wider dtype would widen what they mask.
+        pairs, row_mask = pairs.to(m.dtype), mask.to(m.dtype).unsqueeze(1)
+        first_row, recycled_pairs = self.recycle(first_row, z, beta)
+        m, z = torch.cat([(m[:, 0] + first_row).unsqueeze(1), m[:, 1:]], dim=1), input_pairs + recycled_pairs
+        del input_pairs, recycled_pairs
+        rows, m = row_mask.expand(m.shape[:3]), self.across.own(m, 1)
         if self.template is not None:
-            z = z + self.template(z, pairs, given["template"], given["template_mask"])
-        extra_rows = held.expand(given["extra"].shape[:3])
-        extra = self.embed_extra(self.across.own(given["extra"], 1))
+            z = z + self.template(z, pairs, features["template"], features["template_mask"])
+        extra_rows = row_mask.expand(features["extra"].shape[:3])
+        extra = self.embed_extra(self.across.own(features["extra"], 1))
         for block in self.extra:
             extra, z = block(extra, z, extra_rows, pairs)
         del extra
         for block in self.blocks:
             m, z = block(m, z, rows, pairs)
-        cut = z
+        sharded_pairs = z
         m, z = self.across.whole(m, 1, rows.shape[1]), self.across.whole(z, 1, rows.shape[2])
         single, rotations, translations, angles = self.structure(self.single(m[:, 0]), z, mask)
         distance, residue, confidence = self.heads(m, z, single)
         return {
             "first": m[:, 0],
-            "pairs": cut,
+            "pairs": sharded_pairs,
             "distance": distance,
             "residue": residue,
             "confidence": confidence,

@@ -36,16 +36,16 @@ class Frames(NamedTuple):
         return (points - self.translation.unsqueeze(-2)) @ self.rotation
 
     def then(self, update: Frames) -> Frames:
-        moved = (self.rotation @ update.translation.unsqueeze(-1)).squeeze(-1)
-        return Frames(self.rotation @ update.rotation, moved + self.translation)
+        translation = (self.rotation @ update.translation.unsqueeze(-1)).squeeze(-1)
+        return Frames(self.rotation @ update.rotation, translation + self.translation)
 
 
 def frames_of(atoms: torch.Tensor) -> Frames:
     """Algorithm 21 on (..., 3 atoms N CA C, 3): the origin is CA, C lies on the x axis."""
     n, ca, c = atoms.unbind(-2)
     x = functional.normalize(c - ca, dim=-1, eps=1e-6)
-    towards = n - ca
-    y = functional.normalize(towards - (x * towards).sum(-1, keepdim=True) * x, dim=-1, eps=1e-6)
+    to_nitrogen = n - ca
+    y = functional.normalize(to_nitrogen - (x * to_nitrogen).sum(-1, keepdim=True) * x, dim=-1, eps=1e-6)
     return Frames(torch.stack([x, y, torch.linalg.cross(x, y)], dim=-1), ca)
 
 
@@ -117,18 +117,18 @@ class InvariantPointAttention(nn.Module):
         query, key, value = (self._heads(p(s)) for p in (self.query, self.key, self.value))
         logits = (query @ key.transpose(-1, -2)) * math.sqrt(1 / (3 * w.head_width))
         logits = logits + math.sqrt(1 / 3) * self.bias(z).permute(0, 3, 1, 2)
-        from_, to = (self._points(p(s), frames) for p in (self.query_points, self.key_points))
-        squared = (from_.unsqueeze(3) - to.unsqueeze(2)).square().sum((-1, -2))
+        query_points, key_points = (self._points(p(s), frames) for p in (self.query_points, self.key_points))
+        squared = (query_points.unsqueeze(3) - key_points.unsqueeze(2)).square().sum((-1, -2))
         weight = functional.softplus(self.head_weight) * math.sqrt(1 / (3 * 4.5 * w.query_points))
         logits = logits - 0.5 * weight[:, None, None] * squared
-        seen = mask.unsqueeze(1) * mask.unsqueeze(2)
-        weights = (logits + ((seen - 1) * -MASKED).unsqueeze(1)).softmax(-1)
-        mixed = (weights @ value).transpose(1, 2).flatten(-2)
+        pair_mask = mask.unsqueeze(1) * mask.unsqueeze(2)
+        weights = (logits + ((pair_mask - 1) * -MASKED).unsqueeze(1)).softmax(-1)
+        context = (weights @ value).transpose(1, 2).flatten(-2)
         points = torch.einsum("bhij,bhjpx->bihpx", weights, self._points(self.value_points(s), frames))
         points = frames.invert(points.flatten(2, 3))
         length = (points.square().sum(-1) + 1e-8).sqrt()
-        paired = torch.einsum("bhij,bijc->bihc", weights, z).flatten(-2)
-        return self.out(torch.cat([mixed, points.flatten(-2), length, paired], -1))  # type: ignore[no-any-return]
+        pair_context = torch.einsum("bhij,bijc->bihc", weights, z).flatten(-2)
+        return self.out(torch.cat([context, points.flatten(-2), length, pair_context], -1))  # type: ignore[no-any-return]
 
 
 class Angles(nn.Module):
@@ -136,13 +136,18 @@ class Angles(nn.Module):
 
     def __init__(self, widths: StructureWidths) -> None:
         super().__init__()
-        wide = widths.angle_width
-        self.first, self.initial = nn.Linear(widths.c_s, wide), nn.Linear(widths.c_s, wide)
+        hidden_width = widths.angle_width
+        self.first, self.initial = nn.Linear(widths.c_s, hidden_width), nn.Linear(widths.c_s, hidden_width)
         self.residual = nn.ModuleList(
-            nn.Sequential(nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, wide))
+            nn.Sequential(
+                nn.ReLU(),
+                nn.Linear(hidden_width, hidden_width),
+                nn.ReLU(),
+                nn.Linear(hidden_width, hidden_width),
+            )
             for _ in range(2)
         )
-        self.out = nn.Linear(wide, 2 * widths.angles)
+        self.out = nn.Linear(hidden_width, 2 * widths.angles)
 
     def forward(self, s: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
         a = self.first(functional.relu(s)) + self.initial(functional.relu(initial))
@@ -179,17 +184,17 @@ class StructureModule(nn.Module):
         z, s = self.norm_z(z), self.first(s)
         rotation = torch.eye(3, dtype=s.dtype, device=s.device).expand(*s.shape[:2], 3, 3)
         frames = Frames(rotation, s.new_zeros(*s.shape[:2], 3))
-        kept: list[tuple[torch.Tensor, ...]] = []
+        history: list[tuple[torch.Tensor, ...]] = []
         for index in range(self.iterations):
             s = s + self.attention(s, z, *frames, mask)
             s = self.norm_attention(self.dropout(s))
             s = self.norm_transition(self.dropout(s + self.transition(s)))
             step = self.update(s)
             frames = frames.then(Frames(rotation_of(step[..., :3]), step[..., 3:] * SCALE))
-            kept.append((*frames, self.angles(s, initial)))
+            history.append((*frames, self.angles(s, initial)))
             if index < self.iterations - 1:
                 frames = Frames(frames.rotation.detach(), frames.translation)
-        rotations, translations, angles = (torch.stack(k) for k in zip(*kept, strict=True))
+        rotations, translations, angles = (torch.stack(k) for k in zip(*history, strict=True))
         return Structure(s, rotations, translations, angles)
 
 
@@ -205,8 +210,8 @@ def fape(
 ) -> torch.Tensor:
     """Algorithm 28, (batch,): the mean over frames (batch, n) and points (batch, k, 3) of the error of points
     seen from frames, in units of 10 Angstrom. ``held``: masks (batch, n) and (batch, k)."""
-    seen = predicted.invert(points.unsqueeze(1)) - true.invert(true_points.unsqueeze(1))
-    error = (seen.square().sum(-1) + _EPS).sqrt()
+    differences = predicted.invert(points.unsqueeze(1)) - true.invert(true_points.unsqueeze(1))
+    error = (differences.square().sum(-1) + _EPS).sqrt()
     error = CLAMPED_SHARE * error.clamp(max=CLAMP) + (1 - CLAMPED_SHARE) * error
     weight = held[0].unsqueeze(2) * held[1].unsqueeze(1)
     return (error * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1) / SCALE
@@ -215,9 +220,9 @@ def fape(
 def torsion_loss(angles: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
     """Algorithm 27, (batch,): true (batch, residues, angles, 2) where ``held`` (batch, residues, angles)."""
     length = (angles.square().sum(-1) + 1e-8).sqrt()
-    apart = (angles / length.unsqueeze(-1) - true).square().sum(-1)
+    deviation = (angles / length.unsqueeze(-1) - true).square().sum(-1)
     count = held.sum((1, 2)).clamp(min=1)
-    return (((apart + 0.02 * (length - 1).abs()) * held).sum((-1, -2)) / count).mean(0)
+    return (((deviation + 0.02 * (length - 1).abs()) * held).sum((-1, -2)) / count).mean(0)
 
 
 def torsions(atoms: torch.Tensor, follows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,26 +236,30 @@ def torsions(atoms: torch.Tensor, follows: torch.Tensor) -> tuple[torch.Tensor, 
     omega = _dihedral(before(ca), before(c), n, ca)
     phi = _dihedral(before(c), n, ca, c)
     after = torch.cat([n[:, 1:], n[:, -1:]], dim=1)
-    continued = torch.cat([follows[:, 1:], torch.zeros_like(follows[:, :1])], dim=1)
+    next_mask = torch.cat([follows[:, 1:], torch.zeros_like(follows[:, :1])], dim=1)
     psi = _dihedral(n, ca, c, after)
-    return torch.stack([omega, phi, psi], dim=2), torch.stack([follows, follows, continued], dim=2)
+    return torch.stack([omega, phi, psi], dim=2), torch.stack([follows, follows, next_mask], dim=2)
 
 
 def _dihedral(*points: torch.Tensor) -> torch.Tensor:
     a, b, c = (points[i + 1] - points[i] for i in range(3))
-    one, two = torch.linalg.cross(a, b), torch.linalg.cross(b, c)
-    sine = (torch.linalg.cross(one, two) * functional.normalize(b, dim=-1, eps=1e-6)).sum(-1)
-    return functional.normalize(torch.stack([sine, (one * two).sum(-1)], dim=-1), dim=-1, eps=1e-6)
+    first_normal, second_normal = torch.linalg.cross(a, b), torch.linalg.cross(b, c)
+    sine = (torch.linalg.cross(first_normal, second_normal) * functional.normalize(b, dim=-1, eps=1e-6)).sum(
+        -1
+    )
+    return functional.normalize(
+        torch.stack([sine, (first_normal * second_normal).sum(-1)], dim=-1), dim=-1, eps=1e-6
+    )
 
 
 def lddt(points: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
     """Per residue (batch, residues), 0 to 1: the share of distances under 15 Angstrom that are kept within
     0.5, 1, 2 and 4 Angstrom (Mariani et al. 2013), of CA positions (batch, residues, 3)."""
-    apart, truly = _distances(points), _distances(true)
-    count = held.unsqueeze(1) * held.unsqueeze(2) * (truly < 15.0)
+    distances, true_distances = _distances(points), _distances(true)
+    count = held.unsqueeze(1) * held.unsqueeze(2) * (true_distances < 15.0)
     count = count * (1 - torch.eye(count.shape[1], device=count.device))
-    off: Any = (apart - truly).abs().unsqueeze(-1) < off_limits(truly)
-    return (off.float().mean(-1) * count).sum(-1) / count.sum(-1).clamp(min=1)  # type: ignore[no-any-return]
+    within_limits: Any = (distances - true_distances).abs().unsqueeze(-1) < off_limits(true_distances)
+    return (within_limits.float().mean(-1) * count).sum(-1) / count.sum(-1).clamp(min=1)  # type: ignore[no-any-return]
 
 
 def off_limits(like: torch.Tensor) -> torch.Tensor:
