@@ -111,7 +111,7 @@ def _with(peer: Peer, source: str, folder: Path, asked: Sequence[tuple[Row, Ques
         except subprocess.TimeoutExpired:
             failed = f"it failed: no answer in {LIMIT_S:.0f} s"
         except subprocess.CalledProcessError as error:
-            stage = "it failed" if "peers.ask" in error.cmd else "not installed"
+            stage = "it failed" if "peers.adapters" in error.cmd else "not installed"
             failed = f"{stage}: {_reason(error.stderr or str(error))}"
         except (OSError, IndexError, ValueError) as error:
             failed = f"it failed: {error}"
@@ -130,7 +130,7 @@ def ask(python: str, peer: str, source: str, questions: Sequence[Question]) -> d
     path = [str(HERE.parent / "src"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [python, "-W", "ignore", "-m", "peers.ask", peer, source],
+        [python, "-W", "ignore", "-m", "peers.adapters", peer, source],
         env=env,
         check=True,
         capture_output=True,

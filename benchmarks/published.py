@@ -28,10 +28,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from published.held_out import study
-from published.pace import held_out_in_words, sweep_in_words, time_in_words
 from published.page import HEADER, in_words, line, page
 from published.rows import read
 from published.score import Scored, score, summaries, sweeps, times
+from published.step_time_page import held_out_in_words, sweep_in_words, time_in_words
 
 from memfit.store.environment import fingerprint
 from memfit.types.errors import UserError

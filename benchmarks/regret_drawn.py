@@ -37,7 +37,7 @@ from memfit.workflows import proof_of_concept
 FOLDER = Path(__file__).parent
 DRAWS, RECORDS = FOLDER / "records" / "regret_draws.json", FOLDER / "records" / "regret_drawn.jsonl"
 PAGE = FOLDER / "regret_drawn.md"
-ROUNDS, STEPS, WARM_UP, MEASURE_S = 3, 6, 2, 75.0
+ROUNDS, STEPS, WARM_UP, MEASURE_S = 3, 6, 2, 150.0
 # Widths, depths, lengths (sides, nodes) and batches; a step of each takes 0.05 to 1 s on two processors.
 SIZES: dict[str, tuple[tuple[int, ...], ...]] = {
     "gpt": ((128, 192, 256), (4, 6, 8), (64, 128), (8, 16)),

@@ -8,34 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from architectures.attention import evoformer, moe_dense, moe_index, perceiver, several, swin
-from architectures.convolutions import conv3d, resnet, unet
-from architectures.fields import fno, force_field, gnn
+from architectures.convolutions import conv3d, convnext, resnet, unet
+from architectures.fields import fno, force_field, gnn, radiance, rollout, siren, spectral
+from architectures.generative import adversaries, diffusion, glow, neural_ode, vae
+from architectures.graphs import deep_sets, equivariant, graph_transformer, schnet, set_transformer
 from architectures.hugging_face import bert, esm, gpt2, llama, t5, vit
-from architectures.second import (
-    convnext,
+from architectures.recommender import clicks
+from architectures.sequences import (
+    compiled,
     crf_tagger,
-    deep_sets,
-    graph_transformer,
-    mlp_mixer,
-    neural_ode,
-    schnet,
-    set_transformer,
-    siren,
-    vae,
+    custom,
+    gru,
+    lstm,
+    mamba,
+    packed,
+    selective,
+    speech,
+    tied,
+    translator,
     wavenet,
 )
-from architectures.sequences import compiled, custom, gru, lstm, mamba, packed, tied
-from architectures.third import clicks, diffusion, equivariant, glow, selective, translator
-from architectures.third_signals import (
-    adversaries,
-    crops,
-    detector,
-    masked,
-    radiance,
-    rollout,
-    spectral,
-    speech,
-)
+from architectures.vision import crops, detector, masked, mlp_mixer
 from memfit.types.job import Job
 
 __all__ = ["FIRST_SET", "SECOND_SET", "THIRD_SET"]

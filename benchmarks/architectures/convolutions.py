@@ -104,3 +104,29 @@ def conv3d() -> Job:
         to_class,
         rows=4,
     )
+
+
+class NextBlock(nn.Module):
+    """ConvNeXt: depthwise 7x7, LayerNorm over channels, widened GELU, layer scale (Liu et al. 2022)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depth = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm, self.wide = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+        self.back, self.scale = nn.Linear(4 * width, width), nn.Parameter(1e-2 * torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.depth(x).permute(0, 2, 3, 1))
+        y = self.scale * self.back(functional.gelu(self.wide(y)))
+        keep = (torch.rand(x.shape[0], 1, 1, 1) > 0.1).to(y.dtype)  # stochastic depth
+        return x + y.permute(0, 3, 1, 2) * keep
+
+
+def convnext() -> Job:
+    def model() -> nn.Module:
+        blocks = nn.Sequential(*(NextBlock(48) for _ in range(3)))
+        return nn.Sequential(
+            nn.Conv2d(3, 48, 4, 4), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)
+        )
+
+    return job("convnext", model, pictures(8, 96, 10), to_class, rows=8, blocks="1")

@@ -24,7 +24,7 @@ from typing import Any
 from memfit.cost import kernel_model, op_time, stream_simulator
 from memfit.types.machine import Device, Fact
 from memfit.types.trace import Phase
-from published import layers, pipelines, seconds
+from published import layers, pipelines, step_time
 from published.rows import setup_of
 from published.score import Scored, sweeps, times
 
@@ -58,7 +58,7 @@ LIMITED = 1.0  # exponent of the ratio of powers that such a board's large kerne
 _ISSUE_US = {10: (10, 7, 20), 25: (25, 15, 30), 40: (40, 24, 48)}  # forward, backward, optimizer
 _STEPS = kernel_model._ALIGNED
 _HERE = sys.modules[__name__]
-_WITH_KERNELS, _FETCHED = seconds.with_kernels, seconds.fetched_s
+_WITH_KERNELS, _FETCHED = step_time.with_kernels, step_time.fetched_s
 
 
 def _issue(level: float) -> list[Patch]:
@@ -68,7 +68,7 @@ def _issue(level: float) -> list[Patch]:
 
 
 def _of_shares(setup: Any, card: Device) -> Device:
-    """`seconds.with_kernels` of the card whose shares `SUSTAINED` and `LIMITED` say."""
+    """`step_time.with_kernels` of the card whose shares `SUSTAINED` and `LIMITED` say."""
     ratios = dict(card.efficiency_ratio)
     if card.name == _LIMITED_CARD:
         for key in [k for k in ratios if k.startswith(("matmul", "attention"))]:
@@ -111,14 +111,14 @@ CHOICES = (
         name="products of a node with a power limit, from the catalog's share (0) to its low end (1)",
         levels=(0, 0.5, 1),
         used=1,
-        patches=_both("LOW_END", seconds),
+        patches=_both("LOW_END", step_time),
         said="SimuMax, products measured on its own node",
     ),
     Choice(
         name="offloaded parameters come over the host's link",
         levels=(0, 1),
         used=1,
-        patches=lambda on: [(seconds, "fetched_s", _FETCHED if on else lambda setup, parameters: 0.0)],
+        patches=lambda on: [(step_time, "fetched_s", _FETCHED if on else lambda setup, parameters: 0.0)],
     ),
     Choice(name="host's issue of a kernel in forward, µs", levels=(10, 25, 40), used=25, patches=_issue),
     Choice(
@@ -161,20 +161,20 @@ CHOICES = (
         name="share of float8's backward",
         levels=(1, 0.75, 0.5),
         used=0.75,
-        patches=_both("FULL_SUM", kernel_model, layers, seconds),
+        patches=_both("FULL_SUM", kernel_model, layers, step_time),
     ),
     Choice(
         name="Triton's attention over FlashAttention-2's",
         levels=(1, 0.75, 0.5),
         used=0.5,
-        patches=_both("TRITON_RATIO", seconds),
+        patches=_both("TRITON_RATIO", step_time),
         said="Dao 2023, abstract: FlashAttention-2 is twice as fast",
     ),
     Choice(
         name="kept beside a compiled chain",
         levels=(1, 1.3, 1.6),
         used=1.3,
-        patches=_both("_KEPT_BESIDE", seconds),
+        patches=_both("_KEPT_BESIDE", step_time),
     ),
     Choice(
         name="DeepSpeed's pipeline waits for sends in parts",
@@ -207,7 +207,7 @@ SAID: Setting = tuple(u if c.said else b for c, b, u in zip(CHOICES, BEFORE, USE
 def applied(setting: Setting) -> Iterator[None]:
     """While it lasts predictions are made with these levels."""
     patches = [p for c, level in zip(CHOICES, _levels(setting), strict=True) for p in c.patches(level)]
-    patches.append((seconds, "with_kernels", _of_shares))
+    patches.append((step_time, "with_kernels", _of_shares))
     kept = [(module, name, getattr(module, name)) for module, name, _ in patches]
     try:
         for module, name, value in patches:
@@ -305,13 +305,13 @@ class Predictor:
 
 
 def _step_s(row: Mapping[str, str], settings: Sequence[Setting]) -> list[float]:
-    setup = seconds.timed(setup_of(row))
+    setup = step_time.timed(setup_of(row))
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for setting in settings:
             with applied(setting):
-                found.append(seconds.predicted(setup).step_s)
+                found.append(step_time.predicted(setup).step_s)
     return found
 
 

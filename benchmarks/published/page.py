@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from published.pace import speed_line, tables
 from published.score import Scored, Summary
+from published.step_time_page import speed_line, tables
 
 HEADER = f"{'id':32} {'quality':7} {'mem_metric':30} {'measured':>9} {'predicted':>9} {'error':>7}  (GiB)"
 _LARGE = 0.03

@@ -18,8 +18,8 @@ from memfit.types.errors import UserError
 from published.predict import forget, predict
 from published.quantities import GIB, amount
 from published.rows import Setup, card_bytes, measured_of, setup_of
-from published.seconds import measured_s, timed
-from published.seconds import predicted as seconds_of
+from published.step_time import measured_s, timed
+from published.step_time import predicted as seconds_of
 
 _COMPARABLE = Path(__file__).parent / "comparable.toml"
 FULL_RATIO = 0.94  # of the card: above it the allocator's cache is what fills it

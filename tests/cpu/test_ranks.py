@@ -27,9 +27,9 @@ pytestmark = pytest.mark.skipif(available() is not None, reason=f"no counting al
 
 JOB = JobRef(spec=f"{Path(__file__).parents[2] / 'benchmarks' / 'rank_jobs.py'}:mlp")
 WORST_RATIO, STEPS = 0.005, 2
-# A thread of gloo may hold a finished collective's tensors until it is scheduled again: the lowest peak of a
-# few runs is that of the training.
-MOST_RUNS = 8
+# A thread of gloo may hold a finished collective's tensors until it is scheduled again, which only ever adds
+# memory: the lowest peak of each phase over a fixed number of runs is that of the training.
+RUNS = 4
 PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
 PLANS = [
     {"ddp": {"bucket_mib": 1}},
@@ -52,17 +52,11 @@ def test_two_ranks_peak_as_predicted_and_train_as_one(uses: dict[str, dict[str, 
         memory_profile(trace(load(JOB), plan, rank=r), Calibration()).phase_peak_bytes for r in range(2)
     ]
     lowest: list[dict[str, int]] = [{}, {}]
-    for _ in range(MOST_RUNS):
+    for _ in range(RUNS):
         measured = run_ranks(native.render(spec_of(plan)))
         assert [m.outcome for m in measured] == [OutcomeKind.OK] * 2, measured[0].reason
         for low, m in zip(lowest, measured, strict=True):
             low.update({p: min(low.get(p, m.phase_peak_bytes[p]), m.phase_peak_bytes[p]) for p in PHASES})
-        if all(
-            low[p] <= q[p] * (1 + WORST_RATIO)
-            for low, q in zip(lowest, predicted, strict=True)
-            for p in PHASES
-        ):
-            break
     for low, expected in zip(lowest, predicted, strict=True):
         assert low == pytest.approx({p: expected[p] for p in PHASES}, rel=WORST_RATIO)
     together = [statistics.fmean(pair) for pair in zip(*(m.losses for m in measured), strict=True)]

@@ -13,10 +13,8 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import library_options
 
 SAMPLES = {"integer": 4, "number": 0.5, "switch": True, "text": "x", "list": ["x"], "table": {}}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import megatron_arguments
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / ".parsers" / "megatron-core"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import megatron_arguments  # noqa: E402
 
 COUNT = len(megatron_arguments.PLANS)
 pytestmark = pytest.mark.skipif(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,7 +299,6 @@ def test_predicted_peak_of_a_trainer_is_within_one_percent_of_the_measured_peak(
     if (why := available()) is not None:
         pytest.skip(f"no counting allocator: {why}")
     pytest.importorskip("accelerate")
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     from hf_trainer import make_trainer
 
     counter = CountingAllocator()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from published import held_out, layers, pipelines, seconds
+from published import held_out, layers, pipelines, step_time
 from published.held_out import BEFORE, CHOICES, USED, Setting, applied, chosen, family
 
 from memfit.catalog.load import device
@@ -35,16 +30,16 @@ def constants() -> dict[str, float]:
         "host": stream_simulator.ASSUMED_HOST_BYTES_S,
         "host of pipelines": pipelines.ASSUMED_HOST_BYTES_S,
         "float8": layers.FULL_SUM,
-        "float8 of traces": seconds.FULL_SUM,
-        "triton": seconds.TRITON_RATIO,
-        "chain": seconds._KEPT_BESIDE,
-        "low end": seconds.LOW_END,
+        "float8 of traces": step_time.FULL_SUM,
+        "triton": step_time.TRITON_RATIO,
+        "chain": step_time._KEPT_BESIDE,
+        "low end": step_time.LOW_END,
     }
 
 
 def ratios(card: str) -> dict[str, float]:
     row = {"attn_impl": "", "software": "", "group": "", "gpu": card}
-    found = seconds.with_kernels(SimpleNamespace(row=row, code=""), device(card))  # type: ignore[arg-type]
+    found = step_time.with_kernels(SimpleNamespace(row=row, code=""), device(card))  # type: ignore[arg-type]
     return {key: fact.value for key, fact in found.efficiency_ratio.items()}
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import peers_memory
-from peers import ask
+import pytest
+from peers import adapters
 from peers.facts import Facts, Question, from_json, to_json
 from peers.install import CAVEATS, PEERS, Peer
 from peers.table import error, page, score
@@ -113,26 +109,28 @@ def test_questions_cross_the_process_boundary_unchanged() -> None:
 
 
 def test_a_peer_that_refuses_or_fails_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(question: Question, source: str) -> ask.Answer:
+    def fake(question: Question, source: str) -> adapters.Answer:
         if question.ranks > 1:
-            raise ask.Refused("knows one device only")
-        return 1000 // question.batch, ask.lacking(question, "lora")
+            raise adapters.Refused("knows one device only")
+        return 1000 // question.batch, adapters.lacking(question, "lora")
 
-    monkeypatch.setitem(ask.PEERS, "fake", fake)
+    monkeypatch.setitem(adapters.PEERS, "fake", fake)
     plain = Question(name="c", build=("cpu", "x"), techniques=(), compute="float32", batch=0)
     asked = [
         dataclasses.replace(plain, name="a", techniques=("lora", "offload", "ddp"), batch=10),
         dataclasses.replace(plain, name="b", ranks=2),
         plain,
     ]
-    full, refused, failed = ask.answers("fake", "", asked)
+    full, refused, failed = adapters.answers("fake", "", asked)
     assert (full["bytes"], full["missing"]) == (100, ["offload"])
     assert refused == {"name": "b", "refused": "knows one device only"}
     assert failed["refused"].startswith("ZeroDivisionError")
 
 
 def test_every_peer_is_asked_and_told_of() -> None:
-    assert {p.name for p in PEERS} == {p for p in ask.PEERS if p != "truth" and not p.startswith("memfit")}
+    assert {p.name for p in PEERS} == {
+        p for p in adapters.PEERS if p != "truth" and not p.startswith("memfit")
+    }
     assert all(p.says and p.called for p in PEERS)
     assert CAVEATS
 

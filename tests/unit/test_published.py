@@ -12,12 +12,9 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import published.score
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import published.score
 from published.arch import arch_of, family_of, public
 from published.decoder import ExpertList, Experts
 from published.evoformer import Fold

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from tiny import words
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from published.models import job_of
 from published.predict import plan_of, predict
 from published.rows import COLUMNS, Setup, setup_of, when
+from tiny import words
 
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace

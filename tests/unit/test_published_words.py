@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from published import words
 from published.cards import card
 from published.models import job_of
@@ -16,7 +10,7 @@ from published.names import public
 from published.predict import plan_of, predict
 from published.quantities import amount, unit, whole
 from published.rows import COLUMNS, Setup, setup_of
-from published.seconds import predicted
+from published.step_time import predicted
 
 from memfit.trace.tracer import fake_model, trace
 

@@ -30,12 +30,14 @@ from memfit.types.result import Choice, Estimate, Measurement, OutcomeKind, Tria
 
 # proportional to each other on one machine
 BY_TIME = (Objective.FASTEST, Objective.CHEAPEST, Objective.GREENEST)
-FIRST, NEIGHBOURS, LAST = 8, 6, 3  # most plans of the first round, of the second, and of the final rounds
-_ROUNDS = 2  # number of final rounds
-_STEPS, _WARM_UP = 5, 2
+FIRST, NEIGHBOURS, LAST = 14, 6, 4  # most plans of the first round, of each next one, and of the final rounds
+CLIMBS = 2  # rounds of plans one change away from the fastest
+_ROUNDS, _MORE_ROUNDS = 2, 2  # final rounds, and as many more while rounds of one plan differ too much
+_SCREENING, _FINAL = (3, 1), (5, 2)  # steps of a run, and how many of them warm up
 _WITHIN = 1.6  # times the best predicted step: two predictions with +-25 % error may differ that much
 _LAST_WITHIN = 1.12  # times the fastest round
 _MEASURED = Band(0.015, 0.035)  # spread between rounds of one plan on an otherwise idle machine
+_CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 _ACCUMULATION, _CHECKPOINTING = "gradient-accumulation", "activation-checkpointing"
 
 
@@ -52,12 +54,16 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
             hint="memory is predicted exactly",
         )
     found = _Trials(planning, progress, budget_s)
-    found.turn(_shortlist(planning))
-    if (quickest := found.quickest()) is not None:
-        known = found.known()
-        found.turn(_neighbours(planning, quickest, [*found.times, *found.failed], known))
-        for _ in range(_ROUNDS):
-            found.turn(found.close(LAST))
+    found.turn(_shortlist(planning), _SCREENING)
+    for _ in range(CLIMBS):
+        quickest = found.quickest(2)
+        tried = [*found.times, *found.failed]
+        found.turn(_neighbours(planning, quickest, tried, found.known()), _SCREENING)
+        if found.quickest(1) == quickest[:1]:
+            break
+    for done in range(_ROUNDS + _MORE_ROUNDS):
+        if done < _ROUNDS or measured_band(list(found.times.values())).high > _CLEAR:
+            found.turn(found.close(LAST), _FINAL)
     return found.concluded()
 
 
@@ -72,31 +78,36 @@ class _Trials:
         self.peaks: dict[Plan, int | None] = {}
         self.failed: dict[Plan, str] = {}
 
-    def turn(self, chosen: Sequence[Plan]) -> None:
-        """Run one more round of these plans, in order."""
+    def turn(self, chosen: Sequence[Plan], steps: tuple[int, int]) -> None:
+        """Run one more round of these plans, in order: ``steps`` each, of which the second number warm up."""
         for done, plan in enumerate(chosen):
             self.progress("trial", done, len(chosen), plan.label)
             if time.monotonic() < self.ends_s or len(self.times) < 2:
-                self._run(plan)
+                self._run(plan, *steps)
 
-    def _run(self, plan: Plan) -> None:
+    def _run(self, plan: Plan, steps: int, warm_up: int) -> None:
         step_s = self.planning.pricer.whole(plan).step_s
         self.predicted.setdefault(plan, step_s.value if step_s else None)
-        seen = few_steps(self.planning, plan, _STEPS, expected_s=step_s.value if step_s else 1.0)
+        seen = few_steps(self.planning, plan, steps, expected_s=step_s.value if step_s else 1.0)
         if seen.outcome is OutcomeKind.OK and seen.step_s:
-            self.times.setdefault(plan, []).append(_step_s(seen))
+            self.times.setdefault(plan, []).append(_step_s(seen, warm_up))
             self.peaks[plan] = max(seen.peak_bytes or 0, self.peaks.get(plan) or 0) or None
         elif plan not in self.times:
             self.failed[plan] = seen.reason or seen.outcome.value
 
-    def quickest(self) -> Plan | None:
-        return min(self.times, key=lambda p: min(self.times[p]), default=None)
+    def ordered(self) -> list[Plan]:
+        """Return the plans that ran, the fastest first."""
+        return sorted(self.times, key=lambda p: (min(self.times[p]), p.fingerprint))
+
+    def quickest(self, count: int) -> list[Plan]:
+        """Return the fastest plans of ``count`` different sets of techniques."""
+        sets = {_techniques(p): p for p in reversed(self.ordered())}
+        return sorted(sets.values(), key=self.ordered().index)[:count]
 
     def close(self, count: int) -> list[Plan]:
         """Return the fastest plans, as far as another round could change their order."""
-        ordered = sorted(self.times, key=lambda p: (min(self.times[p]), p.fingerprint))
-        limit = min(self.times[ordered[0]]) * _LAST_WITHIN
-        return [p for p in ordered if min(self.times[p]) <= limit][:count]
+        limit = min(map(min, self.times.values()), default=0.0) * _LAST_WITHIN
+        return [p for p in self.ordered() if min(self.times[p]) <= limit][:count]
 
     def known(self) -> list[tuple[Plan, float]]:
         """Return (plan, measured time over the time predicted without correction by runs)."""
@@ -210,21 +221,24 @@ def few_steps(
     return bad[0] if bad else max(every, key=lambda m: m.peak_bytes or 0)
 
 
-def _step_s(seen: Measurement) -> float:
-    """Return the median step time after the warm-up steps."""
-    steady = sorted(seen.step_s[_WARM_UP:] or seen.step_s)
-    return steady[len(steady) // 2]
+def _step_s(seen: Measurement, warm_up: int) -> float:
+    """Return the median step time after the warm-up steps (of two steps, the faster)."""
+    return statistics.median_low(seen.step_s[warm_up:] or seen.step_s)
 
 
 # -- which plans ----------------------------------------------------------------------------------
 
 
+def _techniques(plan: Plan) -> frozenset[str]:
+    return frozenset(u.technique for u in plan.uses)
+
+
 def _shortlist(planning: Planning) -> list[Plan]:
     """Return the plans of the first round.
 
-    These are the recommended plan; the fastest predicted plan of each set of techniques, if prediction error
-    may hide that it is the fastest of all; the simplest plans that fit, however slow they are predicted to
-    be; and, of the best sets, the plans with the largest and the smallest micro-batches.
+    These are the recommended plan; of each set of techniques, if prediction error may hide that it is the
+    fastest of all, the plan predicted fastest and the one with the fewest micro-batches, small sets first;
+    and the simplest plans that fit, however slow they are predicted to be.
     """
     goal, recommended = planning.request.goal, planning.result.recommended
     assert recommended is not None, "search raises NothingFits otherwise"
@@ -235,33 +249,31 @@ def _shortlist(planning: Planning) -> list[Plan]:
     near = sorted((e for e in pool if score(e, goal) <= limit), key=lambda e: (score(e, goal), e.plan.label))
     sets: dict[frozenset[str], list[Estimate]] = {}
     for e in near:
-        sets.setdefault(frozenset(u.technique for u in e.plan.uses), []).append(e)
+        sets.setdefault(_techniques(e.plan), []).append(e)
     leaders = [members[0] for members in sets.values()]
-    ends = [end for members in list(sets.values())[:2] for end in _ends(members)]
+    fewest = [min(members, key=_micro_batches) for members in sets.values()]
+    fewest.sort(key=lambda e: len(e.plan.uses))
     simple = simplest_first(pool, goal)[:2]
-    wanted = [chosen, *leaders[:3], *simple, *ends, *leaders[3:]]
+    wanted = [chosen, *leaders[:3], *simple, *fewest[: FIRST // 2], *leaders[3:], *fewest[FIRST // 2 :]]
     return list(_that_fit(planning, [e.plan for e in wanted], FIRST))
 
 
-def _ends(members: Sequence[Estimate]) -> Iterator[Estimate]:
-    def micro_batches(e: Estimate) -> int:
-        used = e.plan.get(_ACCUMULATION)
-        return int(used.settings["micro_batches"]) if used else 1
-
-    yield min(members, key=micro_batches)
-    yield max(members, key=micro_batches)
+def _micro_batches(e: Estimate) -> int:
+    used = e.plan.get(_ACCUMULATION)
+    return int(used.settings["micro_batches"]) if used else 1
 
 
 def _neighbours(
-    planning: Planning, plan: Plan, tried: Iterable[Plan], known: Sequence[tuple[Plan, float]]
+    planning: Planning, fastest: Sequence[Plan], tried: Iterable[Plan], known: Sequence[tuple[Plan, float]]
 ) -> list[Plan]:
-    """Return untried plans one change away from the fastest, by their times as corrected by the trials.
+    """Return untried plans one change away from the ``fastest``, by their times as corrected by the trials.
 
     A change removes a technique, changes its setting, or adds one.
     """
     calibration = corrected(planning.pricer.calibration, known, source="")
     goal, seen = planning.request.goal, set(tried)
-    wanted = [p for p in dict.fromkeys(one_change_away(planning, plan)) if p not in seen]
+    changed = (other for plan in fastest for other in one_change_away(planning, plan))
+    wanted = [p for p in dict.fromkeys(changed) if p not in seen]
 
     def expected(e: Estimate) -> float:
         return score(e, goal) * factor(calibration, e.plan) / factor(planning.pricer.calibration, e.plan)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from published.layers import Calls
 from published.pipelines import shape_of
 from published.rows import COLUMNS, Setup, setup_of
 from published.score import Scored, Speed, state_of, sweeps, times
-from published.seconds import attention_of, card_of, measured_s, predicted, timed, with_kernels
+from published.step_time import attention_of, card_of, measured_s, predicted, timed, with_kernels
 
 from memfit.types.errors import UserError
 

@@ -1,6 +1,6 @@
 """One peer in a process of its own: questions in as JSON, one answer a question out.
 
-    python -m peers.ask PEER [SOURCE] < questions.json > answers.json
+    python -m peers.adapters PEER [SOURCE] < questions.json > answers.json
 
 An answer is {"name", "bytes", "missing", "seconds"} or {"name", "refused"}; ``missing``: what of the row
 the peer has no setting for. The first line of a peer here says what its own documentation says it predicts.

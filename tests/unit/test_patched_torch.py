@@ -1,0 +1,157 @@
+"""Each function of torch that memfit replaces while it traces, trains or observes exists, with the parameters
+that memfit's own version expects. Tried with torch 2.13. A failure names the function and the file that
+replaces it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import memfit
+
+SOURCE = Path(memfit.__file__).parent
+BUILTIN = None  # functions of C++ have no signature to compare
+
+# file that patches -> function -> its parameters
+PATCHED: dict[str, dict[str, str | None]] = {
+    "conformance/autograd_graph.py": {
+        "torch.autograd.backward": "tensors grad_tensors retain_graph create_graph grad_variables inputs",
+        "torch._C._autograd._push_saved_tensors_default_hooks": BUILTIN,
+    },
+    "conformance/clipping_probe.py": {
+        "torch.nn.utils.clip_grad._clip_grads_with_norm_": "parameters max_norm total_norm foreach",
+        "torch.nn.utils.clip_grads_with_norm_": "parameters max_norm total_norm foreach",
+    },
+    "conformance/gradient_probes.py": {
+        "torch.autograd.backward": "tensors grad_tensors retain_graph create_graph grad_variables inputs",
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group.foreach_reduce": (
+            "fsdp_params unsharded_grads reduce_scatter_group reduce_scatter_stream "
+            "reduce_scatter_comm orig_dtype reduce_dtype device gradient_divide_factor "
+            "all_reduce_group all_reduce_stream all_reduce_grads partial_reduce_output "
+            "all_reduce_hook force_sum_reduction_for_comms"
+        ),
+    },
+    "conformance/stage_order.py": {
+        "torch.distributed.pipelining.stage._PipelineStageBase.forward_one_chunk": (
+            "self fwd_chunk_id args kwargs save_forward_output"
+        ),
+        "torch.distributed.pipelining.stage._PipelineStageBase.backward_one_chunk": (
+            "self bwd_chunk_id loss full_backward last_backward"
+        ),
+        "torch.distributed.pipelining.stage._PipelineStageBase.backward_weight_one_chunk": (
+            "self bwd_chunk_id last_backward"
+        ),
+    },
+    "model/grouped_mm.py": {
+        "torch._meta_registrations._meta_grouped_mm_common": (
+            "mat_a mat_b scale_a scale_b offs bias scale_result out_dtype use_fast_accum"
+        )
+    },
+    "runtime/gloo.py": {
+        "torch.distributed.Work.wait": BUILTIN,
+        "torch.distributed.ProcessGroup._allgather_base": BUILTIN,
+        "torch.distributed._functional_collectives.wait_tensor": "tensor",
+    },
+    "techniques/parallel/pipeline_stages.py": {
+        "torch.distributed.pipelining.schedules._batch_p2p": "p2p_ops desc",
+    },
+    "trace/autograd_patches.py": {
+        "torch.prod": BUILTIN,
+        "torch.Tensor.prod": BUILTIN,
+        "torch.cumprod": BUILTIN,
+        "torch.Tensor.cumprod": BUILTIN,
+        "torch.nn.functional.linear": BUILTIN,
+    },
+    "trace/device_kernels.py": {"torch.autograd._engine_run_backward": "t_outputs args kwargs"},
+    "trace/fake_copy.py": {
+        "torch.jit.load": "f map_location _extra_files _restore_shapes",
+        "torch.jit.save": "m f _extra_files",
+    },
+    "trace/fake_process_group.py": {
+        "torch.nn.parallel.distributed._verify_param_shape_across_processes": "process_group tensors logger",
+        "torch.distributed.device_mesh.DeviceMesh.__init__": (
+            "self device_type mesh mesh_dim_names backend_override _init_backend _rank _layout "
+            "_rank_map _root_mesh"
+        ),
+        "torch.distributed._functional_collectives._are_we_tracing": "",
+        "torch.distributed.fsdp._fully_shard._fsdp_param._chunk_with_empty": "tensor num_chunks dim",
+    },
+    "trace/sample_dependence.py": {"torch.nn.SyncBatchNorm.forward": "self input"},
+    "trace/stream_patches.py": {
+        "torch.cpu.Stream": "priority",
+        "torch.cpu.Event": "",
+        "torch.cpu.stream": "stream",
+        "torch.cpu.current_stream": "device",
+        "torch.accelerator.current_stream": "device",
+        "torch._C._distributed_c10d.Work.wait": BUILTIN,
+    },
+    "trace/tracer.py": {
+        "torch.nn.Module._apply": "self fn recurse",
+        "torch.autograd.profiler.record_function.__enter__": "self",
+        "torch.autograd.profiler.record_function.__exit__": "self exc_type exc_value traceback",
+        "torch.Tensor.pin_memory": BUILTIN,
+        "torch.get_rng_state": "",
+        "torch.UntypedStorage.resize_": BUILTIN,
+        "torch.distributed.tensor._sharding_prop.ShardingPropagator._propagate_tensor_meta_non_cached": (
+            "self op_schema"
+        ),
+    },
+    "trace/value_patches.py": {
+        "torch._VF._pad_packed_sequence": BUILTIN,
+        "torch.ctc_loss": BUILTIN,
+        "torch.tensor_split": BUILTIN,
+        "torch.Tensor.tensor_split": BUILTIN,
+        "torch.Tensor.numpy": BUILTIN,
+        "torch._subclasses.fake_tensor.FakeTensor.tolist": "self",
+    },
+}
+# What these patch belongs to another library or to the user's model; those libraries' own tests load them.
+NOT_TORCH = {
+    "conformance/cross_rank_dependence.py",
+    "engines/accelerate/step.py",
+    "engines/megatron/step.py",
+    "techniques/parallel/context_parallel.py",
+    "trace/truncated_model.py",
+}
+
+
+def _found(name: str) -> Any:
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        for part in parts[count:]:
+            found = getattr(found, part)
+        return found
+    raise ImportError(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "parameters"),
+    [(file, name, parameters) for file, names in PATCHED.items() for name, parameters in names.items()],
+)
+def test_a_patched_function_of_torch_is_as_it_was(file: str, name: str, parameters: str | None) -> None:
+    try:
+        function = _found(name)
+    except (ImportError, AttributeError):
+        pytest.fail(f"torch has no {name} any more: memfit/{file} replaces it")
+    if parameters is not BUILTIN:
+        now = " ".join(inspect.signature(function).parameters)
+        assert now == parameters, f"the parameters of {name} changed: memfit/{file} replaces it"
+
+
+def test_every_module_that_patches_is_named_here() -> None:
+    patching = set()
+    for path in SOURCE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(ast.unparse(n).startswith("mock.patch") for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            patching.add(path.relative_to(SOURCE).as_posix())
+    assert patching == PATCHED.keys() | NOT_TORCH
