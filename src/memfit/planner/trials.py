@@ -38,7 +38,6 @@ _WITHIN = 1.6  # times the best predicted step: two predictions with +-25 % erro
 _LAST_WITHIN = 1.12  # times the fastest round
 _MEASURED = Band(0.015, 0.035)  # spread between rounds of one plan on an otherwise idle machine
 _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
-_ACCUMULATION, _CHECKPOINTING = "gradient-accumulation", "activation-checkpointing"
 
 
 def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Planning:
@@ -53,22 +52,23 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
             allowed=", ".join(BY_TIME),
             hint="memory is predicted exactly",
         )
-    found = _Trials(planning, progress, budget_s)
-    found.turn(_shortlist(planning), _SCREENING)
+    trials = _Trials(planning, progress, budget_s)
+    trials.run_round(_shortlist(planning), _SCREENING)
     for _ in range(CLIMBS):
-        quickest = found.quickest(2)
-        tried = [*found.times, *found.failed]
-        found.turn(_neighbours(planning, quickest, tried, found.known()), _SCREENING)
-        if found.quickest(1) == quickest[:1]:
+        fastest = trials.fastest(2)
+        tried = [*trials.times, *trials.failed]
+        trials.run_round(_neighbours(planning, fastest, tried, trials.measured_ratios()), _SCREENING)
+        if trials.fastest(1) == fastest[:1]:
             break
     for done in range(_ROUNDS + _MORE_ROUNDS):
-        if done < _ROUNDS or measured_band(list(found.times.values())).high > _CLEAR:
-            found.turn(found.close(LAST), _FINAL)
-    return found.concluded()
+        if done < _ROUNDS or measured_band(list(trials.times.values())).high > _CLEAR:
+            trials.run_round(trials.contenders(LAST), _FINAL)
+    return trials.conclude()
 
 
 class _Trials:
-    """The runs so far."""
+    """The runs so far: of each plan its predicted step time, measured step times and highest peak, or why its
+    run failed."""
 
     def __init__(self, planning: Planning, progress: Progress, budget_s: float) -> None:
         self.planning, self.progress = planning, progress
@@ -78,44 +78,53 @@ class _Trials:
         self.peaks: dict[Plan, int | None] = {}
         self.failed: dict[Plan, str] = {}
 
-    def turn(self, chosen: Sequence[Plan], steps: tuple[int, int]) -> None:
-        """Run one more round of these plans, in order: ``steps`` each, of which the second number warm up."""
-        for done, plan in enumerate(chosen):
-            self.progress("trial", done, len(chosen), plan.label)
+    def run_round(self, plans: Sequence[Plan], steps: tuple[int, int]) -> None:
+        """Run each plan once, in this order. ``steps``: steps of a run, and how many of them warm up. No run
+        starts when the time is over, except the first two."""
+        for done, plan in enumerate(plans):
+            self.progress("trial", done, len(plans), plan.label)
             if time.monotonic() < self.ends_s or len(self.times) < 2:
                 self._run(plan, *steps)
 
     def _run(self, plan: Plan, steps: int, warm_up: int) -> None:
         step_s = self.planning.pricer.whole(plan).step_s
         self.predicted.setdefault(plan, step_s.value if step_s else None)
-        seen = few_steps(self.planning, plan, steps, expected_s=step_s.value if step_s else 1.0)
-        if seen.outcome is OutcomeKind.OK and seen.step_s:
-            self.times.setdefault(plan, []).append(_step_s(seen, warm_up))
-            self.peaks[plan] = max(seen.peak_bytes or 0, self.peaks.get(plan) or 0) or None
+        measurement = few_steps(self.planning, plan, steps, expected_s=step_s.value if step_s else 1.0)
+        if measurement.outcome is OutcomeKind.OK and measurement.step_s:
+            self.times.setdefault(plan, []).append(_step_s(measurement, warm_up))
+            self.peaks[plan] = max(measurement.peak_bytes or 0, self.peaks.get(plan) or 0) or None
         elif plan not in self.times:
-            self.failed[plan] = seen.reason or seen.outcome.value
+            self.failed[plan] = measurement.reason or measurement.outcome.value
 
     def ordered(self) -> list[Plan]:
         """Return the plans that ran, the fastest first."""
         return sorted(self.times, key=lambda p: (min(self.times[p]), p.fingerprint))
 
-    def quickest(self, count: int) -> list[Plan]:
-        """Return the fastest plans of ``count`` different sets of techniques."""
+    def fastest(self, count: int) -> list[Plan]:
+        """Return the fastest plans of up to ``count`` different sets of techniques, the fastest first."""
         sets = {_techniques(p): p for p in reversed(self.ordered())}
         return sorted(sets.values(), key=self.ordered().index)[:count]
 
-    def close(self, count: int) -> list[Plan]:
-        """Return the fastest plans, as far as another round could change their order."""
+    def contenders(self, count: int) -> list[Plan]:
+        """Return up to ``count`` plans whose fastest round is so close to the fastest of all that another
+        round could change their order."""
         limit = min(map(min, self.times.values()), default=0.0) * _LAST_WITHIN
         return [p for p in self.ordered() if min(self.times[p]) <= limit][:count]
 
-    def known(self) -> list[tuple[Plan, float]]:
-        """Return (plan, measured time over the time predicted without correction by runs)."""
+    def measured_ratios(self) -> list[tuple[Plan, float]]:
+        """Return (plan, measured step time over the time predicted without correction by runs) for each plan
+        that ran and whose time was predicted."""
         calibration = self.planning.pricer.calibration
         pairs = [(plan, min(times), self.predicted[plan]) for plan, times in self.times.items()]
-        return [(plan, s * factor(calibration, plan) / guess) for plan, s, guess in pairs if guess]
+        return [
+            (plan, measured_s * factor(calibration, plan) / predicted_s)
+            for plan, measured_s, predicted_s in pairs
+            if predicted_s
+        ]
 
-    def concluded(self) -> Planning:
+    def conclude(self) -> Planning:
+        """Return the planning with the trials, the corrected times and the recommendation by measurement;
+        with the trials alone if every run failed."""
         planning, pricer = self.planning, self.planning.pricer
         trials = tuple(
             Trial(
@@ -130,7 +139,7 @@ class _Trials:
         result = planning.result
         if not self.times:
             return dataclasses.replace(planning, result=dataclasses.replace(result, trials=trials))
-        pricer.recalibrate(corrected(pricer.calibration, self.known(), source=""))
+        pricer.recalibrate(corrected(pricer.calibration, self.measured_ratios(), source=""))
         priced = {plan: pricer.whole(plan) for plan in self.times}
         fastest = best(
             (_with_time(priced[p], min(t)) for p, t in self.times.items()),
@@ -139,7 +148,7 @@ class _Trials:
         )
         assert fastest is not None
         winner = priced[fastest.plan]
-        why = reasons_for(
+        reasons = reasons_for(
             winner,
             [*priced.values(), *(pricer.whole(e.plan) for e in planning.estimates)],
             planning.fits,
@@ -151,28 +160,28 @@ class _Trials:
             ),
             planning.cap_bytes,
         )
-        chosen = Choice(
+        recommended = Choice(
             estimate=winner,
             fits=True,
             effect=effect_of(winner.plan, winner.dependence),
-            reasons=(*why, *planning.left_out),
+            reasons=(*reasons, *planning.left_out),
         )
-        again = {c.estimate.plan: self._priced_again(c) for c in (*result.frontier, result.baseline)}
-        again[winner.plan] = chosen
+        choices = {c.estimate.plan: self._priced_again(c) for c in (*result.frontier, result.baseline)}
+        choices[winner.plan] = recommended
         result = dataclasses.replace(
             result,
-            recommended=chosen,
-            baseline=again[result.baseline.estimate.plan],
+            recommended=recommended,
+            baseline=choices[result.baseline.estimate.plan],
             trials=trials,
             smallest=self._priced_again(result.smallest),
-            frontier=tuple(sorted(again.values(), key=lambda c: c.estimate.allocated_bytes.value)),
+            frontier=tuple(sorted(choices.values(), key=lambda c: c.estimate.allocated_bytes.value)),
         )
         return dataclasses.replace(planning, result=result)
 
     def _priced_again(self, choice: Choice) -> Choice:
         estimate = choice.estimate
-        found = self.planning.pricer.whole(estimate.plan) if estimate.traced else estimate
-        return dataclasses.replace(choice, estimate=found)
+        priced = self.planning.pricer.whole(estimate.plan) if estimate.traced else estimate
+        return dataclasses.replace(choice, estimate=priced)
 
 
 def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
@@ -181,9 +190,9 @@ def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
     It is the spread between rounds of one plan on a quiet machine, plus what the two fastest ``rounds`` of a
     plan differ by here.
     """
-    quickest = [sorted(times)[:2] for times in rounds if len(times) > 1]
-    here_ratio = statistics.median(more / least - 1 for least, more in quickest) if quickest else 0.0
-    return Band(_MEASURED.low + here_ratio, _MEASURED.high + 2 * here_ratio)
+    pairs = [sorted(times)[:2] for times in rounds if len(times) > 1]
+    spread_ratio = statistics.median(second / first - 1 for first, second in pairs) if pairs else 0.0
+    return Band(_MEASURED.low + spread_ratio, _MEASURED.high + 2 * spread_ratio)
 
 
 def _with_time(estimate: Estimate, seconds: float) -> Estimate:
@@ -216,14 +225,15 @@ def few_steps(
     )
     if plan.ranks == 1:
         return run(render(spec), on_event=lambda event: None)
-    every = run_ranks(render(spec))
-    bad = [m for m in every if m.outcome is not OutcomeKind.OK]
-    return bad[0] if bad else max(every, key=lambda m: m.peak_bytes or 0)
+    measurements = run_ranks(render(spec))
+    failed = [m for m in measurements if m.outcome is not OutcomeKind.OK]
+    return failed[0] if failed else max(measurements, key=lambda m: m.peak_bytes or 0)
 
 
-def _step_s(seen: Measurement, warm_up: int) -> float:
-    """Return the median step time after the warm-up steps (of two steps, the faster)."""
-    return statistics.median_low(seen.step_s[warm_up:] or seen.step_s)
+def _step_s(measurement: Measurement, warm_up: int) -> float:
+    """Return the median step time after ``warm_up`` steps (of two, the shorter), or of all steps if none is
+    left."""
+    return statistics.median_low(measurement.step_s[warm_up:] or measurement.step_s)
 
 
 # -- which plans ----------------------------------------------------------------------------------
@@ -234,52 +244,58 @@ def _techniques(plan: Plan) -> frozenset[str]:
 
 
 def _shortlist(planning: Planning) -> list[Plan]:
-    """Return the plans of the first round.
+    """Return at most `FIRST` plans for the first round, which fit when they are traced whole.
 
-    These are the recommended plan; of each set of techniques, if prediction error may hide that it is the
-    fastest of all, the plan predicted fastest and the one with the fewest micro-batches, small sets first;
-    and the simplest plans that fit, however slow they are predicted to be.
+    - the recommended plan
+    - the two simplest plans, however slow they are predicted to be
+    - of each set of techniques whose best score is so near that prediction error may hide that it is the best
+      of all: the plan with the best score, and the plan with the fewest micro-batches (those of small sets
+      first)
     """
     goal, recommended = planning.request.goal, planning.result.recommended
     assert recommended is not None, "search raises NothingFits otherwise"
-    chosen = recommended.estimate
     traced = {e.plan: e for e in planning.estimates}
-    pool = [e for e in ({e.plan: e for e in planning.sketches} | traced).values() if planning.fits(e)]
-    limit = min((score(e, goal) for e in pool), default=score(chosen, goal)) * _WITHIN
-    near = sorted((e for e in pool if score(e, goal) <= limit), key=lambda e: (score(e, goal), e.plan.label))
+    fitting = [e for e in ({e.plan: e for e in planning.sketches} | traced).values() if planning.fits(e)]
+    best_score = min((score(e, goal) for e in fitting), default=score(recommended.estimate, goal))
+    near = [e for e in fitting if score(e, goal) <= best_score * _WITHIN]
+    near.sort(key=lambda e: (score(e, goal), e.plan.label))
     sets: dict[frozenset[str], list[Estimate]] = {}
     for e in near:
         sets.setdefault(_techniques(e.plan), []).append(e)
     leaders = [members[0] for members in sets.values()]
     fewest = [min(members, key=_micro_batches) for members in sets.values()]
     fewest.sort(key=lambda e: len(e.plan.uses))
-    simple = simplest_first(pool, goal)[:2]
-    wanted = [chosen, *leaders[:3], *simple, *fewest[: FIRST // 2], *leaders[3:], *fewest[FIRST // 2 :]]
-    return list(_that_fit(planning, [e.plan for e in wanted], FIRST))
+    estimates = [recommended.estimate, *leaders[:3], *simplest_first(fitting, goal)[:2]]
+    estimates += [*fewest[: FIRST // 2], *leaders[3:], *fewest[FIRST // 2 :]]
+    return list(_that_fit(planning, [e.plan for e in estimates], FIRST))
 
 
 def _micro_batches(e: Estimate) -> int:
-    used = e.plan.get(_ACCUMULATION)
-    return int(used.settings["micro_batches"]) if used else 1
+    accumulation = e.plan.get("gradient-accumulation")
+    return int(accumulation.settings["micro_batches"]) if accumulation else 1
 
 
 def _neighbours(
-    planning: Planning, fastest: Sequence[Plan], tried: Iterable[Plan], known: Sequence[tuple[Plan, float]]
+    planning: Planning,
+    fastest: Sequence[Plan],
+    tried: Iterable[Plan],
+    measured_ratios: Sequence[tuple[Plan, float]],
 ) -> list[Plan]:
-    """Return untried plans one change away from the ``fastest``, by their times as corrected by the trials.
+    """Return at most `NEIGHBOURS` plans that are one change away from one of the ``fastest`` and were not
+    ``tried``: those that fit, the best predicted first. ``measured_ratios`` corrects the predicted times.
 
     A change removes a technique, changes its setting, or adds one.
     """
-    calibration = corrected(planning.pricer.calibration, known, source="")
-    goal, seen = planning.request.goal, set(tried)
-    changed = (other for plan in fastest for other in one_change_away(planning, plan))
-    wanted = [p for p in dict.fromkeys(changed) if p not in seen]
+    calibration = corrected(planning.pricer.calibration, measured_ratios, source="")
+    goal, excluded = planning.request.goal, set(tried)
+    changed = dict.fromkeys(p for plan in fastest for p in one_change_away(planning, plan))
+    candidates = [p for p in changed if p not in excluded]
 
     def expected(e: Estimate) -> float:
         return score(e, goal) * factor(calibration, e.plan) / factor(planning.pricer.calibration, e.plan)
 
-    planning.pricer.prepare(wanted)
-    sketches = sorted(map(planning.pricer.sketch, wanted), key=lambda e: (expected(e), e.plan.label))
+    planning.pricer.prepare(candidates)
+    sketches = sorted(map(planning.pricer.sketch, candidates), key=lambda e: (expected(e), e.plan.label))
     return list(_that_fit(planning, [e.plan for e in sketches[: 3 * NEIGHBOURS]], NEIGHBOURS))
 
 
@@ -287,19 +303,18 @@ def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
     """Yield the allowed plans that differ from ``plan`` in one technique or its settings."""
     request, space = planning.request, planning.pricer.space
     allowed = [t for t in usable(space, request.accuracy)[0] if t.name not in request.bounds.without]
-    every = {frozenset(p.uses): p for p in plans(space, allowed)}
+    by_uses = {frozenset(p.uses): p for p in plans(space, allowed)}
     options: list[Use] = [make_use(t.name, s) for t in allowed for s in t.settings(space)]
     changed = [*(without(plan, u.technique) for u in plan.uses), *map(plan.with_use, options)]
-    refuses = engine(request.engine).supports
-    for other in changed:
-        known = every.get(frozenset(other.uses))
-        if known is not None and known != plan and not refuses(known):
-            yield known
+    for changed_plan in changed:
+        found = by_uses.get(frozenset(changed_plan.uses))
+        if found is not None and found != plan and not engine(request.engine).supports(found):
+            yield found
 
 
-def _that_fit(planning: Planning, wanted: Sequence[Plan], count: int) -> Iterator[Plan]:
+def _that_fit(planning: Planning, candidates: Sequence[Plan], count: int) -> Iterator[Plan]:
     """Yield the first ``count`` distinct plans that fit when they are traced whole."""
-    distinct = list(dict.fromkeys(wanted))
+    distinct = list(dict.fromkeys(candidates))
     if planning.request.ranks == 1:
         planning.pricer.trace_all(distinct[: count + 2])
     for plan in distinct:
