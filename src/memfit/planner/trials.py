@@ -30,12 +30,12 @@ from memfit.types.result import Choice, Estimate, Measurement, OutcomeKind, Tria
 
 # proportional to each other on one machine
 BY_TIME = (Objective.FASTEST, Objective.CHEAPEST, Objective.GREENEST)
-FIRST, NEIGHBOURS, LAST = 14, 6, 4  # most plans of the first round, of each next one, and of the final rounds
+FIRST, NEIGHBOURS, LAST = 14, 6, 5  # most plans of the first round, of each next one, and of the final rounds
 CLIMBS = 2  # rounds of plans one change away from the fastest
 _ROUNDS, _MORE_ROUNDS = 2, 2  # final rounds, and as many more while rounds of one plan differ too much
 _SCREENING, _FINAL = (3, 1), (5, 2)  # steps of a run, and how many of them warm up
 _WITHIN = 1.6  # times the best predicted step: two predictions with +-25 % error may differ that much
-_LAST_WITHIN = 1.12  # times the fastest round
+_LAST_WITHIN = 1.18  # times the fastest round: one round of a plan may be that much too slow by other work
 _MEASURED = Band(0.015, 0.035)  # spread between rounds of one plan on an otherwise idle machine
 _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 
