@@ -191,7 +191,7 @@ def test_a_deleted_environment_is_reported(home: Path) -> None:
             took_s=1.0,
         ),
     )
-    assert ENGINE.probe().problem == f"its environment {nowhere} no longer exists"
+    assert ENGINE.probe().problem == f"its environment {nowhere} is gone or lacks the package"
     launch = render(_spec(_plan(2, ddp={})))
     assert launch.argv[0] == f"{nowhere}/bin/python"
     assert Path(launch.env["PYTHONPATH"], "memfit").is_dir()

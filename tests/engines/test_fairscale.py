@@ -352,9 +352,9 @@ def test_on_one_rank_losses_are_bitwise_equal(one: dict[str, Any], reference: li
         ("every 2", [True, False], "fine: "),
         ("autocast", [False, False], "fine: "),
         ("island", [True, False], "fine: "),
-        ("named", [True, True], "would lose gradients of what Named returns"),
-        ("nested", [True, True], "would lose gradients of what Nested returns"),
-        ("force", [True, True], "does not support a loss that computes gradients itself"),
+        ("named", [True, True], "would lose gradients of what the block Named returns"),
+        ("nested", [True, True], "would lose gradients of what the block Nested returns"),
+        ("force", [True, True], "does not support the job's loss, which computes gradients itself"),
     ],
 )
 def test_fairscale_recomputes_only_the_blocks_that_it_supports(
@@ -395,7 +395,7 @@ def test_fairscale_accepts_the_arguments_and_shards_as_predicted() -> None:
     [
         (_plan(2, fsdp2={}), "FullyShardedDataParallel requires CUDA"),
         (_plan(2, zero={}), "zero is not supported by fairscale"),
-        (_plan(2), "it requires sharded-ddp"),
+        (_plan(2), "FairScale requires sharded-ddp"),
     ],
 )
 def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) -> None:

@@ -34,7 +34,7 @@ BESIDE = frozenset(
 
 
 def no_files(spec: RunSpec) -> Files:
-    """Return no files, for an engine that is configured in Python only."""
+    """Return no files: the default of `Engine.files`, for an engine that is configured in Python only."""
     return {}
 
 
@@ -42,19 +42,25 @@ def no_files(spec: RunSpec) -> Files:
 class Engine:
     """A library, or memfit itself, that trains a plan.
 
-    - ``carries``: techniques that the engine applies itself.
-    - ``beside``: techniques that memfit applies to the model or the step and that the engine does not affect.
-      Plans with any other technique are not supported.
-    - ``reasons(plan)``: why the engine does not support a plan of these techniques; empty if it does.
-    - ``asks_cuda(plan)``: the parts of the plan that the engine runs only on NVIDIA GPUs.
+    - ``summary``: what the engine is and offers, in one line.
+    - ``install``: the command that installs it; "" if it is part of torch.
+    - ``carries``: names of the techniques that the engine applies itself.
+    - ``beside``: names of the techniques that memfit applies to the model or the step and that the engine
+      does not affect. Plans with a technique in neither set are not supported.
+    - ``reasons(plan)``: why the engine does not support a plan whose techniques are all in ``carries`` or
+      ``beside``; empty if it does.
+    - ``asks_cuda(plan)``: the parts of the plan that the engine runs only on NVIDIA GPUs; may be empty.
     - ``no_scalars(plan)``: whether the engine refuses parameters without dimensions.
-    - ``files(spec)``: its own configuration, name -> text, beside run.json. The worker reads these files.
+    - ``files(spec)``: the files that configure the engine, name -> text, besides the run's run.json. The
+      worker reads them.
+    - ``env``: environment variables that its worker gets.
     - ``tested``: the tested versions, from (inclusive) and to (exclusive).
     - ``saves``: whether memfit's worker can save and resume its training.
     - ``own_trace``: whether the engine's step runs on fake tensors. If so, predictions are traces of it.
-      Otherwise they are traces of the native step for ``predicted(plan)``, which needs the same memory.
+      Otherwise they are traces of the native step for the plan ``predicted(plan)``, which needs the same
+      memory as the engine's step for ``plan``.
     - ``requirements``: what pip installs in a separate environment, for an engine whose dependencies
-      conflict with memfit's.
+      conflict with memfit's; empty if it runs in memfit's environment.
     """
 
     name: str
@@ -79,13 +85,17 @@ class Engine:
         return self.carries | self.beside
 
     def supports(self, plan: Plan) -> tuple[str, ...]:
-        """Return the reasons why the engine does not support the plan; empty if it does."""
+        """Return the reasons why the engine does not support the plan; empty if it does. If the plan has
+        techniques that the engine does not know, return only these reasons, one per technique."""
         techniques = (u.technique for u in plan.uses if u.technique not in self.known)
         reasons = tuple(f"{technique} is not supported by {self.name}" for technique in techniques)
         return reasons or self.reasons(plan)
 
     def probe(self) -> Probe:
-        """Return what is installed on this machine, without importing it."""
+        """Return the installed version of the engine's package and what keeps the engine from running: the
+        package is not installed, or its version is untested. Nothing is imported. The version is torch's for
+        an engine that is part of torch. An engine with ``requirements`` is looked up only in its recorded
+        environment."""
         if not self.distribution:
             return Probe(
                 version=_version("torch") or "", problem="" if _version("torch") else "torch is not installed"
@@ -96,7 +106,7 @@ class Engine:
             version = _version(self.distribution, environment.packages if environment is not None else None)
         if version is None:
             problem = (
-                f"its environment {environment.folder} no longer exists"
+                f"its environment {environment.folder} is gone or lacks the package"
                 if environment is not None
                 else "not installed"
             )
@@ -105,7 +115,7 @@ class Engine:
         if not _at(low) <= _at(version) < _at(high):
             return Probe(
                 version=version,
-                problem=f"{version} is untested: versions {low} to below {high} were tested",
+                problem=f"version {version} is untested: versions from {low} to below {high} were tested",
                 fix=self.install,
             )
         return Probe(version=version)
@@ -113,8 +123,9 @@ class Engine:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What is installed of an engine. ``problem`` is "" if the engine is ready to run; ``fix``: the command
-    that would help."""
+    """What is installed of an engine. ``version``: of its package, "" if that is not installed. ``problem``:
+    what keeps the engine from running; "" if it is ready to run. ``fix``: the command that would help, if
+    any."""
 
     version: str = ""
     problem: str = ""
@@ -128,6 +139,7 @@ def _version(distribution: str, folder: str | None = None) -> str | None:
 
 
 def _at(version: str) -> tuple[int, ...]:
-    """Return the release of a version in comparable form: "0.19.8+x" -> (0, 19, 8)."""
+    """Return the leading numbers of a version in comparable form: "0.19.8+x" -> (0, 19, 8); () if it does not
+    begin with a number."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(n) for n in match.group().split(".")) if match else ()

@@ -11,9 +11,9 @@ from memfit.types.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """A virtual environment. ``folder``: its folder; ``python``: its interpreter; ``packages``: its
-    site-packages; ``installed_bytes`` and ``took_s``: the disk space and the seconds that its creation
-    took."""
+    """An engine's virtual environment. ``folder``: its folder; ``python``: path of its interpreter;
+    ``packages``: its site-packages folder; ``installed_bytes``: bytes of its files after it was created;
+    ``took_s``: seconds that its creation took."""
 
     folder: str
     python: str
@@ -23,15 +23,16 @@ class Environment:
 
 
 def home() -> Path:
-    """Return the default folder of environments and the folder of their records."""
+    """Return the folder that holds the record of each engine's environment, and in which environments are
+    created unless another folder is named."""
     import platformdirs
 
     return platformdirs.user_data_path("memfit") / "engines"
 
 
 def recorded(name: str) -> Environment | None:
-    """Return the engine's recorded environment, whether or not it still exists. Return None if there is no
-    record or it cannot be read."""
+    """Return the recorded environment of the engine ``name``, whether or not it still exists. Return None if
+    there is no record or it cannot be read."""
     try:
         return serialization.loads(
             Environment, _record(name).read_text(encoding="utf-8"), what=f"record of {name}"
@@ -41,7 +42,7 @@ def recorded(name: str) -> Environment | None:
 
 
 def record(name: str, made: Environment) -> None:
-    """Write the record of the engine's environment."""
+    """Write ``made`` as the record of the environment of the engine ``name``, in place of any earlier one."""
     path = _record(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(serialization.dumps(made, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Native PyTorch: memfit's own worker. The other engines train in this worker's process too."""
+"""Native PyTorch: memfit's own training step, and the launch of the worker, in which all engines train."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ ENGINE = Engine(
 
 
 def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
-    """Return the process that `run` starts, with the engine's configuration files; `export` writes the same.
-    The interpreter of an engine's own environment imports memfit from this source folder."""
+    """Return the launch of ``spec`` on ``engine``: memfit's worker as a command, its environment variables,
+    run.json and the engine's configuration files. It is what runs execute and what `memfit export` writes.
+    The command uses the interpreter of the engine's own environment, which then imports memfit from this
+    source folder, or this interpreter if the engine needs no environment or none is recorded."""
     environment = recorded(engine.name) if engine.requirements else None
     return LaunchConfig(
         engine=engine.name,
@@ -55,10 +57,11 @@ def render_calibration(
     rates: bool = True,
     memory_only: bool = False,
 ) -> LaunchConfig:
-    """Return a process that times the operators ``signatures`` in the same environment as the runs. ``spec``
-    gives the number of threads and the time limit; ``budget_s``: seconds for the measurements; ``rates``:
-    measure the rates of the machine too; ``memory_only``: call each operator once and measure neither times
-    nor rates."""
+    """Return the launch of a worker process that times the operators ``signatures``, with the environment
+    variables of a run on the native engine. ``spec`` gives the number of threads and the time limit.
+    ``budget_s``: seconds for the measurements. ``packages``: modules to import first, which register
+    operators. ``rates``: measure the rates of the machine too. ``memory_only``: measure only what memory each
+    operator takes inside, neither times nor rates."""
     request = {
         "signatures": list(signatures),
         "budget_s": budget_s,
@@ -77,6 +80,7 @@ def render_calibration(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Return the worker's environment variables. PYTHONSAFEPATH removes the current folder from the import
-    path, so that a user's file cannot shadow a module of the standard library or of an installed package."""
+    """Return the worker's environment variables: PYTHONSAFEPATH, and OMP_NUM_THREADS unless ``threads`` is 0.
+    PYTHONSAFEPATH removes the current folder from the import path, so that a user's file cannot shadow a
+    module of the standard library or of an installed package."""
     return {"PYTHONSAFEPATH": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

@@ -26,13 +26,15 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def engine(name: str) -> Engine:
-    """Return the engine called ``name``. Raises UserError with the closest names if there is none."""
+    """Return the engine called ``name``. If there is none, raises UserError with all names and the closest
+    one."""
     return named("engine", name, ENGINES)
 
 
 def carrying(name: str, plan: Plan) -> Engine:
-    """Return the engine if it supports the plan. Raises UserError with every reason why it does not, and with
-    the engines that do."""
+    """Return the engine called ``name`` if it supports the plan. Otherwise raises UserError with the reasons,
+    and with the engines other than replay that support it. Raises UserError, too, if there is no such engine,
+    or if the plan's number of ranks does not suit its techniques."""
     candidate = engine(name)
     layout(plan)  # raises first for an invalid number of ranks, which no engine would support
     if reasons := candidate.supports(plan):
@@ -46,13 +48,14 @@ def carrying(name: str, plan: Plan) -> Engine:
 
 
 def ready(name: str, plan: Plan) -> Engine:
-    """Return the engine if it supports the plan, is installed, and can train the plan here, on CPU ranks.
-    Raises UserError with the command that installs it, or with the parts that require CUDA."""
+    """Return the engine called ``name`` if it supports the plan, can train it here, on CPU ranks, and is
+    installed in a tested version. Raises UserError with the reasons why it does not support the plan, with
+    the parts that require CUDA, or with the command that installs a tested version."""
     candidate = carrying(name, plan)
     if parts := candidate.asks_cuda(plan):
         raise UserError(
             f"engine {name} cannot train this plan here: {', '.join(parts)} requires CUDA",
-            hint="`memfit explain` predicts it, and `memfit export` writes its configuration",
+            hint="`memfit explain` predicts the plan, and `memfit export` writes the engine's configuration",
         )
     if (probe := candidate.probe()).problem:
         raise UserError(f"engine {name}: {probe.problem}", hint=probe.fix)
@@ -60,5 +63,6 @@ def ready(name: str, plan: Plan) -> Engine:
 
 
 def render(spec: RunSpec) -> LaunchConfig:
-    """Return the launch of ``spec`` on its engine: the worker, and the engine's own configuration files."""
+    """Return the launch of ``spec`` on the engine that it names: the worker, run.json and the engine's own
+    configuration files. Raises UserError if there is no such engine."""
     return native.render(spec, engine(spec.engine))

@@ -1,4 +1,4 @@
-"""An engine that answers from stored records and does not train."""
+"""The engine replay, which does not train: it answers with the stored record of an earlier run."""
 
 from __future__ import annotations
 

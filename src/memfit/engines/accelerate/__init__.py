@@ -20,20 +20,21 @@ def _reasons(plan: Plan) -> tuple[str, ...]:
     for dtype in ("bf16", "fp16"):
         if plan.get("fsdp2") is not None and plan.get(f"{dtype}-autocast") is not None:
             reasons.append(
-                f"{dtype}-autocast: with FSDP2, its {dtype} setting is the dtype of gathered parameters"
+                f"{dtype}-autocast: with FSDP2, Accelerate's {dtype} setting casts parameters, not operators"
             )
     for use in plan.uses:
         knobs = use.settings
         if use.technique == "fsdp2":
             if int(knobs["replicas"]) > 1:
-                reasons.append("fsdp2: its YAML has no setting for replicas (HSDP)")
+                reasons.append("fsdp2: Accelerate's YAML has no setting for replicas (HSDP)")
             if knobs["units"] != "blocks":
-                reasons.append(f"fsdp2: units {knobs['units']!r} cannot be expressed in its YAML")
+                reasons.append(f"fsdp2: units {knobs['units']!r} cannot be expressed in Accelerate's YAML")
             if int(knobs["prefetch"]) > 1:
-                reasons.append("fsdp2: it has no setting for the number of groups that are prefetched")
+                reasons.append("fsdp2: Accelerate has no setting for prefetch, the number of groups ahead")
             if knobs["reshard"] not in {True, False}:
                 reasons.append(
-                    f"fsdp2: reshard {knobs['reshard']!r} is not supported: it reshards all groups or none"
+                    f"fsdp2: reshard {knobs['reshard']!r} is not supported: "
+                    "Accelerate reshards all groups or none"
                 )
     return tuple(reasons)
 
@@ -47,7 +48,8 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 def config(plan: Plan) -> dict[str, Any]:
     """Return the content of the file that `accelerate launch --config_file` reads. `mixed_precision` is the
-    dtype of gathered parameters under FSDP2, and autocast otherwise."""
+    dtype of gathered parameters under FSDP2, and autocast otherwise. With ZeRO it is left out, and the
+    content names DeepSpeed's own file."""
     mixed_precision = "bf16" if plan.get("bf16-autocast") else "fp16" if plan.get("fp16-autocast") else "no"
     content: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -84,8 +86,8 @@ def config(plan: Plan) -> dict[str, Any]:
 
 
 def _asks_cuda(plan: Plan) -> tuple[str, ...]:
-    """Return "fp16-autocast" if the plan uses it: on a CPU an Accelerator set to fp16 silently trains in
-    float32."""
+    """Return ("fp16-autocast",) if the plan uses it, else (): on a CPU an Accelerator set to fp16 silently
+    trains in float32."""
     return ("fp16-autocast",) if plan.get("fp16-autocast") is not None else ()
 
 

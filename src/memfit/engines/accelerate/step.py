@@ -2,7 +2,7 @@
 
 On CPU, Accelerate 1.15 does not support FSDP: `prepare` silently wraps the model in DDP or not at all.
 Setting the distributed type and the plugin on the Accelerator's state after its creation does shard, so this
-worker does that on CPU. It does the same for DeepSpeed, which `cpu=True` silently leaves out.
+module does that. It does the same for DeepSpeed, which `cpu=True` silently leaves out.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_
 
 
 class Step(TrainingStep):
-    """The training step of the engine. ``folder``: the run's configuration files, or None in a trace."""
+    """The training step on the engine accelerate. ``folder``: folder of the run's configuration files, or
+    None in a trace."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
 
     def __new__(cls, job: Job, plan: Plan, **options: Any) -> Step:
-        """Return DeepSpeed's step, created by Accelerate, for a run with ZeRO. A trace uses memfit's own
-        ZeRO."""
+        """Create the step. For a run with ZeRO it is DeepSpeed's, with an engine that Accelerate creates. A
+        trace with ZeRO uses memfit's own ZeRO."""
         uses_deepspeed = plan.get("zero") is not None and cls.folder is not None
         return super().__new__(_ThroughDeepspeed if uses_deepspeed else cls)
 
@@ -70,16 +71,17 @@ class Step(TrainingStep):
         return cast(OptimizerLike, optimizer)
 
     def _as_native(self) -> OptimizerLike:
-        """Prepare a trace without FSDP. For DDP, autocast and accumulation, Accelerate does the same as
-        memfit's own step."""
+        """Prepare a trace of a plan without FSDP with memfit's own techniques. For DDP, autocast and
+        accumulation, Accelerate does the same; memfit's ZeRO stands for DeepSpeed's."""
         for technique, use in in_order(self.plan):
             if technique.name in self.carried:
                 technique.apply(self.bench, use.settings)
         return super()._prepare()
 
     def _prepared_fake(self) -> OptimizerLike:
-        """Prepare a trace with FSDP. Accelerate finds an optimizer's parameters by their addresses, which
-        fake tensors do not have, so the optimizer is created after the model is prepared."""
+        """Prepare a trace of a plan with FSDP. Accelerate finds an optimizer's parameters by their addresses,
+        which fake tensors do not have, so the optimizer is created after the model is prepared, without
+        Accelerate."""
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         # Torch would create the same mesh, but it cannot do so with fake tensors.
@@ -105,7 +107,8 @@ class Step(TrainingStep):
 
 class _ThroughDeepspeed(step.Step, Step):
     """DeepSpeed's step, with an engine that Accelerate creates. Accelerate's own `backward` also updates
-    parameters; here DeepSpeed's two calls stay separate, so that the phases can be measured separately."""
+    parameters. Here the engine's `backward` and `step` are called instead, so that the phases can be measured
+    separately."""
 
     carried = Step.carried
 
@@ -129,7 +132,8 @@ class _ThroughDeepspeed(step.Step, Step):
 
 
 class _Forwarding:
-    """Forward calls to the model that Accelerate prepared, and attribute access to the model inside."""
+    """Passes calls on to ``wrapped``, the model that Accelerate prepared, and attribute access to ``inner``,
+    the model inside it."""
 
     def __init__(self, wrapped: torch.nn.Module, inner: torch.nn.Module) -> None:
         self._wrapped, self.inner = wrapped, inner
@@ -150,8 +154,10 @@ def _block_classes(bench: Any) -> Iterator[str]:
 
 
 def _accelerator(content: Mapping[str, Any], plan: Plan, folder: Path | None = None) -> Any:
-    """Return an Accelerator that is configured by the file, through the variables that `accelerate launch`
-    would set from it. DDP's buckets are not in the file: a program passes them as arguments."""
+    """Return a new Accelerator on CPU, after a reset of Accelerate's state. It is configured by ``content``,
+    that of the configuration file, through the environment variables that `accelerate launch` would set from
+    it. DDP's buckets are not in the file: they are passed as arguments, from ``plan``. ``folder`` holds
+    DeepSpeed's own file; without it, DeepSpeed is not set up."""
     from accelerate import Accelerator
     from accelerate.utils import patch_environment
 
@@ -176,7 +182,8 @@ def _handlers(plan: Plan) -> Iterator[Any]:
 
 
 def _variables(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the environment variables that accelerate/utils/launch.py sets for the configuration."""
+    """Return those environment variables that accelerate/utils/launch.py sets from ``content``, that of the
+    configuration file, for mixed precision, FSDP and DeepSpeed."""
     variables = {"ACCELERATE_MIXED_PRECISION": str(content.get("mixed_precision", "no"))}
     if fsdp_settings := content.get("fsdp_config"):
         variables["ACCELERATE_USE_FSDP"] = "true"
@@ -188,7 +195,7 @@ def _variables(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reset() -> None:
-    """Reset Accelerate's state. There is one per process, and the warm-up has set it."""
+    """Reset Accelerate's state, which exists once per process and which the step of a warm-up has set."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):

@@ -22,7 +22,8 @@ _STYLES = {"1f1b": "1f1b", "interleaved": "interleaved"}
 
 
 def plugin_of(plan: Plan) -> str:
-    """Return the name of the plugin that trains the plan; "" if a single process needs none."""
+    """Return the name of the Booster plugin that trains the plan; "" if the plan has no technique that needs
+    one."""
     if plan.get("tensor-parallel") or plan.get("pipeline"):
         return HYBRID
     if (zero := plan.get("zero")) is not None:
@@ -31,8 +32,9 @@ def plugin_of(plan: Plan) -> str:
 
 
 def config(plan: Plan, clip: float | None = None) -> dict[str, Any]:
-    """Return the name of the ``plugin`` and its ``arguments``. ``clip``: the largest gradient norm. With DDP
-    the worker clips, because the plugin does not."""
+    """Return the content of colossalai.json: the name of the ``plugin`` and its ``arguments``. ``clip``: the
+    largest gradient norm, None or 0 for no limit. It is not among the arguments of the DDP plugin, which does
+    not clip: there, and without a plugin, the worker clips."""
     name = plugin_of(plan)
     arguments = _ARGUMENTS[name](plan) if name else {}
     if clip and name not in {"", DDP}:
@@ -114,9 +116,9 @@ def _why_not(plan: Plan) -> Iterator[str]:
     if zero is not None:
         yield from _zero_reasons(zero.settings)
     if pipeline is not None and pipeline.settings["schedule"] not in _STYLES:
-        yield f"pipeline: schedule {pipeline.settings['schedule']!r} is missing or needs its own solver"
+        yield f"pipeline: schedule {pipeline.settings['schedule']!r} is not one of 1f1b and interleaved"
     if tensor is not None and tensor.settings["vocabulary"] == "whole":
-        yield "tensor-parallel: embedding and head are always sharded, so vocabulary must not be 'whole'"
+        yield "tensor-parallel: Colossal-AI always shards embedding and head: vocabulary must not be 'whole'"
 
 
 def _zero_reasons(knobs: Mapping[str, Any]) -> Iterator[str]:
@@ -124,16 +126,16 @@ def _zero_reasons(knobs: Mapping[str, Any]) -> Iterator[str]:
     if stage == 3 and knobs["precision"] != "bf16":
         yield "zero: stage 3 is Gemini, which trains in half precision, so precision must be 'bf16'"
     if stage in (1, 2) and bucket % _MI:
-        yield f"zero: its bucket unit is {_MI} elements, so reduce_bucket_elements must be a multiple"
+        yield f"zero: Colossal-AI sizes buckets in {_MI} elements: reduce_bucket_elements must be a multiple"
     if stage in (1, 2) and offload == "parameters":
-        yield "zero: below stage 3 parameters are not offloaded, so offload must be 'none' or 'optimizer'"
+        yield "zero: Colossal-AI offloads parameters only in stage 3: offload must be 'none' or 'optimizer'"
     if stage == 0:
-        yield "zero: stage 0 is the technique ddp in this engine"
+        yield "zero: Colossal-AI has no stage 0; the technique ddp is its equivalent"
 
 
 def _asks_cuda(plan: Plan) -> tuple[str, ...]:
     name = plugin_of(plan)
-    return (f"its {name}",) if name not in {"", DDP} else ()
+    return (f"Colossal-AI's {name}",) if name not in {"", DDP} else ()
 
 
 def _files(spec: RunSpec) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""The training step of Colossal-AI's Booster. It runs in the engine's own environment, with its older
-torch."""
+"""The training step with Colossal-AI's Booster. It runs in the engine's separate environment, which has an
+older torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
-    """The training step of the engine. ``folder``: the run's configuration files."""
+    """The training step on the engine colossalai. ``folder``: folder of the run's configuration files."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path
@@ -58,8 +58,8 @@ class Step(TrainingStep):
 
 
 class _Stepping:
-    """Adapter of Colossal-AI's optimizer wrapper, which hides the optimizer's state and passes arguments on
-    by position."""
+    """Gives ``inner``, Colossal-AI's wrapper of an optimizer, the interface of an optimizer. The wrapper
+    itself hides the optimizer's state and passes arguments on by position."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -80,6 +80,6 @@ def _check(model: torch.nn.Module, device: str) -> None:
     norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     if norms and device == "cpu":
         raise UserError(
-            f"engine colossalai turns {norms[0]} into a SyncBatchNorm, which requires CUDA",
+            f"engine colossalai turns the module {norms[0]} into a SyncBatchNorm, which requires CUDA",
             allowed="models without batch normalisation on CPU ranks",
         )

@@ -21,7 +21,7 @@ CONFIG = "deepspeed.json"
 
 def as_zero(plan: Plan) -> Plan:
     """Return the plan with DDP replaced by ZeRO stage 0, which is DeepSpeed's DDP: it averages gradients
-    after backward, in pieces of its own size."""
+    after backward, in pieces of its own size. A plan without DDP is returned unchanged."""
     if plan.get("ddp") is None:
         return plan
     return plan.without("ddp").with_use(make_use("zero", {"stage": 0}))
@@ -30,16 +30,18 @@ def as_zero(plan: Plan) -> Plan:
 def _reasons(plan: Plan) -> tuple[str, ...]:
     reasons = []
     if plan.ranks > 1 and plan.get("ddp") is None and plan.get("zero") is None:
-        reasons.append("several ranks: it requires zero or ddp")
+        reasons.append("several ranks: DeepSpeed requires zero or ddp")
     accumulates = plan.get("gradient-accumulation") is not None
     if accumulates and (ddp := plan.get("ddp")) is not None and ddp.settings["sync"] != "last":
-        reasons.append("ddp: sync must be 'last', because gradients are reduced once per step")
+        reasons.append("ddp: sync must be 'last', because DeepSpeed reduces gradients once per step")
     if (zero := plan.get("zero")) is not None:
         knobs = zero.settings
         if int(knobs["stage"]) == 0 and (knobs["precision"] != "fp32" or knobs["offload"] != "none"):
-            reasons.append("zero: stage 0 has no offload and no bf16")
+            reasons.append("zero: stage 0 requires precision 'fp32' and offload 'none'")
         if int(knobs["stage"]) == 3 and plan.get("chunked-cross-entropy") is not None:
-            reasons.append("chunked-cross-entropy: zero stage 3 has freed the head when the loss needs it")
+            reasons.append(
+                "chunked-cross-entropy: ZeRO stage 3 has freed the head's weight when the loss runs"
+            )
     return tuple(reasons)
 
 
@@ -48,8 +50,8 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 
 def config(spec: RunSpec) -> dict[str, Any]:
-    """Return the content of the file that `deepspeed --deepspeed_config` reads. The program creates the
-    optimizer."""
+    """Return the content of the file that `deepspeed --deepspeed_config` reads. It has no optimizer: the
+    program creates that. DDP is written as ZeRO stage 0."""
     zero = as_zero(spec.plan).get("zero")
     accumulation = spec.plan.get("gradient-accumulation")
     micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1

@@ -17,7 +17,7 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
-    """The training step of the engine. ``folder``: the run's configuration files."""
+    """The training step on the engine deepspeed. ``folder``: folder of the run's configuration files."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
@@ -28,7 +28,8 @@ class Step(TrainingStep):
         zero = self.plan.get("zero")
         if self.job.ema is not None and zero is not None and zero.settings["stage"] == 3:
             raise UserError(
-                "ema on engine deepspeed with ZeRO stage 3, which frees parameters between steps",
+                "the job's ema is not supported on engine deepspeed with ZeRO stage 3, "
+                "which frees parameters between steps",
                 allowed="stages 0 to 2, or the native engine, which averages shards",
             )
         imported()
@@ -62,8 +63,8 @@ class Step(TrainingStep):
 
 
 def imported() -> Any:
-    """Import DeepSpeed, without the kernel that it would compile for all-reduces between processes of one
-    host.
+    """Import DeepSpeed and return it, without the kernel that it would compile for all-reduces between
+    processes of one host.
 
     Only inference uses that kernel. A process that is killed while it builds or loads the kernel leaves a
     lock file behind, and every later start on the machine would wait for that lock forever.
@@ -75,8 +76,8 @@ def imported() -> Any:
 
 
 def _join_alone() -> None:
-    """Create a process group, which DeepSpeed needs even with one rank. DeepSpeed keeps a reference to it, so
-    it stays until the process ends."""
+    """Create a process group of this process alone if there is none: DeepSpeed needs one even with one rank.
+    DeepSpeed keeps a reference to it, so it stays until the process ends."""
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

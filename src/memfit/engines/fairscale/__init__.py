@@ -19,10 +19,10 @@ CONFIG = "fairscale.json"
 def _reasons(plan: Plan) -> tuple[str, ...]:
     if plan.get("fsdp2") is not None:
         return (
-            "fsdp2: its FullyShardedDataParallel requires CUDA streams and implements the FSDP of torch 1",
+            "fsdp2: FairScale's FullyShardedDataParallel requires CUDA streams and is the FSDP of torch 1",
         )
     if plan.ranks > 1 and plan.get("sharded-ddp") is None:
-        return ("several ranks: it requires sharded-ddp",)
+        return ("several ranks: FairScale requires sharded-ddp",)
     return ()
 
 
@@ -31,7 +31,8 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 
 def config(plan: Plan) -> dict[str, object]:
-    """Return the arguments of ShardedDataParallel besides the model and the optimizer."""
+    """Return the arguments of ShardedDataParallel besides the model, the optimizer and the process group.
+    Without sharded-ddp in the plan, its reduce buffer is off (size 0)."""
     use = plan.get("sharded-ddp")
     buffer_elements = int(use.settings["reduce_buffer_elements"]) if use is not None else 0
     return {

@@ -26,7 +26,7 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
-    """The training step of the engine. ``folder``: the run's configuration files."""
+    """The training step on the engine fairscale. ``folder``: folder of the run's configuration files."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path
@@ -78,13 +78,14 @@ class Step(TrainingStep):
             if "not compatible with .grad()" not in str(error):
                 raise
             raise UserError(
-                "FairScale's checkpoint_wrapper does not support a loss that computes gradients itself",
+                "FairScale's checkpoint_wrapper does not support the job's loss, "
+                "which computes gradients itself",
                 hint="leave activation-checkpointing out, or train on another engine",
             ) from error
 
     def _sync_last(self, last: bool) -> None:
-        """Reduce gradients only after the last micro-batch. A second reduction would average averaged
-        gradients again."""
+        """Before a micro-batch, suppress the reduction of gradients unless it is the last of the step. A
+        second reduction would average averaged gradients again."""
         self._syncing.close()
         if not last:
             self._syncing.enter_context(self.wrapped.no_sync())
@@ -97,8 +98,8 @@ class Step(TrainingStep):
         return norm
 
     def _grad_norm(self) -> torch.Tensor:
-        """Return the norm of all gradients. Each rank sums the gradients that it owns; the others are freed
-        or only partially summed."""
+        """Return the norm of all gradients, over all ranks. Each rank contributes the gradients of the
+        parameters that it owns; on it, other gradients are freed or only partially reduced."""
         optimizer: Any = self.optimizer
         own_params = [p for p, rank in optimizer._param_to_rank.items() if rank == optimizer.rank]
         norms = [torch.linalg.vector_norm(p.grad).float() for p in own_params if p.grad is not None]
@@ -113,14 +114,16 @@ class Step(TrainingStep):
 
 
 def _must_be_flat(block: torch.nn.Module, args: Any, output: Any) -> None:
-    """Raise UserError if the wrapper would lose gradients of the block's output: it returns tensors nested
-    deeper than a tuple without gradients, and only the keys of a mapping."""
+    """Raise UserError unless the block's output is a tensor, or a tuple or list with at least one tensor and
+    no tensors nested deeper. `checkpoint_wrapper` returns deeper tensors without gradients, and of a mapping
+    only the keys."""
     parts = output if isinstance(output, tuple | list) else (output,)
     nested_parts = [p for p in parts if not isinstance(p, torch.Tensor)]
     has_nested_tensors = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(nested_parts))
     if has_nested_tensors or len(nested_parts) == len(parts):
         raise UserError(
-            f"FairScale's checkpoint_wrapper would lose gradients of what {type(block).__name__} returns",
+            f"FairScale's checkpoint_wrapper would lose gradients of what the block {type(block).__name__} "
+            "returns",
             allowed="blocks that return a tensor or a tuple of tensors",
             hint="leave activation-checkpointing out, or train on another engine",
         )

@@ -29,40 +29,44 @@ def _why_not(plan: Plan) -> Iterator[str]:
             if knobs[knob] != value:
                 yield f"{name}: {reason}, so {knob} must be {value!r}"
         if accumulates and knobs.get("sync") == "every":
-            yield f"{name}: gradients are reduced only after the last micro-batch, so sync must be 'last'"
+            yield f"{name}: Megatron reduces gradients after the last micro-batch, so sync must be 'last'"
         if name == "fsdp2" and layout(plan).shard > 1:
-            yield "fsdp2: it shards only optimizer state (zero, stage 1), so replicas must be all data ranks"
+            yield (
+                "fsdp2: Megatron shards only optimizer state (zero, stage 1), "
+                "so replicas must be all data-parallel ranks"
+            )
 
 
 # Technique -> settings for which Megatron supports one value: (setting, value, reason).
 _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
-    "tensor-parallel": (("vocabulary", "gathered", "embedding and head are always sharded"),),
-    "activation-checkpointing": (("every", 1, "either all layers are recomputed or none"),),
-    "ddp": (("bucket_view", True, "gradients are always views of its buffer"),),
+    "tensor-parallel": (("vocabulary", "gathered", "Megatron always shards embedding and head"),),
+    "activation-checkpointing": (("every", 1, "Megatron recomputes either all layers or none"),),
+    "ddp": (("bucket_view", True, "gradients are always views of Megatron's buffer"),),
     "fsdp2": (
-        ("precision", "as-is", "it assumes replicas"),
-        ("offload", False, "replicas are not offloaded"),
+        ("precision", "as-is", "Megatron does not shard parameters but replicates them"),
+        ("offload", False, "Megatron does not offload replicas"),
     ),
     "zero": (
-        ("stage", 1, "it shards only optimizer state"),
-        ("offload", "none", "optimizer state is not offloaded"),
+        ("stage", 1, "Megatron shards only optimizer state"),
+        ("offload", "none", "Megatron does not offload optimizer state"),
     ),
-    "bf16-parameters": (("rounding", "master", "it keeps fp32 master weights"),),
+    "bf16-parameters": (("rounding", "master", "Megatron keeps fp32 master weights"),),
 }
 
 
 def _asks_cuda(plan: Plan) -> tuple[str, ...]:
     parts = {
-        "zero": "its distributed optimizer",
-        "bf16-parameters": "its optimizer of fp32 masters",
-        "pipeline": "its pipeline schedule",
-        "context-parallel": "its context-parallel attention",
+        "zero": "Megatron's distributed optimizer",
+        "bf16-parameters": "Megatron's optimizer of fp32 master weights",
+        "pipeline": "Megatron's pipeline schedule",
+        "context-parallel": "Megatron's context-parallel attention",
     }
     return tuple(parts[u.technique] for u in plan.uses if u.technique in parts)
 
 
 def arguments(spec: RunSpec) -> dict[str, str]:
-    """Return the trainer's options, name -> value; the value of a switch is ""."""
+    """Return the options of Megatron-LM's trainer for the run, name without dashes -> value; the value of a
+    switch is ""."""
     mesh = layout(spec.plan)
     return {
         **spec.sizes,
@@ -145,12 +149,14 @@ def _step(spec: RunSpec) -> dict[str, str]:
 
 
 def _files(spec: RunSpec) -> dict[str, str]:
-    """Return a file with one option per line, for ``pretrain_gpt.py $(cat megatron.args) --data-path ...``"""
+    """Return the file megatron.args, name -> text, with one of the trainer's options per line, for
+    ``pretrain_gpt.py $(cat megatron.args) --data-path ...``"""
     return {CONFIG: "".join(f"--{k} {v}".rstrip() + "\n" for k, v in arguments(spec).items())}
 
 
 def parse(text: str) -> dict[str, str]:
-    """Parse the text of a file that `_files` has written: option -> value."""
+    """Parse the text of megatron.args, as `_files` makes it: option without dashes -> value, "" for a
+    switch."""
     pairs = (line.removeprefix("--").partition(" ") for line in text.splitlines())
     return {name: value for name, _, value in pairs}
 

@@ -24,8 +24,9 @@ _NORMS = ("norm_attention", "norm_feed")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GptShape:
-    """The sizes and settings from which a Gpt can be rebuilt. ``length``: tokens; ``feed``: the inner width
-    of the feed-forward part."""
+    """The sizes and settings from which a Gpt can be rebuilt. ``layers``: number of blocks; ``feed``: the
+    inner width of the feed-forward part; ``length``: the most tokens of a sequence; ``eps``: of the norms;
+    ``biased``: Linear layers of the blocks have biases; ``tied``: the head shares the embedding's weight."""
 
     layers: int
     width: int
@@ -39,16 +40,17 @@ class GptShape:
 
 
 def read(model: nn.Module) -> GptShape:
-    """Return the shape of ``model``. Raises UserError with everything that GPTModel cannot express."""
+    """Return the shape of ``model``. Raises UserError if it is not exactly a Gpt, or with everything in it
+    that Megatron's GPTModel cannot express."""
     if type(model) is not Gpt:
         raise UserError(
-            f"engine megatron: the job's model is {type(model).__name__}",
+            f"engine megatron cannot convert the job's model: the job's model is {type(model).__name__}",
             allowed="memfit.jobs.builtin.gpt.Gpt",
         )
     if reasons := list(_differences(model)):
         raise UserError(
-            f"engine megatron: GPTModel cannot express {'; '.join(reasons)}",
-            allowed="blocks of memfit.jobs.builtin.gpt with the same heads, norms and biases",
+            f"engine megatron: Megatron's GPTModel cannot express, in the job's model, {'; '.join(reasons)}",
+            allowed="a trainable memfit.jobs.builtin.gpt.Gpt with the same heads, norms and biases in all blocks",
         )
     first_block: Any = model.blocks[0]
     return GptShape(
@@ -65,7 +67,7 @@ def read(model: nn.Module) -> GptShape:
 
 
 def sizes(shape: GptShape) -> dict[str, str]:
-    """Return the shape as options of Megatron-LM's trainer."""
+    """Return the shape as options of Megatron-LM's trainer, name without dashes -> value, "" for a switch."""
     options = {
         "num-layers": str(shape.layers),
         "hidden-size": str(shape.width),
@@ -106,8 +108,9 @@ def _differences(model: Gpt) -> Iterator[str]:
 
 
 def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
-    """Yield settings that vary within the model while GPTModel has one value, and settings that GPTModel
-    lacks."""
+    """Yield descriptions of settings that vary within the model while GPTModel has one value, and of
+    properties of the model that GPTModel cannot have. ``linears`` and ``norms``: those of all blocks, with
+    the last norm."""
     values_by_problem = {
         "norms with different eps": {n.eps for n in norms},
         "blocks with different heads": {b.heads for b in model.blocks},
@@ -128,7 +131,8 @@ def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
 
 
 def check_cut(shape: GptShape, degree: int) -> None:
-    """Raise UserError if the tensor-parallel ranks would not get equal parts."""
+    """Raise UserError if ``degree`` tensor-parallel ranks would not get equal parts of the heads and of the
+    feed-forward width."""
     must_divide("number of heads", shape.heads, degree)
     must_divide("feed-forward width", shape.feed, degree)
 
@@ -137,14 +141,15 @@ def must_divide(what: str, count: int, degree: int) -> None:
     """Raise UserError if ``degree`` does not divide ``count``. ``what`` names the count in the message."""
     if count % degree:
         raise UserError(
-            f"engine megatron: a {what} of {count} on {degree} tensor-parallel ranks",
+            f"engine megatron cannot split a {what} of {count} on {degree} tensor-parallel ranks evenly",
             allowed=f"a multiple of {degree}",
         )
 
 
 class CoreAttention(nn.Module):
     """Causal attention with torch's fused kernel. Query, key and value are ``(length, batch, heads, head
-    width)``, the output is ``(length, batch, heads x head width)``, as in Megatron's DotProductAttention."""
+    width)``, the output is ``(length, batch, heads x head width)``, as in Megatron's DotProductAttention.
+    All other arguments, the mask included, are ignored."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -163,8 +168,9 @@ class CoreAttention(nn.Module):
 
 
 class Norm(nn.LayerNorm):
-    """torch's LayerNorm with marked parameters. Megatron refuses torch's LayerNorm with sequence parallelism,
-    because it sums only the gradients of marked parameters."""
+    """torch's LayerNorm whose parameters are marked by the attribute ``sequence_parallel``, True if the
+    configuration has sequence parallelism. Megatron sums only the gradients of parameters that are so marked,
+    and therefore refuses torch's LayerNorm with sequence parallelism."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float, **ignored: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -173,8 +179,9 @@ class Norm(nn.LayerNorm):
 
 
 class MegatronGpt(nn.Module):
-    """A GPTModel with the interface of the job's Gpt: its call, blocks and head. As in Megatron's trainer,
-    the vocabulary is padded to a multiple of the ranks. Logits of the padding are left out."""
+    """Megatron's GPTModel with the interface of the job's Gpt: its call, ``blocks`` and ``head``. The
+    vocabulary is padded to a multiple of the tensor-parallel ranks, as in Megatron's trainer. Logits of the
+    padding are left out."""
 
     def __init__(self, shape: GptShape, config: Any) -> None:
         super().__init__()
@@ -207,7 +214,8 @@ class MegatronGpt(nn.Module):
         return self.core.output_layer
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return logits ``(batch, length, vocabulary)`` for tokens ``(batch, length)``."""
+        """Return logits ``(batch, length, vocabulary)`` for tokens ``(batch, length)``. Raises UserError if
+        the sequence is to be split and the tensor-parallel ranks do not divide its length."""
         if self.config.sequence_parallel:
             must_divide("sequence", tokens.shape[1], self.config.tensor_model_parallel_size)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -217,7 +225,8 @@ class MegatronGpt(nn.Module):
 
 
 def transformer_config(shape: GptShape, **parallel: Any) -> Any:
-    """Return Megatron's TransformerConfig for the shape, without anything that requires CUDA."""
+    """Return Megatron's TransformerConfig for the shape, without dropout and without anything that requires
+    CUDA. ``parallel``: further fields of the configuration."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
@@ -241,8 +250,9 @@ def transformer_config(shape: GptShape, **parallel: Any) -> Any:
 
 
 def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
-    """Copy the slices of ``rank``, the rank within its tensor-parallel group, from ``source`` to ``target``.
-    Then free the parameters of ``source``."""
+    """Copy the weights from ``source`` to ``target``: of sharded parameters the slice of ``rank``, the rank
+    within its tensor-parallel group, and others whole. Rows that pad the vocabulary become zero. Then free
+    the parameters of ``source``."""
     shape = read(source)
     target_params = dict(target.core.named_parameters())
     for name, full_tensor in _whole(source, shape):
@@ -265,7 +275,8 @@ def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
 
 
 def _whole(source: Gpt, shape: GptShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield GPTModel's parameter names with the whole tensors, rows in Megatron's order."""
+    """Yield (name of a parameter in GPTModel, its whole tensor from ``source``, with rows in Megatron's
+    order)."""
     yield "embedding.word_embeddings.weight", source.embed.weight
     yield "embedding.position_embeddings.weight", source.position.weight
     pairs: Mapping[str, str] = {
@@ -287,7 +298,7 @@ def _whole(source: Gpt, shape: GptShape) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _by_head(param: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder rows from (q, k, v), each of all heads, to (q, k, v) of the first head, then of the second, and
-    so on."""
+    """Return ``param`` with its rows reordered: from all rows of the queries, then of the keys, then of the
+    values, to query, key and value of the first head, then of the second, and so on."""
     rows: torch.Tensor = param.unflatten(0, (3, heads, -1)).transpose(0, 1).reshape(param.shape)
     return rows

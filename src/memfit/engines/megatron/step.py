@@ -32,7 +32,8 @@ from memfit.types.launch import RunSpec
 
 
 class Step(TrainingStep):
-    """The training step of the engine. ``folder``: the run's configuration files, or None in a trace."""
+    """The training step on the engine megatron. ``folder``: folder of the run's configuration files, or None
+    in a trace."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
@@ -41,7 +42,8 @@ class Step(TrainingStep):
         bench = self.bench
         if bench.islands and fp32_modules.surroundings(self.plan) is not None:
             raise UserError(
-                "engine megatron builds its own model, which omits the float32 islands of the job",
+                "engine megatron does not support the job's islands (modules kept in float32) with a plan of "
+                "lower precision, because it builds its own model without them",
                 hint="train in float32 with this engine",
             )
         with contextlib.ExitStack() as stack:
@@ -74,15 +76,17 @@ class Step(TrainingStep):
                 self.wrapped = bench.call = _wrapped(megatron_model, config, options)
 
     def _given(self) -> Mapping[str, str]:
-        """Return the options in the run's file, or in a trace those that the file would contain."""
+        """Return the trainer's options in the run's megatron.args, name without dashes -> value, or in a
+        trace those that the file would contain."""
         if self.folder is not None:
             return parse((self.folder / CONFIG).read_text())
         job = JobRef(spec=self.job.name)
         return arguments(RunSpec(name="", role="", job=job, plan=self.plan, seed=0, steps=0))
 
     def _check_sequence(self, is_split: bool) -> None:
-        """Check that activations are split along the sequence as planned. Raises NotConforming. The check is
-        here because no parameter's size shows it."""
+        """Check whether activations are split along the sequence exactly if the plan says so. ``is_split``:
+        what Megatron's configuration says. Raises NotConforming if the two differ. The check is here because
+        no parameter's size shows it."""
         use = self.plan.get("tensor-parallel")
         planned_split = use is not None and bool(use.settings["sequence"])
         if planned_split != is_split:
@@ -112,8 +116,8 @@ class Step(TrainingStep):
         return norm
 
     def _reduced(self) -> None:
-        """Let Megatron reduce the gradients, and set them on the parameters, where torch's optimizers expect
-        them."""
+        """Let Megatron reduce the gradients, and set its buffers' views as ``grad`` of the parameters, where
+        torch's optimizers expect the gradients."""
         from megatron.core.distributed import finalize_model_grads
 
         finalize_model_grads([self.wrapped])
@@ -121,8 +125,8 @@ class Step(TrainingStep):
             param.grad = cast(Any, param).main_grad
 
     def _grad_norm(self) -> torch.Tensor:
-        """Return the norm of all gradients. Slices of tensor-parallel ranks are summed; gradients that all
-        ranks hold count once."""
+        """Return the norm of all gradients. Squares of the gradients of sharded parameters are summed over
+        the tensor-parallel ranks; gradients that all ranks hold count once."""
         sharded_square, replicated_square = torch.zeros(()), torch.zeros(())
         for param in self.bench.trainable():
             square = torch.linalg.vector_norm(cast(torch.Tensor, param.grad)).float().square()
@@ -137,7 +141,8 @@ class Step(TrainingStep):
 
 
 def _transformer(options: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields of Megatron's TransformerConfig that its trainer derives from the arguments."""
+    """Return the fields of Megatron's TransformerConfig that its trainer derives from ``options``: those of
+    tensor and sequence parallelism and of recomputation."""
     fields: dict[str, Any] = {
         "tensor_model_parallel_size": int(options["tensor-model-parallel-size"]),
         "sequence_parallel": "sequence-parallel" in options,
@@ -162,7 +167,10 @@ def _wrapped(model: MegatronGpt, config: Any, options: Mapping[str, str]) -> Any
 
 @contextlib.contextmanager
 def _parallel_state(degree: int, *, traced: bool) -> Iterator[None]:
-    """Initialize Megatron's process groups beside torch's. If torch has none yet, create one first."""
+    """Initialize Megatron's process groups inside this context, in addition to torch's. If torch has no
+    process group, create one of this process alone first and destroy it at the end. ``degree``: number of
+    tensor-parallel ranks. ``traced``: the group is fake, and Megatron's coalesced collectives are replaced by
+    plain ones."""
     dist: Any = torch.distributed
     from megatron.core import parallel_state
 
