@@ -23,8 +23,9 @@ RUN = "run.json"  # read by memfit's worker; all other files of a launch are the
 class UserFiles:
     """The user's own configuration. ``setup``: the files as read; ``carried``: the plan that they describe,
     with the settings that no plan can express; ``clipping``: the gradient clipping in the files;
-    ``job_clip``: the gradient clipping of the job. ``for_worker``: True if memfit's worker reads the exported
-    files; then every value must be known and all settings of the plan must be written."""
+    ``job_clip``: the largest gradient norm that the job sets, None if it does not clip. ``for_worker``: True
+    if memfit's worker reads the exported files; then every value must be known and all settings of the plan
+    must be written."""
 
     setup: Setup
     carried: Carried
@@ -35,7 +36,7 @@ class UserFiles:
     @property
     def clip(self) -> float | None:
         """The largest gradient norm, from the files, else from the job, else the default of the files'
-        library. None if gradients are not clipped."""
+        library. None if gradients are not clipped, or if none of the three determines it."""
         files_decide = self.clipping.explicit or self.job_clip is None
         return (self.clipping.limit if files_decide else self.job_clip) or None
 
@@ -43,8 +44,9 @@ class UserFiles:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UserSettings:
     """What became of the user's settings in an export. ``files``: name -> text of the exported files;
-    ``sources``: exported file -> the user's file whose settings it keeps; ``changed``: the user's settings
-    that the plan replaced; ``not_carried``: the settings that are not in the export, and why."""
+    ``sources``: exported file -> the user's file whose settings it keeps; ``changed``: the settings that the
+    plan replaced, added or removed, each as "FILE: SETTING: OLD -> NEW"; ``not_carried``: the user's settings
+    that are not in the export, and why."""
 
     files: Files
     sources: Mapping[str, str]
@@ -54,12 +56,13 @@ class UserSettings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
-    """A rendered launch on ``nodes`` machines. ``script``: the user's program and its arguments, or empty for
-    memfit's worker; ``own_files``: name -> text of the user's files that are put beside it; ``user_files``:
-    the user's own configuration, whose settings the export keeps; ``kept``: how they were kept;
-    ``dependence``: whether the job's samples depend on each other, if the plan splits the batch. Raises
-    UserError if a file of the user has the name of one of memfit's, or if the ranks cannot be split evenly
-    over the nodes."""
+    """A launch ``config`` and what an export of it to ``nodes`` machines needs besides. ``script``: the
+    user's program and its arguments, or empty for memfit's worker; ``own_files``: name -> text of the user's
+    files that are put beside the program; ``user_files``: the user's own configuration, whose settings the
+    export keeps, None if there is none; ``kept``: what became of these settings, None before they are merged;
+    ``dependence``: whether the job's samples depend on each other, None if the plan does not split the batch.
+    Raises UserError if one of ``own_files`` has the name of a file of ``config``, if ``nodes`` is below 1, or
+    if the ranks cannot be split evenly over the nodes."""
 
     config: LaunchConfig
     nodes: int = 1
@@ -68,7 +71,7 @@ class Handover:
     user_files: UserFiles | None = None
     kept: UserSettings | None = None
     dependence: SampleDependence | None = None
-    max_restarts: int = 3
+    max_restarts: int = 3  # how many times the launcher restarts all ranks after a failure
     gpu: str = ""  # SkyPilot's name of the accelerator
     image: str = ""  # the container image
     setup: str = ""  # shell command that prepares the environment of a new machine
@@ -76,7 +79,9 @@ class Handover:
 
     def __post_init__(self) -> None:
         if clash := sorted(self.own_files.keys() & self.config.files.keys()):
-            raise UserError(f"memfit writes a file named {clash[0]} itself", hint="rename your file")
+            raise UserError(
+                f"your file {clash[0]} has the name of a file that memfit writes", hint="rename it"
+            )
         ranks = self.plan.ranks
         if self.nodes < 1 or ranks % self.nodes:
             raise UserError(
@@ -95,25 +100,27 @@ class Handover:
 
     @property
     def name(self) -> str:
-        """A name of lowercase letters, digits and dashes, which every scheduler accepts."""
+        """A name that every scheduler accepts: ``memfit-``, then the script's name or, without a script, the
+        job's name or file, in at most 40 lowercase letters, digits and dashes."""
         job = self.script[0] if self.script else self.config.spec.job.spec.partition(":")[0]
         return f"memfit-{re.sub(r'[^a-z0-9]+', '-', job.lower()).strip('-')[:40].strip('-') or 'job'}"
 
     @property
     def engine_files(self) -> Files:
-        """The engine's own configuration files, as the worker would read them."""
+        """The engine's configuration files, name -> text: all files of the launch except run.json."""
         return {name: text for name, text in self.config.files.items() if name != RUN}
 
     @property
     def carried(self) -> Files:
-        """The files that every node needs besides the program that starts the launch."""
+        """The files that every node needs besides the one that starts the launch, name -> text: the engine's
+        configuration, run.json if memfit's worker trains, and the user's files."""
         engine = self.engine_files if self.script else self.config.files
         return {**engine, **self.own_files}
 
     @property
     def on_gpus(self) -> bool:
-        """Whether the launch trains on GPUs. memfit's worker does not: it trains several ranks on CPUs over
-        gloo."""
+        """Whether the launch trains on GPUs: True with a script. memfit's worker trains several ranks on CPUs
+        over gloo."""
         return bool(self.script)
 
     @property
@@ -127,5 +134,5 @@ def divisors(number: int) -> list[int]:
 
 
 def quoted(words: Iterable[str]) -> str:
-    """Join ``words`` into a shell command, each word quoted."""
+    """Join ``words`` into a shell command; words that the shell would change are quoted."""
     return " ".join(map(shlex.quote, words))

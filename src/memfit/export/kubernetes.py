@@ -22,29 +22,30 @@ Object = dict[str, Any]
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export. Raises UserError without an image, if checkpoints are kept but not on a
-    volume, or if the files do not fit a ConfigMap."""
+    """Return the files of the export, name -> text: those of ``torchrun.files``, and job.yaml, which contains
+    them all. Raises UserError if no container image is given, if checkpoints are kept without a volume claim
+    or not at an absolute path, if the files are too large for a ConfigMap, or as ``torchrun.files`` does."""
     if not handover.image:
         raise UserError(
             "--image is missing",
-            allowed="a container image with Python, torch and the program to start",
+            allowed="a container image with Python, torch and the packages that the program imports",
             hint="for example --image registry/name:tag",
         )
     if (save_path := handover.config.spec.keep.save) and not (handover.claim and save_path.startswith("/")):
         raise UserError(
-            f"--save {save_path} needs a volume and an absolute path",
+            f"--save {save_path} needs a volume and an absolute path for --to k8s",
             allowed="--save /PATH --claim NAME, a claim that all pods can mount",
         )
     carried = torchrun.files(handover)
     if (size := sum(len(t.encode()) for t in carried.values())) > _MOST_BYTES:
         raise UserError(
-            f"the files have {size} bytes together", allowed=f"at most {_MOST_BYTES} in a ConfigMap"
+            f"the exported files have {size} bytes together", allowed=f"at most {_MOST_BYTES} in a ConfigMap"
         )
     return {**carried, JOB: text(objects(handover, carried))}
 
 
 def text(documents: list[Object]) -> str:
-    """Render ``documents`` as YAML in which embedded files stay readable, line by line."""
+    """Render ``documents`` as one YAML text in which texts of several lines stay readable, line by line."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -60,7 +61,8 @@ def text(documents: list[Object]) -> str:
 
 
 def objects(handover: Handover, carried: Files) -> list[Object]:
-    """Return the Kubernetes objects: ConfigMap, Service and Job."""
+    """Return the Kubernetes objects: a ConfigMap of the files ``carried`` (name -> text), a Service and a
+    Job."""
     name = handover.name
     labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/created-by": "memfit"}
     meta = {"name": name, "labels": labels}

@@ -29,21 +29,21 @@ _BUCKET_ELEMENTS: Final = 25 * 2**20 // 2  # bf16 gradients in torch's bucket of
 _SAID = {"ddp", "zero", "bf16-autocast", "bf16-parameters", "activation-checkpointing"}
 _WHY = {
     "chunking": "OpenFold chunks only in inference (tune_chunk_size stops in training)",
-    "gradient-accumulation": "--accumulate_grad_batches does not reach its Trainer",
-    "activation-offload": "its cpu_checkpointing moves only the inputs of blocks",
+    "gradient-accumulation": "OpenFold's --accumulate_grad_batches does not reach its Trainer",
+    "activation-offload": "its cpu_checkpointing moves only the inputs of blocks to the host",
 }
 # Technique -> the settings that OpenFold restricts: (setting, allowed values, reason).
 _ONLY: Mapping[str, tuple[tuple[str, tuple[object, ...], str], ...]] = {
     "ddp": (
         ("bucket_mib", (25,), "it uses Lightning's DDPStrategy with torch's default buckets"),
-        ("bucket_view", (False,), "gradients are separate from its buckets"),
+        ("bucket_view", (False,), "its gradients are separate from its buckets"),
     ),
     "zero": (
-        ("stage", (1, 2), "its moving average needs whole parameters"),
+        ("stage", (1, 2), "OpenFold's moving average of the parameters needs them whole"),
         (
             "precision",
             ("fp32",),
-            "in bf16 it has no float32 islands, which this job needs; bf16-parameters has them",
+            "in bf16 it has no float32 islands, modules that this job needs; bf16-parameters has them",
         ),
     ),
     "bf16-parameters": (("rounding", ("master",), "DeepSpeed keeps fp32 masters"),),
@@ -52,7 +52,9 @@ _ONLY: Mapping[str, tuple[tuple[str, tuple[object, ...], str], ...]] = {
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export. Raises UserError if OpenFold cannot train the plan."""
+    """Return the files of the export, name -> text: openfold.args, openfold.json, deepspeed_config.json if
+    the plan needs DeepSpeed, and the user's files. Raises UserError with all reasons if OpenFold cannot train
+    the plan or the job."""
     if reasons := tuple(_why_not(handover)):
         raise UserError(f"OpenFold cannot train this plan: {'; '.join(reasons)}")
     rendered = {
@@ -68,7 +70,7 @@ def files(handover: Handover) -> Files:
 def _why_not(handover: Handover) -> Iterator[str]:
     ref, plan = handover.config.spec.job, handover.plan
     if ref.spec != JOB or _size(handover)[0] not in SIZES:
-        yield f"its network is that of {JOB} at --size {' or '.join(SIZES)}"
+        yield f"its only network is that of {JOB} at --size {' or '.join(SIZES)}"
     for use in plan.uses:
         name = use.technique
         if name not in _SAID:
@@ -78,19 +80,20 @@ def _why_not(handover: Handover) -> Iterator[str]:
                 values = " or ".join(json.dumps(v) for v in allowed)
                 yield f"{name}: {reason}, so {knob} must be {values}"
     if handover.config.spec.batch_size % plan.ranks:
-        yield f"a batch of {handover.config.spec.batch_size} cannot be split over {plan.ranks} processes"
+        yield f"a batch of {handover.config.spec.batch_size} cannot be split evenly over {plan.ranks} ranks"
 
 
 def _size(handover: Handover) -> tuple[str, int | None]:
-    """Return the job's size and the requested crop in residues, or None for the size's own crop."""
+    """Return (name of the job's size, "tiny" by default; crop in residues, from a size NAME@RESIDUES or the
+    job's length, None for the size's own crop)."""
     ref = handover.config.spec.job
     name, _, residues = (ref.size or "tiny").partition("@")
     return name, int(residues) if residues else ref.length
 
 
 def changes(handover: Handover) -> dict[str, Any]:
-    """Return the flat keys of --experiment_config_json. Settings that equal those of the training presets are
-    included, to make them visible."""
+    """Return the content of openfold.json, for --experiment_config_json: dotted key -> value. Some settings
+    that the training presets have anyway are included, to make them visible."""
     size, residues = _size(handover)
     preset = PRESETS[SIZES[size]]
     spec, plan = handover.config.spec, handover.plan
@@ -129,8 +132,9 @@ def _by_deepspeed(plan: Plan) -> bool:
 
 
 def deepspeed(handover: Handover) -> dict[str, Any]:
-    """Return DeepSpeed's configuration as memfit's engine writes it, without the settings that Lightning sets
-    itself and refuses in the file. bf16 parameters become ZeRO stage 2, as in OpenFold's own file."""
+    """Return the content of deepspeed_config.json: DeepSpeed's configuration as memfit's engine writes it,
+    without the accumulation steps, which Lightning sets itself and refuses in the file. A plan with bf16
+    parameters becomes ZeRO stage 2 in bf16, as in OpenFold's own file."""
     spec, is_bf16 = handover.config.spec, handover.plan.get("bf16-parameters") is not None
     if is_bf16:
         zero = make_use("zero", {"precision": "bf16", "reduce_bucket_elements": _BUCKET_ELEMENTS})
@@ -142,7 +146,8 @@ def deepspeed(handover: Handover) -> dict[str, Any]:
 
 
 def notes(plan: Plan) -> Iterator[str]:
-    """Yield what OpenFold does that the plan does not describe."""
+    """Yield sentences for the README on what OpenFold does that the plan does not describe, and last on how
+    memfit reads the files back."""
     yield "OpenFold gives its Trainer no number of devices: it uses all that CUDA_VISIBLE_DEVICES shows."
     yield "It also keeps a moving average of the parameters, 4 bytes each, which the plan does not include."
     yield "Its MSA also has rows for torsion angles of four templates: 132 for the plan's 128, 516 for 512."

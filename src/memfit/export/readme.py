@@ -72,7 +72,7 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
 
 def dependence_line(handover: Handover) -> str | None:
     """Return a sentence saying that the plan splits a batch whose samples depend, or may depend, on each
-    other; None if they do not."""
+    other. None if they do not, or if the plan does not split the batch."""
     dependence = handover.dependence
     if dependence is None or not dependence.sentence:
         return None
@@ -116,7 +116,7 @@ _DEFAULT_CLIPPING = {
 
 
 def _clipping(target: str, handover: Handover) -> str:
-    """Return a sentence on where gradients are clipped, and to which norm."""
+    """Return a sentence on whether gradients are clipped, by whose setting, and to which norm."""
     spec, user_files = handover.config.spec, handover.user_files
     if target == "openfold":
         return "Gradients are clipped as OpenFold configures it; DeepSpeed's file sets its own norm."

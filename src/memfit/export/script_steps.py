@@ -82,16 +82,16 @@ _CALLS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptStep:
-    """A step that the script must implement. ``name``: the technique, or "clipping"; ``text``: what to
-    call."""
+    """A step that the user's script must implement itself. ``name``: the technique, or "clipping"; ``text``:
+    what to call."""
 
     name: str
     text: str
 
 
 def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
-    """Return the techniques of the plan, and the predicted gradient clipping, that no file of the engine
-    applies."""
+    """Return what the user's script must implement itself: the techniques of the plan, and gradient clipping
+    if the run clips, that no exported file of the engine applies."""
     return tuple(_steps(spec))
 
 
@@ -126,8 +126,9 @@ def _default_buckets(use: Use) -> bool:
 
 
 def _by_accelerate(spec: RunSpec, use: Use) -> bool:
-    """Return whether Accelerate applies the technique for a script. Its FSDP recomputes every block if the
-    YAML says so. With DeepSpeed below it, gradients are accumulated as DeepSpeed's file says."""
+    """Return whether Accelerate applies activation-checkpointing or gradient-accumulation for a script; False
+    for other techniques and engines. Its FSDP recomputes every block if the YAML says so. If the plan uses
+    ZeRO, gradients are accumulated as DeepSpeed's file says."""
     if use.technique == _SPLIT:
         return spec.engine == "accelerate" and spec.plan.get("zero") is not None
     every_block = use.technique == "activation-checkpointing" and use.settings["every"] == 1
@@ -135,14 +136,15 @@ def _by_accelerate(spec: RunSpec, use: Use) -> bool:
 
 
 def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str], *, script: str) -> None:
-    """Check that each of ``steps`` is acknowledged, by its name or by "all". Raises UserError with a list of
-    what the script must do if one is not, and for a name in ``acknowledged`` that is no step."""
+    """Check that the user declared for each of ``steps`` that the script does it: ``acknowledged`` has its
+    name or "all". Raises UserError with a list of the steps that are not declared, and for a name in
+    ``acknowledged`` that is neither "all" nor one of ``steps``. ``script``: the file name for the message."""
     names = [step.name for step in steps]
     for name in acknowledged:
         if name not in (*names, "all"):
             suggestions = difflib.get_close_matches(name, names, n=1)
             raise UserError(
-                f"there is no such step: --script-applies {name}",
+                f"not a step that the script must apply itself: --script-applies {name}",
                 allowed=", ".join(("all", *names)),
                 hint=f"did you mean {suggestions[0]}?" if suggestions else "",
             )
@@ -157,8 +159,9 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
 
 
 def script_files(config: LaunchConfig) -> Mapping[str, str]:
-    """Return the engine's files for a script. They differ in one setting: memfit's worker recomputes blocks
-    itself, while for a script Accelerate's FSDP does it."""
+    """Return the files of the launch for a script, name -> text. They differ from those of memfit's worker
+    only if the plan recomputes every block under Accelerate's FSDP: the worker recomputes blocks itself,
+    while for a script accelerate.yaml makes FSDP do it."""
     import yaml
 
     checkpointing = config.spec.plan.get("activation-checkpointing")

@@ -26,12 +26,13 @@ exec bash {script}
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export. Raises UserError if the launch needs GPUs and none is named."""
+    """Return the files of the export, name -> text: those of ``torchrun.files``, and task.yaml. Raises
+    UserError if a script trains and no accelerator is named, or as ``torchrun.files`` does."""
     return {**torchrun.files(handover), TASK: text([task(handover)])}
 
 
 def task(handover: Handover) -> dict[str, Any]:
-    """Return the content of task.yaml."""
+    """Return the content of task.yaml. Raises UserError if a script trains and no accelerator is named."""
     return {
         "name": handover.name,
         "num_nodes": handover.nodes,
@@ -48,14 +49,17 @@ def _resources(handover: Handover) -> dict[str, Any]:
         return {"cpus": f"{handover.cpus_per_node}+", **recovery}
     if not handover.gpu:
         raise UserError(
-            "--gpu is missing", allowed="an accelerator as `sky show-gpus` lists it", hint="--gpu H100"
+            "--gpu is missing",
+            allowed="an accelerator as `sky show-gpus` lists it",
+            hint="for example --gpu H100",
         )
     return {"accelerators": f"{handover.gpu}:{handover.per_node}", **recovery}
 
 
 def _check(handover: Handover) -> str:
-    """Return a command that imports the needed packages. It is used if no set-up command is given, so that a
-    node that lacks a package reports it before anything starts."""
+    """Return a shell command that imports torch, memfit unless a script trains, and the package of the engine
+    if it is Accelerate, DeepSpeed or Megatron. It is used if no set-up command is given, so that a node that
+    lacks a package reports it before anything starts."""
     packages = ["torch"] if handover.script else ["torch", "memfit"]
     module_by_engine = {"accelerate": "accelerate", "deepspeed": "deepspeed", "megatron": "megatron.core"}
     packages += (

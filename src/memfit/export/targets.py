@@ -28,8 +28,11 @@ LIBRARIES = frozenset(
 
 
 def bundle(target: str, handover: Handover) -> Files:
-    """Return all files of the export folder, name -> text. Raises UserError if the target cannot express the
-    plan, or if a file of the user has the name of one that memfit writes."""
+    """Return all files of the export folder, name -> text: those of the target, README.md, and copies of
+    configurations under the user's file names that the script's command line uses. Raises UserError if the
+    target cannot express the plan or lacks an option that it needs, if the script is started with a
+    configuration that the export does not replace, or if a user's file has the name of one that memfit writes
+    with another content."""
     handover = with_engine_settings(handover)
     files = {**TARGETS[target](handover)}
     if handover.user_files is not None and target in LIBRARIES:
@@ -41,15 +44,15 @@ def bundle(target: str, handover: Handover) -> Files:
     clashing = sorted(n for n, text in handover.own_files.items() if files[n] != text)
     if clashing:
         raise UserError(
-            f"{', '.join(clashing)}: memfit itself writes a file of that name", hint="rename yours"
+            f"{', '.join(clashing)}: memfit itself writes a file of this name", hint="rename your file"
         )
     return files
 
 
 def _by_the_users_names(handover: Handover, files: Files) -> Files:
-    """Return copies of exported configurations under the names by which the script's command line refers to
-    the user's files. Raises UserError if the command line names a user's file that the export does not
-    replace."""
+    """Return copies of exported configurations, name -> text, under the names by which the script's command
+    line refers to the user's files. Raises UserError if the command line names a configuration file of the
+    user that the export does not replace."""
     sources = handover.kept.sources if handover.kept is not None else {}
     words = [part for word in handover.script[1:] for part in word.split("=")]
     user_paths = handover.user_files.setup.files if handover.user_files is not None else ()
@@ -57,7 +60,7 @@ def _by_the_users_names(handover: Handover, files: Files) -> Files:
         raise UserError(
             f"{handover.script[0]} is started with {missing[0]}, which engine {handover.config.engine} does "
             "not read, so the run would not have the plan's settings",
-            allowed=f"configurations of {handover.config.engine}, or another --to",
+            allowed=f"configurations of {handover.config.engine} in --script, or another --to",
         )
     return {
         word: files[name]

@@ -33,12 +33,13 @@ if [ "$NODE_RANK" = 0 ]; then is_host=1; else is_host=0; fi
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export."""
+    """Return the files of the export, name -> text: torchrun.sh and what every node needs beside it. Raises
+    UserError if no argument can hand the engine's configuration to the script."""
     return {**handover.carried, SCRIPT: script(handover)}
 
 
 def script(handover: Handover) -> str:
-    """Return the text of torchrun.sh."""
+    """Return the text of torchrun.sh. Raises UserError as ``program`` does."""
     head = _HEAD.format(
         label=handover.plan.label,
         engine=handover.config.engine,
@@ -54,9 +55,10 @@ def script(handover: Handover) -> str:
 
 
 def environment(handover: Handover) -> dict[str, str]:
-    """Return the environment variables of the launch, without paths of this machine. For a script the
-    variables of memfit's worker are left out too: those for training on CPUs, and PYTHONSAFEPATH, which
-    removes the current folder from the import path."""
+    """Return the environment variables of the launch without PYTHONPATH, which holds paths of this machine,
+    and LOCAL_RANK. For a script two variables of memfit's worker are left out too: DS_ACCELERATOR, which
+    makes DeepSpeed train on CPUs, and PYTHONSAFEPATH, which removes the current folder from the import
+    path."""
     worker_variables = ("DS_ACCELERATOR", "PYTHONSAFEPATH") if handover.script else ()
     excluded = {"PYTHONPATH", "LOCAL_RANK", *worker_variables}
     return {k: v for k, v in handover.config.env.items() if k not in excluded}
@@ -76,8 +78,8 @@ def _torchrun(handover: Handover) -> Iterator[str]:
 
 
 def _accelerate(handover: Handover) -> Iterator[str]:
-    """Yield the command of accelerate launch. Its YAML describes one machine. What only the cluster knows is
-    on the command line, which takes precedence."""
+    """Yield the lines of the command ``accelerate launch``. accelerate.yaml describes one machine; what only
+    the cluster knows is on the command line, which takes precedence."""
     yield '"$PYTHON" -m accelerate.commands.launch --config_file accelerate.yaml'
     yield f"--num_machines {handover.nodes} --num_processes {handover.plan.ranks}"
     if handover.nodes > 1:
@@ -88,16 +90,18 @@ def _accelerate(handover: Handover) -> Iterator[str]:
 
 
 def program(handover: Handover) -> str:
-    """Return what is started on every rank, as shell words. Raises UserError if the engine has no
-    configuration that a script could read."""
+    """Return what every rank starts, as shell words: memfit's worker, or the user's script with arguments
+    that hand it the engine's configuration. Raises UserError if there are no such arguments for the engine
+    and the script's own do not name a configuration file of it."""
     if not handover.script:
         return quoted(part.replace("{dir}/", "") for part in handover.config.argv[1:])
     return " ".join(filter(None, (quoted(handover.script), _handed(handover))))
 
 
 def _handed(handover: Handover) -> str:
-    """Return arguments that pass the engine's configuration to the user's script, unless the script names it
-    itself."""
+    """Return, as shell words, the arguments that pass the configuration of DeepSpeed or Megatron-LM to the
+    user's script. "" for the engines native and accelerate, which need none, and if a word of the script's
+    command line contains the name of a configuration file. Raises UserError for other engines."""
     engine, config_names = handover.config.engine, handover.engine_files
     if engine in ("native", "accelerate") or any(n in word for n in config_names for word in handover.script):
         return ""
@@ -105,4 +109,4 @@ def _handed(handover: Handover) -> str:
         return "--deepspeed --deepspeed_config deepspeed.json"  # deepspeed.add_config_arguments
     if "megatron.args" in config_names:
         return "$(cat megatron.args)"
-    raise UserError(f"engine {engine} has no configuration that a script could read")
+    raise UserError(f"engine {engine} has no argument for its configuration: name its file in --script")

@@ -33,7 +33,7 @@ _KERNELS = {"adamw-fused": "fused", "adamw-single": "for-loop"}
 _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     "ddp": (
         ("bucket_mib", _DDP_BUCKET_MIB, "its buckets have a fixed size"),
-        ("bucket_view", False, "gradients are separate from its buckets"),
+        ("bucket_view", False, "its gradients are separate from its buckets"),
         ("sync", "every", "it reduces after every micro-batch"),
     ),
     "fsdp2": (
@@ -42,7 +42,7 @@ _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     ),
     "tensor-parallel": (("sequence", True, "it always uses sequence parallelism as well"),),
     "compile": (("scope", "blocks", "it compiles block by block"),),
-    "selective-checkpointing": (("keep", "every-second-matmul", "its op policy keeps these operators"),),
+    "selective-checkpointing": (("keep", "every-second-matmul", 'its policy "op" keeps every second one'),),
 }
 _SAID = {
     "ddp",
@@ -63,7 +63,9 @@ _SAID = {
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export. Raises UserError if torchtitan cannot train the plan."""
+    """Return the files of the export, name -> text: torchtitan.toml, torchtitan.args if v0.3 supports the
+    plan, and the user's files. Raises UserError if v0.2.2 cannot train the plan, or if the batch cannot be
+    split as the plan says."""
     plan = handover.plan
     if reasons := tuple(_why_not(plan)):
         raise UserError(f"torchtitan cannot train this plan: {'; '.join(reasons)}")
@@ -105,7 +107,8 @@ def _fsdp_not(knobs: Mapping[str, Any], *, staged: bool) -> Iterator[str]:
 
 
 def newer_cannot(plan: Plan) -> tuple[str, ...]:
-    """Return the parts of the plan that v0.3 does not support."""
+    """Return, in words, the parts of the plan that torchtitan v0.3 does not support; empty if it supports
+    all."""
     checkpointing, tensor = plan.get("activation-checkpointing"), plan.get("tensor-parallel")
     return tuple(
         text
@@ -128,7 +131,8 @@ def newer_cannot(plan: Plan) -> tuple[str, ...]:
 
 
 def sections(handover: Handover) -> Sections:
-    """Return the settings of torchtitan v0.2.2 for the plan, by table."""
+    """Return the settings of torchtitan v0.2.2 for the plan, by table. Raises UserError if the batch cannot
+    be split as the plan says."""
     plan = handover.plan
     place, fsdp = layout(plan), plan.get("fsdp2")
     is_bf16 = plan.get("bf16-autocast") is not None or (
@@ -172,7 +176,8 @@ def sections(handover: Handover) -> Sections:
 
 
 def _converted(plan: Plan) -> Sections:
-    """Return the settings of the float8 converter. The head is not converted, as in memfit."""
+    """Return the settings of the float8 converter, by table; {} if the plan does not use it. The head is not
+    converted, as in memfit."""
     float8 = plan.get("float8-linear")
     if float8 is None:
         return {}
@@ -181,8 +186,8 @@ def _converted(plan: Plan) -> Sections:
 
 
 def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the batch settings of (training, the pipeline). Raises UserError if the batch cannot be split as
-    the plan says."""
+    """Return the batch settings of (training; the pipeline, {} if there is none). Raises UserError if the
+    batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
     plan, batch_size = handover.plan, handover.config.spec.batch_size
     accumulation, stages = plan.get("gradient-accumulation"), plan.get("pipeline")
     steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
@@ -190,7 +195,7 @@ def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
     parts = layout(plan).data * steps * pipeline_batches
     if batch_size % parts:
         raise UserError(
-            f"a batch of {batch_size} cannot be split into {parts} equal parts",
+            f"a batch of {batch_size} cannot be split into {parts} equal parts, one per rank and micro-batch",
             allowed=f"a multiple of {parts} (--batch)",
         )
     micro_batch_size = batch_size // parts
@@ -223,8 +228,9 @@ def toml(given: Sections) -> str:
 
 
 def arguments(given: Sections) -> Iterator[str]:
-    """Yield one command-line option per line, for ``--module llama3 --config llama3_8b $(cat
-    torchtitan.args)``."""
+    """Yield the lines of torchtitan.args, one command-line option of torchtitan v0.3 each, for ``--module
+    llama3 --config llama3_8b $(cat torchtitan.args)``. The kind of recomputation comes last, as
+    ``activation-checkpoint:KIND``."""
     yield "--training.disable-cuda-graphs"  # memfit does not predict their pools; pipelines refuse them
     for table, options in given.items():
         for name, value in options.items():

@@ -39,7 +39,9 @@ _SAID = {
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export. Raises UserError if TrainingArguments cannot express the plan."""
+    """Return the files of the export, name -> text: training_args.json, deepspeed.json if the engine has it,
+    and the user's files. Raises UserError if TrainingArguments cannot express the plan, if the plan has ZeRO
+    and there is no deepspeed.json, or if the batch cannot be split as the plan says."""
     reasons = tuple(_why_not(handover.plan))
     if handover.plan.get("zero") is not None and "deepspeed.json" not in handover.engine_files:
         reasons += ("zero needs DeepSpeed: --engine deepspeed",)
@@ -67,15 +69,15 @@ def _why_not(plan: Plan) -> Iterator[str]:
 
 
 def arguments(handover: Handover) -> dict[str, Any]:
-    """Return the TrainingArguments for the plan. Raises UserError if the batch cannot be split as the plan
-    says."""
+    """Return the TrainingArguments for the plan, name -> value. Raises UserError if the batch cannot be split
+    into equal parts for the data-parallel ranks and micro-batches."""
     plan, batch_size = handover.plan, handover.config.spec.batch_size
     accumulation = plan.get("gradient-accumulation")
     steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
     share = layout(plan).data * steps
     if batch_size % share:
         raise UserError(
-            f"a batch of {batch_size} cannot be split into {share} equal parts",
+            f"a batch of {batch_size} cannot be split into {share} equal parts, one per rank and micro-batch",
             allowed=f"a multiple of {share} (--batch)",
         )
     optimizer = next(

@@ -2,7 +2,8 @@
 
 The exported files are rendered twice: for the plan that the user's files describe, and for the exported plan.
 Settings that differ between the two are taken from the exported plan, all others from the user's file. If
-none differ, the user's file is copied byte for byte.
+none differ, a user's file in the exported format is copied byte for byte. Files that memfit's worker reads
+take all settings of the exported plan, except a few that are left to the user.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ _MISSING = object()
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Format:
-    """How a file is read and written. ``kind``: its kind in a Setup; ``suffixes``: suffixes of user's files
-    that may be copied; ``free``: dotted paths of settings that memfit's worker leaves to the user."""
+    """How an exported file is read and written. ``kind``: the field of a Setup that holds the user's settings
+    for it; ``suffixes``: suffixes of user's files that may be copied as they are, empty if the file has
+    command-line options; ``free``: dotted paths of settings that memfit's worker leaves to the user."""
 
     kind: str
     load: Callable[[str], dict[str, Any]]
@@ -151,8 +153,9 @@ _FORMATS: Mapping[str, _Format] = {
 def read_user_files(
     paths: Sequence[Path], *, ranks: int | None = None, for_worker: bool = False
 ) -> UserFiles:
-    """Read the user's configuration files and convert them to a plan. Raises UserError if a file is of no
-    known kind, if nothing says how many processes train, or if ``ranks`` contradicts the files."""
+    """Read the user's configuration files and convert them to a plan. Raises UserError if a file cannot be
+    read or is of no known kind, if two are of one kind, if neither the files nor ``ranks`` say how many
+    processes train, or if ``ranks`` contradicts the files."""
     setup = read(paths)
     if ranks is not None and setup.ranks not in (None, ranks):
         raise UserError(
@@ -172,8 +175,8 @@ Target = Callable[[Handover], Files]
 
 
 def with_engine_settings(handover: Handover) -> Handover:
-    """Return ``handover`` with the user's settings in the engine's files. For a script the files are adapted
-    to what it expects."""
+    """Return ``handover`` with the user's settings, if any, in the engine's files. For a script the engine's
+    files are adapted as ``script_files`` does."""
     config = handover.config
     if handover.script:
         config = dataclasses.replace(config, files=script_files(config))
@@ -191,7 +194,8 @@ def with_engine_settings(handover: Handover) -> Handover:
 
 
 def with_target_settings(handover: Handover, target: Target) -> Handover:
-    """Return ``handover`` with the user's settings in the target's own files, such as training_args.json."""
+    """Return ``handover``, which must have user's files, with their settings in the target's own files, such
+    as training_args.json. ``target`` renders all files of the export."""
     assert handover.user_files is not None
 
     def rendered(spec: RunSpec) -> Files:
@@ -215,9 +219,9 @@ def with_target_settings(handover: Handover, target: Target) -> Handover:
 def _kept(
     user_files: UserFiles, spec: RunSpec, rendered: Callable[[RunSpec], Files], names: Collection[str]
 ) -> UserSettings:
-    """Merge the user's settings into the rendered files called ``names``. Gradient clipping is written only
-    if the job sets it and no file does. What the files say, or leave to their library's default, is not
-    changed."""
+    """Merge the user's settings into those files of ``rendered(spec)`` that are called ``names``. Clipping of
+    gradients in the user's files, or their library's default, is not changed; it is written if the job sets
+    it and no file does, and always for memfit's worker."""
     clip = None if user_files.clipping.explicit else user_files.job_clip
     new_files = rendered(dataclasses.replace(spec, clip=spec.clip if user_files.for_worker else clip))
     batch = user_files.carried.batch or spec.batch_size
@@ -241,9 +245,9 @@ def keep_settings(
     files: Files, before: Files, setup: Setup, *, data_ranks: int, for_worker: bool = False
 ) -> UserSettings:
     """Merge the user's settings into ``files``. ``files``: rendered for the exported plan; ``before``: the
-    same files for the plan that the user's files describe; ``data_ranks``: ranks that see different samples.
-    ``for_worker``: True if memfit's worker reads the files; then every value must be known and all settings
-    of the plan must be written."""
+    same files for the plan that the user's files describe, empty if they cannot be rendered; ``data_ranks``:
+    number of ranks that see different samples. ``for_worker``: True if memfit's worker reads the files; then
+    every value must be known and all settings of the plan must be written."""
     merged_files, sources = dict(files), {}
     changed: list[str] = []
     not_carried: list[str] = []
@@ -268,7 +272,8 @@ def keep_settings(
 
 
 def unused_files(setup: Setup, kept: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the user's files of which no exported file keeps the settings."""
+    """Return the user's files of which no exported file keeps the settings. ``kept``: exported file -> the
+    user's file whose settings it keeps."""
     return tuple(name for name in setup.files if name not in kept.values())
 
 
@@ -308,8 +313,9 @@ _OF_LAUNCHERS = frozenset(
 def _user_data(
     file_format: _Format, options: Options, setup: Setup, name: str
 ) -> tuple[dict[str, Any], str | None, list[str]]:
-    """Return (settings as written, the text if the file may be copied or None, settings that are left
-    out)."""
+    """Return (the user's settings for the exported file ``name``; the text of the user's file if it may be
+    copied, else None; the settings that are left out because only a run of the script knows their values, in
+    words). Options of launchers are left out without mention."""
     path = Path(options.file)
     other_kinds = (
         getattr(setup, kind) for kind in ("accelerate", "trainer", "openfold") if kind != file_format.kind
@@ -336,7 +342,9 @@ def _user_data(
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the options in a YAML file of Megatron-LM's arguments, as words."""
+    """Return the options in the content of a YAML file of Megatron-LM's arguments: name -> words. Those below
+    MODEL_ARGS are taken if there is such a section. True gives no words; options that are False are left
+    out."""
     arguments = data.get("MODEL_ARGS") if isinstance(data.get("MODEL_ARGS"), Mapping) else data
     assert isinstance(arguments, Mapping)
     values = {str(n).lstrip("-").replace("-", "_"): v for n, v in arguments.items()}
@@ -344,7 +352,8 @@ def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _typed(words: tuple[str, ...]) -> Any:
-    """Convert words to the values that the Trainer's own parser makes of them."""
+    """Convert the words after an option to the value that the Trainer's own parser makes of them: True for no
+    word, a number, boolean or text for one, a list for several."""
 
     def one(word: str) -> Any:
         for kind in (int, float):
@@ -370,10 +379,12 @@ def _leaves(data: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Leaves:
 def _merged(
     user: dict[str, Any], new_leaves: Leaves, old_leaves: Leaves, *, free: frozenset[str] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the user's settings with those that the plan decides replaced, and a list of the changes.
+    """Replace, in ``user``, the settings that the plan decides. Return ``user`` and a list of the changes.
 
     If ``free`` is None, the plan decides only the settings that differ between ``old_leaves`` and
-    ``new_leaves``. Otherwise it decides all of ``new_leaves``, except paths in ``free`` that the user sets.
+    ``new_leaves``; those that only ``old_leaves`` has are removed. Otherwise it decides all of
+    ``new_leaves``, except paths in ``free`` that the user sets to another value than "auto"; settings that
+    the user does not have are then added without being listed.
     """
     changes: list[str] = []
     for path, value in new_leaves.items():
@@ -436,8 +447,11 @@ _SAID_BY_FILE = (
 def _made_consistent(
     name: str, merged: dict[str, Any], files: Files, data_ranks: int, differs: bool
 ) -> Iterator[str]:
-    """Adjust settings that follow from others, and yield the changes: the name of DeepSpeed's exported file,
-    two kinds of half precision, and the total batch."""
+    """Adjust, in ``merged``, settings of the file ``name`` that follow from others, and yield the changes:
+    in a file of DeepSpeed two kinds of half precision and the total batch; in those of the Trainer and
+    Accelerate the name of DeepSpeed's exported file, if there is one; in Accelerate's without it FSDP1, which
+    becomes FSDP2 if ``differs``. Beside DeepSpeed's file, Accelerate's mixed_precision is removed without
+    being yielded."""
     if name in (deepspeed.CONFIG, openfold.DEEPSPEED):
         yield from _deepspeed_consistent(merged, files[name], data_ranks)
     elif name == trainer.ARGUMENTS and "deepspeed" in json.loads(files[name]):
@@ -466,8 +480,8 @@ _FSDP1_ONLY = (
 
 
 def _as_fsdp2(section: dict[str, Any]) -> Iterator[str]:
-    """Convert a section of FSDP1 to FSDP2, for which the prediction holds. The settings of the two versions
-    exclude each other."""
+    """Convert ``section`` from FSDP1 to FSDP2, for which the prediction holds, and yield the changes.
+    Settings that only FSDP1 has are removed."""
     section["fsdp_version"] = 2
     yield "fsdp_config.fsdp_version: 1 -> 2"
     for name in _FSDP1_ONLY:

@@ -1,4 +1,5 @@
-"""Write an export's files into a folder, completely or not at all, without overwriting other files."""
+"""Write an export's files into a folder: completely or not at all if it is new or empty, otherwise only if
+forced, file by file."""
 
 from __future__ import annotations
 
@@ -15,16 +16,18 @@ MANIFEST: Final = "export.json"  # what was written, with digests; written last
 
 
 def write(folder: Path, files: Files, *, force: bool = False) -> None:
-    """Write ``files`` and a manifest into ``folder``. Raises UserError if the folder contains anything,
-    unless ``force`` is set. With ``force``, files of the same names and files that only an earlier export
-    wrote are replaced or removed; everything else stays."""
+    """Write ``files`` (name -> text) into ``folder``, and the manifest export.json, which lists them with
+    their digests. Files named *.sh become executable. Raises UserError if the folder is a file, if it
+    contains anything and ``force`` is not set, if its parent folder does not exist, or if writing fails. With
+    ``force``, files of the same names are replaced, and files that only an earlier export wrote are removed;
+    everything else stays."""
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and (not force or not folder.is_dir()):
-        hint = "--force replaces the files of an export" if folder.is_dir() else "give a folder, not a file"
+        hint = "--force writes into it nevertheless" if folder.is_dir() else "it is a file, not a folder"
         raise UserError(f"{folder} already exists", allowed="a folder that is new or empty", hint=hint)
     if not folder.absolute().parent.is_dir():
         raise UserError(
-            f"{folder} cannot be written: there is no folder {folder.parent}", hint="create it first"
+            f"{folder} cannot be written: there is no folder {folder.parent}", hint="create that folder first"
         )
     try:
         _write(folder, files, replacing=occupied)
