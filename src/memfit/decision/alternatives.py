@@ -1,4 +1,7 @@
-"""Every way to do the work that is known from the record and the catalog, including the user's machines."""
+"""The options of the decision: doing nothing, the machines of the user's case, and the catalog's machines.
+
+A `Way` is one option: a machine that is owned, bought or rented, with plain training or a memory-saving plan.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,11 @@ _SURE: Final = 100.0  # percent: the upper end of the memory fits
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Asking:
-    """The inputs from which ways are built.
+    """The inputs from which the options of the decision are built.
 
-    `offers`: the record's predictions. ``plan_hours``: hours spent on adopting the recommended plan; None if
-    not counted. ``labour_known``: whether the price of an hour is known.
+    ``offers``: predictions for machines, each for plain training or a recommended plan. ``steps_per_run``:
+    optimizer steps of one run. ``plan_hours``: hours that people spent on adopting the recommended plan; None
+    if they were not counted. ``labour_known``: whether the case has the price of a working hour.
     """
 
     case: DecisionCase
@@ -38,9 +42,11 @@ class Asking:
     trained: Plan = dataclasses.field(default_factory=Plan)  # the plan whose results the PoC judged
 
     def ways(self) -> tuple[Way, ...]:
-        """Return the ways, doing nothing first.
+        """Return the options of the decision: doing nothing, the machines that the case names, and the
+        catalog's machines with a usable prediction, bought and rented.
 
-        Raises UserError for a machine about which nothing is known.
+        Raises UserError if the case names a machine without known hours or price, or gives figures of a
+        machine but does not name it.
         """
         case = self.case
         user_ways: list[Way] = []
@@ -54,15 +60,15 @@ class Asking:
         return (Way(kind="nothing"), *user_ways, *catalog_ways)
 
     def _needs_a_machine(self, kind: str, section: ExistingMachine) -> None:
-        """Raise UserError for hours and prices without a machine.
+        """Raise UserError if the section, which names no machine, sets figures of a machine.
 
-        Setup and operating hours and data storage need none.
+        Setup hours, operating hours and the price of storage may be set without a machine.
         """
         optional_keys = {"setup_hours", "operating_hours_per_year", "storage_per_month"}
         keys = sorted(section.model_fields_set - optional_keys)
         if keys:
             raise UserError(
-                f"[{kind}] has {', '.join(keys)} but names no machine", hint='add machine = "..."'
+                f"[{kind}] has {', '.join(keys)} but names no machine", hint='add machine = "..." to it'
             )
 
     def _named(self, kind: str, section: ExistingMachine) -> list[Way]:
@@ -77,14 +83,14 @@ class Asking:
             candidates.append(self._way(kind, section, name, plain, hours, offer, machine))
         if not candidates and machine is None:
             raise UserError(
-                f"[{kind}] machine {name!r} is not in the catalog",
+                f"[{kind}] machine {name!r} is not in the catalog, and its hours of a run are not set",
                 hint=_near(name)
-                + "give power_w, and hours_plain or hours_recommended, for a machine of your own",
+                + "set hours_plain or hours_recommended (hours of one run) and power_w for your own machine",
             )
         if not candidates:
             raise UserError(
-                f"no prediction for [{kind}] machine {name!r} in this record",
-                hint=f"`memfit scale --pilot {name}` makes one, or give hours_plain or hours_recommended",
+                f"for [{kind}] machine {name!r} the record has no prediction that fits and has a step time",
+                hint=f"`memfit scale --pilot {name}` predicts it; or set hours_plain or hours_recommended",
             )
         return candidates
 
@@ -105,12 +111,16 @@ class Asking:
         if isinstance(section, Purchase):
             price = Amount(own=section.price.value) if section.price else price_of(machine)
             if price is None:
-                raise UserError(f"[purchase] {name} has no price in the catalog", hint="add price = ...")
+                raise UserError(
+                    f"[purchase] machine {name} has no price in the catalog, or only whole servers have one",
+                    hint="add price = ..., the price of one machine with all its devices",
+                )
         if isinstance(section, Cloud):
             per_hour = Amount(own=section.per_hour.value) if section.per_hour else rent_of(machine)
             if per_hour is None:
                 raise UserError(
-                    f"[cloud] {name} has no rental price in the catalog", hint="add per_hour = ..."
+                    f"[cloud] machine {name} has no rental price in the catalog",
+                    hint="add per_hour = ..., the price of one machine with all its devices",
                 )
         return dataclasses.replace(
             _roomy(way, offer if hours is None else None),
@@ -144,7 +154,12 @@ class Asking:
             )
 
     def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Way:
-        """Return the way with the working hours of people, and the names of those that are unknown."""
+        """Return an option with its plan, people's working hours and the price of storage, but without the
+        hours of a run, power and the machine's price.
+
+        Its ``unknown`` names the working hours that were not given, and money.labour_per_hour if that is not
+        given and any working hours are unknown or not zero.
+        """
         section: ExistingMachine = getattr(self.case, kind)
         hours = {
             f"{kind}.setup_hours": section.setup_hours,
@@ -190,16 +205,20 @@ class Asking:
 
 
 def _counts(offer: Offer) -> bool:
-    """Return whether an offer is considered.
+    """Return whether a prediction makes options with the catalog's prices.
 
-    A recommended plan counts if the upper end of its memory fits. Plain training, which it is compared with,
-    counts if it is likely to fit. Uncertainty thus never makes the comparison look better than it is.
+    It must fit as predicted. For a recommended plan, the upper end of the predicted memory must fit, too; for
+    plain training, with which it is compared, this is not required. Uncertainty thus never makes the
+    comparison look better than it is.
     """
     return offer.fits and (offer.plain or _fit_percent(offer) >= _SURE)
 
 
 def _roomy(way: Way, offer: Offer | None) -> Way:
-    """Add the predicted memory to a way. A way with the user's own hours is accepted as given."""
+    """Return the option with the predicted memory, the device's memory and the probability that it fits.
+
+    Without ``offer``, because the user gave the hours of a run, it stays as it is and counts as fitting.
+    """
     if offer is None:
         return way
     return dataclasses.replace(
@@ -211,8 +230,8 @@ def _roomy(way: Way, offer: Offer | None) -> Way:
 
 
 def usable_bytes(machine: str) -> float | None:
-    """Return the memory of one device that a program may use; None if the catalog does not have the
-    device.
+    """Return the memory of one device of the machine that a program may use; None if the name is not one of a
+    catalog machine.
     """
     catalog_machine = _known(machine)
     return catalog_machine.device.memory_bytes.value if catalog_machine is not None else None
@@ -220,7 +239,7 @@ def usable_bytes(machine: str) -> float | None:
 
 def _fit_percent(offer: Offer) -> float:
     """Return the probability in percent that the device has enough memory, with a triangular distribution
-    over the prediction.
+    over the interval of the prediction; 100 if the device's memory is unknown.
     """
     prediction, available_bytes = offer.memory_bytes, usable_bytes(offer.machine)
     if available_bytes is None or available_bytes >= prediction.high:
@@ -241,7 +260,7 @@ def _near(name: str) -> str:
 
 
 def _known(name: str) -> CatalogMachine | None:
-    """Return the catalog's machine, or None if it has none; then the user must give all figures."""
+    """Return the machine of that name, or None if the name is not one of a catalog machine."""
     try:
         return catalog.machine(name)
     except UserError:
@@ -249,9 +268,10 @@ def _known(name: str) -> CatalogMachine | None:
 
 
 def price_of(machine: CatalogMachine | None) -> Amount | None:
-    """Return the price of the devices and the servers around them.
+    """Return the catalog's purchase price of the machine: its devices and the servers around them.
 
-    None if a price is unknown, or if the devices are only sold in whole servers and fewer are wanted.
+    None without a machine, if a price is unknown, or if the devices are sold only in whole servers and their
+    number does not fill whole servers.
     """
     if machine is None:
         return None
@@ -268,7 +288,9 @@ def price_of(machine: CatalogMachine | None) -> Amount | None:
 
 
 def rent_of(machine: CatalogMachine | None) -> Amount | None:
-    """Return the rental price per hour of the machine; None if unknown."""
+    """Return the catalog's rental price per hour of the machine with all its devices; None without a machine
+    or if the price is unknown.
+    """
     if machine is None:
         return None
     hourly = machine.device.usd_per_hour
@@ -276,7 +298,10 @@ def rent_of(machine: CatalogMachine | None) -> Amount | None:
 
 
 def _power_w(machine: CatalogMachine | None) -> float | None:
-    """Return the watts of devices and hosts at full load, an upper bound used if no step was predicted."""
+    """Return the watts of devices and hosts at full load, used as an upper bound if there is no prediction.
+
+    None without a machine or if the devices' watts are unknown; hosts of unknown watts count as zero.
+    """
     from memfit.cost.money import hosts_w
 
     if machine is None or machine.device.power_w is None:
@@ -290,7 +315,9 @@ def _embodied_kg(machine: CatalogMachine | None) -> float | None:
 
 
 def asked(ways: Iterable[Way], case: DecisionCase) -> tuple[str, ...]:
-    """Return the names of the case's keys that are needed for a complete answer, most important first."""
+    """Return the names of the case's unset keys that a complete decision between ``ways`` needs, most
+    important first.
+    """
     unknown_keys = dict.fromkeys(name for way in ways for name in way.unknown)
     missing = [] if case.existing.machine else ["existing.machine"]
     value = [] if case.work.value_per_run is not None else ["work.value_per_run"]

@@ -1,4 +1,7 @@
-"""The numbers common to all ways: the user's if given, else the catalog's, each with its source."""
+"""The numbers of the decision that do not belong to one machine: the user's if given, else the catalog's.
+
+Each has its source and, if known, its range.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,11 @@ _WHOLE: Final = ("steps_per_run", "years", "life_years")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """The terms of the decision with all numbers behind them."""
+    """The numbers of the decision.
+
+    ``terms``: as the formulas use them. ``numbers``: the same with ranges and sources, and the user's prices
+    of machines. ``place``: where the machines run, which determines taxes, electricity and carbon.
+    """
 
     currency: finance.Currency
     place: str
@@ -36,9 +43,10 @@ def told(
 ) -> Told:
     """Collect the numbers of the decision.
 
-    `seen`: measured over predicted step time of plain training (True) and of the recommended plan (False) in
-    the PoC's own runs. Raises UserError for a currency, place, tariff or supplier that the catalog does not
-    have.
+    `place`: used if the case names no place, tariff or supplier. `seen`: measured over predicted step time of
+    plain training (True) and of the recommended plan (False) in the PoC's runs. Raises UserError for a
+    currency, place, tariff or electricity supplier that the catalog does not have, for a place, tariff and
+    supplier that do not belong together, and for an implausible exchange rate.
     """
     currency = finance.currency(case.currency)
     case_place = _where(case, place)
@@ -84,9 +92,9 @@ def told(
 
 
 def _where(case: DecisionCase, place: str) -> str:
-    """Return the given place, else that of the given tariff or supplier, else the PoC's.
+    """Return the place of the case, else that of its electricity tariff or supplier, else ``place``.
 
-    Raises UserError if they contradict each other.
+    Raises UserError if those of the case differ, or if the catalog does not have one of them.
     """
     places = {
         "place": catalog.place(case.place).name if case.place else None,
@@ -99,20 +107,25 @@ def _where(case: DecisionCase, place: str) -> str:
             f"{name} {getattr(case, name)!r} belongs to {country}" for name, country in stated_places.items()
         )
         raise UserError(
-            f"the case mixes countries: {conflict}", allowed="a tariff and a supplier of the same place"
+            f"the case mixes countries: {conflict}",
+            allowed="a place, an electricity tariff and an electricity supplier of the same country",
         )
     return next(iter(stated_places.values()), place)
 
 
 def _rate(case: DecisionCase, currency: finance.Currency) -> Term:
-    """Return the exchange rate. Raises UserError for one that belongs to another currency or is inverted."""
+    """Return how many units of the currency one US dollar costs: the user's rate, else the catalog's.
+
+    Raises UserError if the user's range goes beyond a tenth or ten times the catalog's rate, as that of
+    another currency or an inverted rate would. For the US dollar, only 1 is allowed.
+    """
     figure, catalog_rate = case.money.per_usd, currency.per_usd.value
     if figure is not None:
         low, high = figure.bounds
         factor = 1.0 if currency.code == "USD" else _ODD
         if low < catalog_rate / factor or high > catalog_rate * factor:
             raise UserError(
-                f"money.per_usd is {figure.value:g} {currency.code} per US dollar",
+                f"money.per_usd or its range is implausible: {figure.value:g} {currency.code} per US dollar",
                 allowed=f"{catalog_rate / factor:g} to {catalog_rate * factor:g}; "
                 f"the catalog's rate is {catalog_rate:g}",
             )
@@ -151,7 +164,11 @@ def _money(case: DecisionCase, place: str) -> Iterable[Term]:
 
 @dataclasses.dataclass
 class _Here:
-    """The price of electricity: the user's, a tariff's, or the place's average."""
+    """The prices of electricity: energy, levy and basic charge.
+
+    Each is the user's, else that of the case's tariff. Otherwise energy has the average price of the place
+    ``where``, and the other two are zero. ``amounts`` is empty until `electricity` has been iterated.
+    """
 
     case: DecisionCase
     currency: finance.Currency
@@ -181,7 +198,10 @@ class _Here:
         return number
 
     def _priced(self, name: str, row: Fact, currency: str) -> Term:
-        """Convert a catalog row to the currency of the case. A row in that currency needs no conversion."""
+        """Return a catalog price of ``currency`` as a Term in the currency of the case, and store its Amount.
+
+        The Amount is in US dollars if the price had to be converted, else in the currency of the case.
+        """
         if currency == self.currency.code:
             return self._own(name, _number(name, None, row, "money"))
         usd = row.value / finance.currency(currency).per_usd.value
@@ -195,8 +215,11 @@ class _Here:
 def _factors(
     case: DecisionCase, offers: Sequence[Offer], step_errors: Mapping[bool, float]
 ) -> Iterable[Term]:
-    """Yield the common factors on the catalog's purchase prices, on its rental prices and on all predicted
-    step times, and the prices given by the user, each with its own range.
+    """Yield the factors that are uncertain, each with its range around 1: on the catalog's purchase prices,
+    on its rental prices, and on the predicted step times of plain training and of the recommended plan.
+
+    Also yield the purchase and rental price of the case, if given. ``step_errors``: measured over predicted
+    step time of plain training (True) and of the recommended plan (False); it widens the range.
     """
     for name, default in (("hardware_factor", "hardware_spread"), ("rental_factor", "rental_spread")):
         yield _number(name, None, finance.default(default), "factor")
@@ -215,9 +238,10 @@ def _factors(
 
 
 def widened(low: float, high: float, ratio: float) -> tuple[float, float]:
-    """Widen a range around 1 by an error of `ratio` (measured / predicted).
+    """Return the range ``low`` to ``high`` around 1, widened by an error of `ratio` (measured / predicted).
 
-    Both are factors, so their logarithms add up in squares like independent errors, on both sides.
+    As all are factors, the squares of the logarithms of each end and of the error are added, like those of
+    independent errors. A ``low`` of 0 stays.
     """
     error = math.log(ratio)
     lower = math.exp(-math.hypot(math.log(low), error)) if low > 0 else low
@@ -225,7 +249,7 @@ def widened(low: float, high: float, ratio: float) -> tuple[float, float]:
 
 
 def _spread(row: Fact, spread: Fact) -> Fact:
-    """Return the row, with the catalog's usual range if it has none."""
+    """Return the row. If it has no range, its range becomes its value times that of ``spread``, if any."""
     if row.low is not None or spread.low is None or spread.high is None:
         return row
     return dataclasses.replace(row, low=row.value * spread.low, high=row.value * spread.high)

@@ -1,4 +1,7 @@
-"""The user's own figures: one TOML file, read strictly. Every number may stand alone or with a range."""
+"""The case file: the user's figures for the decision, one TOML file, read strictly.
+
+Most numbers may stand alone or with a range. Whole numbers, hours of work and watts have no range.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ class _Strict(pydantic.BaseModel):
 class CaseFigure(_Strict):
     """A figure, such as ``12.5`` or ``{value = 12.5, low = 10, high = 15, source = "an offer"}``.
 
-    It may also have a date: ``date = "2026-03-03"``.
+    It is not negative. An end of the range that is not set is the value. It may also have a date:
+    ``date = "2026-03-03"``.
     """
 
     value: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
@@ -42,7 +46,7 @@ class CaseFigure(_Strict):
     def _ordered(self) -> CaseFigure:
         low, high = self.bounds
         if not low <= self.value <= high:
-            raise ValueError(f"low {low:g}, value {self.value:g} and high {high:g} are out of order")
+            raise ValueError(f"low {low:g}, value {self.value:g} and high {high:g} are not in rising order")
         if self.date:
             datetime.date.fromisoformat(self.date)
         return self
@@ -68,19 +72,21 @@ Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
 
 def _above(figure: CaseFigure) -> CaseFigure:
     if figure.bounds[0] < _LEAST:
-        raise ValueError(f"a number above 0 is needed, at least {_LEAST:g}")
+        raise ValueError(f"a number above 0 is needed, also as low: at least {_LEAST:g}")
     return figure
 
 
 def _pue(figure: CaseFigure) -> CaseFigure:
     if not _PUE[0] <= figure.bounds[0] <= figure.bounds[1] <= _PUE[1]:
-        raise ValueError("a PUE is the electricity of a site divided by that of its computers, so 1 to 10")
+        raise ValueError(
+            "a PUE is the electricity of a site divided by that of its computers: 1 to 10, with its range"
+        )
     return figure
 
 
 def _ratio(figure: CaseFigure) -> CaseFigure:
     if figure.bounds[1] > 1:
-        raise ValueError("a ratio of at most 1 is needed: 0.1 for 10 %")
+        raise ValueError("a ratio of at most 1 is needed, also as high: 0.1 for 10 %")
     return figure
 
 
@@ -91,19 +97,27 @@ Share = Annotated[Given, pydantic.AfterValidator(_above), pydantic.AfterValidato
 
 
 class TrainingWork(_Strict):
-    """The amount of training."""
+    """The section [work]: how much is trained, how long a run may take, and what a finished run is worth.
+
+    ``years``: how long the training goes on. ``utilisation_ratio``: share of a year in which a machine can be
+    busy.
+    """
 
     steps_per_run: Whole | None = None
     runs_per_year: Above | None = None
     years: Annotated[int, pydantic.Field(ge=1, le=_LONGEST)] | None = None
     utilisation_ratio: Share | None = None
-    # ways that need longer for a run do not count as doing the work
+    # an option that needs longer for a run does not count as doing the work
     longest_run_hours: Positive | None = None
     value_per_run: Given | None = None  # value of a finished run to you
 
 
 class Money(_Strict):
-    """Prices common to all ways, in the currency of the case."""
+    """The section [money]: prices in the currency of the case and other figures that all options share.
+
+    ``life_years``: after which a machine is written off. ``support_ratio``: cost of support per year, as a
+    share of the purchase price.
+    """
 
     labour_per_hour: Given | None = None
     energy_per_kwh: Given | None = None
@@ -119,16 +133,22 @@ class Money(_Strict):
 
 
 class AdoptionEffort(_Strict):
-    """Working hours of people.
+    """The section [effort]: people's working hours.
 
-    ``setup_hours``: to adopt the recommended plan; if unset, the PoC's count is used.
+    ``setup_hours``: to adopt the recommended plan; if unset, the attended minutes counted in the PoC are
+    used.
     """
 
     setup_hours: Given | None = None
 
 
 class ExistingMachine(_Strict):
-    """The machine of a way, as in --on, with figures that memfit cannot predict or that you know better."""
+    """The machine of an option: one that exists, or one to buy or rent.
+
+    ``machine`` is written as in --on, such as ``8xH100-SXM``. The figures are those that memfit cannot
+    predict or that the user knows better. ``setup_hours`` and ``operating_hours_per_year`` are people's
+    working hours.
+    """
 
     machine: Name | None = None
     hours_plain: Positive | None = None  # of one run
@@ -139,26 +159,39 @@ class ExistingMachine(_Strict):
 
 
 class Existing(ExistingMachine):
-    """A machine that you already have. It has no price, because it is paid for."""
+    """The section [existing]: a machine that the user already has, ``machines`` of it.
+
+    It has no price, because it is paid for.
+    """
 
     machines: Whole = 1
 
 
 class Purchase(ExistingMachine):
-    """A machine to buy. ``price``: of one machine with all its devices, without tax."""
+    """The section [purchase]: a machine to buy.
+
+    ``price``: of one machine with all its devices, without tax; if unset, the catalog's.
+    """
 
     price: Given | None = None
 
 
 class Cloud(ExistingMachine):
-    """A machine to rent. ``per_hour``: price of one machine with all its devices, without tax."""
+    """The section [cloud]: a machine to rent.
+
+    ``per_hour``: price of one machine with all its devices, without tax; if unset, the catalog's.
+    ``storage_per_month``: price of storing the data.
+    """
 
     per_hour: Given | None = None
     storage_per_month: Bare | None = None
 
 
 class DecisionCase(_Strict):
-    """The user's figures. All are optional; missing ones come from the catalog or are asked for."""
+    """The user's figures. All are optional; missing ones come from the catalog or are asked for.
+
+    ``tariff`` and ``supplier`` are those of electricity.
+    """
 
     currency: Name = "USD"
     place: Name | None = None
@@ -173,12 +206,20 @@ class DecisionCase(_Strict):
 
 
 def read(path: Path) -> DecisionCase:
-    """Read a case file. Raises UserError with the location of the first fault and what is allowed there."""
+    """Read a case file.
+
+    Raises UserError if it cannot be read or is not TOML, otherwise with the location of the first fault and
+    what is allowed there.
+    """
     return parsed(serialization.toml_text(path), str(path))
 
 
 def parsed(text: str, what: str) -> DecisionCase:
-    """Parse the text of a case file; `what` names it in errors. Raises UserError as `read` does."""
+    """Parse the text of a case file; `what` names it in errors.
+
+    Raises UserError if it is not TOML, otherwise with the location of the first fault and what is allowed
+    there.
+    """
     try:
         return DecisionCase.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -204,10 +245,7 @@ def _keys(location: list[str]) -> list[str]:
 
 
 def term(name: str, given: CaseFigure, unit: str) -> Term:
-    """Return the user's number with its range as a Term.
-
-    Without a given source, the source is the case file.
-    """
+    """Return a number of the case with its range as a Term. If it names no source, that is "your case"."""
     low, high = given.bounds
     return Term(
         name=name,

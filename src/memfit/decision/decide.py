@@ -28,13 +28,16 @@ def decide(
     named: Mapping[str, str] | None = None,
     limits: rollout_gates.Gates | None = None,
 ) -> Decision:
-    """Make the decision.
+    """Return the decision: the options, their costs, the saving and how certain it is, stages and risks.
 
-    `more`: predictions made after the PoC, which take precedence over its own. `named`: machines of the
-    stages. `limits`: of the gate. Raises UserError.
+    `more`: predictions made after the PoC; they replace the PoC's predictions for the same machine and kind
+    of plan. Only predictions of one job size are used: that of the last in `more`, else of the PoC's first.
+    `name`: path of the case file; "" without one. `named`: stage ("pilot" or "full") -> machine. `limits`: of
+    the gate before the pilot; None: the default limits. Raises UserError for a case that names an unknown
+    currency, place, tariff or supplier, contradicts itself, or lacks the hours or price of a machine.
     """
     size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
-    # ways to do the same work
+    # predictions of the same work
     offers_by_machine = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}
     offers = list(offers_by_machine.values())
     assumptions = told(case, place=_place(poc.place), offers=offers, seen=_step_errors(poc))
@@ -77,8 +80,8 @@ def decide(
 
 
 def _step_errors(poc: Poc) -> Mapping[bool, float]:
-    """Return measured over predicted step time of plain training and of the recommended plan, if both are
-    known.
+    """Return measured over predicted step time in the PoC's runs, of plain training (True) and of the
+    recommended plan (False); only those for which both times are known.
     """
     errors = {}
     for role, plain in (("baseline", True), ("recommended", False)):
@@ -90,7 +93,9 @@ def _step_errors(poc: Poc) -> Mapping[bool, float]:
 
 
 def _place(name: str) -> str:
-    """Return the PoC's place, or the world if it was defined by a machine file."""
+    """Return the catalog's name of the place; "world" if ``name`` is "" or not in the catalog, such as a
+    place defined by a machine file.
+    """
     try:
         return catalog.place(name or "world").name
     except UserError:
@@ -98,8 +103,8 @@ def _place(name: str) -> str:
 
 
 def _own(ways: Sequence[Way], sheets: Sequence[Sheet], indices: Sequence[int]) -> int | None:
-    """Return the user's cheapest offer, or one of unknown cost, so that the user's own offer is always
-    shown.
+    """Return the index of the cheapest of the options ``indices`` that does all the work; if there is none of
+    known cost, the first of unknown cost, so that the user sees it; else None.
     """
     unknown = [i for i in indices if sheets[i].present_cost is None]
     best = money.cheapest(ways, sheets, indices)
@@ -122,7 +127,11 @@ def _weighed(
     name: str,
     size: str,
 ) -> Decision:
-    """Determine the best way, the reference it is compared with, and how certain the comparison is."""
+    """Return the decision without its stages and risks.
+
+    The best option is the cheapest that does all the work. The reference it is compared with is the cheapest
+    one with plain training on a machine that is bought or rented.
+    """
     existing = [i for i, w in enumerate(ways) if w.kind == "existing"]
     by_kind = {kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("purchase", "cloud")}
     user_by_kind = {kind: [i for i in indices if not ways[i].of_catalog] for kind, indices in by_kind.items()}

@@ -1,6 +1,6 @@
-"""What a way costs: exactly the formulas of docs/decisions/014-money.md.
+"""What an option of the decision costs: exactly the formulas of docs/decisions/014-money.md.
 
-The page's sliders use the same formulas (report/decision.js).
+The sliders of the report's page use the same formulas (report/decision.js).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ HOURS_PER_YEAR: Final = 8760
 
 
 def sheet(way: Way, terms: Terms) -> Sheet:
-    """Compute the costs of a way in the currency of the case.
+    """Return what an option costs in the currency of the case, and its energy and emissions.
 
-    Doing nothing costs nothing and yields nothing.
+    Without ``power_w``, what depends on it is None; the cost of a rental does not, because its price includes
+    electricity. Doing nothing costs nothing and yields nothing.
     """
     does_work = way.kind != "nothing"
     hours = run_hours(way, terms)
@@ -80,19 +81,23 @@ def sheet(way: Way, terms: Terms) -> Sheet:
 
 
 def run_hours(way: Way, terms: Terms) -> float:
-    """Return the hours of one run, with the time factor applied if they are predicted."""
+    """Return the hours of one run. Predicted hours are multiplied by the time factor of plain training or of
+    the recommended plan; hours given by the user are not.
+    """
     if not way.predicted:
         return way.hours
     return way.hours * (terms.plain_time_factor if way.plain else terms.recommended_time_factor)
 
 
 def needed(hours_per_year: float, terms: Terms) -> int:
-    """Return how many machines can do that many hours of work per year; at least one."""
+    """Return how many machines, busy for ``utilisation_ratio`` of the year, do that many hours of work per
+    year; at least one.
+    """
     return max(1, math.ceil(hours_per_year / (HOURS_PER_YEAR * terms.utilisation_ratio) - 1e-9))
 
 
 def annuity(discount_ratio: float, years: int) -> float:
-    """Return the present value of 1 at the end of every year."""
+    """Return the present value of 1 paid at the end of each of ``years`` years."""
     return sum((1 + discount_ratio) ** -t for t in range(1, years + 1))
 
 
@@ -102,7 +107,8 @@ def _electricity(meter_kw: float, hours: float, machines: int, terms: Terms) -> 
 
 
 def _purchases(purchase: float, terms: Terms) -> tuple[float, float]:
-    """Return (present value of all purchases, residual value of the last one at the end).
+    """Return (present value of the first purchase and of each replacement after ``life_years``, residual
+    value of the last one after ``years``, not discounted).
 
     Depreciation is straight-line.
     """
@@ -113,8 +119,8 @@ def _purchases(purchase: float, terms: Terms) -> tuple[float, float]:
 
 
 def _embodied(way: Way, hours: float, terms: Terms) -> float | None:
-    """Return the embodied grams per run: the devices' own, times the run's share of their lifetime working
-    hours.
+    """Return the embodied grams of CO2 equivalent per run: those of one machine's devices, times the run's
+    share of the hours that they work in ``life_years``. None if unknown.
     """
     if way.embodied_kg is None:
         return None
@@ -125,9 +131,10 @@ def _embodied(way: Way, hours: float, terms: Terms) -> float | None:
 
 
 def cheapest(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int]) -> int | None:
-    """Return the index of the lowest present cost among the ways that do all the work; the first if equal.
+    """Return the index of the lowest present cost among the options ``among`` that do all the work; the first
+    if equal, None if there is none.
 
-    Ways of unknown cost are not considered.
+    Options of unknown cost and doing nothing are not considered.
     """
     costs = {i: sheets[i].present_cost for i in among if sheets[i].enough and ways[i].kind != "nothing"}
     known_costs = {i: cost for i, cost in costs.items() if cost is not None}
@@ -135,17 +142,19 @@ def cheapest(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int])
 
 
 def saved_percent(one: Sheet, reference: Sheet) -> float | None:
-    """Return the saving in percent of the reference's present cost; None if unknown."""
+    """Return the saving in percent of the reference's present cost; negative is a loss, None is unknown."""
     return one.saved_percent(reference)
 
 
 def payback(one: Sheet, reference: Sheet, life_years: float = math.inf) -> tuple[str, float | None]:
-    """Return the kind of payback and its years.
+    """Return the kind of payback of ``one`` against ``reference``, and its years.
 
-    The result is ("at once", 0), ("years", years until the additional first cost is recovered), ("never",
-    None), or ("until", years for which the way is cheaper). Times beyond the life of the first machines,
-    after which new ones are bought, are not stated: the result is then ("not in life", that life) or ("all
-    life", that life). ("", None) if a running cost is unknown.
+    The result is ("at once", 0) if neither the first cost nor the running cost is higher; ("never", None) if
+    neither is lower; ("years", years until the additional first cost is recovered); or ("until", years for
+    which ``one``, with a lower first cost, stays cheaper). If a machine is bought, years beyond
+    ``life_years`` are not stated, as new machines are bought then: the result is ("not in life", life_years)
+    instead of "years", or ("all life", life_years) instead of "until". ("", None) if a running cost is
+    unknown.
     """
     extra_cost = one.initial - reference.initial
     if reference.running_per_year is None or one.running_per_year is None:

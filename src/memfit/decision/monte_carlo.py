@@ -1,4 +1,4 @@
-"""How certain the saving is: random draws over the ranges of its inputs, and each input's own effect."""
+"""How certain the saving is: random draws over the ranges of its inputs, and each input's effect alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def interval(
 ) -> tuple[Interval, float] | None:
     """Return the interval of the saving in percent, and the percentage of draws in which anything is saved.
 
-    The interval goes from the 5th to the 95th percentile, widened to contain the point value. None if the
-    saving is unknown.
+    The interval goes from the 5th to the 95th percentile of ``draws`` draws, widened to contain the saving
+    without draws. It is that point, with 0 or 100 percent, if no number has a range or both options are the
+    same. None if the saving is unknown.
     """
     import numpy
 
@@ -42,7 +43,8 @@ def interval(
 
 
 def _drawn(name: str, span: Interval, draws: int) -> Any:
-    """Draw from a triangular distribution over the range, with a random stream seeded by the number's name.
+    """Return ``draws`` draws from the triangular distribution over the range ``span`` with its peak at the
+    value. The random stream is seeded by ``name``.
 
     The draws thus do not depend on which other numbers are drawn, and are at the same position of the range
     in every currency.
@@ -57,9 +59,10 @@ def _drawn(name: str, span: Interval, draws: int) -> Any:
 
 
 def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tuple[Swing, ...]:
-    """Return the effect of each term with a range, largest first.
+    """Return the saving at both ends of each number's range, the other numbers unchanged; largest effect
+    first.
 
-    Terms whose effect is only rounding are left out.
+    Numbers whose effect is only rounding, or with which the saving is unknown, are left out.
     """
     swings, saved_at = [], _saver(best, reference, terms, told)
     for name, span in ranged(told).items():
@@ -72,7 +75,11 @@ def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tu
 
 
 def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
-    """Return `terms` with some of them at other values; an Amount keeps its currency."""
+    """Return `terms` with the values of ``values``, which are in the currency of the case.
+
+    An Amount is scaled to its value, so that its parts in US dollars and in the currency of the case keep
+    their proportion; an Amount of zero gets all of it in the currency of the case.
+    """
     changes: dict[str, Any] = {}
     for name, value in values.items():
         current = getattr(terms, name)
@@ -86,7 +93,7 @@ def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
 
 
 def ranged(told: Sequence[Term]) -> dict[str, Interval]:
-    """Return the terms that have a range and affect the money of a way."""
+    """Return {name: range} of the numbers that affect an option's cost and whose range is not a point."""
     fields = {*OWN, *(f.name for f in dataclasses.fields(Terms))}
     return {
         t.name: Interval(value=t.value, low=t.low, high=t.high)
@@ -99,7 +106,9 @@ def ranged(told: Sequence[Term]) -> dict[str, Interval]:
 def _saver(
     best: Way, reference: Way, terms: Terms, numbers: Sequence[Term]
 ) -> Callable[[Mapping[str, float]], float | None]:
-    """Return a function that computes the saving in percent with some terms at other values."""
+    """Return a function from {name of a number: its value} to the saving of ``best`` in percent; None if the
+    saving is unknown. Numbers that are not named keep their values.
+    """
     user_values = {t.name: t.value for t in numbers if t.name in OWN and t.value is not None}
 
     def saved_at(values: Mapping[str, float]) -> float | None:
@@ -111,9 +120,11 @@ def _saver(
 
 
 def placed(way: Way, values: Mapping[str, float], own: Mapping[str, float], terms: Terms) -> Way:
-    """Return a way with the user's own figures at other values.
+    """Return the option with its setup hours, if its plan is not plain training, and its user-given price
+    changed from ``own`` to ``values``, both {name: value}.
 
-    A price given by the user has its own range, so factors on the catalog's prices do not apply to it.
+    A price given by the user has a range of its own. It is therefore divided by the factor on the catalog's
+    prices in ``values``, so that the factor has no effect when the costs are computed.
     """
     changes: dict[str, Any] = {}
     if "setup_hours" in values and not way.plain:

@@ -17,9 +17,10 @@ _FEW_MACHINES = 5
 
 
 def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
-    """Return the risks.
+    """Return the seven risks of a decision whose stages are known, each with its level and evidence.
 
-    `loss` is the highest cost of the pilot; None for security, which is not a matter of money.
+    Their `loss` is the highest cost of the pilot, None if unknown; always None for security, which is not a
+    matter of money.
     """
     loss = next((s.most for s in made.stages if s.name == "pilot"), None)
     entries = (
@@ -111,7 +112,10 @@ def _load(poc: Poc) -> _Found:
 
 
 def _maturity(poc: Poc, decision: Decision) -> _Found:
-    """Judge the engine and the libraries behind the plans' techniques by the worst of them."""
+    """Judge the upkeep of the engine that ran the recommended plan, and of the libraries that plans need.
+
+    The risk is low if all are released regularly, unknown if the status of any is unknown, else high.
+    """
     engine = next((r.spec.engine for r in _runs(poc)), "native")
     facts = catalog.engine_facts(engine)
     if "status" not in facts:
@@ -138,7 +142,9 @@ def _told(name: str, facts: Mapping[str, tuple[str, str, str]]) -> str:
 
 
 def _libraries(poc: Poc, decision: Decision) -> tuple[str, ...]:
-    """Return the packages that the techniques of the trained plan and of the best way's plan need."""
+    """Return the packages that the techniques of the PoC's recommended plan and of the best option's plan
+    need, each once. Stochastic rounding needs torchao.
+    """
     recommended = poc.search.recommended
     labels = [recommended.estimate.plan.label] if recommended else []
     labels += (

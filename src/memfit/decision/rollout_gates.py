@@ -1,7 +1,8 @@
 """The gate between two stages of a roll-out: what a proof of concept must show before the next stage.
 
-A gate compares a figure of the record with a limit that the user may set in a TOML file. A figure that was
-not measured fails a gate that requires it. Relaxing a limit never makes a passed gate fail.
+A gate compares a figure of the PoC's record with a limit that the user may set in a TOML file. A figure that
+was not measured fails its gate, unless the limit is disabled. Relaxing a limit never makes a passed gate
+fail.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Kind = Literal["equivalent", "undecided", "different"]
 
 
 def _asked(value: Any) -> Any:
-    """Convert false to None, because TOML has no null."""
+    """Return None for false, because TOML has no null; return any other value as it is."""
     return None if value is False else value
 
 
@@ -37,8 +38,9 @@ class _Strict(pydantic.BaseModel):
 class MemoryLimits(_Strict):
     """Limits on memory.
 
-    ``prediction_error``: largest |predicted / measured - 1| of the recommended plan, and of plain training if
-    it could run. ``under_cap``: the recommended plan was trained under the cap.
+    ``prediction_error``: largest allowed |predicted / measured - 1| of the peak memory of the recommended
+    plan, and of plain training if it could run. ``under_cap``: whether the recommended plan must have been
+    trained under the memory cap.
     """
 
     prediction_error: Limit = 0.02
@@ -46,40 +48,48 @@ class MemoryLimits(_Strict):
 
 
 class TimeLimits(_Strict):
-    """Limit on the recommended plan's step time over plain training's, compared pair by pair."""
+    """Limit on the recommended plan's step time divided by plain training's.
+
+    The figure is the median over pairs of runs if the record has it, else the ratio of both median step
+    times.
+    """
 
     step_ratio: Limit = 2.0
 
 
 class AccuracyLimits(_Strict):
-    """Verdicts on the recommended plan that are accepted."""
+    """Verdicts on the recommended plan that are accepted; None disables the gate."""
 
     verdicts: Annotated[Kinds | None, pydantic.BeforeValidator(_asked)] = ("equivalent",)
 
 
 class ReproducibilityLimits(_Strict):
-    """Whether a repeated run must give the same result."""
+    """Limit on reproducibility. ``same_again``: whether a repeated run must have given the same bits."""
 
     same_again: bool = True
 
 
 class EnergyLimits(_Strict):
-    """Limit on the energy of a run of the recommended plan over plain training's, both within the same
-    boundary.
+    """Limit on the energy of a run of the recommended plan divided by plain training's; none by default.
+
+    The figure is unknown unless both were measured within the same boundary, such as the package or the
+    board.
     """
 
     ratio: Limit = None
 
 
 class EffortLimits(_Strict):
-    """Limits on failed attempts and on attended minutes."""
+    """Limits on failed attempts and on the minutes that people attended to the PoC; by default the latter has
+    no limit.
+    """
 
     failed_attempts: Limit = 3
     attended_minutes: Limit = None
 
 
 class Gates(_Strict):
-    """All limits; false disables a limit."""
+    """All limits of the gate; false in the file disables a limit."""
 
     memory: MemoryLimits = MemoryLimits()
     time: TimeLimits = TimeLimits()
@@ -90,7 +100,7 @@ class Gates(_Strict):
 
 
 class Gate(_Strict):
-    """One figure compared with its limit."""
+    """One figure of a PoC's record compared with its limit. ``found``: None if it was not measured."""
 
     name: str
     found: float | bool | str | None
@@ -99,7 +109,7 @@ class Gate(_Strict):
 
     @property
     def words(self) -> tuple[str, str, str, bool]:
-        """(Name, what was found ("" if it was not measured), limit, whether it holds), as used in reports."""
+        """(Name, figure as text ("" if it was not measured), limit, whether the gate holds), for reports."""
         figure = self.found
         if isinstance(figure, bool):
             text = "yes" if figure else "no"
@@ -109,19 +119,21 @@ class Gate(_Strict):
 
 
 def read(path: Path) -> Gates:
-    """Read a gates file. Raises UserError with the location of the first fault."""
+    """Read a TOML file of limits. Raises UserError if it cannot be read or is not TOML, otherwise with the
+    location of the first fault.
+    """
     return parsed(serialization.toml_text(path), str(path))
 
 
 def parsed(text: str, path: str) -> Gates:
-    """Parse the text of a gates file; `path` names it.
+    """Parse the text of a TOML file of limits; `path` names it in errors.
 
-    Raises UserError with the location of the first fault.
+    Raises UserError if it is not TOML, otherwise with the location of the first fault.
     """
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path} as TOML: {error}") from error
     try:
         return Gates.model_validate(data)
     except pydantic.ValidationError as error:
@@ -133,7 +145,9 @@ def parsed(text: str, path: str) -> Gates:
 
 
 def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
-    """Return every enabled gate, in the order in which they should be read."""
+    """Return the gates whose limit is not disabled, with the record's figures, in the order in which they
+    should be read.
+    """
     plain, recommended = record.baseline, record.recommended
     effort = record.effort
     results = [
@@ -173,8 +187,8 @@ def _capped(side: Side) -> bool | None:
 
 
 def _error(plain: Side, recommended: Side) -> float | None:
-    """Return the largest prediction error; None if the recommended plan's is unknown, or plain training's
-    although it ran.
+    """Return the largest |predicted / measured - 1| of the peak memory; None if the recommended plan's is
+    unknown, or plain training's although it ran.
     """
     sides = [recommended, *([plain] if plain.measured_peak_bytes else [])]
     errors = [
@@ -186,7 +200,9 @@ def _error(plain: Side, recommended: Side) -> float | None:
 
 
 def _step_ratio(record: Shared) -> float | None:
-    """Return the ratio shown in the report, or the ratio of both medians if the record has none."""
+    """Return the recommended plan's step time divided by plain training's: the record's ratio, or the ratio
+    of both median step times if the record has none; None if one of these is unknown.
+    """
     ratio = record.step_time_ratio
     return ratio if ratio is not None else _ratio(record.recommended.step_s, record.baseline.step_s)
 

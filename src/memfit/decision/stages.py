@@ -1,4 +1,4 @@
-"""PoC, pilot, full: what each stage has cost or will cost, and the gate between them."""
+"""The stages PoC, pilot and full: what each has cost or will cost, and the gate between PoC and pilot."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from memfit.types.result import Offer, Poc
 def stages(
     poc: Poc, made: Decision, offers: Sequence[Offer], named: Mapping[str, str], limits: rollout_gates.Gates
 ) -> tuple[Stage, ...]:
-    """Return the stages.
+    """Return the stages PoC, pilot and full; the gates are those of the PoC.
 
-    `named`: stage name -> machine given by the user. Returns no stages for a PoC that did not finish, because
-    an incomplete record passes no gate.
+    `named`: "pilot" or "full" -> machine chosen by the user. `limits`: of the gates. Returns no stages for a
+    PoC that makes no valid record, for example because it did not finish: without a record no gate is passed.
     """
     try:
         record = exchange.of_poc(poc)
@@ -68,8 +68,10 @@ def _unpriced(decision: Decision) -> tuple[str, ...]:
 
 
 def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
-    """Return the cost of the full stage after the pilot, which has already paid the setup of the same machine
-    and plan.
+    """Return the present cost of the option ``whole`` of the full stage after the pilot with ``trial``.
+
+    The pilot has already paid the setup of the plan, and that of the machine if both use the same. The cost
+    is not reduced if the pilot's cost is unknown. None if there is no ``whole`` or its cost is unknown.
     """
     cost = None if whole is None else made.sheets[made.ways.index(whole)].present_cost
     if cost is None or whole is None or trial is None or pilot_cost(made, trial) is None:
@@ -81,9 +83,8 @@ def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
 
 
 def _named(decision: Decision, machine: str | None) -> Way | None:
-    """Return the cheapest way on this machine; existing is preferred to rented, and rented to bought.
-
-    None if it has no price.
+    """Return the cheapest option of known cost on this machine; existing is preferred to rented, and rented
+    to bought, whatever they cost. None if there is none.
     """
     order = ("existing", "cloud", "purchase")
     matches = [(w, s) for w, s in zip(decision.ways, decision.sheets, strict=True) if w.machine == machine]
@@ -98,7 +99,11 @@ def _named(decision: Decision, machine: str | None) -> Way | None:
 def _stage(
     name: str, state: str, machine: str, way: Way | None, offers: Sequence[Offer], decision: Decision
 ) -> Stage:
-    """Return a stage. Predictions are shown even if the machine has no price."""
+    """Return a stage without its costs.
+
+    ``machine`` is used only if there is no option ``way``, for example because the machine has no price; its
+    predictions are shown nevertheless.
+    """
     machine = way.machine if way is not None else machine
     fitting_offers = [o for o in offers if o.machine == machine and o.fits]
     matching_offers = [o for o in fitting_offers if way is None or o.plain is way.plain]
@@ -122,10 +127,11 @@ def _stage(
 
 
 def _back(decision: Decision, machine: str, plain: bool) -> tuple[str, int | None]:
-    """Return (what to go back to if the stage fails, index of that way).
+    """Return (what to go back to if a stage on ``machine`` fails, index of that option or None).
 
-    It is plain training on the same machine if it surely fits there, else the cheapest machine on which it
-    fits, else what is done today.
+    It is "plain", plain training on the same machine, if it surely fits there; else "reference", the cheapest
+    plain training on a machine that is bought or rented, if that is another machine; else "stay", what is
+    done today. If the stage itself is plain training, ``plain``, it is "stay".
     """
     plain_here = [
         i
@@ -140,10 +146,10 @@ def _back(decision: Decision, machine: str, plain: bool) -> tuple[str, int | Non
 
 
 def pilot(made: Decision) -> Way | None:
-    """Return the way of the pilot: one run before anything is bought, on an existing or rented machine.
+    """Return the option of the pilot: one run before anything is bought, on an existing or rented machine.
 
-    It is the best way's machine and plan if they can be had without a purchase, else the cheapest rental with
-    its plan.
+    It is the best option if that is not a purchase. Otherwise it is a rental with the same kind of plan
+    (plain or recommended): of the same machine if possible, else the cheapest. None if there is none.
     """
     if made.best is None:
         return None
@@ -157,16 +163,18 @@ def pilot(made: Decision) -> Way | None:
 
 
 def pilot_cost(made: Decision, way: Way | None) -> float | None:
-    """Return the cost of setup and one run, with monthly charges for each month begun.
+    """Return the cost of a pilot: setup and one run, with monthly charges for each month begun.
 
-    None if the pilot would require a purchase.
+    None without an option, if it is a purchase, or if its power is unknown and not included in a rent.
     """
     return None if way is None or way.kind == "purchase" else _one_run(way, made.terms)[0]
 
 
 def pilot_most(made: Decision, way: Way | None) -> float | None:
-    """Return the same with every number at its most expensive end, plus the hours of operating the machine in
-    those months.
+    """Return the highest cost of a pilot: setup and one run with every number at its most expensive end, plus
+    people's hours of operating the machine in each month begun.
+
+    None without an option, if it is a purchase, or if its power is unknown and not included in a rent.
     """
     if way is None or way.kind == "purchase":
         return None
@@ -178,13 +186,17 @@ def pilot_most(made: Decision, way: Way | None) -> float | None:
 
 
 def _dear(decision: Decision) -> dict[str, float]:
-    """Return the most expensive end of each range."""
+    """Return {name of a number: most expensive end of its range}: the low end of utilisation_ratio, the high
+    end of all others. Numbers without a range are left out.
+    """
     spans = monte_carlo.ranged(decision.told).items()
     return {name: span.low if name == "utilisation_ratio" else span.high for name, span in spans}
 
 
 def _one_run(way: Way, base_terms: Terms) -> tuple[float | None, float]:
-    """Return (cost of setup, electricity and rental; cost of people) for one run."""
+    """Return (cost of setup, electricity and rental; cost of operating hours) of one run, with monthly and
+    yearly charges for each month begun; (None, 0) if the cost of electricity is unknown.
+    """
     year_share = max(1, math.ceil(12 * run_hours(way, base_terms) / HOURS_PER_YEAR)) / 12
     basic = base_terms.basic_per_kw_month
     terms = dataclasses.replace(
@@ -203,17 +215,18 @@ def _one_run(way: Way, base_terms: Terms) -> tuple[float | None, float]:
 
 
 def spent(energy_j: float, hours: float, terms: Terms) -> float:
-    """Return the cost of the PoC's electricity, and of its working hours if they were counted and have a
-    price.
+    """Return the cost of this much energy with tax, plus that of ``hours`` working hours of people, which
+    cost nothing if the price of an hour is unknown.
     """
     per_kwh = terms.energy_per_kwh.at(terms.per_usd) + terms.levy_per_kwh.at(terms.per_usd)
     return energy_j / J_PER_KWH * per_kwh * (1 + terms.tax_ratio) + hours * terms.labour_per_hour
 
 
 def _energy_j(poc: Poc, terms: Terms) -> float | None:
-    """Return the energy that the PoC's runs drew from the grid.
+    """Return the joules that the PoC's runs drew from the grid, including the overhead of the site (PUE).
 
-    Runs without a meter are modelled: the power of plain training's step times the duration of the run.
+    Runs without a meter are modelled: the power of plain training's predicted step times the duration of the
+    run. None if there is such a run, but no predicted power.
     """
     estimate = poc.search.baseline.estimate
     power_w = estimate.energy_j / estimate.step_s.value if estimate.energy_j and estimate.step_s else None
