@@ -1,4 +1,5 @@
-"""``memfit.estimate`` and ``memfit.assert_fits``: predictions in the user's own code.
+"""Functions to call in the user's own code: ``memfit.estimate``, ``from_trainer`` and ``assert_fits`` predict
+the memory of a training step; ``conform`` compares a prepared model with a plan.
 
 ::
 
@@ -50,9 +51,11 @@ _CHEAP_BYTES = 64 * 2**30  # larger models are not searched for a plan that woul
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The prediction for one training step.
+    """The prediction for one training step of ``job`` on ``machine``, for the rank with the highest peak.
 
-    Bytes are intervals. None: this machine has no such memory, or the catalog does not have enough facts.
+    ``cap_bytes``: the memory of one device that the step should fit. ``allocated_bytes``, ``reserved_bytes``,
+    ``device_bytes`` and ``host_bytes`` are intervals. One of the last three is None if the machine has no
+    such memory, or if the catalog has too few facts to predict it.
     """
 
     estimate: Estimate
@@ -81,68 +84,85 @@ class Prediction:
 
     @property
     def host_bytes(self) -> Interval | None:
-        """Memory of one host with all its ranks: offloaded tensors, loader workers, processes, loading the
-        model.
+        """Memory that one host needs for all its ranks: the processes, and the larger of loading the model
+        and training (offloaded tensors, DataLoader workers; on a CPU also the tensors of the step).
         """
         return self.estimate.host_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether ``cap_bytes`` is enough, including what the process or device needs beside the tensors.
+        """Whether ``needed_bytes`` is at most ``cap_bytes`` and the host has the memory that the plan needs
+        there (see ``host``).
 
-        The host must also have the memory that the plan needs there (``host``).
+        If the host's memory is unknown, a plan that keeps tensors there does not fit. On a CPU the host is
+        not checked if ``cap_bytes`` is above the machine's memory.
         """
         return fits_under(self.cap_bytes, self.machine)(self.estimate)
 
     @property
     def needed_bytes(self) -> int:
-        """The bytes that are compared with ``cap_bytes``; on a device, the upper end of its range."""
+        """The bytes that `fits` compares with ``cap_bytes``: the tensors, and what the process or device
+        takes beside them. On an accelerator, this is the upper end of ``device_bytes`` if that is known.
+        """
         return needed_bytes(self.estimate, self.machine)
 
     @property
     def host(self) -> str:
-        """What the plan needs of a host's memory, and whether the host has it; "" on a CPU."""
+        """A line that says what the plan needs of one host's memory, and whether the host has it; "" on a
+        CPU, or if the need is unknown.
+        """
         return host_line(self.estimate, self.machine)
 
     @property
     def not_included(self) -> tuple[str, ...]:
-        """What a training loop may use that is not part of any number here."""
+        """Names of what a training loop may keep in memory that no number of a prediction includes."""
         return NOT_INCLUDED
 
     @property
     def by_category(self) -> Mapping[str, int]:
-        """Bytes alive at the peak, by category."""
+        """Bytes of tensors alive at the peak, by category such as "parameter" or "activation"."""
         return self.estimate.at_peak_bytes
 
     @property
     def by_module(self) -> Mapping[str, int]:
-        """Bytes alive at the peak, by module path."""
+        """Bytes of tensors alive at the peak, by module path; "" is the model itself."""
         return self.estimate.by_module_bytes
 
     @property
     def by_phase(self) -> Mapping[str, int]:
-        """Peak bytes of each phase."""
+        """Peak bytes of live tensors in each phase, such as "forward", "backward" and "optimizer"."""
         return self.estimate.phase_peak_bytes
 
     @functools.cached_property
     def workload(self) -> Workload:
-        """Model, parameters, batch and length of this prediction."""
+        """Model, number of parameters, batch size, length of a sample, and machine of this prediction."""
         return workload_of(self.job, self.machine.name)
 
     @functools.cached_property
     def lifecycle(self) -> Lifecycle:
-        """Peaks of loading, first step, evaluation, saving and resuming; traced on first access."""
+        """Peaks of loading, first step, evaluation, saving and resuming, and sizes of checkpoints; traced on
+        first access. Raises UserError if the plan has several ranks.
+        """
         if self.plan.ranks > 1:
-            raise UserError("lifecycle peaks are predicted for one process", hint="take a plan of 1 rank")
+            raise UserError(
+                "lifecycle peaks and checkpoint sizes are predicted for one process, but this plan has "
+                "several ranks",
+                hint="take a plan of 1 rank",
+            )
         return lifecycle(self.job, self.plan, device=self.machine.device.kind)
 
     @property
     def checkpoint_bytes(self) -> Mapping[str, int]:
-        """Sizes of the files that ``torch.save`` writes for the model and the optimizer."""
+        """Sizes of the files that ``torch.save`` writes: of the "model", the "optimizer" and, if some
+        parameters are frozen, the "trainable" parameters alone. Raises UserError if the plan has several
+        ranks.
+        """
         return self.lifecycle.checkpoint_bytes
 
     def explain(self) -> str:
-        """Return a text that says what the peak consists of."""
+        """Return a text of several lines: the workload, the predicted memory, and what the peak consists
+        of.
+        """
         from rich.console import Console
         from rich.text import Text
 
@@ -203,21 +223,26 @@ def estimate(  # noqa: PLR0913
     """Predict one training step of ``model`` on ``batch``; nothing is trained and no argument is changed.
 
     If the plan splits the batch, a copy of the model is run on a few samples to test whether they depend on
-    each other: ``estimate.dependence``.
+    each other. The result is in the prediction's ``estimate.dependence``.
 
-    ``model``: a module, a function that builds one, or a Job. ``batch``: a tensor, mapping or tuple, or a
-    function that makes one. ``loss``: ``loss(model, batch)`` or ``loss(output, batch)``; by default the
-    model's own. ``optimizer``: a name, an optimizer of this model, or a function of parameters; by default
-    AdamW. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, YAML text or a file; a mapping with
-    techniques for several ranks but without ``ranks`` uses all devices of the machine. ``machine``: a name of
-    the catalog such as ``"8xH100-SXM"``; by default this machine. ``bound``: sizes that only values decide,
-    as in `Job`. ``ema``: the decay of a weight average that the loop keeps (True: 0.999). ``clip``: the
-    largest gradient norm. ``workers``: DataLoader worker processes, which take host memory. ``host_memory``:
-    of each host ("128GiB" or bytes), if it differs from the catalog's.
+    ``model``: a module, a function that builds one, or a Job, which takes no ``batch``, ``loss`` or
+    ``optimizer``. ``batch``: a tensor, mapping or tuple, or a function that makes one. ``loss``:
+    ``loss(model, batch)``, ``loss(output, batch)`` or ``loss(output, target)``; by default the loss that the
+    model returns, else the mean of its output. ``optimizer``: a name, an optimizer of this model, or a
+    function of parameters; by default AdamW. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, the name
+    of a technique, YAML text, or the path of a YAML file; by default plain training. A mapping, text or name
+    of techniques for several ranks that does not give ``ranks`` uses all devices of the machine.
+    ``machine``: a name of the catalog such as ``"8xH100-SXM"``, or the path of a machine file (.toml); by
+    default this machine. ``bound``: sizes that only values decide, as in `Job`. ``ema``: the decay of a
+    weight average that the loop keeps (True: 0.999). ``clip``: the largest gradient norm; by default
+    gradients are not clipped. ``workers``: DataLoader worker processes of each rank, which take host memory;
+    by default none. With a Job, these four replace its own values if they are not None. ``host_memory``: the
+    memory of each host ("128GiB" or bytes), if it differs from the catalog's; not for a CPU.
 
     ``probe``: on this machine, run each operator whose kernel may use workspace at the peak once, alone and
     on made-up tensors, in a child process (a few seconds; results are stored on disk). Without it, and for
-    another machine, the interval's upper end includes the most that they can use. Raises UserError.
+    another machine, the interval's upper end includes the most that they can use. Raises UserError if an
+    argument is none of these, if the model does not support the plan, or if the step cannot be traced.
     """
     job = job_of(
         model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
@@ -259,7 +284,9 @@ def _predicted(
 
 
 def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
-    """Return the estimate; kernel workspaces are probed if the machine is this one and ``probe`` is set."""
+    """Return the plan's estimate; kernel workspaces are probed first if the machine is this one and ``probe``
+    is set. Raises UserError if the step cannot be traced.
+    """
     try:
         if probe and pricer.machine.device.name == "this machine":
             probe_workspaces(pricer, plan)
@@ -273,11 +300,13 @@ def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
 
 
 def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Prediction:
-    """Predict the step that a Hugging Face ``Trainer`` would run.
+    """Predict the step that a Hugging Face ``Trainer`` would run in one process.
 
-    It uses the trainer's model, a batch of its loader for each accumulated micro-batch, its loss and
-    optimizer, and its ``TrainingArguments`` as a plan. Call it before ``trainer.train()``. Raises UserError
-    for arguments that no plan can express.
+    Used are the trainer's model, loss and optimizer; the first batch of its loader, repeated for each
+    accumulated micro-batch; and of its ``TrainingArguments``: ``fp16``, ``bf16``, ``gradient_checkpointing``
+    and ``gradient_accumulation_steps`` as a plan, ``max_grad_norm``, and ``dataloader_num_workers``. Other
+    arguments, such as ``fsdp`` and ``deepspeed``, are ignored. ``machine`` and ``probe`` are as in
+    `estimate`. Call it before ``trainer.train()``. Raises UserError as `estimate` does.
     """
     import torch
     from torch.utils import _pytree
@@ -323,11 +352,12 @@ def assert_fits(  # noqa: PLR0913
     probe: bool = True,
     host_memory: str | int | None = None,
 ) -> Prediction:
-    """Return the prediction if the step fits ``memory`` ("24GiB" or bytes); for use in tests.
+    """Return the prediction if the step fits ``memory`` of a device ("24GiB" or bytes) and the host's memory;
+    for use in tests.
 
-    ``model`` and the other arguments are as in `estimate`; a Job or a Prediction needs no batch. Raises
-    AssertionError with the peak, its phase and largest contributors, and a plan that would fit if one is
-    found quickly.
+    ``model`` may also be a Prediction; the other arguments are then not used. Else all arguments are as in
+    `estimate`. Raises AssertionError with the peak, its phase and largest contributors, and a plan that would
+    fit if one is found quickly; UserError as `estimate` does.
     """
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     if isinstance(model, Prediction):
@@ -388,8 +418,11 @@ def _largest(parts: Mapping[str, int]) -> str:
 
 
 def _smaller(prediction: Prediction) -> Iterator[Prediction]:
-    """Yield predictions of the plan with more and more techniques that keep the algorithm, the cheapest
-    first.
+    """Yield predictions of the plan with more and more techniques added: bf16 autocast, activation
+    checkpointing, then gradient accumulation with 2, 4 and as many micro-batches as samples.
+
+    A technique that does not suit the plan or the model is left out, and gradient accumulation if samples
+    are known to depend on each other. Yields nothing if the prediction's peak exceeds 64 GiB.
     """
     if prediction.allocated_bytes.value > _CHEAP_BYTES:
         return
@@ -418,16 +451,19 @@ def conform(
     ranks: int | None = None,
     clip: float | None = None,
 ) -> Conformance:
-    """Compare a prepared model and optimizer with a plan, on every rank of the job.
+    """Compare a prepared model and optimizer with a plan. Call it on every rank of the job.
 
-    ``plan``: as in `estimate`. If it does not give ``ranks``, they are those given, by default the world
-    size; one process is too few for techniques of several ranks. ``blocks``: module path of the repeated
-    blocks, as in ``Job(blocks=...)``. ``clip``: the largest gradient norm that the update should receive, 0
-    if gradients must not be clipped; not checked by default.
+    ``plan``: as in `estimate`. If it is a mapping, text or name without ``ranks``, its number of ranks is the
+    argument ``ranks``, by default the world size. A world size of 1 then does not conform if the plan has
+    techniques of several ranks (other than ``zero``). ``blocks``: module path of the repeated blocks, as in
+    ``Job(blocks=...)``; found by default. ``clip``: the largest gradient norm that the update should receive,
+    0 if gradients must not be clipped; checked only if given, and with ``step``.
 
     Without ``step``, these are checked: ranks; number of parameter elements on this rank and their dtypes;
-    which weights of blocks are trained (with LoRA: its rank, and beside how many layers) and the number of
-    bits of the frozen ones; and which update torch's AdamW runs.
+    how they are sharded (FSDP2's blocks, tensor parallelism, experts); which weights of blocks are trained
+    (with LoRA: its rank, and beside how many layers) and the number of bits of the frozen ones; whether
+    linear layers of blocks use float8; and which update torch's AdamW runs. If the ranks differ, nothing else
+    is checked.
 
     ``step`` runs one whole training step. With it, these are also checked: gradients and optimizer state on
     this rank and the state's bytes per element; micro-batches; which blocks are recomputed in backward and
@@ -439,9 +475,9 @@ def conform(
     keeps for backward, what was offloaded, dropped, or is whole logits. CPU offload is recognized by devices
     if the step runs on an accelerator, else by the active policy of FSDP2 or of the ZeRO optimizer.
 
-    What the plan states but could not be checked is in ``unseen``, with the reason; it is not reported as
-    conforming. Raises NotConforming with each difference, on all ranks alike; UserError if the arguments are
-    wrong.
+    Of the result, ``checked`` says what was compared. What the plan states but could not be checked is in
+    ``unseen``, with the reason; it is not reported as conforming. Raises NotConforming with each difference,
+    on all ranks alike; UserError if the arguments are wrong.
     """
     if not callable(getattr(model, "named_parameters", None)):
         raise UserError(f"the model is a {type(model).__name__}", allowed="a torch.nn.Module")
@@ -458,7 +494,10 @@ def conform(
         )
         raise NotConforming(Conformance(differences=(difference,), checked=("ranks",), unseen=()))
     if clip is not None and not 0 <= clip < math.inf:
-        raise UserError(f"clip={clip!r}", allowed="a gradient norm such as 1.0, or 0 for no clipping")
+        raise UserError(
+            f"the argument clip is not a gradient norm: {clip!r}",
+            allowed="a finite positive number such as 1.0, or 0 if gradients must not be clipped",
+        )
     monitor = Monitor(model, optimizer, target_plan, blocks=blocks)
     monitor.clip = clip
     with monitor:
@@ -472,9 +511,11 @@ def _check_step(step: object) -> None:
     if step is None:
         return
     if not callable(step):
-        raise UserError(f"step is {step!r:.60}", allowed=allowed)
+        raise UserError(f"the argument step is not a function: {step!r:.60}", allowed=allowed)
     with contextlib.suppress(ValueError):  # built-in functions have no signature
         try:
             inspect.signature(step).bind()
         except TypeError as error:
-            raise UserError(f"step cannot be called without arguments: {error}", allowed=allowed) from None
+            raise UserError(
+                f"the argument step cannot be called without arguments: {error}", allowed=allowed
+            ) from None

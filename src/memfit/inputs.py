@@ -63,11 +63,18 @@ def job_of(
 ) -> Job:
     """Return a Job from a module (or a function that builds one) and a batch (or a function that makes one).
 
-    Raises UserError for anything else, and, when traced, for errors in the user's own code.
+    ``model`` may also be a Job, without ``batch``, ``loss`` and ``optimizer``. ``loss`` is as in `loss_of`.
+    ``optimizer``: a name, an optimizer of this model, or a function of parameters; None: AdamW. ``bound``,
+    ``ema``, ``clip`` and ``workers`` are as in `Job`, and replace those of a Job if they are not None. Raises
+    UserError for other arguments. The returned Job's functions raise errors in the user's own code as
+    UserErrors.
     """
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
-            raise UserError("a Job has its own batch, loss and optimizer", hint="give only plan and machine")
+            raise UserError(
+                "batch, loss or optimizer were given together with a Job, which has its own",
+                hint="leave them out, or change them in the Job",
+            )
         overrides: dict[str, Any] = {"bound": bound, "ema": ema, "clip": clip, "workers": workers}
         return dataclasses.replace(model, **{k: v for k, v in overrides.items() if v is not None})
     model = getattr(model, "_orig_mod", model)  # a compiled module is predicted as the eager module inside it
@@ -123,11 +130,18 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
 
 
 def _batch_of(batch: Any) -> Any:
-    """Return the batch on the CPU, mappings as dicts. Tensors on the meta device become zeros."""
+    """Return the batch, or what ``batch`` makes if it is a function, with its tensors detached and on the
+    CPU. Tensors on the meta device become zeros. A mapping becomes a dict.
+
+    Raises UserError for a DataLoader, for a batch without tensors, and for an error in the function.
+    """
     if callable(batch) and not isinstance(batch, Mapping | torch.Tensor) and not batch_tensors(batch):
         batch = guarded(batch, "the function that makes the batch")
     if isinstance(batch, torch.utils.data.DataLoader):
-        raise UserError("the batch is a DataLoader", hint="give one of its batches: next(iter(loader))")
+        raise UserError(
+            "the argument batch is a DataLoader, not a batch",
+            hint="give one of its batches: next(iter(loader))",
+        )
     value = dict(batch) if isinstance(batch, Mapping) else batch
 
     def here(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,17 +155,22 @@ def _batch_of(batch: Any) -> Any:
 
 
 def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
-    """Return ``loss(model, batch)`` for the given loss.
+    """Return a function ``loss(model, batch)`` for the argument ``loss``.
 
-    ``loss`` may be that function itself; ``loss(output, batch)`` or ``loss(output, target)``, recognized by
-    the names of its parameters; a torch loss module or function; or None. With None the model's own loss is
-    used, or else the mean of its output. Raises UserError if it is not callable.
+    ``loss`` may be such a function itself; ``loss(output, batch)`` or ``loss(output, target)``, recognized by
+    the names of its parameters; a module or a function of torch.nn.functional, called with (output, target);
+    or None. With None the loss that the model returns is used (see `own_loss`). The target is the last item
+    of a tuple or list, else what the batch has under a name such as "labels" or "target", else the batch.
+
+    ``forward``: the signature of the model's forward, which decides what of the batch the model gets. Raises
+    UserError if ``loss`` is neither None nor callable.
     """
     if loss is None:
         return lambda model, batch: own_loss(_called(model, batch, forward))
     if not callable(loss):
         raise UserError(
-            f"the loss is a {type(loss).__name__}", allowed="a function of (model, batch) or (output, batch)"
+            f"the loss is a {type(loss).__name__}",
+            allowed="a function of (model, batch), (output, batch) or (output, target)",
         )
     names = _parameters(loss)
     is_torch_loss = (
@@ -184,14 +203,20 @@ def _target(batch: Any) -> Any:
 
 
 def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: bool = False) -> Any:
-    """Return the model's output for the parts of the batch that its forward accepts."""
+    """Return the model's output for what its forward accepts of the batch.
+
+    Of a mapping, these are the keys that are parameters of forward; of a tuple or list, as many items as
+    forward has positional parameters. Anything else is passed as it is. With ``target_apart``, the last item
+    of a tuple or list is not passed, unless forward requires it. Raises UserError if forward has a parameter
+    for no key of a mapping.
+    """
     kinds = [p.kind for p in forward.parameters.values()]
     if isinstance(batch, Mapping):
         takes_all = inspect.Parameter.VAR_KEYWORD in kinds
         keywords = {k: v for k, v in batch.items() if takes_all or k in forward.parameters}
         if not keywords:
             raise UserError(
-                f"the model's forward{forward} takes none of the batch's {', '.join(batch)}",
+                f"the model's forward{forward} takes none of the batch's keys: {', '.join(batch)}",
                 hint="give loss=lambda model, batch: ...",
             )
         return model(**keywords)
@@ -208,10 +233,11 @@ def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart:
 
 
 def own_loss(output: Any) -> torch.Tensor:
-    """Return the loss that a model returns itself: ``.loss``, ``["loss"]`` or a scalar among its outputs.
+    """Return the loss that a model returns itself: ``.loss``, ``["loss"]`` or the first floating-point tensor
+    of one element among its outputs.
 
-    Without one, the mean of the first output is used, whose memory is that of a plain reduction. Raises
-    UserError if there is no floating-point tensor.
+    Without one, return the mean of the first floating-point tensor, whose memory is that of a plain
+    reduction. Raises UserError if there is no floating-point tensor.
     """
     loss = getattr(output, "loss", None)
     if loss is None and isinstance(output, Mapping):
@@ -253,10 +279,13 @@ def _optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
 
 
 def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[torch.nn.Parameter]], Any]:
-    """Return a function that makes the same optimizer with the same settings for other parameters.
+    """Return a function that makes an optimizer of the same class with the same settings for other
+    parameters.
 
-    Settings are applied group by group if the parameters are the model's, else (a technique replaced some of
-    them) the optimizer's defaults are used for all.
+    Settings are applied group by group if the parameters have the shapes of the model's trainable ones in the
+    same order. Else (a technique replaced some of them) the optimizer's defaults are used for all. Raises
+    UserError if the optimizer holds no trainable parameter of ``model``, as is always so if that is a
+    function.
     """
     trainable = (
         [p for p in model.parameters() if p.requires_grad] if isinstance(model, torch.nn.Module) else []
@@ -290,10 +319,12 @@ def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[t
 
 
 def plan_of(plan: Any) -> Plan:
-    """Return a Plan from any of the accepted forms.
+    """Return a Plan, with the defaults of all settings filled in, from any of the accepted forms.
 
-    These are a Plan; a mapping of techniques to settings, or one with the keys of a plan file; the path or
-    text of such a file; the name of one technique; None for plain training. Raises UserError.
+    These are a Plan; a mapping of techniques to settings, or one with the keys of a plan file; the path (a
+    Path, or text that ends in .yaml or .yml) or the text of such a file; the name of one technique; None for
+    plain training. Raises UserError if the plan cannot be read, has unknown keys, settings or values,
+    combines techniques that exclude each other, or needs a package that is not installed.
     """
     if plan is None or isinstance(plan, Plan):
         plan = plan or Plan()
@@ -308,7 +339,11 @@ def plan_of(plan: Any) -> Plan:
 
 
 def _read(plan: Any) -> Any:
-    """Parse text as YAML or as the path of a file; return anything else unchanged."""
+    """Return a Path for text that ends in .yaml or .yml, else the data of the text, parsed as YAML; a single
+    word is a technique with its default settings. Anything but text is returned unchanged.
+
+    Raises UserError if the text is not valid YAML.
+    """
     if not isinstance(plan, str):
         return plan
     if plan.strip().endswith((".yaml", ".yml")):
@@ -323,15 +358,17 @@ def _read(plan: Any) -> Any:
 
 
 def says_ranks(plan: Any) -> bool:
-    """Return False for a mapping, a text or a technique's name that does not give the number of ranks, else
-    True.
+    """Return False for a mapping, a YAML text or a technique's name that does not give the number of ranks,
+    else True: also for None, a Plan and the path of a file.
     """
     data = _read(plan)
     return not isinstance(data, Mapping) or "ranks" in data
 
 
 def on_ranks(plan: Any, ranks: int) -> Any:
-    """Return an argument for `plan_of` that has ``ranks`` ranks if ``plan`` does not give a number."""
+    """Return ``plan`` as an argument for `plan_of`: with ``ranks`` ranks if it is a mapping, a YAML text or a
+    technique's name that does not give their number, else unchanged.
+    """
     if says_ranks(plan):
         return plan
     data = _read(plan)
@@ -339,14 +376,17 @@ def on_ranks(plan: Any, ranks: int) -> Any:
 
 
 def machine_of(machine: Any) -> Machine:
-    """Return a Machine for a Machine, a name such as ``8xH100-SXM``, a machine file's path, or None (this
-    machine).
+    """Return a Machine for a Machine, a name such as ``8xH100-SXM``, the path of a machine file (.toml), or
+    None or "this" (this machine). Raises UserError for anything else.
     """
     if isinstance(machine, Machine):
         return machine
     if machine is None or machine == "this":
         return this_machine("world")
     if not isinstance(machine, str | Path):
-        raise UserError(f"the machine is a {type(machine).__name__}", allowed="a name of the catalog or None")
+        raise UserError(
+            f"the machine is a {type(machine).__name__}",
+            allowed="a name of the catalog, the path of a machine file (.toml), or None for this machine",
+        )
     name = str(machine)
     return catalog.from_toml(name) if name.endswith(".toml") else catalog.machine(name)

@@ -380,7 +380,7 @@ def test_a_plan_for_several_ranks_in_one_process_is_reported(plan: Any) -> None:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"step": 5}, "step is 5; allowed: a function without arguments"),
+        ({"step": 5}, "the argument step is not a function: 5; allowed: a function without arguments"),
         ({"step": lambda batch: batch}, "step cannot be called without arguments: missing .*'batch'"),
         ({"model": [1]}, "the model is a list; allowed: a torch.nn.Module"),
     ],

@@ -218,9 +218,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "wrong shape": ({"batch": (torch.ones(3, 5), Y[:3])}, "your training step failed: RuntimeError"),
     "not a module": ({"model": lambda: 3}, "returned a int"),
     "raises": ({"batch": lambda: 1 // 0}, "ZeroDivisionError"),
-    "names": ({"batch": {"a": X}}, "takes none of the batch's a"),
+    "names": ({"batch": {"a": X}}, "takes none of the batch's keys: a"),
     "closure": ({"model": _replaced()}, "cannot be copied"),
-    "job and batch": ({"model": job()}, "a Job has its own batch"),
+    "job and batch": ({"model": job()}, "were given together with a Job"),
 }
 
 

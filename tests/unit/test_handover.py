@@ -402,7 +402,7 @@ def test_conform_checks_the_clipping_limit_and_refuses_a_negative_one() -> None:
 
     with pytest.raises(NotConforming, match="gradient clipping"):
         conform(model, optimizer, None, step=step, clip=1e-3)
-    with pytest.raises(UserError, match="clip=-1"):
+    with pytest.raises(UserError, match="clip is not a gradient norm: -1"):
         conform(model, optimizer, None, step=step, clip=-1)
 
 

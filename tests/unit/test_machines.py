@@ -277,7 +277,7 @@ def test_missing_device_and_host_counts_are_derived_from_the_given_ones(
         ("hosts = 4", "hosts = 4\ndevice_count = 30", "device_count: 30, but 4 hosts of 8 devices are 32"),
         ("hosts = 4", "device_count = 30", "device_count: 30 is not a multiple of devices_per_host, 8"),
         ("devices_per_host = 8", "device_count = 6", "device_count: 6 is not a multiple of hosts, 4"),
-        ("devices_per_host = 8", "", "hosts: 4, but devices_per_host is missing"),
+        ("devices_per_host = 8", "", "hosts: 4, but both devices_per_host and device_count are missing"),
         ("hosts = 4", "hosts = 0", "hosts: 0, but a whole number"),
         ("hosts = 4", 'hosts = "four"', "hosts: 'four', but a whole number"),
         ("hosts = 4", "hosts = true", "hosts: True, but a whole number"),

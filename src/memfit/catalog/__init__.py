@@ -1,6 +1,6 @@
 """Facts as TOML, each with a source and a date: devices, links, hosts, networks, places, engines.
 
-Unknown facts stay unknown.
+A fact that the tables do not have is None, or absent from a mapping; it is never estimated.
 """
 
 from memfit.catalog.load import (

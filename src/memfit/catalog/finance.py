@@ -29,7 +29,9 @@ _PART: Final = re.compile(r"^\d+/\d+ of | with \d+ devices$")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Currency:
-    """A currency. ``per_usd``: its price of one US dollar. ``decimals``: of its smallest coin."""
+    """A currency. ``per_usd``: how many of it buy one US dollar. ``decimals``: number of decimal places of
+    its smallest coin.
+    """
 
     code: str  # ISO 4217
     symbol: str
@@ -50,27 +52,27 @@ class Tariff:
 
 
 def currency_codes() -> tuple[str, ...]:
-    """Return the codes of all currencies."""
+    """Return the codes of all currencies of the catalog."""
     return tuple(_rows("currencies"))
 
 
 def tariff_names() -> tuple[str, ...]:
-    """Return the names of all tariffs."""
+    """Return the names of all electricity tariffs of the catalog."""
     return tuple(_rows("tariffs"))
 
 
 def supplier_names() -> tuple[str, ...]:
-    """Return the names of all electricity suppliers."""
+    """Return the names of all electricity suppliers of the catalog."""
     return tuple(_rows("suppliers"))
 
 
 def default_names() -> tuple[str, ...]:
-    """Return the names of all defaults."""
+    """Return the names of the figures for which the catalog has a default, such as ``"discount_rate"``."""
     return tuple(_rows("defaults"))
 
 
 def currency(code: str) -> Currency:
-    """Return a currency by its code, such as ``"JPY"``, in any case.
+    """Return a currency by its code, such as ``"JPY"`` or ``"jpy"``.
 
     Raises UserError with the known codes.
     """
@@ -81,16 +83,16 @@ def currency(code: str) -> Currency:
 
 
 def tax_ratio(place: str) -> Fact | None:
-    """Return the consumption or value-added tax on purchases there, relative to the price; None if it is
-    unknown.
+    """Return the consumption or value-added tax on purchases in ``place``, relative to the price without tax;
+    None if the place or its tax is unknown.
     """
     row = _rows("taxes").get(_place(place))
     return fact(row["ratio"], _sources()) if row else None
 
 
 def write_off_years(place: str, computer: str = "server") -> Fact:
-    """Return the years in which a ``"server"`` or a ``"pc"`` is written off there, or the world's value if
-    unknown.
+    """Return the years in which a ``computer``, "server" or "pc", is written off in ``place``; for other
+    places than the catalog has, a value for the world.
     """
     rows = _rows("write_off")
     row = rows.get(_place(place), rows["world"])
@@ -98,7 +100,10 @@ def write_off_years(place: str, computer: str = "server") -> Fact:
 
 
 def tariff(name: str) -> Tariff:
-    """Return a tariff, for example ``"japan-high-voltage"``. Raises UserError with the closest names."""
+    """Return an electricity tariff, for example ``"japan-high-voltage"``.
+
+    Raises UserError with the closest names.
+    """
     catalog_name = find(name, what="tariff", rows=_rows("tariffs"))
     row = _rows("tariffs")[catalog_name]
     prices = facts(row, _sources(), ("energy_per_kwh", "levy_per_kwh", "basic_per_kw_month"))
@@ -106,14 +111,17 @@ def tariff(name: str) -> Tariff:
 
 
 def supplier_place(name: str) -> str:
-    """Return the place of an electricity supplier. Raises UserError with the closest names."""
+    """Return the name of the place that an electricity supplier serves, such as ``"japan"``.
+
+    Raises UserError with the closest names of suppliers.
+    """
     catalog_name = find(name, what="electricity supplier", rows=_rows("suppliers"))
     place: str = _rows("suppliers")[catalog_name]["place"]
     return place
 
 
 def supplier_co2(name: str) -> Fact:
-    """Return the grams of CO2 per kWh that a supplier sells. Raises UserError with the closest names."""
+    """Return the grams of CO2 per kWh of an electricity supplier. Raises UserError with the closest names."""
     catalog_name = find(name, what="electricity supplier", rows=_rows("suppliers"))
     return fact(_rows("suppliers")[catalog_name]["co2_g_per_kwh"], _sources())
 
@@ -122,7 +130,7 @@ def host_usd(name: str) -> Fact | None:
     """Return the price in US dollars of a whole server of the catalog without its accelerators; None if
     unknown.
 
-    `name` may be a part of it (``"1/8 of HGX-H100"``).
+    `name` may also be that of a part (``"1/8 of HGX-H100"``); the price is still that of the whole server.
     """
     try:
         catalog_name = find(_PART.sub("", name), what="host", rows=table("hosts.toml")["hosts"])
@@ -133,12 +141,17 @@ def host_usd(name: str) -> Fact | None:
 
 
 def price_kind(source: str) -> str:
-    """Return the kind of price that a source states, a key of `PRICE_KINDS`; "" if it states none."""
+    """Return the kind of price that the text of a source states: the first key of `PRICE_KINDS` of whose
+    words the text contains one; "" if there is none.
+    """
     return next((kind for kind, names in PRICE_KINDS.items() if any(n in source for n in names)), "")
 
 
 def default(name: str) -> Fact:
-    """Return the value used until the user gives one, for example ``"discount_rate"``. Raises UserError."""
+    """Return the value used for a figure, for example ``"discount_rate"``, if the user gives none.
+
+    Raises UserError if the catalog has no default of that name.
+    """
     catalog_name = find(name, what="default", rows={key: {} for key in default_names()})
     return fact(_rows("defaults")[catalog_name], _sources())
 

@@ -1,4 +1,6 @@
-"""Load the shipped TOML tables as data types."""
+"""Return entries of this package's TOML tables as data types: devices, hosts, links, networks, places,
+engines.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +17,27 @@ _HOST_FACTS: Final = tuple(f.name for f in dataclasses.fields(Host) if str(f.typ
 
 
 def device_names() -> tuple[str, ...]:
-    """Return every accelerator of the catalog, in the order of the file."""
+    """Return the names of all accelerators of the catalog, in the order of the file."""
     return tuple(table("gpus.toml")["devices"])
 
 
 def place_names() -> tuple[str, ...]:
-    """Return every place of the catalog."""
+    """Return the names of all places of the catalog."""
     return tuple(table("places.toml")["places"])
 
 
 def link_names() -> tuple[str, ...]:
-    """Return every link between devices of the catalog."""
+    """Return the names of all links between devices of the catalog."""
     return tuple(table("links.toml")["links"])
 
 
 def network_names() -> tuple[str, ...]:
-    """Return every network of the catalog."""
+    """Return the names of all networks of the catalog."""
     return tuple(table("links.toml")["networks"])
 
 
 def host_names() -> tuple[str, ...]:
-    """Return every host of the catalog."""
+    """Return the names of all hosts of the catalog."""
     return tuple(table("hosts.toml")["hosts"])
 
 
@@ -48,7 +50,10 @@ def device(name: str) -> Device:
 
 
 def place(name: str) -> Place:
-    """Return a country or ``"world"``. Raises UserError with the closest names."""
+    """Return the electricity's price and CO2 of a country or of ``"world"``.
+
+    Raises UserError with the closest names.
+    """
     return _place(find(name, what="place", rows=table("places.toml")["places"]))
 
 
@@ -61,8 +66,8 @@ def link(name: str) -> Link:
 
 
 def network(name: str, devices_per_host: int = 1) -> Link:
-    """Return a link between hosts, for example ``"IB-NDR"``. If the devices of a host share its card, each
-    gets its part.
+    """Return a link between hosts, for example ``"IB-NDR"``, with the rate of one device. If all devices of a
+    host share one network card, that is an equal part of the card's rate.
 
     Raises UserError with the closest names.
     """
@@ -70,11 +75,12 @@ def network(name: str, devices_per_host: int = 1) -> Link:
 
 
 def host(name: str, devices: int = 0) -> Host:
-    """Return the server, for example ``"HGX-H100"``, as seen by `devices` of its devices (0: all it is sold
-    with).
+    """Return the server, for example ``"HGX-H100"``, with the figures for `devices` of its devices (0: all it
+    is sold with).
 
-    Fewer devices get their share of what is shared; more devices share what there is. Raises UserError with
-    the closest names.
+    Fewer devices get their share of the server's memory, storage rate and power, marked as assumed, and
+    together at most their own rates to its memory. For more devices, the figures are the whole server's. The
+    returned name says so in both cases. Raises UserError with the closest names.
     """
     return _host(find(name, what="host", rows=table("hosts.toml")["hosts"]), devices)
 
@@ -85,14 +91,15 @@ def host_of(device: str) -> str:
 
 
 def devices_of(host: str) -> int:
-    """Return the number of devices that a host of the catalog is sold with."""
+    """Return the number of devices that a host is sold with. ``host``: its exact name in the catalog, else
+    KeyError.
+    """
     return int(table("hosts.toml")["hosts"][host]["devices"])
 
 
 def cpu_power(threads: int) -> Fact:
-    """Return the watts of a server processor with `threads` busy hardware threads.
-
-    It is always an assumption.
+    """Return the watts of a server processor with `threads` busy hardware threads: an assumed figure per
+    thread times their number.
     """
     hosts = table("hosts.toml")
     per_thread = fact(hosts["cpu"]["power_w_per_thread"], hosts["sources"])
@@ -105,10 +112,11 @@ def cpu_power(threads: int) -> Fact:
 
 
 def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
-    """Return the share of the peak that each class of large operators reaches.
+    """Return the share of a device's peak rate that large operators reach, by class such as "matmul".
 
-    If the device was not measured, the values of its architecture are used and marked assumed. Raises
-    UserError for an unknown architecture.
+    ``name``: the exact name of the device; "" or an unknown name means one that was not measured. Classes
+    that were not measured on it have the values of its architecture, marked as assumed. Raises UserError for
+    an unknown architecture.
     """
     ratios = table("efficiency.toml")
     catalog_name = find(architecture, what="architecture", rows=ratios["architectures"])
@@ -124,12 +132,16 @@ def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
 
 
 def engine_facts(name: str) -> dict[str, tuple[str, str, str]]:
-    """Return what is known of an engine's packages and maintenance: fact -> (value, source, date)."""
+    """Return what is known of an engine's packages and maintenance: name of the fact -> (value, source,
+    date). Empty for an unknown engine.
+    """
     return _upkeep("engines", name)
 
 
 def package_facts(name: str) -> dict[str, tuple[str, str, str]]:
-    """Return the same for a library that a technique needs."""
+    """Return what is known of the maintenance of a library that a technique needs: name of the fact ->
+    (value, source, date). Empty for an unknown library.
+    """
     return _upkeep("packages", name)
 
 
@@ -203,7 +215,9 @@ def _host(name: str, devices: int) -> Host:
 
 
 def _share(total: Fact, share: Fraction, note: str) -> Fact:
-    """Return a part of a Fact, marked assumed, because the sharing depends on what else runs there."""
+    """Return ``total`` times ``share``, with ``note`` added to its source and marked as assumed, because the
+    sharing depends on what else runs there. A share of 1 returns ``total`` unchanged.
+    """
     if share == 1:
         return total
     low, high = (None if bound is None else float(bound * share) for bound in (total.low, total.high))

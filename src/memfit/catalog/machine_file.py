@@ -1,4 +1,4 @@
-"""Read a user's own machine file. Parsing is strict, and all problems are reported at once.
+"""Read a user's own machine file. Unknown keys and wrong values are errors, all reported at once.
 
 ::
 
@@ -46,8 +46,8 @@ _OWN_KEYS: Final = {Machine: ("hosts",), Device: ("architecture", "base")}
 def from_toml(path: str | Path) -> Machine:
     """Read a machine file.
 
-    Raises UserError if the file is missing or not TOML, has unknown or missing keys, or has implausible
-    values.
+    Raises one UserError with all problems if the file cannot be read or is not TOML, has unknown or missing
+    keys, names that the catalog does not have, contradictory counts, or impossible values.
     """
     data = _read(Path(path))
     problems = [*_counted(data), *_named(data)]
@@ -66,8 +66,11 @@ def from_toml(path: str | Path) -> Machine:
 
 
 def _counted(data: dict[str, Any]) -> Iterator[str]:
-    """Complete `hosts`, devices_per_host and device_count, any two of which give the third, and yield what is
-    wrong with them.
+    """Replace `hosts`, devices_per_host and device_count in ``data`` by devices_per_host (0 for one host) and
+    device_count, and yield what is wrong with them.
+
+    Any two give the third. A number of devices alone is in one host. One host alone, or none of the three,
+    means one device. Several hosts alone are a problem, as are several hosts without a network.
     """
     counts = {key: data.get(key) for key in ("hosts", "devices_per_host", "device_count")}
     hosts, devices_per_host, count = counts.values()
@@ -83,7 +86,7 @@ def _counted(data: dict[str, Any]) -> Iterator[str]:
         if count not in (None, total):
             yield f"device_count: {count}, but {hosts} hosts of {devices_per_host} devices are {total}"
     elif hosts and hosts > 1 and count is None:
-        yield f"hosts: {hosts}, but devices_per_host is missing"
+        yield f"hosts: {hosts}, but both devices_per_host and device_count are missing"
         return
     else:
         total = count or devices_per_host or 1
@@ -106,7 +109,12 @@ def _odd(count: Any) -> bool:
 
 
 def _named(data: dict[str, Any]) -> Iterator[str]:
-    """Replace names of the catalog by what they name. Unknown names are reported and left unchanged."""
+    """Replace names of the catalog in ``data`` by what they name, and yield the names it does not have, which
+    stay unchanged.
+
+    A device of the catalog adds its host if ``data`` has none. The architecture of a [device] table is
+    replaced by its efficiency ratios, for those that the table does not give.
+    """
     devices_per_host = data.get("devices_per_host") or data.get("device_count") or 1
     devices_per_host = 1 if _odd(devices_per_host) else devices_per_host
     yield from _based(data)
@@ -128,7 +136,10 @@ def _named(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _based(data: dict[str, Any]) -> Iterator[str]:
-    """Complete a [device] table that is based on a device of the catalog."""
+    """Complete a [device] table whose ``base`` is a device of the catalog: with the figures that the table
+    does not give, and with that device's host if ``data`` has none. Yield the problem if the catalog does not
+    have the base.
+    """
     table = data.get("device")
     if not isinstance(table, dict) or "base" not in table:
         return
@@ -175,7 +186,9 @@ def _build(data: dict[str, Any]) -> tuple[Machine | None, list[str]]:
 
 
 def _said(error: Any) -> str:
-    """Return the problem of one field. A bare number where a Fact is needed lacks its source."""
+    """Return the text of one of pydantic's errors. For a bare number where a Fact is needed, it says that the
+    source is missing.
+    """
     value = error["input"]
     if error["type"] == "dataclass_type" and isinstance(value, (int, float)):
         return f'{value}, but a figure needs a source: {{value = {value}, source = "...", date = "..."}}'
@@ -183,8 +196,8 @@ def _said(error: Any) -> str:
 
 
 def _unknown_keys(data_type: Any, data: Any, prefix: str = "") -> Iterator[str]:
-    """Yield keys that are not fields of the dataclass `data_type`, recursively, each with the closest
-    field.
+    """Yield a text for each key of ``data`` and of the tables in it that is not a field of the dataclass
+    `data_type`, with the closest field if there is one. ``prefix``: the keys that lead to ``data``.
     """
     if not isinstance(data, Mapping):
         return
@@ -201,12 +214,14 @@ def _unknown_keys(data_type: Any, data: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """Return ``Place`` for ``Place | None``; None for ``str`` and the like."""
+    """Return the dataclass in a type hint, such as ``Place`` for ``Place | None``; None if it has none."""
     return next((t for t in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(t)), None)
 
 
 def _odd_values(machine: Machine) -> Iterator[str]:
-    """Yield values that are well-formed but cannot be right."""
+    """Yield a text for each value that is well-formed but cannot be right: another kind of device than cpu
+    and cuda, a PUE below 1, and figures of device, host and network that are not positive.
+    """
     if machine.device.kind not in ("cpu", "cuda"):
         yield f"device.kind: {machine.device.kind!r}, but cpu or cuda is needed"
     if machine.place is not None and machine.place.pue_ratio.value < 1:
@@ -218,7 +233,10 @@ def _odd_values(machine: Machine) -> Iterator[str]:
 
 
 def facts_in(noun: Any, where: str = "") -> Iterator[tuple[str, Fact]]:
-    """Yield every Fact in `noun`, recursively, with the keys that lead to it."""
+    """Yield (path, Fact) for every Fact in `noun`, a Fact, mapping or dataclass, recursively.
+
+    The path is ``where`` followed by the keys and fields that lead to it, joined by dots.
+    """
     if isinstance(noun, Fact):
         yield where, noun
     elif isinstance(noun, Mapping):

@@ -1,4 +1,4 @@
-"""A machine as one word, hosts x devices x device @ network.
+"""A machine as one word: number of hosts x number of devices in each x device @ network between hosts.
 
 Examples: ``H100-SXM``, ``8xH100-SXM``, ``64x8xH100-SXM@IB-NDR``.
 """
@@ -19,15 +19,17 @@ _SPELLED: Final = re.compile(rf"\s*{_TIMES}{_TIMES}{_WORDS}\s*(?:@\s*{_WORDS}\s*
 
 
 def machine(spec: str, place: str = "world") -> Machine:
-    """Return the machine that `spec` names, powered from `place`.
+    """Return the machine that `spec` names, with the electricity of `place`.
 
-    A single count means devices in one host; with a network it fills as many hosts as needed. Raises
-    UserError with the closest names, and for several hosts without a network.
+    A single count means devices in one host. If a network is named, they fill as many of the catalog's hosts
+    for the device as needed; raises UserError if they need several hosts and do not fill them. Raises
+    UserError also for an unknown device, network or place, for a count of 0, and for several hosts without a
+    network.
     """
     match = _SPELLED.fullmatch(spec)
     counts = [int(count) for count in match.groups()[:2] if count] if match else [0]
     if match is None or 0 in counts:
-        raise UserError(f"not a machine: {spec!r}", hint=f"for example {EXAMPLES}")
+        raise UserError(f"not a machine, or a count of 0: {spec!r}", hint=f"for example {EXAMPLES}")
     device = load.device(match.group(3))
     network = load.network(match.group(4)).name if match.group(4) else ""
     hosts, devices_per_host = (
@@ -52,7 +54,10 @@ def machine(spec: str, place: str = "world") -> Machine:
 
 
 def spelled(device: str, hosts: int, devices: int, network: str = "") -> str:
-    """Return the spec that `machine` reads, such as ``2x1xT4@IB-HDR``."""
+    """Return the shortest spec that `machine` reads as these counts, such as ``2x1xT4@IB-HDR``.
+
+    ``devices``: number of devices in each host. ``network``: "" for none.
+    """
     host_name = load.host_of(device)
     exceeds_host = bool(network and host_name) and devices > load.devices_of(
         host_name
@@ -62,16 +67,18 @@ def spelled(device: str, hosts: int, devices: int, network: str = "") -> str:
 
 
 def _filled(spec: str, device: str, count: int = 1, *, network: str) -> tuple[int, int]:
-    """Return (hosts, devices in each) for a single count.
+    """Return (number of hosts, number of devices in each) for a single ``count`` of devices.
 
-    Raises UserError if the devices do not fill whole hosts.
+    Without a network, or if the catalog has no host for the device, all are in one host. With one, they fill
+    hosts of the catalog; raises UserError if they need several hosts and do not fill the last one.
     """
     host_name = load.host_of(device)
     if not (network and host_name) or count <= (devices_per_host := load.devices_of(host_name)):
         return 1, count
     if count % devices_per_host:
         raise UserError(
-            f"{spec!r}: {count} devices do not fill whole hosts; {host_name} holds {devices_per_host}",
+            f"{spec!r} names a network, but {count} devices do not fill whole hosts: one {host_name} holds "
+            f"{devices_per_host}",
             hint="give the number of hosts and of devices in each, for example "
             f"{spelled(device, 2, devices_per_host, network)}",
         )

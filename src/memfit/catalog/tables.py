@@ -1,4 +1,4 @@
-"""The shipped TOML tables. Names are found regardless of case, spaces, dashes and brand words."""
+"""The TOML tables of this package. Names are found regardless of case, spaces, dashes and brand words."""
 
 from __future__ import annotations
 
@@ -21,24 +21,33 @@ Row = Mapping[str, Any]
 
 @functools.cache
 def table(file: str) -> dict[str, Any]:
-    """Return a shipped TOML file as a dictionary. It is read once."""
+    """Return a TOML file of this package, by its name such as "gpus.toml", as a dictionary.
+
+    Each file is read once; callers must not change the dictionary.
+    """
     return tomllib.loads((files("memfit.catalog") / file).read_text(encoding="utf-8"))
 
 
 def fact(row: list[Any], sources: Mapping[str, dict[str, str]]) -> Fact:
-    """Convert a row ``[value, source]`` or ``[value, source, low, high]`` to a Fact."""
+    """Convert a row ``[value, key]`` or ``[value, key, low, high]`` to a Fact. ``sources[key]`` holds the
+    Fact's source and date, and its kind if that is not "published".
+    """
     value, key, *bounds = row
     low, high = map(float, bounds) if bounds else (None, None)
     return Fact(value=float(value), low=low, high=high, **sources[key])
 
 
 def facts(row: Row, sources: Mapping[str, dict[str, str]], keys: tuple[str, ...]) -> dict[str, Fact]:
-    """Return the facts of the row for those of `keys` that it has."""
+    """Return the facts of a table's row for those of `keys` that it has; the other keys are absent."""
     return {key: fact(row[key], sources) for key in keys if key in row}
 
 
 def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
-    """Return the table's own name for `given`. Raises UserError with the closest names."""
+    """Return the name in `rows` that `given` means, by its spelling in `plain` or by an alias.
+
+    ``what``: the noun for the error's text. If there is none, raises UserError with the closest names, and
+    with all names if there are few or none is close.
+    """
     names_by_key = {plain(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))}
     query = plain(given)
     if query in names_by_key:
@@ -55,15 +64,15 @@ def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
 
 
 def plain(name: str) -> str:
-    """Reduce a name to lower-case letters and digits, without brand words."""
+    """Reduce a name to lower-case letters and digits, without brand words such as "NVIDIA"."""
     return re.sub(r"[^a-z0-9]", "", _BRANDS.sub("", name.lower()))
 
 
 def _closest(query: str, names_by_key: dict[str, str]) -> tuple[str, ...]:
-    """Return the closest names, without repeats.
+    """Return the closest names, without repeats. ``names_by_key``: the names by their `plain` spelling.
 
-    These are names that begin with `query`, plain variants before those with another memory size or number.
-    If there are none, similar names.
+    These are all names whose spelling begins with `query`, last those that go on with a digit. If there are
+    none, at most 3 similar names.
     """
     prefix_matches = [key for key in names_by_key if query and key.startswith(query)]
     prefix_matches.sort(key=lambda key: key[len(query) :][:1].isdigit())
