@@ -42,20 +42,23 @@ _MIXED = {"bf16-autocast": "bf16-mixed", "fp16-autocast": "16-mixed"}
 
 
 def trainer_arguments(plan: Any) -> dict[str, Any]:
-    """Return ``strategy``, ``precision``, ``accumulate_grad_batches`` and ``devices`` for a plan.
+    """Return the Trainer's arguments ``strategy``, ``precision``, ``accumulate_grad_batches`` and ``devices``
+    for a plan, given as a Plan, a mapping or a file.
 
-    FSDP2 is Lightning's ModelParallelStrategy: the module's ``configure_model`` calls ``fully_shard`` with
-    the plan's precision. Recomputation, adapters and optimizers also belong to the module. Raises UserError
-    for techniques that belong to neither the Trainer nor the module.
+    FSDP2 is Lightning's ModelParallelStrategy: the module's ``configure_model`` must call ``fully_shard``
+    with the plan's precision. Recomputation, adapters, compilation, the loss and optimizers are also left to
+    the module. Raises UserError for techniques that neither the Trainer nor the module can apply, and for
+    FSDP2 with replicas.
     """
     plan = plan_of(plan)
     unsupported = [u.technique for u in plan.uses if u.technique not in _OF_THE_MODULE | _OF_THE_TRAINER]
     if unsupported:
         zero_hint = (
-            "DeepSpeedStrategy(config='deepspeed.json') reads the file of `memfit export --engine deepspeed`"
+            "for zero, DeepSpeedStrategy(config='deepspeed.json') reads the file of "
+            "`memfit export --engine deepspeed`"
         )
         raise UserError(
-            f"Lightning's Trainer has no argument for {', '.join(unsupported)}",
+            f"neither Lightning's Trainer nor its module can apply {', '.join(unsupported)}",
             hint=zero_hint if "zero" in unsupported else "",
         )
     accumulation = plan.get("gradient-accumulation")
@@ -77,19 +80,24 @@ def _strategy(plan: Plan) -> Any:
         )
     if plan.get("fsdp2") is not None:
         if layout(plan).replicate > 1:
-            raise UserError("ModelParallelStrategy has no replicas (HSDP)", allowed="fsdp2 with replicas: 1")
+            raise UserError(
+                "Lightning's ModelParallelStrategy cannot apply fsdp2 with replicas (HSDP)",
+                allowed="fsdp2 with replicas: 1",
+            )
         return ModelParallelStrategy(data_parallel_size=plan.ranks, tensor_parallel_size=1)
     return "auto"
 
 
 class _Hooks:
-    """Predicts the module's step on its first batch, checks after the first update whether the plan was
-    applied, and records the predicted and the measured peak.
+    """Predicts the peak memory of the module's step on its first batch, checks after the first update whether
+    the plan was applied, and writes predicted and measured peak to a file at the end of training.
 
-    ``plan``: a plan, mapping or file; by default derived from the Trainer's arguments. ``prediction``: an
-    earlier prediction; required on several ranks, because only one process can be predicted here. ``path``:
-    the file of the record; by default memfit.json in the Trainer's folder. ``strict``: training stops if the
-    plan was not applied. Raises UserError.
+    ``plan``: a Plan, mapping or file; by default derived from the Trainer's arguments. ``prediction``: an
+    earlier prediction to use; without it, training on several ranks is not predicted, because the callback
+    predicts one process only. ``path``: the file; by default memfit.json in the Trainer's folder
+    (memfit.1.json, ... for other ranks). ``strict``: training stops with NotConforming if the plan was not
+    applied. ``blocks``: module path of the repeated blocks, by default found. Raises UserError for a plan
+    that cannot be read, and at the start of training if none can be derived.
     """
 
     def __init__(
@@ -150,7 +158,7 @@ class _Hooks:
 
 @functools.cache
 def _callback() -> type:
-    """Return the callback class. Lightning is imported when the class is first used."""
+    """Return the class MemfitCallback. Lightning is imported when the class is first used."""
     from lightning.pytorch.callbacks import Callback
 
     class MemfitCallback(_Hooks, Callback):  # type: ignore[misc]
@@ -166,8 +174,8 @@ def __getattr__(name: str) -> Any:
 
 
 def plan_of_trainer(trainer: Any) -> Plan:
-    """Return the plan of a Lightning Trainer's arguments. Raises UserError for several ranks with a strategy
-    other than DDP."""
+    """Return the plan that a Lightning Trainer's arguments express: mixed precision, gradient accumulation
+    and DDP. Raises UserError for several ranks with a strategy other than DDP."""
     uses = [use(name) for name, precision in _MIXED.items() if str(trainer.precision) == precision]
     if trainer.accumulate_grad_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=trainer.accumulate_grad_batches))
@@ -175,7 +183,7 @@ def plan_of_trainer(trainer: Any) -> Plan:
         kind = type(trainer.strategy).__name__
         if kind != "DDPStrategy":
             raise UserError(
-                f"a plan cannot be derived from the strategy {kind}",
+                f"a plan cannot be derived from the Trainer's strategy {kind} on several ranks",
                 hint="pass the plan: MemfitCallback(plan)",
             )
         uses.append(use("ddp"))
@@ -183,12 +191,13 @@ def plan_of_trainer(trainer: Any) -> Plan:
 
 
 def predicted(trainer: Any, module: Any, plan: Plan) -> Prediction:
-    """Return the prediction for the module's ``training_step`` on the first batch of its loader, with its
-    optimizer. Raises UserError for several ranks, and if the step cannot be predicted."""
+    """Return the prediction for ``plan`` of the module's ``training_step`` on the first batch of the
+    Trainer's loader, with the Trainer's first optimizer. With gradient accumulation, the batch is repeated
+    once per micro-batch. Raises UserError for several ranks, and if the step cannot be predicted."""
     from torch.utils import _pytree
 
     if plan.ranks > 1:
-        raise UserError("a Lightning module on several ranks cannot be predicted here: pass prediction=")
+        raise UserError("the callback cannot predict several ranks: pass it prediction=")
     with torch.random.fork_rng(devices=[]):
         first_batch = next(iter(trainer.train_dataloader))
     micro_batches = trainer.accumulate_grad_batches

@@ -1,5 +1,5 @@
-"""The common part of all callbacks: check one step, measure the peak of every step, write one file at the
-end."""
+"""The common part of all callbacks: check the first step, measure the peak memory of every step, write one
+file at the end."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from memfit.types.units import format_bytes
 
 
 class Recorder:
-    """Create it after the model is built and before training begins. ``strict``: training stops if the plan
-    was not applied. ``clip``: the largest gradient norm; None if it is unknown."""
+    """Checks in the first step whether the plan was applied, and measures the peak memory of every step. It
+    must be created after the model is built and before training begins. ``why_not``: why there is no
+    prediction. ``strict``: training stops if the plan was not applied. ``blocks``: module path of the
+    repeated blocks; None: they are searched. ``clip``: the largest gradient norm, 0 for no limit; None if it
+    is unknown."""
 
     def __init__(
         self,
@@ -53,8 +56,9 @@ class Recorder:
             self._watch.__enter__()
 
     def updated(self) -> None:
-        """Check the plan after the optimizer's first step. Every rank must call it. Raises NotConforming if
-        the plan was not applied and the recorder is strict."""
+        """Check after the optimizer's first step whether the plan was applied, and keep the result; later
+        calls do nothing. Every rank must call it. Raises NotConforming if the plan was not applied and the
+        recorder is strict."""
         if self._watch is None:
             return
         monitor, self._watch = self._watch, None
@@ -73,8 +77,8 @@ class Recorder:
         self.steps += 1
 
     def told(self) -> dict[str, Any]:
-        """Return the record. Peaks are live tensor bytes of this rank between the beginning and the end of a
-        step."""
+        """Return the content of the file. The measured peak is the most bytes of live tensors on this rank
+        between the beginning and the end of any step."""
         predicted = self.prediction.allocated_bytes if self.prediction is not None else None
         return {
             "plan": {"techniques": self.plan.to_dict(), "ranks": self.plan.ranks},
@@ -97,7 +101,8 @@ class Recorder:
 
     @property
     def line(self) -> str:
-        """The predicted and the measured peak in one line."""
+        """One line with the measured peak, the predicted one with its error, and the result of the check.
+        Without a prediction or a measured peak, it has the measured peak and the reason."""
         measured_text = f"peak {format_bytes(self.peak_bytes)} measured over {self.steps} steps"
         if self.prediction is None or not self.peak_bytes:
             return f"memfit: {measured_text}; not predicted: {self.why_not or 'nothing was measured'}"

@@ -24,14 +24,15 @@ from memfit.types.plan import Plan
 
 
 class MemfitCallback(TrainerCallback):  # type: ignore[misc]
-    """Predicts the trainer's step, checks after its first update whether the plan was applied, and records
-    the predicted and the measured peak.
+    """Predicts the peak memory of the trainer's step when it is created, checks after the first update
+    whether the plan was applied, and writes predicted and measured peak to a file at the end of training.
 
-    ``plan``: a plan, mapping or file; by default derived from the TrainingArguments. ``prediction``: an
-    earlier prediction; required on several ranks, because `memfit.from_trainer` predicts one process.
-    ``path``: the file of the record; by default memfit.json in the output folder (memfit.1.json, ... for
-    other ranks). ``strict``: training stops if the plan was not applied. ``blocks``: module path of the
-    repeated blocks. Raises UserError.
+    ``plan``: a Plan, mapping or file; by default derived from the TrainingArguments. ``prediction``: an
+    earlier prediction to use; without it, training on several ranks is not predicted, because
+    `memfit.from_trainer` predicts one process. ``path``: the file; by default memfit.json in the output
+    folder (memfit.1.json, ... for other ranks). ``strict``: training stops with NotConforming if the plan was
+    not applied. ``blocks``: module path of the repeated blocks, by default found. Raises UserError for a plan
+    that cannot be read or derived.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
         if prediction is None:
             try:
                 if args.world_size > 1:
-                    raise UserError("a Trainer on several ranks cannot be predicted here: pass prediction=")
+                    raise UserError(
+                        "the callback cannot predict a Trainer on several ranks: pass prediction="
+                    )
                 prediction = from_trainer(trainer)
             except UserError as error:
                 why_not = str(error)
@@ -83,8 +86,8 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def plan_of_arguments(args: Any) -> Plan:
-    """Return the plan of TrainingArguments, on the current number of ranks. Raises UserError for settings
-    that no plan can express."""
+    """Return the plan that the TrainingArguments ``args`` express, on the current number of ranks. Raises
+    UserError for settings that no plan can express."""
     options = Options(file="TrainingArguments", data=args.to_dict())
     conversion = to_plan.over(Setup(trainer=options, ranks=args.world_size))
     return conversion.plan

@@ -1,5 +1,5 @@
-"""Entry point: ``python -m memfit.worker run SPEC.json`` trains, ``... calibrate REQUEST.json`` probes
-operators."""
+"""Entry point: ``python -m memfit.worker run SPEC.json`` trains, ``... calibrate REQUEST.json`` measures
+single operators."""
 
 from __future__ import annotations
 

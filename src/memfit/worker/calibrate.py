@@ -1,4 +1,4 @@
-"""Probe operators in a separate process, where the counting allocator counts nothing else."""
+"""Measure single operators in a separate process, where the counting allocator counts nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from memfit.types.result import Measurement, OutcomeKind
 
 
 def main(path: Path) -> None:
-    """Run the calibration request in the file ``path`` and report the result on standard output."""
+    """Run the request in the JSON file ``path`` and report results as events on standard output: the times of
+    its operators and, if asked for, the machine's rates; or, with ``memory_only``, the memory that each
+    operator takes inside."""
     import torch
 
     from memfit.runtime.memory import peak_counter

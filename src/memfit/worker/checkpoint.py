@@ -47,7 +47,8 @@ class Keeper:
     """Saves and restores the checkpoints of one run. Every rank has one."""
 
     def __init__(self, spec: RunSpec, step: TrainingStep) -> None:
-        """Raises UserError if the run's state cannot be saved by name."""
+        """Create it before ``step`` runs. Raises UserError if the state of the run cannot be saved by name
+        because of its engine, plan or optimizer."""
         self.spec, self.step, self.rank = spec, step, step.bench.world.rank
         if not ENGINES[spec.engine].saves:
             raise UserError(
@@ -62,14 +63,15 @@ class Keeper:
         if step.bench.own_parameters:
             raise UserError(
                 "checkpoints are not supported for plans with expert-parallel",
-                hint="remove expert-parallel from the plan: its experts have no parameter names yet",
+                hint="remove expert-parallel from the plan: its experts have no parameter names to save by",
             )
         self.optimizers = optimizers(step.optimizer)
         self.begun = [_numbers(group) for group in self._groups()]
 
     def restore(self) -> int:
-        """Load the checkpoint and return the number of steps done. Raises UserError if it belongs to another
-        model or optimizer."""
+        """Load the checkpoint that the run resumes from, random state included, and return the number of
+        steps that it has done. Raises UserError if it cannot be read, if it belongs to another model or
+        optimizer, or if its parameters differ in a number that this plan keeps once for all."""
         path = Path(self.spec.keep.resume)
         metadata = checkpoints.about(path)
         _must_be_alike(path, metadata.shapes, self._shapes())
@@ -86,18 +88,21 @@ class Keeper:
         return metadata.step
 
     def check(self) -> None:
-        """Call after the first step. Raises UserError if the optimizer's state cannot be saved by name."""
+        """Raise UserError if the optimizer's state cannot be saved by name. Call after the first step, which
+        creates the state."""
         for entry in self._entries():
             _ = entry.stored
 
     def due(self, done: int) -> bool:
-        """Return whether to save after ``done`` steps."""
+        """Return whether to save after ``done`` steps: at each multiple of the chosen number of steps and
+        after the last, if the run has a folder to save in."""
         keep = self.spec.keep
         is_due = done == self.spec.steps or (keep.every_steps > 0 and done % keep.every_steps == 0)
         return bool(keep.save) and is_due
 
     def save(self, done: int) -> None:
-        """Save a checkpoint after ``done`` steps. Raises MemfitError if it cannot be written."""
+        """Save a checkpoint after ``done`` steps. All ranks must call it. Raises MemfitError if it cannot be
+        written."""
         folder = Path(self.spec.keep.save)
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         metadata = self._about(done, entries)
@@ -139,8 +144,9 @@ class Keeper:
         return dict(sorted(_everyone(set(shapes.items()))))
 
     def _tensors(self, *, writing: bool = False) -> dict[str, Any]:
-        """Return parameters and buffers by key. Every rank has its own buffers, and only those of the first
-        rank are saved."""
+        """Return this rank's parts of parameters, and buffers, by key. Every rank has its own buffers. With
+        ``writing``, only the first rank of each pipeline stage returns buffers, so that only these are
+        saved."""
         tensors: dict[str, Any] = {f"model.{n}": p.of(p.owner) for n, p in places(self.step).items()}
         coordinate = self.step.bench.world.layout.coordinate(self.rank)
         if not (writing and any(index for name, index in coordinate.items() if name != "pipeline")):
@@ -148,7 +154,7 @@ class Keeper:
         return tensors
 
     def _entries(self) -> Iterator[Entry]:
-        """Yield the values that the optimizer keeps for each parameter."""
+        """Yield, for each parameter, the values of its optimizer state and the numbers of its group."""
         states: dict[str, dict[int, Any]] = {
             "state": {id(owner): s for o in self.optimizers for owner, s in o.state.items()},
             "param_groups": {id(p): group for group in self._groups() for p in group["params"]},
@@ -162,8 +168,8 @@ class Keeper:
         return [group for o in self.optimizers for group in o.param_groups]
 
     def _moved(self, entry: Entry) -> bool:
-        """Return whether training has changed a number of a group. Only such numbers are saved; the plan sets
-        the others."""
+        """Return whether training has changed the number of a parameter group that ``entry`` holds. Only
+        changed numbers are saved; the plan sets the others."""
         initial = next(b for g, b in zip(self._groups(), self.begun, strict=True) if g is entry.state)
         return bool(initial.get(entry.key) != entry.state[entry.key])
 
@@ -184,7 +190,9 @@ class Keeper:
         _must_step_together(path, [e for e in entries if e.shared], target)
 
     def _forget(self, entry: Entry) -> None:
-        """Reset the state of a parameter that the checkpoint's optimizer has no state for."""
+        """Reset a value of the state of a parameter for which the checkpoint has no state: set it to zero if
+        it is kept in pieces, or remove the parameter's state. A number that all parameters of a flat tensor
+        share is kept."""
         if isinstance(entry.stored, Pieces):
             for view in entry.stored.views.values():
                 view.zero_()
@@ -195,8 +203,9 @@ class Keeper:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One value that the optimizer keeps for a parameter, in ``state`` under ``key``. ``kind`` is "state", or
-    "param_groups" for a number of the parameter's group."""
+    """One value that the optimizer keeps for the parameter ``name``, in ``state`` under ``key``. ``kind`` is
+    "state" for a value of the parameter's state, or "param_groups" for a number of its group, which
+    ``state`` then is."""
 
     kind: str
     name: str
@@ -211,14 +220,15 @@ class Entry:
 
     @property
     def shared(self) -> bool:
-        """Whether this is one number of a flat buffer, for all parameters in it."""
+        """Whether this is one number that a flat tensor keeps for all parameters in it."""
         value = self.state[self.key]
         return self.place.at is not None and (not isinstance(value, torch.Tensor) or value.numel() == 1)
 
     @property
     def stored(self) -> Any:
-        """What is written to the checkpoint. Raises UserError if the value has another layout than its
-        parameter."""
+        """What is written to the checkpoint: the parameter's part of the value, or the value as it is. Raises
+        UserError if the parameter is in a flat tensor, and the value neither has the shape of that tensor nor
+        is one number."""
         value, owner = self.state[self.key], self.place.owner
         if isinstance(value, torch.Tensor) and value.shape == owner.shape:
             return self.place.of(value)
@@ -232,13 +242,14 @@ class Entry:
 
     @property
     def into(self) -> Any:
-        """Where the value is read to from a checkpoint."""
+        """What a checkpoint's value is read into: the memory of this value, or a copy of a tensor of one
+        element that several parameters share."""
         value = self.stored
         return value.clone() if self.shared and isinstance(value, torch.Tensor) else value
 
     def enter(self, read: Any) -> None:
-        """Set the value after reading. Tensors have been read in place, except values that parameters of a
-        flat buffer share."""
+        """Set the value to ``read``, which was read from a checkpoint. Tensors are left alone, because they
+        were read in place, except those of one element that parameters of a flat tensor share."""
         value = self.state[self.key]
         if not isinstance(value, torch.Tensor):
             self.state[self.key] = read
@@ -247,7 +258,7 @@ class Entry:
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return copies of the numbers in a parameter group."""
+    """Return copies of the numbers in a parameter group by key, tensors of one element included."""
     numbers = {k: v for k, v in group.items() if isinstance(v, int | float) or _is_scalar(v)}
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}
 
@@ -281,7 +292,7 @@ def _must_keep_the_same(path: Path, metadata: Checkpoint, keys: Collection[str])
         raise UserError(
             f"{path} was saved by {metadata.optimizer}, which keeps "
             f"{', '.join(metadata.state) or 'nothing'}; this plan's optimizer keeps {key_names}",
-            allowed="the same optimizer",
+            allowed="the optimizer that the checkpoint was saved with",
         )
 
 
@@ -293,8 +304,8 @@ def _must_step_together(path: Path, shared: list[Entry], target: Mapping[str, An
     differences = _everyone({f"{key} {sorted(v)}" for key, v in values.items() if len(v) > 1})
     if differences:
         raise UserError(
-            f"{path}: parameters differ in {sorted(differences)[0]}, but a flat optimizer state holds one "
-            "value",
+            f"{path}: the saved parameters differ in {sorted(differences)[0]}, but the flat optimizer state "
+            "of this plan holds one value",
             allowed="a plan without zero stages 1 to 3",
         )
 
@@ -305,14 +316,14 @@ def _alone() -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the warning that a single process is not distributed."""
+    """Suppress UserWarnings inside this context: torch warns that a single process is not distributed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def _everyone(values: set[Any]) -> set[Any]:
-    """Return the union of the ranks' sets. This is a collective."""
+    """Return the union of all ranks' ``values``. All ranks must call it."""
     if _alone():
         return values
     rank_values: list[Any] = [None] * dist.get_world_size()
@@ -321,7 +332,8 @@ def _everyone(values: set[Any]) -> set[Any]:
 
 
 def _from_first(value: Any) -> Any:
-    """Return rank 0's value on every rank. No rank continues before rank 0 has sent it."""
+    """Return rank 0's ``value`` on every rank. All ranks must call it; none continues before rank 0 has sent
+    the value."""
     if dist.is_initialized():
         values = [value]
         dist.broadcast_object_list(values, src=0)

@@ -1,4 +1,4 @@
-"""One measured training run: warm up, set the cap, train, evaluate, report."""
+"""One measured training run: warm up, check the plan, set the memory cap, train, evaluate, report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class NonFinite(Exception):
 
 @dataclasses.dataclass(slots=True)
 class _Gauge:
-    """The measurements of a run so far."""
+    """The measurements of a run so far. ``base_bytes``: live bytes before the model is built, which no other
+    figure contains."""
 
     counter: PeakCounter
     base_bytes: int
@@ -66,7 +67,8 @@ class _Gauge:
     used_bytes: int | None = None  # of the cap, used by training alone
 
     def turn(self, phase: str) -> None:
-        """Start a phase. The phase that ends gets the peaks since it started."""
+        """Start the phase called ``phase``. The phase that ends gets the peaks of allocated and of resident
+        memory since it started, if they exceed those of earlier phases of the same name."""
         from memfit.runtime.memory import reset_rss_peak, rss_peak_bytes
 
         peak = self.counter.peak_bytes() - self.base_bytes
@@ -80,7 +82,8 @@ class _Gauge:
 
 
 def main(path: Path) -> None:
-    """Run the specification in the file ``path`` and report the result on standard output."""
+    """Run the RunSpec in the JSON file ``path`` and report progress and the result as events on standard
+    output. A MemfitError becomes a result with the outcome failed."""
     spec = serialization.loads(RunSpec, path.read_text(), what="run specification")
     try:
         measurement = _run(spec, path)
@@ -118,8 +121,8 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
 
 @contextlib.contextmanager
 def joined(plan: Plan) -> Iterator[World]:
-    """Yield the plan's world. Several ranks join over gloo with the environment variables that torchrun
-    sets."""
+    """Yield the plan's world: its layout, this process's rank, and the mesh. Several ranks join over gloo
+    with the environment variables that torchrun sets, and leave the process group at the end."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -137,8 +140,9 @@ def joined(plan: Plan) -> Iterator[World]:
 
 
 def step_maker(engine: str, folder: Path | None) -> MakeStep:
-    """Return the class of an engine's training step. It is configured by the engine's files in ``folder``, or
-    by the plan alone if ``folder`` is None, for a trace."""
+    """Return the class of the training step of the engine called ``engine``. It is configured by the engine's
+    files in ``folder``, or by the plan alone if ``folder`` is None, for a trace. The native step reads no
+    files."""
     if engine == "native":
         from memfit.jobs.training_step import TrainingStep
 
@@ -149,10 +153,10 @@ def step_maker(engine: str, folder: Path | None) -> MakeStep:
 
 
 def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
-    """Run warm-up steps of one micro-batch in the run's own shape, so that kernels, their caches and thread
-    stacks exist before the footprint is read (docs/decisions/002-memory-cap.md gives the difference). Return
-    the number of elements of the whole model. Raises NotConforming if the step does not do what the plan
-    says."""
+    """Build the step of the run, check it against the plan while it runs up to two micro-batches, and run one
+    micro-batch more. Kernels, their caches and thread stacks then exist before the footprint is read
+    (docs/decisions/002-memory-cap.md gives the difference). Return the number of elements of the plain
+    model's parameters. Raises NotConforming if the step does not do what the plan says."""
     import torch
 
     batch = job.make_batch(0, spec.seed)
@@ -177,8 +181,9 @@ def _conform(
     spec: RunSpec,
     model_facts: tuple[int, frozenset[Any]],
 ) -> None:
-    """Watch one step and compare it with the plan. ``model_facts`` holds the elements and dtypes of the
-    model's parameters before the plan. Raises NotConforming."""
+    """Watch one step of up to two micro-batches and compare it with the plan. ``inputs``: this rank's part of
+    the batch, and the mean number of loss terms per rank. ``model_facts``: the number of elements of the
+    plain model's parameters, and their dtypes. Raises NotConforming if the step differs from the plan."""
     from memfit.conformance.module_hooks import Own
     from memfit.conformance.monitor import Monitor
 
@@ -209,8 +214,9 @@ def _conform(
 
 
 def _still(step: TrainingStep, job: Job, elements: int) -> None:
-    """Check the trained step again, because the watched one of the warm-up was another instance, made by the
-    same code. Raises NotConforming."""
+    """Compare the trained model and optimizer with the plan, without watching a step: the step that the
+    warm-up watched was another instance, made by the same code. ``elements``: number of elements of the plain
+    model's parameters. Raises NotConforming if they differ from the plan."""
     from memfit.conformance.monitor import Monitor
 
     Monitor(
@@ -222,8 +228,8 @@ _WATCHED = 2  # micro-batches that are watched if the plan has several
 
 
 def _own_step(job: Job, part: Any, autocast_dtype: Any) -> Any:
-    """Run a step of the plain model on two samples of its batch, and return what was observed, or None if it
-    fails."""
+    """Run forward and backward of the plain model on the first two or three samples of ``part``, under
+    autocast to ``autocast_dtype`` unless that is None. Return what was observed, or None if it fails."""
     import torch
 
     from memfit.conformance.module_hooks import Heard
@@ -262,7 +268,9 @@ def _cap(spec: RunSpec, counter: PeakCounter) -> Any:
 
 
 def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
-    """Train and evaluate. Running out of memory and non-finite numbers are outcomes, not errors."""
+    """Train, evaluate and compare the trained step with the plan. Running out of memory and a non-finite loss
+    or gradient norm are outcomes; other errors are raised. ``limit``: the memory cap, lifted before the
+    evaluation; None: no cap."""
     from memfit.runtime.energy import EnergyMeter
     from memfit.runtime.memory_cap import is_oom_error
 
@@ -372,7 +380,8 @@ def _event_count(counter: Any) -> int:
 
 
 def _timeline(event_log: Any, phase_starts: list[int], base_bytes: int) -> tuple[int, ...]:
-    """Return live bytes by phase, downsampled like the prediction's timeline."""
+    """Return live bytes over a step above ``base_bytes``, downsampled like the prediction's timeline.
+    ``phase_starts``: indices in the event log at which the step's phases start."""
     from itertools import accumulate, pairwise
 
     from memfit.types.downsample import thin_phases
@@ -384,7 +393,8 @@ def _timeline(event_log: Any, phase_starts: list[int], base_bytes: int) -> tuple
 
 
 def _digest(model: Any) -> str:
-    """Return the SHA-256 of the trained parameters' bytes, in the order of their names."""
+    """Return the SHA-256 of the names and bytes of the model's parameters, in the order of their names: of a
+    sharded parameter this rank's shard, and of one that ZeRO 3 has freed the name only."""
     import torch
 
     checksum = hashlib.sha256()

@@ -50,7 +50,7 @@ def read(model: nn.Module) -> GptShape:
     if reasons := list(_differences(model)):
         raise UserError(
             f"engine megatron: Megatron's GPTModel cannot express, in the job's model, {'; '.join(reasons)}",
-            allowed="a trainable memfit.jobs.builtin.gpt.Gpt with the same heads, norms and biases in all blocks",
+            allowed="a memfit.jobs.builtin.gpt.Gpt, all trainable, whose blocks have equal heads and biases",
         )
     first_block: Any = model.blocks[0]
     return GptShape(
