@@ -238,7 +238,7 @@ def test_all_mistakes_of_a_plan_file_are_reported_at_once(tmp_path: Path) -> Non
         ("- a\n- b\n", "does not contain a mapping"),
         ("techniques: [sgd]\n", "techniques is not a mapping"),
         ("techniques: {sgd: [\n", "is not valid YAML"),
-        ("techniques: {sgd: {}, adafactor: {}}\n", "both set the optimizer"),
+        ("techniques: {sgd: {}, adafactor: {}}\n", "both are of the kind optimizer"),
     ],
 )
 def test_an_invalid_plan_file_is_refused_with_the_reason(tmp_path: Path, text: str, said: str) -> None:

@@ -1,5 +1,5 @@
-"""LoRA and QLoRA through peft: base weights are frozen (and stored in 4 bits), and small matrices are
-trained."""
+"""LoRA and QLoRA through peft: the parameters of the blocks are frozen, and two small matrices are trained
+for each Linear weight. QLoRA also stores these weights in 4 bits."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _adapt(bench: Workbench, rank: int) -> None:
-    """Add adapters to every Linear of the repeated blocks. Modules outside the blocks (input projection,
-    head) stay trainable, because a new task's head must be trained."""
+    """Add adapters of this rank to every Linear of the repeated blocks and freeze the blocks' parameters.
+    Floating-point parameters outside the blocks (input projection, head) become trainable, because a new
+    task's head must be trained. Raises UserError if no repeated blocks, or no Linears in them, are
+    found."""
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
@@ -51,7 +53,7 @@ def _adapt(bench: Workbench, rank: int) -> None:
 
 
 def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torch.nn.Linear]]:
-    """Yield every linear layer inside the blocks at ``path``, with its name."""
+    """Yield (path in the model, layer) for every linear layer inside the blocks at ``path``."""
     import torch
 
     for name, module in model.named_modules():
@@ -63,7 +65,11 @@ def _ranks(space: Space) -> Iterable[Mapping[str, KnobValue]]:
     return [{"rank": 8}] if space.block_count and space.linears else []
 
 
-_RANK = Knob(name="rank", default=8, doc="width of the two small matrices beside each weight")
+_RANK = Knob(
+    name="rank",
+    default=8,
+    doc="inner width of the two small matrices whose product, times 2, is added to each Linear weight",
+)
 
 LORA = Technique(
     name="lora",

@@ -26,7 +26,9 @@ WeightedLoss = Callable[[Any, Any, float], "torch.Tensor"]  # arguments: model, 
 class RunsPipeline(Protocol):
     """Runs the pipeline stages of one rank for a training step.
 
-    ``ending`` holds the modules whose next backward is their last of the step.
+    ``micro_batches`` is the number of pieces into which the training step cuts each micro-batch of gradient
+    accumulation. ``ending`` holds the modules inside the blocks of a stage while that stage runs its last
+    backward of the step, and is empty otherwise.
     """
 
     micro_batches: int
@@ -41,13 +43,18 @@ class RunsPipeline(Protocol):
         last: bool,
     ) -> torch.Tensor:
         """Run forward and backward of all pieces. Return the sum of their weighted losses, which is the same
-        on every stage."""
+        on every stage.
+
+        ``weighted`` returns the loss of a piece times its share. ``mark`` is called with each phase that
+        begins. ``last`` says that the optimizer's step comes next, so that gradients are reduced.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """A technique's setting: an integer of at least ``minimum``, one of ``choices``, or text that matches
-    ``pattern``. ``needs`` maps single values to the package that they require."""
+    """A technique's setting. Its value is one of ``choices`` if there are any, else text that matches
+    ``pattern`` as a whole if that is set, else an integer of at least ``minimum``. ``needs`` maps single
+    values to the package that they require. ``doc`` is the help text."""
 
     name: str
     default: KnobValue
@@ -59,7 +66,7 @@ class Knob:
 
     @property
     def allowed(self) -> str:
-        """Describe the allowed values."""
+        """The allowed values as text: the choices separated by commas, the pattern, or the least integer."""
         if self.choices:
             return ", ".join(str(c) for c in self.choices)
         if self.pattern is not None:
@@ -67,7 +74,8 @@ class Knob:
         return f"an integer of at least {self.minimum}"
 
     def accepts(self, value: object) -> bool:
-        """Return whether ``value`` is allowed."""
+        """Return whether ``value`` is allowed. A value that equals a choice must also have its type, and True
+        and False are not integers."""
         if self.choices:
             return any(value == c and type(value) is type(c) for c in self.choices)
         if self.pattern is not None:
@@ -94,13 +102,15 @@ class Space:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Numbers of micro-batches into which a rank's samples can be split, including 1."""
+        """Numbers of equal micro-batches into which a rank's samples can be split so that each has at least
+        ``least_part`` samples. 1 is always included."""
         most_parts = max(1, self.batch_size // self.least_part)
         return tuple(n for n in range(1, most_parts + 1) if self.batch_size % n == 0)
 
     @property
     def refused(self) -> frozenset[str]:
-        """Names of techniques that do not support the job."""
+        """Names of the techniques that do not support the job: fsdp2 if the model has parameters without
+        dimensions, optimizer-in-backward if gradients are clipped by their total norm."""
         reasons = {"fsdp2": self.scalars, "optimizer-in-backward": self.clipped}
         return frozenset(name for name, is_refused in reasons.items() if is_refused)
 
@@ -109,12 +119,15 @@ class Space:
 class Technique:
     """A memory-saving technique.
 
-    - ``apply`` changes the workbench; ``order`` says when, relative to other techniques.
+    - ``effect`` says what the technique may do to the numbers.
+    - ``apply`` changes the workbench. Techniques of smaller ``order`` are applied first.
     - ``settings(space)`` gives the knob settings worth searching, in addition to leaving the technique out.
-    - ``slot``: a plan has at most one technique of each slot.
+      Knobs that they omit have their default values.
+    - ``slot``: a plan has at most one technique of each slot, except the slot "".
     - ``needs``: packages required beyond memfit's own.
     - ``forbids``: names of techniques or slots with which it cannot be combined.
     - ``unsearched``: names of techniques with which only users combine it, not the search.
+    - ``devices``: kinds of device for which the search proposes it.
     """
 
     name: str
@@ -138,7 +151,7 @@ class Technique:
         return tuple(p for p in self.needs if importlib.util.find_spec(p) is None)
 
     def lacks(self, settings: Mapping[str, KnobValue]) -> tuple[str, ...]:
-        """Return the packages that these settings require and that are not installed."""
+        """Return the packages that the technique or these settings require and that are not installed."""
         packages = (k.needs[settings[k.name]] for k in self.knobs if settings.get(k.name) in k.needs)
         return (*self.missing, *(p for p in packages if importlib.util.find_spec(p) is None))
 
@@ -162,14 +175,16 @@ class Workbench:
 
     - ``device`` says whose kernels run ("cpu" or "cuda"), not where tensors are: a prediction for CUDA is
       traced on fake CPU tensors.
+    - ``make_optimizer`` is called with the trainable parameters once all techniques are applied.
     - ``forward_contexts`` surround the forward and loss of each micro-batch.
     - ``before_micro_batch`` is called with whether the micro-batch is the last of the step.
-    - ``call`` is what the job's loss gets as its model, if that is not the model itself.
-    - ``first_part(n)`` returns the first of n equal parts of a batch.
-    - ``pipeline`` runs forward and backward if the plan has stages.
-    - ``ddp`` is DDP's wrapper.
-    - ``counted_elsewhere`` holds the names of tied parameters whose gradient another stage counts in the
-      norm.
+    - ``call`` is what the job's loss gets as its model, or None for the model itself.
+    - ``first_part(n)`` returns the first of n equal parts of the job's first batch.
+    - ``pipeline`` runs forward and backward if the plan has pipeline stages; otherwise it is None.
+    - ``ddp`` is DDP's wrapper of the model, or None without DDP.
+    - ``counted_elsewhere`` holds the names of tied parameters whose gradient the rank of another pipeline
+      stage counts in the gradient norm.
+    - ``closers`` are called when the step is closed.
     - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_kept`` and ``place`` are callbacks that the tracer
       sets.
     """

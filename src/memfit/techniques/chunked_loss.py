@@ -44,6 +44,13 @@ TECHNIQUE = Technique(
     apply=_apply,
     settings=_settings,
     order=60,
-    knobs=(Knob(name="chunks", default=8, doc="parts the rows of the batch are cut into", minimum=2),),
+    knobs=(
+        Knob(
+            name="chunks",
+            default=8,
+            doc="number of parts into which the rows of logits (positions of all samples) are cut",
+            minimum=2,
+        ),
+    ),
     forbids=("lora", "qlora"),
 )

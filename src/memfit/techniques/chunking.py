@@ -4,9 +4,9 @@ Attention over the rows of a pair representation makes tensors of residues^3 ele
 independent. Such modules are found by trial, not by name: a small copy with random parameters runs on random
 inputs, whole and on a slice of them. If the slice of the output is the same, that axis can be cut. Modules
 are cut until one slice allocates less than a budget inside. Each slice is checkpointed, so that only one
-slice's inner tensors exist at a time. By default, the budget is half of the output of the largest such
-module. That output exists anyway, so smaller slices would save little more. (The idea of FastFold's
-AutoChunk, Cheng et al. 2022, arXiv 2203.00854.)
+slice's inner tensors exist at a time. By default, the budget is half of the output of that module which
+allocates the most inside. That output exists anyway, so smaller slices would save little more. (The idea of
+FastFold's AutoChunk, Cheng et al. 2022, arXiv 2203.00854.)
 """
 
 from __future__ import annotations
@@ -98,10 +98,15 @@ TECHNIQUE = Technique(
             name="parts",
             default=0,
             minimum=0,
-            doc="budget: the most that a module allocates inside, divided by this",
+            doc="budget of what one slice may allocate inside: the most that a module that can be cut "
+            "allocates inside, divided by this number; ignored if 0 or if mib is not 0",
         ),
         Knob(
-            name="mib", default=0, minimum=0, doc="budget in MiB; if both are 0, half of that module's output"
+            name="mib",
+            default=0,
+            minimum=0,
+            doc="budget of what one slice may allocate inside, in MiB; if this and parts are 0, half of the "
+            "output of the module that allocates the most inside",
         ),
     ),
     forbids=(

@@ -1,10 +1,10 @@
 """``torch.compile`` as it affects memory: which tensors it keeps for backward, and which it never makes.
 
-The joint graph of forward and backward is traced and split by torch's own partitioner (a minimum cut over
-what must be kept, torch._functorch.partitioners). Each side then runs as kernels. Matrix products,
-convolutions and attention run one by one. The operators between them are fused, so that only values that
-leave a fused group take memory, as in Inductor (which also overwrites an input of the same size that is not
-used again). The arithmetic is that of eager execution; nothing is compiled for this device.
+Real training calls torch.compile. A trace on fake tensors compiles nothing: the joint graph of forward and
+backward is traced and split by torch's own partitioner (a minimum cut over what must be kept,
+torch._functorch.partitioners). Each side then runs as kernels. Matrix products, convolutions and attention
+run one by one. The operators between them are fused, so that only values that leave a fused group take
+memory, as in Inductor (which also overwrites an input of the same size that is not used again).
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ TECHNIQUE = Technique(
         Knob(
             name="scope",
             default="blocks",
-            doc="what becomes one graph; parts: each block, and each module outside them",
+            doc="what becomes one graph; blocks: each repeated block; parts: each block and each child "
+            "of the model that does not contain them; model: the whole model",
             choices=("blocks", "parts", "model"),
         ),
     ),

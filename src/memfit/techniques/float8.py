@@ -39,7 +39,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def fits(shape: Iterable[int]) -> bool:
-    """Return whether a layer of these sizes supports 8-bit products."""
+    """Return whether a layer of these sizes supports 8-bit products: all are multiples of 16."""
     return all(size % _STEP == 0 for size in shape)
 
 
@@ -58,7 +58,7 @@ TECHNIQUE = Technique(
         Knob(
             name="scaling",
             default="tensorwise",
-            doc="a scale for each tensor, or for each of its rows",
+            doc="tensorwise: one scale for each tensor; rowwise: one scale for each row of a tensor",
             choices=("tensorwise", "rowwise"),
         ),
     ),

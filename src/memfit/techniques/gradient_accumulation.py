@@ -27,6 +27,13 @@ TECHNIQUE = Technique(
     apply=_apply,
     settings=_settings,
     order=80,
-    knobs=(Knob(name="micro_batches", default=2, doc="parts the batch is cut into", minimum=2),),
+    knobs=(
+        Knob(
+            name="micro_batches",
+            default=2,
+            doc="number of parts into which each rank's batch is cut",
+            minimum=2,
+        ),
+    ),
     forbids=("optimizer-in-backward",),
 )

@@ -13,9 +13,10 @@ class LossScale:
     """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2).
 
     Small gradients would underflow in float16, so the loss is multiplied by a scale before backward, and
-    gradients are divided by it afterwards. A step whose gradients overflow is skipped and the scale is
-    halved. The scale doubles after ``patience`` good steps. Both numbers are in the optimizer's groups, so
-    that checkpoints save them.
+    gradients are divided by it afterwards. A step whose gradients overflow is skipped unless the scale is 1,
+    and the scale is halved, to 1 at least. The scale doubles after ``patience`` steps in a row without
+    overflow. The scale, which begins at ``first``, and the number of such steps are in the optimizer's
+    ``param_groups``, so that checkpoints save them.
     """
 
     first, patience = 65536.0, 2000  # the values of torch.amp.GradScaler
@@ -31,8 +32,9 @@ class LossScale:
         return float(self.groups[0]["loss_scale"])
 
     def unscaled(self, norm: torch.Tensor, params: list[torch.nn.Parameter]) -> bool:
-        """Divide the gradients and ``norm``, which all ranks share, by the scale. Return False if gradients
-        overflowed and the step must be skipped."""
+        """Divide the gradients and ``norm``, which all ranks share, by the scale, unless they overflowed;
+        then adjust the scale. Return False if the step must be skipped: they overflowed and the scale could
+        still be halved."""
         import torch
 
         finite = math.isfinite(float(norm))

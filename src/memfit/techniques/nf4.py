@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 class Nf4Linear(torch.nn.Module):
     """A frozen Linear whose weight is stored in 4-bit NormalFloat with one float32 scale per 64 weights.
 
-    The weight is dequantised for each product, in forward and again in backward. With ``double``, the scales
-    are stored in 8 bits, with one float32 per 256 of them (Dettmers et al. 2023). This uses the kernels of
-    bitsandbytes but not its layer, because its parameter class does not work on fake tensors.
+    The weight is dequantised for each product, in forward and again in backward. The bias is kept as it is.
+    With ``double``, the scales are stored in 8 bits, with one float32 per 256 of them (Dettmers et al. 2023).
+    This uses the kernels of bitsandbytes but not its layer, because its parameter class does not work on fake
+    tensors.
     """
 
     def __init__(self, linear: torch.nn.Linear, *, double: bool = False) -> None:
@@ -32,7 +33,8 @@ class Nf4Linear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map shape (..., in_features) to (..., out_features)."""
+        """Map shape (..., in_features) to (..., out_features). Under autocast, ``x`` is cast to its dtype
+        first."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out: torch.Tensor = _Nf4Product.apply(x, self.packed, self.state, self.scales)  # type: ignore[no-untyped-call]

@@ -21,7 +21,8 @@ _KEYS = ("techniques", "ranks", "note")
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan from a YAML file. Raises UserError that names every problem of the file at once."""
+    """Read a plan from a YAML file. Raises UserError if the file cannot be read, is not YAML, or does not
+    describe a plan (see `parse_plan`)."""
     import yaml
 
     try:
@@ -34,8 +35,12 @@ def read_plan(path: Path) -> Plan:
 
 
 def parse_plan(data: object, *, what: str) -> Plan:
-    """Return the plan that parsed YAML ``data`` describes. Raises UserError, in which ``what`` names the
-    source."""
+    """Return the plan that parsed YAML ``data`` describes. The key ``note`` is ignored.
+
+    Raises UserError if ``data`` is not a mapping, or has unknown keys, techniques, settings or values. One
+    message lists all of these, after ``what``, the name of the source. If there are none, raises UserError
+    for the first conflict or missing package, without ``what``.
+    """
     if not isinstance(data, dict):
         raise UserError(
             f"{what} does not contain a mapping", allowed=f"a mapping with the keys {', '.join(_KEYS)}"
@@ -43,11 +48,11 @@ def parse_plan(data: object, *, what: str) -> Plan:
     problems = [_unknown(key) for key in data if key not in _KEYS]
     techniques = data.get("techniques") or {}
     if not isinstance(techniques, dict):
-        problems.append("techniques is not a mapping of technique names to settings")
+        problems.append("the value of techniques is not a mapping of technique names to settings")
         techniques = {}
     ranks = data.get("ranks", 1)
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
-        problems.append(f"ranks is {ranks!r} (allowed: an integer of at least 1)")
+        problems.append(f"the value of ranks is {ranks!r} (allowed: an integer of at least 1)")
     uses = []
     for name, settings in techniques.items():
         try:
@@ -63,7 +68,10 @@ def _settings(name: str, value: object) -> dict[str, object]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{name}: settings are {value!r}", allowed="a mapping such as {knob: value}, or {}")
+        raise UserError(
+            f"{name}: the technique's settings are {value!r}",
+            allowed="a mapping such as {setting: value}, or {}",
+        )
     return {str(k): v for k, v in value.items()}
 
 
@@ -74,7 +82,8 @@ def _unknown(key: object) -> str:
 
 
 def plan_text(plan: Plan, *, note: str = "") -> str:
-    """Return YAML text that `read_plan` reads back as the same plan."""
+    """Return YAML text that `read_plan` reads back as the same plan. A ``note`` that is not empty is its
+    first entry."""
     import yaml
 
     data: dict[str, object] = {"note": note} if note else {}

@@ -48,7 +48,8 @@ def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> No
 
 
 class Bf16Inputs:
-    """Casts floating-point tensors that enter the model, inside this context."""
+    """Context in which float32 tensors among the model's arguments are cast to bfloat16. Tensors of other
+    dtypes are unchanged."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -74,8 +75,9 @@ def _cast_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, A
 class MasterWeights:
     """fp32 master copies of bf16 parameters (Micikevicius et al. 2018, section 3.1).
 
-    For one parameter after the other, the gradient is converted to fp32, applied and freed, so that the
-    temporary memory is one parameter's and not the model's.
+    ``make`` makes one optimizer for each master copy. For one parameter after the other, the gradient is
+    converted to fp32, the master copy is updated and copied into the parameter, and the fp32 gradient is
+    freed, so that the temporary memory is one parameter's and not the model's.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], make: MakeOptimizer) -> None:
@@ -113,7 +115,8 @@ _Settings = Iterable[Mapping[str, KnobValue]]
 
 
 def _in(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[Space], _Settings]:
-    """Propose ``settings`` for devices that compute in ``half``."""
+    """Return a function of a space that proposes ``settings`` if the device computes in the half precision
+    ``half``, else nothing."""
     return lambda space: settings if space.half == half else ()
 
 
@@ -151,7 +154,8 @@ PARAMETERS = Technique(
         Knob(
             name="rounding",
             default="master",
-            doc="how small updates are preserved: by an fp32 master copy, or by stochastic rounding",
+            doc="how updates too small for bfloat16 are preserved; master: by fp32 copies of parameters; "
+            "stochastic: by stochastic rounding in torchao's AdamW, which replaces the job's optimizer",
             choices=("master", "stochastic"),
             needs={"stochastic": "torchao"},
         ),

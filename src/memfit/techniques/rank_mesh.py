@@ -29,8 +29,9 @@ SEVERAL = frozenset({*_DEGREE_OF, *_REPLICATED, *_SHARDED, "expert-parallel"})
 class Layout:
     """Degrees along the mesh dimensions. Their product is the number of ranks of the plan.
 
-    ``context`` is the number of ranks that share a sample, cut along its sequence or its axes. With
-    ``owned``, whole parameters belong to one rank each, so that all ranks may differ.
+    Data-parallel ranks form ``replicate`` groups of ``shard`` ranks, and the ranks of a group share the model
+    state. ``context`` is the number of ranks that share a sample, cut along its sequence or its axes. With
+    ``owned``, whole parameters belong to one rank each, so that all ranks may differ in memory.
     """
 
     pipeline: int = 1
@@ -52,7 +53,7 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Number of ranks that see different samples."""
+        """Number of data-parallel ranks, which see different samples."""
         return self.replicate * self.shard
 
     def coordinate(self, rank: int) -> dict[str, int]:
@@ -68,10 +69,11 @@ class Layout:
         return place["replicate"] * self.shard + place["shard"]
 
     def distinct_ranks(self) -> tuple[int, ...]:
-        """Return one rank of each kind: the first rank of the first, the second and the last pipeline stage.
-        Stages in between differ from the second only in keeping fewer micro-batches. Along the other
-        dimensions, rank 0 has the largest shard and the others do the same. If parameters are owned, return
-        the first eight ranks, which get the first parameters and therefore the most."""
+        """Return ranks that stand for all: the first rank of the first, the second and the last pipeline
+        stage. Stages between the second and the last differ from the second only in keeping fewer
+        micro-batches. Along dimensions other than the pipeline, rank 0 has the largest shard and all ranks do
+        the same work. If parameters are owned, return the first eight ranks, which get the first parameters
+        and therefore the most."""
         if self.owned:
             return tuple(range(min(self.ranks, 8)))
         per_stage = self.ranks // self.pipeline
@@ -79,8 +81,12 @@ class Layout:
 
 
 def layout(plan: Plan) -> Layout:
-    """Return the layout of a plan. Raises UserError if the degrees do not multiply to the plan's number of
-    ranks."""
+    """Return the layout of a plan. The ranks that its degrees of pipeline, context and tensor leave are
+    data-parallel.
+
+    Raises UserError if the product of these degrees does not divide the plan's ranks, if no technique divides
+    the batch among several data-parallel ranks, or if the replicas do not divide these ranks.
+    """
     degrees = {}
     for u in plan.uses:
         if u.technique in _DEGREE_OF:
@@ -91,7 +97,8 @@ def layout(plan: Plan) -> Layout:
     if rest or not data:
         parts = " x ".join(f"{d} {n}" for d, n in degrees.items())
         raise UserError(
-            f"{plan.ranks} ranks cannot be split into {parts}", allowed=f"a multiple of {model_ranks} ranks"
+            f"{plan.ranks} ranks cannot be divided among the degrees {parts}",
+            allowed=f"a multiple of {model_ranks} ranks",
         )
     replicate, shard = _data_degrees(plan, data)
     return Layout(replicate=replicate, shard=shard, owned=plan.get("sharded-ddp") is not None, **degrees)
@@ -103,7 +110,7 @@ def _data_degrees(plan: Plan, data: int) -> tuple[int, int]:
         if data == 1:
             return 1, 1
         raise UserError(
-            f"{data} of the plan's {plan.ranks} ranks have nothing to do",
+            f"{data} groups of the plan's {plan.ranks} ranks would all train on the same samples",
             allowed=f"a data-parallel technique: {', '.join((*_REPLICATED, *_SHARDED))}",
         )
     return (data, 1) if data_uses[0].technique in _REPLICATED else _replicas(data_uses[0], data)
@@ -127,14 +134,16 @@ class World:
     mesh: DeviceMesh | None = None
 
     def sub(self, *names: str) -> DeviceMesh | None:
-        """Return the submesh along these dimensions, without those of degree 1, or None if none is left."""
+        """Return the submesh along these dimensions, without those of degree 1. Return None if no dimension
+        is left or there is no mesh."""
         dimensions = tuple(n for n in names if getattr(self.layout, n) > 1)
         if not dimensions or self.mesh is None:
             return None
         return self.mesh[dimensions] if len(dimensions) > 1 else self.mesh[dimensions[0]]
 
     def flat(self, *names: str) -> DeviceMesh | None:
-        """Return the submesh along these dimensions, flattened into one dimension."""
+        """Return the submesh along these dimensions, flattened into one dimension, or None where `sub` is
+        None."""
         sub = self.sub(*names)
         return sub._flatten("_".join(n for n in names)) if sub is not None and sub.ndim > 1 else sub
 
@@ -144,10 +153,12 @@ class World:
 
 
 def make_world(plan: Plan, *, rank: int, device: str) -> World:
-    """Return the world of ``plan``. The default process group must be initialised with the plan's ranks.
+    """Return the world of ``plan`` for the process ``rank``. ``device`` is the type of the mesh's devices.
 
-    On torch's fake process group only the groups of this rank are made, so that sixteen thousand ranks cost
-    no more than eight. Raises UserError if the plan's degrees do not fit its ranks.
+    If the plan has several ranks, the default process group must be initialised with them. On one rank,
+    ``rank`` and ``device`` are ignored. On torch's fake process group, the mesh is of type "cpu" and only the
+    groups of this rank are made, so that sixteen thousand ranks cost no more than eight. Raises UserError if
+    the plan's degrees do not fit its ranks.
     """
     plan_layout = layout(plan)
     if plan.ranks == 1:

@@ -78,12 +78,14 @@ TECHNIQUES: Mapping[str, Technique] = {
 
 
 def technique(name: str) -> Technique:
-    """Return the technique. Raises UserError with the closest names if there is none of that name."""
+    """Return the technique of that name. Raises UserError with all names, and the closest one, if there is
+    none."""
     return named("technique", name, TECHNIQUES)
 
 
 def make_use(name: str, settings: Mapping[str, object]) -> Use:
-    """Return a Use with defaults filled in. Raises UserError for unknown knobs and values out of range."""
+    """Return a use of the technique ``name`` with these settings and the defaults of all others. Raises
+    UserError for an unknown technique or setting, and for a value that is not allowed."""
     definition = technique(name)
     knobs = {k.name: k for k in definition.knobs}
     for key, value in settings.items():
@@ -93,7 +95,7 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
             allowed = ", ".join(knobs) or "none"
             raise UserError(f"unknown setting {key!r} of technique {name!r}", allowed=allowed, hint=hint)
         if not knobs[key].accepts(value):
-            raise UserError(f"{name}: {key} is {value!r}", allowed=knobs[key].allowed)
+            raise UserError(f"{name}: the setting {key} is {value!r}", allowed=knobs[key].allowed)
     values: dict[str, KnobValue] = {k.name: k.default for k in definition.knobs}
     values.update({k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)})
     return use(name, **values)
@@ -106,9 +108,12 @@ def plain(ranks: int = 1) -> Plan:
 
 
 def without(plan: Plan, name: str) -> Plan:
-    """Return the plan without one technique. Plans of several ranks fall back to DDP, because the ranks must
-    share the work. If recomputation has a budget, its choice of tensors is cleared, because it was made for
-    other operators."""
+    """Return the plan without the technique ``name``.
+
+    If that is a data-parallel technique and the plan has several ranks, ddp with default settings takes its
+    place, because the ranks must share the work. If optimal-checkpointing remains, its choice of tensors is
+    cleared, because it was made for other operators. Raises UserError for an unknown name.
+    """
     reduced_plan = plan.without(name)
     if (budget := reduced_plan.get(optimal.NAME)) is not None:
         reduced_plan = reduced_plan.with_use(make_use(optimal.NAME, {**budget.settings, "dropped": ""}))
@@ -118,12 +123,13 @@ def without(plan: Plan, name: str) -> Plan:
 
 
 def conflict(plan: Plan) -> str | None:
-    """Return why the techniques of a plan cannot be combined, or None."""
+    """Return the first reason why techniques of the plan, or their settings, cannot be combined, or None.
+    Raises UserError for an unknown technique."""
     techniques = [technique(u.technique) for u in plan.uses]
     for i, left in enumerate(techniques):
         for right in techniques[i + 1 :]:
             if left.slot and left.slot == right.slot:
-                return f"{left.name} and {right.name} both set the {left.slot}"
+                return f"{left.name} and {right.name} exclude each other: both are of the kind {left.slot}"
             if _forbids(left, right) or _forbids(right, left):
                 return f"{left.name} cannot be combined with {right.name}"
     return _conflict_of_settings(plan, techniques)
@@ -136,7 +142,7 @@ def _conflict_of_settings(plan: Plan, techniques: list[Technique]) -> str | None
         return f"bf16-parameters with stochastic rounding uses its own AdamW and cannot use {optimizer}"
     zero_use = plan.get("zero")
     if zero_use is not None and zero_use.settings.get("stage") == 3 and plan.get("compile") is not None:
-        return "zero of stage 3 gathers parameters inside blocks, but compile makes one graph of each block"
+        return "zero of stage 3 gathers parameters inside blocks, but compile makes one graph of whole blocks"
     recompute_name = next(filter(plan.get, ("activation-checkpointing", "selective-checkpointing")), None)
     adapter_name = next(filter(plan.get, ("lora", "qlora")), None)
     if zero_use is not None and zero_use.settings.get("stage") == 3 and recompute_name and adapter_name:
@@ -150,9 +156,12 @@ def _conflict_of_settings(plan: Plan, techniques: list[Technique]) -> str | None
         "zero-bubble"
     )
     if is_zero_bubble and plan.get("selective-checkpointing") is not None:
-        return "zero-bubble runs backward in two parts, but selective-checkpointing keeps values for only one"
+        return (
+            "zero-bubble schedules run backward in two parts, but selective-checkpointing keeps "
+            "values for only one"
+        )
     if is_zero_bubble and plan.get("compile") is not None:
-        return "zero-bubble runs backward in two parts, but compile makes one graph of it"
+        return "zero-bubble schedules run backward in two parts, but compile makes one graph of it"
     return None
 
 
@@ -161,22 +170,24 @@ def _forbids(left: Technique, right: Technique) -> bool:
 
 
 def proposable(plan: Plan) -> bool:
-    """Return whether the search may propose this combination: it has no conflict, and none that only users
-    ask for."""
+    """Return whether the search may propose the plan: nothing in it conflicts, and no technique is combined
+    with one that its ``unsearched`` leaves to users."""
     names = {u.technique for u in plan.uses}
     return conflict(plan) is None and all(names.isdisjoint(technique(n).unsearched) for n in names)
 
 
 def unable(machine: Machine) -> frozenset[str]:
-    """Return the techniques that the machine's devices do not support."""
+    """Return the names of the techniques that the machine's devices do not support: float8-linear if the
+    devices are no CPUs and have no peak rate for 8-bit floats, else none."""
     device = machine.device
     has_float8 = device.kind == "cpu" or "float8" in device.peak_flops  # a CPU emulates float8
     return frozenset() if has_float8 else frozenset({float8.NAME})
 
 
 def check(plan: Plan, machine: Machine | None = None) -> Plan:
-    """Return the plan unchanged. Raises UserError if techniques conflict, a package is missing, or the
-    machine's devices do not support a technique."""
+    """Return the plan unchanged. Raises UserError if techniques or settings conflict, a package is missing,
+    or the devices of ``machine`` do not support a technique. If ``machine`` is None, devices are not
+    checked."""
     if machine is not None and not unable(machine).isdisjoint(u.technique for u in plan.uses):
         raise UserError(
             f"{float8.NAME} is not supported on {machine.device.name}, which has no matrix units for "
@@ -196,15 +207,17 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
 
 
 def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectClass:
-    """Return the strongest effect that a technique of the plan has on the numbers; E0 for the plain plan.
-    ``dependence`` describes the job's samples: a plan that splits a batch of dependent samples is E3."""
+    """Return the strongest effect that a technique of the plan has on the numbers, at least E2 for a
+    technique with precision bf16; E0 for the plain plan. If ``dependence``, which describes the job's
+    samples, is given and `changes_training` is true of it, return E3."""
     if dependence is not None and changes_training(plan, dependence):
         return EffectClass.E3
     return max(map(_effect, plan.uses), default=EffectClass.E0)
 
 
 def changes_training(plan: Plan, dependence: SampleDependence) -> bool:
-    """Return whether the plan splits a batch that must not be split."""
+    """Return whether the plan splits a batch whose samples are known to depend on each other: into
+    micro-batches, or, unless ``dependence.across_ranks`` is false, over data-parallel ranks."""
     if dependence.kind is not DependenceKind.DEPENDENT:
         return False
     return in_micro_batches(plan) or (dependence.across_ranks and plan.ranks > 1 and layout(plan).data > 1)
@@ -217,15 +230,17 @@ def splits_batch(plan: Plan) -> bool:
 
 
 def in_micro_batches(plan: Plan) -> bool:
-    """Return whether the plan trains a batch in micro-batches."""
+    """Return whether a technique of the plan (gradient-accumulation, pipeline) trains a batch in more than
+    one micro-batch."""
     return any(int(u.settings.get("micro_batches", 1)) > 1 for u in plan.uses)
 
 
 def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
-    """Raise UserError if the step would weight the loss terms of the batch's parts wrongly."""
+    """Raise UserError if the plan splits the batch and the step would weight the loss terms of the parts
+    wrongly (`DependenceCause.WEIGHTS`). Other dependences between samples raise nothing."""
     if dependence.cause is DependenceCause.WEIGHTS and changes_training(plan, dependence):
         raise UserError(
-            f"{plan.label}: {dependence.reason}",
+            f"{plan.label} splits the batch and would weight its loss terms wrongly: {dependence.reason}",
             allowed=dependence.way_out,
             hint="or a plan that does not split the batch",
         )
@@ -247,5 +262,5 @@ def brief(plan: Plan) -> str:
 
 
 def in_order(plan: Plan) -> list[tuple[Technique, Use]]:
-    """Return the techniques of the plan in the order in which they are applied."""
+    """Return (technique, its use in the plan) in the order in which techniques are applied."""
     return sorted(((technique(u.technique), u) for u in plan.uses), key=lambda pair: pair[0].order)
