@@ -90,7 +90,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "not a number": (lambda r: r["baseline"]["metric_by_seed"].update({"0": float("nan")}), "metric_by_seed"),
     "equivalent outside its margin": (lambda r: r["verdict"].update(low=-50.0), "not inside its margin"),
     "more pairs than seeds": (lambda r: r["verdict"].update(pairs=99), "99 pairs"),
-    "a verdict on another class": (lambda r: r["verdict"].update(effect="E0"), "the verdict is on E0"),
+    "a verdict on another class": (lambda r: r["verdict"].update(effect="E0"), "verdict.effect is E0"),
     "a technique of nobody": (lambda r: r["recommended"].update(plan={"magic": {}}), "technique 'magic'"),
     "an ID that is a path": (lambda r: r.update(poc_id="../../x"), "poc_id"),
     "a number that is text": (
@@ -119,7 +119,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda r: r["recommended"]["plan"].update({"zero": {"stage": 9}}),
         "stage is 9; allowed: 0, 1, 2, 3",
     ),
-    "equivalent without margin": (lambda r: r["verdict"].update(margin=None), "without a margin"),
+    "equivalent without margin": (lambda r: r["verdict"].update(margin=None), "verdict.margin is missing"),
     "equivalent without interval": (lambda r: r["verdict"].update(low=None), "verdict.low is null"),
     "equivalent on no pairs": (lambda r: r["verdict"].update(pairs=0), "0 pairs"),
     "equivalent without scores": (
@@ -349,5 +349,5 @@ def test_an_unfinished_poc_has_no_record() -> None:
 def test_a_field_that_appears_twice_is_refused() -> None:
     text = exchange.text(exchange.of_poc(full_poc()))
     twice = text.replace('"reproducible":', '"reproducible": false, "reproducible":', 1)
-    with pytest.raises(UserError, match="'reproducible' appears twice"):
+    with pytest.raises(UserError, match="'reproducible' is a repeated field"):
         exchange.parsed(twice, what="b")

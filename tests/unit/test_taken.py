@@ -86,7 +86,7 @@ def test_the_source_of_an_imported_record_is_named_by_every_command(
     assert "B was not measured here: group B reports it" in capsys.readouterr().out
     for command in (["decide", "theirs"], ["report", "--poc", "theirs"]):
         assert main([*command, "--store", ours]) == 2
-        assert "taken in from group B, not measured here" in capsys.readouterr().err
+        assert "is a record from group B, not measured here" in capsys.readouterr().err
     assert main(["scale", "theirs", "--store", ours, "--attended-minutes", "5"]) == 2
     assert main(["record", "--store", ours, "--from", "group B"]) == 2
 

@@ -1,4 +1,7 @@
-"""Store results in an append-only SQLite file of Records, each with its environment."""
+"""Keep results on disk: an append-only SQLite file of Records, each with its environment.
+
+`calibration` keeps this machine's timings in a second file, and `exchange` is the format for sharing PoCs.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Store the timings of this machine on disk, so that later requests use the same measurements.
 
 The timings are in one SQLite file in the user's cache folder. A row is never overwritten: a timed operator
-keeps its time, whatever else the machine does later, until `forget` (``--recalibrate``) removes the machine's
-rows. If the file cannot be written, nothing is stored and every request measures for itself.
+keeps its time, whatever else the machine does later, until `forget` (``--recalibrate``) removes the rows of
+this machine, torch version and number of threads. If the file cannot be written, nothing is stored and every
+request measures for itself.
 """
 
 from __future__ import annotations
@@ -30,29 +31,32 @@ _TABLES: Final = (
 
 
 def default_path() -> Path:
-    """Return ``calibration.sqlite3`` in the user's cache folder (``XDG_CACHE_HOME`` or the system's own)."""
+    """Return ``memfit/calibration.sqlite3`` in the user's cache folder (``XDG_CACHE_HOME``, else the system's
+    default)."""
     import platformdirs
 
     return platformdirs.user_cache_path("memfit", appauthor=False) / "calibration.sqlite3"
 
 
 def machine_key(threads: int) -> str:
-    """Return a digest of everything that a timing depends on: processor, cores, torch, libc, the
-    environment's thread settings, the number of threads, and the timing method."""
+    """Return a digest of everything that a timing depends on: processor, cores, torch, libc, the number of
+    threads, the timing method, and those `VARIABLES` of the environment without CUDA in their names."""
     environment = fingerprint()
     names = [*_MACHINE, *(f"env {name}" for name in VARIABLES if "CUDA" not in name)]
     return digest({**{n: environment[n] for n in names}, "threads": str(threads), "method": str(_METHOD)})
 
 
 class CalibrationCache:
-    """The stored calibration of one machine, torch version and thread count."""
+    """The stored calibration of this machine, the installed torch and ``threads`` threads.
+
+    ``path``: the file; by default `default_path`."""
 
     def __init__(self, threads: int, path: Path | None = None) -> None:
         self.path, self.key = path or default_path(), machine_key(threads)
 
     def read(self) -> Calibration:
-        """Return everything that is stored, or an empty Calibration if there is nothing or the file cannot be
-        read."""
+        """Return the stored rates with the timings of all stored operators, or an empty Calibration if no
+        rates are stored or the file cannot be read."""
         with contextlib.suppress(OSError, sqlite3.Error, ValueError), self._connection() as connection:
             rates = connection.execute("SELECT body FROM machine WHERE key = ?", (self.key,)).fetchone()
             rows = connection.execute("SELECT signature, body FROM operator WHERE key = ?", (self.key,))
@@ -62,8 +66,8 @@ class CalibrationCache:
         return Calibration()
 
     def add(self, fresh: Calibration) -> Calibration:
-        """Store what is not stored yet, and return everything that is stored now. Return `fresh` itself if
-        nothing can be stored."""
+        """Store what `fresh` has and the file has not, and return everything that is stored now. Return
+        `fresh` itself if the file then has no rates, for example because it cannot be written."""
         rates = dataclasses.replace(
             fresh, op_s={}, op_peak_bytes={}, op_kept_bytes={}, op_spread_ratio={}, not_timed=()
         )
@@ -81,7 +85,8 @@ class CalibrationCache:
         return stored if stored.flops_s else fresh
 
     def forget(self) -> None:
-        """Remove this machine's rows, so that everything is measured again."""
+        """Remove the rows of this machine, torch and number of threads, so that all is measured again. Do
+        nothing if the file cannot be written."""
         with contextlib.suppress(OSError, sqlite3.Error), self._connection() as connection:
             for table in ("machine", "operator"):
                 connection.execute(f"DELETE FROM {table} WHERE key = ?", (self.key,))
@@ -97,8 +102,8 @@ class CalibrationCache:
 
 
 def selected(calibration: Calibration, signatures: set[str]) -> Calibration:
-    """Return `calibration` with the timings of these operators only, so that a result depends only on its own
-    request and not on earlier ones."""
+    """Return `calibration` with all rates but only the timings of the operators in ``signatures``, so that a
+    result depends only on its own request and not on what earlier requests have timed."""
     return dataclasses.replace(
         calibration,
         op_s={s: v for s, v in calibration.op_s.items() if s in signatures},

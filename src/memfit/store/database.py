@@ -42,16 +42,19 @@ _KEYS: Final = {"record": "record_id", "environment": "digest"}
 
 
 def default_path() -> Path:
-    """Return ``memfit.sqlite3`` in the user's data folder (``XDG_DATA_HOME`` or the system's own)."""
+    """Return ``memfit/memfit.sqlite3`` in the user's data folder (``XDG_DATA_HOME``, else the system's
+    default)."""
     import platformdirs
 
     return platformdirs.user_data_path("memfit", appauthor=False) / "memfit.sqlite3"
 
 
 class Store:
-    """Append-only Records in the file `path`, which is created if it does not exist.
+    """Append-only Records in the file `path`, by default `default_path`, which is created if it does not
+    exist.
 
-    Raises UserError if the file cannot be created, opened or written, or is not a memfit store.
+    Raises UserError if the file cannot be created, opened or written, or is not a memfit store of this
+    version.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -59,13 +62,14 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot create the store's folder: {error}", hint=_OTHER) from error
+            raise UserError(f"cannot create the folder of the store: {error}", hint=_OTHER) from error
         with self._connection() as connection:
             if self._is_new(connection):
                 self._lay_out(connection)
 
     def append(self, poc_id: str, kind: str, body: Any) -> Record:
-        """Add one row with `body` as JSON (``serialization.dumps``), and return it once it is on disk."""
+        """Add one row with `body` as JSON (``serialization.dumps``), the current time and the environment of
+        this process, and return it once it is on disk. `kind` says what the body is."""
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         name, environment = self._environment
         text = serialization.dumps(body)
@@ -96,23 +100,24 @@ class Store:
         return tuple(Record(**dict(zip(names, row, strict=True))) for row in rows)
 
     def poc_ids(self) -> tuple[str, ...]:
-        """Return the IDs of all PoCs begun here, oldest first. Single runs and records from others are not
-        included."""
+        """Return the IDs of all PoCs that were begun with this store, oldest first. Single runs and records
+        added from others are not included."""
         rows = self._rows(
             "SELECT poc_id FROM record WHERE kind IN ('begin', 'poc') GROUP BY poc_id ORDER BY min(record_id)"
         )
         return tuple(poc_id for (poc_id,) in rows)
 
     def latest_poc_id(self) -> str | None:
-        """Return the ID of the latest PoC, or None if there is none."""
+        """Return the ID of the PoC that was begun last, or None if there is none."""
         return next(reversed(self.poc_ids()), None)
 
     def environment(self, name: str) -> Mapping[str, str]:
-        """Return the whole fingerprint for the ``environment`` digest of a Record. Raises UserError for an
-        unknown one."""
+        """Return the whole fingerprint of which `name` is the digest, as in a Record's ``environment``.
+        Raises UserError if the store has none.
+        """
         rows = self._rows("SELECT body FROM environment WHERE digest = ?", name)
         if not rows:
-            raise UserError(f"the store {self.path} has no environment {name!r}")
+            raise UserError(f"the store {self.path} has no environment with the digest {name!r}")
         return dict(json.loads(rows[0][0]))
 
     @functools.cached_property
@@ -136,7 +141,9 @@ class Store:
             raise UserError(f"the store {self.path} cannot be used: {error}", hint=_OTHER) from error
 
     def _is_new(self, connection: sqlite3.Connection) -> bool:
-        """Return False for a memfit store and True for an empty file. Raises UserError for any other file."""
+        """Return False for a memfit store and True for an empty file. Raises UserError for any other
+        database, including a memfit store of another schema version.
+        """
         application, version = _pragma(connection, "application_id"), _pragma(connection, "user_version")
         if application == APPLICATION_ID and version == SCHEMA_VERSION:
             return False
@@ -161,7 +168,7 @@ class Store:
 
 
 def taken_from(row: Record) -> str:
-    """Return the source of a row of the kind TAKEN."""
+    """Return from whom the record in a row of the kind TAKEN came; "others" if the row does not say."""
     return str(json.loads(row.body).get("from", "others"))
 
 
@@ -177,7 +184,8 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _guards() -> Iterator[str]:
-    """Yield triggers against UPDATE, DELETE, and INSERT OR REPLACE, which silently deletes."""
+    """Yield the SQL of the triggers that abort UPDATE, DELETE, and an INSERT with an existing key, which as
+    INSERT OR REPLACE would silently delete a row."""
     for table, key in _KEYS.items():
         exists_clause = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {key} = NEW.{key})"
         for event, condition in (("UPDATE", ""), ("DELETE", ""), ("INSERT", exists_clause)):

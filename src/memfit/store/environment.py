@@ -1,6 +1,6 @@
 """Record the environment on which a result depends. Versions are read from metadata: torch is never loaded.
 
-This is the only file that reads environment variables. They are recorded and have no effect here.
+The values of environment variables are only recorded; they have no effect here.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _UNKNOWN: Final = "unknown"
 
 
 def fingerprint() -> Mapping[str, str]:
-    """Return interpreter, system, processor, memory, package versions and thread settings. Values that cannot
-    be determined are "unknown".
+    """Return interpreter, system, libc, processor, cores, memory, accelerators, the versions of `PACKAGES`
+    and the environment `VARIABLES`, those with "env " before the name. Values that cannot be determined are
+    "unknown", "not installed", "none seen" (accelerators) or "unset" (variables).
 
-    The result contains no host name, user name or path, so that a record can be shared.
+    No host name, user name or path is determined, so that a record can be shared.
     """
     return _software() | _hardware() | {f"env {name}": os.environ.get(name, "unset") for name in VARIABLES}
 
@@ -74,13 +75,14 @@ def _hardware() -> dict[str, str]:
 
 
 def _processor(cpuinfo: Path) -> str:
-    """Return the processor's name from Linux's /proc/cpuinfo, else the less precise name from Python."""
+    """Return the processor's name from Linux's /proc/cpuinfo, else the less precise name from Python, else
+    "unknown"."""
     match = re.search(r"^model name\s*:\s*(.+)$", _read(cpuinfo), re.MULTILINE)
     return match[1].strip() if match else platform.processor() or _UNKNOWN
 
 
 def _nvidia_models(folder: Path) -> list[str]:
-    """Return the models of the GPUs for which the NVIDIA driver has a folder."""
+    """Return the model of each GPU for which the NVIDIA driver has a folder in ``folder``."""
     texts = [_read(file) for file in sorted(folder.glob("*/information"))]
     return [
         match[1].strip() for text in texts if (match := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))

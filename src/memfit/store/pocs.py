@@ -14,7 +14,9 @@ ATTENDED = "attended"  # kind of a row with the minutes for which people attende
 
 
 def wanted_poc(store: Store, poc_id: str | None) -> str:
-    """Return ``poc_id``, or the ID of the latest PoC if it is None. Raises UserError if there is none."""
+    """Return ``poc_id``, which need not exist, or the ID of the latest PoC if it is None or "". Raises
+    UserError if the store has no PoC then.
+    """
     resolved_id = poc_id or store.latest_poc_id()
     if resolved_id is None:
         raise UserError(f"there is no proof of concept in {store.path}", hint="run `memfit poc` first")
@@ -22,18 +24,21 @@ def wanted_poc(store: Store, poc_id: str | None) -> str:
 
 
 def attended(store: Store, poc_id: str | None, minutes: float) -> None:
-    """Store for how many minutes people attended to a PoC, the latest by default. The last value counts.
-    Raises UserError."""
+    """Store for how many minutes people attended to a PoC; None: the latest. The value stored last counts.
+    Raises UserError if ``minutes`` is negative or not finite, or if the store has no such PoC measured here.
+    """
     resolved_id = wanted_poc(store, poc_id)
     if not 0 <= minutes < math.inf:
-        raise UserError(f"--attended-minutes {minutes:g}", allowed="a number of at least 0")
+        raise UserError(f"--attended-minutes is {minutes:g}", allowed="a finite number of at least 0")
     stored_poc(store, resolved_id)
     store.append(resolved_id, ATTENDED, minutes)
 
 
 def stored_poc(store: Store, poc_id: str) -> Poc:
-    """Return the finished PoC, or the beginning of an unfinished one with its runs so far. The minutes that
-    people entered are included. Raises UserError if the PoC was not measured here."""
+    """Return the finished PoC, or the beginning of an unfinished one with its runs so far. Attended minutes
+    that were stored later are included. Raises UserError if the store does not have the PoC, or only its
+    record from others.
+    """
     poc, minutes = _stored_poc(store, poc_id), store.records(poc_id, ATTENDED)
     if not minutes:
         return poc
@@ -47,7 +52,7 @@ def _stored_poc(store: Store, poc_id: str) -> Poc:
     begin_rows = store.records(poc_id, "begin")
     if not begin_rows and (taken_rows := store.records(poc_id, TAKEN)):
         raise UserError(
-            f"{poc_id} was added from {taken_from(taken_rows[-1])} and not measured here, so it has no runs",
+            f"{poc_id} is a record from {taken_from(taken_rows[-1])}, not measured here, so it has no runs",
             hint="`memfit scale` and `memfit compare` can read it",
         )
     if not begin_rows:

@@ -1,4 +1,4 @@
-"""The format in which PoCs are shared with others, and the comparison of two such records."""
+"""The record: the format in which PoCs are shared with others, and the comparison of two records."""
 
 from memfit.store.exchange.compare import Compared, compare
 from memfit.store.exchange.from_poc import of_poc

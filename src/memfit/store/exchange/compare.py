@@ -1,4 +1,4 @@
-"""Compare two records: find which quantities are comparable, and why the others are not."""
+"""Compare the records of two PoCs: which quantities are comparable, and why the others are not."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from memfit.store.exchange.record import Energy, Part, Shared, Side
 
 
 class Compared(Part):
-    """One quantity of both records. ``against``: the reasons why its values are not comparable; ``ratio``: b
-    / a if there are none."""
+    """One quantity of two records, with the value in each, ``a`` and ``b``. ``against``: the reasons why the
+    values are not comparable. ``ratio``: b / a; None if there are reasons, or if the values are not numbers
+    or ``a`` is 0.
+    """
 
     quantity: str
     a: float | str | None
@@ -23,7 +25,9 @@ class Compared(Part):
 
 
 def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
-    """Return all quantities of two PoCs, each with the reasons why its values are not comparable."""
+    """Return the quantities of two records, each with the reasons why its values are not comparable: of plain
+    training ("baseline") and of the recommended plan the peak, step time, energy and mean score; the
+    recommended plan itself; and the verdict."""
     same_model = [*_unlike("model", a.model, b.model)]
     same_work = [*same_model, *_unlike("data", a.data, b.data)]
     hardware = [*_unlike("hardware", a.hardware, b.hardware)]
@@ -96,7 +100,9 @@ def _row(quantity: str, a: Any, b: Any, reasons: Sequence[str]) -> Compared:
 
 
 def _unlike(what: str, a: Any, b: Any) -> Iterator[str]:
-    """Yield how ``a`` and ``b`` differ; nothing if they are equal."""
+    """Yield one text for each difference of ``a`` and ``b``, which ``what`` names: one per key of mappings
+    and models. Yield nothing if they are equal.
+    """
     if isinstance(a, pydantic.BaseModel):
         a, b = a.model_dump(), b.model_dump()
     if isinstance(a, Mapping) and isinstance(b, Mapping):

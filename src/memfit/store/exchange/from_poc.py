@@ -1,4 +1,4 @@
-"""Convert a PoC that was measured here to a shared record."""
+"""Convert a PoC that was measured here to the record that can be shared with others."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ _OF_HARDWARE = ("processor", "cores", "ram_bytes", "accelerators")
 
 
 def of_poc(poc: Poc) -> Shared:
-    """Return the record of ``poc``. Raises UserError if the PoC is not finished: nothing can be compared with
-    half a record."""
+    """Return the record of ``poc``. Raises UserError if the PoC is not finished or recommends no plan, as
+    nothing can be compared with half a record, or if its numbers contradict each other."""
     recommended = poc.search.recommended
     if not poc.finished or recommended is None:
-        raise UserError(f"PoC {poc.poc_id} was interrupted", hint="only a finished one has a record")
+        raise UserError(
+            f"PoC {poc.poc_id} was interrupted or recommends no plan",
+            hint="only a finished PoC with a recommended plan has a record",
+        )
     verdict = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
     environment = dict(poc.environment)
     fields = {name: getattr(poc, name) for name in _AS_IT_IS}
@@ -67,9 +70,11 @@ def of_poc(poc: Poc) -> Shared:
 def _step_time_ratio(
     poc: Poc, plain: Mapping[str, Any], recommended: Mapping[str, Any]
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Return the PoC's ratio of step times, and a note if the ratio is left out for noise. The ratio is None
-    if a run did not finish, or if both plans are plain training: the timings of one plan differ only by
-    noise."""
+    """Return (the PoC's ratio of step times, recommended plan by plain training, or None; notes).
+
+    It is None without a note if it or a step time is unknown, or if both plans are the same, whose timings
+    differ only by noise. It is None with a note if it differs too much from the ratio of the median step
+    times in ``plain`` and ``recommended``."""
     ratio, plain_s, recommended_s = poc.step_time_ratio, plain["step_s"], recommended["step_s"]
     if ratio is None or plain_s is None or recommended_s is None or plain["plan"] == recommended["plan"]:
         return None, ()
@@ -89,8 +94,8 @@ def _judgement(verdict: Verdict) -> Mapping[str, Any]:
 
 
 def _worst(capped_runs: Sequence[Run]) -> str:
-    """Return "ok" only if every run under the cap succeeded, otherwise the first other outcome; "" if there
-    was none."""
+    """Return "ok" if every run under the cap succeeded, otherwise the first other outcome; "" if there are no
+    such runs."""
     outcomes = [r.measurement.outcome for r in capped_runs]
     failures = (outcome for outcome in outcomes if outcome is not OutcomeKind.OK)
     return next(failures, OutcomeKind.OK).value if outcomes else ""

@@ -53,9 +53,9 @@ def _dated(date: str) -> str:
     try:
         moment = datetime.datetime.fromisoformat(date)
     except ValueError as error:
-        raise ValueError(f"{date} is not a date: {error}") from error
+        raise ValueError(f"{date} is not an existing date and time: {error}") from error
     if moment > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1):  # clocks may differ
-        raise ValueError(f"{date} is in the future")
+        raise ValueError(f"{date} is in the future, by more than a day")
     return date
 
 
@@ -83,15 +83,18 @@ class Data(Part):
 
 
 class Energy(Part):
-    """Mean of a run, inside ``boundary``."""
+    """Energy of one run, the mean of the plan's finished runs, measured within ``boundary``: what the meter
+    includes, such as the processor's package or the board."""
 
     joules: Positive
     boundary: Told
 
 
 class Side(Part):
-    """One plan: every run of it that finished, and what became of it under the cap ("ok", "oom", ...;
-    "" where it was not tried). ``metric_by_seed``: the science's own measure."""
+    """One plan and its runs. ``effect``: effect class of the plan. ``under_cap``: "ok" if every run under the
+    memory cap succeeded, else the first other outcome, "" without such runs. ``measured_peak_bytes``: largest
+    peak of a finished run. ``step_s``: median of the finished runs. ``metric_by_seed``: value of the job's
+    metric after training with each seed."""
 
     plan: Mapping[str, Mapping[str, bool | int | str]]
     ranks: Whole
@@ -120,12 +123,15 @@ class Judgement(Part):
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Judgement:
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError("low is above high")
+            raise ValueError("low is above high in the interval of the difference")
         return self
 
 
 class Trouble(Part):
-    """What adopting the plan took; ``attended_minutes`` null: nobody counted."""
+    """The work of adopting the plan. ``commands``: number of commands. ``changed_lines``: lines of the user's
+    job file. ``packages``, ``installed_mib``: number and size of the packages that memfit and the plan need.
+    ``attended_minutes``: minutes that people spent, null if nobody counted. ``failed_attempts``: runs that
+    failed, and PoCs that were interrupted."""
 
     commands: Count
     changed_lines: Count
@@ -136,8 +142,9 @@ class Trouble(Part):
 
 
 class Shared(Part):
-    """One proof of concept. ``step_time_ratio``: the recommended plan's step by plain training's, median of
-    the pairs that ran one after the other; absent from records older than it."""
+    """One proof of concept. ``baseline``: plain training. ``step_time_ratio``: the recommended plan's step
+    time divided by plain training's, median of the pairs of runs that ran one after the other; null or absent
+    if unknown."""
 
     format: Literal["memfit-record"]
     version: Literal[1]
@@ -164,7 +171,8 @@ class Shared(Part):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Shared:
-        """Reject a record whose claims do not follow from its own numbers."""
+        """Raise ValueError with the first of `faults`, so that a record whose claims do not follow from its
+        numbers is rejected."""
         for fault in faults(self):
             raise ValueError(fault)
         return self
@@ -177,7 +185,8 @@ def schema() -> Mapping[str, Any]:
 
 
 def text(record: Shared) -> str:
-    """Return the canonical text of a record: equal records have equal bytes."""
+    """Return the canonical JSON text of a record: equal records have equal bytes. Control characters are
+    escaped."""
     data = record.model_dump(mode="json")
     if data["step_time_ratio"] is None:
         del data["step_time_ratio"]  # the text of a record that is older than this field stays the same
@@ -185,36 +194,37 @@ def text(record: Shared) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a mapping. Raises ValueError for a repeated field, as readers differ in which of its values they
-    use."""
+    """Return the fields of one JSON object as a mapping. Raises ValueError for a repeated field, as readers
+    differ in which of its values they use."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is a repeated field of an object")
     return mapping
 
 
 def parsed(raw: str, *, what: str) -> Shared:
-    """Parse the text of a record. Raises UserError with the first fault: its place, what was given, and what
-    is allowed. ``what`` names the text in messages."""
+    """Parse the JSON text of a record. Raises UserError with the first fault: its place, what was given, and
+    what is allowed. ``what`` names the text in messages."""
     try:
         data = json.loads(raw, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(f"{what} is not JSON: {error.msg} in line {error.lineno}") from error
     except RecursionError:
         raise UserError(f"{what} is nested deeper than a record can be") from None
-    except ValueError as error:  # a number with thousands of digits
+    except ValueError as error:  # a repeated field, or a number with thousands of digits
         raise UserError(f"{what} is not a record: {error}") from error
     if isinstance(data, dict) and data.get("format") == FORMAT:
         version = data.get("version")
         if isinstance(version, bool) or version != VERSION:
             shown_version = ascii(version)[:40]
-            raise UserError(f"{what} has version {shown_version} of the format", allowed=str(VERSION))
+            raise UserError(f"{what} has version {shown_version} of the record format", allowed=str(VERSION))
     return checked(data, what=what)
 
 
 def checked(found: object, *, what: str) -> Shared:
-    """Return the record in plain data. Raises UserError as `parsed` does."""
+    """Return the record that the plain data ``found`` contain. Raises UserError with the first fault: its
+    place, what was given, and what is allowed. ``what`` names the data in messages."""
     try:
         record = Shared.model_validate(found)
     except pydantic.ValidationError as error:
@@ -228,7 +238,8 @@ def checked(found: object, *, what: str) -> Shared:
 
 
 def _texts(value: object, place: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text, including keys, with its place."""
+    """Yield (place, text) for every text in ``value``, which is at ``place``; a key has the place of its
+    mapping."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, Mapping):
@@ -241,11 +252,12 @@ def _texts(value: object, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def read(path: Path) -> Shared:
-    """Read a record from a file. Raises UserError if the file is too large, unreadable or not a valid
-    record."""
+    """Read a record from a file. Raises UserError if the file is larger than 16 MiB, unreadable or not a
+    valid record.
+    """
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{path} is larger than a record can be", allowed=f"{_MOST_BYTES} bytes")
+            raise UserError(f"{path} is larger than a record can be", allowed=f"{_MOST_BYTES} bytes at most")
         return parsed(path.read_text(encoding="utf-8"), what=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
@@ -255,7 +267,9 @@ def read(path: Path) -> Shared:
 
 
 def faults(record: Shared) -> Iterator[str]:
-    """Yield every inconsistency in the record with its place; nothing for a consistent record."""
+    """Yield the inconsistencies of the record, each with its place; nothing for a consistent record. An
+    invalid plan is the last one yielded.
+    """
     plans = []
     for name, side in (("baseline", record.baseline), ("recommended", record.recommended)):
         try:
@@ -284,7 +298,7 @@ def _of_side(name: str, side: Side, plan: Plan, cap_bytes: int) -> Iterator[str]
         splits_batch(plan) and side.effect == EffectClass.E3.label
     )  # splitting a batch whose samples depend on each other has the effect E3
     if side.effect != effect and not dependent:
-        yield f"{name}.effect is {side.effect}, but its plan {plan.label} has {effect}"
+        yield f"{name}.effect is {side.effect}, but its plan {plan.label} has the effect class {effect}"
     if side.under_cap == "ok" and peak is not None and peak > cap_bytes:
         yield f"{name}.under_cap is ok, but its peak of {peak} B is above the cap of {cap_bytes} B"
     if side.under_cap == "oom" and peak is not None and cap_bytes > _SPARE * peak + _SPARE_BYTES:
@@ -304,7 +318,9 @@ def _of_ratio(ratio: float, plain_s: float | None, recommended_s: float | None) 
 
 
 def agrees_with_medians(step_time_ratio: float, plain_s: float, chosen_s: float) -> bool:
-    """Return whether the median ratio of the pairs is near the ratio of the plans' median step times."""
+    """Return whether the median ratio of pairs of runs is within a factor of 1.6 of ``chosen_s / plain_s``,
+    the ratio of the plans' median step times.
+    """
     return 1 / _PAIRED <= step_time_ratio * plain_s / chosen_s <= _PAIRED
 
 
@@ -316,12 +332,12 @@ def _plan(side: Side) -> Plan:
 
 
 def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[str]:
-    """Yield inconsistencies of the verdict. `same`: both plans are equal, so their equivalence needs no
+    """Yield the inconsistencies of the verdict. `same`: both plans are equal, so their equivalence needs no
     proof."""
     baseline_scores, recommended_scores = record.baseline.metric_by_seed, record.recommended.metric_by_seed
     equivalent = verdict.kind == "equivalent"
     if verdict.effect != record.recommended.effect:
-        yield f"the verdict is on {verdict.effect}, but the plan has {record.recommended.effect}"
+        yield f"verdict.effect is {verdict.effect}, but recommended.effect is {record.recommended.effect}"
     if equivalent and not same:
         yield from _of_equivalence(verdict, baseline_scores, recommended_scores)
     fields = [n for n in ("difference", "low", "high") if getattr(verdict, n) is not None]
@@ -338,19 +354,19 @@ def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[s
 def _of_equivalence(
     verdict: Judgement, baseline_scores: Mapping[str, float], recommended_scores: Mapping[str, float]
 ) -> Iterator[str]:
-    """Yield inconsistencies of the equivalence of two plans. It needs pairs of runs, and a margin unless the
-    plan is bitwise equal."""
+    """Yield the inconsistencies of a verdict that two plans are equivalent. It needs pairs of runs, the same
+    seeds in both plans, and a margin unless its effect class is E0."""
     if verdict.pairs == 0:
-        yield "the verdict is equivalent on 0 pairs"
+        yield "the verdict is equivalent on 0 pairs of runs"
     if verdict.margin is None and verdict.effect != "E0":
-        yield f"the verdict on {verdict.effect} is equivalent, but verdict.margin is missing"
+        yield f"the verdict of effect class {verdict.effect} is equivalent, but verdict.margin is missing"
     if baseline_scores.keys() != recommended_scores.keys():
         yield (
             f"the verdict is equivalent, but the plans have different seeds: {_seeds(baseline_scores)} "
             f"and {_seeds(recommended_scores)}"
         )
     if baseline_scores and verdict.pairs != len(baseline_scores):
-        yield f"the verdict has {verdict.pairs} pairs, but the runs have {len(baseline_scores)} seeds"
+        yield f"the verdict has {verdict.pairs} pairs, but the scores have {len(baseline_scores)} seeds"
 
 
 def _of_metric(
@@ -359,8 +375,9 @@ def _of_metric(
     baseline_scores: Mapping[str, float],
     recommended_scores: Mapping[str, float],
 ) -> Iterator[str]:
-    """Yield inconsistencies of a verdict with a margin, which must be the result of the paired test of the
-    scores."""
+    """Yield the inconsistencies of a verdict with a margin, which must be what the paired test of the scores
+    gives. Stop if the verdict has no interval, or if the scores are not of the same seeds and enough for it.
+    """
     values = {"difference": verdict.difference, "low": verdict.low, "high": verdict.high}
     for name, value in values.items():
         if value is None:
