@@ -209,7 +209,7 @@ def test_installing_an_environment_measures_and_records_it(home: Path) -> None:
     assert Path(found.packages, "pip").is_dir()
     assert found.installed_bytes > 1_000_000
     assert told
-    with pytest.raises(UserError, match="exists and is not empty"):
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
         install(_tiny("--help"), home / "own", told.append)
 
 

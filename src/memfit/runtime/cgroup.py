@@ -1,7 +1,8 @@
 """A control group (version 2) for one process, if the user has permission to make one.
 
-This module uses only the standard library. The child enters its group; the parent reads what happened in it
-and removes it. docs/decisions/002-memory-cap.md says why only version 2 is used, and never for root.
+This module uses only the standard library. A child process makes and enters its group; its parent reads what
+happened in the group and removes it. docs/decisions/002-memory-cap.md says why only version 2 is used, and
+never for root.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ _OWN: Final = Path("/proc/self/cgroup")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The control group for process `pid`. `home` is the group that the process came from."""
+    """The control group, with a memory limit, for process `pid`. `path` is its folder, which need not exist.
+    `home` is the folder of the group that the process came from."""
 
     path: Path
     home: Path
@@ -26,13 +28,15 @@ class Group:
 
     @classmethod
     def of(cls, pid: int, *, root: Path = _ROOT, own: Path = _OWN) -> Group | None:
-        """Return the group for a child `pid` of this process, or None if no group can be made. The group is
-        not created."""
+        """Return the group for process `pid`, which is this process or its child. Return None if the user may
+        not make such a group, and for root. Nothing is created. ``root`` is the folder of all control groups,
+        ``own`` the file that names this process's group."""
         home = _delegated_home(root, own)
         return cls(path=home.parent / f"memfit-{pid}", home=home, pid=pid) if home else None
 
     def make(self, cap_bytes: int) -> None:
-        """Create the group with a memory limit. Raises OSError if the system does not allow it."""
+        """Create the group with a limit of ``cap_bytes`` on its memory, and without swap where the kernel
+        counts swap. Raises OSError if the group exists or the system does not allow it."""
         self.path.mkdir()
         try:
             (self.path / "memory.max").write_text(str(cap_bytes))
@@ -43,8 +47,8 @@ class Group:
             raise
 
     def enter(self) -> None:
-        """Move the process into the group. Pages touched before stay charged to the old group, so the
-        footprint is outside the cap."""
+        """Move the process into the group. Pages that it touched before stay charged to the group that it
+        leaves, so the limit does not count them."""
         (self.path / "cgroup.procs").write_text(str(self.pid))
 
     def leave(self) -> None:
@@ -52,29 +56,32 @@ class Group:
         (self.home / "cgroup.procs").write_text(str(self.pid))
 
     def peak_bytes(self) -> int | None:
-        """Return the peak memory of the group, or None before Linux 5.19."""
+        """Return the peak memory of the group since it was created. Return None before Linux 5.19, and if the
+        group does not exist."""
         with contextlib.suppress(OSError):
             return int((self.path / "memory.peak").read_text())
         return None
 
     def oom_kills(self) -> int:
-        """Return how many processes in the group the kernel killed because the cap was reached."""
+        """Return how many processes in the group the kernel killed because memory ran out, or 0 if the group
+        does not exist."""
         with contextlib.suppress(OSError):
             lines = (self.path / "memory.events").read_text().splitlines()
             return int(dict(line.split() for line in lines).get("oom_kill", 0))
         return 0
 
     def remove(self) -> None:
-        """Remove the group, if possible."""
+        """Remove the group. Do nothing if the system refuses, as while processes are in it."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
 
 def _delegated_home(root: Path, membership_file: Path) -> Path | None:
-    """Return this process's group if its parent group belongs to the user and delegates the memory
-    controller, else None.
+    """Return the folder of this process's group if the user may write to its parent group, and that delegates
+    the memory controller. Return None otherwise, and for root.
 
-    A group that contains processes cannot delegate a controller, so the new group must be a sibling.
+    A group that contains processes cannot delegate a controller, so a new group must be a sibling of this
+    process's group.
     """
     if os.geteuid() == 0:
         return None  # root may write anywhere, which does not show a delegation

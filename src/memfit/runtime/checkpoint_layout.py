@@ -35,8 +35,9 @@ Box = tuple[Shape, Shape]  # (offsets, sizes)
 
 
 def boxes(shape: Shape, start: int, end: int) -> Iterator[Box]:
-    """Yield elements ``start`` to ``end`` of a contiguous tensor as boxes, in order: at most one box of whole
-    rows, and two for each further dimension."""
+    """Yield the elements ``start`` to ``end`` (exclusive) of a contiguous tensor of ``shape`` as boxes, in
+    order: at most one box of whole rows, and two for each further dimension. Yield none if there are no such
+    elements."""
     if start >= end:
         return
     if not shape:
@@ -60,8 +61,9 @@ def _in_row(row: int, inner: Shape, start: int, end: int) -> Iterator[Box]:
 
 
 class Pieces:
-    """The boxes of a tensor that this rank holds, as views of its memory. torch.distributed.checkpoint
-    handles it like a DTensor. ``views`` maps the offset of a box to its view."""
+    """The boxes that this rank holds of a tensor of ``shape``, as views of this rank's memory.
+    torch.distributed.checkpoint handles it like a DTensor. ``views`` maps the offsets of a box in the whole
+    tensor to its view."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, views: dict[torch.Size, torch.Tensor]) -> None:
         self.shape, self.dtype, self.views = torch.Size(shape), dtype, views
@@ -87,7 +89,8 @@ class Pieces:
 
 
 class Saves(DefaultSavePlanner):
-    """Save planner that supports `Pieces`."""
+    """Save planner of torch.distributed.checkpoint that also saves `Pieces`, and writes parts of a larger CPU
+    storage without copying them."""
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = self.state_dict[index.fqn]
@@ -102,8 +105,9 @@ class Saves(DefaultSavePlanner):
 
 
 def _apart(part: torch.Tensor) -> torch.Tensor:
-    """Return the same elements in the same memory with a storage that contains nothing else. The writer would
-    copy a part of a larger storage, and keep all copies until its file is complete."""
+    """Return the elements of ``part``, in the same memory, as a tensor whose storage contains nothing else.
+    The writer would copy a part of a larger storage, and keep all copies until its file is complete. Return
+    ``part`` itself if it is not a plain contiguous CPU tensor."""
     is_plain = type(part) in {torch.Tensor, nn.Parameter}
     if not is_plain or part.device.type != "cpu" or not part.is_contiguous():
         return part
@@ -113,7 +117,7 @@ def _apart(part: torch.Tensor) -> torch.Tensor:
 
 
 class Loads(DefaultLoadPlanner):
-    """Load planner that supports `Pieces`."""
+    """Load planner of torch.distributed.checkpoint that also loads into `Pieces`."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -134,7 +138,8 @@ class Loads(DefaultLoadPlanner):
 
 
 def in_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
-    """Return the pieces of a tensor of ``shape`` whose elements from ``start`` on are in ``flat``."""
+    """Return the pieces of a tensor of ``shape``, as views of ``flat``, which holds its elements from
+    ``start`` on and nothing else."""
     views, index = {}, 0
     for offsets, sizes in boxes(shape, start, start + flat.numel()):
         count = math.prod(sizes)
@@ -144,8 +149,9 @@ def in_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
 
 
 def in_rows(rows: DTensor, parts: int) -> Pieces:
-    """Return the pieces of a parameter with ``parts`` fused parts. Its rows are ordered by tensor rank, and
-    within a rank by part (techniques/parallel/tensor_parallel.py); in the pieces they are ordered by part."""
+    """Return this rank's pieces of the parameter ``rows``, which consists of ``parts`` fused parts, such as
+    query, key and value. In ``rows`` the rows are ordered by tensor-parallel rank, and within a rank by part
+    (techniques/parallel/tensor_parallel.py). The tensor that the pieces belong to is ordered by part."""
     degree = rows.device_mesh["tensor"].size()
     local = rows.to_local()
     _, offsets = compute_local_shape_and_global_offset(rows.shape, rows.device_mesh, rows.placements)
@@ -162,10 +168,12 @@ def in_rows(rows: DTensor, parts: int) -> Pieces:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlace:
-    """Where a parameter is kept. ``owner`` is the tensor for which the optimizer has state.
+    """Where this rank keeps a parameter of ``shape``. ``owner`` is the tensor that holds its values: the fp32
+    master if there is one, else the parameter. If the parameter is trained, the optimizer has state for it.
 
-    If ``at`` is None, the owner is the parameter itself, in whose rows ``fused`` parts may be fused.
-    Otherwise the owner is flat, and holds the parameter's elements from ``start`` to ``end`` at index ``at``.
+    If ``at`` is None, the owner has the shape of the parameter, whose rows consist of ``fused`` fused parts
+    (0: not fused). Otherwise the owner is flat, and holds the parameter's elements from ``start`` to ``end``
+    (exclusive) from index ``at`` on.
     """
 
     owner: torch.Tensor
@@ -176,7 +184,8 @@ class TensorPlace:
     fused: int = 0
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | Pieces:
-        """Return the parameter's part of ``tensor``, which has the same layout as the owner."""
+        """Return the parameter's part of ``tensor``, which is the owner or has its layout, as the optimizer's
+        state has. The part shares the memory of ``tensor``."""
         detached = tensor.detach()
         if self.fused:
             assert isinstance(detached, DTensor)
@@ -187,8 +196,8 @@ class TensorPlace:
 
 
 def places(step: TrainingStep) -> dict[str, TensorPlace]:
-    """Return the place of every parameter of which this rank holds a part. Owners are fp32 masters if there
-    are any."""
+    """Return the place of every parameter of which this rank holds a part, by its name without wrappers
+    (`clean`). Owners are fp32 masters if there are any."""
     names = {p: clean(n) for n, p in step.model.named_parameters()}
     optimizer: Any = step.optimizer
     fused_parts = {clean(n): parts for n, parts in step.bench.fused_rows.items()}
@@ -230,7 +239,8 @@ def _stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, TensorPlace]]:
 
 
 def _deepspeed12(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
-    """Yield a parameter's fp32 fragment on this rank, as deepspeed/utils/tensor_fragment.py links them."""
+    """Yield the place of a parameter's fp32 fragment on this rank, if there is one, under DeepSpeed's ZeRO 1
+    and 2 (deepspeed/utils/tensor_fragment.py)."""
     if (fragment := getattr(param, "_hp_mapping", None)) is not None:
         address, flat_address = fragment.lp_fragment_address, fragment.hp_fragment_address
         yield TensorPlace(
@@ -243,8 +253,8 @@ def _deepspeed12(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
 
 
 def _deepspeed3(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
-    """Yield a rank's part of a parameter that is sharded evenly
-    (deepspeed/runtime/zero/partition_parameters.py)."""
+    """Yield the place of this rank's part of a parameter, unless it is empty, under DeepSpeed's ZeRO 3, which
+    shards evenly (deepspeed/runtime/zero/partition_parameters.py)."""
     size, count, rank = param.ds_tensor.ds_numel, param.ds_numel, dist.get_rank()
     start, end = (min(r * size, count) for r in (rank, rank + 1))
     if start < end:
@@ -256,7 +266,8 @@ def _deepspeed3(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
 
 
 def spread(step: TrainingStep) -> None:
-    """Update low-precision and whole parameters from the masters that were just read."""
+    """Update the model's parameters from the fp32 masters, after these were read from a checkpoint. Do
+    nothing if there are no masters. All ranks must call it, because ZeRO gathers parameters."""
     optimizer: Any = step.optimizer
     with torch.no_grad():
         if hasattr(optimizer, "shards"):
@@ -282,7 +293,7 @@ def spread(step: TrainingStep) -> None:
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that are in the model's state dict."""
+    """Return the buffers that are in the model's state dict, by their names without wrappers (`clean`)."""
     return {
         clean(f"{prefix}.{name}" if prefix else name): buffer
         for prefix, module in model.named_modules()
@@ -292,14 +303,17 @@ def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def clean(name: str) -> str:
-    """Return a parameter's name without the names of wrapper modules."""
+    """Return a parameter's or buffer's name without the names of the wrapper modules of torch.compile,
+    activation checkpointing and FSDP."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return the torch optimizers inside any wrappers. Raises UserError if there are none."""
+    """Return the torch optimizers inside ``optimizer``, which is one or wraps one or several in its attribute
+    ``optimizers``, ``inner``, ``optimizer`` or ``optim``. Raises UserError if the innermost object is not a
+    torch optimizer."""
     attributes = vars(optimizer)
     inner = next(
         (attributes[n] for n in ("optimizers", "inner", "optimizer", "optim") if n in attributes), None
@@ -310,14 +324,20 @@ def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
         )
         return [torch_optimizer for part in parts for torch_optimizer in optimizers(part)]
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(f"{type(optimizer).__name__} cannot be saved", allowed="a torch.optim.Optimizer")
+        raise UserError(
+            f"{type(optimizer).__name__} is not a torch optimizer, so its state cannot be saved",
+            allowed="a torch.optim.Optimizer, or a wrapper that holds one in its attribute optimizers, "
+            "inner, optimizer or optim",
+        )
     return [optimizer]
 
 
 def make_states(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]) -> None:
-    """Create the state that a first step makes, by steps with zero gradients, one parameter at a time. Its
-    values are then overwritten by those read. ``flats`` holds the tensors that the optimizer will get, if it
-    has none between steps (DeepSpeed's stage 3)."""
+    """Create the state that the optimizer makes in its first step, by steps with zero gradients, one
+    parameter at a time. The caller then overwrites parameters and state with those of a checkpoint, because
+    these steps may change them. Existing gradients become zero. ``flats`` holds the tensors that the
+    optimizer will get; it is used only if the optimizer has no parameters between steps (DeepSpeed's ZeRO
+    3)."""
     grads = {p: p.grad for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
     for param in grads:
         param.grad = None

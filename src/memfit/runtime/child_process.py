@@ -1,12 +1,13 @@
-"""Run one child process: start it with its files, read its output line by line, and never let it outlive this
-process.
+"""Run one child process: start it with its files, read its output line by line, and kill it when this process
+stops waiting for it or ends (on Linux, also if this process is killed).
 
 The child writes one JSON object per line to standard output::
 
     {"event": "step", "step": 3, "loss": 1.02}        any event is passed on as it arrives
     {"event": "result", "measurement": {...}}          the last one is the run's Measurement
 
-All other lines are ignored. Standard error is kept, to give the reason if the child dies without a result.
+All other lines are ignored. Standard error is kept in a file, whose end gives the reason if the child dies
+without a result.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ import ctypes, os, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: holds across exec
 if os.getppid() != int(sys.argv[1]):
-    sys.exit("the parent has died")
+    sys.exit("the parent process has died")
 try:
     os.execvp(sys.argv[2], sys.argv[2:])
 except OSError as error:
@@ -66,11 +67,12 @@ _VMSTAT: Final = Path("/proc/vmstat")
 def run(
     config: LaunchConfig, *, on_event: Callable[[Event], None], stop: threading.Event | None = None
 ) -> Measurement:
-    """Run `config` to its end and return its measurement. ``{dir}`` in argv is the folder of `config.files`.
+    """Run the child process of `config` to its end and return its measurement. ``{dir}`` in argv stands for a
+    temporary folder with `config.files`. ``on_event`` is called with every event when it arrives.
 
-    Setting ``stop`` from another thread ends the child. Errors of the child are outcomes. Only an
-    interruption of this process (Ctrl-C, an error in `on_event`) is raised, after the child and its process
-    group have been killed.
+    The child is killed at the time limit of the spec, and soon after another thread sets ``stop``. Its errors
+    are outcomes of the measurement. Only an interruption of this process (Ctrl-C, an error in `on_event`) is
+    raised, after the child and its process group have been killed.
     """
     with tempfile.TemporaryDirectory(prefix="memfit-") as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
@@ -104,7 +106,8 @@ class _Watch:
         )
 
     def follow(self, on_event: Callable[[Event], None]) -> None:
-        """Read the child's output until it exits or its time is over."""
+        """Read the child's output and call ``on_event`` with every event, until the child exits, its time is
+        over or the run is stopped."""
         for line in self._lines():
             event = _event(line)
             if event is not None:
@@ -123,7 +126,8 @@ class _Watch:
             self._losses += [float(loss)] if isinstance(loss, int | float) else []
 
     def _lines(self) -> Iterator[bytes]:
-        """Yield lines until the child closes its output, exits or runs out of time."""
+        """Yield the lines of the child's output until it closes its output, exits or runs out of time, or the
+        run is stopped. The last line may be empty or cut off."""
         rest = b""
         for chunk in self._chunks():
             *lines, rest = (rest + chunk).split(b"\n")
@@ -153,12 +157,14 @@ class _Watch:
         return os.waitid(os.P_PID, self._process.pid, flags) is not None
 
     def _left_s(self) -> float:
-        """Return the seconds left, infinite for a run without a time limit."""
+        """Return the seconds until the child's time limit: 0 after it or once the run is stopped, infinite if
+        there is no limit."""
         limit_s = math.inf if self._spec.timeout_s is None else self._spec.timeout_s
         return 0.0 if self._stop.is_set() else max(0.0, self._started_s + limit_s - time.monotonic())
 
     def end(self) -> None:
-        """Kill the child's process group and remove its control group."""
+        """Kill the child's process group, wait for the child, and read the out-of-memory kills of its control
+        group before removing it."""
         # macOS forbids signals to a group of zombies.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -171,7 +177,8 @@ class _Watch:
             group.remove()
 
     def measurement(self) -> Measurement:
-        """Return the child's result, or a measurement that says how it ended."""
+        """Return the child's last result. If there is none or it is invalid, return a measurement with the
+        outcome and the reason."""
         if self._result is not None:
             try:
                 return serialization.loads(Measurement, json.dumps(self._result), what="the child's result")
@@ -189,8 +196,12 @@ class _Watch:
         )
 
     def _ending(self) -> tuple[OutcomeKind, str]:
-        """Return the outcome and reason of an end without a result. SIGKILL alone does not prove an
-        out-of-memory kill: the kernel must have counted one."""
+        """Return the outcome and reason of an end without a result: stopped, out of time, out of memory or
+        failed.
+
+        SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one. Any exit code
+        but 0 counts as out of memory if the end of standard error says so.
+        """
         code, lines = self._process.returncode, self._last_words()
         if self._timed_out and self._stop.is_set():
             return OutcomeKind.FAILED, STOPPED
@@ -236,7 +247,8 @@ def _code_text(code: int) -> str:
 
 
 def _machine_oom_kills() -> int:
-    """Return the kernel's count of out-of-memory kills, or 0 if it is not available."""
+    """Return how many processes of this machine the kernel has killed because memory ran out, or 0 if this is
+    not known."""
     with contextlib.suppress(OSError):
         for line in _VMSTAT.read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -245,9 +257,10 @@ def _machine_oom_kills() -> int:
 
 
 def _dying_with_parent(argv: Sequence[str]) -> list[str]:
-    """Return `argv` wrapped so that Linux kills the process when this process dies in any way.
+    """Return `argv` wrapped so that Linux kills the process when this process dies in any way. If this
+    process has died already, `argv` is not started.
 
-    A small program requests this and then replaces itself with argv, because running Python code between fork
-    and exec is unsafe with threads.
+    A small program requests this and then replaces itself with `argv`, because running Python code between
+    fork and exec is unsafe with threads.
     """
     return [sys.executable, "-I", "-S", "-c", _ASK, str(os.getpid()), *argv]

@@ -31,11 +31,11 @@ _BUILD_LIMIT_S: Final = 120.0
 
 
 class AllocatorUnavailable(MemfitError):
-    """The counting allocator cannot be built or installed here. The message says why."""
+    """The counting allocator cannot be built, loaded or installed here. The message says why."""
 
 
 class Counts(NamedTuple):
-    """Numbers of allocations, frees and live blocks."""
+    """Numbers of allocations and frees since the install, and of the blocks that are alive now."""
 
     allocations: int
     frees: int
@@ -58,24 +58,26 @@ class Log(NamedTuple):
 
     @property
     def deltas_bytes(self) -> tuple[int, ...]:
-        """Change in live bytes of each event."""
+        """Change in live bytes of each event, in the order of ``events``."""
         return tuple(e.delta_bytes for e in self.events)
 
     def timeline_bytes(self, points: int) -> tuple[int, ...]:
-        """Return live bytes after each event, downsampled to at most `points` values."""
+        """Return the live bytes at the start and after each event, reduced to at most `points` values
+        (`thin`)."""
         return thin(accumulate(self.deltas_bytes, initial=self.start_bytes), points)
 
 
 def thin(live_bytes: Iterable[int], points: int) -> tuple[int, ...]:
-    """Return at most `points` values: the maximum of each run of adjacent values, so that the peak is
-    kept."""
+    """Return at most `points` values: the maximum of each run of adjacent values, so that the peak is kept.
+    Runs are of equal length, except the last."""
     values = tuple(live_bytes)
     per_point = -(-len(values) // points) or 1
     return tuple(max(values[i : i + per_point]) for i in range(0, len(values), per_point))
 
 
 def available() -> str | None:
-    """Return None if the allocator can be used (it is then built), else the reason in one line."""
+    """Build the allocator's library, unless it is in the cache. Return None if this succeeds, else the reason
+    in one line. Nothing is loaded or installed."""
     try:
         _build()
     except AllocatorUnavailable as error:
@@ -84,7 +86,8 @@ def available() -> str | None:
 
 
 class CountingAllocator:
-    """Handle of the process's single counting allocator. Raises AllocatorUnavailable if it cannot be built.
+    """Handle of the process's single counting allocator. Raises AllocatorUnavailable if it cannot be built or
+    loaded.
 
     It counts from `install()` until the process ends, so install it before the model is built.
     """
@@ -95,31 +98,32 @@ class CountingAllocator:
         self._library = _load(_build())
 
     def install(self) -> None:
-        """Start counting. Raises AllocatorUnavailable if torch's allocator cannot be wrapped."""
+        """Start counting, unless this process counts already. Raises AllocatorUnavailable if torch's
+        allocator cannot be wrapped."""
         if not self._library.memfit_install():
             raise AllocatorUnavailable("torch's current CPU allocator cannot be wrapped")
         _count_copied_storages()
 
     def live_bytes(self) -> int:
-        """Return the live bytes now."""
+        """Return the bytes of the counted storages that are alive now."""
         return int(self._library.memfit_live())
 
     def peak_bytes(self) -> int:
-        """Return the peak of live bytes since the install or the last reset_peak."""
+        """Return the peak of live bytes since the last reset_peak, or since the install."""
         return int(self._library.memfit_peak())
 
     def reset_peak(self) -> None:
-        """Set the peak to what is live now."""
+        """Set the peak to the bytes that are live now."""
         self._library.memfit_reset_peak()
 
     def counts(self) -> Counts:
-        """Return the numbers of allocations, frees and live blocks."""
+        """Return the numbers of allocations and frees since the install, and of the blocks alive now."""
         out = (ctypes.c_int64 * 3)()
         self._library.memfit_counts(out)
         return Counts(*out)
 
     def start_log(self) -> None:
-        """Start logging every allocation and free."""
+        """Start a log of every allocation and free. Events of an earlier log are dropped."""
         self._log_start_bytes = int(self._library.memfit_start_log())
 
     def stop_log(self) -> Log:
@@ -127,32 +131,34 @@ class CountingAllocator:
         the log."""
         length = int(self._library.memfit_stop_log())
         if length < 0:
-            raise MemoryError("no memory was left for the log of allocations")
+            raise MemoryError("the log of allocations is incomplete: no memory was left for it")
         out = (ctypes.c_int64 * (3 * length))()
         self._library.memfit_read_log(out, length)
         events = tuple(Event(*out[i : i + 3]) for i in range(0, 3 * length, 3))
         return Log(self._log_start_bytes, events)
 
     def release(self, cap_bytes: int = 0) -> None:
-        """Return freed blocks that are kept for reuse to the system. Under a cap of `cap_bytes` above the
-        current live bytes, fewer blocks are kept from now on."""
+        """Return to the system all freed blocks that are kept for reuse. With `cap_bytes`, freed blocks are
+        kept from now on only while they and the live blocks take less than the bytes live now plus 7/8 of
+        `cap_bytes`. Without it, this limit ends."""
         self._library.memfit_release(cap_bytes)
 
     def watch_data(self, on: bool) -> None:
-        """Start or stop recording the highest VmData after each allocation of at least 64 KiB."""
+        """Start or stop recording the process's highest data segment, read after large allocations (64 KiB or
+        more). Starting forgets the earlier highest. Nothing is recorded outside Linux."""
         self._library.memfit_watch_data(int(on))
 
     def data_peak_bytes(self) -> int:
-        """Return the highest data segment, including the stack, since watch_data(True), or 0 if it was never
-        watched."""
+        """Return the highest bytes of the process's data segment, including the stack, recorded since
+        watch_data(True), or 0 if it was never watched."""
         return int(self._library.memfit_data_peak())
 
 
 @functools.cache
 def _count_copied_storages() -> None:
-    """Patch the cloning of storages to use the counted allocator. Storages made by Python use torch's default
-    allocator, whichever is set. This includes the buffers of a model's deep copy, which are cloned as
-    storages, while parameters are cloned as tensors."""
+    """Patch the cloning of CPU storages so that the clones are counted. Torch makes the storages that Python
+    clones with its default allocator, even if another one is set. These include the buffers of a model's deep
+    copy, which are cloned as storages, while parameters are cloned as tensors."""
     inner: Any = torch.UntypedStorage.clone
 
     def clone(storage: Any) -> Any:
@@ -176,7 +182,8 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _build() -> Path:
-    """Return the path of the library, and compile it if it is not cached. Raises AllocatorUnavailable."""
+    """Return the path of the library, and compile it if it is not cached. Raises AllocatorUnavailable if
+    there is no compiler (even if it is cached) or compiling fails."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise AllocatorUnavailable(f"no C++ compiler found ({', '.join(_COMPILERS)})")
@@ -206,7 +213,7 @@ def _command(compiler: str) -> tuple[str, ...]:
 
 
 def _cache_path(command: tuple[str, ...]) -> Path:
-    """Return the cache path, which differs for each torch, source, compiler and flags."""
+    """Return the library's path in the cache, which differs for each torch, source, compiler and flags."""
     compiler_stat = Path(command[0]).stat()
     parts = (torch.__version__, *command, str(compiler_stat.st_size), str(compiler_stat.st_mtime_ns))
     digest = hashlib.sha256("\0".join(parts).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
@@ -214,7 +221,8 @@ def _cache_path(command: tuple[str, ...]) -> Path:
 
 
 def _compile(command: tuple[str, ...], target: Path) -> None:
-    """Compile to a file beside `target` and rename it, so that two processes may build at the same time."""
+    """Compile to a file beside `target` and rename it to `target`, so that two processes may build at the
+    same time. Raises AllocatorUnavailable if this fails or takes too long."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(suffix=".so", dir=target.parent)
@@ -233,6 +241,6 @@ def _compile(command: tuple[str, ...], target: Path) -> None:
 
 
 def _why(error: Exception) -> str:
-    """Return the compiler's first error line, else the error itself."""
+    """Return the first line with "error" that the compiler printed, else the text of ``error``."""
     lines = str(getattr(error, "stderr", None) or "").splitlines()
     return next((line for line in lines if "error" in line), str(error))

@@ -13,10 +13,11 @@ _NO_METER: Final = (None, "")
 
 
 class EnergyMeter:
-    """Energy between start() and stop(), with the boundary at which it is measured.
+    """Measures the energy between start() and stop(), and names the boundary at which it is measured.
 
     For a CPU the boundary is the package (cores and caches of every socket, without DRAM, disks and power
-    supply), for a GPU the board. The counters include everything that runs there, not only this process.
+    supply), for a GPU (``device`` "cuda" or "cuda:1") the board. The counters include everything that runs
+    there, not only this process. ``powercap`` is the folder of the CPU's counters.
     """
 
     def __init__(self, device: str = "cpu", *, powercap: Path = _POWERCAP) -> None:
@@ -29,7 +30,8 @@ class EnergyMeter:
         self._started = self._read()
 
     def stop(self) -> tuple[float | None, str]:
-        """Return (joules, boundary) since start(), or (None, "") if there is no readable meter."""
+        """Return (joules since start(), boundary). Return (None, "") if there is no meter, if a counter could
+        not be read now or at the start, or if start() was not called."""
         start_readings, end_readings = self._started, self._read()
         if not end_readings or len(start_readings) != len(end_readings):
             return _NO_METER
@@ -54,7 +56,7 @@ class EnergyMeter:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Zone:
-    """One package in /sys/class/powercap. Its counter wraps around at `range_uj`."""
+    """One package (socket) in /sys/class/powercap. Its counter of microjoules wraps around at `range_uj`."""
 
     path: Path
     range_uj: int
@@ -63,16 +65,16 @@ class _Zone:
         return _int(self.path / "energy_uj")
 
     def spent_uj(self, before: int | None, after: int | None) -> int | None:
-        """Return the energy spent, correct if the counter wrapped at most once (262 kJ: 20 minutes at 200
-        W)."""
+        """Return the microjoules between two readings, or None if a reading is missing. This is correct if
+        the counter wrapped at most once (a range of 262 kJ is 20 minutes at 200 W)."""
         if before is None or after is None:
             return None
         return after - before if after >= before else after - before + self.range_uj
 
 
 def _zones(powercap: Path) -> tuple[_Zone, ...]:
-    """Return the package zones: `intel-rapl:0` and so on, also on AMD. Subzones such as core and dram are
-    part of a package or separate."""
+    """Return the zones of packages: `intel-rapl:0` and so on, also on AMD. Subzones, such as core and dram,
+    and zones whose range cannot be read are left out."""
     zones = []
     for path in sorted(powercap.glob("intel-rapl:*")):
         range_uj = _int(path / "max_energy_range_uj")
@@ -105,7 +107,8 @@ class _Board:
 
 
 def _board(device: str) -> _Board | None:
-    """Return NVML's handle of torch's `device`, found by UUID because NVML ignores CUDA_VISIBLE_DEVICES."""
+    """Return NVML and its handle of torch's `device`, found by UUID because NVML ignores
+    CUDA_VISIBLE_DEVICES. Return None if pynvml is not installed or NVML does not find the device."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:

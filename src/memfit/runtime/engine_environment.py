@@ -17,9 +17,10 @@ _LIMIT_S = 3600.0
 
 
 def install(engine: Engine, into: Path | None, told: Told) -> Environment:
-    """Create the environment of ``engine`` and return its record. ``told`` is called with every line that pip
-    prints. Raises UserError if the engine needs no environment or the folder is in use, and RunError with
-    pip's last line if a command fails."""
+    """Create the virtual environment of ``engine`` in the folder ``into`` (None: one named after the engine
+    in memfit's `home` of environments), record it, and return the record. ``told`` is called with every line
+    that venv and pip print. Raises UserError if the engine needs no environment or the folder exists and is
+    not empty, and RunError with the last line printed if a command fails."""
     if not engine.requirements:
         raise UserError(
             f"engine {engine.name} needs no environment of its own",
@@ -28,7 +29,8 @@ def install(engine: Engine, into: Path | None, told: Told) -> Environment:
     folder = (into or home() / engine.name).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"{folder} exists and is not empty", hint="remove it, or name another folder with --into"
+            f"{folder} exists and is not an empty folder",
+            hint="remove it, or name another folder with --into",
         )
     start = time.perf_counter()
     _run([sys.executable, "-P", "-m", "venv", str(folder)], told)
@@ -62,6 +64,6 @@ def _run(command: list[str], on_line: Told) -> None:
 
 
 def _bytes(folder: Path) -> int:
-    """Return the bytes of the files in ``folder``, without symbolic links."""
+    """Return the bytes of all files in ``folder`` and its subfolders, without symbolic links."""
     files = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     return sum(p.stat().st_size for p in files)

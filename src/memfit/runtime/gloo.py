@@ -20,8 +20,8 @@ _PATIENCE_S = 5e-4
 
 
 def gloo_threads(*names: str) -> list[int]:
-    """Return the ids of this process's threads with these names, or none if the system does not list
-    threads."""
+    """Return the ids of this process's threads that have one of these names. The list is empty if the system
+    does not list threads in /proc."""
     tasks, ids = Path("/proc/self/task"), list[int]()
     for task in tasks.iterdir() if tasks.exists() else ():
         with contextlib.suppress(OSError):  # the thread has ended in the meantime
@@ -33,11 +33,11 @@ def gloo_threads(*names: str) -> list[int]:
 @contextlib.contextmanager
 def gloo_first(settle: bool = True, *, patient: bool = False) -> Iterator[Callable[[], bool]]:
     """Yield a function that asks the system to run gloo's current threads whenever they are ready, and
-    returns whether the system agreed (it refuses users without permission). Scheduling is restored at the
-    end.
+    returns whether the system agreed. It returns False if the user has no permission, if there are no such
+    threads, and, without asking, if ``settle`` is False. Scheduling is restored at the end.
 
-    With ``patient``, waiting for a collective takes half a millisecond longer, which makes memory
-    measurements accurate and time measurements inaccurate.
+    With ``patient``, waiting for a collective takes half a millisecond longer, and gathers run one after the
+    other, which makes memory measurements accurate and time measurements inaccurate.
     """
 
     def ask() -> bool:
@@ -54,10 +54,10 @@ def gloo_first(settle: bool = True, *, patient: bool = False) -> Iterator[Callab
 
 @contextlib.contextmanager
 def _patient() -> Iterator[None]:
-    """Make waiting for a collective take a moment longer, so that a gloo thread that has reported completion
-    can free what it holds. Without this, threads on several cores race, whatever their priority. Gathers that
-    start together (ZeRO's) finish one after the other, as they are predicted, and not two at a time on two
-    threads."""
+    """Make waiting for a collective take half a millisecond longer, so that a gloo thread that has reported
+    completion can free what it holds. Without this, threads on several cores race, whatever their priority.
+    A call that starts a gather into one tensor (ZeRO's) returns when the gather is complete, so that gathers
+    run one after the other, as they are predicted, and not two at a time on two threads."""
     import torch.distributed as dist
     from torch.distributed import _functional_collectives as functional
 

@@ -1,4 +1,5 @@
-"""This machine as an entry of the catalog, as far as it is known without an accelerator."""
+"""This machine: its CPU as a machine of the catalog, the CPUs and the memory that can be used now, and the
+kind of its accelerator."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from memfit.types.machine import Device, Fact, Machine
 
 
 def this_machine(place: str) -> Machine:
-    """Return this machine's CPU as one device, with measured memory and an assumed power per thread."""
+    """Return a machine whose only device is this machine's CPU, with the memory that the operating system
+    reports and an assumed power for each CPU thread that this process may use. ``place`` is the name of a
+    place in the catalog."""
     import psutil
 
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -40,7 +43,7 @@ def accelerator_kind() -> str:
 
 
 def free_bytes() -> int:
-    """Return the memory that can be allocated now without swapping."""
+    """Return the bytes of this machine's memory that can be allocated now without swapping."""
     import psutil
 
     return int(psutil.virtual_memory().available)

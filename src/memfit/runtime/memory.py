@@ -1,4 +1,5 @@
-"""Peak of live tensor bytes, by the best available counter, and the process's own memory from /proc."""
+"""Peak of live tensor bytes, by the best available counter, and this process's memory as the operating system
+counts it."""
 
 from __future__ import annotations
 
@@ -22,22 +23,23 @@ _ALIGN_BYTES: Final = 64
 
 
 class PeakCounter(Protocol):
-    """Counts live tensor bytes from its construction on. `source` names the method."""
+    """Counts the live tensor bytes of one device, and their peak. `source` names the method."""
 
     source: str
 
     def live_bytes(self) -> int: ...
 
     def peak_bytes(self) -> int:
-        """Return the peak of live bytes since the last reset_peak (or the start)."""
+        """Return the peak of live bytes since the last reset_peak, or since counting started."""
         ...
 
     def reset_peak(self) -> None: ...
 
 
 def peak_counter(device: str = "cpu") -> PeakCounter:
-    """Return a counter for `device` ("cpu", "cuda:1") that is already counting. Call it before the model is
-    built."""
+    """Return a counter for `device` ("cpu", "cuda:1") that is already counting: torch's statistics for CUDA,
+    else the counting allocator, or `TorchEvents` if that is not available. Call it before the model is
+    built, because the counters for a CPU do not see earlier tensors."""
     if device.startswith("cuda"):
         return CudaCounter(device)
     try:
@@ -49,7 +51,8 @@ def peak_counter(device: str = "cpu") -> PeakCounter:
 
 
 class CudaCounter:
-    """Torch's own CUDA statistics, which are exact because its caching allocator provides every block."""
+    """Torch's own CUDA statistics, which are exact because its caching allocator provides every block. They
+    include tensors that existed before. Constructing a counter resets the peak."""
 
     source = "torch CUDA allocator"
 
@@ -70,8 +73,9 @@ class CudaCounter:
 class TorchEvents:
     """Counts torch.profiler's allocation events, for systems where the counting allocator cannot be built.
 
-    It is slower, keeps every event since the last reading in memory, and misses frees on threads that the
-    profiler does not follow. Reading it ends one profile and starts the next.
+    It counts CPU blocks allocated after its construction, rounded up to 64 bytes. It is slower than the
+    counting allocator, keeps every event since the last reading in memory, and misses frees on threads that
+    the profiler does not follow. Reading it ends one profile and starts the next.
     """
 
     source = "torch allocator events"
@@ -119,7 +123,7 @@ class TorchEvents:
 
 
 def _allocations(session: profile) -> list[tuple[int, int]]:
-    """Return (pointer, +bytes or -bytes) of every CPU allocation and free, in order of time."""
+    """Return (pointer, +bytes or -bytes) of every CPU allocation and free of a profile, in order of time."""
     from torch._C._profiler import _EventType
 
     results = session.profiler.kineto_results if session.profiler else None
@@ -150,7 +154,8 @@ def rss_bytes() -> int:
 
 
 def rss_peak_bytes() -> int:
-    """Return the highest resident bytes since the last reset_rss_peak, or since the process started."""
+    """Return the highest resident bytes since the last reset_rss_peak, or since the process started. Return
+    the resident bytes now if the system records no peak, as on macOS."""
     status_bytes = _status_bytes("VmHWM")
     if status_bytes is not None:
         return status_bytes
@@ -161,8 +166,8 @@ def rss_peak_bytes() -> int:
 
 
 def reset_rss_peak() -> bool:
-    """Set the resident peak to the current resident size. Return False if the system does not support
-    this."""
+    """Set the peak that `rss_peak_bytes` returns to the current resident bytes. Return False if the system
+    does not support this, else True."""
     with contextlib.suppress(OSError):
         _CLEAR_REFS.write_text(_RESET_PEAK)
         return True
@@ -170,8 +175,8 @@ def reset_rss_peak() -> bool:
 
 
 def data_bytes() -> int | None:
-    """Return VmData: private writable memory without the stack, which RLIMIT_DATA limits. Return None without
-    /proc."""
+    """Return this process's VmData in bytes: private writable memory without the stack, which RLIMIT_DATA
+    limits. Return None on systems without /proc."""
     return _status_bytes("VmData")
 
 

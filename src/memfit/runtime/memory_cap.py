@@ -27,10 +27,12 @@ _PROBE_BYTES: Final = 32 * 1024**2
 
 
 class MemoryLimit:
-    """A cap of `cap_bytes` above the footprint. `kind` is "RLIMIT_DATA", "cgroup" or "cuda fraction".
+    """A cap of `cap_bytes` above the footprint, which is what this process holds when `apply` sets the cap.
+    `kind` is "RLIMIT_DATA", "cgroup" or "cuda fraction".
 
-    If `counter` is the counting allocator, the used bytes are also known under RLIMIT_DATA. Raises
-    MemfitError if the system supports no such limit.
+    Under RLIMIT_DATA the used bytes are known only if `counter` is the counting allocator. Constructing a
+    limit sets no cap. It raises MemfitError if `device` is a CPU and the system supports neither RLIMIT_DATA
+    nor a control group.
     """
 
     def __init__(self, cap_bytes: int, *, device: str = "cpu", counter: PeakCounter | None = None) -> None:
@@ -47,8 +49,8 @@ class MemoryLimit:
         return self._cap.kind
 
     def apply(self) -> None:
-        """Set the cap. From now on an allocation beyond it fails (RLIMIT_DATA, CUDA) or the process is killed
-        (cgroup)."""
+        """Return free memory to the system and set the cap. From now on an allocation beyond it fails
+        (RLIMIT_DATA, CUDA) or the process is killed (cgroup)."""
         if self._allocator is not None:
             self._allocator.release(self.cap_bytes)
         _trim()
@@ -64,8 +66,8 @@ class MemoryLimit:
                 self._allocator.release()
 
     def used_bytes(self) -> int | None:
-        """Return the peak above the footprint from apply() to now or to lift(), as the cap counts it, or None
-        if it is unknown."""
+        """Return the peak in bytes above the footprint, from apply() to lift() (or to now, before lift()), as
+        the cap counts it. Return None if it is unknown."""
         return self._cap.used_bytes() if self._used_bytes is None else self._used_bytes
 
 
@@ -73,7 +75,7 @@ class _Cap(Protocol):
     kind: str
 
     def apply(self, cap_bytes: int) -> int:
-        """Set the cap and return the footprint in bytes."""
+        """Set the cap and return the footprint in bytes: what the process holds now."""
         ...
 
     def lift(self) -> None: ...
@@ -93,8 +95,8 @@ def _cpu_cap(cap_bytes: int, allocator: CountingAllocator | None) -> _Cap:
 
 
 def _data_limit_holds() -> bool:
-    """Return whether RLIMIT_DATA works. This is tested, because kernels before Linux 4.7 and some sandboxes
-    do not apply it to mappings."""
+    """Return whether RLIMIT_DATA limits memory mappings. This is tried out, because kernels before Linux 4.7
+    and some sandboxes do not apply it to them. Return False on systems without /proc."""
     current_bytes = data_bytes()
     if current_bytes is None:
         return False
@@ -110,7 +112,8 @@ def _data_limit_holds() -> bool:
 
 
 class _DataLimit:
-    """A cap by RLIMIT_DATA, which counts private writable memory, touched or not (VmData)."""
+    """A cap by RLIMIT_DATA, which counts private writable memory, touched or not (VmData). A lower limit that
+    the process already has stays."""
 
     kind = "RLIMIT_DATA"
 
@@ -134,12 +137,14 @@ class _DataLimit:
             self._allocator.watch_data(False)
 
     def used_bytes(self) -> int | None:
-        """Return the peak of VmData from the counting allocator. The kernel keeps no such peak."""
+        """Return by how many bytes the peak of VmData since apply() exceeds its value at apply(). Return None
+        without the counting allocator, which records this peak; the kernel keeps none."""
         return None if self._allocator is None else self._allocator.data_peak_bytes() - self._start_bytes
 
 
 class _Cgroup:
-    """A cap by a control group, which counts the pages touched after the process entered it."""
+    """A cap by a control group, which counts the pages that the process touches after `apply` has moved it
+    into the group."""
 
     kind = "cgroup"
 
@@ -160,7 +165,8 @@ class _Cgroup:
 
 
 class _CudaFraction:
-    """A cap by the caching allocator's own limit on what it reserves from the device."""
+    """A cap by torch's caching CUDA allocator, which limits the memory that this process reserves from the
+    device."""
 
     kind = "cuda fraction"
 

@@ -19,11 +19,11 @@ _NO_KERNEL: Final = "could not create a primitive"
 
 
 def is_oom_error(error: BaseException) -> bool:
-    """Return True for MemoryError, torch.OutOfMemoryError, ENOMEM and the RuntimeError of torch's CPU
-    allocator.
+    """Return True for MemoryError, torch.OutOfMemoryError, an OSError with ENOMEM, and a RuntimeError whose
+    text says that memory ran out (`is_oom_text`), such as that of torch's CPU allocator.
 
-    oneDNN gives no reason if it finds no memory for a kernel's code. Its error counts as out of memory while
-    a cap is set.
+    oneDNN gives no reason if it finds no memory for a kernel's code. Its RuntimeError counts as out of memory
+    while this process has a limit RLIMIT_DATA.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -35,6 +35,7 @@ def is_oom_error(error: BaseException) -> bool:
 
 
 def is_oom_text(text: str) -> bool:
-    """Return whether the output of a dead process says that memory ran out."""
+    """Return whether ``text``, an error message or a line of a dead process's output, says that memory ran
+    out."""
     lower_text = text.lower()
     return any(t in lower_text for t in _TEXTS)

@@ -1,8 +1,8 @@
-"""Calibration: run single operators on this machine to measure their time and the memory they use inside.
+"""Calibration: run single operators on this machine's CPU to measure their time and their peak memory.
 
-If a kernel allocates scratch memory, an operator's own peak (including outputs) cannot be seen on fake
-tensors. Running it once on real tensors of the same shapes shows it. Both figures are labelled as calibration
-wherever they are used.
+If a kernel allocates scratch memory, the peak of an operator's call (including outputs) cannot be seen on
+fake tensors. Running it once on real tensors of the same shapes shows it. Times and peaks are labelled as
+calibration wherever they are used.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ _SCHEDULED = Path("/proc/thread-self/schedstat")
 def calibrate(
     signatures: Iterable[str], *, budget_s: float, counter: PeakCounter, rates: bool = True
 ) -> Calibration:
-    """Probe the signatures in order until ``budget_s`` seconds are spent. With ``rates``, first measure the
-    machine itself: matrix products, copies, the disk and the overhead of a call."""
+    """Return the times and peak bytes of the operators that ``signatures`` describe (JSON, see `ready`).
+
+    They are run in order; none is begun after ``budget_s`` seconds. With ``rates``, this time includes first
+    measuring the machine itself: matrix products, copies, the disk and the overhead of a call. Operators that
+    cannot run alone are listed in ``not_timed``; those for which no time was left are not listed.
+    """
     start, waited_s = time.perf_counter(), _waited_s()
     machine = _rates() if rates else Calibration()
     probes: dict[str, Probed] = {}
@@ -78,8 +82,8 @@ def _rates() -> Calibration:
 
 
 def _waited_s() -> float:
-    """Return the seconds that this thread was ready and waited for a CPU, as the kernel counts them, or 0 if
-    it does not."""
+    """Return the seconds that this thread has been ready and waited for a CPU since it started, as the kernel
+    counts them, or 0 if it does not count them."""
     try:
         return int(_SCHEDULED.read_text().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
@@ -89,8 +93,8 @@ def _waited_s() -> float:
 def workspaces(
     signatures: Iterable[str], *, budget_s: float, counter: PeakCounter
 ) -> Iterator[tuple[str, Inside | None]]:
-    """Run each signature's operator once, in order, until ``budget_s`` seconds are spent. Yield the signature
-    with the bytes it takes, or with None if the operator cannot run alone."""
+    """Run each signature's operator once, in order; none is begun after ``budget_s`` seconds. Yield the
+    signature with the bytes that its operator takes, or with None if the operator cannot run alone."""
     start = time.perf_counter()
     for signature in signatures:
         if time.perf_counter() - start > budget_s:
@@ -102,7 +106,8 @@ def workspaces(
 
 
 class Inside(NamedTuple):
-    """Bytes of one call: its own peak, including outputs, and the workspace kept for backward."""
+    """Bytes of one operator call: its peak, including outputs but not inputs, and the part of it that is a
+    oneDNN workspace kept for backward."""
 
     peak_bytes: int
     kept_bytes: int
@@ -111,9 +116,9 @@ class Inside(NamedTuple):
 class Probed(NamedTuple):
     """Measurements of one operator run alone.
 
-    ``seconds`` is the time of a call. ``peak_bytes`` is its own peak. ``kept_bytes`` is the part of it that
-    is a kernel's workspace for backward, whose size fake tensors do not know. ``spread_ratio`` says how far
-    the median of its calls lies above the shortest.
+    ``seconds`` is the median time of its calls. ``peak_bytes`` is the peak of a call, including outputs but
+    not inputs. ``kept_bytes`` is the part of this peak that is a kernel's workspace for backward, whose size
+    fake tensors do not know. ``spread_ratio`` says by which fraction the median time lies above the shortest.
     """
 
     seconds: float
@@ -132,7 +137,8 @@ def probe(signature: str, counter: PeakCounter) -> Probed | None:
         return None
 
 
-# An argument that JSON cannot hold, or values that the kernel rejects.
+# Errors of an operator that cannot run alone: an argument cannot be made from its signature, or the kernel
+# rejects made-up values.
 CANNOT_RUN = (
     RuntimeError,
     ValueError,
@@ -146,8 +152,9 @@ CANNOT_RUN = (
 
 
 def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Inside]:
-    """Return the operator as a function with made-up arguments, and the bytes of its first call. Raises one
-    of `CANNOT_RUN`."""
+    """Run the signature's operator once. Return a function that repeats the call with the same made-up
+    arguments, and the bytes that the call took. Raises one of `CANNOT_RUN` if the operator cannot run
+    alone."""
     call, args, kwargs = ready(signature)
     start_bytes = counter.live_bytes()
     counter.reset_peak()
@@ -158,7 +165,9 @@ def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Ins
 
 
 def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
-    """Return (operator, arguments with real tensors, keyword arguments) for a signature."""
+    """Return (operator, arguments with real CPU tensors of made-up values, keyword arguments) for a
+    ``signature``, the JSON text that `memfit.trace.signature.describe` makes. Raises one of `CANNOT_RUN` if
+    an argument cannot be made."""
     name, args, kwargs = json.loads(signature)
     inputs = [_real(a) for a in args]
     if name == _RNN_BACKWARD:
@@ -167,8 +176,8 @@ def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]
 
 
 def _after_forward(inputs: list[Any]) -> list[Any]:
-    """Return the arguments for oneDNN's recurrent backward. It reads the workspace that its forward wrote,
-    and crashes on anything else."""
+    """Return ``inputs``, the arguments of oneDNN's recurrent backward, with the outputs and the workspace of
+    a forward call. Backward reads the workspace that forward wrote, and crashes on anything else."""
     *tensors, reverse, mode, hidden, layers, biases, train, bidirectional, sizes, batch_first, _ = inputs
     out, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
         *tensors[:7], reverse, sizes, mode, hidden, layers, biases, bidirectional, batch_first, train
@@ -193,7 +202,8 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 
 def _best_s(call: Callable[[], Any]) -> float:
-    """Return the shortest time of a few calls, because other work on the machine only adds time."""
+    """Return the shortest time of a few calls (10, or fewer if they are long), because other work on the
+    machine only adds time."""
     times_s: list[float] = []
     while len(times_s) < _REPEATS and sum(times_s) < _OP_LIMIT_S:
         start = time.perf_counter()
@@ -203,11 +213,11 @@ def _best_s(call: Callable[[], Any]) -> float:
 
 
 def _typical_s(call: Callable[[], Any]) -> tuple[float, float]:
-    """Return (median time of a few calls, how far it lies above the shortest).
+    """Return (median time of a few calls, by which fraction it lies above the shortest).
 
     As in a step, the calls do not find their operands in the innermost caches: the shortest of consecutive
-    calls was a quarter below the time in a step. Time in which a call waited for a CPU that another process
-    used does not count.
+    calls is about a quarter below the time in a step. Time in which a call waited for a CPU that another
+    process used does not count, but at least a twentieth of each call's time does.
     """
     filler, times_s = torch.ones(_BETWEEN_BYTES // 4), list[float]()
     while len(times_s) < _CALLS and (sum(times_s) < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
@@ -235,13 +245,14 @@ def _real(value: Any) -> Any:
             return getattr(torch, value["torch"])
         if "device" in value:
             return torch.device(value["device"])
-        raise ValueError(f"the argument cannot be recreated: {value}")
+        raise ValueError(f"this argument of an operator cannot be made from its description: {value}")
     return value
 
 
 def _tensor(shape: list[int], stride: list[int], dtype_name: str, variant: str = "") -> torch.Tensor:
-    """Return a tensor of small random numbers. Integers are zeros, which are always valid indices, and masks
-    are True."""
+    """Return a CPU tensor of random numbers between 0.1 and 1. Integers are zeros, which are always valid
+    indices, and masks are True. Complex numbers, and numbers of tensors with a stride of 0, are 0.5.
+    ``variant`` "conj" makes a conjugate view."""
     if variant == "conj":
         return _tensor(shape, stride, dtype_name).conj()
     dtype = getattr(torch, dtype_name)
@@ -270,9 +281,10 @@ def _copy_bytes_s() -> float:
 
 
 def _disk() -> tuple[float, float]:
-    """Return (bytes per second, additional seconds per tensor) for writing tensors to a file and reading them
-    back as activation offload does: through the page cache, with large and with many of the smallest tensors,
-    in places that an earlier step has used."""
+    """Return (bytes written or read per second, additional seconds per tensor) for writing tensors to a file
+    and reading them back as activation offload does: through the page cache, and in places of the file that
+    were used before. The first is measured with large tensors, the second with many of the smallest that are
+    offloaded."""
     spool = Spool()
 
     def seconds(tensor: torch.Tensor, count: int) -> float:
@@ -291,8 +303,8 @@ def _disk() -> tuple[float, float]:
 
 
 def _overhead_s() -> float:
-    """Return the time that autograd and Python add to an operator without work, averaged over forward and
-    backward."""
+    """Return the seconds that autograd and Python add to a call of an operator without work, averaged over
+    forward and backward."""
     x, calls = torch.ones(1, requires_grad=True), 200
     factor = torch.ones(1)
 

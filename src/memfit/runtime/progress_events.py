@@ -8,6 +8,7 @@ from memfit.types import serialization
 
 
 def tell(event: str, **fields: object) -> None:
-    """Write an event to standard output."""
+    """Write the event with its fields to standard output, as one line ``{"event": ..., ...}`` that is flushed
+    at once."""
     sys.stdout.write(serialization.dumps({"event": event, **fields}) + "\n")
     sys.stdout.flush()

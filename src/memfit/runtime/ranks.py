@@ -1,4 +1,4 @@
-"""Run one child process per rank of a plan. The ranks join over gloo."""
+"""Run one child process per rank of a plan, all on this machine. The ranks join over gloo."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ GRACE_S: Final = 60.0  # time for the other ranks to report why they fail too
 def run_ranks(
     config: LaunchConfig, *, on_event: Callable[[int, Event], None] = lambda rank, event: None
 ) -> tuple[Measurement, ...]:
-    """Run all ranks and return their measurements, by rank. ``on_event(rank, event)`` is called from one
-    thread per rank.
+    """Run all ranks of the plan and return their measurements, in the order of the ranks. ``on_event(rank,
+    event)`` is called with every event of a rank, from one thread per rank.
 
-    If a rank fails, the others wait in a collective. They end when gloo notices the closed connection, and
-    are stopped if they have not ended after `GRACE_S` seconds.
+    If a rank does not end well, the other ranks wait in a collective. They end when gloo notices the closed
+    connection, and are stopped if they have not ended after `GRACE_S` seconds. An interruption of this
+    process, or an error in ``on_event``, stops all ranks and is raised.
     """
     ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
     timers: list[threading.Timer] = []

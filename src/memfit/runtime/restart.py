@@ -24,11 +24,13 @@ RESTARTS: Final = 3
 def run_through(
     spec: RunSpec, start: Callable[[RunSpec, OnEvent], Sequence[Measurement]], *, on_event: OnEvent
 ) -> Sequence[Measurement]:
-    """Run ``start`` and return its measurements of every rank.
+    """Call ``start(spec, on_event)``, which runs all ranks, and return its measurements, one per rank.
 
-    A run that saves checkpoints is restarted up to `RESTARTS` times if a rank died in training. Its losses
-    are then those of all its steps, and everything else is from the last start. ``on_event`` gets ``{"event":
-    "restarted", "why": ...}`` before each restart.
+    If ``spec`` saves checkpoints and a rank died in training, ``start`` is called again, up to `RESTARTS`
+    times, to resume from the newest complete checkpoint (from the beginning if there is none). If a restarted
+    rank ends well, its losses and number of steps are those of all starts together, and everything else is
+    from the last start. ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted", "why":
+    ...})`` before each restart.
     """
     losses: dict[int, dict[int, float]] = {rank: {} for rank in range(spec.plan.ranks)}
 
@@ -51,14 +53,15 @@ def run_through(
 
 
 def _died(measurement: Measurement) -> bool:
-    """Return whether a rank ended without a result after training had started. An earlier failure would
-    happen again."""
+    """Return whether a rank failed without a result after its first step. Running out of memory or of time
+    does not count, because it would happen again, as would a failure before the first step."""
     is_silent = measurement.outcome is OutcomeKind.FAILED and measurement.peak_bytes is None
     return is_silent and measurement.steps_done > 0
 
 
 def _newest(keep: Keep) -> Keep:
-    """Return ``keep`` set to resume from the newest checkpoint, or unchanged if none was saved."""
+    """Return ``keep`` set to resume from the newest complete checkpoint, and with the reasons why newer ones
+    were passed over. Return it unchanged if there is no complete checkpoint."""
     try:
         path, _, passed_over = checkpoints.find(Path(keep.save))
     except UserError:
