@@ -263,7 +263,7 @@ def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: A
             request, Plan(uses=uses), seed=0, steps=1, capped=False, progress=lambda *_: None, store=store
         )
 
-    with pytest.raises(UserError, match="has no run of this job and seed"):
+    with pytest.raises(UserError, match="has no stored run of this job with this seed"):
         replayed()
     done = Run(
         spec=asked,
@@ -274,10 +274,10 @@ def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: A
     )
     store.append("run", "run", done)
     assert replayed().measurement == done.measurement
-    with pytest.raises(UserError, match="no run of this job and seed has the plan"):
+    with pytest.raises(UserError, match="no stored run of this job with this seed has the plan"):
         replayed(make_use("bf16-autocast", {}))
     Path(own).write_text(JOB.replace("width=256", "width=128"))
-    with pytest.raises(UserError, match=r"own\.py:job has changed since that run"):
+    with pytest.raises(UserError, match=r"own\.py:job has changed since the stored run"):
         replayed()
 
 

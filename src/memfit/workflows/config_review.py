@@ -1,7 +1,7 @@
-"""Price an existing plan beside plans that would be better.
+"""Predict an existing plan, and plans that would be better.
 
-On one rank, the better plan is the search's recommendation. Plans with several ranks are not searched here;
-instead, the plan is varied in one setting at a time, and the variants with less memory are reported.
+For a plan of one rank, the better plan is the search's recommendation. A plan of several ranks is varied in
+one change at a time instead, and the variants that need less memory are reported.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from memfit.types.result import Choice, Estimate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Beside:
-    """A given plan compared with better ones.
+    """An existing plan, ``given``, and better ones.
 
-    ``fits`` compares ``needed_bytes`` with ``cap_bytes``; both ``fits`` and ``cap_bytes`` are None if the
-    memory is unknown. ``better``: least memory first. ``recommended`` is None on several ranks, and if
-    nothing fits; then ``nothing`` says what would fit.
+    ``needed_bytes``: memory that the existing plan needs. ``fits``: whether that is at most ``cap_bytes`` and
+    the host has enough memory; both are None on a CPU if no cap was asked for. ``better``: for a plan of
+    several ranks, its variants with a lower peak, lowest first. ``recommended``: for a plan of one rank, the
+    search's recommendation; if no plan fits, it is None and ``nothing`` is the text of the error.
     """
 
     given: Estimate
@@ -43,8 +44,8 @@ class Beside:
 class JobSize:
     """Size of a job.
 
-    ``batch_size``: of a step on all ranks. ``layers``: number of repeated blocks. ``width``: size of their
-    norms. Both are None if the model has none.
+    ``batch_size``: of a step on all ranks. ``layers``: number of repeated blocks; None if the model has none.
+    ``width``: the commonest size of the norms' parameters in a block; None if there are no norms.
     """
 
     batch_size: int
@@ -54,7 +55,9 @@ class JobSize:
 
 
 def job_size(request: Request) -> JobSize:
-    """Return the size of the request's job. Raises UserError if the job cannot be built."""
+    """Return the size of the request's job. Raises UserError if the job cannot be built, or if its batch has
+    fewer samples than there are ranks.
+    """
     job, _ = make_pricer(request)
     model = fake_model(job)
     count = sum(p.numel() for p in model.parameters())
@@ -71,7 +74,14 @@ def job_size(request: Request) -> JobSize:
 
 
 def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> Beside:
-    """Price ``plan`` and find better ones. Raises UserError if the job does not support the plan."""
+    """Predict ``plan`` and find better ones.
+
+    For a plan of one rank, they are found by a search under the request's cap; on a CPU without a cap, the
+    cap is what ``plan`` needs. For several ranks, they are variants of ``plan`` with one change that need
+    less memory, and change the numbers by no more than precision (E2) or than ``plan`` itself.
+    ``parameters``: number of the model's parameters, which limits ZeRO's buckets. Raises UserError if the job
+    does not support ``plan``.
+    """
     _, pricer = make_pricer(request)
     progress("trace", 0, 0, plan.label)
     given_estimate = pricer.whole(check(plan, request.machine))

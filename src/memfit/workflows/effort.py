@@ -18,10 +18,13 @@ _THEIRS = frozenset({"torch", "numpy"})  # already installed by anyone who train
 
 
 def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort:
-    """Count the effort.
+    """Count the work of adopting ``plan`` for the job.
 
-    Counted are one command, the lines of the user's own job file, the packages beside torch with their size
-    on disk, runs that failed and PoCs that were interrupted. Attended minutes can only be given by the user.
+    Counted are: one command; the non-blank lines of the user's own job file; the installed packages that
+    memfit and the plan's techniques need, with memfit and without torch and numpy, and their size on disk; as
+    failed attempts, the ``runs`` that failed or timed out, and the PoCs in ``store`` that were begun and not
+    finished. If there are ``runs``, the latest PoC is theirs and is not counted. ``attended_minutes`` is
+    None, because only the user can give it.
     """
     packages = _closure(["memfit", *(p for u in plan.uses for p in technique(u.technique).needs)])
     failure_count = sum(r.measurement.outcome in (OutcomeKind.FAILED, OutcomeKind.TIMEOUT) for r in runs)
@@ -40,7 +43,9 @@ def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort
 
 
 def _job_lines(ref: JobRef) -> int:
-    """Return the number of non-blank lines of the user's job file; 0 for a built-in job."""
+    """Return the number of non-blank lines of the user's job file; 0 if the job is not a Python file, as for
+    a built-in or Hugging Face job.
+    """
     path = Path(ref.spec.rpartition(":")[0])
     if path.suffix != ".py" or not path.is_file():
         return 0
@@ -48,8 +53,8 @@ def _job_lines(ref: JobRef) -> int:
 
 
 def _closure(roots: Sequence[str]) -> set[str]:
-    """Return the installed distributions that the roots need, directly or not, without torch, numpy and what
-    only they need.
+    """Return the names of the installed distributions among the roots and what these need, directly or not,
+    without torch, numpy and what only those two need. Optional dependencies (extras) are not followed.
     """
     distributions: set[str] = set()
     queue = list(roots)

@@ -1,4 +1,6 @@
-"""Compare engines for one job, machine and plan: what each supports, needs and requires."""
+"""Compare engines for one job, machine and plan: whether each supports the plan, what memory its step needs,
+and what must be installed.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,13 @@ from memfit.types.result import Estimate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineChoice:
-    """One engine for a plan.
+    """What one engine makes of a plan.
 
-    ``gaps``: why it does not support the plan; empty if it does. ``cuda``: parts that only run on NVIDIA
-    GPUs. ``problem``: what is missing here, with ``fix``. ``config_lines``: length of its own configuration,
-    beside memfit's. ``facts``: the catalog's rows, name -> (value, source, date).
+    ``gaps``: why the engine does not support the plan; empty if it does. ``cuda``: parts of the plan that it
+    runs only on NVIDIA GPUs. ``version``: of its installed package, or "". ``problem``: what keeps it from
+    running here, or ""; ``fix``: the command that would help. ``tested``: the tested versions, or "".
+    ``estimate`` and ``config_lines``, the number of lines of its own configuration files, are None if it does
+    not support the plan. ``facts``: what the catalog knows of the engine, name -> (value, source, date).
     """
 
     engine: str
@@ -42,9 +46,10 @@ class EngineChoice:
 
 
 def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoice]:
-    """Return the engines, those that support the plan first, by predicted memory.
+    """Return all engines but replay: first those that support the plan, by their predicted peak memory.
 
-    Each is predicted as it would run.
+    For each of these, its own training step is predicted. Raises UserError if the job cannot be loaded or
+    the plan's number of ranks does not suit its techniques.
     """
     # shared calibration of this machine, so that engines differ by what they run and not by timing noise
     calibrations = [Calibration()]
@@ -101,7 +106,9 @@ def _priced(
 
 
 def _lines(request: Request, job: Job, plan: Plan) -> Iterator[int]:
-    """Yield the number of lines of each of the engine's own files."""
+    """Yield the number of lines of each file that is written for the engine to train the plan, except
+    memfit's own run.json.
+    """
     spec = RunSpec(
         name="",
         role="",

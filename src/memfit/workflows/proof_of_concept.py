@@ -1,4 +1,6 @@
-"""The complete workflow: trace, cost, search, run, measure, verify, record, report. Stages meet only here."""
+"""The complete workflow of a proof of concept (PoC): trace, cost, search, run, measure, verify, record,
+report. Only here do these stages meet.
+"""
 
 from __future__ import annotations
 
@@ -101,9 +103,12 @@ def poc(
     command: str,
     progress: Progress,
 ) -> Poc:
-    """Run the proof of concept: predict, search, train baseline, recommendation and ablations, judge, report.
+    """Run a proof of concept: search a plan, train the baseline (plain training), the recommended plan and
+    ablations of it, judge whether they are equivalent, and write the report.
 
-    Every run is stored as soon as it ends. Raises NothingFits, UserError.
+    Every run is stored as soon as it ends. ``seeds``: number of pairs of baseline and recommendation.
+    ``steps``: of each run; None: the job's own number. ``report_path`` None: a file in the folder "reports"
+    beside the store. ``command``: the command line to record. Raises NothingFits if no plan fits, UserError.
     """
     started = time.perf_counter()
     planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
@@ -125,10 +130,13 @@ def poc(
 def search(
     request: Request, progress: Progress, *, must_run: bool = False, measure_s: float | None = None
 ) -> Planning:
-    """Run `planning.search`. With ``measure_s``, rivals are run for about that many seconds before a plan is
-    recommended.
+    """Search the best plan for the request, as `planner.search` does.
 
-    Raises NothingFits, UserError.
+    With ``measure_s``, the best plans are then run for about that many seconds, and the recommendation
+    follows these measurements. This needs a goal that depends on step time; for another goal, raises
+    UserError, or with ``must_run`` runs nothing. ``must_run``: halve the batch until plain training can run
+    on this machine. Raises NothingFits if no plan fits, and SearchInterrupted with the result so far on
+    Ctrl-C.
     """
     if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
         raise UserError(
@@ -147,7 +155,12 @@ def search(
 def report(
     store: Store, *, poc_id: str | None, path: Path | None, lang: str, case: Path | None = None
 ) -> Path:
-    """Write the HTML of a stored PoC, by default the latest. An interrupted PoC shows what it has."""
+    """Write the HTML report of a stored PoC, by default the latest, and return its path, by default
+    memfit-ID.LANG.html in the current folder.
+
+    The report of an interrupted PoC shows the runs that ended. ``case`` is as in `decide`. Raises UserError
+    if there is no such PoC.
+    """
     proof, decision = decide(store, poc_id=poc_id, case=case)
     path = path or Path(f"memfit-{proof.poc_id}.{lang}.html")
     return write_html(proof, path, lang=lang, decision=decision)
@@ -156,7 +169,10 @@ def report(
 def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
     """Return a stored PoC, by default the latest, and the decision from it.
 
-    The user's figures come from the file `case`, which is then stored; without it, from the last stored case.
+    The user's figures come from the file `case`, which is then stored with the PoC; without it, from the last
+    case stored with it; else they are defaults. Predictions for other machines and gates of the rollout that
+    were stored with the PoC are taken into account. Raises UserError if there is no such PoC or a file is
+    wrong.
     """
     resolved_id = wanted_poc(store, poc_id)
     proof = stored_poc(store, resolved_id)
@@ -191,24 +207,30 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
 
 
 def offers_of(store: Store, poc_id: str) -> list[Offer]:
-    """Return the predictions for machines made after the PoC, in order."""
+    """Return the predictions for other machines that were stored with a PoC after it was made, oldest
+    first.
+    """
     return [
         serialization.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, OFFER)
     ]
 
 
 def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
-    """Return `request` with step times corrected by the runs of a PoC of the same job on this machine, by
-    default the last.
+    """Return `request` with a correction of predicted step times: by the ratios of measured to predicted time
+    in the runs of a PoC of the same job on this machine, by default the latest PoC.
 
-    Raises UserError for another job, machine or torch version, and if no run completed.
+    Raises UserError if the PoC ran another job, if the request is not for this machine, if the processor, its
+    number of cores, torch's version or OMP_NUM_THREADS have changed since, or if no run of the PoC completed
+    with a step time.
     """
     resolved_id = wanted_poc(store, poc_id)
     proof, environment = stored_poc(store, resolved_id), fingerprint()
     job = proof.runs[0].spec.job.spec if proof.runs else proof.job_name
     if not request.is_here or job != request.job.spec:
         raise UserError(
-            f"PoC {resolved_id} ran {job} on this machine", allowed="a plan for that job on this machine"
+            f"PoC {resolved_id} ran {job} on this machine, so it cannot correct predictions for another job "
+            "or machine",
+            allowed="a plan for that job on this machine",
         )
     changed_facts = [name for name in _SAME if proof.environment.get(name) != environment.get(name)]
     if changed_facts:
@@ -223,7 +245,8 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
             ratios.setdefault(run.spec.plan, []).append(seconds / run.predicted_step_s)
     if not ratios:
         raise UserError(
-            f"no run of PoC {resolved_id} completed with a step time, so it cannot correct predictions"
+            f"no run of PoC {resolved_id} completed with a measured and a predicted step time, so it cannot "
+            "correct predictions"
         )
     median_ratios = [(plan, statistics.median(plan_ratios)) for plan, plan_ratios in ratios.items()]
     return dataclasses.replace(
@@ -233,7 +256,11 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
 
 @dataclasses.dataclass(kw_only=False)
 class _Story:
-    """The runs of a PoC and what follows from them."""
+    """Makes a PoC: yields its runs, trains and stores them one by one, and judges them at the end.
+
+    ``planning``: the finished search. ``seeds``: number of pairs of baseline and recommendation. ``steps``:
+    of each run. ``command``: the command line to record.
+    """
 
     planning: Planning
     store: Store
@@ -306,9 +333,13 @@ class _Story:
         return proof
 
     def specs(self) -> Iterator[RunSpec]:
-        """Yield the runs: the baseline under the cap; baseline and recommendation in turn over the seeds, so
-        that both see the same noise; the recommendation again for reproducibility; ablations; the 2 x 2
-        table.
+        """Yield the runs of the PoC in order.
+
+        First the baseline under the cap; then, for each seed, the baseline without the cap and the
+        recommendation under it, so that both see the same noise; then the recommendation again with seed 0,
+        for reproducibility; last, on seed 0 and without the cap, the recommendation without each of its
+        techniques, and the other plans of the 2 x 2 table of low precision and checkpointing. Of these last
+        ones, plans that were already yielded or that use a technique excluded by the user are left out.
         """
         yield self._spec(BASELINE, BASELINE, self.baseline, seed=0, capped=True)
         for seed in range(self.seeds):
@@ -355,10 +386,11 @@ class _Story:
         )
 
     def shortened(self, spec: RunSpec) -> RunSpec:
-        """Shorten an ablation that is many times slower than plain training to a measurement of memory and
-        step time.
+        """Return the run; if it is an ablation that is predicted to be at least 5 times slower than plain
+        training, return it with fewer steps (about 30 seconds of them, at least 5) and without evaluation.
 
-        An example is bfloat16 on a processor without support for it.
+        Such a run measures only memory and step time. An example is bfloat16 on a processor without support
+        for it.
         """
         spec_step, plain_step = (self.planning.pricer.whole(p).step_s for p in (spec.plan, self.baseline))
         if (
@@ -419,7 +451,9 @@ class _Story:
             yield named(other.spec.name, baseline_runs[:1], [other])
 
     def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
-        """Yield the interaction of precision and checkpointing on seed 0, if all four combinations ran."""
+        """Yield the interaction of low precision and checkpointing on seed 0, for each quantity (peak, step
+        time, metric) that was measured for all four combinations of the two.
+        """
         uses = ((), (self.mixed,), (_CHECKPOINTING,), (self.mixed, _CHECKPOINTING))
         corners = [functools.reduce(Plan.with_use, corner, self.baseline) for corner in uses]
         cells = [_corner(runs, plan) for plan in corners]
@@ -439,7 +473,9 @@ class _Story:
 
 
 def _notes(job: JobRef, requested_job: JobRef, *, covers_other_sizes: bool) -> tuple[str, ...]:
-    """Return what the reader must know about this PoC."""
+    """Return sentences for the reader of a report: that the batch is smaller than in ``requested_job``, and
+    that the job's full size was not planned because ``covers_other_sizes`` is False. Empty if neither holds.
+    """
     notes = []
     if job != requested_job:
         notes.append(
@@ -469,7 +505,9 @@ _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
 
 
 def _paired_ratio(baseline_runs: Sequence[Run], recommended_runs: Sequence[Run]) -> float | None:
-    """Return the median over seeds of recommended / baseline step time, for pairs run one after the other."""
+    """Return the median over seeds of recommended / baseline step time, for pairs run one after the other;
+    None if no pair has both times.
+    """
     ratios = []
     for baseline_run, recommended_run in zip(baseline_runs, recommended_runs, strict=False):
         baseline_s, recommended_s = (

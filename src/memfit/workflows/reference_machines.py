@@ -1,4 +1,5 @@
-"""Other machines: the same job at paper size on machines of the catalog, and the largest size that fits each.
+"""Predict a job on machines of the catalog: at the size of its paper or at the user's, and the largest size
+that fits each machine.
 
 Nothing is run here. Every figure is composed from traces of the real model with few of its blocks.
 """
@@ -32,9 +33,11 @@ _AT_PAPER = ("gradient-accumulation", "bf16-autocast", "activation-checkpointing
 
 
 def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...], tuple[Offer, ...]]:
-    """Return plain and recommended training at paper size, or at the job's size if it has no paper size.
+    """Predict plain training and the best plan at the size "paper" of the job, or at the job's present size
+    if it has no such size.
 
-    Full rows are for three machines (paper sizes only), offers for every machine of the catalog with a price.
+    Returns (one row for each of `MACHINES`, or none if the job has no size "paper"; offers for every single
+    accelerator of the catalog with a price).
     """
     ref = _at(planning, "paper")
     pricers = _pricers(planning, ref or planning.request.job, priced())
@@ -47,16 +50,17 @@ def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...],
 
 
 def offers(planning: Planning, trained: Plan, progress: Progress) -> tuple[Offer, ...]:
-    """Return offers for the job as planned, on every machine of the catalog with a price.
+    """Return predictions for the job as planned, on every single accelerator of the catalog with a price:
+    for each, plain training and the best plan, if that is another.
 
-    ``trained``: the plan that a proof of concept trained.
+    ``trained``: the plan that a proof of concept trained. Plans whose results it tested are preferred.
     """
     pricers = _pricers(planning, planning.request.job, priced())
     return tuple(_offers(planning, pricers, progress, trained))
 
 
 def priced() -> tuple[str, ...]:
-    """Return the single accelerators with a known price for purchase or rental."""
+    """Return the names of the accelerators of the catalog with a known price for purchase or rental."""
     devices = map(catalog.device, catalog.device_names())
     return tuple(d.name for d in devices if d.usd_per_hour is not None or d.usd_to_buy is not None)
 
@@ -64,9 +68,11 @@ def priced() -> tuple[str, ...]:
 def _offers(
     planning: Planning, pricers: Sequence[Pricer], progress: Progress, trained: Plan | None = None
 ) -> Iterator[Offer]:
-    """Yield plain training, and the best of the plans whose results the proof of concept has tested.
+    """Yield for each pricer's machine a prediction of plain training, and one of the best plan that fits, if
+    there is one and it is not plain training.
 
-    Other plans are considered only if none of those fits.
+    The best plan is one whose results a proof of concept has tested by training ``trained``; other plans are
+    considered only if none of those fits. ``trained`` None: the search's recommendation, else plain training.
     """
     if trained is None:
         recommendation = planning.result.recommended
@@ -90,9 +96,8 @@ def _offers(
 def _fitting(
     pricer: Pricer, candidate_plans: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
 ) -> list[Estimate]:
-    """Return the plans whose upper end fits, else those whose value fits.
-
-    Plain training is judged by the value.
+    """Return the sketches of the plans that fit. If the upper end of device memory fits for some of them,
+    only these are returned.
     """
 
     def surely(sketch: Estimate) -> bool:
@@ -104,14 +109,16 @@ def _fitting(
 
 
 def _usable(planning: Planning, pricer: Pricer) -> list[Technique]:
-    """Return the usable techniques, without those excluded by the user."""
+    """Return the techniques that the job, the pricer's machine and the request's accuracy allow, without
+    those excluded by the user.
+    """
     techniques, _ = usable(pricer.space, planning.request.accuracy, dependence=planning.pricer.dependence)
     return [t for t in techniques if t.name not in planning.request.bounds.without]
 
 
 def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
-    """Return plans from what was trained, with the same settings where they affect the numbers, and from
-    techniques that change results at most by rounding.
+    """Return the plans made of the techniques of ``trained`` and of those of `_AT_PAPER` that change results
+    at most by the order of sums. Techniques that change results by more have the settings of ``trained``.
     """
     techniques = _usable(planning, pricer)
     trained_names, dependence = {u.technique for u in trained.uses}, planning.pricer.dependence
@@ -130,7 +137,9 @@ def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]
 
 
 def stage_offers(planned: Planning) -> Iterator[Offer]:
-    """Yield plain training and the recommendation of a finished search."""
+    """Yield the predictions of plain training and of the recommendation of a finished search, the latter if
+    it is another plan.
+    """
     result, machine, size = planned.result, planned.request.machine.name, planned.job.size
     baseline, recommended = result.baseline, result.recommended
     yield offer(baseline.estimate, machine=machine, size=size, plain=True, fits=baseline.fits)
@@ -139,7 +148,7 @@ def stage_offers(planned: Planning) -> Iterator[Offer]:
 
 
 def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:
-    """Convert an estimate to an Offer."""
+    """Convert an estimate to an Offer. ``plain``: whether its plan is plain training."""
     step_s, energy_j = estimate.step_s, estimate.energy_j
     return Offer(
         machine=machine,
@@ -154,7 +163,7 @@ def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: boo
 
 
 def sizes(spec: str) -> tuple[str, ...]:
-    """Return the published sizes of a built-in job; none for a user's job."""
+    """Return the names of the sizes that a built-in job has; none for any other job."""
     return next((b.sizes for b in describe() if b.name == spec), ())
 
 
@@ -166,7 +175,9 @@ def _at(planning: Planning, size: str) -> JobRef | None:
 
 
 def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Pricer]:
-    """Return one pricer per machine. Machines with the same kernels share their traces."""
+    """Return one pricer of the job ``ref`` for each machine, in order. They share the traces of parts, and
+    take from ``planning`` whether samples depend on each other.
+    """
     job = load(ref)
     place = planning.request.machine.place
     shared_parts: dict[Any, Any] = {}
@@ -213,10 +224,12 @@ def _one_setting(plan: Plan) -> bool:
 
 
 def reach(planning: Planning, progress: Progress) -> tuple[Reach, ...]:
-    """Return the largest model and the longest input that fit each machine, plain and with the smallest
-    allowed plan.
+    """Return the largest model and the longest input that fit each of `MACHINES`, with plain training and
+    with the smallest allowed plan.
 
-    Sizes below the paper's are cut to the available data, so only those at full length are compared.
+    Only sizes at full length are tried for the model (`_FULL_LENGTH`), because smaller ones are cut to the
+    available data, and `LENGTHS` at the size "paper" with one sample for the input. Empty for a job without
+    these sizes.
     """
     job = planning.request.job
     models = {s: _sized(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
@@ -241,7 +254,9 @@ def _sized(ref: JobRef, size: str) -> JobRef:
 
 @dataclasses.dataclass(kw_only=False)
 class _Ladder:
-    """Increasingly large versions of a job, smallest first. Each is loaded once for all machines."""
+    """Increasingly large versions of a job (``rungs``, by name), smallest first. Each is loaded once for all
+    machines.
+    """
 
     planning: Planning
     rungs: Mapping[str, JobRef]
@@ -249,7 +264,9 @@ class _Ladder:
     shortened: bool = False  # a rung could not be loaded: it and those above it were removed
 
     def stands(self) -> bool:
-        """Return whether there is a first rung. Grids and molecules in space have no length."""
+        """Return whether there is a smallest version and it can be loaded. Versions by length cannot if the
+        job has no length, as for grids and molecules in space.
+        """
         try:
             return bool([self.pricer(name, 0) for name in list(self.rungs)[:1]])
         except UserError:
@@ -267,9 +284,11 @@ class _Ladder:
         return self.loaded[name][index]
 
     def highest(self, index: int, *, tight: bool) -> str | None:
-        """Return the last rung that fits machine ``index``, by bisection; None if not even the first fits.
+        """Return the name of the largest version that fits the machine with this index in `MACHINES`, by
+        bisection; None if not even the smallest fits.
 
-        This assumes that no rung above one that does not fit fits.
+        ``tight``: with the smallest allowed plan, else with plain training. Versions that cannot be loaded
+        are left out. This assumes that nothing larger than a version that does not fit does.
         """
         while True:
             names = list(self.rungs)
@@ -318,8 +337,8 @@ def _count(pricer: Pricer) -> int:
 
 
 def _tightest(planning: Planning, pricer: Pricer) -> Plan:
-    """Return the smallest plan: single-sample micro-batches, bf16 activations, recomputation, small optimizer
-    state, as far as the accuracy class allows.
+    """Return the plan with the least memory: the smallest micro-batches, bf16 autocast, recomputation of
+    every block, and 8-bit optimizer state, each if it is usable and not excluded by the user.
     """
     names = {t.name for t in _usable(planning, pricer)}
     uses: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]

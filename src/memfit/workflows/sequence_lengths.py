@@ -1,4 +1,4 @@
-"""The memory of real data: a file of sequence lengths for a job, from a handful of traces."""
+"""The memory of real data: what a file of sequence lengths means for a job, from a handful of traces."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """A shape that was traced whole and not used to fit the polynomial."""
+    """A batch shape that was traced to check the fitted peak model, and not used to fit it."""
 
     rows: int
     length: int
@@ -46,11 +46,13 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LengthReport:
-    """What a set of lengths means for memory.
+    """What a set of sequence lengths means for memory.
 
-    ``fits_up_to``: the longest padded length at which a whole batch fits; 0 if none does. ``quantile_bytes``:
-    peaks of random batches padded to their longest. ``first``: indices, from 0, of the longest sequences, the
-    batch to try first. ``best``: name of the batching with the lowest peak, then the least padding.
+    ``batch``: sequences per step. ``fits_up_to``: the longest of the lengths to which a whole batch can be
+    padded and fit; 0 if none. ``oom_per_step``, ``oom_per_epoch``: chance that a random batch, or some batch
+    of a shuffled epoch, does not fit. ``quantile_bytes``: "p50", "p90", "p99" and "max" of the peaks of
+    random batches padded to their longest. ``first``: indices, from 0, of the longest sequences, the batch to
+    try first. ``best``: name of the batching with the lowest peak, then the least padding.
     """
 
     sequences: int
@@ -70,10 +72,12 @@ class LengthReport:
 
 
 def read_lengths(path: str, *, column: str | None = None) -> Ints:
-    """Read sequence lengths.
+    """Read sequence lengths from the file ``path``.
 
-    They are those of a FASTA file's sequences, of a column of an .npz or .csv file (the first one with whole
-    numbers, if none is named), or one whole number per line. Raises UserError with the file and line.
+    They are those of a FASTA file's sequences (.fasta, .fa, .faa, also with .gz), of a column of an .npz or
+    .csv file (the first one with whole numbers, if ``column`` is None), or in any other file one whole number
+    per line. Raises UserError if the file cannot be read, has no such column or no lengths, or has a length
+    that is not a whole number of at least 1; for text, with the line.
     """
     if path.endswith(_FASTA):
         values = [len(p.sequence) for p in read_fasta(path)]
@@ -103,7 +107,9 @@ def _from_npz(path: str, column: str | None) -> list[int]:
         raise UserError(f"cannot read {path}: {error}") from error
     length_arrays = [a for a in arrays.values() if a.ndim == 1 and np.issubdtype(a.dtype, np.integer)]
     if not length_arrays:
-        raise UserError(f"{path} has no array of whole numbers{f' {column!r}' if column else ''}")
+        raise UserError(
+            f"{path} has no one-dimensional array of whole numbers{f' {column!r}' if column else ''}"
+        )
     return [int(v) for v in length_arrays[0]]
 
 
@@ -117,9 +123,11 @@ def _from_csv(path: str, column: str | None) -> list[int]:
 
 
 def at_shape(job: Job, rows: int, length: int) -> Job:
-    """Return the job with batches of ``rows`` x ``length``, by stretching or cutting its own batch.
+    """Return the job with batches of ``rows`` x ``length``, made by repeating or leaving out samples and
+    positions of its own batch.
 
-    The length dimension is the most common size after the first dimension. Raises UserError if there is none.
+    Every dimension of the most common size after the first dimension (of several, the largest size) is a
+    length. Raises UserError if no tensor of the batch has a second dimension.
     """
     batch = job.make_batch(0, 0)
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)]
@@ -146,8 +154,11 @@ def at_shape(job: Job, rows: int, length: int) -> Job:
 
 
 def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
-    """Fit the peak model from six traces: three lengths up to ``longest``, with one and two rows per
-    micro-batch.
+    """Fit the peak model to six traces: three lengths (a quarter, half and all of ``longest``, rounded up to
+    multiples of 16), with one and two rows per micro-batch.
+
+    The lengths are 16, 32 and 64 if these three are not distinct. Raises UserError if the step's operators
+    change with the length.
     """
     accumulation = plan.get("gradient-accumulation")
     rows = int(accumulation.settings["micro_batches"]) if accumulation else 1
@@ -169,9 +180,11 @@ def report(
     cap_bytes: int,
     progress: Progress = lambda stage, done, total, detail: None,
 ) -> LengthReport:
-    """Report what the lengths mean for memory if ``batch`` sequences are trained per step.
+    """Return what the lengths mean for memory if ``batch`` sequences, or all if there are fewer, are trained
+    per step under the cap.
 
-    Raises UserError.
+    Raises UserError if the job's batches have no length dimension, or if the step's operators change with the
+    length.
     """
     batch, longest = min(batch, len(lengths)), int(lengths.max())
     progress("trace", 0, 0, "six shapes")
@@ -211,9 +224,10 @@ def report(
 def _checked(
     job: Job, plan: Plan, machine: Machine, model: PeakModel, longest_batch: tuple[int, int]
 ) -> tuple[tuple[HeldOut, ...], int]:
-    """Check the model at shapes it was not fitted to, including the longest whole batch.
+    """Compare the peak model with traces of whole batches at two lengths, two thirds of the longest and the
+    longest. ``longest_batch``: (rows, longest length).
 
-    Also returns the memory that this batch needs beside its tensors.
+    Returns (the comparisons, the memory that the batch of the longest length needs beside its tensors).
     """
     rows, longest = longest_batch
     held_out, margin = [], 0

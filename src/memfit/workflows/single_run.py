@@ -44,21 +44,25 @@ _NOT_KEPT = Keep()
 
 
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
-    """Predict ``plan`` without running it and return the estimate."""
+    """Return the estimate of ``plan`` for the request's job, machine and engine, without running it."""
     return anatomy(request, [plan], progress)[0].estimate
 
 
 def settled(request: Request, plan: Plan, progress: Progress) -> Plan:
-    """Return the plan with its open choices made for the request's machine."""
+    """Return the plan; if it recomputes within a memory budget and the tensors to recompute are not chosen
+    yet, with these chosen for the request's machine.
+    """
     return plan if open_budget(plan) is None else explain(request, plan, progress).plan
 
 
 def anatomy(
     request: Request, plans: Sequence[Plan], progress: Progress, *, lines: bool = False
 ) -> tuple[Explained, ...]:
-    """Return each plan's estimate with its whole trace.
+    """Return each plan's estimate with the trace of one rank, the one with the highest peak.
 
-    ``lines`` records the user's source line of each allocation.
+    ``lines``: whether the trace has the user's source line of each allocation. Raises UserError if the
+    request's engine or machine does not support a plan, or if a plan would weight the terms of the loss
+    wrongly.
     """
     _, pricer = make_pricer(request)
     pricer.lines = lines
@@ -94,8 +98,14 @@ def run_plan(
 ) -> Run:
     """Train one plan on the request's engine and return its prediction and its measurement.
 
-    ``seed`` None: that of the checkpoint it resumes from, else 0. The run is stored in ``store``, from which
-    the engine "replay" reads it. Raises UserError if the plan has too many ranks for this machine.
+    ``seed`` None: that of the checkpoint to resume from, else 0. ``steps`` None: the job's own number.
+    ``capped``: whether the run is stopped at a memory limit: the request's cap, else what the plan is
+    predicted to need. ``keep``: whether checkpoints are saved and resumed from. The run is stored in
+    ``store``, unless that is None.
+
+    The engine "replay" trains nothing: it returns the last stored run of the same job, seed and plan, with
+    today's prediction. Raises UserError if there is none, if the plan has too many ranks for this machine, if
+    the engine cannot run it here, or if the run's process refuses it.
     """
     ready(request.engine, plan)
     max_ranks = max(8, 2 * local_machine.threads())
@@ -138,26 +148,34 @@ def run_plan(
 
 
 def _stored(store: Store, request: Request, seed: int) -> list[Run]:
-    """Return the stored runs of this job with this seed. Raises UserError if there are none."""
+    """Return the stored runs of the request's job with this seed and any number of steps.
+
+    Raises UserError if there are none.
+    """
     stored_runs = [
         serialization.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(kind="run")
     ]
     request_key = (_unlimited(request.job), seed)
     if matches := [r for r in stored_runs if (_unlimited(r.spec.job), r.spec.seed) == request_key]:
         return matches
-    raise UserError(f"{store.path} has no run of this job and seed", hint=_TRAIN)
+    raise UserError(
+        f"{store.path} has no stored run of this job with this seed and these options (--steps aside)",
+        hint=_TRAIN,
+    )
 
 
 def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) -> Run:
-    """Return the last of the runs with this plan, with today's prediction.
+    """Return the last of the stored runs with the estimate's plan, its prediction replaced by the estimate.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or if the user's job file has changed since that run.
     """
     matches = [r for r in stored_runs if r.spec.plan == estimate.plan]
     if not matches:
-        raise UserError(f"no run of this job and seed has the plan {estimate.plan.label}", hint=_TRAIN)
+        raise UserError(
+            f"no stored run of this job with this seed has the plan {estimate.plan.label}", hint=_TRAIN
+        )
     if matches[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
-        raise UserError(f"{request.job.spec} has changed since that run", hint=_TRAIN)
+        raise UserError(f"{request.job.spec} has changed since the stored run of this plan", hint=_TRAIN)
     return dataclasses.replace(
         matches[-1],
         predicted_peak_bytes=int(estimate.allocated_bytes.value),
@@ -169,9 +187,10 @@ def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) 
 def run_spec(
     spec: RunSpec, estimate: Estimate, progress: Progress, label: str, *, strict: bool = False
 ) -> Run:
-    """Run a spec and return its prediction and measurement.
+    """Train a plan as ``spec`` says and return its prediction (``estimate``) and its measurement.
 
-    With ``strict``, a refusal by the worker is raised as its UserError instead of being an outcome.
+    ``label``: what ``progress`` calls it. With ``strict``, a refusal by the process that trains is raised as
+    UserError instead of being the measurement's outcome.
     """
 
     def listen(event: Mapping[str, object]) -> None:
@@ -196,10 +215,10 @@ def run_spec(
 
 
 def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
-    """Measure all ranks and return one measurement.
+    """Run all ranks and return the measurement of one of them. ``listen`` gets the events of rank 0.
 
-    For several ranks it is the one that ran out of memory or failed, else the one with the highest peak (as
-    in predictions) with the mean of all ranks' losses.
+    It is that of a rank that ran out of memory, else of a rank that failed otherwise; if all ended well, that
+    of the rank with the highest peak (as in predictions), with the mean of all ranks' losses.
     """
     measurements = run_through(spec, _started, on_event=lambda rank, event: None if rank else listen(event))
     if spec.plan.ranks == 1:
