@@ -113,5 +113,5 @@ def test_more_processes_than_devices_are_refused_before_anything_is_traced(
 ) -> None:
     assert main(["plan", "char-lm", "--on", "A100-80GB-SXM", "--nproc", "2"]) == 2
     told = capsys.readouterr().err
-    assert "--nproc 2 on A100-80GB-SXM, which is 1 device;" in told
+    assert "--nproc 2 does not suit A100-80GB-SXM, which has 1 device;" in told
     assert "2xA100-80GB-SXM" in told

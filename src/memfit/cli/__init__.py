@@ -1,7 +1,8 @@
 """The command line: converts arguments to a request, results to text or JSON, and errors to exit codes.
 
-Exit codes: 0 success, 1 memfit or a run failed, 2 invalid use, 3 nothing fits, 130 interrupted. Commands load
-torch and other heavy libraries only when they need them.
+Exit codes: 0 success; 1 memfit or a run failed, ``lint`` found an error, or a gate of ``scale`` does not
+hold; 2 invalid use; 3 nothing fits; 130 interrupted. Commands load torch and other heavy libraries only when
+they need them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Register all commands, and convert every result or error of a command to an exit code."""
+"""Register all commands, and convert the result or the expected error of a command to an exit code."""
 
 from __future__ import annotations
 
@@ -88,8 +88,9 @@ def _top(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Errors that memfit does not expect are raised with their
-    traceback."""
+    """Run the command in ``arguments``, by default those of the process, and return its exit code. An error
+    is one line on standard error and, with --json, also an object on standard output. Errors that memfit does
+    not expect are raised."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in argv
     try:
@@ -112,20 +113,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1, as_json)
         raise
     if code == INTERRUPTED:
-        return _fail("interrupted; what was recorded is kept", INTERRUPTED, as_json)
+        return _fail("interrupted; runs and records already in the store are kept", INTERRUPTED, as_json)
     return int(code or 0)
 
 
 def _known_command(argv: Sequence[str]) -> None:
-    """Check the command's name. Raises UserError with the nearest name. Options before the command take no
-    values, so the first word that is no option is the command."""
+    """Raise UserError with the nearest name if there is no command of the given name. Options before the
+    command take no values, so the first word of ``argv`` that is no option is the command; without such a
+    word nothing is checked."""
     command = next((word for word in argv if not word.startswith("-")), None)
     if command is not None:
         one_of("command", command, (c.name for c in app.registered_commands if c.name))
 
 
 def _usage(error: BaseException) -> str:
-    """Return the parser's message in one line, with a pointer to --help."""
+    """Return the message of the command-line parser's error in one line, with a pointer to --help."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "memfit"
     text = " ".join(str(getattr(error, "format_message", lambda: error)()).split())

@@ -19,26 +19,41 @@ class DecideOptions:
     """The proof of concept, and the user's figures."""
 
     poc: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="ID of the proof of concept. Default: the last one.")
+        str | None,
+        typer.Argument(
+            metavar="[ID]", help="ID of the proof of concept in the store. Default: the one begun last."
+        ),
     ] = None
     case: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.toml",
-            help="Case file with your figures (see --template). Default: the figures given last, if any.",
+            help="Case file with your figures (see --template); it is stored with the proof of concept. "
+            "Default: the case file stored last with it, or no figures if there is none.",
         ),
     ] = None
     template: Annotated[
-        bool, typer.Option("--template", help="Print a case file with every figure that can be given.")
+        bool,
+        typer.Option(
+            "--template",
+            help="Only print a case file to fill in. It names every figure that can be given except "
+            "cloud.power_w.",
+        ),
     ] = False
 
 
 def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, output: OutputOptions) -> None:
-    """Compare four options: the machine you have, a purchase, the cloud, and doing nothing."""
+    """Compare the costs of four options: the machine you have, a purchase, the cloud, and doing nothing.
+
+    The costs follow from the measurements of a proof of concept, the catalog and your own figures.
+    """
     language_code = language(output.lang)
     if own.template:
         if own.case is not None or own.poc is not None:
-            raise UserError("--template cannot be used with a case or an ID", allowed="--template alone")
+            raise UserError(
+                "--template cannot be used with --case or the ID of a proof of concept",
+                allowed="--template alone",
+            )
         from memfit.decision.case import TEMPLATE
 
         print(TEMPLATE, end="")

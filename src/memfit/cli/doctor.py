@@ -27,8 +27,8 @@ _IMPORT: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """The result of one check. ``ok`` is None for plain information; ``fix``: the command or step that would
-    help."""
+    """The result of one check. ``ok``: whether it works, None for plain information; ``fix``: the command or
+    step that would help, "" if none is known."""
 
     name: str
     ok: bool | None
@@ -37,7 +37,8 @@ class Check:
 
 
 def doctor(store: StoreOptions, output: JsonOptions) -> None:
-    """Show what works on this machine and what to install."""
+    """Show what this machine has, which tools, packages, techniques and engines work on it, and what to
+    install for the others."""
     with Bars("en") as progress:
         checks_by_group = {"machine": list(machine()), "tools": list(tools())}
         progress("packages", 0, 0, ", ".join(EXTRAS))
@@ -59,7 +60,7 @@ def doctor(store: StoreOptions, output: JsonOptions) -> None:
 
 
 def machine() -> Iterator[Check]:
-    """Yield checks of the processor, memory, system and torch."""
+    """Yield information on the processor, its cores, memory and system, then the check of torch."""
     from memfit.runtime.local_machine import free_bytes, threads
     from memfit.store import fingerprint
 
@@ -73,7 +74,7 @@ def machine() -> Iterator[Check]:
 
 
 def torch_check() -> Check:
-    """Check whether torch can be imported, and list the GPUs it can use."""
+    """Check whether torch can be imported, and name the GPUs that its torch.cuda can use."""
     quiet_libraries()
     try:
         import torch
@@ -86,14 +87,14 @@ def torch_check() -> Check:
 
 
 def tools() -> Iterator[Check]:
-    """Yield checks of memfit's measuring tools."""
+    """Yield the checks of the counting allocator, the memory cap and the energy meter."""
     yield allocator_check()
     yield cap_check()
     yield meter_check()
 
 
 def allocator_check() -> Check:
-    """Check whether the counting allocator is available."""
+    """Check whether the allocator that counts the memory of tensors can be used; build it if necessary."""
     name = "counting allocator"
     try:
         from memfit.runtime.counting_allocator import available
@@ -108,7 +109,7 @@ def allocator_check() -> Check:
 
 
 def cap_check() -> Check:
-    """Check how the memory of runs can be capped."""
+    """Check how the memory of runs can be capped: by a cgroup, by RLIMIT_DATA, or not at all."""
     from memfit.runtime.cgroup import Group
 
     name = "memory cap"
@@ -126,7 +127,7 @@ def cap_check() -> Check:
 
 
 def meter_check() -> Check:
-    """Check whether an energy meter can be read."""
+    """Name the energy meter that can be read. If there is none, ``ok`` is None: energy is then modelled."""
     from memfit.runtime.energy import EnergyMeter
 
     meter = EnergyMeter()
@@ -140,7 +141,8 @@ def meter_check() -> Check:
 
 
 def packages(extras: Mapping[str, str]) -> list[Check]:
-    """Check the optional packages. Each is actually imported, as an installed package may be broken."""
+    """Check the optional packages that are the keys of ``extras``; its values are the extras of memfit that
+    install them. Each installed one is actually imported, as it may be broken."""
     installed = {name: version for name in extras if (version := _version(name))}
     broken = dict(broken_imports(list(installed)))
     return [_package(name, extra, installed.get(name), broken.get(name)) for name, extra in extras.items()]
@@ -165,8 +167,8 @@ def _version(package: str) -> str | None:
 
 
 def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name, reason) for each package that cannot be imported. Imports run in a child process, because
-    a broken library may crash it."""
+    """Yield (name, reason) for each of ``names`` that cannot be imported. Imports run in child processes,
+    because a broken library may crash the process that imports it."""
     remaining = list(names)
     while remaining:
         reason, imported_count = _import(remaining)
@@ -176,8 +178,9 @@ def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _import(names: Sequence[str]) -> tuple[str, int]:
-    """Import ``names`` in a child process. Return the last line of the error, and how many were imported
-    before it."""
+    """Import ``names`` in this order in a child process. Return (the last line of the error, how many were
+    imported before it). If the child prints no error, the text is its exit code; if it does not finish in
+    time, the text says so."""
     try:
         child = subprocess.run(
             (sys.executable, "-P", "-c", _IMPORT, *names),
@@ -193,8 +196,8 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
 
 
 def techniques(found: Sequence[Check]) -> list[Check]:
-    """Check whether the packages that each technique needs are available. ``found``: the checks of the
-    packages."""
+    """Check for each technique whether one of the packages that it needs failed its check in ``found``.
+    Return a single failed check if the techniques cannot be imported."""
     quiet_libraries()
     try:
         from memfit.techniques.registry import TECHNIQUES
@@ -217,7 +220,8 @@ def _technique(name: str, summary: str, failed_checks: Sequence[Check]) -> Check
 
 
 def engines() -> Iterator[Check]:
-    """Yield what each engine lacks on this machine, and the command that installs it."""
+    """Yield one check for each engine: its installed version, or what keeps it from running here and the
+    command that would help."""
     from memfit.engines.registry import ENGINES
 
     for engine in ENGINES.values():
@@ -229,7 +233,7 @@ def engines() -> Iterator[Check]:
 
 
 def files(store: StoreOptions) -> Iterator[Check]:
-    """Yield the locations of the store and the cache."""
+    """Yield the path and size of the store, and the path of the cache, as plain information."""
     import platformdirs
 
     from memfit.store import default_path

@@ -20,24 +20,36 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What to do, with which engine, and where."""
+    """What to do, the engine to install, and the folder for its environment."""
 
     action: Annotated[
         str,
         typer.Argument(
             metavar="list|install",
-            help="list: show the engines and what is installed; install: create the environment of one.",
+            help="list: show all engines and what is installed of each; install: create an environment with "
+            "the engine NAME.",
         ),
     ] = "list"
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The engine to install.")] = None
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="For install: the engine. Engines that run beside memfit need no environment of their own "
+            "and are refused.",
+        ),
+    ] = None
     into: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="New folder for the environment. Default: in your data folder."),
+        typer.Option(
+            metavar="DIR",
+            help="For install: folder for the environment, which must be new or empty. Default: a folder in "
+            "your data folder.",
+        ),
     ] = None
 
 
 def engine(own: EngineOptions, output: JsonOptions) -> None:
-    """List the engines, or create an environment for one whose dependencies conflict with memfit's."""
+    """List the engines, or create a virtual environment for one whose dependencies conflict with memfit's."""
     action = one_of("action", own.action, ("list", "install"))
     if action == "install":
         _install(own, as_json=output.json)
@@ -71,7 +83,8 @@ def _install(options: EngineOptions, *, as_json: bool) -> None:
 
 
 def view(engine: memfit.engines.base.Engine) -> dict[str, Any]:
-    """Return the engine, and what is installed of it, as plain data for ``--json``."""
+    """Return the engine's name and summary, what is installed of it and what it lacks, as plain data for
+    ``--json``."""
     from memfit.types.serialization import to_plain
 
     return {"name": engine.name, "what": engine.summary, **to_plain(engine.probe())}

@@ -22,7 +22,11 @@ def engines(
     here: HereOptions,
     output: JsonOptions,
 ) -> None:
-    """Compare the engines for a plan: whether each supports it, its memory, effort and maintenance."""
+    """Compare the engines that train, for one plan.
+
+    Shows for each engine whether it supports the plan, its predicted memory and step time, whether it is
+    installed, the length of its configuration, and facts about its installation and maintenance.
+    """
     plan = plan_file(which)
     job_request = request(job, goal, here, on.on)
     workload = begin_answer(job_request, lang="en", quiet=output.json)
@@ -50,7 +54,8 @@ def engines(
 
 
 def view(choice: memfit.workflows.engine_comparison.EngineChoice) -> dict[str, Any]:
-    """Return a choice as plain data for ``--json``."""
+    """Return an engine compared for the plan as plain data for ``--json``. "estimate" is null if the engine
+    does not support the plan."""
     from memfit.cli.views import estimate_view
     from memfit.types.serialization import to_plain
 

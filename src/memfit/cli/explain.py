@@ -31,24 +31,44 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainOptions:
-    """The plans to compare, and the files to write."""
+    """The plan to explain or the two plans to compare, and the files to write."""
 
     plans: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[A.yaml B.yaml]", help="Plan file to explain, or two to show why they differ."
+            metavar="[A.yaml B.yaml]",
+            help="Plan file to explain, or two to show why their memory differs. Default: the plan of --plan "
+            "or --recommended, otherwise plain training.",
         ),
     ] = None
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a treemap and a timeline to this HTML file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write a treemap and a timeline of the plan's memory to this HTML file. Not for two "
+            "plans.",
+        ),
     ] = None
     snapshot: Annotated[
-        Path | None, typer.Option(metavar="FILE.pickle", help="Write a snapshot for PyTorch's memory viewer.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.pickle",
+            help="Also write the plan's memory to this file as a snapshot for PyTorch's memory viewer. Not "
+            "for two plans.",
+        ),
     ] = None
     perfetto: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write a Chrome trace for ui.perfetto.dev.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Also write the plan's memory to this file as a Chrome trace for ui.perfetto.dev. Not for "
+            "two plans.",
+        ),
     ] = None
-    lines: Annotated[bool, typer.Option(help="Find the line of your code that made each allocation.")] = True
+    lines: Annotated[
+        bool,
+        typer.Option(help="Whether to find the line of your code that made each allocation of memory."),
+    ] = True
 
 
 def explain(
@@ -61,7 +81,7 @@ def explain(
     lang: LanguageOptions,
     output: JsonOptions,
 ) -> None:
-    """Show what uses the memory of a plan, or why two plans differ, before running."""
+    """Show what uses the memory of a plan, or why the memory of two plans differs, without running them."""
     language_code = language(lang.lang)
     job, files = _plan_files(job, more)
     plans = _plans(files, more, which)
@@ -80,7 +100,8 @@ def explain(
 
 
 def _plan_files(job: JobOptions, options: ExplainOptions) -> tuple[JobOptions, list[str]]:
-    """Separate the job from the plan files: ``explain A.yaml B.yaml`` names no job."""
+    """Return the job options and the paths of the plan files. A first argument that ends in .yaml or .yml is
+    a plan file and not a job: ``explain A.yaml B.yaml`` names no job."""
     files = list(options.plans or ())
     if job.job is not None and job.job.endswith((".yaml", ".yml")):
         return dataclasses.replace(job, job=None), [job.job, *files]
@@ -88,8 +109,9 @@ def _plan_files(job: JobOptions, options: ExplainOptions) -> tuple[JobOptions, l
 
 
 def _plans(files: list[str], options: ExplainOptions, which: WhichOptions) -> list[Plan]:
-    """Return the plans to explain; empty for the recommended plan. Raises UserError for contradictory
-    options."""
+    """Return the plans to explain, an empty list for the recommended plan. Raises UserError for more than two
+    plan files, an invalid one, options that contradict each other, or an output file that cannot be
+    written."""
     output_paths = [path for path in (options.html, options.snapshot, options.perfetto) if path]
     for path in output_paths:
         writable(path)
@@ -102,7 +124,8 @@ def _plans(files: list[str], options: ExplainOptions, which: WhichOptions) -> li
         )
     if len(files) == 2 and output_paths:
         raise UserError(
-            "--html, --snapshot and --perfetto show one plan", hint="leave them out to compare two"
+            "--html, --snapshot and --perfetto show one plan, but two plan files are given",
+            hint="leave these options out to compare two plans",
         )
     selections = [WhichOptions(plan=Path(file)) for file in files] or [which]
     return [plan for plan in map(plan_file, selections) if plan is not None]

@@ -1,5 +1,5 @@
-"""``memfit export``: write a plan as files for a launcher, a cluster or a trainer, without running
-anything."""
+"""``memfit export``: write a plan as files for a launcher, a cluster or a training library, without
+training."""
 
 from __future__ import annotations
 
@@ -32,78 +32,132 @@ _MOST_BYTES = 512 * 1024  # maximum size of a file that is copied into the expor
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """The target, the folder, and the settings of the launch."""
+    """The target, the folder, the settings of the launch, and the user's own script and configuration."""
 
     to: Annotated[
         str,
         typer.Option(
             metavar="TARGET",
-            help="Launcher, cluster or trainer to write files for: torchrun, slurm, k8s, skypilot, trainer, "
-            "torchtitan or openfold.",
+            help="What to write files for. Launchers and clusters: torchrun, slurm, k8s, skypilot. Libraries "
+            "whose own program trains: trainer (Hugging Face), torchtitan, openfold.",
         ),
     ]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create for the files.")]
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the files, created if it does not exist. Without --force it must be empty.",
+        ),
+    ]
     nodes: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="Number of machines; the ranks are split evenly over them."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of machines. It must divide the plan's number of processes.",
+        ),
     ] = 1
     script: Annotated[
         str | None,
         typer.Option(
             metavar="'FILE.py ARGS'",
-            help="Your own training script with its arguments, instead of memfit's worker.",
+            help="Command line of your own training script, in quotes: the Python file and its arguments. "
+            "The written files start it instead of memfit's worker. The file and the modules beside it that "
+            "it imports are copied.",
         ),
     ] = None
     max_restarts: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="How many times the launcher restarts all ranks after a failure."
+            metavar="N",
+            min=0,
+            help="How many times the launcher restarts all processes after a failure. Not used by trainer, "
+            "torchtitan and openfold.",
         ),
     ] = 3
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="For skypilot: the accelerator, such as H100.")] = (
-        ""
-    )
-    image: Annotated[str, typer.Option(metavar="IMAGE", help="For k8s: the container image.")] = ""
+    gpu: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="For skypilot with --script, which requires it: the accelerator, such as H100. memfit's "
+            "worker trains on CPUs.",
+        ),
+    ] = ""
+    image: Annotated[
+        str,
+        typer.Option(
+            metavar="IMAGE",
+            help="For k8s, which requires it: the container image, with Python, torch and the program to "
+            "start.",
+        ),
+    ] = ""
     setup: Annotated[
-        str, typer.Option(metavar="COMMAND", help="For skypilot: the command that sets up a new machine.")
+        str,
+        typer.Option(
+            metavar="COMMAND",
+            help="For skypilot: the shell command that sets up a new machine. Default: a check that the "
+            "needed packages can be imported.",
+        ),
     ] = ""
     save: Annotated[
         str,
         typer.Option(
             metavar="DIR",
-            help="Write checkpoints to this folder, which all nodes must share; a restart continues from "
-            "them.",
+            help="Folder to which memfit's worker writes checkpoints, at the end and with --save-every. All "
+            "nodes must share it; a restart continues from the newest checkpoint. For k8s it needs an "
+            "absolute path and --claim. Not with --script. Default: no checkpoints.",
         ),
     ] = ""
     save_every: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Also save after every N steps. 0: only at the end.")
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="With --save: also write a checkpoint after every N steps. 0: only at the end.",
+        ),
     ] = 0
     claim: Annotated[
-        str, typer.Option(metavar="NAME", help="For k8s: the volume claim that holds the folder of --save.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="For k8s: the persistent volume claim that is mounted as the folder of --save.",
+        ),
     ] = ""
-    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export.")] = False
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Write into a folder that is not empty: replace files of the same names, and remove the "
+            "other files of an earlier export.",
+        ),
+    ] = False
     given: Annotated[
         list[Path] | None,
         typer.Option(
             "--from",
             metavar="FILE",
             help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
-            "torchtitan or "
-            "OpenFold. Its plan is used unless another is given, and every setting that no plan decides is "
-            "kept. "
-            "Can be given several times.",
+            "torchtitan or OpenFold. Can be given several times: all files together are one set-up, with at "
+            "most one file of each kind. Its plan is exported unless --plan or --recommended is given. "
+            "Settings that the plan does not decide are kept.",
         ),
     ] = None
     ranks: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Number of processes, if the files of --from do not give it."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --from: number of processes. Needed if the files do not say it; must not contradict "
+            "them.",
+        ),
     ] = None
     script_applies: Annotated[
         str,
         typer.Option(
             metavar="NAME,...",
-            help="Parts of the plan that --script applies itself, such as activation-checkpointing; all: "
-            "all of them.",
+            help="With --script: names of the parts of the plan that no written file applies and your script "
+            "does, such as activation-checkpointing, separated by commas; all: all such parts. The export is "
+            "refused until every such part is named; the error lists them.",
         ),
     ] = ""
 
@@ -118,7 +172,8 @@ def export(
 ) -> None:
     """Write a plan as files to start elsewhere, without training.
 
-    The engine's configuration is byte for byte the one that `memfit run` would use.
+    Without --from and --script, the engine's configuration files are byte for byte those that `memfit run`
+    would use.
     """
     from memfit.export.base import Handover
     from memfit.export.readme import dependence_line
@@ -186,8 +241,8 @@ def _print_written(
         print(f"  {step.name}: {step.text}")
     if handover.user_files is not None:
         print(
-            f"Your settings are kept; {out}/README.md lists what the plan changed and what it does not "
-            "contain."
+            f"Settings that the plan does not decide are kept; {out}/README.md lists your settings that the "
+            "plan changed and those that are not in the export."
         )
 
 
@@ -198,8 +253,9 @@ def _names(text: str) -> tuple[str, ...]:
 def _as_files_say(
     user_files: memfit.export.base.UserFiles | None, job: JobOptions, goal: GoalOptions
 ) -> tuple[JobOptions, GoalOptions]:
-    """Take the engine from the user's files, and the batch if the job accepts it, unless the options give
-    them."""
+    """Return the options with the engine of the user's files, if the option is "native", and with the batch
+    of the files, unless --batch is given. If the job refuses that batch and its own differs, print so on
+    standard error and leave the batch as it is."""
     from memfit.jobs.registry import load
 
     if user_files is None:
@@ -215,7 +271,7 @@ def _as_files_say(
     except UserError as error:
         if (job_batch := load(ref).batch_size) != batch:
             print(
-                f"memfit: the files set a batch of {batch}, but the job uses {job_batch}: {error}",
+                f"memfit: the files of --from set a batch of {batch}, but the job uses {job_batch}: {error}",
                 file=sys.stderr,
             )
         return job, goal
@@ -245,8 +301,10 @@ def _launch(
     memfit.export.base.UserFiles | None,
     memfit.types.dependence.SampleDependence | None,
 ]:
-    """Return the launch, the files of the user's job (they are put beside it), the user's configuration
-    with the job's clipping, and how the samples of a batch that the plan splits depend on each other."""
+    """Return (the launch, name -> text of the files of the user's own job, ``user_files`` with the job's
+    clipping, how the samples of a batch depend on each other or None if the plan does not split the batch).
+    The files of a built-in job and of an hf: job are empty. Raises UserError for the engine replay, and if
+    the engine does not support the plan."""
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
     from memfit.planner.single_device import model_sizes
@@ -290,7 +348,7 @@ def _launch(
 
 def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependence.SampleDependence | None:
     """Return how the job's samples depend on each other, or None if the plan does not split the batch. Raises
-    UserError if splitting would weight the loss wrongly."""
+    UserError if the plan would weight the parts of the loss wrongly."""
     from memfit.techniques.registry import refuse_wrong_weights, splits_batch
     from memfit.trace.sample_dependence import sample_dependence
 
@@ -302,7 +360,8 @@ def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependenc
 
 
 def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the user's program with its arguments, and its files (name -> text)."""
+    """Return (the words of the command line ``script`` with the program's path reduced to its file name, name
+    -> text of the program and of the modules beside it that it imports). Both are empty without a script."""
     words = shlex.split(script or "")
     if not words:
         return (), {}
@@ -311,8 +370,9 @@ def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def _carried(path: Path) -> dict[str, str]:
-    """Return the text of the file and of all modules beside it that it imports, directly or indirectly.
-    Packages beside it are only reported on standard error: the export's files have no subfolders."""
+    """Return name -> text of the file and of all modules beside it that it imports, directly or indirectly.
+    Packages beside it are only reported on standard error: the export's files have no subfolders. Raises
+    UserError for a file that cannot be read, is not UTF-8 text or is too large."""
     texts: dict[str, str] = {}
     packages: set[str] = set()
     pending = [path]
@@ -327,12 +387,12 @@ def _carried(path: Path) -> dict[str, str]:
                 packages.add(name)
     if packages:
         message = f"packages are not copied: {', '.join(sorted(packages))} beside {path.name}"
-        print(f"memfit: {message}; install them on the machine that runs it", file=sys.stderr)
+        print(f"memfit: {message}; install them on every machine that trains", file=sys.stderr)
     return texts
 
 
 def _imported(source: str) -> Iterator[str]:
-    """Yield the top-level names that ``source`` imports; none if it is not valid Python."""
+    """Yield the top-level names of the absolute imports in ``source``; none if it is not valid Python."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -353,5 +413,8 @@ def _read(path: Path) -> dict[str, str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file", allowed="a Python file in UTF-8") from error
     if len(data) > _MOST_BYTES:
-        raise UserError(f"{path} has {len(data)} bytes", allowed=f"at most {_MOST_BYTES}")
+        raise UserError(
+            f"{path} has {len(data)} bytes, too many to be copied into an export",
+            allowed=f"at most {_MOST_BYTES}",
+        )
     return {path.name: text}

@@ -1,4 +1,4 @@
-"""``memfit jobs``: list what can be trained without writing code."""
+"""``memfit jobs``: list the built-in jobs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from memfit.cli.output import emit, print_table
 
 
 def jobs(output: JsonOptions) -> None:
-    """List the built-in jobs and their sizes."""
+    """List the built-in jobs, their sizes (the default size first) and their data."""
     quiet_libraries()
     from memfit.jobs.registry import DEFAULT, describe
 

@@ -1,4 +1,4 @@
-"""``memfit lengths``: show how the lengths of real data affect memory."""
+"""``memfit lengths``: show how the lengths of the user's sequences affect memory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LengthOptions:
-    """The data, the job, and how sequences are batched."""
+    """The lengths, the job, the plan, and how sequences are batched."""
 
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="File with one length per line, or a .fasta[.gz], .csv or .npz file."
+            metavar="FILE",
+            help="File with the lengths of your sequences: one whole number per line, or a .fasta, .fa or "
+            ".faa file (also .gz) with the sequences, or a .csv or .npz file (see --column).",
         ),
     ]
     job: Annotated[
@@ -42,42 +44,64 @@ class LengthOptions:
     ] = "protein-lm"
     size: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Size of the job; `memfit jobs` lists the sizes of each job."),
+        typer.Option(
+            metavar="NAME",
+            help="Size of the job; `memfit jobs` lists the sizes of each built-in job. Default: tiny. A "
+            "built-in job gets positions for the longest sequence, unless NAME@N sets N.",
+        ),
     ] = None
-    batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Sequences per optimizer step.")] = (
-        None
-    )
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Sequences per optimizer step. Default: the job's number."),
+    ] = None
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that the training must fit in, for example 24GiB. Default: the machine's.",
+            help="Memory that the training must fit in, for example 24GiB. Default: all memory of one "
+            "device of the machine.",
         ),
     ] = None
     plan: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Plan file, as written by `memfit plan --save`. Default: plain training.",
+            help="Train with the plan in this file, as written by `memfit plan --save`. Default: plain "
+            "training.",
         ),
     ] = None
     column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Column of the .csv file, or array of the .npz file, to read."),
+        typer.Option(
+            metavar="NAME",
+            help="Column of the .csv file, or array of the .npz file, that holds the lengths. Default: the "
+            "first with whole numbers.",
+        ),
     ] = None
     max_length: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Cut longer sequences to this length.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Cut sequences, with their --extra-tokens, to at most N tokens. Default: not cut.",
+        ),
     ] = None
     extra_tokens: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Number of special tokens added to each sequence.")
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Number of special tokens to add to the length of each sequence, before --max-length.",
+        ),
     ] = 0
 
 
 def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> None:
-    """Show how the lengths of your data affect memory.
+    """Show how the lengths of your sequences affect the memory of training.
 
-    Prints the peak by padded length, the probability of running out of memory per step and per epoch, the
-    batch to try first, and the batching method that saves most.
+    Prints the predicted peak of a batch by padded length and of random batches, the longest length that fits,
+    the probability of running out of memory per step and per epoch, the batch of the longest sequences to try
+    first, and a comparison of methods of batching.
     """
     cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
     machine = machine_of(on.on, "world")

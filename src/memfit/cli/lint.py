@@ -27,11 +27,18 @@ class LintOptions:
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="Configuration files of one set-up, one of each kind: DeepSpeed, Accelerate, Trainer, ...",
+            help="Configuration files that belong to one set-up, at most one of each kind: DeepSpeed, "
+            "Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold. Files that they name are read as well.",
         ),
     ]
     ranks: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Number of processes, if no file gives it.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of processes of the training, instead of the number in the files. Default: the "
+            "number in the files, if they have one.",
+        ),
     ] = None
 
 
@@ -39,7 +46,7 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
     """Find contradictions, options without effect and known pitfalls in configuration files.
 
     Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments, torchtitan
-    TOML and OpenFold's settings. Several files are read as one set-up. Exits with code 1 if a finding is an
+    TOML and OpenFold's settings. All files together are one set-up. Exits with code 1 if a finding is an
     error.
     """
     language_code = language(lang.lang)
@@ -75,14 +82,16 @@ _NOT_LINTED = frozenset(
 
 
 def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
-    """Return the files without those that an export puts beside them. Raises UserError if none is left."""
+    """Return the files without those that are in a folder of an export and that memfit, a cluster or an
+    engine without rules reads. Raises UserError if none is left."""
     from memfit.export.write import MANIFEST
 
     library_files = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
     if not library_files:
         raise UserError(
-            f"{', '.join(map(str, files))}: part of an export, not a configuration of another library",
-            allowed="an export for DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan or OpenFold",
+            f"{', '.join(map(str, files))}: none of these files of an export is for a library that memfit "
+            "lints",
+            allowed="files for DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan or OpenFold",
         )
     return library_files
 
@@ -93,7 +102,7 @@ def findings_view(found: Sequence[memfit.lint.check.Finding]) -> list[dict[str, 
 
 
 def print_findings(found: Sequence[memfit.lint.check.Finding], *, lang: str) -> None:
-    """Print each finding with its advice and links."""
+    """Print each finding with its advice and links, or that there is none, in the language ``lang``."""
     from rich.padding import Padding
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Filter log messages of libraries that say nothing about the user's machine or job."""
+"""Drop a few log messages of other libraries that say nothing about the user's machine or job."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ _CHATTER: Final = {
 
 
 def quiet_libraries() -> None:
-    """Drop these messages and no others. Call it before the libraries are imported."""
+    """Drop the log messages of torchao, torch, DeepSpeed and bitsandbytes that contain the text which
+    ``_CHATTER`` has for the logger, and no others. Call it before these libraries are imported."""
     for logger, message_filter in _CHATTER.items():
         logging.getLogger(logger).addFilter(message_filter)

@@ -1,4 +1,4 @@
-"""``memfit machines``: list the figures in the catalog and their sources."""
+"""``memfit machines``: list the machines of the catalog, or every figure of one entry with its source."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _UNITS: Final = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NameOptions:
-    """The entry of the catalog to show; None for all."""
+    """The entry of the catalog, or the machine file, to show; None lists all entries."""
 
     name: Annotated[
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="Show the figures of one entry and their sources: a machine as in --on, a network, host, "
-            "link or place.",
+            help="Show every figure of one entry with its source: a machine or FILE.toml as in --on, a "
+            "network, host, link or place. Default: list all entries.",
         ),
     ] = None
 
 
 def machines(which: NameOptions, output: JsonOptions) -> None:
-    """List the devices, networks, hosts and places of the catalog, or show one of them with its sources."""
+    """List the devices, networks, hosts and places of the catalog, or show one entry with its sources."""
     if which.name is not None:
         kind, entry = _found(which.name)
         if output.json:
@@ -79,7 +79,8 @@ def machines(which: NameOptions, output: JsonOptions) -> None:
 
 
 def _print_one(kind: str, entry: Any) -> None:
-    """Print the figures with the numbers of their sources, and the sources below."""
+    """Print a table of the entry's figures, each with its range and the number of its source, and below it
+    the sources by number."""
     sources: dict[str, int] = {}
     rows = []
     for path, fact in facts_in(entry):
@@ -95,7 +96,8 @@ def _print_one(kind: str, entry: Any) -> None:
 
 
 def _found(name: str) -> tuple[str, Any]:
-    """Return the kind of `name` and the catalog's entry. Raises UserError with the nearest names."""
+    """Return (the kind, the entry) that ``name`` names in the catalog, or the machine in the file ``name`` if
+    it ends in .toml. Raises UserError with the nearest names if there is none, and for an invalid file."""
     if name.endswith(".toml"):
         return "machine", catalog.from_toml(name)
     loaders: dict[str, Callable[[], Any]] = {

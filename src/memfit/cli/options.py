@@ -18,7 +18,7 @@ _DEFAULT_JOB = "protein-ss"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """The job to train."""
+    """The job to train, and what replaces its defaults."""
 
     job: Annotated[
         str | None,
@@ -30,26 +30,55 @@ class JobOptions:
     ] = None
     size: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Size of the job; `memfit jobs` lists the sizes of each job."),
+        typer.Option(
+            metavar="NAME",
+            help="Size of the job. `memfit jobs` lists the sizes of each built-in job, the default first; "
+            "hf: has tiny (default) and paper. NAME@N also sets --length N.",
+        ),
     ] = None
     data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with your own data, in the job's format.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with your own data, in the job's format. Default: the data of the job. Some jobs "
+            "accept no other data.",
+        ),
     ] = None
     weights: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder with safetensors files to take the initial weights from."),
+        typer.Option(
+            metavar="DIR",
+            help="Folder with safetensors files to take the initial weights from. Default: as the job "
+            "initializes them, usually at random.",
+        ),
     ] = None
     steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Number of optimizer steps in one run.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Number of optimizer steps of the training. Default: the job's number."
+        ),
     ] = None
-    batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Samples per optimizer step.")] = None
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Samples per optimizer step, of all processes together. Default: the job's number.",
+        ),
+    ] = None
     length: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Length of a sample: tokens, residues or bases.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Length of a sample: tokens, residues or bases. Default: the length of the job's size. Some "
+            "jobs have no such length and refuse this option.",
+        ),
     ] = None
 
     @property
     def spec(self) -> str:
-        """The given job, or the default one."""
+        """The job that the user named, or the default job."""
         return self.job or _DEFAULT_JOB
 
     @property
@@ -60,80 +89,97 @@ class JobOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GoalOptions:
-    """The goal of a plan, its limits, and the engine."""
+    """The goal of a plan, the memory and the accuracy that limit it, and the engine."""
 
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that the training must fit in, for example 24GiB. Default: the memory of the "
-            "device; on a CPU, as a "
-            "demonstration, a quarter of what plain training needs, or the least that any plan needs.",
+            help="Memory that the training must fit in on each device, for example 24GiB. Default: the "
+            "memory of the device. On a CPU, where memory is each process's, the default is a demonstration: "
+            "a share of what plain training needs (a quarter, unless the job sets another), or, if no plan "
+            "fits that, a little more than the smallest plan needs.",
         ),
     ] = None
     host_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory of each host of the --on machine. Default: the value in the catalog or the machine "
-            "file.",
+            help="Memory of each host of the machine, apart from that of its devices. Default: the value in "
+            "the catalog or the machine file. Refused for this machine and other CPUs.",
         ),
     ] = None
     goal: Annotated[
         str,
         typer.Option(
             metavar="fastest|smallest|cheapest|greenest|fewest",
-            help="What the recommended plan optimizes. fewest: the number of devices.",
+            help="What the recommended plan minimizes. fastest: the time of a step; smallest: the peak "
+            "memory; cheapest: the cost; greenest: the CO2; fewest: the number of devices, then the time.",
         ),
     ] = "fastest"
     accuracy: Annotated[
         str,
         typer.Option(
             metavar="exact|rounding|any",
-            help="How a plan may change the numbers that training computes. exact: not at all; rounding: "
-            "also sums in another order and other rounding; any: also another algorithm.",
+            help="How a recommended plan may change the numbers that training computes. exact: not at all; "
+            "rounding: by sums in another order or other rounding; any: also by another algorithm.",
         ),
     ] = "rounding"
     engine: Annotated[
         str,
-        typer.Option(metavar="NAME", help="Engine that runs the training; `memfit engines` compares them."),
+        typer.Option(
+            metavar="NAME",
+            help="Engine that runs the training; native is memfit itself. `memfit engine` lists them.",
+        ),
     ] = "native"
 
 
 ExcludedTechniques = Annotated[
     list[str] | None,
     typer.Option(
-        "--without", metavar="TECHNIQUE", help="Do not use this technique. Can be given several times."
+        "--without",
+        metavar="TECHNIQUE",
+        help="Technique that no recommended plan may use. Repeat the option for further techniques.",
     ),
 ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BoundsOptions:
-    """Limits of the whole training, on the devices of --on."""
+    """Limits on a plan besides memory and accuracy, and whether to show what would help if none fits."""
 
     deadline: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Longest time that the whole training may take, for example 90m, 72h or 3d. Needs --steps.",
+            help="Longest time that all --steps may take together, for example 90m, 72h or 3d. Needs --on "
+            "and --steps.",
         ),
     ] = None
     budget: Annotated[
         float | None,
         typer.Option(
-            metavar="USD", min=0.01, help="Most that the whole training may cost, in USD. Needs --steps."
+            metavar="USD",
+            min=0.01,
+            help="Most that all --steps may cost together, in USD. Needs --on and --steps.",
         ),
     ] = None
     micro_batch: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Samples in one micro-batch. Default: chosen by memfit."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Samples in one micro-batch of one device; must divide the device's part of the batch. "
+            "Needs --on. Default: memfit chooses the number.",
+        ),
     ] = None
     without: ExcludedTechniques = None
     explain_infeasible: Annotated[
         bool,
         typer.Option(
-            "--explain-infeasible", help="If no plan fits, show the smallest changes that would make one fit."
+            "--explain-infeasible",
+            help="If no plan fits, add to the error the smallest changes, each of which alone would make a "
+            "plan fit.",
         ),
     ] = False
 
@@ -145,16 +191,26 @@ class HereOptions:
     place: Annotated[
         str,
         typer.Option(
-            metavar="PLACE", help="Origin of the electricity, for its price and CO2: a country, or world."
+            metavar="PLACE",
+            help="Place of the electricity, for its price and CO2: world or a name that `memfit machines` "
+            "lists. Not used with --on FILE.toml: the machine file says the place.",
         ),
     ] = "world"
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Number of CPU threads. Default: all.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of CPU threads of each training process, and of the timings of this machine. "
+            "Default: all; `memfit poc --nproc` divides all among the processes.",
+        ),
     ] = None
     recalibrate: Annotated[
         bool,
         typer.Option(
-            "--recalibrate", help="Time this machine's operators again instead of using the stored timings."
+            "--recalibrate",
+            help="When a search for plans on this machine begins, delete the stored timings of its operators "
+            "and time them again.",
         ),
     ] = False
 
@@ -167,24 +223,31 @@ class MachineOptions:
         str,
         typer.Option(
             metavar="MACHINE",
-            help="Machine to plan for: this, H100-SXM, 8xH100-SXM, 64x8xH100-SXM@IB-NDR or FILE.toml; "
-            "`memfit machines` lists the names.",
+            help="Machine to plan for: this (the CPU of this machine), H100-SXM (one device), 8xH100-SXM "
+            "(devices of one host), 64x8xH100-SXM@IB-NDR (hosts x devices @ network) or FILE.toml (a machine "
+            "file). `memfit machines` lists the names.",
         ),
     ] = "this"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WhichOptions:
-    """The plan; plain training if neither option is given."""
+    """The plan. Without either option it is plain training, or in ``memfit export`` the plan of --from."""
 
     plan: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.yaml", help="Use the plan in this file, as written by `memfit plan --save`."
+            metavar="FILE.yaml",
+            help="Use the plan in this file, as written by `memfit plan --save`. Default, without "
+            "--recommended: plain training.",
         ),
     ] = None
     recommended: Annotated[
-        bool, typer.Option("--recommended", help="Use the plan that `memfit plan` recommends.")
+        bool,
+        typer.Option(
+            "--recommended",
+            help="Search for a plan as `memfit plan` does with the same options, and use what it recommends.",
+        ),
     ] = False
 
 
@@ -196,28 +259,34 @@ class StoreOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Store: the file that keeps the records of runs. Default: in your data folder.",
+            help="Store: the file in which memfit keeps proofs of concept, runs and records of others; "
+            "created if it does not exist. Default: memfit.sqlite3 in your data folder.",
         ),
     ] = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EffortOptions:
-    """Effort of a proof of concept that cannot be measured and must be entered."""
+    """The minutes that people spent on a proof of concept; memfit cannot measure them."""
 
     attended_minutes: Annotated[
         float | None,
         typer.Option(
-            metavar="MIN", help="Minutes that people spent attending to the proof of concept; stored with it."
+            metavar="MIN",
+            help="Minutes that people spent attending to the proof of concept. They are stored with it and "
+            "replace minutes given earlier.",
         ),
     ] = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageOptions:
-    """The language of the result."""
+    """The language of the result and of the progress."""
 
-    lang: Annotated[str, typer.Option(metavar="en|ja", help="Language of the result.")] = "en"
+    lang: Annotated[
+        str,
+        typer.Option(metavar="en|ja", help="Language of the result: English or Japanese. Errors: English."),
+    ] = "en"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +294,8 @@ class JsonOptions:
     """Whether to print the result as JSON."""
 
     json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")
+        bool,
+        typer.Option("--json", help="Print the result or the error as one JSON object on standard output."),
     ] = False
 
 
@@ -233,15 +303,19 @@ class JsonOptions:
 class OutputOptions:
     """The language and format of the result."""
 
-    lang: Annotated[str, typer.Option(metavar="en|ja", help="Language of the result.")] = "en"
+    lang: Annotated[
+        str,
+        typer.Option(metavar="en|ja", help="Language of the result: English or Japanese. Errors: English."),
+    ] = "en"
     json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")
+        bool,
+        typer.Option("--json", help="Print the result or the error as one JSON object on standard output."),
     ] = False
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `function`, which takes option dataclasses, for typer: the wrapper has one parameter for each of
-    their fields."""
+    """Wrap `function`, all of whose parameters are option dataclasses, for typer. The wrapper has the same
+    name and docstring, and one keyword-only parameter for each field of these dataclasses."""
     option_types = {n: t for n, t in typing.get_type_hints(function).items() if n != "return"}
     parameters = [
         parameter for option_type in option_types.values() for parameter in _parameters(option_type)

@@ -16,14 +16,15 @@ _PIPE_COLUMNS = 120  # rich assumes 80 if there is no terminal, which is too nar
 
 
 def emit(value: Any) -> None:
-    """Print ``value`` as one JSON object on standard output."""
+    """Print ``value`` as indented JSON on standard output."""
     from memfit.types import serialization
 
     print(escaped(serialization.dumps(value, indent=2)))
 
 
 def console() -> rich.console.Console:
-    """Return a console on standard output, in colour if it is a terminal."""
+    """Return a console on standard output: in colour and as wide as the terminal if it is one, otherwise
+    without colour and 120 columns wide."""
     from memfit.cli.safe_console import SafeConsole
 
     plain = SafeConsole(highlight=False)
@@ -31,7 +32,8 @@ def console() -> rich.console.Console:
 
 
 def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
-    """Return `given` if it is one of `allowed`. Raises UserError with the nearest value otherwise."""
+    """Return ``given`` if it is one of ``allowed``. Otherwise raises UserError with the allowed values and,
+    if one is similar, the nearest. ``what`` names the option or kind of value in the error."""
     names = tuple(map(str, allowed))
     if given in names:
         return given
@@ -41,14 +43,15 @@ def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
 
 
 def language(given: str) -> str:
-    """Check the language before any long work begins, and return it. Raises UserError for an unknown one."""
+    """Return ``given``, the code of a language. Raises UserError for an unknown one. Call it before any long
+    work begins."""
     from memfit.report.words import LANGUAGES
 
     return one_of("--lang", given, LANGUAGES)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table to standard output."""
+    """Print a table with the headings ``columns`` on standard output."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

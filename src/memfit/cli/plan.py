@@ -1,4 +1,5 @@
-"""``memfit plan``: recommend a plan and compare it with its rivals, with reasons, without training."""
+"""``memfit plan``: recommend a plan and compare it with its rivals, with reasons. Nothing is trained, except
+for a few steps with --measure."""
 
 from __future__ import annotations
 
@@ -36,41 +37,50 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
-    """The number of processes, whether to measure rivals first, and where to write the plan."""
+    """The number of processes, whether to measure rivals before recommending, and where to write the plan."""
 
     nproc: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Plan for N processes that share the batch.")
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Plan for N processes that share the batch. With --on, N is the number of devices, so the "
+            "option is not needed.",
+        ),
     ] = 1
     measure: Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="Run the plans whose predicted times lie within the prediction error of the best for a few "
-            "steps each on "
-            "this machine, and choose the recommendation by the measurements.",
+            help="Run the plans whose predicted step times lie within the prediction error of the best for a "
+            "few steps each on this machine, and recommend the best by these measurements. Not with --on, "
+            "--from and the goals smallest and fewest.",
         ),
     ] = False
     measure_time: Annotated[
         str,
         typer.Option(
             metavar="TIME",
-            help="With --measure: start no further run after this time, for example 90s or 5m.",
+            help="With --measure: after the first two runs, start no further one when this time has passed, "
+            "for example 90s or 5m.",
         ),
     ] = "5m"
     save: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Write the recommended plan to this file, which you can read and edit; with --from, write "
-            "the plan of the set-up.",
+            help="Write the recommended plan to this file, which you can read and edit. With --from: write "
+            "the plan of your set-up instead. An existing file is an error without --force.",
         ),
     ] = None
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --save.")] = False
+    force: Annotated[bool, typer.Option("--force", help="With --save: overwrite the file if it exists.")] = (
+        False
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FromOptions:
-    """The user's own set-up, and the proof of concept that corrects step times."""
+    """The user's existing set-up, and the proof of concept that corrects predicted step times."""
 
     given: Annotated[
         list[Path] | None,
@@ -78,22 +88,24 @@ class FromOptions:
             "--from",
             metavar="FILE",
             help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
-            "torchtitan or OpenFold: "
-            "predict and lint it, and show what would be better. Can be given several times.",
+            "torchtitan or OpenFold. Can be given several times: all files together are one set-up, with at "
+            "most one file of each kind. The set-up is predicted and linted, and compared with better plans.",
         ),
     ] = None
     corrected_by: Annotated[
         str | None,
         typer.Option(
             metavar="ID|last",
-            help="Correct the predicted step times by the measurements of this proof of concept.",
+            help="Correct the predicted step times by the measured ones of this proof of concept, or of the "
+            "one begun last. It must have run the same job on this machine. Not with --from.",
         ),
     ] = None
     store: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Store that holds the proof of concept of --corrected-by. Default: in your data folder.",
+            help="Store: the file with the proof of concept of --corrected-by. Default: memfit.sqlite3 in "
+            "your data folder.",
         ),
     ] = None
 
@@ -110,8 +122,8 @@ def plan(
 ) -> None:
     """Recommend a plan that fits the memory, without training.
 
-    Prints the recommended plan and its rivals, what each technique saves and costs, and why other plans were
-    left out.
+    Prints the recommended plan and its rivals, what each technique of it saves and costs, and why other plans
+    were left out. With --from, predicts and lints an existing set-up and shows better plans.
     """
     language_code = language(output.lang)
     if save.save is not None:
@@ -163,8 +175,9 @@ def _corrected(
 
 
 def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
-    """Return the limits of the training. Raises UserError if a limit of the whole training is given without
-    the number of steps, or if a limit is given that applies only to the devices of --on."""
+    """Return the limits of the training. ``on``: the machine to plan for. Raises UserError for a deadline or
+    a budget without a number of steps, for a deadline, a budget or a micro-batch on this machine, for an
+    invalid deadline, and for an unknown technique."""
     limits_training = given.deadline is not None or given.budget is not None
     if limits_training and job.steps is None:
         raise UserError(
@@ -172,7 +185,7 @@ def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
             hint="give --steps",
         )
     if on == "this" and (limits_training or given.micro_batch):
-        raise UserError("--deadline, --budget and --micro-batch apply only to the devices of --on")
+        raise UserError("--deadline, --budget and --micro-batch need --on with a machine other than this one")
     return Bounds(
         steps=job.steps or 0,
         deadline_s=parse_duration(given.deadline) if given.deadline is not None else None,
@@ -183,7 +196,7 @@ def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
 
 
 def write_plan(path: Path, plan: Plan, *, note: str) -> None:
-    """Write ``plan`` to ``path`` as YAML, with ``note`` as a comment."""
+    """Write ``plan`` to ``path`` as YAML, with ``note`` as a comment. An existing file is overwritten."""
     from memfit.techniques.plan_file import plan_text
 
     path.write_text(plan_text(plan, note=note), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``memfit plan JOB --from FILE``: predict and lint an existing set-up, and show what would be better."""
+"""``memfit plan JOB --from FILE``: predict and lint an existing set-up, and show better plans."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def plan_given(
     lang: str,
     as_json: bool,
 ) -> Plan:
-    """Predict and lint the set-up in ``files``, print the result, and return its plan. Raises UserError for
-    files of no known kind, and for plans that the job does not support."""
+    """Predict and lint the set-up in ``files``, print the result, and return the plan of the set-up. ``on``:
+    the machine to predict for. If the files do not say how many processes train, it is one per device.
+    Raises UserError for a file that is of no known kind or cannot be read, for a job other than the one that
+    the files describe, and for a plan that the job does not support."""
     from memfit.lint import check, draft, parse, to_plan
     from memfit.lint.clipping import clipping_setting
 
@@ -79,8 +81,9 @@ def _left_out(carried: memfit.lint.draft.Carried, option: str, reason: str) -> m
 def _published(
     carried: memfit.lint.draft.Carried, job: JobOptions
 ) -> tuple[memfit.lint.draft.Carried, JobOptions]:
-    """Set the job and the size that the files describe, if they describe a built-in job. Raises UserError if
-    the user asked for another job."""
+    """If the files describe a built-in job, return its name and size in the job options. --size and --length
+    of the user take precedence; the crop of the files is then recorded as left out. Raises UserError if the
+    user named another job."""
     from memfit.lint.openfold import JOB
 
     if not carried.size:
@@ -103,7 +106,8 @@ def _published(
 def _modelled(
     carried: memfit.lint.draft.Carried, job: JobOptions
 ) -> tuple[JobOptions, memfit.lint.draft.Carried]:
-    """Use the model that the files describe as the job, if no JOB is named."""
+    """If the user named no job, return the job that builds the model of the files, and record where it
+    differs from that model. If there is no such job, leave the job options as they are and record why."""
     model = carried.model
     if job.job is not None:
         return job, carried
@@ -117,7 +121,7 @@ def _modelled(
 
 
 def _described(model: memfit.lint.models.DescribedModel) -> str:
-    """Return a short description, such as ``48 layers of width 8192``."""
+    """Return the known sizes, such as ``48 layers of width 8192``, or ``the model`` if none is known."""
     layers = None if model.layers is None else f"{model.layers} layers"
     width = None if model.width is None else f"width {model.width}"
     return " of ".join(filter(None, (layers, width))) or "the model"
@@ -128,7 +132,9 @@ def _sized(
 ) -> tuple[
     memfit.planner.single_device.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried
 ]:
-    """Use the files' batch and length, unless the user gave others or the job does not accept them."""
+    """Return (the request, the size of its job, ``carried`` with what is predicted). The batch and the length
+    are those of the files, unless the user gave others or the job refuses them; that is recorded as left
+    out."""
     from memfit.workflows import config_review
 
     for name in ("batch", "length"):
@@ -155,7 +161,9 @@ def _sized(
 def _as_predicted(
     carried: memfit.lint.draft.Carried, job: JobOptions, size: memfit.workflows.config_review.JobSize
 ) -> memfit.lint.draft.Carried:
-    """Set the predicted batch and length, and record how the files' model differs from the job's."""
+    """Return ``carried`` with the predicted batch and length. The micro-batch keeps the number of
+    accumulation steps; it is None if that number does not divide the predicted batch. If the user named a
+    job whose model differs from that of the files, record the difference as left out."""
     micro_batch = carried.micro_batch
     if micro_batch is not None and carried.batch is not None:
         steps = carried.batch // micro_batch
@@ -176,7 +184,9 @@ def _as_predicted(
 def _clipped(
     job_request: memfit.planner.single_device.Request, carried: memfit.lint.draft.Carried, limit: float | None
 ) -> tuple[memfit.planner.single_device.Request, memfit.lint.draft.Carried]:
-    """Clip gradients to ``limit``, as the files say. 0: not clipped; None: the files do not determine it."""
+    """Return the request with gradients clipped to ``limit``. 0: not clipped; None: the files do not say it,
+    and the job's own limit applies. With optimizer-in-backward, which cannot clip, keep the request and
+    record the limit as left out."""
     if limit and carried.plan.get("optimizer-in-backward"):
         reason = "each parameter is updated before the whole norm is known: predicted without clipping"
         return job_request, _left_out(carried, f"gradients clipped to {limit:g}", reason)

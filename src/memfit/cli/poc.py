@@ -35,16 +35,22 @@ class PocOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of seeds: pairs of runs that the verdict is based on. Fewer than 3 decide nothing.",
+            help="Number of seeds. With each, plain training and the recommended plan are trained once; the "
+            "verdict is based on these pairs of runs. Fewer than 3 pairs cannot show that results are "
+            "equivalent.",
         ),
     ] = 3
     nproc: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Train on N processes that share the batch.")
+        int,
+        typer.Option(metavar="N", min=1, help="Train on N processes of this machine, which share the batch."),
     ] = 1
     without: ExcludedTechniques = None
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="HTML report to write. Default: in the folder of the store."),
+        typer.Option(
+            metavar="FILE",
+            help="HTML report to write. Default: reports/ID.LANG.html in the folder of the store.",
+        ),
     ] = None
 
 
@@ -57,7 +63,10 @@ def poc(
     lang: LanguageOptions,
     output: JsonOptions,
 ) -> None:
-    """Predict, search, train, verify and report on this machine."""
+    """Predict, search, train, verify and report on this machine.
+
+    Exits with code 1 if no run of the recommended plan succeeds.
+    """
     language_code = language(lang.lang)
     path = writable(own.out) if own.out is not None else None
     job_request = request(

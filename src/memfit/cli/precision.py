@@ -18,23 +18,31 @@ _DTYPES: Final = ("bf16", "fp16")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionOptions:
-    """The precisions to try, and on which data."""
+    """The precisions to try, on how many batches, after how much training, and for which device."""
 
-    dtype: Annotated[str, typer.Option(metavar="bf16|fp16|both", help="Precision to try.")] = "both"
+    dtype: Annotated[
+        str, typer.Option(metavar="bf16|fp16|both", help="Half precision to try: bfloat16, float16 or both.")
+    ] = "both"
     batches: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of training batches to measure.")
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Number of training batches to measure, with a few samples of each."
+        ),
     ] = 1
     after: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="Training steps before measuring: untrained weights hide many errors."
+            metavar="N",
+            min=0,
+            help="Number of training steps in float32 before measuring: untrained weights hide many errors.",
         ),
     ] = 40
     device: Annotated[
         str,
         typer.Option(
             metavar="cuda|cpu",
-            help="Device whose autocast is assumed: the operators that it keeps in float32 differ.",
+            help="Kind of device for which to advise: torch.autocast keeps other operators in float32 on "
+            "GPUs than on CPUs. The measurement itself runs on the CPU.",
         ),
     ] = "cuda"
 

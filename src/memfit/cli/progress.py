@@ -32,7 +32,8 @@ os.register_at_fork(
 
 
 class _Ticker:
-    """A thread that calls ``beat`` every quarter of a second. The process may fork while it runs."""
+    """A thread that calls ``beat`` every quarter of a second until it is closed, with the lock ``_WRITING``
+    held. The process may fork while it runs."""
 
     def __init__(self, beat: Callable[[], None]) -> None:
         self._beat, self._closed = beat, threading.Event()
@@ -52,8 +53,8 @@ class _Ticker:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Stage:
-    """One stage in progress. ``total`` is 0 if the amount of work is unknown; ``title``: the name shown to
-    the user."""
+    """One stage in progress, of which ``done`` of ``total`` units are done. ``total`` is 0 if the amount of
+    work is unknown; ``title``: the name shown to the user; ``detail``: what is being worked on."""
 
     name: str
     title: str
@@ -63,15 +64,16 @@ class _Stage:
     begun_s: float = dataclasses.field(default_factory=time.monotonic)
 
     def gives_way_to(self, name: str, done: int, total: int, detail: str) -> bool:
-        """Return whether an update begins another stage, or the same stage again. A count that falls back to
-        0 restarts a stage. A new run always restarts it; a detail such as ``baseline: evaluate`` still
-        belongs to the same run."""
+        """Return whether an update with these values belongs to a new stage. It does if its name differs, or
+        if it begins the same stage again: its count is 0 of a known total, after a higher count or, in the
+        stage "run", in any case. A detail with ": ", such as ``baseline: evaluate``, begins no new run."""
         from_start = total > 0 and done == 0 and ": " not in detail
         return name != self.name or (from_start and (name == "run" or self.done > 0))
 
     @property
     def complete(self) -> bool:
-        """Whether the last unit has begun: some stages count before the work and some after it."""
+        """Whether at most one unit is left, or the amount of work is unknown. Some stages count a unit
+        before its work, so the last unit may not be counted."""
         return self.done + 1 >= self.total
 
     @property
@@ -84,7 +86,8 @@ class _Stage:
 
 
 class Bars:
-    """The pipeline's progress callback. It shows progress until the ``with`` block ends."""
+    """A progress callback, called with (stage, done, total, detail). Within its ``with`` block it shows the
+    progress on standard error: a bar on a terminal, otherwise lines."""
 
     def __init__(self, lang: str) -> None:
         self._lang = lang
@@ -122,8 +125,8 @@ class Bars:
 
 
 class _Bar:
-    """A display with a live bar for the current stage. A finished stage leaves a line if it was long or had a
-    count."""
+    """A display with a live bar for the current stage. A stage that has ended leaves a line, unless it was
+    shorter than a second and had no count."""
 
     def __init__(self, console: rich.console.Console) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -172,8 +175,8 @@ class _Bar:
 
 
 class _Lines:
-    """A display of plain lines: one when a stage has lasted a second, and more every few seconds until it
-    ends."""
+    """A display of plain lines: one when a stage has lasted a second, and another every ten seconds until it
+    ends. In the first three seconds there are none."""
 
     def __init__(self) -> None:
         self._stage: _Stage | None = None

@@ -1,5 +1,5 @@
-"""``memfit record``: write a proof of concept in the format for sharing. ``memfit compare``: compare two of
-them."""
+"""``memfit record``: write a proof of concept as a record, which others can read, or add a record of others
+to the store. ``memfit compare``: compare two records."""
 
 from __future__ import annotations
 
@@ -24,43 +24,64 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordOptions:
-    """The record to write or to add."""
+    """The record to write, the record to add, or the format to print."""
 
     poc: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="ID of the proof of concept to write. Default: the last one."),
+        typer.Option(
+            metavar="ID",
+            help="ID in the store of the proof of concept to write, or of a record added from others. "
+            "Default: the proof of concept begun last.",
+        ),
     ] = None
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="File to write. Default: standard output.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="File to write the record to; overwritten if it exists. Default: standard output.",
+        ),
     ] = None
     add: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Add a record from another group to the store.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Add the record in this file, from another group, to the store instead of writing one.",
+        ),
     ] = None
     said_by: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="NAME",
-            help="With --add: who reports the record. Default: the name of the file.",
+            help="With --add: name of the group that reports the record. Default: the name of the file.",
         ),
     ] = None
-    schema: Annotated[bool, typer.Option("--schema", help="Print the format's JSON Schema.")] = False
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Only print the JSON Schema of the format of records.")
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions:
     """The two records to compare."""
 
-    a: Annotated[str, typer.Argument(metavar="A", help="First record: a file, or an ID in the store.")]
-    b: Annotated[str, typer.Argument(metavar="B", help="Second record, given in the same way.")]
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="First record: a file, or the ID of a record in the store.")
+    ]
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="Second record: a file, or the ID of a record in the store.")
+    ]
 
 
 def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None:
     """Write a proof of concept as one JSON file that others can read, or add one from others to the store."""
     if sum((own.schema, own.add is not None, own.poc is not None or own.out is not None)) > 1:
-        raise UserError("--schema, --add and --poc or --out cannot be used together", allowed="one of them")
+        raise UserError(
+            "--schema and --add cannot be used together, or with --poc or --out",
+            allowed="--schema alone, --add without --poc and --out, or neither",
+        )
     if own.said_by is not None and own.add is None:
-        raise UserError("--from needs --add", allowed="both, or neither")
+        raise UserError("--from needs --add", allowed="--add FILE.json --from NAME")
     quiet_libraries()
     from memfit.store import Store, exchange
     from memfit.store.database import TAKEN
@@ -127,8 +148,10 @@ class RecordFound:
 
 
 def found_record(name: str | None, path: Path | None) -> RecordFound:
-    """Return the record in the file ``name``, or the one in the store at ``path`` with the ID ``name``, by
-    default the last proof of concept. Raises UserError if there is none."""
+    """Return the record in the file ``name``, or the one with the ID ``name`` in the store at ``path``, by
+    default in the user's store. If ``name`` is None, it is the proof of concept begun last. A file whose
+    record is in the store, too, has the origin that the store says. Raises UserError if there is no such
+    record, or if the store has a different one with the ID of the file's."""
     from memfit.store import Store, exchange
     from memfit.store.pocs import wanted_poc
 
@@ -143,7 +166,8 @@ def found_record(name: str | None, path: Path | None) -> RecordFound:
 
 
 def _stored(store: memfit.store.Store, poc_id: str) -> RecordFound:
-    """Return our own proof of concept with the ID ``poc_id``, or a record from others."""
+    """Return the record of the proof of concept in ``store`` with the ID ``poc_id``; if there is none, the
+    record added last from others with this ID. Raises UserError if there is neither."""
     from memfit.store import exchange
     from memfit.store.database import TAKEN, taken_from
     from memfit.workflows import proof_of_concept
@@ -159,8 +183,8 @@ def _stored(store: memfit.store.Store, poc_id: str) -> RecordFound:
 def _known(
     store: memfit.store.Store, file_record: memfit.store.exchange.Shared, source: str
 ) -> RecordFound | None:
-    """Return what the store has under the ID of `file_record`, or None if it has nothing. Raises UserError if
-    it has anything but the same record, byte for byte."""
+    """Return the record that the store has with the ID of ``file_record``, or None if it has none. Raises
+    UserError if the two differ in any byte. ``source``: what the error calls ``file_record``."""
     from memfit.store import exchange
     from memfit.store.database import TAKEN
 

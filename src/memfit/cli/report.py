@@ -25,16 +25,23 @@ class ReportOptions:
         ),
     ] = None
     poc: Annotated[
-        str | None, typer.Option(metavar="ID", help="ID of the proof of concept. Default: the last one.")
+        str | None,
+        typer.Option(
+            metavar="ID", help="ID of the proof of concept in the store. Default: the one begun last."
+        ),
     ] = None
     case: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.toml", help="Case file with your figures, as for `memfit decide`."),
+        typer.Option(
+            metavar="FILE.toml",
+            help="Case file with your figures, as for `memfit decide`; it is stored with the proof of "
+            "concept. Default: the case file stored last with it, or no figures if there is none.",
+        ),
     ] = None
 
 
 def report(own: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
-    """Write the HTML report of a recorded proof of concept."""
+    """Write the HTML report of a proof of concept in the store, also of one that was interrupted."""
     language_code = language(lang.lang)
     path = writable(own.out) if own.out is not None else None
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""Convert options to the pipeline's request. This loads the planner, and with it torch."""
+"""Convert options to the request that the planner takes, and what several commands do with a request."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def request(
     ranks: int = 1,
     bounds: Bounds | None = None,
 ) -> memfit.planner.single_device.Request:
-    """Return the request. Options that are cheap to check are checked before torch is loaded. Raises
-    UserError for invalid ones."""
+    """Return the request that the options make. ``on``: the machine; ``ranks``: the number of processes.
+    Memory, accuracy, machine and number of processes are checked before torch is loaded. Raises UserError for
+    invalid options. Prints warnings about modules of the job and about an unused accelerator."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(one_of("--accuracy", goal.accuracy, Accuracy))
     machine = machine_of(on, here.place)
@@ -44,7 +45,7 @@ def request(
     count = machine.device_count
     if ranks > 1 and machine.device.kind != "cpu" and ranks != count:
         raise UserError(
-            f"--nproc {ranks} on {machine.name}, which has {count} device{'s' * (count > 1)}",
+            f"--nproc {ranks} does not suit {machine.name}, which has {count} device{'s' * (count > 1)}",
             allowed="one process per device",
             hint=f"--on sets the number of devices: {ranks}x{machine.device.name}",
         )
@@ -71,8 +72,8 @@ def request(
 
 
 def warn_of_shadowed_modules(job: str) -> None:
-    """Print a warning to standard error for each module beside the job that another module of the same name
-    hides."""
+    """Print a warning to standard error for each module that the job imports from its own folder but for
+    which Python finds another module of that name. ``job``: as the user names it."""
     from memfit.jobs.user_job import shadowed_modules
 
     for line in shadowed_modules(job):
@@ -80,8 +81,8 @@ def warn_of_shadowed_modules(job: str) -> None:
 
 
 def begin_answer(asked: memfit.planner.single_device.Request, *, lang: str, quiet: bool) -> Workload:
-    """Return what the answer is about, and print it unless ``quiet``. Raises UserError if the job cannot be
-    built."""
+    """Return the model, data and machine that the answer to the request is about, and print them in the
+    language ``lang`` unless ``quiet``. Raises UserError if the job cannot be built."""
     from memfit.jobs.registry import load
     from memfit.planner.workload import workload_of
 
@@ -92,7 +93,7 @@ def begin_answer(asked: memfit.planner.single_device.Request, *, lang: str, quie
 
 
 def print_workload(workload: Workload, lang: str) -> None:
-    """Print what the answer is about."""
+    """Print the model, data and machine of an answer on standard output, in the language ``lang``."""
     from rich.text import Text
 
     from memfit.report.words import load_words
@@ -102,8 +103,8 @@ def print_workload(workload: Workload, lang: str) -> None:
 
 
 def tell_of_unused_accelerator() -> None:
-    """Print a line to standard error if this machine has an accelerator: memfit trains and measures on the
-    CPU."""
+    """If torch can use an accelerator of this machine, print to standard error that memfit does not: it
+    trains and measures on the CPU."""
     from memfit.runtime.local_machine import accelerator_kind
 
     if kind := accelerator_kind():
@@ -115,8 +116,9 @@ def tell_of_unused_accelerator() -> None:
 
 
 def machine_of(on: str, place: str) -> Machine:
-    """Return the machine that ``on`` names: ``this``, a name of the catalog, or a machine file. Raises
-    UserError for an unknown one."""
+    """Return the machine that ``on`` names: ``this``, devices of the catalog, or a machine file (.toml).
+    ``place``: origin of the electricity, not used for a machine file. Raises UserError for an unknown machine
+    or place and for an invalid file."""
     from memfit import catalog
     from memfit.runtime.local_machine import this_machine
 
@@ -126,15 +128,16 @@ def machine_of(on: str, place: str) -> Machine:
 
 
 def excluded_techniques(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the techniques. Raises UserError with the nearest name for an unknown one."""
+    """Return ``names``, which must be techniques; empty if there are none. Raises UserError with the nearest
+    name for an unknown one."""
     from memfit.techniques.registry import technique
 
     return tuple(technique(name).name for name in names or ())
 
 
 def plan_file(which: WhichOptions) -> Plan | None:
-    """Return the plan in the file, plain training if no file is given, or None for the recommended plan.
-    Raises UserError for an invalid file."""
+    """Return the plan in the file of --plan, None for --recommended, or plain training without either. Raises
+    UserError for both options together and for an invalid file."""
     if which.plan is None:
         return None if which.recommended else Plan()
     if which.recommended:
@@ -146,7 +149,8 @@ def plan_file(which: WhichOptions) -> Plan | None:
 
 
 def recommended_plan(asked: memfit.planner.single_device.Request, progress: Bars) -> Plan:
-    """Search for the recommended plan and return it. Raises NothingFits."""
+    """Search for the plan that is recommended for the request and return it. Raises NothingFits, and
+    UserError for a job that cannot be planned."""
     from memfit.workflows import proof_of_concept
 
     choice = proof_of_concept.search(asked, progress).result.recommended
@@ -156,7 +160,8 @@ def recommended_plan(asked: memfit.planner.single_device.Request, progress: Bars
 
 @contextlib.contextmanager
 def best_so_far(*, lang: str, as_json: bool, workload: Workload | None = None) -> Iterator[None]:
-    """Print the best result so far when Ctrl-C interrupts a search, and raise Interrupted."""
+    """If Ctrl-C interrupts a search within the ``with`` block, print the search's result so far and raise
+    Interrupted."""
     from memfit.planner.single_device import SearchInterrupted
 
     try:
@@ -174,7 +179,8 @@ def show_search(
     correction: Calibration | None = None,
     workload: Workload | None = None,
 ) -> None:
-    """Print the result of a search as text or JSON."""
+    """Print the result of a search as text, or as JSON that begins with ``workload``. ``correction``: how
+    measured runs corrected the predicted step times, None if they did not."""
     if as_json:
         from memfit.cli.views import search_view
 
@@ -186,8 +192,8 @@ def show_search(
 
 
 def writable(path: Path, *, overwrite: bool = True) -> Path:
-    """Return ``path`` if a file can be written there. Call it before the work begins. Raises UserError
-    otherwise."""
+    """Return ``path``. Raises UserError if it is a folder, its folder does not exist, or a file exists there
+    and ``overwrite`` is False. Call it before the work begins."""
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint="give a file name")
     if not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""``memfit run``: train one plan in its own process, and compare measurement and prediction."""
+"""``memfit run``: train one plan in a child process for each rank, and compare measurement and prediction."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class RunOptions:
         bool | None,
         typer.Option(
             "--capped/--no-capped",
-            help="Train under a hard memory cap: the size of --memory, otherwise the memory that the plan "
-            "is predicted to need. "
-            "Default: capped if --memory is given.",
+            help="--capped: no training process can use more memory than --memory or, without it, than the "
+            "plan is predicted to need; a run that needs more fails. --no-capped: no limit. Default: "
+            "--capped if --memory is given.",
         ),
     ] = None
     seed: Annotated[
@@ -47,33 +47,40 @@ class RunOptions:
             metavar="N",
             min=0,
             max=2**31 - 1,
-            help="Seed of the initial weights and the data order. Default: the seed of the checkpoint, "
-            "otherwise 0.",
+            help="Seed of the initial weights and of the data. Default: with --resume, the seed of the "
+            "checkpoint; otherwise 0.",
         ),
     ] = None
     timeout: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Stop the run after this time, for example 90s, 10m or 72h. Default: no limit.",
+            help="Stop the run after this time, for example 90s, 10m or 72h; the exit code is then 1. "
+            "Default: no limit.",
         ),
     ] = None
     save: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write a checkpoint to this folder at the end, and more with --save-every."
+            metavar="DIR",
+            help="Folder to write a checkpoint to at the end, and with --save-every before. It must not hold "
+            "later checkpoints of another run. Default: no checkpoints.",
         ),
     ] = None
     save_every: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Also save after every N steps. 0: only at the end.")
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="With --save: also write a checkpoint after every N steps. 0: only at the end.",
+        ),
     ] = 0
     resume: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Continue from the newest complete checkpoint in this folder, saved under this plan or "
-            "another. --steps "
-            "includes the steps before the checkpoint.",
+            help="Continue from the newest complete checkpoint in this folder, or from this checkpoint; it "
+            "may have been saved under another plan. --steps includes the steps before the checkpoint.",
         ),
     ] = None
 
@@ -87,7 +94,10 @@ def run(
     store: StoreOptions,
     output: JsonOptions,
 ) -> None:
-    """Train one plan, and compare its measured memory and time with the prediction."""
+    """Train one plan, and compare its measured memory and time with the prediction.
+
+    Exits with code 1 if the run does not complete.
+    """
     timeout_s = parse_duration(own.timeout) if own.timeout is not None else None
     plan = plan_file(which)
     job_request = dataclasses.replace(request(job, goal, here), timeout_s=timeout_s)
@@ -120,14 +130,16 @@ def run(
 
 
 def kept(own: RunOptions) -> Keep:
-    """Return the checkpoint settings. Raises UserError for --save-every without --save."""
+    """Return where checkpoints are written, how often, and which one is resumed; empty texts for none. Raises
+    UserError for --save-every without --save."""
     if own.save_every and own.save is None:
         raise UserError("--save-every needs --save", allowed="--save DIR --save-every N")
     return Keep(save=str(own.save or ""), every_steps=own.save_every, resume=str(own.resume or ""))
 
 
 def lines(run: Run) -> Iterator[str]:
-    """Yield a summary of the run: its outcome, memory and time with their predictions, and the loss."""
+    """Yield the lines of a summary of the run: its outcome, and whatever is known of its memory and step time
+    with their predictions, checkpoints, loss and metric."""
     from memfit.cli.views import step_s
 
     measurement, cap_bytes = run.measurement, run.spec.cap_bytes
@@ -158,8 +170,9 @@ def lines(run: Run) -> Iterator[str]:
 
 
 def _peak(run: Run, peak_bytes: int) -> str:
-    """Describe the peak. The error of the prediction is given only if the run reached what was predicted: a
-    run that ended early, or before its second step, did not."""
+    """Describe the measured and the predicted peak, such as ``1.5 MiB measured, 1.498 MiB predicted (-0.13
+    %)``. The error in percent is left out if the run did not complete, or if its only step stayed below the
+    predicted peak, which is of the second step."""
     measured, predicted = format_bytes(peak_bytes), run.predicted_peak_bytes
     if run.measurement.outcome is not OutcomeKind.OK:
         prediction = f", {format_bytes(predicted)} predicted for the whole run" if predicted else ""
@@ -170,7 +183,8 @@ def _peak(run: Run, peak_bytes: int) -> str:
 
 
 def _beside(predicted: float | None, measured: float, text: Callable[[float], str]) -> str:
-    """Describe a pair of values, such as ``1.5 MiB measured, 1.498 MiB predicted (-0.13 %)``."""
+    """Describe a pair of values, such as ``1.5 MiB measured, 1.498 MiB predicted (-0.13 %)``. Without a
+    prediction, or if 0 was measured, only the measured value is described. ``text`` formats a value."""
     measured_text = f"{text(measured)} measured"
     if predicted is None or not measured:
         return measured_text

@@ -12,9 +12,9 @@ from memfit.types.sanitize import shown
 
 
 class SafeConsole(Console):
-    """A console that makes escape sequences in names, notes and paths from records and files visible instead
-    of executing them. rich renders every cell and line through ``render``; its own styles are added
-    afterwards."""
+    """A console that prints U+FFFD for control characters in text, such as names from records of others, so
+    that the terminal does not execute them. rich renders every cell and line through ``render`` and adds its
+    own styles afterwards."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, str):

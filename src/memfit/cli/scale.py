@@ -36,40 +36,52 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleOptions:
-    """The record, the limits of the gates, and the machines of the next stages."""
+    """The record, the limits of its gates, and the machines, the size and the job of the next stages."""
 
     record: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECORD]", help="File or ID of a record. Default: the last proof of concept."
+            metavar="[RECORD]",
+            help="Record to check: a file, or an ID in the store. Default: the proof of concept begun last.",
         ),
     ] = None
     gates: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.toml", help="File with your own limits of the gates; `--json` shows all limits."
+            metavar="FILE.toml",
+            help="File with your own limits for the figures of the record; limits that it does not name keep "
+            "their defaults. `--json` shows all limits.",
         ),
     ] = None
     pilot: Annotated[
         str | None,
-        typer.Option(metavar="MACHINE", help="Machine for the pilot, as in --on of `memfit plan`."),
+        typer.Option(
+            metavar="MACHINE",
+            help="Predict the pilot on this machine, given as in --on of `memfit plan`. Default: no pilot.",
+        ),
     ] = None
     full: Annotated[
         str | None,
-        typer.Option(metavar="MACHINE", help="Machine for the full size, as in --on of `memfit plan`."),
+        typer.Option(
+            metavar="MACHINE",
+            help="Predict the full-size training on this machine, given as in --on of `memfit plan`. "
+            "Default: it is not predicted.",
+        ),
     ] = None
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Size of the job in these stages. Default: paper, if the job has that size."
+            metavar="NAME",
+            help="Size of the job in the pilot and at full size. Default: paper, if the job has that size, "
+            "otherwise the job's default size.",
         ),
     ] = None
     job: Annotated[
         str | None,
         typer.Option(
             metavar="JOB",
-            help="Job to predict in these stages. Default: the job of the record; a record from others must "
-            "be of a built-in job.",
+            help="Job to predict for the pilot and at full size. Default: the job of the record; this needs "
+            "a record of your own or of a built-in job.",
         ),
     ] = None
 
@@ -82,9 +94,10 @@ def scale(
     store: StoreOptions,
     output: OutputOptions,
 ) -> None:
-    """Check a proof of concept against the gate to the next stage, and predict that stage.
+    """Check the figures of a proof of concept against limits, the gates to the next stage, and predict the
+    stages of --pilot and --full.
 
-    Exits with code 1 if a gate does not hold; then nothing further is predicted.
+    If a gate does not hold, no stage is predicted and the exit code is 1.
     """
     lang = language(output.lang)
     machines = {n: m for n, m in (("pilot", own.pilot), ("full", own.full)) if m is not None}
@@ -124,7 +137,8 @@ def scale(
 
 
 def _attended(record_found: RecordFound, minutes: float, store: StoreOptions) -> RecordFound:
-    """Store the minutes and return the updated record. Raises UserError for a record from others."""
+    """Store the attended minutes of the record's proof of concept and return the updated record. Raises
+    UserError for a record from others."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
@@ -139,9 +153,9 @@ def _attended(record_found: RecordFound, minutes: float, store: StoreOptions) ->
 
 
 def _spec(record_found: RecordFound, store: StoreOptions) -> str:
-    """Return the spec of the record's job. For our own records it includes the file of a user's job, which a
-    name does not identify. Raises UserError if a record from others is not of a built-in job: predicting the
-    job would run its file."""
+    """Return the record's job as --job names it. For a record measured here this is FILE.py:NAME for a job of
+    the user. Raises UserError if a record from others is not of a built-in job: predicting the job would run
+    its file."""
     from memfit.jobs.registry import names
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
@@ -168,7 +182,8 @@ def _job(spec: str, size: str | None) -> JobOptions:
 def _stage(
     job: JobOptions, on: str, goal: GoalOptions, here: HereOptions
 ) -> tuple[dict[str, Any], memfit.planner.single_device.Planning]:
-    """Return the plan of one stage with its prediction, as plain data, and the planning behind it."""
+    """Search for the plan of a stage on the machine ``on``. Return (the recommended plan with its prediction
+    and what would stop the stage, as plain data; the search's result). Raises NothingFits."""
     from memfit.planner import single_device
     from memfit.types.units import format_bytes
 
@@ -200,8 +215,9 @@ def _stage(
 
 
 def _keep(poc_id: str, plannings: list[memfit.planner.single_device.Planning], store: StoreOptions) -> None:
-    """Store the stages' predictions for the decision. If the PoC predicted another size, also predict and
-    store the catalog's machines at this size. All are predicted before the first is stored."""
+    """Store the predictions of the stages for the decision of the proof of concept. If those of the catalog's
+    machines are not stored for this size, predict and store them as well, unless a trace of the model takes
+    long or nothing was recommended. Everything is predicted before anything is stored."""
     from memfit.planner.single_device import is_long
     from memfit.store import Store
     from memfit.workflows import proof_of_concept, reference_machines
@@ -227,8 +243,9 @@ def _keep(poc_id: str, plannings: list[memfit.planner.single_device.Planning], s
 def _decision(
     poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions
 ) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision]:
-    """Return the PoC and its decision: the cost of each stage with the user's latest figures. Stores the
-    user's limits and machines for the report."""
+    """Return the proof of concept and its decision, which has the cost of each stage with the user's latest
+    figures. Store the machines of ``stages`` and the text of the file ``gates`` for the report; without a
+    file the default limits replace those stored before."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
@@ -241,7 +258,8 @@ def _decision(
 
 
 def _with_money(stages: dict[str, Any], decision: memfit.types.decision.Decision) -> dict[str, Any]:
-    """Return every stage as in the report, with the current predictions added."""
+    """Return stage name -> costs and state as in the report. Predictions just made, in ``stages``, are added
+    and take precedence."""
     record_keys = (
         "state",
         "machine",
@@ -291,7 +309,7 @@ def _print(
 def _print_plain(
     stages: dict[str, Any], output: rich.console.Console, words: memfit.report.words.Words
 ) -> None:
-    """Print the predictions for a record from others, without costs."""
+    """Print the predictions of ``stages``, without costs, which are not known for a record from others."""
     from memfit.types.units import format_bytes
 
     for name, stage in stages.items():

@@ -25,7 +25,8 @@ def techniques(output: JsonOptions) -> None:
 
 
 def view(technique: memfit.techniques.base.Technique) -> dict[str, Any]:
-    """Return the technique as plain data for ``--json``."""
+    """Return the technique, its settings, and whether the packages that it needs are installed, as plain
+    data for ``--json``."""
     return {
         "name": technique.name,
         "what": technique.summary,
@@ -40,7 +41,7 @@ def view(technique: memfit.techniques.base.Technique) -> dict[str, Any]:
 
 
 def row(technique: memfit.techniques.base.Technique) -> tuple[str, ...]:
-    """Return the technique's row of the table."""
+    """Return (name, effect on results, what it does with its settings and needed packages)."""
     missing = technique.missing
     needs = [f"needs {p}{', which is missing' if p in missing else ''}" for p in technique.needs]
     details = "; ".join([*map(_knob, technique.knobs), *needs])

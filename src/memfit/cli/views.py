@@ -15,18 +15,20 @@ View = Mapping[str, Any]
 
 
 def plan_view(plan: Plan) -> View:
-    """Return a plan and its label."""
+    """Return "plan" (technique -> settings) and "label" (the plan in one line)."""
     return {"plan": plan.to_dict(), "label": plan.label}
 
 
 def estimate_view(estimate: Estimate) -> View:
-    """Return the estimate, with its plan as technique -> settings."""
+    """Return the estimate's fields, with its plan as technique -> settings, the plan's label, and what
+    predictions do not include."""
     additional = {**plan_view(estimate.plan), "not_included": list(NOT_INCLUDED)}
     return serialization.to_plain(estimate) | additional  # type: ignore[no-any-return]
 
 
 def choice_view(choice: Choice) -> View:
-    """Return a plan, its estimate, and the reasons for its techniques."""
+    """Return a plan of a search: its label, effect on results, whether it fits, its estimate, and the reasons
+    for and against techniques."""
     plain = serialization.to_plain(choice.estimate)
     return {
         **plan_view(choice.estimate.plan),
@@ -39,9 +41,9 @@ def choice_view(choice: Choice) -> View:
 
 
 def search_view(result: SearchResult, correction: Calibration | None = None) -> View:
-    """Return the result of a search. ``recommended`` is null if nothing fits; then ``smallest`` is the plan
-    that needs the least memory. ``correction``: how measured runs correct step times, or null if there are
-    none."""
+    """Return the result of a search. "recommended" is null if nothing fits. "smallest" is always the plan
+    that needs the least memory. "correction" says how measured runs correct step times; it is null if
+    ``correction`` is None or comes from no run."""
     corrected = correction is not None and correction.corrected_by
     return {
         "correction": correction_view(correction) if correction is not None and corrected else None,
@@ -66,7 +68,8 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
 
 
 def correction_view(found: Calibration) -> View:
-    """Return how a proof of concept corrects predicted step times."""
+    """Return how the measured step times of a proof of concept correct predicted ones: the factor on every
+    step, factors for techniques, the spread that remains, and the number of plans that were measured."""
     return {
         "poc_id": found.corrected_by,
         "plans": found.corrected_count,
@@ -84,7 +87,8 @@ def step_s(measurement: Measurement) -> float | None:
 
 
 def run_view(run: Run) -> View:
-    """Return a run with its prediction and measurement."""
+    """Return a run's settings, its predicted and measured memory and step time, and what else was measured;
+    null for what is not known."""
     spec, measurement = run.spec, run.measurement
     return {
         "name": spec.name,
@@ -116,7 +120,8 @@ def run_view(run: Run) -> View:
 
 
 def poc_view(poc: Poc) -> View:
-    """Return a proof of concept. ``verdict`` is the recommended plan's, or null before it has one."""
+    """Return a proof of concept, also an unfinished one. "verdict" is the kind of the recommended plan's
+    verdict, or null before it has one; "verdicts" holds all, by name."""
     verdicts = {named.name: serialization.to_plain(named.verdict) for named in poc.verdicts}
     search = search_view(poc.search)
     return {
