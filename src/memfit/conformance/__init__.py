@@ -1,2 +1,2 @@
-"""Check whether a plan was applied: a monitor watches one step of a prepared model, and checks compare it
-with the plan."""
+"""Check whether a plan was applied: a monitor watches one training step of a prepared model, which is one to
+which a plan should have been applied, and checks compare the step with the plan."""

@@ -22,25 +22,28 @@ _DEEP = 4  # depth of containers inside what a hook packed
 
 
 class Graph:
-    """Listens to `torch.autograd.backward` between `__enter__` and `__exit__`.
+    """Inspects the autograd graph at the beginning of each `torch.autograd.backward` between `__enter__` and
+    `__exit__`, for the first 16 of them. ``backwards`` counts all, without those inside another.
 
     - ``here``: bytes of each storage kept for backward on the device of the loss, without parameters and
       buffers.
     - ``stuck``: like ``here``, for storages with a contiguous tensor.
-    - ``away``: number of tensors of which a saved-tensor hook left no copy on that device. Their bytes are
-      ``away_bytes``, except ``unsized`` tensors, whose bytes are not known.
-    - ``packed``: number of tensors that hooks have replaced by something else, without checkpoints.
+    - ``away``: number of saved tensors of which a saved-tensor hook left no copy on that device. Their bytes
+      are ``away_bytes``, without those of the ``unsized`` among them, whose number of bytes is not known.
+    - ``packed``: number of saved tensors that hooks have replaced by something else, without those of torch's
+      checkpointing.
     - ``unread``: number of saved tensors that this torch does not expose.
-    - ``rows``: largest number of rows kept, by width.
-    - ``ends``: sum of the tensor at which each backward starts, a loss or what a stage passes on.
-    - ``compiled``, ``eager``: addresses of parameters whose gradient comes from a compiled graph, or from an
+    - ``rows``: last dimension -> most rows (elements divided by it) of a saved tensor on that device.
+    - ``ends``: sums of the tensors at which backward starts: losses, or what a pipeline stage passes on.
+    - ``compiled``, ``eager``: ids of parameters whose gradient comes from a compiled graph, or from an
       operator's own backward.
     """
 
     def __init__(
         self, model: nn.Module, on_backward: Callable[[], None] = lambda: None, *, weighs: bool = False
     ) -> None:
-        """``weighs``: measure what saved-tensor hooks receive."""
+        """``on_backward`` is called at the beginning of each backward. ``weighs``: measure the bytes of the
+        tensors that saved-tensor hooks receive."""
         self._model = weakref.ref(model)  # a listener that is never exited must not keep the model alive
         self._on_backward, self._weighs = on_backward, weighs
         self.backwards, self.device = 0, ""
@@ -146,14 +149,15 @@ class Graph:
 
 
 def _resident(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the model's parameters and buffers. Of sharded ones, yield what is gathered and the local
-    shard."""
+    """Yield the model's parameters and buffers: of sharded ones the local shard, and what FSDP2 has
+    gathered."""
     for tensor in (*model.parameters(), *model.buffers(), *(p for p, _ in gathered(model))):
         yield getattr(tensor, "_local_tensor", tensor)
 
 
 def gathered(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
-    """Yield (parameter that layers compute with, shard it is gathered from) for fsdp2."""
+    """Yield (parameter that layers compute with, shard that it is gathered from) for each parameter that
+    FSDP2 has gathered at least once."""
     for fsdp_param in fsdp_params(model):
         if (full_param := getattr(fsdp_param, "_unsharded_param", None)) is not None:
             yield full_param, fsdp_param.sharded_param
@@ -181,8 +185,8 @@ def _raw(node: Any) -> Iterator[Any]:
 
 
 def _tensors(packed: Any, depth: int = _DEEP) -> Iterator[torch.Tensor]:
-    """Yield the tensors that live as long as ``packed``: itself, or those in its containers and
-    attributes."""
+    """Yield the tensors that live as long as ``packed``: itself, or those in its elements, values and
+    attributes, down to ``depth`` levels."""
     if isinstance(packed, torch.Tensor):
         yield packed
     elif depth and isinstance(packed, tuple | list):

@@ -1,4 +1,4 @@
-"""Digests of the inputs that a rank's model receives."""
+"""Digests of the inputs that the model of this rank receives."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ _LOOKS = 16  # forward passes of one step that are recorded
 
 @dataclasses.dataclass(slots=True)
 class Samples:
-    """``given`` holds one digest per forward pass. ``several`` says whether it covers more than one sample:
-    two ranks may receive the same sample by chance, but not the same two."""
+    """What the model received. ``given`` holds one digest per forward pass, of the first 16 passes.
+    ``several`` says whether these inputs contained more than one distinct sample: two ranks may receive the
+    same sample by chance, but not the same two."""
 
     given: list[str] = dataclasses.field(default_factory=list)
     several: bool = False
 
     def hear(self, args: Any, kwargs: Any) -> None:
-        """Record the digest of the tensors among the inputs of a forward pass."""
+        """Record one digest of all tensors among the inputs of a forward pass, if there are any and fewer
+        than 16 passes have been recorded."""
         leaves = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         tensors = [getattr(t, "_local_tensor", t).detach() for t in leaves]
         tensors = [t for t in tensors if t.numel() and t.dim() and not t.is_meta]

@@ -16,7 +16,10 @@ _SEVERAL = {"tensor-parallel", "context-parallel", "axial-parallel", "pipeline",
 
 
 def clipped(step: Observation) -> None:
-    """Check the gradient norm against ``step.clip``, where None means unknown and 0 means no clipping."""
+    """Record whether the norm of the gradients at the update is at most ``step.clip`` or, if that is 0,
+    whether gradients are not clipped. Does nothing if it is None (unknown). Unseen if no update was observed,
+    or if the gradients do not tell: they are smaller than the limit, and torch's clipping was not called with
+    it."""
     if step.clip is None:
         return
     if not any(from_all(bool(step.clipping.squares))):

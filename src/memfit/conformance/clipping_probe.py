@@ -18,12 +18,13 @@ _TORCH = ("_clip_grads_with_norm_", "clip_grads_with_norm_")  # torch's function
 
 
 class Clipping:
-    """Listens between `__enter__` and `__exit__`.
+    """Records calls of torch's gradient clipping between `__enter__` and `__exit__`, and gradients at
+    updates.
 
     - ``limits``: the maximum norms with which torch's clipping was called.
-    - ``squares``: for each parameter of the optimizer, the squared norm of its gradient on this rank at the
-      update, and the number of ranks that hold the same numbers.
-    - ``before``: the norm of all ranks' gradients before any clipping, if the caller knows it.
+    - ``squares``: for the id of each parameter of the optimizer, (squared norm of its gradient on this rank
+      at the update, number of ranks that hold the same numbers).
+    - ``before``: the norm of all ranks' gradients before any clipping; None unless the caller sets it.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -50,8 +51,10 @@ class Clipping:
         return clips
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Record the gradient norms before an update. An engine may update in several calls with different
-        parameters. If no limit is known, gradients are not read, because each norm waits for the device."""
+        """Record the gradient norm of each parameter before an update of ``optimizer``. An engine may update
+        in several calls with different parameters; of several for one parameter, the largest is kept. If it
+        is unknown whether gradients are clipped, nothing is recorded, because each norm waits for the
+        device."""
         if self._prepared.clip is None:
             return
         for param in (p for group in optimizer.param_groups for p in group["params"]):
@@ -72,14 +75,15 @@ class Clipping:
         return world_size() / shard_count, local
 
     def _flat(self) -> bool:
-        """Return whether a plain tensor of the optimizer belongs to this rank alone."""
+        """Return whether a plain tensor of the optimizer belongs to one rank of a shard group alone, as with
+        zero and sharded-ddp."""
         return any(self._prepared.plan.get(name) is not None for name in ("zero", "sharded-ddp"))
 
     def norm(self) -> float:
-        """Return the norm of all ranks' gradients at the update. This is a collective."""
+        """Return the norm of all ranks' gradients at the update. All ranks must call it."""
         return math.sqrt(sum(from_all(sum(square / copies for square, copies in self.squares.values()))))
 
     def largest(self) -> float:
-        """Return the largest norm of one rank's gradients, a lower bound of the whole norm. This is a
-        collective."""
+        """Return the largest norm that the gradients of a single rank have at the update, a lower bound of
+        the norm of all. All ranks must call it."""
         return math.sqrt(max(from_all(sum(square for square, _ in self.squares.values()))))

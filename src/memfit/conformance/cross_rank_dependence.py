@@ -1,4 +1,4 @@
-"""Check whether blocks of a rank that holds a part of each sample read the other ranks' parts.
+"""Observe whether blocks of a rank that holds a part of each sample read the other ranks' parts.
 
 A block runs four more times, without gradients: unchanged, with the input changed on every second rank, with
 it changed on the other ranks, and with half of each rank's own part changed. If a change affects the other
@@ -24,9 +24,10 @@ from memfit.conformance.sharding import from_all, in_backward
 
 
 class PartReach:
-    """Tries blocks one after the other until one reads other ranks' parts (``reached``). All ranks try the
-    same blocks. ``own`` counts blocks that read only the rank's own part. ``running`` is true during a
-    trial."""
+    """Between `__enter__` and `__exit__`, tries each block before its first forward with gradients, until one
+    reads other ranks' parts (``reached``). All ranks try the same blocks. ``own`` counts blocks that read
+    only the rank's own part. ``running`` is true during a trial. ``place``: the rank's index among those that
+    share a sample; ``group``: its coordinates along all other mesh dimensions."""
 
     def __init__(self, blocks: Sequence[nn.Module], *, place: int, group: tuple[int, ...]) -> None:
         self.blocks, self.place, self.group = blocks, place, group
@@ -88,12 +89,14 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _other(tensor: torch.Tensor) -> torch.Tensor:
-    """Return other activations of the same sizes."""
+    """Return 1 - ``tensor`` if it is floating-point and has more than two dimensions, as activations have;
+    return other tensors unchanged."""
     return 1 - tensor if tensor.is_floating_point() and tensor.dim() > 2 else tensor
 
 
 def _half_other(tensor: torch.Tensor) -> torch.Tensor:
-    """Change the first half along the dimension after the batch."""
+    """Return ``tensor`` with the first half along its second dimension, the one after the batch, changed as
+    by `_other`; return tensors that `_other` does not change unchanged."""
     if _other(tensor) is tensor:
         return tensor
     return torch.cat([1 - tensor[:, : tensor.shape[1] // 2], _second_half(tensor)], dim=1)
@@ -114,8 +117,8 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 
 def reach_of(prepared: Prepared) -> PartReach:
-    """Return the `PartReach` of a prepared model. It tries nothing if ranks do not share samples, or if
-    blocks are compiled."""
+    """Return the `PartReach` for the blocks of a prepared model. It tries no block if the plan's ranks do not
+    share samples, or if the plan has compile."""
     coordinate, plan = (
         prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0),
         prepared.plan,

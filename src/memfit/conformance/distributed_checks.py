@@ -37,7 +37,8 @@ _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-
 
 
 def shards(step: Observation) -> None:
-    """Check that all ranks together hold the model once per replica."""
+    """Record, if the plan shards parameters, whether all ranks together hold at least 75 % of the elements of
+    one model per replica. Does nothing with expert-parallel."""
     degree, feature = step.sharded("parameters")
     if degree == 1 or step.plan.get("expert-parallel") is not None:
         return
@@ -54,7 +55,8 @@ def shards(step: Observation) -> None:
 
 
 def units(step: Observation) -> None:
-    """Check that FSDP2 gathers block by block."""
+    """Record, with fsdp2 and at least two blocks, whether no parameter group has most of the parameters of
+    more than one block, so that FSDP2 gathers block by block. Unseen if there are no groups of blocks."""
     if step.plan.get("fsdp2") is None or len(step.blocks) < 2:
         return
     block_of_module = _block_of(step)
@@ -82,8 +84,9 @@ def units(step: Observation) -> None:
 
 
 def resharded(step: Observation) -> None:
-    """Check that what FSDP2 has gathered is freed after a block's forward, or kept, as planned. The last
-    block may stay gathered, because backward needs it first."""
+    """Record whether FSDP2 frees gathered blocks after their forward, or keeps them, as planned: at most half
+    of them, or more, are gathered when backward begins. The last block does not count, because backward needs
+    it first. Does nothing with a pipeline or without shards."""
     use = step.plan.get("fsdp2")
     if use is None or step.layout.pipeline > 1 or step.layout.shard * step.layout.context == 1:
         return
@@ -102,13 +105,13 @@ def resharded(step: Observation) -> None:
 
 
 def _block_of(step: Observation) -> dict[nn.Module, int]:
-    """Return the block index of each module. Modules are used because gathered parameters are not the
-    shards."""
+    """Return, for each module inside a block, the block's index. Modules are the keys because gathered
+    parameters are other tensors than the shards."""
     return {module: i for i, block in enumerate(step.blocks) for module in block.modules()}
 
 
 def still_gathered(step: Observation) -> list[int]:
-    """Return the indices of blocks most of whose elements are gathered, with fsdp2."""
+    """Return the indices of the blocks of whose elements more than half are gathered by FSDP2 now."""
     block_of_module = _block_of(step)
     gathered_elements, total_elements = [0] * len(step.blocks), [0] * len(step.blocks)
     for param in fsdp_params(step.model):
@@ -126,8 +129,8 @@ def still_gathered(step: Observation) -> list[int]:
 
 
 def replicas(step: Observation) -> None:
-    """Check that whole parameters are equal on every rank after a step. If not, gradients were not
-    averaged."""
+    """Record whether parameters have equal norms on every rank after a step. If not, gradients were not
+    averaged. Does nothing unless all ranks should hold the same whole parameters."""
     replica_count = step.layout.data * step.layout.context
     if replica_count == 1 or step.layout.ranks != replica_count or step.sharded("parameters")[0] > 1:
         return
@@ -149,22 +152,24 @@ def replicas(step: Observation) -> None:
 
 
 def norms(params: Iterable[nn.Parameter]) -> list[float]:
-    """Return the norms of this rank's parts of the parameters."""
+    """Return the norm of this rank's part of each parameter."""
     local_parts = (real(getattr(p, "to_local", lambda p=p: p)().detach()) for p in params)
     values = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in local_parts]
     return torch.stack(values).tolist() if values else []
 
 
 def near(a: list[float], b: list[float]) -> bool:
-    """Return whether two lists of norms are equal within `_REPLICAS_RATIO`."""
+    """Return whether two lists of norms have equal lengths and values, within a relative error of
+    `_REPLICAS_RATIO`."""
     return len(a) == len(b) and all(
         math.isclose(x, y, rel_tol=_REPLICAS_RATIO) for x, y in zip(a, b, strict=True)
     )
 
 
 def offloaded_states(step: Observation) -> None:
-    """Check the offload of parameters and optimizer state. If layers compute on an accelerator, the devices
-    of tensors are checked, else the object that would move them."""
+    """Record, with fsdp2 or zero, whether parameters and optimizer state are offloaded to the host exactly as
+    planned. If layers compute on an accelerator, the devices of tensors show it, else the settings of the
+    object that would move them. Unseen if an offload is planned and there is no such object."""
     use = step.plan.get("fsdp2") or step.plan.get("zero")
     if use is None:
         return
@@ -192,8 +197,9 @@ def _planned_on_host(offload: str) -> list[str]:
 
 
 def _on_devices(step: Observation, planned_names: Sequence[str]) -> set[str]:
-    """Return what has its bytes on the host: nearly all of its bytes if that is the plan, else most of them.
-    ZeRO leaves small parameters in place."""
+    """Return which of "parameters" and "optimizer" (its state) are on the host: with over 90 % of their bytes
+    if they are in ``planned_names``, else with over half. Parameters that ZeRO leaves in place because they
+    are small do not count."""
     keeps_small = "parameters" in planned_names and step.plan.get("zero") is not None
     params = (p for p in step.model.parameters() if not (keeps_small and step.persists(p)))
     state_tensors = (t for _, tensors in states(step.optimizer) for t in tensors)
@@ -228,9 +234,9 @@ def _named(**flags: bool) -> set[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Stage:
-    """What one rank holds of a pipeline. ``held`` maps the names of trained parameters to their elements,
-    ``learned`` holds the names of those that got a gradient, and ``norms`` the norms of the trained
-    parameters."""
+    """What one rank of a pipeline holds. ``place``: its index along the pipeline. ``held`` maps the names of
+    trained parameters to their number of elements, ``learned`` holds the names of those that got a gradient,
+    and ``norms`` the norms of the trained parameters."""
 
     place: int
     held: dict[str, int]
@@ -239,7 +245,9 @@ class _Stage:
 
 
 def stages(step: Observation) -> None:
-    """Check that each rank holds its own stages and nothing else."""
+    """Record, with a pipeline, whether a rank holds no more blocks than its stages have, and no parameters
+    that only other stages train. The first is unseen if the size of the whole model is unknown, the second if
+    a rank had no gradients."""
     use = step.plan.get("pipeline")
     if use is None:
         return
@@ -287,7 +295,8 @@ def stages(step: Observation) -> None:
 
 
 def shared_samples(step: Observation) -> None:
-    """Check that ranks that share a sample work on different parts of it."""
+    """Record, with context or axial parallelism, whether not all ranks that share a sample work on the same
+    part of it, by the inputs of their blocks. Unseen if these were not observed on some rank."""
     use = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
     if use is None or step.layout.context == 1:
         return
@@ -307,7 +316,8 @@ def shared_samples(step: Observation) -> None:
 
 
 def entering(args: Iterable[Any]) -> Iterator[float]:
-    """Yield figures that are equal if two ranks receive the same tensors. Constant tensors are skipped."""
+    """Yield numbers that are equal if two ranks receive the same tensors: sum and norm of each floating-point
+    tensor of at least two dimensions in ``args`` that is not constant."""
     for value in args:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
             local = getattr(value, "_local_tensor", value).detach()
@@ -316,7 +326,8 @@ def entering(args: Iterable[Any]) -> Iterator[float]:
 
 
 def experts(step: Observation) -> None:
-    """Check that a rank holds only its part of the experts."""
+    """Record, with expert-parallel, whether this rank holds fewer elements than the whole model. Unseen if
+    the size of the whole model is unknown."""
     use = step.plan.get("expert-parallel")
     if use is None:
         return

@@ -32,9 +32,9 @@ _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Rank:
-    """What one rank observed. ``group`` is its coordinate along all dimensions except those over which
-    gradients are averaged. ``copy`` says to which of several holders of a whole gradient the rank belongs.
-    The other fields are those of `Averages`."""
+    """What one rank observed. ``group``: its coordinates along all mesh dimensions except those over which
+    gradients are averaged. ``copy``: equal for the ranks that together hold one whole gradient, and different
+    for those that hold another copy. The other fields are those of `Averages`."""
 
     group: tuple[int, ...]
     copy: tuple[int, ...]
@@ -47,7 +47,10 @@ class _Rank:
 
 
 def mean_gradients(step: Observation) -> None:
-    """Check that the gradients of the update are the mean over all ranks with the same parameters."""
+    """Record whether the gradients that the update receives are a multiple of the mean over the data-parallel
+    and context-parallel ranks. Does nothing if there is one such rank. Unseen with expert-parallel, with a
+    zero-bubble pipeline, if the user's hooks may explain a difference, or if what was observed does not
+    tell."""
     ranks = step.layout.data * step.layout.context
     if ranks == 1:
         return
@@ -67,7 +70,7 @@ def mean_gradients(step: Observation) -> None:
         step.averages.hooked and step.plan.get("fsdp2") is not None
     )
     if any(f.wrong for f in verdicts) and any(from_all(has_hooks)):
-        step.unseen(f"{feature}: a hook of the user changes the gradients")
+        step.unseen(f"{feature}: they are not the mean, but a hook of the user may have changed them")
     elif reasons := [f.why for f in verdicts if not f.wrong and f.why]:
         step.unseen(f"{feature}: {reasons[0]}")
     else:
@@ -96,8 +99,8 @@ def _this_rank(step: Observation) -> _Rank:
 
 
 def cut_names(step: Observation) -> set[str]:
-    """Return the names of parameters that tensor parallelism shards. Gradients of other parameters may be
-    parts of sums over its ranks."""
+    """Return the names of the parameters that tensor parallelism shards. The gradients of other parameters
+    may be this rank's terms of sums over tensor-parallel ranks."""
 
     def cut(param: nn.Parameter) -> bool:
         by_mesh = any(p.is_shard() for p, tensor_parallel in placed(param) if tensor_parallel)
@@ -108,7 +111,8 @@ def cut_names(step: Observation) -> set[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Verdict:
-    """``why`` says what is wrong, or why nothing can be said; it is "" if all is well."""
+    """The result for one group of ranks. ``why``: what is wrong if ``wrong``, else why nothing can be said;
+    "" if the gradients are the mean."""
 
     why: str = ""
     wrong: bool = False
@@ -148,8 +152,9 @@ def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
 
 
 class _Ranks:
-    """The gradients of the ranks' backward passes. ``own`` has shape (ranks, parameters, figures). ``sure``
-    marks parameters whose gradients differ between ranks by more than rounding."""
+    """The gradients that the ranks' backward passes made, for ranks whose gradients are averaged. ``own``:
+    figures of each, with shape (ranks, parameters, figures). ``sure`` marks parameters whose gradients differ
+    between ranks by more than rounding, so that their mean can be told from a rank's own gradient."""
 
     @classmethod
     def of(cls, group: list[_Rank]) -> _Ranks:
@@ -169,7 +174,8 @@ class _Ranks:
         self._rounding = noise * _ROUNDING_BF16**2
 
     def figures(self, copy: list[Figures]) -> torch.Tensor:
-        """Return the figures of all shards of a copy together, shape (parameters, figures)."""
+        """Return the figures of whole gradients, with shape (parameters, figures), as the sums over the
+        shards in ``copy``, one mapping per rank."""
         zeros = [0.0] * len(TURNS)
         shards = [[rank_figures.get(n, zeros) for n in self._names] for rank_figures in copy]
         return torch.tensor(shards, dtype=torch.float64).sum(0)
@@ -178,7 +184,8 @@ class _Ranks:
         return all(bool(f.any()) and self.off(f) < _SHARE for f in copies)
 
     def off(self, given: torch.Tensor) -> float:
-        """Return the share of gradients that are not a multiple of their mean."""
+        """Return the share of the gradients in ``given``, with shape (parameters, figures), that are not a
+        multiple of the ranks' mean. Parameters that are not in ``sure`` do not count."""
         return self._share(self._wrong(given))
 
     def _wrong(self, gradients: torch.Tensor) -> torch.Tensor:
@@ -186,29 +193,33 @@ class _Ranks:
         return self.sure & (distances > self._near) & (distances > self._rounding)
 
     def of_one(self, given: torch.Tensor) -> bool:
-        """Return whether the gradients that are not a multiple of the mean are one rank's own."""
+        """Return whether one and the same rank's backward made all gradients in ``given`` that are not a
+        multiple of the ranks' mean, but for a share of 1 %. True if all are a multiple of the mean. ``given``
+        has shape (parameters, figures)."""
         wrong = self._wrong(given)
         return any(
             self._share(wrong & self._differ(given, rank_figures)) < _SHARE for rank_figures in self.own
         )
 
     def alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """Return whether the gradients are equal up to a factor per parameter, and rounding."""
+        """Return whether ``a`` and ``b``, with shape (parameters, figures), are equal up to a factor per
+        parameter and rounding, but for a share of 1 % of the gradients."""
         return self._share(self.sure & self._differ(a, b)) < _SHARE
 
     def _differ(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return _apart(a, b) > torch.maximum(self._near / 10, self._rounding)
 
     def _share(self, mask: torch.Tensor) -> float:
-        """Return the share of some parameters: by their squares, or by a part of their number, because heads
-        and embeddings may outweigh all blocks."""
+        """Return the share of the parameters marked by ``mask`` among those in ``sure``: their share of the
+        squares, or a fifth of their share of the number if that is larger, because heads and embeddings may
+        outweigh all blocks."""
         by_squares = float(self._squares[mask].sum() / self._squares[self.sure].sum())
         return max(by_squares, float(mask.sum() / self.sure.sum()) / _COUNT)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the squared sine of the angle between figures for each parameter, or 0 if one of them is
-    zero."""
+    """Return, for each parameter, the squared sine of the angle between its figures in ``a`` and in ``b``, 0
+    if one of the two is zero. The last dimension is that of the figures."""
     product, sizes = (a * b).sum(-1).square(), a.square().sum(-1) * b.square().sum(-1)
     nonzero = sizes > 0
     return torch.where(nonzero, 1 - product / torch.where(nonzero, sizes, 1.0), 0.0).clamp_min(0.0)

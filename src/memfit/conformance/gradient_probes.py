@@ -29,14 +29,16 @@ Figures = dict[str, list[float]]
 
 
 class Averages:
-    """Listens between `__enter__` and `__exit__`. Figures are the numbers of a fingerprint.
+    """Records fingerprints of this rank's gradients between `__enter__` and `__exit__`, if the plan averages
+    gradients over ranks. Figures are the numbers of a fingerprint (fingerprints.py).
 
-    - ``own``: for each parameter name, the figures of its gradient on this rank and the sum of squares.
-    - ``backward``, ``before``, ``after``: figures of the gradients after the last backward, and before and
-      after the optimizer's last step.
-    - ``began``: gradients of an earlier pass existed when listening began.
+    - ``own``: for each parameter name, the figures of its gradient as this rank's backward passes made it,
+      followed by the sum of its squares, both added up over the passes.
+    - ``backward``, ``before``, ``after``: for each parameter name, figures of the gradient that this rank
+      holds after the last backward, and before and after the optimizer's last step.
+    - ``began``: whether gradients of an earlier pass existed when the first backward began; None before it.
     - ``waiting``: FSDP2 had not reduced some gradients when the optimizer stepped.
-    - ``hooked``: the user's own hooks change gradients in backward.
+    - ``hooked``: parameters have hooks of the user that may change gradients in backward.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -93,7 +95,8 @@ class Averages:
         self.own[name] = numbers if previous is None else previous + numbers
 
     def _reduce(self, inner: Any, params: Any, grads: Iterable[torch.Tensor], *args: Any, **kw: Any) -> Any:
-        """Record what FSDP2 is about to reduce. Its layers compute with other tensors than the parameters."""
+        """Record the gradients that FSDP2 is about to reduce with ``inner``, and call that. FSDP2's layers
+        compute with other tensors than the model's parameters, so that hooks on these do not see them."""
         for param, grad in zip(params, grads := list(grads), strict=True):
             if (name := self._names.get(id(param.sharded_param))) is not None:
                 self._made(name, grad)
@@ -142,8 +145,9 @@ def _any(readings: Figures) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Piece:
-    """Adjacent ``values`` of the gradient of parameter ``of``, from element ``start`` on. ``copies``: number
-    of ranks that hold them while others are sharded."""
+    """Adjacent ``values`` of the gradient of parameter ``of``, from its element ``start`` on. ``copies``:
+    number of ranks that hold the same values, although other gradients are sharded over these ranks.
+    ``columns``: elements per row of the parameter."""
 
     of: nn.Parameter
     start: int
@@ -165,7 +169,8 @@ def _fsdp_module() -> Any:
 
 
 def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
-    """Yield the gradients that this rank's update receives."""
+    """Yield the gradients that this rank's update receives, or the parts of them that it keeps, whichever
+    library shards them. ``params``: the model's trained parameters."""
     plain_copies = (
         prepared.layout.shard * prepared.layout.context if prepared.plan.get("fsdp2") is not None else 1
     )
@@ -190,8 +195,8 @@ def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
 
 
 def _deepspeed(optimizer: Any) -> Iterator[_Piece]:
-    """Yield DeepSpeed's gradients. Stages 1 and 2 keep a range of the concatenated parameters; stage 3 keeps
-    a part of each parameter."""
+    """Yield the gradients that DeepSpeed's ZeRO keeps on this rank. Stages 1 and 2 keep a range of the
+    concatenated parameters; stage 3 keeps a part of each parameter."""
     partitions = getattr(optimizer, "params_in_partition", None)
     for group, grads in optimizer.averaged_gradients.items():
         params = partitions[group] if partitions is not None else optimizer.fp16_groups[group]
@@ -204,8 +209,8 @@ def _deepspeed(optimizer: Any) -> Iterator[_Piece]:
 
 
 def _starts(param: nn.Parameter) -> int | None:
-    """Return the index of this rank's first element of a parameter, within its part under tensor parallelism.
-    Return None if the rank's elements are not adjacent."""
+    """Return the index of this rank's first element of a parameter; under tensor parallelism, the index
+    within the part of its tensor-parallel rank. Return None if the rank's elements are not adjacent."""
     mesh: Any = getattr(param, "device_mesh", None)
     if mesh is None:
         return 0
@@ -227,8 +232,8 @@ def _starts(param: nn.Parameter) -> int | None:
 
 
 def _unreduced(prepared: Prepared) -> Iterator[nn.Parameter]:
-    """Yield FSDP2's parameters whose gradients have not been reduced yet, over all ranks or among
-    replicas."""
+    """Yield the sharded parameters of FSDP2 whose gradients have not been reduced yet, over the ranks of a
+    shard group or among replicas."""
     for group in fsdp_groups(prepared.model):
         partly_reduced = getattr(group, "_partial_reduce_output", None) is not None
         for param in group.fsdp_params:

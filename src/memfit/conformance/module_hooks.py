@@ -18,12 +18,13 @@ _MOST = 0.75  # fraction of a block's elements; backward stops recomputing once 
 
 @dataclasses.dataclass(slots=True)
 class Heard:
-    """Observations by block index.
+    """What was observed of a model's repeated blocks, which are given by their index.
 
-    - ``ran``, ``again``: elements of the layers that ran, and that ran again in backward.
+    - ``ran``, ``again``: block -> elements of the parameters of each layer that ran in forward, and of each
+      that ran again in backward, by the layer's id.
     - ``passed``: blocks through which gradients pass.
-    - ``autocast``: (block, dtype or "off") of layers.
-    - ``computed``: elements of layers by the dtype of their parameters.
+    - ``autocast``: (block, dtype of autocast or "off" while a layer with parameters ran).
+    - ``computed``: dtype -> elements of parameters with which layers ran, over all blocks.
     """
 
     ran: dict[int, dict[int, int]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
@@ -40,9 +41,10 @@ class Heard:
         on_first: Callable[[Iterable[Any]], None] = lambda args: None,
         busy: Callable[[], bool] = lambda: False,
     ) -> list[Any]:
-        """Register hooks on the blocks' layers and return their handles. ``islands`` are modules whose
-        autocast is not checked. ``on_first`` receives the inputs of the first block's layers. ``busy``
-        returns whether a forward does not belong to the step."""
+        """Register hooks on all modules inside ``blocks`` and return their handles. ``islands``: modules
+        whose autocast and dtypes are not recorded. ``on_first`` receives the positional inputs of the layers
+        of the first block that ran. ``busy`` returns whether a forward does not belong to the step, and is
+        to be ignored."""
 
         def hook(index: int) -> Callable[[nn.Module, Any, Any], None]:
             def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -78,7 +80,7 @@ class Heard:
                 self.computed[p.dtype] += whole(p)
 
     def recomputed(self) -> set[int]:
-        """Return the blocks of which nearly everything ran again."""
+        """Return the blocks of which layers with at least 75 % of the elements ran again in backward."""
         shares = {
             i: _weight(self.again.get(i, {})) / max(_weight(elements), 1) for i, elements in self.ran.items()
         }
@@ -95,8 +97,9 @@ def _weight(layers: dict[int, int]) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Own:
-    """What the model does without any plan. ``step(dtype)`` returns the observations of one training step,
-    under autocast to ``dtype`` if it is given, or None if the step fails."""
+    """What the model does without any plan. ``dtypes``: of its parameters. ``step(dtype)`` returns the
+    observations of one training step, under autocast to ``dtype`` unless that is None; it returns None if the
+    step fails."""
 
     dtypes: frozenset[torch.dtype]
     step: Callable[[torch.dtype | None], Heard | None]

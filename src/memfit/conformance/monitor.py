@@ -1,4 +1,4 @@
-"""Compare what a prepared model does with what its plan says.
+"""Compare what a prepared model, to which a plan should have been applied, does with what the plan says.
 
 Engines ignore some settings silently, so no engine is asked for its settings. Instead the monitor measures
 the elements of parameters, gradients and optimizer state that this rank holds, their dtypes, which modules
@@ -47,8 +47,9 @@ _IGNORED_RATIO = 0.05  # fraction of elements that FSDP2 may leave whole
 
 
 class Monitor(Observation):
-    """Listens to one training step between `__enter__` and `__exit__`. `conclude` compares it with the
-    plan."""
+    """Listens to one training step of a prepared model between `__enter__` and `__exit__`. `conclude`
+    compares model and step with the plan. If no step was listened to, it compares only what can be seen
+    without one."""
 
     _handles: list[Any]
 
@@ -97,7 +98,9 @@ class Monitor(Observation):
         return sum(local_elements(p.grad) for p in self.trainable() if p.grad is not None)
 
     def before_update(self) -> None:
-        """Call when gradients are complete and the optimizer has not started."""
+        """Record which parameters have gradients and, the first time, how many elements of gradients this
+        rank holds. To be called when gradients are complete and the optimizer has not started; a hook on a
+        torch optimizer does so."""
         self.learned |= {id(p) for p in self.trainable() if p.grad is not None}
         if self.gradients is None:
             self.gradients = self._held_gradients() + buffered_gradients(self.optimizer)
@@ -107,7 +110,8 @@ class Monitor(Observation):
         self.clipping.before_update(optimizer)
 
     def _on_step(self) -> None:
-        """Record the backward passes of an update, which may include passes in the step's own closure."""
+        """Record how many backward passes ran since the previous update, those in the closure of the
+        optimizer's step included."""
         self.passes.append(self.graph.backwards - sum(self.passes))
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -133,7 +137,8 @@ class Monitor(Observation):
     # -- comparing ------------------------------------------------------------------------------------
 
     def conclude(self) -> Conformance:
-        """Return the result of all ranks. Raises NotConforming if anything differs on any rank."""
+        """Run all checks and return the result. All ranks must call it. Raises NotConforming with the
+        differences of all ranks if anything differs on any rank."""
         with meshes_of(self.plan, self.model):
             return self._concluded()
 
@@ -177,7 +182,8 @@ class Monitor(Observation):
             check(self)
 
     def _gathered(self) -> Conformance:
-        """Gather the differences of all ranks, so that no rank waits for one that has stopped."""
+        """Return the result: the differences of all ranks, so that all ranks stop if one does, and what this
+        rank has checked and not seen."""
         differences_by_rank = [self.differences]
         if dist.is_initialized() and dist.get_world_size() > 1:
             differences_by_rank = [None] * dist.get_world_size()  # type: ignore[list-item]
@@ -190,7 +196,8 @@ class Monitor(Observation):
         self.differs("ranks", str(self.plan.ranks), str(ranks), wrong=ranks != self.plan.ranks)
 
     def _parameters(self) -> None:
-        """Check the parameters that this rank holds: all of its part of the model, or the planned shard."""
+        """Record whether this rank holds as many elements of parameters as planned: at most its shard if the
+        plan shards them, else at least 99 % of its part of the model."""
         params = list(self.model.parameters())
         held_elements, part_elements = sum(map(local_elements, params)), self.part(params)
         degree, feature = self.sharded("parameters")
@@ -216,8 +223,9 @@ class Monitor(Observation):
             )
 
     def _shard(self, params: list[nn.Parameter], degree: int) -> float:
-        """Return the most elements of ``params`` that one of ``degree`` ranks may hold: whole rows of each
-        with fsdp2, whole parameters if these are distributed, else even parts."""
+        """Return the most elements of ``params`` that one of ``degree`` ranks may hold. With fsdp2, they are
+        whole rows of each parameter, and whole parameters that it ignores; with sharded-ddp, an even part and
+        most of the largest parameter; else an even part. Padding is added except with sharded-ddp."""
         sizes = [whole(p) for p in params]
         if (part_elements := self.part(params)) > sum(sizes):
             return part_elements / degree + _PADDING * degree
@@ -236,8 +244,8 @@ class Monitor(Observation):
         return sum(parts) + _PADDING * degree
 
     def _overlapping(self, params: list[nn.Parameter], degree: int) -> int:
-        """Return the elements of parameters that lie at least partly in this rank's part of the concatenated
-        parameters."""
+        """Return the elements of those of ``params`` that lie at least partly in this rank's part if all are
+        concatenated and divided evenly among ``degree`` ranks."""
         size = math.ceil(sum(map(whole, params)) / degree)
         first = size * (dist.get_rank() % degree)
         ends = list(itertools.accumulate(map(whole, params)))
@@ -248,7 +256,8 @@ class Monitor(Observation):
         )
 
     def _bucketed(self) -> int:
-        """Return the elements of gradients that every rank keeps in buckets, one per owner."""
+        """Return the elements of the buckets for gradients, one per owning rank, that sharded-ddp keeps on
+        every rank; 0 without sharded-ddp."""
         use = self.plan.get("sharded-ddp")
         return int(use.settings["reduce_buffer_elements"]) * self.layout.shard if use is not None else 0
 

@@ -1,4 +1,4 @@
-"""What listeners observed in one training step of a prepared model, and what checks found."""
+"""What listeners observed in one training step of a model with a plan, and what checks found."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from memfit.types.plan import Plan
 
 
 class Observation(Prepared):
-    """The observations of one step. A check reads them and calls `differs` or `unseen`.
+    """The observations of one training step of a model with a plan, and the findings of checks. A check is a
+    function that reads the observations and calls `differs` or `unseen`.
 
-    ``micro_batches`` is the number of forward passes of the step, if it differs from the plan's. ``own`` says
-    what the model does without a plan. If it is None, effects that the plan does not request are listed as
-    not seen.
+    ``micro_batches`` is the number of micro-batches that the observed step runs, if it differs from the
+    plan's. ``own``, which the caller may set, says what the model does without a plan. If it is None, effects
+    that the plan does not request are recorded as not seen instead of as differences.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class Observation(Prepared):
         """Called when a backward pass begins. A monitor overrides it."""
 
     def unseen(self, what: str) -> None:
-        """Record a part of the plan that was not checked, with the reason."""
+        """Record ``what``, a text that names a part of the plan that was not checked, and the reason."""
         self.not_seen.append(what)
 
     def differs(self, feature: str, planned: str, found: str, *, wrong: bool) -> None:
-        """Record that a feature was checked, and a difference if it is ``wrong``."""
+        """Record that ``feature`` was checked and, if ``wrong``, the difference between what was ``planned``
+        and what was ``found``."""
         if feature not in self.checked:
             self.checked.append(feature)
         if wrong:

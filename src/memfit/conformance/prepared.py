@@ -1,4 +1,4 @@
-"""A prepared model with its plan: what a rank should hold of it, for listeners and checks."""
+"""A prepared model, to which a plan should have been applied: what a rank should hold of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from memfit.types.plan import Plan
 
 
 class Prepared:
-    """A model, its optimizer and its plan.
+    """A model to which a plan should have been applied, its optimizer and the plan.
 
+    ``blocks`` and ``head`` are module paths; the blocks are searched if None, and an empty list if not found.
     ``whole_elements`` is the number of elements of the model's parameters before sharding, if the caller
-    knows it. ``clip`` is the largest gradient norm that the update should receive; 0 means no clipping, and
-    None means unknown.
+    knows it. The attribute ``clip``, which the caller may set, is the largest gradient norm that the update
+    should receive; 0 means no clipping, and None means unknown.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Prepared:
         self.islands = frozenset(fp32_modules.members(model))
 
     def beside(self, *dimensions: str) -> tuple[int, ...]:
-        """Return this rank's coordinates along all other dimensions of the plan's mesh."""
+        """Return this rank's coordinates along all dimensions of the plan's mesh except ``dimensions``."""
         coordinate = self.layout.coordinate(dist.get_rank())
         return tuple(v for name, v in coordinate.items() if name not in dimensions)
 
@@ -53,18 +54,20 @@ class Prepared:
         return (p for p in self.model.parameters() if p.requires_grad)
 
     def part(self, params: list[nn.Parameter]) -> int:
-        """Return the elements of this rank's part of the model. Parameters may have been freed."""
+        """Return the elements of ``params`` before data-parallel sharding. If some of them are freed, and are
+        not ZeRO 3's, whose sizes are known, return at least ``whole_elements``."""
         elements = sum(map(whole, params))
         is_freed = any(not p.numel() and not lets_go(p) for p in params)
         return max(elements, self.whole_elements or 0) if is_freed else elements
 
     def persists(self, param: nn.Parameter) -> bool:
-        """Return whether ZeRO 3 keeps this parameter whole because it is small."""
+        """Return whether the plan has ZeRO and the parameter is so small that stage 3 keeps it whole."""
         use = self.plan.get("zero")
         return use is not None and whole(param) <= int(use.settings["persist_elements"])
 
     def sharded(self, what: str) -> tuple[int, str]:
-        """Return (number of ranks over which the plan shards ``what``, the feature name)."""
+        """Return (number of ranks over which the plan shards ``what``, 1 if it does not; the name of that
+        feature). ``what`` is "parameters", "gradients" or "optimizer state"."""
         shard = self.layout.shard * self.layout.context if self.plan.get("fsdp2") else self.layout.shard
         if self.plan.get("fsdp2") is not None:
             return shard, f"fsdp2: {what}"

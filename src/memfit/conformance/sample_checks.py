@@ -28,7 +28,9 @@ class _Rank:
 
 
 def different_samples(step: Observation) -> None:
-    """Check that data-parallel ranks train on different samples."""
+    """Record whether all data-parallel ranks train on different samples, by the inputs of their models.
+    Unseen if no inputs were observed, or if ranks get the same inputs that are one sample only or give
+    different losses."""
     if step.layout.data == 1:
         return
     technique = next((u.technique for u in step.plan.uses if u.technique in _DATA_PARALLEL), "replicas")
@@ -46,7 +48,7 @@ def different_samples(step: Observation) -> None:
     certain_pairs = [pair for pair in pairs if pair[0].several and _same_ends(*pair)]
     if pairs and not certain_pairs:
         step.unseen(
-            f"{feature}: some ranks receive the same inputs, but only one sample, or their losses differ"
+            f"{feature}: some ranks get the same inputs, but these are one sample only, or the losses differ"
         )
         return
     ranks = sorted({r.rank for pair in certain_pairs for r in pair})
@@ -67,7 +69,8 @@ def _same_ends(a: _Rank, b: _Rank) -> bool:
 
 
 def other_parts(step: Observation) -> None:
-    """Check that blocks read the other ranks' parts of a sample."""
+    """Record, with context or axial parallelism, whether some block reads the other ranks' parts of a sample.
+    Unseen if no block was observed whose output mixes positions."""
     use = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
     if use is None or step.layout.context == 1:
         return

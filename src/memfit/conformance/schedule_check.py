@@ -14,7 +14,9 @@ from memfit.conformance.technique_checks import told
 
 
 def schedule(step: Observation) -> None:
-    """Check that as many micro-batches are in flight on each stage as the planned schedule allows."""
+    """Record, if the plan has a pipeline, whether on each stage at most as many micro-batches are in flight
+    as its schedule allows (with gpipe, exactly as many), and whether gradients of weights are computed
+    separately exactly if the schedule is a zero-bubble one. Unseen if no passes of stages were observed."""
     use = step.plan.get("pipeline")
     if use is None:
         return
@@ -36,7 +38,10 @@ def schedule(step: Observation) -> None:
         wrong=is_wrong,
     )
     if not all(is_staged for *_, is_staged in entries):
-        step.unseen("pipeline: schedule: whether gradients of weights are computed separately")
+        step.unseen(
+            "pipeline: schedule: whether gradients of weights are computed separately: "
+            "no stages of torch's pipelining were observed"
+        )
         return
     is_separate, planned_separate = any("W" in o for _, o, _ in entries), name.startswith("zero-bubble")
     texts = {True: "computed separately, later", False: "computed with gradients of inputs"}
@@ -49,9 +54,10 @@ def schedule(step: Observation) -> None:
 
 
 def _under_way(name: str, virtual: int, stages: int, micro_batches: int, stage: int) -> int:
-    """Return the largest number of forwards whose backward has not run, on the rank at ``stage`` (Huang et
-    al. 2019; Narayanan et al. 2019 and 2021; Qi et al. 2023, whose V schedule holds on every rank what 1F1B
-    holds on its first rank)."""
+    """Return the largest number of forwards whose backward has not run that the schedule ``name`` allows on
+    the rank at ``stage``, of ``stages`` ranks with ``virtual`` stages each (Huang et al. 2019; Narayanan et
+    al. 2019 and 2021; Qi et al. 2023, whose V schedule holds on every rank what 1F1B holds on its first
+    rank)."""
     # Interleaved: micro-batches of a stage before the rank's next stage runs.
     at_once = micro_batches // max(1, micro_batches // stages)
     later_stages = stages - 1 - stage

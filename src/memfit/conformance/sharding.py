@@ -1,4 +1,4 @@
-"""Count the elements of a prepared model and its optimizer that this rank holds, whoever prepared them."""
+"""Count the elements of a model and its optimizer that this rank holds, whichever library sharded them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _DEEP = 8  # depth of wrappers around an optimizer
 
 
 def whole(param: nn.Parameter) -> int:
-    """Return the elements of a parameter before data-parallel sharding, of this rank's part under tensor
-    parallelism."""
+    """Return the number of elements of a parameter before data-parallel sharding. Under tensor parallelism,
+    it is that of this rank's part."""
     if lets_go(param):
         return math.prod(shape(param))
     mesh: Any = getattr(param, "device_mesh", None)
@@ -37,8 +37,8 @@ _UNNAMED_IS_TENSOR: contextvars.ContextVar[bool] = contextvars.ContextVar("unnam
 
 @contextlib.contextmanager
 def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
-    """Set how meshes without names are read, inside this context: as those of tensor parallelism, if the plan
-    has it and nothing else shards."""
+    """Set how device meshes whose dimensions have no names are read inside this context: as those of tensor
+    parallelism, if the plan has it and no module of the model uses FSDP2, else as data-parallel."""
     only_tensor = plan.get("tensor-parallel") is not None and not any(True for _ in fsdp_groups(model))
     token = _UNNAMED_IS_TENSOR.set(only_tensor)
     try:
@@ -48,8 +48,8 @@ def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
 
 
 def placed(param: torch.Tensor) -> list[tuple[Any, bool]]:
-    """Return (placement, whether it belongs to tensor parallelism) for each dimension of the tensor's mesh.
-    Return an empty list for a plain tensor."""
+    """Return (placement, whether it belongs to tensor parallelism) for each dimension of the device mesh of
+    ``param``. Return an empty list for a plain tensor."""
     mesh: Any = getattr(param, "device_mesh", None)
     if mesh is None:
         return []
@@ -69,7 +69,8 @@ def lets_go(param: torch.Tensor) -> bool:
 
 
 def own_shard(param: torch.Tensor) -> torch.Tensor:
-    """Return the part of a parameter that stays on this rank with ZeRO 3, else the parameter itself."""
+    """Return the part of a parameter that DeepSpeed's or memfit's ZeRO 3 keeps on this rank, else the
+    parameter itself."""
     shard: torch.Tensor = getattr(param, "ds_tensor", getattr(param, "shard", param))
     return shard
 
@@ -85,7 +86,7 @@ def world_size() -> int:
 
 
 def from_all(own: Any) -> list[Any]:
-    """Return every rank's value, in the order of ranks. This is a collective."""
+    """Return every rank's ``own`` value, in the order of ranks. All ranks must call it."""
     values: list[Any] = [own] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, own)
@@ -93,7 +94,8 @@ def from_all(own: Any) -> list[Any]:
 
 
 def local_elements(tensor: torch.Tensor) -> int:
-    """Return the elements of a tensor that this rank holds."""
+    """Return the number of elements of a tensor that this rank holds: of a sparse tensor its stored values,
+    and 0 if its memory is freed."""
     if (shard := own_shard(tensor)) is not tensor and tensor.numel() == 0:
         return int(shard.numel())
     local: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
@@ -103,7 +105,7 @@ def local_elements(tensor: torch.Tensor) -> int:
 
 
 def layers(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer and those it wraps, outermost first."""
+    """Yield an optimizer and the optimizers that it wraps, outermost first, at most 8 in all."""
     for _ in range(_DEEP):
         if optimizer is None:
             return
@@ -115,7 +117,8 @@ def layers(optimizer: Any) -> Iterator[Any]:
 
 
 def states(optimizer: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
-    """Yield (parameter, non-scalar tensors of its state) on this rank."""
+    """Yield (parameter, non-scalar tensors of its state) on this rank, from the innermost wrapped optimizer
+    that has any state."""
     for layer in reversed(list(layers(optimizer))):
         state = getattr(layer, "state", None)
         if isinstance(state, Mapping) and state:
@@ -126,14 +129,15 @@ def states(optimizer: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
 
 
 def buffered_gradients(optimizer: Any) -> int:
-    """Return the elements of gradients that memfit's ZeRO 3 keeps in its own buffer."""
+    """Return the number of elements of gradients that memfit's ZeRO 3 keeps in a buffer of its optimizer; 0
+    for other optimizers."""
     buffers = (getattr(layer, "grads", None) for layer in layers(optimizer))
     return sum(local_elements(b) for b in buffers if isinstance(b, torch.Tensor))
 
 
 def state_elements(optimizer: Any) -> int:
-    """Return the elements for which the optimizer has state on this rank: the largest tensor of each
-    entry."""
+    """Return the number of elements for which the optimizer has state on this rank: for each parameter, the
+    size of its largest state tensor."""
     return sum(max(map(local_elements, tensors), default=0) for _, tensors in states(optimizer))
 
 
@@ -147,14 +151,14 @@ def local_bytes(tensor: torch.Tensor) -> int:
 
 
 def fsdp_groups(model: nn.Module) -> Iterator[Any]:
-    """Yield the parameter groups of fsdp2, including those of several modules. Torch has no public way to
-    list them."""
+    """Yield the parameter groups of FSDP2 in the model, each once, even if several modules share it. Torch
+    has no public way to list them."""
     fsdp_states = {id(s): s for m in model.modules() if (s := getattr(m, "_get_fsdp_state", lambda: None)())}
     for state in fsdp_states.values():
         yield from getattr(state, "_fsdp_param_groups", ())
 
 
 def fsdp_params(model: nn.Module) -> Iterator[Any]:
-    """Yield the parameters of fsdp2's groups."""
+    """Yield torch's FSDPParam objects of all FSDP2 parameter groups in the model."""
     for group in fsdp_groups(model):
         yield from group.fsdp_params

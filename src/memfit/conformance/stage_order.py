@@ -15,9 +15,10 @@ _CALLS = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_
 
 
 class Order:
-    """Records F, B and W (the weights' part of a backward) of this rank between `__enter__` and `__exit__`.
-    ``staged`` comes from torch's pipeline stages, ``plain`` from the model's forward passes and calls of
-    backward."""
+    """Records this rank's order of forwards (F), backwards (B) and the weights' parts of backwards (W), as
+    letters. ``staged`` is the order of torch's pipeline stages between `__enter__` and `__exit__`, if the
+    plan has a pipeline. ``plain`` is the order of `on_forward` and `on_backward` calls: the model's forward
+    passes and calls of backward."""
 
     def __init__(self, plan: Plan) -> None:
         self._listens = plan.get("pipeline") is not None

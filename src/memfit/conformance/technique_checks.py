@@ -1,6 +1,7 @@
 """Checks of techniques beyond sharding, dtypes and recomputation, mostly one function per technique.
 
-Each compares an effect of the technique with the plan, or records that there is nothing to see.
+Each compares an effect of the technique with the plan, or records that there is nothing to see. It does
+nothing if the plan does not have the technique.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _LOW_RANK = 32  # rows and columns from which factored moments are clearly small
 
 
 def offloaded_activations(step: Observation) -> None:
-    """Check that saved tensors are offloaded."""
+    """Record whether activation-offload moves the large tensors saved for backward: at most a quarter of
+    their bytes may stay. Unseen if the step runs in the memory to offload to, or has no large tensors."""
     use = step.plan.get("activation-offload")
     if use is None:
         return
@@ -68,7 +70,8 @@ def offloaded_activations(step: Observation) -> None:
 
 
 def dropped_tensors(step: Observation) -> None:
-    """Check that tensors are dropped and recomputed in backward."""
+    """Record whether optimal-checkpointing replaces saved tensors by others that backward recomputes, unless
+    the plan drops none. Unseen if this torch does not expose saved tensors."""
     use = step.plan.get("optimal-checkpointing")
     if use is None or use.settings["dropped"] in ("", "none"):
         return
@@ -82,7 +85,8 @@ def dropped_tensors(step: Observation) -> None:
 
 
 def compiled(step: Observation) -> None:
-    """Check that blocks or the model run compiled."""
+    """Record whether the modules that compile covers, the blocks or the whole model, run compiled: most of
+    their parameters get gradients from compiled graphs. Unseen if none of them gets any."""
     use = step.plan.get("compile")
     if use is None:
         return
@@ -112,7 +116,8 @@ def compiled(step: Observation) -> None:
 
 
 def chunked_loss(step: Observation) -> None:
-    """Check that no logits are kept for backward."""
+    """Record whether no logits are kept for backward, as chunked-cross-entropy promises. Unseen if there is
+    no head, or if logits cannot be told from other tensors."""
     use = step.plan.get("chunked-cross-entropy")
     if use is None:
         return
@@ -145,7 +150,9 @@ def chunked_loss(step: Observation) -> None:
 
 
 def adapters(step: Observation) -> None:
-    """Check that only adapters of the planned rank are trained in the blocks."""
+    """Record, with lora or qlora, whether in the blocks only matrices of at most the planned rank are
+    trained, whether all frozen linear layers have adapters of that rank, and, with qlora, whether frozen
+    weights are in 4 bits. Unseen without blocks."""
     use = step.plan.get("lora") or step.plan.get("qlora")
     if use is None:
         return
@@ -184,7 +191,8 @@ def adapters(step: Observation) -> None:
 
 
 def eight_bits(step: Observation) -> None:
-    """Check that linear layers of the blocks use 8-bit products."""
+    """Record whether all linear layers of the blocks whose sizes float8-linear supports are torchao's
+    Float8Linear. Unseen if there are none."""
     if step.plan.get(float8.NAME) is None:
         return
     linears = [m for block in step.blocks for m in block.modules() if isinstance(m, nn.Linear)]
@@ -202,7 +210,8 @@ def eight_bits(step: Observation) -> None:
 
 
 def _frozen_linear(module: Any) -> bool:
-    """Return whether a module is a frozen linear layer that this rank holds, in any number of bits."""
+    """Return whether a module is a linear layer with a weight that is not trained, in any number of bits, of
+    which this rank holds tensors. A module with children is not one."""
     if not isinstance(getattr(module, "in_features", None), int) or next(module.children(), None) is not None:
         return False
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -215,8 +224,9 @@ def _frozen_linear(module: Any) -> bool:
 
 
 def optimizer_kind(step: Observation) -> None:
-    """Check the kind of optimizer by the bytes of state per element of the parameters, and by the width of
-    its numbers."""
+    """Record whether the optimizer is of the planned kind, by its bytes of state per element of the
+    parameters, of which 8-bit and 4-bit optimizers must keep a minimum in codes of one byte. Unseen if there
+    is no state of parameters that are large enough to tell."""
     use = next((u for u in step.plan.uses if u.technique in _KINDS), None)
     if use is None:
         return
@@ -272,7 +282,8 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def update_kernel(step: Observation) -> None:
-    """Check which update torch's optimizer runs. It does what its groups say, or raises."""
+    """Record whether torch's AdamW runs the planned update, fused or one parameter at a time, by the flags of
+    its parameter groups, which it obeys or raises. Unseen if there is no torch optimizer."""
     use = step.plan.get("adamw-fused") or step.plan.get("adamw-single")
     if use is None:
         return
@@ -298,13 +309,14 @@ def _kernel(group: dict[str, Any]) -> str:
 
 
 def in_backward_updates(step: Observation) -> None:
-    """Check that only a few gradients exist at a time in backward."""
+    """Record whether optimizer-in-backward frees gradients: during backward, they never have more elements
+    than the largest parameter. Unseen if no gradient arrived, or if one parameter is half of the model."""
     if step.plan.get("optimizer-in-backward") is None:
         return
     sizes = [whole(p) for p in step.model.parameters() if p.requires_grad]
     largest = max(sizes, default=0)
     if not step.arrived or sum(sizes) <= 2 * largest:
-        step.unseen("optimizer-in-backward: there are no gradients, or one parameter is most of the model")
+        step.unseen("optimizer-in-backward: no gradients were seen, or one parameter is half of the model")
         return
     step.differs(
         "optimizer-in-backward",
@@ -329,7 +341,7 @@ def _address(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def told(values: Iterable[Any]) -> str:
-    """Return the values separated by commas, or "none"."""
+    """Return the values separated by commas, or "none" if there are no values."""
     return ", ".join(map(str, values)) or "none"
 
 
@@ -390,7 +402,9 @@ SEEN = _BY_A_STEP | {
 
 
 def not_looked_at(step: Observation, *, stepped: bool) -> Iterator[str]:
-    """Yield what is not checked: techniques, parts of techniques, and settings other than the default."""
+    """Yield a text for each part of the plan that no check covers: a technique, a part of a technique, or a
+    setting that is not the default. ``stepped``: whether a training step was observed; without one, the
+    techniques that only a step shows are among them."""
     for name in (u.technique for u in step.plan.uses):
         if name not in SEEN:
             yield f"{name}: not checked"

@@ -21,7 +21,10 @@ _WHOLE_RATIO = 1e-5  # relative difference of norms
 
 
 def tensor_parallel(step: Observation) -> None:
-    """Check that layers are sharded over the planned number of ranks."""
+    """Record whether layers are sharded over the planned number of ranks, by the elements that this rank
+    holds, and, for DTensors, whether each block is sharded. Does nothing with expert-parallel or one rank.
+    Unseen if there are no DTensors and the model's size is unknown, unless matrices are equal on all
+    ranks."""
     degree = step.layout.tensor
     if degree == 1 or step.plan.get("expert-parallel") is not None:
         return
@@ -72,8 +75,9 @@ def tensor_parallel(step: Observation) -> None:
 
 
 def summed(step: Observation) -> None:
-    """Check that tensor-parallel ranks get the same output of their last block, so that partial sums are
-    summed."""
+    """Record whether tensor-parallel ranks get the same output of their last block, which they do if partial
+    sums are summed, and whether parameters that are not sharded are equal on them. The first is unseen with
+    sequence parallelism, compiled blocks, or dropout that may explain a difference."""
     use = step.plan.get("tensor-parallel")
     if use is None or step.layout.tensor == 1 or step.plan.get("expert-parallel") is not None:
         return
@@ -81,7 +85,7 @@ def summed(step: Observation) -> None:
     feature = "tensor-parallel: sums over ranks"
     if use.settings["sequence"] or step.plan.get("compile") is not None:
         step.unseen(
-            f"{feature}: ranks hold different parts of the blocks' output, or the blocks are compiled"
+            f"{feature}: each rank holds only its part of the blocks' output, or the blocks are compiled"
         )
         return
     group = step.beside("tensor")
@@ -97,7 +101,7 @@ def summed(step: Observation) -> None:
         for (a, size), (b, _) in zip(own_outputs, outputs, strict=False)
     )
     if deviation > _ALIKE_RATIO and any(_drops(m) for m in step.model.modules()):
-        step.unseen(f"{feature}: dropout may differ")
+        step.unseen(f"{feature}: they differ, but dropout may explain it")
         return
     step.differs(
         feature,
@@ -108,8 +112,9 @@ def summed(step: Observation) -> None:
 
 
 def _whole_alike(step: Observation) -> None:
-    """Check that parameters that are not sharded are equal on all tensor-parallel ranks after a step. If not,
-    sums in backward are missing."""
+    """Record whether trained parameters that are not sharded have equal norms on all tensor-parallel ranks
+    after a step. If not, sums in backward are missing. Unseen if it is unknown which parameters are sharded,
+    or if dropout may explain a difference."""
     feature = "tensor-parallel: parameters that are not cut"
     params = dict(step.model.named_parameters())
     cut_params = cut_names(step)
@@ -132,7 +137,7 @@ def _whole_alike(step: Observation) -> None:
         if not math.isclose(value, own_norms.get(n, value), rel_tol=_WHOLE_RATIO)
     ]
     if differing_names and any(_drops(m) for m in step.model.modules()):
-        step.unseen(f"{feature}: dropout may differ")
+        step.unseen(f"{feature}: they differ, but dropout may explain it")
         return
     step.differs(
         feature,
@@ -147,8 +152,9 @@ def _drops(module: nn.Module) -> bool:
 
 
 def leaving(out: Any) -> list[tuple[float, float]]:
-    """Return (first fingerprint number, norm) of the first tensor that a block returns, or nothing if it is
-    sharded."""
+    """Return a list of one pair, (first fingerprint number, norm), of the first floating-point tensor of at
+    least two dimensions in ``out``, what a block returns. Return an empty list if that tensor is sharded or
+    there is none."""
     for value in _pytree.tree_leaves(out):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
             continue
