@@ -9,7 +9,8 @@ from memfit.types.errors import MemfitError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One deviation from the plan. ``feature``: the technique and the aspect of it that differs."""
+    """One deviation of a prepared model from its plan. ``feature``: the technique and the aspect of it that
+    differs; ``planned`` and ``found``: what the plan and the model have there, in words."""
 
     feature: str
     planned: str
@@ -23,7 +24,8 @@ class Difference:
 class Conformance:
     """The result of a check of a prepared model against its plan.
 
-    ``checked``: what was checked; ``unseen``: what the plan states but could not be checked, with the reason.
+    ``differences``: empty if none was found; ``checked``: what was checked; ``unseen``: what the plan states
+    but could not be checked, with the reason.
     """
 
     differences: tuple[Difference, ...]
@@ -36,7 +38,8 @@ class Conformance:
 
 
 class NotConforming(MemfitError):
-    """Raised if the prepared model differs from the plan."""
+    """Raised if a prepared model differs from its plan. ``found``: the result of the check, with at least one
+    difference."""
 
     def __init__(self, found: Conformance) -> None:
         self.found = found

@@ -1,4 +1,5 @@
-"""The decision: ways to get the work done, what each costs, and the numbers it is based on."""
+"""The decision on how to get training done: the options, called ways (a machine that exists, a purchase, the
+cloud, nothing), what each costs, and the numbers that the costs are based on."""
 
 from __future__ import annotations
 
@@ -8,27 +9,27 @@ from typing import Final
 
 from memfit.types.result import Interval
 
-# (a way's price, the name of the user's own offer for it, the factor on the catalog's price).
+# (field of Way with a price, name of the Term with the user's own price, field of Terms with the factor on
+# the catalog's price)
 OFFERS: Final = (
     ("price", "purchase_price", "hardware_factor"),
     ("per_hour", "rental_price", "rental_factor"),
 )
-# user-given numbers that belong to a way, not to the common terms
+# names of terms given by the user that belong to one option, not to all
 OWN: Final = ("setup_hours", *(own for _, own, _ in OFFERS))
 DRAWS: Final = 4000  # draws of the uncertain numbers for the interval of the saving
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
-    """Money in two parts: catalog prices in US dollars, and amounts given by the user in the currency of the
-    case.
-    """
+    """Money in two parts: ``usd``, catalog prices in US dollars, and ``own``, amounts in the user's
+    currency."""
 
     usd: float = 0.0
     own: float = 0.0
 
     def at(self, per_usd: float) -> float:
-        """Return the amount in the currency of the case; ``per_usd`` is its price of one US dollar."""
+        """Return both parts together in the user's currency; ``per_usd``: price of one US dollar in it."""
         return self.usd * per_usd + self.own
 
 
@@ -36,8 +37,9 @@ class Amount:
 class Term:
     """One number that the decision is based on.
 
-    ``mark``: measured, predicted or assumed. An unknown value is None, and the user is asked for it. ``low``
-    and ``high`` equal the value if no range is known.
+    ``value`` is None if it is unknown. ``unit``: "money" (in the user's currency), "hours", "years", "factor"
+    and so on; "" for ratios. ``low`` and ``high`` equal the value, or are None, if no range is known.
+    ``mark``: measured, predicted or assumed. ``date``: of the source, in ISO form, or "".
     """
 
     name: str
@@ -52,9 +54,15 @@ class Term:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """Numbers common to all ways; see docs/decisions/014-money.md.
+    """Numbers common to all options; see docs/decisions/014-money.md. Money is in the user's currency.
 
-    ``labour_per_hour`` is 0 if it was not given.
+    Costs are added up over ``years``; a machine is written off after ``life_years``. ``utilisation_ratio``:
+    share of a year that a machine can be busy; ``support_ratio``: support per year over the purchase;
+    ``labour_per_hour``: of people, 0 if it was not given; ``per_usd``: price of one US dollar;
+    ``basic_per_kw_month``: the electricity tariff's charge by power. The four factors multiply the catalog's
+    purchase and rental prices, and the predicted hours of plain training and of the recommended plan.
+    ``value_per_run``: what a finished run is worth, None if unknown; ``longest_run_hours``: a run that takes
+    longer does not count as doing the work; None: no limit.
     """
 
     runs_per_year: float
@@ -81,10 +89,12 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One way to do the work.
+    """One option of the decision: a machine with a plan, or doing nothing.
 
-    ``kind``: existing, purchase, cloud or nothing. Prices are for one machine with all its devices.
-    ``power_w`` is for its devices and host, before PUE. ``hours``: duration of one run.
+    ``kind``: existing, purchase, cloud or nothing. ``plan``: its label; ``plain``: whether it is plain
+    training. ``price`` (to buy) and ``per_hour`` (to rent) are for one machine with all its devices; None if
+    the kind has no such price. ``power_w`` is for its devices and host, before PUE; None if unknown.
+    ``hours``: duration of one run. ``storage_per_month``: price of data storage in the cloud.
     """
 
     kind: str
@@ -92,41 +102,46 @@ class Way:
     plan: str = ""
     plain: bool = True
     hours: float = 0.0
-    # whether the hours are predicted by memfit and scale with a time factor; False: given by the user
+    # whether memfit predicted the hours, so that a time factor of Terms applies; False: the user gave them
     predicted: bool = True
     power_w: float | None = None
     price: Amount | None = None
     per_hour: Amount | None = None
     storage_per_month: float = 0.0
-    setup_hours: float = 0.0  # of the machine and the plan, as far as they are known
-    operating_hours: float = 0.0  # per year
-    most_machines: int | None = None
+    # working hours of people to set up the machine and adopt the plan; unknown ones count as 0
+    setup_hours: float = 0.0
+    operating_hours: float = 0.0  # working hours of people per year
+    most_machines: int | None = None  # how many of these machines there are; None: any number
     embodied_kg: float | None = None  # of all devices of one machine
-    # energy of one plain training run on it, if predicted, whether it fits or not
+    # energy of one plain training run on it; None if it is not predicted or plain training does not fit
     plain_j: float | None = None
-    of_catalog: bool = True
+    of_catalog: bool = True  # False: the user named the machine
     untried: tuple[str, ...] = ()  # techniques that can change results and were not trained in the PoC
-    unknown: tuple[str, ...] = ()  # names of terms that are missing and count as zero
+    unknown: tuple[str, ...] = ()  # keys of the user's case that are missing; missing hours count as zero
     own_power: bool = False  # whether the watts were given by the user
-    plan_hours: float = 0.0  # the plan's part of setup_hours
+    plan_hours: float = 0.0  # the hours within setup_hours that adopting the plan takes
     memory_bytes: Interval | None = None  # predicted, on one device
-    usable_bytes: float | None = None  # memory of the device
-    # probability that the plan fits; below 100 the upper end of its memory does not fit
+    usable_bytes: float | None = None  # memory of one device; None: unknown
+    # probability that the plan fits the device; below 100 the upper end of memory_bytes does not fit
     fit_percent: float = 100.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
-    """What a way costs, in the currency of the case, per year if the name says so, otherwise over all years.
+    """What one option costs, in the user's currency.
 
-    None if it depends on an unknown power draw.
+    ``setup``, ``purchase`` and their sum ``initial`` are spent at the beginning. ``present_cost`` and
+    ``net_present_value`` are discounted sums over all years of the decision. ``residual`` is what the
+    machines are worth at the end. ``cost_per_run`` is the present cost over all runs. Grams are of CO2, per
+    run. None: it depends on an unknown power draw; ``net_present_value`` also if the value of a run is
+    unknown, ``embodied_g`` and ``sci_g`` (the sum of both kinds of grams) if the devices' CO2 is unknown.
     """
 
-    machines: int
-    hours_per_year: float
+    machines: int  # number needed
+    hours_per_year: float  # of all runs together
     kwh_per_run: float | None
     setup: float
-    purchase: float  # first purchase
+    purchase: float  # of the first machines, with tax
     initial: float
     electricity_per_year: float | None
     rental_per_year: float
@@ -139,13 +154,14 @@ class Sheet:
     net_present_value: float | None
     operation_g: float | None
     embodied_g: float | None
-    sci_g: float | None  # per run
-    enough: bool  # whether the available machines can do all runs of a year
+    sci_g: float | None
+    # whether the available machines can do all runs of a year, and a run is not longer than allowed
+    enough: bool
 
     def saved_percent(self, reference: Sheet) -> float | None:
         """Return the saving in percent of the reference's present cost; negative is a loss.
 
-        None if unknown.
+        None if one of the two costs is unknown, or if the reference's is not positive.
         """
         cost, reference_cost = self.present_cost, reference.present_cost
         return (
@@ -157,7 +173,8 @@ class Sheet:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Swing:
-    """Effect of one term alone on the saving in percent, at both ends of its range."""
+    """The saving in percent with the term ``name`` at the low and at the high end of its range, all other
+    terms unchanged."""
 
     name: str
     low_percent: float
@@ -168,9 +185,9 @@ class Swing:
 class Risk:
     """One risk of the decision.
 
-    ``evidence`` and ``mitigation`` are keys of the word catalogs; ``values`` fills their placeholders.
-    ``level``: low, some, high or unknown. ``loss``: the most that can be lost by going on to the next stage;
-    None: unknown.
+    ``evidence`` is a key of the word catalogs; ``values`` fills its placeholders. ``level``: low, some, high
+    or unknown. ``source``: the section of the page with the evidence ("#runs"), or a citation. ``loss``: the
+    most that can be lost by the pilot, in the user's currency; None: unknown, or not a matter of money.
     """
 
     kind: str
@@ -183,7 +200,8 @@ class Risk:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A stage of the roll-out. ``state``: done, next, stopped or later."""
+    """A stage of the roll-out. ``name``: poc, pilot or full; ``state``: done, next, stopped or later. Money
+    is in the user's currency, None if unknown; memory is that of one device."""
 
     name: str
     state: str
@@ -194,15 +212,19 @@ class Stage:
     step_s: Interval | None = None
     spent: float | None = None
     to_spend: float | None = None
-    gates: tuple[tuple[str, str, str, bool], ...] = ()  # (name, found, limit, holds)
-    most: float | None = None  # to spend, with every number at its most expensive end
-    unpaid: tuple[str, ...] = ()  # working hours that are unknown and not included in the money
-    # stop above this memory: the prediction's upper end, or all memory there is
+    # what must hold before the next stage: (name, what was found, limit, whether it holds)
+    gates: tuple[tuple[str, str, str, bool], ...] = ()
+    most: float | None = None  # like to_spend, with every number at the most expensive end of its range
+    # keys of unknown working hours, or of their unknown price, that the money does not include
+    unpaid: tuple[str, ...] = ()
+    # stop above this memory: the prediction's upper end, or all memory of the device if that is less
     stop_bytes: float | None = None
-    back: str = ""  # what to go back to: "plain" (on the same machine), "reference" or "stay"
-    back_way: int | None = None
-    way: int | None = None  # index of the way whose money it is, for stages to come
-    # the ends of the ranges at which `most` is highest
+    # what to go back to if it fails: "plain" (on the same machine), "reference" (another machine with plain
+    # training) or "stay" (what is done today)
+    back: str = ""
+    back_way: int | None = None  # index of the option to go back to; None: "stay"
+    way: int | None = None  # index of the option whose money it is, for stages to come
+    # name of a term -> the end of its range at which `most` is highest
     ends: Mapping[str, float] = dataclasses.field(default_factory=dict)
     energy_j: float | None = None  # energy paid for in a stage that is done
     hours: float = 0.0  # working hours of people in a stage that is done
@@ -212,7 +234,10 @@ class Stage:
 class Decision:
     """The decision as a whole.
 
-    ``ways`` and ``sheets`` correspond; indices refer to them, None means there is no such way.
+    ``ways`` (the options) and ``sheets`` (their costs) correspond; integers in ``shown`` to ``tight`` are
+    their indices, None means that there is no such option. ``best`` has the lowest present cost of those that
+    do all the work. ``reference``, which it is compared with, is the cheapest purchase or rental with plain
+    training. ``currency`` is its code, ``symbol`` and ``decimals`` how it is written.
     """
 
     currency: str
@@ -223,22 +248,22 @@ class Decision:
     steps_per_run: int
     size: str  # size of the job that all ways train; "" if nothing was predicted
     terms: Terms
-    told: tuple[Term, ...]
+    told: tuple[Term, ...]  # all numbers that the decision is based on
     ways: tuple[Way, ...]
     sheets: tuple[Sheet, ...]
-    shown: tuple[int, ...]  # the ways compared side by side
-    slots: tuple[tuple[str, int], ...]  # (slot on the page, index of the way); a way may be in several slots
+    shown: tuple[int, ...]  # the options compared side by side
+    slots: tuple[tuple[str, int], ...]  # (column on the page, index); an option may be in several columns
     best: int | None
     reference: int | None
-    tight: int | None  # the cheapest way with the recommended plan
-    saved_percent: float | None
+    tight: int | None  # the cheapest option with the recommended plan
+    saved_percent: float | None  # saving of best over reference
     saved_interval_percent: Interval | None
     chance_percent: float | None  # probability of a saving
     payback_years: float | None
-    payback: str  # named as in money.payback; "" if unknown
-    swings: tuple[Swing, ...] = ()
-    asked: tuple[str, ...] = ()
+    payback: str  # the kind of payback, as money.payback returns it; "" if unknown
+    swings: tuple[Swing, ...] = ()  # largest first
+    asked: tuple[str, ...] = ()  # keys of the user's case that a complete answer needs
     risks: tuple[Risk, ...] = ()
     stages: tuple[Stage, ...] = ()
-    why_none: str = ""  # why nothing could be compared
+    why_none: str = ""  # why there is no best: no_offers, none_priced or none_does_it
     own_limits: bool = False  # whether the gate uses limits given by the user

@@ -38,9 +38,9 @@ _CHANGES = {
 class SampleDependence:
     """Result of the test for one job.
 
-    ``reason``: in one line, how it is known or why it was not tested. ``modules``: paths of modules that
-    depend on the batch. ``across_ranks``: whether data-parallel ranks change the training as micro-batches
-    do.
+    ``reason``: in one line, how it is known or why it was not tested. ``modules``: paths of modules whose
+    results depend on the other samples of the batch. ``across_ranks``: whether splitting the batch over
+    data-parallel ranks changes the training too; False if only micro-batches do.
     """
 
     kind: DependenceKind
@@ -56,7 +56,8 @@ class SampleDependence:
 
     @property
     def sentence(self) -> str:
-        """The known objection to a plan that splits the batch, or ""."""
+        """The objection to a plan that splits the batch: that it changes the training, or that this was not
+        tested. "" if the samples are independent."""
         if self.kind is DependenceKind.NOT_TESTED:
             return f"not tested whether samples of a batch depend on each other ({self.reason})"
         if self.kind is DependenceKind.DEPENDENT:

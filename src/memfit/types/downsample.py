@@ -7,7 +7,8 @@ from itertools import pairwise
 
 
 def thin_phases(stretches: Sequence[Sequence[int]], points: int) -> tuple[int, ...]:
-    """Reduce each stretch to ``points // len(stretches)`` values (at least two), keeping maxima."""
+    """Reduce each stretch to ``points // len(stretches)`` values (at least two), each the maximum of its bin,
+    and join them. Empty stretches are left out; of shorter stretches values are repeated."""
     count = max(2, points // max(1, len(stretches)))
     out: list[int] = []
     for values in (s for s in stretches if s):

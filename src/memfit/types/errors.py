@@ -1,12 +1,14 @@
-"""Every error that memfit raises on purpose.
+"""Errors that memfit raises on purpose.
 
 ::
 
     MemfitError
-    ├── UserError      the input was wrong: what was given, what is allowed, what to do (exit 2)
-    ├── NothingFits    no allowed plan fits; carries the least memory that would be enough (exit 3)
-    ├── RunError       a child process failed in a way that is not an Outcome (exit 1)
-    └── Interrupted    Ctrl-C, after the best plan so far was shown (exit 130)
+    ├── UserError             the input was wrong: what was given, what is allowed, what to do (exit 2)
+    ├── NothingFits           no allowed plan fits or meets the limits; carries the least memory (exit 3)
+    ├── RunError              a child process failed before it reported an outcome (exit 1)
+    ├── Interrupted           Ctrl-C, after the best plan so far was shown (exit 130)
+    ├── NotConforming         a prepared model differs from its plan (exit 1; types.conformance)
+    └── AllocatorUnavailable  the counting allocator cannot be used (exit 1; runtime.counting_allocator)
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _Entry = TypeVar("_Entry")
 
 
 class MemfitError(Exception):
-    """Base class. ``exit_code`` is what the command line returns."""
+    """Base class of memfit's errors. ``exit_code`` is what the command line returns."""
 
     exit_code = 1
 
@@ -42,7 +44,8 @@ class UserError(MemfitError):
 
 
 def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
-    """Return the entry with that name. Raises UserError with the allowed names and the closest one."""
+    """Return the entry of ``table`` with that name. Raises UserError with the allowed names, and the closest
+    one if any is close, if there is none; ``what``: what the names are of, for the message."""
     if name in table:
         return table[name]
     matches = difflib.get_close_matches(name, table, n=1)
@@ -51,11 +54,13 @@ def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
 
 
 class NothingFits(MemfitError):
-    """No plan of the allowed effect classes fits under the cap, or none meets the deadline and budget (see
-    ``missed``).
+    """No plan of the allowed effect classes fits the memory, or none that fits meets the deadline and the
+    budget.
 
-    ``ways``: changes, each of which alone would be enough. ``host``: the host memory that a plan needs which
-    fits the device.
+    ``least_bytes``, ``plan_text``: what the smallest plan needs, and that plan. ``ways``: changes in words,
+    each of which alone would be enough; not in the message before ``explained``. ``missed``: the message if
+    deadline or budget are missed, else "". ``host``: in words, that the host's memory is too small for the
+    smallest plan, else "".
     """
 
     exit_code = 3
@@ -80,14 +85,14 @@ class NothingFits(MemfitError):
         )
 
     def explained(self) -> NothingFits:
-        """Return the same error with the possible changes in its text."""
+        """Add the possible changes, if any, to this error's message, and return it."""
         if self.ways:
             self.args = (f"{self}; any one of these would be enough: {'; '.join(self.ways)}",)
         return self
 
 
 class RunError(MemfitError):
-    """A worker ended without reporting its outcome."""
+    """A child process, such as a worker or an installation, failed without reporting an outcome."""
 
 
 class Interrupted(MemfitError):

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Disable the garbage collector within the context.
+    """Disable the garbage collector within the context, and enable it afterwards if it was enabled.
 
-    Its walks over the objects left by imports and fake tensors take a fifth of a cold prediction's time. When
-    the collector runs is chance anyway: a model's own reference cycles stay alive here, as they may without
-    this context.
+    Its walks over the objects left by imports and fake tensors take a fifth of a cold prediction's time.
+    Reference cycles of a model stay alive within the context, as they may without it: when the collector runs
+    is chance.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -38,7 +38,8 @@ class Metric:
 class OptimizerChoice:
     """The optimizer of plain training. Techniques may replace the algorithm, but not the hyperparameters.
 
-    ``make(params)`` builds a user-defined optimizer instead; ``name`` is then only its name.
+    ``name``: adamw, adam, sgd or adafactor. If ``make`` is given, ``make(params)`` builds a user-defined
+    optimizer instead: ``name`` is then only its name, and the hyperparameters here are not used.
     """
 
     name: str = "adamw"
@@ -61,8 +62,9 @@ class Job:
     correctly. ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
 
     ``blocks`` and ``head`` are module paths: the repeated blocks (found by default as the longest
-    ``nn.ModuleList``/``nn.Sequential``) and the output projection whose logits the loss reads. Checkpointing
-    also recomputes other stacks of the same class, and those at the paths ``more_blocks``.
+    ``nn.ModuleList``/``nn.Sequential``) and the output projection whose logits the loss reads. Activation
+    checkpointing also recomputes other stacks of blocks of the same class, and those at the paths
+    ``more_blocks``.
 
     For plans with several ranks: ``tensor_parallel`` names the Linear layers of the blocks to cut if they
     cannot be found by observing the model. ``experts`` names modules called with (tokens, chosen experts,
@@ -78,9 +80,11 @@ class Job:
     ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan, found by
     ``memfit precision``. ``clip`` is the largest gradient norm, over all parameters and ranks, as in
     ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema`` is the decay of an
-    exponential moving average of the weights, kept beside the model (True: 0.999); None: no copy. ``workers``
-    is the number of DataLoader worker processes per rank, which take host memory. ``reduced`` makes the same
-    job with a small model, for trials on real numbers if this one is too large.
+    exponential moving average of the weights, kept beside the model (True: 0.999); None or False: no copy.
+    ``workers`` is the number of DataLoader worker processes per rank, which take host memory. ``reduced``
+    makes the same job with a small model, for trials on real numbers if this one is too large.
+
+    Raises UserError if ``ema``, ``clip`` or ``workers`` is out of range.
     """
 
     name: str
@@ -118,11 +122,20 @@ class Job:
         if isinstance(self.ema, bool):
             object.__setattr__(self, "ema", DEFAULT_EMA_DECAY if self.ema else None)
         if self.ema is not None and not (_is_number(self.ema) and 0 < self.ema < 1):
-            raise UserError(f"ema={self.ema!r}", allowed="True, or a decay between 0 and 1 such as 0.999")
+            raise UserError(
+                f"not the decay of an average of the weights: ema={self.ema!r}",
+                allowed="True, a decay between 0 and 1 such as 0.999, or None",
+            )
         if self.clip is not None and not (_is_number(self.clip) and self.clip > 0):
-            raise UserError(f"clip={self.clip!r}", allowed="a positive gradient norm such as 1.0, or None")
+            raise UserError(
+                f"not a largest gradient norm: clip={self.clip!r}",
+                allowed="a positive gradient norm such as 1.0, or None",
+            )
         if not (_is_number(self.workers) and self.workers >= 0 and self.workers == int(self.workers)):
-            raise UserError(f"workers={self.workers!r}", allowed="a number of processes, 0 or more")
+            raise UserError(
+                f"not a number of DataLoader workers: workers={self.workers!r}",
+                allowed="a whole number of processes, 0 or more",
+            )
 
 
 def _is_number(value: object) -> bool:
@@ -133,9 +146,9 @@ def _is_number(value: object) -> bool:
 class JobRef:
     """How a child process builds the same Job again: plain data that can be sent as JSON.
 
-    ``spec`` is a built-in name, ``path.py:attribute`` or ``hf:PATH_OR_NAME``. ``length``: tokens (residues,
-    bases) of a sample. ``clip``: the largest gradient norm; 0: gradients are not clipped. None keeps the
-    job's own setting.
+    ``spec`` is a built-in name, ``path.py:attribute`` or ``hf:PATH_OR_NAME``. ``data`` and ``weights`` are
+    paths. ``batch``: samples per step. ``length``: tokens (residues, bases) of a sample. ``clip``: the
+    largest gradient norm; 0: gradients are not clipped. None keeps the job's own setting.
     """
 
     spec: str

@@ -18,9 +18,10 @@ Shape = tuple[int, ...]
 class Keep:
     """Checkpoint settings of a run.
 
-    ``save``: folder for checkpoints, every ``every_steps`` (0: at the end only). ``resume``: folder of the
-    checkpoint to resume from; "": none. ``passed_over``: newer checkpoints that were not used, with the
-    reasons.
+    ``save``: folder for checkpoints; "": none are saved. They are saved at the end, and before that every
+    ``every_steps`` steps unless that is 0. ``resume``: the checkpoint to resume from, or a folder of
+    checkpoints, of which the newest complete one is then taken; "": none. ``passed_over``: newer checkpoints
+    that were not used, with the reasons.
     """
 
     save: str = ""
@@ -33,13 +34,13 @@ class Keep:
 class RunSpec:
     """One training run of one plan.
 
-    ``cap_bytes``: memory that the process may use above its footprint. ``timeout_s``: time after which it is
-    stopped; None: never. ``steps`` counts from the very first step, including steps done before a checkpoint
-    that is resumed.
+    ``cap_bytes``: memory that the process may use above what it has when the cap is set; None: no cap.
+    ``timeout_s``: time after which it is stopped; None: never. ``steps`` counts from the very first step,
+    including steps done before a checkpoint that is resumed.
     """
 
     name: str  # "baseline", "recommended", "ablation: ..."
-    role: str  # baseline | recommended | ablation
+    role: str  # in a proof of concept baseline | recommended | ablation; else run, trial, calibration or ""
     job: JobRef
     plan: Plan
     engine: str = "native"
@@ -62,8 +63,9 @@ class RunSpec:
 class Checkpoint:
     """The description stored in a checkpoint.
 
-    ``step``: number of steps done. ``shapes``: shapes of whole tensors by name. ``optimizer``: its class.
-    ``state``: what it keeps per parameter. ``files_bytes``: name -> size.
+    ``step``: number of steps done. ``job``: its name; ``plan``: its label. ``shapes``: shapes of whole
+    parameters and buffers by name. ``optimizer``: name of its class. ``state``: names of what the optimizer
+    keeps per parameter. ``files_bytes``: file name -> size.
     """
 
     step: int
@@ -82,7 +84,8 @@ class Checkpoint:
 class LaunchConfig:
     """What is launched.
 
-    ``argv`` starts with the program, without placeholders. ``files`` are written beside it, name -> text.
+    ``argv``: the program and its arguments; ``{dir}`` in an argument stands for the folder into which
+    ``files`` (name -> text) are written. ``env``: environment variables. ``spec``: the run.
     """
 
     engine: str

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """A number that was published by somebody or measured on this machine.
+    """A number that somebody published, that was measured on this machine, or that is assumed.
 
-    ``kind``: measured, published or assumed. ``low`` and ``high``, if given, are its stated or assumed range.
+    ``kind``: measured, published or assumed. ``low`` and ``high``, if not None, are its stated or assumed
+    range.
     """
 
     value: float
@@ -26,7 +27,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A connection between devices or hosts. ``bytes_s``: in one direction, per device."""
+    """A connection between devices or hosts. ``bytes_s``: bytes per second in one direction, per device."""
 
     name: str
     bytes_s: Fact
@@ -37,8 +38,9 @@ class Link:
 class Host:
     """The server around the devices.
 
-    ``device_bytes_s``: between its memory and one device, in one direction. ``shared_bytes_s``: for all its
-    devices together. ``storage_bytes_s``: of its local NVMe.
+    Data rates in bytes per second: ``device_bytes_s`` between its memory and one device, in one direction;
+    ``shared_bytes_s`` the same for all its devices together; ``storage_bytes_s`` of its local NVMe. None:
+    unknown.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Host:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One accelerator, or this machine's processor as one device."""
+    """One accelerator, or this machine's processor as one device. None: unknown, unless stated otherwise."""
 
     name: str
     kind: str  # "cpu" or "cuda": determines the kernels in a trace
@@ -76,7 +78,8 @@ class Device:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where the electricity comes from."""
+    """Where the electricity comes from. ``pue_ratio``: electricity of the whole site over that of its
+    computers."""
 
     name: str
     usd_per_kwh: Fact
@@ -88,7 +91,7 @@ class Place:
 class Machine:
     """Devices, hosts and network.
 
-    ``device_count`` is the total; ``devices_per_host`` is per host (0: all in one host).
+    ``device_count`` is the total over all hosts; ``devices_per_host`` is per host (0: all in one host).
     """
 
     name: str
@@ -102,20 +105,21 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What was measured on this machine, passed to cost as a value. Empty means that catalog curves are used.
+    """What was measured on this machine. An empty one means that the catalog's figures are used instead.
 
     ``op_s`` and ``op_peak_bytes`` map an operator signature to the operator's time when run alone (seconds)
-    and to the bytes at its own peak, including outputs. ``overhead_s`` is the cost of one operator call of
+    and to the bytes at its peak, including outputs. ``overhead_s`` is the time of one operator call of
     negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the rate of a
     large copy; ``disk_bytes_s`` that of writing a file and reading it back; ``disk_file_s`` the additional
-    time per file. ``op_spread_ratio``: how far the median of an operator's calls lies above the shortest,
-    which is the one used. ``not_timed``: signatures that cannot run alone. ``load_count``: the system's load
-    average during the timings. ``waited_ratio``: share of that time during which the probes waited for a
-    processor used by others.
+    time per file. ``op_spread_ratio``: how far the median time of an operator's repeated calls lies above the
+    shortest, which is the one used, relative to it. ``not_timed``: signatures that cannot run alone.
+    ``load_count``: the system's load average during the timings. ``waited_ratio``: share of that time during
+    which the timed operators waited for a processor used by others. ``idle_w``: power without load.
 
-    ``step_ratio``, ``technique_ratio`` and ``step_spread_ratio`` are corrections of whole steps from short
-    runs (cost/step_time_calibration.py); ``corrected_by`` names the runs and ``corrected_count`` is their
-    number of plans.
+    Short runs of whole steps correct predicted step times (cost/step_time_calibration.py): ``step_ratio`` is
+    a factor for every plan, ``technique_ratio`` one for each of its techniques; ``step_spread_ratio`` is the
+    error left, None if too few plans were run. ``corrected_by`` names the runs and ``corrected_count`` is
+    their number of plans.
     """
 
     machine: str = ""
@@ -142,7 +146,7 @@ class Calibration:
 
     @property
     def spread_ratio(self) -> float:
-        """Spread of the operators' repeated calls, weighted by their time."""
+        """Mean of ``op_spread_ratio``, weighted by the operators' times; 0 if none was timed."""
         total_s = sum(self.op_s.get(s, 0.0) for s in self.op_spread_ratio)
         weighted_sum = sum(ratio * self.op_s.get(s, 0.0) for s, ratio in self.op_spread_ratio.items())
         return weighted_sum / total_s if total_s else 0.0

@@ -30,21 +30,23 @@ _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 def parse_bytes(text: str) -> int:
     """Parse ``"24GiB"``, ``"80 GB"``, ``"512m"`` or plain bytes into a number of bytes.
 
-    ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as in Docker and Slurm. Raises
-    UserError if the text is not a positive size, or if it is a number without a unit that is too small to be
-    meant in bytes.
+    ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as in Docker and Slurm. Case does not
+    matter; fractions of a byte are cut off. Raises UserError if the text is not a positive size, or if it is
+    a number below 2**20 without a unit, which is too small to be meant in bytes.
     """
     match = _SIZE.fullmatch(text)
     unit = match.group(2).lower() if match else None
     if match is None or unit not in _UNIT_BYTES or float(match.group(1)) <= 0:
         raise UserError(
             f"not a memory size: {text!r}",
-            allowed="a positive number with B, KiB, MiB, GiB, TiB (or kB, MB, GB, TB)",
+            allowed="a positive number with B, KiB, MiB, GiB, TiB (or K, M, G, T), or kB, MB, GB, TB",
             hint="for example 24GiB or 512MiB",
         )
     if not unit and float(match.group(1)) < MIB:
         units = "B, KiB, MiB, GiB, TiB"
-        raise UserError(f"{text} has no unit", allowed=units, hint=f"did you mean {text}GiB?")
+        raise UserError(
+            f"{text} has no unit and is too small to be bytes", allowed=units, hint=f"did you mean {text}GiB?"
+        )
     return int(float(match.group(1)) * _UNIT_BYTES[unit])
 
 
@@ -52,8 +54,11 @@ _DURATION_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w":
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of ``90m``, ``72h``, ``1.5d``, ``2w``. Raises UserError for other text."""
+    """Return the seconds of a positive number with s, m or min (minutes), h, d or w, such as ``90m`` or
+    ``1.5d``. Raises UserError for other text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
     if match is None or match[2] not in _DURATION_S or not float(match[1]):
-        raise UserError(f"not a time: {text!r}", allowed="a number with s, m, h, d or w, such as 72h")
+        raise UserError(
+            f"not a time: {text!r}", allowed="a positive number with s, m or min, h, d or w, such as 72h"
+        )
     return float(match[1]) * _DURATION_S[match[2]]

@@ -1,26 +1,27 @@
-"""Parts: costs of the pieces of a model. Plans of any size are added up from a few small traces."""
+"""Parts: costs of the pieces of a model, measured in a few small traces. The costs of plans of any size are
+added up from them."""
 
 from __future__ import annotations
 
 import dataclasses
 
 Travel = tuple[tuple[str, float], ...]
-"""(kind, bytes of the whole) of each collective, as cost/collectives.py counts them."""
+"""(kind, bytes of the whole tensor) of each collective operation, as cost/collectives.py counts them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Costs of one micro-batch in a part of the model (a block, or what lies before or after all blocks).
+    """Costs of one micro-batch in a piece of the model (a block, or what lies before or after all blocks).
 
-    They are for one rank, with nothing sharded over data-parallel ranks. ``*_travel``: collectives that its
-    work waits for.
+    They are for one rank, with nothing sharded over data-parallel ranks. ``*_travel``: collectives that the
+    piece's work waits for.
     """
 
     forward_s: float
     backward_s: float
-    kept_bytes: float  # from its forward until its backward
-    forward_top_bytes: float  # highest level above the level at its start
-    backward_top_bytes: float
+    kept_bytes: float  # kept from its forward until its backward
+    forward_top_bytes: float  # highest memory in its forward above that at the start of the forward
+    backward_top_bytes: float  # the same for its backward
     parameter_bytes: float  # trainable, on this rank
     flops: float
     forward_travel: Travel = ()
@@ -52,9 +53,9 @@ PIECES = ("before", "block", "after")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Updating:
-    """Costs of the optimizer's step, per parameter that it updates."""
+    """Costs of the optimizer's step, each divided by the number of parameter elements that it updates."""
 
     update_s: float
     state_bytes: float
-    top_bytes: float  # highest level above parameters, gradients and state
+    top_bytes: float  # highest memory above parameters, gradients and state
     moved_bytes: float  # bytes read plus bytes written

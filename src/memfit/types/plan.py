@@ -11,7 +11,7 @@ KnobValue = str | int | float | bool
 
 
 class EffectClass(enum.IntEnum):
-    """What a technique may do to the numbers. It decides how equality is tested."""
+    """How far a technique may change the results of training. It decides how equality is tested."""
 
     E0 = 0  # bitwise equal
     E1 = 1  # sums reordered: equal within float32 tolerance
@@ -24,7 +24,7 @@ class EffectClass(enum.IntEnum):
 
 
 class Accuracy(enum.StrEnum):
-    """Which effect classes a goal allows."""
+    """The accuracy that the user asks for: ``highest`` is the highest effect class that a plan may have."""
 
     EXACT = "exact"
     ROUNDING = "rounding"
@@ -37,13 +37,13 @@ class Accuracy(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Use:
-    """One technique in use. ``knobs`` are sorted (name, value) pairs."""
+    """One technique in use. ``knobs``: its settings as sorted (name, value) pairs."""
 
     technique: str
     knobs: tuple[tuple[str, KnobValue], ...] = ()
 
     def __post_init__(self) -> None:
-        assert list(self.knobs) == sorted(self.knobs), "knobs are kept sorted so equal plans are equal"
+        assert list(self.knobs) == sorted(self.knobs), "the knobs of a Use must be sorted by name"
 
     @property
     def settings(self) -> dict[str, KnobValue]:
@@ -57,9 +57,10 @@ def use(technique: str, **knobs: KnobValue) -> Use:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Techniques applied to one job, in sorted order, on ``ranks`` processes with one device each.
+    """Techniques applied to one job, each at most once, on ``ranks`` processes with one device each.
 
-    Equal plans compare and hash equal.
+    ``uses`` is sorted when the plan is made, so that plans with the same techniques, settings and ranks
+    compare and hash equal.
     """
 
     uses: tuple[Use, ...] = ()
@@ -67,8 +68,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         names = [u.technique for u in self.uses]
-        assert len(names) == len(set(names)), f"a technique appears twice: {names}"
-        assert self.ranks >= 1, f"{self.ranks} ranks"
+        assert len(names) == len(set(names)), f"a technique appears twice in a plan: {names}"
+        assert self.ranks >= 1, f"{self.ranks} ranks: a plan needs at least one"
         object.__setattr__(self, "uses", tuple(sorted(self.uses)))
 
     def get(self, technique: str) -> Use | None:
@@ -85,13 +86,17 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """Short, stable text: ``activation-checkpointing(every=1) + bf16-autocast``."""
+        """Short, stable text: ``activation-checkpointing(every=1) + bf16-autocast on 2 ranks``.
+
+        "plain" without techniques; one rank is not mentioned. Setting values of more than 24 characters are
+        shortened.
+        """
         techniques = " + ".join(_label(u) for u in self.uses) or "plain"
         return f"{techniques} on {self.ranks} ranks" if self.ranks > 1 else techniques
 
     @property
     def fingerprint(self) -> str:
-        """Canonical text that is equal for equal plans."""
+        """Canonical text that is equal for equal plans and different for different ones."""
         return json.dumps(self.to_dict(), sort_keys=True) + (f" x{self.ranks}" if self.ranks > 1 else "")
 
 
@@ -101,17 +106,17 @@ def _label(u: Use) -> str:
 
 
 def _short(value: KnobValue) -> str:
-    """Shorten long text to its beginning and a checksum of the whole."""
+    """Return the value as text; if longer than 24 characters, its first 12 and a checksum of the whole."""
     text = str(value)
     return text if len(text) <= 24 else f"{text[:12]}...{zlib.crc32(text.encode()):08x}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Limits of a plan beside memory; None means no limit.
+    """Limits of a plan beside memory.
 
-    ``steps``: of the whole training. ``micro_batch``: samples per micro-batch (0: any number). ``without``:
-    techniques not to use.
+    ``deadline_s`` and ``budget_usd``: for the whole training of ``steps`` steps; None: no limit.
+    ``micro_batch``: samples per micro-batch of one rank (0: any number). ``without``: techniques not to use.
     """
 
     steps: int = 0

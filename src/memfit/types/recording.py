@@ -9,13 +9,13 @@ from memfit.types.trace import Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """A storage made by an operator of forward. Storages are numbered in that order."""
+    """A storage made by an operator of forward. Storages are numbered in the order in which they are made."""
 
     size_bytes: int
     start: int  # clock of its allocation
     end: int | None  # clock of its release
     last_read: int  # clock of the last forward operator that read it
-    calls: tuple[int, ...]  # the call that made it, then the calls that wrote to it
+    calls: tuple[int, ...]  # indices of the call that made it, then of the calls that wrote to it
     needs: tuple[int, ...]  # clocks at which backward needed it
     pinned: bool  # it cannot be recomputed
 
@@ -30,7 +30,8 @@ class Called:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """The last forward pass of a trace. ``key``: checksum of the operators that made storages."""
+    """The last forward pass of ``trace``: its operator calls and the storages that they made. ``key``:
+    checksum of the operators that made storages."""
 
     trace: Trace
     key: int

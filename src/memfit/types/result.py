@@ -41,22 +41,24 @@ class Interval:
     high: float
 
     def __post_init__(self) -> None:
-        assert self.low <= self.value <= self.high, f"{self.low} <= {self.value} <= {self.high}"
+        assert self.low <= self.value <= self.high, f"not in order: {self.low}, {self.value}, {self.high}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """The prediction for one plan on one machine. None: cannot be derived from the catalog's facts.
+    """The prediction for one plan on one machine. None: facts that it needs are unknown, unless stated
+    otherwise.
 
-    ``allocated_bytes`` is the peak of live tensor bytes. ``phase_peak_bytes`` has one peak per phase.
-    ``at_peak_bytes`` splits the bytes at the peak by category.
+    Memory is that of one device. ``allocated_bytes`` is the peak of live tensor bytes. ``phase_peak_bytes``
+    has one peak per phase of a step. ``at_peak_bytes`` splits the bytes at the peak by category.
+    ``peak_phase`` and ``peak_op``: phase and operator at the peak.
     """
 
     plan: Plan
     allocated_bytes: Interval
     phase_peak_bytes: Mapping[str, int]
     at_peak_bytes: Mapping[str, int]
-    by_module_bytes: Mapping[str, int]  # at the peak
+    by_module_bytes: Mapping[str, int]  # bytes at the peak by path of the module that made them
     step_s: Interval | None
     flops_per_step: int
     energy_j: float | None = None  # per step
@@ -69,8 +71,9 @@ class Estimate:
     workspace_probed: bool = False
     reserved_bytes: Interval | None = None  # by the caching allocator; None: the device has none
     device_bytes: Interval | None = None  # reserved, plus everything outside the allocator
-    device_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # context, libraries
-    # of one host with all its ranks: the maximum of before and during training
+    # what the device holds outside the allocator: context, kernels, ...
+    device_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # memory of one host that all its ranks need: the maximum of before and during training
     host_bytes: Interval | None = None
     host_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # offload, workers, ...
     host_memory_bytes: int | None = None  # memory of the host; None: unknown
@@ -82,18 +85,20 @@ class Estimate:
 
     @property
     def split_warning(self) -> str:
-        """The known objection to splitting the batch as the plan does, or ""."""
+        """The objection to splitting the batch as the plan does: that it changes the training, or that this
+        was not tested. "" if there is none, or if the plan does not split it."""
         return self.dependence.sentence if self.dependence is not None else ""
 
     @property
     def guesses(self) -> list[str]:
-        """Assumptions that do not follow from the batch."""
+        """Those of ``assumptions`` that do not say "as in the batch": they are not taken from the batch."""
         return [a for a in self.assumptions if "as in the batch" not in a]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One run as measured by its child process. Times are in seconds per optimizer step, in order."""
+    """One run as measured by its child process. Tuples have one entry per optimizer step, in order, except
+    ``timeline_bytes``. None or empty: not measured."""
 
     outcome: OutcomeKind
     reason: str = ""  # what happened, in one line, unless the outcome is ok
@@ -121,7 +126,7 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A RunSpec with its prediction and its measurement."""
+    """A RunSpec with its prediction, None or empty if there is none, and its measurement."""
 
     spec: RunSpec
     predicted_peak_bytes: int | None
@@ -135,7 +140,7 @@ class Run:
 class Cause:
     """The reason for a verdict, independent of language.
 
-    ``kind`` is a key of the word catalogs (``why.KIND``); the other fields fill its placeholders.
+    ``kind`` names a text of the word catalogs (``why.KIND``); the other fields fill its placeholders.
     """
 
     kind: str
@@ -144,14 +149,15 @@ class Cause:
     difference: float | None = None  # of two losses, relative
     limit_ratio: float | None = None  # largest allowed difference
     needed_count: int | None = None  # number of seed pairs
-    detail: str = ""  # text by others
+    detail: str = ""  # text that is not translated
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Whether the candidate is scientifically equivalent to the baseline.
+    """Whether the runs of a plan (the candidate) are scientifically equivalent to plain training.
 
-    ``test`` names the statistical test.
+    ``effect``: the plan's effect class, which decides the test. ``test`` names the test. None: the test does
+    not compare metrics, or there were too few runs.
     """
 
     kind: VerdictKind
@@ -160,7 +166,7 @@ class Verdict:
     reason: str
     metric: str = ""
     margin: float | None = None
-    difference: float | None = None  # candidate - baseline, mean over pairs
+    difference: float | None = None  # metric of candidate - baseline, mean over pairs of equal seed
     low: float | None = None  # 90 % interval of the difference (two one-sided 5 % tests)
     high: float | None = None
     pairs: int = 0
@@ -170,7 +176,8 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reproducibility:
-    """Whether a run with the same seed gave the same result. ``reproducible`` is None if it was not tried."""
+    """Whether a second run with the same plan and seed gave the same result. ``reproducible`` is None if it
+    was not tried."""
 
     reproducible: bool | None
     first_differing_step: int | None = None
@@ -179,9 +186,10 @@ class Reproducibility:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """The work of adopting the plan here.
+    """The work of people to adopt the plan here. ``failed_attempts``: runs that failed.
 
-    ``attended_minutes`` is None if nobody counted it; it is never estimated.
+    ``attended_minutes``: minutes during which a person attended; None if nobody counted them. It is never
+    estimated.
     """
 
     commands: int
@@ -208,12 +216,11 @@ class Record:
 class Reason:
     """Why a technique is in a plan or was left out.
 
-    ``kind`` is a key of the word catalogs (``saves``, ``left_out_slower``, ``left_out_not_needed``,
-    ``left_out_uncertain``, ``left_out_forbidden``, ``left_out_accuracy``, ``left_out_unavailable``,
-    ``left_out_small``, ``left_out_changes``, ``changes``, ``not_tested``); the numbers fill its placeholders.
-    ``left_out_too_large``, ``needed_priced``: none of ``plan_count`` priced plans with it, or without it,
-    fits; the smallest needs ``least_bytes``. ``left_out_late``, ``needed_late``: the device would be large
-    enough, but host memory, deadline or budget would not.
+    ``kind`` names a text of the word catalogs (``reason.KIND``), such as ``saves`` or ``left_out_slower``;
+    the other fields fill its placeholders. ``left_out_too_large``, ``needed_priced``: none of ``plan_count``
+    priced plans with it, or without it, fits; the smallest needs ``least_bytes``. ``left_out_late``,
+    ``needed_late``: none of them meets device memory, host memory, deadline and budget together, although the
+    device has enough memory for some.
     """
 
     kind: str
@@ -227,9 +234,10 @@ class Reason:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A plan kept by the search, with its estimate, whether it fits, and the reasons.
+    """A plan kept by the search, with its estimate, whether it fits, its effect class, and the reasons why
+    techniques are in it or were left out.
 
-    ``needed_bytes``: what is compared with the memory; None in records of older versions.
+    ``needed_bytes``: the bytes that are compared with the memory; None in records of older versions.
     """
 
     estimate: Estimate
@@ -241,10 +249,11 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
-    """What a change would bring, as ratios to the recommended plan.
+    """What a change of the machine would bring, as ratios to the recommended plan; None: unknown.
 
     ``kind``: "memory" (``more_bytes`` on each device), "devices" (``more_devices``), or a part of the machine
-    that takes a tenth less time for its work. ``plan``: the best plan in that case; "": the same plan.
+    whose work takes a tenth less time; then only ``time_ratio`` is known. ``plan``: the best plan with the
+    change; "": the recommended plan.
     """
 
     kind: str
@@ -260,8 +269,9 @@ class Sensitivity:
 class Timings:
     """How reliable this machine's timings are.
 
-    Fields: the spread of an operator's repeated calls, and during the timings the load average and the share
-    of time spent waiting for a processor.
+    ``spread_ratio``: spread of an operator's repeated calls, as in Calibration. ``load_count`` and
+    ``waited_ratio``: the system's load average during the timings, and the share of that time spent waiting
+    for a processor. ``processor_count``: number of processors used.
     """
 
     spread_ratio: float
@@ -271,7 +281,8 @@ class Timings:
 
     @property
     def noisy(self) -> bool:
-        """Whether the timings are too noisy to be trusted."""
+        """Whether the timings are too noisy to be trusted: one of the ratios is above 15 %, or the load
+        average above 1.5 per processor."""
         return (
             self.spread_ratio > 0.15
             or self.waited_ratio > 0.15
@@ -281,9 +292,10 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A few steps of one plan on this machine, run in turn with its rivals.
+    """A few steps of one plan on this machine. It is run in rounds, in turn with the plans that it is
+    compared with.
 
-    ``step_s``: the median of each round; empty if it did not run, with the ``reason``.
+    ``step_s``: the median of the step times of each round; empty if it did not run, with the ``reason``.
     """
 
     plan: Plan
@@ -300,12 +312,13 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """The result of a search.
+    """The result of a search for the best plan.
 
-    ``frontier``: plans that no other plan beats in peak, time and effect class at once, by increasing peak.
-    ``recommended`` is None if nothing fits. ``considered``: number of distinct plans priced. ``trials``:
-    plans run for a few steps before one of them was recommended. ``unfinished``: the search was interrupted.
-    ``cap_reason``: "asked for", "the device's memory" or the reason of a demonstration.
+    ``cap_bytes``: the memory that a plan may use. ``considered``: number of distinct plans priced.
+    ``baseline``: plain training. ``frontier``: plans that no other plan beats in peak, time and effect class
+    at once, by increasing peak. ``recommended`` is None if nothing fits; ``smallest`` needs the least memory.
+    ``trials``: plans run for a few steps before one of them was recommended. ``unfinished``: the search was
+    interrupted. ``cap_reason``: where the cap comes from, such as "asked for" or "the device's memory".
     """
 
     goal: str
@@ -324,9 +337,10 @@ class SearchResult:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Interaction:
-    """Interaction of two techniques (such as precision and checkpointing), a 2 x 2 table at equal steps.
+    """Interaction of two techniques (such as precision and checkpointing): a measured quantity without both,
+    with each alone, and with both, at equal numbers of steps.
 
-    The interaction is both - first - second + neither; zero means that the effects add up.
+    The interaction is both - first only - second only + neither; zero means that the effects add up.
     """
 
     first: str  # technique name
@@ -357,9 +371,10 @@ class PaperRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What one machine would do with one plan, as predicted. It is small, so that a record can hold many.
+    """What one machine would do with one plan of the job at one size, as predicted.
 
-    ``power_w``: of its devices and hosts during a step. ``size``: of the job.
+    ``plain``: whether it is plain training. ``power_w``: of the machine's devices and hosts during a step.
+    None: unknown.
     """
 
     machine: str
@@ -367,7 +382,7 @@ class Offer:
     plan: str  # label of the plan
     plain: bool
     fits: bool
-    memory_bytes: Interval  # on a device if its parts are known, else allocated
+    memory_bytes: Interval  # held on one device if that can be predicted, else its allocated tensors only
     step_s: Interval | None
     power_w: float | None
     engine: str = "native"
@@ -375,10 +390,12 @@ class Offer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """The largest size that fits one machine.
+    """The largest size of a job that fits one machine, with plain training (``plain``) and with the smallest
+    allowed plan (``recommended``).
 
-    ``quantity``: "parameters" or "length" (tokens or residues). None: not even the smallest size tried fits.
-    ``at_limit``: the largest size tried still fits.
+    ``quantity``: what the two numbers count: "parameters" or "length" (tokens or residues of a sample). None:
+    not even the smallest size tried fits. ``*_label``: name of the size. ``at_limit``: the largest size tried
+    fits with the smallest allowed plan, so that larger ones may fit too.
     """
 
     machine: str

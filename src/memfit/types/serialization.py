@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 
 def to_plain(value: Any) -> Any:
-    """Convert dataclasses, enums, tuples and mappings to what ``json`` accepts. An IntEnum stays a number."""
+    """Convert dataclasses, enums, tuples and mappings, also nested ones, to what ``json`` accepts. An enum
+    becomes its value; other objects are returned unchanged."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):
@@ -36,9 +37,9 @@ def to_plain(value: Any) -> Any:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """Return JSON text.
+    """Return JSON text of a value that `to_plain` can convert.
 
-    Not-a-number and infinity become the strings "nan" and "inf", which `loads` reads back.
+    Floats that are not finite become the strings "nan", "inf" and "-inf", which `loads` reads back.
     """
     return json.dumps(_finite(to_plain(value)), indent=indent, ensure_ascii=False, allow_nan=False)
 
@@ -54,7 +55,8 @@ def _finite(value: Any) -> Any:
 
 
 def loads(kind: type[T], text: str, *, what: str = "record") -> T:
-    """Parse JSON text into the dataclass `kind`. Raises UserError with the location of the fault."""
+    """Parse JSON text into the dataclass `kind`. Raises UserError with the location of the first fault if it
+    does not conform; `what` names the text in the message."""
     import pydantic
 
     try:
@@ -69,17 +71,19 @@ _LONGEST = 80
 
 
 def toml_text(path: Path) -> str:
-    """Return the text of a user's TOML file. Raises UserError if it cannot be read as text."""
+    """Return the text of a user's TOML file, which is not parsed. Raises UserError if it cannot be read as
+    UTF-8 text."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not TOML: {error}") from error
+        raise UserError(f"{path} is not text in UTF-8, so it is not TOML: {error}") from error
 
 
 def fault(error: pydantic.ValidationError, what: str) -> UserError:
-    """Return the first fault in one line: its location, what was given, what is allowed."""
+    """Return a UserError with the first fault in one line: its location, what was given and what is allowed,
+    or pydantic's message if that does not say what is allowed. `what` names the text with the fault."""
     main_error, *other_errors = error.errors(include_url=False, include_context=False)
     branches = [e for e in other_errors if main_error["loc"] and e["loc"][:-1] == main_error["loc"][:-1]]
     # for a value with several allowed types

@@ -36,7 +36,7 @@ GRANULARITY_BYTES = {"cpu": 64, "cuda": 512}  # alignment of c10; smallest block
 
 
 def rounded(size_bytes: int, device: str) -> int:
-    """Return the bytes that the device's allocator takes for a request."""
+    """Return the bytes that the allocator of a device of kind ``device`` takes for a request."""
     step = GRANULARITY_BYTES[device]
     return -(-size_bytes // step) * step
 
@@ -63,9 +63,9 @@ class Allocation:
 class OpCall:
     """One operator call.
 
-    ``signature`` is JSON with enough information to run the operator alone on real tensors. ``group``: the
-    process group of a collective. ``waits``: (stream, count); this call waits for that stream except for its
-    last ``count`` calls (counted back from here, so that repeated blocks have equal calls).
+    ``signature`` is JSON with enough information to run the operator alone on real tensors. ``group``: name
+    of the process group of a collective, else "". ``waits``: (stream, count); this call waits for all calls
+    of that stream made before it except the last ``count`` of them; None: it waits for no stream.
     """
 
     clock: int  # just before its outputs exist
@@ -96,8 +96,8 @@ class PhaseSpan:
 class Trace:
     """The trace of some training steps.
 
-    Of equal micro-steps only a few are traced. The other `repeated_micro_steps` are like the last traced one,
-    or in a pipeline like the forwards and backwards in `repeated_spans`, for time and FLOPs.
+    Of equal micro-steps only a few are traced. The other `repeated_micro_steps` of a step take time and FLOPs
+    like the last traced one, or in a pipeline like the forwards and backwards in `repeated_spans` each.
     """
 
     device: str  # determines the kernels: "cpu", "cuda"
@@ -127,6 +127,6 @@ class Trace:
     members: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # their ranks
 
     def unplayed(self, phase: Phase) -> int:
-        """Return the number of forwards or backwards of a step beyond those traced."""
+        """Return how many forwards, or backwards, of a step were not traced."""
         per_micro_step = sum(s.phase is phase for s in self.repeated_spans) or 1
         return per_micro_step * self.repeated_micro_steps

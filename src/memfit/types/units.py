@@ -13,7 +13,8 @@ GIB: Final = 1024**3
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Format in binary units with four significant digits: ``1.234 GiB``."""
+    """Format in binary units with at most four significant digits, ``1.234 GiB``, or in whole bytes below
+    1 KiB."""
     value, sign = abs(size_bytes), "-" if size_bytes < 0 else ""
     for unit, scale in (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if value >= scale:
@@ -22,7 +23,10 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Format a duration: ``12.3 ms``, ``4.56 s``, ``3.2 h``, ``5.1 d``."""
+    """Format a duration with at most three significant digits: ``12.3 ms``, ``4.56 s``, ``3.2 h``.
+
+    Below 1 s it is in ms; min, h and d are used from two of them on.
+    """
     for unit, scale in (("d", 86_400.0), ("h", 3_600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= scale * (2 if unit in ("d", "h", "min") else 1):
             return f"{seconds / scale:.3g} {unit}"

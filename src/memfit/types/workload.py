@@ -9,9 +9,10 @@ import dataclasses
 class Workload:
     """The model, the data of a step, and the machine; every answer begins with it.
 
-    ``length``: of a sample, in ``length_unit``; None if samples have none. ``sample_shape`` is then the shape
-    of the batch's largest tensor without its first dimension. ``assumed``: "batch" and "length" if they were
-    set by default. ``machine``: "" if no machine is meant.
+    ``batch_size``: samples per step over all ranks. ``length``: of a sample, in ``length_unit``; None if
+    samples have none. ``sample_shape`` is then the shape of the batch's largest tensor without its first
+    dimension. ``assumed``: which of "batch" and "length" were set by a default instead of the user.
+    ``machine``: "" if no machine is meant.
     """
 
     model: str
