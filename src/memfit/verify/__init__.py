@@ -1,4 +1,7 @@
-"""Is the candidate scientifically equivalent to the baseline? The effect class determines the test."""
+"""Judge whether the runs of a plan give results that are scientifically equivalent to plain training's.
+
+The plan's effect class determines the test. `reproducibility` compares two runs of one plan and seed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Combine the runs of one plan: the largest peak, and the median of the runs' median steps."""
+"""Combine measured runs: group them by plan, and find the largest peak, median step time and saved energy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ WARM_UP_STEPS: Final = 2
 
 
 def median_step_s(measurement: Measurement) -> float | None:
-    """Return the median step time without the first (warm-up) steps, or of all steps if there are no
-    others.
+    """Return the median step time without the first two (warm-up) steps, or of all steps if there are no
+    others; None without steps.
     """
     steady = measurement.step_s[WARM_UP_STEPS:] or measurement.step_s
     return statistics.median(steady) if steady else None
 
 
 def by_plan(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs by role and plan: baseline, ablations by decreasing peak, recommended.
+    """Group runs by role and plan: first the baseline, then ablations by decreasing peak, last the
+    recommended plan.
 
-    An ablation with the same plan as one of the other two is left out.
+    An ablation with the same plan as the baseline or the recommended plan is left out.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -41,12 +42,14 @@ def ok_runs(runs: Iterable[Run]) -> list[Run]:
 
 
 def peak_bytes(runs: Iterable[Run]) -> int | None:
-    """Return the largest peak of the completed runs, or None."""
+    """Return the largest peak of the completed runs; None if none of them has one."""
     return max((r.measurement.peak_bytes for r in ok_runs(runs) if r.measurement.peak_bytes), default=None)
 
 
 def step_s(runs: Iterable[Run]) -> float | None:
-    """Return the median of the completed runs' median step times, or None."""
+    """Return the median of the completed runs' median step times (see `median_step_s`); None if there are
+    none.
+    """
     medians = [step for run in ok_runs(runs) if (step := median_step_s(run.measurement)) is not None]
     return statistics.median(medians) if medians else None
 
@@ -55,8 +58,9 @@ def energy_saved(runs: Iterable[Run]) -> tuple[float, str] | None:
     """Return the percentage of plain training's energy that the recommended plan saved, and the energy
     boundary of both.
 
-    The runs have equal steps. A negative value means that saving memory cost energy. None if both were not
-    measured within the same boundary.
+    Of each, the median of the completed runs is used; all runs must have the same number of steps. A negative
+    percentage means that saving memory cost energy. None if one of the two was not measured, or if not all
+    runs of both were measured within the same boundary.
     """
     energies: dict[str, list[tuple[float, str]]] = {"baseline": [], "recommended": []}
     for run in ok_runs(runs):

@@ -9,7 +9,9 @@ from memfit.types.result import Measurement, OutcomeKind, Reproducibility, Run
 
 
 def first_difference(a: Sequence[float], b: Sequence[float]) -> int | None:
-    """Return the index of the first entry whose bits differ, or that only one of the two has."""
+    """Return the index of the first entry whose bits differ, or that only one of the two has; None if there
+    is none. All NaN count as equal.
+    """
     pairs = zip_longest(map(float.hex, map(float, a)), map(float.hex, map(float, b)))
     return next((i for i, (x, y) in enumerate(pairs) if x != y), None)
 
@@ -18,7 +20,9 @@ def reproducibility(run_a: Run, run_b: Run) -> Reproducibility:
     """Compare two runs with the same plan and seed: losses, gradient norms and trained weights must be
     bitwise equal.
 
-    If only the weights differ, the last step is named, because its update is what differs.
+    The result names the first step that differs. If only the weights differ, that is the last step, because
+    its update is what differs. ``reproducible`` is None if a run did not complete or recorded no losses or no
+    digest of its weights.
     """
     assert run_a.spec.seed == run_b.spec.seed, "both runs must have the same seed"
     assert run_a.spec.plan == run_b.spec.plan, "both runs must have the same plan"

@@ -19,7 +19,12 @@ _MOST_PAIRS = 200
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tost:
-    """Mean paired difference, its 90 % interval, and the power at the observed spread."""
+    """The result of paired two one-sided tests against ``margin``.
+
+    ``difference``: mean of the paired differences. ``low`` and ``high``: its 90 % interval. ``sd``: standard
+    deviation of the paired differences. ``power``: probability that such tests show equivalence if there is
+    no true difference and ``sd`` is the true spread.
+    """
 
     difference: float
     low: float
@@ -31,7 +36,7 @@ class Tost:
 
     @property
     def kind(self) -> VerdictKind:
-        """Equivalent if the interval lies inside the margin, different if entirely outside, else
+        """Equivalent if the interval lies inside (-margin, margin), different if entirely outside, else
         undecided.
         """
         if -self.margin < self.low and self.high < self.margin:
@@ -47,7 +52,7 @@ def tost(differences: Sequence[float], *, margin: float) -> Tost:
     Equivalence at level `ALPHA` is the same as the 90 % interval lying inside (-margin, margin).
     """
     n = len(differences)
-    assert n >= MIN_PAIRS, f"{n} pairs"
+    assert n >= MIN_PAIRS, f"{n} pairs are too few for the test"
     ordered = sorted(differences)  # sorted, so that the order of the seeds cannot change the last bit
     mean, sd = statistics.fmean(ordered), statistics.stdev(ordered)
     half_width = critical_t(n - 1, alpha=ALPHA) * sd / math.sqrt(n)
@@ -64,7 +69,9 @@ def tost(differences: Sequence[float], *, margin: float) -> Tost:
 
 
 def pairs_needed(*, margin: float, sd: float) -> int | None:
-    """Return the smallest number of pairs with a power of `GOOD_POWER` at this spread; None if above 200."""
+    """Return the smallest number of pairs, at least `MIN_PAIRS`, with which the test has a power of
+    `GOOD_POWER` if the paired differences have the standard deviation ``sd``; None if above 200.
+    """
     choices = range(MIN_PAIRS, _MOST_PAIRS + 1)
     index = bisect.bisect_left(
         choices, GOOD_POWER, key=lambda n: tost_power(margin=margin, sd=sd, pairs=n, alpha=ALPHA)

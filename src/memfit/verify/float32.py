@@ -30,13 +30,17 @@ STEPS = 5
 
 
 def tolerance(step: int) -> float:
-    """Return the largest relative difference of two losses at `step` (from 0) that reordering explains."""
+    """Return the largest relative difference of two runs' losses at `step` (counted from 0) that reordered
+    float32 sums explain.
+    """
     return LAMBDA * math.sqrt(2 * TERMS) * UNIT_ROUNDOFF * GROWTH**step
 
 
 def first_beyond(a: Sequence[float], b: Sequence[float]) -> tuple[int, float] | None:
-    """Return the first checked step whose relative difference exceeds `tolerance`, and that difference; None
-    if there is none.
+    """Return (the first step at which the losses ``a`` and ``b`` differ by more than `tolerance`, the
+    relative difference there); None if there is none.
+
+    Only the first `STEPS` steps are checked; of these, both must have the same number.
     """
     for step, (x, y) in enumerate(zip(a[:STEPS], b[:STEPS], strict=True)):
         difference = abs(x - y) / max(abs(x), abs(y), UNIT_ROUNDOFF)

@@ -30,10 +30,13 @@ _E3_NOTE = "a changed algorithm is judged by its metric alone and is not ranked 
 def verdict(
     baseline: Sequence[Run], candidate: Sequence[Run], *, effect: EffectClass, metric: Metric | None
 ) -> Verdict:
-    """Judge `candidate` against `baseline`, run on the same seeds. The order of the runs does not matter.
+    """Judge the runs of a plan, `candidate`, against those of plain training, `baseline`, on the same seeds.
 
-    E0: losses and trained weights bitwise equal on every seed. E1: the first losses within float32 tolerance
-    (see `float32`), then as E2. E2 and E3: equivalence of the metric within its fixed margin.
+    `effect` is the plan's effect class. E0: losses and trained weights must be bitwise equal on every seed.
+    E1: the first losses must be within float32 tolerance (see `float32`), then as E2. E2 and E3: equivalence
+    of the metric within its fixed margin. The verdict is undecided if the seeds do not pair one to one, a run
+    did not complete with finite losses, the numbers of steps differ, or a digest of the weights (E0), the
+    metric or enough pairs for its test (E1 to E3) are missing. The order of the runs does not matter.
     """
     pairs = _paired(baseline, candidate)
     if problem := _unpaired(baseline, candidate):

@@ -10,7 +10,9 @@ _PANELS = 64  # panels of Simpson's rule; the integrand is smooth, so this gives
 
 
 def central_probability(t: float, freedom: int) -> float:
-    """Return P(abs(T) <= t) by the finite sums of Abramowitz & Stegun (1964), 26.7.3 and 26.7.4."""
+    """Return P(abs(T) <= t) of a Student variable T with `freedom` degrees of freedom, by the finite sums of
+    Abramowitz & Stegun (1964), 26.7.3 and 26.7.4.
+    """
     theta = math.atan2(t, math.sqrt(freedom))
     cos2 = math.cos(theta) ** 2
     odd = freedom % 2
@@ -23,7 +25,9 @@ def central_probability(t: float, freedom: int) -> float:
 
 
 def critical_t(freedom: int, *, alpha: float) -> float:
-    """Return the t that a Student variable exceeds with probability `alpha` (one-sided), by bisection."""
+    """Return the t that a Student variable with `freedom` degrees of freedom exceeds with probability `alpha`
+    (one-sided), by bisection.
+    """
     low, high = 0.0, 1.0
     while central_probability(high, freedom) < 1 - 2 * alpha:
         high *= 2
@@ -36,9 +40,11 @@ def critical_t(freedom: int, *, alpha: float) -> float:
 def tost_power(*, margin: float, sd: float, pairs: int, alpha: float) -> float:
     """Return the probability that a paired TOST shows equivalence if the true difference is zero.
 
-    `sd` is the true standard deviation of a pair's difference. The mean is normal and the observed sd is `c *
-    sd` with c chi-distributed and independent of it (Schuirmann 1987). Hence, with z = sqrt(n) margin/sd,
-    power = integral of f(c) (2 Phi(z - t c) - 1) over 0 <= c <= z / t.
+    `sd` is the true standard deviation of a pair's difference; with 0 the power is 1. `alpha` is the level of
+    each one-sided test. The mean of the n pairs is normal and the observed sd is `c * sd` with c
+    chi-distributed and independent of the mean (Schuirmann 1987). Hence, with z = sqrt(n) margin / sd, t the
+    critical value at `alpha`, f the density of c and Phi the normal distribution, power = integral of
+    f(c) (2 Phi(z - t c) - 1) over 0 <= c <= z / t.
     """
     if sd == 0:
         return 1.0
@@ -56,8 +62,8 @@ def tost_power(*, margin: float, sd: float, pairs: int, alpha: float) -> float:
 
 
 def _chi_density(c: float, freedom: int) -> float:
-    """Return the density of observed sd over true sd: a chi variable over the root of its degrees of
-    freedom.
+    """Return the density at ``c`` of the observed over the true standard deviation: a chi variable with
+    ``freedom`` degrees of freedom over the root of that number.
     """
     if c == 0:
         return math.sqrt(2 / math.pi) if freedom == 1 else 0.0
