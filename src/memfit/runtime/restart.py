@@ -53,8 +53,8 @@ def run_through(
 
 
 def _died(measurement: Measurement) -> bool:
-    """Return whether a rank failed without a result after its first step. Running out of memory or of time
-    does not count, because it would happen again, as would a failure before the first step."""
+    """Return whether a rank failed without a result after its first step. A failure before it would happen
+    again. Running out of memory or of time does not count."""
     is_silent = measurement.outcome is OutcomeKind.FAILED and measurement.peak_bytes is None
     return is_silent and measurement.steps_done > 0
 

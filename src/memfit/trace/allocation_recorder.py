@@ -1,8 +1,7 @@
 """The ledger: records the allocation and release of every storage and every operator call, in order.
 
 Storages are counted, so a tensor and its views count once. Sizes are rounded up to the device's allocation
-granularity:
-64 B on CPU (c10's alignment) and 512 B on CUDA (the caching allocator's smallest block).
+granularity: 64 B on CPU (c10's alignment) and 512 B on CUDA (the caching allocator's smallest block).
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ _ROWS = "_memfit_rows"
 
 
 class _Rows:
-    """Size of a sparse tensor's indices and values, shared by all its views, and the fraction of distinct
-    rows."""
+    """Size of a sparse tensor's indices and values, shared by all its views, and the fraction of its rows
+    that are distinct. ``joined``: equal rows have been joined (the tensor is coalesced)."""
 
     def __init__(self, size_bytes: int, distinct_ratio: float) -> None:
         self.size_bytes, self.distinct_ratio, self.joined = size_bytes, distinct_ratio, False
@@ -78,7 +77,9 @@ class Ledger(TorchDispatchMode):
     """Dispatch mode that records storages and operator calls. Enter it inside a FakeTensorMode.
 
     ``phase()`` starts a phase of the training step. ``label()`` assigns a category to storages. ``finish()``
-    returns the record.
+    returns the record. ``device`` ("cpu" or "cuda") decides how sizes are rounded and what some kernels
+    allocate. With ``lines``, each allocation gets the user's line. ``guesses`` answers when the step reads
+    values of fake tensors.
     """
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
@@ -134,7 +135,8 @@ class Ledger(TorchDispatchMode):
                 life.module = life.module if module is None else module
 
     def note_real(self, tensor: torch.Tensor, op: str) -> _Life:
-        """Record the storage of a tensor that is created below the dispatcher."""
+        """Record the storage of a tensor that is created below the dispatcher, unless it is recorded already.
+        Return the storage's lifetime."""
         return self._note(tensor, op, self.modules.name(self.current))
 
     def note_offload(self, out_bytes: int, back_bytes: int) -> None:
@@ -143,8 +145,8 @@ class Ledger(TorchDispatchMode):
         self.offloaded_tensors += 1
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Record that a storage was resized in place: the old block ends and a block of the new size
-        begins."""
+        """Record that a storage was resized in place: a block of the new size begins and then the old block
+        ends. Do nothing if the storage is not recorded or has kept its size."""
         entry = self._known.get(storage._cdata)
         size_bytes = storage.nbytes()
         if entry is None or entry[0]() is None or entry[1].size_bytes == size_bytes:
@@ -212,7 +214,9 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _watched(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any, values: Any) -> Any:
-        """Run an operator that does work, and record its outputs' storages and its cost."""
+        """Run an operator that does work, in place where torch runs it in place on plain tensors. Record its
+        outputs' storages and its cost, and return its result. The cost of building the model on the host is
+        not recorded."""
         if func in operators.SPARSE_MAKERS or (self._sparse_seen and any(map(operators.is_sparse, args))):
             return self._sparse(func, fact, args, kwargs)
         module = self.modules.name(self.current)
@@ -253,11 +257,12 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _sparse(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any) -> Any:
-        """Run an operator on sparse tensors and record the size of its rows.
+        """Run an operator that takes or makes sparse tensors, and record the size of the rows of its result.
 
         Fake sparse tensors hold no rows, so their size is recorded separately. A call that makes one from
         dense tensors sets its size. The results of other calls have the size of their largest sparse
-        argument. An optimizer that coalesces rows works on copies of them (torch/optim/_functional.py).
+        argument; coalescing leaves the distinct rows. An optimizer that coalesces rows works on copies of
+        them (torch/optim/_functional.py), which are recorded here.
         """
         if func is operators.IS_COALESCED:  # rows may repeat, and coalescing them is work
             return _rows_of(args[0]).joined
@@ -296,8 +301,9 @@ class Ledger(TorchDispatchMode):
         return life
 
     def _owners(self, args: Any) -> list[str]:
-        """Return the modules that own the first argument or, if it is a list, each of its tensors. Outside
-        forward and backward, the result of an operator belongs to the module whose parameter it works on."""
+        """Return the path of the module that owns the first argument or, if that is a list, of those that own
+        each of its tensors ("" if unknown). Outside forward and backward, the result of an operator belongs
+        to the module whose parameter it works on."""
         argument = args[0] if args else None
         tensors = argument if isinstance(argument, list | tuple) else [argument]
         return [self.owner(t) for t in tensors if isinstance(t, torch.Tensor)]
@@ -313,11 +319,12 @@ class Ledger(TorchDispatchMode):
         return self.pause()(build)
 
     def pause(self) -> contextlib._GeneratorContextManager[None]:
-        """Record nothing inside this context."""
+        """Record no operators and no storages that they make inside this context."""
         return self._set("paused", True)
 
     def placed(self, place: str) -> contextlib._GeneratorContextManager[None]:
-        """Place storages that are made inside this context at ``place``."""
+        """Record storages that are made inside this context at ``place``: "" (the model's device), "host", or
+        the name of a stream."""
         return self._set("place", place)
 
     @contextlib.contextmanager
@@ -330,7 +337,8 @@ class Ledger(TorchDispatchMode):
             setattr(self, name, previous)
 
     def wait(self, stream: str, awaited: str, calls: int) -> None:
-        """Record that ``stream`` waits for the first ``calls`` calls of the stream ``awaited``."""
+        """Record that ``stream`` waits for the first ``calls`` calls of the stream ``awaited``. Do nothing if
+        they are the same stream, or while recording is paused."""
         flow = self.flows.wait(stream, awaited, calls)
         if flow is not None and not self.paused:
             self._record(self.clock, "stream.wait", _NOTHING, self.modules.name(self.current), flow)
@@ -342,8 +350,8 @@ class Ledger(TorchDispatchMode):
         self._calls.append(operators.OperatorCall(clock, name, work, self.current, self.step, module, flow))
 
     def move(self, value: Any, place: str) -> None:
-        """Record that the storages of every tensor in ``value`` have been at ``place`` since they were
-        made."""
+        """Record that the storages of every tensor in ``value`` have been at ``place`` (see `placed`) since
+        they were made."""
         for tensor in tensors_in(value):
             for inner in plain_tensors(tensor):
                 self.note_real(inner, "").place = place
@@ -353,23 +361,25 @@ class Ledger(TorchDispatchMode):
         return False  # nothing is compiled here, and the check costs more than the bookkeeping
 
     def _widen(self, prediction: torch.Tensor, target: torch.Tensor, loss: torch.Tensor) -> None:
-        """Enlarge the storage of a reduced loss. A loss reduced to a scalar stays in the storage of the
-        unreduced loss, which is computed from another tensor of that size (aten/src/ATen/native/Loss.cpp)."""
+        """Enlarge the storage of ``loss`` if it is reduced to a scalar, and note a temporary tensor. Such a
+        loss stays in the storage of the unreduced loss, which is computed from another tensor of that size
+        (aten/src/ATen/native/Loss.cpp)."""
         elements = math.prod(torch.broadcast_shapes(prediction.shape, target.shape))
         if loss.dim() == 0 and elements > 1:
             loss.untyped_storage().resize_(elements * loss.element_size())
             self.guesses.scratch.append(loss.new_empty(elements))
 
     def _fly(self, func: Any, args: Any, out: Any) -> None:
-        """Keep the input of a collective alive until its result is waited for."""
+        """Keep the input of a functional all-gather, reduce-scatter or all-to-all alive until its result
+        ``out`` is waited for. Do nothing for other operators."""
         if func in operators.SENDING:
             self._flying[out.untyped_storage()._cdata] = args[0]
         elif func is operators.WAIT:
             self._flying.pop(out.untyped_storage()._cdata, None)
 
     def _writes(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Return whether torch would run this operator in place. False for wrapper subclasses, whatever they
-        contain."""
+        """Return whether torch would run this operator in place on plain tensors. False if it was called on a
+        wrapper subclass, whatever that contains."""
         is_plain = self._outer is not func
         self._outer = self._outer if is_plain else None
         return (
@@ -433,8 +443,8 @@ class Ledger(TorchDispatchMode):
         return life
 
     def _line(self) -> str:
-        """Return the user's line. In backward, this is the line whose forward made the running autograd
-        node."""
+        """Return the user's line (`user_line`). If no user's code runs in backward, return the line whose
+        forward made the running autograd node. Return "" if there is none."""
         line = user_line()
         if self.current is Phase.FORWARD:
             self._line_of_node.setdefault(newest_node(), line)

@@ -2,8 +2,8 @@
 
 Values are drawn from the range that the operator allows and are the same in every trace. Examples are a
 router's choices, proposals that survive suppression and random crops: the trace continues with a plausible
-case. If such a value decides a size, the step is also traced with other cases, and the reported interval
-covers all of them.
+case. If the step reads such a value, or if it decides a size, the step is also traced with two other cases
+(`AssumedCase`), and the reported interval covers all of them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ _ATEN: Any = torch.ops.aten
 class AssumedCase(enum.StrEnum):
     """Which values are assumed.
 
-    ``USUAL``: random numbers are spread evenly, so that a router's choices are balanced. A single random
-    number is the median. All elements of a mask are True.
-    ``LOW`` and ``HIGH``: all rows make the same choice, and random numbers are the lowest or the highest
-    possible. One element of a mask is True (LOW), or about half of them at random (HIGH).
+    ``USUAL``: numbers are random and spread evenly between 0 and 1, so that a router's choices are balanced.
+    A random operator gives numbers of its range; a single one is the median of several draws. All elements of
+    a mask are True.
+
+    ``LOW`` and ``HIGH``: numbers fall (LOW) or rise (HIGH) along each row, so that all rows make the same
+    choice. A random operator gives the lowest or the highest of several draws everywhere. The first element
+    of a mask is True; the others are False (LOW), or True at random for about half of them (HIGH).
     """
 
     USUAL = "usual"
@@ -39,7 +42,7 @@ _CASE: contextvars.ContextVar[AssumedCase] = contextvars.ContextVar("case", defa
 
 
 def current_case() -> AssumedCase:
-    """Return the case that is assumed in the current context."""
+    """Return the case that is assumed in the current context: ``USUAL`` outside `assuming`."""
     return _CASE.get()
 
 
@@ -95,7 +98,7 @@ CONSTANTS = frozenset(
         _ATEN.new_full.default,
     }
 )
-# Operators that fill a small tensor with random numbers.
+# Operators that fill a tensor with random numbers. They are followed for small tensors only.
 FILLS = frozenset(
     {
         _ATEN.uniform_.default,
@@ -115,7 +118,7 @@ def is_assumed(value: torch.Tensor | None) -> bool:
 
 
 def marked(values: Any) -> Any:
-    """Mark the tensors in ``values`` as assumed, and return ``values``."""
+    """Mark ``values`` (a tensor), or the tensors in it (a list or tuple), as assumed. Return ``values``."""
     for value in values if isinstance(values, list | tuple) else [values]:
         if isinstance(value, torch.Tensor):
             setattr(value, _ASSUMED, True)
@@ -123,8 +126,8 @@ def marked(values: Any) -> Any:
 
 
 def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor | None:
-    """Return assumed values of the tensor's shape and dtype. Return None for integers, whose range is not
-    known."""
+    """Return assumed values of the tensor's shape and dtype, marked as assumed. ``seed`` decides the random
+    ones. Return None for integers and complex numbers, whose range is not known."""
     shape, dtype = tuple(tensor.shape), tensor.dtype
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
@@ -152,9 +155,13 @@ _OF_DRAWS: dict[AssumedCase, Any] = {
 
 
 def drawn(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> Any:
-    """Return what a random operator gives with a generator seeded by ``seed``. In the cases LOW and HIGH, all
-    its numbers are replaced by the lowest or the highest. A single number, which may be compared with a
-    threshold, is the median of several draws in the usual case."""
+    """Return what a random operator gives for real arguments with torch's generator seeded by ``seed``,
+    marked as assumed.
+
+    In the cases LOW and HIGH, all its numbers are replaced by the lowest or the highest of 17 draws. A single
+    number, which may be compared with a threshold, is the median of such draws in the usual case.
+    Permutations and complex numbers are never replaced.
+    """
     with _own_random_numbers(seed):
         numbers = func(*args, **kwargs)
         is_plain = isinstance(numbers, torch.Tensor) and numbers.numel() and not numbers.is_complex()
@@ -169,7 +176,8 @@ def drawn(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> An
 def filled(
     func: Any, tensor: torch.Tensor, args: Any, kwargs: Any, case: AssumedCase, seed: int
 ) -> torch.Tensor:
-    """Return a real tensor of the shape of ``tensor`` that the random in-place operator has filled."""
+    """Return a real tensor of the shape and dtype of ``tensor`` that the random in-place operator has filled
+    (see `drawn`). ``args`` are its arguments without the tensor."""
     with unset_fake_temporarily(), torch.no_grad():
         target = torch.empty(tensor.shape, dtype=tensor.dtype)
         return drawn(lambda: func(target.clone(), *args, **kwargs), (), {}, case, seed)  # type: ignore[no-any-return]

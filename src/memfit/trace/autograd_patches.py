@@ -19,7 +19,9 @@ from memfit.model.grouped_mm import grouped_products
 
 @contextlib.contextmanager
 def plain_formulas() -> Iterator[None]:
-    """Replace ``prod`` and ``cumprod`` by versions that assume no zeros, inside this context."""
+    """Inside this context, replace ``prod`` and ``cumprod`` by versions whose derivatives assume no zeros,
+    for fake tensors that require a gradient, and let fake grouped matrix products have any dtype. Afterwards
+    ``torch.nn.functional.linear`` is the function that it was before."""
     with contextlib.ExitStack() as stack:
         for home in (torch, torch.Tensor):
             for name, function in (("prod", _Product), ("cumprod", _Cumulated)):

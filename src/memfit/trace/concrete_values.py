@@ -40,8 +40,9 @@ _CAST: Any = torch.ops.aten._to_copy.default
 class Shadows:
     """Attach real values to fake tensors and compute with them.
 
-    The real tensor is stored as an attribute of the fake one. ``_stale`` holds real storages into which
-    unknown values have been written.
+    The real tensor is stored as an attribute of the fake one. ``on``: values are followed now. ``seeded``:
+    the values of a batch are attached. ``_stale`` holds real storages into which unknown values have been
+    written.
     """
 
     def __init__(self) -> None:
@@ -51,14 +52,16 @@ class Shadows:
         self._stale: dict[int, torch.UntypedStorage] = {}
 
     def seed(self, fakes: Any, reals: Any) -> None:
-        """Attach the values of the batch ``reals`` to ``fakes``, and follow values from now on."""
+        """Attach the values of the batch ``reals`` to the tensors of its fake copy ``fakes``, except large
+        ones (more than 2**20 elements), and follow values from now on."""
         self.on = self.seeded = True
         for fake, real in zip(batch_tensors(fakes), batch_tensors(reals), strict=True):
             if isinstance(fake, FakeTensor) and real.numel() <= _MOST_ELEMENTS:
                 setattr(fake, _NAME, real.detach())
 
     def of(self, tensor: Any) -> torch.Tensor | None:
-        """Return the tensor's values, or None if they are not known."""
+        """Return the tensor's known or assumed values, or None if it has none. A real tensor is its own
+        values."""
         if type(tensor) is torch.Tensor:
             return tensor  # a real tensor among fake ones
         real: torch.Tensor | None = getattr(tensor, _NAME, None)
@@ -67,7 +70,9 @@ class Shadows:
         return real
 
     def values(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return the operator's result for the known or assumed values, or None if there are none."""
+        """Return the operator's result on its arguments' known or assumed values, or None if they have none
+        or if it is not followed. A random operator that fills a small tensor returns None, but the numbers
+        are attached to the tensor."""
         if self.on and args and isinstance(args[0], FakeTensor) and not hasattr(args[0], _NAME):
             if func in FILLS:
                 return self._filled(func, args, kwargs)
@@ -78,8 +83,9 @@ class Shadows:
         return self.compute(func, args, kwargs) if self.may_follow(args) else None
 
     def _chosen(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return indices and counts computed from assumed numbers, and then forget the numbers. A mask keeps
-        its assumed values."""
+        """Return the operator's indices and counts for assumed values of its first argument, with None for
+        the floating-point numbers among its results. Return None if no values can be assumed. Numbers are
+        then forgotten; a mask keeps its assumed values."""
         has_values = self.assume(args[0]) is not None
         result = self.compute(func, args, kwargs) if has_values and self.may_follow(args) else None
         if has_values and args[0].dtype is not torch.bool:
@@ -87,8 +93,9 @@ class Shadows:
         return None if result is None else _pytree.tree_map(_whole_numbers, result)
 
     def _constant(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return a tensor filled with one integer or bool, whose value does not depend on the values of its
-        argument."""
+        """Return the real result of an operator such as ``zeros_like``, which fills a tensor with one number
+        whatever the values of its argument. Return None if the result is large or holds floating-point or
+        complex numbers."""
         dtype = kwargs.get("dtype") or args[0].dtype
         if dtype.is_floating_point or dtype.is_complex or _large(args):
             return None
@@ -96,8 +103,9 @@ class Shadows:
             return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
 
     def assume(self, tensor: Any) -> torch.Tensor | None:
-        """Return the tensor's values. If they are not known, assume values and keep them from now on. Return
-        None for large tensors and for integers."""
+        """Return the tensor's values. If it has none, assume values and keep them from now on. Return None if
+        none can be assumed: for integers, complex numbers, empty tensors and those of more than 2**20
+        elements."""
         real = self.of(tensor)
         if real is None and isinstance(tensor, FakeTensor) and 0 < tensor.numel() <= _MOST_ELEMENTS:
             real = assumed(tensor, self.case, self._seed())
@@ -121,9 +129,9 @@ class Shadows:
             setattr(tensor, _NAME, filled(func, tensor, args[1:], kwargs, self.case, self._seed()))
 
     def may_follow(self, args: Any) -> bool:
-        """Return quickly whether the operator can be followed: its first argument, or the first element of a
-        list, has values, is real or is not a tensor. False inside torch.func's transforms, whose tensors wrap
-        others."""
+        """Return quickly whether an operator with these arguments may be followed: the first one, or the
+        first element of a list, has values, is a real tensor or is no tensor. False while values are not
+        followed, and inside torch.func's transforms, whose tensors wrap others."""
         argument = args[0] if args else None
         while isinstance(argument, list | tuple) and argument:
             argument = argument[0]
@@ -136,8 +144,10 @@ class Shadows:
         )
 
     def compute(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return the operator's result on real values. Return None if a value is missing or large, or if the
-        operator writes random numbers."""
+        """Return the operator's result on real values, marked as assumed if an argument is assumed or if it
+        is random. Return None if an argument has no values, if the arguments ask for a large result, or if
+        the operator writes random numbers into an argument. In these cases the values of a tensor that it
+        writes into are no longer known."""
         if func is _LIFT:  # a tensor made from Python numbers
             with unset_fake_temporarily():
                 return args[0].clone()
@@ -156,7 +166,8 @@ class Shadows:
         return marked(out) if any(map(is_assumed, values.values())) else out
 
     def attach(self, out: Any, real: Any) -> None:
-        """Attach the values ``real`` to the fake tensors ``out`` of the same shapes."""
+        """Attach the values ``real`` to the fake tensors ``out``, one by one. Large tensors, and pairs whose
+        shapes differ or of which one is no tensor, are left out."""
         for fake, value in zip(_pytree.tree_leaves(out), _pytree.tree_leaves(real), strict=True):
             has_same_shape = (
                 isinstance(fake, FakeTensor) and isinstance(value, torch.Tensor) and fake.shape == value.shape
@@ -171,8 +182,8 @@ class Shadows:
 
 
 def _large(args: Any) -> bool:
-    """Return whether a list of sizes among the arguments, or a single number, asks for many elements, as
-    arguments of factory functions do."""
+    """Return whether a list of integers among the arguments, or the only argument, asks for more than 2**20
+    elements, as arguments of factory functions do."""
     if len(args) == 1 and isinstance(args[0], int):
         return args[0] > _MOST_ELEMENTS
     lists = [a for a in args if isinstance(a, list | tuple) and all(isinstance(n, int) for n in a)]
@@ -180,12 +191,12 @@ def _large(args: Any) -> bool:
 
 
 def _counts(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether an operator turns a mask into integers."""
+    """Return whether an operator, called on a mask, turns it into integers: positions, counts or a cast."""
     kind = kwargs.get("dtype")
     return func in COUNTS or (func is _CAST and kind is not None and not kind.is_floating_point)
 
 
 def _whole_numbers(value: Any) -> Any:
-    """Return indices and counts unchanged, and None for the floating-point values among which they were
-    chosen."""
+    """Return ``value``, or None for a tensor of floating-point numbers. Operators such as ``topk`` return
+    these beside their indices."""
     return None if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value

@@ -1,9 +1,10 @@
 """Values that are read from fake tensors, and shapes that depend on values.
 
-Values that depend on the batch alone are taken from the batch (`concrete_values`). For others, a job gives
-bounds (``Job.bound``). Without a bound, values in the range of the operator that made them are assumed
-(`assumed_values`). ``.item()`` returns a neutral answer if there is no such range. A size that has no upper
-limit must be bounded by the user. Every assumption is listed in ``assumptions``.
+A bound that the job gives (``Job.bound``) comes first. Without a bound, values that depend on the batch alone
+are taken from the batch (`concrete_values`), and for others values in the range of the operator that made
+them are assumed (`assumed_values`). If there is no such range, ``.item()`` answers True, 1 or 1.0. A size
+that has no upper limit must be bounded by the user. The answers are listed in ``Guesses.assumptions``, except
+those for the model's construction and for the optimizer.
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ from memfit.trace.source_location import asking_line, library_line, user_line
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
 
-# Operators whose output size has an upper limit, which the caller of `Guesses.size` gives.
+# Operators whose output size has an upper limit, which is the argument ``most`` of `Guesses.size`.
 _LIMITED = frozenset({"nonzero", "masked_select", "unique", "_pack_padded_sequence", "ctc_loss"})
 _HERE = str(Path(__file__).parent)
-_REJECTIONS = 16  # times one line of one call gets True before it gets False
+_REJECTIONS = 16  # of so many answers to one line of one call, the last is False and the others True
 _LOOP_LIMIT = 1000  # answers to one line before it counts as an endless loop
 
 
 class Guesses:
     """Answers to value-dependent questions in one trace.
 
-    ``scratch`` holds temporary tensors of an operator until the ledger has recorded them. ``doubtful`` is the
-    place in the code that last got True without any knowledge. ``open`` lists the lines that got a number
-    without any knowledge, and ``assumed`` those that got one within its known range.
+    ``bound`` is the job's. ``scratch`` holds temporary tensors of an operator until the ledger has recorded
+    them. ``doubtful`` is the place in the code that last got an answer True that is not known to be true.
+    ``open`` lists the lines that got a number without any knowledge, ``assumed`` those whose answer follows
+    from assumed values, and ``assumptions`` the answers as sentences for the user.
     """
 
     def __init__(self, bound: Bound | None = None) -> None:
@@ -57,14 +59,18 @@ class Guesses:
         self._loop: tuple[int, int, int] = (0, 0, 0)
 
     def item(self, tensor: torch.Tensor, *, told: bool, value: Any = None) -> bool | int | float:
-        """Return a value for ``.item()``.
+        """Return the answer to ``tensor.item()``. ``value`` is the tensor's known or assumed value, or None.
 
-        This is the bound of the calling line (or of "item"), else the known ``value``, else True, 1 or 1.0,
-        with which ordinary code continues. A bound of a bool says how many times the line gets True before it
-        gets False. With ``told=False``, as for questions of the optimizer and of the model's construction,
-        bounds are not used, and the answer is not listed as an assumption.
+        The answer is the bound of the calling line (or of "item"), else ``value``, else True, 1 or 1.0, with
+        which ordinary code continues. A bound of a bool says how many times the line gets True before it gets
+        False. A condition whose place in the code (`asking_line`) is a key of the bounds gets False. A bound
+        that is a single number does not count.
 
-        Raises UserError if a line without a bound keeps asking.
+        With ``told=False``, as for questions of the optimizer and of the model's construction, other bounds
+        are not used and the answer is not listed as an assumption; one line of one call that keeps asking
+        gets False now and then.
+
+        Raises UserError if a line without a bound asks more than 1000 times with ``told=True``.
         """
         is_bool, is_float = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
         is_guess = value is not None and is_assumed(self.shadows.of(tensor))
@@ -104,8 +110,9 @@ class Guesses:
         return answer
 
     def _rejects(self) -> bool:
-        """Return whether one call keeps asking from the same line and must now get False. Initialisers that
-        redraw until all values are in range, such as trunc_normal_, must terminate."""
+        """Return whether one call of a function has asked from the same line so often that it must now get
+        False. Initialisers that redraw until all values are in range, such as trunc_normal_, must
+        terminate."""
         frame: Any = sys._getframe(1)
         while frame.f_code.co_filename.startswith(_HERE):  # skip the dispatcher's frames
             frame = frame.f_back
@@ -114,13 +121,17 @@ class Guesses:
         return self._loop[2] % _REJECTIONS == _REJECTIONS - 1
 
     def decides(self, func: Any) -> bool:
-        """Return whether the operator's result depends on more than the shapes of its arguments."""
+        """Return whether `call` has a rule of its own for the operator, because its result may depend on more
+        than the shapes of its arguments or differs from torch's fake one."""
         return func in _SHAPED or func in _INDEXED
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], values: Any = None) -> Any:
-        """Run the operator on fake tensors, with bounds for sizes that depend on data. ``values`` is its
-        result for the batch, if the batch alone decides it. Raises UserError if the result depends on unknown
-        values."""
+        """Run the operator on fake tensors and return its result, with `size` for sizes that depend on data.
+
+        ``values`` is its real result if that is known, else None. If torch has no fake result because it
+        depends on values, the result is a fake one like ``values``, or like the real result for assumed
+        values. Raises UserError if there is none of these, or as `size` does.
+        """
         if func in _SHAPED:
             return _SHAPED[func](self, *args, **kwargs)
         args = self.positions(func, args)
@@ -134,9 +145,9 @@ class Guesses:
                 raise UserError(
                     op
                     + (f" at {line}" if line else "")
-                    + " has a result that depends on the values of its inputs",
+                    + " gives a result that depends on the values of its inputs, which are not known",
                     allowed="inputs whose values follow from the batch alone",
-                    hint="remove the operator from the step",
+                    hint="remove the operator from the training step",
                 ) from None
             origin = "assumed values" if is_guess else "known values, as in the batch"
             self._tell(f"{op} gave its result for {origin}", line)
@@ -145,8 +156,13 @@ class Guesses:
             return _pytree.tree_map_only(torch.Tensor, _without_values, values)
 
     def size(self, op: str, most: int, decided: torch.Tensor, count: Callable[[torch.Tensor], Any]) -> int:
-        """Return how many of ``most`` possible elements ``op`` gives: the bound, or else ``count`` of the
-        values of ``decided``. Raises UserError if there is neither."""
+        """Return how many of ``most`` possible elements the operator ``op`` gives.
+
+        This is the bound of the calling line, of ``op``, or of all sizes, of which a float is the fraction of
+        ``most``. Without a bound it is ``count`` of the values of ``decided``: known ones, or for a mask
+        assumed ones. If there are no values either, it is ``most`` (in the case LOW at most 1) for an
+        operator whose result has an upper limit. Raises UserError for another operator.
+        """
         line = library_line()
         bound = self._given(op, line)
         if bound is None:
@@ -173,15 +189,16 @@ class Guesses:
         return self.bound.get(line, self.bound.get(user_line(), self.bound.get(op)))
 
     def _source(self, is_guess: bool, line: str) -> str:
-        """Record ``line`` if its answer is assumed, and return the suffix that says where an answer comes
-        from."""
+        """Return the end of a sentence about an answer: ", as in the batch" if it is known, "" if it is
+        assumed. In the latter case, record ``line`` in ``assumed``."""
         if is_guess:
             self.assumed[line] = None
         return "" if is_guess else ", as in the batch"
 
     def read(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        """Return values for code outside torch: the batch's or assumed ones. Integers without a known range
-        and large tensors are filled with the line's bound, or with ones."""
+        """Return real values of ``tensor`` for code outside torch, which reads them by the function ``what``:
+        known or else assumed ones. If none can be assumed, as for integers without a known range and for
+        large tensors, all elements are the bound of the calling line (or of "item"), or 1."""
         values, line = self.shadows.assume(tensor), library_line()
         if values is None:
             bound = self._given("item", line)
@@ -195,8 +212,9 @@ class Guesses:
         return values
 
     def _of_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return the operator's result for assumed numbers and masks. Return None if an argument holds
-        unknown integers, some of which would be out of range, or if the operator fails."""
+        """Return the operator's real result, with assumed numbers and masks where values are not known.
+        Return None if no values can be assumed for an argument (`Shadows.assume`), as for integers, some of
+        which would be out of range, or if the operator fails."""
         leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         unknown_tensors = [x for x in leaves if self.shadows.of(x) is None]
         values = {id(x): self.shadows.assume(x) for x in leaves}
@@ -217,7 +235,9 @@ class Guesses:
         self.assumptions[text + (f" at {line}" if line else "")] = None
 
     def positions(self, func: Any, args: Any) -> Any:
-        """Replace boolean indices by positions, one ``nonzero`` each, as the kernel does."""
+        """Return the arguments of an indexing operator with each boolean index replaced by positions, as the
+        kernel does by one ``nonzero`` each. The arguments of other operators, and of writing a single value
+        (a masked fill), are returned unchanged."""
         if func not in _INDEXED or not any(_is_mask(i) for i in args[1]):
             return args
         is_read = func is _ATEN.index.Tensor
@@ -244,9 +264,9 @@ def _is_mask(index: Any) -> bool:
 
 def _unbounded(op: str, line: str) -> UserError:
     return UserError(
-        op + (f" at {line}" if line else "") + " has a size that depends on the data",
-        allowed=f"bound={{{line or op!r}: N}} in Job(...) or estimate(...), N elements or a fraction such as "
-        "0.5",
+        op + (f" at {line}" if line else "") + " gives a result whose size depends on the data",
+        allowed=f"bound={{{line or op!r}: N}} in Job(...) or estimate(...), where N is a number of elements, "
+        "or a fraction of the most that are possible such as 0.5",
     )
 
 
@@ -312,9 +332,10 @@ def _repeat_interleave(self: Guesses, repeats: torch.Tensor, *, output_size: Any
 def _pack_padded_sequence(
     self: Guesses, padded: torch.Tensor, lengths: torch.Tensor, batch_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack a padded sequence whose lengths are sorted, longest first. The batch sizes are real, because
-    recurrent layers and the derivative read them where no mode sees it. Pieces of equal batch size are copied
-    and concatenated (PackedSequence.cpp)."""
+    """Pack a batch of padded sequences whose lengths are sorted, longest first. Return (packed elements,
+    batch size of each time step). The batch sizes are a real tensor, because recurrent layers and the
+    derivative read them where no mode sees it. Pieces of equal batch size are copied and concatenated
+    (PackedSequence.cpp)."""
     by_time = padded.transpose(0, 1) if batch_first else padded
     longest, rows = by_time.shape[:2]
     size = self.size("_pack_padded_sequence", longest * rows, lengths, torch.sum)
@@ -331,8 +352,8 @@ def _pack_padded_sequence(
 
 
 def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
-    """Return lengths of ``rows`` sequences with ``size`` elements in total: one as long as possible, the
-    others about equal."""
+    """Return lengths of ``rows`` sequences with ``size`` elements in total: the first as long as possible,
+    the others about equal. Each is between 1 and ``longest``."""
     size = min(max(size, rows), longest * rows)
     max_length = min(longest, size - rows + 1)
     rest_length, remainder = divmod(size - max_length, max(1, rows - 1))
@@ -342,8 +363,8 @@ def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
 def _ctc_loss(
     self: Guesses, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: Any, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """CTC keeps one state per time step for every label and every gap between labels (LossCTC.cpp). Lengths
-    are a tensor or numbers."""
+    """Return fake (losses, states) of a CTC loss, which keeps one state per time step for every label and
+    every gap between labels (LossCTC.cpp). ``lengths``, those of the targets, are a tensor or numbers."""
     max_labels = targets.shape[1] if targets.dim() == 2 else targets.numel()
     are_numbers = not isinstance(lengths, torch.Tensor)
     states = 2 * (max(lengths) if are_numbers else self.size("ctc_loss", max_labels, lengths, torch.max)) + 1
@@ -370,14 +391,15 @@ def _ctc_loss_backward(
 def _log_softmax_backward(
     self: Guesses, grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return a contiguous gradient (SoftMax.cpp). The fake implementation would copy the layout of the
-    gradient."""
+    """Return a contiguous gradient of the input, as the kernel does (SoftMax.cpp). Torch's fake
+    implementation would copy the layout of ``grad``."""
     return grad.new_empty(grad.shape, dtype=dtype)
 
 
 def _equal(self: Guesses, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Answer True, except when torch tests a condition of its own for truth (is_scalar_tensor_true in
-    TensorUtils, for istft's windows). There a true condition is an error, so the answer is False."""
+    """Answer ``equal`` or ``allclose`` of fake tensors: False for a bool scalar, else True. Torch compares
+    such a scalar to test a condition (is_scalar_tensor_true in TensorUtils, for istft's windows), and a true
+    condition is an error there."""
     answer = tensor.dim() > 0 or tensor.dtype is not torch.bool
     self._tell(f"equal answered {answer}", library_line())
     return answer

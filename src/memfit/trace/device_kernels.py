@@ -32,7 +32,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Lens(TorchFunctionMode):
-    """Redirect calls to the kernels that CUDA would run, where CUDA's kernels have fake implementations."""
+    """Mode that redirects calls of torch functions on fake CPU tensors to the kernels that CUDA would run:
+    attention, dropout, softmax, and the functions that autocast runs in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,8 +47,9 @@ class Lens(TorchFunctionMode):
 
 @contextlib.contextmanager
 def device_lens(device: str) -> Iterator[None]:
-    """Apply the lens to the forward pass and to what backward recomputes; torch disables function modes
-    before its autograd engine runs. For "cpu", patch only the derivatives that differ for fake tensors."""
+    """Inside this context, patch the derivatives that differ for fake tensors (`plain_formulas`) and, unless
+    ``device`` is "cpu", use `Lens` in forward and in what backward recomputes. Torch disables function modes
+    before its autograd engine runs, so the lens is entered again there."""
     if device == "cpu":
         with plain_formulas():
             yield
@@ -73,7 +75,9 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention. Tensors have the shape (batch, heads, length, head dim)."""
+    """Return the scaled dot-product attention of tensors of the shape (batch, heads, length, head dim). The
+    flash kernel runs in half precision without a mask for a head dim of at most 256, else the
+    memory-efficient one. Autocast casts the tensors first."""
     aten: Any = torch.ops.aten
     if enable_gqa and key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
@@ -93,8 +97,8 @@ def _attention(
 
 
 def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """Turn a boolean mask into an additive mask of the query's dtype, as the kernel's caller in torch
-    does."""
+    """Return the mask that is added to the scores, in their shape, or None without a mask. A boolean mask
+    becomes one of the query's dtype, as the kernel's caller in torch does it."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -116,7 +120,8 @@ def _dropout(
 def _softmax(
     kernel: Callable[..., torch.Tensor], whole: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Use one kernel from float16 to float32 if float32 is requested, by the caller or by autocast."""
+    """Run ``whole``, torch's softmax or log_softmax, whose kernel is ``kernel``. For a float16 tensor, run
+    one kernel from float16 to float32 instead if float32 is requested, by the caller or by autocast."""
     tensor, dim, dtype = _softmax_arguments(*args, **kwargs)
     if torch.is_autocast_enabled("cpu"):
         dtype = dtype or torch.float32
@@ -137,8 +142,9 @@ def _softmax_arguments(
 
 
 class _HalfToFloat(torch.autograd.Function):
-    """log_softmax from half precision to float32. It saves its output, and its gradient is in half precision.
-    It computes no values, because the kernel's fake implementation supports float16 only."""
+    """log_softmax of a half-precision tensor in float32. It saves its output, and the input's gradient is in
+    half precision. It computes no values: it only allocates what the kernels allocate and notes the bytes
+    that they read."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -157,7 +163,8 @@ class _HalfToFloat(torch.autograd.Function):
 
 
 def _widened(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run the call in float32: cast half-precision tensors and disable autocast."""
+    """Return the result of the call in float32: half-precision tensors among the arguments, also in lists,
+    are cast, and autocast is disabled."""
 
     def wide(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dtype in _HALF:

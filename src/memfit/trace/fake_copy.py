@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class FakeCopies(TorchFunctionMode):
-    """Mode in which ``copy.deepcopy`` turns real tensors (on any device) into fake CPU tensors, and clones
-    fake tensors. Torch's own deepcopy would ask fake tensors for a data pointer."""
+    """Mode in which ``copy.deepcopy`` turns real tensors (on any device) into fake CPU tensors of the mode
+    ``fake``, and clones fake tensors. Torch's own deepcopy would ask fake tensors for a data pointer. If
+    ``fake`` is None, all tensors are cloned."""
 
     def __init__(self, fake: FakeTensorMode | None = None) -> None:
         self.fake = fake
@@ -44,7 +45,8 @@ class FakeCopies(TorchFunctionMode):
 @contextlib.contextmanager
 def script_modules_loaded(fake: FakeTensorMode) -> Iterator[None]:
     """Let TorchScript read and write files inside this context. It does so in C++ on real tensors only, so
-    ``torch.jit.load`` and ``save`` run outside the fake mode, and a loaded module is copied into it."""
+    ``torch.jit.load`` and ``save`` run outside all dispatch modes, and a loaded module is copied into the
+    mode ``fake``."""
     load, save = torch.jit.load, torch.jit.save
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
@@ -72,8 +74,8 @@ def copied(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _script_copied(module: Any, fake: FakeTensorMode) -> Any:
-    """Copy a TorchScript module into the fake mode. C++ clones its tensors, so this runs without autograd,
-    where clones would not be leaves, and with no mode active other than the fake mode."""
+    """Return a copy of a TorchScript module on tensors of the mode ``fake``. C++ clones its tensors. This
+    runs without autograd, under which clones would not be leaves, and with no mode active but ``fake``."""
     with _disable_current_modes(), fake, torch.no_grad():
         clone = copy.deepcopy(module)
     for source, target in zip(module.parameters(), clone.parameters(), strict=True):

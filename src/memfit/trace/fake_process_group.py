@@ -24,11 +24,13 @@ from memfit.types.trace import Allocation, Phase, PhaseSpan
 
 @contextlib.contextmanager
 def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
-    """Yield the world of ``plan`` as ``rank`` sees it. Collectives return at once. Enter this outside fake
-    tensors, because a device mesh holds real numbers.
+    """Yield the world (ranks, meshes and groups) of ``plan`` as ``rank`` sees it. Inside this context this
+    process has a fake process group, whose collectives return at once. For a plan of one rank no group is
+    made. Enter this outside a fake tensor mode, because a device mesh holds real numbers.
 
-    Raises UserError if the degrees of parallelism do not match the number of ranks, and MemfitError if this
-    process already has a process group.
+    Raises UserError if the degrees of parallelism do not match the number of ranks. For a plan of several
+    ranks, raises MemfitError if this process already has a process group. Errors of the user's model inside
+    the context are explained if the plan has tensor parallelism.
     """
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
@@ -53,8 +55,9 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _cut_columns_told(plan: Plan) -> Iterator[None]:
-    """Explain errors that tensor parallelism causes. The user's code may reshape the output of a Linear by
-    its full width, of which a rank holds a part. The error message then names the plan as the cause."""
+    """If ``plan`` has tensor parallelism, turn a UserError that reports an error of the user's code into one
+    that names tensor parallelism as the cause. The code may reshape the output of a Linear by its full width,
+    of which a rank holds a part. Other errors are raised as they are."""
     try:
         yield
     except UserError as error:
@@ -62,9 +65,10 @@ def _cut_columns_told(plan: Plan) -> Iterator[None]:
         if plan.get("tensor-parallel") is None or is_own_error:
             raise
         raise UserError(
-            f"tensor-parallel: {error.given}",
-            hint="each rank holds a part of the columns of every split Linear layer; name the layers that "
-            'can be split in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
+            f"the model fails under tensor-parallel: {error.given}",
+            hint="a rank holds only a part of the output of a Linear layer that is split by columns; name "
+            'the layers to split in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": '
+            '"rowwise"})',
         ) from error
 
 
@@ -72,8 +76,9 @@ _last_world: list[Any] = [None]
 
 
 def _forget_other_worlds(*world: Any) -> None:
-    """Clear DTensor's caches if the last world had other degrees. They are keyed by meshes that compare equal
-    although their process groups differ, and the groups of an earlier world are gone."""
+    """Clear DTensor's caches if ``world``, the degrees of parallelism and the rank, differs from that of the
+    last call. The caches are keyed by meshes that compare equal although their process groups differ, and
+    the groups of an earlier world are gone."""
     if _last_world[0] not in (None, world):
         from torch.distributed.tensor import _redistribute
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -86,7 +91,7 @@ def _forget_other_worlds(*world: Any) -> None:
 
 @contextlib.contextmanager
 def _without_values() -> Iterator[None]:
-    """Patch code that needs tensor values or does work that a trace does not need.
+    """Inside this context, patch code that needs tensor values or does work that a trace does not need:
 
     - DDP compares and broadcasts parameter values when it starts; fake tensors have none.
     - A device mesh, or a part of one, looks up its rank in a real tensor.
@@ -116,8 +121,8 @@ def _without_values() -> Iterator[None]:
 
 
 class _Chunks:
-    """The chunks of `torch.chunk`, padded with empty ones up to ``count``. Each is made when it is
-    indexed."""
+    """The ``count`` chunks of a tensor along ``dim`` by index, as `torch.chunk` cuts it; those that it lacks
+    are empty. Each is made when it is indexed."""
 
     def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
         self._tensor, self._dim = tensor, dim
@@ -137,8 +142,9 @@ _LATE: contextvars.ContextVar[bool] = contextvars.ContextVar("late", default=Fal
 @contextlib.contextmanager
 def late() -> Iterator[None]:
     """Assume in traces made inside this context that gloo's collectives finish as late as possible: the
-    memory of a collective is held until the next one of its group. gloo runs collectives on its own threads,
-    so the memory of CPU ranks lies between that of a normal trace and that of a trace made here."""
+    memory of a collective is held until the next collective of its process group. gloo runs collectives on
+    its own threads, so the memory of CPU ranks lies between that of a trace made outside this context, where
+    they finish at once, and that of a trace made inside."""
     token = _LATE.set(True)
     try:
         yield
@@ -151,10 +157,10 @@ _PRIMES: contextvars.ContextVar[bool] = contextvars.ContextVar("primes", default
 
 @contextlib.contextmanager
 def priming() -> Iterator[None]:
-    """Let traces made inside this context run only an optimizer step instead of the first training step,
-    which halves the time. This applies to pipelines with several stages per rank, which cannot be shortened.
-    The peaks and operators of the last step are the same. Memory that a caching allocator would keep from a
-    whole first step is not seen."""
+    """Let traces made inside this context run only an optimizer step in place of every training step but the
+    last, which halves the time. This applies to plans whose pipeline has several stages per rank. The peaks
+    and operators of the last step are the same. Memory that a caching allocator would keep from a whole first
+    step is not seen."""
     token = _PRIMES.set(True)
     try:
         yield
@@ -163,17 +169,20 @@ def priming() -> Iterator[None]:
 
 
 def primed(plan: Plan) -> bool:
-    """Return whether the first step of a trace of ``plan`` is replaced by an optimizer step
-    (`priming`)."""
+    """Return whether a trace of ``plan`` made now runs only an optimizer step in place of every training step
+    but the last (`priming`)."""
     pipeline = plan.get("pipeline")
     return _PRIMES.get() and pipeline is not None and int(pipeline.settings["virtual"]) > 1
 
 
 class GlooScratch(TorchDispatchMode):
-    """Allocate the temporary memory of gloo's collectives on CPU tensors, one after the other, each freed at
-    once: flat outputs of a gather, and a copy of the input of a reduce-scatter or scatter. Enter it inside
-    the ledger, which records the allocations. The rules are those of
-    torch/csrc/distributed/c10d/ProcessGroupGloo.cpp."""
+    """Mode that allocates the temporary memory of gloo's collectives on CPU tensors: two buffers for a
+    gather, one after the other, and a copy of the input of a reduce-scatter or scatter.
+
+    Each is freed at once. Inside `late`, the largest one and the collective's tensors are held until the next
+    collective of the process group. Enter the mode inside the ledger, which records the allocations. The
+    rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -198,8 +207,9 @@ class GlooScratch(TorchDispatchMode):
 
 
 def _gloo_rules() -> dict[Any, Callable[[Any, Any], tuple[Any, ...]]]:
-    """Return, for each operator, a function from its arguments and output to groups of tensors. The bytes of
-    each group are allocated in turn."""
+    """Return, for each collective operator for which gloo allocates temporary memory, a function from its
+    arguments and output to groups of tensors. One buffer of the bytes of each group is allocated, and freed
+    before that of the next group."""
     c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
     return {
         c10d._allgather_base_.default: lambda args, out: (args[0], args[0]),
@@ -215,8 +225,9 @@ _GLOO_SCRATCH = _gloo_rules()
 
 
 class _RealIntegers(TorchDispatchMode):
-    """DDP lists its buckets in int32 tensors that it reads in C++. This mode makes them real and reports them
-    to ``note``."""
+    """Mode that makes the int32 tensors real in which DDP lists its buckets, because DDP reads them in C++.
+    Operators on real tensors alone run for real, and each tensor that they return is reported to ``note``,
+    with the operator's name."""
 
     def __init__(self, note: Callable[[torch.Tensor, str], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -236,14 +247,15 @@ class _RealIntegers(TorchDispatchMode):
 
 
 def builds_on_host(plan: Plan, device: str) -> bool:
-    """Return whether the whole model is built in host memory and the accelerator then gets this rank's part:
-    its shards, the bf16 copy of ZeRO 1 and 2, or its part under pipeline or tensor parallelism."""
+    """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
+    it: a rank's shards, the bf16 copy of ZeRO 1 and 2, or a rank's part under pipeline or tensor parallelism.
+    False if ``device`` is "cpu"."""
     return device != "cpu" and (_shards(plan) or _cuts(plan))
 
 
 def moves_parameters(plan: Plan, device: str) -> bool:
-    """Return whether the parameters themselves move to the accelerator. Shards would instead be made
-    there."""
+    """Return whether the model is built in host memory (`builds_on_host`) and its parameters then move to the
+    accelerator. False if shards or a bf16 copy of the parameters are made there instead."""
     return builds_on_host(plan, device) and not _shards(plan)
 
 
@@ -263,8 +275,9 @@ def _cuts(plan: Plan) -> bool:
 def without_host(
     allocations: Sequence[Allocation], spans: Sequence[PhaseSpan]
 ) -> tuple[tuple[Allocation, ...], int, int]:
-    """Return the device's allocations, the peak bytes in host memory, and that peak without the temporary
-    memory of building the model."""
+    """Return (the allocations that are not in host memory, the peak bytes in host memory, the peak there of
+    allocations that are alive after the first forward pass began, which leaves out the temporary memory of
+    building the model)."""
     host = [a for a in allocations if a.stream == "host"]
     forward_start = next((s.start for s in spans if s.phase is Phase.FORWARD), 0)
     later_host = [a for a in host if a.end is None or a.end > forward_start]
@@ -278,9 +291,9 @@ def _highest(allocations: Sequence[Allocation]) -> int:
 
 
 def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:
-    """Prepare a DDP module for fake tensors. Its reduction reads the value of the collective's future, which
-    is None on a fake process group; a communication hook replaces the reduction. Its buckets are listed in
-    integer tensors, which are made real and reported to ``note``."""
+    """Prepare the DDP module ``wrapped`` for fake tensors. Its reduction reads the value of the collective's
+    future, which is None on a fake process group; a communication hook replaces the reduction. Its buckets
+    are listed in integer tensors, which are made real and reported to ``note``."""
     enter = wrapped._pre_forward
 
     def pre_forward(*args: Any, **kwargs: Any) -> Any:
@@ -306,8 +319,8 @@ def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> N
 
 
 def members() -> dict[str, tuple[int, ...]]:
-    """Return the ranks of every process group that this rank belongs to, by name. The default group comes
-    first."""
+    """Return the ranks of every process group that this rank belongs to, by the group's name. The default
+    group comes first. Return {} if this process has no process group."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

@@ -16,8 +16,8 @@ from memfit.types.errors import UserError
 
 
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors that hold the bytes: the inner ones of a wrapper subclass, else the tensor
-    itself."""
+    """Return the tensors that hold the bytes of ``tensor``: the innermost ones if it is a wrapper subclass,
+    such as a DTensor, else the tensor itself."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
@@ -25,12 +25,13 @@ def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
-    """Correct the outputs of a normalisation to what the real kernels return.
+    """Return ``out``, the fake outputs of a normalisation (forward or backward), corrected to what the real
+    kernels return.
 
     With half-precision inputs, means and deviations are float32 if the weights are float32 (is_mixed_type in
-    aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA except for group norm. The input's
-    gradient exists only if it is requested, and has the input's dtype. The fake implementations return all
-    outputs, in one dtype.
+    aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA except for group norm. In backward, the
+    input's gradient exists only if it is requested, and has the input's dtype. The fake implementations
+    return all outputs, in one dtype.
     """
     if func in operators.NORM_GRADIENTS:
         has_dtype = out[0] is not None and out[0].dtype == args[1].dtype
@@ -48,20 +49,21 @@ def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
 
 
 def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """Return the tensor's storage. Raises UserError for layouts whose bytes are not in one storage."""
+    """Return the storage of a dense tensor. Raises UserError for other layouts, whose bytes are not in one
+    storage. Sparse COO tensors are recorded elsewhere."""
     if tensor.layout is torch.strided:
         return tensor.untyped_storage()
     line = user_line()
     raise UserError(
-        f"a {str(tensor.layout)[6:]} tensor" + (f" at {line}" if line else ""),
-        allowed="dense tensors",
-        hint="sparse gradients come from nn.Embedding(sparse=True); use sparse=False",
+        f"the step makes a {str(tensor.layout)[6:]} tensor" + (f" at {line}" if line else ""),
+        allowed="dense (strided) and sparse_coo tensors",
+        hint="make the tensor in one of these layouts",
     )
 
 
 @functools.cache
 def sole_counts() -> tuple[int, int]:
-    """Return the reference counts of a tensor and of its storage, as a dispatch mode sees them, when only the
+    """Return (references to a tensor, references to its storage), as a dispatch mode sees them, when only the
     autograd engine holds the tensor. They are measured on ``x * x``, where two gradients of ``x`` are
     added."""
     counts: list[tuple[int, int]] = []

@@ -30,15 +30,16 @@ _WIDE = {
 
 
 class TimeIsUp(Exception):
-    """The trial exceeded its time limit."""
+    """A computation under `FixedRandom` has used more processor time than its limit."""
 
 
 class FixedRandom(TorchDispatchMode):
-    """Mode that makes random operators deterministic and computes in float64.
+    """Mode in which random operators give numbers that depend only on the index in the last dimension, and
+    dtypes of lower precision become float64: those asked for, and those of arguments beside a float64 one.
 
-    ``counts`` holds the numbers of samples in the trial's batches. If the last dimension has one of these
-    lengths it may be the batch, and all numbers along it are equal. Raises TimeIsUp at the first operator
-    after ``deadline_s`` of this thread's processor time.
+    ``counts`` holds the numbers of samples in the batches that are compared. If the last dimension has one of
+    these lengths it may be the batch, and all numbers along it are equal. Raises TimeIsUp at the first
+    operator after ``deadline_s``, a reading of this thread's processor time (`time.thread_time`).
     """
 
     def __init__(self, counts: Collection[int], deadline_s: float) -> None:
@@ -63,7 +64,7 @@ class FixedRandom(TorchDispatchMode):
     @staticmethod
     @contextlib.contextmanager
     def paused() -> Iterator[None]:
-        """Disable the mode inside this context."""
+        """Disable all dispatch modes that are active, such as this one, inside this context."""
         with _disable_current_modes():
             yield
 
@@ -72,8 +73,8 @@ class FixedRandom(TorchDispatchMode):
         return x * mask / max(1 - p, 1e-9), mask
 
     def uniform(self, like: torch.Tensor, same: float = _SAME) -> torch.Tensor:
-        """Return numbers in [0, 1) in the shape of ``like`` that depend on the last index only, or not at
-        all."""
+        """Return numbers in [0, 1) in the shape of ``like`` that depend on the index in the last dimension
+        only. All are ``same`` if that dimension may be the batch (see the class) or has one element."""
         length = like.shape[-1] if like.dim() else 1
         if length <= 1 or length in self.counts:
             return torch.full(like.shape, same, dtype=torch.float64, device=like.device)
@@ -82,7 +83,8 @@ class FixedRandom(TorchDispatchMode):
 
 
 def _widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Convert tensors of lower precision to float64 if another argument is float64."""
+    """Return the arguments with tensors of lower precision converted to float64 (or complex128), if another
+    argument is float64 or complex128. Return them unchanged otherwise."""
     tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     kinds = {t.dtype for t in tensors}
     if not kinds & {torch.float64, torch.complex128} or kinds.isdisjoint(_WIDE):
