@@ -1,4 +1,5 @@
-"""Find modules that must stay in float32: compare their own code with float64, and measure what faults do."""
+"""Find modules that must stay in float32: compare their own code in each precision with float64, and measure
+how far the loss and the gradients move if only they are narrow."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 @dataclasses.dataclass(slots=True)
 class _Place:
-    """Modules of one class whose paths differ only in numbers, with the results by path."""
+    """Modules of one class whose paths differ only in numbers (``pattern`` has stars for these). ``found``:
+    path -> name of the mode -> errors, for the modules that were examined."""
 
     pattern: str
     kind: str
@@ -67,10 +69,11 @@ class _Place:
 def advise(
     job: Job, dtypes: Sequence[str], *, batches: int, trained: int, device: str = "cuda", say: Say = _silent
 ) -> tuple[PrecisionAdvice, ...]:
-    """Return one advice per dtype.
+    """Return one advice for each of ``dtypes``, "bf16" or "fp16".
 
-    It is based on ``batches`` of training data after ``trained`` steps of plain training on a few samples
-    each. ``device`` selects the lists of torch.autocast. Raises UserError if the job's step is not finite in
+    It is based on a few samples of each of ``batches`` batches, after ``trained`` steps of plain training on
+    a few samples each. ``device`` ("cuda" or "cpu") selects which operators torch.autocast keeps in float32.
+    ``say`` receives the progress: (stage, done, total). Raises UserError if the loss is not finite in
     float32.
     """
     model = _trained(job, trained, say)
@@ -112,7 +115,8 @@ def _trained(job: Job, steps: int, say: Say) -> nn.Module:
 
 
 def _few(job: Job, index: int) -> Any:
-    """Return as few samples of a batch as are enough."""
+    """Return the first samples of the batch of step ``index``: two, or as many as have 2**15 elements in the
+    batch's largest tensor, if the batch has so many."""
     batch = job.make_batch(index, 0)
     length = batch_length(batch)
     elements = max(t.numel() for t in leaves(batch)) // length
@@ -120,8 +124,8 @@ def _few(job: Job, index: int) -> Any:
 
 
 def padded(batch: Any) -> Any:
-    """Return the batch in which masks of all ones hide the last sixteenth. Masks have at least two
-    dimensions.
+    """Return the batch with zeros in the last sixteenth of each mask: a tensor of ones with at least two
+    dimensions, of which the last has at least 16 elements and is the one that is cut.
     """
 
     def pad(mask: torch.Tensor) -> torch.Tensor:
@@ -136,7 +140,7 @@ def padded(batch: Any) -> Any:
 
 
 def _learn(root: RecordedCall, modes_by_name: dict[str, Mode], batch: Any, job: Job, dtype: str) -> None:
-    """Record in which dtype each tensor actually arrives."""
+    """Record in ``root`` in which dtype each tensor arrives in real runs in the modes pure and autocast."""
 
     def narrowed(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return rebuild((args, kwargs), lambda t: t.to(DTYPES[dtype]) if is_float(t) else t)
@@ -228,7 +232,12 @@ def _merged(results: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayError
 
 
 def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
-    """Return why a module's own code must be float32 in that mode; "" if it need not be."""
+    """Return why a module's own code must not run in ``mode`` but in float32: fails, overflow, inputs,
+    computation, gradient or spread; "" if it may, or if float32 would not help.
+
+    ``errors``: by mode. ``effect``: how far the gradients of other modules move, None if unknown; "spread"
+    needs it.
+    """
     mode_errors, float32_errors, rounded_errors = errors[mode], errors["float32"], errors["rounded"]
     if mode_errors.failed and not float32_errors.failed:
         return "fails"
@@ -265,15 +274,18 @@ def _rank(place: _Place) -> tuple[bool, float]:
 
 
 class _Whole:
-    """Losses and gradients of the whole model with some modules narrow."""
+    """Compares the loss and the gradients of the whole model in float32 with those if the own code of some
+    modules runs in the dtype ``low``."""
 
     def __init__(self, model: nn.Module, narrow: nn.Module, low: torch.dtype, batch: Any, job: Job) -> None:
         self.model, self.narrow, self.low, self.batch, self.job = model, narrow, low, batch, job
         self.loss, self.grads = casting.step(model, batch, job.loss, backward=True)
 
     def effect(self, paths: set[str], *, backward: bool = True) -> tuple[float, float]:
-        """Return how far the loss and the gradients of all other modules move; infinite if the loss is not
-        finite.
+        """Return how far (the loss, the gradients of all other modules) move, relative to their size in
+        float32, if the modules at ``paths`` are narrow.
+
+        Both are infinite if the run fails or its loss is not finite. Without ``backward`` the second is 0.
         """
         try:
             with casting.casting(self.model, self.narrow, paths, self.low):
@@ -316,7 +328,9 @@ def _told(
 
 
 def _sums(place: Examined) -> bool:
-    """Return whether narrow sums would be a fault, and a larger error than that of narrow tensors."""
+    """Return whether a place that need not be float32 relies on sums in float32: with narrow sums its error
+    would be above 2**-8, and more than twice that with narrow tensors alone. False for the root and the
+    loss."""
     return (
         not place.reason
         and place.pattern not in ("", LOSS)
@@ -359,7 +373,8 @@ def _told_place(place: _Place) -> Examined:
 
 
 def _named(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:
-    """Return patterns that match exactly the modules at fault."""
+    """Return patterns that match exactly the modules whose own code must not run in ``mode``; the root and
+    the loss function are left out."""
     names = [n for n, _ in model.named_modules()]
     paths_by_pattern = [(p.pattern, _paths(p, mode)) for p in places if p.pattern not in ("", LOSS)]
     return tuple(p for pattern, paths in paths_by_pattern for p in _patterns(pattern, paths, names))

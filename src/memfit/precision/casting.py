@@ -15,9 +15,10 @@ from memfit.precision.tensors import is_float, rebuild
 
 @contextlib.contextmanager
 def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: torch.dtype) -> Iterator[None]:
-    """Run the own code of the modules at ``paths`` in the dtype ``low`` within the context.
+    """Make ``model``, within the context, run the own code of the modules at ``paths`` in the dtype ``low``.
 
-    ``narrow`` is a copy of the model with its parameters in ``low``. Children run as they do in ``model``.
+    Their children run in float32 unless they are in ``paths`` too. ``narrow`` is a copy of the model with its
+    parameters in ``low``; its modules are used and gather the gradients of these parameters.
     """
 
     def cast(dtype: torch.dtype) -> Callable[[Any], Any]:
@@ -55,7 +56,8 @@ def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: to
 def step(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Run one forward and, if ``backward``, one backward pass. Returns (loss, gradients by parameter)."""
+    """Run one forward and, if ``backward``, one backward pass, without dropout. Return (loss, gradients by
+    name of the parameter, {} without backward). The gradients are removed from the model."""
     with certain(), contextlib.nullcontext() if backward else torch.no_grad():
         loss_value = loss(model, batch)
     if backward:
@@ -66,8 +68,11 @@ def step(
 
 
 def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], without: Collection[str]) -> float:
-    """Return the norm of the difference of two gradients over that of the first, without parameters of some
-    modules.
+    """Return the norm of the difference of two gradients over the norm of the first; 0 if that is zero or
+    nothing can be compared.
+
+    Gradients are by name of the parameter; only names in both count. ``without``: paths of modules whose
+    parameters, except those of their children, are left out.
     """
     names = [n for n in first if n in second and n.rpartition(".")[0] not in without]
     if not names:

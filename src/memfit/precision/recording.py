@@ -33,10 +33,13 @@ _MOVES: Final = frozenset(_MOVING.split())
 
 @dataclasses.dataclass(slots=True, eq=False)
 class RecordedCall:
-    """A call of one module. Calls are in the order of the run.
+    """A call of one module.
 
-    ``given`` is (args, kwargs). Gradients are keyed by the index of the tensor among the leaves. ``dtypes``:
-    by mode, the dtypes in which the leaves of given and made actually arrive.
+    ``path``: of the module, or LOSS for the job's loss function. ``given``: (args, kwargs); ``made``: the
+    result. Their gradients are keyed by the index of the tensor among their tensors. ``inner``: calls of
+    children, in the order of the run. ``computes``: whether the module's own code computes on floating-point
+    tensors. ``dtypes``: name of a mode -> (dtypes of the tensors of given, those of made) in a real run in
+    that mode.
     """
 
     path: str
@@ -58,7 +61,8 @@ class RecordedCall:
 def record(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool = True
 ) -> RecordedCall:
-    """Record one step and return the tree of calls, with the loss function at its root."""
+    """Record one step without dropout and return the tree of calls, with the loss function at its root.
+    Without ``backward`` no gradients are recorded."""
     root = RecordedCall(LOSS, given=((batch,), {}))
     recorder = _Watch(model, root)
     with recorder, _Computing(recorder.stack), certain():
@@ -104,9 +108,9 @@ class _Watch:
 
 
 def _kept(value: Any) -> Any:
-    """Copy the tensors.
+    """Return the value with its tensors copied.
 
-    The same tensor gets one copy, because code may test whether query and key are identical.
+    A tensor that occurs twice gets one copy, because code may test whether query and key are identical.
     """
     memo: dict[int, torch.Tensor] = {}
 
@@ -119,7 +123,8 @@ def _kept(value: Any) -> Any:
 
 
 def _listening(value: Any, grads: dict[int, torch.Tensor]) -> Any:
-    """Return aliases of the tensors whose gradients are those of this call alone."""
+    """Return the value with an alias for each tensor that requires gradients. In backward, ``grads`` gets the
+    gradient of each alias, which is that of this call alone, by the tensor's first index in the value."""
     memo: dict[int, torch.Tensor] = {}
     count = -1
 
@@ -144,7 +149,8 @@ def _keeping(grads: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tens
 
 
 class _Computing(TorchDispatchMode):
-    """Marks calls whose own code computes on floating-point tensors."""
+    """Sets ``computes`` of the calls whose own code makes floating-point tensors by computing, not by moving,
+    copying or creating them. ``stack``: the calls under way, innermost last."""
 
     def __init__(self, stack: list[RecordedCall]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -160,7 +166,8 @@ class _Computing(TorchDispatchMode):
 
 @contextlib.contextmanager
 def certain() -> Iterator[None]:
-    """Disable dropout and use the same random numbers each time."""
+    """Disable dropout and start from the same random numbers each time, within the context. The state of the
+    random number generators is restored afterwards."""
     with torch.random.fork_rng(), _WithoutDropout():
         torch.manual_seed(0)
         yield
@@ -179,7 +186,8 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 def learn_dtypes(root: RecordedCall, mode: str, run: Callable[[], RecordedCall]) -> None:
-    """Take the dtypes from a real run in another precision, if it runs and makes the same calls."""
+    """Set ``dtypes[mode]`` of every recorded call below and at ``root`` from the calls of ``run()``, which
+    records the same step in another precision. Set nothing if it fails or does not make the same calls."""
     try:
         narrow_root = run()
     except FAILURES:

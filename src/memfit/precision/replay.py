@@ -32,8 +32,8 @@ _WIDE_ON_CUDA: Final = frozenset(_CUDA_LIST.split())
 
 
 class CudaLists(TorchFunctionMode):
-    """Applies the float32 list of CUDA's autocast on the CPU, whose autocast keeps norms and softmax
-    narrow.
+    """Makes torch.autocast on the CPU compute in float32 what it computes in float32 on CUDA, such as norms
+    and softmax, which autocast on the CPU keeps narrow.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,8 +49,10 @@ class CudaLists(TorchFunctionMode):
 class Mode:
     """A precision in which modules are replayed.
 
-    ``model``: owner of the parameters. ``arrives``: dtype of inputs that no real run has recorded.
-    ``rounded``: compute in the wide dtype, but round inputs and outputs to this one.
+    ``model``: owner of the parameters. ``arrives``: dtype of inputs whose dtype was not learned from a real
+    run. ``rounded``: dtype to which inputs and outputs are rounded, while the computation is in ``arrives``;
+    None: no rounding. ``around`` makes a context in which modules run. ``narrow``: whether the operators that
+    make non-finite values are recorded by default.
     """
 
     name: str
@@ -62,7 +64,9 @@ class Mode:
 
 
 def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
-    """Return the modes by name: exact, float32, rounded, pure and autocast."""
+    """Return the modes of a float32 ``model`` by name. exact: float64. float32: the model as it is. rounded:
+    inputs, parameters and outputs rounded to ``low``, computation in float64. pure: everything in ``low``.
+    autocast: under torch.autocast to ``low``, with the lists of CUDA if ``cuda``, else those of the CPU."""
 
     def twin(*dtypes: torch.dtype) -> nn.Module:
         twin_model = copy.deepcopy(model)
@@ -91,13 +95,15 @@ def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
 class ReplayedModule:
     """Result of a replay.
 
-    ``outputs``: what the module's own code made, for its caller or for children. ``grads``: of the inputs.
-    ``parameters``: the gradients of its parameters as one vector. ``born``: operators that made non-finite
-    values from finite ones.
+    ``outputs``: floating-point tensors that the module's own code gave to its children and to its caller.
+    ``inputs``: those that it received from both. ``grads``: gradients of the inputs, None where there is
+    none. ``parameters``: the gradients of its parameters as one vector, None if there are none. ``born``:
+    operators that made non-finite values from finite ones. ``failed``: the error if the replay failed, else
+    ""; then all else but ``born`` is empty.
     """
 
     outputs: list[torch.Tensor]
-    passed: list[bool]  # returned without being computed
+    passed: list[bool]  # of each output: whether it is an input, or shares its memory, and is not computed
     inputs: list[torch.Tensor]
     grads: list[torch.Tensor | None]
     parameters: torch.Tensor | None
@@ -113,7 +119,10 @@ def play(
     listening: contextlib.AbstractContextManager[Any] | None = None,
     backward: bool = True,
 ) -> ReplayedModule:
-    """Replay a call. Errors that a precision may cause are not raised but described in ``failed``."""
+    """Run the own code of the call's module again in ``mode``, and ``backward`` if set. For the call of the
+    loss function, run ``loss``. ``listening``: context of the run; None: Births in a narrow mode, else none.
+    Errors that a precision may cause are not raised but described in ``failed`` of the result.
+    """
     run = _Replay(call, mode)
     listener = listening or (Births() if mode.narrow else contextlib.nullcontext())
     nonfinite_operators = listener.names if isinstance(listener, Births) else set()
@@ -132,7 +141,7 @@ def play(
 
 
 class OtherWay(RuntimeError):
-    """The module called its children in another way than in the recorded run."""
+    """Raised if a replayed module calls another child, or one more, than in the recorded run."""
 
 
 class _Replay:
@@ -146,7 +155,8 @@ class _Replay:
         self.handed = self.sources
 
     def enters(self, value: Any, dtypes: list[torch.dtype] | None) -> Any:
-        """Return the value with its tensors as leaves of a new graph, in the dtypes in which they arrive."""
+        """Return the value with its floating-point tensors as inputs of a new autograd graph, in ``dtypes``,
+        by order of the tensors, or in the mode's default."""
         memo: dict[int, torch.Tensor] = {}
         dtype_order = iter(dtypes or ())
 
@@ -188,7 +198,7 @@ class _Replay:
     def _child(self, path: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self.pending or self.pending[0].path != path:
-                raise OtherWay(f"calls {path} where the recorded run did not")
+                raise OtherWay(f"the module calls its child {path} where the recorded run did not")
             call = self.pending.pop(0)
             for index, tensor in enumerate(leaves((args, kwargs))):
                 if is_float(tensor):
@@ -206,8 +216,8 @@ class _Replay:
             self.ends = [(t.to(self.mode.rounded).to(t.dtype), g) for t, g in self.ends]
 
     def back(self) -> None:
-        """Run backward with all gradients scaled by their largest value, as loss scaling does: float16 ends
-        at 6e-8.
+        """Run backward from the outputs with all recorded gradients divided by the largest of their values,
+        as loss scaling does: float16 ends at 6e-8. Do nothing if all are zero.
         """
         pairs = [(t, g) for t, g in self.ends if g is not None and t.requires_grad]
         largest = max((float(g.abs().max()) for _, g in pairs if g.numel()), default=0.0)
@@ -229,8 +239,9 @@ class _Replay:
 
 
 def _within(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cast with clamping to the dtype's range, so that an overflow is attributed to the module that made the
-    value, not to its readers.
+    """Cast the tensor. Finite values beyond the range of ``dtype`` become its largest or smallest value, so
+    that their overflow is attributed to the module that made them, not to its readers. Infinities and NaN
+    stay.
     """
     limit = torch.finfo(dtype).max
     if limit >= torch.finfo(tensor.dtype).max:
@@ -246,7 +257,8 @@ def _restore(module: nn.Module, forward: Any) -> None:
 
 
 class Births(TorchDispatchMode):
-    """Collects operators whose result is not finite although all their inputs are."""
+    """Collects, within the context, the names of operators whose floating-point results are not all finite
+    although all their inputs are. Operators that make empty tensors do not count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -267,8 +279,9 @@ def _broken(value: Any) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class ReplayErrors:
-    """Errors of a mode relative to the exact one: of what own code made, and of the gradients it passes
-    on.
+    """Errors of a replay relative to the exact one. ``output``: the worst of the outputs; ``gradient``: the
+    worst error of the gradients of inputs and parameters, relative to their root mean square; ``born``:
+    operators that made non-finite values from finite ones, joined by commas; ``failed``: the error, if any.
     """
 
     output: Gap
@@ -287,7 +300,10 @@ class ReplayErrors:
 
 
 def compare(exact: ReplayedModule, found: ReplayedModule) -> ReplayErrors:
-    """Return the errors of a replay relative to the exact one."""
+    """Return the errors of the replay ``found`` relative to ``exact``. Outputs that were not computed but
+    passed through are not compared. A gradient counts as at least a quarter as large as the largest one, and
+    the worst 1 % of its elements is left out. If ``found`` failed, its output is lost.
+    """
     output, gradient = Gap(), 0.0
     if found.failed:
         return ReplayErrors(Gap(lost=True), 0.0, failed=found.failed)

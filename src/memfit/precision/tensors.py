@@ -15,8 +15,9 @@ _SAMPLE: Final = 1 << 14  # number of elements that is enough for a mean
 
 
 def leaves(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of a value in a fixed order, including those in dataclasses and plain objects such as
-    rigid frames.
+    """Yield the tensors of a value in a fixed order: in nested dicts, tuples and lists, and in dataclasses
+    and plain objects with a tensor, tuple or list as attribute, such as rigid frames. Modules are not
+    searched.
     """
     if isinstance(value, torch.Tensor):
         yield value
@@ -32,7 +33,8 @@ def leaves(value: Any) -> Iterator[torch.Tensor]:
 
 
 def rebuild(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Return a copy with every tensor changed, in the order of `leaves`."""
+    """Return a copy of the value with ``change(tensor)`` in place of every tensor, called in the order of
+    `leaves`. Parts of the value that contain no tensors may be shared with it."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -73,7 +75,8 @@ def is_float(tensor: torch.Tensor) -> bool:
 def all_finite(tensor: torch.Tensor) -> bool:
     """Return whether all elements are finite.
 
-    The sum is tested first, because it is much faster than testing each element; it may itself overflow.
+    Their sum is tested first, because that is much faster; each element is tested only if it is not finite,
+    since the sum may itself overflow.
     """
     total = tensor.detach().sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
     return math.isfinite(float(total)) or bool(tensor.isfinite().all())
@@ -81,10 +84,11 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class Gap:
-    """Difference of two tensors.
+    """Difference of a tensor from a reference.
 
-    ``error``: root mean square of the difference over that of the reference. ``spread``: the same over the
-    reference's standard deviation. ``lost``: not finite where the reference is.
+    ``error``: root mean square of the difference over that of the reference. ``spread``: root mean square of
+    the difference over the reference's standard deviation. ``lost``: whether the tensor is not finite
+    somewhere where the reference is, or has another shape.
     """
 
     error: float = 0.0
@@ -96,10 +100,13 @@ class Gap:
 
 
 def gap(reference: torch.Tensor, found: torch.Tensor, floor: float = 0.0, *, trim: bool = False) -> Gap:
-    """Return the difference of ``found`` from ``reference``.
+    """Return the difference of ``found`` from ``reference``, over a sample of their elements.
 
-    ``floor``: lower bound of the reference's size, because nothing is accurate relative to zero. ``trim``
-    leaves out the worst 1 %, such as values near a kink (of a ReLU) that fall on its other side.
+    Elements that are not finite in one of them, or far larger in ``reference`` than its median, as in an
+    additive mask, are left out. ``floor``: lower bound of the reference's root mean square, because nothing
+    is accurate relative to zero. ``trim`` leaves out the worst 1 % of at least 100 elements, such as values
+    near a kink (of a ReLU) that fall on its other side. Tensors of different sizes give errors of 1, and
+    lost.
     """
     reference_values, values = reference.detach().flatten(), found.detach().flatten()
     if reference_values.shape != values.shape:
