@@ -25,40 +25,44 @@ class Whole:
     """Operations for a single rank, which holds everything: they return their input. `Cut` is the version for
     several ranks.
 
-    ``dim`` is the dimension along which ``x`` is cut, ``length`` its length when whole.
+    ``dim`` is the dimension along which ``x`` is cut or will be cut, ``length`` its length when whole.
     """
 
     cuts = False
 
     def size(self, length: int) -> int:
-        """Return the length of a rank's part of ``length``."""
+        """Return the length of a rank's part, with padding, of a dimension of ``length``."""
         return length
 
     def own(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return this rank's part of a tensor that is equal on every rank."""
+        """Return this rank's part, along ``dim``, of a whole tensor that is equal on every rank. In backward,
+        the gradients of all parts are joined and divided by the number of ranks."""
         return x
 
     def whole(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """Return all parts, for a computation that is then the same on every rank."""
+        """Return the parts of all ranks joined along ``dim``, for a computation that is then the same on
+        every rank. In backward, a rank takes its part of the gradient, times the number of ranks."""
         return x
 
     def gathered(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """Return all parts, for a computation that each rank does for its own part."""
+        """Return the parts of all ranks joined along ``dim``, for a computation that each rank does for its
+        own part. In backward, a rank gets its part of the gradient's sum over ranks."""
         return x
 
     def turned(self, x: torch.Tensor, dim: int, to: int, length: int) -> torch.Tensor:
-        """Return a tensor cut along ``dim`` as whole along ``dim`` and cut along ``to``."""
+        """Return the tensor ``x``, which is cut along ``dim`` and whole along ``to``, as whole along ``dim``
+        and cut along ``to``."""
         return x
 
     def summed(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return the sum over ranks of a whole tensor, cut along ``dim``."""
+        """Return this rank's part, along ``dim``, of the sum over ranks of a tensor that is whole on each."""
         return x
 
     def product(
         self, sums: str, left: torch.Tensor, right: torch.Tensor, dim: int, length: int
     ) -> torch.Tensor:
-        """Return the einsum ``sums`` of ``left`` with all parts of ``right``. The dimension ``dim`` of
-        ``right`` must be in the result and not in ``left``."""
+        """Return the einsum ``sums`` of this rank's ``left`` with the parts of ``right`` of all ranks, which
+        is cut along ``dim``. That dimension of ``right`` must be in the result and not in ``left``."""
         return torch.einsum(sums, left, right)
 
 
@@ -121,7 +125,8 @@ class Cut(Whole):
         return self.together.scatter_sum(self.apart(x, dim)).squeeze(0)
 
     def apart(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return the ranks' parts of ``x``, with shape (ranks, ...)."""
+        """Cut ``x``, padded with zeros, along ``dim`` into the parts of all ranks. Return them stacked, shape
+        (ranks, ...)."""
         size, ranks = self.size(x.shape[dim]), self.together.ranks
         parts: torch.Tensor = _filled(x, dim, size * ranks).unflatten(dim, (ranks, size))
         return parts.movedim(dim, 0).contiguous()
@@ -134,8 +139,8 @@ def _filled(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
 
 def _joined(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    """Join parts of shape (ranks, ...) along ``dim`` and remove the padding of the last ones. The result is
-    not a view, because a module that FSDP2 wraps must not return a view."""
+    """Join parts of shape (ranks, ...) along ``dim`` to ``length``, without the padding of the last ones. The
+    result is not a view, because a module that FSDP2 wraps must not return a view."""
     ranks, shape = parts.shape[0], list(parts.shape[1:])
     size = shape[dim]
     if size * ranks == length and math.prod(shape[:dim]) == 1:

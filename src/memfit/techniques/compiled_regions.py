@@ -51,10 +51,12 @@ _REDUCTIONS = frozenset(
 
 
 class Region:
-    """Calls a module through its two graphs. ``graphs`` is shared by the regions of one model.
+    """Calls a module through its two graphs, and, where gradients are disabled, through its own forward.
 
-    ``recompute`` is set if the compiled module is checkpointed inside. It returns a new predicate that says,
-    for operators in the order of forward, which results are kept.
+    ``graphs`` is shared by the regions of one model, so that modules of the same class, names and shapes
+    share a `Pair`. ``recompute`` is set if the compiled module is checkpointed inside. It returns a new
+    predicate that is called with forward's operators in their order and says whether the result of each is
+    kept.
     """
 
     def __init__(self, module: torch.nn.Module, graphs: dict[Any, Any]) -> None:
@@ -98,7 +100,8 @@ def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 class Pair:
     """Forward and backward of one function of tensors, as schedules of kernels. ``static`` holds the indices
-    of tensors that stay alive anyway (parameters, buffers), which cost nothing to keep for backward."""
+    of tensors that stay alive anyway (parameters, buffers), which cost nothing to keep for backward.
+    ``recompute`` is as in `Region`."""
 
     def __init__(
         self,
@@ -120,8 +123,9 @@ class Pair:
 
 
 def _tag(joint: Any, names: set[str], keeps: Callable[[Any], bool]) -> None:
-    """Tell the partitioner which operators of forward to run again in backward (the policies of
-    torch.utils.checkpoint, as torch.compile passes them on)."""
+    """Mark in the joint graph the results of forward's nodes (``names``) that must be kept for backward,
+    which are those for whose operator ``keeps`` is true; the partitioner recomputes all others where it can.
+    (The policies of torch.utils.checkpoint, as torch.compile passes them on.)"""
     from torch.utils.checkpoint import CheckpointPolicy
 
     for node in joint.graph.nodes:
@@ -138,9 +142,9 @@ def _tag(joint: Any, names: set[str], keeps: Callable[[Any], bool]) -> None:
 def _joint(
     call: Callable[..., Any], tensors: list[torch.Tensor]
 ) -> tuple[Any, list[Any], bool, int, set[str]]:
-    """Trace the joint graph over tensors of the same shapes, without recording. Return the graph, the example
-    tensors, whether the output is a single tensor, the number of outputs and the names of forward's
-    operators."""
+    """Trace the joint graph of forward and backward of ``call`` on fake tensors shaped like ``tensors``,
+    unseen by active modes. Return the graph, the fake tensors, whether the output is a single tensor, the
+    number of outputs, and the names of forward's nodes."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -190,7 +194,8 @@ def _drop_checks(graph: fx.Graph) -> None:
 
 
 def _without_last_copies(joint: Any, outputs: int) -> Any:
-    """Remove the copies of outputs that were made for export. torch.compile returns views as views."""
+    """Remove the copies of forward's outputs, the first ``outputs`` results of the graph, that were made for
+    export. torch.compile returns views as views."""
     output_node = next(n for n in joint.graph.nodes if n.op == "output")
     results = list(output_node.args[0])
     results[:outputs] = (
@@ -230,8 +235,8 @@ class _Run(torch.autograd.Function):
 
 @dataclasses.dataclass(slots=True)
 class _Kernel:
-    """One kernel. ``node`` is a call that runs as it is, or None for a fused group, which makes only its
-    ``outputs``."""
+    """One kernel or view: the call ``node`` as it is, or, if None, a fused group, of whose values only
+    ``outputs`` are allocated. ``outputs`` is empty for a call. ``inputs`` are the values read."""
 
     node: fx.Node | None
     inputs: list[fx.Node]
@@ -239,7 +244,8 @@ class _Kernel:
 
 
 class Schedule:
-    """A graph's kernels, in the order in which their results are needed."""
+    """A graph's kernels in the order in which they run. Unfused kernels keep the graph's order; before each,
+    and at the end for the graph's results, come the kernels on which it depends."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -253,8 +259,9 @@ class Schedule:
         self.uses.update(n for n in self.result if isinstance(n, fx.Node))
 
     def run(self, given: list[Any]) -> list[Any]:
-        """Run the kernels on the inputs ``given`` and return the results. Values, including those in
-        ``given``, are freed when they are not needed again."""
+        """Run the kernels on the inputs ``given``, one for each placeholder, and return the results. Fused
+        groups allocate their outputs but compute nothing. ``given`` is emptied, and every value is freed when
+        it is not needed again."""
         values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
         given.clear()
         values.update(self.attributes)
@@ -278,7 +285,9 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 
 def _fused(group: _Kernel, reads_left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
-    """Run a fused group. An input that is not used again and has the size of an output is overwritten."""
+    """Allocate the outputs of a fused group and report it as one kernel; nothing is computed. An input that
+    is not used again, has the size of an output and is no input of the graph is freed first, as a compiler
+    would overwrite it."""
     output_counts = Counter(_meta_bytes(n) for n in group.outputs)
     inputs = dict.fromkeys(group.inputs)  # in a fixed order, so that equal graphs run alike
     reads = read_bytes(values.get(n) for n in inputs)
@@ -321,8 +330,8 @@ def _extern(node: fx.Node) -> bool:
 
 
 def _alone(node: fx.Node) -> bool:
-    """Return whether the node runs as it is: an unfused kernel, a view, or an item of the result of one of
-    these."""
+    """Return whether the node runs as it is: an unfused kernel, a view, an item of the result of one of
+    these, or a node that is no call of an operator."""
     if node.target is operator.getitem:
         return _alone(node.all_input_nodes[0])
     if node.op != "call_function" or _extern(node):
@@ -331,8 +340,9 @@ def _alone(node: fx.Node) -> bool:
 
 
 def _levels(calls: list[fx.Node]) -> dict[fx.Node, int]:
-    """Return the number of unfused kernels before each node. Nodes are fused within one level. A pointwise
-    value that is read only on a later level is computed on that level."""
+    """Return the level of each node, the largest number of unfused kernels on a path that leads to it. Nodes
+    are fused within one level. A node that is no reduction and is read only by fused nodes is moved to the
+    lowest level on which it is read."""
     level: dict[fx.Node, int] = {}
     for node in calls:
         earlier_levels = [level[i] + _extern(i) for i in node.all_input_nodes if i in level]
@@ -351,7 +361,8 @@ def _from_extern(node: fx.Node) -> bool:
 
 
 def _groups(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Return the group of each fused node: nodes of one level that are connected, also through views."""
+    """Return the number of each fused node's group. Nodes of one level that are connected, also through
+    views, form a group."""
     calls = [n for n in graph.nodes if n.op == "call_function"]
     level = _levels(calls)
     parent: dict[fx.Node, fx.Node] = {n: n for n in calls if not _from_extern(n)}
@@ -418,7 +429,9 @@ def _sources(node: fx.Node, group_nodes: set[fx.Node], groups: dict[fx.Node, int
 
 
 def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
-    """Return whether a node outside the group reads this node, directly or through views."""
+    """Return whether a node outside the group reads this node, or the graph returns it, directly or through
+    views. Return False for a fused node with several results, of which the items are asked for one by
+    one."""
     if node in groups and not isinstance(node.meta.get("val"), torch.Tensor):
         return False  # its items leave one by one; the items of a view (split) are all of it
     for user in node.users:

@@ -15,10 +15,13 @@ _RESHAPES = ("view", "reshape", "flatten", "contiguous", "float", "to", "type_as
 
 
 class LazyLogits:
-    """Stands for ``linear(hidden, head)``, shape ``(..., vocabulary)``, until its values are needed.
+    """Stands for ``linear(hidden, head)``, shape ``(..., vocabulary)``, cast to ``cast`` if that is set,
+    until its values are needed.
 
-    It is not a tensor subclass. It knows its shape, follows reshapes, and computes the real logits for every
-    other use. Once computed they are kept, so that changes in place persist.
+    It is not a tensor subclass. It knows its shape. Reshapes, indexing and casts that leave the vocabulary
+    whole return deferred logits. A plain cross-entropy is computed in ``chunks`` parts. Every other use
+    computes the real logits. Once computed they are kept, so that changes in place persist, and every later
+    use is of them.
     """
 
     def __init__(
@@ -30,11 +33,11 @@ class LazyLogits:
         self.made: torch.Tensor | None = None
 
     def with_hidden(self, hidden: torch.Tensor) -> LazyLogits:
-        """Return deferred logits of other hidden states."""
+        """Return deferred logits of the hidden states ``hidden`` with the same head, chunks and cast."""
         return LazyLogits(hidden, self.head, self.chunks, cast=self.cast)
 
     def make(self) -> torch.Tensor:
-        """Return the real logits."""
+        """Return the real logits, which the first call computes."""
         if self.made is None:
             logits = functional.linear(self.hidden, self.weight, self.head.bias)
             self.made = logits if self.cast is None else logits.to(self.cast)
@@ -42,7 +45,8 @@ class LazyLogits:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The head's weight. Raises UserError if it was resharded before the loss."""
+        """The head's weight. Raises UserError if fsdp2 or zero of stage 3 has freed the gathered weight
+        before the loss."""
         if hasattr(self.head.weight, "device_mesh"):
             raise UserError(
                 "chunked-cross-entropy: fsdp2 has freed the head's weight before the loss uses it",
@@ -125,8 +129,9 @@ _NO_EFFECT = {"weight": None, "size_average": None, "reduce": None, "label_smoot
 
 
 def _plain(lazy: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a cross-entropy is plain: class indices against rows of logits, with no other option.
-    With more dimensions, the classes would be along the second dimension."""
+    """Return whether a cross-entropy with these arguments can be chunked: class indices against rows of
+    logits that have not been computed, with no options but ignore_index and reduction, or with options of no
+    effect. With more dimensions than two, the classes would be along the second one."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
     has_rows = lazy.made is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
     allowed_names = {"input", "target", "ignore_index", "reduction"}
@@ -148,8 +153,8 @@ def _materialize(value: Any) -> Any:
 
 
 def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) -> LazyLogits | None:
-    """Return deferred logits of reshaped hidden states, or None if the operation changes the last
-    dimension."""
+    """Return the deferred logits that the method ``name`` (a reshape, indexing or a cast) makes, or None if
+    it changes the last dimension, the vocabulary."""
     hidden, vocabulary = lazy.hidden, lazy.head.out_features
     if name in ("float", "to", "type_as", "contiguous"):
         return _cast(lazy, name, args, kwargs)
@@ -167,8 +172,9 @@ def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) ->
 
 
 def _cast(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits:
-    """Return deferred logits whose real logits will have another dtype. The chunked loss is computed in
-    float32 in any case."""
+    """Return deferred logits whose real logits will have the dtype that the method ``name`` is given, or
+    ``lazy`` itself if it is given none. The cross-entropy of each chunk is computed in float32 in any
+    case."""
     dtypes_by_method = {
         "float": (torch.float32,),
         "type_as": (getattr(args[0], "dtype", None) if args else None,),
@@ -213,7 +219,8 @@ def _cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Chunked cross-entropy of hidden (rows, width), weight (vocabulary, width), bias or None, and target
-    (rows,)."""
+    (rows,), as a mean or a sum over the rows whose target is not ``ignore``. Forward also computes the
+    gradients, which backward only scales."""
 
     @staticmethod
     def forward(
@@ -256,7 +263,7 @@ def _loss_and_slope(
     logits: torch.Tensor, target: torch.Tensor, ignore: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed cross-entropy of a chunk and its derivative with respect to the logits, float32
-    (rows, vocabulary)."""
+    (rows, vocabulary). Rows whose target is ``ignore`` count as zero."""
     valid = target != ignore
     index = target.where(valid, 0).unsqueeze(1)
     log_probability = functional.log_softmax(logits.float(), dim=-1)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.nn.Module]:
-    """Return, by path, the modules that match a pattern, without those inside another match.
+    """Return, by path, the modules whose path matches a pattern (with * and ?), without those inside another
+    match.
 
     Raises UserError if a pattern matches no module, unless the model keeps only the first of its blocks.
     """
@@ -41,9 +42,11 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def keep(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
-    """Make the job's islands compute in float32. ``carried`` holds techniques that an engine applies itself.
+    """Make the job's islands compute in float32. ``carried`` holds the names of techniques that an engine
+    applies itself.
 
-    Raises UserError if the plan stores or gathers all parameters, including theirs, in bfloat16.
+    Raises UserError if a pattern of the job matches no module, or if an island has parameters and zero, or a
+    technique in ``carried``, has precision bf16, which it applies to all parameters.
     """
     bench.islands = find(bench.model, bench.job.islands)
     outer_dtype = surroundings(plan)
@@ -59,7 +62,8 @@ def keep(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
 
 
 def surroundings(plan: Plan) -> torch.dtype | None:
-    """Return the dtype of tensors between modules if the plan changes it, else None."""
+    """Return bfloat16 if tensors between modules have that dtype without autocast: under bf16-parameters, or
+    under a technique with precision bf16 (fsdp2: on several ranks). Otherwise return None."""
     import torch
 
     has_bf16_use = any(u.settings.get("precision") == "bf16" for u in plan.uses if u.technique != "fsdp2")
@@ -78,8 +82,12 @@ def _lost(plan: Plan, carried: frozenset[str]) -> str:
 
 
 def _wrap(module: torch.nn.Module, outer_dtype: torch.dtype | None) -> None:
-    """Run the module in float32. ``outer_dtype`` is the dtype of the surroundings, used if no input shows it
-    (None: float32)."""
+    """Make the module run in float32, without autocast, on inputs that are cast from 16 bits.
+
+    Its float32 outputs stay so under autocast. Otherwise they are cast to the dtype of its first 16-bit
+    input. If it has no floating-point input, they are cast to ``outer_dtype``, the dtype of the surroundings
+    (None: not cast).
+    """
     import torch
     from torch.utils import _pytree
 
@@ -117,7 +125,7 @@ def _narrowed(value: Any, *, dtype: torch.dtype) -> Any:
 
 
 def members(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield all modules that are islands or inside one. Call `keep` first."""
+    """Yield all modules that are islands or inside one. Call `keep` first, because only it marks islands."""
     for module in model.modules():
         if getattr(module.forward, "island", False):
             yield from module.modules()

@@ -25,8 +25,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class _Away:
-    """Keeps saved tensors of at least ``minimum_bytes`` elsewhere. Parameters stay, because they are in
-    memory anyway. A storage that several operators save is written once and read back for each of them."""
+    """Keeps tensors that autograd saves elsewhere if their storage has at least ``minimum_bytes``. Parameters
+    stay, because they are in memory anyway, and so do tensors that `_can` refuses. The same elements of a
+    storage that several operators save are written once, unless they have been changed in between, and read
+    back for each of the operators."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         self.bench, self.minimum_bytes = bench, minimum_bytes
@@ -77,7 +79,7 @@ class _Away:
         return True
 
     def _put(self, tensor: Any) -> Any:
-        """Return the offloaded copy, whose ``back()`` returns the elements in a new tensor."""
+        """Return the offloaded copy, an object whose ``back()`` returns the elements in a new tensor."""
         raise NotImplementedError
 
 
@@ -103,8 +105,8 @@ class _Copy:
 
 
 class DiskSpool(_Away):
-    """Keeps saved tensors in a file without a name, which disappears however the process ends. With fake
-    tensors nothing is written, but storages are allocated and freed in the same order."""
+    """Keeps contiguous saved tensors in a file without a name, which disappears however the process ends.
+    With fake tensors nothing is written, but storages are allocated and freed in the same order."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         super().__init__(bench, minimum_bytes)
@@ -119,8 +121,9 @@ class DiskSpool(_Away):
 
 
 class Spool:
-    """A file divided into places. A free place is reused before the file grows, because overwriting pages
-    that the kernel holds is several times faster than writing new ones."""
+    """A temporary file divided into places, made at the first write. A free place is reused for data of the
+    same size before the file grows, because overwriting pages that the kernel holds is several times faster
+    than writing new ones."""
 
     def __init__(self) -> None:
         self._file: Any = None
@@ -129,7 +132,7 @@ class Spool:
         self._free: dict[int, list[int]] = {}
 
     def write(self, data: memoryview) -> int:
-        """Write ``data`` and return its place in the file. Raises OSError if the disk is full."""
+        """Write ``data`` and return its place, an offset in the file. Raises OSError if the disk is full."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="memfit-offload-", buffering=0)  # noqa: SIM115
         free_places = self._free.get(data.nbytes)
@@ -142,7 +145,8 @@ class Spool:
         return place
 
     def read(self, data: memoryview, place: int) -> None:
-        """Fill ``data`` from the file at ``place``. Raises OSError if the file is too short."""
+        """Fill ``data`` from the file at ``place``, which `write` returned. Raises OSError if the file is too
+        short."""
         with self._lock:
             self._file.seek(place)
             while data.nbytes:
@@ -151,17 +155,18 @@ class Spool:
                 data = data[count:]
 
     def free(self, place: int, size_bytes: int) -> None:
-        """Release a place for reuse."""
+        """Release a place of ``size_bytes`` for reuse."""
         self._free.setdefault(size_bytes, []).append(place)
 
     def close(self) -> None:
-        """Close the file, which deletes it."""
+        """Close the file, which deletes it, if anything has been written."""
         if self._file is not None:
             self._file.close()
 
 
 class Parked:
-    """The elements of a tensor that is stored in a spool."""
+    """The elements of a tensor, stored in a spool until this object is deleted. Those of a fake tensor are
+    not stored."""
 
     def __init__(self, tensor: Any, spool: Spool) -> None:
         from torch._subclasses.fake_tensor import FakeTensor
@@ -173,7 +178,7 @@ class Parked:
             self.place = spool.write(_raw(tensor.detach()))
 
     def back(self) -> Any:
-        """Return the elements as a new one-dimensional tensor."""
+        """Return the elements as a new one-dimensional CPU tensor (without values for a fake tensor)."""
         import torch
 
         tensor = torch.empty(self.count, dtype=self.dtype)
@@ -205,7 +210,17 @@ TECHNIQUE = Technique(
     settings=_settings,
     order=90,
     knobs=(
-        Knob(name="to", default="disk", doc="where saved tensors are kept", choices=("disk", "host")),
-        Knob(name="minimum_kib", default=64, doc="smaller tensors stay in memory"),
+        Knob(
+            name="to",
+            default="disk",
+            doc="where tensors saved for backward are kept; disk: in a temporary file; host: in host memory, "
+            "which changes nothing on a CPU",
+            choices=("disk", "host"),
+        ),
+        Knob(
+            name="minimum_kib",
+            default=64,
+            doc="tensors whose storage is smaller than this many KiB stay in memory; parameters always do",
+        ),
     ),
 )

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
-    """Return the optimizer of plain training. ``foreach`` is set explicitly to what torch chooses for the
-    device (on for CUDA, off for CPU), because a CUDA prediction is traced on CPU tensors. Raises UserError
-    for an unknown name."""
+    """Return the maker of plain training's optimizer: ``choice.make`` if it is set, else torch's optimizer of
+    the chosen name. ``foreach`` is set explicitly to what torch chooses for the device (on for CUDA, off for
+    CPU; always off for Adafactor), because a CUDA prediction is traced on CPU tensors. Raises UserError for
+    an unknown name."""
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
     if choice.make is not None:
         return functools.partial(_own, choice.make, device)
@@ -28,8 +29,8 @@ def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
 
 
 def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
-    """Make the user's optimizer. If it leaves ``foreach`` open, set it to what torch chooses for the
-    device."""
+    """Make the user's optimizer. In groups that leave ``foreach`` at None and are not fused, set it on CUDA
+    to True, as torch would."""
     optimizer = make(params)
     for group in getattr(optimizer, "param_groups", []):
         if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
@@ -38,8 +39,8 @@ def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> 
 
 
 def _alike(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """Return parameter groups that one ``foreach`` kernel can process: tensors sharded over one mesh, or
-    plain ones."""
+    """Return parameter groups that one ``foreach`` kernel can process: one group for each device mesh over
+    which parameters are sharded, and one for plain parameters."""
     groups: dict[Any, list[torch.nn.Parameter]] = {}
     for param in params:
         groups.setdefault(getattr(param, "device_mesh", None), []).append(param)
@@ -62,8 +63,8 @@ def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter
 
 
 def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
-    """Return a maker of AdamW. ``kernel``: "fused" (one kernel) or "single" (one parameter after the other,
-    as torch before 2.0)."""
+    """Return a maker of torch's AdamW. ``kernel`` is "fused" (the update is one kernel) or "single" (one
+    parameter after the other, as in torch before 2.0)."""
 
     def make(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
         import torch
@@ -124,7 +125,7 @@ def _apply_paged(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
-    """Make the optimizer allocate what its step makes in host memory, and return it."""
+    """Change the optimizer so that new tensors of its step are placed in host memory, and return it."""
     step = optimizer.step
 
     def on_host() -> None:
@@ -136,7 +137,8 @@ def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLik
 
 
 def stochastic_adamw(choice: OptimizerChoice) -> MakeOptimizer:
-    """Return a maker of AdamW that rounds bf16 parameter updates stochastically (torchao)."""
+    """Return a maker of AdamW that rounds bf16 parameter updates stochastically (torchao), with the numbers
+    of ``choice`` (learning rate, betas, eps, weight decay) but not its name or its ``make``."""
 
     def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
         from torchao.optim import _AdamW
@@ -181,10 +183,11 @@ def _apply_in_backward(bench: Workbench, settings: Mapping[str, KnobValue]) -> N
 
 
 class StepInBackward:
-    """One optimizer per parameter. It steps as soon as the parameter's gradient is complete, and the gradient
-    is then freed.
+    """One optimizer per trainable parameter. It steps as soon as the parameter's gradient is complete, and
+    the gradient is then freed.
 
-    Only a few gradients exist at once. ``square_norms`` collects the squared norms for the gradient norm.
+    Only a few gradients exist at once. ``square_norms`` collects the squared norms of the gradients until
+    `zero_grad`.
     """
 
     def __init__(self, bench: Workbench) -> None:
@@ -198,7 +201,8 @@ class StepInBackward:
             self.handles.append(param.register_post_accumulate_grad_hook(self._step_one))
 
     def close(self) -> None:
-        """Remove the hooks. Otherwise parameter, hook and optimizer keep each other alive."""
+        """Remove the hooks from the parameters. Otherwise parameter, hook and optimizer keep each other
+        alive."""
         for handle in self.handles:
             handle.remove()
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def recompute(block: torch.nn.Module, **options: Any) -> None:
-    """Make the block keep only its inputs in training. ``options`` are those of torch's checkpoint."""
+    """Make the block keep only its inputs in training and run again in backward. In evaluation it runs as
+    before. ``options`` are passed to torch's checkpoint."""
     from torch.utils.checkpoint import checkpoint
 
     inner: Callable[..., Any] = block.forward
@@ -59,9 +60,9 @@ def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> Non
 
 
 def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Disable autocast's cache of cast weights in a block. In a block called several times, the forward would
-    find cached copies from the second call on but the recomputation would not, so that their operators would
-    differ."""
+    """Return a block's forward with autocast's cache of cast weights disabled while it runs. In a block
+    called several times, the forward would find cached copies from the second call on but the recomputation
+    would not, so that their operators would differ."""
     import torch
 
     @functools.wraps(inner)
@@ -115,8 +116,9 @@ def _all_of(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
 
 
 def _every_second(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
-    """Return torchtitan's policy: of the matrix products of one call, only every second one is kept (the
-    first, the third, ...)."""
+    """Return a new predicate with torchtitan's policy, for one call of a block: of the plain matrix products
+    (mm), only every second one is kept (the first, the third, ...). All other ``kept_operators`` are
+    kept."""
     import torch
 
     # In eager mode, policies see a product of torchao's 8-bit tensors as a plain one; a compiler's graph has
@@ -133,8 +135,9 @@ def _every_second(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
 
 
 def _kept_operators(policy: str) -> Iterable[Any]:
-    """Yield the operators whose outputs are kept. "attention" keeps the fused attention kernels, whose
-    recomputation costs most per byte; the other policies also keep dense products."""
+    """Yield the operators whose outputs are kept. The policy "attention" keeps those of the fused attention
+    kernels, whose recomputation costs most per byte; other policies also keep those of matrix products and
+    convolutions."""
     import torch
 
     aten: Any = torch.ops.aten
@@ -167,7 +170,13 @@ FULL = Technique(
     settings=_every_with_blocks,
     order=50,
     slot="recomputation",
-    knobs=(Knob(name="every", default=1, doc="recompute every k-th block; 1: every block"),),
+    knobs=(
+        Knob(
+            name="every",
+            default=1,
+            doc="recompute every k-th block of each stack, beginning with the first; 1: all blocks",
+        ),
+    ),
 )
 
 SELECTIVE = Technique(
@@ -182,7 +191,9 @@ SELECTIVE = Technique(
         Knob(
             name="keep",
             default="attention",
-            doc="which outputs stay in memory",
+            doc="whose outputs stay in memory; attention: those of fused attention; matmul: also those of "
+            "matrix products and convolutions; every-second-matmul: as matmul, but of plain matrix products "
+            "(mm) only every second",
             choices=("attention", "matmul", "every-second-matmul"),
         ),
     ),

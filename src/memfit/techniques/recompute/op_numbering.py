@@ -26,9 +26,11 @@ _CONSTANTS = re.compile(r"::(new_)?(full|empty|zeros|ones|arange|scalar_tensor)"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorNumber:
-    """Facts about an operator. ``written`` holds the names or positions of arguments that it writes to.
-    ``checked`` is its contribution to the checksum; makers of constants contribute nothing, because code may
-    use other ones on fake tensors. ``statistics`` is the position of running statistics."""
+    """Facts about an operator. ``written`` holds the positions, or names if keyword-only, of arguments that
+    it writes to. ``random`` says that it draws random numbers. ``checked`` is its contribution to the
+    checksum; makers of constants contribute nothing, because code may use other ones on fake tensors.
+    ``statistics`` is the position of the first of two arguments with running statistics that it updates
+    undeclared, or None."""
 
     checked: bytes
     views: bool | None  # all outputs are views of arguments and nothing is written; None: depends on the call
@@ -64,7 +66,7 @@ def flat(values: Any) -> Iterator[torch.Tensor]:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return a key of the tensor's storage."""
+    """Return a key of the tensor's storage, unique while the storage is alive."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -81,7 +83,11 @@ def called(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class Numbered(TorchDispatchMode):
-    """Numbers the storages that operators make. ``key`` is a checksum of the operators that made them."""
+    """Mode that numbers the storages that operators make, in their order.
+
+    ``count`` is the next number, ``key`` a checksum of the operators that made storages so far. While
+    ``busy`` is set, operators run unobserved.
+    """
 
     sees_views = False
 
@@ -90,11 +96,12 @@ class Numbered(TorchDispatchMode):
         self.count, self.key, self.busy = 0, 0, False
 
     def before(self, known: OperatorNumber, func: Any, args: Any, kwargs: Any) -> Any:
-        """Called before an operator. The return value is passed to `after` as ``state``."""
+        """Called before an operator, with the facts about it (``known``). The return value is passed to
+        `after` as ``state``. View operators are reported only if ``sees_views``."""
 
     def after(self, func: Any, args: Any, kwargs: Any, made: Fresh, state: Any) -> None:
-        """Called after an operator. ``made`` holds new storages, numbered from ``count``. View operators are
-        reported only if ``sees_views``."""
+        """Called after an operator. ``made`` holds new storages, numbered from ``count``, as (index among the
+        tensors that the operator returned, tensor). View operators are reported only if ``sees_views``."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,7 +134,8 @@ class Numbered(TorchDispatchMode):
 
 
 def plain_view(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether size, stride and offset fully describe how the tensor reads its storage."""
+    """Return whether size, stride and offset fully describe how the tensor reads a storage of elements of
+    ``dtype``: it has that dtype, and no conjugate or negative bit."""
     return tensor.dtype == dtype and not tensor.is_conj() and not tensor.is_neg()
 
 
@@ -140,6 +148,7 @@ def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 def repeatable(kwargs: Any, written_elsewhere: int) -> bool:
-    """Return whether a call can be repeated: it uses no random generator of its own and writes to no other
-    storage. ``written_elsewhere`` counts such storages."""
+    """Return whether a call with these keyword arguments can be repeated: it is given no random generator,
+    and it writes to no storage that is kept. ``written_elsewhere`` is the number of such storages that it
+    writes to."""
     return kwargs.get("generator") is None and not written_elsewhere

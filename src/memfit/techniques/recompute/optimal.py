@@ -20,8 +20,8 @@ _SHAPE = r"(|none|[0-9a-f]{8}:\d+(-\d+)?(,\d+(-\d+)?)*)"
 
 
 def dropped_text(key: int, dropped: Iterable[int]) -> str:
-    """Return the choice as text: ``0badcafe:3-9,12`` is the operators' checksum and the numbers of dropped
-    storages; "none" means that none is dropped."""
+    """Return a choice as text: ``0badcafe:3-9,12`` is ``key``, the checksum of the operators, and the numbers
+    of dropped storages; "none" means that none is dropped."""
     runs: list[list[int]] = []
     for number in sorted(dropped):
         if runs and runs[-1][1] == number - 1:
@@ -33,7 +33,8 @@ def dropped_text(key: int, dropped: Iterable[int]) -> str:
 
 
 def read_dropped(text: str) -> tuple[int, frozenset[int]]:
-    """Return the checksum and the numbers of dropped storages from the text of `dropped_text`."""
+    """Return the checksum and the numbers of dropped storages from the text of `dropped_text`, which must not
+    be "none"."""
     key, _, numbers_text = text.partition(":")
     numbers = set[int]()
     for run in numbers_text.split(","):
@@ -46,7 +47,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     text = str(settings["dropped"])
     if not text:
         raise UserError(
-            f"{NAME} with a budget of {settings['budget_mib']} MiB has no choice of tensors yet",
+            f"{NAME} with a budget of {settings['budget_mib']} MiB has no choice of tensors to drop yet",
             allowed="a plan for which memfit has chosen the tensors",
             hint="memfit.planner.recompute_budget.chosen(job, plan) returns one",
         )
@@ -85,11 +86,16 @@ TECHNIQUE = Technique(
     order=95,  # sees the operators that all other techniques leave
     slot="recomputation",
     knobs=(
-        Knob(name="budget_mib", default=1024, doc="peak of all tensors of the step, in MiB"),
+        Knob(
+            name="budget_mib",
+            default=1024,
+            doc="limit of the memory that all tensors of the step take at its peak, in MiB",
+        ),
         Knob(
             name="dropped",
             default="",
-            doc="numbers of the dropped tensors; if left out, memfit chooses them",
+            doc="checksum of the operators and numbers of the dropped tensors, as memfit writes them; none: "
+            "no tensor is dropped; if left out, memfit chooses the tensors",
             pattern=re.compile(_SHAPE),
         ),
     ),

@@ -83,8 +83,9 @@ class Handle(NamedTuple):
 
 
 class RecomputedCall:
-    """A call of an operator that can be repeated. ``outputs`` holds (index among its outputs, storage that it
-    makes), or (-1, storage that it writes to)."""
+    """A call of an operator that can be repeated once. ``given`` holds its positional and keyword arguments,
+    ``state`` the random state to start from, or None. ``outputs`` holds (index among its outputs, dropped
+    storage that it makes), or (-1, dropped storage that it writes to)."""
 
     __slots__ = ("__weakref__", "args", "func", "kwargs", "outputs", "sources", "state")
 
@@ -106,8 +107,9 @@ class RecomputedCall:
         )
 
     def run(self, own: Value) -> None:
-        """Repeat the call: make its dropped outputs, or write to ``own``. Raises MemfitError if a kept
-        parameter has been changed since."""
+        """Repeat the call: make its dropped outputs, of which ``own`` is one, or write to ``own``. The
+        arguments are given up, so that a call can be repeated only once. Raises MemfitError if a parameter
+        among them has been changed since the call was recorded."""
         args = [_given(own, a) for a in self.args]
         kwargs = {k: _given(own, a) for k, a in self.kwargs.items()}
         # Tensors that are kept for this call alone are freed with the arguments.
@@ -133,7 +135,9 @@ def _references(given: Any) -> Iterator[Ref | Held]:
 def _given(target: Value, leaf: Any) -> Any:
     if isinstance(leaf, Held):
         if leaf.version is not None and leaf.tensor._version != leaf.version:
-            raise MemfitError("a parameter was changed in backward before recomputation had read it")
+            raise MemfitError(
+                "optimal-checkpointing: backward changed a parameter before a recomputation had read it"
+            )
         return leaf.tensor
     if isinstance(leaf, Ref):
         return seen(leaf.value, leaf.geometry)
@@ -180,14 +184,15 @@ def set_rng_state(device: torch.device, state: torch.Tensor) -> None:
 
 
 def device_of(args: Any, kwargs: Any) -> torch.device:
-    """Return the device on which a call runs."""
+    """Return the device on which a call runs: that of its first tensor argument, else its argument
+    ``device``, else the CPU."""
     tensor = next(flat((args, tuple(kwargs.values()))), None)
     return tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
 
 
 class Tape(Numbered):
-    """One forward pass without the storages numbered in ``dropped``. Enter it together with saved-tensor
-    hooks of its `pack` and `unpack`."""
+    """Mode for one forward pass, of which autograd does not keep the storages numbered in ``dropped``. Enter
+    it together with saved-tensor hooks of its `pack` and `unpack`. ``packed`` counts the tensors saved."""
 
     def __init__(self, dropped: frozenset[int]) -> None:
         super().__init__()
@@ -239,13 +244,15 @@ class Tape(Numbered):
             self._remember(tensor, value)
 
     def _is_odd(self, tensor: torch.Tensor, targets: list[torch.Tensor], kwargs: Any) -> bool:
-        """Return whether a write to a dropped storage cannot be repeated on a recomputed one."""
+        """Return whether ``tensor``, one of the ``targets`` of a write, belongs to a dropped storage and the
+        write cannot be repeated on the recomputed storage."""
         value = self.value(tensor)
         unrepeatable = len(targets) > 1 or not repeatable(kwargs, 0)
         return value is not None and (unrepeatable or not plain_view(tensor, value.dtype))
 
     def _keep(self, tensor: torch.Tensor) -> None:
-        """Keep the storage from now on. Earlier users get the contents that it had before."""
+        """Keep the storage of ``tensor`` from now on, if it is a dropped one. If autograd or a recorded call
+        still refers to it, recompute for them the contents that it has now."""
         entry = self.values.pop(storage_key(tensor), None)
         if entry is not None:
             value_reference = weakref.ref(entry[1])
@@ -263,7 +270,8 @@ class Tape(Numbered):
         values[key] = (weakref.ref(tensor.untyped_storage(), died), value)
 
     def _sources(self, args: Any, kwargs: Any, targets: list[Value]) -> Any:
-        """Return the arguments with dropped tensors by reference and kept ones without their graph."""
+        """Return the arguments of a call that writes to the storages ``targets``, in the form that
+        `RecomputedCall` takes: dropped tensors by reference, and kept ones without their graph."""
         positional = [self._source(leaf, targets) for leaf in args]
         return positional, {name: self._source(leaf, targets) for name, leaf in kwargs.items()}
 
@@ -287,8 +295,8 @@ class Tape(Numbered):
         return Held(leaf.detach(), None)
 
     def _run_readers(self, tensor: torch.Tensor) -> None:
-        """Run the calls that read ``tensor`` before it is overwritten. Calls that write to it are repeated in
-        order anyway."""
+        """Repeat the recorded calls that read the storage of ``tensor``, before that is overwritten. Calls
+        that write to it are repeated in order anyway."""
         target = self.value(tensor)
         for reader in [c for c in self.calls if c.reads(tensor, target)]:
             for _, reference in reader.outputs:
@@ -312,7 +320,8 @@ class Tape(Numbered):
         return seen(packed.value, packed.geometry)
 
     def _make(self, value: Value) -> None:
-        """Run the pending calls of a storage, after those of the storages they read."""
+        """Recompute a dropped storage: run its pending calls, after those of the dropped storages that they
+        read. Do nothing if it has no pending calls."""
         if not value.pending:
             return
         was_busy, self.busy = self.busy, True

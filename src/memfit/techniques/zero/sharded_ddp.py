@@ -29,7 +29,11 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 class ShardedDdp:
     """The optimizer of a rank, which reduces gradients to their owners and updates the parameters that it
-    owns."""
+    owns.
+
+    ``most`` is the largest number of elements of a bucket. With 0, or on one rank, there are no buckets and
+    each gradient is reduced alone.
+    """
 
     def __init__(
         self, bench: Workbench, params: list[torch.nn.Parameter], most: int, make: MakeOptimizer, group: Any
@@ -77,7 +81,8 @@ class ShardedDdp:
 
     def _on_forward(self, *_: Any) -> None:
         """Before the first forward, make the parameters' flat buffers again, and the buckets. Before the last
-        micro-batch of a step, broadcast the model's buffers. Before each forward, reset the buckets."""
+        micro-batch of a step, broadcast the model's buffers from the first rank. Before each forward, mark
+        the gradients of all buckets as missing. Do nothing where gradients are disabled."""
         import torch
 
         if not torch.is_grad_enabled():
@@ -176,8 +181,8 @@ class ShardedDdp:
         return total.sqrt()
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """Return (parameter, its first element, gradient) of the parameters that this rank updates. Gradients
-        of other parameters are stale."""
+        """Return (parameter, 0, gradient) of the parameters that this rank updates: whole gradients, which
+        begin at element 0. Gradients of other parameters are stale."""
         owned_params = (p for p in self.params if self.owner[p] == self.rank)
         return ((p, 0, p.grad) for p in owned_params if p.grad is not None)
 
@@ -208,7 +213,7 @@ class Bucket:
         self.missing, self.sent = 0, False
 
     def add(self, param: torch.nn.Parameter) -> None:
-        """Make the gradient of ``param`` a view of the buffer."""
+        """Make the gradient of ``param`` a view of the next free elements of the buffer, set to zero."""
         import torch
 
         param.grad = torch.zeros_like(param)
@@ -217,7 +222,7 @@ class Bucket:
         self.elements += param.numel()
 
     def shrink(self) -> None:
-        """Reduce the buffer to the elements in use."""
+        """Replace the buffer by a copy of its elements in use, of which the gradients then are views."""
         self.buffer, offset = self.buffer[: self.elements].clone(), 0
         for param in self.params:
             self._place(param, offset)
@@ -256,8 +261,8 @@ TECHNIQUE = Technique(
         Knob(
             name="reduce_buffer_elements",
             default=2**23,
-            doc="size of the buffers, kept by every rank, in which small gradients are reduced together; "
-            "0: each gradient is reduced alone",
+            doc="largest number of elements of a buffer in which small gradients are reduced together (every "
+            "rank keeps one buffer per rank); 0: each gradient is reduced alone; one rank has no buffers",
             minimum=0,
         ),
     ),

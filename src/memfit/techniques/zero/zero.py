@@ -34,7 +34,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         raise UserError("zero of stage 0 supports neither offload nor bf16", allowed="stages 1 to 3")
     if offload == "parameters" and stage < 3:
         raise UserError(
-            f"zero of stage {stage} keeps whole parameters on the device",
+            f"zero of stage {stage} cannot offload parameters, which it keeps whole on the device",
             allowed='offload="none" or "optimizer"; "parameters" with stage=3',
         )
     bench.parameters_on = "host" if offload == "parameters" else ""
@@ -74,36 +74,51 @@ TECHNIQUE = Technique(
         Knob(
             name="precision",
             default="fp32",
-            doc="dtype of parameters and gradients; the master copy is fp32",
+            doc="dtype of parameters and gradients; the master copy of stages 1 to 3 is always fp32; stage 0 "
+            "supports only fp32",
             choices=("fp32", "bf16"),
         ),
         Knob(
-            name="reduce_bucket_elements", default=500_000_000, doc="elements of gradients reduced together"
+            name="reduce_bucket_elements",
+            default=500_000_000,
+            doc="stages 1 to 3: largest number of gradient elements that are reduced together; a larger "
+            "gradient is reduced alone",
         ),
         Knob(
             name="overlap",
             default=False,
-            doc="stages 1, 2: gradients are reduced in backward, and a second bucket fills meanwhile",
+            doc="stages 1 and 2: a second bucket of gradients fills while one is reduced; stage 1 then "
+            "reduces during backward and not after it",
             choices=(True, False),
         ),
         Knob(
             name="offload",
             default="none",
-            doc="what is kept in host memory",
+            doc="what is kept in host memory; optimizer: fp32 master copy, its gradient and optimizer state, "
+            "all updated there; parameters (stage 3 only): also this rank's pieces of parameters",
             choices=("none", "optimizer", "parameters"),
         ),
-        Knob(name="persist_elements", default=100_000, doc="stage 3: parameters up to this size stay whole"),
+        Knob(
+            name="persist_elements",
+            default=100_000,
+            doc="stage 3: parameters of at most this many elements stay whole on every rank",
+        ),
         Knob(
             name="live_elements",
             default=1_000_000_000,
-            doc="stage 3: elements of gathered parameters kept for reuse",
+            doc="stage 3: limit of gathered elements, beyond which parameters are neither gathered ahead nor "
+            "kept for reuse",
         ),
-        Knob(name="prefetch_elements", default=50_000_000, doc="stage 3: elements gathered ahead"),
+        Knob(
+            name="prefetch_elements",
+            default=50_000_000,
+            doc="stage 3: limit of elements that are gathered ahead of their use at a time",
+        ),
         Knob(
             name="memory_efficient_linear",
             default=True,
-            doc="stage 3: linear layers keep no gathered weight; False: torch's own, which keep "
-            "weights until backward; on one rank, losses are then bitwise those of plain training",
+            doc="stage 3; True: linear layers keep no gathered weight for backward; False: torch's linear "
+            "layers, which do; on one rank, losses are then bitwise those of plain training",
             choices=(True, False),
         ),
     ),

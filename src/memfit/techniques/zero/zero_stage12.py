@@ -35,8 +35,8 @@ def all_reduce(tensor: torch.Tensor, group: Group) -> None:
 
 
 def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
-    """Gather ``own`` of all ranks into ``whole``. Return a handle to wait for, or None if the gather is
-    done."""
+    """Start to gather ``own`` of all ranks into ``whole``. Return a handle to wait for. On one rank, copy and
+    return None."""
     if group.size() > 1:
         return group._allgather_base(whole, own)
     whole.copy_(own)
@@ -44,7 +44,11 @@ def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
 
 
 class Reducing:
-    """Base class of all stages: gradients move from their parameters into a bucket as backward makes them."""
+    """Base class of the optimizers of all stages.
+
+    Calls `_on_gradient` with each parameter whose gradient backward has completed, and `_after_backward` at
+    the end of backward. ``params`` are the trained parameters.
+    """
 
     inner: OptimizerLike
     master: torch.nn.Parameter
@@ -80,14 +84,15 @@ class Reducing:
             self._on_gradient(param)
 
     def _into(self, buffer: torch.Tensor, offset: int, param: torch.nn.Parameter) -> None:
-        """Move a gradient to a place in ``buffer`` and free its own storage."""
+        """Move the gradient of ``param`` to ``buffer``, from element ``offset`` on. It becomes a view of the
+        buffer."""
         assert param.grad is not None
         place = buffer.narrow(0, offset, param.numel()).view_as(param)
         place.copy_(param.grad)
         param.grad = place
 
     def _norm(self, norms: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Return the norm over all ranks, from the norms of this rank's gradients."""
+        """Return the norm of all gradients over all ranks, from the norms of this rank's gradients."""
         total = torch.stack(list(norms)).square().sum().float()
         all_reduce(total, self.group)
         return total.sqrt()
@@ -97,7 +102,8 @@ class Reducing:
             param.grad = None
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
-        """Multiply the fp32 gradients by ``factor`` just before the next update, as DeepSpeed clips."""
+        """Let the next step, and only that, multiply the fp32 gradients by ``factor`` just before the update,
+        as DeepSpeed clips."""
         self.scale = factor
 
     def _scaled(self) -> None:
@@ -107,8 +113,9 @@ class Reducing:
         self.scale = None
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """Return (parameter, first element, the part of its reduced gradient with which this rank updates
-        it)."""
+        """Return (parameter, start, the part of its reduced gradient with which this rank updates it).
+        ``start`` is the element of the parameter at which the part begins. Here, every rank updates whole
+        parameters."""
         return ((p, 0, p.grad) for p in self.params if p.grad is not None)
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
@@ -135,8 +142,9 @@ def norm64(grad: torch.Tensor) -> torch.Tensor:
 
 
 class ZeroNone(Reducing):
-    """Stage 0: everything is whole. After backward, gradients are averaged in copies of about
-    ``most_elements`` elements (deepspeed/runtime/engine.py)."""
+    """Stage 0: everything is whole on every rank. After the last backward of a step, gradients are averaged
+    in copies, each of which takes gradients until it exceeds ``most_elements``
+    (deepspeed/runtime/engine.py)."""
 
     most_elements = 500_000_000
 
@@ -183,7 +191,8 @@ class ZeroNone(Reducing):
 
 
 class ZeroTwo(Reducing):
-    """Stages 1 and 2: whole parameters on every rank, as views of one flat buffer."""
+    """Stages 1 and 2: whole parameters on every rank, as views of one flat buffer. Each rank updates an fp32
+    master copy of its part of the buffer; then the parts are gathered."""
 
     def __init__(
         self,
@@ -223,7 +232,8 @@ class ZeroTwo(Reducing):
         self.inner = make([self.master])
 
     def _keep_on_host(self, largest: int) -> None:
-        """Make permanent buffers on the host, and one on the device through which gradients come back."""
+        """Make permanent buffers on the host, and one on the device, of ``largest`` elements, through which
+        gradients come back."""
         self.low = torch.zeros(self.size, dtype=self.flat.dtype)
         self.spare_host = torch.zeros(largest, dtype=self.flat.dtype)
         with self.bench.place(""):
@@ -270,7 +280,8 @@ class ZeroTwo(Reducing):
         self.pending, self.elements = [], 0
 
     def _average(self, whole: torch.Tensor) -> None:
-        """Average the gradients of all ranks in a copy, and copy this rank's part back."""
+        """Average the pending gradients, whose elements are ``whole``, over all ranks in a copy. Copy back
+        only what belongs to this rank's part; the rest of ``whole`` is only divided."""
         whole.div_(self.ranks)
         slices = [(owner, whole.narrow(0, offset, count)) for owner, offset, count in self._slices()]
         copy = torch._utils._flatten_dense_tensors([s for _, s in slices])
@@ -280,8 +291,9 @@ class ZeroTwo(Reducing):
                 target.copy_(mean)
 
     def _slices(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (owner, start, elements) of the pending gradients. Adjacent gradients of one owner are
-        merged."""
+        """Yield (rank that owns the slice, its start, number of elements) for slices of the pending
+        gradients, laid out one after the other. A gradient on the border of parts is cut; adjacent gradients
+        of one owner are merged."""
         offset, run = 0, (-1, 0, 0)
         for param in self.pending:
             start, end = self.span[param]
@@ -298,7 +310,9 @@ class ZeroTwo(Reducing):
         yield run
 
     def _keep(self, param: torch.nn.Parameter) -> None:
-        """Move what this rank needs of a gradient out of the bucket, which is reused."""
+        """Move a gradient that this rank needs, because its part has elements of the parameter, out of the
+        bucket, which is reused: to the host or to a buffer of such gradients. Of the others, stage 2 frees
+        each, and stage 1 keeps it until the end of backward."""
         if param not in self.mine:
             param.grad = None if self.shards_gradients else param.grad
         elif self.state_on:
@@ -313,8 +327,10 @@ class ZeroTwo(Reducing):
             self.own_at += param.numel()
 
     def _to_host(self, param: torch.nn.Parameter) -> None:
-        """Move this rank's part of a gradient to the host. Sums over micro-batches stay on the host and are
-        added to on the device."""
+        """Add a gradient, on the device, to its sum over earlier micro-batches, which is kept on the host
+        (stage 2). Before the last micro-batch, write the sum back to the host. In the last, write this rank's
+        part of it to the gradient of the master copy on the host, note its norm, and free the gradient on the
+        device."""
         (a, b), grad = self.mine[param], param.grad
         assert self.master.grad is not None and grad is not None
         has_sum = self.shards_gradients and self.micro_batch > 0

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 
 class ZeroThree(Reducing):
-    """Stage 3: every parameter is sharded evenly over the ranks. The shards of trained parameters are in one
-    flat buffer."""
+    """Stage 3: every parameter is cut into pieces of one size, one for each rank, the last ones padded. This
+    rank's pieces of trained parameters are in one flat buffer. An fp32 master copy of that buffer is
+    updated."""
 
     def __init__(
         self,
@@ -91,7 +92,8 @@ class ZeroThree(Reducing):
         self.elements += param.numel()
 
     def _reduce(self) -> None:
-        """Reduce and scatter a copy of the gradients in which each rank's pieces are adjacent."""
+        """Reduce and scatter the pending gradients, in a tensor in which each rank's pieces are adjacent. Add
+        this rank's pieces to its gradients, and free the rest."""
         pending = sorted(self.pending, key=self.shards.number.__getitem__)
         sizes = [self.shards.size[p] for p in pending]
         rank_part = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
@@ -216,7 +218,8 @@ class Shards:
         return shard
 
     def _flattened(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
-        """Copy pieces one by one into a buffer on the host, which then moves to the device."""
+        """Copy this rank's pieces of the trained parameters one by one into a buffer on the host, which then
+        moves to the device unless parameters are offloaded. Return it; the pieces become views of it."""
         with self.bench.place("host"):
             flat = torch.empty(sum(self.size[p] for p in trained), dtype=trained[0].dtype)
         offset = 0
@@ -232,11 +235,13 @@ class Shards:
         return flat
 
     def of(self, param: torch.nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
-        """Return the place of a parameter's piece in ``flat``."""
+        """Return the view of ``flat``, a buffer of this rank's pieces of trained parameters, that belongs to
+        a parameter."""
         return flat.narrow(0, self.place[param], self.size[param])
 
     def begin(self) -> None:
-        """Start a forward pass of the whole model."""
+        """Start a forward pass of the whole model: free what was gathered ahead and not used. If no order of
+        modules is known, take the one recorded since the previous call, or else begin to record."""
         for param in list(self.flying):
             if param in self.flying:
                 self._land(param)
@@ -250,7 +255,8 @@ class Shards:
         self.queue = deque((p, i) for i, m in enumerate(self.order) for p in self._of(m))
 
     def end(self) -> None:
-        """End backward: release modules whose inputs need no gradient, because their hooks do not run."""
+        """End backward: free parameters of modules whose inputs need no gradient, because the hooks that
+        would free them do not run. Persistent parameters stay whole."""
         for param in [p for p, modules in self.active.items() if modules]:
             self.active[param].clear()
             if param not in self.persistent:
@@ -261,15 +267,17 @@ class Shards:
         return sorted(params, key=self.number.__getitem__)
 
     def read(self, param: torch.nn.Parameter) -> None:
-        """Gather a parameter that the running module reads, possibly of another module. From now on it is
-        fetched for that module too."""
+        """Gather a parameter that the running module reads though nothing has gathered it, such as another
+        module's. From now on it is fetched for the running module too."""
         if self.running and param in self.number and param not in self.whole and param not in self.flying:
             self.others[self.running[-1]].append(param)
             with torch.no_grad():
                 self.gather([param])
 
     def fetch(self, module: torch.nn.Module) -> None:
-        """Gather the parameters of a module that is about to run, and prefetch those of later modules."""
+        """Gather the parameters of a module that is about to run in forward or backward. If the order of
+        modules is known, prefetch those of later modules. A module out of that order ends this, until an
+        order is recorded anew."""
         if self.order and (self.at >= len(self.order) or self.order[self.at] is not module):
             # The modules run in another order than before.
             self.order, self.queue, self.visits = [], deque(), None
@@ -287,7 +295,8 @@ class Shards:
         self.at += 1
 
     def _prefetch(self, module_params: list[torch.nn.Parameter]) -> None:
-        """Start gathering what comes next, in the order in which it will be used."""
+        """Start gathering the parameters that come next in the known order of modules, within the limits of
+        gathered and prefetched elements. ``module_params`` are those of the current module."""
         new_params = {p for p in module_params if self.latest[p] < self.at}
         used_params: set[torch.nn.Parameter] = set()
         while self.queue and len(used_params) < len(new_params):
@@ -306,7 +315,8 @@ class Shards:
         self._send(sorted(next_params, key=self.number.__getitem__))
 
     def release(self, module: torch.nn.Module) -> None:
-        """Free the parameters of a module that has run, unless they are kept for reuse."""
+        """Free the parameters of a module that has run, unless another module is using them or they are kept
+        for reuse (see `_kept`). While no order of modules is known, none are kept."""
         params = self._of(module)
         kept_params = self._kept(params) if self.order else set()
         for param in params:
@@ -315,8 +325,9 @@ class Shards:
                 self._free(param)
 
     def _kept(self, module_params: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
-        """Return the parameters to keep: persistent ones, and those that are used again within the limit for
-        reuse."""
+        """Return the parameters to keep: persistent ones, those of the current module that were fetched ahead
+        for a later one, and those of the next modules in the known order, until the limit of live elements is
+        reached."""
         kept_params = set(self.persistent) | {p for p in module_params if self.latest[p] > self.at}
         elements = 0
         for module in self.order[self.at :]:
@@ -333,14 +344,15 @@ class Shards:
             self.live -= math.prod(self.shape[param])
 
     def let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """Free whole parameters."""
+        """Make parameters empty, even those that modules are using. This rank's pieces of them stay."""
         for param in list(params):
             param.data = torch.empty(0, dtype=param.dtype)
             self.whole.discard(param)
             self.active[param].clear()
 
     def gather(self, params: list[torch.nn.Parameter]) -> None:
-        """Gather each parameter into its own tensor, and wait for it."""
+        """Gather each parameter into its own tensor, and wait for it. On one rank, several parameters use
+        their pieces as they are."""
         if self.ranks == 1 and len(params) > 1:
             self._be_whole(params)
             return
@@ -353,7 +365,8 @@ class Shards:
             self._arrived(param, whole)
 
     def _send(self, params: list[torch.nn.Parameter]) -> None:
-        """Start gathering parameters. Several are gathered in one flat tensor."""
+        """Start gathering parameters, several of them in one flat tensor. On one rank they are whole at
+        once."""
         if not params:
             return
         self.live += sum(math.prod(self.shape[p]) for p in params)
@@ -368,7 +381,8 @@ class Shards:
         self.flying.update(dict.fromkeys(params, flight))
 
     def _be_whole(self, params: list[torch.nn.Parameter]) -> None:
-        """On one rank, use the pieces as the whole parameters."""
+        """On one rank, use the pieces as the whole parameters, or copies on the device of pieces that are
+        offloaded."""
         for param in params:
             on_host = self.offload and self.bench.device != "cpu"
             self._arrived(param, self.shard[param].clone() if on_host else self.shard[param])
@@ -406,14 +420,16 @@ class Shards:
 
 
 class Flight:
-    """A gather in progress."""
+    """A gather of ``params`` into ``flat``, in progress until ``landed``. ``work`` is the handle to wait for,
+    or None."""
 
     def __init__(self, params: list[torch.nn.Parameter], flat: torch.Tensor, work: Any) -> None:
         self.params, self.flat, self.work, self.landed = params, flat, work, False
 
 
 def piece(flat: torch.Tensor, size: int, rank: int) -> list[torch.Tensor]:
-    """Return a rank's piece of a flat tensor, and the padding up to ``size`` if it is shorter."""
+    """Return a rank's piece of a flat tensor that is cut into pieces of ``size`` elements, followed by a
+    tensor of zeros up to ``size`` if the piece is shorter."""
     start = min(rank * size, flat.numel())
     elements = flat[start : start + size]
     return [elements] if elements.numel() == size else [elements, flat.new_zeros(size - elements.numel())]

@@ -12,8 +12,8 @@ from torch.utils import _pytree
 
 
 def watch_reads(module: torch.nn.Module, read: Callable[[Any], None]) -> Callable[[], None]:
-    """Call ``read`` with each of the module's parameters that is read by name. Return a function that ends
-    this."""
+    """From now on, call ``read`` with each parameter of the module, but not of its submodules, that code
+    reads as an attribute. Return a function that ends this."""
     original = module._parameters
     module._parameters = _Parameters(original, read)
 
@@ -39,13 +39,15 @@ _PLAIN = functional.linear
 
 
 class LinearPatch:
-    """Replaces the linear function by `_linear` while a module runs, also in a recomputation."""
+    """Replaces torch.nn.functional.linear by `_linear` while a watched module runs, also in a
+    recomputation."""
 
     def __init__(self) -> None:
         self.depth = 0
 
     def during(self, module: torch.nn.Module) -> list[Callable[[], None]]:
-        """Patch while ``module`` runs. Return functions that end this."""
+        """From now on, patch whenever ``module`` runs. Return functions that end this; the last one restores
+        the function."""
         enter = module.register_forward_pre_hook(lambda *_: self._turn(1))
         leave = module.register_forward_hook(lambda *_: self._turn(-1), always_call=True)
         return [enter.remove, leave.remove, self._end]
@@ -88,8 +90,9 @@ class _Linear(torch.autograd.Function):
 
 
 def tapped(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
-    """Return the same values. ``call`` runs in backward for each value whose gradient is ready, or with
-    ``once`` when all are."""
+    """Return the same structure of values, with each tensor that needs a gradient replaced by an alias.
+    ``call`` runs in backward for each alias whose gradient is ready, or with ``once`` when all are. If no
+    tensor needs a gradient or gradients are disabled, return ``values``; ``call`` then never runs."""
     leaves, shape = _pytree.tree_flatten(values)
     places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.requires_grad]
     if not places or not torch.is_grad_enabled():
