@@ -35,7 +35,12 @@ _PRECISION: dict[str, Uses] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """Identifies one small trace. ``samples`` is the number of samples in its micro-batch."""
+    """Identifies one small trace: of a plan on ``tensor`` x ``context`` ranks with three blocks.
+
+    ``tensor``, ``context``: degrees of parallelism. ``sequence``, ``vocabulary``: settings of tensor
+    parallelism. ``compute``: precision, "fp32", "autocast" or "bf16". ``uses``: the other techniques.
+    ``samples``: number of samples in the micro-batch.
+    """
 
     tensor: int
     sequence: bool
@@ -47,7 +52,11 @@ class Key:
 
 
 class Traced:
-    """Parts of one job on one kind of device. Traces are cached."""
+    """Makes small traces of one job for one kind of device, and returns parts of them.
+
+    The traces are cached: ``kept`` has each trace by its key, or the error's text if it could not be made;
+    ``updates`` has traces of the optimizer's step.
+    """
 
     def __init__(self, job: Job, device: str) -> None:
         self.job, self.device = job, device
@@ -62,9 +71,9 @@ class Traced:
         self._batch = job.make_batch(0, 0)  # made once, with real tensors
 
     def host_tensors(self, kept_bytes: float) -> HostTensors:
-        """Return the host tensors of a rank that keeps ``kept_bytes`` in host memory.
+        """Return the host tensors of a rank that keeps ``kept_bytes`` in host memory during a step.
 
-        The whole batch is counted.
+        The job's whole batch is counted as the rank's part.
         """
         tensors = (t for t in _pytree.tree_leaves(self._batch) if isinstance(t, torch.Tensor))
         batch_bytes = sum(t.numel() * t.element_size() for t in tensors)
@@ -73,9 +82,10 @@ class Traced:
         )
 
     def parts(self, key: Key, seconds: Seconds) -> Parts:
-        """Return the parts of the trace ``key``.
+        """Return the parts of the trace ``key``, which is made if it is not cached.
 
-        Raises UserError if the model cannot be cut or run that way.
+        ``seconds`` returns the time of operators. Raises UserError if the model cannot be cut or run that
+        way.
         """
         self.trace([key])
         result = self.kept[key]
@@ -105,7 +115,8 @@ class Traced:
         return updating_of(self.updates[uses], seconds)
 
     def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
-        """Make all missing traces in parallel.
+        """Make all traces of ``keys``, and of the optimizer's step under ``updates``, that are not cached, in
+        parallel. A trace of ``keys`` that fails is cached as the error's text.
 
         Traces with torch.compile come first and those with distributed tensors last, because each of these
         loads parts of torch that the other traces do not need.

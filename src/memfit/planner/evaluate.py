@@ -1,4 +1,5 @@
-"""Price plans: exactly, by tracing them whole, or quickly, by composing traces of their parts.
+"""Price plans, that is, predict their memory, time and cost: exactly, by tracing them whole, or quickly,
+by composing traces of their parts.
 
 A search needs the prices of hundreds of plans that share their parts. The memory that forward and backward
 use above the resident bytes depends on precision, recomputation and micro-batch, not on the optimizer. The
@@ -67,7 +68,9 @@ _Part = tuple[list[float], Weighted, Weighted, int]
 
 @dataclasses.dataclass(kw_only=True)
 class Pricer:
-    """Prices plans of one job on one machine. Traces are cached; a new calibration changes their prices."""
+    """Predicts memory, time and cost of plans of one job on one machine. Traces are cached; a new calibration
+    changes the predictions made from them.
+    """
 
     job: Job
     machine: Machine
@@ -111,7 +114,9 @@ class Pricer:
         self.choices = Choices()
 
     def settled(self, plan: Plan) -> Plan:
-        """Return the plan with its open choice made: the tensors to recompute under its memory budget."""
+        """Return the plan; if it recomputes within a memory budget and its tensors are not chosen yet, with
+        the tensors to recompute chosen. Raises UserError if the budget cannot be met.
+        """
         if open_budget(plan) is None:
             return plan
         op_seconds = self.model.op_s if self.model else nominal_s
@@ -125,7 +130,7 @@ class Pricer:
         )
 
     def seen(self) -> list[OpCall]:
-        """Return the distinct operators of all traces made so far."""
+        """Return one operator call for each distinct signature in all traces of whole plans made so far."""
         ops = {op.signature: op for t in self.traces.values() for op in t.ops}
         return list(ops.values())
 
@@ -143,8 +148,11 @@ class Pricer:
         self.traces |= {(plan, rank): traced for rank, traced in zip(missing_ranks, traces, strict=True)}
 
     def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
-        """Trace the plan on these ranks, with the engine's own training step if the engine has one that can
-        be traced here.
+        """Return the traces of the plan on these ranks: of the engine's own training step if it has one that
+        can be traced here, else of native's. If it has one that cannot be traced here, the traces'
+        assumptions say so.
+
+        Raises UserError if the model has parameters without dimensions and the engine does not support them.
         """
         backend = engine(self.engine)
         if backend.no_scalars(plan):
@@ -163,7 +171,7 @@ class Pricer:
 
     def ahead(self, plans: Sequence[Plan]) -> None:
         """Trace every distinct rank of all these plans in parallel, so that later calls find the traces
-        cached.
+        cached. Does nothing if the engine is not native.
 
         If one of them cannot be traced, none is kept. The later call for that plan raises the error.
         """
@@ -179,8 +187,8 @@ class Pricer:
     # -- exact ----------------------------------------------------------------------------------------
 
     def whole(self, plan: Plan) -> Estimate:
-        """Return the estimate of the rank with the highest peak, with the host memory of the rank that needs
-        most of it.
+        """Return the plan's estimate, made from traces of its distinct ranks: that of the rank with the
+        highest peak, with the host memory of the rank that needs most of it.
         """
         rank_estimates = self.each_rank(plan)
         largest = max(rank_estimates, key=lambda e: e.allocated_bytes.value)
@@ -216,10 +224,11 @@ class Pricer:
     def trace_all(
         self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
-        """Trace several plans in parallel.
+        """Trace rank 0 of several plans in parallel, for those that are not cached.
 
-        ``tell(done, count, plan)`` is called with the number of finished traces and the label of one in
-        progress. Plans whose memory budget cannot be met are skipped here; pricing them raises the error.
+        ``tell(done, count, plan)`` is called with the number of finished traces, the number of all, and the
+        label of a plan that is being traced. Plans whose memory budget cannot be met are skipped here;
+        `whole` raises the error.
         """
         missing_plans = [p for p in dict.fromkeys(possible(plans, self.settled)) if (p, 0) not in self.traces]
         traces_by_index: dict[int, Sequence[Trace]] = {}
@@ -238,7 +247,9 @@ class Pricer:
     def prepare(
         self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
-        """Make the parts that the sketches of ``plans`` are composed from, in parallel."""
+        """Make the parts that the sketches of ``plans`` are composed from and that are not cached, in
+        parallel. ``tell`` is called as in `trace_all`.
+        """
         parts = {
             (plan, blocks, steps, "")
             for composed_plan in plans
@@ -256,7 +267,8 @@ class Pricer:
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
         """Return (the weight of the whole-batch part, the parts to compose as (plan, steps)).
 
-        The rest of the weight belongs to the part with the smallest micro-batches.
+        The rest of the weight belongs to the part with the smallest micro-batches. A part of weight 0 is left
+        out. The last part is for the optimizer and has no weight.
         """
         max_micro_batches, accumulation = self.space.parts[-1], plan.get(_ACCUMULATION)
         micros = int(accumulation.settings["micro_batches"]) if accumulation else 1
@@ -271,7 +283,7 @@ class Pricer:
         return whole_batch_share, [*parts, (_accumulated(_optimizer_only(plan), max_micro_batches), 2)]
 
     def sketch(self, plan: Plan) -> Estimate:
-        """Estimate a plan by composing parts.
+        """Estimate a plan by composing traces of parts, without tracing it.
 
         Peaks between the traced micro-batch sizes are upper bounds: a maximum of linear functions is convex,
         so it lies below its chord.
@@ -346,8 +358,8 @@ class Pricer:
         )
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:
-        """Return two smaller block counts to extrapolate from; None if the model is too small or its blocks
-        differ.
+        """Return two block counts, smaller than the model's, whose traces are extrapolated to it; None if the
+        model is too small or its blocks differ.
         """
         recompute = plan.get("activation-checkpointing")
         period = int(recompute.settings["every"]) if recompute else 1
@@ -386,7 +398,7 @@ class Pricer:
 
 def _digested(traced: Trace) -> _Part:
     """Return (memory entries, operators of all micro-steps, operators of the optimizer, number of
-    micro-steps).
+    micro-steps). The memory entries are in the order of `_RESIDENT` to `_HOST`.
 
     The memory of forward and backward is counted above the live bytes at the start of the last step, without
     its batch. Equal operators are stored once with their count, so that many traces can be kept.
@@ -426,7 +438,9 @@ def _digested(traced: Trace) -> _Part:
 
 
 def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
-    """Return the highest live bytes of each phase within the spans."""
+    """Return the highest live bytes of forward, backward and optimizer within the spans; 0 for a phase
+    without a span.
+    """
     clock, live_bytes = levels(traced)
     peaks = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER), 0)
     for span in spans:
@@ -485,9 +499,10 @@ def _accumulated(plan: Plan, micros: int) -> Plan:
 
 
 def _core(plan: Plan) -> Plan:
-    """Return the part of the plan that decides forward and backward, with the job's own optimizer.
+    """Return the techniques of the plan that decide forward and backward: all but gradient accumulation,
+    activation offload and what changes the optimizer. Bf16 parameters get a float32 master copy.
 
-    The rounding of bf16 parameters, activation offload and the optimizer in backward are priced on top.
+    What is left out is priced on top.
     """
     excluded_names = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
     uses = [
@@ -500,7 +515,9 @@ def _core(plan: Plan) -> Plan:
 
 
 def _optimizer_only(plan: Plan) -> Plan:
-    """Return what decides the optimizer's phase: optimizer technique, parameter precision and adapters."""
+    """Return the techniques of the plan that decide the optimizer's phase: optimizer, bf16 parameters,
+    adapters and data parallelism.
+    """
     names = {"bf16-parameters", "lora", "qlora"}
     slots = {"optimizer", "data-parallel"}
     uses = [u for u in plan.uses if u.technique in names or technique(u.technique).slot in slots]

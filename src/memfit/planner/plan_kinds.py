@@ -1,6 +1,6 @@
-"""Kinds of plans: plans of one kind have similar sketch errors.
+"""Kinds of plans, and the distance between plans of one kind.
 
-Also the distance between plans of one kind.
+The predictions of plans of one kind that are composed from traces of parts (sketches) have similar errors.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ _DEGREES = ("stages", "virtual", "degree")
 
 
 def kind(plan: Plan) -> tuple[object, Degrees]:
-    """Return ((data-parallel settings and how the model is cut), degrees), which decide the error of a
-    sketch.
+    """Return (kind, degrees) of a plan, which decide the error of its sketch.
+
+    Plans of equal kinds have the same techniques that cut the model and the same data-parallel technique, all
+    with the same settings except degrees and numbers of micro-batches. Degrees: (technique, setting) ->
+    number of ranks, stages or virtual stages.
     """
     cutting_settings = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
     degrees = {(name, k): int(v) for name, k, v in cutting_settings if k in _DEGREES}
@@ -30,5 +33,7 @@ def kind(plan: Plan) -> tuple[object, Degrees]:
 
 
 def doublings(one: Degrees, other: Degrees) -> float:
-    """Return how many doublings two sets of degrees are apart."""
+    """Return how many doublings two sets of degrees are apart, summed over all degrees. A degree that one
+    set lacks is 1.
+    """
     return sum(abs(math.log2(one.get(k, 1) / other.get(k, 1))) for k in one.keys() | other.keys())

@@ -30,11 +30,16 @@ def usable(
     small_states_bytes: int | None = None,
     dependence: SampleDependence | None = None,
 ) -> tuple[list[Technique], tuple[Reason, ...]]:
-    """Return the techniques that the accuracy and this machine allow, and the reasons why the others are
-    excluded.
+    """Return (the techniques that a search may use, the reasons why others are excluded).
+
+    Excluded are techniques whose packages are not installed; gradient accumulation if it would change the
+    training; techniques that change the numbers by more than ``accuracy`` allows, except data parallelism,
+    which is asked for explicitly; optimizers if ``small_states_bytes`` is given. Techniques that do not
+    support the device or have no setting for the job are left out without a reason.
 
     ``small_states_bytes``: size of parameters, gradients and optimizer state if that is too little to be
-    worth saving, else None. ``dependence``: whether the job's samples depend on each other.
+    worth saving, else None. ``dependence``: whether the job's samples depend on each other; None: it does not
+    matter.
     """
     allowed, reasons = [], []
     for candidate in TECHNIQUES.values():
@@ -64,19 +69,27 @@ def usable(
 
 
 def may_split(dependence: SampleDependence, accuracy: Accuracy) -> bool:
-    """Return whether micro-batches may be searched. Plans that weight the loss wrongly never are."""
+    """Return whether a search may split the batch into micro-batches: always if its samples are not known to
+    depend on each other; else if ``accuracy`` allows a changed algorithm, unless splitting would weight the
+    terms of the loss wrongly.
+    """
     if dependence.kind is not DependenceKind.DEPENDENT:
         return True
     return dependence.cause is not DependenceCause.WEIGHTS and accuracy.highest >= EffectClass.E3
 
 
 def may_share(dependence: SampleDependence, accuracy: Accuracy) -> bool:
-    """Return whether plans with data-parallel ranks may be searched."""
+    """Return whether a search may divide the batch over data-parallel ranks: if that does not change the
+    training, or under the conditions of `may_split`.
+    """
     return not dependence.across_ranks or may_split(dependence, accuracy)
 
 
 def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason, ...]:
-    """Return what to report about a plan for a job whose samples depend on each other, or may."""
+    """Return what to report about a recommended plan, at most one reason: that it changes the training by
+    splitting a batch of dependent samples, or that such plans were left out; or that it splits the batch and
+    the dependence of samples was not tested.
+    """
     if dependence.kind is DependenceKind.DEPENDENT:
         changes = changes_training(plan, dependence)
         kind = "changes" if changes else "left_out_changes"
@@ -89,7 +102,9 @@ def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason
 
 
 def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
-    """Yield all combinations that may be proposed, in a fixed order, plain training first."""
+    """Yield all combinations of these techniques and their settings that a search may propose, in a fixed
+    order. On one device plain training comes first; on several, every plan has a data-parallel technique.
+    """
     slots: dict[str, list[Use]] = {}
     for candidate in techniques:
         slots.setdefault(candidate.slot or candidate.name, []).extend(_uses(candidate, space))
@@ -114,9 +129,9 @@ _PLACE = {name: place for place, name in enumerate(TECHNIQUES)}
 
 
 def complexity(plan: Plan, dependence: SampleDependence | None = None) -> tuple[int, int, int]:
-    """Return the order in which equally good plans are preferred.
+    """Return a sort key of the plan: of equally good plans, the one with the lowest key is preferred.
 
-    Milder effects come first, then fewer techniques, then techniques that stand earlier in the table, where
-    the customary ones are.
+    First comes the mildest effect on the numbers, then the fewest techniques, then techniques that stand
+    early in `TECHNIQUES`, where the customary ones are.
     """
     return int(effect_of(plan, dependence)), len(plan.uses), sum(_PLACE[u.technique] for u in plan.uses)

@@ -39,10 +39,10 @@ _ATTEMPTS, _WORTH, _UNDER_CAP = 3, 0.03, 0.99
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cap:
-    """The memory cap of a search.
+    """The memory cap of a search: ``bytes`` of one device.
 
-    ``needs`` returns the bytes that an estimate needs. ``host`` tells whether the host has enough memory for
-    it. ``refuses`` returns why an engine does not support a plan.
+    ``needs`` returns the bytes that an estimate needs of a device. ``host`` tells whether the host has enough
+    memory for it. ``refuses`` returns why the search's engine does not support a plan; empty if it does.
     """
 
     bytes: int
@@ -55,13 +55,15 @@ class Cap:
         return self.needs(estimate) <= self.bytes and self.host(estimate)
 
     def may(self, plan: Plan) -> bool:
-        """Return whether a recomputation budget can be added to the plan."""
+        """Return whether a recomputation budget can be added to the plan: nothing in it conflicts, and the
+        engine supports it.
+        """
         budget = plan.with_use(make_use(NAME, {}))
         return conflict(budget) is None and not self.refuses(budget)
 
     def room_bytes(self, made: Sequence[Estimate]) -> int:
-        """Return the highest peak of tensors that fits, on the line through the plans with the lowest and
-        highest peak.
+        """Return the highest peak of tensors for which 99 % of the cap is needed, on the line through the
+        estimates with the lowest and the highest peak of ``made``; at least 0.
         """
         lowest, highest = (f(made, key=lambda e: e.allocated_bytes.value) for f in (min, max))
         tensor_bytes, lowest_need = lowest.allocated_bytes.value, self.needs(lowest)
@@ -82,10 +84,11 @@ def budgeted(
     cap: Cap,
     tell: Callable[[str, int, int, str], None],
 ) -> list[Estimate]:
-    """Make the best plan that does not fit fit, by choosing what to recompute.
+    """Make the best plan that does not fit fit, by adding a memory budget for which tensors are recomputed.
 
-    Only a plan is tried that would beat the best fitting plan of ``made`` if recomputation were free. Returns
-    a list of one estimate, or an empty list.
+    Only plans are tried that would beat the best fitting plan of ``made`` by at least 3 % if recomputation
+    were free, and at most 3 budgets. ``whole`` returns the estimate of a plan; ``made`` were traced whole.
+    Returns a list of one estimate that fits; an empty list if there is none or the goal is least memory.
     """
     if goal is Objective.SMALLEST:
         return []
@@ -116,7 +119,9 @@ def budgeted(
 
 
 def nominal_s(op: OpCall) -> float:
-    """Return the seconds of a call at 100 GFLOP/s and 10 GB/s, for a device of unknown speed."""
+    """Return the seconds of an operator call at 100 GFLOP/s and 10 GB/s, at least 2 microseconds, for a
+    device of unknown speed.
+    """
     return max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
 
 
@@ -139,10 +144,11 @@ def chosen(
     calibration: Calibration | None = None,
     gap_ratio: float = GAP_RATIO,
 ) -> Plan:
-    """Return the plan with its tensors to recompute chosen, or the plan itself if there is nothing to choose.
+    """Return the plan with its tensors to recompute chosen for its memory budget, or the plan itself if it
+    has no budget or they are chosen already.
 
-    ``seconds`` returns the time of one call. ``gap_ratio`` is the optimality gap of the recomputation's cost.
-    Raises UserError with the least possible peak if the budget is below it.
+    ``seconds`` returns the time of one operator call. ``gap_ratio`` is the optimality gap of the time that
+    recomputation adds. Raises UserError with the smallest budget found if the plan's budget cannot be met.
     """
     budget_bytes = open_budget(check(plan))
     if budget_bytes is None:
@@ -174,10 +180,10 @@ def chosen(
         )
         return refined_plan if peak_bytes <= _aim(budget_bytes) else smallest_plan
     raise UserError(
-        f"{NAME}: a budget of {format_bytes(budget_bytes)}",
+        f"{NAME}: recomputation cannot reduce the peak to a budget of {format_bytes(budget_bytes)}",
         allowed=(
             f"at least {math.ceil(smallest_peak / (1 - _SPARE_RATIO) / _MIB)} MiB, the smallest budget found "
-            "for this job"
+            "for this job and plan"
         ),
         hint="a smaller batch, gradient-accumulation or bf16-autocast reduces what must be kept",
     )
@@ -190,7 +196,10 @@ class Choices:
     kept: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
 
     def of(self, job: Job, plan: Plan, **how: Any) -> Plan:
-        """Return `chosen` for this plan, computed once."""
+        """Return `chosen` for this plan, computed only in the first call. ``how``: keywords of `chosen`.
+
+        If it raised UserError, later calls raise the same error.
+        """
         if plan not in self.kept:
             try:
                 self.kept[plan] = chosen(job, plan, **how)
@@ -203,7 +212,9 @@ class Choices:
 
 
 def possible(plans: Iterable[Plan], settled: Callable[[Plan], Plan]) -> Iterator[Plan]:
-    """Yield the settled plans. Plans whose budget cannot be met are skipped."""
+    """Yield what ``settled`` returns for each plan. Plans for which it raises UserError, because their
+    memory budget cannot be met, are skipped.
+    """
     for plan in plans:
         with contextlib.suppress(UserError):
             yield settled(plan)
@@ -219,10 +230,12 @@ def _closed(
     target_bytes: int,
     gap_ratio: float,
 ) -> Plan | None:
-    """Solve and trace until the traced peak meets the budget.
+    """Solve and trace until the traced peak is at most ``target_bytes``, at most 6 times. Return the cheapest
+    plan found, None if there is none.
 
-    If a trace exceeds the budget, the excess is subtracted from the next try's budget. If it stays below, the
-    difference is added back once, provided that the result still fits.
+    ``traced`` returns the plan that recomputes these storages, and its traced peak. If a trace exceeds the
+    target, the excess is subtracted from the next try's budget. If it stays below, the difference is added
+    once, and the result is used if it still fits and is cheaper.
     """
     best: tuple[float, Plan] | None = None
     budget_bytes, is_raised = target_bytes, False

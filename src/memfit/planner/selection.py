@@ -47,8 +47,8 @@ _WIDEST = 0.18  # largest addition: up to 25 %, the error of a predicted step, t
 def timed_band(spread_ratio: float) -> Band:
     """Return `TIMED`, widened by how much more than usual repeated operator calls differ on this machine.
 
-    The widening is limited, so that noise never makes a plan count as equal that is predicted to take far
-    longer.
+    ``spread_ratio``: by how much they differ. The widening is at most 0.18, so that noise never makes a plan
+    count as equal that is predicted to take far longer.
     """
     widening = min(_WIDEST, max(0.0, spread_ratio - _USUAL_SPREAD_RATIO))
     return Band(TIMED.low + widening, TIMED.high + 2 * widening)
@@ -65,7 +65,9 @@ class Objective(enum.StrEnum):
 
 
 def keeps(bounds: Bounds, estimate: Estimate) -> bool:
-    """Return whether the whole training meets the deadline and the budget."""
+    """Return whether the whole training meets the deadline and the budget, if there are any. An unknown step
+    time or cost does not.
+    """
     step_s = estimate.step_s.value if estimate.step_s else math.inf
     usd = estimate.usd if estimate.usd is not None else math.inf
     late = bounds.deadline_s is not None and step_s * bounds.steps > bounds.deadline_s
@@ -73,7 +75,8 @@ def keeps(bounds: Bounds, estimate: Estimate) -> bool:
 
 
 def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
-    """Return whether a rank's ``batch`` is split into micro-batches of the requested size.
+    """Return whether the plan splits the ``batch`` of a rank into micro-batches of the size that the user
+    requested; True if none was requested.
 
     Raises UserError if the batch is not a multiple of that size.
     """
@@ -90,10 +93,10 @@ def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
 
 
 def missed(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
-    """Say how the deadline and the budget are missed: what the fastest and the cheapest plan that fits would
-    take.
+    """Return a text that says how the deadline and the budget are missed: what the fastest and the cheapest
+    plan of ``fitting``, those that fit the memory, would take.
 
-    Returns "" if no plan fits, or if neither limit is set.
+    Returns "" if ``fitting`` is empty, or if neither limit is set.
     """
     limits = (
         (bounds.deadline_s, Objective.FASTEST, "a deadline of {} (the quickest", format_seconds),
@@ -114,9 +117,11 @@ def _usd(step_usd: float | None, steps: int) -> str:
 
 
 def score(estimate: Estimate, goal: Objective) -> float:
-    """Return the cost of a plan in the goal's own unit; smaller is better.
+    """Return the score of an estimate by the goal: seconds, bytes, US dollars or grams of CO2 per step, or
+    the number of devices; smaller is better.
 
-    If money or carbon is unknown, the step time is used, to which both are proportional on one device.
+    If money or carbon is unknown, the step time is used, to which both are proportional on one device. An
+    unknown step time is infinite. Among equal numbers of devices, less time is better.
     """
     time_s = estimate.step_s.value if estimate.step_s else math.inf
     if goal is Objective.SMALLEST:
@@ -131,7 +136,11 @@ def score(estimate: Estimate, goal: Objective) -> float:
 
 
 def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> Estimate | None:
-    """Return the mildest and simplest estimate among those that are as good as the best by the goal."""
+    """Return the estimate with the mildest and simplest plan among those that are as good as the best by the
+    goal; None if there are no estimates.
+
+    ``band``: how much worse still counts as equal; for memory and for the number of devices it is `EXACT`.
+    """
     candidates = simplest_first(estimates, goal)
     if not candidates or math.isinf(score(candidates[-1], goal)):
         return candidates[0] if candidates else None
@@ -153,7 +162,9 @@ def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estim
 
 
 def _equal_up_to(scores: Sequence[float], band: Band) -> float:
-    """Return the highest score that counts as equal to the lowest, which is the last of ``scores``."""
+    """Return the highest score that counts as equal to the lowest, as `Band` says. The lowest is the last of
+    ``scores``.
+    """
     lowest = scores[-1]
     equal_low = max(s for s in scores if s <= lowest * (1 + band.low))
     candidates = sorted(s for s in scores if equal_low < s <= lowest * (1 + band.high))
@@ -168,8 +179,8 @@ def _equal_up_to(scores: Sequence[float], band: Band) -> float:
 
 
 def mildness(plan: Plan, dependence: SampleDependence | None = None) -> tuple[tuple[int, int, int], str]:
-    """Return the order in which equally good plans are preferred: by complexity, then by settings, small
-    values first.
+    """Return a sort key of the plan: of equally good plans, the one with the lowest key is preferred. It is
+    the complexity, then the settings, small values first.
     """
     settings = [(u.technique, name, value) for u in plan.uses for name, value in sorted(u.settings.items())]
     return complexity(plan, dependence), ";".join(
@@ -182,7 +193,9 @@ def _padded(value: object) -> str:
 
 
 def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Return the estimates that no other beats in peak, time and effect class at once, by increasing peak."""
+    """Return the estimates that no other beats in peak, time and effect class at once, by increasing peak. Of
+    estimates equal in all three, only that of the simplest plan is returned.
+    """
     undominated = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
     return sorted(
         undominated, key=lambda e: (e.allocated_bytes.value, score(e, Objective.FASTEST), e.plan.fingerprint)
@@ -206,10 +219,12 @@ def _dominates(e: Estimate, other_e: Estimate) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prices:
-    """How neighbours of the recommended plan are priced.
+    """How the plans that lack one technique of the recommended plan are priced, and what else its reasons
+    need.
 
-    ``whole`` prices one plan. ``prepare`` is called with all plans beforehand. ``needs`` returns the memory
-    that an estimate needs. ``sketches`` are the sketches of every plan.
+    ``whole`` returns the estimate of one plan. ``prepare`` is called with all plans beforehand. ``needs``
+    returns the bytes that are compared with the cap. ``sketches`` are the estimates of all searched plans
+    that were composed from traces of parts.
     """
 
     whole: Callable[[Plan], Estimate]
@@ -230,10 +245,12 @@ def decide(
     price: Prices | Callable[[Plan], Estimate],
     inside: Callable[[Estimate], bool] | None = None,
 ) -> SearchResult:
-    """Build the search result with the recommended plan and its reasons.
+    """Build the search result with the recommended plan and its reasons; without one if no estimate fits.
 
-    ``estimates`` were traced and include the plain plan. ``price`` prices neighbours for the reasons.
-    ``inside`` tells whether an estimate fits the memory alone; it is given if ``fits`` checks more than that.
+    ``estimates`` were traced and include the plain plan. ``considered``: number of plans that were searched.
+    ``left_out``: reasons to report beside those of the recommended plan. ``price`` prices the plans that lack
+    one of its techniques, for the reasons. ``inside`` tells whether an estimate fits the memory alone; it is
+    given if ``fits`` checks more than that.
     """
     prices = price if isinstance(price, Prices) else Prices(price)
     baseline = next(e for e in estimates if e.plan == plain(e.plan.ranks))
@@ -271,14 +288,20 @@ def reasons_for(
     prices: Prices,
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
-    """Return what each technique of the winner saves, and why techniques of other plans are not in it."""
+    """Return the reasons for the plan ``winner``: what splitting the batch does to the training, what each of
+    its techniques saves, and why techniques of other plans are not in it.
+    """
     splitting = dependence_reasons(winner.plan, winner.dependence) if winner.dependence else ()
     why_not = _why_not(winner, estimates, prices, fits, goal, cap_bytes)
     return (*splitting, *saved_by(winner, prices.whole), *why_not)
 
 
 def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Reason, ...]:
-    """Return what removing each technique of the plan alone would cost in memory and gain in time."""
+    """Return one reason per technique of the plan, largest saving first: the bytes of peak and the ratio of
+    step time compared with the plan without this technique, or that it is needed if that plan is impossible.
+
+    ``price`` returns the estimate of a plan. DDP of a plan with several ranks gets no reason.
+    """
     reasons = []
     for use in estimate.plan.uses:
         try:
@@ -313,7 +336,8 @@ def _why_not(
     goal: Objective,
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
-    """Return why techniques are not in the winner, by comparison with the best traced plan that has them.
+    """Return why techniques of other plans are not in the winner: by comparison with the best traced plan
+    that has the technique and fits, or that no plan with it fits.
 
     Nothing is reported for a technique whose plans were only sketched and may fit.
     """
@@ -332,7 +356,7 @@ def _why_not(
 
 
 def techniques_beside(winner: Estimate, estimates: Iterable[Estimate]) -> list[str]:
-    """Return the names of techniques that these plans have and the winner does not, sorted."""
+    """Return the sorted names of the techniques that plans of ``estimates`` have and the winner does not."""
     used = {u.technique for u in winner.plan.uses}
     return sorted({u.technique for e in estimates for u in e.plan.uses} - used)
 
@@ -347,9 +371,9 @@ def none_fits(
 ) -> Reason:
     """Return the reason when none of the ``priced`` plans fits.
 
-    With ``inside``, the winner has the technique and the plans lack it; otherwise the plans have it. The
-    reason says how many plans there are and how much the smallest needs, or that the device would be large
-    enough but another limit is not met.
+    With ``inside``, the winner has the technique ``name`` and the plans lack it; otherwise the plans have it.
+    The reason says how many plans there are and how much the smallest needs, or that the device would be
+    large enough but another limit is not met. If ``priced`` is empty, it says that the technique is needed.
     """
     smallest = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
     if smallest is None:
@@ -366,9 +390,9 @@ def none_fits(
 
 
 def _compared(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:
-    """Compare with a rival.
-
-    A rival that is better by the goal lost because the difference is within the time error.
+    """Return why the technique ``name`` is not in the winner, by comparison with ``rival``, the best plan
+    that has it: the rival is worse by the goal by more than 3 %, or about as good, so it is not needed; or it
+    is better by more than that, but by less than the error of predicted times.
     """
     ratio = score(rival, goal) / score(winner, goal) if score(winner, goal) else 1.0
     if ratio > 1 + TIE_RATIO:

@@ -1,5 +1,6 @@
-"""Choose which sketches are traced whole on one device: the best, the smallest and the frontier, then the
-next best while too few of those traced fit.
+"""Choose which plans of a search for one device are traced whole, by their sketches (estimates composed from
+traces of parts): the best, the smallest and the frontier, then the next best while too few of those traced
+fit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SPARE = 6  # finalists reserved for plans that are not the best by the goal
 def finalists(
     sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int
 ) -> list[Plan]:
-    """Return the distinct plans to trace.
+    """Return the distinct plans to trace, at most ``most`` + 4.
 
     They are the plain plan, the simplest plans that may be as good as the best, the best fitting plans by the
     goal, the smallest plan, and a sample of the frontier.
@@ -52,9 +53,10 @@ def until_some_fit(
     goal: Objective,
     most: int,
 ) -> list[Plan]:
-    """Add finalists in rounds while fewer of them fit than intended.
+    """Return further plans that were traced because fewer of the ``chosen`` ones fit than intended.
 
-    ``look`` is called with each round's plans.
+    They are chosen by `more_finalists` in at most 3 rounds. ``whole`` returns the estimate of a plan.
+    ``look`` is called with the plans of a round to trace them.
     """
     added: list[Plan] = []
     for _ in range(_ROUNDS):
@@ -71,10 +73,11 @@ def until_some_fit(
 def counterfactuals(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], winner: Estimate, *, cap: Cap, goal: Objective
 ) -> list[Plan]:
-    """Return plans to trace for each technique that the winner lacks, so that its reason rests on a trace.
+    """Return plans to trace for each technique that the winner lacks, so that the reason for leaving it out
+    rests on a trace.
 
-    For each technique this is the best plan by the goal that may fit, and also the smallest plan if none of
-    its traced plans fits.
+    For each technique this is the best plan with it, by the goal, that may fit, and also the smallest plan
+    with it if none of the ``traced`` ones fits. Plans that were traced are left out.
     """
     by_plan = {e.plan: e for e in sketches}
     ratios = [cap.needs(e) / cap.needs(by_plan[e.plan]) for e in traced if e.plan in by_plan]
@@ -94,9 +97,10 @@ def counterfactuals(
 def more_finalists(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], *, cap: Cap, goal: Objective, most: int
 ) -> list[Plan]:
-    """Return the next best plans if fewer of the ``traced`` plans fit than intended.
+    """Return the next best plans by the goal if fewer of the ``traced`` plans fit than intended (``most`` -
+    6), as many as are missing.
 
-    Sketches are corrected by the error of traced plans with the same techniques.
+    Their sketches must fit after correction by the largest error of traced plans with the same techniques.
     """
     missing_count = most - _SPARE - sum(map(cap.has, traced))
     by_plan, ratios = {e.plan: e for e in sketches}, dict[frozenset[str], float]()

@@ -75,8 +75,9 @@ Fits = Callable[[Estimate], bool]
 class Request:
     """What the user asked for.
 
-    ``cap_bytes`` None means the memory of the device. On a CPU it means a demonstration: a quarter of the
-    baseline's peak, or the least that some plan needs if none fits that.
+    ``cap_bytes``: the memory of one device that the plan must fit. None means the memory of the device; on a
+    CPU it means a demonstration: a share of plain training's peak, by default a quarter, or, if no plan fits
+    that, the least that some plan needs plus 10 %. ``threads``: of this machine, for measurements; 0: all.
     """
 
     job: JobRef
@@ -117,7 +118,9 @@ class Planning:
 
 
 def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
-    """Return the result with each plan's needed bytes, which decide whether it fits."""
+    """Return the result with ``needed_bytes`` filled in for each of its plans: the bytes on the machine that
+    are compared with the cap.
+    """
 
     def with_need(choice: Choice) -> Choice:
         return dataclasses.replace(choice, needed_bytes=needed_bytes(choice.estimate, machine))
@@ -132,9 +135,11 @@ def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
 
 
 def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
-    """Return the search space of the job, counted on a model built without memory.
+    """Return the facts about the job from which techniques propose settings, counted on a model built without
+    memory.
 
-    ``half`` is `half_of` the machine.
+    ``device``: "cpu" or "cuda". ``half``: `half_of` the machine. Raises UserError if the job names blocks or
+    a head that the model does not have.
     """
     from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalars
@@ -171,20 +176,23 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
 
 
 def half_of(machine: Machine) -> str:
-    """Return the half precision of the machine's matrix units. Devices before Ampere have float16 only."""
+    """Return "float16" if the machine's device has a peak rate for it and none for bfloat16, as before
+    Ampere; else "bfloat16".
+    """
     rates = machine.device.peak_flops
     return "float16" if "float16" in rates and "bfloat16" not in rates else "bfloat16"
 
 
 def autocast(space: Space) -> Use:
-    """Return the mixed-precision technique for the device."""
+    """Return the autocast technique for the half precision of ``space``: fp16-autocast or bf16-autocast."""
     return use("fp16-autocast" if space.half == "float16" else "bf16-autocast")
 
 
 def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer]:
-    """Load the job and build its pricer.
+    """Load the request's job and return it with its pricer.
 
-    Raises UserError if the ranks are all ``replicas`` of the model and have less than one sample each.
+    ``replicas``: whether every rank trains its own samples. Raises UserError if so and the batch has fewer
+    samples than there are ranks, or if the job cannot be loaded.
     """
     job, ranks = load(request.job), request.ranks
     if replicas and job.batch_size < ranks:
@@ -203,9 +211,10 @@ def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer
 
 
 def model_sizes(name: str, job: Job) -> Mapping[str, str]:
-    """Return the model sizes that the engine's own trainer needs, as option to value.
+    """Return the model's sizes as options of Megatron-LM's trainer, name of the option -> value, if ``name``
+    is the engine "megatron". Empty for other engines, which build the job's own model.
 
-    Raises UserError if the engine cannot build that model.
+    Raises UserError if Megatron-LM cannot build the model.
     """
     if name != "megatron":
         return {}
@@ -216,10 +225,13 @@ def model_sizes(name: str, job: Job) -> Mapping[str, str]:
 
 
 def search(request: Request, progress: Progress, *, must_run: bool = False) -> Planning:
-    """Search the best plan for the request.
+    """Search the best plan for the request and return the finished search.
 
-    Raises NothingFits with the least memory that would be enough. ``must_run`` halves the batch until plain
-    training can run on this machine; the returned request has the new batch.
+    On a machine of the catalog with several devices, layouts of parallelism are searched too if the model has
+    enough equal blocks. ``must_run``: if the request is for this machine, halve the batch until plain
+    training fits the free memory; the returned request has the new batch. Raises NothingFits with the least
+    memory that would be enough; SearchInterrupted with the result so far on Ctrl-C; UserError if the request
+    or the job is wrong, or if sharing the batch between ranks would change the training.
     """
     if request.machine.device_count > 1 and not request.is_here:
         ranks = request.ranks if request.ranks > 1 else request.machine.device_count
@@ -317,9 +329,10 @@ def _nothing_fits(
     *,
     ways: tuple[str, ...],
 ) -> NothingFits:
-    """Return the error with the least memory that would be enough.
+    """Return the error for a search in which no plan fits, with the least memory that would be enough.
 
-    ``requested_estimates`` are plans with the requested micro-batch.
+    ``requested_estimates``: the traced plans with the requested micro-batch. ``ways``: changes, each of which
+    alone may be enough.
     """
     smallest = min(requested_estimates, key=lambda e: e.allocated_bytes.value)
     return NothingFits(
@@ -341,7 +354,7 @@ class SearchInterrupted(KeyboardInterrupt):
 
 
 def timings(known: Calibration) -> Timings:
-    """Return how reliable the calibration's timings are."""
+    """Return how reliable the timings of operators in the calibration are: spread, load and waiting."""
     return Timings(
         spread_ratio=known.spread_ratio,
         load_count=known.load_count,
@@ -351,14 +364,18 @@ def timings(known: Calibration) -> Timings:
 
 
 def _band(pricer: Pricer, request: Request) -> Band:
-    """Return the band within which plans count as equally fast."""
+    """Return the band within which plans count as equally fast: on this machine by how much its timings
+    spread, else a fixed one.
+    """
     return timed_band(pricer.calibration.spread_ratio) if request.is_here else MODELLED
 
 
 def _best_so_far(
     pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
 ) -> SearchResult:
-    """Return the best of the plans traced so far, or of the sketches if no traced plan fits."""
+    """Return the result of an interrupted search. It recommends the best plan that fits of those traced so
+    far, or of the sketches if no traced plan fits; None if no sketch fits either.
+    """
     max_effect, refusals_of = request.accuracy.highest, engine(request.engine).supports
     traced_estimates = [
         pricer.whole(plan)
@@ -391,10 +408,9 @@ def _best_so_far(
 
 
 def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
-    """Limit micro-batches to the smallest size that the job allows.
-
-    That is the whole batch if it must not be split, and two samples if samples depend on each other, because
-    some layers need more than one.
+    """If samples of a batch depend on each other, set the smallest micro-batch of the pricer's space: two
+    samples if ``accuracy`` allows splitting the batch nevertheless, because some layers need more than one,
+    else the whole batch. If they do not, nothing is changed.
     """
     space = pricer.space
     if space.batch_size == 1 or pricer.dependence.kind is not DependenceKind.DEPENDENT:
@@ -413,7 +429,9 @@ def _ways(pricer: Pricer) -> tuple[str, ...]:
 
 
 def _refuse_ranks(request: Request, pricer: Pricer) -> None:
-    """Raise UserError if dividing the batch over ranks would change the training."""
+    """Raise UserError if the request's ranks share the batch, and this would change the training by more than
+    its accuracy allows.
+    """
     if request.ranks == 1 or may_share(pricer.dependence, request.accuracy):
         return
     dependence = pricer.dependence
@@ -426,9 +444,9 @@ def _refuse_ranks(request: Request, pricer: Pricer) -> None:
 
 
 def _search_many(request: Request, progress: Progress) -> Planning | None:
-    """Search layouts for a machine of the catalog.
+    """Search plans with tensor, context, pipeline and data parallelism for the request's ranks.
 
-    Returns None if the model has too few blocks or they differ.
+    Returns None if the model has fewer than 3 blocks or they are not alike. Raises NothingFits, UserError.
     """
     from memfit.planner.block_costs import BLOCKS
     from memfit.planner.device_pricing import Aim
@@ -459,7 +477,9 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
 def _runnable(
     request: Request, job: Job, pricer: Pricer, baseline: Estimate
 ) -> tuple[Request, Job, Pricer, Estimate]:
-    """Return the same with the batch halved until plain training fits the memory that is free now."""
+    """Return the four arguments for a batch that was halved until plain training fits the memory that is free
+    now, or until there is one sample per rank.
+    """
     free_bytes = local_machine.free_bytes() // request.ranks
     while needed_bytes(baseline, request.machine) > free_bytes and job.batch_size > request.ranks:
         smaller_job = dataclasses.replace(request.job, batch=job.batch_size // 2)
@@ -483,7 +503,9 @@ def _cap(request: Request, baseline: Estimate, ratio: float) -> tuple[int, str]:
 
 
 def _reachable_cap(estimates: Sequence[Estimate], request: Request, batch: int) -> int:
-    """Return the cap of a demonstration: the least that a requested plan needs, plus a margin."""
+    """Return the cap of a demonstration whose share of the baseline's peak no plan fits: the least bytes that
+    a plan with the requested micro-batch needs, plus 10 %. ``batch``: samples of one rank.
+    """
     requested_estimates = [e for e in estimates if as_asked(e.plan, request.bounds, batch)]
     return int(
         min(needed_bytes(e, request.machine) for e in requested_estimates) * _DEMONSTRATION_SPARE_RATIO
@@ -491,10 +513,13 @@ def _reachable_cap(estimates: Sequence[Estimate], request: Request, batch: int) 
 
 
 def needed_bytes(estimate: Estimate, machine: Machine) -> int:
-    """Return the cap that this plan needs: its tensors, and what the process or device uses beside them.
+    """Return the least cap in bytes under which the estimate's plan fits: its tensors, and what the process
+    or device uses beside them.
 
-    For a traced plan on a known accelerator this is the upper end of its range. A sketch already is an upper
-    bound.
+    On an accelerator whose context and libraries the catalog knows, this is the device memory: the upper end
+    of its range for a traced plan, the value for a sketch, which already is an upper bound. Else 1 GiB is
+    assumed for them. On a CPU, 5 % and 2 MiB are added to the tensors; for a traced plan, the result is above
+    the upper end of their range.
     """
     allocated_bytes = estimate.allocated_bytes.value
     if machine.device.kind == "cpu":
@@ -509,18 +534,18 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
 
 
 def fits_under(cap_bytes: int, machine: Machine) -> Fits:
-    """Return a function that tells whether an estimate fits ``cap_bytes`` on the device and the host's
-    memory.
+    """Return a function that tells whether an estimate fits: it needs at most ``cap_bytes`` on the device,
+    and its host has the memory that it needs there.
     """
     host_fits = host_holds_under(cap_bytes, machine)
     return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes and host_fits(estimate)
 
 
 def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
-    """Return a function that tells whether the host has the memory that a plan needs there.
+    """Return a function that tells whether the host has the memory that an estimate's plan needs there.
 
-    A cap above this machine's own memory refers to another machine, whose host memory is then taken from the
-    cap.
+    It is always true on a CPU with a cap above the machine's memory: such a cap refers to another machine,
+    and is itself that machine's memory.
     """
     if machine.device.kind == "cpu" and cap_bytes > machine.device.memory_bytes.value:
         return lambda estimate: True
@@ -542,10 +567,12 @@ def _price(
     small_state_bytes: int | None,
     sketches: list[Estimate],
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
-    """Sketch every plan, trace the best ones whole, and calibrate the operators they need.
+    """Sketch every plan, trace the best ones whole, and on this machine time the operators they need.
 
-    ``small_state_bytes``: bytes of the states if they are too small for another optimizer to matter, else
-    None. The sketches are appended to ``sketches``.
+    Returns (estimates of the traced plans, number of sketched plans, why techniques were left out).
+    ``small_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for
+    another optimizer to matter, else None. The sketches are appended to ``sketches``, which the caller keeps
+    if the search is interrupted.
     """
     dependence = pricer.dependence if pricer.job.batch_size > 1 else None
     usable_techniques, left_out = usable(
@@ -593,9 +620,11 @@ def _price(
 def _with_rivals(
     pricer: Pricer, request: Request, fits: Fits, estimates: list[Estimate], progress: Progress
 ) -> list[Estimate]:
-    """Add the plans that lack one of the winner's techniques, which sketches may have overestimated.
+    """Return the estimates with those of the plans that lack one technique of the best plan, which their
+    sketches may have overestimated.
 
-    Their operators are measured. This is repeated while it changes the winner.
+    They are traced, and on this machine their operators are timed, which may change all estimates. This is
+    repeated while it changes the best plan, at most 3 times.
     """
     refusals_of = engine(request.engine).supports
     winner = best(filter(fits, estimates), request.goal, _band(pricer, request))
@@ -625,9 +654,11 @@ def _with_counterfactuals(
     cap: Cap,
     progress: Progress,
 ) -> list[Estimate]:
-    """Add plans with each technique that the winner lacks, so that its exclusion rests on a trace.
+    """Return the estimates with those of plans that have a technique which the best plan lacks, so that the
+    reason for leaving it out rests on a trace.
 
-    If one of them beats the winner, its own rivals are added too.
+    If one of them is then the best plan, the plans that lack one of its techniques are added too, and all of
+    this is done once more.
     """
     for _ in range(_COUNTERFACTUAL_ROUNDS):
         band = _band(pricer, request)
@@ -651,7 +682,7 @@ def _with_counterfactuals(
 
 
 def is_long(pricer: Pricer) -> bool:
-    """Return whether the plain plan's trace has so many operators that traces take long."""
+    """Return whether the plain plan's trace has more than 10,000 operators, so that traces take long."""
     return len(pricer.trace(plain(pricer.space.ranks)).ops) > _LONG_TRACE_CALLS
 
 
@@ -666,12 +697,14 @@ def calibrate(
     *,
     budget_s: float = _SECOND_BUDGET_S,
 ) -> None:
-    """Add the times of the operators that matter to the pricer's calibration.
+    """Add the times of the operators of ``plans`` that take most of the time, and the workspaces of those
+    that could move a peak, to the pricer's calibration.
 
-    Times stored for this machine are reused; the others are measured in a child process. Without ``plans``
-    (the first call), the operators are those that span the search, and the machine's rates are measured too.
-    The choice of operators depends on the plans alone and not on how long the probes take, so the same
-    question finds the same stored times. ``budget_s`` is in nominal seconds.
+    What is stored for this machine is reused; the rest is measured in a child process and stored. Without
+    ``plans`` (the first call), the operators are those of plans that span the search. The machine's rates are
+    measured too if they are not known. ``budget_s``: seconds of measuring, at nominal rates, by which
+    operators are chosen (5 in the first call). The choice does not depend on how long the probes take, so the
+    same question finds the same stored times. Raises RunError if the child process gives no result.
     """
     from memfit.cost.memory import step_ops
     from memfit.cost.op_time import signatures_to_time
@@ -711,9 +744,8 @@ def calibrate(
 
 
 def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> None:
-    """Run the first calibration of a search.
-
-    With ``recalibrate``, stored timings of this machine are discarded first.
+    """Run the first calibration of a search. If the request says ``recalibrate``, the timings stored for this
+    machine are discarded first.
     """
     if request.recalibrate:
         CalibrationCache(_threads(request)).forget()
@@ -721,9 +753,10 @@ def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> 
 
 
 def _representatives(pricer: Pricer, excluded_techniques: Sequence[str]) -> list[Plan]:
-    """Return plans whose operators span the search: whole batch and single samples, in both precisions.
+    """Return plans whose operators span the search: plain training and autocast, each with the whole batch,
+    four micro-batches and the smallest micro-batches.
 
-    Plans with a technique in ``excluded_techniques`` are left out.
+    Plans with a technique in ``excluded_techniques`` are left out, except plain training.
     """
     parts = pricer.space.parts
     single_samples = [use("gradient-accumulation", micro_batches=parts[-1])] if parts[-1] > 1 else []
@@ -748,9 +781,10 @@ def _threads(request: Request) -> int:
 
 
 def probe_here(request: Request, signatures: list[str], budget_s: float, rates: bool = True) -> Calibration:
-    """Measure these operators, and the machine's rates if ``rates``, in a child process.
+    """Measure the operators with these signatures, and the machine's rates if ``rates``, in a child process.
 
-    Raises RunError if the child process ends without a calibration.
+    They are measured in order; none is begun after ``budget_s`` seconds. Raises RunError if the child process
+    ends without a result.
     """
     calibrations: list[Calibration] = []
 
@@ -776,5 +810,8 @@ def probe_here(request: Request, signatures: list[str], budget_s: float, rates: 
     config = native.render_calibration(spec, signatures, budget_s=budget_s, packages=packages, rates=rates)
     outcome = run(config, on_event=listen)
     if not calibrations:
-        raise RunError(f"calibration did not finish: {outcome.reason or outcome.outcome.value}")
+        raise RunError(
+            "the calibration of this machine, in which operators are timed, ended without a result: "
+            f"{outcome.reason or outcome.outcome.value}"
+        )
     return calibrations[0]

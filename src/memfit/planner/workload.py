@@ -13,9 +13,10 @@ from memfit.types.workload import Workload
 
 
 def workload_of(job: Job, machine: str = "") -> Workload:
-    """Return the job's workload.
+    """Return the job's workload: model, number of parameters, batch size, and length or shape of a sample.
 
     The model is built without memory to count its parameters. A batch is made if the job gives no length.
+    ``machine``: the machine's name; "" for none.
     """
     length = job.tokens_per_batch // job.batch_size if job.batch_size > 0 else 0
     workload = Workload(
@@ -40,9 +41,10 @@ def _model(job: Job) -> str:
 
 
 def _with_shape(workload: Workload, job: Job) -> Workload:
-    """Return the workload with the shape of a sample.
+    """Return the workload with the shape of a sample: that of the batch's largest tensor without its first
+    dimension. A one-dimensional sample of integers gives a length instead.
 
-    One-dimensional samples of integers give a length instead.
+    If no tensor of the batch has a second dimension, the workload is returned unchanged.
     """
     leaves = _pytree.tree_leaves(job.make_batch(0, 0))
     samples = [t for t in leaves if isinstance(t, torch.Tensor) and t.dim() > 1]

@@ -46,7 +46,8 @@ Taken = tuple[int, int] | None
 def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
     """Add the workspaces of this plan's operators that could move its peak to the calibration of ``pricer``.
 
-    Workspaces that cannot be probed stay unknown; `cost.estimate` widens the interval by their bound.
+    They are read from the results stored on disk, or else probed in a child process and stored. Workspaces
+    that cannot be probed stay unknown; `cost.estimate` widens the interval by their bound.
     """
     pricer.recalibrate(dataclasses.replace(pricer.calibration, threads=torch.get_num_threads()))
     stored_probes = _Kept.of(pricer.calibration.threads)
@@ -63,8 +64,8 @@ def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
 
 
 def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
-    """Return the signatures to probe, largest effect on the peak first, without operators too large to
-    run.
+    """Return the signatures of the plan's operators whose workspaces are not in the calibration and could
+    move its peak, for each rank the largest effect first. Operators that are too large to run are left out.
     """
     most_bytes = _FREE_RATIO * local_machine.free_bytes()
     signatures: dict[str, None] = {}
@@ -97,9 +98,10 @@ def _learn(pricer: Pricer, workspaces: Mapping[str, Taken]) -> None:
 
 
 def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
-    """Return what a child process measured before its time limit.
+    """Return, by signature, the workspaces that a child process measured before its time limit.
 
-    The operator that killed the process is marked as one that cannot run alone.
+    An operator that cannot run alone has None, as has the one at which the process was killed. Operators that
+    were not reached are absent.
     """
     if not signatures:
         return {}
@@ -154,10 +156,10 @@ class _Kept:
         return cls(path, _read(path))
 
     def add(self, fresh: Mapping[str, Taken]) -> None:
-        """Add results to the file.
+        """Add results to this object and to the file, which keeps the 50,000 latest.
 
         The file is replaced by renaming. If two processes add at once the file stays valid, and the results
-        that are lost are probed again later.
+        that are lost are probed again later. If the file cannot be written, nothing is raised.
         """
         self.taken |= fresh
         merged = [*{**_read(self.path), **self.taken}.items()][-_MOST_KEPT:]
