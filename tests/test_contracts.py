@@ -358,10 +358,9 @@ def test_no_function_uses_a_global_statement() -> None:
     assert not [name for name, _ in found(ast.Global)]
 
 
-def test_functions_are_short() -> None:
-    lengths = {f"{name}:{f.lineno} {f.name}": _length(f) for name, f in functions()}
-    assert not {where: n for where, n in lengths.items() if n > 60}
-    assert statistics.median(lengths.values()) <= 10
+def test_most_functions_fit_at_a_glance() -> None:
+    """ruff limits the statements and branches of each."""
+    assert statistics.median(_length(f) for _, f in functions()) <= 10
 
 
 # What a training loop has beside its model is a keyword of its own: a group of settings is harder to use.

@@ -442,7 +442,7 @@ def test_resuming_a_checkpoint_of_another_model_is_a_user_error(
     job.write_text(f"KILL = False\n{JOB}")
     given = ["run", f"{job}:job", "--threads", "1", "--steps", "4", "--resume", str(saved)]
     assert main(given) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "another model" in x]
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "different model" in x]
     assert "tensors differ" in line
 
 

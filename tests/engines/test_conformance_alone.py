@@ -76,7 +76,7 @@ def test_a_technique_that_is_not_applied_is_reported(name: str) -> None:
         pytest.skip(f"{', '.join(missing)} is not installed")
     honest = _told(PLANS[name])
     assert honest.startswith("fine: as planned"), honest
-    assert name in honest.partition("; not seen")[0]
+    assert name in honest.partition("; not checked")[0]
     with mock.patch.object(TrainingStep, "carried", frozenset({name})):
         sabotaged = _told(PLANS[name])
     assert sabotaged.startswith("the plan was not applied"), sabotaged
@@ -101,7 +101,7 @@ class Kept:
 def test_host_offload_is_not_checked_if_the_step_runs_on_the_host() -> None:
     told = _told(_plan("activation-offload", to="host", minimum_kib=4))
     assert "as planned" in told
-    assert "activation-offload: the step runs in host memory" in told.partition("not seen")[2]
+    assert "activation-offload: the step runs in host memory" in told.partition("not checked")[2]
 
 
 def test_attention_maps_as_wide_as_the_vocabulary_are_not_taken_for_logits() -> None:
@@ -151,7 +151,7 @@ def test_qlora_with_unquantised_weights_is_reported() -> None:
 def test_tensors_that_are_not_recomputed_are_reported() -> None:
     plan = chosen(JOB, _plan("optimal-checkpointing", budget_mib=4))
     assert plan.uses[0].settings["dropped"] != "none"
-    assert "optimal-checkpointing" in _told(plan).partition("not seen")[0]
+    assert "optimal-checkpointing" in _told(plan).partition("not checked")[0]
     with mock.patch("memfit.techniques.recompute.optimal._without", return_value=contextlib.nullcontext()):
         assert "optimal-checkpointing: planned tensors that backward recomputes, found 0" in _told(plan)
 
@@ -199,7 +199,7 @@ def test_blocks_or_models_that_are_not_compiled_are_reported(
     plan = _plan("compile", scope=scope)
     honest = _told(plan)
     assert honest.startswith("fine: as planned"), honest
-    assert "compile" in honest.partition("; not seen")[0]
+    assert "compile" in honest.partition("; not checked")[0]
     with sabotage():
         told = _told(plan)
     assert "compile: planned" in told, told
@@ -221,7 +221,7 @@ def test_compiled_blocks_of_torch_classes_are_recognised(quick_compiler: None) -
     )
     told = _told(_plan("compile"), own)
     assert told.startswith("fine: as planned"), told
-    assert "compile" in told.partition("; not seen")[0]
+    assert "compile" in told.partition("; not checked")[0]
 
 
 def test_every_technique_but_chunking_is_checked() -> None:
@@ -363,7 +363,7 @@ def test_techniques_are_not_checked_if_torch_hides_saved_tensors(name: str) -> N
     with mock.patch("memfit.conformance.autograd_graph._raw", return_value=[object()]):
         told = _told(PLANS[name])
     assert told.startswith("fine: as planned")
-    assert name in told.partition("; not seen")[2]
+    assert name in told.partition("; not checked")[2]
 
 
 @pytest.mark.parametrize(

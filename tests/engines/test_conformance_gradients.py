@@ -518,7 +518,7 @@ def _of(told: list[Told], name: str) -> list[tuple[str, str]]:
 def test_gradients_that_are_not_averaged_are_reported(name: str, told: list[Told]) -> None:
     for honest, sabotaged in _of(told, name):
         assert honest.startswith("fine: as planned"), honest
-        assert MEAN in honest.split("not seen")[0], honest
+        assert MEAN in honest.split("not checked")[0], honest
         assert REDUCED in sabotaged, sabotaged
     assert len(_of(told, name)) == NATIVE[name][0].ranks
 
@@ -530,7 +530,7 @@ def test_other_missing_exchanges_between_ranks_are_reported(name: str, told: lis
         pytest.skip("megatron-core is not installed")
     for honest, sabotaged in _of(told, name):
         assert honest.startswith("fine: as planned"), honest
-        assert named.split(": planned")[0] in honest.split("not seen")[0], honest
+        assert named.split(": planned")[0] in honest.split("not checked")[0], honest
         assert named in sabotaged, sabotaged
     assert len(_of(told, name)) == plan.ranks
 
@@ -541,7 +541,7 @@ def test_gradient_averaging_is_checked_in_users_own_loops(name: str, told: list[
         pytest.skip(f"{name.split(maxsplit=1)[0]} is not installed")
     for honest, sabotaged in _of(told, f"loop: {name}"):
         assert honest.startswith("fine: as planned"), honest
-        told_here, _, unseen = honest.partition("not seen")
+        told_here, _, unseen = honest.partition("not checked")
         assert MEAN in (unseen if name == "PowerSGD" else told_here), honest
         if name in REDUCED_BY_PYTHON:
             assert f"{MEAN}: planned the mean of 2 ranks'" in sabotaged, sabotaged

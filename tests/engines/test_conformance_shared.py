@@ -304,7 +304,7 @@ def test_work_that_ranks_do_not_share_as_planned_is_reported(name: str, undone: 
     for of_rank in undone:
         honest, sabotaged = of_rank[name]["honest"], of_rank[name]["sabotaged"]
         assert honest.startswith("fine: as planned"), honest
-        assert CASES[name][2].partition(": planned")[0] in honest.partition("; not seen")[0], honest
+        assert CASES[name][2].partition(": planned")[0] in honest.partition("; not checked")[0], honest
         assert sabotaged.startswith("the plan was not applied"), sabotaged
         assert CASES[name][2] in sabotaged
 

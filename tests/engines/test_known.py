@@ -28,7 +28,9 @@ def test_the_library_parser_accepts_every_setting_of_the_table(library: str, pac
     if not all(Path(p).is_dir() for p in beside) or not (beside or importlib.util.find_spec(package)):
         pytest.skip(f"{package} is not there (bash scripts/parsers.sh)")
     text = resources.files("memfit.lint").joinpath(f"options/{library}.toml").read_text(encoding="utf-8")
-    path = os.pathsep.join([*beside, str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [*beside, str(ROOT / "src"), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+    )
     child = subprocess.run(
         [sys.executable, Path(__file__).with_name("known.py"), library, *beside],
         input=text,
