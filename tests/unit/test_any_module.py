@@ -585,7 +585,7 @@ def test_an_optimizer_that_divides_by_one_minus_its_scalars_is_predicted() -> No
 
 def test_an_optimizer_with_a_closure_is_refused() -> None:
     lbfgs = torch.optim.LBFGS
-    with pytest.raises(UserError, match="LBFGS needs the loss several times per step"):
+    with pytest.raises(UserError, match="LBFGS, the job's optimizer, needs the loss several times per step"):
         memfit.estimate(
             nn.Linear(4, 4), torch.randn(2, 4), loss=lambda output, batch: output.sum(), optimizer=lbfgs
         )

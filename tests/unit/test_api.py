@@ -215,7 +215,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "broken text": ({"plan": "a: ["}, "not valid YAML"),
     "unknown machine": ({"machine": "H10"}, "unknown device"),
     "no machine": ({"machine": 8}, "the machine is a int"),
-    "wrong shape": ({"batch": (torch.ones(3, 5), Y[:3])}, "your training step failed: RuntimeError"),
+    "wrong shape": ({"batch": (torch.ones(3, 5), Y[:3])}, "your training step raised RuntimeError"),
     "not a module": ({"model": lambda: 3}, "returned a int"),
     "raises": ({"batch": lambda: 1 // 0}, "ZeroDivisionError"),
     "names": ({"batch": {"a": X}}, "takes none of the batch's keys: a"),

@@ -525,7 +525,7 @@ def test_a_users_file_may_hold_a_job_or_a_function_that_returns_one(own: str) ->
         ("jib", "has no attribute 'jib'; allowed: build, make, job, broken, wrong, needs; did you mean job?"),
         ("", "has no attribute ''"),
         ("number", "is a int; allowed: a memfit.Job or a function that returns one"),
-        ("broken", "failed: ZeroDivisionError: division by zero at "),
+        ("broken", "raised ZeroDivisionError: division by zero at "),
         ("wrong", "returned a str; allowed: a memfit.Job"),
         ("needs", "cannot be called with no arguments"),
     ],

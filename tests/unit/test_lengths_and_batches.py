@@ -101,7 +101,8 @@ def test_no_model_is_given_more_tokens_than_it_has_positions(model: str, most: i
     few = f"hf:{model}?num_hidden_layers=1"
     assert load(JobRef(spec=few, length=most)).tokens_per_batch == 4 * most
     with pytest.raises(
-        UserError, match=f"length {most + 1} of .*; allowed: 1 to {most}, the model's positions"
+        UserError,
+        match=f"length {most + 1} of .* is out of range; allowed: 1 to {most}, the model's positions",
     ):
         load(JobRef(spec=few, length=most + 1))
     assert load(JobRef(spec=few, size="paper")).tokens_per_batch <= 4 * most
@@ -120,14 +121,14 @@ def test_an_unknown_setting_of_a_model_gets_a_suggestion() -> None:
     ("arguments", "message"),
     [
         ("plan protein-lm --length 0", "--length"),
-        ("plan protein-lm --length 5", "length 5 of protein-lm; allowed: 16 to 262144"),
+        ("plan protein-lm --length 5", "length 5 of protein-lm is out of range; allowed: 16 to 262144"),
         (
             "plan protein-lm --size tiny@64 --length 128",
-            "--size tiny@64 with --length 128; allowed: one length",
+            "--size tiny@64 and --length 128 state different lengths; allowed: one length",
         ),
         (
             "plan hf:gpt2 --length 999999",
-            "length 999999 of hf:gpt2; allowed: 1 to 1024, the model's positions",
+            "length 999999 of hf:gpt2 is out of range; allowed: 1 to 1024, the model's positions",
         ),
         ("run protein-lm --length many", "--length"),
     ],

@@ -27,9 +27,11 @@ _NAME = re.compile(r"step-\d{8,}")
 
 
 def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
-    """Return (the newest complete checkpoint in ``folder``, its description, why others were not used).
+    """Return (the folder of the newest complete checkpoint in ``folder``, its description, one text for each
+    newer checkpoint that is not complete).
 
-    ``folder`` may itself be a checkpoint. Raises UserError if there is none.
+    ``folder`` may itself be a checkpoint, which is then returned. Raises UserError if there is no complete
+    checkpoint.
     """
     if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
         if reason := incomplete(folder):
@@ -47,10 +49,13 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
 
 
 def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
-    """Return ``keep`` with the newest complete checkpoint to resume from, and the seed.
+    """Return (``keep`` with absolute paths and, if it resumes, with the newest complete checkpoint; the seed
+    of the run).
 
-    Without a given seed it is the checkpoint's. Raises UserError if that is not possible, or if saves would
-    mix with those of another run.
+    If ``seed`` is None, the seed is the checkpoint's, or 0 without one. ``steps``: steps of the whole run,
+    those done by the checkpoint included. Raises UserError if there is no complete checkpoint to resume from,
+    if it has another seed than ``seed`` or has done all ``steps``, and if the folder to save in is a file or
+    contains later checkpoints of another run.
     """
     completed_steps, resume_seed = 0, seed or 0
     if keep.resume:
@@ -76,10 +81,10 @@ def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
 
 
 def restarted(keep: Keep) -> Keep:
-    """Return ``keep`` for ranks that a launcher may have restarted.
+    """Return ``keep`` for a process that a launcher may have restarted.
 
-    If ``resume`` is the folder that is saved to, the newest complete checkpoint is used, or the beginning if
-    there is none.
+    If ``keep`` resumes from the folder that it saves in, the newest complete checkpoint in it is set instead,
+    or none, to start at the beginning, if there is none. Otherwise ``keep`` is returned unchanged.
     """
     if not keep.resume or keep.resume != keep.save:
         return keep
@@ -98,18 +103,20 @@ def must_be_free(folder: Path, after: int) -> None:
     if later_checkpoints:
         raise UserError(
             f"{folder} already contains {later_checkpoints[0].name} of another run",
-            allowed="an empty folder",
+            allowed="a folder without later checkpoints than the run resumes from",
             hint=f"or --resume {folder} to continue from it",
         )
 
 
 def about(path: Path) -> Checkpoint:
-    """Return the description stored in a checkpoint. Raises UserError if it is broken."""
+    """Return the description stored in the checkpoint ``path``. Raises UserError if it cannot be parsed, and
+    OSError if there is none."""
     return serialization.loads(Checkpoint, (path / ABOUT).read_text(encoding="utf-8"), what=f"{path / ABOUT}")
 
 
 def incomplete(path: Path) -> str:
-    """Return why a folder is not a complete checkpoint; "" if it is one."""
+    """Return why the folder ``path`` is not a complete checkpoint; "" if it is one. Files must exist and have
+    the sizes in its description; their contents are not read."""
     if path.suffix == PARTIAL:
         return "its save was interrupted"
     if not (path / ABOUT).is_file():
@@ -128,7 +135,8 @@ def incomplete(path: Path) -> str:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Return a new empty folder for the checkpoint of ``step``. Remains of interrupted saves are deleted."""
+    """Create and return an empty folder in ``folder`` for the checkpoint after ``step`` steps, named as an
+    interrupted save. Remains of earlier interrupted saves are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(leftover)
@@ -138,8 +146,8 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def publish(partial: Path, said: Checkpoint) -> Path:
-    """Make the checkpoint in ``partial``, whose files are durable, the newest one of the run, and return its
-    path.
+    """Add the description ``said`` to the folder ``partial``, whose other files are already durable, rename
+    it to its final name, name it as the latest of the run, and return its new path.
     """
     _write(partial / ABOUT, serialization.dumps(said, indent=2) + "\n")
     _sync(partial)
@@ -172,7 +180,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Write a folder's own entries to disk."""
+    """Make the entries of a folder durable, that is, its list of files but not their contents."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept beside the model as training loops do."""
+"""An exponential moving average of a model's weights, kept in memory beside the model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from memfit.types.trace import Category
 class WeightAverage:
     """A copy of this rank's parameters and buffers, as from ``copy.deepcopy(model)``, and its update.
 
-    After each optimizer step ``average = decay * average + (1 - decay) * weights``; buffers are copied.
-    Averages of half-precision parameters are float32, so that small updates are not lost. ``frozen``: whether
-    parameters that are not trained are copied too. Under FSDP2 and ZeRO 3, a rank averages its shards, where
-    they are stored.
+    `update`, to be called after each optimizer step, sets ``average = decay * average + (1 - decay) *
+    weights`` and copies buffers. Averages of half-precision parameters are float32, so that small updates are
+    not lost. ``frozen``: whether parameters that are not trained are copied too. Under FSDP2 and ZeRO 3, a
+    rank averages its shards, where they are stored.
     """
 
     def __init__(self, bench: Workbench, model: torch.nn.Module, decay: float, *, frozen: bool) -> None:

@@ -1,4 +1,4 @@
-"""``hf:PATH_OR_NAME``: any Hugging Face configuration, from a local folder or bundled with transformers.
+"""``hf:PATH_OR_NAME``: the model of a Hugging Face configuration, from a local folder or of transformers.
 
 Nothing is downloaded. A name is a model type known to transformers (its default configuration); a path is a
 folder with ``config.json``. ``hf:llama?num_hidden_layers=2&hidden_size=64`` changes settings of either.
@@ -50,10 +50,11 @@ def make(
 ) -> Job:
     """Return the job of ``hf:name``.
 
-    Without a ``length``, ``tiny`` uses 128 tokens and ``paper`` the model's own length up to 2,048. Without a
-    ``batch``, a step has four sequences. Both are marked as assumed. Raises UserError for an unknown name, a
-    broken ``config.json``, an architecture without a causal, masked or classification head, or a length for
-    which the model has no positions.
+    ``length``: tokens of a sequence. Without it, ``tiny`` uses 128 tokens and ``paper`` 2,048, or fewer if
+    the model is made for fewer. ``batch``: sequences of a step; without it, four. Both are marked as assumed
+    if not given. Raises UserError for any ``data``, an unknown name or setting, a broken ``config.json``, an
+    architecture without a causal, masked or classification head, or a length for which the model has no
+    positions or that is above MOST_TOKENS.
     """
     if data is not None:
         raise UserError(f"{PREFIX}{name} trains on random tokens and does not accept --data")
@@ -77,43 +78,45 @@ def make(
 
 
 def _shown_name(name: str, config: Any) -> str:
-    """Return ``hf:llama``; if settings were changed, with the two that say most about the size."""
+    """Return the job's name, such as ``hf:llama``; if settings were changed, their place is taken by the
+    number of layers and the width."""
     base, changes, _ = name.partition("?")
     layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
     return f"{PREFIX}{base}" + (f" ({layers} layers of width {width})" if changes else "")
 
 
 def _longest(config: Any) -> int | None:
-    """Return the number of tokens for which the configuration is made, or None."""
+    """Return the largest number of tokens of a sequence that the configuration states, or None."""
     return next((int(n) for name in _LENGTH_NAMES if (n := getattr(config, name, None))), None)
 
 
 def _length(config: Any, task: str, requested_length: int | None, size: str, name: str) -> int:
-    """Return the tokens of a sequence: the requested number, else the size's, limited by the position
-    embeddings.
+    """Return the number of tokens of a sequence: the requested one, else the one of ``size``, limited by the
+    model's table of positions if it has one.
 
-    Rotary and relative positions have no limit. Raises UserError if more are requested than there are.
+    Rotary and relative positions have no limit. Raises UserError if more tokens are requested than the table
+    has positions, or more than MOST_TOKENS.
     """
     config_length = _longest(config)
     length = requested_length or min(
         config_length or _PAPER_LENGTH, _TINY_LENGTH if size == "tiny" else _PAPER_LENGTH
     )
     if length > MOST_TOKENS:
-        raise UserError(f"length {length}", allowed=f"1 to {MOST_TOKENS}")
+        raise UserError(f"length {length} is out of range", allowed=f"1 to {MOST_TOKENS}")
     allowed_length = length
     if config_length is not None and length > config_length - _RESERVED_POSITIONS:
         allowed_length = min(length, _positions(config, task, config_length) or length)
     if requested_length is not None and allowed_length < requested_length:
         raise UserError(
-            f"length {requested_length} of {PREFIX}{name}",
+            f"length {requested_length} of {PREFIX}{name} is out of range",
             allowed=f"1 to {allowed_length}, the model's positions",
         )
     return allowed_length
 
 
 def _positions(config: Any, task: str, longest: int) -> int | None:
-    """Return the rows of the model's table of positions, without those that no token uses; None if it has no
-    table.
+    """Return the number of rows of the model's smallest table of positions, without rows that no token uses;
+    None if it has no table. ``longest``: the number of tokens that the configuration states.
     """
     import torch
 
@@ -133,7 +136,9 @@ def _positions(config: Any, task: str, longest: int) -> int | None:
 
 
 def read_config(name: str) -> Any:
-    """Return the configuration of a folder or of a model type, with the settings after a ``?`` changed."""
+    """Return the configuration of ``name``, a folder or a model type, with the settings after a ``?`` changed
+    and the cache for generation off. Raises UserError if there is no such configuration or setting, or if the
+    folder's cannot be loaded."""
     from transformers import CONFIG_MAPPING
 
     name, _, changes = name.partition("?")
@@ -156,7 +161,8 @@ def read_config(name: str) -> Any:
 
 
 def _change(config: Any, changes: str, name: str) -> None:
-    """Set ``a=1&b=2`` in the configuration. Raises UserError for a setting that it does not have."""
+    """Set the settings ``changes``, such as ``a=1&b=2``, in the configuration. Values are read as JSON, else
+    taken as text. Raises UserError for a setting that the configuration does not have."""
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
             suggestions = difflib.get_close_matches(key, list(config.to_dict()), n=1)
@@ -176,12 +182,13 @@ def _from_folder(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder}/config.json cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def task_of(config: Any, name: str) -> str:
-    """Return the task of the configuration's own architecture, else of the first head that transformers has
-    for its type.
+    """Return the task, "causal-lm", "masked-lm" or "classification": that of the architecture that the
+    configuration names, else of the first of masked, causal and classification head that transformers has for
+    its type. Raises UserError if there is none.
     """
     for architecture in getattr(config, "architectures", None) or ():
         for ending, task in _ENDINGS.items():
@@ -198,9 +205,9 @@ def task_of(config: Any, name: str) -> str:
 
 
 def _auto_models() -> Mapping[str, Any]:
-    """Return the heads by task.
+    """Return task -> the class of transformers that builds a model with the head for it.
 
-    Masked comes first: bidirectional models have a causal head too, but not the reverse.
+    The masked task comes first: bidirectional models have a causal head too, but not the reverse.
     """
     import transformers
 
@@ -221,7 +228,9 @@ def _build(config: Any, task: str, weights: str | None) -> torch.nn.Module:
 
 
 def _batch(config: Any, task: str, shape: tuple[int, int], at: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Return ``input_ids`` (batch, length) and ``labels`` as the head requires them."""
+    """Return random ``input_ids`` (batch, length) and ``labels`` as the head for the task requires them:
+    classes (batch,), or tokens (batch, length), -100 where nothing is to be predicted. ``shape``: (batch,
+    length); ``at``: (step, seed)."""
     rng = step_rng(*at)
     pad = getattr(config, "pad_token_id", None)
     tokens = rng.integers(0, config.vocab_size, size=shape)
@@ -234,8 +243,8 @@ def _batch(config: Any, task: str, shape: tuple[int, int], at: tuple[int, int]) 
 
 
 def _some(tokens: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Return labels for 15 % of each row, the same number in every row, so that micro-batches have equal
-    weights.
+    """Return ``tokens`` as labels, with -100 (no label) for all but 15 % of each row, the same number in
+    every row and at least one, so that micro-batches have equal weights.
     """
     order = rng.random(tokens.shape).argsort(axis=1)
     return np.where(order < max(1, round(0.15 * tokens.shape[1])), tokens, -100)

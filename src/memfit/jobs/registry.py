@@ -1,6 +1,4 @@
-"""From a JobRef to a Job, and the list of built-in jobs. torch is not loaded before a job's model is
-built.
-"""
+"""From a JobRef to a Job, and the list of built-in jobs. Neither loads torch; building a job's model does."""
 
 from __future__ import annotations
 
@@ -23,7 +21,8 @@ MOST_TOKENS: Final = 262_144
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
-    """A built-in job. ``make(size=, data=, weights=, batch=, length=)`` returns the Job."""
+    """A built-in job. ``sizes``: the sizes that it accepts, the default first. ``make(size=, data=, weights=,
+    batch=, length=)``, all optional, returns the Job."""
 
     name: str
     title: str
@@ -54,7 +53,7 @@ def names() -> tuple[str, ...]:
 
 
 def describe() -> tuple[BuiltIn, ...]:
-    """Return all built-in jobs."""
+    """Return the descriptions of all built-in jobs."""
     return tuple(map(_built_in, _BUILT_IN))
 
 
@@ -70,9 +69,11 @@ def _built_in(name: str) -> BuiltIn:
 
 
 def load(ref: JobRef) -> Job:
-    """Return the job that ``ref`` names, with its size, data, weights, batch, length, steps and clip.
+    """Return the job that ``ref`` names, with the size, data, weights, batch, length, steps and clip that
+    ``ref`` states.
 
-    Raises UserError for an unknown job or size, numbers below one, and faults in the files.
+    Raises UserError for an unknown job or size, steps, batch or length below one, a length that the job does
+    not accept, and faults in the files.
     """
     for name, value in (("steps", ref.steps), ("batch", ref.batch), ("length", ref.length)):
         if value is not None and value < 1:
@@ -94,7 +95,9 @@ def _make(ref: JobRef) -> Job:
         built_in = _built_in(ref.spec)
         _check_size(ref, built_in.sizes)
         if ref.length is not None and not SHORTEST <= ref.length <= MOST_TOKENS:
-            raise UserError(f"length {ref.length} of {ref.spec}", allowed=f"{SHORTEST} to {MOST_TOKENS}")
+            raise UserError(
+                f"length {ref.length} of {ref.spec} is out of range", allowed=f"{SHORTEST} to {MOST_TOKENS}"
+            )
         job = built_in.make(**options)
         is_smallest = ref.size is None or ref.size == built_in.sizes[0]
         return job if is_smallest else dataclasses.replace(job, reduced=built_in.make)
@@ -109,14 +112,21 @@ def _make(ref: JobRef) -> Job:
 
 
 def _split_length(ref: JobRef) -> JobRef:
-    """Convert ``--size 650M@4096`` to ``--size 650M --length 4096``. Raises UserError for two lengths."""
+    """Return ``ref`` with a size such as ``650M@4096`` split into size ``650M`` and length 4096; return other
+    references unchanged. Raises UserError if there is no size or whole number around the @, if the job is in
+    a file of the user's, and if ``ref`` states another length too."""
     size, separator, length = (ref.size or "").partition("@")
     if not separator:
         return ref
     if not size or not length.isdigit() or ":" in ref.spec.removeprefix(huggingface.PREFIX):
-        raise UserError(f"size {ref.size!r} of {ref.spec}", allowed="SIZE@LENGTH, or --length alone")
+        raise UserError(
+            f"size {ref.size!r} of {ref.spec} cannot be read",
+            allowed="SIZE@LENGTH for a job that is not in a file, or --length",
+        )
     if ref.length not in (None, int(length)):
-        raise UserError(f"--size {ref.size} with --length {ref.length}", allowed="one length")
+        raise UserError(
+            f"--size {ref.size} and --length {ref.length} state different lengths", allowed="one length"
+        )
     return dataclasses.replace(ref, size=size, length=int(length))
 
 

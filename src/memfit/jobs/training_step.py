@@ -33,14 +33,15 @@ OnPhase = Callable[[Phase], None]
 
 
 def _ignore(phase: Phase) -> None:
-    """Ignore the phase."""
+    """Do nothing when a phase begins: the default of ``on_phase``."""
 
 
 class TrainingStep:
     """A model with a plan applied, its optimizer, and the training step.
 
-    Raises UserError if the plan's techniques conflict, lack a package, or do not suit the job. The step of an
-    engine (worker/apply_*.py) applies the techniques in ``carried`` itself, in `_prepare`.
+    Raises UserError if the plan's techniques conflict, lack a package, or do not suit the job, and if the
+    job's optimizer needs the loss several times per step. The step of another engine (engines/*/step.py) is a
+    subclass, which applies the techniques named in ``carried`` itself, in `_prepare`.
     """
 
     carried: frozenset[str] = frozenset()
@@ -54,9 +55,11 @@ class TrainingStep:
         world: World | None = None,
         on_built: Callable[[Workbench], None] = lambda bench: None,
     ) -> None:
-        """Build the model and apply the plan.
+        """Build the model, apply the plan, and create the optimizer.
 
-        ``on_built`` is called with the workbench and the plain model, before any technique changes it.
+        ``device`` is the kind of device whose kernels run, "cpu" or "cuda". ``world`` defaults to rank 0 of
+        the plan's layout, without a device mesh. ``on_built`` is called with the workbench, which holds the
+        plain model, before any technique changes it.
         """
         check(plan)
         model = job.build_model()
@@ -81,13 +84,15 @@ class TrainingStep:
         self.average = self._weight_average()
         if job.clip is not None and bench.step_in_backward:
             raise UserError(
-                "clip with optimizer-in-backward: each parameter is updated before the whole norm is known",
+                "the job's clip does not go with optimizer-in-backward, which updates each parameter before "
+                "the norm of all gradients is known",
                 allowed="clip=None, or a plan without optimizer-in-backward",
             )
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise UserError(
-                f"{type(self.optimizer).__name__} needs the loss several times per step",
+                f"{type(self.optimizer).__name__}, the job's optimizer, "
+                "needs the loss several times per step",
                 allowed="an optimizer whose step needs no closure",
             )
 
@@ -100,12 +105,16 @@ class TrainingStep:
         update: bool = True,
         terms_per_rank: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one optimizer step on this rank's batch.
+        """Run one training step on ``batch``, this rank's part of the batch: forward and backward of each
+        micro-batch, then the optimizer's step, which frees the gradients.
 
-        Returns (this rank's share of the mean loss, gradient norm) as detached scalar tensors.
-        ``micro_batches_played`` runs that many micro-batches, including the last, for a trace that knows that
-        the others are alike. ``update=False`` omits the optimizer's step. ``terms_per_rank`` is the mean
-        number of loss terms over data-parallel ranks, as returned by `local`.
+        Returns (the sum of the micro-batches' losses, each weighted by its number of loss terms divided by
+        ``terms_per_rank``; the gradient norm before clipping) as detached scalar tensors. ``terms_per_rank``
+        is the mean number of loss terms over data-parallel ranks, as returned by `local`; by default the
+        number in ``batch``, so that the first result is the mean loss of ``batch``. ``on_phase`` is called at
+        the beginning of each phase. ``micro_batches_played``: run only so many micro-batches, the first ones
+        and the last, for a trace that knows that the others are alike; by default all run. ``update=False``:
+        free the gradients without the optimizer's step.
         """
         parts = split(batch, self.bench.micro_batches)
         terms = [self._terms(part) for part in parts]
@@ -125,15 +134,19 @@ class TrainingStep:
         return loss_sum, norm
 
     def prime(self, on_phase: OnPhase = _ignore) -> None:
-        """Create the optimizer's state as a first step does, from gradients of zero. Used for traces."""
+        """Create the optimizer's state as a first step does, by an optimizer step with gradients of zero.
+        Used for traces. ``on_phase`` is called with the phase of the optimizer."""
         on_phase(Phase.OPTIMIZER)
         for param in self.bench.trainable():
             param.grad = torch.zeros_like(param)
         self._update()
 
     def local(self, batch: Any) -> tuple[Any, float]:
-        """Return (this data-parallel rank's part of the whole batch as new tensors, mean loss terms per
+        """Return (this rank's part of ``batch``, the whole batch of a step; the mean number of loss terms per
         rank).
+
+        The part of a data-parallel rank consists of new tensors; without data parallelism it is ``batch``
+        itself. If samples are cut along their sequence, it is the rank's slice of its samples.
         """
         world, cut_sample = self.bench.world, self.bench.slices
         if cut_sample is not None:
@@ -162,8 +175,9 @@ class TrainingStep:
         return optimizer
 
     def _update(self) -> torch.Tensor:
-        """Run the optimizer's step and return the gradient norm before it; 0 if the loss scale skipped the
-        step.
+        """Undo the loss scale, clip the gradients as the job says, run the optimizer's step and free the
+        gradients. Return the gradient norm before clipping; 0 if gradients overflowed under the loss scale,
+        which skips the step.
         """
         norm, scale = self._grad_norm(), self.bench.loss_scale
         if scale is None or scale.unscaled(norm, self.bench.trainable()):
@@ -175,7 +189,7 @@ class TrainingStep:
         return norm
 
     def _clip(self, norm: torch.Tensor) -> None:
-        """Scale all gradients so that their norm is at most the job's ``clip``.
+        """Scale all gradients so that their norm is at most the job's ``clip``; do nothing if that is None.
 
         The arithmetic is that of `torch.nn.utils.clip_grad_norm_`. ``norm``: of the gradients of all ranks.
         """
@@ -207,7 +221,10 @@ class TrainingStep:
         if self.bench.pipeline is not None:
             count, length = self.bench.pipeline.micro_batches, batch_length(part)
             if length % count:
-                raise UserError(f"{count} pipeline micro-batches of {length} samples", allowed="equal parts")
+                raise UserError(
+                    f"{count} pipeline micro-batches cannot be cut evenly from {length} samples",
+                    allowed=f"a number of samples that {count} divides",
+                )
             parts = split(part, count)
             terms = [self._terms(p) for p in parts]
             pieces = [(p, share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
@@ -229,7 +246,8 @@ class TrainingStep:
 
     @contextlib.contextmanager
     def contexts(self) -> Iterator[None]:
-        """Enter the contexts that the plan puts around a forward pass, in evaluation as in training."""
+        """Enter the contexts that the plan puts around a forward pass, such as autocast. Use it for
+        evaluation too."""
         with contextlib.ExitStack() as stack:
             for context in self.bench.forward_contexts:
                 stack.enter_context(context())
@@ -274,7 +292,8 @@ def _must_be_loss(loss: object) -> None:
 
 
 def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
-    """Return (process groups over which the gradient is sharded, this rank's shard).
+    """Return (process groups over which the gradient is sharded, this rank's shard). For a plain tensor there
+    are no groups, and the shard is the tensor.
 
     Partial sums, as in norms that work on a slice of the sequence, are reduced first.
     """
@@ -294,11 +313,11 @@ def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
 def global_norm(
     grads: Sequence[torch.Tensor], world: World, *, own: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:
-    """Return the norm over all ranks.
+    """Return the norm of the gradients of all ranks. All ranks must call it.
 
     Squares of local shards are summed along the mesh dimensions over which each gradient is sharded, and
     along the pipeline, whose stages hold different parameters. ``own``: gradients of parameters that differ
-    between data-parallel ranks.
+    between data-parallel ranks, whose squares are also summed over these ranks.
     """
     squares: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for grad in grads:
@@ -320,22 +339,23 @@ def global_norm(
 
 
 def played(count: int, most: int | None) -> list[int]:
-    """Return which of ``count`` micro-batches to run if ``most`` are enough: the first ones and the last."""
+    """Return the indices of those of ``count`` micro-batches to run if ``most`` of them are enough: the first
+    ``most`` - 1 and the last, or all if ``most`` is None or not below ``count``."""
     if most is None or most >= count:
         return list(range(count))
     return [*range(most - 1), count - 1]
 
 
 def batch_length(batch: Any) -> int:
-    """Return the number of samples that the batch's object reports, else the first dimension of the first
-    tensor.
+    """Return the number of samples of a batch: the one that an object in it reports, else the first dimension
+    of its first tensor with dimensions.
 
-    Raises UserError if the batch contains no tensor.
+    Raises UserError if the batch contains no tensor with dimensions.
     """
     tensors = [t for t in batch_tensors(batch) if t.dim() > 0]
     if not tensors:
         raise UserError(
-            "the job's batch contains no tensor",
+            "the job's batch contains no tensor with dimensions",
             allowed="a tensor, a mapping or tuple of tensors, or an object with .to() that holds tensors",
         )
     count = sample_count(batch)
@@ -343,15 +363,21 @@ def batch_length(batch: Any) -> int:
 
 
 def split(batch: Any, parts: int) -> Sequence[Any]:
-    """Return micro-batches as views along the first dimension. Tensors of other lengths are shared whole.
+    """Split a batch into ``parts`` micro-batches along the first dimension; the first ones have one sample
+    more if the number of samples does not divide evenly.
 
-    Raises UserError if there are more parts than samples.
+    Tensors are views. A tensor whose first dimension is not the number of samples is shared whole by all. A
+    batch that is an object is split by its own methods. Raises UserError if there are more parts than
+    samples, or if such an object cannot be split.
     """
     if parts == 1:
         return [batch]
     length = batch_length(batch)
     if parts > length:
-        raise UserError(f"{parts} micro-batches from a batch of {length}", allowed=f"at most {length}")
+        raise UserError(
+            f"{parts} micro-batches cannot be cut from a batch of {length} samples",
+            allowed=f"at most {length}",
+        )
     sizes = [length // parts + (i < length % parts) for i in range(parts)]
     if (objects := split_object(batch, sizes)) is not None:
         return objects

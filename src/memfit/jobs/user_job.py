@@ -20,11 +20,12 @@ from memfit.types.job import Job
 
 
 def load_user_job(spec: str, options: dict[str, Any]) -> Job:
-    """Load a user's job.
+    """Load the user's job ``spec``, which is ``path.py:attribute``: a Job, or a function that returns one.
 
-    ``options`` (size, data, weights, batch, length; only those given) are passed to a function that accepts
-    them. Raises UserError for a missing file or attribute, for an object that is not a Job, for an option
-    that is not accepted, and for any error in the user's own code, with its location.
+    ``options`` (those of size, data, weights, batch, length that were given) are passed to the function; a
+    Job accepts none. Raises UserError for a missing file or attribute, for an object that is not a Job, for
+    an option that is not accepted, and for any error in the user's own code, with its location. The functions
+    of the returned Job convert errors in the same way.
     """
     path, _, name = spec.rpartition(":")
     module = _run_file(Path(path), spec)
@@ -44,9 +45,10 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
 
 
 def source_digest(spec: str) -> str:
-    """Return the digest of the file that contains a user's job; "" for other jobs.
+    """Return a digest of the file that contains the user's job ``spec``: the first 16 hex digits of its
+    SHA-256. Return "" for other jobs, and if there is no such file.
 
-    Files it imports are not included.
+    Files that it imports are not included.
     """
     path = Path(spec.rpartition(":")[0])
     return (
@@ -72,7 +74,8 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
 
 
 def told(job: Job, spec: str) -> Job:
-    """Return the job with its own functions guarded: their errors become one-line UserErrors."""
+    """Return the job with its functions build_model, make_batch, loss, loss_terms and evaluate wrapped in
+    `guarded`, so that their errors become one-line UserErrors that name ``spec``."""
 
     def spoken(function: Any) -> Any:
         if function is None:
@@ -90,7 +93,8 @@ def told(job: Job, spec: str) -> Job:
 
 
 def _run_file(path: Path, spec: str) -> ModuleType:
-    """Import the file under a unique module name.
+    """Import the file under a module name of its own and return the module. Raises UserError if there is no
+    such Python file, or if it raises an error.
 
     The file's folder is appended to the import path and stays there, because the job may import modules
     beside it, at its top or inside a function. At the end of the path, they cannot replace modules of the
@@ -112,8 +116,8 @@ def _run_file(path: Path, spec: str) -> ModuleType:
 
 
 def shadowed_modules(spec: str) -> Iterator[str]:
-    """Yield one line for each module beside the job that it imports but for which Python finds another module
-    of that name.
+    """Yield one line for each module in the folder of the user's job ``spec`` that the job imports, directly
+    or through other such modules, but for which Python would load another module of that name.
 
     Nothing is imported. Jobs that are not the user's, and unreadable files, are skipped.
     """
@@ -143,7 +147,7 @@ def _own_module(folder: Path, name: str) -> Path | None:
 
 
 def _imported_names(file: Path) -> set[str]:
-    """Return the top-level names of all imports in a file."""
+    """Return the top-level names of all absolute imports in a file; none if it cannot be read or parsed."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -157,8 +161,8 @@ def _imported_names(file: Path) -> set[str]:
 
 
 def _origin(name: str) -> str | None:
-    """Return the file from which Python would import a top-level module, or "built-in"; None if there is
-    none.
+    """Return the file from which Python would import a top-level module, or a word such as "built-in" or
+    "frozen" for a module without a file; None if there is no such module.
     """
     try:
         module_spec = importlib.util.find_spec(name)
@@ -171,8 +175,11 @@ _NO_GRADIENT = "Expected to have finished reduction in the prior iteration"  # D
 
 
 def guarded(action: Any, spec: str) -> Any:
-    """Run ``action`` and convert any error of the user's code to a one-line UserError with the last location
-    in that code.
+    """Call ``action`` and return its result. Convert any error that it raises, SystemExit included, to a
+    one-line UserError with the last location in the user's code.
+
+    UserError, MemoryError and errors that tell that memory ran out are raised unchanged. ``spec``: the user's
+    job, or what else runs; the message begins with it.
     """
     try:
         return action()
@@ -196,7 +203,7 @@ def guarded(action: Any, spec: str) -> Any:
         location = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
         error_text = error.msg if isinstance(error, SyntaxError) else str(error)
         message = (error_text.splitlines() or [""])[0]
-        raise UserError(f"{spec} failed: {type(error).__name__}: {message}{location}") from error
+        raise UserError(f"{spec} raised {type(error).__name__}: {message}{location}") from error
 
 
 def _syntax_place(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Load trained weights from a folder of safetensors into a model, strictly."""
+"""Load trained weights from a folder of safetensors into a model, of which no parameter may be missing."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
     Tied parameters may be stored under any of their names, and a leading ``esm.`` may be missing. Every
     parameter must be present, except those whose names start with one of ``may_miss`` (the head of a new
     task). Tensors that the model does not use are ignored. Under fake tensors, which hold no values, nothing
-    is loaded: weights do not change sizes. Raises UserError for a missing folder, a missing parameter or
-    another shape.
+    is loaded: weights do not change sizes. Raises UserError for a folder that is missing, has no safetensors
+    or cannot be read, for a missing parameter, and for another shape.
     """
     from torch._guards import detect_fake_mode
 
@@ -47,10 +47,10 @@ def _names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def _aliases(name: str) -> Iterator[str]:
-    """Yield the names that files use for a parameter.
+    """Yield the names that files may use for the model's parameter ``name``, itself included.
 
-    An encoder saved alone has no prefix, and Hugging Face still writes TensorFlow's gamma and beta for some
-    layer norms.
+    An encoder saved alone has no prefix ``esm.``, and Hugging Face still writes TensorFlow's gamma and beta
+    for the weights and biases of some layer norms.
     """
     old_name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
     for spelling in {name, old_name}:
@@ -58,7 +58,8 @@ def _aliases(name: str) -> Iterator[str]:
 
 
 def _stored(folder: Path) -> dict[str, Path]:
-    """Return tensor name -> the file that contains it."""
+    """Return tensor name -> the file in ``folder`` that contains it. Raises UserError if there is no such
+    folder or it has no safetensors."""
     if not folder.is_dir():
         raise UserError(f"no such folder of weights: {folder}", allowed="a folder with model.safetensors")
     if (folder / _INDEX).is_file():
@@ -66,7 +67,7 @@ def _stored(folder: Path) -> dict[str, Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"no safetensors in {folder}", allowed=f"model.safetensors or {_INDEX} with its shards"
+            f"no safetensors files in {folder}", allowed=f"model.safetensors or {_INDEX} with its shards"
         )
     return {name: file for file in files for name in _open(file).keys()}  # noqa: SIM118 - not a mapping
 
@@ -95,7 +96,7 @@ def _copy(param: torch.nn.Parameter, file: Path, name: str) -> None:
     if value.shape != param.shape:
         raise UserError(
             f"{name} in {file} has shape {tuple(value.shape)}",
-            allowed=f"{tuple(param.shape)}, the model's",
+            allowed=f"{tuple(param.shape)}, the shape in the model",
             hint="choose the --size that the weights were saved from",
         )
     with torch.no_grad():
