@@ -49,13 +49,13 @@ def test_the_kind_of_a_file_is_recognised_from_its_content(
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.json", '{"name": "x"}', "its keys are name"),
-        ("a.json", '{"model.layers.0.mlp": 1, "lm_head": 2}', "its keys are model.layers.0.mlp"),
+        ("a.json", '{"name": "x"}', "its keys (up to six) are name"),
+        ("a.json", '{"model.layers.0.mlp": 1, "lm_head": 2}', "its keys (up to six) are model.layers.0.mlp"),
         ("a.json", "[1, 2]", "a list"),
         ("a.json", "{", "is not valid JSON"),
         ("a.yaml", "a: [", "is not valid YAML"),
         ("a.toml", "= 1", "is not valid TOML"),
-        ("pyproject.toml", "[project]\nname = 'x'\n", "its keys are project"),
+        ("pyproject.toml", "[project]\nname = 'x'\n", "its keys (up to six) are project"),
         ("a.sh", "echo hello --world\n", "no option of a training library"),
         ("a.json", "{" + " " * (1 << 20) + "}", "too large for a configuration file"),
         ("a.bin", "\udcff\udcfe", "not a text file"),

@@ -62,8 +62,8 @@ class ExportOptions:
         typer.Option(
             metavar="'FILE.py ARGS'",
             help="Command line of your own training script, in quotes: the Python file and its arguments. "
-            "The written files start it instead of memfit's worker. The file and the modules beside it that "
-            "it imports are copied.",
+            "The file and the modules beside it that it imports are copied, and the written files start it "
+            "instead of memfit's worker. trainer, torchtitan and openfold only copy it.",
         ),
     ] = None
     max_restarts: Annotated[

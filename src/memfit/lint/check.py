@@ -50,7 +50,8 @@ class Severity(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One misconfiguration, found in ``file``. ``says``: the text, with the values of the file filled in;
+    """One misconfiguration. ``rule``: name of the rule that found it; ``file``: path of the file, or of the
+    first of those that the rule compares; ``says``: what is wrong, with the values of the files filled in;
     ``do``: the advice; ``links``: where the problem was reported or is documented."""
 
     rule: str
@@ -63,14 +64,16 @@ class Finding:
 
 @functools.cache
 def texts() -> Mapping[str, Mapping[str, Any]]:
-    """Return rules.toml: rule name -> severity, links, and a (finding, advice) pair for each language."""
+    """Return the content of rules.toml: rule name -> "severity", "links", and for each language code a pair
+    of templates (finding, advice)."""
     path = resources.files("memfit.lint").joinpath("rules.toml")
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def check(setup: Setup, *, lang: str = "en") -> tuple[Finding, ...]:
-    """Return all findings in ``setup``, the most severe first. Raises KeyError for a language that rules.toml
-    has no texts in."""
+    """Return all findings in ``setup``, the most severe first. A rule is applied only if ``setup`` has files
+    of all kinds that it compares. Raises KeyError if there is a finding and rules.toml has no texts in
+    ``lang``."""
     findings: list[Finding] = []
     for name, (kinds, find_values) in CHECKS.items():
         options = [getattr(setup, kind) for kind in kinds]

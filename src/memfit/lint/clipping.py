@@ -1,4 +1,4 @@
-"""Find the gradient norm to which a set-up's own files clip."""
+"""Find the gradient norm to which a training with a set-up's files clips."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _DEFAULT_NORM = 1.0
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ClippingSetting:
     """How gradients are clipped. ``limit``: the largest gradient norm; 0 if gradients are not clipped; None
-    if the files do not determine it. ``explicit``: True if a file sets it, False if the library's default
-    applies."""
+    if the files do not determine it. ``explicit``: True if a file sets it, also as "auto"; False if the
+    library's default applies or nothing determines it."""
 
     limit: float | None
     explicit: bool
 
 
 def clipping_setting(setup: Setup) -> ClippingSetting:
-    """Return the clipping of the outermost library that clips. DeepSpeed's file takes precedence over the
-    Trainer's and Accelerate's."""
+    """Return the clipping of the library that clips: DeepSpeed, if there is a file of it, otherwise
+    Megatron-LM, torchtitan or the Trainer. Files of Accelerate and OpenFold alone do not determine it."""
     if setup.deepspeed is not None:
         return _deepspeed(setup, setup.deepspeed)
     for options, path in (
@@ -44,8 +44,8 @@ def _of(options: Options, path: str) -> ClippingSetting:
 
 
 def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
-    """Return the clipping of DeepSpeed's file. "auto" stands for the Trainer's setting; without a Trainer,
-    Accelerate replaces it by 1.0 (accelerator.py, 1.15)."""
+    """Return the clipping of DeepSpeed's file; its default is 1.0. "auto" stands for the Trainer's setting;
+    without a Trainer, Accelerate replaces it by 1.0 (accelerator.py, 1.15)."""
     if config.raw("gradient_clipping") == "auto":
         limit = _of(setup.trainer, "max_grad_norm").limit if setup.trainer is not None else _DEFAULT_NORM
         return ClippingSetting(limit=limit, explicit=True)

@@ -22,11 +22,11 @@ class LeftOut:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Carried:
-    """A configuration converted to a plan. ``engine``: the name of the engine that would run it.
-    ``micro_batch``: samples per forward pass of one rank; ``batch``: samples per optimizer step of all ranks;
-    ``length``: tokens per sample. Each of the three is None if the files do not determine it. ``size``: the
-    size of the built-in job that the files describe, "" if they describe none; ``model``: the model that the
-    files describe, if any."""
+    """A set-up converted to a plan. ``engine``: the name of the engine that would run it. ``micro_batch``:
+    samples per forward pass of one rank; ``batch``: samples per optimizer step of all ranks; ``length``:
+    tokens per sample. Each of the three is None if the files do not determine it. ``left_out``: the settings
+    that the plan leaves out; ``size``: the size of the built-in job that the files describe, "" if they
+    describe none; ``model``: the model of another kind that the files describe, if any."""
 
     plan: Plan
     engine: str
@@ -40,8 +40,8 @@ class Carried:
 
 @dataclasses.dataclass(kw_only=True)
 class Draft:
-    """A plan under construction. A technique that conflicts with those already in the plan is left out, and
-    the reason is recorded in ``left_out``."""
+    """A plan under construction, for ``ranks`` processes. A technique that conflicts with those already in
+    the plan is left out, and the reason is recorded in ``left_out``. The other fields are as in Carried."""
 
     ranks: int
     plan: Plan = dataclasses.field(default_factory=Plan)
@@ -53,8 +53,8 @@ class Draft:
     model: DescribedModel | None = None
 
     def take(self, technique: str, option: str, **knobs: KnobValue) -> None:
-        """Add a technique with ``knobs`` to the plan. If it is invalid or conflicts with the plan, leave it
-        out and record ``option`` with the reason."""
+        """Add a technique with the settings ``knobs`` to the plan. If it or a setting is invalid, or if it
+        conflicts with the plan, record ``option``, the setting of the file, as left out for that reason."""
         try:
             new_plan = self.plan.with_use(make_use(technique, knobs))
         except UserError as error:
@@ -71,14 +71,14 @@ class Draft:
         self.left_out.append(LeftOut(option=option, reason=reason))
 
     def accumulate(self, steps: int | None) -> None:
-        """Add gradient accumulation over ``steps`` micro-batches, if there is more than one."""
+        """Add gradient accumulation over ``steps`` micro-batches to the plan, unless that is 1 or None."""
         if steps is not None and steps > 1:
             self.take("gradient-accumulation", f"{steps} accumulation steps", micro_batches=steps)
 
     def sized(self, data: int, steps: int | None) -> None:
-        """Set the batch of a step, unless it is known: micro-batch x ``data`` x ``steps``, where ``data`` is
-        the number of ranks that see different samples and ``steps`` the number of accumulation steps (None:
-        1)."""
+        """Set the batch of a step to micro-batch x ``data`` x ``steps``, unless it is already set or the
+        micro-batch is unknown. ``data``: the number of ranks that see different samples; ``steps``: the
+        number of accumulation steps (None: 1)."""
         if self.micro_batch is not None and self.batch is None:
             self.batch = self.micro_batch * data * (steps or 1)
 

@@ -30,10 +30,10 @@ _WORK: Mapping[str, Callable[[int, int], int]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What a shell script passes to its program. ``flags``: Python name -> True for a switch, otherwise
-    the first value. ``env``: variables that the script exports. ``unsure``: flags that are given within a
-    branch or a loop, or given twice with different values. ``underscored``: flags that are written with
-    underscores."""
+    """What a shell script passes to its program. ``flags``: Python name -> True for a switch, otherwise the
+    text of the first value; of a flag that is given twice, the last. ``env``: name -> value of the variables
+    that the script exports. ``unsure``: names of flags that are given within a branch or a loop, or given
+    twice with different values. ``underscored``: names of flags that are written with underscores."""
 
     flags: Mapping[str, Any]
     env: Mapping[str, str]
@@ -42,8 +42,8 @@ class Script:
 
 
 def read_script(text: str) -> Script:
-    """Return the flags and exported variables of a shell script, with variables replaced where they have one
-    value."""
+    """Return the flags and exported variables of a shell script. A variable is replaced by its value if it
+    has exactly one in the whole script; otherwise ``$NAME`` stays, or its default value takes its place."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
     variables = _variables(lines)
     flags: dict[str, Any] = {}
@@ -63,8 +63,9 @@ def read_script(text: str) -> Script:
 
 
 def option_values(text: str) -> dict[str, tuple[str, ...]]:
-    """Return all values of each flag, by Python name; the tuple of a switch is empty. If a flag is given
-    twice, the later values replace the earlier ones."""
+    """Return Python name -> all values of each flag in a shell script, with variables replaced as in
+    `read_script`; the tuple of a switch is empty. If a flag is given twice, the later values replace the
+    earlier ones."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
     variables = _variables(lines)
     options: dict[str, tuple[str, ...]] = {}
@@ -93,7 +94,8 @@ def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _variables(lines: list[str]) -> dict[str, str]:
-    """Return the variables that have exactly one value in the whole script."""
+    """Return name -> value of the variables that have exactly one value in the whole script. Variables in
+    these values are replaced, too."""
     values: dict[str, set[str]] = {}
     for line in lines:
         for name, value in _ASSIGNED.findall(line):
@@ -119,8 +121,9 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _worked_out(text: str, variables: Mapping[str, str]) -> str | None:
-    """Evaluate an expression of whole numbers and variables: * and / first, then + and -, from left to right.
-    Return None if a variable is unknown, the result is negative, or a divisor is 0."""
+    """Evaluate an expression of whole numbers and variables: * and / first, then + and -, from left to right;
+    quotients are rounded down. Return the result as text, or None if a variable is unknown, a result on the
+    way is negative, a divisor is 0, or the expression has anything else."""
     parts = [variables.get(p, p) for p in re.findall(r"\w+|[*/+-]", text)]
     for operators in ("*/", "+-"):
         reduced: list[str] = []

@@ -1,4 +1,4 @@
-"""Find the model that a configuration describes, and the job that builds a model of the same sizes.
+"""Find the model that a configuration describes, and the hf: job that builds a model of the same sizes.
 
 Sizes and defaults of Megatron-LM are those of its training/arguments.py at d98e8a6. Flavors of torchtitan are
 those of its models at v0.2.2 (models/llama3 and models/qwen3, read 2026-11).
@@ -33,7 +33,8 @@ _MEGATRON_OTHERS = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DescribedModel:
-    """The model that a configuration describes. ``job``: the JOB that builds such a model, or "" if none
+    """The model that a configuration describes. ``layers`` and ``width``: the number of blocks and the hidden
+    size, None if unknown. ``job``: the JOB, as on the command line, that builds such a model, or "" if none
     does; then ``missing`` says why. ``differences``: pairs of (setting, what is built instead)."""
 
     layers: int | None
@@ -51,8 +52,8 @@ def _job(kind: str, sizes: Mapping[str, Any]) -> str:
 
 
 def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
-    """Return the model that Megatron-LM's arguments describe, or None if they say nothing about it.
-    ``tensor``: the tensor-parallel size, which determines the padding of the vocabulary."""
+    """Return the model that Megatron-LM's arguments describe, or None if they give neither layers, hidden
+    size nor heads. ``tensor``: the tensor-parallel size, which determines the padding of the vocabulary."""
     layers, width, heads = (
         given.size(option) for option in ("num_layers", "hidden_size", "num_attention_heads")
     )
@@ -87,13 +88,14 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
 
 
 def _share(options: Options, name: str) -> float:
-    """Return a dropout probability; Megatron-LM's default is 0.1."""
+    """Return the dropout probability that the option ``name`` sets; Megatron-LM's default is 0.1."""
     value = options.number(name)
     return 0.1 if value is None else value
 
 
 def _family(options: Options, width: int, heads: int) -> tuple[str, dict[str, Any]]:
-    """Return an architecture of transformers and the sizes that are specific to it; "" if none matches."""
+    """Return (the model type in transformers that computes as Megatron-LM would, the settings of its
+    configuration that not all types share); ("", {}) if no type does."""
     rotary = options.on("use_rotary_position_embeddings")
     position = options.get("position_embedding_type") or ("rope" if rotary else "learned_absolute")
     gated = options.on("swiglu")
@@ -135,7 +137,8 @@ def _family(options: Options, width: int, heads: int) -> tuple[str, dict[str, An
 
 
 def _vocabulary(options: Options, tensor: int) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Return the size of the vocabulary, padded as Megatron-LM pads it, and the assumptions made."""
+    """Return (the size of the vocabulary, padded as Megatron-LM pads it; the assumption if the arguments do
+    not give it, as a pair of setting and what is assumed)."""
     padded_size = options.size("padded_vocab_size")
     if padded_size is not None:
         return padded_size, ()
@@ -174,7 +177,7 @@ _DEBUG_TOKENS = 2048
 
 
 def of_torchtitan(given: Options) -> DescribedModel | None:
-    """Return the model that torchtitan's file names, or None if it names none."""
+    """Return the model that torchtitan's file names, or None if it gives neither a name nor a flavor."""
     if not (given.raw("model.name") or given.raw("model.flavor")):
         return None
     name, flavor = str(given.get("model.name") or "llama3"), str(given.get("model.flavor") or "debugmodel")

@@ -1,5 +1,5 @@
-"""Generate plans that differ from a given one in one change. They may need less memory; the pricer
-decides."""
+"""Generate plans that differ from a given one in one change that may save memory. Whether they do is for the
+caller to find out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from memfit.types.plan import KnobValue, Plan
 
 
 def neighbours(plan: Plan, *, parameters: int | None = None) -> tuple[Plan, ...]:
-    """Return the valid plans that differ from ``plan`` in one change. Plans that need more ranks or another
-    engine are not generated. ``parameters``: the number of the model's parameters, the upper limit of a ZeRO
-    bucket."""
+    """Return the valid plans that differ from ``plan`` in one change: every block recomputed, a smaller ZeRO
+    bucket, the next ZeRO stage, bf16, resharding, or twice as many micro-batches. ``parameters``: the number
+    of the model's parameters, to which a larger ZeRO bucket is reduced; None: it is not reduced."""
     candidates = (_with(plan, name, knobs) for name, knobs in _changes(plan, parameters))
     return tuple(dict.fromkeys(p for p in candidates if p != plan and conflict(p) is None))
 

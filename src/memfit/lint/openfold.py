@@ -85,8 +85,9 @@ TUNED: Final = (
 
 
 def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
-    """Return the value that the JSON gives to the last of ``paths`` that it names, which may be None (null).
-    Return ``default`` if it names none of them."""
+    """Return the value that OpenFold's JSON of changed settings gives to a setting with several ``paths``:
+    that of the last path which it names. It may be None (null). Return ``default`` if the JSON names none of
+    them, or if there is none."""
     value, settings = default, s.openfold_config
     for path in paths:
         node: Any = settings.data if settings is not None else {}
@@ -100,12 +101,13 @@ def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
 
 
 def arguments(s: Setup) -> Options:
-    """Return the arguments of train_openfold.py; they are empty if only the JSON was given."""
+    """Return the arguments of train_openfold.py; empty options if the set-up has no script with them."""
     return s.openfold or Options(file="", data={})
 
 
 def preset(s: Setup) -> str | None:
-    """Return the name of the preset, or None if it is known only when the script runs."""
+    """Return the name of the preset, by default initial_training, or None if it is known only when the script
+    runs."""
     options = arguments(s)
     if options.raw("config_preset") is None and "config_preset" not in options.unsure:
         return DEFAULT_PRESET
@@ -114,8 +116,8 @@ def preset(s: Setup) -> str | None:
 
 
 def crop(s: Setup) -> Preset | None:
-    """Return the preset with the JSON's changes, or None if the preset is not one of the monomer's. Raises
-    UserError for sizes that OpenFold's configuration does not accept."""
+    """Return the preset's crop with the changes of the JSON, or None if the preset is unknown or not one of
+    the monomer's. Raises UserError for a size that is not a whole number above 0."""
     base_preset = PRESETS.get(preset(s) or "")
     if base_preset is None:
         return None
@@ -129,14 +131,15 @@ def crop(s: Setup) -> Preset | None:
 
 
 def blocks_per_ckpt(s: Setup) -> int | None:
-    """Return how many blocks are recomputed together, or None if no block is recomputed. Raises UserError for
-    a value that is not a whole number above 0."""
+    """Return how many blocks are recomputed together, by default 1, or None if no block is recomputed. Raises
+    UserError for a value that is neither null nor a whole number above 0."""
     value = changed(s, CKPT, 1)
     return None if value is None else _count(CKPT[0], value)
 
 
 def batch_size(s: Setup) -> int:
-    """Return the batch of one process. Raises UserError for a value that is not a whole number above 0."""
+    """Return the samples per step of one process, by default 1. Raises UserError for a value that is not a
+    whole number above 0."""
     name = "data.data_module.data_loaders.batch_size"
     return _count(name, changed(s, [name], 1))
 
@@ -148,6 +151,6 @@ def _count(name: str, value: object) -> int:
 
 
 def precision(s: Setup) -> str:
-    """Return the precision under Lightning's full name, such as bf16-mixed."""
+    """Return the precision under Lightning's full name, such as bf16-mixed, which is the default."""
     value = str(arguments(s).get("precision") or "bf16")
     return {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(value, value)

@@ -1,4 +1,4 @@
-"""Check settings against what each library accepts, and report unknown settings and invalid values.
+"""Compare settings with those that each library accepts, and yield unknown settings and invalid values.
 
 The accepted settings are in options/*.toml, which scripts/library_options.py writes from the libraries' own
 classes and parsers.
@@ -25,8 +25,9 @@ _SWITCHES = {True: ("true", "yes", "on", "1", "y", "t"), False: ("false", "no", 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """The values that a setting accepts. ``kind``: integer, number, switch, text, list, table or any;
-    ``least`` and ``most``: bounds of a number; ``values``: the only accepted values, if they are enumerated;
-    ``any_case``: whether their case is ignored."""
+    ``least`` and ``most``: bounds of a number, None for no bound; ``open``: whether ``least`` itself is not
+    accepted; ``values``: the only accepted values, empty if they are not enumerated; ``any_case``: whether
+    the case of these values is ignored."""
 
     kind: str = "any"
     least: float | None = None  # inclusive, unless ``open``
@@ -36,8 +37,8 @@ class Spec:
     any_case: bool = False
 
     def takes(self, value: Any, *, spelled: bool) -> bool:
-        """Return whether the setting accepts ``value``. ``spelled``: whether a number or a switch may be
-        written as text."""
+        """Return whether the setting accepts ``value``; None is always accepted. ``spelled``: whether a
+        number or a switch may be written as text."""
         if value is None or (self.kind == "any" and not self.values):
             return True
         if self.values:
@@ -55,7 +56,8 @@ class Spec:
         return any(normalize(str(v)) in spellings for v in self.values)
 
     def counts(self, value: Any, spelled: bool) -> bool:
-        """Return whether ``value`` is a number of this kind within the bounds."""
+        """Return whether ``value`` is a number, or an integer if that is the kind, within the bounds.
+        ``spelled``: whether it may be written as text."""
         number = _number(value, spelled)
         is_valid_number = number is not None and (self.kind == "number" or _is_integer(value, number))
         return is_valid_number and self._bounded(number)  # type: ignore[arg-type]
@@ -65,12 +67,12 @@ class Spec:
         return above_minimum and (self.most is None or number <= self.most)
 
     def switches(self, value: Any, spelled: bool) -> bool:
-        """Return whether ``value`` is true or false."""
+        """Return whether ``value`` is true, false, 0 or 1 or, if ``spelled``, a word for them such as yes."""
         words = (*_SWITCHES[True], *_SWITCHES[False])
         return isinstance(value, bool) or value in (0, 1) or (spelled and str(value).lower() in words)
 
     def __str__(self) -> str:
-        """Describe the accepted values in words that need no translation."""
+        """Describe the accepted values in words that need no translation, such as ``integer >= 1``."""
         if self.values:
             return ", ".join(map(str, self.values))
         sign = ">" if self.open else ">="
@@ -99,20 +101,20 @@ def _number(value: Any, spelled: bool) -> float | None:
 
 
 def _is_integer(value: Any, number: float) -> bool:
-    """Return whether ``value``, of numeric value ``number``, is an integer. The number 5e8 is one; the text
-    "5e8" is not, because int() does not parse it."""
+    """Return whether ``value``, which float() converts to ``number``, is an integer. The number 5e8 is one;
+    the text "5e8" is not, because int() does not parse it."""
     is_other_text = isinstance(value, str) and not value.strip().lstrip("+-").replace("_", "").isdigit()
     return number == number and abs(number) != float("inf") and number == int(number) and not is_other_text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """The settings of one library. ``now`` and ``older`` map sections to settings; a section is a dotted
-    path, "" is the top level. ``release``: the release that ``now`` describes; ``older``: names that this
-    release does not have but other releases, forks or front ends do; ``refuses``: sections in which an
-    unknown key stops the library; ``spelled``: sections in which numbers and switches may be written as text;
-    ``needs``: a key that a file must have to be this library's ("": none); ``shares``: whether a file may
-    hold settings of other programs as well."""
+    """The settings of one library, by section; a section is a dotted path, "" is the top level. ``release``:
+    the release that ``now`` describes; ``now``: section -> setting -> accepted values; ``older``: section ->
+    names that this release does not have but other releases, forks or front ends do; ``refuses``: sections
+    in which an unknown key stops the library; ``spelled``: sections in which numbers and switches may be
+    written as text; ``needs``: a key that a file must have to be this library's ("": none); ``shares``:
+    whether a file may hold settings of other programs as well."""
 
     release: str
     now: Mapping[str, Mapping[str, Spec]]
@@ -127,12 +129,14 @@ class Known:
         return frozenset(self.now.keys() | self.older.keys())
 
     def names(self, section: str) -> frozenset[str]:
-        """Return all names that ``section`` has in any release."""
+        """Return the names of all settings that ``section`` has in ``now`` or ``older``."""
         return frozenset(self.now.get(section, {})) | self.older.get(section, frozenset())
 
     def near(self, section: str, key: str) -> str | None:
-        """Return the path that ``key`` was probably meant for, or None: a similar name in the same section,
-        or the same name in another section, if exactly one other section has it."""
+        """Return the dotted path of the setting that was probably meant by ``key`` in ``section``: a similar
+        name in the same section, otherwise the same name in another section, if exactly one has it. Return
+        None if there is neither, and for a top-level key without a similar name in files that programs
+        share."""
         similar_name = like(key, self.now.get(section, {}) if self.shares else self.names(section))
         if similar_name is not None:
             return f"{section}.{similar_name}".lstrip(".")
@@ -147,7 +151,8 @@ class Known:
 
 
 def like(name: str, names: Iterable[str]) -> str | None:
-    """Return the most similar of ``names``, or None if none is similar enough to be a misspelling."""
+    """Return the one of ``names`` that is most similar to ``name``, or None if none is so similar that
+    ``name`` may be a misspelling of it. Capitals and hyphens of ``name`` are ignored."""
     matches = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=_LIKE)
     return matches[0] if matches else None
 
@@ -190,7 +195,8 @@ def _spec(schema: Any, extra_values: Any, any_case: bool) -> Spec:
 
 
 def _of(options: Options, library: str) -> bool:
-    """Return whether the file is the library's own. Front ends mix the library's settings with many of their
+    """Return whether the file is the library's own: it has the key that such files need, and at most half of
+    its top-level keys are unknown to the library. Front ends mix the library's settings with many of their
     own, and a file that maps words to numbers can contain some of the names by chance."""
     table = known(library)
     foreign = [key for key in options.data if str(key) not in table.names("")]
@@ -200,9 +206,10 @@ def _of(options: Options, library: str) -> bool:
 
 
 def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | None]]:
-    """Yield (section, key, intended path) for each setting that the library does not have. The intended path
-    is None if no name is similar, or if the file already sets the similar name: then the key is assumed to be
-    the user's own."""
+    """Yield (section, key, dotted path of the setting that was probably meant) for each setting that the
+    library does not have in any release. The path is None if no name is similar, or if the file already sets
+    the similar name: then the key is assumed to be the user's own. Yield nothing for a file that is not the
+    library's own."""
     table = known(library)
     for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
         if key not in table.names(section):
@@ -211,7 +218,9 @@ def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | No
 
 
 def wrong(options: Options, library: str) -> Iterator[tuple[str, Any, Spec]]:
-    """Yield (path, value, spec) for each value that the library does not accept."""
+    """Yield (dotted path, value, accepted values) for each value that the library does not accept. Values
+    that are unknown, left to the library, or not read from a script are skipped, and so are files that are
+    not the library's own."""
     table = known(library)
     script = not options.file.endswith((".json", ".yaml", ".yml", ".toml"))
     for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
@@ -224,8 +233,9 @@ def wrong(options: Options, library: str) -> Iterator[tuple[str, Any, Spec]]:
 
 
 def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[tuple[str, str, Any]]:
-    """Yield section, key and value of all settings. The contents of a mapping that is no section of the
-    library are not yielded: they are the user's own."""
+    """Yield (section, key, value) for all settings in ``data``, the content of ``section``, and in the
+    sections below it. The content of a mapping that is no section of the library is not yielded: it is the
+    user's own."""
     for key, value in data.items():
         yield section, str(key), value
         path = f"{section}.{key}".lstrip(".")
@@ -234,7 +244,8 @@ def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[t
 
 
 def shown(spec: Spec, value: Any) -> str:
-    """Describe the accepted values. If there are many, name the three that are most similar to ``value``."""
+    """Describe the accepted values. Of more than nine enumerated ones, name only the three that are most
+    similar to ``value``, and their number."""
     names = [str(v) for v in spec.values]
     if len(names) <= _MOST_SHOWN:
         return str(spec)

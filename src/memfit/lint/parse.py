@@ -118,9 +118,9 @@ _TITAN = {"job", "model", "training", "parallelism", "activation_checkpoint", "o
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The nested settings of one file, accessed by dotted path. ``env``: exported variables; ``unsure``:
-    settings that a script sets within a branch or with different values. ``defaults`` is False if the
-    defaults of another front end apply instead of the library's."""
+    """The nested settings ``data`` of one file, accessed by dotted path. ``env``: variables that a script
+    exports; ``unsure``: settings that a script sets within a branch or a loop, or with different values.
+    ``defaults`` is False if the defaults of another front end apply instead of the library's."""
 
     file: str
     data: Mapping[str, Any]
@@ -129,7 +129,7 @@ class Options:
     defaults: bool = True
 
     def raw(self, path: str) -> Any:
-        """Return the value as written, or None if it is not given."""
+        """Return the value as written, or None if it is not given or null."""
         node: Any = self.data
         for part in path.split("."):
             if not isinstance(node, Mapping):
@@ -138,14 +138,14 @@ class Options:
         return node
 
     def get(self, path: str) -> Any:
-        """Return the value, or None if it is not given, left to the library ("auto"), or known only when the
-        script runs."""
+        """Return the value, or None if it is not given, empty, left to the library ("auto"), or known only
+        when the script runs."""
         value = self.raw(path)
         undetermined = isinstance(value, str) and (value in ("auto", "") or "$" in value)
         return None if undetermined or path in self.unsure else value
 
     def number(self, path: str) -> float | None:
-        """Return the value as a finite number, or None."""
+        """Return the value, which may be written as text, as a finite number; None if it is none."""
         value = self.get(path)
         try:
             number_value = None if isinstance(value, bool) or value is None else float(value)
@@ -154,7 +154,7 @@ class Options:
         return number_value if number_value is not None and math.isfinite(number_value) else None
 
     def count(self, path: str) -> int | None:
-        """Return the value as an integer, or None."""
+        """Return the value as an integer; None if it is none. 5.0 is one."""
         number_value = self.number(path)
         return int(number_value) if number_value is not None and number_value == int(number_value) else None
 
@@ -165,12 +165,12 @@ class Options:
         return str(self.get(path)).lower() in ("false", "0", "no")
 
     def size(self, path: str) -> int | None:
-        """Return the value as an integer of at least 1, or None."""
+        """Return the value as an integer of at least 1; None if it is none."""
         integer_value = self.count(path)
         return integer_value if integer_value is not None and integer_value >= 1 else None
 
     def texts(self, path: str) -> tuple[str, ...]:
-        """Return the items of a list, or the words of a text, as strings."""
+        """Return the items of a list, or the words of a text, as strings; empty for any other value."""
         value = self.get(path)
         words = value.split() if isinstance(value, str) else value if isinstance(value, list) else ()
         return tuple(str(w) for w in words)
@@ -183,9 +183,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """The files of one set-up, by kind. ``ranks``: the number of processes, if known; ``parameters``: the
-    number of parameters of the job, if there is one; ``missing``: files that another file names but that do
-    not exist."""
+    """The files of one set-up, by kind; None for a kind without a file. ``ranks``: the number of processes,
+    if known; ``parameters``: the number of parameters of the job's model, if known; ``missing``: files that
+    another file names but that do not exist, or that are not DeepSpeed's JSON where that is needed."""
 
     deepspeed: Options | None = None
     accelerate: Options | None = None
@@ -200,7 +200,7 @@ class Setup:
 
     @property
     def fsdp(self) -> Options | None:
-        """The file that configures FSDP, or None. Accelerate's file takes precedence over the Trainer's."""
+        """The file that switches FSDP on, or None. Accelerate's file takes precedence over the Trainer's."""
         if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
             return self.accelerate
         trainer_uses_fsdp = (
@@ -215,8 +215,10 @@ class Setup:
 
 
 def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | None = None) -> Setup:
-    """Read ``paths``, and the files that they name, as one set-up. Raises UserError if a file cannot be read,
-    is of no known kind, or is a second one of the same kind."""
+    """Read ``paths``, and the DeepSpeed and OpenFold files that they name, as one set-up. ``ranks``: the
+    number of processes, by default that of the files; ``parameters``: see Setup. Raises UserError if a file
+    cannot be read, is too large, is of no known kind or not of the kind that the naming file expects, or if
+    two of ``paths`` are of the same kind."""
     options_by_kind: dict[str, Options] = {}
     missing: list[str] = []
     for path in paths:
@@ -266,11 +268,13 @@ def _read_one(path: Path) -> tuple[str, Options]:
 
 
 def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
-    """Convert OpenFold's flat keys to nested mappings. Return None for a file of another library."""
+    """Convert OpenFold's flat keys, such as "globals.chunk_size", to nested mappings. Return None for a file
+    of another library. Raises UserError for nested keys, and for a key below one that has a value."""
     keys = [str(key) for key in data]
     if "globals" in keys and set(keys) <= OPENFOLD_PARTS:
         raise UserError(
-            f"{path} has nested keys", allowed='flat keys, as OpenFold reads them: "globals.chunk_size"'
+            f"{path} contains OpenFold's settings as nested keys",
+            allowed='flat keys, as OpenFold reads them: "globals.chunk_size"',
         )
     if not any(map(_FOLD.match, keys)):
         return None
@@ -281,22 +285,27 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
         for part in parents:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                raise UserError(f"{path} sets {key} and a part of it", allowed="each key once")
+                raise UserError(
+                    f"{path} sets {key}, but earlier it sets a key that contains this one to a plain value",
+                    allowed="either a value for the containing key, or its parts",
+                )
         node[last] = value
     return nested
 
 
 def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
     """Return the text of a file and its data as written; the data is None for a shell script. Raises
-    UserError."""
+    UserError for a file that cannot be read, is too large, or is not valid TOML, JSON or YAML although its
+    name says so."""
     text = _text(path)
     data = _data(path, text)
     return text, None if isinstance(data, Script) else data
 
 
 def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:
-    """Return how many of ``marks`` the file has. "fp16", "bf16" and "activation_checkpointing" count for
-    DeepSpeed only as mappings, and for the Trainer only as switches."""
+    """Return how many of ``marks``, the keys that identify a library, the top level of ``data`` has. "fp16",
+    "bf16" and "activation_checkpointing" count for DeepSpeed only as mappings, and for the Trainer only as
+    switches."""
     sections = {k for k in ("fp16", "bf16", "activation_checkpointing") if isinstance(data.get(k), Mapping)}
     switches = {"fp16", "bf16", "activation_checkpointing"} - sections
     ambiguous = switches if kind == "deepspeed" else sections if kind == "trainer" else set()
@@ -338,7 +347,7 @@ def _data(path: Path, text: str) -> dict[str, Any] | Script:
             )
             if isinstance(data, dict):
                 return data
-            raise _unknown(path, f"it contains a {type(data).__name__}")
+            raise _unknown(path, f"it must contain keys with values, not a {type(data).__name__}")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())[:120]}"
@@ -354,18 +363,19 @@ def _unknown(path: Path, description: str) -> UserError:
 
 
 def _keys_of(data: Mapping[str, Any]) -> str:
-    return f"its keys are {', '.join(map(str, list(data)[:6])) or 'none'}"
+    return f"its keys (up to six) are {', '.join(map(str, list(data)[:6])) or 'none'}"
 
 
 def _snake(data: Mapping[Any, Any]) -> dict[str, Any]:
-    """Convert keys to Python names; ``--micro-batch-size`` and ``micro-batch-size`` become
+    """Convert the top-level keys to Python names; ``--micro-batch-size`` and ``micro-batch-size`` become
     ``micro_batch_size``."""
     return {str(k).lstrip("-").replace("-", "_"): v for k, v in data.items()}
 
 
 def _sections(kind: str, data: dict[str, Any]) -> dict[str, Any]:
-    """Remove the section's name from the start of its options' names. Accelerate and the Trainer write some
-    of them with it and some without."""
+    """For Accelerate and the Trainer, remove prefixes such as ``fsdp_`` from the names of the settings in
+    fsdp_config, megatron_lm_config and parallelism_config: both write some with the prefix and some without.
+    Changes and returns ``data``."""
     prefixes = {
         "fsdp_config": "fsdp_",
         "megatron_lm_config": "megatron_lm_",
@@ -378,7 +388,9 @@ def _sections(kind: str, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], missing: list[str]) -> None:
-    """Add the DeepSpeed or Megatron-LM settings that another file contains or names."""
+    """Add to ``options_by_kind`` the DeepSpeed or Megatron-LM settings that the file ``options`` contains, or
+    the DeepSpeed file that it names, unless there are such settings already. Add the name to ``missing`` if
+    there is no such JSON file."""
     reference: Any = None
     if kind == "trainer":
         reference = options.raw("deepspeed")
@@ -401,7 +413,9 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
 
 
 def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> None:
-    """Add the JSON file that OpenFold's arguments name."""
+    """Add to ``options_by_kind`` the JSON of changed settings that OpenFold's arguments name, unless there is
+    one already. Add the name to ``missing`` if there is no such file. Raises UserError for a file of another
+    kind."""
     options = options_by_kind.get("openfold")
     name = options.get("experiment_config_json") if options is not None else None
     if options is None or not name or "openfold_config" in options_by_kind:
@@ -411,7 +425,10 @@ def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> 
         return
     kind, changes = _read_one(target)
     if kind != "openfold_config":
-        raise UserError(f"{target} is {KINDS[kind]}", allowed=KINDS["openfold_config"])
+        raise UserError(
+            f"{target}, the file of --experiment_config_json, is {KINDS[kind]}",
+            allowed=KINDS["openfold_config"],
+        )
     options_by_kind["openfold_config"] = changes
 
 
@@ -422,8 +439,8 @@ def _named(options: Options, name: Any) -> Path | None:
 
 
 def _as_deepspeed(options: Options) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that Accelerate's own DeepSpeed plugin builds (utils/dataclasses.py,
-    DeepSpeedPlugin.__post_init__, Accelerate 1.15, 2026-11)."""
+    """Return the DeepSpeed configuration that Accelerate builds from its own file, if that names no DeepSpeed
+    file (utils/dataclasses.py, DeepSpeedPlugin.__post_init__, Accelerate 1.15, 2026-11)."""
     section = options.section("deepspeed_config")
     precision = str(options.raw("mixed_precision"))
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}

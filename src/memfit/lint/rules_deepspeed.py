@@ -1,4 +1,4 @@
-"""Rules for DeepSpeed's own file. Checked against DeepSpeed 0.19.8 (runtime/config.py, runtime/engine.py,
+"""Rules for DeepSpeed's file. Checked against DeepSpeed 0.19.8 (runtime/config.py, runtime/engine.py,
 runtime/zero/config.py, runtime/precision_config.py; read 2026-11)."""
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def _device(d: Options, name: str) -> str:
 
 
 def _shares_samples(d: Options, s: Setup) -> bool:
-    """Return whether several processes may work on the same samples, as in tensor and sequence
-    parallelism."""
+    """Return whether several processes may work on the same samples, as in tensor and sequence parallelism:
+    DeepSpeed's file or Accelerate's configures such parallelism, or Megatron-LM's arguments are given."""
     has_mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
     splits_model = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
     splits_model = splits_model or "autosp" in d.texts("compile.passes")
@@ -35,7 +35,8 @@ def _shares_samples(d: Options, s: Setup) -> bool:
 
 
 def deepspeed_batch_product(d: Options, s: Setup) -> Found:
-    """Report a train_batch_size that is not micro-batch x accumulation steps x processes."""
+    """Report a train_batch_size that is not micro-batch x accumulation steps x processes. If the steps or
+    the processes are unknown, or processes may share samples, it must be a multiple of the known factors."""
     global_batch, micro_batch, steps = (d.count(k) for k in _BATCH)
     if not global_batch or not micro_batch or micro_batch < 1:
         return
@@ -46,13 +47,13 @@ def deepspeed_batch_product(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_two_precisions(d: Options, s: Setup) -> Found:
-    """Report fp16 and bf16 that are both enabled."""
+    """Report fp16 and bf16 (or its other name, bfloat16) that are both enabled."""
     if d.on("fp16.enabled") and (d.on("bf16.enabled") or d.on("bfloat16.enabled")):
         yield {}
 
 
 def deepspeed_fp16_off(d: Options, s: Setup) -> Found:
-    """Report an fp16 section with settings but without "enabled", which leaves fp16 off."""
+    """Report an fp16 section with loss-scale settings but without "enabled", which leaves fp16 off."""
     knobs = [k for k in d.section("fp16") if k in _LOSS_SCALE]
     if knobs and d.raw("fp16.enabled") is None:
         yield {"knobs": ", ".join(knobs)}
@@ -77,8 +78,8 @@ def deepspeed_offload_optimizer(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
-    """Report stage3_* settings below stage 3, where they are not read. Settings of how a model is saved are
-    not reported: they do no harm there."""
+    """Report stage3_* settings below ZeRO stage 3, where they are not read, unless they are null or "auto".
+    Settings of how a model is saved are not reported: they do no harm there."""
     if (stage := _stage(d)) not in {0, 1, 2}:
         return
     stage3_keys = [
@@ -90,22 +91,22 @@ def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_nvme_path(d: Options, s: Setup) -> Found:
-    """Report offloading to nvme without an nvme_path."""
+    """Report offload_param and offload_optimizer to nvme without an nvme_path, one finding each."""
     for name in ("offload_param", "offload_optimizer"):
         if _device(d, name) == "nvme" and d.raw(f"zero_optimization.{name}.nvme_path") in (None, "", "none"):
             yield {"name": name}
 
 
 def deepspeed_nvme_stage(d: Options, s: Setup) -> Found:
-    """Report offload_optimizer to nvme at stage 1 or 2. These stages treat every device as the host and never
-    read the path."""
+    """Report offload_optimizer to nvme at ZeRO stage 1 or 2. These stages treat every device as the host and
+    never read the path."""
     if _device(d, "offload_optimizer") == "nvme" and (stage := _stage(d)) in {1, 2}:
         yield {"stage": stage}
 
 
 def deepspeed_torch_adam(d: Options, s: Setup) -> Found:
-    """Report torch_adam beside offload_optimizer. Only the optimizer that DeepSpeed's own file names is
-    checked: an Adam that the program passes in is refused by DeepSpeed."""
+    """Report torch_adam of an Adam or AdamW together with offload_optimizer, with ZeRO. Only the optimizer
+    that DeepSpeed's file names is checked: an Adam that the program passes in is refused by DeepSpeed."""
     adam = str(d.get("optimizer.type")).lower() in ("adam", "adamw")
     device = _device(d, "offload_optimizer")
     if adam and d.on("optimizer.params.torch_adam") and device != "none" and _stage(d):
@@ -113,16 +114,16 @@ def deepspeed_torch_adam(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_hpz_ranks(d: Options, s: Setup) -> Found:
-    """Report a zero_hpz_partition_size that does not divide the number of ranks. A size above the number of
-    ranks is valid: the group is then all ranks."""
+    """Report, at ZeRO stage 3, a zero_hpz_partition_size that does not divide the number of ranks. A size
+    above the number of ranks is valid: the group is then all ranks."""
     size = d.size("zero_optimization.zero_hpz_partition_size") or 1
     if _stage(d) == 3 and s.ranks is not None and size < s.ranks and s.ranks % size:
         yield {"size": size, "ranks": s.ranks}
 
 
 def deepspeed_least_scale(d: Options, s: Setup) -> Found:
-    """Report a dynamic loss scale whose minimum is above its initial value. DeepSpeed's defaults are 2**16
-    for the initial value and 1 for the minimum."""
+    """Report a dynamic loss scale of fp16 whose minimum, min_loss_scale, is above its initial value.
+    DeepSpeed's defaults are 2**16 for the initial value and 1 for the minimum."""
     min_scale, power = d.number("fp16.min_loss_scale"), d.count("fp16.initial_scale_power")
     power = 16 if d.raw("fp16.initial_scale_power") is None else power
     if not d.on("fp16.enabled") or d.number("fp16.loss_scale") or min_scale is None or power is None:
@@ -139,8 +140,8 @@ def deepspeed_contiguous_checkpoints(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:
-    """Report activation_checkpointing settings under Hugging Face's libraries. Their models recompute with
-    torch's checkpoint, which reads none of these settings."""
+    """Report switches in activation_checkpointing that are on in a set-up of the Trainer or Accelerate.
+    Models of Hugging Face recompute with torch's checkpoint, which reads none of these settings."""
     if s.trainer is None and s.accelerate is None:
         return
     options = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
@@ -175,7 +176,7 @@ _ACCELERATE_FILLS = {
 
 
 def deepspeed_auto_unfilled(d: Options, s: Setup) -> Found:
-    """Report "auto" values that Accelerate does not fill in without a Trainer."""
+    """Report "auto" values that Accelerate, in a set-up without a Trainer, does not fill in."""
     if s.accelerate is None or s.trainer is not None:
         return
     keys = [path for path, value in _leaves(d.data) if value == "auto" and path not in _ACCELERATE_FILLS]
@@ -192,7 +193,7 @@ def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def deepspeed_untested_optimizer(d: Options, s: Setup) -> Found:
-    """Report an optimizer that ZeRO does not know, without zero_allow_untested_optimizer."""
+    """Report an optimizer that ZeRO does not know, with ZeRO but without zero_allow_untested_optimizer."""
     kind = str(d.get("optimizer.type") or "adam")
     if kind.lower() not in _TESTED and _stage(d) and not d.on("zero_allow_untested_optimizer"):
         yield {"type": kind, "stage": _stage(d)}
@@ -205,7 +206,8 @@ def deepspeed_one_bit(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
-    """Report LAMB with offload_optimizer: LAMB has no implementation for the host."""
+    """Report LAMB with ZeRO and offload_optimizer: LAMB has no implementation for the host. Without
+    zero_allow_untested_optimizer, deepspeed_untested_optimizer reports LAMB instead."""
     device = _device(d, "offload_optimizer")
     allowed = _stage(d) and d.on("zero_allow_untested_optimizer")
     if str(d.get("optimizer.type")).lower() == "lamb" and allowed and device != "none":
@@ -213,15 +215,15 @@ def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_scheduler_steps(d: Options, s: Setup) -> Found:
-    """Report a scheduler that needs total_num_steps and does not get it."""
+    """Report a WarmupDecayLR or WarmupCosineLR scheduler without total_num_steps, which it needs."""
     kind = str(d.get("scheduler.type"))
     if kind in {"WarmupDecayLR", "WarmupCosineLR"} and d.raw("scheduler.params.total_num_steps") is None:
         yield {"type": kind}
 
 
 def deepspeed_pipeline(d: Options, s: Setup) -> Found:
-    """Report pipeline stages together with ZeRO stage 2 or 3. The stages come from DeepSpeed's own section or
-    from Megatron-DeepSpeed's arguments."""
+    """Report several pipeline stages together with ZeRO stage 2 or 3. The pipeline stages come from
+    Megatron-DeepSpeed's arguments, otherwise from DeepSpeed's file."""
     m = s.megatron
     stages = d.count("pipeline.stages") or 1
     if m is not None and not m.on("no_pipeline_parallel"):
@@ -231,8 +233,9 @@ def deepspeed_pipeline(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_bucket(d: Options, s: Setup) -> Found:
-    """Report a reduce_bucket_size above the model's number of parameters. Stages 1 and 2 allocate the whole
-    bucket, and a second one if communication overlaps."""
+    """Report a reduce_bucket_size, by default 500,000,000, above the model's number of parameters, if that is
+    known. ZeRO stages 1 and 2 allocate the whole bucket, and a second one if communication overlaps, unless
+    contiguous_gradients is off."""
     allocates_bucket = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
     is_auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
     bucket = d.count("zero_optimization.reduce_bucket_size") or 500_000_000
@@ -244,9 +247,9 @@ def deepspeed_bucket(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_no_zero(d: Options, s: Setup) -> Found:
-    """Report a missing zero_optimization section, which Accelerate's plugin, and so the Trainer, asks for.
-    Trainer flags without a training batch are ignored: scripts that only generate text have some of them
-    too."""
+    """Report a missing zero_optimization section in a set-up of Accelerate or the Trainer, which need it,
+    unless DeepSpeed's autotuning is on. Trainer flags without a training batch are ignored: scripts that only
+    generate text have some of them too."""
     trainer_trains = s.trainer is not None and s.trainer.raw("per_device_train_batch_size") is not None
     is_autotuning = d.on("autotuning.enabled")
     if (
@@ -277,7 +280,8 @@ _REMOVED = (
 
 
 def deepspeed_removed(d: Options, s: Setup) -> Found:
-    """Report settings that DeepSpeed has removed and now refuses, whatever their value."""
+    """Report settings that DeepSpeed has removed and now refuses, whatever their value, and 1-bit optimizers
+    without ZeRO, which it has removed, too."""
     keys = [k for k in _REMOVED if d.raw(k) is not None]
     if str(d.get("optimizer.type")).lower() in _ONE_BIT and not _stage(d):
         keys.append(f"optimizer {d.get('optimizer.type')}")
@@ -286,7 +290,7 @@ def deepspeed_removed(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_zeropp(d: Options, s: Setup) -> Found:
-    """Report settings of ZeRO++ below stage 3, the only stage that supports them."""
+    """Report settings of ZeRO++ that are on below ZeRO stage 3, the only stage that supports them."""
     if _stage(d) not in {0, 1, 2}:
         return
     switches = ("weights", "gradients", "nontrainable_weights")
@@ -298,8 +302,8 @@ def deepspeed_zeropp(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
-    """Report ZeRO stage 3 under the Trainer without stage3_gather_16bit_weights_on_model_save: only shards
-    are saved."""
+    """Report ZeRO stage 3 under a Trainer that saves, without stage3_gather_16bit_weights_on_model_save: only
+    shards are saved."""
     if _stage(d) != 3 or str(t.get("save_strategy")).lower() == "no":
         return
     names = ("stage3_gather_16bit", "gather_16bit", "stage3_gather_fp16")

@@ -26,8 +26,9 @@ _DOUBLED = (
 
 
 def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
-    """Report settings beside deepspeed_config_file that the DeepSpeed file must hold instead. Precisions that
-    contradict each other are left to accelerate_deepspeed_precision."""
+    """Report settings of Accelerate's file, including mixed_precision, that the DeepSpeed file which it names
+    must hold instead. A mixed_precision that contradicts the DeepSpeed file is left to
+    accelerate_deepspeed_precision."""
     path = a.raw("deepspeed_config.deepspeed_config_file")
     if not path or _kind(a) != "DEEPSPEED":
         return
@@ -39,7 +40,8 @@ def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
 
 
 def accelerate_other_launcher(a: Options, d: Options, s: Setup) -> Found:
-    """Report a DeepSpeed file that nothing reads because distributed_type is not DEEPSPEED."""
+    """Report a DeepSpeed file that nothing reads: distributed_type names something other than DEEPSPEED, and
+    there are no TrainingArguments, which may name the file."""
     other_launcher = a.raw("distributed_type") is not None and _kind(a) not in ("DEEPSPEED", "NONE")
     if other_launcher and s.trainer is None:  # an argument of the Trainer may name the file
         yield {"kind": _kind(a)}
@@ -64,7 +66,8 @@ _SECTIONS = {"fsdp_config": "FSDP", "deepspeed_config": "DEEPSPEED", "megatron_l
 
 
 def accelerate_section_ignored(a: Options, s: Setup) -> Found:
-    """Report a section that is ignored because distributed_type names another library."""
+    """Report each of the sections for FSDP, DeepSpeed and Megatron-LM that is ignored because
+    distributed_type names something else."""
     for section, kind in _SECTIONS.items():
         if a.section(section) and a.raw("distributed_type") is not None and _kind(a) != kind:
             yield {"section": section, "kind": a.raw("distributed_type"), "needed": kind}
@@ -78,8 +81,8 @@ def accelerate_processes(a: Options, s: Setup) -> Found:
 
 
 def _machines(a: Options) -> int | None:
-    """Return num_machines, or None if another launcher determines it: SageMaker's, or DeepSpeed's, which
-    reads a hostfile."""
+    """Return num_machines, or None if it is unknown or another launcher determines it: SageMaker's, that of
+    TPUs, or DeepSpeed's, which reads a hostfile."""
     is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
     accelerate_launches = (
         _kind(a) != "DEEPSPEED" or a.raw("deepspeed_config.deepspeed_multinode_launcher") == "standard"
@@ -92,8 +95,9 @@ def _machines(a: Options) -> int | None:
 
 
 def accelerate_rendezvous(a: Options, s: Setup) -> Found:
-    """Report several machines without the address of the first, or without a port that is needed. Launchers
-    based on torchrun default to port 29500; the plain launcher, for CPUs, has no default."""
+    """Report several machines without main_process_ip, or without a main_process_port that is needed.
+    Launchers based on torchrun default to port 29500; the plain launcher, for CPUs and distributed_type NO,
+    has no default."""
     is_plain_launcher = a.on("use_cpu") or _kind(a) in ("NO", "MULTI_CPU")
     required = ("main_process_ip", "main_process_port") if is_plain_launcher else ("main_process_ip",)
     missing = [n for n in required if a.raw(n) in (None, "")]
@@ -102,8 +106,8 @@ def accelerate_rendezvous(a: Options, s: Setup) -> Found:
 
 
 def accelerate_local_address(a: Options, s: Setup) -> Found:
-    """Report several machines with a main_process_ip that names the local machine. With mpirun no address is
-    reported: its hostfile may name this machine only."""
+    """Report several machines with a main_process_ip that names the local machine. Files with an
+    mpirun_config are skipped: the hostfile of mpirun may name this machine only."""
     address, machines = str(a.raw("main_process_ip")), _machines(a)
     if a.section("mpirun_config"):
         return
@@ -112,9 +116,9 @@ def accelerate_local_address(a: Options, s: Setup) -> Found:
 
 
 def accelerate_one_process(a: Options, s: Setup) -> Found:
-    """Report several processes with distributed_type NO. Accelerate's launcher then starts one process per
-    machine, whatever num_processes is, unless the command line overrides it with --multi_gpu or a similar
-    option."""
+    """Report more processes than machines with distributed_type NO and without use_cpu. Accelerate's launcher
+    then starts one process per machine, whatever num_processes is, unless the command line overrides it with
+    --multi_gpu or a similar option."""
     processes = a.count("num_processes")
     is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
     # YAML reads no as False.
@@ -138,7 +142,7 @@ def accelerate_machine_rank(a: Options, s: Setup) -> Found:
 
 def _devices(a: Options) -> tuple[int, int] | None:
     """Return (the number of devices that gpu_ids names, the number of processes per machine), or None if
-    either is unknown."""
+    either is unknown, gpu_ids is no list of numbers, or the training is on CPUs."""
     ids = a.get("gpu_ids")
     device_ids = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
     processes, machines = a.size("num_processes"), a.size("num_machines") or 1
@@ -197,7 +201,7 @@ _HARMLESS = ("none", "false", "no_prefetch")  # values that ask for nothing
 
 
 def fsdp2_old_options(o: Options, s: Setup) -> Found:
-    """Report options of FSDP1 that have no effect with FSDP2."""
+    """Report options that only FSDP1 has, if FSDP2 is used, unless their value asks for nothing."""
     keys = [k for k in _ONLY_FSDP1 if _of(k, o) not in _HARMLESS]
     if _version(o, s) == 2 and keys:
         yield {"keys": ", ".join(f"fsdp_{k}" for k in keys)}
@@ -211,14 +215,15 @@ def fsdp2_reshard(o: Options, s: Setup) -> Found:
 
 
 def fsdp_efficient_loading(o: Options, s: Setup) -> Found:
-    """Report fsdp_cpu_ram_efficient_loading without fsdp_sync_module_states: all ranks but 0 would train
+    """Report fsdp_cpu_ram_efficient_loading with fsdp_sync_module_states false: all ranks but 0 would train
     random weights."""
     if o.on("fsdp_config.cpu_ram_efficient_loading") and _of("sync_module_states", o) == "false":
         yield {}
 
 
 def fsdp_wrapping(o: Options, s: Setup) -> Found:
-    """Report wrapping options that the chosen auto_wrap_policy does not read."""
+    """Report the wrapping options transformer_layer_cls_to_wrap and min_num_params, if the auto_wrap_policy
+    that is given does not read them."""
     policy = _of("auto_wrap_policy", o)
     by_class, by_size = policy == "transformer_based_wrap", policy == "size_based_wrap"
     if not (by_class or by_size or policy == "no_wrap"):
@@ -233,7 +238,7 @@ _PREFETCH = ("backward_pre", "backward_post", "no_prefetch", "1", "2", "none")
 
 
 def fsdp_prefetch(o: Options, s: Setup) -> Found:
-    """Report an unknown fsdp_backward_prefetch."""
+    """Report an fsdp_backward_prefetch with a value that does not exist."""
     if _of("backward_prefetch", o) not in _PREFETCH:
         yield {"value": o.raw("fsdp_config.backward_prefetch")}
 
@@ -242,7 +247,8 @@ def fsdp_prefetch(o: Options, s: Setup) -> Found:
 
 
 def _differs(d: Options, t: Options, trainer_key: str, deepspeed_key: str) -> Found:
-    """Yield a finding if both files state the setting, with different numbers."""
+    """Yield a finding if the setting ``trainer_key`` of the TrainingArguments and ``deepspeed_key`` of the
+    DeepSpeed file are both numbers and differ."""
     trainer_value, deepspeed_value = t.number(trainer_key), d.number(deepspeed_key)
     if trainer_value is not None and deepspeed_value is not None and trainer_value != deepspeed_value:
         yield {
@@ -269,7 +275,8 @@ def trainer_deepspeed_clipping(d: Options, t: Options, s: Setup) -> Found:
 
 
 def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found:
-    """Report hyperparameters that differ between the DeepSpeed file and the TrainingArguments."""
+    """Report a learning rate, weight decay, epsilon of Adam or number of warm-up steps that differs between
+    the DeepSpeed file and the TrainingArguments."""
     for trainer_key, deepspeed_key in (
         ("learning_rate", "optimizer.params.lr"),
         ("weight_decay", "optimizer.params.weight_decay"),
@@ -281,7 +288,8 @@ def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found
 
 
 def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
-    """Report a precision that differs between the DeepSpeed file and the TrainingArguments."""
+    """Report fp16 or bf16 that is on in only one of the DeepSpeed file and the TrainingArguments, if both set
+    it, or if the TrainingArguments switch the other precision on instead."""
     for name in ("fp16", "bf16"):
         trainer_value, deepspeed_value = t.get(name), d.get(f"{name}.enabled")
         if (
@@ -303,7 +311,7 @@ _SAME_AS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fu
 
 
 def trainer_optimizer_twice(d: Options, t: Options, s: Setup) -> Found:
-    """Report an optim that is ignored because the DeepSpeed file has an optimizer of its own."""
+    """Report an optim other than AdamW that is ignored because the DeepSpeed file names an optimizer."""
     optim, kind = t.get("optim"), d.get("optimizer.type")
     if kind is not None and optim is not None and optim not in _SAME_AS_ADAMW:
         yield {"optim": optim, "type": kind}
@@ -316,19 +324,20 @@ def trainer_find_batch(d: Options, t: Options, s: Setup) -> Found:
 
 
 def trainer_fsdp_deepspeed(t: Options, s: Setup) -> Found:
-    """Report FSDP and DeepSpeed that are configured together."""
+    """Report TrainingArguments that set fsdp in a set-up with DeepSpeed."""
     if t.get("fsdp") and not t.off("fsdp") and (t.raw("deepspeed") or s.deepspeed is not None):
         yield {"fsdp": t.raw("fsdp")}
 
 
 def trainer_two_precisions(t: Options, s: Setup) -> Found:
-    """Report fp16 and bf16 that are both on."""
+    """Report TrainingArguments in which fp16 and bf16 are both on."""
     if t.on("fp16") and t.on("bf16"):
         yield {}
 
 
 def trainer_accelerate_precision(t: Options, a: Options, s: Setup) -> Found:
-    """Report an Accelerate mixed_precision that differs from the TrainingArguments, which take precedence."""
+    """Report a mixed_precision of Accelerate's file that differs from the one precision that is on in the
+    TrainingArguments, which take precedence."""
     mixed_precision = str(a.get("mixed_precision")).lower().replace("false", "no")
     enabled = [n for n in ("bf16", "fp16") if t.on(n)]
     if len(enabled) == 1 and mixed_precision in {"no", "bf16", "fp16"} and mixed_precision != enabled[0]:
@@ -347,7 +356,8 @@ def trainer_fsdp_checkpointing(t: Options, s: Setup) -> Found:
 
 
 def trainer_fsdp_save_only_model(t: Options, s: Setup) -> Found:
-    """Report save_only_model with sharded state dicts of FSDP, which do not support it."""
+    """Report save_only_model with sharded state dicts of FSDP, which do not support it. With
+    load_best_model_at_end, trainer_best_model reports it instead."""
     fsdp = s.fsdp
     saves_only_model = t.on("save_only_model") and not t.on("load_best_model_at_end")
     if fsdp is not None and saves_only_model and _of("state_dict_type", fsdp) == "sharded_state_dict":
@@ -363,7 +373,8 @@ def trainer_best_model(t: Options, s: Setup) -> Found:
 
 
 def trainer_unused_parameters(t: Options, s: Setup) -> Found:
-    """Report ddp_find_unused_parameters with reentrant checkpointing, which fails in DDP."""
+    """Report ddp_find_unused_parameters with reentrant checkpointing in a set-up without DeepSpeed and FSDP:
+    together they fail in DDP."""
     is_ddp = s.deepspeed is None and s.fsdp is None
     reentrant = any(t.on(f"{n}_checkpointing_kwargs.use_reentrant") for n in ("gradient", "activation"))
     if is_ddp and _recomputes(t) and t.on("ddp_find_unused_parameters") and reentrant:
@@ -377,7 +388,8 @@ def trainer_cache(t: Options, s: Setup) -> Found:
 
 
 def fsdp2_offload_clipping(t: Options, s: Setup) -> Found:
-    """Report gradient clipping with FSDP2's offload. The Trainer clips to 1.0 unless told otherwise."""
+    """Report gradient clipping with FSDP2's offload of parameters. The Trainer clips to 1.0 unless
+    max_grad_norm says otherwise; 0 switches clipping off."""
     fsdp = s.fsdp
     if fsdp is None or _version(fsdp, s) != 2:
         return

@@ -7,7 +7,8 @@ from memfit.lint.parse import Found, Options, Setup
 
 
 def _size(m: Options, name: str) -> int | None:
-    """Return a parallel size: 1 if it is not given, None if it is unknown."""
+    """Return the parallel size ``name``, such as "tensor_model": 1 if it is not given, None if it is known
+    only when the script runs or is invalid."""
     path = f"{name}_parallel_size"
     return 1 if m.raw(path) is None and path not in m.unsure else m.size(path)
 
@@ -19,7 +20,7 @@ def _mesh(m: Options) -> tuple[int, int, int] | None:
 
 
 def _data(s: Setup) -> int | None:
-    """Return the number of data-parallel ranks, or None if it is unknown."""
+    """Return the number of data-parallel ranks, or None if it is unknown or not a whole number."""
     mesh = _mesh(s.megatron) if s.megatron is not None else None
     if mesh is None or s.ranks is None or s.ranks % (mesh[0] * mesh[1] * mesh[2]):
         return None
@@ -27,7 +28,8 @@ def _data(s: Setup) -> int | None:
 
 
 def _without(m: Options, name: str) -> bool:
-    """Return whether the option is certainly off: switched off, or not given and off by default."""
+    """Return whether the option, which Megatron-LM leaves off by default, is certainly off: switched off, or
+    not given while Megatron-LM's defaults apply."""
     return name not in m.unsure and (m.off(name) or (m.raw(name) is None and m.defaults))
 
 
@@ -59,8 +61,9 @@ def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
 
 
 def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
-    """Report --use-distributed-optimizer with a single data-parallel rank and overlap options. Runs of one
-    process are skipped: they are for debugging and say nothing about the intended run."""
+    """Report --use-distributed-optimizer with overlap options, a single data-parallel rank and no context
+    parallelism. Runs of one process are skipped: they are for debugging and say nothing about the intended
+    run."""
     if not m.on("use_distributed_optimizer") or _data(s) != 1 or _size(m, "context") != 1 or s.ranks == 1:
         return
     if m.on("overlap_param_gather") or m.on("overlap_grad_reduce"):
@@ -68,7 +71,8 @@ def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
 
 
 def megatron_layers(m: Options, s: Setup) -> Found:
-    """Report layers that cannot be split evenly into pipeline stages."""
+    """Report a number of layers that is no multiple of the pipeline stages, unless an option asks for an
+    uneven split."""
     stages = _size(m, "pipeline_model")
     layers = m.count("num_layers")
     # Megatron-DeepSpeed splits the layers by rules of its own.
@@ -77,7 +81,8 @@ def megatron_layers(m: Options, s: Setup) -> Found:
 
 
 def megatron_virtual_layers(m: Options, s: Setup) -> Found:
-    """Report layers of a pipeline stage that cannot be split evenly into virtual stages."""
+    """Report a number of layers of one pipeline stage that cannot be split evenly into virtual stages, unless
+    an option asks for an uneven split."""
     if not _even(m):
         return
     layers, stages = m.count("num_layers"), _size(m, "pipeline_model")
@@ -91,7 +96,7 @@ def megatron_virtual_layers(m: Options, s: Setup) -> Found:
 
 
 def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
-    """Report options of the interleaved schedule with a single pipeline stage."""
+    """Report each option of the interleaved schedule that is given with a single pipeline stage."""
     if _size(m, "pipeline_model") != 1:
         return
     for name in _VIRTUAL:
@@ -100,7 +105,8 @@ def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
 
 
 def megatron_batch(m: Options, s: Setup) -> Found:
-    """Report a global batch that is no multiple of micro-batch x data-parallel ranks."""
+    """Report a global batch that is no multiple of micro-batch x data-parallel ranks, or of the micro-batch
+    if the ranks are unknown. Files with --rampup-batch-size are skipped."""
     if m.raw("rampup_batch_size") is not None:
         return
     global_batch, micro_batch, data = m.count("global_batch_size"), m.count("micro_batch_size"), _data(s)
@@ -109,7 +115,7 @@ def megatron_batch(m: Options, s: Setup) -> Found:
 
 
 def megatron_ranks(m: Options, s: Setup) -> Found:
-    """Report a number of processes that is no multiple of tensor x pipeline x context sizes."""
+    """Report a number of processes that is no multiple of tensor- x pipeline- x context-parallel size."""
     mesh = _mesh(m)
     if mesh is None or s.ranks is None:
         return
@@ -125,7 +131,8 @@ def megatron_ranks(m: Options, s: Setup) -> Found:
 
 
 def megatron_interleaved_batch(m: Options, s: Setup) -> Found:
-    """Report an interleaved schedule whose micro-batches are no multiple of the pipeline stages."""
+    """Report an interleaved schedule whose number of micro-batches in a step is no multiple of the pipeline
+    stages. Files that set a group size of micro-batches are skipped."""
     data = _data(s)
     if data is None or m.raw("microbatch_group_size_per_virtual_pipeline_stage") is not None:
         return
@@ -143,8 +150,8 @@ _RECOMPUTE = ("recompute_method", "recompute_num_layers")
 
 
 def _recompute(m: Options) -> tuple[str | None, list[str], str]:
-    """Return the granularity, which of method and number of layers are given, and how the file writes
-    them."""
+    """Return (the granularity of recomputation or None, the names of those of the options method and number
+    of layers that are given, these options with their values as one text)."""
     granularity = m.get("recompute_granularity") or ("selective" if m.on("recompute_activations") else None)
     recompute_options = [n for n in _RECOMPUTE if m.raw(n) is not None]
     shown = ", ".join(f"--{n.replace('_', '-')} {m.raw(n)}" for n in recompute_options)
@@ -163,14 +170,16 @@ def megatron_recompute(m: Options, s: Setup) -> Found:
 
 
 def megatron_recompute_off(m: Options, s: Setup) -> Found:
-    """Report recomputation options without --recompute-granularity, which have no effect."""
+    """Report --recompute-method and --recompute-num-layers without --recompute-granularity, without which
+    they have no effect."""
     granularity, recompute_options, shown = _recompute(m)
     if granularity is None and recompute_options and _without(m, "recompute_granularity"):
         yield {"shown": shown}
 
 
 def megatron_overlap_gather(m: Options, s: Setup) -> Found:
-    """Report --overlap-param-gather without the options it needs."""
+    """Report --overlap-param-gather without --overlap-grad-reduce, or without --use-distributed-optimizer or
+    an alternative that shards the optimizer, too."""
     if not m.on("overlap_param_gather"):
         return
     alternatives = ("use_megatron_fsdp", "use_custom_fsdp", "use_layer_wise_distributed_optimizer")
@@ -183,8 +192,9 @@ def megatron_overlap_gather(m: Options, s: Setup) -> Found:
 
 
 def megatron_connections(m: Options, s: Setup) -> Found:
-    """Report a CUDA_DEVICE_MAX_CONNECTIONS that prevents overlap. Only values that the file sets are checked:
-    the container may set it otherwise."""
+    """Report a CUDA_DEVICE_MAX_CONNECTIONS that prevents communication from overlapping computation: 1 with
+    FSDP, otherwise another value than 1 or 32 with tensor or context parallelism. A file that does not set
+    it is skipped: the container may set it."""
     value = m.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if value is None or not value.isdigit():
         return
@@ -222,8 +232,8 @@ def megatron_heads(m: Options, s: Setup) -> Found:
 
 
 def _groups(m: Options) -> int | None:
-    """Return the number of query groups in use, or None. Without --group-query-attention every head has keys
-    and values of its own."""
+    """Return the number of query groups in use, or None if it is not given or has no effect: without
+    --group-query-attention every head has keys and values of its own."""
     has_groups = m.on("group_query_attention") or not m.defaults
     return m.size("num_query_groups") if has_groups else None
 
@@ -244,7 +254,8 @@ def megatron_few_query_groups(m: Options, s: Setup) -> Found:
 
 
 def megatron_query_groups_off(m: Options, s: Setup) -> Found:
-    """Report --num-query-groups without --group-query-attention, which ignores it."""
+    """Report --num-query-groups without --group-query-attention, without which it has no effect, unless it
+    equals the number of heads."""
     groups, heads = m.size("num_query_groups"), m.size("num_attention_heads")
     is_plain_attention = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
     if groups and heads and groups != heads and is_plain_attention and _without(m, "use_checkpoint_args"):
@@ -252,14 +263,15 @@ def megatron_query_groups_off(m: Options, s: Setup) -> Found:
 
 
 def megatron_two_lengths(m: Options, s: Setup) -> Found:
-    """Report --train-samples together with --train-iters."""
+    """Report --train-samples together with --train-iters, unless training is skipped."""
     samples, iterations = m.size("train_samples"), m.size("train_iters")
     if samples and iterations and _without(m, "skip_train"):
         yield {"samples": samples, "iterations": iterations}
 
 
 def megatron_distributed_activations(m: Options, s: Setup) -> Found:
-    """Report --distribute-saved-activations with options that exclude it."""
+    """Report --distribute-saved-activations with sequence parallelism, without tensor parallelism or without
+    full recomputation, which exclude it."""
     if not m.on("distribute_saved_activations"):
         return
     conflicts = ["--sequence-parallel"] if m.on("sequence_parallel") else []
@@ -271,15 +283,16 @@ def megatron_distributed_activations(m: Options, s: Setup) -> Found:
 
 
 def _dense(m: Options) -> bool:
-    """Return whether the network certainly has no experts: it is described, and no number of experts is
-    given."""
+    """Return whether the network certainly has no experts: its sizes are given, but no number of experts, or
+    the number 0."""
     is_described = any(m.raw(n) is not None for n in ("num_layers", "hidden_size", "num_attention_heads"))
     experts = m.get("num_experts")
     return is_described and "num_experts" not in m.unsure and (m.raw("num_experts") is None or experts == 0)
 
 
 def megatron_experts(m: Options, s: Setup) -> Found:
-    """Report an expert-parallel size that does not divide the number of experts."""
+    """Report an expert-parallel size above 1 that does not divide the number of experts, or for a network
+    that has none."""
     size = _size(m, "expert_model")
     if size is None or size == 1:
         return
@@ -309,7 +322,8 @@ def megatron_moe_sequence(m: Options, s: Setup) -> Found:
 
 
 def megatron_context_length(m: Options, s: Setup) -> Found:
-    """Report a sequence length that is no multiple of 2 x context-parallel size."""
+    """Report, with context parallelism, a sequence length that is no multiple of 2 x context-parallel
+    size."""
     context = _size(m, "context")
     length = m.count("seq_length")
     if context and context > 1 and length and length % (2 * context):

@@ -27,8 +27,8 @@ def openfold_accumulation(o: Options, s: Setup) -> Found:
 
 
 def openfold_preset(o: Options, s: Setup) -> Found:
-    """Report a config_preset that OpenFold does not have. Presets of other networks ("seq", "multimer") are
-    skipped."""
+    """Report a config_preset that OpenFold does not have. Presets of networks other than the monomer's, with
+    "seq" or "multimer" in their names, are skipped."""
     name = openfold.preset(s)
     is_known = name in openfold.PRESETS or name is None
     if not is_known and not str(name).startswith("seq") and "multimer" not in str(name):
@@ -36,7 +36,8 @@ def openfold_preset(o: Options, s: Setup) -> Found:
 
 
 def openfold_unknown_key(c: Options, s: Setup) -> Found:
-    """Report keys that OpenFold does not have. It adds them to its configuration, and nothing reads them."""
+    """Report the keys of "globals" and the top-level keys that OpenFold does not have. It adds them to its
+    configuration, and nothing reads them."""
     keys = [f"globals.{k}" for k in c.section("globals") if k not in openfold.GLOBALS]
     keys += [k for k in c.data if k not in OPENFOLD_PARTS]
     if keys:
@@ -44,14 +45,14 @@ def openfold_unknown_key(c: Options, s: Setup) -> Found:
 
 
 def openfold_two_kernels(c: Options, s: Setup) -> Found:
-    """Report several attention kernels that are switched on together."""
+    """Report attention kernels of "globals" of which more than one is switched on."""
     enabled_kernels = [k for k in openfold.KERNELS if c.raw(f"globals.{k}") is True]
     if len(enabled_kernels) > 1:
         yield {"used": " and ".join(enabled_kernels)}
 
 
 def openfold_chunk_training(c: Options, s: Setup) -> Found:
-    """Report chunk_size with tune_chunk_size, with which OpenFold stops in training."""
+    """Report chunk_size unless tune_chunk_size is switched off: with both, OpenFold stops in training."""
     chunk = openfold.changed(s, ["globals.chunk_size"])
     if chunk is not None and openfold.changed(s, openfold.TUNED, True) is True:
         yield {"chunk": chunk}

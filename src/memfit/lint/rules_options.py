@@ -7,14 +7,15 @@ from memfit.lint.parse import Found, Options, Setup
 
 
 def _read_as_written(o: Options, s: Setup) -> bool:
-    """Return whether ``o`` is a file as the user wrote it. DeepSpeed or Megatron-LM settings that were
-    derived from Accelerate's file are not: Accelerate's own settings are checked instead."""
+    """Return whether ``o`` holds a file's own settings. DeepSpeed or Megatron-LM settings that were derived
+    from Accelerate's file do not count: Accelerate's settings are checked instead."""
     return o is s.accelerate or s.accelerate is None or o.file != s.accelerate.file
 
 
 def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
-    """Find misspelled settings. ``refused``: whether to report the sections in which the library stops at an
-    unknown key, or the others."""
+    """Find settings that the library does not have but that are similar to one of it. ``refused``: True to
+    report those in sections in which the library stops at an unknown key, False for those in other
+    sections."""
     table = known(library)
     for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is not None and (section in table.refuses) == refused:
@@ -124,8 +125,8 @@ def trainer_value(t: Options, s: Setup) -> Found:
 
 
 def trainer_gone(t: Options, s: Setup) -> Found:
-    """Report arguments that the checked release of transformers does not have. Only a file with nothing but
-    the Trainer's arguments is checked: other front ends still have some of them."""
+    """Report arguments that the checked release of transformers does not have, but another release has. Only
+    a file with nothing but arguments of the Trainer is checked: other front ends still have some of them."""
     table = known("trainer")
     removed_keys = [key for key in t.data if key in table.older[""]]
     if removed_keys and all(key in table.names("") for key in t.data):
@@ -137,7 +138,8 @@ def _option(finding: dict[str, str]) -> dict[str, str]:
 
 
 def megatron_unknown_option(m: Options, s: Setup) -> Found:
-    """Report misspelled options of Megatron-LM. An unambiguous abbreviation of an option is valid."""
+    """Report misspelled options of Megatron-LM. The beginning of an option's name is not reported, because
+    Megatron-LM accepts abbreviations."""
     names = known("megatron").names("")
     for finding in _unknown(m, s, "megatron", refused=True) if m.defaults else ():
         if not any(name.startswith(finding["key"]) for name in names):

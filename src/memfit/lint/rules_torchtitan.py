@@ -16,8 +16,8 @@ _DEGREES = (
 
 
 def _degrees(t: Options) -> tuple[int, int, int, int, int]:
-    """Return the degrees (replicate, shard, tensor, pipeline, context); shard is -1 for "all remaining
-    ranks". Older releases have some of them in other tables."""
+    """Return the degrees (replicate, shard, tensor, pipeline, context), by default 1; shard is -1, for "all
+    remaining ranks", by default. Older releases have some of them in other tables."""
     degrees = []
     for name in _DEGREES:
         paths = [f"{table}.{name}_degree" for table in ("parallelism", "training", "experimental")]
@@ -36,7 +36,8 @@ def _compiles(t: Options) -> bool:
 
 
 def torchtitan_degrees(t: Options, s: Setup) -> Found:
-    """Report degrees whose product is not the number of processes."""
+    """Report degrees whose product is not the number of processes, or is no divisor of it if shard stands for
+    the remaining ranks, and degrees other than shard below 1."""
     replicate, shard, tensor, pipeline, context = degrees = _degrees(t)
     shown = " x ".join(f"{n} {d}" for n, d in zip(_DEGREES, degrees, strict=True))
     model = replicate * tensor * pipeline * context
@@ -48,7 +49,8 @@ def torchtitan_degrees(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
-    """Report enable_async_tensor_parallel without compilation, which implements it."""
+    """Report enable_async_tensor_parallel with tensor parallelism but without compilation, which implements
+    it."""
     if _compiles(t) or _degrees(t)[2] == 1:
         return
     if t.on("parallelism.enable_async_tensor_parallel") or t.on("experimental.enable_async_tensor_parallel"):
@@ -56,7 +58,8 @@ def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_float8_eager(t: Options, s: Setup) -> Found:
-    """Report low-precision converters without compilation: they cost more memory and time than bf16."""
+    """Report converters to float8 and MX formats without compilation: they cost more memory and time than
+    bf16."""
     converters = [n for n in t.texts("model.converters") if "float8" in n or "mx" in n]
     if converters and not _compiles(t):
         yield {"converters": ", ".join(converters)}
@@ -81,13 +84,15 @@ def torchtitan_step_in_backward(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_unclipped(t: Options, s: Setup) -> Found:
-    """Report early_step_in_backward with max_norm: gradients are freed before they could be clipped."""
+    """Report early_step_in_backward with a training.max_norm that the file sets: gradients are freed before
+    they could be clipped."""
     if t.on("optimizer.early_step_in_backward") and (norm := t.number("training.max_norm")):
         yield {"norm": norm}
 
 
 def torchtitan_microbatches(t: Options, s: Setup) -> Found:
-    """Report a local batch that gives the pipeline fewer micro-batches than stages, or uneven ones."""
+    """Report a local batch that gives a pipeline of several stages fewer micro-batches than stages, or uneven
+    micro-batches."""
     pipeline = _degrees(t)[3]
     if pipeline == 1 or t.count("experimental.pipeline_parallel_microbatches"):
         return
@@ -128,7 +133,7 @@ def torchtitan_sequence(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_selective_option(t: Options, s: Setup) -> Found:
-    """Report a selective_ac_option that is neither "op" nor a number."""
+    """Report a selective_ac_option that is neither "op" nor a number, if the mode is selective."""
     value, mode = t.get("activation_checkpoint.selective_ac_option"), t.get("activation_checkpoint.mode")
     if isinstance(value, str) and value != "op" and not value.isdigit() and mode in (None, "selective"):
         yield {"value": value}

@@ -31,7 +31,8 @@ def trainer_best_steps(t: Options, s: Setup) -> Found:
 
 
 def _steps(t: Options) -> tuple[float | None, float | None]:
-    """Return the intervals of (saving, evaluation)."""
+    """Return the intervals of (saving, evaluation) in steps, or as fractions of all steps if below 1; None if
+    unknown. The default of saving is 500; that of evaluation is logging_steps, whose default is 500."""
     logging_interval = 500.0 if t.raw("logging_steps") is None else t.number("logging_steps")
     save_interval = 500.0 if t.raw("save_steps") is None else t.number("save_steps")
     return save_interval, logging_interval if t.raw("eval_steps") in (None, 0) else t.number("eval_steps")
@@ -53,7 +54,8 @@ def _multiple(save_interval: float | None, eval_interval: float | None) -> bool:
 
 
 def trainer_no_workers(t: Options, s: Setup) -> Found:
-    """Report DataLoader options that need worker processes when dataloader_num_workers is 0."""
+    """Report the prefetch factor and persistent workers of the DataLoader, which need worker processes, when
+    dataloader_num_workers is 0, its default."""
     keys = ["dataloader_prefetch_factor"] if t.size("dataloader_prefetch_factor") else []
     keys += ["dataloader_persistent_workers"] if t.on("dataloader_persistent_workers") else []
     if keys and _none(t, "dataloader_num_workers"):
@@ -61,7 +63,8 @@ def trainer_no_workers(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_no_workers(t: Options, s: Setup) -> Found:
-    """Report torchtitan's DataLoader options that need worker processes when num_workers is 0."""
+    """Report the prefetch factor and persistent workers of torchtitan's DataLoaders, which need worker
+    processes, when num_workers of the same table is 0, its default."""
     for table in ("training.dataloader", "validation.dataloader"):
         keys = ["prefetch_factor"] if t.size(f"{table}.prefetch_factor") else []
         keys += ["persistent_workers"] if t.on(f"{table}.persistent_workers") else []
@@ -82,7 +85,7 @@ def trainer_two_warmups(t: Options, s: Setup) -> Found:
 
 
 def trainer_constant_warmup(t: Options, s: Setup) -> Found:
-    """Report a warm-up with the scheduler "constant", which has none."""
+    """Report warmup_steps and warmup_ratio with the scheduler "constant", which has no warm-up."""
     for name in ("warmup_steps", "warmup_ratio"):
         if t.get("lr_scheduler_type") == "constant" and (value := t.number(name)):
             yield {"name": name, "value": f"{value:g}"}

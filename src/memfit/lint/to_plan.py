@@ -18,8 +18,9 @@ from memfit.lint.to_plan_scripts import from_megatron, from_torchtitan
 
 
 def over(setup: Setup) -> Carried:
-    """Convert ``setup`` to a plan. If several libraries are configured, the outermost one that decides how
-    the model is distributed is converted."""
+    """Convert ``setup`` to a plan. If several libraries are configured, only one decides how the model is
+    distributed, the first of OpenFold, Megatron-LM, torchtitan, DeepSpeed, and Accelerate with the Trainer.
+    An unknown number of processes counts as 1, or as the smallest number that the settings allow."""
     engine, apply = _whose(setup)
     draft = Draft(ranks=setup.ranks or 1)
     apply(setup, draft)

@@ -55,7 +55,8 @@ _SECTIONS = {
 
 
 def from_deepspeed(setup: Setup, draft: Draft) -> None:
-    """Add DeepSpeed's settings to ``draft``, including the values that the Trainer or Accelerate fills in."""
+    """Add DeepSpeed's settings to ``draft``, with the values that the Trainer or Accelerate fills in, and the
+    Trainer's optimizer and recomputation if there is a Trainer."""
     config = setup.deepspeed
     assert config is not None
     _batches(setup, config, draft)
@@ -128,8 +129,8 @@ def _offload(config: Options, stage: int, draft: Draft) -> str:
 
 
 def _precision(setup: Setup, config: Options, draft: Draft) -> str:
-    """Return the precision in which DeepSpeed computes. "auto" stands for the Trainer's or Accelerate's
-    setting."""
+    """Return the precision in which a plan predicts DeepSpeed's computation: bf16, also for fp16, which is
+    recorded, or fp32. "auto" stands for the setting of the Trainer or of Accelerate."""
     outer_precision = _mixed_precision(setup)
     for name in ("bf16", "bfloat16", "fp16"):
         auto = config.raw(f"{name}.enabled") == "auto"
@@ -143,7 +144,8 @@ def _precision(setup: Setup, config: Options, draft: Draft) -> str:
 
 
 def _mixed_precision(setup: Setup) -> str | None:
-    """Return bf16, fp16, fp8 or no; None if no file gives it."""
+    """Return the mixed precision that the Trainer's arguments set, otherwise Accelerate's file: bf16, fp16,
+    fp8 or no; None if no file gives it."""
     if (args := setup.trainer) is not None:
         return next((n for n in ("bf16", "fp16") if args.on(n)), "no")
     value = setup.accelerate.get("mixed_precision") if setup.accelerate is not None else None
@@ -211,7 +213,8 @@ def _trainer_optimizer(setup: Setup, draft: Draft) -> None:
 
 
 def from_hugging_face(setup: Setup, draft: Draft) -> None:
-    """Add the settings of Accelerate and the Trainer without DeepSpeed to ``draft``."""
+    """Add the settings of Accelerate's file and of the TrainingArguments to ``draft``, for a set-up without
+    DeepSpeed; either file may be missing."""
     accelerate, args = setup.accelerate, setup.trainer
     kind = str(accelerate.raw("distributed_type") if accelerate is not None else "").upper()
     fsdp = _fsdp_options(setup)
@@ -246,14 +249,15 @@ def from_hugging_face(setup: Setup, draft: Draft) -> None:
 
 
 def _ddp(setup: Setup) -> dict[str, KnobValue]:
-    """Return the settings of DDP. Both libraries keep torch's defaults: gradients are separate from the
-    buckets."""
+    """Return the settings of DDP under Accelerate or the Trainer. Both keep torch's defaults: gradients are
+    separate from the buckets, which have 25 MiB unless ddp_bucket_cap_mb says otherwise."""
     mib = setup.trainer.size("ddp_bucket_cap_mb") if setup.trainer is not None else None
     return {"bucket_view": False, "bucket_mib": mib or 25, "sync": _sync(setup)}
 
 
 def _sync(setup: Setup) -> str:
-    """Return when gradients are reduced. By default both libraries reduce only after the last micro-batch."""
+    """Return after which micro-batches gradients are reduced: "last" if the Trainer accumulates them, unless
+    it is set to sync_each_batch; otherwise "every"."""
     args = setup.trainer
     steps = args.size("gradient_accumulation_steps") if args is not None else None
     sync_option = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
@@ -261,7 +265,8 @@ def _sync(setup: Setup) -> str:
 
 
 def _fsdp_options(setup: Setup) -> Options | None:
-    """Return FSDP's settings under Accelerate's names, without their prefix; None if FSDP is not used."""
+    """Return FSDP's settings under Accelerate's names without the prefix ``fsdp_``, or None if FSDP is not
+    used. The version is by default 1 in Accelerate's file and 2 in the TrainingArguments."""
     accelerate, args = setup.accelerate, setup.trainer
     if accelerate is not None and str(accelerate.raw("distributed_type")).upper() == "FSDP":
         return Options(file=accelerate.file, data={"version": 1, **accelerate.section("fsdp_config")})
@@ -277,7 +282,8 @@ def _fsdp_options(setup: Setup) -> Options | None:
 
 
 def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
-    """Add FSDP to the draft and return the number of ranks that see different samples."""
+    """Add FSDP, and the tensor and context parallelism of Accelerate's file, to the draft. Return the number
+    of ranks that see different samples."""
     strategy = str(fsdp.raw("sharding_strategy") or "FULL_SHARD").upper()
     strategy = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}.get(
         strategy, strategy

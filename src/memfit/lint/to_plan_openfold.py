@@ -57,9 +57,9 @@ def _precision(name: str, draft: Draft) -> None:
 
 
 def _with_deepspeed(setup: Setup, config: Options, precision: str, draft: Draft) -> None:
-    """Add DeepSpeed's settings. Lightning enables the half precision that --precision names if DeepSpeed's
-    file has no section for it. In memfit the structure module and the heads stay in float32, which its ZeRO
-    in bf16 does not support."""
+    """Add DeepSpeed's settings to ``draft``. Lightning enables the half precision that --precision names if
+    DeepSpeed's file has no section for it. In memfit the structure module and the heads then stay in float32,
+    which its ZeRO in bf16 does not support, so ZeRO is recorded as left out."""
     section = _SECTIONS.get(precision)
     enabled_sections = [s for s in ("bf16", "bfloat16", "fp16") if config.on(f"{s}.enabled")]
     if enabled_sections or (section is not None and section not in config.data):
@@ -100,8 +100,9 @@ def _recomputation(setup: Setup, draft: Draft) -> None:
 
 
 def _size(setup: Setup, draft: Draft) -> str:
-    """Return the size of the job: a published one, optionally with another crop ("SIZE@RESIDUES"). Return ""
-    if the network is not the monomer's."""
+    """Return the size of the job alphafold2 that has the set-up's crop: "initial" or "finetune", followed by
+    "@RESIDUES" if the residues differ. Other differences are recorded as left out. Return "" if the network
+    is not the monomer's or not known."""
     crop, name = openfold.crop(setup), openfold.preset(setup)
     if crop is None:
         draft.leave(f"config_preset {name or 'of a variable'}", "memfit supports only the monomer's network")

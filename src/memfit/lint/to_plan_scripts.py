@@ -1,4 +1,5 @@
-"""Convert Megatron-LM's arguments and torchtitan's TOML to a Plan. Both use meshes of several dimensions."""
+"""Convert Megatron-LM's arguments and torchtitan's TOML to a Plan. Both combine several kinds of
+parallelism."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ _MEGATRON_REASONS = {
 
 
 def _micro_batches(options: Options, data_ranks: int, draft: Draft) -> int | None:
-    """Return the number of micro-batches of one rank in a step."""
+    """Set the micro-batch and the batch of ``draft``. Return the number of micro-batches of one rank in a
+    step, or None if it is unknown."""
     micro_batch, global_batch = options.size("micro_batch_size"), options.size("global_batch_size")
     steps = options.size("num_micro_batches")
     if micro_batch and global_batch:
