@@ -38,15 +38,15 @@ Event = tuple[Hashable, int, str]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The options of PYTORCH_CUDA_ALLOC_CONF.
+    """The options of PYTORCH_CUDA_ALLOC_CONF, and the memory that the driver can give.
 
-    ``cap_bytes`` is the memory that the driver can give (or the fraction set); None: unlimited. Above
-    ``garbage_collection_threshold`` of it, garbage is collected. As in PyTorch, 0 disables garbage
-    collection.
+    That memory, or the fraction of it that the process may use, is ``cap_bytes``; None: unlimited. When more
+    than ``garbage_collection_threshold`` of it is reserved, garbage is collected. There is no garbage
+    collection if the threshold is 0, ``cap_bytes`` is None or segments are expandable.
     """
 
     max_split_size_bytes: int | None = None
-    roundup_power2_divisions: int = 0  # a power of two, for all sizes
+    roundup_power2_divisions: int = 0  # a power of two, for all sizes; 0: round up to 512 bytes only
     expandable_segments: bool = False
     garbage_collection_threshold: float = 0.0
     cap_bytes: int | None = None
@@ -69,7 +69,9 @@ class Replayed:
 
 
 class CachingAllocator:
-    """Call ``allocate`` and ``free``, then read ``allocated_bytes``, ``reserved_bytes`` and their peaks."""
+    """The allocator of one device: call ``allocate`` and ``free``, then read ``allocated_bytes``,
+    ``reserved_bytes``, the peaks of both, and ``retries`` as in `Replayed`.
+    """
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
@@ -84,9 +86,10 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, key: Hashable, size_bytes: int, stream: str = "") -> bool:
-        """Allocate ``size_bytes`` under the name ``key``, which `free` takes.
+        """Allocate ``size_bytes`` on ``stream`` under the name ``key``, which `free` takes.
 
-        Returns False if out of memory, after all cached memory was released.
+        Returns False, without an allocation, if there is not enough memory even after all cached memory was
+        released.
         """
         size = rounded_bytes(size_bytes, self.settings.roundup_power2_divisions)
         small = size <= SMALL_BYTES
@@ -112,7 +115,7 @@ class CachingAllocator:
         self.complete_free(key)
 
     def request_free(self, key: Hashable) -> None:
-        """Mark the block as no longer allocated, but not yet reusable.
+        """Mark the block as no longer allocated, but not reusable before `complete_free`.
 
         The tensor is gone, but another stream recorded on it may still use the block.
         """
@@ -128,9 +131,11 @@ class CachingAllocator:
     # -- where a block comes from ---------------------------------------------------------------------
 
     def _cached(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Return the best-fitting free block.
+        """Remove the smallest free block of at least ``size`` bytes from the pool and return it, or None.
 
-        With a `max_split_size`, oversize blocks only serve requests of similar size.
+        With expandable segments, the next larger block is taken instead as long as it can grow to less. With
+        a `max_split_size`, a block of that size or more only serves requests that are so large, too, and less
+        than 20 MiB smaller than the block.
         """
         pool.searches[0] += 1
         free = pool.free
@@ -151,9 +156,10 @@ class CachingAllocator:
         return block
 
     def _fresh(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Return a block of a new segment.
+        """Return a block of a new segment or of newly mapped pages; None if the driver has no memory.
 
-        If the driver has no memory, cached memory is released step by step.
+        Before that, garbage is collected, and if the driver has no memory, cached memory is released: first
+        oversize blocks, then all (a retry).
         """
         self._collect_garbage()
         block = self._segment(pool, size)
@@ -191,8 +197,8 @@ class CachingAllocator:
     # -- expandable segments ------------------------------------------------------------------------
 
     def _grown(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Return a block on the lowest run of idle addresses that is long enough, with memory mapped in
-        pages.
+        """Return a block on the lowest run of idle addresses that is long enough, or on a new address range,
+        with memory mapped in pages; None if the driver has not enough memory, which may leave pages mapped.
         """
         block = next((b for b in growable(pool) if run_holds(b, size)), None)
         if block is None:
@@ -229,7 +235,7 @@ class CachingAllocator:
         return True
 
     def _unmap(self, block: SegmentBlock) -> None:
-        """Release the pages that lie entirely in a free block."""
+        """Release the pages that lie entirely in the free block ``block``."""
         page_bytes, pool = block.pool.page_bytes, block.pool
         start = -(-block.address // page_bytes) * page_bytes
         end = (block.address + block.size) // page_bytes * page_bytes
@@ -253,8 +259,10 @@ class CachingAllocator:
     # -- giving memory back -------------------------------------------------------------------------
 
     def _collect_garbage(self) -> None:
-        """Release unsplit large blocks that were unused for longer than the average, oldest first, until the
-        reserved bytes are below the threshold.
+        """Release idle large blocks that are whole segments and at least as old as the average of these, all
+        at once, and repeat this until the reserved bytes are below the threshold or no block is left.
+
+        Does nothing without a threshold or a cap, and with expandable segments.
         """
         threshold, cap = self.settings.garbage_collection_threshold, self.settings.cap_bytes
         if not threshold or cap is None or self.settings.expandable_segments:
@@ -270,10 +278,10 @@ class CachingAllocator:
                 self._give_back(block)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """Release oversize blocks when a `max_split_size` is set.
+        """Release oversize blocks of the pool when a `max_split_size` is set; return whether it was enough.
 
-        The smallest one that is large enough is released, or else the largest ones until their total is
-        enough. Does nothing with expandable segments.
+        The smallest one of at least the request and `max_split_size` is released, or else the largest ones
+        until their total is that much. Does nothing with expandable segments.
         """
         if self._unsplit_bytes is None or self.settings.expandable_segments:
             return False
@@ -289,7 +297,9 @@ class CachingAllocator:
         return released_bytes >= needed_bytes
 
     def _release_cached(self) -> None:
-        """Wait for other streams, then release every segment and page without a live block."""
+        """Complete all requested frees, as if other streams were done, then release every segment and, with
+        expandable segments, every page without a live block.
+        """
         for key in list(self._held):
             self.complete_free(key)
         for small in (False, True):
@@ -309,7 +319,7 @@ class CachingAllocator:
 
 
 def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
-    """Replay the events in order; stop at the first allocation that fails."""
+    """Replay the events in order, up to the first allocation that fails, and return what was reserved."""
     allocator = CachingAllocator(settings)
     fits = all(_played(allocator, *event) for event in events)
     return Replayed(
@@ -330,14 +340,18 @@ def _played(allocator: CachingAllocator, key: Hashable, size_bytes: int, stream:
 
 
 def replay(allocations: Iterable[Allocation], settings: Settings | None = None) -> Replayed:
-    """Replay the allocations of a trace in the order of their clock, as the device's allocator would serve
-    them.
+    """Replay the allocations and frees of a trace in the order of their clock, up to the first allocation
+    that fails, and return what was reserved.
     """
     return run(events_of(allocations), settings)
 
 
 def events_of(allocations: Iterable[Allocation]) -> list[Event]:
-    """Return the events by clock. Empty tensors never reach the allocator, so they are left out."""
+    """Return the allocations and frees in the order of their clock; at the same clock, allocations first.
+
+    A key is the position among the non-empty tensors. Empty tensors never reach the allocator, so they are
+    left out.
+    """
     nonempty = [a for a in allocations if a.size_bytes]
     free_indices = [i for i, a in enumerate(nonempty) if a.end is not None]
     clocks = numpy.array(

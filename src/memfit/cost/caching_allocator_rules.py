@@ -21,10 +21,10 @@ ADDRESSES_BYTES: Final = LARGE_SEGMENT_BYTES << 24  # address range of an expand
 
 
 def rounded_bytes(size_bytes: int, divisions: int = 0) -> int:
-    """Round up to a multiple of 512 bytes.
+    """Return a request rounded up to a multiple of 512 bytes, at least 512.
 
-    With ``divisions``, the range between two powers of two has that many equal steps, and sizes round up to a
-    step.
+    With ``divisions`` above 1, sizes above 512 x ``divisions`` round up otherwise: the range between two
+    powers of two has that many equal steps, and sizes round up to a step.
     """
     if divisions > 1 and size_bytes > SMALLEST_BYTES * divisions:
         step = (1 << (size_bytes.bit_length() - 1)) // divisions
@@ -42,7 +42,11 @@ def segment_bytes(size_bytes: int) -> int:
 
 
 class SegmentBlock:
-    """A piece of a segment. ``idle``: free for use; ``mapped``: its addresses are backed by memory."""
+    """A piece of a segment. ``idle``: free for use; ``mapped``: its addresses are backed by memory.
+
+    ``before`` and ``after``: its neighbours in the segment. ``born``: the pool's count of searches when it
+    became idle.
+    """
 
     __slots__ = ("address", "after", "before", "born", "idle", "mapped", "pool", "size")
 
@@ -62,7 +66,8 @@ class SegmentBlock:
 
 
 class Pool:
-    """Idle blocks of one stream and size class: mapped ones by (size, address), unmapped ones by address.
+    """Idle blocks of one stream and size class (small or large): mapped ones by (size, address), unmapped
+    ones by address.
 
     ``searches`` counts requests of the size class over all streams, because PyTorch keeps one pool for all
     streams and separates the blocks by stream.
@@ -95,7 +100,9 @@ class Pool:
 
 
 def merge(block: SegmentBlock, neighbour: SegmentBlock | None) -> None:
-    """Merge the block with an idle neighbour of the same kind (both mapped or both unmapped)."""
+    """Extend ``block`` over the neighbour and remove that from its pool, if it is idle and both are mapped or
+    both unmapped; otherwise do nothing.
+    """
     if neighbour is None or not neighbour.idle or neighbour.mapped != block.mapped:
         return
     block.pool.remove(neighbour)
@@ -122,8 +129,8 @@ def room_bytes(block: SegmentBlock) -> int:
 
 
 def growable(pool: Pool) -> Iterator[SegmentBlock]:
-    """Yield unmapped blocks by address, each replaced by the idle block directly before it if there is
-    one.
+    """Yield the starts of idle runs that contain unmapped addresses, by address: for each unmapped block of
+    the pool the idle block directly before it, or the unmapped block itself if there is none.
     """
     for _, block in pool.unmapped:
         previous = block.before
@@ -131,7 +138,7 @@ def growable(pool: Pool) -> Iterator[SegmentBlock]:
 
 
 def run_holds(block: SegmentBlock | None, size: int) -> bool:
-    """Return whether the run of idle blocks from this one is at least ``size`` bytes long."""
+    """Return whether the run of idle blocks of a segment from this one on is at least ``size`` bytes long."""
     total_bytes = 0
     while total_bytes < size and block is not None and block.idle:
         total_bytes += block.size

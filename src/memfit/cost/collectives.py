@@ -33,8 +33,8 @@ KINDS = ("all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all"
 
 
 class Wires(NamedTuple):
-    """Bytes/s of one device in one direction: to its neighbours in the host, out of the host, and to the
-    reducing switch (0 if there is none).
+    """Bytes/s that large transfers of one device reach in one direction: ``inside`` to its neighbours in the
+    host, ``outside`` out of the host, and ``switch`` to the reducing switch (0 if there is none).
     """
 
     inside: float
@@ -43,7 +43,9 @@ class Wires(NamedTuple):
 
 
 def wires(machine: Machine) -> Wires:
-    """Return the bandwidths that transfers reach on this machine."""
+    """Return the bandwidths that large transfers reach on this machine, with assumed ones for links and
+    networks that it does not name.
+    """
     device, network = machine.device, machine.network
     link = device.link.bytes_s.value if device.link else ASSUMED_LINK_BYTES_S
     link_ratio = device.efficiency_ratio.get("link")
@@ -55,11 +57,11 @@ def wires(machine: Machine) -> Wires:
 
 
 def collective_s(kind: str, size_bytes: Any, ranks: int, ranks_per_host: int, machine: Machine) -> Any:
-    """Return the seconds of a collective, for a number or a numpy array of sizes.
+    """Return the seconds of a collective, for a number or a numpy array of sizes; 0 for a single rank.
 
-    ``size_bytes`` is the size of the whole: what every rank has after a gather or before a scatter, the
-    tensor that is reduced or sent, or all that one rank exchanges. ``ranks_per_host``: ranks of this group in
-    one host.
+    ``kind`` is one of `KINDS`. ``size_bytes`` is the size of the whole: what every rank has after a gather or
+    before a scatter, the tensor that is reduced or sent, or all that one rank exchanges. ``ranks``: of the
+    group. ``ranks_per_host``: ranks of the group in one host.
     """
     assert kind in KINDS, kind
     if ranks <= 1:
@@ -87,7 +89,9 @@ def _least(options: list[Any]) -> Any:
 
 
 def _speed(ranks: int, local_ranks: int, bandwidths: Wires) -> float:
-    """Return the bus bandwidth of a ring."""
+    """Return the bus bandwidth of a ring in bytes/s. If it spans several hosts with several ranks each, that
+    is the lower of the link inside a host and of all its ranks' network ports together.
+    """
     if local_ranks == 1:
         return bandwidths.outside
     return (
@@ -115,7 +119,9 @@ def _ring_s(kind: str, size: Any, ranks: int, local_ranks: int, bandwidths: Wire
 
 
 def _tree_s(size: Any, ranks: int, local_ranks: int, bandwidths: Wires, protocol: Protocol) -> Any:
-    """Return the seconds of a tree: chains inside hosts, a double binary tree between them, up and down."""
+    """Return the seconds of an all-reduce by a tree, without the launch: chains inside hosts and a double
+    binary tree between them, up and down.
+    """
     start, inside_s, outside_s, share = protocol
     hosts = -(-ranks // local_ranks)
     latency = 2 * ((local_ranks - 1) * inside_s + math.ceil(math.log2(hosts)) * outside_s)
@@ -133,7 +139,9 @@ def _sent_s(size: Any, bandwidths: Wires, *, inside: bool) -> Any:
 
 
 def _exchange_s(size: Any, ranks: int, local_ranks: int, bandwidths: Wires) -> Any:
-    """Return the seconds of an all-to-all. Traffic inside a host and traffic leaving it flow in parallel."""
+    """Return the seconds of an all-to-all with its launch. Traffic inside a host and traffic leaving it flow
+    in parallel.
+    """
     local_share, remote_share = (local_ranks - 1) / ranks, (ranks - local_ranks) / ranks
     start, _, outside_s, _ = _RING[2]
     latency = LAUNCH_S + start + (ranks - 1) * _PEER_S + (outside_s if remote_share else 0.0)

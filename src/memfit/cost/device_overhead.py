@@ -1,5 +1,7 @@
 """Device memory beside tensors: BLAS workspaces inside the caching allocator; the CUDA context and NCCL's
-buffers outside it. Every number is a Fact of the catalog with a range.
+buffers outside it.
+
+Sizes and channel counts are Facts of the catalog, with ranges. The size of an NCCL buffer is NCCL's default.
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ BLAS_WORKSPACE: Final = "BLAS workspace"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:
-    """Device memory that the caching allocator does not see.
+    """Device memory of one process that the caching allocator does not see.
 
-    ``total_bytes`` is None if a part of it is unknown.
+    ``total_bytes`` is None if a part of it is unknown. ``parts_bytes`` has the known parts: "context",
+    "kernels" (if not included in the context) and "nccl".
     """
 
     total_bytes: Interval | None
@@ -52,7 +55,8 @@ class Outside:
 
 
 def with_workspaces(trace: Trace, device: Device) -> Trace:
-    """Return the trace with PyTorch's BLAS workspaces added.
+    """Return the trace with PyTorch's BLAS workspaces added as allocations, at most two; unchanged if the
+    catalog does not know their size on this device.
 
     PyTorch allocates a workspace at the first matrix product of each thread and keeps it. Forward and
     optimizer run in the caller's thread, backward in autograd's; each has one BLAS handle
@@ -70,14 +74,14 @@ def with_workspaces(trace: Trace, device: Device) -> Trace:
 
 
 def _base_name(op: str) -> str:
-    """Reduce ``aten.addmm.default`` to ``addmm``."""
+    """Reduce ``aten.addmm.default`` to ``addmm``; return a name without dots as it is."""
     parts = op.split(".")
     return parts[1] if len(parts) > 1 else op
 
 
 def _workspace(op: OpCall, size_bytes: int) -> Allocation:
-    """Return the workspace as an allocation made inside the operator, after its output: on the same tick,
-    later in the trace.
+    """Return the workspace as an allocation that is never freed, made inside the operator after its output:
+    at the same clock as that, but to be placed later in the trace.
     """
     return Allocation(
         start=op.clock + 1,
@@ -92,7 +96,11 @@ def _workspace(op: OpCall, size_bytes: int) -> Allocation:
 
 
 def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Outside:
-    """Return the memory of the context and the communication buffers of one process on ``device``."""
+    """Return the memory of the CUDA context, of kernel code and of NCCL's buffers of one process on
+    ``device``.
+
+    ``communicators``: (name, number of ranks) of each; those of one rank have no buffers.
+    """
     parts: dict[str, Interval | None] = {"context": interval_of(device.context_bytes)}
     if device.kernels_bytes is not None:
         parts["kernels"] = interval_of(device.kernels_bytes)
@@ -104,7 +112,8 @@ def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Ou
 
 
 def nccl_bytes(device: Device, ranks: int) -> Interval | None:
-    """Return the buffers of one communicator of ``ranks``, or None if the device's channel count is unknown.
+    """Return the bytes of the buffers that one process has for a communicator of ``ranks`` ranks, or None if
+    the device's channel count is unknown.
 
     Low: only rings are used (NCCL connects an algorithm at its first use since 2.22). Value: one more
     algorithm, a tree with one neighbour, as between two ranks; on a device with NVLink SHARP its multicast
@@ -127,7 +136,7 @@ def _count(fact: Fact | None) -> float:
 
 
 def interval_of(fact: Fact | None) -> Interval | None:
-    """Return a Fact as an interval. A Fact without a range is taken as exact."""
+    """Return a Fact as an interval, or None for None. An end that the Fact does not have is its value."""
     if fact is None:
         return None
     low = fact.value if fact.low is None else fact.low
@@ -135,9 +144,8 @@ def interval_of(fact: Fact | None) -> Interval | None:
 
 
 def added(parts: Iterable[Interval | None]) -> Interval | None:
-    """Add intervals end to end, because what makes one part large may make another large too.
-
-    None if a part is unknown.
+    """Return the sum of intervals, low ends to low ends and high ends to high ends, because what makes one
+    part large may make another large too. None if a part is None (unknown).
     """
     intervals = list(parts)
     if any(part is None for part in intervals):

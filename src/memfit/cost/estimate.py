@@ -41,8 +41,9 @@ def estimate(
 ) -> Estimate:
     """Return peak memory, seconds, joules, money and carbon of one optimizer step of ``plan``.
 
-    ``step``: an already simulated step, for plans whose ranks differ. ``workers``: data loader workers of
-    each rank.
+    ``step``: an already simulated step, for plans whose ranks differ. If it is None, the step is simulated
+    with ``model``; if that is None, too, or the step cannot be simulated, seconds and what depends on them
+    are unknown. ``workers``: data loader workers of each rank.
     """
     tensors = HostTensors.of(trace)
     if step is None and model is not None:
@@ -89,7 +90,9 @@ def estimate(
 
 
 def _with_assumed(allocated: Interval, trace: Trace) -> Interval:
-    """Widen the interval to cover other values of what only a run decides."""
+    """Multiply the low and the high end by the trace's ratios of the lowest and highest peak under other
+    values of what only a run decides. The value stays.
+    """
     low, high = allocated.low * trace.assumed_low_ratio, allocated.high * trace.assumed_high_ratio
     return Interval(value=allocated.value, low=low, high=high)
 
@@ -113,7 +116,9 @@ def around(value: float, ratio: float) -> Interval:
 
 
 def modelled_boundary(machine: Machine) -> str:
-    """Return the text that says what a modelled energy covers."""
+    """Return the text that says what a modelled energy covers: the "package" of a CPU or the "board", with
+    the host if its power is known.
+    """
     device_part = "package" if machine.device.kind == "cpu" else "board"
     host = "" if hosts_w(machine) is None else " and host"
     return f"{device_part}{host} (modelled: power x time)"

@@ -1,9 +1,10 @@
 """Host memory: what all processes of one host need beside their devices, and whether the host has enough.
 
-A host's need is the larger of two moments. During training: tensors that a plan keeps in host memory, once
-per rank of the host; DataLoader workers with the batches they hold ready; and the processes themselves.
-Before training: the model built in host memory, from which each rank's part goes to its device. One copy is
-counted per host, which holds if ranks load one after the other or one of them loads for all.
+A host's need is that of the processes themselves plus the larger need of two moments. During training:
+tensors that a plan keeps in host memory, once per rank of the host, and DataLoader workers with the batches
+they hold ready. Before training: the model built in host memory, from which each rank's part goes to its
+device. One copy is counted per host, which holds if ranks load one after the other or one of them loads for
+all. On a CPU, all tensors are in the host's memory.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class HostTensors:
     """Tensors of one rank in host memory.
 
     ``kept_bytes``: during a step. ``building_bytes``: at most, including while the model is built.
-    ``model_bytes``: parameters and buffers as built. ``batch_bytes``: its part of a batch.
+    ``model_bytes``: parameters and buffers as built. ``batch_bytes``: the rank's part of a batch.
     """
 
     kept_bytes: float
@@ -63,10 +64,11 @@ class HostTensors:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
-    """Memory of one host with all its ranks.
+    """Memory that one host needs for all its ranks.
 
-    ``parts_bytes`` has "offload", "tensors" (on a CPU), "workers" and "processes" during training, and
-    "loading" before training, beside the processes.
+    ``parts_bytes`` has those of "offload", "tensors" (on a CPU), "workers", "processes" and "loading" that
+    are not zero. ``bytes`` is the processes plus the larger of "loading", which is before training, and the
+    sum of the others, which are during training.
     """
 
     bytes: Interval
@@ -81,10 +83,10 @@ def ranks_of_host(plan: Plan, machine: Machine) -> int:
 def host_memory(
     tensors: HostTensors, plan: Plan, machine: Machine, *, allocated: Interval, workers: int
 ) -> HostMemory:
-    """Return the memory that a host needs.
+    """Return the memory that one host needs for all its ranks.
 
-    ``allocated`` is a rank's peak, which lies in the same memory on a CPU. ``workers``: data loader workers
-    per rank.
+    ``tensors``: of one rank. ``allocated``: a rank's peak, which counts only on a CPU, where it lies in the
+    same memory. ``workers``: data loader workers per rank.
     """
     ranks, cpu = ranks_of_host(plan, machine), machine.device.kind == "cpu"
     process = _times(_CPU_PROCESS if cpu else _CUDA_PROCESS, ranks)
@@ -122,7 +124,9 @@ def host_memory(
 
 
 def uses_pinned(plan: Plan) -> bool:
-    """Return whether some of what the plan keeps on the host may be pinned."""
+    """Return whether some of what the plan keeps in host memory may be pinned, because it uses fsdp2, zero or
+    activation-offload.
+    """
     names = {u.technique for u in plan.uses}
     return bool(names & {"fsdp2", "zero", "activation-offload"})
 
@@ -142,10 +146,13 @@ def _plus(left: Interval, right: Interval) -> Interval:
 def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
     """Return the machine with ``size_bytes`` of memory in each host, as given by the user.
 
-    Raises UserError for a CPU.
+    Raises UserError if the machine's device is a CPU.
     """
     if machine.device.kind == "cpu":
-        raise UserError("a CPU has no host memory apart from its own memory", hint="give it with --memory")
+        raise UserError(
+            "host memory cannot be set for a CPU, which has none apart from its own memory",
+            hint="on the command line, --memory limits that",
+        )
     fact = Fact(value=float(size_bytes), source="asked for", date="", kind="measured")
     host = machine.host or Host(name="your host")
     return dataclasses.replace(machine, host=dataclasses.replace(host, memory_bytes=fact))
@@ -155,7 +162,7 @@ def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
 
 
 def memory_bytes(machine: Machine) -> float | None:
-    """Return the memory of one host in bytes, or None if it is unknown."""
+    """Return the bytes of one host's memory, or None if unknown. On a CPU it is the device's memory."""
     if machine.device.kind == "cpu":
         return machine.device.memory_bytes.value
     return machine.host.memory_bytes.value if machine.host and machine.host.memory_bytes else None
@@ -164,7 +171,8 @@ def memory_bytes(machine: Machine) -> float | None:
 def host_holds(estimate: Estimate, machine: Machine) -> bool:
     """Return whether the host has the memory that the plan needs.
 
-    If the host's memory is unknown, a plan that keeps tensors there does not fit.
+    If the host's memory is unknown, a plan that keeps tensors there does not fit, and any other does. If the
+    need is unknown, the plan fits.
     """
     need, available_bytes = estimate.host_bytes, memory_bytes(machine)
     if need is None:
@@ -175,7 +183,7 @@ def host_holds(estimate: Estimate, machine: Machine) -> bool:
 
 
 def known_host(machine: Machine) -> tuple[int | None, bool]:
-    """Return (bytes of one host, whether they are assumed)."""
+    """Return (bytes of one host's memory, None if unknown; whether they are the catalog's assumption)."""
     available_bytes = memory_bytes(machine)
     fact = machine.host.memory_bytes if machine.host else None
     return (
@@ -184,9 +192,10 @@ def known_host(machine: Machine) -> tuple[int | None, bool]:
 
 
 def host_line(estimate: Estimate, machine: Machine) -> str:
-    """Return the text that says what the plan needs of a host, what the host has, and what to do.
+    """Return the text that says what the plan needs of a host's memory, what the host has, whether it fits,
+    and what to do if the host's memory is unknown or assumed.
 
-    Returns "" on a CPU, where the cap already covers this memory.
+    Returns "" if the need is unknown, and on a CPU, where the cap already covers this memory.
     """
     need, available_bytes = estimate.host_bytes, memory_bytes(machine)
     if machine.device.kind == "cpu" or need is None:

@@ -107,7 +107,8 @@ class Product(NamedTuple):
 class Scores(NamedTuple):
     """Shape of attention.
 
-    ``tiles``: batch x heads x tiles of queries; ``keys``: number that a query sees on average.
+    ``tiles``: batch x heads x tiles of queries; ``keys``: number that a query sees on average. In backward,
+    ``tiles`` has tiles of keys instead, and ``keys`` is the number of queries that a key sees on average.
     """
 
     tiles: int
@@ -120,8 +121,8 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """Rates of one accelerator: FLOP/s by dtype, bytes/s, and the shares of them that large operators
-    reach.
+    """Rates of one accelerator: peak FLOP/s by dtype, peak bytes/s, and ``ratios``, the share of them that
+    large operators reach, by class ("matmul", "attention", "memory" and others of `ASSUMED_RATIOS`).
     """
 
     flops_s: Mapping[str, float]
@@ -155,7 +156,9 @@ class Kernels:
         return flops / (self.rate(op.dtype) * self.ratio(kind, op.dtype) * share)
 
     def rate(self, dtype: str) -> float:
-        """Return the FLOP/s of the dtype, or of float32 if the device has no units for it."""
+        """Return the peak FLOP/s of the dtype, or of float32 if the device has no units for it; infinity if
+        it has neither.
+        """
         name = "float8" if dtype.startswith("float8") else dtype
         return self.flops_s.get(name) or self.flops_s.get("float32") or math.inf
 
@@ -167,7 +170,9 @@ class Kernels:
 
 
 def kernels(device: Device) -> Kernels | None:
-    """Return the device's rates, or None if the catalog knows neither its compute nor its bandwidth."""
+    """Return the device's rates, with assumed shares where the catalog has none; None if the catalog lacks
+    its compute or its bandwidth.
+    """
     if not device.peak_flops or device.bandwidth_bytes_s is None:
         return None
     catalog_ratios = {name: fact.value for name, fact in device.efficiency_ratio.items()}
@@ -180,7 +185,9 @@ def kernels(device: Device) -> Kernels | None:
 
 
 def bound_by(op: OpCall, rates: Kernels | None) -> str:
-    """Return what limits the operator: "attention", "matmul" or "memory"."""
+    """Return what limits the operator: "attention", "matmul" or "memory". Without ``rates``, an operator with
+    FLOPs is not limited by memory.
+    """
     if not op.flops:
         return "memory"
     kind = "attention" if "attention" in op.op or isinstance(shape_of(op.signature), Scores) else "matmul"
@@ -211,7 +218,8 @@ def product_share(shape: Product, multiprocessors: int, start: float = _TILE_STA
 
 
 def _aligned(shape: Product, dtype: str) -> float:
-    """Return the share of the rate.
+    """Return the share of a product's rate that the lengths of the matrices' rows leave; 1 for other dtypes
+    than half precision.
 
     Half-precision rows that do not start at 16 bytes are loaded in smaller pieces.
     """
@@ -222,7 +230,9 @@ def _aligned(shape: Product, dtype: str) -> float:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _sums_fully(signature: str) -> bool:
-    """Return whether the operator is an 8-bit product without ``use_fast_accum``, its eighth argument."""
+    """Return whether the operator is an 8-bit product (_scaled_mm) without ``use_fast_accum``, its eighth
+    argument.
+    """
     if not signature.startswith('["aten._scaled_mm'):
         return False
     _, args, kwargs = json.loads(signature)
@@ -245,8 +255,8 @@ def _attention_share(shape: Scores, multiprocessors: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 16)
 def shape_of(signature: str) -> Product | Scores | None:
-    """Return the shape of a product or of attention from the operator's signature (trace/signature.py), else
-    None.
+    """Return the shape of a product or of attention from the operator's signature (trace/signature.py); None
+    for any other operator, and if the shape cannot be told.
     """
     try:
         name, args, _ = json.loads(signature)
@@ -267,7 +277,8 @@ def shape_of(signature: str) -> Product | Scores | None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def layout_share(signature: str) -> float:
-    """Return the share of the bandwidth that contiguous tensors reach.
+    """Return which share of the bandwidth of contiguous tensors the operator reaches with its tensors; 1 if
+    it is not a torch operator.
 
     torch's pointwise kernels load several elements at once only if all their tensors are contiguous and equal
     in shape (TensorIterator).
@@ -302,8 +313,8 @@ def _contiguous(shape: list[int], strides: list[int]) -> bool:
 
 
 def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
-    """Return the shape of a kernel whose place a synthetic operator takes
-    (techniques/synthetic_kernel.py).
+    """Return the shape of the kernel whose place a synthetic operator takes (techniques/synthetic_kernel.py);
+    None if it is neither a product nor attention.
     """
     if kind == "mm":
         return Product(*shape)
@@ -314,9 +325,9 @@ def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
 
 
 def _grouped(left: list[int], right: list[int]) -> Product | None:
-    """Return the shape of a grouped product.
+    """Return the shape of a grouped product of matrices of these sizes; None if ``right`` has no groups.
 
-    Rows are divided equally, because the routing of tokens is unknown.
+    Rows are divided equally between the groups, because the routing of tokens is unknown.
     """
     if len(left) == 2 and len(right) == 3:
         return Product(right[0], -(-left[0] // right[0]), right[-1], left[-1])

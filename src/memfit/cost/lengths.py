@@ -1,5 +1,5 @@
-"""Variable sequence lengths: peak memory by rows and padded length, chances of running out, and ways to
-batch.
+"""Variable sequence lengths: peak memory by rows and padded length, chances of running out of memory, and
+ways to batch.
 
 Every allocation of a step is a polynomial in rows b and length l: 1, l, l^2 (shared by all rows) and b, b l,
 b l^2 (per row; l^2 is attention's). The polynomials are fitted allocation by allocation from a few traces.
@@ -56,14 +56,15 @@ class PeakModel:
 
 
 def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
-    """Fit the peak model to traces of these shapes.
+    """Fit the peak model to ``traces`` of a step with batches of these ``shapes``, in the same order.
 
-    Raises UserError if the traces are not the same sequence of allocations, so that no polynomial fits.
+    Raises UserError if the traces are not the same sequence of allocations and frees, so that no polynomial
+    fits.
     """
     clocks = [_clocks(t) for t in traces]
     if any(not np.array_equal(c, clocks[0]) for c in clocks):
         raise UserError(
-            "the step's operators change with the length, so its peak is not a polynomial of the length",
+            "the operators of a step change with the length of the sequences, so no formula gives its peak",
             hint="run a separate prediction for each length that you need",
         )
     terms = np.array([s.terms for s in shapes])
@@ -78,7 +79,7 @@ def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
 
 
 def _clocks(trace: Trace) -> Ints:
-    """Return how many allocations were made before each was freed.
+    """Return for each allocation how many allocations were made before it was freed: all if it never was.
 
     Frees between two allocations may come in any order, as those of autocast's cache do.
     """
@@ -96,15 +97,16 @@ def all_among(chosen: int, good: int, total: int) -> float:
 
 
 def oom_per_step(lengths: Ints, batch: int, limit: int) -> float:
-    """Return the chance that a random batch contains a sequence longer than ``limit``."""
+    """Return the chance that ``batch`` random sequences of ``lengths`` include one longer than ``limit``."""
     return 1.0 - all_among(batch, int((lengths <= limit).sum()), len(lengths))
 
 
 def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> float:
     """Return the chance that some batch of a shuffled epoch contains a sequence longer than ``limit``.
 
-    The last batch holds the remainder in fewer rows, so it can take lengths up to ``last_limit``. The epoch
-    is safe only if every longer sequence falls into it.
+    ``lengths``: of all sequences; ``batch``: rows of a batch. The last batch holds the remainder in fewer
+    rows, so it can take lengths up to ``last_limit``. The epoch is safe only if every sequence longer than
+    ``limit`` falls into it and none is longer than ``last_limit``.
     """
     long_count = int((lengths > limit).sum())
     remainder = len(lengths) % batch
@@ -117,7 +119,7 @@ def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> flo
 
 def quantile_length(lengths: Ints, batch: int, share: float) -> int:
     """Return the padded length that ``share`` of random batches do not exceed: a quantile of the maximum of
-    ``batch`` draws.
+    ``batch`` draws without replacement from ``lengths``.
     """
     distinct_lengths = np.unique(lengths)
     ranks = np.searchsorted(np.sort(lengths), distinct_lengths, side="right")
@@ -130,11 +132,12 @@ def quantile_length(lengths: Ints, batch: int, share: float) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """One way to make an epoch's batches, all with about the same number of real tokens per step.
+    """One way to make an epoch's batches; all ways have about the same number of real tokens per step.
 
-    ``wasted_ratio``: share of computed tokens that are padding. ``attention_wasted_ratio``: share of the
-    computed query-key pairs that are padding or belong to two different sequences. ``worst``: indices of the
-    sequences of the batch with the highest peak.
+    ``peak_bytes``: highest of all batches that can occur. ``padded_tokens``: computed tokens of an epoch,
+    padding included. ``wasted_ratio``: share of them that are padding. ``attention_wasted_ratio``: share of
+    the computed query-key pairs that are padding or belong to two different sequences. ``worst``: indices of
+    the sequences of the batch with the highest peak.
     """
 
     name: str
@@ -153,11 +156,11 @@ _Batch = tuple[Ints, Shape]
 def batchings(
     lengths: Ints, batch: int, model: PeakModel, *, fits: Callable[[int], bool], seed: int = 0
 ) -> tuple[Batching, ...]:
-    """Return the ways to batch.
+    """Return six ways to make an epoch's batches of the sequences of these ``lengths``.
 
     They are: padding to the longest in random, length-bucketed and sorted batches of ``batch`` rows; sorted
     batches of about equal tokens; and packing into rows of the longest length with full or block-diagonal
-    attention.
+    attention. ``fits``: whether a peak in bytes fits. ``seed``: of the random order.
     """
     rng = np.random.default_rng(seed)
     random_order = rng.permutation(len(lengths))
@@ -225,7 +228,9 @@ def _chunks(lengths: Ints, order: Ints, batch: int) -> list[_Batch]:
 
 
 def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch]:
-    """Take as many rows per batch as the budget of padded tokens allows, but at least one."""
+    """Return batches, longest sequences first, of as many rows as the budget of padded tokens allows, but at
+    least one.
+    """
     batches, start = [], 0
     while start < len(longest_first):
         length = int(lengths[longest_first[start]])
@@ -236,7 +241,11 @@ def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch
 
 
 def _packed(lengths: Ints, longest_first: Ints, budget: float, *, block_diagonal: bool) -> list[_Batch]:
-    """Pack by best fit, longest first (Johnson 1974), into rows of the longest length."""
+    """Return batches of about ``budget`` tokens, padding included, packed by best fit, longest sequence first
+    (Johnson 1974), into rows of the longest length.
+
+    ``block_diagonal``: whether a token attends to its own sequence only, not to the whole row.
+    """
     length = int(lengths.max())
     rows: list[list[int]] = []
     free_rows: list[tuple[int, int]] = []  # (free length, row), sorted

@@ -15,7 +15,11 @@ from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, T
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryProfile:
-    """Peak live bytes of the whole trace and of each phase, with what is alive at the peak."""
+    """Peak live bytes of the whole trace and of each phase, with what is alive at the peak.
+
+    ``at_peak_bytes``: by category; ``by_module_bytes``: by the module that allocated them. ``peak_op``: the
+    operator in which the peak lies or whose allocation reaches it.
+    """
 
     peak_bytes: int
     phase_peak_bytes: Mapping[str, int]
@@ -28,7 +32,9 @@ class MemoryProfile:
 
 
 def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return (clock, live bytes from that clock on), sorted by clock; each clock value occurs once."""
+    """Return (clock, live bytes after it) of each allocation and each free, sorted by clock; at the same
+    clock allocations come first.
+    """
     clock = [a.start for a in trace.allocations] + [a.end for a in trace.allocations if a.end is not None]
     changes = [a.size_bytes for a in trace.allocations]
     changes += [-a.size_bytes for a in trace.allocations if a.end is not None]
@@ -40,7 +46,11 @@ def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
-    """Return the profile of the levels between operators and inside operators whose own peak was probed."""
+    """Return the profile of the live bytes between operators, and inside the operators whose own peak was
+    probed.
+
+    The setup of later steps than the first does not count for the setup's peak, as nothing is built then.
+    """
     trace = with_kept(trace, calibration)
     clock, live = levels(trace)
     phase_peak, peaks = Counter[str](), []
@@ -82,7 +92,7 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
 
 def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
     """Return the trace with the kernel workspace at the peak as an allocation, so that its highest level is
-    the predicted peak.
+    the predicted peak; unchanged if the peak does not lie inside an operator with a workspace.
     """
     clock = profile.peak_clock
     op = next((o for o in trace.ops if o.clock == clock), None)
@@ -103,8 +113,8 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
 
 
 def with_kept(trace: Trace, calibration: Calibration) -> Trace:
-    """Return the trace with probed sizes for workspaces that forward passes to backward; fake tensors show
-    them empty.
+    """Return the trace with the probed sizes of workspaces that forward passes to backward, which fake
+    tensors show empty; unchanged if none was probed.
     """
     if not any(op.signature in calibration.op_kept_bytes for op in trace.ops):
         return trace
@@ -125,7 +135,7 @@ def with_kept(trace: Trace, calibration: Calibration) -> Trace:
 def _inside(
     trace: Trace, clock: numpy.ndarray, live: numpy.ndarray, calibration: Calibration
 ) -> Iterator[tuple[OpCall, int]]:
-    """Yield (operator, live bytes at its own peak) for probed operators."""
+    """Yield (operator, live bytes at the peak inside it) for the operators whose own peak was probed."""
     for op in trace.ops:
         op_peak_bytes = calibration.op_peak_bytes.get(op.signature)
         if op_peak_bytes is not None:
@@ -152,10 +162,11 @@ def state_bytes(trace: Trace) -> int:
 
 
 def timeline(trace: Trace, points: int) -> tuple[int, ...]:
-    """Return the live bytes over the last whole step, thinned to about ``points`` values.
+    """Return the live bytes over the last traced step, without setup, thinned to about ``points`` values.
 
     Every forward, backward and optimizer phase gets the same number of points (the maxima of its stretches),
-    so that a measured step lines up. Micro-steps that were not traced repeat the ones that represent them.
+    so that a measured step lines up. For micro-steps that were not traced, those that represent them are
+    repeated.
     """
     clock, live = levels(trace)
     step_spans = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
@@ -168,10 +179,9 @@ def timeline(trace: Trace, points: int) -> tuple[int, ...]:
 
 
 def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
-    """Return (operator, count) of one whole step.
+    """Return (operator call, how often a step makes it) for the calls of the last traced step, without setup.
 
-    The step is the last traced one. Micro-steps that were not traced are counted on the ones that represent
-    them.
+    Calls of micro-steps that were not traced are counted on those that represent them.
     """
     ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
     repeated_spans, repetitions = _repeated(trace), trace.repeated_micro_steps
@@ -181,10 +191,10 @@ def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
 
 
 def _repeated(trace: Trace) -> tuple[PhaseSpan, ...]:
-    """Return the forwards and backwards that represent those not traced.
+    """Return the spans of the forwards and backwards that represent those not traced.
 
-    Without named spans these are the last micro-step's. In a pipeline, spans of other micro-batches may lie
-    between them.
+    They are the trace's ``repeated_spans``; if it has none, the last forward and the last backward of the
+    last step. In a pipeline, spans of other micro-batches may lie between them.
     """
     if trace.repeated_spans:
         return trace.repeated_spans

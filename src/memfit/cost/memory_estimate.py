@@ -28,9 +28,11 @@ ASSUMED_RESERVED_RATIO = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Reserved and device memory of a plan.
+    """Reserved and device memory of a plan: what the caching allocator reserves, and that plus what processes
+    use outside it.
 
-    None: the device has no such memory (a CPU), or the catalog lacks a part of it.
+    None: the device has no such memory (a CPU), or the catalog lacks a part of it. ``device_parts_bytes``:
+    "reserved" and the known parts outside. ``oom_probability``: that the device's memory is not enough.
     """
 
     reserved_bytes: Interval | None = None
@@ -40,7 +42,10 @@ class Footprint:
 
 
 def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
-    """Return the footprint of a traced plan, whose allocations include the BLAS workspaces."""
+    """Return the footprint of a traced plan; an empty one if the device is not a CUDA device.
+
+    The allocations of ``trace`` must include the BLAS workspaces. ``allocated``: their predicted peak.
+    """
     if machine.device.kind != "cuda":
         return Footprint()
     events = events_of(trace.allocations)
@@ -66,8 +71,11 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
 
 
 def sketched(allocated: Interval, machine: Machine, *, reserved_ratio: float) -> Footprint:
-    """Return the footprint of a plan that was not traced, with the reserved ratio of a traced plan of the
-    job.
+    """Return the footprint of a plan that was not traced, without NCCL's buffers; an empty one if the device
+    is not a CUDA device.
+
+    ``allocated``: its predicted peak. ``reserved_ratio``: reserved to allocated memory of a traced plan of
+    the same job.
     """
     if machine.device.kind != "cuda":
         return Footprint()
@@ -100,7 +108,7 @@ def _reserved(events: Sequence[Event], plain: Replayed, allocated: Interval) -> 
 
 
 def late(events: Sequence[Event], by: int) -> list[Event]:
-    """Return the events with every free moved up to ``by`` places later, at random with a fixed seed."""
+    """Return the events with every free moved 0 to ``by`` places later, at random with a fixed seed."""
     shift = numpy.random.default_rng(0).integers(0, by + 1, len(events)) + 0.5
     frees = numpy.fromiter((size < 0 for _, size, _ in events), dtype=bool, count=len(events))
     order: list[int] = numpy.argsort(numpy.arange(len(events)) + shift * frees, kind="stable").tolist()
@@ -108,7 +116,9 @@ def late(events: Sequence[Event], by: int) -> list[Event]:
 
 
 def _least(events: Sequence[Event], plain: Replayed, reserved: Interval, allocated: Interval) -> Interval:
-    """Return the smallest memory under which the replay succeeds, releasing cached segments on the way."""
+    """Return the smallest memory under which the replay succeeds by releasing cached segments on the way,
+    found by bisection between the allocated and the reserved peak; its range is that of ``reserved``, scaled.
+    """
     low, high = plain.allocated_peak_bytes, plain.reserved_peak_bytes
     for _ in range(_BISECTIONS):
         middle = (low + high) // 2

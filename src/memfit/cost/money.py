@@ -19,7 +19,7 @@ S_PER_HOUR: Final = 3600.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bill:
-    """The bill of one step. None: a fact it needs is unknown."""
+    """Energy, money and CO2 of one step. ``usd``: electricity and rental. None: a fact is unknown."""
 
     energy_j: float | None  # of the devices, and of their hosts if known; before PUE
     electricity_usd: float | None
@@ -29,7 +29,9 @@ class Bill:
 
 
 def energy_j(power_w: float | None, step_s: float | None, *, devices: int = 1) -> float | None:
-    """Return the joules that `devices` draw at `power_w` watts each during `step_s` seconds."""
+    """Return the joules that `devices` devices draw at `power_w` watts each during `step_s` seconds; None if
+    one of these is None.
+    """
     if power_w is None or step_s is None:
         return None
     return power_w * step_s * devices
@@ -44,20 +46,22 @@ def hosts_w(machine: Machine) -> float | None:
 
 
 def site_kwh(place: Place | None, energy_j: float | None) -> float | None:
-    """Return the kWh at the site's meter: energy x PUE."""
+    """Return the kWh at the site's meter, energy x PUE; None if the place or the energy is unknown."""
     if place is None or energy_j is None:
         return None
     return energy_j / J_PER_KWH * place.pue_ratio.value
 
 
 def electricity_usd(place: Place | None, energy_j: float | None) -> float | None:
-    """Return the price of the electricity in US dollars, including PUE; None if unknown."""
+    """Return the price of the electricity for this energy x PUE in US dollars; None if unknown."""
     kwh = site_kwh(place, energy_j)
     return None if place is None or kwh is None else kwh * place.usd_per_kwh.value
 
 
 def rental_usd(machine: Machine, step_s: float | None) -> float | None:
-    """Return the price of renting the machine with all its devices for `step_s` seconds."""
+    """Return the price in US dollars of renting the machine with all its devices for `step_s` seconds; None
+    if the catalog has no rental price or the seconds are unknown.
+    """
     hourly = machine.device.usd_per_hour
     if hourly is None or step_s is None:
         return None
@@ -65,7 +69,8 @@ def rental_usd(machine: Machine, step_s: float | None) -> float | None:
 
 
 def usd(machine: Machine, *, energy_j: float | None, step_s: float | None) -> float | None:
-    """Return electricity plus rental, if the catalog has a rental price. None if electricity is unknown.
+    """Return the US dollars for electricity, plus rental if the catalog has a rental price. None if the
+    electricity is unknown, or if there is a rental price but the step's seconds are unknown.
 
     A rental price includes the provider's own electricity, so for a rented machine the sum is slightly too
     high (a few percent). `Bill` keeps the two parts separate.
@@ -77,13 +82,15 @@ def usd(machine: Machine, *, energy_j: float | None, step_s: float | None) -> fl
 
 
 def co2_g(place: Place | None, energy_j: float | None) -> float | None:
-    """Return the grams of CO2 equivalent of the electricity."""
+    """Return the grams of CO2 equivalent of the electricity for this energy x PUE; None if unknown."""
     kwh = site_kwh(place, energy_j)
     return None if place is None or kwh is None else kwh * place.co2_g_per_kwh.value
 
 
 def bill(machine: Machine, *, step_s: float | None, measured_j: float | None = None) -> Bill:
-    """Return the bill of one step on the whole machine. `measured_j` replaces power x time."""
+    """Return energy, money and CO2 of one step on the whole machine. The energy is `measured_j`, if given,
+    else power x time; hosts of unknown power then count as zero.
+    """
     power = machine.device.power_w
     boards_j = energy_j(power.value if power else None, step_s, devices=machine.device_count)
     modelled_j = None if boards_j is None else boards_j + (energy_j(hosts_w(machine), step_s) or 0.0)

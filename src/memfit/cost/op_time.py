@@ -55,7 +55,9 @@ class TimeModel:
         return max(op.flops / rate, op.moved_bytes / self.bandwidth_bytes_s)
 
     def op_s(self, op: OpCall) -> float:
-        """Return the seconds of one call; 0 for a collective (see collectives.py)."""
+        """Return the seconds of one call; 0 for a collective (see collectives.py) and for one stream's wait
+        for another.
+        """
         if op.op.startswith((*COLLECTIVES, STREAMS)):
             return 0.0
         measured = self.calibration.op_s.get(op.signature)
@@ -80,7 +82,9 @@ class TimeModel:
         return y0 + (y1 - y0) * (log_ideal - x0) / (x1 - x0) if x1 > x0 else y0
 
     def issue_s(self, op: OpCall) -> float:
-        """Return the seconds that the host takes to launch the operator, in parallel with the device."""
+        """Return the seconds that the host takes to launch the operator, in parallel with the device; 0 on a
+        CPU, on a calibrated device, and for one stream's wait for another.
+        """
         if self.kernels is None or op.op.startswith(STREAMS):
             return 0.0
         return ASSUMED_COMPILED_ISSUE_S if op.op.startswith(FUSED) else ASSUMED_ISSUE_S[op.phase]
@@ -95,10 +99,10 @@ class TimeModel:
 
 
 def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] = ()) -> TimeModel | None:
-    """Return the time model of the device.
+    """Return the time model of the device, with the calibration's rates, else the catalog's.
 
-    ``seen``: operators whose signatures calibration measured, to learn efficiencies from. Returns None if
-    neither the calibration nor the catalog knows the device's bandwidth or compute.
+    ``seen``: operators of which those that calibration timed show the efficiency of similar ones. Returns
+    None if compute rates are in neither calibration nor catalog, or if the bandwidth is in neither.
     """
     rates = dict(calibration.flops_s) or {k: f.value for k, f in device.peak_flops.items()}
     catalog_bandwidth = device.bandwidth_bytes_s.value if device.bandwidth_bytes_s else 0.0
@@ -129,12 +133,12 @@ def _curves(model: TimeModel, ops: Iterable[OpCall]) -> dict[tuple[str, str], li
 
 
 def _weight_s(op: OpCall) -> float:
-    """Return the seconds at nominal rates: 100 GFLOP/s, 10 GB/s."""
+    """Return the seconds of one call at nominal rates, 100 GFLOP/s and 10 GB/s; at least 2 microseconds."""
     return max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
 
 
 def signatures_by_weight(ops: Iterable[tuple[OpCall, int]]) -> list[str]:
-    """Return operator signatures, those with most work per step first."""
+    """Return the distinct signatures of ``ops``, which are (operator, calls per step), most work first."""
     weight: dict[str, float] = {}
     for op, times in ops:
         weight[op.signature] = weight.get(op.signature, 0.0) + _weight_s(op) * times
@@ -148,8 +152,9 @@ _CALLS, _CALLS_S, _SETUP_S = 10, 0.1, 2e-3
 def signatures_to_time(
     ops: Iterable[tuple[OpCall, int]], known: Collection[str], *, budget_s: float
 ) -> list[str]:
-    """Return the heaviest signatures that are not ``known``, up to ``budget_s`` of probing at nominal
-    rates.
+    """Return the distinct signatures of ``ops``, which are (operator, calls per step), without the ``known``
+    ones: those with most work first, until timing them would take ``budget_s`` at nominal rates. The last one
+    may exceed that.
     """
     pairs = list(ops)
     weights_s = {op.signature: _weight_s(op) for op, _ in pairs}

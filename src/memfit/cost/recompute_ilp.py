@@ -28,7 +28,7 @@ _NODES = 400  # node limit of the branch and bound; a time limit would not be de
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecomputeChoice:
-    """A set of tensors to drop, with the replayed peak and the cost.
+    """A set of tensors to drop, with the peak and the seconds of recomputation that a replay gives.
 
     ``dropped``: numbers of the candidates.
     """
@@ -39,7 +39,10 @@ class RecomputeChoice:
 
 
 def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) -> RecomputeChoice | None:
-    """Return the cheapest choice found whose replayed peak is within the budget, or None."""
+    """Return the cheapest choice found whose replayed peak is within the budget, or None.
+
+    ``gap_ratio``: by how much a solution of the program may be more expensive than its bound, relative to it.
+    """
     program = _Program(replay)
     choices: list[RecomputeChoice] = []
     for _ in range(_ROUNDS):
@@ -57,7 +60,8 @@ def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) ->
 def smallest(replay: Replay) -> RecomputeChoice:
     """Return a choice near the lowest possible peak.
 
-    It is the first one found when raising the budget from the optimum of the program without integrality.
+    It is the first one found when raising the budget from the optimum of the program without integrality; if
+    none is found, the choice that drops nothing.
     """
     plain = _choice(replay, frozenset())
     lower_bound = _Program(replay).lowest_bytes()
@@ -75,7 +79,9 @@ def _choice(replay: Replay, dropped: frozenset[int]) -> RecomputeChoice:
 
 
 def refined(replay: Replay, choice: RecomputeChoice, budget_bytes: int) -> RecomputeChoice:
-    """Keep tensors again, the most expensive first, while the replayed peak stays within the budget."""
+    """Return the choice without those dropped tensors that can be kept with the replayed peak within the
+    budget, tried one by one, the most expensive first. A choice above the budget is returned as it is.
+    """
     if choice.peak_bytes > budget_bytes:
         return choice
     by_cost = sorted(choice.dropped, key=lambda n: (choice.cost_s - replay.cost_s(choice.dropped - {n}), n))
@@ -87,8 +93,8 @@ def refined(replay: Replay, choice: RecomputeChoice, budget_bytes: int) -> Recom
 
 
 class _Program:
-    """Columns: D of each candidate, R of each call, A of each candidate and step of its window, and the
-    peak.
+    """The integer program of one replay. Columns: D (dropped) of each candidate, R (runs again) of each call,
+    A (absent) of each candidate and each first need in its window, and the peak.
     """
 
     def __init__(self, replay: Replay) -> None:
@@ -127,7 +133,7 @@ class _Program:
                     self._after(c, self.replay.candidates[self.index[source]])
 
     def _after(self, candidate: Candidate, source: Candidate) -> None:
-        """Require that ``source`` is present when ``candidate`` is recomputed."""
+        """Add the rows that require that ``source`` is present when ``candidate`` is recomputed."""
         drop_column, source_need, candidate_need = (
             self.index[candidate.number],
             self.place[source.first_need],
@@ -144,7 +150,9 @@ class _Program:
                 self.rows.append((row, 1.0))
 
     def _instants(self) -> list[tuple[int, int]]:
-        """Return (clock, level): the plain step's highest level between two changes of what may be absent."""
+        """Return (clock, level) of the plain step's highest level in each stretch between two changes of what
+        may be absent.
+        """
         clock, level = self.replay.clock, self.replay.level
         bounds = sorted({*self.events, *(c.gone for c in self.replay.candidates)})
         parts = numpy.searchsorted(numpy.array(bounds, dtype=numpy.int64), clock, side="right")
@@ -155,7 +163,7 @@ class _Program:
         return list(highest.values())
 
     def _row(self, instant: int) -> dict[int, float]:
-        """Return the bytes absent at clock ``instant``, by column, as negative coefficients."""
+        """Return the bytes that may be absent at clock ``instant``, by column, as negative coefficients."""
         # index of the last first need up to that clock
         event_index = int(numpy.searchsorted(self.events, instant, side="right")) - 1
         row = {}
@@ -170,7 +178,9 @@ class _Program:
         return row
 
     def dropped(self, budget_bytes: int, gap_ratio: float) -> frozenset[int] | None:
-        """Return a cheapest choice under the program's rows, or None if there is none."""
+        """Return the numbers of the candidates that the cheapest solution of the program drops, within the
+        gap and the node limit; None if no solution is found.
+        """
         seconds = numpy.zeros(self.width)
         total = sum(self.replay.seconds[k] for k in self.call) or 1.0
         for k, column in self.call.items():
@@ -201,7 +211,7 @@ class _Program:
         objective: numpy.ndarray,
         gap_ratio: float | None,
     ) -> numpy.ndarray | None:
-        """Solve the program.
+        """Return the values of all columns that minimise ``objective``, or None if no solution is found.
 
         ``extra_rows``: additional rows in bytes. ``gap_ratio``: relative optimality gap; None: without
         integrality.
@@ -230,7 +240,9 @@ class _Program:
         return None if result.x is None else numpy.asarray(result.x)
 
     def learn(self, dropped: frozenset[int], budget_bytes: int) -> bool:
-        """Add what the replay finds above the program's rows to them. Returns whether anything was added."""
+        """Add to the program's rows what a replay of the choice ``dropped`` has above them at instants over
+        the budget. Returns whether anything was added.
+        """
         clock, level = self.replay.levels(dropped)
         instants = numpy.array([instant for instant, _ in self.instants], dtype=numpy.int64)
         order = numpy.argsort(instants)
@@ -254,8 +266,8 @@ class _Program:
         return changed
 
     def _absent(self, instant: int, dropped: frozenset[int]) -> int:
-        """Return the most bytes that the program treats as absent: of dropped tensors before their first
-        need.
+        """Return the most bytes that the program treats as absent at clock ``instant``: those of the dropped
+        tensors that forward no longer needs and backward does not need yet.
         """
         return sum(
             c.size_bytes

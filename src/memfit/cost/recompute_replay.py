@@ -1,4 +1,6 @@
-"""Compute the memory level and the cost of a choice of dropped tensors, from a recording."""
+"""Compute the memory level and the seconds of recomputation of a choice of dropped tensors, from a recording
+of a forward pass.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ class Candidate:
     number: int
     size_bytes: int
     gone: int  # clock from which forward does not need it
-    first_need: int
+    first_need: int  # clock
     sources: tuple[int, ...]
     calls: tuple[int, ...]
     between: tuple[int, ...]  # numbers of the intermediate tensors
@@ -34,9 +36,10 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """A recorded forward pass, ready to evaluate choices.
+    """A recorded forward pass, ready to evaluate choices of dropped tensors.
 
-    ``clock``, ``level``: live bytes of the plain step within the pass, including memory inside kernels.
+    ``clock``, ``level``: live bytes of the step without dropping, from the start of the pass to the end of
+    backward, including memory inside kernels.
     """
 
     recording: Recording
@@ -45,20 +48,22 @@ class Replay:
     workspace: Sequence[int]  # bytes inside each recorded call, with its outputs
     clock: numpy.ndarray
     level: numpy.ndarray
-    outside_bytes: int  # highest level before and after the pass
+    outside_bytes: int  # highest level while the model is built and while the optimizer steps
 
     def cost_s(self, dropped: frozenset[int]) -> float:
-        """Return the seconds of recomputation. ``dropped``: numbers of the candidates."""
+        """Return the seconds of recomputation; a call that several tensors share counts once. ``dropped``:
+        numbers of the candidates.
+        """
         calls = {c for candidate in self.candidates if candidate.number in dropped for c in candidate.calls}
         return sum(self.seconds[c] for c in calls)
 
     def closure(self, dropped: frozenset[int]) -> frozenset[int]:
-        """Return the dropped tensors together with the intermediate ones."""
+        """Return the dropped tensors together with the intermediate ones that their recomputation makes."""
         return dropped.union(*(c.between for c in self.candidates if c.number in dropped))
 
     def levels(self, dropped: frozenset[int]) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Return (clock, live bytes) of the pass without these candidates, including instants of
-        recomputation.
+        """Return (clock, live bytes), from the start of the pass to the end of backward, with these
+        candidates dropped. Instants of recomputation follow at the end.
         """
         return _Played(self, self.closure(dropped)).levels()
 
@@ -69,7 +74,11 @@ class Replay:
 def replay(
     recording: Recording, seconds: Callable[[OpCall], float], calibration: Calibration, *, least_bytes: int
 ) -> Replay:
-    """Prepare the replay of a recording. Tensors smaller than ``least_bytes`` are always kept."""
+    """Return the replay of a recording.
+
+    ``seconds``: the time of an operator call. ``calibration``: its probed sizes are used. Tensors smaller
+    than ``least_bytes`` are always kept.
+    """
     trace = with_kept(recording.trace, calibration)
     ops = {op.clock: op for op in trace.ops}
     recorded_ops = [ops.get(c.clock) for c in recording.calls]
@@ -149,7 +158,7 @@ def _candidates(recording: Recording, least_bytes: int) -> list[Candidate]:
 
 
 class _Played:
-    """Computes for one choice which tensors are recomputed when, and until when they are held."""
+    """Computes when the dropped tensors of one choice are recomputed, and until when they are held."""
 
     def __init__(self, replay: Replay, dropped: frozenset[int]) -> None:
         self.replay, self.dropped = replay, dropped
@@ -196,7 +205,7 @@ class _Played:
         return {r for c in self.made[number].calls for r in self.calls[c].reads} - {number}
 
     def _make(self, number: int, clock: int) -> None:
-        """Recompute the tensor, sources first, as at run time.
+        """Recompute the tensor ``number`` at ``clock``, its missing sources first, as at run time.
 
         Changes at ``clock`` apply after it; instants within the recomputation are recorded.
         """
@@ -228,7 +237,9 @@ class _Played:
             self._free(tensor.size_bytes, clock)
 
     def _let_go(self, source: int, clock: int) -> None:
-        """Release a source after its last reader, unless backward still needs it."""
+        """Account for ``source`` after its last reader at ``clock``: free a recomputed intermediate tensor,
+        and hold until now a tensor that the plain step has already freed. Any other is left as it is.
+        """
         tensor = self.made[source]
         if source in self.dropped and not tensor.needs:
             self._free(tensor.size_bytes, clock)

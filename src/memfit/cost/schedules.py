@@ -17,7 +17,9 @@ _Work = tuple[int, int, int]  # (kind, chunk, micro-batch)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """Result of a simulation. ``busy_s``: of each rank; ``bubble_ratio``: idle share of all ranks' time."""
+    """Result of a pipeline's simulation. ``busy_s``: of each rank; ``bubble_ratio``: idle share of all ranks'
+    time.
+    """
 
     step_s: float
     busy_s: tuple[float, ...]
@@ -117,7 +119,7 @@ def _group(ranks: int, micros: int) -> int:
 def _play(
     orders: list[list[_Work]], seconds: tuple[list[float], ...], send_s: float, ranks: int
 ) -> list[float]:
-    """Return the time when each rank finishes."""
+    """Return the time in seconds when each rank finishes its order of work."""
     last_stage = len(seconds[0]) - 1
     end_times: dict[tuple[int, int, int], float] = {}  # (kind, stage, micro-batch) -> end
     free_times, positions = [0.0] * ranks, [0] * ranks
@@ -150,7 +152,9 @@ def _ready(
     end_times: dict[tuple[int, int, int], float],
     send_s: float,
 ) -> float | None:
-    """Return the time when the inputs of a piece of work are available; None if it is not known yet."""
+    """Return the time when the inputs of a piece of work are available, 0 if it needs none from other work;
+    None if it is not known yet.
+    """
     if kind == _WEIGHT or (kind == _FORWARD and stage == 0):
         return 0.0
     if kind == _FORWARD:
@@ -173,11 +177,13 @@ def closed_s(
     send_s: Any = 0.0,
     virtual: Any = 1,
 ) -> Any:
-    """Return the step seconds for equal stages.
+    """Return the seconds of a step for equal stages, without simulating it.
 
-    ``forward_s`` and ``backward_s``: of one micro-batch through all of a rank's chunks. ``send_s`` is exact
-    for 1F1B with a multiple of ``ranks`` micro-batches, where every round trip waits for its sends, and for
-    GPipe. For the other schedules it counts the first and last micro-batch only.
+    ``forward_s`` and ``backward_s``: of one micro-batch through all of a rank's chunks. ``weight_s``: the
+    part of backward that no other work waits for; used for zero-bubble only. ``virtual``: chunks of a rank;
+    used for interleaved only. ``send_s``: from one stage to the next. It is exact for 1F1B with a multiple of
+    ``ranks`` micro-batches, where every round trip waits for its sends, and for GPipe. For the other
+    schedules it counts the first and last micro-batch only.
     """
     micro_batch_s, other_ranks = forward_s + backward_s, ranks - 1
     if kind == "gpipe":

@@ -22,10 +22,10 @@ _WEIGHT_SHARE = 0.5  # share of backward for weight gradients, in a layer of mat
 
 
 def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeModel) -> Played | None:
-    """Simulate the plan's step.
+    """Simulate the plan's step: that of the slowest rank or, with a pipeline, of all ranks in its order.
 
-    ``traces``: one rank of each kind (`Layout.distinct_ranks`), in order. Returns None if it is not modelled:
-    several ranks on processors, whose cores they share.
+    ``traces``: one rank of each kind (`Layout.distinct_ranks`), in order. Returns None for several ranks on a
+    CPU, whose cores they share: this is not modelled.
     """
     if plan.ranks > 1 and machine.device.kind == "cpu":
         return None
@@ -38,10 +38,12 @@ def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeMod
 
 
 def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, micros: int) -> float | None:
-    """Return the step seconds including what replicas or shards of the model exchange.
+    """Return the step seconds of a plan that was not traced: ``compute_s`` and what replicas or shards of the
+    model exchange.
 
-    Half of the compute time hides communication. This is accurate enough to decide which plans are worth a
-    trace. Returns None if several ranks are not modelled.
+    ``parameters``: number of the model's parameters. ``micros``: micro-batches of a step. Half of the compute
+    time hides communication. This is accurate enough to decide which plans are worth a trace. Returns None
+    for several ranks on a CPU, which are not modelled.
     """
     if plan.ranks == 1:
         return compute_s
@@ -64,7 +66,7 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
 
 
 def _with_offload(step: Played, trace: Trace, machine: Machine, model: TimeModel) -> Played:
-    """Add the copies that leave the device and come back, for which compute waits."""
+    """Return the step with the copies to and from host memory or disk added, for which compute waits."""
     copy_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)
     copy_s += model.calibration.disk_file_s * _whole(trace, trace.offloaded_tensors)
     busy = {**step.busy_s, "host link": copy_s} if copy_s else step.busy_s
@@ -72,13 +74,17 @@ def _with_offload(step: Played, trace: Trace, machine: Machine, model: TimeModel
 
 
 def _whole(trace: Trace, traced_quantity: int) -> float:
-    """Scale a quantity of the traced micro-batches to all micro-batches of a step."""
+    """Return a quantity of the traced micro-batches of a step, scaled to all its micro-batches."""
     forwards = sum(s.phase is Phase.FORWARD and s.step == trace.steps - 1 for s in trace.spans)
     return traced_quantity * (forwards + trace.unplayed(Phase.FORWARD)) / max(1, forwards)
 
 
 def host_bytes_s(machine: Machine, model: TimeModel) -> float:
-    """Return the bytes/s between one device and its host's memory while all devices of the host copy."""
+    """Return the bytes/s between one device and its host's memory while all devices of the host copy.
+
+    If the catalog does not have the host's rate, or if writing to disk was measured, it is the model's rate
+    of offloading.
+    """
     host = machine.host
     if host is None or host.device_bytes_s is None or model.calibration.disk_bytes_s:
         return model.offload_bytes_s
@@ -90,7 +96,10 @@ def host_bytes_s(machine: Machine, model: TimeModel) -> float:
 
 
 def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, pipeline: Use, machine: Machine) -> Played:
-    """Simulate a pipeline. The second rank represents all ranks between the first and the last."""
+    """Simulate a pipeline. The second of ``pairs`` represents all ranks between the first and the last.
+
+    The result's work by resource is that of the rank whose forward and backward take longest.
+    """
     stages, virtual = layout(plan).pipeline, int(pipeline.settings["virtual"])
     kind = str(pipeline.settings["schedule"])
     chunks = virtual if kind == "interleaved" else 1
@@ -119,7 +128,7 @@ def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, pipeline: Use, machine
 
 
 def micro_steps(trace: Trace) -> int:
-    """Return the number of forwards in a step: one per chunk and micro-batch."""
+    """Return the number of forwards that the rank makes in a step: one per chunk and micro-batch."""
     forwards = [s for s in trace.spans if s.phase is Phase.FORWARD and s.step == trace.steps - 1]
     forward_clocks = {o.clock for o in trace.ops if o.phase is Phase.FORWARD}
     forward_count = sum(any(s.start <= clock < s.end for clock in forward_clocks) for s in forwards)
@@ -140,7 +149,7 @@ def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, fl
 
 
 def _send_s(trace: Trace, plan: Plan, machine: Machine) -> float:
-    """Return the seconds to send one stage's output to the next."""
+    """Return the seconds to send one stage's output to the next: those of the largest send in the trace."""
     sizes = [payload_bytes(o) for o in trace.ops if o.op.startswith("c10d.send")]
     rank_distance = plan.ranks // layout(plan).pipeline
     inside = not machine.devices_per_host or rank_distance < machine.devices_per_host

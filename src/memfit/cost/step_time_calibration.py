@@ -24,9 +24,10 @@ Seen = Sequence[tuple[Plan, float]]  # plans with their measured over predicted 
 
 
 def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibration:
-    """Return `calibration` with the corrections from the runs, or unchanged without runs.
+    """Return `calibration` with the corrections from short real runs, or unchanged without runs.
 
-    ``source`` names the runs.
+    ``seen``: each run's plan and its measured over predicted step time. With fewer than 3 runs, the
+    result's ``step_spread_ratio`` is None. ``source`` names the runs.
     """
     if not seen:
         return calibration
@@ -49,7 +50,7 @@ def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibrati
 
 
 def factor(calibration: Calibration, plan: Plan) -> float:
-    """Return the factor for a predicted step time; 1 before any run."""
+    """Return the factor by which the plan's predicted step time is corrected; 1 before any run."""
     return _told(calibration.step_ratio, calibration.technique_ratio, plan)
 
 
@@ -70,8 +71,8 @@ def _fit(runs: Seen) -> tuple[float, dict[str, float]]:
 
 
 def merged(old: Calibration, new: Calibration) -> Calibration:
-    """Merge calibrations: newer operator figures win, rates of the machine are the better of both (noise only
-    slows).
+    """Merge calibrations of this machine: newer operator figures win, and rates are the better of both,
+    because noise only slows. The corrections from runs are those of ``old``.
     """
     rates = {k: max(v, old.flops_s.get(k, 0.0)) for k, v in new.flops_s.items()}
     overheads = [c.overhead_s for c in (old, new) if c.flops_s]

@@ -44,10 +44,11 @@ _ITEM_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """Result of a simulated step.
+    """Result of a simulated step of one rank.
 
     ``busy_s``: seconds of work by resource: matmul, attention, memory, link, network, host (issuing), host
-    memory. ``exposed_s``: communication that compute waits for. ``idle_s``: other gaps in compute.
+    memory, host link (offloading). ``exposed_s``: communication that compute waits for. ``idle_s``: other
+    gaps in compute.
     """
 
     step_s: float
@@ -58,7 +59,9 @@ class Played:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
-    """A call with its seconds. ``resource``: what it keeps busy."""
+    """A call with its seconds. ``issue_s``: of the host, to launch it. ``resource``: what it keeps busy, as
+    in `Played`.
+    """
 
     op: OpCall
     seconds: float
@@ -70,8 +73,8 @@ class Item:
 class Player:
     """Simulates traces of one plan on one machine.
 
-    ``quicker``: factor on the seconds of a resource. ``blocking``: the host waits for every kernel before it
-    issues the next (CUDA_LAUNCH_BLOCKING=1).
+    ``members``: ranks of each process group. ``quicker``: resource -> factor on its seconds. ``blocking``:
+    the host waits for every kernel before it issues the next (CUDA_LAUNCH_BLOCKING=1).
     """
 
     model: TimeModel
@@ -146,7 +149,9 @@ class Player:
         return _added(_added(longer, [longer], extra_steps), [shorter], -extra_steps)
 
     def bottleneck(self, trace: Trace) -> dict[str, float]:
-        """Return resource -> seconds saved per step if its work takes a tenth less, largest first."""
+        """Return resource -> seconds by which a step is shorter if its work takes a tenth less, largest
+        first.
+        """
         base = self.step(trace)
         saved_s = {}
         for resource in [*base.busy_s]:
@@ -156,7 +161,7 @@ class Player:
 
 
 def _added(base: Played, additions: Sequence[Played], count: int) -> Played:
-    """Return ``base`` with each of ``additions`` added ``count`` times."""
+    """Return ``base`` with the seconds of each of ``additions`` added ``count`` times, which may be negative."""
     busy_s = {k: v + count * sum(m.busy_s.get(k, 0.0) for m in additions) for k, v in base.busy_s.items()}
     return Played(
         step_s=base.step_s + count * sum(m.step_s for m in additions),
@@ -197,7 +202,9 @@ class _Stage:
         )
 
     def _join(self) -> None:
-        """Make compute wait for all collectives, because gradients are complete at the end of backward."""
+        """Make compute wait for the last call of every other stream, because gradients are complete at the
+        end of backward.
+        """
         for stream, ends in list(self.ends.items()):
             if stream and ends:
                 self._until(ends[-1])
@@ -255,7 +262,10 @@ class _Stage:
 
 
 def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
-    """Return the operators of the last step: (before its last micro-step, of that micro-step, after it)."""
+    """Return the operators of the last step: (before its last micro-step, of that micro-step, after it).
+
+    If the step has no forward or no backward, all are after it.
+    """
     step_spans = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
     ops = _played(trace)
     window_start, window_end = _window(step_spans)
@@ -272,7 +282,9 @@ def _played(trace: Trace) -> list[OpCall]:
 
 
 def _window(spans: Sequence[PhaseSpan]) -> tuple[int, int]:
-    """Return the start and end clock of the last micro-step: of its forward and its backward."""
+    """Return the clocks of the start of the last forward and of the end of the last backward; (0, 0) if
+    either is missing.
+    """
     starts = [s.start for s in spans if s.phase is Phase.FORWARD]
     ends = [s.end for s in spans if s.phase is Phase.BACKWARD]
     return (starts[-1], ends[-1]) if starts and ends else (0, 0)
@@ -280,7 +292,7 @@ def _window(spans: Sequence[PhaseSpan]) -> tuple[int, int]:
 
 def sent(op: OpCall) -> tuple[Any, ...]:
     """Return (kind, bytes of the whole) of a collective, as `collective_s` counts them; ("", 0) for other
-    operators.
+    operators and for collectives of no known kind.
 
     For a synthetic collective (techniques/synthetic_kernel.py) the result also has its number of ranks, and
     how many of them share a host.
@@ -314,7 +326,7 @@ def _sent(signature: str) -> tuple[str, int]:
 
 
 def _bytes(value: Any) -> int:
-    """Return the bytes of a tensor in a signature, or of all tensors in a list."""
+    """Return the bytes of a tensor in a signature, or of all tensors in a list; 0 for anything else."""
     if isinstance(value, list):
         return sum(map(_bytes, value))
     if not isinstance(value, dict) or "t" not in value:

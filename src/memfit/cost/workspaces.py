@@ -106,7 +106,7 @@ class Unprobed:
     """Operators whose workspaces were not probed and can move the peak.
 
     ``high_bytes``: the peak if each of them uses its upper bound. ``signatures``: largest effect first.
-    ``calls``: number of calls of each operator in one step.
+    ``calls``: operator -> number of its calls in the last traced step that can move the peak.
     """
 
     high_bytes: int
@@ -114,13 +114,15 @@ class Unprobed:
     calls: Mapping[str, int]
 
     def assumption(self) -> str:
-        """Return one line for the list of assumptions."""
+        """Return the line that names the operators in the estimate's list of assumptions."""
         names = ", ".join(f"{name} ({count} calls)" for name, count in self.calls.items())
         return f"workspaces not probed, so the upper end includes their upper bounds: {names}"
 
 
 def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> Unprobed | None:
-    """Return the unprobed operators, or None if every workspace that could move the peak was probed."""
+    """Return the unprobed operators whose workspaces could move the peak of ``profile``; None if there are
+    none, or if the trace has no operators or no allocations.
+    """
     trace = with_kept(trace, calibration)
     clock, live = levels(trace)
     if not trace.ops or not len(clock):
@@ -155,7 +157,9 @@ def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> 
 
 
 def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ...]:
-    """Return the signatures of operators whose workspaces could move the peak, largest effect first."""
+    """Return the signatures of the operators whose workspaces were not probed and could move the peak,
+    largest effect first.
+    """
     workspaces = unprobed(trace, memory_profile(trace, calibration), calibration)
     return workspaces.signatures if workspaces else ()
 
@@ -163,8 +167,8 @@ def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ..
 def _with_outputs(
     trace: Trace, clock: numpy.ndarray, live: numpy.ndarray, ops: Sequence[OpCall]
 ) -> list[int]:
-    """Return the highest level from the start of each operator to the start of the next, which includes its
-    outputs.
+    """Return the most live bytes from the start of each of ``ops`` to the start of the trace's next operator,
+    which include its outputs.
     """
     if not ops:
         return []
@@ -176,7 +180,9 @@ def _with_outputs(
 
 
 def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
-    """Return the unprobed workspaces that recurrent layers pass to backward in one step."""
+    """Return an upper bound on the bytes of the unprobed workspaces that recurrent layers on the CPU pass to
+    backward in one step.
+    """
     return sum(
         _recurrent_bytes(*_sizes(op.signature))
         for op in trace.ops
@@ -195,8 +201,10 @@ def base_name(op: str) -> str:
 
 @functools.lru_cache(maxsize=100_000)
 def bound_bytes(signature: str, device: str, threads: int) -> int:
-    """Return the most bytes that the operator can use beside its inputs and outputs; 0 if it is not a torch
-    operator.
+    """Return the most bytes that the operator can use beside its inputs and outputs.
+
+    0 if it is not a torch operator, and on an accelerator for all operators but convolutions, which alone are
+    checked there.
     """
     if not signature.startswith('["'):
         return 0
@@ -224,7 +232,7 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
 
 
 def _copied_bytes(signature: str, base: str) -> int:
-    """Return the bytes of copies that CPU kernels make of their inputs.
+    """Return the bytes of the copies that the operator's CPU kernel makes of its inputs.
 
     Copied are tensors whose dtype differs from the one the kernel computes in (for an in-place operator, the
     result is converted back from a copy too), and tensors whose layout the kernel cannot use.
@@ -254,14 +262,16 @@ def _copied_bytes(signature: str, base: str) -> int:
 
 
 def _takes_product(tensor: Sequence[Any]) -> bool:
-    """Return whether the rows or the columns of the matrix are contiguous."""
+    """Return whether a matrix product can use the tensor without a copy: the rows or the columns of its
+    matrices are contiguous or of length 1, or it is not a matrix.
+    """
     shape, strides = tensor[:2]
     return len(shape) < 2 or 1 in strides[-2:] or 1 in shape[-2:]
 
 
 def _layout(tensor: Sequence[Any]) -> str:
-    """Return "contiguous", "channels last" or "other"; "" if the tensor is both contiguous and channels
-    last.
+    """Return the tensor's layout: "contiguous", "channels last" or "other"; "" if it is both contiguous and
+    channels last.
     """
     shape, strides = tensor[:2]
     channels_last = [0, *range(2, len(shape)), 1]
@@ -319,7 +329,7 @@ class _Convolution:
 
 
 def input_bytes(signature: str) -> int:
-    """Return the bytes of all tensors in a signature."""
+    """Return the bytes of all tensors in an operator's signature."""
     return sum(map(_tensor_bytes, _tensors(json.loads(signature)[1:])))
 
 
@@ -393,7 +403,8 @@ def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads:
 
 
 def _unfolded(convolution: _Convolution, threads: int) -> int:
-    """Return the number of elements of the unfolded input, with each patch written out.
+    """Return the number of elements of the unfolded input, in which each patch that the kernel covers is
+    written out; 0 if the convolution does not unfold it.
 
     torch's own kernels unfold the whole batch. oneDNN's matrix products, used for dilated, grouped and narrow
     convolutions, unfold one sample per thread.
@@ -418,7 +429,9 @@ def _filled(channels: int, block: int = _BLOCK) -> int:
 
 
 def _sizes(signature: str) -> tuple[int, int, int]:
-    """Return (length x batch, input, hidden) of a recurrent layer's call."""
+    """Return (length x batch, input size, hidden size) of a recurrent layer's call. For layers with more than
+    three gates, the hidden size is too large.
+    """
     args = json.loads(signature)[1]
     (length, batch, width), (gates, _) = args[0]["t"][0], args[1]["t"][0]
     # an LSTM has four gates, so this overestimates its hidden size
@@ -426,14 +439,15 @@ def _sizes(signature: str) -> tuple[int, int, int]:
 
 
 def _recurrent_bytes(rows: int, width: int, hidden: int) -> int:
-    """Return the bytes that one layer and direction keeps for backward (gates and states at all positions),
-    doubled for its workspace.
+    """Return an upper bound on the bytes that one layer and direction keeps for backward (gates and states at
+    all positions), doubled for its workspace. ``rows``: length x batch.
     """
     return 2 * (rows * (24 * hidden + 10 * width) * 4 + 12 * hidden * (hidden + width) * 4) + _ONCE
 
 
 def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
-    """Return the bytes of scores and sums of one block of queries and keys per thread.
+    """Return an upper bound on the bytes of attention's scores and sums: one block of queries and keys per
+    thread.
 
     Half precision also packs keys and values (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp). The bound
     covers backward, which has three blocks.
