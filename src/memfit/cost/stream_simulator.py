@@ -161,7 +161,7 @@ class Player:
 
 
 def _added(base: Played, additions: Sequence[Played], count: int) -> Played:
-    """Return ``base`` with the seconds of each of ``additions`` added ``count`` times, which may be negative."""
+    """Return ``base`` with the seconds of each of ``additions`` added ``count`` times (may be negative)."""
     busy_s = {k: v + count * sum(m.busy_s.get(k, 0.0) for m in additions) for k, v in base.busy_s.items()}
     return Played(
         step_s=base.step_s + count * sum(m.step_s for m in additions),
