@@ -72,7 +72,7 @@ def _install(options: EngineOptions, *, as_json: bool) -> None:
     from memfit.types.serialization import to_plain
 
     if options.name is None:
-        raise UserError("the name of the engine is missing", allowed="memfit engine install NAME")
+        raise UserError("the name of the engine to install is missing", allowed="memfit engine install NAME")
     with Bars("en") as progress:
         environment = install(named(options.name), options.into, lambda line: progress("install", 0, 0, line))
     if as_json:

@@ -116,7 +116,7 @@ def _plans(files: list[str], options: ExplainOptions, which: WhichOptions) -> li
     for path in output_paths:
         writable(path)
     if len(files) > 2:
-        raise UserError(f"{len(files)} plan files are given", allowed="one, or two to compare")
+        raise UserError(f"{len(files)} plan files are given", allowed="one to explain, or two to compare")
     if files and (which.plan or which.recommended):
         raise UserError(
             "the plan is given both as a file and by --plan or --recommended",

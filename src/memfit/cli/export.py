@@ -303,8 +303,8 @@ def _launch(
 ]:
     """Return (the launch, name -> text of the files of the user's own job, ``user_files`` with the job's
     clipping, how the samples of a batch depend on each other or None if the plan does not split the batch).
-    The files of a built-in job and of an hf: job are empty. Raises UserError for the engine replay, and if
-    the engine does not support the plan."""
+    A built-in job and an hf: job have no such files. Raises UserError for the engine replay, for a plan that
+    the engine does not support, and for one that would weight the parts of the loss wrongly."""
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
     from memfit.planner.single_device import model_sizes

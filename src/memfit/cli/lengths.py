@@ -46,8 +46,9 @@ class LengthOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Size of the job; `memfit jobs` lists the sizes of each built-in job. Default: tiny. A "
-            "built-in job gets positions for the longest sequence, unless NAME@N sets N.",
+            help="Size of the job; `memfit jobs` lists the sizes of each built-in job. Default: the job's "
+            "default size, tiny for a built-in job. NAME@N sets the number of positions; without it a "
+            "built-in job gets enough for the longest sequence.",
         ),
     ] = None
     batch: Annotated[

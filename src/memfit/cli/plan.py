@@ -175,9 +175,9 @@ def _corrected(
 
 
 def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
-    """Return the limits of the training. ``on``: the machine to plan for. Raises UserError for a deadline or
-    a budget without a number of steps, for a deadline, a budget or a micro-batch on this machine, for an
-    invalid deadline, and for an unknown technique."""
+    """Return the limits of the training. ``on``: the machine to plan for, as in --on. Raises UserError for a
+    deadline or a budget without a number of steps, for a deadline, a budget or a micro-batch if ``on`` is
+    "this", for an invalid deadline, and for an unknown technique."""
     limits_training = given.deadline is not None or given.budget is not None
     if limits_training and job.steps is None:
         raise UserError(

@@ -177,7 +177,8 @@ _DEBUG_TOKENS = 2048
 
 
 def of_torchtitan(given: Options) -> DescribedModel | None:
-    """Return the model that torchtitan's file names, or None if it gives neither a name nor a flavor."""
+    """Return the model that torchtitan's file names, or None if it gives neither a name nor a flavor. If it
+    gives only one of them, the other is llama3 or debugmodel, torchtitan's defaults."""
     if not (given.raw("model.name") or given.raw("model.flavor")):
         return None
     name, flavor = str(given.get("model.name") or "llama3"), str(given.get("model.flavor") or "debugmodel")

@@ -72,7 +72,7 @@ def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
 
 def megatron_layers(m: Options, s: Setup) -> Found:
     """Report a number of layers that is no multiple of the pipeline stages, unless an option asks for an
-    uneven split."""
+    uneven split. Megatron-DeepSpeed's arguments are skipped."""
     stages = _size(m, "pipeline_model")
     layers = m.count("num_layers")
     # Megatron-DeepSpeed splits the layers by rules of its own.
@@ -308,8 +308,9 @@ def megatron_grouped_gemm(m: Options, s: Setup) -> Found:
 
 
 def megatron_moe_sequence(m: Options, s: Setup) -> Found:
-    """Report experts with tensor parallelism but without --sequence-parallel, which Megatron refuses to
-    train."""
+    """Report more than one expert with tensor parallelism but without --sequence-parallel, which Megatron
+    refuses to train. Files that seem to have only part of the arguments, and Megatron-DeepSpeed's, are
+    skipped."""
     tensor = _size(m, "tensor_model")
     trains = any(m.raw(n) is not None for n in ("train_iters", "train_samples"))
     # Files with only part of the arguments are skipped. A known number of processes together with a global
@@ -338,7 +339,8 @@ def megatron_positions(m: Options, s: Setup) -> Found:
 
 
 def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
-    """Report --use-torch-fsdp2 with options that exclude it, or without those it needs."""
+    """Report --use-torch-fsdp2 with the distributed optimizer, fp16, or pipeline or expert parallelism, which
+    exclude it, or without one of the two options that it needs."""
     if not m.on("use_torch_fsdp2"):
         return
     conflicts = [f"--{n.replace('_', '-')}" for n in ("use_distributed_optimizer", "fp16") if m.on(n)]

@@ -21,7 +21,7 @@ def openfold_fp16_deepspeed(o: Options, s: Setup) -> Found:
 
 
 def openfold_accumulation(o: Options, s: Setup) -> Found:
-    """Report --accumulate_grad_batches, which train_openfold.py does not pass to its Trainer."""
+    """Report --accumulate_grad_batches above 1, which train_openfold.py does not pass to its Trainer."""
     if (steps := o.size("accumulate_grad_batches")) and steps > 1:
         yield {"steps": steps}
 
@@ -59,8 +59,9 @@ def openfold_chunk_training(c: Options, s: Setup) -> Found:
 
 
 def openfold_blocks_per_ckpt(c: Options, s: Setup) -> Found:
-    """Report a blocks_per_ckpt above the number of blocks. Template blocks are recomputed in groups of the
-    same size, so the smaller template stack sets the limit if there are templates."""
+    """Report a blocks_per_ckpt, the number of blocks recomputed together, above the number of blocks of a
+    stack. The Evoformer and the smaller template stack share the setting: the template stack sets the limit
+    if the network has templates or is unknown, otherwise the Evoformer."""
     blocks_per_group, crop = openfold.blocks_per_ckpt(s), openfold.crop(s)
     if blocks_per_group is None:
         return
@@ -87,7 +88,7 @@ def openfold_deepspeed_accumulation(o: Options, d: Options, s: Setup) -> Found:
 
 
 def openfold_deepspeed_stage3(o: Options, d: Options, s: Setup) -> Found:
-    """Report ZeRO stage 3: OpenFold's moving average needs whole parameters."""
+    """Report ZeRO stage 3 in DeepSpeed's file: OpenFold's moving average needs whole parameters."""
     if d.count("zero_optimization.stage") == 3:
         yield {}
 

@@ -23,8 +23,8 @@ def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
 
 
 def _newer(o: Options, s: Setup, library: str) -> Found:
-    """Find unknown settings that are similar to no known one, in sections where the library stops at an
-    unknown key."""
+    """Find settings that the library does not have, in sections where it stops at an unknown key, if no
+    setting of it is similar or the file has the similar one as well."""
     table = known(library)
     for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is None and section in table.refuses:
@@ -77,7 +77,7 @@ def deepspeed_newer_key(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_text_for_number(d: Options, s: Setup) -> Found:
-    """Report numbers that are written as text."""
+    """Report numbers that are written as text where DeepSpeed does not accept text."""
     yield from (
         f for f in _value(d, s, "deepspeed") if isinstance(f["value"], str) and _is_number(f["value"])
     )

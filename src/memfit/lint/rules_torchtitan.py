@@ -66,7 +66,8 @@ def torchtitan_float8_eager(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_replicate(t: Options, s: Setup) -> Found:
-    """Report DDP (replicate above 1, shard 1) together with other parallelism."""
+    """Report DDP (data_parallel_replicate_degree above 1, data_parallel_shard_degree 1) together with tensor,
+    pipeline or context parallelism."""
     replicate, shard, tensor, pipeline, context = _degrees(t)
     other_degrees = {"tensor_parallel": tensor, "pipeline_parallel": pipeline, "context_parallel": context}
     if replicate > 1 and shard == 1 and max(other_degrees.values()) > 1:
@@ -103,7 +104,8 @@ def torchtitan_microbatches(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_batch(t: Options, s: Setup) -> Found:
-    """Report a global batch that is no multiple of local batch x data-parallel ranks."""
+    """Report a global batch that is no multiple of local batch x data-parallel ranks. If shard stands for the
+    remaining ranks and the number of processes is unknown, only replicate counts."""
     global_batch = t.count("training.global_batch_size")
     local_batch = t.count("training.local_batch_size")
     if not global_batch or not local_batch or global_batch < 1:
@@ -123,8 +125,8 @@ def torchtitan_budget_eager(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_sequence(t: Options, s: Setup) -> Found:
-    """Report a sequence length that is no multiple of tensor x 2 x context degrees. All language models
-    require it; image models (flux) have no sequence length."""
+    """Report, with tensor or context parallelism, a sequence length that is no multiple of tensor x 2 x
+    context degrees. All language models require it; image models (flux) have no sequence length."""
     _, _, tensor, _, context = _degrees(t)
     length, is_image_model = t.size("training.seq_len"), "flux" in str(t.get("model.name"))
     splits_sequence = min(tensor, context) > 0 and tensor * context > 1 and not is_image_model

@@ -7,8 +7,8 @@ from memfit.lint.parse import Found, Options, Setup
 
 
 def _strategy(t: Options, *names: str, default: str) -> str | None:
-    """Return the value of the first of ``names`` that is given, or ``default``. Return None if the value is
-    known only when the script runs."""
+    """Return the value, in lower case, of the first of the settings ``names`` that is given, or ``default``
+    if none is. Return None if the value is known only when the script runs."""
     name = next((n for n in names if t.raw(n) is not None or n in t.unsure), None)
     if name is None:
         return default
@@ -18,8 +18,9 @@ def _strategy(t: Options, *names: str, default: str) -> str | None:
 
 
 def trainer_best_steps(t: Options, s: Setup) -> Found:
-    """Report load_best_model_at_end with different strategies or intervals of saving and evaluation. The save
-    strategy "best" is always valid."""
+    """Report load_best_model_at_end if saving and evaluation have different strategies, or if both are by
+    steps and the interval of saving is no multiple of that of evaluation. The save strategy "best" is always
+    valid."""
     eval_strategy = _strategy(t, "eval_strategy", "evaluation_strategy", default="no")
     save_strategy = _strategy(t, "save_strategy", default="steps")
     if not t.on("load_best_model_at_end") or eval_strategy is None or save_strategy in (None, "best"):
@@ -40,7 +41,7 @@ def _steps(t: Options) -> tuple[float | None, float | None]:
 
 def _multiple(save_interval: float | None, eval_interval: float | None) -> bool:
     """Return whether the interval of saving is a multiple of the interval of evaluation. Values below 1 are
-    fractions of all steps. Return True if either is unknown."""
+    fractions of all steps; False if only one of the two is. True if either is unknown or 0."""
     if not save_interval or not eval_interval:
         return True
     if (save_interval < 1) != (eval_interval < 1):
@@ -73,12 +74,13 @@ def torchtitan_no_workers(t: Options, s: Setup) -> Found:
 
 
 def _none(o: Options, path: str) -> bool:
-    """Return whether the setting is 0, or not given (its default is 0)."""
+    """Return whether the setting, whose default is 0, is 0 or not given. False if it is known only when the
+    script runs."""
     return path not in o.unsure and (o.raw(path) is None or o.number(path) == 0)
 
 
 def trainer_two_warmups(t: Options, s: Setup) -> Found:
-    """Report warmup_ratio together with warmup_steps, which takes precedence."""
+    """Report warmup_ratio together with warmup_steps, which takes precedence, if neither is 0."""
     ratio, steps = t.number("warmup_ratio"), t.number("warmup_steps")
     if ratio and steps:
         yield {"ratio": f"{ratio:g}", "steps": f"{steps:g}"}

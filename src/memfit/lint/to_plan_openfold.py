@@ -70,8 +70,8 @@ def _with_deepspeed(setup: Setup, config: Options, precision: str, draft: Draft)
             draft.leave("fp16", "predicted as bf16: the same number of bytes, without the loss scale")
         draft.leave(
             f"zero_optimization.stage {config.count('zero_optimization.stage') or 0}",
-            "memfit does not support ZeRO in bf16 with float32 islands: states are predicted whole on each "
-            "process",
+            "memfit's ZeRO in bf16 cannot keep modules in float32, which this job needs: parameters, "
+            "gradients and optimizer state are predicted whole on each process",
         )
         if str(config.get("zero_optimization.offload_optimizer.device") or "none") != "none":
             draft.leave("offload_optimizer", "predicted on the device")
