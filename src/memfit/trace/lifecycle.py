@@ -43,8 +43,8 @@ from memfit.types.trace import Category, rounded
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LifecyclePeak:
-    """Peak of live tensor bytes during one event. ``host_bytes`` is the host memory used in addition to an
-    accelerator's memory. It is 0 for a CPU, which has no separate device memory."""
+    """Peaks of live tensor bytes during one event of `lifecycle`, in the memory of the device and of the
+    host. ``host_bytes`` is 0 for a CPU, whose memory is the host's and counts as the device's."""
 
     event: str
     device_bytes: int
@@ -64,24 +64,25 @@ class Lifecycle:
     checkpoint_bytes: Mapping[str, int]
 
     def peak(self, event: str) -> LifecyclePeak:
-        """Return the peak of ``event``."""
+        """Return the peak of ``event``, which must be one of ``peaks``."""
         return next(p for p in self.peaks if p.event == event)
 
 
 @retried
 def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
-    """Return the peaks of one process (``plan.ranks`` must be 1). Each event ends when what it makes is in
-    place:
+    """Return the peaks and checkpoint sizes of one process (``plan.ranks`` must be 1) with the job's first
+    batch. Each event ends when what it makes is in place. The events are:
 
     - ``load``: build the plain model, ``torch.load`` to its device, ``load_state_dict``.
     - ``load-mmap``: like ``load``, but the file is memory-mapped and not read.
     - ``load-assign``: the model is built on the meta device and loaded with ``assign=True``.
-    - ``load-via-host``: ``map_location="cpu"``; only if host and device differ.
+    - ``load-via-host``: like ``load``, with ``map_location="cpu"``; only if ``device`` is not "cpu".
     - ``build``: model, plan and optimizer.
     - ``first-step`` creates the optimizer's state; ``steady-step`` finds it in place.
     - ``evaluate``: forward and loss of one micro-batch without gradients.
     - ``save``, and ``save-async``, which first makes a copy so that training can continue.
-    - ``resume``, ``resume-via-host``: build a fresh step, then load model and optimizer from one file.
+    - ``resume``: build a fresh step, then load model and optimizer from one file.
+    - ``resume-via-host``: like ``resume``, with ``map_location="cpu"``; only if ``device`` is not "cpu".
     """
     batch = job.make_batch(0, 0)
     peaks, sizes = _training(job, plan, batch, device)
@@ -111,7 +112,8 @@ class _Watch:
 
     @contextlib.contextmanager
     def made(self, place: str) -> Iterator[None]:
-        """Assign storages that are made inside this context to `place` instead of the device."""
+        """Assign storages that are made inside this context to `place`: "host", "nowhere" (not counted) or ""
+        (the device, as without this context)."""
         start = len(self.ledger.lives)
         yield
         self.aside.update((id(life), place) for life in self.ledger.lives[start:])
@@ -141,7 +143,7 @@ def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
 
 
 def _loading(job: Job, device: str) -> list[LifecyclePeak]:
-    """Return the peaks of the ways to load a checkpoint of the plain model."""
+    """Return the peaks of the events of `lifecycle` that load a checkpoint of the plain model."""
     peaks = []
     places = {"load": "", "load-mmap": "nowhere", "load-via-host": "host", "load-assign": ""}
     if device == "cpu":
@@ -188,8 +190,8 @@ def _evaluated(step: TrainingStep, inputs: Any, watch: _Watch) -> LifecyclePeak:
 
 
 def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
-    """Return the peaks of saving. torch.save copies one storage after the other to the host; an asynchronous
-    save copies all of them first."""
+    """Return the peaks of the events ``save`` and ``save-async``. torch.save copies one storage after the
+    other to the host (none from a CPU); an asynchronous save copies all of them first."""
     state = _state(step)
     if watch.ledger.device != "cpu":
         for tensor in _pytree.tree_leaves(state):
@@ -239,7 +241,8 @@ def _fake(batch: Any, fake: Any, ledger: Ledger) -> Any:
 
 
 def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return the torch optimizers inside the step's own: one per parameter, or one behind master weights."""
+    """Return ``optimizer`` if it is a torch optimizer, else those that it wraps: one per parameter, or the
+    one that updates master weights."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return [optimizer]
     inner = getattr(optimizer, "optimizers", None) or getattr(optimizer, "inner", [])
@@ -259,8 +262,8 @@ def _state(step: TrainingStep) -> dict[str, Any]:
 
 
 def _loaded(state: Any) -> Any:
-    """Return ``state`` as torch.load would create it: every distinct storage once, and tensors as views of
-    their storages."""
+    """Return a copy of ``state`` with the storages that torch.load would allocate: every distinct storage
+    once, and tensors as views of their storages. Tensors of wrapper subclasses are cloned."""
     buffers: dict[int, torch.Tensor] = {}
 
     def one(tensor: torch.Tensor) -> torch.Tensor:
@@ -276,7 +279,8 @@ def _loaded(state: Any) -> Any:
 
 
 def _lives_of(ledger: Ledger, state: Any) -> dict[int, str]:
-    """Return the lives of the state's own storages, mapped to "nowhere" so that they are not counted."""
+    """Return the ids of the ledger's lives of the storages in ``state``, mapped to "nowhere" so that `_Watch`
+    does not count them."""
     tensors = [t for t in _pytree.tree_leaves(state) if isinstance(t, torch.Tensor)]
     keys = {plain.untyped_storage()._cdata for t in tensors for plain in plain_tensors(t)}
     return {id(ledger._known[k][1]): "nowhere" for k in keys if k in ledger._known}
@@ -316,8 +320,8 @@ class _Counted:
 
 
 def file_bytes(state: Any) -> int:
-    """Return the size of the file that torch.save writes for fake tensors. Torch's own writer runs with the
-    data skipped."""
+    """Return the bytes of the file that torch.save would write for ``state``, which holds fake tensors.
+    Torch's own writer runs with the data skipped, and nothing is written."""
     file = _Counted()
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(state, cast(IO[bytes], file))

@@ -1,4 +1,4 @@
-"""Record the last forward pass of a trace operator by operator, to choose what to recompute."""
+"""Record the last forward pass of a trace, operator by operator, to choose what to recompute in backward."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from memfit.types.trace import rounded
 
 
 def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
-    """Trace the job and return the trace with a record of its last forward pass. Raises UserError if the plan
-    does not suit the job."""
+    """Trace the job and return the trace with a record of its last forward pass (of the last micro-batch of
+    the last step). Raises UserError as `trace` does, for example if the plan does not suit the job."""
     last: list[_Recorder] = []
 
     @contextlib.contextmanager
@@ -60,10 +60,12 @@ def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
 
 
 class _Recorder(Numbered):
-    """Records operators without dropping any result. All clocks are the ledger's.
+    """Mode that records operators and, as hooks of saved tensors, what backward reads, without dropping any
+    result. All clocks are the ledger's.
 
-    Lists are indexed by the number of a recorded result (`Numbered`). ``needs`` holds the clocks at which
-    backward reads a result; ``pinned`` holds the results that cannot be recomputed.
+    A result is a storage that an operator makes. ``of``, ``lives``, ``dtypes`` and ``last_read`` are indexed
+    by its number (`Numbered`). ``needs`` maps the number to the clocks at which backward reads the result;
+    ``pinned`` holds the numbers of results that cannot be recomputed.
     """
 
     def __init__(self) -> None:
@@ -117,8 +119,10 @@ class _Recorder(Numbered):
     def _pin(
         self, write_targets: list[torch.Tensor], target_numbers: list[int], new_numbers: range, kwargs: Any
     ) -> None:
-        """Pin results that cannot be recomputed. A result made from a tensor that is then overwritten would
-        have to be recomputed before that write."""
+        """Pin results that the call keeps from being recomputed. A result made from a tensor that is then
+        overwritten would have to be recomputed before that write. The call's own results and targets are
+        pinned if it cannot be repeated, writes to several tensors, or writes through a view whose size,
+        stride and offset do not fully describe it."""
         for tensor in write_targets:
             readers = self._readers[storage_key(tensor)]
             self.pinned |= readers - {self.number(tensor)}

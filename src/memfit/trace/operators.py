@@ -36,7 +36,9 @@ class OperatorFact:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorWork:
-    """What all calls of an operator with equal arguments have in common."""
+    """What all calls of an operator with equal arguments have in common. ``signature`` is the JSON text of
+    `describe`, ``dtype`` that of the arithmetic, and ``moved_bytes`` counts inputs read and outputs
+    written."""
 
     signature: str
     dtype: str
@@ -61,8 +63,9 @@ def _composite(func: Any) -> bool:
 
 
 def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
-    """Return a view of one fake tensor in half the time that the fake mode takes. Return None for other
-    operators and arguments."""
+    """Return the result of a common view operator on a fake tensor, in half the time that the fake mode
+    takes. Return None, without running it, for other operators, other tensors and calls with keyword
+    arguments."""
     if func not in _VIEWS or kwargs or type(args[0]) is not FakeTensor or args[0].constant is not None:
         return None
     mode = args[0].fake_mode
@@ -75,8 +78,9 @@ _STATE: dict[torch.device, dict[str, Any]] = {}  # attributes of a fake tensor b
 
 
 def faked(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> FakeTensor:
-    """Return `FakeTensor(mode, meta, device)`. After the first one on a device, its constructor's checks are
-    skipped, because they take longer than the operator."""
+    """Return `FakeTensor(mode, meta, device)`: a fake tensor on ``device`` with the layout of ``meta``. After
+    the first one on a device, its constructor's checks are skipped, because they take longer than the
+    operator."""
     state = _STATE.get(device)
     if state is None:
         fake = FakeTensor(mode, meta, device)
@@ -116,8 +120,8 @@ class Fresh:
 
 @functools.cache
 def only_writes(func: Any) -> bool:
-    """Return whether an operator only writes element by element into its first argument and returns it, like
-    the operators of an optimizer step."""
+    """Return whether an ATen operator only writes element by element into its first argument and returns it,
+    like most operators of an optimizer step."""
     arguments, returns = func._schema.arguments, func._schema.returns
     writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     return (
@@ -131,8 +135,9 @@ def only_writes(func: Any) -> bool:
 
 
 def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
-    """Return the layouts of the outputs ``out``. Return None if an output is not a new tensor, or if it
-    depends on more than shapes."""
+    """Return how to make the outputs ``out`` again for equal arguments, of which ``given`` are the tensors.
+    Return None if the operator is not of ATen, writes to an argument or only allocates, if a tensor has known
+    values, or if an output is not a new fake tensor that fills its storage."""
     outputs = out if isinstance(out, tuple) else (out,)
     if func.namespace != "aten" or func._schema.is_mutable or func in MAKERS:
         return None
@@ -151,7 +156,8 @@ def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
 
 
 class Results:
-    """Cache of operator results: only the first of equal calls is computed by torch."""
+    """Cache of operator results: of equal calls, torch computes only the first, if the result depends on
+    nothing but the layouts of the arguments."""
 
     def __init__(self, guesses: Guesses) -> None:
         self._guesses = guesses
@@ -159,7 +165,8 @@ class Results:
         self._written = set[Any]()  # calls known to change only values
 
     def of(self, key: Any, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
-        """Return the operator's result. ``values`` is as in `Guesses.call`."""
+        """Return the operator's result on fake tensors. ``key`` is equal for equal calls (`key` of operator
+        and arguments). ``values`` is as in `Guesses.call`."""
         entry = self._made.get(key)
         if entry is not None:
             return entry.make()
@@ -182,8 +189,8 @@ def _plain(tensor: torch.Tensor) -> bool:
 
 
 def built(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator of a model's construction that is not recorded. Fake parameters need no
-    initialisation."""
+    """Run an operator of a model's construction that is not recorded, and return its result. Filling a fake
+    tensor with numbers is skipped, because fake parameters need no initialisation."""
     if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
         return args[0]
     fake_view = view(func, args, kwargs)
@@ -191,8 +198,8 @@ def built(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
-    """Return the signature, dtype, floating-point operations and bytes moved of a call with output
-    ``out``."""
+    """Return the signature, dtype, floating-point operations and bytes moved of a call of the operator with
+    the facts ``of``, whose output is ``out``."""
     inputs, outputs = tensors_in(args, kwargs), tensors_in(out)
     dtype, flops, total_bytes = _dtype(inputs + outputs), 0, 0
     if func.namespace == "memfit":  # techniques/synthetic_kernel.py
@@ -211,7 +218,8 @@ def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> Opera
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Return the arguments that an operator writes to without returning them, such as foreach lists."""
+    """Return the arguments that an operator writes to, such as the lists of a foreach operator, which returns
+    nothing."""
     arguments = enumerate(func._schema.arguments)
     targets = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in targets]
@@ -219,7 +227,8 @@ def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorCall:
-    """One recorded call. ``flow`` is (stream, process group, what it waits for), or None."""
+    """One recorded call. ``flow`` is (stream, process group, wait), or None for a call on the model's stream.
+    A wait is (awaited stream, number of that stream's last calls that are not waited for), or None."""
 
     clock: int
     name: str
@@ -248,8 +257,8 @@ class OperatorCall:
 
 
 def key(value: Any) -> Any:
-    """Return a key that is equal for arguments of equal shapes, strides, dtypes and plain values. This runs
-    for every operator."""
+    """Return a hashable key of an argument or of several. It is equal for tensors of equal shape, stride,
+    dtype, device and storage size, and for equal plain values. This runs for every operator."""
     kind = type(value)
     if kind is FakeTensor or isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
@@ -267,8 +276,8 @@ def is_sparse(value: Any) -> bool:
 
 
 def tensors_in(*values: Any) -> list[torch.Tensor]:
-    """Return the tensors among the arguments, in order. The walk is hand-written because it runs for every
-    operator."""
+    """Return the tensors among ``values``, and inside lists, tuples and dicts there, in order. The walk is
+    hand-written because it runs for every operator."""
     tensors: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -281,7 +290,8 @@ def tensors_in(*values: Any) -> list[torch.Tensor]:
 
 
 def _dtype(tensors: list[torch.Tensor]) -> str:
-    """Return the dtype of the arithmetic: that of the first floating-point or complex tensor, else int64."""
+    """Return the name of the dtype of the arithmetic: that of the first floating-point or complex tensor,
+    else "int64"."""
     for tensor in tensors:
         if tensor.is_floating_point() or tensor.is_complex():
             return _name(tensor.dtype)
@@ -294,13 +304,15 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    """Count two products of (queries x keys x head dim) per head. Shapes are (batch, heads, length, dim)."""
+    """Count the floating-point operations of attention: two products of (queries x keys x head dim) per head.
+    Shapes are (batch, heads, length, head dim)."""
     batch, heads, queries, dim = query.shape
     return int(2 * batch * heads * queries * key.shape[2] * (dim + value.shape[3]))
 
 
 def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    """Count the five products of backward (the scores again, then dV, dP, dQ, dK)."""
+    """Count the floating-point operations of the five products of attention's backward (the scores again,
+    then dV, dP, dQ, dK)."""
     return _attention_flops(query, key, value) * 5 // 2
 
 

@@ -56,8 +56,12 @@ _KNOWN = weakref.WeakKeyDictionary()
 
 
 def sample_dependence(job: Job) -> SampleDependence:
-    """Return whether the samples of the job's batch depend on each other. Each job is tried once per process.
-    An error of the job's own functions is not raised: the result is then "not tested", with the reason."""
+    """Return whether the samples of the job's batch depend on each other. Jobs with the same functions for
+    model and loss and the same batch size are tried once per process.
+
+    An error of the job's own functions is not raised. If no trial is possible, the result is "dependent" if
+    the model has layers that take batch statistics, else "not tested", with the reason.
+    """
     key = (id(job.loss), job.batch_size)
     with contextlib.suppress(TypeError):  # the function cannot be a weak key
         results = _KNOWN.setdefault(job.build_model, {})
@@ -72,7 +76,7 @@ def _tried(job: Job) -> SampleDependence:
         small_job = _affordable(job)
         result = _Trial(small_job).run()
     except TimeIsUp:
-        result = _not_tested(f"the trial takes longer than {_MOST_S:g} s")
+        result = _not_tested(f"the trial takes more processor time than {_MOST_S:g} s")
     except Exception as error:  # noqa: BLE001  any error of the user's code on parts of a batch
         result = _not_tested(_first_line(error))
     if result.kind is DependenceKind.NOT_TESTED:
@@ -92,8 +96,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _by_batch_norms(job: Job, untested: SampleDependence) -> SampleDependence:
-    """Return "dependent" if the model has layers that take batch statistics in training, else
-    ``untested``."""
+    """Return the result "dependent" if the model has BatchNorm layers that take batch statistics in training.
+    Return ``untested`` if it has none or cannot be built."""
     try:
         model = fake_model(job).train()
     except Exception:  # noqa: BLE001  whoever traces the job reports why it cannot be built
@@ -107,8 +111,8 @@ def _takes_statistics(module: nn.Module) -> bool:
 
 
 def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False) -> SampleDependence:
-    """Return the result for BatchNorm layers. ``loss``: splitting changes the loss even without these
-    layers."""
+    """Return the result "dependent" for the BatchNorm layers ``norms``, by their module paths. ``loss``:
+    splitting the batch changes the loss even without these layers."""
     only_sync = all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
     suffix = "; the loss also compares samples" if loss else ""
     return SampleDependence(
@@ -124,8 +128,8 @@ def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False
 
 
 def _affordable(job: Job) -> Job:
-    """Return the job with few samples and, if it is large, in its reduced form or with few blocks. Raises
-    UserError if none fits."""
+    """Return the job with few samples (about 8, 4 or 2) and, if it is large, in its reduced form or with few
+    blocks, so that a trial keeps within the limits of memory and time. Raises UserError if none does."""
     reasons: list[str] = []
     for variant in _smaller(job):
         for count in _SAMPLES:
@@ -158,7 +162,8 @@ def _smaller(job: Job) -> Iterator[Job]:
 
 
 def _parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters in float64, with the gradients of the whole batch and of its parts."""
+    """Return the bytes of the model's parameters in float64, and of the gradients of the whole batch and of
+    its two halves."""
     return 8 * 4 * sum(p.numel() for p in model.parameters())
 
 
@@ -170,7 +175,8 @@ def _with_samples(job: Job, count: int) -> Job:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Cost:
-    """The expected cost of a trial. It is traced in float32 and runs in float64."""
+    """The expected cost of a trial: peak memory, seconds of arithmetic, and seconds that calls of operators
+    take besides. The job is traced in float32, and the trial runs in float64."""
 
     needed_bytes: int
     flops_s: float
@@ -184,7 +190,7 @@ class _Cost:
         return cls(2 * _peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
 
     def reason(self, samples: int) -> str:
-        """Return why the cost is too high, or "" if it is not."""
+        """Return why the cost of a trial of that many samples is too high, or "" if it is not."""
         limit_bytes, seconds = _most_bytes(), self.flops_s + self.call_s
         if self.needed_bytes > limit_bytes:
             needed_text, limit_text = format_bytes(self.needed_bytes), format_bytes(limit_bytes)
@@ -212,8 +218,8 @@ def _most_bytes() -> int:
 
 @dataclasses.dataclass(slots=True)
 class _Gradients:
-    """A loss and the gradient of every parameter, summed over parts. ``size`` is the sum of the terms'
-    absolute values, the scale for comparing losses."""
+    """A loss and the gradient of every parameter, of a batch or as a weighted sum over its parts. ``size`` is
+    the sum of the absolute values of the losses, the scale for comparing losses."""
 
     loss: float
     size: float
@@ -223,8 +229,8 @@ class _Gradients:
         return float(sum(g.double().square().sum() for g in self.by_name.values()) ** 0.5)
 
     def distance(self, other: _Gradients) -> float:
-        """Return the largest relative difference between the losses and between each parameter's
-        gradients."""
+        """Return the largest relative difference between the two losses and between the two gradients of each
+        parameter. Small gradients are compared with a fraction of the whole gradient's norm."""
         scale = max(self.norm(), other.norm())
         loss = abs(self.loss - other.loss) / max(self.size, other.size, 1e-300)
         distances = [
@@ -286,7 +292,7 @@ class _Trial:
 
     def _compared(self, batch: Any, setting: str, *, real: bool) -> SampleDependence:
         """Compare the whole batch with its halves and, for a ``real`` batch, the first half with its single
-        samples."""
+        samples. Return the result; ``setting`` names the batch in its reason."""
         if real:  # fill caches and initialise what depends on the first batch
             self._gradients(batch)
             self.state = _state_of(self.model)
@@ -360,7 +366,9 @@ class _Trial:
         part_gradients: list[_Gradients],
         setting: str,
     ) -> SampleDependence | None:
-        """Return why the sum of the parts differs from the whole, or None if it does not."""
+        """Return None if the weighted sum of the parts equals the whole batch, up to rounding. Otherwise
+        return the result: "dependent" with the cause, or "not tested" if rounding or random numbers may
+        explain the difference."""
         terms = [self._terms(p) for p in parts]
         shares = [n / sum(terms) for n in terms]
         distance = batch_gradients.distance(_sum(part_gradients, shares))
@@ -381,11 +389,12 @@ class _Trial:
         return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS, reason=reason)
 
     def _is_random(self, batch: Any, batch_gradients: _Gradients) -> bool:
-        """Return whether the same batch has another loss with another seed."""
+        """Return whether the same batch has another loss or other gradients with another seed."""
         return batch_gradients.distance(self._gradients(batch, seed=1)) > _ROUNDING_RATIO
 
     def _differs_without(self, batch: Any, norms: Mapping[str, nn.Module]) -> bool:
-        """Return whether splitting changes the loss if batch statistics are held fixed."""
+        """Return whether splitting the batch changes the loss or the gradients if the batch statistics of the
+        layers ``norms`` are held fixed. False if a layer has no running statistics to use."""
         layers = [m for m in norms.values() if getattr(m, "running_mean", None) is not None]
         if len(layers) < len(norms):
             return False  # layers without running statistics cannot be held fixed
@@ -406,8 +415,9 @@ class _Trial:
         final_state: Mapping[Any, torch.Tensor],
         states: Sequence[Mapping[Any, torch.Tensor]],
     ) -> SampleDependence:
-        """Return the result for a model whose state changes in a forward pass. The loss is the same, but each
-        micro-batch updates the state."""
+        """Return the result "dependent" for a model whose state a forward pass changes. The whole and the
+        split batch have the same loss, but each part updates the state (``states``: what each part
+        leaves)."""
         if self.norms:
             return _of_norms(dict(self.norms), "each part updates the layers' statistics")
         names = {m: name for name, m in self.model.named_modules()}
@@ -418,7 +428,7 @@ class _Trial:
             kind=DependenceKind.DEPENDENT,
             cause=DependenceCause.STATE,
             across_ranks=depends_on_data,
-            reason=f"a forward pass updates it, {detail}",
+            reason=f"a forward pass updates this state, {detail}",
             modules=paths,
         )
 
@@ -427,14 +437,15 @@ def _wrongly_weighed(weights: list[float], shares: list[float]) -> SampleDepende
     loss_weights, step_weights = (", ".join(f"{w:.3g}" for w in ws) for ws in (weights, shares))
     kind = "a sum" if all(abs(w - 1) < _DEPENDENCE_RATIO for w in weights) else "a mean"
     reason = (
-        f"the loss is {kind} that weighs two parts by {loss_weights}, but the step weighs them by "
-        f"{step_weights}"
+        f"the loss is {kind} that weighs two parts of the batch by {loss_weights}, but the step weighs them "
+        f"by {step_weights}"
     )
     return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.WEIGHTS, reason=reason)
 
 
 def _weights(batch_gradients: _Gradients, part_gradients: list[_Gradients]) -> list[float] | None:
-    """Return the weights with which two parts add up to the whole, or None if the whole is not such a sum."""
+    """Return the weights with which two parts add up to the whole batch. Return None if there are not two
+    parts, or if the whole is neither their mean with weights from 0 on that add up to 1, nor their sum."""
     if len(part_gradients) != 2:
         return None
     left, right = (_flat(f) for f in part_gradients)
@@ -456,7 +467,8 @@ def _flat(gradients: _Gradients) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _on_its_own() -> Iterator[None]:
-    """Use float64 by default with gradients enabled, and restore the random states afterwards."""
+    """Inside this context, use float64 by default, enable gradients and hide warnings. Afterwards, restore
+    the default dtype and the random states of torch, numpy and Python."""
     dtype, states = torch.get_default_dtype(), (random.getstate(), numpy.random.get_state())  # noqa: NPY002
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -477,7 +489,8 @@ def _seed(seed: int) -> None:
 
 @contextlib.contextmanager
 def _batch_norm_anywhere() -> Iterator[None]:
-    """Run SyncBatchNorm, which requires an accelerator, as BatchNorm. In one process they are the same."""
+    """Inside this context, run SyncBatchNorm, which requires an accelerator, as BatchNorm. In one process
+    they compute the same."""
 
     def forward(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
         return nn.BatchNorm1d.forward(self, x)
@@ -488,7 +501,8 @@ def _batch_norm_anywhere() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None]:
-    """Add to ``norms`` the layers that take batch statistics when they are called."""
+    """Inside this context, add to ``norms``, by path, the BatchNorm layers of ``model`` that take batch
+    statistics when they are called."""
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -536,8 +550,9 @@ def _cloned(batch: Any) -> Any:
 
 
 def _redrawn(batch: Any) -> Any:
-    """Return random inputs of the same structure: other floating-point numbers, and the same integers and
-    flags in another order within each sample."""
+    """Return a batch of the same structure with random floating-point numbers of the same mean and deviation.
+    Integers, flags and floating-point numbers with at most 3 distinct values stay, in another order within
+    each sample; of these, tensors with one number per sample or another first dimension are unchanged."""
     generator, length = torch.Generator().manual_seed(0), batch_length(batch)
 
     def drawn(t: torch.Tensor) -> torch.Tensor:
@@ -567,8 +582,8 @@ def _add_noise(model: nn.Module) -> None:
 
 
 def _state_of(model: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
-    """Return copies of buffers and of other tensors that modules hold. A tensor that several modules hold
-    stays shared."""
+    """Return copies of the buffers and of other tensors, except parameters, that modules hold, by module and
+    attribute. The copy of a tensor that several modules hold is shared, too."""
     attributes = [(m, n, t) for m in model.modules() for n, t in (*m._buffers.items(), *vars(m).items())]
     return _copied({(m, n): t for m, n, t in attributes if isinstance(t, torch.Tensor)})
 
@@ -588,7 +603,8 @@ def _changed(
     old_state: Mapping[tuple[nn.Module, str], torch.Tensor],
     new_state: Mapping[tuple[nn.Module, str], torch.Tensor],
 ) -> list[tuple[nn.Module, str]]:
-    """Return the state that a forward pass changed, except counters of passes."""
+    """Return the keys of the tensors that differ between two states (`_state_of`), as after a forward pass.
+    Scalars that are not floating-point, such as counters of passes, are left out."""
     return [
         k
         for k, t in old_state.items()

@@ -24,7 +24,8 @@ class MemoryLine:
     """One rank's stage of a pipeline, and the shorter pipeline in which it is traced.
 
     Fields that begin with ``short_`` describe the shorter pipeline. ``virtual`` is the number of model chunks
-    per rank, ``micros`` the number of micro-batches. ``stages`` is 1 if the plan has no pipeline.
+    per rank, ``micros`` the number of micro-batches. ``stages`` is 1 if the plan has no pipeline; the shorter
+    pipeline is then the plan itself.
     """
 
     job: Job
@@ -52,7 +53,8 @@ class MemoryLine:
         return _numbers(self._short_count(depth), self.short_stages, self.short_stage, self.virtual)
 
     def depth(self, count: int) -> int:
-        """Return the blocks per stage of the short pipeline with which the rank holds all of its blocks."""
+        """Return the number of blocks per stage of the short pipeline with which the rank holds all of its
+        blocks, in a model of ``count`` blocks."""
         sizes = _of_rank(count, self.stages, self.stage, self.virtual)
         return max(sizes) * self.virtual
 
@@ -60,12 +62,14 @@ class MemoryLine:
         return depth * self.short_stages - self.fewer
 
     def trace(self, depth: int, **options: Any) -> Trace:
-        """Trace the short pipeline with ``depth`` blocks on every stage."""
+        """Return the trace of this rank in the short pipeline, in a model cut to ``depth`` blocks per stage
+        (the last stages have ``fewer``). ``options`` are those of `tracer.trace`."""
         job = with_blocks(self.short_job, self._short_count(depth))
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 
     def filled(self, trace: Trace) -> Trace:
-        """Return ``trace`` with the memory of the micro-batches that were not traced added."""
+        """Return ``trace``, one of the short pipeline, with the memory of the micro-batches that were not
+        traced added, and with their number. Raises Mismatch if micro-batches receive different sizes."""
         result, extra_micros = dataclasses.replace(trace, rank=self.rank, ranks=self.plan.ranks), 0
         if self.stages > 1:
             extra_micros = self.micros - self.short_micros
@@ -107,8 +111,9 @@ class MemoryLine:
         )
 
     def _buffers(self, trace: Trace) -> list[Allocation]:
-        """Return the buffers that micro-batches are received into. They stay allocated (torch's PipelineStage
-        makes them at the start). Raises Mismatch if micro-batches receive different sizes."""
+        """Return the buffers into which one micro-batch is received. They stay allocated (torch's
+        PipelineStage makes those of all micro-batches at the start). Raises Mismatch if micro-batches receive
+        different sizes."""
         forward = next(s for s in trace.spans if s.phase is Phase.FORWARD)
         buffers = [
             a
@@ -128,8 +133,9 @@ def _spans(trace: Trace, step: int, phase: Phase) -> list[PhaseSpan]:
 
 
 def _kept(trace: Trace, forward: PhaseSpan, last_backward: int) -> tuple[list[Allocation], list[Allocation]]:
-    """Return the allocations that a micro-batch's forward keeps for its own backward, and those it keeps
-    until ``last_backward``, such as its loss."""
+    """Return (the allocations that are made in the span ``forward`` of a micro-batch, outlive it and are
+    freed before the clock ``last_backward``, as by the micro-batch's backward; those that live longer, such
+    as its loss). Allocations that are never freed, and inputs, are left out."""
     allocations = [
         a
         for a in trace.allocations
@@ -156,8 +162,9 @@ class _Short:
 
 
 def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None:
-    """Return the shorter pipeline for ``rank`` of a model with ``blocks`` blocks. Return None if no shorter
-    pipeline has the same micro-batches in flight, or if the batch does not divide into the plan's parts."""
+    """Return the shorter pipeline in which ``rank`` is traced, for a model with ``blocks`` blocks. Return the
+    plan itself as such if it has no pipeline. Return None if no shorter pipeline stands for the schedule, or
+    if the batch does not divide into the plan's micro-batches."""
     pipeline, place = plan.get("pipeline"), layout(plan)
     if pipeline is None:
         return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
@@ -209,12 +216,13 @@ def _straight(schedule: str, stages: int, stage: int, micros: int) -> _Short | N
 
 
 def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int) -> _Short | None:
-    """Shorten an interleaved schedule with one round of micro-batches, in which a rank runs all micro-batches
-    of one chunk in a row.
+    """Return the shape of a pipeline of three stages for an interleaved schedule with as many micro-batches
+    as stages, in which a rank runs all micro-batches of one chunk in a row.
 
     On the first two ranks all forward passes come before the first backward pass. The last rank starts a
-    backward pass right after the forward pass of its last chunk (`cost.schedules`). Returns None for other
-    ranks, for other numbers of micro-batches, and where no such pipeline of three stages exists.
+    backward pass right after the forward pass of its last chunk (`cost.schedules`). Return None for other
+    ranks, for other numbers of micro-batches, for three stages or fewer, and if no such pipeline gives the
+    rank the same number of blocks per chunk.
     """
     is_last = stage == stages - 1
     if micros != stages or stages <= _ROUND or not (stage < 2 or is_last):
@@ -235,14 +243,16 @@ def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int
 
 
 def _numbers(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
-    """Return the indices of a rank's blocks, chunk by chunk."""
+    """Return the indices of the blocks of a rank (the one at ``stage``), chunk by chunk. ``blocks`` is the
+    number of all blocks, ``virtual`` the number of chunks per rank."""
     chunk_blocks, remainder = divmod(blocks, stages * virtual)
     sizes = zip(range(stage, stages * virtual, stages), _of_rank(blocks, stages, stage, virtual), strict=True)
     return [chunk_blocks * chunk + min(chunk, remainder) + i for chunk, size in sizes for i in range(size)]
 
 
 def _of_rank(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
-    """Return the number of blocks in each of a rank's chunks."""
+    """Return the number of blocks in each chunk of a rank (the one at ``stage``). ``blocks`` is the number of
+    all blocks, ``virtual`` the number of chunks per rank."""
     chunk_blocks, remainder = divmod(blocks, stages * virtual)
     return [chunk_blocks + (chunk < remainder) for chunk in range(stage, stages * virtual, stages)]
 

@@ -11,9 +11,12 @@ import torch
 
 
 def describe(name: str, args: Any, kwargs: Mapping[str, Any]) -> str:
-    """Return an operator call as JSON text. Tensors become ``{"t": [shape, stride, dtype]}``, with "conj"
-    appended for conjugates. Lists stay lists, dtypes, devices and memory formats are given by name, and plain
-    values stay."""
+    """Return an operator call as JSON text: ``[name, arguments, keyword arguments]``.
+
+    Tensors become ``{"t": [shape, stride, dtype]}``, with "conj" appended for conjugates. Dtypes, layouts and
+    memory formats become ``{"torch": name}``, devices ``{"device": name}``, and objects of other types
+    ``{"other": text}``. Lists and mappings keep their structure, and numbers, texts and None stay.
+    """
     return json.dumps([name, _plain(args), _plain(kwargs)], separators=(",", ":"))
 
 
@@ -43,8 +46,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def moved_bytes(tensors: list[torch.Tensor]) -> int:
-    """Return the bytes of the tensors read and written. A broadcast tensor counts the bytes of its
-    storage."""
+    """Return the bytes of all elements of ``tensors``, which a call reads or writes. A tensor with more
+    elements than its storage has, as after broadcasting, counts the bytes of its storage."""
     total = 0
     for tensor in tensors:
         size_bytes = tensor.numel() * tensor.element_size()

@@ -15,7 +15,8 @@ from memfit.trace.allocation_recorder import Ledger
 
 
 class _Event(torch.cpu.Event):
-    """An event that stands for the first calls of a stream, up to a count."""
+    """An event that stands for the first calls of a stream: ``at`` is (stream, number of calls). The ledger
+    records that a stream waits for it."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.at = ledger, ("", 0)
@@ -48,9 +49,10 @@ class _Stream(torch.cpu.Stream):
 
 @contextlib.contextmanager
 def streams(ledger: Ledger) -> Iterator[None]:
-    """Patch CPU streams so that the ledger records them. FSDP2 gathers and reduces on its own streams, each
-    of which has its own pool in the CUDA allocator. In a trace it gets CPU streams. They are given names,
-    storages made on them are placed there, and waits between them are recorded."""
+    """Inside this context, patch CPU streams so that the ledger records them. FSDP2 gathers and reduces on
+    streams of its own, each of which has a pool of its own in the CUDA allocator. In a trace FSDP2 gets CPU
+    streams. They are given names, the ledger places storages made on them there, and waits for streams and
+    for collectives are recorded."""
     numbers = itertools.count(1)
 
     def made(priority: int = -1) -> _Stream:

@@ -15,7 +15,8 @@ _WAITS = ("_c10d_functional.wait_tensor.default",)
 
 
 def group_of(func: Any, args: Any) -> str:
-    """Return the name of the process group of a collective, or "" if the operator is not a collective."""
+    """Return the name of the process group of a collective. Return "" for other operators, which include
+    sends and receives between two ranks."""
     if func.namespace not in _COLLECTIVES or func.name() in _TWO_ALONE:
         return ""
     for arg in args:
@@ -25,8 +26,8 @@ def group_of(func: Any, args: Any) -> str:
 
 
 class Flows:
-    """Counts calls by stream. A functional collective, and a c10d collective called asynchronously, runs on a
-    stream of its process group. Other operators run on the current stream."""
+    """Counts calls by stream, in ``calls``. A functional collective, and a c10d collective called
+    asynchronously, runs on a stream of its process group. Other operators run on the current stream."""
 
     def __init__(self) -> None:
         self.calls = Counter[str]()
@@ -36,8 +37,9 @@ class Flows:
         self._under_way: list[tuple[str, int, int]] = []
 
     def of(self, func: Any, name: str, args: Any, out: Any, place: str) -> Flow | None:
-        """Record a call. Return (stream, process group, what it waits for), or None for a call on the
-        model's stream."""
+        """Count a call made on the stream ``place``. Return (stream, process group or "", None), or None for
+        a call on the model's stream that is not a collective. Return what `wait` returns if the call waits
+        for a functional collective; such a call is not counted."""
         if name in _WAITS:
             awaited = self._coming.pop(_storage(args[0]), None)
             return self.wait(place, *awaited) if awaited else None
@@ -57,15 +59,18 @@ class Flows:
             self._coming[_storage(tensor)] = (stream, self.calls[stream])
 
     def next_under_way(self) -> tuple[str, int] | None:
-        """Return what the ``wait`` of a c10d collective waits for: the collective just called, or else the
-        oldest one."""
+        """Return (stream, number of its first calls) that the ``wait`` of a c10d collective waits for: up to
+        the collective just called, or else up to the oldest one not yet waited for. It is then no longer
+        under way. Return None if none is under way."""
         if not self._under_way:
             return None
         newest = self._under_way[-1][2] == self.calls.total()
         return self._under_way.pop(-1 if newest else 0)[:2]
 
     def wait(self, stream: str, awaited: str, calls: int) -> Flow | None:
-        """Return the flow of a wait, or None if a stream would wait for itself."""
+        """Return (``stream``, "", (``awaited``, number of its last calls that are not waited for)) if
+        ``stream`` waits for the first ``calls`` calls of the stream ``awaited``. Return None if both are the
+        same stream."""
         return None if stream == awaited else (stream, "", (awaited, self.calls[awaited] - calls))
 
 

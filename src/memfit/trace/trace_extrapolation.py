@@ -27,7 +27,7 @@ _LARGE = 500_000_000  # number of parameters above which two processes are faste
 
 
 def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
-    """Return the trace of one rank (see `deep_traces`)."""
+    """Return the trace of one rank of a plan (see `traces_of`)."""
     return deep_traces(job, plan, [rank], **options)[0]
 
 
@@ -38,10 +38,11 @@ def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> l
 
 def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> list[Trace]:
     """Return a `trace` for each (plan, rank) pair, at the cost of a few blocks for models with many equal
-    blocks.
+    blocks. ``options`` are those of `trace`.
 
     Two shallow traces are unrolled to the full depth. That the shallower one, unrolled, equals the deeper one
-    proves that this is valid. Models without equal blocks are traced whole.
+    proves that this is valid. Where it is not valid or not less work, as for models without equal blocks, the
+    model is traced whole.
 
     For a pipeline (GPipe, 1F1B, one round of interleaved), a rank's stages are traced in a shorter pipeline
     with few micro-batches, and the memory that a micro-batch keeps is repeated for each micro-batch in
@@ -73,8 +74,9 @@ def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> l
 
 
 def _repeats(plan: Plan, *, cpu: bool) -> bool:
-    """Return whether unrolling is possible. Blocks differ if a budget chose what to recompute. On a CPU, each
-    rank of a pipeline builds the whole model, and the peak may be there."""
+    """Return whether traces under ``plan`` may be built from shallow ones. Not under optimal-checkpointing,
+    which recomputes different operators in each block, nor for a pipeline on a CPU, where each rank builds
+    the whole model, and the peak may be there."""
     return plan.get("optimal-checkpointing") is None and not (cpu and plan.get("pipeline"))
 
 
@@ -112,8 +114,9 @@ class _Deep:
         return deep if is_worth else None
 
     def depths(self) -> range:
-        """Return the numbers of blocks of the traces that may be made. Each trace is unrolled to the next and
-        compared."""
+        """Return the numbers of blocks (per stage of a pipeline) of the shallow traces that may be made. Each
+        trace is unrolled to the next one and compared with it, until two agree. There is only one if all of
+        the rank's blocks are traced."""
         period = self.wanted.period
         if self.numbers:
             return range(self.first_depth, self.first_depth + 1)
@@ -146,14 +149,15 @@ class _Deep:
         return tracer.trace(line.job, line.plan, rank=line.rank, **options)
 
     def _is_worth(self, depth: int) -> bool:
-        """Return whether two shallow traces are less work than a whole one."""
+        """Return whether two shallow traces, of ``depth`` blocks and of one period more, are less work than a
+        whole one."""
         shallow = (2 * depth + self.wanted.period) * self.line.short_micros
         return shallow < self.wanted.count * self.line.micros
 
 
 def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
-    """Return (path, number) of the blocks if they are all equal and lie in a container from which blocks can
-    be removed, else None."""
+    """Return (module path, number) of the model's blocks if all have parameters of the same names and shapes,
+    the same modules in float32, and lie in a ModuleList or Sequential. Return None otherwise."""
     try:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:
@@ -174,8 +178,9 @@ def _period(plan: Plan) -> int:
 
 
 def _first_depth(plan: Plan, period: int) -> int:
-    """Return the number of blocks of the first shallow trace. The first and the last block may differ from
-    those in between. Prefetching makes more blocks differ, and so do tensors sharded along the sequence."""
+    """Return the number of blocks of the first shallow trace, for ``period`` adjacent blocks that repeat. The
+    first and the last block may differ from those in between. Prefetching by FSDP2 makes more blocks differ,
+    and so does tensor parallelism under FSDP2."""
     fsdp2, tensor_parallel = plan.get("fsdp2"), plan.get("tensor-parallel")
     prefetch = int(fsdp2.settings["prefetch"]) if fsdp2 else 0
     return ((3, 4, 8, 10)[min(prefetch, 3)] + bool(fsdp2 and tensor_parallel)) * period

@@ -1,4 +1,4 @@
-"""``trace(job, plan)``: run the training step on fake tensors and keep what happened."""
+"""``trace(job, plan)``: run the training step on fake tensors and record its allocations and operators."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ _STEP: contextvars.ContextVar[Callable[..., TrainingStep]] = contextvars.Context
 
 @contextlib.contextmanager
 def stepping(make_step: Callable[..., TrainingStep]) -> Iterator[None]:
-    """Let traces made inside this context run an engine's own training step (worker/apply_*.py)."""
+    """Let traces made inside this context run the training step that ``make_step`` returns, such as that of
+    an engine (engines/NAME/step.py). It is called with the arguments of `TrainingStep`."""
     token = _STEP.set(make_step)
     try:
         yield
@@ -78,11 +79,14 @@ def trace(
     """Trace ``steps`` training steps on fake tensors. Two is the default, so that the last step has the
     optimizer state that the first one made.
 
-    Of the micro-batches only the first ``played`` are run. ``update=False`` leaves out the optimizer step.
-    ``device`` chooses kernels and rounding ("cpu" or "cuda"). ``lines`` records the user's line of each
-    allocation. ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks.
+    At most ``played`` micro-batches of a step are run: the first ones and the last. Earlier steps than the
+    last run only one if the plan has one rank. ``update=False`` leaves out the optimizer step. ``device``
+    chooses kernels and rounding ("cpu" or "cuda"). ``lines`` records the user's line of each allocation.
+    ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks.
 
-    Raises UserError if the plan does not suit the job.
+    If values had to be assumed, other values are traced as well (`widened`). Raises UserError if the plan
+    does not suit the job, if a size depends on values that are neither known nor bounded, or if the step
+    fails after a value was guessed. Other errors of the user's code are raised as they are.
     """
     ledger = Ledger(device, lines=lines, guesses=Guesses(job.bound))
     scratch = plan.ranks > 1 and device == "cpu"
@@ -155,8 +159,8 @@ def _compiled(module: torch.nn.Module) -> bool:
 
 
 def fake_model(job: Job) -> torch.nn.Module:
-    """Return the job's model on fake tensors, to inspect its structure. Do not change it: later calls return
-    the same model."""
+    """Return the job's model on fake tensors, without any plan, to inspect its structure. Do not change it:
+    later calls for jobs with the same ``build_model`` return the same model."""
     with contextlib.suppress(TypeError, KeyError):  # build_model cannot be a weak key, or is not yet known
         model = _FAKES[job.build_model]
         fp32_modules.find(model, job.islands)
@@ -175,8 +179,8 @@ _FAKES: weakref.WeakKeyDictionary[Any, torch.nn.Module] = weakref.WeakKeyDiction
 
 
 def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int) -> tuple[Any, float]:
-    """Return (fake inputs, terms per rank) of a step. Each step has its own batch, because lengths and graphs
-    differ between batches."""
+    """Return (this rank's batch on fake tensors, mean number of loss terms per rank) for the step ``index``.
+    Each step has a batch of its own, because lengths and graphs differ between batches."""
     with _disable_current_modes():
         batch = step.job.make_batch(index, 0)
     part, terms = step.local(batch)
@@ -195,7 +199,7 @@ def _play(
     max_played: int,
     update: bool,
 ) -> int:
-    """Run the steps and return the number of micro-batches run in each."""
+    """Run the steps and return the number of micro-batches run in the last one: at most ``max_played``."""
     played = min(step.bench.micro_batches, max_played)
     with _not_tracing():  # building the model may have imported modules to patch
         return _played(ledger, step, make_inputs, steps=steps, played=played, update=update)
@@ -260,7 +264,8 @@ def _begin(ledger: Ledger, model_bytes: list[int], bench: Workbench) -> None:
 
 
 def _first_part(ledger: Ledger, inner: Callable[[int], Any], parts: int) -> Any:
-    """Label a batch that is made to observe how the model runs. It is placed with the parameters."""
+    """Return ``inner(parts)``, which is a part of a batch for observing how the model runs, labelled as
+    input."""
     part = inner(parts)
     ledger.label(part, Category.INPUT)
     return part
@@ -279,8 +284,8 @@ def _marker(ledger: Ledger, step: TrainingStep) -> Any:
 
 
 def _label_state(ledger: Ledger, step: TrainingStep) -> None:
-    """Label optimizer state and then the model. State comes first because fp32 masters are parameters to
-    torch but count as state here."""
+    """Label the optimizer's state and then the model's parameters and buffers. The parameters come last
+    because a label replaces an earlier one."""
     owner = {id(p): name.rpartition(".")[0] for name, p in step.model.named_parameters()}
     for param, state in step.optimizer.state.items():
         ledger.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)) or ledger.owner(param))
@@ -317,8 +322,8 @@ def _fake_world() -> Iterator[FakeTensorMode]:
 
 @contextlib.contextmanager
 def _not_tracing() -> Iterator[None]:
-    """Make transformers, if it is loaded, take its ordinary branch. It is not imported for this, because that
-    takes as long as a prediction."""
+    """Inside this context, make transformers, if it is loaded, take the branch of code that is not being
+    traced. It is not imported for this, because that takes as long as a prediction."""
     with contextlib.ExitStack() as stack:
         for name in ("transformers.utils.import_utils", "transformers.masking_utils"):
             if hasattr(module := sys.modules.get(name), "is_tracing"):
@@ -327,8 +332,8 @@ def _not_tracing() -> Iterator[None]:
 
 
 def _random_states(ledger: Ledger) -> Any:
-    """Record the generator's state, a real tensor made below the dispatcher. Each checkpointed block keeps
-    one."""
+    """Return a patch that records the result of torch.get_rng_state, a real tensor made below the dispatcher.
+    Each checkpointed block keeps one."""
     inner = torch.get_rng_state
 
     def noted() -> torch.Tensor:
@@ -340,8 +345,8 @@ def _random_states(ledger: Ledger) -> Any:
 
 
 def _resizes(ledger: Ledger) -> Any:
-    """Record storages that are resized below the dispatcher, as FSDP2 does to free and refill its
-    parameters."""
+    """Return a patch that records storages that are resized below the dispatcher, as FSDP2 does to free and
+    refill its parameters."""
     inner = torch.UntypedStorage.resize_
 
     def noted(storage: torch.UntypedStorage, size: int) -> Any:
@@ -354,7 +359,8 @@ def _resizes(ledger: Ledger) -> Any:
 
 @contextlib.contextmanager
 def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
-    """Do not record DTensor's shape propagation, which runs on fake tensors of the unsharded shape."""
+    """Inside this context, do not record DTensor's shape propagation, which runs on fake tensors of the
+    unsharded shape."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
     name = "_propagate_tensor_meta_non_cached"
@@ -370,8 +376,9 @@ def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _guesses_blamed(ledger: Ledger) -> Iterator[None]:
-    """Attribute an error of a step to a guessed value, if there was one: another value may work, or the user
-    can give it. Raises Doubted if a condition was assumed to be true."""
+    """Attribute an error inside this context to a guessed value, if there was one: another value may work, or
+    the user can give it. Raises Doubted if a condition was assumed to be true, else UserError if another
+    value was guessed. Errors of other kinds, and those that memfit raises itself, are raised as they are."""
     guesses = ledger.guesses
     try:
         yield
@@ -391,15 +398,16 @@ def _blamed(error: Exception, guesses: list[str]) -> UserError | None:
     reason = (str(error).splitlines() or [repr(error)])[0]
     user_error = UserError(
         f"the step does not run on fake tensors: {reason[:200]}",
-        hint=f"memfit had to guess ({guesses[-1]}); give a better value in bound=",
+        hint=f"memfit had to guess ({guesses[-1]}); give a better value in bound= of Job(...) or "
+        "estimate(...)",
     )
     user_error.__cause__ = error
     return user_error
 
 
 def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
-    """Replace torch's own deepcopy of a fake tensor, which also copies its attributes, including its fake
-    mode, and so breaks the record of memory."""
+    """Return a copy of a fake tensor for ``copy.deepcopy``. Torch's own deepcopy would also copy its
+    attributes, including its fake mode, and so break the record of memory."""
     if id(tensor) not in memo:
         with torch.no_grad():
             clone = tensor.detach().clone()
@@ -414,7 +422,8 @@ def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
 
 def _apply_without_swap() -> Any:
     """Return a ``Module._apply`` for fake tensors. Torch would swap parameters in place, which fails for fake
-    ones, so they are replaced. Tied parameters stay tied."""
+    ones. Here a parameter is replaced if ``fn`` gives it a new storage, and buffers always are. Tied
+    parameters stay tied. Gradients are not converted."""
     replacements: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
     depth = 0
 

@@ -20,8 +20,8 @@ CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FirstBlocks:
-    """Builds the job's model with its first ``count`` blocks only. A trace does not record the
-    construction."""
+    """Function that builds the job's model with its first ``count`` blocks only. A trace does not record the
+    construction of such a model."""
 
     job: Job
     count: int
@@ -40,8 +40,9 @@ _KNOWN: weakref.WeakKeyDictionary[Any, tuple[type, str]] = weakref.WeakKeyDictio
 
 
 def remember(job: Job, model: object) -> None:
-    """Remember the class and path of the model's blocks, so that `FirstBlocks` can skip building the
-    others."""
+    """Remember the class and path of the model's blocks for the job's ``build_model``, so that `FirstBlocks`
+    need not build the blocks that it drops. Do nothing if the model has no blocks or if other modules have
+    their class."""
     if not isinstance(model, torch.nn.Module):
         return  # the caller reports the error
     with contextlib.suppress(UserError, TypeError):  # no blocks, or a function that cannot be remembered
@@ -53,8 +54,8 @@ def remember(job: Job, model: object) -> None:
 
 @contextlib.contextmanager
 def _hollow_beyond(kind: Any, count: int) -> Iterator[None]:
-    """Let only the first ``count`` modules of class ``kind`` build their parts. The others are removed at
-    once, and building them takes longer than tracing those that stay."""
+    """Inside this context, let only the first ``count`` modules of class ``kind`` that are made build their
+    contents. The caller drops the others, and building them takes longer than tracing those that stay."""
     inner, made = kind.__init__, 0
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +77,8 @@ def with_blocks(job: Job, count: int) -> Job:
 
 
 def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.nn.Module:
-    """Remove all but the first ``count`` blocks from the model, and return it."""
+    """Remove all but the first ``count`` blocks from the model, and return it. ``path`` is their module path,
+    or None to find them. Raises UserError if there are no blocks."""
     container = model.get_submodule(find_blocks(model, path)[0])
     assert isinstance(container, CONTAINERS)
     del container[count:]

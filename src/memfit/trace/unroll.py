@@ -2,9 +2,11 @@
 
 Every allocation, free and operator of a trace belongs to the running block, or to none. A trace with ``k``
 blocks becomes one with ``n`` blocks by repeating the events of its middle block wherever that block occurs
-(construction, forward, backward, each optimizer operator), with the storages it refers to renumbered. That
-this is valid for the model, plan and rank is checked: the trace with ``k`` blocks, unrolled by one period,
-must equal the trace with that many blocks, event for event. Quantities that depend on the depth are
+(construction, forward, backward, each optimizer operator), with the storages it refers to renumbered. If a
+plan treats only every p-th block alike, a block means such a period of p adjacent blocks here.
+
+That this is valid for the model, plan and rank is checked: the trace with ``k`` blocks, unrolled to ``k`` +
+1, must equal the trace with that many blocks, event for event. Quantities that depend on the depth are
 extrapolated linearly from the two traces: some sizes (a stack of all gradient norms, a flat buffer), the work
 of operators on all parameters, and how far back a stream is waited for.
 """
@@ -24,7 +26,7 @@ _ALLOCATE, _FREE, _OPERATE = range(3)
 @dataclasses.dataclass(slots=True)
 class _Event:
     kind: int
-    block: int | None  # the running block; None outside the blocks
+    block: int | None  # the running period of blocks; None outside the blocks
     index: int  # into the trace's allocations or ops
     clock: int
 
@@ -35,14 +37,16 @@ _Made = TypeVar("_Made", Allocation, OpCall)
 
 @dataclasses.dataclass(slots=True)
 class _Chapter:
-    """The events of one span, grouped into runs of one block each."""
+    """The events of one phase span, grouped into runs of consecutive events that belong to one block, or to
+    none."""
 
     span: PhaseSpan
     runs: _Runs
 
 
 class _Place(NamedTuple):
-    """Where an allocation was made, which identifies its counterpart in another block."""
+    """Where an allocation was made, which identifies the allocation that another block made at the same
+    point. ``chapter`` is the index of the phase span."""
 
     chapter: int
     block: int | None
@@ -51,7 +55,9 @@ class _Place(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """How much an operator's work grows per period."""
+    """By how much the work of an operator call grows with each additional period of blocks (`Blocks`):
+    operations, bytes moved and, if it waits for a stream, ``waited_calls``: the number of that stream's last
+    calls for which it does not wait."""
 
     flops: int
     moved_bytes: int
@@ -69,13 +75,14 @@ class _Work(NamedTuple):
 
 
 class Mismatch(Exception):
-    """The shallow traces do not differ by exactly one repeated block. The message says where."""
+    """A trace cannot be built from shorter ones: two shallow traces do not differ by exactly one repeated
+    period of blocks, or the micro-batches of a pipeline receive different sizes. The message says where."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """``count`` blocks of the model at the module path ``path``, starting at index ``first``. A ``period`` of
-    them repeats as a unit."""
+    """``count`` blocks of the model in the container at the module path ``path``, starting at index
+    ``first``. They repeat in units of ``period`` adjacent blocks, which are also called periods."""
 
     path: str
     first: int
@@ -83,14 +90,16 @@ class Blocks:
     period: int = 1
 
     def period_of(self, module: str) -> int | None:
-        """Return the index of the period that a module path lies in, or None if it is outside the blocks."""
+        """Return the index of the period that a module path lies in, 0 for the one that begins at ``first``.
+        Return None for a path outside the container."""
         if not module.startswith(f"{self.path}."):
             return None
         number = module[len(self.path) + 1 :].partition(".")[0]
         return (int(number) - self.first) // self.period if number.isdecimal() else None
 
     def moved(self, module: str, first: int, periods: int) -> str:
-        """Return the module path in a model whose blocks start at ``first``, ``periods`` periods later."""
+        """Return the path that corresponds to ``module``, ``periods`` periods later, if the blocks start at
+        index ``first`` and not at this object's."""
         number, dot, rest = module[len(self.path) + 1 :].partition(".")
         return f"{self.path}.{int(number) - self.first + first + periods * self.period}{dot}{rest}"
 
@@ -108,10 +117,11 @@ _ON_A_LINE = (
 
 
 def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trace:
-    """Return the trace with the ``wanted`` blocks, from ``shallow`` with the ``given`` blocks and ``deeper``
-    with one period more.
+    """Return the trace with the ``wanted`` blocks, from the trace ``shallow`` with the ``given`` blocks and
+    the trace ``deeper`` with one period more.
 
-    Raises Mismatch if unrolling ``shallow`` does not give ``deeper``.
+    ``wanted`` must have a whole number of periods more or fewer than ``given``. Raises Mismatch if unrolling
+    ``shallow`` by one period does not give ``deeper``.
     """
     assert (wanted.count - given.count) % given.period == 0, (given, wanted)
     middle, growth, extra_work = _middle(shallow, deeper, given)
@@ -130,7 +140,8 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
 
 
 def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
-    """Return the trace with the blocks at ``path`` renumbered from the keys of ``numbers`` to its values."""
+    """Return the trace with the blocks at ``path`` renumbered in module paths, from the keys of ``numbers``
+    to its values. Blocks whose index is no key keep it."""
 
     def moved(made: _Made) -> _Made:
         if not made.module.startswith(f"{path}."):
@@ -150,9 +161,10 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
 def _middle(
     shallow: Trace, deeper: Trace, blocks: Blocks
 ) -> tuple[int, dict[int, int], dict[int, tuple[_Work, _Work]]]:
-    """Return a block whose repetition gives the deeper trace, and what grows in addition. The first and last
-    blocks, and those that prefetch them, may differ. Raises Mismatch if there is none."""
-    reason = "fewer than three periods"
+    """Return (a period of ``blocks`` whose repetition gives the deeper trace, what `_growth` returns for it,
+    what `_more_work` returns for it). The nearest to the middle is preferred, because the first and last
+    periods, and those that prefetch them, may differ. Raises Mismatch if there is none."""
+    reason = "the shallow trace has fewer than three periods of blocks, so none lies between two others"
     expected, periods = canonical(deeper), -(-blocks.count // blocks.period)
     deeper_blocks = dataclasses.replace(blocks, count=blocks.count + blocks.period)
     for middle in sorted(range(1, periods - 1), key=lambda m: abs(2 * m - periods)):
@@ -170,15 +182,17 @@ def _grown(a: Allocation, extra_bytes: int, device: str) -> Allocation:
 
 
 def _growth(candidate: _Unrolled, expected: Trace) -> dict[int, int]:
-    """Return the bytes by which allocations outside the blocks grow per period, by shallow index. Raises
-    Mismatch if anything else differs."""
+    """Compare a shallow trace unrolled by one period (``candidate``) with the deeper trace ``expected``.
+    Return the bytes by which allocations outside the blocks grow per period, by their index in the shallow
+    trace. Raises Mismatch if another size, a lifetime, or the clock or name of an operator differs."""
     actual = candidate.trace
     if len(actual.allocations) != len(expected.allocations):
         raise Mismatch(
-            f"{len(expected.allocations)} allocations where {len(actual.allocations)} were expected"
+            f"{len(expected.allocations)} allocations in the deeper trace, but {len(actual.allocations)} in "
+            "the unrolled one"
         )
     if [(o.clock, o.op) for o in actual.ops] != [(o.clock, o.op) for o in expected.ops]:
-        raise Mismatch("the operators are in a different order")
+        raise Mismatch("the deeper and the unrolled trace have different operators, or in another order")
     growth = {}
     for origin, allocation, reference in zip(
         candidate.origin, actual.allocations, expected.allocations, strict=True
@@ -188,16 +202,24 @@ def _growth(candidate: _Unrolled, expected: Trace) -> dict[int, int]:
             reference.end,
             reference.op,
         ):
-            raise Mismatch(f"{reference.op} in {reference.module or 'the model'} has a different lifetime")
+            raise Mismatch(
+                f"{reference.op} in {reference.module or 'the model'} makes an allocation of the deeper "
+                "trace whose counterpart in the unrolled one has another lifetime or operator"
+            )
         if allocation.requested_bytes != reference.requested_bytes:
             if candidate.born[origin].block is not None:
-                raise Mismatch(f"{reference.op} in {reference.module} has a different size")
+                raise Mismatch(
+                    f"{reference.op} in {reference.module} makes an allocation of the deeper trace whose "
+                    "counterpart in the unrolled one has another size"
+                )
             growth[origin] = reference.requested_bytes - allocation.requested_bytes
     return growth
 
 
 def _more_work(candidate: _Unrolled, expected: Trace) -> dict[int, tuple[_Work, _Work]]:
-    """Return, by shallow index, the additional work of the first and of the last copy of an operator."""
+    """Compare a shallow trace unrolled by one period (``candidate``) with the deeper trace ``expected``.
+    Return the work that operator calls do in addition there, as (of the first, of the last copy of the call),
+    by the call's index in the shallow trace. Calls without additional work are left out."""
     work_by_origin: dict[int, list[_Work]] = defaultdict(list)
     for origin, op, reference in zip(candidate.op_origin, candidate.trace.ops, expected.ops, strict=True):
         work_by_origin[origin].append(_Work.between(op, reference))
@@ -237,8 +259,8 @@ def _spanned(events: list[_Event], spans: tuple[PhaseSpan, ...]) -> Iterator[tup
 
 
 def canonical(trace: Trace) -> Trace:
-    """Return the same trace with new clocks and with consecutive frees of a phase in the order of their
-    allocations."""
+    """Return the same trace with consecutive frees of a phase span in the order of their allocations, and
+    with clocks that count its events from 0."""
     starts, ends, clocks = dict[int, int](), dict[int, int](), dict[int, int]()
     tables = {_ALLOCATE: starts, _FREE: ends, _OPERATE: clocks}
     spans, clock = [], 0
@@ -276,8 +298,9 @@ class _Unrolled:
     # -- reading ------------------------------------------------------------------------------------
 
     def _runs(self, events: list[_Event], phase: Phase) -> _Runs:
-        """Group events into runs. A free belongs to the running block, or to none. If a list is freed at
-        once, each free belongs to the block of what is freed."""
+        """Group the events of a span into runs (`_Chapter`). A free belongs to the block that runs before it,
+        or to none. If allocations of several blocks are freed at once, outside the blocks or outside forward
+        and backward, each free belongs to the block that made what is freed."""
         positional = phase in (Phase.FORWARD, Phase.BACKWARD)
         runs: _Runs = []
         for group in _groups(events):
@@ -323,7 +346,10 @@ class _Unrolled:
                     elif event.kind == _FREE:
                         target = indices.get(self._like(self.born[event.index], template, block))
                         if target is None or changes[target]["end"] is not None:
-                            raise Mismatch("a block frees an allocation whose counterpart does not exist")
+                            raise Mismatch(
+                                "a block frees an allocation whose counterpart in the unrolled trace does "
+                                "not exist or is freed already"
+                            )
                         changes[target]["end"] = clock
                     else:
                         op = self.shallow.ops[event.index]
@@ -340,8 +366,9 @@ class _Unrolled:
         return dataclasses.replace(self.shallow, allocations=allocations, ops=tuple(ops), spans=tuple(spans))
 
     def _expanded(self, chapter: _Chapter) -> Iterator[tuple[int | None, int | None, list[_Event]]]:
-        """Yield (block in the shallow trace, block in the deep one, events). Copies of the middle block
-        follow the direction in which the chapter visits blocks."""
+        """Yield the chapter's runs as (block in the shallow trace, block in the deep one, events), with None
+        twice for events outside the blocks. Copies of the middle block follow the direction in which the
+        chapter visits blocks."""
         order = [b for b, _ in chapter.runs if b is not None]
         position = 0
         for block, events in chapter.runs:
@@ -361,8 +388,9 @@ class _Unrolled:
                 yield block, copy, events
 
     def _like(self, place: _Place, template: int | None, block: int | None) -> _Place:
-        """Return the allocation that relates to ``block`` as the one made at ``place`` relates to
-        ``template``."""
+        """Return the place, in the deep trace, of the allocation that relates to ``block`` there as the one
+        made at ``place`` in the shallow trace relates to its block ``template``. Allocations far from
+        ``template`` keep their distance from the nearer end of the blocks."""
         if place.block is None:
             return place
         is_far = template is not None and 2 * abs(place.block - template) > self.periods - 1
@@ -384,8 +412,8 @@ class _Unrolled:
 
 
 def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
-    """Group consecutive frees, in the order of their allocations, because a cache may be emptied in any
-    order."""
+    """Yield each run of consecutive frees as one group, in the order of their allocations, because a cache
+    may be emptied in any order. Every other event is a group of its own."""
     frees: list[_Event] = []
     for event in events:
         if event.kind == _FREE:
@@ -400,8 +428,8 @@ def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
 
 
 def _joined(runs: _Runs) -> _Runs:
-    """Join runs. Events without a block that lie inside a block, or between neighbouring blocks, join the run
-    before."""
+    """Return the runs with adjacent runs of one block joined. Events without a block that lie inside a block,
+    or between two neighbouring blocks, join the run before them."""
     result: _Runs = []
     for i, (run_block, events) in enumerate(runs):
         is_between = run_block is None and 0 < i < len(runs) - 1

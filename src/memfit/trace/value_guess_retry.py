@@ -27,7 +27,8 @@ _ANOTHER = 2  # answer to try where the answer was 1
 
 
 class Doubted(Exception):
-    """A run failed with ``reason`` after the code at ``place`` had got an unfounded True."""
+    """A run failed with the error ``reason`` after the code at ``place`` had got the answer True for a
+    condition that is not known to be true."""
 
     def __init__(self, place: str, reason: Exception) -> None:
         super().__init__(place)
@@ -35,8 +36,8 @@ class Doubted(Exception):
 
 
 def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
-    """Wrap ``run``: if it fails, run it again with False for the condition that was last assumed to be
-    true."""
+    """Wrap ``run``: if it raises Doubted, run it again with False for the condition that was last assumed to
+    be true, four times in all. If none of these succeeds, raise the error of the first."""
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -58,8 +59,9 @@ def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, 
 
 
 def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
-    """Wrap ``run``: raise UserError if a guessed number decides sizes, that is, if another answer leads to
-    other allocations."""
+    """Wrap ``run``: raise UserError if a number that the trace lists in ``guessed`` decides sizes, that is,
+    if 2 in place of 1 leads to other allocations in forward or backward of the first step. If the run fails
+    with 2, the number decides nothing."""
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
@@ -75,10 +77,10 @@ def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
         if trace.guessed and matters(trace.guessed):
             lines = [line for line in trace.guessed if matters([line])] or trace.guessed
             raise UserError(
-                f".item() at {' and '.join(lines)} determines how much memory the step takes, but its "
-                "value does not follow from the batch alone",
+                f"the number that is read at {' and '.join(lines)} determines how much memory the step "
+                "takes, but its value does not follow from the batch alone",
                 allowed=f"bound={{{', '.join(f'{line!r}: N' for line in lines)}}} in Job(...) or "
-                "estimate(...)",
+                "estimate(...), where N is the number",
             )
         return trace
 
@@ -86,8 +88,9 @@ def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
 
 
 def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
-    """Wrap ``run``: if values were assumed, also trace the step with the lowest and the highest ones. The
-    trace then gives the ratios of their lowest and highest peak to its own peak."""
+    """Wrap ``run``: if values were assumed, also trace the step in the cases LOW and HIGH (`AssumedCase`).
+    The returned trace, of the usual case, gives the lowest and the highest peak of all cases as ratios to its
+    own peak. Cases in which the step fails are left out."""
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:

@@ -18,7 +18,8 @@ from memfit.trace.data_dependent import Guesses
 
 @contextlib.contextmanager
 def values_read(guesses: Guesses) -> Iterator[None]:
-    """Patch these functions inside this context."""
+    """Inside this context, patch the functions that read or write values of fake tensors without a dispatch
+    mode: pad_packed_sequence, ctc_loss, tensor_split, numpy and tolist. ``guesses`` gives the values."""
     shadows = guesses.shadows
     with contextlib.ExitStack() as stack:
         for home, name, replacement in (
@@ -34,8 +35,8 @@ def values_read(guesses: Guesses) -> Iterator[None]:
 
 
 def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``numpy`` or ``tolist`` for fake tensors, which other libraries call: they return known or
-    assumed values."""
+    """Return a version of ``inner``, which is ``numpy`` or ``tolist``, for fake tensors: it returns their
+    known or assumed values, or else a bound or ones (`Guesses.read`). Other libraries call it."""
 
     def called(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
         if type(tensor) is not FakeTensor:
@@ -47,8 +48,8 @@ def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any
 
 
 def _given_tensors(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a ``ctc_loss`` that takes lists of lengths. Torch's own version turns them into tensors at a
-    point where they cannot be fake."""
+    """Return a version of ``inner``, which is ``ctc_loss``, that turns lists of lengths into fake tensors.
+    Torch's own version turns them into tensors at a point where they cannot be fake."""
 
     def called(scores: Any, targets: Any, *lengths: Any, **options: Any) -> Any:
         lengths = tuple(torch.tensor(n) if isinstance(n, list | tuple) else n for n in lengths)
@@ -58,7 +59,8 @@ def _given_tensors(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _given_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a ``tensor_split`` that takes indices given as a tensor."""
+    """Return a version of ``inner``, which is ``tensor_split``, that also takes the indices, or the number of
+    parts, as a fake tensor."""
 
     def called(tensor: Any, where: Any, *rest: Any, **options: Any) -> Any:
         return inner(tensor, where.tolist() if isinstance(where, torch.Tensor) else where, *rest, **options)
@@ -67,8 +69,9 @@ def _given_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _padding(shadows: Shadows) -> Callable[..., Any]:
-    """Return a ``pad_packed_sequence`` for real batch sizes. The values of the lengths that it returns are
-    followed (aten/src/ATen/native/PackedSequence.cpp)."""
+    """Return a ``pad_packed_sequence`` that takes the batch sizes as a real tensor and returns (fake padded
+    sequences, fake lengths). The values of the lengths are kept in ``shadows``
+    (aten/src/ATen/native/PackedSequence.cpp)."""
 
     def pad(
         data: torch.Tensor, batch_sizes: torch.Tensor, batch_first: bool, value: float, total_length: int
@@ -79,7 +82,9 @@ def _padding(shadows: Shadows) -> Callable[..., Any]:
             widths, steps = (t.tolist() for t in batch_sizes.unique_consecutive(return_counts=True))
         longest = len(batch_sizes)
         if 0 < total_length < longest:
-            raise ValueError(f"total_length is {total_length}, but the longest sequence has length {longest}")
+            raise ValueError(
+                f"the argument total_length is {total_length}, but the longest sequence has length {longest}"
+            )
         out = data.new_full((max(longest, total_length), rows, *data.shape[1:]), value)
         lengths = torch.empty(rows, dtype=torch.int64)
         shadows.attach(lengths, real)
