@@ -260,7 +260,7 @@ class CachingAllocator:
 
     def _collect_garbage(self) -> None:
         """Release idle large blocks that are whole segments and at least as old as the average of these, all
-        at once, and repeat this until the reserved bytes are below the threshold or no block is left.
+        at once, and repeat this until the reserved bytes are within the threshold or no block is left.
 
         Does nothing without a threshold or a cap, and with expandable segments.
         """

@@ -67,8 +67,8 @@ class HostMemory:
     """Memory that one host needs for all its ranks.
 
     ``parts_bytes`` has those of "offload", "tensors" (on a CPU), "workers", "processes" and "loading" that
-    are not zero. ``bytes`` is the processes plus the larger of "loading", which is before training, and the
-    sum of the others, which are during training.
+    are not zero. ``bytes`` is "processes" plus the larger of "loading", before training, and the sum of
+    "offload", "tensors" and "workers", during training.
     """
 
     bytes: Interval

@@ -19,7 +19,7 @@ S_PER_HOUR: Final = 3600.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bill:
-    """Energy, money and CO2 of one step. ``usd``: electricity and rental. None: a fact is unknown."""
+    """Energy, money and CO2 of one step. ``usd``: electricity plus rental. None: a needed fact is unknown."""
 
     energy_j: float | None  # of the devices, and of their hosts if known; before PUE
     electricity_usd: float | None

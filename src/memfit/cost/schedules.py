@@ -39,7 +39,7 @@ def simulate(
     send_s: float = 0.0,
     virtual: int = 1,
 ) -> Simulated:
-    """Simulate one step of a pipeline.
+    """Simulate one step of a pipeline with the schedule ``kind``, one of `KINDS`.
 
     ``forward_s``, ``backward_s``: seconds of one micro-batch through each stage, in the order of the model.
     With ``virtual`` chunks per rank there are that many times as many stages, and rank r has stages r, r +

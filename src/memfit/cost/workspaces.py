@@ -120,8 +120,8 @@ class Unprobed:
 
 
 def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> Unprobed | None:
-    """Return the unprobed operators whose workspaces could move the peak of ``profile``; None if there are
-    none, or if the trace has no operators or no allocations.
+    """Return the unprobed operators whose workspaces could raise the peak of ``profile`` by more than
+    `MATTERS_RATIO`; None if there are none, or if the trace has no operators or no allocations.
     """
     trace = with_kept(trace, calibration)
     clock, live = levels(trace)

@@ -1,6 +1,7 @@
 """The case file: the user's figures for the decision, one TOML file, read strictly.
 
-Most numbers may stand alone or with a range. Whole numbers, hours of work and watts have no range.
+Most numbers may stand alone or with a range. No range have whole numbers, the longest hours of a run, and the
+figures of a machine other than its price.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class ExistingMachine(_Strict):
 
 
 class Existing(ExistingMachine):
-    """The section [existing]: a machine that the user already has, ``machines`` of it.
+    """The section [existing]: a machine that the user already has. ``machines``: how many of it.
 
     It has no price, because it is paid for.
     """

@@ -75,7 +75,7 @@ def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tu
 
 
 def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
-    """Return `terms` with the values of ``values``, which are in the currency of the case.
+    """Return `terms` with the numbers of ``values``, {name: value}; money is in the currency of the case.
 
     An Amount is scaled to its value, so that its parts in US dollars and in the currency of the case keep
     their proportion; an Amount of zero gets all of it in the currency of the case.
@@ -93,7 +93,9 @@ def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
 
 
 def ranged(told: Sequence[Term]) -> dict[str, Interval]:
-    """Return {name: range} of the numbers that affect an option's cost and whose range is not a point."""
+    """Return {name: range} of the numbers of ``told`` that the formulas of an option use and whose range is
+    not a point.
+    """
     fields = {*OWN, *(f.name for f in dataclasses.fields(Terms))}
     return {
         t.name: Interval(value=t.value, low=t.low, high=t.high)

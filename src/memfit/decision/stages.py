@@ -70,8 +70,9 @@ def _unpriced(decision: Decision) -> tuple[str, ...]:
 def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
     """Return the present cost of the option ``whole`` of the full stage after the pilot with ``trial``.
 
-    The pilot has already paid the setup of the plan, and that of the machine if both use the same. The cost
-    is not reduced if the pilot's cost is unknown. None if there is no ``whole`` or its cost is unknown.
+    The pilot has already paid the setup of the plan, and that of the machine if both options use the same one
+    and both own, rent or buy it. The cost is not reduced if the pilot's cost is unknown. None if there is no
+    ``whole`` or its cost is unknown.
     """
     cost = None if whole is None else made.sheets[made.ways.index(whole)].present_cost
     if cost is None or whole is None or trial is None or pilot_cost(made, trial) is None:
@@ -215,8 +216,8 @@ def _one_run(way: Way, base_terms: Terms) -> tuple[float | None, float]:
 
 
 def spent(energy_j: float, hours: float, terms: Terms) -> float:
-    """Return the cost of this much energy with tax, plus that of ``hours`` working hours of people, which
-    cost nothing if the price of an hour is unknown.
+    """Return the cost of ``energy_j`` joules of electricity with tax, plus that of ``hours`` working hours of
+    people, which cost nothing if the price of an hour is unknown.
     """
     per_kwh = terms.energy_per_kwh.at(terms.per_usd) + terms.levy_per_kwh.at(terms.per_usd)
     return energy_j / J_PER_KWH * per_kwh * (1 + terms.tax_ratio) + hours * terms.labour_per_hour

@@ -56,7 +56,8 @@ class CalibrationCache:
 
     def read(self) -> Calibration:
         """Return the stored rates with the timings of all stored operators, or an empty Calibration if no
-        rates are stored or the file cannot be read."""
+        rates are stored or the file cannot be read. Raises UserError if what is stored as rates is not
+        valid."""
         with contextlib.suppress(OSError, sqlite3.Error, ValueError), self._connection() as connection:
             rates = connection.execute("SELECT body FROM machine WHERE key = ?", (self.key,)).fetchone()
             rows = connection.execute("SELECT signature, body FROM operator WHERE key = ?", (self.key,))

@@ -1,4 +1,4 @@
-"""Read proofs of concept from the store."""
+"""Read proofs of concept (PoCs) from the store, and store the minutes that people attended to them."""
 
 from __future__ import annotations
 
