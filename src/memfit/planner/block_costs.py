@@ -1,4 +1,4 @@
-"""Split small traces into the parts that a search adds up: three traced blocks represent any number."""
+"""Split small traces into the parts that a search adds up: three traced blocks stand for any number."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
     """Return the costs of what runs before the blocks, of one block, and of what runs after them.
 
     ``trace`` is a trace of `BLOCKS` blocks at the module path ``path``, without data parallelism, of one
-    micro-batch. The model may run the blocks several times before the pass that gradients flow through, as
-    with recycling. Raises UserError if the blocks do not run one after the other.
+    micro-batch. ``seconds`` returns the time of operators. The model may run the blocks several times before
+    the pass that gradients flow through, as with recycling. Raises UserError if the blocks do not run one
+    after the other forward, and in reverse order backward.
     """
     view = _Look(trace, path, seconds)
     forward, backward = view.firsts(Phase.FORWARD), view.firsts(Phase.BACKWARD)
     is_ordered = forward == sorted(forward) and backward == sorted(backward, reverse=True)
     if len(forward) != BLOCKS or len(backward) != BLOCKS or not is_ordered:
-        raise UserError(f"the blocks {path!r} do not run one after the other", allowed="a chain of blocks")
+        raise UserError(
+            f"the blocks {path!r} do not run one after the other forward, and in reverse order backward",
+            allowed="a chain of blocks",
+        )
     forward_span, backward_span = view.span(Phase.FORWARD), view.span(Phase.BACKWARD)
     forward_end, backward_end = view.end(Phase.FORWARD, BLOCKS - 1), view.end(Phase.BACKWARD, 0)
     modules = [f"{path}.{i}" for i in range(BLOCKS)]
@@ -60,14 +64,16 @@ class _Look:
         return [s for s in self.trace.spans if s.phase is phase and s.step == self.last][-1]
 
     def _runs(self, phase: Phase) -> list[tuple[str, list[OpCall]]]:
-        """Return (block number, operators) for each time that a block runs in ``phase``, in order."""
+        """Return (number of the block as text, its operators) for each time that a block runs in ``phase``,
+        in order.
+        """
         span, prefix = self.span(phase), f"{self.path}."
         block_ops = (o for o in self.ops if span.start <= o.clock < span.end and o.module.startswith(prefix))
         groups = itertools.groupby(block_ops, lambda o: o.module.removeprefix(prefix).partition(".")[0])
         return [(number, list(ops)) for number, ops in groups]
 
     def _of_block(self, phase: Phase, index: int) -> list[OpCall]:
-        """Return the operators of the last run of block ``index`` in ``phase``."""
+        """Return the operators of the last run of block ``index`` in ``phase``; empty if it does not run."""
         return next((ops for number, ops in reversed(self._runs(phase)) if number == str(index)), [])
 
     def passes(self) -> int:
@@ -99,10 +105,11 @@ class _Look:
         return self.ops[begin:end]
 
     def piece(self, forward: tuple[int, int], backward: tuple[int, int], module: str | None) -> Piece:
-        """Return the costs of one piece within these windows.
+        """Return the costs of one piece of the model, from what lies within these clock ranges.
 
-        With ``module`` None, only work outside the blocks counts. Forward passes without gradients
-        (recycling) count towards the time of the blocks, and towards the memory of what runs before them.
+        ``module`` None: the piece lies before or after the blocks, and of the forward only work outside the
+        blocks counts; else it is a block. Forward passes without gradients (recycling) count towards the time
+        of the blocks, and towards the memory of what runs before them.
         """
         kept_bytes = self.level(forward[1]) - self.level(forward[0])
         step_gradients = (
@@ -132,9 +139,10 @@ def _travel(ops: Sequence[OpCall]) -> Travel:
 
 
 def updating_of(trace: Trace, seconds: Seconds) -> Updating:
-    """Return the costs of the optimizer step per trainable parameter.
+    """Return the costs of the optimizer's step per trainable element of the parameters.
 
-    ``trace`` covers two steps on one rank. The second optimizer phase is divided by the number of parameters.
+    ``trace`` covers two steps on one rank; its second optimizer phase is divided by the number of elements.
+    ``seconds`` returns the time of operators.
     """
     view = _Look(trace, "", seconds)
     span = view.span(Phase.OPTIMIZER)

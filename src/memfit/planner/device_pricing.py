@@ -1,4 +1,6 @@
-"""Price plans for many devices: sketches from small traces, whole traces, and the error between both."""
+"""Predict plans for many devices: quickly by sketches, which are composed from small traces, or from whole
+traces; and the error between both.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,11 @@ Tell = Callable[[str, int, int, str], None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Aim:
-    """What the search is asked for.
+    """What a search for many devices is asked for.
 
-    ``needs`` returns the device memory in bytes that an estimate needs. ``host`` tells whether the host has
-    enough memory for it.
+    ``cap_bytes``: memory of one device. ``needs`` returns the device memory in bytes that an estimate needs.
+    ``host`` tells whether the host has enough memory for it. ``tell`` is called with the progress: (stage,
+    done, total, detail).
     """
 
     goal: Objective
@@ -52,9 +55,10 @@ class Aim:
 
 
 class Scale:
-    """A search for one job on one machine.
+    """Sketches and traces of a search for one job on one machine, by number of devices.
 
-    Traces are shared between the searches for different device counts.
+    Traces are shared between the searches for different numbers of devices. Raises UserError if the speed of
+    the device is unknown.
     """
 
     def __init__(self, pricer: Pricer, aim: Aim) -> None:
@@ -75,7 +79,9 @@ class Scale:
         self.cap_bytes = self._allocated_cap()
 
     def _allocated_cap(self) -> float:
-        """Return the highest allocated bytes of a sketch that still fits, found by bisection."""
+        """Return the highest peak of live tensors in bytes with which a sketch fits the cap, found by
+        bisection.
+        """
         fitting_bytes, excessive_bytes = 0.0, 2.0**50
         for _ in range(60):
             middle_bytes = (fitting_bytes + excessive_bytes) / 2
@@ -150,16 +156,15 @@ class Scale:
         return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if grid_sketches else None
 
     def beside(self, sketch: Sketch) -> list[Estimate]:
-        """Return the plans that differ from the sketch along one axis of its grid."""
+        """Return the estimates of the plans that differ from the sketch along one axis of its grid."""
         ranks = sketch.grid.layout.ranks
         neighbours = self.found[ranks].beside(sketch)
         self.sketched[ranks] += neighbours
         return [self.estimate(s) for s in neighbours]
 
     def over(self, counts: Sequence[int]) -> list[Estimate]:
-        """Return the estimates for all these device counts.
-
-        If none of them has a plan, raises the first UserError.
+        """Return the sketches for all these numbers of devices, as estimates. Numbers for which no plan is
+        possible are left out; if that is all of them, raises the first UserError.
         """
         estimates, reasons = list[Estimate](), list[UserError]()
         for ranks in counts:
@@ -172,10 +177,11 @@ class Scale:
         return estimates
 
     def expected(self, e: Estimate) -> Estimate:
-        """Return the estimate that a whole trace is expected to give.
+        """Return the estimate that a whole trace of the plan is expected to give.
 
-        The sketch is scaled by the median ratio of trace to sketch, over the traced plans of the same kind,
-        or over all traced plans if there are none of its kind.
+        A sketch is scaled by the median ratios of trace to sketch in time and memory, over the traced plans
+        of the same kind, or over all traced plans if there are none of its kind. A traced estimate is
+        returned unchanged, and so is a sketch if nothing was traced yet.
         """
         if e.traced or not self.pairs:
             return e
@@ -203,15 +209,15 @@ class Scale:
         )
 
     def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
-        """Return (resource, seconds saved if its work took a tenth less) of the traced plan, in falling
-        order.
+        """Return (part of the machine, seconds per step saved if its work took a tenth less time) for the
+        plan's first distinct rank, largest saving first.
         """
         trace = self.pricer.trace(plan, layout(plan).distinct_ranks()[0])
         player = Player(model=self.model, machine=self.machine, members=trace.members)
         return list(player.bottleneck(trace).items())
 
     def estimate(self, sketch: Sketch) -> Estimate:
-        """Convert the sketch to an Estimate."""
+        """Convert the sketch to an Estimate, with energy, cost and the memory of device and host."""
         machine = self._machine(sketch.grid.layout.ranks)
         cost = bill(machine, step_s=sketch.step_s)
         allocated = around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
@@ -255,7 +261,7 @@ class Scale:
             return self.whole(sketch)
         except Exception as error:  # noqa: BLE001  the next best plan is still an answer
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
-            self.refused[sketch.plan] = f"{brief(sketch.plan)}: {reason}"
+            self.refused[sketch.plan] = f"{brief(sketch.plan)} could not be traced: {reason}"
             return None
 
     def ahead(self, plans: Sequence[Plan]) -> None:
@@ -263,9 +269,9 @@ class Scale:
             self.pricer.ahead(plans)
 
     def whole(self, sketched_as: Estimate) -> Estimate:
-        """Trace the plan whole.
+        """Trace the plan of the sketch ``sketched_as`` whole and return its estimate.
 
-        If the trace gives no step time, time, energy and cost are taken from the sketch.
+        If the trace gives no step time, time, energy, cost and CO2 are taken from the sketch.
         """
         with priming():
             traced = self.billed(self.pricer.whole(sketched_as.plan))
@@ -281,6 +287,8 @@ class Scale:
         )
 
     def billed(self, e: Estimate) -> Estimate:
-        """Return the estimate with energy and cost for the devices that the plan uses, as in sketches."""
+        """Return the estimate with energy, cost and CO2 of as many devices as the plan has ranks, as in
+        sketches.
+        """
         cost = bill(self._machine(e.plan.ranks), step_s=e.step_s.value if e.step_s else None)
         return dataclasses.replace(e, energy_j=cost.energy_j, usd=cost.usd, co2_g=cost.co2_g)

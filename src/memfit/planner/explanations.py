@@ -1,4 +1,6 @@
-"""What an answer says beside its plan: rivals, impossible plans, gains from more hardware, plans that fit."""
+"""What the answer of a search for many devices says beside its plan: how the plan compares with others, which
+plans are impossible, what more hardware would bring, and what would help if no plan fits.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,11 @@ _GAIN = 0.03  # relative change of the score that is worth reporting
 def rivals(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Reason]:
-    """Yield one reason per technique that compares the winner with the best plan without it, or with it.
+    """Yield one reason per technique of the winner or of a ``known`` plan.
 
-    For a technique of the winner, the rival is the best plan without it; for any other technique, the best
-    plan with it. If none of these plans fits, the smallest one is reported. ``known`` are estimates that were
-    traced, or corrected to what a trace is expected to give.
+    For a technique of the winner, it compares the winner with the best fitting plan without it; for any other
+    technique, with the best fitting plan with it. If none of these plans fits, it reports the smallest one.
+    ``known`` are estimates that were traced, or corrected to what a trace is expected to give.
     """
     goal = scale.aim.goal
 
@@ -62,9 +64,11 @@ def rivals(
 def smallest_traced(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Estimate]:
-    """Yield the traced estimate of the smallest plan of each technique for which no plan fits.
+    """Yield traced estimates of the smallest plans that do not fit by their sketches.
 
-    Only plans whose sketch exceeds the cap by no more than the error of sketches are traced.
+    These are, for each technique of the winner, the smallest plan without it, and for any other technique of
+    the ``known`` plans, the smallest plan with it, if no such plan fits. They are traced only if their sketch
+    exceeds the cap by no more than the error of sketches.
     """
     traced_plans = set[Plan]()
     for _, _, alternatives in _with_or_without(winner, known):
@@ -82,7 +86,9 @@ def smallest_traced(
 def _with_or_without(
     winner: Estimate, estimates: Sequence[Estimate]
 ) -> Iterator[tuple[str, bool, list[Estimate]]]:
-    """Yield (technique, whether the winner has it, the plans that differ from the winner in that)."""
+    """Yield (technique, whether the winner has it, the estimates whose plans differ from the winner in that),
+    for each technique of the winner or of ``estimates``.
+    """
     winner_techniques = {u.technique for u in winner.plan.uses}
     for name in sorted({u.technique for e in estimates for u in e.plan.uses} | winner_techniques):
         has_technique = name in winner_techniques
@@ -98,7 +104,9 @@ def credible(e: Estimate, winner: Estimate, goal: Objective) -> bool:
 
 
 def cannot(scale: Scale) -> list[Reason]:
-    """Return why the model cannot be cut in some ways and why some finalists could not be traced."""
+    """Return the reasons why the model cannot be cut or traced in some ways, and why plans that were to be
+    traced whole could not be.
+    """
     refusals = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
     return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(refusals)]
 
@@ -106,7 +114,12 @@ def cannot(scale: Scale) -> list[Reason]:
 def sensitivity(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], ranks: int
 ) -> Iterator[Sensitivity]:
-    """Yield what more memory, more devices, or a faster part of the machine would change."""
+    """Yield what would change with more memory on each device, with twice as many devices as ``ranks``, and
+    if a part of the machine took a tenth less time.
+
+    More memory is reported only if it improves the score by more than 3 %, a part of the machine only if it
+    saves more than 0.5 % of the step, and more devices not if the goal is the fewest.
+    """
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
 
     def better(e: Estimate) -> bool:
@@ -164,7 +177,11 @@ def _more_memory(scale: Scale, smallest: Estimate, ranks: int) -> Iterator[str]:
 
 
 def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
-    """Return the NothingFits error with the smallest changes each of which alone would make a plan fit."""
+    """Return the NothingFits error with changes, each of which alone would be enough: if a plan fits the
+    memory, a longer deadline or a larger budget; else more memory; in both cases 2 to 16 times the devices.
+
+    ``known``: the traced estimates. ``ranks``: the number of devices that was searched.
+    """
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
     smallest = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))
     ways = []

@@ -1,4 +1,6 @@
-"""Inputs of a grid's prices, and its axes as arrays of shape (micro-batch, inside, ends, away, states)."""
+"""Inputs of the prices (time and memory) of all plans of a grid, and its axes as arrays of shape
+(micro-batch, inside, ends, away, states), as in `Grid`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _MICRO_SIZES: Final = (1, 2)  # traced micro-batch sizes; others lie on the line
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Priced:
-    """Prices of a grid: arrays of the grid's shape."""
+    """Prices of all plans of a grid, as arrays of the grid's shape: seconds of a step, and peak bytes of one
+    rank on the device and in host memory.
+    """
 
     step_s: Array
     allocated_bytes: Array
@@ -33,9 +37,9 @@ class Priced:
 class Rates:
     """Speeds of the machine.
 
-    ``communicate`` returns seconds of a collective or of a point-to-point send. ``host_bytes_s`` is the rate
-    between one device and its host's memory; ``host_update_bytes_s`` that of one rank's optimizer in host
-    memory.
+    ``communicate`` returns seconds of a collective or of a point-to-point send. ``per_host``: number of
+    devices in one host. ``host_bytes_s`` is the rate between one device and its host's memory;
+    ``host_update_bytes_s`` that of one rank's optimizer in host memory.
     """
 
     communicate: Communicate
@@ -68,7 +72,11 @@ class Given:
 
 
 def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array:
-    """Return a value by micro-batch size, on the line through the traced sizes, never below 0."""
+    """Return the value of ``field`` in the part ``which`` for each micro-batch size of ``sizes``.
+
+    It lies on the line through the traced sizes, 1 and 2, and is never below 0. If only size 1 was traced, it
+    is proportional to the size. ``parts``: those of each traced size.
+    """
     single_value = float(getattr(getattr(parts[0], which), field))
     if len(parts) == 1:
         return single_value * sizes

@@ -22,7 +22,11 @@ _OFFLOADED_KEEPS = 0.02  # share of kept bytes that stays: tensors too small to 
 
 
 def price(grid: Grid, given: Given, rates: Rates) -> Priced:
-    """Return step time, peak device bytes and host bytes of every plan in the grid."""
+    """Return the seconds of a step and the peak bytes of every plan in the grid: on the device of the rank
+    that needs most, and in host memory per rank.
+
+    ``given``: the traced parts along the grid's axes.
+    """
     layout, axes = grid.layout, Axes(given, grid)
     element_bytes = GATHERED[given.states[0].compute]
     parts = given.inside[0][0]
@@ -105,8 +109,8 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, o
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """How often parameters are gathered for a micro-batch, by state: before its forward and before its
-    backward.
+    """How often (0 or 1) parameters are gathered for a micro-batch, along the axis ``states``: ``ahead`` of
+    its forward, and between its forward and its backward (``back``).
     """
 
     ahead: Array
@@ -114,11 +118,12 @@ class _Opened:
 
     @staticmethod
     def of(axes: Axes, *, staged: bool) -> _Opened:
-        """Count the gathers.
+        """Count the gathers. ``staged``: whether the model is cut into pipeline stages.
 
-        Parameters that stay gathered after forward are freed after backward and gathered again for the next
-        micro-batch. In a pipeline, where forwards run ahead, it is mostly the next backward that gathers
-        them.
+        Parameters that are freed after forward are gathered twice. Those that stay until the last
+        micro-batch's backward are not counted. Others are freed after backward and gathered again for the
+        next micro-batch: before its forward, or in a pipeline, where forwards run ahead, mostly by the next
+        backward.
         """
         reshard, stays = axes.states(lambda s: s.reshard), axes.states(lambda s: s.stays)
         stays_open = (1 - reshard) * (1 - stays)
@@ -126,7 +131,8 @@ class _Opened:
 
 
 def _opening_bytes(state: State) -> float:
-    """Return the bytes copied per gathered element.
+    """Return the bytes that are read and written per gathered element by copies around the gather; 0 if
+    parameters are not sharded.
 
     The shard is copied in, in the dtype of the gather, and everything is copied out to the parameters
     (torch.distributed.fsdp, foreach_all_gather).
@@ -137,11 +143,11 @@ def _opening_bytes(state: State) -> float:
 
 
 def _handed_on(axes: Axes, rank_elements: float, each_micro: Array, rates: Rates) -> Array:
-    """Return the seconds per step to copy gradients into the reduction's buffer and to accumulate
-    micro-batches.
+    """Return the seconds per step to copy gradients into the reduction's buffer and to accumulate those of
+    several micro-batches.
 
-    Gradients are accumulated in shards if each micro-batch is reduced, and in whole gradients if only the
-    last is.
+    ``each_micro``: 1 if gradients are reduced in each micro-batch; they are then accumulated in shards. 0 if
+    only in the last one; they are then accumulated whole. ``rank_elements``: parameters of the rank.
     """
     counts, states = axes.counts, axes.states
     communicates = states(lambda s: s.kind in ("fsdp2", "zero") and s.gradient_shards * s.state_shards > 1)
@@ -155,14 +161,16 @@ def _handed_on(axes: Axes, rank_elements: float, each_micro: Array, rates: Rates
 
 
 def _beside(work: Array, communication: Array, rates: Rates) -> Array:
-    """Return the seconds of work and communication together. Work is slowed while communication runs."""
+    """Return the seconds of work and communication that begin together: those of the longer one. Work is
+    slowed while communication runs.
+    """
     slowed_work = work + (rates.beside - 1) / rates.beside * numpy.minimum(communication, work * rates.beside)
     return numpy.maximum(slowed_work, communication)
 
 
 def _spread(layout: GridLayout, rates: Rates) -> int:
-    """Return how many ranks of two neighbouring pipeline stages share a host: 2, or 1 if a host holds one
-    stage.
+    """Return how many of two ranks that send to each other, in neighbouring pipeline stages, are in one host:
+    2, or 1 if a host holds no more than one stage.
     """
     stage_ranks = layout.ranks // layout.stages
     return 2 if stage_ranks < rates.per_host else 1
@@ -181,7 +189,8 @@ class _Line:
 
 
 def _pipelined(layout: GridLayout, counts: Array, stage_times: _Line) -> Array:
-    """Return the seconds of all micro-batches, as `cost.schedules.closed_s` computes them for equal stages.
+    """Return the seconds of all micro-batches in a pipeline, as `cost.schedules.closed_s` computes them for
+    equal stages. ``counts``: numbers of micro-batches.
 
     Zero-bubble schedules postpone half of the backward work, so they wait for forwards only.
     """
@@ -196,7 +205,9 @@ def _pipelined(layout: GridLayout, counts: Array, stage_times: _Line) -> Array:
 
 
 def _travel(layout: GridLayout, axes: Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
-    """Return the seconds to gather ``elements`` parameters and to reduce their gradients, by state."""
+    """Return (seconds to gather ``elements`` parameters, seconds to reduce their gradients), each along the
+    axis ``states``.
+    """
     local_ranks = max(1, rates.per_host // layout.tensor)
     gather_s, reduce_s = [], []
     for state in axes.given.states:
@@ -252,7 +263,9 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
 
 
 def _bytes(layout: GridLayout, axes: Axes, elements: Elements, offloaded: Array) -> tuple[Array, Array]:
-    """Return (the higher peak of the first and the last stage, host bytes of a rank)."""
+    """Return (peak bytes on the device, host bytes), each the higher one of a rank in the first and in the
+    last pipeline stage.
+    """
     depth = deepest(axes.given.blocks, layout)
     if layout.stages == 1:
         stages = [_stage(layout, axes, elements, depth, offloaded, first=True, last=True)]
@@ -274,7 +287,9 @@ def _highest(arrays: Sequence[Array]) -> Array:
 
 
 def _waiting(layout: GridLayout, counts: Array, *, first: bool) -> Array:
-    """Return the most micro-batches whose activations a stage keeps at once, in units of whole stages.
+    """Return the largest number of micro-batches whose activations a pipeline rank keeps at once. A
+    micro-batch in one of the rank's ``virtual`` stages counts as 1 / ``virtual``. ``first``: whether it is
+    the first rank, else the last.
 
     Sources: Narayanan et al. 2021; torch.distributed.pipelining.schedules.
     """
@@ -373,7 +388,7 @@ def _averaged_bytes(axes: Axes) -> float:
 
 
 def _host_bytes(state: State) -> float:
-    """Return the host memory in bytes per parameter of a rank.
+    """Return the bytes of host memory per parameter of a rank; 0 without offload.
 
     Under FSDP2: the shard, its gradient and the optimizer's state. Under ZeRO: the fp32 master copy with its
     gradient, the state, and a buffer through which parameters or gradients pass, plus the parameters if those
@@ -390,8 +405,10 @@ def _host_bytes(state: State) -> float:
 
 
 def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:
-    """Return the bytes of gathered parameters and of gradients in reduction on a sharded rank (forward,
-    backward).
+    """Return (bytes in forward, bytes in backward) of gathered parameters and of gradients in reduction on a
+    rank with sharded parameters, along the axis ``states``.
+
+    ``block``, ``root``: elements of one block, and outside the blocks. ``depth``: number of blocks.
 
     Counted are the group at work, the group gathered ahead and its flat buffer, and the copy of the gradient
     in the reduction's buffer (torch.distributed.fsdp, overlapping copies).

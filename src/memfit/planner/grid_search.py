@@ -49,7 +49,9 @@ _COPY = OpCall(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sketch:
-    """A priced plan of a grid. The plan itself is built on access to `plan`."""
+    """A plan of a grid, by its index along each axis, with its predicted step time and peak bytes of one rank
+    on the device and in host memory. The plan itself is built on access to `plan`.
+    """
 
     grid: Grid
     index: tuple[int, ...]
@@ -71,8 +73,8 @@ _Picked = tuple[tuple[int, ...], float, float, float]  # a sketch without its gr
 class GridSketches:
     """Result of a grid search.
 
-    ``sketches``: the best of every grid, by time under each memory level. ``considered``: number of distinct
-    plans priced. ``refused``: ways in which the model cannot be cut, with the reason.
+    ``sketches``: the plans worth choosing from, in no particular order. ``considered``: number of plans
+    priced. ``refused``: why the model cannot be cut or traced in some ways.
     """
 
     sketches: tuple[Sketch, ...]
@@ -85,10 +87,11 @@ Caps = tuple[float, float]  # highest bytes of a rank that fit: on the device, a
 
 
 def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> GridSketches:
-    """Price every plan of the grids and return the best.
+    """Price every plan of the grids that ``limits`` allow and return those worth choosing from.
 
-    ``caps`` are the highest bytes with which a rank fits, on the device and in host memory. Raises UserError
-    if there is no plan.
+    Degrees by which the model cannot be cut are left out. ``caps`` are the highest bytes with which a rank
+    fits, on the device and in host memory; plans that do not fit are returned too. Raises UserError if there
+    is no grid.
     """
     optimistic_limits = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
     tasks = _todo(machine, optimistic_limits)
@@ -131,10 +134,11 @@ def _todo(machine: Machine, limits: Limits) -> _Todo:
 
 
 def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
-    """Return the compute precisions to search.
+    """Return the compute precisions to search: "bf16", "autocast", "fp32".
 
-    float32 is searched if the accuracy requires it, if the device has nothing narrower, and beside the
-    narrower precisions if the techniques that provide them are excluded.
+    Only "fp32" is searched if the accuracy requires it or the device has no bfloat16. It is searched beside
+    the others if the techniques bf16-autocast and bf16-parameters are both excluded; data parallelism may
+    still compute in bfloat16.
     """
     has_narrow = "bfloat16" in machine.device.peak_flops or machine.device.kind == "cpu"
     if not has_narrow or limits.effect < 2:
@@ -151,8 +155,8 @@ def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
 
 
 def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
-    """Return the limits reduced to degrees by which the model can be cut, found by cutting it, and the
-    refusals.
+    """Return (the limits reduced to tensor and context degrees by which the model can be cut, why it cannot
+    be cut by others). This is found by tracing it with the largest degrees first.
     """
     compute, refusals = _computes(machine, limits)[0], list[str]()
 
@@ -207,7 +211,9 @@ class _Pricing:
         )
 
     def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
-        """Return the traces and optimizer steps that pricing these grids needs."""
+        """Return (the keys of the traces, the techniques of the optimizer steps) that pricing these grids
+        needs.
+        """
         inside, ends, updates, computes = (dict[Any, None]() for _ in range(4))
         for grid, compute, states in todo:
             inside |= dict.fromkeys(grid.inside)
@@ -218,7 +224,7 @@ class _Pricing:
 
     def traceable(self, grid: Grid, compute: str, refused: list[str]) -> Grid:
         """Return the grid without the recomputation, compilation and loss chunks that this model cannot be
-        traced with.
+        traced with. The reason for each is appended to ``refused``, once.
         """
 
         def kept(axis: tuple[Uses, ...]) -> tuple[Uses, ...]:
@@ -227,7 +233,10 @@ class _Pricing:
                 try:
                     self.composer.block(GridLayout(ranks=1), compute, uses)
                 except UserError as error:
-                    refusal = f"{' + '.join(u.technique for u in uses) or 'plain training'}: {error}"
+                    refusal = (
+                        f"{' + '.join(u.technique for u in uses) or 'plain training'} cannot be traced with "
+                        f"this model: {error}"
+                    )
                     refused.extend([refusal] if refusal not in refused else [])
                 else:
                     traceable_uses.append(uses)
@@ -236,7 +245,9 @@ class _Pricing:
         return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
     def best(self, parts: Sequence[tuple[Grid, str]], caps: Caps) -> list[tuple[int, list[_Picked]]]:
-        """Return (number of plans, the best of them) for each grid."""
+        """Return (number of plans, the best of them) for each grid with its compute precision; (0, none) if
+        the model cannot run that way.
+        """
         results = []
         for grid, compute in parts:
             priced = self.price(grid, compute)
@@ -244,7 +255,7 @@ class _Pricing:
         return results
 
     def beside(self, sketch: Sketch) -> list[Sketch]:
-        """Return the plans of the sketch's grid that differ from it along one axis."""
+        """Return sketches of all plans of the sketch's grid that differ from it along exactly one axis."""
         grid, index = sketch.grid, sketch.index
         priced = self.price(grid, compute_of(grid.states[index[-1]]))
         assert priced is not None, "it was priced before"
@@ -284,7 +295,9 @@ class _Pricing:
         return state_of(uses, ranks, self.composer.updating(_updating(uses)), staged=staged)
 
     def _settled(self, layout: GridLayout, cuts: Sequence[LayoutCut]) -> list[Parts]:
-        """Return the parts with the time of their collectives added."""
+        """Return the parts of each layout cut, with the time of its tensor- and context-parallel collectives
+        added to its forward and backward.
+        """
         devices_per_host = self.rates.per_host
         near_ranks = (
             min(layout.tensor, devices_per_host),
@@ -316,7 +329,9 @@ class _Pricing:
 
 
 def _communicator(machine: Machine) -> Communicate:
-    """Return a function for seconds of collectives. Scalar sizes are cached, because grids repeat them."""
+    """Return a function for the seconds of collectives on this machine. Results for scalar sizes are cached,
+    because grids repeat them.
+    """
 
     @functools.cache
     def known(kind: str, size_bytes: float, ranks: int, near: int) -> Any:
@@ -336,7 +351,9 @@ def per_host(machine: Machine) -> int:
 
 
 def _updating(uses: Uses) -> Uses:
-    """Return the techniques that decide the optimizer's step on one rank."""
+    """Return those of the techniques that decide the optimizer's step on one rank: bf16-parameters and the
+    optimizer.
+    """
     names = ("bf16-parameters", "bf16-autocast")
     relevant_uses = [u for u in uses if u.technique in names or technique(u.technique).slot == "optimizer"]
     return tuple(u for u in relevant_uses if u.technique != "bf16-autocast")
@@ -345,8 +362,9 @@ def _updating(uses: Uses) -> Uses:
 def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
     """Pick plans of one grid.
 
-    Among the plans whose host memory fits: the fastest that fit, the simplest that is as fast, and the
-    fastest of each memory level. The smallest plan of all is added.
+    Among the plans whose host memory fits: the fastest three that also fit the device, the simplest of those
+    that are as fast, and the fastest of each level of device memory. If no plan's host memory fits, the
+    fastest of each level are of all plans. The plan that needs the least device memory is added.
     """
     step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
     picks: dict[int, None] = {}
@@ -367,8 +385,8 @@ def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
 
 
 def _burden(grid: Grid) -> numpy.ndarray:
-    """Return the complexity of each plan: its strongest effect on the numbers first, then its number of
-    techniques.
+    """Return the complexity of each plan as an array of the grid's shape: 100 times the effects on the
+    numbers of its techniques along each axis, plus the number of techniques.
     """
     total = numpy.zeros(grid.shape)
     for axis, values in enumerate((grid.inside, grid.ends, grid.away, grid.states), start=1):
@@ -387,8 +405,8 @@ def _weight(uses: Uses) -> float:
 def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
     """Reduce the sketches to those worth choosing from.
 
-    Kept are the frontier of time and memory, the fastest and the smallest fitting plans of each layout, and
-    fitting plans that are as fast as the fastest.
+    Kept are the frontier of time and memory, also of plans that do not fit; the three fastest fitting plans
+    and the smallest one of each layout; and at most 60 fitting plans that are as fast as the fastest.
     """
     by_memory = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
     selection: list[Sketch] = []

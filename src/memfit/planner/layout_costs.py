@@ -23,9 +23,10 @@ _FULL = make_use("activation-checkpointing", {"every": 1})
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutCut:
-    """Parts of a layout.
+    """Parts of a layout for one micro-batch size. Their times do not include collectives.
 
-    ``tensor_travel`` and ``context_travel`` hold (forward, backward) collectives by piece.
+    ``tensor_travel`` and ``context_travel`` hold the collectives of tensor and context parallelism, as
+    (forward, backward) by the name of the piece.
     """
 
     parts: Parts
@@ -36,8 +37,9 @@ class LayoutCut:
 class Composer:
     """Composes parts of layouts from traces.
 
-    ``compute``: the precision of the base traces. ``tensor``, ``context``: the largest degrees.
-    ``vocabulary``: how the traces of blocks treat the vocabulary.
+    ``seconds`` returns the time of operators. ``compute``: the precision of the base traces. ``tensor``,
+    ``context``: the largest degrees, which are traced. ``vocabulary``: the setting of tensor parallelism for
+    the vocabulary in traces of blocks.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class Composer:
         self.tensor, self.context = tensor, context
 
     def keys(self, inside: Sequence[Uses], ends: Sequence[Uses], computes: Sequence[str]) -> Iterator[Key]:
-        """Yield the keys of all traces that will be needed."""
+        """Yield the keys of all traces from which `block` and `ends` compose these values of the axes
+        ``inside`` and ``ends`` in these precisions.
+        """
         yield self._key(samples=2)
         for uses in {_traceable(u) for u in (*inside, *ends, (), (_FULL,))}:
             yield self._key(uses=uses)
@@ -65,7 +69,10 @@ class Composer:
                 yield self._key(uses=uses, context=self.context)
 
     def block(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
-        """Return the parts that decide a block's cost, for one and for two samples in a micro-batch."""
+        """Return [parts for one sample, parts for two samples in a micro-batch], of which the block is used.
+
+        ``uses``: techniques of the axis ``inside``, such as recomputation.
+        """
         single = self._composed(layout, compute, _traceable(uses), self.vocabulary)
         period = next((int(u.settings["every"]) for u in uses if u.technique == _FULL.technique), 1)
         if period > 1:
@@ -74,7 +81,9 @@ class Composer:
         return [single, self._twice(single)]
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
-        """Return the parts that decide the cost before and after the blocks, for one and for two samples."""
+        """Return [parts for one sample, parts for two samples in a micro-batch], of which what lies before
+        and after the blocks is used. ``uses``: techniques of the axis ``ends``, such as a chunked loss.
+        """
         single = self._composed(layout, compute, uses, layout.vocabulary)
         return [single, self._twice(single)]
 
@@ -134,9 +143,10 @@ class Composer:
         return LayoutCut(parts=parts, tensor_travel=tensor_travel, context_travel=context_travel)
 
     def _at_most(self, layout: GridLayout, uses: Uses, base: Parts, vocabulary: str) -> Parts:
-        """Return the parts at the largest tensor degree.
+        """Return the parts of one sample at the largest tensor degree.
 
-        With a whole vocabulary, the ends are taken from the plain trace with the whole vocabulary on every
+        ``base``: the parts with ``uses`` at degree 1. With the vocabulary "whole", what lies before and after
+        the blocks is taken from the trace without other techniques that has the whole vocabulary on every
         rank.
         """
         plain_parts = self._parts(self._key())
@@ -153,9 +163,10 @@ class Composer:
         return most_cut_parts
 
     def _twice(self, single: LayoutCut) -> LayoutCut:
-        """Return the parts for two samples.
+        """Return the parts for two samples from those for one.
 
-        What does not grow with them (gradients, cast weights) is as in the plain trace.
+        Times grow as in traces without other techniques, which do not double. What does not grow with the
+        samples (gradients, cast weights) is taken from the same traces; all else doubles.
         """
         plain_parts, double_parts = self._parts(self._key()), self._parts(self._key(samples=2))
 
@@ -191,17 +202,16 @@ def _times(travel: tuple[Travel, Travel], factor: float) -> tuple[Travel, Travel
 
 
 def _weight(degree: int, largest_degree: int) -> float:
-    """Return the weight of the trace at ``largest_degree`` ranks for ``degree`` ranks, by a + d / n.
-
-    The one-rank trace has the remaining weight.
+    """Return the weight of the trace on ``largest_degree`` ranks in the costs on ``degree`` ranks, where a
+    cost on n ranks is a + d / n. The trace on one rank has the remaining weight.
     """
     return (1 - 1 / degree) / (1 - 1 / largest_degree)
 
 
 def _scaled(parts: Parts, denominator: Parts, numerator: Parts, weight: float) -> Parts:
-    """Scale ``parts`` by the ratios of ``numerator`` to ``denominator``.
+    """Return ``parts`` with each number scaled by the ratio of ``numerator`` to ``denominator`` in it.
 
-    ``weight`` 1 applies the full ratio, 0 none of it.
+    ``weight`` 1 applies the full ratio, 0 none of it. A number that is 0 in ``denominator`` is not scaled.
     """
 
     def piece(which: str) -> Piece:
@@ -233,8 +243,8 @@ def _named(uses: Uses, name: str) -> bool:
 
 
 def _traceable(uses: Uses) -> Uses:
-    """Replace recomputation of every k-th block by recomputation of every block; `_mixed` averages it with
-    none.
+    """Return the techniques with recomputation of every k-th block replaced by that of every block, which
+    `_mixed` averages with no recomputation.
     """
 
     def one(used: Use) -> Use:
@@ -244,7 +254,12 @@ def _traceable(uses: Uses) -> Uses:
 
 
 def _mixed(recomputed: LayoutCut, plain: LayoutCut, period: int) -> LayoutCut:
-    """Return an average block when every k-th is recomputed. Its highest level is the higher of the two."""
+    """Return the parts with an average block when every ``period``-th block is recomputed: ``recomputed`` is
+    with, ``plain`` without recomputation.
+
+    Its backward time, kept bytes and FLOPs are means, its highest level in forward is the higher of the two.
+    All else is as in ``recomputed``.
+    """
     recomputed_block, plain_block, share = recomputed.parts.block, plain.parts.block, 1 / period
 
     def mean(name: str) -> float:

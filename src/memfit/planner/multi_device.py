@@ -1,4 +1,5 @@
-"""The complete search for many devices: price grids, trace finalists, answer, and say what more would bring.
+"""The complete search for many devices: price grids of plans, trace the best ones whole, answer, and say what
+more hardware would bring.
 
 Nothing depends on how long a computation took, so the answer is the same every time.
 """
@@ -16,7 +17,9 @@ from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
 
 def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
-    """Return the device counts to try: all devices, and also fewer where the goal can prefer fewer."""
+    """Return the numbers of devices to try: ``ranks``; and if the goal can prefer fewer devices (cost,
+    carbon, number of devices), also half of it, a quarter and so on, while these are whole numbers.
+    """
     if goal in (Objective.FASTEST, Objective.SMALLEST):
         return (ranks,)
     rank_counts = [ranks]
@@ -26,9 +29,11 @@ def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
 
 
 def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
-    """Search plans for up to ``ranks`` devices.
+    """Search plans for up to ``ranks`` devices of the pricer's machine and return the result.
 
-    Raises NothingFits with the changes that would help, and UserError if the batch cannot be divided.
+    Fewer devices are tried only for the goals of `counts`. Raises NothingFits with the changes that would
+    help; UserError if no plan is possible, for example because the batch cannot be divided, or if the speed
+    of the device is unknown.
     """
     scale, goal = Scale(pricer, aim), aim.goal
 

@@ -1,4 +1,8 @@
-"""Choose which sketches are traced whole: trace finalists until none of the rest could be better."""
+"""Choose which plans of a search for many devices are traced whole: trace the best ones (finalists) until
+none of the rest could be better.
+
+A sketch is the estimate of a plan that was composed from traces of parts.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +34,12 @@ Fits = Callable[[Estimate], bool]
 
 
 class Race:
-    """Traces finalists one by one.
+    """Traces finalists one by one, until no other plan may be better than the best traced one.
 
-    The remaining sketches are assumed to be as far from their trace as the last traced plan of their kind,
-    roughly as far as the nearest plan with other degrees, or faster by as much as a sketch may be too slow.
-    They are assumed to need more memory by the factor of the heaviest plan that did not fit. A large model is
-    not traced again for a gain that counts as equal.
+    How good a plan may be follows from its sketch (see `hoped`). A plan is dropped if its sketch exceeds the
+    cap after it was scaled by the largest ratio of needed memory, trace to sketch, of a traced plan that did
+    not fit. For a large model, no plan is traced for a gain that counts as equal. ``fits`` tells whether an
+    estimate fits and is allowed; ``goal`` None: that of the search.
     """
 
     def __init__(self, scale: Scale, fits: Fits, goal: Objective | None = None) -> None:
@@ -48,9 +52,11 @@ class Race:
         self._equal = 1 + TIE_RATIO * (self._most == _FINALISTS)
 
     def run(self, estimates: Sequence[Estimate], basis: Plan) -> list[Estimate]:
-        """Return all estimates that were traced.
+        """Trace finalists among the sketches ``estimates`` and return the estimates of all traced ones.
 
-        ``basis`` is always traced, in parallel with the first two finalists.
+        If two finalists are known at the beginning, they and ``basis`` are traced in parallel; the trace of
+        ``basis`` is only cached. If no traced plan fits, the smallest plan that can be traced is traced too.
+        Else, for a small model, plans near the best one are.
         """
         candidates = [e for e in estimates if self.fits(e)]
         sketch, rival = self._two(candidates)
@@ -78,8 +84,8 @@ class Race:
     def _climb(self) -> None:
         """Improve on the best traced plan of a small model, whose traces are quick.
 
-        Plans that differ from the best one in one thing are traced, and so on from any better plan. Sketches
-        may have excluded such a plan by less than their error.
+        Plans that differ from the best one in one setting are traced, and so on from any better plan, at most
+        16 in all. Sketches may have excluded such a plan by less than their error.
         """
         traced_plans, neighbours = {e.plan for e in self.traced}, dict[Plan, list[Estimate]]()
         for attempt in range(_CLIMBED):
@@ -100,8 +106,8 @@ class Race:
                 self.traced.append(traced_estimate)
 
     def _beside(self, plan: Plan) -> list[Estimate]:
-        """Return the fitting plans that differ from ``plan`` in one thing and by their sketch may be
-        better.
+        """Return the sketches of the fitting plans that differ from ``plan`` in one setting and whose score
+        is at most 1.25 times that of its sketch. Empty if ``plan`` has no sketch.
         """
         sketch = self.scale.sketch_of(plan)
         if sketch is None:
@@ -110,7 +116,12 @@ class Race:
         return [e for e in self.scale.beside(sketch) if self.fits(e) and score(e, self.goal) <= limit]
 
     def hoped(self, e: Estimate) -> float:
-        """Return the best score that a trace of this plan may have."""
+        """Return the best score that a trace of the plan of the sketch ``e`` may have.
+
+        It is the sketch's score, times the ratio of trace to sketch of the traced plan of the same kind with
+        the nearest degrees, less 3 % per doubling between them. Without such a plan, the ratio is the factor
+        by which a sketch may be too high.
+        """
         plan_kind, degrees = kind(e.plan)
         ratios_by_distance = [
             (doublings(kind(p)[1], degrees), r) for p, r in self._ratios.items() if kind(p)[0] == plan_kind
@@ -119,8 +130,8 @@ class Race:
         return float(score(e, self.goal) * nearest[1] * _NEAR ** nearest[0])
 
     def _two(self, candidates: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
-        """Return the best plan, and the plan of another kind that would come next if sketches are right, or
-        None.
+        """Return (the best sketch, the sketch of another kind that would be traced next if the best one is
+        right, or None). Both are None if there are no candidates.
         """
         best_sketch = best(candidates, self.goal)
         if best_sketch is None:
@@ -145,7 +156,9 @@ class Race:
         return None if is_beaten else sketch
 
     def _closest(self, candidates: Sequence[Estimate]) -> Estimate | None:
-        """Return the mildest and simplest of the plans that may be as good as any."""
+        """Return the mildest and simplest of the sketches whose plans may be as good as any other; None if
+        there are no candidates.
+        """
         hoped_scores = [self.hoped(e) for e in candidates]
         contenders = [
             (e, h)
@@ -181,7 +194,9 @@ class Race:
 
 
 def _unusual(plan: Plan) -> int:
-    """Return how many settings differ from the technique's default, not counting degrees."""
+    """Return how many settings of the plan differ from the defaults, not counting those of techniques that
+    cut the model.
+    """
     defaults = {(u.technique, k.name): k.default for u in plan.uses for k in technique(u.technique).knobs}
     return sum(
         defaults[u.technique, k] != v for u in plan.uses if u.technique not in CUTTING for k, v in u.knobs
@@ -189,6 +204,8 @@ def _unusual(plan: Plan) -> int:
 
 
 def _family(plan: Plan) -> tuple[object, ...]:
-    """Return what plans that fail together have in common: the techniques and the data-parallel settings."""
+    """Return what plans have in common that fail together: the names of the techniques, and the settings of
+    the data-parallel one.
+    """
     data = [u for u in plan.uses if technique(u.technique).slot == "data-parallel"]
     return tuple(u.technique for u in plan.uses), tuple(data)

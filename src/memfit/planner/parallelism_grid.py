@@ -22,11 +22,12 @@ CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the job, the machine and the goal allow.
+    """What the job, the machine and the request allow.
 
-    ``batch``: samples per step over all ranks. ``per_host``: ranks in one host. ``tensor``, ``context``:
-    degrees that the model can be cut by. ``sharing``: the technique by which the ranks of a context share a
-    sample.
+    ``batch``: samples per step over all ranks. ``per_host``: ranks in one host. ``blocks``: repeated blocks
+    of the model. ``tensor``, ``context``: degrees that the model can be cut by. ``sharing``: the technique by
+    which the ranks of a context share a sample. ``pipeline``: whether pipeline stages are allowed.
+    ``chunks``: whether the loss may be computed in chunks. ``effect``: the strongest effect on the numbers.
     """
 
     ranks: int
@@ -51,10 +52,11 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridLayout:
-    """Degrees of parallelism other than data parallelism.
+    """Degrees of parallelism of a plan for ``ranks`` ranks; what they leave is data parallelism (`data`).
 
-    ``sequence`` and ``vocabulary`` are settings of tensor parallelism, ``schedule`` and ``virtual`` of the
-    pipeline.
+    ``tensor``, ``context``, ``stages``: the degrees. ``sequence`` and ``vocabulary`` are settings of tensor
+    parallelism, ``schedule`` and ``virtual`` (stages per rank) of the pipeline. ``sharing``: the technique by
+    which the ranks of a context share a sample.
     """
 
     ranks: int
@@ -106,7 +108,9 @@ class Grid:
         return len(self.micro), len(self.inside), len(self.ends), len(self.away), len(self.states)
 
     def plan(self, index: Sequence[int]) -> Plan:
-        """The plan at these indices along the axes."""
+        """Return the plan at these five indices: along ``micro``, ``inside``, ``ends``, ``away``,
+        ``states``.
+        """
         axis_uses = [axis[i] for axis, i in zip(self._axes, index[1:], strict=True)]
         uses = [*self.layout.uses, *itertools.chain(*axis_uses)]
         micro_batches = self.micro[index[0]][1]
@@ -130,7 +134,9 @@ class Grid:
 
 
 def grids(limits: Limits) -> Iterator[Grid]:
-    """Yield the grids in a fixed order. Yields nothing if the batch cannot be divided."""
+    """Yield the grids of all layouts in a fixed order, without plans that the limits forbid. Yields nothing
+    if no plan is left, for example because the batch cannot be divided.
+    """
     for layout in _layouts(limits):
         if limits.batch % layout.data or (layout.data > 1 and not limits.shares):
             continue
@@ -253,7 +259,8 @@ def _ends(limits: Limits, layout: GridLayout) -> list[Uses]:
 
 
 def _states(limits: Limits, layout: GridLayout, layout_uses: Uses) -> list[Uses]:
-    """Return all allowed combinations of data parallelism, precision and optimizer.
+    """Return all combinations of data parallelism, precision and optimizer that the limits allow and that go
+    together with the layout's techniques.
 
     Conflict rules concern two techniques at a time, so few pairs are checked and many states are built from
     them.
@@ -339,7 +346,9 @@ def _carried(axis: Iterable[Uses], layout_uses: Uses, limits: Limits) -> tuple[U
 
 
 def _fine(uses: Uses, limits: Limits) -> bool:
-    """Return whether accuracy, device, packages and engine allow each of the techniques."""
+    """Return whether the limits allow each of the techniques: its effect on the numbers, the device, its
+    packages, and that it is not excluded by the user or unknown to the engine.
+    """
     return all(_fine_use(u, limits.effect, limits.device, limits.without) for u in uses)
 
 
@@ -417,7 +426,9 @@ def _use(name: str, **settings: KnobValue) -> Use:
 
 
 def none_at_all(limits: Limits) -> UserError:
-    """Return the error that says why there is no grid."""
+    """Return the error to raise if there is no grid for these limits. It names the first cause that applies:
+    dependent samples, the engine, exclusions, else a batch that cannot be divided.
+    """
     if not (limits.splits and limits.shares):
         return UserError(
             f"samples of a batch depend on each other, and every plan for {limits.ranks} devices splits "
@@ -427,7 +438,7 @@ def none_at_all(limits: Limits) -> UserError:
         )
     if limits.batch % limits.ranks == 0 and limits.refuses is not None:
         return UserError(
-            f"this engine supports none of the plans for {limits.ranks} devices that a search considers",
+            f"the engine supports none of the plans for {limits.ranks} devices that a search considers",
             allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
             hint="`memfit engines JOB --plan FILE` prices a plan of yours and shows which engines support it",
         )

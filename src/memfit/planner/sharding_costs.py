@@ -13,14 +13,18 @@ from memfit.types.plan import Use
 class State:
     """What data parallelism, precision and optimizer make of a parameter.
 
-    Byte figures are per element. ``*_shards`` is the number of ranks it is divided over.
+    Byte figures are per element: ``stored``, of the parameter between uses; ``gathered``, as forward and
+    backward read it; ``gradient``, as it is kept; ``reduced``, of the gradient while it is communicated.
+    ``*_shards`` is the number of ranks over which parameter, gradient and optimizer state are divided;
+    ``replicas``, the number of copies of all shards. ``reshard``: whether gathered parameters are freed after
+    forward.
     """
 
     compute: str  # "bf16", "autocast", "fp32"
     stored: float
     gathered: float
     gradient: float
-    reduced: float  # while it is communicated
+    reduced: float
     parameter_shards: int
     gradient_shards: int
     state_shards: int
@@ -36,7 +40,7 @@ class State:
 
 
 def compute_of(uses: Sequence[Use]) -> str:
-    """Return the precision of forward and backward: "bf16", "autocast" or "fp32"."""
+    """Return the precision of forward and backward under these techniques: "bf16", "autocast" or "fp32"."""
     for used in uses:
         if used.technique == "bf16-autocast":
             return "autocast"
@@ -46,10 +50,10 @@ def compute_of(uses: Sequence[Use]) -> str:
 
 
 def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: bool) -> State:
-    """Return the state of these techniques.
+    """Return what these techniques (data parallelism, precision, optimizer) make of a parameter.
 
-    ``ranks`` is the number of ranks that share a parameter, over data and context. ``staged``: part of a
-    pipeline.
+    ``ranks`` is the number of ranks that share a parameter: data-parallel times context-parallel ranks.
+    ``updating``: costs of the optimizer's step. ``staged``: whether the model is cut into pipeline stages.
     """
     settings_by_name = {u.technique: u.settings for u in uses}
     compute = compute_of(uses)
