@@ -68,7 +68,8 @@ class Asking:
         keys = sorted(section.model_fields_set - optional_keys)
         if keys:
             raise UserError(
-                f"[{kind}] has {', '.join(keys)} but names no machine", hint='add machine = "..." to it'
+                f"section [{kind}] of the case sets {', '.join(keys)} but names no machine",
+                hint='add machine = "..." to it',
             )
 
     def _named(self, kind: str, section: ExistingMachine) -> list[Way]:
@@ -83,13 +84,14 @@ class Asking:
             candidates.append(self._way(kind, section, name, plain, hours, offer, machine))
         if not candidates and machine is None:
             raise UserError(
-                f"[{kind}] machine {name!r} is not in the catalog, and its hours of a run are not set",
+                f"the case's [{kind}] machine {name!r} is not in the catalog, and its hours are not set",
                 hint=_near(name)
                 + "set hours_plain or hours_recommended (hours of one run) and power_w for your own machine",
             )
         if not candidates:
             raise UserError(
-                f"for [{kind}] machine {name!r} the record has no prediction that fits and has a step time",
+                f"for the case's [{kind}] machine {name!r}, the record has no prediction that fits and has a "
+                "step time",
                 hint=f"`memfit scale --pilot {name}` predicts it; or set hours_plain or hours_recommended",
             )
         return candidates
@@ -112,14 +114,15 @@ class Asking:
             price = Amount(own=section.price.value) if section.price else price_of(machine)
             if price is None:
                 raise UserError(
-                    f"[purchase] machine {name} has no price in the catalog, or only whole servers have one",
+                    f"the case's [purchase] machine {name} has no price in the catalog, or is sold only in "
+                    "whole servers",
                     hint="add price = ..., the price of one machine with all its devices",
                 )
         if isinstance(section, Cloud):
             per_hour = Amount(own=section.per_hour.value) if section.per_hour else rent_of(machine)
             if per_hour is None:
                 raise UserError(
-                    f"[cloud] machine {name} has no rental price in the catalog",
+                    f"the case's [cloud] machine {name} has no rental price in the catalog",
                     hint="add per_hour = ..., the price of one machine with all its devices",
                 )
         return dataclasses.replace(

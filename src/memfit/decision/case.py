@@ -47,7 +47,9 @@ class CaseFigure(_Strict):
     def _ordered(self) -> CaseFigure:
         low, high = self.bounds
         if not low <= self.value <= high:
-            raise ValueError(f"low {low:g}, value {self.value:g} and high {high:g} are not in rising order")
+            raise ValueError(
+                f"low {low:g}, value {self.value:g} and high {high:g} are out of order: low <= value <= high"
+            )
         if self.date:
             datetime.date.fromisoformat(self.date)
         return self

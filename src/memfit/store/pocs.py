@@ -19,7 +19,9 @@ def wanted_poc(store: Store, poc_id: str | None) -> str:
     """
     resolved_id = poc_id or store.latest_poc_id()
     if resolved_id is None:
-        raise UserError(f"there is no proof of concept in {store.path}", hint="run `memfit poc` first")
+        raise UserError(
+            f"there is no proof of concept in the store {store.path}", hint="run `memfit poc` first"
+        )
     return resolved_id
 
 

@@ -281,9 +281,9 @@ def faults(record: Shared) -> Iterator[str]:
         yield from _of_side(name, side, plan, record.cap_bytes)
     peaks = [s.measured_peak_bytes for s in (record.baseline, record.recommended)]
     if plans[0] == plans[1] and None not in peaks and not math.isclose(*peaks, rel_tol=_SAME_PEAK):  # type: ignore[arg-type]
-        yield f"the two plans are the same, but their peaks are {peaks[0]} B and {peaks[1]} B"
+        yield f"the two plans are the same, but their measured peaks differ: {peaks[0]} B and {peaks[1]} B"
     if not record.metric.strip() and (record.baseline.metric_by_seed or record.recommended.metric_by_seed):
-        yield "metric has no name, but the plans have scores"
+        yield "metric has no name, but metric_by_seed has scores"
     if plans[0] != plain(plans[0].ranks):
         yield f"baseline.plan is {plans[0].label}, allowed: plain training"
     if record.step_time_ratio is not None:
@@ -348,7 +348,10 @@ def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[s
     elif equivalent:
         for seed in baseline_scores.keys() & recommended_scores.keys():
             if not math.isclose(baseline_scores[seed], recommended_scores[seed], rel_tol=_SAME_SCORE):
-                yield f"the verdict is bitwise equality, but the scores of seed {seed} differ"
+                yield (
+                    "the verdict is equivalent without a margin, so bitwise equal, "
+                    f"but the scores of seed {seed} differ"
+                )
 
 
 def _of_equivalence(
