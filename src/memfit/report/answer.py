@@ -13,7 +13,8 @@ from memfit.verify.aggregate import ok_runs, peak_bytes
 
 
 def answer(poc: Poc) -> tuple[Sentence, ...]:
-    """Return the three sentences: on plain training, the recommended plan, and scientific equivalence."""
+    """Return three sentences: on plain training, the recommended plan (or that no plan fits), and scientific
+    equivalence."""
     return (_plain(poc), _recommended(poc), _science(poc))
 
 

@@ -31,14 +31,15 @@ CLASSES: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseRung:
-    """One plan at one size.
+    """The stored prediction for one plan at one size.
 
-    ``plan``: its key in the word catalogs. ``parts``: bytes at the peak by class, ordered as CLASSES.
+    ``plan``: its key in the word catalogs. ``parts``: (class, bytes at the peak), ordered as CLASSES, without
+    empty classes.
     """
 
     plan: str
     peak: Figure
-    share: Figure  # % of the first rung's peak
+    share: Figure  # peak in % of the peak of the first plan of this size
     step: Figure
     fits: bool
     parts: tuple[tuple[str, int], ...]
@@ -46,7 +47,8 @@ class CaseRung:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseSize:
-    """One published size. ``name``: key in the word catalogs; ``residues`` and ``rows`` of the crop."""
+    """The plans at one published size of the job. ``name``: key in the word catalogs; ``residues`` and
+    ``rows`` (sequences) of a sample."""
 
     name: str
     residues: int
@@ -65,7 +67,7 @@ class CaseView:
 
 
 def case_view(job: str) -> CaseView | None:
-    """Return the stored predictions of the job, or None if it has none."""
+    """Return the stored predictions of the job with this name, or None if it has none."""
     case = _kept(job)
     if case is None:
         return None
@@ -87,10 +89,8 @@ def case_view(job: str) -> CaseView | None:
 
 
 def case_offers(job: str) -> tuple[Offer, ...]:
-    """Return the stored offers of the job: single devices with a price, each with plain training and the plan
-    stored for it.
-
-    Returns an empty tuple for a job without stored predictions.
+    """Return the stored offers of the job with this name: single devices with a price, each with plain
+    training and with the plan stored for it. Empty if none are stored.
     """
     case = _kept(job) or {}
     return tuple(

@@ -19,7 +19,8 @@ WIDE: Final = 1000  # width of the stretched picture's coordinate system
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """One axis of a plot. ``scale`` is the unit in which ticks are round numbers: 2**20 for MiB."""
+    """One axis of a plot. ``scale`` is the unit in which ticks are round numbers: 2**20 for MiB. ``text``
+    formats the label of a tick."""
 
     title: str
     low: float
@@ -44,7 +45,8 @@ class Axis:
 class Line:
     """One line of a plot.
 
-    ``css`` names the role that determines its colour. A stepped line holds each value until the next.
+    ``css``: classes that determine its colour. ``area``: filled down to the axis. A ``stepped`` line holds
+    each value until the next.
     """
 
     css: str
@@ -55,7 +57,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Dot:
-    """One marker of a plot. ``css`` names the role that determines its colour."""
+    """One marker of a plot. ``css``: classes that determine its colour; ``label``: text beside it, if any."""
 
     css: str
     x: float
@@ -66,7 +68,7 @@ class Dot:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A straight line across the plot, at an x or at a y."""
+    """A straight line across the plot, at the x ``value`` if ``vertical``, else at the y ``value``."""
 
     value: float
     label: str
@@ -81,8 +83,8 @@ def axis(
     scale: float = 1.0,
     text: Callable[[float], str] = "{:g}".format,
 ) -> Axis:
-    """Return an axis that contains all finite values, from zero or with a margin below, and with a margin
-    above.
+    """Return an axis that contains all finite values, with a margin above; below it begins at 0 if ``zero``,
+    else with a margin.
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     top, bottom = max(finite), 0.0 if zero else min(finite)
@@ -103,7 +105,7 @@ def plot(
     dots: Sequence[Dot] = (),
     rules: Sequence[Rule] = (),
 ) -> str:
-    """Return one chart as SVG text. All texts are escaped here."""
+    """Return one chart as SVG text; ``description`` is read by screen readers. All texts are escaped here."""
     parts = [_grid(x, y), _stretched([_path(line, x, y) for line in lines])]
     parts += [_rule(rule, x, y) for rule in rules]
     parts += [_dot(dot, x, y) for dot in dots]
@@ -124,7 +126,8 @@ def bar(
     rule: float | None = None,
     whole: bool = True,
 ) -> str:
-    """Return a bar relative to `full`, with a tick for the predicted value and a line for a limit.
+    """Return a bar of `value` relative to `full` as SVG text, with a tick at `marker` (the predicted value)
+    and a line at `rule` (a limit), if given.
 
     Its numbers stand beside it as text, so it is hidden from screen readers. With `whole` False the value is
     only predicted and the bar is drawn hollow.
@@ -138,8 +141,8 @@ def bar(
 
 
 def stacked(parts: Sequence[tuple[str, float]], *, full: float, rule: float | None = None) -> str:
-    """Return a bar of adjacent parts relative to `full`, each coloured by its CSS class, with a line for a
-    limit.
+    """Return a bar of adjacent parts relative to `full` as SVG text, each of the colour of its CSS class,
+    with a line at `rule` (a limit) if that is not beyond `full`. ``parts``: (class without "c-", value).
 
     It is hidden from screen readers, because its total and its parts stand beside it as text.
     """
@@ -154,8 +157,8 @@ def stacked(parts: Sequence[tuple[str, float]], *, full: float, rule: float | No
 
 
 def interval(bounds: tuple[float, float, float], *, reach: float, css: str) -> str:
-    """Return (low, value, high), in units of the margin, on a strip from -reach to reach with the margin
-    shaded.
+    """Return a strip from -reach to reach as SVG text with the interval ``bounds`` (low, value, high), all in
+    units of the margin, which is shaded.
     """
     low, value, high = (_pct((b + reach) / (2 * reach)) for b in bounds)
     left, right = _pct((reach - 1) / (2 * reach)), _pct((reach + 1) / (2 * reach))
@@ -173,7 +176,7 @@ def interval(bounds: tuple[float, float, float], *, reach: float, css: str) -> s
 
 
 def _round_step(raw_step: float) -> float:
-    """Round up to 1, 2, 2.5 or 5 times a power of ten."""
+    """Return the number rounded up to 1, 2, 2.5 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(raw_step))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw_step * 0.999)
 
@@ -219,7 +222,7 @@ def _stretched(paths: Sequence[str]) -> str:
 
 
 def _path(line: Line, x: Axis, y: Axis) -> str:
-    """Draw a line. Values that are not finite interrupt it."""
+    """Return a line as an SVG path. Values that are not finite interrupt it."""
     if not line.points:
         return ""
     step = "H" if line.stepped else ""

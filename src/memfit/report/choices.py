@@ -74,7 +74,7 @@ def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
 
 
 def _reason(reason: Reason) -> Sentence:
-    """Convert a reason to a sentence. A technique's effect on the peak is worded as a saving or as a cost."""
+    """Convert a reason to a sentence. A technique that raises the peak is said to take more, not to save."""
     saved = reason.saved_bytes
     costs = reason.kind == "saves" and saved is not None and saved < 0
     change = Figure(

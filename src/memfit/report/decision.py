@@ -19,7 +19,7 @@ from memfit.types.result import Interval, Poc
 from memfit.verify.aggregate import energy_saved
 
 Filled = Mapping[str, Figure | str | Sentence]
-MONEY: Final = (  # figures of a way, named as in the Sheet, in the order of the table
+MONEY: Final = (  # costs of an option, named as in Sheet, in the order of the table
     "setup",
     "purchase",
     "initial",
@@ -73,9 +73,9 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
 
 
 def _energy_saved(percent: float, boundary: str) -> Figure:
-    """Return the saving as a figure.
+    """Return the energy saved in percent as a figure.
 
-    It counts as predicted if the energy boundary says that it is modelled.
+    It counts as measured unless the energy's boundary says that it is modelled; then it counts as predicted.
     """
     return predicted(percent, "saving") if "model" in boundary else measured(percent, "saving")
 
@@ -129,7 +129,8 @@ def _way(decision: Decision, slot: str, index: int) -> WayRow:
 
 
 def _energy_percent(way: Way) -> float | None:
-    """Return the energy saved relative to plain training on the same machine; both before PUE."""
+    """Return the energy of a run saved relative to plain training on the same machine, in percent, both
+    before PUE; None if one of them is unknown."""
     if not way.plain_j or way.power_w is None:
         return None
     return 100 * (1 - 3600 * way.hours * way.power_w / way.plain_j)
@@ -148,9 +149,10 @@ def _payback(decision: Decision) -> Sentence | None:
 
 
 def _filled(values: Mapping[str, str | float | None], mark: Mark) -> Filled:
-    """Convert values to figures or sentences.
+    """Convert a risk's values to figures or sentences.
 
-    The spare share of the cap is a percentage; values without a known unit are counts.
+    The value "spare" is a percentage, "minutes" are minutes, other numbers are counts. The text of "verdict"
+    is a key of the word catalogs; other texts are statements about an engine, or stay as they are.
     """
 
     def one(name: str, value: str | float | None) -> Figure | str | Sentence:

@@ -1,4 +1,4 @@
-"""What the decision says in sentences: four answers, and phrases for a meeting."""
+"""The decision in sentences: the answers to four questions, and phrases for a meeting."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ DECISIVE: Final = ("decide.money.with_saving", "decide.money.with_saving_more")
 
 
 def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]]:
-    """Return the answers to a budget owner's four questions, in this order.
+    """Return the answers to a budget owner's four questions, by the keys fits (can our machine do it), money,
+    risk and next (what to do), in this order.
 
     The first sentence of each is the short answer.
     """
@@ -46,7 +47,12 @@ def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]
 
 
 def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
-    """Return the PoC's own answer, and before it the user's machine at full size if one was named."""
+    """Return whether the user's existing machine can do the full size, then the PoC's answers at its own
+    size.
+
+    If the user named no machine: the PoC's answers, that on the recommended plan first, and that the full
+    size is open.
+    """
     poc_sentences = answer(poc)[:2]
     existing_ways = [w for w in view.ways if w.slot.startswith("existing")]
     if not existing_ways:  # the recommended plan's result answers the question, plain training's does not
@@ -110,9 +116,10 @@ def _unpriced(row: WayRow) -> Sentence:
 
 
 def _doubtful(view: DecisionView) -> list[int]:
-    """Return those of the two compared ways that fit by their expected memory only.
+    """Return the indices of the best option and of the reference, of each only if the probability that its
+    plan fits is below 100 %.
 
-    The existing machine is left out, because the first card covers it.
+    An existing machine is left out, because the answer to the question "fits" covers it.
     """
     indices = dict.fromkeys(row.index for row in (view.best, view.reference) if row is not None)
     ways = view.made.ways
@@ -120,8 +127,9 @@ def _doubtful(view: DecisionView) -> list[int]:
 
 
 def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """Yield the sentences below the table: the time of a run relative to the reference's, what a machine can
-    now train that it could not before, and the limits of the answer.
+    """Yield the sentences below the table: that an option whose hours are all known may be cheaper, that the
+    PoC was already at this size, the time of a run and that of the reference, and what a machine can now
+    train that it could not with plain training. Each only where it applies; nothing without a best option.
     """
     if view.best is None:
         return
@@ -151,7 +159,8 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
 
 
 def _unknown(view: DecisionView, best: WayRow) -> Sentence:
-    """Say up to which labour cost the saving holds, if labour is missing in it and there is a saving."""
+    """Return the sentence that the best option's cost is a lower bound, because hours of work are missing in
+    it; if it saves anything, with the cost of these hours up to which it does."""
     decision, reference = view.made, view.reference
     sheets = (decision.sheets[reference.index if reference else best.index], decision.sheets[best.index])
     allowance = (sheets[0].present_cost or 0.0) - (sheets[1].present_cost or 0.0)
@@ -161,8 +170,9 @@ def _unknown(view: DecisionView, best: WayRow) -> Sentence:
 
 
 def _with_saving(view: DecisionView) -> list[Sentence]:
-    """Return what the best way with the recommended plan would lose, for when plain training is the
-    answer.
+    """Return one sentence on what the cheapest option with the recommended plan saves against the reference,
+    and by how much it is more expensive than the best option, which is plain training. Empty if there is no
+    such option or no reference.
     """
     decision, reference = view.made, view.reference
     index = decision.tight
@@ -177,7 +187,8 @@ def _with_saving(view: DecisionView) -> list[Sentence]:
 
 
 def _rank(view: DecisionView, best: WayRow) -> list[Sentence]:
-    """Say that a way with complete hours may be cheaper than one whose hours are missing."""
+    """Return one sentence: the cheapest option whose hours of work are all known, and up to which cost of its
+    own missing hours ``best`` is cheaper. Empty if there is no such option."""
     decision = view.made
     costs = {w.index: decision.sheets[w.index].present_cost for w in view.ways if w.enough and not w.at_least}
     complete_costs = {i: c for i, c in costs.items() if c is not None and decision.ways[i].kind != "nothing"}
@@ -234,7 +245,8 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
 
 
 def _stopped(view: DecisionView) -> Filled | None:
-    """Return the first failed gate as words, or None."""
+    """Return the first failed gate of the PoC as the placeholders gate, found and limit; None if none failed
+    or there are no stages."""
     failed_gates = [g for g in view.stages[0].stage.gates if not g[3]] if view.stages else []
     if not failed_gates:
         return None
@@ -243,7 +255,11 @@ def _stopped(view: DecisionView) -> Filled | None:
 
 
 def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | Figure, Sentence | Figure]:
-    """Return a gate's name, what was found and what is required, in the reader's language."""
+    """Return the name of ``gate``, what was found and what is required, ready for any language.
+
+    ``gate``: (name, found, limit, whether it holds). A number that fails but reads like its limit gets more
+    digits.
+    """
     name, result, limit, holds = gate
     result_value, limit_value = _gate_value(result, name), _gate_value(limit, name)
     if isinstance(result_value, Figure) and isinstance(limit_value, Sentence) and not holds:
@@ -301,12 +317,14 @@ _FACTS: Final = (
 
 
 def engine_fact(text: str) -> Sentence | str:
-    """Return the catalog's statement about an engine, in the reader's language if it is words."""
+    """Return a statement of the catalog about an engine: as a sentence that the word catalogs translate if it
+    is one of those they know, else the text itself."""
     return Sentence(key=f"engine_fact.{text}") if text in _FACTS else text
 
 
 def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """Yield the phrases for a meeting: the claim, the stages, the main risks, and one about each engine."""
+    """Yield the phrases for a meeting: what the best option costs, the stages, the main risks if they are
+    known, and one about each engine except replay."""
     failed_gate = _stopped(view)
     yield claim(poc, view, failed_gate)
     yield staged(view, failed_gate)

@@ -1,4 +1,5 @@
-"""What a meeting is told about money: the headline's own answer with its caveats; a loss is called a loss."""
+"""Sentences for a meeting: what the best option costs, as the page's answer says it, with its caveats; the
+stages and the main risks. A loss is called a loss."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ Filled = Mapping[str, Figure | str | Sentence]
 
 
 def headline(view: DecisionView) -> str:
-    """Return the key of the answer on money. The card and the phrases both use it, so they agree."""
+    """Return the key of the answer on money, which the page and the phrases share: saves, loses,
+    does_not_pay (the best option is plain training), is_reference (it is the reference), no_reference, or
+    without a best option the reason why there is none."""
     if view.best is None:
         return view.made.why_none
     if view.reference is None or view.saved.value is None:
@@ -27,7 +30,8 @@ def headline(view: DecisionView) -> str:
 
 
 def costs_more(view: DecisionView, index: int) -> Sentence | None:
-    """Return by how much a way is more expensive than the best one: in percent, or as a multiple."""
+    """Return by how much the option at ``index`` is more expensive than the best one: in percent, or as a
+    multiple if it costs over three times as much. None if one cost is unknown, or the best's not positive."""
     sheets, best = view.made.sheets, view.made.best
     cost, best_cost = sheets[index].present_cost, sheets[best].present_cost if best is not None else None
     if cost is None or not best_cost or best_cost <= 0:
@@ -44,7 +48,8 @@ def _more(ratio: float, source: str) -> Sentence:
 
 
 def claim(poc: Poc, view: DecisionView, stopped: Filled | None) -> Sentence:
-    """Return the first phrase. `stopped`: the failed gate as words, or None."""
+    """Return the phrase on what the best option costs compared with the reference, with its caveats.
+    `stopped`: the first failed gate as placeholders, or None."""
     sentence = _claim(view)
     if view.best is None:
         return sentence
@@ -78,9 +83,11 @@ def _claim(view: DecisionView) -> Sentence:
 
 
 def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterator[Sentence]:
-    """Yield the conditions of the answer.
+    """Yield the caveats of the answer on money: that the best option's plan may not fit, that its results are
+    not shown to be equivalent, that it was not trained as a whole, that a gate failed, that hours are
+    missing.
 
-    Scientific equivalence does not matter for the cost of plain training.
+    If the best option is plain training, equivalence, training and gates do not matter and are left out.
     """
     best = view.best
     assert best is not None, "caveats belong to an answer"
@@ -101,7 +108,8 @@ def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterat
 
 
 def likely(view: DecisionView, index: int) -> Sentence:
-    """Say how probable it is that a way's plan fits, for ways whose upper memory bound does not fit."""
+    """Return the sentence on how probable it is that the plan of the option at ``index`` fits, for options
+    whose memory does not fit at its upper end."""
     way, source = view.made.ways[index], way_anchor(index)
     high = None if way.memory_bytes is None else way.memory_bytes.high
     values: Filled = {
@@ -114,8 +122,8 @@ def likely(view: DecisionView, index: int) -> Sentence:
 
 
 def staged(view: DecisionView, stopped: Filled | None) -> Sentence:
-    """Return the phrase about the stages: what the pilot and the full stage would cost, or why there are
-    none.
+    """Return the phrase about the stages: what the pilot and the full stage would cost, that a gate has
+    stopped them (`stopped`: that gate as placeholders, or None), or that the pilot has no machine yet.
     """
     if stopped is not None:
         return Sentence(key="phrase.staged_stopped", values=stopped)
@@ -126,20 +134,22 @@ def staged(view: DecisionView, stopped: Filled | None) -> Sentence:
 
 
 def stake(pilot: StageRow) -> Sentence:
-    """Return the most that a pilot can cost, and what that does not include."""
+    """Return the most that a pilot can cost, and whether that is without labour; or that it is not known."""
     key = "unknown" if pilot.most.value is None else "without_labour" if pilot.stage.unpaid else "known"
     return Sentence(key=f"stake.{key}", values={"loss": pilot.most})
 
 
 def way_back(view: DecisionView, row: StageRow) -> Sentence:
-    """Return what to go back to; names the way if it is one that fits."""
+    """Return what to go back to if the stage fails, with the name of the option if it is one of the
+    decision's."""
     way_index = row.stage.back_way
     values = {} if way_index is None else {"way": way_name(view.made.ways[way_index])}
     return Sentence(key=f"back.{row.stage.back}", values=values)
 
 
 def main_risks(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """Yield operating load and reproducibility, each with whether it was evaluated."""
+    """Yield one sentence on operating load and reproducibility: the evidence on both, and which of them were
+    evaluated. Nothing if the decision does not have both risks."""
     evidence = {r.kind: r.evidence for r in view.risks}
     if not {"load", "reproducibility"} <= evidence.keys():
         return

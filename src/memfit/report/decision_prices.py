@@ -15,7 +15,8 @@ from memfit.types.machine import Device, Fact
 
 
 def price_rows(made: Decision) -> Iterator[PriceRow]:
-    """Yield the prices of every way in the table, once per machine and way of obtaining it."""
+    """Yield the prices and the watts of every option in the table, once for each machine, way of obtaining it
+    (existing, purchase, cloud) and origin (the catalog or the user). A rented machine has no watts here."""
     priced_keys = set()
     for index in dict.fromkeys(index for _, index in made.slots):
         way = made.ways[index]

@@ -11,19 +11,20 @@ from memfit.types.decision import Decision, Stage, Way
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WayRow:
-    """One column of the page. ``slot`` names the column; moving a slider may put another machine into it."""
+    """One option as a column of the page's table. ``slot`` names the column; moving a slider may put another
+    option into it. ``index``: of the option in the decision; ``money``: costs named as in Sheet."""
 
     slot: str
     index: int
     name: Sentence
     plan: str
     plain: bool
-    again: bool  # the user's own machine is the cheapest of its kind, and has its own row
+    again: bool  # this cheapest option of its kind is the user's own offer, which has its own column
     untried: tuple[str, ...]  # techniques in its plan that the PoC did not train
     best: bool
     reference: bool
-    enough: bool
-    at_least: bool  # working hours of people are not included
+    enough: bool  # the machines can do all runs, and a run is not too long
+    at_least: bool  # its costs are a lower bound, because something is unknown, such as working hours
     hours: Figure
     machines: Figure
     money: Mapping[str, Figure]
@@ -48,7 +49,8 @@ class RiskRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StageRow:
-    """One stage of the roll-out, with its gates, intervals and money."""
+    """One stage of the roll-out. ``gates``: (name, what was found, limit, whether it holds); ``memory`` and
+    ``step``: (low, high) of the prediction; ``back``: what to go back to, None for the PoC."""
 
     stage: Stage
     gates: tuple[tuple[Sentence, Sentence | Figure, Sentence | Figure, bool], ...]
@@ -58,15 +60,16 @@ class StageRow:
     spent: Figure
     to_spend: Figure
     most: Figure  # most that is to be spent
-    stop: Figure
+    stop: Figure  # memory above which to stop
     back: Sentence | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PriceRow:
-    """One price of a machine.
+    """One price of a machine, or its watts.
 
-    ``what``: rent, device, server or watts. ``kind``: kind of price as its source states it; "" for watts.
+    ``what``: rent, device or server (from the catalog), own_rent or own_price (the user's offers), or watts.
+    ``kind``: kind of a catalog price as its source states it; "" for the others.
     """
 
     name: Sentence
@@ -79,7 +82,7 @@ class PriceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TermRow:
-    """One number that the decision rests on. ``ranged``: whether it has a range."""
+    """One number that the decision rests on. ``ranged``: whether it has a range from ``low`` to ``high``."""
 
     name: str
     value: Figure
@@ -92,7 +95,9 @@ class TermRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionView:
-    """Everything that the decision's page shows."""
+    """Everything that the decision's page shows. ``saved`` to ``chance``: saving of the best option over the
+    reference, its interval, and the probability of any saving. ``swings``: (term, saving at the low end of
+    its range, at the high end). ``energy_saved``: (percent saved in the PoC's runs, energy boundary)."""
 
     made: Decision
     questions: Mapping[str, tuple[Sentence, ...]]
@@ -116,9 +121,9 @@ class DecisionView:
 
 
 def cash(made: Decision, value: float | None, source: str = "") -> Figure:
-    """Return money in the currency of the case, to its smallest coin.
+    """Return money in the decision's currency, to its smallest coin.
 
-    A missing value is marked assumed, not predicted.
+    It counts as predicted; a missing value is marked assumed, so that it reads "not known".
     """
     if value is None:
         return assumed(None, f"money {made.symbol} {made.decimals}", source)
@@ -126,5 +131,5 @@ def cash(made: Decision, value: float | None, source: str = "") -> Figure:
 
 
 def way_name(way: Way) -> Sentence:
-    """Return the name of a way, with its machine."""
+    """Return the name of an option: its kind and machine."""
     return Sentence(key=f"way.{way.kind}", values={"machine": way.machine})

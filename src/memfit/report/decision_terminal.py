@@ -1,4 +1,4 @@
-"""Print the decision in a terminal: the four answers, the ways side by side, and the missing inputs."""
+"""Print the decision in a terminal: the four answers, the options side by side, and the missing inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _COLUMNS = ("initial", "running_per_year", "present_cost", "cost_per_run")
 
 
 def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> None:
-    """Print the decision. Raises UserError for an unknown `lang`."""
+    """Print the four answers, the table of options if there is a best one, and the missing inputs. Raises
+    UserError for an unknown `lang`."""
     words, view = load_words(lang), decision_view(poc, made)
     for name, sentences in view.questions.items():
         console.print(Text(words.get(f"decide.{name}_q"), style="bold"))
@@ -39,7 +40,7 @@ def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> 
 
 
 def _work(decision: Decision, words: Words) -> str:
-    """Return the text that says for how much work all ways are priced."""
+    """Return the text that says for how much training work all options are priced."""
     amounts = {
         "runs": decision.terms.runs_per_year,
         "steps": decision.steps_per_run,
@@ -50,7 +51,8 @@ def _work(decision: Decision, words: Words) -> str:
 
 
 def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console, lang: str) -> None:
-    """Print what was found against what is required. Raises UserError for an unknown `lang`."""
+    """Print ``gates``, each (name, what was found, limit, whether it holds), as a table. Raises UserError for
+    an unknown `lang`."""
     words = load_words(lang)
     columns = ("gate", "found", "limit", "holds")
     table = new_table([words.get(f"gate_column.{name}") for name in columns], left=len(columns))
@@ -63,7 +65,8 @@ def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console
 def print_gate_end(
     gates: Sequence[tuple[str, str, str, bool]], *, predicted: bool, console: Console, lang: str
 ) -> None:
-    """Print why the roll-out stopped, or what comes next if nothing was predicted."""
+    """Print which of ``gates`` failed, so that the roll-out stops; or that all hold, and how to have the next
+    stages predicted unless they were (``predicted``). Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     failed = [_gate(gate, words) for gate in gates if not gate[3]]
     if failed:
@@ -80,7 +83,8 @@ def _gate(gate: tuple[str, str, str, bool], words: Words) -> list[str]:
 
 
 def print_stages(poc: Poc, made: Decision, *, console: Console, lang: str) -> None:
-    """Print each stage with its money, intervals, stop criterion, way back and what to monitor."""
+    """Print each stage with its machine, plan, predictions and money, and, after the PoC, when to stop, what
+    to go back to and what to watch. Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     for row in decision_view(poc, made).stages:
         stage = row.stage

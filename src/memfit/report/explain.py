@@ -18,7 +18,8 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 class Explained:
     """A plan's estimate with the trace it was made from.
 
-    The highest level of the trace is the estimate's peak, at ``peak_clock``.
+    The level of the trace at the instant ``peak_clock`` is the estimate's peak, less memory that is not in
+    the trace, such as workspaces of BLAS.
     """
 
     estimate: Estimate
@@ -28,9 +29,10 @@ class Explained:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Contributor:
-    """Allocations alive at the same time from one operator of one module on one line of user code.
+    """Allocations alive at the same time from one operator of one module on one line of user code, taken
+    together. ``count``: their number; ``size_bytes``: their sum.
 
-    Equal blocks are combined: ``layers.*.mlp``.
+    Modules whose paths differ only in numbers count as one: ``layers.*.mlp``.
     """
 
     category: str
@@ -62,7 +64,8 @@ class Mover:
 class PlanDifference:
     """The difference of two plans of one job.
 
-    Categories and movers each add up exactly to the difference of the peaks.
+    The categories add up exactly to the difference of the peaks. The movers do too, except for memory that is
+    not in the traces, such as workspaces of BLAS.
     """
 
     first: Estimate
@@ -78,14 +81,15 @@ class PlanDifference:
 
 
 def events(trace: Trace) -> list[tuple[int, int, Allocation]]:
-    """Return (clock, change in bytes, allocation) in order. At the same clock, frees come first."""
+    """Return (clock, change in bytes, allocation) for every allocation and every free, by clock. At the same
+    clock, frees come first."""
     births = [(a.start, a.size_bytes, a) for a in trace.allocations]
     deaths = [(a.end, -a.size_bytes, a) for a in trace.allocations if a.end is not None]
     return sorted([*births, *deaths], key=lambda e: (e[0], e[1]))
 
 
 def alive(trace: Trace, clock: int) -> Iterator[Allocation]:
-    """Return the allocations that are alive at ``clock``."""
+    """Return the allocations that are alive at ``clock``: those made at it are, those freed at it are not."""
     return (a for a in trace.allocations if a.start <= clock and (a.end is None or a.end > clock))
 
 
@@ -95,7 +99,7 @@ def op_name(op: str) -> str:
 
 
 def contributors(explained: Explained) -> tuple[Contributor, ...]:
-    """Return what is alive at the peak, largest first. The sizes add up to the peak."""
+    """Return what is alive in the trace at the peak, largest first."""
     size, count = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
     for a in alive(explained.trace, explained.peak_clock):
         key = (str(a.category), _folded(a.module), op_name(a.op), a.line)
@@ -145,7 +149,8 @@ def _changes(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, i
 
 
 def _sentences(comparison: PlanDifference) -> Iterator[Sentence]:
-    """Yield each plan's peak, their difference, and the largest changes by category, phase and operator."""
+    """Yield sentences on each plan's peak, their difference, and the largest change by category, by phase and
+    by operator of a module, where there is one."""
     for name, estimate in (("A", comparison.first), ("B", comparison.second)):
         peak = predicted(estimate.allocated_bytes.value, "bytes")
         phase = Sentence(key=f"phase.{estimate.peak_phase}")

@@ -22,11 +22,12 @@ _PHASES, _MODULES = 1, 2  # thread numbers of the Chrome trace
 
 
 def snapshot(explained: Explained) -> bytes:
-    """Return the pickle of ``torch.cuda.memory._snapshot()``.
+    """Return the traced step as a pickle in the format of ``torch.cuda.memory._snapshot()``.
 
     It is readable by ``python -m torch.cuda._memory_viz`` and pytorch.org/memory_viz. There is one segment
-    per stream. Addresses do not overlap, but they are not those of the caching allocator. Times are clock
-    ticks. A frame shows operator and line, module, phase and category.
+    per stream. Addresses do not overlap, but they are not those of the caching allocator. Times are ticks of
+    the trace's clock. Stack frames show operator and line, module, and category with phase and step.
+    Allocations of no bytes are left out.
     """
     trace = explained.trace
     streams = dict.fromkeys(a.stream for a in trace.allocations)
@@ -70,15 +71,16 @@ def snapshot(explained: Explained) -> bytes:
 
 @dataclasses.dataclass(slots=True)
 class _Space:
-    """Addresses of one stream.
+    """Addresses of one stream, from ``address`` on.
 
-    An allocation takes the smallest hole that is large enough, or extends the end.
+    An allocation takes the smallest hole that is large enough, or if there is none extends the end.
     """
 
     address: int
     total_bytes: int = 0
     holes: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (size, address), sorted
     starts: dict[int, int] = dataclasses.field(default_factory=dict)  # address -> end of the hole there
+    # address -> start of the hole that ends there
     ends: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def take(self, size_bytes: int) -> int:
@@ -121,7 +123,8 @@ def _frames(a: Allocation) -> list[Event]:
 
 
 def _segment(space: _Space, stream: int, live_blocks: list[tuple[int, Allocation, list[Event]]]) -> Event:
-    """Return the stream's segment at the end of the trace: live blocks and the gaps between them."""
+    """Return the stream's segment at the end of the trace: blocks still alive and the gaps between them.
+    ``live_blocks``: (address, allocation, frames), sorted by address."""
     blocks: list[Event] = []
     end = space.address
 
@@ -212,9 +215,10 @@ def _counters(trace: Trace) -> Iterator[Event]:
 
 
 def _module_slices(trace: Trace) -> Iterator[Event]:
-    """Yield the operators inside the modules whose forward or backward they belong to.
+    """Yield a slice for each operator, and slices for the modules whose forward or backward it belongs to.
 
-    A module's slice lasts as long as consecutive operators are inside the module.
+    A module's slice lasts as long as consecutive operators are inside the module, at most to the end of the
+    phase.
     """
     open_modules: list[tuple[str, int]] = []  # (name, start), outermost first
     ends = {s.end for s in trace.spans}

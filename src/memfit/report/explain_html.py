@@ -30,7 +30,8 @@ _STACK: Final = (
 
 
 def render_explained(explained: Explained, *, job: str, lang: str) -> str:
-    """Return the page's text. Raises UserError for a language without a catalog."""
+    """Return the text of an HTML page with the treemap and the timeline; ``job``: its name. Raises UserError
+    for a language without a catalog."""
     words, estimate, peak = load_words(lang), explained.estimate, explained.peak_clock
     live_allocations = [
         a for a in explained.trace.allocations if a.start <= peak and (a.end is None or a.end > peak)
@@ -52,7 +53,8 @@ def render_explained(explained: Explained, *, job: str, lang: str) -> str:
 
 
 def _data(explained: Explained, words: Words) -> str:
-    """Return JSON that is safe inside a script element, with as many instants as fit into `MOST_BYTES`."""
+    """Return JSON for the page's script that is safe inside a script element, with as many instants as fit
+    into `MOST_BYTES`, or the fewest if even these do not."""
     explain_texts = {
         k.removeprefix("explain."): v for k, v in words.texts.items() if k.startswith("explain.")
     }
@@ -69,11 +71,12 @@ def _data(explained: Explained, words: Words) -> str:
 
 
 def series(explained: Explained, points: int) -> dict[str, Any]:
-    """Return what is alive at selected instants, exactly.
+    """Return what is alive at selected instants of the trace, exactly, as lists for the page's script.
 
-    The instants are the highest of each of ``points`` stretches, the peak, and the start of each phase. A row
-    is alive from instant ``first`` (stored as the difference to the row before) for ``length`` instants.
-    Equal rows are merged with a ``count``. Sizes are in bytes.
+    The instants (``clock``) are the highest of each of ``points`` stretches, the peak, and the start of each
+    phase. A row is an allocation, alive from instant ``first`` (stored as the difference to the row before)
+    for ``length`` instants. Equal rows are merged with a ``count``. A ``group`` is (category, module,
+    operator, line), as indices into the lists of these. Sizes are in bytes.
     """
     trace = explained.trace
     clocks = _instants(explained, points)
@@ -120,7 +123,8 @@ class _Table:
 
 
 def _path(modules: _Table, module: str) -> int:
-    """Return the index of a dotted path in a tree of names, from 1; the root is 0."""
+    """Return the index of a dotted path in the tree of names ``modules``, from 1, adding it if it is new; the
+    root is 0."""
     index = 0
     for name in module.split(".") if module else ():
         index = modules.index((index, name)) + 1

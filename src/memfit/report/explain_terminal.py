@@ -18,7 +18,8 @@ Row = tuple[list[str], list[Figure]]
 
 
 def print_explained(explained: Explained, *, console: Console, lang: str) -> None:
-    """Print the estimate, then what is alive at its peak. Raises UserError for an unknown `lang`."""
+    """Print the estimate, then the largest contributors at its peak, at most `MOST`, and the others together.
+    Raises UserError for an unknown `lang`."""
     words, parts = load_words(lang), contributors(explained)
     print_estimate(explained.estimate, console=console, lang=lang)
     rows = [([*_who(c, words), c.line], _sizes(c.size_bytes, c.count)) for c in parts[:MOST]]
@@ -31,7 +32,8 @@ def print_explained(explained: Explained, *, console: Console, lang: str) -> Non
 
 
 def print_difference(found: PlanDifference, *, console: Console, lang: str) -> None:
-    """Print the sentences, then the bytes. Raises UserError for an unknown `lang`."""
+    """Print why two plans differ: sentences, then tables of bytes by category, by phase, and by operator of a
+    module (at most `MOST`, and the others together). Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     console.print(Text(words.get("explain.difference"), style="bold"))
     for sentence in found.sentences:

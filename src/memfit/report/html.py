@@ -1,7 +1,7 @@
 """One self-contained HTML file from a Poc and its Decision.
 
-It needs no network, has one script, which the page's content security policy names by its hash, and marks
-every number with its provenance.
+It needs no network, has at most one script, which the page's content security policy names by its hash, and
+marks every number as measured, predicted or assumed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ _LONG: Final = 24  # characters; a longer figure contains a long unit and may wr
 
 
 def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = None) -> Path:
-    """Write the report and return its path. The file is written completely or not at all.
+    """Write the report to ``path`` and return it. Missing folders are made. The file is written completely or
+    not at all.
 
     Raises UserError for a language without a catalog, and OSError if the folder cannot be written.
     """
@@ -57,7 +58,8 @@ def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = N
 
 
 def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str:
-    """Return the report as HTML text. Raises UserError for a language without a catalog."""
+    """Return the report as HTML text, without its decision part if there is no ``decision``. Raises UserError
+    for a language without a catalog."""
     words = load_words(lang)
     view = poc_view(poc)
     decision_page = decision_view(poc, decision) if decision is not None else None
@@ -78,14 +80,14 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
 def _labels(
     records: Sequence[ProvenanceRecord], decision: Decision | None, words: Words
 ) -> Mapping[str, str]:
-    """Return the label of each record by anchor, for links from figures."""
+    """Return anchor -> label of each record and of each number of the decision, for links from figures."""
     terms = {term_anchor(t.name): words.name("term", t.name) for t in decision.told} if decision else {}
     return {r.anchor: r.label for r in records} | terms
 
 
 def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, Any]:
-    """Return the data of the sliders, and the hash by which the page's policy allows this script and no
-    other.
+    """Return the template's values for the sliders: their data, the hash by which the page's policy allows
+    this script and no other, and constants. Data and hash are empty without a best option.
     """
     from markupsafe import Markup
 
@@ -119,7 +121,8 @@ def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, An
 
 
 def _swing_css(swings: Sequence[tuple[Figure, Figure]]) -> Callable[[Figure, Figure], str]:
-    """Return a function for a bar's position between the lowest and the highest end of all bars."""
+    """Return a function of a bar's two ends that gives its position and width as CSS, on a scale from the
+    lowest to the highest end of all ``swings``."""
     ends = [f.value for swing in swings for f in swing if f.value is not None]
     lowest, span = (min(ends), max(ends) - min(ends) or 1.0) if ends else (0.0, 1.0)
 
@@ -131,10 +134,10 @@ def _swing_css(swings: Sequence[tuple[Figure, Figure]]) -> Callable[[Figure, Fig
 
 
 def render(template: str, words: Words, *, labels: Mapping[str, str] | None = None, **values: Any) -> str:
-    """Render a template of this package with the common helpers.
+    """Render a template of this package with ``helpers`` and the given values.
 
-    `labels`: label by anchor of the page's records. If given, a figure whose source is not among them raises
-    ValueError.
+    `labels`: anchor -> label of the page's records. If given, a figure that is known and whose source is not
+    among them raises ValueError. A number in the page that is no Figure raises TypeError.
     """
     import jinja2
 
@@ -150,9 +153,9 @@ def render(template: str, words: Words, *, labels: Mapping[str, str] | None = No
 
 
 def _shown_whole(value: Any) -> Any:
-    """Replace characters that change the reading direction.
+    """Return the value with characters that change the reading direction replaced, if it is text.
 
-    A bare number raises TypeError, because it has no mark.
+    A bare number raises TypeError, because it has no mark (measured, predicted or assumed).
     """
     _no_bare_number(value)
     return value.translate(TURNING) if isinstance(value, str) else value
@@ -160,7 +163,7 @@ def _shown_whole(value: Any) -> Any:
 
 def _no_bare_number(value: object) -> None:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        raise TypeError(f"{value!r} is shown without a mark: make it a Figure, or text if it is a name")
+        raise TypeError(f"{value!r} is shown without a mark: make it a Figure, or text if it is only a name")
 
 
 def _asset(name: str) -> str:
@@ -168,8 +171,8 @@ def _asset(name: str) -> str:
 
 
 def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure], Markup]:
-    """Return a function that shows a figure with its mark and, on a page with records, a link to its
-    record.
+    """Return a function that shows a figure with its mark and, on a page with records (``labels``), a link to
+    its record. It raises ValueError for a known figure whose source is no record of the page.
     """
     from markupsafe import Markup
 
@@ -196,8 +199,9 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
 
 
 def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]:
-    """Return the functions for templates: ``t`` fills a text, ``num`` shows a figure, ``say`` a sentence, and
-    others.
+    """Return the names that templates use: the functions ``t`` (a text of the catalogs, filled), ``num`` (a
+    figure), ``say`` (a sentence, a figure or a text), ``moment`` (a date) and ``asset`` (a file of this
+    package, unescaped), makers of figures, anchors and labels.
     """
     from markupsafe import Markup, escape
 
@@ -276,14 +280,14 @@ def _drawings(view: PocView, words: Words) -> Mapping[str, Any]:
 
 
 def largest(*figures: Figure) -> float:
-    """Return the common scale of several bars: the largest value, or 1."""
+    """Return the common scale of several bars: the largest known value, or 1 if there is none or it is 0."""
     return max((f.value for f in figures if f.value is not None), default=1.0) or 1.0
 
 
 def _forest_reach(view: PocView) -> float:
-    """Return half the width of the interval strips in margins.
+    """Return half the width of the strips that show the verdicts' intervals, in units of the margin.
 
-    All strips share the scale and contain the margin.
+    All strips share this scale, and contain every interval and the margin.
     """
     widest = max((max(map(abs, v.in_margins)) for v in view.verdicts if v.in_margins), default=1.0)
     return 1.1 * max(1.3, widest)

@@ -32,7 +32,9 @@ _STYLE = """<style>
 
 
 def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: int, fits: bool) -> str:
-    """Return the title, the verdict, the kinds of memory with intervals, and the peak's memory as a bar."""
+    """Return HTML with the title, whether the plan fits ``cap_bytes`` of the machine, a table of the kinds of
+    memory with their intervals, the memory at the peak by category as a bar, and warnings: that the batch is
+    split, if that may change the training, and the first five assumptions."""
     verdict = f'<b class="{"fits" if fits else "not"}">{"fits" if fits else "does not fit"}</b>'
     kinds = {
         "allocated": estimate.allocated_bytes,

@@ -17,7 +17,8 @@ _COLUMNS: Final = ("module", "why", "alone", "gradient", "autocast", "loss")
 
 
 def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> None:
-    """Print the advice. Raises UserError for an unknown `lang`."""
+    """Print a table of the modules that need float32 and of the worst `MOST` of the others, then the line for
+    the Job and what it changes. Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     title = words.get(
         "precision.title",

@@ -28,10 +28,10 @@ MARGIN = "record-margin"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ProvenanceRecord:
-    """One source of figures.
+    """One source of figures, to which they link by its ``anchor``.
 
-    ``label``: short name shown in figures' links. ``of``: anchors of the records it is derived from.
-    ``facts``: (statement, source, date). ``sources``: texts by others.
+    ``label``: short name shown in figures' links. ``what``: what it is. ``of``: anchors of the records it is
+    derived from. ``facts``: (statement, source, date). ``sources``: further texts on its origin.
     """
 
     anchor: str
@@ -48,7 +48,7 @@ def _named(kind: str, *parts: str) -> str:
 
 
 def run_anchor(index: int) -> str:
-    """Return the anchor of a run."""
+    """Return the anchor of the PoC's run with this index, from 0."""
     return f"run-{index + 1}"
 
 
@@ -63,37 +63,37 @@ def prediction_anchor(plan: Plan) -> str:
 
 
 def verdict_anchor(name: str) -> str:
-    """Return the anchor of a verdict."""
+    """Return the anchor of the verdict with this name."""
     return _named("verdict", name)
 
 
 def paper_anchor(index: int) -> str:
-    """Return the anchor of a row at paper size."""
+    """Return the anchor of the PoC's prediction at paper size with this index, from 0."""
     return f"paper-{index + 1}"
 
 
 def reach_anchor(index: int) -> str:
-    """Return the anchor of a row about the largest size that fits."""
+    """Return the anchor of the PoC's result on the largest size that fits with this index, from 0."""
     return f"reach-{index + 1}"
 
 
 def interaction_anchor(index: int) -> str:
-    """Return the anchor of an interaction table."""
+    """Return the anchor of the PoC's interaction table with this index, from 0."""
     return f"interaction-{index + 1}"
 
 
 def way_anchor(index: int) -> str:
-    """Return the anchor of a way."""
+    """Return the anchor of the decision's option with this index, from 0."""
     return f"way-{index}"
 
 
 def stage_anchor(name: str) -> str:
-    """Return the anchor of a stage."""
+    """Return the anchor of a stage of the roll-out: poc, pilot or full."""
     return f"stage-{name}"
 
 
 def term_anchor(name: str) -> str:
-    """Return the anchor of a term."""
+    """Return the anchor of a number that the decision is based on (a Term)."""
     return f"term-{name}"
 
 
@@ -106,9 +106,10 @@ def machine_anchor(name: str) -> str:
 
 
 def poc_records(poc: Poc, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
-    """Return the records of the PoC.
+    """Return the records of the PoC: itself, its runs, runs of one plan together, predictions, and tests.
 
-    `case_created`: when the job's published sizes were recorded; "" if there are none.
+    `case_created`: when predictions for the job's published sizes were stored, which gives a record too; ""
+    if there are none.
     """
     records = [_poc(poc), *_runs(poc), *_groups(poc), *_predictions(poc), *_outlook(poc), *_tests(poc)]
     if case_created:
@@ -156,7 +157,8 @@ def _groups(poc: Poc) -> Iterator[ProvenanceRecord]:
 
 
 def choices(poc: Poc) -> tuple[Choice, ...]:
-    """Return the distinct plans of the search that the report shows."""
+    """Return the plans of the search that the report shows, each once: plain training, the recommended plan
+    if there is one, the frontier, and the smallest plan."""
     search = poc.search
     best = [search.recommended] if search.recommended else []
     candidates = (search.baseline, *best, *search.frontier, search.smallest)
@@ -206,7 +208,7 @@ def _tests(poc: Poc) -> Iterator[ProvenanceRecord]:
 
 
 def decision_records(made: Decision) -> tuple[ProvenanceRecord, ...]:
-    """Return the records of the decision: ways, saving, stages and gates."""
+    """Return the records of the decision: options, saving, and stages and gates if there are any."""
     return (*_ways(made), *_saving(made), *_stages(made))
 
 
@@ -240,8 +242,8 @@ def _way_of(decision: Decision, machine: str) -> tuple[str, ...]:
 
 
 def report_records(poc: Poc, made: Decision | None, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
-    """Return all records that figures of a page may link to, except the numbers in the decision's own
-    table.
+    """Return all records that figures of a page may link to, except the numbers that the decision is based on
+    (its terms), which have their own table.
     """
     of_decision = decision_records(made) if made is not None else ()
     return (*poc_records(poc, case_created), *of_decision, *machine_records(poc, made))
@@ -251,7 +253,9 @@ def report_records(poc: Poc, made: Decision | None, case_created: str = "") -> t
 
 
 def machine_records(poc: Poc, made: Decision | None) -> tuple[ProvenanceRecord, ...]:
-    """Return one record per named machine, with the catalog's facts, each with source and date."""
+    """Return one record for each machine that the PoC's predictions at other sizes or the decision's options
+    name, with the catalog's facts on it, each with source and date; without facts if it is not in the
+    catalog."""
     names = [*(row.machine for row in poc.paper), *(row.machine for row in poc.reach)]
     names += [way.machine for way in made.ways if way.machine] if made is not None else []
     return tuple(_machine(name, f"M{i}") for i, name in enumerate(dict.fromkeys(names), 1))

@@ -27,9 +27,11 @@ class Figure:
     """A number with unit, mark and source.
 
     ``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, saving (in percent), times, points,
-    ``money SYMBOL DECIMALS``, or the metric's own unit. ``value`` is None if it is unknown. ``source``:
-    anchor of the record it comes from; a page that lists its records shows no figure without one. ``live``:
-    name by which the page's script finds it.
+    rate (a bare number with more digits), years, hours, steps, runs, factor, ``money SYMBOL DECIMALS``, or
+    another one, such as the metric's, that is shown after the number. ``value`` is None if it is unknown.
+    ``signed``: whether a positive value has a plus sign. ``source``: anchor of the record it comes from; a
+    page that lists its records shows no figure without one. ``live``: name by which the page's script finds
+    it.
     """
 
     value: float | None
@@ -51,24 +53,25 @@ class Sentence:
 
 
 def measured(value: float | None, unit: str, source: str = "") -> Figure:
-    """Return a measured figure."""
+    """Return a measured figure; ``source``: anchor of its record."""
     return Figure(value=value, unit=unit, mark=Mark.MEASURED, source=source)
 
 
 def predicted(value: float | None, unit: str, source: str = "") -> Figure:
-    """Return a predicted figure."""
+    """Return a predicted figure; ``source``: anchor of its record."""
     return Figure(value=value, unit=unit, mark=Mark.PREDICTED, source=source)
 
 
 def assumed(value: float | None, unit: str, source: str = "") -> Figure:
-    """Return an assumed figure."""
+    """Return an assumed figure; ``source``: anchor of its record."""
     return Figure(value=value, unit=unit, mark=Mark.ASSUMED, source=source)
 
 
 def sourced(value: T, source: str) -> T:
     """Return the value with ``source`` set on every figure in it that has none.
 
-    The value is a figure, a tuple, a mapping or a row of this package.
+    Figures are found in tuples, mappings and dataclasses of this package, also nested ones; other values are
+    returned as they are.
     """
     result: Any = value
     if isinstance(value, Figure):
@@ -99,12 +102,15 @@ _SUFFIXES: Final = {"": ""} | _PERCENT | dict.fromkeys(_WORDED, "")
 
 
 def apart(unit: str) -> str:
-    """Return the unit of a difference: points for percentages, otherwise the same unit."""
+    """Return the unit of a difference of two values in ``unit``: points for "%" and "percentage points",
+    otherwise the same unit."""
     return "points" if unit in ("%", "percentage points") else unit
 
 
 def number_text(value: float, unit: str) -> str:
-    """Format ``(2048, "bytes")`` as ``2 KiB``. Three significant digits unless the unit needs more."""
+    """Format ``(2048, "bytes")`` as ``2 KiB``. Other numbers have three significant digits, or two below 1,
+    unless their unit has a form of its own: money is exact to the coin, a rate has five digits, a whole count
+    all of them. Units that are words of a language are not added."""
     if unit == "bytes":
         return format_bytes(value)
     if unit == "s":
@@ -134,7 +140,8 @@ def _cash(value: float, unit: str) -> str:
 
 
 def figure_text(figure: Figure, words: Words) -> str:
-    """Format the figure. An unknown value is stated in words."""
+    """Format the figure in the language of ``words``. A value that is unknown or not finite is said to be not
+    measured, not predicted or not known, by its mark."""
     if figure.value is None or not math.isfinite(figure.value):
         return words.get(f"missing.{figure.mark}")
     if figure.unit == "times":
@@ -170,7 +177,8 @@ def _scaled(value: float, scales: tuple[tuple[float, str], ...]) -> str:
 
 
 def _plain(value: float, digits: int) -> str:
-    """Format with `digits` significant digits, never in exponent form: ``0.00012``, ``1,230``."""
+    """Format with `digits` significant digits, never in exponent form: ``0.00012``, ``1,230``. At most nine
+    decimals are shown, so that tinier values appear as zero."""
     value = float(f"{value:.{digits - 1}e}")
     if value == 0:
         return "0"

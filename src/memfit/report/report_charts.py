@@ -55,9 +55,10 @@ def _cap_rule(cap: Figure, words: Words, *, vertical: bool = False) -> charts.Ru
 
 
 def pareto_plot(view: PocView, words: Words) -> str:
-    """Return the frontier as a staircase with rings, and measured plans as filled dots.
+    """Return the plot of peak memory and step time: plans as predicted as rings, the frontier as a staircase,
+    and plans as measured as filled dots.
 
-    "" if no step time is known.
+    "" if no plan has both figures.
     """
     search = view.search
     dots = _rings(search, words) + _filled(view, words)
@@ -76,8 +77,8 @@ def pareto_plot(view: PocView, words: Words) -> str:
 
 
 def _stairs(search: SearchView) -> list[tuple[float, float]]:
-    """Return the frontier in memory and time alone, without plans that are on it only for their milder effect
-    class.
+    """Return the (peak, step time) of the frontier's plans, without those that another plan beats in memory
+    and time and that are on the frontier only for their milder effect class.
     """
     points = sorted((r.peak.value, r.step.value) for r in search.frontier if r.peak.value and r.step.value)
     corners: list[tuple[float, float]] = []
@@ -132,7 +133,7 @@ def _hint(plan: str, peak: Figure, step: Figure, words: Words) -> str:
 
 
 def loss_plot(curves: Sequence[LossCurve], words: Words) -> str:
-    """Return one loss curve per role and seed. "" if there are none."""
+    """Return the plot of the loss curves; "" if there are none."""
     if not curves:
         return ""
     longest = max(len(c.values) for c in curves)

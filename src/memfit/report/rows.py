@@ -11,7 +11,8 @@ from memfit.types.result import Poc
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """One run. ``peak_error`` and ``step_error``: prediction error in % of the measured value."""
+    """One run. ``peak_error`` and ``step_error``: predicted minus measured, in % of the measured value;
+    ``process_peak``: memory of the process above that at its start; ``overhead``: its ratio to ``peak``."""
 
     name: str
     role: str
@@ -33,7 +34,8 @@ class RunRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseRow:
-    """Predicted and measured peak of one phase of a plan. ``error`` is in % of the measured value."""
+    """Predicted and measured peak of one phase of a plan. ``error``: predicted minus measured, in % of the
+    measured value."""
 
     role: str
     plan: str
@@ -45,7 +47,7 @@ class PhaseRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """One plan of the ladder, over all its completed runs. ``share``: its peak in % of the baseline's."""
+    """One plan that was run, over all its completed runs. ``share``: its peak in % of plain training's."""
 
     role: str
     plan: str
@@ -58,7 +60,8 @@ class Rung:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceRow:
-    """What one run of ``steps`` steps takes: the figure of one step times the number of steps."""
+    """What one run of ``steps`` steps takes: the figure of one step times the number of steps, but the energy
+    of a whole run if it was measured. ``boundary``: what the energy includes."""
 
     role: str
     plan: str
@@ -72,7 +75,7 @@ class ResourceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Live bytes over one step; the first value is at its start and the last at its end."""
+    """Live bytes over one step, from its start to its end, measured or predicted."""
 
     role: str
     mark: Mark
@@ -93,8 +96,8 @@ class ChoiceRow:
     """A plan of the search.
 
     ``low`` and ``high``: range of its peak. ``needed``: bytes compared with the memory. ``device``: low,
-    expected and high bytes on the device; None on a device without a caching allocator. ``traced``: traced
-    whole, not sketched from traces of parts.
+    expected and high bytes on the device; None if they are not predicted, as on a CPU. ``traced``: traced as
+    a whole, not estimated from traces of parts. ``reasons``: why techniques are in it or were left out.
     """
 
     plan: str
@@ -115,7 +118,8 @@ class ChoiceRow:
 class VerdictRow:
     """A verdict.
 
-    Bounds are in the metric's unit; ``in_margins`` has the same in units of the margin, for drawing.
+    ``low`` and ``high``: interval of the ``difference``, in the metric's unit; ``in_margins`` has the same in
+    units of the margin, for drawing, None if they are unknown.
     """
 
     name: str
@@ -150,7 +154,8 @@ class InteractionTable:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PaperSide:
-    """One plan on that machine. Energy, money and carbon are those of 1,000 steps."""
+    """One plan at paper size on one machine of the catalog. Energy, money and carbon are those of 1,000
+    steps; ``boundary``: what the energy includes."""
 
     plan: str
     fits: bool
@@ -176,7 +181,8 @@ class PaperView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReachRow:
-    """The largest size that fits one machine, plain and recommended. ``factor``: recommended over plain."""
+    """The largest size that fits one machine, with plain training (``plain``) and with the smallest allowed
+    plan (``recommended``). ``factor``: the second over the first."""
 
     machine: str
     quantity: str
@@ -190,7 +196,7 @@ class ReachRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchView:
-    """A search result as rows."""
+    """A search result as rows. ``sensitivity``: what changes of the machine would bring."""
 
     goal: str
     considered: Figure
@@ -204,7 +210,8 @@ class SearchView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EstimateView:
-    """What the peak consists of: (name, bytes, % of the peak), largest first; phases in order."""
+    """What the peak consists of: (name, bytes, % of the peak), largest first. ``phases``: peak of each phase,
+    in order; ``device_parts``: memory held on the device, in % of its sum."""
 
     plan: str
     peak: Figure

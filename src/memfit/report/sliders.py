@@ -1,4 +1,5 @@
-"""Data for the page's sliders: their ranges, and the numbers that decision.js recomputes."""
+"""Data for the page's sliders: their ranges, and the numbers from which decision.js computes the costs
+again."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ _MOVED: Final = ("energy", "hardware", "labour", "setup", "runs", "utilisation")
 
 
 def sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
-    """Return the start, range and step of each slider."""
+    """Return slider -> its start, low end, high end and step."""
     t = made.terms
     energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
     usual_energy = energy or 0.2 * t.per_usd
@@ -31,7 +32,8 @@ def sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
 
 
 def _slider(start: float, low: float, high: float, step: float) -> Mapping[str, float]:
-    """Return a slider's range with the start on one of its steps.
+    """Return a slider's start, low end, high end and step, with the ends moved so that the start lies within
+    them and on a step.
 
     A browser keeps a slider within its range and on its steps, which count from the low end.
     """
@@ -40,7 +42,9 @@ def _slider(start: float, low: float, high: float, step: float) -> Mapping[str, 
 
 
 def _stages(decision: Decision) -> Mapping[str, Any]:
-    """Return the inputs of the stages' money. Stages keep their machines when sliders move."""
+    """Return what decision.js needs to compute the money of the stages again: energy and hours of the PoC,
+    the indices of the options of pilot and full stage, which keep their machines when sliders move, and the
+    most expensive ends of the ranges. None for what is unknown."""
     stages = {stage.name: stage for stage in decision.stages}
     poc, pilot, full = (stages.get(name) for name in ("poc", "pilot", "full"))
     return {
@@ -52,8 +56,9 @@ def _stages(decision: Decision) -> Mapping[str, Any]:
 
 
 def played(made: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any]:
-    """Return what decision.js needs to compute the same sheets: ways, terms, and which way is in which
-    slot.
+    """Return what decision.js needs to compute the costs of all options again: the options, the common terms,
+    which option is in which column (``slots``: (column, index of the option)), sliders, stages, currency and
+    ranges.
     """
     own_kinds = {w.kind for w in made.ways if not w.of_catalog}
     names = {swing.name for swing in made.swings}

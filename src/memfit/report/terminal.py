@@ -49,7 +49,8 @@ Parts = Sequence[tuple[str, Figure, Figure]]
 
 
 def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
-    """Print the answer, every run, the verdicts, the effort and the report's path.
+    """Print the workload, the answer, every run with its failure, the verdicts, the effort, the notes, and
+    the report's path.
 
     Raises UserError for an unknown `lang`.
     """
@@ -79,7 +80,10 @@ _COSTED_STEPS = 1000
 def print_search(
     result: SearchResult, *, console: Console, lang: str, correction: Calibration | None = None
 ) -> None:
-    """Print the frontier, the recommended plan and the reasons. Raises UserError for an unknown `lang`."""
+    """Print the need of plain training, the frontier (at most twelve rows, and the recommended plan), the
+    recommended plan with its reasons, and what changes of the machine would bring. Without a recommended plan
+    print what the smallest needs. ``correction``: the calibration by which step times were corrected. Raises
+    UserError for an unknown `lang`."""
     words, view = load_words(lang), search_view(result)
     cap = _text(view.cap, words)
     goal = words.name("goal", view.goal)
@@ -119,7 +123,8 @@ def print_search(
 def _print_cautions(
     result: SearchResult, correction: Calibration | None, words: Words, console: Console
 ) -> None:
-    """Print what the step times are based on, and whether the search was interrupted."""
+    """Print that the search was interrupted, that timings are noisy, and by which runs step times were
+    corrected, as far as each is the case."""
     if result.unfinished:
         console.print(Text(words.get("terminal.unfinished"), style="bold yellow"))
     if result.timings is not None and result.timings.noisy:
@@ -153,7 +158,8 @@ def _noise(timings: Timings, words: Words) -> str:
 
 
 def _cost(result: SearchResult, words: Words) -> str | None:
-    """Return the cost of 1,000 steps of the recommended plan, or None if the catalog has no price."""
+    """Return the time, cost and CO2 of 1,000 steps of the recommended plan, or None if there is no such plan
+    or its step time or price is unknown."""
     best = result.recommended.estimate if result.recommended else None
     if best is None or best.step_s is None or best.usd is None:
         return None
@@ -175,7 +181,8 @@ def _correction(calibration: Calibration, words: Words) -> str:
 
 
 def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
-    """Print what the peak consists of. Raises UserError for an unknown `lang`."""
+    """Print the predicted memory, whether the host has enough, warnings, the first `MOST_ASSUMPTIONS`
+    assumptions, and what the peak consists of. Raises UserError for an unknown `lang`."""
     words, view = load_words(lang), estimate_view(estimate)
     peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
     console.print(Text(words.get("terminal.estimate", plan=view.plan), style="bold"))
@@ -210,7 +217,8 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
 
 
 def _host(estimate: Estimate, words: Words) -> str | None:
-    """Say whether the device's host has the memory that the plan needs there; None on a CPU."""
+    """Return the sentence on whether the host has the memory that the plan needs there, or that this is
+    unknown. None if no need is predicted, or on a CPU, whose memory is the device's."""
     need, host_memory_bytes = estimate.host_bytes, estimate.host_memory_bytes
     if need is None or "tensors" in estimate.host_parts_bytes:
         return None
@@ -229,7 +237,8 @@ def _host(estimate: Estimate, words: Words) -> str | None:
 
 
 def _split(dependence: SampleDependence | None, words: Words) -> Text | None:
-    """Return the warning about splitting the batch, if the plan splits it."""
+    """Return the warning that splitting the batch changes the training, or that this was not tested. None if
+    the plan does not split it or the samples are independent."""
     if dependence is None or dependence.kind is DependenceKind.INDEPENDENT:
         return None
     if dependence.kind is DependenceKind.NOT_TESTED:
@@ -246,7 +255,7 @@ def _text(figure: Figure, words: Words) -> str:
 
 
 def new_table(columns: Iterable[str], *, left: int = 1) -> Table:
-    """Return an empty table.
+    """Return a table with these columns and no rows.
 
     The first `left` columns are text and may wrap; the rest are numbers and may not.
     """
@@ -282,7 +291,7 @@ def _run_cells(row: RunRow, words: Words) -> list[Text]:
 
 
 def _folded(plan: str) -> str:
-    """Put each technique on its own line."""
+    """Return the plan's label with each technique on its own line."""
     return plan.replace(" + ", "\n+ ")
 
 
@@ -338,12 +347,13 @@ def _plain_line(view: SearchView, cap: str, words: Words) -> str:
 
 
 def _need(row: ChoiceRow) -> Figure:
-    """Return the bytes that are compared with the memory, or the peak for records without them."""
+    """Return the bytes that are compared with the memory, or the peak if the record does not have them."""
     return row.peak if row.needed.value is None else row.needed
 
 
 def _spread(rows: Sequence[ChoiceRow]) -> list[ChoiceRow]:
-    """Shorten a long frontier to its ends, some rows evenly between them, and the recommended plan."""
+    """Return the rows; of more than twelve the first, the last, ten spread evenly between them, and the
+    recommended plan."""
     step = max(1.0, (len(rows) - 1) / (_MOST_ROWS - 1))
     indices = {round(i * step) for i in range(_MOST_ROWS)}
     return [row for i, row in enumerate(rows) if i in indices or row.recommended]
@@ -376,9 +386,9 @@ def _reason(reason: Sentence, words: Words) -> Padding:
 
 
 def _few_modules(parts: Parts, words: Words) -> Parts:
-    """Return the largest modules, with the others combined in one line.
+    """Return the first `MOST_MODULES` modules, with the others combined in one line.
 
-    The root module is named, as its path is empty.
+    ``parts``: (path, bytes, share), largest first. The root, whose path is empty, gets a name.
     """
     modules = [(name or words.get("text.root"), size, share) for name, size, share in parts]
     rest = modules[MOST_MODULES:]

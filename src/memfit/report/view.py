@@ -1,7 +1,7 @@
-"""Convert a Poc to plain tables and series: numbers with their provenance, no words and no markup.
+"""Convert a Poc to plain tables and series: figures with their marks and sources, no words and no markup.
 
-A run that did not complete has no measured figures to compare, so only its outcome is shown. Runs of one plan
-are pooled in tables with one line per plan.
+The measured peak, step time and metric of a run that did not complete are left out. Runs of one plan are
+pooled in tables with one line per plan.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _group(runs: Sequence[Run]) -> str:
 
 
 def estimate_view(estimate: Estimate) -> EstimateView:
-    """Convert an estimate to rows."""
+    """Convert an estimate to rows. Shares are of the peak of live tensors, those of ``device_parts`` of their
+    sum."""
     peak, chance = estimate.allocated_bytes, estimate.oom_probability
     return EstimateView(
         plan=estimate.plan.label,
@@ -137,7 +138,7 @@ def _shares(parts: Iterable[tuple[str, int]], whole: float) -> tuple[tuple[str, 
 
 
 def _error(guess: float | None, truth: float | None) -> Figure:
-    """Return predicted minus measured, in % of measured.
+    """Return predicted minus measured, in % of measured; unknown if one of them is, or if measured is 0.
 
     It is marked as measured, because it rests on a measurement.
     """
@@ -171,7 +172,8 @@ def _run_row(run: Run, metric_unit: str) -> RunRow:
 
 
 def _phase_rows(runs: Sequence[Run]) -> tuple[PhaseRow, ...]:
-    """Return the rows of one run, which represents its plan: phases of equal plans have equal peaks."""
+    """Return one row per phase of the first completed run with measured phases, which stands for all runs of
+    its plan, or of the first run if there is none."""
     run = next((r for r in ok_runs(runs) if r.measurement.phase_peak_bytes), runs[0])
     measured_bytes, predicted_bytes = run.measurement.phase_peak_bytes, run.predicted_phase_peak_bytes
     return tuple(
@@ -206,7 +208,7 @@ def _rung(runs: Sequence[Run], base_bytes: int | None) -> Rung:
 
 
 def thin(values: Sequence[int], most: int = MAX_POINTS) -> tuple[int, ...]:
-    """Reduce to at most `most` values. Each bin keeps its largest value, so that no peak is lost."""
+    """Return the values; of more than `most`, the largest of each of `most` bins, so that no peak is lost."""
     if len(values) <= most:
         return tuple(values)
     edges = [i * len(values) // most for i in range(most + 1)]
@@ -233,7 +235,8 @@ def _timelines(poc: Poc) -> tuple[Timeline, ...]:
 
 
 def _losses(runs: Sequence[Run]) -> tuple[LossCurve, ...]:
-    """Return one curve per role and seed: the same seed under another cap is the same training."""
+    """Return the loss curves of completed runs of plain training and of the recommended plan, one per role
+    and seed: the same seed under another cap is the same training."""
     curves: dict[tuple[str, int], LossCurve] = {}
     for run in ok_runs(runs):
         spec, losses = run.spec, run.measurement.losses
@@ -341,9 +344,10 @@ def _resources(runs: Sequence[Run], estimates: Mapping[str, Estimate]) -> Resour
 
 
 def _energy(runs: Sequence[Run], estimate: Estimate | None) -> tuple[Figure, str]:
-    """Return the energy measured over the run, else the estimate.
+    """Return (energy of a run, what it includes): the median over the completed runs with a measurement, else
+    the prediction for one step times the number of steps.
 
-    Energy counts as predicted if its boundary says that it is modelled.
+    A measurement counts as predicted if its boundary says that it is modelled.
     """
     measurements = [r.measurement for r in ok_runs(runs) if r.measurement.energy_j is not None]
     if measurements:

@@ -23,7 +23,7 @@ class Words:
     """The texts of one language.
 
     ``texts`` maps a dotted key (``outcome.oom``) to a text with ``{placeholders}``. ``told`` maps English
-    texts written by other packages to this language; it is empty for English.
+    texts written by other packages, also with placeholders, to this language; it is empty for English.
     """
 
     lang: str
@@ -38,10 +38,10 @@ class Words:
         return self.tight(key, placeholders).format(**placeholders)
 
     def tight(self, key: str, values: Mapping[str, object]) -> str:
-        """Return the text of `key`, unfilled.
+        """Return the text of `key` with its placeholders, which are not filled.
 
-        In Japanese, the space after a placeholder is removed if its value ends in a Japanese character and
-        another one follows.
+        In Japanese, the space after a placeholder is removed if its value is text that ends in a Japanese
+        character and the text goes on with one.
         """
         text = self.texts[key]
         for name, value in values.items() if self.lang == "ja" else ():
@@ -50,12 +50,13 @@ class Words:
         return text
 
     def name(self, group: str, value: str) -> str:
-        """Return the word for a name that other packages define (a phase, a category), or the name itself."""
+        """Return the text of the key ``GROUP.VALUE``, for a name that other packages define (a phase, a
+        category); without such a key the name, with spaces for underscores."""
         return self.texts.get(f"{group}.{value}", value.replace("_", " "))
 
     def of(self, text: str) -> str:
-        """Translate a text of another package, or return it unchanged (a name, a citation, a text by
-        others).
+        """Return the translation of an English text of another package by ``told``, or the text unchanged if
+        there is none (a name, a citation, a text by others).
         """
         if text in self.told:
             return self.told[text]
@@ -88,7 +89,7 @@ def _told(lang: str) -> Mapping[str, str]:
 
 @functools.cache
 def _patterns(lang: str) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Return patterns for the translated texts with placeholders, longest first."""
+    """Return (pattern, translation) for the English texts with placeholders, longest first."""
     templates = sorted((text for text in _told(lang) if "{" in text), key=len, reverse=True)
     return tuple((re.compile(_pattern(text)), _told(lang)[text]) for text in templates)
 
