@@ -169,7 +169,8 @@ def in_rows(rows: DTensor, parts: int) -> Pieces:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlace:
     """Where this rank keeps a parameter of ``shape``. ``owner`` is the tensor that holds its values: the fp32
-    master if there is one, else the parameter. If the parameter is trained, the optimizer has state for it.
+    master if there is one, else the parameter or this rank's shard of it. If the parameter is trained, the
+    optimizer has state for the owner.
 
     If ``at`` is None, the owner has the shape of the parameter, whose rows consist of ``fused`` fused parts
     (0: not fused). Otherwise the owner is flat, and holds the parameter's elements from ``start`` to ``end``

@@ -1,1 +1,1 @@
-"""Run one training step on fake tensors and record the lifetime of every storage."""
+"""Run training steps on fake tensors and record the lifetime of every storage and every operator call."""

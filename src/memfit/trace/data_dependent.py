@@ -70,7 +70,8 @@ class Guesses:
         are not used and the answer is not listed as an assumption; one line of one call that keeps asking
         gets False now and then.
 
-        Raises UserError if a line without a bound asks more than 1000 times with ``told=True``.
+        Raises UserError if a line without a bound asks more than 1000 times with ``told=True`` (a million
+        times if the line is not known).
         """
         is_bool, is_float = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
         is_guess = value is not None and is_assumed(self.shadows.of(tensor))
@@ -353,7 +354,8 @@ def _pack_padded_sequence(
 
 def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
     """Return lengths of ``rows`` sequences with ``size`` elements in total: the first as long as possible,
-    the others about equal. Each is between 1 and ``longest``."""
+    the others about equal. Each is between 1 and ``longest``; a ``size`` that does not allow this is
+    replaced by the nearest that does."""
     size = min(max(size, rows), longest * rows)
     max_length = min(longest, size - rows + 1)
     rest_length, remainder = divmod(size - max_length, max(1, rows - 1))

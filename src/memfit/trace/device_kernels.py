@@ -2,8 +2,9 @@
 
 For CUDA:
 
-- Attention uses the flash kernel (half precision, no mask) or the memory-efficient kernel, as torch's own
-  dispatcher chooses (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+- Attention uses the flash kernel (half precision, no mask, a head dim of at most 256) or else the
+  memory-efficient kernel, as torch's own dispatcher chooses
+  (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 - Dropout keeps a mask of one byte per element (``native_dropout``). The CPU keeps a mask of the input's
   dtype.
 - Under autocast, the functions in CUDA's float32 list run in float32 (aten/src/ATen/autocast_mode.h). The CPU

@@ -93,7 +93,8 @@ def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
 
 @dataclasses.dataclass(kw_only=True)
 class _Watch:
-    """Reads peaks from a ledger event by event, separately for device and host."""
+    """Reads peaks from a ledger event by event, separately for device and host. ``mark`` is the clock at
+    which the event began."""
 
     ledger: Ledger
     mark: int = 0

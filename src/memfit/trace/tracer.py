@@ -86,7 +86,8 @@ def trace(
 
     If values had to be assumed, other values are traced as well (`widened`). Raises UserError if the plan
     does not suit the job, if a size depends on values that are neither known nor bounded, or if the step
-    fails after a value was guessed. Other errors of the user's code are raised as they are.
+    fails after a value was guessed. Other errors of the user's code are raised as they are. Raises
+    MemfitError as `fake_ranks` does.
     """
     ledger = Ledger(device, lines=lines, guesses=Guesses(job.bound))
     scratch = plan.ranks > 1 and device == "cpu"
@@ -284,8 +285,8 @@ def _marker(ledger: Ledger, step: TrainingStep) -> Any:
 
 
 def _label_state(ledger: Ledger, step: TrainingStep) -> None:
-    """Label the optimizer's state and then the model's parameters and buffers. The parameters come last
-    because a label replaces an earlier one."""
+    """Label the optimizer's state, and then the model's parameters and buffers, whose label therefore holds
+    for a storage that belongs to both."""
     owner = {id(p): name.rpartition(".")[0] for name, p in step.model.named_parameters()}
     for param, state in step.optimizer.state.items():
         ledger.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)) or ledger.owner(param))
@@ -377,8 +378,9 @@ def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
 @contextlib.contextmanager
 def _guesses_blamed(ledger: Ledger) -> Iterator[None]:
     """Attribute an error inside this context to a guessed value, if there was one: another value may work, or
-    the user can give it. Raises Doubted if a condition was assumed to be true, else UserError if another
-    value was guessed. Errors of other kinds, and those that memfit raises itself, are raised as they are."""
+    the user can give it. Raises Doubted if a condition was assumed to be true and the error is not one that
+    memfit itself found. Otherwise raises UserError if a value was guessed and the error is a RuntimeError,
+    ValueError, IndexError or TypeError. Other errors are raised as they are."""
     guesses = ledger.guesses
     try:
         yield

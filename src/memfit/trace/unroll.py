@@ -120,7 +120,7 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
     """Return the trace with the ``wanted`` blocks, from the trace ``shallow`` with the ``given`` blocks and
     the trace ``deeper`` with one period more.
 
-    ``wanted`` must have a whole number of periods more or fewer than ``given``. Raises Mismatch if unrolling
+    ``wanted`` must have a whole number of periods more than ``given``. Raises Mismatch if unrolling
     ``shallow`` by one period does not give ``deeper``.
     """
     assert (wanted.count - given.count) % given.period == 0, (given, wanted)
@@ -281,8 +281,10 @@ def canonical(trace: Trace) -> Trace:
 
 
 class _Unrolled:
-    """A shallow trace made deeper. ``origin[i]`` is the shallow allocation that new allocation ``i`` copies,
-    and ``op_origin[i]`` is the shallow operator that new operator ``i`` copies."""
+    """The trace ``trace`` with the ``wanted`` blocks, made from ``shallow`` with the ``given`` blocks by
+    repeating period ``middle``. ``origin[i]`` is the index in ``shallow`` of the allocation that the
+    allocation ``i`` of ``trace`` copies, and ``op_origin[i]`` that of the operator call that its call ``i``
+    copies. Raises Mismatch if a copy would free an allocation that does not exist."""
 
     def __init__(self, shallow: Trace, given: Blocks, wanted: Blocks, middle: int) -> None:
         self.shallow, self.given, self.first, self.middle = shallow, given, wanted.first, middle
