@@ -45,7 +45,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def knowing(model: torch.nn.Module) -> list[Axial]:
-    """Return the modules that support inputs cut across ranks."""
+    """Return the modules of the model that support inputs cut across ranks, which are those that derive from
+    `Axial`."""
     from memfit.techniques.axial import Axial
 
     return [module for module in model.modules() if isinstance(module, Axial)]
@@ -62,7 +63,7 @@ TECHNIQUE = Technique(
     apply=_apply,
     settings=_nothing,
     order=49,  # chunking runs modules whole
-    knobs=(Knob(name="degree", default=2, doc="ranks that share a sample"),),
+    knobs=(Knob(name="degree", default=2, doc="number of ranks that share each sample"),),
     # context-parallel and tensor-parallel also share the memory of a sample; zero and sharded-ddp average
     # over data-parallel ranks only; the others have not been tried together with it.
     forbids=(

@@ -57,12 +57,14 @@ class Hole:
 class Chain:
     """A model as a chain of blocks.
 
-    - ``uses`` maps a parameter name to the positions at which it is used.
-    - ``carried`` holds, for each block, the tensors among its flattened (args, kwargs) that the block before
-      made.
-    - ``returns`` holds what blocks return, with tensors as `Hole`.
-    - ``before`` holds what modules return that are called once before the first block, with tensors as
-      `Hole`.
+    - ``path`` is the path of the module that contains the blocks.
+    - ``uses`` maps a parameter name to the positions at which it is used (-1: before the first block;
+      ``len(blocks)``: after the last).
+    - ``carried`` maps, for each block, the indices in its flattened (args, kwargs) of the tensors that the
+      position before made to their `Hole`.
+    - ``returns`` holds what each block returns, with tensors as `Hole`.
+    - ``before`` maps names of modules that have parameters and are called once, before the first block, to
+      what they return, with tensors as `Hole`.
     """
 
     path: str
@@ -74,8 +76,11 @@ class Chain:
 
 
 def record_chain(bench: Workbench, parts: int) -> Chain:
-    """Record the chain of the workbench's model on one of ``parts`` equal parts of its batch. Raises
-    UserError if the model is not a chain of blocks."""
+    """Record the chain of the workbench's model in a forward pass of the first of ``parts`` equal parts of
+    the job's first batch.
+
+    Raises UserError if no repeated blocks are found, or the model is not a chain of them.
+    """
     path, blocks = find_blocks(bench.model, bench.job.blocks)
     with _disable_current_modes():
         batch = bench.first_part(parts)
@@ -93,7 +98,7 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
             del fake_tensors
     if recorder.position != len(blocks):
         raise UserError(
-            f"the loss does not call every block of {path}", hint="name the blocks in Job(blocks=...)"
+            f"the job's loss does not call every block of {path}", hint="name the blocks in Job(blocks=...)"
         )
     for name, _ in bench.model.named_parameters():
         block_indices = [i for i in range(len(blocks)) if name.startswith(f"{path}.{i}.")]
@@ -111,7 +116,9 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
 
 
 class _Recorder(TorchDispatchMode):
-    """Follows storages that depend on parameters, and notes at which position each was made."""
+    """Mode that follows storages that depend on parameters, and notes at which position each was made.
+    ``names`` maps the keys of parameters' storages to their names. Raises UserError where the model is not a
+    chain."""
 
     def __init__(self, names: Mapping[int, str], path: str, blocks: list[torch.nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -164,7 +171,7 @@ class _Recorder(TorchDispatchMode):
 
     def _broken(self, reason: str) -> UserError:
         return UserError(
-            f"the model is not a chain of blocks: {reason}",
+            f"pipeline cannot cut the model, which is not a chain of blocks: {reason}",
             allowed=f"modules in {self.path} that pass their output to the next one and to nothing else",
             hint="move such operations into the blocks, or name other blocks in Job(blocks=...)",
         )
@@ -219,8 +226,9 @@ class _Recorder(TorchDispatchMode):
         return call
 
     def _output(self, index: int, block: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the output of a block. If an equal block had the same inputs, the block is not run and the
-        output is like that block's."""
+        """Return the output of block ``index``. If an equal earlier block had the same inputs (tensors of the
+        same shapes and dtypes) and no other effect than its output, the block is not run, and the output
+        consists of new tensors like those of that block's output."""
         inputs = (holes((args, kwargs)), self.carried[-1])
         if self._twins[index] in self._ran and _same(self._ran[self._twins[index]][0], inputs):
             out = _pytree.tree_map_only(torch.Tensor, torch.empty_like, self._ran[self._twins[index]][1])
@@ -242,8 +250,9 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def called_once(self) -> dict[str, Any]:
-        """Return what outermost modules returned that hold parameters and were called once, entirely before
-        the blocks."""
+        """Return what modules returned, by their names and with tensors as `Hole`, that were called once,
+        entirely before the blocks, and hold a parameter that is used only there. Modules inside another such
+        module are left out."""
         early_names = {n for n, positions in self.uses.items() if positions == {-1.0}}
         results: dict[str, Any] = {}
         for name, outs in sorted(self._called.items(), key=lambda pair: pair[0].count(".")):
@@ -259,7 +268,7 @@ def holes(value: Any) -> Any:
 
 
 class Zeros:
-    """Replaces holes by zeros that take no memory: views of one element per dtype."""
+    """Replaces holes by zeros that take no memory: views of one element per dtype on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -277,8 +286,9 @@ class Zeros:
 
 @contextlib.contextmanager
 def _lent(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[dict[int, torch.Tensor]]:
-    """Give the model fake copies of its parameters and buffers. Afterwards every module's attributes are
-    restored, including tables that a forward caches."""
+    """Give the model fake copies of its parameters and buffers, inside this context. Yield them by the id of
+    the original. Afterwards every module's attributes are restored, also where a forward has cached
+    tables."""
     module_states = [(module, dict(vars(module))) for module in model.modules()]
     copies: dict[int, torch.Tensor] = {}
 

@@ -76,8 +76,8 @@ def _look(bench: Workbench) -> None:
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:
-    """Return the model's blocks. Recomputation in backward starts at blocks, where the model's own forward
-    has ended."""
+    """Return the model's blocks, or none if no repeated blocks are found. Recomputation in backward starts at
+    blocks, where the model's own forward has ended."""
     try:
         return find_blocks(bench.model, bench.job.blocks)[1]
     except UserError:
@@ -99,8 +99,8 @@ def _under(module: torch.nn.Module, mode: Any) -> None:
 
 @contextlib.contextmanager
 def _packing_unseen() -> Iterator[None]:
-    """Disable Hugging Face's detection of packed sequences, which takes jumps in positions for several
-    sequences."""
+    """Disable, inside this context, Hugging Face's detection of packed sequences, which takes jumps in
+    positions for several sequences."""
     if "transformers.masking_utils" not in sys.modules:
         yield
         return
@@ -115,7 +115,8 @@ def _length(batch: Any, dim: int) -> int:
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim() > dim]
     if not tensors:
         raise UserError(
-            "no tensor of the batch has a sequence dimension", hint="name the dimension in Job(sequence_dim=)"
+            "context-parallel finds no tensor in the batch that has the sequence dimension of the job",
+            hint="name the dimension in Job(sequence_dim=...)",
         )
     return int(tensors[0].shape[dim])
 
@@ -140,7 +141,8 @@ def _shifted(batch: Any) -> Any:
 
 
 def _terms(part: Any) -> int | None:
-    """Return the number of labels that count, which differs between slices of a sequence."""
+    """Return the number of labels in a part of a batch that are not ignored, which differs between slices of
+    a sequence. Return None if the part is no mapping with integer labels of at least two dimensions."""
     labels = part.get("shift_labels", part.get("labels")) if isinstance(part, Mapping) else None
     if labels is None or labels.dim() < 2 or labels.is_floating_point():
         return None
@@ -158,7 +160,7 @@ TECHNIQUE = Technique(
     apply=_apply,
     settings=_nothing,
     order=46,
-    knobs=(Knob(name="degree", default=2, doc="ranks that share a sequence"),),
+    knobs=(Knob(name="degree", default=2, doc="number of ranks that share each sequence"),),
     forbids=("zero", "pipeline", "selective-checkpointing"),
     look=_look,
 )

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 _SYNC = Knob(
     name="sync",
     default="every",
-    doc="reduce gradients after every micro-batch, or only after the last (no_sync: whole gradients are kept "
-    "until then); in a pipeline FSDP2 does so in each stage's last backward, and gathers once where reshard "
-    "is false",
+    doc="when gradients are reduced; every: after every micro-batch; last: only after the last (no_sync: "
+    "whole gradients are kept until then), but with fsdp2 in a pipeline in the last backward of each stage, "
+    "until which reshard=False keeps parameters gathered",
     choices=("every", "last"),
 )
 
@@ -75,7 +75,7 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     replicas = bench.world.layout.replicate
     if replicas > 1 and bench.world.layout.shard == 1:  # a mesh of one dimension would be sharded over
         raise UserError(
-            f"{replicas} replicas over {replicas} data-parallel ranks leave nothing to shard",
+            f"{replicas} replicas of fsdp2 over {replicas} data-parallel ranks leave nothing to shard",
             hint="use ddp, or fewer replicas",
         )
     mesh = bench.world.sub("replicate", "shard") if bench.world.layout.context == 1 else _with_context(bench)
@@ -109,9 +109,12 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool], None]:
-    """Return a function that makes every pipeline stage reduce gradients in its own last backward. With
-    ``stay``, parameters stay gathered until then, as when torch's schedules are given FSDP2's modules
-    (torch.distributed.pipelining.stage)."""
+    """Return a function to call before each backward, with whether it is the last of the step. It makes every
+    pipeline stage reduce gradients in that stage's last backward of the step.
+
+    With ``stay``, parameters stay gathered until then, as when torch's schedules are given FSDP2's modules
+    (torch.distributed.pipelining.stage).
+    """
     from torch.distributed.fsdp import FSDPModule
 
     fsdp_modules = [m for m in root.modules() if isinstance(m, FSDPModule)]
@@ -127,8 +130,9 @@ def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool],
 
 
 def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[str, Any]) -> list[Any]:
-    """Shard the model and return the groups that are gathered together, the root last. Islands are groups of
-    their own that are not cast."""
+    """Shard the model. Return the groups of `_groups` after sharding, the root last. If parameters are cast
+    or have several dtypes, islands with parameters are not cast. Islands that are no group then become
+    further groups, which are not returned."""
     from torch.distributed.fsdp import fully_shard
 
     group_specs = _groups(bench, str(settings.get("units")), settings["reshard"])
@@ -170,13 +174,13 @@ def _optimize_on_host(bench: Workbench) -> None:
 
 
 def _with_context(bench: Workbench) -> Any:
-    """Return a mesh that shards parameters over data and context ranks together. Raises UserError if there
-    are also replicas."""
+    """Return a mesh that shards parameters over data-parallel ranks and the ranks that share a sample
+    together. Raises UserError if there are also replicas."""
     flat = bench.world.flat("shard", "context")
     if bench.world.layout.replicate > 1:
         raise UserError(
-            "fsdp2 with replicas does not support context-parallel yet",
-            hint="leave out the replicas or context-parallel",
+            "fsdp2 with replicas does not support context-parallel and axial-parallel",
+            hint="leave out the replicas, or the technique that cuts samples",
         )
     return flat
 
@@ -191,8 +195,9 @@ def _blocks(bench: Workbench) -> list[Any]:
 
 
 def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any, bool]]:
-    """Return the groups that are gathered together, each with whether it is freed after forward. The root,
-    with everything else, comes last."""
+    """Return (group, whether its gathered parameters are freed after forward) for the groups that are
+    gathered together: modules or lists of modules, as the knobs ``units`` and ``reshard`` say. The last group
+    is the model, for everything that is in no other group."""
     blocks = _blocks(bench)
     modules_before, modules_after = _beside(bench, blocks)
     modules: list[Any] = list(blocks)
@@ -207,8 +212,9 @@ def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any,
 
 
 def _beside(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the root's own modules that have parameters and contain no blocks: those before the blocks
-    (embedding) and those after them (last norm, head)."""
+    """Return the modules of `_callable` that have parameters and contain no blocks: those before the blocks
+    (embedding) and those after them (last norm, head), in the order of the model's attributes. Without
+    blocks, all are before."""
     block_modules = {m for block in blocks for m in block.modules()}
     modules_before: list[Any] = []
     modules_after: list[Any] = []
@@ -242,7 +248,8 @@ def _precision(name: str) -> Any:
 
 
 def _prefetch(groups: list[Any], depth: int) -> None:
-    """Prefetch ``depth`` groups. Torch by itself prefetches one group, in backward."""
+    """Let each group prefetch the next ``depth`` groups, in forward and in backward. With a depth of 1, leave
+    it to torch, which prefetches one group, in backward."""
     if depth <= 1:
         return
     for i, group in enumerate(groups):
@@ -251,7 +258,8 @@ def _prefetch(groups: list[Any], depth: int) -> None:
 
 
 def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[Space], Iterable[Mapping[str, KnobValue]]]:
-    """Propose ``settings`` for plans of several ranks. The technique is useless on one rank."""
+    """Return a function of a space that proposes ``settings`` for plans of several ranks, and nothing for one
+    rank, where the technique is useless."""
     return lambda space: settings if space.ranks > 1 else ()
 
 
@@ -268,8 +276,13 @@ DDP = Technique(
     order=90,
     slot="data-parallel",
     knobs=(
-        Knob(name="bucket_mib", default=25, doc="MiB of gradients reduced together"),
-        Knob(name="bucket_view", default=True, doc="gradients are views of buckets", choices=(True, False)),
+        Knob(name="bucket_mib", default=25, doc="size of DDP's buckets: MiB of gradients reduced together"),
+        Knob(
+            name="bucket_view",
+            default=True,
+            doc="True: gradients are views of buckets; False: they are separate and copied to buckets",
+            choices=(True, False),
+        ),
         _SYNC,
     ),
     forbids=("optimizer-in-backward",),
@@ -287,23 +300,41 @@ FSDP2 = Technique(
         Knob(
             name="reshard",
             default=True,
-            doc="free gathered parameters after forward; blocks: those of blocks only, as torch before 2.8; "
-            "not-last: those of all blocks but the last",
+            doc="which gathered parameters are freed after forward; True: all; False: none; blocks: all but "
+            "those of the root group, as torch before 2.8; not-last: all but those of the last group before "
+            "the root and of the root",
             choices=(True, False, "blocks", "not-last"),
         ),
         Knob(
-            name="precision", default="as-is", doc="dtype of gathered parameters", choices=("as-is", "bf16")
+            name="precision",
+            default="as-is",
+            doc="dtype of gathered parameters; as-is: that of their shards; bf16: bfloat16, with gradients "
+            "reduced in float32",
+            choices=("as-is", "bf16"),
         ),
-        Knob(name="prefetch", default=1, doc="groups gathered ahead"),
-        Knob(name="replicas", default=1, doc="copies of the sharded model (HSDP)"),
+        Knob(
+            name="prefetch",
+            default=1,
+            doc="groups gathered ahead in forward and backward; 1: as torch does, one group in backward",
+        ),
+        Knob(
+            name="replicas",
+            default=1,
+            doc="copies of the sharded model (HSDP); a divisor of the number of data-parallel ranks",
+        ),
         Knob(
             name="units",
             default="blocks",
-            doc="what is gathered at once: each block; parts: also each module before or after the blocks; "
-            "ends: as parts, but all modules after the blocks together",
+            doc="what is gathered at once; blocks: each block; parts: also each module before or after the "
+            "blocks; ends: as parts, but all modules after the blocks together; the rest is the root group",
             choices=("blocks", "parts", "ends"),
         ),
-        Knob(name="offload", default=False, doc="shards live in host memory", choices=(True, False)),
+        Knob(
+            name="offload",
+            default=False,
+            doc="whether shards of parameters and gradients are in host memory and updated there",
+            choices=(True, False),
+        ),
         _SYNC,
     ),
     # Neither bitsandbytes nor torch's Adafactor supports DTensor.

@@ -32,7 +32,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None or mesh.ndim > 1 or int(settings["degree"]) != ranks:
         raise UserError(
             f"expert-parallel of degree {settings['degree']} does not fit {ranks} data-parallel ranks",
-            allowed=f"degree={ranks}, and one dimension of data parallelism",
+            allowed=f"degree={ranks}, if that is at least 2 and fsdp2 has no replicas",
         )
     group = mesh.get_group()
     for name in _mixtures(bench):
@@ -53,7 +53,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _mixtures(bench: Workbench) -> list[str]:
-    """Return the names of the modules that hold experts. Raises UserError if there are none."""
+    """Return the names of the modules that hold experts: those that match the job's ``experts``, or, if that
+    is None, those built like Hugging Face's. Raises UserError if there are none."""
     names = [name for name, _ in bench.model.named_modules()]
     if (pattern := bench.job.experts) is not None:
         mixtures = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
@@ -84,8 +85,9 @@ class _Dealt:
 
 
 def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
-    """Keep only this rank's experts in the module. Raises UserError if the module is not as described
-    above."""
+    """Keep only the experts of ``rank`` in the module. Raises UserError if the module neither has a
+    ModuleList of experts as its only child nor is built like Hugging Face's, or if the ranks cannot share the
+    experts equally."""
     import torch
 
     lists = [(n, m) for n, m in module.named_children() if isinstance(m, torch.nn.ModuleList)]
@@ -94,7 +96,8 @@ def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
     if not total or (not is_grouped and len(list(module.named_children())) > 1):
         raise UserError(
             f"{name} is not a module of experts",
-            allowed="one nn.ModuleList, or gate_up_proj, down_proj and act_fn",
+            allowed="a module whose only child is an nn.ModuleList of experts, or whose parameters are "
+            "gate_up_proj and down_proj and which has act_fn",
         )
     if total % ranks:
         raise UserError(
@@ -116,7 +119,8 @@ def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
 
 
 def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Return down(act(gate) * up) of each expert, shape (experts, n, width)."""
+    """Return down(act(gate) * up) of each expert for its tokens. Tokens and results have shape (experts, n,
+    width)."""
     import torch
 
     gate, up = torch.bmm(tokens, module.gate_up_proj.to(tokens.dtype).mT).chunk(2, dim=-1)
@@ -125,7 +129,8 @@ def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Travel:
-    """Sends tokens to the ranks of their experts and back."""
+    """Sends tokens to the ranks of their experts and back. ``experts`` is the number of experts of all ranks,
+    ``run`` is that of `_Dealt`."""
 
     group: Any
     ranks: int
@@ -134,7 +139,10 @@ class _Travel:
     run: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Replace the mixture's own forward. Every rank must have the same number of tokens."""
+        """Replace the forward of the module of experts. ``tokens`` has shape (N, width), ``chosen`` (indices
+        of experts) and ``weights`` (N, k). Return, for each token, the weighted sum of its experts' results,
+        where choices beyond an expert's capacity count as zero. N must be the same on every rank, because the
+        capacity depends on it."""
         import torch
 
         choices, width = chosen.shape[-1], tokens.shape[-1]
@@ -151,8 +159,9 @@ class _Travel:
         return torch.zeros_like(tokens).index_add(0, order // choices, weighted_results)
 
     def _slots(self, by_expert: torch.Tensor, capacity: int) -> torch.Tensor:
-        """Return the row of each token in what is sent, for choices sorted by expert. The first tokens get
-        the capacity."""
+        """Return, for choices sorted by expert, the row of each in what is sent: ``capacity`` rows for each
+        expert, given to its first choices. Later choices get the row after the last, which is not
+        sent."""
         import torch
 
         numbers = torch.arange(by_expert.numel(), device=by_expert.device)
@@ -162,7 +171,8 @@ class _Travel:
         return torch.where(index < capacity, by_expert * capacity + index, self.experts * capacity)
 
     def _swap(self, rows: torch.Tensor) -> torch.Tensor:
-        """Send equal parts to all ranks, in the order of ranks. This operation is its own inverse."""
+        """Cut ``rows`` into one equal part for each rank and send them. Return the parts received, in the
+        order of ranks. This operation is its own inverse."""
         import torch
         from torch.distributed._functional_collectives import all_to_all_single
 
@@ -183,11 +193,15 @@ TECHNIQUE = Technique(
     settings=_nothing,
     order=47,
     knobs=(
-        Knob(name="degree", default=2, doc="ranks that share the experts: all data-parallel ones"),
+        Knob(
+            name="degree",
+            default=2,
+            doc="number of ranks that share the experts; must be the number of data-parallel ranks",
+        ),
         Knob(
             name="capacity_percent",
             default=125,
-            doc="tokens that an expert takes, in percent of an even share",
+            doc="tokens that an expert takes, in percent of an even share; tokens beyond that are dropped",
         ),
     ),
     forbids=("tensor-parallel", "context-parallel", "pipeline", "zero", "lora", "qlora", "compile"),

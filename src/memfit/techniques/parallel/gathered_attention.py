@@ -25,9 +25,10 @@ Slices = tuple[slice, slice, bool]  # of queries and of keys, and whether attent
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Across(Together):
-    """The ranks that share a sequence. ``length`` is the length of one rank's part, set when a batch is cut.
+    """The ranks that share a sequence. ``length`` is the length of one rank's part, set when a batch is cut;
+    ``device`` says whose attention kernels run ("cpu" or "cuda").
 
-    The sequence has 2 x ranks chunks. A rank holds one chunk from the front and one from the back.
+    The sequence has 2 x ranks chunks. Rank r holds chunk r and, after it, chunk 2 x ranks - 1 - r.
     """
 
     device: str
@@ -41,9 +42,9 @@ class Across(Together):
         return torch.cat([torch.arange(front, front + chunk), torch.arange(back, back + chunk)])
 
     def blocks(self, causal: bool) -> Iterator[tuple[int, Slices]]:
-        """Yield (rank of the keys, which queries meet which keys), this rank first. Attention is causal only
-        within the own rank. The back chunks of earlier ranks are never seen, and later ranks are seen only by
-        the back chunk."""
+        """Yield (rank of the keys, (slice of this rank's queries, slice of those keys, whether attention
+        between them is causal)), this rank first. Under causal attention, the back chunks of earlier ranks
+        are never seen, and later ranks are seen only by the back chunk of this rank."""
         everything, front, back = slice(None), slice(0, self.length // 2), slice(self.length // 2, None)
         yield self.rank, (everything, everything, causal)
         for key_rank in range(self.ranks):
@@ -58,8 +59,9 @@ class Across(Together):
 
 
 class AttentionAcross(TorchFunctionMode):
-    """Mode that runs attention over all slices, and makes ``torch.arange`` return this rank's positions where
-    it counts positions."""
+    """Mode in which scaled_dot_product_attention runs over all ranks' slices of the sequence, and
+    ``torch.arange`` returns this rank's positions where it counts to the length of a slice, except at places
+    in ``across.fixed``."""
 
     def __init__(self, across: Across) -> None:
         super().__init__()
@@ -98,8 +100,9 @@ def _counted(func: Any, args: Any) -> int | None:
 
 
 def _site() -> Site:
-    """Return the two innermost calls in code outside torch and this folder, with their instruction, because
-    one line may hold several calls."""
+    """Return (code, instruction) of the two innermost calls in code outside torch and this folder. The
+    instruction is included because one line may hold several calls. There are fewer if the stack ends
+    before."""
     calls = list[tuple[Any, int]]()
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and len(calls) < _DEEP:
@@ -120,8 +123,9 @@ def _attention(
     scale: float | None = None,
     **grouped: bool,
 ) -> torch.Tensor:
-    """Scaled dot-product attention of shapes (batch, heads, length, head dim). Raises UserError for options
-    that have no meaning on a slice."""
+    """Scaled dot-product attention of shapes (batch, heads, length, head dim) over the ranks' slices. Raises
+    UserError for queries or keys that are not this rank's slice, for dropout, and for masks other than of
+    keys (batch, 1, 1, length)."""
     if query.shape[2] != across.length or key.shape[2] != across.length:
         raise UserError(
             f"context-parallel does not support attention of {query.shape[2]} queries to {key.shape[2]} keys",
@@ -143,8 +147,9 @@ def _attention(
 
 
 def _additive(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Return an additive mask without minus infinity. A query may have no visible key in a block, and its
-    weight must then be 0 and not nan."""
+    """Return a mask, boolean (True: visible) or additive, as an additive one of the query's dtype without
+    minus infinity. A query may have no visible key in a block, and its weight must then be 0 and not
+    nan."""
     lowest = torch.finfo(query.dtype).min
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), lowest)
@@ -217,8 +222,8 @@ def _columns(
 
 
 def _merge(out: torch.Tensor, total: torch.Tensor, part: torch.Tensor, weight: torch.Tensor) -> None:
-    """Merge two softmax averages into the first, in place. ``total`` and ``weight`` are logarithms of
-    sums."""
+    """Merge the softmax averages ``out`` and ``part`` into ``out``, in place. ``total`` and ``weight`` are
+    the logarithms of their sums of exponentials; ``total`` becomes that of both."""
     log_sum = torch.logaddexp(total, weight)
     out.mul_((total - log_sum).exp_().unsqueeze(-1)).add_(part.mul((weight - log_sum).exp_().unsqueeze(-1)))
     total.copy_(log_sum)
@@ -264,7 +269,9 @@ class _Kernel:
         out: torch.Tensor,
         total: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Return the gradients of query, key and value. ``out`` and ``total`` are those of the whole rows."""
+        """Return the gradients of query, key and value, which are ``inputs``. ``grad``, ``out`` and ``total``
+        are the gradient, the output and the log-sum-exp of these queries over the keys of all
+        ranks."""
         query, key, value = inputs
         kernel_inputs = query, _repeated(key, query), _repeated(value, query)
         causal, scale, bias = self.causal, self.scale, self.bias

@@ -70,10 +70,26 @@ TECHNIQUE = Technique(
     order=86,
     slot="pipeline",
     knobs=(
-        Knob(name="stages", default=2, doc="ranks over which the blocks are distributed", minimum=2),
-        Knob(name="schedule", default="1f1b", doc="order of forwards and backwards", choices=tuple(_VIRTUAL)),
-        Knob(name="virtual", default=1, doc="stages on each rank (interleaved, zero-bubble)"),
-        Knob(name="micro_batches", default=4, doc="parts that stream through"),
+        Knob(
+            name="stages", default=2, doc="number of ranks over which the blocks are distributed", minimum=2
+        ),
+        Knob(
+            name="schedule",
+            default="1f1b",
+            doc="order in which the forwards and backwards of micro-batches run",
+            choices=tuple(_VIRTUAL),
+        ),
+        Knob(
+            name="virtual",
+            default=1,
+            doc="pipeline stages on each rank; gpipe, 1f1b: 1; interleaved: at least 2; zero-bubble: any "
+            "number; zero-bubble-v: 2",
+        ),
+        Knob(
+            name="micro_batches",
+            default=4,
+            doc="equal parts into which a rank's batch, or each micro-batch of gradient-accumulation, is cut",
+        ),
     ),
     forbids=("optimizer-in-backward", "qlora"),
 )

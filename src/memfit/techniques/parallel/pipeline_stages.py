@@ -42,10 +42,11 @@ class StageEnd(Exception):
 
 
 class Pipeline:
-    """The stages of one rank. The constructor drops parameters that are used only by other ranks.
+    """The stages of one rank, ``virtual`` of them. The constructor replaces parameters that are used only by
+    other ranks, and the buffers of their blocks, by zeros that take no memory.
 
-    Raises UserError if the model is not a chain of blocks, or if the schedule does not support the numbers of
-    stages and micro-batches.
+    Raises UserError if the model is not a chain of blocks, if it has fewer blocks than the plan has stages,
+    or if the schedule does not support the numbers of stages and micro-batches.
     """
 
     def __init__(self, bench: Workbench, *, schedule: str, virtual: int, micro_batches: int) -> None:
@@ -98,8 +99,9 @@ class Pipeline:
         )
 
     def _find_shared(self) -> dict[str, Any]:
-        """Return, for tied parameters on several ranks, the parameter name and the group of ranks that hold
-        it. All ranks but the first leave them out of the gradient norm."""
+        """Return, for each trained parameter that this rank and others use, its name and the group of these
+        ranks. On all of them but the first, also add the name to ``counted_elsewhere`` of the workbench, so
+        that the gradient norm counts the parameter once."""
         groups_by_name, groups = dict[str, Any](), dict[tuple[int, ...], Any]()
         global_ranks = dist.get_process_group_ranks(self.group)
         for name, param in self.bench.model.named_parameters():
@@ -164,8 +166,9 @@ class Pipeline:
         return call
 
     def _until_end(self, inner: Callable[..., Any]) -> Any:
-        """Make the model's forward return what the stage passes on, so that wrappers around it get an
-        output."""
+        """Return a forward of the model that runs ``inner`` and, where a stage ends inside it, returns what
+        the stage passes to the next one, so that wrappers around it get an output. ``ended`` is then
+        set."""
 
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -187,12 +190,14 @@ class Pipeline:
                 stages[0] if single else stages, self.micro_batches, loss_fn=_as_it_is, scale_grads=False
             )
         except ValueError as error:
-            raise UserError(f"pipeline schedule {name!r}: {error}") from error
+            raise UserError(
+                f"pipeline schedule {name!r} does not support these stages and micro-batches: {error}"
+            ) from error
 
     def _make_stage(self, stage: int, learns: list[bool]) -> _Stage:
         def like(at: int) -> tuple[torch.Tensor, ...]:
-            """Return tensors like those that enter stage ``at``: none for the first stage, hidden states, or
-            after the last stage the loss."""
+            """Return tensors without values like those that enter stage ``at``: none for the first stage,
+            what blocks pass on for later ones, and the loss if ``at`` is the number of stages."""
             if at == 0:
                 return ()
             loss = at == len(self.bounds)
@@ -224,7 +229,12 @@ class Pipeline:
         last: bool,
     ) -> torch.Tensor:
         """Run forward and backward of all pieces. Return the sum of their weighted losses, the same on every
-        stage. ``last``: the optimizer's step comes next."""
+        stage.
+
+        ``weighted`` returns the loss of a piece times its share. ``mark`` is called with each phase that
+        begins. ``last`` says that the optimizer's step comes next; gradients of parameters that several ranks
+        use are then summed over these.
+        """
         self._pieces, self._weighted, self._mark, self._last = pieces, weighted, mark, last
         self._backwards_left = dict.fromkeys(self.stages, len(pieces))
         losses: list[torch.Tensor] = []
@@ -348,8 +358,9 @@ class _Stage(PipelineStage):
 
 
 def _works_as_on(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Make work objects of the fake process group keep the tensors they send if the device is the CPU. gloo's
-    work objects do so; NCCL's release them when they have been waited for."""
+    """Return a context in which work objects of the fake process group keep the tensors that they send or
+    receive, if the device is the CPU. gloo's work objects do so; NCCL's release them when they have been
+    waited for."""
     if dist.get_backend() != "fake" or device != "cpu":
         return contextlib.nullcontext()
     original = schedules._batch_p2p
@@ -373,8 +384,9 @@ def _as_it_is(loss: torch.Tensor, target: None) -> torch.Tensor:
 
 
 def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
-    """Return (first block, end) of each stage. Sizes differ by at most one, larger ones first. Raises
-    UserError if there are more stages than blocks."""
+    """Return (index of the first block, index after the last) of each stage, for ``blocks`` blocks on
+    ``stages`` stages. Sizes differ by at most one, larger ones first. Raises UserError if there are more
+    stages than blocks."""
     if stages > blocks:
         raise UserError(
             f"{stages} pipeline stages are more than the model's {blocks} blocks", allowed=f"at most {blocks}"
@@ -384,7 +396,8 @@ def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
 
 
 def _drop(module: torch.nn.Module, key: str, tensors: dict[str, Any]) -> None:
-    """Replace a parameter or buffer by zeros that take no memory."""
+    """Remove ``key`` from ``tensors``, the module's parameters or buffers, and set the attribute to zeros
+    that take no memory, or to None if it was None."""
     tensor = tensors.pop(key)
     if tensor is not None:
         zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)

@@ -54,8 +54,11 @@ class Together:
 
 
 def averaging(bench: Workbench, together: Together) -> Callable[[bool], None]:
-    """Return a hook that averages each gradient over the ranks as soon as it is ready, if no data-parallel
-    technique does so."""
+    """Return a function to call before each micro-batch, whose argument is ignored.
+
+    Its first call makes every later backward average each gradient over the ranks of ``together`` as soon as
+    it is ready, unless the model is under DDP or FSDP2, which do so.
+    """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 

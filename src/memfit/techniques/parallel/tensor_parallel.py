@@ -59,8 +59,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _roles(bench: Workbench, blocks: list[str]) -> tuple[Flow, dict[str, str]]:
-    """Return what was observed of the blocks, and the roles of the Linears to split. Raises UserError if none
-    can be split."""
+    """Return what was observed of the blocks, and the roles ("colwise" or "rowwise") of the Linears to split,
+    by name. Raises UserError if none can be split, or if no Linear split by rows follows one that the job
+    splits by columns."""
     given_roles = _given(
         bench.model, bench.job.tensor_parallel or getattr(bench.model, "_tp_plan", None) or {}
     )
@@ -76,14 +77,15 @@ def _roles(bench: Workbench, blocks: list[str]) -> tuple[Flow, dict[str, str]]:
             )
     if not roles:
         raise UserError(
-            "tensor-parallel finds no pair of Linear layers in the blocks",
+            "tensor-parallel finds no pair of Linear layers in the blocks of which one feeds the other",
             hint='name them in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
         )
     return flow, roles
 
 
 def _given(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str]:
-    """Return module names with the role given by the first pattern that matches."""
+    """Return module names with the role given by the first pattern that matches. Names that match none, or
+    whose role is neither "colwise" nor "rowwise", are left out."""
     roles = {}
     for name, _ in model.named_modules():
         role = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), "")
@@ -119,8 +121,8 @@ def _observed(
 
 
 def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Return the modules with the numbers they hold, such as numbers of heads, and the parameters with their
-    shapes."""
+    """Return a key of the model's structure: the modules with the numbers and texts they hold, such as
+    numbers of heads, the parameters with their shapes and dtypes, and the model's config as text."""
     modules = (
         (name, type(m), *((k, v) for k, v in vars(m).items() if type(v) in (int, float, bool, str)))
         for name, m in model.named_modules()
@@ -132,8 +134,9 @@ def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
 def _check_split(
     bench: Workbench, blocks: list[str], roles: Mapping[str, str], flow: Flow, degree: int
 ) -> None:
-    """Check that the blocks run with every Linear split and that heads stay whole. Code that takes the number
-    of heads from elsewhere would otherwise split heads silently. Raises UserError."""
+    """Raise UserError if a width or number of heads is not divisible by the degree, if the blocks do not run
+    with every Linear split, or if heads would be split between ranks. Code that takes the number of heads
+    from elsewhere than an attribute would otherwise split heads silently."""
     for name, role in roles.items():
         linear: Any = bench.model.get_submodule(name)
         size = linear.out_features // flow.linears[name].parts if role == _COLWISE else linear.in_features
@@ -175,7 +178,8 @@ def _must_divide(quantity: str, count: int, degree: int) -> None:
 
 
 def _split_heads(model: torch.nn.Module, roles: Mapping[str, str], degree: int) -> None:
-    """Make modules that contain column-split Linears count the heads of one rank."""
+    """Divide the integer attributes that count heads by the degree, in modules that contain column-split
+    Linears. Raises UserError if one is not divisible."""
     holders = {name.rpartition(".")[0] for name, role in roles.items() if role == _COLWISE}
     for name, module in model.named_modules():
         if name and any(_within(holder, name) for holder in holders):
@@ -190,8 +194,9 @@ def _within(name: str, path: str) -> bool:
 
 
 def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
-    """Reorder rows from (q, k, v) of all heads to (q, k, v) of the first rank's heads, then of the second's,
-    and so on."""
+    """Reorder the rows of a Linear that fuses ``parts`` layers, such as query, key and value: from (q, k, v)
+    of all heads to (q, k, v) of the first rank's heads, then of the second's, and so on for ``degree``
+    ranks."""
     import torch
 
     with torch.no_grad():
@@ -202,8 +207,9 @@ def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
 def _styles(
     model: torch.nn.Module, blocks: list[str], flow: Flow, roles: Mapping[str, str], sequence: bool
 ) -> tuple[list[tuple[str, Any]], dict[str, int | str]]:
-    """Return (module, style) pairs as torch.distributed.tensor.parallel expects them, and for each module the
-    argument that arrives sharded along the sequence."""
+    """Return (module name, style) pairs as torch.distributed.tensor.parallel expects them, and, by the name
+    of each module at which the sequence is to be gathered, the argument that arrives sharded along it. Raises
+    UserError if a module does not support this."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
@@ -213,8 +219,8 @@ def _styles(
     for name, role in roles.items():
         if sequence and flow.linears[name].output_dims != 3:
             raise UserError(
-                f"{name} does not take an input of shape (batch, sequence, features)",
-                hint="leave out sequence=True",
+                f"{name} does not take an input of shape (batch, sequence, features), as sequence=True needs",
+                hint="leave out sequence=True of tensor-parallel",
             )
         if role == _ROWWISE:
             styles.append((name, RowwiseParallel(output_layouts=activation_layout)))
@@ -231,7 +237,10 @@ def _styles(
             continue
         if name in flow.inside:
             if flow.inside[name] != 4:
-                raise UserError(f"tensor-parallel: {name} works on features that are split over the ranks")
+                raise UserError(
+                    f"tensor-parallel: {name} has parameters and works on features that are split over the "
+                    "ranks"
+                )
             styles.append((name, SequenceParallel(sequence_dim=2, use_local_output=True)))
         elif sequence:
             styles.append((name, SequenceParallel(use_local_output=True)))
@@ -239,7 +248,8 @@ def _styles(
 
 
 def _gather(module: torch.nn.Module, mesh: DeviceMesh, argument: int | str) -> None:
-    """Gather the whole sequence as a DTensor, once for all Linears inside. Other arguments are unchanged."""
+    """Make the module gather its ``argument`` (position or keyword), which is sharded along the sequence, as
+    a whole DTensor before it runs, once for all Linears inside. Other arguments are unchanged."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -258,7 +268,9 @@ def _parallelize(model: torch.nn.Module, name: str, mesh: DeviceMesh, style: Any
 
 
 def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
-    """Shard the sequence before the first block and gather it after the last."""
+    """Make the first block shard its first argument along the sequence (dimension 1), and the last block
+    gather its output, or the first of several, again. A sequence that the ranks cannot share equally then
+    raises UserError."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def to(tensor: torch.Tensor, one: Any, other: Any) -> torch.Tensor:
@@ -283,7 +295,12 @@ def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
 
 
 def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool) -> None:
-    """Split the head by columns and the input embedding by rows, whether they are tied or not."""
+    """Split the head by columns and embeddings of the same vocabulary by rows, whether they are tied or not.
+
+    With ``parallel_loss``, the logits stay split and torch's loss_parallel is active until the step is
+    closed; otherwise they are gathered. Raises UserError if there is no head, if chunked-cross-entropy has
+    changed it, or if the ranks cannot share the vocabulary equally.
+    """
     import torch
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -329,17 +346,18 @@ TECHNIQUE = Technique(
     settings=_nothing,
     order=45,
     knobs=(
-        Knob(name="degree", default=2, doc="ranks that share the layers"),
+        Knob(name="degree", default=2, doc="number of ranks that share each Linear layer of the blocks"),
         Knob(
             name="sequence",
             default=False,
-            doc="also split norms and residuals, along the sequence",
+            doc="whether what lies between the split layers (norms, residuals) is split along the sequence",
             choices=(True, False),
         ),
         Knob(
             name="vocabulary",
             default="whole",
-            doc="embedding and head: whole on every rank, split with gathered logits, or split with the loss",
+            doc="embedding and head; whole: whole on every rank; gathered: split, with logits gathered; "
+            "parallel-loss: split, with the loss computed on split logits",
             choices=("whole", "gathered", "parallel-loss"),
         ),
     ),
