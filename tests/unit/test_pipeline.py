@@ -265,7 +265,7 @@ def test_a_plan_of_two_ranks_runs_here_and_its_peak_matches_the_prediction(reque
 
 def test_more_ranks_than_this_machine_can_start_are_refused(request_: Request) -> None:
     plan = Plan(uses=(use("ddp"),), ranks=4096)
-    with pytest.raises(UserError, match="a plan with 4096 ranks cannot run here; allowed: at most"):
+    with pytest.raises(UserError, match="with 4096 ranks cannot run on this machine; allowed: at most"):
         run_plan(request_, plan, seed=0, steps=1, capped=False, progress=lambda *told: None)
 
 

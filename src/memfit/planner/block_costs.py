@@ -77,7 +77,7 @@ class _Look:
         return next((ops for number, ops in reversed(self._runs(phase)) if number == str(index)), [])
 
     def passes(self) -> int:
-        """Return how many times the model runs forward through a block."""
+        """Return how many times the model runs forward through the blocks in a step (block 1 is counted)."""
         return sum(number == "1" for number, _ in self._runs(Phase.FORWARD))
 
     def firsts(self, phase: Phase) -> list[int]:

@@ -56,7 +56,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """Inputs of a grid of one compute precision.
+    """Inputs from which time and memory of the plans of a grid, all of one compute precision, are computed.
 
     ``inside[i]`` holds the parts of each traced micro-batch size for the i-th value of the axis ``inside``;
     ``ends[i]`` the same for the axis ``ends`` (the loss).
@@ -87,7 +87,9 @@ def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array
 
 
 class Axes:
-    """Values along one axis of (micro, inside, ends, away, states), shaped to broadcast."""
+    """Inputs of a grid as arrays with the axes (micro, inside, ends, away, states), shaped to broadcast: axes
+    on which an input does not depend have length 1.
+    """
 
     def __init__(self, given: Given, grid: Grid) -> None:
         self.sizes = numpy.array([float(b) for b, _ in grid.micro])
@@ -121,5 +123,5 @@ class Elements:
 
 
 def deepest(blocks: int, layout: GridLayout) -> int:
-    """Return the number of blocks of the rank that has most."""
+    """Return the number of blocks on the pipeline rank that has most of them. ``blocks``: of the model."""
     return -(-blocks // (layout.stages * layout.virtual)) * layout.virtual

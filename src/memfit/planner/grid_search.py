@@ -1,4 +1,6 @@
-"""Find the best plans of a job for many devices: price grids from parts and keep the best of each grid."""
+"""Find the best plans of a job for many devices: predict time and memory of all plans of a grid at once, from
+traces of parts of the model, and keep the best of each grid.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,8 @@ Caps = tuple[float, float]  # highest bytes of a rank that fit: on the device, a
 
 
 def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> GridSketches:
-    """Price every plan of the grids that ``limits`` allow and return those worth choosing from.
+    """Predict time and memory of every plan of the grids that ``limits`` allow, and return those worth
+    choosing from.
 
     Degrees by which the model cannot be cut are left out. ``caps`` are the highest bytes with which a rank
     fits, on the device and in host memory; plans that do not fit are returned too. Raises UserError if there
@@ -269,7 +272,9 @@ class _Pricing:
         return [Sketch(grid, *_picked(grid, priced, position)) for position in flat_indices]
 
     def price(self, grid: Grid, compute: str) -> Priced | None:
-        """Price the grid. Returns None if the model cannot run that way."""
+        """Return the predicted step time and memory of every plan of the grid in this compute precision; None
+        if the model cannot run with the grid's layout.
+        """
         layout, composer = grid.layout, self.composer
         try:
             inside = [self._settled(layout, composer.block(layout, compute, u)) for u in grid.inside]

@@ -191,7 +191,9 @@ def chosen(
 
 @dataclasses.dataclass(kw_only=True)
 class Choices:
-    """Cache of choices: the chosen plan, or the error that says why there is none."""
+    """Cache of what `chosen` returned for each plan: the plan with its tensors to recompute chosen, or the
+    error that says why there is none.
+    """
 
     kept: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
 

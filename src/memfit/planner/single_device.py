@@ -373,8 +373,8 @@ def _band(pricer: Pricer, request: Request) -> Band:
 def _best_so_far(
     pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
 ) -> SearchResult:
-    """Return the result of an interrupted search. It recommends the best plan that fits of those traced so
-    far, or of the sketches if no traced plan fits; None if no sketch fits either.
+    """Return the result of an interrupted search. Its ``recommended`` is the best plan that fits of those
+    traced so far, or of the sketches if no traced plan fits; None if no sketch fits either.
     """
     max_effect, refusals_of = request.accuracy.highest, engine(request.engine).supports
     traced_estimates = [
@@ -657,8 +657,8 @@ def _with_counterfactuals(
     """Return the estimates with those of plans that have a technique which the best plan lacks, so that the
     reason for leaving it out rests on a trace.
 
-    If one of them is then the best plan, the plans that lack one of its techniques are added too, and all of
-    this is done once more.
+    If one of them is then the best plan, the plans that lack one of its techniques are added too. All of this
+    is done at most twice.
     """
     for _ in range(_COUNTERFACTUAL_ROUNDS):
         band = _band(pricer, request)

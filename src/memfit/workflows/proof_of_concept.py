@@ -134,9 +134,9 @@ def search(
 
     With ``measure_s``, the best plans are then run for about that many seconds, and the recommendation
     follows these measurements. This needs a goal that depends on step time; for another goal, raises
-    UserError, or with ``must_run`` runs nothing. ``must_run``: halve the batch until plain training can run
-    on this machine. Raises NothingFits if no plan fits, and SearchInterrupted with the result so far on
-    Ctrl-C.
+    UserError, or with ``must_run`` runs nothing. ``must_run``: if the request is for this machine, halve the
+    batch until plain training can run on it. Raises NothingFits if no plan fits, and SearchInterrupted with
+    the result so far on Ctrl-C.
     """
     if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
         raise UserError(

@@ -111,8 +111,8 @@ def run_plan(
     max_ranks = max(8, 2 * local_machine.threads())
     if plan.ranks > max_ranks:
         raise UserError(
-            f"a plan with {plan.ranks} ranks cannot run here",
-            allowed=f"at most {max_ranks} processes on this machine",
+            f"a plan with {plan.ranks} ranks cannot run on this machine",
+            allowed=f"at most {max_ranks} ranks, each of which is one process",
             hint="`memfit explain` predicts it without running it",
         )
     job = make_pricer(request)[0]
