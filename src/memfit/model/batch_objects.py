@@ -14,14 +14,14 @@ from memfit.types.errors import UserError
 
 
 def batch_tensors(batch: Any) -> list[torch.Tensor]:
-    """Return every tensor of the batch. Batches of the same structure give their tensors in the same
-    order."""
+    """Return every tensor of the batch, also those in attributes of objects with ``.to()``. Batches of the
+    same structure give their tensors in the same order."""
     return [tensor for leaf in _pytree.tree_leaves(batch) for tensor in _tensors_inside(leaf)]
 
 
 def map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
     """Return the batch with ``function(tensor)`` in place of each tensor. Objects that hold tensors are
-    copied."""
+    copied and not changed."""
 
     def mapped(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -33,8 +33,8 @@ def map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
 
 
 def sample_count(batch: Any) -> int | None:
-    """Return the number of samples that an object in the batch reports, or None for mappings, tuples and
-    tensors."""
+    """Return the number of samples (``num_graphs`` or ``batch_size``) that the first object with tensors and
+    ``.to()`` in the batch reports that has one of these, or None if there is no such object."""
     for leaf in _pytree.tree_leaves(batch):
         if _is_object(leaf):
             for name in ("num_graphs", "batch_size"):
@@ -44,18 +44,18 @@ def sample_count(batch: Any) -> int | None:
 
 
 def split_object(batch: Any, sizes: Sequence[int]) -> list[Any] | None:
-    """Split a batch that is one object into objects with ``sizes`` samples each. Return None for any other
-    batch.
+    """Split a batch that is one object with tensors and ``.to()``, such as a batch of graphs, into objects of
+    ``sizes[0]``, ``sizes[1]``, ... samples. Return None for a batch without such an object.
 
-    Raises UserError if the object cannot be split (``to_data_list()``) and joined again (``from_data_list()``
-    of its class).
+    Raises UserError if the batch only contains such an object, for example in a mapping, or if the object
+    cannot be split (``to_data_list()``) and joined again (``from_data_list()`` of its class).
     """
     if not any(_is_object(leaf) for leaf in _pytree.tree_leaves(batch)):
         return None
     join, split = getattr(type(batch), "from_data_list", None), getattr(batch, "to_data_list", None)
     if join is None or split is None:
         raise UserError(
-            f"a batch that is or contains a {_object_name(batch)} cannot be split into {len(sizes)}",
+            f"a batch that is or contains a {_object_name(batch)} cannot be split into {len(sizes)} parts",
             allowed="tensors with the batch as first dimension, or one object with to_data_list() and "
             "from_data_list()",
         )
@@ -81,7 +81,8 @@ def _tensors_inside(leaf: Any) -> Iterator[torch.Tensor]:
 
 
 def _walk(value: Any, visited_ids: set[int]) -> Iterator[torch.Tensor]:
-    """Yield tensors depth first through containers and attributes, visiting each object once."""
+    """Yield tensors depth first through containers and attributes, visiting each object once. Modules and
+    classes are not entered."""
     if id(value) in visited_ids or isinstance(value, torch.nn.Module | type):
         return
     visited_ids.add(id(value))

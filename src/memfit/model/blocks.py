@@ -39,9 +39,10 @@ _HEAD_NAMES = ("lm_head", "head", "decoder", "classifier", "output")
 def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, list[torch.nn.Module]]:
     """Return (module path, its blocks).
 
-    If ``path`` is None, choose the ModuleList or Sequential whose members have one class and together hold
-    the most parameters. Raises UserError if ``path`` is not a container of blocks, or if no repeated blocks
-    are found.
+    With ``path``, the blocks are all children of the module there. If it is None, choose the ModuleList or
+    Sequential of two or more members of one class that together hold the most parameters, and of several
+    such the one with the most members. Raises UserError if there are no children at ``path``, or if no
+    repeated blocks are found.
     """
     if path is not None:
         return path, _children_at(model, path)
@@ -61,8 +62,9 @@ def find_stacks(
     model: torch.nn.Module, path: str | None = None, more: Sequence[str] = ()
 ) -> list[list[torch.nn.Module]]:
     """Return the stacks of blocks of a model: the blocks of `find_blocks`, those at the paths ``more``, and
-    other stacks whose members have the same class or are also recomputed by Hugging Face. An example is an
-    encoder's stack beside a decoder's."""
+    other stacks, outside of these, whose members are of the class of the first block or, like it, are
+    checkpointing layers of Hugging Face. An example is an encoder's stack beside a decoder's. Raises
+    UserError as `find_blocks` does, also for the paths ``more``."""
     main_path, blocks = find_blocks(model, path)
     stacks = {main_path: blocks} | {name: _children_at(model, name) for name in more}
     kinds = {kind for kind in type(blocks[0]).__mro__ if kind.__name__ == "GradientCheckpointingLayer"}
@@ -95,11 +97,10 @@ def _kind(module: torch.nn.Module) -> type:
 
 
 def twins(blocks: Sequence[torch.nn.Module]) -> list[int]:
-    """Return for each block the index of an earlier block that does the same, or its own index if there is
-    none.
+    """Return for each block the index of an earlier block that does the same, or its own index.
 
     Of a group of equal blocks this is the second one, because the first may receive inputs that no other
-    gets.
+    gets. The first two blocks of a group, and all blocks if any parameter is shared, have their own index.
     """
     indices: list[int] = []
     groups: dict[object, list[int]] = {}
@@ -131,7 +132,9 @@ def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
 
 
 class _Told:
-    """Converts the attributes of a module to values that can be compared between two blocks."""
+    """Converts the attributes of a module to values that can be compared between two blocks. ``index`` is the
+    block's own index, which is converted to a value that is the same for all blocks. ``modules`` maps the ids
+    of the block's modules to their names."""
 
     def __init__(self, index: int, modules: Mapping[int, str]) -> None:
         self._index, self._modules = index, modules
@@ -183,8 +186,9 @@ def _containers(model: torch.nn.Module) -> list[str]:
 def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, torch.nn.Linear]:
     """Return (module path, Linear) of the projection to the vocabulary or classes.
 
-    This is the module at ``path``, else what Hugging Face calls output embeddings, else a Linear with a
-    common name at the top of the model. Raises UserError if there is none.
+    This is the module at ``path``. If that is None, it is the first Linear of the model that Hugging Face
+    calls output embeddings, or that has a common name of heads and is a child of the model or of one of its
+    children. Raises UserError if there is none.
     """
     import torch
 
@@ -201,6 +205,6 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
             return name, module
     raise UserError(
         "no output projection found in the model",
-        allowed=f"a Linear named {', '.join(_HEAD_NAMES)}",
+        allowed=f"a Linear named one of {', '.join(_HEAD_NAMES)}",
         hint="name its module path in Job(head=...)",
     )

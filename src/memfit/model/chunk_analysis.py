@@ -29,9 +29,13 @@ _WORTH = 4  # the search considers cutting a module if it makes this many times 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChunkCut:
-    """How to cut a module's inputs. ``axes`` maps the index of a leaf to the axis along which that tensor is
-    cut. ``first`` is the leaf from which lengths are read. ``out_axis`` is the axis of the output.
-    ``inside_bytes`` is what the module allocates inside for ``first_count`` elements of the first leaf."""
+    """How to cut a module's inputs.
+
+    ``axes`` maps the index of a leaf of the flattened (args, kwargs) to the axis along which that tensor is
+    cut. ``first`` is the leaf from which lengths are read. ``out_axis`` is the axis along which the outputs
+    of slices are joined. ``inside_bytes`` is what the module allocates inside for ``first_count`` elements of
+    the leaf ``first``.
+    """
 
     axes: Mapping[int, int]
     first: int
@@ -92,8 +96,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _reach(func: Any, args: Any) -> int:
-    """Return the dilation of a convolution, or how far padding moves values. A short input does not show its
-    effect."""
+    """Return the largest dilation of a convolution, or how far padding moves values, or 0 for another
+    operator. An input shorter than this does not show the operator's effect."""
     if func is torch.ops.aten.convolution.default:
         return int(max(args[5]))
     return int(max(map(abs, args[1]))) if "_pad" in func.__name__ and isinstance(args[1], list) else 0
@@ -101,14 +105,16 @@ def _reach(func: Any, args: Any) -> int:
 
 @dataclasses.dataclass(slots=True)
 class Trials:
-    """Results of trials, keyed by everything that decides them, and the peak memory of a trial."""
+    """Results of trials (`tried`), keyed by everything that decides them, and the largest memory that a trial
+    has taken."""
 
     known: dict[object, Any] = dataclasses.field(default_factory=dict)
     peak_bytes: int = 0
 
 
 def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
-    """Return the first call of every module, by name, in a forward pass of a copy that holds no values."""
+    """Return, by name, the first call of every module that is called in a forward pass of a copy that holds
+    no values. The model itself is left out. Results for the last few models are cached."""
     parts = (job.build_model, job.make_batch, job.loss)
     tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())
     wrapped_names = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
@@ -128,8 +134,13 @@ def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
 def to_cut(
     model: nn.Module, calls: Mapping[str, ModuleCall], budget: int, trials: Trials | None = None
 ) -> dict[str, ChunkCut]:
-    """Return the modules to cut so that, where possible, none makes more than ``budget`` bytes inside. Of
-    modules that hold the same tensors, the innermost one is cut."""
+    """Return, by name, how to cut modules so that, where possible, none makes more than ``budget`` bytes
+    inside.
+
+    A module is left whole, and its submodules are cut, if those of them that can be cut hold more than three
+    quarters of its inner bytes, or if it cannot be cut itself. ``calls`` is the result of `insides`.
+    ``trials`` is used and extended; without it, results of trials are forgotten.
+    """
     trials = trials or Trials()
 
     def choose(name: str, module: nn.Module) -> dict[str, ChunkCut]:
@@ -149,10 +160,11 @@ def to_cut(
 
 
 def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, trials: Trials) -> int:
-    """Return the budget derived from the module that makes the most inside, among those that can be cut.
+    """Return the budget, in bytes that one slice may make inside, that follows from the module that makes the
+    most inside among those that can be cut; 0 if there are none.
 
-    With ``parts``, this is that part of its inner bytes. With ``parts=0`` it is half of its output, which
-    exists anyway, but at most half of its inner bytes.
+    If ``parts`` is not 0, the budget is the module's inner bytes divided by it. Otherwise it is half of the
+    module's output, which exists anyway, but at most half of its inner bytes.
     """
     sizes = [(calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0, trials)]
     inside_bytes, out_bytes = max(sizes, default=(0, 0))
@@ -160,7 +172,8 @@ def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, 
 
 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
-    """Return whether some module allocates much inside and can be cut along an axis other than the batch."""
+    """Return whether some module allocates inside more than 4 times its output and can be cut along an axis
+    other than the first, that of the batch."""
     calls, trials = insides(job, model), Trials()
     cuts = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
     return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in cuts.items())
@@ -206,8 +219,9 @@ _NOT_CONSTANT = {*vars(nn.Module()), "forward"}
 
 
 def _constants(module: nn.Module) -> tuple[str, ...]:
-    """Return what distinguishes modules of one class apart from their shapes, such as the axis they sum
-    over."""
+    """Return, as texts, the attributes of the module and its submodules that are neither torch's own nor
+    ``forward``, such as the axis they sum over. They distinguish modules of one class and of the same
+    shapes."""
     return tuple(
         f"{name}.{k}={_told(v)}"
         for name, m in module.named_modules()
@@ -217,7 +231,8 @@ def _constants(module: nn.Module) -> tuple[str, ...]:
 
 
 def _told(value: Any, depth: int = 3) -> str:
-    """Return a text that is equal for equal values. A value of an unknown kind is equal only to itself."""
+    """Return a text that is equal for equal values. A value of an unknown kind, or nested deeper than
+    ``depth``, is equal only to itself."""
     if value is None or isinstance(value, int | float | str | bool | torch.dtype | torch.device):
         return repr(value)
     if depth and isinstance(value, tuple | list):

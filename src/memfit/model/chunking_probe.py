@@ -26,8 +26,8 @@ _FAR = (1024, 512, 256, 128, 64, 32)  # lengths of the cut axis with which its r
 
 @dataclasses.dataclass(slots=True)
 class ModuleCall:
-    """A module's first call: the flattened arguments (with tensors that hold no values), and facts about the
-    call."""
+    """A module's first call: the flattened (args, kwargs) as ``leaves`` (with tensors that hold no values)
+    and ``spec``, and facts about the call."""
 
     leaves: list[Any]
     spec: Any
@@ -40,12 +40,14 @@ class ModuleCall:
 
 
 def columns_bytes(out: torch.Tensor, weight: torch.Tensor) -> int:
-    """Return the bytes to which a convolution with output ``out`` and ``weight`` unfolds its input."""
+    """Return the bytes to which a convolution with output ``out`` and ``weight`` unfolds its input; 0 if its
+    kernel has one element."""
     return out.nbytes // out.shape[1] * weight[0].numel() if weight[0, 0].numel() > 1 else 0
 
 
 class Live(TorchDispatchMode):
-    """Mode that tracks the bytes of live tensors and their peak."""
+    """Mode that tracks the bytes of live storages that operators return, and the peak of their sum
+    (``peak_bytes``), to which each convolution adds its unfolded input while it runs."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -65,9 +67,10 @@ class Live(TorchDispatchMode):
 
 
 def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]]) -> Any:
-    """Return ({leaf: axis}, the output's axis) for the longest axis that can be cut, or None.
+    """Return ({leaf: axis}, the output's axis) for the longest axis of the largest input that can be cut.
+    Return None if none can, or if the module cannot be copied or does not run on inputs of a trial's size.
 
-    ``shapes`` are the real shapes of the tensor leaves of ``call``.
+    ``shapes`` are the real shapes of the tensors among the leaves of ``call``, by the leaf's index.
     """
     try:
         module_copy = _random_copy(module)
@@ -79,8 +82,8 @@ def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]
         return {i: torch.randn(s, generator=generator, dtype=torch.float64) for i, s in sizes.items()}
 
     def small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
-        """Return whether the inputs fit the limits of a trial. No dimension is longer than in the real call,
-        so nothing inside is."""
+        """Return whether inputs of these shapes fit the limits of a trial on elements and on bytes. No
+        dimension is longer than in the real call, so nothing inside is."""
         elements, real_elements = (sum(map(math.prod, s.values())) for s in (sizes, shapes))
         trial_bytes = (call.inside_bytes + call.columns_bytes) * elements / max(1, real_elements)
         return elements <= _MOST_ELEMENTS and trial_bytes <= max(_MOST_INSIDE, call.inside_bytes)
@@ -89,8 +92,8 @@ def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]
         return small(sizes) and run(drawn(sizes)) is not None
 
     def reaches(axes: Mapping[int, int], out_axis: int) -> bool:
-        """Return whether the output may depend on inputs outside its slice. What cannot be tested counts as
-        True."""
+        """Return whether a slice of the output along ``out_axis`` may depend on inputs outside that slice
+        along ``axes``, which inputs with a longer cut axis show. Return True if that cannot be tested."""
         long_sizes = _lengthened(shapes, sizes, axes, runs)
         tested_length = min((long_sizes or sizes)[i][axis] for i, axis in axes.items())
         if tested_length <= call.reach or (
@@ -132,8 +135,12 @@ def _lengthened(
     axes: Mapping[int, int],
     runs: Callable[[dict[int, tuple[int, ...]]], bool],
 ) -> dict[int, tuple[int, ...]] | None:
-    """Return the sizes with the cut axis at its real length, or as long as can be tried. A module with a long
-    reach, such as a dilated convolution, does not reach other positions in a short input."""
+    """Return the shapes ``sizes`` of a trial with the cut axis at its real length, else at the longest of
+    some shorter lengths with which the module runs. Return None if there is none that differs from ``sizes``.
+
+    A module with a long reach, such as a dilated convolution, does not reach other positions in a short
+    input.
+    """
     leaf, axis = next(iter(axes.items()))
     lengths = shapes[leaf][axis], sizes[leaf][axis]
     for new_length in (lengths[0], *(n for n in _FAR if lengths[1] < n < lengths[0])):
@@ -147,8 +154,9 @@ def _lengthened(
 
 
 def _random_copy(module: nn.Module) -> nn.Module:
-    """Return a float64 copy with random parameters. With zeros, as some layers are initialised, everything
-    would look independent."""
+    """Return a float64 copy with random parameters and buffers, without hooks and without wrappers of
+    forward. With zeros, as some layers are initialised, everything would look independent. Raises
+    RuntimeError or TypeError if the module cannot be copied."""
     generator = torch.Generator().manual_seed(1)
     copies: dict[int, Any] = {}
     for parameter in module.parameters():
@@ -168,9 +176,9 @@ def _random_copy(module: nn.Module) -> nn.Module:
 def _shortened(
     shapes: dict[int, tuple[int, ...]], runs: Callable[[dict[int, tuple[int, ...]]], bool]
 ) -> dict[int, tuple[int, ...]]:
-    """Return small sizes with which the module still runs. Equal long dimensions are shortened together: all
-    of them, or all except last dimensions (of every tensor or of one), which may be channels of the same
-    size."""
+    """Return small shapes with which the module still runs, or ``shapes`` if none are found. Equal long
+    dimensions are shortened together: all of them, or all except last dimensions (of every tensor or of
+    one), which may be channels of the same size, or none."""
     lengths = sorted({n for s in shapes.values() for n in s if n > max(_SHORT)}, reverse=True)
     short_lengths = dict(zip(lengths, itertools.cycle(_SHORT), strict=False))
     all_dims, all_but_last = frozenset[int](), frozenset(shapes)
@@ -194,8 +202,11 @@ def _shortened(
 
 
 def _ways(shapes: dict[int, tuple[int, ...]], sizes: dict[int, tuple[int, ...]]) -> Iterator[dict[int, int]]:
-    """Yield ways to cut: an axis of the largest tensor, longest first, and for each other tensor an axis of
-    the same length, or none."""
+    """Yield choices of the axes to cut, {leaf: axis}: an axis of the largest tensor, longest first, and for
+    each other tensor an axis of the same length, or none.
+
+    ``shapes`` are the real shapes, ``sizes`` those of a trial. Axes of at most 3 elements are not cut.
+    """
     largest = max(shapes, key=lambda i: math.prod(shapes[i]))
     other_leaves = [i for i in shapes if i != largest]
     long_axes = [a for a, n in enumerate(sizes[largest]) if n >= 3 and shapes[largest][a] > 3]
@@ -215,7 +226,9 @@ def _same(
     expected: torch.Tensor,
     axes: Mapping[int, int],
 ) -> Iterator[int]:
-    """Yield the axes of the output along which the output of a slice equals the slice of the whole output."""
+    """Yield the axes of ``expected``, the output of the whole ``inputs``, along which a slice of it equals
+    the output of the inputs cut to that slice along ``axes``. Slices of 2 elements at three places are
+    tested."""
     length = next(inputs[i].shape[a] for i, a in axes.items())
     slices = [(0, 2), (length // 2 - 1, 2), (length - 2, 2)]
     outputs = [

@@ -37,7 +37,9 @@ class _Call:
 
 @dataclasses.dataclass(slots=True)
 class Fed:
-    """A Linear with its role, and what was observed of it."""
+    """What was observed of a Linear in its first call, and its role: "colwise", "rowwise", or "" if it is not
+    to be split. ``output_dims`` is the number of dimensions of its input and output. ``reaches_rows`` says
+    that a Linear split by rows depends on its output."""
 
     role: str
     input: torch.Tensor
@@ -63,11 +65,13 @@ class AnyWay(TorchDispatchMode):
 
 
 class Flow(AnyWay):
-    """Observes how Linear layers of a block feed each other.
+    """Mode that observes how Linear layers of blocks feed each other. ``roles`` maps names of Linears to
+    roles; if it is empty, roles follow from what is observed.
 
-    ``linears`` holds them by name, in the order in which they ran. ``views`` are the shapes into which
-    outputs of column-split layers are viewed, such as (heads, head dim). ``inside`` maps other modules with
-    parameters that received such outputs to the number of dimensions of what they received.
+    ``linears`` holds them by name, in the order in which they ran. ``views`` holds (name, shape): shapes into
+    which the features of outputs of column-split layers are viewed, such as (heads, head dim). ``inside``
+    maps names of other modules with parameters that received such outputs to the number of dimensions of what
+    they received.
     """
 
     def __init__(self, roles: Mapping[str, str]) -> None:
@@ -81,9 +85,10 @@ class Flow(AnyWay):
         self._used: dict[int, tuple[torch.Tensor, list[str]]] = {}
 
     def gather_at(self, name: str) -> tuple[str, int | str]:
-        """Return (module, argument) at which the input of this Linear can be gathered for all its readers.
-        This is the outermost module that receives that tensor and uses it only for Linears split by
-        columns."""
+        """Return (name of a module, position or keyword of its argument) at which the input of the Linear
+        ``name`` can be gathered for all its readers. This is the outermost running module that receives that
+        tensor and uses it only for Linears split by columns, or else the Linear itself with its argument
+        0."""
         linear = self.linears[name]
         _, users = self._used.get(id(linear.input), (None, ()))
         for call in linear.within:
@@ -94,7 +99,8 @@ class Flow(AnyWay):
         return name, 0
 
     def watch(self, model: nn.Module, blocks: Iterable[str]) -> None:
-        """Observe the modules of these blocks. The run ends after the last block."""
+        """Add hooks that observe the modules of the blocks at these paths. The run is ended by an exception
+        (`_Done`) after the last block."""
         paths = tuple(blocks)
         for name, module in model.named_modules():
             if not any(_in(name, path) for path in paths):
@@ -103,7 +109,8 @@ class Flow(AnyWay):
             module.register_forward_hook(self._leaving(name, name == paths[-1]))
 
     def copy(self, block: str, twin: str) -> None:
-        """Assign what was observed of ``block`` to its ``twin`` as well, which was not run."""
+        """Enter what was observed of the block at the path ``block`` also for the block ``twin``, which was
+        not run. Views are not copied."""
 
         def there(name: str) -> str:
             return twin + name[len(block) :] if _in(name, block) else name
@@ -175,8 +182,9 @@ class Flow(AnyWay):
         return out
 
     def _cut(self, func: Any, tensor: torch.Tensor, out: Any) -> tuple[str, int] | None:
-        """Return the Linear and width that a split or view of a Linear's output belongs to, or None. Record
-        how the output is split and viewed."""
+        """Return (Linear, width of its features) if ``out`` is a split or view of the output ``tensor`` of a
+        column-split Linear that keeps features in the last dimension, else None. Record how the output is
+        split and viewed."""
         origin: tuple[str, int] | None = getattr(tensor, "_memfit_origin", None)
         if origin is None or func.overloadpacket.__name__ not in (
             "split",
@@ -209,9 +217,10 @@ class _Done(BaseException):
 def observe(
     job: Any, model: nn.Module, blocks: list[str], roles: Mapping[str, str], shrink: Any = None
 ) -> Flow:
-    """Return the flow through the blocks of a copy of ``model`` whose tensors hold no values.
-    ``shrink(copy)`` may change that copy first. Modes that are active outside see nothing of the run. Of
-    equal blocks, only two are run."""
+    """Return the flow through the blocks (paths in the model, in their order) of a copy of ``model`` whose
+    tensors hold no values, for the Linears' ``roles`` (see `Flow`). ``shrink(copy)``, if set, may change that
+    copy first. Modes that are active outside see nothing of the run. Equal blocks at the end, beyond two, are
+    not run."""
     flow = Flow(roles)
     twin_indices = _twins(model, blocks, roles)
     with valueless(job, model) as (model_copy, batch):
@@ -231,7 +240,8 @@ def observe(
 
 
 def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> list[int]:
-    """Return `twins` of the blocks, where twins also have the same roles for their Linears."""
+    """Return `twins` of the blocks at these paths, except that a block whose Linears have other roles than
+    those of its twin gets its own index."""
     block_roles = [{(n[len(b) :], role) for n, role in roles.items() if _in(n, b)} for b in blocks]
     twin_indices = twins([model.get_submodule(name) for name in blocks])
     return [twin if block_roles[twin] == block_roles[i] else i for i, twin in enumerate(twin_indices)]
@@ -271,7 +281,8 @@ def _in(name: str, path: str) -> bool:
 
 
 def _tail(shape: torch.Size, width: int) -> tuple[int, ...]:
-    """Return the last dimensions of ``shape`` that together hold ``width`` features."""
+    """Return the last dimensions of ``shape`` whose product is ``width``, or the whole shape if there are
+    none."""
     for start in range(len(shape) - 1, -1, -1):
         if math.prod(shape[start:]) == width:
             return tuple(shape[start:])

@@ -18,8 +18,9 @@ def scalars(model: torch.nn.Module) -> list[str]:
 
 
 def refuse_scalars(model: torch.nn.Module, who: str, *, left_alone: Collection[str] = ()) -> None:
-    """Raise UserError naming the first parameter without dimensions, except those in ``left_alone``. ``who``
-    is what does not support them."""
+    """Raise UserError if the model has parameters without dimensions whose names are not in ``left_alone``.
+    The message names the first one and says that ``who``, a technique or an engine, does not support
+    them."""
     names = [name for name in scalars(model) if name not in left_alone]
     if names:
         count_note = f" ({len(names)} such parameters)" if len(names) > 1 else ""
