@@ -236,8 +236,9 @@ def estimate(  # noqa: PLR0913
     default this machine. ``bound``: sizes that only values decide, as in `Job`. ``ema``: the decay of a
     weight average that the loop keeps (True: 0.999). ``clip``: the largest gradient norm; by default
     gradients are not clipped. ``workers``: DataLoader worker processes of each rank, which take host memory;
-    by default none. With a Job, these four replace its own values if they are not None. ``host_memory``: the
-    memory of each host ("128GiB" or bytes), if it differs from the catalog's; not for a CPU.
+    by default none. With a Job, ``bound``, ``ema``, ``clip`` and ``workers`` replace its own values if they
+    are not None. ``host_memory``: the memory of each host ("128GiB" or bytes), if it differs from the
+    catalog's; not for a CPU.
 
     ``probe``: on this machine, run each operator whose kernel may use workspace at the peak once, alone and
     on made-up tensors, in a child process (a few seconds; results are stored on disk). Without it, and for
@@ -454,10 +455,10 @@ def conform(
     """Compare a prepared model and optimizer with a plan. Call it on every rank of the job.
 
     ``plan``: as in `estimate`. If it is a mapping, text or name without ``ranks``, its number of ranks is the
-    argument ``ranks``, by default the world size. A world size of 1 then does not conform if the plan has
-    techniques of several ranks (other than ``zero``). ``blocks``: module path of the repeated blocks, as in
-    ``Job(blocks=...)``; found by default. ``clip``: the largest gradient norm that the update should receive,
-    0 if gradients must not be clipped; checked only if given, and with ``step``.
+    argument ``ranks``, by default the world size. If neither gives it and the world size is 1, a plan with
+    techniques of several ranks (other than ``zero``) is not conformed to. ``blocks``: module path of the
+    repeated blocks, as in ``Job(blocks=...)``; found by default. ``clip``: the largest gradient norm that the
+    update should receive, 0 if gradients must not be clipped; checked only if given, and with ``step``.
 
     Without ``step``, these are checked: ranks; number of parameter elements on this rank and their dtypes;
     how they are sharded (FSDP2's blocks, tensor parallelism, experts); which weights of blocks are trained

@@ -140,8 +140,8 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
 
 @dataclasses.dataclass
 class _Kept:
-    """Stored probe results by key of the signature, in one file per processor, torch version and thread
-    count.
+    """Stored probe results (``taken``) by key of the operator's signature, in one file for each processor,
+    instruction set, torch version, use of oneDNN, and number of threads.
     """
 
     path: Path
