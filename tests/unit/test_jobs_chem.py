@@ -253,7 +253,7 @@ def test_the_users_dna_is_read_and_refused_if_too_short(tmp_path: Path) -> None:
     file = tmp_path / "dna.fasta"
     file.write_text(">a\nACGTNNacgt\n>b\n" + "ACGGT" * 80)
     assert len(genome._fasta(str(file))) == 408
-    with pytest.raises(UserError, match="408 bases of DNA; allowed: at least 2364"):
+    with pytest.raises(UserError, match="408 bases of DNA are too few; allowed: at least 2364"):
         load("genome", data=str(file))
 
 
@@ -401,7 +401,7 @@ def test_potential_refuses_a_length_and_wrong_data_files(tmp_path: Path) -> None
     with pytest.raises(UserError, match="no length"):
         load("potential", size="tiny@64")
     np.savez(tmp_path / "frames.npz", numbers=np.zeros((1, 3)))
-    with pytest.raises(UserError, match=r"allowed: an .npz with numbers, molecule"):
+    with pytest.raises(UserError, match=r"allowed: an .npz with the arrays numbers, molecule"):
         load("potential", data=str(tmp_path / "frames.npz"))
     with pytest.raises(UserError, match="No such file"):
         load("potential", data=str(tmp_path / "absent.npz"))

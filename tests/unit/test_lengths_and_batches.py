@@ -76,7 +76,7 @@ def test_a_job_object_refuses_a_length_and_suggests_a_function(own: str) -> None
 
 @pytest.mark.parametrize("spec", ["weather", "segmentation3d", "potential"])
 def test_a_job_without_lengths_refuses_one(spec: str) -> None:
-    with pytest.raises(UserError, match=rf"(--length 64 for {spec}|{spec} at length 64); allowed: "):
+    with pytest.raises(UserError, match=f"{spec} does not support any --length, given 64; allowed: "):
         load(JobRef(spec=spec, length=64))
 
 

@@ -84,9 +84,9 @@ def units(step: Observation) -> None:
 
 
 def resharded(step: Observation) -> None:
-    """Record whether FSDP2 frees gathered blocks after their forward, or keeps them, as planned: at most half
-    of them, or more, are gathered when backward begins. The last block does not count, because backward needs
-    it first. Does nothing with a pipeline or without shards."""
+    """Record whether FSDP2 frees gathered blocks after their forward or keeps them, as planned. It frees them
+    if at most half of them are still gathered when backward begins, without the last block, which backward
+    needs first. Does nothing with a pipeline or without shards."""
     use = step.plan.get("fsdp2")
     if use is None or step.layout.pipeline > 1 or step.layout.shard * step.layout.context == 1:
         return
@@ -245,9 +245,9 @@ class _Stage:
 
 
 def stages(step: Observation) -> None:
-    """Record, with a pipeline, whether a rank holds no more blocks than its stages have, and no parameters
-    that only other stages train. The first is unseen if the size of the whole model is unknown, the second if
-    a rank had no gradients."""
+    """Record, with a pipeline, whether this rank holds no more blocks than its stages have, whether not all
+    ranks train the same parameters, and whether it holds none that only other stages train. The first is
+    unseen if the size of the whole model is unknown, the others if a rank had no gradients."""
     use = step.plan.get("pipeline")
     if use is None:
         return

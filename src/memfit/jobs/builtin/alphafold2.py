@@ -1,9 +1,9 @@
 """``alphafold2``: protein structure from alignments, AlphaFold 2 written from its paper's algorithms.
 
-Parts without data are left out: side chains (their torsions are not judged), templates at ``tiny``,
-co-evolution (rows of an alignment are drawn column by column from a real family's profile). Float32 islands:
-the structure module (distances between coordinates of tens of Angstrom, chains of frame products), recycled
-distances, and the heads' logits. In float16, the masks of -1e9 are also infinite.
+Parts without data are left out: side chains (their torsions are not judged), templates at ``tiny`` (they are
+empty at other sizes), and co-evolution (rows of an alignment are drawn column by column from a real family's
+profile). Float32 islands: the structure module (distances between coordinates of tens of Angstrom, chains of
+frame products), recycled distances, and the heads' logits. In float16, the masks of -1e9 are also infinite.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ _TESTED: Final = 120  # number of chains in the test set
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Folds:
-    """Chains, concatenated: ``residue`` (n,), ``profile`` (n, 20) from 0 to 1, ``atoms`` (n, 3, 3) in
-    Angstrom.
+    """Chains of proteins, concatenated; the first ``train_count`` are for training. ``residue`` (n,): numbers
+    of amino acids; ``profile`` (n, 20): shares from 0 to 1; ``atoms`` (n, 3 of N CA C, 3): positions in
+    Angstrom; ``offset``: where each chain starts, and the end.
     """
 
     offset: Array
@@ -70,10 +71,12 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job at one of SIZES.
+    """Return the job at one of SIZES on the built-in chains, from random weights, by default with the batch
+    and the length of the size.
 
     ``initial`` training (the same as ``paper``) has 256 residues and 128 rows, ``finetune`` 384 residues and
-    512 rows. Raises UserError for user-defined data and weights.
+    512 rows. ``batch``: chains of a step. ``length``: residues to which chains are padded or cropped. Raises
+    UserError for any ``data`` or ``weights``.
     """
     refuse(
         NAME,
@@ -122,7 +125,8 @@ def _build(shape: FoldSize) -> torch.nn.Module:
 
 
 def built_in_folds() -> Folds:
-    """Return the chains of ``protein-ss`` with their backbones."""
+    """Return the built-in chains of the job ``protein-ss`` with the positions of their backbone atoms. The
+    residue itself replaces a missing profile."""
     folder = resources.files("memfit.jobs.builtin") / "data"
     with resources.as_file(folder / "pdb_ss.npz") as path, np.load(path) as archive:
         profile = archive["profile"].astype(np.float32)
@@ -146,9 +150,9 @@ def built_in_folds() -> Folds:
 
 
 def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[str, torch.Tensor]:
-    """Return a training batch (keys: see `pack`).
+    """Return a training batch with the keys of `pack`.
 
-    Chains longer than the crop are cropped at a random position.
+    Chains longer than ``shape.residues`` are cropped at a random position, shorter ones are padded.
     """
     rng = step_rng(step, seed)
     chains = epoch_indices(folds.train_count, shape.batch_size, step=step, seed=seed)
@@ -159,11 +163,12 @@ def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[
 def pack(
     folds: Folds, picked: Array, skipped: Array, shape: FoldSize, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Return a batch of the ``picked`` chains, each starting after ``skipped`` residues.
+    """Return a batch of the chains with the indices ``picked``, each without its first ``skipped`` residues.
 
     ``target`` (batch, n, 22), ``msa`` (batch, rows, n, 49), ``extra`` (batch, extra rows, n, 25), ``index``
-    (batch, n) int64, ``mask`` (batch, n), ``atoms`` (batch, n, 3 of N CA C, 3) in Angstrom; ``residue``
-    (batch, rows, n) int64, to be predicted where ``hidden`` is 1. Templates are empty.
+    (batch, n) int64, ``mask`` (batch, n), 0 at padding, ``atoms`` (batch, n, 3 of N CA C, 3) in Angstrom;
+    ``residue`` (batch, rows, n) int64, to be predicted where ``hidden`` (batch, rows, n) is 1. If the size
+    has templates, ``template`` and ``template_mask`` are zero.
     """
     count, length = len(picked), shape.residues
     residue, mask = np.full((count, length), 20), np.zeros((count, length), np.float32)
@@ -200,7 +205,8 @@ def pack(
 
 
 def _homologs(profile: Array, rows: int, rng: np.random.Generator) -> Array:
-    """Return (batch, rows, n) residues drawn independently from each column's profile (batch, n, 20)."""
+    """Return residues (batch, rows, n), drawn independently of each other from the ``profile`` of their
+    column (batch, n, 20)."""
     cumulative = np.cumsum(profile, axis=-1)
     random_values = rng.random((profile.shape[0], rows, profile.shape[1]), np.float32)
     residues = np.zeros(random_values.shape, np.int64)
@@ -216,7 +222,9 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
-    """Return the parts of the loss, each averaged over samples, with float32 sums."""
+    """Return the parts of the loss, fape, auxiliary, distance, residue and confidence, each averaged over
+    samples with float32 sums; their weighted sum as "loss"; and the mean lDDT of the prediction as "lddt".
+    ``out``: what the model returns for ``batch``."""
     import torch
     from torch.nn import functional
 
@@ -276,7 +284,8 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
 
 
 def test_parts(folds: Folds, shape: FoldSize) -> Any:
-    """Yield batches of the test set's chains, cropped at their start, always with the same alignments."""
+    """Yield batches of at most 120 test chains, of which the first residues are used, always with the same
+    alignments."""
     chunk_size = min(shape.batch_size, EVALUATED_AT_ONCE)
     test = np.arange(folds.train_count, folds.count)[:_TESTED]
     for index, chains in enumerate(np.array_split(test, -(-len(test) // chunk_size))):
@@ -284,8 +293,9 @@ def test_parts(folds: Folds, shape: FoldSize) -> Any:
 
 
 def contact_precision(model: torch.nn.Module, folds: Folds, shape: FoldSize) -> float:
-    """Return the percentage of true contacts among the L/2 most likely pairs of each test chain, by the
-    distogram.
+    """Return the mean over test chains of the percentage of true contacts among the L/2 pairs of residues
+    that the model's distogram says are most likely in contact. L: residues of the chain; pairs are at least
+    12 residues apart.
     """
     from memfit.jobs.builtin.alphafold.model import distance_edges
 
@@ -324,9 +334,10 @@ def _contacts(atoms: Array) -> Array:
 
 
 def metric(folds: Folds, shape: FoldSize) -> Metric:
-    """Return the metric.
+    """Return the metric, the precision of contacts at L/2.
 
-    Its naive result is the best ranking of contacts by separation along the chain alone.
+    Its naive result is that of ranking pairs by how often training pairs with their separation along the
+    chain are in contact.
     """
     length = shape.residues
     contacts, totals = np.zeros(length), np.zeros(length)

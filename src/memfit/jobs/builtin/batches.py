@@ -19,16 +19,19 @@ if TYPE_CHECKING:
 
 
 def refuse(job: str, given: Mapping[str, object], *, allowed: str) -> None:
-    """Raise UserError for the first given option that ``job`` does not support."""
+    """Raise UserError if an option that ``job`` does not support is given. ``given`` maps such options to
+    their values, None where one is not given; the first one given is named. ``allowed``: what the message
+    says is allowed instead."""
     for option, value in given.items():
         if value is not None:
-            raise UserError(f"{option} {value} is not supported by {job}", allowed=allowed)
+            raise UserError(f"{job} does not support any {option}, given {value}", allowed=allowed)
 
 
 def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array:
-    """Return which of ``count`` examples a step uses, shape ``(batch_size,)``.
+    """Return the indices of those of ``count`` examples that a step uses, shape ``(batch_size,)``.
 
-    Every epoch is a new permutation drawn from (seed, epoch). A batch may extend over the end of an epoch.
+    Every epoch is a new permutation of all examples, drawn from (seed, epoch). A batch may extend over the
+    end of an epoch.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs: list[int] = (positions // count).tolist()
@@ -37,13 +40,14 @@ def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array
 
 
 def step_rng(step: int, seed: int) -> np.random.Generator:
-    """Return the random generator of one step, independent of the order of examples."""
+    """Return a random generator that depends on ``step`` and ``seed`` only, and that is independent of the
+    order of examples."""
     return np.random.default_rng((seed, step, 1))
 
 
 def as_tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    """Copy arrays into torch's own memory; numpy's memory would be missing from every count of tensor
-    bytes.
+    """Return the arrays as tensors, copied into torch's own memory; numpy's memory would be missing from
+    every count of tensor bytes.
     """
     import torch
 
@@ -52,9 +56,10 @@ def as_tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
-    """Set evaluation mode without gradients and restore the mode afterwards.
+    """Put the model in evaluation mode and disable gradients inside this context; then restore the model's
+    mode.
 
-    Yields the device for batches.
+    Yields the device of its parameters, to which batches must be moved.
     """
     import torch
 

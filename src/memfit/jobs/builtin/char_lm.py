@@ -48,10 +48,12 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job at one of SIZES.
+    """Return the job at one of SIZES, by default on the built-in text, from random weights, with the batch
+    and the length of the size.
 
-    ``data``: a text file. The larger sizes keep GPT-2's vocabulary, because its memory is of interest,
-    although their tokens are bytes.
+    ``data``: a text file. ``weights``: a folder of safetensors. ``batch``: windows of a step. ``length``:
+    bytes of a window. The larger sizes keep GPT-2's vocabulary, because its memory is of interest, although
+    their tokens are bytes.
     """
     shape = _shape(size)
     if length is not None:
@@ -78,7 +80,8 @@ def make(
 
 
 def _shape(size: str) -> GptSize:
-    """Return GPT-2 small (Radford et al. 2019), or the 1.3B model of GPT-3's table 2.1 with 64-wide heads."""
+    """Return a size of its own for tiny, GPT-2 small (Radford et al. 2019) for 124M, and for 1.3B and paper
+    the 1.3B model of GPT-3's table 2.1 with 64-wide heads."""
     from memfit.jobs.builtin.gpt import GptSize
 
     if size == "tiny":
@@ -99,15 +102,18 @@ def _build(shape: GptSize, weights: str | None) -> torch.nn.Module:
 
 
 def read(path: str | None, length: int) -> Text:
-    """Return the user's text or the built-in one; the last tenth is held out.
+    """Return the text of the user's file ``path``, or the built-in one if None; the last tenth is held out.
 
-    Raises UserError if a part would be shorter than one window of ``length`` + 1 bytes.
+    Raises UserError if the held-out part would be shorter than one window of ``length`` + 1 bytes.
     """
     text_bytes = np.frombuffer((read_text(path) if path else _documentation()).encode(), np.uint8)
     boundary = len(text_bytes) - len(text_bytes) // 10
     if len(text_bytes) - boundary < length + 1:
         source = path or "the built-in text"
-        raise UserError(f"{source} has {len(text_bytes)} bytes", allowed=f"at least {10 * (length + 1)}")
+        raise UserError(
+            f"{source} has {len(text_bytes)} bytes, too few for a window",
+            allowed=f"at least {10 * (length + 1)}",
+        )
     return Text(train=text_bytes[:boundary], test=text_bytes[boundary:], source=path or DATA_SOURCE)
 
 
@@ -134,7 +140,8 @@ def _windows(text: Array, starts: Array, length: int) -> dict[str, Array]:
 
 
 def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
-    """Return the cross-entropy of the next byte in nats."""
+    """Return the cross-entropy of the next byte in nats, over all positions of the batch. ``reduction``:
+    "mean" or "sum"."""
     from torch.nn import functional
 
     logits = model(batch["tokens"])
@@ -144,12 +151,14 @@ def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> tor
 
 
 def _test_starts(text: Array, length: int) -> Array:
-    """Return the starts of consecutive windows, so that each scored byte counts once."""
+    """Return the starts of consecutive windows at the beginning of ``text``, at most 64. They do not overlap,
+    so that each scored byte counts once."""
     return np.arange(0, len(text) - length, length)[:_TEST_WINDOWS]
 
 
 def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: int) -> float:
-    """Return the mean cross-entropy in bits over the first windows of the held-out text."""
+    """Return the mean cross-entropy in bits of the next byte over the first windows of the held-out ``text``,
+    at most 64 of ``length`` bytes."""
     starts, total = _test_starts(text, length), 0.0
     with evaluating(model) as device:
         chunk_size = min(batch_size, EVALUATED_AT_ONCE)
@@ -161,7 +170,8 @@ def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: 
 
 
 def metric(text: Text, length: int) -> Metric:
-    """Return bits per byte. The naive model is the byte frequencies of the training text (plus one each)."""
+    """Return the metric, bits per byte. Its naive result is that of the byte frequencies of the training text
+    (plus one each)."""
     counts = np.bincount(text.train, minlength=256) + 1
     bits = -np.log2(counts / counts.sum())
     targets = _windows(text.test, _test_starts(text.test, length), length)["next"]

@@ -1,4 +1,4 @@
-"""ESM-2 (Lin et al. 2023, Science 379:1123), for both protein jobs.
+"""ESM-2 (Lin et al. 2023, Science 379:1123), for the jobs protein-lm and protein-ss.
 
 Parameters have the names, and operators the order, of Hugging Face's ``EsmForMaskedLM`` (transformers,
 models/esm/modeling_esm.py). Its checkpoints load, results are bitwise equal and memory is equal, as
@@ -31,7 +31,8 @@ Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1, length
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EsmSize:
-    """Size of an ESM-2 model. ``length`` is in residues (tokens), ``batch_size`` in chains."""
+    """Size of an ESM-2 model. ``layers``: number of encoder layers; ``length``: residues (tokens) of a chain;
+    ``batch_size``: chains of a step."""
 
     layers: int
     width: int
@@ -63,7 +64,8 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-        """Attend. ``hidden`` (batch, length, width); ``mask`` (batch, 1, 1, length) is False at padding."""
+        """Return the attended values, with the shape of ``hidden`` (batch, length, width). ``mask`` (batch,
+        1, 1, length) is False at padding."""
         query, key, value = (self._heads(p(hidden)) for p in (self.query, self.key, self.value))
         query = query * self.head_width**-0.5  # before the rotation, as ESM-2 was trained
         context: torch.Tensor = functional.scaled_dot_product_attention(
@@ -77,7 +79,8 @@ class SelfAttention(nn.Module):
 
 
 def _rotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), pairing the two halves of a head."""
+    """Return ``x`` (batch, heads, length, width of a head) with rotary positions applied (Su et al. 2021,
+    arXiv 2104.09864, eq. 34), pairing the two halves of a head."""
     cosines, sines = (part.unsqueeze(1) for part in rotary)
     return ((x.float() * cosines) + (_turned(x.float()) * sines)).to(x.dtype)
 
@@ -88,14 +91,14 @@ def _turned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """Compute GELU by separate operators, as ESM-2 and Hugging Face do: other bits and more memory than
-    torch's.
+    """Return GELU, computed by separate operators as ESM-2 and Hugging Face do. Results differ in bits from
+    torch's GELU, and more memory is needed.
     """
     return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
 class Residual(nn.Module):
-    """A linear layer whose output is added to ``before``."""
+    """A linear layer from ``inner`` to ``width`` channels whose output is added to ``before``."""
 
     def __init__(self, inner: int, width: int) -> None:
         super().__init__()
@@ -159,7 +162,8 @@ class Encoder(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """Cosines and sines of rotary positions."""
+    """Computes the cosines and sines of rotary positions for a sequence, each (1, length, width of a
+    head)."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
@@ -185,7 +189,8 @@ class Embeddings(nn.Module):
 
 
 class Esm(nn.Module):
-    """The encoder. ``tokens``: whether inputs are token numbers or embedded inputs (batch, length, width)."""
+    """The encoder. ``tokens``: inputs are token numbers (batch, length); otherwise they are already embedded
+    (batch, length, width)."""
 
     def __init__(self, size: EsmSize, *, tokens: bool) -> None:
         super().__init__()
@@ -215,7 +220,8 @@ class LanguageHead(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Initialize as ESM-2: normal weights, zero biases, zero embedding of padding."""
+    """Initialize a Linear or Embedding as ESM-2: normal weights, zero biases, zero embedding of padding.
+    Other modules are left alone."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=_INITIAL_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -237,7 +243,8 @@ class SecondaryStructure(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Return logits ``(batch, length, 3)`` for features ``(batch, length, 41)``."""
+        """Return logits ``(batch, length, 3)`` for features ``(batch, length, 41)``. ``valid`` (batch,
+        length) is False at padding."""
         features = features.to(self.esm.encoder.emb_layer_norm_after.weight.dtype)
         radius = WINDOW // 2
         windows = functional.pad(features, (0, 0, radius, radius)).unfold(1, WINDOW, 1).flatten(2)
@@ -254,5 +261,6 @@ class MaskedLanguageModel(nn.Module):
         self.lm_head.decoder.weight = self.esm.embeddings.word_embeddings.weight
 
     def forward(self, tokens: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Return logits ``(batch, length, 33)`` for token numbers ``(batch, length)``."""
+        """Return logits ``(batch, length, 33)`` for token numbers ``(batch, length)``. ``valid`` (batch,
+        length) is False at padding."""
         return self.lm_head(self.esm(tokens, valid))  # type: ignore[no-any-return]

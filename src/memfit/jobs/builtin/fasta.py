@@ -18,7 +18,8 @@ STATES: Final = "HEC"  # helix, strand, coil
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Protein:
-    """A protein. ``states`` is "" or one of H, E, C per residue."""
+    """A protein. ``sequence`` is in upper case. ``states`` has one of H, E, C (helix, strand, coil) per
+    residue, or is "" if they are unknown."""
 
     name: str
     sequence: str
@@ -26,9 +27,9 @@ class Protein:
 
 
 def read_text(path: str) -> str:
-    """Return the text of a file, unpacked if it ends in ``.gz``.
+    """Return the text of a UTF-8 file, unpacked if its name ends in ``.gz``.
 
-    Raises UserError if it is unreadable or empty.
+    Raises UserError if it is unreadable, not UTF-8, or without anything but white space.
     """
     try:
         raw = Path(path).read_bytes()
@@ -61,13 +62,14 @@ def read_fasta(path: str) -> list[Protein]:
 
 
 def read_labelled(path: str) -> list[Protein]:
-    """Return proteins with their secondary structure, three lines each::
+    """Return the proteins of a file with their secondary structure, three lines each::
 
         >name
         MKTAYIAKQR
         CCHHHHHHCC
 
-    Raises UserError with file and line, also if the two lines differ in length.
+    Blank lines, lower case and a final ``*`` of a sequence are allowed. Raises UserError with file and line
+    if a name is not followed by two lines of the same length, or for a letter that is no amino acid or state.
     """
     proteins = []
     for line_number, name, lines in _records(path):
@@ -86,7 +88,8 @@ def read_labelled(path: str) -> list[Protein]:
 
 
 def _records(path: str) -> Iterator[tuple[int, str, list[tuple[int, str]]]]:
-    """Yield (line of the header, name, numbered lines that follow), without blank lines."""
+    """Yield for each record (number of its header's line, name, following lines as (number, text)), without
+    blank lines. Raises UserError for text before the first header."""
     header: tuple[int, str] | None = None
     body: list[tuple[int, str]] = []
     for number, raw in enumerate(read_text(path).splitlines(), start=1):

@@ -57,7 +57,13 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job at one of SIZES. ``data``: a FASTA file of DNA. ``length``: bases in a window."""
+    """Return the job at one of SIZES, by default on the built-in chromosome, from random weights, with the
+    batch and the length of the size.
+
+    ``data``: a FASTA file of DNA. ``weights``: a folder of safetensors. ``batch``: windows of a step.
+    ``length``: tokens of a window, one per base; evaluation uses shorter windows if the held-out part is
+    shorter.
+    """
     shape = _shape(size)
     if length is not None:
         shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
@@ -107,15 +113,16 @@ def _build(shape: HyenaSize, weights: str | None) -> torch.nn.Module:
 
 
 def read(path: str | None, needed: int) -> Genome:
-    """Return the user's DNA or the built-in chromosome.
+    """Return the DNA of the user's file ``path``, or the built-in chromosome if None; the last tenth is held
+    out.
 
-    Raises UserError if a window of ``needed`` bases does not fit into the training part.
+    Raises UserError if the training part has fewer than 400 bases, or than two windows of ``needed`` bases.
     """
     bases, source = (_fasta(path), path) if path else (_chromosome(), DATA_SOURCE)
     boundary = len(bases) - len(bases) // 10
     if boundary < max(2 * needed, 400):
         allowed = f"at least {max(int(2.3 * needed), 450)} for this window"
-        raise UserError(f"{len(bases)} bases of DNA", allowed=allowed)
+        raise UserError(f"{len(bases)} bases of DNA are too few", allowed=allowed)
     return Genome(train=bases[:boundary], test=bases[boundary:], source=source)
 
 
@@ -130,7 +137,8 @@ def _chromosome() -> Array:
 
 
 def _fasta(path: str) -> Array:
-    """Return the bases of all records, concatenated. Letters that are not bases (N, gaps) are left out."""
+    """Return the bases of all records of a FASTA file as 0 to 3, concatenated. Letters that are not A, C, G
+    or T (N, gaps) are left out."""
     lines = [line.strip() for line in read_text(path).splitlines() if not line.startswith(">")]
     letters = np.frombuffer("".join(lines).upper().encode(), np.uint8)
     code_of_letter = np.full(256, 255, np.uint8)
@@ -140,7 +148,8 @@ def _fasta(path: str) -> Array:
 
 
 def words(bases: Array, length: int) -> Array:
-    """Return the number of each word of ``length`` bases, int64 (bases - length + 1,)."""
+    """Return, for each position in ``bases``, the number (0 to 4**length - 1) of the word of ``length`` bases
+    that starts there, int64 (bases - length + 1,)."""
     numbers = np.zeros(len(bases) - length + 1, np.int64)
     for i in range(length):
         numbers = 4 * numbers + bases[i : i + len(numbers)]
@@ -164,7 +173,8 @@ def _windows(bases: Array, starts: Array, shape: HyenaSize) -> dict[str, Array]:
 
 
 def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
-    """Return the cross-entropy of the next base in nats."""
+    """Return the cross-entropy of the next base in nats, over all positions of the batch. ``reduction``:
+    "mean" or "sum"."""
     from torch.nn import functional
 
     logits = model(batch["tokens"])
@@ -174,13 +184,15 @@ def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> tor
 
 
 def _test_starts(bases: Array, shape: HyenaSize) -> Array:
-    """Return the starts of windows spread evenly over the held-out part."""
+    """Return the starts of windows spread evenly over ``bases``, the held-out part: at least one, and at most
+    65,536 bases in all."""
     last = len(bases) - shape.length - shape.kmer
     return np.linspace(0, last, max(1, min(_TEST_BASES, len(bases)) // shape.length)).astype(np.int64)
 
 
 def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_size: int) -> float:
-    """Return the mean cross-entropy of the next base over the test windows, in bits."""
+    """Return the mean cross-entropy of the next base, in bits, over windows spread evenly over ``bases``, the
+    held-out part."""
     starts, total = _test_starts(bases, shape), 0.0
     with evaluating(model) as device:
         chunk_size = min(batch_size, EVALUATED_AT_ONCE)
@@ -192,7 +204,8 @@ def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_
 
 
 def markov_bits(genome: Genome, places: Array, order: int) -> float:
-    """Return the bits per base of a Markov chain at ``places`` of the held-out part.
+    """Return the mean bits per base of a Markov chain for the bases at the positions ``places`` of the
+    held-out part.
 
     Its probabilities are the frequencies of what follows each word of ``order`` bases in the training part,
     plus one each.
@@ -209,9 +222,10 @@ def scored(genome: Genome, shape: HyenaSize) -> Array:
 
 
 def metric(genome: Genome, shape: HyenaSize) -> Metric:
-    """Return bits per base.
+    """Return the metric, bits per base.
 
-    The naive model is a Markov chain of order two, that is, words of codon length.
+    Its naive result is that of a Markov chain of order two, that is, of words of codon length. The margin is
+    half of what order 4 gains over order 3.
     """
     positions = scored(genome, shape)
     positions = positions[positions >= 4]

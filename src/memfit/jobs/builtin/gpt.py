@@ -11,7 +11,8 @@ from torch.nn import functional
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GptSize:
-    """Size of a GPT. ``length`` is in tokens, ``batch_size`` in sequences."""
+    """Size of a GPT. ``layers``: number of blocks; ``length``: the most tokens of a sequence;
+    ``vocabulary``: number of tokens that exist; ``batch_size``: sequences of a step."""
 
     layers: int
     width: int
@@ -49,7 +50,8 @@ class GptBlock(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A GPT, initialized as GPT-2 (Radford et al. 2019): normal(0.02), smaller where residuals are added."""
+    """A GPT, initialized as GPT-2 (Radford et al. 2019): weights normal(0.02), smaller where a layer's output
+    is added to a residual, and biases zero."""
 
     def __init__(self, size: GptSize) -> None:
         super().__init__()

@@ -21,9 +21,9 @@ _TIME_FEATURES: Final = 5  # time itself, two cosines and two sines of it
 class HyenaSize:
     """Size of a HyenaDNA.
 
-    ``length`` is in bases, ``batch_size`` in windows. ``kmer``: each token is the last ``kmer`` bases, as in
-    DNABERT (Ji et al. 2021). ``vocabulary``: number of token embeddings. ``filter_width``: width of the
-    network that generates the long filter.
+    ``layers``: number of blocks. ``length``: tokens of a window, one per base. ``batch_size``: windows of a
+    step. ``kmer``: each token is the last ``kmer`` bases, as in DNABERT (Ji et al. 2021). ``vocabulary``:
+    number of token embeddings. ``filter_width``: width of the network that generates the long filter.
     """
 
     layers: int
@@ -42,7 +42,8 @@ LARGE_1M: Final = HyenaSize(
 
 
 def causal_convolution(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-    """Convolve ``x`` (batch, width, length) causally with ``taps`` (width, length), by FFT in float32."""
+    """Return ``x`` (batch, width, length) convolved causally with ``taps`` (width, length), by FFT in
+    float32, in the dtype of ``x``."""
     length = x.shape[-1]
     spectrum = torch.fft.rfft(x.float(), n=2 * length) * torch.fft.rfft(taps.float(), n=2 * length)
     full_output: torch.Tensor = torch.fft.irfft(spectrum, n=2 * length)
@@ -50,7 +51,7 @@ def causal_convolution(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
 
 
 class Sine(nn.Module):
-    """A sine with a learned frequency."""
+    """A sine with a learned frequency for each of the ``width`` channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,7 +62,8 @@ class Sine(nn.Module):
 
 
 class LongFilter(nn.Module):
-    """Filter taps of every channel as a function of time, decaying at a different rate in each channel."""
+    """Generates the filter taps of every channel as a function of time, by a small network (``hidden`` units
+    wide), decaying at a different fixed rate in each channel."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -90,7 +92,8 @@ class LongFilter(nn.Module):
 
 
 class LongConvolution(nn.Module):
-    """Convolves every channel with its own taps and adds a learned share of the input."""
+    """Convolves every channel with taps of its own from a `LongFilter` and adds a learned share of the
+    input."""
 
     def __init__(self, size: HyenaSize) -> None:
         super().__init__()

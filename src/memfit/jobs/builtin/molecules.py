@@ -46,10 +46,10 @@ _TRAIN_SHARE: Final = 0.8
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Molecules:
-    """Molecules with a measured value each.
+    """Molecules, each with a measured value.
 
     ``smiles`` and ``values`` have shape (molecules,); the first ``train_count`` are for training. ``tokens``
-    (molecules, longest) uint8: token numbers, 0 at padding. Batches are ``length`` tokens wide.
+    (molecules, longest) uint8: token numbers, 0 at padding. Batches are padded to ``length`` tokens.
     """
 
     smiles: tuple[str, ...]
@@ -60,7 +60,8 @@ class Molecules:
     source: str
 
     def padded(self, picked: Array) -> Array:
-        """Return token numbers (picked, length) int64."""
+        """Return the token numbers of the molecules with the indices ``picked``, (picked, length) int64, 0 at
+        padding."""
         return np.pad(self.tokens[picked].astype(np.int64), ((0, 0), (0, self.length - self.tokens.shape[1])))
 
     @property
@@ -78,9 +79,11 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job at one of SIZES.
+    """Return the job at one of SIZES, by default on the measurements in the package chemicals, from random
+    weights, with the batch and the length of the size.
 
-    ``data``: a file of ``SMILES,value`` lines. ``length``: molecules with more tokens are left out.
+    ``data``: a file of ``SMILES,value`` lines. ``weights``: a folder of safetensors. ``batch``: molecules of
+    a step. ``length``: molecules with more tokens are left out, and others are padded to it.
     """
     shape = _shape(size)
     if length is not None:
@@ -132,9 +135,10 @@ Pairs = Sequence[tuple[str, float]]
 
 
 def _installed() -> Pairs:
-    """Return measured logP with PubChem's SMILES, joined by CAS number.
+    """Return (PubChem's SMILES, measured logP) of the molecules in the files of the package chemicals, joined
+    by CAS number.
 
-    The package itself is not imported.
+    The package itself is not imported. Raises UserError if it is not installed.
     """
     spec = importlib.util.find_spec("chemicals")
     if spec is None or not spec.submodule_search_locations:
@@ -157,7 +161,9 @@ def _installed() -> Pairs:
 
 
 def _user(path: str) -> Pairs:
-    """Return the user's molecules. A first line without a number is a heading."""
+    """Return (SMILES, value) of each line of the user's file, separated by a comma, else a tab, else a space.
+    Empty lines, and a first line without a number, are skipped. Raises UserError with the line for others
+    that cannot be read."""
     pairs = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         smiles, _, value = line.strip().partition("," if "," in line else "\t" if "\t" in line else " ")
@@ -171,15 +177,17 @@ def _user(path: str) -> Pairs:
 
 
 def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
-    """Return the molecules of at most ``length`` tokens, split into training and test.
+    """Return the molecules in ``pairs`` of at most ``length`` tokens, split into training and test.
 
     They are ordered so that a ring skeleton is only on one side of the split: common skeletons first, as in
-    MoleculeNet (Wu et al. 2018, Chem. Sci. 9:513), the rarest fifth for testing. Molecules without rings are
-    one group. Raises UserError if there are fewer than ten.
+    MoleculeNet (Wu et al. 2018, Chem. Sci. 9:513), and at least the last fifth, with the rarest ones, for
+    testing. Molecules without rings are one group. Raises UserError if fewer than ten molecules remain.
     """
     short_pairs = [(smiles, value) for smiles, value in pairs if len(tokens(smiles)) <= length]
     if len(short_pairs) < 10:
-        raise UserError(f"{len(short_pairs)} molecules of at most {length} tokens", allowed="at least 10")
+        raise UserError(
+            f"{len(short_pairs)} molecules of at most {length} tokens are too few", allowed="at least 10"
+        )
     skeletons = [ring_skeleton(smiles) for smiles, _ in short_pairs]
     count = Counter(skeletons)
     order = sorted(range(len(short_pairs)), key=lambda i: (-count[skeletons[i]], skeletons[i], i))
@@ -198,7 +206,8 @@ def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
 
 
 def _numbers(smiles: Iterable[str], training_smiles: Iterable[str]) -> Array:
-    """Return token numbers. A token that occurs in no molecule of ``training_smiles`` is unknown."""
+    """Return the token numbers of ``smiles``, (molecules, longest) uint8, 0 at padding. Tokens that occur in
+    no molecule of ``training_smiles``, and those after the first 93 of them in order, are unknown (1)."""
     alphabet = sorted({token for text in training_smiles for token in tokens(text)})
     token_numbers = {token: _FIRST + i for i, token in enumerate(alphabet[: 96 - _FIRST])}
     rows = [[token_numbers.get(token, _UNKNOWN) for token in tokens(text)] for text in smiles]
@@ -211,9 +220,9 @@ def train_batch(
 ) -> dict[str, torch.Tensor]:
     """Return a training batch.
 
-    ``tokens`` (batch, length) int64, ``valid`` (batch, length) bool, ``value`` (batch,) float32 with mean 0
-    and deviation 1. If ``masked``, also ``labels`` (batch, length) int64, -100 where nothing is to be
-    predicted.
+    ``tokens`` (batch, length) int64, ``valid`` (batch, length) bool, False at padding, ``value`` (batch,)
+    float32, scaled so that the training values have mean 0 and deviation 1. If ``masked``, 15 % of the tokens
+    are replaced by the mask token, and ``labels`` (batch, length) int64 holds them, -100 elsewhere.
     """
     indices = epoch_indices(molecules.train_count, batch_size, step=step, seed=seed)
     mean, deviation = molecules.scale
@@ -230,10 +239,10 @@ def train_batch(
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return the mean squared error of the value, in squared deviations.
+    """Return the mean squared error of the value, in squared standard deviations of the training values.
 
-    With labels, the cross-entropy of masked tokens (nats per position) is added. Both are means over
-    molecules.
+    If the batch has labels, the cross-entropy of masked tokens, in nats per position, padding included, is
+    added. Both are means over molecules.
     """
     from torch.nn import functional
 
@@ -261,7 +270,8 @@ def held_out_rmse(model: torch.nn.Module, molecules: Molecules, batch_size: int)
 
 
 def metric(molecules: Molecules) -> Metric:
-    """Return the RMSE. The naive result is a linear fit to the number of atoms of each element."""
+    """Return the metric, the RMSE. Its naive result is that of a linear fit to the numbers of atoms of the
+    nine most common elements."""
     elements = Counter(e for text in molecules.smiles[: molecules.train_count] for e in graph(text)[0])
     common = [element for element, _ in elements.most_common(9)]
     counts = np.array([[graph(s)[0].count(e) for e in common] + [1] for s in molecules.smiles], np.float64)

@@ -18,9 +18,10 @@ TYPICAL_TOKENS: Final = 16  # scale of the sum at initialization; nothing else d
 class MolformerSize:
     """Size of a MoLFormer.
 
-    ``length`` is in tokens, ``batch_size`` in molecules. ``features``: number of random features of the
-    attention's kernel per head. ``masked``: whether it has a head that predicts masked tokens, as in
-    pre-training, beside the property.
+    ``layers``: number of blocks. ``length``: tokens of a molecule. ``batch_size``: molecules of a step.
+    ``features``: number of random features of the attention's kernel per head. ``feed``: inner width of the
+    feed-forward part. ``masked``: whether it has, in addition to the output of the property, a head that
+    predicts masked tokens, as in pre-training.
     """
 
     layers: int
@@ -58,7 +59,8 @@ def rotary(length: int, width: int, device: torch.device) -> tuple[torch.Tensor,
 
 
 def turned(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotate ``x`` (..., length, width) by its positions."""
+    """Return ``x`` (..., length, width) rotated by its positions. ``cosine`` and ``sine``: as `rotary`
+    returns them."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine.to(x.dtype) + torch.cat([-second, first], dim=-1) * sine.to(x.dtype)
 
@@ -78,8 +80,8 @@ class LinearAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        """Inputs have the shape ``(batch, heads, length, width)``; ``valid`` (batch, length) is False at
-        padding.
+        """Return the attended values. They and the inputs have the shape ``(batch, heads, length, width)``;
+        ``valid`` (batch, length) is False at padding.
         """
         query_features = functional.relu(query @ self.directions) + 1e-3
         key_features = (functional.relu(key @ self.directions) + 1e-3) * valid[:, None, :, None]
@@ -108,7 +110,8 @@ class MolformerBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, valid: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> torch.Tensor:
-        """Input ``x`` and output have the shape (batch, length, width)."""
+        """Input ``x`` and output have the shape (batch, length, width). ``valid`` (batch, length) is False at
+        padding. ``cosine`` and ``sine``: as `rotary` returns them."""
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.query_key_value(self.norm_attention(x)).chunk(3, dim=-1)
@@ -119,8 +122,8 @@ class MolformerBlock(nn.Module):
 
 
 class Readout(nn.Module):
-    """The property as a sum of the tokens' contributions, because partition is nearly a sum over atoms; the
-    paper uses the mean.
+    """Computes the property as a sum of the tokens' contributions, divided by a constant, because partition
+    is nearly a sum over atoms; the paper uses the mean.
     """
 
     def __init__(self, width: int) -> None:
@@ -129,7 +132,8 @@ class Readout(nn.Module):
         self.value = nn.Linear(width, 1)
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Return values ``(batch,)`` for ``x`` (batch, length, width)."""
+        """Return values ``(batch,)`` for ``x`` (batch, length, width). ``valid`` (batch, length) is False at
+        padding."""
         shares: torch.Tensor = self.value(self.norm(x))[..., 0] * valid
         return shares.sum(1) / TYPICAL_TOKENS
 
@@ -148,9 +152,9 @@ class Molformer(nn.Module):
             self.head = nn.Linear(size.width, size.vocabulary, bias=False)
 
     def forward(self, tokens: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return (value (batch,), logits (batch, length, vocabulary) or None).
+        """Return (value (batch,), logits (batch, length, vocabulary), or None unless the size is masked).
 
-        ``valid`` is False at padding.
+        ``tokens`` and ``valid`` have shape (batch, length); ``valid`` is False at padding.
         """
         cosine, sine = rotary(tokens.shape[1], self.head_width, tokens.device)
         x = self.embed(tokens)

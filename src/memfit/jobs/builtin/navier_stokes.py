@@ -19,7 +19,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Square:
-    """A grid of ``points`` x ``points`` and its real Fourier transform."""
+    """The equation on a grid of ``points`` x ``points``. Fields on the grid are (points, points), and
+    spectra, their real Fourier transforms, (points, points // 2 + 1). ``viscosity``: nu of the equation."""
 
     points: int
     viscosity: float
@@ -31,19 +32,20 @@ class Square:
         return frequencies[:, None], np.arange(self.points // 2 + 1)[None, :]
 
     def linear(self) -> Array:
-        """Return the rate of each wavenumber in 1/s: decay, and the westward propagation of Rossby waves."""
+        """Return the complex rate of each wavenumber in 1/s: decay as real part, and the westward propagation
+        of Rossby waves as imaginary part."""
         y, x = self.wavenumbers()
         square = y**2 + x**2
         return np.asarray(-self.viscosity * square + 1j * self.beta * x / np.maximum(square, 1))
 
     def velocity(self, spectrum: Array) -> tuple[Array, Array]:
-        """Return (u, v) on the grid, along x and y, from the transform of the vorticity."""
+        """Return the velocities (u, v) on the grid, along x and y. ``spectrum``: that of the vorticity."""
         y, x = self.wavenumbers()
         psi = spectrum / np.maximum(y**2 + x**2, 1)
         return self.grid(1j * y * psi), self.grid(-1j * x * psi)
 
     def advection(self, spectrum: Array) -> Array:
-        """Return the dealiased transform of ``-u . grad w``."""
+        """Return the dealiased spectrum of ``-u . grad w``. ``spectrum``: that of the vorticity w."""
         y, x = self.wavenumbers()
         u, v = self.velocity(spectrum)
         product = u * self.grid(1j * x * spectrum) + v * self.grid(1j * y * spectrum)
@@ -79,19 +81,20 @@ def random_vorticity(rng: np.random.Generator, count: int, points: int, *, peak:
 
 
 def energy(square: Square, vorticity: Array) -> Array:
-    """Return the mean kinetic energy of each field per unit area and mass."""
+    """Return the mean kinetic energy, per unit area and mass, of each field of ``vorticity`` (..., points,
+    points)."""
     u, v = square.velocity(np.fft.rfft2(vorticity))
     return np.asarray((u**2 + v**2).mean(axis=(-2, -1)) / 2)
 
 
 def enstrophy(vorticity: Array) -> Array:
-    """Return half the mean squared vorticity of each field."""
+    """Return half the mean squared vorticity of each field of ``vorticity`` (..., points, points)."""
     return np.asarray((vorticity**2).mean(axis=(-2, -1)) / 2)
 
 
 def coarser(vorticity: Array, points: int) -> Array:
-    """Return the same fields on a grid of ``points``, without the wavenumbers that this grid cannot
-    represent.
+    """Return the fields ``vorticity`` (..., n, n) on a coarser grid of ``points`` x ``points``, without the
+    wavenumbers from ``points`` / 2 on, which this grid does not resolve.
     """
     fine_points, half = vorticity.shape[-1], points // 2
     spectrum = np.fft.rfft2(vorticity)[..., : half + 1]

@@ -18,9 +18,11 @@ from torch.nn import functional
 class ForecasterSize:
     """Size of a forecaster.
 
-    ``modes``: wavenumbers per axis that an FNO keeps, each with its own weights; 0 selects AFNO, whose
-    weights are shared by all wavenumbers and divided into ``groups`` of channels. ``grid`` is (rows,
-    columns). ``rollout``: number of steps ahead in the loss.
+    ``layers``: number of blocks. ``channels``: number of fields. ``modes``: wavenumbers per axis that an FNO
+    keeps, each with its own weights; 0 selects AFNO, whose weights are shared by all wavenumbers and divided
+    into ``groups`` of channels. ``grid`` is (rows, columns); squares of ``patch`` x ``patch`` grid points are
+    embedded as one position. ``positions``: add a learned embedding of positions. ``rollout``: number of
+    steps ahead in the loss. ``batch_size``: windows of a step.
     """
 
     layers: int
@@ -36,7 +38,8 @@ class ForecasterSize:
 
 
 class ModeFilter(nn.Module):
-    """Applies a complex matrix between channels to every kept wavenumber; the others are removed."""
+    """Applies to every kept wavenumber a complex matrix of its own between channels; wavenumbers that are not
+    kept become zero."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -81,8 +84,8 @@ class SharedFilter(nn.Module):
 
 
 class SpectralMixing(nn.Module):
-    """Fourier transform, filter, and inverse transform: (batch, rows, columns, channels) to the same shape,
-    in float32.
+    """Fourier transform, filter and inverse transform of the input (batch, rows, columns, channels), added to
+    the input. The input must be float32.
     """
 
     def __init__(self, size: ForecasterSize) -> None:
@@ -114,7 +117,7 @@ class OperatorBlock(nn.Module):
 
 
 class Forecaster(nn.Module):
-    """Predicts the fields after each of ``steps`` steps, each forecast from the one before."""
+    """Predicts the fields after each of several steps, each forecast from the one before."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -127,9 +130,10 @@ class Forecaster(nn.Module):
         self.to_fields = nn.Linear(size.width, size.channels * patch**2, bias=False)
 
     def forward(self, fields: torch.Tensor, steps: int) -> list[torch.Tensor]:
-        """Return the forecasts.
+        """Return a list of ``steps`` forecasts, the first one step after ``fields``.
 
-        ``fields`` (batch, channels, rows, columns) are in units of their spread; all are float32.
+        ``fields`` and each forecast have shape (batch, channels, rows, columns), in units of the fields'
+        spread, and are float32.
         """
         forecasts = []
         for _ in range(steps):

@@ -44,10 +44,11 @@ _FITTED: Final = 400  # number of frames to which the naive pair potential is fi
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MoleculeFrames:
-    """Frames of moving molecules.
+    """Frames of moving molecules, of which the first ``train_count`` are for training.
 
-    ``species`` (frames, atoms) uint8, 0 at padding. ``positions`` (angstrom) and ``forces`` (eV/angstrom)
-    (frames, atoms, 3) float32. ``energy`` (frames,) in eV, minus the contributions of the elements.
+    ``species`` (frames, atoms) uint8: atomic numbers, 0 at padding. ``positions`` (angstrom) and ``forces``
+    (eV/angstrom) (frames, atoms, 3) float32. ``energy`` (frames,) in eV, minus the contributions of the
+    elements.
     """
 
     species: Array
@@ -66,10 +67,16 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job at one of SIZES. ``data``: an ``.npz`` file with the same arrays as the built-in one."""
+    """Return the job at one of SIZES, by default on the built-in frames, from random weights and with the
+    batch of the size.
+
+    ``data``: an ``.npz`` file with the same arrays as the built-in one. ``weights``: a folder of safetensors.
+    ``batch``: samples of a step. Raises UserError for any ``length``.
+    """
     if length is not None:
         raise UserError(
-            f"{NAME} at length {length}", allowed="no length: the number of atoms is given by the molecules"
+            f"{NAME} does not support any --length, given {length}",
+            allowed="no length: the molecules determine the number of atoms",
         )
     frames = read(data)
     shape = _shape(size, frames)
@@ -122,17 +129,19 @@ def _build(shape: SchnetSize, weights: str | None) -> torch.nn.Module:
 
 
 def read(path: str | None) -> MoleculeFrames:
-    """Return the user's frames or the built-in ones.
+    """Return the frames of the user's file ``path``, or the built-in ones if None.
 
     A least-squares fit over the training frames gives each element's energy, which is subtracted. Raises
-    UserError for a file without the arrays.
+    UserError for a file that cannot be read or lacks one of the arrays.
     """
     file = Path(path) if path else resources.files("memfit.jobs.builtin") / "data" / "conformers.npz"
     try:
         with resources.as_file(file) as local_path, np.load(local_path) as archive:
             arrays = {key: archive[key] for key in _KEYS}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: {error}", allowed=f"an .npz with {', '.join(_KEYS)}") from error
+        raise UserError(
+            f"{path} cannot be read: {error}", allowed=f"an .npz with the arrays {', '.join(_KEYS)}"
+        ) from error
     train_count = int((arrays["molecule"] < arrays["train_molecules"]).sum())
     species = arrays["numbers"][arrays["molecule"]]
     counts = (species[:, :, None] == np.unique(species[species > 0])).sum(1).astype(np.float64)
@@ -150,9 +159,9 @@ def read(path: str | None) -> MoleculeFrames:
 def train_batch(
     frames: MoleculeFrames, shape: SchnetSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return a batch as in `packed`.
+    """Return a training batch with the keys of `packed`.
 
-    A sample with room for more atoms than a molecule has contains several molecules.
+    A sample contains as many molecules as it has room for, at a distance from each other.
     """
     molecules_per_sample = shape.atoms // frames.species.shape[1]
     indices = epoch_indices(frames.train_count, batch_size * molecules_per_sample, step=step, seed=seed)
@@ -160,11 +169,11 @@ def train_batch(
 
 
 def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str, torch.Tensor]:
-    """Return a batch for ``picked`` (batch, molecules per sample).
+    """Return a batch of the frames with the indices ``picked`` (batch, molecules per sample).
 
-    ``species`` (batch, atoms) int64; ``positions`` and ``forces`` (batch, atoms, 3) and ``energy`` (batch,)
-    float32; the nearest neighbours ``near`` (batch, atoms, neighbours) int64, and ``within``, which is True
-    inside the cutoff.
+    ``species`` (batch, atoms) int64, 0 at padding; ``positions`` and ``forces`` (batch, atoms, 3) and
+    ``energy`` (batch,), the sum over a sample's molecules, float32; the indices of the nearest atoms ``near``
+    (batch, atoms, neighbours) int64, and ``within``, of the same shape, which is True inside the cutoff.
     """
     batch, molecules_per_sample = picked.shape
     offsets = np.array(np.unravel_index(np.arange(molecules_per_sample), (molecules_per_sample, 3, 3)))[
@@ -192,8 +201,8 @@ def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str
 
 
 def neighbours(species: Array, positions: Array, shape: SchnetSize) -> tuple[Array, Array]:
-    """Return (numbers of the nearest atoms (batch, atoms, neighbours) int64, whether each lies within the
-    cutoff).
+    """Return (indices of the nearest other atoms of the sample, (batch, atoms, neighbours) int64; whether
+    each lies within the cutoff, of the same shape). Padding is never within.
     """
     near = np.empty((*species.shape, shape.neighbours), np.int64)
     within = np.empty(near.shape, bool)
@@ -212,9 +221,8 @@ def _answer(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Ten
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return the mean over samples of the squared force error and a share of the squared energy error.
-
-    The force error is in eV/angstrom per component, the energy error in eV per atom.
+    """Return the mean over samples of the mean squared error of force components, in (eV/angstrom)^2, plus
+    0.05 times the squared energy error, in (eV per atom)^2.
     """
     energy, forces = _answer(model, batch)
     atoms = (batch["species"] > 0).sum(1)
@@ -248,10 +256,11 @@ def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSiz
 
 
 def pair_forces(frames: MoleculeFrames, picked: Array, width: float = 0.25, cutoff: float = 5.0) -> Array:
-    """Return the basis of a pair potential: force components (frames x atoms x 3, terms).
+    """Return the basis of a pair potential for the frames ``picked``: the force components of each of its
+    terms, (frames x atoms x 3, terms).
 
-    Each pair of elements exerts a force along the line between its atoms, in bins of distance smoothed into
-    triangles.
+    There is a term for each pair of elements and bin of distance, which is smoothed into a triangle of
+    half-width ``width``, up to ``cutoff``, both in angstrom: a force along the line between the two atoms.
     """
     species, positions = frames.species[picked].astype(np.int64), frames.positions[picked]
     displacement = positions[:, None] - positions[:, :, None]
@@ -273,7 +282,8 @@ def pair_forces(frames: MoleculeFrames, picked: Array, width: float = 0.25, cuto
 
 
 def metric(frames: MoleculeFrames) -> Metric:
-    """Return the force error. The naive result is a pair potential fitted by least squares."""
+    """Return the metric, the mean absolute error of force components. Its naive result is that of a pair
+    potential fitted to at most 400 training frames by least squares."""
     train = np.linspace(0, frames.train_count - 1, min(_FITTED, frames.train_count)).astype(np.int64)
     terms, target_forces = pair_forces(frames, train), frames.forces[train].ravel()
     ridge = 1e-3 * np.eye(terms.shape[1], dtype=np.float32)

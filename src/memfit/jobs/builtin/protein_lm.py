@@ -52,7 +52,12 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job at one of SIZES. ``data``: a FASTA file."""
+    """Return the job at one of SIZES, by default on the built-in sequences, from random weights, with the
+    batch and the length of the size.
+
+    ``data``: a FASTA file. ``weights``: a folder of safetensors. ``batch``: sequences of a step. ``length``:
+    tokens to which sequences, with start and end token, are padded or cropped.
+    """
     shape = _shape(size)
     if length is not None:
         shape, size = shape.with_length(length, shape.batch_size), f"{size}@{length}"
@@ -97,8 +102,9 @@ def _build(shape: EsmSize, weights: str | None) -> torch.nn.Module:
 
 
 def read_sequences(path: str | None) -> Sequences:
-    """Return the sequences of the user's FASTA file or of the built-in one; the last tenth, at most 128, is
-    held out.
+    """Return the sequences of the user's FASTA file ``path``, or of the built-in one if None; the last tenth,
+    at least 1 and at most 128, is held out. Raises UserError for fewer than two sequences, and for faults in
+    the file.
     """
     if path is None:
         resource = resources.files("memfit.jobs.builtin") / "data" / "uniprot_5000.fasta.gz"
@@ -125,7 +131,8 @@ def encode(sequence: str) -> Array:
 
 @functools.cache
 def _token_numbers() -> Array:
-    """Return the token number of each letter, indexed by ASCII code."""
+    """Return the token number of each letter, indexed by ASCII code; that of X for characters that ESM-2's
+    alphabet lacks."""
     table = np.full(128, _FIRST + _LETTERS.index("X"), np.int64)
     table[[ord(letter) for letter in _LETTERS]] = _FIRST + np.arange(len(_LETTERS))
     return table
@@ -134,17 +141,19 @@ def _token_numbers() -> Array:
 def train_batch(
     sequences: Sequences, length: int, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return ``tokens``, ``labels`` (-100 where nothing is to be predicted), both (batch, length) int64, and
-    ``valid`` bool.
+    """Return a training batch: ``tokens`` and ``labels`` (-100 where nothing is to be predicted), both
+    (batch, length) int64, and ``valid`` (batch, length) bool, False at padding.
     """
     indices = epoch_indices(len(sequences.train), batch_size, step=step, seed=seed)
     return as_tensors(_masked([sequences.train[i] for i in indices], length, step_rng(step, seed)))
 
 
 def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Crop at random to ``length`` with start and end tokens, pad, and mask as BERT does.
+    """Return the sequences ``rows`` cropped at random to ``length`` with start and end tokens, padded, and
+    masked as BERT does, with the keys of `train_batch`.
 
-    Of 15 % of the residues, 80 % become the mask, 10 % a random residue, and 10 % stay (Devlin et al. 2019).
+    Labels are 15 % of the residues of each sequence, at least one. Of these, 80 % become the mask token, 10 %
+    a random residue, and 10 % stay (Devlin et al. 2019).
     """
     tokens = np.full((len(rows), length), _PAD, np.int64)
     labels = np.full_like(tokens, -100)
@@ -163,7 +172,7 @@ def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[st
 
 
 def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
-    """Return the cross-entropy in nats over the masked residues."""
+    """Return the cross-entropy in nats over the residues with labels. ``reduction``: "mean" or "sum"."""
     from torch.nn import functional
 
     logits = model(batch["tokens"], batch["valid"])
@@ -173,7 +182,8 @@ def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> tor
 
 
 def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[dict[str, Array]]:
-    """Return the test batches, with the same masks every time, whatever the batch size."""
+    """Return batches of the test sequences, of at most 8, with the same crops and masks every time, whatever
+    ``batch_size`` is."""
     rng = np.random.default_rng(_TEST_SEED)
     arrays = _masked(list(sequences.test), length, rng)
     chunk_size = min(batch_size, EVALUATED_AT_ONCE)
@@ -182,7 +192,7 @@ def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[di
 
 
 def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, batch_size: int) -> float:
-    """Return the mean cross-entropy in nats over the masked residues of the test sequences."""
+    """Return the mean cross-entropy in nats over the residues of the test sequences that have labels."""
     total, terms = 0.0, 0
     with evaluating(model) as device:
         for arrays in _test_batches(sequences, length, batch_size):
@@ -193,9 +203,9 @@ def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, bat
 
 
 def metric(sequences: Sequences, length: int) -> Metric:
-    """Return the cross-entropy.
+    """Return the metric, the cross-entropy over masked residues of the test sequences.
 
-    The naive model is the residue frequencies of the training sequences (plus one each).
+    Its naive result is that of the residue frequencies of the training sequences (plus one each).
     """
     counts = np.bincount(np.concatenate(sequences.train), minlength=33)[_FIRST : _FIRST + len(_LETTERS)] + 1
     log_share = np.log(counts / counts.sum())

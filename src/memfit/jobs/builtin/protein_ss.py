@@ -32,7 +32,9 @@ _NO_LABEL: Final = -100
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chains:
-    """Chains, concatenated. ``features`` (residues, 41) uint8 from 0 to 255, ``state`` (residues,)."""
+    """Chains of proteins, concatenated; the first ``train_count`` are for training. ``features`` (residues,
+    41) uint8 from 0 to 255: 21 of the residue and 20 of the profile. ``state`` (residues,): 0 helix, 1
+    strand, 2 coil. ``offset``: where each chain starts, and the end."""
 
     offset: Array  # (chains + 1,)
     features: Array
@@ -53,7 +55,13 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job at one of SIZES. ``data``: a file of ``>name / sequence / HEC states`` records."""
+    """Return the job at one of SIZES, by default on the built-in chains, from random weights, with the batch
+    and the length of the size.
+
+    ``data``: a file of records of three lines, ``>name``, sequence, and states H, E, C. ``weights``: a folder
+    of safetensors, which may lack the input projection and the head. ``batch``: chains of a step.
+    ``length``: residues to which chains are padded or cropped.
+    """
     shape = _shape(size)
     if length is not None:
         shape, size = shape.with_length(length, shape.batch_size), f"{size}@{length}"
@@ -117,9 +125,10 @@ def built_in_chains() -> Chains:
 
 
 def user_chains(path: str) -> Chains:
-    """Return the user's chains; the last fifth of the file is for testing.
+    """Return the chains of the user's file; the last fifth of the file, at least one chain, is for testing.
 
-    The residue itself replaces the missing profile.
+    The residue itself replaces the missing profile. Raises UserError for fewer than two chains, and for
+    faults in the file.
     """
     proteins = read_labelled(path)
     if len(proteins) < 2:
@@ -138,8 +147,8 @@ def user_chains(path: str) -> Chains:
 
 
 def _one_hot(residue: Array) -> Array:
-    """Return (residues, 21) with 255 at the residue, so that it has the weight of a profile with only that
-    residue.
+    """Return an array (residues, 21) uint8 with 255 at the number of each residue and 0 elsewhere, so that it
+    has the weight of a profile with only that residue.
     """
     return np.where(residue[:, None] == np.arange(21), np.uint8(255), np.uint8(0))
 
@@ -147,7 +156,8 @@ def _one_hot(residue: Array) -> Array:
 def train_batch(
     chains: Chains, length: int, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return a training batch. Chains longer than ``length`` are cropped at a random position.
+    """Return a training batch of ``batch_size`` chains. Chains longer than ``length`` are cropped at a random
+    position, shorter ones are padded.
 
     ``features`` (batch, length, 41) float32, ``state`` (batch, length) int64, -100 at padding, ``valid``
     (batch, length) bool.
@@ -170,7 +180,7 @@ def _pack(chains: Chains, indices: Array, offsets: Array, length: int) -> dict[s
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return the mean cross-entropy in nats over residues."""
+    """Return the mean cross-entropy in nats over all residues of the batch, without padding."""
     from torch.nn import functional
 
     logits = model(batch["features"], batch["valid"])
@@ -178,7 +188,8 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> float:
-    """Return the percentage of test residues whose state is predicted correctly."""
+    """Return the percentage of residues of the test chains, of which the first ``length`` residues count,
+    whose state is predicted correctly."""
     correct = total = 0
     test = np.arange(chains.train_count, chains.count)
     with evaluating(model) as device:
@@ -193,7 +204,8 @@ def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> 
 
 
 def metric(chains: Chains, length: int) -> Metric:
-    """Return Q3. The naive result always predicts the most common training state."""
+    """Return the metric, Q3 (the percentage of correct states). Its naive result predicts the most common
+    training state everywhere."""
     boundary = chains.offset[chains.train_count]
     commonest = np.bincount(chains.state[:boundary], minlength=3).argmax()
     starts, stops = chains.offset[chains.train_count : -1], chains.offset[chains.train_count + 1 :]

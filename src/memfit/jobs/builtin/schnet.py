@@ -20,9 +20,10 @@ from torch.nn import functional
 class SchnetSize:
     """Size of a SchNet.
 
-    ``filters``: channels of a message. ``radial``: number of Gaussians that represent a distance. ``cutoff``
-    in angstrom. ``atoms`` and ``neighbours`` (per atom): capacity of the tensors. ``batch_size`` in
-    molecules.
+    ``layers``: number of interactions. ``filters``: channels of a message. ``radial``: number of Gaussians
+    that represent a distance. ``cutoff``: distance in angstrom beyond which atoms do not interact.
+    ``species``: number of element embeddings. ``atoms`` (per sample) and ``neighbours`` (per atom): capacity
+    of the tensors. ``batch_size``: samples of a step.
     """
 
     layers: int
@@ -52,13 +53,13 @@ OPEN_CATALYST: Final = SchnetSize(
 
 
 def shifted_softplus(x: torch.Tensor) -> torch.Tensor:
-    """Return softplus shifted to zero at zero; it is as smooth as forces require."""
+    """Return softplus minus its value at zero; it is as smooth as forces require."""
     return functional.softplus(x) - math.log(2)
 
 
 def gathered(x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """Return rows ``(batch, atoms, neighbours, width)`` of ``x`` (batch, atoms, width) at the indices
-    ``near``.
+    """Return the rows of ``x`` (batch, atoms, width) at the indices ``near`` (batch, atoms, neighbours),
+    which count atoms within a sample: (batch, atoms, neighbours, width).
     """
     batch, atoms, _ = near.shape
     start = torch.arange(batch, device=near.device)[:, None, None] * atoms
@@ -66,7 +67,7 @@ def gathered(x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
 
 
 class Geometry(nn.Module):
-    """Converts positions to the representation of distances in messages."""
+    """Converts positions of atoms to the representation of distances that filters of messages get."""
 
     def __init__(self, size: SchnetSize) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class Geometry(nn.Module):
     def forward(
         self, positions: torch.Tensor, near: torch.Tensor, within: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (Gaussians, weight).
+        """Return (Gaussians, weight) of the distance of each atom to each of its neighbours ``near``.
 
         The Gaussians have shape (batch, atoms, neighbours, radial). The weight (batch, atoms, neighbours, 1)
         falls to zero at the cutoff and is zero where ``within`` is False.
@@ -106,14 +107,16 @@ class SchnetInteraction(nn.Module):
     def forward(
         self, x: torch.Tensor, radial: torch.Tensor, weight: torch.Tensor, near: torch.Tensor
     ) -> torch.Tensor:
-        """Input ``x`` and output have the shape (batch, atoms, width)."""
+        """Input ``x`` and output have the shape (batch, atoms, width). ``radial`` and ``weight``: as
+        `Geometry` returns them for the neighbours ``near``."""
         filters = self.filter_two(shifted_softplus(self.filter_one(radial))) * weight
         message = (gathered(self.heard(x), near) * filters).sum(2)
         return x + self.two(shifted_softplus(self.one(message)))  # type: ignore[no-any-return]
 
 
 class EnergySum(nn.Module):
-    """Energy of a molecule as the sum over its atoms; small differences between large numbers matter."""
+    """Computes the energy of a sample as the sum over its atoms. Small differences between large sums
+    matter."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -144,8 +147,9 @@ class Schnet(nn.Module):
         """Return (energy (batch,) in eV, forces (batch, atoms, 3) in eV/angstrom).
 
         ``species`` (batch, atoms) is 0 at padding. ``positions`` (batch, atoms, 3) are in angstrom. ``near``
-        (batch, atoms, neighbours) holds the indices of neighbours, valid where ``within``. In training the
-        forces are differentiable again. They are also computed when gradients are disabled outside.
+        (batch, atoms, neighbours) holds the indices of neighbours, valid where ``within`` is True. In
+        training mode the forces can be differentiated again. They are also computed when gradients are
+        disabled outside.
         """
         with torch.enable_grad():
             leaf_positions = positions.detach().requires_grad_()

@@ -50,9 +50,10 @@ _LEVELS: Final = 128  # levels of intensity, for the naive result
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The volume.
+    """The volume of a head.
 
-    ``intensity`` (x, y, z) float32, white matter at 1. ``tissue`` uint8: 0 other, 1 grey, 2 white.
+    ``intensity`` (x, y, z) float32, scaled so that the median of white matter is 1. ``tissue``, of the same
+    shape, uint8: 0 other, 1 grey matter, 2 white matter.
     """
 
     intensity: Array
@@ -67,7 +68,12 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job at one of SIZES."""
+    """Return the job at one of SIZES on the volume in the package nilearn, by default from random weights and
+    with the batch of the size.
+
+    ``weights``: a folder of safetensors. ``batch``: patches of a step. Raises UserError for any ``data`` or
+    ``length``, and if nilearn is not installed.
+    """
     refuse(NAME, {"--data": data, "--length": length}, allowed="the volume of the package nilearn")
     shape, head = _shape(size), read()
     batch_size = batch or shape.batch_size
@@ -92,9 +98,9 @@ def make(
 
 
 def _shape(size: str) -> UNetSize:
-    """Return the size.
+    """Return the sizes of the network for ``size``.
 
-    ``paper``: nnU-Net's 3d_fullres configuration for brain tumours (four image types, four classes).
+    ``paper`` is nnU-Net's 3d_fullres configuration for brain tumours (four image types, four classes).
     """
     from memfit.jobs.builtin.unet3d import UNetSize
 
@@ -136,10 +142,11 @@ def _volume(folder: Path, name: str) -> Array:
 
 
 def scanned(clean: Array, rng: np.random.Generator, channels: int = 1) -> Array:
-    """Return the cube ``clean`` as a scanner would see it, (channels, x, y, z).
+    """Return the intensities of the cube ``clean`` (x, y, z) as a scanner would show them, (channels, x, y,
+    z).
 
-    A random polynomial of second degree is applied as bias field, then Rician noise, different in each
-    channel.
+    A random polynomial of second degree is applied as bias field, the same in all channels, then Rician
+    noise, different in each channel.
     """
     axis = np.linspace(-1, 1, len(clean), dtype=np.float32)
     x, y, z = axis[:, None, None], axis[None, :, None], axis[None, None, :]
@@ -156,8 +163,8 @@ def scanned(clean: Array, rng: np.random.Generator, channels: int = 1) -> Array:
 def train_batch(
     head: Head, shape: UNetSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return ``volume`` (batch, channels, x, y, z) float32 and ``tissue`` (batch, x, y, z) int64, outside the
-    held-out slab.
+    """Return a training batch: ``volume`` (batch, channels, x, y, z) float32 and ``tissue`` (batch, x, y, z)
+    int64 of cubes, at random positions outside the held-out slab (at the size paper also inside).
     """
     rng = step_rng(step, seed)
     corners = _training_corners(head, shape.patch, batch_size, rng)
@@ -165,7 +172,8 @@ def train_batch(
 
 
 def _training_corners(head: Head, patch: int, count: int, rng: np.random.Generator) -> Array:
-    """Return the corners (count, 3) of cubes, each centred on a voxel of grey or white matter."""
+    """Return the lowest corners (count, 3) of cubes with the edge ``patch``, each centred on a random voxel
+    of grey or white matter, as far as the volume and the held-out slab allow."""
     low, high = np.zeros((2, count, 3), np.int64)
     high[:] = np.array(head.tissue.shape) - patch
     tissue_voxels = np.argwhere(head.tissue[::4, ::4, ::4] > 0) * 4
@@ -190,10 +198,11 @@ def _cubes(
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return the mean over outputs of cross-entropy minus the tissues' soft Dice.
+    """Return the weighted mean, over the model's outputs, of cross-entropy minus the mean soft Dice of the
+    classes other than 0.
 
-    Weights are halved with each resolution. Dice is a mean over volumes, so that the loss of a batch is the
-    mean of its parts' losses.
+    An output has half the weight of that at twice its resolution. Dice is a mean over volumes, so that the
+    loss of a batch is the mean of its parts' losses.
     """
     logits = model(batch["volume"])
     scales = range(len(logits) - 1, -1, -1)
@@ -216,7 +225,8 @@ def _of_output(logits: torch.Tensor, tissue: torch.Tensor, step: int) -> torch.T
 
 
 def mean_dice(model: torch.nn.Module, head: Head, shape: UNetSize) -> float:
-    """Return the mean Dice of grey and white matter in the held-out region, in percent."""
+    """Return the mean Dice of grey and white matter, as the model predicts them in the held-out region, in
+    percent."""
     import torch
 
     cubes = _test_cubes(head, shape.channels)
@@ -240,13 +250,14 @@ def dice(found: Array, truth: Array) -> float:
 
 
 def _test_cubes(head: Head, channels: int) -> dict[str, Array]:
-    """Return the held-out region tile by tile, always with the same noise."""
+    """Return ``volume`` and ``tissue`` of the held-out region as 25 cubes, always with the same noise."""
     corners = np.array(list(np.ndindex(*_TEST_TILES))) * _TEST_PATCH + np.array(_TEST_CORNER)
     return _cubes(head, corners, _TEST_PATCH, channels, np.random.default_rng(_TEST_SEED))
 
 
 def metric(head: Head) -> Metric:
-    """Return Dice. The naive result is the most common training tissue of each level of intensity."""
+    """Return the metric, the mean Dice of grey and white matter. Its naive result is that of predicting the
+    most common training tissue of each level of intensity."""
     rng = np.random.default_rng(_TEST_SEED + 1)
     corners = _training_corners(head, _TEST_PATCH, 24, rng)
     train, test = _cubes(head, corners, _TEST_PATCH, 1, rng), _test_cubes(head, 1)

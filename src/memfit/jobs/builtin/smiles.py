@@ -14,17 +14,18 @@ Graph = tuple[list[str], list[tuple[int, int]]]
 
 
 def tokens(smiles: str) -> list[str]:
-    """Split a SMILES string.
+    """Split a SMILES string into tokens.
 
-    Atoms in brackets and two-letter elements are one token each (Schwaller et al. 2019).
+    An atom in brackets, Br, Cl, a two-digit ring number, and any other character are one token each
+    (Schwaller et al. 2019).
     """
     return _TOKEN.findall(smiles)
 
 
 def graph(smiles: str) -> Graph:
-    """Return (element of each heavy atom in capitals, bonded pairs).
+    """Return (element in capitals of each atom that the string names, pairs of indices of bonded atoms).
 
-    Raises ValueError if a ring or branch is not closed.
+    Raises ValueError if a ring or branch is not closed, or a branch is closed that was not opened.
     """
     atoms: list[str] = []
     bonds: list[tuple[int, int]] = []
@@ -63,12 +64,12 @@ def _element(token: str) -> str:
 
 
 def ring_skeleton(smiles: str) -> str:
-    """Return a name for the rings and the chains between them, without bond orders; "" for a molecule without
-    rings.
+    """Return a name for the rings of a molecule and the chains between them, without bond orders; "" for a
+    molecule without rings.
 
     The skeleton is that of Bemis & Murcko 1996 (J. Med. Chem. 39:2887). Side chains are removed atom by atom;
     the rest is named by colour refinement over elements and bonds. Equal skeletons get equal names. Different
-    ones may share a name, which keeps them on one side of a split.
+    ones may share a name, which keeps them on one side of a split. Raises ValueError as `graph` does.
     """
     atoms, bonds = graph(smiles)
     neighbours: dict[int, set[int]] = {atom: set() for atom in range(len(atoms))}

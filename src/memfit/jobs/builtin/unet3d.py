@@ -16,8 +16,9 @@ from torch import nn
 class UNetSize:
     """Size of a U-Net.
 
-    ``features`` of each stage, from full resolution down; each stage halves the edge of the volume.
-    ``patch``: that edge in voxels.
+    ``features``: channels of each stage, from full resolution down; each stage after the first halves the
+    edge of the volume. ``channels``: of the input volume. ``patch``: the input's edge in voxels.
+    ``batch_size``: volumes of a step.
     """
 
     features: tuple[int, ...]
@@ -28,7 +29,8 @@ class UNetSize:
 
 
 class Convolution(nn.Module):
-    """A convolution with instance norm and leaky ReLU."""
+    """A convolution of 3 x 3 x 3 voxels from ``given`` to ``made`` channels with instance norm and leaky
+    ReLU. ``stride`` divides the resolution."""
 
     def __init__(self, given: int, made: int, stride: int = 1) -> None:
         super().__init__()
@@ -42,8 +44,9 @@ class Convolution(nn.Module):
 
 
 class UnetStage(nn.Module):
-    """Two convolutions at one resolution: down from the one above, or up from the one below, concatenated
-    with ``skip``.
+    """Two convolutions at one resolution, to ``made`` channels. The input, with ``given`` channels, comes
+    from the resolution above, or, with ``up``, from the one below; it is then enlarged and concatenated with
+    ``skip``, the output of the stage at this resolution on the way down.
     """
 
     def __init__(self, given: int, made: int, *, stride: int = 1, up: bool = False) -> None:
@@ -61,7 +64,7 @@ class UnetStage(nn.Module):
 
 
 class UNet(nn.Module):
-    """The U-Net. ``stages``: down to the lowest resolution, then up again, in order of use."""
+    """The U-Net. ``stages``: those down to the lowest resolution, then those up again, in order of use."""
 
     def __init__(self, size: UNetSize) -> None:
         super().__init__()
@@ -79,8 +82,8 @@ class UNet(nn.Module):
         self.heads = nn.ModuleList([nn.Conv3d(f, size.classes, 1) for f in features[-2::-1]])
 
     def forward(self, volumes: torch.Tensor) -> list[torch.Tensor]:
-        """Map ``volumes`` (batch, channels, z, y, x) to logits (batch, classes, ...) at each resolution,
-        lowest first.
+        """Return logits (batch, classes, ...) for ``volumes`` (batch, channels, z, y, x) at each resolution
+        except the lowest, full resolution last.
         """
         x = volumes.to(next(self.parameters()).dtype)
         skips = []

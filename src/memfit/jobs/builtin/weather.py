@@ -40,8 +40,8 @@ _TEST_STRIDE: Final = 3  # frames between the starts of scored forecasts
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """Trajectories: ``train`` and ``test`` (trajectories, frames, rows, columns) float32, in units of
-    training's spread.
+    """Trajectories of one field: ``train`` and ``test`` (trajectories, frames, rows, columns) float32, in
+    units of the standard deviation of the training data.
     """
 
     train: Array
@@ -49,7 +49,8 @@ class Fields:
 
     @staticmethod
     def windows(frames: Array, rollout: int) -> int:
-        """Return how many windows of ``rollout`` + 1 frames there are."""
+        """Return how many windows of ``rollout`` + 1 consecutive frames of one trajectory there are in
+        ``frames``, overlapping ones included."""
         return int(frames.shape[0] * (frames.shape[1] - rollout))
 
 
@@ -61,7 +62,12 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job at one of SIZES."""
+    """Return the job at one of SIZES on the built-in fields, by default from random weights and with the
+    batch of the size.
+
+    ``weights``: a folder of safetensors. ``batch``: windows of a step. Raises UserError for any ``data`` or
+    ``length``.
+    """
     refuse(NAME, {"--data": data, "--length": length}, allowed="the fields that come with memfit")
     shape, fields = _shape(size), read()
     batch_size = batch or shape.batch_size
@@ -128,8 +134,8 @@ def read() -> Fields:
 def train_batch(
     frames: Array, shape: ForecasterSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return ``fields`` (batch, rollout + 1, channels, rows, columns) float32: a window of one trajectory
-    each.
+    """Return a training batch: ``fields`` (batch, rollout + 1, channels, rows, columns) float32, for each
+    sample a window of one trajectory.
     """
     indices = epoch_indices(Fields.windows(frames, shape.rollout), batch_size, step=step, seed=seed)
     starts = frames.shape[1] - shape.rollout
@@ -138,10 +144,11 @@ def train_batch(
 
 
 def _on_grid(windows: Array, shape: ForecasterSize) -> torch.Tensor:
-    """Return (batch, time, rows, columns) as channels on the model's grid.
+    """Return ``windows`` (windows, time, rows, columns) on the model's grid and with its channels: (windows,
+    time, channels, rows, columns).
 
-    If the grid is larger than the data, or there are more channels, the periodic fields repeat, each channel
-    shifted by a row.
+    If the grid is larger than the data, the periodic fields repeat. Each channel is the one before shifted by
+    a row.
     """
     import torch
 
@@ -152,7 +159,8 @@ def _on_grid(windows: Array, shape: ForecasterSize) -> torch.Tensor:
 
 
 def _errors(model: torch.nn.Module, fields: torch.Tensor) -> torch.Tensor:
-    """Return the relative L2 error of each forecast, (batch, rollout), for ``fields`` as in `train_batch`."""
+    """Return the relative L2 error of each forecast, (batch, rollout), for ``fields`` as returned by
+    `train_batch`, whose first frame the model gets."""
     import torch
 
     truth = fields[:, 1:]
@@ -168,7 +176,8 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def relative_error(model: torch.nn.Module, frames: Array, shape: ForecasterSize) -> float:
-    """Return the mean relative L2 error of the last forecast of each rollout over held-out trajectories."""
+    """Return the mean relative L2 error of the last forecast of each rollout over the windows of held-out
+    trajectories that start at every third frame."""
     windows, errors = _test_windows(frames, shape.rollout), []
     with evaluating(model) as device:
         for start in range(0, len(windows), EVALUATED_AT_ONCE):
@@ -178,16 +187,17 @@ def relative_error(model: torch.nn.Module, frames: Array, shape: ForecasterSize)
 
 
 def _test_windows(frames: Array, rollout: int) -> Array:
-    """Return the test windows, (windows, rollout + 1, rows, columns)."""
+    """Return the windows of ``frames`` that start at every third frame, (windows, rollout + 1, rows,
+    columns)."""
     starts = range(0, frames.shape[1] - rollout, _TEST_STRIDE)
     return np.concatenate([frames[:, a : a + rollout + 1] for a in starts])
 
 
 def metric(fields: Fields, rollout: int) -> Metric:
-    """Return the relative L2 error at the end of the rollout.
+    """Return the metric, the relative L2 error at the end of the rollout.
 
-    The naive result is the first field times the factor that fits training best. On the training data it is
-    no worse than persistence (factor 1) or the climatological mean (factor 0).
+    Its naive result is that of the first field times the factor that fits the training data best. On these it
+    is no worse than persistence (factor 1) or the climatological mean (factor 0).
     """
     first, last = fields.train[:, :-rollout], fields.train[:, rollout:]
     factor = float((first * last).sum() / (first * first).sum())

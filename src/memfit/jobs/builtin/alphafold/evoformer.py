@@ -1,9 +1,9 @@
 """The Evoformer (Jumper et al. 2021, supplementary algorithms 6 to 19).
 
 Shapes: ``m`` (batch, rows, residues, c_m) is the MSA representation, ``z`` (batch, residues, residues, c_z)
-the pair representation. Masks are 1 where something is: ``rows`` (batch, rows, residues), ``pairs`` (batch,
-residues, residues). What can be cut into independent slices (attention rows, transitions, parts of an outer
-product) is a module of its own, so that chunking finds it.
+the pair representation. Masks are 1 where there is a residue, 0 at padding: ``rows`` (batch, rows, residues),
+``pairs`` (batch, residues, residues). What can be cut into independent slices (attention rows, transitions,
+parts of an outer product) is a separate module, so that chunking finds it.
 
 Several ranks may share a sample (techniques/axial.py): ``m`` and ``z`` are then this rank's part along
 dimension 1, masks are whole.
@@ -26,7 +26,9 @@ _COUNT_EPS: Final = 1e-3  # of algorithm 10, where a pair of residues shares no 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Widths:
-    """Channels and heads of a stack. ``dropout``: (rows of the MSA, pairs)."""
+    """Channels and heads of a stack of blocks. ``c_m`` and ``c_z``: channels of the MSA and of the pair
+    representation. ``transition``: factor by which transitions widen. ``dropout``: probabilities for (rows of
+    the MSA, pairs)."""
 
     c_m: int
     c_z: int
@@ -42,7 +44,8 @@ class Widths:
 
 
 class Attention(nn.Module):
-    """Gated attention of x (..., n, width) along n, with biases that broadcast to (..., heads, n, n)."""
+    """Gated attention of x (..., n, width) along n. ``biases`` broadcast to (..., heads, n, n) and are added
+    to the logits."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -68,7 +71,8 @@ class Attention(nn.Module):
 
 
 class GlobalAttention(nn.Module):
-    """Attention along n with one query, the mean of all (algorithm 19). x (..., n, width), mask (..., n)."""
+    """Gated attention of x (..., n, width) along n with one query per head, from the mean of x where ``mask``
+    (..., n) is 1 (algorithm 19)."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -91,7 +95,8 @@ class GlobalAttention(nn.Module):
 
 
 class PairBias(nn.Module):
-    """(batch, 1, heads, residues, residues) of z; ``norm`` is shared where z itself is what attends."""
+    """Makes the bias (batch, 1, heads, residues, residues) of an attention from z. ``norm`` normalizes z
+    first; it may be shared with an attention whose input is z."""
 
     def __init__(self, norm: nn.LayerNorm, width: int, heads: int) -> None:
         super().__init__()
@@ -102,8 +107,8 @@ class PairBias(nn.Module):
 
 
 class RowAttention(Axial):
-    """Algorithm 7: every row of the MSA attends along residues, biased by the pairs. ``rows`` are cut
-    as ``m`` is."""
+    """Algorithm 7: every row of the MSA attends along residues, biased by the pairs. If ``m`` is this rank's
+    part, the mask ``rows`` must be cut in the same way."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -116,7 +121,8 @@ class RowAttention(Axial):
 
 
 class ColumnAttention(nn.Module):
-    """Algorithms 8 and 19: every residue's column attends along rows."""
+    """Algorithm 8, or 19 with ``global_columns``: every column of the MSA, which belongs to one residue,
+    attends along rows."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -132,7 +138,7 @@ class ColumnAttention(nn.Module):
 
 
 class Transition(nn.Module):
-    """Algorithms 9 and 15."""
+    """Algorithms 9 and 15: a perceptron at each position whose hidden layer is ``factor`` times as wide."""
 
     def __init__(self, width: int, factor: int) -> None:
         super().__init__()
@@ -144,8 +150,9 @@ class Transition(nn.Module):
 
 
 class OuterProduct(Axial):
-    """(batch, i, j, c_z) of left (batch, rows, i, c) and right (batch, rows, j, c): summed over rows. Both
-    may be cut along residues, of which there are ``length``."""
+    """The outer product of left (batch, rows, i, c) and right (batch, rows, j, c), summed over rows and
+    projected to (batch, i, j, c_z). Both may be cut along residues, of which there are ``length``; ``j`` is
+    whole in the result."""
 
     def __init__(self, width: int, c_z: int) -> None:
         super().__init__()
@@ -156,7 +163,8 @@ class OuterProduct(Axial):
 
 
 class OuterProductMean(Axial):
-    """Algorithm 10. ``m`` may be cut along residues."""
+    """Algorithm 10: an update of the pairs from the MSA, the outer product's mean over rows. ``m`` may be cut
+    along residues; the mask ``rows`` is whole."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -173,7 +181,8 @@ class OuterProductMean(Axial):
 
 
 class Gated(nn.Module):
-    """Linear times the sigmoid of another; x (..., width), zero where ``held`` (..., 1) is."""
+    """A linear layer of x (..., width) to ``to`` channels, times the sigmoid of another one, times the mask
+    ``held`` (..., 1)."""
 
     def __init__(self, width: int, to: int) -> None:
         super().__init__()
@@ -184,7 +193,8 @@ class Gated(nn.Module):
 
 
 class TriangleMultiplication(Axial):
-    """Algorithms 11 (outgoing) and 12 (incoming edges)."""
+    """Triangle multiplication: an update of the pairs by algorithm 11 (outgoing edges) or 12 (incoming
+    edges)."""
 
     def __init__(self, widths: Widths, *, outgoing: bool) -> None:
         super().__init__()
@@ -206,7 +216,8 @@ class TriangleMultiplication(Axial):
 
 
 class TriangleAttention(Axial):
-    """Algorithms 13 (around the starting node) and 14 (ending: the same on the transposed pairs)."""
+    """Triangle attention: an update of the pairs by algorithm 13 (around the starting node) or 14 (around the
+    ending node, which is the same on the transposed pairs)."""
 
     def __init__(self, widths: Widths, *, starting: bool) -> None:
         super().__init__()
@@ -224,8 +235,9 @@ class TriangleAttention(Axial):
 
 
 class SharedDropout(Axial):
-    """Dropout with one mask along dimension ``dim`` (supplement 1.11.6). What is cut along dimension 1 must
-    be as long along dimension 2, or share the mask along 1."""
+    """Dropout with probability ``p`` and one mask for all places along dimension ``dim`` (supplement 1.11.6).
+    If the input is cut along dimension 1, it must be as long along dimension 1, uncut, as along dimension 2,
+    or ``dim`` must be 1."""
 
     def __init__(self, p: float, dim: int) -> None:
         super().__init__()
@@ -241,7 +253,8 @@ class SharedDropout(Axial):
 
 
 class PairStack(nn.Module):
-    """The pairs' half of a block: triangle multiplications, triangle attentions, transition."""
+    """The part of a block that updates the pairs ``z``: triangle multiplications, triangle attentions, and a
+    transition, each with a residual."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -261,7 +274,7 @@ class PairStack(nn.Module):
 
 
 class TemplateBlock(PairStack):
-    """Algorithm 16, line by line: here attention comes before multiplication."""
+    """A block of algorithm 16: as `PairStack`, but with attention before multiplication."""
 
     def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         z = z + self.by_row(self.starting(z, pairs))
@@ -272,7 +285,8 @@ class TemplateBlock(PairStack):
 
 
 class EvoformerBlock(Axial):
-    """Algorithm 6; with ``widths.global_columns`` a block of the extra-MSA stack (algorithm 18)."""
+    """A block of algorithm 6, or, with ``widths.global_columns``, of the extra-MSA stack (algorithm 18).
+    Returns the updated (m, z)."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -294,8 +308,8 @@ class EvoformerBlock(Axial):
 
 
 class Templates(Axial):
-    """Algorithms 16 and 17: z attends to templates (batch, templates, residues, residues, features). ``real``
-    (batch, templates) is 0 where there is no template."""
+    """Algorithms 16 and 17: returns the update of z from attention to ``templates`` (batch, templates,
+    residues, residues, features). ``real`` (batch, templates) is 0 where there is no template."""
 
     def __init__(self, widths: Widths, features: int, c_z: int, blocks: int, head_width: int) -> None:
         super().__init__()
@@ -325,14 +339,17 @@ class Templates(Axial):
 
 
 def relative_positions(own: torch.Tensor, index: torch.Tensor, reach: int) -> torch.Tensor:
-    """Algorithm 4's one-hot (batch, own, residues, 2 reach + 1) of clipped differences of index."""
+    """Return the differences of ``own`` (batch, k), residue numbers of this rank's part, and ``index``
+    (batch, residues), those of all, clipped to -reach to reach and one-hot: (batch, k, residues, 2 reach + 1)
+    (algorithm 4)."""
     offsets = (own[:, :, None] - index[:, None, :]).clamp(-reach, reach) + reach
     return functional.one_hot(offsets, 2 * reach + 1).float()
 
 
 def binned(squared: torch.Tensor, least: float, most: float, bins: int) -> torch.Tensor:
-    """One-hot of the nearest of ``bins`` places from ``least`` to ``most`` Angstrom (algorithms 32 and 5; the
-    published code has other places, and none for what is nearer than its first)."""
+    """Return, for squared distances, the one-hot of the nearest of ``bins`` evenly spaced distances from
+    ``least`` to ``most`` Angstrom (algorithms 32 and 5). The published code has other distances, and no bin
+    for what is nearer than the first."""
     centres = torch.linspace(least, most, bins, device=squared.device)
     edges, infinity = ((centres[1:] + centres[:-1]) / 2) ** 2, centres.new_full((1,), torch.inf)
     lower_edges: Any = torch.cat([-infinity, edges])

@@ -1,4 +1,5 @@
-"""The whole network: embedders, recycling, stacks, heads (supplementary algorithms 2 to 5 and 30 to 32)."""
+"""The whole network of AlphaFold 2: embedders, recycling, stacks of blocks, heads (supplementary algorithms 2
+to 5 and 29 to 32)."""
 
 from __future__ import annotations
 
@@ -30,8 +31,11 @@ _RECYCLED: Final = (3.375, 21.375, 15)  # Angstrom, Angstrom, bins
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FoldSize:
-    """``rows``, ``extra_rows``, ``residues``: of the cropped MSA; ``recycles``: passes before the one that is
-    learned from (the paper draws 0 to 3; what they need of memory is what one needs)."""
+    """Size of an AlphaFold 2. ``widths``, ``extra``, ``template``, ``structure``: of the Evoformer, the
+    extra-MSA stack, the template stack and the structure module; ``blocks``, ``extra_blocks``,
+    ``template_blocks``: number of blocks of the first three. ``templates``: number of templates, 0 for none.
+    ``rows``, ``extra_rows``, ``residues``: of the cropped MSA. ``recycles``: passes without gradients before
+    the pass that is learned from (the paper draws 0 to 3, which need no more memory than one)."""
 
     widths: Widths
     extra: Widths
@@ -49,7 +53,8 @@ class FoldSize:
 
 
 def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> FoldSize:
-    """The published network (supplement; model_1 of its table 5, which has templates)."""
+    """Return the size of the published network (supplement; model_1 of its table 5, which has templates) for
+    the given crop and batch."""
     return FoldSize(
         widths=Widths(c_m=256, c_z=128, msa_heads=8, msa_head_width=32),
         extra=Widths(c_m=64, c_z=128, msa_heads=8, msa_head_width=8, global_columns=True),
@@ -70,7 +75,8 @@ def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> 
 
 
 def small(*, residues: int, batch_size: int) -> FoldSize:
-    """A hundredth of it, every part present but templates, which the data does not have."""
+    """Return the size of a network about a hundredth as large as the published one, with all its parts but
+    templates, which the data does not have."""
     shared: dict[str, Any] = {"c_z": 32, "pair_head_width": 8, "triangle": 32, "outer": 8, "transition": 2}
     return FoldSize(
         widths=Widths(c_m=48, msa_heads=4, msa_head_width=12, **shared),
@@ -92,7 +98,8 @@ def small(*, residues: int, batch_size: int) -> FoldSize:
 
 
 class InputEmbedder(Axial):
-    """Algorithms 3 and 4. The pairs may be cut along dimension 1."""
+    """Algorithms 3 and 4: returns the first MSA and pair representations. If ranks share a sample, the pairs
+    are this rank's part along dimension 1."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -111,8 +118,8 @@ class InputEmbedder(Axial):
 
 
 class RecyclingEmbedder(Axial):
-    """Algorithm 32: the first row, the pairs and the CB positions of the pass before. The pairs may be cut
-    along dimension 1."""
+    """Algorithm 32: returns the updates of the first row of the MSA and of the pairs from the first row, the
+    pairs ``z`` and the CB positions ``beta`` of the pass before. The pairs may be cut along dimension 1."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -127,7 +134,7 @@ class RecyclingEmbedder(Axial):
 
 
 class Confidence(nn.Module):
-    """Algorithm 29: (batch, residues, 50)."""
+    """Algorithm 29: logits (batch, residues, 50) of the confidence in each residue."""
 
     def __init__(self, c_s: int) -> None:
         super().__init__()
@@ -146,7 +153,8 @@ class Confidence(nn.Module):
 
 
 class Heads(nn.Module):
-    """Distances (batch, residues, residues, 64), hidden residues (batch, rows, residues, 23)."""
+    """Returns logits of distances (batch, residues, residues, 64), of hidden residues (batch, rows, residues,
+    23) and of confidence (batch, residues, 50)."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -162,8 +170,9 @@ class Heads(nn.Module):
 
 
 class AlphaFold(Axial):
-    """``forward(batch)`` takes the features of jobs.alphafold2 and returns a mapping of tensors, of which
-    "pairs", to be recycled, may be cut along dimension 1."""
+    """AlphaFold 2. ``forward(batch)`` takes a batch of the job alphafold2 and returns a mapping of tensors:
+    the heads' logits, the frames and angles of each iteration of the structure module, and what is recycled.
+    Of these, "pairs" may be cut along dimension 1."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -238,7 +247,8 @@ class AlphaFold(Axial):
 
 
 def _initialised(module: nn.Module) -> None:
-    """Supplement 1.11.4: linear layers by their inputs, gates open, what is added to a residual at zero."""
+    """Initialize a module's own linear layers as supplement 1.11.4 says: normal with a variance of one over
+    their inputs, gates open, and zero for the layer whose output is added to a residual."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             nn.init.normal_(child.weight, std=child.in_features**-0.5)
@@ -264,19 +274,21 @@ def _initialised(module: nn.Module) -> None:
 
 
 def distance_edges() -> torch.Tensor:
-    """The 63 bounds in Angstrom between the 64 bins of distance."""
+    """Return the 63 bounds in Angstrom between the 64 bins of distance."""
     return torch.linspace(2.3125, 21.6875, DISTANCE_BINS - 1)
 
 
 def distance_bins(beta: torch.Tensor) -> torch.Tensor:
-    """Bin of each distance between CB (batch, residues, 3): int64 (batch, residues, residues)."""
+    """Return the number of the bin of each distance between the CB positions ``beta`` (batch, residues, 3),
+    int64 (batch, residues, residues)."""
     edges = distance_edges().to(beta.device) ** 2
     squared = (beta.unsqueeze(1) - beta.unsqueeze(2)).square().sum(-1)
     return torch.bucketize(squared, edges)
 
 
 def beta_of(atoms: torch.Tensor) -> torch.Tensor:
-    """Where CB would be, (..., 3), of backbones (..., 3 of N CA C, 3), by the ideal tetrahedron."""
+    """Return the positions (..., 3) that CB would have by the ideal tetrahedron, for backbones ``atoms``
+    (..., 3 of N CA C, 3)."""
     n, ca, c = atoms.unbind(-2)
     b, d = ca - n, c - ca
     return -0.58273431 * torch.linalg.cross(b, d) + 0.56802827 * b - 0.54067466 * d + ca  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """The structure module and its losses (Jumper et al. 2021, supplementary algorithms 20 to 24, 26 to 29).
 
-Frames are rotations (..., 3, 3) and translations (..., 3) in Angstrom. All of it is an fp32 island: distances
-are differences of large coordinates, and rotations are multiplied block after block.
+Frames are rotations (..., 3, 3) and translations (..., 3) in Angstrom. The module is a float32 island:
+distances are differences of large coordinates, and rotations are multiplied iteration after iteration.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Frames(NamedTuple):
     translation: torch.Tensor  # (..., 3)
 
     def apply(self, points: torch.Tensor) -> torch.Tensor:
-        """Local points (..., k, 3) in the global frame."""
+        """Return the points (..., k, 3), given in the coordinates of each frame, in global coordinates."""
         return points @ self.rotation.transpose(-1, -2) + self.translation.unsqueeze(-2)
 
     def invert(self, points: torch.Tensor) -> torch.Tensor:
-        """Global points (..., k, 3) in each frame."""
+        """Return the points (..., k, 3), given in global coordinates, in the coordinates of each frame."""
         return (points - self.translation.unsqueeze(-2)) @ self.rotation
 
     def then(self, update: Frames) -> Frames:
@@ -41,7 +41,8 @@ class Frames(NamedTuple):
 
 
 def frames_of(atoms: torch.Tensor) -> Frames:
-    """Algorithm 21 on (..., 3 atoms N CA C, 3): the origin is CA, C lies on the x axis."""
+    """Return the frames of backbones ``atoms`` (..., 3 of N CA C, 3) by algorithm 21: the origin is CA, C
+    lies on the x axis, and N in the xy plane."""
     n, ca, c = atoms.unbind(-2)
     x = functional.normalize(c - ca, dim=-1, eps=1e-6)
     to_nitrogen = n - ca
@@ -50,7 +51,8 @@ def frames_of(atoms: torch.Tensor) -> Frames:
 
 
 def rotation_of(vector: torch.Tensor) -> torch.Tensor:
-    """Algorithm 23: the rotation (..., 3, 3) of the quaternion (1, b, c, d), brought to length one."""
+    """Return the rotations (..., 3, 3) of the quaternions (1, b, c, d), brought to length one, by algorithm
+    23. ``vector`` (..., 3) is (b, c, d)."""
     b, c, d = vector.unbind(-1)
     a = torch.rsqrt(1 + b * b + c * c + d * d)
     b, c, d = b * a, c * a, d * a
@@ -83,7 +85,9 @@ class StructureWidths:
 
 
 class InvariantPointAttention(nn.Module):
-    """Algorithm 22: s (batch, residues, c_s), z (batch, residues, residues, c_z)."""
+    """Algorithm 22: returns the update of s (batch, residues, c_s) from attention along residues that depends
+    on s, on z (batch, residues, residues, c_z) and on the distances between points in the frames of the
+    residues. ``mask`` (batch, residues) is 0 at padding."""
 
     def __init__(self, widths: StructureWidths) -> None:
         super().__init__()
@@ -100,7 +104,8 @@ class InvariantPointAttention(nn.Module):
         return x.unflatten(-1, (self.widths.heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
 
     def _points(self, x: torch.Tensor, frames: Frames) -> torch.Tensor:
-        """Global points (batch, heads, residues, points, 3)."""
+        """Return the points x (batch, residues, heads x points x 3), given in the coordinates of each
+        residue's frame, in global coordinates: (batch, heads, residues, points, 3)."""
         local = x.unflatten(-1, (-1, 3))
         heads = frames.apply(local).unflatten(-2, (self.widths.heads, -1))
         return heads.transpose(1, 2)  # type: ignore[no-any-return]
@@ -132,7 +137,8 @@ class InvariantPointAttention(nn.Module):
 
 
 class Angles(nn.Module):
-    """Algorithm 20, lines 11 to 14: (batch, residues, angles, 2), not yet of length one."""
+    """Algorithm 20, lines 11 to 14: returns sine and cosine of the torsion angles, (batch, residues, angles,
+    2), not yet of length one, from the single representation and the initial one."""
 
     def __init__(self, widths: StructureWidths) -> None:
         super().__init__()
@@ -164,7 +170,9 @@ class Structure(NamedTuple):
 
 
 class StructureModule(nn.Module):
-    """Algorithm 20; one set of weights for all iterations."""
+    """The structure module, algorithm 20. All iterations have the same weights. s (batch, residues, c_s) and
+    z (batch, residues, residues, c_z) are the single and pair representations; ``mask`` (batch, residues) is
+    0 at padding."""
 
     def __init__(self, widths: StructureWidths) -> None:
         super().__init__()
@@ -208,8 +216,10 @@ def fape(
     true_points: torch.Tensor,
     held: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """Algorithm 28, (batch,): the mean over frames (batch, n) and points (batch, k, 3) of the error of points
-    seen from frames, in units of 10 Angstrom. ``held``: masks (batch, n) and (batch, k)."""
+    """Return the frame-aligned point error (algorithm 28), (batch,): the mean over frames (batch, n) and
+    points (batch, k, 3) of the distance between predicted and true point, each seen from its frame, in units
+    of 10 Angstrom. 0.9 of it is clamped at 10 Angstrom. ``held``: masks of the frames (batch, n) and of the
+    points (batch, k)."""
     differences = predicted.invert(points.unsqueeze(1)) - true.invert(true_points.unsqueeze(1))
     error = (differences.square().sum(-1) + _EPS).sqrt()
     error = CLAMPED_SHARE * error.clamp(max=CLAMP) + (1 - CLAMPED_SHARE) * error
@@ -218,7 +228,9 @@ def fape(
 
 
 def torsion_loss(angles: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Algorithm 27, (batch,): true (batch, residues, angles, 2) where ``held`` (batch, residues, angles)."""
+    """Return the loss of torsion angles (algorithm 27), averaged over the batch. ``angles`` and ``true``
+    (batch, residues, angles, 2): sines and cosines; ``held`` (batch, residues, angles): mask of those that
+    are judged."""
     length = (angles.square().sum(-1) + 1e-8).sqrt()
     deviation = (angles / length.unsqueeze(-1) - true).square().sum(-1)
     count = held.sum((1, 2)).clamp(min=1)
@@ -226,8 +238,9 @@ def torsion_loss(angles: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -
 
 
 def torsions(atoms: torch.Tensor, follows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sine and cosine (batch, residues, 3 of omega phi psi, 2), mask) of backbones (batch, residues, 3, 3).
-    ``follows`` (batch, residues) is 1 where a residue continues the chain of the one before."""
+    """Return (sines and cosines (batch, residues, 3 of omega phi psi, 2), mask (batch, residues, 3) of those
+    that exist) of the torsion angles of backbones ``atoms`` (batch, residues, 3 of N CA C, 3). ``follows``
+    (batch, residues) is 1 where a residue continues the chain of the one before."""
     n, ca, c = atoms.unbind(-2)
 
     def before(x: torch.Tensor) -> torch.Tensor:
@@ -253,8 +266,10 @@ def _dihedral(*points: torch.Tensor) -> torch.Tensor:
 
 
 def lddt(points: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Per residue (batch, residues), 0 to 1: the share of distances under 15 Angstrom that are kept within
-    0.5, 1, 2 and 4 Angstrom (Mariani et al. 2013), of CA positions (batch, residues, 3)."""
+    """Return the lDDT of each residue (batch, residues), 0 to 1 (Mariani et al. 2013): the share of its true
+    distances under 15 Angstrom that the prediction keeps within 0.5, 1, 2 and 4 Angstrom, averaged over these
+    four. ``points`` and ``true``: predicted and true CA positions (batch, residues, 3); ``held`` (batch,
+    residues): mask."""
     distances, true_distances = _distances(points), _distances(true)
     count = held.unsqueeze(1) * held.unsqueeze(2) * (true_distances < 15.0)
     count = count * (1 - torch.eye(count.shape[1], device=count.device))
