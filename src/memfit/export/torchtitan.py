@@ -42,7 +42,7 @@ _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     ),
     "tensor-parallel": (("sequence", True, "it always uses sequence parallelism as well"),),
     "compile": (("scope", "blocks", "it compiles block by block"),),
-    "selective-checkpointing": (("keep", "every-second-matmul", 'its policy "op" keeps every second one'),),
+    "selective-checkpointing": (("keep", "every-second-matmul", "its op policy keeps every second matmul"),),
 }
 _SAID = {
     "ddp",

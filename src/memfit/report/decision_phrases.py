@@ -90,7 +90,7 @@ def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterat
     If the best option is plain training, equivalence, training and gates do not matter and are left out.
     """
     best = view.best
-    assert best is not None, "caveats belong to an answer"
+    assert best is not None, "there are no caveats without a best option"
     way = view.made.ways[best.index]
     if way.fit_percent < 100:
         yield dataclasses.replace(likely(view, best.index), key="phrase.caveat_likely")

@@ -33,8 +33,8 @@ _STYLE = """<style>
 
 def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: int, fits: bool) -> str:
     """Return HTML with the title, whether the plan fits ``cap_bytes`` of the machine, a table of the kinds of
-    memory with their intervals, the memory at the peak by category as a bar, and warnings: that the batch is
-    split, if that may change the training, and the first five assumptions."""
+    memory with their intervals, the memory at the peak by category as a bar, and warnings: that splitting the
+    batch may change the training, and at most five assumptions that are not taken from the batch."""
     verdict = f'<b class="{"fits" if fits else "not"}">{"fits" if fits else "does not fit"}</b>'
     kinds = {
         "allocated": estimate.allocated_bytes,

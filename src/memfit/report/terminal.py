@@ -49,8 +49,8 @@ Parts = Sequence[tuple[str, Figure, Figure]]
 
 
 def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
-    """Print the workload, the answer, every run with its failure, the verdicts, the effort, the notes, and
-    the report's path.
+    """Print the workload, the answer, every run, why runs failed, the verdicts, the effort, the notes, how
+    long it took, and the report's path.
 
     Raises UserError for an unknown `lang`.
     """

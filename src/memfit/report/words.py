@@ -33,7 +33,7 @@ class Words:
     def get(self, key: str, **placeholders: object) -> str:
         """Return the text of `key` with placeholders filled.
 
-        Raises KeyError for an unknown key or placeholder.
+        Raises KeyError for an unknown key, or if the text has a placeholder for which no value is given.
         """
         return self.tight(key, placeholders).format(**placeholders)
 

@@ -44,8 +44,8 @@ class UserError(MemfitError):
 
 
 def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
-    """Return the entry of ``table`` with that name. Raises UserError with the allowed names, and the closest
-    one if any is close, if there is none; ``what``: what the names are of, for the message."""
+    """Return the entry of ``table`` called ``name``. If there is none, raises UserError with all names and,
+    if one is similar, that one. ``what``: what the names are of, for the message."""
     if name in table:
         return table[name]
     matches = difflib.get_close_matches(name, table, n=1)

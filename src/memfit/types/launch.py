@@ -82,7 +82,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchConfig:
-    """What is launched.
+    """A child process to be started.
 
     ``argv``: the program and its arguments; ``{dir}`` in an argument stands for the folder into which
     ``files`` (name -> text) are written. ``env``: environment variables. ``spec``: the run.

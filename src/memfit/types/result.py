@@ -186,10 +186,12 @@ class Reproducibility:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """The work of people to adopt the plan here. ``failed_attempts``: runs that failed.
+    """The work of adopting the plan here.
 
-    ``attended_minutes``: minutes during which a person attended; None if nobody counted them. It is never
-    estimated.
+    ``commands``: typed; ``changed_lines``: lines of the user's job file; ``packages`` and ``installed_mib``:
+    what memfit and the plan need beside torch; ``failed_attempts``: runs that failed or timed out, and proofs
+    of concept that were begun and not finished. ``attended_minutes``: minutes during which a person attended;
+    None if nobody counted them. They are never estimated.
     """
 
     commands: int
@@ -358,7 +360,8 @@ class Interaction:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PaperRow:
-    """The same job at paper size on one machine of the catalog, plain and recommended."""
+    """Predictions for a PoC's job at its size "paper" on one machine of the catalog: plain training and the
+    best plan that fits."""
 
     machine: str
     size: str
@@ -409,7 +412,7 @@ class Reach:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NamedVerdict:
-    """The verdict on one plan."""
+    """The verdict on one plan against plain training."""
 
     name: str  # "recommended" or the ablation's name
     plan: Plan
