@@ -197,7 +197,7 @@ def predicted(trainer: Any, module: Any, plan: Plan) -> Prediction:
     from torch.utils import _pytree
 
     if plan.ranks > 1:
-        raise UserError("the callback cannot predict several ranks: pass it prediction=")
+        raise UserError("the callback cannot predict training on several ranks: pass it prediction=")
     with torch.random.fork_rng(devices=[]):
         first_batch = next(iter(trainer.train_dataloader))
     micro_batches = trainer.accumulate_grad_batches

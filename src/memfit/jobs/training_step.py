@@ -84,8 +84,8 @@ class TrainingStep:
         self.average = self._weight_average()
         if job.clip is not None and bench.step_in_backward:
             raise UserError(
-                "the job's clip does not go with optimizer-in-backward, which updates each parameter before "
-                "the norm of all gradients is known",
+                "the job's clip cannot be combined with optimizer-in-backward, which updates each parameter "
+                "before the norm of all gradients is known",
                 allowed="clip=None, or a plan without optimizer-in-backward",
             )
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")

@@ -119,7 +119,9 @@ class Keeper:
                 checkpoints.publish(partial_folder, dataclasses.replace(metadata, files_bytes=files))
         except (OSError, CheckpointException) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise MemfitError(f"step {done} was not saved in {folder}: {reason}") from error
+            raise MemfitError(
+                f"the checkpoint after step {done} was not saved in {folder}: {reason}"
+            ) from error
         _from_first(None)
         tell("saved", step=done, path=str(partial_folder.with_suffix("")))
 

@@ -44,8 +44,8 @@ class NonFinite(Exception):
 
 @dataclasses.dataclass(slots=True)
 class _Gauge:
-    """The measurements of a run so far. ``base_bytes``: live bytes before the model is built, which no other
-    figure contains."""
+    """The measurements of a run so far. ``base_bytes``: live bytes before the model is built, which are
+    subtracted from all peaks that the counter measures."""
 
     counter: PeakCounter
     base_bytes: int
@@ -153,9 +153,9 @@ def step_maker(engine: str, folder: Path | None) -> MakeStep:
 
 
 def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
-    """Build the step of the run, check it against the plan while it runs up to two micro-batches, and run one
-    micro-batch more. Kernels, their caches and thread stacks then exist before the footprint is read
-    (docs/decisions/002-memory-cap.md gives the difference). Return the number of elements of the plain
+    """Build the step of the run, compare it with the plan while it runs up to two micro-batches, and run it
+    again with one micro-batch. Kernels, their caches and thread stacks then exist before the footprint is
+    read (docs/decisions/002-memory-cap.md gives the difference). Return the number of elements of the plain
     model's parameters. Raises NotConforming if the step does not do what the plan says."""
     import torch
 

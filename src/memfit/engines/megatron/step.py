@@ -196,8 +196,8 @@ def _parallel_state(degree: int, *, traced: bool) -> Iterator[None]:
 
 
 def _uncoalesced() -> Any:
-    """Replace Megatron's coalesced collectives by plain ones, as fake tensors do not support them. For a
-    single bucket both are the same, and there is only one."""
+    """Replace Megatron's coalesced collectives by plain ones inside this context, as fake tensors do not
+    support them. For a single bucket both do the same, and each call here has only one."""
     from megatron.core.distributed import param_and_grad_buffer
 
     @contextlib.contextmanager

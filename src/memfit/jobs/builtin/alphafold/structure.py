@@ -228,9 +228,9 @@ def fape(
 
 
 def torsion_loss(angles: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Return the loss of torsion angles (algorithm 27), averaged over the batch. ``angles`` and ``true``
-    (batch, residues, angles, 2): sines and cosines; ``held`` (batch, residues, angles): mask of those that
-    are judged."""
+    """Return the loss of torsion angles (algorithm 27), averaged over the first dimension. ``angles`` and
+    ``true`` (batch, residues, angles, 2): sines and cosines; ``held`` (batch, residues, angles): mask of
+    those that are judged."""
     length = (angles.square().sum(-1) + 1e-8).sqrt()
     deviation = (angles / length.unsqueeze(-1) - true).square().sum(-1)
     count = held.sum((1, 2)).clamp(min=1)
