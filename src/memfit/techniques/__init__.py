@@ -1,1 +1,2 @@
-"""One module per technique, all with the same structure. registry.py lists which can be combined."""
+"""Memory-saving techniques. A module defines one or several as `Technique` objects (base.py). registry.py
+lists all and says which can be combined."""

@@ -31,10 +31,10 @@ def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _adapt(bench: Workbench, rank: int) -> None:
-    """Add adapters of this rank to every Linear of the repeated blocks and freeze the blocks' parameters.
-    Floating-point parameters outside the blocks (input projection, head) become trainable, because a new
-    task's head must be trained. Raises UserError if no repeated blocks, or no Linears in them, are
-    found."""
+    """Add two matrices of the inner width ``rank`` to every Linear of the repeated blocks, and freeze all
+    other parameters of the blocks. Floating-point parameters outside the blocks (input projection, head)
+    become trainable, because a new task's head must be trained. Raises UserError if no repeated blocks, or no
+    Linears in them, are found."""
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)

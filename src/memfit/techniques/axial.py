@@ -22,8 +22,8 @@ from memfit.techniques.parallel.sample_parallel_collectives import Together
 
 
 class Whole:
-    """Operations for a single rank, which holds everything: they return their input. `Cut` is the version for
-    several ranks.
+    """Operations for a single rank, which holds everything: `product` is a plain einsum, and all others
+    return their input. The methods' texts say what `Cut`, the version for several ranks, does.
 
     ``dim`` is the dimension along which ``x`` is cut or will be cut, ``length`` its length when whole.
     """

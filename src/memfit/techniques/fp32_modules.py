@@ -42,8 +42,8 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def keep(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
-    """Make the job's islands compute in float32. ``carried`` holds the names of techniques that an engine
-    applies itself.
+    """Make the job's islands, the modules that match ``Job(islands=...)``, compute in float32, and enter them
+    in ``bench.islands``. ``carried`` holds the names of techniques that an engine applies itself.
 
     Raises UserError if a pattern of the job matches no module, or if an island has parameters and zero, or a
     technique in ``carried``, has precision bf16, which it applies to all parameters.

@@ -25,10 +25,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class _Away:
-    """Keeps tensors that autograd saves elsewhere if their storage has at least ``minimum_bytes``. Parameters
-    stay, because they are in memory anyway, and so do tensors that `_can` refuses. The same elements of a
-    storage that several operators save are written once, unless they have been changed in between, and read
-    back for each of the operators."""
+    """Moves tensors that autograd saves out of memory, if their storage has at least ``minimum_bytes``, and
+    back in backward. Parameters stay, because they are in memory anyway, and so do tensors that `_can`
+    refuses. The same elements of a storage that several operators save are written once, unless they have
+    been changed in between, and read back for each of the operators."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         self.bench, self.minimum_bytes = bench, minimum_bytes
@@ -89,7 +89,7 @@ class _Saved(NamedTuple):
 
 
 class HostCopies(_Away):
-    """Keeps saved tensors in host memory."""
+    """Moves tensors that autograd saves to host memory, and back in backward."""
 
     def _put(self, tensor: Any) -> Any:
         with self.bench.place("host"):  # fake tensors of both places are on the CPU
@@ -105,8 +105,9 @@ class _Copy:
 
 
 class DiskSpool(_Away):
-    """Keeps contiguous saved tensors in a file without a name, which disappears however the process ends.
-    With fake tensors nothing is written, but storages are allocated and freed in the same order."""
+    """Moves contiguous tensors that autograd saves to a file without a name, which disappears however the
+    process ends, and back in backward. With fake tensors nothing is written, but storages are allocated and
+    freed in the same order."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         super().__init__(bench, minimum_bytes)

@@ -1,4 +1,5 @@
-"""Optimizers: AdamW as torch runs it, 8-bit AdamW, Adafactor, SGD, and optimizer steps inside backward."""
+"""Optimizers: AdamW as torch runs it, fused or one parameter at a time, in 8 bits (also paged) or 4 bits;
+Adafactor; SGD; and optimizer steps inside backward."""
 
 from __future__ import annotations
 

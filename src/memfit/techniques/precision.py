@@ -48,8 +48,8 @@ def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> No
 
 
 class Bf16Inputs:
-    """Context in which float32 tensors among the model's arguments are cast to bfloat16. Tensors of other
-    dtypes are unchanged."""
+    """Context manager in which float32 tensors among the model's arguments are cast to bfloat16. Tensors of
+    other dtypes are unchanged."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -73,11 +73,13 @@ def _cast_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, A
 
 
 class MasterWeights:
-    """fp32 master copies of bf16 parameters (Micikevicius et al. 2018, section 3.1).
+    """An optimizer of bf16 parameters that updates fp32 master copies of them (Micikevicius et al. 2018,
+    section 3.1).
 
     ``make`` makes one optimizer for each master copy. For one parameter after the other, the gradient is
     converted to fp32, the master copy is updated and copied into the parameter, and the fp32 gradient is
-    freed, so that the temporary memory is one parameter's and not the model's.
+    freed, so that the temporary memory is one parameter's and not the model's. Parameters without a gradient
+    are skipped.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], make: MakeOptimizer) -> None:

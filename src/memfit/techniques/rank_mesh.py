@@ -57,14 +57,16 @@ class Layout:
         return self.replicate * self.shard
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """Return the index of ``rank`` along each dimension."""
+        """Return the index of ``rank`` along each dimension, by the dimension's name. Of successive ranks,
+        the index along "tensor" changes first."""
         place = {}
         for name, degree in zip(reversed(DIMENSIONS), reversed(self.shape), strict=True):
             rank, place[name] = divmod(rank, degree)
         return place
 
     def data_index(self, rank: int) -> int:
-        """Return the index of ``rank`` among the data-parallel ranks."""
+        """Return the index of ``rank`` among the data-parallel ranks. Ranks that differ only in pipeline,
+        context or tensor have the same index."""
         place = self.coordinate(rank)
         return place["replicate"] * self.shard + place["shard"]
 

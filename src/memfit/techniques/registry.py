@@ -78,8 +78,8 @@ TECHNIQUES: Mapping[str, Technique] = {
 
 
 def technique(name: str) -> Technique:
-    """Return the technique of that name. Raises UserError with all names, and the closest one, if there is
-    none."""
+    """Return the technique of that name. If there is none, raises UserError with all names and, if one is
+    similar, the closest one."""
     return named("technique", name, TECHNIQUES)
 
 

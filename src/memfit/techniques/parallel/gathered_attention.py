@@ -79,8 +79,9 @@ class AttentionAcross(TorchFunctionMode):
 
 
 class GatheredCounts(TorchFunctionMode):
-    """Records the counts of ``torch.arange`` at each place in the code while the sequence is whole. A place
-    that gives the same count on a slice counts something else, such as channels or heads."""
+    """Mode that records in ``found`` the counts of ``torch.arange`` at each place in the code, to be used
+    while the sequence is whole. A place that gives the same count on a slice counts something else than
+    positions, such as channels or heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,8 +158,9 @@ def _additive(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 class _Attend(torch.autograd.Function):
-    """Saves only this rank's own tensors. The keys and values of other ranks are gathered again in
-    backward."""
+    """Attention of this rank's queries to the keys and values of all ranks, block by block. It saves only
+    this rank's tensors for backward, in which the keys and values of other ranks are gathered again. ``bias``
+    is an additive mask of this rank's keys, or None."""
 
     @staticmethod
     def forward(
@@ -230,14 +232,16 @@ def _merge(out: torch.Tensor, total: torch.Tensor, part: torch.Tensor, weight: t
 
 
 def _repeated(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Repeat keys or values for every query head (grouped-query attention)."""
+    """Return keys or values (``tensor``) repeated so that they have as many heads as ``query``, for
+    grouped-query attention."""
     repeats = query.shape[1] // tensor.shape[1]
     return tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Kernel:
-    """The attention kernel that torch would choose on the device."""
+    """The attention kernel that torch would choose on the device ("cpu" or "cuda"). ``bias`` is an additive
+    mask or None."""
 
     device: str
     causal: bool

@@ -301,7 +301,8 @@ class Pipeline:
 
 
 class _Whole:
-    """The model as the job's loss sees it. If its forward ends early, so does the loss."""
+    """The model as the job's loss sees it. If a stage ends inside its forward, a call raises StageEnd, which
+    ends the loss, too."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline

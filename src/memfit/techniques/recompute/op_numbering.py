@@ -56,7 +56,8 @@ def fact(func: Any) -> OperatorNumber:
 
 
 def flat(values: Any) -> Iterator[torch.Tensor]:
-    """Yield the strided tensors among ``values``, whose bytes are one storage, also from lists and tuples."""
+    """Yield the strided tensors, each of which has one storage, among ``values`` and in lists and tuples in
+    them."""
     for value in values:
         if isinstance(value, torch.Tensor):
             if value.layout is torch.strided:
@@ -140,7 +141,8 @@ def plain_view(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """Return the tensors that a call writes to."""
+    """Return the strided tensors among the arguments that a call writes to, according to the operator's
+    schema."""
     places = fact(func).written
     if not places:
         return []

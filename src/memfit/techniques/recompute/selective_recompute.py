@@ -43,29 +43,31 @@ class StorageGeometry(NamedTuple):
 
 
 class Ref(NamedTuple):
-    """A dropped tensor as an argument of an operator."""
+    """A dropped tensor as an argument of a recorded call: its storage, and how the tensor reads it."""
 
     value: Value
     geometry: StorageGeometry
 
 
 class OwnTensors(NamedTuple):
-    """The storage that the call writes to, as an argument. It holds no reference, which would be circular."""
+    """An argument of a recorded call in the dropped storage that the call writes to. It holds no reference to
+    the storage, which would be circular."""
 
     geometry: StorageGeometry
 
 
 class Held(NamedTuple):
-    """A kept tensor as an argument of an operator. ``version`` is set for parameters, which an optimizer may
-    update during backward. Other writes happen in forward and are seen there."""
+    """A kept tensor as an argument of a recorded call. ``version`` is set for parameters, which an optimizer
+    may update during backward, and else None. Writes to other tensors happen in forward, where `Tape` sees
+    them."""
 
     tensor: torch.Tensor
     version: int | None
 
 
 class Value:
-    """A dropped storage. ``pending`` holds the calls that make it or write to it and have not been repeated
-    yet."""
+    """A dropped storage. ``pending`` holds the recorded calls, in their order, that make it or write to it
+    and have not been repeated yet. ``dtype`` is that of the tensor for which it was made."""
 
     __slots__ = ("__weakref__", "dtype", "pending", "tensor")
 
@@ -99,7 +101,8 @@ class RecomputedCall:
         return _references((*self.args, *self.kwargs.values()))
 
     def reads(self, tensor: torch.Tensor, value: Value | None) -> bool:
-        """Return whether the call has ``tensor``, or the dropped ``value`` behind it, as an argument."""
+        """Return whether an argument of the call is in the storage of ``tensor``, or is a reference to
+        ``value``, the dropped storage of ``tensor`` (None if that is not dropped)."""
         key = storage_key(tensor)
         return any(
             r.value is value if isinstance(r, Ref) else storage_key(r.tensor) == key
@@ -147,7 +150,8 @@ def _given(target: Value, leaf: Any) -> Any:
 
 
 def seen(value: Value, geometry: StorageGeometry) -> torch.Tensor:
-    """Return the tensor of a recomputed storage with the given geometry."""
+    """Return a tensor with this size, stride and offset in the storage of ``value``, which must have been
+    recomputed."""
     tensor = value.tensor
     assert tensor is not None
     return tensor if StorageGeometry.of(tensor) == geometry else tensor.as_strided(*geometry)

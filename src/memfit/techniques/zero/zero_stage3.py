@@ -67,7 +67,8 @@ class ZeroThree(Reducing):
         self.inner = make([self.master])
 
     def _watch(self, module: torch.nn.Module) -> None:
-        """Gather parameters before a module's forward and backward, and free them after."""
+        """Add hooks that gather a module's parameters before its forward and its backward, and release them
+        after each."""
         fetch, release, running = self.shards.fetch, self.shards.release, self.shards.running
 
         def before(mod: torch.nn.Module, args: Any) -> Any:
