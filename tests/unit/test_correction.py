@@ -82,10 +82,10 @@ def test_a_proof_of_concept_corrects_only_its_own_job_in_its_own_environment(tmp
     found = proof_of_concept.corrected_by(asked(spec), store, None).correction
     assert found.corrected_by == poc.poc_id
     assert found.corrected_count >= 3
-    with pytest.raises(UserError, match="the same job"):
+    with pytest.raises(UserError, match="another job or machine"):
         proof_of_concept.corrected_by(asked("weather"), store, None)
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match=r"elsewhere: torch 1\.0"):
+    with pytest.raises(UserError, match=r"different environment: torch 1\.0"):
         proof_of_concept.corrected_by(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
 
 
@@ -110,7 +110,7 @@ def test_a_corrected_plan_uses_the_measured_spread_and_is_refused_for_another_ma
     spread = told["correction"]["step_spread_ratio"]
     assert step["high"] / step["value"] == pytest.approx(1 + spread)
     assert main([*arguments, "--on", "H100-SXM"]) == 2
-    assert "here" in capsys.readouterr().err
+    assert "another job or machine" in capsys.readouterr().err
 
 
 def test_the_terminal_reports_the_correction() -> None:

@@ -376,7 +376,7 @@ def test_the_monitor_checks_clipping_by_the_gradient_norm_at_the_update() -> Non
     assert "gradient clipping" in _watched(clip=0.01).checked
     with pytest.raises(NotConforming, match=r"planned gradients of norm at most 0\.01 at the update, found"):
         _watched(clip=0.01, calls=False)
-    with pytest.raises(NotConforming, match=r"gradient clipping: planned none, found to a norm of 0\.01"):
+    with pytest.raises(NotConforming, match=r"gradient clipping: planned none, found clipping to a norm of 0\.01"):
         _watched(clip=0)
 
 

@@ -198,7 +198,9 @@ def export(
     elif open_budget(plan) is not None:
         with Bars("en") as progress:
             plan = settled(request(job, goal, here), plan, progress)
-    config, job_file, user_files, dependence = _launch(job, goal.engine, plan, here, _kept(own), user_files)
+    config, job_file, user_files, dependence = _launch(
+        job, goal.engine or "native", plan, here, _kept(own), user_files
+    )
     steps = script_steps(config.spec) if script_words and target not in LIBRARIES else ()
     check_acknowledged(steps, _names(own.script_applies), script=script_words[0] if script_words else "")
     handover = Handover(
@@ -260,7 +262,7 @@ def _as_files_say(
 
     if user_files is None:
         return job, goal
-    if goal.engine == "native":
+    if goal.engine is None:
         goal = dataclasses.replace(goal, engine=user_files.carried.engine)
     if job.batch is not None or user_files.carried.batch is None:
         return job, goal

@@ -126,12 +126,13 @@ class GoalOptions:
         ),
     ] = "rounding"
     engine: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="Engine that runs the training; native is memfit itself. `memfit engine` lists them.",
+            help="Engine that runs the training; `memfit engine` lists them. Default: that of the files "
+            "given with --from, otherwise native, which is memfit itself.",
         ),
-    ] = "native"
+    ] = None
 
 
 ExcludedTechniques = Annotated[

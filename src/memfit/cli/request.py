@@ -64,7 +64,7 @@ def request(
         goal=Objective(one_of("--goal", goal.goal, Objective)),
         accuracy=accuracy,
         threads=here.threads or 0,
-        engine=engine(goal.engine).name,
+        engine=engine(goal.engine or "native").name,
         ranks=ranks,
         bounds=bounds or Bounds(),
         recalibrate=here.recalibrate,

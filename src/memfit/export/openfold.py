@@ -23,7 +23,6 @@ ARGUMENTS: Final = "openfold.args"
 CHANGES: Final = "openfold.json"
 DEEPSPEED: Final = "deepspeed_config.json"
 _SEED: Final = 42  # OpenFold requires one if several processes train
-_CLIPPED: Final = 0.1  # gradient norm in OpenFold's own deepspeed_config.json
 _BUCKET_ELEMENTS: Final = 25 * 2**20 // 2  # bf16 gradients in torch's bucket of 25 MiB
 
 _SAID = {"ddp", "zero", "bf16-autocast", "bf16-parameters", "activation-checkpointing"}
@@ -142,7 +141,7 @@ def deepspeed(handover: Handover) -> dict[str, Any]:
         spec = dataclasses.replace(spec, plan=plan)
     settings = config(spec)
     del settings["gradient_accumulation_steps"]
-    return {"gradient_clipping": _CLIPPED, **settings}
+    return settings
 
 
 def notes(plan: Plan) -> Iterator[str]:

@@ -119,7 +119,7 @@ def _clipping(target: str, handover: Handover) -> str:
     """Return a sentence on whether gradients are clipped, by whose setting, and to which norm."""
     spec, user_files = handover.config.spec, handover.user_files
     if target == "openfold":
-        return "Gradients are clipped as OpenFold configures it; DeepSpeed's file sets its own norm."
+        return _openfold_clipping(handover)
     if spec.clip:
         from_files = user_files is not None and (user_files.clipping.explicit or user_files.job_clip is None)
         source = "your configuration" if from_files else "the job"
@@ -132,6 +132,17 @@ def _clipping(target: str, handover: Handover) -> str:
     )
     return "Neither the job nor a configuration clips gradients, and the prediction assumes no clipping" + (
         f"; {default}." if default else "."
+    )
+
+
+def _openfold_clipping(handover: Handover) -> str:
+    if handover.plan.get("zero") is None and handover.plan.get("bf16-parameters") is None:
+        return "No file here clips gradients, and the prediction assumes no clipping."
+    if handover.config.spec.clip:
+        return f"DeepSpeed's file clips gradients to a norm of {handover.config.spec.clip:g}."
+    return (
+        "DeepSpeed's file does not clip gradients, as the prediction assumes; OpenFold's own file clips to a "
+        "norm of 0.1."
     )
 
 

@@ -186,9 +186,9 @@ def _containers(model: torch.nn.Module) -> list[str]:
 def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, torch.nn.Linear]:
     """Return (module path, Linear) of the projection to the vocabulary or classes.
 
-    This is the module at ``path``. If that is None, it is the first Linear of the model that Hugging Face
-    calls output embeddings, or that has a common name of heads and is a child of the model or of one of its
-    children. Raises UserError if there is none.
+    This is the module at ``path``. If that is None, it is the Linear that Hugging Face calls output
+    embeddings, or else the first Linear that has a common name of heads and is a child of the model or of one
+    of its children. Raises UserError if there is none.
     """
     import torch
 
@@ -199,10 +199,11 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
             raise UserError(f"the model has no nn.Linear at {path!r}", hint="correct Job(head=...)")
         return path, head
     output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in modules.items():
-        has_head_name = name.rpartition(".")[2] in _HEAD_NAMES and name.count(".") <= 1
-        if isinstance(module, torch.nn.Linear) and (module is output_embeddings or has_head_name):
-            return name, module
+    linears = {name: m for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
+    embedding_names = [name for name, linear in linears.items() if linear is output_embeddings]
+    common_names = [n for n in linears if n.rpartition(".")[2] in _HEAD_NAMES and n.count(".") <= 1]
+    if names := embedding_names or common_names:
+        return names[0], linears[names[0]]
     raise UserError(
         "no output projection found in the model",
         allowed=f"a Linear named one of {', '.join(_HEAD_NAMES)}",

@@ -137,7 +137,7 @@ def run_plan(
         clip=job.clip,
         sizes=model_sizes(request.engine, job),
         cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
-        threads=request.threads or local_machine.threads(),
+        threads=request.threads or max(1, local_machine.threads() // plan.ranks),
         evaluate=plan.ranks == 1,
         source_digest=source_digest(request.job.spec),
     )

@@ -168,11 +168,16 @@ def _user(path: str) -> Pairs:
     for number, line in enumerate(read_text(path).splitlines(), 1):
         smiles, _, value = line.strip().partition("," if "," in line else "\t" if "\t" in line else " ")
         try:
-            pairs.append((smiles.strip(), float(value)))
-            graph(smiles.strip())
+            pair = smiles.strip(), float(value)
         except ValueError as error:
-            if number > 1 and line.strip():
-                raise UserError(f"{path} line {number}: {error}", allowed="SMILES,value") from error
+            if number == 1 or not line.strip():
+                continue
+            raise UserError(f"{path} line {number}: {error}", allowed="SMILES,value") from error
+        try:
+            graph(pair[0])
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: {error}", allowed="SMILES,value") from error
+        pairs.append(pair)
     return pairs
 
 
