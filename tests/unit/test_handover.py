@@ -142,6 +142,15 @@ def test_a_configuration_that_already_matches_the_plan_is_exported_byte_for_byte
     assert (folder / "out" / written).read_text() == FILES[given]
 
 
+def test_an_engine_that_is_named_wins_over_that_of_the_files(folder: Path) -> None:
+    plan = wanted(ddp={})
+    words = ("--from", "ds.json", "--ranks", "2", *plan, "--script", "train.py", "--script-applies", "all")
+    assert export(*words) == 0
+    assert (folder / "out" / "deepspeed.json").is_file()
+    assert export(*words, "--engine", "native") == 0
+    assert not (folder / "out" / "deepspeed.json").exists()
+
+
 def test_exporting_another_plan_changes_only_the_settings_that_the_plan_decides(folder: Path) -> None:
     plan = wanted(zero={"stage": 3, "persist_elements": 7}, gradient_accumulation={"micro_batches": 2})
     words = ("--from", "ds.json", "--ranks", "2", *plan, "--script", "train.py --deepspeed ds.json")
@@ -376,7 +385,9 @@ def test_the_monitor_checks_clipping_by_the_gradient_norm_at_the_update() -> Non
     assert "gradient clipping" in _watched(clip=0.01).checked
     with pytest.raises(NotConforming, match=r"planned gradients of norm at most 0\.01 at the update, found"):
         _watched(clip=0.01, calls=False)
-    with pytest.raises(NotConforming, match=r"gradient clipping: planned none, found clipping to a norm of 0\.01"):
+    with pytest.raises(
+        NotConforming, match=r"gradient clipping: planned none, found clipping to a norm of 0\.01"
+    ):
         _watched(clip=0)
 
 

@@ -163,9 +163,10 @@ def test_the_users_molecules_make_batches_and_bad_files_are_refused(listed: str,
     assert job.metric is not None
     assert job.metric.naive > 0
     broken = tmp_path / "broken.csv"
-    broken.write_text("C,1\nC1CC,2\n")
-    with pytest.raises(UserError, match=r"broken.csv line 2: an unclosed ring"):
-        load("molecules", data=str(broken))
+    for text, line in (("C,1\nC1CC,2\n", 2), ("C1CC,2\nC,1\n", 1)):
+        broken.write_text(text)
+        with pytest.raises(UserError, match=rf"broken.csv line {line}: an unclosed ring"):
+            load("molecules", data=str(broken))
     broken.write_text("C,1\nCC,2\n")
     with pytest.raises(UserError, match="allowed: at least 10"):
         load("molecules", data=str(broken))

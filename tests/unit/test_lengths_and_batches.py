@@ -291,7 +291,9 @@ def test_a_megatron_scripts_model_is_built_from_its_own_sizes(
 def test_a_megatron_model_that_memfit_cannot_build_is_reported(more: str, tmp_path: Path) -> None:
     model = _carried(tmp_path, "train.sh", MEGATRON + more).model
     assert (model.layers, model.width, model.job) == (2, 64, "")
-    assert model.missing.startswith(("memfit cannot build a model with ", "memfit has no model with this mix"))
+    assert model.missing.startswith(
+        ("memfit cannot build a model with ", "memfit has no model with this mix")
+    )
 
 
 def _planned(

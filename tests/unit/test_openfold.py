@@ -170,6 +170,9 @@ def test_an_export_writes_openfolds_arguments_changes_and_deepspeed_file(tmp_pat
         "--num_nodes 2 --gpus 2 --seed 42 --deepspeed_config_path deepspeed_config.json"
     )
     assert "gradient_accumulation_steps" not in half  # Lightning refuses to find it
+    assert half["gradient_clipping"] == 0.0
+    assert "DeepSpeed's file does not clip gradients" in files["README.md"]
+    assert "No file here clips gradients" in exported(Plan(), "finetune")["README.md"]
     assert half["bf16"]["enabled"]
     assert half["zero_optimization"]["stage"] == 2
     readme = files["README.md"]

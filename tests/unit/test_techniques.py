@@ -509,6 +509,7 @@ def test_the_head_is_found_by_path_by_output_embeddings_or_by_name() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.output = nn.Linear(2, 3)  # a common name of heads
             self.projection = nn.Linear(2, 3)
 
         def get_output_embeddings(self) -> nn.Linear:
