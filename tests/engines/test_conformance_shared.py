@@ -317,7 +317,7 @@ def test_a_correct_step_conforms_and_states_what_was_not_observed(name: str, hon
             told = of_rank[name][job]
             assert told.startswith("fine: as planned"), f"{job}: {told}"
             blind = (
-                "some ranks receive the same" in told or "no block was observed whose output mixes" in told
+                "some ranks get the same inputs" in told or "no block was observed whose output mixes" in told
             )
             assert blind == (job in unseen), f"{job}: {told}"
 

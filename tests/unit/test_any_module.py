@@ -481,9 +481,7 @@ def test_a_count_that_decides_sizes_is_assumed_maximal_and_lowers_the_interval()
 
 @pytest.mark.parametrize("forward", [counted_rounds])
 def test_a_value_that_decides_sizes_is_refused_unless_a_bound_gives_it(forward: Any) -> None:
-    with pytest.raises(
-        UserError, match=r".item\(\) at test_any_module.py:\d+ determines how much.*bound"
-    ) as told:
+    with pytest.raises(UserError, match=r"read at test_any_module.py:\d+ determines how much.*bound") as told:
         trace(job(forward), Plan())
     line = str(told.value).split(" at ")[1].split()[0]
     found = trace(job(forward, bound={line: 7}), Plan())

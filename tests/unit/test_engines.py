@@ -97,7 +97,7 @@ def test_accelerate_supports_autocast_without_fsdp2_and_fp16_only_on_gpus() -> N
     for kind in ("fp16", "bf16"):
         sharded = Plan(uses=(make_use(f"{kind}-autocast", {}), make_use("fsdp2", {})), ranks=2)
         with pytest.raises(
-            UserError, match=f"{kind}-autocast: with FSDP2, its {kind} setting is the dtype of gather"
+            UserError, match=f"{kind}-autocast: with FSDP2, Accelerate's {kind} setting casts parameters"
         ):
             carrying("accelerate", sharded)
 

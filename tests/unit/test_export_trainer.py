@@ -121,7 +121,7 @@ def loaded_as_is(folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (plan(2, fsdp2={"prefetch": 2}), "no setting for the number of groups"),
+        (plan(2, fsdp2={"prefetch": 2}), "no setting for prefetch"),
         (plan(2, tensor_parallel={}), "tensor-parallel is not supported"),
         (plan(activation_checkpointing={"every": 2}), "every must be 1"),
         (plan(2, ddp={}), "bucket_view must be false"),

@@ -146,7 +146,7 @@ def test_a_job_refuses_wrong_values_of_ema_clip_and_workers(wrong: dict[str, Any
 
 
 def test_clipping_is_refused_with_the_optimizer_in_backward() -> None:
-    with pytest.raises(UserError, match="whole norm"):
+    with pytest.raises(UserError, match="clip cannot be combined with optimizer-in-backward"):
         memfit.estimate(JOB, plan="optimizer-in-backward", clip=1.0)
 
 

@@ -347,7 +347,7 @@ def test_a_device_count_without_plans_is_skipped_if_others_have_plans() -> None:
     whole = Bounds(without=("tensor-parallel", "pipeline"))
     scale = Scale(pricer_of(8, on), aim(on, goal="cheapest", bounds=whole))
     assert {e.plan.ranks for e in scale.over((3, 2))} == {2}
-    with pytest.raises(UserError, match="a batch of 8 cannot be shared evenly by 3 ranks"):
+    with pytest.raises(UserError, match="a batch of 8 cannot be shared evenly by 3 devices"):
         scale.over((3,))
 
 

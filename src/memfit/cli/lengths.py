@@ -67,8 +67,8 @@ class LengthOptions:
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Train with the plan in this file, as written by `memfit plan --save`. Default: plain "
-            "training.",
+            help="Predict training with the plan in this file, as written by `memfit plan --save`. "
+            "Default: plain training.",
         ),
     ] = None
     column: Annotated[

@@ -98,7 +98,8 @@ class GoalOptions:
             help="Memory that the training must fit in on each device, for example 24GiB. Default: the "
             "memory of the device. On a CPU, where memory is each process's, the default is a demonstration: "
             "a share of what plain training needs (a quarter, unless the job sets another), or, if no plan "
-            "fits that, a little more than the smallest plan needs.",
+            "fits that, a little more than the smallest plan needs; with --from, what the plan of the files "
+            "needs.",
         ),
     ] = None
     host_memory: Annotated[
@@ -179,8 +180,9 @@ class BoundsOptions:
         bool,
         typer.Option(
             "--explain-infeasible",
-            help="If no plan fits, add to the error the smallest changes, each of which alone would make a "
-            "plan fit.",
+            help="If no plan fits on a machine of several devices, add to the error the smallest changes, "
+            "each of which alone would make a plan fit: more memory, more devices, a longer deadline or a "
+            "larger budget. Not with --from.",
         ),
     ] = False
 
@@ -240,7 +242,7 @@ class WhichOptions:
         typer.Option(
             metavar="FILE.yaml",
             help="Use the plan in this file, as written by `memfit plan --save`. Default, without "
-            "--recommended: plain training.",
+            "--recommended: plain training; in `memfit export` with --from, the plan of those files.",
         ),
     ] = None
     recommended: Annotated[

@@ -133,8 +133,8 @@ def _sized(
     memfit.planner.single_device.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried
 ]:
     """Return (the request, the size of its job, ``carried`` with what is predicted). The batch and the length
-    are those of the files, unless the user gave others or the job refuses them; that is recorded as left
-    out."""
+    are those of the files. If the user gave another value, or the job refuses the files' value, the files'
+    value is recorded as left out."""
     from memfit.workflows import config_review
 
     for name in ("batch", "length"):
@@ -166,7 +166,7 @@ def _as_predicted(
     job whose model differs from that of the files, record the difference as left out."""
     micro_batch = carried.micro_batch
     if micro_batch is not None and carried.batch is not None:
-        steps = carried.batch // micro_batch
+        steps = max(1, carried.batch // micro_batch)
         micro_batch = size.batch_size // steps if size.batch_size % steps == 0 else None
     model = carried.model
     if model is not None and job.job not in (None, model.job):

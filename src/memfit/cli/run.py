@@ -36,8 +36,9 @@ class RunOptions:
         bool | None,
         typer.Option(
             "--capped/--no-capped",
-            help="--capped: no training process can use more memory than --memory or, without it, than the "
-            "plan is predicted to need; a run that needs more fails. --no-capped: no limit. Default: "
+            help="--capped: after its first step, no training process can use more memory than --memory "
+            "or, without it, than the plan is predicted to need, beside what Python and the libraries hold; "
+            "a run that needs more fails. --no-capped: no limit. Default: "
             "--capped if --memory is given.",
         ),
     ] = None

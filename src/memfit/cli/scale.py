@@ -72,8 +72,8 @@ class ScaleOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Size of the job in the pilot and at full size. Default: paper, if the job has that size, "
-            "otherwise the job's default size.",
+            help="Size of the job in the pilot and at full size. Default: paper for a built-in job that has "
+            "it, otherwise the job's default size.",
         ),
     ] = None
     job: Annotated[

@@ -117,8 +117,9 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 
 def reach_of(prepared: Prepared) -> PartReach:
-    """Return the `PartReach` for the blocks of a prepared model. It tries no block if the plan's ranks do not
-    share samples, or if the plan has compile."""
+    """Return the `PartReach`, which observes whether the blocks of a prepared model read other ranks' parts
+    of a sample. It tries no block if every rank holds whole samples (no context parallelism), or if the plan
+    has compile."""
     coordinate, plan = (
         prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0),
         prepared.plan,

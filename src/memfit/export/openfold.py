@@ -125,8 +125,8 @@ def arguments(handover: Handover) -> dict[str, Any]:
 
 
 def _by_deepspeed(plan: Plan) -> bool:
-    """Return whether the plan needs DeepSpeed. Lightning alone also trains bf16 parameters, but without fp32
-    masters."""
+    """Return whether the plan needs DeepSpeed: it has zero, or bf16-parameters, which Lightning alone trains
+    only without fp32 masters."""
     return plan.get("zero") is not None or plan.get("bf16-parameters") is not None
 
 

@@ -23,7 +23,7 @@ def _degrees(t: Options) -> tuple[int, int, int, int, int]:
         paths = [f"{table}.{name}_degree" for table in ("parallelism", "training", "experimental")]
         degrees.append(
             next(
-                (degree for degree in map(t.count, paths) if degree),
+                (degree for degree in map(t.count, paths) if degree is not None),
                 -1 if name == "data_parallel_shard" else 1,
             )
         )

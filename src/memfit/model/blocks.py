@@ -206,6 +206,6 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
         return names[0], linears[names[0]]
     raise UserError(
         "no output projection found in the model",
-        allowed=f"a Linear named one of {', '.join(_HEAD_NAMES)}",
+        allowed=f"a Linear named one of {', '.join(_HEAD_NAMES)}, in the model or in one of its children",
         hint="name its module path in Job(head=...)",
     )

@@ -449,7 +449,8 @@ def none_at_all(limits: Limits) -> UserError:
             hint="relax --without, --accuracy or --micro-batch",
         )
     return UserError(
-        f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} ranks",
-        allowed="a global batch that is a multiple of the data-parallel ranks",
+        f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} devices",
+        allowed=f"a global batch that is a multiple of {limits.ranks}, or of the data-parallel ranks if "
+        "tensor, context or pipeline parallelism can cut the model",
         hint="--batch sets the samples of one step over all devices",
     )

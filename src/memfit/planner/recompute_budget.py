@@ -126,7 +126,8 @@ def nominal_s(op: OpCall) -> float:
 
 
 def open_budget(plan: Plan) -> int | None:
-    """Return the plan's budget in bytes if its tensors are not chosen yet, else None."""
+    """Return the memory budget in bytes of a plan whose tensors to recompute are not chosen yet. None if they
+    are, or if the plan has no budget."""
     recomputation = plan.get(NAME)
     return (
         int(recomputation.settings["budget_mib"]) * _MIB

@@ -258,7 +258,7 @@ class OperatorCall:
 
 def key(value: Any) -> Any:
     """Return a hashable key of an argument or of several. It is equal for tensors of equal shape, stride,
-    dtype, device and storage size, and for equal plain values. This runs for every operator."""
+    dtype, device, conjugation and storage size, and for equal plain values. This runs for every operator."""
     kind = type(value)
     if kind is FakeTensor or isinstance(value, torch.Tensor):
         storage = value.untyped_storage()

@@ -123,7 +123,9 @@ class Judgement(Part):
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Judgement:
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError("low is above high in the interval of the difference")
+            raise ValueError(
+                "the interval of the metric's difference between the two plans has low above high"
+            )
         return self
 
 

@@ -114,7 +114,8 @@ def _observed(
     except (RuntimeError, ValueError, TypeError) as error:
         condition = "on a slice of their features" if shrink else "on tensors without values"
         raise UserError(
-            f"tensor-parallel: the blocks do not run {condition}: {str(error).splitlines()[0]}",
+            f"tensor-parallel: the blocks do not run {condition}: "
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}",
             hint="name the Linear layers to split in Job(tensor_parallel=...)",
         ) from error
     return flows[key]

@@ -340,7 +340,8 @@ class ZeroTwo(Reducing):
                     self.gathered[param] = torch.zeros(param.numel(), dtype=param.dtype)
             if has_sum:
                 grad.view(-1).add_(self.spare[: param.numel()].copy_(self.gathered[param]))
-            self.gathered[param].copy_(grad.view(-1))
+            if not self.last:
+                self.gathered[param].copy_(grad.view(-1))
         if self.last:
             offset, rank_part = self.span[param][0] + a - self.rank * self.size, grad.view(-1)[a:b]
             self.norms[param] = norm64(rank_part)
