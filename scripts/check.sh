@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets up and checks everything: style, types, layers, tests. bash scripts/check.sh [pytest options]
+# With the tests that take minutes each: bash scripts/check.sh --long
 # With coverage, for which tests of units take twice as long: bash scripts/check.sh --cov --cov-fail-under=90
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install all,dev

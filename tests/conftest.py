@@ -54,6 +54,17 @@ _UNCOUNTED = {Path(__file__).parent / room for room in ("cpu", "engines")}
 _OF_CHILDREN = "COVERAGE_PROCESS_CONFIG"  # by which coverage begins in a child process
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     plugin = item.config.pluginmanager.getplugin("_cov")

@@ -20,6 +20,7 @@ def command(guide: str) -> str:
     return found[1]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # it plans a model of 650 million parameters for a catalog of machines, too
 @pytest.mark.skipif(sys.platform != "linux", reason="a cap on memory is Linux's")
 def test_the_first_command_of_the_managers_guides_runs(tmp_path: Path) -> None:

@@ -33,18 +33,22 @@ RUNS = 4
 PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
 PLANS = [
     {"ddp": {"bucket_mib": 1}},
-    {"ddp": {"sync": "last"}, "gradient-accumulation": {"micro_batches": 2}},
     {"fsdp2": {}},
+    {"zero": {"stage": 3, "reduce_bucket_elements": 1_000_000}},
+]
+LONG_PLANS = [
+    {"ddp": {"sync": "last"}, "gradient-accumulation": {"micro_batches": 2}},
     {"fsdp2": {"reshard": False}, "gradient-accumulation": {"micro_batches": 2}},
     {"zero": {"stage": 2, "reduce_bucket_elements": 1_000_000}},
-    {"zero": {"stage": 3, "reduce_bucket_elements": 1_000_000}},
 ]
 
 
 ADAPTERS = {"fsdp2": {}, "lora": {}, "bf16-autocast": {}}
 
 
-@pytest.mark.parametrize("uses", [*PLANS, ADAPTERS], ids=str)
+@pytest.mark.parametrize(
+    "uses", [*PLANS, ADAPTERS, *(pytest.param(p, marks=pytest.mark.long) for p in LONG_PLANS)], ids=str
+)
 def test_two_ranks_peak_as_predicted_and_train_as_one(uses: dict[str, dict[str, object]]) -> None:
     narrow = "bf16-autocast" in uses
     plan = Plan(uses=tuple(make_use(name, knobs) for name, knobs in uses.items()), ranks=2)

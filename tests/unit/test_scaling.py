@@ -148,6 +148,7 @@ def test_grids_for_512_devices_hold_over_a_million_plans() -> None:
     assert sum(math.prod(g.shape) for g in grids(wanted)) > 1_000_000
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_sketched_memory_is_near_the_traced_memory() -> None:
     """One plan of each kind of layout. A search traces the plans that it picks whole in any case."""
@@ -272,6 +273,7 @@ def _answer(goal: str, cap_bytes: int, deadline_s: float) -> float:
     return score(found.estimate, Objective(goal))
 
 
+@pytest.mark.long
 @settings(max_examples=2)
 @given(st.tuples(st.sampled_from(_SHARES), st.sampled_from(_SHARES)).map(sorted))
 def test_law_a_whole_search_with_a_looser_cap_or_deadline_is_never_worse(shares: list[float]) -> None:
