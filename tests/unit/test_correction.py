@@ -24,6 +24,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, use
+from memfit.types.result import Trial
 from memfit.workflows import proof_of_concept
 
 OFFLOADED = Plan(uses=(use("activation-offload"),))
@@ -87,6 +88,26 @@ def test_a_proof_of_concept_corrects_only_its_own_job_in_its_own_environment(tmp
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match=r"different environment: torch 1\.0"):
         proof_of_concept.corrected_by(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
+
+
+def test_a_proof_of_concept_whose_trials_corrected_its_predictions_corrects_by_as_much(
+    tmp_path: Path,
+) -> None:
+    poc = full_poc()
+    plans = dict.fromkeys(r.spec.plan for r in poc.runs)
+    trials = tuple(Trial(plan=p, predicted_s=1.0, step_s=(3.0, 2.0)) for p in plans)
+    poc = dataclasses.replace(poc, search=dataclasses.replace(poc.search, trials=trials))
+    store = Store(tmp_path / "s")
+    for kind in ("begin", "poc"):
+        store.append(poc.poc_id, kind, dataclasses.replace(poc, environment=fingerprint()))
+    (tmp_path / "plain").mkdir()
+    request = asked(poc.runs[0].spec.job.spec)
+    corrections = [
+        proof_of_concept.corrected_by(request, s, None).correction
+        for s in (stored(tmp_path / "plain"), store)
+    ]
+    without_trials, with_trials = (factor(c, poc.runs[0].spec.plan) for c in corrections)
+    assert with_trials == pytest.approx(2 * without_trials, rel=0.05)
 
 
 def test_a_corrected_plan_uses_the_measured_spread_and_is_refused_for_another_machine(

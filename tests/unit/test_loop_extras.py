@@ -164,6 +164,23 @@ def test_a_search_for_a_clipped_job_leaves_out_the_optimizer_in_backward() -> No
     assert names[None] - names[1.0] == {"optimizer-in-backward"}
 
 
+def test_a_search_proposes_no_other_adamw_to_a_job_with_another_optimizer() -> None:
+    from memfit.planner.plan_space import usable
+    from memfit.planner.single_device import space_of
+    from memfit.types.job import OptimizerChoice
+    from memfit.types.plan import Accuracy
+
+    def proposed(choice: OptimizerChoice) -> bool:
+        space = space_of(dataclasses.replace(JOB, optimizer=choice), "cpu")
+        return "adamw-8bit" in {t.name for t in usable(space, Accuracy.ROUNDING)[0]}
+
+    assert proposed(OptimizerChoice())
+    assert proposed(OptimizerChoice(name="adam"))
+    assert not proposed(OptimizerChoice(name="adam", weight_decay=0.1))
+    assert not proposed(OptimizerChoice(name="sgd"))
+    assert not proposed(OptimizerChoice(make=torch.optim.AdamW))
+
+
 def test_weight_averaging_does_not_change_the_losses() -> None:
     steps = [TrainingStep(copy.copy(job), Plan()) for job in (JOB, dataclasses.replace(JOB, ema=True))]
     losses = [[float(step.run(make_batch(i, 0))[0]) for i in range(3)] for step in steps]

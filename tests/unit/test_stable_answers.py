@@ -255,6 +255,12 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planning]:
         yield single_device.search(question(), quiet)
 
 
+def test_a_plan_fits_only_if_the_host_holds_what_it_keeps_there(searched: Planning) -> None:
+    fitting = searched.estimates[0]
+    assert searched.fits(fitting)
+    assert not searched.fits(dataclasses.replace(fitting, host_bytes=around(1e12)))
+
+
 # --- Ctrl-C
 
 

@@ -33,6 +33,7 @@ from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
 from memfit.store.calibration import CalibrationCache, selected
 from memfit.techniques.base import Space
+from memfit.techniques.optimizers import is_adamw
 from memfit.techniques.recompute.optimal import NAME
 from memfit.techniques.registry import effect_of, plain, refuse_wrong_weights, without
 from memfit.types import serialization
@@ -171,6 +172,7 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
         linears=has_linears,
         scalars=bool(scalars(model)),
         clipped=job.clip is not None,
+        adamw=is_adamw(job.optimizer),
         slices=ranks == 1 and worth_cutting(job, model),
     )
 
@@ -252,7 +254,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     batch, bounds = pricer.space.batch_size, dataclasses.replace(request.bounds, steps=job.steps)
 
     def inside(e: Estimate) -> bool:
-        return needed_bytes(e, request.machine) <= cap_bytes
+        return fits_under(cap_bytes, request.machine)(e)
 
     def fits(e: Estimate) -> bool:
         return inside(e) and as_asked(e.plan, bounds, batch) and keeps(bounds, e)

@@ -99,6 +99,7 @@ class Space:
     slices: bool = False  # some module allocates much inside and can be cut into independent slices
     least_part: int = 1  # number of samples in the smallest micro-batch
     clipped: bool = False  # gradients are clipped by their total norm
+    adamw: bool = True  # the job's optimizer is AdamW with the job's hyperparameters
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -109,9 +110,14 @@ class Space:
 
     @property
     def refused(self) -> frozenset[str]:
-        """Names of the techniques that do not support the job: fsdp2 if the model has parameters without
-        dimensions, optimizer-in-backward if gradients are clipped by their total norm."""
-        reasons = {"fsdp2": self.scalars, "optimizer-in-backward": self.clipped}
+        """Names of the techniques that a search does not propose for the job: fsdp2 if the model has
+        parameters without dimensions, optimizer-in-backward if gradients are clipped by their total norm, and
+        other implementations of AdamW if the job's optimizer is another one."""
+        reasons = {
+            "fsdp2": self.scalars,
+            "optimizer-in-backward": self.clipped,
+            **dict.fromkeys(("adamw-8bit", "adamw-4bit", "adamw-fused", "adamw-single"), not self.adamw),
+        }
         return frozenset(name for name, is_refused in reasons.items() if is_refused)
 
 

@@ -231,6 +231,15 @@ class StepInBackward:
         return merged
 
 
+def is_adamw(choice: OptimizerChoice) -> bool:
+    """Return whether the job's optimizer is AdamW with the choice's hyperparameters, so that variants of it
+    train the same. Adam without weight decay is AdamW, too. A user-defined optimizer (``make``) is not known
+    to be it."""
+    return choice.make is None and (
+        choice.name == "adamw" or (choice.name == "adam" and choice.weight_decay == 0)
+    )
+
+
 def _replace(maker: Any) -> Any:
     def apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         bench.make_optimizer = functools.partial(maker, bench.job.optimizer, bench.device)
@@ -263,6 +272,7 @@ ADAMW_8BIT = _technique(
     "AdamW with its two moments in 8 bits (Dettmers et al. 2022)",
     EffectClass.E2,
     _adamw8bit,
+    settings=lambda space: () if "adamw-8bit" in space.refused else _once(space),
     needs=("bitsandbytes",),
     forbids=("bf16-parameters",),
 )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from memfit.cost.memory import timeline
-from memfit.cost.step_time_calibration import corrected
+from memfit.cost.step_time_calibration import corrected, factor
 from memfit.decision import case as cases
 from memfit.decision import rollout_gates
 from memfit.decision.decide import decide as decide_on
@@ -46,6 +46,7 @@ from memfit.types.decision import Decision
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
+from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import (
     Cause,
@@ -238,11 +239,17 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
             f"{n} {proof.environment.get(n)} then, {environment.get(n)} now" for n in changed_facts
         )
         raise UserError(f"PoC {resolved_id} was measured in a different environment: {changes_text}")
+    # The PoC's trials had already corrected the predictions of its runs. Their factor is taken out again.
+    trial_ratios = [
+        (t.plan, min(t.step_s) / t.predicted_s) for t in proof.search.trials if t.step_s and t.predicted_s
+    ]
+    by_trials = corrected(Calibration(), trial_ratios, source="")
     ratios: dict[Plan, list[float]] = {}
     for run in proof.runs:
         seconds = median_step_s(run.measurement)
         if run.measurement.outcome is OutcomeKind.OK and seconds and run.predicted_step_s:
-            ratios.setdefault(run.spec.plan, []).append(seconds / run.predicted_step_s)
+            ratio = seconds / run.predicted_step_s * factor(by_trials, run.spec.plan)
+            ratios.setdefault(run.spec.plan, []).append(ratio)
     if not ratios:
         raise UserError(
             f"no run of PoC {resolved_id} completed with a measured and a predicted step time, so it cannot "
