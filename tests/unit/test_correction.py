@@ -90,9 +90,7 @@ def test_a_proof_of_concept_corrects_only_its_own_job_in_its_own_environment(tmp
         proof_of_concept.corrected_by(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
 
 
-def test_a_proof_of_concept_whose_trials_corrected_its_predictions_corrects_by_as_much(
-    tmp_path: Path,
-) -> None:
+def test_a_proof_of_concept_corrects_by_as_much_as_its_trials_did(tmp_path: Path) -> None:
     poc = full_poc()
     plans = dict.fromkeys(r.spec.plan for r in poc.runs)
     trials = tuple(Trial(plan=p, predicted_s=1.0, step_s=(3.0, 2.0)) for p in plans)
@@ -102,10 +100,8 @@ def test_a_proof_of_concept_whose_trials_corrected_its_predictions_corrects_by_a
         store.append(poc.poc_id, kind, dataclasses.replace(poc, environment=fingerprint()))
     (tmp_path / "plain").mkdir()
     request = asked(poc.runs[0].spec.job.spec)
-    corrections = [
-        proof_of_concept.corrected_by(request, s, None).correction
-        for s in (stored(tmp_path / "plain"), store)
-    ]
+    stores = (stored(tmp_path / "plain"), store)
+    corrections = [proof_of_concept.corrected_by(request, s, None).correction for s in stores]
     without_trials, with_trials = (factor(c, poc.runs[0].spec.plan) for c in corrections)
     assert with_trials == pytest.approx(2 * without_trials, rel=0.05)
 
