@@ -18,8 +18,9 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) -> torch.Tensor:
-    """Return the fingerprint of consecutive elements of a tensor, as len(TURNS) float64 numbers. The elements
-    begin at index ``start`` of a tensor whose rows (dimension 0) have ``columns`` elements."""
+    """Return the fingerprint of ``values``, consecutive elements of a tensor, as len(TURNS) float64 numbers.
+    The elements begin at index ``start`` of a tensor whose rows (dimension 0) have ``columns`` elements, by
+    default as many as those of ``values``. A sparse tensor is a whole one, whose other elements are zero."""
     values = real(values.detach())
     columns = columns or math.prod(values.shape[1:])
     if values.is_sparse:

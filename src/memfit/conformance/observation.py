@@ -24,7 +24,8 @@ class Observation(Prepared):
 
     ``micro_batches`` is the number of micro-batches that the observed step runs, if it differs from the
     plan's. ``own``, which the caller may set, says what the model does without a plan. If it is None, effects
-    that the plan does not request are recorded as not seen instead of as differences.
+    that the plan does not request, and that the model may cause by itself, are recorded as not checked
+    instead of as differences.
     """
 
     def __init__(
