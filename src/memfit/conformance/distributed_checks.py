@@ -204,8 +204,7 @@ def _planned_on_host(offload: str) -> list[str]:
 def _on_devices(step: Observation, planned_names: Sequence[str]) -> set[str]:
     """Return which of "parameters" and "optimizer" (its state) are on the host: with over 90 % of their bytes
     if they are in ``planned_names``, else with over half. What has no bytes on this rank counts as planned.
-    If parameters are to be on the host, the small ones that ZeRO leaves in place do not
-    count."""
+    If parameters are to be on the host, the small ones that ZeRO leaves in place do not count."""
     keeps_small = "parameters" in planned_names and step.plan.get("zero") is not None
     params = (p for p in step.model.parameters() if not (keeps_small and step.persists(p)))
     state_tensors = (t for _, tensors in states(step.optimizer) for t in tensors)

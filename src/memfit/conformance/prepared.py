@@ -58,8 +58,8 @@ class Prepared:
 
     def part(self, params: list[nn.Parameter]) -> int:
         """Return the number of elements of ``params`` before data-parallel sharding. If some of them are
-        freed and have no known size, as ZeRO 3's have, return at least ``whole_elements`` if that is
-        known."""
+        freed and their sizes are unknown (those of ZeRO 3 are known), return at least ``whole_elements`` if
+        that is known."""
         elements = sum(map(whole, params))
         is_freed = any(not p.numel() and not lets_go(p) for p in params)
         return max(elements, self.whole_elements or 0) if is_freed else elements

@@ -290,8 +290,8 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def update_kernel(step: Observation) -> None:
     """Record, with adamw-fused or adamw-single, whether torch's AdamW runs the planned update, fused or one
-    parameter at a time, by the flags of its parameter groups, which it obeys or raises an error. Recorded as
-    not checked if there is no torch optimizer."""
+    parameter at a time, by the flags of its parameter groups; torch obeys them or raises an error. Recorded
+    as not checked if there is no torch optimizer."""
     use = step.plan.get("adamw-fused") or step.plan.get("adamw-single")
     if use is None:
         return
