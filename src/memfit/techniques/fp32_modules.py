@@ -20,7 +20,8 @@ def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.n
     """Return, by path, the modules whose path matches a pattern (with * and ?), without those inside another
     match.
 
-    Raises UserError if a pattern matches no module, unless the model keeps only the first of its blocks.
+    Raises UserError if a pattern matches no module, unless the model is a shortened one that keeps only the
+    first of its blocks (``has_few_blocks``).
     """
     modules = dict(model.named_modules()) if patterns else {}
     islands: dict[str, torch.nn.Module] = {}

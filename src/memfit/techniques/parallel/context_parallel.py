@@ -76,8 +76,8 @@ def _look(bench: Workbench) -> None:
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:
-    """Return the model's blocks, or none if no repeated blocks are found. Recomputation in backward starts at
-    blocks, where the model's own forward has ended."""
+    """Return the model's blocks, or none if no repeated blocks are found. They need the attention mode of
+    their own, because recomputation in backward calls blocks after the model's forward has ended."""
     try:
         return find_blocks(bench.model, bench.job.blocks)[1]
     except UserError:
