@@ -45,8 +45,9 @@ def _of(options: Options, path: str) -> ClippingSetting:
 
 
 def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
-    """Return the clipping that DeepSpeed's settings ``config`` determine; the default norm is 1.0. "auto" stands
-    for the Trainer's setting; without a Trainer, Accelerate replaces it by 1.0 (accelerator.py, 1.15)."""
+    """Return the clipping that DeepSpeed's settings ``config`` determine; the default norm is 1.0. "auto"
+    stands for the Trainer's setting; without a Trainer, Accelerate replaces it by 1.0 (accelerator.py,
+    1.15)."""
     if config.raw("gradient_clipping") == "auto":
         limit = _of(setup.trainer, "max_grad_norm").limit if setup.trainer is not None else _DEFAULT_NORM
         return ClippingSetting(limit=limit, explicit=True)

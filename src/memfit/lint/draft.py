@@ -55,8 +55,8 @@ class Draft:
     model: DescribedModel | None = None
 
     def take(self, technique: str, option: str, **knobs: KnobValue) -> None:
-        """Add a technique with the settings ``knobs`` to the plan, in place of an earlier use of it. If it or a
-        setting is invalid, or if it conflicts with the plan, list ``option``, the setting of the file that
+        """Add a technique with the settings ``knobs`` to the plan, in place of an earlier use of it. If it or
+        a setting is invalid, or if it conflicts with the plan, list ``option``, the setting of the file that
         asks for it, as left out for that reason, and leave the plan as it is."""
         try:
             new_plan = self.plan.with_use(make_use(technique, knobs))

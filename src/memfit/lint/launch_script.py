@@ -43,9 +43,9 @@ class Script:
 
 
 def read_script(text: str) -> Script:
-    """Return the flags and exported variables of the shell script ``text``. A variable is replaced by its value
-    if it has exactly one in the whole script. Otherwise the default of ``${NAME:-default}`` takes its place,
-    or, without a default, ``$NAME`` stays. An exported variable with several values is left out."""
+    """Return the flags and exported variables of the shell script ``text``. A variable is replaced by its
+    value if it has exactly one in the whole script. Otherwise the default of ``${NAME:-default}`` takes its
+    place, or, without a default, ``$NAME`` stays. An exported variable with several values is left out."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
     variables = _variables(lines)
     flags: dict[str, Any] = {}
@@ -65,8 +65,8 @@ def read_script(text: str) -> Script:
 
 
 def option_values(text: str) -> dict[str, tuple[str, ...]]:
-    """Return Python name -> all values of each flag in the shell script ``text``, with variables replaced as in
-    `read_script`; the tuple of a switch is empty. If a flag is given twice, the later values replace the
+    """Return Python name -> all values of each flag in the shell script ``text``, with variables replaced as
+    in `read_script`; the tuple of a switch is empty. If a flag is given twice, the later values replace the
     earlier ones."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
     variables = _variables(lines)
@@ -86,8 +86,8 @@ def option_values(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
-    """Yield each line of a shell script, and whether it lies within a branch or a loop. A line that only opens
-    one counts as within, a branch or loop on a single line does not."""
+    """Yield each line of a shell script, and whether it lies within a branch or a loop. A line that only
+    opens one counts as within, a branch or loop on a single line does not."""
     depth = 0
     for line in lines:
         unquoted = re.sub(r"\"[^\"]*\"|'[^']*'|--[\w-]+", "", line)

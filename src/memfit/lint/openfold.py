@@ -87,8 +87,8 @@ TUNED: Final = (
 
 def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
     """Return the value that OpenFold's JSON of changed settings gives to a setting with the dotted ``paths``,
-    which all mean the same setting: that of the last of ``paths`` which the JSON names. It may be None (null).
-    Return ``default`` if the JSON names none of them, or if the set-up has no such JSON."""
+    which all mean the same setting: that of the last of ``paths`` which the JSON names. It may be None
+    (null). Return ``default`` if the JSON names none of them, or if the set-up has no such JSON."""
     value, settings = default, s.openfold_config
     for path in paths:
         node: Any = settings.data if settings is not None else {}
@@ -117,9 +117,9 @@ def preset(s: Setup) -> str | None:
 
 
 def crop(s: Setup) -> Preset | None:
-    """Return the preset's crop with the changes of OpenFold's JSON, or None if the preset is unknown or not one
-    of the network for single chains (the monomer's). Raises UserError for a size in the JSON that is not a
-    whole number above 0."""
+    """Return the preset's crop with the changes of OpenFold's JSON, or None if the preset is unknown or not
+    one of the network for single chains (the monomer's). Raises UserError for a size in the JSON that is not
+    a whole number above 0."""
     base_preset = PRESETS.get(preset(s) or "")
     if base_preset is None:
         return None

@@ -199,9 +199,10 @@ def _spec(schema: Any, extra_values: Any, any_case: bool) -> Spec:
 
 
 def _of(options: Options, library: str) -> bool:
-    """Return whether the file of ``options`` is the library's own: it has the key that such files need, if any,
-    and at most half of its top-level keys are unknown to the library. Front ends mix the library's settings
-    with many of their own, and a file that maps words to numbers can contain some of the names by chance."""
+    """Return whether the file of ``options`` is the library's own: it has the key that such files need, if
+    any, and at most half of its top-level keys are unknown to the library. Front ends mix the library's
+    settings with many of their own, and a file that maps words to numbers can contain some of the names by
+    chance."""
     table = known(library)
     foreign = [key for key in options.data if str(key) not in table.names("")]
     if table.needs and table.needs not in options.data:
@@ -210,10 +211,11 @@ def _of(options: Options, library: str) -> bool:
 
 
 def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | None]]:
-    """Yield (section, key, dotted path of the setting that was probably meant) for each setting of ``options``
-    that the library has neither in the described release nor among its known older or foreign names. The
-    path is None if `Known.near` finds none, or if the file already sets what it finds: then the key is
-    assumed to be the user's own. Yield nothing for a file that is not the library's own (see `_of`)."""
+    """Yield (section, key, dotted path of the setting that was probably meant) for each setting of
+    ``options`` that the library has neither in the described release nor among its known older or foreign
+    names. The path is None if `Known.near` finds none, or if the file already sets what it finds: then the
+    key is assumed to be the user's own. Yield nothing for a file that is not the library's own (see
+    `_of`)."""
     table = known(library)
     for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
         if key not in table.names(section):

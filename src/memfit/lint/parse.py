@@ -130,8 +130,8 @@ class Options:
     defaults: bool = True
 
     def raw(self, path: str) -> Any:
-        """Return the value at ``path`` as written, also "auto" or an unknown variable; None if it is not given
-        or null."""
+        """Return the value at ``path`` as written, also "auto" or an unknown variable; None if it is not
+        given or null."""
         node: Any = self.data
         for part in path.split("."):
             if not isinstance(node, Mapping):
@@ -141,14 +141,15 @@ class Options:
 
     def get(self, path: str) -> Any:
         """Return the value at ``path``, or None if it is not given, null, empty text, left to the library
-        ("auto"), or known only when the script runs (it contains a variable, or ``path`` is in ``unsure``)."""
+        ("auto"), or known only when the script runs (it contains a variable, or ``path`` is in
+        ``unsure``)."""
         value = self.raw(path)
         undetermined = isinstance(value, str) and (value in ("auto", "") or "$" in value)
         return None if undetermined or path in self.unsure else value
 
     def number(self, path: str) -> float | None:
-        """Return the value of `get` as a float, also if it is a number written as text; None if it is no finite
-        number. A boolean is none."""
+        """Return the value of `get` as a float, also if it is a number written as text; None if it is no
+        finite number. A boolean is none."""
         value = self.get(path)
         try:
             number_value = None if isinstance(value, bool) or value is None else float(value)
@@ -173,8 +174,8 @@ class Options:
         return integer_value if integer_value is not None and integer_value >= 1 else None
 
     def texts(self, path: str) -> tuple[str, ...]:
-        """Return the items of the list at ``path``, or the words of the text there, as strings; an empty tuple
-        for any other value."""
+        """Return the items of the list at ``path``, or the words of the text there, as strings; an empty
+        tuple for any other value."""
         value = self.get(path)
         words = value.split() if isinstance(value, str) else value if isinstance(value, list) else ()
         return tuple(str(w) for w in words)
@@ -205,8 +206,8 @@ class Setup:
 
     @property
     def fsdp(self) -> Options | None:
-        """The settings of the file that switches FSDP on, Accelerate's or the Trainer's; None if neither does.
-        If both do, they are Accelerate's."""
+        """The settings of the file that switches FSDP on, Accelerate's or the Trainer's; None if neither
+        does. If both do, they are Accelerate's."""
         if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
             return self.accelerate
         trainer_uses_fsdp = (
@@ -225,7 +226,8 @@ def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | N
     number of processes, by default that of the files; ``parameters``: see Setup. Raises UserError if a file
     cannot be read, is too large (above 1 MiB), is not valid JSON, YAML or TOML, is of no known kind, or has
     OpenFold's settings as nested keys; if the file of OpenFold's --experiment_config_json is of another kind;
-    and if two of ``paths`` are of the same kind. A named file that does not exist is listed in ``missing``."""
+    and if two of ``paths`` are of the same kind. A named file that does not exist is listed in
+    ``missing``."""
     options_by_kind: dict[str, Options] = {}
     missing: list[str] = []
     for path in paths:
@@ -302,8 +304,8 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
 
 
 def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
-    """Return the text of a file and its data, with keys as written. The data is None for a file that counts as
-    a shell script because its suffix is not .toml, .json, .yaml or .yml. Raises UserError for a file that
+    """Return the text of a file and its data, with keys as written. The data is None for a file that counts
+    as a shell script because its suffix is not .toml, .json, .yaml or .yml. Raises UserError for a file that
     cannot be read, is too large or no UTF-8 text, and for one whose suffix says TOML, JSON or YAML but which
     is not valid or holds a list or a single value instead of keys."""
     text = _text(path)
@@ -417,14 +419,14 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
         return
     target = _named(options, reference)
     if target is not None and target.suffix == ".json":
-        options_by_kind["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
-    else:
+        options_by_kind["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type:
+    ignore[arg-type] else:
         missing.append(str(reference))
 
 
 def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> None:
-    """Add to ``options_by_kind`` the settings in the JSON file that OpenFold's --experiment_config_json names,
-    unless it has such settings already. Add the name to ``missing`` if the file does not exist. Raises
+    """Add to ``options_by_kind`` the settings in the JSON file that OpenFold's --experiment_config_json
+    names, unless it has such settings already. Add the name to ``missing`` if the file does not exist. Raises
     UserError for a file of another kind."""
     options = options_by_kind.get("openfold")
     name = options.get("experiment_config_json") if options is not None else None
@@ -449,8 +451,9 @@ def _named(options: Options, name: Any) -> Path | None:
 
 
 def _as_deepspeed(options: Options) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that Accelerate builds from ``options``, its own file, when that names
-    no DeepSpeed file (utils/dataclasses.py, DeepSpeedPlugin.__post_init__, Accelerate 1.15, 2026-11)."""
+    """Return the DeepSpeed configuration that Accelerate builds from ``options``, its own file, when that
+    names no DeepSpeed file (utils/dataclasses.py, DeepSpeedPlugin.__post_init__, Accelerate 1.15,
+    2026-11)."""
     section = options.section("deepspeed_config")
     precision = str(options.raw("mixed_precision"))
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}

@@ -26,8 +26,8 @@ def _device(d: Options, name: str) -> str:
 
 
 def _shares_samples(d: Options, s: Setup) -> bool:
-    """Return whether several processes may work on the same samples, as in tensor and sequence parallelism, so
-    that the batch is not divided by all processes: DeepSpeed's file or Accelerate's configures such
+    """Return whether several processes may work on the same samples, as in tensor and sequence parallelism,
+    so that the batch is not divided by all processes: DeepSpeed's file or Accelerate's configures such
     parallelism, or Megatron-LM's arguments are given."""
     has_mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
     splits_model = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
@@ -93,7 +93,8 @@ def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_nvme_path(d: Options, s: Setup) -> Found:
-    """Report offload_param and offload_optimizer to the device nvme without an nvme_path, one finding each."""
+    """Report offload_param and offload_optimizer to the device nvme without an nvme_path, one finding
+    each."""
     for name in ("offload_param", "offload_optimizer"):
         if _device(d, name) == "nvme" and d.raw(f"zero_optimization.{name}.nvme_path") in (None, "", "none"):
             yield {"name": name}
@@ -239,8 +240,8 @@ def deepspeed_pipeline(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_bucket(d: Options, s: Setup) -> Found:
-    """Report a reduce_bucket_size, by default 500,000,000 elements, above the model's number of parameters, if
-    that is known, at ZeRO stage 1 or 2. These stages allocate the whole bucket, and a second one if
+    """Report a reduce_bucket_size, by default 500,000,000 elements, above the model's number of parameters,
+    if that is known, at ZeRO stage 1 or 2. These stages allocate the whole bucket, and a second one if
     overlap_comm is on, unless contiguous_gradients is off. "auto" is skipped."""
     allocates_bucket = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
     is_auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
@@ -296,8 +297,8 @@ def deepspeed_removed(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_zeropp(d: Options, s: Setup) -> Found:
-    """Report settings of ZeRO++ (zero_quantized_*, and zero_hpz_partition_size above 1) that are on below ZeRO
-    stage 3, the only stage that supports them."""
+    """Report settings of ZeRO++ (zero_quantized_*, and zero_hpz_partition_size above 1) that are on below
+    ZeRO stage 3, the only stage that supports them."""
     if _stage(d) not in {0, 1, 2}:
         return
     switches = ("weights", "gradients", "nontrainable_weights")

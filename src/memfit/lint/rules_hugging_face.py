@@ -55,8 +55,8 @@ def accelerate_zero3_init(a: Options, d: Options, s: Setup) -> Found:
 
 
 def accelerate_deepspeed_precision(a: Options, d: Options, s: Setup) -> Found:
-    """Report a mixed_precision that contradicts the DeepSpeed file: bf16 or fp8 if the file enables fp16, fp16
-    if it enables bf16."""
+    """Report a mixed_precision that contradicts the DeepSpeed file: bf16 or fp8 if the file enables fp16,
+    fp16 if it enables bf16."""
     mixed_precision = str(a.raw("mixed_precision")).lower()
     opposite = {"bf16": "fp16", "fp8": "fp16", "fp16": "bf16"}.get(mixed_precision)
     if opposite is not None and d.on(f"{opposite}.enabled"):
@@ -284,8 +284,8 @@ def trainer_deepspeed_clipping(d: Options, t: Options, s: Setup) -> Found:
 
 
 def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found:
-    """Report a learning rate (of the optimizer or at the end of the warm-up), weight decay, epsilon of Adam or
-    number of warm-up steps that the DeepSpeed file and the TrainingArguments both set, but differently."""
+    """Report a learning rate (of the optimizer or at the end of the warm-up), weight decay, epsilon of Adam
+    or number of warm-up steps that the DeepSpeed file and the TrainingArguments both set, but differently."""
     for trainer_key, deepspeed_key in (
         ("learning_rate", "optimizer.params.lr"),
         ("weight_decay", "optimizer.params.weight_decay"),
@@ -297,9 +297,9 @@ def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found
 
 
 def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
-    """Report fp16 or bf16 that is on in only one of the DeepSpeed file and the TrainingArguments although both
-    set it, and one that the DeepSpeed file switches on while the TrainingArguments do not set it but switch
-    the other on."""
+    """Report fp16 or bf16 that is on in only one of the DeepSpeed file and the TrainingArguments although
+    both set it, and one that the DeepSpeed file switches on while the TrainingArguments do not set it but
+    switch the other on."""
     for name in ("fp16", "bf16"):
         trainer_value, deepspeed_value = t.get(name), d.get(f"{name}.enabled")
         if (
@@ -347,9 +347,9 @@ def trainer_two_precisions(t: Options, s: Setup) -> Found:
 
 
 def trainer_accelerate_precision(t: Options, a: Options, s: Setup) -> Found:
-    """Report a mixed_precision of Accelerate's file (no, bf16 or fp16) that differs from the precision that is
-    on in the TrainingArguments, which take precedence. Nothing is reported if both bf16 and fp16 or neither
-    is on there."""
+    """Report a mixed_precision of Accelerate's file (no, bf16 or fp16) that differs from the precision that
+    is on in the TrainingArguments, which take precedence. Nothing is reported if both bf16 and fp16 or
+    neither is on there."""
     mixed_precision = str(a.get("mixed_precision")).lower().replace("false", "no")
     enabled = [n for n in ("bf16", "fp16") if t.on(n)]
     if len(enabled) == 1 and mixed_precision in {"no", "bf16", "fp16"} and mixed_precision != enabled[0]:

@@ -64,9 +64,9 @@ def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
 
 
 def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
-    """Report --use-distributed-optimizer together with --overlap-param-gather or --overlap-grad-reduce if there
-    is a single data-parallel rank and no context parallelism. Runs of one process are skipped: they are for
-    debugging and say nothing about the intended run."""
+    """Report --use-distributed-optimizer together with --overlap-param-gather or --overlap-grad-reduce if
+    there is a single data-parallel rank and no context parallelism. Runs of one process are skipped: they are
+    for debugging and say nothing about the intended run."""
     if not m.on("use_distributed_optimizer") or _data(s) != 1 or _size(m, "context") != 1 or s.ranks == 1:
         return
     if m.on("overlap_param_gather") or m.on("overlap_grad_reduce"):
@@ -109,8 +109,8 @@ def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
 
 
 def megatron_batch(m: Options, s: Setup) -> Found:
-    """Report a global batch that is no multiple of micro-batch x data-parallel ranks, or of the micro-batch if
-    the number of these ranks is unknown. Files with --rampup-batch-size are skipped."""
+    """Report a global batch that is no multiple of micro-batch x data-parallel ranks, or of the micro-batch
+    if the number of these ranks is unknown. Files with --rampup-batch-size are skipped."""
     if m.raw("rampup_batch_size") is not None:
         return
     global_batch, micro_batch, data = m.count("global_batch_size"), m.count("micro_batch_size"), _data(s)
@@ -239,9 +239,9 @@ def megatron_heads(m: Options, s: Setup) -> Found:
 
 
 def _groups(m: Options) -> int | None:
-    """Return --num-query-groups, or None if it is not given or has no effect: without --group-query-attention,
-    which other front ends than Megatron-LM's may set by default, every head has keys and values of its
-    own."""
+    """Return --num-query-groups, or None if it is not given or has no effect: without
+    --group-query-attention, which other front ends than Megatron-LM's may set by default, every head has keys
+    and values of its own."""
     has_groups = m.on("group_query_attention") or not m.defaults
     return m.size("num_query_groups") if has_groups else None
 
@@ -280,8 +280,8 @@ def megatron_two_lengths(m: Options, s: Setup) -> Found:
 
 
 def megatron_distributed_activations(m: Options, s: Setup) -> Found:
-    """Report --distribute-saved-activations with sequence parallelism, with which it cannot be used, or without
-    tensor parallelism or full recomputation, both of which it needs."""
+    """Report --distribute-saved-activations with sequence parallelism, with which it cannot be used, or
+    without tensor parallelism or full recomputation, both of which it needs."""
     if not m.on("distribute_saved_activations"):
         return
     conflicts = ["--sequence-parallel"] if m.on("sequence_parallel") else []
@@ -301,8 +301,8 @@ def _dense(m: Options) -> bool:
 
 
 def megatron_experts(m: Options, s: Setup) -> Found:
-    """Report an expert-parallel size above 1 that does not divide the number of experts, or that is given for a
-    network without experts."""
+    """Report an expert-parallel size above 1 that does not divide the number of experts, or that is given for
+    a network without experts."""
     size = _size(m, "expert_model")
     if size is None or size == 1:
         return

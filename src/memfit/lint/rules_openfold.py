@@ -27,8 +27,8 @@ def openfold_accumulation(o: Options, s: Setup) -> Found:
 
 
 def openfold_preset(o: Options, s: Setup) -> Found:
-    """Report a --config_preset that OpenFold does not have. Names of presets for networks other than the one for
-    single chains, which begin with "seq" or contain "multimer", are skipped."""
+    """Report a --config_preset that OpenFold does not have. Names of presets for networks other than the one
+    for single chains, which begin with "seq" or contain "multimer", are skipped."""
     name = openfold.preset(s)
     is_known = name in openfold.PRESETS or name is None
     if not is_known and not str(name).startswith("seq") and "multimer" not in str(name):
@@ -45,8 +45,8 @@ def openfold_unknown_key(c: Options, s: Setup) -> Found:
 
 
 def openfold_two_kernels(c: Options, s: Setup) -> Found:
-    """Report more than one attention kernel (use_deepspeed_evo_attention, use_lma, use_flash) that is switched
-    on in "globals"."""
+    """Report more than one attention kernel (use_deepspeed_evo_attention, use_lma, use_flash) that is
+    switched on in "globals"."""
     enabled_kernels = [k for k in openfold.KERNELS if c.raw(f"globals.{k}") is True]
     if len(enabled_kernels) > 1:
         yield {"used": " and ".join(enabled_kernels)}

@@ -144,9 +144,9 @@ def _option(finding: dict[str, str]) -> dict[str, str]:
 
 
 def megatron_unknown_option(m: Options, s: Setup) -> Found:
-    """Report misspelled options, which Megatron-LM refuses. The beginning of an option's name is not reported,
-    because Megatron-LM accepts abbreviations. Options of another front end (``m.defaults`` is False) are
-    skipped."""
+    """Report misspelled options, which Megatron-LM refuses. The beginning of an option's name is not
+    reported, because Megatron-LM accepts abbreviations. Options of another front end (``m.defaults`` is
+    False) are skipped."""
     names = known("megatron").names("")
     for finding in _unknown(m, s, "megatron", refused=True) if m.defaults else ():
         if not any(name.startswith(finding["key"]) for name in names):

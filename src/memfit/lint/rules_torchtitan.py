@@ -123,8 +123,8 @@ def torchtitan_batch(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_budget_eager(t: Options, s: Setup) -> Found:
-    """Report activation_checkpoint.mode memory_budget without compilation of the model by torch.compile, which
-    implements it."""
+    """Report activation_checkpoint.mode memory_budget without compilation of the model by torch.compile,
+    which implements it."""
     if t.get("activation_checkpoint.mode") == "memory_budget" and not _compiles(t):
         yield {}
 

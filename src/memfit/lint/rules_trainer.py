@@ -32,9 +32,9 @@ def trainer_best_steps(t: Options, s: Setup) -> Found:
 
 
 def _steps(t: Options) -> tuple[float | None, float | None]:
-    """Return the intervals of (saving, evaluation) in steps, or as fractions of all steps if below 1; None for
-    one that is unknown. The default of saving is 500; that of evaluation, also if it is 0, is logging_steps,
-    whose default is 500."""
+    """Return the intervals of (saving, evaluation) in steps, or as fractions of all steps if below 1; None
+    for one that is unknown. The default of saving is 500; that of evaluation, also if it is 0, is
+    logging_steps, whose default is 500."""
     logging_interval = 500.0 if t.raw("logging_steps") is None else t.number("logging_steps")
     save_interval = 500.0 if t.raw("save_steps") is None else t.number("save_steps")
     return save_interval, logging_interval if t.raw("eval_steps") in (None, 0) else t.number("eval_steps")
@@ -75,8 +75,8 @@ def torchtitan_no_workers(t: Options, s: Setup) -> Found:
 
 
 def _none(o: Options, path: str) -> bool:
-    """Return whether the setting at ``path``, whose default is 0, is 0 or not given. False if it is known only
-    when the script runs."""
+    """Return whether the setting at ``path``, whose default is 0, is 0 or not given. False if it is known
+    only when the script runs."""
     return path not in o.unsure and (o.raw(path) is None or o.number(path) == 0)
 
 

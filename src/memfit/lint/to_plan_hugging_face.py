@@ -55,9 +55,9 @@ _SECTIONS = {
 
 
 def from_deepspeed(setup: Setup, draft: Draft) -> None:
-    """Add DeepSpeed's settings to ``draft``, with the values that the Trainer or Accelerate fills in for "auto",
-    and recomputation. If DeepSpeed's file names no optimizer, add the Trainer's, if there is a Trainer.
-    Settings that no plan can express are listed in the draft as left out."""
+    """Add DeepSpeed's settings to ``draft``, with the values that the Trainer or Accelerate fills in for
+    "auto", and recomputation. If DeepSpeed's file names no optimizer, add the Trainer's, if there is a
+    Trainer. Settings that no plan can express are listed in the draft as left out."""
     config = setup.deepspeed
     assert config is not None
     _batches(setup, config, draft)
@@ -130,8 +130,8 @@ def _offload(config: Options, stage: int, draft: Draft) -> str:
 
 
 def _precision(setup: Setup, config: Options, draft: Draft) -> str:
-    """Return the precision in which memfit predicts DeepSpeed's computation, "bf16" or "fp32". fp16 is predicted
-    as bf16 and listed in ``draft`` as left out. "auto" stands for the setting of the Trainer or of
+    """Return the precision in which memfit predicts DeepSpeed's computation, "bf16" or "fp32". fp16 is
+    predicted as bf16 and listed in ``draft`` as left out. "auto" stands for the setting of the Trainer or of
     Accelerate; if neither is there, it counts as off, and is listed too."""
     outer_precision = _mixed_precision(setup)
     for name in ("bf16", "bfloat16", "fp16"):
@@ -259,8 +259,8 @@ def _ddp(setup: Setup) -> dict[str, KnobValue]:
 
 
 def _sync(setup: Setup) -> str:
-    """Return after which micro-batches gradients are reduced over ranks: "last" if the Trainer accumulates them
-    over several, unless it is set to sync_each_batch; otherwise, and without a Trainer, "every"."""
+    """Return after which micro-batches gradients are reduced over ranks: "last" if the Trainer accumulates
+    them over several, unless it is set to sync_each_batch; otherwise, and without a Trainer, "every"."""
     args = setup.trainer
     steps = args.size("gradient_accumulation_steps") if args is not None else None
     sync_option = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"

@@ -10,9 +10,9 @@ from memfit.types.plan import KnobValue
 
 
 def from_megatron(setup: Setup, draft: Draft) -> None:
-    """Add Megatron-LM's arguments to ``draft``. If the number of processes is unknown, assume the smallest that
-    the parallel sizes allow: tensor x pipeline x context. Settings that no plan can express are listed in the
-    draft as left out."""
+    """Add Megatron-LM's arguments to ``draft``. If the number of processes is unknown, assume the smallest
+    that the parallel sizes allow: tensor x pipeline x context. Settings that no plan can express are listed
+    in the draft as left out."""
     options = setup.megatron
     assert options is not None
     tensor, pipeline, context = (
