@@ -419,8 +419,8 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
         return
     target = _named(options, reference)
     if target is not None and target.suffix == ".json":
-        options_by_kind["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type:
-    ignore[arg-type] else:
+        options_by_kind["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
+    else:
         missing.append(str(reference))
 
 
