@@ -181,8 +181,8 @@ class TrainingStep:
 
     def _update(self) -> torch.Tensor:
         """Undo the loss scale, clip the gradients as the job says, run the optimizer's step and free the
-        gradients. Return the gradient norm before clipping; 0 if gradients overflowed under the loss scale,
-        which skips the step.
+        gradients. Return the gradient norm before clipping. If the gradients overflowed and the loss scale
+        could be halved, the optimizer's step is skipped and the norm returned is 0.
         """
         norm, scale = self._grad_norm(), self.bench.loss_scale
         if scale is None or scale.unscaled(norm, self.bench.trainable()):
@@ -196,7 +196,8 @@ class TrainingStep:
     def _clip(self, norm: torch.Tensor) -> None:
         """Scale all gradients so that their norm is at most the job's ``clip``; do nothing if that is None.
 
-        The arithmetic is that of `torch.nn.utils.clip_grad_norm_`. ``norm``: of the gradients of all ranks.
+        The arithmetic is that of `torch.nn.utils.clip_grad_norm_`. ``norm``: that of the gradients of all
+        ranks.
         """
         if self.job.clip is None:
             return

@@ -108,9 +108,9 @@ def machine_anchor(name: str) -> str:
 
 
 def poc_records(poc: Poc, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
-    """Return the records of the PoC: itself, its runs, the runs of each plan together, its predictions (at its
-    own size, at paper size, and of the largest sizes that fit), its verdicts and interaction tables, and the
-    source of the metric's margin if it has one.
+    """Return the records of the PoC: itself, its runs, the runs of each plan together, its predictions (at
+    its own size, at paper size, and of the largest sizes that fit), its verdicts and interaction tables, and
+    the source of the metric's margin if it is known.
 
     `case_created`: when predictions for the job's published sizes were stored, which gives a record too; ""
     if there are none.

@@ -163,7 +163,8 @@ def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[
 def pack(
     folds: Folds, picked: Array, skipped: Array, shape: FoldSize, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Return a batch of the chains with the indices ``picked``, each without its first ``skipped`` residues.
+    """Return a batch of the chains with the indices ``picked``, each without its first ``skipped`` residues
+    and then cut or padded to n = ``shape.residues``.
 
     ``target`` (batch, n, 22), ``msa`` (batch, rows, n, 49), ``extra`` (batch, extra rows, n, 25), ``index``
     (batch, n) int64, ``mask`` (batch, n), 0 at padding, ``atoms`` (batch, n, 3 of N CA C, 3) in Angstrom;
