@@ -29,9 +29,9 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
     made. Enter this outside a fake tensor mode, because a device mesh holds real numbers.
 
     Raises UserError if the degrees of parallelism do not match the number of ranks. For a plan of several
-    ranks, raises MemfitError if this process already has a process group. If the plan has tensor parallelism, a
-    UserError inside the context that reports an error of the user's code is replaced by one that names tensor
-    parallelism as the cause.
+    ranks, raises MemfitError if this process already has a process group. If the plan has tensor parallelism,
+    a UserError inside the context that reports an error of the user's code is replaced by one that names
+    tensor parallelism as the cause.
     """
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
