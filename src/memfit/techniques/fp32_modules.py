@@ -46,8 +46,9 @@ def keep(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
     """Make the job's islands, the modules that match ``Job(islands=...)``, compute in float32, and enter them
     in ``bench.islands``. ``carried`` holds the names of techniques that an engine applies itself.
 
-    Raises UserError if a pattern of the job matches no module, or if an island has parameters and zero, or a
-    technique in ``carried``, has precision bf16, which it applies to all parameters.
+    Raises UserError if a pattern of the job matches no module (see `find`), or if an island has parameters
+    and the plan has zero, or a technique in ``carried``, with the setting precision=bf16, because these cast
+    all parameters.
     """
     bench.islands = find(bench.model, bench.job.islands)
     outer_dtype = surroundings(plan)

@@ -127,7 +127,8 @@ def _apply_paged(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
-    """Change the optimizer so that new tensors of its step are placed in host memory, and return it."""
+    """Change the optimizer so that a trace counts new tensors of its step as host memory, and return it. In a
+    real run its step is unchanged."""
     step = optimizer.step
 
     def on_host() -> None:

@@ -141,8 +141,9 @@ def _shifted(batch: Any) -> Any:
 
 
 def _terms(part: Any) -> int | None:
-    """Return the number of labels in a part of a batch that are not ignored, which differs between slices of
-    a sequence. Return None if the part is no mapping with integer labels of at least two dimensions."""
+    """Return the number of labels (``shift_labels``, else ``labels``) in a part of a batch that are not
+    ignored (-100), which may differ between slices of a sequence. Return None if the part is no mapping with
+    integer labels of at least two dimensions."""
     labels = part.get("shift_labels", part.get("labels")) if isinstance(part, Mapping) else None
     if labels is None or labels.dim() < 2 or labels.is_floating_point():
         return None

@@ -53,8 +53,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _mixtures(bench: Workbench) -> list[str]:
-    """Return the names of the modules that hold experts: those that match the job's ``experts``, or, if that
-    is None, those built like Hugging Face's. Raises UserError if there are none."""
+    """Return the names of the modules that hold experts: those that match the pattern ``experts`` of the job,
+    or, if that is None, those of modules built like Hugging Face's. Raises UserError if there are none."""
     names = [name for name, _ in bench.model.named_modules()]
     if (pattern := bench.job.experts) is not None:
         mixtures = [n for n in names if fnmatch.fnmatchcase(n, pattern)]

@@ -196,8 +196,8 @@ def device_of(args: Any, kwargs: Any) -> torch.device:
 
 class Tape(Numbered):
     """Mode for one forward pass, of which autograd does not keep the storages numbered in ``dropped``, except
-    those whose calls cannot be repeated. Enter it together with saved-tensor hooks of its `pack` and
-    `unpack`. ``packed`` counts the tensors that autograd has asked to save, kept ones included."""
+    those that an unrepeatable call makes or writes to. Enter it together with saved-tensor hooks of its
+    `pack` and `unpack`. ``packed`` counts the tensors that autograd has asked to save, kept ones included."""
 
     def __init__(self, dropped: frozenset[int]) -> None:
         super().__init__()
