@@ -29,8 +29,8 @@ def run_through(
     If ``spec`` saves checkpoints and a rank died in training, ``start`` is called again, up to `RESTARTS`
     times, to resume from the newest complete checkpoint (from where the run began if there is none). If a
     restarted rank ends well, its losses and number of steps are those of all starts together, and everything
-    else is from the last start. ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted", "why":
-    ...})`` before each restart.
+    else is from the last start. ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted",
+    "why": ...})`` before each restart.
     """
     losses: dict[int, dict[int, float]] = {rank: {} for rank in range(spec.plan.ranks)}
 

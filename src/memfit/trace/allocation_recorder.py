@@ -391,9 +391,9 @@ class Ledger(TorchDispatchMode):
         )
 
     def _solely_held(self, tensor: Any, spare: int) -> bool:
-        """Return whether a single reference in torch's own code holds this tensor and its whole storage.
-        ``spare`` more references are allowed, for a formula that has just checked whether the tensor is a
-        subclass."""
+        """Return whether only one reference, in torch's own code, holds this tensor, and only this tensor its
+        storage, which it fills. ``spare`` more references to the tensor are allowed, for a formula that has
+        just checked whether the tensor is a subclass."""
         storage = tensor.untyped_storage()
         references = tensor._use_count() - self.modes_above - self._sole[0]
         is_sole = 0 <= references <= spare and torch._C._storage_Use_Count(storage._cdata) == self._sole[1]

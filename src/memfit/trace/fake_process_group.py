@@ -122,8 +122,8 @@ def _without_values() -> Iterator[None]:
 
 
 class _Chunks:
-    """The ``count`` chunks of a tensor along ``dim`` by index, as `torch.chunk` cuts it; those that it lacks
-    are empty. Each is made when it is indexed."""
+    """The ``count`` chunks of a tensor along ``dim`` by index, as `torch.chunk` cuts it. If torch.chunk would
+    make fewer, the others are empty. Each is made when it is indexed."""
 
     def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
         self._tensor, self._dim = tensor, dim

@@ -395,8 +395,9 @@ class _Unrolled:
 
     def _like(self, place: _Place, template: int | None, block: int | None) -> _Place:
         """Return the place, in the deep trace, of the allocation that relates to ``block`` there as the one
-        made at ``place`` in the shallow trace relates to its block ``template``. Allocations far from
-        ``template`` keep their distance from the nearer end of the blocks."""
+        made at ``place`` in the shallow trace relates to its block ``template`` (None: events outside the
+        blocks). Allocations far from ``template`` keep their distance from the nearer end of the blocks, and
+        places outside the blocks stay as they are."""
         if place.block is None:
             return place
         is_far = template is not None and 2 * abs(place.block - template) > self.periods - 1
