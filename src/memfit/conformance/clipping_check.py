@@ -20,9 +20,10 @@ def clipped(step: Observation) -> None:
     whether gradients are not clipped. Does nothing if it is None (unknown).
 
     A limit is recorded as not checked if no update was observed, or if the gradients are smaller than it and
-    torch's clipping was not called with it. No clipping is recorded as not checked if torch's clipping was
-    not called and the norm of all gradients before the update is unknown; if no update was observed, nothing
-    is recorded."""
+    torch's clipping was not called with it. That there is no clipping is recorded as not checked if torch's
+    clipping was not called, and the norm of all gradients is unknown before clipping or at the update, as it
+    is under tensor, pipeline and other parallelism (`_SEVERAL`). If no update was observed, nothing is
+    recorded then."""
     if step.clip is None:
         return
     if not any(from_all(bool(step.clipping.squares))):

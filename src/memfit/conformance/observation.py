@@ -54,6 +54,7 @@ class Observation(Prepared):
         self.left: list[tuple[float, float]] = []  # fingerprints of the last block's outputs
         self.learned: set[int] = set()  # addresses of parameters that got a gradient
         self.passes: list[int] = []  # numbers of backward passes, for each optimizer step
+        # Elements of gradients on this rank before the first update; None if none was observed.
         self.gradients: int | None = None
         self.arrived, self.waiting = 0, 0  # gradients that arrived in backward; most elements held there
         self.differences: list[Difference] = []

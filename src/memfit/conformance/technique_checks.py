@@ -122,7 +122,8 @@ def compiled(step: Observation) -> None:
 def chunked_loss(step: Observation) -> None:
     """Record whether no logits are kept for backward, as chunked-cross-entropy promises. Recorded as not
     checked if the model's output layer (head) is not found, if logits cannot be told from the outputs of
-    other layers by their last dimension, or if the tensors saved for backward cannot be inspected."""
+    other layers by their last dimension, if no backward was observed, or if the tensors saved for it cannot
+    be inspected."""
     use = step.plan.get("chunked-cross-entropy")
     if use is None:
         return
