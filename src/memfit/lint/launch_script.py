@@ -126,7 +126,7 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
 def _worked_out(text: str, variables: Mapping[str, str]) -> str | None:
     """Evaluate ``text``, an expression of whole numbers and variables: * and / first, then + and -, from left
     to right; quotients are rounded down. Return the result as text, or None if a variable is unknown, an
-    intermediate or the final result is negative, or a divisor is 0. Other operators are not supported."""
+    intermediate or the final result is negative, a divisor is 0, or the expression has anything else."""
     parts = [variables.get(p, p) for p in re.findall(r"\w+|[*/+-]", text)]
     for operators in ("*/", "+-"):
         reduced: list[str] = []

@@ -143,8 +143,8 @@ def accelerate_machine_rank(a: Options, s: Setup) -> Found:
 
 def _devices(a: Options) -> tuple[int, int] | None:
     """Return (the number of devices that gpu_ids names, the number of processes per machine). Return None if
-    either is unknown, if gpu_ids is no list of numbers separated by commas, such as "all", if the processes
-    cannot be split evenly over the machines, or if the training is on CPUs."""
+    either is unknown, if gpu_ids is "all" or otherwise no list of numbers, if the processes of all machines
+    cannot be split evenly over these, or if the training is on CPUs."""
     ids = a.get("gpu_ids")
     device_ids = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
     processes, machines = a.size("num_processes"), a.size("num_machines") or 1

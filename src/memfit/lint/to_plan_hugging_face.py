@@ -287,8 +287,8 @@ def _fsdp_options(setup: Setup) -> Options | None:
 
 def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
     """Add FSDP, and the tensor and context parallelism of Accelerate's file, to the draft. FSDP1 is predicted
-    as FSDP2, with NO_SHARD as DDP. Return the number of ranks that see different samples; with one, only the
-    precision is added in place of FSDP."""
+    as FSDP2, or as DDP if its strategy is NO_SHARD. Return the number of ranks that see different samples;
+    with one such rank, only the precision is added in place of FSDP."""
     strategy = str(fsdp.raw("sharding_strategy") or "FULL_SHARD").upper()
     strategy = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}.get(
         strategy, strategy
