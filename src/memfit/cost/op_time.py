@@ -1,11 +1,12 @@
 """Turn a trace into time: every operator on the device's roofline, corrected by what calibration measured.
 
-An operator's time is the first of these that is available: the time measured for its exact signature; the
+An operator's time is the first of these that is available: the time measured for its exact signature; on an
+accelerator of the catalog that was not measured, the time by its class and shape (kernel_model.py); the
 roofline max(FLOPs / rate, bytes / bandwidth) divided by the efficiency measured for the same operator and
-dtype, interpolated between the nearest amounts of work; on an accelerator of the catalog, the time by its
-class and shape (kernel_model.py); the plain roofline at an assumed efficiency. On a processor, each call also
-costs the measured overhead of autograd and Python. On an accelerator, kernels wait for their launch only if
-the host is slower than the kernels (stream_simulator.py). (Williams et al. 2009.)
+dtype, interpolated between the nearest amounts of work; the plain roofline, at an assumed efficiency if the
+rates were not measured. On a processor, each call also costs the measured overhead of autograd and Python. On
+an accelerator, kernels wait for their launch only if the host is slower than the kernels
+(stream_simulator.py). (Williams et al. 2009.)
 """
 
 from __future__ import annotations

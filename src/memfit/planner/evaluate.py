@@ -71,9 +71,10 @@ class Pricer:
     """Predicts memory, time and cost of plans of one job on one machine and engine. Traces are cached; a new
     calibration changes the predictions made from them.
 
-    ``model``: seconds of operators; None, with which step times are unknown, if the device's speed is.
-    ``parts`` and ``vectors``: cached parts of which sketches are composed. ``choices``: cached tensors to
-    recompute, of plans with a memory budget for recomputation.
+    ``model``: seconds of operators; None if the device's speed is unknown, and step times then are, too.
+    ``parts``: cached parts of which sketches are composed. ``vectors``: their numbers, with the seconds by
+    the calibration at their first use, which a new calibration does not change. ``choices``: cached tensors
+    to recompute, of plans with a memory budget for recomputation.
     """
 
     job: Job
@@ -122,8 +123,9 @@ class Pricer:
         self.choices = Choices()
 
     def settled(self, plan: Plan) -> Plan:
-        """Return the plan. If it recomputes tensors so as to stay within a memory budget, and the tensors to
-        recompute are not chosen yet, they are chosen. Raises UserError if the budget cannot be met.
+        """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the
+        tensors to recompute are not chosen yet, the plan with these chosen. Raises UserError if the budget
+        cannot be met.
         """
         if open_budget(plan) is None:
             return plan

@@ -1,5 +1,5 @@
-"""Every sensible plan for many devices, as grids: one grid per layout (tensor, context and pipeline degrees),
-with the settings that its data-parallel ranks may have.
+"""Every sensible plan for many devices, as grids: one or more for each layout (degrees of tensor, context and
+pipeline parallelism), with the settings that its data-parallel ranks may have.
 
 A grid has short lists along its axes; a plan is one index along each axis. Combinations that techniques or
 the job's sizes forbid are never in a grid, so every index is a plan that can run.

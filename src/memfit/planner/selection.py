@@ -26,7 +26,7 @@ class Band:
 
     Up to ``low`` it always does, above ``high`` never. In between, the line is drawn at the widest gap
     between two successive plans, so that a small change of a timing does not move a plan across it. Both are
-    ratios.
+    relative to the best score: 0.05 is 5 % above it.
     """
 
     low: float
@@ -140,8 +140,8 @@ def score(estimate: Estimate, goal: Objective) -> float:
 
 
 def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> Estimate | None:
-    """Return the estimate with the mildest and simplest plan among those that are as good as the best by the
-    goal; None if there are no estimates.
+    """Return the estimate with the mildest and simplest plan (the lowest `mildness`) among those that are as
+    good as the best by the goal; None if there are no estimates.
 
     ``band``: how much worse still counts as equal; for memory and for the number of devices it is `EXACT`.
     """
@@ -198,9 +198,9 @@ def _padded(value: object) -> str:
 
 
 def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Return the estimates, by increasing peak, than which no other has a lower peak, step time or effect
-    class without a higher one of these. Of estimates equal in all three, only that of the simplest plan is
-    returned. An unknown step time counts as infinite.
+    """Return the estimates that no other one beats, by increasing peak. One beats another if it is at least
+    as good in peak, step time and effect class, and better in one of them. Of estimates equal in all three,
+    only that of the simplest plan is returned. An unknown step time counts as infinite.
     """
     undominated = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
     return sorted(

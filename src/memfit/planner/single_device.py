@@ -250,9 +250,9 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     fits the free memory, or has one sample per rank; the returned request has the new batch.
 
     Raises NothingFits with the least memory that would be enough; UserError if the request or the job is
-    wrong, or if dividing the batch over ranks would change the training; RunError if operators cannot be
-    timed on this machine. Ctrl-C while plans are predicted raises SearchInterrupted with the result so far;
-    before that, and in a search of layouts, KeyboardInterrupt.
+    wrong, or if dividing the batch over ranks would change the training by more than the request's accuracy
+    allows; RunError if operators cannot be timed on this machine. Ctrl-C while plans are predicted raises
+    SearchInterrupted with the result so far; before that, and in a search of layouts, KeyboardInterrupt.
     """
     if request.machine.device_count > 1 and not request.is_here:
         ranks = request.ranks if request.ranks > 1 else request.machine.device_count

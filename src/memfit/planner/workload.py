@@ -33,7 +33,8 @@ def workload_of(job: Job, machine: str = "") -> Workload:
 
 
 def _model(job: Job) -> str:
-    """Return the name of the job and of its size, such as ``protein-lm 650M``.
+    """Return the name by which answers call the model: those of the job and of its size, such as ``protein-lm
+    650M``.
 
     The size is omitted for Hugging Face jobs, whose model it does not change, and for "tiny", the default.
     """

@@ -111,8 +111,8 @@ def poc(
     until plain training fits its free memory. ``seeds``: number of pairs of runs of baseline and
     recommendation, with seeds from 0. ``steps``: of each run; None: the job's own number. ``report_path``
     None: a file in the folder "reports" beside the store. ``lang``: language of the report. ``command``: the
-    command line to record. Raises NothingFits if no plan fits; SearchInterrupted on Ctrl-C during the search;
-    UserError if the request or the job is wrong.
+    command line to record. Raises NothingFits if no plan fits; SearchInterrupted on Ctrl-C while plans are
+    searched; UserError if the request or the job is wrong; RunError if operators cannot be timed.
     """
     started = time.perf_counter()
     planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
@@ -173,10 +173,10 @@ def report(
 def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
     """Return a stored PoC, by default the latest, and the decision about adopting its recommended plan.
 
-    The user's figures come from the file `case`, which is then stored with the PoC; without it, from the last
-    case stored with it; else they are defaults. Predictions for other machines and gates of the rollout that
-    were stored with the PoC are taken into account, of the gates the last ones. Raises UserError if there is
-    no such PoC, or if the file or what is stored is wrong.
+    The user's figures (`DecisionCase`), such as prices, come from the file `case`, which is then stored with
+    the PoC; without it, from the last case stored with it; else they are defaults. Predictions for other
+    machines and gates of the rollout that were stored with the PoC are taken into account, of the gates the
+    last ones. Raises UserError if there is no such PoC, or if the file or what is stored is wrong.
     """
     resolved_id = wanted_poc(store, poc_id)
     proof = stored_poc(store, resolved_id)

@@ -233,8 +233,8 @@ def reach(planning: Planning, progress: Progress) -> tuple[Reach, ...]:
     with the allowed plan that needs least memory.
 
     Models tried are the job's sizes in `_FULL_LENGTH`, because smaller sizes are cut to the available data.
-    Inputs tried have the `LENGTHS`, at the size "paper" with one sample. A job without such sizes has no
-    entries for models or for inputs.
+    Inputs tried have the `LENGTHS`, at the size "paper" with one sample. There are no entries for models if
+    the job has no such sizes, and none for inputs if it has no size "paper" or samples have no length.
     """
     job = planning.request.job
     models = {s: _sized(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
@@ -343,9 +343,9 @@ def _count(pricer: Pricer) -> int:
 
 
 def _tightest(planning: Planning, pricer: Pricer) -> Plan:
-    """Return a plan with little memory, the smallest allowed one of `reach`: the smallest micro-batches, bf16
-    autocast, recomputation of every block, and 8-bit optimizer state, each if it is usable and not excluded
-    by the user.
+    """Return the plan that `reach` takes as the allowed one with least memory: the smallest micro-batches,
+    bf16 autocast, recomputation of every block, and 8-bit optimizer state, each if it is usable and not
+    excluded by the user. No other plan is tried.
     """
     names = {t.name for t in _usable(planning, pricer)}
     uses: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]

@@ -51,9 +51,9 @@ def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
 
 
 def settled(request: Request, plan: Plan, progress: Progress) -> Plan:
-    """Return the plan. If it recomputes tensors so as to stay within a memory budget, and the tensors to
-    recompute are not chosen yet, they are chosen for the request's machine. Raises UserError if the budget
-    cannot be met.
+    """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the
+    tensors to recompute are not chosen yet, the plan with these chosen for the request's machine. Raises
+    UserError if the budget cannot be met.
     """
     return plan if open_budget(plan) is None else explain(request, plan, progress).plan
 
