@@ -51,9 +51,9 @@ def bundle(target: str, handover: Handover) -> Files:
 
 def _by_the_users_names(handover: Handover, files: Files) -> Files:
     """Return copies of the exported configurations ``files``, name -> text, under the names by which the
-    script's command line refers to the user's files; only files in the working folder, without a path, are
-    found. Raises UserError if the command line names a configuration file of the user that the export does
-    not replace."""
+    script's command line refers to the user's files: words, or parts of words beside "=", that are a file's
+    name without its folder. Raises UserError if the command line names, in this way, a configuration file of
+    the user that the export does not replace."""
     sources = handover.kept.sources if handover.kept is not None else {}
     words = [part for word in handover.script[1:] for part in word.split("=")]
     user_paths = handover.user_files.setup.files if handover.user_files is not None else ()

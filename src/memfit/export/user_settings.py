@@ -455,8 +455,9 @@ def _made_consistent(
     name: str, merged: dict[str, Any], files: Files, data_ranks: int, differs: bool
 ) -> Iterator[str]:
     """Adjust, in ``merged``, settings of the exported file ``name`` that would contradict others, and yield
-    the changes in words. In a file of DeepSpeed, half precision that is not the plan's is switched off, and a
-    train_batch_size that is not the product of its factors is removed. In the file of the Trainer or
+    the changes in words. In a file of DeepSpeed, half precision is switched off if the plan has none, and all
+    but bf16 if several kinds are on; a train_batch_size that is not micro-batch x accumulation steps x
+    data-parallel ranks is removed, if the file has these two factors. In the file of the Trainer or
     Accelerate, the name of DeepSpeed's exported file is set, if there is one; Accelerate's settings that
     DeepSpeed's file must hold instead are then removed, which is not yielded. In Accelerate's without it,
     FSDP1 becomes FSDP2 if ``differs``, that is if the plan has changed the file."""
