@@ -51,7 +51,8 @@ _CHEAP_BYTES = 64 * 2**30  # larger models are not searched for a plan that woul
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The prediction for one training step of ``job`` on ``machine``, for the rank with the highest peak.
+    """The prediction for one training step of ``job`` under ``plan`` on ``machine``. Memory of the device is
+    that of the rank with the highest peak.
 
     ``cap_bytes``: the memory of one device that the step should fit. ``allocated_bytes``, ``reserved_bytes``,
     ``device_bytes`` and ``host_bytes`` are intervals. One of the last three is None if the machine has no
@@ -71,7 +72,9 @@ class Prediction:
 
     @property
     def allocated_bytes(self) -> Interval:
-        """Peak of live tensor bytes."""
+        """Highest bytes of tensors that are alive at once on one device, with the range they should lie
+        in.
+        """
         return self.estimate.allocated_bytes
 
     @property
@@ -85,7 +88,8 @@ class Prediction:
     @property
     def host_bytes(self) -> Interval | None:
         """Memory that one host needs for all its ranks: the processes, and the larger of loading the model
-        and training (offloaded tensors, DataLoader workers; on a CPU also the tensors of the step).
+        and training (offloaded tensors, DataLoader workers; on a CPU also the tensors of the step, and
+        nothing for loading).
         """
         return self.estimate.host_bytes
 
@@ -108,14 +112,17 @@ class Prediction:
 
     @property
     def host(self) -> str:
-        """A line that says what the plan needs of one host's memory, and whether the host has it; "" on a
-        CPU, or if the need is unknown.
+        """A line that says what the plan needs of one host's memory, what the host has, and whether that is
+        enough; if the host's memory is unknown or assumed, it says so. "" on a CPU, or if the need is
+        unknown.
         """
         return host_line(self.estimate, self.machine)
 
     @property
     def not_included(self) -> tuple[str, ...]:
-        """Names of what a training loop may keep in memory that no number of a prediction includes."""
+        """Names of what a training loop may keep in memory beside the step, such as logging. No number of a
+        prediction includes these.
+        """
         return NOT_INCLUDED
 
     @property
@@ -130,18 +137,22 @@ class Prediction:
 
     @property
     def by_phase(self) -> Mapping[str, int]:
-        """Peak bytes of live tensors in each phase, such as "forward", "backward" and "optimizer"."""
+        """Peak bytes of live tensors in each phase: "setup" (the model is built), "forward", "backward" and
+        "optimizer".
+        """
         return self.estimate.phase_peak_bytes
 
     @functools.cached_property
     def workload(self) -> Workload:
-        """Model, number of parameters, batch size, length of a sample, and machine of this prediction."""
+        """Model, number of parameters, batch size over all ranks, length or shape of a sample, and machine of
+        this prediction.
+        """
         return workload_of(self.job, self.machine.name)
 
     @functools.cached_property
     def lifecycle(self) -> Lifecycle:
-        """Peaks of loading, first step, evaluation, saving and resuming, and sizes of checkpoints; traced on
-        first access. Raises UserError if the plan has several ranks.
+        """Peaks of live tensors during loading, first step, evaluation, saving and resuming, and sizes of
+        checkpoints; traced on first access. Raises UserError if the plan has several ranks.
         """
         if self.plan.ranks > 1:
             raise UserError(
@@ -153,15 +164,15 @@ class Prediction:
 
     @property
     def checkpoint_bytes(self) -> Mapping[str, int]:
-        """Sizes of the files that ``torch.save`` writes: of the "model", the "optimizer" and, if some
+        """Bytes of the files that ``torch.save`` writes: of the "model", the "optimizer" and, if some
         parameters are frozen, the "trainable" parameters alone. Raises UserError if the plan has several
         ranks.
         """
         return self.lifecycle.checkpoint_bytes
 
     def explain(self) -> str:
-        """Return a text of several lines: the workload, the predicted memory, and what the peak consists
-        of.
+        """Return a text of several lines, in English: the workload, the predicted memory, and what the peak
+        consists of.
         """
         from rich.console import Console
         from rich.text import Text
@@ -223,10 +234,11 @@ def estimate(  # noqa: PLR0913
     """Predict one training step of ``model`` on ``batch``; nothing is trained and no argument is changed.
 
     If the plan splits the batch, a copy of the model is run on a few samples to test whether they depend on
-    each other. The result is in the prediction's ``estimate.dependence``.
+    each other. The result is in the prediction's ``estimate.dependence``, which is None for other plans.
 
     ``model``: a module, a function that builds one, or a Job, which takes no ``batch``, ``loss`` or
-    ``optimizer``. ``batch``: a tensor, mapping or tuple, or a function that makes one. ``loss``:
+    ``optimizer``. ``batch``: a tensor, a mapping, tuple or list of tensors, an object with ``.to()`` that
+    holds tensors, or a function that makes one of these. ``loss``:
     ``loss(model, batch)``, ``loss(output, batch)`` or ``loss(output, target)``; by default the loss that the
     model returns, else the mean of its output. ``optimizer``: a name, an optimizer of this model, or a
     function of parameters; by default AdamW. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, the name
@@ -285,8 +297,8 @@ def _predicted(
 
 
 def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
-    """Return the plan's estimate; kernel workspaces are probed first if the machine is this one and ``probe``
-    is set. Raises UserError if the step cannot be traced.
+    """Return the plan's estimate. Kernel workspaces that could move its peak are probed first if the machine
+    is this one and ``probe`` is set. Raises UserError if the step cannot be traced.
     """
     try:
         if probe and pricer.machine.device.name == "this machine":
@@ -354,11 +366,11 @@ def assert_fits(  # noqa: PLR0913
     host_memory: str | int | None = None,
 ) -> Prediction:
     """Return the prediction if the step fits ``memory`` of a device ("24GiB" or bytes) and the host's memory;
-    for use in tests.
+    else raise AssertionError. For use in tests.
 
-    ``model`` may also be a Prediction; the other arguments are then not used. Else all arguments are as in
-    `estimate`. Raises AssertionError with the peak, its phase and largest contributors, and a plan that would
-    fit if one is found quickly; UserError as `estimate` does.
+    ``model`` may also be a Prediction; of the other arguments, only ``memory`` is then used. Else all
+    arguments are as in `estimate`. The AssertionError has the peak, its phase and largest contributors, and a
+    plan that would fit, if one is found quickly. Raises UserError as `estimate` does.
     """
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     if isinstance(model, Prediction):
@@ -419,11 +431,12 @@ def _largest(parts: Mapping[str, int]) -> str:
 
 
 def _smaller(prediction: Prediction) -> Iterator[Prediction]:
-    """Yield predictions of the plan with more and more techniques added: bf16 autocast, activation
-    checkpointing, then gradient accumulation with 2, 4 and as many micro-batches as samples.
+    """Yield predictions of the prediction's plan with more and more techniques added: bf16 autocast,
+    activation checkpointing of every block, then gradient accumulation with 2, 4 and as many micro-batches as
+    samples. They may fit or not.
 
     A technique that does not suit the plan or the model is left out, and gradient accumulation if samples
-    are known to depend on each other. Yields nothing if the prediction's peak exceeds 64 GiB.
+    are known to depend on each other. Yields nothing if the prediction's peak of tensors exceeds 64 GiB.
     """
     if prediction.allocated_bytes.value > _CHEAP_BYTES:
         return

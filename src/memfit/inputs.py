@@ -1,7 +1,7 @@
 """Convert what a user has in a notebook (a module, a batch, a loss, an optimizer, a plan) to a Job, Plan and
 Machine.
 
-The user's objects are only read. The model is copied without its data each time a trace builds it.
+The user's objects are only read. A module is copied without its data each time a trace builds the model.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def job_of(
     ``model`` may also be a Job, without ``batch``, ``loss`` and ``optimizer``. ``loss`` is as in `loss_of`.
     ``optimizer``: a name, an optimizer of this model, or a function of parameters; None: AdamW. ``bound``,
     ``ema``, ``clip`` and ``workers`` are as in `Job`, and replace those of a Job if they are not None. Raises
-    UserError for other arguments. The returned Job's functions raise errors in the user's own code as
-    UserErrors.
+    UserError for other arguments. The functions of a new Job raise errors in the user's own code as
+    UserErrors; those of a given Job are kept as they are.
     """
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
@@ -131,9 +131,10 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
 
 def _batch_of(batch: Any) -> Any:
     """Return the batch, or what ``batch`` makes if it is a function, with its tensors detached and on the
-    CPU. Tensors on the meta device become zeros. A mapping becomes a dict.
+    CPU. Tensors on the meta device become zeros. A mapping becomes a dict. The given batch is not changed.
 
-    Raises UserError for a DataLoader, for a batch without tensors, and for an error in the function.
+    Raises UserError for a DataLoader, for a batch without a tensor that has dimensions, and for an error in
+    the function.
     """
     if callable(batch) and not isinstance(batch, Mapping | torch.Tensor) and not batch_tensors(batch):
         batch = guarded(batch, "the function that makes the batch")
@@ -158,9 +159,10 @@ def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
     """Return a function ``loss(model, batch)`` for the argument ``loss``.
 
     ``loss`` may be such a function itself; ``loss(output, batch)`` or ``loss(output, target)``, recognized by
-    the names of its parameters; a module or a function of torch.nn.functional, called with (output, target);
-    or None. With None the loss that the model returns is used (see `own_loss`). The target is the last item
-    of a tuple or list, else what the batch has under a name such as "labels" or "target", else the batch.
+    the names of its parameters (the first one is such as "output" or "logits", the second one such as
+    "batch"); a module or a function of torch.nn.functional, called with (output, target); or None. With None
+    the loss that the model returns is used (see `own_loss`). The target is the last item of a tuple or list,
+    else what the batch has under a key or attribute such as "labels" or "target", else the batch.
 
     ``forward``: the signature of the model's forward, which decides what of the batch the model gets. Raises
     UserError if ``loss`` is neither None nor callable.
@@ -203,7 +205,7 @@ def _target(batch: Any) -> Any:
 
 
 def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: bool = False) -> Any:
-    """Return the model's output for what its forward accepts of the batch.
+    """Call the model with what its forward accepts of the batch, and return its output.
 
     Of a mapping, these are the keys that are parameters of forward; of a tuple or list, as many items as
     forward has positional parameters. Anything else is passed as it is. With ``target_apart``, the last item

@@ -89,8 +89,9 @@ def _top(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in ``arguments``, by default those of the process, and return its exit code. An error
-    is one line on standard error and, with --json, also an object on standard output. Errors that memfit does
-    not expect are raised."""
+    is printed as one line on standard error and, with --json, also as an object on standard output. Errors
+    that memfit does not expect are raised, with --json after they are printed so. If the reader of standard
+    output closes the pipe, the exit code is 1."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in argv
     try:
@@ -127,7 +128,8 @@ def _known_command(argv: Sequence[str]) -> None:
 
 
 def _usage(error: BaseException) -> str:
-    """Return the message of the command-line parser's error in one line, with a pointer to --help."""
+    """Return the message of ``error``, the command-line parser's, in one line that ends with the command that
+    shows the help, ``memfit COMMAND --help``."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "memfit"
     text = " ".join(str(getattr(error, "format_message", lambda: error)()).split())

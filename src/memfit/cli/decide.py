@@ -16,7 +16,7 @@ from memfit.types.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecideOptions:
-    """The proof of concept, and the user's figures."""
+    """The proof of concept, the file with the user's figures, and whether to print such a file to fill in."""
 
     poc: Annotated[
         str | None,

@@ -74,7 +74,8 @@ def machine() -> Iterator[Check]:
 
 
 def torch_check() -> Check:
-    """Check whether torch can be imported, and name the GPUs that its torch.cuda can use."""
+    """Check whether torch can be imported. The detail is its version and the GPUs that torch.cuda can use, or
+    the error."""
     quiet_libraries()
     try:
         import torch
@@ -94,7 +95,8 @@ def tools() -> Iterator[Check]:
 
 
 def allocator_check() -> Check:
-    """Check whether the allocator that counts the memory of tensors can be used; build it if necessary."""
+    """Check whether the allocator that counts the memory of tensors on the CPU can be used; build it if
+    necessary. Without it, peaks come from torch's allocator events."""
     name = "counting allocator"
     try:
         from memfit.runtime.counting_allocator import available
@@ -141,8 +143,8 @@ def meter_check() -> Check:
 
 
 def packages(extras: Mapping[str, str]) -> list[Check]:
-    """Check the optional packages that are the keys of ``extras``; its values are the extras of memfit that
-    install them. Each installed one is actually imported, as it may be broken."""
+    """Return one check for each optional package in ``extras``, package -> the extra of memfit that installs
+    it. Each installed one is imported in a child process, as it may be broken."""
     installed = {name: version for name in extras if (version := _version(name))}
     broken = dict(broken_imports(list(installed)))
     return [_package(name, extra, installed.get(name), broken.get(name)) for name, extra in extras.items()]
@@ -167,8 +169,9 @@ def _version(package: str) -> str | None:
 
 
 def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name, reason) for each of ``names`` that cannot be imported. Imports run in child processes,
-    because a broken library may crash the process that imports it."""
+    """Yield (name, reason) for each of the modules ``names`` that cannot be imported, also if its import
+    takes more than two minutes. Imports run in child processes, because a broken library may crash the
+    process that imports it."""
     remaining = list(names)
     while remaining:
         reason, imported_count = _import(remaining)
@@ -178,9 +181,9 @@ def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _import(names: Sequence[str]) -> tuple[str, int]:
-    """Import ``names`` in this order in a child process. Return (the last line of the error, how many were
-    imported before it). If the child prints no error, the text is its exit code; if it does not finish in
-    time, the text says so."""
+    """Import ``names`` in this order in a child process, until one fails. Return (the last line that the
+    child printed to standard error, how many were imported). If the child printed none, as when all were
+    imported, the text is its exit code; if it did not finish within two minutes, the text says so."""
     try:
         child = subprocess.run(
             (sys.executable, "-P", "-c", _IMPORT, *names),
@@ -196,8 +199,8 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
 
 
 def techniques(found: Sequence[Check]) -> list[Check]:
-    """Check for each technique whether one of the packages that it needs failed its check in ``found``.
-    Return a single failed check if the techniques cannot be imported."""
+    """Return one check for each technique, failed if one of the optional packages that it needs failed its
+    check in ``found``. Return a single failed check if memfit's techniques cannot be imported."""
     quiet_libraries()
     try:
         from memfit.techniques.registry import TECHNIQUES

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What to do, the engine to install, and the folder for its environment."""
+    """Whether to list engines or to install one, the engine to install, and the folder for its virtual
+    environment."""
 
     action: Annotated[
         str,
@@ -83,8 +84,8 @@ def _install(options: EngineOptions, *, as_json: bool) -> None:
 
 
 def view(engine: memfit.engines.base.Engine) -> dict[str, Any]:
-    """Return the engine's name and summary, what is installed of it and what it lacks, as plain data for
-    ``--json``."""
+    """Return the engine's name and summary ("what"), its installed version, what keeps it from running
+    ("problem") and the command that would help ("fix"), as plain data for ``--json``."""
     from memfit.types.serialization import to_plain
 
     return {"name": engine.name, "what": engine.summary, **to_plain(engine.probe())}

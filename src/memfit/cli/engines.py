@@ -54,8 +54,8 @@ def engines(
 
 
 def view(choice: memfit.workflows.engine_comparison.EngineChoice) -> dict[str, Any]:
-    """Return an engine compared for the plan as plain data for ``--json``. "estimate" is null if the engine
-    does not support the plan."""
+    """Return the comparison of one engine as plain data for ``--json``. "estimate", the predicted memory and
+    step time, is null if the engine does not support the plan or the job."""
     from memfit.cli.views import estimate_view
     from memfit.types.serialization import to_plain
 

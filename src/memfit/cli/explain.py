@@ -100,8 +100,8 @@ def explain(
 
 
 def _plan_files(job: JobOptions, options: ExplainOptions) -> tuple[JobOptions, list[str]]:
-    """Return the job options and the paths of the plan files. A first argument that ends in .yaml or .yml is
-    a plan file and not a job: ``explain A.yaml B.yaml`` names no job."""
+    """Return (the job options, the paths of the plan files on the command line). A first argument that ends
+    in .yaml or .yml is a plan file and not a job: ``explain A.yaml B.yaml`` names no job."""
     files = list(options.plans or ())
     if job.job is not None and job.job.endswith((".yaml", ".yml")):
         return dataclasses.replace(job, job=None), [job.job, *files]
@@ -109,9 +109,9 @@ def _plan_files(job: JobOptions, options: ExplainOptions) -> tuple[JobOptions, l
 
 
 def _plans(files: list[str], options: ExplainOptions, which: WhichOptions) -> list[Plan]:
-    """Return the plans to explain, an empty list for the recommended plan. Raises UserError for more than two
-    plan files, an invalid one, options that contradict each other, or an output file that cannot be
-    written."""
+    """Return the plans to explain: those in ``files``, otherwise the plan of --plan or plain training; an
+    empty list for --recommended, whose plan must be searched. Raises UserError for more than two plan files,
+    an invalid one, options that contradict each other, or an output file that cannot be written."""
     output_paths = [path for path in (options.html, options.snapshot, options.perfetto) if path]
     for path in output_paths:
         writable(path)

@@ -255,9 +255,9 @@ def _names(text: str) -> tuple[str, ...]:
 def _as_files_say(
     user_files: memfit.export.base.UserFiles | None, job: JobOptions, goal: GoalOptions
 ) -> tuple[JobOptions, GoalOptions]:
-    """Return the options with the engine of the user's files, if the option is "native", and with the batch
-    of the files, unless --batch is given. If the job refuses that batch and its own differs, print so on
-    standard error and leave the batch as it is."""
+    """Return the options with the engine of the user's files, unless --engine is given, and with their batch,
+    unless --batch is given. If the job refuses that batch, leave the job's own, and print so on standard
+    error if the two differ. Without files of the user, return the options unchanged."""
     from memfit.jobs.registry import load
 
     if user_files is None:
@@ -303,10 +303,11 @@ def _launch(
     memfit.export.base.UserFiles | None,
     memfit.types.dependence.SampleDependence | None,
 ]:
-    """Return (the launch, name -> text of the files of the user's own job, ``user_files`` with the job's
-    clipping, how the samples of a batch depend on each other or None if the plan does not split the batch).
-    A built-in job and an hf: job have no such files. Raises UserError for the engine replay, for a plan that
-    the engine does not support, and for one that would weight the parts of the loss wrongly."""
+    """Return (the launch; name -> text of the files of the user's own job; ``user_files`` with the job's
+    clipping; how the samples of a batch depend on each other, or None if the plan does not split the batch).
+    A built-in job and an hf: job have no files. Raises UserError for the engine replay, which does not train,
+    for a plan that the engine does not support, for one that splits the batch so that the loss terms of its
+    parts would be weighted wrongly, and for a job that cannot be loaded."""
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
     from memfit.planner.single_device import model_sizes
@@ -349,8 +350,9 @@ def _launch(
 
 
 def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependence.SampleDependence | None:
-    """Return how the job's samples depend on each other, or None if the plan does not split the batch. Raises
-    UserError if the plan would weight the parts of the loss wrongly."""
+    """Return how the samples of the job's batch depend on each other, or None if the plan does not split the
+    batch into micro-batches or over ranks. Raises UserError if the loss terms of these parts would be
+    weighted wrongly."""
     from memfit.techniques.registry import refuse_wrong_weights, splits_batch
     from memfit.trace.sample_dependence import sample_dependence
 
@@ -363,7 +365,8 @@ def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependenc
 
 def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return (the words of the command line ``script`` with the program's path reduced to its file name, name
-    -> text of the program and of the modules beside it that it imports). Both are empty without a script."""
+    -> text of the program and of the modules beside it that it imports). Both are empty without a script.
+    Raises UserError as `_carried` does."""
     words = shlex.split(script or "")
     if not words:
         return (), {}
@@ -372,9 +375,9 @@ def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def _carried(path: Path) -> dict[str, str]:
-    """Return name -> text of the file and of all modules beside it that it imports, directly or indirectly.
-    Packages beside it are only reported on standard error: the export's files have no subfolders. Raises
-    UserError for a file that cannot be read, is not UTF-8 text or is too large."""
+    """Return name -> text of the Python file ``path`` and of all modules beside it that it imports, directly
+    or indirectly. Imported packages beside it are only reported on standard error: the export's files have no
+    subfolders. Raises UserError for a file that cannot be read, is not UTF-8 text or is above 512 KiB."""
     texts: dict[str, str] = {}
     packages: set[str] = set()
     pending = [path]
@@ -394,7 +397,8 @@ def _carried(path: Path) -> dict[str, str]:
 
 
 def _imported(source: str) -> Iterator[str]:
-    """Yield the top-level names of the absolute imports in ``source``; none if it is not valid Python."""
+    """Yield the top-level package or module of each absolute import in the program text ``source``; nothing
+    if it is not valid Python."""
     try:
         tree = ast.parse(source)
     except SyntaxError:

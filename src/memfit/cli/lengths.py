@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LengthOptions:
-    """The lengths, the job, the plan, and how sequences are batched."""
+    """The file with the lengths of sequences, how it is read, the job with its size, batch and memory, and
+    the plan."""
 
     file: Annotated[
         str,

@@ -82,8 +82,8 @@ _NOT_LINTED = frozenset(
 
 
 def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
-    """Return the files without those that are in a folder of an export and that memfit, a cluster or an
-    engine without rules reads. Raises UserError if none is left."""
+    """Return ``files`` without those in a folder that `memfit export` wrote for which lint has no rules,
+    because memfit, a cluster or an engine without rules reads them. Raises UserError if none is left."""
     from memfit.export.write import MANIFEST
 
     library_files = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
@@ -102,7 +102,8 @@ def findings_view(found: Sequence[memfit.lint.check.Finding]) -> list[dict[str, 
 
 
 def print_findings(found: Sequence[memfit.lint.check.Finding], *, lang: str) -> None:
-    """Print each finding with its advice and links, or that there is none, in the language ``lang``."""
+    """Print each finding with its advice and links, or that there is none. ``lang``: the language of what is
+    printed around the findings, whose own texts have their language already."""
     from rich.padding import Padding
     from rich.text import Text
 

@@ -33,7 +33,7 @@ _UNITS: Final = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NameOptions:
-    """The entry of the catalog, or the machine file, to show; None lists all entries."""
+    """The name of the catalog's entry, or the machine file, to show; None: list all entries."""
 
     name: Annotated[
         str | None,
@@ -96,8 +96,9 @@ def _print_one(kind: str, entry: Any) -> None:
 
 
 def _found(name: str) -> tuple[str, Any]:
-    """Return (the kind, the entry) that ``name`` names in the catalog, or the machine in the file ``name`` if
-    it ends in .toml. Raises UserError with the nearest names if there is none, and for an invalid file."""
+    """Return (the kind, the entry) that ``name`` names in the catalog. The kind is "machine", "network",
+    "host", "link" or "place", the first that has the name; a ``name`` that ends in .toml is a file with a
+    machine. Raises UserError with the nearest names if there is none, and for an invalid file."""
     if name.endswith(".toml"):
         return "machine", catalog.from_toml(name)
     loaders: dict[str, Callable[[], Any]] = {

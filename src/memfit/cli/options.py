@@ -89,7 +89,8 @@ class JobOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GoalOptions:
-    """The goal of a plan, the memory and the accuracy that limit it, and the engine."""
+    """What a recommended plan minimizes, the memory and the accuracy that limit it, and the engine that
+    trains."""
 
     memory: Annotated[
         str | None,
@@ -189,7 +190,8 @@ class BoundsOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HereOptions:
-    """The origin of the electricity, and how this machine is used."""
+    """The place of the electricity, the CPU threads of each process, and whether this machine's operators are
+    timed anew."""
 
     place: Annotated[
         str,
@@ -235,7 +237,8 @@ class MachineOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WhichOptions:
-    """The plan. Without either option it is plain training, or in ``memfit export`` the plan of --from."""
+    """The plan that a command uses. Without either option it is plain training, or in ``memfit export`` with
+    --from the plan of those files."""
 
     plan: Annotated[
         Path | None,
@@ -256,7 +259,7 @@ class WhichOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
-    """The location of the records."""
+    """The store: the file that holds proofs of concept, runs and records of others."""
 
     store: Annotated[
         Path | None,
@@ -317,8 +320,9 @@ class OutputOptions:
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `function`, all of whose parameters are option dataclasses, for typer. The wrapper has the same
-    name and docstring, and one keyword-only parameter for each field of these dataclasses."""
+    """Return a wrapper of the command `function`, all of whose parameters are option dataclasses, for typer,
+    which reads options from a signature. The wrapper has the same name and docstring, and one keyword-only
+    parameter for each field of these dataclasses."""
     option_types = {n: t for n, t in typing.get_type_hints(function).items() if n != "return"}
     parameters = [
         parameter for option_type in option_types.values() for parameter in _parameters(option_type)

@@ -16,7 +16,7 @@ _PIPE_COLUMNS = 120  # rich assumes 80 if there is no terminal, which is too nar
 
 
 def emit(value: Any) -> None:
-    """Print ``value`` as indented JSON on standard output."""
+    """Print ``value``, plain data or dataclasses, as indented JSON on standard output."""
     from memfit.types import serialization
 
     print(escaped(serialization.dumps(value, indent=2)))
@@ -43,8 +43,8 @@ def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
 
 
 def language(given: str) -> str:
-    """Return ``given``, the code of a language. Raises UserError for an unknown one. Call it before any long
-    work begins."""
+    """Return ``given``, the value of --lang. Raises UserError if it is not the code of a language that memfit
+    has texts in, "en" or "ja". Call it before any long work begins."""
     from memfit.report.words import LANGUAGES
 
     return one_of("--lang", given, LANGUAGES)

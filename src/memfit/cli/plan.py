@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
-    """The number of processes, whether to measure rivals before recommending, and where to write the plan."""
+    """The number of processes, whether to measure the fastest plans before one is recommended, and the file
+    to write the plan to."""
 
     nproc: Annotated[
         int,
@@ -80,7 +81,8 @@ class SaveOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FromOptions:
-    """The user's existing set-up, and the proof of concept that corrects predicted step times."""
+    """The files of the user's existing set-up, and the proof of concept whose measurements correct predicted
+    step times, with the store that holds it."""
 
     given: Annotated[
         list[Path] | None,
@@ -175,9 +177,10 @@ def _corrected(
 
 
 def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
-    """Return the limits of the training. ``on``: the machine to plan for, as in --on. Raises UserError for a
-    deadline or a budget without a number of steps, for a deadline, a budget or a micro-batch if ``on`` is
-    "this", for an invalid deadline, and for an unknown technique."""
+    """Return the limits on a plan besides memory and accuracy, None or 0 for those that are not given.
+    ``on``: the machine to plan for, as in --on. Raises UserError for a deadline or a budget (in USD) without
+    a number of steps, for a deadline, a budget or a micro-batch if ``on`` is "this", for an invalid deadline,
+    and for an unknown technique."""
     limits_training = given.deadline is not None or given.budget is not None
     if limits_training and job.steps is None:
         raise UserError(

@@ -35,9 +35,10 @@ def plan_given(
     as_json: bool,
 ) -> Plan:
     """Predict and lint the set-up in ``files``, print the result, and return the plan of the set-up. ``on``:
-    the machine to predict for. If the files do not say how many processes train, it is one per device.
-    Raises UserError for a file that is of no known kind or cannot be read, for a job other than the one that
-    the files describe, and for a plan that the job does not support."""
+    the machine to predict for, as in --on. If the files do not say how many processes train, and the machine
+    has several devices, it is one per device. Raises UserError for files that `memfit.lint.parse.read`
+    refuses, if OpenFold's settings are given for another job than alphafold2, for a plan that the job does
+    not support, and for invalid options, among others."""
     from memfit.lint import check, draft, parse, to_plan
     from memfit.lint.clipping import clipping_setting
 
@@ -81,9 +82,10 @@ def _left_out(carried: memfit.lint.draft.Carried, option: str, reason: str) -> m
 def _published(
     carried: memfit.lint.draft.Carried, job: JobOptions
 ) -> tuple[memfit.lint.draft.Carried, JobOptions]:
-    """If the files describe a built-in job, return its name and size in the job options. --size and --length
-    of the user take precedence; the crop of the files is then recorded as left out. Raises UserError if the
-    user named another job."""
+    """If the files are OpenFold's and describe the built-in job alphafold2, put its name and size into the
+    job options. --size and --length of the user take precedence; if they differ from the crop of the files,
+    that is listed in ``carried`` as left out. Other files change nothing. Raises UserError if the user named
+    another job."""
     from memfit.lint.openfold import JOB
 
     if not carried.size:
@@ -106,8 +108,9 @@ def _published(
 def _modelled(
     carried: memfit.lint.draft.Carried, job: JobOptions
 ) -> tuple[JobOptions, memfit.lint.draft.Carried]:
-    """If the user named no job, return the job that builds the model of the files, and record where it
-    differs from that model. If there is no such job, leave the job options as they are and record why."""
+    """If the user named no job, put the job that builds the model of the files into the job options, and list
+    in ``carried``, as left out, where it differs from that model. If there is no such job, leave the job
+    options as they are, which is the default job, and list why."""
     model = carried.model
     if job.job is not None:
         return job, carried
@@ -121,7 +124,8 @@ def _modelled(
 
 
 def _described(model: memfit.lint.models.DescribedModel) -> str:
-    """Return the known sizes, such as ``48 layers of width 8192``, or ``the model`` if none is known."""
+    """Return the known sizes of the model as text, such as ``48 layers of width 8192``, or ``the model`` if
+    none is known."""
     layers = None if model.layers is None else f"{model.layers} layers"
     width = None if model.width is None else f"width {model.width}"
     return " of ".join(filter(None, (layers, width))) or "the model"
@@ -132,9 +136,10 @@ def _sized(
 ) -> tuple[
     memfit.planner.single_device.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried
 ]:
-    """Return (the request, the size of its job, ``carried`` with what is predicted). The batch and the length
-    are those of the files. If the user gave another value, or the job refuses the files' value, the files'
-    value is recorded as left out."""
+    """Return (the request, the size of its job, ``carried`` with the batch and length that are predicted).
+    These are those of the files. If the user gave another value, or the job refuses the files' value, the
+    files' value is listed as left out. Raises UserError for a job that is invalid without the files' values,
+    too."""
     from memfit.workflows import config_review
 
     for name in ("batch", "length"):
@@ -161,9 +166,10 @@ def _sized(
 def _as_predicted(
     carried: memfit.lint.draft.Carried, job: JobOptions, size: memfit.workflows.config_review.JobSize
 ) -> memfit.lint.draft.Carried:
-    """Return ``carried`` with the predicted batch and length. The micro-batch keeps the number of
-    accumulation steps; it is None if that number does not divide the predicted batch. If the user named a
-    job whose model differs from that of the files, record the difference as left out."""
+    """Return ``carried`` with the batch and length of the options ``job`` (None: the job's own). The
+    micro-batch is the predicted batch divided by the files' ratio of batch and micro-batch; None if that does
+    not divide it. If the user named a job whose model differs from that of the files, or the files do not
+    give its sizes, list this as left out."""
     micro_batch = carried.micro_batch
     if micro_batch is not None and carried.batch is not None:
         steps = max(1, carried.batch // micro_batch)
@@ -184,9 +190,9 @@ def _as_predicted(
 def _clipped(
     job_request: memfit.planner.single_device.Request, carried: memfit.lint.draft.Carried, limit: float | None
 ) -> tuple[memfit.planner.single_device.Request, memfit.lint.draft.Carried]:
-    """Return the request with gradients clipped to ``limit``. 0: not clipped; None: the files do not say it,
-    and the job's own limit applies. With optimizer-in-backward, which cannot clip, keep the request and
-    record the limit as left out."""
+    """Return the request with gradients clipped to a norm of ``limit``, and ``carried``. 0: not clipped;
+    None: the files do not say it, and the job's own limit applies. With optimizer-in-backward, which cannot
+    clip, keep the request and list a limit above 0 in ``carried`` as left out."""
     if limit and carried.plan.get("optimizer-in-backward"):
         reason = "each parameter is updated before the whole norm is known: predicted without clipping"
         return job_request, _left_out(carried, f"gradients clipped to {limit:g}", reason)

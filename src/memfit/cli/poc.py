@@ -28,7 +28,8 @@ from memfit.types.result import OutcomeKind, Poc
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PocOptions:
-    """The extent of the proof of concept, and its report."""
+    """The numbers of seeds and processes of the proof of concept, techniques not to use, and the file of its
+    report."""
 
     seeds: Annotated[
         int,

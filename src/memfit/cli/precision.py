@@ -18,7 +18,8 @@ _DTYPES: Final = ("bf16", "fp16")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionOptions:
-    """The precisions to try, on how many batches, after how much training, and for which device."""
+    """The half precisions to try, the number of batches to measure, the number of training steps before that,
+    and the kind of device to advise for."""
 
     dtype: Annotated[
         str, typer.Option(metavar="bf16|fp16|both", help="Half precision to try: bfloat16, float16 or both.")

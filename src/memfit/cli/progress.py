@@ -86,8 +86,9 @@ class _Stage:
 
 
 class Bars:
-    """A progress callback, called with (stage, done, total, detail). Within its ``with`` block it shows the
-    progress on standard error: a bar on a terminal, otherwise lines."""
+    """A progress callback, called with (name of the stage, units done, units in total or 0 if unknown, what
+    is being worked on). Within its ``with`` block it shows the progress on standard error, in the language
+    ``lang``: a bar on a terminal, otherwise lines."""
 
     def __init__(self, lang: str) -> None:
         self._lang = lang
@@ -126,7 +127,7 @@ class Bars:
 
 class _Bar:
     """A display with a live bar for the current stage. A stage that has ended leaves a line, unless it was
-    shorter than a second and had no count."""
+    shorter than a second and its amount of work was unknown."""
 
     def __init__(self, console: rich.console.Console) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -175,8 +176,8 @@ class _Bar:
 
 
 class _Lines:
-    """A display of plain lines: one when a stage has lasted a second, and another every ten seconds until it
-    ends. In the first three seconds there are none."""
+    """A display of plain lines on standard error: one when a stage has lasted a second, and another every ten
+    seconds until it ends. In the first three seconds of the command there are none."""
 
     def __init__(self) -> None:
         self._stage: _Stage | None = None

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordOptions:
-    """The record to write, the record to add, or the format to print."""
+    """The record to write and the file for it, the record of others to add to the store, or whether to print
+    the format of records."""
 
     poc: Annotated[
         str | None,
@@ -141,7 +142,8 @@ def _told(value: float | str | None) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordFound:
-    """A record and its origin. ``taken_from``: who reports it; "" if it was measured here."""
+    """A record and its origin. ``taken_from``: the group that reports it, or the name of its file; "" if it
+    was measured here."""
 
     record: memfit.store.exchange.Shared
     taken_from: str
@@ -149,9 +151,10 @@ class RecordFound:
 
 def found_record(name: str | None, path: Path | None) -> RecordFound:
     """Return the record in the file ``name``, or the one with the ID ``name`` in the store at ``path``, by
-    default in the user's store. If ``name`` is None, it is the proof of concept begun last. A file whose
-    record is in the store, too, has the origin that the store says. Raises UserError if there is no such
-    record, or if the store has a different one with the ID of the file's."""
+    default in the user's store. If ``name`` is None, it is the record of the proof of concept begun last. A
+    file whose record is in the store, too, has the origin that the store says. Raises UserError if there is
+    no such record, if the file is no valid record, or if the store has a different record with the ID of the
+    file's."""
     from memfit.store import Store, exchange
     from memfit.store.pocs import wanted_poc
 

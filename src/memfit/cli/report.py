@@ -16,7 +16,7 @@ from memfit.cli.request import writable
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReportOptions:
-    """The proof of concept, the user's figures, and the file to write."""
+    """The proof of concept, the file with the user's figures, and the HTML file to write."""
 
     out: Annotated[
         Path | None,

@@ -1,4 +1,4 @@
-"""Convert options to the request that the planner takes, and what several commands do with a request."""
+"""Convert options to the request that the planner takes, and other steps that several commands share."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ def request(
     ranks: int = 1,
     bounds: Bounds | None = None,
 ) -> memfit.planner.single_device.Request:
-    """Return the request that the options make. ``on``: the machine; ``ranks``: the number of processes.
-    Memory, accuracy, machine and number of processes are checked before torch is loaded. Raises UserError for
-    invalid options. Prints warnings about modules of the job and about an unused accelerator."""
+    """Return the request that the options make. ``on``: the machine, as in --on; ``ranks``: the number of
+    processes; ``bounds``: further limits on the plan, None for none. Memory, accuracy, machine and number of
+    processes are checked before torch is loaded. Raises UserError for invalid options; the job itself is not
+    built yet. Prints warnings to standard error, about modules that the job imports but Python finds
+    elsewhere, and about an accelerator of this machine that is not used."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(one_of("--accuracy", goal.accuracy, Accuracy))
     machine = machine_of(on, here.place)
@@ -149,8 +151,8 @@ def plan_file(which: WhichOptions) -> Plan | None:
 
 
 def recommended_plan(asked: memfit.planner.single_device.Request, progress: Bars) -> Plan:
-    """Search for the plan that is recommended for the request and return it. Raises NothingFits, and
-    UserError for a job that cannot be planned."""
+    """Search for the plan that is recommended for the request and return it. Raises NothingFits if no plan
+    fits the memory and the other limits, and UserError for a job that cannot be planned."""
     from memfit.workflows import proof_of_concept
 
     choice = proof_of_concept.search(asked, progress).result.recommended
@@ -160,8 +162,8 @@ def recommended_plan(asked: memfit.planner.single_device.Request, progress: Bars
 
 @contextlib.contextmanager
 def best_so_far(*, lang: str, as_json: bool, workload: Workload | None = None) -> Iterator[None]:
-    """If Ctrl-C interrupts a search within the ``with`` block, print the search's result so far and raise
-    Interrupted."""
+    """If Ctrl-C interrupts a search within the ``with`` block after it has a result to show, print that
+    result (as JSON if ``as_json``, with ``workload``) and raise Interrupted."""
     from memfit.planner.single_device import SearchInterrupted
 
     try:
@@ -179,8 +181,9 @@ def show_search(
     correction: Calibration | None = None,
     workload: Workload | None = None,
 ) -> None:
-    """Print the result of a search as text, or as JSON that begins with ``workload``. ``correction``: how
-    measured runs corrected the predicted step times, None if they did not."""
+    """Print the result of a search as text in the language ``lang`` or, with ``as_json``, as JSON that begins
+    with ``workload``. ``correction``: how measured runs corrected the predicted step times, None if they did
+    not."""
     if as_json:
         from memfit.cli.views import search_view
 
@@ -192,8 +195,9 @@ def show_search(
 
 
 def writable(path: Path, *, overwrite: bool = True) -> Path:
-    """Return ``path``. Raises UserError if it is a folder, its folder does not exist, or a file exists there
-    and ``overwrite`` is False. Call it before the work begins."""
+    """Return ``path``, a file to write later. Raises UserError if it is a folder, if the folder for it does
+    not exist, or if the file exists and ``overwrite`` is False. Permissions are not checked. Call it before
+    the work begins."""
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint="give a file name")
     if not path.parent.is_dir():

@@ -131,8 +131,8 @@ def run(
 
 
 def kept(own: RunOptions) -> Keep:
-    """Return where checkpoints are written, how often, and which one is resumed; empty texts for none. Raises
-    UserError for --save-every without --save."""
+    """Return where checkpoints are written, how often, and which one is resumed; the folders are "" if none
+    are written or resumed. Raises UserError for --save-every without --save."""
     if own.save_every and own.save is None:
         raise UserError("--save-every needs --save", allowed="--save DIR --save-every N")
     return Keep(save=str(own.save or ""), every_steps=own.save_every, resume=str(own.resume or ""))
@@ -140,7 +140,8 @@ def kept(own: RunOptions) -> Keep:
 
 def lines(run: Run) -> Iterator[str]:
     """Yield the lines of a summary of the run: its outcome, and whatever is known of its memory and step time
-    with their predictions, checkpoints, loss and metric."""
+    with their predictions, the resumed checkpoint, an objection to splitting the batch, the loss, the saved
+    checkpoints and the metric."""
     from memfit.cli.views import step_s
 
     measurement, cap_bytes = run.measurement, run.spec.cap_bytes
@@ -171,9 +172,9 @@ def lines(run: Run) -> Iterator[str]:
 
 
 def _peak(run: Run, peak_bytes: int) -> str:
-    """Describe the measured and the predicted peak, such as ``1.5 MiB measured, 1.498 MiB predicted (-0.13
-    %)``. The error in percent is left out if the run did not complete, or if its only step stayed below the
-    predicted peak, which is of the second step."""
+    """Describe the measured and the predicted peak memory, such as ``1.5 MiB measured, 1.498 MiB predicted
+    (-0.13 %)``. The error in percent is left out if the run did not complete, or if it had only one step and
+    stayed below the predicted peak, which is reached from the second step on."""
     measured, predicted = format_bytes(peak_bytes), run.predicted_peak_bytes
     if run.measurement.outcome is not OutcomeKind.OK:
         prediction = f", {format_bytes(predicted)} predicted for the whole run" if predicted else ""

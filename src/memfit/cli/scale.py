@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleOptions:
-    """The record, the limits of its gates, and the machines, the size and the job of the next stages."""
+    """The record of a proof of concept, the limits that its figures must keep, and the machines, the size and
+    the job of the next stages, the pilot and the full-size training."""
 
     record: Annotated[
         str | None,
@@ -137,8 +138,8 @@ def scale(
 
 
 def _attended(record_found: RecordFound, minutes: float, store: StoreOptions) -> RecordFound:
-    """Store the attended minutes of the record's proof of concept and return the updated record. Raises
-    UserError for a record from others."""
+    """Store ``minutes``, those that people spent attending to the record's proof of concept, and return the
+    updated record. Raises UserError for a record from others."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
@@ -153,9 +154,9 @@ def _attended(record_found: RecordFound, minutes: float, store: StoreOptions) ->
 
 
 def _spec(record_found: RecordFound, store: StoreOptions) -> str:
-    """Return the record's job as --job names it. For a record measured here this is FILE.py:NAME for a job of
-    the user. Raises UserError if a record from others is not of a built-in job: predicting the job would run
-    its file."""
+    """Return the record's job as --job names it. For a record measured here it may be a job of the user,
+    FILE.py:NAME. Raises UserError if a record from others is not of a built-in job: predicting the job would
+    run a file that others name."""
     from memfit.jobs.registry import names
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
@@ -183,7 +184,8 @@ def _stage(
     job: JobOptions, on: str, goal: GoalOptions, here: HereOptions
 ) -> tuple[dict[str, Any], memfit.planner.single_device.Planning]:
     """Search for the plan of a stage on the machine ``on``. Return (the recommended plan with its prediction
-    and what would stop the stage, as plain data; the search's result). Raises NothingFits."""
+    and what would stop the stage, as plain data; the search's result). Raises NothingFits if no plan fits the
+    machine, and UserError for invalid options."""
     from memfit.planner import single_device
     from memfit.types.units import format_bytes
 
@@ -215,9 +217,10 @@ def _stage(
 
 
 def _keep(poc_id: str, plannings: list[memfit.planner.single_device.Planning], store: StoreOptions) -> None:
-    """Store the predictions of the stages for the decision of the proof of concept. If those of the catalog's
-    machines are not stored for this size, predict and store them as well, unless a trace of the model takes
-    long or nothing was recommended. Everything is predicted before anything is stored."""
+    """Store the predictions of the stages, ``plannings``, with the proof of concept ``poc_id``, for its
+    decision. If predictions for the catalog's machines with prices are not stored for the stages' size of the
+    job, predict and store them as well, unless a trace of the model takes long or the proof of concept
+    recommended no plan. Everything is predicted before anything is stored."""
     from memfit.planner.single_device import is_long
     from memfit.store import Store
     from memfit.workflows import proof_of_concept, reference_machines
@@ -244,8 +247,8 @@ def _decision(
     poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions
 ) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision]:
     """Return the proof of concept and its decision, which has the cost of each stage with the user's latest
-    figures. Store the machines of ``stages`` and the text of the file ``gates`` for the report; without a
-    file the default limits replace those stored before."""
+    figures. Before that, store the machines of ``stages`` and the text of ``gates``, the file with limits,
+    for the report; without a file the default limits replace those stored before."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
@@ -258,8 +261,8 @@ def _decision(
 
 
 def _with_money(stages: dict[str, Any], decision: memfit.types.decision.Decision) -> dict[str, Any]:
-    """Return stage name -> costs and state as in the report. Predictions just made, in ``stages``, are added
-    and take precedence."""
+    """Return name -> costs and state, as in the report, of every stage in the decision. Predictions just
+    made, in ``stages``, are added; where both have a value, it is theirs."""
     record_keys = (
         "state",
         "machine",

@@ -25,8 +25,9 @@ def techniques(output: JsonOptions) -> None:
 
 
 def view(technique: memfit.techniques.base.Technique) -> dict[str, Any]:
-    """Return the technique, its settings, and whether the packages that it needs are installed, as plain
-    data for ``--json``."""
+    """Return what the technique does, its effect on results, its settings with their defaults, the packages
+    that it needs, whether all are installed, and what it cannot be combined with, as plain data for
+    ``--json``."""
     return {
         "name": technique.name,
         "what": technique.summary,
@@ -41,7 +42,8 @@ def view(technique: memfit.techniques.base.Technique) -> dict[str, Any]:
 
 
 def row(technique: memfit.techniques.base.Technique) -> tuple[str, ...]:
-    """Return (name, effect on results, what it does with its settings and needed packages)."""
+    """Return the technique's row of the table: (its name; its effect on results; what it does and, on a
+    second line, its settings and the packages that it needs)."""
     missing = technique.missing
     needs = [f"needs {p}{', which is missing' if p in missing else ''}" for p in technique.needs]
     details = "; ".join([*map(_knob, technique.knobs), *needs])

@@ -15,20 +15,21 @@ View = Mapping[str, Any]
 
 
 def plan_view(plan: Plan) -> View:
-    """Return "plan" (technique -> settings) and "label" (the plan in one line)."""
+    """Return "plan" (technique -> settings) and "label" (the plan in one line). The number of ranks is only
+    in the label."""
     return {"plan": plan.to_dict(), "label": plan.label}
 
 
 def estimate_view(estimate: Estimate) -> View:
-    """Return the estimate's fields, with its plan as technique -> settings, the plan's label, and what
-    predictions do not include."""
+    """Return the estimate's fields by name, with its plan as technique -> settings ("plan"), the plan in one
+    line ("label"), and what predictions do not include ("not_included")."""
     additional = {**plan_view(estimate.plan), "not_included": list(NOT_INCLUDED)}
     return serialization.to_plain(estimate) | additional  # type: ignore[no-any-return]
 
 
 def choice_view(choice: Choice) -> View:
-    """Return a plan of a search: its label, effect on results, whether it fits, its estimate, and the reasons
-    for and against techniques."""
+    """Return a plan that a search found: its techniques and label, its effect on results, whether it fits,
+    the bytes that it needs, its estimate, and the reasons for and against techniques."""
     plain = serialization.to_plain(choice.estimate)
     return {
         **plan_view(choice.estimate.plan),
@@ -42,8 +43,8 @@ def choice_view(choice: Choice) -> View:
 
 def search_view(result: SearchResult, correction: Calibration | None = None) -> View:
     """Return the result of a search. "recommended" is null if nothing fits. "smallest" is always the plan
-    that needs the least memory. "correction" says how measured runs correct step times; it is null if
-    ``correction`` is None or comes from no run."""
+    that needs the least memory. "timings" is null for a machine of the catalog. "correction" says how
+    measured runs correct predicted step times; it is null if ``correction`` is None or comes from no run."""
     corrected = correction is not None and correction.corrected_by
     return {
         "correction": correction_view(correction) if correction is not None and corrected else None,
@@ -68,8 +69,9 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
 
 
 def correction_view(found: Calibration) -> View:
-    """Return how the measured step times of a proof of concept correct predicted ones: the factor on every
-    step, factors for techniques, the spread that remains, and the number of plans that were measured."""
+    """Return how the measured step times of a proof of concept correct predicted ones: its ID, the number of
+    plans that were measured, the factor on every predicted step time, further factors for single techniques,
+    and the spread that remains, as a ratio."""
     return {
         "poc_id": found.corrected_by,
         "plans": found.corrected_count,
@@ -81,7 +83,7 @@ def correction_view(found: Calibration) -> View:
 
 def step_s(measurement: Measurement) -> float | None:
     """Return the median step time in seconds without the first two steps, which warm the caches. If there are
-    no more than two steps, return the median of those."""
+    no more than two steps, return the median of those; None if no step was measured."""
     steady = measurement.step_s[2:] or measurement.step_s
     return statistics.median(steady) if steady else None
 
@@ -120,8 +122,9 @@ def run_view(run: Run) -> View:
 
 
 def poc_view(poc: Poc) -> View:
-    """Return a proof of concept, also an unfinished one. "verdict" is the kind of the recommended plan's
-    verdict, or null before it has one; "verdicts" holds all, by name."""
+    """Return a proof of concept, also an unfinished one. "verdict" is the kind of the verdict on the
+    recommended plan, or null before there is one; "verdicts" holds all verdicts, by name. "report" is the
+    path of the HTML report."""
     verdicts = {named.name: serialization.to_plain(named.verdict) for named in poc.verdicts}
     search = search_view(poc.search)
     return {

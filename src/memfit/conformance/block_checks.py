@@ -24,8 +24,8 @@ _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}
 def parameter_dtypes(step: Observation) -> None:
     """Record whether parameters have the planned dtype: with bf16-parameters, or ZeRO in bf16, at least 90 %
     of the elements of the blocks (without blocks: of all trained parameters) are bfloat16; else no trained
-    parameter is bfloat16 or float16 unless the model is so by itself. Float32 islands do not count. Does
-    nothing with qlora."""
+    parameter is bfloat16 or float16 unless the model is so by itself. Modules that are to stay in float32 and
+    float64 parameters do not count. Does nothing with qlora."""
     zero, plan = step.plan.get("zero"), step.plan
     is_bf16 = plan.get("bf16-parameters") or (zero is not None and zero.settings["precision"] == "bf16")
     if plan.get("qlora") is not None:
@@ -53,9 +53,9 @@ def parameter_dtypes(step: Observation) -> None:
 
 
 def recomputation(step: Observation) -> None:
-    """Record whether exactly those blocks run again in backward that the plan's checkpointing covers and
-    through which gradients pass, apart from blocks that the model recomputes by itself. Unseen if no such
-    blocks ran."""
+    """Record whether exactly those blocks run again in backward that the plan's activation or selective
+    checkpointing covers and through which gradients pass, apart from blocks that the model recomputes by
+    itself. Recorded as not checked if the plan has checkpointing and no such blocks ran."""
     use, run_blocks = step.plan.get("activation-checkpointing"), set(step.heard.ran)
     use = use or step.plan.get("selective-checkpointing")
     if not run_blocks:
@@ -83,9 +83,9 @@ def recomputation(step: Observation) -> None:
 
 
 def autocast(step: Observation) -> None:
-    """Record whether the layers of all blocks run under the planned autocast, or under none if none is
-    planned, apart from what the model does by itself. Unseen if autocast is planned and no layers of blocks
-    were observed."""
+    """Record whether each block has layers that run under the planned autocast, or, if none is planned,
+    whether all layers of the blocks run without autocast, apart from what the model does by itself. Recorded
+    as not checked if autocast is planned and no layers of blocks were observed."""
     feature = next((n for n in _AUTOCAST if step.plan.get(n)), "bf16-autocast")
     if not step.heard.autocast:
         if step.plan.get(feature):
@@ -102,9 +102,9 @@ def autocast(step: Observation) -> None:
 
 
 def _outside(step: Observation, feature: str) -> bool:
-    """Return whether blocks run outside the autocast planned by ``feature`` although the model itself does
-    not cause this. If it is unknown what the model does by itself, return whether they are more than half,
-    and record fewer as unseen."""
+    """Return whether some block has no layer under the autocast planned by ``feature``, although the model
+    itself does not cause this. If it is unknown what the model does by itself, return whether these are more
+    than half of the blocks, and record fewer as not checked."""
     planned_dtype = _AUTOCAST[feature]
     blocks = {index for index, _ in step.heard.autocast}
     outside_blocks = blocks - step.heard.narrow(str(planned_dtype))
@@ -121,8 +121,9 @@ def _outside(step: Observation, feature: str) -> bool:
 
 
 def fsdp2_precision(step: Observation) -> None:
-    """Record, with fsdp2, whether the layers of the blocks compute with parameters of the planned dtype: at
-    least 90 % of the elements in bfloat16, or the dtypes of the blocks' parameters."""
+    """Record, with fsdp2, whether the layers of the blocks compute with parameters of the planned dtype: with
+    precision bf16, at least 90 % of the elements in bfloat16; else exactly the dtypes in which the blocks'
+    parameters are kept. Does nothing if no layer of the blocks was observed."""
     fsdp, elements_by_dtype = step.plan.get("fsdp2"), step.heard.computed
     if fsdp is None or not elements_by_dtype:
         return
@@ -148,7 +149,8 @@ def _beside(
     step: Observation, feature: str, text: str, effects: set[_T], own_effects: Collection[_T] | None
 ) -> set[_T]:
     """Return those of ``effects`` that are not in ``own_effects``, the ones that the model causes by itself.
-    If these are unknown (None), record ``text``, which describes the effects, as unseen and return none."""
+    If these are unknown (None), record ``text``, which describes the effects, as not checked, and return an
+    empty set."""
     if own_effects is not None:
         return effects - set(own_effects)
     if effects:

@@ -17,9 +17,13 @@ _SEVERAL = {"tensor-parallel", "context-parallel", "axial-parallel", "pipeline",
 
 def clipped(step: Observation) -> None:
     """Record whether the norm of the gradients at the update is at most ``step.clip`` or, if that is 0,
-    whether gradients are not clipped. Does nothing if it is None (unknown). Unseen if no update was observed,
-    or if the gradients do not tell: they are smaller than the limit, and torch's clipping was not called with
-    it."""
+    whether gradients are not clipped. Does nothing if it is None (unknown).
+
+    A limit is recorded as not checked if no update was observed, or if the gradients are smaller than it and
+    torch's clipping was not called with it. That there is no clipping is recorded as not checked if torch's
+    clipping was not called, and the norm of all gradients is unknown before clipping or at the update, as it
+    is under tensor, pipeline and other parallelism (`_SEVERAL`). If no update was observed, nothing is
+    recorded then."""
     if step.clip is None:
         return
     if not any(from_all(bool(step.clipping.squares))):

@@ -53,8 +53,8 @@ class Clipping:
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the gradient norm of each parameter before an update of ``optimizer``. An engine may update
         in several calls with different parameters; of several for one parameter, the largest is kept. If it
-        is unknown whether gradients are clipped, nothing is recorded, because each norm waits for the
-        device."""
+        is unknown whether gradients should be clipped (``Prepared.clip`` is None), nothing is recorded,
+        because each norm waits for the device."""
         if self._prepared.clip is None:
             return
         for param in (p for group in optimizer.param_groups for p in group["params"]):

@@ -1,6 +1,7 @@
 """Checks of parallel plans beyond sharded elements, mostly one function per technique.
 
-Whether a gather is made depends only on the plan, so that all ranks make the same gathers.
+Every rank runs all checks. Whether a check gathers values from all ranks depends only on the plan, so that
+all ranks take part in the same gathers.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-
 
 def shards(step: Observation) -> None:
     """Record, if the plan shards parameters, whether all ranks together hold at least 75 % of the elements of
-    one model per replica. Does nothing with expert-parallel."""
+    one model per replica. Does nothing with expert-parallel, or if the ranks hold no elements."""
     degree, feature = step.sharded("parameters")
     if degree == 1 or step.plan.get("expert-parallel") is not None:
         return
@@ -56,7 +57,8 @@ def shards(step: Observation) -> None:
 
 def units(step: Observation) -> None:
     """Record, with fsdp2 and at least two blocks, whether no parameter group has most of the parameters of
-    more than one block, so that FSDP2 gathers block by block. Unseen if there are no groups of blocks."""
+    more than one block, so that FSDP2 gathers block by block. Recorded as not checked if no group has most of
+    the parameters of a block, or of those outside the blocks."""
     if step.plan.get("fsdp2") is None or len(step.blocks) < 2:
         return
     block_of_module = _block_of(step)
@@ -84,9 +86,10 @@ def units(step: Observation) -> None:
 
 
 def resharded(step: Observation) -> None:
-    """Record whether FSDP2 frees gathered blocks after their forward or keeps them, as planned. It frees them
-    if at most half of them are still gathered when backward begins, without the last block, which backward
-    needs first. Does nothing with a pipeline or without shards."""
+    """Record whether FSDP2 frees gathered blocks after their forward or keeps them, as planned. It counts as
+    freeing them if at most half of them are still gathered when backward begins. The last block, which
+    backward needs first, is left out. Does nothing with a pipeline, or if parameters are not sharded.
+    Recorded as not checked if gathered blocks were not observed, or if there are fewer than two blocks."""
     use = step.plan.get("fsdp2")
     if use is None or step.layout.pipeline > 1 or step.layout.shard * step.layout.context == 1:
         return
@@ -129,8 +132,9 @@ def still_gathered(step: Observation) -> list[int]:
 
 
 def replicas(step: Observation) -> None:
-    """Record whether parameters have equal norms on every rank after a step. If not, gradients were not
-    averaged. Does nothing unless all ranks should hold the same whole parameters."""
+    """Record whether trained parameters have equal norms on every rank after a step, within a relative 1e-7.
+    If not, gradients were not averaged. Does nothing with expert-parallel, or unless all ranks should hold
+    the same whole parameters."""
     replica_count = step.layout.data * step.layout.context
     if replica_count == 1 or step.layout.ranks != replica_count or step.sharded("parameters")[0] > 1:
         return
@@ -168,8 +172,9 @@ def near(a: list[float], b: list[float]) -> bool:
 
 def offloaded_states(step: Observation) -> None:
     """Record, with fsdp2 or zero, whether parameters and optimizer state are offloaded to the host exactly as
-    planned. If layers compute on an accelerator, the devices of tensors show it, else the settings of the
-    object that would move them. Unseen if an offload is planned and there is no such object."""
+    planned. If the loss is on an accelerator, the devices of tensors show it, else the settings of the object
+    that would move the tensors. Recorded as not checked if an offload is planned and there is no such
+    object."""
     use = step.plan.get("fsdp2") or step.plan.get("zero")
     if use is None:
         return
@@ -198,8 +203,8 @@ def _planned_on_host(offload: str) -> list[str]:
 
 def _on_devices(step: Observation, planned_names: Sequence[str]) -> set[str]:
     """Return which of "parameters" and "optimizer" (its state) are on the host: with over 90 % of their bytes
-    if they are in ``planned_names``, else with over half. Parameters that ZeRO leaves in place because they
-    are small do not count."""
+    if they are in ``planned_names``, else with over half. What has no bytes on this rank counts as planned.
+    If parameters are to be on the host, the small ones that ZeRO leaves in place do not count."""
     keeps_small = "parameters" in planned_names and step.plan.get("zero") is not None
     params = (p for p in step.model.parameters() if not (keeps_small and step.persists(p)))
     state_tensors = (t for _, tensors in states(step.optimizer) for t in tensors)
@@ -245,9 +250,10 @@ class _Stage:
 
 
 def stages(step: Observation) -> None:
-    """Record, with a pipeline, whether this rank holds no more blocks than its stages have, whether not all
-    ranks train the same parameters, and whether it holds none that only other stages train. The first is
-    unseen if the size of the whole model is unknown, the others if a rank had no gradients."""
+    """Record, with a pipeline, whether this rank holds no more blocks than its stages should have, and
+    whether it holds no parameters that only other ranks' stages train. If all ranks train the same parameters
+    with the same values, record this as the difference instead of the second. The first is recorded as not
+    checked if the size of the whole model is unknown, the second if a rank had no gradients."""
     use = step.plan.get("pipeline")
     if use is None:
         return
@@ -295,8 +301,9 @@ def stages(step: Observation) -> None:
 
 
 def shared_samples(step: Observation) -> None:
-    """Record, with context or axial parallelism, whether not all ranks that share a sample work on the same
-    part of it, by the inputs of their blocks. Unseen if these were not observed on some rank."""
+    """Record, with context or axial parallelism, whether the ranks that each hold a part of the same samples
+    work on different parts, by the inputs of their blocks. Only if all of these ranks work on the same part
+    is this a difference. Recorded as not checked if the inputs were not observed on some rank."""
     use = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
     if use is None or step.layout.context == 1:
         return
@@ -316,8 +323,8 @@ def shared_samples(step: Observation) -> None:
 
 
 def entering(args: Iterable[Any]) -> Iterator[float]:
-    """Yield numbers that are equal if two ranks receive the same tensors: sum and norm of each floating-point
-    tensor of at least two dimensions in ``args`` that is not constant."""
+    """Yield numbers that are equal if two ranks receive the same tensors: sum and norm of this rank's part of
+    each floating-point tensor in ``args`` that has at least two dimensions and elements that differ."""
     for value in args:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
             local = getattr(value, "_local_tensor", value).detach()
@@ -326,8 +333,8 @@ def entering(args: Iterable[Any]) -> Iterator[float]:
 
 
 def experts(step: Observation) -> None:
-    """Record, with expert-parallel, whether this rank holds fewer elements than the whole model. Unseen if
-    the size of the whole model is unknown."""
+    """Record, with expert-parallel, whether this rank holds fewer elements than the whole model. Recorded as
+    not checked if the size of the whole model is unknown."""
     use = step.plan.get("expert-parallel")
     if use is None:
         return

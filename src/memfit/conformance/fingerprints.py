@@ -13,13 +13,14 @@ TURNS = ((2.4, 1.9), (1.1, 0.83), (0.37, 2.65), (2.9, 0.29))
 
 
 def real(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a complex tensor as a real one with a last dimension of 2, and other tensors unchanged."""
+    """Return a complex tensor as a real view with a further, last dimension of 2, other tensors unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) -> torch.Tensor:
-    """Return the fingerprint of consecutive elements of a tensor, as len(TURNS) float64 numbers. The elements
-    begin at index ``start`` of a tensor whose rows (dimension 0) have ``columns`` elements."""
+    """Return the fingerprint of ``values``, consecutive elements of a tensor, as len(TURNS) float64 numbers.
+    The elements begin at index ``start`` of a tensor whose rows (dimension 0) have ``columns`` elements, by
+    default as many as those of ``values``. A sparse tensor is a whole one, whose other elements are zero."""
     values = real(values.detach())
     columns = columns or math.prod(values.shape[1:])
     if values.is_sparse:
@@ -57,6 +58,7 @@ def _of_rows(sparse: torch.Tensor) -> torch.Tensor:
 
 
 def _waves(places: torch.Tensor, axis: int) -> torch.Tensor:
-    """Return the weight of each place for each number, shape (places, len(TURNS))."""
+    """Return the weights of row indices (``axis`` 0) or column indices (1) for each number of a fingerprint,
+    with shape (places, len(TURNS)). An element's weight is the product of those of its row and column."""
     turns = torch.tensor([pair[axis] for pair in TURNS], dtype=torch.float64, device=places.device)
     return (places.double()[:, None] * turns + 0.5).cos().float()

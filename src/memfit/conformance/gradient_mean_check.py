@@ -48,9 +48,9 @@ class _Rank:
 
 def mean_gradients(step: Observation) -> None:
     """Record whether the gradients that the update receives are a multiple of the mean over the data-parallel
-    and context-parallel ranks. Does nothing if there is one such rank. Unseen with expert-parallel, with a
-    zero-bubble pipeline, if the user's hooks may explain a difference, or if what was observed does not
-    tell."""
+    and context-parallel ranks. Does nothing if there is one such rank. Recorded as not checked with
+    expert-parallel, with a zero-bubble pipeline, if the user's hooks may explain a difference, or if the
+    observations do not decide it, for example because the ranks' gradients hardly differ."""
     ranks = step.layout.data * step.layout.context
     if ranks == 1:
         return
@@ -99,8 +99,8 @@ def _this_rank(step: Observation) -> _Rank:
 
 
 def cut_names(step: Observation) -> set[str]:
-    """Return the names of the parameters that tensor parallelism shards. The gradients of other parameters
-    may be this rank's terms of sums over tensor-parallel ranks."""
+    """Return the names of the parameters that tensor parallelism shards. The gradient of another parameter in
+    backward may be only this rank's term of a sum over tensor-parallel ranks."""
 
     def cut(param: nn.Parameter) -> bool:
         by_mesh = any(p.is_shard() for p, tensor_parallel in placed(param) if tensor_parallel)

@@ -37,8 +37,9 @@ class Averages:
     - ``backward``, ``before``, ``after``: for each parameter name, figures of the gradient that this rank
       holds after the last backward, and before and after the optimizer's last step.
     - ``began``: whether gradients of an earlier pass existed when the first backward began; None before it.
-    - ``waiting``: FSDP2 had not reduced some gradients when the optimizer stepped.
-    - ``hooked``: parameters have hooks of the user that may change gradients in backward.
+    - ``waiting``: whether FSDP2 had not reduced some gradients when the optimizer stepped.
+    - ``hooked``: whether parameters have hooks of the user, called after a gradient is accumulated, that may
+      change gradients in backward.
     """
 
     def __init__(self, prepared: Prepared) -> None:

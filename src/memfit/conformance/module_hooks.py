@@ -23,8 +23,9 @@ class Heard:
     - ``ran``, ``again``: block -> elements of the parameters of each layer that ran in forward, and of each
       that ran again in backward, by the layer's id.
     - ``passed``: blocks through which gradients pass.
-    - ``autocast``: (block, dtype of autocast or "off" while a layer with parameters ran).
-    - ``computed``: dtype -> elements of parameters with which layers ran, over all blocks.
+    - ``autocast``: (block, dtype of autocast or "off" while a layer with parameters ran in forward).
+    - ``computed``: dtype -> elements of parameters with which layers ran in forward, added up over all calls
+      and blocks.
     """
 
     ran: dict[int, dict[int, int]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
@@ -41,10 +42,10 @@ class Heard:
         on_first: Callable[[Iterable[Any]], None] = lambda args: None,
         busy: Callable[[], bool] = lambda: False,
     ) -> list[Any]:
-        """Register hooks on all modules inside ``blocks`` and return their handles. ``islands``: modules
-        whose autocast and dtypes are not recorded. ``on_first`` receives the positional inputs of the layers
-        of the first block that ran. ``busy`` returns whether a forward does not belong to the step, and is
-        to be ignored."""
+        """Register hooks on all modules inside ``blocks``, or on a block itself if it contains none, and
+        return their handles. ``islands``: modules whose autocast and dtypes are not recorded. ``on_first``
+        receives, in forward, the positional inputs of the modules of the block with the lowest index that has
+        run. While ``busy`` returns True, forwards do not belong to the step and are ignored."""
 
         def hook(index: int) -> Callable[[nn.Module, Any, Any], None]:
             def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -80,14 +81,15 @@ class Heard:
                 self.computed[p.dtype] += whole(p)
 
     def recomputed(self) -> set[int]:
-        """Return the blocks of which layers with at least 75 % of the elements ran again in backward."""
+        """Return the blocks of which layers with at least 75 % of the elements that ran in forward ran again
+        in backward."""
         shares = {
             i: _weight(self.again.get(i, {})) / max(_weight(elements), 1) for i, elements in self.ran.items()
         }
         return {i for i, share in shares.items() if share >= _MOST}
 
     def narrow(self, dtype: str) -> set[int]:
-        """Return the blocks that have a layer under autocast to ``dtype``."""
+        """Return the blocks of which a layer ran under autocast to ``dtype``, such as "torch.bfloat16"."""
         return {i for i, kind in self.autocast if kind == dtype}
 
 

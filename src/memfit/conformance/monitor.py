@@ -137,8 +137,9 @@ class Monitor(Observation):
     # -- comparing ------------------------------------------------------------------------------------
 
     def conclude(self) -> Conformance:
-        """Run all checks and return the result. All ranks must call it. Raises NotConforming with the
-        differences of all ranks if anything differs on any rank."""
+        """Run all checks and return the result. If the number of ranks is not the planned one, nothing else
+        is checked. All ranks must call it. Raises NotConforming with the differences of all ranks if anything
+        differs on any rank."""
         with meshes_of(self.plan, self.model):
             return self._concluded()
 
@@ -182,8 +183,8 @@ class Monitor(Observation):
             check(self)
 
     def _gathered(self) -> Conformance:
-        """Return the result: the differences of all ranks, so that all ranks stop if one does, and what this
-        rank has checked and not seen."""
+        """Return the result: the differences of all ranks, so that all ranks stop if one does, and what was
+        checked and not checked on this rank."""
         differences_by_rank = [self.differences]
         if dist.is_initialized() and dist.get_world_size() > 1:
             differences_by_rank = [None] * dist.get_world_size()  # type: ignore[list-item]
@@ -197,7 +198,8 @@ class Monitor(Observation):
 
     def _parameters(self) -> None:
         """Record whether this rank holds as many elements of parameters as planned: at most its shard if the
-        plan shards them, else at least 99 % of its part of the model."""
+        plan shards them, else at least 99 % of its part of the model. Recorded as not checked if they should
+        be sharded and this rank holds none."""
         params = list(self.model.parameters())
         held_elements, part_elements = sum(map(local_elements, params)), self.part(params)
         degree, feature = self.sharded("parameters")
@@ -224,8 +226,10 @@ class Monitor(Observation):
 
     def _shard(self, params: list[nn.Parameter], degree: int) -> float:
         """Return the most elements of ``params`` that one of ``degree`` ranks may hold. With fsdp2, they are
-        whole rows of each parameter, and whole parameters that it ignores; with sharded-ddp, an even part and
-        most of the largest parameter; else an even part. Padding is added except with sharded-ddp."""
+        whole rows of each parameter, and whole parameters that it ignores (at most 5 % of the elements); with
+        sharded-ddp, an even part and most of the largest parameter; else an even part. If some of ``params``
+        are freed and their sizes unknown, it is an even part of the whole model with any technique. Padding
+        of 64 elements per rank is added except with sharded-ddp."""
         sizes = [whole(p) for p in params]
         if (part_elements := self.part(params)) > sum(sizes):
             return part_elements / degree + _PADDING * degree

@@ -24,7 +24,8 @@ class Observation(Prepared):
 
     ``micro_batches`` is the number of micro-batches that the observed step runs, if it differs from the
     plan's. ``own``, which the caller may set, says what the model does without a plan. If it is None, effects
-    that the plan does not request are recorded as not seen instead of as differences.
+    that the plan does not request, and that the model may cause by itself, are recorded as not checked
+    instead of as differences.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Observation(Prepared):
         self.left: list[tuple[float, float]] = []  # fingerprints of the last block's outputs
         self.learned: set[int] = set()  # addresses of parameters that got a gradient
         self.passes: list[int] = []  # numbers of backward passes, for each optimizer step
+        # Elements of gradients on this rank before the first update; None if none was observed.
         self.gradients: int | None = None
         self.arrived, self.waiting = 0, 0  # gradients that arrived in backward; most elements held there
         self.differences: list[Difference] = []

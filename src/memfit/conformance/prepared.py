@@ -19,10 +19,12 @@ from memfit.types.plan import Plan
 class Prepared:
     """A model to which a plan should have been applied, its optimizer and the plan.
 
-    ``blocks`` and ``head`` are module paths; the blocks are searched if None, and an empty list if not found.
-    ``whole_elements`` is the number of elements of the model's parameters before sharding, if the caller
-    knows it. The attribute ``clip``, which the caller may set, is the largest gradient norm that the update
-    should receive; 0 means no clipping, and None means unknown.
+    The arguments ``blocks`` and ``head`` are the module paths of the repeated blocks and of the output layer,
+    or None to search for them. The attribute ``blocks`` is the list of the blocks, which is empty if none are
+    found; ``islands`` are the modules that are to stay in float32. ``whole_elements`` is the number of
+    elements of the model's parameters before sharding, if the caller knows it. The attribute ``clip``, which
+    the caller may set, is the largest gradient norm that the update should receive; 0 means no clipping, and
+    None means unknown.
     """
 
     def __init__(
@@ -46,7 +48,8 @@ class Prepared:
         self.islands = frozenset(fp32_modules.members(model))
 
     def beside(self, *dimensions: str) -> tuple[int, ...]:
-        """Return this rank's coordinates along all dimensions of the plan's mesh except ``dimensions``."""
+        """Return this rank's coordinates along all dimensions of the plan's mesh except ``dimensions``: equal
+        for the ranks that differ from this one only along these. It needs a process group."""
         coordinate = self.layout.coordinate(dist.get_rank())
         return tuple(v for name, v in coordinate.items() if name not in dimensions)
 
@@ -54,14 +57,16 @@ class Prepared:
         return (p for p in self.model.parameters() if p.requires_grad)
 
     def part(self, params: list[nn.Parameter]) -> int:
-        """Return the elements of ``params`` before data-parallel sharding. If some of them are freed, and are
-        not ZeRO 3's, whose sizes are known, return at least ``whole_elements``."""
+        """Return the number of elements of ``params`` before data-parallel sharding. If some of them are
+        freed and their sizes are unknown (those of ZeRO 3 are known), return at least ``whole_elements`` if
+        that is known."""
         elements = sum(map(whole, params))
         is_freed = any(not p.numel() and not lets_go(p) for p in params)
         return max(elements, self.whole_elements or 0) if is_freed else elements
 
     def persists(self, param: nn.Parameter) -> bool:
-        """Return whether the plan has ZeRO and the parameter is so small that stage 3 keeps it whole."""
+        """Return whether the plan has ZeRO, of any stage, and the parameter is so small
+        (``persist_elements``) that stage 3 keeps it whole on every rank."""
         use = self.plan.get("zero")
         return use is not None and whole(param) <= int(use.settings["persist_elements"])
 

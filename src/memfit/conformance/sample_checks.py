@@ -28,9 +28,10 @@ class _Rank:
 
 
 def different_samples(step: Observation) -> None:
-    """Record whether all data-parallel ranks train on different samples, by the inputs of their models.
-    Unseen if no inputs were observed, or if ranks get the same inputs that are one sample only or give
-    different losses."""
+    """Record whether all data-parallel ranks train on different samples, by the inputs of their models. Two
+    ranks with the same inputs and losses are a difference if the inputs contain more than one sample.
+    Recorded as not checked if no inputs were observed on some rank, or if ranks get the same inputs, but
+    these are only one sample or the losses differ. Does nothing with one data-parallel rank."""
     if step.layout.data == 1:
         return
     technique = next((u.technique for u in step.plan.uses if u.technique in _DATA_PARALLEL), "replicas")
@@ -70,7 +71,8 @@ def _same_ends(a: _Rank, b: _Rank) -> bool:
 
 def other_parts(step: Observation) -> None:
     """Record, with context or axial parallelism, whether some block reads the other ranks' parts of a sample.
-    Unseen if no block was observed whose output mixes positions."""
+    Recorded as not checked if no block was observed in which the output at some positions depends on the
+    input at others."""
     use = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
     if use is None or step.layout.context == 1:
         return

@@ -16,7 +16,9 @@ from memfit.conformance.technique_checks import told
 def schedule(step: Observation) -> None:
     """Record, if the plan has a pipeline, whether on each stage at most as many micro-batches are in flight
     as its schedule allows (with gpipe, exactly as many), and whether gradients of weights are computed
-    separately exactly if the schedule is a zero-bubble one. Unseen if no passes of stages were observed."""
+    separately exactly if the schedule is a zero-bubble one. Both are recorded as not checked if some rank was
+    not observed to run forwards and backwards, the second also if some rank does not run torch's pipeline
+    stages."""
     use = step.plan.get("pipeline")
     if use is None:
         return

@@ -37,7 +37,7 @@ _UNNAMED_IS_TENSOR: contextvars.ContextVar[bool] = contextvars.ContextVar("unnam
 
 @contextlib.contextmanager
 def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
-    """Set how device meshes whose dimensions have no names are read inside this context: as those of tensor
+    """Inside this context, let `placed` read device meshes whose dimensions have no names as those of tensor
     parallelism, if the plan has it and no module of the model uses FSDP2, else as data-parallel."""
     only_tensor = plan.get("tensor-parallel") is not None and not any(True for _ in fsdp_groups(model))
     token = _UNNAMED_IS_TENSOR.set(only_tensor)
@@ -105,7 +105,8 @@ def local_elements(tensor: torch.Tensor) -> int:
 
 
 def layers(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer and the optimizers that it wraps, outermost first, at most 8 in all."""
+    """Yield an optimizer and the optimizers that it wraps in its attribute ``optimizer``, ``optim``,
+    ``inner`` or ``base_optimizer``, outermost first, at most 8 in all. Yield nothing for None."""
     for _ in range(_DEEP):
         if optimizer is None:
             return

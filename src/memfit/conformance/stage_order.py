@@ -16,9 +16,9 @@ _CALLS = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_
 
 class Order:
     """Records this rank's order of forwards (F), backwards (B) and the weights' parts of backwards (W), as
-    letters. ``staged`` is the order of torch's pipeline stages between `__enter__` and `__exit__`, if the
-    plan has a pipeline. ``plain`` is the order of `on_forward` and `on_backward` calls: the model's forward
-    passes and calls of backward."""
+    letters. ``staged`` is the order of torch's pipeline stages between `__enter__` and `__exit__`, "" if the
+    plan has no pipeline; forwards of stages without a backward are left out. ``plain`` is the order of
+    `on_forward` and `on_backward` calls: the model's forward passes and calls of backward."""
 
     def __init__(self, plan: Plan) -> None:
         self._listens = plan.get("pipeline") is not None

@@ -1,7 +1,8 @@
 """Checks of techniques beyond sharding, dtypes and recomputation, mostly one function per technique.
 
-Each compares an effect of the technique with the plan, or records that there is nothing to see. It does
-nothing if the plan does not have the technique.
+Each compares an effect of the technique with the plan and records the result in the observation, or records
+as not checked what cannot be judged, with the reason. It does nothing if the plan does not have the
+technique.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ _LOW_RANK = 32  # rows and columns from which factored moments are clearly small
 
 
 def offloaded_activations(step: Observation) -> None:
-    """Record whether activation-offload moves the large tensors saved for backward: at most a quarter of
-    their bytes may stay. Unseen if the step runs in the memory to offload to, or has no large tensors."""
+    """Record whether activation-offload moves the tensors saved for backward that have at least its minimum
+    size: at most a quarter of their bytes may stay (of their number, if the bytes moved are unknown).
+    Recorded as not checked if the step runs in the memory to offload to, or saves no such tensors."""
     use = step.plan.get("activation-offload")
     if use is None:
         return
@@ -70,8 +72,9 @@ def offloaded_activations(step: Observation) -> None:
 
 
 def dropped_tensors(step: Observation) -> None:
-    """Record whether optimal-checkpointing replaces saved tensors by others that backward recomputes, unless
-    the plan drops none. Unseen if this torch does not expose saved tensors."""
+    """Record whether optimal-checkpointing replaces at least one tensor saved for backward by something from
+    which backward recomputes it. Does nothing if the plan drops no tensor. Recorded as not checked if this
+    version of torch does not expose saved tensors."""
     use = step.plan.get("optimal-checkpointing")
     if use is None or use.settings["dropped"] in ("", "none"):
         return
@@ -85,8 +88,9 @@ def dropped_tensors(step: Observation) -> None:
 
 
 def compiled(step: Observation) -> None:
-    """Record whether the modules that compile covers, the blocks or the whole model, run compiled: most of
-    their parameters get gradients from compiled graphs. Unseen if none of them gets any."""
+    """Record whether the modules that compile covers, each block or the whole model, run compiled: of the
+    elements of a module's parameters that get gradients, over half get them from compiled graphs. Recorded as
+    not checked if no parameter of these modules gets a gradient."""
     use = step.plan.get("compile")
     if use is None:
         return
@@ -116,8 +120,10 @@ def compiled(step: Observation) -> None:
 
 
 def chunked_loss(step: Observation) -> None:
-    """Record whether no logits are kept for backward, as chunked-cross-entropy promises. Unseen if there is
-    no head, or if logits cannot be told from other tensors."""
+    """Record whether no logits are kept for backward, as chunked-cross-entropy promises. Recorded as not
+    checked if the model's output layer (head) is not found, if logits cannot be told from the outputs of
+    other layers by their last dimension, if no backward was observed, or if the tensors saved for it cannot
+    be inspected."""
     use = step.plan.get("chunked-cross-entropy")
     if use is None:
         return
@@ -150,9 +156,10 @@ def chunked_loss(step: Observation) -> None:
 
 
 def adapters(step: Observation) -> None:
-    """Record, with lora or qlora, whether in the blocks only matrices of at most the planned rank are
-    trained, whether all frozen linear layers have adapters of that rank, and, with qlora, whether frozen
-    weights are in 4 bits. Unseen without blocks."""
+    """Record, with lora or qlora, for the model's repeated blocks: whether matrices are trained, and only
+    those of at most the planned rank; whether the trained matrices have as many elements as adapters of that
+    rank for all frozen linear layers; and, with qlora, whether no frozen matrix is in floating point.
+    Recorded as not checked if there are no blocks with matrices."""
     use = step.plan.get("lora") or step.plan.get("qlora")
     if use is None:
         return
@@ -191,8 +198,8 @@ def adapters(step: Observation) -> None:
 
 
 def eight_bits(step: Observation) -> None:
-    """Record whether all linear layers of the blocks whose sizes float8-linear supports are torchao's
-    Float8Linear. Unseen if there are none."""
+    """Record, with float8-linear, whether all linear layers of the blocks whose sizes it supports are
+    torchao's Float8Linear. Recorded as not checked if there are no layers of such sizes."""
     if step.plan.get(float8.NAME) is None:
         return
     linears = [m for block in step.blocks for m in block.modules() if isinstance(m, nn.Linear)]
@@ -210,8 +217,8 @@ def eight_bits(step: Observation) -> None:
 
 
 def _frozen_linear(module: Any) -> bool:
-    """Return whether a module is a linear layer with a weight that is not trained, in any number of bits, of
-    which this rank holds tensors. A module with children is not one."""
+    """Return whether a module is a linear layer whose weight is not trained, whatever its number of bits, and
+    has parameters or buffers on this rank. False for a module with children."""
     if not isinstance(getattr(module, "in_features", None), int) or next(module.children(), None) is not None:
         return False
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -225,8 +232,9 @@ def _frozen_linear(module: Any) -> bool:
 
 def optimizer_kind(step: Observation) -> None:
     """Record whether the optimizer is of the planned kind, by its bytes of state per element of the
-    parameters, of which 8-bit and 4-bit optimizers must keep a minimum in codes of one byte. Unseen if there
-    is no state of parameters that are large enough to tell."""
+    parameters. Of these, 8-bit and 4-bit optimizers must keep a minimum in tensors with elements of one byte.
+    Does nothing if the plan names no optimizer. Recorded as not checked if there is no state of parameters
+    that are large enough to tell."""
     use = next((u for u in step.plan.uses if u.technique in _KINDS), None)
     if use is None:
         return
@@ -282,8 +290,9 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def update_kernel(step: Observation) -> None:
-    """Record whether torch's AdamW runs the planned update, fused or one parameter at a time, by the flags of
-    its parameter groups, which it obeys or raises. Unseen if there is no torch optimizer."""
+    """Record, with adamw-fused or adamw-single, whether torch's AdamW runs the planned update, fused or one
+    parameter at a time, by the flags of its parameter groups; torch obeys them or raises an error. Recorded
+    as not checked if there is no torch optimizer."""
     use = step.plan.get("adamw-fused") or step.plan.get("adamw-single")
     if use is None:
         return
@@ -310,7 +319,8 @@ def _kernel(group: dict[str, Any]) -> str:
 
 def in_backward_updates(step: Observation) -> None:
     """Record whether optimizer-in-backward frees gradients: during backward, they never have more elements
-    than the largest parameter. Unseen if no gradient arrived, or if one parameter is half of the model."""
+    in all than the largest parameter. Recorded as not checked if no gradient was observed, or if one
+    parameter has at least half of the trained elements."""
     if step.plan.get("optimizer-in-backward") is None:
         return
     sizes = [whole(p) for p in step.model.parameters() if p.requires_grad]
@@ -403,8 +413,8 @@ SEEN = _BY_A_STEP | {
 
 def not_looked_at(step: Observation, *, stepped: bool) -> Iterator[str]:
     """Yield a text for each part of the plan that no check covers: a technique, a part of a technique, or a
-    setting that is not the default. ``stepped``: whether a training step was observed; without one, the
-    techniques that only a step shows are among them."""
+    setting of ddp, fsdp2 or zero (`_NO_LOOK`) that is not the default. ``stepped``: whether a training step
+    was observed; without one, the techniques that only a step shows are among them."""
     for name in (u.technique for u in step.plan.uses):
         if name not in SEEN:
             yield f"{name}: not checked"

@@ -21,10 +21,12 @@ _WHOLE_RATIO = 1e-5  # relative difference of norms
 
 
 def tensor_parallel(step: Observation) -> None:
-    """Record whether layers are sharded over the planned number of ranks, by the elements that this rank
-    holds, and, for DTensors, whether each block is sharded. Does nothing with expert-parallel or one rank.
-    Unseen if there are no DTensors and the model's size is unknown, unless matrices are equal on all
-    ranks."""
+    """Record whether layers are sharded over the planned number of tensor-parallel ranks, by the elements
+    that this rank holds, and, for DTensors, whether each block is sharded (if all blocks have the same size).
+    Does nothing with expert-parallel or one tensor-parallel rank.
+
+    If there are no DTensors and the model's size is unknown, this is recorded as not checked, or as a
+    difference if all matrices have the same norms on all ranks after a backward pass."""
     degree = step.layout.tensor
     if degree == 1 or step.plan.get("expert-parallel") is not None:
         return
@@ -76,8 +78,10 @@ def tensor_parallel(step: Observation) -> None:
 
 def summed(step: Observation) -> None:
     """Record whether tensor-parallel ranks get the same output of their last block, which they do if partial
-    sums are summed, and whether parameters that are not sharded are equal on them. The first is unseen with
-    sequence parallelism, compiled blocks, or dropout that may explain a difference."""
+    sums are summed, and whether parameters that are not sharded are equal on them (`_whole_alike`). Does
+    nothing with expert-parallel or one tensor-parallel rank. The first is recorded as not checked with
+    sequence parallelism or compile, if the output was not observed, or if dropout may explain a
+    difference."""
     use = step.plan.get("tensor-parallel")
     if use is None or step.layout.tensor == 1 or step.plan.get("expert-parallel") is not None:
         return
@@ -113,8 +117,8 @@ def summed(step: Observation) -> None:
 
 def _whole_alike(step: Observation) -> None:
     """Record whether trained parameters that are not sharded have equal norms on all tensor-parallel ranks
-    after a step. If not, sums in backward are missing. Unseen if it is unknown which parameters are sharded,
-    or if dropout may explain a difference."""
+    after a step. If not, sums in backward are missing. Recorded as not checked if it is unknown which
+    parameters are sharded, if all are, or if dropout may explain a difference."""
     feature = "tensor-parallel: parameters that are not cut"
     params = dict(step.model.named_parameters())
     cut_params = cut_names(step)

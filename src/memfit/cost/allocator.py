@@ -38,7 +38,7 @@ Event = tuple[Hashable, int, str]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The options of PYTORCH_CUDA_ALLOC_CONF, and the memory that the driver can give.
+    """The options of PYTORCH_CUDA_ALLOC_CONF that are replayed, and the memory that the driver can give.
 
     That memory, or the fraction of it that the process may use, is ``cap_bytes``; None: unlimited. When more
     than ``garbage_collection_threshold`` of it is reserved, garbage is collected. There is no garbage
@@ -54,10 +54,10 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """Result of a replay.
+    """What the allocator held during a replay, in bytes.
 
-    With ``fits`` False, an allocation failed even after all cached memory was released; the peaks are those
-    up to then.
+    ``fits`` False: an allocation failed even after all cached memory was released, and the replay ended
+    there; all numbers are those up to then.
     """
 
     allocated_peak_bytes: int
@@ -86,7 +86,7 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, key: Hashable, size_bytes: int, stream: str = "") -> bool:
-        """Allocate ``size_bytes`` on ``stream`` under the name ``key``, which `free` takes.
+        """Allocate ``size_bytes`` on ``stream`` under the name ``key``, which `free` takes, and return True.
 
         Returns False, without an allocation, if there is not enough memory even after all cached memory was
         released.
@@ -115,7 +115,7 @@ class CachingAllocator:
         self.complete_free(key)
 
     def request_free(self, key: Hashable) -> None:
-        """Mark the block as no longer allocated, but not reusable before `complete_free`.
+        """Mark the block of ``key`` as no longer allocated, but not reusable before `complete_free`.
 
         The tensor is gone, but another stream recorded on it may still use the block.
         """
@@ -131,10 +131,12 @@ class CachingAllocator:
     # -- where a block comes from ---------------------------------------------------------------------
 
     def _cached(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Remove the smallest free block of at least ``size`` bytes from the pool and return it, or None.
+        """Remove the smallest free block of at least ``size`` bytes from the pool and return it; None if
+        there is none or it must not be used.
 
-        With expandable segments, the next larger block is taken instead as long as it can grow to less. With
-        a `max_split_size`, a block of that size or more only serves requests that are so large, too, and less
+        With expandable segments, the next larger block is taken instead, again and again, if it and the
+        unmapped addresses after it are smaller than the block at hand with those after that. With a
+        `max_split_size`, a block of that size or more only serves requests that are so large, too, and less
         than 20 MiB smaller than the block.
         """
         pool.searches[0] += 1
@@ -156,10 +158,11 @@ class CachingAllocator:
         return block
 
     def _fresh(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Return a block of a new segment or of newly mapped pages; None if the driver has no memory.
+        """Return a block of at least ``size`` bytes in a new segment or in newly mapped pages; None if the
+        driver has not enough memory.
 
-        Before that, garbage is collected, and if the driver has no memory, cached memory is released: first
-        oversize blocks, then all (a retry).
+        First, garbage is collected. If the driver then has not enough memory, cached memory is released and
+        the request is repeated: first oversize blocks, then all of it, which counts as a retry.
         """
         self._collect_garbage()
         block = self._segment(pool, size)
@@ -197,8 +200,9 @@ class CachingAllocator:
     # -- expandable segments ------------------------------------------------------------------------
 
     def _grown(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Return a block on the lowest run of idle addresses that is long enough, or on a new address range,
-        with memory mapped in pages; None if the driver has not enough memory, which may leave pages mapped.
+        """Return a block of at least ``size`` bytes on the lowest run of idle addresses that is long enough,
+        or on a new address range, after mapping the pages that it lacks; None if the driver has not enough
+        memory, which may leave pages mapped.
         """
         block = next((b for b in growable(pool) if run_holds(b, size)), None)
         if block is None:
@@ -260,7 +264,7 @@ class CachingAllocator:
 
     def _collect_garbage(self) -> None:
         """Release idle large blocks that are whole segments and at least as old as the average of these, all
-        at once, and repeat this until the reserved bytes are within the threshold or no block is left.
+        at once, and repeat this until the reserved bytes are within the threshold or no such block is left.
 
         Does nothing without a threshold or a cap, and with expandable segments.
         """
@@ -278,10 +282,12 @@ class CachingAllocator:
                 self._give_back(block)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """Release oversize blocks of the pool when a `max_split_size` is set; return whether it was enough.
+        """Release idle oversize blocks of the pool, those of at least `max_split_size`, and return whether
+        that was enough for a request of ``size`` bytes.
 
-        The smallest one of at least the request and `max_split_size` is released, or else the largest ones
-        until their total is that much. Does nothing with expandable segments.
+        The smallest one that is also at least as large as the request is released; if there is none, the
+        largest ones until their total is that much. Returns False, and does nothing, without a
+        `max_split_size` and with expandable segments.
         """
         if self._unsplit_bytes is None or self.settings.expandable_segments:
             return False
@@ -297,8 +303,8 @@ class CachingAllocator:
         return released_bytes >= needed_bytes
 
     def _release_cached(self) -> None:
-        """Complete all requested frees, as if other streams were done, then release every segment and, with
-        expandable segments, every page without a live block.
+        """Complete all requested frees, as if other streams were done, then release to the driver every
+        segment without a live block or, with expandable segments, every page without one.
         """
         for key in list(self._held):
             self.complete_free(key)
@@ -319,7 +325,9 @@ class CachingAllocator:
 
 
 def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
-    """Replay the events in order, up to the first allocation that fails, and return what was reserved."""
+    """Replay the events in order, up to the first allocation that fails, and return what the allocator held.
+    ``settings``: None for the defaults.
+    """
     allocator = CachingAllocator(settings)
     fits = all(_played(allocator, *event) for event in events)
     return Replayed(
@@ -341,16 +349,17 @@ def _played(allocator: CachingAllocator, key: Hashable, size_bytes: int, stream:
 
 def replay(allocations: Iterable[Allocation], settings: Settings | None = None) -> Replayed:
     """Replay the allocations and frees of a trace in the order of their clock, up to the first allocation
-    that fails, and return what was reserved.
+    that fails, and return what the allocator held. ``settings``: None for the defaults.
     """
     return run(events_of(allocations), settings)
 
 
 def events_of(allocations: Iterable[Allocation]) -> list[Event]:
-    """Return the allocations and frees in the order of their clock; at the same clock, allocations first.
+    """Return the allocations and frees as events, in the order of their clock; at the same clock, allocations
+    first.
 
-    A key is the position among the non-empty tensors. Empty tensors never reach the allocator, so they are
-    left out.
+    A key is the position among the non-empty allocations. Empty ones never reach the allocator, so they are
+    left out. An allocation without an end is never freed.
     """
     nonempty = [a for a in allocations if a.size_bytes]
     free_indices = [i for i, a in enumerate(nonempty) if a.end is not None]

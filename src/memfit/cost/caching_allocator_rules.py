@@ -21,10 +21,10 @@ ADDRESSES_BYTES: Final = LARGE_SEGMENT_BYTES << 24  # address range of an expand
 
 
 def rounded_bytes(size_bytes: int, divisions: int = 0) -> int:
-    """Return a request rounded up to a multiple of 512 bytes, at least 512.
+    """Return a request of ``size_bytes`` rounded up to a multiple of 512 bytes, at least 512.
 
-    With ``divisions`` above 1, sizes above 512 x ``divisions`` round up otherwise: the range between two
-    powers of two has that many equal steps, and sizes round up to a step.
+    With ``divisions`` above 1 (roundup_power2_divisions), sizes above 512 x ``divisions`` round up otherwise:
+    the range between two powers of two has that many equal steps, and sizes round up to a step.
     """
     if divisions > 1 and size_bytes > SMALLEST_BYTES * divisions:
         step = (1 << (size_bytes.bit_length() - 1)) // divisions
@@ -33,7 +33,9 @@ def rounded_bytes(size_bytes: int, divisions: int = 0) -> int:
 
 
 def segment_bytes(size_bytes: int) -> int:
-    """Return the size requested from the driver for a rounded request that no cached block can serve."""
+    """Return the bytes of the segment requested from the driver for a rounded request that no cached block
+    can serve, if segments are not expandable.
+    """
     if size_bytes <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
     if size_bytes < PACKED_BYTES:
@@ -42,10 +44,11 @@ def segment_bytes(size_bytes: int) -> int:
 
 
 class SegmentBlock:
-    """A piece of a segment. ``idle``: free for use; ``mapped``: its addresses are backed by memory.
+    """A piece of a segment, which is one contiguous range of device addresses. ``idle``: free for use;
+    ``mapped``: its addresses are backed by memory.
 
-    ``before`` and ``after``: its neighbours in the segment. ``born``: the pool's count of searches when it
-    became idle.
+    ``before`` and ``after``: its neighbours in the segment, None at the segment's ends. ``born``: the pool's
+    count of searches when it became idle.
     """
 
     __slots__ = ("address", "after", "before", "born", "idle", "mapped", "pool", "size")
@@ -57,7 +60,9 @@ class SegmentBlock:
         self.idle, self.mapped, self.born = True, True, 0
 
     def insert_after(self, address: int, size: int) -> SegmentBlock:
-        """Insert a new block after this one in the same segment and return it."""
+        """Insert a new block after this one in the same segment and return it. The size of this one is not
+        changed.
+        """
         block = SegmentBlock(self.pool, address, size)
         block.before, block.after, self.after = self, self.after, block
         if block.after is not None:
@@ -100,8 +105,8 @@ class Pool:
 
 
 def merge(block: SegmentBlock, neighbour: SegmentBlock | None) -> None:
-    """Extend ``block`` over the neighbour and remove that from its pool, if it is idle and both are mapped or
-    both unmapped; otherwise do nothing.
+    """Extend ``block`` over the ``neighbour`` before or after it and remove that from its pool, if the
+    neighbour is idle and both are mapped or both unmapped. Do nothing otherwise, or if it is None.
     """
     if neighbour is None or not neighbour.idle or neighbour.mapped != block.mapped:
         return
@@ -118,7 +123,7 @@ def merge(block: SegmentBlock, neighbour: SegmentBlock | None) -> None:
 
 
 def is_whole(block: SegmentBlock) -> bool:
-    """Return whether the block is a whole segment."""
+    """Return whether the block is a whole segment: it has no neighbours."""
     return block.before is None and block.after is None
 
 
@@ -138,7 +143,9 @@ def growable(pool: Pool) -> Iterator[SegmentBlock]:
 
 
 def run_holds(block: SegmentBlock | None, size: int) -> bool:
-    """Return whether the run of idle blocks of a segment from this one on is at least ``size`` bytes long."""
+    """Return whether ``block`` and the idle blocks directly after it, mapped or not, have at least ``size``
+    bytes together. False for None and for a block that is not idle, unless ``size`` is 0.
+    """
     total_bytes = 0
     while total_bytes < size and block is not None and block.idle:
         total_bytes += block.size

@@ -89,8 +89,9 @@ def _least(options: list[Any]) -> Any:
 
 
 def _speed(ranks: int, local_ranks: int, bandwidths: Wires) -> float:
-    """Return the bus bandwidth of a ring in bytes/s. If it spans several hosts with several ranks each, that
-    is the lower of the link inside a host and of all its ranks' network ports together.
+    """Return the bandwidth of a ring over ``ranks`` ranks in bytes/s. Inside one host, that is the link's;
+    with one rank per host, that of a network port; over several hosts with several ranks each, the lower of
+    the link and of all network ports of a host's ranks together.
     """
     if local_ranks == 1:
         return bandwidths.outside

@@ -44,10 +44,10 @@ BLAS_WORKSPACE: Final = "BLAS workspace"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:
-    """Device memory of one process that the caching allocator does not see.
+    """Device memory of one process that PyTorch's caching allocator does not see, in bytes.
 
     ``total_bytes`` is None if a part of it is unknown. ``parts_bytes`` has the known parts: "context",
-    "kernels" (if not included in the context) and "nccl".
+    "kernels" (if not included in the context) and "nccl" (if there are communicators).
     """
 
     total_bytes: Interval | None
@@ -80,8 +80,8 @@ def _base_name(op: str) -> str:
 
 
 def _workspace(op: OpCall, size_bytes: int) -> Allocation:
-    """Return the workspace as an allocation that is never freed, made inside the operator after its output:
-    at the same clock as that, but to be placed later in the trace.
+    """Return a BLAS workspace as an allocation that is never freed, made inside the operator ``op`` after its
+    output: at the same clock as that, but to be placed later in the trace.
     """
     return Allocation(
         start=op.clock + 1,
@@ -96,7 +96,7 @@ def _workspace(op: OpCall, size_bytes: int) -> Allocation:
 
 
 def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Outside:
-    """Return the memory of the CUDA context, of kernel code and of NCCL's buffers of one process on
+    """Return the bytes of the CUDA context, of kernel code and of NCCL's buffers that one process takes on
     ``device``.
 
     ``communicators``: (name, number of ranks) of each; those of one rank have no buffers.
@@ -113,7 +113,7 @@ def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Ou
 
 def nccl_bytes(device: Device, ranks: int) -> Interval | None:
     """Return the bytes of the buffers that one process has for a communicator of ``ranks`` ranks, or None if
-    the device's channel count is unknown.
+    the number of channels that NCCL uses on the device is unknown.
 
     Low: only rings are used (NCCL connects an algorithm at its first use since 2.22). Value: one more
     algorithm, a tree with one neighbour, as between two ranks; on a device with NVLink SHARP its multicast
@@ -136,7 +136,9 @@ def _count(fact: Fact | None) -> float:
 
 
 def interval_of(fact: Fact | None) -> Interval | None:
-    """Return a Fact as an interval, or None for None. An end that the Fact does not have is its value."""
+    """Return a Fact as an interval, or None for None. If the Fact has no low or high end, its value is
+    taken.
+    """
     if fact is None:
         return None
     low = fact.value if fact.low is None else fact.low
@@ -158,10 +160,11 @@ def added(parts: Iterable[Interval | None]) -> Interval | None:
 
 
 def exceeds_probability(amount: Interval, limit: float) -> float:
-    """Return P(amount > limit).
+    """Return the probability, from 0 to 1, that the amount is greater than ``limit``.
 
     The interval is read as the central 95 % of a split normal distribution: its mode is the value, and each
-    side has its own spread and is weighted by its width (Wallis 2014).
+    side has its own spread and is weighted by its width (Wallis 2014). If its ends are equal, the result is 0
+    or 1.
     """
     below, above = ((amount.value - amount.low) / 1.96, (amount.high - amount.value) / 1.96)
     if below + above == 0:

@@ -39,11 +39,13 @@ def estimate(
     step: Played | None = None,
     workers: int = 0,
 ) -> Estimate:
-    """Return peak memory, seconds, joules, money and carbon of one optimizer step of ``plan``.
+    """Return the predicted memory, seconds, joules, money and carbon of one optimizer step of ``plan``, from
+    the trace of one of its ranks.
 
-    ``step``: an already simulated step, for plans whose ranks differ. If it is None, the step is simulated
-    with ``model``; if that is None, too, or the step cannot be simulated, seconds and what depends on them
-    are unknown. ``workers``: data loader workers of each rank.
+    ``calibration``: probed workspaces and corrections of step times are taken from it. ``step``: an already
+    simulated step, for plans whose ranks differ. If it is None, the step is simulated with ``model``; if that
+    is None, too, or the step cannot be simulated, seconds and what depends on them are unknown. ``workers``:
+    DataLoader workers of each rank.
     """
     tensors = HostTensors.of(trace)
     if step is None and model is not None:
@@ -90,8 +92,8 @@ def estimate(
 
 
 def _with_assumed(allocated: Interval, trace: Trace) -> Interval:
-    """Multiply the low and the high end by the trace's ratios of the lowest and highest peak under other
-    values of what only a run decides. The value stays.
+    """Return the interval with its low and high end multiplied by the trace's ratios of the lowest and of the
+    highest peak under other values of what only a run decides. The value stays.
     """
     low, high = allocated.low * trace.assumed_low_ratio, allocated.high * trace.assumed_high_ratio
     return Interval(value=allocated.value, low=low, high=high)
@@ -106,12 +108,12 @@ def _spread(calibration: Calibration, machine: Machine) -> float:
 
 
 def scaled(interval: Interval, factor: float) -> Interval:
-    """Return the interval with all ends multiplied by ``factor``."""
+    """Return the interval with its value and both ends multiplied by ``factor``."""
     return Interval(value=interval.value * factor, low=interval.low * factor, high=interval.high * factor)
 
 
 def around(value: float, ratio: float) -> Interval:
-    """Return the interval from ``value * (1 - ratio)`` to ``value * (1 + ratio)``."""
+    """Return the interval around ``value`` from ``value * (1 - ratio)`` to ``value * (1 + ratio)``."""
     return Interval(value=value, low=value * (1 - ratio), high=value * (1 + ratio))
 
 

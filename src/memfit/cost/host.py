@@ -36,10 +36,11 @@ LOADED_IN_PIECES = frozenset({"qlora"})  # quantized tensor by tensor while it i
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostTensors:
-    """Tensors of one rank in host memory.
+    """Bytes of one rank's tensors in host memory, beside its device.
 
-    ``kept_bytes``: during a step. ``building_bytes``: at most, including while the model is built.
-    ``model_bytes``: parameters and buffers as built. ``batch_bytes``: the rank's part of a batch.
+    ``kept_bytes``: the most during a step, as by offload. ``building_bytes``: the most at any time, including
+    while the model is built. ``model_bytes``: parameters and buffers as the job builds them. ``batch_bytes``:
+    the rank's part of a batch.
     """
 
     kept_bytes: float
@@ -64,7 +65,7 @@ class HostTensors:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
-    """Memory that one host needs for all its ranks.
+    """Bytes of memory that one host needs for all its ranks.
 
     ``parts_bytes`` has those of "offload", "tensors" (on a CPU), "workers", "processes" and "loading" that
     are not zero. ``bytes`` is "processes" plus the larger of "loading", before training, and the sum of
@@ -76,17 +77,20 @@ class HostMemory:
 
 
 def ranks_of_host(plan: Plan, machine: Machine) -> int:
-    """Return the number of ranks that share one host."""
+    """Return the number of ranks of the plan that share one host: at most the devices of a host; all ranks if
+    the machine is one host.
+    """
     return min(plan.ranks, machine.devices_per_host or max(plan.ranks, machine.device_count))
 
 
 def host_memory(
     tensors: HostTensors, plan: Plan, machine: Machine, *, allocated: Interval, workers: int
 ) -> HostMemory:
-    """Return the memory that one host needs for all its ranks.
+    """Return the bytes of memory that one host needs for all its ranks.
 
-    ``tensors``: of one rank. ``allocated``: a rank's peak, which counts only on a CPU, where it lies in the
-    same memory. ``workers``: data loader workers per rank.
+    ``tensors``: of one rank. ``allocated``: the peak of a rank's tensors on its device, which counts only on
+    a CPU, where it lies in the same memory. ``workers``: DataLoader workers per rank. Loading the model
+    counts on accelerators only, and not for qlora, which quantizes it tensor by tensor.
     """
     ranks, cpu = ranks_of_host(plan, machine), machine.device.kind == "cpu"
     process = _times(_CPU_PROCESS if cpu else _CUDA_PROCESS, ranks)
@@ -144,7 +148,7 @@ def _plus(left: Interval, right: Interval) -> Interval:
 
 
 def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
-    """Return the machine with ``size_bytes`` of memory in each host, as given by the user.
+    """Return a copy of the machine with ``size_bytes`` of memory in each host, as given by the user.
 
     Raises UserError if the machine's device is a CPU.
     """
@@ -162,14 +166,15 @@ def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
 
 
 def memory_bytes(machine: Machine) -> float | None:
-    """Return the bytes of one host's memory, or None if unknown. On a CPU it is the device's memory."""
+    """Return the bytes of one host's memory, or None if unknown. On a CPU they are the device's memory."""
     if machine.device.kind == "cpu":
         return machine.device.memory_bytes.value
     return machine.host.memory_bytes.value if machine.host and machine.host.memory_bytes else None
 
 
 def host_holds(estimate: Estimate, machine: Machine) -> bool:
-    """Return whether the host has the memory that the plan needs.
+    """Return whether each host of the machine has the memory that the estimate's plan is predicted to need
+    there (the value, not the upper end).
 
     If the host's memory is unknown, a plan that keeps tensors there does not fit, and any other does. If the
     need is unknown, the plan fits.
@@ -183,7 +188,9 @@ def host_holds(estimate: Estimate, machine: Machine) -> bool:
 
 
 def known_host(machine: Machine) -> tuple[int | None, bool]:
-    """Return (bytes of one host's memory, None if unknown; whether they are the catalog's assumption)."""
+    """Return (bytes of one host's memory, None if unknown; whether they are assumed, not a published or given
+    fact).
+    """
     available_bytes = memory_bytes(machine)
     fact = machine.host.memory_bytes if machine.host else None
     return (
@@ -192,8 +199,8 @@ def known_host(machine: Machine) -> tuple[int | None, bool]:
 
 
 def host_line(estimate: Estimate, machine: Machine) -> str:
-    """Return the text that says what the plan needs of a host's memory, what the host has, whether it fits,
-    and what to do if the host's memory is unknown or assumed.
+    """Return the text that says what the plan needs of a host's memory, what the host has, that it does not
+    fit if so, and what to do about a plan that does not fit because the host's memory is unknown or assumed.
 
     Returns "" if the need is unknown, and on a CPU, where the cap already covers this memory.
     """

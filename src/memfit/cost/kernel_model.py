@@ -105,10 +105,11 @@ class Product(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Shape of attention.
+    """Sizes that decide the time of an attention kernel.
 
-    ``tiles``: batch x heads x tiles of queries; ``keys``: number that a query sees on average. In backward,
-    ``tiles`` has tiles of keys instead, and ``keys`` is the number of queries that a key sees on average.
+    ``tiles``: number of tiles, batch x heads x tiles of queries; ``keys``: number of keys that a query sees
+    on average. In backward, tiles of keys are counted instead, and ``keys`` is the number of queries that a
+    key sees on average.
     """
 
     tiles: int
@@ -131,7 +132,9 @@ class Kernels:
     multiprocessors: int = ASSUMED_MULTIPROCESSORS
 
     def seconds(self, op: OpCall) -> float:
-        """Return the seconds from the kernel's start to the start of the next kernel."""
+        """Return the seconds from the start of the operator's kernel to the start of the next kernel: the
+        longer of its arithmetic and its memory traffic, and a launch.
+        """
         return max(self.arithmetic_s(op), self.moving_s(op)) + LAUNCH_S
 
     def moving_s(self, op: OpCall) -> float:
@@ -170,8 +173,8 @@ class Kernels:
 
 
 def kernels(device: Device) -> Kernels | None:
-    """Return the device's rates, with assumed shares where the catalog has none; None if the catalog lacks
-    its compute or its bandwidth.
+    """Return the device's rates, with assumed shares where the catalog has none; None if its peak FLOP/s or
+    its memory bandwidth is unknown.
     """
     if not device.peak_flops or device.bandwidth_bytes_s is None:
         return None
@@ -185,8 +188,8 @@ def kernels(device: Device) -> Kernels | None:
 
 
 def bound_by(op: OpCall, rates: Kernels | None) -> str:
-    """Return what limits the operator: "attention", "matmul" or "memory". Without ``rates``, an operator with
-    FLOPs is not limited by memory.
+    """Return what limits the operator's speed: "attention" or "matmul" (arithmetic), or "memory" (bytes
+    moved). Operators without FLOPs are limited by memory; without ``rates``, those with FLOPs are not.
     """
     if not op.flops:
         return "memory"
@@ -199,8 +202,8 @@ def _value(fact: Fact | None, default: float) -> float:
 
 
 def product_share(shape: Product, multiprocessors: int, start: float = _TILE_START) -> float:
-    """Return the share of an infinitely large product's rate, for the best tile and split of the inner
-    dimension.
+    """Return the share of an infinitely large product's rate that a product of this shape reaches, for the
+    best size of tile and split of the inner dimension.
 
     ``start``: fixed cost of a tile, in elements of the inner dimension.
     """
@@ -218,8 +221,8 @@ def product_share(shape: Product, multiprocessors: int, start: float = _TILE_STA
 
 
 def _aligned(shape: Product, dtype: str) -> float:
-    """Return the share of a product's rate that the lengths of the matrices' rows leave; 1 for other dtypes
-    than half precision.
+    """Return the share of a product's rate that it reaches with the lengths of its matrices' rows; 1 for
+    other dtypes than half precision.
 
     Half-precision rows that do not start at 16 bytes are loaded in smaller pieces.
     """
@@ -255,8 +258,8 @@ def _attention_share(shape: Scores, multiprocessors: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 16)
 def shape_of(signature: str) -> Product | Scores | None:
-    """Return the shape of a product or of attention from the operator's signature (trace/signature.py); None
-    for any other operator, and if the shape cannot be told.
+    """Return the shape of a matrix product or of attention, read from the operator's signature
+    (trace/signature.py); None for any other operator, and if the signature does not show the shape.
     """
     try:
         name, args, _ = json.loads(signature)
@@ -277,8 +280,8 @@ def shape_of(signature: str) -> Product | Scores | None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def layout_share(signature: str) -> float:
-    """Return which share of the bandwidth of contiguous tensors the operator reaches with its tensors; 1 if
-    it is not a torch operator.
+    """Return which share of the memory bandwidth of a copy of contiguous tensors the operator reaches with
+    the layout of its tensors; 1 if it is not a torch operator.
 
     torch's pointwise kernels load several elements at once only if all their tensors are contiguous and equal
     in shape (TensorIterator). Matrix products and layer norms have shares of their own; other operators with
@@ -314,8 +317,8 @@ def _contiguous(shape: list[int], strides: list[int]) -> bool:
 
 
 def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
-    """Return the shape of the kernel whose place a synthetic operator takes (techniques/synthetic_kernel.py);
-    None if it is neither a product nor attention.
+    """Return the shape of the kernel whose place a synthetic operator takes (techniques/synthetic_kernel.py)
+    from its ``kind`` and ``shape``; None if it is neither a product nor attention.
     """
     if kind == "mm":
         return Product(*shape)
@@ -326,7 +329,8 @@ def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
 
 
 def _grouped(left: list[int], right: list[int]) -> Product | None:
-    """Return the shape of a grouped product of matrices of these sizes; None if ``right`` has no groups.
+    """Return the shape of a grouped matrix product, one product per group, of tensors with these sizes; None
+    if ``right`` has no dimension for the groups.
 
     Rows are divided equally between the groups, because the routing of tokens is unknown.
     """

@@ -25,7 +25,7 @@ _POOL_BATCHES = 50  # length buckets are sorted within pools of this many batche
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A batch as memory sees it.
+    """What of a batch decides its memory: ``rows``, and ``length``, to which all of them are padded.
 
     ``attended``: sum over rows of the squares of the lengths that attend to each other. None: every row
     attends to its whole padded length.
@@ -44,9 +44,10 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PeakModel:
-    """Peak memory as a function of a batch's shape.
+    """Peak of live tensor bytes of a step, as a function of a batch's shape.
 
-    ``instants``: polynomial coefficients of the live bytes after each allocation, shape (instants, 6).
+    ``instants``: polynomial coefficients, in the order of `Shape.terms`, of the live bytes after each
+    allocation; an array of shape (instants, 6).
     """
 
     instants: npt.NDArray[np.float64]
@@ -79,7 +80,8 @@ def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
 
 
 def _clocks(trace: Trace) -> Ints:
-    """Return for each allocation how many allocations were made before it was freed: all if it never was.
+    """Return for each allocation how many allocations were made before it was freed; all of them if it never
+    was.
 
     Frees between two allocations may come in any order, as those of autocast's cache do.
     """
@@ -92,21 +94,26 @@ def _clocks(trace: Trace) -> Ints:
 
 
 def all_among(chosen: int, good: int, total: int) -> float:
-    """Return the chance that ``chosen`` draws without replacement from ``total`` are all among ``good``."""
+    """Return the chance, from 0 to 1, that ``chosen`` draws without replacement from ``total`` things, of
+    which ``good`` are good, are all good.
+    """
     return math.prod(max(0, good - i) / (total - i) for i in range(chosen))
 
 
 def oom_per_step(lengths: Ints, batch: int, limit: int) -> float:
-    """Return the chance that ``batch`` random sequences of ``lengths`` include one longer than ``limit``."""
+    """Return the chance, from 0 to 1, that ``batch`` random sequences, without replacement, of those with
+    these ``lengths`` include one longer than ``limit``.
+    """
     return 1.0 - all_among(batch, int((lengths <= limit).sum()), len(lengths))
 
 
 def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> float:
-    """Return the chance that some batch of a shuffled epoch contains a sequence longer than ``limit``.
+    """Return the chance, from 0 to 1, that some batch of a shuffled epoch contains a sequence too long to
+    fit: longer than ``limit``, or in a smaller last batch longer than ``last_limit``.
 
-    ``lengths``: of all sequences; ``batch``: rows of a batch. The last batch holds the remainder in fewer
-    rows, so it can take lengths up to ``last_limit``. The epoch is safe only if every sequence longer than
-    ``limit`` falls into it and none is longer than ``last_limit``.
+    ``lengths``: of all sequences; ``batch``: rows of a batch. If their number is not a multiple of that, the
+    last batch holds the remainder in fewer rows, so it can take longer sequences. The epoch is safe only if
+    every sequence longer than ``limit`` falls into it and none is longer than ``last_limit``.
     """
     long_count = int((lengths > limit).sum())
     remainder = len(lengths) % batch
@@ -118,8 +125,8 @@ def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> flo
 
 
 def quantile_length(lengths: Ints, batch: int, share: float) -> int:
-    """Return the padded length that ``share`` of random batches do not exceed: a quantile of the maximum of
-    ``batch`` draws without replacement from ``lengths``.
+    """Return the smallest of the ``lengths`` that the longest sequence of at least ``share`` (0 to 1) of
+    random batches does not exceed: a quantile of the maximum of ``batch`` draws without replacement.
     """
     distinct_lengths = np.unique(lengths)
     ranks = np.searchsorted(np.sort(lengths), distinct_lengths, side="right")
@@ -156,7 +163,8 @@ _Batch = tuple[Ints, Shape]
 def batchings(
     lengths: Ints, batch: int, model: PeakModel, *, fits: Callable[[int], bool], seed: int = 0
 ) -> tuple[Batching, ...]:
-    """Return six ways to make an epoch's batches of the sequences of these ``lengths``.
+    """Return six ways to make an epoch's batches of the sequences of these ``lengths``, with the peak of each
+    by the peak model ``model``.
 
     They are: padding to the longest in random, length-bucketed and sorted batches of ``batch`` rows; sorted
     batches of about equal tokens; and packing into rows of the longest length with full or block-diagonal
@@ -228,8 +236,8 @@ def _chunks(lengths: Ints, order: Ints, batch: int) -> list[_Batch]:
 
 
 def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch]:
-    """Return batches, longest sequences first, of as many rows as the budget of padded tokens allows, but at
-    least one.
+    """Return batches, longest sequences first, each of as many rows, padded to its longest, as have at most
+    ``budget`` tokens, but of at least one.
     """
     batches, start = [], 0
     while start < len(longest_first):
@@ -241,8 +249,8 @@ def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch
 
 
 def _packed(lengths: Ints, longest_first: Ints, budget: float, *, block_diagonal: bool) -> list[_Batch]:
-    """Return batches of about ``budget`` tokens, padding included, packed by best fit, longest sequence first
-    (Johnson 1974), into rows of the longest length.
+    """Return batches of about ``budget`` tokens, padding included. Their rows have the longest length, and
+    several sequences are packed into a row by best fit, longest sequence first (Johnson 1974).
 
     ``block_diagonal``: whether a token attends to its own sequence only, not to the whole row.
     """

@@ -15,10 +15,11 @@ from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, T
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryProfile:
-    """Peak live bytes of the whole trace and of each phase, with what is alive at the peak.
+    """Peak live bytes of one rank's whole trace and of each phase, with what is alive at the peak.
 
-    ``at_peak_bytes``: by category; ``by_module_bytes``: by the module that allocated them. ``peak_op``: the
-    operator in which the peak lies or whose allocation reaches it.
+    ``at_peak_bytes``: bytes alive at the peak by category, with the workspace of the kernel in which it lies;
+    ``by_module_bytes``: without that, by the module that allocated them. ``peak_op``: the operator in which
+    the peak lies or whose allocation reaches it, or "".
     """
 
     peak_bytes: int
@@ -46,8 +47,8 @@ def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
-    """Return the profile of the live bytes between operators, and inside the operators whose own peak was
-    probed.
+    """Return the profile of the trace's live bytes between operators, and inside those operators whose own
+    peak ``calibration`` has, because they were probed.
 
     The setup of later steps than the first does not count for the setup's peak, as nothing is built then.
     """
@@ -91,8 +92,8 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
 
 
 def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
-    """Return the trace with the kernel workspace at the peak as an allocation, so that its highest level is
-    the predicted peak; unchanged if the peak does not lie inside an operator with a workspace.
+    """Return the trace with the kernel workspace at the peak of ``profile`` added as an allocation, so that
+    the trace's highest level is that peak; unchanged if it does not lie inside an operator with a workspace.
     """
     clock = profile.peak_clock
     op = next((o for o in trace.ops if o.clock == clock), None)
@@ -113,8 +114,8 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
 
 
 def with_kept(trace: Trace, calibration: Calibration) -> Trace:
-    """Return the trace with the probed sizes of workspaces that forward passes to backward, which fake
-    tensors show empty; unchanged if none was probed.
+    """Return the trace with the probed sizes, from ``calibration``, of the tensors by which forward kernels
+    pass workspace to backward, which fake tensors show empty; unchanged if none was probed.
     """
     if not any(op.signature in calibration.op_kept_bytes for op in trace.ops):
         return trace
@@ -191,7 +192,8 @@ def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
 
 
 def _repeated(trace: Trace) -> tuple[PhaseSpan, ...]:
-    """Return the spans of the forwards and backwards that represent those not traced.
+    """Return the spans of the forwards and backwards that represent the forwards and backwards of micro-steps
+    that were not traced.
 
     They are the trace's ``repeated_spans``; if it has none, the last forward and the last backward of the
     last step. In a pipeline, spans of other micro-batches may lie between them.

@@ -28,8 +28,8 @@ ASSUMED_RESERVED_RATIO = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Reserved and device memory of a plan: what the caching allocator reserves, and that plus what processes
-    use outside it.
+    """Reserved and device memory of one rank of a plan: what the caching allocator reserves, and that plus
+    what the process uses outside it.
 
     None: the device has no such memory (a CPU), or the catalog lacks a part of it. ``device_parts_bytes``:
     "reserved" and the known parts outside. ``oom_probability``: that the device's memory is not enough.
@@ -44,7 +44,8 @@ class Footprint:
 def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
     """Return the footprint of a traced plan; an empty one if the device is not a CUDA device.
 
-    The allocations of ``trace`` must include the BLAS workspaces. ``allocated``: their predicted peak.
+    The allocations of ``trace`` must include the BLAS workspaces. ``allocated``: their predicted peak. For
+    the probability of running out of memory, cached segments count only as far as the step needs them.
     """
     if machine.device.kind != "cuda":
         return Footprint()
@@ -74,8 +75,8 @@ def sketched(allocated: Interval, machine: Machine, *, reserved_ratio: float) ->
     """Return the footprint of a plan that was not traced, without NCCL's buffers; an empty one if the device
     is not a CUDA device.
 
-    ``allocated``: its predicted peak. ``reserved_ratio``: reserved to allocated memory of a traced plan of
-    the same job.
+    ``allocated``: the predicted peak of its tensors. ``reserved_ratio``: reserved to allocated memory of a
+    traced plan of the same job; the upper end is computed with at least 1.06.
     """
     if machine.device.kind != "cuda":
         return Footprint()
@@ -116,8 +117,9 @@ def late(events: Sequence[Event], by: int) -> list[Event]:
 
 
 def _least(events: Sequence[Event], plain: Replayed, reserved: Interval, allocated: Interval) -> Interval:
-    """Return the smallest memory under which the replay succeeds by releasing cached segments on the way,
-    found by bisection between the allocated and the reserved peak; its range is that of ``reserved``, scaled.
+    """Return about the smallest memory under which the replay of ``events`` succeeds by releasing cached
+    segments on the way, found by bisection between the allocated and the reserved peak of ``plain``, the
+    replay without a limit. The range is that of ``reserved``, scaled.
     """
     low, high = plain.allocated_peak_bytes, plain.reserved_peak_bytes
     for _ in range(_BISECTIONS):

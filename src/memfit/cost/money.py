@@ -1,4 +1,5 @@
-"""Energy, money and CO2 of one step, from the facts of a machine. If an input is unknown, the result is None.
+"""Energy, money and CO2 of one step, from the facts of a machine. If an input is unknown, the result is None;
+only the power of hosts and a rental price then count as 0.
 
 energy [J] = power [W] x step time [s]. This is an upper bound for the boards of all devices, and for the
 hosts around them if the machine's facts include their power. The energy boundary says which: "board" or
@@ -19,7 +20,9 @@ S_PER_HOUR: Final = 3600.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bill:
-    """Energy, money and CO2 of one step. ``usd``: electricity plus rental. None: a needed fact is unknown."""
+    """Energy, money and CO2 of one step on the whole machine. ``usd``: electricity plus rental if there is a
+    rental price, else electricity alone. None: a needed fact is unknown.
+    """
 
     energy_j: float | None  # of the devices, and of their hosts if known; before PUE
     electricity_usd: float | None
@@ -38,7 +41,7 @@ def energy_j(power_w: float | None, step_s: float | None, *, devices: int = 1) -
 
 
 def hosts_w(machine: Machine) -> float | None:
-    """Return the watts of all hosts of the machine, without their devices; None if unknown."""
+    """Return the watts of all hosts of the machine together, without their devices; None if unknown."""
     if machine.host is None or machine.host.power_w is None:
         return None
     hosts = machine.device_count / machine.devices_per_host if machine.devices_per_host else 1
@@ -46,14 +49,18 @@ def hosts_w(machine: Machine) -> float | None:
 
 
 def site_kwh(place: Place | None, energy_j: float | None) -> float | None:
-    """Return the kWh at the site's meter, energy x PUE; None if the place or the energy is unknown."""
+    """Return the kWh at the site's meter for the computers' energy in joules: energy x PUE. None if the place
+    or the energy is unknown.
+    """
     if place is None or energy_j is None:
         return None
     return energy_j / J_PER_KWH * place.pue_ratio.value
 
 
 def electricity_usd(place: Place | None, energy_j: float | None) -> float | None:
-    """Return the price of the electricity for this energy x PUE in US dollars; None if unknown."""
+    """Return the price in US dollars of the site's electricity for the computers' energy in joules: energy x
+    PUE. None if the place or the energy is unknown.
+    """
     kwh = site_kwh(place, energy_j)
     return None if place is None or kwh is None else kwh * place.usd_per_kwh.value
 
@@ -69,8 +76,8 @@ def rental_usd(machine: Machine, step_s: float | None) -> float | None:
 
 
 def usd(machine: Machine, *, energy_j: float | None, step_s: float | None) -> float | None:
-    """Return the US dollars for electricity, plus rental if the catalog has a rental price. None if the
-    electricity is unknown, or if there is a rental price but the step's seconds are unknown.
+    """Return the US dollars of one step for electricity, plus rental if the catalog has a rental price. None
+    if the electricity is unknown, or if there is a rental price but the step's seconds are unknown.
 
     A rental price includes the provider's own electricity, so for a rented machine the sum is slightly too
     high (a few percent). `Bill` keeps the two parts separate.
@@ -82,7 +89,9 @@ def usd(machine: Machine, *, energy_j: float | None, step_s: float | None) -> fl
 
 
 def co2_g(place: Place | None, energy_j: float | None) -> float | None:
-    """Return the grams of CO2 equivalent of the electricity for this energy x PUE; None if unknown."""
+    """Return the grams of CO2 equivalent of the site's electricity for the computers' energy in joules:
+    energy x PUE. None if the place or the energy is unknown.
+    """
     kwh = site_kwh(place, energy_j)
     return None if place is None or kwh is None else kwh * place.co2_g_per_kwh.value
 

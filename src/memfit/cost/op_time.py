@@ -1,11 +1,12 @@
 """Turn a trace into time: every operator on the device's roofline, corrected by what calibration measured.
 
-An operator's time is the first of these that is available: the time measured for its exact signature; the
+An operator's time is the first of these that is available: the time measured for its exact signature; on an
+accelerator of the catalog that was not measured, the time by its class and shape (kernel_model.py); the
 roofline max(FLOPs / rate, bytes / bandwidth) divided by the efficiency measured for the same operator and
-dtype, interpolated between the nearest amounts of work; on an accelerator of the catalog, the time by its
-class and shape (kernel_model.py); the plain roofline at an assumed efficiency. On a processor, each call also
-costs the measured overhead of autograd and Python. On an accelerator, kernels wait for their launch only if
-the host is slower than the kernels (stream_simulator.py). (Williams et al. 2009.)
+dtype, interpolated between the nearest amounts of work; the plain roofline, at an assumed efficiency if the
+rates were not measured. On a processor, each call also costs the measured overhead of autograd and Python. On
+an accelerator, kernels wait for their launch only if the host is slower than the kernels
+(stream_simulator.py). (Williams et al. 2009.)
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ ASSUMED_LINK_BYTES_S = 12e9  # pinned copies over PCIe 4.0 x16 under load
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TimeModel:
-    """Seconds of operators on one device.
+    """Predicts seconds of operators on one device.
 
-    ``curves``: (op, dtype) to sorted [(log of roofline seconds, efficiency)].
+    ``flops_s``: FLOP/s by dtype. ``overhead_s``: added to every call that is not taken from ``kernels``.
+    ``efficiency_ratio``: roofline seconds over real ones, of operators without a curve. ``offload_bytes_s``:
+    rate of writing offloaded tensors and of reading them back. ``curves``: (op, dtype) -> sorted [(log of
+    roofline seconds, efficiency)], from timed operators.
     """
 
     calibration: Calibration
@@ -50,13 +54,15 @@ class TimeModel:
     kernels: Kernels | None = None  # of an accelerator that was not calibrated
 
     def roofline_s(self, op: OpCall) -> float:
-        """Return max(FLOPs / rate, bytes / bandwidth) in seconds."""
+        """Return max(FLOPs / rate, bytes / bandwidth) in seconds. If the rate of its dtype is unknown, that
+        of float32 is taken, else only the bytes count.
+        """
         rate = self.flops_s.get(op.dtype) or self.flops_s.get("float32") or math.inf
         return max(op.flops / rate, op.moved_bytes / self.bandwidth_bytes_s)
 
     def op_s(self, op: OpCall) -> float:
-        """Return the seconds of one call; 0 for a collective (see collectives.py) and for one stream's wait
-        for another.
+        """Return the seconds of one call, as the module's docstring says; 0 for a collective (see
+        collectives.py) and for one stream's wait for another.
         """
         if op.op.startswith((*COLLECTIVES, STREAMS)):
             return 0.0
@@ -138,7 +144,9 @@ def _weight_s(op: OpCall) -> float:
 
 
 def signatures_by_weight(ops: Iterable[tuple[OpCall, int]]) -> list[str]:
-    """Return the distinct signatures of ``ops``, which are (operator, calls per step), most work first."""
+    """Return the distinct signatures of ``ops``, which are (operator, calls per step), those with most work
+    (seconds of all calls at nominal rates) first.
+    """
     weight: dict[str, float] = {}
     for op, times in ops:
         weight[op.signature] = weight.get(op.signature, 0.0) + _weight_s(op) * times
@@ -153,8 +161,8 @@ def signatures_to_time(
     ops: Iterable[tuple[OpCall, int]], known: Collection[str], *, budget_s: float
 ) -> list[str]:
     """Return the distinct signatures of ``ops``, which are (operator, calls per step), without the ``known``
-    ones: those with most work first, until timing them would take ``budget_s`` at nominal rates. The last one
-    may exceed that.
+    ones: those with most work first, until timing them would take ``budget_s`` seconds on a machine of
+    nominal rates. The last one may exceed that.
     """
     pairs = list(ops)
     weights_s = {op.signature: _weight_s(op) for op, _ in pairs}

@@ -39,9 +39,11 @@ class RecomputeChoice:
 
 
 def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) -> RecomputeChoice | None:
-    """Return the cheapest choice found whose replayed peak is within the budget, or None.
+    """Return the choice found whose recomputation takes least time among those whose replayed peak is at most
+    ``budget_bytes``; None if there is none.
 
-    ``gap_ratio``: by how much a solution of the program may be more expensive than its bound, relative to it.
+    ``gap_ratio``: by how much more time than its lower bound a solution of the integer program may take,
+    relative to the bound.
     """
     program = _Program(replay)
     choices: list[RecomputeChoice] = []
@@ -58,7 +60,7 @@ def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) ->
 
 
 def smallest(replay: Replay) -> RecomputeChoice:
-    """Return a choice near the lowest possible peak.
+    """Return a choice of tensors to drop whose peak is near the lowest possible one.
 
     It is the first one found when raising the budget from the optimum of the program without integrality; if
     none is found, the choice that drops nothing.
@@ -79,8 +81,9 @@ def _choice(replay: Replay, dropped: frozenset[int]) -> RecomputeChoice:
 
 
 def refined(replay: Replay, choice: RecomputeChoice, budget_bytes: int) -> RecomputeChoice:
-    """Return the choice without those dropped tensors that can be kept with the replayed peak within the
-    budget, tried one by one, the most expensive first. A choice above the budget is returned as it is.
+    """Return the choice without those dropped tensors that need not be dropped for a replayed peak of at most
+    ``budget_bytes``. They are tried one by one, the one whose recomputation takes longest first. A choice
+    whose peak is above the budget is returned as it is.
     """
     if choice.peak_bytes > budget_bytes:
         return choice
@@ -133,7 +136,9 @@ class _Program:
                     self._after(c, self.replay.candidates[self.index[source]])
 
     def _after(self, candidate: Candidate, source: Candidate) -> None:
-        """Add the rows that require that ``source`` is present when ``candidate`` is recomputed."""
+        """Add the rows that require that the tensor ``source``, if dropped, is present again when
+        ``candidate``, which is made from it, is recomputed.
+        """
         drop_column, source_need, candidate_need = (
             self.index[candidate.number],
             self.place[source.first_need],
@@ -150,8 +155,8 @@ class _Program:
                 self.rows.append((row, 1.0))
 
     def _instants(self) -> list[tuple[int, int]]:
-        """Return (clock, level) of the plain step's highest level in each stretch between two changes of what
-        may be absent.
+        """Return (clock, bytes) of the highest memory level, without dropping, in each stretch of the step
+        between two clocks at which the tensors that may be absent change.
         """
         clock, level = self.replay.clock, self.replay.level
         bounds = sorted({*self.events, *(c.gone for c in self.replay.candidates)})
@@ -178,8 +183,8 @@ class _Program:
         return row
 
     def dropped(self, budget_bytes: int, gap_ratio: float) -> frozenset[int] | None:
-        """Return the numbers of the candidates that the cheapest solution of the program drops, within the
-        gap and the node limit; None if no solution is found.
+        """Return the numbers of the candidates that the program drops in its solution of least recomputation
+        time, within the gap and the node limit; None if no solution for ``budget_bytes`` is found.
         """
         seconds = numpy.zeros(self.width)
         total = sum(self.replay.seconds[k] for k in self.call) or 1.0
@@ -196,7 +201,9 @@ class _Program:
         return frozenset(n for n, i in self.index.items() if solution[i] > 0.5)
 
     def lowest_bytes(self) -> int:
-        """Return a lower bound on the peak of any choice: the optimum of the program without integrality."""
+        """Return a lower bound on the peak in bytes of any choice: the optimum of the program if tensors
+        could be dropped in part (without integrality).
+        """
         unit = float(self.replay.level.max())
         objective = numpy.zeros(self.width)
         objective[self.peak] = 1.0
@@ -240,8 +247,9 @@ class _Program:
         return None if result.x is None else numpy.asarray(result.x)
 
     def learn(self, dropped: frozenset[int], budget_bytes: int) -> bool:
-        """Add to the program's rows what a replay of the choice ``dropped`` has above them at instants over
-        the budget. Returns whether anything was added.
+        """Add to the program's rows the bytes by which a replay of the choice ``dropped`` is above what the
+        program predicts, at instants where the replay is over ``budget_bytes``. Returns whether any were
+        added.
         """
         clock, level = self.replay.levels(dropped)
         instants = numpy.array([instant for instant, _ in self.instants], dtype=numpy.int64)

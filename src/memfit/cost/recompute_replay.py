@@ -19,10 +19,11 @@ from memfit.types.trace import OpCall, Phase, Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A tensor that backward needs and that may be dropped.
+    """A tensor that backward needs and that may be dropped after forward and recomputed.
 
-    ``sources``: other candidates that its recomputation reads. ``calls``: the calls that recompute it,
-    including those for intermediate tensors that are not kept.
+    ``number``: its position among the tensors of the recording. ``sources``: numbers of other candidates that
+    its recomputation reads. ``calls``: positions of the recorded calls that recompute it, including those for
+    intermediate tensors that are not kept.
     """
 
     number: int
@@ -36,7 +37,8 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """A recorded forward pass, ready to evaluate choices of dropped tensors.
+    """A recorded forward pass, with which choices of tensors to drop are evaluated: their peak, and the
+    seconds of recomputation.
 
     ``clock``, ``level``: live bytes of the step without dropping, from the start of the pass to the end of
     backward, including memory inside kernels.
@@ -51,19 +53,21 @@ class Replay:
     outside_bytes: int  # highest level while the model is built and while the optimizer steps
 
     def cost_s(self, dropped: frozenset[int]) -> float:
-        """Return the seconds of recomputation; a call that several tensors share counts once. ``dropped``:
-        numbers of the candidates.
+        """Return the seconds that recomputing the dropped tensors takes; a call that several of them share
+        counts once. ``dropped``: numbers of the candidates.
         """
         calls = {c for candidate in self.candidates if candidate.number in dropped for c in candidate.calls}
         return sum(self.seconds[c] for c in calls)
 
     def closure(self, dropped: frozenset[int]) -> frozenset[int]:
-        """Return the dropped tensors together with the intermediate ones that their recomputation makes."""
+        """Return the numbers of the dropped tensors and of the intermediate ones that their recomputation
+        makes.
+        """
         return dropped.union(*(c.between for c in self.candidates if c.number in dropped))
 
     def levels(self, dropped: frozenset[int]) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Return (clock, live bytes), from the start of the pass to the end of backward, with these
-        candidates dropped. Instants of recomputation follow at the end.
+        """Return (clock, live bytes), from the start of the pass to the end of backward, if these candidates
+        are dropped. Instants within recomputations follow at the end, so the clock is not sorted.
         """
         return _Played(self, self.closure(dropped)).levels()
 
@@ -74,10 +78,10 @@ class Replay:
 def replay(
     recording: Recording, seconds: Callable[[OpCall], float], calibration: Calibration, *, least_bytes: int
 ) -> Replay:
-    """Return the replay of a recording.
+    """Return the replay of a recorded step.
 
-    ``seconds``: the time of an operator call. ``calibration``: its probed sizes are used. Tensors smaller
-    than ``least_bytes`` are always kept.
+    ``seconds`` returns the time of an operator call. ``calibration``: its probed kernel workspaces count
+    towards the memory. Tensors smaller than ``least_bytes`` are always kept.
     """
     trace = with_kept(recording.trace, calibration)
     ops = {op.clock: op for op in trace.ops}
@@ -105,9 +109,10 @@ def replay(
 
 
 def _outside(trace: Trace, points: list[tuple[int, int]]) -> Iterator[int]:
-    """Yield the levels while the model is built and while the optimizer steps.
+    """Yield the live bytes of those of the ``points``, (clock, live bytes) by clock, that lie in the building
+    of the model or in an optimizer step.
 
-    Other passes are like the recorded one.
+    Forward and backward passes beside the recorded one are like it, and are left out.
     """
     spans = [s for s in trace.spans if s.phase is Phase.OPTIMIZER or not s.start]
     starts = [s.start for s in spans]
@@ -205,7 +210,8 @@ class _Played:
         return {r for c in self.made[number].calls for r in self.calls[c].reads} - {number}
 
     def _make(self, number: int, clock: int) -> None:
-        """Recompute the tensor ``number`` at ``clock``, its missing sources first, as at run time.
+        """Account for recomputing the tensor ``number`` at ``clock``, its missing sources first, as at run
+        time.
 
         Changes at ``clock`` apply after it; instants within the recomputation are recorded.
         """

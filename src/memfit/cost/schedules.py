@@ -17,8 +17,8 @@ _Work = tuple[int, int, int]  # (kind, chunk, micro-batch)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """Result of a pipeline's simulation. ``busy_s``: of each rank; ``bubble_ratio``: idle share of all ranks'
-    time.
+    """Result of the simulation of one pipeline step. ``busy_s``: seconds of work of each rank;
+    ``bubble_ratio``: share of all ranks' time during which they are idle.
     """
 
     step_s: float
@@ -39,12 +39,12 @@ def simulate(
     send_s: float = 0.0,
     virtual: int = 1,
 ) -> Simulated:
-    """Simulate one step of a pipeline with the schedule ``kind``, one of `KINDS`.
+    """Simulate one step of a pipeline, without the optimizer, with the schedule ``kind``, one of `KINDS`.
 
     ``forward_s``, ``backward_s``: seconds of one micro-batch through each stage, in the order of the model.
     With ``virtual`` chunks per rank there are that many times as many stages, and rank r has stages r, r +
-    ranks, ... ``weight_s``: the part of backward that no other work waits for, split off by zero-bubble only.
-    ``send_s``: from one stage to the next.
+    ranks, ... ``weight_s``: the part of each stage's backward that no other work waits for (the gradients of
+    weights), split off by zero-bubble only. ``send_s``: seconds to send from one stage to the next.
     """
     assert kind in KINDS, kind
     stages = len(forward_s)
@@ -79,7 +79,7 @@ def _order(kind: str, rank: int, ranks: int, micros: int, virtual: int) -> list[
 
 
 def _with_weights(order: list[_Work], rank: int) -> list[_Work]:
-    """Insert weight-gradient work for ZB-H1.
+    """Return a rank's order of work with its weight gradients inserted, as in the schedule ZB-H1.
 
     A rank postpones as many weight gradients as there are ranks before it, and does them where it would
     otherwise wait for the last backwards.
@@ -99,8 +99,8 @@ def _with_weights(order: list[_Work], rank: int) -> list[_Work]:
 
 
 def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return (chunk, micro-batch) in the order of forward and of backward: for each group of micro-batches,
-    chunk by chunk.
+    """Return the pairs (chunk, micro-batch) of a rank, once in the order of forward and once in that of
+    backward: for each group of micro-batches, chunk by chunk, in backward from the last chunk.
     """
     forward, backward = [], []
     group_size = _group(ranks, micros)
@@ -112,14 +112,16 @@ def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, in
 
 
 def _group(ranks: int, micros: int) -> int:
-    """Return the size of a group: as many micro-batches as ranks, or a few more if the division is uneven."""
+    """Return how many micro-batches a rank runs through one chunk before the next: as many as there are
+    ranks, or a few more if the division is uneven; all if there are fewer than twice as many.
+    """
     return -(-micros // max(1, micros // ranks))
 
 
 def _play(
     orders: list[list[_Work]], seconds: tuple[list[float], ...], send_s: float, ranks: int
 ) -> list[float]:
-    """Return the time in seconds when each rank finishes its order of work."""
+    """Return the time, in seconds from the start, when each rank finishes its order of work."""
     last_stage = len(seconds[0]) - 1
     end_times: dict[tuple[int, int, int], float] = {}  # (kind, stage, micro-batch) -> end
     free_times, positions = [0.0] * ranks, [0] * ranks
@@ -177,7 +179,8 @@ def closed_s(
     send_s: Any = 0.0,
     virtual: Any = 1,
 ) -> Any:
-    """Return the seconds of a step for equal stages, without simulating it.
+    """Return the seconds of a step without the optimizer, for equal stages and without simulating it, for
+    numbers or numpy arrays. ``kind``: one of `KINDS`.
 
     ``forward_s`` and ``backward_s``: of one micro-batch through all of a rank's chunks. ``weight_s``: the
     part of backward that no other work waits for; used for zero-bubble only. ``virtual``: chunks of a rank;

@@ -1,5 +1,5 @@
-"""Step time of a plan from its distinct ranks: one rank simulated on its streams, or stages in a pipeline's
-order.
+"""Step time of a plan from traces of its distinct ranks: each rank simulated on its streams, or, with a
+pipeline, its stages simulated in the order of the schedule.
 
 Not modelled: loading data, ranks that are slower at times, and host synchronisation on tensor values.
 """
@@ -22,7 +22,8 @@ _WEIGHT_SHARE = 0.5  # share of backward for weight gradients, in a layer of mat
 
 
 def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeModel) -> Played | None:
-    """Simulate the plan's step: that of the slowest rank or, with a pipeline, of all ranks in its order.
+    """Simulate the plan's step and return the result: that of the slowest rank or, with a pipeline, that of
+    all ranks in the order of its schedule.
 
     ``traces``: one rank of each kind (`Layout.distinct_ranks`), in order. Returns None for several ranks on a
     CPU, whose cores they share: this is not modelled.
@@ -38,12 +39,12 @@ def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeMod
 
 
 def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, micros: int) -> float | None:
-    """Return the step seconds of a plan that was not traced: ``compute_s`` and what replicas or shards of the
-    model exchange.
+    """Return the step seconds of a plan that was not traced: ``compute_s``, the seconds of one rank's work,
+    and what replicas or shards of the model exchange.
 
     ``parameters``: number of the model's parameters. ``micros``: micro-batches of a step. Half of the compute
-    time hides communication. This is accurate enough to decide which plans are worth a trace. Returns None
-    for several ranks on a CPU, which are not modelled.
+    time hides communication. This is accurate enough to decide which plans are worth a trace. Returns
+    ``compute_s`` for one rank, and None for several ranks on a CPU, which are not modelled.
     """
     if plan.ranks == 1:
         return compute_s
@@ -66,7 +67,9 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
 
 
 def _with_offload(step: Played, trace: Trace, machine: Machine, model: TimeModel) -> Played:
-    """Return the step with the copies to and from host memory or disk added, for which compute waits."""
+    """Return the step with the seconds of offloading added: the copies of tensors to host memory or disk and
+    back, for which compute waits.
+    """
     copy_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)
     copy_s += model.calibration.disk_file_s * _whole(trace, trace.offloaded_tensors)
     busy = {**step.busy_s, "host link": copy_s} if copy_s else step.busy_s
@@ -74,7 +77,9 @@ def _with_offload(step: Played, trace: Trace, machine: Machine, model: TimeModel
 
 
 def _whole(trace: Trace, traced_quantity: int) -> float:
-    """Return a quantity of the traced micro-batches of a step, scaled to all its micro-batches."""
+    """Return ``traced_quantity``, which the traced micro-batches of a step have together, scaled to all
+    micro-batches of the step.
+    """
     forwards = sum(s.phase is Phase.FORWARD and s.step == trace.steps - 1 for s in trace.spans)
     return traced_quantity * (forwards + trace.unplayed(Phase.FORWARD)) / max(1, forwards)
 
@@ -96,7 +101,8 @@ def host_bytes_s(machine: Machine, model: TimeModel) -> float:
 
 
 def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, pipeline: Use, machine: Machine) -> Played:
-    """Simulate a pipeline. The second of ``pairs`` represents all ranks between the first and the last.
+    """Simulate a step of a pipeline and return the result. ``pairs``: the traced ranks in order; the second
+    represents all ranks between the first and the last.
 
     The result's work by resource is that of the rank whose forward and backward take longest.
     """
@@ -128,7 +134,9 @@ def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, pipeline: Use, machine
 
 
 def micro_steps(trace: Trace) -> int:
-    """Return the number of forwards that the rank makes in a step: one per chunk and micro-batch."""
+    """Return the number of forwards with operators that the traced rank makes in a step, those not traced
+    included: in a pipeline one per chunk and micro-batch.
+    """
     forwards = [s for s in trace.spans if s.phase is Phase.FORWARD and s.step == trace.steps - 1]
     forward_clocks = {o.clock for o in trace.ops if o.phase is Phase.FORWARD}
     forward_count = sum(any(s.start <= clock < s.end for clock in forward_clocks) for s in forwards)
@@ -136,7 +144,9 @@ def micro_steps(trace: Trace) -> int:
 
 
 def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, float]:
-    """Return seconds of (a micro-batch's forward, its backward, the rest of the step) on this rank."""
+    """Return the seconds of (a micro-batch's forward, its backward, the optimizer's phase) on this rank.
+    ``micros``: micro-batches of a step.
+    """
     ops = [o for o in trace.ops if o.step == trace.steps - 1]
     seconds: dict[Phase, float] = {Phase.FORWARD: 0.0, Phase.BACKWARD: 0.0, Phase.OPTIMIZER: 0.0}
     for span in trace.spans:
@@ -149,7 +159,9 @@ def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, fl
 
 
 def _send_s(trace: Trace, plan: Plan, machine: Machine) -> float:
-    """Return the seconds to send one stage's output to the next: those of the largest send in the trace."""
+    """Return the seconds to send one stage's output to the next: those of the largest send in the trace, or
+    of an empty one if it has none.
+    """
     sizes = [payload_bytes(o) for o in trace.ops if o.op.startswith("c10d.send")]
     rank_distance = plan.ranks // layout(plan).pipeline
     inside = not machine.devices_per_host or rank_distance < machine.devices_per_host

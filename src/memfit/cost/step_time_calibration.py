@@ -24,10 +24,12 @@ Seen = Sequence[tuple[Plan, float]]  # plans with their measured over predicted 
 
 
 def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibration:
-    """Return `calibration` with the corrections from short real runs, or unchanged without runs.
+    """Return `calibration` with corrections of predicted step times from short real runs in place of any that
+    it has; unchanged without runs.
 
-    ``seen``: each run's plan and its measured over predicted step time. With fewer than 3 runs, the
-    result's ``step_spread_ratio`` is None. ``source`` names the runs.
+    ``seen``: each run's plan and its measured over predicted step time, the latter without correction. With
+    fewer than 3 runs, the result's ``step_spread_ratio`` is None, so that intervals are not changed.
+    ``source`` names the runs.
     """
     if not seen:
         return calibration
@@ -50,7 +52,9 @@ def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibrati
 
 
 def factor(calibration: Calibration, plan: Plan) -> float:
-    """Return the factor by which the plan's predicted step time is corrected; 1 before any run."""
+    """Return the factor by which the plan's predicted step time is to be multiplied, from the corrections of
+    ``calibration``; 1 if it has none.
+    """
     return _told(calibration.step_ratio, calibration.technique_ratio, plan)
 
 
@@ -71,8 +75,9 @@ def _fit(runs: Seen) -> tuple[float, dict[str, float]]:
 
 
 def merged(old: Calibration, new: Calibration) -> Calibration:
-    """Merge calibrations of this machine: newer operator figures win, and rates are the better of both,
-    because noise only slows. The corrections from runs are those of ``old``.
+    """Return both calibrations of this machine merged: operator figures of ``new`` win, and rates are the
+    better of both, because noise only slows. Compute rates are those of the dtypes that ``new`` has. The
+    corrections from runs are those of ``old``. At least one of the two must have compute rates.
     """
     rates = {k: max(v, old.flops_s.get(k, 0.0)) for k, v in new.flops_s.items()}
     overheads = [c.overhead_s for c in (old, new) if c.flops_s]

@@ -44,11 +44,11 @@ _ITEM_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """Result of a simulated step of one rank.
+    """Result of a simulated step of one rank, in seconds.
 
     ``busy_s``: seconds of work by resource: matmul, attention, memory, link, network, host (issuing), host
-    memory, host link (offloading). ``exposed_s``: communication that compute waits for. ``idle_s``: other
-    gaps in compute.
+    memory, host link (offloading); resources without work may be absent. ``exposed_s``: communication that
+    compute waits for. ``idle_s``: other gaps in compute.
     """
 
     step_s: float
@@ -59,8 +59,8 @@ class Played:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
-    """A call with its seconds. ``issue_s``: of the host, to launch it. ``resource``: what it keeps busy, as
-    in `Played`.
+    """An operator call with the seconds of its work. ``issue_s``: seconds of the host to launch it.
+    ``resource``: what its work keeps busy, as in `Played`; "" for a wait.
     """
 
     op: OpCall
@@ -71,10 +71,11 @@ class Item:
 
 @dataclasses.dataclass(kw_only=True)
 class Player:
-    """Simulates traces of one plan on one machine.
+    """Simulates steps of one rank on one machine from its trace.
 
-    ``members``: ranks of each process group. ``quicker``: resource -> factor on its seconds. ``blocking``:
-    the host waits for every kernel before it issues the next (CUDA_LAUNCH_BLOCKING=1).
+    ``members``: name of each process group -> its ranks. ``quicker``: resource -> factor on the seconds of
+    its work. ``blocking``: the host waits for every kernel before it issues the next
+    (CUDA_LAUNCH_BLOCKING=1). ``beside``: factor on the seconds of a kernel that runs beside a collective.
     """
 
     model: TimeModel
@@ -133,7 +134,9 @@ class Player:
         return _Stage(self.beside, self.blocking).run([self.item(op) for op in ops])
 
     def step(self, trace: Trace) -> Played:
-        """Simulate a whole step: the last one traced, with untraced micro-steps extrapolated linearly."""
+        """Simulate a whole step, the last traced one without setup, and return its result. Micro-steps that
+        were not traced are extrapolated linearly.
+        """
         repetitions = trace.repeated_micro_steps
         if trace.repeated_spans:  # a pipeline, whose phases follow its schedule
             whole_step, spans = self.play(_played(trace)), trace.repeated_spans
@@ -149,8 +152,8 @@ class Player:
         return _added(_added(longer, [longer], extra_steps), [shorter], -extra_steps)
 
     def bottleneck(self, trace: Trace) -> dict[str, float]:
-        """Return resource -> seconds by which a step is shorter if its work takes a tenth less, largest
-        first.
+        """Return resource -> seconds by which a step is shorter if the work of that resource takes a tenth
+        less time, largest first.
         """
         base = self.step(trace)
         saved_s = {}
@@ -161,7 +164,9 @@ class Player:
 
 
 def _added(base: Played, additions: Sequence[Played], count: int) -> Played:
-    """Return ``base`` with the seconds of each of ``additions`` added ``count`` times (may be negative)."""
+    """Return ``base`` with the seconds of each of ``additions`` added ``count`` times; a negative count
+    subtracts them.
+    """
     busy_s = {k: v + count * sum(m.busy_s.get(k, 0.0) for m in additions) for k, v in base.busy_s.items()}
     return Played(
         step_s=base.step_s + count * sum(m.step_s for m in additions),
@@ -172,7 +177,9 @@ def _added(base: Played, additions: Sequence[Played], count: int) -> Played:
 
 
 class _Stage:
-    """State of the simulation of one rank."""
+    """State of the simulation of one rank, all in seconds from the step's start: when the host has issued
+    all calls so far, and when each stream and each kind of wires is free.
+    """
 
     def __init__(self, beside: float, blocking: bool) -> None:
         self.beside, self.blocking = beside, blocking
@@ -202,8 +209,8 @@ class _Stage:
         )
 
     def _join(self) -> None:
-        """Make compute wait for the last call of every other stream, because gradients are complete at the
-        end of backward.
+        """Make the compute stream wait for the last call of every other stream, because all gradients must be
+        complete at the end of backward, and all work at the end of the step.
         """
         for stream, ends in list(self.ends.items()):
             if stream and ends:
@@ -250,7 +257,9 @@ class _Stage:
             self.issued = max(self.issued, start + seconds)
 
     def _slowed(self, start: float, seconds: float) -> float:
-        """Return the additional seconds of a kernel caused by collectives that run beside it."""
+        """Return by how many seconds the collectives that run beside it lengthen a kernel that starts at
+        ``start`` and takes ``seconds`` alone.
+        """
         if not self.flying:
             return 0.0
         self.flying = [f for f in self.flying if f[1] > start]
@@ -291,8 +300,8 @@ def _window(spans: Sequence[PhaseSpan]) -> tuple[int, int]:
 
 
 def sent(op: OpCall) -> tuple[Any, ...]:
-    """Return (kind, bytes of the whole) of a collective, as `collective_s` counts them; ("", 0) for other
-    operators and for collectives of no known kind.
+    """Return (kind, bytes of the whole) of a collective, as `collective_s` takes them; ("", 0) for other
+    operators and for collectives whose kind is not one of `KINDS`.
 
     For a synthetic collective (techniques/synthetic_kernel.py) the result also has its number of ranks, and
     how many of them share a host.
@@ -304,7 +313,7 @@ def sent(op: OpCall) -> tuple[Any, ...]:
 
 
 def payload_bytes(op: OpCall) -> int:
-    """Return the bytes of a point-to-point send."""
+    """Return the bytes that a point-to-point send transfers."""
     return _bytes(json.loads(op.signature)[1][0])
 
 

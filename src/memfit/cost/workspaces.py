@@ -103,10 +103,11 @@ _RECURRENT: Final = frozenset({"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"})
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Unprobed:
-    """Operators whose workspaces were not probed and can move the peak.
+    """Operators whose workspaces were not probed and could raise the peak.
 
-    ``high_bytes``: the peak if each of them uses its upper bound. ``signatures``: largest effect first.
-    ``calls``: operator -> number of its calls in the last traced step that can move the peak.
+    ``high_bytes``: the peak if each of them uses its upper bound. ``signatures``: of these operators, largest
+    effect first. ``calls``: operator -> number of its calls in the last traced step that could raise the
+    peak.
     """
 
     high_bytes: int
@@ -114,14 +115,15 @@ class Unprobed:
     calls: Mapping[str, int]
 
     def assumption(self) -> str:
-        """Return the line that names the operators in the estimate's list of assumptions."""
+        """Return the sentence for the estimate's assumptions, with each operator and its number of calls."""
         names = ", ".join(f"{name} ({count} calls)" for name, count in self.calls.items())
         return f"workspaces not probed, so the upper end includes their upper bounds: {names}"
 
 
 def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> Unprobed | None:
-    """Return the unprobed operators whose workspaces could raise the peak of ``profile`` by more than
-    `MATTERS_RATIO`; None if there are none, or if the trace has no operators or no allocations.
+    """Return the operators whose workspaces were not probed and could raise the peak of ``profile``, which is
+    the trace's, by more than 0.3 %; None if there are none, or if the trace has no operators or no
+    allocations.
     """
     trace = with_kept(trace, calibration)
     clock, live = levels(trace)
@@ -157,8 +159,8 @@ def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> 
 
 
 def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ...]:
-    """Return the signatures of the operators whose workspaces were not probed and could move the peak,
-    largest effect first.
+    """Return the signatures of the operators whose workspaces were not probed and could raise the trace's
+    peak by more than 0.3 %, largest effect first; empty if there are none.
     """
     workspaces = unprobed(trace, memory_profile(trace, calibration), calibration)
     return workspaces.signatures if workspaces else ()
@@ -167,8 +169,8 @@ def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ..
 def _with_outputs(
     trace: Trace, clock: numpy.ndarray, live: numpy.ndarray, ops: Sequence[OpCall]
 ) -> list[int]:
-    """Return the most live bytes from the start of each of ``ops`` to the start of the trace's next operator,
-    which include its outputs.
+    """Return for each of ``ops`` the most live bytes from its start to the start of the trace's next
+    operator, which include its outputs.
     """
     if not ops:
         return []
@@ -193,7 +195,9 @@ def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
 
 
 def base_name(op: str) -> str:
-    """Reduce ``aten.add_.Tensor`` to ``add``, and foreach operators to the name for one tensor."""
+    """Reduce ``aten.add_.Tensor`` to ``add``, and ``aten._foreach_add_.List``, for many tensors, to ``add``
+    too.
+    """
     parts = op.split(".")
     name = parts[1] if len(parts) > 1 else op
     return name.removeprefix("_foreach_").rstrip("_")
@@ -201,10 +205,11 @@ def base_name(op: str) -> str:
 
 @functools.lru_cache(maxsize=100_000)
 def bound_bytes(signature: str, device: str, threads: int) -> int:
-    """Return the most bytes that the operator can use beside its inputs and outputs.
+    """Return the most bytes that the operator can use beside its inputs and outputs while it runs.
 
-    0 if it is not a torch operator, and on an accelerator for all operators but convolutions, which alone are
-    checked there.
+    0 if it uses none, if it is not a torch operator, and on an accelerator for all operators but
+    convolutions, which alone are checked there. ``device``: "cpu" or "cuda". ``threads``: those of the CPU
+    that run the operator.
     """
     if not signature.startswith('["'):
         return 0
@@ -232,7 +237,8 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
 
 
 def _copied_bytes(signature: str, base: str) -> int:
-    """Return the bytes of the copies that the operator's CPU kernel makes of its inputs.
+    """Return the most bytes of the copies that the operator's CPU kernel makes of its inputs; 0 if it makes
+    none. ``base``: the operator's `base_name`.
 
     Copied are tensors whose dtype differs from the one the kernel computes in (for an in-place operator, the
     result is converted back from a copy too), and tensors whose layout the kernel cannot use.
@@ -270,8 +276,8 @@ def _takes_product(tensor: Sequence[Any]) -> bool:
 
 
 def _layout(tensor: Sequence[Any]) -> str:
-    """Return the tensor's layout: "contiguous", "channels last" or "other"; "" if it is both contiguous and
-    channels last.
+    """Return the memory layout of a tensor, given as [shape, strides, ...]: "contiguous", "channels last" or
+    "other"; "" if it is both contiguous and channels last.
     """
     shape, strides = tensor[:2]
     channels_last = [0, *range(2, len(shape)), 1]
@@ -329,12 +335,14 @@ class _Convolution:
 
 
 def input_bytes(signature: str) -> int:
-    """Return the bytes of all tensors in an operator's signature."""
+    """Return the bytes of all tensors in an operator's signature, which are its inputs."""
     return sum(map(_tensor_bytes, _tensors(json.loads(signature)[1:])))
 
 
 def _convolution(args: list[Any], *, backward: bool) -> _Convolution:
-    """Parse the arguments of aten.convolution or aten.convolution_backward."""
+    """Return the arguments of aten.convolution or, with ``backward``, of aten.convolution_backward, and the
+    shape of the output.
+    """
     index = 4 if backward else 3
     stride, padding, dilation, transposed, output_padding, groups = args[index : index + 6]
     x, weight = (a["t"][0] for a in args[int(backward) : int(backward) + 2])
@@ -429,8 +437,8 @@ def _filled(channels: int, block: int = _BLOCK) -> int:
 
 
 def _sizes(signature: str) -> tuple[int, int, int]:
-    """Return (length x batch, input size, hidden size) of a recurrent layer's call. For layers with more than
-    three gates, the hidden size is too large.
+    """Return (length x batch, input size, hidden size) of a recurrent layer's call. A third of the gates'
+    rows is taken as the hidden size, which is too large for layers with more than three gates.
     """
     args = json.loads(signature)[1]
     (length, batch, width), (gates, _) = args[0]["t"][0], args[1]["t"][0]
@@ -439,15 +447,16 @@ def _sizes(signature: str) -> tuple[int, int, int]:
 
 
 def _recurrent_bytes(rows: int, width: int, hidden: int) -> int:
-    """Return an upper bound on the bytes that one layer and direction keeps for backward (gates and states at
-    all positions), doubled for its workspace. ``rows``: length x batch.
+    """Return an upper bound on the bytes of a recurrent layer in one direction: what it keeps for backward
+    (gates and states at all positions), doubled to cover its workspace. ``rows``: length x batch. ``width``:
+    size of the input.
     """
     return 2 * (rows * (24 * hidden + 10 * width) * 4 + 12 * hidden * (hidden + width) * 4) + _ONCE
 
 
 def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
-    """Return an upper bound on the bytes of attention's scores and sums: one block of queries and keys per
-    thread.
+    """Return an upper bound on the bytes that attention on the CPU needs for scores and sums: one block of
+    queries and keys per thread. ``tensors``: those of its signature, queries and keys first.
 
     Half precision also packs keys and values (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp). The bound
     covers backward, which has three blocks.

@@ -29,9 +29,10 @@ _SURE: Final = 100.0  # percent: the upper end of the memory fits
 class Asking:
     """The inputs from which the options of the decision are built.
 
-    ``offers``: predictions for machines, each for plain training or a recommended plan. ``steps_per_run``:
-    optimizer steps of one run. ``plan_hours``: hours that people spent on adopting the recommended plan; None
-    if they were not counted. ``labour_known``: whether the case has the price of a working hour.
+    ``case``: the user's figures. ``offers``: predictions for machines, each for plain training or a
+    recommended plan. ``steps_per_run``: optimizer steps of one run. ``plan_hours``: people's working hours
+    for adopting the recommended plan, from the case or counted in the PoC; None if unknown. ``labour_known``:
+    whether the case has the price of a working hour.
     """
 
     case: DecisionCase
@@ -43,7 +44,8 @@ class Asking:
 
     def ways(self) -> tuple[Way, ...]:
         """Return the options of the decision: doing nothing, the machines that the case names, and the
-        catalog's machines with a usable prediction, bought and rented.
+        catalog's machines with a price, a step time and a prediction that fits (see `_counts`), bought and
+        rented.
 
         Raises UserError if the case names a machine without known hours or price, or gives figures of a
         machine but does not name it.
@@ -210,9 +212,9 @@ class Asking:
 def _counts(offer: Offer) -> bool:
     """Return whether a prediction makes options with the catalog's prices.
 
-    It must fit as predicted. For a recommended plan, the upper end of the predicted memory must fit, too; for
-    plain training, with which it is compared, this is not required. Uncertainty thus never makes the
-    comparison look better than it is.
+    The plan must fit as predicted. For a recommended plan, the upper end of the predicted memory must fit the
+    device, too; for plain training, with which it is compared, this is not required. Uncertainty thus never
+    makes the comparison look better than it is.
     """
     return offer.fits and (offer.plain or _fit_percent(offer) >= _SURE)
 
@@ -319,7 +321,7 @@ def _embodied_kg(machine: CatalogMachine | None) -> float | None:
 
 def asked(ways: Iterable[Way], case: DecisionCase) -> tuple[str, ...]:
     """Return the names of the case's unset keys that a complete decision between ``ways`` needs, most
-    important first.
+    important first: the existing machine, what the options do not know, and the value of a run.
     """
     unknown_keys = dict.fromkeys(name for way in ways for name in way.unknown)
     missing = [] if case.existing.machine else ["existing.machine"]

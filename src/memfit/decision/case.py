@@ -1,7 +1,7 @@
 """The case file: the user's figures for the decision, one TOML file, read strictly.
 
-Most numbers may stand alone or with a range. No range have whole numbers, the longest hours of a run, and the
-figures of a machine other than its price.
+Most numbers may stand alone or with a range. Whole numbers, the longest hours of a run, and the figures of a
+machine other than its price have no range.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class _Strict(pydantic.BaseModel):
 class CaseFigure(_Strict):
     """A figure, such as ``12.5`` or ``{value = 12.5, low = 10, high = 15, source = "an offer"}``.
 
-    It is not negative. An end of the range that is not set is the value. It may also have a date:
-    ``date = "2026-03-03"``.
+    It is not negative. An end of the range that is not set is the value. It may also have a date in ISO form:
+    ``date = "2026-03-03"``. Validation fails unless low <= value <= high.
     """
 
     value: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
@@ -138,8 +138,8 @@ class Money(_Strict):
 class AdoptionEffort(_Strict):
     """The section [effort]: people's working hours.
 
-    ``setup_hours``: to adopt the recommended plan; if unset, the attended minutes counted in the PoC are
-    used.
+    ``setup_hours``: to adopt the recommended plan; if unset, the minutes that people attended to the PoC are
+    used, if they were counted.
     """
 
     setup_hours: Given | None = None
@@ -162,7 +162,8 @@ class ExistingMachine(_Strict):
 
 
 class Existing(ExistingMachine):
-    """The section [existing]: a machine that the user already has. ``machines``: how many of it.
+    """The section [existing]: a machine that the user already has. ``machines``: how many such machines there
+    are.
 
     It has no price, because it is paid for.
     """
@@ -191,9 +192,11 @@ class Cloud(ExistingMachine):
 
 
 class DecisionCase(_Strict):
-    """The user's figures. All are optional; missing ones come from the catalog or are asked for.
+    """The user's figures. All are optional. Missing ones come from the catalog; those that it does not have
+    are unknown, and the decision lists them.
 
-    ``tariff`` and ``supplier`` are those of electricity.
+    ``place``, ``tariff``, ``supplier``: names in the catalog of the place, which determines electricity,
+    taxes and write-off, of the electricity tariff and of the electricity supplier.
     """
 
     currency: Name = "USD"

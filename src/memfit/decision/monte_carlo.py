@@ -17,11 +17,13 @@ _DUST: Final = 1e-9  # relative to the saving: a smaller swing is rounding
 def interval(
     best: Way, reference: Way, terms: Terms, told: Sequence[Term], *, draws: int = DRAWS
 ) -> tuple[Interval, float] | None:
-    """Return the interval of the saving in percent, and the percentage of draws in which anything is saved.
+    """Return (interval of what ``best`` saves over ``reference`` in percent; percentage of draws in which it
+    saves anything).
 
-    The interval goes from the 5th to the 95th percentile of ``draws`` draws, widened to contain the saving
-    without draws. It is that point, with 0 or 100 percent, if no number has a range or both options are the
-    same. None if the saving is unknown.
+    ``told``: the numbers of the decision with their ranges. The interval goes from the 5th to the 95th
+    percentile of ``draws`` random draws of them, widened to contain the saving at their values. It is that
+    point, with 0 or 100 percent, if no number has a range or both options are the same. None if the saving is
+    unknown.
     """
     import numpy
 
@@ -59,10 +61,11 @@ def _drawn(name: str, span: Interval, draws: int) -> Any:
 
 
 def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tuple[Swing, ...]:
-    """Return the saving at both ends of each number's range, the other numbers unchanged; largest effect
-    first.
+    """Return what ``best`` saves over ``reference`` at both ends of each number's range, the other numbers
+    unchanged; largest effect first.
 
-    Numbers whose effect is only rounding, or with which the saving is unknown, are left out.
+    Numbers without a range, those whose effect is only rounding, and those with which the saving is unknown
+    are left out.
     """
     swings, saved_at = [], _saver(best, reference, terms, told)
     for name, span in ranged(told).items():
@@ -75,7 +78,8 @@ def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tu
 
 
 def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
-    """Return `terms` with the numbers of ``values``, {name: value}; money is in the currency of the case.
+    """Return `terms` with the numbers in ``values``, {name: new value}, replaced; money is in the currency of
+    the case.
 
     An Amount is scaled to its value, so that its parts in US dollars and in the currency of the case keep
     their proportion; an Amount of zero gets all of it in the currency of the case.

@@ -17,7 +17,8 @@ _FEW_MACHINES = 5
 
 
 def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
-    """Return the seven risks of a decision whose stages are known, each with its level and evidence.
+    """Return the seven risks of a decision whose stages are already set, each with its level and evidence:
+    accuracy, stability, reproducibility, load (of the people), maturity, supply and security.
 
     Their `loss` is the highest cost of the pilot, None if unknown; always None for security, which is not a
     matter of money.
@@ -112,9 +113,11 @@ def _load(poc: Poc) -> _Found:
 
 
 def _maturity(poc: Poc, decision: Decision) -> _Found:
-    """Judge the upkeep of the engine that ran the recommended plan, and of the libraries that plans need.
+    """Judge the upkeep of the engine that ran the recommended plan, and of the libraries that the recommended
+    plan and the plan of the best option need.
 
-    The risk is low if all are released regularly, unknown if the status of any is unknown, else high.
+    The risk is low if the catalog says of all that they are released regularly, unknown if it does not know
+    the status of one, else high.
     """
     engine = next((r.spec.engine for r in _runs(poc)), "native")
     facts = catalog.engine_facts(engine)

@@ -1,4 +1,4 @@
-"""The description of an engine: the techniques it supports, what it lacks on this machine, and its
+"""The description of an engine: the techniques it supports, what is installed of it on this machine, and its
 configuration."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BESIDE = frozenset(
 
 
 def no_files(spec: RunSpec) -> Files:
-    """Return no files: the default of `Engine.files`, for an engine that is configured in Python only."""
+    """Return no files: the default of `Engine.files`, for an engine that has no configuration file."""
     return {}
 
 
@@ -48,13 +48,14 @@ class Engine:
     - ``beside``: names of the techniques that memfit applies to the model or the step and that the engine
       does not affect. Plans with a technique in neither set are not supported.
     - ``reasons(plan)``: why the engine does not support a plan whose techniques are all in ``carries`` or
-      ``beside``; empty if it does.
-    - ``asks_cuda(plan)``: the parts of the plan that the engine runs only on NVIDIA GPUs; may be empty.
+      ``beside``, such as a setting that its library lacks; empty if it does.
+    - ``asks_cuda(plan)``: the parts of the plan, in words, that the engine runs only on NVIDIA GPUs; may be
+      empty.
     - ``no_scalars(plan)``: whether the engine refuses parameters without dimensions.
     - ``files(spec)``: the files that configure the engine, name -> text, besides the run's run.json. The
       worker reads them.
     - ``env``: environment variables that its worker gets.
-    - ``tested``: the tested versions, from (inclusive) and to (exclusive).
+    - ``tested``: the tested versions of the package, from (inclusive) and to (exclusive).
     - ``saves``: whether memfit's worker can save and resume its training.
     - ``own_trace``: whether the engine's step runs on fake tensors. If so, predictions are traces of it.
       Otherwise they are traces of the native step for the plan ``predicted(plan)``, which needs the same
@@ -86,7 +87,8 @@ class Engine:
 
     def supports(self, plan: Plan) -> tuple[str, ...]:
         """Return the reasons why the engine does not support the plan; empty if it does. If the plan has
-        techniques that the engine does not know, return only these reasons, one per technique."""
+        techniques that are neither in ``carries`` nor in ``beside``, return one reason for each of these and
+        no others."""
         techniques = (u.technique for u in plan.uses if u.technique not in self.known)
         reasons = tuple(f"{technique} is not supported by {self.name}" for technique in techniques)
         return reasons or self.reasons(plan)
@@ -123,9 +125,9 @@ class Engine:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What is installed of an engine. ``version``: of its package, "" if that is not installed. ``problem``:
-    what keeps the engine from running; "" if it is ready to run. ``fix``: the command that would help, if
-    any."""
+    """What is installed of an engine. ``version``: that of its package, or of torch for an engine without a
+    package of its own; "" if it is not installed. ``problem``: what keeps the engine from running; "" if it
+    is ready to run. ``fix``: the command that would help, "" if none is needed or known."""
 
     version: str = ""
     problem: str = ""

@@ -31,8 +31,8 @@ def home() -> Path:
 
 
 def recorded(name: str) -> Environment | None:
-    """Return the recorded environment of the engine ``name``, whether or not it still exists. Return None if
-    there is no record or it cannot be read."""
+    """Return the environment of the engine ``name`` from its record, whether or not the environment still
+    exists. Return None if there is no record or it cannot be read."""
     try:
         return serialization.loads(
             Environment, _record(name).read_text(encoding="utf-8"), what=f"record of {name}"
@@ -42,7 +42,8 @@ def recorded(name: str) -> Environment | None:
 
 
 def record(name: str, made: Environment) -> None:
-    """Write ``made`` as the record of the environment of the engine ``name``, in place of any earlier one."""
+    """Write the record that ``made`` is the environment of the engine ``name``, in place of any earlier
+    record."""
     path = _record(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(serialization.dumps(made, indent=2) + "\n", encoding="utf-8")

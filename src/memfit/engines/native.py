@@ -24,10 +24,10 @@ ENGINE = Engine(
 
 
 def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
-    """Return the launch of ``spec`` on ``engine``: memfit's worker as a command, its environment variables,
-    run.json and the engine's configuration files. It is what runs execute and what `memfit export` writes.
-    The command uses the interpreter of the engine's own environment, which then imports memfit from this
-    source folder, or this interpreter if the engine needs no environment or none is recorded."""
+    """Return the launch of the run ``spec`` on ``engine``: memfit's worker as a command, its environment
+    variables, run.json and the engine's configuration files. It is what runs execute and what `memfit export`
+    writes. The command uses the interpreter of the engine's own environment, which then imports memfit from
+    this source folder, or this interpreter if the engine needs no environment or none is recorded."""
     environment = recorded(engine.name) if engine.requirements else None
     return LaunchConfig(
         engine=engine.name,
@@ -60,8 +60,8 @@ def render_calibration(
     """Return the launch of a worker process that times the operators ``signatures``, with the environment
     variables of a run on the native engine. ``spec`` gives the number of threads and the time limit.
     ``budget_s``: seconds for the measurements. ``packages``: modules to import first, which register
-    operators. ``rates``: measure the rates of the machine too. ``memory_only``: measure only what memory each
-    operator takes inside, neither times nor rates."""
+    operators. ``rates``: measure the machine's rates, such as its memory bandwidth, too. ``memory_only``:
+    measure only the peak memory within each operator (its inputs not counted), neither times nor rates."""
     request = {
         "signatures": list(signatures),
         "budget_s": budget_s,

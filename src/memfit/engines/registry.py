@@ -26,15 +26,16 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def engine(name: str) -> Engine:
-    """Return the engine called ``name``. If there is none, raises UserError with all names and the closest
-    one."""
+    """Return the engine called ``name``. If there is none, raises UserError with all names and, if one is
+    similar, that one."""
     return named("engine", name, ENGINES)
 
 
 def carrying(name: str, plan: Plan) -> Engine:
-    """Return the engine called ``name`` if it supports the plan. Otherwise raises UserError with the reasons,
-    and with the engines other than replay that support it. Raises UserError, too, if there is no such engine,
-    or if the plan's number of ranks does not suit its techniques."""
+    """Return the engine called ``name`` if it supports the plan; whether it is installed does not matter.
+    Otherwise raises UserError with the reasons, and with the engines other than replay that support the plan.
+    Raises UserError, too, if there is no such engine, or if the plan's number of ranks does not suit its
+    techniques."""
     candidate = engine(name)
     layout(plan)  # raises first for an invalid number of ranks, which no engine would support
     if reasons := candidate.supports(plan):
@@ -49,8 +50,8 @@ def carrying(name: str, plan: Plan) -> Engine:
 
 def ready(name: str, plan: Plan) -> Engine:
     """Return the engine called ``name`` if it supports the plan, can train it here, on CPU ranks, and is
-    installed in a tested version. Raises UserError with the reasons why it does not support the plan, with
-    the parts that require CUDA, or with the command that installs a tested version."""
+    installed in a tested version. Otherwise raises UserError, as `carrying` does, with the parts of the plan
+    that require CUDA, or with the command that installs a tested version."""
     candidate = carrying(name, plan)
     if parts := candidate.asks_cuda(plan):
         raise UserError(
@@ -63,6 +64,7 @@ def ready(name: str, plan: Plan) -> Engine:
 
 
 def render(spec: RunSpec) -> LaunchConfig:
-    """Return the launch of ``spec`` on the engine that it names: the worker, run.json and the engine's own
-    configuration files. Raises UserError if there is no such engine."""
+    """Return the launch of the run ``spec`` on the engine that it names: the command of memfit's worker, its
+    environment variables, run.json and the engine's own configuration files. Nothing is started or written.
+    Raises UserError if there is no such engine."""
     return native.render(spec, engine(spec.engine))

@@ -23,9 +23,9 @@ RUN = "run.json"  # read by memfit's worker; all other files of a launch are the
 class UserFiles:
     """The user's own configuration. ``setup``: the files as read; ``carried``: the plan that they describe,
     with the settings that no plan can express; ``clipping``: the gradient clipping in the files;
-    ``job_clip``: the largest gradient norm that the job sets, None if it does not clip. ``for_worker``: True
-    if memfit's worker reads the exported files; then every value must be known and all settings of the plan
-    must be written."""
+    ``job_clip``: the largest gradient norm that the job sets, None if it does not clip or is not loaded yet.
+    ``for_worker``: True if memfit's worker, not a script or a library's program, reads the exported files;
+    then every value must be known ("auto" is replaced) and all settings of the plan must be written."""
 
     setup: Setup
     carried: Carried
@@ -35,8 +35,9 @@ class UserFiles:
 
     @property
     def clip(self) -> float | None:
-        """The largest gradient norm, from the files, else from the job, else the default of the files'
-        library. None if gradients are not clipped, or if none of the three determines it."""
+        """The largest gradient norm, to which gradients are clipped: that which the files set, else the
+        job's, else the default of the files' library. None if gradients are not clipped, or if none of the
+        three determines it."""
         files_decide = self.clipping.explicit or self.job_clip is None
         return (self.clipping.limit if files_decide else self.job_clip) or None
 
@@ -57,8 +58,9 @@ class UserSettings:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
     """A launch ``config`` and what an export of it to ``nodes`` machines needs besides. ``script``: the
-    user's program and its arguments, or empty for memfit's worker; ``own_files``: name -> text of the user's
-    files that are put beside the program; ``user_files``: the user's own configuration, whose settings the
+    user's program and its arguments, or empty for memfit's worker; ``own_files``: name -> text of the files
+    that are put beside the program and that no target renders: the plan, and the user's program or job with
+    the modules that it imports; ``user_files``: the user's own configuration, whose settings the
     export keeps, None if there is none; ``kept``: what became of these settings, None before they are merged;
     ``dependence``: whether the job's samples depend on each other, None if the plan does not split the batch.
     Raises UserError if one of ``own_files`` has the name of a file of ``config``, if ``nodes`` is below 1, or
@@ -113,14 +115,14 @@ class Handover:
     @property
     def carried(self) -> Files:
         """The files that every node needs besides the one that starts the launch, name -> text: the engine's
-        configuration, run.json if memfit's worker trains, and the user's files."""
+        configuration, run.json if memfit's worker trains, and ``own_files``."""
         engine = self.engine_files if self.script else self.config.files
         return {**engine, **self.own_files}
 
     @property
     def on_gpus(self) -> bool:
-        """Whether the launch trains on GPUs: True with a script. memfit's worker trains several ranks on CPUs
-        over gloo."""
+        """Whether the launch trains on GPUs: True with a script of the user, False for memfit's worker, which
+        trains on CPUs."""
         return bool(self.script)
 
     @property

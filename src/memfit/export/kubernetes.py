@@ -23,8 +23,9 @@ Object = dict[str, Any]
 
 def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: those of ``torchrun.files``, and job.yaml, which contains
-    them all. Raises UserError if no container image is given, if checkpoints are kept without a volume claim
-    or not at an absolute path, if the files are too large for a ConfigMap, or as ``torchrun.files`` does."""
+    them all. Raises UserError if no container image is given, if checkpoints are written without a volume
+    claim or not to an absolute path, if the files have more than 1,000,000 bytes together, too many for a
+    ConfigMap, or as ``torchrun.files`` does."""
     if not handover.image:
         raise UserError(
             "--image is missing",
@@ -45,7 +46,8 @@ def files(handover: Handover) -> Files:
 
 
 def text(documents: list[Object]) -> str:
-    """Render ``documents`` as one YAML text in which texts of several lines stay readable, line by line."""
+    """Render ``documents`` as one YAML text. Strings of several lines are written as blocks, line by line, so
+    that they stay readable."""
     import yaml
 
     class Dumper(yaml.SafeDumper):

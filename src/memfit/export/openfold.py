@@ -52,8 +52,8 @@ _ONLY: Mapping[str, tuple[tuple[str, tuple[object, ...], str], ...]] = {
 
 def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: openfold.args, openfold.json, deepspeed_config.json if
-    the plan needs DeepSpeed, and the user's files. Raises UserError with all reasons if OpenFold cannot train
-    the plan or the job."""
+    the plan needs DeepSpeed, and ``handover.own_files``. Raises UserError with all reasons if OpenFold cannot
+    train the plan or the job."""
     if reasons := tuple(_why_not(handover)):
         raise UserError(f"OpenFold cannot train this plan: {'; '.join(reasons)}")
     rendered = {
@@ -83,16 +83,17 @@ def _why_not(handover: Handover) -> Iterator[str]:
 
 
 def _size(handover: Handover) -> tuple[str, int | None]:
-    """Return (name of the job's size, "tiny" by default; crop in residues, from a size NAME@RESIDUES or the
-    job's length, None for the size's own crop)."""
+    """Return (name of the job's size, "tiny" by default; its crop in residues). The crop is that of a size
+    given as NAME@RESIDUES, otherwise the length that was given; None if neither was, for the size's own
+    crop."""
     ref = handover.config.spec.job
     name, _, residues = (ref.size or "tiny").partition("@")
     return name, int(residues) if residues else ref.length
 
 
 def changes(handover: Handover) -> dict[str, Any]:
-    """Return the content of openfold.json, for --experiment_config_json: dotted key -> value. Some settings
-    that the training presets have anyway are included, to make them visible."""
+    """Return the content of openfold.json, for train_openfold.py's --experiment_config_json: dotted key ->
+    value. Settings that OpenFold's training presets have anyway are included, to make them visible."""
     size, residues = _size(handover)
     preset = PRESETS[SIZES[size]]
     spec, plan = handover.config.spec, handover.plan

@@ -45,7 +45,8 @@ _START = {
 
 
 def readme(target: str, handover: Handover, files: Files) -> str:
-    """Return the text of README.md. ``files``: all other files of the export."""
+    """Return the text of README.md. ``target``: name of the export's target, such as slurm; ``files``: all
+    other files of the export, name -> text."""
     return "\n".join(_lines(target, handover, files)) + "\n"
 
 
@@ -71,8 +72,9 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
 
 
 def dependence_line(handover: Handover) -> str | None:
-    """Return a sentence saying that the plan splits a batch whose samples depend, or may depend, on each
-    other. None if they do not, or if the plan does not split the batch."""
+    """Return a sentence saying that the plan splits a batch whose samples depend on each other, or that this
+    was not tested, with the plan's effect on results. None if they do not depend on each other, or if the
+    plan does not split the batch."""
     dependence = handover.dependence
     if dependence is None or not dependence.sentence:
         return None
@@ -116,7 +118,7 @@ _DEFAULT_CLIPPING = {
 
 
 def _clipping(target: str, handover: Handover) -> str:
-    """Return a sentence on whether gradients are clipped, by whose setting, and to which norm."""
+    """Return a sentence, or two, on whether gradients are clipped, by whose setting, and to which norm."""
     spec, user_files = handover.config.spec, handover.user_files
     if target == "openfold":
         return _openfold_clipping(handover)

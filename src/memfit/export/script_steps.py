@@ -82,16 +82,17 @@ _CALLS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptStep:
-    """A step that the user's script must implement itself. ``name``: the technique, or "clipping"; ``text``:
-    what to call."""
+    """A part of the plan that the user's script must implement itself. ``name``: the technique, or
+    "clipping"; ``text``: what to call, for a human."""
 
     name: str
     text: str
 
 
 def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
-    """Return what the user's script must implement itself: the techniques of the plan, and gradient clipping
-    if the run clips, that no exported file of the engine applies."""
+    """Return what the user's script must implement itself: those techniques of the plan, and gradient
+    clipping if the run clips, that no exported file of the engine applies. Settings of DDP that Accelerate
+    reads from no file count as well."""
     return tuple(_steps(spec))
 
 
@@ -121,14 +122,15 @@ def _text(use: Use, plan: Plan) -> str:
 
 
 def _default_buckets(use: Use) -> bool:
-    """Return whether the settings are those of torch's DDP, which Accelerate creates by default."""
+    """Return whether ``use``, of ddp, has the bucket settings of torch's DDP, with which Accelerate creates
+    it by default."""
     return (use.settings["bucket_mib"], use.settings["bucket_view"]) == (25, False)
 
 
 def _by_accelerate(spec: RunSpec, use: Use) -> bool:
-    """Return whether Accelerate applies activation-checkpointing or gradient-accumulation for a script; False
-    for other techniques and engines. Its FSDP recomputes every block if the YAML says so. If the plan uses
-    ZeRO, gradients are accumulated as DeepSpeed's file says."""
+    """Return whether ``use`` is activation-checkpointing or gradient-accumulation and Accelerate applies it
+    for a script; False for other techniques and engines. With fsdp2, every block is recomputed (not every
+    k-th), as accelerate.yaml says. With zero, gradients are accumulated as DeepSpeed's file says."""
     if use.technique == _SPLIT:
         return spec.engine == "accelerate" and spec.plan.get("zero") is not None
     every_block = use.technique == "activation-checkpointing" and use.settings["every"] == 1
@@ -159,9 +161,9 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
 
 
 def script_files(config: LaunchConfig) -> Mapping[str, str]:
-    """Return the files of the launch for a script, name -> text. They differ from those of memfit's worker
-    only if the plan recomputes every block under Accelerate's FSDP: the worker recomputes blocks itself,
-    while for a script accelerate.yaml makes FSDP do it."""
+    """Return the files of the launch for a script of the user, name -> text. They differ from those for
+    memfit's worker only if the plan recomputes every block under Accelerate's FSDP: the worker recomputes
+    blocks itself, while for a script accelerate.yaml makes FSDP do it."""
     import yaml
 
     checkpointing = config.spec.plan.get("activation-checkpointing")

@@ -27,12 +27,14 @@ exec bash {script}
 
 def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: those of ``torchrun.files``, and task.yaml. Raises
-    UserError if a script trains and no accelerator is named, or as ``torchrun.files`` does."""
+    UserError if a script of the user trains and no accelerator (--gpu) is named, or as ``torchrun.files``
+    does."""
     return {**torchrun.files(handover), TASK: text([task(handover)])}
 
 
 def task(handover: Handover) -> dict[str, Any]:
-    """Return the content of task.yaml. Raises UserError if a script trains and no accelerator is named."""
+    """Return the content of task.yaml. Raises UserError if a script of the user trains and no accelerator
+    (--gpu) is named."""
     return {
         "name": handover.name,
         "num_nodes": handover.nodes,
@@ -57,9 +59,9 @@ def _resources(handover: Handover) -> dict[str, Any]:
 
 
 def _check(handover: Handover) -> str:
-    """Return a shell command that imports torch, memfit unless a script trains, and the package of the engine
-    if it is Accelerate, DeepSpeed or Megatron. It is used if no set-up command is given, so that a node that
-    lacks a package reports it before anything starts."""
+    """Return a shell command that imports torch, memfit unless a script of the user trains, and the package
+    of the engine if it is accelerate, deepspeed or megatron. It is used if no set-up command is given, so
+    that a node that lacks a package reports it before anything starts."""
     packages = ["torch"] if handover.script else ["torch", "memfit"]
     module_by_engine = {"accelerate": "accelerate", "deepspeed": "deepspeed", "megatron": "megatron.core"}
     packages += (

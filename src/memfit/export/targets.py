@@ -30,9 +30,9 @@ LIBRARIES = frozenset(
 def bundle(target: str, handover: Handover) -> Files:
     """Return all files of the export folder, name -> text: those of the target, README.md, and copies of
     configurations under the user's file names that the script's command line uses. Raises UserError if the
-    target cannot express the plan or lacks an option that it needs, if the script is started with a
-    configuration that the export does not replace, or if a user's file has the name of one that memfit writes
-    with another content."""
+    target cannot express the plan or lacks an option that it needs, such as a container image, if the script
+    is started with a configuration file of the user that the export does not replace, or if one of
+    ``handover.own_files`` has the name of a file that memfit writes with another content."""
     handover = with_engine_settings(handover)
     files = {**TARGETS[target](handover)}
     if handover.user_files is not None and target in LIBRARIES:
@@ -50,9 +50,10 @@ def bundle(target: str, handover: Handover) -> Files:
 
 
 def _by_the_users_names(handover: Handover, files: Files) -> Files:
-    """Return copies of exported configurations, name -> text, under the names by which the script's command
-    line refers to the user's files. Raises UserError if the command line names a configuration file of the
-    user that the export does not replace."""
+    """Return copies of the exported configurations ``files``, name -> text, under the names by which the
+    script's command line refers to the user's files: words, or parts of words beside "=", that are a file's
+    name without its folder. Raises UserError if the command line names, in this way, a configuration file of
+    the user that the export does not replace."""
     sources = handover.kept.sources if handover.kept is not None else {}
     words = [part for word in handover.script[1:] for part in word.split("=")]
     user_paths = handover.user_files.setup.files if handover.user_files is not None else ()

@@ -34,7 +34,7 @@ if [ "$NODE_RANK" = 0 ]; then is_host=1; else is_host=0; fi
 
 def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: torchrun.sh and what every node needs beside it. Raises
-    UserError if no argument can hand the engine's configuration to the script."""
+    UserError as ``program`` does, if no argument can hand the engine's configuration to the user's script."""
     return {**handover.carried, SCRIPT: script(handover)}
 
 
@@ -55,10 +55,10 @@ def script(handover: Handover) -> str:
 
 
 def environment(handover: Handover) -> dict[str, str]:
-    """Return the environment variables of the launch without PYTHONPATH, which holds paths of this machine,
-    and LOCAL_RANK. For a script two variables of memfit's worker are left out too: DS_ACCELERATOR, which
-    makes DeepSpeed train on CPUs, and PYTHONSAFEPATH, which removes the current folder from the import
-    path."""
+    """Return the environment variables of the launch, name -> value, without PYTHONPATH, which holds paths of
+    this machine, and LOCAL_RANK, which the launcher sets. For a script of the user two variables of memfit's
+    worker are left out too: DS_ACCELERATOR, which makes DeepSpeed train on CPUs, and PYTHONSAFEPATH, which
+    removes the current folder from the import path."""
     worker_variables = ("DS_ACCELERATOR", "PYTHONSAFEPATH") if handover.script else ()
     excluded = {"PYTHONPATH", "LOCAL_RANK", *worker_variables}
     return {k: v for k, v in handover.config.env.items() if k not in excluded}

@@ -63,9 +63,9 @@ _SAID = {
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export, name -> text: torchtitan.toml, torchtitan.args if v0.3 supports the
-    plan, and the user's files. Raises UserError if v0.2.2 cannot train the plan, or if the batch cannot be
-    split as the plan says."""
+    """Return the files of the export, name -> text: torchtitan.toml for v0.2.2, torchtitan.args if v0.3
+    supports the plan, and ``handover.own_files``. Raises UserError if v0.2.2 cannot train the plan, or if the
+    batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
     plan = handover.plan
     if reasons := tuple(_why_not(plan)):
         raise UserError(f"torchtitan cannot train this plan: {'; '.join(reasons)}")
@@ -131,8 +131,8 @@ def newer_cannot(plan: Plan) -> tuple[str, ...]:
 
 
 def sections(handover: Handover) -> Sections:
-    """Return the settings of torchtitan v0.2.2 for the plan, by table. Raises UserError if the batch cannot
-    be split as the plan says."""
+    """Return the settings of torchtitan v0.2.2 for the plan, table -> setting -> value. Raises UserError if
+    the batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
     plan = handover.plan
     place, fsdp = layout(plan), plan.get("fsdp2")
     is_bf16 = plan.get("bf16-autocast") is not None or (
@@ -176,8 +176,8 @@ def sections(handover: Handover) -> Sections:
 
 
 def _converted(plan: Plan) -> Sections:
-    """Return the settings of the float8 converter, by table; {} if the plan does not use it. The head is not
-    converted, as in memfit."""
+    """Return the settings of torchtitan's float8 converter, table -> setting -> value; {} if the plan has no
+    float8-linear. The head is not converted, as in memfit."""
     float8 = plan.get("float8-linear")
     if float8 is None:
         return {}
@@ -186,8 +186,9 @@ def _converted(plan: Plan) -> Sections:
 
 
 def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the batch settings of (training; the pipeline, {} if there is none). Raises UserError if the
-    batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
+    """Return the settings of the batch for (the table training, the table parallelism), name -> value. The
+    latter are the pipeline's, {} without one. Raises UserError if the batch cannot be split into equal parts
+    for the data-parallel ranks and micro-batches."""
     plan, batch_size = handover.plan, handover.config.spec.batch_size
     accumulation, stages = plan.get("gradient-accumulation"), plan.get("pipeline")
     steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
@@ -218,8 +219,8 @@ def _recomputation(plan: Plan) -> dict[str, Any]:
 
 
 def toml(given: Sections) -> str:
-    """Render ``given`` as TOML. Strings, numbers, booleans and lists of strings have the same form in TOML
-    and JSON."""
+    """Render ``given``, table -> setting -> value, as TOML. Strings, numbers, booleans and lists of strings,
+    the only values, have the same form in TOML and JSON."""
     tables = (
         f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
         for name, table in given.items()
@@ -229,8 +230,9 @@ def toml(given: Sections) -> str:
 
 def arguments(given: Sections) -> Iterator[str]:
     """Yield the lines of torchtitan.args, one command-line option of torchtitan v0.3 each, for ``--module
-    llama3 --config llama3_8b $(cat torchtitan.args)``. The kind of recomputation comes last, as
-    ``activation-checkpoint:KIND``."""
+    llama3 --config llama3_8b $(cat torchtitan.args)``. ``given``: the settings of `sections`. The kind of
+    recomputation comes last, as ``activation-checkpoint:KIND``; disable_loss_parallel, which v0.3 does not
+    have, is left out."""
     yield "--training.disable-cuda-graphs"  # memfit does not predict their pools; pipelines refuse them
     for table, options in given.items():
         for name, value in options.items():

@@ -40,8 +40,9 @@ _SAID = {
 
 def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: training_args.json, deepspeed.json if the engine has it,
-    and the user's files. Raises UserError if TrainingArguments cannot express the plan, if the plan has ZeRO
-    and there is no deepspeed.json, or if the batch cannot be split as the plan says."""
+    and ``handover.own_files``. Raises UserError if TrainingArguments cannot express the plan, if the plan has
+    ZeRO and the engine has no deepspeed.json, or if the batch cannot be split into equal parts for the
+    data-parallel ranks and micro-batches."""
     reasons = tuple(_why_not(handover.plan))
     if handover.plan.get("zero") is not None and "deepspeed.json" not in handover.engine_files:
         reasons += ("zero needs DeepSpeed: --engine deepspeed",)

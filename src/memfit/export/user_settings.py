@@ -36,9 +36,10 @@ _MISSING = object()
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Format:
-    """How an exported file is read and written. ``kind``: the field of a Setup that holds the user's settings
-    for it; ``suffixes``: suffixes of user's files that may be copied as they are, empty if the file has
-    command-line options; ``free``: dotted paths of settings that memfit's worker leaves to the user."""
+    """How an exported file is parsed (``load``) and rendered (``dump``). ``kind``: the field of a Setup that
+    holds the user's settings for it; ``suffixes``: suffixes of the user's files that may be copied as they
+    are, empty if the exported file holds command-line options; ``free``: dotted paths of the settings that
+    memfit's worker leaves to the user, all others being the plan's."""
 
     kind: str
     load: Callable[[str], dict[str, Any]]
@@ -153,9 +154,10 @@ _FORMATS: Mapping[str, _Format] = {
 def read_user_files(
     paths: Sequence[Path], *, ranks: int | None = None, for_worker: bool = False
 ) -> UserFiles:
-    """Read the user's configuration files and convert them to a plan. Raises UserError if a file cannot be
-    read or is of no known kind, if two are of one kind, if neither the files nor ``ranks`` say how many
-    processes train, or if ``ranks`` contradicts the files."""
+    """Read the user's configuration files and convert them to a plan. ``ranks``: the number of processes,
+    None for that of the files; ``for_worker``: see UserFiles. Raises UserError as `memfit.lint.parse.read`
+    does for files that it refuses, if neither the files nor ``ranks`` say how many processes train, or if
+    ``ranks`` contradicts the files."""
     setup = read(paths)
     if ranks is not None and setup.ranks not in (None, ranks):
         raise UserError(
@@ -175,8 +177,8 @@ Target = Callable[[Handover], Files]
 
 
 def with_engine_settings(handover: Handover) -> Handover:
-    """Return ``handover`` with the user's settings, if any, in the engine's files. For a script the engine's
-    files are adapted as ``script_files`` does."""
+    """Return ``handover`` with the user's settings, if any, merged into the engine's configuration files. For
+    a script of the user, the engine's files are those of ``script_files``."""
     config = handover.config
     if handover.script:
         config = dataclasses.replace(config, files=script_files(config))
@@ -194,8 +196,9 @@ def with_engine_settings(handover: Handover) -> Handover:
 
 
 def with_target_settings(handover: Handover, target: Target) -> Handover:
-    """Return ``handover``, which must have user's files, with their settings in the target's own files, such
-    as training_args.json. ``target`` renders all files of the export."""
+    """Return ``handover``, which must have ``user_files``, with ``kept`` holding the export's files, in which
+    the user's settings are merged into the target's own files, such as training_args.json. ``target``: the
+    function that renders all files of the export."""
     assert handover.user_files is not None
 
     def rendered(spec: RunSpec) -> Files:
@@ -219,9 +222,10 @@ def with_target_settings(handover: Handover, target: Target) -> Handover:
 def _kept(
     user_files: UserFiles, spec: RunSpec, rendered: Callable[[RunSpec], Files], names: Collection[str]
 ) -> UserSettings:
-    """Merge the user's settings into those files of ``rendered(spec)`` that are called ``names``. Clipping of
-    gradients in the user's files, or their library's default, is not changed; it is written if the job sets
-    it and no file does, and always for memfit's worker."""
+    """Merge the user's settings into those files of ``rendered(spec)`` whose names are in ``names``, and
+    return the result; its ``files`` are all files of ``rendered(spec)``. The gradient clipping that the
+    user's files set is not changed, nor is their library's default if neither they nor the job set any. It is
+    written if the job sets it and no file does, and always for memfit's worker."""
     clip = None if user_files.clipping.explicit else user_files.job_clip
     new_files = rendered(dataclasses.replace(spec, clip=spec.clip if user_files.for_worker else clip))
     batch = user_files.carried.batch or spec.batch_size
@@ -314,8 +318,9 @@ def _user_data(
     file_format: _Format, options: Options, setup: Setup, name: str
 ) -> tuple[dict[str, Any], str | None, list[str]]:
     """Return (the user's settings for the exported file ``name``; the text of the user's file if it may be
-    copied, else None; the settings that are left out because only a run of the script knows their values, in
-    words). Options of launchers are left out without mention."""
+    copied, else None; in words, the settings that are left out because their values are known only when the
+    user's script runs). Options of launchers, which the exported script sets itself, are left out without
+    mention."""
     path = Path(options.file)
     other_kinds = (
         getattr(setup, kind) for kind in ("accelerate", "trainer", "openfold") if kind != file_format.kind
@@ -342,9 +347,9 @@ def _user_data(
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the options in the content of a YAML file of Megatron-LM's arguments: name -> words. Those below
-    MODEL_ARGS are taken if there is such a section. True gives no words; options that are False are left
-    out."""
+    """Return the options in ``data``, the content of a YAML file of Megatron-LM's arguments, as Python name
+    -> the words of its value. If there is a section MODEL_ARGS, they are those in it. True gives no words;
+    options that are False are left out."""
     arguments = data.get("MODEL_ARGS") if isinstance(data.get("MODEL_ARGS"), Mapping) else data
     assert isinstance(arguments, Mapping)
     values = {str(n).lstrip("-").replace("-", "_"): v for n, v in arguments.items()}
@@ -379,12 +384,14 @@ def _leaves(data: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Leaves:
 def _merged(
     user: dict[str, Any], new_leaves: Leaves, old_leaves: Leaves, *, free: frozenset[str] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Replace, in ``user``, the settings that the plan decides. Return ``user`` and a list of the changes.
+    """Replace, in the user's settings ``user``, those that the plan decides. Return ``user`` and a list of
+    the changes, in words. ``new_leaves``: path -> value in the file rendered for the exported plan;
+    ``old_leaves``: the same for the plan that the user's files describe.
 
     If ``free`` is None, the plan decides only the settings that differ between ``old_leaves`` and
     ``new_leaves``; those that only ``old_leaves`` has are removed. Otherwise it decides all of
-    ``new_leaves``, except paths in ``free`` that the user sets to another value than "auto"; settings that
-    the user does not have are then added without being listed.
+    ``new_leaves``, except dotted paths in ``free`` that the user sets to another value than "auto"; settings
+    that the user does not have are then added without being listed.
     """
     changes: list[str] = []
     for path, value in new_leaves.items():
@@ -447,11 +454,13 @@ _SAID_BY_FILE = (
 def _made_consistent(
     name: str, merged: dict[str, Any], files: Files, data_ranks: int, differs: bool
 ) -> Iterator[str]:
-    """Adjust, in ``merged``, settings of the file ``name`` that follow from others, and yield the changes:
-    in a file of DeepSpeed two kinds of half precision and the total batch; in those of the Trainer and
-    Accelerate the name of DeepSpeed's exported file, if there is one; in Accelerate's without it FSDP1, which
-    becomes FSDP2 if ``differs``. Beside DeepSpeed's file, Accelerate's mixed_precision is removed without
-    being yielded."""
+    """Adjust, in ``merged``, settings of the exported file ``name`` that would contradict others, and yield
+    the changes in words. In a file of DeepSpeed, half precision is switched off if the plan has none, and all
+    but bf16 if several kinds are on; a train_batch_size that is not micro-batch x accumulation steps x
+    data-parallel ranks is removed, if the file has these two factors. In the file of the Trainer or
+    Accelerate, the name of DeepSpeed's exported file is set, if there is one; Accelerate's settings that
+    DeepSpeed's file must hold instead are then removed, which is not yielded. In Accelerate's without it,
+    FSDP1 becomes FSDP2 if ``differs``, that is if the plan has changed the file."""
     if name in (deepspeed.CONFIG, openfold.DEEPSPEED):
         yield from _deepspeed_consistent(merged, files[name], data_ranks)
     elif name == trainer.ARGUMENTS and "deepspeed" in json.loads(files[name]):
@@ -480,8 +489,8 @@ _FSDP1_ONLY = (
 
 
 def _as_fsdp2(section: dict[str, Any]) -> Iterator[str]:
-    """Convert ``section`` from FSDP1 to FSDP2, for which the prediction holds, and yield the changes.
-    Settings that only FSDP1 has are removed."""
+    """Convert ``section``, Accelerate's fsdp_config, in place from FSDP1 to FSDP2, for which the prediction
+    holds, and yield the changes in words. Settings that only FSDP1 has are removed."""
     section["fsdp_version"] = 2
     yield "fsdp_config.fsdp_version: 1 -> 2"
     for name in _FSDP1_ONLY:

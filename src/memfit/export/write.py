@@ -16,11 +16,11 @@ MANIFEST: Final = "export.json"  # what was written, with digests; written last
 
 
 def write(folder: Path, files: Files, *, force: bool = False) -> None:
-    """Write ``files`` (name -> text) into ``folder``, and the manifest export.json, which lists them with
-    their digests. Files named *.sh become executable. Raises UserError if the folder is a file, if it
-    contains anything and ``force`` is not set, if its parent folder does not exist, or if writing fails. With
-    ``force``, files of the same names are replaced, and files that only an earlier export wrote are removed;
-    everything else stays."""
+    """Write ``files`` (name -> text) into ``folder``, which is created if it does not exist, and the manifest
+    export.json, which lists them with their digests. Files named *.sh become executable. Raises UserError if
+    the folder is a file, if it contains anything and ``force`` is not set, if its parent folder does not
+    exist, or if writing fails. With ``force``, files of the same names are replaced, and files that only an
+    earlier export wrote are removed; everything else stays."""
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and (not force or not folder.is_dir()):
         hint = "--force writes into it nevertheless" if folder.is_dir() else "it is a file, not a folder"

@@ -1,5 +1,5 @@
-"""The common part of all callbacks: check the first step, measure the peak memory of every step, write one
-file at the end."""
+"""The common part of the callbacks: check the first step, measure the peak memory of every step, write one
+file for each rank at the end."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from memfit.types.units import format_bytes
 
 class Recorder:
     """Checks in the first step whether the plan was applied, and measures the peak memory of every step. It
-    must be created after the model is built and before training begins. ``why_not``: why there is no
-    prediction. ``strict``: training stops if the plan was not applied. ``blocks``: module path of the
-    repeated blocks; None: they are searched. ``clip``: the largest gradient norm, 0 for no limit; None if it
+    must be created after the model is built and before training begins. ``prediction``: None if there is
+    none; ``why_not`` then says why. ``strict``: whether `updated` raises NotConforming if the plan was not
+    applied; otherwise the result is only kept. ``blocks``: module path of the repeated blocks; None: they are
+    searched. ``clip``: the largest gradient norm to which gradients are clipped, 0 for no limit; None if it
     is unknown."""
 
     def __init__(
@@ -77,8 +78,9 @@ class Recorder:
         self.steps += 1
 
     def told(self) -> dict[str, Any]:
-        """Return the content of the file. The measured peak is the most bytes of live tensors on this rank
-        between the beginning and the end of any step."""
+        """Return the content of the file: the plan, the predicted peak or why there is none, the measured
+        peak, the number of steps, and the result of the check. The measured peak is the most bytes of live
+        tensors on this rank between the beginning and the end of any step; None if there was no step."""
         predicted = self.prediction.allocated_bytes if self.prediction is not None else None
         return {
             "plan": {"techniques": self.plan.to_dict(), "ranks": self.plan.ranks},

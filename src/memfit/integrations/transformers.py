@@ -24,15 +24,17 @@ from memfit.types.plan import Plan
 
 
 class MemfitCallback(TrainerCallback):  # type: ignore[misc]
-    """Predicts the peak memory of the trainer's step when it is created, checks after the first update
-    whether the plan was applied, and writes predicted and measured peak to a file at the end of training.
+    """Predicts the peak memory of the trainer's step when the callback is created, checks after the first
+    update whether the plan was applied, and writes predicted and measured peak to a file at the end of
+    training. If the step cannot be predicted, the file says why.
 
     ``plan``: a Plan, mapping or file; by default derived from the TrainingArguments. ``prediction``: an
     earlier prediction to use; without it, training on several ranks is not predicted, because
     `memfit.from_trainer` predicts one process. ``path``: the file; by default memfit.json in the output
-    folder (memfit.1.json, ... for other ranks). ``strict``: training stops with NotConforming if the plan was
-    not applied. ``blocks``: module path of the repeated blocks, by default found. Raises UserError for a plan
-    that cannot be read or derived.
+    folder. The name has the rank before its suffix for other ranks than 0, as in memfit.1.json. ``strict``:
+    if the plan was not applied, training stops with NotConforming; otherwise only the file says so.
+    ``blocks``: module path of the repeated blocks, by default found. Raises UserError for a plan that cannot
+    be read.
     """
 
     def __init__(
@@ -86,8 +88,8 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def plan_of_arguments(args: Any) -> Plan:
-    """Return the plan that the TrainingArguments ``args`` express, on the current number of ranks. Raises
-    UserError for settings that no plan can express."""
+    """Return the plan that the TrainingArguments ``args`` express, on the current number of ranks. Settings
+    that no plan can express are left out of it, and so are those in a DeepSpeed file that ``args`` names."""
     options = Options(file="TrainingArguments", data=args.to_dict())
     conversion = to_plan.over(Setup(trainer=options, ranks=args.world_size))
     return conversion.plan

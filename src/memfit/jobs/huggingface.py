@@ -91,11 +91,11 @@ def _longest(config: Any) -> int | None:
 
 
 def _length(config: Any, task: str, requested_length: int | None, size: str, name: str) -> int:
-    """Return the number of tokens of a sequence: the requested one, else the one of ``size``, limited by the
-    model's table of positions if it has one.
+    """Return the number of tokens of a sequence: the requested one, else the one of ``size``, or fewer if the
+    configuration states fewer or the model's table of positions has fewer.
 
-    Rotary and relative positions have no limit. Raises UserError if more tokens are requested than the table
-    has positions, or more than MOST_TOKENS.
+    Rotary and relative positions do not limit a requested length. Raises UserError if more tokens are
+    requested than the table has positions, or more than MOST_TOKENS.
     """
     config_length = _longest(config)
     length = requested_length or min(

@@ -72,8 +72,8 @@ def load(ref: JobRef) -> Job:
     """Return the job that ``ref`` names, with the size, data, weights, batch, length, steps and clip that
     ``ref`` states.
 
-    Raises UserError for an unknown job or size, steps, batch or length below one, a length that the job does
-    not accept, and faults in the files.
+    A clip of 0 turns clipping off. Raises UserError for an unknown job or size, steps, batch or length below
+    one, a length or another option that the job does not accept, a negative clip, and faults in the files.
     """
     for name, value in (("steps", ref.steps), ("batch", ref.batch), ("length", ref.length)):
         if value is not None and value < 1:

@@ -39,9 +39,10 @@ def _ignore(phase: Phase) -> None:
 class TrainingStep:
     """A model with a plan applied, its optimizer, and the training step.
 
-    Raises UserError if the plan's techniques conflict, lack a package, or do not suit the job, and if the
-    job's optimizer needs the loss several times per step. The step of another engine (engines/*/step.py) is a
-    subclass, which applies the techniques named in ``carried`` itself, in `_prepare`.
+    Raises UserError if the plan's techniques conflict, lack a package, or do not suit the job, if the job
+    clips gradients and the plan has optimizer-in-backward, and if the job's optimizer needs the loss several
+    times per step. The step of another engine (engines/*/step.py) is a subclass, which applies the techniques
+    named in ``carried`` itself, in `_prepare`.
     """
 
     carried: frozenset[str] = frozenset()
@@ -106,15 +107,18 @@ class TrainingStep:
         terms_per_rank: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one training step on ``batch``, this rank's part of the batch: forward and backward of each
-        micro-batch, then the optimizer's step, which frees the gradients.
+        micro-batch, then the optimizer's step, which frees the gradients, then the update of the weights'
+        moving average if the job has one.
 
-        Returns (the sum of the micro-batches' losses, each weighted by its number of loss terms divided by
-        ``terms_per_rank``; the gradient norm before clipping) as detached scalar tensors. ``terms_per_rank``
-        is the mean number of loss terms over data-parallel ranks, as returned by `local`; by default the
-        number in ``batch``, so that the first result is the mean loss of ``batch``. ``on_phase`` is called at
-        the beginning of each phase. ``micro_batches_played``: run only so many micro-batches, the first ones
-        and the last, for a trace that knows that the others are alike; by default all run. ``update=False``:
-        free the gradients without the optimizer's step.
+        Returns (the sum of the losses of the micro-batches that ran, each weighted by its number of loss
+        terms divided by ``terms_per_rank``; the gradient norm before clipping, 0 if float16 gradients
+        overflowed and the step was skipped) as detached scalar tensors. ``terms_per_rank`` is the mean number
+        of loss terms over ranks with different data, as returned by `local`; by default the number in
+        ``batch``, so that the first result is the mean loss of ``batch``. ``on_phase`` is called at the
+        beginning of each phase. ``micro_batches_played``: run only so many micro-batches, the first ones and
+        the last, for a trace that knows that the others are alike; by default all run. ``update=False``: free
+        the gradients without the optimizer's step. Raises UserError if ``batch`` cannot be split as the plan
+        requires, or if the job's loss is not a scalar tensor that depends on a trainable parameter.
         """
         parts = split(batch, self.bench.micro_batches)
         terms = [self._terms(part) for part in parts]
@@ -142,11 +146,12 @@ class TrainingStep:
         self._update()
 
     def local(self, batch: Any) -> tuple[Any, float]:
-        """Return (this rank's part of ``batch``, the whole batch of a step; the mean number of loss terms per
-        rank).
+        """Return (this rank's part of ``batch``, the whole batch of a step; the mean number of loss terms in
+        the parts).
 
         The part of a data-parallel rank consists of new tensors; without data parallelism it is ``batch``
-        itself. If samples are cut along their sequence, it is the rank's slice of its samples.
+        itself. If the plan cuts samples along their sequence, the part is the rank's slice of its samples.
+        Raises UserError if ``batch`` has fewer samples than there are data-parallel ranks.
         """
         world, cut_sample = self.bench.world, self.bench.slices
         if cut_sample is not None:
@@ -176,8 +181,8 @@ class TrainingStep:
 
     def _update(self) -> torch.Tensor:
         """Undo the loss scale, clip the gradients as the job says, run the optimizer's step and free the
-        gradients. Return the gradient norm before clipping; 0 if gradients overflowed under the loss scale,
-        which skips the step.
+        gradients. Return the gradient norm before clipping. If the gradients overflowed and the loss scale
+        could be halved, the optimizer's step is skipped and the norm returned is 0.
         """
         norm, scale = self._grad_norm(), self.bench.loss_scale
         if scale is None or scale.unscaled(norm, self.bench.trainable()):
@@ -191,7 +196,8 @@ class TrainingStep:
     def _clip(self, norm: torch.Tensor) -> None:
         """Scale all gradients so that their norm is at most the job's ``clip``; do nothing if that is None.
 
-        The arithmetic is that of `torch.nn.utils.clip_grad_norm_`. ``norm``: of the gradients of all ranks.
+        The arithmetic is that of `torch.nn.utils.clip_grad_norm_`. ``norm``: that of the gradients of all
+        ranks.
         """
         if self.job.clip is None:
             return
@@ -347,8 +353,9 @@ def played(count: int, most: int | None) -> list[int]:
 
 
 def batch_length(batch: Any) -> int:
-    """Return the number of samples of a batch: the one that an object in it reports, else the first dimension
-    of its first tensor with dimensions.
+    """Return the number of samples of a batch: the one that an object in it, such as a batch of graphs,
+    reports as ``num_graphs`` or ``batch_size``, else the size of the first dimension of its first tensor with
+    dimensions.
 
     Raises UserError if the batch contains no tensor with dimensions.
     """
@@ -366,9 +373,9 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
     """Split a batch into ``parts`` micro-batches along the first dimension; the first ones have one sample
     more if the number of samples does not divide evenly.
 
-    Tensors are views. A tensor whose first dimension is not the number of samples is shared whole by all. A
-    batch that is an object is split by its own methods. Raises UserError if there are more parts than
-    samples, or if such an object cannot be split.
+    Tensors are views. A tensor whose first dimension is not the number of samples is whole in every
+    micro-batch. A batch that is an object is split by its own methods. With ``parts`` 1, the batch itself is
+    the only one. Raises UserError if there are more parts than samples, or if such an object cannot be split.
     """
     if parts == 1:
         return [batch]

@@ -16,14 +16,14 @@ _INDEX: Final = "model.safetensors.index.json"
 
 
 def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ...] = ()) -> None:
-    """Copy ``model.safetensors`` (or the shards named by its index) into the model's parameters, one tensor
-    at a time.
+    """Copy the safetensors in ``folder`` (the shards named by its index if it has one, else all files) into
+    the model's parameters, one tensor at a time. Buffers are not loaded.
 
     Tied parameters may be stored under any of their names, and a leading ``esm.`` may be missing. Every
     parameter must be present, except those whose names start with one of ``may_miss`` (the head of a new
     task). Tensors that the model does not use are ignored. Under fake tensors, which hold no values, nothing
-    is loaded: weights do not change sizes. Raises UserError for a folder that is missing, has no safetensors
-    or cannot be read, for a missing parameter, and for another shape.
+    is loaded, because weights do not change sizes; only the folder is checked. Raises UserError for a folder
+    that is missing, has no safetensors or cannot be read, for a missing parameter, and for another shape.
     """
     from torch._guards import detect_fake_mode
 

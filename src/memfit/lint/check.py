@@ -71,9 +71,10 @@ def texts() -> Mapping[str, Mapping[str, Any]]:
 
 
 def check(setup: Setup, *, lang: str = "en") -> tuple[Finding, ...]:
-    """Return all findings in ``setup``, the most severe first. A rule is applied only if ``setup`` has files
-    of all kinds that it compares. Raises KeyError if there is a finding and rules.toml has no texts in
-    ``lang``."""
+    """Return all findings in ``setup``, the most severe first, with texts in the language ``lang``, "en" or
+    "ja". A rule is applied only if ``setup`` has settings of all kinds that it compares. Raises KeyError if
+    there is a finding and rules.toml has no texts in ``lang``, and UserError for values of OpenFold's JSON
+    that are not whole numbers above 0 where a rule needs them."""
     findings: list[Finding] = []
     for name, (kinds, find_values) in CHECKS.items():
         options = [getattr(setup, kind) for kind in kinds]

@@ -22,8 +22,9 @@ class ClippingSetting:
 
 
 def clipping_setting(setup: Setup) -> ClippingSetting:
-    """Return the clipping of the library that clips: DeepSpeed, if there is a file of it, otherwise
-    Megatron-LM, torchtitan or the Trainer. Files of Accelerate and OpenFold alone do not determine it."""
+    """Return the clipping of the library that clips: the first of DeepSpeed, Megatron-LM, torchtitan and the
+    Trainer of which ``setup`` has settings. A norm that is not given, or known only when a script runs, is
+    the library's default of 1.0. Files of Accelerate and OpenFold alone do not determine the clipping."""
     if setup.deepspeed is not None:
         return _deepspeed(setup, setup.deepspeed)
     for options, path in (
@@ -44,8 +45,9 @@ def _of(options: Options, path: str) -> ClippingSetting:
 
 
 def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
-    """Return the clipping of DeepSpeed's file; its default is 1.0. "auto" stands for the Trainer's setting;
-    without a Trainer, Accelerate replaces it by 1.0 (accelerator.py, 1.15)."""
+    """Return the clipping that DeepSpeed's settings ``config`` determine; the default norm is 1.0. "auto"
+    stands for the Trainer's setting; without a Trainer, Accelerate replaces it by 1.0 (accelerator.py,
+    1.15)."""
     if config.raw("gradient_clipping") == "auto":
         limit = _of(setup.trainer, "max_grad_norm").limit if setup.trainer is not None else _DEFAULT_NORM
         return ClippingSetting(limit=limit, explicit=True)

@@ -22,11 +22,12 @@ class LeftOut:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Carried:
-    """A set-up converted to a plan. ``engine``: the name of the engine that would run it. ``micro_batch``:
-    samples per forward pass of one rank; ``batch``: samples per optimizer step of all ranks; ``length``:
-    tokens per sample. Each of the three is None if the files do not determine it. ``left_out``: the settings
-    that the plan leaves out; ``size``: the size of the built-in job that the files describe, "" if they
-    describe none; ``model``: the model of another kind that the files describe, if any."""
+    """A set-up converted to a plan. ``engine``: the name of memfit's engine that would run it.
+    ``micro_batch``: samples per forward pass of one rank; ``batch``: samples per optimizer step of all ranks;
+    ``length``: tokens per sample. Each of the three is None if the files do not determine it. ``left_out``:
+    the settings that the plan leaves out; ``size``: the size of the built-in job alphafold2 that OpenFold's
+    settings describe, "" for other files; ``model``: the model that Megatron-LM's or torchtitan's settings
+    describe, None if they describe none and for other files."""
 
     plan: Plan
     engine: str
@@ -40,8 +41,9 @@ class Carried:
 
 @dataclasses.dataclass(kw_only=True)
 class Draft:
-    """A plan under construction, for ``ranks`` processes. A technique that conflicts with those already in
-    the plan is left out, and the reason is recorded in ``left_out``. The other fields are as in Carried."""
+    """A plan under construction, for ``ranks`` processes; the ranks of ``plan`` itself are not used. A
+    technique that conflicts with those already in the plan is left out, and the setting that asks for it is
+    listed in ``left_out`` with the reason. The other fields are as in Carried."""
 
     ranks: int
     plan: Plan = dataclasses.field(default_factory=Plan)
@@ -53,8 +55,9 @@ class Draft:
     model: DescribedModel | None = None
 
     def take(self, technique: str, option: str, **knobs: KnobValue) -> None:
-        """Add a technique with the settings ``knobs`` to the plan. If it or a setting is invalid, or if it
-        conflicts with the plan, record ``option``, the setting of the file, as left out for that reason."""
+        """Add a technique with the settings ``knobs`` to the plan, in place of an earlier use of it. If it or
+        a setting is invalid, or if it conflicts with the plan, list ``option``, the setting of the file that
+        asks for it, as left out for that reason, and leave the plan as it is."""
         try:
             new_plan = self.plan.with_use(make_use(technique, knobs))
         except UserError as error:
@@ -67,7 +70,7 @@ class Draft:
             self.plan = new_plan
 
     def leave(self, option: str, reason: str) -> None:
-        """Record ``option`` as left out for ``reason``."""
+        """Add ``option``, a setting of the file, to ``left_out`` with ``reason``."""
         self.left_out.append(LeftOut(option=option, reason=reason))
 
     def accumulate(self, steps: int | None) -> None:
@@ -76,9 +79,9 @@ class Draft:
             self.take("gradient-accumulation", f"{steps} accumulation steps", micro_batches=steps)
 
     def sized(self, data: int, steps: int | None) -> None:
-        """Set the batch of a step to micro-batch x ``data`` x ``steps``, unless it is already set or the
-        micro-batch is unknown. ``data``: the number of ranks that see different samples; ``steps``: the
-        number of accumulation steps (None: 1)."""
+        """Set ``batch`` to micro-batch x ``data`` x ``steps``, unless it is already set or the micro-batch is
+        unknown. ``data``: the number of ranks that see different samples; ``steps``: the number of
+        accumulation steps (None: 1)."""
         if self.micro_batch is not None and self.batch is None:
             self.batch = self.micro_batch * data * (steps or 1)
 

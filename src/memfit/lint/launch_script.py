@@ -30,10 +30,11 @@ _WORK: Mapping[str, Callable[[int, int], int]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What a shell script passes to its program. ``flags``: Python name -> True for a switch, otherwise the
-    text of the first value; of a flag that is given twice, the last. ``env``: name -> value of the variables
-    that the script exports. ``unsure``: names of flags that are given within a branch or a loop, or given
-    twice with different values. ``underscored``: names of flags that are written with underscores."""
+    """What a shell script passes to its program. ``flags``: Python name (``--micro-batch`` is
+    ``micro_batch``) -> True for a switch, otherwise the text of the first value; of a flag that is given
+    twice, the last. ``env``: name -> value of the variables that the script exports. ``unsure``: Python names
+    of flags that are given within a branch or a loop, or given twice with different values. ``underscored``:
+    names of flags that are written with underscores."""
 
     flags: Mapping[str, Any]
     env: Mapping[str, str]
@@ -42,8 +43,9 @@ class Script:
 
 
 def read_script(text: str) -> Script:
-    """Return the flags and exported variables of a shell script. A variable is replaced by its value if it
-    has exactly one in the whole script; otherwise ``$NAME`` stays, or its default value takes its place."""
+    """Return the flags and exported variables of the shell script ``text``. A variable is replaced by its
+    value if it has exactly one in the whole script. Otherwise the default of ``${NAME:-default}`` takes its
+    place, or, without a default, ``$NAME`` stays. An exported variable with several values is left out."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
     variables = _variables(lines)
     flags: dict[str, Any] = {}
@@ -63,8 +65,8 @@ def read_script(text: str) -> Script:
 
 
 def option_values(text: str) -> dict[str, tuple[str, ...]]:
-    """Return Python name -> all values of each flag in a shell script, with variables replaced as in
-    `read_script`; the tuple of a switch is empty. If a flag is given twice, the later values replace the
+    """Return Python name -> all values of each flag in the shell script ``text``, with variables replaced as
+    in `read_script`; the tuple of a switch is empty. If a flag is given twice, the later values replace the
     earlier ones."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
     variables = _variables(lines)
@@ -84,7 +86,8 @@ def option_values(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
-    """Yield each line, and whether it lies within a branch or a loop."""
+    """Yield each line of a shell script, and whether it lies within a branch or a loop. A line that only
+    opens one counts as within, a branch or loop on a single line does not."""
     depth = 0
     for line in lines:
         unquoted = re.sub(r"\"[^\"]*\"|'[^']*'|--[\w-]+", "", line)
@@ -94,8 +97,8 @@ def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _variables(lines: list[str]) -> dict[str, str]:
-    """Return name -> value of the variables that have exactly one value in the whole script. Variables in
-    these values are replaced, too."""
+    """Return name -> value of the shell variables that are only ever set to one value in ``lines``, those of
+    the whole script. Variables within these values are replaced, too, where they are known."""
     values: dict[str, set[str]] = {}
     for line in lines:
         for name, value in _ASSIGNED.findall(line):
@@ -121,9 +124,9 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _worked_out(text: str, variables: Mapping[str, str]) -> str | None:
-    """Evaluate an expression of whole numbers and variables: * and / first, then + and -, from left to right;
-    quotients are rounded down. Return the result as text, or None if a variable is unknown, a result on the
-    way is negative, a divisor is 0, or the expression has anything else."""
+    """Evaluate ``text``, an expression of whole numbers and variables: * and / first, then + and -, from left
+    to right; quotients are rounded down. Return the result as text, or None if a variable is unknown, an
+    intermediate or the final result is negative, a divisor is 0, or the expression has anything else."""
     parts = [variables.get(p, p) for p in re.findall(r"\w+|[*/+-]", text)]
     for operators in ("*/", "+-"):
         reduced: list[str] = []

@@ -34,8 +34,9 @@ _MEGATRON_OTHERS = {
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DescribedModel:
     """The model that a configuration describes. ``layers`` and ``width``: the number of blocks and the hidden
-    size, None if unknown. ``job``: the JOB, as on the command line, that builds such a model, or "" if none
-    does; then ``missing`` says why. ``differences``: pairs of (setting, what is built instead)."""
+    size, None if unknown. ``job``: the JOB, as on memfit's command line, that builds such a model, or "" if
+    none does; then ``missing`` says why. ``differences``: pairs of (setting of the configuration that the
+    job's model lacks or that had to be assumed, what is built instead)."""
 
     layers: int | None
     width: int | None
@@ -53,7 +54,8 @@ def _job(kind: str, sizes: Mapping[str, Any]) -> str:
 
 def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
     """Return the model that Megatron-LM's arguments describe, or None if they give neither layers, hidden
-    size nor heads. ``tensor``: the tensor-parallel size, which determines the padding of the vocabulary."""
+    size nor heads. It has no job if they give only some of these, or if no model type here computes alike.
+    ``tensor``: the tensor-parallel size, which determines the padding of the vocabulary."""
     layers, width, heads = (
         given.size(option) for option in ("num_layers", "hidden_size", "num_attention_heads")
     )
@@ -94,8 +96,9 @@ def _share(options: Options, name: str) -> float:
 
 
 def _family(options: Options, width: int, heads: int) -> tuple[str, dict[str, Any]]:
-    """Return (the model type in transformers that computes as Megatron-LM would, the settings of its
-    configuration that not all types share); ("", {}) if no type does."""
+    """Return (the model type in transformers that computes as Megatron-LM would: "llama", "biogpt" or
+    "gpt_neox"; the settings of its configuration that not all three share). Return ("", {}) if none does.
+    ``width``: the hidden size; ``heads``: the number of attention heads."""
     rotary = options.on("use_rotary_position_embeddings")
     position = options.get("position_embedding_type") or ("rope" if rotary else "learned_absolute")
     gated = options.on("swiglu")
@@ -137,8 +140,9 @@ def _family(options: Options, width: int, heads: int) -> tuple[str, dict[str, An
 
 
 def _vocabulary(options: Options, tensor: int) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Return (the size of the vocabulary, padded as Megatron-LM pads it; the assumption if the arguments do
-    not give it, as a pair of setting and what is assumed)."""
+    """Return (the size of the vocabulary, padded as Megatron-LM pads it; assumptions, as pairs of setting and
+    what is assumed). If the arguments do not give the size, it is GPT-2's, which is an assumption unless the
+    tokenizer is GPT2BPETokenizer. ``tensor``: the tensor-parallel size."""
     padded_size = options.size("padded_vocab_size")
     if padded_size is not None:
         return padded_size, ()
@@ -177,8 +181,9 @@ _DEBUG_TOKENS = 2048
 
 
 def of_torchtitan(given: Options) -> DescribedModel | None:
-    """Return the model that torchtitan's file names, or None if it gives neither a name nor a flavor. If it
-    gives only one of them, the other is llama3 or debugmodel, torchtitan's defaults."""
+    """Return the model that torchtitan's file names, or None if it gives neither a name nor a flavor. The
+    default name is llama3 and the default flavor debugmodel, as in torchtitan. A model other than the known
+    flavors of llama3 and qwen3 has no job."""
     if not (given.raw("model.name") or given.raw("model.flavor")):
         return None
     name, flavor = str(given.get("model.name") or "llama3"), str(given.get("model.flavor") or "debugmodel")

@@ -11,8 +11,9 @@ from memfit.types.plan import KnobValue, Plan
 
 def neighbours(plan: Plan, *, parameters: int | None = None) -> tuple[Plan, ...]:
     """Return the valid plans that differ from ``plan`` in one change: every block recomputed, a smaller ZeRO
-    bucket, the next ZeRO stage, bf16, resharding, or twice as many micro-batches. ``parameters``: the number
-    of the model's parameters, to which a larger ZeRO bucket is reduced; None: it is not reduced."""
+    bucket, the next ZeRO stage, bf16, FSDP2's parameters resharded after the forward pass, or gradient
+    accumulation over twice as many micro-batches. ``parameters``: the number of the model's parameters, to
+    which a larger ZeRO bucket is reduced; None: it is not reduced."""
     candidates = (_with(plan, name, knobs) for name, knobs in _changes(plan, parameters))
     return tuple(dict.fromkeys(p for p in candidates if p != plan and conflict(p) is None))
 

@@ -18,8 +18,9 @@ from memfit.types.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """The crop of a training sample: residues, rows of clustered MSA sequences, and rows of extra MSA
-    sequences. ``templates``: whether the network uses templates."""
+    """What a preset of OpenFold sets that memory depends on. The crop of a training sample: ``residues``,
+    ``rows`` of clustered MSA sequences, and ``extra_rows`` of extra MSA sequences. ``templates``: whether the
+    network uses templates."""
 
     residues: int = 256
     rows: int = 128
@@ -85,9 +86,9 @@ TUNED: Final = (
 
 
 def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
-    """Return the value that OpenFold's JSON of changed settings gives to a setting with several ``paths``:
-    that of the last path which it names. It may be None (null). Return ``default`` if the JSON names none of
-    them, or if there is none."""
+    """Return the value that OpenFold's JSON of changed settings gives to a setting with the dotted ``paths``,
+    which all mean the same setting: that of the last of ``paths`` which the JSON names. It may be None
+    (null). Return ``default`` if the JSON names none of them, or if the set-up has no such JSON."""
     value, settings = default, s.openfold_config
     for path in paths:
         node: Any = settings.data if settings is not None else {}
@@ -106,8 +107,8 @@ def arguments(s: Setup) -> Options:
 
 
 def preset(s: Setup) -> str | None:
-    """Return the name of the preset, by default initial_training, or None if it is known only when the script
-    runs."""
+    """Return the name of OpenFold's preset (--config_preset), by default initial_training, or None if it is
+    known only when the script runs. The name may be one that OpenFold does not have."""
     options = arguments(s)
     if options.raw("config_preset") is None and "config_preset" not in options.unsure:
         return DEFAULT_PRESET
@@ -116,8 +117,9 @@ def preset(s: Setup) -> str | None:
 
 
 def crop(s: Setup) -> Preset | None:
-    """Return the preset's crop with the changes of the JSON, or None if the preset is unknown or not one of
-    the monomer's. Raises UserError for a size that is not a whole number above 0."""
+    """Return the preset's crop with the changes of OpenFold's JSON, or None if the preset is unknown or not
+    one of the network for single chains (the monomer's). Raises UserError for a size in the JSON that is not
+    a whole number above 0."""
     base_preset = PRESETS.get(preset(s) or "")
     if base_preset is None:
         return None
@@ -151,6 +153,7 @@ def _count(name: str, value: object) -> int:
 
 
 def precision(s: Setup) -> str:
-    """Return the precision under Lightning's full name, such as bf16-mixed, which is the default."""
+    """Return the training's precision (--precision) under Lightning's full name, such as 32-true. The default
+    is bf16-mixed. A name that is not one of Lightning's short ones is returned as it is."""
     value = str(arguments(s).get("precision") or "bf16")
     return {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(value, value)

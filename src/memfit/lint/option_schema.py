@@ -1,4 +1,5 @@
-"""Compare settings with those that each library accepts, and yield unknown settings and invalid values.
+"""Compare the settings in a file with those that its library accepts, and find unknown settings and invalid
+values.
 
 The accepted settings are in options/*.toml, which scripts/library_options.py writes from the libraries' own
 classes and parsers.
@@ -38,7 +39,8 @@ class Spec:
 
     def takes(self, value: Any, *, spelled: bool) -> bool:
         """Return whether the setting accepts ``value``; None is always accepted. ``spelled``: whether a
-        number or a switch may be written as text."""
+        number or a switch may be written as text. A setting of kind text accepts every value, one of kind
+        list everything but a mapping."""
         if value is None or (self.kind == "any" and not self.values):
             return True
         if self.values:
@@ -56,8 +58,8 @@ class Spec:
         return any(normalize(str(v)) in spellings for v in self.values)
 
     def counts(self, value: Any, spelled: bool) -> bool:
-        """Return whether ``value`` is a number, or an integer if that is the kind, within the bounds.
-        ``spelled``: whether it may be written as text."""
+        """Return whether ``value`` is a number, or an integer if the kind is integer, within ``least`` and
+        ``most``. ``spelled``: whether it may be written as text."""
         number = _number(value, spelled)
         is_valid_number = number is not None and (self.kind == "number" or _is_integer(value, number))
         return is_valid_number and self._bounded(number)  # type: ignore[arg-type]
@@ -72,7 +74,8 @@ class Spec:
         return isinstance(value, bool) or value in (0, 1) or (spelled and str(value).lower() in words)
 
     def __str__(self) -> str:
-        """Describe the accepted values in words that need no translation, such as ``integer >= 1``."""
+        """Describe the accepted values in words that need no translation, such as ``integer >= 1`` or ``true,
+        false``; if they are enumerated, list them."""
         if self.values:
             return ", ".join(map(str, self.values))
         sign = ">" if self.open else ">="
@@ -113,8 +116,8 @@ class Known:
     the release that ``now`` describes; ``now``: section -> setting -> accepted values; ``older``: section ->
     names that this release does not have but other releases, forks or front ends do; ``refuses``: sections
     in which an unknown key stops the library; ``spelled``: sections in which numbers and switches may be
-    written as text; ``needs``: a key that a file must have to be this library's ("": none); ``shares``:
-    whether a file may hold settings of other programs as well."""
+    written as text; ``needs``: a top-level key that a file must have to be this library's ("": none);
+    ``shares``: whether a file may hold settings of other programs as well."""
 
     release: str
     now: Mapping[str, Mapping[str, Spec]]
@@ -135,8 +138,8 @@ class Known:
     def near(self, section: str, key: str) -> str | None:
         """Return the dotted path of the setting that was probably meant by ``key`` in ``section``: a similar
         name in the same section, otherwise the same name in another section, if exactly one has it. Return
-        None if there is neither, and for a top-level key without a similar name in files that programs
-        share."""
+        None if there is neither. If files may hold settings of other programs (``shares``), only names in
+        ``now`` count as similar, and other sections are not searched for a top-level key."""
         similar_name = like(key, self.now.get(section, {}) if self.shares else self.names(section))
         if similar_name is not None:
             return f"{section}.{similar_name}".lstrip(".")
@@ -159,7 +162,8 @@ def like(name: str, names: Iterable[str]) -> str | None:
 
 @functools.cache
 def known(library: str) -> Known:
-    """Return the settings of ``library``, the name of a file in options/ without its suffix."""
+    """Return the settings that ``library`` accepts. ``library`` is the name of a file in options/ without its
+    suffix: accelerate, deepspeed, megatron, torchtitan or trainer."""
     text = resources.files("memfit.lint").joinpath(f"options/{library}.toml").read_text(encoding="utf-8")
     data = tomllib.loads(text)
     now = {
@@ -195,9 +199,10 @@ def _spec(schema: Any, extra_values: Any, any_case: bool) -> Spec:
 
 
 def _of(options: Options, library: str) -> bool:
-    """Return whether the file is the library's own: it has the key that such files need, and at most half of
-    its top-level keys are unknown to the library. Front ends mix the library's settings with many of their
-    own, and a file that maps words to numbers can contain some of the names by chance."""
+    """Return whether the file of ``options`` is the library's own: it has the key that such files need, if
+    any, and at most half of its top-level keys are unknown to the library. Front ends mix the library's
+    settings with many of their own, and a file that maps words to numbers can contain some of the names by
+    chance."""
     table = known(library)
     foreign = [key for key in options.data if str(key) not in table.names("")]
     if table.needs and table.needs not in options.data:
@@ -206,10 +211,11 @@ def _of(options: Options, library: str) -> bool:
 
 
 def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | None]]:
-    """Yield (section, key, dotted path of the setting that was probably meant) for each setting that the
-    library does not have in any release. The path is None if no name is similar, or if the file already sets
-    the similar name: then the key is assumed to be the user's own. Yield nothing for a file that is not the
-    library's own."""
+    """Yield (section, key, dotted path of the setting that was probably meant) for each setting of
+    ``options`` that the library has neither in the described release nor among its known older or foreign
+    names. The path is None if `Known.near` finds none, or if the file already sets what it finds: then the
+    key is assumed to be the user's own. Yield nothing for a file that is not the library's own (see
+    `_of`)."""
     table = known(library)
     for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
         if key not in table.names(section):
@@ -218,9 +224,9 @@ def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | No
 
 
 def wrong(options: Options, library: str) -> Iterator[tuple[str, Any, Spec]]:
-    """Yield (dotted path, value, accepted values) for each value that the library does not accept. Values
-    that are unknown, left to the library, or not read from a script are skipped, and so are files that are
-    not the library's own."""
+    """Yield (dotted path, value, accepted values) for each value in ``options`` that the library does not
+    accept. Skipped are unknown settings, values that are left to the library ("auto") or known only when a
+    script runs, flags of a script without a value, and files that are not the library's own (see `_of`)."""
     table = known(library)
     script = not options.file.endswith((".json", ".yaml", ".yml", ".toml"))
     for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
@@ -244,8 +250,8 @@ def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[t
 
 
 def shown(spec: Spec, value: Any) -> str:
-    """Describe the accepted values. Of more than nine enumerated ones, name only the three that are most
-    similar to ``value``, and their number."""
+    """Describe the values that ``spec`` accepts, as text. Of more than nine enumerated ones, name only the
+    three that are most similar to ``value``, and say how many there are."""
     names = [str(v) for v in spec.values]
     if len(names) <= _MOST_SHOWN:
         return str(spec)

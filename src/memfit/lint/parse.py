@@ -1,5 +1,5 @@
-"""Read files of DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan and OpenFold. The keys in a file
-identify its library."""
+"""Read configuration files and launch scripts of DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan
+and OpenFold. The keys or flags in a file identify its library; a .toml file can only be torchtitan's."""
 
 from __future__ import annotations
 
@@ -118,9 +118,10 @@ _TITAN = {"job", "model", "training", "parallelism", "activation_checkpoint", "o
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The nested settings ``data`` of one file, accessed by dotted path. ``env``: variables that a script
-    exports; ``unsure``: settings that a script sets within a branch or a loop, or with different values.
-    ``defaults`` is False if the defaults of another front end apply instead of the library's."""
+    """The nested settings ``data`` of the file at the path ``file``, accessed by dotted path. ``env``:
+    environment variables that a script exports; ``unsure``: settings that a script sets within a branch or a
+    loop, or with different values. ``defaults``: whether Megatron-LM's own defaults apply to options that are
+    not given; False if its options are written with underscores, as front ends with other defaults do."""
 
     file: str
     data: Mapping[str, Any]
@@ -129,7 +130,8 @@ class Options:
     defaults: bool = True
 
     def raw(self, path: str) -> Any:
-        """Return the value as written, or None if it is not given or null."""
+        """Return the value at ``path`` as written, also "auto" or an unknown variable; None if it is not
+        given or null."""
         node: Any = self.data
         for part in path.split("."):
             if not isinstance(node, Mapping):
@@ -138,14 +140,16 @@ class Options:
         return node
 
     def get(self, path: str) -> Any:
-        """Return the value, or None if it is not given, empty, left to the library ("auto"), or known only
-        when the script runs."""
+        """Return the value at ``path``, or None if it is not given, null, empty text, left to the library
+        ("auto"), or known only when the script runs (it contains a variable, or ``path`` is in
+        ``unsure``)."""
         value = self.raw(path)
         undetermined = isinstance(value, str) and (value in ("auto", "") or "$" in value)
         return None if undetermined or path in self.unsure else value
 
     def number(self, path: str) -> float | None:
-        """Return the value, which may be written as text, as a finite number; None if it is none."""
+        """Return the value of `get` as a float, also if it is a number written as text; None if it is no
+        finite number. A boolean is none."""
         value = self.get(path)
         try:
             number_value = None if isinstance(value, bool) or value is None else float(value)
@@ -154,7 +158,7 @@ class Options:
         return number_value if number_value is not None and math.isfinite(number_value) else None
 
     def count(self, path: str) -> int | None:
-        """Return the value as an integer; None if it is none. 5.0 is one."""
+        """Return the value of `number` as an integer; None if it is no whole number. 5.0 and "5" are 5."""
         number_value = self.number(path)
         return int(number_value) if number_value is not None and number_value == int(number_value) else None
 
@@ -165,27 +169,29 @@ class Options:
         return str(self.get(path)).lower() in ("false", "0", "no")
 
     def size(self, path: str) -> int | None:
-        """Return the value as an integer of at least 1; None if it is none."""
+        """Return the value of `count` if it is at least 1, otherwise None."""
         integer_value = self.count(path)
         return integer_value if integer_value is not None and integer_value >= 1 else None
 
     def texts(self, path: str) -> tuple[str, ...]:
-        """Return the items of a list, or the words of a text, as strings; empty for any other value."""
+        """Return the items of the list at ``path``, or the words of the text there, as strings; an empty
+        tuple for any other value."""
         value = self.get(path)
         words = value.split() if isinstance(value, str) else value if isinstance(value, list) else ()
         return tuple(str(w) for w in words)
 
     def section(self, path: str) -> Mapping[str, Any]:
-        """Return the mapping at ``path``; it is empty if there is none."""
+        """Return the mapping at ``path``; an empty one if the value there is none."""
         value = self.raw(path)
         return value if isinstance(value, Mapping) else {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """The files of one set-up, by kind; None for a kind without a file. ``ranks``: the number of processes,
-    if known; ``parameters``: the number of parameters of the job's model, if known; ``missing``: files that
-    another file names but that do not exist, or that are not DeepSpeed's JSON where that is needed."""
+    """The settings of one set-up, by kind of file; None for a kind that it does not have. Those of DeepSpeed
+    and Megatron-LM may stand within another library's file. ``ranks``: the number of processes, None if
+    unknown; ``parameters``: the number of parameters of the job's model, None if unknown; ``missing``: names
+    of files that another file names but that do not exist or, for DeepSpeed, do not end in .json."""
 
     deepspeed: Options | None = None
     accelerate: Options | None = None
@@ -200,7 +206,8 @@ class Setup:
 
     @property
     def fsdp(self) -> Options | None:
-        """The file that switches FSDP on, or None. Accelerate's file takes precedence over the Trainer's."""
+        """The settings of the file that switches FSDP on, Accelerate's or the Trainer's; None if neither
+        does. If both do, they are Accelerate's."""
         if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
             return self.accelerate
         trainer_uses_fsdp = (
@@ -217,8 +224,10 @@ class Setup:
 def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | None = None) -> Setup:
     """Read ``paths``, and the DeepSpeed and OpenFold files that they name, as one set-up. ``ranks``: the
     number of processes, by default that of the files; ``parameters``: see Setup. Raises UserError if a file
-    cannot be read, is too large, is of no known kind or not of the kind that the naming file expects, or if
-    two of ``paths`` are of the same kind."""
+    cannot be read, is too large (above 1 MiB), is not valid JSON, YAML or TOML, is of no known kind, or has
+    OpenFold's settings as nested keys; if the file of OpenFold's --experiment_config_json is of another kind;
+    and if two of ``paths`` are of the same kind. A named file that does not exist is listed in
+    ``missing``."""
     options_by_kind: dict[str, Options] = {}
     missing: list[str] = []
     for path in paths:
@@ -268,8 +277,9 @@ def _read_one(path: Path) -> tuple[str, Options]:
 
 
 def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
-    """Convert OpenFold's flat keys, such as "globals.chunk_size", to nested mappings. Return None for a file
-    of another library. Raises UserError for nested keys, and for a key below one that has a value."""
+    """Convert OpenFold's flat keys in ``data``, such as "globals.chunk_size", to nested mappings. Return None
+    for data of another library. Raises UserError if the keys are nested already, or if a key lies below one
+    that an earlier key sets to a plain value. ``path`` names the file in the errors."""
     keys = [str(key) for key in data]
     if "globals" in keys and set(keys) <= OPENFOLD_PARTS:
         raise UserError(
@@ -294,9 +304,10 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
 
 
 def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
-    """Return the text of a file and its data as written; the data is None for a shell script. Raises
-    UserError for a file that cannot be read, is too large, or is not valid TOML, JSON or YAML although its
-    name says so."""
+    """Return the text of a file and its data, with keys as written. The data is None for a file that counts
+    as a shell script because its suffix is not .toml, .json, .yaml or .yml. Raises UserError for a file that
+    cannot be read, is too large or no UTF-8 text, and for one whose suffix says TOML, JSON or YAML but which
+    is not valid or holds a list or a single value instead of keys."""
     text = _text(path)
     data = _data(path, text)
     return text, None if isinstance(data, Script) else data
@@ -367,8 +378,8 @@ def _keys_of(data: Mapping[str, Any]) -> str:
 
 
 def _snake(data: Mapping[Any, Any]) -> dict[str, Any]:
-    """Convert the top-level keys to Python names; ``--micro-batch-size`` and ``micro-batch-size`` become
-    ``micro_batch_size``."""
+    """Return ``data`` with its top-level keys converted to Python names; ``--micro-batch-size`` and
+    ``micro-batch-size`` become ``micro_batch_size``. Keys of nested mappings stay as they are."""
     return {str(k).lstrip("-").replace("-", "_"): v for k, v in data.items()}
 
 
@@ -388,9 +399,10 @@ def _sections(kind: str, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], missing: list[str]) -> None:
-    """Add to ``options_by_kind`` the DeepSpeed or Megatron-LM settings that the file ``options`` contains, or
-    the DeepSpeed file that it names, unless there are such settings already. Add the name to ``missing`` if
-    there is no such JSON file."""
+    """Add to ``options_by_kind`` the DeepSpeed or Megatron-LM settings that the file ``options``, of kind
+    ``kind``, contains, or those of the DeepSpeed file that it names, unless ``options_by_kind`` has such
+    settings already. If the named file does not exist or its name does not end in .json, add the name to
+    ``missing``."""
     reference: Any = None
     if kind == "trainer":
         reference = options.raw("deepspeed")
@@ -413,9 +425,9 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
 
 
 def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> None:
-    """Add to ``options_by_kind`` the JSON of changed settings that OpenFold's arguments name, unless there is
-    one already. Add the name to ``missing`` if there is no such file. Raises UserError for a file of another
-    kind."""
+    """Add to ``options_by_kind`` the settings in the JSON file that OpenFold's --experiment_config_json
+    names, unless it has such settings already. Add the name to ``missing`` if the file does not exist. Raises
+    UserError for a file of another kind."""
     options = options_by_kind.get("openfold")
     name = options.get("experiment_config_json") if options is not None else None
     if options is None or not name or "openfold_config" in options_by_kind:
@@ -439,8 +451,9 @@ def _named(options: Options, name: Any) -> Path | None:
 
 
 def _as_deepspeed(options: Options) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that Accelerate builds from its own file, if that names no DeepSpeed
-    file (utils/dataclasses.py, DeepSpeedPlugin.__post_init__, Accelerate 1.15, 2026-11)."""
+    """Return the DeepSpeed configuration that Accelerate builds from ``options``, its own file, when that
+    names no DeepSpeed file (utils/dataclasses.py, DeepSpeedPlugin.__post_init__, Accelerate 1.15,
+    2026-11)."""
     section = options.section("deepspeed_config")
     precision = str(options.raw("mixed_precision"))
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}

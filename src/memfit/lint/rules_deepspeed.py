@@ -26,8 +26,9 @@ def _device(d: Options, name: str) -> str:
 
 
 def _shares_samples(d: Options, s: Setup) -> bool:
-    """Return whether several processes may work on the same samples, as in tensor and sequence parallelism:
-    DeepSpeed's file or Accelerate's configures such parallelism, or Megatron-LM's arguments are given."""
+    """Return whether several processes may work on the same samples, as in tensor and sequence parallelism,
+    so that the batch is not divided by all processes: DeepSpeed's file or Accelerate's configures such
+    parallelism, or Megatron-LM's arguments are given."""
     has_mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
     splits_model = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
     splits_model = splits_model or "autosp" in d.texts("compile.passes")
@@ -36,7 +37,8 @@ def _shares_samples(d: Options, s: Setup) -> bool:
 
 def deepspeed_batch_product(d: Options, s: Setup) -> Found:
     """Report a train_batch_size that is not micro-batch x accumulation steps x processes. If the steps or
-    the processes are unknown, or processes may share samples, it must be a multiple of the known factors."""
+    the number of processes are unknown, or several processes may work on the same samples, it must be a
+    multiple of the product of the other factors."""
     global_batch, micro_batch, steps = (d.count(k) for k in _BATCH)
     if not global_batch or not micro_batch or micro_batch < 1:
         return
@@ -91,7 +93,8 @@ def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_nvme_path(d: Options, s: Setup) -> Found:
-    """Report offload_param and offload_optimizer to nvme without an nvme_path, one finding each."""
+    """Report offload_param and offload_optimizer to the device nvme without an nvme_path, one finding
+    each."""
     for name in ("offload_param", "offload_optimizer"):
         if _device(d, name) == "nvme" and d.raw(f"zero_optimization.{name}.nvme_path") in (None, "", "none"):
             yield {"name": name}
@@ -105,8 +108,9 @@ def deepspeed_nvme_stage(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_torch_adam(d: Options, s: Setup) -> Found:
-    """Report torch_adam of an Adam or AdamW together with offload_optimizer, with ZeRO. Only the optimizer
-    that DeepSpeed's file names is checked: an Adam that the program passes in is refused by DeepSpeed."""
+    """Report an Adam or AdamW with torch_adam together with offload_optimizer at ZeRO stage 1 or above. Only
+    the optimizer that DeepSpeed's file names is checked: an Adam that the program passes in is refused by
+    DeepSpeed."""
     adam = str(d.get("optimizer.type")).lower() in ("adam", "adamw")
     device = _device(d, "offload_optimizer")
     if adam and d.on("optimizer.params.torch_adam") and device != "none" and _stage(d):
@@ -122,8 +126,9 @@ def deepspeed_hpz_ranks(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_least_scale(d: Options, s: Setup) -> Found:
-    """Report a dynamic loss scale of fp16 whose minimum, min_loss_scale, is above its initial value.
-    DeepSpeed's defaults are 2**16 for the initial value and 1 for the minimum."""
+    """Report a dynamic loss scale of fp16 whose minimum, min_loss_scale, is above its initial value,
+    2**initial_scale_power. DeepSpeed's defaults are 2**16 for the initial value and 1 for the minimum. A
+    static scale (loss_scale other than 0) is skipped."""
     min_scale, power = d.number("fp16.min_loss_scale"), d.count("fp16.initial_scale_power")
     power = 16 if d.raw("fp16.initial_scale_power") is None else power
     if not d.on("fp16.enabled") or d.number("fp16.loss_scale") or min_scale is None or power is None:
@@ -140,8 +145,9 @@ def deepspeed_contiguous_checkpoints(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:
-    """Report switches in activation_checkpointing that are on in a set-up of the Trainer or Accelerate.
-    Models of Hugging Face recompute with torch's checkpoint, which reads none of these settings."""
+    """Report partition_activations, cpu_checkpointing and contiguous_memory_optimization in the section
+    activation_checkpointing that are on in a set-up of the Trainer or Accelerate. Models of Hugging Face
+    recompute with torch's checkpoint, which reads none of these settings."""
     if s.trainer is None and s.accelerate is None:
         return
     options = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
@@ -193,21 +199,22 @@ def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def deepspeed_untested_optimizer(d: Options, s: Setup) -> Found:
-    """Report an optimizer that ZeRO does not know, with ZeRO but without zero_allow_untested_optimizer."""
+    """Report an optimizer that ZeRO does not list as tested, at ZeRO stage 1 or above without
+    zero_allow_untested_optimizer. 1-bit optimizers are left to deepspeed_one_bit."""
     kind = str(d.get("optimizer.type") or "adam")
     if kind.lower() not in _TESTED and _stage(d) and not d.on("zero_allow_untested_optimizer"):
         yield {"type": kind, "stage": _stage(d)}
 
 
 def deepspeed_one_bit(d: Options, s: Setup) -> Found:
-    """Report a 1-bit optimizer together with ZeRO."""
+    """Report a 1-bit optimizer (OneBitAdam, ZeroOneAdam, OneBitLamb) at ZeRO stage 1 or above."""
     if str(d.get("optimizer.type")).lower() in _ONE_BIT and _stage(d):
         yield {"type": d.get("optimizer.type"), "stage": _stage(d)}
 
 
 def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
-    """Report LAMB with ZeRO and offload_optimizer: LAMB has no implementation for the host. Without
-    zero_allow_untested_optimizer, deepspeed_untested_optimizer reports LAMB instead."""
+    """Report LAMB with offload_optimizer at ZeRO stage 1 or above: LAMB has no implementation for the host.
+    Without zero_allow_untested_optimizer, deepspeed_untested_optimizer reports LAMB instead."""
     device = _device(d, "offload_optimizer")
     allowed = _stage(d) and d.on("zero_allow_untested_optimizer")
     if str(d.get("optimizer.type")).lower() == "lamb" and allowed and device != "none":
@@ -233,9 +240,9 @@ def deepspeed_pipeline(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_bucket(d: Options, s: Setup) -> Found:
-    """Report a reduce_bucket_size, by default 500,000,000, above the model's number of parameters, if that is
-    known. ZeRO stages 1 and 2 allocate the whole bucket, and a second one if communication overlaps, unless
-    contiguous_gradients is off."""
+    """Report a reduce_bucket_size, by default 500,000,000 elements, above the model's number of parameters,
+    if that is known, at ZeRO stage 1 or 2. These stages allocate the whole bucket, and a second one if
+    overlap_comm is on, unless contiguous_gradients is off. "auto" is skipped."""
     allocates_bucket = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
     is_auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
     bucket = d.count("zero_optimization.reduce_bucket_size") or 500_000_000
@@ -281,7 +288,7 @@ _REMOVED = (
 
 def deepspeed_removed(d: Options, s: Setup) -> Found:
     """Report settings that DeepSpeed has removed and now refuses, whatever their value, and 1-bit optimizers
-    without ZeRO, which it has removed, too."""
+    at ZeRO stage 0, which it has removed, too."""
     keys = [k for k in _REMOVED if d.raw(k) is not None]
     if str(d.get("optimizer.type")).lower() in _ONE_BIT and not _stage(d):
         keys.append(f"optimizer {d.get('optimizer.type')}")
@@ -290,7 +297,8 @@ def deepspeed_removed(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_zeropp(d: Options, s: Setup) -> Found:
-    """Report settings of ZeRO++ that are on below ZeRO stage 3, the only stage that supports them."""
+    """Report settings of ZeRO++ (zero_quantized_*, and zero_hpz_partition_size above 1) that are on below
+    ZeRO stage 3, the only stage that supports them."""
     if _stage(d) not in {0, 1, 2}:
         return
     switches = ("weights", "gradients", "nontrainable_weights")
@@ -302,8 +310,9 @@ def deepspeed_zeropp(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
-    """Report ZeRO stage 3 under a Trainer that saves, without stage3_gather_16bit_weights_on_model_save: only
-    shards are saved."""
+    """Report ZeRO stage 3 under a Trainer whose save_strategy is not "no", if
+    stage3_gather_16bit_weights_on_model_save, or an older name of it, is neither true nor "auto": only shards
+    are saved."""
     if _stage(d) != 3 or str(t.get("save_strategy")).lower() == "no":
         return
     names = ("stage3_gather_16bit", "gather_16bit", "stage3_gather_fp16")

@@ -26,9 +26,9 @@ _DOUBLED = (
 
 
 def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
-    """Report settings of Accelerate's file, including mixed_precision, that the DeepSpeed file which it names
-    must hold instead. A mixed_precision that contradicts the DeepSpeed file is left to
-    accelerate_deepspeed_precision."""
+    """Report, with distributed_type DEEPSPEED, settings of Accelerate's file, including mixed_precision, that
+    only the DeepSpeed file which it names may hold. A mixed_precision that contradicts the DeepSpeed file is
+    left to accelerate_deepspeed_precision."""
     path = a.raw("deepspeed_config.deepspeed_config_file")
     if not path or _kind(a) != "DEEPSPEED":
         return
@@ -40,8 +40,8 @@ def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
 
 
 def accelerate_other_launcher(a: Options, d: Options, s: Setup) -> Found:
-    """Report a DeepSpeed file that nothing reads: distributed_type names something other than DEEPSPEED, and
-    there are no TrainingArguments, which may name the file."""
+    """Report a DeepSpeed file that nothing reads: distributed_type is given and neither DEEPSPEED nor NONE,
+    and there are no TrainingArguments, which may name the file."""
     other_launcher = a.raw("distributed_type") is not None and _kind(a) not in ("DEEPSPEED", "NONE")
     if other_launcher and s.trainer is None:  # an argument of the Trainer may name the file
         yield {"kind": _kind(a)}
@@ -55,7 +55,8 @@ def accelerate_zero3_init(a: Options, d: Options, s: Setup) -> Found:
 
 
 def accelerate_deepspeed_precision(a: Options, d: Options, s: Setup) -> Found:
-    """Report a mixed_precision that contradicts the precision that the DeepSpeed file enables."""
+    """Report a mixed_precision that contradicts the DeepSpeed file: bf16 or fp8 if the file enables fp16,
+    fp16 if it enables bf16."""
     mixed_precision = str(a.raw("mixed_precision")).lower()
     opposite = {"bf16": "fp16", "fp8": "fp16", "fp16": "bf16"}.get(mixed_precision)
     if opposite is not None and d.on(f"{opposite}.enabled"):
@@ -74,15 +75,15 @@ def accelerate_section_ignored(a: Options, s: Setup) -> Found:
 
 
 def accelerate_processes(a: Options, s: Setup) -> Found:
-    """Report a num_processes that cannot be split over num_machines."""
+    """Report a num_processes, the number on all machines together, that is no multiple of num_machines."""
     processes, machines = a.count("num_processes"), a.count("num_machines") or 1
     if processes and machines > 1 and processes % machines:
         yield {"processes": processes, "machines": machines}
 
 
 def _machines(a: Options) -> int | None:
-    """Return num_machines, or None if it is unknown or another launcher determines it: SageMaker's, that of
-    TPUs, or DeepSpeed's, which reads a hostfile."""
+    """Return num_machines, or None if it is not given, below 1 or unknown, or if another launcher determines
+    it: SageMaker's, that of TPUs, or DeepSpeed's, which reads a hostfile."""
     is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
     accelerate_launches = (
         _kind(a) != "DEEPSPEED" or a.raw("deepspeed_config.deepspeed_multinode_launcher") == "standard"
@@ -141,8 +142,9 @@ def accelerate_machine_rank(a: Options, s: Setup) -> Found:
 
 
 def _devices(a: Options) -> tuple[int, int] | None:
-    """Return (the number of devices that gpu_ids names, the number of processes per machine), or None if
-    either is unknown, gpu_ids is no list of numbers, or the training is on CPUs."""
+    """Return (the number of devices that gpu_ids names, the number of processes per machine). Return None if
+    either is unknown, if gpu_ids is "all" or otherwise no list of numbers, if the processes of all machines
+    cannot be split evenly over these, or if the training is on CPUs."""
     ids = a.get("gpu_ids")
     device_ids = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
     processes, machines = a.size("num_processes"), a.size("num_machines") or 1
@@ -171,7 +173,7 @@ def accelerate_idle_devices(a: Options, s: Setup) -> Found:
 
 
 def accelerate_cpu_fp16(a: Options, s: Setup) -> Found:
-    """Report fp16 on the CPU, where Accelerate trains in float32 instead."""
+    """Report mixed_precision fp16 with use_cpu: Accelerate trains in float32 instead."""
     if a.on("use_cpu") and str(a.get("mixed_precision")).lower() == "fp16":
         yield {}
 
@@ -184,8 +186,9 @@ def _of(name: str, options: Options) -> str:
 
 
 def _version(options: Options, s: Setup) -> int | None:
-    """Return the version of FSDP, or None for a Trainer's file that does not say it. Accelerate's default is
-    1. The Trainer's default depends on its release: newer ones use 2."""
+    """Return the version of FSDP that ``options`` sets, 1 or 2. If they do not set it, return 1, the default,
+    for Accelerate's file, and None for the Trainer's, whose default depends on its release: newer ones use
+    2."""
     version = options.count("fsdp_config.version")
     return version if version is not None else 1 if options is s.accelerate else None
 
@@ -201,14 +204,16 @@ _HARMLESS = ("none", "false", "no_prefetch")  # values that ask for nothing
 
 
 def fsdp2_old_options(o: Options, s: Setup) -> Found:
-    """Report options that only FSDP1 has, if FSDP2 is used, unless their value asks for nothing."""
+    """Report options that only FSDP1 has, if fsdp_version is 2. An option that is null, false or no_prefetch
+    asks for nothing and is not reported."""
     keys = [k for k in _ONLY_FSDP1 if _of(k, o) not in _HARMLESS]
     if _version(o, s) == 2 and keys:
         yield {"keys": ", ".join(f"fsdp_{k}" for k in keys)}
 
 
 def fsdp2_reshard(o: Options, s: Setup) -> Found:
-    """Report an fsdp_reshard_after_forward that is not true or false, as FSDP2 requires."""
+    """Report, with fsdp_version 2, an fsdp_reshard_after_forward that is given but is no boolean, such as
+    FSDP1's FULL_SHARD. Booleans are true, yes, 1, false, no and 0."""
     value = _of("reshard_after_forward", o)
     if _version(o, s) == 2 and value not in ("none", "true", "false", "1", "0", "yes", "no"):
         yield {"value": o.raw("fsdp_config.reshard_after_forward")}
@@ -222,8 +227,9 @@ def fsdp_efficient_loading(o: Options, s: Setup) -> Found:
 
 
 def fsdp_wrapping(o: Options, s: Setup) -> Found:
-    """Report the wrapping options transformer_layer_cls_to_wrap and min_num_params, if the auto_wrap_policy
-    that is given does not read them."""
+    """Report FSDP's options transformer_layer_cls_to_wrap, which only the auto_wrap_policy
+    TRANSFORMER_BASED_WRAP reads, and min_num_params, which only SIZE_BASED_WRAP reads, if another policy is
+    given. Without a policy nothing is reported."""
     policy = _of("auto_wrap_policy", o)
     by_class, by_size = policy == "transformer_based_wrap", policy == "size_based_wrap"
     if not (by_class or by_size or policy == "no_wrap"):
@@ -260,23 +266,26 @@ def _differs(d: Options, t: Options, trainer_key: str, deepspeed_key: str) -> Fo
 
 
 def trainer_deepspeed_batch(d: Options, t: Options, s: Setup) -> Found:
-    """Report a micro-batch that differs between the DeepSpeed file and the TrainingArguments."""
+    """Report a micro-batch (samples per device) that the DeepSpeed file and the TrainingArguments both set,
+    but differently."""
     yield from _differs(d, t, "per_device_train_batch_size", "train_micro_batch_size_per_gpu")
 
 
 def trainer_deepspeed_accumulation(d: Options, t: Options, s: Setup) -> Found:
-    """Report accumulation steps that differ between the DeepSpeed file and the TrainingArguments."""
+    """Report gradient accumulation steps that the DeepSpeed file and the TrainingArguments both set, but
+    differently."""
     yield from _differs(d, t, "gradient_accumulation_steps", "gradient_accumulation_steps")
 
 
 def trainer_deepspeed_clipping(d: Options, t: Options, s: Setup) -> Found:
-    """Report a clipping norm that differs between the DeepSpeed file and the TrainingArguments."""
+    """Report a gradient norm for clipping that the DeepSpeed file and the TrainingArguments both set, but
+    differently."""
     yield from _differs(d, t, "max_grad_norm", "gradient_clipping")
 
 
 def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found:
-    """Report a learning rate, weight decay, epsilon of Adam or number of warm-up steps that differs between
-    the DeepSpeed file and the TrainingArguments."""
+    """Report a learning rate (of the optimizer or at the end of the warm-up), weight decay, epsilon of Adam
+    or number of warm-up steps that the DeepSpeed file and the TrainingArguments both set, but differently."""
     for trainer_key, deepspeed_key in (
         ("learning_rate", "optimizer.params.lr"),
         ("weight_decay", "optimizer.params.weight_decay"),
@@ -288,8 +297,9 @@ def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found
 
 
 def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
-    """Report fp16 or bf16 that is on in only one of the DeepSpeed file and the TrainingArguments, if both set
-    it, or if the TrainingArguments switch the other precision on instead."""
+    """Report fp16 or bf16 that is on in only one of the DeepSpeed file and the TrainingArguments although
+    both set it, and one that the DeepSpeed file switches on while the TrainingArguments do not set it but
+    switch the other on."""
     for name in ("fp16", "bf16"):
         trainer_value, deepspeed_value = t.get(name), d.get(f"{name}.enabled")
         if (
@@ -311,7 +321,8 @@ _SAME_AS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fu
 
 
 def trainer_optimizer_twice(d: Options, t: Options, s: Setup) -> Found:
-    """Report an optim other than AdamW that is ignored because the DeepSpeed file names an optimizer."""
+    """Report an optim of the TrainingArguments that is ignored because the DeepSpeed file names an optimizer.
+    Ordinary AdamW, torch's, apex's or adamw_hf, is not reported."""
     optim, kind = t.get("optim"), d.get("optimizer.type")
     if kind is not None and optim is not None and optim not in _SAME_AS_ADAMW:
         yield {"optim": optim, "type": kind}
@@ -336,8 +347,9 @@ def trainer_two_precisions(t: Options, s: Setup) -> Found:
 
 
 def trainer_accelerate_precision(t: Options, a: Options, s: Setup) -> Found:
-    """Report a mixed_precision of Accelerate's file that differs from the one precision that is on in the
-    TrainingArguments, which take precedence."""
+    """Report a mixed_precision of Accelerate's file (no, bf16 or fp16) that differs from the precision that
+    is on in the TrainingArguments, which take precedence. Nothing is reported if both bf16 and fp16 or
+    neither is on there."""
     mixed_precision = str(a.get("mixed_precision")).lower().replace("false", "no")
     enabled = [n for n in ("bf16", "fp16") if t.on(n)]
     if len(enabled) == 1 and mixed_precision in {"no", "bf16", "fp16"} and mixed_precision != enabled[0]:
@@ -349,7 +361,8 @@ def _recomputes(t: Options) -> bool:
 
 
 def trainer_fsdp_checkpointing(t: Options, s: Setup) -> Found:
-    """Report FSDP's activation_checkpointing together with the TrainingArguments' gradient_checkpointing."""
+    """Report activation_checkpointing of fsdp_config together with gradient_checkpointing, or its other name
+    activation_checkpointing, of the TrainingArguments."""
     fsdp = s.fsdp
     if fsdp is not None and _recomputes(t) and fsdp.on("fsdp_config.activation_checkpointing"):
         yield {}
@@ -373,8 +386,8 @@ def trainer_best_model(t: Options, s: Setup) -> Found:
 
 
 def trainer_unused_parameters(t: Options, s: Setup) -> Found:
-    """Report ddp_find_unused_parameters with reentrant checkpointing in a set-up without DeepSpeed and FSDP:
-    together they fail in DDP."""
+    """Report ddp_find_unused_parameters with activation checkpointing whose use_reentrant is on, in a set-up
+    without DeepSpeed and FSDP: together they fail in DDP."""
     is_ddp = s.deepspeed is None and s.fsdp is None
     reentrant = any(t.on(f"{n}_checkpointing_kwargs.use_reentrant") for n in ("gradient", "activation"))
     if is_ddp and _recomputes(t) and t.on("ddp_find_unused_parameters") and reentrant:
@@ -382,14 +395,14 @@ def trainer_unused_parameters(t: Options, s: Setup) -> Found:
 
 
 def trainer_cache(t: Options, s: Setup) -> Found:
-    """Report use_cache together with activation recomputation."""
+    """Report use_cache together with gradient_checkpointing, or its other name activation_checkpointing."""
     if _recomputes(t) and t.on("use_cache"):
         yield {}
 
 
 def fsdp2_offload_clipping(t: Options, s: Setup) -> Found:
-    """Report gradient clipping with FSDP2's offload of parameters. The Trainer clips to 1.0 unless
-    max_grad_norm says otherwise; 0 switches clipping off."""
+    """Report gradient clipping together with the offload of parameters to the host, if fsdp_version is 2. The
+    Trainer clips to a norm of 1.0 unless max_grad_norm says otherwise; 0 switches clipping off."""
     fsdp = s.fsdp
     if fsdp is None or _version(fsdp, s) != 2:
         return

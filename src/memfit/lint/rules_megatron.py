@@ -14,13 +14,15 @@ def _size(m: Options, name: str) -> int | None:
 
 
 def _mesh(m: Options) -> tuple[int, int, int] | None:
-    """Return the (tensor, pipeline, context) sizes, or None if one of them is unknown."""
+    """Return the (tensor, pipeline, context) parallel sizes, or None if one of them is unknown or invalid. A
+    size that is not given is 1."""
     sizes = tuple(_size(m, n) for n in ("tensor_model", "pipeline_model", "context"))
     return None if None in sizes else sizes  # type: ignore[return-value]
 
 
 def _data(s: Setup) -> int | None:
-    """Return the number of data-parallel ranks, or None if it is unknown or not a whole number."""
+    """Return the number of data-parallel ranks: that of all ranks divided by the tensor, pipeline and context
+    parallel sizes. None if one of these is unknown, or if the quotient is not a whole number."""
     mesh = _mesh(s.megatron) if s.megatron is not None else None
     if mesh is None or s.ranks is None or s.ranks % (mesh[0] * mesh[1] * mesh[2]):
         return None
@@ -28,8 +30,9 @@ def _data(s: Setup) -> int | None:
 
 
 def _without(m: Options, name: str) -> bool:
-    """Return whether the option, which Megatron-LM leaves off by default, is certainly off: switched off, or
-    not given while Megatron-LM's defaults apply."""
+    """Return whether the option ``name``, which Megatron-LM leaves off by default, is certainly off: switched
+    off, or not given in arguments of Megatron-LM itself. Other front ends (``m.defaults`` is False) may have
+    other defaults."""
     return name not in m.unsure and (m.off(name) or (m.raw(name) is None and m.defaults))
 
 
@@ -61,9 +64,9 @@ def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
 
 
 def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
-    """Report --use-distributed-optimizer with overlap options, a single data-parallel rank and no context
-    parallelism. Runs of one process are skipped: they are for debugging and say nothing about the intended
-    run."""
+    """Report --use-distributed-optimizer together with --overlap-param-gather or --overlap-grad-reduce if
+    there is a single data-parallel rank and no context parallelism. Runs of one process are skipped: they are
+    for debugging and say nothing about the intended run."""
     if not m.on("use_distributed_optimizer") or _data(s) != 1 or _size(m, "context") != 1 or s.ranks == 1:
         return
     if m.on("overlap_param_gather") or m.on("overlap_grad_reduce"):
@@ -96,7 +99,8 @@ def megatron_virtual_layers(m: Options, s: Setup) -> Found:
 
 
 def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
-    """Report each option of the interleaved schedule that is given with a single pipeline stage."""
+    """Report, with a single pipeline stage, each option of the interleaved schedule that is given: the number
+    of layers per virtual stage, and a number of virtual stages per rank above 1."""
     if _size(m, "pipeline_model") != 1:
         return
     for name in _VIRTUAL:
@@ -106,7 +110,7 @@ def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
 
 def megatron_batch(m: Options, s: Setup) -> Found:
     """Report a global batch that is no multiple of micro-batch x data-parallel ranks, or of the micro-batch
-    if the ranks are unknown. Files with --rampup-batch-size are skipped."""
+    if the number of these ranks is unknown. Files with --rampup-batch-size are skipped."""
     if m.raw("rampup_batch_size") is not None:
         return
     global_batch, micro_batch, data = m.count("global_batch_size"), m.count("micro_batch_size"), _data(s)
@@ -150,8 +154,10 @@ _RECOMPUTE = ("recompute_method", "recompute_num_layers")
 
 
 def _recompute(m: Options) -> tuple[str | None, list[str], str]:
-    """Return (the granularity of recomputation or None, the names of those of the options method and number
-    of layers that are given, these options with their values as one text)."""
+    """Return (the granularity of recomputation; the names of those of the options --recompute-method and
+    --recompute-num-layers that are given; these options with their values as one text, which says so if
+    neither is given). The granularity is "selective" with --recompute-activations, and None if nothing sets
+    it."""
     granularity = m.get("recompute_granularity") or ("selective" if m.on("recompute_activations") else None)
     recompute_options = [n for n in _RECOMPUTE if m.raw(n) is not None]
     shown = ", ".join(f"--{n.replace('_', '-')} {m.raw(n)}" for n in recompute_options)
@@ -159,8 +165,8 @@ def _recompute(m: Options) -> tuple[str | None, list[str], str]:
 
 
 def megatron_recompute(m: Options, s: Setup) -> Found:
-    """Report a --recompute-granularity with the wrong options: "full" needs a method and a number of layers,
-    "selective" takes neither."""
+    """Report a --recompute-granularity with the wrong options: "full" needs --recompute-method and
+    --recompute-num-layers, "selective" (also as --recompute-activations) takes neither."""
     granularity, recompute_options, shown = _recompute(m)
     is_wrong = (granularity == "selective" and recompute_options) or (
         granularity == "full" and len(recompute_options) < 2
@@ -170,16 +176,16 @@ def megatron_recompute(m: Options, s: Setup) -> Found:
 
 
 def megatron_recompute_off(m: Options, s: Setup) -> Found:
-    """Report --recompute-method and --recompute-num-layers without --recompute-granularity, without which
-    they have no effect."""
+    """Report --recompute-method and --recompute-num-layers if neither --recompute-granularity nor
+    --recompute-activations is given: they then have no effect."""
     granularity, recompute_options, shown = _recompute(m)
     if granularity is None and recompute_options and _without(m, "recompute_granularity"):
         yield {"shown": shown}
 
 
 def megatron_overlap_gather(m: Options, s: Setup) -> Found:
-    """Report --overlap-param-gather without --overlap-grad-reduce, or without --use-distributed-optimizer or
-    an alternative that shards the optimizer, too."""
+    """Report --overlap-param-gather without --overlap-grad-reduce, or without any option that shards the
+    optimizer: --use-distributed-optimizer, Megatron's FSDP, a layer-wise distributed optimizer, or Muon."""
     if not m.on("overlap_param_gather"):
         return
     alternatives = ("use_megatron_fsdp", "use_custom_fsdp", "use_layer_wise_distributed_optimizer")
@@ -193,8 +199,9 @@ def megatron_overlap_gather(m: Options, s: Setup) -> Found:
 
 def megatron_connections(m: Options, s: Setup) -> Found:
     """Report a CUDA_DEVICE_MAX_CONNECTIONS that prevents communication from overlapping computation: 1 with
-    FSDP, otherwise another value than 1 or 32 with tensor or context parallelism. A file that does not set
-    it is skipped: the container may set it."""
+    FSDP; without FSDP, another value than 1 or 32 with tensor or context parallelism, unless the
+    communication of experts overlaps too. A file that does not set the variable to a number is skipped: the
+    container may set it."""
     value = m.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if value is None or not value.isdigit():
         return
@@ -232,22 +239,24 @@ def megatron_heads(m: Options, s: Setup) -> Found:
 
 
 def _groups(m: Options) -> int | None:
-    """Return the number of query groups in use, or None if it is not given or has no effect: without
-    --group-query-attention every head has keys and values of its own."""
+    """Return --num-query-groups, or None if it is not given or has no effect: without
+    --group-query-attention, which other front ends than Megatron-LM's may set by default, every head has keys
+    and values of its own."""
     has_groups = m.on("group_query_attention") or not m.defaults
     return m.size("num_query_groups") if has_groups else None
 
 
 def megatron_query_groups(m: Options, s: Setup) -> Found:
-    """Report query groups and a tensor-parallel size of which neither divides the other. Since core 0.16
-    several ranks may share one group."""
+    """Report a number of query groups and a tensor-parallel size of which neither divides the other. Since
+    Megatron core 0.16 several ranks may share one group."""
     tensor, groups = _size(m, "tensor_model"), _groups(m)
     if groups and tensor and groups % tensor and tensor % groups:
         yield {"groups": groups, "tensor": tensor}
 
 
 def megatron_few_query_groups(m: Options, s: Setup) -> Found:
-    """Report fewer query groups than tensor-parallel ranks, which core before 0.16 refuses."""
+    """Report fewer query groups than tensor-parallel ranks, which Megatron core before 0.16 refuses. If the
+    groups do not divide the ranks, megatron_query_groups reports it instead."""
     tensor, groups = _size(m, "tensor_model"), _groups(m)
     if groups and tensor and groups < tensor and tensor % groups == 0:
         yield {"groups": groups, "tensor": tensor, "each": tensor // groups}
@@ -255,7 +264,8 @@ def megatron_few_query_groups(m: Options, s: Setup) -> Found:
 
 def megatron_query_groups_off(m: Options, s: Setup) -> Found:
     """Report --num-query-groups without --group-query-attention, without which it has no effect, unless it
-    equals the number of heads."""
+    equals the number of heads. Multi-latent attention, and arguments that are read from a checkpoint
+    (--use-checkpoint-args), are skipped."""
     groups, heads = m.size("num_query_groups"), m.size("num_attention_heads")
     is_plain_attention = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
     if groups and heads and groups != heads and is_plain_attention and _without(m, "use_checkpoint_args"):
@@ -270,8 +280,8 @@ def megatron_two_lengths(m: Options, s: Setup) -> Found:
 
 
 def megatron_distributed_activations(m: Options, s: Setup) -> Found:
-    """Report --distribute-saved-activations with sequence parallelism, without tensor parallelism or without
-    full recomputation, which exclude it."""
+    """Report --distribute-saved-activations with sequence parallelism, with which it cannot be used, or
+    without tensor parallelism or full recomputation, both of which it needs."""
     if not m.on("distribute_saved_activations"):
         return
     conflicts = ["--sequence-parallel"] if m.on("sequence_parallel") else []
@@ -283,16 +293,16 @@ def megatron_distributed_activations(m: Options, s: Setup) -> Found:
 
 
 def _dense(m: Options) -> bool:
-    """Return whether the network certainly has no experts: its sizes are given, but no number of experts, or
-    the number 0."""
+    """Return whether the network certainly has no experts: at least one of its sizes (layers, hidden size,
+    heads) is given, but no number of experts, or the number 0."""
     is_described = any(m.raw(n) is not None for n in ("num_layers", "hidden_size", "num_attention_heads"))
     experts = m.get("num_experts")
     return is_described and "num_experts" not in m.unsure and (m.raw("num_experts") is None or experts == 0)
 
 
 def megatron_experts(m: Options, s: Setup) -> Found:
-    """Report an expert-parallel size above 1 that does not divide the number of experts, or for a network
-    that has none."""
+    """Report an expert-parallel size above 1 that does not divide the number of experts, or that is given for
+    a network without experts."""
     size = _size(m, "expert_model")
     if size is None or size == 1:
         return
@@ -302,7 +312,8 @@ def megatron_experts(m: Options, s: Setup) -> Found:
 
 
 def megatron_grouped_gemm(m: Options, s: Setup) -> Found:
-    """Report --moe-grouped-gemm for a network without experts."""
+    """Report --moe-grouped-gemm for a network without experts. With an expert-parallel size above 1,
+    megatron_experts reports the network instead. Arguments of other front ends are skipped."""
     if m.on("moe_grouped_gemm") and _dense(m) and _size(m, "expert_model") == 1 and m.defaults:
         yield {}
 
@@ -339,8 +350,9 @@ def megatron_positions(m: Options, s: Setup) -> Found:
 
 
 def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
-    """Report --use-torch-fsdp2 with the distributed optimizer, fp16, or pipeline or expert parallelism, which
-    exclude it, or without one of the two options that it needs."""
+    """Report --use-torch-fsdp2 with the distributed optimizer, fp16, or pipeline or expert parallelism, with
+    which it cannot be used, or without --no-gradient-accumulation-fusion or
+    --untie-embeddings-and-output-weights, both of which it needs."""
     if not m.on("use_torch_fsdp2"):
         return
     conflicts = [f"--{n.replace('_', '-')}" for n in ("use_distributed_optimizer", "fp16") if m.on(n)]

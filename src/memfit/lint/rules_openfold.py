@@ -27,8 +27,8 @@ def openfold_accumulation(o: Options, s: Setup) -> Found:
 
 
 def openfold_preset(o: Options, s: Setup) -> Found:
-    """Report a config_preset that OpenFold does not have. Presets of networks other than the monomer's, with
-    "seq" or "multimer" in their names, are skipped."""
+    """Report a --config_preset that OpenFold does not have. Names of presets for networks other than the one
+    for single chains, which begin with "seq" or contain "multimer", are skipped."""
     name = openfold.preset(s)
     is_known = name in openfold.PRESETS or name is None
     if not is_known and not str(name).startswith("seq") and "multimer" not in str(name):
@@ -45,14 +45,16 @@ def openfold_unknown_key(c: Options, s: Setup) -> Found:
 
 
 def openfold_two_kernels(c: Options, s: Setup) -> Found:
-    """Report attention kernels of "globals" of which more than one is switched on."""
+    """Report more than one attention kernel (use_deepspeed_evo_attention, use_lma, use_flash) that is
+    switched on in "globals"."""
     enabled_kernels = [k for k in openfold.KERNELS if c.raw(f"globals.{k}") is True]
     if len(enabled_kernels) > 1:
         yield {"used": " and ".join(enabled_kernels)}
 
 
 def openfold_chunk_training(c: Options, s: Setup) -> Found:
-    """Report chunk_size unless tune_chunk_size is switched off: with both, OpenFold stops in training."""
+    """Report a chunk_size in "globals" unless tune_chunk_size, which is on by default, is switched off: with
+    both, OpenFold stops in training."""
     chunk = openfold.changed(s, ["globals.chunk_size"])
     if chunk is not None and openfold.changed(s, openfold.TUNED, True) is True:
         yield {"chunk": chunk}
@@ -76,7 +78,8 @@ def openfold_blocks_per_ckpt(c: Options, s: Setup) -> Found:
 
 
 def openfold_extra_ckpt(c: Options, s: Setup) -> Found:
-    """Report that the extra-MSA stack is recomputed although blocks_per_ckpt is null."""
+    """Report that the extra-MSA stack is recomputed, as it is by default, although blocks_per_ckpt is null,
+    which switches the recomputation of the other stacks off."""
     if openfold.blocks_per_ckpt(s) is None and openfold.changed(s, [openfold.EXTRA_CKPT], True) is True:
         yield {}
 

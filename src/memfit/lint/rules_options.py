@@ -7,15 +7,15 @@ from memfit.lint.parse import Found, Options, Setup
 
 
 def _read_as_written(o: Options, s: Setup) -> bool:
-    """Return whether ``o`` holds a file's own settings. DeepSpeed or Megatron-LM settings that were derived
-    from Accelerate's file do not count: Accelerate's settings are checked instead."""
+    """Return whether ``o`` holds settings as its file has them. DeepSpeed or Megatron-LM settings that were
+    derived from Accelerate's file do not count: the settings in that file are checked instead."""
     return o is s.accelerate or s.accelerate is None or o.file != s.accelerate.file
 
 
 def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
-    """Find settings that the library does not have but that are similar to one of it. ``refused``: True to
-    report those in sections in which the library stops at an unknown key, False for those in other
-    sections."""
+    """Find settings that the library does not have, but for which it has a similar name or the same name in
+    another section, so that they are probably misspelled or misplaced. ``refused``: True to report those in
+    sections in which the library stops at an unknown key, False for those in other sections."""
     table = known(library)
     for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is not None and (section in table.refuses) == refused:
@@ -23,8 +23,9 @@ def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
 
 
 def _newer(o: Options, s: Setup, library: str) -> Found:
-    """Find settings that the library does not have, in sections where it stops at an unknown key, if no
-    setting of it is similar or the file has the similar one as well."""
+    """Find settings that the library does not have, in sections in which it stops at an unknown key, and that
+    are not misspelled: none of the library's settings is similar, or the file has the similar one as well.
+    They may be those of a newer release."""
     table = known(library)
     for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is None and section in table.refuses:
@@ -52,7 +53,7 @@ def _is_number(text: str) -> bool:
 
 
 def deepspeed_unknown_key(d: Options, s: Setup) -> Found:
-    """Report misspelled settings that DeepSpeed silently ignores."""
+    """Report misspelled or misplaced settings that DeepSpeed silently ignores."""
     yield from _unknown(d, s, "deepspeed", refused=False)
 
 
@@ -67,12 +68,14 @@ _COPIED = (
 
 
 def deepspeed_section_key(d: Options, s: Setup) -> Found:
-    """Report misspelled settings that DeepSpeed refuses."""
+    """Report misspelled or misplaced settings that DeepSpeed refuses. Loss-scale settings in the bf16 section
+    are left to deepspeed_bf16_loss_scale."""
     yield from (f for f in _unknown(d, s, "deepspeed", refused=True) if f["key"] not in _COPIED)
 
 
 def deepspeed_newer_key(d: Options, s: Setup) -> Found:
-    """Report settings that the checked release of DeepSpeed refuses and that another release may have."""
+    """Report settings that the checked release of DeepSpeed refuses and that another release may have: they
+    are not misspelled. Loss-scale settings in the bf16 section are left to deepspeed_bf16_loss_scale."""
     yield from (f for f in _newer(d, s, "deepspeed") if f["key"] not in _COPIED)
 
 
@@ -90,17 +93,19 @@ def deepspeed_value(d: Options, s: Setup) -> Found:
 
 
 def accelerate_unknown_key(a: Options, s: Setup) -> Found:
-    """Report misspelled settings for which Accelerate refuses the file."""
+    """Report misspelled or misplaced settings, at the top level, for which Accelerate refuses the file."""
     yield from _unknown(a, s, "accelerate", refused=True)
 
 
 def accelerate_newer_key(a: Options, s: Setup) -> Found:
-    """Report settings that the checked release of Accelerate refuses and that another release may have."""
+    """Report settings that the checked release of Accelerate refuses and that another release may have: they
+    are not misspelled."""
     yield from _newer(a, s, "accelerate")
 
 
 def accelerate_section_key(a: Options, s: Setup) -> Found:
-    """Report misspelled settings that Accelerate silently ignores."""
+    """Report misspelled or misplaced settings in sections, such as fsdp_config, that Accelerate silently
+    ignores."""
     yield from _unknown(a, s, "accelerate", refused=False)
 
 
@@ -115,7 +120,8 @@ def trainer_unknown_key(t: Options, s: Setup) -> Found:
 
 
 def trainer_section_key(t: Options, s: Setup) -> Found:
-    """Report misspelled settings that the Trainer silently ignores."""
+    """Report misspelled or misplaced settings in sections, such as fsdp_config, that the Trainer silently
+    ignores."""
     yield from _unknown(t, s, "trainer", refused=False)
 
 
@@ -138,8 +144,9 @@ def _option(finding: dict[str, str]) -> dict[str, str]:
 
 
 def megatron_unknown_option(m: Options, s: Setup) -> Found:
-    """Report misspelled options of Megatron-LM. The beginning of an option's name is not reported, because
-    Megatron-LM accepts abbreviations."""
+    """Report misspelled options, which Megatron-LM refuses. The beginning of an option's name is not
+    reported, because Megatron-LM accepts abbreviations. Options of another front end (``m.defaults`` is
+    False) are skipped."""
     names = known("megatron").names("")
     for finding in _unknown(m, s, "megatron", refused=True) if m.defaults else ():
         if not any(name.startswith(finding["key"]) for name in names):
@@ -147,13 +154,14 @@ def megatron_unknown_option(m: Options, s: Setup) -> Found:
 
 
 def megatron_value(m: Options, s: Setup) -> Found:
-    """Report values that Megatron-LM does not accept."""
+    """Report values that Megatron-LM does not accept. Options of another front end (``m.defaults`` is False)
+    are skipped."""
     yield from map(_option, _value(m, s, "megatron") if m.defaults else ())
 
 
 def torchtitan_unknown_key(t: Options, s: Setup) -> Found:
-    """Report settings that are misspelled or in the wrong table. A custom module may add settings of its own,
-    which resemble neither."""
+    """Report settings that are misspelled or in the wrong table. Settings that resemble none of torchtitan's
+    are not reported: a custom module may add them."""
     yield from _unknown(t, s, "torchtitan", refused=False)
 
 

@@ -16,8 +16,9 @@ _DEGREES = (
 
 
 def _degrees(t: Options) -> tuple[int, int, int, int, int]:
-    """Return the degrees (replicate, shard, tensor, pipeline, context), by default 1; shard is -1, for "all
-    remaining ranks", by default. Older releases have some of them in other tables."""
+    """Return the degrees of parallelism (data_parallel_replicate, data_parallel_shard, tensor, pipeline,
+    context), by default 1; shard is -1, for "all remaining ranks", by default. Older releases have some of
+    them in the tables training and experimental, which are searched, too."""
     degrees = []
     for name in _DEGREES:
         paths = [f"{table}.{name}_degree" for table in ("parallelism", "training", "experimental")]
@@ -36,8 +37,9 @@ def _compiles(t: Options) -> bool:
 
 
 def torchtitan_degrees(t: Options, s: Setup) -> Found:
-    """Report degrees whose product is not the number of processes, or is no divisor of it if shard stands for
-    the remaining ranks, and degrees other than shard below 1."""
+    """Report degrees of parallelism whose product is not the number of processes, if that is known. If
+    data_parallel_shard_degree is -1, for all remaining ranks, the product of the other degrees must only
+    divide that number. Degrees below 1, other than that of shard, are always reported."""
     replicate, shard, tensor, pipeline, context = degrees = _degrees(t)
     shown = " x ".join(f"{n} {d}" for n, d in zip(_DEGREES, degrees, strict=True))
     model = replicate * tensor * pipeline * context
@@ -49,8 +51,8 @@ def torchtitan_degrees(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
-    """Report enable_async_tensor_parallel with tensor parallelism but without compilation, which implements
-    it."""
+    """Report enable_async_tensor_parallel with tensor parallelism but without compilation of the model by
+    torch.compile, which implements it."""
     if _compiles(t) or _degrees(t)[2] == 1:
         return
     if t.on("parallelism.enable_async_tensor_parallel") or t.on("experimental.enable_async_tensor_parallel"):
@@ -58,8 +60,8 @@ def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_float8_eager(t: Options, s: Setup) -> Found:
-    """Report converters to float8 and MX formats without compilation: they cost more memory and time than
-    bf16."""
+    """Report converters to float8 and MX formats without compilation of the model by torch.compile: they then
+    cost more memory and time than bf16."""
     converters = [n for n in t.texts("model.converters") if "float8" in n or "mx" in n]
     if converters and not _compiles(t):
         yield {"converters": ", ".join(converters)}
@@ -85,15 +87,16 @@ def torchtitan_step_in_backward(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_unclipped(t: Options, s: Setup) -> Found:
-    """Report early_step_in_backward with a training.max_norm that the file sets: gradients are freed before
-    they could be clipped."""
+    """Report early_step_in_backward with a training.max_norm that the file sets to a number other than 0:
+    gradients are freed before they could be clipped."""
     if t.on("optimizer.early_step_in_backward") and (norm := t.number("training.max_norm")):
         yield {"norm": norm}
 
 
 def torchtitan_microbatches(t: Options, s: Setup) -> Found:
-    """Report a local batch that gives a pipeline of several stages fewer micro-batches than stages, or uneven
-    micro-batches."""
+    """Report a local batch (samples per data-parallel rank) that gives a pipeline of several stages fewer
+    micro-batches than stages, or uneven micro-batches. Files of older releases, which set the number of
+    micro-batches or have no parallelism table, are skipped."""
     pipeline = _degrees(t)[3]
     if pipeline == 1 or t.count("experimental.pipeline_parallel_microbatches"):
         return
@@ -104,8 +107,9 @@ def torchtitan_microbatches(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_batch(t: Options, s: Setup) -> Found:
-    """Report a global batch that is no multiple of local batch x data-parallel ranks. If shard stands for the
-    remaining ranks and the number of processes is unknown, only replicate counts."""
+    """Report a global batch that is no multiple of local batch x data-parallel ranks. These are replicate x
+    shard degrees; if shard is -1, for all remaining ranks, they follow from the number of processes or, if
+    that is unknown, are taken to be the replicate degree."""
     global_batch = t.count("training.global_batch_size")
     local_batch = t.count("training.local_batch_size")
     if not global_batch or not local_batch or global_batch < 1:
@@ -119,7 +123,8 @@ def torchtitan_batch(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_budget_eager(t: Options, s: Setup) -> Found:
-    """Report activation_checkpoint mode memory_budget without compilation, which implements it."""
+    """Report activation_checkpoint.mode memory_budget without compilation of the model by torch.compile,
+    which implements it."""
     if t.get("activation_checkpoint.mode") == "memory_budget" and not _compiles(t):
         yield {}
 
@@ -135,7 +140,8 @@ def torchtitan_sequence(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_selective_option(t: Options, s: Setup) -> Found:
-    """Report a selective_ac_option that is neither "op" nor a number, if the mode is selective."""
+    """Report a selective_ac_option that is neither "op" nor a number, if activation_checkpoint.mode is
+    selective, its default."""
     value, mode = t.get("activation_checkpoint.selective_ac_option"), t.get("activation_checkpoint.mode")
     if isinstance(value, str) and value != "op" and not value.isdigit() and mode in (None, "selective"):
         yield {"value": value}

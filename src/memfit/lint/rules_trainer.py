@@ -1,5 +1,5 @@
-"""Rules for arguments of the Trainer that contradict each other. Checked against transformers 5.24
-(training_args.py, _validate_args) and torch's DataLoader; read 2026-11."""
+"""Rules for arguments of the Trainer that contradict each other, and for torchtitan's DataLoaders. Checked
+against transformers 5.24 (training_args.py, _validate_args) and torch's DataLoader; read 2026-11."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def trainer_best_steps(t: Options, s: Setup) -> Found:
 
 
 def _steps(t: Options) -> tuple[float | None, float | None]:
-    """Return the intervals of (saving, evaluation) in steps, or as fractions of all steps if below 1; None if
-    unknown. The default of saving is 500; that of evaluation is logging_steps, whose default is 500."""
+    """Return the intervals of (saving, evaluation) in steps, or as fractions of all steps if below 1; None
+    for one that is unknown. The default of saving is 500; that of evaluation, also if it is 0, is
+    logging_steps, whose default is 500."""
     logging_interval = 500.0 if t.raw("logging_steps") is None else t.number("logging_steps")
     save_interval = 500.0 if t.raw("save_steps") is None else t.number("save_steps")
     return save_interval, logging_interval if t.raw("eval_steps") in (None, 0) else t.number("eval_steps")
@@ -74,8 +75,8 @@ def torchtitan_no_workers(t: Options, s: Setup) -> Found:
 
 
 def _none(o: Options, path: str) -> bool:
-    """Return whether the setting, whose default is 0, is 0 or not given. False if it is known only when the
-    script runs."""
+    """Return whether the setting at ``path``, whose default is 0, is 0 or not given. False if it is known
+    only when the script runs."""
     return path not in o.unsure and (o.raw(path) is None or o.number(path) == 0)
 
 
@@ -87,7 +88,8 @@ def trainer_two_warmups(t: Options, s: Setup) -> Found:
 
 
 def trainer_constant_warmup(t: Options, s: Setup) -> Found:
-    """Report warmup_steps and warmup_ratio with the scheduler "constant", which has no warm-up."""
+    """Report warmup_steps and warmup_ratio, if they are not 0, with the scheduler "constant", which has no
+    warm-up."""
     for name in ("warmup_steps", "warmup_ratio"):
         if t.get("lr_scheduler_type") == "constant" and (value := t.number(name)):
             yield {"name": name, "value": f"{value:g}"}

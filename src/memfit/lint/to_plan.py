@@ -20,7 +20,9 @@ from memfit.lint.to_plan_scripts import from_megatron, from_torchtitan
 def over(setup: Setup) -> Carried:
     """Convert ``setup`` to a plan. If several libraries are configured, only one decides how the model is
     distributed, the first of OpenFold, Megatron-LM, torchtitan, DeepSpeed, and Accelerate with the Trainer.
-    An unknown number of processes counts as 1, or as the smallest number that the settings allow."""
+    An unknown number of processes counts as 1, with Megatron-LM and torchtitan as the smallest number that
+    the settings allow. Files in ``setup.missing`` are listed as left out. Raises UserError for a crop, batch
+    or blocks_per_ckpt of OpenFold that is not a whole number above 0."""
     engine, apply = _whose(setup)
     draft = Draft(ranks=setup.ranks or 1)
     apply(setup, draft)

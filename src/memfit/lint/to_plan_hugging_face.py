@@ -55,8 +55,9 @@ _SECTIONS = {
 
 
 def from_deepspeed(setup: Setup, draft: Draft) -> None:
-    """Add DeepSpeed's settings to ``draft``, with the values that the Trainer or Accelerate fills in, and the
-    Trainer's optimizer and recomputation if there is a Trainer."""
+    """Add DeepSpeed's settings to ``draft``, with the values that the Trainer or Accelerate fills in for
+    "auto", and recomputation. If DeepSpeed's file names no optimizer, add the Trainer's, if there is a
+    Trainer. Settings that no plan can express are listed in the draft as left out."""
     config = setup.deepspeed
     assert config is not None
     _batches(setup, config, draft)
@@ -129,8 +130,9 @@ def _offload(config: Options, stage: int, draft: Draft) -> str:
 
 
 def _precision(setup: Setup, config: Options, draft: Draft) -> str:
-    """Return the precision in which a plan predicts DeepSpeed's computation: bf16, also for fp16, which is
-    recorded, or fp32. "auto" stands for the setting of the Trainer or of Accelerate."""
+    """Return the precision in which memfit predicts DeepSpeed's computation, "bf16" or "fp32". fp16 is
+    predicted as bf16 and listed in ``draft`` as left out. "auto" stands for the setting of the Trainer or of
+    Accelerate; if neither is there, it counts as off, and is listed too."""
     outer_precision = _mixed_precision(setup)
     for name in ("bf16", "bfloat16", "fp16"):
         auto = config.raw(f"{name}.enabled") == "auto"
@@ -144,8 +146,8 @@ def _precision(setup: Setup, config: Options, draft: Draft) -> str:
 
 
 def _mixed_precision(setup: Setup) -> str | None:
-    """Return the mixed precision that the Trainer's arguments set, otherwise Accelerate's file: bf16, fp16,
-    fp8 or no; None if no file gives it."""
+    """Return the mixed precision, "bf16", "fp16", "fp8" or "no": that of the Trainer's arguments if there are
+    any ("no" if they switch none on), otherwise that of Accelerate's file. None if no file gives it."""
     if (args := setup.trainer) is not None:
         return next((n for n in ("bf16", "fp16") if args.on(n)), "no")
     value = setup.accelerate.get("mixed_precision") if setup.accelerate is not None else None
@@ -214,7 +216,7 @@ def _trainer_optimizer(setup: Setup, draft: Draft) -> None:
 
 def from_hugging_face(setup: Setup, draft: Draft) -> None:
     """Add the settings of Accelerate's file and of the TrainingArguments to ``draft``, for a set-up without
-    DeepSpeed; either file may be missing."""
+    DeepSpeed; either file may be missing. The TrainingArguments decide the precision if both are there."""
     accelerate, args = setup.accelerate, setup.trainer
     kind = str(accelerate.raw("distributed_type") if accelerate is not None else "").upper()
     fsdp = _fsdp_options(setup)
@@ -249,15 +251,16 @@ def from_hugging_face(setup: Setup, draft: Draft) -> None:
 
 
 def _ddp(setup: Setup) -> dict[str, KnobValue]:
-    """Return the settings of DDP under Accelerate or the Trainer. Both keep torch's defaults: gradients are
-    separate from the buckets, which have 25 MiB unless ddp_bucket_cap_mb says otherwise."""
+    """Return the settings of the technique ddp under Accelerate or the Trainer. Both keep torch's defaults:
+    gradients are separate from the buckets, which have 25 MiB unless the Trainer's ddp_bucket_cap_mb says
+    otherwise."""
     mib = setup.trainer.size("ddp_bucket_cap_mb") if setup.trainer is not None else None
     return {"bucket_view": False, "bucket_mib": mib or 25, "sync": _sync(setup)}
 
 
 def _sync(setup: Setup) -> str:
-    """Return after which micro-batches gradients are reduced: "last" if the Trainer accumulates them, unless
-    it is set to sync_each_batch; otherwise "every"."""
+    """Return after which micro-batches gradients are reduced over ranks: "last" if the Trainer accumulates
+    them over several, unless it is set to sync_each_batch; otherwise, and without a Trainer, "every"."""
     args = setup.trainer
     steps = args.size("gradient_accumulation_steps") if args is not None else None
     sync_option = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
@@ -265,8 +268,9 @@ def _sync(setup: Setup) -> str:
 
 
 def _fsdp_options(setup: Setup) -> Options | None:
-    """Return FSDP's settings under Accelerate's names without the prefix ``fsdp_``, or None if FSDP is not
-    used. The version is by default 1 in Accelerate's file and 2 in the TrainingArguments."""
+    """Return FSDP's settings under Accelerate's names without the prefix ``fsdp_``, or None if neither file
+    switches FSDP on. If both do, they are those of Accelerate's file. The version is by default 1 there and 2
+    in the TrainingArguments."""
     accelerate, args = setup.accelerate, setup.trainer
     if accelerate is not None and str(accelerate.raw("distributed_type")).upper() == "FSDP":
         return Options(file=accelerate.file, data={"version": 1, **accelerate.section("fsdp_config")})
@@ -282,8 +286,9 @@ def _fsdp_options(setup: Setup) -> Options | None:
 
 
 def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
-    """Add FSDP, and the tensor and context parallelism of Accelerate's file, to the draft. Return the number
-    of ranks that see different samples."""
+    """Add FSDP, and the tensor and context parallelism of Accelerate's file, to the draft. FSDP1 is predicted
+    as FSDP2, or as DDP if its strategy is NO_SHARD. Return the number of ranks that see different samples;
+    with one such rank, only the precision is added in place of FSDP."""
     strategy = str(fsdp.raw("sharding_strategy") or "FULL_SHARD").upper()
     strategy = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}.get(
         strategy, strategy

@@ -24,8 +24,9 @@ _CHANGES = {
 
 
 def from_openfold(setup: Setup, draft: Draft) -> None:
-    """Add OpenFold's settings to ``draft``. Raises UserError for values that OpenFold's configuration does
-    not accept."""
+    """Add OpenFold's settings, and those of DeepSpeed's file if there is one, to ``draft``. Settings that no
+    plan can express are listed in the draft as left out. Raises UserError for a crop, batch or
+    blocks_per_ckpt that is not a whole number above 0."""
     precision = openfold.precision(setup)
     if setup.deepspeed is not None:
         _with_deepspeed(setup, setup.deepspeed, precision, draft)
@@ -58,8 +59,9 @@ def _precision(name: str, draft: Draft) -> None:
 
 def _with_deepspeed(setup: Setup, config: Options, precision: str, draft: Draft) -> None:
     """Add DeepSpeed's settings to ``draft``. Lightning enables the half precision that --precision names if
-    DeepSpeed's file has no section for it. In memfit the structure module and the heads then stay in float32,
-    which its ZeRO in bf16 does not support, so ZeRO is recorded as left out."""
+    DeepSpeed's file has no section for it. With half precision, memfit keeps the structure module and the
+    heads in float32, which its ZeRO in bf16 does not support: ZeRO is then listed as left out, and bf16
+    parameters take its place. In float32, the settings are added as `from_deepspeed` does."""
     section = _SECTIONS.get(precision)
     enabled_sections = [s for s in ("bf16", "bfloat16", "fp16") if config.on(f"{s}.enabled")]
     if enabled_sections or (section is not None and section not in config.data):
@@ -101,8 +103,9 @@ def _recomputation(setup: Setup, draft: Draft) -> None:
 
 def _size(setup: Setup, draft: Draft) -> str:
     """Return the size of the job alphafold2 that has the set-up's crop: "initial" or "finetune", followed by
-    "@RESIDUES" if the residues differ. Other differences are recorded as left out. Return "" if the network
-    is not the monomer's or not known."""
+    "@RESIDUES" if the crop has another number of residues than the job at that size. Other differences are
+    listed in ``draft`` as left out. Return "" if the network is not known or not the one for single
+    chains."""
     crop, name = openfold.crop(setup), openfold.preset(setup)
     if crop is None:
         draft.leave(f"config_preset {name or 'of a variable'}", "memfit supports only the monomer's network")

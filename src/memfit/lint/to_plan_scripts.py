@@ -11,7 +11,8 @@ from memfit.types.plan import KnobValue
 
 def from_megatron(setup: Setup, draft: Draft) -> None:
     """Add Megatron-LM's arguments to ``draft``. If the number of processes is unknown, assume the smallest
-    possible."""
+    that the parallel sizes allow: tensor x pipeline x context. Settings that no plan can express are listed
+    in the draft as left out."""
     options = setup.megatron
     assert options is not None
     tensor, pipeline, context = (
@@ -63,8 +64,8 @@ _MEGATRON_REASONS = {
 
 
 def _micro_batches(options: Options, data_ranks: int, draft: Draft) -> int | None:
-    """Set the micro-batch and the batch of ``draft``. Return the number of micro-batches of one rank in a
-    step, or None if it is unknown."""
+    """Set the micro-batch and the batch of ``draft``. Return the number of micro-batches of one rank in an
+    optimizer step, or None if it is unknown. ``data_ranks``: number of ranks that see different samples."""
     micro_batch, global_batch = options.size("micro_batch_size"), options.size("global_batch_size")
     steps = options.size("num_micro_batches")
     if micro_batch and global_batch:
@@ -175,8 +176,9 @@ _SCHEDULES = {
 
 
 def from_torchtitan(setup: Setup, draft: Draft) -> None:
-    """Add torchtitan's settings to ``draft``. If the number of processes is unknown, assume the smallest
-    possible."""
+    """Add torchtitan's settings to ``draft``. If the number of processes is unknown, assume the smallest that
+    the degrees of parallelism allow. Settings that no plan can express are listed in the draft as left
+    out."""
     options = setup.torchtitan
     assert options is not None
     draft.length, draft.model = (

@@ -33,8 +33,9 @@ def map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
 
 
 def sample_count(batch: Any) -> int | None:
-    """Return the number of samples (``num_graphs`` or ``batch_size``) that the first object with tensors and
-    ``.to()`` in the batch reports that has one of these, or None if there is no such object."""
+    """Return the number of samples that an object with tensors and ``.to()`` in the batch gives as integer
+    ``num_graphs`` or, without that, ``batch_size``. The first object that has one counts. Return None if
+    there is none."""
     for leaf in _pytree.tree_leaves(batch):
         if _is_object(leaf):
             for name in ("num_graphs", "batch_size"):

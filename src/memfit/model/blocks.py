@@ -40,9 +40,9 @@ def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, l
     """Return (module path, its blocks).
 
     With ``path``, the blocks are all children of the module there. If it is None, choose the ModuleList or
-    Sequential of two or more members of one class that together hold the most parameters, and of several
-    such the one with the most members. Raises UserError if there are no children at ``path``, or if no
-    repeated blocks are found.
+    Sequential of two or more members of one class that together have the most elements of parameters, and of
+    several such the one with the most members. Raises UserError if there are no children at ``path``, or if
+    no repeated blocks are found.
     """
     if path is not None:
         return path, _children_at(model, path)
@@ -100,7 +100,8 @@ def twins(blocks: Sequence[torch.nn.Module]) -> list[int]:
     """Return for each block the index of an earlier block that does the same, or its own index.
 
     Of a group of equal blocks this is the second one, because the first may receive inputs that no other
-    gets. The first two blocks of a group, and all blocks if any parameter is shared, have their own index.
+    gets. The first two blocks of a group have their own index. If any two blocks share a parameter, all
+    blocks have their own index.
     """
     indices: list[int] = []
     groups: dict[object, list[int]] = {}
@@ -114,8 +115,9 @@ def twins(blocks: Sequence[torch.nn.Module]) -> list[int]:
 
 
 def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
-    """Return a key that is equal for blocks whose modules have the same classes, hooks and shapes, and the
-    same attributes. Attributes that hold the block's own index may differ."""
+    """Return a key that is equal for blocks whose modules have the same names, classes, numbers of forward
+    hooks and attributes, and whose parameters and buffers have the same names, classes, shapes and dtypes.
+    Attributes that hold the block's own ``index`` may differ."""
     converter = _Told(index, {id(m): name for name, m in block.named_modules()})
     modules = (
         (

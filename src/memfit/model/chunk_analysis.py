@@ -96,8 +96,9 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _reach(func: Any, args: Any) -> int:
-    """Return the largest dilation of a convolution, or how far padding moves values, or 0 for another
-    operator. An input shorter than this does not show the operator's effect."""
+    """Return how far apart the elements are that an operator combines: the largest dilation of a convolution,
+    the largest width that a padding adds or removes, or 0 for another operator. An input no longer than this
+    does not show the operator's effect."""
     if func is torch.ops.aten.convolution.default:
         return int(max(args[5]))
     return int(max(map(abs, args[1]))) if "_pad" in func.__name__ and isinstance(args[1], list) else 0
@@ -113,8 +114,9 @@ class Trials:
 
 
 def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
-    """Return, by name, the first call of every module that is called in a forward pass of a copy that holds
-    no values. The model itself is left out. Results for the last few models are cached."""
+    """Return, by name, the first call of every module that is called in a forward pass and loss of a copy of
+    the model that holds no values, on the job's first batch. The model itself is left out. Results for the
+    last few models are cached."""
     parts = (job.build_model, job.make_batch, job.loss)
     tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())
     wrapped_names = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
@@ -134,8 +136,8 @@ def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
 def to_cut(
     model: nn.Module, calls: Mapping[str, ModuleCall], budget: int, trials: Trials | None = None
 ) -> dict[str, ChunkCut]:
-    """Return, by name, how to cut modules so that, where possible, none makes more than ``budget`` bytes
-    inside.
+    """Return, by name, how to cut modules that allocate more than ``budget`` bytes inside, as far as they can
+    be cut, so that slices of them that allocate no more can run one after the other.
 
     A module is left whole, and its submodules are cut, if those of them that can be cut hold more than three
     quarters of its inner bytes, or if it cannot be cut itself. ``calls`` is the result of `insides`.
@@ -160,8 +162,8 @@ def to_cut(
 
 
 def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, trials: Trials) -> int:
-    """Return the budget, in bytes that one slice may make inside, that follows from the module that makes the
-    most inside among those that can be cut; 0 if there are none.
+    """Return the budget: the bytes that one slice of a module may allocate inside. It follows from the module
+    that allocates the most inside among those that can be cut, and is 0 if there are none.
 
     If ``parts`` is not 0, the budget is the module's inner bytes divided by it. Otherwise it is half of the
     module's output, which exists anyway, but at most half of its inner bytes.

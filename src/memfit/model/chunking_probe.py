@@ -21,7 +21,7 @@ _MOST_TRIALS = 96
 _MOST_ELEMENTS = 2**18  # of a trial's inputs; a patch embedding, for example, does not run on short ones
 _MOST_INSIDE = 2**22  # bytes that a trial may allocate if the real call allocates less
 _SHORT = (5, 7, 3, 11, 13, 9)  # lengths of the small copy's inputs
-_FAR = (1024, 512, 256, 128, 64, 32)  # lengths of the cut axis with which its reach is tested
+_FAR = (1024, 512, 256, 128, 64, 32)  # longer lengths of the cut axis, to test whether slices are independent
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,8 +67,9 @@ class Live(TorchDispatchMode):
 
 
 def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]]) -> Any:
-    """Return ({leaf: axis}, the output's axis) for the longest axis of the largest input that can be cut.
-    Return None if none can, or if the module cannot be copied or does not run on inputs of a trial's size.
+    """Return ({leaf: axis to cut}, the output's axis) for the longest axis of the largest input that can be
+    cut, together with the axes of other inputs that are cut with it. Return None if none can be cut, or if
+    the module cannot be copied or does not run on inputs of a trial's size.
 
     ``shapes`` are the real shapes of the tensors among the leaves of ``call``, by the leaf's index.
     """
@@ -138,8 +139,8 @@ def _lengthened(
     """Return the shapes ``sizes`` of a trial with the cut axis at its real length, else at the longest of
     some shorter lengths with which the module runs. Return None if there is none that differs from ``sizes``.
 
-    A module with a long reach, such as a dilated convolution, does not reach other positions in a short
-    input.
+    A module that combines positions far apart, such as a dilated convolution, combines none in a short input
+    and would look as if its slices were independent.
     """
     leaf, axis = next(iter(axes.items()))
     lengths = shapes[leaf][axis], sizes[leaf][axis]
@@ -227,8 +228,8 @@ def _same(
     axes: Mapping[int, int],
 ) -> Iterator[int]:
     """Yield the axes of ``expected``, the output of the whole ``inputs``, along which a slice of it equals
-    the output of the inputs cut to that slice along ``axes``. Slices of 2 elements at three places are
-    tested."""
+    the output of the inputs cut to that slice along ``axes``. Slices of 2 elements at the start, in the
+    middle and at the end are tested."""
     length = next(inputs[i].shape[a] for i, a in axes.items())
     slices = [(0, 2), (length // 2 - 1, 2), (length - 2, 2)]
     outputs = [

@@ -68,10 +68,10 @@ class Flow(AnyWay):
     """Mode that observes how Linear layers of blocks feed each other. ``roles`` maps names of Linears to
     roles; if it is empty, roles follow from what is observed.
 
-    ``linears`` holds them by name, in the order in which they ran. ``views`` holds (name, shape): shapes into
-    which the features of outputs of column-split layers are viewed, such as (heads, head dim). ``inside``
-    maps names of other modules with parameters that received such outputs to the number of dimensions of what
-    they received.
+    ``linears`` holds the Linear layers by name, in the order in which they ran. ``views`` holds (name of a
+    column-split layer, shape into which the features of its output are viewed, such as (heads, head dim)).
+    ``inside`` maps names of other modules with parameters of their own whose first input depends on such
+    outputs to the number of dimensions of that input.
     """
 
     def __init__(self, roles: Mapping[str, str]) -> None:
@@ -182,9 +182,10 @@ class Flow(AnyWay):
         return out
 
     def _cut(self, func: Any, tensor: torch.Tensor, out: Any) -> tuple[str, int] | None:
-        """Return (Linear, width of its features) if ``out`` is a split or view of the output ``tensor`` of a
-        column-split Linear that keeps features in the last dimension, else None. Record how the output is
-        split and viewed."""
+        """Return (name of the Linear, width of its features) if ``out`` is a split into equal parts or a view
+        of the output ``tensor`` of a column-split Linear, and keeps its features in the last dimension. Else
+        return None. Enter the number of parts in ``linears``, and in ``views`` a view that divides
+        features."""
         origin: tuple[str, int] | None = getattr(tensor, "_memfit_origin", None)
         if origin is None or func.overloadpacket.__name__ not in (
             "split",
@@ -219,8 +220,8 @@ def observe(
 ) -> Flow:
     """Return the flow through the blocks (paths in the model, in their order) of a copy of ``model`` whose
     tensors hold no values, for the Linears' ``roles`` (see `Flow`). ``shrink(copy)``, if set, may change that
-    copy first. Modes that are active outside see nothing of the run. Equal blocks at the end, beyond two, are
-    not run."""
+    copy first. Modes that are active outside see nothing of the run. It ends after the last block that has no
+    twin (see `twins`); for the blocks after that, what was observed of their twins is entered."""
     flow = Flow(roles)
     twin_indices = _twins(model, blocks, roles)
     with valueless(job, model) as (model_copy, batch):

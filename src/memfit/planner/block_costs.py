@@ -1,4 +1,6 @@
-"""Split small traces into the parts that a search adds up: three traced blocks stand for any number."""
+"""Split small traces of three blocks into the parts from which a search adds up the costs of models with any
+number of blocks.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ Seconds = Callable[[Sequence[OpCall]], float]
 
 
 def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
-    """Return the costs of what runs before the blocks, of one block, and of what runs after them.
+    """Return the costs, on the traced rank, of what runs before the blocks, of one block (the middle one),
+    and of what runs after them.
 
     ``trace`` is a trace of `BLOCKS` blocks at the module path ``path``, without data parallelism, of one
     micro-batch. ``seconds`` returns the time of operators. The model may run the blocks several times before
@@ -95,7 +98,9 @@ class _Look:
         return int(self.live[index]) if index >= 0 else 0
 
     def top(self, window: tuple[int, int]) -> int:
-        """Return the highest live bytes in the window, above the level at its start."""
+        """Return by how many bytes the highest live bytes in the window (start clock, end clock) lie above
+        those at its start; at least 0.
+        """
         begin, end = numpy.searchsorted(self.clock, window)
         base_bytes = self.level(window[0])
         return max(0, int(self.live[begin:end].max(initial=base_bytes)) - base_bytes)

@@ -1,4 +1,6 @@
-"""The small traces that parts are taken from: three blocks, one or two samples, tensor and context ranks."""
+"""The small traces from which a search for many devices takes the costs of parts of the model: of three
+blocks and one or two samples, on tensor- and context-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,12 @@ _PRECISION: dict[str, Uses] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """Identifies one small trace: of a plan on ``tensor`` x ``context`` ranks with three blocks.
+    """Identifies one small trace: of a plan on ``tensor`` x ``context`` ranks, with three blocks of the
+    model.
 
-    ``tensor``, ``context``: degrees of parallelism. ``sequence``, ``vocabulary``: settings of tensor
-    parallelism. ``compute``: precision, "fp32", "autocast" or "bf16". ``uses``: the other techniques.
-    ``samples``: number of samples in the micro-batch.
+    ``tensor``, ``context``: degrees of tensor and context parallelism. ``sequence``, ``vocabulary``: settings
+    of tensor parallelism. ``compute``: precision, "fp32", "autocast" or "bf16". ``uses``: the other
+    techniques. ``samples``: number of samples in the micro-batch.
     """
 
     tensor: int
@@ -52,10 +55,12 @@ class Key:
 
 
 class Traced:
-    """Makes small traces of one job for one kind of device, and returns parts of them.
+    """Makes small traces of one job for one kind of device ("cpu" or "cuda"), and returns the parts of the
+    model with the costs seen in them.
 
     The traces are cached: ``kept`` has each trace by its key, or the error's text if it could not be made;
-    ``updates`` has traces of the optimizer's step.
+    ``updates`` has traces of the optimizer's step by the techniques that decide it. Making one raises
+    UserError if the model has no repeated blocks.
     """
 
     def __init__(self, job: Job, device: str) -> None:
@@ -82,7 +87,7 @@ class Traced:
         )
 
     def parts(self, key: Key, seconds: Seconds) -> Parts:
-        """Return the parts of the trace ``key``, which is made if it is not cached.
+        """Return the costs of the parts of the model in the trace ``key``, which is made if it is not cached.
 
         ``seconds`` returns the time of operators. Raises UserError if the model cannot be cut or run that
         way.
@@ -95,8 +100,8 @@ class Traced:
 
     @functools.cache  # noqa: B019  lives as long as one search
     def hidden_bytes(self, compute: str) -> float:
-        """Return the bytes of one sample's hidden state between two blocks, which a recomputed block
-        keeps.
+        """Return the bytes of one sample's hidden state between two blocks, in the precision ``compute``: it
+        is what a block that is recomputed in backward keeps.
         """
         key = Key(
             tensor=1,
@@ -115,8 +120,9 @@ class Traced:
         return updating_of(self.updates[uses], seconds)
 
     def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
-        """Make all traces of ``keys``, and of the optimizer's step under ``updates``, that are not cached, in
-        parallel. A trace of ``keys`` that fails is cached as the error's text.
+        """Make all traces of ``keys``, and of the optimizer's step under each set of techniques in
+        ``updates``, that are not cached, in parallel. A trace of ``keys`` that fails is cached as the error's
+        text; the error of any other is raised.
 
         Traces with torch.compile come first and those with distributed tensors last, because each of these
         loads parts of torch that the other traces do not need.
@@ -163,9 +169,10 @@ class Traced:
 
 
 def _loads(key: Key) -> int:
-    """Return the order of a trace by the parts of torch that it loads.
+    """Return the order in which a trace is made, by the parts of torch that it loads.
 
-    -1: torch's compiler, which low-bit optimizers load too; 1: distributed tensors; 0: neither.
+    -1 (first): torch's compiler, which low-bit optimizers load too; 1 (last): distributed tensors; 0:
+    neither.
     """
     if any(u.technique == "compile" for u in key.uses):
         return -1
@@ -174,7 +181,9 @@ def _loads(key: Key) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Few:
-    """A `make_batch` that returns the first ``samples`` samples of the job's batch."""
+    """A `make_batch` that returns the first ``samples`` samples of the job's batch ``whole``. Cut are tensors
+    whose first dimension is ``of``, the number of samples; all else is returned as it is.
+    """
 
     whole: Any
     of: int

@@ -40,9 +40,9 @@ Tell = Callable[[str, int, int, str], None]
 class Aim:
     """What a search for many devices is asked for.
 
-    ``cap_bytes``: memory of one device. ``needs`` returns the device memory in bytes that an estimate needs.
-    ``host`` tells whether the host has enough memory for it. ``tell`` is called with the progress: (stage,
-    done, total, detail).
+    ``cap_bytes``: memory of one device that a plan may use. ``needs`` returns the bytes of it that an
+    estimate needs. ``host`` tells whether the host has enough memory for it; by default always true.
+    ``bounds``: limits beside memory. ``tell`` is called with the progress: (stage, done, total, detail).
     """
 
     goal: Objective
@@ -55,10 +55,12 @@ class Aim:
 
 
 class Scale:
-    """Sketches and traces of a search for one job on one machine, by number of devices.
+    """Predicts plans of one job on one machine for different numbers of devices: by sketches, composed from
+    small traces, and by whole traces.
 
-    Traces are shared between the searches for different numbers of devices. Raises UserError if the speed of
-    the device is unknown.
+    The small traces are shared between the numbers of devices. ``refused``: why plans could not be traced
+    whole. ``pairs``: (sketch, whole trace) of the plans that were. Making one raises UserError if the speed
+    of the device is unknown.
     """
 
     def __init__(self, pricer: Pricer, aim: Aim) -> None:
@@ -79,8 +81,8 @@ class Scale:
         self.cap_bytes = self._allocated_cap()
 
     def _allocated_cap(self) -> float:
-        """Return the highest peak of live tensors in bytes with which a sketch fits the cap, found by
-        bisection.
+        """Return the highest peak of live tensors in bytes with which a sketch needs at most the cap of
+        device memory, found by bisection; 0 if none does.
         """
         fitting_bytes, excessive_bytes = 0.0, 2.0**50
         for _ in range(60):
@@ -105,7 +107,9 @@ class Scale:
         return fitting_bytes
 
     def _host_cap(self, ranks: int) -> float:
-        """Return the host memory that each rank may use; 0 if the host's memory is unknown."""
+        """Return the bytes of host memory that each rank may use, the host's memory divided by its ranks; 0
+        if the host's memory is unknown.
+        """
         host_memory_bytes = memory_bytes(self.machine)
         return 0.0 if host_memory_bytes is None else host_memory_bytes / min(ranks, per_host(self.machine))
 
@@ -156,15 +160,17 @@ class Scale:
         return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if grid_sketches else None
 
     def beside(self, sketch: Sketch) -> list[Estimate]:
-        """Return the estimates of the plans that differ from the sketch along one axis of its grid."""
+        """Return the sketches, as estimates, of the plans that differ from this one along one axis of its
+        grid, whether they fit or not.
+        """
         ranks = sketch.grid.layout.ranks
         neighbours = self.found[ranks].beside(sketch)
         self.sketched[ranks] += neighbours
         return [self.estimate(s) for s in neighbours]
 
     def over(self, counts: Sequence[int]) -> list[Estimate]:
-        """Return the sketches for all these numbers of devices, as estimates. Numbers for which no plan is
-        possible are left out; if that is all of them, raises the first UserError.
+        """Return the sketches worth choosing from for all these numbers of devices, as estimates. Numbers for
+        which no plan is possible are left out; if that is all of them, raises the first UserError.
         """
         estimates, reasons = list[Estimate](), list[UserError]()
         for ranks in counts:
@@ -180,8 +186,9 @@ class Scale:
         """Return the estimate that a whole trace of the plan is expected to give.
 
         A sketch is scaled by the median ratios of trace to sketch in time and memory, over the traced plans
-        of the same kind, or over all traced plans if there are none of its kind. A traced estimate is
-        returned unchanged, and so is a sketch if nothing was traced yet.
+        of the same kind and degrees (see `kind`), or over all traced plans if there are none. A traced
+        estimate is returned unchanged, and so is a sketch if nothing was traced yet. The host memory is not
+        scaled.
         """
         if e.traced or not self.pairs:
             return e
@@ -269,9 +276,11 @@ class Scale:
             self.pricer.ahead(plans)
 
     def whole(self, sketched_as: Estimate) -> Estimate:
-        """Trace the plan of the sketch ``sketched_as`` whole and return its estimate.
+        """Trace the plan of the sketch ``sketched_as`` whole and return its estimate, with energy, cost and
+        CO2 of as many devices as the plan has ranks.
 
-        If the trace gives no step time, time, energy, cost and CO2 are taken from the sketch.
+        If the trace gives no step time, time, energy, cost and CO2 are taken from the sketch. Otherwise the
+        pair of sketch and trace is kept, from which `expected` corrects sketches.
         """
         with priming():
             traced = self.billed(self.pricer.whole(sketched_as.plan))
@@ -287,8 +296,8 @@ class Scale:
         )
 
     def billed(self, e: Estimate) -> Estimate:
-        """Return the estimate with energy, cost and CO2 of as many devices as the plan has ranks, as in
-        sketches.
+        """Return the estimate with energy, cost and CO2 of as many devices as the plan has ranks, instead of
+        all devices of the machine, as in sketches.
         """
         cost = bill(self._machine(e.plan.ranks), step_s=e.step_s.value if e.step_s else None)
         return dataclasses.replace(e, energy_j=cost.energy_j, usd=cost.usd, co2_g=cost.co2_g)

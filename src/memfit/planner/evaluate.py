@@ -68,8 +68,13 @@ _Part = tuple[list[float], Weighted, Weighted, int]
 
 @dataclasses.dataclass(kw_only=True)
 class Pricer:
-    """Predicts memory, time and cost of plans of one job on one machine. Traces are cached; a new calibration
-    changes the predictions made from them.
+    """Predicts memory, time and cost of plans of one job on one machine and engine. Traces are cached; a new
+    calibration changes the predictions made from them.
+
+    ``model``: seconds of operators; None if the device's speed is unknown, and step times then are, too.
+    ``parts``: cached parts of which sketches are composed. ``vectors``: their numbers, with the seconds by
+    the calibration at their first use, which a new calibration does not change. ``choices``: cached tensors
+    to recompute, of plans with a memory budget for recomputation.
     """
 
     job: Job
@@ -96,16 +101,20 @@ class Pricer:
 
     @functools.cached_property
     def repeats(self) -> bool:
-        """Whether the model's blocks are alike, so that a few can represent all of them."""
+        """Whether the model has blocks that are all alike, so that traces with few of them can represent the
+        whole model.
+        """
         return repeated(fake_model(self.job), self.job) is not None
 
     @functools.cached_property
     def dependence(self) -> SampleDependence:
-        """Whether the job's samples depend on each other; tested on first access."""
+        """Whether the samples of a batch of the job depend on each other; tested on first access."""
         return sample_dependence(self.job)
 
     def dependence_under(self, plan: Plan) -> SampleDependence | None:
-        """Return the sample dependence if the plan splits the batch, else None."""
+        """Return whether samples depend on each other, if the plan splits the batch into micro-batches or
+        over ranks, else None.
+        """
         return self.dependence if splits_batch(plan) else None
 
     def recalibrate(self, calibration: Calibration) -> None:
@@ -114,8 +123,9 @@ class Pricer:
         self.choices = Choices()
 
     def settled(self, plan: Plan) -> Plan:
-        """Return the plan; if it recomputes within a memory budget and its tensors are not chosen yet, with
-        the tensors to recompute chosen. Raises UserError if the budget cannot be met.
+        """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the
+        tensors to recompute are not chosen yet, the plan with these chosen. Raises UserError if the budget
+        cannot be met.
         """
         if open_budget(plan) is None:
             return plan
@@ -130,7 +140,9 @@ class Pricer:
         )
 
     def seen(self) -> list[OpCall]:
-        """Return one operator call for each distinct signature in all traces of whole plans made so far."""
+        """Return one operator call for each distinct signature in all traces of whole plans made so far, not
+        of parts.
+        """
         ops = {op.signature: op for t in self.traces.values() for op in t.ops}
         return list(ops.values())
 
@@ -148,9 +160,9 @@ class Pricer:
         self.traces |= {(plan, rank): traced for rank, traced in zip(missing_ranks, traces, strict=True)}
 
     def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
-        """Return the traces of the plan on these ranks: of the engine's own training step if it has one that
-        can be traced here, else of native's. If it has one that cannot be traced here, the traces'
-        assumptions say so.
+        """Trace the plan on these ranks and return the traces, one per rank: of the engine's own training
+        step if it has one that can be traced here, else of the step of native, memfit's own engine. If it has
+        one that cannot be traced here, the traces' assumptions say so.
 
         Raises UserError if the model has parameters without dimensions and the engine does not support them.
         """
@@ -170,8 +182,8 @@ class Pricer:
             return [trace(self.job, plan, rank=r, device=self.device, lines=self.lines) for r in ranks]
 
     def ahead(self, plans: Sequence[Plan]) -> None:
-        """Trace every distinct rank of all these plans in parallel, so that later calls find the traces
-        cached. Does nothing if the engine is not native.
+        """Trace every distinct rank (`Layout.distinct_ranks`) of all these plans in parallel, so that later
+        calls find the traces cached. Does nothing if the engine is not native.
 
         If one of them cannot be traced, none is kept. The later call for that plan raises the error.
         """
@@ -187,8 +199,11 @@ class Pricer:
     # -- exact ----------------------------------------------------------------------------------------
 
     def whole(self, plan: Plan) -> Estimate:
-        """Return the plan's estimate, made from traces of its distinct ranks: that of the rank with the
-        highest peak, with the host memory of the rank that needs most of it.
+        """Return the plan's estimate, made from traces of the whole plan on its distinct ranks: that of the
+        rank with the highest peak, with the host memory of the rank that needs most of it.
+
+        Raises UserError if the plan's memory budget for recomputation cannot be met, or if the model does not
+        support the plan.
         """
         rank_estimates = self.each_rank(plan)
         largest = max(rank_estimates, key=lambda e: e.allocated_bytes.value)
@@ -198,7 +213,9 @@ class Pricer:
         )
 
     def each_rank(self, plan: Plan) -> list[Estimate]:
-        """Return one estimate for every distinct rank of the plan, such as the stages of a pipeline."""
+        """Return one estimate for every distinct rank of the plan (`Layout.distinct_ranks`), such as those of
+        the first, second and last stage of a pipeline. Raises UserError as `whole` does.
+        """
         plan = self.settled(plan)
         ranks = layout(plan).distinct_ranks()
         self._trace(plan, ranks)
@@ -227,8 +244,8 @@ class Pricer:
         """Trace rank 0 of several plans in parallel, for those that are not cached.
 
         ``tell(done, count, plan)`` is called with the number of finished traces, the number of all, and the
-        label of a plan that is being traced. Plans whose memory budget cannot be met are skipped here;
-        `whole` raises the error.
+        label of a plan that is being traced. Plans whose memory budget for recomputation cannot be met are
+        skipped here; `whole` raises the error. On an interrupt, the finished traces are kept.
         """
         missing_plans = [p for p in dict.fromkeys(possible(plans, self.settled)) if (p, 0) not in self.traces]
         traces_by_index: dict[int, Sequence[Trace]] = {}
@@ -247,8 +264,8 @@ class Pricer:
     def prepare(
         self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
-        """Make the parts that the sketches of ``plans`` are composed from and that are not cached, in
-        parallel. ``tell`` is called as in `trace_all`.
+        """Trace, in parallel, the parts that the sketches of ``plans`` are composed from and that are not
+        cached. ``tell`` is called as in `trace_all`.
         """
         parts = {
             (plan, blocks, steps, "")
@@ -265,7 +282,8 @@ class Pricer:
         self.parts |= dict(zip(missing_keys, new_parts, strict=True))
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
-        """Return (the weight of the whole-batch part, the parts to compose as (plan, steps)).
+        """Return (the weight of the part traced with the whole batch, the parts that the plan's sketch is
+        composed of, each as (plan to trace, number of steps to trace)).
 
         The rest of the weight belongs to the part with the smallest micro-batches. A part of weight 0 is left
         out. The last part is for the optimizer and has no weight.
@@ -283,7 +301,7 @@ class Pricer:
         return whole_batch_share, [*parts, (_accumulated(_optimizer_only(plan), max_micro_batches), 2)]
 
     def sketch(self, plan: Plan) -> Estimate:
-        """Estimate a plan by composing traces of parts, without tracing it.
+        """Return the plan's estimate, composed from traces of parts without tracing the plan itself.
 
         Peaks between the traced micro-batch sizes are upper bounds: a maximum of linear functions is convex,
         so it lies below its chord.
@@ -358,8 +376,8 @@ class Pricer:
         )
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:
-        """Return two block counts, smaller than the model's, whose traces are extrapolated to it; None if the
-        model is too small or its blocks differ.
+        """Return two numbers of blocks, smaller than the model's, with which parts are traced and then
+        extrapolated linearly to all blocks; None if the model has too few blocks for that or they differ.
         """
         recompute = plan.get("activation-checkpointing")
         period = int(recompute.settings["every"]) if recompute else 1
@@ -397,8 +415,9 @@ class Pricer:
 
 
 def _digested(traced: Trace) -> _Part:
-    """Return (memory entries, operators of all micro-steps, operators of the optimizer, number of
-    micro-steps). The memory entries are in the order of `_RESIDENT` to `_HOST`.
+    """Return (entries, operators of all micro-steps, operators of the optimizer, number of micro-steps) of
+    the last traced step. The entries are in the order of `_RESIDENT` to `_HOST`: bytes, FLOPs of one
+    micro-step, and the number of tensors that would be offloaded. Operators are (call, number of calls).
 
     The memory of forward and backward is counted above the live bytes at the start of the last step, without
     its batch. Equal operators are stored once with their count, so that many traces can be kept.
@@ -450,7 +469,9 @@ def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
 
 
 def _added(gradient: Allocation) -> OpCall:
-    """Return the operator by which a later micro-batch adds its gradient to the accumulated one."""
+    """Return the operator by which each micro-batch after the first adds its gradient to the accumulated
+    one.
+    """
     return OpCall(
         clock=gradient.start,
         op="aten.add_.Tensor",
@@ -467,7 +488,8 @@ def _added(gradient: Allocation) -> OpCall:
 def _with_gradients_moved(
     traced: Trace, last_spans: list[PhaseSpan], gradients: list[Allocation]
 ) -> tuple[dict[Phase, int], dict[Phase, int]]:
-    """Return `_tops` as they would be (in a later micro-batch, with the optimizer stepping in backward).
+    """Return the highest live bytes of each phase, as `_tops` does, in two other cases: (in a micro-batch
+    after the first, with the optimizer stepping in backward).
 
     In a later micro-batch, the accumulated gradients exist from the start, and for a moment beside the new
     gradient that is added to them. With the optimizer in backward, each gradient is freed at once, after
@@ -499,10 +521,11 @@ def _accumulated(plan: Plan, micros: int) -> Plan:
 
 
 def _core(plan: Plan) -> Plan:
-    """Return the techniques of the plan that decide forward and backward: all but gradient accumulation,
-    activation offload and what changes the optimizer. Bf16 parameters get a float32 master copy.
+    """Return the plan with those of its techniques that decide forward and backward: all but gradient
+    accumulation, activation offload and what changes the optimizer. bf16-parameters, if it is among them, has
+    a float32 master copy.
 
-    What is left out is priced on top.
+    `sketch` adds the effect of what is left out.
     """
     excluded_names = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
     uses = [
@@ -515,8 +538,8 @@ def _core(plan: Plan) -> Plan:
 
 
 def _optimizer_only(plan: Plan) -> Plan:
-    """Return the techniques of the plan that decide the optimizer's phase: optimizer, bf16 parameters,
-    adapters and data parallelism.
+    """Return the plan with those of its techniques that decide the optimizer's phase: optimizer,
+    bf16-parameters, adapters (lora, qlora) and data parallelism.
     """
     names = {"bf16-parameters", "lora", "qlora"}
     slots = {"optimizer", "data-parallel"}

@@ -26,10 +26,11 @@ _GAIN = 0.03  # relative change of the score that is worth reporting
 def rivals(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Reason]:
-    """Yield one reason per technique of the winner or of a ``known`` plan.
+    """Yield one reason per technique of the recommended plan, the ``winner``, or of a ``known`` plan.
 
     For a technique of the winner, it compares the winner with the best fitting plan without it; for any other
-    technique, with the best fitting plan with it. If none of these plans fits, it reports the smallest one.
+    technique, with the best fitting plan with it. Sketches that claim to beat the winner are compared only if
+    nothing else fits (see `credible`). If none of these plans fits, the reason is that of `none_fits`.
     ``known`` are estimates that were traced, or corrected to what a trace is expected to give.
     """
     goal = scale.aim.goal
@@ -64,11 +65,11 @@ def rivals(
 def smallest_traced(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Estimate]:
-    """Yield traced estimates of the smallest plans that do not fit by their sketches.
+    """Yield traced estimates of the smallest plans that do not fit by their sketches but may fit.
 
     These are, for each technique of the winner, the smallest plan without it, and for any other technique of
     the ``known`` plans, the smallest plan with it, if no such plan fits. They are traced only if their sketch
-    exceeds the cap by no more than the error of sketches.
+    exceeds the memory cap by no more than the error of sketches. Plans that cannot be traced are skipped.
     """
     traced_plans = set[Plan]()
     for _, _, alternatives in _with_or_without(winner, known):
@@ -86,8 +87,8 @@ def smallest_traced(
 def _with_or_without(
     winner: Estimate, estimates: Sequence[Estimate]
 ) -> Iterator[tuple[str, bool, list[Estimate]]]:
-    """Yield (technique, whether the winner has it, the estimates whose plans differ from the winner in that),
-    for each technique of the winner or of ``estimates``.
+    """Yield (technique, whether the winner has it, the estimates of plans without it if the winner has it,
+    else of plans with it), for each technique of the winner or of ``estimates``, sorted by name.
     """
     winner_techniques = {u.technique for u in winner.plan.uses}
     for name in sorted({u.technique for e in estimates for u in e.plan.uses} | winner_techniques):
@@ -96,16 +97,15 @@ def _with_or_without(
 
 
 def credible(e: Estimate, winner: Estimate, goal: Objective) -> bool:
-    """Return whether an estimate may be compared with the winner.
-
-    A sketch that claims to beat the best traced plan is not credible, because it has not been verified.
+    """Return whether an estimate may be compared with the ``winner``, the best traced plan: it was traced, or
+    it is a sketch that does not claim to be better by the goal, which no trace has verified.
     """
     return e.traced or score(e, goal) >= score(winner, goal)
 
 
 def cannot(scale: Scale) -> list[Reason]:
-    """Return the reasons why the model cannot be cut or traced in some ways, and why plans that were to be
-    traced whole could not be.
+    """Return one reason for each way in which the model cannot be cut or traced, and for each plan that was
+    to be traced whole and could not be.
     """
     refusals = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
     return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(refusals)]
@@ -115,10 +115,11 @@ def sensitivity(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], ranks: int
 ) -> Iterator[Sensitivity]:
     """Yield what would change with more memory on each device, with twice as many devices as ``ranks``, and
-    if a part of the machine took a tenth less time.
+    if the work of a part of the machine took a tenth less time.
 
-    More memory is reported only if it improves the score by more than 3 %, a part of the machine only if it
-    saves more than 0.5 % of the step, and more devices not if the goal is the fewest.
+    More memory is the least with which a ``known`` plan fits whose score is better by more than 3 %; without
+    such a plan, it is not reported. More devices are not reported if the goal is the fewest or if no plan for
+    them fits; a part of the machine only if more than 0.5 % of the step would be saved.
     """
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
 
@@ -177,10 +178,12 @@ def _more_memory(scale: Scale, smallest: Estimate, ranks: int) -> Iterator[str]:
 
 
 def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
-    """Return the NothingFits error with changes, each of which alone would be enough: if a plan fits the
-    memory, a longer deadline or a larger budget; else more memory; in both cases 2 to 16 times the devices.
+    """Return the NothingFits error with changes, one of which would be enough: if a plan fits the memory, the
+    deadline and the budget of money that the fastest and the cheapest plan would meet, of those that were
+    set; else more memory on device or host; in both cases the least of 2, 4, 8 and 16 times the devices that
+    is enough.
 
-    ``known``: the traced estimates. ``ranks``: the number of devices that was searched.
+    ``known``: the traced estimates, at least one. ``ranks``: the number of devices that was searched.
     """
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
     smallest = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))

@@ -24,8 +24,8 @@ _MICRO_SIZES: Final = (1, 2)  # traced micro-batch sizes; others lie on the line
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Priced:
-    """Prices of all plans of a grid, as arrays of the grid's shape: seconds of a step, and peak bytes of one
-    rank on the device and in host memory.
+    """Prices of all plans of a grid, as arrays of the grid's shape: seconds of a step, and peak bytes on the
+    device of the rank that needs most and in host memory per rank.
     """
 
     step_s: Array
@@ -38,8 +38,8 @@ class Rates:
     """Speeds of the machine.
 
     ``communicate`` returns seconds of a collective or of a point-to-point send. ``per_host``: number of
-    devices in one host. ``host_bytes_s`` is the rate between one device and its host's memory;
-    ``host_update_bytes_s`` that of one rank's optimizer in host memory.
+    devices in one host. Rates in bytes per second: ``host_bytes_s`` between one device and its host's memory;
+    ``host_update_bytes_s`` at which one rank's optimizer reads and writes host memory.
     """
 
     communicate: Communicate
@@ -72,10 +72,11 @@ class Given:
 
 
 def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array:
-    """Return the value of ``field`` in the part ``which`` for each micro-batch size of ``sizes``.
+    """Return the number ``field`` of the piece ``which`` ("before", "block" or "after") for each micro-batch
+    size of ``sizes``.
 
-    It lies on the line through the traced sizes, 1 and 2, and is never below 0. If only size 1 was traced, it
-    is proportional to the size. ``parts``: those of each traced size.
+    ``parts``: those of each traced size, 1 and 2. The number lies on the line through these, and is never
+    below 0. If only size 1 was traced, it is proportional to the size.
     """
     single_value = float(getattr(getattr(parts[0], which), field))
     if len(parts) == 1:
@@ -87,8 +88,8 @@ def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array
 
 
 class Axes:
-    """Inputs of a grid as arrays with the axes (micro, inside, ends, away, states), shaped to broadcast: axes
-    on which an input does not depend have length 1.
+    """Inputs of a grid's prices as arrays with the axes (micro, inside, ends, away, states), shaped to
+    broadcast: axes on which an input does not depend have length 1.
     """
 
     def __init__(self, given: Given, grid: Grid) -> None:
@@ -113,8 +114,8 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Elements:
-    """Number of trainable elements on one rank: of one block, and of what lies before and after all
-    blocks.
+    """Numbers of trainable parameter elements on one rank before they are sharded over data-parallel ranks:
+    of one block, of what lies before all blocks, and of what lies after them.
     """
 
     block: float
@@ -123,5 +124,7 @@ class Elements:
 
 
 def deepest(blocks: int, layout: GridLayout) -> int:
-    """Return the number of blocks on the pipeline rank that has most of them. ``blocks``: of the model."""
+    """Return the number of blocks on the pipeline rank that has most of them, over all its stages; all if
+    there is no pipeline. ``blocks``: number of blocks of the model.
+    """
     return -(-blocks // (layout.stages * layout.virtual)) * layout.virtual

@@ -23,9 +23,10 @@ _OFFLOADED_KEEPS = 0.02  # share of kept bytes that stays: tensors too small to 
 
 def price(grid: Grid, given: Given, rates: Rates) -> Priced:
     """Return the seconds of a step and the peak bytes of every plan in the grid: on the device of the rank
-    that needs most, and in host memory per rank.
+    that needs most, including BLAS workspaces, and in host memory per rank.
 
-    ``given``: the traced parts along the grid's axes.
+    ``given``: the traced parts along the grid's axes, all of one compute precision. ``rates``: speeds of the
+    machine.
     """
     layout, axes = grid.layout, Axes(given, grid)
     element_bytes = GATHERED[given.states[0].compute]
@@ -131,8 +132,8 @@ class _Opened:
 
 
 def _opening_bytes(state: State) -> float:
-    """Return the bytes that are read and written per gathered element by copies around the gather; 0 if
-    parameters are not sharded.
+    """Return the bytes that copies around the gather of sharded parameters read and write per gathered
+    element; 0 if parameters are not sharded.
 
     The shard is copied in, in the dtype of the gather, and everything is copied out to the parameters
     (torch.distributed.fsdp, foreach_all_gather).
@@ -170,7 +171,7 @@ def _beside(work: Array, communication: Array, rates: Rates) -> Array:
 
 def _spread(layout: GridLayout, rates: Rates) -> int:
     """Return how many of two ranks that send to each other, in neighbouring pipeline stages, are in one host:
-    2, or 1 if a host holds no more than one stage.
+    2, or 1 if the ranks of one stage fill a host.
     """
     stage_ranks = layout.ranks // layout.stages
     return 2 if stage_ranks < rates.per_host else 1
@@ -206,7 +207,7 @@ def _pipelined(layout: GridLayout, counts: Array, stage_times: _Line) -> Array:
 
 def _travel(layout: GridLayout, axes: Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
     """Return (seconds to gather ``elements`` parameters, seconds to reduce their gradients), each along the
-    axis ``states``.
+    axis ``states``; 0 for states whose parameters are not sharded, or whose gradients need no reduction.
     """
     local_ranks = max(1, rates.per_host // layout.tensor)
     gather_s, reduce_s = [], []
@@ -263,8 +264,8 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
 
 
 def _bytes(layout: GridLayout, axes: Axes, elements: Elements, offloaded: Array) -> tuple[Array, Array]:
-    """Return (peak bytes on the device, host bytes), each the higher one of a rank in the first and in the
-    last pipeline stage.
+    """Return (peak bytes on the device, bytes in host memory) of one rank; with a pipeline, each is the
+    higher one of a rank in the first and of one in the last stage.
     """
     depth = deepest(axes.given.blocks, layout)
     if layout.stages == 1:

@@ -51,8 +51,9 @@ _COPY = OpCall(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sketch:
-    """A plan of a grid, by its index along each axis, with its predicted step time and peak bytes of one rank
-    on the device and in host memory. The plan itself is built on access to `plan`.
+    """A plan of a grid, given by its index along each axis, with its predicted step time and its peak bytes:
+    on the device of the rank that needs most, and in host memory per rank. The plan itself is built on access
+    to `plan`.
     """
 
     grid: Grid
@@ -73,7 +74,7 @@ _Picked = tuple[tuple[int, ...], float, float, float]  # a sketch without its gr
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridSketches:
-    """Result of a grid search.
+    """Result of a search over grids.
 
     ``sketches``: the plans worth choosing from, in no particular order. ``considered``: number of plans
     priced. ``refused``: why the model cannot be cut or traced in some ways.
@@ -89,12 +90,12 @@ Caps = tuple[float, float]  # highest bytes of a rank that fit: on the device, a
 
 
 def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> GridSketches:
-    """Predict time and memory of every plan of the grids that ``limits`` allow, and return those worth
-    choosing from.
+    """Predict time and memory of every plan of the grids that ``limits`` allow, and return sketches of those
+    worth choosing from.
 
-    Degrees by which the model cannot be cut are left out. ``caps`` are the highest bytes with which a rank
-    fits, on the device and in host memory; plans that do not fit are returned too. Raises UserError if there
-    is no grid.
+    Degrees by which the model cannot be cut are left out, and techniques that it cannot be traced with.
+    ``model``: seconds of operators. ``caps`` are the highest bytes with which a rank fits, on the device and
+    in host memory; some plans that do not fit are returned too. Raises UserError if there is no grid.
     """
     optimistic_limits = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
     tasks = _todo(machine, optimistic_limits)
@@ -137,11 +138,11 @@ def _todo(machine: Machine, limits: Limits) -> _Todo:
 
 
 def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
-    """Return the compute precisions to search: "bf16", "autocast", "fp32".
+    """Return the compute precisions to search, some of "bf16", "autocast" and "fp32".
 
-    Only "fp32" is searched if the accuracy requires it or the device has no bfloat16. It is searched beside
-    the others if the techniques bf16-autocast and bf16-parameters are both excluded; data parallelism may
-    still compute in bfloat16.
+    Only "fp32" is searched if the accuracy requires it or an accelerator has no bfloat16. Otherwise it is
+    searched beside the other two only if the techniques bf16-autocast and bf16-parameters are both excluded;
+    data parallelism may then still compute in bfloat16.
     """
     has_narrow = "bfloat16" in machine.device.peak_flops or machine.device.kind == "cpu"
     if not has_narrow or limits.effect < 2:
@@ -158,8 +159,10 @@ def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
 
 
 def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
-    """Return (the limits reduced to tensor and context degrees by which the model can be cut, why it cannot
-    be cut by others). This is found by tracing it with the largest degrees first.
+    """Return (the limits with only those tensor and context degrees by which the model can be cut, why it
+    cannot be cut by others). This is found by tracing it with the largest degree first; the divisors of the
+    first one that works are kept. ``sharing`` of the limits is set to that of the traces, ``vocabulary`` to
+    whether tensor-parallel ranks can share the vocabulary.
     """
     compute, refusals = _computes(machine, limits)[0], list[str]()
 
@@ -214,8 +217,8 @@ class _Pricing:
         )
 
     def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
-        """Return (the keys of the traces, the techniques of the optimizer steps) that pricing these grids
-        needs.
+        """Return (the keys of the small traces, the sets of techniques whose optimizer steps are to be
+        traced) from which the prices of these grids are composed.
         """
         inside, ends, updates, computes = (dict[Any, None]() for _ in range(4))
         for grid, compute, states in todo:
@@ -226,8 +229,9 @@ class _Pricing:
         return list(self.composer.keys(tuple(inside), tuple(ends), tuple(computes))), list(updates)
 
     def traceable(self, grid: Grid, compute: str, refused: list[str]) -> Grid:
-        """Return the grid without the recomputation, compilation and loss chunks that this model cannot be
-        traced with. The reason for each is appended to ``refused``, once.
+        """Return the grid without the values of its axes ``inside`` and ``ends`` (recomputation, compilation,
+        float8 layers; loss in chunks) that this model cannot be traced with. The reason for each is appended
+        to ``refused``, once. Either axis may then be empty.
         """
 
         def kept(axis: tuple[Uses, ...]) -> tuple[Uses, ...]:
@@ -248,8 +252,8 @@ class _Pricing:
         return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
     def best(self, parts: Sequence[tuple[Grid, str]], caps: Caps) -> list[tuple[int, list[_Picked]]]:
-        """Return (number of plans, the best of them) for each grid with its compute precision; (0, none) if
-        the model cannot run that way.
+        """Return (number of plans, those that `_best` picks) for each pair of a grid and its compute
+        precision; (0, []) if the model cannot run with the grid's layout.
         """
         results = []
         for grid, compute in parts:
@@ -357,7 +361,7 @@ def per_host(machine: Machine) -> int:
 
 def _updating(uses: Uses) -> Uses:
     """Return those of the techniques that decide the optimizer's step on one rank: bf16-parameters and the
-    optimizer.
+    optimizer, without bf16-autocast and data parallelism.
     """
     names = ("bf16-parameters", "bf16-autocast")
     relevant_uses = [u for u in uses if u.technique in names or technique(u.technique).slot == "optimizer"]
@@ -365,11 +369,13 @@ def _updating(uses: Uses) -> Uses:
 
 
 def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
-    """Pick plans of one grid.
+    """Pick the plans of one grid that are worth choosing from. ``caps``: the highest bytes of a rank that
+    fit, on the device and in host memory.
 
     Among the plans whose host memory fits: the fastest three that also fit the device, the simplest of those
-    that are as fast, and the fastest of each level of device memory. If no plan's host memory fits, the
-    fastest of each level are of all plans. The plan that needs the least device memory is added.
+    that fit it and are at most 3 % slower than the fastest, and the fastest of each level of device memory
+    (four levels per doubling). If no plan's host memory fits, the fastest of each level are of all plans. The
+    plan that needs the least device memory is added.
     """
     step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
     picks: dict[int, None] = {}
@@ -411,7 +417,8 @@ def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
     """Reduce the sketches to those worth choosing from.
 
     Kept are the frontier of time and memory, also of plans that do not fit; the three fastest fitting plans
-    and the smallest one of each layout; and at most 60 fitting plans that are as fast as the fastest.
+    and the smallest fitting one of each layout (degrees and schedule); and at most 60 fitting plans that are
+    at most 3 % slower than the fastest fitting one.
     """
     by_memory = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
     selection: list[Sketch] = []

@@ -1,4 +1,5 @@
-"""Compose the parts of any layout from a handful of traces.
+"""Compose the parts of a model (before, in and after its blocks) under any layout of parallelism from a
+handful of traces.
 
 What one of n tensor- or context-parallel ranks takes is a + d / n: a is what every rank does or keeps, d is
 what is divided. One trace of a single rank and one of the largest degree therefore give all degrees between.
@@ -23,10 +24,11 @@ _FULL = make_use("activation-checkpointing", {"every": 1})
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutCut:
-    """Parts of a layout for one micro-batch size. Their times do not include collectives.
+    """Parts of a model under one layout, for one micro-batch size and one rank. Their times do not include
+    collectives.
 
-    ``tensor_travel`` and ``context_travel`` hold the collectives of tensor and context parallelism, as
-    (forward, backward) by the name of the piece.
+    ``tensor_travel`` and ``context_travel`` hold the collectives of tensor and context parallelism: name of
+    the piece ("before", "block", "after") -> (those of its forward, those of its backward).
     """
 
     parts: Parts
@@ -35,11 +37,12 @@ class LayoutCut:
 
 
 class Composer:
-    """Composes parts of layouts from traces.
+    """Composes the parts of a model under layouts of parallelism from small traces.
 
-    ``seconds`` returns the time of operators. ``compute``: the precision of the base traces. ``tensor``,
-    ``context``: the largest degrees, which are traced. ``vocabulary``: the setting of tensor parallelism for
-    the vocabulary in traces of blocks.
+    ``seconds`` returns the time of operators. ``compute``: the precision of the base traces; others are
+    scaled from these. ``tensor``, ``context``: the largest degrees of tensor and context parallelism, which
+    are traced; degrees between 1 and these are interpolated. ``vocabulary``: how tensor-parallel ranks hold
+    the vocabulary in traces of blocks, a setting of tensor-parallel.
     """
 
     def __init__(
@@ -69,9 +72,10 @@ class Composer:
                 yield self._key(uses=uses, context=self.context)
 
     def block(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
-        """Return [parts for one sample, parts for two samples in a micro-batch], of which the block is used.
+        """Return [parts for one sample in a micro-batch, parts for two], of which only the block is meant.
 
-        ``uses``: techniques of the axis ``inside``, such as recomputation.
+        ``uses``: techniques of the axis ``inside``, such as recomputation. Raises UserError if the model
+        cannot be cut or run that way.
         """
         single = self._composed(layout, compute, _traceable(uses), self.vocabulary)
         period = next((int(u.settings["every"]) for u in uses if u.technique == _FULL.technique), 1)
@@ -81,8 +85,9 @@ class Composer:
         return [single, self._twice(single)]
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
-        """Return [parts for one sample, parts for two samples in a micro-batch], of which what lies before
-        and after the blocks is used. ``uses``: techniques of the axis ``ends``, such as a chunked loss.
+        """Return [parts for one sample in a micro-batch, parts for two], of which only what lies before and
+        after the blocks is meant. ``uses``: techniques of the axis ``ends``, such as a loss in chunks. Raises
+        UserError if the model cannot be cut or run that way.
         """
         single = self._composed(layout, compute, uses, layout.vocabulary)
         return [single, self._twice(single)]
@@ -143,7 +148,7 @@ class Composer:
         return LayoutCut(parts=parts, tensor_travel=tensor_travel, context_travel=context_travel)
 
     def _at_most(self, layout: GridLayout, uses: Uses, base: Parts, vocabulary: str) -> Parts:
-        """Return the parts of one sample at the largest tensor degree.
+        """Return the parts for one sample at the largest tensor-parallel degree.
 
         ``base``: the parts with ``uses`` at degree 1. With the vocabulary "whole", what lies before and after
         the blocks is taken from the trace without other techniques that has the whole vocabulary on every
@@ -163,7 +168,7 @@ class Composer:
         return most_cut_parts
 
     def _twice(self, single: LayoutCut) -> LayoutCut:
-        """Return the parts for two samples from those for one.
+        """Return the parts for two samples in a micro-batch, computed from those for one.
 
         Times grow as in traces without other techniques, which do not double. What does not grow with the
         samples (gradients, cast weights) is taken from the same traces; all else doubles.
@@ -209,7 +214,8 @@ def _weight(degree: int, largest_degree: int) -> float:
 
 
 def _scaled(parts: Parts, denominator: Parts, numerator: Parts, weight: float) -> Parts:
-    """Return ``parts`` with each number scaled by the ratio of ``numerator`` to ``denominator`` in it.
+    """Return ``parts`` with each number multiplied by the ratio of the same number in ``numerator`` to that
+    in ``denominator``.
 
     ``weight`` 1 applies the full ratio, 0 none of it. A number that is 0 in ``denominator`` is not scaled.
     """
@@ -243,8 +249,8 @@ def _named(uses: Uses, name: str) -> bool:
 
 
 def _traceable(uses: Uses) -> Uses:
-    """Return the techniques with recomputation of every k-th block replaced by that of every block, which
-    `_mixed` averages with no recomputation.
+    """Return the techniques with recomputation of every k-th block replaced by that of every block. `_mixed`
+    then averages it with no recomputation.
     """
 
     def one(used: Use) -> Use:
@@ -254,11 +260,11 @@ def _traceable(uses: Uses) -> Uses:
 
 
 def _mixed(recomputed: LayoutCut, plain: LayoutCut, period: int) -> LayoutCut:
-    """Return the parts with an average block when every ``period``-th block is recomputed: ``recomputed`` is
-    with, ``plain`` without recomputation.
+    """Return the parts whose block is an average one when every ``period``-th block is recomputed.
+    ``recomputed``: the parts if all blocks are recomputed; ``plain``: if none is.
 
-    Its backward time, kept bytes and FLOPs are means, its highest level in forward is the higher of the two.
-    All else is as in ``recomputed``.
+    The block's backward time, kept bytes and FLOPs are weighted means; its highest memory in forward is the
+    higher of the two. All else is as in ``recomputed``.
     """
     recomputed_block, plain_block, share = recomputed.parts.block, plain.parts.block, 1 / period
 

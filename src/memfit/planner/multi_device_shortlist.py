@@ -34,12 +34,13 @@ Fits = Callable[[Estimate], bool]
 
 
 class Race:
-    """Traces finalists one by one, until no other plan may be better than the best traced one.
+    """Traces finalists, the plans with the most promising sketches, one by one, until no other plan may be
+    better than the best traced one.
 
     How good a plan may be follows from its sketch (see `hoped`). A plan is dropped if its sketch exceeds the
-    cap after it was scaled by the largest ratio of needed memory, trace to sketch, of a traced plan that did
-    not fit. For a large model, no plan is traced for a gain that counts as equal. ``fits`` tells whether an
-    estimate fits and is allowed; ``goal`` None: that of the search.
+    memory cap after it was scaled by the largest ratio of needed memory, trace to sketch, of a traced plan
+    that did not fit. For a large model (of 13 blocks or more), no plan is traced for a gain of 3 % or less.
+    ``fits`` tells whether an estimate fits and is allowed; ``goal`` None: that of the search.
     """
 
     def __init__(self, scale: Scale, fits: Fits, goal: Objective | None = None) -> None:
@@ -52,11 +53,12 @@ class Race:
         self._equal = 1 + TIE_RATIO * (self._most == _FINALISTS)
 
     def run(self, estimates: Sequence[Estimate], basis: Plan) -> list[Estimate]:
-        """Trace finalists among the sketches ``estimates`` and return the estimates of all traced ones.
+        """Trace finalists among the sketches ``estimates`` and return the estimates of all traced plans.
 
-        If two finalists are known at the beginning, they and ``basis`` are traced in parallel; the trace of
-        ``basis`` is only cached. If no traced plan fits, the smallest plan that can be traced is traced too.
-        Else, for a small model, plans near the best one are.
+        If two finalists are known at the beginning, they and ``basis``, a plan that is needed later, are
+        traced in parallel; the trace of ``basis`` is only cached, not returned. If no traced plan fits, the
+        smallest plan that can be traced, of the three with the lowest peaks, is traced too. Else, for a model
+        of at most 12 blocks, plans near the best one are.
         """
         candidates = [e for e in estimates if self.fits(e)]
         sketch, rival = self._two(candidates)
@@ -84,8 +86,8 @@ class Race:
     def _climb(self) -> None:
         """Improve on the best traced plan of a small model, whose traces are quick.
 
-        Plans that differ from the best one in one setting are traced, and so on from any better plan, at most
-        16 in all. Sketches may have excluded such a plan by less than their error.
+        Plans that differ from the best one along one axis of its grid are traced, and so on from any better
+        plan, at most 16 in all. Sketches may have excluded such a plan by less than their error.
         """
         traced_plans, neighbours = {e.plan for e in self.traced}, dict[Plan, list[Estimate]]()
         for attempt in range(_CLIMBED):
@@ -106,8 +108,8 @@ class Race:
                 self.traced.append(traced_estimate)
 
     def _beside(self, plan: Plan) -> list[Estimate]:
-        """Return the sketches of the fitting plans that differ from ``plan`` in one setting and whose score
-        is at most 1.25 times that of its sketch. Empty if ``plan`` has no sketch.
+        """Return the sketches of the fitting plans that differ from ``plan`` along one axis of its grid and
+        whose score is at most 1.25 times that of its sketch. Empty if ``plan`` has no sketch.
         """
         sketch = self.scale.sketch_of(plan)
         if sketch is None:
@@ -116,11 +118,11 @@ class Race:
         return [e for e in self.scale.beside(sketch) if self.fits(e) and score(e, self.goal) <= limit]
 
     def hoped(self, e: Estimate) -> float:
-        """Return the best score that a trace of the plan of the sketch ``e`` may have.
+        """Return the best (lowest) score that a trace of the plan of the sketch ``e`` may be hoped to have.
 
         It is the sketch's score, times the ratio of trace to sketch of the traced plan of the same kind with
-        the nearest degrees, less 3 % per doubling between them. Without such a plan, the ratio is the factor
-        by which a sketch may be too high.
+        the nearest degrees, less 3 % per doubling between them. Without such a plan, the ratio is one that
+        assumes that sketches are too high: 0.5 for the goal of least memory, else 0.85.
         """
         plan_kind, degrees = kind(e.plan)
         ratios_by_distance = [
@@ -130,8 +132,9 @@ class Race:
         return float(score(e, self.goal) * nearest[1] * _NEAR ** nearest[0])
 
     def _two(self, candidates: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
-        """Return (the best sketch, the sketch of another kind that would be traced next if the best one is
-        right, or None). Both are None if there are no candidates.
+        """Return (the best sketch by the goal, the sketch of another kind that would be traced next if the
+        trace of the best one confirmed it, or None if it need not be). Both are None if there are no
+        candidates.
         """
         best_sketch = best(candidates, self.goal)
         if best_sketch is None:
@@ -156,8 +159,8 @@ class Race:
         return None if is_beaten else sketch
 
     def _closest(self, candidates: Sequence[Estimate]) -> Estimate | None:
-        """Return the mildest and simplest of the sketches whose plans may be as good as any other; None if
-        there are no candidates.
+        """Return the sketch with the mildest and simplest plan among those that may be as good as any other
+        (see `hoped`); None if there are no candidates.
         """
         hoped_scores = [self.hoped(e) for e in candidates]
         contenders = [
@@ -194,8 +197,8 @@ class Race:
 
 
 def _unusual(plan: Plan) -> int:
-    """Return how many settings of the plan differ from the defaults, not counting those of techniques that
-    cut the model.
+    """Return how many settings of the plan's techniques differ from their defaults, not counting those of
+    techniques that cut the model.
     """
     defaults = {(u.technique, k.name): k.default for u in plan.uses for k in technique(u.technique).knobs}
     return sum(
@@ -204,8 +207,8 @@ def _unusual(plan: Plan) -> int:
 
 
 def _family(plan: Plan) -> tuple[object, ...]:
-    """Return what plans have in common that fail together: the names of the techniques, and the settings of
-    the data-parallel one.
+    """Return what decides whether plans are expected to fail together, if one of them cannot be traced: the
+    names of the techniques, and the settings of the data-parallel one.
     """
     data = [u for u in plan.uses if technique(u.technique).slot == "data-parallel"]
     return tuple(u.technique for u in plan.uses), tuple(data)

@@ -1,5 +1,5 @@
-"""Every sensible plan for many devices, as grids: one grid per layout (tensor, context and pipeline degrees),
-with the settings that its data-parallel ranks may have.
+"""Every sensible plan for many devices, as grids: one or more for each layout (degrees of tensor, context and
+pipeline parallelism), with the settings that its data-parallel ranks may have.
 
 A grid has short lists along its axes; a plan is one index along each axis. Combinations that techniques or
 the job's sizes forbid are never in a grid, so every index is a plan that can run.
@@ -22,12 +22,14 @@ CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the job, the machine and the request allow.
+    """What the job, the machine and the request allow in a search for ``ranks`` devices.
 
-    ``batch``: samples per step over all ranks. ``per_host``: ranks in one host. ``blocks``: repeated blocks
-    of the model. ``tensor``, ``context``: degrees that the model can be cut by. ``sharing``: the technique by
-    which the ranks of a context share a sample. ``pipeline``: whether pipeline stages are allowed.
-    ``chunks``: whether the loss may be computed in chunks. ``effect``: the strongest effect on the numbers.
+    ``batch``: samples per step over all ranks. ``per_host``: ranks in one host. ``blocks``: number of
+    repeated blocks of the model. ``device``: "cpu" or "cuda". ``tensor``, ``context``: degrees of tensor and
+    context parallelism that the model can be cut by. ``sharing``: the technique by which context-parallel
+    ranks divide each sample, "context-parallel" or "axial-parallel". ``pipeline``: whether pipeline stages
+    are allowed. ``chunks``: whether the loss may be computed in chunks. ``effect``: the strongest effect on
+    the numbers that is allowed; techniques that divide work over ranks may always reorder sums (E1).
     """
 
     ranks: int
@@ -52,11 +54,12 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridLayout:
-    """Degrees of parallelism of a plan for ``ranks`` ranks; what they leave is data parallelism (`data`).
+    """Degrees of parallelism of a plan for ``ranks`` ranks. The ranks that these leave are data-parallel;
+    `data` is their number.
 
-    ``tensor``, ``context``, ``stages``: the degrees. ``sequence`` and ``vocabulary`` are settings of tensor
-    parallelism, ``schedule`` and ``virtual`` (stages per rank) of the pipeline. ``sharing``: the technique by
-    which the ranks of a context share a sample.
+    ``tensor``, ``context``, ``stages``: the degrees of tensor, context and pipeline parallelism. ``sequence``
+    and ``vocabulary`` are settings of tensor parallelism, ``schedule`` and ``virtual`` (stages per rank) of
+    the pipeline. ``sharing``: the technique by which context-parallel ranks divide each sample.
     """
 
     ranks: int
@@ -89,11 +92,12 @@ class GridLayout:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """All plans of one layout.
+    """Plans of one layout: one for every combination of values of five axes.
 
-    ``micro`` holds (micro-batch size, number of micro-batches per step). The other axes hold techniques in
-    use. ``inside``: recomputation and compilation, which decide a block's forward and backward. ``ends``: the
-    loss. ``away``: activation offload. ``states``: data parallelism, precision and optimizer.
+    ``micro`` holds (samples in a micro-batch of one rank, number of micro-batches per step). The values of
+    the other axes are sets of techniques, which may be empty. ``inside``: recomputation, compilation and
+    float8 layers, which decide a block's forward and backward. ``ends``: a loss in chunks. ``away``:
+    activation offload. ``states``: data parallelism, precision and optimizer.
     """
 
     layout: GridLayout
@@ -134,8 +138,9 @@ class Grid:
 
 
 def grids(limits: Limits) -> Iterator[Grid]:
-    """Yield the grids of all layouts in a fixed order, without plans that the limits forbid. Yields nothing
-    if no plan is left, for example because the batch cannot be divided.
+    """Yield the grids of all layouts in a fixed order, without plans that the limits forbid. A layout has
+    several grids if its states do not all allow the same values of the other axes. Yields nothing if no plan
+    is left, for example because the batch cannot be divided.
     """
     for layout in _layouts(limits):
         if limits.batch % layout.data or (layout.data > 1 and not limits.shares):
@@ -259,8 +264,8 @@ def _ends(limits: Limits, layout: GridLayout) -> list[Uses]:
 
 
 def _states(limits: Limits, layout: GridLayout, layout_uses: Uses) -> list[Uses]:
-    """Return all combinations of data parallelism, precision and optimizer that the limits allow and that go
-    together with the layout's techniques.
+    """Return all combinations of data parallelism, precision and optimizer that the limits allow and that a
+    search may combine with each other and with the layout's techniques.
 
     Conflict rules concern two techniques at a time, so few pairs are checked and many states are built from
     them.
@@ -346,8 +351,8 @@ def _carried(axis: Iterable[Uses], layout_uses: Uses, limits: Limits) -> tuple[U
 
 
 def _fine(uses: Uses, limits: Limits) -> bool:
-    """Return whether the limits allow each of the techniques: its effect on the numbers, the device, its
-    packages, and that it is not excluded by the user or unknown to the engine.
+    """Return whether each of the techniques is allowed: its effect on the numbers is not too strong, it
+    supports the device, its packages are installed, and ``limits.without`` does not exclude it.
     """
     return all(_fine_use(u, limits.effect, limits.device, limits.without) for u in uses)
 
@@ -373,7 +378,7 @@ def _parted(
     states: tuple[Uses, ...],
     engine: tuple[Callable[[Plan], object], Uses, int] | None,
 ) -> list[tuple[list[tuple[Uses, ...]], tuple[Uses, ...]]]:
-    """Split the states into groups that allow the same values of the other axes.
+    """Split the ``states`` of a layout into groups that allow the same values of the other axes ``axes``.
 
     Returns (the allowed values of each axis, the states) of each group for which no axis is empty. A state
     allows a value if both may be proposed together and the engine supports them beside the layout's
@@ -427,7 +432,9 @@ def _use(name: str, **settings: KnobValue) -> Use:
 
 def none_at_all(limits: Limits) -> UserError:
     """Return the error to raise if there is no grid for these limits. It names the first cause that applies:
-    dependent samples, the engine, exclusions, else a batch that cannot be divided.
+    samples depend on each other, so that the batch may not be split; the batch is a multiple of the ranks,
+    and the engine supports none of the plans, or exclusions, accuracy and micro-batch leave none; else the
+    batch cannot be divided.
     """
     if not (limits.splits and limits.shares):
         return UserError(

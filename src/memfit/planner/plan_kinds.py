@@ -17,11 +17,12 @@ _DEGREES = ("stages", "virtual", "degree")
 
 
 def kind(plan: Plan) -> tuple[object, Degrees]:
-    """Return (kind, degrees) of a plan, which decide the error of its sketch.
+    """Return (kind, degrees) of a plan, which decide the error of its sketch, the estimate composed from
+    traces of parts.
 
-    Plans of equal kinds have the same techniques that cut the model and the same data-parallel technique, all
-    with the same settings except degrees and numbers of micro-batches. Degrees: (technique, setting) ->
-    number of ranks, stages or virtual stages.
+    Plans of equal kinds have the same techniques that cut the model (`CUTTING`) and the same data-parallel
+    technique, all with the same settings, except degrees and numbers of micro-batches of the cutting ones.
+    Degrees: (technique, setting) -> number of ranks, stages or virtual stages.
     """
     cutting_settings = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
     degrees = {(name, k): int(v) for name, k, v in cutting_settings if k in _DEGREES}

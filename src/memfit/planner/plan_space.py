@@ -30,12 +30,13 @@ def usable(
     small_states_bytes: int | None = None,
     dependence: SampleDependence | None = None,
 ) -> tuple[list[Technique], tuple[Reason, ...]]:
-    """Return (the techniques that a search may use, the reasons why others are excluded).
+    """Return (the techniques that a search may use, one reason for each of the others that has one).
 
-    Excluded are techniques whose packages are not installed; gradient accumulation if it would change the
-    training; techniques that change the numbers by more than ``accuracy`` allows, except data parallelism,
-    which is asked for explicitly; optimizers if ``small_states_bytes`` is given. Techniques that do not
-    support the device or have no setting for the job are left out without a reason.
+    Excluded with a reason are techniques whose packages are not installed; gradient accumulation if
+    ``accuracy`` does not allow how it would change the training; techniques that change the numbers by more
+    than ``accuracy`` allows, except data parallelism, which is asked for explicitly; and optimizers if
+    ``small_states_bytes`` is given. Other techniques that do not support the device or have no setting for
+    the job are left out without a reason.
 
     ``small_states_bytes``: size of parameters, gradients and optimizer state if that is too little to be
     worth saving, else None. ``dependence``: whether the job's samples depend on each other; None: it does not
@@ -86,9 +87,9 @@ def may_share(dependence: SampleDependence, accuracy: Accuracy) -> bool:
 
 
 def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason, ...]:
-    """Return what to report about a recommended plan, at most one reason: that it changes the training by
-    splitting a batch of dependent samples, or that such plans were left out; or that it splits the batch and
-    the dependence of samples was not tested.
+    """Return what to report about a recommended plan, at most one reason. If samples depend on each other: it
+    changes the training by splitting the batch, or plans that would were left out. If their dependence was
+    not tested and the plan splits the batch: that. Else there is none.
     """
     if dependence.kind is DependenceKind.DEPENDENT:
         changes = changes_training(plan, dependence)
@@ -102,8 +103,10 @@ def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason
 
 
 def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
-    """Yield all combinations of these techniques and their settings that a search may propose, in a fixed
-    order. On one device plain training comes first; on several, every plan has a data-parallel technique.
+    """Yield all plans with some of these techniques, each in one of the settings that it proposes for
+    ``space``, that a search may propose (`proposable`), in a fixed order. On one device plain training comes
+    first; on several, every plan has a data-parallel technique. Settings whose packages are not installed are
+    left out.
     """
     slots: dict[str, list[Use]] = {}
     for candidate in techniques:
@@ -131,7 +134,8 @@ _PLACE = {name: place for place, name in enumerate(TECHNIQUES)}
 def complexity(plan: Plan, dependence: SampleDependence | None = None) -> tuple[int, int, int]:
     """Return a sort key of the plan: of equally good plans, the one with the lowest key is preferred.
 
-    First comes the mildest effect on the numbers, then the fewest techniques, then techniques that stand
-    early in `TECHNIQUES`, where the customary ones are.
+    Plans are ordered by their effect class, mildest first; then by the number of techniques; then by how
+    early their techniques stand in `TECHNIQUES`, where the customary ones come first. ``dependence``: whether
+    the job's samples depend on each other, which makes splitting the batch the strongest effect.
     """
     return int(effect_of(plan, dependence)), len(plan.uses), sum(_PLACE[u.technique] for u in plan.uses)

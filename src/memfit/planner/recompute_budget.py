@@ -39,7 +39,7 @@ _ATTEMPTS, _WORTH, _UNDER_CAP = 3, 0.03, 0.99
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cap:
-    """The memory cap of a search: ``bytes`` of one device.
+    """The memory limit of a search: ``bytes`` of one device, and the memory of its host.
 
     ``needs`` returns the bytes that an estimate needs of a device. ``host`` tells whether the host has enough
     memory for it. ``refuses`` returns why the search's engine does not support a plan; empty if it does.
@@ -55,15 +55,17 @@ class Cap:
         return self.needs(estimate) <= self.bytes and self.host(estimate)
 
     def may(self, plan: Plan) -> bool:
-        """Return whether a recomputation budget can be added to the plan: nothing in it conflicts, and the
-        engine supports it.
+        """Return whether optimal-checkpointing, which recomputes within a memory budget, can be added to the
+        plan: nothing in it conflicts then, and the engine supports it.
         """
         budget = plan.with_use(make_use(NAME, {}))
         return conflict(budget) is None and not self.refuses(budget)
 
     def room_bytes(self, made: Sequence[Estimate]) -> int:
-        """Return the highest peak of tensors for which 99 % of the cap is needed, on the line through the
-        estimates with the lowest and the highest peak of ``made``; at least 0.
+        """Return the peak of tensors, in bytes, at which a plan would need 99 % of the cap; at least 0.
+
+        The need is taken to be linear in the peak: on the line through the estimates of ``made`` with the
+        lowest and the highest peak, or, if that line does not rise, in proportion to the lowest.
         """
         lowest, highest = (f(made, key=lambda e: e.allocated_bytes.value) for f in (min, max))
         tensor_bytes, lowest_need = lowest.allocated_bytes.value, self.needs(lowest)
@@ -84,7 +86,8 @@ def budgeted(
     cap: Cap,
     tell: Callable[[str, int, int, str], None],
 ) -> list[Estimate]:
-    """Make the best plan that does not fit fit, by adding a memory budget for which tensors are recomputed.
+    """Make the best plan that does not fit fit, by adding optimal-checkpointing, which recomputes as many
+    tensors as a memory budget requires.
 
     Only plans are tried that would beat the best fitting plan of ``made`` by at least 3 % if recomputation
     were free, and at most 3 budgets. ``whole`` returns the estimate of a plan; ``made`` were traced whole.
@@ -127,7 +130,7 @@ def nominal_s(op: OpCall) -> float:
 
 def open_budget(plan: Plan) -> int | None:
     """Return the memory budget in bytes of a plan whose tensors to recompute are not chosen yet. None if they
-    are, or if the plan has no budget."""
+    are chosen, or if the plan has no such budget."""
     recomputation = plan.get(NAME)
     return (
         int(recomputation.settings["budget_mib"]) * _MIB
@@ -145,11 +148,12 @@ def chosen(
     calibration: Calibration | None = None,
     gap_ratio: float = GAP_RATIO,
 ) -> Plan:
-    """Return the plan with its tensors to recompute chosen for its memory budget, or the plan itself if it
-    has no budget or they are chosen already.
+    """Return the plan with the tensors to recompute chosen for its memory budget: none if the step fits
+    without recomputation. A plan that has no budget, or whose tensors are chosen already, is returned itself.
 
-    ``seconds`` returns the time of one operator call. ``gap_ratio`` is the optimality gap of the time that
-    recomputation adds. Raises UserError with the smallest budget found if the plan's budget cannot be met.
+    ``device``: "cpu" or "cuda". ``seconds`` returns the time of one operator call. ``calibration``: probed
+    workspaces count towards the peak. ``gap_ratio`` is the optimality gap of the time that recomputation
+    adds. Raises UserError with the smallest budget found if the plan's budget cannot be met.
     """
     budget_bytes = open_budget(check(plan))
     if budget_bytes is None:
@@ -201,7 +205,8 @@ class Choices:
     def of(self, job: Job, plan: Plan, **how: Any) -> Plan:
         """Return `chosen` for this plan, computed only in the first call. ``how``: keywords of `chosen`.
 
-        If it raised UserError, later calls raise the same error.
+        If it raised UserError, later calls raise the same error. Only ``plan`` identifies a result, so a
+        cache serves one ``job`` and one set of keywords.
         """
         if plan not in self.kept:
             try:
@@ -215,8 +220,8 @@ class Choices:
 
 
 def possible(plans: Iterable[Plan], settled: Callable[[Plan], Plan]) -> Iterator[Plan]:
-    """Yield what ``settled`` returns for each plan. Plans for which it raises UserError, because their
-    memory budget cannot be met, are skipped.
+    """Yield what ``settled`` returns for each plan. Plans for which it raises UserError, because their memory
+    budget for recomputation cannot be met, are skipped.
     """
     for plan in plans:
         with contextlib.suppress(UserError):
@@ -233,12 +238,13 @@ def _closed(
     target_bytes: int,
     gap_ratio: float,
 ) -> Plan | None:
-    """Solve and trace until the traced peak is at most ``target_bytes``, at most 6 times. Return the cheapest
-    plan found, None if there is none.
+    """Choose tensors to recompute and trace the plan, at most 6 times, until the traced peak is at most
+    ``target_bytes``. Return the plan found within it whose recomputation takes least time; None if there is
+    none.
 
-    ``traced`` returns the plan that recomputes these storages, and its traced peak. If a trace exceeds the
+    ``traced`` returns the plan that recomputes these tensors, and its traced peak. If a trace exceeds the
     target, the excess is subtracted from the next try's budget. If it stays below, the difference is added
-    once, and the result is used if it still fits and is cheaper.
+    once, and the result is used if it still fits and recomputes in less time.
     """
     best: tuple[float, Plan] | None = None
     budget_bytes, is_raised = target_bytes, False

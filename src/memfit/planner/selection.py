@@ -22,11 +22,11 @@ TIE_RATIO = 0.03
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Band:
-    """How far a score may lie above the best and still count as equal.
+    """How far a score, such as a step time, may lie above the best (the lowest) and still count as equal.
 
     Up to ``low`` it always does, above ``high`` never. In between, the line is drawn at the widest gap
     between two successive plans, so that a small change of a timing does not move a plan across it. Both are
-    ratios.
+    relative to the best score: 0.05 is 5 % above it.
     """
 
     low: float
@@ -47,15 +47,18 @@ _WIDEST = 0.18  # largest addition: up to 25 %, the error of a predicted step, t
 def timed_band(spread_ratio: float) -> Band:
     """Return `TIMED`, widened by how much more than usual repeated operator calls differ on this machine.
 
-    ``spread_ratio``: by how much they differ. The widening is at most 0.18, so that noise never makes a plan
-    count as equal that is predicted to take far longer.
+    ``spread_ratio``: by how much they differ, as in `Calibration`; up to 0.05 is usual. The widening is at
+    most 0.18 at the low end, and twice that at the high end, so that noise never makes a plan count as equal
+    that is predicted to take far longer.
     """
     widening = min(_WIDEST, max(0.0, spread_ratio - _USUAL_SPREAD_RATIO))
     return Band(TIMED.low + widening, TIMED.high + 2 * widening)
 
 
 class Objective(enum.StrEnum):
-    """What a search minimises: step time, peak memory, cost, carbon emissions or number of devices."""
+    """What a search minimises: step time, peak of live tensors, cost, carbon emissions or number of
+    devices.
+    """
 
     FASTEST = "fastest"
     SMALLEST = "smallest"
@@ -65,8 +68,8 @@ class Objective(enum.StrEnum):
 
 
 def keeps(bounds: Bounds, estimate: Estimate) -> bool:
-    """Return whether the whole training meets the deadline and the budget, if there are any. An unknown step
-    time or cost does not.
+    """Return whether the whole training, of ``bounds.steps`` steps, meets the deadline and the budget of
+    money. A limit that is not set is met; an unknown step time meets no deadline, an unknown cost no budget.
     """
     step_s = estimate.step_s.value if estimate.step_s else math.inf
     usd = estimate.usd if estimate.usd is not None else math.inf
@@ -75,8 +78,8 @@ def keeps(bounds: Bounds, estimate: Estimate) -> bool:
 
 
 def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
-    """Return whether the plan splits the ``batch`` of a rank into micro-batches of the size that the user
-    requested; True if none was requested.
+    """Return whether the plan splits the ``batch`` samples of a rank into micro-batches of the size that the
+    user requested (``bounds.micro_batch``); True if none was requested.
 
     Raises UserError if the batch is not a multiple of that size.
     """
@@ -93,8 +96,8 @@ def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
 
 
 def missed(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
-    """Return a text that says how the deadline and the budget are missed: what the fastest and the cheapest
-    plan of ``fitting``, those that fit the memory, would take.
+    """Return a text that says how the deadline and the budget of money are missed: for each of the two that
+    is set, what the fastest or the cheapest plan of ``fitting``, those that fit the memory, would take.
 
     Returns "" if ``fitting`` is empty, or if neither limit is set.
     """
@@ -121,7 +124,8 @@ def score(estimate: Estimate, goal: Objective) -> float:
     the number of devices; smaller is better.
 
     If money or carbon is unknown, the step time is used, to which both are proportional on one device. An
-    unknown step time is infinite. Among equal numbers of devices, less time is better.
+    unknown step time counts as infinite. Among equal numbers of devices, less time gives a slightly lower
+    score.
     """
     time_s = estimate.step_s.value if estimate.step_s else math.inf
     if goal is Objective.SMALLEST:
@@ -136,8 +140,8 @@ def score(estimate: Estimate, goal: Objective) -> float:
 
 
 def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> Estimate | None:
-    """Return the estimate with the mildest and simplest plan among those that are as good as the best by the
-    goal; None if there are no estimates.
+    """Return the estimate with the mildest and simplest plan (the lowest `mildness`) among those that are as
+    good as the best by the goal; None if there are no estimates.
 
     ``band``: how much worse still counts as equal; for memory and for the number of devices it is `EXACT`.
     """
@@ -150,9 +154,10 @@ def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> 
 
 
 def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estimate]:
-    """Return estimates ordered so that each is more complex and better by the goal than the one before it.
+    """Return estimates with the mildest and simplest plan first (see `mildness`), each better by the goal
+    than all before it.
 
-    Estimates that are neither milder nor better are left out.
+    An estimate is left out if one with a milder or simpler plan is at least as good.
     """
     ordered: list[Estimate] = []
     for e in sorted(estimates, key=lambda e: (mildness(e.plan, e.dependence), score(e, goal))):
@@ -180,7 +185,7 @@ def _equal_up_to(scores: Sequence[float], band: Band) -> float:
 
 def mildness(plan: Plan, dependence: SampleDependence | None = None) -> tuple[tuple[int, int, int], str]:
     """Return a sort key of the plan: of equally good plans, the one with the lowest key is preferred. It is
-    the complexity, then the settings, small values first.
+    `complexity`, then the values of the settings, small ones first.
     """
     settings = [(u.technique, name, value) for u in plan.uses for name, value in sorted(u.settings.items())]
     return complexity(plan, dependence), ";".join(
@@ -193,8 +198,9 @@ def _padded(value: object) -> str:
 
 
 def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Return the estimates that no other beats in peak, time and effect class at once, by increasing peak. Of
-    estimates equal in all three, only that of the simplest plan is returned.
+    """Return the estimates that no other one beats, by increasing peak. One beats another if it is at least
+    as good in peak, step time and effect class, and better in one of them. Of estimates equal in all three,
+    only that of the simplest plan is returned. An unknown step time counts as infinite.
     """
     undominated = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
     return sorted(
@@ -219,12 +225,13 @@ def _dominates(e: Estimate, other_e: Estimate) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prices:
-    """How the plans that lack one technique of the recommended plan are priced, and what else its reasons
-    need.
+    """How the plans that lack one technique of the recommended plan are estimated, and what else the reasons
+    for the recommendation need.
 
-    ``whole`` returns the estimate of one plan. ``prepare`` is called with all plans beforehand. ``needs``
-    returns the bytes that are compared with the cap. ``sketches`` are the estimates of all searched plans
-    that were composed from traces of parts.
+    ``whole`` returns the estimate of one plan. ``prepare`` is called beforehand with all plans that it will
+    be called with, for example to trace them in parallel. ``needs`` returns the bytes of an estimate that are
+    compared with the cap. ``sketches`` are the estimates of all searched plans that were composed from traces
+    of parts.
     """
 
     whole: Callable[[Plan], Estimate]
@@ -248,9 +255,10 @@ def decide(
     """Build the search result with the recommended plan and its reasons; without one if no estimate fits.
 
     ``estimates`` were traced and include the plain plan. ``considered``: number of plans that were searched.
-    ``left_out``: reasons to report beside those of the recommended plan. ``price`` prices the plans that lack
-    one of its techniques, for the reasons. ``inside`` tells whether an estimate fits the memory alone; it is
-    given if ``fits`` checks more than that.
+    ``left_out``: reasons to report after those of the recommended plan. ``price`` estimates the plans that
+    lack one of its techniques, for the reasons. ``inside`` tells whether an estimate fits the memory alone,
+    which the result's ``fits`` states; it is given if ``fits`` checks more than that. The result's frontier
+    has the estimates of `frontier` that fit, plain training, the smallest plan and the recommended one.
     """
     prices = price if isinstance(price, Prices) else Prices(price)
     baseline = next(e for e in estimates if e.plan == plain(e.plan.ranks))
@@ -288,8 +296,8 @@ def reasons_for(
     prices: Prices,
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
-    """Return the reasons for the plan ``winner``: what splitting the batch does to the training, what each of
-    its techniques saves, and why techniques of other plans are not in it.
+    """Return the reasons for the recommended plan ``winner``: what splitting the batch does to the training,
+    what each of its techniques saves, and why techniques of other plans are not in it.
     """
     splitting = dependence_reasons(winner.plan, winner.dependence) if winner.dependence else ()
     why_not = _why_not(winner, estimates, prices, fits, goal, cap_bytes)
@@ -297,10 +305,12 @@ def reasons_for(
 
 
 def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Reason, ...]:
-    """Return one reason per technique of the plan, largest saving first: the bytes of peak and the ratio of
-    step time compared with the plan without this technique, or that it is needed if that plan is impossible.
+    """Return one reason per technique of the plan, largest saving first: the bytes of peak that it saves and
+    the ratio of step time, compared with the plan without this technique, or that it is needed if that plan
+    is impossible.
 
-    ``price`` returns the estimate of a plan. DDP of a plan with several ranks gets no reason.
+    ``price`` returns the estimate of a plan. On several ranks, another data-parallel technique is compared
+    with DDP, which gets no reason itself.
     """
     reasons = []
     for use in estimate.plan.uses:
@@ -336,8 +346,8 @@ def _why_not(
     goal: Objective,
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
-    """Return why techniques of other plans are not in the winner: by comparison with the best traced plan
-    that has the technique and fits, or that no plan with it fits.
+    """Return one reason for each technique of other plans that the winner lacks: a comparison with the best
+    traced plan that has the technique and fits, or that no plan with it fits.
 
     Nothing is reported for a technique whose plans were only sketched and may fit.
     """
@@ -369,11 +379,12 @@ def by_goal(e: Estimate, goal: Objective) -> tuple[float, tuple[int, int, int]]:
 def none_fits(
     name: str, priced: Sequence[Estimate], needs: Callable[[Estimate], int], cap_bytes: int, *, inside: bool
 ) -> Reason:
-    """Return the reason when none of the ``priced`` plans fits.
+    """Return the reason why the technique ``name`` is in the winner, or is not, when none of the ``priced``
+    plans fits.
 
-    With ``inside``, the winner has the technique ``name`` and the plans lack it; otherwise the plans have it.
-    The reason says how many plans there are and how much the smallest needs, or that the device would be
-    large enough but another limit is not met. If ``priced`` is empty, it says that the technique is needed.
+    With ``inside``, the winner has the technique and the plans lack it; otherwise the plans have it. The
+    reason says how many plans there are and how many bytes the smallest ``needs``, or that it needs at most
+    ``cap_bytes`` but another limit is not met. If ``priced`` is empty, it says that the technique is needed.
     """
     smallest = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
     if smallest is None:
@@ -391,8 +402,9 @@ def none_fits(
 
 def _compared(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:
     """Return why the technique ``name`` is not in the winner, by comparison with ``rival``, the best plan
-    that has it: the rival is worse by the goal by more than 3 %, or about as good, so it is not needed; or it
-    is better by more than that, but by less than the error of predicted times.
+    that has it: the rival is worse by the goal by more than 3 % ("left_out_slower"), or as good within that
+    ("left_out_not_needed"), or better by more, but by less than the error of predicted times
+    ("left_out_uncertain").
     """
     ratio = score(rival, goal) / score(winner, goal) if score(winner, goal) else 1.0
     if ratio > 1 + TIE_RATIO:

@@ -11,13 +11,15 @@ from memfit.types.plan import Use
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What data parallelism, precision and optimizer make of a parameter.
+    """How data parallelism, precision and optimizer keep and share a parameter, its gradient and its
+    optimizer state.
 
     Byte figures are per element: ``stored``, of the parameter between uses; ``gathered``, as forward and
     backward read it; ``gradient``, as it is kept; ``reduced``, of the gradient while it is communicated.
-    ``*_shards`` is the number of ranks over which parameter, gradient and optimizer state are divided;
-    ``replicas``, the number of copies of all shards. ``reshard``: whether gathered parameters are freed after
-    forward.
+    ``*_shards`` is the number of ranks over which parameter, gradient and optimizer state are divided, 1 if
+    they are not; ``replicas``, the number of copies of all shards together, over which gradients are reduced.
+    ``reshard``: whether gathered parameters are freed after forward. ``offload``: what is in host memory, the
+    optimizer state or all.
     """
 
     compute: str  # "bf16", "autocast", "fp32"
@@ -40,7 +42,10 @@ class State:
 
 
 def compute_of(uses: Sequence[Use]) -> str:
-    """Return the precision of forward and backward under these techniques: "bf16", "autocast" or "fp32"."""
+    """Return the precision of forward and backward under these techniques. The first that matters decides:
+    bf16-autocast gives "autocast"; bf16-parameters, and a setting precision of "bf16", give "bf16". If there
+    is none, it is "fp32".
+    """
     for used in uses:
         if used.technique == "bf16-autocast":
             return "autocast"
@@ -50,10 +55,11 @@ def compute_of(uses: Sequence[Use]) -> str:
 
 
 def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: bool) -> State:
-    """Return what these techniques (data parallelism, precision, optimizer) make of a parameter.
+    """Return how these techniques (data parallelism, precision, optimizer) keep and share a parameter.
 
     ``ranks`` is the number of ranks that share a parameter: data-parallel times context-parallel ranks.
-    ``updating``: costs of the optimizer's step. ``staged``: whether the model is cut into pipeline stages.
+    ``updating``: costs of the optimizer's step on one rank. ``staged``: whether the model is cut into
+    pipeline stages.
     """
     settings_by_name = {u.technique: u.settings for u in uses}
     compute = compute_of(uses)

@@ -21,10 +21,11 @@ _SPARE = 6  # finalists reserved for plans that are not the best by the goal
 def finalists(
     sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int
 ) -> list[Plan]:
-    """Return the distinct plans to trace, at most ``most`` + 4.
+    """Return the distinct plans to trace whole, at most ``most`` + 4.
 
-    They are the plain plan, the simplest plans that may be as good as the best, the best fitting plans by the
-    goal, the smallest plan, and a sample of the frontier.
+    They are the plain plan; at most 4 of the mildest and simplest fitting plans that may be as good as the
+    best, given the error of sketched times; the ``most`` - 6 best fitting plans by the goal; the plan with
+    the lowest peak; and at most 7 plans spread over the frontier of peak, step time and effect.
     """
     fitting = _ordered([e for e in sketches if fits(e)], goal)
     smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
@@ -53,7 +54,8 @@ def until_some_fit(
     goal: Objective,
     most: int,
 ) -> list[Plan]:
-    """Return further plans that were traced because fewer of the ``chosen`` ones fit than intended.
+    """Trace further plans while fewer of the ``chosen`` and of these fit than intended (``most`` - 6), and
+    return the further ones.
 
     They are chosen by `more_finalists` in at most 3 rounds. ``whole`` returns the estimate of a plan.
     ``look`` is called with the plans of a round to trace them.
@@ -73,11 +75,12 @@ def until_some_fit(
 def counterfactuals(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], winner: Estimate, *, cap: Cap, goal: Objective
 ) -> list[Plan]:
-    """Return plans to trace for each technique that the winner lacks, so that the reason for leaving it out
-    rests on a trace.
+    """Return plans to trace for each technique that sketches have and the winner lacks, so that the reason
+    for leaving it out rests on a trace.
 
-    For each technique this is the best plan with it, by the goal, that may fit, and also the smallest plan
-    with it if none of the ``traced`` ones fits. Plans that were traced are left out.
+    For each technique this is the best plan with it, by the goal, that may fit on the device, given how much
+    traces were below their sketches; and also the plan with it that needs the least device memory, if none of
+    the ``traced`` ones with it fits. Plans that were traced are left out.
     """
     by_plan = {e.plan: e for e in sketches}
     ratios = [cap.needs(e) / cap.needs(by_plan[e.plan]) for e in traced if e.plan in by_plan]
@@ -97,10 +100,11 @@ def counterfactuals(
 def more_finalists(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], *, cap: Cap, goal: Objective, most: int
 ) -> list[Plan]:
-    """Return the next best plans by the goal if fewer of the ``traced`` plans fit than intended (``most`` -
-    6), as many as are missing.
+    """Return the next best plans to trace, by the goal, if fewer of the ``traced`` plans fit than intended
+    (``most`` - 6): as many as are missing, or fewer if no more may fit.
 
-    Their sketches must fit after correction by the largest error of traced plans with the same techniques.
+    Their sketches must fit the device after they were scaled by the largest ratio of trace to sketch of the
+    traced plans with the same techniques, if there are any, and fit the host.
     """
     missing_count = most - _SPARE - sum(map(cap.has, traced))
     by_plan, ratios = {e.plan: e for e in sketches}, dict[frozenset[str], float]()

@@ -1,4 +1,9 @@
-"""From a job and a machine to a recommended plan: trace, cost and search, in that order."""
+"""Search the best plan for a job on a machine.
+
+For one device, or for several that only divide the batch, the search is made here: plain training is traced,
+every plan is sketched (estimated by adding up traces of parts), the best ones are traced whole, and one of
+these is recommended. Searches with other parallelism are handed over to multi_device.py.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +84,9 @@ class Request:
     ``cap_bytes``: the memory of one device that the plan must fit. None means the memory of the device; on a
     CPU it means a demonstration: a share of plain training's peak, by default a quarter, or, if no plan fits
     that, the least that some plan needs plus 10 %. ``threads``: of this machine, for measurements; 0: all.
+    ``ranks``: number of processes with one device each; on a machine of the catalog with several devices, a
+    search takes 1 to mean all of them. ``bounds``: limits beside memory; instead of its ``steps``, a search
+    uses the job's own number.
     """
 
     job: JobRef
@@ -101,7 +109,13 @@ class Request:
 
 @dataclasses.dataclass(kw_only=True)
 class Planning:
-    """A finished search, with everything needed to price another plan the same way."""
+    """A finished search, with what is needed to predict further plans in the same way.
+
+    ``cap_bytes``: the memory of one device that plans had to fit. ``fits``: whether an estimate fits it and
+    keeps to the request's other limits. ``left_out``: why techniques were not searched. After a search of
+    layouts of parallelism, ``estimates``, ``sketches`` and ``left_out`` are empty, and ``fits`` is always
+    true.
+    """
 
     request: Request
     job: Job
@@ -119,8 +133,8 @@ class Planning:
 
 
 def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
-    """Return the result with ``needed_bytes`` filled in for each of its plans: the bytes on the machine that
-    are compared with the cap.
+    """Return the result with ``needed_bytes`` filled in for each of its plans: the bytes of one device's
+    memory that are compared with the cap.
     """
 
     def with_need(choice: Choice) -> Choice:
@@ -137,10 +151,11 @@ def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
 
 def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
     """Return the facts about the job from which techniques propose settings, counted on a model built without
-    memory.
+    memory. ``batch_size`` is that of one rank, at least 1.
 
-    ``device``: "cpu" or "cuda". ``half``: `half_of` the machine. Raises UserError if the job names blocks or
-    a head that the model does not have.
+    ``device``: "cpu" or "cuda". ``half``: `half_of` the machine. If the job names no blocks or no head and
+    none are found, the model counts as having none. Raises UserError if the job names blocks or a head that
+    the model does not have.
     """
     from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalars
@@ -191,10 +206,12 @@ def autocast(space: Space) -> Use:
 
 
 def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer]:
-    """Load the request's job and return it with its pricer.
+    """Load the request's job and return it with the pricer that predicts its plans on the request's machine
+    and engine.
 
     ``replicas``: whether every rank trains its own samples. Raises UserError if so and the batch has fewer
-    samples than there are ranks, or if the job cannot be loaded.
+    samples than there are ranks, if the job cannot be loaded, or if it names blocks or a head that its model
+    does not have.
     """
     job, ranks = load(request.job), request.ranks
     if replicas and job.batch_size < ranks:
@@ -229,11 +246,15 @@ def model_sizes(name: str, job: Job) -> Mapping[str, str]:
 def search(request: Request, progress: Progress, *, must_run: bool = False) -> Planning:
     """Search the best plan for the request and return the finished search.
 
-    On a machine of the catalog with several devices, layouts of parallelism are searched too if the model has
-    enough equal blocks. ``must_run``: if the request is for this machine, halve the batch until plain
-    training fits the free memory; the returned request has the new batch. Raises NothingFits with the least
-    memory that would be enough; SearchInterrupted with the result so far on Ctrl-C; UserError if the request
-    or the job is wrong, or if sharing the batch between ranks would change the training.
+    On a machine of the catalog with several devices, layouts of parallelism (tensor, context, pipeline and
+    data) are searched if the model has at least 3 blocks, all alike; else plans that only divide the batch
+    over the ranks. ``must_run``: if the request is for this machine, halve the batch until plain training
+    fits the free memory, or has one sample per rank; the returned request has the new batch.
+
+    Raises NothingFits with the least memory that would be enough; UserError if the request or the job is
+    wrong, or if dividing the batch over ranks would change the training by more than the request's accuracy
+    allows; RunError if operators cannot be timed on this machine. Ctrl-C while plans are predicted raises
+    SearchInterrupted with the result so far; before that, and in a search of layouts, KeyboardInterrupt.
     """
     if request.machine.device_count > 1 and not request.is_here:
         ranks = request.ranks if request.ranks > 1 else request.machine.device_count
@@ -356,7 +377,9 @@ class SearchInterrupted(KeyboardInterrupt):
 
 
 def timings(known: Calibration) -> Timings:
-    """Return how reliable the timings of operators in the calibration are: spread, load and waiting."""
+    """Return what says how reliable the calibration's timings of operators are: spread, load, waiting, and
+    the number of processors.
+    """
     return Timings(
         spread_ratio=known.spread_ratio,
         load_count=known.load_count,
@@ -366,8 +389,8 @@ def timings(known: Calibration) -> Timings:
 
 
 def _band(pricer: Pricer, request: Request) -> Band:
-    """Return the band within which plans count as equally fast: on this machine by how much its timings
-    spread, else a fixed one.
+    """Return the band of scores, such as step times, within which plans count as equally good: on this
+    machine by how much its timings spread, else a fixed one.
     """
     return timed_band(pricer.calibration.spread_ratio) if request.is_here else MODELLED
 
@@ -376,7 +399,10 @@ def _best_so_far(
     pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
 ) -> SearchResult:
     """Return the result of an interrupted search. Its ``recommended`` is the best plan that fits of those
-    traced so far, or of the sketches if no traced plan fits; None if no sketch fits either.
+    traced so far, or of the sketches if no traced plan fits; None if no sketch fits either. Its ``frontier``
+    has only plain training, the smallest plan and the recommended one, by increasing peak.
+
+    Of the traced plans, those that the request's accuracy, engine or excluded techniques forbid do not count.
     """
     max_effect, refusals_of = request.accuracy.highest, engine(request.engine).supports
     traced_estimates = [
@@ -412,7 +438,7 @@ def _best_so_far(
 def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
     """If samples of a batch depend on each other, set the smallest micro-batch of the pricer's space: two
     samples if ``accuracy`` allows splitting the batch nevertheless, because some layers need more than one,
-    else the whole batch. If they do not, nothing is changed.
+    else the whole batch. If they do not, or if a rank has only one sample, nothing is changed.
     """
     space = pricer.space
     if space.batch_size == 1 or pricer.dependence.kind is not DependenceKind.DEPENDENT:
@@ -431,8 +457,8 @@ def _ways(pricer: Pricer) -> tuple[str, ...]:
 
 
 def _refuse_ranks(request: Request, pricer: Pricer) -> None:
-    """Raise UserError if the request's ranks share the batch, and this would change the training by more than
-    its accuracy allows.
+    """Raise UserError if the request has several ranks, and dividing the batch over them would change the
+    training by more than its accuracy allows. With one rank, nothing is checked.
     """
     if request.ranks == 1 or may_share(pricer.dependence, request.accuracy):
         return
@@ -446,9 +472,10 @@ def _refuse_ranks(request: Request, pricer: Pricer) -> None:
 
 
 def _search_many(request: Request, progress: Progress) -> Planning | None:
-    """Search plans with tensor, context, pipeline and data parallelism for the request's ranks.
+    """Search plans with tensor, context, pipeline and data parallelism for up to the request's ranks.
 
-    Returns None if the model has fewer than 3 blocks or they are not alike. Raises NothingFits, UserError.
+    Returns None, without a search, if the model has fewer than 3 blocks or they are not alike. Raises
+    NothingFits if no plan fits, and UserError as `search_scale` does or if the job cannot be loaded.
     """
     from memfit.planner.block_costs import BLOCKS
     from memfit.planner.device_pricing import Aim
@@ -479,8 +506,9 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
 def _runnable(
     request: Request, job: Job, pricer: Pricer, baseline: Estimate
 ) -> tuple[Request, Job, Pricer, Estimate]:
-    """Return the four arguments for a batch that was halved until plain training fits the memory that is free
-    now, or until there is one sample per rank.
+    """Return the four arguments for a batch that was halved until plain training fits the memory of this
+    machine that is free now, divided by the ranks, or until there is one sample per rank. They are returned
+    unchanged if it fits already.
     """
     free_bytes = local_machine.free_bytes() // request.ranks
     while needed_bytes(baseline, request.machine) > free_bytes and job.batch_size > request.ranks:
@@ -506,7 +534,8 @@ def _cap(request: Request, baseline: Estimate, ratio: float) -> tuple[int, str]:
 
 def _reachable_cap(estimates: Sequence[Estimate], request: Request, batch: int) -> int:
     """Return the cap of a demonstration whose share of the baseline's peak no plan fits: the least bytes that
-    a plan with the requested micro-batch needs, plus 10 %. ``batch``: samples of one rank.
+    one of the traced plans ``estimates`` with the requested micro-batch needs, plus 10 %. ``batch``: samples
+    of one rank.
     """
     requested_estimates = [e for e in estimates if as_asked(e.plan, request.bounds, batch)]
     return int(
@@ -519,9 +548,10 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
     or device uses beside them.
 
     On an accelerator whose context and libraries the catalog knows, this is the device memory: the upper end
-    of its range for a traced plan, the value for a sketch, which already is an upper bound. Else 1 GiB is
-    assumed for them. On a CPU, 5 % and 2 MiB are added to the tensors; for a traced plan, the result is above
-    the upper end of their range.
+    of its range for a traced plan, the value for a sketch, which already is an upper bound. On any other
+    accelerator it is what the caching allocator reserves, plus 1 GiB. On a CPU, 5 % and 2 MiB are added to
+    the tensors; for a traced plan, the result is above the upper end of their range. Memory of an
+    accelerator's host does not count.
     """
     allocated_bytes = estimate.allocated_bytes.value
     if machine.device.kind == "cpu":
@@ -536,15 +566,16 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
 
 
 def fits_under(cap_bytes: int, machine: Machine) -> Fits:
-    """Return a function that tells whether an estimate fits: it needs at most ``cap_bytes`` on the device,
-    and its host has the memory that it needs there.
+    """Return a function that tells whether an estimate's plan fits: it needs at most ``cap_bytes`` on the
+    device (`needed_bytes`), and the host has the memory that it needs there (`host_holds_under`).
     """
     host_fits = host_holds_under(cap_bytes, machine)
     return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes and host_fits(estimate)
 
 
 def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
-    """Return a function that tells whether the host has the memory that an estimate's plan needs there.
+    """Return a function that tells whether the host has the memory that an estimate's plan needs there, as
+    `host_holds` does.
 
     It is always true on a CPU with a cap above the machine's memory: such a cap refers to another machine,
     and is itself that machine's memory.
@@ -555,7 +586,9 @@ def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
 
 
 def states_bytes(estimate: Estimate) -> int:
-    """Return the bytes of parameters, gradients and optimizer state at the peak."""
+    """Return the bytes of parameters, gradients and optimizer state at the peak; 0 for a sketch, which does
+    not know them.
+    """
     return sum(estimate.at_peak_bytes.get(c, 0) for c in ("parameter", "gradient", "optimizer_state"))
 
 
@@ -571,10 +604,10 @@ def _price(
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
     """Sketch every plan, trace the best ones whole, and on this machine time the operators they need.
 
-    Returns (estimates of the traced plans, number of sketched plans, why techniques were left out).
-    ``small_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for
-    another optimizer to matter, else None. The sketches are appended to ``sketches``, which the caller keeps
-    if the search is interrupted.
+    Returns (estimates of the traced plans, number of sketched plans, why techniques were left out). Plain
+    training is among them even if the request forbids its micro-batch. ``small_state_bytes``: bytes of
+    parameters, gradients and optimizer state if they are too small for another optimizer to matter, else
+    None. The sketches are appended to ``sketches``, which the caller keeps if the search is interrupted.
     """
     dependence = pricer.dependence if pricer.job.batch_size > 1 else None
     usable_techniques, left_out = usable(
@@ -622,11 +655,12 @@ def _price(
 def _with_rivals(
     pricer: Pricer, request: Request, fits: Fits, estimates: list[Estimate], progress: Progress
 ) -> list[Estimate]:
-    """Return the estimates with those of the plans that lack one technique of the best plan, which their
-    sketches may have overestimated.
+    """Return the estimates with those of the plans that lack one technique of the best fitting plan, which
+    their sketches may have overestimated. Plans that the engine does not support are left out. If no estimate
+    fits, nothing is added.
 
-    They are traced, and on this machine their operators are timed, which may change all estimates. This is
-    repeated while it changes the best plan, at most 3 times.
+    They are traced, and on this machine their operators are timed, which may change all estimates. If the
+    best plan is then another, this is done for that one too, in at most 3 rounds in all.
     """
     refusals_of = engine(request.engine).supports
     winner = best(filter(fits, estimates), request.goal, _band(pricer, request))
@@ -656,10 +690,10 @@ def _with_counterfactuals(
     cap: Cap,
     progress: Progress,
 ) -> list[Estimate]:
-    """Return the estimates with those of plans that have a technique which the best plan lacks, so that the
-    reason for leaving it out rests on a trace.
+    """Return the estimates with those of plans that have a technique which the best fitting plan lacks, so
+    that the reason for leaving it out rests on a trace. If no estimate fits, nothing is added.
 
-    If one of them is then the best plan, the plans that lack one of its techniques are added too. All of this
+    If another plan is the best one then, the plans that lack one of its techniques are added too. All of this
     is done at most twice.
     """
     for _ in range(_COUNTERFACTUAL_ROUNDS):
@@ -699,14 +733,15 @@ def calibrate(
     *,
     budget_s: float = _SECOND_BUDGET_S,
 ) -> None:
-    """Add the times of the operators of ``plans`` that take most of the time, and the workspaces of those
-    that could move a peak, to the pricer's calibration.
+    """Add to the pricer's calibration the times of those operators of ``plans`` that take most of a step's
+    time, and the kernel workspaces of at most 32 others that could move a plan's peak.
 
-    What is stored for this machine is reused; the rest is measured in a child process and stored. Without
-    ``plans`` (the first call), the operators are those of plans that span the search. The machine's rates are
-    measured too if they are not known. ``budget_s``: seconds of measuring, at nominal rates, by which
-    operators are chosen (5 in the first call). The choice does not depend on how long the probes take, so the
-    same question finds the same stored times. Raises RunError if the child process gives no result.
+    What is stored for this machine is reused; the rest is measured in a child process on this machine and
+    stored. Without ``plans`` (the first call), the operators are those of plans that span the search. The
+    machine's rates of computing and copying are measured too if they are not known. ``budget_s``: seconds
+    that the measurements of the chosen operators would take on a machine of nominal speed; in the first call
+    this is 5 instead. The choice does not depend on how long the probes take, so the same question finds the
+    same stored times. Raises RunError if the child process gives no result.
     """
     from memfit.cost.memory import step_ops
     from memfit.cost.op_time import signatures_to_time
@@ -746,8 +781,8 @@ def calibrate(
 
 
 def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> None:
-    """Run the first calibration of a search. If the request says ``recalibrate``, the timings stored for this
-    machine are discarded first.
+    """Run the first calibration of a search (`calibrate` without plans). If the request says ``recalibrate``,
+    the timings stored for this machine and number of threads are discarded first.
     """
     if request.recalibrate:
         CalibrationCache(_threads(request)).forget()
@@ -756,7 +791,7 @@ def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> 
 
 def _representatives(pricer: Pricer, excluded_techniques: Sequence[str]) -> list[Plan]:
     """Return plans whose operators span the search: plain training and autocast, each with the whole batch,
-    four micro-batches and the smallest micro-batches.
+    four micro-batches and the smallest micro-batches, as far as the batch can be split so.
 
     Plans with a technique in ``excluded_techniques`` are left out, except plain training.
     """
@@ -783,10 +818,11 @@ def _threads(request: Request) -> int:
 
 
 def probe_here(request: Request, signatures: list[str], budget_s: float, rates: bool = True) -> Calibration:
-    """Measure the operators with these signatures, and the machine's rates if ``rates``, in a child process.
+    """Measure the operators with these signatures on this machine, in a child process; with ``rates``, also
+    the machine's rates of computing and copying.
 
-    They are measured in order; none is begun after ``budget_s`` seconds. Raises RunError if the child process
-    ends without a result.
+    They are measured in order; none is begun after ``budget_s`` seconds. The process is stopped after 900
+    seconds. Raises RunError if it ends without a result.
     """
     calibrations: list[Calibration] = []
 

@@ -41,10 +41,11 @@ _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 
 
 def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Planning:
-    """Return `planning` with the recommendation revised by measuring its rivals.
+    """Return `planning` with the recommendation revised by running it and its rivals for a few steps, under
+    the cap.
 
-    No run starts after ``budget_s`` seconds, except the first two. Raises UserError for a goal that does not
-    depend on time.
+    No run starts after ``budget_s`` seconds, unless fewer than two plans ran successfully. If every run
+    failed, the recommendation is unchanged. Raises UserError for a goal that does not depend on time.
     """
     if planning.request.goal not in BY_TIME:
         raise UserError(
@@ -80,7 +81,7 @@ class _Trials:
 
     def run_round(self, plans: Sequence[Plan], steps: tuple[int, int]) -> None:
         """Run each plan once, in this order. ``steps``: steps of a run, and how many of them warm up. No run
-        starts when the time is over, except the first two."""
+        starts when the time is over, unless fewer than two plans ran successfully."""
         for done, plan in enumerate(plans):
             self.progress("trial", done, len(plans), plan.label)
             if time.monotonic() < self.ends_s or len(self.times) < 2:
@@ -97,23 +98,24 @@ class _Trials:
             self.failed[plan] = measurement.reason or measurement.outcome.value
 
     def ordered(self) -> list[Plan]:
-        """Return the plans that ran, the fastest first."""
+        """Return the plans that ran successfully, by their fastest round, the fastest first."""
         return sorted(self.times, key=lambda p: (min(self.times[p]), p.fingerprint))
 
     def fastest(self, count: int) -> list[Plan]:
-        """Return the fastest plans of up to ``count`` different sets of techniques, the fastest first."""
+        """Return the fastest plan of each set of techniques, for the ``count`` fastest sets, the fastest
+        first."""
         sets = {_techniques(p): p for p in reversed(self.ordered())}
         return sorted(sets.values(), key=self.ordered().index)[:count]
 
     def contenders(self, count: int) -> list[Plan]:
-        """Return up to ``count`` plans whose fastest round is so close to the fastest of all that another
-        round could change their order."""
+        """Return up to ``count`` plans, the fastest first, whose fastest round took at most 1.18 times the
+        fastest of all, so that another round could change their order."""
         limit = min(map(min, self.times.values()), default=0.0) * _LAST_WITHIN
         return [p for p in self.ordered() if min(self.times[p]) <= limit][:count]
 
     def measured_ratios(self) -> list[tuple[Plan, float]]:
-        """Return (plan, measured step time over the time predicted without correction by runs) for each plan
-        that ran and whose time was predicted."""
+        """Return (plan, step time of its fastest round over the time predicted without correction by runs)
+        for each plan that ran successfully and whose time was predicted."""
         calibration = self.planning.pricer.calibration
         pairs = [(plan, min(times), self.predicted[plan]) for plan, times in self.times.items()]
         return [
@@ -187,8 +189,9 @@ class _Trials:
 def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
     """Return how close the fastest rounds of two plans must be to count as equal.
 
-    It is the spread between rounds of one plan on a quiet machine, plus what the two fastest ``rounds`` of a
-    plan differ by here.
+    ``rounds``: step times of the rounds of each plan. It is the spread between rounds of one plan on a quiet
+    machine, widened by how much the two fastest rounds of a plan differ here (the median over the plans with
+    at least two; else 0): once at the low end, twice at the high end.
     """
     pairs = [sorted(times)[:2] for times in rounds if len(times) > 1]
     spread_ratio = statistics.median(second / first - 1 for first, second in pairs) if pairs else 0.0
@@ -202,9 +205,13 @@ def _with_time(estimate: Estimate, seconds: float) -> Estimate:
 def few_steps(
     planning: Planning, plan: Plan, steps: int, *, expected_s: float, capped: bool = True
 ) -> Measurement:
-    """Run a few steps of ``plan`` in child processes, under the cap of the search.
+    """Run ``steps`` optimizer steps of ``plan`` in child processes, without evaluation, and return the
+    measurement.
 
-    For several ranks, returns the measurement of a failed rank, or else of the rank with the highest peak.
+    ``expected_s``: predicted seconds of a step, from which the time limit follows. ``capped``: whether memory
+    is limited to the cap of the search. The plan runs on the request's engine, or on native, memfit's own, if
+    that does not support it. For several ranks, the measurement is that of a failed rank, or else of the rank
+    with the highest peak.
     """
     request, job = planning.request, planning.job
     name = "native" if engine(request.engine).supports(plan) else request.engine
@@ -244,7 +251,8 @@ def _techniques(plan: Plan) -> frozenset[str]:
 
 
 def _shortlist(planning: Planning) -> list[Plan]:
-    """Return at most `FIRST` plans for the first round, which fit when they are traced whole.
+    """Return at most `FIRST` plans for the first round, which fit when they are traced whole, in this order
+    of preference:
 
     - the recommended plan
     - the two simplest plans, however slow they are predicted to be
@@ -282,7 +290,8 @@ def _neighbours(
     measured_ratios: Sequence[tuple[Plan, float]],
 ) -> list[Plan]:
     """Return at most `NEIGHBOURS` plans that are one change away from one of the ``fastest`` and were not
-    ``tried``: those that fit, the best predicted first. ``measured_ratios`` corrects the predicted times.
+    ``tried``: those that fit when they are traced whole, the best predicted first. ``measured_ratios``, of
+    measured to predicted step time, correct the predicted times.
 
     A change removes a technique, changes its setting, or adds one.
     """
@@ -300,7 +309,9 @@ def _neighbours(
 
 
 def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
-    """Yield the allowed plans that differ from ``plan`` in one technique or its settings."""
+    """Yield the plans that differ from ``plan`` in one technique or its settings and that the search may
+    propose: accuracy, excluded techniques and the engine allow them.
+    """
     request, space = planning.request, planning.pricer.space
     allowed = [t for t in usable(space, request.accuracy)[0] if t.name not in request.bounds.without]
     by_uses = {frozenset(p.uses): p for p in plans(space, allowed)}
@@ -313,7 +324,9 @@ def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
 
 
 def _that_fit(planning: Planning, candidates: Sequence[Plan], count: int) -> Iterator[Plan]:
-    """Yield the first ``count`` distinct plans that fit when they are traced whole."""
+    """Yield the first ``count`` distinct plans of ``candidates`` that fit when they are traced whole, with
+    any tensors to recompute chosen.
+    """
     distinct = list(dict.fromkeys(candidates))
     if planning.request.ranks == 1:
         planning.pricer.trace_all(distinct[: count + 2])

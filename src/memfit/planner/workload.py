@@ -13,7 +13,8 @@ from memfit.types.workload import Workload
 
 
 def workload_of(job: Job, machine: str = "") -> Workload:
-    """Return the job's workload: model, number of parameters, batch size, and length or shape of a sample.
+    """Return the job's workload: model, number of parameters, batch size over all ranks, length or shape of a
+    sample, what of these was assumed, and the machine.
 
     The model is built without memory to count its parameters. A batch is made if the job gives no length.
     ``machine``: the machine's name; "" for none.
@@ -32,7 +33,8 @@ def workload_of(job: Job, machine: str = "") -> Workload:
 
 
 def _model(job: Job) -> str:
-    """Return the model's name such as ``protein-lm 650M``.
+    """Return the name by which answers call the model: those of the job and of its size, such as ``protein-lm
+    650M``.
 
     The size is omitted for Hugging Face jobs, whose model it does not change, and for "tiny", the default.
     """

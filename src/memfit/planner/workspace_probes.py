@@ -1,4 +1,4 @@
-"""Probe kernel workspaces on this machine.
+"""Probe kernel workspaces, memory that a kernel uses only while it runs, on this machine.
 
 Operators that could move a plan's peak run once, alone, in a child process, on made-up tensors of their
 shapes. The results are stored on disk, so that each operator is probed once.
@@ -44,10 +44,12 @@ Taken = tuple[int, int] | None
 
 
 def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
-    """Add the workspaces of this plan's operators that could move its peak to the calibration of ``pricer``.
+    """Add to the calibration of ``pricer`` the workspaces of those operators of the plan that could move its
+    peak.
 
-    They are read from the results stored on disk, or else probed in a child process and stored. Workspaces
-    that cannot be probed stay unknown; `cost.estimate` widens the interval by their bound.
+    They are read from the results stored on disk, or else probed in a child process and stored. The threads
+    of the calibration become torch's present number. Workspaces that cannot be probed stay unknown;
+    `cost.estimate` raises the upper end of the interval by their bound.
     """
     pricer.recalibrate(dataclasses.replace(pricer.calibration, threads=torch.get_num_threads()))
     stored_probes = _Kept.of(pricer.calibration.threads)
@@ -65,7 +67,8 @@ def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
 
 def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
     """Return the signatures of the plan's operators whose workspaces are not in the calibration and could
-    move its peak, for each rank the largest effect first. Operators that are too large to run are left out.
+    move its peak, for each distinct rank the largest effect first. Operators that are too large to be run
+    are left out: more than 2e10 FLOPs, or more than a quarter of the free memory.
     """
     most_bytes = _FREE_RATIO * local_machine.free_bytes()
     signatures: dict[str, None] = {}
@@ -98,7 +101,8 @@ def _learn(pricer: Pricer, workspaces: Mapping[str, Taken]) -> None:
 
 
 def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
-    """Return, by signature, the workspaces that a child process measured before its time limit.
+    """Return, by signature, the workspaces of the operators that a child process measured before its time
+    limit; empty if no process can be started.
 
     An operator that cannot run alone has None, as has the one at which the process was killed. Operators that
     were not reached are absent.

@@ -1,5 +1,6 @@
 """Find modules that must stay in float32: compare their own code in each precision with float64, and measure
-how far the loss and the gradients move if only they are narrow."""
+how far the loss and the gradients move if only these modules compute in the narrow dtype, bfloat16 or
+float16."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def _silent(stage: str, done: int, total: int) -> None:
 @dataclasses.dataclass(slots=True)
 class _Place:
     """Modules of one class whose paths differ only in numbers (``pattern`` has stars for these). ``found``:
-    path -> name of the mode -> errors, for the modules that were examined."""
+    path -> name of the mode -> errors, for the modules that were examined. ``loss_ratio``,
+    ``effect_ratio``: how far the loss, and the gradients of all other modules, move if only these modules
+    are narrow; None if that was not run."""
 
     pattern: str
     kind: str
@@ -115,8 +118,9 @@ def _trained(job: Job, steps: int, say: Say) -> nn.Module:
 
 
 def _few(job: Job, index: int) -> Any:
-    """Return the first samples of the batch of step ``index``: two, or as many as have 2**15 elements in the
-    batch's largest tensor, if the batch has so many."""
+    """Return the first samples of the batch of step ``index``: at least n and fewer than 2 n, so that equal
+    parts are cut, or all if there are fewer than n. n: as many samples as fit into 2**15 elements of the
+    batch's largest tensor, but at least two."""
     batch = job.make_batch(index, 0)
     length = batch_length(batch)
     elements = max(t.numel() for t in leaves(batch)) // length
@@ -124,8 +128,11 @@ def _few(job: Job, index: int) -> Any:
 
 
 def padded(batch: Any) -> Any:
-    """Return the batch with zeros in the last sixteenth of each mask: a tensor of ones with at least two
-    dimensions, of which the last has at least 16 elements and is the one that is cut.
+    """Return the batch with zeros in the last sixteenth of each mask, so that code for masked positions is
+    examined too.
+
+    A tensor counts as a mask if all its elements are one, it has at least two dimensions, of which the last
+    has at least 16 elements, and it needs no gradient. It is padded along its last dimension.
     """
 
     def pad(mask: torch.Tensor) -> torch.Tensor:
@@ -233,10 +240,10 @@ def _merged(results: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayError
 
 def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
     """Return why a module's own code must not run in ``mode`` but in float32: fails, overflow, inputs,
-    computation, gradient or spread; "" if it may, or if float32 would not help.
+    computation, gradient or spread; "" if it may run in ``mode``, or if float32 would not help.
 
-    ``errors``: by mode. ``effect``: how far the gradients of other modules move, None if unknown; "spread"
-    needs it.
+    ``errors``: by mode. ``effect``: how far the gradients of other modules move if only this module is
+    narrow, None if unknown; "spread" is returned only if it is known and large.
     """
     mode_errors, float32_errors, rounded_errors = errors[mode], errors["float32"], errors["rounded"]
     if mode_errors.failed and not float32_errors.failed:
@@ -275,7 +282,7 @@ def _rank(place: _Place) -> tuple[bool, float]:
 
 class _Whole:
     """Compares the loss and the gradients of the whole model in float32 with those if the own code of some
-    modules runs in the dtype ``low``."""
+    modules runs in the dtype ``low``. ``narrow``: a copy of the model with its parameters in ``low``."""
 
     def __init__(self, model: nn.Module, narrow: nn.Module, low: torch.dtype, batch: Any, job: Job) -> None:
         self.model, self.narrow, self.low, self.batch, self.job = model, narrow, low, batch, job
@@ -328,9 +335,9 @@ def _told(
 
 
 def _sums(place: Examined) -> bool:
-    """Return whether a place that need not be float32 relies on sums in float32: with narrow sums its error
-    would be above 2**-8, and more than twice that with narrow tensors alone. False for the root and the
-    loss."""
+    """Return whether modules that need not be float32 rely on kernels that sum in float32: with narrow sums
+    their error would be above 2**-8, and more than twice that with narrow tensors alone. False for the root
+    and the loss function."""
     return (
         not place.reason
         and place.pattern not in ("", LOSS)
@@ -373,8 +380,8 @@ def _told_place(place: _Place) -> Examined:
 
 
 def _named(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:
-    """Return patterns that match exactly the modules whose own code must not run in ``mode``; the root and
-    the loss function are left out."""
+    """Return patterns, as in ``fnmatch``, of the paths of exactly those modules of ``model`` whose own code
+    must not run in ``mode``; the root and the loss function are left out."""
     names = [n for n, _ in model.named_modules()]
     paths_by_pattern = [(p.pattern, _paths(p, mode)) for p in places if p.pattern not in ("", LOSS)]
     return tuple(p for pattern, paths in paths_by_pattern for p in _patterns(pattern, paths, names))

@@ -35,11 +35,12 @@ _MOVES: Final = frozenset(_MOVING.split())
 class RecordedCall:
     """A call of one module.
 
-    ``path``: of the module, or LOSS for the job's loss function. ``given``: (args, kwargs); ``made``: the
-    result. Their gradients are keyed by the index of the tensor among their tensors. ``inner``: calls of
-    children, in the order of the run. ``computes``: whether the module's own code computes on floating-point
-    tensors. ``dtypes``: name of a mode -> (dtypes of the tensors of given, those of made) in a real run in
-    that mode.
+    ``path``: of the module, or LOSS for the job's loss function. ``given``: copies of (args, kwargs);
+    ``made``: a copy of the result. ``given_grads``, ``made_grads``: the gradients of their tensors, by the
+    index of the tensor in the order of `leaves`; tensors without a gradient are absent. ``inner``: calls of
+    children, in the order of the run. ``computes``: whether the module's own code makes floating-point
+    tensors by computing, not by moving, copying or creating them. ``dtypes``: name of a mode -> (dtypes of
+    the tensors of given, those of made) in a real run in that mode.
     """
 
     path: str

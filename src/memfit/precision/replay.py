@@ -97,9 +97,9 @@ class ReplayedModule:
 
     ``outputs``: floating-point tensors that the module's own code gave to its children and to its caller.
     ``inputs``: those that it received from both. ``grads``: gradients of the inputs, None where there is
-    none. ``parameters``: the gradients of its parameters as one vector, None if there are none. ``born``:
-    operators that made non-finite values from finite ones. ``failed``: the error if the replay failed, else
-    ""; then all else but ``born`` is empty.
+    none. ``parameters``: the gradients of its parameters as one float64 vector, None if there are none.
+    ``born``: operators that made non-finite values from finite ones. ``failed``: the error if the replay
+    failed, and then all other fields but ``born`` are empty; "" if it did not fail.
     """
 
     outputs: list[torch.Tensor]
@@ -119,8 +119,10 @@ def play(
     listening: contextlib.AbstractContextManager[Any] | None = None,
     backward: bool = True,
 ) -> ReplayedModule:
-    """Run the own code of the call's module again in ``mode``, and ``backward`` if set. For the call of the
-    loss function, run ``loss``. ``listening``: context of the run; None: Births in a narrow mode, else none.
+    """Run the forward of the call's module again in ``mode``, with its children's recorded outputs in place
+    of the children, and, with ``backward``, its backward. For the call of the loss function, run ``loss``.
+
+    ``listening``: context manager around the forward; by default `Births` if the mode is narrow, else none.
     Errors that a precision may cause are not raised but described in ``failed`` of the result.
     """
     run = _Replay(call, mode)
@@ -155,8 +157,9 @@ class _Replay:
         self.handed = self.sources
 
     def enters(self, value: Any, dtypes: list[torch.dtype] | None) -> Any:
-        """Return the value with its floating-point tensors as inputs of a new autograd graph, in ``dtypes``,
-        by order of the tensors, or in the mode's default."""
+        """Return the value with its floating-point tensors as inputs of a new autograd graph. They are cast
+        to ``dtypes``, by order of all tensors of the value, or to the mode's ``arrives`` where that has no
+        entry."""
         memo: dict[int, torch.Tensor] = {}
         dtype_order = iter(dtypes or ())
 
@@ -216,8 +219,9 @@ class _Replay:
             self.ends = [(t.to(self.mode.rounded).to(t.dtype), g) for t, g in self.ends]
 
     def back(self) -> None:
-        """Run backward from the outputs with all recorded gradients divided by the largest of their values,
-        as loss scaling does: float16 ends at 6e-8. Do nothing if all are zero.
+        """Run backward from the outputs with all their recorded gradients divided by the largest of their
+        absolute values, so that they do not vanish in float16, whose smallest positive number is 6e-8. Do
+        nothing if all are zero.
         """
         pairs = [(t, g) for t, g in self.ends if g is not None and t.requires_grad]
         largest = max((float(g.abs().max()) for _, g in pairs if g.numel()), default=0.0)
@@ -279,9 +283,10 @@ def _broken(value: Any) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class ReplayErrors:
-    """Errors of a replay relative to the exact one. ``output``: the worst of the outputs; ``gradient``: the
-    worst error of the gradients of inputs and parameters, relative to their root mean square; ``born``:
-    operators that made non-finite values from finite ones, joined by commas; ``failed``: the error, if any.
+    """Errors of a replay relative to the one in float64. ``output``: the worst of the outputs; ``gradient``:
+    the worst error of the gradients of inputs and parameters, relative to their root mean square; ``born``:
+    operators that made non-finite values from finite ones, joined by commas; ``failed``: the error if the
+    replay failed, else "".
     """
 
     output: Gap
@@ -300,9 +305,10 @@ class ReplayErrors:
 
 
 def compare(exact: ReplayedModule, found: ReplayedModule) -> ReplayErrors:
-    """Return the errors of the replay ``found`` relative to ``exact``. Outputs that were not computed but
-    passed through are not compared. A gradient counts as at least a quarter as large as the largest one, and
-    the worst 1 % of its elements is left out. If ``found`` failed, its output is lost.
+    """Return the errors of the replay ``found`` relative to the replay ``exact``. Outputs that were not
+    computed but passed through are not compared. The error of a gradient is relative to its own root mean
+    square, or to a quarter of that of the largest gradient if that is more; the worst 1 % of its elements is
+    left out. If ``found`` failed, its output counts as lost.
     """
     output, gradient = Gap(), 0.0
     if found.failed:

@@ -47,11 +47,11 @@ def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]
 
 
 def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
-    """Return whether the user's existing machine can do the full size, then the PoC's answers at its own
-    size.
+    """Return whether the user's existing machine can train the job at its full size, then the PoC's two
+    answers on memory at the size that it ran.
 
-    If the user named no machine: the PoC's answers, that on the recommended plan first, and that the full
-    size is open.
+    If the user named no existing machine: the PoC's answers, that on the recommended plan first, and that
+    the question for the user's own machine is open until the case names it.
     """
     poc_sentences = answer(poc)[:2]
     existing_ways = [w for w in view.ways if w.slot.startswith("existing")]
@@ -127,9 +127,10 @@ def _doubtful(view: DecisionView) -> list[int]:
 
 
 def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """Yield the sentences below the table: that an option whose hours are all known may be cheaper, that the
-    PoC was already at this size, the time of a run and that of the reference, and what a machine can now
-    train that it could not with plain training. Each only where it applies; nothing without a best option.
+    """Yield the sentences below the table of options: that the cheapest option whose working hours are all
+    known may be cheaper than the best one, that the PoC was already at the size of the decision, the time of
+    a run and that of the reference, and up to which size a machine can train with a memory-saving plan and
+    with plain training. Each only where it applies; nothing without a best option.
     """
     if view.best is None:
         return
@@ -159,8 +160,8 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
 
 
 def _unknown(view: DecisionView, best: WayRow) -> Sentence:
-    """Return the sentence that the best option's cost is a lower bound, because hours of work are missing in
-    it; if it saves anything, with the cost of these hours up to which it does."""
+    """Return the sentence that the best option's cost is a lower bound, because working hours are missing in
+    it; if it is cheaper than the reference, with the cost of these hours up to which it is."""
     decision, reference = view.made, view.reference
     sheets = (decision.sheets[reference.index if reference else best.index], decision.sheets[best.index])
     allowance = (sheets[0].present_cost or 0.0) - (sheets[1].present_cost or 0.0)
@@ -255,10 +256,11 @@ def _stopped(view: DecisionView) -> Filled | None:
 
 
 def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | Figure, Sentence | Figure]:
-    """Return the name of ``gate``, what was found and what is required, ready for any language.
+    """Return (name of ``gate``, what was found, what is required) as sentences and figures, which can be
+    shown in any language.
 
-    ``gate``: (name, found, limit, whether it holds). A number that fails but reads like its limit gets more
-    digits.
+    ``gate``: (name, found, limit, whether it holds). A number that fails but would read like its limit gets
+    more digits.
     """
     name, result, limit, holds = gate
     result_value, limit_value = _gate_value(result, name), _gate_value(limit, name)
@@ -324,7 +326,8 @@ def engine_fact(text: str) -> Sentence | str:
 
 def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     """Yield the phrases for a meeting: what the best option costs, the stages, the main risks if they are
-    known, and one about each engine except replay."""
+    known, and for each engine except replay one on its upkeep and on whether it was used, could be used, or
+    lacks something for the recommended plan."""
     failed_gate = _stopped(view)
     yield claim(poc, view, failed_gate)
     yield staged(view, failed_gate)

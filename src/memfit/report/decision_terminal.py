@@ -20,8 +20,9 @@ _COLUMNS = ("initial", "running_per_year", "present_cost", "cost_per_run")
 
 
 def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> None:
-    """Print the four answers, the table of options if there is a best one, and the missing inputs. Raises
-    UserError for an unknown `lang`."""
+    """Print the answers to the four questions; if there is a best option, the table of options, how certain
+    the saving is, and what the best option brings; and the inputs that are missing. Raises UserError for an
+    unknown `lang`."""
     words, view = load_words(lang), decision_view(poc, made)
     for name, sentences in view.questions.items():
         console.print(Text(words.get(f"decide.{name}_q"), style="bold"))

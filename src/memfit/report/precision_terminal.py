@@ -17,8 +17,10 @@ _COLUMNS: Final = ("module", "why", "alone", "gradient", "autocast", "loss")
 
 
 def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> None:
-    """Print a table of the modules that need float32 and of the worst `MOST` of the others, then the line for
-    the Job and what it changes. Raises UserError for an unknown `lang`."""
+    """Print a table of the modules that need float32 and of the worst `MOST` of those that do not; then
+    whether the loss function or the root needs it, the ``islands=`` lines for the Job, the modules that rely
+    on sums in float32, and how far the loss moves without and with the islands. Raises UserError for an
+    unknown `lang`."""
     words = load_words(lang)
     title = words.get(
         "precision.title",

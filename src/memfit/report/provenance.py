@@ -1,6 +1,6 @@
 """Sources of the report's figures: its runs, predictions, tests and machines.
 
-Each has an anchor to which its figures link.
+Each has an anchor, an id in the HTML page, to which its figures link.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def run_anchor(index: int) -> str:
 
 
 def group_anchor(role: str, plan: Plan) -> str:
-    """Return the anchor of all completed runs of one plan in one role."""
+    """Return the anchor of the runs of one plan in one role taken together: of those that completed, or of
+    all if none did."""
     return _named("runs", role, plan.fingerprint)
 
 
@@ -73,7 +74,8 @@ def paper_anchor(index: int) -> str:
 
 
 def reach_anchor(index: int) -> str:
-    """Return the anchor of the PoC's result on the largest size that fits with this index, from 0."""
+    """Return the anchor of the entry with this index, from 0, in the PoC's list of the largest sizes that fit
+    a machine."""
     return f"reach-{index + 1}"
 
 
@@ -106,7 +108,9 @@ def machine_anchor(name: str) -> str:
 
 
 def poc_records(poc: Poc, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
-    """Return the records of the PoC: itself, its runs, runs of one plan together, predictions, and tests.
+    """Return the records of the PoC: itself, its runs, the runs of each plan together, its predictions (at
+    its own size, at paper size, and of the largest sizes that fit), its verdicts and interaction tables, and
+    the source of the metric's margin if it is known.
 
     `case_created`: when predictions for the job's published sizes were stored, which gives a record too; ""
     if there are none.

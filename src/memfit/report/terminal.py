@@ -49,8 +49,8 @@ Parts = Sequence[tuple[str, Figure, Figure]]
 
 
 def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
-    """Print the workload, the answer, every run, why runs failed, the verdicts, the effort, the notes, how
-    long it took, and the report's path.
+    """Print the workload, that the PoC was interrupted if it was, the answer, every run, why runs failed, the
+    verdicts, the effort, the notes, the report's path, and how long the PoC took.
 
     Raises UserError for an unknown `lang`.
     """
@@ -80,10 +80,12 @@ _COSTED_STEPS = 1000
 def print_search(
     result: SearchResult, *, console: Console, lang: str, correction: Calibration | None = None
 ) -> None:
-    """Print the need of plain training, the frontier (at most twelve rows, and the recommended plan), the
-    recommended plan with its reasons, and what changes of the machine would bring. Without a recommended plan
-    print what the smallest needs. ``correction``: the calibration by which step times were corrected. Raises
-    UserError for an unknown `lang`."""
+    """Print the goal and the memory cap, the memory and the step time of plain training, cautions, and the
+    frontier (at most twelve rows, and the recommended plan); then the plans tried for a few steps, the
+    recommended plan with the cost of 1,000 steps and its reasons, and what changes of the machine would
+    bring. Without a recommended plan, print after the frontier only what the smallest plan needs.
+    ``correction``: the calibration by which step times were corrected. Raises UserError for an unknown
+    `lang`."""
     words, view = load_words(lang), search_view(result)
     cap = _text(view.cap, words)
     goal = words.name("goal", view.goal)
@@ -181,8 +183,10 @@ def _correction(calibration: Calibration, words: Words) -> str:
 
 
 def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
-    """Print the predicted memory, whether the host has enough, warnings, the first `MOST_ASSUMPTIONS`
-    assumptions, and what the peak consists of. Raises UserError for an unknown `lang`."""
+    """Print the predicted memory and step time, whether the host has enough memory, the probability that the
+    plan does not fit, the phase and operator at the peak, a warning if splitting the batch may change the
+    training, the first `MOST_ASSUMPTIONS` assumptions, what the peak consists of, and what is not included;
+    each only if it is known or applies. Raises UserError for an unknown `lang`."""
     words, view = load_words(lang), estimate_view(estimate)
     peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
     console.print(Text(words.get("terminal.estimate", plan=view.plan), style="bold"))

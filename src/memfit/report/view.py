@@ -1,4 +1,5 @@
-"""Convert a Poc to plain tables and series: figures with their marks and sources, no words and no markup.
+"""Convert a Poc to plain tables and series: figures with their marks (measured, predicted or assumed) and
+sources, no words and no markup.
 
 The measured peak, step time and metric of a run that did not complete are left out. Runs of one plan are
 pooled in tables with one line per plan.
@@ -208,7 +209,8 @@ def _rung(runs: Sequence[Run], base_bytes: int | None) -> Rung:
 
 
 def thin(values: Sequence[int], most: int = MAX_POINTS) -> tuple[int, ...]:
-    """Return the values; of more than `most`, the largest of each of `most` bins, so that no peak is lost."""
+    """Return the values; of more than `most`, the largest of each of `most` consecutive bins of about equal
+    length, so that no peak is lost."""
     if len(values) <= most:
         return tuple(values)
     edges = [i * len(values) // most for i in range(most + 1)]
@@ -280,7 +282,8 @@ def _test(verdict: Verdict) -> Sentence:
 
 
 def _why(verdict: Verdict, cause: Cause) -> Sentence:
-    """Return the reason of the verdict. Seeds and steps are names here, not quantities."""
+    """Return the reason of the verdict as a sentence. The numbers of seeds and steps are put in as text, not
+    as figures with a mark, because they are names and not quantities."""
     values: dict[str, Figure | str | Sentence] = {
         "pairs": measured(verdict.pairs, "count"),
         "seed": str(cause.seed),

@@ -8,8 +8,8 @@ from memfit.types.workload import Workload
 
 
 def workload_text(workload: Workload, words: Words | None = None) -> str:
-    """Return the line that describes the workload, with the options for what was set by default; in English
-    if there are no ``words``."""
+    """Return the line that describes the workload. If the batch or the length was set by a default, it says
+    so and names the command-line option that sets it. In English if ``words`` is None."""
     words = words or load_words("en")
     count = workload.parameter_count
     parameters = number_text(count, "parameters" if count >= 1000 else "count")

@@ -1,1 +1,1 @@
-"""Child processes, this machine, memory caps, meters, and benchmarks of single operators."""
+"""Child processes, this machine, memory caps, meters, checkpoints' layout, and benchmarks of operators."""

@@ -198,7 +198,7 @@ class TensorPlace:
 
 def places(step: TrainingStep) -> dict[str, TensorPlace]:
     """Return the place of every parameter of which this rank holds a part, by its name without wrappers
-    (`clean`). Owners are fp32 masters if there are any."""
+    (`clean`). Owners of trained parameters are fp32 masters if there are any (`TensorPlace`)."""
     names = {p: clean(n) for n, p in step.model.named_parameters()}
     optimizer: Any = step.optimizer
     fused_parts = {clean(n): parts for n, parts in step.bench.fused_rows.items()}
@@ -267,8 +267,8 @@ def _deepspeed3(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
 
 
 def spread(step: TrainingStep) -> None:
-    """Update the model's parameters from the fp32 masters, after these were read from a checkpoint. Do
-    nothing if there are no masters. All ranks must call it, because ZeRO gathers parameters."""
+    """Update the model's parameters on all ranks from the fp32 masters, after these were read from a
+    checkpoint. Do nothing if there are no masters. All ranks must call it: ZeRO gathers parameters."""
     optimizer: Any = step.optimizer
     with torch.no_grad():
         if hasattr(optimizer, "shards"):
@@ -312,9 +312,9 @@ def clean(name: str) -> str:
 
 
 def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return the torch optimizers inside ``optimizer``, which is one or wraps one or several in its attribute
-    ``optimizers``, ``inner``, ``optimizer`` or ``optim``. Raises UserError if the innermost object is not a
-    torch optimizer."""
+    """Return the torch optimizers inside ``optimizer``, which is one or wraps one or several (a list or a
+    mapping) in the first that it has of the attributes ``optimizers``, ``inner``, ``optimizer`` and
+    ``optim``. Wrappers may be nested. Raises UserError if an innermost object is not a torch optimizer."""
     attributes = vars(optimizer)
     inner = next(
         (attributes[n] for n in ("optimizers", "inner", "optimizer", "optim") if n in attributes), None
@@ -334,11 +334,11 @@ def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def make_states(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]) -> None:
-    """Create the state that the optimizer makes in its first step, by steps with zero gradients, one
+    """Create the state that the optimizer makes in its first step, by steps with zero gradients, one trained
     parameter at a time. The caller then overwrites parameters and state with those of a checkpoint, because
-    these steps may change them. Existing gradients become zero. ``flats`` holds the tensors that the
-    optimizer will get; it is used only if the optimizer has no parameters between steps (DeepSpeed's ZeRO
-    3)."""
+    these steps may change them. Existing gradients are kept but become zero. ``flats`` holds the tensors that
+    the optimizer will get; it is used only if the optimizer has no trained parameters between steps, as under
+    DeepSpeed's ZeRO 3."""
     grads = {p: p.grad for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
     for param in grads:
         param.grad = None

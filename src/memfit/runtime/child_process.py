@@ -86,7 +86,8 @@ def run(
 
 
 class _Watch:
-    """A running child and what it has reported so far."""
+    """A child, which constructing this starts, and what it has reported so far. `end` must be called, also
+    after an error."""
 
     def __init__(self, config: LaunchConfig, folder: str, errors: IO[bytes], stop: threading.Event) -> None:
         self._spec, self._errors, self._stop = config.spec, errors, stop
@@ -164,7 +165,7 @@ class _Watch:
 
     def end(self) -> None:
         """Kill the child's process group, wait for the child, and read the out-of-memory kills of its control
-        group before removing it."""
+        group, if it may have one, before removing that."""
         # macOS forbids signals to a group of zombies.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -199,8 +200,9 @@ class _Watch:
         """Return the outcome and reason of an end without a result: stopped, out of time, out of memory or
         failed.
 
-        SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one. Any exit code
-        but 0 counts as out of memory if the end of standard error says so.
+        SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one since the start,
+        in the child's control group or on this machine. Any exit code but 0 counts as out of memory if the
+        end of standard error says so.
         """
         code, lines = self._process.returncode, self._last_words()
         if self._timed_out and self._stop.is_set():

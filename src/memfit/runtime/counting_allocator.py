@@ -68,16 +68,16 @@ class Log(NamedTuple):
 
 
 def thin(live_bytes: Iterable[int], points: int) -> tuple[int, ...]:
-    """Return at most `points` values: the maximum of each run of adjacent values, so that the peak is kept.
-    Runs are of equal length, except the last."""
+    """Return at most `points` values (at least 1): the maximum of each run of adjacent values, so that the
+    peak is kept. Runs are of equal length, except the last. Return an empty tuple if there are no values."""
     values = tuple(live_bytes)
     per_point = -(-len(values) // points) or 1
     return tuple(max(values[i : i + per_point]) for i in range(0, len(values), per_point))
 
 
 def available() -> str | None:
-    """Build the allocator's library, unless it is in the cache. Return None if this succeeds, else the reason
-    in one line. Nothing is loaded or installed."""
+    """Build the allocator's library, unless it is in the cache. Return None if it is there then, else the
+    reason why it cannot be built, in one line. Nothing is loaded or installed, which may still fail."""
     try:
         _build()
     except AllocatorUnavailable as error:
@@ -127,8 +127,8 @@ class CountingAllocator:
         self._log_start_bytes = int(self._library.memfit_start_log())
 
     def stop_log(self) -> Log:
-        """Stop logging and return the log since start_log. Raises MemoryError if the cap left no memory for
-        the log."""
+        """Stop logging and return the log since start_log, which must have been called. Raises MemoryError if
+        no memory was left for the log, as under a memory cap."""
         length = int(self._library.memfit_stop_log())
         if length < 0:
             raise MemoryError("the log of allocations is incomplete: no memory was left for it")

@@ -32,9 +32,10 @@ def gloo_threads(*names: str) -> list[int]:
 
 @contextlib.contextmanager
 def gloo_first(settle: bool = True, *, patient: bool = False) -> Iterator[Callable[[], bool]]:
-    """Yield a function that asks the system to run gloo's current threads whenever they are ready, and
-    returns whether the system agreed. It returns False if the user has no permission, if there are no such
-    threads, and, without asking, if ``settle`` is False. Scheduling is restored at the end.
+    """Yield a function that asks the system to run gloo's current threads before others whenever they are
+    ready (real-time scheduling), and returns whether the system agreed. It returns False if the user has no
+    permission, if there are no such threads, and, without asking, if ``settle`` is False. When the context
+    ends, gloo's threads get ordinary scheduling again.
 
     With ``patient``, waiting for a collective takes half a millisecond longer, and gathers run one after the
     other, which makes memory measurements accurate and time measurements inaccurate.
@@ -54,8 +55,9 @@ def gloo_first(settle: bool = True, *, patient: bool = False) -> Iterator[Callab
 
 @contextlib.contextmanager
 def _patient() -> Iterator[None]:
-    """Make waiting for a collective take half a millisecond longer, so that a gloo thread that has reported
-    completion can free what it holds. Without this, threads on several cores race, whatever their priority.
+    """Inside this context, waiting for a collective takes half a millisecond longer, so that a gloo thread
+    that has reported completion can free what it holds. Without this, threads on several cores race, whatever
+    their priority.
     A call that starts a gather into one tensor (ZeRO's) returns when the gather is complete, so that gathers
     run one after the other, as they are predicted, and not two at a time on two threads."""
     import torch.distributed as dist

@@ -57,7 +57,7 @@ class MemoryLimit:
         self.footprint_bytes = self._cap.apply(self.cap_bytes)
 
     def lift(self) -> None:
-        """Remove the cap. Calling this again does nothing."""
+        """Remove the cap that `apply` has set. Calling this again does nothing."""
         if not self._lifted:
             self._lifted = True
             self._used_bytes = self._cap.used_bytes()
@@ -67,7 +67,7 @@ class MemoryLimit:
 
     def used_bytes(self) -> int | None:
         """Return the peak in bytes above the footprint, from apply() to lift() (or to now, before lift()), as
-        the cap counts it. Return None if it is unknown."""
+        the cap counts it. Return None if it is unknown. To be called after apply()."""
         return self._cap.used_bytes() if self._used_bytes is None else self._used_bytes
 
 
@@ -112,8 +112,8 @@ def _data_limit_holds() -> bool:
 
 
 class _DataLimit:
-    """A cap by RLIMIT_DATA, which counts private writable memory, touched or not (VmData). A lower limit that
-    the process already has stays."""
+    """A cap by RLIMIT_DATA, which counts private writable memory, touched or not (VmData). If the process
+    already has a lower limit, that stays in force instead."""
 
     kind = "RLIMIT_DATA"
 
@@ -165,8 +165,8 @@ class _Cgroup:
 
 
 class _CudaFraction:
-    """A cap by torch's caching CUDA allocator, which limits the memory that this process reserves from the
-    device."""
+    """A cap by torch's caching CUDA allocator, which limits the memory that it reserves from the device for
+    this process. What it holds at `apply` is the footprint. `lift` allows the whole device."""
 
     kind = "cuda fraction"
 

@@ -37,11 +37,13 @@ _SCHEDULED = Path("/proc/thread-self/schedstat")
 def calibrate(
     signatures: Iterable[str], *, budget_s: float, counter: PeakCounter, rates: bool = True
 ) -> Calibration:
-    """Return the times and peak bytes of the operators that ``signatures`` describe (JSON, see `ready`).
+    """Return the times (medians) and peak bytes of the operators that ``signatures`` describe (JSON, see
+    `ready`).
 
-    They are run in order; none is begun after ``budget_s`` seconds. With ``rates``, this time includes first
-    measuring the machine itself: matrix products, copies, the disk and the overhead of a call. Operators that
-    cannot run alone are listed in ``not_timed``; those for which no time was left are not listed.
+    They are run in order; none is begun after ``budget_s`` seconds. With ``rates``, the machine itself is
+    measured first, within this time: matrix products, copies, the disk and the overhead of a call. Operators
+    that cannot run alone are listed in ``not_timed``; those for which no time was left are in no list.
+    ``counter`` measures the peaks.
     """
     start, waited_s = time.perf_counter(), _waited_s()
     machine = _rates() if rates else Calibration()
@@ -202,8 +204,8 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 
 def _best_s(call: Callable[[], Any]) -> float:
-    """Return the shortest time of a few calls (10, or fewer if they are long), because other work on the
-    machine only adds time."""
+    """Return the shortest time of a few calls: 10, or fewer if they take 0.1 s together before. It is the
+    shortest because other work on the machine only adds time."""
     times_s: list[float] = []
     while len(times_s) < _REPEATS and sum(times_s) < _OP_LIMIT_S:
         start = time.perf_counter()
@@ -213,7 +215,8 @@ def _best_s(call: Callable[[], Any]) -> float:
 
 
 def _typical_s(call: Callable[[], Any]) -> tuple[float, float]:
-    """Return (median time of a few calls, by which fraction it lies above the shortest).
+    """Return (median time of 2 to 9 calls, fewer if they are long; by which fraction it lies above the
+    shortest).
 
     As in a step, the calls do not find their operands in the innermost caches: the shortest of consecutive
     calls is about a quarter below the time in a step. Time in which a call waited for a CPU that another

@@ -66,7 +66,7 @@ def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a free TCP port on the loopback interface."""
+    """Return a TCP port of the loopback interface that is free now. It is not reserved."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

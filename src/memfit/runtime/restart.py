@@ -27,10 +27,10 @@ def run_through(
     """Call ``start(spec, on_event)``, which runs all ranks, and return its measurements, one per rank.
 
     If ``spec`` saves checkpoints and a rank died in training, ``start`` is called again, up to `RESTARTS`
-    times, to resume from the newest complete checkpoint (from the beginning if there is none). If a restarted
-    rank ends well, its losses and number of steps are those of all starts together, and everything else is
-    from the last start. ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted", "why":
-    ...})`` before each restart.
+    times, to resume from the newest complete checkpoint (from where the run began if there is none). If a
+    restarted rank ends well, its losses and number of steps are those of all starts together, and everything
+    else is from the last start. ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted",
+    "why": ...})`` before each restart.
     """
     losses: dict[int, dict[int, float]] = {rank: {} for rank in range(spec.plan.ranks)}
 
@@ -60,8 +60,8 @@ def _died(measurement: Measurement) -> bool:
 
 
 def _newest(keep: Keep) -> Keep:
-    """Return ``keep`` set to resume from the newest complete checkpoint, and with the reasons why newer ones
-    were passed over. Return it unchanged if there is no complete checkpoint."""
+    """Return ``keep`` set to resume from the newest complete checkpoint in its folder, and with the reasons
+    why newer ones were passed over. Return it unchanged if there is no complete checkpoint."""
     try:
         path, _, passed_over = checkpoints.find(Path(keep.save))
     except UserError:

@@ -1,4 +1,5 @@
-"""The structure that every technique has, and the workbench that techniques change."""
+"""The classes that define a technique, and the workbench: the training step under construction, which
+techniques change."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ class RunsPipeline(Protocol):
     """Runs the pipeline stages of one rank for a training step.
 
     ``micro_batches`` is the number of pieces into which the training step cuts each micro-batch of gradient
-    accumulation. ``ending`` holds the modules inside the blocks of a stage while that stage runs its last
-    backward of the step, and is empty otherwise.
+    accumulation. ``ending`` holds the modules inside the blocks of a stage from the start of that stage's
+    last backward of the step until the next backward of any stage begins. Otherwise it is empty.
     """
 
     micro_batches: int
@@ -46,7 +47,8 @@ class RunsPipeline(Protocol):
         on every stage.
 
         ``weighted`` returns the loss of a piece times its share. ``mark`` is called with each phase that
-        begins. ``last`` says that the optimizer's step comes next, so that gradients are reduced.
+        begins (forward or backward). ``last`` says that the optimizer's step comes next, so that gradients
+        are reduced over ranks.
         """
 
 
@@ -125,7 +127,7 @@ class Space:
 class Technique:
     """A memory-saving technique.
 
-    - ``effect`` says what the technique may do to the numbers.
+    - ``effect`` says how the technique may change the numbers that training computes.
     - ``apply`` changes the workbench. Techniques of smaller ``order`` are applied first.
     - ``settings(space)`` gives the knob settings worth searching, in addition to leaving the technique out.
       Knobs that they omit have their default values.
@@ -183,7 +185,8 @@ class Workbench:
       traced on fake CPU tensors.
     - ``make_optimizer`` is called with the trainable parameters once all techniques are applied.
     - ``forward_contexts`` surround the forward and loss of each micro-batch.
-    - ``before_micro_batch`` is called with whether the micro-batch is the last of the step.
+    - Each of ``before_micro_batch`` is called with whether the micro-batch is the last of the step; with a
+      ``pipeline``, before each backward.
     - ``call`` is what the job's loss gets as its model, or None for the model itself.
     - ``first_part(n)`` returns the first of n equal parts of the job's first batch.
     - ``pipeline`` runs forward and backward if the plan has pipeline stages; otherwise it is None.

@@ -3,10 +3,11 @@
 Attention over the rows of a pair representation makes tensors of residues^3 elements, though its rows are
 independent. Such modules are found by trial, not by name: a small copy with random parameters runs on random
 inputs, whole and on a slice of them. If the slice of the output is the same, that axis can be cut. Modules
-are cut until one slice allocates less than a budget inside. Each slice is checkpointed, so that only one
-slice's inner tensors exist at a time. By default, the budget is half of the output of that module which
-allocates the most inside. That output exists anyway, so smaller slices would save little more. (The idea of
-FastFold's AutoChunk, Cheng et al. 2022, arXiv 2203.00854.)
+are cut so finely that one slice allocates at most a budget of memory inside. Each slice is checkpointed, so
+that only one slice's inner tensors exist at a time. By default, the budget is half of the output of that
+module which allocates the most inside, but at most half of what it allocates. That output exists anyway, so
+smaller slices would save little more. (The idea of FastFold's AutoChunk, Cheng et al. 2022, arXiv
+2203.00854.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Regions of a model as pairs of graphs, forward and backward, that run kernel by kernel."""
+"""Modules that torch.compile would compile, as pairs of graphs (forward and backward) that run kernel by
+kernel. Fused kernels allocate their results as compiled code would, but compute nothing."""
 
 from __future__ import annotations
 
@@ -53,10 +54,13 @@ _REDUCTIONS = frozenset(
 class Region:
     """Calls a module through its two graphs, and, where gradients are disabled, through its own forward.
 
-    ``graphs`` is shared by the regions of one model, so that modules of the same class, names and shapes
-    share a `Pair`. ``recompute`` is set if the compiled module is checkpointed inside. It returns a new
+    ``graphs`` is shared by the regions of one model. Modules of one class share a `Pair` if the names of
+    their parameters and buffers and the shapes, strides, dtypes and requires_grad of all tensors are equal.
+    Arguments that are no tensors are not compared; the pair keeps those of its first call.
+
+    ``recompute`` is set if operators inside the compiled module are checkpointed, else None. It returns a new
     predicate that is called with forward's operators in their order and says whether the result of each is
-    kept.
+    kept for backward.
     """
 
     def __init__(self, module: torch.nn.Module, graphs: dict[Any, Any]) -> None:
@@ -99,9 +103,9 @@ def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 class Pair:
-    """Forward and backward of one function of tensors, as schedules of kernels. ``static`` holds the indices
-    of tensors that stay alive anyway (parameters, buffers), which cost nothing to keep for backward.
-    ``recompute`` is as in `Region`."""
+    """Forward and backward of the function ``call`` of ``tensors``, as schedules of kernels. ``static`` holds
+    the indices of those tensors that stay alive anyway (parameters, buffers), which cost nothing to keep for
+    backward. ``recompute`` is as in `Region`."""
 
     def __init__(
         self,
@@ -142,9 +146,9 @@ def _tag(joint: Any, names: set[str], keeps: Callable[[Any], bool]) -> None:
 def _joint(
     call: Callable[..., Any], tensors: list[torch.Tensor]
 ) -> tuple[Any, list[Any], bool, int, set[str]]:
-    """Trace the joint graph of forward and backward of ``call`` on fake tensors shaped like ``tensors``,
-    unseen by active modes. Return the graph, the fake tensors, whether the output is a single tensor, the
-    number of outputs, and the names of forward's nodes."""
+    """Trace the joint graph of forward and backward of ``call`` on fake tensors shaped like ``tensors``.
+    Active dispatch modes are off meanwhile. Return the graph, the fake tensors, whether the output is a
+    single tensor, the number of outputs, and the names of forward's nodes."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -245,7 +249,8 @@ class _Kernel:
 
 class Schedule:
     """A graph's kernels in the order in which they run. Unfused kernels keep the graph's order; before each,
-    and at the end for the graph's results, come the kernels on which it depends."""
+    and at the end for the graph's results, come the kernels on which it depends. Kernels on which none of
+    these depend are left out."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -340,9 +345,9 @@ def _alone(node: fx.Node) -> bool:
 
 
 def _levels(calls: list[fx.Node]) -> dict[fx.Node, int]:
-    """Return the level of each node, the largest number of unfused kernels on a path that leads to it. Nodes
-    are fused within one level. A node that is no reduction and is read only by fused nodes is moved to the
-    lowest level on which it is read."""
+    """Return the level of each node, the largest number of unfused kernels on a path that leads to it, itself
+    not counted. Nodes are fused within one level. A fused node that is no reduction and is read only by fused
+    nodes is moved up to the lowest level on which it is read."""
     level: dict[fx.Node, int] = {}
     for node in calls:
         earlier_levels = [level[i] + _extern(i) for i in node.all_input_nodes if i in level]

@@ -1,5 +1,5 @@
 """Deferred logits and their chunked cross-entropy. This module imports torch, so it is loaded when the
-technique is applied."""
+technique chunked-cross-entropy is applied."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class LazyLogits:
     """Stands for ``linear(hidden, head)``, shape ``(..., vocabulary)``, cast to ``cast`` if that is set,
     until its values are needed.
 
-    It is not a tensor subclass. It knows its shape. Reshapes, indexing and casts that leave the vocabulary
-    whole return deferred logits. A plain cross-entropy is computed in ``chunks`` parts. Every other use
-    computes the real logits. Once computed they are kept, so that changes in place persist, and every later
-    use is of them.
+    It is not a tensor subclass. Its shape, dtype and device are known without computing. Reshapes, indexing
+    and casts that leave the vocabulary whole return deferred logits. A plain cross-entropy is computed in
+    ``chunks`` parts. Every other use computes the real logits. Once computed they are kept, so that changes
+    in place persist, and every later use is of them.
     """
 
     def __init__(
@@ -129,9 +129,10 @@ _NO_EFFECT = {"weight": None, "size_average": None, "reduce": None, "label_smoot
 
 
 def _plain(lazy: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a cross-entropy with these arguments can be chunked: class indices against rows of
-    logits that have not been computed, with no options but ignore_index and reduction, or with options of no
-    effect. With more dimensions than two, the classes would be along the second one."""
+    """Return whether a cross-entropy with these arguments can be chunked, unless its reduction is "none":
+    class indices against rows of logits that have not been computed, with no options but ignore_index and
+    reduction, or with options of no effect. Logits must have two dimensions; with more, the classes would be
+    along the second one."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
     has_rows = lazy.made is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
     allowed_names = {"input", "target", "ignore_index", "reduction"}
@@ -173,8 +174,8 @@ def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) ->
 
 def _cast(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits:
     """Return deferred logits whose real logits will have the dtype that the method ``name`` is given, or
-    ``lazy`` itself if it is given none. The cross-entropy of each chunk is computed in float32 in any
-    case."""
+    ``lazy`` itself if it is given none. Other arguments of ``to``, such as a device or a tensor, have no
+    effect. The cross-entropy of each chunk is computed in float32 in any case."""
     dtypes_by_method = {
         "float": (torch.float32,),
         "type_as": (getattr(args[0], "dtype", None) if args else None,),

@@ -20,7 +20,8 @@ def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.n
     """Return, by path, the modules whose path matches a pattern (with * and ?), without those inside another
     match.
 
-    Raises UserError if a pattern matches no module, unless the model keeps only the first of its blocks.
+    Raises UserError if a pattern matches no module, unless the model is a shortened one that keeps only the
+    first of its blocks (``has_few_blocks``).
     """
     modules = dict(model.named_modules()) if patterns else {}
     islands: dict[str, torch.nn.Module] = {}
@@ -45,8 +46,9 @@ def keep(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
     """Make the job's islands, the modules that match ``Job(islands=...)``, compute in float32, and enter them
     in ``bench.islands``. ``carried`` holds the names of techniques that an engine applies itself.
 
-    Raises UserError if a pattern of the job matches no module, or if an island has parameters and zero, or a
-    technique in ``carried``, has precision bf16, which it applies to all parameters.
+    Raises UserError if a pattern of the job matches no module (see `find`), or if an island has parameters
+    and the plan has zero, or a technique in ``carried``, with the setting precision=bf16, because these cast
+    all parameters.
     """
     bench.islands = find(bench.model, bench.job.islands)
     outer_dtype = surroundings(plan)

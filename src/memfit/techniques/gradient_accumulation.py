@@ -1,7 +1,7 @@
-"""Gradient accumulation: the batch is trained in `micro_batches` parts.
+"""Gradient accumulation: each rank's batch is trained in ``micro_batches`` parts, one after the other.
 
-Activations shrink by that factor. Gradients are summed in another order (E1). Each part's mean loss is
-weighted by its share of the loss terms, so that padding does not bias the sum.
+The memory of activations shrinks by that factor. Gradients are summed in another order (E1). Each part's mean
+loss is weighted by its share of the loss terms, so that padding does not bias the sum.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scaling of the loss for float16."""
+"""Dynamic scaling of the loss, so that gradients do not underflow in float16."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class LossScale:
         return float(self.groups[0]["loss_scale"])
 
     def unscaled(self, norm: torch.Tensor, params: list[torch.nn.Parameter]) -> bool:
-        """Divide the gradients and ``norm``, which all ranks share, by the scale, unless they overflowed;
-        then adjust the scale. Return False if the step must be skipped: they overflowed and the scale could
-        still be halved."""
+        """Divide the gradients of ``params`` and their ``norm``, which is the same on all ranks, by the
+        scale, unless the norm is not finite. In either case adjust the scale then. Return False if the step
+        must be skipped: the norm is not finite and the scale could still be halved."""
         import torch
 
         finite = math.isfinite(float(norm))

@@ -1,4 +1,5 @@
-"""Offload of saved tensors: what backward needs is moved to disk or host memory and read back (E0)."""
+"""Offload of saved tensors: what backward needs is moved to disk or host memory and read back. Results are
+bitwise equal (E0)."""
 
 from __future__ import annotations
 
@@ -122,9 +123,9 @@ class DiskSpool(_Away):
 
 
 class Spool:
-    """A temporary file divided into places, made at the first write. A free place is reused for data of the
-    same size before the file grows, because overwriting pages that the kernel holds is several times faster
-    than writing new ones."""
+    """A temporary file divided into places. The first write creates it. A free place is reused for data of
+    the same size before the file grows, because overwriting pages that the kernel holds is several times
+    faster than writing new ones."""
 
     def __init__(self) -> None:
         self._file: Any = None

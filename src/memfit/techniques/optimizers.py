@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
-    """Return the maker of plain training's optimizer: ``choice.make`` if it is set, else torch's optimizer of
-    the chosen name. ``foreach`` is set explicitly to what torch chooses for the device (on for CUDA, off for
-    CPU; always off for Adafactor), because a CUDA prediction is traced on CPU tensors. Raises UserError for
-    an unknown name."""
+    """Return the maker of plain training's optimizer: ``choice.make`` if it is set (see `_own`), else torch's
+    optimizer of the chosen name. Its ``foreach`` is set explicitly to what torch chooses for the device (on
+    for CUDA, off for CPU; always off for Adafactor), because a CUDA prediction is traced on CPU tensors.
+    Raises UserError for an unknown name."""
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
     if choice.make is not None:
         return functools.partial(_own, choice.make, device)
@@ -64,8 +64,9 @@ def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter
 
 
 def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
-    """Return a maker of torch's AdamW. ``kernel`` is "fused" (the update is one kernel) or "single" (one
-    parameter after the other, as in torch before 2.0)."""
+    """Return a maker of torch's AdamW with the numbers of the job's optimizer, whichever that is. ``kernel``
+    is "fused" (the update is one kernel) or "single" (one parameter after the other, as in torch before
+    2.0)."""
 
     def make(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
         import torch
@@ -126,7 +127,8 @@ def _apply_paged(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
-    """Change the optimizer so that new tensors of its step are placed in host memory, and return it."""
+    """Change the optimizer so that a trace counts new tensors of its step as host memory, and return it. In a
+    real run its step is unchanged."""
     step = optimizer.step
 
     def on_host() -> None:

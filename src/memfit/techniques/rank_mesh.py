@@ -27,11 +27,12 @@ SEVERAL = frozenset({*_DEGREE_OF, *_REPLICATED, *_SHARDED, "expert-parallel"})
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Degrees along the mesh dimensions. Their product is the number of ranks of the plan.
+    """Degrees (numbers of ranks) along the mesh dimensions. Their product is the number of ranks of the plan.
 
-    Data-parallel ranks form ``replicate`` groups of ``shard`` ranks, and the ranks of a group share the model
-    state. ``context`` is the number of ranks that share a sample, cut along its sequence or its axes. With
-    ``owned``, whole parameters belong to one rank each, so that all ranks may differ in memory.
+    Data-parallel ranks form ``replicate`` groups of ``shard`` ranks, and the model state is divided among the
+    ranks of a group. ``context`` is the number of ranks among which each sample is divided, along its
+    sequence or its axes. With ``owned``, whole parameters belong to one rank each, so that all ranks may
+    differ in memory.
     """
 
     pipeline: int = 1
@@ -71,11 +72,11 @@ class Layout:
         return place["replicate"] * self.shard + place["shard"]
 
     def distinct_ranks(self) -> tuple[int, ...]:
-        """Return ranks that stand for all: the first rank of the first, the second and the last pipeline
-        stage. Stages between the second and the last differ from the second only in keeping fewer
-        micro-batches. Along dimensions other than the pipeline, rank 0 has the largest shard and all ranks do
-        the same work. If parameters are owned, return the first eight ranks, which get the first parameters
-        and therefore the most."""
+        """Return ranks whose memory stands for that of all: the first rank of the first, the second and the
+        last pipeline stage. Stages between the second and the last differ from the second only in keeping
+        fewer micro-batches. Along dimensions other than the pipeline, rank 0 has the largest shard and all
+        ranks do the same work. If parameters are owned, return the first eight ranks (all, if there are
+        fewer), which get the first parameters and therefore the most."""
         if self.owned:
             return tuple(range(min(self.ranks, 8)))
         per_stage = self.ranks // self.pipeline
@@ -83,11 +84,12 @@ class Layout:
 
 
 def layout(plan: Plan) -> Layout:
-    """Return the layout of a plan. The ranks that its degrees of pipeline, context and tensor leave are
-    data-parallel.
+    """Return the layout of a plan. The number of data-parallel ranks is the number of ranks divided by the
+    degrees of pipeline, context and tensor.
 
-    Raises UserError if the product of these degrees does not divide the plan's ranks, if no technique divides
-    the batch among several data-parallel ranks, or if the replicas do not divide these ranks.
+    Raises UserError if the product of these degrees does not divide the plan's ranks, if there are several
+    data-parallel ranks but no data-parallel technique, or if the setting ``replicas`` does not divide their
+    number.
     """
     degrees = {}
     for u in plan.uses:

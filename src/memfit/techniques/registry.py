@@ -111,8 +111,9 @@ def without(plan: Plan, name: str) -> Plan:
     """Return the plan without the technique ``name``.
 
     If that is a data-parallel technique and the plan has several ranks, ddp with default settings takes its
-    place, because the ranks must share the work. If optimal-checkpointing remains, its choice of tensors is
-    cleared, because it was made for other operators. Raises UserError for an unknown name.
+    place, because the ranks must still divide each batch and average gradients. If optimal-checkpointing
+    remains, its list of tensors to recompute (``dropped``) is emptied, because it was made for the operators
+    of the old plan. Raises UserError for an unknown name.
     """
     reduced_plan = plan.without(name)
     if (budget := reduced_plan.get(optimal.NAME)) is not None:
@@ -185,9 +186,9 @@ def unable(machine: Machine) -> frozenset[str]:
 
 
 def check(plan: Plan, machine: Machine | None = None) -> Plan:
-    """Return the plan unchanged. Raises UserError if techniques or settings conflict, a package is missing,
-    or the devices of ``machine`` do not support a technique. If ``machine`` is None, devices are not
-    checked."""
+    """Return the plan unchanged. Raises UserError if a technique is unknown, techniques or settings conflict,
+    a package that they need is not installed, or the devices of ``machine`` do not support a technique. If
+    ``machine`` is None, devices are not checked."""
     if machine is not None and not unable(machine).isdisjoint(u.technique for u in plan.uses):
         raise UserError(
             f"{float8.NAME} is not supported on {machine.device.name}, which has no matrix units for "
@@ -207,9 +208,9 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
 
 
 def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectClass:
-    """Return the strongest effect that a technique of the plan has on the numbers, at least E2 for a
-    technique with precision bf16; E0 for the plain plan. If ``dependence``, which describes the job's
-    samples, is given and `changes_training` is true of it, return E3."""
+    """Return the strongest effect that a technique of the plan has on the numbers of training, at least E2
+    for a technique whose setting precision is bf16; E0 for a plan without techniques. If ``dependence``,
+    which describes the job's samples, is given and `changes_training` is true of it, return E3."""
     if dependence is not None and changes_training(plan, dependence):
         return EffectClass.E3
     return max(map(_effect, plan.uses), default=EffectClass.E0)
@@ -236,8 +237,9 @@ def in_micro_batches(plan: Plan) -> bool:
 
 
 def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
-    """Raise UserError if the plan splits the batch and the step would weight the loss terms of the parts
-    wrongly (`DependenceCause.WEIGHTS`). Other dependences between samples raise nothing."""
+    """Raise UserError if the plan splits the batch (see `changes_training`) and the step would then weight
+    the loss terms of each micro-batch or rank wrongly (`DependenceCause.WEIGHTS`). Other dependences between
+    samples raise nothing."""
     if dependence.cause is DependenceCause.WEIGHTS and changes_training(plan, dependence):
         raise UserError(
             f"{plan.label} splits the batch and would weight its loss terms wrongly: {dependence.reason}",
@@ -262,5 +264,6 @@ def brief(plan: Plan) -> str:
 
 
 def in_order(plan: Plan) -> list[tuple[Technique, Use]]:
-    """Return (technique, its use in the plan) in the order in which techniques are applied."""
+    """Return (technique, its use in the plan) for each technique of the plan, in the order in which they are
+    applied."""
     return sorted(((technique(u.technique), u) for u in plan.uses), key=lambda pair: pair[0].order)

@@ -77,9 +77,9 @@ class Ledger(TorchDispatchMode):
     """Dispatch mode that records storages and operator calls. Enter it inside a FakeTensorMode.
 
     ``phase()`` starts a phase of the training step. ``label()`` assigns a category to storages. ``finish()``
-    returns the record. ``device`` ("cpu" or "cuda") decides how sizes are rounded and what some kernels
-    allocate. With ``lines``, each allocation gets the user's line. ``guesses`` answers when the step reads
-    values of fake tensors.
+    returns the record: (allocations, operator calls, phase spans). ``device`` ("cpu" or "cuda") decides how
+    sizes are rounded and what some kernels allocate. With ``lines``, each allocation records the line of the
+    user's code that made it. ``guesses`` answers when the step reads values of fake tensors.
     """
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
@@ -135,8 +135,8 @@ class Ledger(TorchDispatchMode):
                 life.module = life.module if module is None else module
 
     def note_real(self, tensor: torch.Tensor, op: str) -> _Life:
-        """Record the storage of a tensor that is created below the dispatcher, unless it is recorded already.
-        Return the storage's lifetime."""
+        """Record the storage of a tensor that this mode did not see being made, as if made now by ``op``,
+        unless it is recorded already. Return the record of the storage's lifetime."""
         return self._note(tensor, op, self.modules.name(self.current))
 
     def note_offload(self, out_bytes: int, back_bytes: int) -> None:
@@ -214,9 +214,9 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _watched(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any, values: Any) -> Any:
-        """Run an operator that does work, in place where torch runs it in place on plain tensors. Record its
-        outputs' storages and its cost, and return its result. The cost of building the model on the host is
-        not recorded."""
+        """Run an operator that does work; run it in place if torch would do so on plain tensors (`_writes`).
+        Record its outputs' storages and its cost, and return its result. ``values`` is its real result if
+        that is known. The cost of building the model on the host is not recorded."""
         if func in operators.SPARSE_MAKERS or (self._sparse_seen and any(map(operators.is_sparse, args))):
             return self._sparse(func, fact, args, kwargs)
         module = self.modules.name(self.current)
@@ -319,12 +319,12 @@ class Ledger(TorchDispatchMode):
         return self.pause()(build)
 
     def pause(self) -> contextlib._GeneratorContextManager[None]:
-        """Record no operators and no storages that they make inside this context."""
+        """Inside this context, record no operators, and no storages that operators make."""
         return self._set("paused", True)
 
     def placed(self, place: str) -> contextlib._GeneratorContextManager[None]:
-        """Record storages that are made inside this context at ``place``: "" (the model's device), "host", or
-        the name of a stream."""
+        """Inside this context, record new storages as lying at ``place``: "" (the model's device), "host", or
+        the name of a stream, whose memory pool they come from. Operators are recorded as running there."""
         return self._set("place", place)
 
     @contextlib.contextmanager
@@ -361,17 +361,18 @@ class Ledger(TorchDispatchMode):
         return False  # nothing is compiled here, and the check costs more than the bookkeeping
 
     def _widen(self, prediction: torch.Tensor, target: torch.Tensor, loss: torch.Tensor) -> None:
-        """Enlarge the storage of ``loss`` if it is reduced to a scalar, and note a temporary tensor. Such a
-        loss stays in the storage of the unreduced loss, which is computed from another tensor of that size
-        (aten/src/ATen/native/Loss.cpp)."""
+        """If ``loss`` is reduced to a scalar, enlarge its storage to that of the unreduced loss, and add a
+        temporary tensor of that size to those of the operator. Torch keeps such a loss in the storage of the
+        unreduced one, which it computes from another tensor of that size (aten/src/ATen/native/Loss.cpp)."""
         elements = math.prod(torch.broadcast_shapes(prediction.shape, target.shape))
         if loss.dim() == 0 and elements > 1:
             loss.untyped_storage().resize_(elements * loss.element_size())
             self.guesses.scratch.append(loss.new_empty(elements))
 
     def _fly(self, func: Any, args: Any, out: Any) -> None:
-        """Keep the input of a functional all-gather, reduce-scatter or all-to-all alive until its result
-        ``out`` is waited for. Do nothing for other operators."""
+        """If ``func`` is a functional all-gather, reduce-scatter or all-to-all, keep its input alive until
+        its result ``out`` is waited for. If ``func`` is that wait, release the input. Do nothing for other
+        operators."""
         if func in operators.SENDING:
             self._flying[out.untyped_storage()._cdata] = args[0]
         elif func is operators.WAIT:
@@ -390,9 +391,9 @@ class Ledger(TorchDispatchMode):
         )
 
     def _solely_held(self, tensor: Any, spare: int) -> bool:
-        """Return whether a single reference in torch's own code holds this tensor and its whole storage.
-        ``spare`` more references are allowed, for a formula that has just checked whether the tensor is a
-        subclass."""
+        """Return whether only one reference, in torch's own code, holds this tensor, and only this tensor its
+        storage, which it fills. ``spare`` more references to the tensor are allowed, for a formula that has
+        just checked whether the tensor is a subclass."""
         storage = tensor.untyped_storage()
         references = tensor._use_count() - self.modes_above - self._sole[0]
         is_sole = 0 <= references <= spare and torch._C._storage_Use_Count(storage._cdata) == self._sole[1]
@@ -443,8 +444,8 @@ class Ledger(TorchDispatchMode):
         return life
 
     def _line(self) -> str:
-        """Return the user's line (`user_line`). If no user's code runs in backward, return the line whose
-        forward made the running autograd node. Return "" if there is none."""
+        """Return the running line of the user's code (`user_line`). If none runs in backward, return the line
+        that made the running autograd node in forward. Return "" if there is none."""
         line = user_line()
         if self.current is Phase.FORWARD:
             self._line_of_node.setdefault(newest_node(), line)

@@ -29,8 +29,9 @@ class AssumedCase(enum.StrEnum):
     a mask are True.
 
     ``LOW`` and ``HIGH``: numbers fall (LOW) or rise (HIGH) along each row, so that all rows make the same
-    choice. A random operator gives the lowest or the highest of several draws everywhere. The first element
-    of a mask is True; the others are False (LOW), or True at random for about half of them (HIGH).
+    choice; a scalar is random as in the usual case. A random operator gives the lowest or the highest of
+    several draws everywhere. The first element of a mask is True; the others are False (LOW), or True at
+    random for about half of them (HIGH).
     """
 
     USUAL = "usual"
@@ -176,8 +177,8 @@ def drawn(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> An
 def filled(
     func: Any, tensor: torch.Tensor, args: Any, kwargs: Any, case: AssumedCase, seed: int
 ) -> torch.Tensor:
-    """Return a real tensor of the shape and dtype of ``tensor`` that the random in-place operator has filled
-    (see `drawn`). ``args`` are its arguments without the tensor."""
+    """Return a real tensor of the shape and dtype of ``tensor`` that the random in-place operator has filled,
+    marked as assumed, with numbers as `drawn` gives them. ``args`` are its arguments without the tensor."""
     with unset_fake_temporarily(), torch.no_grad():
         target = torch.empty(tensor.shape, dtype=tensor.dtype)
         return drawn(lambda: func(target.clone(), *args, **kwargs), (), {}, case, seed)  # type: ignore[no-any-return]

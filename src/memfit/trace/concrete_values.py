@@ -40,9 +40,9 @@ _CAST: Any = torch.ops.aten._to_copy.default
 class Shadows:
     """Attach real values to fake tensors and compute with them.
 
-    The real tensor is stored as an attribute of the fake one. ``on``: values are followed now. ``seeded``:
-    the values of a batch are attached. ``_stale`` holds real storages into which unknown values have been
-    written.
+    The real tensor is stored as an attribute of the fake one. To follow an operator is to compute its result
+    from real values, too. ``on``: operators are followed now. ``seeded``: the values of a batch have been
+    attached. ``_stale`` holds real storages into which unknown values have been written.
     """
 
     def __init__(self) -> None:
@@ -70,9 +70,10 @@ class Shadows:
         return real
 
     def values(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return the operator's result on its arguments' known or assumed values, or None if they have none
-        or if it is not followed. A random operator that fills a small tensor returns None, but the numbers
-        are attached to the tensor."""
+        """Return the operator's result on its arguments' known or assumed values. For an operator that gives
+        indices or counts, values of its first argument are assumed if it has none. Return None if
+        values are missing or the operator is not followed (`may_follow`, `compute`). For a random operator
+        that fills a small tensor without values, attach the numbers to the tensor and return None."""
         if self.on and args and isinstance(args[0], FakeTensor) and not hasattr(args[0], _NAME):
             if func in FILLS:
                 return self._filled(func, args, kwargs)
@@ -84,8 +85,8 @@ class Shadows:
 
     def _chosen(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's indices and counts for assumed values of its first argument, with None for
-        the floating-point numbers among its results. Return None if no values can be assumed. Numbers are
-        then forgotten; a mask keeps its assumed values."""
+        the floating-point numbers among its results. Return None if no values can be assumed, or as `compute`
+        does. Afterwards the assumed values of numbers are forgotten; a mask keeps them."""
         has_values = self.assume(args[0]) is not None
         result = self.compute(func, args, kwargs) if has_values and self.may_follow(args) else None
         if has_values and args[0].dtype is not torch.bool:
@@ -94,8 +95,8 @@ class Shadows:
 
     def _constant(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the real result of an operator such as ``zeros_like``, which fills a tensor with one number
-        whatever the values of its argument. Return None if the result is large or holds floating-point or
-        complex numbers."""
+        whatever the values of its argument. Return None if the result holds floating-point or complex
+        numbers, or if the arguments ask for more than 2**20 elements."""
         dtype = kwargs.get("dtype") or args[0].dtype
         if dtype.is_floating_point or dtype.is_complex or _large(args):
             return None
@@ -129,9 +130,9 @@ class Shadows:
             setattr(tensor, _NAME, filled(func, tensor, args[1:], kwargs, self.case, self._seed()))
 
     def may_follow(self, args: Any) -> bool:
-        """Return quickly whether an operator with these arguments may be followed: the first one, or the
-        first element of a list, has values, is a real tensor or is no tensor. False while values are not
-        followed, and inside torch.func's transforms, whose tensors wrap others."""
+        """Return whether an operator with these arguments may be followed, by a quick look at the first
+        argument (at its first element if it is a list): it has values, is a real tensor or is no tensor.
+        False while ``on`` is False, and inside torch.func's transforms, whose tensors wrap others."""
         argument = args[0] if args else None
         while isinstance(argument, list | tuple) and argument:
             argument = argument[0]
@@ -166,8 +167,9 @@ class Shadows:
         return marked(out) if any(map(is_assumed, values.values())) else out
 
     def attach(self, out: Any, real: Any) -> None:
-        """Attach the values ``real`` to the fake tensors ``out``, one by one. Large tensors, and pairs whose
-        shapes differ or of which one is no tensor, are left out."""
+        """Attach the values ``real`` to the fake tensors ``out``, one by one. Both have the same structure.
+        Tensors of more than 2**20 elements, and pairs whose shapes differ or of which one is no tensor, are
+        left out."""
         for fake, value in zip(_pytree.tree_leaves(out), _pytree.tree_leaves(real), strict=True):
             has_same_shape = (
                 isinstance(fake, FakeTensor) and isinstance(value, torch.Tensor) and fake.shape == value.shape

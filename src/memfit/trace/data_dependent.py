@@ -3,8 +3,8 @@
 A bound that the job gives (``Job.bound``) comes first. Without a bound, values that depend on the batch alone
 are taken from the batch (`concrete_values`), and for others values in the range of the operator that made
 them are assumed (`assumed_values`). If there is no such range, ``.item()`` answers True, 1 or 1.0. A size
-that has no upper limit must be bounded by the user. The answers are listed in ``Guesses.assumptions``, except
-those for the model's construction and for the optimizer.
+that follows from no values and has no upper limit must be bounded by the user. The answers are listed in
+``Guesses.assumptions``, except those for the model's construction and for the optimizer.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _LOOP_LIMIT = 1000  # answers to one line before it counts as an endless loop
 class Guesses:
     """Answers to value-dependent questions in one trace.
 
-    ``bound`` is the job's. ``scratch`` holds temporary tensors of an operator until the ledger has recorded
-    them. ``doubtful`` is the place in the code that last got an answer True that is not known to be true.
-    ``open`` lists the lines that got a number without any knowledge, ``assumed`` those whose answer follows
-    from assumed values, and ``assumptions`` the answers as sentences for the user.
+    ``bound`` is the job's (`Job.bound`): answers that the user gives. ``shadows`` holds known and assumed
+    values. ``scratch`` holds temporary tensors of an operator until the ledger has recorded them.
+    ``doubtful`` is the place in the code that last got an answer True that is not known to be true. ``open``
+    lists the lines that got a number without any knowledge, ``assumed`` those whose answer follows from
+    assumed values, and ``assumptions`` the answers as sentences for the user.
     """
 
     def __init__(self, bound: Bound | None = None) -> None:
@@ -236,9 +237,10 @@ class Guesses:
         self.assumptions[text + (f" at {line}" if line else "")] = None
 
     def positions(self, func: Any, args: Any) -> Any:
-        """Return the arguments of an indexing operator with each boolean index replaced by positions, as the
-        kernel does by one ``nonzero`` each. The arguments of other operators, and of writing a single value
-        (a masked fill), are returned unchanged."""
+        """Return the arguments of an indexing operator with each mask among its indices (bool or uint8)
+        replaced by positions, as the kernel does by one ``nonzero`` each. The positions are added to
+        ``scratch``; `size` gives their number. The arguments of other operators, and of writing a single
+        value (a masked fill), are returned unchanged."""
         if func not in _INDEXED or not any(_is_mask(i) for i in args[1]):
             return args
         is_read = func is _ATEN.index.Tensor

@@ -29,8 +29,9 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
     made. Enter this outside a fake tensor mode, because a device mesh holds real numbers.
 
     Raises UserError if the degrees of parallelism do not match the number of ranks. For a plan of several
-    ranks, raises MemfitError if this process already has a process group. Errors of the user's model inside
-    the context are explained if the plan has tensor parallelism.
+    ranks, raises MemfitError if this process already has a process group. If the plan has tensor parallelism,
+    a UserError inside the context that reports an error of the user's code is replaced by one that names
+    tensor parallelism as the cause.
     """
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
@@ -121,8 +122,8 @@ def _without_values() -> Iterator[None]:
 
 
 class _Chunks:
-    """The ``count`` chunks of a tensor along ``dim`` by index, as `torch.chunk` cuts it; those that it lacks
-    are empty. Each is made when it is indexed."""
+    """The ``count`` chunks of a tensor along ``dim`` by index, as `torch.chunk` cuts it. If torch.chunk would
+    make fewer, the others are empty. Each is made when it is indexed."""
 
     def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
         self._tensor, self._dim = tensor, dim
@@ -248,8 +249,8 @@ class _RealIntegers(TorchDispatchMode):
 
 def builds_on_host(plan: Plan, device: str) -> bool:
     """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
-    it: a rank's shards, the bf16 copy of ZeRO 1 and 2, or a rank's part under pipeline or tensor parallelism.
-    False if ``device`` is "cpu"."""
+    it: a rank's shards (ZeRO 3, fsdp2), the bf16 copy of ZeRO 1 and 2, or a rank's part under pipeline or
+    tensor parallelism. False if ``device`` is "cpu"."""
     return device != "cpu" and (_shards(plan) or _cuts(plan))
 
 

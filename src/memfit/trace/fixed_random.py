@@ -1,4 +1,4 @@
-"""Random operators that return the same numbers for every sample, and arithmetic in float64.
+"""A mode with random operators that return the same numbers for every sample, and arithmetic in float64.
 
 They are used to compare a batch with its parts: dropout, stochastic depth and noise must be the same in both,
 whichever dimension holds the batch in the model.
@@ -35,7 +35,9 @@ class TimeIsUp(Exception):
 
 class FixedRandom(TorchDispatchMode):
     """Mode in which random operators give numbers that depend only on the index in the last dimension, and
-    dtypes of lower precision become float64: those asked for, and those of arguments beside a float64 one.
+    dtypes of lower precision become float64 (complex128): those asked for, and those of arguments beside a
+    float64 one. The random operators are dropout and those of `_FILLS`; others, such as poisson, stay as they
+    are.
 
     ``counts`` holds the numbers of samples in the batches that are compared. If the last dimension has one of
     these lengths it may be the batch, and all numbers along it are equal. Raises TimeIsUp at the first
@@ -64,7 +66,7 @@ class FixedRandom(TorchDispatchMode):
     @staticmethod
     @contextlib.contextmanager
     def paused() -> Iterator[None]:
-        """Disable all dispatch modes that are active, such as this one, inside this context."""
+        """Inside this context, disable all dispatch modes that are active, not only this one."""
         with _disable_current_modes():
             yield
 

@@ -43,8 +43,9 @@ from memfit.types.trace import Category, rounded
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LifecyclePeak:
-    """Peaks of live tensor bytes during one event of `lifecycle`, in the memory of the device and of the
-    host. ``host_bytes`` is 0 for a CPU, whose memory is the host's and counts as the device's."""
+    """Peaks of live tensor bytes during one ``event`` of those that `lifecycle` lists, in the memory of the
+    device and of the host. For a CPU, whose memory is the host's, all bytes count as the device's and
+    ``host_bytes`` is 0."""
 
     event: str
     device_bytes: int
@@ -64,7 +65,7 @@ class Lifecycle:
     checkpoint_bytes: Mapping[str, int]
 
     def peak(self, event: str) -> LifecyclePeak:
-        """Return the peak of ``event``, which must be one of ``peaks``."""
+        """Return the peak of ``event``, which must be one of ``peaks`` (else StopIteration is raised)."""
         return next(p for p in self.peaks if p.event == event)
 
 

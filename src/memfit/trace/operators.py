@@ -1,5 +1,5 @@
 """Facts about operators that do not depend on a trace: which do no work, how many operations they count, and
-which torch runs in place on plain tensors."""
+which torch runs in place on plain tensors. Also ways to run operators on fake tensors quickly."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from memfit.types.trace import OpCall, Phase
 class OperatorFact:
     """Constant facts about an operator.
 
-    ``silent`` operators do no work and make no storage. ``composite`` operators are made of others; below
-    autograd, as in DTensor's own code, they reach the dispatcher undecomposed. ``resizes``: the operator
-    changes the size of a storage.
+    ``silent`` operators do no work, such as views. Of these, only `MAKERS`, which leave a new storage
+    unfilled, make a storage. ``composite`` operators are made of others; below autograd, as in DTensor's own
+    code, they reach the dispatcher undecomposed. ``resizes``: the operator changes the size of a storage.
     """
 
     name: str
@@ -37,8 +37,8 @@ class OperatorFact:
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorWork:
     """What all calls of an operator with equal arguments have in common. ``signature`` is the JSON text of
-    `describe`, ``dtype`` that of the arithmetic, and ``moved_bytes`` counts inputs read and outputs
-    written."""
+    `describe`, ``dtype`` that of the arithmetic, ``flops`` is 0 for an operator without a formula, and
+    ``moved_bytes`` counts inputs read and outputs written."""
 
     signature: str
     dtype: str
@@ -190,7 +190,8 @@ def _plain(tensor: torch.Tensor) -> bool:
 
 def built(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator of a model's construction that is not recorded, and return its result. Filling a fake
-    tensor with numbers is skipped, because fake parameters need no initialisation."""
+    tensor with zeros, a constant, or uniform or normal numbers is skipped, because fake parameters need no
+    initialisation."""
     if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
         return args[0]
     fake_view = view(func, args, kwargs)
@@ -199,7 +200,8 @@ def built(func: Any, args: Any, kwargs: Any) -> Any:
 
 def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
     """Return the signature, dtype, floating-point operations and bytes moved of a call of the operator with
-    the facts ``of``, whose output is ``out``."""
+    the facts ``of``, whose output is ``out``. Of a table that the operator indexes, only as many bytes as its
+    output has count as read. Targets that it overwrites, and the inputs of nll_loss, do not count as read."""
     inputs, outputs = tensors_in(args, kwargs), tensors_in(out)
     dtype, flops, total_bytes = _dtype(inputs + outputs), 0, 0
     if func.namespace == "memfit":  # techniques/synthetic_kernel.py

@@ -1,4 +1,5 @@
-"""Find out whether the samples of a job's batch depend on each other, by training a batch whole and in parts.
+"""Find out whether the samples of a job's batch depend on each other: compare the loss and the gradients of
+a small batch with those of its parts. The optimizer does not run.
 
 ``docs/decisions/017-sample-dependence.md`` describes the protocol.
 """
@@ -56,11 +57,13 @@ _KNOWN = weakref.WeakKeyDictionary()
 
 
 def sample_dependence(job: Job) -> SampleDependence:
-    """Return whether the samples of the job's batch depend on each other. Jobs with the same functions for
-    model and loss and the same batch size are tried once per process.
+    """Return whether the samples of the job's batch depend on each other, by a trial with a few of its
+    samples. Jobs with the same functions for model and loss and the same batch size are tried once per
+    process.
 
-    An error of the job's own functions is not raised. If no trial is possible, the result is "dependent" if
-    the model has layers that take batch statistics, else "not tested", with the reason.
+    An error of the job's own functions is not raised. If no trial is possible, or if it decides nothing, the
+    result is "dependent" if the model has BatchNorm layers that take batch statistics, else "not tested",
+    with the reason.
     """
     key = (id(job.loss), job.batch_size)
     with contextlib.suppress(TypeError):  # the function cannot be a weak key
@@ -112,7 +115,8 @@ def _takes_statistics(module: nn.Module) -> bool:
 
 def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False) -> SampleDependence:
     """Return the result "dependent" for the BatchNorm layers ``norms``, by their module paths. ``loss``:
-    splitting the batch changes the loss even without these layers."""
+    splitting the batch changes the loss even without these layers. Only if it does not, and if all layers are
+    SyncBatchNorm, may the batch be split over data-parallel ranks."""
     only_sync = all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
     suffix = "; the loss also compares samples" if loss else ""
     return SampleDependence(
@@ -128,8 +132,9 @@ def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False
 
 
 def _affordable(job: Job) -> Job:
-    """Return the job with few samples (about 8, 4 or 2) and, if it is large, in its reduced form or with few
-    blocks, so that a trial keeps within the limits of memory and time. Raises UserError if none does."""
+    """Return the job with the first samples of its first batch (about 8, else 4, else 2), so that a trial
+    keeps within the limits of memory and time. If the whole model is too large for them, return the job in
+    its reduced form, or with 2 or 1 blocks. Raises UserError if no such job keeps within them."""
     reasons: list[str] = []
     for variant in _smaller(job):
         for count in _SAMPLES:
@@ -162,8 +167,8 @@ def _smaller(job: Job) -> Iterator[Job]:
 
 
 def _parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of the model's parameters in float64, and of the gradients of the whole batch and of
-    its two halves."""
+    """Return the bytes in float64 of the model's parameters and of three sets of gradients, those of the
+    whole batch and of its two halves, all together."""
     return 8 * 4 * sum(p.numel() for p in model.parameters())
 
 
@@ -176,7 +181,7 @@ def _with_samples(job: Job, count: int) -> Job:
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Cost:
     """The expected cost of a trial: peak memory, seconds of arithmetic, and seconds that calls of operators
-    take besides. The job is traced in float32, and the trial runs in float64."""
+    take besides. ``needed_bytes`` is twice the traced peak, because the trial runs in float64."""
 
     needed_bytes: int
     flops_s: float
@@ -218,8 +223,8 @@ def _most_bytes() -> int:
 
 @dataclasses.dataclass(slots=True)
 class _Gradients:
-    """A loss and the gradient of every parameter, of a batch or as a weighted sum over its parts. ``size`` is
-    the sum of the absolute values of the losses, the scale for comparing losses."""
+    """A loss and the gradient of every trained parameter, of a batch or as a weighted sum over its parts.
+    ``size`` is the sum of the absolute values of the weighted losses, the scale for comparing losses."""
 
     loss: float
     size: float
@@ -229,8 +234,9 @@ class _Gradients:
         return float(sum(g.double().square().sum() for g in self.by_name.values()) ** 0.5)
 
     def distance(self, other: _Gradients) -> float:
-        """Return the largest relative difference between the two losses and between the two gradients of each
-        parameter. Small gradients are compared with a fraction of the whole gradient's norm."""
+        """Return the largest of the relative differences between the two losses and between the two gradients
+        of each parameter. The latter are relative to the larger of the two norms, which counts as at least
+        1/1000 of the norm of all parameters' gradients, because rounding may dominate small ones."""
         scale = max(self.norm(), other.norm())
         loss = abs(self.loss - other.loss) / max(self.size, other.size, 1e-300)
         distances = [
@@ -257,7 +263,7 @@ def _sum(parts: Sequence[_Gradients], weights: Sequence[float]) -> _Gradients:
 
 
 class _Trial:
-    """One model and batch, trained whole and in parts, without optimizer updates."""
+    """One model and batch, of which loss and gradients are computed whole and in parts."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -292,7 +298,9 @@ class _Trial:
 
     def _compared(self, batch: Any, setting: str, *, real: bool) -> SampleDependence:
         """Compare the whole batch with its halves and, for a ``real`` batch, the first half with its single
-        samples. Return the result; ``setting`` names the batch in its reason."""
+        samples, unless the loss fails on a single one. Return the result. It is "not tested" if loss or
+        gradients are not finite, if all gradients are zero, if the loss fails on a half of the batch, or if
+        `_difference` says so. ``setting`` names the batch in the result's reason."""
         if real:  # fill caches and initialise what depends on the first batch
             self._gradients(batch)
             self.state = _state_of(self.model)
@@ -333,8 +341,8 @@ class _Trial:
         )
 
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
-        """Return the gradients of each part, all starting from the same state, and the state that each part
-        leaves."""
+        """Return (the loss and gradients of each part, the model's state after it, see `_state_of`). Every
+        part starts from the same state."""
         gradients, states = [], []
         for part in parts:
             gradients.append(self._gradients(part))
@@ -366,9 +374,9 @@ class _Trial:
         part_gradients: list[_Gradients],
         setting: str,
     ) -> SampleDependence | None:
-        """Return None if the weighted sum of the parts equals the whole batch, up to rounding. Otherwise
-        return the result: "dependent" with the cause, or "not tested" if rounding or random numbers may
-        explain the difference."""
+        """Return None if the loss and gradients of the whole batch equal the sum of those of its ``parts``,
+        each weighted by its share of the loss terms, up to rounding. Otherwise return the result: "dependent"
+        with the cause, or "not tested" if rounding or random numbers may explain the difference."""
         terms = [self._terms(p) for p in parts]
         shares = [n / sum(terms) for n in terms]
         distance = batch_gradients.distance(_sum(part_gradients, shares))
@@ -393,8 +401,8 @@ class _Trial:
         return batch_gradients.distance(self._gradients(batch, seed=1)) > _ROUNDING_RATIO
 
     def _differs_without(self, batch: Any, norms: Mapping[str, nn.Module]) -> bool:
-        """Return whether splitting the batch changes the loss or the gradients if the batch statistics of the
-        layers ``norms`` are held fixed. False if a layer has no running statistics to use."""
+        """Return whether splitting the batch changes the loss or the gradients even if the BatchNorm layers
+        ``norms`` use their running statistics. False if a layer has none."""
         layers = [m for m in norms.values() if getattr(m, "running_mean", None) is not None]
         if len(layers) < len(norms):
             return False  # layers without running statistics cannot be held fixed
@@ -415,9 +423,10 @@ class _Trial:
         final_state: Mapping[Any, torch.Tensor],
         states: Sequence[Mapping[Any, torch.Tensor]],
     ) -> SampleDependence:
-        """Return the result "dependent" for a model whose state a forward pass changes. The whole and the
-        split batch have the same loss, but each part updates the state (``states``: what each part
-        leaves)."""
+        """Return the result "dependent" for a model whose state (`_state_of`) a forward pass changes: the
+        whole and the split batch have the same loss and gradients, but each part updates the state.
+        ``changed_keys``: what the whole batch changes. ``final_state``, ``states``: the states after the
+        whole batch and after each part."""
         if self.norms:
             return _of_norms(dict(self.norms), "each part updates the layers' statistics")
         names = {m: name for name, m in self.model.named_modules()}
@@ -444,8 +453,9 @@ def _wrongly_weighed(weights: list[float], shares: list[float]) -> SampleDepende
 
 
 def _weights(batch_gradients: _Gradients, part_gradients: list[_Gradients]) -> list[float] | None:
-    """Return the weights with which two parts add up to the whole batch. Return None if there are not two
-    parts, or if the whole is neither their mean with weights from 0 on that add up to 1, nor their sum."""
+    """Return the weights with which the losses and gradients of two parts add up to those of the whole batch.
+    Return None if there are not two parts, or if the whole is neither their mean (with weights of at least 0
+    that add up to 1) nor their plain sum."""
     if len(part_gradients) != 2:
         return None
     left, right = (_flat(f) for f in part_gradients)
@@ -550,9 +560,10 @@ def _cloned(batch: Any) -> Any:
 
 
 def _redrawn(batch: Any) -> Any:
-    """Return a batch of the same structure with random floating-point numbers of the same mean and deviation.
-    Integers, flags and floating-point numbers with at most 3 distinct values stay, in another order within
-    each sample; of these, tensors with one number per sample or another first dimension are unchanged."""
+    """Return a batch of the same structure in which each floating-point tensor with more than 3 distinct
+    values has random numbers of the same mean and deviation. Other tensors keep their values, in another
+    order within each sample; of these, tensors of one dimension and those whose first dimension is not the
+    batch are unchanged. The result is the same for every call."""
     generator, length = torch.Generator().manual_seed(0), batch_length(batch)
 
     def drawn(t: torch.Tensor) -> torch.Tensor:
@@ -572,7 +583,8 @@ def _redrawn(batch: Any) -> Any:
 
 
 def _add_noise(model: nn.Module) -> None:
-    """Add noise to parameters, because parameters that start at zero would hide the layers behind them."""
+    """Add normal noise to all parameters, with a deviation of 0.3 / sqrt(fan-in) (fan-in at least 10),
+    because parameters that start at zero would hide the layers behind them."""
     generator = torch.Generator().manual_seed(0)
     with FixedRandom.paused(), torch.no_grad():
         for p in model.parameters():

@@ -21,9 +21,10 @@ from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLine:
-    """One rank's stage of a pipeline, and the shorter pipeline in which it is traced.
+    """One rank of a pipeline, and the shorter pipeline (fewer ranks and micro-batches) in which it is traced.
 
-    Fields that begin with ``short_`` describe the shorter pipeline. ``virtual`` is the number of model chunks
+    Fields that begin with ``short_`` describe the shorter pipeline. ``stages`` and ``stage`` are the number
+    of ranks along the pipeline and this rank's index among them. ``virtual`` is the number of model chunks
     per rank, ``micros`` the number of micro-batches. ``stages`` is 1 if the plan has no pipeline; the shorter
     pipeline is then the plan itself.
     """
@@ -68,8 +69,9 @@ class MemoryLine:
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 
     def filled(self, trace: Trace) -> Trace:
-        """Return ``trace``, one of the short pipeline, with the memory of the micro-batches that were not
-        traced added, and with their number. Raises Mismatch if micro-batches receive different sizes."""
+        """Return ``trace``, one of the short pipeline, as that of this rank in the whole plan: with the
+        memory of the micro-batches that were not traced, and with their number. Without a pipeline, nothing
+        is added. Raises Mismatch if micro-batches receive tensors of different sizes."""
         result, extra_micros = dataclasses.replace(trace, rank=self.rank, ranks=self.plan.ranks), 0
         if self.stages > 1:
             extra_micros = self.micros - self.short_micros
@@ -162,9 +164,9 @@ class _Short:
 
 
 def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None:
-    """Return the shorter pipeline in which ``rank`` is traced, for a model with ``blocks`` blocks. Return the
-    plan itself as such if it has no pipeline. Return None if no shorter pipeline stands for the schedule, or
-    if the batch does not divide into the plan's micro-batches."""
+    """Return the shorter pipeline in which ``rank`` is traced, for a model with ``blocks`` blocks. If the
+    plan has no pipeline, the result's short plan is the plan itself. Return None if no shorter pipeline can
+    stand for the schedule, or if the batch does not divide into the plan's micro-batches."""
     pipeline, place = plan.get("pipeline"), layout(plan)
     if pipeline is None:
         return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)

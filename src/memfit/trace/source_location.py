@@ -68,7 +68,8 @@ def running_node() -> int:
 
 class ModuleStack:
     """Finds the path of the running module of the model given to ``watch``: from a stack of module calls, or
-    in backward as the module whose forward made the running autograd node (by its sequence number)."""
+    in backward as the module whose forward made the running autograd node (by its sequence number). The path
+    is "" if no module runs or it is unknown, and for the model itself."""
 
     def __init__(self) -> None:
         self._stack: list[str] = []

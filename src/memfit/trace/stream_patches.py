@@ -15,8 +15,8 @@ from memfit.trace.allocation_recorder import Ledger
 
 
 class _Event(torch.cpu.Event):
-    """An event that stands for the first calls of a stream: ``at`` is (stream, number of calls). The ledger
-    records that a stream waits for it."""
+    """An event that stands for the calls of a stream before it was recorded: ``at`` is (stream, number of
+    these calls). If a stream waits for the event, the ledger records that it waits for these calls."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.at = ledger, ("", 0)
@@ -50,9 +50,9 @@ class _Stream(torch.cpu.Stream):
 @contextlib.contextmanager
 def streams(ledger: Ledger) -> Iterator[None]:
     """Inside this context, patch CPU streams so that the ledger records them. FSDP2 gathers and reduces on
-    streams of its own, each of which has a pool of its own in the CUDA allocator. In a trace FSDP2 gets CPU
-    streams. They are given names, the ledger places storages made on them there, and waits for streams and
-    for collectives are recorded."""
+    streams of its own, each of which has a memory pool of its own in the CUDA allocator. In a trace FSDP2
+    gets CPU streams. They are named "stream 1" and so on. The ledger records storages that are made on a
+    stream as lying in its pool, and it records waits for streams and for collectives."""
     numbers = itertools.count(1)
 
     def made(priority: int = -1) -> _Stream:

@@ -26,8 +26,9 @@ def group_of(func: Any, args: Any) -> str:
 
 
 class Flows:
-    """Counts calls by stream, in ``calls``. A functional collective, and a c10d collective called
-    asynchronously, runs on a stream of its process group. Other operators run on the current stream."""
+    """Counts the operator calls of each stream, in ``calls``, and keeps track of collectives that are not yet
+    waited for. A functional collective, and a c10d collective called asynchronously, runs on a stream of its
+    process group. Other operators run on the current stream."""
 
     def __init__(self) -> None:
         self.calls = Counter[str]()
@@ -38,8 +39,8 @@ class Flows:
 
     def of(self, func: Any, name: str, args: Any, out: Any, place: str) -> Flow | None:
         """Count a call made on the stream ``place``. Return (stream, process group or "", None), or None for
-        a call on the model's stream that is not a collective. Return what `wait` returns if the call waits
-        for a functional collective; such a call is not counted."""
+        a call on the model's stream that is not a collective. If the call waits for a functional collective,
+        it is not counted: return what `wait` returns, or None if it was waited for already."""
         if name in _WAITS:
             awaited = self._coming.pop(_storage(args[0]), None)
             return self.wait(place, *awaited) if awaited else None

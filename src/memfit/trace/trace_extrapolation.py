@@ -149,15 +149,16 @@ class _Deep:
         return tracer.trace(line.job, line.plan, rank=line.rank, **options)
 
     def _is_worth(self, depth: int) -> bool:
-        """Return whether two shallow traces, of ``depth`` blocks and of one period more, are less work than a
-        whole one."""
+        """Return whether two shallow traces, of ``depth`` blocks and of one period more, run fewer blocks
+        over all micro-batches than a whole one."""
         shallow = (2 * depth + self.wanted.period) * self.line.short_micros
         return shallow < self.wanted.count * self.line.micros
 
 
 def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
-    """Return (module path, number) of the model's blocks if all have parameters of the same names and shapes,
-    the same modules in float32, and lie in a ModuleList or Sequential. Return None otherwise."""
+    """Return (path of the module that contains them, number) of the model's blocks if all have parameters of
+    the same names and shapes, the same modules in float32, and lie in a ModuleList or Sequential. Return None
+    otherwise, and if no blocks are found."""
     try:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:

@@ -24,7 +24,7 @@ def side_by_side(
     results: dict[int, _T] | None = None,
 ) -> list[_T]:
     """Return the results of the calls, in order. If calls raise exceptions, raise that of the first such
-    call in the list.
+    call in the list; if calls run in forked processes, only after all of them have ended.
 
     ``tell(done, index)`` is called whenever a call begins or ends: ``done`` calls are finished, and call
     ``index`` is running (or, if none is running, has just ended). ``results`` receives each result by the
@@ -35,7 +35,8 @@ def side_by_side(
     this process and stop at the first exception. Each forked process makes several calls in a row, so that
     what torch loads and caches for the first serves the others. Every second process takes calls from the end
     of the list, so put calls with the least in common first and last. If a forked process is killed, its call
-    runs in this process.
+    runs in this process. If autograd refuses to run in a forked process, all calls run in this process, and
+    so do those of later calls of this function.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     results = {} if results is None else results

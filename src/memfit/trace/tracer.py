@@ -79,10 +79,11 @@ def trace(
     """Trace ``steps`` training steps on fake tensors. Two is the default, so that the last step has the
     optimizer state that the first one made.
 
-    At most ``played`` micro-batches of a step are run: the first ones and the last. Earlier steps than the
-    last run only one if the plan has one rank. ``update=False`` leaves out the optimizer step. ``device``
-    chooses kernels and rounding ("cpu" or "cuda"). ``lines`` records the user's line of each allocation.
-    ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks.
+    At most ``played`` micro-batches of a step are run: the first ones and the last. The trace says how many
+    are left out of the last step. Earlier steps than the last run only one micro-batch if the plan has one
+    rank (see also `priming`). ``update=False`` leaves out the optimizer step. ``device`` chooses kernels and
+    rounding ("cpu" or "cuda"). With ``lines``, each allocation records the line of the user's code that made
+    it. ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks if there are several.
 
     If values had to be assumed, other values are traced as well (`widened`). Raises UserError if the plan
     does not suit the job, if a size depends on values that are neither known nor bounded, or if the step
@@ -265,8 +266,8 @@ def _begin(ledger: Ledger, model_bytes: list[int], bench: Workbench) -> None:
 
 
 def _first_part(ledger: Ledger, inner: Callable[[int], Any], parts: int) -> Any:
-    """Return ``inner(parts)``, which is a part of a batch for observing how the model runs, labelled as
-    input."""
+    """Return ``inner(parts)``, the first of so many equal parts of the job's first batch, with its tensors
+    recorded as inputs. Techniques use it to observe how the model runs."""
     part = inner(parts)
     ledger.label(part, Category.INPUT)
     return part
@@ -300,8 +301,10 @@ def _label_model(ledger: Ledger, model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def _fake_world() -> Iterator[FakeTensorMode]:
-    """Yield a fake tensor mode in which code that asks whether it is being traced takes its ordinary branch,
-    and in which torch does not log failing operators: the error itself says it in one line."""
+    """Yield an active fake tensor mode, with patches of torch that let a training step run in it. Among
+    others, code that asks whether it is being traced takes its ordinary branch, torch.compile runs eagerly,
+    modules on fake tensors can be copied and converted, and pin_memory does nothing. Torch does not log
+    failing operators, because the error itself says it in one line."""
     failures = logging.getLogger("torch._subclasses.fake_tensor")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(failures, "disabled", True))
@@ -323,8 +326,8 @@ def _fake_world() -> Iterator[FakeTensorMode]:
 
 @contextlib.contextmanager
 def _not_tracing() -> Iterator[None]:
-    """Inside this context, make transformers, if it is loaded, take the branch of code that is not being
-    traced. It is not imported for this, because that takes as long as a prediction."""
+    """Inside this context, make transformers, if it is already imported, take the branch of code that is not
+    being traced. It is not imported for this, because that takes as long as a prediction."""
     with contextlib.ExitStack() as stack:
         for name in ("transformers.utils.import_utils", "transformers.masking_utils"):
             if hasattr(module := sys.modules.get(name), "is_tracing"):
@@ -423,9 +426,9 @@ def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
 
 
 def _apply_without_swap() -> Any:
-    """Return a ``Module._apply`` for fake tensors. Torch would swap parameters in place, which fails for fake
-    ones. Here a parameter is replaced if ``fn`` gives it a new storage, and buffers always are. Tied
-    parameters stay tied. Gradients are not converted."""
+    """Return a ``Module._apply(fn)`` for fake tensors. Torch would swap parameters in place, which fails for
+    fake ones. Here a parameter is replaced by a new one if ``fn`` returns another storage for it, and buffers
+    always are replaced. Tied parameters stay tied. Gradients are not converted."""
     replacements: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
     depth = 0
 

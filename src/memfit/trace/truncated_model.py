@@ -54,8 +54,9 @@ def remember(job: Job, model: object) -> None:
 
 @contextlib.contextmanager
 def _hollow_beyond(kind: Any, count: int) -> Iterator[None]:
-    """Inside this context, let only the first ``count`` modules of class ``kind`` that are made build their
-    contents. The caller drops the others, and building them takes longer than tracing those that stay."""
+    """Inside this context, let only the first ``count`` modules of class ``kind`` (not of subclasses) that
+    are made build their contents; the others stay empty. The caller drops these, and building them takes
+    longer than tracing those that stay."""
     inner, made = kind.__init__, 0
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -77,8 +78,9 @@ def with_blocks(job: Job, count: int) -> Job:
 
 
 def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.nn.Module:
-    """Remove all but the first ``count`` blocks from the model, and return it. ``path`` is their module path,
-    or None to find them. Raises UserError if there are no blocks."""
+    """Remove all but the first ``count`` blocks from the model, mark it with ``has_few_blocks``, and return
+    it. ``path`` is the path of the module that contains the blocks, or None to find it. Raises UserError if
+    there are no blocks, and AssertionError if they do not lie in a ModuleList or Sequential."""
     container = model.get_submodule(find_blocks(model, path)[0])
     assert isinstance(container, CONTAINERS)
     del container[count:]

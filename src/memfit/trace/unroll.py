@@ -91,15 +91,16 @@ class Blocks:
 
     def period_of(self, module: str) -> int | None:
         """Return the index of the period that a module path lies in, 0 for the one that begins at ``first``.
-        Return None for a path outside the container."""
+        Return None for a path outside the container's blocks."""
         if not module.startswith(f"{self.path}."):
             return None
         number = module[len(self.path) + 1 :].partition(".")[0]
         return (int(number) - self.first) // self.period if number.isdecimal() else None
 
     def moved(self, module: str, first: int, periods: int) -> str:
-        """Return the path that corresponds to ``module``, ``periods`` periods later, if the blocks start at
-        index ``first`` and not at this object's."""
+        """Return the path of the module that corresponds to ``module``, which must lie in a block, in the
+        block that comes ``periods`` periods later, if the blocks start at index ``first`` instead of this
+        object's."""
         number, dot, rest = module[len(self.path) + 1 :].partition(".")
         return f"{self.path}.{int(number) - self.first + first + periods * self.period}{dot}{rest}"
 
@@ -120,8 +121,9 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
     """Return the trace with the ``wanted`` blocks, from the trace ``shallow`` with the ``given`` blocks and
     the trace ``deeper`` with one period more.
 
-    ``wanted`` must have a whole number of periods more than ``given``. Raises Mismatch if unrolling
-    ``shallow`` by one period does not give ``deeper``.
+    ``wanted`` must have a whole number of periods more than ``given``. Raises Mismatch if ``given`` has fewer
+    than three periods, or if unrolling ``shallow`` by one period does not give ``deeper``, apart from what
+    may grow linearly (see the module).
     """
     assert (wanted.count - given.count) % given.period == 0, (given, wanted)
     middle, growth, extra_work = _middle(shallow, deeper, given)
@@ -161,9 +163,9 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
 def _middle(
     shallow: Trace, deeper: Trace, blocks: Blocks
 ) -> tuple[int, dict[int, int], dict[int, tuple[_Work, _Work]]]:
-    """Return (a period of ``blocks`` whose repetition gives the deeper trace, what `_growth` returns for it,
-    what `_more_work` returns for it). The nearest to the middle is preferred, because the first and last
-    periods, and those that prefetch them, may differ. Raises Mismatch if there is none."""
+    """Return (the index of a period of ``blocks`` whose repetition gives the deeper trace, what `_growth`
+    returns for it, what `_more_work` returns for it). The nearest to the middle is preferred, because the
+    first and last periods, and those that prefetch them, may differ. Raises Mismatch if there is none."""
     reason = "the shallow trace has fewer than three periods of blocks, so none lies between two others"
     expected, periods = canonical(deeper), -(-blocks.count // blocks.period)
     deeper_blocks = dataclasses.replace(blocks, count=blocks.count + blocks.period)
@@ -184,7 +186,9 @@ def _grown(a: Allocation, extra_bytes: int, device: str) -> Allocation:
 def _growth(candidate: _Unrolled, expected: Trace) -> dict[int, int]:
     """Compare a shallow trace unrolled by one period (``candidate``) with the deeper trace ``expected``.
     Return the bytes by which allocations outside the blocks grow per period, by their index in the shallow
-    trace. Raises Mismatch if another size, a lifetime, or the clock or name of an operator differs."""
+    trace; those that do not grow are left out. Raises Mismatch if the number of allocations differs, or a
+    size inside the blocks, a lifetime, the operator that made an allocation, or the clock or name of an
+    operator call."""
     actual = candidate.trace
     if len(actual.allocations) != len(expected.allocations):
         raise Mismatch(
@@ -218,8 +222,8 @@ def _growth(candidate: _Unrolled, expected: Trace) -> dict[int, int]:
 
 def _more_work(candidate: _Unrolled, expected: Trace) -> dict[int, tuple[_Work, _Work]]:
     """Compare a shallow trace unrolled by one period (``candidate``) with the deeper trace ``expected``.
-    Return the work that operator calls do in addition there, as (of the first, of the last copy of the call),
-    by the call's index in the shallow trace. Calls without additional work are left out."""
+    Return the work that operator calls do in ``expected`` beyond that in ``candidate``, as (that of the
+    first, of the last copy of the call), by the call's index in the shallow trace, for calls that do more."""
     work_by_origin: dict[int, list[_Work]] = defaultdict(list)
     for origin, op, reference in zip(candidate.op_origin, candidate.trace.ops, expected.ops, strict=True):
         work_by_origin[origin].append(_Work.between(op, reference))
@@ -284,7 +288,7 @@ class _Unrolled:
     """The trace ``trace`` with the ``wanted`` blocks, made from ``shallow`` with the ``given`` blocks by
     repeating period ``middle``. ``origin[i]`` is the index in ``shallow`` of the allocation that the
     allocation ``i`` of ``trace`` copies, and ``op_origin[i]`` that of the operator call that its call ``i``
-    copies. Raises Mismatch if a copy would free an allocation that does not exist."""
+    copies. Raises Mismatch if a copy would free an allocation that does not exist or is freed already."""
 
     def __init__(self, shallow: Trace, given: Blocks, wanted: Blocks, middle: int) -> None:
         self.shallow, self.given, self.first, self.middle = shallow, given, wanted.first, middle
@@ -391,8 +395,9 @@ class _Unrolled:
 
     def _like(self, place: _Place, template: int | None, block: int | None) -> _Place:
         """Return the place, in the deep trace, of the allocation that relates to ``block`` there as the one
-        made at ``place`` in the shallow trace relates to its block ``template``. Allocations far from
-        ``template`` keep their distance from the nearer end of the blocks."""
+        made at ``place`` in the shallow trace relates to its block ``template`` (None: events outside the
+        blocks). Allocations far from ``template`` keep their distance from the nearer end of the blocks, and
+        places outside the blocks stay as they are."""
         if place.block is None:
             return place
         is_far = template is not None and 2 * abs(place.block - template) > self.periods - 1

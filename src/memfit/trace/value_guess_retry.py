@@ -37,7 +37,7 @@ class Doubted(Exception):
 
 def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
     """Wrap ``run``: if it raises Doubted, run it again with False for the condition that was last assumed to
-    be true, four times in all. If none of these succeeds, raise the error of the first."""
+    be true, and so on, at most four runs in all. If none of them succeeds, raise the error of the first."""
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:

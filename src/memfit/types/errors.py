@@ -55,12 +55,13 @@ def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
 
 class NothingFits(MemfitError):
     """No plan of the allowed effect classes fits the memory, or none that fits meets the deadline and the
-    budget.
+    limit on cost.
 
-    ``least_bytes``, ``plan_text``: what the smallest plan needs, and that plan. ``ways``: changes in words,
-    each of which alone would be enough; not in the message before ``explained``. ``missed``: the message if
-    deadline or budget are missed, else "". ``host``: in words, that the host's memory is too small for the
-    smallest plan, else "".
+    ``cap_bytes``: the memory that a plan may use. ``least_bytes``, ``plan_text``: what the smallest plan
+    needs, and that plan. ``ways``: changes in words, each of which alone would be enough; not in the message
+    before `explained` is called. ``missed``: the message if a plan fits the memory but the deadline or the
+    limit on cost is missed, else "". ``host``: in words, that the host's memory is too small for the smallest
+    plan, else "".
     """
 
     exit_code = 3

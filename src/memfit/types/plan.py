@@ -115,8 +115,9 @@ def _short(value: KnobValue) -> str:
 class Bounds:
     """Limits of a plan beside memory.
 
-    ``deadline_s`` and ``budget_usd``: for the whole training of ``steps`` steps; None: no limit.
-    ``micro_batch``: samples per micro-batch of one rank (0: any number). ``without``: techniques not to use.
+    ``deadline_s`` and ``budget_usd``: longest time and highest cost of the whole training of ``steps`` steps;
+    None: no limit. ``micro_batch``: samples per micro-batch of one rank (0: any number). ``without``: names
+    of techniques not to use.
     """
 
     steps: int = 0

@@ -46,8 +46,8 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """The prediction for one plan on one machine. None: facts that it needs are unknown, unless stated
-    otherwise.
+    """The prediction for one plan on one machine. A field is None if facts that it needs are unknown, unless
+    stated otherwise.
 
     Memory is that of one device. ``allocated_bytes`` is the peak of live tensor bytes. ``phase_peak_bytes``
     has one peak per phase of a step. ``at_peak_bytes`` splits the bytes at the peak by category.
@@ -68,7 +68,7 @@ class Estimate:
     peak_phase: str = ""
     peak_op: str = ""
     traced: bool = True  # False: composed from traces of parts
-    workspace_probed: bool = False
+    workspace_probed: bool = False  # the peak lies inside a kernel whose own workspace was measured
     reserved_bytes: Interval | None = None  # by the caching allocator; None: the device has none
     device_bytes: Interval | None = None  # reserved, plus everything outside the allocator
     # what the device holds outside the allocator: context, kernels, ...
@@ -78,7 +78,7 @@ class Estimate:
     host_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # offload, workers, ...
     host_memory_bytes: int | None = None  # memory of the host; None: unknown
     host_memory_assumed: bool = False
-    oom_probability: float | None = None  # for the memory that the estimate was made for
+    oom_probability: float | None = None  # of needing more than the memory that the estimate was made for
     rank: int = 0  # the rank with the highest peak, among distinct ranks
     assumptions: tuple[str, ...] = ()  # of the trace: values that were needed and could not be known
     dependence: SampleDependence | None = None  # of the job's samples, if the plan splits the batch
@@ -156,8 +156,9 @@ class Cause:
 class Verdict:
     """Whether the runs of a plan (the candidate) are scientifically equivalent to plain training.
 
-    ``effect``: the plan's effect class, which decides the test. ``test`` names the test. None: the test does
-    not compare metrics, or there were too few runs.
+    ``effect``: the plan's effect class, which decides the test. ``test`` names the test. If metrics were not
+    compared, as for the class E0 or with too few runs, ``metric`` is "" and ``margin``, ``difference``,
+    ``low``, ``high`` and ``power`` are None.
     """
 
     kind: VerdictKind
@@ -176,8 +177,10 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reproducibility:
-    """Whether a second run with the same plan and seed gave the same result. ``reproducible`` is None if it
-    was not tried."""
+    """Whether a second run with the same plan and seed gave the same result. ``reproducible`` is None if this
+    was not tried or could not be judged, for example because a run did not complete.
+    ``first_differing_step`` is counted from 0; None if no step is known to differ. ``detail`` says in words
+    what differs, what was equal, or why it could not be judged."""
 
     reproducible: bool | None
     first_differing_step: int | None = None
@@ -188,10 +191,11 @@ class Reproducibility:
 class Effort:
     """The work of adopting the plan here.
 
-    ``commands``: typed; ``changed_lines``: lines of the user's job file; ``packages`` and ``installed_mib``:
-    what memfit and the plan need beside torch; ``failed_attempts``: runs that failed or timed out, and proofs
-    of concept that were begun and not finished. ``attended_minutes``: minutes during which a person attended;
-    None if nobody counted them. They are never estimated.
+    ``commands``: number of commands typed. ``changed_lines``: non-blank lines of the user's job file.
+    ``packages`` and ``installed_mib``: number and size of the packages that memfit and the plan need beside
+    torch and numpy. ``failed_attempts``: runs that failed or timed out, and proofs of concept that were begun
+    and not finished. ``attended_minutes``: minutes during which a person attended; None if nobody counted
+    them. They are never estimated.
     """
 
     commands: int
@@ -219,10 +223,11 @@ class Reason:
     """Why a technique is in a plan or was left out.
 
     ``kind`` names a text of the word catalogs (``reason.KIND``), such as ``saves`` or ``left_out_slower``;
-    the other fields fill its placeholders. ``left_out_too_large``, ``needed_priced``: none of ``plan_count``
-    priced plans with it, or without it, fits; the smallest needs ``least_bytes``. ``left_out_late``,
-    ``needed_late``: none of them meets device memory, host memory, deadline and budget together, although the
-    device has enough memory for some.
+    the other fields fill its placeholders. ``left_out_too_large``: none of the ``plan_count`` priced plans
+    with the technique fits the device's memory; the smallest needs ``least_bytes``. ``needed_priced``: the
+    same of the plans without it. ``left_out_late`` (plans with it) and ``needed_late`` (without it): none
+    meets device memory, host memory, deadline and cost limit together, although the device has enough memory
+    for the smallest.
     """
 
     kind: str
@@ -239,7 +244,9 @@ class Choice:
     """A plan kept by the search, with its estimate, whether it fits, its effect class, and the reasons why
     techniques are in it or were left out.
 
-    ``needed_bytes``: the bytes that are compared with the memory; None in records of older versions.
+    ``fits``: on one device, the memory; in a search over several devices also host memory, deadline, cost
+    limit and requested micro-batch. ``needed_bytes``: the bytes that are compared with the memory cap; None
+    in records of older versions.
     """
 
     estimate: Estimate
@@ -254,8 +261,9 @@ class Sensitivity:
     """What a change of the machine would bring, as ratios to the recommended plan; None: unknown.
 
     ``kind``: "memory" (``more_bytes`` on each device), "devices" (``more_devices``), or a part of the machine
-    whose work takes a tenth less time; then only ``time_ratio`` is known. ``plan``: the best plan with the
-    change; "": the recommended plan.
+    whose work takes a tenth less time; then only ``time_ratio`` is known. ``plan``: the plan with the change:
+    for memory the better plan that needs the fewest bytes, for devices the best one; "": the recommended
+    plan.
     """
 
     kind: str
@@ -297,7 +305,8 @@ class Trial:
     """A few steps of one plan on this machine. It is run in rounds, in turn with the plans that it is
     compared with.
 
-    ``step_s``: the median of the step times of each round; empty if it did not run, with the ``reason``.
+    ``step_s``: the median of the step times of each round; empty if the plan did not run, for the ``reason``
+    given. ``predicted_s``: the predicted time of a step, None if unknown.
     """
 
     plan: Plan
@@ -317,10 +326,12 @@ class SearchResult:
     """The result of a search for the best plan.
 
     ``cap_bytes``: the memory that a plan may use. ``considered``: number of distinct plans priced.
-    ``baseline``: plain training. ``frontier``: plans that no other plan beats in peak, time and effect class
-    at once, by increasing peak. ``recommended`` is None if nothing fits; ``smallest`` needs the least memory.
-    ``trials``: plans run for a few steps before one of them was recommended. ``unfinished``: the search was
-    interrupted. ``cap_reason``: where the cap comes from, such as "asked for" or "the device's memory".
+    ``baseline``: plain training. ``frontier``: by increasing peak, the plans that fit and that no other plan
+    beats in peak, time and effect class at once, and, even if they do not fit or are beaten, plain training
+    and the smallest and the recommended plan. ``recommended`` is None if nothing fits. ``smallest`` has the
+    lowest peak. ``trials``: plans run for a few steps before one of them was recommended. ``unfinished``: the
+    search was interrupted. ``cap_reason``: where the cap comes from, such as "asked for" or "the device's
+    memory".
     """
 
     goal: str
@@ -393,12 +404,12 @@ class Offer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """The largest size of a job that fits one machine, with plain training (``plain``) and with the smallest
-    allowed plan (``recommended``).
+    """The largest size of a job that fits one machine, with plain training (``plain``) and with the allowed
+    plan that needs the least memory (``recommended``).
 
     ``quantity``: what the two numbers count: "parameters" or "length" (tokens or residues of a sample). None:
     not even the smallest size tried fits. ``*_label``: name of the size. ``at_limit``: the largest size tried
-    fits with the smallest allowed plan, so that larger ones may fit too.
+    fits with that plan, so that larger ones may fit too.
     """
 
     machine: str

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def to_plain(value: Any) -> Any:
     """Convert dataclasses, enums, tuples and mappings, also nested ones, to what ``json`` accepts. An enum
-    becomes its value; other objects are returned unchanged."""
+    becomes its value, and keys of mappings become text; other objects are returned unchanged."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):

@@ -36,7 +36,8 @@ GRANULARITY_BYTES = {"cpu": 64, "cuda": 512}  # alignment of c10; smallest block
 
 
 def rounded(size_bytes: int, device: str) -> int:
-    """Return the bytes that the allocator of a device of kind ``device`` takes for a request."""
+    """Return the bytes that the allocator of a device of kind ``device``, "cpu" or "cuda", takes for a
+    request of ``size_bytes``: the next multiple of 64 or 512 bytes."""
     step = GRANULARITY_BYTES[device]
     return -(-size_bytes // step) * step
 

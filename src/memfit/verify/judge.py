@@ -36,7 +36,8 @@ def verdict(
     E1: the first losses must be within float32 tolerance (see `float32`), then as E2. E2 and E3: equivalence
     of the metric within its fixed margin. The verdict is undecided if the seeds do not pair one to one, a run
     did not complete with finite losses, the numbers of steps differ, or a digest of the weights (E0), the
-    metric or enough pairs for its test (E1 to E3) are missing. The order of the runs does not matter.
+    metric or enough pairs for its test (E1 to E3) are missing, or if the interval of the metric's difference
+    is neither inside nor outside the margin. The order of the runs does not matter.
     """
     pairs = _paired(baseline, candidate)
     if problem := _unpaired(baseline, candidate):

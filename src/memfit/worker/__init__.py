@@ -1,1 +1,2 @@
-"""The child process: it reads a RunSpec, trains the job, and reports measurements as JSON lines."""
+"""The child process: it reads a RunSpec and trains the job, or measures single operators, and reports
+measurements as JSON lines."""

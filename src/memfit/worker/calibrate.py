@@ -1,4 +1,5 @@
-"""Measure single operators in a separate process, where the counting allocator counts nothing else."""
+"""Measure the time or memory of single operators in a separate process, where the allocator that counts bytes
+counts nothing else."""
 
 from __future__ import annotations
 

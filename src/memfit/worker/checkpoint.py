@@ -1,4 +1,5 @@
-"""Save a run and resume it: parameters, optimizer state, step, seed and random state, by name.
+"""Save a run and resume it: parameters, buffers, optimizer state and random state by name, and facts about
+the run such as its step, seed and plan.
 
 Keys are those that torch.distributed.checkpoint makes of ``{"model": get_model_state_dict(...), "optimizer":
 get_optimizer_state_dict(..., flatten_optimizer_state_dict=True)}``, so that other programs can read them.
@@ -70,8 +71,10 @@ class Keeper:
 
     def restore(self) -> int:
         """Load the checkpoint that the run resumes from, random state included, and return the number of
-        steps that it has done. Raises UserError if it cannot be read, if it belongs to another model or
-        optimizer, or if its parameters differ in a number that this plan keeps once for all."""
+        steps that it has done. All ranks must call it. Raises UserError if its description cannot be parsed,
+        if it belongs to another model or optimizer, or if its parameters differ in a number, such as the
+        optimizer's step, that this plan keeps once for all of them. Files that are missing or damaged raise
+        other errors."""
         path = Path(self.spec.keep.resume)
         metadata = checkpoints.about(path)
         _must_be_alike(path, metadata.shapes, self._shapes())
@@ -94,15 +97,15 @@ class Keeper:
             _ = entry.stored
 
     def due(self, done: int) -> bool:
-        """Return whether to save after ``done`` steps: at each multiple of the chosen number of steps and
-        after the last, if the run has a folder to save in."""
+        """Return whether to save after ``done`` steps: after each multiple of the chosen number of steps (0:
+        none) and after the last step, if the run has a folder to save in."""
         keep = self.spec.keep
         is_due = done == self.spec.steps or (keep.every_steps > 0 and done % keep.every_steps == 0)
         return bool(keep.save) and is_due
 
     def save(self, done: int) -> None:
         """Save a checkpoint after ``done`` steps. All ranks must call it. Raises MemfitError if it cannot be
-        written."""
+        written, and OSError if its folder cannot be made."""
         folder = Path(self.spec.keep.save)
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         metadata = self._about(done, entries)
@@ -146,9 +149,9 @@ class Keeper:
         return dict(sorted(_everyone(set(shapes.items()))))
 
     def _tensors(self, *, writing: bool = False) -> dict[str, Any]:
-        """Return this rank's parts of parameters, and buffers, by key. Every rank has its own buffers. With
-        ``writing``, only the first rank of each pipeline stage returns buffers, so that only these are
-        saved."""
+        """Return this rank's parts of parameters, and its buffers, by key. Buffers may differ between ranks.
+        With ``writing``, only ranks of index 0 along every mesh dimension but the pipeline return buffers, so
+        that only theirs are saved."""
         tensors: dict[str, Any] = {f"model.{n}": p.of(p.owner) for n, p in places(self.step).items()}
         coordinate = self.step.bench.world.layout.coordinate(self.rank)
         if not (writing and any(index for name, index in coordinate.items() if name != "pipeline")):
@@ -156,7 +159,8 @@ class Keeper:
         return tensors
 
     def _entries(self) -> Iterator[Entry]:
-        """Yield, for each parameter, the values of its optimizer state and the numbers of its group."""
+        """Yield, for each parameter of this rank, the values of its optimizer state and the numbers of its
+        parameter group, if it has them."""
         states: dict[str, dict[int, Any]] = {
             "state": {id(owner): s for o in self.optimizers for owner, s in o.state.items()},
             "param_groups": {id(p): group for group in self._groups() for p in group["params"]},
@@ -192,9 +196,9 @@ class Keeper:
         _must_step_together(path, [e for e in entries if e.shared], target)
 
     def _forget(self, entry: Entry) -> None:
-        """Reset a value of the state of a parameter for which the checkpoint has no state: set it to zero if
-        it is kept in pieces, or remove the parameter's state. A number that all parameters of a flat tensor
-        share is kept."""
+        """Reset ``entry``, a value of a parameter's optimizer state that the checkpoint does not have: set it
+        to zero if it is kept in pieces, else remove the parameter's whole state. A number that all parameters
+        of a flat tensor share is left as it is."""
         if isinstance(entry.stored, Pieces):
             for view in entry.stored.views.values():
                 view.zero_()
@@ -260,7 +264,8 @@ class Entry:
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return copies of the numbers in a parameter group by key, tensors of one element included."""
+    """Return copies of the numbers in a parameter group by key. True and False and tensors of one element are
+    numbers, too."""
     numbers = {k: v for k, v in group.items() if isinstance(v, int | float) or _is_scalar(v)}
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}
 

@@ -1,4 +1,5 @@
-"""One measured training run: warm up, check the plan, set the memory cap, train, evaluate, report."""
+"""One measured training run: warm up, check that the step does what the plan says, set the memory cap, train,
+evaluate, report."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class _Gauge:
 
     def turn(self, phase: str) -> None:
         """Start the phase called ``phase``. The phase that ends gets the peaks of allocated and of resident
-        memory since it started, if they exceed those of earlier phases of the same name."""
+        memory since it started, if they exceed those of earlier phases of the same name. The peaks of the
+        step and of the run are raised likewise."""
         from memfit.runtime.memory import reset_rss_peak, rss_peak_bytes
 
         peak = self.counter.peak_bytes() - self.base_bytes
@@ -83,7 +85,8 @@ class _Gauge:
 
 def main(path: Path) -> None:
     """Run the RunSpec in the JSON file ``path`` and report progress and the result as events on standard
-    output. A MemfitError becomes a result with the outcome failed."""
+    output. A MemfitError of the run becomes a result with the outcome failed; for a UserError, an event
+    ``refused`` with its parts comes before. A file that cannot be read, and other errors, raise."""
     spec = serialization.loads(RunSpec, path.read_text(), what="run specification")
     try:
         measurement = _run(spec, path)
@@ -121,8 +124,9 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
 
 @contextlib.contextmanager
 def joined(plan: Plan) -> Iterator[World]:
-    """Yield the plan's world: its layout, this process's rank, and the mesh. Several ranks join over gloo
-    with the environment variables that torchrun sets, and leave the process group at the end."""
+    """Yield the plan's world: its layout, this process's rank, and the mesh of ranks. With several ranks,
+    join a gloo process group by the environment variables that torchrun sets, and leave it at the end. With
+    one, there is no process group."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -154,9 +158,10 @@ def step_maker(engine: str, folder: Path | None) -> MakeStep:
 
 def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
     """Build the step of the run, compare it with the plan while it runs up to two micro-batches, and run it
-    again with one micro-batch. Kernels, their caches and thread stacks then exist before the footprint is
-    read (docs/decisions/002-memory-cap.md gives the difference). Return the number of elements of the plain
-    model's parameters. Raises NotConforming if the step does not do what the plan says."""
+    again with one micro-batch. Kernels, their caches and thread stacks then exist before the memory that the
+    process itself takes is read (docs/decisions/002-memory-cap.md gives the difference). Return the number of
+    elements of the plain model's parameters. Raises NotConforming if the step does not do what the plan
+    says."""
     import torch
 
     batch = job.make_batch(0, spec.seed)
@@ -181,9 +186,10 @@ def _conform(
     spec: RunSpec,
     model_facts: tuple[int, frozenset[Any]],
 ) -> None:
-    """Watch one step of up to two micro-batches and compare it with the plan. ``inputs``: this rank's part of
-    the batch, and the mean number of loss terms per rank. ``model_facts``: the number of elements of the
-    plain model's parameters, and their dtypes. Raises NotConforming if the step differs from the plan."""
+    """Watch one step of up to two micro-batches, compare it with the plan, and report what was found as an
+    event. ``inputs``: this rank's part of the batch, and the mean number of loss terms per rank.
+    ``model_facts``: the number of elements of the plain model's parameters, and their dtypes. Raises
+    NotConforming if the step differs from the plan."""
     from memfit.conformance.module_hooks import Own
     from memfit.conformance.monitor import Monitor
 
@@ -228,8 +234,9 @@ _WATCHED = 2  # micro-batches that are watched if the plan has several
 
 
 def _own_step(job: Job, part: Any, autocast_dtype: Any) -> Any:
-    """Run forward and backward of the plain model on the first two or three samples of ``part``, under
-    autocast to ``autocast_dtype`` unless that is None. Return what was observed, or None if it fails."""
+    """Run forward and backward of the plain model on the first two samples of ``part`` (three of an odd
+    number of samples, the only one of one), under autocast to ``autocast_dtype`` unless that is None. Return
+    what was observed of its blocks (`Heard`), or None if the run fails."""
     import torch
 
     from memfit.conformance.module_hooks import Heard
@@ -269,8 +276,8 @@ def _cap(spec: RunSpec, counter: PeakCounter) -> Any:
 
 def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
     """Train, evaluate and compare the trained step with the plan. Running out of memory and a non-finite loss
-    or gradient norm are outcomes; other errors are raised. ``limit``: the memory cap, lifted before the
-    evaluation; None: no cap."""
+    or gradient norm become the outcome of the measurement; other errors are raised. ``limit``: the memory
+    cap, lifted before the evaluation; None: no cap."""
     from memfit.runtime.energy import EnergyMeter
     from memfit.runtime.memory_cap import is_oom_error
 
@@ -380,8 +387,9 @@ def _event_count(counter: Any) -> int:
 
 
 def _timeline(event_log: Any, phase_starts: list[int], base_bytes: int) -> tuple[int, ...]:
-    """Return live bytes over a step above ``base_bytes``, downsampled like the prediction's timeline.
-    ``phase_starts``: indices in the event log at which the step's phases start."""
+    """Return the live bytes above ``base_bytes`` over a step, thinned to about TIMELINE_POINTS values, as
+    in the prediction's timeline. ``phase_starts``: indices in the event log at which the step's phases
+    start."""
     from itertools import accumulate, pairwise
 
     from memfit.types.downsample import thin_phases

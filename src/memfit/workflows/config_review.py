@@ -25,10 +25,11 @@ from memfit.types.result import Choice, Estimate
 class Beside:
     """An existing plan, ``given``, and better ones.
 
-    ``needed_bytes``: memory that the existing plan needs. ``fits``: whether that is at most ``cap_bytes`` and
-    the host has enough memory; both are None on a CPU if no cap was asked for. ``better``: for a plan of
-    several ranks, its variants with a lower peak, lowest first. ``recommended``: for a plan of one rank, the
-    search's recommendation; if no plan fits, it is None and ``nothing`` is the text of the error.
+    ``needed_bytes``: memory of one device that the existing plan needs. ``fits``: whether that is at most
+    ``cap_bytes`` and the host has enough memory; ``fits`` and ``cap_bytes`` are None on a CPU if no cap was
+    asked for. ``better``: for a plan of several ranks, its variants with a lower peak, lowest first.
+    ``recommended``: for a plan of one rank, the search's recommendation; if no plan fits, it is None and
+    ``nothing`` is the text of the error.
     """
 
     given: Estimate
@@ -44,8 +45,9 @@ class Beside:
 class JobSize:
     """Size of a job.
 
-    ``batch_size``: of a step on all ranks. ``layers``: number of repeated blocks; None if the model has none.
-    ``width``: the commonest size of the norms' parameters in a block; None if there are no norms.
+    ``batch_size``: samples of a step on all ranks. ``layers``: number of repeated blocks; None if none are
+    found. ``width``: the commonest size of the norms' parameters in the first block; None if there are no
+    norms or no blocks.
     """
 
     batch_size: int
@@ -74,13 +76,13 @@ def job_size(request: Request) -> JobSize:
 
 
 def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> Beside:
-    """Predict ``plan`` and find better ones.
+    """Predict the existing ``plan`` and find better ones; return both.
 
     For a plan of one rank, they are found by a search under the request's cap; on a CPU without a cap, the
     cap is what ``plan`` needs. For several ranks, they are variants of ``plan`` with one change that need
     less memory, and change the numbers by no more than precision (E2) or than ``plan`` itself.
     ``parameters``: number of the model's parameters, which limits ZeRO's buckets. Raises UserError if the job
-    does not support ``plan``.
+    does not support ``plan``; if no plan of the search fits, that is in the result.
     """
     _, pricer = make_pricer(request)
     progress("trace", 0, 0, plan.label)

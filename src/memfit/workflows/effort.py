@@ -18,7 +18,7 @@ _THEIRS = frozenset({"torch", "numpy"})  # already installed by anyone who train
 
 
 def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort:
-    """Count the work of adopting ``plan`` for the job.
+    """Count the work of adopting ``plan`` for the job on this machine.
 
     Counted are: one command; the non-blank lines of the user's own job file; the installed packages that
     memfit and the plan's techniques need, with memfit and without torch and numpy, and their size on disk; as

@@ -27,7 +27,8 @@ class EngineChoice:
 
     ``gaps``: why the engine does not support the plan; empty if it does. ``cuda``: parts of the plan that it
     runs only on NVIDIA GPUs. ``version``: of its installed package, or "". ``problem``: what keeps it from
-    running here, or ""; ``fix``: the command that would help. ``tested``: the tested versions, or "".
+    running here, or ""; ``fix``: the command that would help. ``tested``: the range of its package's versions
+    that memfit was tested with, or "".
     ``estimate`` and ``config_lines``, the number of lines of its own configuration files, are None if it does
     not support the plan. ``facts``: what the catalog knows of the engine, name -> (value, source, date).
     """
@@ -48,8 +49,9 @@ class EngineChoice:
 def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoice]:
     """Return all engines but replay: first those that support the plan, by their predicted peak memory.
 
-    For each of these, its own training step is predicted. Raises UserError if the job cannot be loaded or
-    the plan's number of ranks does not suit its techniques.
+    For each of these, a training step is predicted: the engine's own if it has one that can be traced here,
+    else that of native, memfit's own engine. Raises UserError if the job cannot be loaded or the plan's
+    number of ranks does not suit its techniques.
     """
     # shared calibration of this machine, so that engines differ by what they run and not by timing noise
     calibrations = [Calibration()]

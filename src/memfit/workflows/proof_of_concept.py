@@ -104,12 +104,16 @@ def poc(
     command: str,
     progress: Progress,
 ) -> Poc:
-    """Run a proof of concept: search a plan, train the baseline (plain training), the recommended plan and
-    ablations of it, judge whether they are equivalent, and write the report.
+    """Run a proof of concept (PoC): search a plan, train the baseline (plain training), the recommended plan
+    and ablations of it, judge whether each is equivalent to the baseline, write the report, and return the
+    PoC.
 
-    Every run is stored as soon as it ends. ``seeds``: number of pairs of baseline and recommendation.
-    ``steps``: of each run; None: the job's own number. ``report_path`` None: a file in the folder "reports"
-    beside the store. ``command``: the command line to record. Raises NothingFits if no plan fits, UserError.
+    Every run is stored as soon as it ends. If the request is for this machine, the batch is first halved
+    until plain training fits its free memory. ``seeds``: number of pairs of runs of baseline and
+    recommendation, with seeds from 0. ``steps``: of each run; None: the job's own number. ``report_path``
+    None: a file in the folder "reports" beside the store. ``lang``: language of the report. ``command``: the
+    command line to record. Raises NothingFits if no plan fits; SearchInterrupted on Ctrl-C while plans are
+    searched; UserError if the request or the job is wrong; RunError if operators cannot be timed.
     """
     started = time.perf_counter()
     planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
@@ -136,8 +140,8 @@ def search(
     With ``measure_s``, the best plans are then run for about that many seconds, and the recommendation
     follows these measurements. This needs a goal that depends on step time; for another goal, raises
     UserError, or with ``must_run`` runs nothing. ``must_run``: if the request is for this machine, halve the
-    batch until plain training can run on it. Raises NothingFits if no plan fits, and SearchInterrupted with
-    the result so far on Ctrl-C.
+    batch until plain training fits its free memory. Raises NothingFits if no plan fits, and SearchInterrupted
+    with the result so far on Ctrl-C.
     """
     if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
         raise UserError(
@@ -168,12 +172,12 @@ def report(
 
 
 def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
-    """Return a stored PoC, by default the latest, and the decision from it.
+    """Return a stored PoC, by default the latest, and the decision about adopting its recommended plan.
 
-    The user's figures come from the file `case`, which is then stored with the PoC; without it, from the last
-    case stored with it; else they are defaults. Predictions for other machines and gates of the rollout that
-    were stored with the PoC are taken into account. Raises UserError if there is no such PoC or a file is
-    wrong.
+    The user's figures (`DecisionCase`), such as prices, come from the file `case`, which is then stored with
+    the PoC; without it, from the last case stored with it; else they are defaults. Predictions for other
+    machines and gates of the rollout that were stored with the PoC are taken into account, of the gates the
+    last ones. Raises UserError if there is no such PoC, or if the file or what is stored is wrong.
     """
     resolved_id = wanted_poc(store, poc_id)
     proof = stored_poc(store, resolved_id)
@@ -218,11 +222,12 @@ def offers_of(store: Store, poc_id: str) -> list[Offer]:
 
 def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
     """Return `request` with a correction of predicted step times: by the ratios of measured to predicted time
-    in the runs of a PoC of the same job on this machine, by default the latest PoC.
+    in the runs of a PoC of the same job on this machine, by default the latest PoC. Of several runs of one
+    plan, the median ratio counts.
 
-    Raises UserError if the PoC ran another job, if the request is not for this machine, if the processor, its
-    number of cores, torch's version or OMP_NUM_THREADS have changed since, or if no run of the PoC completed
-    with a step time.
+    Raises UserError if there is no such PoC or it ran another job, if the request is not for this machine, if
+    the processor, its number of cores, torch's version or OMP_NUM_THREADS have changed since, or if no run of
+    the PoC completed with a measured and a predicted step time.
     """
     resolved_id = wanted_poc(store, poc_id)
     proof, environment = stored_poc(store, resolved_id), fingerprint()
@@ -263,10 +268,10 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
 
 @dataclasses.dataclass(kw_only=False)
 class _Story:
-    """Makes a PoC: yields its runs, trains and stores them one by one, and judges them at the end.
+    """Makes a PoC: lists its runs, trains and stores them one by one, and judges them at the end.
 
-    ``planning``: the finished search. ``seeds``: number of pairs of baseline and recommendation. ``steps``:
-    of each run. ``command``: the command line to record.
+    ``planning``: the finished search. ``seeds``: number of pairs of runs of baseline and recommendation.
+    ``steps``: of each run. ``command``: the command line to record.
     """
 
     planning: Planning
@@ -345,8 +350,9 @@ class _Story:
         First the baseline under the cap; then, for each seed, the baseline without the cap and the
         recommendation under it, so that both see the same noise; then the recommendation again with seed 0,
         for reproducibility; last, on seed 0 and without the cap, the recommendation without each of its
-        techniques, and the other plans of the 2 x 2 table of low precision and checkpointing. Of these last
-        ones, plans that were already yielded or that use a technique excluded by the user are left out.
+        techniques, plain training with autocast, and, if the model has repeated blocks, plain training with
+        checkpointing and with both. Of these last ones, plans that were already yielded or that use a
+        technique excluded by the user are left out.
         """
         yield self._spec(BASELINE, BASELINE, self.baseline, seed=0, capped=True)
         for seed in range(self.seeds):
@@ -393,8 +399,9 @@ class _Story:
         )
 
     def shortened(self, spec: RunSpec) -> RunSpec:
-        """Return the run; if it is an ablation that is predicted to be at least 5 times slower than plain
-        training, return it with fewer steps (about 30 seconds of them, at least 5) and without evaluation.
+        """Return the run. If it is an ablation whose steps are predicted to take at least 5 times as long as
+        those of plain training, return it with fewer steps (about 30 seconds of them, at least 5) and without
+        evaluation, unless it has no more steps than that.
 
         Such a run measures only memory and step time. An example is bfloat16 on a processor without support
         for it.
@@ -458,8 +465,8 @@ class _Story:
             yield named(other.spec.name, baseline_runs[:1], [other])
 
     def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
-        """Yield the interaction of low precision and checkpointing on seed 0, for each quantity (peak, step
-        time, metric) that was measured for all four combinations of the two.
+        """Yield the interaction of autocast and checkpointing on seed 0, for each quantity (peak, step time,
+        metric) that was measured for all four combinations: neither, each alone, and both.
         """
         uses = ((), (self.mixed,), (_CHECKPOINTING,), (self.mixed, _CHECKPOINTING))
         corners = [functools.reduce(Plan.with_use, corner, self.baseline) for corner in uses]
@@ -481,7 +488,8 @@ class _Story:
 
 def _notes(job: JobRef, requested_job: JobRef, *, covers_other_sizes: bool) -> tuple[str, ...]:
     """Return sentences for the reader of a report: that the batch is smaller than in ``requested_job``, and
-    that the job's full size was not planned because ``covers_other_sizes`` is False. Empty if neither holds.
+    that the job's full size was not planned, which is so if ``covers_other_sizes`` is False and the job has a
+    size "paper". Empty if neither holds.
     """
     notes = []
     if job != requested_job:
@@ -512,8 +520,8 @@ _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
 
 
 def _paired_ratio(baseline_runs: Sequence[Run], recommended_runs: Sequence[Run]) -> float | None:
-    """Return the median over seeds of recommended / baseline step time, for pairs run one after the other;
-    None if no pair has both times.
+    """Return the median of recommended / baseline step time over the pairs of runs at the same position, one
+    per seed, which ran one after the other; None if no pair has both times.
     """
     ratios = []
     for baseline_run, recommended_run in zip(baseline_runs, recommended_runs, strict=False):

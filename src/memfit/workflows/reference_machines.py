@@ -34,10 +34,10 @@ _AT_PAPER = ("gradient-accumulation", "bf16-autocast", "activation-checkpointing
 
 def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...], tuple[Offer, ...]]:
     """Predict plain training and the best plan at the size "paper" of the job, or at the job's present size
-    if it has no such size.
+    if it has no such size, each on one accelerator.
 
     Returns (one row for each of `MACHINES`, or none if the job has no size "paper"; offers for every single
-    accelerator of the catalog with a price).
+    accelerator of the catalog with a price: plain training and the best plan that fits, if that is another).
     """
     ref = _at(planning, "paper")
     pricers = _pricers(planning, ref or planning.request.job, priced())
@@ -51,9 +51,10 @@ def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...],
 
 def offers(planning: Planning, trained: Plan, progress: Progress) -> tuple[Offer, ...]:
     """Return predictions for the job as planned, on every single accelerator of the catalog with a price:
-    for each, plain training and the best plan, if that is another.
+    for each, plain training and the best plan that fits, if there is one and it is another.
 
-    ``trained``: the plan that a proof of concept trained. Plans whose results it tested are preferred.
+    ``trained``: the plan that a proof of concept trained. Plans that change results no more than it did are
+    preferred.
     """
     pricers = _pricers(planning, planning.request.job, priced())
     return tuple(_offers(planning, pricers, progress, trained))
@@ -97,7 +98,7 @@ def _fitting(
     pricer: Pricer, candidate_plans: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
 ) -> list[Estimate]:
     """Return the sketches of the plans that fit. If the upper end of device memory fits for some of them,
-    only these are returned.
+    only these are returned. Empty if no plan fits.
     """
 
     def surely(sketch: Estimate) -> bool:
@@ -118,7 +119,9 @@ def _usable(planning: Planning, pricer: Pricer) -> list[Technique]:
 
 def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
     """Return the plans made of the techniques of ``trained`` and of those of `_AT_PAPER` that change results
-    at most by the order of sums. Techniques that change results by more have the settings of ``trained``.
+    at most by the order of sums (E1). Techniques that change results by more have the settings of
+    ``trained``. Gradient accumulation is added only if samples are not known to depend on each other, and
+    activation checkpointing recomputes every block.
     """
     techniques = _usable(planning, pricer)
     trained_names, dependence = {u.technique for u in trained.uses}, planning.pricer.dependence
@@ -138,7 +141,7 @@ def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]
 
 def stage_offers(planned: Planning) -> Iterator[Offer]:
     """Yield the predictions of plain training and of the recommendation of a finished search, the latter if
-    it is another plan.
+    there is one and it is another plan.
     """
     result, machine, size = planned.result, planned.request.machine.name, planned.job.size
     baseline, recommended = result.baseline, result.recommended
@@ -148,7 +151,9 @@ def stage_offers(planned: Planning) -> Iterator[Offer]:
 
 
 def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:
-    """Convert an estimate to an Offer. ``plain``: whether its plan is plain training."""
+    """Return the estimate as an Offer of ``machine`` at the job's size ``size``. ``plain``: whether its plan
+    is plain training. Its memory is that of the device if that can be predicted, else of tensors only.
+    """
     step_s, energy_j = estimate.step_s, estimate.energy_j
     return Offer(
         machine=machine,
@@ -163,7 +168,7 @@ def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: boo
 
 
 def sizes(spec: str) -> tuple[str, ...]:
-    """Return the names of the sizes that a built-in job has; none for any other job."""
+    """Return the names of the sizes that the built-in job ``spec`` has; none if it is not a built-in job."""
     return next((b.sizes for b in describe() if b.name == spec), ())
 
 
@@ -175,8 +180,8 @@ def _at(planning: Planning, size: str) -> JobRef | None:
 
 
 def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Pricer]:
-    """Return one pricer of the job ``ref`` for each machine, in order. They share the traces of parts, and
-    take from ``planning`` whether samples depend on each other.
+    """Return one pricer of the job ``ref`` for each of the ``machines``, names of the catalog, in order. They
+    share the traces of parts, and take from ``planning`` whether samples depend on each other.
     """
     job = load(ref)
     place = planning.request.machine.place
@@ -225,11 +230,11 @@ def _one_setting(plan: Plan) -> bool:
 
 def reach(planning: Planning, progress: Progress) -> tuple[Reach, ...]:
     """Return the largest model and the longest input that fit each of `MACHINES`, with plain training and
-    with the smallest allowed plan.
+    with the allowed plan that needs least memory.
 
-    Only sizes at full length are tried for the model (`_FULL_LENGTH`), because smaller ones are cut to the
-    available data, and `LENGTHS` at the size "paper" with one sample for the input. Empty for a job without
-    these sizes.
+    Models tried are the job's sizes in `_FULL_LENGTH`, because smaller sizes are cut to the available data.
+    Inputs tried have the `LENGTHS`, at the size "paper" with one sample. There are no entries for models if
+    the job has no such sizes, and none for inputs if it has no size "paper" or samples have no length.
     """
     job = planning.request.job
     models = {s: _sized(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
@@ -254,8 +259,8 @@ def _sized(ref: JobRef, size: str) -> JobRef:
 
 @dataclasses.dataclass(kw_only=False)
 class _Ladder:
-    """Increasingly large versions of a job (``rungs``, by name), smallest first. Each is loaded once for all
-    machines.
+    """Increasingly large versions of a job (``rungs``: name -> reference), smallest first. Each is loaded
+    once for all `MACHINES`.
     """
 
     planning: Planning
@@ -287,8 +292,9 @@ class _Ladder:
         """Return the name of the largest version that fits the machine with this index in `MACHINES`, by
         bisection; None if not even the smallest fits.
 
-        ``tight``: with the smallest allowed plan, else with plain training. Versions that cannot be loaded
-        are left out. This assumes that nothing larger than a version that does not fit does.
+        ``tight``: with the allowed plan that needs least memory, else with plain training. A version that
+        cannot be loaded is left out with all larger ones. This assumes that nothing larger than a version
+        that does not fit does.
         """
         while True:
             names = list(self.rungs)
@@ -337,8 +343,9 @@ def _count(pricer: Pricer) -> int:
 
 
 def _tightest(planning: Planning, pricer: Pricer) -> Plan:
-    """Return the plan with the least memory: the smallest micro-batches, bf16 autocast, recomputation of
-    every block, and 8-bit optimizer state, each if it is usable and not excluded by the user.
+    """Return the plan that `reach` takes as the allowed one with least memory: the smallest micro-batches,
+    bf16 autocast, recomputation of every block, and 8-bit optimizer state, each if it is usable and not
+    excluded by the user. No other plan is tried.
     """
     names = {t.name for t in _usable(planning, pricer)}
     uses: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]

@@ -1,4 +1,6 @@
-"""The memory of real data: what a file of sequence lengths means for a job, from a handful of traces."""
+"""The memory of real data: what the lengths of its sequences mean for the peaks of a job's batches, predicted
+from a handful of traces.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,9 @@ class LengthReport:
     ``batch``: sequences per step. ``fits_up_to``: the longest of the lengths to which a whole batch can be
     padded and fit; 0 if none. ``oom_per_step``, ``oom_per_epoch``: chance that a random batch, or some batch
     of a shuffled epoch, does not fit. ``quantile_bytes``: "p50", "p90", "p99" and "max" of the peaks of
-    random batches padded to their longest. ``first``: indices, from 0, of the longest sequences, the batch to
-    try first. ``best``: name of the batching with the lowest peak, then the least padding.
+    random batches padded to their longest. Peaks are of tensors; ``margin_bytes`` are added to compare them
+    with ``cap_bytes``. ``first``: indices, from 0, of the longest sequences, the batch to try first.
+    ``best``: name of the batching with the lowest peak, then the least padding.
     """
 
     sequences: int
@@ -74,10 +77,11 @@ class LengthReport:
 def read_lengths(path: str, *, column: str | None = None) -> Ints:
     """Read sequence lengths from the file ``path``.
 
-    They are those of a FASTA file's sequences (.fasta, .fa, .faa, also with .gz), of a column of an .npz or
-    .csv file (the first one with whole numbers, if ``column`` is None), or in any other file one whole number
-    per line. Raises UserError if the file cannot be read, has no such column or no lengths, or has a length
-    that is not a whole number of at least 1; for text, with the line.
+    They are those of a FASTA file's sequences (.fasta, .fa, .faa, also with .gz), of an array of an .npz file
+    or a column of a .csv file (``column``; None: the first one with whole numbers), or in any other file one
+    whole number per line; empty lines are skipped. Raises UserError if the file cannot be read, has no such
+    column or no lengths, or has a length that is not a whole number of at least 1; for a text that is not a
+    number, with the line.
     """
     if path.endswith(_FASTA):
         values = [len(p.sequence) for p in read_fasta(path)]
@@ -126,8 +130,8 @@ def at_shape(job: Job, rows: int, length: int) -> Job:
     """Return the job with batches of ``rows`` x ``length``, made by repeating or leaving out samples and
     positions of its own batch.
 
-    Every dimension of the most common size after the first dimension (of several, the largest size) is a
-    length. Raises UserError if no tensor of the batch has a second dimension.
+    Dimensions after the first that have the size most common among these are lengths; of several equally
+    common sizes, the largest is taken. Raises UserError if no tensor of the batch has a second dimension.
     """
     batch = job.make_batch(0, 0)
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)]
@@ -154,8 +158,9 @@ def at_shape(job: Job, rows: int, length: int) -> Job:
 
 
 def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
-    """Fit the peak model to six traces: three lengths (a quarter, half and all of ``longest``, rounded up to
-    multiples of 16), with one and two rows per micro-batch.
+    """Return a model of the peak of ``plan`` by rows and length of a batch, fitted to six traces: three
+    lengths (a quarter, half and all of ``longest``, rounded up to multiples of 16), with one and two rows per
+    micro-batch. ``device``: "cpu" or "cuda".
 
     The lengths are 16, 32 and 64 if these three are not distinct. Raises UserError if the step's operators
     change with the length.
@@ -180,8 +185,8 @@ def report(
     cap_bytes: int,
     progress: Progress = lambda stage, done, total, detail: None,
 ) -> LengthReport:
-    """Return what the lengths mean for memory if ``batch`` sequences, or all if there are fewer, are trained
-    per step under the cap.
+    """Return what the ``lengths`` mean for memory if ``batch`` sequences, or all if there are fewer, are
+    trained per step with ``plan`` and one device's memory is limited to ``cap_bytes``.
 
     Raises UserError if the job's batches have no length dimension, or if the step's operators change with the
     length.
@@ -227,7 +232,8 @@ def _checked(
     """Compare the peak model with traces of whole batches at two lengths, two thirds of the longest and the
     longest. ``longest_batch``: (rows, longest length).
 
-    Returns (the comparisons, the memory that the batch of the longest length needs beside its tensors).
+    Returns (the comparisons, the bytes that the batch of the longest length needs beside its tensors; at
+    least 0).
     """
     rows, longest = longest_batch
     held_out, margin = [], 0

@@ -44,13 +44,16 @@ _NOT_KEPT = Keep()
 
 
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
-    """Return the estimate of ``plan`` for the request's job, machine and engine, without running it."""
+    """Return the estimate of ``plan`` for the request's job, machine and engine, without running it. On this
+    machine, operators are timed for it. Raises UserError as `anatomy` does.
+    """
     return anatomy(request, [plan], progress)[0].estimate
 
 
 def settled(request: Request, plan: Plan, progress: Progress) -> Plan:
-    """Return the plan; if it recomputes within a memory budget and the tensors to recompute are not chosen
-    yet, with these chosen for the request's machine.
+    """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the
+    tensors to recompute are not chosen yet, the plan with these chosen for the request's machine. Raises
+    UserError if the budget cannot be met.
     """
     return plan if open_budget(plan) is None else explain(request, plan, progress).plan
 
@@ -58,7 +61,8 @@ def settled(request: Request, plan: Plan, progress: Progress) -> Plan:
 def anatomy(
     request: Request, plans: Sequence[Plan], progress: Progress, *, lines: bool = False
 ) -> tuple[Explained, ...]:
-    """Return each plan's estimate with the trace of one rank, the one with the highest peak.
+    """Return each plan's estimate with the trace of one rank, the one with the highest peak. On this machine,
+    the plans' operators are timed first.
 
     ``lines``: whether the trace has the user's source line of each allocation. Raises UserError if the
     request's engine or machine does not support a plan, or if a plan would weight the terms of the loss
@@ -104,8 +108,9 @@ def run_plan(
     ``store``, unless that is None.
 
     The engine "replay" trains nothing: it returns the last stored run of the same job, seed and plan, with
-    today's prediction. Raises UserError if there is none, if the plan has too many ranks for this machine, if
-    the engine cannot run it here, or if the run's process refuses it.
+    today's prediction. Raises UserError if there is none or the user's job file has changed since, if the
+    plan has too many ranks for this machine, if the engine cannot run it here, or if the run's process
+    refuses it.
     """
     ready(request.engine, plan)
     max_ranks = max(8, 2 * local_machine.threads())
@@ -165,7 +170,8 @@ def _stored(store: Store, request: Request, seed: int) -> list[Run]:
 
 
 def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) -> Run:
-    """Return the last of the stored runs with the estimate's plan, its prediction replaced by the estimate.
+    """Return the last of the stored runs whose plan is the estimate's, with the estimate as its prediction
+    instead of the stored one.
 
     Raises UserError if there is none, or if the user's job file has changed since that run.
     """
@@ -189,8 +195,8 @@ def run_spec(
 ) -> Run:
     """Train a plan as ``spec`` says and return its prediction (``estimate``) and its measurement.
 
-    ``label``: what ``progress`` calls it. With ``strict``, a refusal by the process that trains is raised as
-    UserError instead of being the measurement's outcome.
+    A run that fails is not raised: the measurement's outcome says so. ``label``: what ``progress`` calls it.
+    With ``strict``, a refusal of the plan or job by the process that trains is raised as UserError instead.
     """
 
     def listen(event: Mapping[str, object]) -> None:
@@ -217,8 +223,9 @@ def run_spec(
 def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
     """Run all ranks and return the measurement of one of them. ``listen`` gets the events of rank 0.
 
-    It is that of a rank that ran out of memory, else of a rank that failed otherwise; if all ended well, that
-    of the rank with the highest peak (as in predictions), with the mean of all ranks' losses.
+    It is that of a rank that ran out of memory, else of a rank that failed otherwise, preferably not because
+    it was stopped after another one failed; if all ended well, that of the rank with the highest peak (as in
+    predictions), with the mean of all ranks' losses.
     """
     measurements = run_through(spec, _started, on_event=lambda rank, event: None if rank else listen(event))
     if spec.plan.ranks == 1:

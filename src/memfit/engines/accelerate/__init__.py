@@ -47,9 +47,9 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """Return the content of the file that `accelerate launch --config_file` reads. `mixed_precision` is the
-    dtype of gathered parameters under FSDP2, and autocast otherwise. With ZeRO it is left out, and the
-    content names DeepSpeed's own file."""
+    """Return the content of the file that `accelerate launch --config_file` reads, for one machine.
+    `mixed_precision` is the dtype of gathered parameters under FSDP2, and autocast otherwise. With ZeRO it is
+    left out, and the content names DeepSpeed's own file."""
     mixed_precision = "bf16" if plan.get("bf16-autocast") else "fp16" if plan.get("fp16-autocast") else "no"
     content: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",

@@ -33,14 +33,14 @@ _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_
 
 class Step(TrainingStep):
     """The training step on the engine accelerate. ``folder``: folder of the run's configuration files, or
-    None in a trace."""
+    None if the step is only traced for a prediction."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
 
     def __new__(cls, job: Job, plan: Plan, **options: Any) -> Step:
-        """Create the step. For a run with ZeRO it is DeepSpeed's, with an engine that Accelerate creates. A
-        trace with ZeRO uses memfit's own ZeRO."""
+        """Create the step. For a run whose plan has zero it is DeepSpeed's, with a DeepSpeed engine that
+        Accelerate creates. A trace of such a plan uses memfit's own ZeRO."""
         uses_deepspeed = plan.get("zero") is not None and cls.folder is not None
         return super().__new__(_ThroughDeepspeed if uses_deepspeed else cls)
 
@@ -106,9 +106,9 @@ class Step(TrainingStep):
 
 
 class _ThroughDeepspeed(step.Step, Step):
-    """DeepSpeed's step, with an engine that Accelerate creates. Accelerate's own `backward` also updates
-    parameters. Here the engine's `backward` and `step` are called instead, so that the phases can be measured
-    separately."""
+    """DeepSpeed's step, with a DeepSpeed engine that Accelerate creates. Accelerate's own `backward` also
+    updates parameters. Here the DeepSpeed engine's `backward` and `step` are called instead, so that the
+    phases of the step can be measured separately."""
 
     carried = Step.carried
 
@@ -132,8 +132,8 @@ class _ThroughDeepspeed(step.Step, Step):
 
 
 class _Forwarding:
-    """Passes calls on to ``wrapped``, the model that Accelerate prepared, and attribute access to ``inner``,
-    the model inside it."""
+    """Passes calls on to ``wrapped``, the model that Accelerate prepared, and reading of attributes to
+    ``inner``, the plain model inside it."""
 
     def __init__(self, wrapped: torch.nn.Module, inner: torch.nn.Module) -> None:
         self._wrapped, self.inner = wrapped, inner

@@ -20,8 +20,9 @@ CONFIG = "deepspeed.json"
 
 
 def as_zero(plan: Plan) -> Plan:
-    """Return the plan with DDP replaced by ZeRO stage 0, which is DeepSpeed's DDP: it averages gradients
-    after backward, in pieces of its own size. A plan without DDP is returned unchanged."""
+    """Return the plan with the technique ddp replaced by zero at stage 0, which is DeepSpeed's DDP: it
+    averages gradients over ranks after backward, in pieces of its own size, so ddp's settings are dropped. A
+    plan without ddp is returned unchanged."""
     if plan.get("ddp") is None:
         return plan
     return plan.without("ddp").with_use(make_use("zero", {"stage": 0}))
@@ -51,7 +52,7 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 def config(spec: RunSpec) -> dict[str, Any]:
     """Return the content of the file that `deepspeed --deepspeed_config` reads. It has no optimizer: the
-    program creates that. DDP is written as ZeRO stage 0."""
+    program creates that. DDP, and a plan of one rank without zero, are written as ZeRO stage 0."""
     zero = as_zero(spec.plan).get("zero")
     accumulation = spec.plan.get("gradient-accumulation")
     micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1

@@ -17,7 +17,8 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
-    """The training step on the engine deepspeed. ``folder``: folder of the run's configuration files."""
+    """The training step on the engine deepspeed. ``folder``: folder of the run's configuration files, which
+    must be set before a step is created."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None

@@ -84,8 +84,8 @@ class Step(TrainingStep):
             ) from error
 
     def _sync_last(self, last: bool) -> None:
-        """Before a micro-batch, suppress the reduction of gradients unless it is the last of the step. A
-        second reduction would average averaged gradients again."""
+        """Before a micro-batch, suppress the reduction of gradients over ranks unless it is the step's last
+        (``last``). A second reduction would average averaged gradients again."""
         self._syncing.close()
         if not last:
             self._syncing.enter_context(self.wrapped.no_sync())
@@ -114,9 +114,9 @@ class Step(TrainingStep):
 
 
 def _must_be_flat(block: torch.nn.Module, args: Any, output: Any) -> None:
-    """Raise UserError unless the block's output is a tensor, or a tuple or list with at least one tensor and
-    no tensors nested deeper. `checkpoint_wrapper` returns deeper tensors without gradients, and of a mapping
-    only the keys."""
+    """A forward hook. Raise UserError unless the block's output is a tensor, or a tuple or list with at least
+    one tensor and no tensors nested deeper. `checkpoint_wrapper` returns deeper tensors without gradients,
+    and of a mapping only the keys."""
     parts = output if isinstance(output, tuple | list) else (output,)
     nested_parts = [p for p in parts if not isinstance(p, torch.Tensor)]
     has_nested_tensors = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(nested_parts))

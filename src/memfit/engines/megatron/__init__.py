@@ -66,7 +66,8 @@ def _asks_cuda(plan: Plan) -> tuple[str, ...]:
 
 def arguments(spec: RunSpec) -> dict[str, str]:
     """Return the options of Megatron-LM's trainer for the run, name without dashes -> value; the value of a
-    switch is ""."""
+    switch is "". Without ``spec.sizes`` and ``spec.batch_size``, the options of the model's sizes and of the
+    batches are left out."""
     mesh = layout(spec.plan)
     return {
         **spec.sizes,

@@ -24,9 +24,11 @@ _NORMS = ("norm_attention", "norm_feed")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GptShape:
-    """The sizes and settings from which a Gpt can be rebuilt. ``layers``: number of blocks; ``feed``: the
-    inner width of the feed-forward part; ``length``: the most tokens of a sequence; ``eps``: of the norms;
-    ``biased``: Linear layers of the blocks have biases; ``tied``: the head shares the embedding's weight."""
+    """The sizes and settings from which a Gpt can be rebuilt. ``layers``: number of blocks; ``width``: of the
+    hidden states; ``heads``: of each block's attention; ``feed``: the inner width of the feed-forward part;
+    ``length``: the most tokens of a sequence; ``vocabulary``: number of different tokens; ``eps``: the
+    epsilon of the norms; ``biased``: Linear layers of the blocks have biases; ``tied``: the head shares the
+    embedding's weight."""
 
     layers: int
     width: int
@@ -40,8 +42,8 @@ class GptShape:
 
 
 def read(model: nn.Module) -> GptShape:
-    """Return the shape of ``model``. Raises UserError if it is not exactly a Gpt, or with everything in it
-    that Megatron's GPTModel cannot express."""
+    """Return the shape of ``model``. Raises UserError if its class is not exactly memfit's Gpt (a subclass is
+    refused, too), or if Megatron's GPTModel cannot express something in it; the message says what."""
     if type(model) is not Gpt:
         raise UserError(
             f"engine megatron cannot convert the job's model: the job's model is {type(model).__name__}",
@@ -108,9 +110,9 @@ def _differences(model: Gpt) -> Iterator[str]:
 
 
 def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
-    """Yield descriptions of settings that vary within the model while GPTModel has one value, and of
-    properties of the model that GPTModel cannot have. ``linears`` and ``norms``: those of all blocks, with
-    the last norm."""
+    """Yield descriptions of settings that vary within the model although GPTModel has one value for all
+    blocks, and of properties of the model that GPTModel cannot have. ``linears``: the Linear layers of all
+    blocks; ``norms``: the norms of all blocks and the one before the head."""
     values_by_problem = {
         "norms with different eps": {n.eps for n in norms},
         "blocks with different heads": {b.heads for b in model.blocks},
@@ -131,8 +133,8 @@ def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
 
 
 def check_cut(shape: GptShape, degree: int) -> None:
-    """Raise UserError if ``degree`` tensor-parallel ranks would not get equal parts of the heads and of the
-    feed-forward width."""
+    """Raise UserError if ``degree``, the number of tensor-parallel ranks, does not divide the number of heads
+    and the feed-forward width."""
     must_divide("number of heads", shape.heads, degree)
     must_divide("feed-forward width", shape.feed, degree)
 
@@ -215,7 +217,8 @@ class MegatronGpt(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return logits ``(batch, length, vocabulary)`` for tokens ``(batch, length)``. Raises UserError if
-        the sequence is to be split and the tensor-parallel ranks do not divide its length."""
+        the configuration has sequence parallelism and the number of tensor-parallel ranks does not divide the
+        length."""
         if self.config.sequence_parallel:
             must_divide("sequence", tokens.shape[1], self.config.tensor_model_parallel_size)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -250,9 +253,9 @@ def transformer_config(shape: GptShape, **parallel: Any) -> Any:
 
 
 def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
-    """Copy the weights from ``source`` to ``target``: of sharded parameters the slice of ``rank``, the rank
-    within its tensor-parallel group, and others whole. Rows that pad the vocabulary become zero. Then free
-    the parameters of ``source``."""
+    """Copy the weights from ``source`` to ``target``: of a sharded parameter the slice of ``rank``, this
+    process's rank within its tensor-parallel group, and other parameters whole. Rows that pad the vocabulary
+    become zero. Then replace the parameters of ``source`` by empty tensors to free their memory."""
     shape = read(source)
     target_params = dict(target.core.named_parameters())
     for name, full_tensor in _whole(source, shape):
@@ -275,8 +278,8 @@ def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
 
 
 def _whole(source: Gpt, shape: GptShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name of a parameter in GPTModel, its whole tensor from ``source``, with rows in Megatron's
-    order)."""
+    """Yield (name of a parameter in GPTModel, its whole, unsharded tensor from ``source``, with rows in
+    Megatron's order) for every parameter."""
     yield "embedding.word_embeddings.weight", source.embed.weight
     yield "embedding.position_embeddings.weight", source.position.weight
     pairs: Mapping[str, str] = {

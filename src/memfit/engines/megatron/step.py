@@ -33,7 +33,7 @@ from memfit.types.launch import RunSpec
 
 class Step(TrainingStep):
     """The training step on the engine megatron. ``folder``: folder of the run's configuration files, or None
-    in a trace."""
+    if the step is only traced for a prediction."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
@@ -76,17 +76,17 @@ class Step(TrainingStep):
                 self.wrapped = bench.call = _wrapped(megatron_model, config, options)
 
     def _given(self) -> Mapping[str, str]:
-        """Return the trainer's options in the run's megatron.args, name without dashes -> value, or in a
-        trace those that the file would contain."""
+        """Return the options of Megatron-LM's trainer, name without dashes -> value: those in the run's
+        megatron.args, or in a trace, which has no such file, those that follow from the plan."""
         if self.folder is not None:
             return parse((self.folder / CONFIG).read_text())
         job = JobRef(spec=self.job.name)
         return arguments(RunSpec(name="", role="", job=job, plan=self.plan, seed=0, steps=0))
 
     def _check_sequence(self, is_split: bool) -> None:
-        """Check whether activations are split along the sequence exactly if the plan says so. ``is_split``:
-        what Megatron's configuration says. Raises NotConforming if the two differ. The check is here because
-        no parameter's size shows it."""
+        """Compare whether activations are split along the sequence (sequence parallelism) with the plan.
+        ``is_split``: what Megatron's configuration says. Raises NotConforming if the two differ. The check is
+        here because no parameter's size shows it."""
         use = self.plan.get("tensor-parallel")
         planned_split = use is not None and bool(use.settings["sequence"])
         if planned_split != is_split:
@@ -116,8 +116,8 @@ class Step(TrainingStep):
         return norm
 
     def _reduced(self) -> None:
-        """Let Megatron reduce the gradients, and set its buffers' views as ``grad`` of the parameters, where
-        torch's optimizers expect the gradients."""
+        """Let Megatron finish the reduction of gradients over ranks, and set the views of its gradient
+        buffers as ``grad`` of the parameters, where torch's optimizers expect the gradients."""
         from megatron.core.distributed import finalize_model_grads
 
         finalize_model_grads([self.wrapped])
@@ -141,8 +141,8 @@ class Step(TrainingStep):
 
 
 def _transformer(options: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields of Megatron's TransformerConfig that its trainer derives from ``options``: those of
-    tensor and sequence parallelism and of recomputation."""
+    """Return those fields of Megatron's TransformerConfig, name -> value, that its trainer derives from
+    ``options`` for tensor and sequence parallelism and for recomputation."""
     fields: dict[str, Any] = {
         "tensor_model_parallel_size": int(options["tensor-model-parallel-size"]),
         "sequence_parallel": "sequence-parallel" in options,
@@ -169,8 +169,8 @@ def _wrapped(model: MegatronGpt, config: Any, options: Mapping[str, str]) -> Any
 def _parallel_state(degree: int, *, traced: bool) -> Iterator[None]:
     """Initialize Megatron's process groups inside this context, in addition to torch's. If torch has no
     process group, create one of this process alone first and destroy it at the end. ``degree``: number of
-    tensor-parallel ranks. ``traced``: the group is fake, and Megatron's coalesced collectives are replaced by
-    plain ones."""
+    tensor-parallel ranks. ``traced``: the step is traced with fake tensors; a group created here is then
+    fake, and Megatron's coalesced collectives are replaced by plain ones."""
     dist: Any = torch.distributed
     from megatron.core import parallel_state
 
@@ -196,8 +196,8 @@ def _parallel_state(degree: int, *, traced: bool) -> Iterator[None]:
 
 
 def _uncoalesced() -> Any:
-    """Replace Megatron's coalesced collectives by plain ones inside this context, as fake tensors do not
-    support them. For a single bucket both do the same, and each call here has only one."""
+    """Return a context inside which Megatron's coalesced collectives are replaced by plain ones, as fake
+    tensors do not support them. For a single bucket both do the same, and each call here has only one."""
     from megatron.core.distributed import param_and_grad_buffer
 
     @contextlib.contextmanager

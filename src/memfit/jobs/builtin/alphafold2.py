@@ -163,7 +163,8 @@ def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[
 def pack(
     folds: Folds, picked: Array, skipped: Array, shape: FoldSize, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Return a batch of the chains with the indices ``picked``, each without its first ``skipped`` residues.
+    """Return a batch of the chains with the indices ``picked``, each without its first ``skipped`` residues
+    and then cut or padded to n = ``shape.residues``.
 
     ``target`` (batch, n, 22), ``msa`` (batch, rows, n, 49), ``extra`` (batch, extra rows, n, 25), ``index``
     (batch, n) int64, ``mask`` (batch, n), 0 at padding, ``atoms`` (batch, n, 3 of N CA C, 3) in Angstrom;
@@ -222,9 +223,9 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
-    """Return the parts of the loss, fape, auxiliary, distance, residue and confidence, each averaged over
-    samples with float32 sums; their weighted sum as "loss"; and the mean lDDT of the prediction as "lddt".
-    ``out``: what the model returns for ``batch``."""
+    """Return the parts of the loss, "fape", "auxiliary", "distance", "residue" and "confidence", each
+    averaged over samples with float32 sums; their weighted sum as "loss"; and the mean lDDT (0 to 1) of the
+    predicted CA atoms as "lddt". ``out``: what the model returns for ``batch``."""
     import torch
     from torch.nn import functional
 
@@ -284,8 +285,8 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
 
 
 def test_parts(folds: Folds, shape: FoldSize) -> Any:
-    """Yield batches of at most 120 test chains, of which the first residues are used, always with the same
-    alignments."""
+    """Yield the test chains, at most 120 in all, in batches with the keys of `pack`. Chains longer than
+    ``shape.residues`` are cut after so many residues. The alignments are the same every time."""
     chunk_size = min(shape.batch_size, EVALUATED_AT_ONCE)
     test = np.arange(folds.train_count, folds.count)[:_TESTED]
     for index, chains in enumerate(np.array_split(test, -(-len(test) // chunk_size))):
@@ -294,8 +295,8 @@ def test_parts(folds: Folds, shape: FoldSize) -> Any:
 
 def contact_precision(model: torch.nn.Module, folds: Folds, shape: FoldSize) -> float:
     """Return the mean over test chains of the percentage of true contacts among the L/2 pairs of residues
-    that the model's distogram says are most likely in contact. L: residues of the chain; pairs are at least
-    12 residues apart.
+    that the model's distogram says are most likely in contact. L: residues of the chain, at most
+    ``shape.residues``; pairs are at least 12 residues apart. Chains without such pairs are left out.
     """
     from memfit.jobs.builtin.alphafold.model import distance_edges
 
@@ -334,10 +335,10 @@ def _contacts(atoms: Array) -> Array:
 
 
 def metric(folds: Folds, shape: FoldSize) -> Metric:
-    """Return the metric, the precision of contacts at L/2.
+    """Return the metric, the precision of contacts at L/2, as `contact_precision` computes it.
 
-    Its naive result is that of ranking pairs by how often training pairs with their separation along the
-    chain are in contact.
+    Its naive result is that of ranking pairs by how often pairs with their separation along the chain are in
+    contact in every fourth training chain.
     """
     length = shape.residues
     contacts, totals = np.zeros(length), np.zeros(length)

@@ -206,7 +206,7 @@ class Esm(nn.Module):
 
 
 class LanguageHead(nn.Module):
-    """The head that predicts masked tokens."""
+    """The head that predicts masked tokens: maps hidden states (..., width) to logits (..., 33)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -252,7 +252,8 @@ class SecondaryStructure(nn.Module):
 
 
 class MaskedLanguageModel(nn.Module):
-    """ESM-2's masked language model. All parameters have Hugging Face's names."""
+    """ESM-2's masked language model. All parameters have Hugging Face's names. The output layer has the token
+    embeddings as its weight."""
 
     def __init__(self, size: EsmSize) -> None:
         super().__init__()

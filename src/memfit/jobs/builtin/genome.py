@@ -184,8 +184,8 @@ def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> tor
 
 
 def _test_starts(bases: Array, shape: HyenaSize) -> Array:
-    """Return the starts of windows spread evenly over ``bases``, the held-out part: at least one, and at most
-    65,536 bases in all."""
+    """Return the starts of windows spread evenly over ``bases``, the held-out part: as many as have 65,536
+    bases in all, or fewer if ``bases`` has fewer, but at least one."""
     last = len(bases) - shape.length - shape.kmer
     return np.linspace(0, last, max(1, min(_TEST_BASES, len(bases)) // shape.length)).astype(np.int64)
 

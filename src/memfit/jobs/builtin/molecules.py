@@ -83,7 +83,8 @@ def make(
     weights, with the batch and the length of the size.
 
     ``data``: a file of ``SMILES,value`` lines. ``weights``: a folder of safetensors. ``batch``: molecules of
-    a step. ``length``: molecules with more tokens are left out, and others are padded to it.
+    a step. ``length``: molecules with more tokens are left out, and others are padded to it. Raises UserError
+    if chemicals is not installed, for faults in ``data``, and if fewer than ten molecules remain.
     """
     shape = _shape(size)
     if length is not None:
@@ -162,8 +163,9 @@ def _installed() -> Pairs:
 
 def _user(path: str) -> Pairs:
     """Return (SMILES, value) of each line of the user's file, separated by a comma, else a tab, else a space.
-    Empty lines, and a first line without a number, are skipped. Raises UserError with the line for others
-    that cannot be read."""
+    Empty lines, and a first line without a number, are skipped. Raises UserError for a file that cannot be
+    read, and with the number of the line for another line without a number or with a broken SMILES string.
+    """
     pairs = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         smiles, _, value = line.strip().partition("," if "," in line else "\t" if "\t" in line else " ")
@@ -186,7 +188,8 @@ def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
 
     They are ordered so that a ring skeleton is only on one side of the split: common skeletons first, as in
     MoleculeNet (Wu et al. 2018, Chem. Sci. 9:513), and at least the last fifth, with the rarest ones, for
-    testing. Molecules without rings are one group. Raises UserError if fewer than ten molecules remain.
+    testing. Molecules without rings are one group. If one group has over four fifths of the molecules, only
+    the first molecule is for training. Raises UserError if fewer than ten molecules remain.
     """
     short_pairs = [(smiles, value) for smiles, value in pairs if len(tokens(smiles)) <= length]
     if len(short_pairs) < 10:

@@ -57,8 +57,9 @@ class ModeFilter(nn.Module):
 
 
 class SharedFilter(nn.Module):
-    """Two layers of complex block-diagonal matrices, the same for all wavenumbers, followed by soft
-    shrinkage.
+    """Two layers of complex block-diagonal matrices, the same for all wavenumbers, with a ReLU of real and
+    imaginary parts between them and soft shrinkage after them. Input and output are complex (batch, rows,
+    columns // 2 + 1, channels).
     """
 
     def __init__(self, size: ForecasterSize) -> None:

@@ -71,7 +71,8 @@ def make(
     batch of the size.
 
     ``data``: an ``.npz`` file with the same arrays as the built-in one. ``weights``: a folder of safetensors.
-    ``batch``: samples of a step. Raises UserError for any ``length``.
+    ``batch``: samples of a step. Raises UserError for any ``length``, and for ``data`` that cannot be read or
+    lack an array.
     """
     if length is not None:
         raise UserError(
@@ -161,7 +162,8 @@ def train_batch(
 ) -> dict[str, torch.Tensor]:
     """Return a training batch with the keys of `packed`.
 
-    A sample contains as many molecules as it has room for, at a distance from each other.
+    A sample contains as many molecules as its number of atoms allows, with their origins 5 angstrom apart on
+    a grid.
     """
     molecules_per_sample = shape.atoms // frames.species.shape[1]
     indices = epoch_indices(frames.train_count, batch_size * molecules_per_sample, step=step, seed=seed)
@@ -238,7 +240,7 @@ def _test(frames: MoleculeFrames) -> Array:
 
 def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSize, batch_size: int) -> float:
     """Return the mean absolute error of force components over the atoms of the test frames, in
-    meV/angstrom.
+    meV/angstrom. If a sample holds several molecules, the last test frames that do not fill one are left out.
     """
     total = count = 0.0
     molecules_per_sample = shape.atoms // frames.species.shape[1]

@@ -115,8 +115,8 @@ class SchnetInteraction(nn.Module):
 
 
 class EnergySum(nn.Module):
-    """Computes the energy of a sample as the sum over its atoms. Small differences between large sums
-    matter."""
+    """Computes the energy of a sample as the sum over its atoms. It needs float32, because small differences
+    between large sums matter."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

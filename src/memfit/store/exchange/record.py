@@ -2,9 +2,9 @@
 
 The schema is JSON Schema (2020-12), generated from the classes below; `docs/record.schema.json` is its text.
 The classes also read records, strictly: no value is converted to another type. Rules that a schema cannot
-express are in `faults`. Names contain units: bytes, seconds, joules. Memory is the peak of live tensors. The
-energy of a run comes with the boundary in which it was measured, as energies of different boundaries are not
-comparable.
+express are in `faults` and in the validators of the classes. Names contain units: bytes, seconds, joules.
+Memory is the peak of live tensors. The energy of a run comes with the boundary in which it was measured, as
+energies of different boundaries are not comparable.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Energy(Part):
 class Side(Part):
     """One plan and its runs. ``effect``: effect class of the plan. ``under_cap``: "ok" if every run under the
     memory cap succeeded, else the first other outcome, "" without such runs. ``measured_peak_bytes``: largest
-    peak of a finished run. ``step_s``: median of the finished runs. ``metric_by_seed``: value of the job's
-    metric after training with each seed."""
+    peak of a finished run. ``step_s``: median over the finished runs of the median step time of each.
+    ``metric_by_seed``: value of the job's metric after training with each seed, as far as it is known."""
 
     plan: Mapping[str, Mapping[str, bool | int | str]]
     ranks: Whole
@@ -133,7 +133,7 @@ class Trouble(Part):
     """The work of adopting the plan. ``commands``: number of commands. ``changed_lines``: lines of the user's
     job file. ``packages``, ``installed_mib``: number and size of the packages that memfit and the plan need.
     ``attended_minutes``: minutes that people spent, null if nobody counted. ``failed_attempts``: runs that
-    failed, and PoCs that were interrupted."""
+    failed or timed out, and PoCs that were begun and not finished."""
 
     commands: Count
     changed_lines: Count
@@ -187,8 +187,8 @@ def schema() -> Mapping[str, Any]:
 
 
 def text(record: Shared) -> str:
-    """Return the canonical JSON text of a record: equal records have equal bytes. Control characters are
-    escaped."""
+    """Return the canonical JSON text of a record: equal records have equal bytes. An unknown
+    ``step_time_ratio`` is left out. Control characters are escaped."""
     data = record.model_dump(mode="json")
     if data["step_time_ratio"] is None:
         del data["step_time_ratio"]  # the text of a record that is older than this field stays the same
@@ -269,8 +269,8 @@ def read(path: Path) -> Shared:
 
 
 def faults(record: Shared) -> Iterator[str]:
-    """Yield the inconsistencies of the record, each with its place; nothing for a consistent record. An
-    invalid plan is the last one yielded.
+    """Yield the inconsistencies of the record, each as a text that names the fields concerned; nothing for a
+    consistent record. After an invalid plan, nothing else is checked.
     """
     plans = []
     for name, side in (("baseline", record.baseline), ("recommended", record.recommended)):
@@ -360,7 +360,8 @@ def _of_equivalence(
     verdict: Judgement, baseline_scores: Mapping[str, float], recommended_scores: Mapping[str, float]
 ) -> Iterator[str]:
     """Yield the inconsistencies of a verdict that two plans are equivalent. It needs pairs of runs, the same
-    seeds in both plans, and a margin unless its effect class is E0."""
+    seeds in both plans, as many pairs as seeds if there are scores, and a margin unless its effect class is
+    E0."""
     if verdict.pairs == 0:
         yield "the verdict is equivalent on 0 pairs of runs"
     if verdict.margin is None and verdict.effect != "E0":
@@ -381,7 +382,8 @@ def _of_metric(
     recommended_scores: Mapping[str, float],
 ) -> Iterator[str]:
     """Yield the inconsistencies of a verdict with a margin, which must be what the paired test of the scores
-    gives. Stop if the verdict has no interval, or if the scores are not of the same seeds and enough for it.
+    gives. After a missing difference or interval, after scores of different seeds, and after fewer than
+    `MIN_PAIRS` pairs, nothing else is checked.
     """
     values = {"difference": verdict.difference, "low": verdict.low, "high": verdict.high}
     for name, value in values.items():

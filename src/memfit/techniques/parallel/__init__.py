@@ -1,1 +1,1 @@
-"""Techniques that distribute one model over several ranks."""
+"""Techniques that distribute the training of one model over several ranks."""

@@ -59,12 +59,13 @@ class Chain:
 
     - ``path`` is the path of the module that contains the blocks.
     - ``uses`` maps a parameter name to the positions at which it is used (-1: before the first block;
-      ``len(blocks)``: after the last).
+      ``len(blocks)``: after the last). A parameter of a block counts as used there in any case, and another
+      parameter that nothing uses at -1.
     - ``carried`` maps, for each block, the indices in its flattened (args, kwargs) of the tensors that the
       position before made to their `Hole`.
     - ``returns`` holds what each block returns, with tensors as `Hole`.
-    - ``before`` maps names of modules that have parameters and are called once, before the first block, to
-      what they return, with tensors as `Hole`.
+    - ``before`` maps names of modules that are called once, before the first block, and have a parameter that
+      is used only there, to what they return, with tensors as `Hole`.
     """
 
     path: str
@@ -79,7 +80,8 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
     """Record the chain of the workbench's model in a forward pass of the first of ``parts`` equal parts of
     the job's first batch.
 
-    Raises UserError if no repeated blocks are found, or the model is not a chain of them.
+    Raises UserError if no repeated blocks are found, if the loss does not call all of them, or if the model
+    is not a chain of them.
     """
     path, blocks = find_blocks(bench.model, bench.job.blocks)
     with _disable_current_modes():
@@ -250,9 +252,9 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def called_once(self) -> dict[str, Any]:
-        """Return what modules returned, by their names and with tensors as `Hole`, that were called once,
-        entirely before the blocks, and hold a parameter that is used only there. Modules inside another such
-        module are left out."""
+        """Return, by name and with tensors as `Hole`, what those modules returned that were called once,
+        entirely before the blocks, and hold a parameter that is used only before the blocks. Modules inside
+        another such module are left out."""
         early_names = {n for n, positions in self.uses.items() if positions == {-1.0}}
         results: dict[str, Any] = {}
         for name, outs in sorted(self._called.items(), key=lambda pair: pair[0].count(".")):

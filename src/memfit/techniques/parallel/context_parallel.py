@@ -76,8 +76,8 @@ def _look(bench: Workbench) -> None:
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:
-    """Return the model's blocks, or none if no repeated blocks are found. Recomputation in backward starts at
-    blocks, where the model's own forward has ended."""
+    """Return the model's blocks, or none if no repeated blocks are found. They need the attention mode of
+    their own, because recomputation in backward calls blocks after the model's forward has ended."""
     try:
         return find_blocks(bench.model, bench.job.blocks)[1]
     except UserError:
@@ -141,8 +141,9 @@ def _shifted(batch: Any) -> Any:
 
 
 def _terms(part: Any) -> int | None:
-    """Return the number of labels in a part of a batch that are not ignored, which differs between slices of
-    a sequence. Return None if the part is no mapping with integer labels of at least two dimensions."""
+    """Return the number of labels (``shift_labels``, else ``labels``) in a part of a batch that are not
+    ignored (-100), which may differ between slices of a sequence. Return None if the part is no mapping with
+    integer labels of at least two dimensions."""
     labels = part.get("shift_labels", part.get("labels")) if isinstance(part, Mapping) else None
     if labels is None or labels.dim() < 2 or labels.is_floating_point():
         return None

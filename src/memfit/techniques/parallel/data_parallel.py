@@ -130,9 +130,9 @@ def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool],
 
 
 def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[str, Any]) -> list[Any]:
-    """Shard the model. Return the groups of `_groups` after sharding, the root last. If parameters are cast
-    or have several dtypes, islands with parameters are not cast. Islands that are no group then become
-    further groups, which are not returned."""
+    """Shard the model. Return the groups of `_groups` after sharding, the root last. If gathered parameters
+    are cast or parameters have several dtypes, the parameters of islands (modules that compute in float32)
+    are not cast. Islands that are no group then become further groups, which are not returned."""
     from torch.distributed.fsdp import fully_shard
 
     group_specs = _groups(bench, str(settings.get("units")), settings["reshard"])
@@ -174,8 +174,8 @@ def _optimize_on_host(bench: Workbench) -> None:
 
 
 def _with_context(bench: Workbench) -> Any:
-    """Return a mesh that shards parameters over data-parallel ranks and the ranks that share a sample
-    together. Raises UserError if there are also replicas."""
+    """Return a mesh of one dimension, over all data-parallel ranks and the ranks among which each sample is
+    divided, along which parameters are sharded. Raises UserError if there are also replicas."""
     flat = bench.world.flat("shard", "context")
     if bench.world.layout.replicate > 1:
         raise UserError(
@@ -248,8 +248,9 @@ def _precision(name: str) -> Any:
 
 
 def _prefetch(groups: list[Any], depth: int) -> None:
-    """Let each group prefetch the next ``depth`` groups, in forward and in backward. With a depth of 1, leave
-    it to torch, which prefetches one group, in backward."""
+    """Let each group prefetch the next ``depth`` groups in forward, and the previous ``depth`` groups in
+    backward, where they come next. With a depth of 1, leave it to torch, which prefetches one group, and only
+    in backward."""
     if depth <= 1:
         return
     for i, group in enumerate(groups):

@@ -4,9 +4,9 @@ are sent to them.
 The experts of a mixture are one module called with ``(tokens (N, width), chosen (N, k), weights (N, k))``
 that returns ``(N, width)``. ``Job.experts`` names such modules. A module holds its experts in an
 ``nn.ModuleList``, each called with tokens, or as Hugging Face does in ``gate_up_proj`` and ``down_proj``,
-with one slice per expert. Every expert takes the same number of tokens from every rank, its capacity, which
-is ``capacity_percent`` of an even share. Tokens beyond it are dropped (Lepikhin et al. 2020, arXiv
-2006.16668), so that memory does not depend on the router.
+with one slice per expert. Every expert has room for the same number of tokens from every rank, its capacity,
+which is ``capacity_percent`` of an even share of that rank's choices. Choices beyond it are dropped (Lepikhin
+et al. 2020, arXiv 2006.16668), so that memory does not depend on the router.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _mixtures(bench: Workbench) -> list[str]:
-    """Return the names of the modules that hold experts: those that match the job's ``experts``, or, if that
-    is None, those built like Hugging Face's. Raises UserError if there are none."""
+    """Return the names of the modules that hold experts: those that match the pattern ``experts`` of the job,
+    or, if that is None, those of modules built like Hugging Face's. Raises UserError if there are none."""
     names = [name for name, _ in bench.model.named_modules()]
     if (pattern := bench.job.experts) is not None:
         mixtures = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
@@ -85,9 +85,9 @@ class _Dealt:
 
 
 def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
-    """Keep only the experts of ``rank`` in the module. Raises UserError if the module neither has a
-    ModuleList of experts as its only child nor is built like Hugging Face's, or if the ranks cannot share the
-    experts equally."""
+    """Keep only the experts of ``rank`` in the module, and return them. Raises UserError if the module
+    neither has a ModuleList of experts as its only child nor is built like Hugging Face's, or if the number
+    of experts is no multiple of ``ranks``."""
     import torch
 
     lists = [(n, m) for n, m in module.named_children() if isinstance(m, torch.nn.ModuleList)]

@@ -61,7 +61,7 @@ class Across(Together):
 class AttentionAcross(TorchFunctionMode):
     """Mode in which scaled_dot_product_attention runs over all ranks' slices of the sequence, and
     ``torch.arange`` returns this rank's positions where it counts to the length of a slice, except at places
-    in ``across.fixed``."""
+    in the code at which it also counted to that number while the sequence was whole (``across.fixed``)."""
 
     def __init__(self, across: Across) -> None:
         super().__init__()
@@ -94,7 +94,8 @@ class GatheredCounts(TorchFunctionMode):
 
 
 def _counted(func: Any, args: Any) -> int | None:
-    """Return n for arange(n) and arange(0, n), else None."""
+    """Return n for arange(n) and arange(0, n) with positional integers, else None. Keyword arguments are not
+    looked at."""
     if func is not torch.arange or len(args) not in {1, 2} or not all(isinstance(a, int) for a in args):
         return None
     return args[-1] if args[0] in {0, args[-1]} else None

@@ -1,8 +1,8 @@
 """The pipeline stages of one rank: the model reduced to them, run by torch's own schedules.
 
-Every stage runs the job's own loss. Blocks of other stages return zeros that take no memory. The first block
-of a stage gets the received tensors instead. The stage ends where the first block of the next stage would
-begin.
+Every stage runs the job's own loss. Blocks of earlier stages return zeros that take no memory. The first
+block of a stage gets the tensors received from the previous stage instead of these zeros. The forward of a
+stage ends where the first block of the next stage would begin.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class StageEnd(Exception):
 
 
 class Pipeline:
-    """The stages of one rank, ``virtual`` of them. The constructor replaces parameters that are used only by
-    other ranks, and the buffers of their blocks, by zeros that take no memory.
+    """The ``virtual`` stages of one rank. The constructor replaces parameters that only other ranks use, and
+    the buffers of blocks that only they run, by zeros that take no memory.
 
     Raises UserError if the model is not a chain of blocks, if it has fewer blocks than the plan has stages,
     or if the schedule does not support the numbers of stages and micro-batches.
@@ -196,8 +196,9 @@ class Pipeline:
 
     def _make_stage(self, stage: int, learns: list[bool]) -> _Stage:
         def like(at: int) -> tuple[torch.Tensor, ...]:
-            """Return tensors without values like those that enter stage ``at``: none for the first stage,
-            what blocks pass on for later ones, and the loss if ``at`` is the number of stages."""
+            """Return tensors on the meta device, which have no values, like those that enter stage ``at``:
+            none for the first stage, what its first block receives for later ones, and the loss if ``at`` is
+            the number of stages."""
             if at == 0:
                 return ()
             loss = at == len(self.bounds)
@@ -232,8 +233,8 @@ class Pipeline:
         stage.
 
         ``weighted`` returns the loss of a piece times its share. ``mark`` is called with each phase that
-        begins. ``last`` says that the optimizer's step comes next; gradients of parameters that several ranks
-        use are then summed over these.
+        begins (forward or backward). ``last`` says that the optimizer's step comes next; gradients of
+        parameters that several ranks of the pipeline use are then summed over these ranks.
         """
         self._pieces, self._weighted, self._mark, self._last = pieces, weighted, mark, last
         self._backwards_left = dict.fromkeys(self.stages, len(pieces))
@@ -333,7 +334,8 @@ class _Part(torch.nn.Module):
 
 
 class _Stage(PipelineStage):
-    """Torch's stage, which also reports when forward and backward begin."""
+    """Torch's stage. It also tells the `Pipeline` when forward and backward of a micro-batch begin, and does
+    not ask other ranks for shapes."""
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         self._pipeline.before_forward()

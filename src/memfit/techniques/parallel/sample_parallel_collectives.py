@@ -38,8 +38,8 @@ class Together:
         return total
 
     def scatter_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the sum of tensors that are stacked in the order of ranks along
-        dimension 0."""
+        """Return this rank's part of the sum over ranks of ``tensor``, which has the parts for all ranks one
+        after the other along dimension 0."""
         part = _COMM.reduce_scatter_tensor(tensor, "sum", self.ranks, self.group)
         total: torch.Tensor = _COMM.wait_tensor(part)
         return total
@@ -57,7 +57,7 @@ def averaging(bench: Workbench, together: Together) -> Callable[[bool], None]:
     """Return a function to call before each micro-batch, whose argument is ignored.
 
     Its first call makes every later backward average each gradient over the ranks of ``together`` as soon as
-    it is ready, unless the model is under DDP or FSDP2, which do so.
+    it is ready, unless the model is under DDP or FSDP2, which average over these ranks themselves.
     """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor

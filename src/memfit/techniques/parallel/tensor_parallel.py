@@ -59,9 +59,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _roles(bench: Workbench, blocks: list[str]) -> tuple[Flow, dict[str, str]]:
-    """Return what was observed of the blocks, and the roles ("colwise" or "rowwise") of the Linears to split,
-    by name. Raises UserError if none can be split, or if no Linear split by rows follows one that the job
-    splits by columns."""
+    """Return what was observed of the blocks at the paths ``blocks``, and the roles ("colwise" or "rowwise")
+    of the Linears to split, by name. Raises UserError if no Linear can be split, if no Linear split by rows
+    follows one that the job splits by columns, or if the blocks do not run on tensors without values."""
     given_roles = _given(
         bench.model, bench.job.tensor_parallel or getattr(bench.model, "_tp_plan", None) or {}
     )
@@ -179,8 +179,8 @@ def _must_divide(quantity: str, count: int, degree: int) -> None:
 
 
 def _split_heads(model: torch.nn.Module, roles: Mapping[str, str], degree: int) -> None:
-    """Divide the integer attributes that count heads by the degree, in modules that contain column-split
-    Linears. Raises UserError if one is not divisible."""
+    """Divide the integer attributes that count heads (such as num_heads) by the degree, in modules that
+    contain column-split Linears, except the model itself. Raises UserError if one is not divisible."""
     holders = {name.rpartition(".")[0] for name, role in roles.items() if role == _COLWISE}
     for name, module in model.named_modules():
         if name and any(_within(holder, name) for holder in holders):
@@ -210,7 +210,8 @@ def _styles(
 ) -> tuple[list[tuple[str, Any]], dict[str, int | str]]:
     """Return (module name, style) pairs as torch.distributed.tensor.parallel expects them, and, by the name
     of each module at which the sequence is to be gathered, the argument that arrives sharded along it. Raises
-    UserError if a module does not support this."""
+    UserError if ``sequence`` is set and a Linear's input has not three dimensions, or if another module with
+    parameters receives features split over the ranks in other than four dimensions."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
@@ -270,8 +271,8 @@ def _parallelize(model: torch.nn.Module, name: str, mesh: DeviceMesh, style: Any
 
 def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
     """Make the first block shard its first argument along the sequence (dimension 1), and the last block
-    gather its output, or the first of several, again. A sequence that the ranks cannot share equally then
-    raises UserError."""
+    gather its output, or the first of a tuple, again. A forward of a sequence whose length is no multiple of
+    the number of ranks then raises UserError."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def to(tensor: torch.Tensor, one: Any, other: Any) -> torch.Tensor:
@@ -300,7 +301,7 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
 
     With ``parallel_loss``, the logits stay split and torch's loss_parallel is active until the step is
     closed; otherwise they are gathered. Raises UserError if there is no head, if chunked-cross-entropy has
-    changed it, or if the ranks cannot share the vocabulary equally.
+    changed it, or if the size of the vocabulary is no multiple of the number of ranks.
     """
     import torch
     from torch.distributed.tensor import Replicate, Shard

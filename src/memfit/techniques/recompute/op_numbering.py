@@ -72,9 +72,10 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def called(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call an operator. Without dispatch modes, torch does some additions in place
-    (aten/src/ATen/native/Linear.cpp); here they are out of place, as under a dispatch mode. The alias keeps a
-    trace from treating the sum's argument as overwritten."""
+    """Call an operator and return its result. Without dispatch modes, torch does some additions in place
+    (aten/src/ATen/native/Linear.cpp); under this one they are out of place. While an addition runs whose
+    first argument is no plain tensor (a fake one, in a trace), an alias of that argument is held, so that the
+    trace does not treat it as overwritten."""
     if func is not _ATEN.add.Tensor or type(args[0]) in _PLAIN:
         return func(*args, **kwargs)
     alias = args[0].detach()

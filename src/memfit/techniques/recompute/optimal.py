@@ -1,8 +1,9 @@
-"""Optimal recomputation: drop tensors of forward so that the step fits a memory budget at the least cost.
+"""Optimal recomputation: drop tensors of forward and recompute them in backward, so that the step fits a
+memory budget at the least cost of recomputation.
 
 A plan gives the budget. Which tensors are dropped is solved from a trace of the job (cost/recompute_ilp.py).
-The choice is then stored in the plan, with a checksum of the operators it was made for, so that the plan
-means the same at any time and on any machine. Results are bitwise equal (E0).
+The choice is then stored in the plan, as its setting ``dropped``, with a checksum of the operators it was
+made for, so that the plan means the same at any time and on any machine. Results are bitwise equal (E0).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ _SHAPE = r"(|none|[0-9a-f]{8}:\d+(-\d+)?(,\d+(-\d+)?)*)"
 
 
 def dropped_text(key: int, dropped: Iterable[int]) -> str:
-    """Return a choice as text: ``0badcafe:3-9,12`` is ``key``, the checksum of the operators, and the numbers
-    of dropped storages; "none" means that none is dropped."""
+    """Return a choice of the storages to drop as text: ``0badcafe:3-9,12`` is ``key``, the checksum of
+    forward's operators in hexadecimal, and the numbers of dropped storages. If ``dropped`` is empty, return
+    "none"."""
     runs: list[list[int]] = []
     for number in sorted(dropped):
         if runs and runs[-1][1] == number - 1:

@@ -31,7 +31,7 @@ from memfit.types.errors import MemfitError
 
 
 class StorageGeometry(NamedTuple):
-    """Size, stride and offset of a tensor in its storage."""
+    """Size, stride and offset of a tensor in its storage, in elements."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -86,8 +86,8 @@ class Handle(NamedTuple):
 
 class RecomputedCall:
     """A call of an operator that can be repeated once. ``given`` holds its positional and keyword arguments,
-    ``state`` the random state to start from, or None. ``outputs`` holds (index among its outputs, dropped
-    storage that it makes), or (-1, dropped storage that it writes to)."""
+    ``state`` (device, random state to start from), or None if it draws no random numbers. ``outputs`` holds
+    (index among its outputs, dropped storage that it makes), or (-1, dropped storage that it writes to)."""
 
     __slots__ = ("__weakref__", "args", "func", "kwargs", "outputs", "sources", "state")
 
@@ -195,8 +195,9 @@ def device_of(args: Any, kwargs: Any) -> torch.device:
 
 
 class Tape(Numbered):
-    """Mode for one forward pass, of which autograd does not keep the storages numbered in ``dropped``. Enter
-    it together with saved-tensor hooks of its `pack` and `unpack`. ``packed`` counts the tensors saved."""
+    """Mode for one forward pass, of which autograd does not keep the storages numbered in ``dropped``, except
+    those that an unrepeatable call makes or writes to. Enter it together with saved-tensor hooks of its
+    `pack` and `unpack`. ``packed`` counts the tensors that autograd has asked to save, kept ones included."""
 
     def __init__(self, dropped: frozenset[int]) -> None:
         super().__init__()
@@ -274,8 +275,9 @@ class Tape(Numbered):
         values[key] = (weakref.ref(tensor.untyped_storage(), died), value)
 
     def _sources(self, args: Any, kwargs: Any, targets: list[Value]) -> Any:
-        """Return the arguments of a call that writes to the storages ``targets``, in the form that
-        `RecomputedCall` takes: dropped tensors by reference, and kept ones without their graph."""
+        """Return (positional, keyword) arguments of a call in the form that `RecomputedCall` takes: dropped
+        tensors by reference (`Ref`, or `OwnTensors` in one of the storages ``targets`` that the call writes
+        to), kept ones as `Held`, detached unless they are parameters, and other values as they are."""
         positional = [self._source(leaf, targets) for leaf in args]
         return positional, {name: self._source(leaf, targets) for name, leaf in kwargs.items()}
 

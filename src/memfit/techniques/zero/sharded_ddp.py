@@ -31,8 +31,8 @@ class ShardedDdp:
     """The optimizer of a rank, which reduces gradients to their owners and updates the parameters that it
     owns.
 
-    ``most`` is the largest number of elements of a bucket. With 0, or on one rank, there are no buckets and
-    each gradient is reduced alone.
+    A bucket takes gradients while it has fewer than ``most`` elements with them. With 0, or on one rank,
+    there are no buckets, and each gradient is reduced alone.
     """
 
     def __init__(
@@ -80,9 +80,10 @@ class ShardedDdp:
         self.last, self.queued = last, False
 
     def _on_forward(self, *_: Any) -> None:
-        """Before the first forward, make the parameters' flat buffers again, and the buckets. Before the last
-        micro-batch of a step, broadcast the model's buffers from the first rank. Before each forward, mark
-        the gradients of all buckets as missing. Do nothing where gradients are disabled."""
+        """Before the first forward, make the flat tensors that hold each owner's parameters again, and the
+        buckets. Before the forward of the last micro-batch of a step, broadcast the model's buffers from the
+        first rank. Before each forward, mark the gradients of all buckets as missing. Do nothing where
+        gradients are disabled."""
         import torch
 
         if not torch.is_grad_enabled():
@@ -181,8 +182,9 @@ class ShardedDdp:
         return total.sqrt()
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """Return (parameter, 0, gradient) of the parameters that this rank updates: whole gradients, which
-        begin at element 0. Gradients of other parameters are stale."""
+        """Return (parameter, 0, gradient) of the parameters that this rank updates and that have a gradient:
+        whole gradients, which begin at element 0. The gradients of parameters that other ranks own are not
+        averaged over ranks, or are freed."""
         owned_params = (p for p in self.params if self.owner[p] == self.rank)
         return ((p, 0, p.grad) for p in owned_params if p.grad is not None)
 
@@ -236,8 +238,8 @@ class Bucket:
 
 
 def owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parameter, int]:
-    """Return the owner of each parameter. In the model's order, each goes to the rank with the fewest
-    elements so far."""
+    """Return the rank that owns each parameter. In the order of ``params``, each goes to the rank with the
+    fewest elements so far, the first of several such ranks."""
     sizes, owner_of = [0] * ranks, {}
     for param in params:
         owner_of[param] = rank = sizes.index(min(sizes))

@@ -29,14 +29,14 @@ Group = Any  # a torch ProcessGroup, or Alone
 
 
 def all_reduce(tensor: torch.Tensor, group: Group) -> None:
-    """Sum ``tensor`` over the ranks in place."""
+    """Sum ``tensor`` over the ranks of ``group`` in place. On one rank, do nothing."""
     if group.size() > 1:
         torch.distributed.all_reduce(tensor, group=group)
 
 
 def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
-    """Start to gather ``own`` of all ranks into ``whole``. Return a handle to wait for. On one rank, copy and
-    return None."""
+    """Start to gather ``own`` of all ranks of ``group`` into ``whole``. Return a handle to wait for. On one
+    rank, copy at once and return None."""
     if group.size() > 1:
         return group._allgather_base(whole, own)
     whole.copy_(own)
@@ -46,8 +46,8 @@ def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
 class Reducing:
     """Base class of the optimizers of all stages.
 
-    Calls `_on_gradient` with each parameter whose gradient backward has completed, and `_after_backward` at
-    the end of backward. ``params`` are the trained parameters.
+    In each micro-batch, calls `_on_gradient` with each parameter whose gradient backward has completed, and
+    `_after_backward` at the end of backward. ``params`` are the trained parameters.
     """
 
     inner: OptimizerLike
@@ -84,8 +84,8 @@ class Reducing:
             self._on_gradient(param)
 
     def _into(self, buffer: torch.Tensor, offset: int, param: torch.nn.Parameter) -> None:
-        """Move the gradient of ``param`` to ``buffer``, from element ``offset`` on. It becomes a view of the
-        buffer."""
+        """Copy the gradient of ``param`` to ``buffer``, from element ``offset`` on. ``param.grad`` becomes a
+        view of the buffer."""
         assert param.grad is not None
         place = buffer.narrow(0, offset, param.numel()).view_as(param)
         place.copy_(param.grad)
@@ -113,9 +113,10 @@ class Reducing:
         self.scale = None
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """Return (parameter, start, the part of its reduced gradient with which this rank updates it).
-        ``start`` is the element of the parameter at which the part begins. Here, every rank updates whole
-        parameters."""
+        """Return (parameter, start, the part of its reduced gradient with which this rank updates it) for
+        each parameter of which this rank updates a part. ``start`` is the element of the parameter at which
+        the part begins. In the base class, every rank updates whole parameters, and those without a gradient
+        are left out."""
         return ((p, 0, p.grad) for p in self.params if p.grad is not None)
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
@@ -143,8 +144,8 @@ def norm64(grad: torch.Tensor) -> torch.Tensor:
 
 class ZeroNone(Reducing):
     """Stage 0: everything is whole on every rank. After the last backward of a step, gradients are averaged
-    in copies, each of which takes gradients until it exceeds ``most_elements``
-    (deepspeed/runtime/engine.py)."""
+    over ranks in flat copies, each of which takes gradients until it exceeds ``most_elements``
+    (deepspeed/runtime/engine.py). A parameter without a gradient gets one of zeros."""
 
     most_elements = 500_000_000
 
@@ -232,8 +233,8 @@ class ZeroTwo(Reducing):
         self.inner = make([self.master])
 
     def _keep_on_host(self, largest: int) -> None:
-        """Make permanent buffers on the host, and one on the device, of ``largest`` elements, through which
-        gradients come back."""
+        """Make the permanent buffers on the host, and one of ``largest`` elements on the device, through
+        which sums of gradients come back from the host."""
         self.low = torch.zeros(self.size, dtype=self.flat.dtype)
         self.spare_host = torch.zeros(largest, dtype=self.flat.dtype)
         with self.bench.place(""):
@@ -310,9 +311,9 @@ class ZeroTwo(Reducing):
         yield run
 
     def _keep(self, param: torch.nn.Parameter) -> None:
-        """Move a gradient that this rank needs, because its part has elements of the parameter, out of the
-        bucket, which is reused: to the host or to a buffer of such gradients. Of the others, stage 2 frees
-        each, and stage 1 keeps it until the end of backward."""
+        """If this rank needs the gradient of ``param``, because its part has elements of the parameter, move
+        it out of the bucket, which is reused: to the host if state is offloaded, else to a buffer of such
+        gradients. Otherwise stage 2 frees the gradient, and stage 1 keeps it until the end of backward."""
         if param not in self.mine:
             param.grad = None if self.shards_gradients else param.grad
         elif self.state_on:
@@ -328,9 +329,9 @@ class ZeroTwo(Reducing):
 
     def _to_host(self, param: torch.nn.Parameter) -> None:
         """Add a gradient, on the device, to its sum over earlier micro-batches, which is kept on the host
-        (stage 2). Before the last micro-batch, write the sum back to the host. In the last, write this rank's
-        part of it to the gradient of the master copy on the host, note its norm, and free the gradient on the
-        device."""
+        (stage 2). In micro-batches before the last, write the new sum to the host. In the last, write this
+        rank's part of it to the gradient of the master copy on the host, remember the norm of that part for
+        `grad_norm`, and free the gradient on the device."""
         (a, b), grad = self.mine[param], param.grad
         assert self.master.grad is not None and grad is not None
         has_sum = self.shards_gradients and self.micro_batch > 0

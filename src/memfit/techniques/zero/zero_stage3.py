@@ -1,10 +1,10 @@
 """ZeRO stage 3: parameters are gathered just before a module needs them, and freed when none will need them
 soon.
 
-The first forward and backward record in which order modules run, and free parameters at once. From then on,
-parameters are gathered ahead and kept for reuse within the limits (DeepSpeed's
-partitioned_param_coordinator.py and partition_parameters.py). A freed parameter is empty. A view of it that
-autograd saved keeps the whole storage.
+The first forward and backward record in which order modules run, and free parameters as soon as their module
+has run. From then on, parameters are gathered ahead and kept for reuse, up to limits of gathered and of
+prefetched elements (DeepSpeed's partitioned_param_coordinator.py and partition_parameters.py). A freed
+parameter is empty. A view of it that autograd saved keeps the whole storage.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 class ZeroThree(Reducing):
     """Stage 3: every parameter is cut into pieces of one size, one for each rank, the last ones padded. This
-    rank's pieces of trained parameters are in one flat buffer. An fp32 master copy of that buffer is
-    updated."""
+    rank's pieces of trained parameters are in one flat buffer. A step updates an fp32 master copy of that
+    buffer and copies it back."""
 
     def __init__(
         self,
@@ -93,8 +93,9 @@ class ZeroThree(Reducing):
         self.elements += param.numel()
 
     def _reduce(self) -> None:
-        """Reduce and scatter the pending gradients, in a tensor in which each rank's pieces are adjacent. Add
-        this rank's pieces to its gradients, and free the rest."""
+        """Average the pending gradients over ranks and scatter them, in a tensor in which each rank's pieces
+        are adjacent. Add this rank's pieces to those of earlier micro-batches of the step, and free the
+        whole gradients."""
         pending = sorted(self.pending, key=self.shards.number.__getitem__)
         sizes = [self.shards.size[p] for p in pending]
         rank_part = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
@@ -195,7 +196,7 @@ class Shards:
         self.flying: dict[torch.nn.Parameter, Flight] = {}  # being gathered, or gathered and not used yet
         self.active: dict[torch.nn.Parameter, set[torch.nn.Module]] = defaultdict(set)
         self.running: list[torch.nn.Module] = []
-        # Parameters of other modules that it reads.
+        # For a module, the parameters of other modules that it reads.
         self.others: dict[torch.nn.Module, list[torch.nn.Parameter]] = defaultdict(list)
         # Modules of this micro-batch in order, while the order is recorded.
         self.visits: list[torch.nn.Module] | None = None
@@ -269,7 +270,8 @@ class Shards:
 
     def read(self, param: torch.nn.Parameter) -> None:
         """Gather a parameter that the running module reads though nothing has gathered it, such as another
-        module's. From now on it is fetched for the running module too."""
+        module's. From now on it is fetched for the running module too. If no module is running, or the
+        parameter is whole or being gathered, do nothing."""
         if self.running and param in self.number and param not in self.whole and param not in self.flying:
             self.others[self.running[-1]].append(param)
             with torch.no_grad():
@@ -277,8 +279,8 @@ class Shards:
 
     def fetch(self, module: torch.nn.Module) -> None:
         """Gather the parameters of a module that is about to run in forward or backward. If the order of
-        modules is known, prefetch those of later modules. A module out of that order ends this, until an
-        order is recorded anew."""
+        modules is known, prefetch those of later modules. A module that runs out of that order ends
+        prefetching until an order is recorded anew."""
         if self.order and (self.at >= len(self.order) or self.order[self.at] is not module):
             # The modules run in another order than before.
             self.order, self.queue, self.visits = [], deque(), None
@@ -296,8 +298,9 @@ class Shards:
         self.at += 1
 
     def _prefetch(self, module_params: list[torch.nn.Parameter]) -> None:
-        """Start gathering the parameters that come next in the known order of modules, within the limits of
-        gathered and prefetched elements. ``module_params`` are those of the current module."""
+        """Start gathering the parameters that come next in the known order of modules, until the limit of
+        gathered or that of prefetched elements is reached; the last one may exceed it. ``module_params`` are
+        those of the current module."""
         new_params = {p for p in module_params if self.latest[p] < self.at}
         used_params: set[torch.nn.Parameter] = set()
         while self.queue and len(used_params) < len(new_params):
@@ -353,7 +356,7 @@ class Shards:
 
     def gather(self, params: list[torch.nn.Parameter]) -> None:
         """Gather each parameter into its own tensor, and wait for it. On one rank, several parameters use
-        their pieces as they are."""
+        their pieces instead (see `_be_whole`), and a single one a copy of its piece."""
         if self.ranks == 1 and len(params) > 1:
             self._be_whole(params)
             return
@@ -389,8 +392,9 @@ class Shards:
             self._arrived(param, self.shard[param].clone() if on_host else self.shard[param])
 
     def _land(self, param: torch.nn.Parameter) -> None:
-        """Wait for the gather of a parameter. The first one that is needed completes all of its gather; the
-        gathered tensor is kept until the last one is used."""
+        """Wait for the gather that contains a parameter, and make all parameters of that gather whole. Do
+        nothing if another of them has already caused that. Their common flat tensor is kept until each of
+        them has been asked for."""
         flight = self.flying.pop(param)
         if flight.landed:
             return

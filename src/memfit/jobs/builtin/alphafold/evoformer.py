@@ -27,8 +27,9 @@ _COUNT_EPS: Final = 1e-3  # of algorithm 10, where a pair of residues shares no 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Widths:
     """Channels and heads of a stack of blocks. ``c_m`` and ``c_z``: channels of the MSA and of the pair
-    representation. ``transition``: factor by which transitions widen. ``dropout``: probabilities for (rows of
-    the MSA, pairs)."""
+    representation. ``triangle``, ``outer``: channels inside a triangle multiplication and an outer product.
+    ``transition``: factor by which the hidden layer of a transition is wider. ``dropout``: probabilities for
+    (rows of the MSA, pairs)."""
 
     c_m: int
     c_z: int
