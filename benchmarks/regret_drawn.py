@@ -112,7 +112,10 @@ def measure_one(drawn: dict[str, Any]) -> dict[str, Any]:
         "recommended": chosen.estimate.plan.label,
         "regret": statistics.median(own["step_s"]) / quickest - 1,
         "rows": list(rows.values()),
-        "trials": len(planning.result.trials),
+        "trials": [
+            {"plan": t.plan.label, "predicted_s": t.predicted_s, "step_s": t.step_s}
+            for t in planning.result.trials
+        ],
         "took_s": took_s,
         "environment": dict(fingerprint()),
     }

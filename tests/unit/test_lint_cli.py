@@ -149,6 +149,7 @@ def test_plan_from_a_configuration_reports_the_smallest_need_when_nothing_fits(
         raise NothingFits(cap_bytes=1, least_bytes=2, plan_text="sgd")
 
     monkeypatch.setattr(memfit.workflows.config_review, "search", search)
+    assert ask("plan", "own.py:job", "--from", "clean.json", "--nproc", "2", "--without", "lora")[0] == 2
     code, out, _ = ask("plan", "own.py:job", "--from", "clean.json", "--memory", "1B")
     assert code == 0
     assert "the smallest plan needs 2 B" in out

@@ -256,9 +256,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planning]:
 
 
 def test_a_plan_fits_only_if_the_host_holds_what_it_keeps_there(searched: Planning) -> None:
-    fitting = searched.estimates[0]
-    assert searched.fits(fitting)
-    assert not searched.fits(dataclasses.replace(fitting, host_bytes=around(1e12)))
+    fitting = next(e for e in searched.estimates if searched.fits(e))
+    assert not searched.fits(dataclasses.replace(fitting, host_bytes=around(1e12, 0.0)))
 
 
 # --- Ctrl-C
@@ -381,7 +380,7 @@ def test_the_rival_that_is_quickest_when_run_is_recommended(
     chosen = found.result.recommended.estimate.plan
     assert chosen.get("activation-offload")
     assert 2 <= len(set(ran)) <= trials.FIRST + trials.CLIMBS * trials.NEIGHBOURS
-    assert ran.count(chosen) == 3, "the plans that decide run in three rounds"
+    assert 3 <= ran.count(chosen) <= 4, "the plans that decide run in three rounds or more"
     assert {t.plan for t in found.result.trials} == set(ran)
     known = found.pricer.calibration
     assert known.corrected_count == len(set(ran))
@@ -408,6 +407,22 @@ def test_a_set_of_techniques_predicted_close_is_tried_with_its_fewest_micro_batc
     assert Plan(uses=(EIGHT_BIT, four)) in plans
     assert Plan(uses=(EIGHT_BIT, ACCUMULATED)) in plans
     assert Plan(uses=(ACCUMULATED,)) not in plans, "no prediction is that wrong"
+
+
+def test_a_plan_whose_first_round_was_disturbed_is_recommended_all_the_same(
+    searched: Planning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(plan: Plan, turn: int) -> float:
+        if plan == quickest:
+            return 1.4 if turn == 1 else 0.8
+        return 1.0
+
+    quickest = Plan()
+    _, ran = run_with(searched, monkeypatch, lambda plan, turn: 1.0)
+    quickest = ran[1]
+    found, _ = run_with(searched, monkeypatch, seconds)
+    assert found.result.recommended is not None
+    assert found.result.recommended.estimate.plan == quickest
 
 
 def test_of_plans_that_run_as_quickly_the_simplest_is_taken_whatever_the_noise(

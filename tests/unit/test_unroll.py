@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from memfit.catalog.machine_spec import machine
 from memfit.cost.memory import memory_profile, step_ops
+from memfit.planner.evaluate import Pricer
+from memfit.planner.single_device import space_of
 from memfit.techniques.rank_mesh import layout
 from memfit.trace.trace_extrapolation import deep_trace, deep_traces
 from memfit.trace.tracer import trace
@@ -151,6 +154,25 @@ def test_sizes_that_grow_with_depth_are_extrapolated_linearly() -> None:
     ]
     assert stacked[0] == stacked[1]
     assert max(stacked[0]) == DEPTH * 4 * 8 * 16 * 4
+
+
+class Skips(Deep):
+    """Adds the outputs of certain blocks by number, as UNETR does."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        outputs = [self.embed(tokens)]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+        return self.head(outputs[6] + outputs[12] + outputs[-1]) * 1.0
+
+
+def test_a_model_that_needs_all_its_blocks_is_traced_and_priced_whole() -> None:
+    skips = dataclasses.replace(job(), build_model=Skips)
+    assert same(canonical(deep_trace(skips, Plan())), canonical(trace(skips, Plan())))
+    pricer = Pricer(job=skips, machine=machine("L4", "world"), space=space_of(skips, "cuda"))
+    assert pricer.repeats
+    assert pricer.sketch(Plan()).allocated_bytes.value > 0
+    assert not pricer.repeats, "the next sketch is made from the whole model at once"
 
 
 def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:

@@ -112,6 +112,24 @@ class FromOptions:
     ] = None
 
 
+def _refuse_beside_from(limits: BoundsOptions, yours: FromOptions, save: SaveOptions) -> None:
+    """Raise UserError for options that do not apply to the set-up in the files of --from."""
+    options = {
+        "--corrected-by": yours.corrected_by,
+        "--nproc": save.nproc != 1,
+        "--deadline": limits.deadline,
+        "--budget": limits.budget,
+        "--micro-batch": limits.micro_batch,
+        "--without": limits.without,
+        "--explain-infeasible": limits.explain_infeasible,
+    }
+    if names := [name for name, value in options.items() if value]:
+        raise UserError(
+            f"{', '.join(names)} cannot be used with --from",
+            allowed="--from without them: the set-up is predicted as the files say",
+        )
+
+
 def plan(
     job: JobOptions,
     goal: GoalOptions,
@@ -130,8 +148,8 @@ def plan(
     language_code = language(output.lang)
     if save.save is not None:
         writable(save.save, overwrite=save.force)
-    if yours.given and yours.corrected_by is not None:
-        raise UserError("--corrected-by cannot be used with --from", allowed="one of them")
+    if yours.given:
+        _refuse_beside_from(limits, yours, save)
     if save.measure and (yours.given or on.on != "this"):
         raise UserError("--measure runs plans on this machine", allowed="--measure without --on and --from")
     budget_s = parse_duration(save.measure_time)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -196,12 +197,14 @@ def show_search(
 
 def writable(path: Path, *, overwrite: bool = True) -> Path:
     """Return ``path``, a file to write later. Raises UserError if it is a folder, if the folder for it does
-    not exist, or if the file exists and ``overwrite`` is False. Permissions are not checked. Call it before
-    the work begins."""
+    not exist or cannot be written to, or if the file exists and ``overwrite`` is False. Call it before the
+    work begins."""
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint="give a file name")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}", hint="create it first")
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists", hint="--force overwrites it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"no permission to write {path}", hint="choose another folder")
     return path

@@ -153,7 +153,7 @@ class Options:
         value = self.get(path)
         try:
             number_value = None if isinstance(value, bool) or value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
         return number_value if number_value is not None and math.isfinite(number_value) else None
 
@@ -258,7 +258,8 @@ def _read_one(path: Path) -> tuple[str, Options]:
             file=str(path), data=data.flags, env=data.env, unsure=data.unsure, defaults=uses_library_defaults
         )
     if isinstance(data.get("MODEL_ARGS"), Mapping):  # the form of Megatron-LM's own test cases
-        env = {k: str(v) for k, v in (data.get("ENV_VARS") or {}).items()}
+        variables = data.get("ENV_VARS")
+        env = {k: str(v) for k, v in variables.items()} if isinstance(variables, Mapping) else {}
         return "megatron", Options(file=str(path), data=_snake(data["MODEL_ARGS"]), env=env)
     if path.suffix == ".toml":
         if len(_TITAN & data.keys()) < 2:
@@ -447,7 +448,10 @@ def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> 
 def _named(options: Options, name: Any) -> Path | None:
     # Projects often name files relative to their root, so every folder above the file is tried.
     folders = (*Path(options.file).absolute().parents, Path.cwd())
-    return next((folder / str(name) for folder in folders if (folder / str(name)).is_file()), None)
+    try:
+        return next((folder / str(name) for folder in folders if (folder / str(name)).is_file()), None)
+    except OSError:  # a text that is no file name, such as JSON of more than 255 bytes
+        return None
 
 
 def _as_deepspeed(options: Options) -> dict[str, Any]:
@@ -493,7 +497,7 @@ def _as_megatron(options: Options) -> dict[str, Any]:
 
 def _ranks(options_by_kind: Mapping[str, Options]) -> int | None:
     if (options := options_by_kind.get("accelerate")) is not None:
-        return options.count("num_processes")
+        return options.size("num_processes")
     if (options := options_by_kind.get("openfold")) is not None:
         counts = [1 if options.raw(n) is None else options.count(n) for n in ("gpus", "num_nodes")]
         return counts[0] * counts[1] if counts[0] and counts[1] else None

@@ -115,6 +115,8 @@ def torchtitan_batch(t: Options, s: Setup) -> Found:
     if not global_batch or not local_batch or global_batch < 1:
         return
     replicate, shard, tensor, pipeline, context = _degrees(t)
+    if min(replicate, tensor, pipeline, context) < 1:
+        return
     data = replicate * shard
     if shard < 0:
         data = s.ranks // (tensor * pipeline * context) if s.ranks else replicate

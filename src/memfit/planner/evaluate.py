@@ -392,7 +392,11 @@ class Pricer:
         cut = self._cut(plan)
         if cut is None:
             return self._measured(plan, 0, steps)
-        small_vector, large_vector = (self._measured(plan, n, steps) for n in cut)
+        try:
+            small_vector, large_vector = (self._measured(plan, n, steps) for n in cut)
+        except Exception:  # noqa: BLE001  the model may not run with fewer blocks; the whole one shows the error
+            self.repeats = False
+            return self._measured(plan, 0, steps)
         extrapolated_vector: numpy.ndarray = small_vector + (large_vector - small_vector) * (
             (self.space.block_count - cut[0]) / (cut[1] - cut[0])
         )

@@ -30,11 +30,13 @@ from memfit.types.result import Choice, Estimate, Measurement, OutcomeKind, Tria
 
 # proportional to each other on one machine
 BY_TIME = (Objective.FASTEST, Objective.CHEAPEST, Objective.GREENEST)
-FIRST, NEIGHBOURS, LAST = 14, 6, 5  # most plans of the first round, of each next one, and of the final rounds
+# Most plans of the first round, of the second, of each round of neighbours, and of the final rounds.
+FIRST, SECOND, NEIGHBOURS, LAST = 14, 8, 6, 5
 CLIMBS = 2  # rounds of plans one change away from the fastest
 _ROUNDS, _MORE_ROUNDS = 2, 2  # final rounds, and as many more while rounds of one plan differ too much
 _SCREENING, _FINAL = (3, 1), (5, 2)  # steps of a run, and how many of them warm up
 _WITHIN = 1.6  # times the best predicted step: two predictions with +-25 % error may differ that much
+_SECOND_WITHIN = 1.6  # times the fastest round: a single round of a plan may be that much too slow
 _LAST_WITHIN = 1.18  # times the fastest round: one round of a plan may be that much too slow by other work
 _MEASURED = Band(0.015, 0.035)  # spread between rounds of one plan on an otherwise idle machine
 _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
@@ -55,6 +57,7 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
         )
     trials = _Trials(planning, progress, budget_s)
     trials.run_round(_shortlist(planning), _SCREENING)
+    trials.run_round(trials.contenders(SECOND, _SECOND_WITHIN), _SCREENING)
     for _ in range(CLIMBS):
         fastest = trials.fastest(2)
         tried = [*trials.times, *trials.failed]
@@ -63,7 +66,7 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
             break
     for done in range(_ROUNDS + _MORE_ROUNDS):
         if done < _ROUNDS or measured_band(list(trials.times.values())).high > _CLEAR:
-            trials.run_round(trials.contenders(LAST), _FINAL)
+            trials.run_round(trials.contenders(LAST, _LAST_WITHIN), _FINAL)
     return trials.conclude()
 
 
@@ -107,10 +110,10 @@ class _Trials:
         sets = {_techniques(p): p for p in reversed(self.ordered())}
         return sorted(sets.values(), key=self.ordered().index)[:count]
 
-    def contenders(self, count: int) -> list[Plan]:
-        """Return up to ``count`` plans, the fastest first, whose fastest round took at most 1.18 times the
-        fastest of all, so that another round could change their order."""
-        limit = min(map(min, self.times.values()), default=0.0) * _LAST_WITHIN
+    def contenders(self, count: int, within: float) -> list[Plan]:
+        """Return up to ``count`` plans whose fastest round took at most ``within`` times the fastest round of
+        all, the fastest first."""
+        limit = min(map(min, self.times.values()), default=0.0) * within
         return [p for p in self.ordered() if min(self.times[p]) <= limit][:count]
 
     def measured_ratios(self) -> list[tuple[Plan, float]]:

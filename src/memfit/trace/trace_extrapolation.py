@@ -41,8 +41,8 @@ def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> l
     blocks. ``options`` are those of `trace`.
 
     Two shallow traces are unrolled to the full depth. That the shallower one, unrolled, equals the deeper one
-    proves that this is valid. Where it is not valid or not less work, as for models without equal blocks, the
-    model is traced whole.
+    proves that this is valid. Where it is not valid or not less work, as for models without equal blocks, or
+    where the model does not run with fewer blocks, the model is traced whole.
 
     For a pipeline (GPipe, 1F1B, one round of interleaved), a rank's stages are traced in a shorter pipeline
     with few micro-batches, and the memory that a micro-batch keeps is repeated for each micro-batch in
@@ -61,16 +61,31 @@ def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> l
             calls["whole", plan, rank] = partial(tracer.trace, job, plan, rank=rank, **options)
         else:
             calls |= {
-                deep_rank.key(d): partial(deep_rank.line.trace, d, **options) for d in deep_rank.depths()[:2]
+                deep_rank.key(d): partial(_or_none, deep_rank.line.trace, d, **options)
+                for d in deep_rank.depths()[:2]
             }
     large = sum(p.numel() for p in model.parameters()) >= _LARGE
     del model
     results = side_by_side(list(calls.values())) if large else [call() for call in calls.values()]
     traces = dict(zip(calls, results, strict=True))
-    return [
-        traces["whole", plan, rank] if deep_rank is None else deep_rank.unrolled(traces, options)
-        for (plan, rank), deep_rank in zip(wanted, deep_ranks, strict=True)
-    ]
+    found = []
+    for (plan, rank), deep_rank in zip(wanted, deep_ranks, strict=True):
+        if deep_rank is None:
+            found.append(traces["whole", plan, rank])
+        elif all(traces[deep_rank.key(d)] is not None for d in deep_rank.depths()[:2]):
+            found.append(deep_rank.unrolled(traces, options))
+        else:
+            found.append(tracer.trace(job, plan, rank=rank, **options))
+    return found
+
+
+def _or_none(run: Callable[..., Trace], *args: Any, **options: Any) -> Trace | None:
+    """Return the trace, or None if it fails, as where a model uses the outputs of certain blocks by number
+    and has fewer blocks here. The whole trace then shows errors that are not due to that."""
+    try:
+        return run(*args, **options)
+    except Exception:  # noqa: BLE001
+        return None
 
 
 def _repeats(plan: Plan, *, cpu: bool) -> bool:
