@@ -190,7 +190,8 @@ def command(row: Row, folder: Path) -> tuple[list[str], dict[str, str]]:
         env = {"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "127.0.0.1", "SKYPILOT_TASK_ID": "a"}
         return ["bash", "-c", task["run"]], env
     if row.target == "trainer":
-        (folder / "by_trainer.py").write_bytes((PROGRAMS / "by_trainer.py").read_bytes())
+        for name in ("by_trainer.py", "checks.py"):
+            (folder / name).write_bytes((PROGRAMS / name).read_bytes())
         words = (
             "-m torch.distributed.run --standalone --nproc-per-node 2 --tee 3 --log-dir logs by_trainer.py"
         )
