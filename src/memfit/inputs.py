@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from memfit import catalog
 from memfit.jobs.training_step import batch_length
-from memfit.jobs.user_job import guarded, told
+from memfit.jobs.user_job import guard_job, guarded
 from memfit.model.batch_objects import batch_tensors, map_batch
 from memfit.runtime.local_machine import this_machine
 from memfit.techniques.optimizers import default_optimizer
@@ -93,11 +93,11 @@ def job_of(
         clip=clip,
         workers=workers or 0,
     )
-    module = model if isinstance(model, torch.nn.Module) else fake_model(told(job, _MINE))
+    module = model if isinstance(model, torch.nn.Module) else fake_model(guard_job(job, _MINE))
     if not isinstance(module, torch.nn.Module):
         raise UserError(f"{name}() returned a {type(module).__name__}", allowed="a torch.nn.Module")
     loss_function = loss_of(loss, inspect.signature(module.forward))
-    return told(dataclasses.replace(job, loss=loss_function), _MINE)
+    return guard_job(dataclasses.replace(job, loss=loss_function), _MINE)
 
 
 def _build_of(model: Any) -> Callable[[], torch.nn.Module]:

@@ -83,7 +83,7 @@ def scale(blocks: int) -> Any:
         ahead=lambda plans: None,
         traced_or_refused=lambda e: estimate(at(e), traced=True),
         sketch_of=lambda plan: next(e for i in range(5) if (e := estimate(i, traced=False)).plan == plan),
-        beside=lambda e: [estimate(i, traced=False) for i in (at(e) - 1, at(e) + 1) if 0 <= i < 5],
+        neighbours=lambda e: [estimate(i, traced=False) for i in (at(e) - 1, at(e) + 1) if 0 <= i < 5],
     )
 
 

@@ -112,7 +112,7 @@ class FromOptions:
     ] = None
 
 
-def _refuse_beside_from(limits: BoundsOptions, yours: FromOptions, save: SaveOptions) -> None:
+def _refuse_options_with_from(limits: BoundsOptions, yours: FromOptions, save: SaveOptions) -> None:
     """Raise UserError for options that do not apply to the set-up in the files of --from."""
     options = {
         "--corrected-by": yours.corrected_by,
@@ -149,7 +149,7 @@ def plan(
     if save.save is not None:
         writable(save.save, overwrite=save.force)
     if yours.given:
-        _refuse_beside_from(limits, yours, save)
+        _refuse_options_with_from(limits, yours, save)
     if save.measure and (yours.given or on.on != "this"):
         raise UserError("--measure runs plans on this machine", allowed="--measure without --on and --from")
     budget_s = parse_duration(save.measure_time)

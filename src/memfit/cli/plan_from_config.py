@@ -64,7 +64,9 @@ def plan_given(
         _print_carried(carried, lang)
         print_findings(findings, lang=lang)
     with Bars(lang) as progress:
-        result = config_review.beside(job_request, carried.plan, progress, parameters=size.parameter_count)
+        result = config_review.find_alternatives(
+            job_request, carried.plan, progress, parameters=size.parameter_count
+        )
     if as_json:
         emit({"workload": workload, "clip": job_request.job.clip or None, **_view(carried, findings, result)})
     else:

@@ -122,7 +122,7 @@ def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> No
         return
     print_table(
         ("Quantity", "A", "B", "B / A"),
-        [(r.quantity, _told(r.a), _told(r.b), f"{r.ratio:.3f}" if r.ratio else "") for r in rows],
+        [(r.quantity, _value_text(r.a), _value_text(r.b), f"{r.ratio:.3f}" if r.ratio else "") for r in rows],
     )
     reasons: dict[str, list[str]] = {}
     for row in rows:
@@ -136,7 +136,7 @@ def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> No
             console().print(one_line(f"{side} was not measured here: {source} reports it"), markup=False)
 
 
-def _told(value: float | str | None) -> str:
+def _value_text(value: float | str | None) -> str:
     return f"{value:,.6g}" if isinstance(value, int | float) else value or "none"
 
 

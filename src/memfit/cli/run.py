@@ -152,7 +152,7 @@ def lines(run: Run) -> Iterator[str]:
     if measurement.peak_bytes is not None:
         yield f"  peak    {_peak(run, measurement.peak_bytes)}, {measurement.peak_source}"
     if (step := step_s(measurement)) is not None:
-        yield f"  step    {_beside(run.predicted_step_s, step, format_seconds)}"
+        yield f"  step    {_predicted_and_measured(run.predicted_step_s, step, format_seconds)}"
     keep, count = run.spec.keep, len(measurement.losses)
     if keep.resume:
         skipped = f"; skipped {', '.join(keep.passed_over)}" if keep.passed_over else ""
@@ -181,10 +181,10 @@ def _peak(run: Run, peak_bytes: int) -> str:
         return f"{measured} when it ended{prediction}"
     if run.spec.steps == 1 and predicted and predicted > peak_bytes:
         return f"{measured} measured, {format_bytes(predicted)} predicted from the second step on"
-    return _beside(predicted, peak_bytes, format_bytes)
+    return _predicted_and_measured(predicted, peak_bytes, format_bytes)
 
 
-def _beside(predicted: float | None, measured: float, text: Callable[[float], str]) -> str:
+def _predicted_and_measured(predicted: float | None, measured: float, text: Callable[[float], str]) -> str:
     """Describe a pair of values, such as ``1.5 MiB measured, 1.498 MiB predicted (-0.13 %)``. Without a
     prediction, or if 0 was measured, only the measured value is described. ``text`` formats a value."""
     measured_text = f"{text(measured)} measured"

@@ -48,7 +48,7 @@ def parameter_dtypes(step: Observation) -> None:
         )
     elif torch.bfloat16 in dtypes or torch.float16 in dtypes:
         own_dtypes = None if step.own is None else step.own.dtypes
-        wrong = bool(_beside(step, feature, text, dtypes - {planned_dtype}, own_dtypes))
+        wrong = bool(_unexpected_blocks(step, feature, text, dtypes - {planned_dtype}, own_dtypes))
         step.differs(feature, str(planned_dtype), text, wrong=wrong)
 
 
@@ -72,7 +72,7 @@ def recomputation(step: Observation) -> None:
     planned_text, text = (_listed(sorted(s)) for s in (planned_blocks, recomputed_blocks))
     own_step = _own_step(step, None) if recomputed_blocks - planned_blocks else None
     own_blocks = None if own_step is None else own_step.recomputed()
-    extra_blocks = _beside(
+    extra_blocks = _unexpected_blocks(
         step, feature, f"blocks {text} run again", recomputed_blocks - planned_blocks, own_blocks
     )
     due_blocks = planned_blocks & step.heard.passed  # nothing is recomputed if no gradient passes through
@@ -98,7 +98,9 @@ def autocast(step: Observation) -> None:
         return
     own_step = _own_step(step, None) if kinds - {"off"} else None
     own_kinds = None if own_step is None else {kind for _, kind in own_step.autocast}
-    step.differs(feature, "off", text, wrong=bool(_beside(step, feature, text, kinds - {"off"}, own_kinds)))
+    step.differs(
+        feature, "off", text, wrong=bool(_unexpected_blocks(step, feature, text, kinds - {"off"}, own_kinds))
+    )
 
 
 def _outside(step: Observation, feature: str) -> bool:
@@ -145,7 +147,7 @@ def _own_step(step: Observation, dtype: torch.dtype | None) -> Heard | None:
     return None if step.own is None else step.own.step(dtype)
 
 
-def _beside(
+def _unexpected_blocks(
     step: Observation, feature: str, text: str, effects: set[_T], own_effects: Collection[_T] | None
 ) -> set[_T]:
     """Return those of ``effects`` that are not in ``own_effects``, the ones that the model causes by itself.

@@ -29,7 +29,7 @@ from memfit.conformance.sharding import (
     states,
     whole,
 )
-from memfit.conformance.technique_checks import told
+from memfit.conformance.technique_checks import join_values
 
 _ALL_RATIO = 0.9  # fraction of bytes
 _ONCE_RATIO = 0.75  # fraction of elements: shards are padded, and never smaller in total
@@ -80,7 +80,7 @@ def units(step: Observation) -> None:
     step.differs(
         "fsdp2: units",
         "each block is gathered separately",
-        f"blocks {told(sorted(largest_group))} together",
+        f"blocks {join_values(sorted(largest_group))} together",
         wrong=len(largest_group) > 1,
     )
 
@@ -187,8 +187,8 @@ def offloaded_states(step: Observation) -> None:
         return
     step.differs(
         feature,
-        f"{told(planned_names)} in host memory",
-        told(sorted(found_names)),
+        f"{join_values(planned_names)} in host memory",
+        join_values(sorted(found_names)),
         wrong=set(planned_names) != found_names,
     )
 
@@ -264,7 +264,7 @@ def stages(step: Observation) -> None:
         step.differs(
             "pipeline: blocks",
             f"at most {max_blocks} of {len(step.blocks)} on a rank",
-            f"{len(held_blocks)} ({told(held_blocks)})",
+            f"{len(held_blocks)} ({join_values(held_blocks)})",
             wrong=len(held_blocks) > max_blocks,
         )
     else:
@@ -295,7 +295,7 @@ def stages(step: Observation) -> None:
         "pipeline: parameters",
         "only those that this rank's stages use",
         f"{sum(own_stage.held[n] for n in idle_names):,} elements that other stages train "
-        f"({told(idle_names[:3])})",
+        f"({join_values(idle_names[:3])})",
         wrong=bool(idle_names),
     )
 
@@ -308,7 +308,7 @@ def shared_samples(step: Observation) -> None:
     if use is None or step.layout.context == 1:
         return
     feature = f"{use.technique}: parts of a sample"
-    group = step.beside("context")
+    group = step.other_coordinates("context")
     entries: list[tuple[Any, list[float]]] = from_all((group, step.entered))
     partner_fingerprints = [fingerprints for entry_group, fingerprints in entries if entry_group == group]
     if not all(fingerprints for _, fingerprints in entries):  # the same on every rank

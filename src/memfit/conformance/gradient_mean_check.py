@@ -80,10 +80,10 @@ def mean_gradients(step: Observation) -> None:
 
 def _this_rank(step: Observation) -> _Rank:
     averages = step.averages
-    group = step.beside("replicate", "shard", "context")
+    group = step.other_coordinates("replicate", "shard", "context")
     dimensions = ("shard", "context") if step.plan.get("fsdp2") is not None else ("shard",)
     is_sharded = any(step.sharded(kind)[0] > 1 for kind in ("optimizer state", "gradients"))
-    copy = step.beside(*dimensions) if is_sharded else step.beside()
+    copy = step.other_coordinates(*dimensions) if is_sharded else step.other_coordinates()
     cut_params = cut_names(step) if step.layout.tensor > 1 else None
     own_figures = {n: t.tolist() for n, t in averages.own.items() if cut_params is None or n in cut_params}
     return _Rank(

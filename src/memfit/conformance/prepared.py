@@ -47,7 +47,7 @@ class Prepared:
             self.blocks = []
         self.islands = frozenset(fp32_modules.members(model))
 
-    def beside(self, *dimensions: str) -> tuple[int, ...]:
+    def other_coordinates(self, *dimensions: str) -> tuple[int, ...]:
         """Return this rank's coordinates along all dimensions of the plan's mesh except ``dimensions``: equal
         for the ranks that differ from this one only along these. It needs a process group."""
         coordinate = self.layout.coordinate(dist.get_rank())

@@ -35,7 +35,7 @@ def different_samples(step: Observation) -> None:
     if step.layout.data == 1:
         return
     technique = next((u.technique for u in step.plan.uses if u.technique in _DATA_PARALLEL), "replicas")
-    feature, group = f"{technique}: samples", step.beside("replicate", "shard")
+    feature, group = f"{technique}: samples", step.other_coordinates("replicate", "shard")
     all_ranks: list[_Rank] = from_all(
         _Rank(dist.get_rank(), group, tuple(step.samples.given), step.samples.several, tuple(step.graph.ends))
     )

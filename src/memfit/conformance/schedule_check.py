@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from memfit.conformance.observation import Observation
 from memfit.conformance.sharding import from_all
-from memfit.conformance.technique_checks import told
+from memfit.conformance.technique_checks import join_values
 
 
 def schedule(step: Observation) -> None:
@@ -35,8 +35,8 @@ def schedule(step: Observation) -> None:
     is_wrong = peaks != limits if name == "gpipe" else any(f > n for f, n in zip(peaks, limits, strict=True))
     step.differs(
         "pipeline: schedule",
-        f"{name}, {told(limits)} micro-batches in flight on its ranks",
-        told(peaks),
+        f"{name}, {join_values(limits)} micro-batches in flight on its ranks",
+        join_values(peaks),
         wrong=is_wrong,
     )
     if not all(is_staged for *_, is_staged in entries):

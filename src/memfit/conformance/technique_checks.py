@@ -110,11 +110,13 @@ def compiled(step: Observation) -> None:
     if not planned_blocks:
         step.unseen("compile: the graph contains no parameters of the modules to be compiled")
         return
-    scope_text = "the whole model" if use.settings["scope"] == "model" else f"blocks {told(planned_blocks)}"
+    scope_text = (
+        "the whole model" if use.settings["scope"] == "model" else f"blocks {join_values(planned_blocks)}"
+    )
     step.differs(
         "compile",
         f"{scope_text} compiled",
-        told(compiled_blocks),
+        join_values(compiled_blocks),
         wrong=compiled_blocks != planned_blocks,
     )
 
@@ -184,7 +186,7 @@ def adapters(step: Observation) -> None:
         f"{feature}: adapters",
         f"{expected_elements:,} elements of rank {rank} for {len(frozen_linears)} linear layers",
         f"{adapter_elements:,} of that rank; ranks of the matrices: "
-        f"{told(sorted({min(shape(p)[:2]) for p in adapter_matrices}))}",
+        f"{join_values(sorted({min(shape(p)[:2]) for p in adapter_matrices}))}",
         wrong=bool(adapter_matrices) and adapter_elements < expected_elements,
     )
     if feature == "qlora":
@@ -305,7 +307,7 @@ def update_kernel(step: Observation) -> None:
     kernels = sorted({_kernel(g) for g in groups})
     planned_kernel = use.technique.removeprefix("adamw-")
     step.differs(
-        use.technique, f"a {planned_kernel} update", told(kernels), wrong=kernels != [planned_kernel]
+        use.technique, f"a {planned_kernel} update", join_values(kernels), wrong=kernels != [planned_kernel]
     )
 
 
@@ -350,7 +352,7 @@ def _address(tensor: torch.Tensor) -> tuple[int, ...]:
     return local.untyped_storage()._cdata, int(local.storage_offset()), local.numel()
 
 
-def told(values: Iterable[Any]) -> str:
+def join_values(values: Iterable[Any]) -> str:
     """Return the values separated by commas, or "none" if there are no values."""
     return ", ".join(map(str, values)) or "none"
 

@@ -14,7 +14,7 @@ from memfit.conformance.fingerprints import figures
 from memfit.conformance.gradient_mean_check import cut_names
 from memfit.conformance.observation import Observation
 from memfit.conformance.sharding import from_all, placed, whole
-from memfit.conformance.technique_checks import told
+from memfit.conformance.technique_checks import join_values
 
 _ALIKE_RATIO = 1e-3  # relative to a norm: sums over ranks are bitwise equal on all of them, or nearly
 _WHOLE_RATIO = 1e-5  # relative difference of norms
@@ -71,7 +71,7 @@ def tensor_parallel(step: Observation) -> None:
         step.differs(
             "tensor-parallel: blocks",
             "each is sharded",
-            f"blocks {told(whole_blocks)} not sharded",
+            f"blocks {join_values(whole_blocks)} not sharded",
             wrong=bool(whole_blocks),
         )
 
@@ -92,7 +92,7 @@ def summed(step: Observation) -> None:
             f"{feature}: each rank holds only its part of the blocks' output, or the blocks are compiled"
         )
         return
-    group = step.beside("tensor")
+    group = step.other_coordinates("tensor")
     entries: list[tuple[Any, list[tuple[float, float]]]] = from_all((group, step.left))
     if not all(outputs for _, outputs in entries):  # the same on every rank
         step.unseen(f"{feature}: the output of the last block was not observed")
@@ -128,7 +128,7 @@ def _whole_alike(step: Observation) -> None:
         if cut_known
         else {}
     )
-    group = step.beside("tensor")
+    group = step.other_coordinates("tensor")
     entries: list[tuple[Any, dict[str, float]]] = from_all((group, own_norms))
     if not all(rank_norms for _, rank_norms in entries):
         step.unseen(f"{feature}: it is unknown which parameters are sharded")
@@ -146,7 +146,7 @@ def _whole_alike(step: Observation) -> None:
     step.differs(
         feature,
         "the same on every rank after a step",
-        f"{told(differing_names[:3])} differ: sums in backward are missing",
+        f"{join_values(differing_names[:3])} differ: sums in backward are missing",
         wrong=bool(differing_names),
     )
 

@@ -39,7 +39,7 @@ def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibrati
         errors = []
         for index, (plan, ratio) in enumerate(seen):
             other_runs = [*seen[:index], *seen[index + 1 :]]
-            errors.append(abs(_told(*_fit(other_runs), plan) / ratio - 1))
+            errors.append(abs(_ratio_of(*_fit(other_runs), plan) / ratio - 1))
         spread = max(LEAST_SPREAD, *errors)
     return dataclasses.replace(
         calibration,
@@ -55,10 +55,10 @@ def factor(calibration: Calibration, plan: Plan) -> float:
     """Return the factor by which the plan's predicted step time is to be multiplied, from the corrections of
     ``calibration``; 1 if it has none.
     """
-    return _told(calibration.step_ratio, calibration.technique_ratio, plan)
+    return _ratio_of(calibration.step_ratio, calibration.technique_ratio, plan)
 
 
-def _told(base: float, by_technique: Mapping[str, float], plan: Plan) -> float:
+def _ratio_of(base: float, by_technique: Mapping[str, float], plan: Plan) -> float:
     return math.prod((by_technique.get(use.technique, 1.0) for use in plan.uses), start=base)
 
 

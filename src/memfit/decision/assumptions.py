@@ -38,7 +38,7 @@ class Told:
     numbers: tuple[Term, ...]
 
 
-def told(
+def collect_assumptions(
     case: DecisionCase, *, place: str, offers: Sequence[Offer], seen: Mapping[bool, float] | None = None
 ) -> Told:
     """Collect the numbers of the decision.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from memfit import catalog
 from memfit.decision import money, monte_carlo, rollout_gates
 from memfit.decision.alternatives import Asking, asked
-from memfit.decision.assumptions import Told, told
+from memfit.decision.assumptions import Told, collect_assumptions
 from memfit.decision.case import DecisionCase, term
 from memfit.decision.risks import risks
 from memfit.decision.stages import stages
@@ -40,7 +40,7 @@ def decide(
     # predictions of the same work
     offers_by_machine = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}
     offers = list(offers_by_machine.values())
-    assumptions = told(case, place=_place(poc.place), offers=offers, seen=_step_errors(poc))
+    assumptions = collect_assumptions(case, place=_place(poc.place), offers=offers, seen=_step_errors(poc))
     attended_minutes = poc.effort.attended_minutes
     setup_figure = case.effort.setup_hours
     plan_hours = (

@@ -134,11 +134,13 @@ def _maturity(poc: Poc, decision: Decision) -> _Found:
     sources = dict.fromkeys(f"{fact[1]}, {fact[2]}" for fact in upkeep if fact)
     if not libraries:
         return ("maturity", level, "maturity.known", values, "; ".join(sources))
-    values["libraries"] = "; ".join(_told(name, package_facts) for name, package_facts in libraries.items())
+    values["libraries"] = "; ".join(
+        _library_text(name, package_facts) for name, package_facts in libraries.items()
+    )
     return ("maturity", level, "maturity.known_with", values, "; ".join(sources))
 
 
-def _told(name: str, facts: Mapping[str, tuple[str, str, str]]) -> str:
+def _library_text(name: str, facts: Mapping[str, tuple[str, str, str]]) -> str:
     torch = f"torch {facts['torch'][0]}" if "torch" in facts else ""
     release, licence = (facts[k][0] if k in facts else "?" for k in ("release", "licence"))
     return ", ".join(p for p in (f"{name} {release}", torch, licence) if p)

@@ -77,7 +77,7 @@ class Recorder:
         self.peak_bytes = max(self.peak_bytes, self._counter.peak_bytes() + self._offset_bytes)
         self.steps += 1
 
-    def told(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """Return the content of the file: the plan, the predicted peak or why there is none, the measured
         peak, the number of steps, and the result of the check. The measured peak is the most bytes of live
         tensors on this rank between the beginning and the end of any step; None if there was no step."""
@@ -98,7 +98,7 @@ class Recorder:
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary_path = path.with_name(f"{path.name}.new")
-        temporary_path.write_text(json.dumps(self.told(), indent=2) + "\n", encoding="utf-8")
+        temporary_path.write_text(json.dumps(self.content(), indent=2) + "\n", encoding="utf-8")
         temporary_path.replace(path)
 
     @property

@@ -31,7 +31,7 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
     module = _run_file(Path(path), spec)
     value = _attribute(module, name, path)
     if isinstance(value, Job) and not options:
-        return told(value, spec)
+        return guard_job(value, spec)
     if isinstance(value, Job):
         raise UserError(
             f"{spec} is a Job, not a function, and does not accept --{next(iter(options))}",
@@ -70,10 +70,10 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
     job = guarded(lambda: function(**options), spec)
     if not isinstance(job, Job):
         raise UserError(f"{spec}() returned a {type(job).__name__}", allowed="a memfit.Job")
-    return told(job, spec)
+    return guard_job(job, spec)
 
 
-def told(job: Job, spec: str) -> Job:
+def guard_job(job: Job, spec: str) -> Job:
     """Return the job with its functions build_model, make_batch, loss, loss_terms and evaluate wrapped in
     `guarded`, so that their errors become one-line UserErrors that name ``spec``."""
 

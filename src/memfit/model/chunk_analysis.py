@@ -225,23 +225,23 @@ def _constants(module: nn.Module) -> tuple[str, ...]:
     ``forward``, such as the axis they sum over. They distinguish modules of one class and of the same
     shapes."""
     return tuple(
-        f"{name}.{k}={_told(v)}"
+        f"{name}.{k}={_state_text(v)}"
         for name, m in module.named_modules()
         for k, v in vars(m).items()
         if k not in _NOT_CONSTANT
     )
 
 
-def _told(value: Any, depth: int = 3) -> str:
+def _state_text(value: Any, depth: int = 3) -> str:
     """Return a text that is equal for equal values. A value of an unknown kind, or nested deeper than
     ``depth``, is equal only to itself."""
     if value is None or isinstance(value, int | float | str | bool | torch.dtype | torch.device):
         return repr(value)
     if depth and isinstance(value, tuple | list):
-        return f"{type(value)}{[_told(v, depth - 1) for v in value]}"
+        return f"{type(value)}{[_state_text(v, depth - 1) for v in value]}"
     if depth and isinstance(value, dict):
-        return str({str(k): _told(v, depth - 1) for k, v in value.items()})
+        return str({str(k): _state_text(v, depth - 1) for k, v in value.items()})
     is_plain = not isinstance(value, torch.Tensor | nn.Module) and not callable(value)
     if depth and is_plain and hasattr(value, "__dict__"):
-        return f"{type(value)}{_told(vars(value), depth - 1)}"
+        return f"{type(value)}{_state_text(vars(value), depth - 1)}"
     return f"{type(value)} {id(value)}"

@@ -159,12 +159,12 @@ class Scale:
         grid_sketches = self.found.get(plan.ranks)
         return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if grid_sketches else None
 
-    def beside(self, sketch: Sketch) -> list[Estimate]:
+    def neighbours(self, sketch: Sketch) -> list[Estimate]:
         """Return the sketches, as estimates, of the plans that differ from this one along one axis of its
         grid, whether they fit or not.
         """
         ranks = sketch.grid.layout.ranks
-        neighbours = self.found[ranks].beside(sketch)
+        neighbours = self.found[ranks].neighbours(sketch)
         self.sketched[ranks] += neighbours
         return [self.estimate(s) for s in neighbours]
 

@@ -130,7 +130,7 @@ def sensitivity(
     if larger_plans:
         smallest = min(larger_plans, key=lambda e: (scale.needs(e), score(e, goal)))
         extra_bytes = scale.needs(smallest) - cap_bytes
-        yield _told("memory", winner, scale.expected(smallest), more_bytes=extra_bytes)
+        yield _sensitivity_to("memory", winner, scale.expected(smallest), more_bytes=extra_bytes)
     if goal is not Objective.FEWEST:
         # more devices are smaller in any case, so compare by time
         objective = Objective.FASTEST if goal is Objective.SMALLEST else goal
@@ -142,7 +142,7 @@ def sensitivity(
         except UserError:
             doubled_best = None
         if doubled_best is not None:
-            yield _told(
+            yield _sensitivity_to(
                 "devices", winner, scale.expected(doubled_best), more_devices=2 * ranks - winner.plan.ranks
             )
     for resource, saved_s in scale.bottleneck(winner.plan):
@@ -151,7 +151,7 @@ def sensitivity(
             yield Sensitivity(kind=resource, time_ratio=1 - saved_s / step_s)
 
 
-def _told(kind: str, winner: Estimate, changed: Estimate, **extra: Any) -> Sensitivity:
+def _sensitivity_to(kind: str, winner: Estimate, changed: Estimate, **extra: Any) -> Sensitivity:
     def ratio(value: Callable[[Estimate], float | None]) -> float | None:
         winner_value, changed_value = value(winner), value(changed)
         return changed_value / winner_value if winner_value and changed_value else None

@@ -67,8 +67,8 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, o
     # backward begins with one more gather, of a block that ran forward before it.
     backward_gather_s = gather_s * gathers.back * (1 + is_pipelined * layout.virtual / depth)
     blocks_s = depth * (
-        _beside(forward, gather_s * gathers.ahead, rates)
-        + _beside(backward, backward_gather_s + reduce_s * each_micro, rates)
+        _overlapped_s(forward, gather_s * gathers.ahead, rates)
+        + _overlapped_s(backward, backward_gather_s + reduce_s * each_micro, rates)
     )
     # When the model or a stage begins, no work is running that could hide the first block's gather; when it
     # ends, none that could hide the last reduction.
@@ -161,7 +161,7 @@ def _handed_on(axes: Axes, rank_elements: float, each_micro: Array, rates: Rates
     return seconds
 
 
-def _beside(work: Array, communication: Array, rates: Rates) -> Array:
+def _overlapped_s(work: Array, communication: Array, rates: Rates) -> Array:
     """Return the seconds of work and communication that begin together: those of the longer one. Work is
     slowed while communication runs.
     """

@@ -83,7 +83,7 @@ class GridSketches:
     sketches: tuple[Sketch, ...]
     considered: int
     refused: tuple[str, ...]
-    beside: Callable[[Sketch], list[Sketch]]  # plans of its grid that differ from it along one axis
+    neighbours: Callable[[Sketch], list[Sketch]]  # plans of its grid that differ from it along one axis
 
 
 Caps = tuple[float, float]  # highest bytes of a rank that fit: on the device, and in host memory
@@ -128,7 +128,7 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
         sketches=tuple(_few(sketches, caps)),
         considered=considered,
         refused=tuple(refusals),
-        beside=pricing.beside,
+        neighbours=pricing.neighbours,
     )
 
 
@@ -213,7 +213,7 @@ class _Pricing:
             host_call_s=ASSUMED_ISSUE_S[Phase.BACKWARD],
             copied_bytes_s=_COPIED_BYTES / model.op_s(_COPY),
             workspace_bytes=_BLAS_THREADS * (blas.value if blas else 0.0),
-            beside=Player(model=model, machine=machine, members={}).beside,
+            neighbours=Player(model=model, machine=machine, members={}).neighbours,
         )
 
     def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
@@ -261,7 +261,7 @@ class _Pricing:
             results.append((priced.step_s.size, _best(grid, priced, caps)) if priced else (0, []))
         return results
 
-    def beside(self, sketch: Sketch) -> list[Sketch]:
+    def neighbours(self, sketch: Sketch) -> list[Sketch]:
         """Return sketches of all plans of the sketch's grid that differ from it along exactly one axis."""
         grid, index = sketch.grid, sketch.index
         priced = self.price(grid, compute_of(grid.states[index[-1]]))

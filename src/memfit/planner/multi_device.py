@@ -80,7 +80,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
         return Choice(estimate=e, fits=within_limits, effect=effect_of(e.plan, e.dependence), reasons=reasons)
 
     sketch, known_plans = scale.sketch_of(winner.plan), {e.plan for e in candidates}
-    neighbours = scale.beside(sketch) if sketch is not None else []
+    neighbours = scale.neighbours(sketch) if sketch is not None else []
     expected += [scale.expected(e) for e in neighbours if e.plan not in known_plans]
     priced = [*expected, baseline]
     traced_by_plan = {e.plan: e for e in smallest_traced(scale, winner, priced, fits)}

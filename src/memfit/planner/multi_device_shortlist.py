@@ -95,7 +95,7 @@ class Race:
             if best_traced is None:
                 return
             if best_traced.plan not in neighbours:
-                neighbours[best_traced.plan] = self._beside(best_traced.plan)
+                neighbours[best_traced.plan] = self._neighbours(best_traced.plan)
             next_sketch = best(
                 [e for e in neighbours[best_traced.plan] if e.plan not in traced_plans], self.goal
             )
@@ -107,7 +107,7 @@ class Race:
             if traced_estimate is not None:
                 self.traced.append(traced_estimate)
 
-    def _beside(self, plan: Plan) -> list[Estimate]:
+    def _neighbours(self, plan: Plan) -> list[Estimate]:
         """Return the sketches of the fitting plans that differ from ``plan`` along one axis of its grid and
         whose score is at most 1.25 times that of its sketch. Empty if ``plan`` has no sketch.
         """
@@ -115,7 +115,7 @@ class Race:
         if sketch is None:
             return []
         limit = score(self.scale.estimate(sketch), self.goal) * _MAY_BE_BETTER
-        return [e for e in self.scale.beside(sketch) if self.fits(e) and score(e, self.goal) <= limit]
+        return [e for e in self.scale.neighbours(sketch) if self.fits(e) and score(e, self.goal) <= limit]
 
     def hoped(self, e: Estimate) -> float:
         """Return the best (lowest) score that a trace of the plan of the sketch ``e`` may be hoped to have.

@@ -352,7 +352,7 @@ def _why_not(
     Nothing is reported for a technique whose plans were only sketched and may fit.
     """
     reasons = []
-    for name in techniques_beside(winner, [*estimates, *prices.sketches]):
+    for name in missing_techniques(winner, [*estimates, *prices.sketches]):
         traced = [e for e in estimates if e.plan.get(name)]
         rivals = [e for e in traced if fits(e)]
         sketched = [e for e in prices.sketches if e.plan.get(name)]
@@ -365,7 +365,7 @@ def _why_not(
     return tuple(reasons)
 
 
-def techniques_beside(winner: Estimate, estimates: Iterable[Estimate]) -> list[str]:
+def missing_techniques(winner: Estimate, estimates: Iterable[Estimate]) -> list[str]:
     """Return the sorted names of the techniques that plans of ``estimates`` have and the winner does not."""
     used = {u.technique for u in winner.plan.uses}
     return sorted({u.technique for e in estimates for u in e.plan.uses} - used)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from memfit.planner.recompute_budget import Cap
-from memfit.planner.selection import Objective, frontier, score, simplest_first, techniques_beside
+from memfit.planner.selection import Objective, frontier, missing_techniques, score, simplest_first
 from memfit.techniques.registry import plain
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
@@ -86,7 +86,7 @@ def counterfactuals(
     ratios = [cap.needs(e) / cap.needs(by_plan[e.plan]) for e in traced if e.plan in by_plan]
     lowest_ratio, traced_plans = min([1.0, *ratios]), {e.plan for e in traced}
     plans_to_trace = []
-    for name in techniques_beside(winner, sketches):
+    for name in missing_techniques(winner, sketches):
         with_technique = [e for e in sketches if e.plan.get(name)]
         may_fit = _ordered([e for e in with_technique if cap.needs(e) * lowest_ratio <= cap.bytes], goal)
         technique_plans = [e.plan for e in may_fit[:1]]

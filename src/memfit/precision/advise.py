@@ -103,7 +103,7 @@ def advise(
         for index, place in enumerate(sorted(module_places, key=_rank, reverse=True)[:_RUN]):
             say("effect", index, _RUN)
             place.loss_ratio, place.effect_ratio = effects.effect(_paths(place, "pure") or set(place.calls))
-        advice.append(_told(job, dtype, device, places[dtype], effects, (batches, trained)))
+        advice.append(_advise_dtype(job, dtype, device, places[dtype], effects, (batches, trained)))
     return tuple(advice)
 
 
@@ -307,7 +307,7 @@ class _Whole:
         return abs(loss - self.loss) / max(abs(self.loss), 1e-30), shift if math.isfinite(shift) else math.inf
 
 
-def _told(
+def _advise_dtype(
     job: Job, dtype: str, device: str, places: dict[str, _Place], effects: _Whole, counts: tuple[int, int]
 ) -> PrecisionAdvice:
     all_paths = [p for place in places.values() for p in place.calls if p not in ("", LOSS)]

@@ -78,11 +78,11 @@ def load_words(lang: str) -> Words:
     for file in (f"{lang}.toml", f"{lang}_decision.toml"):
         text = resources.files("memfit.report").joinpath("words", file).read_text(encoding="utf-8")
         texts |= dict(_flatten(tomllib.loads(text)))
-    return Words(lang=lang, texts=texts, told=_told(lang))
+    return Words(lang=lang, texts=texts, told=_translations(lang))
 
 
 @functools.cache
-def _told(lang: str) -> Mapping[str, str]:
+def _translations(lang: str) -> Mapping[str, str]:
     file = resources.files("memfit.report").joinpath("words", f"{lang}_told.toml")
     return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -90,8 +90,8 @@ def _told(lang: str) -> Mapping[str, str]:
 @functools.cache
 def _patterns(lang: str) -> tuple[tuple[re.Pattern[str], str], ...]:
     """Return (pattern, translation) for the English texts with placeholders, longest first."""
-    templates = sorted((text for text in _told(lang) if "{" in text), key=len, reverse=True)
-    return tuple((re.compile(_pattern(text)), _told(lang)[text]) for text in templates)
+    templates = sorted((text for text in _translations(lang) if "{" in text), key=len, reverse=True)
+    return tuple((re.compile(_pattern(text)), _translations(lang)[text]) for text in templates)
 
 
 # placeholders for single names, not for sentences by others

@@ -496,7 +496,7 @@ class Ledger(TorchDispatchMode):
     def finish(self) -> tuple[tuple[Allocation, ...], tuple[OpCall, ...], tuple[PhaseSpan, ...]]:
         self._close_span()
         bounds = sorted({s.end for s in self.spans})
-        ops = tuple(call.told() for call in self._calls)
+        ops = tuple(call.finish() for call in self._calls)
         return tuple(self._allocation(x, bounds) for x in self.lives), ops, tuple(self.spans)
 
     def _allocation(self, life: _Life, bounds: list[int]) -> Allocation:

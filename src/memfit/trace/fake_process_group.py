@@ -47,7 +47,7 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
     hook = sys.excepthook  # torch installs one that adds the rank to every later traceback
     dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     try:
-        with _without_values(), _cut_columns_told(plan):
+        with _without_values(), _blame_tensor_parallel(plan):
             yield make_world(plan, rank=rank, device="cpu")
     finally:
         dist.destroy_process_group()
@@ -55,7 +55,7 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def _cut_columns_told(plan: Plan) -> Iterator[None]:
+def _blame_tensor_parallel(plan: Plan) -> Iterator[None]:
     """If ``plan`` has tensor parallelism, turn a UserError that reports an error of the user's code into one
     that names tensor parallelism as the cause. The code may reshape the output of a Linear by its full width,
     of which a rank holds a part. Other errors are raised as they are."""

@@ -240,7 +240,7 @@ class OperatorCall:
     module: str
     flow: tuple[str, str, tuple[str, int] | None] | None = None
 
-    def told(self) -> OpCall:
+    def finish(self) -> OpCall:
         stream, group, waits = self.flow or ("", "", None)
         return OpCall(
             clock=self.clock,

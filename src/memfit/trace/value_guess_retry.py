@@ -47,7 +47,7 @@ def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, 
                 return run(job, *args, **kwargs)
             except Doubted as doubt:
                 first_error = first_error or doubt.reason
-                job = _told(job, {doubt.place: 0})
+                job = _with_bounds(job, {doubt.place: 0})
             except Exception:
                 if first_error is not None:
                     raise first_error from first_error.__cause__
@@ -70,7 +70,7 @@ def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
         def matters(lines: Iterable[str]) -> bool:
             with contextlib.suppress(UserError, *_FAILURES):  # an answer that fails says nothing
                 options: Any = {**kwargs, "steps": 1}
-                other_trace = run(_told(job, dict.fromkeys(lines, _ANOTHER)), *args, **options)
+                other_trace = run(_with_bounds(job, dict.fromkeys(lines, _ANOTHER)), *args, **options)
                 return _sizes(trace) != _sizes(other_trace)
             return False
 
@@ -120,7 +120,7 @@ def _peak_bytes(trace: Trace) -> int:
     return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
 
 
-def _told(job: Job, overrides: Mapping[str, int]) -> Job:
+def _with_bounds(job: Job, overrides: Mapping[str, int]) -> Job:
     bounds = job.bound if isinstance(job.bound, Mapping) else {} if job.bound is None else {"": job.bound}
     return dataclasses.replace(job, bound={**bounds, **overrides})
 

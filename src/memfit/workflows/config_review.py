@@ -75,7 +75,7 @@ def job_size(request: Request) -> JobSize:
     return JobSize(batch_size=job.batch_size, parameter_count=count, layers=len(blocks), width=width)
 
 
-def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> Beside:
+def find_alternatives(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> Beside:
     """Predict the existing ``plan`` and find better ones; return both.
 
     For a plan of one rank, they are found by a search under the request's cap; on a CPU without a cap, the

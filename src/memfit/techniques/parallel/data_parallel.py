@@ -199,7 +199,7 @@ def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any,
     gathered together: modules or lists of modules, as the knobs ``units`` and ``reshard`` say. The last group
     is the model, for everything that is in no other group."""
     blocks = _blocks(bench)
-    modules_before, modules_after = _beside(bench, blocks)
+    modules_before, modules_after = _modules_around_blocks(bench, blocks)
     modules: list[Any] = list(blocks)
     if units == "parts":
         modules += modules_before + modules_after
@@ -211,7 +211,7 @@ def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any,
     return [*zip(modules, free, strict=True), (bench.model, reshard is True)]
 
 
-def _beside(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
+def _modules_around_blocks(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
     """Return the modules of `_callable` that have parameters and contain no blocks: those before the blocks
     (embedding) and those after them (last norm, head), in the order of the model's attributes. Without
     blocks, all are before."""

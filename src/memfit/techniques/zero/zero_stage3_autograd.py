@@ -99,14 +99,14 @@ def tapped(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
         return values
     waiting = len(places) if once else 1
 
-    def told() -> None:
+    def report_use() -> None:
         nonlocal waiting
         waiting -= once
         if not once or waiting == 0:
             call()
 
     for i in places:
-        leaves[i] = _Tap.apply(told, leaves[i])  # type: ignore[no-untyped-call]
+        leaves[i] = _Tap.apply(report_use, leaves[i])  # type: ignore[no-untyped-call]
     return _pytree.tree_unflatten(leaves, shape)
 
 
