@@ -75,7 +75,7 @@ class Player:
 
     ``members``: name of each process group -> its ranks. ``quicker``: resource -> factor on the seconds of
     its work. ``blocking``: the host waits for every kernel before it issues the next
-    (CUDA_LAUNCH_BLOCKING=1). ``beside``: factor on the seconds of a kernel that runs beside a collective.
+    (CUDA_LAUNCH_BLOCKING=1). ``kernel_slowdown``: factor on the seconds of a kernel that runs beside a collective.
     """
 
     model: TimeModel
@@ -89,7 +89,7 @@ class Player:
         channels = device.nccl_channels.value if device.nccl_channels else ASSUMED_CHANNELS
         multiprocessors = self.model.kernels.multiprocessors if self.model.kernels else math.inf
         # slowdown of a kernel beside a collective
-        self.beside = 1 / (1 - min(0.5, channels / multiprocessors))
+        self.kernel_slowdown = 1 / (1 - min(0.5, channels / multiprocessors))
         self._items: dict[tuple[str, Phase, str, str], tuple[float, float, str]] = {}
 
     def item(self, op: OpCall) -> Item:
@@ -131,7 +131,7 @@ class Player:
     # -- playing --------------------------------------------------------------------------------------
 
     def play(self, ops: Iterable[OpCall]) -> Played:
-        return _Stage(self.beside, self.blocking).run([self.item(op) for op in ops])
+        return _Stage(self.kernel_slowdown, self.blocking).run([self.item(op) for op in ops])
 
     def step(self, trace: Trace) -> Played:
         """Simulate a whole step, the last traced one without setup, and return its result. Micro-steps that
@@ -181,8 +181,8 @@ class _Stage:
     all calls so far, and when each stream and each kind of wires is free.
     """
 
-    def __init__(self, beside: float, blocking: bool) -> None:
-        self.beside, self.blocking = beside, blocking
+    def __init__(self, kernel_slowdown: float, blocking: bool) -> None:
+        self.kernel_slowdown, self.blocking = kernel_slowdown, blocking
         self.issued = self.exposed = self.idle = 0.0
         self.free: dict[str, float] = defaultdict(float)
         self.wires: dict[str, float] = defaultdict(float)
@@ -267,7 +267,7 @@ class _Stage:
         overlap_s = sum(
             max(0.0, min(end, other_end) - max(start, other_start)) for other_start, other_end in self.flying
         )
-        return min(overlap_s, seconds) * (self.beside - 1)
+        return min(overlap_s, seconds) * (self.kernel_slowdown - 1)
 
 
 def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:

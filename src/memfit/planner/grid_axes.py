@@ -51,7 +51,7 @@ class Rates:
     workspace_bytes: float  # of BLAS, taken from the allocator
     # time of a kernel that runs beside a collective, over its time alone: the collective takes
     # multiprocessors
-    beside: float
+    kernel_slowdown: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

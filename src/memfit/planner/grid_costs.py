@@ -165,7 +165,9 @@ def _overlapped_s(work: Array, communication: Array, rates: Rates) -> Array:
     """Return the seconds of work and communication that begin together: those of the longer one. Work is
     slowed while communication runs.
     """
-    slowed_work = work + (rates.beside - 1) / rates.beside * numpy.minimum(communication, work * rates.beside)
+    slowed_work = work + (rates.kernel_slowdown - 1) / rates.kernel_slowdown * numpy.minimum(
+        communication, work * rates.kernel_slowdown
+    )
     return numpy.maximum(slowed_work, communication)
 
 

@@ -213,7 +213,7 @@ class _Pricing:
             host_call_s=ASSUMED_ISSUE_S[Phase.BACKWARD],
             copied_bytes_s=_COPIED_BYTES / model.op_s(_COPY),
             workspace_bytes=_BLAS_THREADS * (blas.value if blas else 0.0),
-            neighbours=Player(model=model, machine=machine, members={}).neighbours,
+            kernel_slowdown=Player(model=model, machine=machine, members={}).kernel_slowdown,
         )
 
     def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
