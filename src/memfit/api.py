@@ -28,10 +28,12 @@ from memfit.planner.single_device import fits_under, needed_bytes
 from memfit.planner.workload import workload_of
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.workload_text import workload_text
+from memfit.runtime import local_machine
 from memfit.techniques.base import Space
 from memfit.techniques.rank_mesh import SEVERAL
 from memfit.techniques.registry import proposable
 from memfit.trace.lifecycle import Lifecycle, lifecycle
+from memfit.trace.real_weights import WeightsSource, built_weights, offering
 from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import MemfitError, UserError
@@ -46,6 +48,8 @@ from memfit.types.workload import Workload
 
 __all__ = ["Prediction", "assert_fits", "conform", "estimate", "from_trainer"]
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+# Limits of a step that is computed on real tensors: operations, and share of free memory.
+_MOST_COMPUTED_FLOPS, _FREE_RATIO = 4e12, 0.5
 _CHEAP_BYTES = 64 * 2**30  # larger models are not searched for a plan that would fit
 
 
@@ -254,7 +258,9 @@ def estimate(  # noqa: PLR0913
 
     ``probe``: on this machine, run each operator whose kernel may use workspace at the peak once, alone and
     on made-up tensors, in a child process (a few seconds; results are stored on disk). Without it, and for
-    another machine, the interval's upper end includes the most that they can use. Raises UserError if an
+    another machine, the interval's upper end includes the most that they can use. If sizes in the step
+    depend on computed values, as in a detector, and the step takes at most 4e12 operations and half of this
+    machine's free memory, ``probe`` also computes the step on a copy of the model. Raises UserError if an
     argument is none of these, if the model does not support the plan, or if the step cannot be traced.
     """
     job = job_of(
@@ -297,19 +303,29 @@ def _predicted(
 
 
 def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
-    """Return the plan's estimate. Kernel workspaces that could move its peak are probed first if the machine
-    is this one and ``probe`` is set. Raises UserError if the step cannot be traced.
+    """Return the plan's estimate. With ``probe``, values that decide sizes are computed from the model's
+    weights if the step is small enough (`real_weights`), and on this machine kernel workspaces that could
+    move the peak are probed first. Raises UserError if the step cannot be traced.
     """
     try:
-        if probe and pricer.machine.device.name == "this machine":
-            probe_workspaces(pricer, plan)
-        return pricer.whole(plan)
+        if not probe:
+            return pricer.whole(plan)
+        with offering(_weights(pricer.job)):
+            if pricer.machine.device.name == "this machine":
+                probe_workspaces(pricer, plan)
+            return pricer.whole(plan)
     except _FAILURES as error:  # outside the user's own functions, whose errors are already UserErrors
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"the training step does not run on fake tensors: {type(error).__name__}: {reason[:200]}",
             hint="if it trains without memfit, this is a limitation of memfit",
         ) from error
+
+
+def _weights(job: Job) -> WeightsSource:
+    return WeightsSource(
+        lambda: built_weights(job.build_model), _MOST_COMPUTED_FLOPS, _FREE_RATIO * local_machine.free_bytes()
+    )
 
 
 def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Prediction:

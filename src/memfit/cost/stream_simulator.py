@@ -75,7 +75,8 @@ class Player:
 
     ``members``: name of each process group -> its ranks. ``quicker``: resource -> factor on the seconds of
     its work. ``blocking``: the host waits for every kernel before it issues the next
-    (CUDA_LAUNCH_BLOCKING=1). ``kernel_slowdown``: factor on the seconds of a kernel that runs beside a collective.
+    (CUDA_LAUNCH_BLOCKING=1). ``kernel_slowdown``: factor on the seconds of a kernel that runs beside a
+    collective.
     """
 
     model: TimeModel

@@ -42,22 +42,29 @@ class Shadows:
 
     The real tensor is stored as an attribute of the fake one. To follow an operator is to compute its result
     from real values, too. ``on``: operators are followed now. ``seeded``: the values of a batch have been
-    attached. ``_stale`` holds real storages into which unknown values have been written.
+    attached. ``max_elements``: the size of the largest tensor that is followed; infinite if the whole step is
+    computed on real tensors (`real_weights`), where an operator that fails gives unknown values. ``_stale``
+    holds real storages into which unknown values have been written.
     """
 
     def __init__(self) -> None:
         self.on = self.seeded = False
+        self.max_elements: float = _MOST_ELEMENTS
         self.case = current_case()
         self._draws = 0
         self._stale: dict[int, torch.UntypedStorage] = {}
 
     def seed(self, fakes: Any, reals: Any) -> None:
         """Attach the values of the batch ``reals`` to the tensors of its fake copy ``fakes``, except large
-        ones (more than 2**20 elements), and follow values from now on."""
+        ones (more than ``max_elements``), and follow values from now on."""
         self.on = self.seeded = True
         for fake, real in zip(batch_tensors(fakes), batch_tensors(reals), strict=True):
-            if isinstance(fake, FakeTensor) and real.numel() <= _MOST_ELEMENTS:
-                setattr(fake, _NAME, real.detach())
+            if isinstance(fake, FakeTensor) and real.numel() <= self.max_elements:
+                setattr(fake, _NAME, real.detach().clone())  # an operator may write into it
+
+    def set_assumed(self, fake: torch.Tensor, real: torch.Tensor) -> None:
+        """Attach the values ``real`` to ``fake`` and mark them as assumed."""
+        setattr(fake, _NAME, marked(real))
 
     def of(self, tensor: Any) -> torch.Tensor | None:
         """Return the tensor's known or assumed values, or None if it has none. A real tensor is its own
@@ -79,7 +86,7 @@ class Shadows:
                 return self._filled(func, args, kwargs)
             if func in CHOICES or (args[0].dtype is torch.bool and _counts(func, kwargs)):
                 return self._chosen(func, args, kwargs)
-            if func in CONSTANTS and args[0].numel() <= _MOST_ELEMENTS:
+            if func in CONSTANTS and args[0].numel() <= self.max_elements:
                 return self._constant(func, args, kwargs)
         return self.compute(func, args, kwargs) if self.may_follow(args) else None
 
@@ -96,19 +103,19 @@ class Shadows:
     def _constant(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the real result of an operator such as ``zeros_like``, which fills a tensor with one number
         whatever the values of its argument. Return None if the result holds floating-point or complex
-        numbers, or if the arguments ask for more than 2**20 elements."""
+        numbers, or if the arguments ask for more than ``max_elements``."""
         dtype = kwargs.get("dtype") or args[0].dtype
-        if dtype.is_floating_point or dtype.is_complex or _large(args):
+        if dtype.is_floating_point or dtype.is_complex or _large(args, self.max_elements):
             return None
         with torch.no_grad(), unset_fake_temporarily():
             return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
 
     def assume(self, tensor: Any) -> torch.Tensor | None:
         """Return the tensor's values. If it has none, assume values and keep them from now on. Return None if
-        none can be assumed: for integers, complex numbers, empty tensors and those of more than 2**20
-        elements."""
+        none can be assumed: for integers, complex numbers, empty tensors and those of more than
+        ``max_elements``."""
         real = self.of(tensor)
-        if real is None and isinstance(tensor, FakeTensor) and 0 < tensor.numel() <= _MOST_ELEMENTS:
+        if real is None and isinstance(tensor, FakeTensor) and 0 < tensor.numel() <= self.max_elements:
             real = assumed(tensor, self.case, self._seed())
             if real is not None:
                 setattr(tensor, _NAME, real)
@@ -156,25 +163,31 @@ class Shadows:
         values = {id(x): self.of(x) for x in leaves}
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         is_random_write = is_random and func._schema.is_mutable
-        if is_random_write or None in values.values() or _large(args):
+        if is_random_write or None in values.values() or _large(args, self.max_elements):
             self._forget(func, leaves)
             return None
         real_arguments = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
         with torch.no_grad(), unset_fake_temporarily():
             if is_random:
                 return drawn(func, real_arguments[0], real_arguments[1], self.case, self._seed())
-            out = func(*real_arguments[0], **real_arguments[1])
+            try:
+                out = func(*real_arguments[0], **real_arguments[1])
+            except RuntimeError:
+                if self.max_elements <= _MOST_ELEMENTS:
+                    raise
+                self._forget(func, leaves)  # a kernel of another device, for example
+                return None
         return marked(out) if any(map(is_assumed, values.values())) else out
 
     def attach(self, out: Any, real: Any) -> None:
         """Attach the values ``real`` to the fake tensors ``out``, one by one. Both have the same structure.
-        Tensors of more than 2**20 elements, and pairs whose shapes differ or of which one is no tensor, are
+        Tensors of more than ``max_elements``, and pairs whose shapes differ or of which one is no tensor, are
         left out."""
         for fake, value in zip(_pytree.tree_leaves(out), _pytree.tree_leaves(real), strict=True):
             has_same_shape = (
                 isinstance(fake, FakeTensor) and isinstance(value, torch.Tensor) and fake.shape == value.shape
             )
-            if has_same_shape and value.numel() <= _MOST_ELEMENTS:
+            if has_same_shape and value.numel() <= self.max_elements:
                 setattr(fake, _NAME, value)
 
     def _forget(self, func: Any, leaves: list[torch.Tensor]) -> None:
@@ -183,13 +196,13 @@ class Shadows:
             self._stale[storage._cdata] = storage
 
 
-def _large(args: Any) -> bool:
-    """Return whether a list of integers among the arguments, or the only argument, asks for more than 2**20
-    elements, as arguments of factory functions do."""
+def _large(args: Any, max_elements: float) -> bool:
+    """Return whether a list of integers among the arguments, or the only argument, asks for more than
+    ``max_elements``, as arguments of factory functions do."""
     if len(args) == 1 and isinstance(args[0], int):
-        return args[0] > _MOST_ELEMENTS
+        return args[0] > max_elements
     lists = [a for a in args if isinstance(a, list | tuple) and all(isinstance(n, int) for n in a)]
-    return any(math.prod(sizes) > _MOST_ELEMENTS for sizes in lists)
+    return any(math.prod(sizes) > max_elements for sizes in lists)
 
 
 def _counts(func: Any, kwargs: Mapping[str, Any]) -> bool:

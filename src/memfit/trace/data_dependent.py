@@ -57,6 +57,7 @@ class Guesses:
         self.assumptions: dict[str, None] = {}
         self.scratch: list[torch.Tensor] = []
         self._asked: Counter[str] = Counter()
+        self._value_dependent = set[Any]()  # operators whose results depended on values
         self._loop: tuple[int, int, int] = (0, 0, 0)
 
     def item(self, tensor: torch.Tensor, *, told: bool, value: Any = None) -> bool | int | float:
@@ -125,7 +126,7 @@ class Guesses:
     def decides(self, func: Any) -> bool:
         """Return whether `call` has a rule of its own for the operator, because its result may depend on more
         than the shapes of its arguments or differs from torch's fake one."""
-        return func in _SHAPED or func in _INDEXED
+        return func in _SHAPED or func in _INDEXED or func in self._value_dependent
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], values: Any = None) -> Any:
         """Run the operator on fake tensors and return its result, with `size` for sizes that depend on data.
@@ -141,6 +142,7 @@ class Guesses:
             return func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             op, line = func.overloadpacket.__name__, library_line()
+            self._value_dependent.add(func)
             is_guess = values is None
             values = self._of_assumed(func, args, kwargs) if is_guess else values
             if values is None:

@@ -36,6 +36,7 @@ from memfit.trace.fake_process_group import (
     ready_for_fakes,
     without_host,
 )
+from memfit.trace.real_weights import attach_weights
 from memfit.trace.stream_patches import streams
 from memfit.trace.truncated_model import FirstBlocks, remember
 from memfit.trace.value_guess_retry import Doubted, retried, weighed, widened
@@ -188,6 +189,7 @@ def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int)
     part, terms = step.local(batch)
     inputs = map_batch(fake.from_tensor, part)
     ledger.label(inputs, Category.INPUT)
+    attach_weights(ledger.shadows, step.model)
     ledger.shadows.seed(inputs, part)
     return inputs, terms
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from memfit.trace.assumed_values import AssumedCase, assuming
+from memfit.trace.real_weights import following, offered_weights
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.trace import Phase, Trace
@@ -88,20 +89,27 @@ def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
 
 
 def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
-    """Wrap ``run``: if values were assumed, also trace the step in the cases LOW and HIGH (`AssumedCase`).
-    The returned trace, of the usual case, gives the lowest and the highest peak of all cases as ratios to its
-    own peak. Cases in which the step fails are left out."""
+    """Wrap ``run``: if values were assumed, also trace the step in the cases LOW and HIGH (`AssumedCase`). If
+    weights are offered and the step is small enough, also trace it with values computed from them
+    (`real_weights`).
+
+    The returned trace is that of the computed values, else that of the usual case. It gives the lowest and
+    the highest peak of all cases as ratios to its own peak. Cases in which the step fails are left out."""
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
         trace = run(job, *args, **kwargs)
         if not trace.assumed:
             return trace
-        peaks = [_peak_bytes(trace)]
+        usual_peak_bytes, source = _peak_bytes(trace), offered_weights()
+        if source is not None and source.allows(trace, usual_peak_bytes):
+            with contextlib.suppress(UserError, *_FAILURES), following(source.load()):
+                trace = run(job, *args, **kwargs)
+        peaks = [_peak_bytes(trace), usual_peak_bytes]
         for case in (AssumedCase.LOW, AssumedCase.HIGH):
             with contextlib.suppress(UserError, *_FAILURES), assuming(case):  # some values are impossible
                 peaks.append(_peak_bytes(run(job, *args, **kwargs)))
-        places, case_count = " and ".join(trace.assumed), len(peaks) - 1
+        places, case_count = " and ".join(trace.assumed), len(peaks) - 2
         note = f"values at {places} were assumed; the interval covers the peaks of {case_count} other cases"
         is_relevant = min(peaks) < max(peaks) or not case_count
         return dataclasses.replace(

@@ -1,0 +1,86 @@
+"""Real values of the model's weights, for steps whose memory depends on computed values.
+
+A detector keeps as many proposals as its weights find. Where such numbers would have to be assumed, the step
+is also computed on real tensors while it is traced, if it is small enough: the weights' values are attached
+to the fake parameters, and every operator is followed (`Shadows`). The values are those of one batch and of
+the weights before training, so they count as assumed, and the interval still covers the other cases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from memfit.trace.concrete_values import Shadows
+from memfit.types.trace import Trace
+
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightsSource:
+    """Offers a model's weights to traces. ``load`` returns parameters and buffers by name; they may be
+    written to. ``max_flops`` and ``max_bytes``: operations and peak memory of the largest step that may be
+    computed on real tensors."""
+
+    load: Callable[[], Weights]
+    max_flops: float
+    max_bytes: float
+
+    def allows(self, trace: Trace, peak_bytes: int) -> bool:
+        return peak_bytes <= self.max_bytes and sum(op.flops for op in trace.ops) <= self.max_flops
+
+
+_OFFERED: contextvars.ContextVar[WeightsSource | None] = contextvars.ContextVar("offered", default=None)
+_FOLLOWED: contextvars.ContextVar[Weights | None] = contextvars.ContextVar("followed", default=None)
+
+
+@contextlib.contextmanager
+def offering(source: WeightsSource) -> Iterator[None]:
+    """Let traces made inside this context use the weights of ``source`` where values would be assumed."""
+    token = _OFFERED.set(source)
+    try:
+        yield
+    finally:
+        _OFFERED.reset(token)
+
+
+def offered_weights() -> WeightsSource | None:
+    """Return the source that `offering` gives in the current context, or None."""
+    return _OFFERED.get()
+
+
+@contextlib.contextmanager
+def following(weights: Weights) -> Iterator[None]:
+    """Attach ``weights`` to the model's fake parameters and buffers in traces made inside this context, and
+    follow tensors of any size."""
+    token = _FOLLOWED.set(weights)
+    try:
+        yield
+    finally:
+        _FOLLOWED.reset(token)
+
+
+def attach_weights(shadows: Shadows, model: torch.nn.Module) -> None:
+    """Attach the weights of `following` to the model's tensors of the same names and shapes. Do nothing
+    outside `following`."""
+    weights = _FOLLOWED.get()
+    if weights is None:
+        return
+    shadows.max_elements = math.inf
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in weights and weights[name].shape == tensor.shape:
+            shadows.set_assumed(tensor, weights[name])
+
+
+def built_weights(build: Callable[[], torch.nn.Module]) -> Weights:
+    """Return the parameters and buffers by name, without gradients, of a model that ``build`` builds. The
+    state of torch's random numbers is restored."""
+    with torch.random.fork_rng(devices=[]):
+        model = build()
+    return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
