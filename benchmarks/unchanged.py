@@ -2,6 +2,7 @@
 
     python benchmarks/unchanged.py record FILE [--only PART]   write the answers of this tree
     python benchmarks/unchanged.py compare BEFORE AFTER        list answers that differ; exit 1 if any does
+        [--reworded]   between two trees whose sentences differ: of a sentence, only its numbers are compared
 
 The answers come through memfit's public functions and its command line, so that code below them can move.
 Nothing is timed on this machine: searches are for devices of the catalog, and estimates are not probed.
@@ -11,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,8 @@ def exports() -> Iterator[Answer]:
             job = "alphafold2" if target == "openfold" else "char-lm"
             words = ("--plan", str(file), "--to", target, "--engine", engine, "--out", str(out), "--force")
             code, said = _command("export", job, *words)
-            answer = {f.name: _digest(f.read_text()) for f in sorted(out.iterdir())} if code == 0 else said
+            files = sorted(f for f in out.rglob("*") if f.is_file() and f.suffix != ".md")
+            answer = {str(f.relative_to(out)): _settings(f.read_text()) for f in files} if code == 0 else said
             yield (
                 f"{plan}, {engine}, {target}",
                 answer.replace(name, "FOLDER") if isinstance(answer, str) else answer,
@@ -202,8 +204,9 @@ def _command(*words: str) -> tuple[int, str]:
     return code, out.getvalue() or complaint.getvalue()
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _settings(text: str) -> list[str]:
+    """The lines of an exported file, without its comments."""
+    return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
 def record(path: Path, parts: Sequence[str]) -> None:
@@ -216,9 +219,11 @@ def record(path: Path, parts: Sequence[str]) -> None:
         path.write_text(json.dumps(answers, indent=1, sort_keys=True, ensure_ascii=False))
 
 
-def compare(before: Path, after: Path) -> int:
+def compare(before: Path, after: Path, *, reworded: bool) -> int:
     """How many answers differ; each is printed."""
     one, other = json.loads(before.read_text()), json.loads(after.read_text())
+    if reworded:
+        one, other = _numbers(one), _numbers(other)
     count = different = 0
     for part in sorted(one.keys() | other.keys()):
         for name in sorted(one.get(part, {}).keys() | other.get(part, {}).keys()):
@@ -231,6 +236,18 @@ def compare(before: Path, after: Path) -> int:
                     print(f"   {where or 'the answer'}: {str(x)[:150]} -> {str(y)[:150]}")
     print(f"{count} answers, {different} differ")
     return different
+
+
+def _numbers(value: Any) -> Any:
+    """``value`` with each sentence (a text of at least three words) replaced by the numbers in it."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, str) and value.startswith(("{", "[")):  # JSON that a command printed
+        with contextlib.suppress(json.JSONDecodeError):
+            return _numbers(json.loads(value))
+    if isinstance(value, str) and len(value.split()) > 2:
+        return re.findall(r"\d[\d.,]*", value)
+    return [_numbers(v) for v in value] if isinstance(value, list) else value
 
 
 def _differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -253,9 +270,10 @@ def main() -> int:
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
+    comparing.add_argument("--reworded", action="store_true")
     asked = parser.parse_args()
     if asked.command == "compare":
-        return 1 if compare(asked.before, asked.after) else 0
+        return 1 if compare(asked.before, asked.after, reworded=asked.reworded) else 0
     with tempfile.TemporaryDirectory() as home:  # nothing stored on this machine decides an answer
         os.environ |= {"XDG_CACHE_HOME": f"{home}/cache", "XDG_DATA_HOME": f"{home}/data"}
         record(asked.file, asked.only)
