@@ -23,6 +23,7 @@ from memfit.conformance.monitor import Monitor
 from memfit.conformance.sharding import world_size
 from memfit.cost.host import host_holds, host_line, with_host_memory
 from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
+from memfit.jobs.training_step import repeat
 from memfit.planner.evaluate import Pricer
 from memfit.planner.single_device import fits_under, needed_bytes
 from memfit.planner.workload import workload_of
@@ -338,7 +339,6 @@ def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Pr
     `estimate`. Call it before ``trainer.train()``. Raises UserError as `estimate` does.
     """
     import torch
-    from torch.utils import _pytree
 
     args = trainer.args
     uses = [use(f"{name}-autocast") for name in ("fp16", "bf16") if getattr(args, name)]
@@ -349,7 +349,7 @@ def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Pr
         uses.append(use("gradient-accumulation", micro_batches=micro_batches))
     with torch.random.fork_rng(devices=[]):
         micro_batch = dict(next(iter(trainer.get_train_dataloader())))
-    batch = _pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t] * micro_batches), micro_batch)
+    batch = repeat(micro_batch, micro_batches)
     optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     return estimate(
         trainer.model,

@@ -21,7 +21,7 @@ lightning = pytest.importorskip("lightning.pytorch", reason="it is an extra of d
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's own advice
 
 
-def fit(folder: Path, callback: Any, **arguments: Any) -> None:
+def fit(folder: Path, callback: Any, *, collate: Any = None, **arguments: Any) -> None:
     class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
             super().__init__()
@@ -51,7 +51,7 @@ def fit(folder: Path, callback: Any, **arguments: Any) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8))
+        trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8, collate_fn=collate))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,18 @@ def test_the_callback_infers_the_plan_from_the_trainer(tmp_path: Path) -> None:
     fit(tmp_path, ours.MemfitCallback(), precision="bf16-mixed", accumulate_grad_batches=2)
     told = json.loads((tmp_path / "memfit.json").read_text())
     assert told["plan"]["techniques"] == {"bf16-autocast": {}, "gradient-accumulation": {"micro_batches": 2}}
+
+
+def with_a_scalar(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {**torch.utils.data.default_collate(rows), "temperature": torch.tensor(0.5)}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_batch_with_a_scalar_tensor_is_predicted(tmp_path: Path, micro_batches: int) -> None:
+    fit(tmp_path, ours.MemfitCallback(), collate=with_a_scalar, accumulate_grad_batches=micro_batches)
+    told = json.loads((tmp_path / "memfit.json").read_text())
+    assert told["not_predicted"] == ""
+    assert told["predicted_over_measured_ratio"] == pytest.approx(1, abs=0.01)
 
 
 def test_a_plan_that_was_not_applied_ends_the_training(tmp_path: Path) -> None:

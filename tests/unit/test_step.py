@@ -14,7 +14,7 @@ from tiny import regression, words, words_terms
 from torch import nn
 from torch.testing import assert_close
 
-from memfit.jobs.training_step import TrainingStep, batch_length, split
+from memfit.jobs.training_step import TrainingStep, batch_length, repeat, split
 from memfit.techniques.precision import LossScale
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
@@ -43,6 +43,17 @@ def test_micro_batches_are_views_and_tensors_of_another_length_are_shared() -> N
     first, second = split((x, table), 2)
     assert second[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     assert first[1] is second[1] is table
+
+
+def test_a_repeated_batch_splits_into_equal_micro_batches_and_leaves_scalars_alone() -> None:
+    scale, shared, rows = torch.tensor(2.0), torch.ones(5), torch.arange(6.0).view(3, 2)
+    batch = {"x": rows, "more": [scale, shared]}
+    repeated = repeat(batch, 4)
+    assert repeated["x"].shape == (12, 2)
+    assert repeated["more"][0] is scale
+    assert repeated["more"][1] is shared
+    assert all(torch.equal(part["x"], rows) for part in split(repeated, 4))
+    assert repeat(batch, 1) is batch
 
 
 def test_a_batch_without_tensors_is_refused() -> None:

@@ -17,6 +17,7 @@ import torch
 from memfit.api import Prediction, estimate
 from memfit.inputs import plan_of
 from memfit.integrations.record import Recorder
+from memfit.jobs.training_step import repeat
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan, use
@@ -198,14 +199,11 @@ def predicted(trainer: Any, module: Any, plan: Plan) -> Prediction:
     Trainer's loader, with the Trainer's first optimizer. With gradient accumulation, the batch of the whole
     step is the first batch repeated once for each micro-batch. Raises UserError for several ranks, and if the
     step cannot be predicted."""
-    from torch.utils import _pytree
-
     if plan.ranks > 1:
         raise UserError("the callback cannot predict training on several ranks: pass it prediction=")
     with torch.random.fork_rng(devices=[]):
         first_batch = next(iter(trainer.train_dataloader))
-    micro_batches = trainer.accumulate_grad_batches
-    batch = _pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t] * micro_batches), first_batch)
+    batch = repeat(first_batch, trainer.accumulate_grad_batches)
     batch = tuple(batch) if isinstance(batch, list) else batch
 
     def loss(model: Any, batch: Any) -> torch.Tensor:

@@ -391,10 +391,27 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
     starts = [sum(sizes[:i]) for i in range(parts)]
 
     def cut(value: Any, start: int, size: int) -> Any:
-        is_batched = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length
-        return value.narrow(0, start, size) if is_batched else value
+        return value.narrow(0, start, size) if _is_per_sample(value, length) else value
 
     return [
         _pytree.tree_map(lambda v, s=start, n=size: cut(v, s, n), batch)
         for start, size in zip(starts, sizes, strict=True)
     ]
+
+
+def repeat(batch: Any, times: int) -> Any:
+    """Return a batch with the samples of ``batch``, ``times`` times in a row, which `split` cuts into
+    ``times`` micro-batches equal to ``batch``.
+
+    A tensor whose first dimension is not the number of samples is kept as it is, and so is a batch that is an
+    object. With ``times`` 1, ``batch`` itself is returned. Raises UserError if the batch contains no tensor
+    with dimensions.
+    """
+    if times == 1:
+        return batch
+    length = batch_length(batch)
+    return _pytree.tree_map(lambda v: torch.cat([v] * times) if _is_per_sample(v, length) else v, batch)
+
+
+def _is_per_sample(value: Any, length: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length
