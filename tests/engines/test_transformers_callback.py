@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from memfit.integrations.transformers import MemfitCallback
+from memfit.integrations.transformers import MemfitCallback, plan_of_arguments
 from memfit.types.conformance import NotConforming
 
 
@@ -103,3 +104,21 @@ def test_a_training_that_cannot_be_predicted_is_still_measured(
     assert "several ranks" in told["not_predicted"]
     assert told["predicted_peak_bytes"] is None
     assert told["measured_peak_bytes"] > 0
+
+
+def test_deepspeeds_configuration_is_in_the_derived_plan_and_not_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2)
+    config = {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": "auto"}
+    monkeypatch.setattr(trainer.args, "deepspeed_plugin", SimpleNamespace(deepspeed_config=config))
+    callback = MemfitCallback(trainer)
+    assert "with DeepSpeed" in callback._recorder.why_not
+    assert callback._recorder.clip is None
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    plan = plan_of_arguments(trainer.args)
+    zero, accumulation = plan.get("zero"), plan.get("gradient-accumulation")
+    assert zero is not None
+    assert accumulation is not None
+    assert (plan.ranks, zero.settings["stage"], accumulation.settings["micro_batches"]) == (2, 3, 2)
+    assert plan.get("ddp") is None

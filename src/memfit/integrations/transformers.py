@@ -28,13 +28,13 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
     update whether the plan was applied, and writes predicted and measured peak to a file at the end of
     training. If the step cannot be predicted, the file says why.
 
-    ``plan``: a Plan, mapping or file; by default derived from the TrainingArguments. ``prediction``: an
-    earlier prediction to use; without it, training on several ranks is not predicted, because
-    `memfit.from_trainer` predicts one process. ``path``: the file; by default memfit.json in the output
-    folder. The name has the rank before its suffix for other ranks than 0, as in memfit.1.json. ``strict``:
-    if the plan was not applied, training stops with NotConforming; otherwise only the file says so.
-    ``blocks``: module path of the repeated blocks, by default found. Raises UserError for a plan that cannot
-    be read.
+    ``plan``: a Plan, mapping or file; by default that of `plan_of_arguments`. ``prediction``: an earlier
+    prediction to use; without it, training on several ranks or with DeepSpeed is not predicted, because
+    `memfit.from_trainer` predicts one process without DeepSpeed. ``path``: the file; by default memfit.json
+    in the output folder. The name has the rank before its suffix for other ranks than 0, as in memfit.1.json.
+    ``strict``: if the plan was not applied, training stops with NotConforming; otherwise only the file says
+    so. ``blocks``: module path of the repeated blocks, by default found. Raises UserError for a plan that
+    cannot be read.
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
         why_not = ""
         if prediction is None:
             try:
-                if args.world_size > 1:
+                if args.world_size > 1 or args.deepspeed_plugin is not None:
                     raise UserError(
-                        "the callback cannot predict a Trainer on several ranks: pass prediction="
+                        "the callback cannot predict a Trainer on several ranks or with DeepSpeed: pass "
+                        "prediction="
                     )
                 prediction = from_trainer(trainer)
             except UserError as error:
@@ -66,7 +67,8 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
             model=trainer.model,
             strict=strict,
             blocks=blocks,
-            clip=None if args.deepspeed else args.max_grad_norm,  # DeepSpeed reads the norm from its own file
+            # DeepSpeed takes the norm from its own configuration
+            clip=args.max_grad_norm if args.deepspeed_plugin is None else None,
         )
         if prediction is not None and args.process_index == 0:
             print(f"memfit: {prediction}")
@@ -88,8 +90,9 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def plan_of_arguments(args: Any) -> Plan:
-    """Return the plan that the TrainingArguments ``args`` express, on the current number of ranks. Settings
-    that no plan can express are left out of it, and so are those in a DeepSpeed file that ``args`` names."""
-    options = Options(file="TrainingArguments", data=args.to_dict())
-    conversion = to_plan.over(Setup(trainer=options, ranks=args.world_size))
-    return conversion.plan
+    """Return the plan that the TrainingArguments ``args``, and DeepSpeed's configuration if they use it,
+    express on the current number of ranks. Settings that no plan can express are left out."""
+    trainer = Options(file="TrainingArguments", data=args.to_dict())
+    plugin = args.deepspeed_plugin
+    deepspeed = None if plugin is None else Options(file="DeepSpeed", data=plugin.deepspeed_config)
+    return to_plan.over(Setup(trainer=trainer, deepspeed=deepspeed, ranks=args.world_size)).plan
