@@ -29,7 +29,7 @@ from memfit.planner.single_device import Request, make_pricer
 from memfit.runtime.child_process import run
 from memfit.runtime.counting_allocator import CountingAllocator
 from memfit.runtime.local_machine import this_machine
-from memfit.runtime.op_benchmark import Probed, probe
+from memfit.runtime.op_benchmark import ProbeResult, probe
 from memfit.runtime.ranks import run_ranks
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import make_use
@@ -140,7 +140,7 @@ class Bench:
     def __init__(self) -> None:
         self.counter = CountingAllocator()
         self.counter.install()
-        self.probes: dict[str, Probed | None] = {}
+        self.probes: dict[str, ProbeResult | None] = {}
         self.references: dict[tuple[str, ...], list[float]] = {}
 
     def record(self, row: Row) -> dict[str, Any]:

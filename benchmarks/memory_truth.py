@@ -37,7 +37,7 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.planner.plan_space import usable
 from memfit.planner.single_device import space_of
 from memfit.runtime.counting_allocator import CountingAllocator
-from memfit.runtime.op_benchmark import Probed, probe
+from memfit.runtime.op_benchmark import ProbeResult, probe
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
@@ -248,7 +248,7 @@ def _one(job: Job, plan: Plan, counter: CountingAllocator) -> dict[str, Any]:
 def run(only: Sequence[str] | None) -> dict[str, Any]:
     counter = CountingAllocator()
     counter.install()
-    probes: dict[str, Probed | None] = {}
+    probes: dict[str, ProbeResult | None] = {}
     rows: list[dict[str, Any]] = []
     begun = time.perf_counter()
     for job, new in jobs(only):
@@ -270,7 +270,7 @@ def run(only: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _predicted(
-    job: Job, plan: Plan, probes: dict[str, Probed | None], counter: CountingAllocator
+    job: Job, plan: Plan, probes: dict[str, ProbeResult | None], counter: CountingAllocator
 ) -> tuple[Trace, Calibration] | str:
     """A refusal is its reason."""
     try:

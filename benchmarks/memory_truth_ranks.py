@@ -31,7 +31,7 @@ from sequences import first_difference, predicted_sequence
 from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
 from memfit.runtime.counting_allocator import CountingAllocator
-from memfit.runtime.op_benchmark import Probed, probe
+from memfit.runtime.op_benchmark import ProbeResult, probe
 from memfit.runtime.ranks import free_port, rank_env
 from memfit.store.environment import fingerprint
 from memfit.techniques.rank_mesh import Layout, World, make_world
@@ -224,7 +224,7 @@ class Truth:
     def __init__(self) -> None:
         self.counter = CountingAllocator()
         self.counter.install()
-        self.probes: dict[str, Probed | None] = {}
+        self.probes: dict[str, ProbeResult | None] = {}
         self.losses: dict[str, list[float]] = {}
 
     def measure(self, rows: list[Row], only: str) -> None:

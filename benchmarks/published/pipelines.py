@@ -12,7 +12,7 @@ import torch
 from memfit.cost.collectives import collective_s
 from memfit.cost.op_time import ASSUMED_LINK_BYTES_S, time_model
 from memfit.cost.schedules import simulate
-from memfit.cost.stream_simulator import ASSUMED_HOST_BYTES_S, Played, Player
+from memfit.cost.stream_simulator import ASSUMED_HOST_BYTES_S, SimulatedStep, StreamSimulator
 from memfit.types.machine import Calibration, Machine
 from memfit.types.trace import OpCall
 from published.arch import Arch
@@ -46,7 +46,7 @@ class Run:
         self.shape = shape_of(setup, arch)
         model = time_model(machine.device, Calibration())
         assert model is not None
-        self.player = Player(model=model, machine=machine, members={}, blocking=_blocking(setup))
+        self.player = StreamSimulator(model=model, machine=machine, members={}, blocking=_blocking(setup))
         self.calls = Calls(
             arch=arch,
             shape=self.shape,
@@ -64,7 +64,7 @@ class Run:
             self.busy[resource] = self.busy.get(resource, 0.0) + times * busy_s
         return found.step_s
 
-    def step(self) -> Played:
+    def step(self) -> SimulatedStep:
         forward, backward = self._stages()
         micros, virtual = self.setup.micro_batches, self.setup.ranks["vp"]
         kind = "interleaved" if virtual > 1 else "1f1b"
@@ -79,7 +79,7 @@ class Run:
             send_s = 0.0
         line = simulate(kind, forward, backward, micros, send_s=send_s, virtual=virtual)
         ends = self._update_s(max(b for b in backward) * virtual)
-        return Played(
+        return SimulatedStep(
             step_s=line.step_s + ends,
             busy_s=self.busy,
             exposed_s=ends,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from memfit.catalog.load import link, network
 from memfit.cost.kernel_model import FULL_SUM
 from memfit.cost.op_time import ASSUMED_LINK_BYTES_S, time_model
-from memfit.cost.stream_simulator import Played, Player
+from memfit.cost.stream_simulator import SimulatedStep, StreamSimulator
 from memfit.types.errors import UserError
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
 from memfit.types.plan import Plan
@@ -68,7 +68,7 @@ def timed(setup: Setup) -> Setup:
     return dataclasses.replace(setup, micro_batch=micro, micro_batches=max(1, each // micro))
 
 
-def predicted(setup: Setup) -> Played:
+def predicted(setup: Setup) -> SimulatedStep:
     """Raises UserError with the reason where the row cannot be expressed."""
     card = card_of(setup)
     if card is None:
@@ -125,11 +125,11 @@ def by_calls(setup: Setup, card: Device) -> bool:
     return setup.code == "megatron" or cut or (gpt and old)
 
 
-def on_line(traces: list[tuple[float, Trace]], one: Callable[[Trace], Played]) -> Played:
+def on_line(traces: list[tuple[float, Trace]], one: Callable[[Trace], SimulatedStep]) -> SimulatedStep:
     """The sum of what traces say, each so many times."""
     parts = [(times, one(t)) for times, t in traces]
     keys = {k for _, p in parts for k in p.busy_s}
-    return Played(
+    return SimulatedStep(
         step_s=sum(n * p.step_s for n, p in parts),
         busy_s={k: sum(n * p.busy_s.get(k, 0.0) for n, p in parts) for k in keys},
         exposed_s=sum(n * p.exposed_s for n, p in parts),
@@ -137,7 +137,7 @@ def on_line(traces: list[tuple[float, Trace]], one: Callable[[Trace], Played]) -
     )
 
 
-def play(setup: Setup, card: Device, trace: Trace) -> Played:
+def play(setup: Setup, card: Device, trace: Trace) -> SimulatedStep:
     machine = machine_of(setup, card, trace.ranks)
     model = time_model(machine.device, Calibration())
     assert model is not None
@@ -158,7 +158,7 @@ def play(setup: Setup, card: Device, trace: Trace) -> Played:
     apart = setup.ranks["tp"] if re.search("async ?tp", setup.row["notes"].lower()) else 1
     # Asynchronous tensor parallelism hides all but the first of so many parts of each transfer.
     quicker = {"link": 1 / apart}
-    player = Player(model=model, machine=machine, members=trace.members, quicker=quicker)
+    player = StreamSimulator(model=model, machine=machine, members=trace.members, quicker=quicker)
     return player.step(trace)
 
 

@@ -23,7 +23,7 @@ from memfit.conformance.technique_checks import SEEN
 from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.recompute_budget import chosen
-from memfit.techniques.offload import Parked
+from memfit.techniques.offload import SpooledTensor
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.conformance import NotConforming
 from memfit.types.errors import UserError
@@ -85,7 +85,7 @@ def test_a_technique_that_is_not_applied_is_reported(name: str) -> None:
 
 def test_offload_that_keeps_a_copy_in_memory_is_reported() -> None:
     """The hooks are active, but no tensor leaves memory."""
-    with mock.patch("memfit.techniques.offload.Parked", lambda tensor, spool: Kept(tensor)):
+    with mock.patch("memfit.techniques.offload.SpooledTensor", lambda tensor, spool: Kept(tensor)):
         told = _told(PLANS["activation-offload"])
     assert "activation-offload: planned saved tensors of 4 KiB or more go to disk, found 0 offloaded" in told
 
@@ -397,9 +397,9 @@ def test_offload_that_keeps_part_of_the_tensors_is_reported(keeps: Callable[[int
     count = iter(range(1000))
 
     def some(tensor: torch.Tensor, spool: Any) -> Any:
-        return Kept(tensor) if keeps(next(count)) else Parked(tensor, spool)
+        return Kept(tensor) if keeps(next(count)) else SpooledTensor(tensor, spool)
 
-    with mock.patch("memfit.techniques.offload.Parked", some):
+    with mock.patch("memfit.techniques.offload.SpooledTensor", some):
         told = _told(PLANS["activation-offload"])
     assert "activation-offload: planned saved tensors of 4 KiB or more go to disk, found" in told
 

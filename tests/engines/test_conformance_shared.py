@@ -85,10 +85,10 @@ def _same_samples() -> Any:
 
 def _own_part_only() -> Any:
     """Attention reads only this rank's part, although keys and values are gathered."""
-    from memfit.techniques.parallel.gathered_attention import Across
+    from memfit.techniques.parallel.gathered_attention import SequenceRanks
 
-    inner = Across.blocks
-    return mock.patch.object(Across, "blocks", lambda self, causal: [next(inner(self, causal))])
+    inner = SequenceRanks.blocks
+    return mock.patch.object(SequenceRanks, "blocks", lambda self, causal: [next(inner(self, causal))])
 
 
 def _alone() -> Any:

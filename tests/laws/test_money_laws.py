@@ -22,7 +22,7 @@ from memfit.decision import money, monte_carlo
 from memfit.decision.assumptions import widened
 from memfit.decision.decide import decide
 from memfit.store import Store
-from memfit.types.decision import Amount, Decision, Sheet, Term, Terms, Way
+from memfit.types.decision import Alternative, Amount, CostSheet, Decision, Term, Terms
 from memfit.types.result import Interval, Offer
 
 few = settings(max_examples=40, phases=(Phase.explicit, Phase.generate))  # shrinking many draws takes long
@@ -71,7 +71,7 @@ all_terms = st.builds(
 
 @st.composite
 def ways(draw: st.DrawFn, plain: bool | None = None) -> dict[str, Any]:
-    """Fields of a Way: it is made in the test, as checking its types may draw at random."""
+    """Fields of an Alternative: it is made in the test, as checking its types may draw at random."""
     kind = draw(st.sampled_from(("existing", "purchase", "cloud")))
     return {
         "kind": kind,
@@ -88,18 +88,18 @@ def ways(draw: st.DrawFn, plain: bool | None = None) -> dict[str, Any]:
     }
 
 
-def dearer(name: str, way: Way, terms: Terms, by: float) -> tuple[Way, Terms]:
+def dearer(name: str, way: Alternative, terms: Terms, by: float) -> tuple[Alternative, Terms]:
     """With one price higher: `by` times what it is, and a little more than zero where it is zero."""
-    side: Any = way if name in {f.name for f in dataclasses.fields(Way)} else terms
+    side: Any = way if name in {f.name for f in dataclasses.fields(Alternative)} else terms
     now = getattr(side, name)
     if now is None:
         return way, terms
     more = Amount(usd=now.usd * by, own=now.own * by + by) if isinstance(now, Amount) else now * by + by / 100
     changed = dataclasses.replace(side, **{name: more})
-    return (changed, terms) if isinstance(changed, Way) else (way, changed)
+    return (changed, terms) if isinstance(changed, Alternative) else (way, changed)
 
 
-def largest(sheet: Sheet, terms: Terms) -> float:
+def largest(sheet: CostSheet, terms: Terms) -> float:
     return sheet.initial + (sheet.purchase + known(sheet.running_per_year)) * terms.years + 1
 
 
@@ -113,8 +113,8 @@ def known(figure: float | None) -> float:
 def test_present_cost_never_falls_as_a_price_rises(
     name: str, way: dict[str, Any], terms: Terms, by: float
 ) -> None:
-    before = money.sheet(Way(**way), terms)
-    after = money.sheet(*dearer(name, Way(**way), terms, by))
+    before = money.sheet(Alternative(**way), terms)
+    after = money.sheet(*dearer(name, Alternative(**way), terms, by))
     room = ROUNDING * largest(before, terms)
     for column in ("present_cost", "initial", "running_per_year", "cost_per_run"):
         assert getattr(after, column) >= getattr(before, column) - room
@@ -124,7 +124,7 @@ def test_present_cost_never_falls_as_a_price_rises(
 
 @given(way=ways(), terms=all_terms)
 def test_parts_of_the_cost_sum_to_the_whole(way: dict[str, Any], terms: Terms) -> None:
-    s = money.sheet(Way(**way), terms)
+    s = money.sheet(Alternative(**way), terms)
     parts = known(s.electricity_per_year) + s.rental_per_year + s.people_per_year + s.support_per_year
     assert s.running_per_year == pytest.approx(parts, rel=1e-12)
     assert s.initial == s.setup + s.purchase
@@ -141,7 +141,7 @@ def test_parts_of_the_cost_sum_to_the_whole(way: dict[str, Any], terms: Terms) -
 def test_the_payback_time_holds_within_the_life_of_the_first_machines(
     first: dict[str, Any], second: dict[str, Any], terms: Terms
 ) -> None:
-    one, other = money.sheet(Way(**first), terms), money.sheet(Way(**second), terms)
+    one, other = money.sheet(Alternative(**first), terms), money.sheet(Alternative(**second), terms)
     kind, years = money.payback(one, other, terms.life_years)
     room = ROUNDING * (largest(one, terms) + largest(other, terms)) * 1e3
 
@@ -168,7 +168,7 @@ def test_the_payback_time_holds_within_the_life_of_the_first_machines(
 @given(way=ways(), terms=all_terms, by=number(1, 100))
 def test_more_runs_never_need_fewer_machines(way: dict[str, Any], terms: Terms, by: float) -> None:
     more = dataclasses.replace(terms, runs_per_year=terms.runs_per_year * by)
-    before, after = money.sheet(Way(**way), terms), money.sheet(Way(**way), more)
+    before, after = money.sheet(Alternative(**way), terms), money.sheet(Alternative(**way), more)
     assert after.machines >= before.machines >= 1
     each = money.HOURS_PER_YEAR * terms.utilisation_ratio
     assert before.machines * each >= before.hours_per_year - 1e-6 * each, "they do the work"
@@ -219,7 +219,7 @@ def ranges(draw: st.DrawFn, terms: Terms) -> list[Term]:
 def test_the_saving_interval_contains_the_point_estimate(
     data: st.DataObject, pair: Pair, terms: Terms
 ) -> None:
-    best, reference = (Way(**way) for way in pair)
+    best, reference = (Alternative(**way) for way in pair)
     told = data.draw(ranges(terms))
     point = money.saved_percent(money.sheet(best, terms), money.sheet(reference, terms))
     found = monte_carlo.interval(best, reference, terms, told, draws=50)
@@ -235,7 +235,7 @@ def test_the_saving_interval_contains_the_point_estimate(
 
 @given(data=st.data(), pair=pairs, terms=all_terms)
 def test_a_term_without_a_range_has_no_swing(data: st.DataObject, pair: Pair, terms: Terms) -> None:
-    best, reference = (Way(**way) for way in pair)
+    best, reference = (Alternative(**way) for way in pair)
     point = money.saved_percent(money.sheet(best, terms), money.sheet(reference, terms))
     assume(point is not None)
     for term in data.draw(ranges(terms)):
@@ -253,7 +253,7 @@ def test_a_term_without_a_range_has_no_swing(data: st.DataObject, pair: Pair, te
 @given(pair=pairs, terms=all_terms)
 def test_a_term_of_value_zero_may_have_a_range(pair: Pair, terms: Terms) -> None:
     """For example a tax of 0 to 10 % that is taken as 0."""
-    best, reference = (Way(**way) for way in pair)
+    best, reference = (Alternative(**way) for way in pair)
     terms = dataclasses.replace(terms, tax_ratio=0.0, levy_per_kwh=Amount())
     for name in ("tax_ratio", "levy_per_kwh"):
         term = Term(name=name, value=0.0, unit="", low=0.0, high=0.1)
@@ -313,7 +313,7 @@ def test_larger_step_time_errors_widen_the_saving_interval() -> None:
 def test_monte_carlo_draws_of_a_term_do_not_depend_on_other_terms(
     data: st.DataObject, pair: Pair, terms: Terms
 ) -> None:
-    best, reference = (Way(**way) for way in pair)
+    best, reference = (Alternative(**way) for way in pair)
     told = data.draw(ranges(terms))
     found = monte_carlo.interval(best, reference, terms, told, draws=20)
     assert monte_carlo.interval(best, reference, terms, told[::-1], draws=20) == found
@@ -325,12 +325,12 @@ def test_monte_carlo_draws_of_a_term_do_not_depend_on_other_terms(
 def test_the_cost_of_a_machine_that_is_not_rented_is_unknown_without_its_power(
     way: dict[str, Any], terms: Terms
 ) -> None:
-    dark = Way(**{**way, "power_w": None})
+    dark = Alternative(**{**way, "power_w": None})
     sheet = money.sheet(dark, terms)
     rented = dark.kind == "cloud"
     assert (sheet.present_cost is not None) is rented
     assert (money.cheapest([dark], [sheet], [0]) == 0) is rented
-    other = money.sheet(Way(**{**way, "power_w": 100.0}), terms)
+    other = money.sheet(Alternative(**{**way, "power_w": 100.0}), terms)
     assert sheet.initial == other.initial
     assert rented or money.saved_percent(sheet, other) is money.saved_percent(other, sheet) is None
 

@@ -15,7 +15,7 @@ from memfit.catalog import machine
 from memfit.cost.op_time import time_model
 from memfit.cost.stream_simulator import sent
 from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, Widths
-from memfit.planner.block_traces import Traced
+from memfit.planner.block_traces import BlockTracer
 from memfit.planner.evaluate import Pricer
 from memfit.planner.grid_search import find
 from memfit.planner.parallelism_grid import Limits
@@ -163,7 +163,7 @@ def test_search_cuts_one_sample_across_devices_and_its_sketches_match_full_estim
         without=frozenset(LEFT_OUT),
         effect=EffectClass.E1,
     )
-    found = find(Traced(job, "cuda"), on, model, limits, (2.0**40, 2.0**50))
+    found = find(BlockTracer(job, "cuda"), on, model, limits, (2.0**40, 2.0**50))
     pricer = Pricer(job=job, machine=on, space=space_of(job, "cuda", on.device_count))
     assert found.sketches
     for sketch in found.sketches[:2]:

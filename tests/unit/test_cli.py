@@ -24,7 +24,7 @@ from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import GoalOptions
 from memfit.cli.output import one_of
 from memfit.cli.progress import Bars
-from memfit.report.explain import Explained
+from memfit.report.explain import TracedEstimate
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Accuracy, Plan, use
@@ -68,7 +68,9 @@ class FakePipeline(SimpleNamespace):
 
     def anatomy(self, request: Any, plans: Any, progress: Any, **rest: Any) -> Any:
         self.asked = {"request": request, "plan": plans[0], "plans": plans, **rest}
-        return [Explained(estimate=POC.search.baseline.estimate, trace=TRACE, peak_clock=1) for _ in plans]
+        return [
+            TracedEstimate(estimate=POC.search.baseline.estimate, trace=TRACE, peak_clock=1) for _ in plans
+        ]
 
     def run_plan(self, request: Any, plan: Plan, **rest: Any) -> Run:
         self.asked = {"request": request, "plan": plan, **rest}

@@ -17,7 +17,7 @@ from report_fixture import estimate
 from rich.console import Console
 
 from memfit.cost.memory import memory_profile, with_workspace
-from memfit.report.explain import Explained, contributors, difference
+from memfit.report.explain import TracedEstimate, contributors, difference
 from memfit.report.explain_files import chrome_trace, snapshot
 from memfit.report.explain_html import MOST_BYTES, render_explained, series
 from memfit.report.explain_terminal import print_difference, print_explained
@@ -71,7 +71,7 @@ def op(clock: int, module: str, name: str = "aten.mm.default") -> OpCall:
     )
 
 
-def explained(trace: Trace, plan: Plan = Plan(), calibration: Calibration = Calibration()) -> Explained:  # noqa: B008
+def explained(trace: Trace, plan: Plan = Plan(), calibration: Calibration = Calibration()) -> TracedEstimate:  # noqa: B008
     profile = memory_profile(trace, calibration)
     peak = profile.peak_bytes
     found = dataclasses.replace(
@@ -83,7 +83,7 @@ def explained(trace: Trace, plan: Plan = Plan(), calibration: Calibration = Cali
         peak_phase=profile.peak_phase,
         peak_op=profile.peak_op,
     )
-    return Explained(estimate=found, trace=with_workspace(trace, profile), peak_clock=profile.peak_clock)
+    return TracedEstimate(estimate=found, trace=with_workspace(trace, profile), peak_clock=profile.peak_clock)
 
 
 PARAMETERS = [

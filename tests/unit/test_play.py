@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.cost.op_time import time_model
-from memfit.cost.stream_simulator import Player, sent, split
+from memfit.cost.stream_simulator import StreamSimulator, sent, split
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
 from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
 
@@ -69,11 +69,11 @@ def wait(stream: str, awaited: str, lag: int = 0) -> OpCall:
     return call("stream.wait", [], stream=stream, waits=(awaited, lag))
 
 
-def player(on: Machine | None = None) -> Player:
+def player(on: Machine | None = None) -> StreamSimulator:
     on = on or machine()
     model = time_model(on.device, Calibration())
     assert model is not None
-    return Player(model=model, machine=on, members={"0": tuple(range(8))})
+    return StreamSimulator(model=model, machine=on, members={"0": tuple(range(8))})
 
 
 def test_collective_kinds_and_sizes_are_read_from_signatures() -> None:

@@ -17,7 +17,7 @@ from memfit.jobs.builtin import alphafold2
 from memfit.jobs.builtin.alphafold.model import AlphaFold, small
 from memfit.precision.advise import advise, padded
 from memfit.types.job import Job
-from memfit.types.precision import Examined, PrecisionAdvice
+from memfit.types.precision import ExaminedModules, PrecisionAdvice
 
 
 class MaskedSoftmax(nn.Module):
@@ -140,7 +140,7 @@ def job(model: Any = Known, batch: Any = known_batch, loss: Any = known_loss) ->
     return Job(name="known", build_model=model, make_batch=batch, loss=loss, batch_size=4)
 
 
-def found(advice: PrecisionAdvice) -> dict[str, Examined]:
+def found(advice: PrecisionAdvice) -> dict[str, ExaminedModules]:
     return {e.pattern: e for e in (*advice.examined, *advice.outside)}
 
 

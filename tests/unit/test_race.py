@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from memfit.planner.multi_device_shortlist import Race
+from memfit.planner.multi_device_shortlist import FinalistTracer
 from memfit.planner.plan_kinds import doublings, kind
 from memfit.planner.selection import Objective
 from memfit.techniques.registry import make_use
@@ -90,5 +90,5 @@ def scale(blocks: int) -> Any:
 @pytest.mark.parametrize(("blocks", "best"), [(4, 0.8), (80, 1.0)])
 def test_neighbours_of_the_best_plan_are_traced_only_for_a_small_model(blocks: int, best: float) -> None:
     """A neighbour whose sketch is far slower is not traced."""
-    found = Race(scale(blocks), lambda e: True).run([estimate(0, traced=False)], Plan())
+    found = FinalistTracer(scale(blocks), lambda e: True).run([estimate(0, traced=False)], Plan())
     assert min(e.step_s.value for e in found if e.step_s) == best

@@ -19,7 +19,7 @@ from memfit.catalog import machine
 from memfit.cost.money import bill
 from memfit.cost.op_time import time_model
 from memfit.engines.registry import engine
-from memfit.planner.block_traces import Traced
+from memfit.planner.block_traces import BlockTracer
 from memfit.planner.device_pricing import Aim, Scale
 from memfit.planner.evaluate import Pricer
 from memfit.planner.grid_search import GridSketches, Sketch, _picked, _Pricing, _todo, find
@@ -87,8 +87,8 @@ def job(batch: int, blocks: int = BLOCKS) -> Job:
 
 
 @functools.cache
-def traced(batch: int = 32) -> Traced:
-    return Traced(job(batch), "cuda")
+def traced(batch: int = 32) -> BlockTracer:
+    return BlockTracer(job(batch), "cuda")
 
 
 def limits(**changes: Any) -> Limits:
@@ -399,6 +399,16 @@ def test_pipelines_have_enough_micro_batches_for_their_schedule() -> None:
             assert not any(u.technique == "compile" for uses in grid.inside for u in uses)
 
 
+def test_plain_training_without_enough_host_memory_is_shown_as_not_fitting() -> None:
+    on, plain_plan = machine("2xL4"), plain(2)
+    wanted = dataclasses.replace(aim(on), host=lambda e: e.plan != plain_plan)
+    assert plain_plan in {e.plan for e in Scale(_two_cards(), wanted).estimates(2)}
+    found = search_scale(_two_cards(), 2, wanted)
+    assert found.baseline.estimate.plan == plain_plan
+    assert not found.baseline.estimate.traced  # a sketch that does not fit is not traced
+    assert not found.baseline.fits
+
+
 def test_excluded_techniques_are_in_no_plan() -> None:
     on = machine("4xL4")
     unwanted = Bounds(without=("fsdp2", "tensor-parallel"))
@@ -411,13 +421,13 @@ def test_excluded_techniques_are_in_no_plan() -> None:
 def test_a_technique_that_cannot_be_traced_does_not_end_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    inner = Traced._traced
+    inner = BlockTracer._traced
 
-    def fails(self: Traced, key: Any) -> Any:
+    def fails(self: BlockTracer, key: Any) -> Any:
         chunked = any(u.technique == "activation-checkpointing" and key.tensor > 1 for u in key.uses)
         return "no such operator" if chunked else inner(self, key)
 
-    monkeypatch.setattr(Traced, "_traced", fails)
+    monkeypatch.setattr(BlockTracer, "_traced", fails)
     on = machine("4xL4")
     found = search_scale(pricer_of(8, on), 4, aim(on))
     assert found.recommended is not None

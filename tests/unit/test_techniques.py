@@ -22,7 +22,7 @@ from memfit.model.blocks import find_blocks, find_head
 from memfit.planner.plan_space import plans
 from memfit.planner.single_device import space_of
 from memfit.techniques.base import Knob, Space, Workbench
-from memfit.techniques.offload import DiskSpool, HostCopies, Parked, Spool
+from memfit.techniques.offload import DiskSpool, HostCopies, Spool, SpooledTensor
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.plan_file import parse_plan, plan_text, read_plan
 from memfit.techniques.precision import MasterWeights
@@ -411,11 +411,14 @@ def test_a_spool_reuses_free_space_before_it_grows(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     spool = Spool()
-    first, second = Parked(torch.ones(1000), spool), Parked(torch.zeros(1000, dtype=torch.bfloat16), spool)
+    first, second = (
+        SpooledTensor(torch.ones(1000), spool),
+        SpooledTensor(torch.zeros(1000, dtype=torch.bfloat16), spool),
+    )
     place = first.place
     assert first.back().sum() == 1000
     del first
-    third = Parked(torch.full((1000,), 3.0), spool)
+    third = SpooledTensor(torch.full((1000,), 3.0), spool)
     assert third.place == place
     assert second.back().sum() == 0
     assert list(tmp_path.iterdir()) == []  # the file has no name, so it is gone however the process ends
@@ -432,7 +435,7 @@ def test_a_spool_completes_partial_reads_and_writes(tmp_path: Path) -> None:
 
     spool = Spool()
     spool._file = Halting(tmp_path / "spool", "w+")
-    parked = Parked(torch.arange(999.0), spool)
+    parked = SpooledTensor(torch.arange(999.0), spool)
     assert torch.equal(parked.back(), torch.arange(999.0))
     spool._file.truncate(100)
     with pytest.raises(OSError, match="truncated"):

@@ -17,7 +17,7 @@ from memfit.decision.decide import decide
 from memfit.report.html import write_html
 from memfit.report.quantities import MANY, figure_text, predicted
 from memfit.report.words import load_words
-from memfit.types.decision import Amount, Decision, Sheet, Term, Terms, Way
+from memfit.types.decision import Alternative, Amount, CostSheet, Decision, Term, Terms
 
 YEN = """
 currency = "JPY"
@@ -142,7 +142,7 @@ SET = """([name, value]) => {
 }"""
 
 
-def after(decision: Decision, moves: Mapping[str, float]) -> tuple[list[Way], Terms]:
+def after(decision: Decision, moves: Mapping[str, float]) -> tuple[list[Alternative], Terms]:
     """Ways and terms after the sliders have moved, as the document defines them."""
     terms, hours = decision.terms, 12.0
     if "energy" in moves:
@@ -239,7 +239,7 @@ def _same_stages(page: Any, there: Decision) -> None:
 
 
 def _same_swings(
-    page: Any, told: Sequence[Term], ways: list[Way], terms: Terms, best: int, reference: int
+    page: Any, told: Sequence[Term], ways: list[Alternative], terms: Terms, best: int, reference: int
 ) -> None:
     """The script of the page computes the swings with code of its own."""
     wanted = {s.name: s for s in monte_carlo.tornado(ways[best], ways[reference], terms, told)}
@@ -256,7 +256,7 @@ def _same_swings(
             assert ends[0] == pytest.approx(ends[1])
 
 
-def _same(page: Any, slot: str, sheet: Sheet) -> None:
+def _same(page: Any, slot: str, sheet: CostSheet) -> None:
     for name in SHOWN:
         cell = page.locator(f"tr[data-slot={slot}] [data-figure={name}]").first
         assert float(cell.get_attribute("data-value")) == pytest.approx(

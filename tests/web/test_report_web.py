@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from report_fixture import full_poc, minimal_poc
 
-from memfit.report.explain import Explained
+from memfit.report.explain import TracedEstimate
 from memfit.report.explain_html import render_explained
 from memfit.report.html import write_html
 from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
@@ -47,7 +47,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def explained() -> Explained:
+def explained() -> TracedEstimate:
     """Parameters, then three blocks whose activations are freed in reverse."""
     kib, made = 1024, []
     for block in range(3):
@@ -71,7 +71,7 @@ def explained() -> Explained:
         trainable_count=1,
         spans=tuple(PhaseSpan(phase=p, step=0, start=a, end=b) for p, a, b in spans),
     )
-    return Explained(estimate=full_poc().search.baseline.estimate, trace=trace, peak_clock=12)
+    return TracedEstimate(estimate=full_poc().search.baseline.estimate, trace=trace, peak_clock=12)
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def _plans(files: list[str], options: ExplainOptions, which: WhichOptions) -> li
 
 
 def _one(
-    explanation: memfit.report.explain.Explained,
+    explanation: memfit.report.explain.TracedEstimate,
     options: ExplainOptions,
     workload: Workload,
     *,
@@ -169,8 +169,8 @@ def _one(
 
 
 def _two(
-    first: memfit.report.explain.Explained,
-    second: memfit.report.explain.Explained,
+    first: memfit.report.explain.TracedEstimate,
+    second: memfit.report.explain.TracedEstimate,
     workload: Workload,
     *,
     lang: str,

@@ -168,10 +168,10 @@ def _sized(
 def _as_predicted(
     carried: memfit.lint.draft.Carried, job: JobOptions, size: memfit.workflows.config_review.JobSize
 ) -> memfit.lint.draft.Carried:
-    """Return ``carried`` with the batch and length of the options ``job`` (None: the job's own). The
-    micro-batch is the predicted batch divided by the files' ratio of batch and micro-batch; None if that does
-    not divide it. If the user named a job whose model differs from that of the files, or the files do not
-    give its sizes, list this as left out."""
+    """Return ``carried`` with the batch that is predicted, and the length of the options ``job`` (None: the
+    job's own). The micro-batch is the predicted batch divided by the files' ratio of batch and micro-batch;
+    None if that does not divide it. If the user named a job whose model differs from that of the files, or
+    the files do not give its sizes, list this as left out."""
     micro_batch = carried.micro_batch
     if micro_batch is not None and carried.batch is not None:
         steps = max(1, carried.batch // micro_batch)
@@ -186,7 +186,7 @@ def _as_predicted(
             )
         elif model.layers is None:
             carried = _left_out(carried, "the model", f"{model.missing}: predicted for {job.spec}")
-    return dataclasses.replace(carried, batch=job.batch, length=job.length, micro_batch=micro_batch)
+    return dataclasses.replace(carried, batch=size.batch_size, length=job.length, micro_batch=micro_batch)
 
 
 def _clipped(
@@ -204,7 +204,7 @@ def _clipped(
 def _view(
     carried: memfit.lint.draft.Carried,
     findings: Sequence[memfit.lint.check.Finding],
-    result: memfit.workflows.config_review.Beside,
+    result: memfit.workflows.config_review.ConfigReview,
 ) -> dict[str, Any]:
     from memfit.cli.views import choice_view, estimate_view
 
@@ -231,15 +231,13 @@ def _print_carried(carried: memfit.lint.draft.Carried, lang: str) -> None:
     from memfit.report.words import load_words
 
     words, output = load_words(lang), console()
-    title = words.get(
-        "lint.carried", engine=carried.engine, plan=carried.plan.label, batch=carried.batch or "-"
-    )
+    title = words.get("lint.carried", engine=carried.engine, plan=carried.plan.label, batch=carried.batch)
     output.print(Text(title, style="bold"))
     for note in carried.left_out:
         output.print(Text(words.get("lint.left_out", option=note.option, reason=note.reason), style="dim"))
 
 
-def _print(result: memfit.workflows.config_review.Beside, lang: str) -> None:
+def _print(result: memfit.workflows.config_review.ConfigReview, lang: str) -> None:
     from rich.text import Text
 
     from memfit.report.terminal import print_estimate

@@ -32,7 +32,7 @@ Protocol = tuple[float, float, float, float]
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send")
 
 
-class Wires(NamedTuple):
+class LinkBandwidths(NamedTuple):
     """Bytes/s that large transfers of one device reach in one direction: ``inside`` to its neighbours in the
     host, ``outside`` out of the host, and ``switch`` to the reducing switch (0 if there is none).
     """
@@ -42,14 +42,14 @@ class Wires(NamedTuple):
     switch: float
 
 
-def wires(machine: Machine) -> Wires:
+def wires(machine: Machine) -> LinkBandwidths:
     """Return the bandwidths that large transfers reach on this machine, with assumed ones for links and
     networks that it does not name.
     """
     device, network = machine.device, machine.network
     link = device.link.bytes_s.value if device.link else ASSUMED_LINK_BYTES_S
     link_ratio = device.efficiency_ratio.get("link")
-    return Wires(
+    return LinkBandwidths(
         link * (link_ratio.value if link_ratio else LINK_RATIO),
         (network.bytes_s.value if network else ASSUMED_NETWORK_BYTES_S) * NETWORK_RATIO,
         link * SWITCH_RATIO if device.nccl_multicast_channels is not None else 0.0,
@@ -88,7 +88,7 @@ def _least(options: list[Any]) -> Any:
     return numpy.minimum.reduce(options)
 
 
-def _speed(ranks: int, local_ranks: int, bandwidths: Wires) -> float:
+def _speed(ranks: int, local_ranks: int, bandwidths: LinkBandwidths) -> float:
     """Return the bandwidth of a ring over ``ranks`` ranks in bytes/s. Inside one host, that is the link's;
     with one rank per host, that of a network port; over several hosts with several ranks each, the lower of
     the link and of all network ports of a host's ranks together.
@@ -102,7 +102,9 @@ def _speed(ranks: int, local_ranks: int, bandwidths: Wires) -> float:
     )
 
 
-def _ring_s(kind: str, size: Any, ranks: int, local_ranks: int, bandwidths: Wires, protocol: Protocol) -> Any:
+def _ring_s(
+    kind: str, size: Any, ranks: int, local_ranks: int, bandwidths: LinkBandwidths, protocol: Protocol
+) -> Any:
     start, inside_s, outside_s, share = protocol
     hosts = -(-ranks // local_ranks)
     rounds = 2 if kind == "all_reduce" else 1
@@ -119,7 +121,7 @@ def _ring_s(kind: str, size: Any, ranks: int, local_ranks: int, bandwidths: Wire
     )
 
 
-def _tree_s(size: Any, ranks: int, local_ranks: int, bandwidths: Wires, protocol: Protocol) -> Any:
+def _tree_s(size: Any, ranks: int, local_ranks: int, bandwidths: LinkBandwidths, protocol: Protocol) -> Any:
     """Return the seconds of an all-reduce by a tree, without the launch: chains inside hosts and a double
     binary tree between them, up and down.
     """
@@ -129,7 +131,7 @@ def _tree_s(size: Any, ranks: int, local_ranks: int, bandwidths: Wires, protocol
     return start + latency + size * 2.0 / (_speed(ranks, local_ranks, bandwidths) * share)
 
 
-def _sent_s(size: Any, bandwidths: Wires, *, inside: bool) -> Any:
+def _sent_s(size: Any, bandwidths: LinkBandwidths, *, inside: bool) -> Any:
     start, inside_s, outside_s, _ = _RING[2]
     return (
         LAUNCH_S
@@ -139,7 +141,7 @@ def _sent_s(size: Any, bandwidths: Wires, *, inside: bool) -> Any:
     )
 
 
-def _exchange_s(size: Any, ranks: int, local_ranks: int, bandwidths: Wires) -> Any:
+def _exchange_s(size: Any, ranks: int, local_ranks: int, bandwidths: LinkBandwidths) -> Any:
     """Return the seconds of an all-to-all with its launch. Traffic inside a host and traffic leaving it flow
     in parallel.
     """

@@ -43,7 +43,7 @@ BLAS_WORKSPACE: Final = "BLAS workspace"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Outside:
+class DeviceOverhead:
     """Device memory of one process that PyTorch's caching allocator does not see, in bytes.
 
     ``total_bytes`` is None if a part of it is unknown. ``parts_bytes`` has the known parts: "context",
@@ -95,7 +95,7 @@ def _workspace(op: OpCall, size_bytes: int) -> Allocation:
     )
 
 
-def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Outside:
+def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> DeviceOverhead:
     """Return the bytes of the CUDA context, of kernel code and of NCCL's buffers that one process takes on
     ``device``.
 
@@ -108,7 +108,7 @@ def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Ou
     if groups:
         parts["nccl"] = added(nccl_bytes(device, ranks) for ranks in groups)
     known_bytes = {name: int(part.value) for name, part in parts.items() if part is not None}
-    return Outside(total_bytes=added(parts.values()), parts_bytes=known_bytes)
+    return DeviceOverhead(total_bytes=added(parts.values()), parts_bytes=known_bytes)
 
 
 def nccl_bytes(device: Device, ranks: int) -> Interval | None:

@@ -12,7 +12,7 @@ from memfit.cost.money import bill, hosts_w
 from memfit.cost.op_time import TimeModel
 from memfit.cost.step_time import played
 from memfit.cost.step_time_calibration import factor
-from memfit.cost.stream_simulator import Played
+from memfit.cost.stream_simulator import SimulatedStep
 from memfit.cost.workspaces import unprobed
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan
@@ -36,7 +36,7 @@ def estimate(
     machine: Machine,
     calibration: Calibration,
     model: TimeModel | None,
-    step: Played | None = None,
+    step: SimulatedStep | None = None,
     workers: int = 0,
 ) -> Estimate:
     """Return the predicted memory, seconds, joules, money and carbon of one optimizer step of ``plan``, from

@@ -69,7 +69,7 @@ class Replay:
         """Return (clock, live bytes), from the start of the pass to the end of backward, if these candidates
         are dropped. Instants within recomputations follow at the end, so the clock is not sorted.
         """
-        return _Played(self, self.closure(dropped)).levels()
+        return _RecomputeSchedule(self, self.closure(dropped)).levels()
 
     def peak_bytes(self, dropped: frozenset[int]) -> int:
         return max(self.outside_bytes, int(self.levels(dropped)[1].max()))
@@ -162,7 +162,7 @@ def _candidates(recording: Recording, least_bytes: int) -> list[Candidate]:
     return candidates
 
 
-class _Played:
+class _RecomputeSchedule:
     """Computes when the dropped tensors of one choice are recomputed, and until when they are held."""
 
     def __init__(self, replay: Replay, dropped: frozenset[int]) -> None:

@@ -16,7 +16,7 @@ _Work = tuple[int, int, int]  # (kind, chunk, micro-batch)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Simulated:
+class SimulatedPipeline:
     """Result of the simulation of one pipeline step. ``busy_s``: seconds of work of each rank;
     ``bubble_ratio``: share of all ranks' time during which they are idle.
     """
@@ -38,7 +38,7 @@ def simulate(
     weight_s: Sequence[float] | None = None,
     send_s: float = 0.0,
     virtual: int = 1,
-) -> Simulated:
+) -> SimulatedPipeline:
     """Simulate one step of a pipeline, without the optimizer, with the schedule ``kind``, one of `KINDS`.
 
     ``forward_s``, ``backward_s``: seconds of one micro-batch through each stage, in the order of the model.
@@ -56,12 +56,12 @@ def simulate(
         for r in range(ranks)
     )
     if ranks == 1:
-        return Simulated(step_s=busy[0], busy_s=busy)
+        return SimulatedPipeline(step_s=busy[0], busy_s=busy)
     orders = [_order(kind, r, ranks, micro_batches, virtual) for r in range(ranks)]
     if kind == "zero-bubble":
         orders = [_with_weights(order, rank) for rank, order in enumerate(orders)]
     end_times = _play(orders, seconds, send_s, ranks)
-    return Simulated(step_s=max(end_times), busy_s=busy)
+    return SimulatedPipeline(step_s=max(end_times), busy_s=busy)
 
 
 def _order(kind: str, rank: int, ranks: int, micros: int, virtual: int) -> list[_Work]:

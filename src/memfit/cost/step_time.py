@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from memfit.cost.collectives import collective_s
 from memfit.cost.op_time import TimeModel
 from memfit.cost.schedules import simulate
-from memfit.cost.stream_simulator import Played, Player, payload_bytes
+from memfit.cost.stream_simulator import SimulatedStep, StreamSimulator, payload_bytes
 from memfit.techniques.rank_mesh import layout
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan, Use
@@ -21,7 +21,7 @@ from memfit.types.trace import Phase, Trace
 _WEIGHT_SHARE = 0.5  # share of backward for weight gradients, in a layer of matrix products
 
 
-def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeModel) -> Played | None:
+def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeModel) -> SimulatedStep | None:
     """Simulate the plan's step and return the result: that of the slowest rank or, with a pipeline, that of
     all ranks in the order of its schedule.
 
@@ -30,7 +30,7 @@ def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeMod
     """
     if plan.ranks > 1 and machine.device.kind == "cpu":
         return None
-    pairs = [(Player(model=model, machine=machine, members=t.members), t) for t in traces]
+    pairs = [(StreamSimulator(model=model, machine=machine, members=t.members), t) for t in traces]
     pipeline = plan.get("pipeline")
     if pipeline is not None:
         return _piped(pairs, plan, pipeline, machine)
@@ -66,7 +66,7 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
     return compute_s + max(0.0, exchange_s - compute_s / 2)
 
 
-def _with_offload(step: Played, trace: Trace, machine: Machine, model: TimeModel) -> Played:
+def _with_offload(step: SimulatedStep, trace: Trace, machine: Machine, model: TimeModel) -> SimulatedStep:
     """Return the step with the seconds of offloading added: the copies of tensors to host memory or disk and
     back, for which compute waits.
     """
@@ -100,7 +100,9 @@ def host_bytes_s(machine: Machine, model: TimeModel) -> float:
     return min(host.device_bytes_s.value, share_bytes_s)
 
 
-def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, pipeline: Use, machine: Machine) -> Played:
+def _piped(
+    pairs: list[tuple[StreamSimulator, Trace]], plan: Plan, pipeline: Use, machine: Machine
+) -> SimulatedStep:
     """Simulate a step of a pipeline and return the result. ``pairs``: the traced ranks in order; the second
     represents all ranks between the first and the last.
 
@@ -143,7 +145,7 @@ def micro_steps(trace: Trace) -> int:
     return forward_count + trace.unplayed(Phase.FORWARD)
 
 
-def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, float]:
+def _pieces(player: StreamSimulator, trace: Trace, micros: int) -> tuple[float, float, float]:
     """Return the seconds of (a micro-batch's forward, its backward, the optimizer's phase) on this rank.
     ``micros``: micro-batches of a step.
     """

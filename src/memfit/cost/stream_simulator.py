@@ -43,7 +43,7 @@ _ITEM_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
+class SimulatedStep:
     """Result of a simulated step of one rank, in seconds.
 
     ``busy_s``: seconds of work by resource: matmul, attention, memory, link, network, host (issuing), host
@@ -58,9 +58,9 @@ class Played:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Item:
+class TimedCall:
     """An operator call with the seconds of its work. ``issue_s``: seconds of the host to launch it.
-    ``resource``: what its work keeps busy, as in `Played`; "" for a wait.
+    ``resource``: what its work keeps busy, as in `SimulatedStep`; "" for a wait.
     """
 
     op: OpCall
@@ -70,7 +70,7 @@ class Item:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Player:
+class StreamSimulator:
     """Simulates steps of one rank on one machine from its trace.
 
     ``members``: name of each process group -> its ranks. ``quicker``: resource -> factor on the seconds of
@@ -93,11 +93,11 @@ class Player:
         self.kernel_slowdown = 1 / (1 - min(0.5, channels / multiprocessors))
         self._items: dict[tuple[str, Phase, str, str], tuple[float, float, str]] = {}
 
-    def item(self, op: OpCall) -> Item:
+    def item(self, op: OpCall) -> TimedCall:
         key = (op.signature, op.phase, op.group, op.stream)
         if key not in self._items or op.waits:
             self._items[key] = self._priced(op)
-        return Item(op, *self._items[key])
+        return TimedCall(op, *self._items[key])
 
     def _priced(self, op: OpCall) -> tuple[float, float, str]:
         if op.waits:
@@ -131,10 +131,10 @@ class Player:
 
     # -- playing --------------------------------------------------------------------------------------
 
-    def play(self, ops: Iterable[OpCall]) -> Played:
+    def play(self, ops: Iterable[OpCall]) -> SimulatedStep:
         return _Stage(self.kernel_slowdown, self.blocking).run([self.item(op) for op in ops])
 
-    def step(self, trace: Trace) -> Played:
+    def step(self, trace: Trace) -> SimulatedStep:
         """Simulate a whole step, the last traced one without setup, and return its result. Micro-steps that
         were not traced are extrapolated linearly.
         """
@@ -164,12 +164,12 @@ class Player:
         return dict(sorted(saved_s.items(), key=lambda kv: -kv[1]))
 
 
-def _added(base: Played, additions: Sequence[Played], count: int) -> Played:
+def _added(base: SimulatedStep, additions: Sequence[SimulatedStep], count: int) -> SimulatedStep:
     """Return ``base`` with the seconds of each of ``additions`` added ``count`` times; a negative count
     subtracts them.
     """
     busy_s = {k: v + count * sum(m.busy_s.get(k, 0.0) for m in additions) for k, v in base.busy_s.items()}
-    return Played(
+    return SimulatedStep(
         step_s=base.step_s + count * sum(m.step_s for m in additions),
         busy_s=busy_s,
         exposed_s=base.exposed_s + count * sum(m.exposed_s for m in additions),
@@ -191,7 +191,7 @@ class _Stage:
         self.busy: dict[str, float] = defaultdict(float)
         self.flying: list[tuple[float, float]] = []  # (start, end) of collectives that may still be running
 
-    def run(self, items: Sequence[Item]) -> Played:
+    def run(self, items: Sequence[TimedCall]) -> SimulatedStep:
         phase = Phase.FORWARD
         for item in items:
             if phase is Phase.BACKWARD and item.op.phase is not phase:
@@ -202,7 +202,7 @@ class _Stage:
             else:
                 self._start(item)
         self._join()
-        return Played(
+        return SimulatedStep(
             step_s=max(self.issued, *self.free.values(), 0.0),
             busy_s=dict(self.busy),
             exposed_s=self.exposed,
@@ -231,7 +231,7 @@ class _Stage:
         self.exposed += max(0.0, end - ready)
         self.free[""] = max(self.free[""], end)
 
-    def _start(self, item: Item) -> None:
+    def _start(self, item: TimedCall) -> None:
         op, seconds, resource = item.op, item.seconds, item.resource
         self.issued += item.issue_s
         self.busy["host"] += item.issue_s

@@ -102,7 +102,7 @@ _RECURRENT: Final = frozenset({"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Unprobed:
+class UnprobedWorkspaces:
     """Operators whose workspaces were not probed and could raise the peak.
 
     ``high_bytes``: the peak if each of them uses its upper bound. ``signatures``: of these operators, largest
@@ -120,7 +120,7 @@ class Unprobed:
         return f"workspaces not probed, so the upper end includes their upper bounds: {names}"
 
 
-def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> Unprobed | None:
+def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> UnprobedWorkspaces | None:
     """Return the operators whose workspaces were not probed and could raise the peak of ``profile``, which is
     the trace's, by more than 0.3 %; None if there are none, or if the trace has no operators or no
     allocations.
@@ -151,7 +151,7 @@ def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> 
     for _, op in critical_calls:
         name = base_name(op.op)
         call_counts[name] = call_counts.get(name, 0) + (op.step == trace.steps - 1)
-    return Unprobed(
+    return UnprobedWorkspaces(
         high_bytes=max(critical_calls[0][0], profile.peak_bytes + kept_bytes),
         signatures=tuple(dict.fromkeys(op.signature for _, op in critical_calls)),
         calls=call_counts,

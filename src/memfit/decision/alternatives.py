@@ -1,12 +1,11 @@
 """The options of the decision: doing nothing, the machines of the user's case, and the catalog's machines.
 
-A `Way` is one option: a machine that is owned, bought or rented, with plain training or a memory-saving plan.
+An `Alternative` is a machine that is owned, bought or rented, with plain training or a memory-saving plan.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
@@ -14,8 +13,8 @@ from memfit import catalog
 from memfit.catalog import finance
 from memfit.decision.case import Cloud, DecisionCase, Existing, ExistingMachine, Purchase
 from memfit.techniques.registry import TECHNIQUES
-from memfit.types.decision import Amount, Way
-from memfit.types.errors import UserError
+from memfit.types.decision import Alternative, Amount
+from memfit.types.errors import UserError, suggest
 from memfit.types.machine import Machine as CatalogMachine
 from memfit.types.plan import EffectClass, Plan
 from memfit.types.result import Offer
@@ -26,7 +25,7 @@ _SURE: Final = 100.0  # percent: the upper end of the memory fits
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Asking:
+class AlternativeInputs:
     """The inputs from which the options of the decision are built.
 
     ``case``: the user's figures. ``offers``: predictions for machines, each for plain training or a
@@ -42,7 +41,7 @@ class Asking:
     labour_known: bool
     trained: Plan = dataclasses.field(default_factory=Plan)  # the plan whose results the PoC judged
 
-    def ways(self) -> tuple[Way, ...]:
+    def ways(self) -> tuple[Alternative, ...]:
         """Return the options of the decision: doing nothing, the machines that the case names, and the
         catalog's machines with a price, a step time and a prediction that fits (see `_counts`), bought and
         rented.
@@ -51,7 +50,7 @@ class Asking:
         machine but does not name it.
         """
         case = self.case
-        user_ways: list[Way] = []
+        user_ways: list[Alternative] = []
         for kind in ("existing", "purchase", "cloud"):
             section: ExistingMachine = getattr(case, kind)
             if section.machine is not None:
@@ -59,7 +58,7 @@ class Asking:
             elif section != type(section)():
                 self._needs_a_machine(kind, section)
         catalog_ways = [way for offer in self.offers if _counts(offer) for way in self._of_catalog(offer)]
-        return (Way(kind="nothing"), *user_ways, *catalog_ways)
+        return (Alternative(kind="nothing"), *user_ways, *catalog_ways)
 
     def _needs_a_machine(self, kind: str, section: ExistingMachine) -> None:
         """Raise UserError if the section, which names no machine, sets figures of a machine.
@@ -74,7 +73,7 @@ class Asking:
                 hint='add machine = "..." to it',
             )
 
-    def _named(self, kind: str, section: ExistingMachine) -> list[Way]:
+    def _named(self, kind: str, section: ExistingMachine) -> list[Alternative]:
         machine = _known(section.machine or "")
         name = machine.name if machine is not None else section.machine or ""
         hours_by_plain = {True: section.hours_plain, False: section.hours_recommended}
@@ -107,7 +106,7 @@ class Asking:
         hours: float | None,
         offer: Offer | None,
         machine: CatalogMachine | None,
-    ) -> Way:
+    ) -> Alternative:
         power_w = section.power_w if section.power_w else offer.power_w if offer else _power_w(machine)
         way = self._labelled(kind, name, plain, offer)
         price: Amount | None = None
@@ -142,7 +141,7 @@ class Asking:
             unknown=way.unknown if power_w or kind == "cloud" else (*way.unknown, f"{kind}.power_w"),
         )
 
-    def _of_catalog(self, offer: Offer) -> Iterator[Way]:
+    def _of_catalog(self, offer: Offer) -> Iterator[Alternative]:
         machine = catalog.machine(offer.machine)
         prices = {"purchase": price_of(machine), "cloud": rent_of(machine)}
         for kind, amount in prices.items():
@@ -158,7 +157,7 @@ class Asking:
                 plain_j=self._plain_j(offer.machine),
             )
 
-    def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Way:
+    def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Alternative:
         """Return an option with its plan, people's working hours and the price of storage, but without the
         hours of a run, power and the machine's price.
 
@@ -177,7 +176,7 @@ class Asking:
             unknown.append("money.labour_per_hour")
         label = PLAIN if plain else offer.plan if offer is not None else self.trained.label
         setup, operating = hours[f"{kind}.setup_hours"], hours[f"{kind}.operating_hours_per_year"]
-        return Way(
+        return Alternative(
             kind=kind,
             machine=name,
             plan=label,
@@ -219,7 +218,7 @@ def _counts(offer: Offer) -> bool:
     return offer.fits and (offer.plain or _fit_percent(offer) >= _SURE)
 
 
-def _roomy(way: Way, offer: Offer | None) -> Way:
+def _roomy(way: Alternative, offer: Offer | None) -> Alternative:
     """Return the option with the predicted memory, the device's memory and the probability that it fits.
 
     Without ``offer``, because the user gave the hours of a run, it stays as it is and counts as fitting.
@@ -260,8 +259,8 @@ def _fit_percent(offer: Offer) -> float:
 
 
 def _near(name: str) -> str:
-    matches = difflib.get_close_matches(name, catalog.device_names(), n=1)
-    return f"did you mean {matches[0]}? or " if matches else ""
+    hint = suggest(name, catalog.device_names())
+    return f"{hint} or " if hint else ""
 
 
 def _known(name: str) -> CatalogMachine | None:
@@ -319,7 +318,7 @@ def _embodied_kg(machine: CatalogMachine | None) -> float | None:
     return per_device.value * machine.device_count if per_device is not None and machine is not None else None
 
 
-def asked(ways: Iterable[Way], case: DecisionCase) -> tuple[str, ...]:
+def asked(ways: Iterable[Alternative], case: DecisionCase) -> tuple[str, ...]:
     """Return the names of the case's unset keys that a complete decision between ``ways`` needs, most
     important first: the existing machine, what the options do not know, and the value of a run.
     """

@@ -24,7 +24,7 @@ _WHOLE: Final = ("steps_per_run", "years", "life_years")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class Assumptions:
     """The numbers of the decision.
 
     ``terms``: as the formulas use them. ``numbers``: the same with ranges and sources, and the user's prices
@@ -40,7 +40,7 @@ class Told:
 
 def collect_assumptions(
     case: DecisionCase, *, place: str, offers: Sequence[Offer], seen: Mapping[bool, float] | None = None
-) -> Told:
+) -> Assumptions:
     """Collect the numbers of the decision.
 
     `place`: used if the case names no place, tariff or supplier. `seen`: measured over predicted step time of
@@ -82,7 +82,7 @@ def collect_assumptions(
         value_per_run=value("value_per_run"),
         longest_run_hours=case.work.longest_run_hours,
     )
-    return Told(
+    return Assumptions(
         currency=currency,
         place=case_place,
         steps_per_run=int(value("steps_per_run")),

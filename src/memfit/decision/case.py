@@ -7,7 +7,6 @@ machine other than its price have no range.
 from __future__ import annotations
 
 import datetime
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ import pydantic
 
 from memfit.types import serialization
 from memfit.types.decision import Term
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, suggest
 
 _LONGEST = 20
 _MOST = 1e15  # largest value of any figure, so that sums stay finite
@@ -66,7 +65,7 @@ def _figure(value: Any) -> Any:
     return {"value": value} if isinstance(value, int | float) else value
 
 
-Given = Annotated[CaseFigure, pydantic.BeforeValidator(_figure)]
+CaseValue = Annotated[CaseFigure, pydantic.BeforeValidator(_figure)]
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=200)]
 Positive = Annotated[float, pydantic.Field(ge=_LEAST, le=_MOST, allow_inf_nan=False)]  # these have no range
 Bare = Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
@@ -93,10 +92,10 @@ def _ratio(figure: CaseFigure) -> CaseFigure:
     return figure
 
 
-Above = Annotated[Given, pydantic.AfterValidator(_above)]
-Pue = Annotated[Given, pydantic.AfterValidator(_pue)]
-Ratio = Annotated[Given, pydantic.AfterValidator(_ratio)]
-Share = Annotated[Given, pydantic.AfterValidator(_above), pydantic.AfterValidator(_ratio)]
+Above = Annotated[CaseValue, pydantic.AfterValidator(_above)]
+Pue = Annotated[CaseValue, pydantic.AfterValidator(_pue)]
+Ratio = Annotated[CaseValue, pydantic.AfterValidator(_ratio)]
+Share = Annotated[CaseValue, pydantic.AfterValidator(_above), pydantic.AfterValidator(_ratio)]
 
 
 class TrainingWork(_Strict):
@@ -112,7 +111,7 @@ class TrainingWork(_Strict):
     utilisation_ratio: Share | None = None
     # an option that needs longer for a run does not count as doing the work
     longest_run_hours: Positive | None = None
-    value_per_run: Given | None = None  # value of a finished run to you
+    value_per_run: CaseValue | None = None  # value of a finished run to you
 
 
 class Money(_Strict):
@@ -122,17 +121,17 @@ class Money(_Strict):
     share of the purchase price.
     """
 
-    labour_per_hour: Given | None = None
-    energy_per_kwh: Given | None = None
-    levy_per_kwh: Given | None = None
-    basic_per_kw_month: Given | None = None
+    labour_per_hour: CaseValue | None = None
+    energy_per_kwh: CaseValue | None = None
+    levy_per_kwh: CaseValue | None = None
+    basic_per_kw_month: CaseValue | None = None
     per_usd: Above | None = None  # units of the currency per US dollar
     tax_ratio: Ratio | None = None
     discount_ratio: Ratio | None = None
     life_years: Annotated[int, pydantic.Field(ge=1, le=_LONGEST)] | None = None
     support_ratio: Ratio | None = None
     pue_ratio: Pue | None = None
-    co2_g_per_kwh: Given | None = None
+    co2_g_per_kwh: CaseValue | None = None
 
 
 class AdoptionEffort(_Strict):
@@ -142,7 +141,7 @@ class AdoptionEffort(_Strict):
     used, if they were counted.
     """
 
-    setup_hours: Given | None = None
+    setup_hours: CaseValue | None = None
 
 
 class ExistingMachine(_Strict):
@@ -177,7 +176,7 @@ class Purchase(ExistingMachine):
     ``price``: of one machine with all its devices, without tax; if unset, the catalog's.
     """
 
-    price: Given | None = None
+    price: CaseValue | None = None
 
 
 class Cloud(ExistingMachine):
@@ -187,7 +186,7 @@ class Cloud(ExistingMachine):
     ``storage_per_month``: price of storing the data.
     """
 
-    per_hour: Given | None = None
+    per_hour: CaseValue | None = None
     storage_per_month: Bare | None = None
 
 
@@ -236,10 +235,10 @@ def parsed(text: str, what: str) -> DecisionCase:
             raise serialization.fault(error, what) from error
         location = [str(p) for p in details["loc"]]
         keys = _keys(location[:-1])
-        matches = difflib.get_close_matches(location[-1], keys, n=1)
-        hint = f"did you mean {matches[0]}?" if matches else ""
         raise UserError(
-            f"{what} has an unknown key: {'.'.join(location)}", allowed=", ".join(keys), hint=hint
+            f"{what} has an unknown key: {'.'.join(location)}",
+            allowed=", ".join(keys),
+            hint=suggest(location[-1], keys),
         ) from error
 
 

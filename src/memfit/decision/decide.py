@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from memfit import catalog
 from memfit.decision import money, monte_carlo, rollout_gates
-from memfit.decision.alternatives import Asking, asked
-from memfit.decision.assumptions import Told, collect_assumptions
+from memfit.decision.alternatives import AlternativeInputs, asked
+from memfit.decision.assumptions import Assumptions, collect_assumptions
 from memfit.decision.case import DecisionCase, term
 from memfit.decision.risks import risks
 from memfit.decision.stages import stages
-from memfit.types.decision import Decision, Sheet, Swing, Term, Way
+from memfit.types.decision import Alternative, CostSheet, Decision, Swing, Term
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 from memfit.types.result import Offer, Poc
@@ -51,7 +51,7 @@ def decide(
         else attended_minutes / 60
     )
     labour_known = case.money.labour_per_hour is not None
-    inputs = Asking(
+    inputs = AlternativeInputs(
         case=case,
         offers=offers,
         steps_per_run=assumptions.steps_per_run,
@@ -102,7 +102,7 @@ def _place(name: str) -> str:
         return "world"
 
 
-def _own(ways: Sequence[Way], sheets: Sequence[Sheet], indices: Sequence[int]) -> int | None:
+def _own(ways: Sequence[Alternative], sheets: Sequence[CostSheet], indices: Sequence[int]) -> int | None:
     """Return the index of the cheapest of the options ``indices`` that does all the work; if there is none of
     known cost, the first of unknown cost, so that the user sees it; else None.
     """
@@ -111,16 +111,16 @@ def _own(ways: Sequence[Way], sheets: Sequence[Sheet], indices: Sequence[int]) -
     return best if best is not None or not unknown else unknown[0]
 
 
-def _why_none(sheets: Sequence[Sheet]) -> str:
+def _why_none(sheets: Sequence[CostSheet]) -> str:
     if len(sheets) == 1:
         return "no_offers"
     return "none_priced" if any(s.enough and s.present_cost is None for s in sheets) else "none_does_it"
 
 
 def _weighed(
-    assumptions: Told,
-    ways: Sequence[Way],
-    sheets: Sequence[Sheet],
+    assumptions: Assumptions,
+    ways: Sequence[Alternative],
+    sheets: Sequence[CostSheet],
     numbers: Sequence[Term],
     *,
     case: DecisionCase,

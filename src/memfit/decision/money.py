@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from memfit.types.decision import Sheet, Terms, Way
+from memfit.types.decision import Alternative, CostSheet, Terms
 
 HOURS_PER_YEAR: Final = 8760
 
 
-def sheet(way: Way, terms: Terms) -> Sheet:
+def sheet(way: Alternative, terms: Terms) -> CostSheet:
     """Return what an option costs in the currency of the case, and its energy and emissions.
 
     Without ``power_w``, what depends on it is None; the cost of a rental does not, because its price includes
@@ -54,7 +54,7 @@ def sheet(way: Way, terms: Terms) -> Sheet:
     )
     operation_g = None if meter_kw is None else hours * meter_kw * terms.co2_g_per_kwh
     embodied_g = _embodied(way, hours, terms)
-    return Sheet(
+    return CostSheet(
         machines=machines,
         hours_per_year=hours_per_year,
         kwh_per_run=None if meter_kw is None else hours * meter_kw,
@@ -80,7 +80,7 @@ def sheet(way: Way, terms: Terms) -> Sheet:
     )
 
 
-def run_hours(way: Way, terms: Terms) -> float:
+def run_hours(way: Alternative, terms: Terms) -> float:
     """Return the hours of one run. Predicted hours are multiplied by the time factor of plain training or of
     the recommended plan; hours given by the user are not.
     """
@@ -118,7 +118,7 @@ def _purchases(purchase: float, terms: Terms) -> tuple[float, float]:
     return present_value, purchase * (purchase_count * life - years) / life
 
 
-def _embodied(way: Way, hours: float, terms: Terms) -> float | None:
+def _embodied(way: Alternative, hours: float, terms: Terms) -> float | None:
     """Return the embodied grams of CO2 equivalent per run: those of one machine's devices, times the run's
     share of the hours that they work in ``life_years``. None if unknown.
     """
@@ -130,7 +130,7 @@ def _embodied(way: Way, hours: float, terms: Terms) -> float | None:
 # -- two ways --------------------------------------------------------------------------------------------
 
 
-def cheapest(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int]) -> int | None:
+def cheapest(ways: Sequence[Alternative], sheets: Sequence[CostSheet], among: Sequence[int]) -> int | None:
     """Return the index of the lowest present cost among the options ``among`` that do all the work; the first
     if equal, None if there is none.
 
@@ -141,12 +141,12 @@ def cheapest(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int])
     return min(known_costs, key=lambda i: known_costs[i], default=None)
 
 
-def saved_percent(one: Sheet, reference: Sheet) -> float | None:
+def saved_percent(one: CostSheet, reference: CostSheet) -> float | None:
     """Return the saving in percent of the reference's present cost; negative is a loss, None is unknown."""
     return one.saved_percent(reference)
 
 
-def payback(one: Sheet, reference: Sheet, life_years: float = math.inf) -> tuple[str, float | None]:
+def payback(one: CostSheet, reference: CostSheet, life_years: float = math.inf) -> tuple[str, float | None]:
     """Return the kind of payback of ``one`` against ``reference``, and its years.
 
     The result is ("at once", 0) if neither the first cost nor the running cost is higher; ("never", None) if

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from memfit.decision.money import saved_percent, sheet
-from memfit.types.decision import DRAWS, OFFERS, OWN, Amount, Swing, Term, Terms, Way
+from memfit.types.decision import DRAWS, OFFERS, OWN, Alternative, Amount, Swing, Term, Terms
 from memfit.types.result import Interval
 
 _DUST: Final = 1e-9  # relative to the saving: a smaller swing is rounding
 
 
 def interval(
-    best: Way, reference: Way, terms: Terms, told: Sequence[Term], *, draws: int = DRAWS
+    best: Alternative, reference: Alternative, terms: Terms, told: Sequence[Term], *, draws: int = DRAWS
 ) -> tuple[Interval, float] | None:
     """Return (interval of what ``best`` saves over ``reference`` in percent; percentage of draws in which it
     saves anything).
@@ -60,7 +60,9 @@ def _drawn(name: str, span: Interval, draws: int) -> Any:
     return numpy.where(positions < left / width, rising, falling)
 
 
-def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tuple[Swing, ...]:
+def tornado(
+    best: Alternative, reference: Alternative, terms: Terms, told: Sequence[Term]
+) -> tuple[Swing, ...]:
     """Return what ``best`` saves over ``reference`` at both ends of each number's range, the other numbers
     unchanged; largest effect first.
 
@@ -110,7 +112,7 @@ def ranged(told: Sequence[Term]) -> dict[str, Interval]:
 
 
 def _saver(
-    best: Way, reference: Way, terms: Terms, numbers: Sequence[Term]
+    best: Alternative, reference: Alternative, terms: Terms, numbers: Sequence[Term]
 ) -> Callable[[Mapping[str, float]], float | None]:
     """Return a function from {name of a number: its value} to the saving of ``best`` in percent; None if the
     saving is unknown. Numbers that are not named keep their values.
@@ -125,7 +127,9 @@ def _saver(
     return saved_at
 
 
-def placed(way: Way, values: Mapping[str, float], own: Mapping[str, float], terms: Terms) -> Way:
+def placed(
+    way: Alternative, values: Mapping[str, float], own: Mapping[str, float], terms: Terms
+) -> Alternative:
     """Return the option with its setup hours, if its plan is not plain training, and its user-given price
     changed from ``own`` to ``values``, both {name: value}.
 

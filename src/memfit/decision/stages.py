@@ -11,7 +11,7 @@ from memfit.decision import monte_carlo, rollout_gates
 from memfit.decision.alternatives import usable_bytes
 from memfit.decision.money import HOURS_PER_YEAR, run_hours, sheet
 from memfit.store import exchange
-from memfit.types.decision import OWN, Amount, Decision, Stage, Terms, Way
+from memfit.types.decision import OWN, Alternative, Amount, Decision, Stage, Terms
 from memfit.types.errors import UserError
 from memfit.types.result import Offer, Poc
 
@@ -67,7 +67,7 @@ def _unpriced(decision: Decision) -> tuple[str, ...]:
     return () if has_price else ("money.labour_per_hour",)
 
 
-def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
+def rest(made: Decision, whole: Alternative | None, trial: Alternative | None) -> float | None:
     """Return the present cost of the option ``whole`` of the full stage after the pilot with ``trial``.
 
     The pilot has already paid the setup of the plan, and that of the machine if both options use the same one
@@ -83,7 +83,7 @@ def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
     return cost - paid_hours * made.terms.labour_per_hour
 
 
-def _named(decision: Decision, machine: str | None) -> Way | None:
+def _named(decision: Decision, machine: str | None) -> Alternative | None:
     """Return the cheapest option of known cost on this machine; existing is preferred to rented, and rented
     to bought, whatever they cost. None if there is none.
     """
@@ -98,7 +98,7 @@ def _named(decision: Decision, machine: str | None) -> Way | None:
 
 
 def _stage(
-    name: str, state: str, machine: str, way: Way | None, offers: Sequence[Offer], decision: Decision
+    name: str, state: str, machine: str, way: Alternative | None, offers: Sequence[Offer], decision: Decision
 ) -> Stage:
     """Return a stage without its costs.
 
@@ -146,7 +146,7 @@ def _back(decision: Decision, machine: str, plain: bool) -> tuple[str, int | Non
     return ("reference", decision.reference) if elsewhere and not plain else ("stay", None)
 
 
-def pilot(made: Decision) -> Way | None:
+def pilot(made: Decision) -> Alternative | None:
     """Return the option of the pilot: one run before anything is bought, on an existing or rented machine.
 
     It is the best option if that is not a purchase. Otherwise it is a rental with the same kind of plan
@@ -163,7 +163,7 @@ def pilot(made: Decision) -> Way | None:
     return min(same_machine or rentals, key=lambda w: sheet(w, one_run).rental_per_year, default=None)
 
 
-def pilot_cost(made: Decision, way: Way | None) -> float | None:
+def pilot_cost(made: Decision, way: Alternative | None) -> float | None:
     """Return the cost of a pilot: setup and one run, with monthly charges for each month begun.
 
     None without an option, if it is a purchase, or if its power is unknown and not included in a rent.
@@ -171,7 +171,7 @@ def pilot_cost(made: Decision, way: Way | None) -> float | None:
     return None if way is None or way.kind == "purchase" else _one_run(way, made.terms)[0]
 
 
-def pilot_most(made: Decision, way: Way | None) -> float | None:
+def pilot_most(made: Decision, way: Alternative | None) -> float | None:
     """Return the highest cost of a pilot: setup and one run with every number at its most expensive end, plus
     people's hours of operating the machine in each month begun.
 
@@ -194,7 +194,7 @@ def _dear(decision: Decision) -> dict[str, float]:
     return {name: span.low if name == "utilisation_ratio" else span.high for name, span in spans}
 
 
-def _one_run(way: Way, base_terms: Terms) -> tuple[float | None, float]:
+def _one_run(way: Alternative, base_terms: Terms) -> tuple[float | None, float]:
     """Return (cost of setup, electricity and rental; cost of operating hours) of one run, with monthly and
     yearly charges for each month begun; (None, 0) if the cost of electricity is unknown.
     """

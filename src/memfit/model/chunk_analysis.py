@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from memfit.model.chunking_probe import Live, ModuleCall, columns_bytes, tried
-from memfit.model.linear_roles import AnyWay, valueless
+from memfit.model.chunking_probe import LiveBytes, ModuleCall, columns_bytes, tried
+from memfit.model.linear_roles import PlaceholderValues, valueless
 
 _MOST_PARAMETERS = 2**25  # of a module that is run on random numbers
 _MOST_TENSORS = 6
@@ -44,7 +44,7 @@ class ChunkCut:
     first_count: int
 
 
-class _Watch(AnyWay):
+class _Watch(PlaceholderValues):
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, ModuleCall] = {}
@@ -105,7 +105,7 @@ def _reach(func: Any, args: Any) -> int:
 
 
 @dataclasses.dataclass(slots=True)
-class Trials:
+class ChunkTrials:
     """Results of trials (`tried`), keyed by everything that decides them, and the largest memory that a trial
     has taken."""
 
@@ -134,7 +134,7 @@ def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
 
 
 def to_cut(
-    model: nn.Module, calls: Mapping[str, ModuleCall], budget: int, trials: Trials | None = None
+    model: nn.Module, calls: Mapping[str, ModuleCall], budget: int, trials: ChunkTrials | None = None
 ) -> dict[str, ChunkCut]:
     """Return, by name, how to cut modules that allocate more than ``budget`` bytes inside, as far as they can
     be cut, so that slices of them that allocate no more can run one after the other.
@@ -143,7 +143,7 @@ def to_cut(
     quarters of its inner bytes, or if it cannot be cut itself. ``calls`` is the result of `insides`.
     ``trials`` is used and extended; without it, results of trials are forgotten.
     """
-    trials = trials or Trials()
+    trials = trials or ChunkTrials()
 
     def choose(name: str, module: nn.Module) -> dict[str, ChunkCut]:
         call = calls.get(name)
@@ -161,7 +161,7 @@ def to_cut(
     return choose("", model)
 
 
-def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, trials: Trials) -> int:
+def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, trials: ChunkTrials) -> int:
     """Return the budget: the bytes that one slice of a module may allocate inside. It follows from the module
     that allocates the most inside among those that can be cut, and is 0 if there are none.
 
@@ -176,7 +176,7 @@ def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
     """Return whether some module allocates inside more than 4 times its output and can be cut along an axis
     other than the first, that of the batch."""
-    calls, trials = insides(job, model), Trials()
+    calls, trials = insides(job, model), ChunkTrials()
     cuts = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
     return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in cuts.items())
 
@@ -184,7 +184,7 @@ def worth_cutting(job: Any, model: nn.Module) -> bool:
 # -- trial -----------------------------------------------------------------------------------------------
 
 
-def _cut(module: nn.Module, call: ModuleCall, trials: Trials) -> ChunkCut | None:
+def _cut(module: nn.Module, call: ModuleCall, trials: ChunkTrials) -> ChunkCut | None:
     if call.random or call.out_shape is None:
         return None
     tensors = {i: t for i, t in enumerate(call.leaves) if isinstance(t, torch.Tensor)}
@@ -199,7 +199,7 @@ def _cut(module: nn.Module, call: ModuleCall, trials: Trials) -> ChunkCut | None
     parameters = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
     key = (type(module), tuple(shapes.items()), constants, parameters, _constants(module))
     if key not in trials.known:
-        with _disable_current_modes(), torch.no_grad(), Live() as live:
+        with _disable_current_modes(), torch.no_grad(), LiveBytes() as live:
             trials.known[key] = tried(module, call, shapes)
         trials.peak_bytes = max(trials.peak_bytes, live.peak_bytes)
     result = trials.known[key]

@@ -45,7 +45,7 @@ def columns_bytes(out: torch.Tensor, weight: torch.Tensor) -> int:
     return out.nbytes // out.shape[1] * weight[0].numel() if weight[0, 0].numel() > 1 else 0
 
 
-class Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Mode that tracks the bytes of live storages that operators return, and the peak of their sum
     (``peak_bytes``), to which each convolution adds its unfolded input while it runs."""
 

@@ -36,7 +36,7 @@ class _Call:
 
 
 @dataclasses.dataclass(slots=True)
-class Fed:
+class LinearUsage:
     """What was observed of a Linear in its first call, and its role: "colwise", "rowwise", or "" if it is not
     to be split. ``output_dims`` is the number of dimensions of its input and output. ``reaches_rows`` says
     that a Linear split by rows depends on its output."""
@@ -50,7 +50,7 @@ class Fed:
     reaches_rows: bool = False
 
 
-class AnyWay(TorchDispatchMode):
+class PlaceholderValues(TorchDispatchMode):
     """Mode in which reading a value of a tensor without values gives True or 1, so that the model runs on."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class AnyWay(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Flow(AnyWay):
+class Flow(PlaceholderValues):
     """Mode that observes how Linear layers of blocks feed each other. ``roles`` maps names of Linears to
     roles; if it is empty, roles follow from what is observed.
 
@@ -77,7 +77,7 @@ class Flow(AnyWay):
     def __init__(self, roles: Mapping[str, str]) -> None:
         super().__init__()
         self.roles = roles
-        self.linears: dict[str, Fed] = {}
+        self.linears: dict[str, LinearUsage] = {}
         self.views: list[tuple[str, tuple[int, ...]]] = []
         self.inside: dict[str, int] = {}
         self._stack: list[_Call] = []
@@ -142,7 +142,7 @@ class Flow(AnyWay):
     def _see(self, name: str, tensor: torch.Tensor) -> None:
         columns = [s for s in _sources(tensor) if self.linears[s].role == COLWISE]
         role = self.roles.get(name, "") if self.roles else (ROWWISE if columns else COLWISE)
-        self.linears.setdefault(name, Fed(role, tensor, tuple(self._stack), tensor.dim()))
+        self.linears.setdefault(name, LinearUsage(role, tensor, tuple(self._stack), tensor.dim()))
         if role == ROWWISE:
             for source in columns:
                 self.linears[source].reaches_rows = True

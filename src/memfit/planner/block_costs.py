@@ -14,7 +14,7 @@ from memfit.cost.memory import levels
 from memfit.cost.op_time import COLLECTIVES
 from memfit.cost.stream_simulator import sent
 from memfit.types.errors import UserError
-from memfit.types.parts import Parts, Piece, Travel, Updating
+from memfit.types.parts import PartCosts, Parts, Travel, UpdateCosts
 from memfit.types.trace import Category, OpCall, Phase, PhaseSpan, Trace
 
 BLOCKS = 3  # the middle one has neighbours like itself on both sides
@@ -109,7 +109,7 @@ class _Look:
         begin, end = numpy.searchsorted(self.clocks, window)
         return self.ops[begin:end]
 
-    def piece(self, forward: tuple[int, int], backward: tuple[int, int], module: str | None) -> Piece:
+    def piece(self, forward: tuple[int, int], backward: tuple[int, int], module: str | None) -> PartCosts:
         """Return the costs of one piece of the model, from what lies within these clock ranges.
 
         ``module`` None: the piece lies before or after the blocks, and of the forward only work outside the
@@ -125,7 +125,7 @@ class _Look:
         if module is None:
             forward_ops = [o for o in forward_ops if not o.module.startswith(f"{self.path}.")]
         pass_count = 1 if module is None else self.passes()
-        return Piece(
+        return PartCosts(
             forward_s=self.seconds(forward_ops) * pass_count,
             backward_s=self.seconds(backward_ops),
             kept_bytes=kept_bytes,
@@ -143,7 +143,7 @@ def _travel(ops: Sequence[OpCall]) -> Travel:
     return tuple((kind, float(size)) for kind, size in transfers if kind)
 
 
-def updating_of(trace: Trace, seconds: Seconds) -> Updating:
+def updating_of(trace: Trace, seconds: Seconds) -> UpdateCosts:
     """Return the costs of the optimizer's step per trainable element of the parameters.
 
     ``trace`` covers two steps on one rank; its second optimizer phase is divided by the number of elements.
@@ -156,7 +156,7 @@ def updating_of(trace: Trace, seconds: Seconds) -> Updating:
         a.size_bytes for a in trace.allocations if a.category is Category.OPTIMIZER_STATE and a.end is None
     )
     elements = trace.trainable_count
-    return Updating(
+    return UpdateCosts(
         update_s=seconds(view.within(window)) / elements,
         moved_bytes=sum(o.moved_bytes for o in view.within(window)) / elements,
         state_bytes=state_bytes / elements,

@@ -24,7 +24,7 @@ from memfit.trace.truncated_model import FirstBlocks
 from memfit.types.errors import UserError
 from memfit.types.gc_pause import uncollected
 from memfit.types.job import Job
-from memfit.types.parts import Parts, Updating
+from memfit.types.parts import Parts, UpdateCosts
 from memfit.types.plan import Plan
 from memfit.types.trace import Trace
 
@@ -54,7 +54,7 @@ class Key:
     samples: int
 
 
-class Traced:
+class BlockTracer:
     """Makes small traces of one job for one kind of device ("cpu" or "cuda"), and returns the parts of the
     model with the costs seen in them.
 
@@ -114,7 +114,7 @@ class Traced:
         )
         return self.parts(key, lambda ops: 0.0).block.kept_bytes
 
-    def updating(self, uses: Uses, seconds: Seconds) -> Updating:
+    def updating(self, uses: Uses, seconds: Seconds) -> UpdateCosts:
         if uses not in self.updates:
             self.trace((), [uses])
         return updating_of(self.updates[uses], seconds)

@@ -12,10 +12,10 @@ from memfit.cost.estimate import around, modelled_boundary, scaled
 from memfit.cost.host import host_memory, known_host, memory_bytes
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketched
 from memfit.cost.money import bill
-from memfit.cost.stream_simulator import Player
+from memfit.cost.stream_simulator import StreamSimulator
 from memfit.engines import native
 from memfit.engines.registry import engine
-from memfit.planner.block_traces import Traced
+from memfit.planner.block_traces import BlockTracer
 from memfit.planner.evaluate import Pricer
 from memfit.planner.grid_search import GridSketches, Sketch, find, per_host
 from memfit.planner.parallelism_grid import Limits
@@ -75,7 +75,7 @@ class Scale:
                 hint="add its peak FLOP/s and memory bandwidth to the machine file",
             )
         self.model = pricer.model
-        self.traced = Traced(pricer.job, pricer.device)
+        self.traced = BlockTracer(pricer.job, pricer.device)
         self.found: dict[int, GridSketches] = {}
         self.sketched: dict[int, list[Sketch]] = {}  # by number of devices
         self.cap_bytes = self._allocated_cap()
@@ -220,7 +220,7 @@ class Scale:
         plan's first distinct rank, largest saving first.
         """
         trace = self.pricer.trace(plan, layout(plan).distinct_ranks()[0])
-        player = Player(model=self.model, machine=self.machine, members=trace.members)
+        player = StreamSimulator(model=self.model, machine=self.machine, members=trace.members)
         return list(player.bottleneck(trace).items())
 
     def estimate(self, sketch: Sketch) -> Estimate:

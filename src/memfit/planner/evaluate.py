@@ -27,7 +27,7 @@ from memfit.cost.op_time import TimeModel, time_model
 from memfit.cost.recompute_ilp import GAP_RATIO
 from memfit.cost.step_time import played, sketched_s
 from memfit.cost.step_time_calibration import factor
-from memfit.cost.stream_simulator import Played
+from memfit.cost.stream_simulator import SimulatedStep
 from memfit.engines.registry import engine
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.planner.recompute_budget import Choices, nominal_s, open_budget, possible
@@ -73,8 +73,8 @@ class Pricer:
 
     ``model``: seconds of operators; None if the device's speed is unknown, and step times then are, too.
     ``parts``: cached parts of which sketches are composed. ``vectors``: their numbers, with the seconds by
-    the calibration at their first use, which a new calibration does not change. ``choices``: cached tensors
-    to recompute, of plans with a memory budget for recomputation.
+    the calibration. ``choices``: cached tensors to recompute, of plans with a memory budget for
+    recomputation.
     """
 
     job: Job
@@ -120,7 +120,7 @@ class Pricer:
     def recalibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.model = time_model(self.machine.device, calibration, self.seen())
-        self.choices = Choices()
+        self.choices, self.vectors = Choices(), {}  # both depend on the seconds of operators
 
     def settled(self, plan: Plan) -> Plan:
         """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the
@@ -224,7 +224,7 @@ class Pricer:
             step = played(traces, plan, self.machine, self.model) if self.model else None
             return [self._of_rank(plan, traced, step) for traced in traces]
 
-    def _of_rank(self, plan: Plan, traced: Trace, step: Played | None) -> Estimate:
+    def _of_rank(self, plan: Plan, traced: Trace, step: SimulatedStep | None) -> Estimate:
         rank_estimate = estimate(
             traced,
             plan,

@@ -55,7 +55,7 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class GridInputs:
     """Inputs from which time and memory of the plans of a grid, all of one compute precision, are computed.
 
     ``inside[i]`` holds the parts of each traced micro-batch size for the i-th value of the axis ``inside``;
@@ -92,7 +92,7 @@ class Axes:
     broadcast: axes on which an input does not depend have length 1.
     """
 
-    def __init__(self, given: Given, grid: Grid) -> None:
+    def __init__(self, given: GridInputs, grid: Grid) -> None:
         self.sizes = numpy.array([float(b) for b, _ in grid.micro])
         self.counts = numpy.array([float(m) for _, m in grid.micro]).reshape(-1, 1, 1, 1, 1)
         self.given = given

@@ -1,8 +1,9 @@
 """Price a whole grid of one layout at once: seconds of a step, and peak bytes of the rank that needs most.
 
-Everything is added up from traced parts (`Parts`, `Updating`). The arithmetic here decides how parts share:
-which bytes are divided over which ranks, how many micro-batches wait in a pipeline stage, which communication
-hides behind which computation. Finalists are traced whole, so this model only has to rank plans well.
+Everything is added up from traced parts (`Parts`, `UpdateCosts`). The arithmetic here decides how parts
+share: which bytes are divided over which ranks, how many micro-batches wait in a pipeline stage, which
+communication hides behind which computation. Finalists are traced whole, so this model only has to rank plans
+well.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy
 
-from memfit.planner.grid_axes import GATHERED, Array, Axes, Elements, Given, Priced, Rates, deepest
+from memfit.planner.grid_axes import GATHERED, Array, Axes, Elements, GridInputs, Priced, Rates, deepest
 from memfit.planner.parallelism_grid import Grid, GridLayout
 from memfit.planner.sharding_costs import State
 
@@ -21,7 +22,7 @@ _CALLS_AWAY = {"zero": 2, "fsdp2": 4}
 _OFFLOADED_KEEPS = 0.02  # share of kept bytes that stays: tensors too small to be worth moving
 
 
-def price(grid: Grid, given: Given, rates: Rates) -> Priced:
+def price(grid: Grid, given: GridInputs, rates: Rates) -> Priced:
     """Return the seconds of a step and the peak bytes of every plan in the grid: on the device of the rank
     that needs most, including BLAS workspaces, and in host memory per rank.
 
@@ -380,14 +381,10 @@ def _stage(
     update_base = parameters + state + bucket + gradient
     update_top = rank_elements * states(lambda s: s.updating.top_bytes / s.state_shards) * state_here
     peak = _highest([forward_peak, backward_peak, backward_end, update_base + update_top])
-    average_bytes = _averaged_bytes(axes) * rank_elements * states(lambda s: 1 / s.parameter_shards)
+    # the averaged copy of the weights, if the loop keeps one, is in float32
+    average_bytes = 4.0 * axes.given.averaged * rank_elements * states(lambda s: 1 / s.parameter_shards)
     host = kept_bytes * offloaded * waiting_micros + rank_elements * states(_host_bytes)
     return peak + average_bytes * on_device, host + average_bytes * (1 - on_device)
-
-
-def _averaged_bytes(axes: Axes) -> float:
-    """Return the bytes per parameter of the averaged copy of the weights; 0 if the loop keeps none."""
-    return 4.0 if axes.given.averaged else 0.0
 
 
 def _host_bytes(state: State) -> float:

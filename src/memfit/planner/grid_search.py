@@ -14,9 +14,9 @@ import numpy
 
 from memfit.cost.collectives import collective_s
 from memfit.cost.op_time import ASSUMED_ISSUE_S, ASSUMED_LINK_BYTES_S, TimeModel
-from memfit.cost.stream_simulator import ASSUMED_HOST_BYTES_S, Player
-from memfit.planner.block_traces import Key, Traced
-from memfit.planner.grid_axes import Communicate, Given, Priced, Rates
+from memfit.cost.stream_simulator import ASSUMED_HOST_BYTES_S, StreamSimulator
+from memfit.planner.block_traces import BlockTracer, Key
+from memfit.planner.grid_axes import Communicate, GridInputs, Priced, Rates
 from memfit.planner.grid_costs import price
 from memfit.planner.layout_costs import Composer, LayoutCut
 from memfit.planner.parallelism_grid import Grid, GridLayout, Limits, Uses, grids
@@ -26,7 +26,7 @@ from memfit.techniques.registry import effect_of, technique
 from memfit.trace.trace_pool import side_by_side
 from memfit.types.errors import UserError
 from memfit.types.machine import Machine
-from memfit.types.parts import Parts, Piece
+from memfit.types.parts import PartCosts, Parts
 from memfit.types.plan import Plan
 from memfit.types.trace import OpCall, Phase
 
@@ -89,7 +89,7 @@ class GridSketches:
 Caps = tuple[float, float]  # highest bytes of a rank that fit: on the device, and in host memory
 
 
-def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> GridSketches:
+def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> GridSketches:
     """Predict time and memory of every plan of the grids that ``limits`` allow, and return sketches of those
     worth choosing from.
 
@@ -158,7 +158,7 @@ def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
             yield compute, states
 
 
-def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
+def _cuttable(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
     """Return (the limits with only those tensor and context degrees by which the model can be cut, why it
     cannot be cut by others). This is found by tracing it with the largest degree first; the divisors of the
     first one that works are kept. ``sharing`` of the limits is set to that of the traces, ``vocabulary`` to
@@ -192,7 +192,7 @@ def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits,
 
 
 class _Pricing:
-    def __init__(self, traced: Traced, machine: Machine, model: TimeModel, limits: Limits) -> None:
+    def __init__(self, traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits) -> None:
         self.computes = _computes(machine, limits)
         self.composer = Composer(
             traced,
@@ -213,7 +213,7 @@ class _Pricing:
             host_call_s=ASSUMED_ISSUE_S[Phase.BACKWARD],
             copied_bytes_s=_COPIED_BYTES / model.op_s(_COPY),
             workspace_bytes=_BLAS_THREADS * (blas.value if blas else 0.0),
-            kernel_slowdown=Player(model=model, machine=machine, members={}).kernel_slowdown,
+            kernel_slowdown=StreamSimulator(model=model, machine=machine, members={}).kernel_slowdown,
         )
 
     def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
@@ -288,7 +288,7 @@ class _Pricing:
         ranks, staged = layout.data * layout.context, layout.stages > 1
         states = [self._state(s, ranks, staged) for s in grid.states]
         cut_degree = layout.context * (layout.tensor if layout.sequence else 1)
-        inputs = Given(
+        inputs = GridInputs(
             blocks=self.traced.blocks,
             tensors=self.traced.tensors,
             hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut_degree,
@@ -324,8 +324,8 @@ class _Pricing:
                 )
             return total_s
 
-        def piece(cut: LayoutCut, which: str) -> Piece:
-            base: Piece = getattr(cut.parts, which)
+        def piece(cut: LayoutCut, which: str) -> PartCosts:
+            base: PartCosts = getattr(cut.parts, which)
             return dataclasses.replace(
                 base,
                 forward_s=base.forward_s + seconds(cut, which, 0),

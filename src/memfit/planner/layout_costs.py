@@ -13,10 +13,10 @@ import functools
 from collections.abc import Iterator, Sequence
 
 from memfit.planner.block_costs import Seconds
-from memfit.planner.block_traces import Key, Traced
+from memfit.planner.block_traces import BlockTracer, Key
 from memfit.planner.parallelism_grid import GridLayout, Uses
 from memfit.techniques.registry import make_use
-from memfit.types.parts import NUMBERS, PIECES, Parts, Piece, Travel, Updating
+from memfit.types.parts import NUMBERS, PIECES, PartCosts, Parts, Travel, UpdateCosts
 from memfit.types.plan import Use
 
 _FULL = make_use("activation-checkpointing", {"every": 1})
@@ -46,7 +46,14 @@ class Composer:
     """
 
     def __init__(
-        self, traced: Traced, seconds: Seconds, compute: str, tensor: int, context: int, *, vocabulary: str
+        self,
+        traced: BlockTracer,
+        seconds: Seconds,
+        compute: str,
+        tensor: int,
+        context: int,
+        *,
+        vocabulary: str,
     ) -> None:
         self.vocabulary = vocabulary
         self.traced, self.seconds, self.compute = traced, seconds, compute
@@ -93,7 +100,7 @@ class Composer:
         return [single, self._twice(single)]
 
     @functools.cache  # noqa: B019  lives as long as one search
-    def updating(self, uses: Uses) -> Updating:
+    def updating(self, uses: Uses) -> UpdateCosts:
         return self.traced.updating(uses, self.seconds)
 
     # -- composing ------------------------------------------------------------------------------------
@@ -175,8 +182,8 @@ class Composer:
         """
         plain_parts, double_parts = self._parts(self._key()), self._parts(self._key(samples=2))
 
-        def grown(which: str) -> Piece:
-            piece: Piece
+        def grown(which: str) -> PartCosts:
+            piece: PartCosts
             piece, a, b = (getattr(p, which) for p in (single.parts, plain_parts, double_parts))
             parameter_share = piece.parameter_bytes / a.parameter_bytes if a.parameter_bytes else 1.0
             values = {}
@@ -220,8 +227,8 @@ def _scaled(parts: Parts, denominator: Parts, numerator: Parts, weight: float) -
     ``weight`` 1 applies the full ratio, 0 none of it. A number that is 0 in ``denominator`` is not scaled.
     """
 
-    def piece(which: str) -> Piece:
-        base_piece: Piece
+    def piece(which: str) -> PartCosts:
+        base_piece: PartCosts
         base_piece, denominator_piece, numerator_piece = (
             getattr(p, which) for p in (parts, denominator, numerator)
         )

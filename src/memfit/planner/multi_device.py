@@ -9,7 +9,7 @@ from __future__ import annotations
 from memfit.planner.device_pricing import Aim, Scale
 from memfit.planner.evaluate import Pricer
 from memfit.planner.explanations import cannot, credible, nothing, rivals, sensitivity, smallest_traced
-from memfit.planner.multi_device_shortlist import Race
+from memfit.planner.multi_device_shortlist import FinalistTracer
 from memfit.planner.plan_space import dependence_reasons, may_share
 from memfit.planner.selection import Objective, best, frontier, keeps
 from memfit.techniques.registry import effect_of, plain
@@ -48,7 +48,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
 
     sizes = counts(ranks, goal)
     estimates = scale.over(sizes)
-    finalists = Race(scale, fits).run(estimates, plain_plan)
+    finalists = FinalistTracer(scale, fits).run(estimates, plain_plan)
     traced_plans = {e.plan for e in finalists}
     candidates = [
         *finalists,
@@ -65,7 +65,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
             if requested is not None:
                 finalists = [
                     *finalists,
-                    *Race(scale, scale.fits_memory, objective).run(estimates, plain_plan),
+                    *FinalistTracer(scale, scale.fits_memory, objective).run(estimates, plain_plan),
                 ]
         raise nothing(scale, [*finalists, baseline], ranks)
     expected = [scale.expected(e) for e in candidates]  # compare like with like
@@ -76,8 +76,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
-        within_limits = not e.traced or fits(e)  # sketches that do not fit are in no choice
-        return Choice(estimate=e, fits=within_limits, effect=effect_of(e.plan, e.dependence), reasons=reasons)
+        return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan, e.dependence), reasons=reasons)
 
     sketch, known_plans = scale.sketch_of(winner.plan), {e.plan for e in candidates}
     neighbours = scale.neighbours(sketch) if sketch is not None else []

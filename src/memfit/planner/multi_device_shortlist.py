@@ -33,7 +33,7 @@ _NEAR = 0.97  # factor by which ratios of trace to sketch differed per doubling 
 Fits = Callable[[Estimate], bool]
 
 
-class Race:
+class FinalistTracer:
     """Traces finalists, the plans with the most promising sketches, one by one, until no other plan may be
     better than the best traced one.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from memfit.types.parts import Updating
+from memfit.types.parts import UpdateCosts
 from memfit.types.plan import Use
 
 
@@ -38,7 +38,7 @@ class State:
     bucket_bytes: float  # of a fixed size
     offload: str  # "", "optimizer", "all"
     kind: str  # "", "ddp", "fsdp2", "zero"
-    updating: Updating
+    updating: UpdateCosts
 
 
 def compute_of(uses: Sequence[Use]) -> str:
@@ -54,7 +54,7 @@ def compute_of(uses: Sequence[Use]) -> str:
     return "fp32"
 
 
-def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: bool) -> State:
+def state_of(uses: Sequence[Use], ranks: int, updating: UpdateCosts, *, staged: bool) -> State:
     """Return how these techniques (data parallelism, precision, optimizer) keep and share a parameter.
 
     ``ranks`` is the number of ranks that share a parameter: data-parallel times context-parallel ranks.

@@ -18,13 +18,13 @@ from torch import nn
 from memfit.jobs.training_step import TrainingStep, batch_length, split
 from memfit.precision import casting
 from memfit.precision.recording import FAILURES, LOSS, RecordedCall, learn_dtypes, record
-from memfit.precision.replay import Births, Mode, ReplayErrors, compare, modes, play
+from memfit.precision.replay import Mode, NonFiniteOperators, ReplayErrors, compare, modes, play
 from memfit.precision.sums import NarrowSums
 from memfit.precision.tensors import Gap, is_float, leaves, rebuild
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.types.precision import Examined, PrecisionAdvice, Shown
+from memfit.types.precision import ExaminedModules, PrecisionAdvice, PrecisionErrors
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Limits of the error. An output must keep six bits of a module's own signal. One rounding to bfloat16 leaves
@@ -214,7 +214,7 @@ def _look(
             for name in ("rounded", *_WAYS):
                 errors[name] = compare(exact, play(call, modes_by_dtype[dtype][name], job.loss))
             if errors["pure"].born or errors["autocast"].born:
-                births = Births()  # non-finite values that occur in float64 too
+                births = NonFiniteOperators()  # non-finite values that occur in float64 too
                 play(call, shared_modes["exact"], job.loss, listening=births)
                 for error in errors.values():
                     error.born = ", ".join(sorted({*error.born.split(", ")} - births.names))
@@ -334,7 +334,7 @@ def _advise_dtype(
     )
 
 
-def _sums(place: Examined) -> bool:
+def _sums(place: ExaminedModules) -> bool:
     """Return whether modules that need not be float32 rely on kernels that sum in float32: with narrow sums
     their error would be above 2**-8, and more than twice that with narrow tensors alone. False for the root
     and the loss function."""
@@ -350,10 +350,10 @@ def _above(path: str) -> Iterator[str]:
     yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
-def _told_place(place: _Place) -> Examined:
+def _told_place(place: _Place) -> ExaminedModules:
     worst = place.worst
     errors = {
-        name: Shown(
+        name: PrecisionErrors(
             error_ratio=f.output.error,
             spread_ratio=f.output.spread,
             gradient_ratio=f.gradient,
@@ -366,7 +366,7 @@ def _told_place(place: _Place) -> Examined:
         mode: next((r for f in place.found.values() if (r := _fault(f, mode, place.effect_ratio))), "")
         for mode in ("pure", "autocast")
     }
-    return Examined(
+    return ExaminedModules(
         pattern=place.pattern,
         kind=place.kind,
         modules_count=len(place.calls),

@@ -122,12 +122,12 @@ def play(
     """Run the forward of the call's module again in ``mode``, with its children's recorded outputs in place
     of the children, and, with ``backward``, its backward. For the call of the loss function, run ``loss``.
 
-    ``listening``: context manager around the forward; by default `Births` if the mode is narrow, else none.
-    Errors that a precision may cause are not raised but described in ``failed`` of the result.
+    ``listening``: context manager around the forward; by default `NonFiniteOperators` if the mode is narrow,
+    else none. Errors that a precision may cause are not raised but described in ``failed`` of the result.
     """
     run = _Replay(call, mode)
-    listener = listening or (Births() if mode.narrow else contextlib.nullcontext())
-    nonfinite_operators = listener.names if isinstance(listener, Births) else set()
+    listener = listening or (NonFiniteOperators() if mode.narrow else contextlib.nullcontext())
+    nonfinite_operators = listener.names if isinstance(listener, NonFiniteOperators) else set()
     try:
         with certain(), run.children(), listener, mode.around():
             output = run.own(loss)
@@ -142,7 +142,7 @@ def play(
     return run.played(nonfinite_operators)
 
 
-class OtherWay(RuntimeError):
+class ReplayMismatch(RuntimeError):
     """Raised if a replayed module calls another child, or one more, than in the recorded run."""
 
 
@@ -201,7 +201,7 @@ class _Replay:
     def _child(self, path: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self.pending or self.pending[0].path != path:
-                raise OtherWay(f"the module calls its child {path} where the recorded run did not")
+                raise ReplayMismatch(f"the module calls its child {path} where the recorded run did not")
             call = self.pending.pop(0)
             for index, tensor in enumerate(leaves((args, kwargs))):
                 if is_float(tensor):
@@ -260,7 +260,7 @@ def _restore(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-class Births(TorchDispatchMode):
+class NonFiniteOperators(TorchDispatchMode):
     """Collects, within the context, the names of operators whose floating-point results are not all finite
     although all their inputs are. Operators that make empty tensors do not count."""
 

@@ -10,16 +10,24 @@ from typing import Final
 from memfit.report.decision_answers import engine_fact, gains, gate_words, phrases, questions
 from memfit.report.decision_phrases import way_back
 from memfit.report.decision_prices import price_rows
-from memfit.report.decision_rows import DecisionView, RiskRow, StageRow, TermRow, WayRow, cash, way_name
+from memfit.report.decision_rows import (
+    AlternativeRow,
+    DecisionView,
+    RiskRow,
+    StageRow,
+    TermRow,
+    cash,
+    way_name,
+)
 from memfit.report.provenance import POC, SAVING, stage_anchor, term_anchor, verdict_anchor, way_anchor
 from memfit.report.quantities import Figure, Mark, Sentence, assumed, measured, predicted, sourced
 from memfit.report.sliders import sliders
-from memfit.types.decision import Decision, Risk, Sheet, Stage, Term, Way
+from memfit.types.decision import Alternative, CostSheet, Decision, Risk, Stage, Term
 from memfit.types.result import Interval, Poc
 from memfit.verify.aggregate import energy_saved
 
 Filled = Mapping[str, Figure | str | Sentence]
-MONEY: Final = (  # costs of an option, named as in Sheet, in the order of the table
+MONEY: Final = (  # costs of an option, named as in CostSheet, in the order of the table
     "setup",
     "purchase",
     "initial",
@@ -96,14 +104,14 @@ def _risk(decision: Decision, risk: Risk) -> RiskRow:
     )
 
 
-def _way(decision: Decision, slot: str, index: int) -> WayRow:
+def _way(decision: Decision, slot: str, index: int) -> AlternativeRow:
     way, sheet = decision.ways[index], decision.sheets[index]
     reference_sheet = (
         None if decision.reference is None or way.kind == "nothing" else decision.sheets[decision.reference]
     )
     saved = None if reference_sheet is None else sheet.saved_percent(reference_sheet)
     mark = Mark.PREDICTED if way.predicted else Mark.ASSUMED
-    row = WayRow(
+    row = AlternativeRow(
         slot=slot,
         index=index,
         name=way_name(way),
@@ -128,7 +136,7 @@ def _way(decision: Decision, slot: str, index: int) -> WayRow:
     return sourced(row, way_anchor(index))
 
 
-def _energy_percent(way: Way) -> float | None:
+def _energy_percent(way: Alternative) -> float | None:
     """Return the energy of a run saved relative to plain training on the same machine, in percent, both
     before PUE; None if one of them is unknown."""
     if not way.plain_j or way.power_w is None:
@@ -136,7 +144,7 @@ def _energy_percent(way: Way) -> float | None:
     return 100 * (1 - 3600 * way.hours * way.power_w / way.plain_j)
 
 
-def _kwh(sheet: Sheet) -> Figure:
+def _kwh(sheet: CostSheet) -> Figure:
     return predicted(None if sheet.kwh_per_run is None else 3.6e6 * sheet.kwh_per_run, "j")
 
 

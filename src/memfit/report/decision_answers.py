@@ -20,7 +20,7 @@ from memfit.report.decision_phrases import (
     stake,
     way_back,
 )
-from memfit.report.decision_rows import DecisionView, WayRow, cash, way_name
+from memfit.report.decision_rows import AlternativeRow, DecisionView, cash, way_name
 from memfit.report.provenance import GATES, POC, SAVING, reach_anchor, stage_anchor, term_anchor, way_anchor
 from memfit.report.quantities import Figure, Sentence, assumed, measured, number_text, predicted, sourced
 from memfit.types.result import Poc
@@ -111,7 +111,7 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     return tuple(sentences)
 
 
-def _unpriced(row: WayRow) -> Sentence:
+def _unpriced(row: AlternativeRow) -> Sentence:
     return Sentence(key="decide.money.unpriced", values={"way": row.name})
 
 
@@ -159,7 +159,7 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
         yield Sentence(key=f"decide.money.{key}", values=placeholders)
 
 
-def _unknown(view: DecisionView, best: WayRow) -> Sentence:
+def _unknown(view: DecisionView, best: AlternativeRow) -> Sentence:
     """Return the sentence that the best option's cost is a lower bound, because working hours are missing in
     it; if it is cheaper than the reference, with the cost of these hours up to which it is."""
     decision, reference = view.made, view.reference
@@ -187,7 +187,7 @@ def _with_saving(view: DecisionView) -> list[Sentence]:
     return [Sentence(key="decide.money.with_saving_more", values=values | {"more": extra_cost})]
 
 
-def _rank(view: DecisionView, best: WayRow) -> list[Sentence]:
+def _rank(view: DecisionView, best: AlternativeRow) -> list[Sentence]:
     """Return one sentence: the cheapest option whose hours of work are all known, and up to which cost of its
     own missing hours ``best`` is cheaper. Empty if there is no such option."""
     decision = view.made

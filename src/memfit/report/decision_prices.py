@@ -9,7 +9,7 @@ from memfit.catalog import finance
 from memfit.report.decision_rows import PriceRow, cash, way_name
 from memfit.report.provenance import machine_anchor, term_anchor, way_anchor
 from memfit.report.quantities import Sentence, assumed, predicted
-from memfit.types.decision import Decision, Way
+from memfit.types.decision import Alternative, Decision
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact
 
@@ -26,7 +26,7 @@ def price_rows(made: Decision) -> Iterator[PriceRow]:
         priced_keys.add(key)
 
 
-def _of(decision: Decision, index: int, way: Way) -> Iterator[PriceRow]:
+def _of(decision: Decision, index: int, way: Alternative) -> Iterator[PriceRow]:
     device = _device(way.machine)
     name, terms = way_name(way), {t.name: t for t in decision.told}
     offer = terms.get({"purchase": "purchase_price", "cloud": "rental_price"}.get(way.kind, ""))
@@ -57,7 +57,7 @@ def _price(name: Sentence, what: str, fact: Fact, machine: str) -> PriceRow:
     )
 
 
-def _watts(name: Sentence, index: int, way: Way, device: Device | None) -> PriceRow:
+def _watts(name: Sentence, index: int, way: Alternative, device: Device | None) -> PriceRow:
     fact = None if way.own_power or device is None else device.power_w
     return PriceRow(
         name=name,

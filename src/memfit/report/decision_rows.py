@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 
 from memfit.report.quantities import Figure, Sentence, assumed, predicted
-from memfit.types.decision import Decision, Stage, Way
+from memfit.types.decision import Alternative, Decision, Stage
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WayRow:
+class AlternativeRow:
     """One option as a column of the page's table. ``slot`` names the column; moving a slider may put another
-    option into it. ``index``: of the option in the decision; ``money``: costs named as in Sheet."""
+    option into it. ``index``: of the option in the decision; ``money``: costs named as in CostSheet."""
 
     slot: str
     index: int
@@ -101,9 +101,9 @@ class DecisionView:
 
     made: Decision
     questions: Mapping[str, tuple[Sentence, ...]]
-    ways: tuple[WayRow, ...]
-    best: WayRow | None
-    reference: WayRow | None
+    ways: tuple[AlternativeRow, ...]
+    best: AlternativeRow | None
+    reference: AlternativeRow | None
     saved: Figure
     saved_low: Figure
     saved_high: Figure
@@ -130,6 +130,6 @@ def cash(made: Decision, value: float | None, source: str = "") -> Figure:
     return predicted(value, f"money {made.symbol} {made.decimals}", source)
 
 
-def way_name(way: Way) -> Sentence:
+def way_name(way: Alternative) -> Sentence:
     """Return the name of an option: its kind and machine."""
     return Sentence(key=f"way.{way.kind}", values={"machine": way.machine})

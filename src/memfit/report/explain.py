@@ -15,7 +15,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Explained:
+class TracedEstimate:
     """A plan's estimate with the trace it was made from.
 
     The level of the trace at the instant ``peak_clock`` is the estimate's peak, less memory that is not in
@@ -44,7 +44,7 @@ class Contributor:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Mover:
+class MemoryChange:
     """An operator of a module that holds more or fewer bytes at the second plan's peak than at the
     first's.
     """
@@ -72,7 +72,7 @@ class PlanDifference:
     second: Estimate
     by_category_bytes: Mapping[str, int]  # second - first at their peaks, largest change first
     by_phase_bytes: Mapping[str, int]  # second - first, each phase at its own peak
-    movers: tuple[Mover, ...]
+    movers: tuple[MemoryChange, ...]
     sentences: tuple[Sentence, ...]
 
     @property
@@ -98,7 +98,7 @@ def op_name(op: str) -> str:
     return op.removeprefix("aten.").removesuffix(".default")
 
 
-def contributors(explained: Explained) -> tuple[Contributor, ...]:
+def contributors(explained: TracedEstimate) -> tuple[Contributor, ...]:
     """Return what is alive in the trace at the peak, largest first."""
     size, count = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
     for a in alive(explained.trace, explained.peak_clock):
@@ -111,7 +111,7 @@ def contributors(explained: Explained) -> tuple[Contributor, ...]:
     )
 
 
-def difference(first: Explained, second: Explained) -> PlanDifference:
+def difference(first: TracedEstimate, second: TracedEstimate) -> PlanDifference:
     """Compare two plans of one job at their peaks."""
     first_estimate, second_estimate = first.estimate, second.estimate
     bytes_by_plan = [Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()]
@@ -119,7 +119,7 @@ def difference(first: Explained, second: Explained) -> PlanDifference:
         for c in contributors(explained):
             contributor_bytes[c.category, c.module, c.op] += c.size_bytes
     movers = [
-        Mover(
+        MemoryChange(
             category=c,
             module=m,
             op=o,

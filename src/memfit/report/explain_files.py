@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Final
 
-from memfit.report.explain import Explained, events, op_name
+from memfit.report.explain import TracedEstimate, events, op_name
 from memfit.types.trace import Allocation, Trace
 
 Event = dict[str, Any]
@@ -21,7 +21,7 @@ _FIRST_ADDRESS: Final = 1 << 40  # size of each stream's address space
 _PHASES, _MODULES = 1, 2  # thread numbers of the Chrome trace
 
 
-def snapshot(explained: Explained) -> bytes:
+def snapshot(explained: TracedEstimate) -> bytes:
     """Return the traced step as a pickle in the format of ``torch.cuda.memory._snapshot()``.
 
     It is readable by ``python -m torch.cuda._memory_viz`` and pytorch.org/memory_viz. There is one segment
@@ -158,7 +158,7 @@ def _segment(space: _Space, stream: int, live_blocks: list[tuple[int, Allocation
     }
 
 
-def chrome_trace(explained: Explained) -> bytes:
+def chrome_trace(explained: TracedEstimate) -> bytes:
     """Return Chrome's trace-event JSON, for ui.perfetto.dev.
 
     It has a counter of live bytes for each category and for all together, the phases, the modules with the

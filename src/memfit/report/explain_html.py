@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from itertools import pairwise
 from typing import Any, Final
 
-from memfit.report.explain import Explained, events, op_name
+from memfit.report.explain import TracedEstimate, events, op_name
 from memfit.report.html import render
 from memfit.report.quantities import figure_text, predicted
 from memfit.report.words import Words, load_words
@@ -29,7 +29,7 @@ _STACK: Final = (
 )
 
 
-def render_explained(explained: Explained, *, job: str, lang: str) -> str:
+def render_explained(explained: TracedEstimate, *, job: str, lang: str) -> str:
     """Return the text of an HTML page with the treemap and the timeline; ``job``: its name. Raises UserError
     for a language without a catalog."""
     words, estimate, peak = load_words(lang), explained.estimate, explained.peak_clock
@@ -52,7 +52,7 @@ def render_explained(explained: Explained, *, job: str, lang: str) -> str:
     )
 
 
-def _data(explained: Explained, words: Words) -> str:
+def _data(explained: TracedEstimate, words: Words) -> str:
     """Return JSON for the page's script that is safe inside a script element, with as many instants as fit
     into `MOST_BYTES`, or the fewest if even these do not."""
     explain_texts = {
@@ -70,7 +70,7 @@ def _data(explained: Explained, words: Words) -> str:
     return text
 
 
-def series(explained: Explained, points: int) -> dict[str, Any]:
+def series(explained: TracedEstimate, points: int) -> dict[str, Any]:
     """Return what is alive at selected instants of the trace, exactly, as lists for the page's script.
 
     The instants (``clock``) are the highest of each of ``points`` stretches, the peak, and the start of each
@@ -131,7 +131,7 @@ def _path(modules: _Table, module: str) -> int:
     return index
 
 
-def _instants(explained: Explained, points: int) -> list[int]:
+def _instants(explained: TracedEstimate, points: int) -> list[int]:
     trace = explained.trace
     level, level_by_clock = 0, Counter[int]()
     for clock, change_bytes, _ in events(trace):

@@ -8,7 +8,7 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
-from memfit.report.explain import Contributor, Explained, Mover, PlanDifference, contributors
+from memfit.report.explain import Contributor, MemoryChange, PlanDifference, TracedEstimate, contributors
 from memfit.report.quantities import Figure, Mark, figure_text, predicted, sentence_text
 from memfit.report.terminal import new_table, print_estimate
 from memfit.report.words import Words, load_words
@@ -17,7 +17,7 @@ MOST: Final = 15
 Row = tuple[list[str], list[Figure]]
 
 
-def print_explained(explained: Explained, *, console: Console, lang: str) -> None:
+def print_explained(explained: TracedEstimate, *, console: Console, lang: str) -> None:
     """Print the estimate, then the largest contributors at its peak, at most `MOST`, and the others together.
     Raises UserError for an unknown `lang`."""
     words, parts = load_words(lang), contributors(explained)
@@ -55,7 +55,7 @@ def print_difference(found: PlanDifference, *, console: Console, lang: str) -> N
     _print(("category", "module", "op"), ("first", "second", "change"), movers, console=console, words=words)
 
 
-def _who(part: Contributor | Mover, words: Words) -> list[str]:
+def _who(part: Contributor | MemoryChange, words: Words) -> list[str]:
     return [words.name("category", part.category), part.module or words.get("text.root"), part.op]
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from memfit.report.terminal import new_table
 from memfit.report.words import Words, load_words
-from memfit.types.precision import Examined, PrecisionAdvice
+from memfit.types.precision import ExaminedModules, PrecisionAdvice
 
 MOST: Final = 12  # most rows for modules that need no island
 _COLUMNS: Final = ("module", "why", "alone", "gradient", "autocast", "loss")
@@ -46,7 +46,7 @@ def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> Non
     _print_islands(advice, console, words)
 
 
-def _cells(place: Examined, advice: PrecisionAdvice, words: Words) -> list[str]:
+def _cells(place: ExaminedModules, advice: PrecisionAdvice, words: Words) -> list[str]:
     loss = "" if place.loss_ratio is None else _percent(place.loss_ratio, words)
     name = place.pattern if place.modules_count == 1 else f"{place.pattern}  ×{place.modules_count}"
     return [
@@ -67,7 +67,7 @@ def _percent(ratio: float, words: Words) -> str:
     return f"{100 * ratio:.2g} %" if math.isfinite(ratio) and ratio < 100 else words.get("precision.lost")
 
 
-def _why(place: Examined, words: Words) -> str:
+def _why(place: ExaminedModules, words: Words) -> str:
     reason = place.reason or place.reason_autocast
     if not reason:
         return ""

@@ -46,7 +46,7 @@ class PhaseRow:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Rung:
+class PlanRow:
     """One plan that was run, over all its completed runs. ``share``: its peak in % of plain training's."""
 
     role: str
@@ -239,7 +239,7 @@ class PocView:
     runs: tuple[RunRow, ...]
     phases: tuple[tuple[PhaseRow, ...], ...]
     timelines: tuple[Timeline, ...]
-    ladder: tuple[Rung, ...]
+    ladder: tuple[PlanRow, ...]
     search: SearchView
     interactions: tuple[InteractionTable, ...]
     losses: tuple[LossCurve, ...]

@@ -34,10 +34,10 @@ from memfit.report.rows import (
     PaperSide,
     PaperView,
     PhaseRow,
+    PlanRow,
     PocView,
     ReachRow,
     ResourceRow,
-    Rung,
     RunRow,
     Timeline,
     VerdictRow,
@@ -190,14 +190,14 @@ def _phase_rows(runs: Sequence[Run]) -> tuple[PhaseRow, ...]:
     )
 
 
-def _ladder(groups: Sequence[Sequence[Run]]) -> tuple[Rung, ...]:
+def _ladder(groups: Sequence[Sequence[Run]]) -> tuple[PlanRow, ...]:
     base = next((peak_bytes(g) for g in groups if g[0].spec.role == "baseline"), None)
     return tuple(sourced(_rung(group, base), _group(group)) for group in groups)
 
 
-def _rung(runs: Sequence[Run], base_bytes: int | None) -> Rung:
+def _rung(runs: Sequence[Run], base_bytes: int | None) -> PlanRow:
     first_run, peak = runs[0], peak_bytes(runs)
-    return Rung(
+    return PlanRow(
         role=first_run.spec.role,
         plan=first_run.spec.plan.label,
         predicted_peak=predicted(first_run.predicted_peak_bytes, "bytes"),

@@ -88,7 +88,7 @@ class Pieces:
         ]
 
 
-class Saves(DefaultSavePlanner):
+class PiecesSavePlanner(DefaultSavePlanner):
     """Save planner of torch.distributed.checkpoint that also saves `Pieces`, and writes parts of a larger CPU
     storage without copying them."""
 
@@ -116,7 +116,7 @@ def _apart(part: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=part.dtype).set_(storage, 0, part.shape, part.stride())
 
 
-class Loads(DefaultLoadPlanner):
+class PiecesLoadPlanner(DefaultLoadPlanner):
     """Load planner of torch.distributed.checkpoint that also loads into `Pieces`."""
 
     def __init__(self) -> None:

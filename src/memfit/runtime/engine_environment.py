@@ -12,11 +12,11 @@ from memfit.engines.base import Engine
 from memfit.engines.environment import Environment, home, record
 from memfit.types.errors import RunError, UserError
 
-Told = Callable[[str], None]
+OnLine = Callable[[str], None]
 _LIMIT_S = 3600.0
 
 
-def install(engine: Engine, into: Path | None, told: Told) -> Environment:
+def install(engine: Engine, into: Path | None, told: OnLine) -> Environment:
     """Create the virtual environment of ``engine`` in the folder ``into`` (None: one named after the engine
     in memfit's `home` of environments), record it, and return the record. ``told`` is called with every line
     that venv and pip print. Raises UserError if the engine needs no environment or the folder exists and is
@@ -49,7 +49,7 @@ def install(engine: Engine, into: Path | None, told: Told) -> Environment:
     return environment
 
 
-def _run(command: list[str], on_line: Told) -> None:
+def _run(command: list[str], on_line: OnLine) -> None:
     last_line = ""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from memfit.runtime.memory import PeakCounter
-from memfit.techniques.offload import Parked, Spool
+from memfit.techniques.offload import Spool, SpooledTensor
 from memfit.types.machine import Calibration
 
 _RNN_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
@@ -47,7 +47,7 @@ def calibrate(
     """
     start, waited_s = time.perf_counter(), _waited_s()
     machine = _rates() if rates else Calibration()
-    probes: dict[str, Probed] = {}
+    probes: dict[str, ProbeResult] = {}
     failures: list[str] = []
     for signature in signatures:
         if time.perf_counter() - start > budget_s:
@@ -94,7 +94,7 @@ def _waited_s() -> float:
 
 def workspaces(
     signatures: Iterable[str], *, budget_s: float, counter: PeakCounter
-) -> Iterator[tuple[str, Inside | None]]:
+) -> Iterator[tuple[str, CallMemory | None]]:
     """Run each signature's operator once, in order; none is begun after ``budget_s`` seconds. Yield the
     signature with the bytes that its operator takes, or with None if the operator cannot run alone."""
     start = time.perf_counter()
@@ -107,7 +107,7 @@ def workspaces(
             yield signature, None
 
 
-class Inside(NamedTuple):
+class CallMemory(NamedTuple):
     """Bytes of one operator call: its peak, including outputs but not inputs, and the part of it that is a
     oneDNN workspace kept for backward."""
 
@@ -115,7 +115,7 @@ class Inside(NamedTuple):
     kept_bytes: int
 
 
-class Probed(NamedTuple):
+class ProbeResult(NamedTuple):
     """Measurements of one operator run alone.
 
     ``seconds`` is the median time of its calls. ``peak_bytes`` is the peak of a call, including outputs but
@@ -129,12 +129,12 @@ class Probed(NamedTuple):
     spread_ratio: float = 0.0
 
 
-def probe(signature: str, counter: PeakCounter) -> Probed | None:
+def probe(signature: str, counter: PeakCounter) -> ProbeResult | None:
     """Measure one operator, or return None if it cannot run alone."""
     try:
         call, usage = inside(signature, counter)
         seconds, spread_ratio = _typical_s(call)
-        return Probed(seconds, usage.peak_bytes, usage.kept_bytes, spread_ratio)
+        return ProbeResult(seconds, usage.peak_bytes, usage.kept_bytes, spread_ratio)
     except CANNOT_RUN:
         return None
 
@@ -153,7 +153,7 @@ CANNOT_RUN = (
 )
 
 
-def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Inside]:
+def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], CallMemory]:
     """Run the signature's operator once. Return a function that repeats the call with the same made-up
     arguments, and the bytes that the call took. Raises one of `CANNOT_RUN` if the operator cannot run
     alone."""
@@ -163,7 +163,7 @@ def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Ins
     out = call(*args, **kwargs)  # no input requires a gradient; kernels that check see training
     peak_bytes = counter.peak_bytes() - start_bytes
     kept_bytes = sum(t.nbytes for t in _tensors(out) if t.dtype == torch.uint8 and "mkldnn" in signature)
-    return lambda: call(*args, **kwargs), Inside(peak_bytes, kept_bytes)
+    return lambda: call(*args, **kwargs), CallMemory(peak_bytes, kept_bytes)
 
 
 def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
@@ -292,7 +292,7 @@ def _disk() -> tuple[float, float]:
 
     def seconds(tensor: torch.Tensor, count: int) -> float:
         start = time.perf_counter()
-        tensors = [Parked(tensor, spool) for _ in range(count)]
+        tensors = [SpooledTensor(tensor, spool) for _ in range(count)]
         while tensors:
             tensors.pop().back()
         return time.perf_counter() - start

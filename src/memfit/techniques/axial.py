@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from memfit.techniques.parallel.sample_parallel_collectives import Together
+from memfit.techniques.parallel.sample_parallel_collectives import GroupCollectives
 
 
 class Whole:
@@ -77,7 +77,7 @@ class Cut(Whole):
 
     cuts = True
 
-    def __init__(self, together: Together) -> None:
+    def __init__(self, together: GroupCollectives) -> None:
         self.together = together
 
     def size(self, length: int) -> int:
@@ -86,7 +86,7 @@ class Cut(Whole):
     def own(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         if not x.requires_grad:
             return self.part(x, dim)
-        return _Own.apply(x, self, dim)  # type: ignore[no-untyped-call, no-any-return]
+        return _RankPart.apply(x, self, dim)  # type: ignore[no-untyped-call, no-any-return]
 
     def whole(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
         return _All.apply(x, self, dim, length)  # type: ignore[no-untyped-call, no-any-return]
@@ -150,7 +150,7 @@ def _joined(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     return torch.cat([part.narrow(dim, 0, part_length) for part, part_length in padded_parts], dim)
 
 
-class _Own(torch.autograd.Function):
+class _RankPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cut: Cut, dim: int) -> torch.Tensor:
         ctx.cut, ctx.dim, ctx.length = cut, dim, x.shape[dim]

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
 
-    from memfit.model.chunk_analysis import Trials, budget_bytes, insides, to_cut
+    from memfit.model.chunk_analysis import ChunkTrials, budget_bytes, insides, to_cut
 
-    calls, trials = insides(bench.job, bench.model), Trials()
+    calls, trials = insides(bench.job, bench.model), ChunkTrials()
     requested_bytes = int(settings["mib"]) * MIB
     budget = requested_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
     cuts = to_cut(bench.model, calls, budget, trials)

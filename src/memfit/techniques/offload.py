@@ -119,7 +119,7 @@ class DiskSpool(_Away):
         return bool(tensor.is_contiguous())
 
     def _put(self, tensor: Any) -> Any:
-        return Parked(tensor, self.spool)
+        return SpooledTensor(tensor, self.spool)
 
 
 class Spool:
@@ -166,7 +166,7 @@ class Spool:
             self._file.close()
 
 
-class Parked:
+class SpooledTensor:
     """The elements of a tensor, stored in a spool until this object is deleted. Those of a fake tensor are
     not stored."""
 

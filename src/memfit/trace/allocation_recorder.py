@@ -1,4 +1,4 @@
-"""The ledger: records the allocation and release of every storage and every operator call, in order.
+"""Record the allocation and release of every storage and every operator call, in order.
 
 Storages are counted, so a tensor and its views count once. Sizes are rounded up to the device's allocation
 granularity: 64 B on CPU (c10's alignment) and 512 B on CUDA (the caching allocator's smallest block).
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from memfit.model.batch_objects import batch_tensors
 from memfit.trace import operators
-from memfit.trace.concrete_values import Shadows
+from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_storage import of_kernels_types, plain_tensors, sole_counts, strided_storage
 from memfit.trace.operators import tensors_in
@@ -73,7 +73,7 @@ _DEVICE: Any = torch.ops.prim.device.default
 _NOTHING = operators.OperatorWork("[]", "", 0, 0)
 
 
-class Ledger(TorchDispatchMode):
+class AllocationRecorder(TorchDispatchMode):
     """Dispatch mode that records storages and operator calls. Enter it inside a FakeTensorMode.
 
     ``phase()`` starts a phase of the training step. ``label()`` assigns a category to storages. ``finish()``
@@ -92,9 +92,9 @@ class Ledger(TorchDispatchMode):
         self.lives: list[_Life] = []
         self.spans: list[PhaseSpan] = []
         self.modules = ModuleStack()
-        self.shadows = Shadows()
+        self.concrete_values = ConcreteValues()
         self.guesses = guesses or Guesses()
-        self.guesses.shadows = self.shadows
+        self.guesses.concrete_values = self.concrete_values
         self.results = operators.Results(self.guesses)
         self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
         self.paused = False
@@ -120,7 +120,7 @@ class Ledger(TorchDispatchMode):
     def phase(self, phase: Phase) -> None:
         self._close_span()
         self.current = phase
-        self.shadows.on = self.shadows.seeded and phase is not Phase.OPTIMIZER
+        self.concrete_values.on = self.concrete_values.seeded and phase is not Phase.OPTIMIZER
 
     def next_step(self) -> None:
         self.step += 1
@@ -182,7 +182,7 @@ class Ledger(TorchDispatchMode):
         if fact.composite:
             with self:
                 return func.decompose(*args, **kwargs)
-        values = self.shadows.values(func, args, kwargs)
+        values = self.concrete_values.values(func, args, kwargs)
         if func is operators.ITEM:
             is_listed = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
             if self.current is Phase.OPTIMIZER and values is None and args[0].dtype.is_floating_point:
@@ -194,7 +194,7 @@ class Ledger(TorchDispatchMode):
             else self._watched(func, fact, args, kwargs, values)
         )
         if values is not None and func not in operators.MAKERS:
-            self.shadows.attach(out, values)
+            self.concrete_values.attach(out, values)
         return out
 
     def _unrecorded(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -276,7 +276,9 @@ class Ledger(TorchDispatchMode):
         if func in operators.SPARSE_MAKERS:
             dense_tensors = [t for t in tensors_in(args) if not operators.is_sparse(t)]
             size_bytes = sum(t.numel() * t.element_size() for t in dense_tensors) or size_bytes
-            indices = next((self.shadows.of(t) for t in dense_tensors if t.dtype is torch.int64), None)
+            indices = next(
+                (self.concrete_values.of(t) for t in dense_tensors if t.dtype is torch.int64), None
+            )
             if indices is not None and indices.numel():
                 with no_dispatch():
                     distinct_ratio = indices.unique(dim=-1).numel() / indices.numel()

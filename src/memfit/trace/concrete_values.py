@@ -37,7 +37,7 @@ _LIFT: Any = torch.ops.aten.lift_fresh.default
 _CAST: Any = torch.ops.aten._to_copy.default
 
 
-class Shadows:
+class ConcreteValues:
     """Attach real values to fake tensors and compute with them.
 
     The real tensor is stored as an attribute of the fake one. To follow an operator is to compute its result

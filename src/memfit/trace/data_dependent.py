@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree
 
 from memfit.trace.assumed_values import AssumedCase, is_assumed
-from memfit.trace.concrete_values import Shadows
+from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.source_location import asking_line, library_line, user_line
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
@@ -41,8 +41,8 @@ _LOOP_LIMIT = 1000  # answers to one line before it counts as an endless loop
 class Guesses:
     """Answers to value-dependent questions in one trace.
 
-    ``bound`` is the job's (`Job.bound`): answers that the user gives. ``shadows`` holds known and assumed
-    values. ``scratch`` holds temporary tensors of an operator until the ledger has recorded them.
+    ``bound`` is the job's (`Job.bound`): answers that the user gives. ``concrete_values`` holds known and
+    assumed values. ``scratch`` holds temporary tensors of an operator until the recorder has recorded them.
     ``doubtful`` is the place in the code that last got an answer True that is not known to be true. ``open``
     lists the lines that got a number without any knowledge, ``assumed`` those whose answer follows from
     assumed values, and ``assumptions`` the answers as sentences for the user.
@@ -53,7 +53,7 @@ class Guesses:
         self.doubtful = ""
         self.open: dict[str, None] = {}
         self.assumed: dict[str, None] = {}
-        self.shadows = Shadows()
+        self.concrete_values = ConcreteValues()
         self.assumptions: dict[str, None] = {}
         self.scratch: list[torch.Tensor] = []
         self._asked: Counter[str] = Counter()
@@ -76,7 +76,7 @@ class Guesses:
         times if the line is not known).
         """
         is_bool, is_float = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
-        is_guess = value is not None and is_assumed(self.shadows.of(tensor))
+        is_guess = value is not None and is_assumed(self.concrete_values.of(tensor))
         place = asking_line() if is_bool and (value is None or (is_guess and value)) else ""
         is_denied = bool(place) and isinstance(self.bound, Mapping) and place in self.bound
         self.doubtful = place if place and not is_denied else self.doubtful
@@ -173,13 +173,17 @@ class Guesses:
             bound = self.bound.get("") if isinstance(self.bound, Mapping) else self.bound
         source = ""
         if bound is None:
-            values = self.shadows.assume(decided) if decided.dtype is torch.bool else self.shadows.of(decided)
+            values = (
+                self.concrete_values.assume(decided)
+                if decided.dtype is torch.bool
+                else self.concrete_values.of(decided)
+            )
             if values is not None:
                 with torch.no_grad(), unset_fake_temporarily():
                     bound = int(count(values))
                 source = self._source(is_assumed(values), line or op)
             elif op in _LIMITED:  # all of them or one; the values are large, or distinct and unknown
-                bound = min(1, most) if self.shadows.case is AssumedCase.LOW else most
+                bound = min(1, most) if self.concrete_values.case is AssumedCase.LOW else most
                 source = self._source(True, line or op)
             else:
                 raise _unbounded(op, line)
@@ -203,7 +207,7 @@ class Guesses:
         """Return real values of ``tensor`` for code outside torch, which reads them by the function ``what``:
         known or else assumed ones. If none can be assumed, as for integers without a known range and for
         large tensors, all elements are the bound of the calling line (or of "item"), or 1."""
-        values, line = self.shadows.assume(tensor), library_line()
+        values, line = self.concrete_values.assume(tensor), library_line()
         if values is None:
             bound = self._given("item", line)
             self.open |= {line: None} if bound is None else {}
@@ -217,13 +221,13 @@ class Guesses:
 
     def _of_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's real result, with assumed numbers and masks where values are not known.
-        Return None if no values can be assumed for an argument (`Shadows.assume`), as for integers, some of
-        which would be out of range, or if the operator fails."""
+        Return None if no values can be assumed for an argument (`ConcreteValues.assume`), as for integers,
+        some of which would be out of range, or if the operator fails."""
         leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        unknown_tensors = [x for x in leaves if self.shadows.of(x) is None]
-        values = {id(x): self.shadows.assume(x) for x in leaves}
+        unknown_tensors = [x for x in leaves if self.concrete_values.of(x) is None]
+        values = {id(x): self.concrete_values.assume(x) for x in leaves}
         for tensor in unknown_tensors:
-            self.shadows.forget(tensor)
+            self.concrete_values.forget(tensor)
         if None in values.values():
             return None
         real_arguments = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
@@ -344,7 +348,7 @@ def _pack_padded_sequence(
     by_time = padded.transpose(0, 1) if batch_first else padded
     longest, rows = by_time.shape[:2]
     size = self.size("_pack_padded_sequence", longest * rows, lengths, torch.sum)
-    real_lengths = self.shadows.of(lengths)
+    real_lengths = self.concrete_values.of(lengths)
     with torch.no_grad(), unset_fake_temporarily():
         if real_lengths is None or int(real_lengths.sum()) != size:
             real_lengths = _shared_out(size, longest, rows)

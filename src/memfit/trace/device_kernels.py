@@ -1,4 +1,4 @@
-"""The device lens: choose the kernels of the target device while all tensors are fake CPU tensors.
+"""Choose the kernels of the target device while all tensors are fake CPU tensors.
 
 For CUDA:
 
@@ -32,7 +32,7 @@ from memfit.trace.autograd_patches import plain_formulas
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class Lens(TorchFunctionMode):
+class CudaKernelMode(TorchFunctionMode):
     """Mode that redirects calls of torch functions on fake CPU tensors to the kernels that CUDA would run:
     attention, dropout, softmax, and the functions that autocast runs in float32."""
 
@@ -47,22 +47,22 @@ class Lens(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def device_lens(device: str) -> Iterator[None]:
+def use_device_kernels(device: str) -> Iterator[None]:
     """Inside this context, patch the derivatives that differ for fake tensors (`plain_formulas`) and, unless
-    ``device`` is "cpu", use `Lens` in forward and in what backward recomputes. Torch disables function modes
-    before its autograd engine runs, so the lens is entered again there."""
+    ``device`` is "cpu", use `CudaKernelMode` in forward and in what backward recomputes. Torch disables
+    function modes before its autograd engine runs, so the mode is entered again there."""
     if device == "cpu":
         with plain_formulas():
             yield
         return
     engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
-    lens = Lens()
+    mode = CudaKernelMode()
 
-    def run_under_lens(*args: Any, **kwargs: Any) -> Any:
-        with lens:
+    def run_in_mode(*args: Any, **kwargs: Any) -> Any:
+        with mode:
             return engine(*args, **kwargs)
 
-    with plain_formulas(), lens, mock.patch.object(torch.autograd, "_engine_run_backward", run_under_lens):
+    with plain_formulas(), mode, mock.patch.object(torch.autograd, "_engine_run_backward", run_in_mode):
         yield
 
 

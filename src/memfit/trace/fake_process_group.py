@@ -181,7 +181,7 @@ class GlooScratch(TorchDispatchMode):
     gather, one after the other, and a copy of the input of a reduce-scatter or scatter.
 
     Each is freed at once. Inside `late`, the largest one and the collective's tensors are held until the next
-    collective of the process group. Enter the mode inside the ledger, which records the allocations. The
+    collective of the process group. Enter the mode inside the recorder, which records the allocations. The
     rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp.
     """
 

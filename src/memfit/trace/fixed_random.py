@@ -29,7 +29,7 @@ _WIDE = {
 }
 
 
-class TimeIsUp(Exception):
+class TimeLimitExceeded(Exception):
     """A computation under `FixedRandom` has used more processor time than its limit."""
 
 
@@ -40,8 +40,8 @@ class FixedRandom(TorchDispatchMode):
     are.
 
     ``counts`` holds the numbers of samples in the batches that are compared. If the last dimension has one of
-    these lengths it may be the batch, and all numbers along it are equal. Raises TimeIsUp at the first
-    operator after ``deadline_s``, a reading of this thread's processor time (`time.thread_time`).
+    these lengths it may be the batch, and all numbers along it are equal. Raises TimeLimitExceeded at the
+    first operator after ``deadline_s``, a reading of this thread's processor time (`time.thread_time`).
     """
 
     def __init__(self, counts: Collection[int], deadline_s: float) -> None:
@@ -50,7 +50,7 @@ class FixedRandom(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if time.thread_time() > self.deadline_s:
-            raise TimeIsUp
+            raise TimeLimitExceeded
         name = func._schema.name.removeprefix("aten::")
         options = {k: _WIDE.get(v, v) if k == "dtype" else v for k, v in (kwargs or {}).items()}
         if not func._schema.is_mutable:

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memfit.jobs.training_step import TrainingStep, split
 from memfit.model.batch_objects import map_batch
-from memfit.trace.allocation_recorder import Ledger
+from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
-from memfit.trace.device_kernels import device_lens
+from memfit.trace.device_kernels import use_device_kernels
 from memfit.trace.fake_copy import FakeCopies
 from memfit.trace.fake_storage import plain_tensors
 from memfit.trace.tracer import (
@@ -94,20 +94,20 @@ def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
 
 @dataclasses.dataclass(kw_only=True)
 class _Watch:
-    """Reads peaks from a ledger event by event, separately for device and host. ``mark`` is the clock at
+    """Reads peaks from a recorder event by event, separately for device and host. ``mark`` is the clock at
     which the event began."""
 
-    ledger: Ledger
+    recorder: AllocationRecorder
     mark: int = 0
     # Id of a life -> "host" or "nowhere" (not counted).
     aside: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def begin(self) -> None:
-        self.mark = self.ledger.clock
+        self.mark = self.recorder.clock
 
     def end(self, event: str) -> LifecyclePeak:
         device, host = self._highest(""), self._highest("host")
-        if self.ledger.device == "cpu":
+        if self.recorder.device == "cpu":
             device, host = self._highest("", "host"), 0
         self.begin()
         return LifecyclePeak(event=event, device_bytes=device, host_bytes=host)
@@ -116,14 +116,14 @@ class _Watch:
     def made(self, place: str) -> Iterator[None]:
         """Assign storages that are made inside this context to `place`: "host", "nowhere" (not counted) or ""
         (the device, as without this context)."""
-        start = len(self.ledger.lives)
+        start = len(self.recorder.lives)
         yield
-        self.aside.update((id(life), place) for life in self.ledger.lives[start:])
+        self.aside.update((id(life), place) for life in self.recorder.lives[start:])
 
     def _highest(self, *places: str) -> int:
-        lives = [x for x in self.ledger.lives if self.aside.get(id(x), "") in places]
+        lives = [x for x in self.recorder.lives if self.aside.get(id(x), "") in places]
         lives = [x for x in lives if x.end is None or x.end > self.mark]
-        sizes = [rounded(x.size_bytes, self.ledger.device) for x in lives]
+        sizes = [rounded(x.size_bytes, self.recorder.device) for x in lives]
         changes = [(max(x.start, self.mark), size) for x, size in zip(lives, sizes, strict=True)]
         changes += [(x.end, -size) for x, size in zip(lives, sizes, strict=True) if x.end is not None]
         return max(itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0])), default=0)
@@ -131,17 +131,17 @@ class _Watch:
 
 @contextlib.contextmanager
 def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
-    ledger = Ledger(device, guesses=Guesses(job.bound))
+    recorder = AllocationRecorder(device, guesses=Guesses(job.bound))
     with (
-        _guesses_blamed(ledger),
+        _guesses_blamed(recorder),
         _fake_world() as fake,
-        _random_states(ledger),
-        _resizes(ledger),
-        device_lens(device),
-        ledger,
-        values_read(ledger.guesses),
+        _random_states(recorder),
+        _resizes(recorder),
+        use_device_kernels(device),
+        recorder,
+        values_read(recorder.guesses),
     ):
-        yield _Watch(ledger=ledger), fake
+        yield _Watch(recorder=recorder), fake
 
 
 def _loading(job: Job, device: str) -> list[LifecyclePeak]:
@@ -153,10 +153,10 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
     for way, place in places.items():
         with _watched(job, device) as (watch, _):
             model = job.build_model()
-            _label_model(watch.ledger, model)
+            _label_model(watch.recorder, model)
             state = model.state_dict()
             if way == "load-assign":
-                watch.aside.update(_lives_of(watch.ledger, state))
+                watch.aside.update(_lives_of(watch.recorder, state))
                 watch.begin()
             with watch.made(place):
                 loaded_state = _loaded(state)
@@ -168,13 +168,13 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
 def _training(job: Job, plan: Plan, batch: Any, device: str) -> tuple[list[LifecyclePeak], Mapping[str, int]]:
     with _watched(job, device) as (watch, fake):
         step = TrainingStep(job, plan, device=device)
-        _label_state(watch.ledger, step)
+        _label_state(watch.recorder, step)
         peaks = [watch.end("build")]
-        inputs = _fake(batch, fake, watch.ledger)
-        watch.ledger.label(inputs, Category.INPUT)
+        inputs = _fake(batch, fake, watch.recorder)
+        watch.recorder.label(inputs, Category.INPUT)
         for event in ("first-step", "steady-step"):
             step.run(inputs, micro_batches_played=_PLAYED_MICRO_BATCHES)
-            _label_state(watch.ledger, step)
+            _label_state(watch.recorder, step)
             peaks.append(watch.end(event))
         peaks.append(_evaluated(step, inputs, watch))
         peaks += _saved(step, watch)
@@ -195,7 +195,7 @@ def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
     """Return the peaks of the events ``save`` and ``save-async``. torch.save copies one storage after the
     other to the host (none from a CPU); an asynchronous save copies all of them first."""
     state = _state(step)
-    if watch.ledger.device != "cpu":
+    if watch.recorder.device != "cpu":
         for tensor in _pytree.tree_leaves(state):
             with watch.made("host"):
                 _loaded(tensor)
@@ -210,14 +210,14 @@ def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
 def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> LifecyclePeak:
     with _watched(job, device) as (watch, fake):
         old_step = TrainingStep(job, plan, device=device)
-        _label_state(watch.ledger, old_step)
-        old_step.run(_fake(batch, fake, watch.ledger), micro_batches_played=1)
+        _label_state(watch.recorder, old_step)
+        old_step.run(_fake(batch, fake, watch.recorder), micro_batches_played=1)
         state = _state(old_step)
-        watch.aside.update(_lives_of(watch.ledger, state))
+        watch.aside.update(_lives_of(watch.recorder, state))
         old_step.close()
         watch.begin()
         new_step = TrainingStep(job, plan, device=device)
-        _label_state(watch.ledger, new_step)
+        _label_state(watch.recorder, new_step)
         with watch.made("host" if way == "resume-via-host" else ""):
             loaded_state = _loaded(state)
         new_step.model.load_state_dict(loaded_state["model"])
@@ -236,9 +236,9 @@ def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> Lifecy
     return peak
 
 
-def _fake(batch: Any, fake: Any, ledger: Ledger) -> Any:
+def _fake(batch: Any, fake: Any, recorder: AllocationRecorder) -> Any:
     inputs = map_batch(fake.from_tensor, batch)
-    ledger.shadows.seed(inputs, batch)
+    recorder.concrete_values.seed(inputs, batch)
     return inputs
 
 
@@ -280,12 +280,12 @@ def _loaded(state: Any) -> Any:
     return _pytree.tree_map_only(torch.Tensor, one, state)
 
 
-def _lives_of(ledger: Ledger, state: Any) -> dict[int, str]:
-    """Return the ids of the ledger's lives of the storages in ``state``, mapped to "nowhere" so that `_Watch`
-    does not count them."""
+def _lives_of(recorder: AllocationRecorder, state: Any) -> dict[int, str]:
+    """Return the ids of the recorder's lives of the storages in ``state``, mapped to "nowhere" so that
+    `_Watch` does not count them."""
     tensors = [t for t in _pytree.tree_leaves(state) if isinstance(t, torch.Tensor)]
     keys = {plain.untyped_storage()._cdata for t in tensors for plain in plain_tensors(t)}
-    return {id(ledger._known[k][1]): "nowhere" for k in keys if k in ledger._known}
+    return {id(recorder._known[k][1]): "nowhere" for k in keys if k in recorder._known}
 
 
 def _sizes(step: TrainingStep) -> Mapping[str, int]:

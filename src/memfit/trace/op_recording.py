@@ -22,11 +22,11 @@ from memfit.techniques.recompute.op_numbering import (
     storage_key,
     written,
 )
-from memfit.trace.allocation_recorder import Ledger
+from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.tracer import stepping, trace
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.types.recording import Called, Made, Recording
+from memfit.types.recording import ForwardCall, ForwardStorage, Recording
 from memfit.types.trace import rounded
 
 
@@ -61,7 +61,7 @@ def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
 
 class _Recorder(Numbered):
     """Mode that records operators and, as hooks of saved tensors, what backward reads, without dropping any
-    result. All clocks are the ledger's.
+    result. All clocks are the recorder's.
 
     A result is a storage that an operator makes. ``of``, ``lives``, ``dtypes`` and ``last_read`` are indexed
     by its number (`Numbered`). ``needs`` maps the number to the clocks at which backward reads the result;
@@ -71,9 +71,9 @@ class _Recorder(Numbered):
     def __init__(self) -> None:
         super().__init__()
         modes = _get_current_dispatch_mode_stack()
-        self.ledger: Ledger = next(m for m in modes if isinstance(m, Ledger))
-        self.start = self.ledger.clock
-        self.calls: list[Called] = []
+        self.recorder: AllocationRecorder = next(m for m in modes if isinstance(m, AllocationRecorder))
+        self.start = self.recorder.clock
+        self.calls: list[ForwardCall] = []
         self.of: list[list[int]] = []  # indices of the calls that make or write each result
         self.lives: list[Any] = []
         self.dtypes: list[torch.dtype] = []
@@ -90,7 +90,7 @@ class _Recorder(Numbered):
     sees_views = True
 
     def before(self, known: OperatorNumber, func: Any, args: Any, kwargs: Any) -> Any:
-        return self.ledger.clock
+        return self.recorder.clock
 
     def after(
         self, func: Any, args: Any, kwargs: Any, made: list[tuple[int, torch.Tensor]], state: Any
@@ -99,12 +99,12 @@ class _Recorder(Numbered):
         write_targets = written(func, args, kwargs)
         reads = dict.fromkeys(n for n in map(self.number, inputs) if n is not None)
         for number in reads:
-            self.last_read[number] = self.ledger.clock
+            self.last_read[number] = self.recorder.clock
         target_numbers = [n for n in map(self.number, write_targets) if n is not None]
         if not (made or target_numbers):
             return
         index = len(self.calls)
-        self.calls.append(Called(clock=state, reads=tuple(reads)))
+        self.calls.append(ForwardCall(clock=state, reads=tuple(reads)))
         new_numbers = range(self.count, self.count + len(made))
         for target in target_numbers:
             self.of[target].append(index)
@@ -140,9 +140,9 @@ class _Recorder(Numbered):
     def _born(self, number: int, tensor: torch.Tensor, call: int, *, shared: bool) -> None:
         storage, key, numbers = tensor.untyped_storage(), storage_key(tensor), self._numbers
         self.of.append([call])
-        self.lives.append(self.ledger.note_real(tensor, ""))
+        self.lives.append(self.recorder.note_real(tensor, ""))
         self.dtypes.append(tensor.dtype)
-        self.last_read.append(self.ledger.clock)
+        self.last_read.append(self.recorder.clock)
         if shared or key in numbers:  # the storage is that of an argument or of an earlier output
             self.pinned.add(number)
             return
@@ -165,13 +165,13 @@ class _Recorder(Numbered):
     def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, tuple):
             number, packed = packed
-            self.needs[number].append(self.ledger.clock)
+            self.needs[number].append(self.recorder.clock)
         return packed  # type: ignore[no-any-return]
 
-    def made(self) -> tuple[Made, ...]:
+    def made(self) -> tuple[ForwardStorage, ...]:
         return tuple(
-            Made(
-                size_bytes=rounded(life.size_bytes, self.ledger.device),
+            ForwardStorage(
+                size_bytes=rounded(life.size_bytes, self.recorder.device),
                 start=life.start,
                 end=life.end,
                 last_read=self.last_read[number],

@@ -98,7 +98,7 @@ def faked(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> Fak
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Fresh:
+class NewTensors:
     """New tensors of known layout that an operator makes whenever its arguments have certain shapes.
 
     ``layouts`` holds (size, stride, dtype, device) of each. ``several``: the operator returns a tuple.
@@ -134,7 +134,7 @@ def only_writes(func: Any) -> bool:
     )
 
 
-def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
+def fresh(func: Any, given: list[torch.Tensor], out: Any) -> NewTensors | None:
     """Return how to make the outputs ``out`` again for equal arguments, of which ``given`` are the tensors.
     Return None if the operator is not of ATen, writes to an argument or only allocates, if a tensor has known
     values, or if an output is not a new fake tensor that fills its storage."""
@@ -152,7 +152,7 @@ def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
     ):
         return None
     layouts = tuple((t.size(), t.stride(), t.dtype, t.fake_device) for t in outputs)
-    return Fresh(outputs[0].fake_mode, layouts, isinstance(out, tuple))
+    return NewTensors(outputs[0].fake_mode, layouts, isinstance(out, tuple))
 
 
 class Results:
@@ -161,7 +161,7 @@ class Results:
 
     def __init__(self, guesses: Guesses) -> None:
         self._guesses = guesses
-        self._made: dict[Any, Fresh | None] = {}
+        self._made: dict[Any, NewTensors | None] = {}
         self._written = set[Any]()  # calls known to change only values
 
     def of(self, key: Any, func: Any, args: Any, kwargs: Any, values: Any) -> Any:

@@ -2,8 +2,8 @@
 
 A detector keeps as many proposals as its weights find. Where such numbers would have to be assumed, the step
 is also computed on real tensors while it is traced, if it is small enough: the weights' values are attached
-to the fake parameters, and every operator is followed (`Shadows`). The values are those of one batch and of
-the weights before training, so they count as assumed, and the interval still covers the other cases.
+to the fake parameters, and every operator is followed (`ConcreteValues`). The values are those of one batch
+and of the weights before training, so they count as assumed, and the interval still covers the other cases.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from memfit.trace.concrete_values import Shadows
+from memfit.trace.concrete_values import ConcreteValues
 from memfit.types.trace import Trace
 
 Weights = Mapping[str, torch.Tensor]
@@ -66,16 +66,16 @@ def following(weights: Weights) -> Iterator[None]:
         _FOLLOWED.reset(token)
 
 
-def attach_weights(shadows: Shadows, model: torch.nn.Module) -> None:
+def attach_weights(concrete_values: ConcreteValues, model: torch.nn.Module) -> None:
     """Attach the weights of `following` to the model's tensors of the same names and shapes. Do nothing
     outside `following`."""
     weights = _FOLLOWED.get()
     if weights is None:
         return
-    shadows.max_elements = math.inf
+    concrete_values.max_elements = math.inf
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in weights and weights[name].shape == tensor.shape:
-            shadows.set_assumed(tensor, weights[name])
+            concrete_values.set_assumed(tensor, weights[name])
 
 
 def built_weights(build: Callable[[], torch.nn.Module]) -> Weights:

@@ -25,7 +25,7 @@ from torch.utils import _pytree
 
 from memfit.jobs.training_step import batch_length, split
 from memfit.runtime import local_machine
-from memfit.trace.fixed_random import FixedRandom, TimeIsUp
+from memfit.trace.fixed_random import FixedRandom, TimeLimitExceeded
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import with_blocks
 from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
@@ -78,7 +78,7 @@ def _tried(job: Job) -> SampleDependence:
     try:
         small_job = _affordable(job)
         result = _Trial(small_job).run()
-    except TimeIsUp:
+    except TimeLimitExceeded:
         result = _not_tested(f"the trial takes more processor time than {_MOST_S:g} s")
     except Exception as error:  # noqa: BLE001  any error of the user's code on parts of a batch
         result = _not_tested(_first_line(error))
@@ -287,7 +287,7 @@ class _Trial:
             _add_noise(self.model)
             try:
                 random_result = self._compared(_redrawn(batch), "on random samples", real=False)
-            except TimeIsUp:
+            except TimeLimitExceeded:
                 raise
             except Exception as error:  # noqa: BLE001  the job may not accept random values
                 random_result = _not_tested(_first_line(error))
@@ -317,7 +317,7 @@ class _Trial:
         halves = split(batch, 2)
         try:
             part_gradients, states = self._of_parts(halves)
-        except TimeIsUp:
+        except TimeLimitExceeded:
             raise
         except Exception as error:  # noqa: BLE001  any error of the user's code
             return _not_tested(f"the loss fails on half of the batch: {_first_line(error)}")

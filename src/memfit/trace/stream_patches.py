@@ -11,34 +11,34 @@ from unittest import mock
 
 import torch
 
-from memfit.trace.allocation_recorder import Ledger
+from memfit.trace.allocation_recorder import AllocationRecorder
 
 
 class _Event(torch.cpu.Event):
     """An event that stands for the calls of a stream before it was recorded: ``at`` is (stream, number of
-    these calls). If a stream waits for the event, the ledger records that it waits for these calls."""
+    these calls). If a stream waits for the event, the recorder records that it waits for these calls."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger, self.at = ledger, ("", 0)
+    def __init__(self, recorder: AllocationRecorder) -> None:
+        self.recorder, self.at = recorder, ("", 0)
 
     def record(self, stream: Any = None) -> None:
-        name = stream.name if isinstance(stream, _Stream) else self.ledger.place
-        self.at = (name, self.ledger.flows.calls[name])
+        name = stream.name if isinstance(stream, _Stream) else self.recorder.place
+        self.at = (name, self.recorder.flows.calls[name])
 
     def wait(self, stream: Any = None) -> None:
-        self.ledger.wait(stream.name if isinstance(stream, _Stream) else self.ledger.place, *self.at)
+        self.recorder.wait(stream.name if isinstance(stream, _Stream) else self.recorder.place, *self.at)
 
 
 class _Stream(torch.cpu.Stream):
-    def __init__(self, ledger: Ledger, name: str) -> None:
-        self.ledger, self.name = ledger, name
+    def __init__(self, recorder: AllocationRecorder, name: str) -> None:
+        self.recorder, self.name = recorder, name
 
     def wait_stream(self, stream: Any) -> None:
         if isinstance(stream, _Stream):
-            self.ledger.wait(self.name, stream.name, self.ledger.flows.calls[stream.name])
+            self.recorder.wait(self.name, stream.name, self.recorder.flows.calls[stream.name])
 
     def record_event(self) -> Any:
-        event = _Event(self.ledger)
+        event = _Event(self.recorder)
         event.record(self)
         return event
 
@@ -48,28 +48,28 @@ class _Stream(torch.cpu.Stream):
 
 
 @contextlib.contextmanager
-def streams(ledger: Ledger) -> Iterator[None]:
-    """Inside this context, patch CPU streams so that the ledger records them. FSDP2 gathers and reduces on
+def streams(recorder: AllocationRecorder) -> Iterator[None]:
+    """Inside this context, patch CPU streams so that the recorder records them. FSDP2 gathers and reduces on
     streams of its own, each of which has a memory pool of its own in the CUDA allocator. In a trace FSDP2
-    gets CPU streams. They are named "stream 1" and so on. The ledger records storages that are made on a
+    gets CPU streams. They are named "stream 1" and so on. The recorder records storages that are made on a
     stream as lying in its pool, and it records waits for streams and for collectives."""
     numbers = itertools.count(1)
 
     def made(priority: int = -1) -> _Stream:
-        return _Stream(ledger, f"stream {next(numbers)}")
+        return _Stream(recorder, f"stream {next(numbers)}")
 
     def enter(stream: Any) -> Any:
-        return ledger.placed(stream.name) if isinstance(stream, _Stream) else contextlib.nullcontext()
+        return recorder.placed(stream.name) if isinstance(stream, _Stream) else contextlib.nullcontext()
 
     def current(device: Any = None) -> _Stream:
-        return _Stream(ledger, ledger.place)
+        return _Stream(recorder, recorder.place)
 
     def waited(self: Any, *args: Any, **kwargs: Any) -> bool:
-        if (awaited := ledger.flows.next_under_way()) is not None:
-            ledger.wait(ledger.place, *awaited)
+        if (awaited := recorder.flows.next_under_way()) is not None:
+            recorder.wait(recorder.place, *awaited)
         return True
 
-    event = functools.partial(_Event, ledger)
+    event = functools.partial(_Event, recorder)
     work = torch._C._distributed_c10d.Work
     with (
         mock.patch.multiple(torch.cpu, Stream=made, Event=event, stream=enter, current_stream=current),

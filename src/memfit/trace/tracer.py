@@ -22,9 +22,9 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.model.batch_objects import map_batch
 from memfit.techniques import fp32_modules
 from memfit.techniques.base import Workbench
-from memfit.trace.allocation_recorder import Ledger
+from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
-from memfit.trace.device_kernels import device_lens
+from memfit.trace.device_kernels import use_device_kernels
 from memfit.trace.fake_copy import script_modules_loaded
 from memfit.trace.fake_process_group import (
     GlooScratch,
@@ -39,7 +39,7 @@ from memfit.trace.fake_process_group import (
 from memfit.trace.real_weights import attach_weights
 from memfit.trace.stream_patches import streams
 from memfit.trace.truncated_model import FirstBlocks, remember
-from memfit.trace.value_guess_retry import Doubted, retried, weighed, widened
+from memfit.trace.value_guess_retry import GuessFailed, retried, weighed, widened
 from memfit.trace.value_patches import values_read
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -91,45 +91,50 @@ def trace(
     fails after a value was guessed. Other errors of the user's code are raised as they are. Raises
     MemfitError as `fake_ranks` does.
     """
-    ledger = Ledger(device, lines=lines, guesses=Guesses(job.bound))
+    recorder = AllocationRecorder(device, lines=lines, guesses=Guesses(job.bound))
     scratch = plan.ranks > 1 and device == "cpu"
-    ledger.modes_above = int(scratch)
+    recorder.modes_above = int(scratch)
     with (
-        _guesses_blamed(ledger),
+        _guesses_blamed(recorder),
         fake_ranks(plan, rank) as world,
         _fake_world() as fake,
-        _random_states(ledger),
-        _resizes(ledger),
-        _propagation_unseen(ledger),
-        device_lens(device),
-        ledger,
-        values_read(ledger.guesses),
+        _random_states(recorder),
+        _resizes(recorder),
+        _propagation_unseen(recorder),
+        use_device_kernels(device),
+        recorder,
+        values_read(recorder.guesses),
         GlooScratch() if scratch else contextlib.nullcontext(),
-        streams(ledger) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
+        streams(recorder) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):
-        ledger.place = "host" if builds_on_host(plan, device) else ""
+        recorder.place = "host" if builds_on_host(plan, device) else ""
         model_bytes: list[int] = []
         step = _STEP.get()(
-            _unwatched(job, ledger),
+            _unwatched(job, recorder),
             plan,
             device=device,
             world=world,
-            on_built=partial(_begin, ledger, model_bytes),
+            on_built=partial(_begin, recorder, model_bytes),
         )
-        ledger.place = ""
-        _label_state(ledger, step)
-        ledger.move(list(step.model.buffers()), "")
+        recorder.place = ""
+        _label_state(recorder, step)
+        recorder.move(list(step.model.buffers()), "")
         if moves_parameters(plan, device):
-            ledger.move(list(step.model.parameters()), "")
+            recorder.move(list(step.model.parameters()), "")
         if any(_compiled(m) for m in step.model.modules()):
-            ledger.guesses.assumptions[
+            recorder.guesses.assumptions[
                 "modules under torch.compile keep the same tensors as in eager mode"
             ] = None
         played_count = _play(
-            ledger, step, partial(_given, ledger, fake, step), steps=steps, max_played=played, update=update
+            recorder,
+            step,
+            partial(_given, recorder, fake, step),
+            steps=steps,
+            max_played=played,
+            update=update,
         )
         groups = members()
-    allocations, ops, spans = ledger.finish()
+    allocations, ops, spans = recorder.finish()
     allocations, host_peak_bytes, host_step_bytes = without_host(allocations, spans)
     params = list(step.model.parameters())
     return Trace(
@@ -141,12 +146,12 @@ def trace(
         parameter_count=sum(p.numel() for p in params),
         trainable_count=sum(p.numel() for p in params if p.requires_grad),
         repeated_micro_steps=step.bench.micro_batches - played_count,
-        offloaded_bytes=ledger.offloaded_bytes,
-        restored_bytes=ledger.restored_bytes,
-        offloaded_tensors=ledger.offloaded_tensors,
-        assumptions=tuple(ledger.guesses.assumptions),
-        guessed=tuple(filter(None, ledger.guesses.open)),
-        assumed=tuple(ledger.guesses.assumed),
+        offloaded_bytes=recorder.offloaded_bytes,
+        restored_bytes=recorder.restored_bytes,
+        offloaded_tensors=recorder.offloaded_tensors,
+        assumptions=tuple(recorder.guesses.assumptions),
+        guessed=tuple(filter(None, recorder.guesses.open)),
+        assumed=tuple(recorder.guesses.assumed),
         rank=rank,
         ranks=plan.ranks,
         communicators=tuple((name, len(ranks)) for name, ranks in groups.items()),
@@ -168,9 +173,9 @@ def fake_model(job: Job) -> torch.nn.Module:
         model = _FAKES[job.build_model]
         fp32_modules.find(model, job.islands)
         return model
-    ledger = Ledger("cpu", guesses=Guesses(job.bound))  # answers initialisers that read values
-    with _fake_world(), ledger:
-        model = ledger.unseen(job.build_model)()
+    recorder = AllocationRecorder("cpu", guesses=Guesses(job.bound))  # answers initialisers that read values
+    with _fake_world(), recorder:
+        model = recorder.unseen(job.build_model)()
     remember(job, model)
     fp32_modules.find(model, job.islands)
     with contextlib.suppress(TypeError):
@@ -181,21 +186,23 @@ def fake_model(job: Job) -> torch.nn.Module:
 _FAKES: weakref.WeakKeyDictionary[Any, torch.nn.Module] = weakref.WeakKeyDictionary()
 
 
-def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int) -> tuple[Any, float]:
+def _given(
+    recorder: AllocationRecorder, fake: FakeTensorMode, step: TrainingStep, index: int
+) -> tuple[Any, float]:
     """Return (this rank's batch on fake tensors, mean number of loss terms per rank) for the step ``index``.
     Each step has a batch of its own, because lengths and graphs differ between batches."""
     with _disable_current_modes():
         batch = step.job.make_batch(index, 0)
     part, terms = step.local(batch)
     inputs = map_batch(fake.from_tensor, part)
-    ledger.label(inputs, Category.INPUT)
-    attach_weights(ledger.shadows, step.model)
-    ledger.shadows.seed(inputs, part)
+    recorder.label(inputs, Category.INPUT)
+    attach_weights(recorder.concrete_values, step.model)
+    recorder.concrete_values.seed(inputs, part)
     return inputs, terms
 
 
 def _play(
-    ledger: Ledger,
+    recorder: AllocationRecorder,
     step: TrainingStep,
     make_inputs: Callable[[int], Any],
     *,
@@ -206,11 +213,11 @@ def _play(
     """Run the steps and return the number of micro-batches run in the last one: at most ``max_played``."""
     played = min(step.bench.micro_batches, max_played)
     with _not_tracing():  # building the model may have imported modules to patch
-        return _played(ledger, step, make_inputs, steps=steps, played=played, update=update)
+        return _played(recorder, step, make_inputs, steps=steps, played=played, update=update)
 
 
 def _played(
-    ledger: Ledger,
+    recorder: AllocationRecorder,
     step: TrainingStep,
     make_inputs: Callable[[int], Any],
     *,
@@ -218,14 +225,14 @@ def _played(
     played: int,
     update: bool,
 ) -> int:
-    step.bench.on_gradient = lambda param: ledger.label(param.grad, Category.GRADIENT)
-    step.bench.on_offload = ledger.note_offload
-    ledger.modules.watch(step.model)
-    ledger.phase(Phase.SETUP)  # the model is built; batches are made between steps
+    step.bench.on_gradient = lambda param: recorder.label(param.grad, Category.GRADIENT)
+    step.bench.on_offload = recorder.note_offload
+    recorder.modules.watch(step.model)
+    recorder.phase(Phase.SETUP)  # the model is built; batches are made between steps
     try:
         for index in range(steps):
-            mark, inputs, outputs = _marker(ledger, step), None, None
-            ledger.offloaded_bytes = ledger.restored_bytes = ledger.offloaded_tensors = 0
+            mark, inputs, outputs = _marker(recorder, step), None, None
+            recorder.offloaded_bytes = recorder.restored_bytes = recorder.offloaded_tensors = 0
             if index < steps - 1 and primed(step.plan):
                 step.prime(mark)
             else:
@@ -239,66 +246,66 @@ def _played(
                     update=update,
                     terms_per_rank=terms,
                 )
-            ledger.phase(Phase.SETUP)
+            recorder.phase(Phase.SETUP)
             del outputs, inputs
-            _label_state(ledger, step)
-            ledger.next_step()
+            _label_state(recorder, step)
+            recorder.next_step()
     finally:
-        ledger.modules.close()
+        recorder.modules.close()
         step.close()
     return played
 
 
-def _unwatched(job: Job, ledger: Ledger) -> Job:
+def _unwatched(job: Job, recorder: AllocationRecorder) -> Job:
     if not isinstance(job.build_model, FirstBlocks):
         return job
-    return dataclasses.replace(job, build_model=ledger.unseen(job.build_model))
+    return dataclasses.replace(job, build_model=recorder.unseen(job.build_model))
 
 
-def _begin(ledger: Ledger, model_bytes: list[int], bench: Workbench) -> None:
+def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbench) -> None:
     tensors = [*bench.model.parameters(), *bench.model.buffers()]
     model_bytes.append(sum(t.numel() * t.element_size() for t in tensors))
-    bench.on_ddp = partial(ready_for_fakes, note=ledger.note_real)
-    if ledger.device != "cpu":
-        bench.place = ledger.placed
+    bench.on_ddp = partial(ready_for_fakes, note=recorder.note_real)
+    if recorder.device != "cpu":
+        bench.place = recorder.placed
     else:
-        bench.first_part = partial(_first_part, ledger, bench.first_part)
-    bench.on_kept = lambda tensor, category: ledger.label(tensor, Category(category))
-    _label_model(ledger, bench.model)
+        bench.first_part = partial(_first_part, recorder, bench.first_part)
+    bench.on_kept = lambda tensor, category: recorder.label(tensor, Category(category))
+    _label_model(recorder, bench.model)
 
 
-def _first_part(ledger: Ledger, inner: Callable[[int], Any], parts: int) -> Any:
+def _first_part(recorder: AllocationRecorder, inner: Callable[[int], Any], parts: int) -> Any:
     """Return ``inner(parts)``, the first of so many equal parts of the job's first batch, with its tensors
     recorded as inputs. Techniques use it to observe how the model runs."""
     part = inner(parts)
-    ledger.label(part, Category.INPUT)
+    recorder.label(part, Category.INPUT)
     return part
 
 
-def _marker(ledger: Ledger, step: TrainingStep) -> Any:
+def _marker(recorder: AllocationRecorder, step: TrainingStep) -> Any:
     def mark(phase: Phase) -> None:
-        if ledger.current is Phase.BACKWARD:
+        if recorder.current is Phase.BACKWARD:
             for name, param in step.model.named_parameters():
-                ledger.label(param.grad, Category.GRADIENT, module=name.rpartition(".")[0])
-                if ledger.device != "cpu" and step.bench.gradients_on:
-                    ledger.move(param.grad, step.bench.gradients_on)
-        ledger.phase(phase)
+                recorder.label(param.grad, Category.GRADIENT, module=name.rpartition(".")[0])
+                if recorder.device != "cpu" and step.bench.gradients_on:
+                    recorder.move(param.grad, step.bench.gradients_on)
+        recorder.phase(phase)
 
     return mark
 
 
-def _label_state(ledger: Ledger, step: TrainingStep) -> None:
+def _label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
     """Label the optimizer's state, and then the model's parameters and buffers, whose label therefore holds
     for a storage that belongs to both."""
     owner = {id(p): name.rpartition(".")[0] for name, p in step.model.named_parameters()}
     for param, state in step.optimizer.state.items():
-        ledger.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)) or ledger.owner(param))
-    _label_model(ledger, step.model)
+        recorder.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)) or recorder.owner(param))
+    _label_model(recorder, step.model)
 
 
-def _label_model(ledger: Ledger, model: torch.nn.Module) -> None:
+def _label_model(recorder: AllocationRecorder, model: torch.nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        ledger.label(tensor, Category.PARAMETER, module=name.rpartition(".")[0])
+        recorder.label(tensor, Category.PARAMETER, module=name.rpartition(".")[0])
 
 
 @contextlib.contextmanager
@@ -337,34 +344,34 @@ def _not_tracing() -> Iterator[None]:
         yield
 
 
-def _random_states(ledger: Ledger) -> Any:
+def _random_states(recorder: AllocationRecorder) -> Any:
     """Return a patch that records the result of torch.get_rng_state, a real tensor made below the dispatcher.
     Each checkpointed block keeps one."""
     inner = torch.get_rng_state
 
     def noted() -> torch.Tensor:
         state = inner()
-        ledger.note_real(state, "get_rng_state")
+        recorder.note_real(state, "get_rng_state")
         return state
 
     return mock.patch.object(torch, "get_rng_state", noted)
 
 
-def _resizes(ledger: Ledger) -> Any:
+def _resizes(recorder: AllocationRecorder) -> Any:
     """Return a patch that records storages that are resized below the dispatcher, as FSDP2 does to free and
     refill its parameters."""
     inner = torch.UntypedStorage.resize_
 
     def noted(storage: torch.UntypedStorage, size: int) -> Any:
         out = inner(storage, size)
-        ledger.resized(storage)
+        recorder.resized(storage)
         return out
 
     return mock.patch.object(torch.UntypedStorage, "resize_", noted)
 
 
 @contextlib.contextmanager
-def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
+def _propagation_unseen(recorder: AllocationRecorder) -> Iterator[None]:
     """Inside this context, do not record DTensor's shape propagation, which runs on fake tensors of the
     unsharded shape."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -373,7 +380,7 @@ def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
     inner = getattr(ShardingPropagator, name)
 
     def quietly(*args: Any, **kwargs: Any) -> Any:
-        with ledger.pause():
+        with recorder.pause():
             return inner(*args, **kwargs)
 
     with mock.patch.object(ShardingPropagator, name, quietly):
@@ -381,19 +388,19 @@ def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _guesses_blamed(ledger: Ledger) -> Iterator[None]:
+def _guesses_blamed(recorder: AllocationRecorder) -> Iterator[None]:
     """Attribute an error inside this context to a guessed value, if there was one: another value may work, or
-    the user can give it. Raises Doubted if a condition was assumed to be true and the error is not one that
-    memfit itself found. Otherwise raises UserError if a value was guessed and the error is a RuntimeError,
-    ValueError, IndexError or TypeError. Other errors are raised as they are."""
-    guesses = ledger.guesses
+    the user can give it. Raises GuessFailed if a condition was assumed to be true and the error is not one
+    that memfit itself found. Otherwise raises UserError if a value was guessed and the error is a
+    RuntimeError, ValueError, IndexError or TypeError. Other errors are raised as they are."""
+    guesses = recorder.guesses
     try:
         yield
     except Exception as error:
         is_own_error = isinstance(error, UserError) and error.__cause__ is None
         guess_error = _blamed(error, list(guesses.assumptions))
         if guesses.doubtful and not is_own_error:
-            raise Doubted(guesses.doubtful, guess_error or error) from error
+            raise GuessFailed(guesses.doubtful, guess_error or error) from error
         if guess_error is not None:
             raise guess_error from error
         raise

@@ -27,7 +27,7 @@ _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, 
 _ANOTHER = 2  # answer to try where the answer was 1
 
 
-class Doubted(Exception):
+class GuessFailed(Exception):
     """A run failed with the error ``reason`` after the code at ``place`` had got the answer True for a
     condition that is not known to be true."""
 
@@ -37,8 +37,9 @@ class Doubted(Exception):
 
 
 def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
-    """Wrap ``run``: if it raises Doubted, run it again with False for the condition that was last assumed to
-    be true, and so on, at most four runs in all. If none of them succeeds, raise the error of the first."""
+    """Wrap ``run``: if it raises GuessFailed, run it again with False for the condition that was last assumed
+    to be true, and so on, at most four runs in all. If none of them succeeds, raise the error of the
+    first."""
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -46,7 +47,7 @@ def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, 
         for _ in range(_TRIES):
             try:
                 return run(job, *args, **kwargs)
-            except Doubted as doubt:
+            except GuessFailed as doubt:
                 first_error = first_error or doubt.reason
                 job = _with_bounds(job, {doubt.place: 0})
             except Exception:

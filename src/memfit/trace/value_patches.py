@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from memfit.trace.concrete_values import Shadows
+from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.data_dependent import Guesses
 
 
@@ -20,10 +20,10 @@ from memfit.trace.data_dependent import Guesses
 def values_read(guesses: Guesses) -> Iterator[None]:
     """Inside this context, patch the functions that read or write values of fake tensors without a dispatch
     mode: pad_packed_sequence, ctc_loss, tensor_split, numpy and tolist. ``guesses`` gives the values."""
-    shadows = guesses.shadows
+    concrete_values = guesses.concrete_values
     with contextlib.ExitStack() as stack:
         for home, name, replacement in (
-            (torch._VF, "_pad_packed_sequence", _padding(shadows)),
+            (torch._VF, "_pad_packed_sequence", _padding(concrete_values)),
             (torch, "ctc_loss", _given_tensors(torch.ctc_loss)),
             (torch, "tensor_split", _given_numbers(torch.tensor_split)),
             (torch.Tensor, "tensor_split", _given_numbers(torch.Tensor.tensor_split)),
@@ -68,9 +68,9 @@ def _given_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def _padding(shadows: Shadows) -> Callable[..., Any]:
+def _padding(concrete_values: ConcreteValues) -> Callable[..., Any]:
     """Return a ``pad_packed_sequence`` that takes the batch sizes as a real tensor and returns (fake padded
-    sequences, fake lengths). The values of the lengths are kept in ``shadows``
+    sequences, fake lengths). The values of the lengths are kept in ``concrete_values``
     (aten/src/ATen/native/PackedSequence.cpp)."""
 
     def pad(
@@ -87,7 +87,7 @@ def _padding(shadows: Shadows) -> Callable[..., Any]:
             )
         out = data.new_full((max(longest, total_length), rows, *data.shape[1:]), value)
         lengths = torch.empty(rows, dtype=torch.int64)
-        shadows.attach(lengths, real)
+        concrete_values.attach(lengths, real)
         offset = start = 0
         for width, count in zip(widths, steps, strict=True):
             piece = data[offset : offset + width * count].view(count, width, *data.shape[1:])

@@ -9,8 +9,8 @@ from typing import Final
 
 from memfit.types.result import Interval
 
-# (field of Way with a price, name of the Term with the user's own price, field of Terms with the factor on
-# the catalog's price)
+# (field of Alternative with a price, name of the Term with the user's own price, field of Terms with the
+# factor on the catalog's price)
 OFFERS: Final = (
     ("price", "purchase_price", "hardware_factor"),
     ("per_hour", "rental_price", "rental_factor"),
@@ -88,7 +88,7 @@ class Terms:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class Alternative:
     """One option of the decision: a machine with a plan, or doing nothing.
 
     ``kind``: existing, purchase, cloud or nothing. ``plan``: its label; ``plain``: whether it is plain
@@ -127,7 +127,7 @@ class Way:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Sheet:
+class CostSheet:
     """What one option costs, in the user's currency.
 
     ``setup``, ``purchase`` and their sum ``initial`` are spent at the beginning. ``present_cost`` and
@@ -158,7 +158,7 @@ class Sheet:
     # whether the available machines can do all runs of a year, and a run is not longer than allowed
     enough: bool
 
-    def saved_percent(self, reference: Sheet) -> float | None:
+    def saved_percent(self, reference: CostSheet) -> float | None:
         """Return the saving in percent of the reference's present cost; negative is a loss.
 
         None if one of the two costs is unknown, or if the reference's is not positive.
@@ -249,8 +249,8 @@ class Decision:
     size: str  # size of the job that all ways train; "" if nothing was predicted
     terms: Terms
     told: tuple[Term, ...]  # all numbers that the decision is based on
-    ways: tuple[Way, ...]
-    sheets: tuple[Sheet, ...]
+    ways: tuple[Alternative, ...]
+    sheets: tuple[CostSheet, ...]
     shown: tuple[int, ...]  # the options compared side by side
     slots: tuple[tuple[str, int], ...]  # (column on the page, index); an option may be in several columns
     best: int | None

@@ -10,7 +10,7 @@ Travel = tuple[tuple[str, float], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class PartCosts:
     """Costs of one micro-batch in a piece of the model (a block, or what lies before or after all blocks).
 
     They are for one rank, with nothing sharded over data-parallel ranks. ``*_travel``: collectives that the
@@ -43,16 +43,16 @@ NUMBERS = (
 class Parts:
     """The pieces of a chain: before the blocks, one of the equal blocks, after the blocks."""
 
-    before: Piece
-    block: Piece
-    after: Piece
+    before: PartCosts
+    block: PartCosts
+    after: PartCosts
 
 
 PIECES = ("before", "block", "after")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Updating:
+class UpdateCosts:
     """Costs of the optimizer's step, each divided by the number of parameter elements that it updates."""
 
     update_s: float

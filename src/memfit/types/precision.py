@@ -6,7 +6,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class PrecisionErrors:
     """A run of some modules' own code, without that of their children, in one precision, compared with the
     same in float64.
 
@@ -23,7 +23,7 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Examined:
+class ExaminedModules:
     """Modules of one class whose paths differ only in numbers (``pattern`` with stars for them); figures are
     the worst over these modules and their calls.
 
@@ -39,10 +39,10 @@ class Examined:
     pattern: str
     kind: str
     modules_count: int
-    pure: Shown
-    autocast: Shown
-    rounded: Shown
-    float32: Shown
+    pure: PrecisionErrors
+    autocast: PrecisionErrors
+    rounded: PrecisionErrors
+    float32: PrecisionErrors
     sums_ratio: float = 0.0
     loss_ratio: float | None = None
     effect_ratio: float | None = None
@@ -68,10 +68,10 @@ class PrecisionAdvice:
     device: str
     batches_count: int
     trained_steps: int
-    examined: tuple[Examined, ...]
+    examined: tuple[ExaminedModules, ...]
     islands: tuple[str, ...]
     islands_autocast: tuple[str, ...]
-    outside: tuple[Examined, ...]
+    outside: tuple[ExaminedModules, ...]
     sums: tuple[str, ...]
     loss_ratio: float
     kept_ratio: float

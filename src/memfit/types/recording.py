@@ -8,7 +8,7 @@ from memfit.types.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class ForwardStorage:
     """A storage made by an operator of forward. Storages are numbered in the order in which they are made."""
 
     size_bytes: int
@@ -21,7 +21,7 @@ class Made:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Called:
+class ForwardCall:
     """A recorded operator call of forward."""
 
     clock: int  # clock of its operator in the trace
@@ -36,5 +36,5 @@ class Recording:
     trace: Trace
     key: int
     start: int  # clock of the forward pass
-    made: tuple[Made, ...]
-    calls: tuple[Called, ...]
+    made: tuple[ForwardStorage, ...]
+    calls: tuple[ForwardCall, ...]

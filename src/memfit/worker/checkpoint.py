@@ -26,9 +26,9 @@ from memfit.engines.registry import ENGINES
 from memfit.jobs import checkpoints
 from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.checkpoint_layout import (
-    Loads,
     Pieces,
-    Saves,
+    PiecesLoadPlanner,
+    PiecesSavePlanner,
     TensorPlace,
     buffers,
     make_states,
@@ -115,7 +115,10 @@ class Keeper:
         try:
             with _quiet():
                 save(
-                    state, storage_writer=FileSystemWriter(partial_folder), planner=Saves(), no_dist=_alone()
+                    state,
+                    storage_writer=FileSystemWriter(partial_folder),
+                    planner=PiecesSavePlanner(),
+                    no_dist=_alone(),
                 )
             if self.rank == 0:
                 files = {f.name: f.stat().st_size for f in partial_folder.iterdir()}
@@ -186,7 +189,7 @@ class Keeper:
         target |= {e.text: e.into for e in entries if e.text in metadata}
         target[random_key] = torch.get_rng_state()
         with _quiet():
-            load(target, storage_reader=reader, planner=Loads(), no_dist=_alone())
+            load(target, storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=_alone())
         torch.set_rng_state(target[random_key])
         for entry in entries:
             if entry.text in metadata:

@@ -22,7 +22,7 @@ from memfit.types.result import Choice, Estimate
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
+class ConfigReview:
     """An existing plan, ``given``, and better ones.
 
     ``needed_bytes``: memory of one device that the existing plan needs. ``fits``: whether that is at most
@@ -75,7 +75,7 @@ def job_size(request: Request) -> JobSize:
     return JobSize(batch_size=job.batch_size, parameter_count=count, layers=len(blocks), width=width)
 
 
-def find_alternatives(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> Beside:
+def find_alternatives(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> ConfigReview:
     """Predict the existing ``plan`` and find better ones; return both.
 
     For a plan of one rank, they are found by a search under the request's cap; on a CPU without a cap, the
@@ -91,7 +91,7 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
     if cap_bytes is None and request.machine.device.kind != "cpu":
         cap_bytes = int(request.machine.device.memory_bytes.value)
     need_bytes = needed_bytes(given_estimate, request.machine)
-    comparison = Beside(
+    comparison = ConfigReview(
         given=given_estimate,
         needed_bytes=need_bytes,
         cap_bytes=cap_bytes,

@@ -20,7 +20,7 @@ from memfit.planner.single_device import (
     model_sizes,
     needed_bytes,
 )
-from memfit.report.explain import Explained
+from memfit.report.explain import TracedEstimate
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import STOPPED, run
 from memfit.runtime.ranks import run_ranks
@@ -60,7 +60,7 @@ def settled(request: Request, plan: Plan, progress: Progress) -> Plan:
 
 def anatomy(
     request: Request, plans: Sequence[Plan], progress: Progress, *, lines: bool = False
-) -> tuple[Explained, ...]:
+) -> tuple[TracedEstimate, ...]:
     """Return each plan's estimate with the trace of one rank, the one with the highest peak. On this machine,
     the plans' operators are timed first.
 
@@ -81,12 +81,12 @@ def anatomy(
     return tuple(_explained(pricer, plan) for plan in plans)
 
 
-def _explained(pricer: Pricer, plan: Plan) -> Explained:
+def _explained(pricer: Pricer, plan: Plan) -> TracedEstimate:
     estimate = pricer.whole(plan)
     base_trace = pricer.trace(plan, estimate.rank)
     profile = memory_profile(base_trace, pricer.calibration)
     full_trace = with_workspace(base_trace, profile)
-    return Explained(estimate=estimate, trace=full_trace, peak_clock=profile.peak_clock)
+    return TracedEstimate(estimate=estimate, trace=full_trace, peak_clock=profile.peak_clock)
 
 
 def run_plan(

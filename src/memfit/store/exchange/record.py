@@ -37,7 +37,7 @@ Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Effect = Literal["E0", "E1", "E2", "E3"]
 Outcome = Literal["", "ok", "oom", "timeout", "failed"]
-Told = Annotated[str, pydantic.Field(pattern=r"\S")]  # not blank
+NotBlank = Annotated[str, pydantic.Field(pattern=r"\S")]  # not blank
 
 
 # A score is computed under the plan. Even with bitwise equal weights, a sample near a threshold may therefore
@@ -71,7 +71,7 @@ class Part(pydantic.BaseModel):
 
 
 class Model(Part):
-    job: Told
+    job: NotBlank
     size: str
     parameters: Whole
 
@@ -87,7 +87,7 @@ class Energy(Part):
     includes, such as the processor's package or the board."""
 
     joules: Positive
-    boundary: Told
+    boundary: NotBlank
 
 
 class Side(Part):
@@ -98,7 +98,7 @@ class Side(Part):
 
     plan: Mapping[str, Mapping[str, bool | int | str]]
     ranks: Whole
-    engine: Told
+    engine: NotBlank
     effect: Effect
     under_cap: Outcome
     predicted_peak_bytes: Whole | None
@@ -129,7 +129,7 @@ class Judgement(Part):
         return self
 
 
-class Trouble(Part):
+class UserEffort(Part):
     """The work of adopting the plan. ``commands``: number of commands. ``changed_lines``: lines of the user's
     job file. ``packages``, ``installed_mib``: number and size of the packages that memfit and the plan need.
     ``attended_minutes``: minutes that people spent, null if nobody counted. ``failed_attempts``: runs that
@@ -168,7 +168,7 @@ class Shared(Part):
     step_time_ratio: Positive | None = None
     verdict: Judgement | None
     reproducible: bool | None
-    effort: Trouble
+    effort: UserEffort
     notes: Sequence[str]
 
     @pydantic.model_validator(mode="after")

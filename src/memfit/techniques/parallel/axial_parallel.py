@@ -27,7 +27,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None:
         return
     from memfit.techniques.axial import Cut
-    from memfit.techniques.parallel.sample_parallel_collectives import Together, averaging
+    from memfit.techniques.parallel.sample_parallel_collectives import GroupCollectives, averaging
 
     modules = knowing(bench.model)
     if not modules:
@@ -36,7 +36,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             allowed="a model whose modules derive from memfit.techniques.axial.Axial, as those of alphafold2",
             hint="context-parallel cuts a sequence, and tensor-parallel cuts the layers",
         )
-    together = Together(
+    together = GroupCollectives(
         group=mesh.get_group().group_name, rank=bench.world.index("context"), ranks=mesh.size()
     )
     for module in modules:

@@ -46,7 +46,7 @@ _SHAPE_ONLY = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Hole:
+class TensorPlaceholder:
     """The shape and dtype of a tensor that was removed from a structure."""
 
     shape: tuple[int, ...]
@@ -62,16 +62,16 @@ class Chain:
       ``len(blocks)``: after the last). A parameter of a block counts as used there in any case, and another
       parameter that nothing uses at -1.
     - ``carried`` maps, for each block, the indices in its flattened (args, kwargs) of the tensors that the
-      position before made to their `Hole`.
-    - ``returns`` holds what each block returns, with tensors as `Hole`.
+      position before made to their `TensorPlaceholder`.
+    - ``returns`` holds what each block returns, with tensors as `TensorPlaceholder`.
     - ``before`` maps names of modules that are called once, before the first block, and have a parameter that
-      is used only there, to what they return, with tensors as `Hole`.
+      is used only there, to what they return, with tensors as `TensorPlaceholder`.
     """
 
     path: str
     blocks: tuple[torch.nn.Module, ...]
     uses: Mapping[str, frozenset[int]]
-    carried: tuple[Mapping[int, Hole], ...]
+    carried: tuple[Mapping[int, TensorPlaceholder], ...]
     returns: tuple[Any, ...]
     before: Mapping[str, Any]
 
@@ -127,7 +127,7 @@ class _Recorder(TorchDispatchMode):
         self.names, self.path, self.blocks = names, path, blocks
         self.position: float = -1  # halves are between blocks
         self.uses: dict[str, set[float]] = defaultdict(set)
-        self.carried: list[dict[int, Hole]] = []
+        self.carried: list[dict[int, TensorPlaceholder]] = []
         self.returns: list[Any] = []
         self._origin: dict[int, float] = {}
         self._kept: list[torch.Tensor] = []  # kept alive, so that no storage's address is reused
@@ -213,7 +213,7 @@ class _Recorder(TorchDispatchMode):
             leaves = _pytree.tree_leaves((args, kwargs))
             self.carried.append(
                 {
-                    place: Hole(tuple(leaf.shape), leaf.dtype)
+                    place: TensorPlaceholder(tuple(leaf.shape), leaf.dtype)
                     for place, leaf in enumerate(leaves)
                     if isinstance(leaf, torch.Tensor)
                     and any(self._origin.get(key) == index - 1 for key in _storages(leaf))
@@ -252,9 +252,9 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def called_once(self) -> dict[str, Any]:
-        """Return, by name and with tensors as `Hole`, what those modules returned that were called once,
-        entirely before the blocks, and hold a parameter that is used only before the blocks. Modules inside
-        another such module are left out."""
+        """Return, by name and with tensors as `TensorPlaceholder`, what those modules returned that were
+        called once, entirely before the blocks, and hold a parameter that is used only before the blocks.
+        Modules inside another such module are left out."""
         early_names = {n for n, positions in self.uses.items() if positions == {-1.0}}
         results: dict[str, Any] = {}
         for name, outs in sorted(self._called.items(), key=lambda pair: pair[0].count(".")):
@@ -266,10 +266,10 @@ class _Recorder(TorchDispatchMode):
 
 def holes(value: Any) -> Any:
     """Return the same structure with tensors replaced by holes."""
-    return _pytree.tree_map_only(torch.Tensor, lambda t: Hole(tuple(t.shape), t.dtype), value)
+    return _pytree.tree_map_only(torch.Tensor, lambda t: TensorPlaceholder(tuple(t.shape), t.dtype), value)
 
 
-class Zeros:
+class ZeroFiller:
     """Replaces holes by zeros that take no memory: views of one element per dtype on the device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -278,9 +278,9 @@ class Zeros:
 
     def fill(self, value: Any) -> Any:
         """Return the same structure with holes replaced by zeros."""
-        return _pytree.tree_map_only(Hole, self._like, value)
+        return _pytree.tree_map_only(TensorPlaceholder, self._like, value)
 
-    def _like(self, hole: Hole) -> torch.Tensor:
+    def _like(self, hole: TensorPlaceholder) -> torch.Tensor:
         if hole.dtype not in self._elements:
             self._elements[hole.dtype] = torch.zeros((), dtype=hole.dtype, device=self._device)
         return self._elements[hole.dtype].expand(hole.shape)

@@ -32,17 +32,17 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     mesh = bench.world.sub("context")
     if mesh is None:
         return
-    from memfit.techniques.parallel.gathered_attention import Across, AttentionAcross
+    from memfit.techniques.parallel.gathered_attention import GatheredAttention, SequenceRanks
     from memfit.techniques.parallel.sample_parallel_collectives import averaging
 
-    across = Across(
+    across = SequenceRanks(
         group=mesh.get_group().group_name,
         rank=bench.world.index("context"),
         ranks=mesh.size(),
         device=bench.device,
         fixed=bench.fixed_counts,
     )
-    mode = functools.partial(AttentionAcross, across)
+    mode = functools.partial(GatheredAttention, across)
     for module in (*_blocks(bench), bench.model):
         _under(module, mode)
     dim, shifts = bench.job.sequence_dim, type(bench.model).__name__.endswith(_SHIFTS)
@@ -65,10 +65,14 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 def _look(bench: Workbench) -> None:
     if bench.world.layout.context > 1:
-        from memfit.model.linear_roles import AnyWay, valueless
+        from memfit.model.linear_roles import PlaceholderValues, valueless
         from memfit.techniques.parallel.gathered_attention import GatheredCounts
 
-        with valueless(bench.job, bench.model) as (model, batch), AnyWay(), GatheredCounts() as counts:
+        with (
+            valueless(bench.job, bench.model) as (model, batch),
+            PlaceholderValues(),
+            GatheredCounts() as counts,
+        ):
             bench.job.loss(model, batch)
         bench.fixed_counts = {
             site: frozenset(counts_at_site) for site, counts_at_site in counts.found.items()

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from memfit.techniques.parallel.sample_parallel_collectives import Together
+from memfit.techniques.parallel.sample_parallel_collectives import GroupCollectives
 from memfit.types.errors import UserError
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -24,7 +24,7 @@ Slices = tuple[slice, slice, bool]  # of queries and of keys, and whether attent
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Across(Together):
+class SequenceRanks(GroupCollectives):
     """The ranks that share a sequence. ``length`` is the length of one rank's part, set when a batch is cut;
     ``device`` says whose attention kernels run ("cpu" or "cuda").
 
@@ -58,12 +58,12 @@ class Across(Together):
                 yield key_rank, (back, everything, False)
 
 
-class AttentionAcross(TorchFunctionMode):
+class GatheredAttention(TorchFunctionMode):
     """Mode in which scaled_dot_product_attention runs over all ranks' slices of the sequence, and
     ``torch.arange`` returns this rank's positions where it counts to the length of a slice, except at places
     in the code at which it also counted to that number while the sequence was whole (``across.fixed``)."""
 
-    def __init__(self, across: Across) -> None:
+    def __init__(self, across: SequenceRanks) -> None:
         super().__init__()
         self.across = across
 
@@ -115,7 +115,7 @@ def _site() -> Site:
 
 
 def _attention(
-    across: Across,
+    across: SequenceRanks,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -170,7 +170,7 @@ class _Attend(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         bias: torch.Tensor | None,
-        across: Across,
+        across: SequenceRanks,
         causal: bool,
         scale: float | None,
     ) -> torch.Tensor:
@@ -195,7 +195,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         query, key, value, bias, out, total = ctx.saved_tensors
-        across: Across = ctx.across
+        across: SequenceRanks = ctx.across
         keys, values = across.gather(key), across.gather(value)
         biases = across.gather(bias) if bias is not None else None
         grad_query = torch.zeros_like(query)

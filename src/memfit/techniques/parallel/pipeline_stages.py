@@ -20,7 +20,7 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from torch.utils import _pytree
 
 from memfit.techniques.base import Piece, WeightedLoss, Workbench
-from memfit.techniques.parallel.block_dataflow import Hole, Zeros, record_chain
+from memfit.techniques.parallel.block_dataflow import TensorPlaceholder, ZeroFiller, record_chain
 from memfit.types.errors import UserError
 from memfit.types.trace import Phase
 
@@ -64,7 +64,7 @@ class Pipeline:
         rank = bench.world.index("pipeline")
         self.stages = [s for s in range(count) if self.rank_of[s] == rank]
         self.device = next(bench.model.parameters()).device
-        self.zeros = Zeros(self.device)
+        self.zeros = ZeroFiller(self.device)
         self.now = -1  # the running stage
         self.received: tuple[torch.Tensor, ...] = ()
         self.ended = False
@@ -202,7 +202,11 @@ class Pipeline:
             if at == 0:
                 return ()
             loss = at == len(self.bounds)
-            carried = [Hole((), torch.float32)] if loss else self.chain.carried[self.bounds[at][0]].values()
+            carried = (
+                [TensorPlaceholder((), torch.float32)]
+                if loss
+                else self.chain.carried[self.bounds[at][0]].values()
+            )
             needs_grad = loss or learns[at]
             return tuple(
                 torch.empty(h.shape, dtype=h.dtype, device="meta", requires_grad=needs_grad) for h in carried

@@ -14,7 +14,7 @@ _COMM: Any = torch.ops._c10d_functional
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Together:
+class GroupCollectives:
     """Collectives of one process group. ``group`` is its name, ``rank`` this rank's index in it, ``ranks``
     its size."""
 
@@ -53,7 +53,7 @@ class Together:
         return parts
 
 
-def averaging(bench: Workbench, together: Together) -> Callable[[bool], None]:
+def averaging(bench: Workbench, together: GroupCollectives) -> Callable[[bool], None]:
     """Return a function to call before each micro-batch, whose argument is ignored.
 
     Its first call makes every later backward average each gradient over the ranks of ``together`` as soon as

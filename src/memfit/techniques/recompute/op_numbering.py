@@ -17,7 +17,7 @@ _UNSEEN = frozenset({_ATEN.lift_fresh.default, torch.ops.prim.device.default})
 # These update running statistics, which their schemas do not declare as written. The value is the position
 # of the first of the two arguments.
 _STATISTICS = {_ATEN.native_batch_norm.default: 3, _ATEN.cudnn_batch_norm.default: 3}
-Fresh = list[tuple[int, torch.Tensor]]
+NewStorages = list[tuple[int, torch.Tensor]]
 """New storages: (index among the outputs, tensor)."""
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -101,7 +101,7 @@ class Numbered(TorchDispatchMode):
         """Called before an operator, with the facts about it (``known``). The return value is passed to
         `after` as ``state``. View operators are reported only if ``sees_views``."""
 
-    def after(self, func: Any, args: Any, kwargs: Any, made: Fresh, state: Any) -> None:
+    def after(self, func: Any, args: Any, kwargs: Any, made: NewStorages, state: Any) -> None:
         """Called after an operator. ``made`` holds new storages, numbered from ``count``, as (index among the
         tensors that the operator returned, tensor). View operators are reported only if ``sees_views``."""
         raise NotImplementedError
@@ -122,7 +122,7 @@ class Numbered(TorchDispatchMode):
             self.key = zlib.crc32(facts.checked, self.key)
         return out
 
-    def _made(self, facts: OperatorNumber, args: Any, kwargs: Any, out: Any) -> Fresh:
+    def _made(self, facts: OperatorNumber, args: Any, kwargs: Any, out: Any) -> NewStorages:
         if facts.views:
             return []
         if facts.views is False and not facts.written:

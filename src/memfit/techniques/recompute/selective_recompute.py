@@ -49,14 +49,14 @@ class Ref(NamedTuple):
     geometry: StorageGeometry
 
 
-class OwnTensors(NamedTuple):
+class WrittenStorage(NamedTuple):
     """An argument of a recorded call in the dropped storage that the call writes to. It holds no reference to
     the storage, which would be circular."""
 
     geometry: StorageGeometry
 
 
-class Held(NamedTuple):
+class KeptTensor(NamedTuple):
     """A kept tensor as an argument of a recorded call. ``version`` is set for parameters, which an optimizer
     may update during backward, and else None. Writes to other tensors happen in forward, where `Tape` sees
     them."""
@@ -97,7 +97,7 @@ class RecomputedCall:
         self.outputs: list[tuple[int, weakref.ref[Value]]] = []
         self.sources = [r.value for r in self._references() if isinstance(r, Ref)]
 
-    def _references(self) -> Iterator[Ref | Held]:
+    def _references(self) -> Iterator[Ref | KeptTensor]:
         return _references((*self.args, *self.kwargs.values()))
 
     def reads(self, tensor: torch.Tensor, value: Value | None) -> bool:
@@ -127,16 +127,16 @@ class RecomputedCall:
                     value.pending.remove(self)
 
 
-def _references(given: Any) -> Iterator[Ref | Held]:
+def _references(given: Any) -> Iterator[Ref | KeptTensor]:
     for value in given:
-        if isinstance(value, Ref | Held):
+        if isinstance(value, Ref | KeptTensor):
             yield value
         elif isinstance(value, list):
             yield from _references(value)
 
 
 def _given(target: Value, leaf: Any) -> Any:
-    if isinstance(leaf, Held):
+    if isinstance(leaf, KeptTensor):
         if leaf.version is not None and leaf.tensor._version != leaf.version:
             raise MemfitError(
                 "optimal-checkpointing: backward changed a parameter before a recomputation had read it"
@@ -144,7 +144,7 @@ def _given(target: Value, leaf: Any) -> Any:
         return leaf.tensor
     if isinstance(leaf, Ref):
         return seen(leaf.value, leaf.geometry)
-    if isinstance(leaf, OwnTensors):
+    if isinstance(leaf, WrittenStorage):
         return seen(target, leaf.geometry)
     return [_given(target, part) for part in leaf] if isinstance(leaf, list) else leaf
 
@@ -276,8 +276,9 @@ class Tape(Numbered):
 
     def _sources(self, args: Any, kwargs: Any, targets: list[Value]) -> Any:
         """Return (positional, keyword) arguments of a call in the form that `RecomputedCall` takes: dropped
-        tensors by reference (`Ref`, or `OwnTensors` in one of the storages ``targets`` that the call writes
-        to), kept ones as `Held`, detached unless they are parameters, and other values as they are."""
+        tensors by reference (`Ref`, or `WrittenStorage` in one of the storages ``targets`` that the call
+        writes to), kept ones as `KeptTensor`, detached unless they are parameters, and other values as they
+        are."""
         positional = [self._source(leaf, targets) for leaf in args]
         return positional, {name: self._source(leaf, targets) for name, leaf in kwargs.items()}
 
@@ -287,18 +288,18 @@ class Tape(Numbered):
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if leaf.layout is not torch.strided:
-            return Held(leaf.detach(), None)
+            return KeptTensor(leaf.detach(), None)
         key = storage_key(leaf)
         entry = self.values.get(key)
         is_dropped = entry is not None and plain_view(leaf, entry[1].dtype)
         if entry is not None and is_dropped and entry[1] in targets:
-            return OwnTensors(StorageGeometry.of(leaf))
+            return WrittenStorage(StorageGeometry.of(leaf))
         self.read.add(key)
         if entry is not None and is_dropped:
             return Ref(entry[1], StorageGeometry.of(leaf))
         if leaf.is_leaf and leaf.requires_grad:
-            return Held(leaf, leaf._version)
-        return Held(leaf.detach(), None)
+            return KeptTensor(leaf, leaf._version)
+        return KeptTensor(leaf.detach(), None)
 
     def _run_readers(self, tensor: torch.Tensor) -> None:
         """Repeat the recorded calls that read the storage of ``tensor``, before that is overwritten. Calls
