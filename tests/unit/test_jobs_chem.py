@@ -258,6 +258,19 @@ def test_the_users_dna_is_read_and_refused_if_too_short(tmp_path: Path) -> None:
         load("genome", data=str(file))
 
 
+def test_a_few_thousand_bases_have_the_margin_of_the_built_in_chromosome(tmp_path: Path) -> None:
+    file = tmp_path / "plasmid.fasta"
+    file.write_text(">a\n" + "".join(np.random.default_rng(0).choice(list("ACGT"), 3000)))
+    metric = load("genome", data=str(file), length=32).metric
+    assert metric is not None
+    assert metric.margin == 0.0036
+    assert "on the chromosome of Escherichia coli 536" in metric.margin_source
+    built_in = load("genome").metric
+    assert built_in is not None
+    assert built_in.margin == pytest.approx(0.0036, abs=5e-5)
+    assert "on the same bases" in built_in.margin_source
+
+
 # -- potential ------------------------------------------------------------------------------------------
 
 
