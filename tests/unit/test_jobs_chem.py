@@ -134,6 +134,16 @@ def test_no_ring_skeleton_is_in_both_training_and_test_molecules(listed: str) ->
     assert len(molecules.arranged(molecules._user(listed), 12, "").smiles) < 24, "longer ones are left out"
 
 
+def test_a_skeleton_of_nearly_all_molecules_is_split_and_the_source_says_so(listed: str) -> None:
+    chains = [("C" * n, float(n)) for n in range(1, 19)]
+    for pairs in (chains, [("C1CC1", 0.0), *chains]):
+        found = molecules.arranged(pairs, 72, "mine")
+        assert found.train_count == int(0.8 * len(pairs))
+        assert found.scale[1] > 1
+        assert found.source.startswith("mine: one ring skeleton has over four fifths")
+    assert molecules.arranged(molecules._user(listed), 72, "mine").source == "mine"
+
+
 def test_padding_does_not_change_a_prediction() -> None:
     torch.manual_seed(0)
     model = molformer.Molformer(dataclasses.replace(molecules._shape("tiny"), layers=2))

@@ -188,8 +188,9 @@ def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
 
     They are ordered so that a ring skeleton is only on one side of the split: common skeletons first, as in
     MoleculeNet (Wu et al. 2018, Chem. Sci. 9:513), and at least the last fifth, with the rarest ones, for
-    testing. Molecules without rings are one group. If one group has over four fifths of the molecules, only
-    the first molecule is for training. Raises UserError if fewer than ten molecules remain.
+    testing. Molecules without rings are one group. A group that has over four fifths of the molecules is on
+    both sides, which the returned source says: four fifths of the molecules are for training. Raises
+    UserError if fewer than ten molecules remain.
     """
     short_pairs = [(smiles, value) for smiles, value in pairs if len(tokens(smiles)) <= length]
     if len(short_pairs) < 10:
@@ -199,9 +200,11 @@ def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
     skeletons = [ring_skeleton(smiles) for smiles, _ in short_pairs]
     count = Counter(skeletons)
     order = sorted(range(len(short_pairs)), key=lambda i: (-count[skeletons[i]], skeletons[i], i))
-    train_count = int(_TRAIN_SHARE * len(short_pairs))
-    while train_count > 1 and skeletons[order[train_count]] == skeletons[order[train_count - 1]]:
-        train_count -= 1
+    names = [skeletons[i] for i in order]
+    most = int(_TRAIN_SHARE * len(order))
+    train_count = max((i for i in range(1, most + 1) if names[i] != names[i - 1]), default=most)
+    if names[train_count] == names[train_count - 1]:
+        source = f"{source}: one ring skeleton has over four fifths of the molecules and is also in the test"
     smiles = tuple(short_pairs[i][0] for i in order)
     return Molecules(
         smiles=smiles,
