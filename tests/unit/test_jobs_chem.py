@@ -376,6 +376,15 @@ def test_padding_and_atoms_beyond_the_cutoff_add_no_energy(
     assert torch.allclose(model(*inputs(both))[0], first + second, atol=1e-5)
 
 
+def test_molecules_that_share_a_sample_are_out_of_each_others_reach(frames: potential.MoleculeFrames) -> None:
+    size = potential._shape("paper", frames)
+    batch = potential.train_batch(frames, size, 2, step=0, seed=0)
+    molecule = torch.arange(size.atoms) // frames.species.shape[1]
+    in_another = molecule[batch["near"]] != molecule[:, None]
+    assert batch["within"].any()
+    assert not (batch["within"] & in_another).any()
+
+
 def test_neighbours_are_the_nearest_within_the_cutoff(small: schnet.SchnetSize) -> None:
     line = np.zeros((1, 4, 3), np.float32)
     line[0, :, 0] = [0, 1, 3, 99]

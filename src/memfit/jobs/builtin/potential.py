@@ -38,7 +38,6 @@ DATA_SOURCE: Final = (
 )
 _KEYS: Final = ("numbers", "molecule", "energy", "positions", "forces", "train_molecules")
 _ENERGY_WEIGHT: Final = 0.05  # weight of squared eV per atom, relative to squared eV/angstrom
-_APART: Final = 5.0  # distance in angstrom between molecules that share a sample
 _FITTED: Final = 400  # number of frames to which the naive pair potential is fitted
 
 
@@ -162,8 +161,8 @@ def train_batch(
 ) -> dict[str, torch.Tensor]:
     """Return a training batch with the keys of `packed`.
 
-    A sample contains as many molecules as its number of atoms allows, with their origins 5 angstrom apart on
-    a grid.
+    A sample contains as many molecules as its number of atoms allows, on a grid that keeps them farther apart
+    than the cutoff, because their energies and forces were computed one by one.
     """
     molecules_per_sample = shape.atoms // frames.species.shape[1]
     indices = epoch_indices(frames.train_count, batch_size * molecules_per_sample, step=step, seed=seed)
@@ -178,9 +177,8 @@ def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str
     (batch, atoms, neighbours) int64, and ``within``, of the same shape, which is True inside the cutoff.
     """
     batch, molecules_per_sample = picked.shape
-    offsets = np.array(np.unravel_index(np.arange(molecules_per_sample), (molecules_per_sample, 3, 3)))[
-        ::-1
-    ].T * np.float32(_APART)
+    cells = np.array(np.unravel_index(np.arange(molecules_per_sample), (molecules_per_sample, 3, 3)))[::-1].T
+    offsets = cells * np.float32(np.ceil(np.ptp(frames.positions, axis=(0, 1)).max() + shape.cutoff))
     padding = ((0, 0), (0, shape.atoms - molecules_per_sample * frames.species.shape[1]))
     species = np.pad(frames.species[picked].reshape(batch, -1), padding).astype(np.int64)
     positions = np.pad(
