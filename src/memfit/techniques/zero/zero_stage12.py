@@ -65,6 +65,7 @@ class Reducing:
         self.limit = int(settings["reduce_bucket_elements"])
         self.state_on = "" if settings["offload"] == "none" else "host"
         self.pending: list[torch.nn.Parameter] = []
+        self.added: set[torch.nn.Parameter] = set()  # whose gradients of this micro-batch were pending
         self.elements = 0
         self.last, self.queued, self.micro_batch = True, False, -1
         self.scale: torch.Tensor | None = None  # applied to the gradients in the next step
@@ -75,6 +76,7 @@ class Reducing:
 
     def _begin(self, last: bool) -> None:
         self.last, self.queued, self.micro_batch = last, False, self.micro_batch + 1
+        self.added.clear()
 
     def _ready(self, param: torch.nn.Parameter) -> None:
         if not self.queued:
@@ -268,6 +270,7 @@ class ZeroTwo(Reducing):
         elif self.state_on and param.grad is not None:
             param.grad = param.grad.clone()
         self.pending.append(param)
+        self.added.add(param)
         self.elements += param.numel()
 
     def _reduce(self) -> None:
@@ -350,15 +353,21 @@ class ZeroTwo(Reducing):
             param.grad = None
 
     def _after_backward(self) -> None:
+        """Reduce the gradients that are not reduced yet. A parameter without a gradient gets one of zeros, in
+        the place of what the host kept in the former step."""
         if not self.shards_gradients and not self.last:
             return  # stage 1 reduces once per step
         with torch.no_grad():
-            if not self.in_backward:
-                for param in self.params:
-                    if param.grad is not None:
-                        self._add(param)
+            for param in self.params:
+                if param.grad is not None and param not in self.added:
+                    self._add(param)
             self._reduce()
-            if not self.state_on:
+            if self.state_on:
+                for param in self.mine:
+                    if param not in self.added:
+                        param.grad = torch.zeros_like(param)
+                        self._to_host(param)
+            else:
                 new_grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.mine]
                 for total, grad in zip(self.held, new_grads, strict=False):
                     total.add_(grad)

@@ -90,6 +90,7 @@ class ZeroThree(Reducing):
         if self.elements + param.numel() <= self.limit:
             self._into(self.buffer, self.elements, param)
         self.pending.append(param)
+        self.added.add(param)
         self.elements += param.numel()
 
     def _reduce(self) -> None:
@@ -140,9 +141,14 @@ class ZeroThree(Reducing):
         param.grad = None
 
     def _after_backward(self) -> None:
+        """Reduce the pending gradients. A parameter without a gradient gets zeros, in the place of what it
+        kept in the former step."""
         with torch.no_grad():
             if self.pending:
                 self._reduce()
+            for param in self.params:
+                if param not in self.added:
+                    self._keep(param, torch.zeros_like(self.shards.of(param, self.grads)))
             self.shards.end()
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:

@@ -1,0 +1,81 @@
+"""ZeRO: parameters that get no gradient in a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memfit.jobs.training_step import TrainingStep
+from memfit.techniques.registry import make_use
+from memfit.types.job import Job, OptimizerChoice
+from memfit.types.plan import Plan
+
+# Whether the right branch runs for the first and for the second half of the batch of each step.
+STEPS = ((True, True), (False, True), (True, False), (False, False), (True, True))
+SMALL = {"reduce_bucket_elements": 20, "persist_elements": 1}
+
+
+class _Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.left(x) + self.right(x) if right.any() else self.left(x)
+
+
+def _batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed + step))
+    return {"x": x, "right": torch.tensor(STEPS[step]).repeat_interleave(2)}
+
+
+JOB = Job(
+    name="branches",
+    build_model=_Branches,
+    make_batch=_batch,
+    loss=lambda model, batch: model(batch["x"], batch["right"]).square().mean(),
+    batch_size=4,
+    optimizer=OptimizerChoice(name="plain", make=lambda params: torch.optim.SGD(params, lr=0.1)),
+)
+
+
+def _plan(micro_batches: int, ranks: int = 1, **uses: dict[str, Any]) -> Plan:
+    accumulation = {"gradient-accumulation": {"micro_batches": micro_batches}} if micro_batches > 1 else {}
+    named = {k.replace("_", "-"): v for k, v in uses.items()} | accumulation
+    return Plan(ranks=ranks, uses=tuple(make_use(name, settings) for name, settings in named.items()))
+
+
+def _curve(plan: Plan, device: str = "cpu") -> list[float]:
+    """Losses and gradient norms of `STEPS`."""
+    torch.manual_seed(0)
+    step = TrainingStep(JOB, plan, device=device)
+    results = [step.run(JOB.make_batch(index, 0)) for index in range(len(STEPS))]
+    step.close()
+    return [float(value) for result in results for value in result]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 0},
+        {"stage": 1},
+        {"stage": 1, "overlap": True},
+        {"stage": 1, "offload": "optimizer"},
+        {"stage": 2},
+        {"stage": 2, "offload": "optimizer"},
+        {"stage": 3},
+        {"stage": 3, "offload": "optimizer"},
+        {"stage": 3, "offload": "parameters"},
+    ],
+    ids=str,
+)
+def test_zero_trains_as_plain_training_if_steps_leave_parameters_unused(
+    zero: dict[str, Any], micro_batches: int
+) -> None:
+    """The gradients of an earlier step count neither in the norm nor in the update."""
+    plain = _curve(_plan(micro_batches))
+    assert _curve(_plan(micro_batches, zero={**SMALL, **zero})) == pytest.approx(plain, rel=1e-5)
