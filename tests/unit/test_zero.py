@@ -1,4 +1,4 @@
-"""ZeRO: parameters that get no gradient in a step."""
+"""ZeRO: parameters that get no gradient in a step, and sums over micro-batches."""
 
 from __future__ import annotations
 
@@ -79,3 +79,9 @@ def test_zero_trains_as_plain_training_if_steps_leave_parameters_unused(
     """The gradients of an earlier step count neither in the norm nor in the update."""
     plain = _curve(_plan(micro_batches))
     assert _curve(_plan(micro_batches, zero={**SMALL, **zero})) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_gradients_of_micro_batches_are_summed(stage: int) -> None:
+    zero = {**SMALL, "stage": stage, "offload": "optimizer"}
+    assert _curve(_plan(2, zero=zero), "cuda") == pytest.approx(_curve(_plan(2)), rel=1e-5)

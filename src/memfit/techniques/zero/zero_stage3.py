@@ -129,7 +129,7 @@ class ZeroThree(Reducing):
         if self.micro_batch == 0:
             total.copy_(part)
         elif on_host:
-            total.copy_(part.clone().add_(part))  # the sum comes to the device and goes back
+            total.copy_(part.clone().add_(total))  # the sum comes to the device and goes back
         else:
             total.add_(part)
         if self.state_on and self.last:
