@@ -1,4 +1,4 @@
-"""ZeRO: parameters that get no gradient in a step, and sums over micro-batches."""
+"""ZeRO and sharded DDP: parameters without a gradient, and ranks that update nothing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import regression
 from torch import nn
 
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.registry import make_use
+from memfit.trace.tracer import trace
 from memfit.types.job import Job, OptimizerChoice
 from memfit.types.plan import Plan
 
@@ -85,3 +87,33 @@ def test_zero_trains_as_plain_training_if_steps_leave_parameters_unused(
 def test_offloaded_gradients_of_micro_batches_are_summed(stage: int) -> None:
     zero = {**SMALL, "stage": stage, "offload": "optimizer"}
     assert _curve(_plan(2, zero=zero), "cuda") == pytest.approx(_curve(_plan(2)), rel=1e-5)
+
+
+class _OneElement(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x[:, :4]
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_whose_part_is_only_padding_has_a_gradient_norm(stage: int, offload: str) -> None:
+    plan = _plan(1, ranks=4, zero={**SMALL, "stage": stage, "offload": offload})
+    assert trace(regression(_OneElement), plan, rank=3).spans
+
+
+class _Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)  # type: ignore[no-any-return]
+
+
+def test_a_rank_that_owns_only_unused_parameters_has_a_gradient_norm() -> None:
+    plan = _plan(1, ranks=2, sharded_ddp={"reduce_buffer_elements": 0})
+    assert trace(regression(_Unused), plan, rank=1).spans

@@ -174,10 +174,10 @@ class ShardedDdp:
     def grad_norm(self) -> torch.Tensor:
         import torch
 
-        from memfit.techniques.zero.zero_stage12 import all_reduce
+        from memfit.techniques.zero.zero_stage12 import all_reduce, stack_norms
 
         grads = [p.grad for p in self.params if self.owner[p] == self.rank and p.grad is not None]
-        total = torch.stack([torch.linalg.vector_norm(g) for g in grads]).float().square().sum()
+        total = stack_norms(torch.linalg.vector_norm(g) for g in grads).float().square().sum()
         all_reduce(total, self.group)
         return total.sqrt()
 

@@ -95,7 +95,7 @@ class Reducing:
 
     def _norm(self, norms: Iterable[torch.Tensor]) -> torch.Tensor:
         """Return the norm of all gradients over all ranks, from the norms of this rank's gradients."""
-        total = torch.stack(list(norms)).square().sum().float()
+        total = stack_norms(norms).square().sum().float()
         all_reduce(total, self.group)
         return total.sqrt()
 
@@ -142,6 +142,12 @@ def norm64(grad: torch.Tensor) -> torch.Tensor:
     """Return the norm of one gradient in float64, as DeepSpeed computes it."""
     norm: torch.Tensor = torch.linalg.vector_norm(grad.double())
     return norm
+
+
+def stack_norms(norms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return one tensor of the norms of a rank's gradients. It is empty if the rank has none."""
+    scalars = list(norms)
+    return torch.stack(scalars) if scalars else torch.zeros(0)
 
 
 class ZeroNone(Reducing):
