@@ -258,6 +258,7 @@ class Shards:
             self.order, self.visits = self.visits, None
         elif not self.order:
             self.visits = []
+        # As in DeepSpeed, `live` does not count what is whole already, and is negative where that is freed.
         self.at, self.live = 0, 0
         self.latest: dict[torch.nn.Parameter, int] = defaultdict(lambda: -1)
         self.queue = deque((p, i) for i, m in enumerate(self.order) for p in self._of(m))
@@ -326,7 +327,8 @@ class Shards:
 
     def release(self, module: torch.nn.Module) -> None:
         """Free the parameters of a module that has run, unless another module is using them or they are kept
-        for reuse (see `_kept`). While no order of modules is known, none are kept."""
+        for reuse (see `_kept`). While no order of modules is known, none are kept, not even persistent ones
+        (release_sub_module in partitioned_param_coordinator.py)."""
         params = self._of(module)
         kept_params = self._kept(params) if self.order else set()
         for param in params:
