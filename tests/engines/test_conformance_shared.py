@@ -30,7 +30,7 @@ from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.conformance import NotConforming
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.worker.train import joined
+from memfit.worker.train import join_world
 
 SIZE = GptSize(layers=4, width=32, heads=2, length=16, vocabulary=64, batch_size=8)
 FAST = {"reduce_bucket_elements": 20_000, "persist_elements": 1}
@@ -94,7 +94,7 @@ def _own_part_only() -> Any:
 def _alone() -> Any:
     """Each rank keeps all parts."""
     from memfit.techniques.zero import zero_stage3
-    from memfit.techniques.zero.zero_stage12 import Alone
+    from memfit.techniques.zero.base import Alone
 
     inner = zero_stage3.ZeroThree.__init__
 
@@ -259,7 +259,7 @@ def _own_pipeline(rank: int, kind: Any) -> str:
 def _rank(target: Path) -> None:
     torch.set_num_threads(1)
     found = {}
-    with joined(_plan(ddp={})):
+    with join_world(_plan(ddp={})):
         rank = torch.distributed.get_rank()
         if target.name.startswith("honest"):
             for name, (plan, *jobs) in HONEST.items():

@@ -283,7 +283,7 @@ def spread(step: TrainingStep) -> None:
         elif hasattr(optimizer, "single_partition_of_fp32_groups"):
             optimizer.update_lp_params()
         elif hasattr(optimizer, "span"):
-            from memfit.techniques.zero.zero_stage12 import all_gather
+            from memfit.techniques.zero.base import all_gather
 
             optimizer.part.copy_(optimizer.master)
             if (work := all_gather(optimizer.flat, optimizer.part, optimizer.group)) is not None:

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    from memfit.techniques.zero.zero_stage12 import Alone
+    from memfit.techniques.zero.base import shard_group
 
-    mesh = bench.world.sub("shard")
-    make, group = bench.make_optimizer, mesh.get_group() if mesh is not None else Alone()
+    make, group = bench.make_optimizer, shard_group(bench)
     buffer_elements = int(settings["reduce_buffer_elements"])
     bench.make_optimizer = lambda params: ShardedDdp(bench, params, buffer_elements, make, group)
 
@@ -174,7 +173,7 @@ class ShardedDdp:
     def grad_norm(self) -> torch.Tensor:
         import torch
 
-        from memfit.techniques.zero.zero_stage12 import all_reduce, stack_norms
+        from memfit.techniques.zero.base import all_reduce, stack_norms
 
         grads = [p.grad for p in self.params if self.owner[p] == self.rank and p.grad is not None]
         total = stack_norms(torch.linalg.vector_norm(g) for g in grads).float().square().sum()

@@ -18,17 +18,17 @@ from memfit.types.plan import EffectClass, KnobValue
 if TYPE_CHECKING:
     import torch
 
-    from memfit.techniques.zero.zero_stage12 import Reducing
+    from memfit.techniques.zero.base import Reducing
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
 
     from memfit.techniques.precision import Bf16Inputs
+    from memfit.techniques.zero.base import shard_group
     from memfit.techniques.zero.zero_stage3 import ZeroThree
-    from memfit.techniques.zero.zero_stage12 import Alone, ZeroNone, ZeroTwo
+    from memfit.techniques.zero.zero_stage12 import ZeroNone, ZeroTwo
 
-    mesh = bench.world.sub("shard")
     stage, offload = int(settings["stage"]), str(settings["offload"])
     if stage == 0 and (offload != "none" or settings["precision"] != "fp32"):
         raise UserError("zero of stage 0 supports neither offload nor bf16", allowed="stages 1 to 3")
@@ -42,7 +42,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         bench.model.to(torch.bfloat16 if settings["precision"] == "bf16" else torch.float32)
     if settings["precision"] == "bf16":
         bench.forward_contexts.append(lambda: Bf16Inputs(bench.model))
-    make, group = bench.make_optimizer, mesh.get_group() if mesh is not None else Alone()
+    make, group = bench.make_optimizer, shard_group(bench)
     zero_class = (ZeroNone, ZeroTwo, ZeroTwo, ZeroThree)[stage]
 
     def make_zero(params: list[torch.nn.Parameter]) -> Reducing:

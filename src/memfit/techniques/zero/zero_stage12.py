@@ -1,153 +1,17 @@
-"""ZeRO stages 0, 1 and 2, which keep whole parameters on every rank, and the base class of all stages."""
+"""ZeRO stages 0, 1 and 2, which keep whole parameters on every rank."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memfit.techniques.zero.base import Reducing, all_gather, all_reduce, norm64
+
 if TYPE_CHECKING:
-    from memfit.techniques.base import MakeOptimizer, OptimizerLike, Workbench
     from memfit.types.plan import KnobValue
-
-
-class Alone:
-    """A process group of one rank, which communicates with no other."""
-
-    def size(self) -> int:
-        """Return the number of ranks."""
-        return 1
-
-    def rank(self) -> int:
-        """Return this rank's index."""
-        return 0
-
-
-Group = Any  # a torch ProcessGroup, or Alone
-
-
-def all_reduce(tensor: torch.Tensor, group: Group) -> None:
-    """Sum ``tensor`` over the ranks of ``group`` in place. On one rank, do nothing."""
-    if group.size() > 1:
-        torch.distributed.all_reduce(tensor, group=group)
-
-
-def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
-    """Start to gather ``own`` of all ranks of ``group`` into ``whole``. Return a handle to wait for. On one
-    rank, copy at once and return None."""
-    if group.size() > 1:
-        return group._allgather_base(whole, own)
-    whole.copy_(own)
-    return None
-
-
-class Reducing:
-    """Base class of the optimizers of all stages.
-
-    In each micro-batch, calls `_on_gradient` with each parameter whose gradient backward has completed, and
-    `_after_backward` at the end of backward. ``params`` are the trained parameters.
-    """
-
-    inner: OptimizerLike
-    master: torch.nn.Parameter
-
-    def __init__(
-        self,
-        bench: Workbench,
-        params: list[torch.nn.Parameter],
-        settings: Mapping[str, KnobValue],
-        group: Group,
-    ) -> None:
-        self.bench, self.params, self.group = bench, params, group
-        self.ranks, self.rank = group.size(), group.rank()
-        self.limit = int(settings["reduce_bucket_elements"])
-        self.state_on = "" if settings["offload"] == "none" else "host"
-        self.pending: list[torch.nn.Parameter] = []
-        self.added: set[torch.nn.Parameter] = set()  # whose gradients of this micro-batch were pending
-        self.elements = 0
-        self.last, self.queued, self.micro_batch = True, False, -1
-        self.scale: torch.Tensor | None = None  # applied to the gradients in the next step
-        handles = [p.register_post_accumulate_grad_hook(self._ready) for p in params]
-        bench.closers += [h.remove for h in handles]
-        bench.before_micro_batch.append(self._begin)
-        bench.grad_norm = self.grad_norm
-
-    def _begin(self, last: bool) -> None:
-        self.last, self.queued, self.micro_batch = last, False, self.micro_batch + 1
-        self.added.clear()
-
-    def _ready(self, param: torch.nn.Parameter) -> None:
-        if not self.queued:
-            self.queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
-        with torch.no_grad():
-            self._on_gradient(param)
-
-    def _into(self, buffer: torch.Tensor, offset: int, param: torch.nn.Parameter) -> None:
-        """Copy the gradient of ``param`` to ``buffer``, from element ``offset`` on. ``param.grad`` becomes a
-        view of the buffer."""
-        assert param.grad is not None
-        place = buffer.narrow(0, offset, param.numel()).view_as(param)
-        place.copy_(param.grad)
-        param.grad = place
-
-    def _norm(self, norms: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Return the norm of all gradients over all ranks, from the norms of this rank's gradients."""
-        total = stack_norms(norms).square().sum().float()
-        all_reduce(total, self.group)
-        return total.sqrt()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for param in self.params:
-            param.grad = None
-
-    def scale_gradients(self, factor: torch.Tensor) -> None:
-        """Let the next step, and only that, multiply the fp32 gradients by ``factor`` just before the update,
-        as DeepSpeed clips."""
-        self.scale = factor
-
-    def _scaled(self) -> None:
-        if self.scale is not None and self.master.grad is not None:
-            with torch.no_grad():
-                self.master.grad.mul_(self.scale)
-        self.scale = None
-
-    def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """Return (parameter, start, the part of its reduced gradient with which this rank updates it) for
-        each parameter of which this rank updates a part. ``start`` is the element of the parameter at which
-        the part begins. In the base class, every rank updates whole parameters, and those without a gradient
-        are left out."""
-        return ((p, 0, p.grad) for p in self.params if p.grad is not None)
-
-    def _on_gradient(self, param: torch.nn.Parameter) -> None:
-        raise NotImplementedError
-
-    def _after_backward(self) -> None:
-        raise NotImplementedError
-
-    def grad_norm(self) -> torch.Tensor:
-        raise NotImplementedError
-
-    def step(self) -> None:
-        raise NotImplementedError
-
-    @property
-    def state(self) -> Any:
-        return self.inner.state
-
-
-def norm64(grad: torch.Tensor) -> torch.Tensor:
-    """Return the norm of one gradient in float64, as DeepSpeed computes it."""
-    norm: torch.Tensor = torch.linalg.vector_norm(grad.double())
-    return norm
-
-
-def stack_norms(norms: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return one tensor of the norms of a rank's gradients. It is empty if the rank has none."""
-    scalars = list(norms)
-    return torch.stack(scalars) if scalars else torch.zeros(0)
 
 
 class ZeroNone(Reducing):
@@ -157,17 +21,9 @@ class ZeroNone(Reducing):
 
     most_elements = 500_000_000
 
-    def __init__(
-        self,
-        bench: Workbench,
-        params: list[torch.nn.Parameter],
-        settings: Mapping[str, KnobValue],
-        make: MakeOptimizer,
-        group: Group,
-    ) -> None:
-        super().__init__(bench, params, settings, group)
-        bench.grad_norm = None
-        self.inner = make(params)
+    def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
+        self.bench.grad_norm = None  # gradients are in the parameters
+        return self.params
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
         """Do nothing: gradients are averaged after backward."""
@@ -198,23 +54,22 @@ class ZeroNone(Reducing):
     def step(self) -> None:
         self.inner.step()
 
+    def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+        return ((p, 0, p.grad) for p in self.params if p.grad is not None)
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
 
 class ZeroTwo(Reducing):
     """Stages 1 and 2: whole parameters on every rank, as views of one flat buffer. Each rank updates an fp32
     master copy of its part of the buffer; then the parts are gathered."""
 
-    def __init__(
-        self,
-        bench: Workbench,
-        params: list[torch.nn.Parameter],
-        settings: Mapping[str, KnobValue],
-        make: MakeOptimizer,
-        group: Group,
-    ) -> None:
-        super().__init__(bench, params, settings, group)
+    def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
+        bench, params = self.bench, self.params
         self.shards_gradients = int(settings["stage"]) == 2
         self.in_backward = self.shards_gradients or bool(settings["overlap"])
-        self.buffers: list[torch.Tensor] = []
         self.buffer_count = 2 if settings["overlap"] else 1
         self.own: torch.Tensor | None = None  # gradients of the parameters in this rank's part
         self.held: list[torch.Tensor] = []  # the same, summed over micro-batches
@@ -238,7 +93,7 @@ class ZeroTwo(Reducing):
                 self._keep_on_host(max(p.numel() for p in params))
             else:
                 torch.zeros_like(self.master)
-        self.inner = make([self.master])
+        return [self.master]
 
     def _keep_on_host(self, largest: int) -> None:
         """Make the permanent buffers on the host, and one of ``largest`` elements on the device, through
@@ -268,26 +123,16 @@ class ZeroTwo(Reducing):
             self._add(param)
 
     def _add(self, param: torch.nn.Parameter) -> None:
-        if self.elements + param.numel() > self.limit:
-            self._reduce()
-            self.buffers.reverse()  # with overlap, the other buffer fills while this one is reduced
-        if param.numel() <= self.limit:
-            self._into(self.buffers[0], self.elements, param)
-        elif self.state_on and param.grad is not None:
+        super()._add(param)
+        if self.state_on and param.numel() > self.limit and param.grad is not None:
             param.grad = param.grad.clone()
-        self.pending.append(param)
-        self.added.add(param)
-        self.elements += param.numel()
 
-    def _reduce(self) -> None:
-        if not self.pending:
-            return
+    def _reduce_pending(self) -> None:
         grad = self.pending[0].grad
         assert grad is not None
         self._average(grad.view(-1) if self.elements > self.limit else self.buffers[0][: self.elements])
         for param in self.pending:
             self._keep(param)
-        self.pending, self.elements = [], 0
 
     def _average(self, whole: torch.Tensor) -> None:
         """Average the pending gradients, whose elements are ``whole``, over all ranks in a copy. Copy back
@@ -420,7 +265,3 @@ class ZeroTwo(Reducing):
         parts += [self.flat.new_zeros(missing)] * bool(missing)
         whole: torch.Tensor = torch._utils._flatten_dense_tensors(parts)
         return whole.float()
-
-    @property
-    def state(self) -> dict[Any, Any]:
-        return {self.master: {"master": self.master, **self.inner.state.get(self.master, {})}}

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.distributed_c10d import ReduceScatterOptions
 
+from memfit.techniques.zero.base import Group, Reducing, all_gather, norm64
 from memfit.techniques.zero.zero_stage3_autograd import LinearPatch, tapped, watch_reads
-from memfit.techniques.zero.zero_stage12 import Group, Reducing, all_gather, norm64
 
 if TYPE_CHECKING:
-    from memfit.techniques.base import MakeOptimizer, Workbench
+    from memfit.techniques.base import Workbench
     from memfit.types.plan import KnobValue
 
 
@@ -30,18 +30,11 @@ class ZeroThree(Reducing):
     rank's pieces of trained parameters are in one flat buffer. A step updates an fp32 master copy of that
     buffer and copies it back."""
 
-    def __init__(
-        self,
-        bench: Workbench,
-        params: list[torch.nn.Parameter],
-        settings: Mapping[str, KnobValue],
-        make: MakeOptimizer,
-        group: Group,
-    ) -> None:
-        super().__init__(bench, params, settings, group)
+    def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
+        bench, params = self.bench, self.params
         self.norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         with torch.no_grad():
-            self.shards = shards = Shards(bench, params, settings, group)
+            self.shards = shards = Shards(bench, params, settings, self.group)
             flat = shards.flat
             with bench.place(self.state_on):
                 self.master = torch.nn.Parameter(flat.float().clone())
@@ -49,7 +42,7 @@ class ZeroThree(Reducing):
                     self.master.grad = torch.zeros_like(self.master)
                 torch.zeros_like(self.master)
             with bench.place(""):
-                self.buffer = torch.empty(self.limit, dtype=flat.dtype)
+                self.buffers = [torch.empty(self.limit, dtype=flat.dtype)]
             with bench.place(self.state_on):
                 self.grads = torch.zeros_like(flat)
             for param in params:  # so that its gradient's shape is known
@@ -64,7 +57,7 @@ class ZeroThree(Reducing):
             self._watch(module)
             bench.closers.append(watch_reads(module, shards.read))
             bench.closers += linear.during(module) if linear is not None else []
-        self.inner = make([self.master])
+        return [self.master]
 
     def _watch(self, module: torch.nn.Module) -> None:
         """Add hooks that gather a module's parameters before its forward and its backward, and release them
@@ -85,15 +78,9 @@ class ZeroThree(Reducing):
         self.bench.closers.append(module.register_forward_hook(after).remove)
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
-        if self.pending and self.elements + param.numel() > self.limit:
-            self._reduce()
-        if self.elements + param.numel() <= self.limit:
-            self._into(self.buffer, self.elements, param)
-        self.pending.append(param)
-        self.added.add(param)
-        self.elements += param.numel()
+        self._add(param)
 
-    def _reduce(self) -> None:
+    def _reduce_pending(self) -> None:
         """Average the pending gradients over ranks and scatter them, in a tensor in which each rank's pieces
         are adjacent. Add this rank's pieces to those of earlier micro-batches of the step, and free the
         whole gradients."""
@@ -102,7 +89,6 @@ class ZeroThree(Reducing):
         rank_part = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
         for param, part in zip(pending, rank_part.split(sizes), strict=True):
             self._keep(param, part)
-        self.pending, self.elements = [], 0
 
     def _scattered(self, grads: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
         even = all(g.numel() == n * self.ranks for g, n in zip(grads, sizes, strict=True))
@@ -144,8 +130,7 @@ class ZeroThree(Reducing):
         """Reduce the pending gradients. A parameter without a gradient gets zeros, in the place of what it
         kept in the former step."""
         with torch.no_grad():
-            if self.pending:
-                self._reduce()
+            self._reduce()
             for param in self.params:
                 if param not in self.added:
                     self._keep(param, torch.zeros_like(self.shards.of(param, self.grads)))
@@ -174,10 +159,6 @@ class ZeroThree(Reducing):
         with torch.no_grad():
             self.shards.flat.copy_(self.master)
             self.shards.gather(list(self.shards.persistent))
-
-    @property
-    def state(self) -> dict[Any, Any]:
-        return {self.master: {"master": self.master, **self.inner.state.get(self.master, {})}}
 
 
 class Shards:

@@ -1,0 +1,189 @@
+"""What ZeRO and sharded DDP share: the process group and its collectives, norms of gradients, and the base
+class of the optimizers of all ZeRO stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from memfit.techniques.base import MakeOptimizer, OptimizerLike, Workbench
+    from memfit.types.plan import KnobValue
+
+
+class Alone:
+    """A process group of one rank, which communicates with no other."""
+
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return 1
+
+    def rank(self) -> int:
+        """Return this rank's index."""
+        return 0
+
+
+Group = Any  # a torch ProcessGroup, or Alone
+
+
+def shard_group(bench: Workbench) -> Group:
+    """Return the group of the ranks among which the plan shards the model state."""
+    mesh = bench.world.sub("shard")
+    return mesh.get_group() if mesh is not None else Alone()
+
+
+def all_reduce(tensor: torch.Tensor, group: Group) -> None:
+    """Sum ``tensor`` over the ranks of ``group`` in place. On one rank, do nothing."""
+    if group.size() > 1:
+        torch.distributed.all_reduce(tensor, group=group)
+
+
+def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
+    """Start to gather ``own`` of all ranks of ``group`` into ``whole``. Return a handle to wait for. On one
+    rank, copy at once and return None."""
+    if group.size() > 1:
+        return group._allgather_base(whole, own)
+    whole.copy_(own)
+    return None
+
+
+def norm64(grad: torch.Tensor) -> torch.Tensor:
+    """Return the norm of one gradient in float64, as DeepSpeed computes it."""
+    norm: torch.Tensor = torch.linalg.vector_norm(grad.double())
+    return norm
+
+
+def stack_norms(norms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return one tensor of the norms of a rank's gradients. It is empty if the rank has none."""
+    scalars = list(norms)
+    return torch.stack(scalars) if scalars else torch.zeros(0)
+
+
+class Reducing:
+    """Base class of the optimizers of all stages.
+
+    In each micro-batch, calls `_on_gradient` with each parameter whose gradient backward has completed, and
+    `_after_backward` at the end of backward. ``params`` are the trained parameters. ``inner``, the optimizer
+    that ``make`` returns, updates what `_prepare` returns: in stages 1 to 3, an fp32 master copy of this
+    rank's part of the parameters, ``master``.
+
+    Stages 1 to 3 collect gradients in the first of ``buffers``, which holds ``limit`` elements. ``pending``
+    are the parameters whose gradients will be reduced together, with ``elements`` elements in all, and
+    ``added`` those that were pending in this micro-batch.
+    """
+
+    inner: OptimizerLike
+    master: torch.nn.Parameter
+
+    def __init__(
+        self,
+        bench: Workbench,
+        params: list[torch.nn.Parameter],
+        settings: Mapping[str, KnobValue],
+        make: MakeOptimizer,
+        group: Group,
+    ) -> None:
+        self.bench, self.params, self.group = bench, params, group
+        self.ranks, self.rank = group.size(), group.rank()
+        self.limit = int(settings["reduce_bucket_elements"])
+        self.state_on = "" if settings["offload"] == "none" else "host"
+        self.buffers: list[torch.Tensor] = []
+        self.pending: list[torch.nn.Parameter] = []
+        self.added: set[torch.nn.Parameter] = set()
+        self.elements = 0
+        self.last, self.queued, self.micro_batch = True, False, -1
+        self.scale: torch.Tensor | None = None  # applied to the gradients in the next step
+        handles = [p.register_post_accumulate_grad_hook(self._ready) for p in params]
+        bench.closers += [h.remove for h in handles]
+        bench.before_micro_batch.append(self._begin)
+        bench.grad_norm = self.grad_norm
+        self.inner = make(self._prepare(settings))
+
+    def _begin(self, last: bool) -> None:
+        self.last, self.queued, self.micro_batch = last, False, self.micro_batch + 1
+        self.added.clear()
+
+    def _ready(self, param: torch.nn.Parameter) -> None:
+        if not self.queued:
+            self.queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        with torch.no_grad():
+            self._on_gradient(param)
+
+    def _add(self, param: torch.nn.Parameter) -> None:
+        """Copy the gradient of ``param`` to the buffer, after reducing what is pending if they do not fit
+        together. A gradient larger than a buffer stays where it is and is reduced alone."""
+        if self.elements + param.numel() > self.limit:
+            self._reduce()
+            self.buffers.reverse()  # if there are two, the other fills while this one is reduced
+        if param.numel() <= self.limit:
+            self._into(self.buffers[0], self.elements, param)
+        self.pending.append(param)
+        self.added.add(param)
+        self.elements += param.numel()
+
+    def _reduce(self) -> None:
+        if self.pending:
+            self._reduce_pending()
+            self.pending, self.elements = [], 0
+
+    def _into(self, buffer: torch.Tensor, offset: int, param: torch.nn.Parameter) -> None:
+        """Copy the gradient of ``param`` to ``buffer``, from element ``offset`` on. ``param.grad`` becomes a
+        view of the buffer."""
+        assert param.grad is not None
+        place = buffer.narrow(0, offset, param.numel()).view_as(param)
+        place.copy_(param.grad)
+        param.grad = place
+
+    def _norm(self, norms: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Return the norm of all gradients over all ranks, from the norms of this rank's gradients."""
+        total = stack_norms(norms).square().sum().float()
+        all_reduce(total, self.group)
+        return total.sqrt()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for param in self.params:
+            param.grad = None
+
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        """Let the next step, and only that, multiply the fp32 gradients by ``factor`` just before the update,
+        as DeepSpeed clips."""
+        self.scale = factor
+
+    def _scaled(self) -> None:
+        if self.scale is not None and self.master.grad is not None:
+            with torch.no_grad():
+                self.master.grad.mul_(self.scale)
+        self.scale = None
+
+    @property
+    def state(self) -> Any:
+        return {self.master: {"master": self.master, **self.inner.state.get(self.master, {})}}
+
+    def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+        """Return (parameter, start, the part of its reduced gradient with which this rank updates it) for
+        each parameter of which this rank updates a part. ``start`` is the element of the parameter at which
+        the part begins."""
+        raise NotImplementedError
+
+    def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
+        """Make the permanent tensors of the stage. Return what the inner optimizer updates."""
+        raise NotImplementedError
+
+    def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        raise NotImplementedError
+
+    def _after_backward(self) -> None:
+        raise NotImplementedError
+
+    def _reduce_pending(self) -> None:
+        """Average the pending gradients over all ranks, and keep what this rank needs of them."""
+        raise NotImplementedError
+
+    def grad_norm(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def step(self) -> None:
+        raise NotImplementedError
