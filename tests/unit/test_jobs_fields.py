@@ -224,6 +224,35 @@ def test_a_simulated_scan_has_rayleigh_noise_and_a_bias_field_of_20_percent() ->
     assert (seen.min(), seen.max()) == pytest.approx((0.8, 1.2), abs=0.01)
 
 
+class OnlyGrey(torch.nn.Module):
+    """Predicts grey matter everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+
+    def forward(self, volumes: torch.Tensor) -> list[torch.Tensor]:
+        return [self.logits[None, :, None, None, None].expand(len(volumes), 4, *volumes.shape[2:])]
+
+
+@pytest.mark.parametrize("size", ["tiny", "paper"])
+def test_only_the_held_out_region_is_scored_at_every_size(size: str) -> None:
+    """A third of it is grey matter and a third is white; grey matter everywhere has a Dice of 1/2 and 0."""
+    tissue = np.zeros((197, 233, 189), np.uint8)
+    region = tissue[tuple(slice(first, end) for first, end in segmentation3d._TEST_REGION)]
+    region[:40], region[40:80] = 1, 2
+    head = segmentation3d.Head(intensity=np.zeros(tissue.shape, np.float32), tissue=tissue)
+    assert segmentation3d.mean_dice(OnlyGrey(), head, segmentation3d._shape(size)) == pytest.approx(25.0)
+
+
+def test_a_network_of_six_stages_is_evaluated() -> None:
+    size = unet3d.UNetSize(features=(1, 1, 1, 1, 1, 1), channels=4, classes=4, patch=64, batch_size=1)
+    tissue = np.random.default_rng(0).integers(0, 3, (197, 233, 189), np.uint8)
+    head = segmentation3d.Head(intensity=tissue.astype(np.float32), tissue=tissue)
+    torch.manual_seed(0)
+    assert 0 <= segmentation3d.mean_dice(unet3d.UNet(size), head, size) < 60
+
+
 @needs_volume
 def test_training_cubes_stay_away_from_the_held_out_slab() -> None:
     head = segmentation3d.read()

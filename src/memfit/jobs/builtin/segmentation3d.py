@@ -41,8 +41,7 @@ DATA_SOURCE: Final = (
 NOISE, BIAS = 0.09, 0.4  # relative to white matter, and peak to peak relative to 1
 _HELD_OUT: Final = (104, 128)  # planes along y
 _GAP: Final = 8  # planes on either side that belong to no set
-_TEST_CORNER: Final = (34, _HELD_OUT[0], 24)
-_TEST_TILES: Final = (5, 1, 5)
+_TEST_REGION: Final = ((34, 154), _HELD_OUT, (24, 144))  # first voxel and end along x, y, z
 _TEST_PATCH: Final = 24
 _TEST_SEED: Final = 20_090_101
 _LEVELS: Final = 128  # levels of intensity, for the naive result
@@ -226,16 +225,18 @@ def _of_output(logits: torch.Tensor, tissue: torch.Tensor, step: int) -> torch.T
 
 def mean_dice(model: torch.nn.Module, head: Head, shape: UNetSize) -> float:
     """Return the mean Dice of grey and white matter, as the model predicts them in the held-out region, in
-    percent."""
+    percent. The model gets cubes with the edge that it is trained on, since a network of many stages takes no
+    smaller ones."""
     import torch
 
-    cubes = _test_cubes(head, shape.channels)
+    cubes = _test_cubes(head, shape.patch, shape.channels)
     with evaluating(model) as device:
         predictions = [
             model(torch.tensor(volume[None], device=device))[-1].argmax(1)[0].cpu().numpy()
             for volume in cubes["volume"]
         ]
-    return dice(np.stack(predictions), cubes["tissue"])
+    scored = cubes["scored"]
+    return dice(np.stack(predictions)[scored], cubes["tissue"][scored])
 
 
 def dice(found: Array, truth: Array) -> float:
@@ -249,10 +250,16 @@ def dice(found: Array, truth: Array) -> float:
     return 100 * float(np.mean(scores))
 
 
-def _test_cubes(head: Head, channels: int) -> dict[str, Array]:
-    """Return ``volume`` and ``tissue`` of the held-out region as 25 cubes, always with the same noise."""
-    corners = np.array(list(np.ndindex(*_TEST_TILES))) * _TEST_PATCH + np.array(_TEST_CORNER)
-    return _cubes(head, corners, _TEST_PATCH, channels, np.random.default_rng(_TEST_SEED))
+def _test_cubes(head: Head, patch: int, channels: int) -> dict[str, Array]:
+    """Return ``volume`` and ``tissue`` of the cubes with the edge ``patch`` that cover the held-out region,
+    always with the same noise, and ``scored``, which is True for the voxels inside the region."""
+    low, end = np.array(_TEST_REGION).T
+    tiles = -(-(end - low) // patch)
+    corners = (low + end - tiles * patch) // 2 + np.array(list(np.ndindex(*tiles))) * patch
+    cubes = _cubes(head, corners, patch, channels, np.random.default_rng(_TEST_SEED))
+    voxels = corners[:, None] + np.arange(patch)[:, None]
+    x, y, z = np.moveaxis((low <= voxels) & (voxels < end), 2, 0)
+    return cubes | {"scored": x[:, :, None, None] & y[:, None, :, None] & z[:, None, None, :]}
 
 
 def metric(head: Head) -> Metric:
@@ -260,7 +267,7 @@ def metric(head: Head) -> Metric:
     most common training tissue of each level of intensity."""
     rng = np.random.default_rng(_TEST_SEED + 1)
     corners = _training_corners(head, _TEST_PATCH, 24, rng)
-    train, test = _cubes(head, corners, _TEST_PATCH, 1, rng), _test_cubes(head, 1)
+    train, test = _cubes(head, corners, _TEST_PATCH, 1, rng), _test_cubes(head, _TEST_PATCH, 1)
     counts = np.stack(
         [
             np.bincount(_level(train["volume"][:, 0][train["tissue"] == t]), minlength=_LEVELS)
