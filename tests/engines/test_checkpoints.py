@@ -279,6 +279,13 @@ def test_a_full_disk_is_reported_as_a_failed_save(tmp_path: Path, monkeypatch: p
         training.keeper.save(1)
 
 
+def test_a_folder_that_cannot_be_made_is_reported_as_a_failed_save(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    training = alone(Keep(save=str(tmp_path / "file" / "to")), tmp_path)
+    with pytest.raises(MemfitError, match=r"step 1 was not saved in .*/file/to: .*Not a directory"):
+        training.keeper.save(1)
+
+
 def _raising(error: Exception) -> Callable[..., None]:
     def call(*_: object) -> None:
         raise error

@@ -104,15 +104,15 @@ class Keeper:
         return bool(keep.save) and is_due
 
     def save(self, done: int) -> None:
-        """Save a checkpoint after ``done`` steps. All ranks must call it. Raises MemfitError if it cannot be
-        written, and OSError if its folder cannot be made."""
+        """Save a checkpoint after ``done`` steps. All ranks must call it. Raises MemfitError if its folder cannot
+        be made or it cannot be written."""
         folder = Path(self.spec.keep.save)
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         metadata = self._about(done, entries)
-        partial_folder = _from_first(checkpoints.begin(folder, done) if self.rank == 0 else None)
         state: dict[str, Any] = {**self._tensors(writing=True), **{e.text: e.stored for e in entries}}
         state[f"random.{self.rank}"] = torch.get_rng_state()
         try:
+            partial_folder = _from_first(checkpoints.begin(folder, done) if self.rank == 0 else None)
             with _quiet():
                 save(
                     state,
