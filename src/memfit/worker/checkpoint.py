@@ -104,8 +104,8 @@ class Keeper:
         return bool(keep.save) and is_due
 
     def save(self, done: int) -> None:
-        """Save a checkpoint after ``done`` steps. All ranks must call it. Raises MemfitError if its folder cannot
-        be made or it cannot be written."""
+        """Save a checkpoint after ``done`` steps. All ranks must call it. Raises MemfitError if it, or the
+        folder for it, cannot be written."""
         folder = Path(self.spec.keep.save)
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         metadata = self._about(done, entries)
