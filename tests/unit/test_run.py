@@ -226,20 +226,37 @@ def test_sigkill_counted_by_the_control_group_is_out_of_memory(
     assert measured.steps_done == 1
 
 
-def test_sigkill_counted_by_the_machine_is_out_of_memory(
+def test_sigkill_counted_only_by_the_machine_is_probably_out_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vmstat = tmp_path / "vmstat"
     vmstat.write_text("nr_free 1\noom_kill 4\n")
+    monkeypatch.setattr(child_process, "oom_kills_here", lambda: None)
     monkeypatch.setattr(child_process, "_VMSTAT", vmstat)
     assert ending(SUICIDE).outcome is OutcomeKind.FAILED  # a kill that no counter recorded
     measured = run(config(SUICIDE), on_event=lambda _: vmstat.write_text("oom_kill 5\n") and None)
     assert (measured.outcome, measured.reason) == (
         OutcomeKind.OOM,
-        "killed by the kernel: the machine ran out of memory",
+        "killed by SIGKILL, probably by the kernel: the machine ran out of memory during the run",
     )
     monkeypatch.setattr(child_process, "_VMSTAT", tmp_path / "none")
     assert ending(SUICIDE).outcome is OutcomeKind.FAILED
+
+
+def test_an_out_of_memory_kill_outside_the_childs_control_group_is_not_blamed_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vmstat, kills = tmp_path / "vmstat", [2]
+    vmstat.write_text("oom_kill 4\n")
+    monkeypatch.setattr(child_process, "oom_kills_here", lambda: kills[-1])
+    monkeypatch.setattr(child_process, "_VMSTAT", vmstat)
+    measured = run(config(SUICIDE), on_event=lambda _: vmstat.write_text("oom_kill 5\n") and None)
+    assert (measured.outcome, measured.reason) == (OutcomeKind.FAILED, "killed by SIGKILL")
+    measured = run(config(SUICIDE), on_event=lambda _: kills.append(3))
+    assert (measured.outcome, measured.reason) == (
+        OutcomeKind.OOM,
+        "killed by the kernel: its group or the machine ran out of memory",
+    )
 
 
 # --- no process or folder is left behind

@@ -1,8 +1,8 @@
 """A control group (version 2) for one process, if the user has permission to make one.
 
 This module uses only the standard library. A child process makes and enters its group; its parent reads what
-happened in the group and removes it. docs/decisions/002-memory-cap.md says why only version 2 is used, and
-never for root.
+happened in the group and removes it. Without such a group, the parent reads what happened in its own, where
+the child is. docs/decisions/002-memory-cap.md says why only version 2 is used, and never for root.
 """
 
 from __future__ import annotations
@@ -66,14 +66,33 @@ class Group:
         """Return how many processes in the group the kernel killed because memory ran out, or 0 if the group
         does not exist."""
         with contextlib.suppress(OSError):
-            lines = (self.path / "memory.events").read_text().splitlines()
-            return int(dict(line.split() for line in lines).get("oom_kill", 0))
+            return _oom_kills(self.path / "memory.events")
         return 0
 
     def remove(self) -> None:
         """Remove the group. Do nothing if the system refuses, as while processes are in it."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
+
+
+def oom_kills_here(*, root: Path = _ROOT, own: Path = _OWN) -> int | None:
+    """Return how many processes in this process's group, without the groups below it, the kernel has killed
+    because memory ran out. Return None if it does not count them: without version 2, before Linux 5.2 and in
+    the top group. ``root`` and ``own``: as in `Group.of`."""
+    with contextlib.suppress(OSError, StopIteration):
+        return _oom_kills(_home(root, own) / "memory.events.local")
+    return None
+
+
+def _oom_kills(events: Path) -> int:
+    lines = events.read_text().splitlines()
+    return int(dict(line.split() for line in lines).get("oom_kill", 0))
+
+
+def _home(root: Path, membership_file: Path) -> Path:
+    """Return the folder of this process's group. Raises OSError or StopIteration if it has none."""
+    lines = membership_file.read_text().splitlines()
+    return root / next(line[4:] for line in lines if line.startswith("0::/"))
 
 
 def _delegated_home(root: Path, membership_file: Path) -> Path | None:
@@ -86,8 +105,7 @@ def _delegated_home(root: Path, membership_file: Path) -> Path | None:
     if os.geteuid() == 0:
         return None  # root may write anywhere, which does not show a delegation
     with contextlib.suppress(OSError, StopIteration):
-        lines = membership_file.read_text().splitlines()
-        home = root / next(line[4:] for line in lines if line.startswith("0::/"))
+        home = _home(root, membership_file)
         parent = home.parent
         controllers = (parent / "cgroup.subtree_control").read_text().split()
         is_writable = os.access(parent, os.W_OK) and os.access(parent / "cgroup.procs", os.W_OK)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
 
-from memfit.runtime.cgroup import Group
+from memfit.runtime.cgroup import Group, oom_kills_here
 from memfit.runtime.oom import is_oom_text
 from memfit.types import serialization
 from memfit.types.errors import UserError
@@ -92,7 +92,7 @@ class _Watch:
     def __init__(self, config: LaunchConfig, folder: str, errors: IO[bytes], stop: threading.Event) -> None:
         self._spec, self._errors, self._stop = config.spec, errors, stop
         self._started_s = time.monotonic()
-        self._machine_kills = _machine_oom_kills()
+        self._kills_here, self._machine_kills = oom_kills_here(), _machine_oom_kills()
         self._group_kills = self._steps = 0
         self._timed_out = False
         self._losses: list[float] = []
@@ -200,27 +200,39 @@ class _Watch:
         """Return the outcome and reason of an end without a result: stopped, out of time, out of memory or
         failed.
 
-        SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one since the start,
-        in the child's control group or on this machine. Any exit code but 0 counts as out of memory if the
-        end of standard error says so.
+        SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one since the start
+        (`_oom_kill`). Any exit code but 0 counts as out of memory if the end of standard error says so.
         """
         code, lines = self._process.returncode, self._last_words()
         if self._timed_out and self._stop.is_set():
             return OutcomeKind.FAILED, STOPPED
         if self._timed_out:
             return OutcomeKind.TIMEOUT, f"stopped at its time limit of {self._spec.timeout_s:g} s"
-        if code == -signal.SIGKILL and self._group_kills:
-            return (
-                OutcomeKind.OOM,
-                f"killed by the kernel at its cap of {format_bytes(self._spec.cap_bytes or 0)}",
-            )
-        if code == -signal.SIGKILL and _machine_oom_kills() > self._machine_kills:
-            return OutcomeKind.OOM, "killed by the kernel: the machine ran out of memory"
+        if code == -signal.SIGKILL and (oom_kill := self._oom_kill()):
+            return OutcomeKind.OOM, oom_kill
         oom_lines = [line for line in lines if is_oom_text(line)]
         if code and oom_lines:
             return OutcomeKind.OOM, oom_lines[-1]
         ending = "ended without a result" if code == 0 else _code_text(code)
         return OutcomeKind.FAILED, f"{ending}: {lines[-1]}" if lines else ending
+
+    def _oom_kill(self) -> str:
+        """Return in words that the kernel killed the child, which died of SIGKILL, because memory ran out; ""
+        if it did not.
+
+        It did if it counted such a kill in the child's own control group, or else in that of this process,
+        where the child was. If it counts only those of the whole machine, the words say that it is not
+        certain.
+        """
+        if self._group_kills:
+            return f"killed by the kernel at its cap of {format_bytes(self._spec.cap_bytes or 0)}"
+        kills = oom_kills_here()
+        if kills is not None and self._kills_here is not None:
+            is_killed = kills > self._kills_here
+            return "killed by the kernel: its group or the machine ran out of memory" if is_killed else ""
+        if _machine_oom_kills() > self._machine_kills:
+            return "killed by SIGKILL, probably by the kernel: the machine ran out of memory during the run"
+        return ""
 
     def _last_words(self) -> list[str]:
         size = self._errors.seek(0, os.SEEK_END)
