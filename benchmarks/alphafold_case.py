@@ -158,7 +158,7 @@ def offered(size: str = "initial") -> Iterator[dict[str, Any]]:
             found = pricer.whole(plan)
             traces = pricer.traces
             fits = needed_bytes(found, machine) <= machine.device.memory_bytes.value
-            told = reference_machines.offer(
+            told = reference_machines.make_offer(
                 found, machine=machine.name, size=size, plain=name == OFFERED[0], fits=fits
             )
             yield {

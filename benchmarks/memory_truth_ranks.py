@@ -36,13 +36,13 @@ from memfit.runtime.ranks import free_port, rank_env
 from memfit.store.environment import fingerprint
 from memfit.techniques.rank_mesh import Layout, World, make_world
 from memfit.techniques.registry import make_use
-from memfit.trace.fake_process_group import late
+from memfit.trace.fake_process_group import late_collectives
 from memfit.trace.tracer import trace
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.trace import Trace
-from memfit.worker.train import joined
+from memfit.worker.train import join_world
 
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "records" / "memory_truth_ranks.jsonl", HERE / "memory_truth_ranks.md"
@@ -238,7 +238,7 @@ class Truth:
         """``told``: of every rank, its repeats."""
         job, ranks = load(one.ref), range(one.plan.ranks)
         traces = [trace(job, one.plan, rank=r, played=WHOLE) for r in ranks]
-        with late():
+        with late_collectives():
             latest = [trace(job, one.plan, rank=r, played=WHOLE) for r in ranks]
         logs = [[repeat.pop("second_step") for repeat in repeats] for repeats in told]
         ratio = self.loss_ratio(one, job, told)
@@ -324,7 +324,7 @@ def _child(rows: list[Row], path: Path) -> None:
     """One rank: of every row a training to warm up, then those measured."""
     counter = CountingAllocator()
     counter.install()
-    with joined(rows[0].plan) as first, path.open("w") as file:
+    with join_world(rows[0].plan) as first, path.open("w") as file:
         for one in rows:
             job, world = load(one.ref), make_world(one.plan, rank=first.rank, device="cpu")
             train(job, one.plan, world, counter)

@@ -201,7 +201,7 @@ def memfit(name: str) -> dict[str, Any]:
     from search import _searched
 
     from memfit.catalog import machine
-    from memfit.techniques.registry import brief
+    from memfit.techniques.registry import short_label
 
     question = QUESTIONS[name]
     found, _, _ = _searched(
@@ -211,7 +211,7 @@ def memfit(name: str) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - begun,
         "considered": found.considered,
-        "said": brief(chosen.plan),
+        "said": short_label(chosen.plan),
         "layout": _from_memfit(chosen.plan, question),
         "own_s": chosen.step_s.value,
         "own_gib": chosen.allocated_bytes.value / 2**30,

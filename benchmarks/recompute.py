@@ -37,7 +37,7 @@ from memfit.cost.op_time import signatures_by_weight, time_model
 from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_blocks
-from memfit.planner.recompute_budget import chosen
+from memfit.planner.recompute_budget import choose_tensors
 from memfit.runtime import local_machine
 from memfit.runtime.counting_allocator import CountingAllocator
 from memfit.runtime.op_benchmark import calibrate
@@ -344,7 +344,7 @@ def _choose(conn: Any, make: Callable[[], Job], budgets_mib: list[int]) -> None:
         asked = Plan(uses=(use("optimal-checkpointing", budget_mib=budget, dropped=""),))
         begun = time.perf_counter()
         try:
-            plan = chosen(job, asked, seconds=model.op_s, calibration=known)
+            plan = choose_tensors(job, asked, seconds=model.op_s, calibration=known)
         except UserError as error:
             refused[budget] = str(error)
             print(f"  {error}", flush=True)

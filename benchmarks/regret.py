@@ -22,7 +22,7 @@ from typing import Any
 
 import regret_drawn
 
-from memfit.cost.step_time_calibration import corrected, factor
+from memfit.cost.step_time_calibration import correct_calibration, factor
 from memfit.engines import native
 from memfit.planner.plan_space import plans, usable
 from memfit.planner.selection import Objective, score
@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             _measure_one(planning, plan, options.steps, rows[plan])
     _again_where_wide(planning, rows, options)
     repeats = _repeated(planning, rows, options.steps)
-    known = corrected(planning.pricer.calibration, list(teachers.items()), source="these")
+    known = correct_calibration(planning.pricer.calibration, list(teachers.items()), source="these")
     for plan in chosen:
         estimate = planning.pricer.whole(plan)
         rows[plan]["predicted_peak_bytes"] = int(estimate.allocated_bytes.value)

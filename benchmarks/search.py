@@ -96,7 +96,7 @@ def child(name: str) -> None:
     """One large case; a line of JSON."""
     begun = time.perf_counter()
     from memfit.catalog import machine
-    from memfit.techniques.registry import brief
+    from memfit.techniques.registry import short_label
 
     size, on, rows, _ = LARGE[name]
     marks: list[float] = []
@@ -113,7 +113,7 @@ def child(name: str) -> None:
             {
                 "searching_s": marks[0],
                 "considered": found.considered,
-                "plan": brief(chosen.plan),
+                "plan": short_label(chosen.plan),
                 "step_s": chosen.step_s.value,
                 "allocated_gib": chosen.allocated_bytes.value / 2**30,
                 "traced": chosen.traced,
@@ -228,8 +228,8 @@ def small(name: str) -> dict[str, Any]:
     from memfit.catalog import machine
     from memfit.planner.grid_search import _cuttable
     from memfit.planner.parallelism_grid import grids
-    from memfit.planner.selection import best, keeps, score
-    from memfit.techniques.registry import brief
+    from memfit.planner.selection import best, score, within_bounds
+    from memfit.techniques.registry import short_label
 
     make, on, wanted = SMALL[name]
     begun = time.perf_counter()
@@ -246,7 +246,7 @@ def small(name: str) -> dict[str, Any]:
             every.append(scale.pricer.whole(plan))
         except Exception:  # noqa: BLE001  what cannot be traced cannot be the best either
             failed += 1
-    fitting = [e for e in every if scale.fits_memory(e) and keeps(aim.bounds, e)]
+    fitting = [e for e in every if scale.fits_memory(e) and within_bounds(aim.bounds, e)]
     top = best(fitting, aim.goal)
     assert top is not None
     gap = score(chosen, aim.goal) / score(top, aim.goal) - 1
@@ -259,8 +259,8 @@ def small(name: str) -> dict[str, Any]:
         "fit": len(fitting),
         "search_s": search_s,
         "exhaustive_s": time.perf_counter() - begun,
-        "found": brief(chosen.plan),
-        "best": brief(top.plan),
+        "found": short_label(chosen.plan),
+        "best": short_label(top.plan),
         "same": chosen.plan == top.plan,
         "gap": gap,
     }

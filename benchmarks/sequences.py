@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from memfit.cost.memory import with_kept
 from memfit.runtime.counting_allocator import CountingAllocator
-from memfit.runtime.op_benchmark import ready
+from memfit.runtime.op_benchmark import prepare_call
 from memfit.types.machine import Calibration
 from memfit.types.trace import Allocation, Phase, Trace
 
@@ -131,7 +131,7 @@ def alone(signature: str) -> tuple[int, ...] | None:
     """What an operator allocates and frees while it runs, its outputs still held; None if it cannot."""
     counter = CountingAllocator()
     try:
-        call, args, kwargs = ready(signature)
+        call, args, kwargs = prepare_call(signature)
         counter.start_log()
         try:
             out = call(*args, **kwargs)

@@ -101,9 +101,9 @@ def of_fields(noun: type) -> dict[str, Spec]:
 
 def deepspeed() -> Sections:
     """What is declared as a pydantic model; the rest it reads key by key (scripts/library_options.toml)."""
-    from memfit.engines.deepspeed.step import imported
+    from memfit.engines.deepspeed.step import import_deepspeed
 
-    imported()
+    import_deepspeed()
     found: Sections = {}
     for section, path in tomllib.loads(BY_HAND.read_text(encoding="utf-8"))["deepspeed"]["models"].items():
         module, _, name = path.rpartition(".")

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from memfit.cost.allocator import Settings, replay
-from memfit.cost.device_overhead import outside, with_workspaces
+from memfit.cost.device_overhead import device_overhead, with_workspaces
 from memfit.cost.memory import levels
 from memfit.techniques.registry import make_use
 from memfit.trace.trace_extrapolation import deep_trace
@@ -336,7 +336,7 @@ def of_trace(setup: Setup, traced: Trace) -> Prediction:
 def _beside(setup: Setup, card: Device, traced: Trace) -> int | None:
     """Outside the allocator. A source that measured its empty context says so in its metric: before CUDA
     11.7 loaded kernels one by one, that was much more."""
-    parts = outside(card, traced.communicators)
+    parts = device_overhead(card, traced.communicators)
     stated = re.search(r"(\d+) MiB CUDA context", setup.row["mem_metric"])
     if stated is None:
         return int(parts.total_bytes.value) if parts.total_bytes else None

@@ -24,7 +24,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from memfit.types.errors import MemfitError, UserError
-from memfit.types.gc_pause import uncollected
+from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job, Metric, OptimizerChoice
 from memfit.types.plan import Plan
 
@@ -49,7 +49,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        with uncollected():
+        with pause_gc():
             return getattr(importlib.import_module("memfit.api"), name)
     raise AttributeError(f"module 'memfit' has no attribute {name!r}")
 

@@ -38,7 +38,7 @@ from memfit.trace.real_weights import WeightsSource, built_weights, offering
 from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import MemfitError, UserError
-from memfit.types.gc_pause import uncollected
+from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Bound, Job
 from memfit.types.machine import Machine
 from memfit.types.parsing import parse_bytes
@@ -221,7 +221,7 @@ class Prediction:
         )
 
 
-@uncollected()
+@pause_gc()
 def estimate(  # noqa: PLR0913
     model: Any,
     batch: Any = None,
@@ -364,7 +364,7 @@ def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Pr
     )
 
 
-@uncollected()
+@pause_gc()
 def assert_fits(  # noqa: PLR0913
     model: Any,
     memory: str | int,

@@ -24,7 +24,7 @@ from memfit.runtime.local_machine import this_machine
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.plan_file import parse_plan, read_plan
 from memfit.techniques.registry import check, make_use
-from memfit.trace.fake_copy import copied
+from memfit.trace.fake_copy import copy_model
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import UserError
 from memfit.types.job import Bound, Job, OptimizerChoice
@@ -112,7 +112,7 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
                     "cannot be copied",
                     hint="give a function that builds the model, or the model before it was wrapped",
                 )
-        return lambda: copied(model)
+        return lambda: copy_model(model)
     if not callable(model):
         raise UserError(
             f"the model is a {type(model).__name__}",
@@ -124,7 +124,7 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
         is_fake = torch._guards.active_fake_mode() is None or not isinstance(built_module, torch.nn.Module)
         is_fake = is_fake or all(isinstance(p, FakeTensor) for p in built_module.parameters())
         # a function may return an already existing module
-        return built_module if is_fake else copied(built_module)
+        return built_module if is_fake else copy_model(built_module)
 
     return build
 
@@ -161,14 +161,14 @@ def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
     ``loss`` may be such a function itself; ``loss(output, batch)`` or ``loss(output, target)``, recognized by
     the names of its parameters (the first one is such as "output" or "logits", the second one such as
     "batch"); a module or a function of torch.nn.functional, called with (output, target); or None. With None
-    the loss that the model returns is used (see `own_loss`). The target is the last item of a tuple or list,
-    else what the batch has under a key or attribute such as "labels" or "target", else the batch.
+    the loss that the model returns is used (see `model_loss`). The target is the last item of a tuple or
+    list, else what the batch has under a key or attribute such as "labels" or "target", else the batch.
 
     ``forward``: the signature of the model's forward, which decides what of the batch the model gets. Raises
     UserError if ``loss`` is neither None nor callable.
     """
     if loss is None:
-        return lambda model, batch: own_loss(_called(model, batch, forward))
+        return lambda model, batch: model_loss(_called(model, batch, forward))
     if not callable(loss):
         raise UserError(
             f"the loss is a {type(loss).__name__}",
@@ -234,7 +234,7 @@ def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart:
     return model(*batch[:count])
 
 
-def own_loss(output: Any) -> torch.Tensor:
+def model_loss(output: Any) -> torch.Tensor:
     """Return the loss that a model returns itself: ``.loss``, ``["loss"]`` or the first floating-point tensor
     of one element among its outputs.
 

@@ -30,7 +30,7 @@ from memfit.techniques.registry import make_use
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Phase
-from memfit.worker.train import joined
+from memfit.worker.train import join_world
 
 RATIO = 0.6  # the share of one process's activations that one of two ranks may hold
 # Neither residues nor rows nor extra rows divide by two; every part of the network is there.
@@ -182,7 +182,7 @@ def _activations(job: Job, plan: Plan, world: Any, counter: CountingAllocator) -
 def _rank(target: Path) -> None:
     torch.set_num_threads(1)
     ranks, counter = int(os.environ["WORLD_SIZE"]), None
-    with joined(SAME[ranks][0][1]):
+    with join_world(SAME[ranks][0][1]):
         rank = torch.distributed.get_rank()
         worlds = [make_world(plan, rank=rank, device="cpu") for _, plan in (*SAME[ranks], *HELD)]
         same = [_stepped(JOBS[n], p, w) for (n, p), w in zip(SAME[ranks], worlds, strict=False)]

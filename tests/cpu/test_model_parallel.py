@@ -32,7 +32,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.worker.train import joined
+from memfit.worker.train import join_world
 
 SIZE = GptSize(layers=2, width=64, heads=4, length=32, vocabulary=128, batch_size=4)
 WORST_RATIO, ROUNDING = 0.005, 1e-5
@@ -236,7 +236,7 @@ def _rank(target: Path) -> None:
     counter = CountingAllocator() if available() is None else None
     if counter:
         counter.install()
-    with joined(CASES[0][1]):
+    with join_world(CASES[0][1]):
         rank = torch.distributed.get_rank()
         found = []
         for name, plan in CASES:

@@ -32,7 +32,7 @@ from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
-from memfit.worker.train import joined
+from memfit.worker.train import join_world
 
 SIZE = GptSize(layers=4, width=64, heads=4, length=32, vocabulary=256, batch_size=8)
 PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
@@ -169,7 +169,7 @@ def _rank(cases: tuple[tuple[str, Plan], ...], target: Path) -> None:
     if available() is None:
         counter = CountingAllocator()
         counter.install()
-    with joined(cases[0][1]):
+    with join_world(cases[0][1]):
         from memfit.techniques.rank_mesh import make_world
 
         rank = torch.distributed.get_rank()

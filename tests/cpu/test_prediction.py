@@ -13,7 +13,7 @@ from torch.nn import functional
 from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
-from memfit.planner.recompute_budget import chosen
+from memfit.planner.recompute_budget import choose_tensors
 from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.runtime.op_benchmark import probe
 from memfit.techniques.registry import TECHNIQUES, make_use, technique
@@ -221,7 +221,7 @@ def test_predicted_peak_is_measured_peak(
     if missing := _missing(uses):
         pytest.skip(f"not installed: {missing}")
     job = JOBS[name]()
-    plan = chosen(job, Plan(uses=uses))
+    plan = choose_tensors(job, Plan(uses=uses))
     traced = trace(job, plan)
     profile = memory_profile(traced, probed(traced, counter))
     truth = measured(job, plan, counter)
@@ -268,4 +268,4 @@ def test_every_technique_lowers_a_peak_somewhere(name: str, counter: CountingAll
         pytest.skip(f"not installed: {missing}")
     job = JOBS[job_name]()
     plain = measured(job, Plan(), counter)["peak"]
-    assert measured(job, chosen(job, Plan(uses=(used,))), counter)["peak"] < 0.97 * plain
+    assert measured(job, choose_tensors(job, Plan(uses=(used,))), counter)["peak"] < 0.97 * plain

@@ -30,9 +30,9 @@ def samples(spec: Any) -> list[Any]:
 def deepspeed(data: dict[str, Any]) -> Iterator[str]:
     from pydantic import ValidationError
 
-    from memfit.engines.deepspeed.step import imported
+    from memfit.engines.deepspeed.step import import_deepspeed
 
-    imported()
+    import_deepspeed()
     models = tomllib.loads(library_options.BY_HAND.read_text(encoding="utf-8"))["deepspeed"]["models"]
     for section, path in models.items():
         module, _, name = path.rpartition(".")

@@ -21,7 +21,7 @@ from memfit.engines import environment
 from memfit.engines.base import Engine
 from memfit.engines.colossalai import CONFIG, ENGINE, config, plugin_of
 from memfit.engines.environment import Environment, record, recorded
-from memfit.engines.registry import ready, render
+from memfit.engines.registry import ready_engine, render
 from memfit.jobs.registry import load
 from memfit.runtime.child_process import run
 from memfit.runtime.engine_environment import install
@@ -149,7 +149,7 @@ def test_the_plugin_constructors_accept_the_arguments() -> None:
 @pytest.mark.parametrize("name", ["LowLevelZeroPlugin", "GeminiPlugin", "HybridParallelPlugin"])
 def test_a_plugin_that_requires_cuda_is_not_run_without_it(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} requires CUDA"):
-        ready("colossalai", PLUGINS[name][0])
+        ready_engine("colossalai", PLUGINS[name][0])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) ->
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(environment, "home", lambda: tmp_path / "engines")
+    monkeypatch.setattr(environment, "environments_folder", lambda: tmp_path / "engines")
     return tmp_path
 
 

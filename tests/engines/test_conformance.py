@@ -33,7 +33,7 @@ from memfit.types.job import Job, JobRef
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import OutcomeKind
-from memfit.worker.train import joined
+from memfit.worker.train import join_world
 
 SIZE = GptSize(layers=2, width=64, heads=4, length=32, vocabulary=128, batch_size=4)
 
@@ -118,7 +118,8 @@ def _no_sync() -> Iterator[None]:
 
 def _not_averaged() -> Any:
     return mock.patch(
-        "memfit.techniques.parallel.sample_parallel_collectives.averaging", return_value=lambda last: None
+        "memfit.techniques.parallel.sample_parallel_collectives.average_gradients",
+        return_value=lambda last: None,
     )
 
 
@@ -242,7 +243,7 @@ def _rank(target: Path) -> None:
     torch.set_num_threads(1)
     found = {}
     quick = functools.partial(torch.compile, backend="aot_eager")  # without the C++ compiler
-    with joined(_plan(ddp={})), mock.patch.object(torch, "compile", quick):
+    with join_world(_plan(ddp={})), mock.patch.object(torch, "compile", quick):
         rank = torch.distributed.get_rank()
         for name, (plan, sabotage, _) in NATIVE.items():
             honest = _told(name, plan, rank)

@@ -19,10 +19,10 @@ from memfit.api import conform
 from memfit.conformance.autograd_graph import Graph
 from memfit.conformance.distributed_checks import offloaded_states
 from memfit.conformance.monitor import Monitor
-from memfit.conformance.technique_checks import SEEN
+from memfit.conformance.registry import COVERED
 from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.jobs.training_step import TrainingStep
-from memfit.planner.recompute_budget import chosen
+from memfit.planner.recompute_budget import choose_tensors
 from memfit.techniques.offload import SpooledTensor
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.conformance import NotConforming
@@ -149,7 +149,7 @@ def test_qlora_with_unquantised_weights_is_reported() -> None:
 
 
 def test_tensors_that_are_not_recomputed_are_reported() -> None:
-    plan = chosen(JOB, _plan("optimal-checkpointing", budget_mib=4))
+    plan = choose_tensors(JOB, _plan("optimal-checkpointing", budget_mib=4))
     assert plan.uses[0].settings["dropped"] != "none"
     assert "optimal-checkpointing" in _told(plan).partition("not checked")[0]
     with mock.patch("memfit.techniques.recompute.optimal._without", return_value=contextlib.nullcontext()):
@@ -225,8 +225,8 @@ def test_compiled_blocks_of_torch_classes_are_recognised(quick_compiler: None) -
 
 
 def test_every_technique_but_chunking_is_checked() -> None:
-    assert set(TECHNIQUES) >= SEEN
-    assert set(TECHNIQUES) - SEEN == {"chunking"}
+    assert set(TECHNIQUES) >= COVERED
+    assert set(TECHNIQUES) - COVERED == {"chunking"}
 
 
 def test_reading_the_autograd_graph_restores_torch_functions() -> None:
@@ -270,8 +270,8 @@ def test_devices_of_parameters_and_states_show_whether_they_are_offloaded(planne
     plan = _plan("zero", stage=stage, offload=planned, persist_elements=1)
     watch = Monitor(model, optimizer, plan)
     watch.graph.device = "meta"
-    offloaded_states(watch)
-    assert bool(watch.differences) == (planned != found)
+    findings = list(offloaded_states(plan, watch.observe()))
+    assert [f.wrong for f in findings] == [planned != found]
 
 
 def test_disk_offload_by_user_hooks_conforms_and_save_on_cpu_is_reported() -> None:
@@ -412,7 +412,8 @@ def test_offload_of_only_half_of_the_parameters_is_reported(share: float) -> Non
         *[nn.Linear(64, 64, bias=False, device="cpu" if i < count else "meta") for i in range(8)]
     )
     state = {p: {"exp_avg": torch.zeros(64, 64)} for p in model.parameters()}
-    watch = Monitor(model, SimpleNamespace(state=state, step=lambda: None), _plan("fsdp2", offload=True))
+    plan = _plan("fsdp2", offload=True)
+    watch = Monitor(model, SimpleNamespace(state=state, step=lambda: None), plan)
     watch.graph.device = "meta"
-    offloaded_states(watch)
-    assert bool(watch.differences) == (share < 1)
+    findings = list(offloaded_states(plan, watch.observe()))
+    assert [f.wrong for f in findings] == [share < 1]

@@ -35,7 +35,7 @@ from memfit.techniques.zero import zero_stage12
 from memfit.types.conformance import NotConforming
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.worker.train import joined, step_maker
+from memfit.worker.train import join_world, step_maker
 
 FAST = {"reduce_bucket_elements": 20_000, "persist_elements": 1}
 MEAN = "mean of gradients"
@@ -94,7 +94,8 @@ def _no_owners() -> Any:
 
 def _not_together() -> Any:
     return mock.patch(
-        "memfit.techniques.parallel.sample_parallel_collectives.averaging", return_value=lambda last: None
+        "memfit.techniques.parallel.sample_parallel_collectives.average_gradients",
+        return_value=lambda last: None,
     )
 
 
@@ -475,7 +476,7 @@ def _rank(target: Path) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     ranks = int(os.environ["WORLD_SIZE"])
-    with joined(_plan(ranks, ddp={})):
+    with join_world(_plan(ranks, ddp={})):
         for name, (plan, sabotage, *_) in (NATIVE | OTHERS).items():
             engine = name.split(",")[0] if name.startswith("megatron") else "native"
             if plan.ranks == ranks and _installed(engine):

@@ -28,7 +28,7 @@ from memfit.api import conform
 from memfit.techniques.registry import make_use
 from memfit.types.conformance import NotConforming
 from memfit.types.plan import Plan
-from memfit.worker.train import joined
+from memfit.worker.train import join_world
 
 
 class _Block(nn.Module):
@@ -258,7 +258,7 @@ def _told(name: str) -> str:
 
 def _rank(target: Path) -> None:
     torch.set_num_threads(1)
-    with joined(Plan(ranks=2, uses=(make_use("ddp", {}),))):
+    with join_world(Plan(ranks=2, uses=(make_use("ddp", {}),))):
         target.write_text(json.dumps({name: _told(name) for name in CASES}))
 
 

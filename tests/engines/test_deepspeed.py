@@ -37,7 +37,7 @@ from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.trace import Phase
-from memfit.worker.train import joined, step_maker
+from memfit.worker.train import join_world, step_maker
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -146,7 +146,7 @@ def _joined(ranks: int) -> Iterator[int]:
     if ranks == 1:
         yield 0
         return
-    with joined(_plan(ranks, ddp={})):
+    with join_world(_plan(ranks, ddp={})):
         yield torch.distributed.get_rank()
 
 
@@ -310,8 +310,8 @@ def test_the_deepspeed_parser_reads_the_settings_of_the_plan(tmp_path: Path) -> 
 _SECTION = """
 import json, sys
 import torch
-from memfit.engines.deepspeed.step import _join_alone, imported
-deepspeed, found = imported(), []
+from memfit.engines.deepspeed.step import _join_alone, import_deepspeed
+deepspeed, found = import_deepspeed(), []
 _join_alone()
 for section in ({}, {"activation_checkpointing": {"partition_activations": True, "number_checkpoints": 2}}):
     calls, model = [], torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))

@@ -38,7 +38,7 @@ from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.worker.train import joined, step_maker
+from memfit.worker.train import join_world, step_maker
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("fairscale") is None, reason="fairscale is not installed"
@@ -123,7 +123,7 @@ def _rank(folder: Path, target: Path) -> None:
     counter = CountingAllocator()
     counter.install()
     found: dict[str, Any] = {}
-    with joined(PLANS["defaults"]), gloo_first(patient=True) as settle:
+    with join_world(PLANS["defaults"]), gloo_first(patient=True) as settle:
         rank = torch.distributed.get_rank()
         for name, plan in PLANS.items():
             kind = step_maker("fairscale", _configured(folder / f"{name}-{rank}", plan))

@@ -17,7 +17,7 @@ from torch.nn import functional
 from memfit.cost.memory import memory_profile
 from memfit.engines.megatron import CONFIG, ENGINE, arguments, parse
 from memfit.engines.megatron.gpt import check_cut, read, sizes
-from memfit.engines.registry import ready, render
+from memfit.engines.registry import ready_engine, render
 from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.runtime.child_process import run
 from memfit.runtime.ranks import run_ranks
@@ -169,7 +169,7 @@ def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) ->
 def test_a_plan_that_requires_cuda_is_not_run_without_it(plan: Plan) -> None:
     assert ENGINE.supports(plan) == ()
     with pytest.raises(UserError, match="requires CUDA"):
-        ready("megatron", plan)
+        ready_engine("megatron", plan)
 
 
 def _eps(model: Gpt) -> None:

@@ -19,7 +19,7 @@ from report_fixture import full_poc
 from memfit.catalog import finance
 from memfit.decision import case as cases
 from memfit.decision import money, monte_carlo
-from memfit.decision.assumptions import widened
+from memfit.decision.assumptions import widen_range
 from memfit.decision.decide import decide
 from memfit.store import Store
 from memfit.types.decision import Alternative, Amount, CostSheet, Decision, Term, Terms
@@ -242,7 +242,7 @@ def test_a_term_without_a_range_has_no_swing(data: st.DataObject, pair: Pair, te
         still = dataclasses.replace(term, low=term.value, high=term.value)
         assert monte_carlo.tornado(best, reference, terms, [still]) == ()
         assert term.value is not None
-        there = monte_carlo.moved(terms, {term.name: term.value})
+        there = monte_carlo.replace_numbers(terms, {term.name: term.value})
         again = money.saved_percent(money.sheet(best, there), money.sheet(reference, there))
         assert again == pytest.approx(point, rel=1e-6, abs=1e-6)
         one_sided = dataclasses.replace(term, low=term.value)
@@ -257,7 +257,7 @@ def test_a_term_of_value_zero_may_have_a_range(pair: Pair, terms: Terms) -> None
     terms = dataclasses.replace(terms, tax_ratio=0.0, levy_per_kwh=Amount())
     for name in ("tax_ratio", "levy_per_kwh"):
         term = Term(name=name, value=0.0, unit="", low=0.0, high=0.1)
-        there = monte_carlo.moved(terms, {name: 0.1})
+        there = monte_carlo.replace_numbers(terms, {name: 0.1})
         ends = [money.saved_percent(money.sheet(best, t), money.sheet(reference, t)) for t in (terms, there)]
         found = monte_carlo.tornado(best, reference, terms, [term])
         if ends[0] is None or ends[1] is None:
@@ -276,14 +276,14 @@ def test_a_term_of_value_zero_may_have_a_range(pair: Pair, terms: Terms) -> None
 def test_an_observed_error_widens_both_ends_of_a_range(
     low: float, high: float, ratio: float, worse: float
 ) -> None:
-    least, most = widened(low, high, ratio)
+    least, most = widen_range(low, high, ratio)
     assert least <= low * (1 + 1e-12)
     assert most >= high * (1 - 1e-12)
     assert least <= min(ratio, 1 / ratio) * (1 + 1e-12)
     assert most >= max(ratio, 1 / ratio) * (1 - 1e-12)
-    assert widened(low, high, 1.0) == pytest.approx((low, high), rel=1e-12)
-    assert widened(low, high, 1 / ratio) == pytest.approx((least, most), rel=1e-12)
-    further = widened(low, high, ratio * worse if ratio >= 1 else ratio / worse)
+    assert widen_range(low, high, 1.0) == pytest.approx((low, high), rel=1e-12)
+    assert widen_range(low, high, 1 / ratio) == pytest.approx((least, most), rel=1e-12)
+    further = widen_range(low, high, ratio * worse if ratio >= 1 else ratio / worse)
     assert further[0] <= least * (1 + 1e-12)
     assert further[1] >= most * (1 - 1e-12)
 

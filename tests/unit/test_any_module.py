@@ -20,7 +20,7 @@ import memfit
 from memfit.cost.memory import memory_profile, with_kept
 from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.counting_allocator import CountingAllocator, available
-from memfit.runtime.op_benchmark import probe, ready
+from memfit.runtime.op_benchmark import prepare_call, probe
 from memfit.trace.lifecycle import lifecycle
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -254,7 +254,7 @@ def test_backward_of_a_scatter_mean_allocates_one_tensor_of_row_counts() -> None
 def test_probes_receive_conjugate_inputs_where_the_trace_had_them() -> None:
     """The kernel copies conjugates internally, which a probe sees only if it receives them."""
     signatures = {o.signature for o in trace(job(conjugates), Plan(), steps=1).ops if "bmm" in o.op}
-    seen = [t.is_conj() for s in signatures for t in ready(s)[1] if isinstance(t, torch.Tensor)]
+    seen = [t.is_conj() for s in signatures for t in prepare_call(s)[1] if isinstance(t, torch.Tensor)]
     assert any(seen)
     assert not all(seen)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from memfit.catalog import machine
 from memfit.cost.op_time import time_model
-from memfit.cost.stream_simulator import sent
+from memfit.cost.stream_simulator import collective_size
 from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, Widths
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.evaluate import Pricer
@@ -72,7 +72,7 @@ def test_collectives_of_one_block_match_a_count_by_hand() -> None:
     The MSA goes through an all-to-all and back, as do the pairs around attention of the ending node. At the
     end of the model both are all-gathered."""
     traced = trace(_job(), _plan(axial_parallel={}, ddp={}), steps=1)
-    found = collections.Counter(sent(o) for o in traced.ops if o.op.startswith("_c10d_functional"))
+    found = collections.Counter(collective_size(o) for o in traced.ops if o.op.startswith("_c10d_functional"))
     bias, outer, pairs, rows = 2 * N * N * 4, ROWS * N * 4 * 4, N * N * C * 4, ROWS * N * C * 4
     wanted = collections.Counter(
         {

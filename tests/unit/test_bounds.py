@@ -10,9 +10,9 @@ import pytest
 from memfit.catalog import machine
 from memfit.cli import main
 from memfit.cost.step_time import sketched_s
-from memfit.planner.selection import Objective, as_asked, missed
+from memfit.planner.selection import Objective, missed_bounds, respects_micro_batch
 from memfit.planner.single_device import Planning, Request, search
-from memfit.techniques.registry import TECHNIQUES, make_use, plain
+from memfit.techniques.registry import TECHNIQUES, make_plain_plan, make_use
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Bounds, Plan
@@ -57,10 +57,17 @@ def test_a_requested_micro_batch_is_kept_and_one_that_does_not_divide_is_refused
     for size in (2, 8):
         found = searched(small, micro_batch=size).result
         assert found.recommended is not None
-        assert as_asked(found.recommended.estimate.plan, Bounds(micro_batch=size), 8)
+        assert respects_micro_batch(found.recommended.estimate.plan, Bounds(micro_batch=size), 8)
     message = "a micro-batch of 3 does not divide the 8 samples of a rank; allowed: 1, 2, 4, 8"
     with pytest.raises(UserError, match=message):
         searched(small, micro_batch=3)
+
+
+def test_a_micro_batch_that_no_allowed_plan_has_is_refused(small: str) -> None:
+    bounds = Bounds(micro_batch=2, without=tuple(TECHNIQUES))
+    request = Request(job=JobRef(spec=small, batch=8), machine=machine("L4"), bounds=bounds)
+    with pytest.raises(UserError, match="leave no plan with a micro-batch of 2; relax --without"):
+        search(request, lambda *stage: None)
 
 
 def test_the_fastest_plan_on_two_devices_is_no_slower_than_plain_ddp(small: str) -> None:
@@ -70,7 +77,7 @@ def test_the_fastest_plan_on_two_devices_is_no_slower_than_plain_ddp(small: str)
     assert step
     every = [found.pricer.sketch(c.estimate.plan).step_s for c in found.result.frontier]
     assert all(s is not None for s in every)
-    ddp = found.pricer.whole(plain(2)).step_s
+    ddp = found.pricer.whole(make_plain_plan(2)).step_s
     assert ddp is not None
     assert step.value <= ddp.value
 
@@ -83,7 +90,7 @@ def test_sketched_step_includes_communication_time_and_more_of_it_with_reshardin
     assert again is not None
     assert again > once > 0.1
     assert sketched_s(0.1, Plan(), 10**9, on, micros=4) == 0.1
-    assert sketched_s(0.1, plain(8), 10, on, micros=1) == pytest.approx(0.1, rel=0.01)
+    assert sketched_s(0.1, make_plain_plan(8), 10, on, micros=1) == pytest.approx(0.1, rel=0.01)
 
 
 def test_missed_limits_name_the_best_plan_and_are_empty_without_limits_or_fitting_plans() -> None:
@@ -99,8 +106,12 @@ def test_missed_limits_name_the_best_plan_and_are_empty_without_limits_or_fittin
         traced=True,
         usd=0.5,
     )
-    assert missed(Bounds(steps=10), [fitting]) == missed(Bounds(steps=10, deadline_s=1.0), []) == ""
-    both = missed(Bounds(steps=10, deadline_s=5.0, budget_usd=2.0), [fitting])
+    assert (
+        missed_bounds(Bounds(steps=10), [fitting])
+        == missed_bounds(Bounds(steps=10, deadline_s=1.0), [])
+        == ""
+    )
+    both = missed_bounds(Bounds(steps=10, deadline_s=5.0, budget_usd=2.0), [fitting])
     assert both == (
         "no allowed plan keeps to a deadline of 5 s (the quickest that fits takes 10 s and 5 USD, "
         "with plain) and a budget of 2 USD (the cheapest that fits takes 10 s and 5 USD, with plain), "

@@ -22,7 +22,7 @@ import memfit.workflows
 from memfit.cli import doctor, main, views
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import GoalOptions
-from memfit.cli.output import one_of
+from memfit.cli.output import check_choice
 from memfit.cli.progress import Bars
 from memfit.report.explain import TracedEstimate
 from memfit.types.errors import NothingFits, RunError, UserError
@@ -219,9 +219,9 @@ def test_a_plan_file_is_overwritten_only_with_force(ask: Ask, pipeline: FakePipe
 
 
 def test_one_of_suggests_only_similar_values() -> None:
-    assert one_of("--goal", "fastest", ["fastest"]) == "fastest"
+    assert check_choice("--goal", "fastest", ["fastest"]) == "fastest"
     with pytest.raises(UserError) as caught:
-        one_of("--goal", "zzz", ["fastest"])
+        check_choice("--goal", "zzz", ["fastest"])
     assert "did you mean" not in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from report_fixture import BF16, BOTH, CHECKPOINTED, PLAIN, RECOMMENDED, full_po
 from rich.console import Console
 
 from memfit.cli.app import main
-from memfit.cost.step_time_calibration import LEAST_SPREAD, corrected, factor
+from memfit.cost.step_time_calibration import LEAST_SPREAD, correct_calibration, factor
 from memfit.planner.single_device import Request
 from memfit.report import terminal
 from memfit.runtime import local_machine
@@ -32,13 +32,13 @@ ALL = (PLAIN, CHECKPOINTED, BF16, BOTH, RECOMMENDED)
 
 
 def test_without_runs_the_calibration_is_unchanged() -> None:
-    assert corrected(Calibration(), [], source="x") == Calibration()
+    assert correct_calibration(Calibration(), [], source="x") == Calibration()
     assert factor(Calibration(), BOTH) == 1.0
 
 
 @given(ratio=st.floats(0.2, 5))
 def test_runs_that_are_all_off_by_one_ratio_correct_every_plan_by_that_ratio(ratio: float) -> None:
-    found = corrected(Calibration(), [(plan, ratio) for plan in ALL], source="x")
+    found = correct_calibration(Calibration(), [(plan, ratio) for plan in ALL], source="x")
     assert [factor(found, plan) for plan in (*ALL, OFFLOADED)] == pytest.approx(6 * [ratio])
     assert found.step_spread_ratio == LEAST_SPREAD
     assert found.corrected_count == len(ALL)
@@ -48,20 +48,22 @@ def test_runs_that_are_all_off_by_one_ratio_correct_every_plan_by_that_ratio(rat
 def test_a_technique_that_is_always_slower_gets_a_factor_above_one(base: float, slow: float) -> None:
     """The ridge penalty shrinks the factor towards one, but it stays above one and lowers the error."""
     seen = [(plan, base * (slow if plan.get("activation-checkpointing") else 1.0)) for plan in ALL]
-    found = corrected(Calibration(), seen, source="x")
+    found = correct_calibration(Calibration(), seen, source="x")
     assert 1 < found.technique_ratio["activation-checkpointing"] < slow * 1.001
     errors = [abs(factor(found, plan) / ratio - 1) for plan, ratio in seen]
-    flat = corrected(Calibration(), [(PLAIN, r) for _, r in seen], source="x")
+    flat = correct_calibration(Calibration(), [(PLAIN, r) for _, r in seen], source="x")
     assert sum(errors) < sum(abs(factor(flat, plan) / ratio - 1) for plan, ratio in seen)
 
 
 def test_runs_of_two_plans_give_no_spread_for_the_interval() -> None:
-    assert corrected(Calibration(), [(PLAIN, 1.1), (BF16, 1.2)], source="x").step_spread_ratio is None
+    assert (
+        correct_calibration(Calibration(), [(PLAIN, 1.1), (BF16, 1.2)], source="x").step_spread_ratio is None
+    )
 
 
 def test_a_run_that_the_others_do_not_predict_widens_the_interval() -> None:
     seen = [(PLAIN, 1.0), (CHECKPOINTED, 1.0), (BF16, 1.0), (OFFLOADED, 2.0)]
-    found = corrected(Calibration(), seen, source="x")
+    found = correct_calibration(Calibration(), seen, source="x")
     assert found.step_spread_ratio == pytest.approx(0.5)  # the others predict half of its time
 
 
@@ -132,7 +134,7 @@ def test_a_corrected_plan_uses_the_measured_spread_and_is_refused_for_another_ma
 
 def test_the_terminal_reports_the_correction() -> None:
     out = io.StringIO()
-    found = corrected(Calibration(), [(plan, 1.25) for plan in ALL], source="some-poc")
+    found = correct_calibration(Calibration(), [(plan, 1.25) for plan in ALL], source="some-poc")
     console = Console(file=out, width=300)
     terminal.print_search(full_poc().search, console=console, lang="en", correction=found)
     assert "Step times are corrected with 5 plans that PoC some-poc measured here (1.25×" in out.getvalue()

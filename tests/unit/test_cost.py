@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memfit.cost.estimate import estimate, modelled_boundary
 from memfit.cost.memory import levels, memory_profile, state_bytes, step_ops, timeline
 from memfit.cost.op_time import ASSUMED_EFFICIENCY_RATIO, ASSUMED_OVERHEAD_S, TimeModel, time_model
-from memfit.cost.step_time import host_bytes_s, played
+from memfit.cost.step_time import host_bytes_s, simulate_step
 from memfit.types.machine import Calibration, Device, Fact, Host, Machine
 from memfit.types.plan import Plan
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
@@ -314,9 +314,9 @@ def test_a_calibrated_estimate_has_a_narrower_interval() -> None:
 
 @given(value=st.floats(0, 1e15), ratio=st.floats(0, 1))
 def test_an_interval_contains_its_value(value: float, ratio: float) -> None:
-    from memfit.cost.estimate import around
+    from memfit.cost.estimate import interval_around
 
-    found = around(value, ratio)
+    found = interval_around(value, ratio)
     assert 0 <= found.low <= found.value <= found.high
     assert math.isfinite(found.high)
 
@@ -325,7 +325,7 @@ def test_offload_time_covers_the_writes_and_reads_of_every_micro_step() -> None:
     slow_disk = model(dataclasses.replace(CALIBRATED, disk_bytes_s=1e6))
 
     def seconds(traced: Trace) -> float:
-        found = played([traced], Plan(), machine(), slow_disk)
+        found = simulate_step([traced], Plan(), machine(), slow_disk)
         assert found is not None
         return found.step_s
 

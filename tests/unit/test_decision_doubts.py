@@ -16,7 +16,7 @@ from report_fixture import RECOMMENDED, full_poc, offers
 from memfit import catalog
 from memfit.catalog import finance
 from memfit.decision import money
-from memfit.decision.case import TEMPLATE, parsed
+from memfit.decision.case import TEMPLATE, parse_case
 from memfit.decision.decide import decide
 from memfit.decision.rollout_gates import Gates, TimeLimits
 from memfit.report.decision import decision_view
@@ -59,7 +59,7 @@ def poc(**changed: Any) -> Poc:
 
 def seen(text: str = "", **changed: Any) -> tuple[Decision, DecisionView]:
     record = poc(**changed)
-    made = decide(record, parsed(text, "it"))
+    made = decide(record, parse_case(text, "it"))
     return made, decision_view(record, made)
 
 
@@ -100,7 +100,7 @@ def test_the_first_phrase_states_the_undecided_verdict_and_the_interval() -> Non
 
 def test_phrases_say_that_the_roll_out_stops_where_a_gate_stopped_it() -> None:
     record = poc()
-    made = decide(record, parsed(CARD, "it"), limits=Gates(time=TimeLimits(step_ratio=0.01)))
+    made = decide(record, parse_case(CARD, "it"), limits=Gates(time=TimeLimits(step_ratio=0.01)))
     first, second, *_ = phrases(decision_view(record, made)).splitlines()
     assert "The gate has stopped the roll-out: time" in first
     assert second.startswith("We stop here for now")
@@ -353,7 +353,7 @@ def test_the_template_with_every_line_uncommented_is_a_valid_case() -> None:
 def test_custom_gate_limits_are_reported_and_unknown_money_is_shown_as_not_known() -> None:
     record, told = poc(), WORDS.get("stages.own_limits")
     for limits, own in ((Gates(time=TimeLimits(step_ratio=0.01)), True), (Gates(), False)):
-        made = decide(record, parsed(CARD, "it"), limits=limits)
+        made = decide(record, parse_case(CARD, "it"), limits=limits)
         assert (told in render_html(record, lang="en", decision=made)) is own
         assert (told in card(decision_view(record, made), "next")) is own
     _, view = seen(CARD)

@@ -13,12 +13,12 @@ from memfit import catalog
 from memfit.cost.device_overhead import (
     BLAS_WORKSPACE,
     CONNECTION_BYTES,
+    device_overhead,
     exceeds_probability,
     nccl_bytes,
-    outside,
     with_workspaces,
 )
-from memfit.cost.memory_estimate import footprint, late, sketched
+from memfit.cost.memory_estimate import delay_frees, footprint, sketch_footprint
 from memfit.types.machine import Device, Fact, Machine
 from memfit.types.result import Interval
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
@@ -117,7 +117,7 @@ def test_predicted_bytes_of_nccl_communicators_cover_published_measurements() ->
     assert two.low < 544 * MIB < two.high
     assert two.low < 688 * MIB < two.high
     assert two.value == pytest.approx(544 * MIB, rel=0.1)
-    first = outside(catalog.device("H100-SXM"), (("world", 8),)).total_bytes
+    first = device_overhead(catalog.device("H100-SXM"), (("world", 8),)).total_bytes
     assert first is not None
     assert first.low < 1.06e9 < first.high
 
@@ -125,7 +125,7 @@ def test_predicted_bytes_of_nccl_communicators_cover_published_measurements() ->
 @given(st.lists(st.integers(1, 64), max_size=6))
 def test_every_communicator_adds_its_bytes_and_a_single_rank_needs_none(ranks: list[int]) -> None:
     groups = [(str(i), n) for i, n in enumerate(ranks)]
-    total, alone = (outside(A100.device, g).total_bytes for g in (groups, ()))
+    total, alone = (device_overhead(A100.device, g).total_bytes for g in (groups, ()))
     assert total is not None
     assert alone is not None
     each = sum(n.value for r in ranks if r > 1 and (n := nccl_bytes(A100.device, r)))
@@ -134,12 +134,12 @@ def test_every_communicator_adds_its_bytes_and_a_single_rank_needs_none(ranks: l
 
 def test_every_nvidia_device_has_a_context_size_and_that_of_amd_devices_is_unknown() -> None:
     """The context grows with the multiprocessors: 40 on a T4 to 148 on a B200."""
-    parts = {name: outside(catalog.device(name)).parts_bytes for name in catalog.device_names()}
+    parts = {name: device_overhead(catalog.device(name)).parts_bytes for name in catalog.device_names()}
     assert [name for name, found in parts.items() if "context" not in found] == [
         name for name in parts if name.startswith("MI")
     ]
     assert parts["T4"]["context"] < parts["A100-80GB-SXM"]["context"] < parts["B200"]["context"]
-    assert outside(catalog.device("MI300X")).total_bytes is None
+    assert device_overhead(catalog.device("MI300X")).total_bytes is None
     for name in catalog.device_names():
         for field in dataclasses.fields(Device):
             fact = getattr(catalog.device(name), field.name)
@@ -183,7 +183,7 @@ def test_reserved_and_device_memory_match_a_calculation_by_hand() -> None:
     assert found.device_bytes is not None
     assert found.reserved_bytes.value == 75 * GIB
     assert found.reserved_bytes.low >= 55 * GIB
-    beside = outside(A100.device)
+    beside = device_overhead(A100.device)
     assert beside.total_bytes is not None
     assert found.device_bytes.value == 75 * GIB + beside.total_bytes.value
     assert found.device_parts_bytes == {"reserved": 75 * GIB, **beside.parts_bytes}
@@ -212,7 +212,7 @@ def test_a_cpu_has_no_reserved_or_device_memory_and_no_oom_probability() -> None
     machine = Machine(name="cpu", device=processor)
     for found in (
         footprint(traced(STRANDED), exactly(55 * GIB), machine),
-        sketched(exactly(GIB), machine, reserved_ratio=1.1),
+        sketch_footprint(exactly(GIB), machine, reserved_ratio=1.1),
     ):
         assert (found.reserved_bytes, found.device_bytes, found.oom_probability) == (None, None, None)
 
@@ -226,7 +226,7 @@ def test_an_unknown_context_size_leaves_device_memory_unknown_but_not_reserved()
 @given(st.lists(st.integers(-1, 5), max_size=40), st.integers(0, 16))
 def test_delayed_frees_keep_every_allocation_in_order(sizes: list[int], by: int) -> None:
     events = [(i, size, "") for i, size in enumerate(sizes)]
-    moved = late(events, by)
+    moved = delay_frees(events, by)
     assert sorted(moved) == sorted(events)
     assert [e for e in moved if e[1] >= 0] == [e for e in events if e[1] >= 0]
     for before, after in ((events.index(e), moved.index(e)) for e in events if e[1] < 0):

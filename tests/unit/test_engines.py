@@ -10,7 +10,7 @@ import pytest
 
 from memfit import catalog
 from memfit.engines.base import Engine
-from memfit.engines.registry import ENGINES, carrying, engine, ready, render
+from memfit.engines.registry import ENGINES, engine, ready_engine, render, supporting_engine
 from memfit.jobs.registry import load
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.trace.tracer import trace
@@ -48,7 +48,7 @@ def test_an_unsupported_technique_is_refused_with_the_engines_that_support_it() 
     with pytest.raises(
         UserError, match=r"tensor-parallel is not supported by accelerate.*engines that support it: native"
     ):
-        carrying("accelerate", TENSOR)
+        supporting_engine("accelerate", TENSOR)
     with pytest.raises(UserError, match="did you mean 'deepspeed'"):
         engine("deepsped")
 
@@ -66,7 +66,7 @@ def test_a_probe_reports_an_untested_version_and_a_missing_package_with_its_inst
     assert not inside.probe().problem
     monkeypatch.setitem(ENGINES, "x", missing)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="engine x: not installed; pip install x"):
-        ready("x", Plan())
+        ready_engine("x", Plan())
 
 
 def test_fsdp2_replicas_that_leave_nothing_to_shard_are_refused() -> None:
@@ -90,16 +90,16 @@ def test_accelerate_supports_autocast_without_fsdp2_and_fp16_only_on_gpus() -> N
         name="t", role="t", job=JobRef(spec="char-lm"), plan=half, engine="accelerate", seed=0, steps=1
     )
     assert "mixed_precision: fp16" in render(spec).files["accelerate.yaml"]
-    assert carrying("accelerate", half)
+    assert supporting_engine("accelerate", half)
     with pytest.raises(UserError, match="cannot train this plan here: fp16-autocast requires CUDA"):
-        ready("accelerate", half)
+        ready_engine("accelerate", half)
     assert not ENGINES["accelerate"].asks_cuda(half.without("fp16-autocast"))
     for kind in ("fp16", "bf16"):
         sharded = Plan(uses=(make_use(f"{kind}-autocast", {}), make_use("fsdp2", {})), ranks=2)
         with pytest.raises(
             UserError, match=f"{kind}-autocast: with FSDP2, Accelerate's {kind} setting casts parameters"
         ):
-            carrying("accelerate", sharded)
+            supporting_engine("accelerate", sharded)
 
 
 def test_accelerate_ignores_fp16_on_a_cpu() -> None:

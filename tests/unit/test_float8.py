@@ -15,7 +15,7 @@ from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.parallelism_grid import _inside
 from memfit.techniques.float8 import NAME
-from memfit.techniques.registry import check, make_use, unable
+from memfit.techniques.registry import check, make_use, unsupported_techniques
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -109,7 +109,7 @@ CARDS = {"A100-80GB-SXM": False, "V100-16GB-SXM2": False, "H100-SXM": True, "L4"
 @pytest.mark.parametrize(("name", "able"), CARDS.items())
 def test_float8_is_supported_only_on_devices_with_8_bit_matrix_units(name: str, able: bool) -> None:
     on = machine(name)
-    assert (NAME not in unable(on)) == able
+    assert (NAME not in unsupported_techniques(on)) == able
     if able:
         check(plan(NAME), on)
     else:

@@ -28,7 +28,7 @@ def changed(**sides: Any) -> exchange.Shared:
     found: dict[str, Any] = json.loads(exchange.text(RECORD))
     for name, values in sides.items():
         found[name] = found[name] | values if isinstance(values, dict) else values
-    return exchange.parsed(json.dumps(found), what="it")
+    return exchange.parse_record(json.dumps(found), what="it")
 
 
 def failing(record: exchange.Shared, limits: rollout_gates.Gates | None = None) -> set[str]:
@@ -217,6 +217,11 @@ def test_a_limit_of_the_wrong_type_raises_an_error_that_names_its_place(text: st
     with pytest.raises(UserError, match=place) as told:
         rollout_gates.read(path)
     assert told.value.allowed
+
+
+def test_an_unknown_limit_gets_a_suggestion() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'time\.step_ratio'\?"):
+        rollout_gates.parse_gates("[time]\nstep_ration = 2", "gates.toml")
 
 
 def test_scale_reports_an_unknown_pilot_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ def test_a_step_whose_operators_depend_on_length_is_refused() -> None:
 
 
 def test_at_shape_resizes_only_the_batch_and_length_dimensions() -> None:
-    job = house.at_shape(tiny.words(), 3, 40)
+    job = house.with_batch_shape(tiny.words(), 3, 40)
     batch = job.make_batch(0, 0)
     assert {k: tuple(v.shape) for k, v in batch.items()} == {"tokens": (3, 40), "labels": (3, 40)}
     masks = Job(
@@ -105,7 +105,7 @@ def test_at_shape_resizes_only_the_batch_and_length_dimensions() -> None:
         loss=lambda m, b: b[0].sum(),
         batch_size=2,
     )
-    shapes = [tuple(t.shape) for t in house.at_shape(masks, 4, 9).make_batch(0, 0)]
+    shapes = [tuple(t.shape) for t in house.with_batch_shape(masks, 4, 9).make_batch(0, 0)]
     assert shapes == [(4, 9, 7), (4, 9, 9), (4,), (5,)]
 
 
@@ -118,7 +118,7 @@ def test_a_batch_without_a_length_dimension_is_refused() -> None:
         batch_size=4,
     )
     with pytest.raises(UserError, match="no length"):
-        house.at_shape(job, 2, 8)
+        house.with_batch_shape(job, 2, 8)
 
 
 # --- probabilities of running out of memory

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import report_fixture as fixture
+from tiny import regression
 
 import memfit.workflows.config_review
 from memfit.cli import main
@@ -111,7 +112,7 @@ def test_plan_from_a_two_rank_configuration_lists_plans_that_need_less_memory(as
         "deepspeed",
         True,
         own,
-        None,
+        2 * own,
     )
     assert {f["rule"] for f in told["findings"]} == {"deepspeed-offload-parameters", "deepspeed-bucket"}
     assert [left["option"] for left in told["left_out"]] == ["batch 8"]  # the job has its own
@@ -153,3 +154,5 @@ def test_plan_from_a_configuration_reports_the_smallest_need_when_nothing_fits(
     code, out, _ = ask("plan", "own.py:job", "--from", "clean.json", "--memory", "1B")
     assert code == 0
     assert "the smallest plan needs 2 B" in out
+    # the job refuses the batch of the file, so its own is predicted and shown
+    assert f"; batch {regression().batch_size}\n" in out

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from memfit.runtime import cgroup, counting_allocator, memory
 from memfit.runtime.cgroup import Group
 from memfit.runtime.child_process import CHILD_ENV
-from memfit.runtime.counting_allocator import AllocatorUnavailable, available, thin
+from memfit.runtime.counting_allocator import AllocatorUnavailable, available, downsample_peaks
 from memfit.runtime.energy import EnergyMeter
 from memfit.runtime.memory_cap import MemoryLimit
 from memfit.runtime.oom import is_oom_error, is_oom_text
@@ -219,7 +219,7 @@ def test_a_library_that_does_not_load_raises_an_error(tmp_path: Path) -> None:
 def test_thinning_keeps_the_peak_in_at_most_the_given_number_of_points(
     values: list[int], points: int
 ) -> None:
-    thinned = thin(values, points)
+    thinned = downsample_peaks(values, points)
     assert len(thinned) <= points
     assert max(thinned) == max(values)
     if len(values) <= points:
@@ -491,6 +491,17 @@ def test_a_control_group_is_made_beside_the_group_of_the_process(
     assert (group.path / "cgroup.procs").read_text() == "77"
     group.leave()
     assert (group.home / "cgroup.procs").read_text() == "77"
+
+
+def test_out_of_memory_kills_in_the_group_of_this_process_are_counted(tmp_path: Path) -> None:
+    own = tree(tmp_path)
+    home = tmp_path / "user.slice" / "app.slice" / "shell.scope"
+    assert cgroup.oom_kills_here(root=tmp_path, own=own) is None  # before Linux 5.2
+    (home / "memory.events.local").write_text("low 0\nmax 9\noom 1\noom_kill 1\n")
+    (home.parent / "memory.events.local").write_text("oom_kill 7\n")
+    assert cgroup.oom_kills_here(root=tmp_path, own=own) == 1
+    own.write_text("4:memory:/x\n")
+    assert cgroup.oom_kills_here(root=tmp_path, own=own) is None
 
 
 @pytest.mark.parametrize("why", ["root", "controller", "version 1", "top"])

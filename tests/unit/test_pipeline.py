@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from memfit.cost.estimate import around
+from memfit.cost.estimate import interval_around
 from memfit.cost.memory import memory_profile
 from memfit.planner import plan_space, single_device
 from memfit.planner.selection import score
@@ -341,19 +341,19 @@ def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
     seconds = {story.baseline: 0.4, story.recommended: 30.0}
     estimate = whole[0].search.baseline.estimate
     assert estimate.step_s is not None
-    slow, quick = around(4.0, 0.1), around(1.9, 0.1)
+    slow, quick = interval_around(4.0, 0.1), interval_around(1.9, 0.1)
 
     def told(step_s: Any) -> None:
         monkeypatch.setattr(
             type(pricer),
             "whole",
             lambda self, plan: dataclasses.replace(
-                estimate, step_s=around(seconds[plan], 0.1) if plan in seconds else step_s
+                estimate, step_s=interval_around(seconds[plan], 0.1) if plan in seconds else step_s
             ),
         )
 
     specs = list(story.specs())
-    for step_s, steps in ((quick, {40}), (slow, {7}), (around(100.0, 0.1), {5})):
+    for step_s, steps in ((quick, {40}), (slow, {7}), (interval_around(100.0, 0.1), {5})):
         told(step_s)
         short = [story.shortened(s) for s in specs]
         assert {s.steps for s in short if s.role == ABLATION and s.plan not in seconds} == steps

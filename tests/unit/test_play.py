@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.cost.op_time import time_model
-from memfit.cost.stream_simulator import StreamSimulator, sent, split
+from memfit.cost.stream_simulator import StreamSimulator, collective_size, split
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
 from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
 
@@ -77,15 +77,26 @@ def player(on: Machine | None = None) -> StreamSimulator:
 
 
 def test_collective_kinds_and_sizes_are_read_from_signatures() -> None:
-    assert sent(gather(1000)) == ("all_gather", 10**9)
+    assert collective_size(gather(1000)) == ("all_gather", 10**9)
     whole, part = tensor(800, dtype="float32"), tensor(100, dtype="float32")
-    assert sent(call("c10d._reduce_scatter_base_.default", [part, whole])) == ("reduce_scatter", 3200)
-    assert sent(call("c10d.allreduce_.default", [[part, part]])) == ("all_reduce", 800)
+    assert collective_size(call("c10d._reduce_scatter_base_.default", [part, whole])) == (
+        "reduce_scatter",
+        3200,
+    )
+    assert collective_size(call("c10d.allreduce_.default", [[part, part]])) == ("all_reduce", 800)
     functional = "_c10d_functional."
-    assert sent(call(functional + "all_gather_into_tensor.default", [part, 8, "0"])) == ("all_gather", 3200)
-    assert sent(call(functional + "reduce_scatter_tensor.default", [whole, "sum", 8, "0"]))[1] == 3200
-    assert sent(call(functional + "all_to_all_single.default", [whole, [1], [1], "0"]))[0] == "all_to_all"
-    assert sent(call("c10d.barrier", [part])) == ("", 0)
+    assert collective_size(call(functional + "all_gather_into_tensor.default", [part, 8, "0"])) == (
+        "all_gather",
+        3200,
+    )
+    assert (
+        collective_size(call(functional + "reduce_scatter_tensor.default", [whole, "sum", 8, "0"]))[1] == 3200
+    )
+    assert (
+        collective_size(call(functional + "all_to_all_single.default", [whole, [1], [1], "0"]))[0]
+        == "all_to_all"
+    )
+    assert collective_size(call("c10d.barrier", [part])) == ("", 0)
 
 
 def test_a_gather_started_early_is_hidden_behind_compute() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from memfit.cli import main
 from memfit.jobs.builtin import alphafold2
 from memfit.jobs.builtin.alphafold.model import AlphaFold, small
-from memfit.precision.advise import advise, padded
+from memfit.precision.advise import add_padding, advise
 from memfit.types.job import Job
 from memfit.types.precision import ExaminedModules, PrecisionAdvice
 
@@ -372,7 +372,9 @@ def test_modules_that_torch_sums_in_float32_are_listed_separately() -> None:
 
 
 def test_all_ones_masks_get_padding_and_other_tensors_do_not_change() -> None:
-    made = padded({"mask": torch.ones(2, 32), "one_hot": torch.eye(32), "scale": torch.ones(32), "x": None})
+    made = add_padding(
+        {"mask": torch.ones(2, 32), "one_hot": torch.eye(32), "scale": torch.ones(32), "x": None}
+    )
     assert made["mask"].sum() == 2 * 30
     assert torch.equal(made["one_hot"], torch.eye(32))
     assert torch.equal(made["scale"], torch.ones(32))  # of one dimension: it may be anything

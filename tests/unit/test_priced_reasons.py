@@ -10,7 +10,7 @@ import pytest
 from tiny import words
 
 from memfit.planner import single_device
-from memfit.planner.explanations import rivals, smallest_traced
+from memfit.planner.explanations import explain_techniques, smallest_traced
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.selection import Objective, Prices, decide
 from memfit.planner.shortlist import counterfactuals
@@ -18,7 +18,7 @@ from memfit.planner.single_device import Request, needed_bytes
 from memfit.report.choices import search_view
 from memfit.report.quantities import sentence_text
 from memfit.report.words import load_words
-from memfit.techniques.registry import brief
+from memfit.techniques.registry import short_label
 from memfit.types.job import JobRef
 from memfit.types.machine import Device, Fact, Machine
 from memfit.types.plan import Accuracy, Plan, use
@@ -165,7 +165,7 @@ KNOWN = [WINNER, *SKETCHES]
 
 
 def told_of(scale: Scale, known: Sequence[Estimate]) -> dict[str, Reason]:
-    return {r.technique: r for r in rivals(scale, WINNER, known, scale.fits)}  # type: ignore[arg-type]
+    return {r.technique: r for r in explain_techniques(scale, WINNER, known, scale.fits)}  # type: ignore[arg-type]
 
 
 def test_on_many_devices_a_technique_that_does_not_fit_is_reported_with_the_priced_plans() -> None:
@@ -175,7 +175,7 @@ def test_on_many_devices_a_technique_that_does_not_fit_is_reported_with_the_pric
         technique="adamw-8bit",
         plan_count=2,
         least_bytes=35,
-        detail=brief(plan(MIXED, THIRDS, LOW_BIT)),
+        detail=short_label(plan(MIXED, THIRDS, LOW_BIT)),
     )
     needed = told["activation-checkpointing"]
     assert (needed.kind, needed.plan_count, needed.least_bytes) == ("needed_priced", 5, 35)
@@ -193,7 +193,7 @@ def test_on_many_devices_a_sketch_slightly_above_the_cap_is_traced_before_it_is_
 
 def test_a_plan_that_fits_but_is_late_is_not_reported_as_too_large() -> None:
     scale = Scale(1000)
-    late = {r.technique: r for r in rivals(scale, WINNER, KNOWN, lambda e: e == WINNER)}  # type: ignore[arg-type]
+    late = {r.technique: r for r in explain_techniques(scale, WINNER, KNOWN, lambda e: e == WINNER)}  # type: ignore[arg-type]
     assert late["adamw-8bit"].kind == "left_out_late"
     assert late["activation-checkpointing"].kind == "needed_late"
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from tiny import regression, words
 
-from memfit.cost.estimate import around
+from memfit.cost.estimate import interval_around
 from memfit.cost.memory import step_ops
 from memfit.cost.op_time import signatures_by_weight
-from memfit.cost.step_time_calibration import merged
+from memfit.cost.step_time_calibration import merge_calibrations
 from memfit.planner import evaluate, single_device
 from memfit.planner.evaluate import Pricer
 from memfit.planner.plan_space import usable
@@ -147,18 +147,21 @@ def test_a_sketch_of_a_batch_of_one_on_a_device_of_unknown_speed_has_no_step_tim
     assert sketch.allocated_bytes.value > 0
 
 
-def test_a_new_calibration_prices_the_same_traces_again(pricer: Pricer) -> None:
-    before = pricer.whole(Plan())
+@pytest.mark.parametrize("price", [Pricer.whole, Pricer.sketch])
+def test_a_new_calibration_prices_the_same_traces_again(
+    pricer: Pricer, price: Callable[[Pricer, Plan], Estimate]
+) -> None:
+    before = price(pricer, Plan())
     some = next(op for op in pricer.seen() if op.op == "aten.addmm.default")
     rates = Calibration(flops_s={"float32": 1e10}, bandwidth_bytes_s=1e9, op_s={some.signature: 100.0})
     try:
         pricer.recalibrate(rates)
-        after = pricer.whole(Plan())
+        after = price(pricer, Plan())
     finally:
         pricer.recalibrate(Calibration())
     assert after.step_s is not None
     assert after.step_s.value > 100
-    assert pricer.whole(Plan()) == before
+    assert price(pricer, Plan()) == before
 
 
 def test_the_heaviest_operators_are_probed_first(pricer: Pricer) -> None:
@@ -213,7 +216,10 @@ def test_more_finalists_are_the_next_best_that_fit_after_correction_by_traced_pl
 
     def made(seconds: float, size: float, *uses: Use) -> Estimate:
         return dataclasses.replace(
-            sketch, plan=Plan(uses=uses), step_s=around(seconds, 0.1), allocated_bytes=around(size, 0.1)
+            sketch,
+            plan=Plan(uses=uses),
+            step_s=interval_around(seconds, 0.1),
+            allocated_bytes=interval_around(size, 0.1),
         )
 
     offload, fewer = use("activation-offload", to="disk"), use("gradient-accumulation", micro_batches=2)
@@ -340,7 +346,10 @@ class Prices:
         size, seconds = self.told[plan]
         seconds = self.then.get(plan, seconds) if plan in self.measured else seconds
         return dataclasses.replace(
-            self.like, plan=plan, allocated_bytes=around(size, 0.0), step_s=around(seconds, 0.0)
+            self.like,
+            plan=plan,
+            allocated_bytes=interval_around(size, 0.0),
+            step_s=interval_around(seconds, 0.0),
         )
 
     def trace_all(self, plans: Sequence[Plan]) -> None:
@@ -415,9 +424,20 @@ def test_on_this_machine_the_search_calibrates_and_keeps_the_better_rates(
     slower = dataclasses.replace(
         told, flops_s={"float32": 5e8, "bfloat16": 1e9}, op_s={"s": 2.0, "t": 1.0}, overhead_s=2e-6
     )
-    both = merged(found, slower)
+    both = merge_calibrations(found, slower)
     assert both.flops_s == {"float32": 1e9, "bfloat16": 1e9}
     assert (both.overhead_s, both.op_s) == (1e-6, {"s": 2.0, "t": 1.0})
+
+
+def test_timings_of_operators_without_rates_leave_the_known_rates_unchanged() -> None:
+    """As they are measured when the rates are known but could not be stored."""
+    known = Calibration(
+        flops_s={"float32": 1e9, "bfloat16": 2e9}, bandwidth_bytes_s=1e8, overhead_s=1e-6, op_s={"s": 1.0}
+    )
+    both = merge_calibrations(known, Calibration(op_s={"t": 2.0}))
+    assert both.flops_s == known.flops_s
+    assert (both.bandwidth_bytes_s, both.overhead_s) == (1e8, 1e-6)
+    assert both.op_s == {"s": 1.0, "t": 2.0}
 
 
 def test_a_failed_calibration_raises_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,11 @@ from memfit.cost.recompute_ilp import smallest, solve
 from memfit.cost.recompute_replay import Replay, replay
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner import recompute_budget
-from memfit.planner.recompute_budget import chosen, nominal_s
+from memfit.planner.recompute_budget import choose_tensors, nominal_s
 from memfit.planner.selection import Objective, score
 from memfit.planner.single_device import Request, make_pricer, needed_bytes, search
 from memfit.techniques.plan_file import plan_text, read_plan
-from memfit.techniques.recompute.optimal import dropped_text, read_dropped
+from memfit.techniques.recompute.optimal import encode_dropped, read_dropped
 from memfit.techniques.recompute.selective_recompute import RecomputedCall, Tape, Value
 from memfit.techniques.registry import make_use
 from memfit.trace.op_recording import record
@@ -229,7 +229,7 @@ def test_the_replayed_peak_of_a_choice_equals_its_traced_peak(wide: Job, played:
     for share in (0.3, 0.6, 0.9):
         choice = solve(played, int(least + share * (plain - least)))
         assert choice is not None
-        text = dropped_text(played.recording.key, played.closure(choice.dropped))
+        text = encode_dropped(played.recording.key, played.closure(choice.dropped))
         plan = Plan(uses=(make_use("optimal-checkpointing", {"dropped": text}),))
         found = memory_profile(trace(wide, plan), Calibration()).peak_bytes
         assert found == pytest.approx(choice.peak_bytes, rel=0.002)
@@ -272,10 +272,10 @@ def asked(budget_mib: int) -> Plan:
 def test_a_budget_is_respected_and_always_gives_the_same_plan(wide: Job, tmp_path: Path) -> None:
     plain = memory_profile(trace(wide, Plan()), Calibration()).peak_bytes
     budget_mib = int(0.7 * plain / 2**20)
-    plan = chosen(wide, asked(budget_mib))
+    plan = choose_tensors(wide, asked(budget_mib))
     assert memory_profile(trace(wide, plan), Calibration()).peak_bytes <= budget_mib * 2**20
-    assert chosen(wide, asked(budget_mib)) == plan
-    assert chosen(wide, plan) == plan
+    assert choose_tensors(wide, asked(budget_mib)) == plan
+    assert choose_tensors(wide, plan) == plan
     path = tmp_path / "plan.yaml"
     path.write_text(plan_text(plan))
     assert read_plan(path) == plan
@@ -283,29 +283,29 @@ def test_a_budget_is_respected_and_always_gives_the_same_plan(wide: Job, tmp_pat
 
 
 def test_a_budget_above_the_plain_peak_drops_nothing(wide: Job) -> None:
-    (used,) = chosen(wide, asked(1000)).uses
+    (used,) = choose_tensors(wide, asked(1000)).uses
     assert used.settings["dropped"] == "none"
 
 
 def test_a_budget_below_the_minimum_is_refused_with_the_minimum(wide: Job) -> None:
     with pytest.raises(UserError, match=r"a budget of 1 MiB; allowed: at least \d+ MiB") as told:
-        chosen(wide, asked(1))
+        choose_tensors(wide, asked(1))
     least = int(str(told.value).partition("at least ")[2].split()[0])
-    assert chosen(wide, asked(least)).uses[0].settings["dropped"] != "none"
+    assert choose_tensors(wide, asked(least)).uses[0].settings["dropped"] != "none"
 
 
 def test_the_smallest_choice_found_is_used_where_the_solver_returns_none(
     wide: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError) as told:
-        chosen(wide, asked(1))
+        choose_tensors(wide, asked(1))
     least_mib = int(str(told.value).partition("at least ")[2].split()[0])
     monkeypatch.setattr(recompute_budget, "solve", lambda *given, **how: None)
-    plan = chosen(wide, asked(least_mib + 1))
+    plan = choose_tensors(wide, asked(least_mib + 1))
     found = memory_profile(trace(wide, plan), Calibration()).peak_bytes
     assert found <= (least_mib + 1) * 2**20
     with pytest.raises(UserError, match=f"at least {least_mib} MiB"):
-        chosen(wide, asked(least_mib - 1))
+        choose_tensors(wide, asked(least_mib - 1))
 
 
 def test_training_refuses_a_plan_whose_tensors_are_not_chosen_yet() -> None:
@@ -333,7 +333,7 @@ def test_a_parameter_changed_before_recomputation_is_an_error() -> None:
 
 @given(st.sets(st.integers(0, 300), min_size=1), st.integers(0, 2**32 - 1))
 def test_a_choice_of_tensors_survives_writing_and_reading(numbers: set[int], key: int) -> None:
-    text = dropped_text(key, numbers)
+    text = encode_dropped(key, numbers)
     assert read_dropped(text) == (key, frozenset(numbers))
     assert make_use("optimal-checkpointing", {"dropped": text}).settings["dropped"] == text
 
@@ -348,7 +348,7 @@ def test_a_budget_is_respected_across_micro_batches(wide: Job) -> None:
     job = dataclasses.replace(wide, batch_size=2048)
     plain = memory_profile(trace(job, Plan(uses=(twice,))), Calibration()).peak_bytes
     budget_mib = int(0.85 * plain / 2**20)
-    plan = chosen(job, asked(budget_mib).with_use(twice))
+    plan = choose_tensors(job, asked(budget_mib).with_use(twice))
     assert memory_profile(trace(job, plan), Calibration()).peak_bytes <= budget_mib * 2**20
 
 

@@ -32,8 +32,16 @@ from memfit.report.answer import answer
 from memfit.report.case import CLASSES, case_view
 from memfit.report.choices import search_view
 from memfit.report.html import render_html, write_html
-from memfit.report.quantities import Figure, Mark, apart, figure_text, measured, predicted, sentence_text
-from memfit.report.view import poc_view, thin
+from memfit.report.quantities import (
+    Figure,
+    Mark,
+    difference_unit,
+    figure_text,
+    measured,
+    predicted,
+    sentence_text,
+)
+from memfit.report.view import downsample, poc_view
 from memfit.report.words import LANGUAGES, load_words
 from memfit.types import serialization
 from memfit.types.errors import UserError
@@ -149,8 +157,8 @@ def test_an_unknown_language_is_a_user_error_that_leaves_no_file(tmp_path: Path)
         (1.31, "ratio", "1.31×"),
         (-0.0999999, "percent", "\u22120.10 %"),
         (67.2, "percentage points", "67.2 %"),
-        (0.1, apart("percentage points"), "0.10 points"),
-        (0.1, apart("nats"), "0.10 nats"),
+        (0.1, difference_unit("percentage points"), "0.10 points"),
+        (0.1, difference_unit("nats"), "0.10 nats"),
         (0.0, "", "0"),
     ],
 )
@@ -290,7 +298,7 @@ def test_a_technique_that_costs_memory_is_not_reported_as_saving() -> None:
 
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=3000), st.integers(1, 700))
 def test_thinning_a_series_keeps_its_peak_and_the_limit_of_points(values: list[int], most: int) -> None:
-    thinned = thin(values, most)
+    thinned = downsample(values, most)
     assert max(thinned) == max(values)
     assert len(thinned) <= max(most, 1)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from report_fixture import full_poc, minimal_poc, offers
 
-from memfit.decision.case import parsed
+from memfit.decision.case import parse_case
 from memfit.decision.decide import decide
 from memfit.report import html
 from memfit.report.html import render_html
@@ -98,7 +98,7 @@ def walked(name: str, lang: str) -> Walk:
     if name == "published":
         poc = dataclasses.replace(poc, job_name="alphafold2")
     case = CASES[name]
-    made = None if case is None else decide(poc, parsed(case, "it"))
+    made = None if case is None else decide(poc, parse_case(case, "it"))
     return Walk(render_html(poc, lang=lang, decision=made))
 
 

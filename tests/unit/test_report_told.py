@@ -11,7 +11,7 @@ from report_fixture import full_poc, offers
 
 from memfit import catalog
 from memfit.catalog import finance
-from memfit.decision.case import parsed
+from memfit.decision.case import parse_case
 from memfit.decision.decide import decide
 from memfit.jobs import registry
 from memfit.report.html import render_html
@@ -80,7 +80,7 @@ def test_the_japanese_page_uses_the_translations() -> None:
         job_title="Masked language model of proteins (ESM-2)",
         machine="this machine",
     )
-    page = render_html(poc, lang="ja", decision=decide(poc, parsed("", "it")))
+    page = render_html(poc, lang="ja", decision=decide(poc, parse_case("", "it")))
     assert "タンパク質のマスク言語モデル（ESM-2）：手元のメモリーに収まる学習" in page
     for left in ("Masked language", "this machine", "an assumption", "interval of the predicted"):
         assert left not in page

@@ -24,11 +24,11 @@ from memfit.planner.device_pricing import Aim, Scale
 from memfit.planner.evaluate import Pricer
 from memfit.planner.grid_search import GridSketches, Sketch, _picked, _Pricing, _todo, find
 from memfit.planner.multi_device import search_scale
-from memfit.planner.parallelism_grid import Limits, grids, none_at_all
+from memfit.planner.parallelism_grid import Limits, grids, no_grid_error
 from memfit.planner.selection import Objective, frontier, score
 from memfit.planner.single_device import needed_bytes, space_of
 from memfit.techniques.rank_mesh import layout
-from memfit.techniques.registry import TECHNIQUES, conflict, plain
+from memfit.techniques.registry import TECHNIQUES, conflict, make_plain_plan
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
@@ -330,7 +330,7 @@ def test_the_model_is_cut_if_there_are_fewer_samples_than_devices() -> None:
     found = search_scale(pricer, 8, aim(on))
     assert found.recommended is not None
     assert layout(found.recommended.estimate.plan).data in (1, 3)
-    assert found.baseline.estimate.plan == plain(3)  # a replica needs a sample
+    assert found.baseline.estimate.plan == make_plain_plan(3)  # a replica needs a sample
 
 
 def test_a_search_for_the_fewest_devices_may_leave_devices_idle() -> None:
@@ -367,7 +367,7 @@ def test_a_search_without_bf16_techniques_stays_in_float32() -> None:
 def test_excluded_techniques_are_blamed_if_the_batch_could_be_shared() -> None:
     limits = Limits(ranks=2, per_host=2, batch=4, blocks=2, device="cuda", micro_batch=3)
     with pytest.raises(UserError, match="leave no plan for 2 devices"):
-        raise none_at_all(limits)
+        raise no_grid_error(limits)
 
 
 def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
@@ -400,7 +400,7 @@ def test_pipelines_have_enough_micro_batches_for_their_schedule() -> None:
 
 
 def test_plain_training_without_enough_host_memory_is_shown_as_not_fitting() -> None:
-    on, plain_plan = machine("2xL4"), plain(2)
+    on, plain_plan = machine("2xL4"), make_plain_plan(2)
     wanted = dataclasses.replace(aim(on), host=lambda e: e.plan != plain_plan)
     assert plain_plan in {e.plan for e in Scale(_two_cards(), wanted).estimates(2)}
     found = search_scale(_two_cards(), 2, wanted)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memfit import catalog
 from memfit.planner.plan_space import complexity, plans, usable
 from memfit.planner.selection import TIE_RATIO, Band, Objective, Prices, best, decide, frontier, score
-from memfit.planner.single_device import half_of
+from memfit.planner.single_device import half_precision_of
 from memfit.techniques.base import Space
 from memfit.techniques.registry import conflict, effect_of, make_use
 from memfit.types.plan import Accuracy, EffectClass, Plan, use
@@ -302,7 +302,7 @@ def test_without_times_a_reason_has_no_time_ratio() -> None:
 
 @pytest.mark.parametrize(("device", "mixed"), [("T4", "fp16-autocast"), ("A100-80GB-SXM", "bf16-autocast")])
 def test_the_proposed_mixed_precision_is_the_half_type_of_the_device(device: str, mixed: str) -> None:
-    half = half_of(catalog.machine(device, "world"))
+    half = half_precision_of(catalog.machine(device, "world"))
     offered, _ = usable(dataclasses.replace(SPACE, device="cuda", half=half), Accuracy.ROUNDING)
     assert {t.name for t in offered if t.slot == "precision"} & {"fp16-autocast", "bf16-autocast"} == {mixed}
     assert (half == "float16") == ("bf16-parameters" not in {t.name for t in offered})

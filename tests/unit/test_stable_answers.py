@@ -18,7 +18,7 @@ from tiny import words
 
 from memfit.cli import main
 from memfit.cli.progress import Bars
-from memfit.cost.estimate import around
+from memfit.cost.estimate import interval_around
 from memfit.cost.op_time import signatures_to_time
 from memfit.planner import single_device, trials
 from memfit.planner.selection import TIMED, Objective, best, timed_band
@@ -43,11 +43,11 @@ EIGHT_BIT, MIXED = use("adamw-8bit"), use("bf16-autocast")
 def priced(seconds: float, *uses: Use, mib: float = 10.0) -> Estimate:
     return Estimate(
         plan=Plan(uses=uses),
-        allocated_bytes=around(mib * MIB, 0.01),
+        allocated_bytes=interval_around(mib * MIB, 0.01),
         phase_peak_bytes={},
         at_peak_bytes={},
         by_module_bytes={},
-        step_s=around(seconds, 0.25),
+        step_s=interval_around(seconds, 0.25),
         flops_per_step=1,
     )
 
@@ -67,7 +67,7 @@ def test_noise_within_the_error_of_the_timings_changes_no_recommendation() -> No
     draw, answers = random.Random(0), set()
     for _ in range(200):
         noisy = [
-            dataclasses.replace(e, step_s=around(e.step_s.value * draw.uniform(0.97, 1.03), 0.25))
+            dataclasses.replace(e, step_s=interval_around(e.step_s.value * draw.uniform(0.97, 1.03), 0.25))
             for e in truth
             if e.step_s
         ]
@@ -257,7 +257,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planning]:
 
 def test_a_plan_fits_only_if_the_host_holds_what_it_keeps_there(searched: Planning) -> None:
     fitting = next(e for e in searched.estimates if searched.fits(e))
-    assert not searched.fits(dataclasses.replace(fitting, host_bytes=around(1e12, 0.0)))
+    assert not searched.fits(dataclasses.replace(fitting, host_bytes=interval_around(1e12, 0.0)))
 
 
 # --- Ctrl-C

@@ -12,7 +12,7 @@ from tiny import words
 
 from memfit.catalog.machine_spec import machine
 from memfit.cost.op_time import time_model
-from memfit.cost.step_time import micro_steps, played
+from memfit.cost.step_time import micro_steps, simulate_step
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_use as use
 from memfit.trace.tracer import trace
@@ -31,7 +31,7 @@ def traces(plan: Plan, device: str = "cuda") -> list[Trace]:
 def seconds(plan: Plan, found: list[Trace], on: Machine) -> float:
     model = time_model(on.device, Calibration())
     assert model is not None
-    step = played(found, plan, on, model)
+    step = simulate_step(found, plan, on, model)
     assert step is not None
     return step.step_s
 
@@ -116,7 +116,7 @@ def test_a_pipeline_bubble_makes_a_step_longer_than_its_busiest_rank() -> None:
     assert micro_steps(found[0]) == 4
     model = time_model(on.device, Calibration())
     assert model is not None
-    alone = [played([t], Plan(), on, model) for t in found]
+    alone = [simulate_step([t], Plan(), on, model) for t in found]
     busiest = max(one.step_s for one in alone if one is not None)
     assert seconds(plan, found, on) > 1.2 * busiest
 
@@ -138,4 +138,4 @@ def test_ranks_on_a_cpu_have_no_step_time() -> None:
     cpu = dataclasses.replace(on, device=dataclasses.replace(on.device, kind="cpu"))
     model = time_model(cpu.device, Calibration())
     assert model is not None
-    assert played(traces(plan, "cpu"), plan, cpu, model) is None
+    assert simulate_step(traces(plan, "cpu"), plan, cpu, model) is None

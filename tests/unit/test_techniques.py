@@ -31,8 +31,8 @@ from memfit.techniques.registry import (
     check,
     conflict,
     effect_of,
-    in_order,
     make_use,
+    ordered_uses,
     technique,
 )
 from memfit.trace.tracer import trace
@@ -118,7 +118,7 @@ def test_the_effect_class_of_a_plan_is_that_of_its_strongest_technique() -> None
 def test_techniques_are_applied_in_a_fixed_order_not_in_the_plans() -> None:
     names = ("bf16-autocast", "activation-checkpointing", "lora")
     plan = Plan(uses=tuple(make_use(n, {}) for n in names))
-    assert [t.name for t, _ in in_order(plan)] == ["lora", "activation-checkpointing", "bf16-autocast"]
+    assert [t.name for t, _ in ordered_uses(plan)] == ["lora", "activation-checkpointing", "bf16-autocast"]
 
 
 def test_every_proposed_setting_is_valid_user_input() -> None:

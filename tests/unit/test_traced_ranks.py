@@ -17,7 +17,7 @@ from torch.nn import functional
 from memfit.cost.memory import memory_profile
 from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.techniques.registry import make_use
-from memfit.trace.fake_process_group import priming
+from memfit.trace.fake_process_group import optimizer_steps_only
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -40,7 +40,7 @@ def test_a_primed_interleaved_pipeline_has_the_peaks_of_a_whole_first_step(
     plan = on_two(pipeline=pipeline, **more)
     job = words(blocks=8)
     whole = trace(job, plan, device="cuda", rank=rank)
-    with priming():
+    with optimizer_steps_only():
         primed = trace(job, plan, device="cuda", rank=rank)
     profiles = [memory_profile(t, Calibration()) for t in (whole, primed)]
     assert profiles[0].phase_peak_bytes == profiles[1].phase_peak_bytes

@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.model import linear_roles
-from memfit.model.blocks import twins
+from memfit.model.blocks import equal_blocks
 from memfit.techniques.parallel import block_dataflow
 from memfit.techniques.recompute.checkpointing import recompute
 from memfit.techniques.registry import make_use
-from memfit.trace.operators import faked
+from memfit.trace.operators import make_fake
 from memfit.trace.tracer import trace
 from memfit.types.plan import Plan
 
@@ -37,22 +37,22 @@ class Block(nn.Module):
 
 
 def test_identical_blocks_are_represented_by_their_second_occurrence() -> None:
-    assert twins([Block(i) for i in range(5)]) == [0, 1, 1, 1, 1]
-    assert twins([Block(i, window=50 + i % 2) for i in range(6)]) == [0, 1, 2, 3, 2, 3]
-    assert twins([Block(i, sizes=[9, i]) for i in range(4)]) == [0, 1, 1, 1]
-    assert twins([Block(i, scale=float(i > 2)) for i in range(5)]) == [0, 1, 1, 3, 4]
+    assert equal_blocks([Block(i) for i in range(5)]) == [0, 1, 1, 1, 1]
+    assert equal_blocks([Block(i, window=50 + i % 2) for i in range(6)]) == [0, 1, 2, 3, 2, 3]
+    assert equal_blocks([Block(i, sizes=[9, i]) for i in range(4)]) == [0, 1, 1, 1]
+    assert equal_blocks([Block(i, scale=float(i > 2)) for i in range(5)]) == [0, 1, 1, 3, 4]
 
 
 def test_blocks_that_differ_represent_themselves() -> None:
     blocks = [Block(i) for i in range(5)]
     blocks[2].up = nn.Linear(16, 16, bias=False)
     blocks[4].register_forward_hook(lambda *given: None)
-    assert twins(blocks) == [0, 1, 2, 1, 4]
+    assert equal_blocks(blocks) == [0, 1, 2, 1, 4]
     shared = [Block(i) for i in range(3)]
     shared[2].up.weight = shared[0].up.weight
-    assert twins(shared) == [0, 1, 2]
+    assert equal_blocks(shared) == [0, 1, 2]
     apart = [Block(i, forward=functools.partial(Block.forward, object())) for i in range(3)]
-    assert twins(apart) == [0, 1, 2]
+    assert equal_blocks(apart) == [0, 1, 2]
 
 
 def test_blocks_with_equally_wrapped_forwards_are_identical() -> None:
@@ -60,7 +60,7 @@ def test_blocks_with_equally_wrapped_forwards_are_identical() -> None:
     for block in blocks:
         recompute(block)
     recompute(blocks[3], determinism_check="none")
-    assert twins(blocks) == [0, 1, 1, 3]
+    assert equal_blocks(blocks) == [0, 1, 1, 3]
 
 
 def _unlike(blocks: Any) -> list[int]:
@@ -81,8 +81,8 @@ def test_a_pipeline_chain_equals_the_one_from_running_every_block(
     monkeypatch.setattr("memfit.techniques.parallel.pipeline_stages.record_chain", record)
     job = words(blocks=6)
     traces = [trace(job, plan, device="cuda")]
-    monkeypatch.setattr(block_dataflow, "twins", _unlike)
-    monkeypatch.setattr(linear_roles, "twins", _unlike)
+    monkeypatch.setattr(block_dataflow, "equal_blocks", _unlike)
+    monkeypatch.setattr(linear_roles, "equal_blocks", _unlike)
     monkeypatch.setattr("memfit.techniques.parallel.tensor_parallel._SEEN", {})
     traces.append(trace(job, plan, device="cuda"))
     one, other = seen
@@ -146,7 +146,7 @@ def test_linear_roles_equal_those_from_running_every_block(monkeypatch: pytest.M
         loss = staticmethod(lambda model, batch: model(batch).sum())
 
     one = linear_roles.observe(Given, model, names, {})
-    monkeypatch.setattr(linear_roles, "twins", _unlike)
+    monkeypatch.setattr(linear_roles, "equal_blocks", _unlike)
     other = linear_roles.observe(Given, model, names, {})
     assert one.inside == other.inside
     told = [
@@ -172,7 +172,7 @@ def test_a_faked_tensor_equals_torchs_own_fake_tensor() -> None:
     mode = FakeTensorMode()
     for _ in range(2):
         meta = torch.empty(3, 4, device="meta", dtype=torch.bfloat16)
-        mine, own = faked(mode, meta, torch.device("cpu")), FakeTensor(mode, meta, torch.device("cpu"))
+        mine, own = make_fake(mode, meta, torch.device("cpu")), FakeTensor(mode, meta, torch.device("cpu"))
         assert vars(mine) == vars(own)
         assert torch._C._dispatch_keys(mine) == torch._C._dispatch_keys(own)
         assert (mine.shape, mine.dtype, mine.device) == (own.shape, own.dtype, own.device)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from memfit.engines import native
 from memfit.types import serialization
 from memfit.types.downsample import thin_phases
-from memfit.types.errors import NothingFits, UserError
+from memfit.types.errors import NothingFits, UserError, suggest
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.parsing import parse_bytes
@@ -70,6 +70,12 @@ def test_sizes_and_times_have_the_unit_that_fits() -> None:
     assert sizes == ["0 B", "1023 B", "1 KiB", "1.5 MiB", "24 GiB", "2 TiB"]
     times = [format_seconds(s) for s in (0.0123, 0.9, 4.56, 119, 120, 7200, 11520, 5.1 * 86400)]
     assert times == ["12.3 ms", "900 ms", "4.56 s", "119 s", "2 min", "2 h", "3.2 h", "5.1 d"]
+
+
+def test_a_suggestion_is_the_most_similar_name_or_empty() -> None:
+    names = ("protein-ss", "protein-lm", "char-lm")
+    assert suggest("protien-ss", names) == "did you mean 'protein-ss'?"
+    assert suggest("weather", names) == ""
 
 
 # --- series

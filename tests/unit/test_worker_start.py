@@ -20,7 +20,7 @@ from memfit.planner.single_device import Request
 from memfit.runtime.child_process import STOPPED, run
 from memfit.runtime.ranks import run_ranks
 from memfit.store import exchange
-from memfit.techniques.registry import effect_of, plain
+from memfit.techniques.registry import effect_of, make_plain_plan
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import LaunchConfig, RunSpec
@@ -198,7 +198,7 @@ def test_the_process_group_timeout_is_at_least_a_day(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr("memfit.techniques.rank_mesh.make_world", lambda plan, rank, device: None)
-    with train.joined(Plan(ranks=2)):
+    with train.join_world(Plan(ranks=2)):
         pass
     assert limits[0].days >= 1
 
@@ -240,7 +240,9 @@ def recommending(plan: Plan, *, baseline: Plan, step_time_ratio: float) -> Poc:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_proof_of_concept_that_recommends_plain_training_has_a_record(ranks: int) -> None:
-    record = exchange.of_poc(recommending(plain(ranks), baseline=plain(ranks), step_time_ratio=2.9))
+    record = exchange.of_poc(
+        recommending(make_plain_plan(ranks), baseline=make_plain_plan(ranks), step_time_ratio=2.9)
+    )
     assert record.recommended == record.baseline
     assert record.baseline.ranks == ranks
     assert record.step_time_ratio is None
@@ -258,9 +260,9 @@ def test_a_record_notes_and_omits_a_step_time_ratio_that_the_medians_contradict(
 
 
 def test_a_baseline_of_several_ranks_must_be_plain_training() -> None:
-    record = exchange.of_poc(recommending(plain(2), baseline=plain(2), step_time_ratio=1.0)).model_dump(
-        mode="json"
-    )
+    record = exchange.of_poc(
+        recommending(make_plain_plan(2), baseline=make_plain_plan(2), step_time_ratio=1.0)
+    ).model_dump(mode="json")
     record["baseline"]["plan"] = {"fsdp2": {}}
     with pytest.raises(UserError, match="allowed: plain training"):
-        exchange.parsed(json.dumps(record), what="it")
+        exchange.parse_record(json.dumps(record), what="it")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from report_fixture import full_poc, offers
 
-from memfit.decision.case import parsed
+from memfit.decision.case import parse_case
 from memfit.decision.decide import decide
 from memfit.report.html import write_html
 
@@ -76,7 +76,7 @@ LONG = "a_machine_whose_name_has_no_place_to_break_" * 4
 
 def page(browser: Any, folder: Path, text: str = CASE, width: int = 1280, **changed: Any) -> Any:
     poc = dataclasses.replace(full_poc(), offers=offers(), **changed)
-    path = write_html(poc, folder / "it.html", lang="en", decision=decide(poc, parsed(text, "it")))
+    path = write_html(poc, folder / "it.html", lang="en", decision=decide(poc, parse_case(text, "it")))
     opened = browser.new_page(viewport={"width": width, "height": 900})
     opened.goto(path.as_uri())
     return opened

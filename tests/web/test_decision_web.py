@@ -12,7 +12,7 @@ import pytest
 from report_fixture import full_poc, offers
 
 from memfit.decision import money, monte_carlo, stages
-from memfit.decision.case import DecisionCase, parsed
+from memfit.decision.case import DecisionCase, parse_case
 from memfit.decision.decide import decide
 from memfit.report.html import write_html
 from memfit.report.quantities import MANY, figure_text, predicted
@@ -48,7 +48,7 @@ EVIL = "</script><script>window.hit = 1</script><img src=x onerror='window.hit =
 
 
 def made(text: str = YEN) -> Decision:
-    return decide(dataclasses.replace(full_poc(), offers=offers()), parsed(text, "it"))
+    return decide(dataclasses.replace(full_poc(), offers=offers()), parse_case(text, "it"))
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +224,10 @@ def _same_stages(page: Any, there: Decision) -> None:
     first, pilot, full = there.stages
     trial, whole = (None if s.way is None else there.ways[s.way] for s in (pilot, full))
     wanted = {
-        "spent": stages.spent(first.energy_j, first.hours, there.terms),
+        "spent": stages.running_cost(first.energy_j, first.hours, there.terms),
         "pilot": stages.pilot_cost(there, trial),
         "most": stages.pilot_most(there, trial),
-        "full": stages.rest(there, whole, trial),
+        "full": stages.cost_after_pilot(there, whole, trial),
     }
     assert None not in wanted.values()
     for name, value in wanted.items():
@@ -346,7 +346,7 @@ def test_the_printed_page_hides_the_sliders_and_shows_the_risks(opened: Any) -> 
 
 
 def test_hostile_texts_are_shown_and_do_not_run(browser: Any, tmp_path: Path) -> None:
-    case = parsed(
+    case = parse_case(
         f"[existing]\nmachine = {json.dumps(EVIL)}\nhours_recommended = 3\npower_w = 300\n"
         f"[money]\nlabour_per_hour = {{value = 60, source = {json.dumps(EVIL)}}}\n",
         "it",

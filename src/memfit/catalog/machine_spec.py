@@ -39,11 +39,11 @@ def machine(spec: str, place: str = "world") -> Machine:
         raise UserError(
             f"{spec!r} has {hosts} hosts but names no network between them",
             allowed=", ".join(load.network_names()),
-            hint=f"for example {spelled(device.name, hosts, devices_per_host, 'IB-NDR')}",
+            hint=f"for example {format_spec(device.name, hosts, devices_per_host, 'IB-NDR')}",
         )
     host_name = load.host_of(device.name)
     return Machine(
-        name=spelled(device.name, hosts, devices_per_host, network),
+        name=format_spec(device.name, hosts, devices_per_host, network),
         device=device,
         device_count=hosts * devices_per_host,
         place=load.place(place),
@@ -53,7 +53,7 @@ def machine(spec: str, place: str = "world") -> Machine:
     )
 
 
-def spelled(device: str, hosts: int, devices: int, network: str = "") -> str:
+def format_spec(device: str, hosts: int, devices: int, network: str = "") -> str:
     """Return the shortest spec that `machine` reads as these counts, such as ``2x1xT4@IB-HDR``.
 
     ``devices``: number of devices in each host. ``network``: "" for none.
@@ -80,6 +80,6 @@ def _filled(spec: str, device: str, count: int = 1, *, network: str) -> tuple[in
             f"{spec!r} names a network, but {count} devices do not fill whole hosts: one {host_name} holds "
             f"{devices_per_host}",
             hint="give the number of hosts and of devices in each, for example "
-            f"{spelled(device, 2, devices_per_host, network)}",
+            f"{format_spec(device, 2, devices_per_host, network)}",
         )
     return count // devices_per_host, devices_per_host

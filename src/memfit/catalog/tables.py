@@ -43,13 +43,15 @@ def facts(row: Row, sources: Mapping[str, dict[str, str]], keys: tuple[str, ...]
 
 
 def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
-    """Return the name in `rows` that `given` means, by its spelling in `plain` or by an alias.
+    """Return the name in `rows` that `given` means, by its spelling in `normalized_name` or by an alias.
 
     ``what``: the noun for the error's text. If there is none, raises UserError with the closest names, and
     with all names if there are few or none is close.
     """
-    names_by_key = {plain(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))}
-    query = plain(given)
+    names_by_key = {
+        normalized_name(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))
+    }
+    query = normalized_name(given)
     if query in names_by_key:
         return names_by_key[query]
     matches = _closest(query, names_by_key)
@@ -63,13 +65,14 @@ def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
     raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(rows), hint=hint)
 
 
-def plain(name: str) -> str:
+def normalized_name(name: str) -> str:
     """Reduce a name to lower-case letters and digits, without brand words such as "NVIDIA"."""
     return re.sub(r"[^a-z0-9]", "", _BRANDS.sub("", name.lower()))
 
 
 def _closest(query: str, names_by_key: dict[str, str]) -> tuple[str, ...]:
-    """Return the closest names, without repeats. ``names_by_key``: the names by their `plain` spelling.
+    """Return the closest names, without repeats. ``names_by_key``: the names by their `normalized_name`
+    spelling.
 
     These are all names whose spelling begins with `query`, last those that go on with a digit. If there are
     none, at most 3 similar names.

@@ -32,7 +32,7 @@ from memfit.cli import (
     techniques,
 )
 from memfit.cli.options import grouped
-from memfit.cli.output import emit, one_of
+from memfit.cli.output import check_choice, emit
 from memfit.types.errors import Interrupted, MemfitError
 from memfit.types.sanitize import one_line
 
@@ -124,7 +124,7 @@ def _known_command(argv: Sequence[str]) -> None:
     word nothing is checked."""
     command = next((word for word in argv if not word.startswith("-")), None)
     if command is not None:
-        one_of("command", command, (c.name for c in app.registered_commands if c.name))
+        check_choice("command", command, (c.name for c in app.registered_commands if c.name))
 
 
 def _usage(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import EffortOptions, OutputOptions, StoreOptions
-from memfit.cli.output import console, emit, language
+from memfit.cli.output import check_language, console, emit
 from memfit.types.errors import UserError
 
 
@@ -47,7 +47,7 @@ def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, outpu
 
     The costs follow from the measurements of a proof of concept, the catalog and your own figures.
     """
-    language_code = language(output.lang)
+    language_code = check_language(output.lang)
     if own.template:
         if own.case is not None or own.poc is not None:
             raise UserError(
@@ -65,7 +65,7 @@ def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, outpu
 
     records = Store(store.store)
     if effort.attended_minutes is not None:
-        proof_of_concept.attended(records, own.poc, effort.attended_minutes)
+        proof_of_concept.store_attended_minutes(records, own.poc, effort.attended_minutes)
     poc, decision = proof_of_concept.decide(records, poc_id=own.poc, case=own.case)
     if output.json:
         emit({"poc_id": poc.poc_id, "decision": serialization.to_plain(decision)})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memfit.cli.options import JsonOptions
-from memfit.cli.output import emit, one_of, print_table
+from memfit.cli.output import check_choice, emit, print_table
 from memfit.cli.progress import Bars
 from memfit.types.errors import UserError
 from memfit.types.units import format_bytes, format_seconds
@@ -51,7 +51,7 @@ class EngineOptions:
 
 def engine(own: EngineOptions, output: JsonOptions) -> None:
     """List the engines, or create a virtual environment for one whose dependencies conflict with memfit's."""
-    action = one_of("action", own.action, ("list", "install"))
+    action = check_choice("action", own.action, ("list", "install"))
     if action == "install":
         _install(own, as_json=output.json)
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memfit.cli.options import GoalOptions, HereOptions, JobOptions, JsonOptions, MachineOptions, WhichOptions
 from memfit.cli.output import emit, print_table
 from memfit.cli.progress import Bars
-from memfit.cli.request import begin_answer, plan_file, recommended_plan, request
+from memfit.cli.request import plan_file, print_workload_of, recommended_plan, request
 from memfit.types.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def engines(
     """
     plan = plan_file(which)
     job_request = request(job, goal, here, on.on)
-    workload = begin_answer(job_request, lang="en", quiet=output.json)
+    workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.workflows.engine_comparison import choices
 

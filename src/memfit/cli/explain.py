@@ -18,9 +18,9 @@ from memfit.cli.options import (
     MachineOptions,
     WhichOptions,
 )
-from memfit.cli.output import console, emit, language
+from memfit.cli.output import check_language, console, emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import begin_answer, plan_file, recommended_plan, request, writable
+from memfit.cli.request import plan_file, print_workload_of, recommended_plan, request, writable
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 from memfit.types.workload import Workload
@@ -82,11 +82,11 @@ def explain(
     output: JsonOptions,
 ) -> None:
     """Show what uses the memory of a plan, or why the memory of two plans differs, without running them."""
-    language_code = language(lang.lang)
+    language_code = check_language(lang.lang)
     job, files = _plan_files(job, more)
     plans = _plans(files, more, which)
     job_request = request(job, goal, here, on.on)
-    workload = begin_answer(job_request, lang=language_code, quiet=output.json)
+    workload = print_workload_of(job_request, lang=language_code, quiet=output.json)
     with Bars(language_code) as progress:
         from memfit.workflows import proof_of_concept
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memfit.cli.options import GoalOptions, HereOptions, JobOptions, JsonOptions, WhichOptions
-from memfit.cli.output import emit, one_of
+from memfit.cli.output import check_choice, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, recommended_plan, request
 from memfit.types.errors import UserError
@@ -183,9 +183,9 @@ def export(
     from memfit.export.write import write
     from memfit.planner.recompute_budget import open_budget
     from memfit.techniques.plan_file import plan_text
-    from memfit.workflows.single_run import settled
+    from memfit.workflows.single_run import resolve_plan
 
-    target = one_of("--to", own.to, TARGETS)
+    target = check_choice("--to", own.to, TARGETS)
     script_words, script_file = _words(own.script)
     by_worker = not script_words and target not in LIBRARIES
     user_files = read_user_files(own.given, ranks=own.ranks, for_worker=by_worker) if own.given else None
@@ -197,7 +197,7 @@ def export(
             plan = recommended_plan(request(job, goal, here), progress)
     elif open_budget(plan) is not None:
         with Bars("en") as progress:
-            plan = settled(request(job, goal, here), plan, progress)
+            plan = resolve_plan(request(job, goal, here), plan, progress)
     config, job_file, user_files, dependence = _launch(
         job, goal.engine or "native", plan, here, _kept(own), user_files
     )
@@ -308,7 +308,7 @@ def _launch(
     A built-in job and an hf: job have no files. Raises UserError for the engine replay, which does not train,
     for a plan that the engine does not support, for one that splits the batch so that the loss terms of its
     parts would be weighted wrongly, and for a job that cannot be loaded."""
-    from memfit.engines.registry import carrying, render
+    from memfit.engines.registry import render, supporting_engine
     from memfit.jobs.registry import load
     from memfit.planner.single_device import model_sizes
 
@@ -316,7 +316,7 @@ def _launch(
         raise UserError(
             "the engine replay does not train", hint="name the engine whose recorded runs it replays"
         )
-    carrying(engine, plan)
+    supporting_engine(engine, plan)
     ref = job.ref
     loaded = load(ref)
     dependence = _dependence(loaded, plan)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memfit.cli.options import JsonOptions, LanguageOptions
-from memfit.cli.output import console, emit, language
+from memfit.cli.output import check_language, console, emit
 from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
     TOML and OpenFold's settings. All files together are one set-up. Exits with code 1 if a finding is an
     error.
     """
-    language_code = language(lang.lang)
+    language_code = check_language(lang.lang)
     from memfit.lint.check import check
     from memfit.lint.parse import read
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memfit.types.errors import UserError
-from memfit.types.sanitize import escaped
+from memfit.types.errors import UserError, suggest
+from memfit.types.sanitize import escape_controls
 
 if TYPE_CHECKING:
     import rich.console
@@ -19,7 +18,7 @@ def emit(value: Any) -> None:
     """Print ``value``, plain data or dataclasses, as indented JSON on standard output."""
     from memfit.types import serialization
 
-    print(escaped(serialization.dumps(value, indent=2)))
+    print(escape_controls(serialization.dumps(value, indent=2)))
 
 
 def console() -> rich.console.Console:
@@ -31,23 +30,22 @@ def console() -> rich.console.Console:
     return plain if plain.is_terminal else SafeConsole(highlight=False, width=_PIPE_COLUMNS)
 
 
-def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
+def check_choice(what: str, given: str, allowed: Iterable[str]) -> str:
     """Return ``given`` if it is one of ``allowed``. Otherwise raises UserError with the allowed values and,
     if one is similar, the nearest. ``what`` names the option or kind of value in the error."""
     names = tuple(map(str, allowed))
     if given in names:
         return given
-    matches = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
-    hint = f"did you mean {matches[0]!r}?" if matches else ""
+    hint = suggest(given, names, cutoff=0.4)
     raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(names), hint=hint)
 
 
-def language(given: str) -> str:
+def check_language(given: str) -> str:
     """Return ``given``, the value of --lang. Raises UserError if it is not the code of a language that memfit
     has texts in, "en" or "ja". Call it before any long work begins."""
     from memfit.report.words import LANGUAGES
 
-    return one_of("--lang", given, LANGUAGES)
+    return check_choice("--lang", given, LANGUAGES)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

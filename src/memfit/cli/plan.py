@@ -17,12 +17,12 @@ from memfit.cli.options import (
     MachineOptions,
     OutputOptions,
 )
-from memfit.cli.output import language
+from memfit.cli.output import check_language
 from memfit.cli.progress import Bars
 from memfit.cli.request import (
-    begin_answer,
     best_so_far,
     excluded_techniques,
+    print_workload_of,
     request,
     show_search,
     writable,
@@ -145,7 +145,7 @@ def plan(
     Prints the recommended plan and its rivals, what each technique of it saves and costs, and why other plans
     were left out. With --from, predicts and lints an existing set-up and shows better plans.
     """
-    language_code = language(output.lang)
+    language_code = check_language(output.lang)
     if save.save is not None:
         writable(save.save, overwrite=save.force)
     if yours.given:
@@ -164,7 +164,7 @@ def plan(
     job_request = request(job, goal, here, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
     if yours.corrected_by is not None:
         job_request = _corrected(job_request, yours)
-    workload = begin_answer(job_request, lang=language_code, quiet=output.json)
+    workload = print_workload_of(job_request, lang=language_code, quiet=output.json)
     with (
         best_so_far(lang=language_code, as_json=output.json, workload=workload),
         Bars(language_code) as progress,

@@ -11,7 +11,7 @@ from memfit.cli.lint import findings_view, print_findings
 from memfit.cli.options import GoalOptions, HereOptions, JobOptions
 from memfit.cli.output import console, emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import begin_answer, machine_of, request
+from memfit.cli.request import machine_of, print_workload_of, request
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
@@ -59,7 +59,7 @@ def plan_given(
     from memfit.workflows import config_review
 
     findings = check.check(dataclasses.replace(setup, parameters=size.parameter_count), lang=lang)
-    workload = begin_answer(job_request, lang=lang, quiet=as_json)
+    workload = print_workload_of(job_request, lang=lang, quiet=as_json)
     if not as_json:  # printed before the prediction, which may fail because the plan is impossible
         _print_carried(carried, lang)
         print_findings(findings, lang=lang)

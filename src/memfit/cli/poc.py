@@ -19,7 +19,7 @@ from memfit.cli.options import (
     LanguageOptions,
     StoreOptions,
 )
-from memfit.cli.output import console, emit, language
+from memfit.cli.output import check_language, console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import best_so_far, excluded_techniques, request, writable
 from memfit.types.plan import Bounds
@@ -68,7 +68,7 @@ def poc(
 
     Exits with code 1 if no run of the recommended plan succeeds.
     """
-    language_code = language(lang.lang)
+    language_code = check_language(lang.lang)
     path = writable(own.out) if own.out is not None else None
     job_request = request(
         job, goal, here, ranks=own.nproc, bounds=Bounds(without=excluded_techniques(own.without))

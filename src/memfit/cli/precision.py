@@ -9,7 +9,7 @@ import typer
 
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JobOptions, JsonOptions, LanguageOptions
-from memfit.cli.output import console, emit, language, one_of
+from memfit.cli.output import check_choice, check_language, console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import print_workload
 
@@ -54,9 +54,9 @@ def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, ou
     The code of each module runs in half precision and in float64 on real activations and gradients. It gets
     the results of its child modules as inputs, so that an error is attributed to the module that causes it.
     """
-    language_code = language(lang.lang)
-    dtype = one_of("--dtype", more.dtype, (*_DTYPES, "both"))
-    device = one_of("--device", more.device, ("cuda", "cpu"))
+    language_code = check_language(lang.lang)
+    dtype = check_choice("--dtype", more.dtype, (*_DTYPES, "both"))
+    device = check_choice("--device", more.device, ("cuda", "cpu"))
     quiet_libraries()
     from memfit.jobs.registry import load
     from memfit.planner.workload import workload_of

@@ -100,7 +100,7 @@ def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None
         status = "added" if stored is None else "already in the store:"
         emit({"added": received.poc_id}) if output.json else print(f"{status} {received.poc_id}")
         return
-    text = exchange.text(found_record(own.poc, store.store).record)
+    text = exchange.text(find_record(own.poc, store.store).record)
     if own.out is None:
         print(text, end="")
     else:
@@ -113,7 +113,7 @@ def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> No
     quiet_libraries()
     from memfit.store import exchange
 
-    found_records = [found_record(name, store.store) for name in (own.a, own.b)]
+    found_records = [find_record(name, store.store) for name in (own.a, own.b)]
     rows = exchange.compare(*(origin.record for origin in found_records))
     sources = {side: origin.taken_from for side, origin in zip("AB", found_records, strict=True)}
     if output.json:
@@ -141,7 +141,7 @@ def _value_text(value: float | str | None) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RecordFound:
+class SourcedRecord:
     """A record and its origin. ``taken_from``: the group that reports it, or the name of its file; "" if it
     was measured here."""
 
@@ -149,26 +149,26 @@ class RecordFound:
     taken_from: str
 
 
-def found_record(name: str | None, path: Path | None) -> RecordFound:
+def find_record(name: str | None, path: Path | None) -> SourcedRecord:
     """Return the record in the file ``name``, or the one with the ID ``name`` in the store at ``path``, by
     default in the user's store. If ``name`` is None, it is the record of the proof of concept begun last. A
     file whose record is in the store, too, has the origin that the store says. Raises UserError if there is
     no such record, if the file is no valid record, or if the store has a different record with the ID of the
     file's."""
     from memfit.store import Store, exchange
-    from memfit.store.pocs import wanted_poc
+    from memfit.store.pocs import resolve_poc_id
 
     records = Store(path)
     if name is not None and Path(name).is_file():
         file_record = exchange.read(Path(name))
         stored = _known(records, file_record, name)
-        return stored or RecordFound(record=file_record, taken_from=name)
+        return stored or SourcedRecord(record=file_record, taken_from=name)
     if name is not None and ("/" in name or name.endswith(".json")):
         raise UserError(f"there is no file {name}")
-    return _stored(records, wanted_poc(records, name))
+    return _stored(records, resolve_poc_id(records, name))
 
 
-def _stored(store: memfit.store.Store, poc_id: str) -> RecordFound:
+def _stored(store: memfit.store.Store, poc_id: str) -> SourcedRecord:
     """Return the record of the proof of concept in ``store`` with the ID ``poc_id``; if there is none, the
     record added last from others with this ID. Raises UserError if there is neither."""
     from memfit.store import exchange
@@ -177,15 +177,17 @@ def _stored(store: memfit.store.Store, poc_id: str) -> RecordFound:
 
     received = store.records(poc_id, TAKEN)
     if not received or poc_id in store.poc_ids():
-        return RecordFound(record=exchange.of_poc(proof_of_concept.stored_poc(store, poc_id)), taken_from="")
+        return SourcedRecord(
+            record=exchange.of_poc(proof_of_concept.stored_poc(store, poc_id)), taken_from=""
+        )
     body = json.loads(received[-1].body)
-    record = exchange.parsed(json.dumps(body.get("record", body)), what=f"record {poc_id}")
-    return RecordFound(record=record, taken_from=taken_from(received[-1]))
+    record = exchange.parse_record(json.dumps(body.get("record", body)), what=f"record {poc_id}")
+    return SourcedRecord(record=record, taken_from=taken_from(received[-1]))
 
 
 def _known(
     store: memfit.store.Store, file_record: memfit.store.exchange.Shared, source: str
-) -> RecordFound | None:
+) -> SourcedRecord | None:
     """Return the record that the store has with the ID of ``file_record``, or None if it has none. Raises
     UserError if the two differ in any byte. ``source``: what the error calls ``file_record``."""
     from memfit.store import exchange

@@ -10,7 +10,7 @@ import typer
 
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, LanguageOptions, StoreOptions
-from memfit.cli.output import emit, language
+from memfit.cli.output import check_language, emit
 from memfit.cli.request import writable
 
 
@@ -42,7 +42,7 @@ class ReportOptions:
 
 def report(own: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
     """Write the HTML report of a proof of concept in the store, also of one that was interrupted."""
-    language_code = language(lang.lang)
+    language_code = check_language(lang.lang)
     path = writable(own.out) if own.out is not None else None
     quiet_libraries()
     from memfit.store import Store

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import GoalOptions, HereOptions, JobOptions, WhichOptions
-from memfit.cli.output import console, emit, one_of
+from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cost.host import with_host_memory
 from memfit.types.errors import Interrupted, UserError
@@ -41,7 +41,7 @@ def request(
     built yet. Prints warnings to standard error, about modules that the job imports but Python finds
     elsewhere, and about an accelerator of this machine that is not used."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
-    accuracy = Accuracy(one_of("--accuracy", goal.accuracy, Accuracy))
+    accuracy = Accuracy(check_choice("--accuracy", goal.accuracy, Accuracy))
     machine = machine_of(on, here.place)
     if goal.host_memory is not None:
         machine = with_host_memory(machine, parse_bytes(goal.host_memory))
@@ -64,7 +64,7 @@ def request(
         job=job.ref,
         machine=machine,
         cap_bytes=cap_bytes,
-        goal=Objective(one_of("--goal", goal.goal, Objective)),
+        goal=Objective(check_choice("--goal", goal.goal, Objective)),
         accuracy=accuracy,
         threads=here.threads or 0,
         engine=engine(goal.engine or "native").name,
@@ -83,7 +83,7 @@ def warn_of_shadowed_modules(job: str) -> None:
         print(f"memfit: warning: {one_line(line)}", file=sys.stderr)
 
 
-def begin_answer(asked: memfit.planner.single_device.Request, *, lang: str, quiet: bool) -> Workload:
+def print_workload_of(asked: memfit.planner.single_device.Request, *, lang: str, quiet: bool) -> Workload:
     """Return the model, data and machine that the answer to the request is about, and print them in the
     language ``lang`` unless ``quiet``. Raises UserError if the job cannot be built."""
     from memfit.jobs.registry import load

@@ -19,12 +19,12 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import begin_answer, plan_file, recommended_plan, request
+from memfit.cli.request import plan_file, print_workload_of, recommended_plan, request
 from memfit.types.errors import UserError
 from memfit.types.launch import Keep
 from memfit.types.parsing import parse_duration
 from memfit.types.result import OutcomeKind, Run
-from memfit.types.sanitize import shown
+from memfit.types.sanitize import replace_controls
 from memfit.types.units import format_bytes, format_seconds
 
 
@@ -102,7 +102,7 @@ def run(
     timeout_s = parse_duration(own.timeout) if own.timeout is not None else None
     plan = plan_file(which)
     job_request = dataclasses.replace(request(job, goal, here), timeout_s=timeout_s)
-    workload = begin_answer(job_request, lang="en", quiet=output.json)
+    workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.store import Store
         from memfit.workflows import proof_of_concept
@@ -117,7 +117,7 @@ def run(
             steps=job.steps,
             capped=capped,
             progress=progress,
-            keep=kept(own),
+            keep=checkpoint_settings(own),
             store=Store(store.store),
         )
     if output.json:
@@ -125,12 +125,12 @@ def run(
 
         emit({"workload": workload, **run_view(finished_run)})
     else:
-        print(shown("\n".join(lines(finished_run))))
+        print(replace_controls("\n".join(lines(finished_run))))
     if finished_run.measurement.outcome is not OutcomeKind.OK:
         raise typer.Exit(1)
 
 
-def kept(own: RunOptions) -> Keep:
+def checkpoint_settings(own: RunOptions) -> Keep:
     """Return where checkpoints are written, how often, and which one is resumed; the folders are "" if none
     are written or resumed. Raises UserError for --save-every without --save."""
     if own.save_every and own.save is None:

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from memfit.types.sanitize import shown
+from memfit.types.sanitize import replace_controls
 
 
 class SafeConsole(Console):
@@ -18,8 +18,10 @@ class SafeConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, str):
-            renderable = shown(renderable)
-        elif isinstance(renderable, Text) and (plain := shown(renderable.plain)) != renderable.plain:
+            renderable = replace_controls(renderable)
+        elif (
+            isinstance(renderable, Text) and (plain := replace_controls(renderable.plain)) != renderable.plain
+        ):
             renderable = renderable.copy()
             renderable.plain = plain  # has the same length, so the positions of styles stay valid
         yield from super().render(renderable, options)

@@ -17,9 +17,9 @@ from memfit.cli.options import (
     OutputOptions,
     StoreOptions,
 )
-from memfit.cli.output import console, emit, language
+from memfit.cli.output import check_language, console, emit
 from memfit.cli.progress import Bars
-from memfit.cli.record import RecordFound, found_record
+from memfit.cli.record import SourcedRecord, find_record
 from memfit.cli.request import machine_of, request
 from memfit.types.errors import UserError
 from memfit.types.sanitize import one_line
@@ -100,7 +100,7 @@ def scale(
 
     If a gate does not hold, no stage is predicted and the exit code is 1.
     """
-    lang = language(output.lang)
+    lang = check_language(output.lang)
     machines = {n: m for n, m in (("pilot", own.pilot), ("full", own.full)) if m is not None}
     for name in machines.values():
         machine_of(name, here.place)  # raises for an unknown machine before any long work begins
@@ -108,21 +108,21 @@ def scale(
     from memfit.decision import rollout_gates
 
     limits = rollout_gates.read(own.gates) if own.gates is not None else rollout_gates.Gates()
-    record_found = found_record(own.record, store.store)
+    sourced_record = find_record(own.record, store.store)
     if effort.attended_minutes is not None:
-        record_found = _attended(record_found, effort.attended_minutes, store)
-    record = record_found.record
+        sourced_record = _attended(sourced_record, effort.attended_minutes, store)
+    record = sourced_record.record
     gate_results = rollout_gates.evaluate(record, limits)
     failed = [gate for gate in gate_results if not gate.holds]
     stages: dict[str, Any] = {}
     if not failed and machines:
-        job, plans = _job(own.job or _spec(record_found, store), own.size), []
+        job, plans = _job(own.job or _spec(sourced_record, store), own.size), []
         for name, on in machines.items():
             stages[name], planning = _stage(job, on, goal, here)
             plans.append(planning)
-        if not record_found.taken_from:
+        if not sourced_record.taken_from:
             _keep(record.poc_id, plans, store)
-    decision = None if record_found.taken_from else _decision(record.poc_id, stages, own.gates, store)
+    decision = None if sourced_record.taken_from else _decision(record.poc_id, stages, own.gates, store)
     if output.json:
         stages = stages if decision is None or failed else _with_money(stages, decision[1])
         details = {
@@ -130,30 +130,32 @@ def scale(
             "limits": limits.model_dump(),
             "stages": stages,
         }
-        emit({"poc_id": record.poc_id, "taken_from": record_found.taken_from, "holds": not failed, **details})
+        emit(
+            {"poc_id": record.poc_id, "taken_from": sourced_record.taken_from, "holds": not failed, **details}
+        )
     else:
-        _print(record_found, gate_results, stages, decision, lang)
+        _print(sourced_record, gate_results, stages, decision, lang)
     if failed:
         raise typer.Exit(1)
 
 
-def _attended(record_found: RecordFound, minutes: float, store: StoreOptions) -> RecordFound:
+def _attended(sourced_record: SourcedRecord, minutes: float, store: StoreOptions) -> SourcedRecord:
     """Store ``minutes``, those that people spent attending to the record's proof of concept, and return the
     updated record. Raises UserError for a record from others."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
-    poc_id = record_found.record.poc_id
-    if record_found.taken_from:
+    poc_id = sourced_record.record.poc_id
+    if sourced_record.taken_from:
         raise UserError(
             f"--attended-minutes cannot be set for {poc_id}, which was not measured here but taken from "
-            f"{record_found.taken_from}"
+            f"{sourced_record.taken_from}"
         )
-    proof_of_concept.attended(Store(store.store), poc_id, minutes)
-    return found_record(poc_id, store.store)
+    proof_of_concept.store_attended_minutes(Store(store.store), poc_id, minutes)
+    return find_record(poc_id, store.store)
 
 
-def _spec(record_found: RecordFound, store: StoreOptions) -> str:
+def _spec(sourced_record: SourcedRecord, store: StoreOptions) -> str:
     """Return the record's job as --job names it. For a record measured here it may be a job of the user,
     FILE.py:NAME. Raises UserError if a record from others is not of a built-in job: predicting the job would
     run a file that others name."""
@@ -161,14 +163,14 @@ def _spec(record_found: RecordFound, store: StoreOptions) -> str:
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
-    record = record_found.record
-    if not record_found.taken_from:
+    record = sourced_record.record
+    if not sourced_record.taken_from:
         return proof_of_concept.stored_poc(Store(store.store), record.poc_id).runs[0].spec.job.spec
     if record.model.job in names():
         return record.model.job
     raise UserError(
-        f"the record of {record_found.taken_from} is of the job {record.model.job!r}, which is not built in; "
-        "memfit does not run files that others name",
+        f"the record of {sourced_record.taken_from} is of the job {record.model.job!r}, which is not built "
+        "in; memfit does not run files that others name",
         allowed=", ".join(names()),
         hint="name your own job with --job FILE.py:NAME",
     )
@@ -284,7 +286,7 @@ def _with_money(stages: dict[str, Any], decision: memfit.types.decision.Decision
 
 
 def _print(
-    record_found: RecordFound,
+    sourced_record: SourcedRecord,
     gate_results: tuple[memfit.decision.rollout_gates.Gate, ...],
     stages: dict[str, Any],
     decision: tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None,
@@ -293,10 +295,10 @@ def _print(
     from memfit.report.decision_terminal import print_gate_end, print_gates, print_stages
     from memfit.report.words import load_words
 
-    output, words, model = console(), load_words(lang), record_found.record.model
-    output.print(one_line(f"PoC {record_found.record.poc_id}: {model.job} {model.size}"), markup=False)
-    if record_found.taken_from:
-        notice = words.get("scale.taken", source=record_found.taken_from)
+    output, words, model = console(), load_words(lang), sourced_record.record.model
+    output.print(one_line(f"PoC {sourced_record.record.poc_id}: {model.job} {model.size}"), markup=False)
+    if sourced_record.taken_from:
+        notice = words.get("scale.taken", source=sourced_record.taken_from)
         output.print(one_line(notice), markup=False, style="yellow")
     print_gates([g.words for g in gate_results], console=output, lang=lang)
     if decision is not None and all(g.holds for g in gate_results):
@@ -305,7 +307,7 @@ def _print(
         _print_plain(stages, output, words)
     print_gate_end([g.words for g in gate_results], predicted=bool(stages), console=output, lang=lang)
     unmeasured = [g.name for g in gate_results if g.name == "effort: attended minutes" and g.found is None]
-    if unmeasured and not record_found.taken_from:
+    if unmeasured and not sourced_record.taken_from:
         output.print(words.get("scale.ask_attended"), markup=False)
 
 

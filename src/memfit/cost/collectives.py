@@ -42,7 +42,7 @@ class LinkBandwidths(NamedTuple):
     switch: float
 
 
-def wires(machine: Machine) -> LinkBandwidths:
+def link_bandwidths(machine: Machine) -> LinkBandwidths:
     """Return the bandwidths that large transfers reach on this machine, with assumed ones for links and
     networks that it does not name.
     """
@@ -67,7 +67,7 @@ def collective_s(kind: str, size_bytes: Any, ranks: int, ranks_per_host: int, ma
     if ranks <= 1:
         return size_bytes * 0.0
     local_ranks = max(1, min(ranks_per_host, ranks))
-    bandwidths = wires(machine)
+    bandwidths = link_bandwidths(machine)
     if kind == "send":
         return _sent_s(size_bytes, bandwidths, inside=local_ranks > 1)
     if kind == "all_to_all":

@@ -95,7 +95,7 @@ def _workspace(op: OpCall, size_bytes: int) -> Allocation:
     )
 
 
-def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> DeviceOverhead:
+def device_overhead(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> DeviceOverhead:
     """Return the bytes of the CUDA context, of kernel code and of NCCL's buffers that one process takes on
     ``device``.
 

@@ -10,10 +10,10 @@ from memfit.cost.memory import memory_profile, step_ops
 from memfit.cost.memory_estimate import footprint
 from memfit.cost.money import bill, hosts_w
 from memfit.cost.op_time import TimeModel
-from memfit.cost.step_time import played
+from memfit.cost.step_time import simulate_step
 from memfit.cost.step_time_calibration import factor
 from memfit.cost.stream_simulator import SimulatedStep
-from memfit.cost.workspaces import unprobed
+from memfit.cost.workspaces import find_unprobed
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
@@ -49,11 +49,11 @@ def estimate(
     """
     tensors = HostTensors.of(trace)
     if step is None and model is not None:
-        step = played([trace], plan, machine, model)
+        step = simulate_step([trace], plan, machine, model)
     trace = with_workspaces(trace, machine.device)
     profile = memory_profile(trace, calibration)
-    allocated = _with_assumed(around(profile.peak_bytes, MEMORY_RATIO), trace)
-    if (unprobed_workspaces := unprobed(trace, profile, calibration)) is not None:
+    allocated = _with_assumed(interval_around(profile.peak_bytes, MEMORY_RATIO), trace)
+    if (unprobed_workspaces := find_unprobed(trace, profile, calibration)) is not None:
         allocated = dataclasses.replace(allocated, high=max(allocated.high, unprobed_workspaces.high_bytes))
     memory = footprint(trace, allocated, machine)
     host = host_memory(tensors, plan, machine, allocated=allocated, workers=workers)
@@ -66,7 +66,7 @@ def estimate(
         phase_peak_bytes=profile.phase_peak_bytes,
         at_peak_bytes=profile.at_peak_bytes,
         by_module_bytes=profile.by_module_bytes,
-        step_s=around(step_s, _spread(calibration, machine)) if step_s is not None else None,
+        step_s=interval_around(step_s, _spread(calibration, machine)) if step_s is not None else None,
         flops_per_step=sum(op.flops * times for op, times in ops),
         energy_j=cost.energy_j,
         energy_boundary=modelled_boundary(machine),
@@ -112,7 +112,7 @@ def scaled(interval: Interval, factor: float) -> Interval:
     return Interval(value=interval.value * factor, low=interval.low * factor, high=interval.high * factor)
 
 
-def around(value: float, ratio: float) -> Interval:
+def interval_around(value: float, ratio: float) -> Interval:
     """Return the interval around ``value`` from ``value * (1 - ratio)`` to ``value * (1 + ratio)``."""
     return Interval(value=value, low=value * (1 - ratio), high=value * (1 + ratio))
 

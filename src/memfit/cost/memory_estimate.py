@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 
 from memfit.cost.allocator import Event, Replayed, Settings, events_of, run
-from memfit.cost.device_overhead import added, exceeds_probability, outside
+from memfit.cost.device_overhead import added, device_overhead, exceeds_probability
 from memfit.types.machine import Machine
 from memfit.types.result import Interval
 from memfit.types.trace import Trace
@@ -52,7 +52,7 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
     events = events_of(trace.allocations)
     plain = run(events)
     reserved = _reserved(events, plain, allocated)
-    outside_memory = outside(machine.device, trace.communicators)
+    outside_memory = device_overhead(machine.device, trace.communicators)
     device = added((reserved, outside_memory.total_bytes))
     memory_bytes = machine.device.memory_bytes.value
     required = reserved
@@ -71,7 +71,7 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
     )
 
 
-def sketched(allocated: Interval, machine: Machine, *, reserved_ratio: float) -> Footprint:
+def sketch_footprint(allocated: Interval, machine: Machine, *, reserved_ratio: float) -> Footprint:
     """Return the footprint of a plan that was not traced, without NCCL's buffers; an empty one if the device
     is not a CUDA device.
 
@@ -85,7 +85,7 @@ def sketched(allocated: Interval, machine: Machine, *, reserved_ratio: float) ->
         low=allocated.low,
         high=allocated.high * max(reserved_ratio, ASSUMED_RESERVED_RATIO),
     )
-    outside_memory = outside(machine.device)
+    outside_memory = device_overhead(machine.device)
     device = added((reserved, outside_memory.total_bytes))
     return Footprint(
         reserved_bytes=reserved,
@@ -98,7 +98,7 @@ def sketched(allocated: Interval, machine: Machine, *, reserved_ratio: float) ->
 def _reserved(events: Sequence[Event], plain: Replayed, allocated: Interval) -> Interval:
     peaks = [
         plain.reserved_peak_bytes,
-        *(run(late(events, places)).reserved_peak_bytes for places in _LATE_EVENTS),
+        *(run(delay_frees(events, places)).reserved_peak_bytes for places in _LATE_EVENTS),
     ]
     scale_low, scale_high = allocated.low / allocated.value, allocated.high / allocated.value
     return Interval(
@@ -108,7 +108,7 @@ def _reserved(events: Sequence[Event], plain: Replayed, allocated: Interval) -> 
     )
 
 
-def late(events: Sequence[Event], by: int) -> list[Event]:
+def delay_frees(events: Sequence[Event], by: int) -> list[Event]:
     """Return the events with every free moved 0 to ``by`` places later, at random with a fixed seed."""
     shift = numpy.random.default_rng(0).integers(0, by + 1, len(events)) + 0.5
     frees = numpy.fromiter((size < 0 for _, size, _ in events), dtype=bool, count=len(events))

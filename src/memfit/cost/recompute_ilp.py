@@ -51,7 +51,7 @@ def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) ->
         dropped = program.dropped(budget_bytes, gap_ratio)
         if dropped is None:
             break
-        choice = refined(replay, _choice(replay, dropped), budget_bytes)
+        choice = refine_choice(replay, _choice(replay, dropped), budget_bytes)
         choices.append(choice)
         if not program.learn(choice.dropped, budget_bytes):
             break
@@ -80,7 +80,7 @@ def _choice(replay: Replay, dropped: frozenset[int]) -> RecomputeChoice:
     )
 
 
-def refined(replay: Replay, choice: RecomputeChoice, budget_bytes: int) -> RecomputeChoice:
+def refine_choice(replay: Replay, choice: RecomputeChoice, budget_bytes: int) -> RecomputeChoice:
     """Return the choice without those dropped tensors that need not be dropped for a replayed peak of at most
     ``budget_bytes``. They are tried one by one, the one whose recomputation takes longest first. A choice
     whose peak is above the budget is returned as it is.

@@ -21,7 +21,9 @@ from memfit.types.trace import Phase, Trace
 _WEIGHT_SHARE = 0.5  # share of backward for weight gradients, in a layer of matrix products
 
 
-def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeModel) -> SimulatedStep | None:
+def simulate_step(
+    traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeModel
+) -> SimulatedStep | None:
     """Simulate the plan's step and return the result: that of the slowest rank or, with a pipeline, that of
     all ranks in the order of its schedule.
 

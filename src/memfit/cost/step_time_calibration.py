@@ -23,7 +23,7 @@ _RIDGE: Final = 1.0
 Seen = Sequence[tuple[Plan, float]]  # plans with their measured over predicted seconds
 
 
-def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibration:
+def correct_calibration(calibration: Calibration, seen: Seen, *, source: str) -> Calibration:
     """Return `calibration` with corrections of predicted step times from short real runs in place of any that
     it has; unchanged without runs.
 
@@ -74,12 +74,12 @@ def _fit(runs: Seen) -> tuple[float, dict[str, float]]:
     return float(ratios[0]), {name: float(ratio) for name, ratio in zip(names, ratios[1:], strict=True)}
 
 
-def merged(old: Calibration, new: Calibration) -> Calibration:
+def merge_calibrations(old: Calibration, new: Calibration) -> Calibration:
     """Return both calibrations of this machine merged: operator figures of ``new`` win, and rates are the
-    better of both, because noise only slows. Compute rates are those of the dtypes that ``new`` has. The
-    corrections from runs are those of ``old``. At least one of the two must have compute rates.
+    better of both, because noise only slows. The corrections from runs are those of ``old``. At least one of
+    the two must have compute rates.
     """
-    rates = {k: max(v, old.flops_s.get(k, 0.0)) for k, v in new.flops_s.items()}
+    rates = {k: max(c.flops_s.get(k, 0.0) for c in (old, new)) for k in {**old.flops_s, **new.flops_s}}
     overheads = [c.overhead_s for c in (old, new) if c.flops_s]
     return dataclasses.replace(
         old,  # keeps the corrections from runs

@@ -2,7 +2,7 @@
 calls.
 
 A call starts when it is issued, its stream is free, and what its stream waits for is done; a collective also
-waits for its wires. While a collective runs, concurrent kernels have fewer multiprocessors. Other ranks are
+waits for its links. While a collective runs, concurrent kernels have fewer multiprocessors. Other ranks are
 assumed to be equally fast, so no rank waits for another at the start of a collective.
 """
 
@@ -102,7 +102,7 @@ class StreamSimulator:
     def _priced(self, op: OpCall) -> tuple[float, float, str]:
         if op.waits:
             return 0.0, 0.0, ""
-        if sent(op)[0]:
+        if collective_size(op)[0]:
             seconds, resource = self._collective(op)
         elif op.stream == "host":
             seconds, resource = op.moved_bytes * self._on_host() / ASSUMED_HOST_BYTES_S, "host memory"
@@ -116,7 +116,7 @@ class StreamSimulator:
         return max(1, min(devices_per_host, self.machine.device_count))
 
     def _collective(self, op: OpCall) -> tuple[float, str]:
-        kind, size_bytes, *placement = sent(op)
+        kind, size_bytes, *placement = collective_size(op)
         if placement:  # a synthetic operator gives its number of ranks and how many of them share a host
             rank_count, local_ranks = placement
             seconds = collective_s(kind, size_bytes, rank_count, local_ranks, self.machine)
@@ -179,14 +179,14 @@ def _added(base: SimulatedStep, additions: Sequence[SimulatedStep], count: int) 
 
 class _Stage:
     """State of the simulation of one rank, all in seconds from the step's start: when the host has issued
-    all calls so far, and when each stream and each kind of wires is free.
+    all calls so far, and when each stream and each kind of link is free.
     """
 
     def __init__(self, kernel_slowdown: float, blocking: bool) -> None:
         self.kernel_slowdown, self.blocking = kernel_slowdown, blocking
         self.issued = self.exposed = self.idle = 0.0
         self.free: dict[str, float] = defaultdict(float)
-        self.wires: dict[str, float] = defaultdict(float)
+        self.links: dict[str, float] = defaultdict(float)
         self.ends: dict[str, list[float]] = defaultdict(list)
         self.busy: dict[str, float] = defaultdict(float)
         self.flying: list[tuple[float, float]] = []  # (start, end) of collectives that may still be running
@@ -240,8 +240,8 @@ class _Stage:
         if op.stream.startswith("group"):
             start = max(start, self.free[""])
         if resource in ("link", "network"):
-            start = max(start, self.wires[resource])
-            self.wires[resource] = start + seconds
+            start = max(start, self.links[resource])
+            self.links[resource] = start + seconds
             if op.stream:
                 self.flying.append((start, start + seconds))
             else:
@@ -300,7 +300,7 @@ def _window(spans: Sequence[PhaseSpan]) -> tuple[int, int]:
     return (starts[-1], ends[-1]) if starts and ends else (0, 0)
 
 
-def sent(op: OpCall) -> tuple[Any, ...]:
+def collective_size(op: OpCall) -> tuple[Any, ...]:
     """Return (kind, bytes of the whole) of a collective, as `collective_s` takes them; ("", 0) for other
     operators and for collectives whose kind is not one of `KINDS`.
 

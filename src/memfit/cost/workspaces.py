@@ -120,7 +120,9 @@ class UnprobedWorkspaces:
         return f"workspaces not probed, so the upper end includes their upper bounds: {names}"
 
 
-def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> UnprobedWorkspaces | None:
+def find_unprobed(
+    trace: Trace, profile: MemoryProfile, calibration: Calibration
+) -> UnprobedWorkspaces | None:
     """Return the operators whose workspaces were not probed and could raise the peak of ``profile``, which is
     the trace's, by more than 0.3 %; None if there are none, or if the trace has no operators or no
     allocations.
@@ -162,7 +164,7 @@ def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ..
     """Return the signatures of the operators whose workspaces were not probed and could raise the trace's
     peak by more than 0.3 %, largest effect first; empty if there are none.
     """
-    workspaces = unprobed(trace, memory_profile(trace, calibration), calibration)
+    workspaces = find_unprobed(trace, memory_profile(trace, calibration), calibration)
     return workspaces.signatures if workspaces else ()
 
 

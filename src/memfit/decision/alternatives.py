@@ -318,7 +318,7 @@ def _embodied_kg(machine: CatalogMachine | None) -> float | None:
     return per_device.value * machine.device_count if per_device is not None and machine is not None else None
 
 
-def asked(ways: Iterable[Alternative], case: DecisionCase) -> tuple[str, ...]:
+def missing_inputs(ways: Iterable[Alternative], case: DecisionCase) -> tuple[str, ...]:
     """Return the names of the case's unset keys that a complete decision between ``ways`` needs, most
     important first: the existing machine, what the options do not know, and the value of a run.
     """

@@ -232,12 +232,12 @@ def _factors(
         high = max((s.high / s.value for s in step_times), default=1.0)
         source = "the interval of the predicted step times"
         if plain in step_errors:
-            low, high = widened(low, high, step_errors[plain])
+            low, high = widen_range(low, high, step_errors[plain])
             source = f"{source}, widened by the error that the PoC's own runs showed"
         yield Term(name=name, value=1.0, unit="factor", low=low, high=high, mark="predicted", source=source)
 
 
-def widened(low: float, high: float, ratio: float) -> tuple[float, float]:
+def widen_range(low: float, high: float, ratio: float) -> tuple[float, float]:
     """Return the range ``low`` to ``high`` around 1, widened by an error of `ratio` (measured / predicted).
 
     As all are factors, the squares of the logarithms of each end and of the error are added, like those of

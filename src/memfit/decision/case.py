@@ -216,10 +216,10 @@ def read(path: Path) -> DecisionCase:
     Raises UserError if it cannot be read or is not TOML, otherwise with the location of the first fault and
     what is allowed there.
     """
-    return parsed(serialization.toml_text(path), str(path))
+    return parse_case(serialization.toml_text(path), str(path))
 
 
-def parsed(text: str, what: str) -> DecisionCase:
+def parse_case(text: str, what: str) -> DecisionCase:
     """Parse the text of a case file; `what` names it in errors.
 
     Raises UserError if it is not TOML, otherwise with the location of the first fault and what is allowed
@@ -232,7 +232,7 @@ def parsed(text: str, what: str) -> DecisionCase:
     except pydantic.ValidationError as error:
         details = error.errors()[0]
         if details["type"] != "extra_forbidden":
-            raise serialization.fault(error, what) from error
+            raise serialization.to_user_error(error, what) from error
         location = [str(p) for p in details["loc"]]
         keys = _keys(location[:-1])
         raise UserError(

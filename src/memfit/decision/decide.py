@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from memfit import catalog
 from memfit.decision import money, monte_carlo, rollout_gates
-from memfit.decision.alternatives import AlternativeInputs, asked
+from memfit.decision.alternatives import AlternativeInputs, missing_inputs
 from memfit.decision.assumptions import Assumptions, collect_assumptions
 from memfit.decision.case import DecisionCase, term
 from memfit.decision.risks import risks
@@ -180,6 +180,6 @@ def _weighed(
         payback_years=years,
         payback=kind,
         swings=swings,
-        asked=asked([ways[i] for i in shown_indices], case),
+        asked=missing_inputs([ways[i] for i in shown_indices], case),
         why_none="" if best is not None else _why_none(sheets),
     )

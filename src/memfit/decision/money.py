@@ -23,7 +23,7 @@ def sheet(way: Alternative, terms: Terms) -> CostSheet:
     does_work = way.kind != "nothing"
     hours = run_hours(way, terms)
     hours_per_year = hours * terms.runs_per_year
-    machines = needed(hours_per_year, terms) if does_work else 0
+    machines = machines_needed(hours_per_year, terms) if does_work else 0
     tax_factor = 1 + terms.tax_ratio
     meter_kw = None if way.power_w is None else way.power_w / 1000 * terms.pue_ratio
     price = way.price.at(terms.per_usd) * terms.hardware_factor if way.price else 0.0
@@ -89,7 +89,7 @@ def run_hours(way: Alternative, terms: Terms) -> float:
     return way.hours * (terms.plain_time_factor if way.plain else terms.recommended_time_factor)
 
 
-def needed(hours_per_year: float, terms: Terms) -> int:
+def machines_needed(hours_per_year: float, terms: Terms) -> int:
     """Return how many machines, busy for ``utilisation_ratio`` of the year, do that many hours of work per
     year; at least one.
     """

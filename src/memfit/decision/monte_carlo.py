@@ -79,7 +79,7 @@ def tornado(
     return tuple(sorted(swings, key=lambda s: -abs(s.high_percent - s.low_percent)))
 
 
-def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
+def replace_numbers(terms: Terms, values: Mapping[str, Any]) -> Terms:
     """Return `terms` with the numbers in ``values``, {name: new value}, replaced; money is in the currency of
     the case.
 
@@ -120,14 +120,16 @@ def _saver(
     user_values = {t.name: t.value for t in numbers if t.name in OWN and t.value is not None}
 
     def saved_at(values: Mapping[str, float]) -> float | None:
-        moved_terms = moved(terms, {name: value for name, value in values.items() if name not in OWN})
-        ways = (placed(way, values, user_values, terms) for way in (best, reference))
+        moved_terms = replace_numbers(
+            terms, {name: value for name, value in values.items() if name not in OWN}
+        )
+        ways = (with_draw(way, values, user_values, terms) for way in (best, reference))
         return saved_percent(*(sheet(way, moved_terms) for way in ways))
 
     return saved_at
 
 
-def placed(
+def with_draw(
     way: Alternative, values: Mapping[str, float], own: Mapping[str, float], terms: Terms
 ) -> Alternative:
     """Return the option with its setup hours, if its plan is not plain training, and its user-given price

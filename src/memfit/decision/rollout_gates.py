@@ -16,7 +16,7 @@ import pydantic
 
 from memfit.store.exchange import Shared, Side
 from memfit.types import serialization
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, suggest
 
 _Number = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Kind = Literal["equivalent", "undecided", "different"]
@@ -122,10 +122,10 @@ def read(path: Path) -> Gates:
     """Read a TOML file of limits. Raises UserError if it cannot be read or is not TOML, otherwise with the
     location of the first fault.
     """
-    return parsed(serialization.toml_text(path), str(path))
+    return parse_gates(serialization.toml_text(path), str(path))
 
 
-def parsed(text: str, path: str) -> Gates:
+def parse_gates(text: str, path: str) -> Gates:
     """Parse the text of a TOML file of limits; `path` names it in errors.
 
     Raises UserError if it is not TOML, otherwise with the location of the first fault.
@@ -138,10 +138,12 @@ def parsed(text: str, path: str) -> Gates:
         return Gates.model_validate(data)
     except pydantic.ValidationError as error:
         if error.errors()[0]["type"] != "extra_forbidden":
-            raise serialization.fault(error, path) from error
+            raise serialization.to_user_error(error, path) from error
         location = ".".join(map(str, error.errors()[0]["loc"]))
-        allowed = ", ".join(f"{n}.{k}" for n, part in Gates().model_dump().items() for k in part)
-        raise UserError(f"{path} has an unknown key: {location}", allowed=allowed) from error
+        keys = [f"{n}.{k}" for n, part in Gates().model_dump().items() for k in part]
+        raise UserError(
+            f"{path} has an unknown key: {location}", allowed=", ".join(keys), hint=suggest(location, keys)
+        ) from error
 
 
 def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:

@@ -36,7 +36,7 @@ def stages(
         machine=poc.machine,
         plan=poc.search.recommended.estimate.plan.label if poc.search.recommended else "",
         engine=record.recommended.engine,
-        spent=None if energy_j is None else spent(energy_j, hours, made.terms),
+        spent=None if energy_j is None else running_cost(energy_j, hours, made.terms),
         to_spend=0.0,
         unpaid=() if poc.effort.attended_minutes == 0 else _unpaid_poc(poc, made),
         gates=tuple(gate.words for gate in gates),
@@ -53,7 +53,11 @@ def stages(
     pilot_stage = dataclasses.replace(
         pilot_stage, to_spend=pilot_cost(made, pilot_way), most=pilot_most(made, pilot_way), ends=_dear(made)
     )
-    return poc_stage, pilot_stage, dataclasses.replace(full_stage, to_spend=rest(made, full_way, pilot_way))
+    return (
+        poc_stage,
+        pilot_stage,
+        dataclasses.replace(full_stage, to_spend=cost_after_pilot(made, full_way, pilot_way)),
+    )
 
 
 def _unpaid_poc(poc: Poc, decision: Decision) -> tuple[str, ...]:
@@ -67,7 +71,7 @@ def _unpriced(decision: Decision) -> tuple[str, ...]:
     return () if has_price else ("money.labour_per_hour",)
 
 
-def rest(made: Decision, whole: Alternative | None, trial: Alternative | None) -> float | None:
+def cost_after_pilot(made: Decision, whole: Alternative | None, trial: Alternative | None) -> float | None:
     """Return the present cost of the option ``whole`` of the full stage after the pilot with ``trial``.
 
     The pilot has already paid the setup of the plan, and that of the machine if both options use the same one
@@ -181,8 +185,8 @@ def pilot_most(made: Decision, way: Alternative | None) -> float | None:
         return None
     ends = _dear(made)
     user_values = {t.name: t.value for t in made.told if t.name in OWN and t.value is not None}
-    dear_terms = monte_carlo.moved(made.terms, {n: end for n, end in ends.items() if n not in OWN})
-    cost, people = _one_run(monte_carlo.placed(way, ends, user_values, made.terms), dear_terms)
+    dear_terms = monte_carlo.replace_numbers(made.terms, {n: end for n, end in ends.items() if n not in OWN})
+    cost, people = _one_run(monte_carlo.with_draw(way, ends, user_values, made.terms), dear_terms)
     return None if cost is None else cost + people
 
 
@@ -215,7 +219,7 @@ def _one_run(way: Alternative, base_terms: Terms) -> tuple[float | None, float]:
     )
 
 
-def spent(energy_j: float, hours: float, terms: Terms) -> float:
+def running_cost(energy_j: float, hours: float, terms: Terms) -> float:
     """Return the cost of ``energy_j`` joules of electricity with tax, plus that of ``hours`` working hours of
     people, which cost nothing if the price of an hour is unknown.
     """

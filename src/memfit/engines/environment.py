@@ -22,7 +22,7 @@ class Environment:
     took_s: float
 
 
-def home() -> Path:
+def environments_folder() -> Path:
     """Return the folder that holds the record of each engine's environment, and in which environments are
     created unless another folder is named."""
     import platformdirs
@@ -50,4 +50,4 @@ def record(name: str, made: Environment) -> None:
 
 
 def _record(name: str) -> Path:
-    return home() / f"{name}.json"
+    return environments_folder() / f"{name}.json"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from memfit.engines import accelerate, colossalai, deepspeed, fairscale, megatron, native, replay
 from memfit.engines.base import Engine
 from memfit.techniques.rank_mesh import layout
-from memfit.types.errors import UserError, named
+from memfit.types.errors import UserError, look_up
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
 
@@ -28,10 +28,10 @@ ENGINES: Mapping[str, Engine] = {
 def engine(name: str) -> Engine:
     """Return the engine called ``name``. If there is none, raises UserError with all names and, if one is
     similar, that one."""
-    return named("engine", name, ENGINES)
+    return look_up("engine", name, ENGINES)
 
 
-def carrying(name: str, plan: Plan) -> Engine:
+def supporting_engine(name: str, plan: Plan) -> Engine:
     """Return the engine called ``name`` if it supports the plan; whether it is installed does not matter.
     Otherwise raises UserError with the reasons, and with the engines other than replay that support the plan.
     Raises UserError, too, if there is no such engine, or if the plan's number of ranks does not suit its
@@ -48,11 +48,11 @@ def carrying(name: str, plan: Plan) -> Engine:
     return candidate
 
 
-def ready(name: str, plan: Plan) -> Engine:
+def ready_engine(name: str, plan: Plan) -> Engine:
     """Return the engine called ``name`` if it supports the plan, can train it here, on CPU ranks, and is
-    installed in a tested version. Otherwise raises UserError, as `carrying` does, with the parts of the plan
-    that require CUDA, or with the command that installs a tested version."""
-    candidate = carrying(name, plan)
+    installed in a tested version. Otherwise raises UserError, as `supporting_engine` does, with the parts of
+    the plan that require CUDA, or with the command that installs a tested version."""
+    candidate = supporting_engine(name, plan)
     if parts := candidate.asks_cuda(plan):
         raise UserError(
             f"engine {name} cannot train this plan here: {', '.join(parts)} requires CUDA",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import Final
 
 from memfit.jobs import huggingface
 from memfit.jobs.user_job import load_user_job
-from memfit.types.errors import UserError
-from memfit.types.gc_pause import uncollected
+from memfit.types.errors import UserError, suggest
+from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job, JobRef
 
 DEFAULT: Final = "protein-ss"
@@ -78,7 +77,7 @@ def load(ref: JobRef) -> Job:
     for name, value in (("steps", ref.steps), ("batch", ref.batch), ("length", ref.length)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}", allowed="a whole number of at least 1")
-    with uncollected():
+    with pause_gc():
         job = _make(ref)
     job = job if ref.steps is None else dataclasses.replace(job, steps=ref.steps)
     return job if ref.clip is None else dataclasses.replace(job, clip=ref.clip or None)
@@ -103,11 +102,10 @@ def _make(ref: JobRef) -> Job:
         return job if is_smallest else dataclasses.replace(job, reduced=built_in.make)
     if ":" in ref.spec:
         return load_user_job(ref.spec, options)
-    suggestions = difflib.get_close_matches(ref.spec, names(), n=1)
     raise UserError(
         f"unknown job {ref.spec!r}",
         allowed=f"{', '.join(names())}, path.py:attribute or hf:PATH_OR_NAME",
-        hint=f"did you mean {suggestions[0]}?" if suggestions else "",
+        hint=suggest(ref.spec, names()),
     )
 
 
@@ -132,9 +130,8 @@ def _split_length(ref: JobRef) -> JobRef:
 
 def _check_size(ref: JobRef, sizes: tuple[str, ...]) -> None:
     if ref.size is not None and ref.size not in sizes:
-        suggestions = difflib.get_close_matches(ref.size, sizes, n=1)
         raise UserError(
             f"unknown size {ref.size!r} of {ref.spec}",
             allowed=", ".join(sizes),
-            hint=f"did you mean {suggestions[0]}?" if suggestions else "",
+            hint=suggest(ref.size, sizes),
         )

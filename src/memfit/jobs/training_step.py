@@ -23,7 +23,7 @@ from memfit.techniques import fp32_modules
 from memfit.techniques.base import OptimizerLike, Workbench
 from memfit.techniques.optimizers import StepInBackward, default_optimizer
 from memfit.techniques.rank_mesh import World, layout
-from memfit.techniques.registry import check, in_order
+from memfit.techniques.registry import check, ordered_uses
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -74,10 +74,10 @@ class TrainingStep:
             first_part=lambda parts: split(job.make_batch(0, 0), parts)[0],
         )
         on_built(bench)
-        fp32_modules.keep(bench, plan, self.carried)
-        for technique, _ in in_order(plan):
+        fp32_modules.keep_in_float32(bench, plan, self.carried)
+        for technique, _ in ordered_uses(plan):
             technique.look(bench)
-        for technique, use in in_order(plan):
+        for technique, use in ordered_uses(plan):
             if technique.name not in self.carried:
                 technique.apply(bench, use.settings)
         self.job, self.bench, self.model, self.plan = job, bench, model, plan

@@ -96,7 +96,7 @@ def _kind(module: torch.nn.Module) -> type:
     return kind
 
 
-def twins(blocks: Sequence[torch.nn.Module]) -> list[int]:
+def equal_blocks(blocks: Sequence[torch.nn.Module]) -> list[int]:
     """Return for each block the index of an earlier block that does the same, or its own index.
 
     Of a group of equal blocks this is the second one, because the first may receive inputs that no other

@@ -14,7 +14,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.model.chunking_probe import LiveBytes, ModuleCall, columns_bytes, tried
-from memfit.model.linear_roles import PlaceholderValues, valueless
+from memfit.model.linear_roles import PlaceholderValues, without_values
 
 _MOST_PARAMETERS = 2**25  # of a module that is run on random numbers
 _MOST_TENSORS = 6
@@ -34,7 +34,7 @@ class ChunkCut:
     ``axes`` maps the index of a leaf of the flattened (args, kwargs) to the axis along which that tensor is
     cut. ``first`` is the leaf from which lengths are read. ``out_axis`` is the axis along which the outputs
     of slices are joined. ``inside_bytes`` is what the module allocates inside for ``first_count`` elements of
-    the leaf ``first``.
+    the leaf ``first``. ``form`` is the `_form` of the call that was tried.
     """
 
     axes: Mapping[int, int]
@@ -42,6 +42,31 @@ class ChunkCut:
     out_axis: int
     inside_bytes: int
     first_count: int
+    form: tuple[object, ...]
+
+    def length(self, leaves: list[Any], spec: Any) -> int:
+        """Return the length of the cut axes in a call with these flattened (args, kwargs). Return 0 if this is
+        not one length, or if the call has another `_form` than the one that was tried: slices of it may not be
+        independent, and its tensors may have other axes."""
+        if _form(leaves, spec) != self.form:
+            return 0
+        lengths = {leaves[leaf].shape[axis] for leaf, axis in self.axes.items()}
+        return int(lengths.pop()) if len(lengths) == 1 else 0
+
+
+def _form(leaves: list[Any], spec: Any) -> tuple[object, ...]:
+    """Return what two calls must have in common, so that what is true of slices of one is true of the other:
+    how arguments are passed, the values of those that are no tensors, and of each tensor the dimensions,
+    which of them have length 1, as broadcast ones do, and whether it is of floating point."""
+    return (
+        repr(spec),
+        *(
+            (leaf.is_floating_point(), *(n == 1 for n in leaf.shape))
+            if isinstance(leaf, torch.Tensor)
+            else _state_text(leaf)
+            for leaf in leaves
+        ),
+    )
 
 
 class _Watch(PlaceholderValues):
@@ -113,7 +138,7 @@ class ChunkTrials:
     peak_bytes: int = 0
 
 
-def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
+def first_calls(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
     """Return, by name, the first call of every module that is called in a forward pass and loss of a copy of
     the model that holds no values, on the job's first batch. The model itself is left out. Results for the
     last few models are cached."""
@@ -123,7 +148,7 @@ def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
     key = (*map(id, parts), tensors, wrapped_names)
     if key not in _SEEN:
         watch = _Watch()
-        with valueless(job, model) as (model_copy, batch):
+        with without_values(job, model) as (model_copy, batch):
             watch.watch(model_copy)
             with watch:
                 job.loss(model_copy, batch)
@@ -140,7 +165,7 @@ def to_cut(
     be cut, so that slices of them that allocate no more can run one after the other.
 
     A module is left whole, and its submodules are cut, if those of them that can be cut hold more than three
-    quarters of its inner bytes, or if it cannot be cut itself. ``calls`` is the result of `insides`.
+    quarters of its inner bytes, or if it cannot be cut itself. ``calls`` is the result of `first_calls`.
     ``trials`` is used and extended; without it, results of trials are forgotten.
     """
     trials = trials or ChunkTrials()
@@ -176,7 +201,7 @@ def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
     """Return whether some module allocates inside more than 4 times its output and can be cut along an axis
     other than the first, that of the batch."""
-    calls, trials = insides(job, model), ChunkTrials()
+    calls, trials = first_calls(job, model), ChunkTrials()
     cuts = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
     return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in cuts.items())
 
@@ -195,9 +220,10 @@ def _cut(module: nn.Module, call: ModuleCall, trials: ChunkTrials) -> ChunkCut |
     if not all(buffer.is_floating_point() for buffer in module.buffers()):
         return None  # indices drawn at random would be out of range
     shapes = {i: tuple(t.shape) for i, t in tensors.items()}
-    constants = tuple(repr(v) for i, v in enumerate(call.leaves) if i not in tensors)
+    form = _form(call.leaves, call.spec)
+    kinds = tuple((n, type(m)) for n, m in module.named_modules())
     parameters = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
-    key = (type(module), tuple(shapes.items()), constants, parameters, _constants(module))
+    key = (kinds, tuple(shapes.items()), form, parameters, _constants(module))
     if key not in trials.known:
         with _disable_current_modes(), torch.no_grad(), LiveBytes() as live:
             trials.known[key] = tried(module, call, shapes)
@@ -213,6 +239,7 @@ def _cut(module: nn.Module, call: ModuleCall, trials: ChunkTrials) -> ChunkCut |
         out_axis=out_axis,
         inside_bytes=call.inside_bytes,
         first_count=math.prod(shapes[first_leaf]),
+        form=form,
     )
 
 

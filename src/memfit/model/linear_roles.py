@@ -21,7 +21,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from memfit.model.batch_objects import map_batch
-from memfit.model.blocks import twins
+from memfit.model.blocks import equal_blocks
 from memfit.model.grouped_mm import grouped_products
 
 COLWISE, ROWWISE = "colwise", "rowwise"
@@ -221,10 +221,10 @@ def observe(
     """Return the flow through the blocks (paths in the model, in their order) of a copy of ``model`` whose
     tensors hold no values, for the Linears' ``roles`` (see `Flow`). ``shrink(copy)``, if set, may change that
     copy first. Modes that are active outside see nothing of the run. It ends after the last block that has no
-    twin (see `twins`); for the blocks after that, what was observed of their twins is entered."""
+    twin (see `equal_blocks`); for the blocks after that, what was observed of their twins is entered."""
     flow = Flow(roles)
     twin_indices = _twins(model, blocks, roles)
-    with valueless(job, model) as (model_copy, batch):
+    with without_values(job, model) as (model_copy, batch):
         if shrink is not None:
             shrink(model_copy)
         flow.watch(model_copy, blocks[: max(twin_indices) + 1])
@@ -241,15 +241,15 @@ def observe(
 
 
 def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> list[int]:
-    """Return `twins` of the blocks at these paths, except that a block whose Linears have other roles than
-    those of its twin gets its own index."""
+    """Return `equal_blocks` of the blocks at these paths, except that a block whose Linears have other roles
+    than those of its twin gets its own index."""
     block_roles = [{(n[len(b) :], role) for n, role in roles.items() if _in(n, b)} for b in blocks]
-    twin_indices = twins([model.get_submodule(name) for name in blocks])
+    twin_indices = equal_blocks([model.get_submodule(name) for name in blocks])
     return [twin if block_roles[twin] == block_roles[i] else i for i, twin in enumerate(twin_indices)]
 
 
 @contextlib.contextmanager
-def valueless(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+def without_values(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """Yield a copy of the model and the job's first batch, both without values, for a forward pass without
     gradients that no mode outside sees."""
     with (

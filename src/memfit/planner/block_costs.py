@@ -12,7 +12,7 @@ import numpy
 
 from memfit.cost.memory import levels
 from memfit.cost.op_time import COLLECTIVES
-from memfit.cost.stream_simulator import sent
+from memfit.cost.stream_simulator import collective_size
 from memfit.types.errors import UserError
 from memfit.types.parts import PartCosts, Parts, Travel, UpdateCosts
 from memfit.types.trace import Category, OpCall, Phase, PhaseSpan, Trace
@@ -139,7 +139,7 @@ class _Look:
 
 
 def _travel(ops: Sequence[OpCall]) -> Travel:
-    transfers = [sent(op) for op in ops if op.op.startswith(COLLECTIVES)]
+    transfers = [collective_size(op) for op in ops if op.op.startswith(COLLECTIVES)]
     return tuple((kind, float(size)) for kind, size in transfers if kind)
 
 

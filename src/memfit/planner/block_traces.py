@@ -16,13 +16,13 @@ from memfit.cost.host import HostTensors
 from memfit.model.blocks import find_blocks
 from memfit.planner.block_costs import BLOCKS, Seconds, parts_of, updating_of
 from memfit.planner.parallelism_grid import Uses
-from memfit.techniques.parallel.axial_parallel import knowing
+from memfit.techniques.parallel.axial_parallel import axial_modules
 from memfit.techniques.registry import make_use
 from memfit.trace.trace_pool import side_by_side
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import FirstBlocks
 from memfit.types.errors import UserError
-from memfit.types.gc_pause import uncollected
+from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
 from memfit.types.parts import Parts, UpdateCosts
 from memfit.types.plan import Plan
@@ -69,7 +69,7 @@ class BlockTracer:
         self.path, blocks = find_blocks(model, job.blocks)
         self.blocks = len(blocks)
         self.tensors = sum(p.requires_grad for p in model.parameters())
-        self.sharing = "axial-parallel" if knowing(model) else "context-parallel"
+        self.sharing = "axial-parallel" if axial_modules(model) else "context-parallel"
         self.kept: dict[Key, Trace | str] = {}
         self.updates: dict[Uses, Trace] = {}
         self.model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -136,7 +136,7 @@ class BlockTracer:
             if uses not in self.updates
         ]
         tasks.sort(key=lambda task: task[0])
-        with uncollected():
+        with pause_gc():
             results = side_by_side([functools.partial(make, task_key) for _, _, task_key, make in tasks])
         for (_, cache, task_key, _), result in zip(tasks, results, strict=True):
             cache[task_key] = result

@@ -8,9 +8,9 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 
-from memfit.cost.estimate import around, modelled_boundary, scaled
+from memfit.cost.estimate import interval_around, modelled_boundary, scaled
 from memfit.cost.host import host_memory, known_host, memory_bytes
-from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketched
+from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
 from memfit.cost.stream_simulator import StreamSimulator
 from memfit.engines import native
@@ -23,10 +23,10 @@ from memfit.planner.plan_kinds import kind
 from memfit.planner.plan_space import may_share, may_split
 from memfit.planner.selection import Objective
 from memfit.techniques.rank_mesh import layout
-from memfit.techniques.registry import TECHNIQUES, brief, unable
-from memfit.trace.fake_process_group import priming
+from memfit.techniques.registry import TECHNIQUES, short_label, unsupported_techniques
+from memfit.trace.fake_process_group import optimizer_steps_only
 from memfit.types.errors import UserError
-from memfit.types.gc_pause import uncollected
+from memfit.types.gc_pause import pause_gc
 from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.result import Estimate
@@ -87,8 +87,8 @@ class Scale:
         fitting_bytes, excessive_bytes = 0.0, 2.0**50
         for _ in range(60):
             middle_bytes = (fitting_bytes + excessive_bytes) / 2
-            allocated = around(middle_bytes, _SKETCH_MEMORY_RATIO)
-            memory = sketched(allocated, self.machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
+            allocated = interval_around(middle_bytes, _SKETCH_MEMORY_RATIO)
+            memory = sketch_footprint(allocated, self.machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
             probe = Estimate(
                 plan=Plan(),
                 allocated_bytes=allocated,
@@ -120,7 +120,7 @@ class Scale:
         if ranks not in self.found:
             self.tell("search", 0, 0, f"{ranks} devices")
             limits = self._limits(ranks)
-            with uncollected():
+            with pause_gc():
                 self.found[ranks] = find(
                     self.traced, self.machine, self.model, limits, (self.cap_bytes, self._host_cap(ranks))
                 )
@@ -149,7 +149,7 @@ class Scale:
             refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
             without=frozenset(self.bounds.without)
             | (frozenset(TECHNIQUES) - known_techniques)
-            | unable(self.machine),
+            | unsupported_techniques(self.machine),
         )
 
     def estimates(self, ranks: int) -> list[Estimate]:
@@ -200,7 +200,7 @@ class Scale:
             w.allocated_bytes.value / s.allocated_bytes.value for s, w in similar_pairs
         )
         allocated = scaled(e.allocated_bytes, memory_ratio)
-        device_memory = sketched(
+        device_memory = sketch_footprint(
             allocated, self._machine(e.plan.ranks), reserved_ratio=ASSUMED_RESERVED_RATIO
         )
         return dataclasses.replace(
@@ -227,8 +227,8 @@ class Scale:
         """Convert the sketch to an Estimate, with energy, cost and the memory of device and host."""
         machine = self._machine(sketch.grid.layout.ranks)
         cost = bill(machine, step_s=sketch.step_s)
-        allocated = around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
-        memory = sketched(allocated, machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
+        allocated = interval_around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
+        memory = sketch_footprint(allocated, machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
         host = host_memory(
             self.traced.host_tensors(sketch.host_bytes),
             sketch.plan,
@@ -242,7 +242,7 @@ class Scale:
             phase_peak_bytes={},
             at_peak_bytes={},
             by_module_bytes={},
-            step_s=around(sketch.step_s, _SKETCH_TIME_RATIO),
+            step_s=interval_around(sketch.step_s, _SKETCH_TIME_RATIO),
             flops_per_step=0,
             energy_j=cost.energy_j,
             energy_boundary=modelled_boundary(machine),
@@ -268,11 +268,11 @@ class Scale:
             return self.whole(sketch)
         except Exception as error:  # noqa: BLE001  the next best plan is still an answer
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
-            self.refused[sketch.plan] = f"{brief(sketch.plan)} could not be traced: {reason}"
+            self.refused[sketch.plan] = f"{short_label(sketch.plan)} could not be traced: {reason}"
             return None
 
     def ahead(self, plans: Sequence[Plan]) -> None:
-        with priming():
+        with optimizer_steps_only():
             self.pricer.ahead(plans)
 
     def whole(self, sketched_as: Estimate) -> Estimate:
@@ -282,7 +282,7 @@ class Scale:
         If the trace gives no step time, time, energy, cost and CO2 are taken from the sketch. Otherwise the
         pair of sketch and trace is kept, from which `expected` corrects sketches.
         """
-        with priming():
+        with optimizer_steps_only():
             traced = self.billed(self.pricer.whole(sketched_as.plan))
         if traced.step_s is not None:
             self.pairs.append((sketched_as, traced))

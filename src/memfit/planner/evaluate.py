@@ -18,29 +18,29 @@ from typing import Any
 
 import numpy
 
-from memfit.cost.estimate import around, estimate, modelled_boundary
+from memfit.cost.estimate import estimate, interval_around, modelled_boundary
 from memfit.cost.host import HostTensors, host_memory, known_host
 from memfit.cost.memory import levels, step_ops
-from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketched
+from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
 from memfit.cost.op_time import TimeModel, time_model
 from memfit.cost.recompute_ilp import GAP_RATIO
-from memfit.cost.step_time import played, sketched_s
+from memfit.cost.step_time import simulate_step, sketched_s
 from memfit.cost.step_time_calibration import factor
 from memfit.cost.stream_simulator import SimulatedStep
 from memfit.engines.registry import engine
 from memfit.model.scalar_parameters import refuse_scalars
-from memfit.planner.recompute_budget import Choices, nominal_s, open_budget, possible
+from memfit.planner.recompute_budget import Choices, nominal_s, open_budget, resolved_plans
 from memfit.techniques.base import Space
 from memfit.techniques.rank_mesh import layout
-from memfit.techniques.registry import plain, splits_batch, technique
+from memfit.techniques.registry import make_plain_plan, splits_batch, technique
 from memfit.trace.sample_dependence import sample_dependence
 from memfit.trace.trace_extrapolation import deep_traces, repeated, traces_of
 from memfit.trace.trace_pool import side_by_side
 from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.trace.truncated_model import with_blocks
 from memfit.types.dependence import SampleDependence
-from memfit.types.gc_pause import uncollected
+from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan, use
@@ -122,7 +122,7 @@ class Pricer:
         self.model = time_model(self.machine.device, calibration, self.seen())
         self.choices, self.vectors = Choices(), {}  # both depend on the seconds of operators
 
-    def settled(self, plan: Plan) -> Plan:
+    def resolve(self, plan: Plan) -> Plan:
         """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the
         tensors to recompute are not chosen yet, the plan with these chosen. Raises UserError if the budget
         cannot be met.
@@ -147,7 +147,7 @@ class Pricer:
         return list(ops.values())
 
     def trace(self, plan: Plan, rank: int = 0) -> Trace:
-        plan = self.settled(plan)
+        plan = self.resolve(plan)
         self._trace(plan, [rank])
         return self.traces[plan, rank]
 
@@ -155,7 +155,7 @@ class Pricer:
         missing_ranks = [rank for rank in ranks if (plan, rank) not in self.traces]
         if not missing_ranks:
             return
-        with uncollected():
+        with pause_gc():
             traces = self._made(plan, missing_ranks)
         self.traces |= {(plan, rank): traced for rank, traced in zip(missing_ranks, traces, strict=True)}
 
@@ -189,9 +189,9 @@ class Pricer:
         """
         if self.engine != "native":
             return
-        with contextlib.suppress(Exception), uncollected():
-            settled_plans = [self.settled(plan) for plan in plans]
-            keys = [(plan, rank) for plan in settled_plans for rank in layout(plan).distinct_ranks()]
+        with contextlib.suppress(Exception), pause_gc():
+            concrete_plans = [self.resolve(plan) for plan in plans]
+            keys = [(plan, rank) for plan in concrete_plans for rank in layout(plan).distinct_ranks()]
             missing_keys = [key for key in keys if key not in self.traces]
             traces = traces_of(self.job, missing_keys, device=self.device, lines=self.lines)
             self.traces |= dict(zip(missing_keys, traces, strict=True))
@@ -216,12 +216,12 @@ class Pricer:
         """Return one estimate for every distinct rank of the plan (`Layout.distinct_ranks`), such as those of
         the first, second and last stage of a pipeline. Raises UserError as `whole` does.
         """
-        plan = self.settled(plan)
+        plan = self.resolve(plan)
         ranks = layout(plan).distinct_ranks()
         self._trace(plan, ranks)
-        with uncollected():
+        with pause_gc():
             traces = [self.trace(plan, rank) for rank in ranks]
-            step = played(traces, plan, self.machine, self.model) if self.model else None
+            step = simulate_step(traces, plan, self.machine, self.model) if self.model else None
             return [self._of_rank(plan, traced, step) for traced in traces]
 
     def _of_rank(self, plan: Plan, traced: Trace, step: SimulatedStep | None) -> Estimate:
@@ -234,7 +234,7 @@ class Pricer:
             step=step,
             workers=self.job.workers,
         )
-        if plan == plain(plan.ranks) and rank_estimate.reserved_bytes is not None:
+        if plan == make_plain_plan(plan.ranks) and rank_estimate.reserved_bytes is not None:
             self.reserved_ratio = rank_estimate.reserved_bytes.value / rank_estimate.allocated_bytes.value
         return dataclasses.replace(rank_estimate, dependence=self.dependence_under(plan))
 
@@ -247,10 +247,12 @@ class Pricer:
         label of a plan that is being traced. Plans whose memory budget for recomputation cannot be met are
         skipped here; `whole` raises the error. On an interrupt, the finished traces are kept.
         """
-        missing_plans = [p for p in dict.fromkeys(possible(plans, self.settled)) if (p, 0) not in self.traces]
+        missing_plans = [
+            p for p in dict.fromkeys(resolved_plans(plans, self.resolve)) if (p, 0) not in self.traces
+        ]
         traces_by_index: dict[int, Sequence[Trace]] = {}
         try:
-            with uncollected():
+            with pause_gc():
                 side_by_side(
                     [functools.partial(self._made, plan, [0]) for plan in missing_plans],
                     lambda done, i: tell(done, len(missing_plans), missing_plans[i].label),
@@ -274,7 +276,7 @@ class Pricer:
             for blocks in self._cut(plan) or (0,)
         }
         missing_keys = sorted(parts - self.parts.keys(), key=lambda key: (key[0].fingerprint, *key[1:]))
-        with uncollected():
+        with pause_gc():
             new_parts = side_by_side(
                 [functools.partial(self._part, *key[:3]) for key in missing_keys],
                 lambda done, i: tell(done, len(missing_keys), missing_keys[i][0].label),
@@ -339,12 +341,12 @@ class Pricer:
         }
         phase = max(peaks, key=lambda p: peaks[p])
         seconds = float(micros * vector[_MICRO_S] + vector[_STEP_S]) * factor(self.calibration, plan)
-        plain_trace = self.trace(plain(plan.ranks))
+        plain_trace = self.trace(make_plain_plan(plan.ranks))
         parameter_count = plain_trace.parameter_count
         step_s = sketched_s(seconds, plan, parameter_count, self.machine, micros) if self.model else None
         cost = bill(self.machine, step_s=step_s)
-        allocated = around(peaks[phase], _SKETCH_MEMORY_RATIO)
-        memory = sketched(allocated, self.machine, reserved_ratio=self.reserved_ratio)
+        allocated = interval_around(peaks[phase], _SKETCH_MEMORY_RATIO)
+        memory = sketch_footprint(allocated, self.machine, reserved_ratio=self.reserved_ratio)
         host_kept_bytes = float(vector[_HOST])
         tensors = dataclasses.replace(
             HostTensors.of(plain_trace), kept_bytes=host_kept_bytes, building_bytes=host_kept_bytes
@@ -356,7 +358,7 @@ class Pricer:
             phase_peak_bytes=peaks,
             at_peak_bytes={},
             by_module_bytes={},
-            step_s=around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
+            step_s=interval_around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
             flops_per_step=int(micros * vector[_FLOPS]),
             energy_j=cost.energy_j,
             energy_boundary=modelled_boundary(self.machine),

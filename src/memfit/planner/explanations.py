@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.cost.host import host_line
 from memfit.planner.plan_space import complexity
-from memfit.planner.selection import Objective, best, keeps, missed, none_fits, score
-from memfit.techniques.registry import brief
+from memfit.planner.selection import Objective, best, missed_bounds, none_fits, score, within_bounds
+from memfit.techniques.registry import short_label
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Reason, Sensitivity
@@ -23,14 +23,14 @@ _SKETCH_ERROR = 0.2  # relative memory error of a sketch after correction by tra
 _GAIN = 0.03  # relative change of the score that is worth reporting
 
 
-def rivals(
+def explain_techniques(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Reason]:
     """Yield one reason per technique of the recommended plan, the ``winner``, or of a ``known`` plan.
 
     For a technique of the winner, it compares the winner with the best fitting plan without it; for any other
     technique, with the best fitting plan with it. Sketches that claim to beat the winner are compared only if
-    nothing else fits (see `credible`). If none of these plans fits, the reason is that of `none_fits`.
+    nothing else fits (see `is_comparable`). If none of these plans fits, the reason is that of `none_fits`.
     ``known`` are estimates that were traced, or corrected to what a trace is expected to give.
     """
     goal = scale.aim.goal
@@ -40,7 +40,7 @@ def rivals(
 
     for name, has_technique, alternatives in _with_or_without(winner, known):
         fitting_rivals = [e for e in alternatives if fits(e)]
-        fitting_rivals = [e for e in fitting_rivals if credible(e, winner, goal)] or fitting_rivals
+        fitting_rivals = [e for e in fitting_rivals if is_comparable(e, winner, goal)] or fitting_rivals
         if not fitting_rivals:
             yield none_fits(name, alternatives, scale.needs, scale.aim.cap_bytes, inside=has_technique)
             continue
@@ -58,7 +58,7 @@ def rivals(
             technique=name,
             saved_bytes=saved_bytes,
             time_ratio=ratio,
-            detail=brief(rival.plan),
+            detail=short_label(rival.plan),
         )
 
 
@@ -96,14 +96,14 @@ def _with_or_without(
         yield name, has_technique, [e for e in estimates if (e.plan.get(name) is None) == has_technique]
 
 
-def credible(e: Estimate, winner: Estimate, goal: Objective) -> bool:
+def is_comparable(e: Estimate, winner: Estimate, goal: Objective) -> bool:
     """Return whether an estimate may be compared with the ``winner``, the best traced plan: it was traced, or
     it is a sketch that does not claim to be better by the goal, which no trace has verified.
     """
     return e.traced or score(e, goal) >= score(winner, goal)
 
 
-def cannot(scale: Scale) -> list[Reason]:
+def unsupported_reasons(scale: Scale) -> list[Reason]:
     """Return one reason for each way in which the model cannot be cut or traced, and for each plan that was
     to be traced whole and could not be.
     """
@@ -126,7 +126,9 @@ def sensitivity(
     def better(e: Estimate) -> bool:
         return score(scale.expected(e), goal) < score(winner, goal) * (1 - _GAIN)
 
-    larger_plans = [e for e in known if keeps(scale.bounds, e) and scale.needs(e) > cap_bytes and better(e)]
+    larger_plans = [
+        e for e in known if within_bounds(scale.bounds, e) and scale.needs(e) > cap_bytes and better(e)
+    ]
     if larger_plans:
         smallest = min(larger_plans, key=lambda e: (scale.needs(e), score(e, goal)))
         extra_bytes = scale.needs(smallest) - cap_bytes
@@ -136,7 +138,9 @@ def sensitivity(
         objective = Objective.FASTEST if goal is Objective.SMALLEST else goal
         try:
             candidates = [
-                e for e in scale.estimates(2 * ranks) if scale.fits_memory(e) and keeps(scale.bounds, e)
+                e
+                for e in scale.estimates(2 * ranks)
+                if scale.fits_memory(e) and within_bounds(scale.bounds, e)
             ]
             doubled_best = best(candidates, objective)
         except UserError:
@@ -158,7 +162,7 @@ def _sensitivity_to(kind: str, winner: Estimate, changed: Estimate, **extra: Any
 
     return Sensitivity(
         kind=kind,
-        plan=brief(changed.plan),
+        plan=short_label(changed.plan),
         **extra,
         time_ratio=ratio(lambda e: e.step_s.value if e.step_s else None),
         cost_ratio=ratio(lambda e: e.usd),
@@ -174,10 +178,10 @@ def _more_memory(scale: Scale, smallest: Estimate, ranks: int) -> Iterator[str]:
         preferred = min(
             fitting, key=lambda e: (e.host_bytes.value if e.host_bytes else 0.0, complexity(e.plan))
         )
-        yield f"{brief(preferred.plan)}, which {host_line(preferred, scale.machine)}"
+        yield f"{short_label(preferred.plan)}, which {host_line(preferred, scale.machine)}"
 
 
-def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
+def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
     """Return the NothingFits error with changes, one of which would be enough: if a plan fits the memory, the
     deadline and the budget of money that the fastest and the cheapest plan would meet, of those that were
     set; else more memory on device or host; in both cases the least of 2, 4, 8 and 16 times the devices that
@@ -194,10 +198,10 @@ def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
         cheapest = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
         if scale.bounds.deadline_s is not None and fastest.step_s:
             needed_s = fastest.step_s.value * scale.bounds.steps
-            ways.append(f"a deadline of {needed_s / 3600:.2f} h, with {brief(fastest.plan)}")
+            ways.append(f"a deadline of {needed_s / 3600:.2f} h, with {short_label(fastest.plan)}")
         if scale.bounds.budget_usd is not None and cheapest.usd is not None:
             ways.append(
-                f"a budget of {cheapest.usd * scale.bounds.steps:.2f} USD, with {brief(cheapest.plan)}"
+                f"a budget of {cheapest.usd * scale.bounds.steps:.2f} USD, with {short_label(cheapest.plan)}"
             )
     else:
         ways += _more_memory(scale, smallest, ranks)
@@ -206,14 +210,14 @@ def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
             candidates = [e for e in scale.estimates(factor * ranks) if scale.fits_memory(e)]
         except UserError:
             continue
-        if acceptable := [e for e in candidates if keeps(scale.bounds, e)]:
+        if acceptable := [e for e in candidates if within_bounds(scale.bounds, e)]:
             preferred = min(acceptable, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
-            ways.append(f"{factor * ranks} devices, with {brief(preferred.plan)}")
+            ways.append(f"{factor * ranks} devices, with {short_label(preferred.plan)}")
             break
     return NothingFits(
         cap_bytes=cap_bytes,
         least_bytes=scale.needs(smallest),
-        plan_text=brief(smallest.plan),
+        plan_text=short_label(smallest.plan),
         ways=tuple(ways),
-        missed=missed(scale.bounds, fitting),
+        missed=missed_bounds(scale.bounds, fitting),
     )

@@ -105,9 +105,9 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
     if limits != optimistic_limits:
         tasks = _todo(machine, limits)
     if not tasks:
-        from memfit.planner.parallelism_grid import none_at_all
+        from memfit.planner.parallelism_grid import no_grid_error
 
-        raise none_at_all(limits)
+        raise no_grid_error(limits)
     pricing = _Pricing(traced, machine, model, limits)
     traced.trace(*pricing.needed(tasks))
     tasks = [(pricing.traceable(grid, compute, refusals), compute, states) for grid, compute, states in tasks]

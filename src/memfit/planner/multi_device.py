@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from memfit.planner.device_pricing import Aim, Scale
 from memfit.planner.evaluate import Pricer
-from memfit.planner.explanations import cannot, credible, nothing, rivals, sensitivity, smallest_traced
+from memfit.planner.explanations import (
+    explain_techniques,
+    is_comparable,
+    nothing_fits,
+    sensitivity,
+    smallest_traced,
+    unsupported_reasons,
+)
 from memfit.planner.multi_device_shortlist import FinalistTracer
 from memfit.planner.plan_space import dependence_reasons, may_share
-from memfit.planner.selection import Objective, best, frontier, keeps
-from memfit.techniques.registry import effect_of, plain
+from memfit.planner.selection import Objective, best, frontier, within_bounds
+from memfit.techniques.registry import effect_of, make_plain_plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
 
@@ -38,13 +45,13 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     """
     scale, goal = Scale(pricer, aim), aim.goal
 
-    plain_plan = plain(min(ranks, pricer.job.batch_size))  # each replica needs at least one sample
+    plain_plan = make_plain_plan(min(ranks, pricer.job.batch_size))  # each replica needs at least one sample
     may_share_batch = plain_plan.ranks == 1 or may_share(pricer.dependence, aim.accuracy)
     has_whole_batch = aim.bounds.micro_batch in (0, pricer.job.batch_size // plain_plan.ranks)
 
     def fits(estimate: Estimate) -> bool:
         requested = estimate.plan != plain_plan or (has_whole_batch and may_share_batch)
-        return requested and scale.fits_memory(estimate) and keeps(aim.bounds, estimate)
+        return requested and scale.fits_memory(estimate) and within_bounds(aim.bounds, estimate)
 
     sizes = counts(ranks, goal)
     estimates = scale.over(sizes)
@@ -67,10 +74,10 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
                     *finalists,
                     *FinalistTracer(scale, scale.fits_memory, objective).run(estimates, plain_plan),
                 ]
-        raise nothing(scale, [*finalists, baseline], ranks)
+        raise nothing_fits(scale, [*finalists, baseline], ranks)
     expected = [scale.expected(e) for e in candidates]  # compare like with like
     frontier_estimates = [
-        e for e in frontier([*(e for e in expected if credible(e, winner, goal)), baseline]) if fits(e)
+        e for e in frontier([*(e for e in expected if is_comparable(e, winner, goal)), baseline]) if fits(e)
     ]
     by_plan = {e.plan: e for e in (winner, baseline, *frontier_estimates)}
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
@@ -84,7 +91,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     priced = [*expected, baseline]
     traced_by_plan = {e.plan: e for e in smallest_traced(scale, winner, priced, fits)}
     priced = [traced_by_plan.get(e.plan, e) for e in priced]
-    technique_reasons = (*rivals(scale, winner, priced, fits), *cannot(scale))
+    technique_reasons = (*explain_techniques(scale, winner, priced, fits), *unsupported_reasons(scale))
     recommended = choice(winner, (*dependence_reasons(winner.plan, pricer.dependence), *technique_reasons))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)

@@ -14,7 +14,7 @@ from memfit.planner.parallelism_grid import CUTTING
 from memfit.planner.plan_kinds import doublings, kind
 from memfit.planner.plan_space import complexity
 from memfit.planner.selection import TIE_RATIO, Objective, best, score
-from memfit.techniques.registry import brief, technique
+from memfit.techniques.registry import short_label, technique
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
 
@@ -63,13 +63,15 @@ class FinalistTracer:
         candidates = [e for e in estimates if self.fits(e)]
         sketch, rival = self._two(candidates)
         if sketch is not None and rival is not None:
-            self.scale.tell("finalists", 0, self._most, f"{brief(sketch.plan)}, {brief(rival.plan)}")
+            self.scale.tell(
+                "finalists", 0, self._most, f"{short_label(sketch.plan)}, {short_label(rival.plan)}"
+            )
             self.scale.ahead([sketch.plan, rival.plan, basis])
         for attempt in range(3 * self._most):
             if sketch is None:
                 break
             candidates.remove(sketch)
-            self.scale.tell("finalists", attempt, self._most, brief(sketch.plan))
+            self.scale.tell("finalists", attempt, self._most, short_label(sketch.plan))
             traced_estimate = self.scale.traced_or_refused(sketch)
             if traced_estimate is None:
                 candidates = [e for e in candidates if _family(e.plan) != _family(sketch.plan)]
@@ -102,7 +104,7 @@ class FinalistTracer:
             if next_sketch is None:
                 return
             traced_plans.add(next_sketch.plan)
-            self.scale.tell("finalists", attempt, _CLIMBED, brief(next_sketch.plan))
+            self.scale.tell("finalists", attempt, _CLIMBED, short_label(next_sketch.plan))
             traced_estimate = self.scale.traced_or_refused(next_sketch)
             if traced_estimate is not None:
                 self.traced.append(traced_estimate)

@@ -430,7 +430,7 @@ def _use(name: str, **settings: KnobValue) -> Use:
     return _made(name, tuple(sorted(settings.items())))
 
 
-def none_at_all(limits: Limits) -> UserError:
+def no_grid_error(limits: Limits) -> UserError:
     """Return the error to raise if there is no grid for these limits. It names the first cause that applies:
     samples depend on each other, so that the batch may not be split; the batch is a multiple of the ranks,
     and the engine supports none of the plans, or exclusions, accuracy and micro-batch leave none; else the

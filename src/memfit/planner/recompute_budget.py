@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from memfit.cost.memory import memory_profile
-from memfit.cost.recompute_ilp import GAP_RATIO, refined, smallest, solve
+from memfit.cost.recompute_ilp import GAP_RATIO, refine_choice, smallest, solve
 from memfit.cost.recompute_replay import Replay, replay
 from memfit.planner.selection import Objective, best, score
-from memfit.techniques.recompute.optimal import NAME, dropped_text
-from memfit.techniques.registry import brief, check, conflict, make_use
+from memfit.techniques.recompute.optimal import NAME, encode_dropped
+from memfit.techniques.registry import check, conflict, make_use, short_label
 from memfit.trace.op_recording import record
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -105,7 +105,7 @@ def budgeted(
         if candidate is None or budget_bytes < _MIB:
             break
         plan = candidate.plan.with_use(make_use(NAME, {"budget_mib": budget_bytes // _MIB}))
-        tell("finalists", 0, 1, brief(plan))
+        tell("finalists", 0, 1, short_label(plan))
         try:
             plan_estimate = whole(plan)
         except UserError:  # does not fit even with everything recomputed
@@ -139,7 +139,7 @@ def open_budget(plan: Plan) -> int | None:
     )
 
 
-def chosen(
+def choose_tensors(
     job: Job,
     plan: Plan,
     *,
@@ -167,7 +167,7 @@ def chosen(
     )
 
     def traced(dropped: frozenset[int]) -> tuple[Plan, int]:
-        concrete_plan = _with(plan, dropped_text(recording.key, recording_replay.closure(dropped)))
+        concrete_plan = _with(plan, encode_dropped(recording.key, recording_replay.closure(dropped)))
         return concrete_plan, memory_profile(
             trace(job, concrete_plan, device=device), device_calibration
         ).peak_bytes
@@ -181,7 +181,7 @@ def chosen(
     if smallest_peak <= _aim(budget_bytes):
         off_bytes = max(0, smallest_peak - smallest_choice.peak_bytes)
         refined_plan, peak_bytes = traced(
-            refined(recording_replay, smallest_choice, _aim(budget_bytes) - off_bytes).dropped
+            refine_choice(recording_replay, smallest_choice, _aim(budget_bytes) - off_bytes).dropped
         )
         return refined_plan if peak_bytes <= _aim(budget_bytes) else smallest_plan
     raise UserError(
@@ -196,21 +196,22 @@ def chosen(
 
 @dataclasses.dataclass(kw_only=True)
 class Choices:
-    """Cache of what `chosen` returned for each plan: the plan with its tensors to recompute chosen, or the
-    error that says why there is none.
+    """Cache of what `choose_tensors` returned for each plan: the plan with its tensors to recompute chosen,
+    or the error that says why there is none.
     """
 
     kept: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
 
     def of(self, job: Job, plan: Plan, **how: Any) -> Plan:
-        """Return `chosen` for this plan, computed only in the first call. ``how``: keywords of `chosen`.
+        """Return `choose_tensors` for this plan, computed only in the first call. ``how``: keywords of
+        `choose_tensors`.
 
         If it raised UserError, later calls raise the same error. Only ``plan`` identifies a result, so a
         cache serves one ``job`` and one set of keywords.
         """
         if plan not in self.kept:
             try:
-                self.kept[plan] = chosen(job, plan, **how)
+                self.kept[plan] = choose_tensors(job, plan, **how)
             except UserError as error:
                 self.kept[plan] = error
         choice = self.kept[plan]
@@ -219,13 +220,13 @@ class Choices:
         return choice
 
 
-def possible(plans: Iterable[Plan], settled: Callable[[Plan], Plan]) -> Iterator[Plan]:
-    """Yield what ``settled`` returns for each plan. Plans for which it raises UserError, because their memory
+def resolved_plans(plans: Iterable[Plan], resolve: Callable[[Plan], Plan]) -> Iterator[Plan]:
+    """Yield what ``resolve`` returns for each plan. Plans for which it raises UserError, because their memory
     budget for recomputation cannot be met, are skipped.
     """
     for plan in plans:
         with contextlib.suppress(UserError):
-            yield settled(plan)
+            yield resolve(plan)
 
 
 def _aim(budget_bytes: int) -> int:

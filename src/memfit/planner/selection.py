@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from memfit.planner.plan_space import complexity, dependence_reasons
-from memfit.techniques.registry import brief, effect_of, plain, without
+from memfit.techniques.registry import effect_of, make_plain_plan, short_label, without
 from memfit.types.dependence import SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.plan import Bounds, Plan
@@ -67,7 +67,7 @@ class Objective(enum.StrEnum):
     FEWEST = "fewest"
 
 
-def keeps(bounds: Bounds, estimate: Estimate) -> bool:
+def within_bounds(bounds: Bounds, estimate: Estimate) -> bool:
     """Return whether the whole training, of ``bounds.steps`` steps, meets the deadline and the budget of
     money. A limit that is not set is met; an unknown step time meets no deadline, an unknown cost no budget.
     """
@@ -77,7 +77,7 @@ def keeps(bounds: Bounds, estimate: Estimate) -> bool:
     return not late and (bounds.budget_usd is None or usd * bounds.steps <= bounds.budget_usd)
 
 
-def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
+def respects_micro_batch(plan: Plan, bounds: Bounds, batch: int) -> bool:
     """Return whether the plan splits the ``batch`` samples of a rank into micro-batches of the size that the
     user requested (``bounds.micro_batch``); True if none was requested.
 
@@ -95,7 +95,7 @@ def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
     return size * (int(used.settings["micro_batches"]) if used else 1) == batch
 
 
-def missed(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
+def missed_bounds(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
     """Return a text that says how the deadline and the budget of money are missed: for each of the two that
     is set, what the fastest or the cheapest plan of ``fitting``, those that fit the memory, would take.
 
@@ -110,7 +110,7 @@ def missed(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
         if limit is not None and fitting:
             e = min(fitting, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
             time = format_seconds(e.step_s.value * bounds.steps) if e.step_s else "unknown time"
-            summary = f"{time} and {_usd(e.usd, bounds.steps)}, with {brief(e.plan)}"
+            summary = f"{time} and {_usd(e.usd, bounds.steps)}, with {short_label(e.plan)}"
             misses.append(f"{template.format(formatter(limit))} that fits takes {summary})")
     return f"no allowed plan keeps to {' and '.join(misses)}, for {bounds.steps:,} steps" if misses else ""
 
@@ -261,7 +261,7 @@ def decide(
     has the estimates of `frontier` that fit, plain training, the smallest plan and the recommended one.
     """
     prices = price if isinstance(price, Prices) else Prices(price)
-    baseline = next(e for e in estimates if e.plan == plain(e.plan.ranks))
+    baseline = next(e for e in estimates if e.plan == make_plain_plan(e.plan.ranks))
     winner = best([e for e in estimates if fits(e)], goal, prices.band)
     smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan, e.dependence)))
 
@@ -396,7 +396,7 @@ def none_fits(
         technique=name,
         plan_count=len(priced),
         least_bytes=needs(smallest),
-        detail=brief(smallest.plan) if exceeds_cap else "",
+        detail=short_label(smallest.plan) if exceeds_cap else "",
     )
 
 

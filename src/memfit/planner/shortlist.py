@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.selection import Objective, frontier, missing_techniques, score, simplest_first
-from memfit.techniques.registry import plain
+from memfit.techniques.registry import make_plain_plan
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
 
@@ -32,7 +32,7 @@ def finalists(
     frontier_sketches = frontier(sketches)
     stride = max(1, len(frontier_sketches) // 4)
     finalist_plans = [
-        plain(sketches[0].plan.ranks),
+        make_plain_plan(sketches[0].plan.ranks),
         *(e.plan for e in fitting[: most - _SPARE]),
         smallest[0].plan,
         *(e.plan for e in frontier_sketches[::stride]),

@@ -13,7 +13,7 @@ from typing import Any
 
 from memfit.cost.host import host_holds, host_line
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO
-from memfit.cost.step_time_calibration import merged
+from memfit.cost.step_time_calibration import merge_calibrations
 from memfit.engines import native
 from memfit.engines.registry import engine
 from memfit.jobs.registry import load
@@ -26,12 +26,12 @@ from memfit.planner.selection import (
     Band,
     Objective,
     Prices,
-    as_asked,
     best,
     decide,
-    keeps,
-    missed,
+    missed_bounds,
+    respects_micro_batch,
     timed_band,
+    within_bounds,
 )
 from memfit.planner.shortlist import counterfactuals, finalists, until_some_fit
 from memfit.runtime import local_machine
@@ -40,9 +40,9 @@ from memfit.store.calibration import CalibrationCache, selected
 from memfit.techniques.base import Space
 from memfit.techniques.optimizers import is_adamw
 from memfit.techniques.recompute.optimal import NAME
-from memfit.techniques.registry import effect_of, plain, refuse_wrong_weights, without
+from memfit.techniques.registry import effect_of, make_plain_plan, proposable, refuse_wrong_weights, without
 from memfit.types import serialization
-from memfit.types.dependence import DependenceCause, DependenceKind
+from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
@@ -153,9 +153,9 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
     """Return the facts about the job from which techniques propose settings, counted on a model built without
     memory. ``batch_size`` is that of one rank, at least 1.
 
-    ``device``: "cpu" or "cuda". ``half``: `half_of` the machine. If the job names no blocks or no head and
-    none are found, the model counts as having none. Raises UserError if the job names blocks or a head that
-    the model does not have.
+    ``device``: "cpu" or "cuda". ``half``: `half_precision_of` the machine. If the job names no blocks or no
+    head and none are found, the model counts as having none. Raises UserError if the job names blocks or a
+    head that the model does not have.
     """
     from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalars
@@ -192,7 +192,7 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
     )
 
 
-def half_of(machine: Machine) -> str:
+def half_precision_of(machine: Machine) -> str:
     """Return "float16" if the machine's device has a peak rate for it and none for bfloat16, as before
     Ampere; else "bfloat16".
     """
@@ -219,7 +219,7 @@ def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer
             f"a batch of {job.batch_size} cannot be divided over {ranks} ranks",
             allowed=f"--batch {ranks} or more",
         )
-    space = space_of(job, request.machine.device.kind, request.ranks, half_of(request.machine))
+    space = space_of(job, request.machine.device.kind, request.ranks, half_precision_of(request.machine))
     return job, Pricer(
         job=job,
         machine=request.machine,
@@ -265,7 +265,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     job, pricer = make_pricer(request)
     _refuse_ranks(request, pricer)
     limit_parts(pricer, request.accuracy)
-    baseline = pricer.whole(plain(request.ranks))
+    baseline = pricer.whole(make_plain_plan(request.ranks))
     if request.is_here and must_run:
         request, job, pricer, baseline = _runnable(request, job, pricer, baseline)
     pricer.gap_ratio = _GAP_RATIO
@@ -278,7 +278,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         return fits_under(cap_bytes, request.machine)(e)
 
     def fits(e: Estimate) -> bool:
-        return inside(e) and as_asked(e.plan, bounds, batch) and keeps(bounds, e)
+        return inside(e) and respects_micro_batch(e.plan, bounds, batch) and within_bounds(bounds, e)
 
     state_bytes = states_bytes(baseline)
     small_state_bytes = state_bytes if state_bytes < _SMALL_STATES_RATIO * cap_bytes else None
@@ -318,8 +318,9 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         result, cap_reason=cap_reason, timings=timings(pricer.calibration) if request.is_here else None
     )
     if result.recommended is None:
-        requested_estimates = [e for e in estimates if as_asked(e.plan, bounds, batch)]
-        raise _nothing_fits(requested_estimates, request, cap_bytes, bounds, ways=_ways(pricer))
+        requested_estimates = [e for e in estimates if respects_micro_batch(e.plan, bounds, batch)]
+        ways = _ways(pricer, request, requested_estimates, fits)
+        raise _nothing_fits(requested_estimates, request, cap_bytes, bounds, ways=ways)
     return Planning(
         request=request,
         job=job,
@@ -355,14 +356,16 @@ def _nothing_fits(
     """Return the error for a search in which no plan fits, with the least memory that would be enough.
 
     ``requested_estimates``: the traced plans with the requested micro-batch. ``ways``: changes, each of which
-    alone may be enough.
+    alone would be enough.
     """
     smallest = min(requested_estimates, key=lambda e: e.allocated_bytes.value)
     return NothingFits(
         cap_bytes=cap_bytes,
         least_bytes=needed_bytes(smallest, request.machine),
         plan_text=smallest.plan.label,
-        missed=missed(bounds, list(filter(fits_under(cap_bytes, request.machine), requested_estimates))),
+        missed=missed_bounds(
+            bounds, list(filter(fits_under(cap_bytes, request.machine), requested_estimates))
+        ),
         ways=ways,
         host="" if host_holds(smallest, request.machine) else host_line(smallest, request.machine),
     )
@@ -413,7 +416,7 @@ def _best_so_far(
         and not refusals_of(plan)
         and not any(plan.get(name) for name in request.bounds.without)
     ]
-    baseline = pricer.whole(plain(request.ranks))
+    baseline = pricer.whole(make_plain_plan(request.ranks))
     candidates = traced_estimates if any(map(fits, traced_estimates)) else [*traced_estimates, *sketches]
     winner = best(filter(fits, candidates), request.goal, _band(pricer, request))
     smallest = min([baseline, *candidates], key=lambda e: e.allocated_bytes.value)
@@ -447,13 +450,32 @@ def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
     pricer.space = dataclasses.replace(space, least_part=smallest_part)
 
 
-def _ways(pricer: Pricer) -> tuple[str, ...]:
-    dependence = pricer.dependence if pricer.space.batch_size > 1 else None
-    if dependence is None or dependence.kind is not DependenceKind.DEPENDENT:
+def _ways(pricer: Pricer, request: Request, estimates: Sequence[Estimate], fits: Fits) -> tuple[str, ...]:
+    """Return the change that would allow gradient accumulation and be enough, if accumulation was not
+    searched because samples of a batch depend on each other; else nothing.
+
+    It would be enough if plain training, or the smallest plan of ``estimates`` that can be combined with it,
+    ``fits`` in the smallest micro-batches of at least two samples, because some layers need more than one.
+    """
+    name, micro_batches = "gradient-accumulation", dataclasses.replace(pricer.space, least_part=2).parts[-1]
+    if micro_batches == 1 or name in request.bounds.without:
+        return ()
+    dependence = pricer.dependence
+    if may_split(dependence, request.accuracy):  # it was searched
+        return ()
+    by_peak = sorted(estimates, key=lambda e: e.allocated_bytes.value)
+    split_plans = [
+        plan.with_use(use(name, micro_batches=micro_batches))
+        for plan in (make_plain_plan(request.ranks), *(e.plan for e in by_peak))
+        if plan.get(NAME) is None  # its choice of tensors holds for the whole batch
+    ]
+    refusals_of = engine(request.engine).supports
+    possible_plans = [p for p in split_plans if proposable(p) and not refusals_of(p)]
+    if not any(fits(pricer.whole(p)) for p in possible_plans[:2]):
         return ()
     if dependence.cause is DependenceCause.WEIGHTS:
-        return (f"gradient-accumulation, with {dependence.way_out}",)
-    return (f"gradient-accumulation, which {dependence.changes}, under --accuracy any",)
+        return (f"{name}, with {dependence.way_out}",)
+    return (f"{name}, which {dependence.changes}, under --accuracy any",)
 
 
 def _refuse_ranks(request: Request, pricer: Pricer) -> None:
@@ -463,11 +485,28 @@ def _refuse_ranks(request: Request, pricer: Pricer) -> None:
     if request.ranks == 1 or may_share(pricer.dependence, request.accuracy):
         return
     dependence = pricer.dependence
-    refuse_wrong_weights(plain(request.ranks), dependence)
+    refuse_wrong_weights(make_plain_plan(request.ranks), dependence)
     raise UserError(
         f"{request.ranks} ranks share the batch, which {dependence.changes} ({dependence.reason})",
         allowed="--accuracy any",
         hint=f"alternatives: {dependence.way_out}",
+    )
+
+
+def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> UserError:
+    """Return the error to raise if no plan of the search has the requested micro-batch. ``dependence``:
+    whether samples of a batch depend on each other; None for a batch of one."""
+    size = request.bounds.micro_batch
+    if dependence is None or may_split(dependence, request.accuracy):
+        return UserError(
+            f"the excluded techniques, accuracy and engine leave no plan with a micro-batch of {size}",
+            hint="relax --without, --accuracy or --micro-batch",
+        )
+    is_weighted_wrongly = dependence.cause is DependenceCause.WEIGHTS
+    return UserError(
+        f"a micro-batch of {size} splits the batch, which {dependence.changes} ({dependence.reason})",
+        allowed=dependence.way_out if is_weighted_wrongly else "--accuracy any",
+        hint="or leave out --micro-batch",
     )
 
 
@@ -516,7 +555,7 @@ def _runnable(
         request = dataclasses.replace(request, job=smaller_job)
         job, pricer = make_pricer(request)
         limit_parts(pricer, request.accuracy)
-        baseline = pricer.whole(plain(request.ranks))
+        baseline = pricer.whole(make_plain_plan(request.ranks))
     return request, job, pricer, baseline
 
 
@@ -537,7 +576,7 @@ def _reachable_cap(estimates: Sequence[Estimate], request: Request, batch: int) 
     one of the traced plans ``estimates`` with the requested micro-batch needs, plus 10 %. ``batch``: samples
     of one rank.
     """
-    requested_estimates = [e for e in estimates if as_asked(e.plan, request.bounds, batch)]
+    requested_estimates = [e for e in estimates if respects_micro_batch(e.plan, request.bounds, batch)]
     return int(
         min(needed_bytes(e, request.machine) for e in requested_estimates) * _DEMONSTRATION_SPARE_RATIO
     )
@@ -615,13 +654,15 @@ def _price(
     )
     techniques = [t for t in usable_techniques if t.name not in request.bounds.without]
     refusals_of = engine(request.engine).supports
-    plain_plan = plain(request.ranks)  # always priced, because the other plans are compared with it
+    plain_plan = make_plain_plan(request.ranks)  # always priced, because the other plans are compared with it
     all_plans = [
         plan
         for plan in plans(pricer.space, techniques)
         if not refusals_of(plan)
-        and (plan == plain_plan or as_asked(plan, request.bounds, pricer.space.batch_size))
+        and (plan == plain_plan or respects_micro_batch(plan, request.bounds, pricer.space.batch_size))
     ]
+    if not any(respects_micro_batch(plan, request.bounds, pricer.space.batch_size) for plan in all_plans):
+        raise _no_micro_batches(request, dependence)
     pricer.prepare(all_plans, lambda *counts: progress("search", *counts))
     for index, plan in enumerate(all_plans):
         progress("price", index, len(all_plans), plan.label)
@@ -719,7 +760,7 @@ def _with_counterfactuals(
 
 def is_long(pricer: Pricer) -> bool:
     """Return whether the plain plan's trace has more than 10,000 operators, so that traces take long."""
-    return len(pricer.trace(plain(pricer.space.ranks)).ops) > _LONG_TRACE_CALLS
+    return len(pricer.trace(make_plain_plan(pricer.space.ranks)).ops) > _LONG_TRACE_CALLS
 
 
 # -- calibration ----------------------------------------------------------------------------------
@@ -777,7 +818,7 @@ def calibrate(
         stored_calibration = cache.add(
             probe_here(request, missing_signatures, _LONGEST_RATIO * budget_s, needs_rates)
         )
-    pricer.recalibrate(merged(pricer.calibration, selected(stored_calibration, set(signatures))))
+    pricer.recalibrate(merge_calibrations(pricer.calibration, selected(stored_calibration, set(signatures))))
 
 
 def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> None:
@@ -798,7 +839,7 @@ def _representatives(pricer: Pricer, excluded_techniques: Sequence[str]) -> list
     parts = pricer.space.parts
     single_samples = [use("gradient-accumulation", micro_batches=parts[-1])] if parts[-1] > 1 else []
     four_micro_batches = [use("gradient-accumulation", micro_batches=4)] if 4 in parts[:-1] else []
-    mixed_precision, plain_plan = autocast(pricer.space), plain(pricer.space.ranks)
+    mixed_precision, plain_plan = autocast(pricer.space), make_plain_plan(pricer.space.ranks)
     candidates = [
         plain_plan,
         plain_plan.with_use(mixed_precision),

@@ -13,8 +13,8 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from memfit.cost.estimate import around
-from memfit.cost.step_time_calibration import corrected, factor
+from memfit.cost.estimate import interval_around
+from memfit.cost.step_time_calibration import correct_calibration, factor
 from memfit.engines.registry import engine, render
 from memfit.planner.plan_space import plans, usable
 from memfit.planner.selection import Band, Objective, Prices, best, reasons_for, score, simplest_first
@@ -144,7 +144,7 @@ class _Trials:
         result = planning.result
         if not self.times:
             return dataclasses.replace(planning, result=dataclasses.replace(result, trials=trials))
-        pricer.recalibrate(corrected(pricer.calibration, self.measured_ratios(), source=""))
+        pricer.recalibrate(correct_calibration(pricer.calibration, self.measured_ratios(), source=""))
         priced = {plan: pricer.whole(plan) for plan in self.times}
         fastest = best(
             (_with_time(priced[p], min(t)) for p, t in self.times.items()),
@@ -202,7 +202,7 @@ def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
 
 
 def _with_time(estimate: Estimate, seconds: float) -> Estimate:
-    return dataclasses.replace(estimate, step_s=around(seconds, 0.0))
+    return dataclasses.replace(estimate, step_s=interval_around(seconds, 0.0))
 
 
 def few_steps(
@@ -298,7 +298,7 @@ def _neighbours(
 
     A change removes a technique, changes its setting, or adds one.
     """
-    calibration = corrected(planning.pricer.calibration, measured_ratios, source="")
+    calibration = correct_calibration(planning.pricer.calibration, measured_ratios, source="")
     goal, excluded = planning.request.goal, set(tried)
     changed = dict.fromkeys(p for plan in fastest for p in one_change_away(planning, plan))
     candidates = [p for p in changed if p not in excluded]
@@ -336,4 +336,4 @@ def _that_fit(planning: Planning, candidates: Sequence[Plan], count: int) -> Ite
     for plan in distinct:
         if count and planning.fits(planning.pricer.whole(plan)):
             count -= 1
-            yield planning.pricer.settled(plan)
+            yield planning.pricer.resolve(plan)

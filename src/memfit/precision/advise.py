@@ -18,7 +18,7 @@ from torch import nn
 from memfit.jobs.training_step import TrainingStep, batch_length, split
 from memfit.precision import casting
 from memfit.precision.recording import FAILURES, LOSS, RecordedCall, learn_dtypes, record
-from memfit.precision.replay import Mode, NonFiniteOperators, ReplayErrors, compare, modes, play
+from memfit.precision.replay import Mode, NonFiniteOperators, ReplayErrors, compare, modes, replay_call
 from memfit.precision.sums import NarrowSums
 from memfit.precision.tensors import Gap, is_float, leaves, rebuild
 from memfit.types.errors import UserError
@@ -84,7 +84,7 @@ def advise(
     for other_modes in list(modes_by_dtype.values())[1:]:
         other_modes["exact"] = modes_by_dtype[dtypes[0]]["exact"]
     places: dict[str, dict[str, _Place]] = {d: {} for d in dtypes}
-    data = [padded(_few(job, trained + index)) for index in range(batches)]
+    data = [add_padding(_few(job, trained + index)) for index in range(batches)]
     for index, batch in enumerate(data):
         say("record", index, batches)
         root = record(model, batch, job.loss)
@@ -127,7 +127,7 @@ def _few(job: Job, index: int) -> Any:
     return split(batch, max(1, length // max(2, _ELEMENTS // max(1, elements))))[0]
 
 
-def padded(batch: Any) -> Any:
+def add_padding(batch: Any) -> Any:
     """Return the batch with zeros in the last sixteenth of each mask, so that code for masked positions is
     examined too.
 
@@ -204,7 +204,7 @@ def _look(
 ) -> None:
     for call in {id(c): c for c in (max(calls, key=_largest), calls[-1])}.values():
         shared_modes = next(iter(modes_by_dtype.values()))
-        exact, wide = (play(call, shared_modes[name], job.loss) for name in ("exact", "float32"))
+        exact, wide = (replay_call(call, shared_modes[name], job.loss) for name in ("exact", "float32"))
         if exact.failed:  # code that names float32 explicitly
             exact = wide
         if exact.failed or any(not bool(t.isfinite().any()) for t in exact.outputs if t.numel()):
@@ -212,15 +212,17 @@ def _look(
         for dtype, place in places.items():
             errors = {"float32": compare(exact, wide)}
             for name in ("rounded", *_WAYS):
-                errors[name] = compare(exact, play(call, modes_by_dtype[dtype][name], job.loss))
+                errors[name] = compare(exact, replay_call(call, modes_by_dtype[dtype][name], job.loss))
             if errors["pure"].born or errors["autocast"].born:
                 births = NonFiniteOperators()  # non-finite values that occur in float64 too
-                play(call, shared_modes["exact"], job.loss, listening=births)
+                replay_call(call, shared_modes["exact"], job.loss, listening=births)
                 for error in errors.values():
                     error.born = ", ".join(sorted({*error.born.split(", ")} - births.names))
             sums = NarrowSums()
             if not errors["pure"].failed:
-                replay = play(call, modes_by_dtype[dtype]["pure"], job.loss, listening=sums, backward=False)
+                replay = replay_call(
+                    call, modes_by_dtype[dtype]["pure"], job.loss, listening=sums, backward=False
+                )
                 errors["sums"] = compare(exact, replay) if sums.used else ReplayErrors(Gap(), 0.0)
             place.found[path] = _merged([place.found[path], errors]) if path in place.found else errors
 
@@ -303,7 +305,7 @@ class _Whole:
             self.narrow.zero_grad(set_to_none=True)
         if not math.isfinite(loss):
             return math.inf, math.inf
-        shift = casting.apart(self.grads, grads, paths) if backward else 0.0
+        shift = casting.relative_difference(self.grads, grads, paths) if backward else 0.0
         return abs(loss - self.loss) / max(abs(self.loss), 1e-30), shift if math.isfinite(shift) else math.inf
 
 

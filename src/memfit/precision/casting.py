@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.precision.recording import certain
+from memfit.precision.recording import deterministic
 from memfit.precision.tensors import is_float, rebuild
 
 
@@ -58,7 +58,7 @@ def step(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Run one forward and, if ``backward``, one backward pass, without dropout. Return (loss, gradients by
     name of the parameter, {} without backward). The gradients are removed from the model."""
-    with certain(), contextlib.nullcontext() if backward else torch.no_grad():
+    with deterministic(), contextlib.nullcontext() if backward else torch.no_grad():
         loss_value = loss(model, batch)
     if backward:
         loss_value.backward()
@@ -67,7 +67,9 @@ def step(
     return float(loss_value.detach()), grads
 
 
-def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], without: Collection[str]) -> float:
+def relative_difference(
+    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], without: Collection[str]
+) -> float:
     """Return the norm of the difference of two gradients over the norm of the first; 0 if that is zero or
     nothing can be compared.
 

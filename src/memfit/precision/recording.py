@@ -66,7 +66,7 @@ def record(
     Without ``backward`` no gradients are recorded."""
     root = RecordedCall(LOSS, given=((batch,), {}))
     recorder = _Watch(model, root)
-    with recorder, _Computing(recorder.stack), certain():
+    with recorder, _Computing(recorder.stack), deterministic():
         output = loss(model, batch)
     root.made = output.detach().clone()
     root.made_grads = {0: torch.ones_like(output)}
@@ -166,7 +166,7 @@ class _Computing(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def certain() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Disable dropout and start from the same random numbers each time, within the context. The state of the
     random number generators is restored afterwards."""
     with torch.random.fork_rng(), _WithoutDropout():

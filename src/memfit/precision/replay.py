@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memfit.precision.recording import FAILURES, LOSS, RecordedCall, certain
+from memfit.precision.recording import FAILURES, LOSS, RecordedCall, deterministic
 from memfit.precision.tensors import Gap, all_finite, gap, is_float, leaves, rebuild
 
 # What torch.autocast computes in float32 on CUDA (torch's documentation of automatic mixed precision).
@@ -111,7 +111,7 @@ class ReplayedModule:
     failed: str = ""
 
 
-def play(
+def replay_call(
     call: RecordedCall,
     mode: Mode,
     loss: Callable[[Any, Any], torch.Tensor],
@@ -129,7 +129,7 @@ def play(
     listener = listening or (NonFiniteOperators() if mode.narrow else contextlib.nullcontext())
     nonfinite_operators = listener.names if isinstance(listener, NonFiniteOperators) else set()
     try:
-        with certain(), run.children(), listener, mode.around():
+        with deterministic(), run.children(), listener, mode.around():
             output = run.own(loss)
         run.collect(output)
         if backward:

@@ -7,7 +7,16 @@ Each sentence reports a measurement if there is one, else a prediction, else tha
 from __future__ import annotations
 
 from memfit.report.provenance import MARGIN, POC, group_anchor, prediction_anchor, verdict_anchor
-from memfit.report.quantities import Figure, Mark, Sentence, apart, assumed, measured, predicted, sourced
+from memfit.report.quantities import (
+    Figure,
+    Mark,
+    Sentence,
+    assumed,
+    difference_unit,
+    measured,
+    predicted,
+    sourced,
+)
 from memfit.types.result import NamedVerdict, Poc, Run
 from memfit.verify.aggregate import ok_runs, peak_bytes
 
@@ -92,14 +101,14 @@ def _interval(named_verdict: NamedVerdict, poc: Poc) -> dict[str, Figure | str |
     verdict, unit = named_verdict.verdict, poc.metric_unit
 
     def bound(value: float | None) -> Figure:
-        return Figure(value=value, unit=apart(unit), mark=Mark.MEASURED, signed=True)
+        return Figure(value=value, unit=difference_unit(unit), mark=Mark.MEASURED, signed=True)
 
     return {
         "metric": verdict.metric,
         "difference": bound(verdict.difference),
         "low": bound(verdict.low),
         "high": bound(verdict.high),
-        "margin": assumed(verdict.margin, apart(unit), MARGIN if poc.metric_margin_source else ""),
+        "margin": assumed(verdict.margin, difference_unit(unit), MARGIN if poc.metric_margin_source else ""),
         "pairs": measured(verdict.pairs, "count"),
     }
 

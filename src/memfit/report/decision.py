@@ -16,7 +16,7 @@ from memfit.report.decision_rows import (
     RiskRow,
     StageRow,
     TermRow,
-    cash,
+    money_figure,
     way_name,
 )
 from memfit.report.provenance import POC, SAVING, stage_anchor, term_anchor, verdict_anchor, way_anchor
@@ -99,7 +99,7 @@ def _risk(decision: Decision, risk: Risk) -> RiskRow:
         kind=risk.kind,
         level=risk.level,
         source=risk.source,
-        loss=dataclasses.replace(cash(decision, risk.loss, stage_anchor("pilot")), live="most"),
+        loss=dataclasses.replace(money_figure(decision, risk.loss, stage_anchor("pilot")), live="most"),
         evidence=sourced(evidence, verdict_anchor("recommended") if risk.source == "#verdicts" else POC),
     )
 
@@ -125,7 +125,7 @@ def _way(decision: Decision, slot: str, index: int) -> AlternativeRow:
         at_least=bool(way.unknown),
         hours=Figure(value=3600 * way.hours, unit="s", mark=mark),
         machines=predicted(sheet.machines, "count"),
-        money={name: cash(decision, getattr(sheet, name)) for name in MONEY},
+        money={name: money_figure(decision, getattr(sheet, name)) for name in MONEY},
         saved=predicted(saved, "saving"),
         kwh=_kwh(sheet),
         energy_saved=predicted(None if way.plain else _energy_percent(way), "saving"),
@@ -180,9 +180,9 @@ def _stage(decision: Decision, stage: Stage) -> StageRow:
         memory=_ends(stage.memory_bytes, "bytes"),
         step=_ends(stage.step_s, "s"),
         # based on modelled energy, unless a meter was available
-        spent=dataclasses.replace(cash(decision, stage.spent), live="spent"),
-        to_spend=dataclasses.replace(cash(decision, stage.to_spend), live=stage.name),
-        most=dataclasses.replace(cash(decision, stage.most), live="most"),
+        spent=dataclasses.replace(money_figure(decision, stage.spent), live="spent"),
+        to_spend=dataclasses.replace(money_figure(decision, stage.to_spend), live=stage.name),
+        most=dataclasses.replace(money_figure(decision, stage.most), live="most"),
         stop=predicted(stage.stop_bytes, "bytes"),
         back=None,
     )

@@ -11,16 +11,16 @@ from memfit.engines import replay
 from memfit.engines.registry import ENGINES, engine
 from memfit.report.answer import answer
 from memfit.report.decision_phrases import (
-    claim,
+    cost_phrase,
     costs_more,
+    fit_phrase,
     headline,
-    likely,
     main_risks,
-    staged,
-    stake,
+    pilot_cost_phrase,
+    stages_phrase,
     way_back,
 )
-from memfit.report.decision_rows import AlternativeRow, DecisionView, cash, way_name
+from memfit.report.decision_rows import AlternativeRow, DecisionView, money_figure, way_name
 from memfit.report.provenance import GATES, POC, SAVING, reach_anchor, stage_anchor, term_anchor, way_anchor
 from memfit.report.quantities import Figure, Sentence, assumed, measured, number_text, predicted, sourced
 from memfit.types.result import Poc
@@ -69,7 +69,7 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     poc_sentence = Sentence(key="decide.fits.here", values={"told": poc_sentences[0]})
     main_sentence = Sentence(key=f"decide.fits.{key}", values=values)
     if plain and not certain_ways:
-        main_sentence = likely(view, way.index)
+        main_sentence = fit_phrase(view, way.index)
         return (
             main_sentence,
             Sentence(key="decide.fits.likely_with", values=values),
@@ -105,7 +105,7 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     sentences += [
         _unpriced(w) for w in view.ways if w.money["present_cost"].value is None and w.slot != "nothing"
     ][:1]
-    sentences += [likely(view, i) for i in _doubtful(view)]
+    sentences += [fit_phrase(view, i) for i in _doubtful(view)]
     if best.at_least:
         sentences.append(_unknown(view, best))
     return tuple(sentences)
@@ -167,7 +167,9 @@ def _unknown(view: DecisionView, best: AlternativeRow) -> Sentence:
     allowance = (sheets[0].present_cost or 0.0) - (sheets[1].present_cost or 0.0)
     if allowance <= 0:
         return Sentence(key="decide.money.at_least")
-    return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(decision, allowance, SAVING)})
+    return Sentence(
+        key="decide.money.at_least_up_to", values={"spare": money_figure(decision, allowance, SAVING)}
+    )
 
 
 def _with_saving(view: DecisionView) -> list[Sentence]:
@@ -198,7 +200,7 @@ def _rank(view: DecisionView, best: AlternativeRow) -> list[Sentence]:
     index = min(complete_costs, key=lambda i: complete_costs[i])
     rival = next(w for w in view.ways if w.index == index)
     extra_cost = complete_costs[index] - (decision.sheets[best.index].present_cost or 0.0)
-    gap = cash(decision, extra_cost, way_anchor(index))
+    gap = money_figure(decision, extra_cost, way_anchor(index))
     return [Sentence(key="decide.money.rank", values={"other": rival.name, "gap": gap})]
 
 
@@ -220,7 +222,7 @@ def _risk(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     evidence_key = "decide.risk.low" if worst.level == "low" else "decide.risk.worst"
     keys = ["decide.risk.short", evidence_key]
     for row in (row for row in view.stages if row.stage.name == "pilot"):
-        values |= {"stake": stake(row), "back": way_back(view, row)}
+        values |= {"stake": pilot_cost_phrase(row), "back": way_back(view, row)}
         keys.append("decide.risk.way_out")
     short, *rest = (Sentence(key=key, values=values) for key in keys)
     return (short, science, *rest)
@@ -329,8 +331,8 @@ def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     known, and for each engine except replay one on its upkeep and on whether it was used, could be used, or
     lacks something for the recommended plan."""
     failed_gate = _stopped(view)
-    yield claim(poc, view, failed_gate)
-    yield staged(view, failed_gate)
+    yield cost_phrase(poc, view, failed_gate)
+    yield stages_phrase(view, failed_gate)
     yield from main_risks(poc, view)
     plan = poc.search.recommended.estimate.plan if poc.search.recommended else None
     used_engine = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")

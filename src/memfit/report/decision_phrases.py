@@ -47,7 +47,7 @@ def _more(ratio: float, source: str) -> Sentence:
     )
 
 
-def claim(poc: Poc, view: DecisionView, stopped: Filled | None) -> Sentence:
+def cost_phrase(poc: Poc, view: DecisionView, stopped: Filled | None) -> Sentence:
     """Return the phrase on what the best option costs compared with the reference, with its caveats.
     `stopped`: the first failed gate as placeholders, or None."""
     sentence = _claim(view)
@@ -93,7 +93,7 @@ def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterat
     assert best is not None, "there are no caveats without a best option"
     way = view.made.ways[best.index]
     if way.fit_percent < 100:
-        yield dataclasses.replace(likely(view, best.index), key="phrase.caveat_likely")
+        yield dataclasses.replace(fit_phrase(view, best.index), key="phrase.caveat_likely")
     if not best.plain:
         kind = next((n.verdict.kind.value for n in poc.verdicts if n.name == "recommended"), None)
         if kind != "equivalent":
@@ -107,7 +107,7 @@ def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterat
         yield Sentence(key="phrase.caveat_hours")
 
 
-def likely(view: DecisionView, index: int) -> Sentence:
+def fit_phrase(view: DecisionView, index: int) -> Sentence:
     """Return the sentence on how probable it is that the plan of the option at ``index`` fits, for options
     whose memory does not fit at its upper end."""
     way, source = view.made.ways[index], way_anchor(index)
@@ -121,7 +121,7 @@ def likely(view: DecisionView, index: int) -> Sentence:
     return Sentence(key="decide.fits.likely", values=values)
 
 
-def staged(view: DecisionView, stopped: Filled | None) -> Sentence:
+def stages_phrase(view: DecisionView, stopped: Filled | None) -> Sentence:
     """Return the phrase about the stages: what the pilot and the full stage would cost, that a gate has
     stopped them (`stopped`: that gate as placeholders, or None), or that the pilot has no machine yet.
     """
@@ -130,10 +130,10 @@ def staged(view: DecisionView, stopped: Filled | None) -> Sentence:
     if len(view.stages) < 3 or not view.stages[1].stage.machine:
         return Sentence(key="phrase.staged_unknown")
     pilot, full = view.stages[1], view.stages[2]
-    return Sentence(key="phrase.staged", values={"pilot": stake(pilot), "full": full.to_spend})
+    return Sentence(key="phrase.staged", values={"pilot": pilot_cost_phrase(pilot), "full": full.to_spend})
 
 
-def stake(pilot: StageRow) -> Sentence:
+def pilot_cost_phrase(pilot: StageRow) -> Sentence:
     """Return the most that a pilot can cost, and whether that is without labour; or that it is not known."""
     key = "unknown" if pilot.most.value is None else "without_labour" if pilot.stage.unpaid else "known"
     return Sentence(key=f"stake.{key}", values={"loss": pilot.most})

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from memfit import catalog
 from memfit.catalog import finance
-from memfit.report.decision_rows import PriceRow, cash, way_name
+from memfit.report.decision_rows import PriceRow, money_figure, way_name
 from memfit.report.provenance import machine_anchor, term_anchor, way_anchor
 from memfit.report.quantities import Sentence, assumed, predicted
 from memfit.types.decision import Alternative, Decision
@@ -31,7 +31,7 @@ def _of(decision: Decision, index: int, way: Alternative) -> Iterator[PriceRow]:
     name, terms = way_name(way), {t.name: t for t in decision.told}
     offer = terms.get({"purchase": "purchase_price", "cloud": "rental_price"}.get(way.kind, ""))
     if offer is not None and not way.of_catalog:
-        value = cash(decision, offer.value, term_anchor(offer.name))
+        value = money_figure(decision, offer.value, term_anchor(offer.name))
         what = "own_rent" if way.kind == "cloud" else "own_price"
         yield PriceRow(name=name, what=what, value=value, kind="", source=offer.source, date=offer.date)
     elif device is not None:

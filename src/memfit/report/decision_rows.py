@@ -120,7 +120,7 @@ class DecisionView:
     sliders: Mapping[str, Mapping[str, float]]
 
 
-def cash(made: Decision, value: float | None, source: str = "") -> Figure:
+def money_figure(made: Decision, value: float | None, source: str = "") -> Figure:
     """Return money in the decision's currency, to its smallest coin.
 
     It counts as predicted; a missing value is marked assumed, so that it reads "not known".

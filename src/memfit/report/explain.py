@@ -88,7 +88,7 @@ def events(trace: Trace) -> list[tuple[int, int, Allocation]]:
     return sorted([*births, *deaths], key=lambda e: (e[0], e[1]))
 
 
-def alive(trace: Trace, clock: int) -> Iterator[Allocation]:
+def live_allocations(trace: Trace, clock: int) -> Iterator[Allocation]:
     """Return the allocations that are alive at ``clock``: those made at it are, those freed at it are not."""
     return (a for a in trace.allocations if a.start <= clock and (a.end is None or a.end > clock))
 
@@ -101,7 +101,7 @@ def op_name(op: str) -> str:
 def contributors(explained: TracedEstimate) -> tuple[Contributor, ...]:
     """Return what is alive in the trace at the peak, largest first."""
     size, count = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-    for a in alive(explained.trace, explained.peak_clock):
+    for a in live_allocations(explained.trace, explained.peak_clock):
         key = (str(a.category), _folded(a.module), op_name(a.op), a.line)
         size[key] += a.size_bytes
         count[key] += 1

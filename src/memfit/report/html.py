@@ -32,7 +32,7 @@ from memfit.report.quantities import (
     sentence_text,
 )
 from memfit.report.rows import PocView
-from memfit.report.sliders import played
+from memfit.report.sliders import slider_inputs
 from memfit.report.view import poc_view
 from memfit.report.words import Words, load_words
 from memfit.types.decision import DRAWS, Decision
@@ -100,7 +100,7 @@ def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, An
             "decisive": DECISIVE,
             "swing_css": _swing_css(()),
         }
-    data = played(decision_page.made, [(w.slot, w.index) for w in decision_page.ways])
+    data = slider_inputs(decision_page.made, [(w.slot, w.index) for w in decision_page.ways])
     labels = [sentence_text(way_name(way), words) for way in decision_page.made.ways]
     plain = words.get("way.plain")
     plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in decision_page.made.ways]

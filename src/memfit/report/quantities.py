@@ -101,7 +101,7 @@ _PERCENT: Final = dict.fromkeys(("percent", "saving", "percentage points"), " %"
 _SUFFIXES: Final = {"": ""} | _PERCENT | dict.fromkeys(_WORDED, "")
 
 
-def apart(unit: str) -> str:
+def difference_unit(unit: str) -> str:
     """Return the unit of a difference of two values in ``unit``: points for "%" and "percentage points",
     otherwise the same unit."""
     return "points" if unit in ("%", "percentage points") else unit

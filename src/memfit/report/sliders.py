@@ -55,7 +55,7 @@ def _stages(decision: Decision) -> Mapping[str, Any]:
     }
 
 
-def played(made: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any]:
+def slider_inputs(made: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any]:
     """Return what decision.js needs to compute the costs of all options again: the options, the common terms,
     which kinds of option are the user's own, the user's own terms, which terms each offer replaces, which
     option is in which column (``slots``: (column, index of the option)), sliders, stages, currency and

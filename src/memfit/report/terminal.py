@@ -29,7 +29,7 @@ from memfit.report.rows import ChoiceRow, RunRow, SearchView, VerdictRow
 from memfit.report.view import estimate_view, poc_view
 from memfit.report.words import Words, load_words
 from memfit.report.workload_text import workload_text
-from memfit.techniques.registry import brief
+from memfit.techniques.registry import short_label
 from memfit.types.dependence import DependenceKind, SampleDependence
 from memfit.types.machine import Calibration
 from memfit.types.result import Effort, Estimate, Poc, SearchResult, Timings, Trial
@@ -140,7 +140,7 @@ def _print_trials(trials: Sequence[Trial], words: Words, console: Console) -> No
         console.print(Text(words.get("terminal.trials")))
     for trial in sorted(trials, key=lambda t: t.median_s or math.inf):
         placeholders = {
-            "plan": brief(trial.plan),
+            "plan": short_label(trial.plan),
             "predicted": _text(predicted(trial.predicted_s, "s"), words),
         }
         if trial.median_s is None:

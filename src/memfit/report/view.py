@@ -26,7 +26,16 @@ from memfit.report.provenance import (
     run_anchor,
     verdict_anchor,
 )
-from memfit.report.quantities import Figure, Mark, Sentence, apart, assumed, measured, predicted, sourced
+from memfit.report.quantities import (
+    Figure,
+    Mark,
+    Sentence,
+    assumed,
+    difference_unit,
+    measured,
+    predicted,
+    sourced,
+)
 from memfit.report.rows import (
     EstimateView,
     InteractionTable,
@@ -208,7 +217,7 @@ def _rung(runs: Sequence[Run], base_bytes: int | None) -> PlanRow:
     )
 
 
-def thin(values: Sequence[int], most: int = MAX_POINTS) -> tuple[int, ...]:
+def downsample(values: Sequence[int], most: int = MAX_POINTS) -> tuple[int, ...]:
     """Return the values; of more than `most`, the largest of each of `most` consecutive bins of about equal
     length, so that no peak is lost."""
     if len(values) <= most:
@@ -230,9 +239,9 @@ def _timelines(poc: Poc) -> tuple[Timeline, ...]:
             predictions.get(role, ()),
         )
         if measured_bytes:
-            timelines.append(Timeline(role=role, mark=Mark.MEASURED, values=thin(measured_bytes)))
+            timelines.append(Timeline(role=role, mark=Mark.MEASURED, values=downsample(measured_bytes)))
         if predicted_bytes:
-            timelines.append(Timeline(role=role, mark=Mark.PREDICTED, values=thin(predicted_bytes)))
+            timelines.append(Timeline(role=role, mark=Mark.PREDICTED, values=downsample(predicted_bytes)))
     return tuple(timelines)
 
 
@@ -254,7 +263,7 @@ def _verdict(name: str, plan: str, verdict: Verdict, poc: Poc) -> VerdictRow:
     margin = verdict.margin
     bounds_in_margins = [b / margin for b in bounds if b is not None and margin]
     low, difference, high = (
-        Figure(value=b, unit=apart(unit), mark=Mark.MEASURED, signed=True) for b in bounds
+        Figure(value=b, unit=difference_unit(unit), mark=Mark.MEASURED, signed=True) for b in bounds
     )
     return VerdictRow(
         name=name,
@@ -267,7 +276,7 @@ def _verdict(name: str, plan: str, verdict: Verdict, poc: Poc) -> VerdictRow:
         difference=difference,
         low=low,
         high=high,
-        margin=assumed(margin, apart(unit), MARGIN if poc.metric_margin_source else ""),
+        margin=assumed(margin, difference_unit(unit), MARGIN if poc.metric_margin_source else ""),
         pairs=measured(verdict.pairs, "count"),
         power=predicted(None if verdict.power is None else 100 * verdict.power, "percent"),
         in_margins=(bounds_in_margins[0], bounds_in_margins[1], bounds_in_margins[2])
@@ -312,7 +321,9 @@ def _interaction(table: Interaction, metric_unit: str) -> InteractionTable:
         first_only=measured(table.first_only, unit),
         second_only=measured(table.second_only, unit),
         both=measured(table.both, unit),
-        interaction=Figure(value=table.interaction, unit=apart(unit), mark=Mark.MEASURED, signed=True),
+        interaction=Figure(
+            value=table.interaction, unit=difference_unit(unit), mark=Mark.MEASURED, signed=True
+        ),
     )
 
 

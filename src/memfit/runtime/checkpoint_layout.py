@@ -137,7 +137,7 @@ class PiecesLoadPlanner(DefaultLoadPlanner):
         return super().lookup_tensor(index)
 
 
-def in_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
+def pieces_of_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
     """Return the pieces of a tensor of ``shape``, as views of ``flat``, which holds its elements from
     ``start`` on and nothing else."""
     views, index = {}, 0
@@ -148,7 +148,7 @@ def in_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
     return Pieces(shape, flat.dtype, views)
 
 
-def in_rows(rows: DTensor, parts: int) -> Pieces:
+def pieces_of_rows(rows: DTensor, parts: int) -> Pieces:
     """Return this rank's pieces of the parameter ``rows``, which consists of ``parts`` fused parts, such as
     query, key and value. In ``rows`` the rows are ordered by tensor-parallel rank, and within a rank by part
     (techniques/parallel/tensor_parallel.py). The tensor that the pieces belong to is ordered by part."""
@@ -190,18 +190,18 @@ class TensorPlace:
         detached = tensor.detach()
         if self.fused:
             assert isinstance(detached, DTensor)
-            return in_rows(detached, self.fused)
+            return pieces_of_rows(detached, self.fused)
         if self.at is None:
             return detached
-        return in_flat(self.shape, self.start, detached.narrow(0, self.at, self.end - self.start))
+        return pieces_of_flat(self.shape, self.start, detached.narrow(0, self.at, self.end - self.start))
 
 
 def places(step: TrainingStep) -> dict[str, TensorPlace]:
     """Return the place of every parameter of which this rank holds a part, by its name without wrappers
-    (`clean`). Owners of trained parameters are fp32 masters if there are any (`TensorPlace`)."""
-    names = {p: clean(n) for n, p in step.model.named_parameters()}
+    (`unwrapped_name`). Owners of trained parameters are fp32 masters if there are any (`TensorPlace`)."""
+    names = {p: unwrapped_name(n) for n, p in step.model.named_parameters()}
     optimizer: Any = step.optimizer
-    fused_parts = {clean(n): parts for n, parts in step.bench.fused_rows.items()}
+    fused_parts = {unwrapped_name(n): parts for n, parts in step.bench.fused_rows.items()}
     result = {
         n: TensorPlace(owner=p, shape=tuple(p.shape), fused=fused_parts.get(n, 0)) for p, n in names.items()
     }
@@ -294,16 +294,17 @@ def spread(step: TrainingStep) -> None:
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that are in the model's state dict, by their names without wrappers (`clean`)."""
+    """Return the buffers that are in the model's state dict, by their names without wrappers
+    (`unwrapped_name`)."""
     return {
-        clean(f"{prefix}.{name}" if prefix else name): buffer
+        unwrapped_name(f"{prefix}.{name}" if prefix else name): buffer
         for prefix, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
 
 
-def clean(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """Return a parameter's or buffer's name without the names of the wrapper modules of torch.compile,
     activation checkpointing and FSDP."""
     for wrapper in _WRAPPERS:

@@ -63,11 +63,11 @@ class Log(NamedTuple):
 
     def timeline_bytes(self, points: int) -> tuple[int, ...]:
         """Return the live bytes at the start and after each event, reduced to at most `points` values
-        (`thin`)."""
-        return thin(accumulate(self.deltas_bytes, initial=self.start_bytes), points)
+        (`downsample_peaks`)."""
+        return downsample_peaks(accumulate(self.deltas_bytes, initial=self.start_bytes), points)
 
 
-def thin(live_bytes: Iterable[int], points: int) -> tuple[int, ...]:
+def downsample_peaks(live_bytes: Iterable[int], points: int) -> tuple[int, ...]:
     """Return at most `points` values (at least 1): the maximum of each run of adjacent values, so that the
     peak is kept. Runs are of equal length, except the last. Return an empty tuple if there are no values."""
     values = tuple(live_bytes)

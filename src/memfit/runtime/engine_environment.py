@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memfit.engines.base import Engine
-from memfit.engines.environment import Environment, home, record
+from memfit.engines.environment import Environment, environments_folder, record
 from memfit.types.errors import RunError, UserError
 
 OnLine = Callable[[str], None]
 _LIMIT_S = 3600.0
 
 
-def install(engine: Engine, into: Path | None, told: OnLine) -> Environment:
+def install(engine: Engine, into: Path | None, on_line: OnLine) -> Environment:
     """Create the virtual environment of ``engine`` in the folder ``into`` (None: one named after the engine
-    in memfit's `home` of environments), record it, and return the record. ``told`` is called with every line
+    in `environments_folder`), record it, and return the record. ``on_line`` is called with every line
     that venv and pip print. Raises UserError if the engine needs no environment or the folder exists and is
     not empty, and RunError with the last line printed if a command fails."""
     if not engine.requirements:
@@ -26,16 +26,16 @@ def install(engine: Engine, into: Path | None, told: OnLine) -> Environment:
             f"engine {engine.name} needs no environment of its own",
             hint=engine.install or "it comes with torch",
         )
-    folder = (into or home() / engine.name).absolute()
+    folder = (into or environments_folder() / engine.name).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"{folder} exists and is not an empty folder",
             hint="remove it, or name another folder with --into",
         )
     start = time.perf_counter()
-    _run([sys.executable, "-P", "-m", "venv", str(folder)], told)
+    _run([sys.executable, "-P", "-m", "venv", str(folder)], on_line)
     python = next(p for p in (folder / "bin/python", folder / "Scripts/python.exe") if p.exists())
-    _run([str(python), "-P", "-m", "pip", "install", "--no-input", *engine.requirements], told)
+    _run([str(python), "-P", "-m", "pip", "install", "--no-input", *engine.requirements], on_line)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = subprocess.run((str(python), "-c", code), capture_output=True, text=True, check=True).stdout
     environment = Environment(

@@ -38,7 +38,7 @@ def calibrate(
     signatures: Iterable[str], *, budget_s: float, counter: PeakCounter, rates: bool = True
 ) -> Calibration:
     """Return the times (medians) and peak bytes of the operators that ``signatures`` describe (JSON, see
-    `ready`).
+    `prepare_call`).
 
     They are run in order; none is begun after ``budget_s`` seconds. With ``rates``, the machine itself is
     measured first, within this time: matrix products, copies, the disk and the overhead of a call. Operators
@@ -102,7 +102,7 @@ def workspaces(
         if time.perf_counter() - start > budget_s:
             return
         try:
-            yield signature, inside(signature, counter)[1]
+            yield signature, measure_call(signature, counter)[1]
         except CANNOT_RUN:
             yield signature, None
 
@@ -132,7 +132,7 @@ class ProbeResult(NamedTuple):
 def probe(signature: str, counter: PeakCounter) -> ProbeResult | None:
     """Measure one operator, or return None if it cannot run alone."""
     try:
-        call, usage = inside(signature, counter)
+        call, usage = measure_call(signature, counter)
         seconds, spread_ratio = _typical_s(call)
         return ProbeResult(seconds, usage.peak_bytes, usage.kept_bytes, spread_ratio)
     except CANNOT_RUN:
@@ -153,11 +153,11 @@ CANNOT_RUN = (
 )
 
 
-def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], CallMemory]:
+def measure_call(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], CallMemory]:
     """Run the signature's operator once. Return a function that repeats the call with the same made-up
     arguments, and the bytes that the call took. Raises one of `CANNOT_RUN` if the operator cannot run
     alone."""
-    call, args, kwargs = ready(signature)
+    call, args, kwargs = prepare_call(signature)
     start_bytes = counter.live_bytes()
     counter.reset_peak()
     out = call(*args, **kwargs)  # no input requires a gradient; kernels that check see training
@@ -166,7 +166,7 @@ def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Cal
     return lambda: call(*args, **kwargs), CallMemory(peak_bytes, kept_bytes)
 
 
-def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+def prepare_call(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
     """Return (operator, arguments with real CPU tensors of made-up values, keyword arguments) for a
     ``signature``, the JSON text that `memfit.trace.signature.describe` makes. Raises one of `CANNOT_RUN` if
     an argument cannot be made."""

@@ -13,7 +13,7 @@ from memfit.types.result import Poc, Run
 ATTENDED = "attended"  # kind of a row with the minutes for which people attended to a PoC
 
 
-def wanted_poc(store: Store, poc_id: str | None) -> str:
+def resolve_poc_id(store: Store, poc_id: str | None) -> str:
     """Return ``poc_id``, which need not exist, or the ID of the latest PoC if it is None or "". Raises
     UserError if the store has no PoC then.
     """
@@ -25,11 +25,11 @@ def wanted_poc(store: Store, poc_id: str | None) -> str:
     return resolved_id
 
 
-def attended(store: Store, poc_id: str | None, minutes: float) -> None:
+def store_attended_minutes(store: Store, poc_id: str | None, minutes: float) -> None:
     """Store for how many minutes people attended to a PoC; None: the latest. The value stored last counts.
     Raises UserError if ``minutes`` is negative or not finite, or if the store has no such PoC measured here.
     """
-    resolved_id = wanted_poc(store, poc_id)
+    resolved_id = resolve_poc_id(store, poc_id)
     if not 0 <= minutes < math.inf:
         raise UserError(f"--attended-minutes is {minutes:g}", allowed="a finite number of at least 0")
     stored_poc(store, resolved_id)

@@ -4,7 +4,8 @@ Attention over the rows of a pair representation makes tensors of residues^3 ele
 independent. Such modules are found by trial, not by name: a small copy with random parameters runs on random
 inputs, whole and on a slice of them. If the slice of the output is the same, that axis can be cut. Modules
 are cut so finely that one slice allocates at most a budget of memory inside. Each slice is checkpointed, so
-that only one slice's inner tensors exist at a time. By default, the budget is half of the output of that
+that only one slice's inner tensors exist at a time. A call runs whole if it differs from the module's first
+call, on which the trial rests, in more than lengths. By default, the budget is half of the output of that
 module which allocates the most inside, but at most half of what it allocates. That output exists anyway, so
 smaller slices would save little more. (The idea of FastFold's AutoChunk, Cheng et al. 2022, arXiv
 2203.00854.)
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
 
-    from memfit.model.chunk_analysis import ChunkTrials, budget_bytes, insides, to_cut
+    from memfit.model.chunk_analysis import ChunkTrials, budget_bytes, first_calls, to_cut
 
-    calls, trials = insides(bench.job, bench.model), ChunkTrials()
+    calls, trials = first_calls(bench.job, bench.model), ChunkTrials()
     requested_bytes = int(settings["mib"]) * MIB
     budget = requested_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
     cuts = to_cut(bench.model, calls, budget, trials)
@@ -57,7 +58,9 @@ def _wrap(module: torch.nn.Module, cut: ChunkCut, budget: int) -> None:
         from torch.utils.checkpoint import checkpoint
 
         leaves, spec = _pytree.tree_flatten((args, kwargs))
-        length = leaves[cut.first].shape[cut.axes[cut.first]]
+        length = cut.length(leaves, spec)
+        if not length:
+            return inner(*args, **kwargs)
         inside_bytes = cut.inside_bytes * leaves[cut.first].numel() / cut.first_count
         size = math.ceil(length / min(length, max(1, math.ceil(inside_bytes / max(1, budget)))))
         if size == length:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques.base import Workbench
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, suggest
 from memfit.types.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,11 +27,10 @@ def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.n
     for pattern in patterns:
         matches = {n: m for n, m in modules.items() if fnmatch.fnmatchcase(n, pattern)}
         if not matches and not getattr(model, "has_few_blocks", False):
-            close = difflib.get_close_matches(pattern, modules, n=1)
             raise UserError(
                 f"Job(islands=...): {pattern!r} matches no module of the model",
                 allowed="module paths as named_modules() gives them, with * and ?",
-                hint=f"did you mean {close[0]!r}?" if close else "",
+                hint=suggest(pattern, modules),
             )
         islands |= matches
     return {n: m for n, m in islands.items() if not any(n != o and _inside(n, o) for o in islands)}
@@ -42,7 +40,7 @@ def _inside(name: str, outer: str) -> bool:
     return not outer or name.startswith(f"{outer}.")
 
 
-def keep(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
+def keep_in_float32(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
     """Make the job's islands, the modules that match ``Job(islands=...)``, compute in float32, and enter them
     in ``bench.islands``. ``carried`` holds the names of techniques that an engine applies itself.
 
@@ -127,13 +125,14 @@ def _narrowed(value: Any, *, dtype: torch.dtype) -> Any:
 
 
 def members(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield all modules that are islands or inside one. Call `keep` first, because only it marks islands."""
+    """Yield all modules that are islands or inside one. Call `keep_in_float32` first, because only it marks
+    islands."""
     for module in model.modules():
         if getattr(module.forward, "island", False):
             yield from module.modules()
 
 
-def narrow_others(model: torch.nn.Module, islands: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> None:
+def cast_others(model: torch.nn.Module, islands: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> None:
     """Do ``model.to(dtype)`` but leave the parameters and buffers of islands, including shared ones,
     unchanged."""
     import torch

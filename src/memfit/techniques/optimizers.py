@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from memfit.techniques.base import MakeOptimizer, OptimizerLike, Space, Technique, Workbench
-from memfit.types.errors import UserError
+from memfit.types.errors import look_up
 from memfit.types.job import OptimizerChoice
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -24,9 +24,7 @@ def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
     if choice.make is not None:
         return functools.partial(_own, choice.make, device)
-    if choice.name not in makers:
-        raise UserError(f"unknown optimizer {choice.name!r}", allowed=", ".join(makers))
-    return functools.partial(makers[choice.name], choice, device)
+    return functools.partial(look_up("optimizer", choice.name, makers), choice, device)
 
 
 def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:

@@ -36,7 +36,7 @@ def _autocast(bench: Workbench, dtype: str) -> None:
 def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
 
-    fp32_modules.narrow_others(bench.model, bench.islands, torch.bfloat16)
+    fp32_modules.cast_others(bench.model, bench.islands, torch.bfloat16)
     bench.forward_contexts.append(lambda: Bf16Inputs(bench.model))
     if settings["rounding"] == "master":
         inner = bench.make_optimizer

@@ -3,12 +3,11 @@
 A new technique is entered in `TECHNIQUES`. The search for one device then finds it through its ``settings``.
 These places name techniques and are to be looked at, too: planner/parallelism_grid.py (the search for many
 devices), ``carries`` and ``beside`` of each engine, export/script_steps.py (the call that a user's script
-makes), conformance/technique_checks.py, integrations/lightning.py, and lint/to_plan*.py.
+makes), conformance/registry.py, integrations/lightning.py, and lint/to_plan*.py.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 from memfit.techniques import (
@@ -35,7 +34,7 @@ from memfit.techniques.rank_mesh import layout
 from memfit.techniques.recompute import checkpointing, optimal
 from memfit.techniques.zero import sharded_ddp, zero
 from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
-from memfit.types.errors import UserError, named
+from memfit.types.errors import UserError, look_up, suggest
 from memfit.types.machine import Machine
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use, use
 
@@ -80,7 +79,7 @@ TECHNIQUES: Mapping[str, Technique] = {
 def technique(name: str) -> Technique:
     """Return the technique of that name. If there is none, raises UserError with all names and, if one is
     similar, the closest one."""
-    return named("technique", name, TECHNIQUES)
+    return look_up("technique", name, TECHNIQUES)
 
 
 def make_use(name: str, settings: Mapping[str, object]) -> Use:
@@ -90,10 +89,11 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
     knobs = {k.name: k for k in definition.knobs}
     for key, value in settings.items():
         if key not in knobs:
-            close = difflib.get_close_matches(key, knobs, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else ""
-            allowed = ", ".join(knobs) or "none"
-            raise UserError(f"unknown setting {key!r} of technique {name!r}", allowed=allowed, hint=hint)
+            raise UserError(
+                f"unknown setting {key!r} of technique {name!r}",
+                allowed=", ".join(knobs) or "none",
+                hint=suggest(key, knobs),
+            )
         if not knobs[key].accepts(value):
             raise UserError(f"{name}: the setting {key} is {value!r}", allowed=knobs[key].allowed)
     values: dict[str, KnobValue] = {k.name: k.default for k in definition.knobs}
@@ -101,7 +101,7 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
     return use(name, **values)
 
 
-def plain(ranks: int = 1) -> Plan:
+def make_plain_plan(ranks: int = 1) -> Plan:
     """Return the plan of plain training, which saves no memory. On several ranks it is DDP, which keeps the
     whole model on each."""
     return Plan(uses=(make_use("ddp", {}),), ranks=ranks) if ranks > 1 else Plan()
@@ -177,7 +177,7 @@ def proposable(plan: Plan) -> bool:
     return conflict(plan) is None and all(names.isdisjoint(technique(n).unsearched) for n in names)
 
 
-def unable(machine: Machine) -> frozenset[str]:
+def unsupported_techniques(machine: Machine) -> frozenset[str]:
     """Return the names of the techniques that the machine's devices do not support: float8-linear if the
     devices are no CPUs and have no peak rate for 8-bit floats, else none."""
     device = machine.device
@@ -189,7 +189,7 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
     """Return the plan unchanged. Raises UserError if a technique is unknown, techniques or settings conflict,
     a package that they need is not installed, or the devices of ``machine`` do not support a technique. If
     ``machine`` is None, devices are not checked."""
-    if machine is not None and not unable(machine).isdisjoint(u.technique for u in plan.uses):
+    if machine is not None and not unsupported_techniques(machine).isdisjoint(u.technique for u in plan.uses):
         raise UserError(
             f"{float8.NAME} is not supported on {machine.device.name}, which has no matrix units for "
             "8-bit floats",
@@ -253,7 +253,7 @@ def _effect(technique_use: Use) -> EffectClass:
     return max(technique(technique_use.technique).effect, EffectClass.E2 if is_bf16 else EffectClass.E0)
 
 
-def brief(plan: Plan) -> str:
+def short_label(plan: Plan) -> str:
     """Return the plan's label without settings that have their default value."""
 
     def short(used: Use) -> Use:
@@ -263,7 +263,7 @@ def brief(plan: Plan) -> str:
     return Plan(uses=tuple(map(short, plan.uses)), ranks=plan.ranks).label
 
 
-def in_order(plan: Plan) -> list[tuple[Technique, Use]]:
+def ordered_uses(plan: Plan) -> list[tuple[Technique, Use]]:
     """Return (technique, its use in the plan) for each technique of the plan, in the order in which they are
     applied."""
     return sorted(((technique(u.technique), u) for u in plan.uses), key=lambda pair: pair[0].order)

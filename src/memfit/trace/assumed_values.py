@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils import _pytree
 
 _ASSUMED = "_memfit_assumed"
 _ATEN: Any = torch.ops.aten
@@ -113,17 +114,24 @@ FILLS = frozenset(
 )
 
 
-def is_assumed(value: torch.Tensor | None) -> bool:
-    """Return whether ``value`` is marked as assumed."""
-    return getattr(value, _ASSUMED, False)
+def is_assumed(value: Any) -> bool:
+    """Return whether ``value`` is a tensor that is marked as assumed."""
+    return isinstance(value, torch.Tensor) and hasattr(_mark_holder(value), _ASSUMED)
 
 
-def marked(values: Any) -> Any:
-    """Mark ``values`` (a tensor), or the tensors in it (a list or tuple), as assumed. Return ``values``."""
-    for value in values if isinstance(values, list | tuple) else [values]:
+def mark_assumed(values: Any) -> Any:
+    """Mark the tensors in ``values``, and all tensors that share a storage with them, as assumed. Return
+    ``values``."""
+    for value in _pytree.tree_leaves(values):
         if isinstance(value, torch.Tensor):
-            setattr(value, _ASSUMED, True)
+            setattr(_mark_holder(value), _ASSUMED, True)
     return values
+
+
+def _mark_holder(tensor: torch.Tensor) -> Any:
+    """Return the object that carries the mark of ``tensor``: its storage, because a value written into a view
+    is also in the tensor that it is a view of. A sparse tensor has no storage and carries the mark itself."""
+    return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
 
 
 def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor | None:
@@ -137,7 +145,7 @@ def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor 
             if case is not AssumedCase.USUAL:
                 half = torch.randint(0, 2, (tensor.numel(),), generator=generator).bool()
                 values.view(-1)[1:] = half[1:] if case is AssumedCase.HIGH else False
-            return marked(values)  # type: ignore[no-any-return]
+            return mark_assumed(values)  # type: ignore[no-any-return]
         if not dtype.is_floating_point:
             return None
         if case is AssumedCase.USUAL or not shape:
@@ -145,7 +153,7 @@ def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor 
         else:  # all rows are equal, with rising or falling values
             row = torch.linspace(0.1, 0.9, shape[-1])
             values = (row if case is AssumedCase.HIGH else row.flip(0)).expand(shape).contiguous()
-        return marked(values.to(dtype))  # type: ignore[no-any-return]
+        return mark_assumed(values.to(dtype))  # type: ignore[no-any-return]
 
 
 _OF_DRAWS: dict[AssumedCase, Any] = {
@@ -155,7 +163,7 @@ _OF_DRAWS: dict[AssumedCase, Any] = {
 }
 
 
-def drawn(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> Any:
+def draw_values(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> Any:
     """Return what a random operator gives for real arguments with torch's generator seeded by ``seed``,
     marked as assumed.
 
@@ -167,21 +175,22 @@ def drawn(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> An
         numbers = func(*args, **kwargs)
         is_plain = isinstance(numbers, torch.Tensor) and numbers.numel() and not numbers.is_complex()
         if not is_plain or func is _ATEN.randperm.default:
-            return marked(numbers)
+            return mark_assumed(numbers)
         if case is not AssumedCase.USUAL or numbers.numel() == 1:
             draws = torch.cat([numbers.reshape(-1), *(func(*args, **kwargs).reshape(-1) for _ in range(16))])
             numbers.fill_(_OF_DRAWS[case](draws.double()))
-    return marked(numbers)
+    return mark_assumed(numbers)
 
 
-def filled(
+def fill_values(
     func: Any, tensor: torch.Tensor, args: Any, kwargs: Any, case: AssumedCase, seed: int
 ) -> torch.Tensor:
     """Return a real tensor of the shape and dtype of ``tensor`` that the random in-place operator has filled,
-    marked as assumed, with numbers as `drawn` gives them. ``args`` are its arguments without the tensor."""
+    marked as assumed, with numbers as `draw_values` gives them. ``args`` are its arguments without the
+    tensor."""
     with unset_fake_temporarily(), torch.no_grad():
         target = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return drawn(lambda: func(target.clone(), *args, **kwargs), (), {}, case, seed)  # type: ignore[no-any-return]
+        return draw_values(lambda: func(target.clone(), *args, **kwargs), (), {}, case, seed)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree
 
 from memfit.model.batch_objects import batch_tensors
+from memfit.techniques.recompute.op_numbering import written
 from memfit.trace.assumed_values import (
     CHOICES,
     CONSTANTS,
@@ -24,10 +25,10 @@ from memfit.trace.assumed_values import (
     FILLS,
     assumed,
     current_case,
-    drawn,
-    filled,
+    draw_values,
+    fill_values,
     is_assumed,
-    marked,
+    mark_assumed,
 )
 
 _MOST_ELEMENTS = 2**20
@@ -64,7 +65,7 @@ class ConcreteValues:
 
     def set_assumed(self, fake: torch.Tensor, real: torch.Tensor) -> None:
         """Attach the values ``real`` to ``fake`` and mark them as assumed."""
-        setattr(fake, _NAME, marked(real))
+        setattr(fake, _NAME, mark_assumed(real))
 
     def of(self, tensor: Any) -> torch.Tensor | None:
         """Return the tensor's known or assumed values, or None if it has none. A real tensor is its own
@@ -88,7 +89,11 @@ class ConcreteValues:
                 return self._chosen(func, args, kwargs)
             if func in CONSTANTS and args[0].numel() <= self.max_elements:
                 return self._constant(func, args, kwargs)
-        return self.compute(func, args, kwargs) if self.may_follow(args) else None
+        if self.may_follow(args):
+            return self.compute(func, args, kwargs)
+        if kwargs:  # such as ``out``, where the first argument is not written to
+            self._forget(func, args, kwargs)
+        return None
 
     def _chosen(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's indices and counts for assumed values of its first argument, with None for
@@ -134,7 +139,7 @@ class ConcreteValues:
         tensor = args[0]
         is_whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
         if is_whole and 0 < tensor.numel() <= _MOST_FILLED:
-            setattr(tensor, _NAME, filled(func, tensor, args[1:], kwargs, self.case, self._seed()))
+            setattr(tensor, _NAME, fill_values(func, tensor, args[1:], kwargs, self.case, self._seed()))
 
     def may_follow(self, args: Any) -> bool:
         """Return whether an operator with these arguments may be followed, by a quick look at the first
@@ -155,7 +160,8 @@ class ConcreteValues:
         """Return the operator's result on real values, marked as assumed if an argument is assumed or if it
         is random. Return None if an argument has no values, if the arguments ask for a large result, or if
         the operator writes random numbers into an argument. In these cases the values of a tensor that it
-        writes into are no longer known."""
+        writes into are no longer known. A tensor made from Python numbers counts as known, wherever they come
+        from."""
         if func is _LIFT:  # a tensor made from Python numbers
             with unset_fake_temporarily():
                 return args[0].clone()
@@ -164,20 +170,22 @@ class ConcreteValues:
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         is_random_write = is_random and func._schema.is_mutable
         if is_random_write or None in values.values() or _large(args, self.max_elements):
-            self._forget(func, leaves)
+            self._forget(func, args, kwargs)
             return None
         real_arguments = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
         with torch.no_grad(), unset_fake_temporarily():
             if is_random:
-                return drawn(func, real_arguments[0], real_arguments[1], self.case, self._seed())
+                return draw_values(func, real_arguments[0], real_arguments[1], self.case, self._seed())
             try:
                 out = func(*real_arguments[0], **real_arguments[1])
             except RuntimeError:
                 if self.max_elements <= _MOST_ELEMENTS:
                     raise
-                self._forget(func, leaves)  # a kernel of another device, for example
+                self._forget(func, args, kwargs)  # a kernel of another device, for example
                 return None
-        return marked(out) if any(map(is_assumed, values.values())) else out
+        if any(map(is_assumed, values.values())):
+            mark_assumed((out, written(func, *real_arguments)))
+        return out
 
     def attach(self, out: Any, real: Any) -> None:
         """Attach the values ``real`` to the fake tensors ``out``, one by one. Both have the same structure.
@@ -190,10 +198,12 @@ class ConcreteValues:
             if has_same_shape and value.numel() <= self.max_elements:
                 setattr(fake, _NAME, value)
 
-    def _forget(self, func: Any, leaves: list[torch.Tensor]) -> None:
-        if func._schema.is_mutable and leaves and (real := self.of(leaves[0])) is not None:
-            storage = real.untyped_storage()
-            self._stale[storage._cdata] = storage
+    def _forget(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Treat the values of the tensors that the operator writes to as unknown from now on."""
+        for tensor in written(func, args, kwargs):
+            if (real := self.of(tensor)) is not None:
+                storage = real.untyped_storage()
+                self._stale[storage._cdata] = storage
 
 
 def _large(args: Any, max_elements: float) -> bool:

@@ -25,9 +25,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree
 
-from memfit.trace.assumed_values import AssumedCase, is_assumed
+from memfit.trace.assumed_values import AssumedCase, is_assumed, mark_assumed
 from memfit.trace.concrete_values import ConcreteValues
-from memfit.trace.source_location import asking_line, library_line, user_line
+from memfit.trace.source_location import library_line, reading_line, user_line
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
 
@@ -65,7 +65,7 @@ class Guesses:
 
         The answer is the bound of the calling line (or of "item"), else ``value``, else True, 1 or 1.0, with
         which ordinary code continues. A bound of a bool says how many times the line gets True before it gets
-        False. A condition whose place in the code (`asking_line`) is a key of the bounds gets False. A bound
+        False. A condition whose place in the code (`reading_line`) is a key of the bounds gets False. A bound
         that is a single number does not count.
 
         With ``told=False``, as for questions of the optimizer and of the model's construction, other bounds
@@ -77,7 +77,7 @@ class Guesses:
         """
         is_bool, is_float = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
         is_guess = value is not None and is_assumed(self.concrete_values.of(tensor))
-        place = asking_line() if is_bool and (value is None or (is_guess and value)) else ""
+        place = reading_line() if is_bool and (value is None or (is_guess and value)) else ""
         is_denied = bool(place) and isinstance(self.bound, Mapping) and place in self.bound
         self.doubtful = place if place and not is_denied else self.doubtful
         if not told:
@@ -131,9 +131,9 @@ class Guesses:
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], values: Any = None) -> Any:
         """Run the operator on fake tensors and return its result, with `size` for sizes that depend on data.
 
-        ``values`` is its real result if that is known, else None. If torch has no fake result because it
-        depends on values, the result is a fake one like ``values``, or like the real result for assumed
-        values. Raises UserError if there is none of these, or as `size` does.
+        ``values`` is its real result on known or assumed values, or None if some are missing. If torch has no
+        fake result because it depends on values, the result is a fake one like ``values``, or like the real
+        result for values assumed here. Raises UserError if there is none of these, or as `size` does.
         """
         if func in _SHAPED:
             return _SHAPED[func](self, *args, **kwargs)
@@ -143,8 +143,8 @@ class Guesses:
         except (DynamicOutputShapeException, DataDependentOutputException):
             op, line = func.overloadpacket.__name__, library_line()
             self._value_dependent.add(func)
-            is_guess = values is None
-            values = self._of_assumed(func, args, kwargs) if is_guess else values
+            is_guess = values is None or any(map(is_assumed, _pytree.tree_leaves(values)))
+            values = self._of_assumed(func, args, kwargs) if values is None else values
             if values is None:
                 raise UserError(
                     op
@@ -344,17 +344,19 @@ def _pack_padded_sequence(
     """Pack a batch of padded sequences whose lengths are sorted, longest first. Return (packed elements,
     batch size of each time step). The batch sizes are a real tensor, because recurrent layers and the
     derivative read them where no mode sees it. Pieces of equal batch size are copied and concatenated
-    (PackedSequence.cpp)."""
+    (PackedSequence.cpp). The batch sizes of lengths that are not known are marked as assumed."""
     by_time = padded.transpose(0, 1) if batch_first else padded
     longest, rows = by_time.shape[:2]
     size = self.size("_pack_padded_sequence", longest * rows, lengths, torch.sum)
     real_lengths = self.concrete_values.of(lengths)
     with torch.no_grad(), unset_fake_temporarily():
         if real_lengths is None or int(real_lengths.sum()) != size:
-            real_lengths = _shared_out(size, longest, rows)
+            real_lengths = mark_assumed(_shared_out(size, longest, rows))
         sizes = (real_lengths[None] > torch.arange(int(real_lengths.max()))[:, None]).sum(1)
         widths, steps = sizes.unique_consecutive(return_counts=True)
         cuts = torch.stack((steps.cumsum(0) - steps, steps.cumsum(0), widths), 1).tolist()
+    if is_assumed(real_lengths):
+        mark_assumed(sizes)
     pieces = [by_time[start:end, :width].contiguous().flatten(0, 1) for start, end, width in cuts]
     self.scratch += [sizes, *pieces]
     return torch.cat(pieces), sizes

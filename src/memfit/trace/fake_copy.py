@@ -62,7 +62,7 @@ def script_modules_loaded(fake: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def copied(model: torch.nn.Module) -> torch.nn.Module:
+def copy_model(model: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of ``model``, on fake tensors inside a fake mode and on real ones outside. The model
     itself is only read. Gradients are not copied: a training step starts without them."""
     fake = torch._guards.active_fake_mode()

@@ -141,7 +141,7 @@ _LATE: contextvars.ContextVar[bool] = contextvars.ContextVar("late", default=Fal
 
 
 @contextlib.contextmanager
-def late() -> Iterator[None]:
+def late_collectives() -> Iterator[None]:
     """Assume in traces made inside this context that gloo's collectives finish as late as possible: the
     memory of a collective is held until the next collective of its process group. gloo runs collectives on
     its own threads, so the memory of CPU ranks lies between that of a trace made outside this context, where
@@ -157,7 +157,7 @@ _PRIMES: contextvars.ContextVar[bool] = contextvars.ContextVar("primes", default
 
 
 @contextlib.contextmanager
-def priming() -> Iterator[None]:
+def optimizer_steps_only() -> Iterator[None]:
     """Let traces made inside this context run only an optimizer step in place of every training step but the
     last, which halves the time. This applies to plans whose pipeline has several stages per rank. The peaks
     and operators of the last step are the same. Memory that a caching allocator would keep from a whole first
@@ -171,7 +171,7 @@ def priming() -> Iterator[None]:
 
 def primed(plan: Plan) -> bool:
     """Return whether a trace of ``plan`` made now runs only an optimizer step in place of every training step
-    but the last (`priming`)."""
+    but the last (`optimizer_steps_only`)."""
     pipeline = plan.get("pipeline")
     return _PRIMES.get() and pipeline is not None and int(pipeline.settings["virtual"]) > 1
 
@@ -180,9 +180,9 @@ class GlooScratch(TorchDispatchMode):
     """Mode that allocates the temporary memory of gloo's collectives on CPU tensors: two buffers for a
     gather, one after the other, and a copy of the input of a reduce-scatter or scatter.
 
-    Each is freed at once. Inside `late`, the largest one and the collective's tensors are held until the next
-    collective of the process group. Enter the mode inside the recorder, which records the allocations. The
-    rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp.
+    Each is freed at once. Inside `late_collectives`, the largest one and the collective's tensors are held
+    until the next collective of the process group. Enter the mode inside the recorder, which records the
+    allocations. The rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp.
     """
 
     def __init__(self) -> None:

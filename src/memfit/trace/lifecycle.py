@@ -34,7 +34,7 @@ from memfit.trace.tracer import (
     _random_states,
     _resizes,
 )
-from memfit.trace.value_guess_retry import retried
+from memfit.trace.value_guess_retry import retry_guesses
 from memfit.trace.value_patches import values_read
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -69,7 +69,7 @@ class Lifecycle:
         return next(p for p in self.peaks if p.event == event)
 
 
-@retried
+@retry_guesses
 def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
     """Return the peaks and checkpoint sizes of one process (``plan.ranks`` must be 1) with the job's first
     batch. Each event ends when what it makes is in place. The events are:

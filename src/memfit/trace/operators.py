@@ -71,13 +71,13 @@ def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
     mode = args[0].fake_mode
     with in_kernel_invocation_manager(mode):
         out = func(*args)
-    return faked(mode, out, args[0].fake_device)
+    return make_fake(mode, out, args[0].fake_device)
 
 
 _STATE: dict[torch.device, dict[str, Any]] = {}  # attributes of a fake tensor by device, except its mode
 
 
-def faked(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> FakeTensor:
+def make_fake(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> FakeTensor:
     """Return `FakeTensor(mode, meta, device)`: a fake tensor on ``device`` with the layout of ``meta``. After
     the first one on a device, its constructor's checks are skipped, because they take longer than the
     operator."""
@@ -114,7 +114,7 @@ class NewTensors:
                 (torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
                 for size, stride, dtype, device in self.layouts
             ]
-        out = tuple(faked(self.mode, meta, device) for meta, device in metas)
+        out = tuple(make_fake(self.mode, meta, device) for meta, device in metas)
         return out if self.several else out[0]
 
 
@@ -134,7 +134,7 @@ def only_writes(func: Any) -> bool:
     )
 
 
-def fresh(func: Any, given: list[torch.Tensor], out: Any) -> NewTensors | None:
+def new_tensors(func: Any, given: list[torch.Tensor], out: Any) -> NewTensors | None:
     """Return how to make the outputs ``out`` again for equal arguments, of which ``given`` are the tensors.
     Return None if the operator is not of ATen, writes to an argument or only allocates, if a tensor has known
     values, or if an output is not a new fake tensor that fills its storage."""
@@ -176,7 +176,7 @@ class Results:
         if only_writes(func) and out is args[0] and type(out) is FakeTensor:
             self._written.add(key)
         elif key not in self._made and not self._guesses.decides(func):
-            self._made[key] = fresh(func, tensors_in(args, kwargs), out)
+            self._made[key] = new_tensors(func, tensors_in(args, kwargs), out)
         return out
 
 

@@ -84,7 +84,7 @@ class MemoryLine:
         extra_allocations, repeated_spans = self._buffers(trace) * extra_micros, tuple[PhaseSpan, ...]()
         for step in range(trace.steps):
             forwards, backwards = (_spans(trace, step, p) for p in (Phase.FORWARD, Phase.BACKWARD))
-            if not backwards:  # the step was replaced by an optimizer step (`priming`)
+            if not backwards:  # the step was replaced by an optimizer step (`optimizer_steps_only`)
                 continue
             # An extra span before the first forward, which in the first step makes the receive buffers.
             has_receive_span = len(forwards) > len(backwards)

@@ -45,7 +45,7 @@ def library_line() -> str:
     return user_line()
 
 
-def asking_line() -> str:
+def reading_line() -> str:
     """Return the place in the code, torch's own or the user's, that reads a tensor's value, as
     ``path:line:instruction``. The bytecode instruction is included because several reads may be on one line.
     Return "" if there is none."""

@@ -39,7 +39,12 @@ from memfit.trace.fake_process_group import (
 from memfit.trace.real_weights import attach_weights
 from memfit.trace.stream_patches import streams
 from memfit.trace.truncated_model import FirstBlocks, remember
-from memfit.trace.value_guess_retry import GuessFailed, retried, weighed, widened
+from memfit.trace.value_guess_retry import (
+    GuessFailed,
+    check_guessed_numbers,
+    cover_assumed_cases,
+    retry_guesses,
+)
 from memfit.trace.value_patches import values_read
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -63,9 +68,9 @@ def stepping(make_step: Callable[..., TrainingStep]) -> Iterator[None]:
         _STEP.reset(token)
 
 
-@weighed
-@widened
-@retried
+@check_guessed_numbers
+@cover_assumed_cases
+@retry_guesses
 def trace(
     job: Job,
     plan: Plan,
@@ -82,13 +87,14 @@ def trace(
 
     At most ``played`` micro-batches of a step are run: the first ones and the last. The trace says how many
     are left out of the last step. Earlier steps than the last run only one micro-batch if the plan has one
-    rank (see also `priming`). ``update=False`` leaves out the optimizer step. ``device`` chooses kernels and
-    rounding ("cpu" or "cuda"). With ``lines``, each allocation records the line of the user's code that made
-    it. ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks if there are several.
+    rank (see also `optimizer_steps_only`). ``update=False`` leaves out the optimizer step. ``device`` chooses
+    kernels and rounding ("cpu" or "cuda"). With ``lines``, each allocation records the line of the user's
+    code that made it. ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks if there
+    are several.
 
-    If values had to be assumed, other values are traced as well (`widened`). Raises UserError if the plan
-    does not suit the job, if a size depends on values that are neither known nor bounded, or if the step
-    fails after a value was guessed. Other errors of the user's code are raised as they are. Raises
+    If values had to be assumed, other values are traced as well (`cover_assumed_cases`). Raises UserError if
+    the plan does not suit the job, if a size depends on values that are neither known nor bounded, or if the
+    step fails after a value was guessed. Other errors of the user's code are raised as they are. Raises
     MemfitError as `fake_ranks` does.
     """
     recorder = AllocationRecorder(device, lines=lines, guesses=Guesses(job.bound))

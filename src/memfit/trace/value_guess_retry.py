@@ -36,13 +36,13 @@ class GuessFailed(Exception):
         self.place, self.reason = place, reason
 
 
-def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
+def retry_guesses(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
     """Wrap ``run``: if it raises GuessFailed, run it again with False for the condition that was last assumed
     to be true, and so on, at most four runs in all. If none of them succeeds, raise the error of the
     first."""
 
     @functools.wraps(run)
-    def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def wrapper(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
         first_error: Exception | None = None
         for _ in range(_TRIES):
             try:
@@ -57,16 +57,16 @@ def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, 
         assert first_error is not None
         raise first_error from first_error.__cause__
 
-    return settled
+    return wrapper
 
 
-def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
+def check_guessed_numbers(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
     """Wrap ``run``: raise UserError if a number that the trace lists in ``guessed`` decides sizes, that is,
     if 2 in place of 1 leads to other allocations in forward or backward of the first step. If the run fails
     with 2, the number decides nothing."""
 
     @functools.wraps(run)
-    def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
+    def wrapper(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
         trace = run(job, *args, **kwargs)
 
         def matters(lines: Iterable[str]) -> bool:
@@ -86,10 +86,10 @@ def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
             )
         return trace
 
-    return settled
+    return wrapper
 
 
-def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
+def cover_assumed_cases(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
     """Wrap ``run``: if values were assumed, also trace the step in the cases LOW and HIGH (`AssumedCase`). If
     weights are offered and the step is small enough, also trace it with values computed from them
     (`real_weights`).
@@ -98,7 +98,7 @@ def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
     the highest peak of all cases as ratios to its own peak. Cases in which the step fails are left out."""
 
     @functools.wraps(run)
-    def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
+    def wrapper(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
         trace = run(job, *args, **kwargs)
         if not trace.assumed:
             return trace
@@ -120,7 +120,7 @@ def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
             assumptions=(*trace.assumptions, note) if is_relevant else trace.assumptions,
         )
 
-    return settled
+    return wrapper
 
 
 def _peak_bytes(trace: Trace) -> int:

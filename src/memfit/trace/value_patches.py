@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.trace.assumed_values import is_assumed, mark_assumed
 from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.data_dependent import Guesses
 
@@ -70,8 +71,8 @@ def _given_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 def _padding(concrete_values: ConcreteValues) -> Callable[..., Any]:
     """Return a ``pad_packed_sequence`` that takes the batch sizes as a real tensor and returns (fake padded
-    sequences, fake lengths). The values of the lengths are kept in ``concrete_values``
-    (aten/src/ATen/native/PackedSequence.cpp)."""
+    sequences, fake lengths). The values of the lengths are kept in ``concrete_values``,
+    as assumed ones if the batch sizes are assumed (aten/src/ATen/native/PackedSequence.cpp)."""
 
     def pad(
         data: torch.Tensor, batch_sizes: torch.Tensor, batch_first: bool, value: float, total_length: int
@@ -79,6 +80,8 @@ def _padding(concrete_values: ConcreteValues) -> Callable[..., Any]:
         with _disable_current_modes():
             rows = int(batch_sizes[0])
             real = (batch_sizes[:, None] > torch.arange(rows)).sum(0)
+            if is_assumed(batch_sizes):
+                mark_assumed(real)
             widths, steps = (t.tolist() for t in batch_sizes.unique_consecutive(return_counts=True))
         longest = len(batch_sizes)
         if 0 < total_length < longest:

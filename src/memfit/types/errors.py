@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from memfit.types.units import format_bytes
@@ -43,14 +43,19 @@ class UserError(MemfitError):
         super().__init__("; ".join(parts))
 
 
-def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
+def look_up(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
     """Return the entry of ``table`` called ``name``. If there is none, raises UserError with all names and,
     if one is similar, that one. ``what``: what the names are of, for the message."""
     if name in table:
         return table[name]
-    matches = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {matches[0]!r}?" if matches else ""
-    raise UserError(f"unknown {what} {name!r}", allowed=", ".join(table), hint=hint)
+    raise UserError(f"unknown {what} {name!r}", allowed=", ".join(table), hint=suggest(name, table))
+
+
+def suggest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return the hint ``did you mean 'NAME'?`` with the one of ``names`` that is most similar to ``name``; ""
+    if none has a similarity of at least ``cutoff``, between 0 and 1."""
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f"did you mean {matches[0]!r}?" if matches else ""
 
 
 class NothingFits(MemfitError):

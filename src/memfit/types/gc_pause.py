@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def pause_gc() -> Iterator[None]:
     """Disable the garbage collector within the context, and enable it afterwards if it was enabled.
 
     Its walks over the objects left by imports and fake tensors take a fifth of a cold prediction's time.

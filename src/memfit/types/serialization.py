@@ -62,7 +62,7 @@ def loads(kind: type[T], text: str, *, what: str = "record") -> T:
     try:
         return pydantic.TypeAdapter(kind).validate_json(text)
     except pydantic.ValidationError as error:
-        raise fault(error, what) from error
+        raise to_user_error(error, what) from error
 
 
 _SHOULD = re.compile(r"(?:Input|String|Value|List|Tuple) should (?:be )?(.+)", re.DOTALL)
@@ -81,7 +81,7 @@ def toml_text(path: Path) -> str:
         raise UserError(f"{path} is not text in UTF-8, so it is not TOML: {error}") from error
 
 
-def fault(error: pydantic.ValidationError, what: str) -> UserError:
+def to_user_error(error: pydantic.ValidationError, what: str) -> UserError:
     """Return a UserError with the first fault in one line: its location, what was given and what is allowed,
     or pydantic's message if that does not say what is allowed. `what` names the text with the fault."""
     main_error, *other_errors = error.errors(include_url=False, include_context=False)

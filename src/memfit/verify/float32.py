@@ -36,7 +36,7 @@ def tolerance(step: int) -> float:
     return LAMBDA * math.sqrt(2 * TERMS) * UNIT_ROUNDOFF * GROWTH**step
 
 
-def first_beyond(a: Sequence[float], b: Sequence[float]) -> tuple[int, float] | None:
+def first_out_of_tolerance(a: Sequence[float], b: Sequence[float]) -> tuple[int, float] | None:
     """Return (the first step at which the losses ``a`` and ``b`` differ by more than `tolerance`, the
     relative difference there); None if there is none.
 

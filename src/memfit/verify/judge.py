@@ -140,7 +140,7 @@ def _bits_reason(cause: Cause) -> str:
 
 def _beyond_tolerance(pairs: Pairs) -> Cause | None:
     for a, b in pairs:
-        if excess := float32.first_beyond(a.measurement.losses, b.measurement.losses):
+        if excess := float32.first_out_of_tolerance(a.measurement.losses, b.measurement.losses):
             step, difference = excess
             return Cause(
                 kind="beyond_rounding",

@@ -110,7 +110,7 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
     counter = peak_counter()
     spec = dataclasses.replace(spec, keep=restarted(spec.keep))
     job = load(spec.job)
-    with joined(spec.plan) as world, gloo_first(spec.plan.ranks > 1) as settle:
+    with join_world(spec.plan) as world, gloo_first(spec.plan.ranks > 1) as settle:
         tell("stage", stage="warm-up")
         make_step = step_maker(spec.engine, path.parent)
         elements = _warm_up(job, spec, world, make_step)
@@ -123,7 +123,7 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
 
 
 @contextlib.contextmanager
-def joined(plan: Plan) -> Iterator[World]:
+def join_world(plan: Plan) -> Iterator[World]:
     """Yield the plan's world: its layout, this process's rank, and the mesh of ranks. With several ranks,
     join a gloo process group by the environment variables that torchrun sets, and leave it at the end. With
     one, there is no process group."""
@@ -190,7 +190,7 @@ def _conform(
     event. ``inputs``: this rank's part of the batch, and the mean number of loss terms per rank.
     ``model_facts``: the number of elements of the plain model's parameters, and their dtypes. Raises
     NotConforming if the step differs from the plan."""
-    from memfit.conformance.module_hooks import Own
+    from memfit.conformance.module_hooks import PlainModel
     from memfit.conformance.monitor import Monitor
 
     accumulation = spec.plan.get("gradient-accumulation")
@@ -207,7 +207,7 @@ def _conform(
         micro_batches=micro_batches,
     )
     monitor.clip = job.clip or 0.0
-    monitor.own = Own(dtypes=model_facts[1], step=functools.partial(_own_step, job, inputs[0]))
+    monitor.plain_model = PlainModel(dtypes=model_facts[1], run=functools.partial(_own_step, job, inputs[0]))
 
     def on_phase(phase: Phase) -> None:
         if phase is Phase.OPTIMIZER:
@@ -236,22 +236,22 @@ _WATCHED = 2  # micro-batches that are watched if the plan has several
 def _own_step(job: Job, part: Any, autocast_dtype: Any) -> Any:
     """Run forward and backward of the plain model on the first two samples of ``part`` (three of an odd
     number of samples, the only one of one), under autocast to ``autocast_dtype`` unless that is None. Return
-    what was observed of its blocks (`Heard`), or None if the run fails."""
+    what was observed of its blocks (`BlockActivity`), or None if the run fails."""
     import torch
 
-    from memfit.conformance.module_hooks import Heard
+    from memfit.conformance.module_hooks import BlockListener
     from memfit.jobs.training_step import batch_length, split
     from memfit.model.blocks import find_blocks
 
-    observations, model = Heard(), job.build_model().train()
+    listener, model = BlockListener(), job.build_model().train()
     try:
-        observations.listen(find_blocks(model, job.blocks)[1])
+        listener.listen(find_blocks(model, job.blocks)[1])
         with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
             loss = job.loss(model, split(part, max(1, batch_length(part) // 2))[0])
         loss.backward()
     except Exception:  # noqa: BLE001  the user's own code, which may need more samples
         return None
-    return observations
+    return listener.observed()
 
 
 def _made(model: Any) -> tuple[int, frozenset[Any]]:

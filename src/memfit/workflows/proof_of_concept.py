@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from memfit.cost.memory import timeline
-from memfit.cost.step_time_calibration import corrected, factor
+from memfit.cost.step_time_calibration import correct_calibration, factor
 from memfit.decision import case as cases
 from memfit.decision import rollout_gates
 from memfit.decision.decide import decide as decide_on
@@ -39,8 +39,8 @@ from memfit.report.html import write_html
 from memfit.runtime import local_machine
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
-from memfit.store.pocs import attended, stored_poc, wanted_poc
-from memfit.techniques.registry import effect_of, plain, without
+from memfit.store.pocs import resolve_poc_id, store_attended_minutes, stored_poc
+from memfit.techniques.registry import effect_of, make_plain_plan, without
 from memfit.types import serialization
 from memfit.types.decision import Decision
 from memfit.types.errors import UserError
@@ -73,12 +73,12 @@ __all__ = [
     "Progress",
     "Request",
     "anatomy",
-    "attended",
     "explain",
     "poc",
     "report",
     "run_plan",
     "search",
+    "store_attended_minutes",
     "stored_poc",
 ]
 
@@ -179,7 +179,7 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
     machines and gates of the rollout that were stored with the PoC are taken into account, of the gates the
     last ones. Raises UserError if there is no such PoC, or if the file or what is stored is wrong.
     """
-    resolved_id = wanted_poc(store, poc_id)
+    resolved_id = resolve_poc_id(store, poc_id)
     proof = stored_poc(store, resolved_id)
     case_records = store.records(resolved_id, CASE)
     if case is not None:
@@ -187,7 +187,7 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
     elif case_records:
         last_case = json.loads(case_records[-1].body)
         user_case, name = (
-            cases.parsed(last_case["text"], f"the stored case, {last_case['name']},"),
+            cases.parse_case(last_case["text"], f"the stored case, {last_case['name']},"),
             last_case["name"],
         )
     else:
@@ -197,7 +197,7 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
         s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(resolved_id, STAGE)))
     }
     gate_records = store.records(resolved_id, GATES)[-1:]  # earlier ones may be of an older version
-    stored_gates = [rollout_gates.parsed(json.loads(r.body)["text"], _KEPT_GATES) for r in gate_records]
+    stored_gates = [rollout_gates.parse_gates(json.loads(r.body)["text"], _KEPT_GATES) for r in gate_records]
     decision = decide_on(
         proof,
         user_case,
@@ -229,7 +229,7 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
     the processor, its number of cores, torch's version or OMP_NUM_THREADS have changed since, or if no run of
     the PoC completed with a measured and a predicted step time.
     """
-    resolved_id = wanted_poc(store, poc_id)
+    resolved_id = resolve_poc_id(store, poc_id)
     proof, environment = stored_poc(store, resolved_id), fingerprint()
     job = proof.runs[0].spec.job.spec if proof.runs else proof.job_name
     if not request.is_here or job != request.job.spec:
@@ -248,7 +248,7 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
     trial_ratios = [
         (t.plan, min(t.step_s) / t.predicted_s) for t in proof.search.trials if t.step_s and t.predicted_s
     ]
-    by_trials = corrected(Calibration(), trial_ratios, source="")
+    by_trials = correct_calibration(Calibration(), trial_ratios, source="")
     ratios: dict[Plan, list[float]] = {}
     for run in proof.runs:
         seconds = median_step_s(run.measurement)
@@ -262,7 +262,7 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
         )
     median_ratios = [(plan, statistics.median(plan_ratios)) for plan, plan_ratios in ratios.items()]
     return dataclasses.replace(
-        request, correction=corrected(request.correction, median_ratios, source=resolved_id)
+        request, correction=correct_calibration(request.correction, median_ratios, source=resolved_id)
     )
 
 
@@ -289,7 +289,7 @@ class _Story:
 
     @property
     def baseline(self) -> Plan:
-        return plain(self.planning.request.ranks)
+        return make_plain_plan(self.planning.request.ranks)
 
     @property
     def mixed(self) -> Use:
@@ -372,7 +372,7 @@ class _Story:
         for technique_use in self.recommended.uses:
             reduced_plan = without(self.recommended, technique_use.technique)
             with contextlib.suppress(UserError):  # a budget that cannot be met without it
-                yield f"without {technique_use.technique}", self.planning.pricer.settled(reduced_plan)
+                yield f"without {technique_use.technique}", self.planning.pricer.resolve(reduced_plan)
         yield "precision only", self.baseline.with_use(self.mixed)
         if self.planning.pricer.space.block_count:
             yield "checkpointing only", self.baseline.with_use(_CHECKPOINTING)

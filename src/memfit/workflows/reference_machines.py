@@ -83,7 +83,7 @@ def _offers(
         progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
         fits = fits_under(int(machine.device.memory_bytes.value), machine)
         plain = pricer.sketch(Plan())
-        yield offer(plain, machine=machine.name, size=pricer.job.size, plain=True, fits=fits(plain))
+        yield make_offer(plain, machine=machine.name, size=pricer.job.size, plain=True, fits=fits(plain))
         for candidate_plans in (_seen_plans(planning, pricer, trained), _paper_plans(planning, pricer)):
             recommended = best(
                 _fitting(pricer, candidate_plans, fits, machine), planning.request.goal, MODELLED
@@ -91,7 +91,7 @@ def _offers(
             if recommended is not None:
                 break
         if recommended is not None and recommended.plan != plain.plan:
-            yield offer(recommended, machine=machine.name, size=pricer.job.size, plain=False, fits=True)
+            yield make_offer(recommended, machine=machine.name, size=pricer.job.size, plain=False, fits=True)
 
 
 def _fitting(
@@ -145,12 +145,12 @@ def stage_offers(planned: Planning) -> Iterator[Offer]:
     """
     result, machine, size = planned.result, planned.request.machine.name, planned.job.size
     baseline, recommended = result.baseline, result.recommended
-    yield offer(baseline.estimate, machine=machine, size=size, plain=True, fits=baseline.fits)
+    yield make_offer(baseline.estimate, machine=machine, size=size, plain=True, fits=baseline.fits)
     if recommended is not None and recommended.estimate.plan != baseline.estimate.plan:
-        yield offer(recommended.estimate, machine=machine, size=size, plain=False, fits=True)
+        yield make_offer(recommended.estimate, machine=machine, size=size, plain=False, fits=True)
 
 
-def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:
+def make_offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:
     """Return the estimate as an Offer of ``machine`` at the job's size ``size``. ``plain``: whether its plan
     is plain training. Its memory is that of the device if that can be predicted, else of tensors only.
     """

@@ -126,7 +126,7 @@ def _from_csv(path: str, column: str | None) -> list[int]:
     return [_whole((r[column_name] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
 
 
-def at_shape(job: Job, rows: int, length: int) -> Job:
+def with_batch_shape(job: Job, rows: int, length: int) -> Job:
     """Return the job with batches of ``rows`` x ``length``, made by repeating or leaving out samples and
     positions of its own batch.
 
@@ -171,7 +171,7 @@ def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
     if len(lengths) < 3:
         lengths = [_SHORTEST, 2 * _SHORTEST, 4 * _SHORTEST]
     shapes = [Shape(rows=r, length=n) for r in (rows, 2 * rows) for n in lengths]
-    traces = [trace(at_shape(job, s.rows, s.length), plan, device=device) for s in shapes]
+    traces = [trace(with_batch_shape(job, s.rows, s.length), plan, device=device) for s in shapes]
     return cost.fit(shapes, traces)
 
 
@@ -238,7 +238,7 @@ def _checked(
     rows, longest = longest_batch
     held_out, margin = [], 0
     for length in dict.fromkeys((max(_SHORTEST, longest * 2 // 3), longest)):
-        sized_job = at_shape(job, rows, length)
+        sized_job = with_batch_shape(job, rows, length)
         pricer = Pricer(job=sized_job, machine=machine, space=space_of(sized_job, machine.device.kind))
         traced_bytes = int(levels(pricer.trace(plan))[1].max())
         predicted_bytes = model.peak_bytes(Shape(rows=rows, length=length))

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from memfit.cost.memory import memory_profile, with_workspace
-from memfit.engines.registry import carrying, ready, render
+from memfit.engines.registry import ready_engine, render, supporting_engine
 from memfit.jobs import checkpoints
 from memfit.jobs.user_job import source_digest
 from memfit.planner.evaluate import Pricer
@@ -50,7 +50,7 @@ def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
     return anatomy(request, [plan], progress)[0].estimate
 
 
-def settled(request: Request, plan: Plan, progress: Progress) -> Plan:
+def resolve_plan(request: Request, plan: Plan, progress: Progress) -> Plan:
     """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the
     tensors to recompute are not chosen yet, the plan with these chosen for the request's machine. Raises
     UserError if the budget cannot be met.
@@ -71,7 +71,7 @@ def anatomy(
     _, pricer = make_pricer(request)
     pricer.lines = lines
     for plan in plans:
-        carrying(request.engine, plan)
+        supporting_engine(request.engine, plan)
         if (dependence := pricer.dependence_under(plan)) is not None:
             refuse_wrong_weights(plan, dependence)
         progress("trace", 0, 0, plan.label)
@@ -112,7 +112,7 @@ def run_plan(
     plan has too many ranks for this machine, if the engine cannot run it here, or if the run's process
     refuses it.
     """
-    ready(request.engine, plan)
+    ready_engine(request.engine, plan)
     max_ranks = max(8, 2 * local_machine.threads())
     if plan.ranks > max_ranks:
         raise UserError(

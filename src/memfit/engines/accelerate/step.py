@@ -23,7 +23,7 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_blocks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.techniques.base import OptimizerLike
-from memfit.techniques.registry import in_order
+from memfit.techniques.registry import ordered_uses
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -73,7 +73,7 @@ class Step(TrainingStep):
     def _as_native(self) -> OptimizerLike:
         """Prepare a trace of a plan without FSDP with memfit's own techniques. For DDP, autocast and
         accumulation, Accelerate does the same; memfit's ZeRO stands for DeepSpeed's."""
-        for technique, use in in_order(self.plan):
+        for technique, use in ordered_uses(self.plan):
             if technique.name in self.carried:
                 technique.apply(self.bench, use.settings)
         return super()._prepare()

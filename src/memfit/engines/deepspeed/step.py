@@ -33,7 +33,7 @@ class Step(TrainingStep):
                 "which frees parameters between steps",
                 allowed="stages 0 to 2, or the native engine, which averages shards",
             )
-        imported()
+        import_deepspeed()
         assert self.folder is not None
         config = json.loads((self.folder / CONFIG).read_text())
         if config["bf16"]["enabled"]:
@@ -63,7 +63,7 @@ class Step(TrainingStep):
         return torch.as_tensor(self.wrapped.get_global_grad_norm())
 
 
-def imported() -> Any:
+def import_deepspeed() -> Any:
     """Import DeepSpeed and return it, without the kernel that it would compile for all-reduces between
     processes of one host.
 

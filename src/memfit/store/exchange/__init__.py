@@ -2,6 +2,6 @@
 
 from memfit.store.exchange.compare import Compared, compare
 from memfit.store.exchange.from_poc import of_poc
-from memfit.store.exchange.record import Shared, Side, parsed, read, schema, text
+from memfit.store.exchange.record import Shared, Side, parse_record, read, schema, text
 
-__all__ = ["Compared", "Shared", "Side", "compare", "of_poc", "parsed", "read", "schema", "text"]
+__all__ = ["Compared", "Shared", "Side", "compare", "of_poc", "parse_record", "read", "schema", "text"]

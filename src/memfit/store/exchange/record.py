@@ -19,11 +19,11 @@ from typing import Annotated, Any, Final, Literal
 
 import pydantic
 
-from memfit.techniques.registry import conflict, effect_of, make_use, plain, splits_batch
+from memfit.techniques.registry import conflict, effect_of, make_plain_plan, make_use, splits_batch
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, Plan
-from memfit.types.sanitize import escaped
+from memfit.types.sanitize import escape_controls
 from memfit.verify.equivalence import MIN_PAIRS, tost
 
 FORMAT, VERSION = "memfit-record", 1
@@ -192,7 +192,7 @@ def text(record: Shared) -> str:
     data = record.model_dump(mode="json")
     if data["step_time_ratio"] is None:
         del data["step_time_ratio"]  # the text of a record that is older than this field stays the same
-    return escaped(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
+    return escape_controls(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def parsed(raw: str, *, what: str) -> Shared:
+def parse_record(raw: str, *, what: str) -> Shared:
     """Parse the JSON text of a record. Raises UserError with the first fault: its place, what was given, and
     what is allowed. ``what`` names the text in messages."""
     try:
@@ -230,7 +230,7 @@ def checked(found: object, *, what: str) -> Shared:
     try:
         record = Shared.model_validate(found)
     except pydantic.ValidationError as error:
-        raise serialization.fault(error, what) from error
+        raise serialization.to_user_error(error, what) from error
     for place, value in _texts(record.model_dump(mode="python")):
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise UserError(
@@ -260,7 +260,7 @@ def read(path: Path) -> Shared:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{path} is larger than a record can be", allowed=f"{_MOST_BYTES} bytes at most")
-        return parsed(path.read_text(encoding="utf-8"), what=str(path))
+        return parse_record(path.read_text(encoding="utf-8"), what=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -286,7 +286,7 @@ def faults(record: Shared) -> Iterator[str]:
         yield f"the two plans are the same, but their measured peaks differ: {peaks[0]} B and {peaks[1]} B"
     if not record.metric.strip() and (record.baseline.metric_by_seed or record.recommended.metric_by_seed):
         yield "metric has no name, but metric_by_seed has scores"
-    if plans[0] != plain(plans[0].ranks):
+    if plans[0] != make_plain_plan(plans[0].ranks):
         yield f"baseline.plan is {plans[0].label}, allowed: plain training"
     if record.step_time_ratio is not None:
         yield from _of_ratio(record.step_time_ratio, record.baseline.step_s, record.recommended.step_s)

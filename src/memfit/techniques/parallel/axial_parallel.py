@@ -27,9 +27,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None:
         return
     from memfit.techniques.axial import Cut
-    from memfit.techniques.parallel.sample_parallel_collectives import GroupCollectives, averaging
+    from memfit.techniques.parallel.sample_parallel_collectives import GroupCollectives, average_gradients
 
-    modules = knowing(bench.model)
+    modules = axial_modules(bench.model)
     if not modules:
         raise UserError(
             f"axial-parallel finds nothing to cut in {type(bench.model).__name__}",
@@ -41,10 +41,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     )
     for module in modules:
         module.across = Cut(together)
-    bench.before_micro_batch.append(averaging(bench, together))
+    bench.before_micro_batch.append(average_gradients(bench, together))
 
 
-def knowing(model: torch.nn.Module) -> list[Axial]:
+def axial_modules(model: torch.nn.Module) -> list[Axial]:
     """Return the modules of the model that support inputs cut across ranks, which are those that derive from
     `Axial`."""
     from memfit.techniques.axial import Axial

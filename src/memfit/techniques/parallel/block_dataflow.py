@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import (
 )
 
 from memfit.model.batch_objects import map_batch
-from memfit.model.blocks import find_blocks, twins
+from memfit.model.blocks import equal_blocks, find_blocks
 from memfit.techniques.base import Workbench
 from memfit.types.errors import UserError
 
@@ -132,7 +132,7 @@ class _Recorder(TorchDispatchMode):
         self._origin: dict[int, float] = {}
         self._kept: list[torch.Tensor] = []  # kept alive, so that no storage's address is reused
         self._called: dict[str, list[Any]] = defaultdict(list)
-        self._twins = twins(blocks)
+        self._twins = equal_blocks(blocks)
         # Index of a block -> (inputs, outputs), for blocks whose only effect is their output.
         self._ran: dict[int, Any] = {}
 

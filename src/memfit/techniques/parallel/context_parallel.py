@@ -33,7 +33,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None:
         return
     from memfit.techniques.parallel.gathered_attention import GatheredAttention, SequenceRanks
-    from memfit.techniques.parallel.sample_parallel_collectives import averaging
+    from memfit.techniques.parallel.sample_parallel_collectives import average_gradients
 
     across = SequenceRanks(
         group=mesh.get_group().group_name,
@@ -60,16 +60,16 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     bench.slices = slices
     bench.loss_terms = _terms
-    bench.before_micro_batch.append(averaging(bench, across))
+    bench.before_micro_batch.append(average_gradients(bench, across))
 
 
 def _look(bench: Workbench) -> None:
     if bench.world.layout.context > 1:
-        from memfit.model.linear_roles import PlaceholderValues, valueless
+        from memfit.model.linear_roles import PlaceholderValues, without_values
         from memfit.techniques.parallel.gathered_attention import GatheredCounts
 
         with (
-            valueless(bench.job, bench.model) as (model, batch),
+            without_values(bench.job, bench.model) as (model, batch),
             PlaceholderValues(),
             GatheredCounts() as counts,
         ):

@@ -53,7 +53,7 @@ class GroupCollectives:
         return parts
 
 
-def averaging(bench: Workbench, together: GroupCollectives) -> Callable[[bool], None]:
+def average_gradients(bench: Workbench, together: GroupCollectives) -> Callable[[bool], None]:
     """Return a function to call before each micro-batch, whose argument is ignored.
 
     Its first call makes every later backward average each gradient over the ranks of ``together`` as soon as

@@ -20,7 +20,7 @@ NAME = "optimal-checkpointing"
 _SHAPE = r"(|none|[0-9a-f]{8}:\d+(-\d+)?(,\d+(-\d+)?)*)"
 
 
-def dropped_text(key: int, dropped: Iterable[int]) -> str:
+def encode_dropped(key: int, dropped: Iterable[int]) -> str:
     """Return a choice of the storages to drop as text: ``0badcafe:3-9,12`` is ``key``, the checksum of
     forward's operators in hexadecimal, and the numbers of dropped storages. If ``dropped`` is empty, return
     "none"."""
@@ -35,8 +35,8 @@ def dropped_text(key: int, dropped: Iterable[int]) -> str:
 
 
 def read_dropped(text: str) -> tuple[int, frozenset[int]]:
-    """Return the checksum and the numbers of dropped storages from the text of `dropped_text`, which must not
-    be "none"."""
+    """Return the checksum and the numbers of dropped storages from the text of `encode_dropped`, which must
+    not be "none"."""
     key, _, numbers_text = text.partition(":")
     numbers = set[int]()
     for run in numbers_text.split(","):
@@ -51,7 +51,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         raise UserError(
             f"{NAME} with a budget of {settings['budget_mib']} MiB has no choice of tensors to drop yet",
             allowed="a plan for which memfit has chosen the tensors",
-            hint="memfit.planner.recompute_budget.chosen(job, plan) returns one",
+            hint="memfit.planner.recompute_budget.choose_tensors(job, plan) returns one",
         )
     if text != "none":
         key, numbers = read_dropped(text)

@@ -143,13 +143,13 @@ def _given(target: Value, leaf: Any) -> Any:
             )
         return leaf.tensor
     if isinstance(leaf, Ref):
-        return seen(leaf.value, leaf.geometry)
+        return view_of(leaf.value, leaf.geometry)
     if isinstance(leaf, WrittenStorage):
-        return seen(target, leaf.geometry)
+        return view_of(target, leaf.geometry)
     return [_given(target, part) for part in leaf] if isinstance(leaf, list) else leaf
 
 
-def seen(value: Value, geometry: StorageGeometry) -> torch.Tensor:
+def view_of(value: Value, geometry: StorageGeometry) -> torch.Tensor:
     """Return a tensor with this size, stride and offset in the storage of ``value``, which must have been
     recomputed."""
     tensor = value.tensor
@@ -324,7 +324,7 @@ class Tape(Numbered):
         if not isinstance(packed, Handle):
             return packed  # type: ignore[no-any-return]
         self._make(packed.value)
-        return seen(packed.value, packed.geometry)
+        return view_of(packed.value, packed.geometry)
 
     def _make(self, value: Value) -> None:
         """Recompute a dropped storage: run its pending calls, after those of the dropped storages that they
