@@ -41,9 +41,11 @@ def helps(path: Path, tree: ast.Module) -> Iterator[Text]:
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign) and (name := getattr(node.target, "id", "")):
             for call in ast.walk(node.annotation):
+                strings = [a.value for a in getattr(call, "args", ()) if isinstance(a, ast.Constant)]
+                option = next((s for s in strings if str(s).startswith("--")), f"--{name.replace('_', '-')}")
                 for keyword in getattr(call, "keywords", ()):
                     if keyword.arg == "help":
-                        yield f"{path}:{node.lineno}", f"--{name.replace('_', '-')}\n{_words(keyword.value)}"
+                        yield f"{path}:{node.lineno}", f"{option}\n{_words(keyword.value)}"
 
 
 def _words(node: ast.expr) -> str:

@@ -189,7 +189,7 @@ class BoundsOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class HereOptions:
+class RuntimeOptions:
     """The place of the electricity, the CPU threads of each process, and whether this machine's operators are
     timed anew."""
 
@@ -198,7 +198,7 @@ class HereOptions:
         typer.Option(
             metavar="PLACE",
             help="Place of the electricity, for its price and CO2: world or a name that `memfit machines` "
-            "lists. Not used with --on FILE.toml: the machine file says the place.",
+            "lists. Ignored with --on FILE.toml: the machine file says the place.",
         ),
     ] = "world"
     threads: Annotated[
@@ -236,7 +236,7 @@ class MachineOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WhichOptions:
+class PlanOptions:
     """The plan that a command uses. Without either option it is plain training, or in ``memfit export`` with
     --from the plan of those files."""
 
@@ -328,10 +328,10 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
         parameter for option_type in option_types.values() for parameter in _parameters(option_type)
     ]
 
-    def command(**given: Any) -> None:
+    def command(**values: Any) -> None:
         function(
             **{
-                n: t(**{f.name: given[f.name] for f in dataclasses.fields(t)})
+                n: t(**{f.name: values[f.name] for f in dataclasses.fields(t)})
                 for n, t in option_types.items()
             }
         )

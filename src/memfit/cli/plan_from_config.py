@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.cli.lint import findings_view, print_findings
-from memfit.cli.options import GoalOptions, HereOptions, JobOptions
+from memfit.cli.options import GoalOptions, RuntimeOptions, JobOptions
 from memfit.cli.output import console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import machine_of, print_workload_of, request
@@ -28,7 +28,7 @@ def plan_given(
     files: Sequence[Path],
     job: JobOptions,
     goal: GoalOptions,
-    here: HereOptions,
+    runtime: RuntimeOptions,
     on: str,
     *,
     lang: str,
@@ -43,7 +43,7 @@ def plan_given(
     from memfit.lint.clipping import clipping_setting
 
     setup = parse.read(files)
-    count = machine_of(on, here.place).device_count
+    count = machine_of(on, runtime.place).device_count
     if setup.ranks is None and count > 1:
         setup = dataclasses.replace(setup, ranks=count)
     carried = to_plan.over(setup)
@@ -54,7 +54,7 @@ def plan_given(
         )
         carried = dataclasses.replace(carried, left_out=(*carried.left_out, note))
     job, carried = _modelled(*_published(carried, job))
-    job_request, size, carried = _sized(carried, job, goal, here, on)
+    job_request, size, carried = _sized(carried, job, goal, runtime, on)
     job_request, carried = _clipped(job_request, carried, clipping_setting(setup).limit)
     from memfit.workflows import config_review
 
@@ -94,7 +94,8 @@ def _published(
         return carried, job
     if job.job not in (None, JOB):
         raise UserError(
-            f"OpenFold's settings do not describe the job {job.spec}", allowed=f"memfit plan {JOB} --from ..."
+            f"OpenFold's settings describe the job {JOB}, not {job.spec}",
+            allowed=f"memfit plan {JOB} --from ...",
         )
     job, (size, _, length) = dataclasses.replace(job, job=JOB), carried.size.partition("@")
     if job.size is None and (job.length is None or not length or job.length == int(length)):
@@ -134,7 +135,7 @@ def _described(model: memfit.lint.models.DescribedModel) -> str:
 
 
 def _sized(
-    carried: memfit.lint.draft.Carried, job: JobOptions, goal: GoalOptions, here: HereOptions, on: str
+    carried: memfit.lint.draft.Carried, job: JobOptions, goal: GoalOptions, runtime: RuntimeOptions, on: str
 ) -> tuple[
     memfit.planner.single_device.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried
 ]:
@@ -153,14 +154,14 @@ def _sized(
             continue
         changed_job = dataclasses.replace(job, **{name: file_value})
         try:
-            config_review.job_size(request(changed_job, goal, here, on))
+            config_review.job_size(request(changed_job, goal, runtime, on))
         except UserError as error:
             # Raises the job's own error if the job is invalid without the files' value too.
-            config_review.job_size(request(job, goal, here, on))
+            config_review.job_size(request(job, goal, runtime, on))
             carried = _left_out(carried, f"{name} {file_value}", str(error))
             continue
         job = changed_job
-    job_request = request(job, goal, here, on)
+    job_request = request(job, goal, runtime, on)
     size = config_review.job_size(job_request)
     return job_request, size, _as_predicted(carried, job, size)
 
@@ -209,7 +210,7 @@ def _view(
     from memfit.cli.views import choice_view, estimate_view
 
     return {
-        "given": estimate_view(result.given),
+        "given": estimate_view(result.existing),
         "fits": result.fits,
         "needed_bytes": result.needed_bytes,
         "cap_bytes": result.cap_bytes,
@@ -245,7 +246,7 @@ def _print(result: memfit.workflows.config_review.ConfigReview, lang: str) -> No
     from memfit.types.units import format_bytes
 
     words, output = load_words(lang), console()
-    print_estimate(result.given, console=output, lang=lang)
+    print_estimate(result.existing, console=output, lang=lang)
     if result.fits is not None and result.cap_bytes is not None:
         sizes = {"needed": format_bytes(result.needed_bytes), "cap": format_bytes(result.cap_bytes)}
         output.print(Text(words.get("lint.fits" if result.fits else "lint.too_much", **sizes), style="bold"))
@@ -256,7 +257,7 @@ def _print(result: memfit.workflows.config_review.ConfigReview, lang: str) -> No
         return
     output.print(Text(words.get("lint.better" if estimates else "lint.nothing_better"), style="bold"))
     for estimate in estimates:
-        output.print(Text(words.get("lint.instead", **_compared(result.given, estimate))))
+        output.print(Text(words.get("lint.instead", **_compared(result.existing, estimate))))
 
 
 def _compared(

@@ -35,7 +35,10 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     """
     if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
         if reason := incomplete(folder):
-            raise UserError(f"{folder} is not a complete checkpoint: {reason}", hint=f"try {folder.parent}")
+            raise UserError(
+                f"{folder} is not a complete checkpoint: {reason}",
+                hint=f"name {folder.parent} to use the newest complete checkpoint in it",
+            )
         return folder, about(folder), ()
     skipped_reasons: list[str] = []
     for path in _newest_first(folder):

@@ -216,7 +216,7 @@ def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer
     job, ranks = load(request.job), request.ranks
     if replicas and job.batch_size < ranks:
         raise UserError(
-            f"a batch of {job.batch_size} cannot be divided over {ranks} ranks",
+            f"a batch of {job.batch_size} has fewer samples than the {ranks} ranks",
             allowed=f"--batch {ranks} or more",
         )
     space = space_of(job, request.machine.device.kind, request.ranks, half_precision_of(request.machine))
@@ -487,9 +487,9 @@ def _refuse_ranks(request: Request, pricer: Pricer) -> None:
     dependence = pricer.dependence
     refuse_wrong_weights(make_plain_plan(request.ranks), dependence)
     raise UserError(
-        f"{request.ranks} ranks share the batch, which {dependence.changes} ({dependence.reason})",
+        f"dividing the batch over {request.ranks} ranks {dependence.changes} ({dependence.reason})",
         allowed="--accuracy any",
-        hint=f"alternatives: {dependence.way_out}",
+        hint=f"instead, use {dependence.way_out}",
     )
 
 

@@ -20,8 +20,8 @@ CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FirstBlocks:
-    """Function that builds the job's model with its first ``count`` blocks only. A trace does not record the
-    construction of such a model."""
+    """A ``build_model`` for a job: called without arguments, it builds the model of ``job`` with its first
+    ``count`` blocks only. A trace does not record the construction of such a model."""
 
     job: Job
     count: int

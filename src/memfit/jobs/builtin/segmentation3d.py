@@ -97,7 +97,7 @@ def make(
 
 
 def _shape(size: str) -> UNetSize:
-    """Return the sizes of the network for ``size``.
+    """Return the sizes of the network for ``size``: "tiny", or "paper" for any other name.
 
     ``paper`` is nnU-Net's 3d_fullres configuration for brain tumours (four image types, four classes).
     """

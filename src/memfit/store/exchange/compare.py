@@ -25,9 +25,10 @@ class Compared(Part):
 
 
 def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
-    """Return the quantities of two records, each with the reasons why its values are not comparable: of plain
-    training ("baseline") and of the recommended plan the peak, step time, energy and mean score; the
-    recommended plan itself; and the verdict."""
+    """Return the quantities of two records, each with the reasons why its values are not comparable.
+
+    They are, in this order: peak, step time, energy and mean score of plain training ("baseline"); the
+    recommended plan; the same four quantities of it; the verdict."""
     same_model = [*_unlike("model", a.model, b.model)]
     same_work = [*same_model, *_unlike("data", a.data, b.data)]
     hardware = [*_unlike("hardware", a.hardware, b.hardware)]

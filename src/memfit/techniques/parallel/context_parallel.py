@@ -119,8 +119,9 @@ def _length(batch: Any, dim: int) -> int:
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim() > dim]
     if not tensors:
         raise UserError(
-            "context-parallel finds no tensor in the batch that has the sequence dimension of the job",
-            hint="name the dimension in Job(sequence_dim=...)",
+            f"context-parallel cuts dimension {dim} of the batch's tensors, the job's sequence_dim, but none "
+            "has that many dimensions",
+            hint="set Job(sequence_dim=...) to the dimension along which the tokens lie",
         )
     return int(tensors[0].shape[dim])
 

@@ -39,8 +39,8 @@ _PLAIN = functional.linear
 
 
 class LinearPatch:
-    """Replaces torch.nn.functional.linear by `_linear` while a watched module runs, also in a
-    recomputation."""
+    """Replaces torch.nn.functional.linear by `_linear`, which saves no view of the weight, while a module
+    given to `during` runs, also when backward recomputes it."""
 
     def __init__(self) -> None:
         self.depth = 0
