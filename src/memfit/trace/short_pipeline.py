@@ -54,8 +54,8 @@ class MemoryLine:
         return _numbers(self._short_count(depth), self.short_stages, self.short_stage, self.virtual)
 
     def depth(self, count: int) -> int:
-        """Return how many blocks per stage the short pipeline must have so that this rank holds as many blocks
-        in it as in the whole pipeline, for a model of ``count`` blocks."""
+        """Return how many blocks per stage the short pipeline must have so that this rank holds as many
+        blocks in it as in the whole pipeline, for a model of ``count`` blocks."""
         sizes = _of_rank(count, self.stages, self.stage, self.virtual)
         return max(sizes) * self.virtual
 
