@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import words
 
-from memfit.cli.options import BoundsOptions, GoalOptions, HereOptions, JobOptions
+from memfit.cli.options import BoundsOptions, GoalOptions, JobOptions, RuntimeOptions
 from memfit.cli.plan import bounds_of
 from memfit.cli.request import request as request_of
 from memfit.planner import single_device
@@ -140,17 +140,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_machine_with_a_gpu_one_line_says_that_the_cpu_trains(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    request_of(JobOptions(), GoalOptions(), HereOptions())
+    request_of(JobOptions(), GoalOptions(), RuntimeOptions())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
         "memfit: this machine's accelerator (cuda) is not used: memfit trains on the processor"
     )
-    request_of(JobOptions(), GoalOptions(), HereOptions(), "H100-SXM")
+    request_of(JobOptions(), GoalOptions(), RuntimeOptions(), "H100-SXM")
     assert capsys.readouterr().err == ""
 
 
 def test_on_a_machine_without_a_gpu_no_warning_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    request_of(JobOptions(), GoalOptions(), HereOptions())
+    request_of(JobOptions(), GoalOptions(), RuntimeOptions())
     assert capsys.readouterr().err == ""
 
 

@@ -42,14 +42,14 @@ class DecideOptions:
     ] = False
 
 
-def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, output: OutputOptions) -> None:
+def decide(options: DecideOptions, effort: EffortOptions, store: StoreOptions, output: OutputOptions) -> None:
     """Compare the costs of four options: the machine you have, a purchase, the cloud, and doing nothing.
 
     The costs follow from the measurements of a proof of concept, the catalog and your own figures.
     """
     language_code = check_language(output.lang)
-    if own.template:
-        if own.case is not None or own.poc is not None:
+    if options.template:
+        if options.case is not None or options.poc is not None:
             raise UserError(
                 "--template cannot be used with --case or the ID of a proof of concept",
                 allowed="--template alone",
@@ -65,8 +65,8 @@ def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, outpu
 
     records = Store(store.store)
     if effort.attended_minutes is not None:
-        proof_of_concept.store_attended_minutes(records, own.poc, effort.attended_minutes)
-    poc, decision = proof_of_concept.decide(records, poc_id=own.poc, case=own.case)
+        proof_of_concept.store_attended_minutes(records, options.poc, effort.attended_minutes)
+    poc, decision = proof_of_concept.decide(records, poc_id=options.poc, case=options.case)
     if output.json:
         emit({"poc_id": poc.poc_id, "decision": serialization.to_plain(decision)})
     else:

@@ -35,8 +35,8 @@ class EngineOptions:
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="For install: the engine. Engines that run beside memfit need no environment of their own "
-            "and are refused.",
+            help="For install: the engine. Engines that are installed in memfit's own environment need no "
+            "other and are refused.",
         ),
     ] = None
     into: Annotated[
@@ -49,11 +49,11 @@ class EngineOptions:
     ] = None
 
 
-def engine(own: EngineOptions, output: JsonOptions) -> None:
+def engine(options: EngineOptions, output: JsonOptions) -> None:
     """List the engines, or create a virtual environment for one whose dependencies conflict with memfit's."""
-    action = check_choice("action", own.action, ("list", "install"))
+    action = check_choice("action", options.action, ("list", "install"))
     if action == "install":
-        _install(own, as_json=output.json)
+        _install(options, as_json=output.json)
     else:
         _list(as_json=output.json)
 

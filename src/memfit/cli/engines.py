@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from memfit.cli.options import GoalOptions, HereOptions, JobOptions, JsonOptions, MachineOptions, WhichOptions
+from memfit.cli.options import (
+    GoalOptions,
+    JobOptions,
+    JsonOptions,
+    MachineOptions,
+    PlanOptions,
+    RuntimeOptions,
+)
 from memfit.cli.output import emit, print_table
 from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, print_workload_of, recommended_plan, request
@@ -16,10 +23,10 @@ if TYPE_CHECKING:
 
 def engines(
     job: JobOptions,
-    which: WhichOptions,
+    plan_options: PlanOptions,
     goal: GoalOptions,
     on: MachineOptions,
-    here: HereOptions,
+    runtime: RuntimeOptions,
     output: JsonOptions,
 ) -> None:
     """Compare the engines that train, for one plan.
@@ -27,8 +34,8 @@ def engines(
     Shows for each engine whether it supports the plan, its predicted memory and step time, whether it is
     installed, the length of its configuration, and facts about its installation and maintenance.
     """
-    plan = plan_file(which)
-    job_request = request(job, goal, here, on.on)
+    plan = plan_file(plan_options)
+    job_request = request(job, goal, runtime, on.on)
     workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.workflows.engine_comparison import choices

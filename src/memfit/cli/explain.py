@@ -11,12 +11,12 @@ import typer
 
 from memfit.cli.options import (
     GoalOptions,
-    HereOptions,
     JobOptions,
     JsonOptions,
     LanguageOptions,
     MachineOptions,
-    WhichOptions,
+    PlanOptions,
+    RuntimeOptions,
 )
 from memfit.cli.output import check_language, console, emit
 from memfit.cli.progress import Bars
@@ -73,28 +73,28 @@ class ExplainOptions:
 
 def explain(
     job: JobOptions,
-    more: ExplainOptions,
-    which: WhichOptions,
+    options: ExplainOptions,
+    plan_options: PlanOptions,
     goal: GoalOptions,
     on: MachineOptions,
-    here: HereOptions,
+    runtime: RuntimeOptions,
     lang: LanguageOptions,
     output: JsonOptions,
 ) -> None:
     """Show what uses the memory of a plan, or why the memory of two plans differs, without running them."""
     language_code = check_language(lang.lang)
-    job, files = _plan_files(job, more)
-    plans = _plans(files, more, which)
-    job_request = request(job, goal, here, on.on)
+    job, files = _plan_files(job, options)
+    plans = _plans(files, options, plan_options)
+    job_request = request(job, goal, runtime, on.on)
     workload = print_workload_of(job_request, lang=language_code, quiet=output.json)
     with Bars(language_code) as progress:
         from memfit.workflows import proof_of_concept
 
         explanations = proof_of_concept.anatomy(
-            job_request, plans or [recommended_plan(job_request, progress)], progress, lines=more.lines
+            job_request, plans or [recommended_plan(job_request, progress)], progress, lines=options.lines
         )
     if len(explanations) == 1:
-        _one(explanations[0], more, workload, lang=language_code, job=job.spec, as_json=output.json)
+        _one(explanations[0], options, workload, lang=language_code, job=job.spec, as_json=output.json)
     else:
         _two(explanations[0], explanations[1], workload, lang=language_code, as_json=output.json)
 
@@ -108,7 +108,7 @@ def _plan_files(job: JobOptions, options: ExplainOptions) -> tuple[JobOptions, l
     return job, files
 
 
-def _plans(files: list[str], options: ExplainOptions, which: WhichOptions) -> list[Plan]:
+def _plans(files: list[str], options: ExplainOptions, plan_options: PlanOptions) -> list[Plan]:
     """Return the plans to explain: those in ``files``, otherwise the plan of --plan or plain training; an
     empty list for --recommended, whose plan must be searched. Raises UserError for more than two plan files,
     an invalid one, options that contradict each other, or an output file that cannot be written."""
@@ -117,7 +117,7 @@ def _plans(files: list[str], options: ExplainOptions, which: WhichOptions) -> li
         writable(path)
     if len(files) > 2:
         raise UserError(f"{len(files)} plan files are given", allowed="one to explain, or two to compare")
-    if files and (which.plan or which.recommended):
+    if files and (plan_options.plan or plan_options.recommended):
         raise UserError(
             "the plan is given both as a file and by --plan or --recommended",
             hint="leave out --plan and --recommended",
@@ -127,7 +127,7 @@ def _plans(files: list[str], options: ExplainOptions, which: WhichOptions) -> li
             "--html, --snapshot and --perfetto show one plan, but two plan files are given",
             hint="leave these options out to compare two plans",
         )
-    selections = [WhichOptions(plan=Path(file)) for file in files] or [which]
+    selections = [PlanOptions(plan=Path(file)) for file in files] or [plan_options]
     return [plan for plan in map(plan_file, selections) if plan is not None]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memfit.cli.options import GoalOptions, HereOptions, JobOptions, JsonOptions, WhichOptions
+from memfit.cli.options import GoalOptions, JobOptions, JsonOptions, PlanOptions, RuntimeOptions
 from memfit.cli.output import check_choice, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, recommended_plan, request
@@ -131,7 +131,7 @@ class ExportOptions:
             "other files of an earlier export.",
         ),
     ] = False
-    given: Annotated[
+    from_files: Annotated[
         list[Path] | None,
         typer.Option(
             "--from",
@@ -164,10 +164,10 @@ class ExportOptions:
 
 def export(
     job: JobOptions,
-    which: WhichOptions,
+    plan_options: PlanOptions,
     goal: GoalOptions,
-    own: ExportOptions,
-    here: HereOptions,
+    options: ExportOptions,
+    runtime: RuntimeOptions,
     output: JsonOptions,
 ) -> None:
     """Write a plan as files to start elsewhere, without training.
@@ -185,45 +185,49 @@ def export(
     from memfit.techniques.plan_file import plan_text
     from memfit.workflows.single_run import resolve_plan
 
-    target = check_choice("--to", own.to, TARGETS)
-    script_words, script_file = _words(own.script)
+    target = check_choice("--to", options.to, TARGETS)
+    script_words, script_file = _words(options.script)
     by_worker = not script_words and target not in LIBRARIES
-    user_files = read_user_files(own.given, ranks=own.ranks, for_worker=by_worker) if own.given else None
+    user_files = (
+        read_user_files(options.from_files, ranks=options.ranks, for_worker=by_worker)
+        if options.from_files
+        else None
+    )
     job, goal = _as_files_say(user_files, job, goal)
-    plan_chosen = which.plan is not None or which.recommended
-    plan = user_files.carried.plan if user_files is not None and not plan_chosen else plan_file(which)
+    plan_chosen = plan_options.plan is not None or plan_options.recommended
+    plan = user_files.carried.plan if user_files is not None and not plan_chosen else plan_file(plan_options)
     if plan is None:
         with Bars("en") as progress:
-            plan = recommended_plan(request(job, goal, here), progress)
+            plan = recommended_plan(request(job, goal, runtime), progress)
     elif open_budget(plan) is not None:
         with Bars("en") as progress:
-            plan = resolve_plan(request(job, goal, here), plan, progress)
+            plan = resolve_plan(request(job, goal, runtime), plan, progress)
     config, job_file, user_files, dependence = _launch(
-        job, goal.engine or "native", plan, here, _kept(own), user_files
+        job, goal.engine or "native", plan, runtime, _kept(options), user_files
     )
     steps = script_steps(config.spec) if script_words and target not in LIBRARIES else ()
-    check_acknowledged(steps, _names(own.script_applies), script=script_words[0] if script_words else "")
+    check_acknowledged(steps, _names(options.script_applies), script=script_words[0] if script_words else "")
     handover = Handover(
         config=config,
-        nodes=own.nodes,
+        nodes=options.nodes,
         script=script_words,
-        max_restarts=own.max_restarts,
-        gpu=own.gpu,
-        image=own.image,
-        setup=own.setup,
-        claim=own.claim,
+        max_restarts=options.max_restarts,
+        gpu=options.gpu,
+        image=options.image,
+        setup=options.setup,
+        claim=options.claim,
         user_files=user_files,
         dependence=dependence,
         own_files={"plan.yaml": plan_text(plan), **(script_file if script_words else job_file)},
     )
     files = bundle(target, handover)
-    write(own.out, files, force=own.force)
+    write(options.out, files, force=options.force)
     if output.json:
         step_texts, caution = {s.name: s.text for s in steps}, dependence_line(handover)
-        summary = {"folder": str(own.out), "files": sorted(files)}
+        summary = {"folder": str(options.out), "files": sorted(files)}
         emit({**summary, "script_steps": step_texts, "dependence": caution})
     else:
-        _print_written(own.out, sorted(files), handover, steps)
+        _print_written(options.out, sorted(files), handover, steps)
 
 
 def _print_written(
@@ -294,7 +298,7 @@ def _launch(
     job: JobOptions,
     engine: str,
     plan: Plan,
-    here: HereOptions,
+    runtime: RuntimeOptions,
     keep: Keep,
     user_files: memfit.export.base.UserFiles | None,
 ) -> tuple[
@@ -342,7 +346,7 @@ def _launch(
         batch_size=batch_size,
         clip=clip,
         sizes=model_sizes(engine, loaded),
-        threads=here.threads or 0,
+        threads=runtime.threads or 0,
         evaluate=plan.ranks == 1,
         keep=keep,
     )

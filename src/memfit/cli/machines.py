@@ -45,10 +45,10 @@ class NameOptions:
     ] = None
 
 
-def machines(which: NameOptions, output: JsonOptions) -> None:
+def machines(options: NameOptions, output: JsonOptions) -> None:
     """List the devices, networks, hosts and places of the catalog, or show one entry with its sources."""
-    if which.name is not None:
-        kind, entry = _found(which.name)
+    if options.name is not None:
+        kind, entry = _found(options.name)
         if output.json:
             emit({kind: entry})
         else:

@@ -30,22 +30,22 @@ def console() -> rich.console.Console:
     return plain if plain.is_terminal else SafeConsole(highlight=False, width=_PIPE_COLUMNS)
 
 
-def check_choice(what: str, given: str, allowed: Iterable[str]) -> str:
-    """Return ``given`` if it is one of ``allowed``. Otherwise raises UserError with the allowed values and,
+def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``allowed``. Otherwise raises UserError with the allowed values and,
     if one is similar, the nearest. ``what`` names the option or kind of value in the error."""
     names = tuple(map(str, allowed))
-    if given in names:
-        return given
-    hint = suggest(given, names, cutoff=0.4)
-    raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(names), hint=hint)
+    if value in names:
+        return value
+    hint = suggest(value, names, cutoff=0.4)
+    raise UserError(f"unknown {what}: {value!r}", allowed=", ".join(names), hint=hint)
 
 
-def check_language(given: str) -> str:
-    """Return ``given``, the value of --lang. Raises UserError if it is not the code of a language that memfit
+def check_language(code: str) -> str:
+    """Return ``code``, the value of --lang. Raises UserError if it is not the code of a language that memfit
     has texts in, "en" or "ja". Call it before any long work begins."""
     from memfit.report.words import LANGUAGES
 
-    return check_choice("--lang", given, LANGUAGES)
+    return check_choice("--lang", code, LANGUAGES)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

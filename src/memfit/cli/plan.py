@@ -12,10 +12,10 @@ import typer
 from memfit.cli.options import (
     BoundsOptions,
     GoalOptions,
-    HereOptions,
     JobOptions,
     MachineOptions,
     OutputOptions,
+    RuntimeOptions,
 )
 from memfit.cli.output import check_language
 from memfit.cli.progress import Bars
@@ -84,7 +84,7 @@ class FromOptions:
     """The files of the user's existing set-up, and the proof of concept whose measurements correct predicted
     step times, with the store that holds it."""
 
-    given: Annotated[
+    from_files: Annotated[
         list[Path] | None,
         typer.Option(
             "--from",
@@ -98,8 +98,9 @@ class FromOptions:
         str | None,
         typer.Option(
             metavar="ID|last",
-            help="Correct the predicted step times by the measured ones of this proof of concept, or of the "
-            "one begun last. It must have run the same job on this machine. Not with --from.",
+            help="Correct the predicted step times by the measured ones of the proof of concept with this "
+            "ID; last: of the one begun last. It must have run the same job on this machine. Not with --from or "
+            "--on another machine.",
         ),
     ] = None
     store: Annotated[
@@ -112,10 +113,10 @@ class FromOptions:
     ] = None
 
 
-def _refuse_options_with_from(limits: BoundsOptions, yours: FromOptions, save: SaveOptions) -> None:
+def _refuse_options_with_from(limits: BoundsOptions, from_options: FromOptions, save: SaveOptions) -> None:
     """Raise UserError for options that do not apply to the set-up in the files of --from."""
     options = {
-        "--corrected-by": yours.corrected_by,
+        "--corrected-by": from_options.corrected_by,
         "--nproc": save.nproc != 1,
         "--deadline": limits.deadline,
         "--budget": limits.budget,
@@ -135,8 +136,8 @@ def plan(
     goal: GoalOptions,
     on: MachineOptions,
     limits: BoundsOptions,
-    here: HereOptions,
-    yours: FromOptions,
+    runtime: RuntimeOptions,
+    from_options: FromOptions,
     save: SaveOptions,
     output: OutputOptions,
 ) -> None:
@@ -148,22 +149,24 @@ def plan(
     language_code = check_language(output.lang)
     if save.save is not None:
         writable(save.save, overwrite=save.force)
-    if yours.given:
-        _refuse_options_with_from(limits, yours, save)
-    if save.measure and (yours.given or on.on != "this"):
+    if from_options.from_files:
+        _refuse_options_with_from(limits, from_options, save)
+    if save.measure and (from_options.from_files or on.on != "this"):
         raise UserError("--measure runs plans on this machine", allowed="--measure without --on and --from")
     budget_s = parse_duration(save.measure_time)
-    if yours.given:
-        from memfit.cli.plan_from_config import plan_given
+    if from_options.from_files:
+        from memfit.cli.plan_from_config import review_files
 
-        read_plan = plan_given(yours.given, job, goal, here, on.on, lang=language_code, as_json=output.json)
+        read_plan = review_files(
+            from_options.from_files, job, goal, runtime, on.on, lang=language_code, as_json=output.json
+        )
         if save.save is not None:
-            read_from = ", ".join(str(p) for p in yours.given)
+            read_from = ", ".join(str(p) for p in from_options.from_files)
             write_plan(save.save, read_plan, note=f"for {job.spec}, read from {read_from}")
         return
-    job_request = request(job, goal, here, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
-    if yours.corrected_by is not None:
-        job_request = _corrected(job_request, yours)
+    job_request = request(job, goal, runtime, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
+    if from_options.corrected_by is not None:
+        job_request = _corrected(job_request, from_options)
     workload = print_workload_of(job_request, lang=language_code, quiet=output.json)
     with (
         best_so_far(lang=language_code, as_json=output.json, workload=workload),
@@ -194,25 +197,25 @@ def _corrected(
     return proof_of_concept.corrected_by(job_request, Store(options.store), poc_id)
 
 
-def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
+def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
     """Return the limits on a plan besides memory and accuracy, None or 0 for those that are not given.
     ``on``: the machine to plan for, as in --on. Raises UserError for a deadline or a budget (in USD) without
     a number of steps, for a deadline, a budget or a micro-batch if ``on`` is "this", for an invalid deadline,
     and for an unknown technique."""
-    limits_training = given.deadline is not None or given.budget is not None
+    limits_training = options.deadline is not None or options.budget is not None
     if limits_training and job.steps is None:
         raise UserError(
             "--deadline and --budget limit the whole training and need its number of steps",
             hint="give --steps",
         )
-    if on == "this" and (limits_training or given.micro_batch):
+    if on == "this" and (limits_training or options.micro_batch):
         raise UserError("--deadline, --budget and --micro-batch need --on with a machine other than this one")
     return Bounds(
         steps=job.steps or 0,
-        deadline_s=parse_duration(given.deadline) if given.deadline is not None else None,
-        budget_usd=given.budget,
-        micro_batch=given.micro_batch or 0,
-        without=excluded_techniques(given.without),
+        deadline_s=parse_duration(options.deadline) if options.deadline is not None else None,
+        budget_usd=options.budget,
+        micro_batch=options.micro_batch or 0,
+        without=excluded_techniques(options.without),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.cli.lint import findings_view, print_findings
-from memfit.cli.options import GoalOptions, RuntimeOptions, JobOptions
+from memfit.cli.options import GoalOptions, JobOptions, RuntimeOptions
 from memfit.cli.output import console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import machine_of, print_workload_of, request
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import memfit.workflows.config_review
 
 
-def plan_given(
+def review_files(
     files: Sequence[Path],
     job: JobOptions,
     goal: GoalOptions,

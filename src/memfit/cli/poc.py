@@ -13,10 +13,10 @@ import typer
 from memfit.cli.options import (
     ExcludedTechniques,
     GoalOptions,
-    HereOptions,
     JobOptions,
     JsonOptions,
     LanguageOptions,
+    RuntimeOptions,
     StoreOptions,
 )
 from memfit.cli.output import check_language, console, emit
@@ -37,8 +37,8 @@ class PocOptions:
             metavar="N",
             min=1,
             help="Number of seeds. With each, plain training and the recommended plan are trained once; the "
-            "verdict is based on these pairs of runs. Fewer than 3 pairs cannot show that results are "
-            "equivalent.",
+            "verdict is based on these pairs of runs. With fewer than 3 pairs, results can only be shown to "
+            "be equivalent if the plan must not change them at all, as with --accuracy exact.",
         ),
     ] = 3
     nproc: Annotated[
@@ -58,8 +58,8 @@ class PocOptions:
 def poc(
     job: JobOptions,
     goal: GoalOptions,
-    own: PocOptions,
-    here: HereOptions,
+    options: PocOptions,
+    runtime: RuntimeOptions,
     store: StoreOptions,
     lang: LanguageOptions,
     output: JsonOptions,
@@ -69,9 +69,9 @@ def poc(
     Exits with code 1 if no run of the recommended plan succeeds.
     """
     language_code = check_language(lang.lang)
-    path = writable(own.out) if own.out is not None else None
+    path = writable(options.out) if options.out is not None else None
     job_request = request(
-        job, goal, here, ranks=own.nproc, bounds=Bounds(without=excluded_techniques(own.without))
+        job, goal, runtime, ranks=options.nproc, bounds=Bounds(without=excluded_techniques(options.without))
     )
     from memfit.store import Store
 
@@ -82,7 +82,7 @@ def poc(
         proof = proof_of_concept.poc(
             job_request,
             store=records,
-            seeds=own.seeds,
+            seeds=options.seeds,
             steps=job.steps,
             report_path=path,
             lang=language_code,

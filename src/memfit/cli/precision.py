@@ -48,15 +48,15 @@ class PrecisionOptions:
     ] = "cuda"
 
 
-def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, output: JsonOptions) -> None:
+def precision(job: JobOptions, options: PrecisionOptions, lang: LanguageOptions, output: JsonOptions) -> None:
     """Show which modules must stay in float32, and the error they would cause in half precision.
 
     The code of each module runs in half precision and in float64 on real activations and gradients. It gets
     the results of its child modules as inputs, so that an error is attributed to the module that causes it.
     """
     language_code = check_language(lang.lang)
-    dtype = check_choice("--dtype", more.dtype, (*_DTYPES, "both"))
-    device = check_choice("--device", more.device, ("cuda", "cpu"))
+    dtype = check_choice("--dtype", options.dtype, (*_DTYPES, "both"))
+    device = check_choice("--device", options.device, ("cuda", "cpu"))
     quiet_libraries()
     from memfit.jobs.registry import load
     from memfit.planner.workload import workload_of
@@ -69,8 +69,8 @@ def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, ou
         results = advise(
             loaded_job,
             _DTYPES if dtype == "both" else (dtype,),
-            batches=more.batches,
-            trained=more.after,
+            batches=options.batches,
+            trained=options.after,
             device=device,
             say=lambda stage, done, total: progress(f"precision-{stage}", done, total, ""),
         )

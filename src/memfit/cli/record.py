@@ -74,50 +74,50 @@ class CompareOptions:
     ]
 
 
-def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None:
+def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> None:
     """Write a proof of concept as one JSON file that others can read, or add one from others to the store."""
-    if sum((own.schema, own.add is not None, own.poc is not None or own.out is not None)) > 1:
+    if sum((options.schema, options.add is not None, options.poc is not None or options.out is not None)) > 1:
         raise UserError(
             "--schema and --add cannot be used together, or with --poc or --out",
             allowed="--schema alone, --add without --poc and --out, or neither",
         )
-    if own.said_by is not None and own.add is None:
+    if options.said_by is not None and options.add is None:
         raise UserError("--from needs --add", allowed="--add FILE.json --from NAME")
     quiet_libraries()
     from memfit.store import Store, exchange
     from memfit.store.database import TAKEN
 
-    if own.schema:
+    if options.schema:
         emit(exchange.schema())
         return
     records = Store(store.store)
-    if own.add is not None:
-        received = exchange.read(own.add)
-        stored = _known(records, received, str(own.add))
+    if options.add is not None:
+        received = exchange.read(options.add)
+        stored = _known(records, received, str(options.add))
         if stored is None:
-            body = {"from": own.said_by or own.add.name, "record": received.model_dump(mode="json")}
+            body = {"from": options.said_by or options.add.name, "record": received.model_dump(mode="json")}
             records.append(received.poc_id, TAKEN, body)
         status = "added" if stored is None else "already in the store:"
         emit({"added": received.poc_id}) if output.json else print(f"{status} {received.poc_id}")
         return
-    text = exchange.text(find_record(own.poc, store.store).record)
-    if own.out is None:
+    text = exchange.text(find_record(options.poc, store.store).record)
+    if options.out is None:
         print(text, end="")
     else:
-        writable(own.out).write_text(text, encoding="utf-8")
-        emit({"record": str(own.out)}) if output.json else print(own.out)
+        writable(options.out).write_text(text, encoding="utf-8")
+        emit({"record": str(options.out)}) if output.json else print(options.out)
 
 
-def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> None:
+def compare(options: CompareOptions, store: StoreOptions, output: JsonOptions) -> None:
     """Compare two records, and say which quantities are not comparable and why."""
     quiet_libraries()
     from memfit.store import exchange
 
-    found_records = [find_record(name, store.store) for name in (own.a, own.b)]
+    found_records = [find_record(name, store.store) for name in (options.a, options.b)]
     rows = exchange.compare(*(origin.record for origin in found_records))
     sources = {side: origin.taken_from for side, origin in zip("AB", found_records, strict=True)}
     if output.json:
-        header = {"a": own.a, "b": own.b, "taken_from": sources}
+        header = {"a": options.a, "b": options.b, "taken_from": sources}
         emit(header | {"compared": [r.model_dump() for r in rows]})
         return
     print_table(

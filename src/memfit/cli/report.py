@@ -40,16 +40,16 @@ class ReportOptions:
     ] = None
 
 
-def report(own: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
+def report(options: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
     """Write the HTML report of a proof of concept in the store, also of one that was interrupted."""
     language_code = check_language(lang.lang)
-    path = writable(own.out) if own.out is not None else None
+    path = writable(options.out) if options.out is not None else None
     quiet_libraries()
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
     report_path = proof_of_concept.report(
-        Store(store.store), poc_id=own.poc, case=own.case, path=path, lang=language_code
+        Store(store.store), poc_id=options.poc, case=options.case, path=path, lang=language_code
     )
     if output.json:
         emit({"report": str(report_path)})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import GoalOptions, HereOptions, JobOptions, WhichOptions
+from memfit.cli.options import GoalOptions, JobOptions, PlanOptions, RuntimeOptions
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cost.host import with_host_memory
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def request(
     job: JobOptions,
     goal: GoalOptions,
-    here: HereOptions,
+    runtime: RuntimeOptions,
     on: str = "this",
     *,
     ranks: int = 1,
@@ -42,7 +42,7 @@ def request(
     elsewhere, and about an accelerator of this machine that is not used."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(check_choice("--accuracy", goal.accuracy, Accuracy))
-    machine = machine_of(on, here.place)
+    machine = machine_of(on, runtime.place)
     if goal.host_memory is not None:
         machine = with_host_memory(machine, parse_bytes(goal.host_memory))
     count = machine.device_count
@@ -66,11 +66,11 @@ def request(
         cap_bytes=cap_bytes,
         goal=Objective(check_choice("--goal", goal.goal, Objective)),
         accuracy=accuracy,
-        threads=here.threads or 0,
+        threads=runtime.threads or 0,
         engine=engine(goal.engine or "native").name,
         ranks=ranks,
         bounds=bounds or Bounds(),
-        recalibrate=here.recalibrate,
+        recalibrate=runtime.recalibrate,
     )
 
 
@@ -138,17 +138,17 @@ def excluded_techniques(names: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(technique(name).name for name in names or ())
 
 
-def plan_file(which: WhichOptions) -> Plan | None:
+def plan_file(plan_options: PlanOptions) -> Plan | None:
     """Return the plan in the file of --plan, None for --recommended, or plain training without either. Raises
     UserError for both options together and for an invalid file."""
-    if which.plan is None:
-        return None if which.recommended else Plan()
-    if which.recommended:
+    if plan_options.plan is None:
+        return None if plan_options.recommended else Plan()
+    if plan_options.recommended:
         raise UserError("--plan and --recommended both choose the plan", hint="leave one of them out")
     quiet_libraries()
     from memfit.techniques.plan_file import read_plan
 
-    return read_plan(which.plan)
+    return read_plan(plan_options.plan)
 
 
 def recommended_plan(asked: memfit.planner.single_device.Request, progress: Bars) -> Plan:

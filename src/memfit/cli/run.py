@@ -11,11 +11,11 @@ import typer
 
 from memfit.cli.options import (
     GoalOptions,
-    HereOptions,
     JobOptions,
     JsonOptions,
+    PlanOptions,
+    RuntimeOptions,
     StoreOptions,
-    WhichOptions,
 )
 from memfit.cli.output import emit
 from memfit.cli.progress import Bars
@@ -88,10 +88,10 @@ class RunOptions:
 
 def run(
     job: JobOptions,
-    which: WhichOptions,
+    plan_options: PlanOptions,
     goal: GoalOptions,
-    own: RunOptions,
-    here: HereOptions,
+    options: RunOptions,
+    runtime: RuntimeOptions,
     store: StoreOptions,
     output: JsonOptions,
 ) -> None:
@@ -99,9 +99,9 @@ def run(
 
     Exits with code 1 if the run does not complete.
     """
-    timeout_s = parse_duration(own.timeout) if own.timeout is not None else None
-    plan = plan_file(which)
-    job_request = dataclasses.replace(request(job, goal, here), timeout_s=timeout_s)
+    timeout_s = parse_duration(options.timeout) if options.timeout is not None else None
+    plan = plan_file(plan_options)
+    job_request = dataclasses.replace(request(job, goal, runtime), timeout_s=timeout_s)
     workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.store import Store
@@ -109,15 +109,15 @@ def run(
 
         if plan is None:
             plan = recommended_plan(job_request, progress)
-        capped = goal.memory is not None if own.capped is None else own.capped
+        capped = goal.memory is not None if options.capped is None else options.capped
         finished_run = proof_of_concept.run_plan(
             job_request,
             plan,
-            seed=own.seed,
+            seed=options.seed,
             steps=job.steps,
             capped=capped,
             progress=progress,
-            keep=checkpoint_settings(own),
+            keep=checkpoint_settings(options),
             store=Store(store.store),
         )
     if output.json:
@@ -130,12 +130,14 @@ def run(
         raise typer.Exit(1)
 
 
-def checkpoint_settings(own: RunOptions) -> Keep:
+def checkpoint_settings(options: RunOptions) -> Keep:
     """Return where checkpoints are written, how often, and which one is resumed; the folders are "" if none
     are written or resumed. Raises UserError for --save-every without --save."""
-    if own.save_every and own.save is None:
+    if options.save_every and options.save is None:
         raise UserError("--save-every needs --save", allowed="--save DIR --save-every N")
-    return Keep(save=str(own.save or ""), every_steps=own.save_every, resume=str(own.resume or ""))
+    return Keep(
+        save=str(options.save or ""), every_steps=options.save_every, resume=str(options.resume or "")
+    )
 
 
 def lines(run: Run) -> Iterator[str]:

@@ -12,9 +12,9 @@ from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import (
     EffortOptions,
     GoalOptions,
-    HereOptions,
     JobOptions,
     OutputOptions,
+    RuntimeOptions,
     StoreOptions,
 )
 from memfit.cli.output import check_language, console, emit
@@ -58,7 +58,8 @@ class ScaleOptions:
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Predict the pilot on this machine, given as in --on of `memfit plan`. Default: no pilot.",
+            help="Predict the pilot, the stage between the proof of concept and the full-size training, on "
+            "this machine, given as in --on of `memfit plan`. Default: no pilot.",
         ),
     ] = None
     full: Annotated[
@@ -88,10 +89,10 @@ class ScaleOptions:
 
 
 def scale(
-    own: ScaleOptions,
+    options: ScaleOptions,
     effort: EffortOptions,
     goal: GoalOptions,
-    here: HereOptions,
+    runtime: RuntimeOptions,
     store: StoreOptions,
     output: OutputOptions,
 ) -> None:
@@ -101,14 +102,14 @@ def scale(
     If a gate does not hold, no stage is predicted and the exit code is 1.
     """
     lang = check_language(output.lang)
-    machines = {n: m for n, m in (("pilot", own.pilot), ("full", own.full)) if m is not None}
+    machines = {n: m for n, m in (("pilot", options.pilot), ("full", options.full)) if m is not None}
     for name in machines.values():
-        machine_of(name, here.place)  # raises for an unknown machine before any long work begins
+        machine_of(name, runtime.place)  # raises for an unknown machine before any long work begins
     quiet_libraries()
     from memfit.decision import rollout_gates
 
-    limits = rollout_gates.read(own.gates) if own.gates is not None else rollout_gates.Gates()
-    sourced_record = find_record(own.record, store.store)
+    limits = rollout_gates.read(options.gates) if options.gates is not None else rollout_gates.Gates()
+    sourced_record = find_record(options.record, store.store)
     if effort.attended_minutes is not None:
         sourced_record = _attended(sourced_record, effort.attended_minutes, store)
     record = sourced_record.record
@@ -116,13 +117,13 @@ def scale(
     failed = [gate for gate in gate_results if not gate.holds]
     stages: dict[str, Any] = {}
     if not failed and machines:
-        job, plans = _job(own.job or _spec(sourced_record, store), own.size), []
+        job, plans = _job(options.job or _spec(sourced_record, store), options.size), []
         for name, on in machines.items():
-            stages[name], planning = _stage(job, on, goal, here)
+            stages[name], planning = _stage(job, on, goal, runtime)
             plans.append(planning)
         if not sourced_record.taken_from:
             _keep(record.poc_id, plans, store)
-    decision = None if sourced_record.taken_from else _decision(record.poc_id, stages, own.gates, store)
+    decision = None if sourced_record.taken_from else _decision(record.poc_id, stages, options.gates, store)
     if output.json:
         stages = stages if decision is None or failed else _with_money(stages, decision[1])
         details = {
@@ -183,7 +184,7 @@ def _job(spec: str, size: str | None) -> JobOptions:
 
 
 def _stage(
-    job: JobOptions, on: str, goal: GoalOptions, here: HereOptions
+    job: JobOptions, on: str, goal: GoalOptions, runtime: RuntimeOptions
 ) -> tuple[dict[str, Any], memfit.planner.single_device.Planning]:
     """Search for the plan of a stage on the machine ``on``. Return (the recommended plan with its prediction
     and what would stop the stage, as plain data; the search's result). Raises NothingFits if no plan fits the
@@ -191,7 +192,7 @@ def _stage(
     from memfit.planner import single_device
     from memfit.types.units import format_bytes
 
-    job_request = request(job, goal, here, on)
+    job_request = request(job, goal, runtime, on)
     with Bars("en") as progress:
         planning = single_device.search(job_request, progress)
     choice = planning.result.recommended

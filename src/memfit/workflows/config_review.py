@@ -23,7 +23,7 @@ from memfit.types.result import Choice, Estimate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigReview:
-    """An existing plan, ``given``, and better ones.
+    """The estimate of an ``existing`` plan, and better plans.
 
     ``needed_bytes``: memory of one device that the existing plan needs. ``fits``: whether that is at most
     ``cap_bytes`` and the host has enough memory; ``fits`` and ``cap_bytes`` are None on a CPU if no cap was
@@ -32,7 +32,7 @@ class ConfigReview:
     ``nothing`` is the text of the error.
     """
 
-    given: Estimate
+    existing: Estimate
     fits: bool | None
     needed_bytes: int
     cap_bytes: int | None
@@ -86,19 +86,19 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
     """
     _, pricer = make_pricer(request)
     progress("trace", 0, 0, plan.label)
-    given_estimate = pricer.whole(check(plan, request.machine))
+    existing_estimate = pricer.whole(check(plan, request.machine))
     cap_bytes = request.cap_bytes
     if cap_bytes is None and request.machine.device.kind != "cpu":
         cap_bytes = int(request.machine.device.memory_bytes.value)
-    need_bytes = needed_bytes(given_estimate, request.machine)
+    need_bytes = needed_bytes(existing_estimate, request.machine)
     comparison = ConfigReview(
-        given=given_estimate,
+        existing=existing_estimate,
         needed_bytes=need_bytes,
         cap_bytes=cap_bytes,
-        fits=None if cap_bytes is None else fits_under(cap_bytes, request.machine)(given_estimate),
+        fits=None if cap_bytes is None else fits_under(cap_bytes, request.machine)(existing_estimate),
     )
     if plan.ranks == 1:
-        if cap_bytes is None:  # on a CPU, the cap is what the given plan needs
+        if cap_bytes is None:  # on a CPU, the cap is what the existing plan needs
             request = dataclasses.replace(request, cap_bytes=need_bytes)
         try:
             recommended = search(request, progress).result.recommended
@@ -111,10 +111,10 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
         with contextlib.suppress(UserError):  # the job does not support it, for example half a sample
             neighbour_estimate = pricer.whole(check(neighbour))
             if effect_of(neighbour, neighbour_estimate.dependence) <= max(
-                effect_of(plan, given_estimate.dependence), EffectClass.E2
+                effect_of(plan, existing_estimate.dependence), EffectClass.E2
             ):
                 better.append(neighbour_estimate)
-    smaller = [e for e in better if e.allocated_bytes.value < given_estimate.allocated_bytes.value]
+    smaller = [e for e in better if e.allocated_bytes.value < existing_estimate.allocated_bytes.value]
     return dataclasses.replace(
         comparison, better=tuple(sorted(smaller, key=lambda e: e.allocated_bytes.value))
     )
