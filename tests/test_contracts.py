@@ -192,7 +192,6 @@ DIMENSIONLESS = {
     "shown",
     "slots",
     "best",
-    "tight",
     "way",
     "back_way",
     "reference",

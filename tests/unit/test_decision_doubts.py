@@ -134,7 +134,7 @@ def test_upper_bound_of_the_pilot_uses_the_upper_ends_of_time_power_and_rates() 
     """By hand: 10,000 steps of 1.25 s are 3.47 h; steps may take 1.3 times as long, and power and rates their
     own upper ends; 2 hours of set-up at 60 $."""
     made, view = seen(CARD)
-    stage, terms = pilot(made), {t.name: t for t in made.told}
+    stage, terms = pilot(made), {t.name: t for t in made.numbers}
     kwh = 10_000 * 1.25 / 3600 * 0.5
     end = {
         n: known(terms[n].high)

@@ -173,7 +173,7 @@ def test_attended_minutes_given_on_the_command_line_are_stored_with_the_poc(
     assert main(["record", "--store", store]) == 0
     assert json.loads(capsys.readouterr().out)["effort"]["attended_minutes"] == 45
     assert main(["decide", "--store", store, "--json", "--attended-minutes", "30"]) == 0
-    numbers = json.loads(capsys.readouterr().out)["decision"]["told"]
+    numbers = json.loads(capsys.readouterr().out)["decision"]["numbers"]
     assert [n["value"] for n in numbers if n["name"] == "setup_hours"] == [0.5]
 
 

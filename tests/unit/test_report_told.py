@@ -28,7 +28,7 @@ def named(text: str) -> set[str | None]:
 
 
 def test_every_translated_text_is_japanese_with_the_same_placeholders() -> None:
-    for text, here in JA.told.items():
+    for text, here in JA.translations.items():
         assert JAPANESE.search(here), text
         assert named(here) == named(text), text
 

@@ -197,7 +197,7 @@ def test_figures_follow_the_sliders_by_the_formulas(opened: Any, moves: dict[str
     assert opened.locator("[data-live=present]").inner_text().strip() == yen(sheets[best].present_cost)
     assert opened.locator("tr.best [data-name]").first.inner_text().endswith(ways[best].machine)
     setup = moves.get("setup", 12.0) / 12.0
-    told = tuple(_ranged(t, decision.terms, terms, setup) for t in decision.told)
+    told = tuple(_ranged(t, decision.terms, terms, setup) for t in decision.numbers)
     _same_stages(
         opened,
         dataclasses.replace(decision, terms=terms, ways=tuple(ways), sheets=tuple(sheets), told=told),

@@ -15,19 +15,19 @@ _DUST: Final = 1e-9  # relative to the saving: a smaller swing is rounding
 
 
 def interval(
-    best: Alternative, reference: Alternative, terms: Terms, told: Sequence[Term], *, draws: int = DRAWS
+    best: Alternative, reference: Alternative, terms: Terms, numbers: Sequence[Term], *, draws: int = DRAWS
 ) -> tuple[Interval, float] | None:
     """Return (interval of what ``best`` saves over ``reference`` in percent; percentage of draws in which it
     saves anything).
 
-    ``told``: the numbers of the decision with their ranges. The interval goes from the 5th to the 95th
+    ``numbers``: the numbers of the decision with their ranges. The interval goes from the 5th to the 95th
     percentile of ``draws`` random draws of them, widened to contain the saving at their values. It is that
     point, with 0 or 100 percent, if no number has a range or both options are the same. None if the saving is
     unknown.
     """
     import numpy
 
-    saved_at, spans = _saver(best, reference, terms, told), ranged(told)
+    saved_at, spans = _saver(best, reference, terms, numbers), ranged(numbers)
     point = saved_at({})
     if point is None:
         return None
@@ -61,7 +61,7 @@ def _drawn(name: str, span: Interval, draws: int) -> Any:
 
 
 def tornado(
-    best: Alternative, reference: Alternative, terms: Terms, told: Sequence[Term]
+    best: Alternative, reference: Alternative, terms: Terms, numbers: Sequence[Term]
 ) -> tuple[Swing, ...]:
     """Return what ``best`` saves over ``reference`` at both ends of each number's range, the other numbers
     unchanged; largest effect first.
@@ -69,8 +69,8 @@ def tornado(
     Numbers without a range, those whose effect is only rounding, and those with which the saving is unknown
     are left out.
     """
-    swings, saved_at = [], _saver(best, reference, terms, told)
-    for name, span in ranged(told).items():
+    swings, saved_at = [], _saver(best, reference, terms, numbers)
+    for name, span in ranged(numbers).items():
         low, high = (saved_at({name: end}) for end in (span.low, span.high))
         if low is None or high is None:
             continue
@@ -98,14 +98,14 @@ def replace_numbers(terms: Terms, values: Mapping[str, Any]) -> Terms:
     return dataclasses.replace(terms, **changes)
 
 
-def ranged(told: Sequence[Term]) -> dict[str, Interval]:
-    """Return {name: range} of the numbers of ``told`` that the formulas of an option use and whose range is
-    not a point.
+def ranged(numbers: Sequence[Term]) -> dict[str, Interval]:
+    """Return {name: range} of those of ``numbers`` that the formulas of an option use and whose range is not
+    a point.
     """
     fields = {*OWN, *(f.name for f in dataclasses.fields(Terms))}
     return {
         t.name: Interval(value=t.value, low=t.low, high=t.high)
-        for t in told
+        for t in numbers
         if t.name in fields and t.value is not None and t.low is not None and t.high is not None
         if t.low < t.high
     }

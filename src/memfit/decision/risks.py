@@ -16,21 +16,21 @@ _TIGHT_PERCENT = 2.0  # % of the cap left free at the tightest step: below this,
 _FEW_MACHINES = 5
 
 
-def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
+def risks(poc: Poc, decision: Decision) -> tuple[Risk, ...]:
     """Return the seven risks of a decision whose stages are already set, each with its level and evidence:
     accuracy, stability, reproducibility, load (of the people), maturity, supply and security.
 
     Their `loss` is the highest cost of the pilot, None if unknown; always None for security, which is not a
     matter of money.
     """
-    loss = next((s.most for s in made.stages if s.name == "pilot"), None)
+    loss = next((s.most for s in decision.stages if s.name == "pilot"), None)
     entries = (
-        _accuracy(poc, made),
+        _accuracy(poc, decision),
         _stability(poc),
         _reproducibility(poc),
         _load(poc),
-        _maturity(poc, made),
-        _supply(made),
+        _maturity(poc, decision),
+        _supply(decision),
         _security(poc),
     )
     return tuple(

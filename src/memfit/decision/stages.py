@@ -17,7 +17,11 @@ from memfit.types.result import Offer, Poc
 
 
 def stages(
-    poc: Poc, made: Decision, offers: Sequence[Offer], named: Mapping[str, str], limits: rollout_gates.Gates
+    poc: Poc,
+    decision: Decision,
+    offers: Sequence[Offer],
+    named: Mapping[str, str],
+    limits: rollout_gates.Gates,
 ) -> tuple[Stage, ...]:
     """Return the stages PoC, pilot and full; the gates are those of the PoC.
 
@@ -29,34 +33,37 @@ def stages(
     except UserError:
         return ()
     gates = rollout_gates.evaluate(record, limits)
-    energy_j, hours = _energy_j(poc, made.terms), (poc.effort.attended_minutes or 0.0) / 60
+    energy_j, hours = _energy_j(poc, decision.terms), (poc.effort.attended_minutes or 0.0) / 60
     poc_stage = Stage(
         name="poc",
         state="done",
         machine=poc.machine,
         plan=poc.search.recommended.estimate.plan.label if poc.search.recommended else "",
         engine=record.recommended.engine,
-        spent=None if energy_j is None else running_cost(energy_j, hours, made.terms),
+        spent=None if energy_j is None else running_cost(energy_j, hours, decision.terms),
         to_spend=0.0,
-        unpaid=() if poc.effort.attended_minutes == 0 else _unpaid_poc(poc, made),
+        unpaid=() if poc.effort.attended_minutes == 0 else _unpaid_poc(poc, decision),
         gates=tuple(gate.words for gate in gates),
         energy_j=energy_j,
         hours=hours,
     )
     state = "next" if all(gate.holds for gate in gates) else "stopped"
-    pilot_way = _named(made, named.get("pilot")) or (pilot(made) if "pilot" not in named else None)
-    full_way = _named(made, named.get("full"))
-    if full_way is None and "full" not in named and made.best is not None:
-        full_way = made.ways[made.best]
-    pilot_stage = _stage("pilot", state, named.get("pilot", ""), pilot_way, offers, made)
-    full_stage = _stage("full", "later", named.get("full", ""), full_way, offers, made)
+    pilot_way = _named(decision, named.get("pilot")) or (pilot(decision) if "pilot" not in named else None)
+    full_way = _named(decision, named.get("full"))
+    if full_way is None and "full" not in named and decision.best is not None:
+        full_way = decision.ways[decision.best]
+    pilot_stage = _stage("pilot", state, named.get("pilot", ""), pilot_way, offers, decision)
+    full_stage = _stage("full", "later", named.get("full", ""), full_way, offers, decision)
     pilot_stage = dataclasses.replace(
-        pilot_stage, to_spend=pilot_cost(made, pilot_way), most=pilot_most(made, pilot_way), ends=_dear(made)
+        pilot_stage,
+        to_spend=pilot_cost(decision, pilot_way),
+        most=pilot_most(decision, pilot_way),
+        ends=_dear(decision),
     )
     return (
         poc_stage,
         pilot_stage,
-        dataclasses.replace(full_stage, to_spend=cost_after_pilot(made, full_way, pilot_way)),
+        dataclasses.replace(full_stage, to_spend=cost_after_pilot(decision, full_way, pilot_way)),
     )
 
 
@@ -67,24 +74,26 @@ def _unpaid_poc(poc: Poc, decision: Decision) -> tuple[str, ...]:
 
 
 def _unpriced(decision: Decision) -> tuple[str, ...]:
-    has_price = any(t.name == "labour_per_hour" and t.value is not None for t in decision.told)
+    has_price = any(t.name == "labour_per_hour" and t.value is not None for t in decision.numbers)
     return () if has_price else ("money.labour_per_hour",)
 
 
-def cost_after_pilot(made: Decision, whole: Alternative | None, trial: Alternative | None) -> float | None:
+def cost_after_pilot(
+    decision: Decision, whole: Alternative | None, trial: Alternative | None
+) -> float | None:
     """Return the present cost of the option ``whole`` of the full stage after the pilot with ``trial``.
 
     The pilot has already paid the setup of the plan, and that of the machine if both options use the same one
     and both own, rent or buy it. The cost is not reduced if the pilot's cost is unknown. None if there is no
     ``whole`` or its cost is unknown.
     """
-    cost = None if whole is None else made.sheets[made.ways.index(whole)].present_cost
-    if cost is None or whole is None or trial is None or pilot_cost(made, trial) is None:
+    cost = None if whole is None else decision.sheets[decision.ways.index(whole)].present_cost
+    if cost is None or whole is None or trial is None or pilot_cost(decision, trial) is None:
         return cost
     same_machine = (trial.kind, trial.machine) == (whole.kind, whole.machine)
     paid_hours = min(trial.plan_hours, whole.plan_hours)
     paid_hours += whole.setup_hours - whole.plan_hours if same_machine else 0.0
-    return cost - paid_hours * made.terms.labour_per_hour
+    return cost - paid_hours * decision.terms.labour_per_hour
 
 
 def _named(decision: Decision, machine: str | None) -> Alternative | None:
@@ -150,32 +159,32 @@ def _back(decision: Decision, machine: str, plain: bool) -> tuple[str, int | Non
     return ("reference", decision.reference) if elsewhere and not plain else ("stay", None)
 
 
-def pilot(made: Decision) -> Alternative | None:
+def pilot(decision: Decision) -> Alternative | None:
     """Return the option of the pilot: one run before anything is bought, on an existing or rented machine.
 
     It is the best option if that is not a purchase. Otherwise it is a rental with the same kind of plan
     (plain or recommended): of the same machine if possible, else the cheapest. None if there is none.
     """
-    if made.best is None:
+    if decision.best is None:
         return None
-    best = made.ways[made.best]
+    best = decision.ways[decision.best]
     if best.kind != "purchase":
         return best
-    rentals = [w for w in made.ways if w.kind == "cloud" and w.plain is best.plain]
+    rentals = [w for w in decision.ways if w.kind == "cloud" and w.plain is best.plain]
     same_machine = [w for w in rentals if w.machine == best.machine]
-    one_run = dataclasses.replace(made.terms, runs_per_year=1, years=1)
+    one_run = dataclasses.replace(decision.terms, runs_per_year=1, years=1)
     return min(same_machine or rentals, key=lambda w: sheet(w, one_run).rental_per_year, default=None)
 
 
-def pilot_cost(made: Decision, way: Alternative | None) -> float | None:
+def pilot_cost(decision: Decision, way: Alternative | None) -> float | None:
     """Return the cost of a pilot: setup and one run, with monthly charges for each month begun.
 
     None without an option, if it is a purchase, or if its power is unknown and not included in a rent.
     """
-    return None if way is None or way.kind == "purchase" else _one_run(way, made.terms)[0]
+    return None if way is None or way.kind == "purchase" else _one_run(way, decision.terms)[0]
 
 
-def pilot_most(made: Decision, way: Alternative | None) -> float | None:
+def pilot_most(decision: Decision, way: Alternative | None) -> float | None:
     """Return the highest cost of a pilot: setup and one run with every number at its most expensive end, plus
     people's hours of operating the machine in each month begun.
 
@@ -183,10 +192,12 @@ def pilot_most(made: Decision, way: Alternative | None) -> float | None:
     """
     if way is None or way.kind == "purchase":
         return None
-    ends = _dear(made)
-    user_values = {t.name: t.value for t in made.told if t.name in OWN and t.value is not None}
-    dear_terms = monte_carlo.replace_numbers(made.terms, {n: end for n, end in ends.items() if n not in OWN})
-    cost, people = _one_run(monte_carlo.with_draw(way, ends, user_values, made.terms), dear_terms)
+    ends = _dear(decision)
+    user_values = {t.name: t.value for t in decision.numbers if t.name in OWN and t.value is not None}
+    dear_terms = monte_carlo.replace_numbers(
+        decision.terms, {n: end for n, end in ends.items() if n not in OWN}
+    )
+    cost, people = _one_run(monte_carlo.with_draw(way, ends, user_values, decision.terms), dear_terms)
     return None if cost is None else cost + people
 
 
@@ -194,7 +205,7 @@ def _dear(decision: Decision) -> dict[str, float]:
     """Return {name of a number: most expensive end of its range}: the low end of utilisation_ratio, the high
     end of all others. Numbers without a range are left out.
     """
-    spans = monte_carlo.ranged(decision.told).items()
+    spans = monte_carlo.ranged(decision.numbers).items()
     return {name: span.low if name == "utilisation_ratio" else span.high for name, span in spans}
 
 

@@ -43,33 +43,33 @@ MONEY: Final = (  # costs of an option, named as in CostSheet, in the order of t
 )
 
 
-def decision_view(poc: Poc, made: Decision) -> DecisionView:
+def decision_view(poc: Poc, decision: Decision) -> DecisionView:
     """Convert a decision to the rows and sentences of the page."""
-    ways = tuple(_way(made, slot, index) for slot, index in made.slots)
+    ways = tuple(_way(decision, slot, index) for slot, index in decision.slots)
     best = next((w for w in ways if w.best and not w.again), None)
     reference = next((w for w in ways if w.reference), None)
-    interval = made.saved_interval_percent
+    interval = decision.saved_interval_percent
     energy = energy_saved(poc.runs)
     view = DecisionView(
-        made=made,
+        decision=decision,
         questions={},
         ways=ways,
         best=best,
         reference=reference,
-        saved=_percent(made.saved_percent),
+        saved=_percent(decision.saved_percent),
         saved_low=_percent(interval.low if interval else None),
         saved_high=_percent(interval.high if interval else None),
-        chance=predicted(made.chance_percent, "percent", SAVING),
-        payback=_payback(made),
-        swings=tuple((s.name, _percent(s.low_percent), _percent(s.high_percent)) for s in made.swings),
-        risks=tuple(map(partial(_risk, made), made.risks)),
-        stages=tuple(_stage(made, stage) for stage in made.stages),
+        chance=predicted(decision.chance_percent, "percent", SAVING),
+        payback=_payback(decision),
+        swings=tuple((s.name, _percent(s.low_percent), _percent(s.high_percent)) for s in decision.swings),
+        risks=tuple(map(partial(_risk, decision), decision.risks)),
+        stages=tuple(_stage(decision, stage) for stage in decision.stages),
         gains=(),
         phrases=(),
-        terms=tuple(_term(made, term) for term in made.told),
-        prices=tuple(price_rows(made)),
+        terms=tuple(_term(decision, term) for term in decision.numbers),
+        prices=tuple(price_rows(decision)),
         energy_saved=energy and (sourced(_energy_saved(*energy), POC), energy[1]),
-        sliders=sliders(made),
+        sliders=sliders(decision),
     )
     view = dataclasses.replace(view, stages=tuple(_with_back(view, row) for row in view.stages))
     return dataclasses.replace(

@@ -57,9 +57,9 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     existing_ways = [w for w in view.ways if w.slot.startswith("existing")]
     if not existing_ways:  # the recommended plan's result answers the question, plain training's does not
         return (*reversed(poc_sentences), Sentence(key="decide.fits.unnamed"))
-    machine = view.made.ways[existing_ways[0].index].machine
+    machine = view.decision.ways[existing_ways[0].index].machine
     sufficient_ways = [w for w in existing_ways if w.enough]
-    certain_ways = [w for w in sufficient_ways if view.made.ways[w.index].fit_percent == 100]
+    certain_ways = [w for w in sufficient_ways if view.decision.ways[w.index].fit_percent == 100]
     way = (certain_ways or sufficient_ways or existing_ways)[0]
     plain = [w.plain for w in certain_ways or sufficient_ways]
     key = "none" if not plain else "both" if len(plain) == 2 else "plain" if plain[0] else "recommended"
@@ -81,12 +81,12 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
 
 def _money(view: DecisionView) -> tuple[Sentence, ...]:
     if view.best is None:
-        return (Sentence(key=f"decide.money.{view.made.why_none}"),)
+        return (Sentence(key=f"decide.money.{view.decision.why_none}"),)
     best = view.best
     values: dict[str, Figure | str | Sentence] = {
         "way": best.name,
         "cost": best.money["present_cost"],
-        "years": assumed(view.made.terms.years, "count", term_anchor("years")),
+        "years": assumed(view.decision.terms.years, "count", term_anchor("years")),
         "initial": best.money["initial"],
         "running": best.money["running_per_year"],
         "saved": view.saved,
@@ -122,7 +122,7 @@ def _doubtful(view: DecisionView) -> list[int]:
     An existing machine is left out, because the answer to the question "fits" covers it.
     """
     indices = dict.fromkeys(row.index for row in (view.best, view.reference) if row is not None)
-    ways = view.made.ways
+    ways = view.decision.ways
     return [i for i in indices if ways[i].fit_percent < 100 and ways[i].kind != "existing"]
 
 
@@ -136,12 +136,12 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
         return
     if view.best.at_least:
         yield from _rank(view, view.best)
-    if view.made.size == poc.job_size:
+    if view.decision.size == poc.job_size:
         yield Sentence(key="decide.money.same_size", values={"size": poc.job_size})
     if view.reference is not None and view.reference.index != view.best.index:
         values: Filled = {"hours": view.best.hours, "other": view.reference.hours}
         yield Sentence(key="decide.money.gain_time", values=values)
-    machine = view.made.ways[view.best.index].machine
+    machine = view.decision.ways[view.best.index].machine
     extended_reaches = [
         r for r in poc.reach if r.recommended and (r.plain is None or r.recommended > r.plain)
     ]
@@ -162,7 +162,7 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
 def _unknown(view: DecisionView, best: AlternativeRow) -> Sentence:
     """Return the sentence that the best option's cost is a lower bound, because working hours are missing in
     it; if it is cheaper than the reference, with the cost of these hours up to which it is."""
-    decision, reference = view.made, view.reference
+    decision, reference = view.decision, view.reference
     sheets = (decision.sheets[reference.index if reference else best.index], decision.sheets[best.index])
     allowance = (sheets[0].present_cost or 0.0) - (sheets[1].present_cost or 0.0)
     if allowance <= 0:
@@ -177,8 +177,8 @@ def _with_saving(view: DecisionView) -> list[Sentence]:
     and by how much it is more expensive than the best option, which is plain training. Empty if there is no
     such option or no reference.
     """
-    decision, reference = view.made, view.reference
-    index = decision.tight
+    decision, reference = view.decision, view.reference
+    index = decision.recommended
     if index is None or reference is None:
         return []
     share = decision.sheets[index].saved_percent(decision.sheets[reference.index])
@@ -192,7 +192,7 @@ def _with_saving(view: DecisionView) -> list[Sentence]:
 def _rank(view: DecisionView, best: AlternativeRow) -> list[Sentence]:
     """Return one sentence: the cheapest option whose hours of work are all known, and up to which cost of its
     own missing hours ``best`` is cheaper. Empty if there is no such option."""
-    decision = view.made
+    decision = view.decision
     costs = {w.index: decision.sheets[w.index].present_cost for w in view.ways if w.enough and not w.at_least}
     complete_costs = {i: c for i, c in costs.items() if c is not None and decision.ways[i].kind != "nothing"}
     if not complete_costs:
@@ -233,7 +233,7 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
         return (Sentence(key="decide.next.unfinished"),)
     pilot = view.stages[1]
     if (failed_gate := _stopped(view)) is not None:
-        limit_notes = [Sentence(key="stages.own_limits")] if view.made.own_limits else []
+        limit_notes = [Sentence(key="stages.own_limits")] if view.decision.own_limits else []
         return (Sentence(key="decide.next.stopped", values=failed_gate), *limit_notes)
     if not pilot.stage.machine:
         return (Sentence(key="decide.next.predict"),)

@@ -19,7 +19,7 @@ def headline(view: DecisionView) -> str:
     does_not_pay (the best option is plain training), is_reference (it is the reference), no_reference, or
     without a best option the reason why there is none."""
     if view.best is None:
-        return view.made.why_none
+        return view.decision.why_none
     if view.reference is None or view.saved.value is None:
         return "no_reference"
     if view.reference.index == view.best.index:
@@ -32,7 +32,7 @@ def headline(view: DecisionView) -> str:
 def costs_more(view: DecisionView, index: int) -> Sentence | None:
     """Return by how much the option at ``index`` is more expensive than the best one: in percent, or as a
     multiple if it costs over three times as much. None if one cost is unknown, or the best's not positive."""
-    sheets, best = view.made.sheets, view.made.best
+    sheets, best = view.decision.sheets, view.decision.best
     cost, best_cost = sheets[index].present_cost, sheets[best].present_cost if best is not None else None
     if cost is None or not best_cost or best_cost <= 0:
         return None
@@ -65,11 +65,15 @@ def _claim(view: DecisionView) -> Sentence:
     if best is None or reference is None or view.saved.value is None:
         return Sentence(key="phrase.no_cost")
     if key in ("is_reference", "does_not_pay"):
-        tight = view.made.tight
-        extra_cost = None if tight is None else costs_more(view, tight)
-        if tight is None or extra_cost is None:
+        recommended = view.decision.recommended
+        extra_cost = None if recommended is None else costs_more(view, recommended)
+        if recommended is None or extra_cost is None:
             return Sentence(key="phrase.same", values={"way": best.name})
-        placeholders = {"way": best.name, "tight": way_name(view.made.ways[tight]), "more": extra_cost}
+        placeholders = {
+            "way": best.name,
+            "tight": way_name(view.decision.ways[recommended]),
+            "more": extra_cost,
+        }
         return Sentence(key="phrase.does_not_pay", values=placeholders)
     values: Filled = {
         "way": best.name,
@@ -91,7 +95,7 @@ def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterat
     """
     best = view.best
     assert best is not None, "there are no caveats without a best option"
-    way = view.made.ways[best.index]
+    way = view.decision.ways[best.index]
     if way.fit_percent < 100:
         yield dataclasses.replace(fit_phrase(view, best.index), key="phrase.caveat_likely")
     if not best.plain:
@@ -110,7 +114,7 @@ def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterat
 def fit_phrase(view: DecisionView, index: int) -> Sentence:
     """Return the sentence on how probable it is that the plan of the option at ``index`` fits, for options
     whose memory does not fit at its upper end."""
-    way, source = view.made.ways[index], way_anchor(index)
+    way, source = view.decision.ways[index], way_anchor(index)
     high = None if way.memory_bytes is None else way.memory_bytes.high
     values: Filled = {
         "machine": way.machine,
@@ -143,7 +147,7 @@ def way_back(view: DecisionView, row: StageRow) -> Sentence:
     """Return what to go back to if the stage fails, with the name of the option if it is one of the
     decision's."""
     way_index = row.stage.back_way
-    values = {} if way_index is None else {"way": way_name(view.made.ways[way_index])}
+    values = {} if way_index is None else {"way": way_name(view.decision.ways[way_index])}
     return Sentence(key=f"back.{row.stage.back}", values=values)
 
 

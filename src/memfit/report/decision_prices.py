@@ -14,21 +14,21 @@ from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact
 
 
-def price_rows(made: Decision) -> Iterator[PriceRow]:
+def price_rows(decision: Decision) -> Iterator[PriceRow]:
     """Yield the prices and the watts of every option in the table, once for each machine, way of obtaining it
     (existing, purchase, cloud) and origin (the catalog or the user). A rented machine has no watts here."""
     priced_keys = set()
-    for index in dict.fromkeys(index for _, index in made.slots):
-        way = made.ways[index]
+    for index in dict.fromkeys(index for _, index in decision.slots):
+        way = decision.ways[index]
         key = way.kind, way.machine, way.of_catalog
         if way.kind != "nothing" and key not in priced_keys:
-            yield from _of(made, index, way)
+            yield from _of(decision, index, way)
         priced_keys.add(key)
 
 
 def _of(decision: Decision, index: int, way: Alternative) -> Iterator[PriceRow]:
     device = _device(way.machine)
-    name, terms = way_name(way), {t.name: t for t in decision.told}
+    name, terms = way_name(way), {t.name: t for t in decision.numbers}
     offer = terms.get({"purchase": "purchase_price", "cloud": "rental_price"}.get(way.kind, ""))
     if offer is not None and not way.of_catalog:
         value = money_figure(decision, offer.value, term_anchor(offer.name))

@@ -99,7 +99,7 @@ class DecisionView:
     reference, its interval, and the probability of any saving. ``swings``: (term, saving at the low end of
     its range, at the high end). ``energy_saved``: (percent saved in the PoC's runs, energy boundary)."""
 
-    made: Decision
+    decision: Decision
     questions: Mapping[str, tuple[Sentence, ...]]
     ways: tuple[AlternativeRow, ...]
     best: AlternativeRow | None
@@ -120,14 +120,14 @@ class DecisionView:
     sliders: Mapping[str, Mapping[str, float]]
 
 
-def money_figure(made: Decision, value: float | None, source: str = "") -> Figure:
+def money_figure(decision: Decision, value: float | None, source: str = "") -> Figure:
     """Return money in the decision's currency, to its smallest coin.
 
     It counts as predicted; a missing value is marked assumed, so that it reads "not known".
     """
     if value is None:
-        return assumed(None, f"money {made.symbol} {made.decimals}", source)
-    return predicted(value, f"money {made.symbol} {made.decimals}", source)
+        return assumed(None, f"money {decision.symbol} {decision.decimals}", source)
+    return predicted(value, f"money {decision.symbol} {decision.decimals}", source)
 
 
 def way_name(way: Alternative) -> Sentence:

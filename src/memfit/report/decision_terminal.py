@@ -19,23 +19,23 @@ from memfit.types.result import Poc
 _COLUMNS = ("initial", "running_per_year", "present_cost", "cost_per_run")
 
 
-def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> None:
+def print_decision(poc: Poc, decision: Decision, *, console: Console, lang: str) -> None:
     """Print the answers to the four questions; if there is a best option, the table of options, how certain
     the saving is, and what the best option brings; and the inputs that are missing. Raises UserError for an
     unknown `lang`."""
-    words, view = load_words(lang), decision_view(poc, made)
+    words, view = load_words(lang), decision_view(poc, decision)
     for name, sentences in view.questions.items():
         console.print(Text(words.get(f"decide.{name}_q"), style="bold"))
         for sentence in sentences:
             console.print(Text(f"  {sentence_text(sentence, words).strip()}"))
     if view.best is not None:
-        console.print(Text(_work(made, words), style="dim"))
+        console.print(Text(_work(decision, words), style="dim"))
         _print_ways(view, console, words)
     for sentence in view.gains:
         console.print(Text(sentence_text(sentence, words)))
-    if made.asked:
+    if decision.asked:
         console.print(Text(words.get("decide.asked"), style="bold"))
-        for key in made.asked:
+        for key in decision.asked:
             console.print(Text(f"  {words.get(f'ask.{key}')}  ({key})"))
         console.print(Text(words.get("lead.terms"), style="dim"))
 
@@ -83,11 +83,11 @@ def _gate(gate: tuple[str, str, str, bool], words: Words) -> list[str]:
     return [value_text(part, words) for part in gate_words(gate)]
 
 
-def print_stages(poc: Poc, made: Decision, *, console: Console, lang: str) -> None:
+def print_stages(poc: Poc, decision: Decision, *, console: Console, lang: str) -> None:
     """Print each stage with its machine, plan, predictions and money, and, after the PoC, when to stop, what
     to go back to and what to watch. Raises UserError for an unknown `lang`."""
     words = load_words(lang)
-    for row in decision_view(poc, made).stages:
+    for row in decision_view(poc, decision).stages:
         stage = row.stage
         state = words.get(f"stage_state.{stage.state}")
         console.print(Text(f"{words.get(f'stages.{stage.name}')} ({state})", style="bold"))

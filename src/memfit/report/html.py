@@ -81,7 +81,7 @@ def _labels(
     records: Sequence[ProvenanceRecord], decision: Decision | None, words: Words
 ) -> Mapping[str, str]:
     """Return anchor -> label of each record and of each number of the decision, for links from figures."""
-    terms = {term_anchor(t.name): words.name("term", t.name) for t in decision.told} if decision else {}
+    terms = {term_anchor(t.name): words.name("term", t.name) for t in decision.numbers} if decision else {}
     return {r.anchor: r.label for r in records} | terms
 
 
@@ -94,16 +94,16 @@ def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, An
     if decision_page is None or decision_page.best is None:
         return {
             "script_hash": "",
-            "played": "",
+            "slider_data": "",
             "money_rows": MONEY,
             "draws": DRAWS,
             "decisive": DECISIVE,
             "swing_css": _swing_css(()),
         }
-    data = slider_inputs(decision_page.made, [(w.slot, w.index) for w in decision_page.ways])
-    labels = [sentence_text(way_name(way), words) for way in decision_page.made.ways]
+    data = slider_inputs(decision_page.decision, [(w.slot, w.index) for w in decision_page.ways])
+    labels = [sentence_text(way_name(way), words) for way in decision_page.decision.ways]
     plain = words.get("way.plain")
-    plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in decision_page.made.ways]
+    plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in decision_page.decision.ways]
     texts = {"labels": labels, "plans": plans, "many": words.texts["unit.many"], "least": MANY}
     text = json.dumps({**data, **texts}, ensure_ascii=False)
     text = text.translate(TURNING)
@@ -112,7 +112,7 @@ def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, An
     digest = hashlib.sha256(_asset("decision.js").encode()).digest()
     return {
         "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
-        "played": Markup(text),
+        "slider_data": Markup(text),
         "money_rows": MONEY,
         "draws": DRAWS,
         "decisive": DECISIVE,
@@ -212,7 +212,7 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
         text_values = {
             k: figure_text(v, words) if isinstance(v, Figure) else html_values[k] for k, v in values.items()
         }
-        return Markup(escape(words.tight(key, text_values))).format(**html_values)
+        return Markup(escape(words.template(key, text_values))).format(**html_values)
 
     def named(key: str, value: object) -> object:
         _no_bare_number(value)

@@ -211,9 +211,9 @@ def _tests(poc: Poc) -> Iterator[ProvenanceRecord]:
 # -- of the decision -------------------------------------------------------------------------------------
 
 
-def decision_records(made: Decision) -> tuple[ProvenanceRecord, ...]:
+def decision_records(decision: Decision) -> tuple[ProvenanceRecord, ...]:
     """Return the records of the decision: options, saving, and stages and gates if there are any."""
-    return (*_ways(made), *_saving(made), *_stages(made))
+    return (*_ways(decision), *_saving(decision), *_stages(decision))
 
 
 def _ways(decision: Decision) -> Iterator[ProvenanceRecord]:
@@ -245,23 +245,25 @@ def _way_of(decision: Decision, machine: str) -> tuple[str, ...]:
     return tuple(anchors)[:1]
 
 
-def report_records(poc: Poc, made: Decision | None, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
+def report_records(
+    poc: Poc, decision: Decision | None, case_created: str = ""
+) -> tuple[ProvenanceRecord, ...]:
     """Return all records that figures of a page may link to, except the numbers that the decision is based on
     (its terms), which have their own table.
     """
-    of_decision = decision_records(made) if made is not None else ()
-    return (*poc_records(poc, case_created), *of_decision, *machine_records(poc, made))
+    of_decision = decision_records(decision) if decision is not None else ()
+    return (*poc_records(poc, case_created), *of_decision, *machine_records(poc, decision))
 
 
 # -- of the catalog --------------------------------------------------------------------------------------
 
 
-def machine_records(poc: Poc, made: Decision | None) -> tuple[ProvenanceRecord, ...]:
+def machine_records(poc: Poc, decision: Decision | None) -> tuple[ProvenanceRecord, ...]:
     """Return one record for each machine that the PoC's predictions at other sizes or the decision's options
     name, with the catalog's facts on it, each with source and date; without facts if it is not in the
     catalog."""
     names = [*(row.machine for row in poc.paper), *(row.machine for row in poc.reach)]
-    names += [way.machine for way in made.ways if way.machine] if made is not None else []
+    names += [way.machine for way in decision.ways if way.machine] if decision is not None else []
     return tuple(_machine(name, f"M{i}") for i, name in enumerate(dict.fromkeys(names), 1))
 
 

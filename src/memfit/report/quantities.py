@@ -147,7 +147,7 @@ def figure_text(figure: Figure, words: Words) -> str:
     if figure.unit == "times":
         return _times(figure.value)
     sign = "+" if figure.signed and figure.value > 0 else ""
-    unit = words.told.get(figure.unit, figure.unit)  # unit of a job's own metric
+    unit = words.translations.get(figure.unit, figure.unit)  # unit of a job's own metric
     text = (sign + number_text(figure.value, unit)).replace("-", "\u2212")
     if figure.unit == "saving" and figure.value < MANY:
         return words.get("unit.many", value=text, times=_times(1 - figure.value / 100))

@@ -13,13 +13,13 @@ from memfit.types.serialization import to_plain
 _MOVED: Final = ("energy", "hardware", "labour", "setup", "runs", "utilisation")
 
 
-def sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
+def sliders(decision: Decision) -> Mapping[str, Mapping[str, float]]:
     """Return slider -> its start, low end, high end and step."""
-    t = made.terms
+    t = decision.terms
     energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
     usual_energy = energy or 0.2 * t.per_usd
     labour_price = t.labour_per_hour or 50 * t.per_usd
-    hours = next((n.value for n in made.told if n.name == "setup_hours"), None) or 0.0
+    hours = next((n.value for n in decision.numbers if n.name == "setup_hours"), None) or 0.0
     spans = {
         "energy": (energy, 0.0, 4 * usual_energy, usual_energy / 100),
         "hardware": (1.0, 0.2, 3.0, 0.01),
@@ -55,24 +55,26 @@ def _stages(decision: Decision) -> Mapping[str, Any]:
     }
 
 
-def slider_inputs(made: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any]:
+def slider_inputs(decision: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any]:
     """Return what decision.js needs to compute the costs of all options again: the options, the common terms,
     which kinds of option are the user's own, the user's own terms, which terms each offer replaces, which
     option is in which column (``slots``: (column, index of the option)), sliders, stages, currency and
     ranges.
     """
-    own_kinds = {w.kind for w in made.ways if not w.of_catalog}
-    names = {swing.name for swing in made.swings}
+    own_kinds = {w.kind for w in decision.ways if not w.of_catalog}
+    names = {swing.name for swing in decision.swings}
     return {
-        "ways": to_plain(made.ways),
-        "terms": to_plain(made.terms),
+        "ways": to_plain(decision.ways),
+        "terms": to_plain(decision.terms),
         "own": {kind: kind in own_kinds for kind in ("purchase", "cloud")},
-        "own_terms": {t.name: t.value for t in made.told if t.name in OWN and t.value is not None},
+        "own_terms": {t.name: t.value for t in decision.numbers if t.name in OWN and t.value is not None},
         "offers": OFFERS,
         "slots": [{"slot": slot, "index": index} for slot, index in slots],
-        "sliders": to_plain(sliders(made)),
-        "stages": _stages(made),
-        "symbol": made.symbol,
-        "decimals": made.decimals,
-        "swings": [{"name": t.name, "low": t.low, "high": t.high} for t in made.told if t.name in names],
+        "sliders": to_plain(sliders(decision)),
+        "stages": _stages(decision),
+        "symbol": decision.symbol,
+        "decimals": decision.decimals,
+        "swings": [
+            {"name": t.name, "low": t.low, "high": t.high} for t in decision.numbers if t.name in names
+        ],
     }

@@ -22,22 +22,23 @@ _JAPANESE: Final = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
 class Words:
     """The texts of one language.
 
-    ``texts`` maps a dotted key (``outcome.oom``) to a text with ``{placeholders}``. ``told`` maps English
-    texts written by other packages, also with placeholders, to this language; it is empty for English.
+    ``texts`` maps a dotted key (``outcome.oom``) to a text with ``{placeholders}``. ``translations`` maps
+    English texts written by other packages, also with placeholders, to this language; it is empty for
+    English.
     """
 
     lang: str
     texts: Mapping[str, str]
-    told: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    translations: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def get(self, key: str, **placeholders: object) -> str:
         """Return the text of `key` with placeholders filled.
 
         Raises KeyError for an unknown key, or if the text has a placeholder for which no value is given.
         """
-        return self.tight(key, placeholders).format(**placeholders)
+        return self.template(key, placeholders).format(**placeholders)
 
-    def tight(self, key: str, values: Mapping[str, object]) -> str:
+    def template(self, key: str, values: Mapping[str, object]) -> str:
         """Return the text of `key` with its placeholders, which are not filled.
 
         In Japanese, the space after a placeholder is removed if its value is text that ends in a Japanese
@@ -55,14 +56,16 @@ class Words:
         return self.texts.get(f"{group}.{value}", value.replace("_", " "))
 
     def of(self, text: str) -> str:
-        """Return the translation of an English text of another package by ``told``, or the text unchanged if
-        there is none (a name, a citation, a text by others).
+        """Return the translation of an English text of another package by ``translations``, or the text
+        unchanged if there is none (a name, a citation, a text by others).
         """
-        if text in self.told:
-            return self.told[text]
+        if text in self.translations:
+            return self.translations[text]
         for pattern, template in _patterns(self.lang):
             if match := pattern.fullmatch(text):
-                return template.format(**{k: self.told.get(v, v) for k, v in match.groupdict().items()})
+                return template.format(
+                    **{k: self.translations.get(v, v) for k, v in match.groupdict().items()}
+                )
         return text
 
     def all(self, group: str) -> tuple[str, ...]:
@@ -78,7 +81,7 @@ def load_words(lang: str) -> Words:
     for file in (f"{lang}.toml", f"{lang}_decision.toml"):
         text = resources.files("memfit.report").joinpath("words", file).read_text(encoding="utf-8")
         texts |= dict(_flatten(tomllib.loads(text)))
-    return Words(lang=lang, texts=texts, told=_translations(lang))
+    return Words(lang=lang, texts=texts, translations=_translations(lang))
 
 
 @functools.cache

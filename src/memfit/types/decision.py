@@ -234,10 +234,10 @@ class Stage:
 class Decision:
     """The decision as a whole.
 
-    ``ways`` (the options) and ``sheets`` (their costs) correspond; integers in ``shown`` to ``tight`` are
-    their indices, None means that there is no such option. ``best`` has the lowest present cost of those that
-    do all the work. ``reference``, which it is compared with, is the cheapest purchase or rental with plain
-    training. ``currency`` is its code, ``symbol`` and ``decimals`` how it is written.
+    ``ways`` (the options) and ``sheets`` (their costs) correspond; integers in ``shown`` to ``recommended``
+    are their indices, None means that there is no such option. ``best`` has the lowest present cost of those
+    that do all the work. ``reference``, which it is compared with, is the cheapest purchase or rental with
+    plain training. ``currency`` is its code, ``symbol`` and ``decimals`` how it is written.
     """
 
     currency: str
@@ -248,14 +248,14 @@ class Decision:
     steps_per_run: int
     size: str  # size of the job that all ways train; "" if nothing was predicted
     terms: Terms
-    told: tuple[Term, ...]  # all numbers that the decision is based on
+    numbers: tuple[Term, ...]  # all numbers that the decision is based on
     ways: tuple[Alternative, ...]
     sheets: tuple[CostSheet, ...]
     shown: tuple[int, ...]  # the options compared side by side
     slots: tuple[tuple[str, int], ...]  # (column on the page, index); an option may be in several columns
     best: int | None
     reference: int | None
-    tight: int | None  # the cheapest option with the recommended plan
+    recommended: int | None  # the cheapest option with the recommended plan
     saved_percent: float | None  # saving of best over reference
     saved_interval_percent: Interval | None
     chance_percent: float | None  # probability of a saving
