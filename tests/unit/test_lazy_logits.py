@@ -103,9 +103,27 @@ def test_where_every_label_is_ignored_the_loss_and_gradients_are_zero() -> None:
     assert not head.weight.grad.any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_without_any_rows_the_loss_and_gradients_are_zero(reduction: str) -> None:
+    head = nn.Linear(WIDTH, VOCABULARY)
+    hidden = torch.ones(4, WIDTH, requires_grad=True)
+    rows = LazyLogits(hidden, head, 2)[torch.zeros(4, dtype=torch.bool)]
+    value = functional.cross_entropy(rows, torch.ones(0, dtype=torch.long), reduction=reduction)
+    value.backward()
+    assert value == 0
+    assert not hidden.grad.any()
+    assert not head.weight.grad.any()
+
+
 def set_in_place(logits: Any, target: torch.Tensor) -> torch.Tensor:
     logits[..., 0] = 0.0
     return logits.square().mean()
+
+
+def scaled_by_an_operator(logits: Any, target: torch.Tensor) -> torch.Tensor:
+    same = logits
+    logits /= 2.0
+    return functional.cross_entropy(same.view(-1, VOCABULARY), target.view(-1))
 
 
 def scaled_in_place(logits: Any, target: torch.Tensor) -> torch.Tensor:
@@ -119,6 +137,10 @@ MADE: dict[str, Loss] = {
     "stacked": lambda logits, target: torch.cat([logits, logits]).square().mean(),
     "scaled": lambda logits, target: cross_entropy()(30 * torch.tanh(logits / 30), target),
     "compared": lambda logits, target: (logits * (logits > 0)).sum(),
+    "compared for equality": lambda logits, target: (
+        logits * (logits == logits.amax(-1, keepdim=True)) + 2 * logits * (logits != 0)
+    ).sum(),
+    "remainder": lambda logits, target: (+logits % 0.5 + abs(logits) + 2**logits).sum(),
     "classes second": lambda logits, target: functional.cross_entropy(logits.transpose(1, 2), target),
     "more dimensions": lambda logits, target: functional.cross_entropy(
         logits[:, :VOCABULARY], torch.zeros(ROWS, VOCABULARY, dtype=torch.long)
@@ -138,6 +160,7 @@ MADE: dict[str, Loss] = {
     "rows of other widths": lambda logits, target: logits.view(-1, ROWS).square().mean(),
     "set in place": set_in_place,
     "scaled in place": scaled_in_place,
+    "scaled by an operator": scaled_by_an_operator,
 }
 
 
@@ -150,8 +173,10 @@ def test_uses_other_than_chunked_losses_get_the_results_of_real_logits(name: str
 def test_lazy_logits_know_their_shape_without_being_made() -> None:
     lazy = LazyLogits(torch.ones(ROWS, LENGTH, WIDTH), nn.Linear(WIDTH, VOCABULARY), 2)
     assert (lazy.shape, lazy.size(1), lazy.dim()) == ((ROWS, LENGTH, VOCABULARY), LENGTH, 3)
-    assert lazy.made is None
+    assert lazy.real_logits is None
     assert len(lazy) == ROWS
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        bool(lazy)
     with pytest.raises(AttributeError):
         lazy.__no_such_thing__  # noqa: B018 - asking is the test
 

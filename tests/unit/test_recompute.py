@@ -188,12 +188,12 @@ def test_real_and_fake_steps_give_the_same_tensor_numbering(name: str) -> None:
     step.bench.forward_contexts.append(watching)
     step.run(job.make_batch(0, 0))
     recording = record(job, Plan())
-    assert seen == [(recording.key, len(recording.made))]
+    assert seen == [(recording.key, len(recording.storages))]
 
 
 def test_a_tensor_written_in_place_after_a_read_is_pinned() -> None:
     recording = record(job_of(Inplace), Plan())
-    assert any(m.pinned for m in recording.made)
+    assert any(m.pinned for m in recording.storages)
 
 
 # --- the solver

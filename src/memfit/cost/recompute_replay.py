@@ -123,7 +123,7 @@ def _outside(trace: Trace, points: list[tuple[int, int]]) -> Iterator[int]:
 
 
 def _candidates(recording: Recording, least_bytes: int) -> list[Candidate]:
-    tensors = recording.made
+    tensors = recording.storages
     droppable = {
         n
         for n, tensor in enumerate(tensors)
@@ -167,7 +167,7 @@ class _RecomputeSchedule:
 
     def __init__(self, replay: Replay, dropped: frozenset[int]) -> None:
         self.replay, self.dropped = replay, dropped
-        self.made, self.calls = replay.recording.made, replay.recording.calls
+        self.storages, self.calls = replay.recording.storages, replay.recording.calls
         # change of bytes by clock, relative to the plain step
         self.changes: defaultdict[int, int] = defaultdict(int)
         # (clock, bytes above the changed level) during recomputation
@@ -181,10 +181,10 @@ class _RecomputeSchedule:
         for number in self.dropped:
             for source in self._reads(number):
                 self.readers[source].add(number)
-            tensor = self.made[number]
+            tensor = self.storages[number]
             if tensor.needs and tensor.end is not None:
                 self.changes[tensor.last_read] -= tensor.size_bytes
-        events = sorted((t, n) for n in self.dropped for t in self.made[n].needs)
+        events = sorted((t, n) for n in self.dropped for t in self.storages[n].needs)
         for instant, number in events:
             if number not in self.present:
                 self._make(number, instant)
@@ -207,7 +207,7 @@ class _RecomputeSchedule:
         )
 
     def _reads(self, number: int) -> set[int]:
-        return {r for c in self.made[number].calls for r in self.calls[c].reads} - {number}
+        return {r for c in self.storages[number].calls for r in self.calls[c].reads} - {number}
 
     def _make(self, number: int, clock: int) -> None:
         """Account for recomputing the tensor ``number`` at ``clock``, its missing sources first, as at run
@@ -228,7 +228,7 @@ class _RecomputeSchedule:
                 self._made(current, clock)
 
     def _made(self, number: int, clock: int) -> None:
-        tensor = self.made[number]
+        tensor = self.storages[number]
         self.present.add(number)
         workspace = max((self.replay.workspace[c] for c in tensor.calls), default=0)
         self.above += tensor.size_bytes
@@ -246,7 +246,7 @@ class _RecomputeSchedule:
         """Account for ``source`` after its last reader at ``clock``: free a recomputed intermediate tensor,
         and hold until now a tensor that the plain step has already freed. Any other is left as it is.
         """
-        tensor = self.made[source]
+        tensor = self.storages[source]
         if source in self.dropped and not tensor.needs:
             self._free(tensor.size_bytes, clock)
         elif tensor.end is not None and tensor.end <= clock:  # held longer than in the plain step

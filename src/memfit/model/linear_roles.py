@@ -32,7 +32,7 @@ class _Call:
     """A running module and the tensors it received, by position or keyword."""
 
     name: str
-    given: tuple[tuple[int | str, torch.Tensor], ...]
+    arguments: tuple[tuple[int | str, torch.Tensor], ...]
 
 
 @dataclasses.dataclass(slots=True)
@@ -93,7 +93,7 @@ class Flow(PlaceholderValues):
         _, users = self._used.get(id(linear.input), (None, ()))
         for call in linear.within:
             is_used = any(_in(user, call.name) for user in users)
-            place = next((key for key, t in call.given if t is linear.input), None)
+            place = next((key for key, t in call.arguments if t is linear.input), None)
             if place is not None and not is_used:
                 return call.name, place
         return name, 0
@@ -117,7 +117,7 @@ class Flow(PlaceholderValues):
 
         for name in [n for n in self.linears if _in(n, block)]:
             linear = self.linears[name]
-            within = tuple(_Call(there(c.name), c.given) for c in linear.within)
+            within = tuple(_Call(there(c.name), c.arguments) for c in linear.within)
             self.linears[there(name)] = dataclasses.replace(linear, within=within)
         self.inside |= {there(n): dims for n, dims in self.inside.items() if _in(n, block)}
         for _, users in self._used.values():

@@ -61,13 +61,13 @@ class Cap:
         budget = plan.with_use(make_use(NAME, {}))
         return conflict(budget) is None and not self.refuses(budget)
 
-    def room_bytes(self, made: Sequence[Estimate]) -> int:
+    def room_bytes(self, traced: Sequence[Estimate]) -> int:
         """Return the peak of tensors, in bytes, at which a plan would need 99 % of the cap; at least 0.
 
-        The need is taken to be linear in the peak: on the line through the estimates of ``made`` with the
+        The need is taken to be linear in the peak: on the line through the estimates of ``traced`` with the
         lowest and the highest peak, or, if that line does not rise, in proportion to the lowest.
         """
-        lowest, highest = (f(made, key=lambda e: e.allocated_bytes.value) for f in (min, max))
+        lowest, highest = (f(traced, key=lambda e: e.allocated_bytes.value) for f in (min, max))
         tensor_bytes, lowest_need = lowest.allocated_bytes.value, self.needs(lowest)
         need_rise = self.needs(highest) - lowest_need
         slope = (
@@ -81,7 +81,7 @@ class Cap:
 def budgeted(
     whole: Callable[[Plan], Estimate],
     sketches: Sequence[Estimate],
-    made: Sequence[Estimate],
+    traced: Sequence[Estimate],
     goal: Objective,
     cap: Cap,
     tell: Callable[[str, int, int, str], None],
@@ -89,17 +89,18 @@ def budgeted(
     """Make the best plan that does not fit fit, by adding optimal-checkpointing, which recomputes as many
     tensors as a memory budget requires.
 
-    Only plans are tried that would beat the best fitting plan of ``made`` by at least 3 % if recomputation
-    were free, and at most 3 budgets. ``whole`` returns the estimate of a plan; ``made`` were traced whole.
+    Only plans are tried that would beat the best fitting plan of ``traced`` by at least 3 % if recomputation
+    were free, and at most 3 budgets. ``whole`` returns the estimate of a plan; ``traced`` are estimates from
+    full traces.
     Returns a list of one estimate that fits; an empty list if there is none or the goal is least memory.
     """
     if goal is Objective.SMALLEST:
         return []
-    limit = min((score(e, goal) for e in made if cap.has(e)), default=math.inf) * (1 - _WORTH)
-    traced_plans = {e.plan for e in made}
-    estimates = [*made, *(e for e in sketches if e.plan not in traced_plans)]
+    limit = min((score(e, goal) for e in traced if cap.has(e)), default=math.inf) * (1 - _WORTH)
+    traced_plans = {e.plan for e in traced}
+    estimates = [*traced, *(e for e in sketches if e.plan not in traced_plans)]
     candidates = [e for e in estimates if score(e, goal) < limit and not cap.has(e) and cap.may(e.plan)]
-    room_bytes, beside_bytes = cap.room_bytes(made), 0  # device memory beside the step's own tensors
+    room_bytes, beside_bytes = cap.room_bytes(traced), 0  # device memory beside the step's own tensors
     for _ in range(_ATTEMPTS):
         candidate, budget_bytes = best(candidates, goal), room_bytes - beside_bytes
         if candidate is None or budget_bytes < _MIB:

@@ -88,9 +88,9 @@ def advise(
     for index, batch in enumerate(data):
         say("record", index, batches)
         root = record(model, batch, job.loss)
-        if not math.isfinite(float(root.made)):
+        if not math.isfinite(float(root.output)):
             raise UserError(
-                f"the loss of {job.name} is {float(root.made)} in float32",
+                f"the loss of {job.name} is {float(root.output)} in float32",
                 hint="fix the job first: its loss must be finite",
             )
         for dtype, dtype_modes in modes_by_dtype.items():
@@ -213,11 +213,13 @@ def _look(
             errors = {"float32": compare(exact, wide)}
             for name in ("rounded", *_WAYS):
                 errors[name] = compare(exact, replay_call(call, modes_by_dtype[dtype][name], job.loss))
-            if errors["pure"].born or errors["autocast"].born:
+            if errors["pure"].nonfinite_operators or errors["autocast"].nonfinite_operators:
                 births = NonFiniteOperators()  # non-finite values that occur in float64 too
                 replay_call(call, shared_modes["exact"], job.loss, listening=births)
                 for error in errors.values():
-                    error.born = ", ".join(sorted({*error.born.split(", ")} - births.names))
+                    error.nonfinite_operators = ", ".join(
+                        sorted({*error.nonfinite_operators.split(", ")} - births.names)
+                    )
             sums = NarrowSums()
             if not errors["pure"].failed:
                 replay = replay_call(
@@ -228,7 +230,7 @@ def _look(
 
 
 def _largest(call: RecordedCall) -> float:
-    floats = (t.detach() for t in leaves(call.given) if is_float(t) and t.numel())
+    floats = (t.detach() for t in leaves(call.inputs) if is_float(t) and t.numel())
     return max((float(t.abs().max()) for t in floats), default=0.0)
 
 
@@ -250,7 +252,7 @@ def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = No
     mode_errors, float32_errors, rounded_errors = errors[mode], errors["float32"], errors["rounded"]
     if mode_errors.failed and not float32_errors.failed:
         return "fails"
-    if (mode_errors.born or mode_errors.output.lost) and not float32_errors.output.lost:
+    if (mode_errors.nonfinite_operators or mode_errors.output.lost) and not float32_errors.output.lost:
         return "overflow"
 
     def mended(low: float, high: float, limit: float) -> bool:
@@ -359,7 +361,7 @@ def _told_place(place: _Place) -> ExaminedModules:
             error_ratio=f.output.error,
             spread_ratio=f.output.spread,
             gradient_ratio=f.gradient,
-            lost=f.failed or f.born or ("?" if f.output.lost else ""),
+            lost=f.failed or f.nonfinite_operators or ("?" if f.output.lost else ""),
         )
         for name, f in worst.items()
         if name != "sums"

@@ -35,19 +35,19 @@ _MOVES: Final = frozenset(_MOVING.split())
 class RecordedCall:
     """A call of one module.
 
-    ``path``: of the module, or LOSS for the job's loss function. ``given``: copies of (args, kwargs);
-    ``made``: a copy of the result. ``given_grads``, ``made_grads``: the gradients of their tensors, by the
-    index of the tensor in the order of `leaves`; tensors without a gradient are absent. ``inner``: calls of
-    children, in the order of the run. ``computes``: whether the module's own code makes floating-point
+    ``path``: of the module, or LOSS for the job's loss function. ``inputs``: copies of (args, kwargs);
+    ``output``: a copy of the result. ``input_grads``, ``output_grads``: the gradients of their tensors, by
+    the index of the tensor in the order of `leaves`; tensors without a gradient are absent. ``inner``: calls
+    of children, in the order of the run. ``computes``: whether the module's own code makes floating-point
     tensors by computing, not by moving, copying or creating them. ``dtypes``: name of a mode -> (dtypes of
-    the tensors of given, those of made) in a real run in that mode.
+    the tensors of inputs, those of output) in a real run in that mode.
     """
 
     path: str
-    given: Any = None
-    made: Any = None
-    given_grads: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    made_grads: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    inputs: Any = None
+    output: Any = None
+    input_grads: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    output_grads: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     inner: list[RecordedCall] = dataclasses.field(default_factory=list)
     computes: bool = False
     dtypes: dict[str, tuple[list[torch.dtype], list[torch.dtype]]] = dataclasses.field(default_factory=dict)
@@ -64,12 +64,12 @@ def record(
 ) -> RecordedCall:
     """Record one step without dropout and return the tree of calls, with the loss function at its root.
     Without ``backward`` no gradients are recorded."""
-    root = RecordedCall(LOSS, given=((batch,), {}))
+    root = RecordedCall(LOSS, inputs=((batch,), {}))
     recorder = _Watch(model, root)
     with recorder, _Computing(recorder.stack), deterministic():
         output = loss(model, batch)
-    root.made = output.detach().clone()
-    root.made_grads = {0: torch.ones_like(output)}
+    root.output = output.detach().clone()
+    root.output_grads = {0: torch.ones_like(output)}
     if backward:
         output.backward()
         model.zero_grad(set_to_none=True)
@@ -93,19 +93,19 @@ class _Watch:
 
     def _before(self, path: str) -> Callable[..., Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            call = RecordedCall(path, given=_kept((args, kwargs)))
+            call = RecordedCall(path, inputs=_kept((args, kwargs)))
             self.stack[-1].inner.append(call)
             self.stack.append(call)
-            return _listening((args, kwargs), call.given_grads)
+            return _listening((args, kwargs), call.input_grads)
 
         return enter
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self.stack.pop()
-        call.made = _kept(output)
+        call.output = _kept(output)
         for index, tensor in enumerate(leaves(output)):
             if tensor.requires_grad and is_float(tensor):
-                tensor.register_hook(_keeping(call.made_grads, index))
+                tensor.register_hook(_keeping(call.output_grads, index))
 
 
 def _kept(value: Any) -> Any:
@@ -198,6 +198,6 @@ def learn_dtypes(root: RecordedCall, mode: str, run: Callable[[], RecordedCall])
         return
     for call, narrow_call in pairs:
         call.dtypes[mode] = (
-            [t.dtype for t in leaves(narrow_call.given)],
-            [t.dtype for t in leaves(narrow_call.made)],
+            [t.dtype for t in leaves(narrow_call.inputs)],
+            [t.dtype for t in leaves(narrow_call.output)],
         )

@@ -98,8 +98,8 @@ class ReplayedModule:
     ``outputs``: floating-point tensors that the module's own code gave to its children and to its caller.
     ``inputs``: those that it received from both. ``grads``: gradients of the inputs, None where there is
     none. ``parameters``: the gradients of its parameters as one float64 vector, None if there are none.
-    ``born``: operators that made non-finite values from finite ones. ``failed``: the error if the replay
-    failed, and then all other fields but ``born`` are empty; "" if it did not fail.
+    ``nonfinite_operators``: operators that made non-finite values from finite ones. ``failed``: the error if
+    the replay failed, and then all other fields but ``nonfinite_operators`` are empty; "" if it did not fail.
     """
 
     outputs: list[torch.Tensor]
@@ -107,7 +107,7 @@ class ReplayedModule:
     inputs: list[torch.Tensor]
     grads: list[torch.Tensor | None]
     parameters: torch.Tensor | None
-    born: set[str]
+    nonfinite_operators: set[str]
     failed: str = ""
 
 
@@ -130,16 +130,16 @@ def replay_call(
     nonfinite_operators = listener.names if isinstance(listener, NonFiniteOperators) else set()
     try:
         with deterministic(), run.children(), listener, mode.around():
-            output = run.own(loss)
+            output = run.run_forward(loss)
         run.collect(output)
         if backward:
-            run.back()
+            run.run_backward()
     except FAILURES as error:
         text = " ".join(str(error).split())[:160] or type(error).__name__
         return ReplayedModule([], [], [], [], None, nonfinite_operators, failed=text)
     finally:
         run.module.zero_grad(set_to_none=True)
-    return run.played(nonfinite_operators)
+    return run.result(nonfinite_operators)
 
 
 class ReplayMismatch(RuntimeError):
@@ -180,11 +180,11 @@ class _Replay:
 
         return rebuild(value, enter)
 
-    def own(self, loss: Callable[[Any, Any], torch.Tensor]) -> Any:
+    def run_forward(self, loss: Callable[[Any, Any], torch.Tensor]) -> Any:
         if self.call.path == LOSS:
-            self.handed = list(leaves(self.call.given))
-            return loss(self.mode.model, self.call.given[0][0])
-        args, kwargs = self.enters(self.call.given, self.dtypes[0] if self.dtypes else None)
+            self.handed = list(leaves(self.call.inputs))
+            return loss(self.mode.model, self.call.inputs[0][0])
+        args, kwargs = self.enters(self.call.inputs, self.dtypes[0] if self.dtypes else None)
         return self.module.forward(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -205,20 +205,20 @@ class _Replay:
             call = self.pending.pop(0)
             for index, tensor in enumerate(leaves((args, kwargs))):
                 if is_float(tensor):
-                    self.ends.append((tensor, call.given_grads.get(index)))
+                    self.ends.append((tensor, call.input_grads.get(index)))
             dtypes = call.dtypes.get(self.mode.name)
-            return self.enters(call.made, dtypes[1] if dtypes else None)
+            return self.enters(call.output, dtypes[1] if dtypes else None)
 
         return forward
 
-    def collect(self, made: Any) -> None:
-        for index, tensor in enumerate(leaves(made)):
+    def collect(self, output: Any) -> None:
+        for index, tensor in enumerate(leaves(output)):
             if is_float(tensor):
-                self.ends.append((tensor, self.call.made_grads.get(index)))
+                self.ends.append((tensor, self.call.output_grads.get(index)))
         if self.mode.rounded:
             self.ends = [(t.to(self.mode.rounded).to(t.dtype), g) for t, g in self.ends]
 
-    def back(self) -> None:
+    def run_backward(self) -> None:
         """Run backward from the outputs with all their recorded gradients divided by the largest of their
         absolute values, so that they do not vanish in float16, whose smallest positive number is 6e-8. Do
         nothing if all are zero.
@@ -228,7 +228,7 @@ class _Replay:
         if largest > 0:
             torch.autograd.backward([t for t, _ in pairs], [(g / largest).to(t.dtype) for t, g in pairs])
 
-    def played(self, born: set[str]) -> ReplayedModule:
+    def result(self, nonfinite_operators: set[str]) -> ReplayedModule:
         storages = {t.untyped_storage().data_ptr() for t in self.handed}
         passed = [t.untyped_storage().data_ptr() in storages for t, _ in self.ends]
         grads = [p.grad.double().flatten() for p in self.module.parameters() if p.grad is not None]
@@ -238,7 +238,7 @@ class _Replay:
             inputs=[t.detach() for t in self.sources],
             grads=[t.grad for t in self.sources],
             parameters=torch.cat(grads) if grads else None,
-            born=born,
+            nonfinite_operators=nonfinite_operators,
         )
 
 
@@ -284,18 +284,20 @@ def _broken(value: Any) -> bool:
 @dataclasses.dataclass(slots=True)
 class ReplayErrors:
     """Errors of a replay relative to the one in float64. ``output``: the worst of the outputs; ``gradient``:
-    the worst error of the gradients of inputs and parameters, relative to their root mean square; ``born``:
-    operators that made non-finite values from finite ones, joined by commas; ``failed``: the error if the
-    replay failed, else "".
+    the worst error of the gradients of inputs and parameters, relative to their root mean square;
+    ``nonfinite_operators``: operators that made non-finite values from finite ones, joined by commas;
+    ``failed``: the error if the replay failed, else "".
     """
 
     output: Gap
     gradient: float
-    born: str = ""
+    nonfinite_operators: str = ""
     failed: str = ""
 
     def worst(self, other: ReplayErrors) -> ReplayErrors:
-        operators = ", ".join(sorted({*self.born.split(", "), *other.born.split(", ")} - {""}))
+        operators = ", ".join(
+            sorted({*self.nonfinite_operators.split(", "), *other.nonfinite_operators.split(", ")} - {""})
+        )
         return ReplayErrors(
             self.output.worst(other.output),
             max(self.gradient, other.gradient),
@@ -325,4 +327,4 @@ def compare(exact: ReplayedModule, found: ReplayedModule) -> ReplayErrors:
         difference = gap(reference, replayed, floor=0.25 * largest, trim=True)
         gradient, lost = max(gradient, difference.error), lost or difference.lost
     output.lost = output.lost or lost
-    return ReplayErrors(output, gradient, born=", ".join(sorted(found.born)))
+    return ReplayErrors(output, gradient, nonfinite_operators=", ".join(sorted(found.nonfinite_operators)))

@@ -30,7 +30,7 @@ class LazyLogits:
         self.hidden, self.head, self.chunks, self.cast = hidden, head, chunks, cast
         self.shape = torch.Size((*hidden.shape[:-1], head.out_features))
         self.dtype, self.device, self.requires_grad = cast or hidden.dtype, hidden.device, True
-        self.made: torch.Tensor | None = None
+        self.real_logits: torch.Tensor | None = None
 
     def with_hidden(self, hidden: torch.Tensor) -> LazyLogits:
         """Return deferred logits of the hidden states ``hidden`` with the same head, chunks and cast."""
@@ -38,10 +38,10 @@ class LazyLogits:
 
     def make(self) -> torch.Tensor:
         """Return the real logits, which the first call computes."""
-        if self.made is None:
+        if self.real_logits is None:
             logits = functional.linear(self.hidden, self.weight, self.head.bias)
-            self.made = logits if self.cast is None else logits.to(self.cast)
-        return self.made
+            self.real_logits = logits if self.cast is None else logits.to(self.cast)
+        return self.real_logits
 
     @property
     def weight(self) -> torch.Tensor:
@@ -76,7 +76,7 @@ class LazyLogits:
         return getattr(self.make(), name)
 
     def _moved(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        lazy = _reshape(self, name, args, kwargs) if self.made is None else None
+        lazy = _reshape(self, name, args, kwargs) if self.real_logits is None else None
         return lazy if lazy is not None else getattr(self.make(), name)(*args, **kwargs)
 
     @classmethod
@@ -106,19 +106,38 @@ def _on_real_logits(name: str) -> Any:
 for _name in (
     "add",
     "radd",
+    "iadd",
     "sub",
     "rsub",
+    "isub",
     "mul",
     "rmul",
+    "imul",
     "truediv",
     "rtruediv",
+    "itruediv",
+    "floordiv",
+    "rfloordiv",
+    "ifloordiv",
+    "mod",
+    "rmod",
+    "imod",
     "pow",
+    "rpow",
+    "ipow",
     "matmul",
+    "rmatmul",
     "neg",
+    "pos",
+    "abs",
+    "eq",
+    "ne",
     "lt",
     "le",
     "gt",
     "ge",
+    "contains",
+    "bool",
     "setitem",
     "len",
 ):
@@ -134,7 +153,9 @@ def _plain(lazy: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     reduction, or with options of no effect. Logits must have two dimensions; with more, the classes would be
     along the second one."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
-    has_rows = lazy.made is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
+    has_rows = (
+        lazy.real_logits is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
+    )
     allowed_names = {"input", "target", "ignore_index", "reduction"}
     return (
         has_rows
@@ -232,7 +253,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        rows = -(-hidden.shape[0] // chunks)
+        rows = max(1, -(-hidden.shape[0] // chunks))
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             loss, slope = _loss_and_slope(functional.linear(hidden[part], weight, bias), target[part], ignore)

@@ -187,7 +187,7 @@ class AllocationRecorder(TorchDispatchMode):
             is_listed = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
             if self.current is Phase.OPTIMIZER and values is None and args[0].dtype.is_floating_point:
                 values = _SCALAR
-            return self.guesses.item(args[0], told=is_listed, value=values)
+            return self.guesses.item(args[0], is_listed=is_listed, value=values)
         out = (
             self._silent(func, fact, args, kwargs)
             if fact.silent
@@ -199,7 +199,7 @@ class AllocationRecorder(TorchDispatchMode):
 
     def _unrecorded(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is operators.ITEM and args[0].constant is None:
-            return self.guesses.item(args[0], told=False)
+            return self.guesses.item(args[0], is_listed=False)
         if self.guesses.decides(func):
             return self.guesses.call(func, args, kwargs)
         return operators.built(func, args, kwargs)

@@ -60,7 +60,7 @@ class Guesses:
         self._value_dependent = set[Any]()  # operators whose results depended on values
         self._loop: tuple[int, int, int] = (0, 0, 0)
 
-    def item(self, tensor: torch.Tensor, *, told: bool, value: Any = None) -> bool | int | float:
+    def item(self, tensor: torch.Tensor, *, is_listed: bool, value: Any = None) -> bool | int | float:
         """Return the answer to ``tensor.item()``. ``value`` is the tensor's known or assumed value, or None.
 
         The answer is the bound of the calling line (or of "item"), else ``value``, else True, 1 or 1.0, with
@@ -68,19 +68,19 @@ class Guesses:
         False. A condition whose place in the code (`reading_line`) is a key of the bounds gets False. A bound
         that is a single number does not count.
 
-        With ``told=False``, as for questions of the optimizer and of the model's construction, other bounds
-        are not used and the answer is not listed as an assumption; one line of one call that keeps asking
-        gets False now and then.
+        With ``is_listed=False``, as for questions of the optimizer and of the model's construction, other
+        bounds are not used and the answer is not listed as an assumption; one line of one call that keeps
+        asking gets False now and then.
 
-        Raises UserError if a line without a bound asks more than 1000 times with ``told=True`` (a million
-        times if the line is not known).
+        Raises UserError if a line without a bound asks more than 1000 times with ``is_listed=True`` (a
+        million times if the line is not known).
         """
         is_bool, is_float = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
         is_guess = value is not None and is_assumed(self.concrete_values.of(tensor))
         place = reading_line() if is_bool and (value is None or (is_guess and value)) else ""
         is_denied = bool(place) and isinstance(self.bound, Mapping) and place in self.bound
         self.doubtful = place if place and not is_denied else self.doubtful
-        if not told:
+        if not is_listed:
             if value is not None and not is_denied:
                 return value  # type: ignore[no-any-return]
             if is_bool:

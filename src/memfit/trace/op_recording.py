@@ -54,7 +54,7 @@ def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
         trace=job_trace,
         key=recorder.key,
         start=recorder.start,
-        made=recorder.made(),
+        storages=recorder.storages(),
         calls=tuple(recorder.calls),
     )
 
@@ -93,7 +93,7 @@ class _Recorder(Numbered):
         return self.recorder.clock
 
     def after(
-        self, func: Any, args: Any, kwargs: Any, made: list[tuple[int, torch.Tensor]], state: Any
+        self, func: Any, args: Any, kwargs: Any, new_storages: list[tuple[int, torch.Tensor]], state: Any
     ) -> None:
         inputs = list(flat((args, tuple(kwargs.values()))))
         write_targets = written(func, args, kwargs)
@@ -101,15 +101,15 @@ class _Recorder(Numbered):
         for number in reads:
             self.last_read[number] = self.recorder.clock
         target_numbers = [n for n in map(self.number, write_targets) if n is not None]
-        if not (made or target_numbers):
+        if not (new_storages or target_numbers):
             return
         index = len(self.calls)
         self.calls.append(ForwardCall(clock=state, reads=tuple(reads)))
-        new_numbers = range(self.count, self.count + len(made))
+        new_numbers = range(self.count, self.count + len(new_storages))
         for target in target_numbers:
             self.of[target].append(index)
         keys = {storage_key(t) for t in inputs}
-        for number, (_, tensor) in zip(new_numbers, made, strict=True):
+        for number, (_, tensor) in zip(new_numbers, new_storages, strict=True):
             self._born(number, tensor, index, shared=storage_key(tensor) in keys)
         self._pin(write_targets, target_numbers, new_numbers, kwargs)
         self.pinned.update(n for t in inputs if (n := self.number(t)) is not None and not self._plain(n, t))
@@ -168,7 +168,7 @@ class _Recorder(Numbered):
             self.needs[number].append(self.recorder.clock)
         return packed  # type: ignore[no-any-return]
 
-    def made(self) -> tuple[ForwardStorage, ...]:
+    def storages(self) -> tuple[ForwardStorage, ...]:
         return tuple(
             ForwardStorage(
                 size_bytes=rounded(life.size_bytes, self.recorder.device),

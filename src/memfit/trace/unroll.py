@@ -32,7 +32,7 @@ class _Event:
 
 
 _Runs = list[tuple[int | None, list[_Event]]]
-_Made = TypeVar("_Made", Allocation, OpCall)
+_Item = TypeVar("_Item", Allocation, OpCall)
 
 
 @dataclasses.dataclass(slots=True)
@@ -117,17 +117,20 @@ _ON_A_LINE = (
 )
 
 
-def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trace:
-    """Return the trace with the ``wanted`` blocks, from the trace ``shallow`` with the ``given`` blocks and
+def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks: Blocks) -> Trace:
+    """Return the trace with ``target_blocks``, from the trace ``shallow`` with ``shallow_blocks`` and
     the trace ``deeper`` with one period more.
 
-    ``wanted`` must have a whole number of periods more than ``given``. Raises Mismatch if ``given`` has fewer
-    than three periods, or if unrolling ``shallow`` by one period does not give ``deeper``, apart from what
-    may grow linearly (see the module).
+    ``target_blocks`` must have a whole number of periods more than ``shallow_blocks``. Raises Mismatch if
+    ``shallow_blocks`` has fewer than three periods, or if unrolling ``shallow`` by one period does not give
+    ``deeper``, apart from what may grow linearly (see the module).
     """
-    assert (wanted.count - given.count) % given.period == 0, (given, wanted)
-    middle, growth, extra_work = _middle(shallow, deeper, given)
-    deep = _Unrolled(shallow, given, wanted, middle)
+    assert (target_blocks.count - shallow_blocks.count) % shallow_blocks.period == 0, (
+        shallow_blocks,
+        target_blocks,
+    )
+    middle, growth, extra_work = _middle(shallow, deeper, shallow_blocks)
+    deep = _Unrolled(shallow, shallow_blocks, target_blocks, middle)
     extra_periods = deep.extra
     ops = tuple(_worked(deep, extra_work))
     allocations = [
@@ -145,15 +148,15 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
     """Return the trace with the blocks at ``path`` renumbered in module paths, from the keys of ``numbers``
     to its values. Blocks whose index is no key keep it."""
 
-    def moved(made: _Made) -> _Made:
-        if not made.module.startswith(f"{path}."):
-            return made
-        number, dot, rest = made.module[len(path) + 1 :].partition(".")
+    def moved(item: _Item) -> _Item:
+        if not item.module.startswith(f"{path}."):
+            return item
+        number, dot, rest = item.module[len(path) + 1 :].partition(".")
         if not number.isdecimal():
-            return made
+            return item
         # A missing number is that of another rank's block, which is built and then dropped.
         new_number = numbers.get(int(number), number)
-        return dataclasses.replace(made, module=f"{path}.{new_number}{dot}{rest}")
+        return dataclasses.replace(item, module=f"{path}.{new_number}{dot}{rest}")
 
     return dataclasses.replace(
         trace, allocations=tuple(map(moved, trace.allocations)), ops=tuple(map(moved, trace.ops))
@@ -285,16 +288,21 @@ def canonical(trace: Trace) -> Trace:
 
 
 class _Unrolled:
-    """The trace ``trace`` with the ``wanted`` blocks, made from ``shallow`` with the ``given`` blocks by
+    """The trace ``trace`` with ``target_blocks``, made from ``shallow`` with ``shallow_blocks`` by
     repeating period ``middle``. ``origin[i]`` is the index in ``shallow`` of the allocation that the
     allocation ``i`` of ``trace`` copies, and ``op_origin[i]`` that of the operator call that its call ``i``
     copies. Raises Mismatch if a copy would free an allocation that does not exist or is freed already."""
 
-    def __init__(self, shallow: Trace, given: Blocks, wanted: Blocks, middle: int) -> None:
-        self.shallow, self.given, self.first, self.middle = shallow, given, wanted.first, middle
-        self.periods = -(-given.count // given.period)
-        self.extra = (wanted.count - given.count) // given.period
-        events = _spanned(_events(shallow, given.period_of), shallow.spans)
+    def __init__(self, shallow: Trace, shallow_blocks: Blocks, target_blocks: Blocks, middle: int) -> None:
+        self.shallow, self.shallow_blocks, self.first, self.middle = (
+            shallow,
+            shallow_blocks,
+            target_blocks.first,
+            middle,
+        )
+        self.periods = -(-shallow_blocks.count // shallow_blocks.period)
+        self.extra = (target_blocks.count - shallow_blocks.count) // shallow_blocks.period
+        events = _spanned(_events(shallow, shallow_blocks.period_of), shallow.spans)
         self.chapters = [_Chapter(span, self._runs(span_events, span.phase)) for span, span_events in events]
         self.born = self._births()
         self.origin: list[int] = []
@@ -408,14 +416,14 @@ class _Unrolled:
         return place._replace(block=new_block)
 
     def _renamed(self, module: str, template: int | None, block: int | None) -> str:
-        period = self.given.period_of(module)
+        period = self.shallow_blocks.period_of(module)
         if period is None:
             return module
         if template is None or block is None:
             shift = self.extra if period > self.middle else 0
         else:
             shift = block - template
-        return self.given.moved(module, self.first, shift)
+        return self.shallow_blocks.moved(module, self.first, shift)
 
 
 def _groups(events: list[_Event]) -> Iterator[list[_Event]]:

@@ -36,5 +36,5 @@ class Recording:
     trace: Trace
     key: int
     start: int  # clock of the forward pass
-    made: tuple[ForwardStorage, ...]
+    storages: tuple[ForwardStorage, ...]
     calls: tuple[ForwardCall, ...]

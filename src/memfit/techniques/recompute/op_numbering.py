@@ -101,9 +101,10 @@ class Numbered(TorchDispatchMode):
         """Called before an operator, with the facts about it (``known``). The return value is passed to
         `after` as ``state``. View operators are reported only if ``sees_views``."""
 
-    def after(self, func: Any, args: Any, kwargs: Any, made: NewStorages, state: Any) -> None:
-        """Called after an operator. ``made`` holds new storages, numbered from ``count``, as (index among the
-        tensors that the operator returned, tensor). View operators are reported only if ``sees_views``."""
+    def after(self, func: Any, args: Any, kwargs: Any, new_storages: NewStorages, state: Any) -> None:
+        """Called after an operator. ``new_storages`` holds new storages, numbered from ``count``, as (index
+        among the tensors that the operator returned, tensor). View operators are reported only if
+        ``sees_views``."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

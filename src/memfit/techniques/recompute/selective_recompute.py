@@ -228,13 +228,13 @@ class Tape(Numbered):
         return None
 
     def after(
-        self, func: Any, args: Any, kwargs: Any, made: list[tuple[int, torch.Tensor]], state: Any
+        self, func: Any, args: Any, kwargs: Any, new_storages: list[tuple[int, torch.Tensor]], state: Any
     ) -> None:
         written_tensors = written(func, args, kwargs)
-        if not written_tensors and self.dropped.isdisjoint(range(self.count, self.count + len(made))):
+        if not written_tensors and self.dropped.isdisjoint(range(self.count, self.count + len(new_storages))):
             return
         targets = [v for v in map(self.value, written_tensors) if v is not None]
-        dropped_outputs = [pair for i, pair in enumerate(made, self.count) if i in self.dropped]
+        dropped_outputs = [pair for i, pair in enumerate(new_storages, self.count) if i in self.dropped]
         if not (targets or dropped_outputs) or not repeatable(kwargs, len(written_tensors) - len(targets)):
             return
         call = RecomputedCall(func, self._sources(args, kwargs, targets), state)
