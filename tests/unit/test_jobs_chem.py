@@ -14,7 +14,16 @@ from test_jobs import operators_of_a_step
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memfit.jobs import registry
-from memfit.jobs.builtin import genome, hyena, molecules, molformer, potential, schnet, smiles
+from memfit.jobs.builtin import (
+    genome,
+    hyena,
+    molecules,
+    molformer,
+    next_token,
+    potential,
+    schnet,
+    smiles,
+)
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_blocks
 from memfit.techniques import fp32_modules
@@ -254,7 +263,7 @@ def test_markov_chains_need_fewer_bits_with_more_context() -> None:
 
 def test_markov_bits_match_a_hand_computation() -> None:
     """AC repeated: C always follows A; eight pairs are seen, and one is added to each of four counts."""
-    repeated = genome.Genome(
+    repeated = next_token.Corpus(
         train=np.tile(np.array([0, 1], np.uint8), 8), test=np.array([0, 1], np.uint8), source=""
     )
     assert genome.markov_bits(repeated, np.array([1]), 1) == pytest.approx(-np.log2(9 / 12))

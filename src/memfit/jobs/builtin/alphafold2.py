@@ -9,27 +9,27 @@ frame products), recycled distances, and the heads' logits. In float16, the mask
 from __future__ import annotations
 
 import dataclasses
-from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from memfit.jobs.builtin.batches import (
-    EVALUATED_AT_ONCE,
+    Array,
     as_tensors,
-    epoch_indices,
+    equal_parts,
     evaluating,
-    refuse,
+    open_arrays,
     step_rng,
+    to_device,
 )
+from memfit.jobs.builtin.chains import ConcatenatedChains
+from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
 from memfit.types.job import Job, Metric, OptimizerChoice
 
 if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.builtin.alphafold.model import FoldSize
-
-    Array = np.ndarray[Any, Any]
 
 NAME: Final = "alphafold2"
 TITLE: Final = "Protein structure (AlphaFold 2: Evoformer and structure module)"
@@ -46,54 +46,42 @@ _TESTED: Final = 120  # number of chains in the test set
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Folds:
-    """Chains of proteins, concatenated; the first ``train_count`` are for training. ``residue`` (n,): numbers
-    of amino acids; ``profile`` (n, 20): shares from 0 to 1; ``atoms`` (n, 3 of N CA C, 3): positions in
-    Angstrom; ``offset``: where each chain starts, and the end.
-    """
+class Folds(ConcatenatedChains):
+    """Chains of proteins. ``residue`` (n,): numbers of amino acids; ``profile`` (n, 20): shares from 0 to 1;
+    ``atoms`` (n, 3 of N CA C, 3): positions in Angstrom."""
 
-    offset: Array
     residue: Array
     profile: Array
     atoms: Array
-    train_count: int
-
-    @property
-    def count(self) -> int:
-        return len(self.offset) - 1
 
 
-def make(
-    *,
-    size: str = "tiny",
-    data: str | None = None,
-    weights: str | None = None,
-    batch: int | None = None,
-    length: int | None = None,
-) -> Job:
-    """Return the job at one of SIZES on the built-in chains, from random weights, by default with the batch
-    and the length of the size.
+@accept_keywords
+def make(options: BuiltInOptions) -> Job:
+    """Return the job at one of SIZES on the built-in chains.
 
     ``initial`` training (the same as ``paper``) has 256 residues and 128 rows, ``finetune`` 384 residues and
     512 rows. ``batch``: chains of a step. ``length``: residues to which chains are padded or cropped. Raises
     UserError for any ``data`` or ``weights``.
     """
-    refuse(
-        NAME,
-        {"--data": data, "--weights": weights},
+    options.refuse(
+        "data",
+        "weights",
+        job=NAME,
         allowed="neither: it trains from scratch on the chains that come with memfit",
     )
-    shape, folds = _shape(size, length, batch), built_in_folds()
+    shape, folds = _shape(options.size, options.length, options.batch), built_in_folds()
     return Job(
         name=NAME,
         title=TITLE,
-        size=size if length is None else f"{size}@{length}",
+        size=options.label,
         build_model=lambda: _build(shape),
         make_batch=lambda step, seed: train_batch(folds, shape, step=step, seed=seed),
         loss=loss,
         evaluate=lambda model: contact_precision(model, folds, shape),
         metric=metric(folds, shape),
-        optimizer=OptimizerChoice(name="adam", learning_rate=2e-3 if size == "tiny" else 1e-3, eps=1e-6),
+        optimizer=OptimizerChoice(
+            name="adam", learning_rate=2e-3 if options.size == "tiny" else 1e-3, eps=1e-6
+        ),
         batch_size=shape.batch_size,
         tokens_per_batch=shape.batch_size * shape.residues,
         length_unit="residues",
@@ -127,8 +115,7 @@ def _build(shape: FoldSize) -> torch.nn.Module:
 def built_in_folds() -> Folds:
     """Return the built-in chains of the job ``protein-ss`` with the positions of their backbone atoms. The
     residue itself replaces a missing profile."""
-    folder = resources.files("memfit.jobs.builtin") / "data"
-    with resources.as_file(folder / "pdb_ss.npz") as path, np.load(path) as archive:
+    with open_arrays("pdb_ss") as archive:
         profile = archive["profile"].astype(np.float32)
         has_profile = profile.sum(-1, keepdims=True) > 0
         one_hot = np.eye(21, dtype=np.float32)[archive["residue"]][:, :20] + np.float32(1e-3)
@@ -138,7 +125,7 @@ def built_in_folds() -> Folds:
             archive["residue"].astype(np.int64),
         )
         train_count = int(archive["n_train"])
-    with resources.as_file(folder / "pdb_backbone.npz") as path, np.load(path) as archive:
+    with open_arrays("pdb_backbone") as archive:
         atoms = np.cumsum(archive["step"].astype(np.int32), axis=0).reshape(-1, 3, 3)
     return Folds(
         offset=offset,
@@ -155,9 +142,8 @@ def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[
     Chains longer than ``shape.residues`` are cropped at a random position, shorter ones are padded.
     """
     rng = step_rng(step, seed)
-    chains = epoch_indices(folds.train_count, shape.batch_size, step=step, seed=seed)
-    excess = np.maximum(folds.offset[chains + 1] - folds.offset[chains] - shape.residues, 0)
-    return pack(folds, chains, rng.integers(0, excess + 1), shape, rng)
+    chains, skipped = folds.draw_crops(shape.residues, shape.batch_size, rng, step=step, seed=seed)
+    return pack(folds, chains, skipped, shape, rng)
 
 
 def pack(
@@ -175,12 +161,9 @@ def pack(
     residue, mask = np.full((count, length), 20), np.zeros((count, length), np.float32)
     profile = np.zeros((count, length, 20), np.float32)
     atoms = np.zeros((count, length, 3, 3), np.float32)
-    for row, (chain, skip) in enumerate(zip(picked, skipped, strict=True)):
-        start = folds.offset[chain] + skip
-        stop = min(folds.offset[chain + 1], start + length)
-        span = slice(stop - start)
-        residue[row, span], mask[row, span] = folds.residue[start:stop], 1
-        profile[row, span], atoms[row, span] = folds.profile[start:stop], folds.atoms[start:stop]
+    for row, (span, residues) in enumerate(folds.spans(picked, skipped, length)):
+        residue[row, span], mask[row, span] = folds.residue[residues], 1
+        profile[row, span], atoms[row, span] = folds.profile[residues], folds.atoms[residues]
     homologs = _homologs(profile, shape.rows + shape.extra_rows - 1, rng)
     msa = np.concatenate([residue[:, None], homologs[:, : shape.rows - 1]], axis=1)
     hidden = (rng.random(msa.shape) < HIDDEN_SHARE) * mask[:, None]
@@ -287,9 +270,8 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
 def test_parts(folds: Folds, shape: FoldSize) -> Any:
     """Yield the test chains, at most 120 in all, in batches with the keys of `pack`. Chains longer than
     ``shape.residues`` are cut after so many residues. The alignments are the same every time."""
-    chunk_size = min(shape.batch_size, EVALUATED_AT_ONCE)
     test = np.arange(folds.train_count, folds.count)[:_TESTED]
-    for index, chains in enumerate(np.array_split(test, -(-len(test) // chunk_size))):
+    for index, chains in enumerate(equal_parts(test, shape.batch_size)):
         yield pack(folds, chains, np.zeros_like(chains), shape, step_rng(index, 0))
 
 
@@ -305,7 +287,7 @@ def contact_precision(model: torch.nn.Module, folds: Folds, shape: FoldSize) -> 
     precisions: list[float] = []
     with evaluating(model) as device:
         for tensors in test_parts(folds, shape):
-            batch = {name: tensor.to(device) for name, tensor in tensors.items()}
+            batch = to_device(tensors, device)
             logits = model(batch)["distance"].float()
             probabilities = logits.softmax(-1)[..., :contact_bins].sum(-1)
             precisions += _precisions(

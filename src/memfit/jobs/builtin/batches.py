@@ -1,30 +1,31 @@
-"""Functions shared by the built-in jobs for making batches and evaluating."""
+"""Functions shared by the built-in jobs for reading data, making batches and evaluating."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.types.errors import UserError
-
-EVALUATED_AT_ONCE: Final = 8  # evaluation must not need more memory than a capped training step
-
 if TYPE_CHECKING:
     import torch
 
-    Array = np.ndarray[Any, Any]
+Array = np.ndarray[Any, Any]
+
+EVALUATED_AT_ONCE: Final = 8  # evaluation must not need more memory than a capped training step
 
 
-def refuse(job: str, given: Mapping[str, object], *, allowed: str) -> None:
-    """Raise UserError if an option that ``job`` does not support is given. ``given`` maps such options to
-    their values, None where one is not given; the first one given is named. ``allowed``: what the message
-    says is allowed instead."""
-    for option, value in given.items():
-        if value is not None:
-            raise UserError(f"{job} does not support any {option}, given {value}", allowed=allowed)
+@contextlib.contextmanager
+def open_arrays(name: str) -> Iterator[Mapping[str, Array]]:
+    """Open the file ``name``.npz that comes with memfit. Yields its arrays by name, each read when it is
+    accessed."""
+    with (
+        resources.as_file(resources.files("memfit.jobs.builtin") / "data" / f"{name}.npz") as path,
+        np.load(path) as archive,
+    ):
+        yield archive
 
 
 def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array:
@@ -54,6 +55,14 @@ def as_tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(array) for name, array in arrays.items()}
 
 
+def token_loss(logits: torch.Tensor, labels: torch.Tensor, *, reduction: str = "mean") -> torch.Tensor:
+    """Return the cross-entropy in nats of the ``labels`` (batch, length), of which -100 do not count, for
+    ``logits`` (batch, length, classes). ``reduction``: "mean" or "sum"."""
+    from torch.nn import functional
+
+    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction=reduction)
+
+
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
     """Put the model in evaluation mode and disable gradients inside this context; then restore the model's
@@ -70,3 +79,21 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
             yield next(model.parameters()).device
     finally:
         model.train(was_training)
+
+
+def to_device(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the tensors of a batch on ``device``."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def equal_parts(examples: Array, batch_size: int) -> list[Array]:
+    """Return ``examples``, indices of what is evaluated, in parts of nearly equal size: at most
+    ``batch_size`` and EVALUATED_AT_ONCE each."""
+    return np.array_split(examples, -(-len(examples) // min(batch_size, EVALUATED_AT_ONCE)))
+
+
+def full_parts(examples: Array, batch_size: int) -> list[Array]:
+    """Return ``examples`` as `equal_parts` does, but with as many in every part except the last as are
+    allowed."""
+    size = min(batch_size, EVALUATED_AT_ONCE)
+    return [examples[start : start + size] for start in range(0, len(examples), size)]

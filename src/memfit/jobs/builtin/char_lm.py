@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 import platform
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from memfit.jobs.builtin.batches import EVALUATED_AT_ONCE, as_tensors, evaluating, step_rng
+from memfit.jobs.builtin.batches import Array, as_tensors, step_rng
 from memfit.jobs.builtin.fasta import read_text
+from memfit.jobs.builtin.next_token import Corpus, mean_bits, next_token_loss, split
+from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.builtin.gpt import GptSize
-
-    Array = np.ndarray[Any, Any]
 
 NAME: Final = "char-lm"
 TITLE: Final = "Language model of text, byte by byte (GPT)"
@@ -31,48 +28,30 @@ DATA_SOURCE: Final = (
 _TEST_WINDOWS: Final = 64
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """Training and test text as bytes, uint8 (bytes,)."""
+@accept_keywords
+def make(options: BuiltInOptions) -> Job:
+    """Return the job at one of SIZES, by default on the built-in text.
 
-    train: Array
-    test: Array
-    source: str
-
-
-def make(
-    *,
-    size: str = "tiny",
-    data: str | None = None,
-    weights: str | None = None,
-    batch: int | None = None,
-    length: int | None = None,
-) -> Job:
-    """Return the job at one of SIZES, by default on the built-in text, from random weights, with the batch
-    and the length of the size.
-
-    ``data``: a text file. ``weights``: a folder of safetensors. ``batch``: windows of a step. ``length``:
-    bytes of a window. The larger sizes keep GPT-2's vocabulary, because its memory is of interest, although
-    their tokens are bytes.
+    ``data``: a text file. ``batch``: windows of a step. ``length``: bytes of a window. The larger sizes keep
+    GPT-2's vocabulary, because its memory is of interest, although their tokens are bytes.
     """
-    shape = _shape(size)
-    if length is not None:
-        shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
-    batch_size = batch or shape.batch_size
-    text = read(data, shape.length)
+    shape = options.resize(_shape(options.size))
+    text = read(options.data, shape.length)
     return Job(
         name=NAME,
         title=TITLE,
-        size=size,
-        build_model=lambda: _build(shape, weights),
-        make_batch=lambda step, seed: train_batch(text.train, shape.length, batch_size, step=step, seed=seed),
-        loss=functools.partial(_cross_entropy, reduction="mean"),
+        size=options.label,
+        build_model=lambda: options.load_into(_build(shape)),
+        make_batch=lambda step, seed: train_batch(
+            text.train, shape.length, shape.batch_size, step=step, seed=seed
+        ),
+        loss=next_token_loss,
         loss_terms=lambda part: int(part["next"].numel()),
-        evaluate=lambda model: bits_per_byte(model, text.test, shape.length, batch_size),
+        evaluate=lambda model: bits_per_byte(model, text.test, shape.length, shape.batch_size),
         metric=metric(text, shape.length),
-        optimizer=OptimizerChoice(learning_rate=2e-3 if size == "tiny" else 2e-4, betas=(0.9, 0.95)),
-        batch_size=batch_size,
-        tokens_per_batch=batch_size * shape.length,
+        optimizer=OptimizerChoice(learning_rate=2e-3 if options.label == "tiny" else 2e-4, betas=(0.9, 0.95)),
+        batch_size=shape.batch_size,
+        tokens_per_batch=shape.batch_size * shape.length,
         blocks="blocks",
         head="head",
         data_source=text.source,
@@ -91,30 +70,26 @@ def _shape(size: str) -> GptSize:
     return GptSize(layers=24, width=2048, heads=32, length=2048, vocabulary=50_257, batch_size=8)
 
 
-def _build(shape: GptSize, weights: str | None) -> torch.nn.Module:
+def _build(shape: GptSize) -> torch.nn.Module:
     from memfit.jobs.builtin.gpt import Gpt
-    from memfit.jobs.weights import load_weights
 
-    model = Gpt(shape)
-    if weights:
-        load_weights(model, weights)
-    return model
+    return Gpt(shape)
 
 
-def read(path: str | None, length: int) -> Text:
-    """Return the text of the user's file ``path``, or the built-in one if None; the last tenth is held out.
+def read(path: str | None, length: int) -> Corpus:
+    """Return the bytes of the user's text file ``path``, or of the built-in text if None.
 
     Raises UserError if the held-out part would be shorter than one window of ``length`` + 1 bytes.
     """
     text_bytes = np.frombuffer((read_text(path) if path else _documentation()).encode(), np.uint8)
-    boundary = len(text_bytes) - len(text_bytes) // 10
-    if len(text_bytes) - boundary < length + 1:
+    text = split(text_bytes, path or DATA_SOURCE)
+    if len(text.test) < length + 1:
         source = path or "the built-in text"
         raise UserError(
             f"{source} has {len(text_bytes)} bytes, too few for a window",
             allowed=f"at least {10 * (length + 1)}",
         )
-    return Text(train=text_bytes[:boundary], test=text_bytes[boundary:], source=path or DATA_SOURCE)
+    return text
 
 
 def _documentation() -> str:
@@ -139,17 +114,6 @@ def _windows(text: Array, starts: Array, length: int) -> dict[str, Array]:
     return {"tokens": window[:, :-1], "next": window[:, 1:]}
 
 
-def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
-    """Return the cross-entropy of the next byte in nats, over all positions of the batch. ``reduction``:
-    "mean" or "sum"."""
-    from torch.nn import functional
-
-    logits = model(batch["tokens"])
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch["next"].flatten(), reduction=reduction
-    )
-
-
 def _test_starts(text: Array, length: int) -> Array:
     """Return the starts of consecutive windows at the beginning of ``text``, at most 64. They do not overlap,
     so that each scored byte counts once."""
@@ -159,17 +123,11 @@ def _test_starts(text: Array, length: int) -> Array:
 def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: int) -> float:
     """Return the mean cross-entropy in bits of the next byte over the first windows of the held-out ``text``,
     at most 64 of ``length`` bytes."""
-    starts, total = _test_starts(text, length), 0.0
-    with evaluating(model) as device:
-        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
-        for start in range(0, len(starts), chunk_size):
-            arrays = _windows(text, starts[start : start + chunk_size], length)
-            batch = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
-            total += float(_cross_entropy(model, batch, reduction="sum"))
-    return total / (len(starts) * length * math.log(2))
+    starts = _test_starts(text, length)
+    return mean_bits(model, starts, lambda part: _windows(text, part, length), batch_size)
 
 
-def metric(text: Text, length: int) -> Metric:
+def metric(text: Corpus, length: int) -> Metric:
     """Return the metric, bits per byte. Its naive result is that of the byte frequencies of the training text
     (plus one each)."""
     counts = np.bincount(text.train, minlength=256) + 1

@@ -40,18 +40,18 @@ class EsmSize:
     length: int
     batch_size: int
 
-    def with_length(self, length: int, batch_size: int) -> EsmSize:
-        return dataclasses.replace(self, length=length, batch_size=batch_size)
 
-
-# Published ESM-2 shapes (Lin et al. 2023, table S1). The feed-forward part is four times as wide.
-PUBLISHED: Final = {
+# Published ESM-2 shapes (Lin et al. 2023, table S1), and a small one. The feed-forward part is four times as
+# wide.
+ESM_SIZES: Final = {
+    "tiny": EsmSize(layers=4, width=128, heads=4, length=256, batch_size=16),
     "8M": EsmSize(layers=6, width=320, heads=20, length=1024, batch_size=8),
     "35M": EsmSize(layers=12, width=480, heads=20, length=1024, batch_size=8),
     "150M": EsmSize(layers=30, width=640, heads=20, length=1024, batch_size=8),
     "650M": EsmSize(layers=33, width=1280, heads=20, length=1024, batch_size=8),
     "3B": EsmSize(layers=36, width=2560, heads=40, length=1024, batch_size=8),
     "15B": EsmSize(layers=48, width=5120, heads=40, length=1024, batch_size=8),
+    "paper": EsmSize(layers=33, width=1280, heads=20, length=1024, batch_size=8),
 }
 
 

@@ -10,15 +10,14 @@ as harmless.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from importlib import resources
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from memfit.jobs.builtin.batches import EVALUATED_AT_ONCE, as_tensors, evaluating, step_rng
+from memfit.jobs.builtin.batches import Array, as_tensors, open_arrays, step_rng
 from memfit.jobs.builtin.fasta import read_text
+from memfit.jobs.builtin.next_token import Corpus, mean_bits, next_token_loss, split
+from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.builtin.hyena import HyenaSize
-
-    Array = np.ndarray[Any, Any]
 
 NAME: Final = "genome"
 TITLE: Final = "Language model of DNA with a long context (HyenaDNA)"
@@ -41,52 +38,34 @@ _NAIVE_ORDER: Final = 2
 _BUILT_IN_GAIN: Final = 0.0072  # bits that order 4 gains over order 3 on the built-in chromosome
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Genome:
-    """Bases as 0..3 for A, C, G, T, uint8 (bases,)."""
+@accept_keywords
+def make(options: BuiltInOptions) -> Job:
+    """Return the job at one of SIZES, by default on the built-in chromosome.
 
-    train: Array
-    test: Array
-    source: str
-
-
-def make(
-    *,
-    size: str = "tiny",
-    data: str | None = None,
-    weights: str | None = None,
-    batch: int | None = None,
-    length: int | None = None,
-) -> Job:
-    """Return the job at one of SIZES, by default on the built-in chromosome, from random weights, with the
-    batch and the length of the size.
-
-    ``data``: a FASTA file of DNA. ``weights``: a folder of safetensors. ``batch``: windows of a step.
-    ``length``: tokens of a window, one per base; evaluation uses shorter windows if the held-out part is
-    shorter.
+    ``data``: a FASTA file of DNA. ``batch``: windows of a step. ``length``: tokens of a window, one per base;
+    evaluation uses shorter windows if the held-out part is shorter.
     """
-    shape = _shape(size)
-    if length is not None:
-        shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
-    batch_size = batch or shape.batch_size
-    genome = read(data, shape.length + shape.kmer)
+    shape = options.resize(_shape(options.size))
+    genome = read(options.data, shape.length + shape.kmer)
     max_length = len(genome.test) - shape.kmer - 1
     # The held-out part may be shorter than a window.
     test_shape = dataclasses.replace(shape, length=min(shape.length, max_length))
     return Job(
         name=NAME,
         title=TITLE,
-        size=size,
+        size=options.label,
         steps=72,
-        build_model=lambda: _build(shape, weights),
-        make_batch=lambda step, seed: train_batch(genome.train, shape, batch_size, step=step, seed=seed),
-        loss=functools.partial(_cross_entropy, reduction="mean"),
+        build_model=lambda: options.load_into(_build(shape)),
+        make_batch=lambda step, seed: train_batch(
+            genome.train, shape, shape.batch_size, step=step, seed=seed
+        ),
+        loss=next_token_loss,
         loss_terms=lambda part: int(part["next"].numel()),
-        evaluate=lambda model: bits_per_base(model, genome.test, test_shape, batch_size),
+        evaluate=lambda model: bits_per_base(model, genome.test, test_shape, shape.batch_size),
         metric=metric(genome, test_shape),
         optimizer=OptimizerChoice(learning_rate=2e-3 if shape.kmer > 1 else 6e-4, betas=(0.9, 0.98)),
-        batch_size=batch_size,
-        tokens_per_batch=batch_size * shape.length,
+        batch_size=shape.batch_size,
+        tokens_per_batch=shape.batch_size * shape.length,
         length_unit="bases",
         blocks="blocks",
         head="head",
@@ -103,35 +82,27 @@ def _shape(size: str) -> HyenaSize:
     return HyenaSize(layers=3, width=64, filter_width=32, kmer=4, vocabulary=256, length=1024, batch_size=4)
 
 
-def _build(shape: HyenaSize, weights: str | None) -> torch.nn.Module:
+def _build(shape: HyenaSize) -> torch.nn.Module:
     from memfit.jobs.builtin.hyena import HyenaDna
-    from memfit.jobs.weights import load_weights
 
-    model = HyenaDna(shape)
-    if weights:
-        load_weights(model, weights)
-    return model
+    return HyenaDna(shape)
 
 
-def read(path: str | None, needed: int) -> Genome:
-    """Return the DNA of the user's file ``path``, or the built-in chromosome if None; the last tenth is held
-    out.
+def read(path: str | None, needed: int) -> Corpus:
+    """Return the DNA of the user's file ``path``, or the built-in chromosome if None: 0 to 3 for A, C, G, T.
 
     Raises UserError if the training part has fewer than 400 bases, or than two windows of ``needed`` bases.
     """
     bases, source = (_fasta(path), path) if path else (_chromosome(), DATA_SOURCE)
-    boundary = len(bases) - len(bases) // 10
-    if boundary < max(2 * needed, 400):
+    genome = split(bases, source)
+    if len(genome.train) < max(2 * needed, 400):
         allowed = f"at least {max(int(2.3 * needed), 450)} for this window"
         raise UserError(f"{len(bases)} bases of DNA are too few", allowed=allowed)
-    return Genome(train=bases[:boundary], test=bases[boundary:], source=source)
+    return genome
 
 
 def _chromosome() -> Array:
-    with (
-        resources.as_file(resources.files("memfit.jobs.builtin") / "data" / "ecoli_536.npz") as path,
-        np.load(path) as archive,
-    ):
+    with open_arrays("ecoli_536") as archive:
         groups = archive["packed"][:, None] >> np.array([6, 4, 2, 0], np.uint8)
         bases: Array = (groups & 3).ravel()[: int(archive["bases"])]
         return bases
@@ -173,17 +144,6 @@ def _windows(bases: Array, starts: Array, shape: HyenaSize) -> dict[str, Array]:
     return {"tokens": tokens, "next": window[:, shape.kmer :].astype(np.int64)}
 
 
-def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
-    """Return the cross-entropy of the next base in nats, over all positions of the batch. ``reduction``:
-    "mean" or "sum"."""
-    from torch.nn import functional
-
-    logits = model(batch["tokens"])
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch["next"].flatten(), reduction=reduction
-    )
-
-
 def _test_starts(bases: Array, shape: HyenaSize) -> Array:
     """Return the starts of windows spread evenly over ``bases``, the held-out part: as many as have 65,536
     bases in all, or fewer if ``bases`` has fewer, but at least one."""
@@ -194,17 +154,11 @@ def _test_starts(bases: Array, shape: HyenaSize) -> Array:
 def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_size: int) -> float:
     """Return the mean cross-entropy of the next base, in bits, over windows spread evenly over ``bases``, the
     held-out part."""
-    starts, total = _test_starts(bases, shape), 0.0
-    with evaluating(model) as device:
-        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
-        for start in range(0, len(starts), chunk_size):
-            arrays = _windows(bases, starts[start : start + chunk_size], shape)
-            batch = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
-            total += float(_cross_entropy(model, batch, reduction="sum"))
-    return total / (len(starts) * shape.length * math.log(2))
+    starts = _test_starts(bases, shape)
+    return mean_bits(model, starts, lambda part: _windows(bases, part, shape), batch_size)
 
 
-def markov_bits(genome: Genome, places: Array, order: int) -> float:
+def markov_bits(genome: Corpus, places: Array, order: int) -> float:
     """Return the mean bits per base of a Markov chain for the bases at the positions ``places`` of the
     held-out part.
 
@@ -216,13 +170,13 @@ def markov_bits(genome: Genome, places: Array, order: int) -> float:
     return float(bits.ravel()[words(genome.test, order + 1)[places - order]].mean())
 
 
-def scored(genome: Genome, shape: HyenaSize) -> Array:
+def scored(genome: Corpus, shape: HyenaSize) -> Array:
     """Return the positions in the held-out part whose base the metric scores."""
     starts = _test_starts(genome.test, shape) + shape.kmer
     return (starts[:, None] + np.arange(shape.length)).ravel()
 
 
-def metric(genome: Genome, shape: HyenaSize) -> Metric:
+def metric(genome: Corpus, shape: HyenaSize) -> Metric:
     """Return the metric, bits per base.
 
     Its naive result is that of a Markov chain of order two, that is, of words of codon length. The margin is

@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.builtin.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating, step_rng
+from memfit.jobs.builtin.batches import (
+    Array,
+    as_tensors,
+    epoch_indices,
+    equal_parts,
+    evaluating,
+    step_rng,
+    token_loss,
+)
 from memfit.jobs.builtin.fasta import read_text
+from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
 from memfit.jobs.builtin.smiles import graph, ring_skeleton, tokens
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
@@ -28,8 +37,6 @@ if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.builtin.molformer import MolformerSize
-
-    Array = np.ndarray[Any, Any]
 
 NAME: Final = "molecules"
 TITLE: Final = "Octanol-water partition of molecules from SMILES (MoLFormer)"
@@ -71,41 +78,32 @@ class Molecules:
         return float(train.mean()), float(train.std()) or 1.0
 
 
-def make(
-    *,
-    size: str = "tiny",
-    data: str | None = None,
-    weights: str | None = None,
-    batch: int | None = None,
-    length: int | None = None,
-) -> Job:
-    """Return the job at one of SIZES, by default on the measurements in the package chemicals, from random
-    weights, with the batch and the length of the size.
+@accept_keywords
+def make(options: BuiltInOptions) -> Job:
+    """Return the job at one of SIZES, by default on the measurements in the package chemicals.
 
-    ``data``: a file of ``SMILES,value`` lines. ``weights``: a folder of safetensors. ``batch``: molecules of
-    a step. ``length``: molecules with more tokens are left out, and others are padded to it. Raises UserError
-    if chemicals is not installed, for faults in ``data``, and if fewer than ten molecules remain.
+    ``data``: a file of ``SMILES,value`` lines. ``batch``: molecules of a step. ``length``: molecules with
+    more tokens are left out, and others are padded to it. Raises UserError if chemicals is not installed, for
+    faults in ``data``, and if fewer than ten molecules remain.
     """
-    shape = _shape(size)
-    if length is not None:
-        shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
-    batch_size = batch or shape.batch_size
-    molecules = arranged(_user(data) if data else _installed(), shape.length, data or DATA_SOURCE)
+    shape = options.resize(_shape(options.size))
+    pairs = _user(options.data) if options.data else _installed()
+    molecules = arranged(pairs, shape.length, options.data or DATA_SOURCE)
     return Job(
         name=NAME,
         title=TITLE,
-        size=size,
+        size=options.label,
         steps=120,
-        build_model=lambda: _build(shape, weights),
+        build_model=lambda: options.load_into(_build(shape)),
         make_batch=lambda step, seed: train_batch(
-            molecules, batch_size, masked=shape.masked, step=step, seed=seed
+            molecules, shape.batch_size, masked=shape.masked, step=step, seed=seed
         ),
         loss=loss,
-        evaluate=lambda model: held_out_rmse(model, molecules, batch_size),
+        evaluate=lambda model: held_out_rmse(model, molecules, shape.batch_size),
         metric=metric(molecules),
         optimizer=OptimizerChoice(learning_rate=1e-4 if shape.masked else 2e-3, betas=(0.9, 0.99)),
-        batch_size=batch_size,
-        tokens_per_batch=batch_size * shape.length,
+        batch_size=shape.batch_size,
+        tokens_per_batch=shape.batch_size * shape.length,
         blocks="blocks",
         head="head" if shape.masked else None,
         data_source=molecules.source,
@@ -122,14 +120,10 @@ def _shape(size: str) -> MolformerSize:
     )
 
 
-def _build(shape: MolformerSize, weights: str | None) -> torch.nn.Module:
+def _build(shape: MolformerSize) -> torch.nn.Module:
     from memfit.jobs.builtin.molformer import Molformer
-    from memfit.jobs.weights import load_weights
 
-    model = Molformer(shape)
-    if weights:
-        load_weights(model, weights)
-    return model
+    return Molformer(shape)
 
 
 Pairs = Sequence[tuple[str, float]]
@@ -262,7 +256,7 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     if "labels" not in batch:
         return error
     labels = batch["labels"]
-    nats = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    nats = token_loss(logits, labels, reduction="sum")
     total: torch.Tensor = error + nats / labels.numel()
     return total
 
@@ -272,8 +266,7 @@ def held_out_rmse(model: torch.nn.Module, molecules: Molecules, batch_size: int)
     mean, deviation = molecules.scale
     squares, test = 0.0, np.arange(molecules.train_count, len(molecules.smiles))
     with evaluating(model) as device:
-        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
-        for indices in np.array_split(test, -(-len(test) // chunk_size)):
+        for indices in equal_parts(test, batch_size):
             numbers = as_tensors({"tokens": molecules.padded(indices)})["tokens"].to(device)
             value = model(numbers, numbers != _PAD)[0].float().cpu().numpy()
             squares += float(((value * deviation + mean - molecules.values[indices]) ** 2).sum())

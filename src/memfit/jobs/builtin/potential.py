@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.builtin.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating
+from memfit.jobs.builtin.batches import Array, as_tensors, epoch_indices, equal_parts, evaluating, to_device
+from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.builtin.schnet import SchnetSize
-
-    Array = np.ndarray[Any, Any]
 
 NAME: Final = "potential"
 TITLE: Final = "Interatomic potential: forces as gradients of energy (SchNet)"
@@ -58,41 +57,28 @@ class MoleculeFrames:
     source: str
 
 
-def make(
-    *,
-    size: str = "tiny",
-    data: str | None = None,
-    weights: str | None = None,
-    batch: int | None = None,
-    length: int | None = None,
-) -> Job:
-    """Return the job at one of SIZES, by default on the built-in frames, from random weights and with the
-    batch of the size.
+@accept_keywords
+def make(options: BuiltInOptions) -> Job:
+    """Return the job at one of SIZES, by default on the built-in frames.
 
-    ``data``: an ``.npz`` file with the same arrays as the built-in one. ``weights``: a folder of safetensors.
-    ``batch``: samples of a step. Raises UserError for any ``length``, and for ``data`` that cannot be read or
-    lack an array.
+    ``data``: an ``.npz`` file with the same arrays as the built-in one. ``batch``: samples of a step. Raises
+    UserError for any ``length``, and for ``data`` that cannot be read or lack an array.
     """
-    if length is not None:
-        raise UserError(
-            f"{NAME} does not support any --length, given {length}",
-            allowed="no length: the molecules determine the number of atoms",
-        )
-    frames = read(data)
-    shape = _shape(size, frames)
-    batch_size = batch or shape.batch_size
+    options.refuse("length", job=NAME, allowed="no length: the molecules determine the number of atoms")
+    frames = read(options.data)
+    shape = options.resize(_shape(options.size, frames))
     return Job(
         name=NAME,
         title=TITLE,
-        size=size,
+        size=options.label,
         steps=200,
-        build_model=lambda: _build(shape, weights),
-        make_batch=lambda step, seed: train_batch(frames, shape, batch_size, step=step, seed=seed),
+        build_model=lambda: options.load_into(_build(shape)),
+        make_batch=lambda step, seed: train_batch(frames, shape, shape.batch_size, step=step, seed=seed),
         loss=loss,
-        evaluate=lambda model: force_error(model, frames, shape, batch_size),
+        evaluate=lambda model: force_error(model, frames, shape, shape.batch_size),
         metric=metric(frames),
-        optimizer=OptimizerChoice(learning_rate=3e-3 if size == "tiny" else 1e-4),
-        batch_size=batch_size,
+        optimizer=OptimizerChoice(learning_rate=3e-3 if options.size == "tiny" else 1e-4),
+        batch_size=shape.batch_size,
         blocks="blocks",
         data_source=frames.source,
         islands=("geometry", "energy"),
@@ -118,14 +104,10 @@ def _shape(size: str, frames: MoleculeFrames) -> SchnetSize:
     )
 
 
-def _build(shape: SchnetSize, weights: str | None) -> torch.nn.Module:
+def _build(shape: SchnetSize) -> torch.nn.Module:
     from memfit.jobs.builtin.schnet import Schnet
-    from memfit.jobs.weights import load_weights
 
-    model = Schnet(shape)
-    if weights:
-        load_weights(model, weights)
-    return model
+    return Schnet(shape)
 
 
 def read(path: str | None) -> MoleculeFrames:
@@ -245,10 +227,8 @@ def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSiz
     test = _test(frames)
     test = test[: len(test) // molecules_per_sample * molecules_per_sample].reshape(-1, molecules_per_sample)
     with evaluating(model) as device:
-        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
-        for indices in np.array_split(test, -(-len(test) // chunk_size)):
-            batch = packed(frames, indices, shape)
-            part = {name: tensor.to(device) for name, tensor in batch.items()}
+        for indices in equal_parts(test, batch_size):
+            part = to_device(packed(frames, indices, shape), device)
             errors = (_answer(model, part)[1] - part["forces"]).abs() * (part["species"] > 0)[..., None]
             total += float(errors.sum())
             count += 3 * float((part["species"] > 0).sum())

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.builtin.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating, step_rng
+from memfit.jobs.builtin.batches import (
+    Array,
+    as_tensors,
+    epoch_indices,
+    evaluating,
+    full_parts,
+    step_rng,
+    to_device,
+    token_loss,
+)
 from memfit.jobs.builtin.fasta import read_fasta
+from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 
@@ -19,8 +29,6 @@ if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.builtin.esm import EsmSize
-
-    Array = np.ndarray[Any, Any]
 
 NAME: Final = "protein-lm"
 TITLE: Final = "Masked language model of proteins (ESM-2)"
@@ -44,38 +52,30 @@ class Sequences:
     source: str
 
 
-def make(
-    *,
-    size: str = "tiny",
-    data: str | None = None,
-    weights: str | None = None,
-    batch: int | None = None,
-    length: int | None = None,
-) -> Job:
-    """Return the job at one of SIZES, by default on the built-in sequences, from random weights, with the
-    batch and the length of the size.
+@accept_keywords
+def make(options: BuiltInOptions) -> Job:
+    """Return the job at one of SIZES, by default on the built-in sequences.
 
-    ``data``: a FASTA file. ``weights``: a folder of safetensors. ``batch``: sequences of a step. ``length``:
-    tokens to which sequences, with start and end token, are padded or cropped.
+    ``data``: a FASTA file. ``batch``: sequences of a step. ``length``: tokens to which sequences, with start
+    and end token, are padded or cropped.
     """
-    shape = _shape(size)
-    if length is not None:
-        shape, size = shape.with_length(length, shape.batch_size), f"{size}@{length}"
-    batch_size = batch or shape.batch_size
-    sequences = read_sequences(data)
+    shape = options.resize(_shape(options.size))
+    sequences = read_sequences(options.data)
     return Job(
         name=NAME,
         title=TITLE,
-        size=size,
-        build_model=lambda: _build(shape, weights),
-        make_batch=lambda step, seed: train_batch(sequences, shape.length, batch_size, step=step, seed=seed),
-        loss=functools.partial(_cross_entropy, reduction="mean"),
+        size=options.label,
+        build_model=lambda: options.load_into(_build(shape)),
+        make_batch=lambda step, seed: train_batch(
+            sequences, shape.length, shape.batch_size, step=step, seed=seed
+        ),
+        loss=masked_loss,
         loss_terms=lambda part: int((part["labels"] >= 0).sum()),
-        evaluate=lambda model: held_out_nats(model, sequences, shape.length, batch_size),
+        evaluate=lambda model: held_out_nats(model, sequences, shape.length, shape.batch_size),
         metric=metric(sequences, shape.length),
-        optimizer=OptimizerChoice(learning_rate=1e-3 if size == "tiny" else 4e-4, betas=(0.9, 0.98)),
-        batch_size=batch_size,
-        tokens_per_batch=batch_size * shape.length,
+        optimizer=OptimizerChoice(learning_rate=1e-3 if options.label == "tiny" else 4e-4, betas=(0.9, 0.98)),
+        batch_size=shape.batch_size,
+        tokens_per_batch=shape.batch_size * shape.length,
         length_unit="residues",
         blocks="esm.encoder.layer",
         head="lm_head.decoder",
@@ -84,21 +84,15 @@ def make(
 
 
 def _shape(size: str) -> EsmSize:
-    from memfit.jobs.builtin.esm import PUBLISHED, EsmSize
+    from memfit.jobs.builtin.esm import ESM_SIZES
 
-    if size == "tiny":
-        return EsmSize(layers=4, width=128, heads=4, length=256, batch_size=16)
-    return PUBLISHED["650M" if size == "paper" else size]
+    return ESM_SIZES[size]
 
 
-def _build(shape: EsmSize, weights: str | None) -> torch.nn.Module:
+def _build(shape: EsmSize) -> torch.nn.Module:
     from memfit.jobs.builtin.esm import MaskedLanguageModel
-    from memfit.jobs.weights import load_weights
 
-    model = MaskedLanguageModel(shape)
-    if weights:
-        load_weights(model, weights)
-    return model
+    return MaskedLanguageModel(shape)
 
 
 def read_sequences(path: str | None) -> Sequences:
@@ -171,24 +165,17 @@ def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[st
     return {"tokens": tokens, "labels": labels, "valid": tokens != _PAD}
 
 
-def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
+def masked_loss(model: torch.nn.Module, batch: Any, *, reduction: str = "mean") -> torch.Tensor:
     """Return the cross-entropy in nats over the residues with labels. ``reduction``: "mean" or "sum"."""
-    from torch.nn import functional
-
-    logits = model(batch["tokens"], batch["valid"])
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction=reduction
-    )
+    return token_loss(model(batch["tokens"], batch["valid"]), batch["labels"], reduction=reduction)
 
 
 def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[dict[str, Array]]:
     """Return batches of the test sequences, of at most 8, with the same crops and masks every time, whatever
     ``batch_size`` is."""
-    rng = np.random.default_rng(_TEST_SEED)
-    arrays = _masked(list(sequences.test), length, rng)
-    chunk_size = min(batch_size, EVALUATED_AT_ONCE)
-    starts = range(0, len(sequences.test), chunk_size)
-    return [{name: array[i : i + chunk_size] for name, array in arrays.items()} for i in starts]
+    arrays = _masked(list(sequences.test), length, np.random.default_rng(_TEST_SEED))
+    parts = full_parts(np.arange(len(sequences.test)), batch_size)
+    return [{name: array[part] for name, array in arrays.items()} for part in parts]
 
 
 def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, batch_size: int) -> float:
@@ -196,8 +183,8 @@ def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, bat
     total, terms = 0.0, 0
     with evaluating(model) as device:
         for arrays in _test_batches(sequences, length, batch_size):
-            batch = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
-            total += float(_cross_entropy(model, batch, reduction="sum"))
+            batch = to_device(as_tensors(arrays), device)
+            total += float(masked_loss(model, batch, reduction="sum"))
             terms += int((arrays["labels"] >= 0).sum())
     return total / terms
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.builtin.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating, step_rng
+from memfit.jobs.builtin.batches import (
+    Array,
+    as_tensors,
+    equal_parts,
+    evaluating,
+    open_arrays,
+    step_rng,
+    to_device,
+    token_loss,
+)
+from memfit.jobs.builtin.chains import ConcatenatedChains
 from memfit.jobs.builtin.fasta import RESIDUES, STATES, read_labelled
+from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 
@@ -17,8 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.builtin.esm import EsmSize
-
-    Array = np.ndarray[Any, Any]
 
 NAME: Final = "protein-ss"
 TITLE: Final = "Secondary structure of proteins (ESM-2-style encoder)"
@@ -28,58 +36,44 @@ DATA_SOURCE: Final = (
     "(wwPDB, CC0; profiles and DSSP from ProMod3, Apache-2.0)"
 )
 _NO_LABEL: Final = -100
+_BATCH_SIZES: Final = {"tiny": 24, "8M": 32, "35M": 32, "150M": 32}  # of the sizes for chains of 128 residues
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Chains:
-    """Chains of proteins, concatenated; the first ``train_count`` are for training. ``features`` (residues,
-    41) uint8 from 0 to 255: 21 of the residue and 20 of the profile. ``state`` (residues,): 0 helix, 1
-    strand, 2 coil. ``offset``: where each chain starts, and the end."""
+class Chains(ConcatenatedChains):
+    """Chains of proteins. ``features`` (residues, 41) uint8 from 0 to 255: 21 of the residue and 20 of the
+    profile. ``state`` (residues,): 0 helix, 1 strand, 2 coil."""
 
-    offset: Array  # (chains + 1,)
     features: Array
     state: Array
-    train_count: int
     source: str
 
-    @property
-    def count(self) -> int:
-        return len(self.offset) - 1
 
+@accept_keywords
+def make(options: BuiltInOptions) -> Job:
+    """Return the job at one of SIZES, by default on the built-in chains.
 
-def make(
-    *,
-    size: str = "tiny",
-    data: str | None = None,
-    weights: str | None = None,
-    batch: int | None = None,
-    length: int | None = None,
-) -> Job:
-    """Return the job at one of SIZES, by default on the built-in chains, from random weights, with the batch
-    and the length of the size.
-
-    ``data``: a file of records of three lines, ``>name``, sequence, and states H, E, C. ``weights``: a folder
-    of safetensors, which may lack the input projection and the head. ``batch``: chains of a step.
-    ``length``: residues to which chains are padded or cropped.
+    ``data``: a file of records of three lines, ``>name``, sequence, and states H, E, C. ``weights``: may lack
+    the input projection and the head. ``batch``: chains of a step. ``length``: residues to which chains are
+    padded or cropped.
     """
-    shape = _shape(size)
-    if length is not None:
-        shape, size = shape.with_length(length, shape.batch_size), f"{size}@{length}"
-    batch_size = batch or shape.batch_size
-    chains = user_chains(data) if data else built_in_chains()
+    shape = options.resize(_shape(options.size))
+    chains = user_chains(options.data) if options.data else built_in_chains()
     return Job(
         name=NAME,
         title=TITLE,
-        size=size,
-        build_model=lambda: _build(shape, weights),
-        make_batch=lambda step, seed: train_batch(chains, shape.length, batch_size, step=step, seed=seed),
+        size=options.label,
+        build_model=lambda: options.load_into(_build(shape), may_miss=("embed.", "head.")),
+        make_batch=lambda step, seed: train_batch(
+            chains, shape.length, shape.batch_size, step=step, seed=seed
+        ),
         loss=loss,
         loss_terms=lambda part: int(part["valid"].sum()),
-        evaluate=lambda model: q3(model, chains, shape.length, batch_size),
+        evaluate=lambda model: q3(model, chains, shape.length, shape.batch_size),
         metric=metric(chains, shape.length),
-        optimizer=OptimizerChoice(learning_rate=5e-4 if size == "tiny" else 1e-4),
-        batch_size=batch_size,
-        tokens_per_batch=batch_size * shape.length,
+        optimizer=OptimizerChoice(learning_rate=5e-4 if options.label == "tiny" else 1e-4),
+        batch_size=shape.batch_size,
+        tokens_per_batch=shape.batch_size * shape.length,
         length_unit="residues",
         blocks="esm.encoder.layer",
         head="head",
@@ -88,32 +82,25 @@ def make(
 
 
 def _shape(size: str) -> EsmSize:
-    from memfit.jobs.builtin.esm import PUBLISHED, EsmSize
+    """Return the size. The available chains have at most 128 residues. For planning, the large sizes keep
+    1,024, ESM-2's training length."""
+    from memfit.jobs.builtin.esm import ESM_SIZES
 
-    if size == "tiny":
-        return EsmSize(layers=4, width=128, heads=4, length=128, batch_size=24)
-    shape = PUBLISHED["650M" if size == "paper" else size]
-    # The available chains have at most 128 residues. For planning, the large sizes keep 1,024, ESM-2's
-    # training length.
-    return shape.with_length(128, 32) if size in ("8M", "35M", "150M") else shape
+    shape = ESM_SIZES[size]
+    if size not in _BATCH_SIZES:
+        return shape
+    return dataclasses.replace(shape, length=128, batch_size=_BATCH_SIZES[size])
 
 
-def _build(shape: EsmSize, weights: str | None) -> torch.nn.Module:
+def _build(shape: EsmSize) -> torch.nn.Module:
     from memfit.jobs.builtin.esm import SecondaryStructure
-    from memfit.jobs.weights import load_weights
 
-    model = SecondaryStructure(shape)
-    if weights:
-        load_weights(model, weights, may_miss=("embed.", "head."))
-    return model
+    return SecondaryStructure(shape)
 
 
 def built_in_chains() -> Chains:
     """Return the built-in chains."""
-    with (
-        resources.as_file(resources.files("memfit.jobs.builtin") / "data" / "pdb_ss.npz") as path,
-        np.load(path) as archive,
-    ):
+    with open_arrays("pdb_ss") as archive:
         one_hot = _one_hot(archive["residue"])
         return Chains(
             offset=np.concatenate([[0], np.cumsum(archive["length"])]),
@@ -162,29 +149,22 @@ def train_batch(
     ``features`` (batch, length, 41) float32, ``state`` (batch, length) int64, -100 at padding, ``valid``
     (batch, length) bool.
     """
-    rng = step_rng(step, seed)
-    indices = epoch_indices(chains.train_count, batch_size, step=step, seed=seed)
-    excess = np.maximum(chains.offset[indices + 1] - chains.offset[indices] - length, 0)
-    return _pack(chains, indices, rng.integers(0, excess + 1), length)
+    indices, skipped = chains.draw_crops(length, batch_size, step_rng(step, seed), step=step, seed=seed)
+    return _pack(chains, indices, skipped, length)
 
 
-def _pack(chains: Chains, indices: Array, offsets: Array, length: int) -> dict[str, torch.Tensor]:
+def _pack(chains: Chains, indices: Array, skipped: Array, length: int) -> dict[str, torch.Tensor]:
     features = np.zeros((len(indices), length, chains.features.shape[1]), np.float32)
     state = np.full((len(indices), length), _NO_LABEL, np.int64)
-    for row, (chain, skip) in enumerate(zip(indices, offsets, strict=True)):
-        start = chains.offset[chain] + skip
-        stop = min(chains.offset[chain + 1], start + length)
-        features[row, : stop - start] = chains.features[start:stop] / np.float32(255)
-        state[row, : stop - start] = chains.state[start:stop]
+    for row, (span, residues) in enumerate(chains.spans(indices, skipped, length)):
+        features[row, span] = chains.features[residues] / np.float32(255)
+        state[row, span] = chains.state[residues]
     return as_tensors({"features": features, "state": state, "valid": state != _NO_LABEL})
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     """Return the mean cross-entropy in nats over all residues of the batch, without padding."""
-    from torch.nn import functional
-
-    logits = model(batch["features"], batch["valid"])
-    return functional.cross_entropy(logits.flatten(0, 1).float(), batch["state"].flatten())
+    return token_loss(model(batch["features"], batch["valid"]), batch["state"])
 
 
 def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> float:
@@ -193,10 +173,8 @@ def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> 
     correct = total = 0
     test = np.arange(chains.train_count, chains.count)
     with evaluating(model) as device:
-        chunk_size = min(batch_size, EVALUATED_AT_ONCE)
-        for indices in np.array_split(test, -(-len(test) // chunk_size)):
-            tensors = _pack(chains, indices, np.zeros_like(indices), length)
-            batch = {name: tensor.to(device) for name, tensor in tensors.items()}
+        for indices in equal_parts(test, batch_size):
+            batch = to_device(_pack(chains, indices, np.zeros_like(indices), length), device)
             predictions = model(batch["features"], batch["valid"]).argmax(-1)
             correct += int(((predictions == batch["state"]) & batch["valid"]).sum())
             total += int(batch["valid"].sum())

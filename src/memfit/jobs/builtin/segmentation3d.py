@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.builtin.batches import as_tensors, evaluating, refuse, step_rng
+from memfit.jobs.builtin.batches import Array, as_tensors, evaluating, step_rng
+from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.builtin.unet3d import UNetSize
-
-    Array = np.ndarray[Any, Any]
 
 NAME: Final = "segmentation3d"
 TITLE: Final = "Segmentation of volumes (3-D U-Net)"
@@ -59,35 +58,27 @@ class Head:
     tissue: Array
 
 
-def make(
-    *,
-    size: str = "tiny",
-    data: str | None = None,
-    weights: str | None = None,
-    batch: int | None = None,
-    length: int | None = None,
-) -> Job:
-    """Return the job at one of SIZES on the volume in the package nilearn, by default from random weights and
-    with the batch of the size.
+@accept_keywords
+def make(options: BuiltInOptions) -> Job:
+    """Return the job at one of SIZES on the volume in the package nilearn.
 
-    ``weights``: a folder of safetensors. ``batch``: patches of a step. Raises UserError for any ``data`` or
-    ``length``, and if nilearn is not installed.
+    ``batch``: patches of a step. Raises UserError for any ``data`` or ``length``, and if nilearn is not
+    installed.
     """
-    refuse(NAME, {"--data": data, "--length": length}, allowed="the volume of the package nilearn")
-    shape, head = _shape(size), read()
-    batch_size = batch or shape.batch_size
+    options.refuse("data", "length", job=NAME, allowed="the volume of the package nilearn")
+    shape, head = options.resize(_shape(options.size)), read()
     return Job(
         name=NAME,
         title=TITLE,
-        size=size,
-        build_model=lambda: _build(shape, weights),
-        make_batch=lambda step, seed: train_batch(head, shape, batch_size, step=step, seed=seed),
+        size=options.label,
+        build_model=lambda: options.load_into(_build(shape)),
+        make_batch=lambda step, seed: train_batch(head, shape, shape.batch_size, step=step, seed=seed),
         loss=loss,
         loss_terms=lambda part: len(part["volume"]),
         evaluate=lambda model: mean_dice(model, head, shape),
         metric=metric(head),
         optimizer=OptimizerChoice(learning_rate=5e-3),
-        batch_size=batch_size,
+        batch_size=shape.batch_size,
         steps=100,
         # a quarter would need four techniques, and a PoC also runs the plan without each of them
         demonstration_ratio=0.5,
@@ -108,14 +99,10 @@ def _shape(size: str) -> UNetSize:
     return UNetSize(features=(32, 64, 128, 256, 320, 320), channels=4, classes=4, patch=128, batch_size=2)
 
 
-def _build(shape: UNetSize, weights: str | None) -> torch.nn.Module:
+def _build(shape: UNetSize) -> torch.nn.Module:
     from memfit.jobs.builtin.unet3d import UNet
-    from memfit.jobs.weights import load_weights
 
-    model = UNet(shape)
-    if weights:
-        load_weights(model, weights)
-    return model
+    return UNet(shape)
 
 
 @functools.cache

@@ -13,20 +13,26 @@ mantissa would lose a change below 1/256 of the field.
 from __future__ import annotations
 
 import dataclasses
-from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.builtin.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating, refuse
+from memfit.jobs.builtin.batches import (
+    EVALUATED_AT_ONCE,
+    Array,
+    as_tensors,
+    epoch_indices,
+    evaluating,
+    full_parts,
+    open_arrays,
+)
+from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
 from memfit.types.job import Job, Metric, OptimizerChoice
 
 if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.builtin.neural_operator import ForecasterSize
-
-    Array = np.ndarray[Any, Any]
 
 NAME: Final = "weather"
 TITLE: Final = "Forecasts of gridded fields (neural operator, autoregressive)"
@@ -54,35 +60,28 @@ class Fields:
         return int(frames.shape[0] * (frames.shape[1] - rollout))
 
 
-def make(
-    *,
-    size: str = "tiny",
-    data: str | None = None,
-    weights: str | None = None,
-    batch: int | None = None,
-    length: int | None = None,
-) -> Job:
-    """Return the job at one of SIZES on the built-in fields, by default from random weights and with the
-    batch of the size.
+@accept_keywords
+def make(options: BuiltInOptions) -> Job:
+    """Return the job at one of SIZES on the built-in fields.
 
-    ``weights``: a folder of safetensors. ``batch``: windows of a step. Raises UserError for any ``data`` or
-    ``length``.
+    ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``.
     """
-    refuse(NAME, {"--data": data, "--length": length}, allowed="the fields that come with memfit")
-    shape, fields = _shape(size), read()
-    batch_size = batch or shape.batch_size
+    options.refuse("data", "length", job=NAME, allowed="the fields that come with memfit")
+    shape, fields = options.resize(_shape(options.size)), read()
     return Job(
         name=NAME,
         title=TITLE,
-        size=size,
-        build_model=lambda: _build(shape, weights),
-        make_batch=lambda step, seed: train_batch(fields.train, shape, batch_size, step=step, seed=seed),
+        size=options.label,
+        build_model=lambda: options.load_into(_build(shape)),
+        make_batch=lambda step, seed: train_batch(
+            fields.train, shape, shape.batch_size, step=step, seed=seed
+        ),
         loss=loss,
         loss_terms=lambda part: len(part["fields"]),
         evaluate=lambda model: relative_error(model, fields.test, shape),
         metric=metric(fields, shape.rollout),
-        optimizer=OptimizerChoice(learning_rate=5e-3 if size == "tiny" else 5e-4),
-        batch_size=batch_size,
+        optimizer=OptimizerChoice(learning_rate=5e-3 if options.size == "tiny" else 5e-4),
+        batch_size=shape.batch_size,
         steps=100,
         blocks="blocks",
         islands=("blocks.*.mixing",),
@@ -110,22 +109,15 @@ def _shape(size: str) -> ForecasterSize:
     )
 
 
-def _build(shape: ForecasterSize, weights: str | None) -> torch.nn.Module:
+def _build(shape: ForecasterSize) -> torch.nn.Module:
     from memfit.jobs.builtin.neural_operator import Forecaster
-    from memfit.jobs.weights import load_weights
 
-    model = Forecaster(shape)
-    if weights:
-        load_weights(model, weights)
-    return model
+    return Forecaster(shape)
 
 
 def read() -> Fields:
     """Return the built-in fields."""
-    with (
-        resources.as_file(resources.files("memfit.jobs.builtin") / "data" / "vorticity.npz") as path,
-        np.load(path) as archive,
-    ):
+    with open_arrays("vorticity") as archive:
         fields, count = archive["vorticity"].astype(np.float32), int(archive["n_train"])
     fields /= fields[:count].std()
     return Fields(train=fields[:count], test=fields[count:])
@@ -180,8 +172,8 @@ def relative_error(model: torch.nn.Module, frames: Array, shape: ForecasterSize)
     trajectories that start at every third frame."""
     windows, errors = _test_windows(frames, shape.rollout), []
     with evaluating(model) as device:
-        for start in range(0, len(windows), EVALUATED_AT_ONCE):
-            fields = _on_grid(windows[start : start + EVALUATED_AT_ONCE], shape)
+        for part in full_parts(windows, EVALUATED_AT_ONCE):
+            fields = _on_grid(part, shape)
             errors += _errors(model, fields.to(device))[:, -1].tolist()
     return float(np.mean(errors))
 

@@ -1,0 +1,50 @@
+"""What the language models of text and DNA share: a corpus in two parts, and the loss of the next token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from memfit.jobs.builtin.batches import Array, as_tensors, evaluating, full_parts, to_device, token_loss
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """A long text or genome as numbers, uint8 (length,). ``test`` is its last tenth, which is held out;
+    ``train`` is the rest. ``source``: where it comes from."""
+
+    train: Array
+    test: Array
+    source: str
+
+
+def split(numbers: Array, source: str) -> Corpus:
+    """Return the corpus of ``numbers``."""
+    boundary = len(numbers) - len(numbers) // 10
+    return Corpus(train=numbers[:boundary], test=numbers[boundary:], source=source)
+
+
+def next_token_loss(model: torch.nn.Module, batch: Any, *, reduction: str = "mean") -> torch.Tensor:
+    """Return the cross-entropy of ``next`` in nats, over all positions of the batch. ``reduction``: "mean" or
+    "sum"."""
+    return token_loss(model(batch["tokens"]), batch["next"], reduction=reduction)
+
+
+def mean_bits(
+    model: torch.nn.Module, starts: Array, windows: Callable[[Array], dict[str, Array]], batch_size: int
+) -> float:
+    """Return the mean cross-entropy in bits of the next token. ``windows(starts)`` returns the batch, with
+    ``tokens`` and ``next``, of the windows that begin at ``starts``; at most ``batch_size`` of them are
+    evaluated at once."""
+    total, count = 0.0, 0
+    with evaluating(model) as device:
+        for part in full_parts(starts, batch_size):
+            batch = to_device(as_tensors(windows(part)), device)
+            total += float(next_token_loss(model, batch, reduction="sum"))
+            count += batch["next"].numel()
+    return total / (count * math.log(2))
