@@ -31,8 +31,8 @@ class BuiltIn:
 
 
 # Each is a module of that name with underscores, loaded on demand. It has NAME, TITLE, DATA_SOURCE, make (see
-# builtin/options.py) and SIZES: the first is the default, "paper" that of the publication. The Japanese of its texts is in
-# report/words/ja_told.toml.
+# builtin/options.py) and SIZES: the first is the default, "paper" that of the publication. The Japanese of
+# its texts is in report/words/ja_told.toml.
 _BUILT_IN: Final = (
     "alphafold2",
     "protein-ss",
