@@ -26,8 +26,8 @@ TENSOR = Plan(uses=(make_use("tensor-parallel", {}),), ranks=2)
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_names_only_existing_techniques(name: str) -> None:
     found = ENGINES[name]
-    assert found.carries | found.beside <= set(TECHNIQUES)
-    assert not found.carries & found.beside
+    assert found.carries | found.applied_by_memfit <= set(TECHNIQUES)
+    assert not found.carries & found.applied_by_memfit
 
 
 @pytest.mark.parametrize("name", ENGINES)

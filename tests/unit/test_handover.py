@@ -175,6 +175,28 @@ def test_exporting_another_plan_changes_only_the_settings_that_the_plan_decides(
     assert (read_back.micro_batch, read_back.batch) == (2, 8)
 
 
+@pytest.mark.parametrize("engine", ["accelerate", "deepspeed"])
+def test_a_configuration_in_a_subfolder_is_written_beside_the_script_that_it_is_passed_to(
+    folder: Path, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "conf").mkdir()
+    for name in ("ds.json", "trainer.json"):
+        (folder / name).rename(folder / "conf" / name)
+    (folder / "zero.yaml").write_text(
+        "distributed_type: DEEPSPEED\nnum_processes: 2\n"
+        "deepspeed_config: {deepspeed_config_file: conf/ds.json}\n"
+    )
+    for path in ("conf/ds.json", f"{folder}/conf/ds.json"):
+        script = f"train.py --deepspeed={path} --data conf/data.json"
+        assert export("--from", "zero.yaml", "--engine", engine, "--script", script) == 0
+        command = (folder / "out" / "torchrun.sh").read_text()
+        assert command.endswith("train.py --deepspeed=ds.json --data conf/data.json\n")
+        assert (folder / "out" / "ds.json").read_text() == (folder / "out" / "deepspeed.json").read_text()
+    words = ("--ranks=2", "--script=train.py conf/trainer.json", "--script-applies=all")
+    assert export("--from", "conf/trainer.json", *words) == 2
+    assert "is started with trainer.json, which engine accelerate does not read" in capsys.readouterr().err
+
+
 def test_memfits_worker_gets_auto_values_resolved_and_keeps_the_users_settings(folder: Path) -> None:
     assert (
         export("--from", "auto.json", "--from", "trainer.json", "--engine", "deepspeed", "--ranks", "2") == 0
@@ -339,7 +361,7 @@ def test_an_export_with_a_script_is_refused_until_the_scripts_own_steps_are_ackn
 
 def test_a_misspelled_acknowledgement_gets_a_suggestion() -> None:
     spec = dataclasses.replace(handover(FSDP).config.spec)
-    with pytest.raises(UserError, match="did you mean fsdp2"):
+    with pytest.raises(UserError, match="did you mean 'fsdp2'"):
         check_acknowledged(script_steps(spec), ["fsdp"], script="train.py")
 
 
@@ -357,7 +379,11 @@ def test_every_technique_is_applied_by_a_file_or_listed_as_a_step_of_the_script(
         assert {s.name for s in steps} <= {name, "clipping"}
         if engine == "native":
             assert {s.name for s in steps} == {name, "clipping"}
-        if name in ENGINES[engine].beside and name != "gradient-accumulation" and "autocast" not in name:
+        if (
+            name in ENGINES[engine].applied_by_memfit
+            and name != "gradient-accumulation"
+            and "autocast" not in name
+        ):
             assert name in {s.name for s in steps} or (engine, name) == ("megatron", "sgd")
 
 

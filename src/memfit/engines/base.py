@@ -17,7 +17,7 @@ Files = Mapping[str, str]
 
 
 # Techniques that memfit applies to a model, a loss or an optimizer before it passes them to an engine.
-BESIDE = frozenset(
+APPLIED_BY_MEMFIT = frozenset(
     {
         "activation-checkpointing",
         "selective-checkpointing",
@@ -45,10 +45,10 @@ class Engine:
     - ``summary``: what the engine is and offers, in one line.
     - ``install``: the command that installs it; "" if it is part of torch.
     - ``carries``: names of the techniques that the engine applies itself.
-    - ``beside``: names of the techniques that memfit applies to the model or the step and that the engine
-      does not affect. Plans with a technique in neither set are not supported.
+    - ``applied_by_memfit``: names of the techniques that memfit applies to the model or the step and that the
+      engine does not affect. Plans with a technique in neither set are not supported.
     - ``reasons(plan)``: why the engine does not support a plan whose techniques are all in ``carries`` or
-      ``beside``, such as a setting that its library lacks; empty if it does.
+      ``applied_by_memfit``, such as a setting that its library lacks; empty if it does.
     - ``asks_cuda(plan)``: the parts of the plan, in words, that the engine runs only on NVIDIA GPUs; may be
       empty.
     - ``no_scalars(plan)``: whether the engine refuses parameters without dimensions.
@@ -70,7 +70,7 @@ class Engine:
     tested: tuple[str, str] = ("", "")
     install: str = ""
     carries: frozenset[str] = frozenset()
-    beside: frozenset[str] = frozenset()
+    applied_by_memfit: frozenset[str] = frozenset()
     reasons: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     asks_cuda: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     no_scalars: Callable[[Plan], bool] = lambda plan: False
@@ -83,12 +83,12 @@ class Engine:
 
     @property
     def known(self) -> frozenset[str]:
-        return self.carries | self.beside
+        return self.carries | self.applied_by_memfit
 
     def supports(self, plan: Plan) -> tuple[str, ...]:
         """Return the reasons why the engine does not support the plan; empty if it does. If the plan has
-        techniques that are neither in ``carries`` nor in ``beside``, return one reason for each of these and
-        no others."""
+        techniques that are neither in ``carries`` nor in ``applied_by_memfit``, return one reason for each
+        of these and no others."""
         techniques = (u.technique for u in plan.uses if u.technique not in self.known)
         reasons = tuple(f"{technique} is not supported by {self.name}" for technique in techniques)
         return reasons or self.reasons(plan)

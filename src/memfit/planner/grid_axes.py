@@ -92,24 +92,24 @@ class Axes:
     broadcast: axes on which an input does not depend have length 1.
     """
 
-    def __init__(self, given: GridInputs, grid: Grid) -> None:
+    def __init__(self, inputs: GridInputs, grid: Grid) -> None:
         self.sizes = numpy.array([float(b) for b, _ in grid.micro])
         self.counts = numpy.array([float(m) for _, m in grid.micro]).reshape(-1, 1, 1, 1, 1)
-        self.given = given
+        self.inputs = inputs
 
     def inside(self, field: str) -> Array:
-        rows = [_line(parts, "block", field, self.sizes) for parts in self.given.inside]
+        rows = [_line(parts, "block", field, self.sizes) for parts in self.inputs.inside]
         return numpy.array(rows).T.reshape(len(self.sizes), -1, 1, 1, 1)
 
     def ends(self, which: str, field: str) -> Array:
-        rows = [_line(parts, which, field, self.sizes) for parts in self.given.ends]
+        rows = [_line(parts, which, field, self.sizes) for parts in self.inputs.ends]
         return numpy.array(rows).T.reshape(len(self.sizes), 1, -1, 1, 1)
 
     def states(self, value: Callable[[State], float]) -> Array:
-        return numpy.array([float(value(s)) for s in self.given.states]).reshape(1, 1, 1, 1, -1)
+        return numpy.array([float(value(s)) for s in self.inputs.states]).reshape(1, 1, 1, 1, -1)
 
     def hidden(self) -> Array:
-        return (self.given.hidden_bytes * self.sizes).reshape(-1, 1, 1, 1, 1)
+        return (self.inputs.hidden_bytes * self.sizes).reshape(-1, 1, 1, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

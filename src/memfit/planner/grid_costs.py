@@ -22,17 +22,17 @@ _CALLS_AWAY = {"zero": 2, "fsdp2": 4}
 _OFFLOADED_KEEPS = 0.02  # share of kept bytes that stays: tensors too small to be worth moving
 
 
-def price(grid: Grid, given: GridInputs, rates: Rates) -> Priced:
+def price(grid: Grid, inputs: GridInputs, rates: Rates) -> Priced:
     """Return the seconds of a step and the peak bytes of every plan in the grid: on the device of the rank
     that needs most, including BLAS workspaces, and in host memory per rank.
 
-    ``given``: the traced parts along the grid's axes, all of one compute precision. ``rates``: speeds of the
+    ``inputs``: the traced parts along the grid's axes, all of one compute precision. ``rates``: speeds of the
     machine.
     """
-    layout, axes = grid.layout, Axes(given, grid)
-    element_bytes = GATHERED[given.states[0].compute]
-    parts = given.inside[0][0]
-    ends = given.ends[0][0]
+    layout, axes = grid.layout, Axes(inputs, grid)
+    element_bytes = GATHERED[inputs.states[0].compute]
+    parts = inputs.inside[0][0]
+    ends = inputs.ends[0][0]
     elements = Elements(
         block=parts.block.parameter_bytes / element_bytes,
         before=ends.before.parameter_bytes / element_bytes,
@@ -54,7 +54,7 @@ def price(grid: Grid, given: GridInputs, rates: Rates) -> Priced:
 
 
 def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, offloaded: Array) -> Array:
-    inputs, counts, is_pipelined = axes.given, axes.counts, layout.stages > 1
+    inputs, counts, is_pipelined = axes.inputs, axes.counts, layout.stages > 1
     depth = deepest(inputs.blocks, layout)
     gather_s, reduce_s = _travel(layout, axes, elements.block, rates)
     offload_s = 2 * axes.inside("kept_bytes") * offloaded / rates.host_bytes_s
@@ -214,7 +214,7 @@ def _travel(layout: GridLayout, axes: Axes, elements: float, rates: Rates) -> tu
     """
     local_ranks = max(1, rates.per_host // layout.tensor)
     gather_s, reduce_s = [], []
-    for state in axes.given.states:
+    for state in axes.inputs.states:
         shards = state.parameter_shards
         state_gather_s = rates.communicate(
             "all_gather", elements * state.gathered, shards, min(shards, local_ranks)
@@ -247,7 +247,7 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
         shard_elements = rank_elements / state.state_shards
         if state.offload:  # updated by the host's cores, copied there and back over the bus
             transfer_s = shard_elements * (state.gradient + state.stored) / rates.host_bytes_s
-            calls = _CALLS_AWAY["zero" if state.kind == "zero" else "fsdp2"] * axes.given.tensors
+            calls = _CALLS_AWAY["zero" if state.kind == "zero" else "fsdp2"] * axes.inputs.tensors
             transfer_s += calls / layout.stages * rates.host_call_s
             return transfer_s + shard_elements * state.updating.moved_bytes / rates.host_update_bytes_s
         gather_s = 0.0
@@ -270,7 +270,7 @@ def _bytes(layout: GridLayout, axes: Axes, elements: Elements, offloaded: Array)
     """Return (peak bytes on the device, bytes in host memory) of one rank; with a pipeline, each is the
     higher one of a rank in the first and of one in the last stage.
     """
-    depth = deepest(axes.given.blocks, layout)
+    depth = deepest(axes.inputs.blocks, layout)
     if layout.stages == 1:
         stages = [_stage(layout, axes, elements, depth, offloaded, first=True, last=True)]
     else:
@@ -382,7 +382,7 @@ def _stage(
     update_top = rank_elements * states(lambda s: s.updating.top_bytes / s.state_shards) * state_here
     peak = _highest([forward_peak, backward_peak, backward_end, update_base + update_top])
     # the averaged copy of the weights, if the loop keeps one, is in float32
-    average_bytes = 4.0 * axes.given.averaged * rank_elements * states(lambda s: 1 / s.parameter_shards)
+    average_bytes = 4.0 * axes.inputs.averaged * rank_elements * states(lambda s: 1 / s.parameter_shards)
     host = kept_bytes * offloaded * waiting_micros + rank_elements * states(_host_bytes)
     return peak + average_bytes * on_device, host + average_bytes * (1 - on_device)
 

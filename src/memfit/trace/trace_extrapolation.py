@@ -36,7 +36,7 @@ def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> l
     return traces_of(job, [(plan, rank) for rank in ranks], **options)
 
 
-def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> list[Trace]:
+def traces_of(job: Job, requests: Sequence[tuple[Plan, int]], **options: Any) -> list[Trace]:
     """Return a `trace` for each (plan, rank) pair, at the cost of a few blocks for models with many equal
     blocks. ``options`` are those of `trace`.
 
@@ -53,10 +53,10 @@ def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> l
     cpu = options.get("device", "cpu") == "cpu"
     deep_ranks = [
         _Deep.of(job, plan, rank, *blocks) if blocks and _repeats(plan, cpu=cpu) else None
-        for plan, rank in wanted
+        for plan, rank in requests
     ]
     calls: dict[Any, Callable[[], Trace]] = {}
-    for (plan, rank), deep_rank in zip(wanted, deep_ranks, strict=True):
+    for (plan, rank), deep_rank in zip(requests, deep_ranks, strict=True):
         if deep_rank is None:
             calls["whole", plan, rank] = partial(tracer.trace, job, plan, rank=rank, **options)
         else:
@@ -69,7 +69,7 @@ def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> l
     results = side_by_side(list(calls.values())) if large else [call() for call in calls.values()]
     traces = dict(zip(calls, results, strict=True))
     found = []
-    for (plan, rank), deep_rank in zip(wanted, deep_ranks, strict=True):
+    for (plan, rank), deep_rank in zip(requests, deep_ranks, strict=True):
         if deep_rank is None:
             found.append(traces["whole", plan, rank])
         elif all(traces[deep_rank.key(d)] is not None for d in deep_rank.depths()[:2]):
@@ -100,7 +100,7 @@ class _Deep:
     """One rank of a model whose repeated blocks need not all be traced."""
 
     line: MemoryLine
-    wanted: Blocks  # the rank's blocks
+    blocks: Blocks  # the rank's blocks
     first_depth: int
     # Set if all of the rank's blocks are traced, because two shallow traces would have more of them: maps
     # their indices in the short pipeline to those in the whole one.
@@ -115,7 +115,7 @@ class _Deep:
         first_depth = _first_depth(plan, period)
         first_depth += (len(indices) - first_depth) % period
         rank_blocks = Blocks(path=path, first=indices[0], count=len(indices), period=period)
-        deep = _Deep(line=line, wanted=rank_blocks, first_depth=first_depth)
+        deep = _Deep(line=line, blocks=rank_blocks, first_depth=first_depth)
         if line.stages > 1 and (line.virtual > 1 or len(indices) <= 2 * first_depth + period):
             numbers = dict(zip(line.short_blocks(line.depth(count)), indices, strict=True))
             are_aligned = all((short_index - index) % period == 0 for short_index, index in numbers.items())
@@ -132,7 +132,7 @@ class _Deep:
         """Return the numbers of blocks (per stage of a pipeline) of the shallow traces that may be made. Each
         trace is unrolled to the next one and compared with it, until two agree. There is only one if all of
         the rank's blocks are traced."""
-        period = self.wanted.period
+        period = self.blocks.period
         if self.numbers:
             return range(self.first_depth, self.first_depth + 1)
         return range(self.first_depth, self.first_depth + (_TRIES + 1) * period, period)
@@ -141,7 +141,7 @@ class _Deep:
         return self.line.short_plan, self.line.short_rank, self.line.short_job.batch_size, depth
 
     def unrolled(self, kept: dict[Any, Trace], options: dict[str, Any]) -> Trace:
-        line, rank_blocks = self.line, self.wanted
+        line, rank_blocks = self.line, self.blocks
         if self.numbers:
             try:
                 return line.filled(
@@ -166,8 +166,8 @@ class _Deep:
     def _is_worth(self, depth: int) -> bool:
         """Return whether two shallow traces, of ``depth`` blocks and of one period more, run fewer blocks
         over all micro-batches than a whole one."""
-        shallow = (2 * depth + self.wanted.period) * self.line.short_micros
-        return shallow < self.wanted.count * self.line.micros
+        shallow = (2 * depth + self.blocks.period) * self.line.short_micros
+        return shallow < self.blocks.count * self.line.micros
 
 
 def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:

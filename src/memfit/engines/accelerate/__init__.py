@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from memfit.engines import deepspeed
-from memfit.engines.base import BESIDE, Engine
+from memfit.engines.base import APPLIED_BY_MEMFIT, Engine
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
@@ -99,7 +99,7 @@ ENGINE = Engine(
     tested=("1.15", "1.16"),
     install="pip install 'memfit[accelerate]'",
     carries=frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "fp16-autocast", "gradient-accumulation"}),
-    beside=BESIDE | {"adamw-4bit", "bf16-parameters"},
+    applied_by_memfit=APPLIED_BY_MEMFIT | {"adamw-4bit", "bf16-parameters"},
     reasons=_reasons,
     asks_cuda=_asks_cuda,
     no_scalars=lambda plan: plan.get("zero") is not None,

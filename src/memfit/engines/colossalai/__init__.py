@@ -150,7 +150,7 @@ ENGINE = Engine(
     install="memfit engine install colossalai",
     requirements=("colossalai>=0.5,<0.6", "torch<=2.5.1"),
     carries=frozenset({"ddp", "zero", "tensor-parallel", "pipeline", "gradient-accumulation"}),
-    beside=frozenset(
+    applied_by_memfit=frozenset(
         {
             "activation-checkpointing",
             "selective-checkpointing",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from memfit.engines.base import BESIDE, Engine
+from memfit.engines.base import APPLIED_BY_MEMFIT, Engine
 from memfit.techniques.registry import make_use
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use
@@ -109,7 +109,7 @@ ENGINE = Engine(
     tested=("0.19", "0.20"),
     install="pip install 'memfit[deepspeed]'",
     carries=frozenset({"ddp", "zero", "gradient-accumulation"}),
-    beside=BESIDE,
+    applied_by_memfit=APPLIED_BY_MEMFIT,
     reasons=_reasons,
     no_scalars=lambda plan: True,  # parameters are sent as bytes; torch cannot view a scalar as bytes
     predicted=as_zero,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 
-from memfit.engines.base import BESIDE, Engine
+from memfit.engines.base import APPLIED_BY_MEMFIT, Engine
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
@@ -52,7 +52,7 @@ ENGINE = Engine(
     tested=("0.4.13", "0.4.14"),
     install="pip install 'memfit[fairscale]'",
     carries=frozenset({"sharded-ddp", "gradient-accumulation", "fsdp2", "activation-checkpointing"}),
-    beside=(BESIDE | {"bf16-autocast"}) - {"activation-checkpointing"},
+    applied_by_memfit=(APPLIED_BY_MEMFIT | {"bf16-autocast"}) - {"activation-checkpointing"},
     reasons=_reasons,
     files=_files,
 )

@@ -181,7 +181,7 @@ ENGINE = Engine(
             "gradient-accumulation",
         }
     ),
-    beside=frozenset({"adamw-fused", "adamw-single", "sgd"}),
+    applied_by_memfit=frozenset({"adamw-fused", "adamw-single", "sgd"}),
     reasons=_reasons,
     asks_cuda=_asks_cuda,
     files=_files,
