@@ -42,8 +42,8 @@ def facts(row: Row, sources: Mapping[str, dict[str, str]], keys: tuple[str, ...]
     return {key: fact(row[key], sources) for key in keys if key in row}
 
 
-def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
-    """Return the name in `rows` that `given` means, by its spelling in `normalized_name` or by an alias.
+def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
+    """Return the name in `rows` that `name` means, by its spelling in `normalized_name` or by an alias.
 
     ``what``: the noun for the error's text. If there is none, raises UserError with the closest names, and
     with all names if there are few or none is close.
@@ -51,7 +51,7 @@ def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
     names_by_key = {
         normalized_name(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))
     }
-    query = normalized_name(given)
+    query = normalized_name(name)
     if query in names_by_key:
         return names_by_key[query]
     matches = _closest(query, names_by_key)
@@ -61,8 +61,8 @@ def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
         else ""
     )
     if matches and len(rows) > _FEW_ROWS:
-        raise UserError(f"unknown {what}: {given!r}", hint=f"{hint} (`memfit machines` lists all)")
-    raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(rows), hint=hint)
+        raise UserError(f"unknown {what}: {name!r}", hint=f"{hint} (`memfit machines` lists all)")
+    raise UserError(f"unknown {what}: {name!r}", allowed=", ".join(rows), hint=hint)
 
 
 def normalized_name(name: str) -> str:

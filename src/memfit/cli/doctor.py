@@ -198,15 +198,15 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
     return _one_line(lines[-1]), sum(line in names for line in child.stdout.splitlines())
 
 
-def techniques(found: Sequence[Check]) -> list[Check]:
+def techniques(checks: Sequence[Check]) -> list[Check]:
     """Return one check for each technique, failed if one of the optional packages that it needs failed its
-    check in ``found``. Return a single failed check if memfit's techniques cannot be imported."""
+    check in ``checks``. Return a single failed check if memfit's techniques cannot be imported."""
     quiet_libraries()
     try:
         from memfit.techniques.registry import TECHNIQUES
     except (ImportError, OSError, MemfitError) as error:
         return [Check(name="techniques", ok=False, detail=_one_line(str(error)))]
-    failed_checks = {check.name: check for check in found if not check.ok}
+    failed_checks = {check.name: check for check in checks if not check.ok}
     return [
         _technique(t.name, t.summary, [failed_checks[p] for p in t.needs if p in failed_checks])
         for t in TECHNIQUES.values()

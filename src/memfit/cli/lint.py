@@ -96,12 +96,12 @@ def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
     return library_files
 
 
-def findings_view(found: Sequence[memfit.lint.check.Finding]) -> list[dict[str, Any]]:
+def findings_view(findings: Sequence[memfit.lint.check.Finding]) -> list[dict[str, Any]]:
     """Return findings as plain data for ``--json``."""
-    return [dataclasses.asdict(f) | {"severity": str(f.severity)} for f in found]
+    return [dataclasses.asdict(f) | {"severity": str(f.severity)} for f in findings]
 
 
-def print_findings(found: Sequence[memfit.lint.check.Finding], *, lang: str) -> None:
+def print_findings(findings: Sequence[memfit.lint.check.Finding], *, lang: str) -> None:
     """Print each finding with its advice and links, or that there is none. ``lang``: the language of what is
     printed around the findings, whose own texts have their language already."""
     from rich.padding import Padding
@@ -110,11 +110,11 @@ def print_findings(found: Sequence[memfit.lint.check.Finding], *, lang: str) -> 
     from memfit.report.words import load_words
 
     words, output = load_words(lang), console()
-    for f in found:
+    for f in findings:
         severity = words.get(f"lint.{f.severity}")
         output.print(Text.assemble((severity, _STYLES[f.severity]), f" {f.file}: {f.says} [{f.rule}]"))
         output.print(Padding(Text(f.do), (0, 0, 0, 4)))
         for link in f.links:
             output.print(Padding(Text(link, style="dim"), (0, 0, 0, 4)))
-    if not found:
+    if not findings:
         output.print(Text(words.get("lint.clean")))

@@ -83,13 +83,15 @@ def warn_of_shadowed_modules(job: str) -> None:
         print(f"memfit: warning: {one_line(line)}", file=sys.stderr)
 
 
-def print_workload_of(asked: memfit.planner.single_device.Request, *, lang: str, quiet: bool) -> Workload:
+def print_workload_of(
+    search_request: memfit.planner.single_device.Request, *, lang: str, quiet: bool
+) -> Workload:
     """Return the model, data and machine that the answer to the request is about, and print them in the
     language ``lang`` unless ``quiet``. Raises UserError if the job cannot be built."""
     from memfit.jobs.registry import load
     from memfit.planner.workload import workload_of
 
-    workload = workload_of(load(asked.job), asked.machine.name)
+    workload = workload_of(load(search_request.job), search_request.machine.name)
     if not quiet:
         print_workload(workload, lang)
     return workload
@@ -151,12 +153,12 @@ def plan_file(plan_options: PlanOptions) -> Plan | None:
     return read_plan(plan_options.plan)
 
 
-def recommended_plan(asked: memfit.planner.single_device.Request, progress: Bars) -> Plan:
+def recommended_plan(search_request: memfit.planner.single_device.Request, progress: Bars) -> Plan:
     """Search for the plan that is recommended for the request and return it. Raises NothingFits if no plan
     fits the memory and the other limits, and UserError for a job that cannot be planned."""
     from memfit.workflows import proof_of_concept
 
-    choice = proof_of_concept.search(asked, progress).result.recommended
+    choice = proof_of_concept.search(search_request, progress).result.recommended
     assert choice is not None, "search raises NothingFits otherwise"
     return choice.estimate.plan
 

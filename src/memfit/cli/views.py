@@ -68,16 +68,16 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
     }
 
 
-def correction_view(found: Calibration) -> View:
+def correction_view(calibration: Calibration) -> View:
     """Return how the measured step times of a proof of concept correct predicted ones: its ID, the number of
     plans that were measured, the factor on every predicted step time, further factors for single techniques,
     and the spread that remains, as a ratio."""
     return {
-        "poc_id": found.corrected_by,
-        "plans": found.corrected_count,
-        "step_ratio": found.step_ratio,
-        "technique_ratio": dict(found.technique_ratio),
-        "step_spread_ratio": found.step_spread_ratio,
+        "poc_id": calibration.corrected_by,
+        "plans": calibration.corrected_count,
+        "step_ratio": calibration.step_ratio,
+        "technique_ratio": dict(calibration.technique_ratio),
+        "step_spread_ratio": calibration.step_spread_ratio,
     }
 
 

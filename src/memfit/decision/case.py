@@ -249,17 +249,17 @@ def _keys(location: list[str]) -> list[str]:
     return list(type(part).model_fields if isinstance(part, _Strict) else CaseFigure.model_fields)
 
 
-def term(name: str, given: CaseFigure, unit: str) -> Term:
+def term(name: str, figure: CaseFigure, unit: str) -> Term:
     """Return a number of the case with its range as a Term. If it names no source, that is "your case"."""
-    low, high = given.bounds
+    low, high = figure.bounds
     return Term(
         name=name,
-        value=given.value,
+        value=figure.value,
         unit=unit,
         low=low,
         high=high,
-        source=given.source or "your case",
-        date=given.date,
+        source=figure.source or "your case",
+        date=figure.date,
     )
 
 
@@ -321,6 +321,7 @@ currency = "USD"
 # storage_per_month = 0
 # hours_plain = 24
 # hours_recommended = 30
+# power_w = 500
 # setup_hours = 0
 # operating_hours_per_year = 0
 """

@@ -141,30 +141,33 @@ def cheapest(ways: Sequence[Alternative], sheets: Sequence[CostSheet], among: Se
     return min(known_costs, key=lambda i: known_costs[i], default=None)
 
 
-def saved_percent(one: CostSheet, reference: CostSheet) -> float | None:
+def saved_percent(sheet: CostSheet, reference: CostSheet) -> float | None:
     """Return the saving in percent of the reference's present cost; negative is a loss, None is unknown."""
-    return one.saved_percent(reference)
+    return sheet.saved_percent(reference)
 
 
-def payback(one: CostSheet, reference: CostSheet, life_years: float = math.inf) -> tuple[str, float | None]:
-    """Return the kind of payback of ``one`` against ``reference``, and its years.
+def payback(sheet: CostSheet, reference: CostSheet, life_years: float = math.inf) -> tuple[str, float | None]:
+    """Return the kind of payback of ``sheet`` against ``reference``, and its years.
 
     The result is ("at once", 0) if neither the first cost nor the running cost is higher; ("never", None) if
     neither is lower; ("years", years until the additional first cost is recovered); or ("until", years for
-    which ``one``, with a lower first cost, stays cheaper). If a machine is bought, years beyond
+    which ``sheet``, with a lower first cost, stays cheaper). If a machine is bought, years beyond
     ``life_years`` are not stated, as new machines are bought then: the result is ("not in life", life_years)
     instead of "years", or ("all life", life_years) instead of "until". ("", None) if a running cost is
     unknown.
     """
-    extra_cost = one.initial - reference.initial
-    if reference.running_per_year is None or one.running_per_year is None:
+    extra_cost = sheet.initial - reference.initial
+    if reference.running_per_year is None or sheet.running_per_year is None:
         return "", None
-    saving_per_year = reference.running_per_year - one.running_per_year
+    saving_per_year = reference.running_per_year - sheet.running_per_year
     if extra_cost <= 0 <= saving_per_year:
         return "at once", 0.0
     if extra_cost >= 0 >= saving_per_year:
         return "never", None
-    years, life = extra_cost / saving_per_year, life_years if one.purchase or reference.purchase else math.inf
+    years, life = (
+        extra_cost / saving_per_year,
+        life_years if sheet.purchase or reference.purchase else math.inf,
+    )
     if years > life:
         return ("not in life" if extra_cost > 0 else "all life"), life
     return ("years" if extra_cost > 0 else "until"), years

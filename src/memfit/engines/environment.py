@@ -41,12 +41,12 @@ def recorded(name: str) -> Environment | None:
         return None
 
 
-def record(name: str, made: Environment) -> None:
-    """Write the record that ``made`` is the environment of the engine ``name``, in place of any earlier
-    record."""
+def record(name: str, environment: Environment) -> None:
+    """Write the record that ``environment`` is the environment of the engine ``name``, in place of any
+    earlier record."""
     path = _record(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(serialization.dumps(made, indent=2) + "\n", encoding="utf-8")
+    path.write_text(serialization.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
 def _record(name: str) -> Path:

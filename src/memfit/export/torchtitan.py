@@ -218,27 +218,27 @@ def _recomputation(plan: Plan) -> dict[str, Any]:
     return {"mode": "full"} if interval == 1 else {"mode": "selective", "selective_ac_option": str(interval)}
 
 
-def toml(given: Sections) -> str:
-    """Render ``given``, table -> setting -> value, as TOML. Strings, numbers, booleans and lists of strings,
-    the only values, have the same form in TOML and JSON."""
+def toml(settings: Sections) -> str:
+    """Render ``settings``, table -> setting -> value, as TOML. Strings, numbers, booleans and lists of
+    strings, the only values, have the same form in TOML and JSON."""
     tables = (
         f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
-        for name, table in given.items()
+        for name, table in settings.items()
     )
     return "\n".join(tables)
 
 
-def arguments(given: Sections) -> Iterator[str]:
+def arguments(settings: Sections) -> Iterator[str]:
     """Yield the lines of torchtitan.args, one command-line option of torchtitan v0.3 each, for ``--module
-    llama3 --config llama3_8b $(cat torchtitan.args)``. ``given``: the settings of `sections`. The kind of
+    llama3 --config llama3_8b $(cat torchtitan.args)``. ``settings``: as `sections` returns them. The kind of
     recomputation comes last, as ``activation-checkpoint:KIND``; disable_loss_parallel, which v0.3 does not
     have, is left out."""
     yield "--training.disable-cuda-graphs"  # memfit does not predict their pools; pipelines refuse them
-    for table, options in given.items():
+    for table, options in settings.items():
         for name, value in options.items():
             if table != "activation_checkpoint" and name != "disable_loss_parallel":
                 yield _option(f"{table}.{name}", value)
-    yield f"activation-checkpoint:{given['activation_checkpoint']['mode']}"  # selects a variant; comes last
+    yield f"activation-checkpoint:{settings['activation_checkpoint']['mode']}"  # selects a variant
 
 
 def _option(path: str, value: Any) -> str:

@@ -306,25 +306,27 @@ class ReplayErrors:
         )
 
 
-def compare(exact: ReplayedModule, found: ReplayedModule) -> ReplayErrors:
-    """Return the errors of the replay ``found`` relative to the replay ``exact``. Outputs that were not
+def compare(exact: ReplayedModule, replay: ReplayedModule) -> ReplayErrors:
+    """Return the errors of the replay ``replay`` relative to the replay ``exact``. Outputs that were not
     computed but passed through are not compared. The error of a gradient is relative to its own root mean
     square, or to a quarter of that of the largest gradient if that is more; the worst 1 % of its elements is
-    left out. If ``found`` failed, its output counts as lost.
+    left out. If ``replay`` failed, its output counts as lost.
     """
     output, gradient = Gap(), 0.0
-    if found.failed:
-        return ReplayErrors(Gap(lost=True), 0.0, failed=found.failed)
-    for reference, replayed, passed in zip(exact.outputs, found.outputs, exact.passed, strict=True):
+    if replay.failed:
+        return ReplayErrors(Gap(lost=True), 0.0, failed=replay.failed)
+    for reference, replayed, passed in zip(exact.outputs, replay.outputs, exact.passed, strict=True):
         if not passed:
             output = output.worst(gap(reference, replayed))
-    pairs = [(a, b) for a, b in zip(exact.grads, found.grads, strict=True) if a is not None and b is not None]
-    if exact.parameters is not None and found.parameters is not None:
-        pairs.append((exact.parameters, found.parameters))
+    pairs = [
+        (a, b) for a, b in zip(exact.grads, replay.grads, strict=True) if a is not None and b is not None
+    ]
+    if exact.parameters is not None and replay.parameters is not None:
+        pairs.append((exact.parameters, replay.parameters))
     largest = max((float(a.double().square().mean().sqrt()) for a, _ in pairs if a.numel()), default=0.0)
     lost = False
     for reference, replayed in pairs:
         difference = gap(reference, replayed, floor=0.25 * largest, trim=True)
         gradient, lost = max(gradient, difference.error), lost or difference.lost
     output.lost = output.lost or lost
-    return ReplayErrors(output, gradient, nonfinite_operators=", ".join(sorted(found.nonfinite_operators)))
+    return ReplayErrors(output, gradient, nonfinite_operators=", ".join(sorted(replay.nonfinite_operators)))

@@ -99,8 +99,8 @@ class Gap:
         return Gap(max(self.error, other.error), max(self.spread, other.spread), self.lost or other.lost)
 
 
-def gap(reference: torch.Tensor, found: torch.Tensor, floor: float = 0.0, *, trim: bool = False) -> Gap:
-    """Return the difference of ``found`` from ``reference``, over a sample of their elements.
+def gap(reference: torch.Tensor, tensor: torch.Tensor, floor: float = 0.0, *, trim: bool = False) -> Gap:
+    """Return the difference of ``tensor`` from ``reference``, over a sample of their elements.
 
     Elements that are not finite in one of them, or far larger in ``reference`` than its median, as in an
     additive mask, are left out. ``floor``: lower bound of the reference's root mean square, because nothing
@@ -108,7 +108,7 @@ def gap(reference: torch.Tensor, found: torch.Tensor, floor: float = 0.0, *, tri
     near a kink (of a ReLU) that fall on its other side. Tensors of different sizes give errors of 1, and
     lost.
     """
-    reference_values, values = reference.detach().flatten(), found.detach().flatten()
+    reference_values, values = reference.detach().flatten(), tensor.detach().flatten()
     if reference_values.shape != values.shape:
         return Gap(1.0, 1.0, lost=True)
     lost = not all_finite(values) and bool((reference_values.isfinite() & ~values.isfinite()).any())

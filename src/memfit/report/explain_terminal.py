@@ -31,24 +31,34 @@ def print_explained(explained: TracedEstimate, *, console: Console, lang: str) -
     _print(("category", "module", "op", "line"), ("memory", "count"), rows, console=console, words=words)
 
 
-def print_difference(found: PlanDifference, *, console: Console, lang: str) -> None:
+def print_difference(difference: PlanDifference, *, console: Console, lang: str) -> None:
     """Print why two plans differ: sentences, then tables of bytes by category, by phase, and by operator of a
     module (at most `MOST`, and the others together). Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     console.print(Text(words.get("explain.difference"), style="bold"))
-    for sentence in found.sentences:
+    for sentence in difference.sentences:
         console.print(Text(sentence_text(sentence, words)))
     for kind, first, second, changes in (
-        ("category", found.first.at_peak_bytes, found.second.at_peak_bytes, found.by_category_bytes),
-        ("phase", found.first.phase_peak_bytes, found.second.phase_peak_bytes, found.by_phase_bytes),
+        (
+            "category",
+            difference.first.at_peak_bytes,
+            difference.second.at_peak_bytes,
+            difference.by_category_bytes,
+        ),
+        (
+            "phase",
+            difference.first.phase_peak_bytes,
+            difference.second.phase_peak_bytes,
+            difference.by_phase_bytes,
+        ),
     ):
         rows = [
             ([words.name(kind, name)], _changes(first.get(name, 0), second.get(name, 0))) for name in changes
         ]
         _print((kind,), ("first", "second", "change"), rows, console=console, words=words)
     console.print(Text(words.get("explain.movers"), style="bold"))
-    movers = [(_who(m, words), _changes(m.first_bytes, m.second_bytes)) for m in found.movers[:MOST]]
-    if rest := found.movers[MOST:]:
+    movers = [(_who(m, words), _changes(m.first_bytes, m.second_bytes)) for m in difference.movers[:MOST]]
+    if rest := difference.movers[MOST:]:
         label = words.get("explain.more", count=len(rest))
         total = _changes(sum(m.first_bytes for m in rest), sum(m.second_bytes for m in rest))
         movers.append(([label, "", ""], total))

@@ -134,21 +134,21 @@ def only_writes(func: Any) -> bool:
     )
 
 
-def new_tensors(func: Any, given: list[torch.Tensor], out: Any) -> NewTensors | None:
-    """Return how to make the outputs ``out`` again for equal arguments, of which ``given`` are the tensors.
+def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors | None:
+    """Return how to make the outputs ``out`` again for equal arguments, of which ``inputs`` are the tensors.
     Return None if the operator is not of ATen, writes to an argument or only allocates, if a tensor has known
     values, or if an output is not a new fake tensor that fills its storage."""
     outputs = out if isinstance(out, tuple) else (out,)
     if func.namespace != "aten" or func._schema.is_mutable or func in MAKERS:
         return None
-    input_storages = {t.untyped_storage()._cdata for t in given}
+    input_storages = {t.untyped_storage()._cdata for t in inputs}
     if not outputs or not all(type(t) is FakeTensor and t.constant is None and _plain(t) for t in outputs):
         return None
     output_storages = {t.untyped_storage()._cdata for t in outputs}
     if (
         output_storages & input_storages
         or len(output_storages) < len(outputs)
-        or any(getattr(t, "constant", None) is not None for t in given)
+        or any(getattr(t, "constant", None) is not None for t in inputs)
     ):
         return None
     layouts = tuple((t.size(), t.stride(), t.dtype, t.fake_device) for t in outputs)

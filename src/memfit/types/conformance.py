@@ -41,7 +41,7 @@ class NotConforming(MemfitError):
     """Raised if a prepared model differs from its plan. ``found``: the result of the check, with at least one
     difference."""
 
-    def __init__(self, found: Conformance) -> None:
-        self.found = found
-        differences = "; ".join(str(d) for d in found.differences)
+    def __init__(self, conformance: Conformance) -> None:
+        self.found = conformance
+        differences = "; ".join(str(d) for d in conformance.differences)
         super().__init__(f"the plan was not applied: {differences}")

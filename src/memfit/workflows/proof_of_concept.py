@@ -295,7 +295,7 @@ class _Story:
     def mixed(self) -> Use:
         return autocast(self.planning.pricer.space)
 
-    def begin(self, asked: Request) -> Poc:
+    def begin(self, original_request: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
         # Other machines and sizes are only reported for one device, and for models that are traced quickly.
         metric, covers_other_sizes = job.metric, request.ranks == 1 and not is_long(self.planning.pricer)
@@ -338,7 +338,9 @@ class _Story:
             offers=offers,
             reach=reference_machines.reach(self.planning, self.progress) if covers_other_sizes else (),
             steps_per_run=self.steps,
-            notes=_notes(request.job, asked.job, covers_other_sizes=covers_other_sizes or request.ranks > 1),
+            notes=_notes(
+                request.job, original_request.job, covers_other_sizes=covers_other_sizes or request.ranks > 1
+            ),
             finished=False,
         )
         self.store.append(proof.poc_id, "begin", proof)
@@ -419,18 +421,18 @@ class _Story:
             dataclasses.replace(spec, steps=step_count, evaluate=False) if step_count < spec.steps else spec
         )
 
-    def add_run(self, found: Poc, spec: RunSpec, label: str) -> Poc:
+    def add_run(self, poc: Poc, spec: RunSpec, label: str) -> Poc:
         run = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
-        self.store.append(found.poc_id, "run", run)
-        return dataclasses.replace(found, runs=(*found.runs, run))
+        self.store.append(poc.poc_id, "run", run)
+        return dataclasses.replace(poc, runs=(*poc.runs, run))
 
-    def conclude(self, found: Poc) -> Poc:
-        runs = found.runs
+    def conclude(self, poc: Poc) -> Poc:
+        runs = poc.runs
         baseline_runs = [r for r in runs if r.spec.role == BASELINE and r.spec.cap_bytes is None]
         recommended_runs = [r for r in runs if r.spec.name == RECOMMENDED]
         repeated_runs = [r for r in runs if r.spec.name == "recommended again"]
         return dataclasses.replace(
-            found,
+            poc,
             verdicts=tuple(self._verdicts(baseline_runs, recommended_runs, runs)),
             interactions=tuple(self._interactions(runs)),
             reproducibility=reproducibility(recommended_runs[0], repeated_runs[0]),

@@ -224,11 +224,11 @@ def parse_record(raw: str, *, what: str) -> Shared:
     return checked(data, what=what)
 
 
-def checked(found: object, *, what: str) -> Shared:
-    """Return the record that the plain data ``found`` contain. Raises UserError with the first fault: its
+def checked(data: object, *, what: str) -> Shared:
+    """Return the record that the plain data ``data`` contain. Raises UserError with the first fault: its
     place, what was given, and what is allowed. ``what`` names the data in messages."""
     try:
-        record = Shared.model_validate(found)
+        record = Shared.model_validate(data)
     except pydantic.ValidationError as error:
         raise serialization.to_user_error(error, what) from error
     for place, value in _texts(record.model_dump(mode="python")):
