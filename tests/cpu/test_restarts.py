@@ -11,7 +11,7 @@ import pytest
 from memfit.runtime.restart import RESTARTS
 from memfit.techniques.registry import make_use
 from memfit.types.job import JobRef
-from memfit.types.launch import Keep, RunSpec
+from memfit.types.launch import CheckpointSettings, RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval, OutcomeKind
 from memfit.workflows.single_run import run_spec
@@ -54,7 +54,7 @@ def _run(folder: Path, plan: Plan, deaths: int, *, save: bool = True) -> tuple[A
     folder.mkdir()
     (folder / "job.py").write_text(SOURCE.replace('"LAST", "1"', f'"LAST", "{plan.ranks - 1}"'))
     (folder / "deaths").write_text(str(deaths))
-    keep = Keep(save=str(folder / "kept"), every_steps=2) if save else Keep()
+    keep = CheckpointSettings(save=str(folder / "kept"), every_steps=2) if save else CheckpointSettings()
     spec = RunSpec(
         name="x",
         role="run",

@@ -24,9 +24,9 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import make_use
 from memfit.types.job import Job, JobRef
-from memfit.types.launch import Keep, RunSpec
+from memfit.types.launch import CheckpointSettings, RunSpec
 from memfit.types.plan import Plan
-from memfit.worker.checkpoint import Entry, Keeper
+from memfit.worker.checkpoint import Checkpointer, Entry
 from memfit.worker.train import step_maker
 
 SAVED, MORE = 3, 5
@@ -152,7 +152,7 @@ def plan(name: str, ranks: int = 2) -> Plan:
     return Plan(uses=tuple(make_use(n, k) for n, k in PLANS.get(name, {}).items()), ranks=ranks)
 
 
-def spec(given: Plan, keep: Keep, engine: str = "native", job: str = "small") -> RunSpec:
+def spec(given: Plan, keep: CheckpointSettings, engine: str = "native", job: str = "small") -> RunSpec:
     return RunSpec(
         name="x",
         role="run",
@@ -175,7 +175,7 @@ class Training:
         torch.manual_seed(told.seed)
         world = make_world(told.plan, rank=rank, device="cpu")
         self.step: TrainingStep = step_maker(told.engine, folder)(job, told.plan, world=world)
-        self.keeper = Keeper(told, self.step)
+        self.keeper = Checkpointer(told, self.step)
 
     def losses(self, first: int, count: int) -> list[float]:
         return [self._loss(index) for index in range(first, first + count)]
@@ -189,7 +189,7 @@ class Training:
         return float(loss)
 
 
-def launched(name: str, keep: Keep) -> RunSpec:
+def launched(name: str, keep: CheckpointSettings) -> RunSpec:
     engine = name.partition("-")[0] if name in ENGINES else "native"
     return spec(plan(ENGINES.get(name, name)), keep, engine)
 
@@ -201,14 +201,14 @@ def main(folder: Path) -> None:
     own = folder / f"rank{rank}"
     own.mkdir()
     for name in SAVING:
-        training = Training(launched(name, Keep(save=str(folder / name))), small(), own, rank)
+        training = Training(launched(name, CheckpointSettings(save=str(folder / name))), small(), own, rank)
         training.losses(0, SAVED)
         training.keeper.save(SAVED)
         found[name] = training.losses(SAVED, MORE)
         training.step.close()
     for source, target in PAIRS:
         found[f"{source} -> {target}"] = resumed(folder / source, target, own, rank)
-    Keeper._read = _without_state  # type: ignore[method-assign]
+    Checkpointer._read = _without_state  # type: ignore[method-assign]
     found["state lost"] = resumed(folder / "ddp", "fsdp2", own, rank)
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(found))
@@ -216,16 +216,16 @@ def main(folder: Path) -> None:
 
 def resumed(saved: Path, target: str, own: Path, rank: int) -> list[float]:
     path = saved / f"step-{SAVED:08d}"
-    training = Training(launched(target, Keep(resume=str(path))), small(), own, rank)
+    training = Training(launched(target, CheckpointSettings(resume=str(path))), small(), own, rank)
     losses = training.losses(training.keeper.restore(), MORE)
     training.step.close()
     return losses
 
 
-_read = Keeper._read
+_read = Checkpointer._read
 
 
-def _without_state(keeper: Keeper, path: Path, entries: list[Entry], random: str) -> None:
+def _without_state(keeper: Checkpointer, path: Path, entries: list[Entry], random: str) -> None:
     _read(keeper, path, [], random)
     for optimizer in keeper.optimizers:
         optimizer.state.clear()

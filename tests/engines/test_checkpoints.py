@@ -26,7 +26,7 @@ from memfit.runtime.checkpoint_layout import boxes
 from memfit.runtime.child_process import run
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import OptimizerChoice
-from memfit.types.launch import Keep
+from memfit.types.launch import CheckpointSettings
 from memfit.types.plan import Plan, use
 
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
@@ -41,7 +41,9 @@ WORST_RATIO = 1e-5
 Losses = dict[str, list[float]]
 
 
-def alone(keep: Keep, folder: Path, given: Plan | None = None, job: Any = None, **more: Any) -> Any:
+def alone(
+    keep: CheckpointSettings, folder: Path, given: Plan | None = None, job: Any = None, **more: Any
+) -> Any:
     """One process's training of the plan, plain by default."""
     told = dataclasses.replace(ranks.spec(given or Plan(), keep), **more)
     return ranks.Training(told, job or ranks.small(), folder)
@@ -51,7 +53,7 @@ def alone(keep: Keep, folder: Path, given: Plan | None = None, job: Any = None, 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Losses]:
     """Every plan's checkpoint, one of a single process among them, and the losses after it."""
     folder = tmp_path_factory.mktemp("saved")
-    plain = alone(Keep(save=str(folder / "plain")), folder)
+    plain = alone(CheckpointSettings(save=str(folder / "plain")), folder)
     plain.losses(0, ranks.SAVED)
     plain.keeper.save(ranks.SAVED)
     losses = {"plain": plain.losses(ranks.SAVED, ranks.MORE)}
@@ -83,7 +85,7 @@ def test_one_process_resumes_a_checkpoint_of_two_ranks(
 ) -> None:
     folder, losses = trained
     path, _, passed = checkpoints.find(folder / name)
-    training = alone(Keep(resume=str(path)), tmp_path, ranks.plan(target, 1))
+    training = alone(CheckpointSettings(resume=str(path)), tmp_path, ranks.plan(target, 1))
     assert training.keeper.restore() == ranks.SAVED
     assert training.losses(ranks.SAVED, ranks.MORE) == pytest.approx(losses["plain"], rel=WORST_RATIO)
     assert not passed
@@ -105,7 +107,7 @@ def test_torch_reads_a_checkpoint_without_memfit(trained: tuple[Path, Losses]) -
     del state["model"]["head.weight"]  # tied: it is stored once
     with pytest.warns(UserWarning, match="single process"):
         dcp.load(state, checkpoint_id=checkpoints.find(folder / "zero3")[0])
-    training = alone(Keep(resume=str(checkpoints.find(folder / "zero3")[0])), folder)
+    training = alone(CheckpointSettings(resume=str(checkpoints.find(folder / "zero3")[0])), folder)
     training.keeper.restore()
     for name, param in training.step.model.named_parameters():
         assert torch.equal(model.get_parameter(name), param)
@@ -149,11 +151,11 @@ def dropped() -> Any:
 )
 def test_resuming_the_same_plan_is_bitwise_equal(tmp_path: Path, uses: Any) -> None:
     given = Plan(uses=tuple(ranks.make_use(u.technique, u.settings) for u in uses))
-    first = alone(Keep(save=str(tmp_path)), tmp_path, given, dropped())
+    first = alone(CheckpointSettings(save=str(tmp_path)), tmp_path, given, dropped())
     first.losses(0, 3)
     first.keeper.save(3)
     after = first.losses(3, 5)
-    again = alone(Keep(resume=str(checkpoints.find(tmp_path)[0])), tmp_path, given, dropped())
+    again = alone(CheckpointSettings(resume=str(checkpoints.find(tmp_path)[0])), tmp_path, given, dropped())
     assert again.keeper.restore() == 3
     assert again.losses(3, 5) == after
     for mine, other in zip(again.step.model.buffers(), first.step.model.buffers(), strict=True):
@@ -179,11 +181,11 @@ def scheduled() -> Any:
 @pytest.mark.parametrize("uses", [{}, {"zero": {"stage": 2}}, {"zero": {"stage": 3}}], ids=str)
 def test_counters_in_optimizer_groups_are_resumed(tmp_path: Path, uses: Any) -> None:
     given = Plan(uses=tuple(ranks.make_use(n, {**k, **ranks.BUCKET}) for n, k in uses.items()))
-    first = alone(Keep(save=str(tmp_path)), tmp_path, Plan(), scheduled())
+    first = alone(CheckpointSettings(save=str(tmp_path)), tmp_path, Plan(), scheduled())
     first.losses(0, 3)
     first.keeper.save(3)
     after = first.losses(3, 5)
-    again = alone(Keep(resume=str(checkpoints.find(tmp_path)[0])), tmp_path, given, scheduled())
+    again = alone(CheckpointSettings(resume=str(checkpoints.find(tmp_path)[0])), tmp_path, given, scheduled())
     again.keeper.restore()
     assert again.losses(3, 5) == pytest.approx(after, rel=WORST_RATIO)
 
@@ -191,7 +193,7 @@ def test_counters_in_optimizer_groups_are_resumed(tmp_path: Path, uses: Any) -> 
 def test_a_blockwise_optimizer_state_of_a_flat_buffer_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     uses = ranks.make_use("zero", {"stage": 2, **ranks.BUCKET}), ranks.make_use("adamw-8bit", {})
-    training = alone(Keep(save=str(tmp_path)), tmp_path, Plan(uses=uses))
+    training = alone(CheckpointSettings(save=str(tmp_path)), tmp_path, Plan(uses=uses))
     training.losses(0, 1)
     with pytest.raises(UserError, match="of a flat optimizer state has"):
         training.keeper.check()
@@ -205,7 +207,7 @@ def test_saving_needs_less_extra_memory_than_one_parameter(tmp_path: Path, uses:
     if (why := available()) is not None:
         pytest.skip(f"no counting allocator: {why}")
     given = Plan(uses=tuple(ranks.make_use(n, {**k, **ranks.BUCKET}) for n, k in uses.items()))
-    training, counter = alone(Keep(save=str(tmp_path)), tmp_path, given), peak_counter()
+    training, counter = alone(CheckpointSettings(save=str(tmp_path)), tmp_path, given), peak_counter()
     training.losses(0, 1)
     before_bytes = counter.live_bytes()
     counter.reset_peak()
@@ -215,16 +217,16 @@ def test_saving_needs_less_extra_memory_than_one_parameter(tmp_path: Path, uses:
 
 
 def test_saving_expert_parallel_parameters_is_refused(tmp_path: Path) -> None:
-    training = alone(Keep(), tmp_path)
+    training = alone(CheckpointSettings(), tmp_path)
     training.step.bench.own_parameters.add("blocks.0.mlp.0.weight")
     with pytest.raises(UserError, match="expert-parallel"):
-        type(training.keeper)(ranks.spec(Plan(), Keep(save="x")), training.step)
+        type(training.keeper)(ranks.spec(Plan(), CheckpointSettings(save="x")), training.step)
 
 
 def test_saving_under_an_unsupported_engine_is_refused(tmp_path: Path) -> None:
-    training = alone(Keep(), tmp_path)
+    training = alone(CheckpointSettings(), tmp_path)
     with pytest.raises(UserError, match="engine megatron; allowed: native"):
-        type(training.keeper)(ranks.spec(Plan(), Keep(save="x"), "megatron"), training.step)
+        type(training.keeper)(ranks.spec(Plan(), CheckpointSettings(save="x"), "megatron"), training.step)
 
 
 @given(shape=strategies.lists(strategies.integers(1, 5), max_size=4), data=strategies.data())
@@ -248,7 +250,7 @@ def test_a_range_of_elements_splits_into_few_boxes_in_order(shape: list[int], da
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with steps 1, 2 and 3 of a run of one process."""
     folder = tmp_path_factory.mktemp("one")
-    training = alone(Keep(save=str(folder)), folder)
+    training = alone(CheckpointSettings(save=str(folder)), folder)
     for done in (1, 2, 3):
         training.losses(done - 1, 1)
         training.keeper.save(done)
@@ -256,7 +258,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
-    training = alone(Keep(resume=str(saved / "step-00000003")), tmp_path, job=dropped())
+    training = alone(CheckpointSettings(resume=str(saved / "step-00000003")), tmp_path, job=dropped())
     with pytest.raises(UserError) as refused:
         training.keeper.restore()
     told = str(refused.value)
@@ -267,13 +269,13 @@ def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -
 
 def test_a_checkpoint_of_another_optimizer_is_refused(saved: Path, tmp_path: Path) -> None:
     given = Plan(uses=(ranks.make_use("sgd", {}),))
-    training = alone(Keep(resume=str(saved / "step-00000003")), tmp_path, given)
+    training = alone(CheckpointSettings(resume=str(saved / "step-00000003")), tmp_path, given)
     with pytest.raises(UserError, match=r"AdamW, which keeps exp_avg, exp_avg_sq, step; this .* momentum"):
         training.keeper.restore()
 
 
 def test_a_full_disk_is_reported_as_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = alone(Keep(save=str(tmp_path / "to")), tmp_path)
+    training = alone(CheckpointSettings(save=str(tmp_path / "to")), tmp_path)
     monkeypatch.setattr(checkpoints, "publish", _raising(OSError(28, "No space left on device")))
     with pytest.raises(MemfitError, match=r"step 1 was not saved in .*/to: .*No space left on device"):
         training.keeper.save(1)
@@ -281,7 +283,7 @@ def test_a_full_disk_is_reported_as_a_failed_save(tmp_path: Path, monkeypatch: p
 
 def test_a_folder_that_cannot_be_made_is_reported_as_a_failed_save(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    training = alone(Keep(save=str(tmp_path / "file" / "to")), tmp_path)
+    training = alone(CheckpointSettings(save=str(tmp_path / "file" / "to")), tmp_path)
     with pytest.raises(MemfitError, match=r"step 1 was not saved in .*/file/to: .*Not a directory"):
         training.keeper.save(1)
 
@@ -304,16 +306,16 @@ def test_a_missing_or_interrupted_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_resume_and_save_options_are_checked_before_a_run_starts(saved: Path) -> None:
-    keep, seed = checkpoints.settled(Keep(resume=str(saved), save=str(saved)), None, 5)
+    keep, seed = checkpoints.settled(CheckpointSettings(resume=str(saved), save=str(saved)), None, 5)
     assert (keep.resume, seed) == (str(saved / "step-00000003"), 0)
     with pytest.raises(UserError, match="seed 4 differs from that of the run to resume, 0"):
-        checkpoints.settled(Keep(resume=str(saved)), 4, 5)
+        checkpoints.settled(CheckpointSettings(resume=str(saved)), 4, 5)
     with pytest.raises(UserError, match="has already done 3 of 3 steps; allowed: --steps above 3"):
-        checkpoints.settled(Keep(resume=str(saved)), 0, 3)
+        checkpoints.settled(CheckpointSettings(resume=str(saved)), 0, 3)
     with pytest.raises(UserError, match="already contains step-00000003 of another run"):
-        checkpoints.settled(Keep(save=str(saved)), 0, 3)
+        checkpoints.settled(CheckpointSettings(save=str(saved)), 0, 3)
     with pytest.raises(UserError, match="already contains step-00000003 of another run"):
-        checkpoints.settled(Keep(resume=str(saved / "step-00000001"), save=str(saved)), 0, 3)
+        checkpoints.settled(CheckpointSettings(resume=str(saved / "step-00000001"), save=str(saved)), 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +376,7 @@ def test_a_save_that_dies_at_any_moment_leaves_a_complete_checkpoint(saved: Path
     for at in range(100):
         folder = tmp_path / f"at{at}"
         shutil.copytree(saved, folder)
-        training = alone(Keep(save=str(folder), resume=str(folder / "step-00000003")), tmp_path)
+        training = alone(CheckpointSettings(save=str(folder), resume=str(folder / "step-00000003")), tmp_path)
         training.keeper.restore()
         training.losses(3, 1)
         with pytest.MonkeyPatch.context() as patch:
@@ -428,7 +430,7 @@ job = Job(name="own", build_model=lambda: torch.nn.Linear(4, 1), make_batch=batc
 def test_a_run_killed_while_saving_can_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, to = tmp_path / "own.py", tmp_path / "to"
     path.write_text(f"KILL = True\n{JOB}")
-    keep = Keep(save=str(to), every_steps=1)
+    keep = CheckpointSettings(save=str(to), every_steps=1)
     killed = run(render(ranks.spec(Plan(), keep, job=f"{path}:job")), on_event=lambda event: None)
     assert killed.reason.startswith(f"killed by {signal.Signals.SIGKILL.name}")
     good = checkpoints.find(to)[0].name

@@ -15,13 +15,13 @@ from memfit.types.result import (
     Estimate,
     Interaction,
     Interval,
+    LargestSize,
     Measurement,
     NamedVerdict,
     Offer,
     OutcomeKind,
     PaperRow,
     Poc,
-    Reach,
     Reason,
     Reproducibility,
     Run,
@@ -269,9 +269,9 @@ def paper() -> tuple[PaperRow, ...]:
     )
 
 
-def reach() -> tuple[Reach, ...]:
+def reach() -> tuple[LargestSize, ...]:
     return (
-        Reach(
+        LargestSize(
             machine="H100 80GB",
             quantity="parameters",
             plain=1.2e9,
@@ -279,8 +279,8 @@ def reach() -> tuple[Reach, ...]:
             plain_label="ESM-2 1.2B",
             recommended_label="ESM-2 3.8B",
         ),
-        Reach(machine="H100 80GB", quantity="length", plain=1024, recommended=6144, at_limit=True),
-        Reach(machine="RTX 4090", quantity="length", plain=None, recommended=1536),
+        LargestSize(machine="H100 80GB", quantity="length", plain=1024, recommended=6144, at_limit=True),
+        LargestSize(machine="RTX 4090", quantity="length", plain=None, recommended=1536),
     )
 
 

@@ -18,7 +18,7 @@ from memfit.export.base import Handover
 from memfit.export.targets import bundle
 from memfit.export.write import write
 from memfit.types.errors import UserError
-from memfit.types.launch import Keep
+from memfit.types.launch import CheckpointSettings
 from memfit.types.plan import Plan
 
 # Writes what the launcher told this rank, then ends.
@@ -149,7 +149,7 @@ def _start(command: list[str], folders: list[Path], told: Path, known: dict[str,
 def test_pods_keep_checkpoints_on_a_persistent_volume_claim() -> None:
     def kept(save: str, claim: str) -> Handover:
         given = handover()
-        spec = dataclasses.replace(given.config.spec, keep=Keep(save=save, resume=save))
+        spec = dataclasses.replace(given.config.spec, keep=CheckpointSettings(save=save, resume=save))
         return Handover(config=render(spec), image="a/b:1", claim=claim)
 
     pod = documents(kept("/kept", "disk"))["Job"]["spec"]["template"]["spec"]

@@ -16,7 +16,7 @@ from memfit.types.dependence import DependenceKind, SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Accuracy, Bounds
-from memfit.types.result import Reach
+from memfit.types.result import LargestSize
 from memfit.workflows import reference_machines
 
 WIDTH, OUTPUTS = 1000, {"650M": 10**5, "3B": 2 * 10**6, "15B": 2 * 10**7}  # 0.1, 2 and 20 billion weights
@@ -68,7 +68,7 @@ def quiet(stage: str, done: int, total: int, detail: str) -> None:
     """Ignores the progress."""
 
 
-def reached(quantity: str, accuracy: Accuracy = Accuracy.EXACT) -> dict[str, Reach]:
+def reached(quantity: str, accuracy: Accuracy = Accuracy.EXACT) -> dict[str, LargestSize]:
     return {
         r.machine: r for r in reference_machines.reach(planning(accuracy), quiet) if r.quantity == quantity
     }

@@ -18,7 +18,7 @@ from memfit.cli.output import check_choice, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, recommended_plan, request
 from memfit.types.errors import UserError
-from memfit.types.launch import Keep, LaunchConfig, RunSpec
+from memfit.types.launch import CheckpointSettings, LaunchConfig, RunSpec
 from memfit.types.plan import Plan
 
 if TYPE_CHECKING:
@@ -284,14 +284,14 @@ def _as_files_say(
     return dataclasses.replace(job, batch=batch), goal
 
 
-def _kept(options: ExportOptions) -> Keep:
+def _kept(options: ExportOptions) -> CheckpointSettings:
     if options.script is not None and options.save:
         raise UserError(
             "--save cannot be used with --script", hint="your own script writes its own checkpoints"
         )
     if options.save_every and not options.save:
         raise UserError("--save-every needs --save", allowed="--save DIR --save-every N")
-    return Keep(save=options.save, every_steps=options.save_every, resume=options.save)
+    return CheckpointSettings(save=options.save, every_steps=options.save_every, resume=options.save)
 
 
 def _launch(
@@ -299,7 +299,7 @@ def _launch(
     engine: str,
     plan: Plan,
     runtime: RuntimeOptions,
-    keep: Keep,
+    keep: CheckpointSettings,
     user_files: memfit.export.base.UserFiles | None,
 ) -> tuple[
     LaunchConfig,

@@ -21,7 +21,7 @@ from memfit.cli.output import emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, print_workload_of, recommended_plan, request
 from memfit.types.errors import UserError
-from memfit.types.launch import Keep
+from memfit.types.launch import CheckpointSettings
 from memfit.types.parsing import parse_duration
 from memfit.types.result import OutcomeKind, Run
 from memfit.types.sanitize import replace_controls
@@ -130,12 +130,12 @@ def run(
         raise typer.Exit(1)
 
 
-def checkpoint_settings(options: RunOptions) -> Keep:
+def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
     """Return where checkpoints are written, how often, and which one is resumed; the folders are "" if none
     are written or resumed. Raises UserError for --save-every without --save."""
     if options.save_every and options.save is None:
         raise UserError("--save-every needs --save", allowed="--save DIR --save-every N")
-    return Keep(
+    return CheckpointSettings(
         save=str(options.save or ""), every_steps=options.save_every, resume=str(options.resume or "")
     )
 

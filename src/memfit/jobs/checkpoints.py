@@ -20,7 +20,7 @@ from pathlib import Path
 
 from memfit.types import serialization
 from memfit.types.errors import UserError
-from memfit.types.launch import Checkpoint, Keep
+from memfit.types.launch import Checkpoint, CheckpointSettings
 
 ABOUT, LATEST, PARTIAL = "memfit.json", "latest", ".partial"
 _NAME = re.compile(r"step-\d{8,}")
@@ -51,7 +51,7 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     )
 
 
-def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
+def settled(keep: CheckpointSettings, seed: int | None, steps: int) -> tuple[CheckpointSettings, int]:
     """Return (``keep`` with absolute paths and, if it resumes, with the newest complete checkpoint; the seed
     of the run).
 
@@ -83,7 +83,7 @@ def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
     return keep, resume_seed
 
 
-def restarted(keep: Keep) -> Keep:
+def restarted(keep: CheckpointSettings) -> CheckpointSettings:
     """Return ``keep`` for a process that a launcher may have restarted.
 
     If ``keep`` resumes from the folder that it saves in, the newest complete checkpoint in it is set instead,

@@ -180,7 +180,7 @@ class PaperView:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ReachRow:
+class LargestSizeRow:
     """The largest size that fits one machine, with plain training (``plain``) and with the smallest allowed
     plan (``recommended``). ``factor``: the second over the first."""
 
@@ -247,5 +247,5 @@ class PocView:
     verdicts: tuple[VerdictRow, ...]
     resources: tuple[ResourceRow, ...]
     paper: tuple[PaperView, ...]
-    reach: tuple[ReachRow, ...]
+    reach: tuple[LargestSizeRow, ...]
     case: CaseView | None = None  # published sizes of the job, recorded beforehand

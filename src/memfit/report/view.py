@@ -39,13 +39,13 @@ from memfit.report.quantities import (
 from memfit.report.rows import (
     EstimateView,
     InteractionTable,
+    LargestSizeRow,
     LossCurve,
     PaperSide,
     PaperView,
     PhaseRow,
     PlanRow,
     PocView,
-    ReachRow,
     ResourceRow,
     RunRow,
     Timeline,
@@ -55,10 +55,10 @@ from memfit.types.result import (
     Cause,
     Estimate,
     Interaction,
+    LargestSize,
     OutcomeKind,
     PaperRow,
     Poc,
-    Reach,
     Run,
     SearchResult,
     Verdict,
@@ -397,10 +397,10 @@ def _paper_side(estimate: Estimate, fits: bool) -> PaperSide:
     )
 
 
-def _reach(row: Reach) -> ReachRow:
+def _reach(row: LargestSize) -> LargestSizeRow:
     unit = "parameters" if row.quantity == "parameters" else "count"
     factor = row.recommended / row.plain if row.plain and row.recommended else None
-    return ReachRow(
+    return LargestSizeRow(
         machine=row.machine,
         quantity=row.quantity,
         plain=predicted(row.plain, unit),

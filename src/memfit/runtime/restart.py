@@ -14,7 +14,7 @@ from typing import Final
 from memfit.jobs import checkpoints
 from memfit.runtime.child_process import STOPPED, Event
 from memfit.types.errors import UserError
-from memfit.types.launch import Keep, RunSpec
+from memfit.types.launch import CheckpointSettings, RunSpec
 from memfit.types.result import Measurement, OutcomeKind
 
 OnEvent = Callable[[int, Event], None]
@@ -59,7 +59,7 @@ def _died(measurement: Measurement) -> bool:
     return is_silent and measurement.steps_done > 0
 
 
-def _newest(keep: Keep) -> Keep:
+def _newest(keep: CheckpointSettings) -> CheckpointSettings:
     """Return ``keep`` set to resume from the newest complete checkpoint in its folder, and with the reasons
     why newer ones were passed over. Return it unchanged if there is no complete checkpoint."""
     try:

@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Keep:
+class CheckpointSettings:
     """Checkpoint settings of a run.
 
     ``save``: folder for checkpoints; "": none are saved. They are saved at the end, and before that every
@@ -55,7 +55,7 @@ class RunSpec:
     evaluate: bool = True
     timeline: bool = False  # keep the measured memory timeline
     timeout_s: float | None = None
-    keep: Keep = dataclasses.field(default_factory=Keep)
+    keep: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
     source_digest: str = ""  # digest of the file that contains a user's job
 
 

@@ -403,7 +403,7 @@ class Offer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
+class LargestSize:
     """The largest size of a job that fits one machine, with plain training (``plain``) and with the allowed
     plan that needs the least memory (``recommended``).
 
@@ -461,7 +461,7 @@ class Poc:
     step_time_ratio: float | None = None  # recommended / baseline, median of interleaved pairs
     predicted_timeline_bytes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     paper: tuple[PaperRow, ...] = ()
-    reach: tuple[Reach, ...] = ()
+    reach: tuple[LargestSize, ...] = ()
     offers: tuple[Offer, ...] = ()  # of every machine in the catalog that has a price
     place: str = ""
     steps_per_run: int = 0

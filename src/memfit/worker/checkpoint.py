@@ -44,7 +44,7 @@ _NAMED = 3  # number of differing tensors that an error names
 Shapes = Mapping[str, Shape]
 
 
-class Keeper:
+class Checkpointer:
     """Saves and restores the checkpoints of one run. Every rank has one."""
 
     def __init__(self, spec: RunSpec, step: TrainingStep) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from memfit.techniques.rank_mesh import World
     from memfit.types.job import Job
     from memfit.types.plan import Plan
-    from memfit.worker.checkpoint import Keeper
+    from memfit.worker.checkpoint import Checkpointer
 
     MakeStep = Callable[..., TrainingStep]
 
@@ -338,12 +338,12 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
     return step
 
 
-def _keeper(spec: RunSpec, step: TrainingStep) -> Keeper | None:
+def _keeper(spec: RunSpec, step: TrainingStep) -> Checkpointer | None:
     if not (spec.keep.save or spec.keep.resume):
         return None
-    from memfit.worker.checkpoint import Keeper
+    from memfit.worker.checkpoint import Checkpointer
 
-    return Keeper(spec, step)
+    return Checkpointer(spec, step)
 
 
 def _one_step(

@@ -23,7 +23,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Machine
 from memfit.types.plan import EffectClass, Plan, Use, use
-from memfit.types.result import Estimate, Offer, PaperRow, Reach
+from memfit.types.result import Estimate, LargestSize, Offer, PaperRow
 
 MACHINES = ("RTX-4090", "A100-80GB-SXM", "H100-SXM")
 LENGTHS = tuple(1024 * 2**k for k in range(8))  # 1,024 to 131,072
@@ -228,7 +228,7 @@ def _one_setting(plan: Plan) -> bool:
     return recompute is None or recompute.settings["every"] == 1
 
 
-def reach(planning: Planning, progress: Progress) -> tuple[Reach, ...]:
+def reach(planning: Planning, progress: Progress) -> tuple[LargestSize, ...]:
     """Return the largest model and the longest input that fit each of `MACHINES`, with plain training and
     with the allowed plan that needs least memory.
 
@@ -318,14 +318,14 @@ class _Ladder:
 
 def _reach_row(
     machine: str, quantity: str, plain: str | None, tight: str | None, ladder: _Ladder, index: int
-) -> Reach:
+) -> LargestSize:
     def amount(name: str | None) -> float | None:
         if name is None:
             return None
         return float(name) if quantity == "length" else float(_count(ladder.pricer(name, index)))
 
     label = "paper" if quantity == "length" else None
-    return Reach(
+    return LargestSize(
         machine=machine,
         quantity=quantity,
         plain=amount(plain),

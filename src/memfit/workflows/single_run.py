@@ -30,7 +30,7 @@ from memfit.techniques.registry import check, refuse_wrong_weights
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import Keep, RunSpec
+from memfit.types.launch import CheckpointSettings, RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import (
     Estimate,
@@ -40,7 +40,7 @@ from memfit.types.result import (
 )
 
 _TRAIN = "record one with `memfit run` without --engine replay"
-_NOT_KEPT = Keep()
+_NOT_KEPT = CheckpointSettings()
 
 
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
@@ -97,7 +97,7 @@ def run_plan(
     steps: int | None,
     capped: bool,
     progress: Progress,
-    keep: Keep = _NOT_KEPT,
+    keep: CheckpointSettings = _NOT_KEPT,
     store: Store | None = None,
 ) -> Run:
     """Train one plan on the request's engine and return its prediction and its measurement.
