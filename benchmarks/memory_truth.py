@@ -274,7 +274,7 @@ def _predicted(
 ) -> tuple[Trace, Calibration] | str:
     """A refusal is its reason."""
     try:
-        traced = trace(job, plan, steps=STEPS, played=99)
+        traced = trace(job, plan, steps=STEPS, max_micro_batches=99)
     except (UserError, RuntimeError, ValueError, TypeError) as error:
         return f"not predicted, {type(error).__name__}: {str(error)[:200]}"
     wanted = {op.signature for op in traced.ops}

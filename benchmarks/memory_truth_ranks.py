@@ -237,9 +237,9 @@ class Truth:
     def record(self, one: Row, told: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """``told``: of every rank, its repeats."""
         job, ranks = load(one.ref), range(one.plan.ranks)
-        traces = [trace(job, one.plan, rank=r, played=WHOLE) for r in ranks]
+        traces = [trace(job, one.plan, rank=r, max_micro_batches=WHOLE) for r in ranks]
         with late_collectives():
-            latest = [trace(job, one.plan, rank=r, played=WHOLE) for r in ranks]
+            latest = [trace(job, one.plan, rank=r, max_micro_batches=WHOLE) for r in ranks]
         logs = [[repeat.pop("second_step") for repeat in repeats] for repeats in told]
         ratio = self.loss_ratio(one, job, told)
         return {

@@ -172,7 +172,7 @@ def _two_processes(only: str) -> list[tuple[Row, Question]]:
                 continue
             measured = [statistics.median(r["peaks"]["peak"] for r in rank[:SETTLED]) for rank in told]
             top = measured.index(max(measured))
-            traced = trace(load(row.ref), row.plan, rank=top, played=WHOLE)
+            traced = trace(load(row.ref), row.plan, rank=top, max_micro_batches=WHOLE)
             ours, bare = truth.peaks(traced), memory_profile(traced, Calibration()).peak_bytes
             states = statistics.median(r["peaks"]["optimizer"] for r in told[top][:SETTLED])
             question = rank_question(row)

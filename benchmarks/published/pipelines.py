@@ -59,7 +59,7 @@ class Run:
 
     def play(self, calls: Sequence[OpCall], times: float) -> float:
         """Seconds of one; its work counts so many times."""
-        found = self.player.play(calls)
+        found = self.player.simulate(calls)
         for resource, busy_s in found.busy_s.items():
             self.busy[resource] = self.busy.get(resource, 0.0) + times * busy_s
         return found.step_s

@@ -243,7 +243,7 @@ def traced(setup: Setup, plan: Plan, layers: int = 0) -> Trace:
     key = (*setup.row.items(), setup.micro_batch, setup.micro_batches, plan, layers)
     if key not in _KEPT:
         update = setup.row["scope"] == "train_step" or setup.code == "nnscaler"
-        options: dict[str, Any] = {"device": "cuda", "played": 2, "update": update}
+        options: dict[str, Any] = {"device": "cuda", "max_micro_batches": 2, "update": update}
         job = job_of(_with_layers(setup, layers) if layers else setup)
         _KEPT[key] = trace(job, plan, **options) if layers else deep_trace(job, plan, **options)
     return _KEPT[key]

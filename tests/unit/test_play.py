@@ -100,37 +100,40 @@ def test_collective_kinds_and_sizes_are_read_from_signatures() -> None:
 
 
 def test_a_gather_started_early_is_hidden_behind_compute() -> None:
-    alone = player().play([gather()]).step_s
-    ahead = player().play([gather(stream="s"), *[work()] * 3, wait("", "s"), work()])
+    alone = player().simulate([gather()]).step_s
+    ahead = player().simulate([gather(stream="s"), *[work()] * 3, wait("", "s"), work()])
     assert alone < 0.02
     assert ahead.exposed_s == 0
     assert ahead.step_s == pytest.approx(
         4 * player().item(work()).seconds + alone * (1 / (1 - 1 / 8) - 1), rel=0.01
     )
-    blocked = player().play([gather(stream="s"), wait("", "s"), *[work()] * 4])
+    blocked = player().simulate([gather(stream="s"), wait("", "s"), *[work()] * 4])
     assert blocked.exposed_s == pytest.approx(alone, rel=0.01)
     assert blocked.step_s > ahead.step_s
 
 
 def test_a_wait_with_a_lag_ignores_the_newest_calls() -> None:
     steps = [gather(stream="s"), gather(stream="s"), wait("", "s", 1), work()]
-    assert player().play(steps).exposed_s == pytest.approx(player().play(steps[:1]).step_s, rel=0.01)
+    assert player().simulate(steps).exposed_s == pytest.approx(player().simulate(steps[:1]).step_s, rel=0.01)
 
 
 def test_concurrent_collectives_share_the_bandwidth_of_the_link() -> None:
-    one, two = player().play([gather(stream="s")]), player().play([gather(stream="s"), gather(stream="t")])
+    one, two = (
+        player().simulate([gather(stream="s")]),
+        player().simulate([gather(stream="s"), gather(stream="t")]),
+    )
     assert two.step_s == pytest.approx(2 * one.step_s, rel=0.01)
 
 
 def test_gradient_collectives_are_awaited_at_the_end_of_backward() -> None:
     reduced = gather(stream="group 0", phase=Phase.BACKWARD)
-    found = player().play([work(phase=Phase.BACKWARD), reduced, work(phase=Phase.OPTIMIZER)])
-    assert found.exposed_s == pytest.approx(player().play([gather()]).step_s, rel=0.01)
+    found = player().simulate([work(phase=Phase.BACKWARD), reduced, work(phase=Phase.OPTIMIZER)])
+    assert found.exposed_s == pytest.approx(player().simulate([gather()]).step_s, rel=0.01)
 
 
 def test_many_tiny_kernels_wait_for_the_host() -> None:
     tiny = call("aten.add.Tensor", [], moved_bytes=8)
-    found = player().play([tiny] * 100)
+    found = player().simulate([tiny] * 100)
     assert found.idle_s > 0.5 * found.step_s
     assert next(iter(player().bottleneck(trace([tiny] * 100)))) == "host"
 
@@ -139,8 +142,8 @@ def test_a_blocking_host_adds_its_issue_time_to_every_kernel() -> None:
     steps = [work(), gather(stream="s"), work(), wait("", "s"), work()]
     waiting = dataclasses.replace(player(), blocking=True)
     items = [waiting.item(op) for op in steps]
-    assert waiting.play(steps).step_s == pytest.approx(sum(i.seconds + i.issue_s for i in items))
-    assert player().play(steps).step_s < waiting.play(steps).step_s
+    assert waiting.simulate(steps).step_s == pytest.approx(sum(i.seconds + i.issue_s for i in items))
+    assert player().simulate(steps).step_s < waiting.simulate(steps).step_s
 
 
 def trace(ops: list[OpCall], again: int = 0) -> Trace:
@@ -187,6 +190,6 @@ def test_a_faster_machine_never_takes_longer(
     ops: list[OpCall], faster: float, wider: float, link: float
 ) -> None:
     fast = machine(flops=100e12 * faster, bandwidth=1e12 * wider, link=100e9 * link)
-    slow = player().play(ops).step_s
-    assert player(fast).play(ops).step_s <= slow * (1 + 1e-9)
+    slow = player().simulate(ops).step_s
+    assert player(fast).simulate(ops).step_s <= slow * (1 + 1e-9)
     assert slow >= sum(player().item(o).seconds for o in ops if o.op.startswith("aten"))

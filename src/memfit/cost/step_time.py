@@ -83,7 +83,7 @@ def _whole(trace: Trace, traced_quantity: int) -> float:
     micro-batches of the step.
     """
     forwards = sum(s.phase is Phase.FORWARD and s.step == trace.steps - 1 for s in trace.spans)
-    return traced_quantity * (forwards + trace.unplayed(Phase.FORWARD)) / max(1, forwards)
+    return traced_quantity * (forwards + trace.untraced_passes(Phase.FORWARD)) / max(1, forwards)
 
 
 def host_bytes_s(machine: Machine, model: TimeModel) -> float:
@@ -144,10 +144,10 @@ def micro_steps(trace: Trace) -> int:
     forwards = [s for s in trace.spans if s.phase is Phase.FORWARD and s.step == trace.steps - 1]
     forward_clocks = {o.clock for o in trace.ops if o.phase is Phase.FORWARD}
     forward_count = sum(any(s.start <= clock < s.end for clock in forward_clocks) for s in forwards)
-    return forward_count + trace.unplayed(Phase.FORWARD)
+    return forward_count + trace.untraced_passes(Phase.FORWARD)
 
 
-def _pieces(player: StreamSimulator, trace: Trace, micros: int) -> tuple[float, float, float]:
+def _pieces(simulator: StreamSimulator, trace: Trace, micros: int) -> tuple[float, float, float]:
     """Return the seconds of (a micro-batch's forward, its backward, the optimizer's phase) on this rank.
     ``micros``: micro-batches of a step.
     """
@@ -157,7 +157,7 @@ def _pieces(player: StreamSimulator, trace: Trace, micros: int) -> tuple[float, 
         span_ops = [o for o in ops if span.start <= o.clock < span.end]
         if span_ops and span.step == trace.steps - 1 and span.phase is not Phase.SETUP:
             repetitions = 1 + trace.repeated_micro_steps * (span in trace.repeated_spans)
-            seconds[span.phase] += repetitions * player.play(span_ops).step_s
+            seconds[span.phase] += repetitions * simulator.simulate(span_ops).step_s
     forward, backward = (seconds[p] / micros for p in (Phase.FORWARD, Phase.BACKWARD))
     return forward, backward, seconds[Phase.OPTIMIZER]
 

@@ -25,7 +25,7 @@ from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
 ASSUMED_CHANNELS = 16  # multiprocessors that a running collective uses, if the catalog has no count
 ASSUMED_HOST_BYTES_S = 200e9  # an optimizer on two sockets with eight channels each: half of their bandwidth
 FASTER = 0.9  # factor on a resource's time to test whether it is the bottleneck
-_PLAYED_AGAIN = 2  # micro-steps that are simulated; the rest are extrapolated linearly
+_SIMULATED_AGAIN = 2  # micro-steps that are simulated; the rest are extrapolated linearly
 
 _KINDS = {
     "allgather": "all_gather",
@@ -129,9 +129,9 @@ class StreamSimulator:
         seconds = collective_s(kind, size_bytes, len(ranks), local_ranks, self.machine)
         return float(seconds), "link" if local_ranks == len(ranks) else "network"
 
-    # -- playing --------------------------------------------------------------------------------------
+    # -- simulating -----------------------------------------------------------------------------------
 
-    def play(self, ops: Iterable[OpCall]) -> SimulatedStep:
+    def simulate(self, ops: Iterable[OpCall]) -> SimulatedStep:
         return _Stage(self.kernel_slowdown, self.blocking).run([self.item(op) for op in ops])
 
     def step(self, trace: Trace) -> SimulatedStep:
@@ -140,16 +140,19 @@ class StreamSimulator:
         """
         repetitions = trace.repeated_micro_steps
         if trace.repeated_spans:  # a pipeline, whose phases follow its schedule
-            whole_step, spans = self.play(_played(trace)), trace.repeated_spans
-            span_steps = [self.play(o for o in _played(trace) if s.start <= o.clock < s.end) for s in spans]
+            whole_step, spans = self.simulate(_simulated_ops(trace)), trace.repeated_spans
+            span_steps = [
+                self.simulate(o for o in _simulated_ops(trace) if s.start <= o.clock < s.end) for s in spans
+            ]
             return _added(whole_step, span_steps, repetitions)
         before, micro, after = split(trace)
-        if repetitions <= _PLAYED_AGAIN:
-            return self.play([*before, *micro * (repetitions + 1), *after])
+        if repetitions <= _SIMULATED_AGAIN:
+            return self.simulate([*before, *micro * (repetitions + 1), *after])
         shorter, longer = (
-            self.play([*before, *micro * (n + 1), *after]) for n in (_PLAYED_AGAIN - 1, _PLAYED_AGAIN)
+            self.simulate([*before, *micro * (n + 1), *after])
+            for n in (_SIMULATED_AGAIN - 1, _SIMULATED_AGAIN)
         )
-        extra_steps = repetitions - _PLAYED_AGAIN
+        extra_steps = repetitions - _SIMULATED_AGAIN
         return _added(_added(longer, [longer], extra_steps), [shorter], -extra_steps)
 
     def bottleneck(self, trace: Trace) -> dict[str, float]:
@@ -159,8 +162,8 @@ class StreamSimulator:
         base = self.step(trace)
         saved_s = {}
         for resource in [*base.busy_s]:
-            faster_player = dataclasses.replace(self, quicker={**self.quicker, resource: FASTER})
-            saved_s[resource] = base.step_s - faster_player.step(trace).step_s
+            faster_simulator = dataclasses.replace(self, quicker={**self.quicker, resource: FASTER})
+            saved_s[resource] = base.step_s - faster_simulator.step(trace).step_s
         return dict(sorted(saved_s.items(), key=lambda kv: -kv[1]))
 
 
@@ -277,7 +280,7 @@ def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
     If the step has no forward or no backward, all are after it.
     """
     step_spans = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
-    ops = _played(trace)
+    ops = _simulated_ops(trace)
     window_start, window_end = _window(step_spans)
     before = [o for o in ops if o.clock < window_start]
     return (
@@ -287,7 +290,7 @@ def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
     )
 
 
-def _played(trace: Trace) -> list[OpCall]:
+def _simulated_ops(trace: Trace) -> list[OpCall]:
     return [o for o in trace.ops if o.step == trace.steps - 1 and o.phase is not Phase.SETUP]
 
 

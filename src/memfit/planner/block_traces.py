@@ -154,7 +154,12 @@ class BlockTracer:
         plan = Plan(uses=tuple(uses), ranks=key.tensor * key.context)
         try:
             return trace(
-                self._small(key.samples, BLOCKS), plan, device=self.device, steps=1, played=1, update=False
+                self._small(key.samples, BLOCKS),
+                plan,
+                device=self.device,
+                steps=1,
+                max_micro_batches=1,
+                update=False,
             )
         except Exception as error:  # noqa: BLE001  a trace that fails is left out, and the others go on
             return str(error).partition("\n")[0][:200] or type(error).__name__

@@ -220,8 +220,8 @@ class Scale:
         plan's first distinct rank, largest saving first.
         """
         trace = self.pricer.trace(plan, layout(plan).distinct_ranks()[0])
-        player = StreamSimulator(model=self.model, machine=self.machine, members=trace.members)
-        return list(player.bottleneck(trace).items())
+        simulator = StreamSimulator(model=self.model, machine=self.machine, members=trace.members)
+        return list(simulator.bottleneck(trace).items())
 
     def estimate(self, sketch: Sketch) -> Estimate:
         """Convert the sketch to an Estimate, with energy, cost and the memory of device and host."""

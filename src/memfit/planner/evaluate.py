@@ -417,7 +417,9 @@ class Pricer:
 
     def _part(self, plan: Plan, blocks: int, steps: int) -> _Part:
         job = with_blocks(self.job, blocks) if blocks else self.job
-        return _digested(trace(job, plan, device=self.device, steps=steps, played=1, update=steps > 1))
+        return _digested(
+            trace(job, plan, device=self.device, steps=steps, max_micro_batches=1, update=steps > 1)
+        )
 
 
 def _digested(traced: Trace) -> _Part:

@@ -77,7 +77,7 @@ def trace(
     *,
     device: str = "cpu",
     steps: int = 2,
-    played: int = _PLAYED_MICRO_BATCHES,
+    max_micro_batches: int = _PLAYED_MICRO_BATCHES,
     update: bool = True,
     lines: bool = False,
     rank: int = 0,
@@ -85,12 +85,12 @@ def trace(
     """Trace ``steps`` training steps on fake tensors. Two is the default, so that the last step has the
     optimizer state that the first one made.
 
-    At most ``played`` micro-batches of a step are run: the first ones and the last. The trace says how many
-    are left out of the last step. Earlier steps than the last run only one micro-batch if the plan has one
-    rank (see also `optimizer_steps_only`). ``update=False`` leaves out the optimizer step. ``device`` chooses
-    kernels and rounding ("cpu" or "cuda"). With ``lines``, each allocation records the line of the user's
-    code that made it. ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks if there
-    are several.
+    At most ``max_micro_batches`` micro-batches of a step are run: the first ones and the last. The trace says
+    how many are left out of the last step. Earlier steps than the last run only one micro-batch if the plan
+    has one rank (see also `optimizer_steps_only`). ``update=False`` leaves out the optimizer step. ``device``
+    chooses kernels and rounding ("cpu" or "cuda"). With ``lines``, each allocation records the line of the
+    user's code that made it. ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks if
+    there are several.
 
     If values had to be assumed, other values are traced as well (`cover_assumed_cases`). Raises UserError if
     the plan does not suit the job, if a size depends on values that are neither known nor bounded, or if the
@@ -131,12 +131,12 @@ def trace(
             recorder.guesses.assumptions[
                 "modules under torch.compile keep the same tensors as in eager mode"
             ] = None
-        played_count = _play(
+        micro_batches = _run_steps(
             recorder,
             step,
             partial(_given, recorder, fake, step),
             steps=steps,
-            max_played=played,
+            max_micro_batches=max_micro_batches,
             update=update,
         )
         groups = members()
@@ -151,7 +151,7 @@ def trace(
         spans=spans,
         parameter_count=sum(p.numel() for p in params),
         trainable_count=sum(p.numel() for p in params if p.requires_grad),
-        repeated_micro_steps=step.bench.micro_batches - played_count,
+        repeated_micro_steps=step.bench.micro_batches - micro_batches,
         offloaded_bytes=recorder.offloaded_bytes,
         restored_bytes=recorder.restored_bytes,
         offloaded_tensors=recorder.offloaded_tensors,
@@ -207,28 +207,30 @@ def _given(
     return inputs, terms
 
 
-def _play(
+def _run_steps(
     recorder: AllocationRecorder,
     step: TrainingStep,
     make_inputs: Callable[[int], Any],
     *,
     steps: int,
-    max_played: int,
+    max_micro_batches: int,
     update: bool,
 ) -> int:
-    """Run the steps and return the number of micro-batches run in the last one: at most ``max_played``."""
-    played = min(step.bench.micro_batches, max_played)
+    """Run the steps and return the number of micro-batches run in the last one."""
+    micro_batches = min(step.bench.micro_batches, max_micro_batches)
     with _not_tracing():  # building the model may have imported modules to patch
-        return _played(recorder, step, make_inputs, steps=steps, played=played, update=update)
+        return _run_recorded(
+            recorder, step, make_inputs, steps=steps, micro_batches=micro_batches, update=update
+        )
 
 
-def _played(
+def _run_recorded(
     recorder: AllocationRecorder,
     step: TrainingStep,
     make_inputs: Callable[[int], Any],
     *,
     steps: int,
-    played: int,
+    micro_batches: int,
     update: bool,
 ) -> int:
     step.bench.on_gradient = lambda param: recorder.label(param.grad, Category.GRADIENT)
@@ -248,7 +250,7 @@ def _played(
                 outputs = step.run(
                     inputs,
                     mark,
-                    micro_batches_played=1 if is_early_step else played,
+                    micro_batches_played=1 if is_early_step else micro_batches,
                     update=update,
                     terms_per_rank=terms,
                 )
@@ -259,7 +261,7 @@ def _played(
     finally:
         recorder.modules.close()
         step.close()
-    return played
+    return micro_batches
 
 
 def _unwatched(job: Job, recorder: AllocationRecorder) -> Job:

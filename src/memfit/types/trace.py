@@ -127,7 +127,7 @@ class Trace:
     communicators: tuple[tuple[str, int], ...] = ()  # (name, number of ranks) of every process group in use
     members: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # their ranks
 
-    def unplayed(self, phase: Phase) -> int:
+    def untraced_passes(self, phase: Phase) -> int:
         """Return how many forwards, or backwards, of a step were not traced."""
         per_micro_step = sum(s.phase is phase for s in self.repeated_spans) or 1
         return per_micro_step * self.repeated_micro_steps
