@@ -197,13 +197,13 @@ def test_figures_follow_the_sliders_by_the_formulas(opened: Any, moves: dict[str
     assert opened.locator("[data-live=present]").inner_text().strip() == yen(sheets[best].present_cost)
     assert opened.locator("tr.best [data-name]").first.inner_text().endswith(ways[best].machine)
     setup = moves.get("setup", 12.0) / 12.0
-    told = tuple(_ranged(t, decision.terms, terms, setup) for t in decision.numbers)
+    numbers = tuple(_ranged(t, decision.terms, terms, setup) for t in decision.numbers)
     _same_stages(
         opened,
-        dataclasses.replace(decision, terms=terms, ways=tuple(ways), sheets=tuple(sheets), told=told),
+        dataclasses.replace(decision, terms=terms, ways=tuple(ways), sheets=tuple(sheets), numbers=numbers),
     )
     if "energy" not in moves:  # the energy slider includes the levy
-        _same_swings(opened, told, ways, terms, best, reference)
+        _same_swings(opened, numbers, ways, terms, best, reference)
 
 
 def _ranged(t: Term, before: Terms, after: Terms, setup: float) -> Term:
