@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from memfit.conformance.observation import SavedTensors
 from memfit.conformance.sharding import fsdp_params, in_backward
 
 _LOOKS = 16  # backward passes of one step that are inspected
@@ -84,6 +85,21 @@ class Graph:
             patch.stop()
         self._sizes.clear()
         self._known.clear()
+
+    def observed(self) -> SavedTensors:
+        """Return what was recorded so far."""
+        return SavedTensors(
+            backwards=self.backwards,
+            device=self.device,
+            resident_bytes=tuple(self.here),
+            contiguous_bytes=tuple(self.stuck),
+            offloaded=self.away,
+            offloaded_bytes=self.away_bytes,
+            unsized=self.unsized,
+            packed=self.packed,
+            unread=self.unread,
+            rows=dict(self.rows),
+        )
 
     def _push(self, push: Any, pack: Callable[[torch.Tensor], Any], unpack: Any) -> None:
         def weighed(tensor: torch.Tensor) -> Any:

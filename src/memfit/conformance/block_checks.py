@@ -6,157 +6,177 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
-from memfit.conformance.module_hooks import Heard
-from memfit.conformance.observation import Observation
-from memfit.conformance.sharding import whole
+from memfit.conformance.findings import Checked, CheckFinding, NotChecked
+from memfit.conformance.observation import Observations
+from memfit.types.plan import Plan, Use
 
 _T = TypeVar("_T")
-_OWN_WIDE_RATIO = 0.1  # fraction of elements: norms that a model keeps in float32 by itself, and adapters
+_MODEL_WIDE_RATIO = 0.1  # fraction of elements: norms that a model keeps in float32 by itself, and adapters
 _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}
 
 
-def parameter_dtypes(step: Observation) -> None:
-    """Record whether parameters have the planned dtype: with bf16-parameters, or ZeRO in bf16, at least 90 %
+def parameter_dtypes(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether parameters have the planned dtype: with bf16-parameters, or ZeRO in bf16, at least 90 %
     of the elements of the blocks (without blocks: of all trained parameters) are bfloat16; else no trained
     parameter is bfloat16 or float16 unless the model is so by itself. Modules that are to stay in float32 and
     float64 parameters do not count. Does nothing with qlora."""
-    zero, plan = step.plan.get("zero"), step.plan
+    zero = plan.get("zero")
     is_bf16 = plan.get("bf16-parameters") or (zero is not None and zero.settings["precision"] == "bf16")
     if plan.get("qlora") is not None:
         return
     feature = "bf16-parameters" if plan.get("bf16-parameters") else "parameter dtype"
     planned_dtype = torch.bfloat16 if is_bf16 else torch.float32
-    island_params = {p for m in step.islands for p in m.parameters(recurse=False)}
-    block_params = {p for b in step.blocks for p in b.parameters()} if is_bf16 else set[nn.Parameter]()
-    params = (p for p in block_params or step.trainable() if p not in island_params)
-    float_params = [p for p in params if p.is_floating_point() and p.dtype != torch.float64]
+    in_blocks = [p for p in observed.parameters if p.blocks] if is_bf16 else []
+    params = [p for p in in_blocks or observed.trained if not p.is_fp32_module]
+    float_params = [p for p in params if p.dtype.is_floating_point and p.dtype != torch.float64]
     dtypes = {p.dtype for p in float_params}
     text = _listed(dtypes)
     if is_bf16:
-        wide_elements = sum(whole(p) for p in float_params if p.dtype != planned_dtype)
-        step.differs(
-            feature,
-            str(planned_dtype),
-            text,
-            wrong=wide_elements > _OWN_WIDE_RATIO * sum(map(whole, float_params)),
-        )
+        wide_elements = sum(p.whole_elements for p in float_params if p.dtype != planned_dtype)
+        max_elements = _MODEL_WIDE_RATIO * sum(p.whole_elements for p in float_params)
+        yield Checked(feature, str(planned_dtype), text, wrong=wide_elements > max_elements)
     elif torch.bfloat16 in dtypes or torch.float16 in dtypes:
-        own_dtypes = None if step.own is None else step.own.dtypes
-        wrong = bool(_unexpected_blocks(step, feature, text, dtypes - {planned_dtype}, own_dtypes))
-        step.differs(feature, str(planned_dtype), text, wrong=wrong)
+        unexpected = yield from _unexpected(feature, text, dtypes - {planned_dtype}, observed.plain_dtypes)
+        yield Checked(feature, str(planned_dtype), text, wrong=bool(unexpected))
 
 
-def recomputation(step: Observation) -> None:
-    """Record whether exactly those blocks run again in backward that the plan's activation or selective
+def recomputation(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether exactly those blocks run again in backward that the plan's activation or selective
     checkpointing covers and through which gradients pass, apart from blocks that the model recomputes by
-    itself. Recorded as not checked if the plan has checkpointing and no such blocks ran."""
-    use, run_blocks = step.plan.get("activation-checkpointing"), set(step.heard.ran)
-    use = use or step.plan.get("selective-checkpointing")
-    if not run_blocks:
+    itself. Not checked if the plan has checkpointing and no such blocks ran."""
+    use = _checkpointing(plan)
+    if not observed.activity.ran:
         if use is not None:
-            step.unseen(f"{use.technique}: no repeated blocks were observed running")
+            yield NotChecked(f"{use.technique}: no repeated blocks were observed running")
         return
-    planned_blocks = set[int]()
-    if use is not None:
-        planned_blocks = {i for i in run_blocks if i % int(use.settings.get("every", 1)) == 0}
     feature = use.technique if use is not None else "activation-checkpointing"
-    recomputed_blocks = step.heard.recomputed()
-    if step.plan.get("chunking") is not None:
-        recomputed_blocks &= planned_blocks  # slices of the other blocks run again
+    planned_blocks, recomputed_blocks = _recomputed(plan, observed)
     planned_text, text = (_listed(sorted(s)) for s in (planned_blocks, recomputed_blocks))
-    own_step = _own_step(step, None) if recomputed_blocks - planned_blocks else None
-    own_blocks = None if own_step is None else own_step.recomputed()
-    extra_blocks = _unexpected_blocks(
-        step, feature, f"blocks {text} run again", recomputed_blocks - planned_blocks, own_blocks
+    plain = observed.plain_runs.get(None)
+    unexpected_blocks = yield from _unexpected(
+        feature,
+        f"blocks {text} run again",
+        recomputed_blocks - planned_blocks,
+        None if plain is None else plain.recomputed(),
     )
-    due_blocks = planned_blocks & step.heard.passed  # nothing is recomputed if no gradient passes through
+    # Nothing is recomputed if no gradient passes through.
+    due_blocks = planned_blocks & observed.activity.passed
     if use is not None and not due_blocks:
-        step.unseen(f"{feature}: no gradient passes through the blocks that would run again")
-    wrong = bool(due_blocks - recomputed_blocks or extra_blocks)
-    step.differs(feature, f"blocks {planned_text} run again in backward", text, wrong=wrong)
+        yield NotChecked(f"{feature}: no gradient passes through the blocks that would run again")
+    wrong = bool(due_blocks - recomputed_blocks or unexpected_blocks)
+    yield Checked(feature, f"blocks {planned_text} run again in backward", text, wrong=wrong)
 
 
-def autocast(step: Observation) -> None:
-    """Record whether each block has layers that run under the planned autocast, or, if none is planned,
-    whether all layers of the blocks run without autocast, apart from what the model does by itself. Recorded
-    as not checked if autocast is planned and no layers of blocks were observed."""
-    feature = next((n for n in _AUTOCAST if step.plan.get(n)), "bf16-autocast")
-    if not step.heard.autocast:
-        if step.plan.get(feature):
-            step.unseen(f"{feature}: no layers of repeated blocks were observed")
+def _checkpointing(plan: Plan) -> Use | None:
+    return plan.get("activation-checkpointing") or plan.get("selective-checkpointing")
+
+
+def _recomputed(plan: Plan, observed: Observations) -> tuple[set[int], set[int]]:
+    """Return (blocks that the plan recomputes, blocks that ran again)."""
+    use, planned_blocks = _checkpointing(plan), set[int]()
+    if use is not None:
+        planned_blocks = {i for i in observed.activity.ran if i % int(use.settings.get("every", 1)) == 0}
+    recomputed_blocks = observed.activity.recomputed()
+    if plan.get("chunking") is not None:
+        recomputed_blocks &= planned_blocks  # slices of the other blocks run again
+    return planned_blocks, recomputed_blocks
+
+
+def autocast(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether each block has layers that run under the planned autocast, or, if none is planned,
+    whether all layers of the blocks run without autocast, apart from what the model does by itself. Not
+    checked if autocast is planned and no layers of blocks were observed."""
+    feature = _planned_autocast(plan) or "bf16-autocast"
+    if not observed.activity.autocast:
+        if plan.get(feature):
+            yield NotChecked(f"{feature}: no layers of repeated blocks were observed")
         return
-    kinds = {kind for _, kind in step.heard.autocast}
+    kinds = {kind for _, kind in observed.activity.autocast}
     text = _listed(kinds)
-    if step.plan.get(feature) is not None:
-        step.differs(feature, str(_AUTOCAST[feature]), text, wrong=_outside(step, feature))
+    if plan.get(feature) is not None:
+        is_wrong = yield from _outside(feature, observed)
+        yield Checked(feature, str(_AUTOCAST[feature]), text, wrong=is_wrong)
         return
-    own_step = _own_step(step, None) if kinds - {"off"} else None
-    own_kinds = None if own_step is None else {kind for _, kind in own_step.autocast}
-    step.differs(
-        feature, "off", text, wrong=bool(_unexpected_blocks(step, feature, text, kinds - {"off"}, own_kinds))
-    )
+    plain = observed.plain_runs.get(None)
+    plain_kinds = None if plain is None else {kind for _, kind in plain.autocast}
+    unexpected_kinds = yield from _unexpected(feature, text, kinds - {"off"}, plain_kinds)
+    yield Checked(feature, "off", text, wrong=bool(unexpected_kinds))
 
 
-def _outside(step: Observation, feature: str) -> bool:
+def _planned_autocast(plan: Plan) -> str | None:
+    return next((n for n in _AUTOCAST if plan.get(n)), None)
+
+
+def _outside(feature: str, observed: Observations) -> Generator[CheckFinding, None, bool]:
     """Return whether some block has no layer under the autocast planned by ``feature``, although the model
     itself does not cause this. If it is unknown what the model does by itself, return whether these are more
-    than half of the blocks, and record fewer as not checked."""
+    than half of the blocks, and yield fewer as not checked."""
     planned_dtype = _AUTOCAST[feature]
-    blocks = {index for index, _ in step.heard.autocast}
-    outside_blocks = blocks - step.heard.narrow(str(planned_dtype))
-    own_step = _own_step(step, planned_dtype) if outside_blocks else None
-    if own_step is not None:
-        return bool(outside_blocks & own_step.narrow(str(planned_dtype)))
+    outside_blocks = _outside_blocks(observed, planned_dtype)
+    plain = observed.plain_runs.get(planned_dtype)
+    if plain is not None:
+        return bool(outside_blocks & plain.under_autocast(planned_dtype))
+    blocks = {index for index, _ in observed.activity.autocast}
     is_minority = 2 * len(outside_blocks) <= len(blocks)
     if outside_blocks and is_minority:
-        step.unseen(
+        yield NotChecked(
             f"{feature}: blocks {_listed(sorted(outside_blocks))} run outside autocast; "
             "whether the model itself causes this is unknown"
         )
     return not is_minority
 
 
-def fsdp2_precision(step: Observation) -> None:
-    """Record, with fsdp2, whether the layers of the blocks compute with parameters of the planned dtype: with
+def _outside_blocks(observed: Observations, dtype: torch.dtype) -> set[int]:
+    return {index for index, _ in observed.activity.autocast} - observed.activity.under_autocast(dtype)
+
+
+def plain_runs(plan: Plan, observed: Observations) -> set[torch.dtype | None]:
+    """Return the runs of the model without a plan that `recomputation` and `autocast` need to judge, each as
+    the dtype of autocast, None for a run without it: those that can explain blocks that differ from the
+    plan."""
+    planned_blocks, recomputed_blocks = _recomputed(plan, observed)
+    runs: set[torch.dtype | None] = {None} if recomputed_blocks - planned_blocks else set()
+    if (feature := _planned_autocast(plan)) is None:
+        return runs | {None for _, kind in observed.activity.autocast if kind != "off"}
+    return runs | ({_AUTOCAST[feature]} if _outside_blocks(observed, _AUTOCAST[feature]) else set())
+
+
+def fsdp2_precision(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check, with fsdp2, whether the layers of the blocks compute with parameters of the planned dtype: with
     precision bf16, at least 90 % of the elements in bfloat16; else exactly the dtypes in which the blocks'
     parameters are kept. Does nothing if no layer of the blocks was observed."""
-    fsdp, elements_by_dtype = step.plan.get("fsdp2"), step.heard.computed
+    fsdp, elements_by_dtype = plan.get("fsdp2"), observed.activity.computed
     if fsdp is None or not elements_by_dtype:
         return
     is_bf16 = fsdp.settings["precision"] == "bf16"
-    param_dtypes = {p.dtype for block in step.blocks for p in block.parameters() if p.is_floating_point()}
+    param_dtypes = {p.dtype for p in observed.parameters if p.blocks and p.dtype.is_floating_point}
     wide_elements = sum(n for d, n in elements_by_dtype.items() if d != torch.bfloat16)
     planned_dtypes = {torch.bfloat16} if is_bf16 else param_dtypes
     wrong = (
-        wide_elements > _OWN_WIDE_RATIO * sum(elements_by_dtype.values())
+        wide_elements > _MODEL_WIDE_RATIO * sum(elements_by_dtype.values())
         if is_bf16
         else planned_dtypes != set(elements_by_dtype)
     )
-    step.differs(
+    yield Checked(
         "fsdp2: precision", f"layers in {_listed(planned_dtypes)}", _listed(elements_by_dtype), wrong=wrong
     )
 
 
-def _own_step(step: Observation, dtype: torch.dtype | None) -> Heard | None:
-    return None if step.own is None else step.own.step(dtype)
-
-
-def _unexpected_blocks(
-    step: Observation, feature: str, text: str, effects: set[_T], own_effects: Collection[_T] | None
-) -> set[_T]:
-    """Return those of ``effects`` that are not in ``own_effects``, the ones that the model causes by itself.
-    If these are unknown (None), record ``text``, which describes the effects, as not checked, and return an
-    empty set."""
-    if own_effects is not None:
-        return effects - set(own_effects)
+def _unexpected(
+    feature: str, text: str, effects: set[_T], plain_effects: Collection[_T] | None
+) -> Generator[CheckFinding, None, set[_T]]:
+    """Return those of ``effects`` that are not in ``plain_effects``, the ones that the model causes by
+    itself. If these are unknown (None), yield ``text``, which describes the effects, as not checked, and
+    return an empty set."""
+    if plain_effects is not None:
+        return effects - set(plain_effects)
     if effects:
-        step.unseen(
+        yield NotChecked(
             f"{feature}: {text}, which the plan does not request; "
             "whether the model itself causes this is unknown"
         )
@@ -165,6 +185,3 @@ def _unexpected_blocks(
 
 def _listed(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values if isinstance(values, list) else sorted(values, key=str))) or "none"
-
-
-AFTER_A_STEP: tuple[Callable[[Observation], None], ...] = (recomputation, autocast, fsdp2_precision)

@@ -6,63 +6,64 @@ Any clipping is visible by its effect on that norm, whether torch, an engine or 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
-from memfit.conformance.observation import Observation
-from memfit.conformance.sharding import from_all
+from memfit.conformance.findings import Checked, CheckFinding, NotChecked
+from memfit.conformance.observation import Observations
+from memfit.types.plan import Plan
 
 FEATURE = "gradient clipping"
 _TOLERANCE_RATIO = 0.01  # relative to the limit; gradients may be bf16
 _SEVERAL = {"tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel"}
 
 
-def clipped(step: Observation) -> None:
-    """Record whether the norm of the gradients at the update is at most ``step.clip`` or, if that is 0,
+def clipped(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether the norm of the gradients at the update is at most ``observed.clip`` or, if that is 0,
     whether gradients are not clipped. Does nothing if it is None (unknown).
 
-    A limit is recorded as not checked if no update was observed, or if the gradients are smaller than it and
-    torch's clipping was not called with it. That there is no clipping is recorded as not checked if torch's
-    clipping was not called, and the norm of all gradients is unknown before clipping or at the update, as it
-    is under tensor, pipeline and other parallelism (`_SEVERAL`). If no update was observed, nothing is
-    recorded then."""
-    if step.clip is None:
+    A limit is not checked if no update was observed, or if the gradients are smaller than it and torch's
+    clipping was not called with it. That there is no clipping is not checked if torch's clipping was not
+    called, and the norm of all gradients is unknown before clipping or at the update, as it is under tensor,
+    pipeline and other parallelism (`_SEVERAL`). If no update was observed, nothing is reported then."""
+    if observed.clip is None:
         return
-    if not any(from_all(bool(step.clipping.squares))):
-        if step.clip:
-            step.unseen(f"{FEATURE}: no update of a torch optimizer was observed")
+    updates = [r.update for r in observed.ranks]
+    if not any(u.is_observed for u in updates):
+        if observed.clip:
+            yield NotChecked(f"{FEATURE}: no update of a torch optimizer was observed")
         return
-    knows_whole = not any(u.technique in _SEVERAL for u in step.plan.uses)
-    norm = step.clipping.norm() if knows_whole else step.clipping.largest()
-    if step.clip:
-        _limited(step, norm, whole=knows_whole)
+    knows_whole = not any(u.technique in _SEVERAL for u in plan.uses)
+    # The largest norm on a single rank is a lower bound of the norm of all.
+    squared_norm = (
+        sum(u.squared_norm_share for u in updates) if knows_whole else max(u.squared_norm for u in updates)
+    )
+    limits = {n for u in updates for n in u.limits}
+    if observed.clip:
+        yield _limited(observed.clip, math.sqrt(squared_norm), limits, whole=knows_whole)
     else:
-        _never(step, norm, whole=knows_whole)
+        norm_before = observed.norm_before_clipping if knows_whole else None
+        yield _never(math.sqrt(squared_norm), limits, norm_before)
 
 
-def _limited(step: Observation, norm: float, *, whole: bool) -> None:
-    limit = step.clip or 0.0
+def _limited(limit: float, norm: float, limits: set[float], *, whole: bool) -> CheckFinding:
     prefix = "" if whole else "at least "
-    clipping_called = any(from_all(any(math.isclose(n, limit) for n in step.clipping.limits)))
+    clipping_called = any(math.isclose(n, limit) for n in limits)
     too_large = norm > limit * (1 + _TOLERANCE_RATIO)
     if too_large or clipping_called or (whole and norm > limit * (1 - _TOLERANCE_RATIO)):
         limit_text = f"gradients of norm at most {limit:g} at the update"
-        step.differs(FEATURE, limit_text, f"{prefix}{norm:.4g}", wrong=too_large)
-    else:
-        step.unseen(f"{FEATURE}: the norm, {prefix}{norm:.4g}, did not reach {limit:g}")
+        return Checked(FEATURE, limit_text, f"{prefix}{norm:.4g}", wrong=too_large)
+    return NotChecked(f"{FEATURE}: the norm, {prefix}{norm:.4g}, did not reach {limit:g}")
 
 
-def _never(step: Observation, norm: float, *, whole: bool) -> None:
-    limits = sorted(
-        {n for rank_limits in from_all(tuple(step.clipping.limits)) for n in rank_limits if n < math.inf}
+def _never(norm: float, limits: set[float], norm_before: float | None) -> CheckFinding:
+    if finite_limits := sorted(n for n in limits if n < math.inf):
+        limits_text = ", ".join(f"{n:g}" for n in finite_limits)
+        return Checked(FEATURE, "none", f"clipping to a norm of {limits_text}", wrong=True)
+    if norm_before is None:
+        return NotChecked(f"{FEATURE}: whether code other than torch's clips gradients")
+    return Checked(
+        FEATURE,
+        "none",
+        f"a norm of {norm:.4g} at the update, {norm_before:.4g} before",
+        wrong=norm < norm_before * (1 - _TOLERANCE_RATIO),
     )
-    norm_before = step.clipping.before
-    if limits:
-        step.differs(
-            FEATURE, "none", f"clipping to a norm of {', '.join(f'{n:g}' for n in limits)}", wrong=True
-        )
-    elif norm_before is not None and whole:
-        wrong = norm < norm_before * (1 - _TOLERANCE_RATIO)
-        step.differs(
-            FEATURE, "none", f"a norm of {norm:.4g} at the update, {norm_before:.4g} before", wrong=wrong
-        )
-    else:
-        step.unseen(f"{FEATURE}: whether code other than torch's clips gradients")

@@ -11,8 +11,10 @@ from unittest import mock
 import torch
 from torch.nn.utils import clip_grad
 
+from memfit.conformance.observation import UpdateNorms
+from memfit.conformance.planned_shards import shard_degree
 from memfit.conformance.prepared import Prepared
-from memfit.conformance.sharding import from_all, world_size
+from memfit.conformance.sharding import world_size
 
 _TORCH = ("_clip_grads_with_norm_", "clip_grads_with_norm_")  # torch's functions that scale gradients
 
@@ -70,7 +72,8 @@ class Clipping:
         if local.is_sparse:
             local = local.coalesce().values()
         if mesh is None:
-            return world_size() / (self._prepared.sharded("optimizer state")[0] if self._flat() else 1), local
+            degree = shard_degree(self._prepared.plan, "optimizer state")[0] if self._flat() else 1
+            return world_size() / degree, local
         shard_count = math.prod(mesh.size(i) for i, p in enumerate(grad.placements) if p.is_shard())  # type: ignore[attr-defined]
         return world_size() / shard_count, local
 
@@ -79,11 +82,11 @@ class Clipping:
         zero and sharded-ddp."""
         return any(self._prepared.plan.get(name) is not None for name in ("zero", "sharded-ddp"))
 
-    def norm(self) -> float:
-        """Return the norm of all ranks' gradients at the update. All ranks must call it."""
-        return math.sqrt(sum(from_all(sum(square / copies for square, copies in self.squares.values()))))
-
-    def largest(self) -> float:
-        """Return the largest norm that the gradients of a single rank have at the update, a lower bound of
-        the norm of all. All ranks must call it."""
-        return math.sqrt(max(from_all(sum(square for square, _ in self.squares.values()))))
+    def observed(self) -> UpdateNorms:
+        """Return what was recorded so far."""
+        return UpdateNorms(
+            limits=frozenset(self.limits),
+            is_observed=bool(self.squares),
+            squared_norm=sum(square for square, _ in self.squares.values()),
+            squared_norm_share=sum(square / copies for square, copies in self.squares.values()),
+        )

@@ -19,19 +19,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree
 
+from memfit.conformance.observation import CrossRankReads
 from memfit.conformance.prepared import Prepared
 from memfit.conformance.sharding import from_all, in_backward
 
 
 class PartReach:
     """Between `__enter__` and `__exit__`, tries each block before its first forward with gradients, until one
-    reads other ranks' parts (``reached``). All ranks try the same blocks. ``own`` counts blocks that read
-    only the rank's own part. ``running`` is true during a trial. ``place``: the rank's index among those that
-    share a sample; ``group``: its coordinates along all other mesh dimensions."""
+    reads other ranks' parts (``reached``). All ranks try the same blocks. ``local_only`` counts blocks that
+    read only the rank's own part. ``running`` is true during a trial. ``place``: the rank's index among those
+    that share a sample; ``group``: its coordinates along all other mesh dimensions."""
 
     def __init__(self, blocks: Sequence[nn.Module], *, place: int, group: tuple[int, ...]) -> None:
         self.blocks, self.place, self.group = blocks, place, group
-        self.reached, self.running, self.own, self.tried = False, False, 0, set[int]()
+        self.reached, self.running, self.local_only, self.tried = False, False, 0, set[int]()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -76,7 +77,11 @@ class PartReach:
             (self.group, reads_others, mixes_positions)
         )
         self.reached = all(any(m for g, m, _ in entries if g == group) for group, *_ in entries)
-        self.own += not self.reached and all(mixes_positions for *_, mixes_positions in entries)
+        self.local_only += not self.reached and all(mixes_positions for *_, mixes_positions in entries)
+
+    def observed(self) -> CrossRankReads:
+        """Return the result of the trials so far."""
+        return CrossRankReads(reached=self.reached, local_only=self.local_only)
 
 
 def _devices(args: Any) -> list[int]:

@@ -4,8 +4,11 @@ fingerprints."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+from torch.utils import _pytree
 
 _AT_ONCE = 2**20  # elements
 # Radians per row and per column, for each number of the fingerprint.
@@ -45,6 +48,30 @@ def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) ->
         for part, row_part in zip(block.split(size), row_weights.split(size), strict=True):
             totals += ((part.float() @ column_weights) * row_part).sum(0, dtype=torch.float64)
     return totals
+
+
+def of_inputs(args: Iterable[Any]) -> Iterator[float]:
+    """Yield numbers that are equal if two ranks receive the same tensors: sum and norm of this rank's part of
+    each floating-point tensor in ``args`` that has at least two dimensions and elements that differ."""
+    for value in args:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
+            local = getattr(value, "_local_tensor", value).detach()
+            if local.numel() and local.min() != local.max():
+                yield from (float(local.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(local)))
+
+
+def of_output(out: Any) -> list[tuple[float, float]]:
+    """Return a list of one pair, (first fingerprint number, norm), of the first floating-point tensor of at
+    least two dimensions in ``out``, what a block returns. Return an empty list if that tensor is sharded or
+    there is none."""
+    for value in _pytree.tree_leaves(out):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
+            continue
+        if any(not p.is_replicate() for p in getattr(value, "placements", ())):
+            return []
+        local = getattr(value, "_local_tensor", value).detach()
+        return [(float(figures(local)[0]), float(torch.linalg.vector_norm(local, dtype=torch.float64)))]
+    return []
 
 
 def _of_rows(sparse: torch.Tensor) -> torch.Tensor:

@@ -11,15 +11,18 @@ not work: transformers' gradients mostly sum to zero.)
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
+from memfit.conformance.findings import Checked, CheckFinding, NotChecked
 from memfit.conformance.fingerprints import TURNS
-from memfit.conformance.gradient_probes import Figures
-from memfit.conformance.observation import Observation
-from memfit.conformance.sharding import from_all, placed
+from memfit.conformance.observation import Figures, GradientFigures, Observations, RankObservation
+from memfit.conformance.planned_shards import shard_degree
+from memfit.techniques.rank_mesh import layout
+from memfit.types.plan import Plan
 
 _ROUNDING, _ROUNDING_BF16 = 2.0**-20, 2.0**-8  # of many sums in float32; gradients may be reduced in bfloat16
 _SURE = 30  # multiple of what rounding can cause, squared
@@ -30,83 +33,46 @@ _COUNT = 5  # a share of the number of parameters must be this many times larger
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Rank:
-    """What one rank observed. ``group``: its coordinates along all mesh dimensions except those over which
-    gradients are averaged. ``copy``: equal for the ranks that together hold one whole gradient, and different
-    for those that hold another copy. The other fields are those of `Averages`."""
-
-    group: tuple[int, ...]
-    copy: tuple[int, ...]
-    own: Figures
-    backward: Figures
-    before: Figures
-    after: Figures
-    began: bool
-    waiting: bool
-
-
-def mean_gradients(step: Observation) -> None:
-    """Record whether the gradients that the update receives are a multiple of the mean over the data-parallel
-    and context-parallel ranks. Does nothing if there is one such rank. Recorded as not checked with
-    expert-parallel, with a zero-bubble pipeline, if the user's hooks may explain a difference, or if the
-    observations do not decide it, for example because the ranks' gradients hardly differ."""
-    ranks = step.layout.data * step.layout.context
+def mean_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether the gradients that the update receives are a multiple of the mean over the data-parallel
+    and context-parallel ranks. Does nothing if there is one such rank. Not checked with expert-parallel, with
+    a zero-bubble pipeline, if the user's hooks may explain a difference, or if the observations do not decide
+    it, for example because the ranks' gradients hardly differ."""
+    ranks = layout(plan).data * layout(plan).context
     if ranks == 1:
         return
-    feature = next((u.technique for u in step.plan.uses if u.technique in _AVERAGING), "replicas")
+    feature = next((u.technique for u in plan.uses if u.technique in _AVERAGING), "replicas")
     feature = f"{feature}: mean of gradients"
-    pipeline = step.plan.get("pipeline")
-    if step.plan.get("expert-parallel") is not None:
-        step.unseen(f"{feature}: experts are not the same on all ranks")
+    pipeline = plan.get("pipeline")
+    if plan.get("expert-parallel") is not None:
+        yield NotChecked(f"{feature}: experts are not the same on all ranks")
         return
     if pipeline is not None and str(pipeline.settings["schedule"]).startswith("zero-bubble"):
-        step.unseen(f"{feature}: gradients of weights are computed separately from backward")
+        yield NotChecked(f"{feature}: gradients of weights are computed separately from backward")
         return
-    all_ranks: list[_Rank] = from_all(_this_rank(step))
-    groups = [[r for r in all_ranks if r.group == g] for g in dict.fromkeys(r.group for r in all_ranks)]
-    verdicts = [_judged(group) for group in groups]
-    has_hooks = any(getattr(m, "_comm_hooks", None) for m in step.model.modules()) or (
-        step.averages.hooked and step.plan.get("fsdp2") is not None
-    )
-    if any(f.wrong for f in verdicts) and any(from_all(has_hooks)):
-        step.unseen(f"{feature}: they are not the mean, but a hook of the user may have changed them")
-    elif reasons := [f.why for f in verdicts if not f.wrong and f.why]:
-        step.unseen(f"{feature}: {reasons[0]}")
+    # Gradients are averaged over the ranks of a group.
+    groups = collections.defaultdict[tuple[int, ...], list[RankObservation]](list)
+    for rank in observed.ranks:
+        groups[rank.other_coordinates("replicate", "shard", "context")].append(rank)
+    verdicts = [_judged([r.gradients for r in group], _copies(plan, group)) for group in groups.values()]
+    if any(v.wrong for v in verdicts) and any(r.gradients.has_user_hooks for r in observed.ranks):
+        yield NotChecked(f"{feature}: they are not the mean, but a hook of the user may have changed them")
+    elif reasons := [v.why for v in verdicts if not v.wrong and v.why]:
+        yield NotChecked(f"{feature}: {reasons[0]}")
     else:
-        why = next((f.why for f in verdicts if f.wrong), "")
-        step.differs(feature, f"the mean of {ranks} ranks' gradients", why, wrong=bool(why))
+        why = next((v.why for v in verdicts if v.wrong), "")
+        yield Checked(feature, f"the mean of {ranks} ranks' gradients", why, wrong=bool(why))
 
 
-def _this_rank(step: Observation) -> _Rank:
-    averages = step.averages
-    group = step.other_coordinates("replicate", "shard", "context")
-    dimensions = ("shard", "context") if step.plan.get("fsdp2") is not None else ("shard",)
-    is_sharded = any(step.sharded(kind)[0] > 1 for kind in ("optimizer state", "gradients"))
-    copy = step.other_coordinates(*dimensions) if is_sharded else step.other_coordinates()
-    cut_params = cut_names(step) if step.layout.tensor > 1 else None
-    own_figures = {n: t.tolist() for n, t in averages.own.items() if cut_params is None or n in cut_params}
-    return _Rank(
-        group,
-        copy,
-        own_figures,
-        averages.backward,
-        averages.before,
-        averages.after,
-        bool(averages.began),
-        averages.waiting,
-    )
-
-
-def cut_names(step: Observation) -> set[str]:
-    """Return the names of the parameters that tensor parallelism shards. The gradient of another parameter in
-    backward may be only this rank's term of a sum over tensor-parallel ranks."""
-
-    def cut(param: nn.Parameter) -> bool:
-        by_mesh = any(p.is_shard() for p, tensor_parallel in placed(param) if tensor_parallel)
-        return by_mesh or bool(getattr(param, "tensor_model_parallel", False))
-
-    return {n for n, p in step.model.named_parameters() if cut(p)}
+def _copies(plan: Plan, group: Sequence[RankObservation]) -> list[list[GradientFigures]]:
+    """Return the gradients of the ranks of ``group``, those of the ranks that together hold one whole
+    gradient in one list."""
+    dimensions = ("shard", "context") if plan.get("fsdp2") is not None else ("shard",)
+    is_sharded = any(shard_degree(plan, kind)[0] > 1 for kind in ("optimizer state", "gradients"))
+    copies = collections.defaultdict[tuple[int, ...], list[GradientFigures]](list)
+    for rank in group:
+        copies[rank.other_coordinates(*(dimensions if is_sharded else ()))].append(rank.gradients)
+    return list(copies.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,25 +84,23 @@ class _Verdict:
     wrong: bool = False
 
 
-def _judged(group: list[_Rank]) -> _Verdict:
-    if any(r.began for r in group):
+def _judged(group: list[GradientFigures], copies: list[list[GradientFigures]]) -> _Verdict:
+    if any(g.began for g in group):
         return _Verdict("gradients of an earlier pass existed when the step began")
-    if any(r.waiting for r in group):
+    if any(g.waiting for g in group):
         return _Verdict("some gradients that were not reduced before the optimizer step", wrong=True)
-    if not all(r.own for r in group):
+    if not all(g.local for g in group):
         return _Verdict("no gradients were observed in backward")
-    ranks = _Ranks.of(group)
+    ranks = _Ranks.of([g.local for g in group])
     if not bool(ranks.sure.any()):
         return _Verdict("the gradients of the ranks hardly differ")
-    copies = [[r for r in group if r.copy == c] for c in dict.fromkeys(r.copy for r in group)]
     return _compared(ranks, copies)
 
 
-def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
-    before, after, backward = (
-        [ranks.figures([getattr(r, moment) for r in copy]) for copy in copies]
-        for moment in ("before", "after", "backward")
-    )
+def _compared(ranks: _Ranks, copies: list[list[GradientFigures]]) -> _Verdict:
+    before = [ranks.figures([g.before for g in copy]) for copy in copies]
+    after = [ranks.figures([g.after for g in copy]) for copy in copies]
+    backward = [ranks.figures([g.backward for g in copy]) for copy in copies]
     if not any(bool(f.any()) for f in (*before, *after, *backward)):
         return _Verdict("the gradients that the update receives were not found")
     if not any(bool(f.any()) for f in before):
@@ -152,25 +116,25 @@ def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
 
 
 class _Ranks:
-    """The gradients that the ranks' backward passes made, for ranks whose gradients are averaged. ``own``:
+    """The gradients that the ranks' backward passes made, for ranks whose gradients are averaged. ``local``:
     figures of each, with shape (ranks, parameters, figures). ``sure`` marks parameters whose gradients differ
     between ranks by more than rounding, so that their mean can be told from a rank's own gradient."""
 
     @classmethod
-    def of(cls, group: list[_Rank]) -> _Ranks:
-        names = sorted(set[str]().union(*(r.own for r in group)))
+    def of(cls, group: list[Figures]) -> _Ranks:
+        names = sorted(set[str]().union(*group))
         zeros = [0.0] * (len(TURNS) + 1)
-        values = torch.tensor([[r.own.get(n, zeros) for n in names] for r in group], dtype=torch.float64)
+        values = torch.tensor([[f.get(n, zeros) for n in names] for f in group], dtype=torch.float64)
         return cls(names, values[..., :-1], values[..., -1].mean(0))
 
-    def __init__(self, names: list[str], own: torch.Tensor, squares: torch.Tensor) -> None:
-        self._names, self.own, self._squares, self._mean = names, own, squares, own.mean(0)
+    def __init__(self, names: list[str], local: torch.Tensor, squares: torch.Tensor) -> None:
+        self._names, self.local, self._squares, self._mean = names, local, squares, local.mean(0)
         sizes = self._mean.square().sum(-1).clamp_min(1e-300)
         self._near = _SPREAD_RATIO * torch.stack(
-            [_apart(rank_figures, self._mean) for rank_figures in own]
+            [_apart(rank_figures, self._mean) for rank_figures in local]
         ).amax(0)
         noise = _SURE * squares / sizes
-        self.sure = (self._near > noise * _ROUNDING**2) & own.isfinite().all(-1).all(0)
+        self.sure = (self._near > noise * _ROUNDING**2) & local.isfinite().all(-1).all(0)
         self._rounding = noise * _ROUNDING_BF16**2
 
     def figures(self, copy: list[Figures]) -> torch.Tensor:
@@ -183,22 +147,22 @@ class _Ranks:
     def averaged(self, copies: list[torch.Tensor]) -> bool:
         return all(bool(f.any()) and self.off(f) < _SHARE for f in copies)
 
-    def off(self, given: torch.Tensor) -> float:
-        """Return the share of the gradients in ``given``, with shape (parameters, figures), that are not a
-        multiple of the ranks' mean. Parameters that are not in ``sure`` do not count."""
-        return self._share(self._wrong(given))
+    def off(self, gradients: torch.Tensor) -> float:
+        """Return the share of ``gradients``, with shape (parameters, figures), that are not a multiple of the
+        ranks' mean. Parameters that are not in ``sure`` do not count."""
+        return self._share(self._wrong(gradients))
 
     def _wrong(self, gradients: torch.Tensor) -> torch.Tensor:
         distances = _apart(gradients, self._mean)
         return self.sure & (distances > self._near) & (distances > self._rounding)
 
-    def of_one(self, given: torch.Tensor) -> bool:
-        """Return whether one and the same rank's backward made all gradients in ``given`` that are not a
-        multiple of the ranks' mean, but for a share of 1 %. True if all are a multiple of the mean. ``given``
-        has shape (parameters, figures)."""
-        wrong = self._wrong(given)
+    def of_one(self, gradients: torch.Tensor) -> bool:
+        """Return whether one and the same rank's backward made all of ``gradients`` that are not a multiple
+        of the ranks' mean, but for a share of 1 %. True if all are a multiple of the mean. ``gradients`` has
+        shape (parameters, figures)."""
+        wrong = self._wrong(gradients)
         return any(
-            self._share(wrong & self._differ(given, rank_figures)) < _SHARE for rank_figures in self.own
+            self._share(wrong & self._differ(gradients, rank_figures)) < _SHARE for rank_figures in self.local
         )
 
     def alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ import functools
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, Self
 from unittest import mock
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from memfit.conformance.fingerprints import figures, real
+from memfit.conformance.observation import Figures, GradientFigures
 from memfit.conformance.prepared import Prepared
 from memfit.conformance.sharding import fsdp_groups, in_backward, layers, meshes_of, placed, shape
 
@@ -25,14 +26,12 @@ _FSDP = (
     "torch.distributed._composable.fsdp._fsdp_param_group",
 )
 
-Figures = dict[str, list[float]]
-
 
 class Averages:
     """Records fingerprints of this rank's gradients between `__enter__` and `__exit__`, if the plan averages
     gradients over ranks. Figures are the numbers of a fingerprint (fingerprints.py).
 
-    - ``own``: for each parameter name, the figures of its gradient as this rank's backward passes made it,
+    - ``local``: for each parameter name, the figures of its gradient as this rank's backward passes made it,
       followed by the sum of its squares, both added up over the passes.
     - ``backward``, ``before``, ``after``: for each parameter name, figures of the gradient that this rank
       holds after the last backward, and before and after the optimizer's last step.
@@ -44,7 +43,7 @@ class Averages:
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
-        self.own: dict[str, torch.Tensor] = {}
+        self.local: dict[str, torch.Tensor] = {}
         self.backward: Figures = {}
         self.before: Figures = {}
         self.after: Figures = {}
@@ -80,6 +79,21 @@ class Averages:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def observed(self, *, only: Container[str] | None = None) -> GradientFigures:
+        """Return what was recorded so far, of backward's own gradients only those of the parameters ``only``,
+        unless that is None."""
+        prepared = self._prepared
+        has_comm_hooks = any(getattr(m, "_comm_hooks", None) for m in prepared.model.modules())
+        return GradientFigures(
+            local={n: numbers.tolist() for n, numbers in self.local.items() if only is None or n in only},
+            backward=self.backward,
+            before=self.before,
+            after=self.after,
+            began=bool(self.began),
+            waiting=self.waiting,
+            has_user_hooks=has_comm_hooks or (self.hooked and prepared.plan.get("fsdp2") is not None),
+        )
+
     def _patch(self, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
         inner = getattr(target, name)
         call = functools.wraps(inner)(functools.partial(wrapper, inner))
@@ -92,8 +106,8 @@ class Averages:
             local.coalesce().values() if local.is_sparse else local, dtype=torch.float64
         ).square()
         numbers = torch.cat([figures(local), squares[None]])
-        previous = self.own.get(name)
-        self.own[name] = numbers if previous is None else previous + numbers
+        previous = self.local.get(name)
+        self.local[name] = numbers if previous is None else previous + numbers
 
     def _reduce(self, inner: Any, params: Any, grads: Iterable[torch.Tensor], *args: Any, **kw: Any) -> Any:
         """Record the gradients that FSDP2 is about to reduce with ``inner``, and call that. FSDP2's layers
@@ -111,7 +125,7 @@ class Averages:
         if self.began is None:
             self.began = has_gradients
         if self._filled and not has_gradients:  # gradients were reset: sharpness-aware steps, LBFGS
-            self.own.clear()
+            self.local.clear()
         inner(*args, **kwargs)
         self.backward = self._read()
         self._filled = _any(self.backward)
@@ -134,7 +148,7 @@ class Averages:
         if not pieces:
             return {}
         fingerprints = [figures(p.values, p.start, p.columns).cpu() / p.copies for _, p in pieces]
-        totals: Figures = {}
+        totals: dict[str, list[float]] = {}
         for (name, _), values in zip(pieces, torch.stack(fingerprints).tolist(), strict=True):
             totals[name] = [a + b for a, b in zip(totals.get(name, [0.0] * len(values)), values, strict=True)]
         return totals

@@ -11,28 +11,20 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from memfit.conformance.observation import BlockActivity
 from memfit.conformance.sharding import in_backward, whole
 
-_MOST = 0.75  # fraction of a block's elements; backward stops recomputing once it has what it needs
 
+class BlockListener:
+    """Records what a model's repeated blocks do, by hooks that `listen` registers. The attributes are those
+    of `BlockActivity`."""
 
-@dataclasses.dataclass(slots=True)
-class Heard:
-    """What was observed of a model's repeated blocks, which are given by their index.
-
-    - ``ran``, ``again``: block -> elements of the parameters of each layer that ran in forward, and of each
-      that ran again in backward, by the layer's id.
-    - ``passed``: blocks through which gradients pass.
-    - ``autocast``: (block, dtype of autocast or "off" while a layer with parameters ran in forward).
-    - ``computed``: dtype -> elements of parameters with which layers ran in forward, added up over all calls
-      and blocks.
-    """
-
-    ran: dict[int, dict[int, int]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
-    again: dict[int, dict[int, int]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
-    passed: set[int] = dataclasses.field(default_factory=set)
-    autocast: set[tuple[int, str]] = dataclasses.field(default_factory=set)
-    computed: dict[torch.dtype, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
+    def __init__(self) -> None:
+        self.ran = defaultdict[int, dict[int, int]](dict)
+        self.again = defaultdict[int, dict[int, int]](dict)
+        self.passed = set[int]()
+        self.autocast = set[tuple[int, str]]()
+        self.computed = defaultdict[torch.dtype, int](int)
 
     def listen(
         self,
@@ -51,7 +43,7 @@ class Heard:
             def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
                 if busy():
                     return
-                self._hear(index, module, (args, kwargs), apart=module in islands)
+                self._record(index, module, (args, kwargs), apart=module in islands)
                 if not in_backward() and index == min(self.ran):
                     on_first(args)
 
@@ -63,7 +55,7 @@ class Heard:
             for module in list(block.modules())[1:] or [block]
         ]
 
-    def _hear(self, index: int, module: nn.Module, inputs: Any, *, apart: bool) -> None:
+    def _record(self, index: int, module: nn.Module, inputs: Any, *, apart: bool) -> None:
         params = list(module.parameters(recurse=False))
         elements = sum(map(whole, params))
         if in_backward():
@@ -80,28 +72,22 @@ class Heard:
                 self.autocast.add((index, str(torch.get_autocast_dtype(device_type)) if enabled else "off"))
                 self.computed[p.dtype] += whole(p)
 
-    def recomputed(self) -> set[int]:
-        """Return the blocks of which layers with at least 75 % of the elements that ran in forward ran again
-        in backward."""
-        shares = {
-            i: _weight(self.again.get(i, {})) / max(_weight(elements), 1) for i, elements in self.ran.items()
-        }
-        return {i for i, share in shares.items() if share >= _MOST}
-
-    def narrow(self, dtype: str) -> set[int]:
-        """Return the blocks of which a layer ran under autocast to ``dtype``, such as "torch.bfloat16"."""
-        return {i for i, kind in self.autocast if kind == dtype}
-
-
-def _weight(layers: dict[int, int]) -> int:
-    return sum(layers.values()) or len(layers)
+    def observed(self) -> BlockActivity:
+        """Return what was recorded so far."""
+        return BlockActivity(
+            ran={i: dict(elements) for i, elements in self.ran.items()},
+            again={i: dict(elements) for i, elements in self.again.items()},
+            passed=frozenset(self.passed),
+            autocast=frozenset(self.autocast),
+            computed=dict(self.computed),
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Own:
-    """What the model does without any plan. ``dtypes``: of its parameters. ``step(dtype)`` returns the
-    observations of one training step, under autocast to ``dtype`` unless that is None; it returns None if the
-    step fails."""
+class PlainModel:
+    """The model without any plan. ``dtypes``: of its parameters. ``run(dtype)`` runs one training step, under
+    autocast to ``dtype`` unless that is None, and returns what its blocks did; it returns None if the step
+    fails."""
 
     dtypes: frozenset[torch.dtype]
-    step: Callable[[torch.dtype | None], Heard | None]
+    run: Callable[[torch.dtype | None], BlockActivity | None]

@@ -2,14 +2,14 @@
 
 Engines ignore some settings silently, so no engine is asked for its settings. Instead the monitor measures
 the elements of parameters, gradients and optimizer state that this rank holds, their dtypes, which modules
-run again in backward, whether autocast is active where layers run, and whether replicas are still equal after
-a step. The other modules of this package check more.
+run again in backward, whether autocast is active where layers run, whether replicas are still equal after a
+step, and more. What it observed is a value (observation.py), which checks (registry.py) compare with the
+plan.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -17,41 +17,76 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from memfit.conformance import (
-    block_checks,
-    clipping_check,
-    distributed_checks,
-    gradient_mean_check,
-    sample_checks,
-    schedule_check,
-    technique_checks,
-    tensor_parallel_check,
+from memfit.conformance import block_checks, fingerprints, registry, snapshot
+from memfit.conformance.autograd_graph import Graph
+from memfit.conformance.batch_digest import InputDigester
+from memfit.conformance.clipping_probe import Clipping
+from memfit.conformance.cross_rank_dependence import reach_of
+from memfit.conformance.findings import Checked, CheckFinding, NotChecked
+from memfit.conformance.gradient_probes import Averages
+from memfit.conformance.module_hooks import BlockListener, PlainModel
+from memfit.conformance.observation import (
+    Observations,
+    ObservedParameter,
+    RankObservation,
+    part_elements,
 )
-from memfit.conformance.observation import Observation
+from memfit.conformance.planned_shards import shard_degree
+from memfit.conformance.prepared import Prepared
 from memfit.conformance.sharding import (
     buffered_gradients,
+    from_all,
     in_backward,
     layers,
     local_elements,
     meshes_of,
-    placed,
-    state_elements,
-    whole,
     world_size,
 )
-from memfit.types.conformance import Conformance, NotConforming
+from memfit.conformance.stage_order import Order
+from memfit.types.conformance import Conformance, Difference, NotConforming
+from memfit.types.plan import Plan
 
-_PADDING = 64  # elements per rank, of flat buffers
 _LOOKS = 16  # in one backward pass
-_IGNORED_RATIO = 0.05  # fraction of elements that FSDP2 may leave whole
 
 
-class Monitor(Observation):
-    """Listens to one training step of a prepared model between `__enter__` and `__exit__`. `conclude`
-    compares model and step with the plan. If no step was listened to, it compares only what can be seen
-    without one."""
+class Monitor(Prepared):
+    """Listens to one training step of a prepared model between `__enter__` and `__exit__`. `observe` returns
+    what it observed, and `conclude` compares that with the plan. If no step was listened to, it observes only
+    what can be seen without one.
 
-    _handles: list[Any]
+    ``micro_batches`` is the number of micro-batches that the observed step runs, if it differs from the
+    plan's. ``plain_model``, which the caller may set, is the model without a plan. If it is None, effects
+    that the plan does not request, and that the model may cause by itself, are reported as not checked
+    instead of as differences.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        plan: Plan,
+        *,
+        blocks: str | None = None,
+        head: str | None = None,
+        whole_elements: int | None = None,
+        micro_batches: int | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, plan, blocks=blocks, head=head, whole_elements=whole_elements)
+        self.plain_model: PlainModel | None = None  # set by the caller, if known
+        self.micro_batches = micro_batches
+        self.order, self.reach, self.inputs = Order(plan), reach_of(self), InputDigester()
+        self.averages, self.clipping, self.activity = Averages(self), Clipping(self), BlockListener()
+        offloads = plan.get("activation-offload") is not None
+        self.graph = Graph(model, self._on_backward, weighs=offloads)
+        self._handles: list[Any] = []
+        self._forwards = 0
+        self._passes: list[int] = []  # numbers of backward passes, for each optimizer step
+        self._learned = set[int]()  # ids of parameters that got a gradient
+        self._gradient_elements: int | None = None
+        self._arrived_gradients = self._backward_gradient_elements = 0
+        self._gathered_blocks: tuple[int, ...] | None = None
+        self._block_inputs: list[float] = []
+        self._block_outputs: list[tuple[float, float]] = []
 
     # -- listening ------------------------------------------------------------------------------------
 
@@ -62,7 +97,7 @@ class Monitor(Observation):
         compile_use = self.plan.get("compile")  # a hook inside would split the graph
         if compile_use is None or compile_use.settings["scope"] != "model":
             self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
-        self._handles += self.heard.listen(
+        self._handles += self.activity.listen(
             self.blocks if compile_use is None else (),
             islands=self.islands,
             on_first=self._on_first,
@@ -87,10 +122,12 @@ class Monitor(Observation):
 
     def _on_gradient(self, count: int) -> Callable[[nn.Parameter], None]:
         def listen(param: nn.Parameter) -> None:
-            self.arrived += 1
-            self.learned.add(id(param))
-            if self.arrived % max(1, count // _LOOKS) == 0 or self.arrived % count == 0:
-                self.waiting = max(self.waiting, self._held_gradients())
+            self._arrived_gradients += 1
+            self._learned.add(id(param))
+            if self._arrived_gradients % max(1, count // _LOOKS) == 0 or self._arrived_gradients % count == 0:
+                self._backward_gradient_elements = max(
+                    self._backward_gradient_elements, self._held_gradients()
+                )
 
         return listen
 
@@ -101,9 +138,9 @@ class Monitor(Observation):
         """Record which parameters have gradients and, the first time, how many elements of gradients this
         rank holds. To be called when gradients are complete and the optimizer has not started; a hook on a
         torch optimizer does so."""
-        self.learned |= {id(p) for p in self.trainable() if p.grad is not None}
-        if self.gradients is None:
-            self.gradients = self._held_gradients() + buffered_gradients(self.optimizer)
+        self._learned |= {id(p) for p in self.trainable() if p.grad is not None}
+        if self._gradient_elements is None:
+            self._gradient_elements = self._held_gradients() + buffered_gradients(self.optimizer)
 
     def _on_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.before_update()
@@ -112,27 +149,114 @@ class Monitor(Observation):
     def _on_step(self) -> None:
         """Record how many backward passes ran since the previous update, those in the closure of the
         optimizer's step included."""
-        self.passes.append(self.graph.backwards - sum(self.passes))
+        self._passes.append(self.graph.backwards - sum(self._passes))
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not in_backward() and torch.is_grad_enabled():  # torch's pipelines infer shapes without gradients
-            self.forwards += 1
+            self._forwards += 1
             self.order.on_forward()
             if self.layout.data > 1:
-                self.samples.hear(args, kwargs)
+                self.inputs.record(args, kwargs)
 
     def _on_first(self, args: Any) -> None:
-        if len(self.entered) < _LOOKS and self.layout.context > 1:
-            self.entered += distributed_checks.entering(args)
+        if len(self._block_inputs) < _LOOKS and self.layout.context > 1:
+            self._block_inputs += fingerprints.of_inputs(args)
 
     def _on_last(self, module: nn.Module, args: Any, out: Any) -> None:
-        if len(self.left) < _LOOKS and not in_backward() and torch.is_grad_enabled():
-            self.left += tensor_parallel_check.leaving(out)
+        if len(self._block_outputs) < _LOOKS and not in_backward() and torch.is_grad_enabled():
+            self._block_outputs += fingerprints.of_output(out)
 
     def _on_backward(self) -> None:
         self.order.on_backward()
-        if self.still_gathered is None and self.plan.get("fsdp2") is not None:
-            self.still_gathered = distributed_checks.still_gathered(self)
+        if self._gathered_blocks is None and self.plan.get("fsdp2") is not None:
+            self._gathered_blocks = snapshot.gathered_blocks(self)
+
+    # -- what was observed ----------------------------------------------------------------------------
+
+    def observe(self) -> Observations:
+        """Return what was observed, that of other ranks included. All ranks must call it. Runs the plain
+        model if checks have to know what it does by itself."""
+        with meshes_of(self.plan, self.model):
+            observed = self._observed()
+        if self.plain_model is None:
+            return observed
+        runs = {dtype: self.plain_model.run(dtype) for dtype in block_checks.plain_runs(self.plan, observed)}
+        return dataclasses.replace(
+            observed,
+            plain_dtypes=self.plain_model.dtypes,
+            plain_runs={dtype: activity for dtype, activity in runs.items() if activity is not None},
+        )
+
+    def _observed(self) -> Observations:
+        activity, saved = self.activity.observed(), self.graph.observed()
+        has_step = bool(activity.ran or self._forwards or saved.backwards)
+        plan, block_modules = self.plan, [m for block in self.blocks for m in block.modules()]
+        params = tuple(
+            snapshot.parameters(
+                self, self.graph, self._learned, measures_norms=has_step and self._compares_norms()
+            )
+        )
+        head = snapshot.head(self) if plan.get("chunked-cross-entropy") is not None else None
+        names_kernel = plan.get("adamw-fused") is not None or plan.get("adamw-single") is not None
+        may_offload = plan.get("fsdp2") is not None or plan.get("zero") is not None
+        return Observations(
+            rank=dist.get_rank() if world_size() > 1 else 0,
+            ranks=tuple(from_all(self._rank_observation(params))),
+            model_elements=self.whole_elements,
+            micro_batches=self.micro_batches,
+            clip=self.clip,
+            norm_before_clipping=self.clipping.before,
+            parameters=params,
+            block_count=len(self.blocks),
+            head=snapshot.linear(head) if head is not None else None,
+            other_linears=tuple(
+                snapshot.linear(m) for m in snapshot.linears(self.model.modules()) if m is not head
+            ),
+            block_linears=tuple(map(snapshot.linear, snapshot.linears(block_modules))),
+            frozen_linears=tuple(map(snapshot.linear, filter(snapshot.is_frozen_linear, block_modules))),
+            has_dropout=any(map(snapshot.drops_values, self.model.modules())),
+            fsdp_groups=tuple(snapshot.fsdp_group_blocks(self)),
+            states=tuple(snapshot.optimizer_states(self)),
+            update_kernels=snapshot.update_kernels(self.optimizer) if names_kernel else frozenset(),
+            offload_policy=snapshot.offload_policy(self) if may_offload else None,
+            activity=activity,
+            saved=saved,
+            reads=self.reach.observed(),
+            forwards=self._forwards,
+            passes=tuple(self._passes),
+            gradient_elements=self._gradient_elements,
+            arrived_gradients=self._arrived_gradients,
+            backward_gradient_elements=self._backward_gradient_elements,
+            gathered_blocks=self._gathered_blocks,
+        )
+
+    def _rank_observation(self, params: tuple[ObservedParameter, ...]) -> RankObservation:
+        tensor_sharded = frozenset(p.name for p in params if p.is_tensor_sharded)
+        only = tensor_sharded if self.layout.tensor > 1 else None
+        # A freed matrix has no elements.
+        matrices = [p for p in params if len(p.shape) > 1 and p.elements]
+        return RankObservation(
+            coordinate=self.layout.coordinate(dist.get_rank() if world_size() > 1 else 0),
+            held_elements=sum(p.local_elements for p in params),
+            part_elements=part_elements(params, self.whole_elements),
+            norms={p.name: p.norm for p in params if p.is_trained and p.norm is not None},
+            matrix_norms=tuple(p.norm for p in matrices if p.norm is not None and self.layout.tensor > 1),
+            tensor_sharded=tensor_sharded if any(p.is_tensor_sharded is not None for p in params) else None,
+            learned=frozenset(p.name for p in params if p.is_trained and p.has_gradient),
+            block_inputs=tuple(self._block_inputs),
+            block_outputs=tuple(self._block_outputs),
+            losses=tuple(self.graph.ends),
+            inputs=self.inputs.observed(),
+            order=self.order.observed(),
+            update=self.clipping.observed(),
+            gradients=self.averages.observed(only=only),
+        )
+
+    def _compares_norms(self) -> bool:
+        """Return whether ranks are compared by the norms of their parameters: replicas, stages of a pipeline
+        and tensor-parallel ranks are."""
+        has_replicas = self.layout.ranks > 1 and shard_degree(self.plan, "parameters")[0] == 1
+        return has_replicas or self.plan.get("pipeline") is not None or self.layout.tensor > 1
 
     # -- comparing ------------------------------------------------------------------------------------
 
@@ -140,197 +264,27 @@ class Monitor(Observation):
         """Run all checks and return the result. If the number of ranks is not the planned one, nothing else
         is checked. All ranks must call it. Raises NotConforming with the differences of all ranks if anything
         differs on any rank."""
-        with meshes_of(self.plan, self.model):
-            return self._concluded()
-
-    def _concluded(self) -> Conformance:
-        self._ranks()
-        if not self.differences:
-            if self.plan.get("expert-parallel") is None:
-                self._parameters()
-            block_checks.parameter_dtypes(self)
-            for check in (
-                *technique_checks.AT_REST,
-                tensor_parallel_check.tensor_parallel,
-                *distributed_checks.AT_REST,
-            ):
-                check(self)
-            if has_step := bool(self.heard.ran or self.forwards or self.graph.backwards):
-                self._stepped()
-            elif self.plan.uses:
-                self.unseen("gradients, recomputation and replicas: no training step was observed")
-            self.not_seen += technique_checks.not_looked_at(self, stepped=has_step)
-        result = self._gathered()
+        ranks = world_size()
+        findings: list[CheckFinding] = [
+            Checked("ranks", str(self.plan.ranks), str(ranks), wrong=ranks != self.plan.ranks)
+        ]
+        if ranks == self.plan.ranks:
+            findings += registry.findings(self.plan, self.observe())
+        result = _gathered(findings)
         if result.differences:
             raise NotConforming(result)
         return result
 
-    def _stepped(self) -> None:
-        self._micro_batches()
-        if self.plan.get("expert-parallel") is None:
-            self._gradients()
-            self._state()
-        other_checks = (
-            *block_checks.AFTER_A_STEP,
-            schedule_check.schedule,
-            sample_checks.different_samples,
-            sample_checks.other_parts,
-            gradient_mean_check.mean_gradients,
-            tensor_parallel_check.summed,
-            clipping_check.clipped,
-        )
-        for check in (*technique_checks.AFTER_A_STEP, *distributed_checks.AFTER_A_STEP, *other_checks):
-            check(self)
 
-    def _gathered(self) -> Conformance:
-        """Return the result: the differences of all ranks, so that all ranks stop if one does, and what was
-        checked and not checked on this rank."""
-        differences_by_rank = [self.differences]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            differences_by_rank = [None] * dist.get_world_size()  # type: ignore[list-item]
-            dist.all_gather_object(differences_by_rank, self.differences)
-        union = dict.fromkeys(d for rank_differences in differences_by_rank for d in rank_differences)
-        return Conformance(differences=tuple(union), checked=tuple(self.checked), unseen=tuple(self.not_seen))
-
-    def _ranks(self) -> None:
-        ranks = world_size()
-        self.differs("ranks", str(self.plan.ranks), str(ranks), wrong=ranks != self.plan.ranks)
-
-    def _parameters(self) -> None:
-        """Record whether this rank holds as many elements of parameters as planned: at most its shard if the
-        plan shards them, else at least 99 % of its part of the model. Recorded as not checked if they should
-        be sharded and this rank holds none."""
-        params = list(self.model.parameters())
-        held_elements, part_elements = sum(map(local_elements, params)), self.part(params)
-        degree, feature = self.sharded("parameters")
-        if degree > 1 and not held_elements:
-            self.unseen(f"{feature}: no shards were found")
-        elif degree > 1:
-            persistent_elements = sum(whole(p) for p in params if self.persists(p))
-            max_elements = persistent_elements + self._shard(
-                [p for p in params if not self.persists(p)], degree
-            )
-            self.differs(
-                feature,
-                f"1/{degree} of {part_elements:,} elements on a rank",
-                f"{held_elements:,}",
-                wrong=held_elements > max_elements,
-            )
-        elif part_elements:
-            self.differs(
-                "parameters",
-                "whole",
-                f"{held_elements:,} of {part_elements:,} elements on a rank",
-                wrong=held_elements < 0.99 * part_elements,
-            )
-
-    def _shard(self, params: list[nn.Parameter], degree: int) -> float:
-        """Return the most elements of ``params`` that one of ``degree`` ranks may hold. With fsdp2, they are
-        whole rows of each parameter, and whole parameters that it ignores (at most 5 % of the elements); with
-        sharded-ddp, an even part and most of the largest parameter; else an even part. If some of ``params``
-        are freed and their sizes unknown, it is an even part of the whole model with any technique. Padding
-        of 64 elements per rank is added except with sharded-ddp."""
-        sizes = [whole(p) for p in params]
-        if (part_elements := self.part(params)) > sum(sizes):
-            return part_elements / degree + _PADDING * degree
-        if self.plan.get("sharded-ddp") is not None:
-            return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
-        by_rows = self.plan.get("fsdp2") is not None
-        ignored_params = [p for p in params if not placed(p)] if by_rows else []
-        if sum(map(whole, ignored_params)) > _IGNORED_RATIO * sum(sizes):
-            ignored_params = []
-        ignored_ids = {id(p) for p in ignored_params}  # parameters that FSDP2 was told to ignore
-        rows = [p.shape[0] if by_rows and p.dim() else n for p, n in zip(params, sizes, strict=True)]
-        parts = (
-            n if id(p) in ignored_ids else math.ceil(r / degree) * n / max(r, 1)
-            for p, r, n in zip(params, rows, sizes, strict=True)
-        )
-        return sum(parts) + _PADDING * degree
-
-    def _overlapping(self, params: list[nn.Parameter], degree: int) -> int:
-        """Return the elements of those of ``params`` that lie at least partly in this rank's part if all are
-        concatenated and divided evenly among ``degree`` ranks."""
-        size = math.ceil(sum(map(whole, params)) / degree)
-        first = size * (dist.get_rank() % degree)
-        ends = list(itertools.accumulate(map(whole, params)))
-        return sum(
-            end - start
-            for start, end in itertools.pairwise([0, *ends])
-            if start < first + size and end > first
-        )
-
-    def _bucketed(self) -> int:
-        """Return the elements of the buckets for gradients, one per owning rank, that sharded-ddp keeps on
-        every rank; 0 without sharded-ddp."""
-        use = self.plan.get("sharded-ddp")
-        return int(use.settings["reduce_buffer_elements"]) * self.layout.shard if use is not None else 0
-
-    def _micro_batches(self) -> None:
-        accumulation, pipeline = self.plan.get("gradient-accumulation"), self.plan.get("pipeline")
-        planned_count = self.micro_batches or (
-            int(accumulation.settings["micro_batches"]) if accumulation else 1
-        )
-        if pipeline is not None:  # every stage on this rank runs each micro-batch
-            planned_count *= int(pipeline.settings["micro_batches"]) * int(pipeline.settings["virtual"])
-            # torch's stages may run one to infer shapes.
-            found_count = self.order.staged.count("F") or self.forwards
-            feature = "pipeline: micro-batches"
-        else:  # a loss may call the model several times, and read other data in between
-            found_count, feature = self.graph.backwards or self.forwards, "gradient-accumulation"
-        if found_count and (pipeline is not None or planned_count > 1):
-            # LBFGS and sharpness-aware steps run their micro-batches several times.
-            if pipeline is None and not found_count % planned_count:
-                found_count = max(self.passes, default=0) or found_count
-            wrong = (
-                found_count != planned_count if pipeline is not None else bool(found_count % planned_count)
-            )
-            self.differs(feature, f"{planned_count} micro-batches", str(found_count), wrong=wrong)
-        elif accumulation is not None or pipeline is not None:
-            self.unseen(f"{feature}: no forward or backward pass was observed")
-
-    def _gradients(self) -> None:
-        params = list(self.trainable())
-        degree, feature = self.sharded("gradients")
-        if degree == 1 or self.gradients is None:
-            return
-        part_elements = self.part(params)
-        max_elements = self._shard(params, degree)
-        # Gradients were not reduced to shards.
-        unreduced = self.plan.get("fsdp2") is not None and not self.gradients
-        self.differs(
-            feature,
-            f"1/{degree} of {part_elements:,} elements on a rank before the update",
-            f"{self.gradients:,}",
-            wrong=unreduced or self.gradients > max_elements + self._bucketed(),
-        )
-        zero = self.plan.get("zero")
-        if zero is None or int(zero.settings["stage"]) != 2 or not self.waiting:
-            return
-        bucket = int(zero.settings["reduce_bucket_elements"])
-        # The last one may be in progress.
-        max_elements = self._overlapping(params, degree) + bucket + max(map(whole, params))
-        if max_elements >= part_elements:
-            self.unseen(f"{feature} in backward: all gradients fit in one reduce bucket")
-        else:
-            self.differs(
-                feature,
-                f"at most {int(max_elements):,} of {part_elements:,} elements in backward",
-                f"{self.waiting:,}",
-                wrong=self.waiting > max_elements,
-            )
-
-    def _state(self) -> None:
-        state_count = state_elements(self.optimizer)
-        params = list(self.trainable())
-        part_elements = self.part(params)
-        degree, feature = self.sharded("optimizer state")
-        if not state_count:
-            self.unseen("optimizer state: none was found")
-        elif degree > 1:
-            max_elements = self._shard(params, degree)
-            self.differs(
-                feature,
-                f"state for 1/{degree} of {part_elements:,} elements",
-                f"state for {state_count:,}",
-                wrong=state_count > max_elements,
-            )
+def _gathered(findings: list[CheckFinding]) -> Conformance:
+    """Return the result: the differences of all ranks, so that all ranks stop if one does, and what was
+    checked and not checked on this rank."""
+    checked = [f for f in findings if isinstance(f, Checked)]
+    differences = [
+        Difference(feature=f.feature, planned=f.planned, found=f.found) for f in checked if f.wrong
+    ]
+    return Conformance(
+        differences=tuple(dict.fromkeys(d for of_rank in from_all(differences) for d in of_rank)),
+        checked=tuple(dict.fromkeys(f.feature for f in checked)),
+        unseen=tuple(f.text for f in findings if isinstance(f, NotChecked)),
+    )

@@ -1,4 +1,5 @@
-"""Check the schedule of a pipeline by the order in which its stages run forwards and backwards.
+"""Check the micro-batches of a step, and the schedule of a pipeline by the order in which its stages run
+forwards and backwards.
 
 Schedules differ in how many micro-batches are in flight at once (forwards whose backward has not run), and in
 whether gradients of weights are computed separately, later (zero-bubble).
@@ -6,48 +7,75 @@ whether gradients of weights are computed separately, later (zero-bubble).
 
 from __future__ import annotations
 
-import torch.distributed as dist
+from collections.abc import Iterator
 
-from memfit.conformance.observation import Observation
-from memfit.conformance.sharding import from_all
-from memfit.conformance.technique_checks import join_values
+from memfit.conformance.findings import Checked, CheckFinding, NotChecked, join_values
+from memfit.conformance.observation import Observations
+from memfit.techniques.rank_mesh import layout
+from memfit.types.plan import Plan
 
 
-def schedule(step: Observation) -> None:
-    """Record, if the plan has a pipeline, whether on each stage at most as many micro-batches are in flight
-    as its schedule allows (with gpipe, exactly as many), and whether gradients of weights are computed
-    separately exactly if the schedule is a zero-bubble one. Both are recorded as not checked if some rank was
-    not observed to run forwards and backwards, the second also if some rank does not run torch's pipeline
+def micro_batches(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether the step runs as many micro-batches as planned, or with gradient accumulation a multiple
+    of that number. Not checked if no forward or backward pass was observed."""
+    accumulation, pipeline = plan.get("gradient-accumulation"), plan.get("pipeline")
+    planned_count = observed.micro_batches or (
+        int(accumulation.settings["micro_batches"]) if accumulation else 1
+    )
+    if pipeline is not None:  # every stage on this rank runs each micro-batch
+        planned_count *= int(pipeline.settings["micro_batches"]) * int(pipeline.settings["virtual"])
+        order = observed.this_rank.order
+        # torch's stages may run one to infer shapes.
+        found_count = (order.letters.count("F") if order.is_staged else 0) or observed.forwards
+        feature = "pipeline: micro-batches"
+    else:  # a loss may call the model several times, and read other data in between
+        found_count, feature = observed.saved.backwards or observed.forwards, "gradient-accumulation"
+    if found_count and (pipeline is not None or planned_count > 1):
+        # LBFGS and sharpness-aware steps run their micro-batches several times.
+        if pipeline is None and not found_count % planned_count:
+            found_count = max(observed.passes, default=0) or found_count
+        wrong = found_count != planned_count if pipeline is not None else bool(found_count % planned_count)
+        yield Checked(feature, f"{planned_count} micro-batches", str(found_count), wrong=wrong)
+    elif accumulation is not None or pipeline is not None:
+        yield NotChecked(f"{feature}: no forward or backward pass was observed")
+
+
+def schedule(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check, if the plan has a pipeline, whether on each stage at most as many micro-batches are in flight as
+    its schedule allows (with gpipe, exactly as many), and whether gradients of weights are computed
+    separately exactly if the schedule is a zero-bubble one. Both are not checked if some rank was not
+    observed to run forwards and backwards, the second also if some rank does not run torch's pipeline
     stages."""
-    use = step.plan.get("pipeline")
+    use = plan.get("pipeline")
     if use is None:
         return
     name, virtual = str(use.settings["schedule"]), int(use.settings["virtual"])
-    stages, micro_batches = step.layout.pipeline, int(use.settings["micro_batches"])
-    stage = step.layout.coordinate(dist.get_rank())["pipeline"]
-    order = step.order.staged or step.order.plain
-    entries: list[tuple[int, str, bool]] = from_all((stage, order, bool(step.order.staged)))
-    if not all({"F", "B"} <= set(o) for _, o, _ in entries):
-        step.unseen("pipeline: schedule: no forward and backward passes of stages were observed")
+    stage_count, count = layout(plan).pipeline, int(use.settings["micro_batches"])
+    orders = [(r.coordinate["pipeline"], r.order) for r in observed.ranks]
+    if not all({"F", "B"} <= set(order.letters) for _, order in orders):
+        yield NotChecked("pipeline: schedule: no forward and backward passes of stages were observed")
         return
-    limits = [_under_way(name, virtual, stages, micro_batches, p) for p in range(stages)]
-    peaks = [max(_most(o) for entry_stage, o, _ in entries if entry_stage == p) for p in range(stages)]
+    limits = [_under_way(name, virtual, stage_count, count, stage) for stage in range(stage_count)]
+    peaks = [
+        max(_most(order.letters) for order_stage, order in orders if order_stage == stage)
+        for stage in range(stage_count)
+    ]
     is_wrong = peaks != limits if name == "gpipe" else any(f > n for f, n in zip(peaks, limits, strict=True))
-    step.differs(
+    yield Checked(
         "pipeline: schedule",
         f"{name}, {join_values(limits)} micro-batches in flight on its ranks",
         join_values(peaks),
         wrong=is_wrong,
     )
-    if not all(is_staged for *_, is_staged in entries):
-        step.unseen(
+    if not all(order.is_staged for _, order in orders):
+        yield NotChecked(
             "pipeline: schedule: whether gradients of weights are computed separately: "
             "no stages of torch's pipelining were observed"
         )
         return
-    is_separate, planned_separate = any("W" in o for _, o, _ in entries), name.startswith("zero-bubble")
+    is_separate, planned_separate = any("W" in o.letters for _, o in orders), name.startswith("zero-bubble")
     texts = {True: "computed separately, later", False: "computed with gradients of inputs"}
-    step.differs(
+    yield Checked(
         "pipeline: schedule: gradients of weights",
         texts[planned_separate],
         texts[is_separate],

@@ -136,12 +136,6 @@ def buffered_gradients(optimizer: Any) -> int:
     return sum(local_elements(b) for b in buffers if isinstance(b, torch.Tensor))
 
 
-def state_elements(optimizer: Any) -> int:
-    """Return the number of elements for which the optimizer has state on this rank: for each parameter, the
-    size of its largest state tensor."""
-    return sum(max(map(local_elements, tensors), default=0) for _, tensors in states(optimizer))
-
-
 def local_bytes(tensor: torch.Tensor) -> int:
     """Return the bytes of a tensor on this rank. For a tensor made of others, as 4-bit tensors are, sum over
     all of them."""

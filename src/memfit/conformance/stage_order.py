@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Self
 from unittest import mock
 
+from memfit.conformance.observation import PassOrder
 from memfit.types.plan import Plan
 
 _CALLS = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_one_chunk": "W"}
@@ -29,7 +30,7 @@ class Order:
         if self._listens:
             stage_class = importlib.import_module("torch.distributed.pipelining.stage")._PipelineStageBase
             for name, letter in _CALLS.items():
-                wrapper = self._telling(getattr(stage_class, name), letter)
+                wrapper = self._recording(getattr(stage_class, name), letter)
                 self._stack.enter_context(mock.patch.object(stage_class, name, wrapper))
         return self
 
@@ -44,7 +45,11 @@ class Order:
         """Record a backward pass."""
         self.plain += "B"
 
-    def _telling(self, inner: Callable[..., Any], letter: str) -> Callable[..., Any]:
+    def observed(self) -> PassOrder:
+        """Return the order of the pipeline stages if some ran, else that of the model's passes."""
+        return PassOrder(letters=self.staged or self.plain, is_staged=bool(self.staged))
+
+    def _recording(self, inner: Callable[..., Any], letter: str) -> Callable[..., Any]:
         @functools.wraps(inner)
         def call(stage: Any, *args: Any, **kwargs: Any) -> Any:
             if stage.has_backward:

@@ -1,0 +1,28 @@
+"""What a plan says that one rank holds of a model."""
+
+from __future__ import annotations
+
+from memfit.techniques.rank_mesh import layout
+from memfit.types.plan import Plan
+
+
+def shard_degree(plan: Plan, what: str) -> tuple[int, str]:
+    """Return (number of ranks over which the plan shards ``what``, 1 if it does not; the name of that
+    feature). ``what`` is "parameters", "gradients" or "optimizer state"."""
+    mesh = layout(plan)
+    if plan.get("fsdp2") is not None:
+        return mesh.shard * mesh.context, f"fsdp2: {what}"
+    if (use := plan.get("zero")) is not None:
+        stage = int(use.settings["stage"])
+        required_stage = {"optimizer state": 1, "gradients": 2, "parameters": 3}[what]
+        return (mesh.shard if stage >= required_stage else 1), f"zero stage {stage}: {what}"
+    if plan.get("sharded-ddp") is not None and what != "parameters":
+        return mesh.shard, f"sharded-ddp: {what}"
+    return 1, what
+
+
+def persists(plan: Plan, elements: int) -> bool:
+    """Return whether the plan has ZeRO, of any stage, and a parameter of ``elements`` elements is so small
+    (``persist_elements``) that stage 3 keeps it whole on every rank."""
+    use = plan.get("zero")
+    return use is not None and elements <= int(use.settings["persist_elements"])

@@ -1,0 +1,143 @@
+"""Check how many elements of parameters, gradients and optimizer state this rank holds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+from memfit.conformance.findings import Checked, CheckFinding, NotChecked
+from memfit.conformance.observation import Observations, ObservedParameter
+from memfit.conformance.planned_shards import persists, shard_degree
+from memfit.techniques.rank_mesh import layout
+from memfit.types.plan import Plan
+
+_PADDING = 64  # elements per rank, of flat buffers
+_IGNORED_RATIO = 0.05  # fraction of elements that FSDP2 may leave whole
+
+
+def parameters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether this rank holds as many elements of parameters as planned: at most its shard if the plan
+    shards them, else at least 99 % of its part of the model. Not checked if they should be sharded and this
+    rank holds none, or with expert-parallel."""
+    if plan.get("expert-parallel") is not None:
+        return
+    params = observed.parameters
+    held_elements, whole_part = sum(p.local_elements for p in params), observed.part_elements(params)
+    degree, feature = shard_degree(plan, "parameters")
+    if degree > 1 and not held_elements:
+        yield NotChecked(f"{feature}: no shards were found")
+    elif degree > 1:
+        persistent = [p for p in params if persists(plan, p.whole_elements)]
+        sharded = [p for p in params if not persists(plan, p.whole_elements)]
+        max_elements = sum(p.whole_elements for p in persistent) + _shard(plan, observed, sharded, degree)
+        yield Checked(
+            feature,
+            f"1/{degree} of {whole_part:,} elements on a rank",
+            f"{held_elements:,}",
+            wrong=held_elements > max_elements,
+        )
+    elif whole_part:
+        yield Checked(
+            "parameters",
+            "whole",
+            f"{held_elements:,} of {whole_part:,} elements on a rank",
+            wrong=held_elements < 0.99 * whole_part,
+        )
+
+
+def gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check, if the plan shards gradients, whether this rank holds at most its shard of them before the
+    update, and with ZeRO stage 2 at most that and a bucket in backward. The second is not checked if all
+    gradients fit in one bucket. Does nothing with expert-parallel, or if no update was observed."""
+    params = observed.trained
+    degree, feature = shard_degree(plan, "gradients")
+    held_elements = observed.gradient_elements
+    if plan.get("expert-parallel") is not None or degree == 1 or held_elements is None:
+        return
+    whole_part = observed.part_elements(params)
+    max_elements = _shard(plan, observed, params, degree)
+    # Gradients were not reduced to shards.
+    unreduced = plan.get("fsdp2") is not None and not held_elements
+    yield Checked(
+        feature,
+        f"1/{degree} of {whole_part:,} elements on a rank before the update",
+        f"{held_elements:,}",
+        wrong=unreduced or held_elements > max_elements + _bucketed(plan),
+    )
+    zero, backward_elements = plan.get("zero"), observed.backward_gradient_elements
+    if zero is None or int(zero.settings["stage"]) != 2 or not backward_elements:
+        return
+    bucket = int(zero.settings["reduce_bucket_elements"])
+    # The last one may be in progress.
+    largest = max(p.whole_elements for p in params)
+    max_elements = _overlapping(params, degree, observed.rank) + bucket + largest
+    if max_elements >= whole_part:
+        yield NotChecked(f"{feature} in backward: all gradients fit in one reduce bucket")
+    else:
+        yield Checked(
+            feature,
+            f"at most {int(max_elements):,} of {whole_part:,} elements in backward",
+            f"{backward_elements:,}",
+            wrong=backward_elements > max_elements,
+        )
+
+
+def optimizer_state(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check, if the plan shards the optimizer's state, whether this rank has state for at most its shard of
+    the trained parameters. Not checked if there is no state. Does nothing with expert-parallel."""
+    if plan.get("expert-parallel") is not None:
+        return
+    state_elements = sum(max((t.elements for t in s.tensors), default=0) for s in observed.states)
+    degree, feature = shard_degree(plan, "optimizer state")
+    if not state_elements:
+        yield NotChecked("optimizer state: none was found")
+    elif degree > 1:
+        yield Checked(
+            feature,
+            f"state for 1/{degree} of {observed.part_elements(observed.trained):,} elements",
+            f"state for {state_elements:,}",
+            wrong=state_elements > _shard(plan, observed, observed.trained, degree),
+        )
+
+
+def _shard(plan: Plan, observed: Observations, params: Sequence[ObservedParameter], degree: int) -> float:
+    """Return the most elements of ``params`` that one of ``degree`` ranks may hold. With fsdp2, they are
+    whole rows of each parameter, and whole parameters that it ignores (at most 5 % of the elements); with
+    sharded-ddp, an even part and most of the largest parameter; else an even part. If some of ``params`` are
+    freed and their sizes unknown, it is an even part of the whole model with any technique. Padding of 64
+    elements per rank is added except with sharded-ddp."""
+    sizes = [p.whole_elements for p in params]
+    if (whole_part := observed.part_elements(params)) > sum(sizes):
+        return whole_part / degree + _PADDING * degree
+    if plan.get("sharded-ddp") is not None:
+        return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
+    by_rows = plan.get("fsdp2") is not None
+    # Parameters that FSDP2 was told to ignore.
+    ignored_names = {p.name for p in params if by_rows and not p.has_mesh}
+    if sum(p.whole_elements for p in params if p.name in ignored_names) > _IGNORED_RATIO * sum(sizes):
+        ignored_names = set()
+    rows = [p.shape[0] if by_rows and p.shape else n for p, n in zip(params, sizes, strict=True)]
+    parts = (
+        n if p.name in ignored_names else math.ceil(r / degree) * n / max(r, 1)
+        for p, r, n in zip(params, rows, sizes, strict=True)
+    )
+    return sum(parts) + _PADDING * degree
+
+
+def _overlapping(params: Sequence[ObservedParameter], degree: int, rank: int) -> int:
+    """Return the elements of those of ``params`` that lie at least partly in the part of ``rank`` if all are
+    concatenated and divided evenly among ``degree`` ranks."""
+    size = math.ceil(sum(p.whole_elements for p in params) / degree)
+    first = size * (rank % degree)
+    ends = list(itertools.accumulate(p.whole_elements for p in params))
+    return sum(
+        end - start for start, end in itertools.pairwise([0, *ends]) if start < first + size and end > first
+    )
+
+
+def _bucketed(plan: Plan) -> int:
+    """Return the elements of the buckets for gradients, one per owning rank, that sharded-ddp keeps on every
+    rank; 0 without sharded-ddp."""
+    use = plan.get("sharded-ddp")
+    return int(use.settings["reduce_buffer_elements"]) * layout(plan).shard if use is not None else 0
