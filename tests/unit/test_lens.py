@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from memfit.trace.device_kernels import device_lens
+from memfit.trace.device_kernels import use_device_kernels
 from memfit.trace.tracer import trace
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -24,7 +24,7 @@ def _kept_bytes(
 ) -> int:
     """Bytes of the distinct storages that autograd holds, without the input's own."""
     kept: dict[int, int] = {}
-    with FakeTensorMode(), device_lens("cuda"):
+    with FakeTensorMode(), use_device_kernels("cuda"):
         x = torch.empty(_SHAPE, dtype=dtype, requires_grad=True)
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_autocast_layer_norm_runs_in_float32() -> None:
 
 
 def test_autocast_softmax_sum_and_power_give_float32() -> None:
-    with FakeTensorMode(), device_lens("cuda"), torch.autocast("cpu", dtype=torch.bfloat16):
+    with FakeTensorMode(), use_device_kernels("cuda"), torch.autocast("cpu", dtype=torch.bfloat16):
         x = torch.empty(_SHAPE, dtype=torch.bfloat16, requires_grad=True)
         assert torch.softmax(x, dim=-1).dtype == torch.float32
         assert x.sum().dtype == torch.float32
@@ -101,7 +101,7 @@ def test_flash_attention_keeps_no_matrix_of_scores(dtype: torch.dtype) -> None:
 
 
 def test_the_cpu_lens_leaves_autocast_softmax_in_bfloat16() -> None:
-    with FakeTensorMode(), device_lens("cpu"), torch.autocast("cpu", dtype=torch.bfloat16):
+    with FakeTensorMode(), use_device_kernels("cpu"), torch.autocast("cpu", dtype=torch.bfloat16):
         x = torch.empty(_SHAPE, dtype=torch.bfloat16, requires_grad=True)
         assert torch.softmax(x, dim=-1).dtype == torch.bfloat16
 
