@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def bundle(target: str, handover: Handover) -> Files:
     target cannot express the plan or lacks an option that it needs, such as a container image, if the script
     is started with a configuration file of the user that the export does not replace, or if one of
     ``handover.own_files`` has the name of a file that memfit writes with another content."""
-    handover = with_engine_settings(handover)
+    handover = _without_folders(with_engine_settings(handover))
     files = {**TARGETS[target](handover)}
     if handover.user_files is not None and target in LIBRARIES:
         handover = with_target_settings(handover, TARGETS[target])
@@ -47,6 +48,26 @@ def bundle(target: str, handover: Handover) -> Files:
             f"{', '.join(clashing)}: memfit itself writes a file of this name", hint="rename your file"
         )
     return files
+
+
+def _without_folders(handover: Handover) -> Handover:
+    """Return ``handover`` with the script's command line as it is from within the export folder, which has no
+    subfolders: where a word, or a part of it beside "=", is the path of a configuration file of the user,
+    only the file's name is left."""
+    paths = handover.user_files.setup.files if handover.user_files is not None else ()
+
+    def shortened(word: str) -> str:
+        return next((Path(path).name for path in paths if _is_path_of(word, path)), word)
+
+    words = ("=".join(map(shortened, word.split("="))) for word in handover.script[1:])
+    return dataclasses.replace(handover, script=(*handover.script[:1], *words))
+
+
+def _is_path_of(word: str, path: str) -> bool:
+    """Return whether ``word`` is the absolute path of the file ``path``, or its name after any number of the
+    folders above it."""
+    parts = tuple(part for part in Path(word).parts if part != "..")
+    return bool(parts) and Path(path).absolute().parts[-len(parts) :] == parts
 
 
 def _by_the_users_names(handover: Handover, files: Files) -> Files:

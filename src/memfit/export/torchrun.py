@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from memfit.export.base import Files, Handover, quoted
 from memfit.types.errors import UserError
@@ -101,9 +102,12 @@ def program(handover: Handover) -> str:
 def _handed(handover: Handover) -> str:
     """Return, as shell words, the arguments that pass the configuration of DeepSpeed or Megatron-LM to the
     user's script. "" for the engines native and accelerate, which need none, and if a word of the script's
-    command line contains the name of a configuration file. Raises UserError for other engines."""
+    command line contains the name of a configuration file, or of the user's file that it replaces. Raises
+    UserError for other engines."""
     engine, config_names = handover.config.engine, handover.engine_files
-    if engine in ("native", "accelerate") or any(n in word for n in config_names for word in handover.script):
+    sources = handover.kept.sources if handover.kept is not None else {}
+    names = (*config_names, *(Path(sources[n]).name for n in config_names if n in sources))
+    if engine in ("native", "accelerate") or any(n in word for n in names for word in handover.script):
         return ""
     if "deepspeed.json" in config_names:
         return "--deepspeed --deepspeed_config deepspeed.json"  # deepspeed.add_config_arguments
