@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from memfit.model.blocks import find_blocks
+from memfit.model.blocks import equal_blocks, find_blocks
 from memfit.techniques.base import Knob, Space, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
-
-if TYPE_CHECKING:
-    import torch
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -26,19 +23,23 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     from memfit.techniques.compiled_regions import Region
 
-    graphs: dict[Any, Any] = {}  # equal blocks share a graph
-    modules: list[torch.nn.Module] = [bench.model]
-    if settings["scope"] != "model":
-        path, modules = find_blocks(bench.model, bench.job.blocks)
+    blocks, others = list[torch.nn.Module](), list[torch.nn.Module]()
+    if settings["scope"] == "model":
+        others = [bench.model]
+    else:
+        path, blocks = find_blocks(bench.model, bench.job.blocks)
         if settings["scope"] == "parts":
-            modules += [m for n, m in bench.model.named_children() if n != path.partition(".")[0]]
+            others = [m for n, m in bench.model.named_children() if n != path.partition(".")[0]]
+    modules = [*blocks, *others]
     if torch._guards.active_fake_mode() is None:  # real training uses the real compiler
         # `module.compile()` skips torch's own classes, and pipelines bypass it
         for module in modules:
             module.forward = torch.compile(module.forward)
         return
-    for module in modules:
-        region = Region(module, graphs)
+    graphs: dict[Any, Any] = {}
+    kinds = [*equal_blocks(blocks), *range(len(blocks), len(modules))]  # equal blocks share a graph
+    for module, kind in zip(modules, kinds, strict=True):
+        region = Region(module, graphs, kind)
         module.forward = _calling(region, module.forward)
 
 
