@@ -1,10 +1,10 @@
-// The formulas of docs/decisions/014-money.md once more, so that the sliders can move them: the same as
-// decision/money.py, which a test holds beside this file. Without a script the page is whole, but still.
+// The formulas of docs/decisions/014-money.md for the sliders, equal to those of decision/money.py; a test
+// compares the two. Without this script the page is complete, but the sliders do nothing.
 "use strict";
 (() => {
-  const told = JSON.parse(document.getElementById("decision-data").textContent);
+  const page = JSON.parse(document.getElementById("decision-data").textContent);
   const HOURS = 8760;
-  told.terms.setup_hours = told.sliders.setup.start; // of the plan, so that its range moves with its slider
+  page.terms.setup_hours = page.sliders.setup.start; // of the plan, so that its range follows the slider
   const at = (amount, rate) => amount.usd * rate + amount.own;
   const annuity = (ratio, years) => {
     let sum = 0;
@@ -32,7 +32,7 @@
     const running = electricity + rental + people + support, worth = annuity(terms.discount_ratio, years);
     const value = terms.value_per_run, left = residual / (1 + terms.discount_ratio) ** years;
     const present = setup + bought + running * worth - left;
-    const known = !works || way.kind === "cloud" || way.power_w !== null; // without its watts nobody knows what it costs
+    const known = !works || way.kind === "cloud" || way.power_w !== null; // without its watts its cost is unknown
     const sure = (figure) => (known ? figure : null);
     return {
       machines, setup, purchase, residual, hours, initial: setup + purchase, electricity_per_year: sure(electricity),
@@ -58,9 +58,9 @@
     };
     const of = (kind, own) => among((w) => w.kind === kind && !(own && w.of_catalog));
     const slots = { purchase: of("purchase"), cloud: of("cloud"), nothing: 0 };
-    for (const kind of ["purchase", "cloud"]) slots[`own_${kind}`] = told.own[kind] ? of(kind, true) : null;
+    for (const kind of ["purchase", "cloud"]) slots[`own_${kind}`] = page.own[kind] ? of(kind, true) : null;
     slots.reference = among((w) => w.plain && (w.kind === "purchase" || w.kind === "cloud"));
-    for (const { slot, index } of told.slots) {
+    for (const { slot, index } of page.slots) {
       if (slot.startsWith("existing") || (slots[slot] === null && sheets[index].present_cost === null)) slots[slot] = index;
     }
     return { slots, best: among(() => true) };
@@ -68,9 +68,9 @@
 
   const minus = (text) => text.replace("-", "\u2212");
   const cash = (value) => {
-    const digits = { minimumFractionDigits: told.decimals, maximumFractionDigits: told.decimals };
+    const digits = { minimumFractionDigits: page.decimals, maximumFractionDigits: page.decimals };
     const text = Math.abs(value).toLocaleString("en-US", digits);
-    return minus((value < 0 && /[1-9]/.test(text) ? "-" : "") + told.symbol + text);
+    return minus((value < 0 && /[1-9]/.test(text) ? "-" : "") + page.symbol + text);
   };
   const short = (value) => {
     if (value === 0) return "0";
@@ -84,16 +84,16 @@
   const percent = (value) => {
     if (value === null) return "\u2013";
     const text = `${short(value)} %`;
-    return value < told.least ? told.many.replace("{value}", text).replace("{times}", many(value)) : text;
+    return value < page.least ? page.many.replace("{value}", text).replace("{times}", many(value)) : text;
   };
 
-  const still = (input) => Math.abs(Number(input.value) - told.sliders[input.name].start) <= Number(input.step) / 2;
+  const still = (input) => Math.abs(Number(input.value) - page.sliders[input.name].start) <= Number(input.step) / 2;
 
   function moved() {
-    // a slider knows its steps only: one that was not moved stands for the number itself
-    const value = (input) => (still(input) ? told.sliders[input.name].start : Number(input.value));
+    // a slider has only its steps: if it was not moved, the exact number counts
+    const value = (input) => (still(input) ? page.sliders[input.name].start : Number(input.value));
     const now = Object.fromEntries(inputs.map((input) => [input.name, value(input)]));
-    const terms = structuredClone(told.terms), started = told.sliders;
+    const terms = structuredClone(page.terms), started = page.sliders;
     if (now.energy !== started.energy.start) {
       terms.energy_per_kwh = { usd: 0, own: now.energy };
       terms.levy_per_kwh = { usd: 0, own: 0 };
@@ -104,7 +104,7 @@
     terms.utilisation_ratio = now.utilisation;
     terms.setup_hours = now.setup;
     const more = now.setup - started.setup.start;
-    const ways = told.ways.map((w) =>
+    const ways = page.ways.map((w) =>
       w.kind === "nothing" || w.plain ? w : { ...w, setup_hours: w.setup_hours + more, plan_hours: w.plan_hours + more });
     return { terms, ways, now };
   }
@@ -112,7 +112,7 @@
   const isAmount = (value) => value !== null && typeof value === "object";
   const times = (amount, ratio) => ({ usd: amount.usd * ratio, own: amount.own * ratio });
 
-  // terms and a way with one number elsewhere, as decision/chance.py moves them; `rate`: at which it is told
+  // the terms and an option with one number changed, as in decision/monte_carlo.py; `rate`: price of a dollar
   function swung(terms, name, value, rate = terms.per_usd) {
     if (!(name in terms)) return terms;
     const now = terms[name];
@@ -122,9 +122,9 @@
   }
 
   function placed(way, terms, name, value) {
-    const next = { ...way }, mine = told.own_terms;
+    const next = { ...way }, mine = page.own_terms;
     if (name === "setup_hours" && !way.plain) next.setup_hours += value - terms.setup_hours;
-    for (const [field, own, common] of told.offers) {
+    for (const [field, own, common] of page.offers) {
       if (way[field] === null || way.of_catalog || !(own in mine)) continue;
       const ratio = name === own && mine[own] ? value / mine[own] : name === common ? terms[common] / value : 1;
       next[field] = times(way[field], ratio);
@@ -132,27 +132,27 @@
     return next;
   }
 
-  // a range that moved with its slider
+  // a range that follows its slider
   function scaled(terms, name, end) {
     const size = (t) => (isAmount(t[name]) ? at(t[name], t.per_usd) : t[name]);
-    return name in terms && size(told.terms) ? (end * size(terms)) / size(told.terms) : end;
+    return name in terms && size(page.terms) ? (end * size(terms)) / size(page.terms) : end;
   }
 
-  // `way`: which way the figure is of; its mark links to that way's record
+  // `way`: index of the option that the figure belongs to; its mark links to the record of that option
   function show(cell, text, value, way = null) {
     if (!cell) return;
     const num = cell.classList.contains("num") ? cell : cell.querySelector(".num");
     if (num) num.firstChild.data = text;
     else cell.textContent = text;
     if (num && way !== null && num.hash.startsWith("#way-")) {
-      num.setAttribute("href", `#way-${way}`); // not as .hash, which would write the whole address
+      num.setAttribute("href", `#way-${way}`); // not as .hash, which would write the whole URL
       num.title = num.title.replace(/W\d+$/, `W${way}`);
       num.querySelector(".tag").setAttribute("aria-label", num.title);
     }
     cell.dataset.value = value;
   }
 
-  // set-up, electricity and rental of one run, and its people, as decision/stages.py has them
+  // set-up, electricity and rental of one run, and its labour, as in decision/stages.py
   function oneRun(way, there) {
     const part = Math.max(1, Math.ceil((12 * sheet(way, there).hours) / HOURS)) / 12;
     const basic = times(there.basic_per_kw_month, part);
@@ -162,9 +162,9 @@
     return { cost: once.setup + once.electricity_per_year + once.rental_per_year, people: once.people_per_year * part };
   }
 
-  // the money of the stages, on the machines that they began with
+  // the money of the stages, on the machines of the original figures
   function staged(terms, ways, sheets) {
-    const { poc, pilot, full, ends } = told.stages, found = {};
+    const { poc, pilot, full, ends } = page.stages, found = {};
     const perKwh = at(terms.energy_per_kwh, terms.per_usd) + at(terms.levy_per_kwh, terms.per_usd);
     if (poc) found.spent = (poc.energy_j / 3.6e6) * perKwh * (1 + terms.tax_ratio) + poc.hours * terms.labour_per_hour;
     const trial = pilot === null || ways[pilot].kind === "purchase" ? null : oneRun(ways[pilot], terms);
@@ -204,8 +204,8 @@
       const index = slots[row.dataset.slot] ?? null;
       if (index === null) continue;
       const own = sheets[index], way = ways[index];
-      row.querySelector("[data-name]").textContent = told.labels[index];
-      row.querySelector("[data-plan]").textContent = told.plans[index];
+      row.querySelector("[data-name]").textContent = page.labels[index];
+      row.querySelector("[data-plan]").textContent = page.plans[index];
       row.classList.toggle("best", index === best && row.dataset.slot !== "reference");
       row.querySelector("[data-enough]").hidden = own.enough;
       row.querySelector("[data-untried]").hidden = !way.untried.length;
@@ -221,19 +221,19 @@
     }
     const live = (name, text, value) => document.querySelectorAll(`[data-live="${name}"]`).forEach((c) => show(c, text, value, best));
     if (best !== null) {
-      live("best", told.labels[best], best);
-      live("plan", told.plans[best], best);
+      live("best", page.labels[best], best);
+      live("plan", page.plans[best], best);
       live("present", cash(sheets[best].present_cost), sheets[best].present_cost);
       live("initial", cash(sheets[best].initial), sheets[best].initial);
       live("running", cash(sheets[best].running_per_year), sheets[best].running_per_year);
       if (reference) {
         const share = saved(sheets[best], reference);
         live("saved", percent(share), share);
-        live("reference", told.labels[slots.reference], slots.reference);
+        live("reference", page.labels[slots.reference], slots.reference);
         const rows = [...document.querySelectorAll("[data-swing]")];
         const pair = [ways[best], ways[slots.reference]];
         const ends = rows.map((row) => {
-          const { name, low, high } = told.swings.find((s) => s.name === row.dataset.swing);
+          const { name, low, high } = page.swings.find((s) => s.name === row.dataset.swing);
           return [low, high].map((bound) => {
             const end = scaled(terms, name, bound), next = swung(terms, name, end);
             return saved(...pair.map((way) => sheet(placed(way, terms, name, end), next))) ?? share;
@@ -259,7 +259,7 @@
     document.querySelectorAll("[data-of-start]").forEach((e) => { e.hidden = !start; });
     for (const input of inputs) {
       const money = input.name === "energy" || input.name === "labour";
-      const text = input.name === "energy" ? told.symbol + short(now.energy) : money ? cash(now.labour)
+      const text = input.name === "energy" ? page.symbol + short(now.energy) : money ? cash(now.labour)
         : input.name === "runs" ? now.runs.toLocaleString("en-US") : short(now[input.name]);
       document.getElementById(`out-${input.name}`).textContent = text;
       input.setAttribute("aria-valuetext", text);
