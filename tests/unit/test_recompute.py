@@ -30,7 +30,7 @@ from memfit.planner.selection import Objective, score
 from memfit.planner.single_device import Request, make_pricer, needed_bytes, search
 from memfit.techniques.plan_file import plan_text, read_plan
 from memfit.techniques.recompute.optimal import encode_dropped, read_dropped
-from memfit.techniques.recompute.selective_recompute import RecomputedCall, Tape, Value
+from memfit.techniques.recompute.selective_recompute import RecomputedCall, SelectiveRecompute, Value
 from memfit.techniques.registry import make_use
 from memfit.trace.op_recording import record
 from memfit.trace.tracer import trace
@@ -140,8 +140,8 @@ def trained(job: Job, *uses: Any, dropped: frozenset[int] | None = None) -> Any:
 
         @contextlib.contextmanager
         def without() -> Iterator[None]:
-            tape = Tape(dropped)
-            with saved_tensors_hooks(tape.pack, tape.unpack), tape:
+            recompute_mode = SelectiveRecompute(dropped)
+            with saved_tensors_hooks(recompute_mode.pack, recompute_mode.unpack), recompute_mode:
                 yield
 
         step.bench.forward_contexts.append(without)
@@ -180,10 +180,10 @@ def test_real_and_fake_steps_give_the_same_tensor_numbering(name: str) -> None:
 
     @contextlib.contextmanager
     def watching() -> Iterator[None]:
-        tape = Tape(frozenset())
-        with tape:
+        recompute_mode = SelectiveRecompute(frozenset())
+        with recompute_mode:
             yield
-        seen.append((tape.key, tape.count))
+        seen.append((recompute_mode.key, recompute_mode.count))
 
     step.bench.forward_contexts.append(watching)
     step.run(job.make_batch(0, 0))
@@ -322,8 +322,8 @@ def test_a_choice_for_another_model_is_refused() -> None:
 
 def test_a_parameter_changed_before_recomputation_is_an_error() -> None:
     weight = nn.Parameter(torch.ones(4))
-    tape = Tape(EVERYTHING)
-    with saved_tensors_hooks(tape.pack, tape.unpack), tape:
+    recompute_mode = SelectiveRecompute(EVERYTHING)
+    with saved_tensors_hooks(recompute_mode.pack, recompute_mode.unpack), recompute_mode:
         out = (weight * 2).detach().requires_grad_().exp().exp()
     with torch.no_grad():
         weight.add_(1)

@@ -64,7 +64,7 @@ class PlaceholderValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Flow(PlaceholderValues):
+class LinearFlow(PlaceholderValues):
     """Mode that observes how Linear layers of blocks feed each other. ``roles`` maps names of Linears to
     roles; if it is empty, roles follow from what is observed.
 
@@ -217,12 +217,13 @@ class _Done(BaseException):
 
 def observe(
     job: Any, model: nn.Module, blocks: list[str], roles: Mapping[str, str], shrink: Any = None
-) -> Flow:
+) -> LinearFlow:
     """Return the flow through the blocks (paths in the model, in their order) of a copy of ``model`` whose
-    tensors hold no values, for the Linears' ``roles`` (see `Flow`). ``shrink(copy)``, if set, may change that
-    copy first. Modes that are active outside see nothing of the run. It ends after the last block that has no
-    twin (see `equal_blocks`); for the blocks after that, what was observed of their twins is entered."""
-    flow = Flow(roles)
+    tensors hold no values, for the Linears' ``roles`` (see `LinearFlow`). ``shrink(copy)``, if set, may
+    change that copy first. Modes that are active outside see nothing of the run. It ends after the last block
+    that has no twin (see `equal_blocks`); for the blocks after that, what was observed of their twins is
+    entered."""
+    flow = LinearFlow(roles)
     twin_indices = _twins(model, blocks, roles)
     with without_values(job, model) as (model_copy, batch):
         if shrink is not None:

@@ -30,7 +30,7 @@ from memfit.cost.step_time_calibration import factor
 from memfit.cost.stream_simulator import SimulatedStep
 from memfit.engines.registry import engine
 from memfit.model.scalar_parameters import refuse_scalars
-from memfit.planner.recompute_budget import Choices, nominal_s, open_budget, resolved_plans
+from memfit.planner.recompute_budget import ChosenPlans, nominal_s, open_budget, resolved_plans
 from memfit.techniques.base import Space
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_plain_plan, splits_batch, technique
@@ -87,7 +87,7 @@ class Pricer:
     traces: dict[tuple[Plan, int], Trace] = dataclasses.field(default_factory=dict)  # by (plan, rank)
     parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
     vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
-    choices: Choices = dataclasses.field(default_factory=Choices)
+    choices: ChosenPlans = dataclasses.field(default_factory=ChosenPlans)
     gap_ratio: float = GAP_RATIO  # optimality gap of the recomputation chosen under a budget
     # reserved over allocated bytes of the plain plan, once traced
     reserved_ratio: float = ASSUMED_RESERVED_RATIO
@@ -120,7 +120,7 @@ class Pricer:
     def recalibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.model = time_model(self.machine.device, calibration, self.seen())
-        self.choices, self.vectors = Choices(), {}  # both depend on the seconds of operators
+        self.choices, self.vectors = ChosenPlans(), {}  # both depend on the seconds of operators
 
     def resolve(self, plan: Plan) -> Plan:
         """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the

@@ -196,7 +196,7 @@ def choose_tensors(
 
 
 @dataclasses.dataclass(kw_only=True)
-class Choices:
+class ChosenPlans:
     """Cache of what `choose_tensors` returned for each plan: the plan with its tensors to recompute chosen,
     or the error that says why there is none.
     """

@@ -27,7 +27,7 @@ from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_storage import of_kernels_types, plain_tensors, sole_counts, strided_storage
 from memfit.trace.operators import tensors_in
 from memfit.trace.source_location import ModuleStack, newest_node, running_node, user_line
-from memfit.trace.streams import Flow, Flows
+from memfit.trace.streams import StreamTracker, StreamUse
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
 
 _PRODUCT = ("aten.bmm.default", "aten.mm.default")  # makes attention scores; computes a linear layer
@@ -105,7 +105,7 @@ class AllocationRecorder(TorchDispatchMode):
         self._span_start = 0
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
         self._calls: list[operators.OperatorCall] = []
-        self.flows = Flows()
+        self.stream_tracker = StreamTracker()
         self._works: dict[Any, operators.OperatorWork] = {}
         self._sole = sole_counts()
         self._sparse_seen = False
@@ -252,7 +252,11 @@ class AllocationRecorder(TorchDispatchMode):
         # Building the model on the host is not device work.
         if self.place != "host" or self.current is not Phase.SETUP:
             self._record(
-                start_clock, fact.name, work, module, self.flows.of(func, fact.name, args, out, self.place)
+                start_clock,
+                fact.name,
+                work,
+                module,
+                self.stream_tracker.of(func, fact.name, args, out, self.place),
             )
         return out
 
@@ -341,15 +345,17 @@ class AllocationRecorder(TorchDispatchMode):
     def wait(self, stream: str, awaited: str, calls: int) -> None:
         """Record that ``stream`` waits for the first ``calls`` calls of the stream ``awaited``. Do nothing if
         they are the same stream, or while recording is paused."""
-        flow = self.flows.wait(stream, awaited, calls)
-        if flow is not None and not self.paused:
-            self._record(self.clock, "stream.wait", _NOTHING, self.modules.name(self.current), flow)
+        stream_use = self.stream_tracker.wait(stream, awaited, calls)
+        if stream_use is not None and not self.paused:
+            self._record(self.clock, "stream.wait", _NOTHING, self.modules.name(self.current), stream_use)
             self.clock += 1
 
     def _record(
-        self, clock: int, name: str, work: operators.OperatorWork, module: str, flow: Flow | None
+        self, clock: int, name: str, work: operators.OperatorWork, module: str, stream_use: StreamUse | None
     ) -> None:
-        self._calls.append(operators.OperatorCall(clock, name, work, self.current, self.step, module, flow))
+        self._calls.append(
+            operators.OperatorCall(clock, name, work, self.current, self.step, module, stream_use)
+        )
 
     def move(self, value: Any, place: str) -> None:
         """Record that the storages of every tensor in ``value`` have been at ``place`` (see `placed`) since

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.recompute.op_numbering import (
-    Numbered,
     OperatorNumber,
+    StorageNumbering,
     flat,
     plain_view,
     repeatable,
@@ -59,13 +59,13 @@ def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
     )
 
 
-class _Recorder(Numbered):
+class _Recorder(StorageNumbering):
     """Mode that records operators and, as hooks of saved tensors, what backward reads, without dropping any
     result. All clocks are the recorder's.
 
     A result is a storage that an operator makes. ``of``, ``lives``, ``dtypes`` and ``last_read`` are indexed
-    by its number (`Numbered`). ``needs`` maps the number to the clocks at which backward reads the result;
-    ``pinned`` holds the numbers of results that cannot be recomputed.
+    by its number (`StorageNumbering`). ``needs`` maps the number to the clocks at which backward reads the
+    result; ``pinned`` holds the numbers of results that cannot be recomputed.
     """
 
     def __init__(self) -> None:

@@ -229,8 +229,9 @@ def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorCall:
-    """One recorded call. ``flow`` is (stream, process group, wait), or None for a call on the model's stream.
-    A wait is (awaited stream, number of that stream's last calls that are not waited for), or None."""
+    """One recorded call. ``stream_use`` is (stream, process group, wait), or None for a call on the model's
+    stream. A wait is (awaited stream, number of that stream's last calls that are not waited for), or
+    None."""
 
     clock: int
     name: str
@@ -238,10 +239,10 @@ class OperatorCall:
     phase: Phase
     step: int
     module: str
-    flow: tuple[str, str, tuple[str, int] | None] | None = None
+    stream_use: tuple[str, str, tuple[str, int] | None] | None = None
 
     def finish(self) -> OpCall:
-        stream, group, waits = self.flow or ("", "", None)
+        stream, group, waits = self.stream_use or ("", "", None)
         return OpCall(
             clock=self.clock,
             op=self.name,

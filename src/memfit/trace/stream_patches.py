@@ -23,7 +23,7 @@ class _Event(torch.cpu.Event):
 
     def record(self, stream: Any = None) -> None:
         name = stream.name if isinstance(stream, _Stream) else self.recorder.place
-        self.at = (name, self.recorder.flows.calls[name])
+        self.at = (name, self.recorder.stream_tracker.calls[name])
 
     def wait(self, stream: Any = None) -> None:
         self.recorder.wait(stream.name if isinstance(stream, _Stream) else self.recorder.place, *self.at)
@@ -35,7 +35,7 @@ class _Stream(torch.cpu.Stream):
 
     def wait_stream(self, stream: Any) -> None:
         if isinstance(stream, _Stream):
-            self.recorder.wait(self.name, stream.name, self.recorder.flows.calls[stream.name])
+            self.recorder.wait(self.name, stream.name, self.recorder.stream_tracker.calls[stream.name])
 
     def record_event(self) -> Any:
         event = _Event(self.recorder)
@@ -65,7 +65,7 @@ def streams(recorder: AllocationRecorder) -> Iterator[None]:
         return _Stream(recorder, recorder.place)
 
     def waited(self: Any, *args: Any, **kwargs: Any) -> bool:
-        if (awaited := recorder.flows.next_under_way()) is not None:
+        if (awaited := recorder.stream_tracker.next_under_way()) is not None:
             recorder.wait(recorder.place, *awaited)
         return True
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-Flow = tuple[str, str, tuple[str, int] | None]
+StreamUse = tuple[str, str, tuple[str, int] | None]
 
 _COLLECTIVES = ("c10d", "_c10d_functional")
 _TWO_ALONE = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
@@ -25,7 +25,7 @@ def group_of(func: Any, args: Any) -> str:
     return next((a for a in args[1:] if isinstance(a, str) and a.isdigit()), "")
 
 
-class Flows:
+class StreamTracker:
     """Counts the operator calls of each stream, in ``calls``, and keeps track of collectives that are not yet
     waited for. A functional collective, and a c10d collective called asynchronously, runs on a stream of its
     process group. Other operators run on the current stream."""
@@ -37,7 +37,7 @@ class Flows:
         # c10d collectives: (stream, calls on it, calls in total).
         self._under_way: list[tuple[str, int, int]] = []
 
-    def of(self, func: Any, name: str, args: Any, out: Any, place: str) -> Flow | None:
+    def of(self, func: Any, name: str, args: Any, out: Any, place: str) -> StreamUse | None:
         """Count a call made on the stream ``place``. Return (stream, process group or "", None), or None for
         a call on the model's stream that is not a collective. If the call waits for a functional collective,
         it is not counted: return what `wait` returns, or None if it was waited for already."""
@@ -68,7 +68,7 @@ class Flows:
         newest = self._under_way[-1][2] == self.calls.total()
         return self._under_way.pop(-1 if newest else 0)[:2]
 
-    def wait(self, stream: str, awaited: str, calls: int) -> Flow | None:
+    def wait(self, stream: str, awaited: str, calls: int) -> StreamUse | None:
         """Return (``stream``, "", (``awaited``, number of its last calls that are not waited for)) if
         ``stream`` waits for the first ``calls`` calls of the stream ``awaited``. Return None if both are the
         same stream."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from memfit.model.linear_roles import Flow
+    from memfit.model.linear_roles import LinearFlow
 
 _COLWISE, _ROWWISE = "colwise", "rowwise"
 _COUNTS_HEADS = re.compile(r"\w*heads?")  # num_heads, n_head, num_key_value_heads, ...
@@ -58,7 +58,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         _split_vocabulary(bench, mesh, parallel_loss=settings["vocabulary"] == "parallel-loss")
 
 
-def _roles(bench: Workbench, blocks: list[str]) -> tuple[Flow, dict[str, str]]:
+def _roles(bench: Workbench, blocks: list[str]) -> tuple[LinearFlow, dict[str, str]]:
     """Return what was observed of the blocks at the paths ``blocks``, and the roles ("colwise" or "rowwise")
     of the Linears to split, by name. Raises UserError if no Linear can be split, if no Linear split by rows
     follows one that the job splits by columns, or if the blocks do not run on tensors without values."""
@@ -95,12 +95,12 @@ def _given(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str
 
 
 # Flows of models of one structure, by the job's loss, which is the same in jobs with fewer blocks or samples.
-_SEEN: weakref.WeakKeyDictionary[Any, dict[Any, Flow]] = weakref.WeakKeyDictionary()
+_SEEN: weakref.WeakKeyDictionary[Any, dict[Any, LinearFlow]] = weakref.WeakKeyDictionary()
 
 
 def _observed(
     bench: Workbench, blocks: list[str], roles: Mapping[str, str], degree: int, shrink: Any = None
-) -> Flow:
+) -> LinearFlow:
     from memfit.model.linear_roles import observe
 
     key = (tuple(blocks), tuple(roles.items()), degree, _structure(bench.model))
@@ -133,7 +133,7 @@ def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
 
 
 def _check_split(
-    bench: Workbench, blocks: list[str], roles: Mapping[str, str], flow: Flow, degree: int
+    bench: Workbench, blocks: list[str], roles: Mapping[str, str], flow: LinearFlow, degree: int
 ) -> None:
     """Raise UserError if a width or number of heads is not divisible by the degree, if the blocks do not run
     with every Linear split, or if heads would be split between ranks. Code that takes the number of heads
@@ -206,7 +206,7 @@ def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
 
 
 def _styles(
-    model: torch.nn.Module, blocks: list[str], flow: Flow, roles: Mapping[str, str], sequence: bool
+    model: torch.nn.Module, blocks: list[str], flow: LinearFlow, roles: Mapping[str, str], sequence: bool
 ) -> tuple[list[tuple[str, Any]], dict[str, int | str]]:
     """Return (module name, style) pairs as torch.distributed.tensor.parallel expects them, and, by the name
     of each module at which the sequence is to be gathered, the argument that arrives sharded along it. Raises

@@ -84,7 +84,7 @@ def called(func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
-class Numbered(TorchDispatchMode):
+class StorageNumbering(TorchDispatchMode):
     """Mode that numbers the storages that operators make, in their order.
 
     ``count`` is the next number, ``key`` a checksum of the operators that made storages so far. While

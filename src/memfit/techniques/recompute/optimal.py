@@ -62,12 +62,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
     from torch.autograd.graph import saved_tensors_hooks
 
-    from memfit.techniques.recompute.selective_recompute import Tape
+    from memfit.techniques.recompute.selective_recompute import SelectiveRecompute
 
-    tape = Tape(numbers)
-    with saved_tensors_hooks(tape.pack, tape.unpack), tape:
+    recompute_mode = SelectiveRecompute(numbers)
+    with saved_tensors_hooks(recompute_mode.pack, recompute_mode.unpack), recompute_mode:
         yield
-    if tape.packed and tape.key != key:
+    if recompute_mode.packed and recompute_mode.key != key:
         raise UserError(
             f"{NAME}: the forward pass runs other operators than those the plan was made for",
             allowed="the same job, device and versions of torch and of the model's library",

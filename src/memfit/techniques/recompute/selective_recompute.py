@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from memfit.techniques.recompute.op_numbering import (
-    Numbered,
     OperatorNumber,
+    StorageNumbering,
     called,
     fact,
     flat,
@@ -58,8 +58,8 @@ class WrittenStorage(NamedTuple):
 
 class KeptTensor(NamedTuple):
     """A kept tensor as an argument of a recorded call. ``version`` is set for parameters, which an optimizer
-    may update during backward, and else None. Writes to other tensors happen in forward, where `Tape` sees
-    them."""
+    may update during backward, and else None. Writes to other tensors happen in forward, where
+    `SelectiveRecompute` sees them."""
 
     tensor: torch.Tensor
     version: int | None
@@ -194,7 +194,7 @@ def device_of(args: Any, kwargs: Any) -> torch.device:
     return tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
 
 
-class Tape(Numbered):
+class SelectiveRecompute(StorageNumbering):
     """Mode for one forward pass, of which autograd does not keep the storages numbered in ``dropped``, except
     those that an unrepeatable call makes or writes to. Enter it together with saved-tensor hooks of its
     `pack` and `unpack`. ``packed`` counts the tensors that autograd has asked to save, kept ones included."""
