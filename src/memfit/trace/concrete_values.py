@@ -64,7 +64,9 @@ class ConcreteValues:
                 setattr(fake, _NAME, real.detach().clone())  # an operator may write into it
 
     def set_assumed(self, fake: torch.Tensor, real: torch.Tensor) -> None:
-        """Attach the values ``real`` to ``fake`` and mark them as assumed."""
+        """Attach the values ``real`` to ``fake`` and mark them as assumed, also if unknown values were written
+        into ``fake`` before."""
+        self._stale.pop(real.untyped_storage()._cdata, None)
         setattr(fake, _NAME, mark_assumed(real))
 
     def of(self, tensor: Any) -> torch.Tensor | None:
