@@ -57,7 +57,40 @@ def test_a_call_whose_copy_dies_is_made_in_the_original_process() -> None:
         return number
 
     calls: list[Callable[[], int]] = [partial(dies, n) for n in range(5)]
-    assert side_by_side(calls) == list(range(5))
+    results: dict[int, int] = {}
+    assert side_by_side(calls, results=results) == list(range(5))
+    assert results == {n: n for n in range(5)}
+
+
+class RefusedValue(Exception):
+    """Takes other arguments than it passes on, so pickle cannot make it again."""
+
+    def __init__(self, name: str, *, allowed: str) -> None:
+        super().__init__(f"{name} is not {allowed}")
+
+
+class PrefixedError(Exception):
+    """Its copy by pickle would say something else."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"refused: {text}")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(RefusedValue("a", allowed="b"), "a is not b"), (PrefixedError("text"), "refused: text")],
+)
+def test_an_exception_that_pickle_cannot_copy_is_raised_as_it_is(error: Exception, message: str) -> None:
+    def fails(number: int) -> int:
+        if number == 1:
+            raise error
+        return number
+
+    results: dict[int, int] = {}
+    with pytest.raises(type(error), match=f"^{message}$") as caught:
+        side_by_side([partial(fails, n) for n in range(4)], results=results)
+    assert caught.value.__context__ is None
+    assert results == {0: 0, 2: 2, 3: 3}  # all other calls have ended
 
 
 def refused(n: int, here: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -34,9 +36,9 @@ def side_by_side(
     threads and without initialised CUDA. Otherwise, or with one CPU, the calls run one after the other in
     this process and stop at the first exception. Each forked process makes several calls in a row, so that
     what torch loads and caches for the first serves the others. Every second process takes calls from the end
-    of the list, so put calls with the least in common first and last. If a forked process is killed, its call
-    runs in this process. If autograd refuses to run in a forked process, all calls run in this process, and
-    so do those of later calls of this function.
+    of the list, so put calls with the least in common first and last. If a forked process is killed, or if no
+    faithful copy of its exception can be sent here, its call runs in this process. If autograd refuses to run
+    in a forked process, all calls run in this process, and so do those of later calls of this function.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     results = {} if results is None else results
@@ -56,17 +58,20 @@ def side_by_side(
                 tell(len(outcomes), index_by_channel[channel])
             for ready_channel in [c for c in wait(list(index_by_channel)) if isinstance(c, Connection)]:
                 index = index_by_channel.pop(ready_channel)
-                try:
-                    outcomes[index] = ready_channel.recv()
-                    idle_channels.append(ready_channel)
-                    results.update({index: outcomes[index][1]} if outcomes[index][0] else {})
-                    if _no_backward(*outcomes[index]):
-                        _REFUSED.append(str(outcomes[index][1]))
-                        return _one_by_one(calls, tell, results)
-                except EOFError:  # killed, perhaps for its memory: run it here, where the error is visible
-                    outcomes[index] = (True, calls[index]())
+                outcome: tuple[bool, Any] | None = None
+                with contextlib.suppress(EOFError):
+                    outcome = ready_channel.recv()
+                if outcome is None:  # it has ended: run the call here, where the error is visible
+                    outcome = _outcome(calls[index])
                     processes.append(_copy(calls))
                     idle_channels.append(processes[-1][0])
+                else:
+                    idle_channels.append(ready_channel)
+                outcomes[index] = outcome
+                results.update({index: outcome[1]} if outcome[0] else {})
+                if _no_backward(*outcome):
+                    _REFUSED.append(str(outcome[1]))
+                    return _one_by_one(calls, tell, results)
                 tell(len(outcomes), next(iter(index_by_channel.values()), index))
     finally:
         for channel, process in processes:
@@ -115,14 +120,33 @@ def _answer(calls: Sequence[Callable[[], Any]], channel: Connection) -> None:
     gc.freeze()  # objects of the original stay: collect only what the calls leave
     while True:
         try:
-            answer = (True, calls[channel.recv()]())
+            index = channel.recv()
         except EOFError:
             return
-        except Exception as error:  # noqa: BLE001  any error: it is raised again in the original process
-            answer = (False, error)
-        channel.send(answer)
-        del answer
+        outcome = _outcome(calls[index])
+        if not outcome[0] and not _has_faithful_copy(outcome[1]):
+            return  # the original process makes this call again
+        channel.send(outcome)
+        del outcome
         gc.collect()
+
+
+def _outcome(call: Callable[[], Any]) -> tuple[bool, Any]:
+    """Return (True, the result of the call) or (False, its exception)."""
+    try:
+        return True, call()
+    except Exception as error:  # noqa: BLE001  any error: it is raised in the original process
+        return False, error
+
+
+def _has_faithful_copy(error: Exception) -> bool:
+    """Return whether pickle copies the exception with its class and message. It does not if, for example, the
+    constructor of the class takes other arguments than it passes on to that of Exception."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  any error of the methods of the user's class
+        return False
+    return type(copy) is type(error) and str(copy) == str(error)
 
 
 def _may_fork() -> bool:
