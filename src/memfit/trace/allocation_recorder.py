@@ -193,7 +193,7 @@ class AllocationRecorder(TorchDispatchMode):
             if fact.silent
             else self._watched(func, fact, args, kwargs, values)
         )
-        if values is not None and func not in operators.MAKERS:
+        if values is not None and (func not in operators.MAKERS or self.concrete_values.follows_all):
             self.concrete_values.attach(out, values)
         return out
 

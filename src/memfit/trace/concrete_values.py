@@ -55,6 +55,11 @@ class ConcreteValues:
         self._draws = 0
         self._stale: dict[int, torch.UntypedStorage] = {}
 
+    @property
+    def follows_all(self) -> bool:
+        """Whether the whole step is computed on real tensors."""
+        return self.max_elements == math.inf
+
     def seed(self, fakes: Any, reals: Any) -> None:
         """Attach the values of the batch ``reals`` to the tensors of its fake copy ``fakes``, except large
         ones (more than ``max_elements``), and follow values from now on."""
@@ -64,8 +69,8 @@ class ConcreteValues:
                 setattr(fake, _NAME, real.detach().clone())  # an operator may write into it
 
     def set_assumed(self, fake: torch.Tensor, real: torch.Tensor) -> None:
-        """Attach the values ``real`` to ``fake`` and mark them as assumed, also if unknown values were written
-        into ``fake`` before."""
+        """Attach the values ``real`` to ``fake`` and mark them as assumed, also if unknown values were
+        written into ``fake`` before."""
         self._stale.pop(real.untyped_storage()._cdata, None)
         setattr(fake, _NAME, mark_assumed(real))
 
@@ -83,7 +88,12 @@ class ConcreteValues:
         """Return the operator's result on its arguments' known or assumed values. For an operator that gives
         indices or counts, values of its first argument are assumed if it has none. Return None if
         values are missing or the operator is not followed (`may_follow`, `compute`). For a random operator
-        that fills a small tensor without values, attach the numbers to the tensor and return None."""
+        that fills a small tensor without values, or any tensor where all are followed, attach the numbers to
+        the tensor and return None."""
+        if self.follows_all and self.on and func in FILLS and (real := self.of(args[0])) is not None:
+            with torch.no_grad(), unset_fake_temporarily():
+                draw_values(func, (real, *args[1:]), kwargs, self.case, self._seed())
+            return None
         if self.on and args and isinstance(args[0], FakeTensor) and not hasattr(args[0], _NAME):
             if func in FILLS:
                 return self._filled(func, args, kwargs)
@@ -181,7 +191,7 @@ class ConcreteValues:
             try:
                 out = func(*real_arguments[0], **real_arguments[1])
             except RuntimeError:
-                if self.max_elements <= _MOST_ELEMENTS:
+                if not self.follows_all:
                     raise
                 self._forget(func, args, kwargs)  # a kernel of another device, for example
                 return None

@@ -15,18 +15,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch.utils import _pytree
 
 from memfit.trace.concrete_values import ConcreteValues
 from memfit.types.trace import Trace
 
 Weights = Mapping[str, torch.Tensor]
+_REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WeightsSource:
-    """Offers a model's weights to traces. ``load`` returns parameters and buffers by name; they may be
-    written to. ``max_flops`` and ``max_bytes``: operations and peak memory of the largest step that may be
-    computed on real tensors."""
+    """Offers a model's weights to traces. ``load`` returns its tensors by name; they may be written to.
+    ``max_flops`` and ``max_bytes``: operations and peak memory of the largest step that may be computed on
+    real tensors."""
 
     load: Callable[[], Weights]
     max_flops: float
@@ -73,14 +75,24 @@ def attach_weights(concrete_values: ConcreteValues, model: torch.nn.Module) -> N
     if weights is None:
         return
     concrete_values.max_elements = math.inf
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in _tensors_of(model).items():
         if name in weights and weights[name].shape == tensor.shape:
             concrete_values.set_assumed(tensor, weights[name])
 
 
 def built_weights(build: Callable[[], torch.nn.Module]) -> Weights:
-    """Return the parameters and buffers by name, without gradients, of a model that ``build`` builds. The
-    state of torch's random numbers is restored."""
+    """Return the tensors of a model that ``build`` builds, without gradients: parameters and buffers by name,
+    and tensors in other attributes of its modules. The state of torch's random numbers is restored."""
     with torch.random.fork_rng(devices=[]):
         model = build()
-    return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor.detach() for name, tensor in _tensors_of(model).items()}
+
+
+def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in _REGISTERED:
+                leaves = enumerate(_pytree.tree_leaves(value))
+                tensors |= {f"{path}.{attribute}[{i}]": t for i, t in leaves if isinstance(t, torch.Tensor)}
+    return tensors
