@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import io
 import os
 import random
@@ -380,7 +381,7 @@ def test_the_rival_that_is_quickest_when_run_is_recommended(
     chosen = found.result.recommended.estimate.plan
     assert chosen.get("activation-offload")
     assert 2 <= len(set(ran)) <= trials.FIRST + trials.CLIMBS * trials.NEIGHBOURS
-    assert 3 <= ran.count(chosen) <= 4, "the plans that decide run in three rounds or more"
+    assert 3 <= ran.count(chosen) <= 4 + trials.CLIMBS, "the plans that decide run in three rounds or more"
     assert {t.plan for t in found.result.trials} == set(ran)
     known = found.pricer.calibration
     assert known.corrected_count == len(set(ran))
@@ -435,6 +436,31 @@ def test_of_plans_that_run_as_quickly_the_simplest_is_taken_whatever_the_noise(
         assert found.result.recommended is not None
         answers.add(found.result.recommended.estimate.plan.label)
     assert len(answers) == 1
+
+
+def test_a_round_in_which_all_plans_are_slower_changes_no_recommendation(
+    searched: Planning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(plan: Plan, turn: int, slowdown: float) -> float:
+        step_s = 1.0 if plan.get("activation-offload") else 1.25 - 0.05 * (not plan.uses)
+        return step_s * (1.0 if turn == 1 else slowdown)
+
+    chosen = set()
+    for slowdown in (1.0, 1.5):
+        found, _ = run_with(searched, monkeypatch, functools.partial(seconds, slowdown=slowdown))
+        assert found.result.recommended is not None
+        chosen.add(found.result.recommended.estimate.plan)
+    assert len(chosen) == 1
+    assert chosen.pop().get("activation-offload")
+
+
+def test_times_are_compared_as_in_the_fastest_round() -> None:
+    one, other, late = Plan(), Plan(uses=(CHECKPOINTED,)), Plan(uses=(EIGHT_BIT,))
+    times = {one: [2.0, 3.0], other: [4.0, 6.6], late: [3.3]}
+    comparable = trials.comparable_times(times, {one: [1, 2], other: [1, 2], late: [2]})
+    assert comparable[one] == pytest.approx([2.0, 2.0], rel=0.06)
+    assert comparable[other] == pytest.approx([4.0, 4.3], rel=0.06)
+    assert comparable[late] == pytest.approx([2.1], rel=0.06)
 
 
 def test_rounds_that_differ_much_make_more_plans_equal() -> None:

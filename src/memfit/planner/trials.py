@@ -1,17 +1,19 @@
 """Trials: plans whose predicted times lie within the error of the best are trained for a few steps on this
 machine, under the cap, before one of them is recommended.
 
-Rounds are interleaved, so that all plans see the same noise. A plan counts by its fastest round, because
-other work on the machine only ever adds time. The measurements correct the predicted times of the other plans
-(cost/step_time_calibration.py). The simplest of the plans that are as fast as the fastest is recommended.
+Plans take turns in rounds. What slows all plans of a round alike, such as other work on the machine, is
+divided out (`comparable_times`), and a plan counts by the median of its rounds. The measurements correct the
+predicted times of the other plans (cost/step_time_calibration.py). The simplest of the plans that are as fast
+as the fastest is recommended.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from memfit.cost.estimate import interval_around
 from memfit.cost.step_time_calibration import correct_calibration, factor
@@ -36,9 +38,10 @@ CLIMBS = 2  # rounds of plans one change away from the fastest
 _ROUNDS, _MORE_ROUNDS = 2, 2  # final rounds, and as many more while rounds of one plan differ too much
 _SCREENING, _FINAL = (3, 1), (5, 2)  # steps of a run, and how many of them warm up
 _WITHIN = 1.6  # times the best predicted step: two predictions with +-25 % error may differ that much
-_SECOND_WITHIN = 1.6  # times the fastest round: a single round of a plan may be that much too slow
-_LAST_WITHIN = 1.18  # times the fastest round: one round of a plan may be that much too slow by other work
+_SECOND_WITHIN = 1.6  # times the fastest: a single round of a plan may be that much too slow
+_LAST_WITHIN = 1.18  # times the fastest: two rounds of a plan may be that much too slow by other work
 _MEASURED = Band(0.015, 0.035)  # spread between rounds of one plan on an otherwise idle machine
+_POLISHING_ROUNDS = 20
 _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 
 
@@ -61,30 +64,35 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
     for _ in range(CLIMBS):
         fastest = trials.fastest(2)
         tried = [*trials.times, *trials.failed]
-        trials.run_round(_neighbours(planning, fastest, tried, trials.measured_ratios()), _SCREENING)
+        neighbours = _neighbours(planning, fastest, tried, trials.measured_ratios())
+        if neighbours:  # the fastest runs with them, so that this round can be compared with the others
+            trials.run_round([*fastest[:1], *neighbours], _SCREENING)
         if trials.fastest(1) == fastest[:1]:
             break
     for done in range(_ROUNDS + _MORE_ROUNDS):
-        if done < _ROUNDS or measured_band(list(trials.times.values())).high > _CLEAR:
+        if done < _ROUNDS or trials.band().high > _CLEAR:
             trials.run_round(trials.contenders(LAST, _LAST_WITHIN), _FINAL)
     return trials.conclude()
 
 
 class _Trials:
     """The runs so far: of each plan its predicted step time, measured step times and highest peak, or why its
-    run failed."""
+    run failed. ``rounds``: in which round each of the measured times was taken."""
 
     def __init__(self, planning: Planning, progress: Progress, budget_s: float) -> None:
         self.planning, self.progress = planning, progress
         self.ends_s = time.monotonic() + budget_s
         self.predicted: dict[Plan, float | None] = {}
         self.times: dict[Plan, list[float]] = {}
+        self.rounds: dict[Plan, list[int]] = {}
+        self._round = 0
         self.peaks: dict[Plan, int | None] = {}
         self.failed: dict[Plan, str] = {}
 
     def run_round(self, plans: Sequence[Plan], steps: tuple[int, int]) -> None:
         """Run each plan once, in this order. ``steps``: steps of a run, and how many of them warm up. No run
         starts when the time is over, unless fewer than two plans ran successfully."""
+        self._round += 1
         for done, plan in enumerate(plans):
             self.progress("trial", done, len(plans), plan.label)
             if time.monotonic() < self.ends_s or len(self.times) < 2:
@@ -96,13 +104,24 @@ class _Trials:
         measurement = few_steps(self.planning, plan, steps, expected_s=step_s.value if step_s else 1.0)
         if measurement.outcome is OutcomeKind.OK and measurement.step_s:
             self.times.setdefault(plan, []).append(_step_s(measurement, warm_up))
+            self.rounds.setdefault(plan, []).append(self._round)
             self.peaks[plan] = max(measurement.peak_bytes or 0, self.peaks.get(plan) or 0) or None
         elif plan not in self.times:
             self.failed[plan] = measurement.reason or measurement.outcome.value
 
+    def step_s(self) -> dict[Plan, float]:
+        """Return the step time of each plan that ran successfully: the median of its comparable times (of an
+        even number of times, the lower of the middle two)."""
+        comparable = comparable_times(self.times, self.rounds)
+        return {plan: statistics.median_low(times) for plan, times in comparable.items()}
+
+    def band(self) -> Band:
+        return measured_band(list(comparable_times(self.times, self.rounds).values()))
+
     def ordered(self) -> list[Plan]:
-        """Return the plans that ran successfully, by their fastest round, the fastest first."""
-        return sorted(self.times, key=lambda p: (min(self.times[p]), p.fingerprint))
+        """Return the plans that ran successfully, the fastest first."""
+        step_s = self.step_s()
+        return sorted(step_s, key=lambda p: (step_s[p], p.fingerprint))
 
     def fastest(self, count: int) -> list[Plan]:
         """Return the fastest plan of each set of techniques, for the ``count`` fastest sets, the fastest
@@ -111,16 +130,17 @@ class _Trials:
         return sorted(sets.values(), key=self.ordered().index)[:count]
 
     def contenders(self, count: int, within: float) -> list[Plan]:
-        """Return up to ``count`` plans whose fastest round took at most ``within`` times the fastest round of
-        all, the fastest first."""
-        limit = min(map(min, self.times.values()), default=0.0) * within
-        return [p for p in self.ordered() if min(self.times[p]) <= limit][:count]
+        """Return up to ``count`` plans whose step takes at most ``within`` times that of the fastest, the
+        fastest first."""
+        step_s = self.step_s()
+        limit = min(step_s.values(), default=0.0) * within
+        return [p for p in self.ordered() if step_s[p] <= limit][:count]
 
     def measured_ratios(self) -> list[tuple[Plan, float]]:
-        """Return (plan, step time of its fastest round over the time predicted without correction by runs)
-        for each plan that ran successfully and whose time was predicted."""
+        """Return (plan, its step time over the time predicted without correction by runs) for each plan that
+        ran successfully and whose time was predicted."""
         calibration = self.planning.pricer.calibration
-        pairs = [(plan, min(times), self.predicted[plan]) for plan, times in self.times.items()]
+        pairs = [(plan, step_s, self.predicted[plan]) for plan, step_s in self.step_s().items()]
         return [
             (plan, measured_s * factor(calibration, plan) / predicted_s)
             for plan, measured_s, predicted_s in pairs
@@ -147,9 +167,9 @@ class _Trials:
         pricer.recalibrate(correct_calibration(pricer.calibration, self.measured_ratios(), source=""))
         priced = {plan: pricer.whole(plan) for plan in self.times}
         fastest = best(
-            (_with_time(priced[p], min(t)) for p, t in self.times.items()),
+            (_with_time(priced[p], step_s) for p, step_s in self.step_s().items()),
             Objective.FASTEST,
-            measured_band(list(self.times.values())),
+            self.band(),
         )
         assert fastest is not None
         winner = priced[fastest.plan]
@@ -189,12 +209,37 @@ class _Trials:
         return dataclasses.replace(choice, estimate=priced)
 
 
-def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
-    """Return how close the fastest rounds of two plans must be to count as equal.
+def comparable_times(
+    times: Mapping[Plan, Sequence[float]], rounds: Mapping[Plan, Sequence[int]]
+) -> dict[Plan, list[float]]:
+    """Return the step times of each plan as they would be in the fastest round.
 
-    ``rounds``: step times of the rounds of each plan. It is the spread between rounds of one plan on a quiet
-    machine, widened by how much the two fastest rounds of a plan differ here (the median over the plans with
-    at least two; else 0): once at the low end, twice at the high end.
+    ``rounds``: in which round each of ``times`` was taken. The logarithm of a time is modelled as the sum of
+    the plan's and the round's level, which are fitted by medians in turn (median polish; Tukey, Exploratory
+    Data Analysis, 1977). The level of a round is subtracted. Rounds without a common plan count as equally
+    fast.
+    """
+    logs = {
+        plan: [(r, math.log(t)) for r, t in zip(rounds[plan], times[plan], strict=True)] for plan in times
+    }
+    levels = dict.fromkeys((r for taken in rounds.values() for r in taken), 0.0)
+    for _ in range(_POLISHING_ROUNDS):
+        residuals: dict[int, list[float]] = {r: [] for r in levels}
+        for taken in logs.values():
+            plan_level = statistics.median(value - levels[r] for r, value in taken)
+            for r, value in taken:
+                residuals[r].append(value - plan_level)
+        levels = {r: statistics.median(values) for r, values in residuals.items()}
+    fastest = min(levels.values(), default=0.0)
+    return {plan: [math.exp(v - levels[r] + fastest) for r, v in taken] for plan, taken in logs.items()}
+
+
+def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
+    """Return how close the step times of two plans must be to count as equal.
+
+    ``rounds``: comparable step times of the rounds of each plan. It is the spread between rounds of one plan
+    on a quiet machine, widened by how much the two fastest rounds of a plan differ here (the median over the
+    plans with at least two; else 0): once at the low end, twice at the high end.
     """
     pairs = [sorted(times)[:2] for times in rounds if len(times) > 1]
     spread_ratio = statistics.median(second / first - 1 for first, second in pairs) if pairs else 0.0
