@@ -371,8 +371,8 @@ def test_the_users_text_makes_batches_and_a_bad_file_is_refused(tmp_path: Path) 
 
 
 def test_wrong_names_get_suggestions_and_numbers_below_1_are_refused() -> None:
-    assert "did you mean protein-ss?" in refusal("protien-ss")
-    assert "did you mean 650M?" in refusal("protein-ss", size="650m")
+    assert "did you mean 'protein-ss'?" in refusal("protien-ss")
+    assert "did you mean '650M'?" in refusal("protein-ss", size="650m")
     assert "gpt2" in refusal("hf:gtp2")
     assert "at least 1" in refusal("protein-ss", batch=0)
     assert "at least 1" in refusal("protein-ss", steps=-3)
@@ -416,6 +416,22 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot read"):
         load_weights(model, str(tmp_path))
+
+
+def test_buffers_are_loaded_with_the_weights_if_the_files_have_them(tmp_path: Path) -> None:
+    saved = torch.nn.BatchNorm1d(3)
+    saved(torch.randn(8, 3))
+    state = {name: tensor.clone() for name, tensor in saved.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = torch.nn.BatchNorm1d(3)
+    load_weights(loaded, str(tmp_path))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    del state["running_mean"]
+    save_file(state, tmp_path / "model.safetensors")
+    without = torch.nn.BatchNorm1d(3)
+    load_weights(without, str(tmp_path))
+    assert without.running_mean.eq(0).all()  # type: ignore[union-attr]
+    assert torch.equal(without.running_var, saved.running_var)  # type: ignore[arg-type]
 
 
 def test_weights_are_accepted_under_fake_tensors_and_loaded_into_a_real_model(tmp_path: Path) -> None:
@@ -522,7 +538,10 @@ def test_a_users_file_may_hold_a_job_or_a_function_that_returns_one(own: str) ->
 @pytest.mark.parametrize(
     ("attribute", "said"),
     [
-        ("jib", "has no attribute 'jib'; allowed: build, make, job, broken, wrong, needs; did you mean job?"),
+        (
+            "jib",
+            "has no attribute 'jib'; allowed: build, make, job, broken, wrong, needs; did you mean 'job'?",
+        ),
         ("", "has no attribute ''"),
         ("number", "is a int; allowed: a memfit.Job or a function that returns one"),
         ("broken", "raised ZeroDivisionError: division by zero at "),

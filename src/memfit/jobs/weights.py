@@ -1,4 +1,5 @@
-"""Load trained weights from a folder of safetensors into a model, of which no parameter may be missing."""
+"""Load trained weights and buffers from a folder of safetensors into a model, of which no parameter may be
+missing."""
 
 from __future__ import annotations
 
@@ -17,20 +18,22 @@ _INDEX: Final = "model.safetensors.index.json"
 
 def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ...] = ()) -> None:
     """Copy the safetensors in ``folder`` (the shards named by its index if it has one, else all files) into
-    the model's parameters, one tensor at a time. Buffers are not loaded.
+    the model's parameters and persistent buffers, one tensor at a time.
 
     Tied parameters may be stored under any of their names, and a leading ``esm.`` may be missing. Every
     parameter must be present, except those whose names start with one of ``may_miss`` (the head of a new
-    task). Tensors that the model does not use are ignored. Under fake tensors, which hold no values, nothing
-    is loaded, because weights do not change sizes; only the folder is checked. Raises UserError for a folder
-    that is missing, has no safetensors or cannot be read, for a missing parameter, and for another shape.
+    task). A buffer that is missing keeps its initial value. Tensors that the model does not use are ignored.
+    Under fake tensors, which hold no values, nothing is loaded, because weights do not change sizes; only the
+    folder is checked. Raises UserError for a folder that is missing, has no safetensors or cannot be read,
+    for a missing parameter, and for another shape.
     """
     from torch._guards import detect_fake_mode
 
     files = _stored(Path(folder))
     if detect_fake_mode() is not None:
         return
-    sources = {id(p): (p, name) for name, p in _names(model) for name in _aliases(name) if name in files}
+    tensors = model.state_dict(keep_vars=True)
+    sources = {id(t): (t, name) for n, t in tensors.items() for name in _aliases(n) if name in files}
     missing = [n for n, p in model.named_parameters() if id(p) not in sources and not n.startswith(may_miss)]
     if not sources or missing:
         raise UserError(
@@ -38,12 +41,8 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
             + (f": {len(missing)} missing, first {missing[0]}" if sources else ""),
             allowed="weights saved from the same architecture and size",
         )
-    for param, name in sources.values():
-        _copy(param, files[name], name)
-
-
-def _names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    yield from model.named_parameters(remove_duplicate=False)
+    for tensor, name in sources.values():
+        _copy(tensor, files[name], name)
 
 
 def _aliases(name: str) -> Iterator[str]:
@@ -89,15 +88,15 @@ def _open(file: Path) -> Any:
         raise UserError(f"cannot read {file}: {error}") from error
 
 
-def _copy(param: torch.nn.Parameter, file: Path, name: str) -> None:
+def _copy(tensor: torch.Tensor, file: Path, name: str) -> None:
     import torch
 
     value = _open(file).get_tensor(name)
-    if value.shape != param.shape:
+    if value.shape != tensor.shape:
         raise UserError(
             f"{name} in {file} has shape {tuple(value.shape)}",
-            allowed=f"{tuple(param.shape)}, the shape in the model",
+            allowed=f"{tuple(tensor.shape)}, the shape in the model",
             hint="choose the --size that the weights were saved from",
         )
     with torch.no_grad():
-        param.copy_(value)
+        tensor.copy_(value)
