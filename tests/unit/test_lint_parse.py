@@ -115,9 +115,26 @@ torchrun --nproc_per_node $GPUS pretrain.py "${ARGS[@]}" \\
     assert script.env == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
+def test_a_flag_has_the_value_of_a_variable_that_is_set_elsewhere_in_the_script() -> None:
+    script = read_script(
+        'CLIP=${1:-0.5}; STEPS=3\nif true; then export RATE=1e-4 NODES=2; fi\n: "${LAYERS:=8}"\n'
+        "x --clip-grad $CLIP --train-iters ${STEPS} --lr $RATE --num-layers $LAYERS --nnodes=${NODES}\n"
+    )
+    assert script.flags == {
+        "clip_grad": "0.5",
+        "train_iters": "3",
+        "lr": "1e-4",
+        "num_layers": "8",
+        "nnodes": "2",
+    }
+    assert script.env == {"RATE": "1e-4", "NODES": "2"}
+    assert script.unsure == set()
+
+
 def test_script_values_known_only_at_run_time_are_unknown(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_text(
-        "x --num-layers $LAYERS --micro-batch-size 1 --micro-batch-size 2 --seq-length $((8 / 0))\n"
+        "x --num-layers $LAYERS --micro-batch-size 1 --micro-batch-size 2 --seq-length $((8 / 0))"
+        " --optimizer `cat name`\n"
     )
     options = read([tmp_path / "a.sh"]).megatron
     assert options is not None
@@ -128,6 +145,10 @@ def test_script_values_known_only_at_run_time_are_unknown(tmp_path: Path) -> Non
         is None
     )
     assert options.unsure == {"micro_batch_size"}
+    assert options.get("optimizer") is None
+    names = ("num_layers", "micro_batch_size", "seq_length", "optimizer")
+    assert all(map(options.undetermined, names))
+    assert not options.undetermined("lr")
 
 
 def test_the_rank_count_is_read_from_the_launcher_unless_it_is_given(tmp_path: Path) -> None:

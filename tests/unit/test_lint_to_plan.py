@@ -13,6 +13,7 @@ from test_lint_rules import CASES, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
 from memfit.engines import accelerate, deepspeed, megatron
 from memfit.engines.base import Engine
 from memfit.lint.check import check
+from memfit.lint.clipping import clipping_setting
 from memfit.lint.draft import Carried
 from memfit.lint.neighbours import neighbours
 from memfit.lint.parse import Setup, read
@@ -191,6 +192,46 @@ def test_megatron_distributed_optimizer_becomes_zero_stage_1(tmp_path: Path) -> 
     alone = carried(tmp_path, mg("--tensor-model-parallel-size 4"))
     assert alone.plan.ranks == 4
     assert left(alone) == {"data-parallel ranks"}
+
+
+def test_script_values_known_only_at_run_time_are_left_out_instead_of_defaults(tmp_path: Path) -> None:
+    flags = "--output_dir $OUT --per_device_train_batch_size $SAMPLES --optim $OPTIMIZER --bf16 $BF16"
+    trainer = carried(tmp_path, ("trainer.sh", f"run.py {flags}\n"), ranks=2)
+    assert names(trainer) == {"ddp"}
+    assert (trainer.micro_batch, trainer.batch) == (None, None)
+    assert left(trainer) == {"per_device_train_batch_size $SAMPLES", "optim $OPTIMIZER", "bf16 $BF16"}
+    steps = carried(
+        tmp_path, ("trainer.sh", "run.py --output_dir o --gradient_accumulation_steps $STEPS\n"), ranks=2
+    )
+    assert (steps.micro_batch, steps.batch) == (8, None)
+    flags = "--tensor-model-parallel-size $TENSOR --global-batch-size $BATCH --save $OUT"
+    branch = 'if [ -n "$ALL" ]; then\n  ARGS="--recompute-granularity full"\nfi'
+    megatron = carried(tmp_path, mg(flags, branch), ranks=2)
+    assert (megatron.micro_batch, megatron.batch) == (1, None)
+    assert left(megatron) >= {
+        "tensor-model-parallel-size $TENSOR",
+        "global-batch-size $BATCH",
+        "recompute-granularity full",
+    }
+    assert not any("$OUT" in option for option in left(megatron))
+
+
+@pytest.mark.parametrize(
+    ("before", "limit", "explicit"),
+    [
+        ("CLIP=0.5", 0.5, True),
+        ("CLIP=${2:-0.5}", 0.5, True),
+        ("", None, False),
+        ('if [ "$1" ]; then CLIP=0.5; else CLIP=1.0; fi', None, False),
+    ],
+)
+def test_a_clipping_norm_in_a_variable_is_resolved_or_left_out(
+    before: str, limit: float | None, explicit: bool, tmp_path: Path
+) -> None:
+    found = carried(tmp_path, mg("--clip-grad $CLIP", before))
+    clipping = clipping_setting(read([tmp_path / "train.sh"]))
+    assert (clipping.limit, clipping.explicit) == (limit, explicit)
+    assert ("clip-grad $CLIP" in left(found)) is (limit is None)
 
 
 def test_torchtitan_settings_become_a_plan_with_unknown_converters_left_out(tmp_path: Path) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Final
 
 from memfit.lint.parse import Options, Setup
 
 # The default of transformers 5.24 (max_grad_norm), Megatron-LM at d98e8a6 (--clip-grad) and torchtitan v0.2.2
 # (training.max_norm); read 2026-11.
 _DEFAULT_NORM = 1.0
+# Kind of settings, as in Setup -> its gradient norm.
+NORMS: Final[Mapping[str, str]] = {
+    "deepspeed": "gradient_clipping",
+    "megatron": "clip_grad",
+    "torchtitan": "training.max_norm",
+    "trainer": "max_grad_norm",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,21 +32,21 @@ class ClippingSetting:
 
 def clipping_setting(setup: Setup) -> ClippingSetting:
     """Return the clipping of the library that clips: the first of DeepSpeed, Megatron-LM, torchtitan and the
-    Trainer of which ``setup`` has settings. A norm that is not given, or known only when a script runs, is
-    the library's default of 1.0. Files of Accelerate and OpenFold alone do not determine the clipping."""
+    Trainer of which ``setup`` has settings. A norm that is not given is the library's default of 1.0. A norm
+    that is known only when a script runs does not determine the clipping, nor do files of Accelerate and
+    OpenFold alone."""
     if setup.deepspeed is not None:
         return _deepspeed(setup, setup.deepspeed)
-    for options, path in (
-        (setup.megatron, "clip_grad"),
-        (setup.torchtitan, "training.max_norm"),
-        (setup.trainer, "max_grad_norm"),
-    ):
+    for kind in ("megatron", "torchtitan", "trainer"):
+        options: Options | None = getattr(setup, kind)
         if options is not None:
-            return _of(options, path)
+            return _of(options, NORMS[kind])
     return ClippingSetting(limit=None, explicit=False)
 
 
 def _of(options: Options, path: str) -> ClippingSetting:
+    if options.undetermined(path):
+        return ClippingSetting(limit=None, explicit=False)
     norm = options.number(path)
     if norm is None:
         return ClippingSetting(limit=_DEFAULT_NORM, explicit=False)
@@ -48,8 +57,9 @@ def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
     """Return the clipping that DeepSpeed's settings ``config`` determine; the default norm is 1.0. "auto"
     stands for the Trainer's setting; without a Trainer, Accelerate replaces it by 1.0 (accelerator.py,
     1.15)."""
-    if config.raw("gradient_clipping") == "auto":
-        limit = _of(setup.trainer, "max_grad_norm").limit if setup.trainer is not None else _DEFAULT_NORM
-        return ClippingSetting(limit=limit, explicit=True)
-    norm = config.number("gradient_clipping")
-    return ClippingSetting(limit=_DEFAULT_NORM if norm is None else max(0.0, norm), explicit=norm is not None)
+    if config.raw(NORMS["deepspeed"]) != "auto":
+        return _of(config, NORMS["deepspeed"])
+    if setup.trainer is None:
+        return ClippingSetting(limit=_DEFAULT_NORM, explicit=True)
+    limit = _of(setup.trainer, NORMS["trainer"]).limit
+    return ClippingSetting(limit=limit, explicit=limit is not None)

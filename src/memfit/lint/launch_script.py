@@ -10,10 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-_ASSIGNED = re.compile(
-    rf"^\s*(?:export\s+)?({_NAME})=(\"[^\"\n]*\"|'[^'\n]*'|\$\(\([^\n]*\)\)|[^\s;(]*)", re.M
+_VALUE = r"\"[^\"\n]*\"|'[^'\n]*'|\$\(\([^\n]*\)\)|[^\s;(]*"
+_ASSIGNED = re.compile(rf"({_NAME})=({_VALUE})")
+# Where a command starts, the word that declares variables, and all assignments after it.
+_ASSIGNMENTS = re.compile(
+    r"(?:^|;|&&|\|\||\b(?:then|do|else)\b)\s*"
+    r"((?:(?:export|readonly|declare|typeset|local)\s+(?:-\w+\s+)*)?)"
+    rf"((?:{_NAME}=(?:{_VALUE})\s*)+)"
 )
-_VARIABLE = re.compile(rf"\$\{{({_NAME})(?::?-([^{{}}]*))?\}}|\$({_NAME})")
+_ASSIGNED_DEFAULT = re.compile(rf"\$\{{({_NAME}):?=([^{{}}]*)\}}")
+_VARIABLE = re.compile(rf"\$\{{({_NAME}|\d+)(?::?[-=]([^{{}}]*))?\}}|\$({_NAME})")
 _SUM = re.compile(r"\$\(\(([^()]*)\)\)")
 _FLAG = re.compile(r"--[A-Za-z][\w-]*")
 _OPENS, _CLOSES = re.compile(r"\b(?:if|case|for|while|until)\b"), re.compile(r"\b(?:fi|esac|done)\b")
@@ -26,6 +32,10 @@ _WORK: Mapping[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
 }
+_JSON = re.compile(r"'(\{[^']*\})'|\"(\{(?:[^\"\\]|\\.)*\})\"", re.S)
+# Characters that the shell interprets -> private-use characters, which replace them in JSON text.
+_HIDDEN = {ord(character): 0xE000 + i for i, character in enumerate("\"'(){}[];$`#\\ \t\r\n")}
+_SHOWN = {hidden: character for character, hidden in _HIDDEN.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +55,9 @@ class Script:
 def read_script(text: str) -> Script:
     """Return the flags and exported variables of the shell script ``text``. A variable is replaced by its
     value if it has exactly one in the whole script. Otherwise the default of ``${NAME:-default}`` takes its
-    place, or, without a default, ``$NAME`` stays. An exported variable with several values is left out."""
-    lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
+    place, or, without a default, ``$NAME`` stays. An exported variable with several values is left out. JSON
+    text in quotation marks is one value."""
+    lines = _lines(text)
     variables = _variables(lines)
     flags: dict[str, Any] = {}
     unsure: set[str] = set()
@@ -55,10 +66,9 @@ def read_script(text: str) -> Script:
             if in_branch or flags.get(name, value) != value:
                 unsure.add(name)
             flags[name] = value
+    exported = {name for name, _, is_exported in _assignments(lines) if is_exported}
     environment = {
-        variable: variable_value
-        for variable, variable_value in variables.items()
-        if re.search(rf"(?m)^\s*export\s+{variable}=", "\n".join(lines))
+        variable: variable_value for variable, variable_value in variables.items() if variable in exported
     }
     underscored = frozenset(re.findall(r"--(\w*_\w*)", "\n".join(lines)))
     return Script(flags=flags, env=environment, unsure=frozenset(unsure), underscored=underscored)
@@ -68,21 +78,37 @@ def option_values(text: str) -> dict[str, tuple[str, ...]]:
     """Return Python name -> all values of each flag in the shell script ``text``, with variables replaced as
     in `read_script`; the tuple of a switch is empty. If a flag is given twice, the later values replace the
     earlier ones."""
-    lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
+    lines = _lines(text)
     variables = _variables(lines)
     options: dict[str, tuple[str, ...]] = {}
     for line in lines:
         name: str | None = None
-        for word in re.sub(r"[\"'(){}\[\];]", " ", _filled(line, variables)).split():
+        for word in _words(_filled(line, variables)):
             flag, has_value, value = word.partition("=")
             if _FLAG.fullmatch(flag):
                 name = flag[2:].replace("-", "_")
-                options[name] = (value,) if has_value else ()
+                options[name] = (value.translate(_SHOWN),) if has_value else ()
             elif word in _OPERATORS or (word[0] in "->" and not _NUMBER.fullmatch(word)):
                 name = None
             elif name is not None:
-                options[name] = (*options[name], word)
+                options[name] = (*options[name], word.translate(_SHOWN))
     return options
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of a shell script without comments. Continued lines are joined, and in JSON text in
+    quotation marks ``_HIDDEN`` is applied, so that it is one word."""
+    text = re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", _JSON.sub(_hidden, text))
+    return re.sub(r"\\\s*\n", " ", text).splitlines()
+
+
+def _hidden(match: re.Match[str]) -> str:
+    text = match[1] if match[1] is not None else re.sub(r"\\(.)", r"\1", match[2])
+    return f"'{text.translate(_HIDDEN)}'"
+
+
+def _words(line: str) -> list[str]:
+    return re.sub(r"[\"'(){}\[\];]", " ", line).split()
 
 
 def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
@@ -96,13 +122,23 @@ def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
         depth = max(0, depth + opened_count - closed_count)
 
 
+def _assignments(lines: list[str]) -> Iterator[tuple[str, str, bool]]:
+    """Yield (name, value, whether it is exported) for each assignment of a shell variable at the start of a
+    command in ``lines``, and for each ``${NAME:=value}``."""
+    for line in lines:
+        for declaration, assignments in _ASSIGNMENTS.findall(line):
+            for name, value in _ASSIGNED.findall(assignments):
+                yield name, value.strip("\"'"), declaration.startswith("export")
+        for name, value in _ASSIGNED_DEFAULT.findall(line):
+            yield name, value, False
+
+
 def _variables(lines: list[str]) -> dict[str, str]:
     """Return name -> value of the shell variables that are only ever set to one value in ``lines``, those of
     the whole script. Variables within these values are replaced, too, where they are known."""
     values: dict[str, set[str]] = {}
-    for line in lines:
-        for name, value in _ASSIGNED.findall(line):
-            values.setdefault(name, set()).add(value.strip("\"'"))
+    for name, value, _ in _assignments(lines):
+        values.setdefault(name, set()).add(value)
     variables = {
         name: distinct_values.pop() for name, distinct_values in values.items() if len(distinct_values) == 1
     }
@@ -142,16 +178,12 @@ def _worked_out(text: str, variables: Mapping[str, str]) -> str | None:
 
 
 def _flags(line: str) -> Iterator[tuple[str, Any]]:
-    words = re.sub(r"[\"'(){}\[\];]", " ", line).split()
+    words = _words(line)
     for index, word in enumerate(words):
         flag, has_value, value = word.partition("=")
         if not _FLAG.fullmatch(flag):
             continue
         next_word = words[index + 1] if index + 1 < len(words) else "--"
         if not has_value:
-            value = (
-                ""
-                if next_word.startswith("--") or next_word in ("\\", "|", "||", "&", "&&", ">")
-                else next_word
-            )
-        yield flag[2:].replace("-", "_"), value or True
+            value = "" if next_word.startswith("--") or next_word in _OPERATORS else next_word
+        yield flag[2:].replace("-", "_"), value.translate(_SHOWN) or True

@@ -141,11 +141,15 @@ class Options:
 
     def get(self, path: str) -> Any:
         """Return the value at ``path``, or None if it is not given, null, empty text, left to the library
-        ("auto"), or known only when the script runs (it contains a variable, or ``path`` is in
-        ``unsure``)."""
+        ("auto"), or undetermined."""
         value = self.raw(path)
-        undetermined = isinstance(value, str) and (value in ("auto", "") or "$" in value)
-        return None if undetermined or path in self.unsure else value
+        return None if value in ("auto", "") or self.undetermined(path) else value
+
+    def undetermined(self, path: str) -> bool:
+        """Return whether ``path`` is given, but its value is known only when the script runs: it contains a
+        variable or the output of a command, or ``path`` is in ``unsure``."""
+        value = self.raw(path)
+        return path in self.unsure or (isinstance(value, str) and ("$" in value or "`" in value))
 
     def number(self, path: str) -> float | None:
         """Return the value of `get` as a float, also if it is a number written as text; None if it is no
@@ -211,7 +215,7 @@ class Setup:
         if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
             return self.accelerate
         trainer_uses_fsdp = (
-            self.trainer is not None and bool(self.trainer.raw("fsdp")) and not self.trainer.off("fsdp")
+            self.trainer is not None and bool(self.trainer.get("fsdp")) and not self.trainer.off("fsdp")
         )
         return self.trainer if trainer_uses_fsdp else None
 

@@ -313,7 +313,7 @@ def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
     """Report ZeRO stage 3 under a Trainer whose save_strategy is not "no", if
     stage3_gather_16bit_weights_on_model_save, or an older name of it, is neither true nor "auto": only shards
     are saved."""
-    if _stage(d) != 3 or str(t.get("save_strategy")).lower() == "no":
+    if _stage(d) != 3 or t.undetermined("save_strategy") or str(t.get("save_strategy")).lower() == "no":
         return
     names = ("stage3_gather_16bit", "gather_16bit", "stage3_gather_fp16")
     values = [d.raw(f"zero_optimization.{n}_weights_on_model_save") for n in names]

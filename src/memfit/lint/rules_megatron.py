@@ -190,7 +190,7 @@ def megatron_overlap_gather(m: Options, s: Setup) -> Found:
         return
     alternatives = ("use_megatron_fsdp", "use_custom_fsdp", "use_layer_wise_distributed_optimizer")
     is_sharded = not _without(m, "use_distributed_optimizer") or not all(_without(m, n) for n in alternatives)
-    is_sharded = is_sharded or "muon" in str(m.raw("optimizer"))
+    is_sharded = is_sharded or m.undetermined("optimizer") or "muon" in str(m.raw("optimizer"))
     missing = [] if is_sharded else ["--use-distributed-optimizer"]
     missing += ["--overlap-grad-reduce"] if _without(m, "overlap_grad_reduce") else []
     if missing:

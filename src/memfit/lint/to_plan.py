@@ -8,10 +8,12 @@ training/arguments.py; torchtitan v0.2.2 config/job_config.py; OpenFold in openf
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from memfit.lint.clipping import NORMS
 from memfit.lint.draft import Carried, Draft
-from memfit.lint.parse import Setup
+from memfit.lint.parse import KINDS, Options, Setup
 from memfit.lint.to_plan_hugging_face import from_deepspeed, from_hugging_face
 from memfit.lint.to_plan_openfold import from_openfold
 from memfit.lint.to_plan_scripts import from_megatron, from_torchtitan
@@ -21,11 +23,21 @@ def over(setup: Setup) -> Carried:
     """Convert ``setup`` to a plan. If several libraries are configured, only one decides how the model is
     distributed, the first of OpenFold, Megatron-LM, torchtitan, DeepSpeed, and Accelerate with the Trainer.
     An unknown number of processes counts as 1, with Megatron-LM and torchtitan as the smallest number that
-    the settings allow. Files in ``setup.missing`` are listed as left out. Raises UserError for a crop, batch
-    or blocks_per_ckpt of OpenFold that is not a whole number above 0."""
+    the settings allow. Files in ``setup.missing``, and settings that the plan depends on but that are known
+    only when a script runs, are listed as left out. Raises UserError for a crop, batch or blocks_per_ckpt of
+    OpenFold that is not a whole number above 0."""
     engine, apply = _whose(setup)
     draft = Draft(ranks=setup.ranks or 1)
-    apply(setup, draft)
+    tracked_options: dict[str, Any] = {
+        kind: _TrackedOptions(
+            read_paths=set(), **{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
+        )
+        for kind in KINDS
+        if (options := getattr(setup, kind)) is not None
+    }
+    apply(dataclasses.replace(setup, **tracked_options), draft)
+    for option in _undetermined(tracked_options):
+        draft.leave(option, "its value is known only when the script runs: predicted without it")
     for name in setup.missing:
         draft.leave(f"the file {name}", "it does not exist")
     plan = dataclasses.replace(draft.plan, ranks=draft.ranks)
@@ -39,6 +51,28 @@ def over(setup: Setup) -> Carried:
         length=draft.length,
         model=draft.model,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _TrackedOptions(Options):
+    """Settings that record in ``read_paths`` the paths whose values were read."""
+
+    read_paths: set[str]
+
+    def raw(self, path: str) -> Any:
+        self.read_paths.add(path)
+        return Options.raw(self, path)
+
+
+def _undetermined(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[str]:
+    """Yield, as the library spells it and with its value, each setting that was read or that determines the
+    clipping and whose value is known only when a script runs. ``tracked_options``: kind, as in Setup -> its
+    settings."""
+    for kind, options in tracked_options.items():
+        for path in sorted(options.read_paths | {NORMS.get(kind, "")}):
+            if options.undetermined(path):
+                name = path.replace("_", "-") if kind == "megatron" else path
+                yield name if options.raw(path) is True else f"{name} {options.raw(path)}"
 
 
 def _whose(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:

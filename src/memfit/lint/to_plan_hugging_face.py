@@ -166,11 +166,13 @@ def _batches(setup: Setup, config: Options, draft: Draft) -> None:
     global_batch = config.size("train_batch_size")
     if global_batch is not None and micro_batch is not None and steps is None:
         steps = max(1, global_batch // (micro_batch * draft.ranks))
-    elif global_batch is not None and micro_batch is None:
+    is_unknown = steps is None and args is not None and args.undetermined("gradient_accumulation_steps")
+    if global_batch is not None and micro_batch is None and not is_unknown:
         micro_batch = max(1, global_batch // ((steps or 1) * draft.ranks))
     draft.micro_batch = micro_batch
     draft.accumulate(steps)
-    draft.sized(draft.ranks, steps)
+    if not is_unknown:
+        draft.sized(draft.ranks, steps)
 
 
 _DEEPSPEED_ADAM = ("adam", "adamw", "fusedadam")
@@ -202,7 +204,7 @@ def _deepspeed_optimizer(setup: Setup, config: Options, draft: Draft) -> None:
 
 
 def _trainer_optimizer(setup: Setup, draft: Draft) -> None:
-    if setup.trainer is None:
+    if setup.trainer is None or setup.trainer.undetermined("optim"):
         return
     name = str(setup.trainer.get("optim") or "adamw_torch_fused")
     if name in _TRAINER_OPTIMIZERS:
@@ -236,10 +238,12 @@ def from_hugging_face(setup: Setup, draft: Draft) -> None:
     _trainer_optimizer(setup, draft)
     _checkpointing(setup, draft)
     if args is not None:
-        draft.micro_batch = args.size("per_device_train_batch_size") or 8  # the Trainer's default
+        if not args.undetermined("per_device_train_batch_size"):
+            draft.micro_batch = args.size("per_device_train_batch_size") or 8  # the Trainer's default
         steps = args.size("gradient_accumulation_steps")
         draft.accumulate(steps)
-        draft.sized(data_ranks, steps)
+        if not args.undetermined("gradient_accumulation_steps"):
+            draft.sized(data_ranks, steps)
         if args.on("torch_compile"):
             draft.take("compile", "torch_compile", scope="model")
     if (

@@ -46,7 +46,7 @@ def from_megatron(setup: Setup, draft: Draft) -> None:
     _megatron_data(options, data_ranks, tensor, draft)
     _megatron_recompute(options, draft)
     for name, reason in _MEGATRON_REASONS.items():
-        if options.raw(name) is not None and not options.off(name):
+        if options.get(name) is not None and not options.off(name):
             draft.leave(f"--{name.replace('_', '-')}", reason)
 
 
@@ -71,7 +71,8 @@ def _micro_batches(options: Options, data_ranks: int, draft: Draft) -> int | Non
     if micro_batch and global_batch:
         steps = max(1, global_batch // (micro_batch * data_ranks))
     draft.micro_batch, draft.batch = micro_batch, global_batch
-    draft.sized(data_ranks, steps)
+    if not options.undetermined("global_batch_size"):
+        draft.sized(data_ranks, steps)
     return steps
 
 
