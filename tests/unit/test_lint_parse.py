@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memfit.lint.launch_script import read_script
+from memfit.lint.launch_script import option_values, read_script
 from memfit.lint.parse import read
 from memfit.types.errors import UserError
 
@@ -190,6 +190,31 @@ def test_deepspeed_settings_inside_trainer_and_accelerate_files_are_read(tmp_pat
     assert own.data["zero_optimization"]["offload_param"] == {"device": "cpu"}
     assert own.count("gradient_accumulation_steps") == 4
     assert own.on("bf16.enabled")
+
+
+def test_the_trainers_fsdp_config_is_read_from_the_file_it_names_or_from_json_text(tmp_path: Path) -> None:
+    trainer, section = tmp_path / "t.json", {"fsdp_version": 2, "reshard_after_forward": False}
+    (tmp_path / "fsdp.json").write_text(json.dumps(section))
+    for value in ("fsdp.json", json.dumps(section), section):
+        trainer.write_text(json.dumps({"output_dir": "o", "fsdp": True, "fsdp_config": value}))
+        options = read([trainer]).trainer
+        assert options is not None
+        assert options.section("fsdp_config") == {"version": 2, "reshard_after_forward": False}
+    trainer.write_text(json.dumps({"output_dir": "o", "fsdp": True, "fsdp_config": "gone.json"}))
+    assert read([trainer]).missing == ("gone.json",)
+
+
+def test_deepspeed_settings_are_read_from_json_text_in_a_script(tmp_path: Path) -> None:
+    text = json.dumps({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, indent=1)
+    for quoted in (f"'{text}'", json.dumps(text).replace("\\n", "\n")):
+        script = f'DS={quoted}\npython train.py --output_dir o \\\n  --deepspeed "$DS" --bf16\n'
+        (tmp_path / "a.sh").write_text(script)
+        setup = read([tmp_path / "a.sh"])
+        assert setup.deepspeed is not None
+        assert setup.deepspeed.count("zero_optimization.stage") == 2
+        assert setup.trainer is not None
+        assert setup.trainer.on("bf16")
+        assert option_values(script) == {"output_dir": ("o",), "deepspeed": (text,), "bf16": ()}
 
 
 def test_accelerate_megatron_section_is_read_as_megatron_arguments(tmp_path: Path) -> None:

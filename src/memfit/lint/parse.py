@@ -195,7 +195,7 @@ class Setup:
     """The settings of one set-up, by kind of file; None for a kind that it does not have. Those of DeepSpeed
     and Megatron-LM may stand within another library's file. ``ranks``: the number of processes, None if
     unknown; ``parameters``: the number of parameters of the job's model, None if unknown; ``missing``: names
-    of files that another file names but that do not exist or, for DeepSpeed, do not end in .json."""
+    of files that another file names but that do not exist or, except for OpenFold, do not end in .json."""
 
     deepspeed: Options | None = None
     accelerate: Options | None = None
@@ -226,10 +226,10 @@ class Setup:
 
 
 def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | None = None) -> Setup:
-    """Read ``paths``, and the DeepSpeed and OpenFold files that they name, as one set-up. ``ranks``: the
-    number of processes, by default that of the files; ``parameters``: see Setup. Raises UserError if a file
-    cannot be read, is too large (above 1 MiB), is not valid JSON, YAML or TOML, is of no known kind, or has
-    OpenFold's settings as nested keys; if the file of OpenFold's --experiment_config_json is of another kind;
+    """Read ``paths``, and the files of settings that they name, as one set-up. ``ranks``: the number of
+    processes, by default that of the files; ``parameters``: see Setup. Raises UserError if a file cannot be
+    read, is too large (above 1 MiB), is not valid JSON, YAML or TOML, is of no known kind, or has OpenFold's
+    settings as nested keys; if the file of OpenFold's --experiment_config_json is of another kind;
     and if two of ``paths`` are of the same kind. A named file that does not exist is listed in
     ``missing``."""
     options_by_kind: dict[str, Options] = {}
@@ -242,6 +242,8 @@ def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | N
                 allowed="one file of each kind",
             )
         options_by_kind[kind] = options
+    if (options_of_trainer := options_by_kind.get("trainer")) is not None:
+        options_by_kind["trainer"] = _with_mappings(options_of_trainer, missing)
     for kind, options in list(options_by_kind.items()):
         _follow(kind, options, options_by_kind, missing)
     _follow_changes(options_by_kind, missing)
@@ -421,12 +423,8 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
         return
     if isinstance(reference, Mapping):
         options_by_kind["deepspeed"] = Options(file=options.file, data=reference)
-        return
-    target = _named(options, reference)
-    if target is not None and target.suffix == ".json":
-        options_by_kind["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
-    else:
-        missing.append(str(reference))
+    elif (named := _named_json(options, reference, missing)) is not None:
+        options_by_kind["deepspeed"] = named
 
 
 def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> None:
@@ -447,6 +445,54 @@ def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> 
             allowed=KINDS["openfold_config"],
         )
     options_by_kind["openfold_config"] = changes
+
+
+# Arguments of the Trainer that may be given as JSON text, and those of them that otherwise name a JSON file
+# (transformers 5.24, training_args.py, _VALID_DICT_FIELDS and its uses; read 2026-11).
+_MAPPINGS = (
+    "accelerator_config",
+    "activation_checkpointing_kwargs",
+    "deepspeed",
+    "fsdp_config",
+    "gradient_checkpointing_kwargs",
+    "lr_scheduler_kwargs",
+)
+_MAPPING_FILES = ("accelerator_config", "fsdp_config")
+
+
+def _with_mappings(options: Options, missing: list[str]) -> Options:
+    """Return the Trainer's arguments with mappings in place of JSON text, and in place of the names of JSON
+    files that accelerator_config and fsdp_config may give. The name of a file that does not exist, or that
+    does not end in .json, stays and is added to ``missing``; so does, there, text that is not valid JSON."""
+    data = dict(options.data)
+    for name in _MAPPINGS:
+        value = options.get(name)
+        if not isinstance(value, str):
+            continue
+        if (mapping := _mapping(value)) is not None:
+            data[name] = mapping
+        elif name in _MAPPING_FILES and (named := _named_json(options, value, missing)) is not None:
+            data[name] = named.data
+    return dataclasses.replace(options, data=_sections("trainer", data))
+
+
+def _mapping(text: str) -> dict[str, Any] | None:
+    """Return the mapping that ``text`` is in JSON, or None if it is none."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _named_json(options: Options, name: Any, missing: list[str]) -> Options | None:
+    """Return the content of the JSON file ``name`` that the file of ``options`` names. If it does not exist,
+    or its name does not end in .json, add ``name`` to ``missing`` and return None."""
+    target = _named(options, name)
+    if target is None or target.suffix != ".json":
+        missing.append(str(name))
+        return None
+    return Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
 
 
 def _named(options: Options, name: Any) -> Path | None:
