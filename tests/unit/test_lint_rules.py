@@ -653,3 +653,10 @@ def test_different_precisions_in_trainer_and_deepspeed_files_are_an_error(tmp_pa
     for one, other in (("bf16", "fp16"), ("fp16", "bf16")):
         both = case((ds(**{one: {"enabled": True}}), tr(**{other: True})), ds())
         assert [f.rule for f in findings(both.bad, both, tmp_path)] == ["trainer-deepspeed-precision"]
+
+
+def test_the_trainers_precision_replaces_that_of_accelerates_deepspeed_section(tmp_path: Path) -> None:
+    """DeepSpeed then trains in the Trainer's precision, so its settings contradict neither file."""
+    file = acc(mixed_precision="bf16", deepspeed_config={"zero_stage": 2})
+    both = case((file, tr(fp16=True)), ds())
+    assert [f.rule for f in findings(both.bad, both, tmp_path)] == ["trainer-accelerate-precision"]

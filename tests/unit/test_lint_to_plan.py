@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_lint_rules import CASES, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
+from test_lint_rules import CASES, FILE, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
 
 from memfit.engines import accelerate, deepspeed, megatron
 from memfit.engines.base import Engine
@@ -24,7 +24,8 @@ from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use
 
-BF16 = {"bf16": {"enabled": True}}
+BF16, AUTO = {"bf16": {"enabled": True}}, {"bf16": {"enabled": "auto"}}
+V2 = {"fsdp_version": 2}
 
 
 def carried(folder: Path, *files: File, ranks: int | None = None) -> Carried:
@@ -157,6 +158,35 @@ def test_trainer_arguments_alone_become_a_plan(tmp_path: Path) -> None:
     assert "compile" in names(found)
     assert names(carried(tmp_path, tr(bf16=True))) == {"adamw-fused", "bf16-autocast"}
     assert names(carried(tmp_path, tr(optim="sgd"), acc("MULTI_GPU", num_processes=2))) == {"ddp", "sgd"}
+
+
+@pytest.mark.parametrize(
+    ("files", "technique", "expected"),
+    [
+        ((acc("MULTI_GPU", num_processes=2, mixed_precision="bf16"), tr()), "bf16-autocast", None),
+        ((acc("MULTI_GPU", num_processes=2, mixed_precision="no"), tr(bf16=True)), "bf16-autocast", None),
+        ((fsdp(2), tr(bf16=True)), "fsdp2", "bf16"),
+        ((acc("FSDP", num_processes=2, mixed_precision="bf16", fsdp_config=V2), tr()), "fsdp2", "bf16"),
+        (
+            (acc("FSDP", num_processes=2, mixed_precision="bf16", fsdp_config=V2), tr(bf16=False)),
+            "fsdp2",
+            "bf16",
+        ),
+        ((acc("FSDP", num_processes=2, mixed_precision="no", fsdp_config=V2), tr()), "fsdp2", "as-is"),
+        ((acc(num_processes=2, deepspeed_config={"zero_stage": 2}), tr(bf16=True)), "zero", "bf16"),
+        ((acc(num_processes=2, deepspeed_config=FILE), ds(**zero(2)), tr(bf16=True)), "zero", "bf16"),
+        ((acc(num_processes=2, deepspeed_config=FILE), ds(**zero(2)), tr()), "zero", "fp32"),
+        (
+            (acc("MULTI_GPU", num_processes=2, mixed_precision="bf16"), ds(**AUTO, **zero(2)), tr()),
+            "zero",
+            "fp32",
+        ),
+    ],
+)
+def test_the_trainers_precision_takes_precedence_over_accelerates_only_if_it_is_on(
+    files: tuple[File, ...], technique: str, expected: str | None, tmp_path: Path
+) -> None:
+    assert knobs(carried(tmp_path, *files), technique).get("precision") == expected
 
 
 def test_trainer_settings_of_gradient_buckets_and_synchronisation_are_kept(tmp_path: Path) -> None:

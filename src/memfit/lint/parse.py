@@ -220,6 +220,19 @@ class Setup:
         return self.trainer if trainer_uses_fsdp else None
 
     @property
+    def mixed_precision(self) -> str | None:
+        """The mixed precision, "bf16", "fp16", "fp8" or "no": that which the Trainer's arguments switch on,
+        otherwise that of Accelerate's file. If neither gives one, it is "no" if there are arguments of the
+        Trainer, else None."""
+        args, accelerate = self.trainer, self.accelerate
+        if args is not None and (enabled := [n for n in ("bf16", "fp16") if args.on(n)]):
+            return enabled[0]
+        value = accelerate.get("mixed_precision") if accelerate is not None else None
+        if value is None:
+            return None if args is None else "no"
+        return str(value).lower().replace("false", "no")  # YAML reads the word no as False
+
+    @property
     def files(self) -> tuple[str, ...]:
         settings_by_kind = (getattr(self, kind) for kind in KINDS)
         return tuple(dict.fromkeys(options.file for options in settings_by_kind if options is not None))
@@ -414,7 +427,8 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
     if kind == "trainer":
         reference = options.raw("deepspeed")
     elif kind == "accelerate" and str(options.raw("distributed_type")).upper() == "DEEPSPEED":
-        reference = options.raw("deepspeed_config.deepspeed_config_file") or _as_deepspeed(options)
+        precision = Setup(accelerate=options, trainer=options_by_kind.get("trainer")).mixed_precision
+        reference = options.raw("deepspeed_config.deepspeed_config_file") or _as_deepspeed(options, precision)
     elif kind in ("megatron", "openfold"):
         reference = options.get("deepspeed_config") or options.get("deepspeed_config_path")
     elif kind == "accelerate" and str(options.raw("distributed_type")).upper() == "MEGATRON_LM":
@@ -504,12 +518,11 @@ def _named(options: Options, name: Any) -> Path | None:
         return None
 
 
-def _as_deepspeed(options: Options) -> dict[str, Any]:
+def _as_deepspeed(options: Options, precision: str | None) -> dict[str, Any]:
     """Return the DeepSpeed configuration that Accelerate builds from ``options``, its own file, when that
-    names no DeepSpeed file (utils/dataclasses.py, DeepSpeedPlugin.__post_init__, Accelerate 1.15,
-    2026-11)."""
+    names no DeepSpeed file (utils/dataclasses.py, DeepSpeedPlugin, Accelerate 1.15, 2026-11).
+    ``precision``: the mixed precision of the whole set-up, None if unknown."""
     section = options.section("deepspeed_config")
-    precision = str(options.raw("mixed_precision"))
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
     for name, old in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_param")):
         device, path = section.get(f"{old}_device", "none"), section.get(f"{old}_nvme_path")

@@ -56,10 +56,10 @@ def accelerate_zero3_init(a: Options, d: Options, s: Setup) -> Found:
 
 def accelerate_deepspeed_precision(a: Options, d: Options, s: Setup) -> Found:
     """Report a mixed_precision that contradicts the DeepSpeed file: bf16 or fp8 if the file enables fp16,
-    fp16 if it enables bf16."""
+    fp16 if it enables bf16. Settings of DeepSpeed within Accelerate's file name no precision."""
     mixed_precision = str(a.raw("mixed_precision")).lower()
     opposite = {"bf16": "fp16", "fp8": "fp16", "fp16": "bf16"}.get(mixed_precision)
-    if opposite is not None and d.on(f"{opposite}.enabled"):
+    if opposite is not None and d.file != a.file and d.on(f"{opposite}.enabled"):
         yield {"mixed": mixed_precision, "other": opposite}
 
 

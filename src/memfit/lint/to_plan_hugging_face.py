@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from memfit.lint.draft import Draft
 from memfit.lint.parse import Options, Setup
 from memfit.types.plan import KnobValue
@@ -131,27 +133,23 @@ def _offload(config: Options, stage: int, draft: Draft) -> str:
 
 def _precision(setup: Setup, config: Options, draft: Draft) -> str:
     """Return the precision in which memfit predicts DeepSpeed's computation, "bf16" or "fp32". fp16 is
-    predicted as bf16 and listed in ``draft`` as left out. "auto" stands for the setting of the Trainer or of
-    Accelerate; if neither is there, it counts as off, and is listed too."""
-    outer_precision = _mixed_precision(setup)
-    for name in ("bf16", "bfloat16", "fp16"):
-        auto = config.raw(f"{name}.enabled") == "auto"
-        if config.on(f"{name}.enabled") or (auto and outer_precision == name.replace("bfloat16", "bf16")):
+    predicted as bf16 and listed in ``draft`` as left out. "auto" stands for the setting of the Trainer's
+    arguments or, without these, of Accelerate's file; if neither is there, it counts as off, and is listed
+    too. If the section bf16 or fp16 is missing, Accelerate adds it for the mixed precision of both
+    (DeepSpeedPlugin.set_mixed_precision)."""
+    mixed_precision = auto_precision = setup.mixed_precision
+    if setup.trainer is not None:
+        auto_precision = dataclasses.replace(setup, accelerate=None).mixed_precision
+    for name, precisions in (("bf16", ("bf16", "fp8")), ("bfloat16", ("bf16", "fp8")), ("fp16", ("fp16",))):
+        is_auto = config.raw(f"{name}.enabled") == "auto"
+        is_added = name != "bfloat16" and name not in config.data and mixed_precision in precisions
+        if config.on(f"{name}.enabled") or (is_auto and auto_precision in precisions) or is_added:
             if name == "fp16":
                 draft.leave("fp16", "predicted as bf16: the same number of bytes, without the loss scale")
             return "bf16"
-        if auto and outer_precision is None:
+        if is_auto and auto_precision is None:
             draft.leave(f"{name}.enabled auto", "no file gives the value that replaces it; predicted as off")
     return "fp32"
-
-
-def _mixed_precision(setup: Setup) -> str | None:
-    """Return the mixed precision, "bf16", "fp16", "fp8" or "no": that of the Trainer's arguments if there are
-    any ("no" if they switch none on), otherwise that of Accelerate's file. None if no file gives it."""
-    if (args := setup.trainer) is not None:
-        return next((n for n in ("bf16", "fp16") if args.on(n)), "no")
-    value = setup.accelerate.get("mixed_precision") if setup.accelerate is not None else None
-    return None if value is None else str(value).lower().replace("false", "no")
 
 
 def _batches(setup: Setup, config: Options, draft: Draft) -> None:
@@ -218,11 +216,11 @@ def _trainer_optimizer(setup: Setup, draft: Draft) -> None:
 
 def from_hugging_face(setup: Setup, draft: Draft) -> None:
     """Add the settings of Accelerate's file and of the TrainingArguments to ``draft``, for a set-up without
-    DeepSpeed; either file may be missing. The TrainingArguments decide the precision if both are there."""
+    DeepSpeed; either file may be missing."""
     accelerate, args = setup.accelerate, setup.trainer
     kind = str(accelerate.raw("distributed_type") if accelerate is not None else "").upper()
     fsdp = _fsdp_options(setup)
-    precision = _mixed_precision(setup) or "no"
+    precision = setup.mixed_precision or "no"
     is_sharded = fsdp is not None and (draft.ranks > 1 or setup.ranks is None)
     if precision == "fp8" or (precision == "fp16" and is_sharded):
         draft.leave(f"mixed precision {precision}", "predicted as bf16")
