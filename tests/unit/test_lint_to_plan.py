@@ -264,6 +264,34 @@ def test_a_clipping_norm_in_a_variable_is_resolved_or_left_out(
     assert ("clip-grad $CLIP" in left(found)) is (limit is None)
 
 
+@pytest.mark.parametrize(
+    ("table", "name", "technique"),
+    [
+        ("training", "data_parallel_shard", "fsdp2"),
+        ("training", "data_parallel_replicate", "ddp"),
+        ("training", "tensor_parallel", "tensor-parallel"),
+        ("experimental", "context_parallel", "context-parallel"),
+        ("experimental", "pipeline_parallel", "pipeline"),
+    ],
+)
+def test_torchtitan_degrees_in_the_tables_of_older_releases_are_in_the_plan(
+    table: str, name: str, technique: str, tmp_path: Path
+) -> None:
+    found = carried(tmp_path, tt(**{table: {f"{name}_degree": 2}}))
+    assert found.plan.ranks == 2
+    assert technique in names(found)
+
+
+def test_torchtitan_pipelines_of_older_releases_have_a_number_of_micro_batches(tmp_path: Path) -> None:
+    table = {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "interleaved_1f1b"}
+    found = carried(tmp_path, tt(training={"batch_size": 16}, experimental=table))
+    assert knobs(found, "pipeline")["schedule"] == "interleaved"
+    assert knobs(found, "pipeline")["micro_batches"] == 4  # by default one for each of the four stages
+    table |= {"pipeline_parallel_microbatches": 8}
+    found = carried(tmp_path, tt(training={"batch_size": 16}, experimental=table))
+    assert knobs(found, "pipeline")["micro_batches"] == 8
+
+
 def test_torchtitan_settings_become_a_plan_with_unknown_converters_left_out(tmp_path: Path) -> None:
     tables = {
         "training": {"local_batch_size": 4, "global_batch_size": 32},

@@ -5,6 +5,7 @@ pipeline_parallel.py, components/optimizer.py, train.py, config/manager.py, acti
 from __future__ import annotations
 
 from memfit.lint.parse import Found, Options, Setup
+from memfit.lint.torchtitan import compiles_model, parallelism_path
 
 _DEGREES = (
     "data_parallel_replicate",
@@ -17,23 +18,13 @@ _DEGREES = (
 
 def _degrees(t: Options) -> tuple[int, int, int, int, int]:
     """Return the degrees of parallelism (data_parallel_replicate, data_parallel_shard, tensor, pipeline,
-    context), by default 1; shard is -1, for "all remaining ranks", by default. Older releases have some of
-    them in the tables training and experimental, which are searched, too."""
+    context), by default 1; shard is -1, for "all remaining ranks", by default."""
     degrees = []
     for name in _DEGREES:
-        paths = [f"{table}.{name}_degree" for table in ("parallelism", "training", "experimental")]
-        degrees.append(
-            next(
-                (degree for degree in map(t.count, paths) if degree is not None),
-                -1 if name == "data_parallel_shard" else 1,
-            )
-        )
+        degree = t.count(parallelism_path(t, f"{name}_degree"))
+        default_degree = -1 if name == "data_parallel_shard" else 1
+        degrees.append(default_degree if degree is None else degree)
     return tuple(degrees)  # type: ignore[return-value]
-
-
-def _compiles(t: Options) -> bool:
-    parts = t.get("compile.components")
-    return (t.on("compile.enable") and (parts is None or "model" in parts)) or t.on("training.compile")
 
 
 def torchtitan_degrees(t: Options, s: Setup) -> Found:
@@ -53,9 +44,9 @@ def torchtitan_degrees(t: Options, s: Setup) -> Found:
 def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
     """Report enable_async_tensor_parallel with tensor parallelism but without compilation of the model by
     torch.compile, which implements it."""
-    if _compiles(t) or _degrees(t)[2] == 1:
+    if compiles_model(t) or _degrees(t)[2] == 1:
         return
-    if t.on("parallelism.enable_async_tensor_parallel") or t.on("experimental.enable_async_tensor_parallel"):
+    if t.on(parallelism_path(t, "enable_async_tensor_parallel")):
         yield {}
 
 
@@ -63,7 +54,7 @@ def torchtitan_float8_eager(t: Options, s: Setup) -> Found:
     """Report converters to float8 and MX formats without compilation of the model by torch.compile: they then
     cost more memory and time than bf16."""
     converters = [n for n in t.texts("model.converters") if "float8" in n or "mx" in n]
-    if converters and not _compiles(t):
+    if converters and not compiles_model(t):
         yield {"converters": ", ".join(converters)}
 
 
@@ -98,7 +89,7 @@ def torchtitan_microbatches(t: Options, s: Setup) -> Found:
     micro-batches than stages, or uneven micro-batches. Files of older releases, which set the number of
     micro-batches or have no parallelism table, are skipped."""
     pipeline = _degrees(t)[3]
-    if pipeline == 1 or t.count("experimental.pipeline_parallel_microbatches"):
+    if pipeline == 1 or t.count(parallelism_path(t, "pipeline_parallel_microbatches")):
         return
     local_batch = t.count("training.local_batch_size") or t.count("training.batch_size")
     size = t.count("parallelism.pipeline_parallel_microbatch_size") or 1
@@ -127,7 +118,7 @@ def torchtitan_batch(t: Options, s: Setup) -> Found:
 def torchtitan_budget_eager(t: Options, s: Setup) -> Found:
     """Report activation_checkpoint.mode memory_budget without compilation of the model by torch.compile,
     which implements it."""
-    if t.get("activation_checkpoint.mode") == "memory_budget" and not _compiles(t):
+    if t.get("activation_checkpoint.mode") == "memory_budget" and not compiles_model(t):
         yield {}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from memfit.lint import models
 from memfit.lint.draft import Draft, product
 from memfit.lint.parse import Options, Setup
+from memfit.lint.torchtitan import compiles_model, parallelism_path
 from memfit.types.plan import KnobValue
 
 
@@ -187,7 +188,7 @@ def from_torchtitan(setup: Setup, draft: Draft) -> None:
         models.of_torchtitan(options),
     )
     degree = {
-        n: options.size(f"parallelism.{n}_degree") or 1
+        n: options.size(parallelism_path(options, f"{n}_degree")) or 1
         for n in (
             "data_parallel_replicate",
             "tensor_parallel",
@@ -196,7 +197,7 @@ def from_torchtitan(setup: Setup, draft: Draft) -> None:
             "expert_parallel",
         )
     }
-    shard = options.size("parallelism.data_parallel_shard_degree") or -1
+    shard = options.size(parallelism_path(options, "data_parallel_shard_degree")) or -1
     other_ranks = product(v for n, v in degree.items() if n != "expert_parallel")
     if setup.ranks is None:
         draft.ranks = other_ranks * max(1, shard)
@@ -209,16 +210,21 @@ def from_torchtitan(setup: Setup, draft: Draft) -> None:
     if degree["context_parallel"] > 1:
         draft.take("context-parallel", "context_parallel_degree", degree=degree["context_parallel"])
     if tensor > 1:
-        vocabulary = "gathered" if options.on("parallelism.disable_loss_parallel") else "parallel-loss"
+        gathers = options.on(parallelism_path(options, "disable_loss_parallel"))
+        gathers = gathers or options.off("training.enable_loss_parallel")  # its name in older releases
         draft.take(
-            "tensor-parallel", "tensor_parallel_degree", degree=tensor, sequence=True, vocabulary=vocabulary
+            "tensor-parallel",
+            "tensor_parallel_degree",
+            degree=tensor,
+            sequence=True,
+            vocabulary="gathered" if gathers else "parallel-loss",
         )
     if degree["expert_parallel"] > 1:
         draft.take("expert-parallel", "expert_parallel_degree", degree=degree["expert_parallel"])
     _titan_batches(options, degree["data_parallel_replicate"] * shard, pipeline, draft)
     _titan_data(options, degree["data_parallel_replicate"], shard, pipeline > 1, draft)
     _titan_recompute(options, draft)
-    if options.on("compile.enable") or options.on("training.compile"):
+    if compiles_model(options):
         draft.take("compile", "compile.enable", scope="blocks")
     implementation = str(options.get("optimizer.implementation") or "fused")
     if implementation in ("fused", "for-loop"):
@@ -249,25 +255,36 @@ def _titan_batches(options: Options, data_ranks: int, stages: int, draft: Draft)
     draft.micro_batch = local_batch
     draft.sized(data_ranks, steps)
     if stages > 1:
-        schedule = str(options.get("parallelism.pipeline_parallel_schedule") or "1F1B").lower()
-        if schedule not in _SCHEDULES:
+        schedule = str(options.get(parallelism_path(options, "pipeline_parallel_schedule")) or "1F1B").lower()
+        name = _SCHEDULES.get(schedule.replace("_", ""))  # older releases write interleaved_1f1b
+        if name is None:
             draft.leave(f"pipeline_parallel_schedule {schedule}", "predicted as 1F1B")
-        name = _SCHEDULES.get(schedule, "1f1b")
-        size = options.size("parallelism.pipeline_parallel_microbatch_size") or 1
+        virtual_stages = 2 if name in ("interleaved", "zero-bubble-v") else 1
         draft.take(
             "pipeline",
             "pipeline_parallel_degree",
             stages=stages,
-            schedule=name,
-            virtual=2 if name in ("interleaved", "zero-bubble-v") else 1,
-            micro_batches=max(1, local_batch // size),
+            schedule=name or "1f1b",
+            virtual=virtual_stages,
+            micro_batches=_titan_micro_batches(options, local_batch, stages * virtual_stages),
         )
     draft.accumulate(steps)
 
 
+def _titan_micro_batches(options: Options, local_batch: int, stages: int) -> int:
+    """Return the number of micro-batches of a pipeline. Files of older releases, which have no parallelism
+    table, give the number itself; by default it is ``stages``, the number of stages on all ranks. Newer ones
+    give the samples of a micro-batch, by default 1."""
+    count = options.size(parallelism_path(options, "pipeline_parallel_microbatches"))
+    if count is None and not options.section("parallelism"):
+        count = stages
+    size = options.size("parallelism.pipeline_parallel_microbatch_size") or 1
+    return count or max(1, local_batch // size)
+
+
 def _titan_data(options: Options, replicas: int, shard: int, has_pipeline: bool, draft: Draft) -> None:
     is_half = (options.get("training.mixed_precision_param") or "bfloat16") == "bfloat16"
-    policy = str(options.get("parallelism.fsdp_reshard_after_forward") or "default")
+    policy = str(options.get(parallelism_path(options, "fsdp_reshard_after_forward")) or "default")
     if shard > 1 or (replicas > 1 and draft.plan.get("tensor-parallel")):
         draft.take(
             "fsdp2",
