@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
+import re
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from memfit.lint import phrases
 from memfit.lint.check import CHECKS, Finding, Severity, check, texts
-from memfit.lint.openfold import TUNED
+from memfit.lint.openfold import PRESETS, TUNED
+from memfit.lint.option_schema import known
 from memfit.lint.parse import read
 
 File = tuple[str, str]  # name and content
@@ -495,11 +499,11 @@ OPENFOLD = {
 CASES: Mapping[str, Case] = DEEPSPEED | ACCELERATE | TRAINER | MEGATRON | TORCHTITAN | OPENFOLD
 
 
-def findings(files: tuple[File, ...], c: Case, folder: Path) -> tuple[Finding, ...]:
+def findings(files: tuple[File, ...], c: Case, folder: Path, *, lang: str = "en") -> tuple[Finding, ...]:
     for name, content in files:
         (folder / name).write_text(content)
     paths = [folder / name for name, _ in files]
-    return check(read(paths, ranks=c.ranks, parameters=c.parameters))
+    return check(read(paths, ranks=c.ranks, parameters=c.parameters), lang=lang)
 
 
 def test_every_rule_has_texts_and_a_case() -> None:
@@ -543,100 +547,119 @@ def test_findings_are_sorted_by_severity_and_in_the_requested_language(tmp_path:
     assert "両方" in found[0].says
 
 
-@pytest.mark.parametrize(
-    ("rule", "file", "says"),
-    [
-        ("accelerate-rendezvous", acc("MULTI_CPU", **TWO), "main_process_ip and main_process_port"),
-        (
-            "accelerate-rendezvous",
-            acc("NO", main_process_ip="node0", num_machines=2, num_processes=2),
-            "main_process_port",
-        ),
-        (
-            "accelerate-rendezvous",
-            acc(deepspeed_config={"deepspeed_multinode_launcher": "standard"}, **TWO),
-            "main_process_ip",
-        ),
-        ("accelerate-machine-rank", acc("MULTI_GPU", machine_rank=1, num_machines=1), "machine_rank 1"),
-        ("accelerate-few-devices", acc("MULTI_GPU", gpu_ids=0, num_processes=2), "gpu_ids 0"),
-        (
-            "fsdp-wrapping",
-            fsdp(auto_wrap_policy="NO_WRAP", transformer_layer_cls_to_wrap="Block"),
-            "fsdp_transformer_layer_cls_to_wrap",
-        ),
-        ("fsdp-wrapping", fsdp(auto_wrap_policy="NO_WRAP", min_num_params=100), "fsdp_min_num_params"),
-        ("fsdp-prefetch", fsdp(backward_prefetch=True), "fsdp_backward_prefetch True"),
-        ("deepspeed-nvme-stage", ds(**zero(1, offload_optimizer=DISK)), "the stage is 1"),
-        ("deepspeed-least-scale", ds(fp16={"enabled": True, "min_loss_scale": 100000}), "65536"),
-        ("megatron-experts", mg(f"{DENSE} --expert-model-parallel-size 2"), "no experts"),
-        ("megatron-experts", mg("--num-experts 6 --expert-model-parallel-size 4"), "with 6 experts"),
-        (
-            "megatron-moe-sequence",
-            mg("--num-experts 8 --tensor-model-parallel-size 2 --nproc_per_node 8 --global-batch-size 8"),
-            "8 experts",
-        ),
-        (
-            "megatron-query-groups-off",
-            mg("--num-attention-heads 24 --num-query-groups 6 --tensor-model-parallel-size 4"),
-            "all 24 heads",
-        ),
-        ("megatron-distributed-activations", mg(f"--distribute-saved-activations {RECOMPUTED}"), "-size 1"),
-        (
-            "megatron-distributed-activations",
-            mg("--distribute-saved-activations --tensor-model-parallel-size 2"),
-            "no --recompute-granularity full",
-        ),
-        (
-            "deepspeed-bf16-loss-scale",
-            ds(fp16={"enabled": False, "loss_scale": 0}, bf16={"enabled": True, "loss_scale": 0}),
-            "loss_scale",
-        ),
-        ("deepspeed-unknown-key", ds(gradient_acumulation_steps=4), "gradient_acumulation_steps"),
-        ("deepspeed-unknown-key", ("ds.json", ZERO_BY_ANOTHER_NAME), "zero_optimisation"),
-        ("deepspeed-unknown-key", ds(optimizer={"type": "AdamW", "parms": {}}), "optimizer.parms"),
-        (
-            "deepspeed-section-key",
-            ds(fp16={"enabled": True, "inital_scale_power": 8}),
-            "fp16.inital_scale_power",
-        ),
-        ("deepspeed-section-key", ds(**zero(2, offload_optimizer=CPU | {"pin_memry": True})), "pin_memry"),
-        ("deepspeed-text-for-number", ds(**zero(2, reduce_bucket_size="5e8")), "5e8"),
-        ("deepspeed-value", ds(**zero(3, offload_param={"device": "gpu"})), "none, cpu, nvme"),
-        ("deepspeed-value", ds(**zero(2, reduce_bucket_size=0)), "integer > 0"),
-        ("deepspeed-value", ds(**zero(2, overlap_comm="ture")), "true, false"),
-        ("deepspeed-value", ds(fp16=True), "table"),
-        ("deepspeed-value", ds(wall_clock_breakdown="false"), "wall_clock_breakdown is false"),
-        ("deepspeed-value", ds(train_batch_size=2.5), "2.5"),
-        ("accelerate-unknown-key", acc(zero_stag=2), "zero_stag"),
-        ("accelerate-value", acc("MULTI_GPU", mixed_precision="fp32"), "no, fp16, bf16, fp8"),
-        ("accelerate-value", acc("MULTIGPU"), "distributed_type is MULTIGPU"),
-        ("accelerate-value", fsdp(auto_wrap_policy="LAYER_WRAP"), "LAYER_WRAP"),
-        ("accelerate-value", fsdp(offload_params="cpu"), "true, false"),
-        ("accelerate-value", acc(deepspeed_config={"zero_stage": 4}), "zero_stage is 4"),
-        ("trainer-value", tr(max_steps="many"), "integer"),
-        ("trainer-value", ("train.sh", "run.py --output_dir x --fp16 --save_strategy never"), "never"),
-        ("trainer-best-steps", tr(load_best_model_at_end=True, save_strategy="epoch"), "evaluation is by no"),
-        (
-            "trainer-best-steps",
-            tr(load_best_model_at_end=True, eval_strategy="steps", eval_steps=0.1),
-            "every 500",
-        ),
-        ("trainer-no-workers", tr(dataloader_persistent_workers=True), "dataloader_persistent_workers"),
-        ("megatron-value", mg("--seq-length 4k"), "--seq-length is 4k"),
-        ("torchtitan-value", tt(training={"dtype": "fp16"}), "bfloat16, float32, float16"),
-        ("torchtitan-value", tt(parallelism={"pipeline_parallel_schedule": "1F2B"}), "Interleaved1F1B"),
-        ("torchtitan-value", tt(training={"steps": "100"}), "integer"),
-        ("torchtitan-sequence", tt(training={"seq_len": 4098}, parallelism=mesh(tensor=4)), "4098"),
-        ("torchtitan-unknown-key", tt(traning={"seq_len": 8}), "traning"),
-        ("torchtitan-unknown-key", tt(optimizer={"max_norm": 1.0}), "optimizer.max_norm"),
-        (
-            "torchtitan-unknown-key",
-            ("job.toml", "max_norm = 1.0\n[job]\n[model]\n"),
-            "max_norm is not a setting",
-        ),
-        ("torchtitan-unknown-key", tt(**{"quantize.linear.float8": {"filter_fqn": []}}), "filter_fqn"),
-    ],
-)
+FSDP2 = "--use-torch-fsdp2 --untie-embeddings-and-output-weights --no-gradient-accumulation-fusion"
+OTHERS: list[tuple[str, File, str]] = [
+    ("accelerate-rendezvous", acc("MULTI_CPU", **TWO), "main_process_ip and main_process_port"),
+    (
+        "accelerate-rendezvous",
+        acc("NO", main_process_ip="node0", num_machines=2, num_processes=2),
+        "main_process_port",
+    ),
+    (
+        "accelerate-rendezvous",
+        acc(deepspeed_config={"deepspeed_multinode_launcher": "standard"}, **TWO),
+        "main_process_ip",
+    ),
+    ("accelerate-machine-rank", acc("MULTI_GPU", machine_rank=1, num_machines=1), "machine_rank 1"),
+    ("accelerate-few-devices", acc("MULTI_GPU", gpu_ids=0, num_processes=2), "gpu_ids 0"),
+    (
+        "fsdp-wrapping",
+        fsdp(auto_wrap_policy="NO_WRAP", transformer_layer_cls_to_wrap="Block"),
+        "fsdp_transformer_layer_cls_to_wrap",
+    ),
+    ("fsdp-wrapping", fsdp(auto_wrap_policy="NO_WRAP", min_num_params=100), "fsdp_min_num_params"),
+    ("fsdp-prefetch", fsdp(backward_prefetch=True), "fsdp_backward_prefetch True"),
+    ("deepspeed-nvme-stage", ds(**zero(1, offload_optimizer=DISK)), "the stage is 1"),
+    ("deepspeed-least-scale", ds(fp16={"enabled": True, "min_loss_scale": 100000}), "65536"),
+    ("megatron-experts", mg(f"{DENSE} --expert-model-parallel-size 2"), "no experts"),
+    ("megatron-experts", mg("--num-experts 6 --expert-model-parallel-size 4"), "with 6 experts"),
+    (
+        "megatron-moe-sequence",
+        mg("--num-experts 8 --tensor-model-parallel-size 2 --nproc_per_node 8 --global-batch-size 8"),
+        "8 experts",
+    ),
+    (
+        "megatron-query-groups-off",
+        mg("--num-attention-heads 24 --num-query-groups 6 --tensor-model-parallel-size 4"),
+        "all 24 heads",
+    ),
+    ("megatron-distributed-activations", mg(f"--distribute-saved-activations {RECOMPUTED}"), "-size 1"),
+    (
+        "megatron-distributed-activations",
+        mg("--distribute-saved-activations --tensor-model-parallel-size 2"),
+        "no --recompute-granularity full",
+    ),
+    (
+        "deepspeed-bf16-loss-scale",
+        ds(fp16={"enabled": False, "loss_scale": 0}, bf16={"enabled": True, "loss_scale": 0}),
+        "loss_scale",
+    ),
+    ("deepspeed-unknown-key", ds(gradient_acumulation_steps=4), "gradient_acumulation_steps"),
+    ("deepspeed-unknown-key", ("ds.json", ZERO_BY_ANOTHER_NAME), "zero_optimisation"),
+    ("deepspeed-unknown-key", ds(optimizer={"type": "AdamW", "parms": {}}), "optimizer.parms"),
+    (
+        "deepspeed-section-key",
+        ds(fp16={"enabled": True, "inital_scale_power": 8}),
+        "fp16.inital_scale_power",
+    ),
+    ("deepspeed-section-key", ds(**zero(2, offload_optimizer=CPU | {"pin_memry": True})), "pin_memry"),
+    ("deepspeed-text-for-number", ds(**zero(2, reduce_bucket_size="5e8")), "5e8"),
+    ("deepspeed-value", ds(**zero(3, offload_param={"device": "gpu"})), "none, cpu, nvme"),
+    ("deepspeed-value", ds(**zero(2, reduce_bucket_size=0)), "integer > 0"),
+    ("deepspeed-value", ds(**zero(2, overlap_comm="ture")), "true, false"),
+    ("deepspeed-value", ds(fp16=True), "table"),
+    ("deepspeed-value", ds(wall_clock_breakdown="false"), "wall_clock_breakdown is false"),
+    ("deepspeed-value", ds(train_batch_size=2.5), "2.5"),
+    ("accelerate-unknown-key", acc(zero_stag=2), "zero_stag"),
+    ("accelerate-value", acc("MULTI_GPU", mixed_precision="fp32"), "no, fp16, bf16, fp8"),
+    ("accelerate-value", acc("MULTIGPU"), "distributed_type is MULTIGPU"),
+    ("accelerate-value", fsdp(auto_wrap_policy="LAYER_WRAP"), "LAYER_WRAP"),
+    ("accelerate-value", fsdp(offload_params="cpu"), "true, false"),
+    ("accelerate-value", acc(deepspeed_config={"zero_stage": 4}), "zero_stage is 4"),
+    ("trainer-value", tr(max_steps="many"), "integer"),
+    ("trainer-value", ("train.sh", "run.py --output_dir x --fp16 --save_strategy never"), "never"),
+    ("trainer-best-steps", tr(load_best_model_at_end=True, save_strategy="epoch"), "evaluation is by no"),
+    (
+        "trainer-best-steps",
+        tr(load_best_model_at_end=True, eval_strategy="steps", eval_steps=0.1),
+        "every 500",
+    ),
+    ("trainer-no-workers", tr(dataloader_persistent_workers=True), "dataloader_persistent_workers"),
+    ("megatron-value", mg("--seq-length 4k"), "--seq-length is 4k"),
+    ("torchtitan-value", tt(training={"dtype": "fp16"}), "bfloat16, float32, float16"),
+    ("torchtitan-value", tt(parallelism={"pipeline_parallel_schedule": "1F2B"}), "Interleaved1F1B"),
+    ("torchtitan-value", tt(training={"steps": "100"}), "integer"),
+    ("torchtitan-sequence", tt(training={"seq_len": 4098}, parallelism=mesh(tensor=4)), "4098"),
+    ("torchtitan-unknown-key", tt(traning={"seq_len": 8}), "traning"),
+    ("torchtitan-unknown-key", tt(optimizer={"max_norm": 1.0}), "optimizer.max_norm"),
+    (
+        "torchtitan-unknown-key",
+        ("job.toml", "max_norm = 1.0\n[job]\n[model]\n"),
+        "max_norm is not a setting",
+    ),
+    ("torchtitan-unknown-key", tt(**{"quantize.linear.float8": {"filter_fqn": []}}), "filter_fqn"),
+    ("trainer-value", tr(learning_rate="fast"), "accepts: number"),
+    ("deepspeed-value", ds(**zero(3, offload_optimizer=CPU | {"ratio": 2})), "number >= 0 <= 1"),
+    ("torchtitan-value", ("job.toml", "[job]\n[model.converters]\nfirst = 1\n"), "accepts: list"),
+    ("torchtitan-degrees", tt(parallelism=mesh(tensor=0)), "split any number of processes"),
+    ("torchtitan-step-in-backward", tt(optimizer=EARLY, parallelism=mesh(pipeline=2)), "with pipeline par"),
+    (
+        "megatron-batch",
+        ("train.sh", "x --num-layers 8 --micro-batch-size 2 --global-batch-size 3\n"),
+        "on any",
+    ),
+    ("megatron-connections", mg(FSDP2, "export CUDA_DEVICE_MAX_CONNECTIONS=1"), "FSDP's gathers wait"),
+    ("megatron-recompute", mg("--recompute-granularity full"), "neither method nor number of layers"),
+    ("megatron-overlap-gather", mg("--overlap-param-gather"), "-optimizer and --overlap-grad-reduce"),
+    (
+        "openfold-blocks-per-ckpt",
+        changed({"model.template.enabled": False}, blocks_per_ckpt=49),
+        "but the Evoformer stack",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "file", "says"), OTHERS)
 def test_other_configurations_trigger_the_same_rule(rule: str, file: File, says: str, tmp_path: Path) -> None:
     found = findings((file,), case(file, file), tmp_path)
     assert [f.rule for f in found] == [rule]
@@ -660,3 +683,51 @@ def test_the_trainers_precision_replaces_that_of_accelerates_deepspeed_section(t
     file = acc(mixed_precision="bf16", deepspeed_config={"zero_stage": 2})
     both = case((file, tr(fp16=True)), ds())
     assert [f.rule for f in findings(both.bad, both, tmp_path)] == ["trainer-accelerate-precision"]
+
+
+# --- Japanese
+
+PAIRS = (
+    (ds(bf16={"enabled": True}), tr(fp16=True)),
+    (fsdp(2, offload_params=True), tr(max_grad_norm=0.5)),
+)
+# Words in findings that are no names of settings: libraries, commands and values of JSON and YAML.
+NAMES = {"accelerate", "launch", "memfit", "plan", "torch", "torchtitan", "transformers", *PRESETS}
+NAMES |= {"null", "true", "false", "all"}
+
+
+def setting_names() -> set[str]:
+    """Names and enumerated values of the libraries' settings."""
+    tables = [known(library) for library in ("accelerate", "deepspeed", "megatron", "torchtitan", "trainer")]
+    specs = [(key, spec) for table in tables for keys in table.now.values() for key, spec in keys.items()]
+    return {*(key for key, _ in specs), *(str(value) for _, spec in specs for value in spec.values)}
+
+
+def test_japanese_findings_contain_no_english_but_names_and_use_every_phrase(tmp_path: Path) -> None:
+    cases = [*CASES.values(), *(case(file, file) for _, file, _ in OTHERS), *(case(p, p) for p in PAIRS)]
+    names, rendered = setting_names() | NAMES, ""
+    for index, c in enumerate(cases):
+        (tmp_path / str(index)).mkdir()
+        found = findings(c.bad, c, tmp_path / str(index), lang="ja")
+        text = " ".join(f"{f.says} {f.do}" for f in found)
+        unquoted = re.sub(r"「[^」]*」|\"[^\"]*\"", " ", text)
+        # A word with any of these signs or a digit is an option, a path, a number or code.
+        words = re.findall(r"(?<![\w./*=-])[a-z]{2,}(?![\w./*=-])", unquoted, re.ASCII)
+        in_files = set(re.findall("[a-z]+", " ".join(content for _, content in c.bad)))
+        assert set(words) <= names | in_files, text
+        rendered += text
+    for name, languages in phrases.texts().items():
+        pattern = ".+".join(map(re.escape, re.split(r"\{\w+\}", languages["ja"])))
+        assert re.search(pattern, rendered), f"no configuration here has the phrase {name}"
+        assert re.findall(r"\{\w+\}", languages["ja"]) == re.findall(r"\{\w+\}", languages["en"])
+
+
+def test_rules_contain_no_english_phrases() -> None:
+    """They would appear in findings of all languages; phrases.toml is the place for them."""
+    for path in sorted(Path(phrases.__file__).parent.glob("rules_*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                without_names = re.sub(r"--[\w-]+ \w+|[\w.-]*[._-][\w.-]*", "", node.value)
+                assert " " not in node.value or not re.search("[a-z]{2}", without_names), (path, node.value)

@@ -21,6 +21,7 @@ from memfit.lint import (
     rules_trainer,
 )
 from memfit.lint.parse import Found, Setup
+from memfit.lint.phrases import render
 
 # Rule name -> (the kinds of files that it compares, the check). The check is called with the options of each
 # of these kinds and the whole set-up, and yields the values that fill the rule's text.
@@ -85,7 +86,8 @@ def check(setup: Setup, *, lang: str = "en") -> tuple[Finding, ...]:
 
 def _finding(name: str, file: str, values: Mapping[str, Any], lang: str) -> Finding:
     rule = texts()[name]
-    says, do = (text.format(**values) for text in rule[lang])
+    parts = {key: render(value, lang) for key, value in values.items()}
+    says, do = (text.format(**parts) for text in rule[lang])
     return Finding(
         rule=name,
         severity=Severity(rule["severity"]),

@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 from memfit.lint.parse import Options
+from memfit.lint.phrases import Phrase, Series, phrase
 
 _LIKE = 0.85  # difflib's similarity cutoff: one letter is left out, doubled or swapped
 _MOST_SHOWN = 9  # allowed values that are shown in full
@@ -73,15 +74,17 @@ class Spec:
         words = (*_SWITCHES[True], *_SWITCHES[False])
         return isinstance(value, bool) or value in (0, 1) or (spelled and str(value).lower() in words)
 
-    def __str__(self) -> str:
-        """Describe the accepted values in words that need no translation, such as ``integer >= 1`` or ``true,
-        false``; if they are enumerated, list them."""
-        if self.values:
-            return ", ".join(map(str, self.values))
-        sign = ">" if self.open else ">="
-        minimum_text = f" {sign} {self.least:g}" if self.least is not None else ""
-        maximum_text = f" <= {self.most:g}" if self.most is not None else ""
-        return {"switch": "true, false"}.get(self.kind, self.kind) + minimum_text + maximum_text
+    @property
+    def description(self) -> Phrase:
+        """Describe the accepted values by their kind and bounds, such as "integer >= 1"."""
+        minimum, maximum = "above" if self.open else "at-least", "at-most"
+        bounds = [
+            phrase(name, limit=f"{limit:g}")
+            for name, limit in ((minimum, self.least), (maximum, self.most))
+            if limit is not None
+        ]
+        kind = phrase(self.kind)
+        return phrase("bounded", kind=kind, bounds=Series(tuple(bounds), "space")) if bounds else kind
 
 
 _ASKED = {
@@ -249,11 +252,13 @@ def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[t
             yield from _settings(value, table, path)
 
 
-def shown(spec: Spec, value: Any) -> str:
-    """Describe the values that ``spec`` accepts, as text. Of more than nine enumerated ones, name only the
-    three that are most similar to ``value``, and say how many there are."""
+def shown(spec: Spec, value: Any) -> str | Phrase:
+    """Describe the values that ``spec`` accepts. Enumerated ones are listed; of more than nine, only the
+    three that are most similar to ``value``, and how many there are."""
     names = [str(v) for v in spec.values]
+    if not names:
+        return spec.description
     if len(names) <= _MOST_SHOWN:
-        return str(spec)
+        return ", ".join(names)
     closest = difflib.get_close_matches(str(value), names, n=3, cutoff=0) or names[:3]
     return f"{', '.join(closest)}, ... ({len(names)})"

@@ -291,7 +291,7 @@ def deepspeed_removed(d: Options, s: Setup) -> Found:
     at ZeRO stage 0, which it has removed, too."""
     keys = [k for k in _REMOVED if d.raw(k) is not None]
     if str(d.get("optimizer.type")).lower() in _ONE_BIT and not _stage(d):
-        keys.append(f"optimizer {d.get('optimizer.type')}")
+        keys.append(f"optimizer.type {d.get('optimizer.type')}")
     if keys:
         yield {"keys": ", ".join(keys)}
 

@@ -5,6 +5,7 @@ training_args.py, integrations/deepspeed.py); read 2026-11."""
 from __future__ import annotations
 
 from memfit.lint.parse import Found, Options, Setup
+from memfit.lint.phrases import Series, phrase
 
 
 def _kind(a: Options) -> str:
@@ -103,7 +104,7 @@ def accelerate_rendezvous(a: Options, s: Setup) -> Found:
     required = ("main_process_ip", "main_process_port") if is_plain_launcher else ("main_process_ip",)
     missing = [n for n in required if a.raw(n) in (None, "")]
     if (machines := _machines(a)) is not None and machines > 1 and missing:
-        yield {"machines": machines, "missing": " and ".join(missing)}
+        yield {"machines": machines, "missing": Series(tuple(missing), "and")}
 
 
 def accelerate_local_address(a: Options, s: Setup) -> Found:
@@ -307,14 +308,12 @@ def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
             and deepspeed_value is not None
             and t.on(name) != d.on(f"{name}.enabled")
         ):
-            yield {"name": name, "mine": trainer_value, "other": deepspeed_value}
+            mine = phrase("option-value", name=name, value=trainer_value)
+            yield {"name": name, "mine": mine, "other": deepspeed_value}
     for name, other_precision in (("bf16", "fp16"), ("fp16", "bf16")):
-        if d.on(f"{name}.enabled") and t.get(name) is None and t.on(other_precision):
-            yield {
-                "name": name,
-                "mine": f"not set, with {other_precision} on",
-                "other": d.get(f"{name}.enabled"),
-            }
+        if d.on(f"{name}.enabled") and t.raw(name) is None and t.on(other_precision):
+            mine = phrase("option-missing", name=name, other=other_precision)
+            yield {"name": name, "mine": mine, "other": d.get(f"{name}.enabled")}
 
 
 _SAME_AS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
@@ -406,9 +405,10 @@ def fsdp2_offload_clipping(t: Options, s: Setup) -> Found:
     fsdp = s.fsdp
     if fsdp is None or _version(fsdp, s) != 2:
         return
+    offloads = any(fsdp.on(f"fsdp_config.{k}") for k in ("offload_params", "cpu_offload"))
     norm = t.number("max_grad_norm")
-    if any(fsdp.on(f"fsdp_config.{k}") for k in ("offload_params", "cpu_offload")) and norm != 0:
-        yield {"norm": "1.0 (its default)" if norm is None else norm}
+    if offloads and norm != 0 and not t.undetermined("max_grad_norm"):
+        yield {"norm": phrase("default-value", value=1.0) if norm is None else norm}
 
 
 _FSDP = (fsdp2_old_options, fsdp2_reshard, fsdp_efficient_loading, fsdp_wrapping, fsdp_prefetch)

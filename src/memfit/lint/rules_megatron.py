@@ -4,6 +4,7 @@ core/transformer/transformer_config.py, core/parallel_state.py; read 2026-11).""
 from __future__ import annotations
 
 from memfit.lint.parse import Found, Options, Setup
+from memfit.lint.phrases import Phrase, Series, phrase
 
 
 def _size(m: Options, name: str) -> int | None:
@@ -115,7 +116,8 @@ def megatron_batch(m: Options, s: Setup) -> Found:
         return
     global_batch, micro_batch, data = m.count("global_batch_size"), m.count("micro_batch_size"), _data(s)
     if global_batch and micro_batch and global_batch % (micro_batch * (data or 1)):
-        yield {"whole": global_batch, "micro": micro_batch, "data": data or "any number of"}
+        ranks = phrase("data-ranks", count=data) if data else phrase("any-data-ranks")
+        yield {"whole": global_batch, "micro": micro_batch, "ranks": ranks}
 
 
 def megatron_ranks(m: Options, s: Setup) -> Found:
@@ -153,34 +155,36 @@ def megatron_interleaved_batch(m: Options, s: Setup) -> Found:
 _RECOMPUTE = ("recompute_method", "recompute_num_layers")
 
 
-def _recompute(m: Options) -> tuple[str | None, list[str], str]:
-    """Return (the granularity of recomputation; the names of those of the options --recompute-method and
-    --recompute-num-layers that are given; these options with their values as one text, which says so if
-    neither is given). The granularity is "selective" with --recompute-activations, and None if nothing sets
-    it."""
+def _recompute(m: Options) -> tuple[str | None, list[str]]:
+    """Return (the granularity of recomputation; those of the options --recompute-method and
+    --recompute-num-layers that are given, with their values). The granularity is "selective" with
+    --recompute-activations, and None if nothing sets it."""
     granularity = m.get("recompute_granularity") or ("selective" if m.on("recompute_activations") else None)
-    recompute_options = [n for n in _RECOMPUTE if m.raw(n) is not None]
-    shown = ", ".join(f"--{n.replace('_', '-')} {m.raw(n)}" for n in recompute_options)
-    return granularity, recompute_options, shown or "neither method nor number of layers"
+    names = [n for n in _RECOMPUTE if m.raw(n) is not None]
+    return granularity, [f"--{n.replace('_', '-')} {m.raw(n)}" for n in names]
 
 
 def megatron_recompute(m: Options, s: Setup) -> Found:
     """Report a --recompute-granularity with the wrong options: "full" needs --recompute-method and
     --recompute-num-layers, "selective" (also as --recompute-activations) takes neither."""
-    granularity, recompute_options, shown = _recompute(m)
+    granularity, recompute_options = _recompute(m)
     is_wrong = (granularity == "selective" and recompute_options) or (
         granularity == "full" and len(recompute_options) < 2
     )
     if is_wrong and not m.unsure.intersection(("recompute_granularity", *_RECOMPUTE)):
-        yield {"granularity": granularity, "shown": shown}
+        shown = phrase("recompute-options", options=", ".join(recompute_options))
+        yield {
+            "granularity": granularity,
+            "shown": shown if recompute_options else phrase("no-recompute-options"),
+        }
 
 
 def megatron_recompute_off(m: Options, s: Setup) -> Found:
     """Report --recompute-method and --recompute-num-layers if neither --recompute-granularity nor
     --recompute-activations is given: they then have no effect."""
-    granularity, recompute_options, shown = _recompute(m)
+    granularity, recompute_options = _recompute(m)
     if granularity is None and recompute_options and _without(m, "recompute_granularity"):
-        yield {"shown": shown}
+        yield {"shown": ", ".join(recompute_options)}
 
 
 def megatron_overlap_gather(m: Options, s: Setup) -> Found:
@@ -194,7 +198,7 @@ def megatron_overlap_gather(m: Options, s: Setup) -> Found:
     missing = [] if is_sharded else ["--use-distributed-optimizer"]
     missing += ["--overlap-grad-reduce"] if _without(m, "overlap_grad_reduce") else []
     if missing:
-        yield {"missing": " and ".join(missing)}
+        yield {"missing": Series(tuple(missing), "and")}
 
 
 def megatron_connections(m: Options, s: Setup) -> Found:
@@ -210,8 +214,7 @@ def megatron_connections(m: Options, s: Setup) -> Found:
     # This overlap needs more connections, so a value above 1 is right for it.
     overlaps_experts = not _without(m, "overlap_moe_expert_parallel_comm")
     if uses_fsdp and value == "1":
-        reason = "FSDP's gathers wait behind the computation"
-        yield {"value": value, "why": reason, "wanted": "8 or more"}
+        yield {"value": value, "why": phrase("gathers-wait"), "wanted": phrase("or-more", value=8)}
     # Set-ups for Blackwell choose 32, which does no harm there.
     if (
         not uses_fsdp
@@ -220,8 +223,7 @@ def megatron_connections(m: Options, s: Setup) -> Found:
         and value not in ("1", "32")
         and (mesh[0] > 1 or mesh[2] > 1)
     ):
-        reason = "tensor and context parallelism need collectives to start before the computation"
-        yield {"value": value, "why": reason, "wanted": "1"}
+        yield {"value": value, "why": phrase("collectives-first"), "wanted": phrase("exactly", value=1)}
 
 
 def megatron_two_precisions(m: Options, s: Setup) -> Found:
@@ -284,12 +286,13 @@ def megatron_distributed_activations(m: Options, s: Setup) -> Found:
     without tensor parallelism or full recomputation, both of which it needs."""
     if not m.on("distribute_saved_activations"):
         return
-    conflicts = ["--sequence-parallel"] if m.on("sequence_parallel") else []
+    conflicts: list[str | Phrase] = ["--sequence-parallel"] if m.on("sequence_parallel") else []
     conflicts += ["--tensor-model-parallel-size 1"] if _size(m, "tensor_model") == 1 else []
-    is_full = m.get("recompute_granularity") == "full" or "recompute_granularity" in m.unsure
-    conflicts += ["no --recompute-granularity full"] if not is_full and m.defaults else []
+    may_be_full = m.get("recompute_granularity") == "full" or m.undetermined("recompute_granularity")
+    if not may_be_full and m.defaults:
+        conflicts.append(phrase("without-option", option="--recompute-granularity full"))
     if conflicts:
-        yield {"clash": ", ".join(conflicts)}
+        yield {"clash": Series(tuple(conflicts), "comma")}
 
 
 def _dense(m: Options) -> bool:
@@ -308,7 +311,8 @@ def megatron_experts(m: Options, s: Setup) -> Found:
         return
     experts = m.count("num_experts")
     if _dense(m) or (experts and experts % size):
-        yield {"experts": experts or "no", "size": size}
+        shown = phrase("experts", count=experts) if experts else phrase("no-experts")
+        yield {"experts": shown, "size": size}
 
 
 def megatron_grouped_gemm(m: Options, s: Setup) -> Found:
@@ -355,13 +359,17 @@ def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
     --untie-embeddings-and-output-weights, both of which it needs."""
     if not m.on("use_torch_fsdp2"):
         return
-    conflicts = [f"--{n.replace('_', '-')}" for n in ("use_distributed_optimizer", "fp16") if m.on(n)]
+    conflicts: list[str | Phrase] = [
+        f"--{n.replace('_', '-')}" for n in ("use_distributed_optimizer", "fp16") if m.on(n)
+    ]
     sizes = {n: _size(m, f"{n}_model") or 1 for n in ("pipeline", "expert")}
     conflicts += [f"--{n}-model-parallel-size {size}" for n, size in sizes.items() if size > 1]
     required = ("no_gradient_accumulation_fusion", "untie_embeddings_and_output_weights")
-    conflicts += [f"no --{n.replace('_', '-')}" for n in required if _without(m, n)]
+    conflicts += [
+        phrase("without-option", option=f"--{n.replace('_', '-')}") for n in required if _without(m, n)
+    ]
     if conflicts:
-        yield {"clash": ", ".join(conflicts)}
+        yield {"clash": Series(tuple(conflicts), "comma")}
 
 
 def megatron_batch_schedule(m: Options, s: Setup) -> Found:

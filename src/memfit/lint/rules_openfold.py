@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from memfit.lint import openfold
 from memfit.lint.parse import OPENFOLD_PARTS, Found, Options, Setup
+from memfit.lint.phrases import Series, phrase
 
 
 def openfold_seed(o: Options, s: Setup) -> Found:
@@ -49,7 +50,7 @@ def openfold_two_kernels(c: Options, s: Setup) -> Found:
     switched on in "globals"."""
     enabled_kernels = [k for k in openfold.KERNELS if c.raw(f"globals.{k}") is True]
     if len(enabled_kernels) > 1:
-        yield {"used": " and ".join(enabled_kernels)}
+        yield {"used": Series(tuple(enabled_kernels), "and")}
 
 
 def openfold_chunk_training(c: Options, s: Setup) -> Found:
@@ -73,7 +74,7 @@ def openfold_blocks_per_ckpt(c: Options, s: Setup) -> Found:
         yield {
             "together": blocks_per_group,
             "most": max_blocks,
-            "stack": "template" if has_templates else "Evoformer",
+            "stack": phrase("template-stack" if has_templates else "evoformer-stack"),
         }
 
 

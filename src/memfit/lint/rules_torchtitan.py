@@ -5,6 +5,7 @@ pipeline_parallel.py, components/optimizer.py, train.py, config/manager.py, acti
 from __future__ import annotations
 
 from memfit.lint.parse import Found, Options, Setup
+from memfit.lint.phrases import phrase
 from memfit.lint.torchtitan import compiles_model, parallelism_path
 
 _DEGREES = (
@@ -38,7 +39,8 @@ def torchtitan_degrees(t: Options, s: Setup) -> Found:
     if s.ranks is not None and not is_wrong:
         is_wrong = s.ranks % model != 0 if shard == -1 else s.ranks != model * shard
     if is_wrong:
-        yield {"shown": shown, "ranks": s.ranks or "any number of"}
+        processes = phrase("processes", count=s.ranks) if s.ranks else phrase("any-processes")
+        yield {"shown": shown, "processes": processes}
 
 
 def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
@@ -74,7 +76,7 @@ def torchtitan_step_in_backward(t: Options, s: Setup) -> Found:
         return
     pipeline, experts = _degrees(t)[3], t.count("parallelism.expert_parallel_degree") or 1
     if pipeline > 1 or experts > 1:
-        yield {"with": "pipeline parallelism" if pipeline > 1 else "expert parallelism"}
+        yield {"with": phrase("pipeline-parallelism" if pipeline > 1 else "expert-parallelism")}
 
 
 def torchtitan_unclipped(t: Options, s: Setup) -> Found:

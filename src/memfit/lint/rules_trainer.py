@@ -4,6 +4,7 @@ against transformers 5.24 (training_args.py, _validate_args) and torch's DataLoa
 from __future__ import annotations
 
 from memfit.lint.parse import Found, Options, Setup
+from memfit.lint.phrases import phrase
 
 
 def _strategy(t: Options, *names: str, default: str) -> str | None:
@@ -28,7 +29,8 @@ def trainer_best_steps(t: Options, s: Setup) -> Found:
     if eval_strategy != save_strategy:
         yield {"evaluated": eval_strategy, "saved": save_strategy}
     elif save_strategy == "steps" and not _multiple(*(intervals := _steps(t))):
-        yield {"evaluated": f"steps, every {intervals[1]:g}", "saved": f"steps, every {intervals[0]:g}"}
+        saved, evaluated = (phrase("every-steps", interval=f"{interval:g}") for interval in intervals)
+        yield {"evaluated": evaluated, "saved": saved}
 
 
 def _steps(t: Options) -> tuple[float | None, float | None]:

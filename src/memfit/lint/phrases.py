@@ -1,0 +1,49 @@
+"""Parts of findings that depend on the language. phrases.toml has their texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Phrase:
+    """A part of a finding: the text ``name`` of phrases.toml with ``values`` in place of its placeholders.
+    The values may be phrases and series themselves."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Series:
+    """Parts of a finding with the text ``separator`` of phrases.toml between them: comma, and, or space."""
+
+    parts: tuple[Any, ...]
+    separator: str
+
+
+def phrase(name: str, /, **values: Any) -> Phrase:
+    """Return the part of a finding that is the text ``name`` of phrases.toml, filled with ``values``."""
+    return Phrase(name, values)
+
+
+@functools.cache
+def texts() -> Mapping[str, Mapping[str, str]]:
+    """Return the content of phrases.toml: name -> language code -> text."""
+    path = resources.files("memfit.lint").joinpath("phrases.toml")
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def render(value: Any, lang: str) -> str:
+    """Return ``value`` as text in the language ``lang``, "en" or "ja". Values other than phrases and series
+    are the same in all languages."""
+    if isinstance(value, Phrase):
+        return texts()[value.name][lang].format(**{k: render(v, lang) for k, v in value.values.items()})
+    if isinstance(value, Series):
+        return texts()[value.separator][lang].join(render(part, lang) for part in value.parts)
+    return str(value)
