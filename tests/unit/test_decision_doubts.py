@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 from report_fixture import RECOMMENDED, full_poc, offers
 
 from memfit import catalog
 from memfit.catalog import finance
 from memfit.decision import money
-from memfit.decision.case import TEMPLATE, parse_case
+from memfit.decision.case import TEMPLATE, DecisionCase, parse_case
 from memfit.decision.decide import decide
 from memfit.decision.rollout_gates import Gates, TimeLimits
 from memfit.report.decision import decision_view
@@ -348,6 +350,24 @@ def test_the_template_with_every_line_uncommented_is_a_valid_case() -> None:
         made, _ = seen(whole)
         kinds = {made.ways[i].kind for _, i in made.slots}
         assert {"existing", "purchase", "cloud"} <= kinds
+
+
+def figures(model: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """Name of each field -> an empty mapping, or that of the fields of a section."""
+    return {
+        name: figures(field.annotation) if isinstance(field.annotation, type(pydantic.BaseModel)) else {}
+        for name, field in model.model_fields.items()
+    }
+
+
+def test_the_template_lists_exactly_the_figures_that_a_case_may_have() -> None:
+    lines = [line.removeprefix("# ") for line in TEMPLATE.splitlines()[3:]]
+    template = tomllib.loads("\n".join(lines))
+    listed: dict[str, Any] = {
+        name: {key: {} for key in value} if isinstance(value, dict) else {}
+        for name, value in template.items()
+    }
+    assert listed == figures(DecisionCase)
 
 
 def test_custom_gate_limits_are_reported_and_unknown_money_is_shown_as_not_known() -> None:
