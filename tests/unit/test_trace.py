@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.cost.memory import levels, memory_profile
+from memfit.techniques import compiled_regions
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import with_blocks
 from memfit.types.errors import UserError
@@ -404,3 +405,80 @@ def test_a_compiled_block_that_ends_in_a_view_makes_no_copy() -> None:
     eager = trace(job, Plan(), device="cuda")
     peaks = [memory_profile(t, Calibration()).peak_bytes for t in (compiled, eager)]
     assert peaks[0] <= peaks[1]
+
+
+class _Product(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ x.T @ x
+
+
+class _Squared(nn.Module):
+    """A layer, and two products if the submodule, the flag or the argument says so."""
+
+    def __init__(self, flag: bool, submodule: bool) -> None:
+        super().__init__()
+        self.layer, self.flag = nn.Linear(8, 8), flag
+        self.last = _Product() if submodule else nn.Identity()
+
+    def forward(self, x: torch.Tensor, argument: bool) -> torch.Tensor:
+        x = self.last(self.layer(x))
+        return x @ x.T @ x if self.flag or argument else x
+
+
+class _Alternating(nn.Module):
+    """Four blocks of which the second and the fourth compute products."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+        self.blocks = nn.ModuleList(
+            _Squared(self._applies("flag", i), self._applies("submodule", i)) for i in range(4)
+        )
+
+    def _applies(self, reason: str, index: int) -> bool:
+        return self.reason == reason and index % 2 == 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.blocks):
+            if self._applies("changed flag", i):
+                block.flag = True
+            x = block(x, self._applies("argument", i))
+        return x
+
+
+@pytest.mark.parametrize("reason", ["flag", "submodule", "argument", "changed flag"])
+def test_compiled_blocks_that_are_alike_in_shapes_only_run_their_own_operators(reason: str) -> None:
+    job = dataclasses.replace(
+        regression(),
+        build_model=lambda: _Alternating(reason),
+        make_batch=lambda step, seed: (torch.zeros(32, 8), torch.zeros(32, 8)),
+    )
+    eager, compiled = (
+        sum(o.op in ("aten.mm.default", "aten.addmm.default") for o in trace(job, Plan(uses=uses)).ops)
+        for uses in ((), (use("compile", scope="blocks"),))
+    )
+    assert compiled == eager
+
+
+def test_compiled_blocks_that_differ_only_in_their_number_share_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Any] = []
+    inner = compiled_regions.Pair.__init__
+    monkeypatch.setattr(compiled_regions.Pair, "__init__", lambda *args: made.append(inner(*args)))
+
+    class Numbered(nn.Module):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.layer, self.index = nn.Linear(8, 8), index
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).relu()  # type: ignore[no-any-return]
+
+    job = dataclasses.replace(
+        regression(),
+        build_model=lambda: nn.Sequential(*(Numbered(i) for i in range(6))),
+        make_batch=lambda step, seed: (torch.zeros(32, 8), torch.zeros(32, 8)),
+    )
+    trace(job, Plan(uses=(use("compile", scope="blocks"),)))
+    assert len(made) == 2  # only the first has an input without a gradient

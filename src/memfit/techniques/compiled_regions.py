@@ -54,17 +54,19 @@ _REDUCTIONS = frozenset(
 class Region:
     """Calls a module through its two graphs, and, where gradients are disabled, through its own forward.
 
-    ``graphs`` is shared by the regions of one model. Modules of one class share a `Pair` if the names of
-    their parameters and buffers and the shapes, strides, dtypes and requires_grad of all tensors are equal.
-    Arguments that are no tensors are not compared; the pair keeps those of its first call.
+    ``graphs`` is shared by the regions of one model. Modules of one ``kind``, which do the same, share a
+    `Pair` for calls that are alike: shapes, strides, dtypes and requires_grad of all tensors are equal, other
+    arguments are equal if they are numbers, texts or the like and else the same object, and those attributes
+    that are numbers, texts or the like have changed alike since the regions were made.
 
     ``recompute`` is set if operators inside the compiled module are checkpointed, else None. It returns a new
     predicate that is called with forward's operators in their order and says whether the result of each is
     kept for backward.
     """
 
-    def __init__(self, module: torch.nn.Module, graphs: dict[Any, Any]) -> None:
-        self.module, self.graphs, self.inner = module, graphs, module.forward
+    def __init__(self, module: torch.nn.Module, graphs: dict[Any, Any], kind: int) -> None:
+        self.module, self.graphs, self.kind, self.inner = module, graphs, kind, module.forward
+        self.attributes = _plain_attributes(module)
         self.recompute: Callable[[], Callable[[Any], bool]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,12 +76,22 @@ class Region:
         leaves, spec = _pytree.tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [*state.values(), *(leaves[i] for i in places)]
-        key = (type(self.module), tuple(state), tuple(map(_shape, tensors)), torch.is_autocast_enabled("cpu"))
+        key = (
+            self.kind,
+            frozenset(_plain_attributes(self.module).items() - self.attributes.items()),
+            tuple(state),
+            repr(spec),
+            tuple(map(_traits, [*state.values(), *leaves])),
+            torch.is_autocast_enabled("cpu"),
+        )
         if key not in self.graphs:
             call = self._functional(tuple(state), leaves, places, spec)
-            self.graphs[key] = Pair(call, tensors, range(len(state)), self.recompute)
-        outs = _Run.apply(self.graphs[key], *tensors)  # type: ignore[no-untyped-call]
-        return outs[0] if self.graphs[key].single else outs
+            others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+            pair = Pair(call, tensors, range(len(state)), self.recompute)
+            self.graphs[key] = pair, others  # kept alive, so that their ids stay unique
+        pair, _ = self.graphs[key]
+        outs = _Run.apply(pair, *tensors)  # type: ignore[no-untyped-call]
+        return outs[0] if pair.single else outs
 
     def _functional(self, names: tuple[str, ...], leaves: list[Any], places: list[int], spec: Any) -> Any:
         from torch.nn.utils.stateless import _reparametrize_module
@@ -98,8 +110,26 @@ class Region:
         return call
 
 
-def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
+_PLAIN = bool | int | float | str | None | torch.dtype | torch.device | torch.Size
+
+
+def _traits(value: Any) -> tuple[Any, ...]:
+    """Return what a graph depends on: of a tensor the layout, of a plain value the value, of another object
+    which one it is."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
+    return (type(value), value if isinstance(value, _PLAIN) else id(value))
+
+
+def _plain_attributes(module: torch.nn.Module) -> dict[tuple[str, str], Any]:
+    """Return the attributes of the module and its submodules that are numbers, texts and the like, by the
+    names of submodule and attribute."""
+    return {
+        (name, attribute): value
+        for name, submodule in module.named_modules()
+        for attribute, value in vars(submodule).items()
+        if isinstance(value, _PLAIN)
+    }
 
 
 class Pair:
