@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -223,6 +224,88 @@ def _cuts(layers: list[nn.Module], shape: tuple[int, ...]) -> dict[str, tuple[in
 def test_modules_of_one_class_that_differ_only_in_a_tuple_are_tried_separately() -> None:
     found = _cuts([_Along((0, 1, 2, 3)), _Along((0, 2, 1, 3))], (2, 40, 40, 16))
     assert (found["0"], found["1"]) == ((1, 1), (2, 2))
+
+
+class _Around(nn.Module):
+    """Applies a module between two layers; only the class of that module says what it does."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.up, self.middle, self.down = nn.Linear(8, 256), middle, nn.Linear(256, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.middle(self.up(x)).exp())  # type: ignore[no-any-return]
+
+
+class _RunningSum(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(1)
+
+
+class _Squeezed(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.squeeze()
+
+
+def test_modules_that_differ_only_in_the_class_of_a_submodule_are_tried_separately() -> None:
+    found = _cuts([_Around(nn.Identity()), _Around(_RunningSum())], (2, 40, 8))
+    assert found["0"] == (1, 1)
+    assert "1" not in found
+
+
+def test_a_module_that_drops_the_axis_of_a_slice_of_one_element_is_not_cut() -> None:
+    assert "0" not in _cuts([_Around(_Squeezed())], (2, 40, 8))
+
+
+class _Biased(nn.Module):
+    """Positions are independent unless the softmax runs along them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 256), nn.Linear(256, 8)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor, along: int = 2) -> torch.Tensor:
+        return self.down((self.up(x) + bias.mean(-1, keepdim=True)).softmax(along))  # type: ignore[no-any-return]
+
+
+class _CallsBiased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = _Biased()
+
+    def forward(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.layer(given["x"], given["bias"])  # type: ignore[no-any-return]
+
+
+def test_calls_that_differ_from_the_first_give_the_results_of_the_whole_module() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    x, bias = (torch.randn(shape, generator=numbers) for shape in ((2, 40, 8), (40, 16)))
+    job = Job(
+        name="biased",
+        build_model=_CallsBiased,
+        make_batch=lambda step, seed: {"x": x, "bias": bias},
+        loss=lambda model, given: model(given).square().mean(),
+        batch_size=2,
+    )
+    layer: Any = TrainingStep(job, Plan(uses=(make_use("chunking", {"parts": 16}),))).model.layer
+    slices: list[int] = []
+    layer.up.register_forward_hook(lambda module, args, out: slices.append(out.shape[1]))
+    calls: dict[str, tuple[bool, Callable[[Any], torch.Tensor]]] = {
+        "as first": (True, lambda call: call(x, bias)),
+        "another batch size": (True, lambda call: call(torch.cat([x, x]), bias)),
+        "fewer positions": (True, lambda call: call(x[:, :13], bias[:13])),
+        "by keyword": (False, lambda call: call(x, bias=bias)),
+        "in another order": (False, lambda call: call(bias=bias, x=x)),
+        "along positions": (False, lambda call: call(x, bias, 1)),
+        "one bias for all positions": (False, lambda call: call(x, bias[:1])),
+        "a bias for each sample": (False, lambda call: call(x, bias.expand(2, 40, 16))),
+        "no positions": (False, lambda call: call(x[:, :0], bias[:0])),
+    }
+    for name, (is_cut, run) in calls.items():
+        expected = run(functools.partial(_Biased.forward, layer))
+        slices.clear()
+        torch.testing.assert_close(run(layer), expected, msg=name)
+        assert (len(slices) > 1) == is_cut, name
 
 
 def test_axes_coupled_by_near_or_far_positions_are_not_cut() -> None:

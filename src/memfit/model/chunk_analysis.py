@@ -45,9 +45,9 @@ class ChunkCut:
     form: tuple[object, ...]
 
     def length(self, leaves: list[Any], spec: Any) -> int:
-        """Return the length of the cut axes in a call with these flattened (args, kwargs). Return 0 if this is
-        not one length, or if the call has another `_form` than the one that was tried: slices of it may not be
-        independent, and its tensors may have other axes."""
+        """Return the length of the cut axes in a call with these flattened (args, kwargs). Return 0 if there
+        are several lengths, or if the call has another `_form` than the one that was tried: its slices may
+        depend on each other, or its tensors may have other axes."""
         if _form(leaves, spec) != self.form:
             return 0
         lengths = {leaves[leaf].shape[axis] for leaf, axis in self.axes.items()}
