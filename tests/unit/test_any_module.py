@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -355,6 +355,72 @@ def test_sequence_lengths_that_depend_on_weights_follow_the_given_bound() -> Non
     assert any("gave 144 of 144" in a for a in memfit.estimate(case, bound=1.0).estimate.assumptions)
 
 
+class Trimmed(Packed):
+    """Reads the lengths that come back from a packed batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = (x[:, :, 0] > 0.5).long().sum(1).clamp(min=1).sort(descending=True).values
+        if self.by_weights:
+            lengths = (lengths * self.body.bias_hh_l0[0].exp()).long()
+        packed = pack_padded_sequence(x, lengths, batch_first=True)
+        out, lengths = pad_packed_sequence(self.body(packed)[0], batch_first=True)
+        return out[:, : int(lengths.max())]
+
+
+@pytest.mark.parametrize("by_weights", [False, True])
+def test_lengths_of_a_packed_batch_are_called_known_only_if_they_follow_from_the_batch(
+    by_weights: bool,
+) -> None:
+    case = dataclasses.replace(job(residual, 6, 24, 16), build_model=lambda: Trimmed(by_weights))
+    answers = [a for a in trace(case, Plan()).assumptions if a.startswith(".item() on torch.int64 answered")]
+    assert {"as in the batch" in a for a in answers} == {not by_weights}
+
+
+def written_in_parts(m: Any, x: torch.Tensor) -> torch.Tensor:
+    keeps = torch.zeros(40, dtype=torch.bool)
+    keeps[:20] = m.first(x)[:20].argmax(1) < 16
+    return m.second(x[keeps])
+
+
+def written_as_output(m: Any, x: torch.Tensor) -> torch.Tensor:
+    ends = torch.zeros(5, dtype=torch.int64)
+    torch.cumsum(m.first(x)[:4].argmax(1), 0, out=ends[1:])
+    return m.second(x[: ends[-1].clamp(1, 40).item()])
+
+
+def of_another_librarys_operator(m: Any, x: torch.Tensor) -> torch.Tensor:
+    rows = torch.ops.memfit_tests.even(m.first(x).argmax(1))
+    return m.second(x[: len(rows)])
+
+
+@pytest.fixture
+def even_operator() -> Iterator[None]:
+    """An operator whose result has a size that depends on values."""
+    library = torch.library.Library("memfit_tests", "DEF")
+    library.define("even(Tensor x) -> Tensor", tags=(torch.Tag.dynamic_output_shape,))
+    library.impl("even", lambda x: x[x % 2 == 0], "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("even_operator")
+@pytest.mark.parametrize("forward", [written_in_parts, written_as_output, of_another_librarys_operator])
+def test_values_that_follow_from_assumed_ones_are_not_called_known(forward: Any) -> None:
+    found = trace(job(forward), Plan())
+    assert found.assumed
+    assert not any("as in the batch" in a for a in found.assumptions)
+
+
+def test_a_tensor_into_which_unknown_values_are_written_is_no_longer_known() -> None:
+    def summed(m: Any, x: torch.Tensor) -> torch.Tensor:
+        ends = torch.zeros(5, dtype=torch.int64)
+        torch.cumsum(m.first(x)[:4, 0].exp().long(), 0, out=ends[1:])
+        return m.second(x[: ends[-1].item()])
+
+    with pytest.raises(UserError, match="determines how much memory the step takes"):
+        trace(job(summed), Plan())
+
+
 # --- sizes that depend on parameters: a bound is used, or the error is one line
 
 
@@ -495,7 +561,9 @@ def test_a_value_that_decides_no_sizes_is_reported_as_an_assumption() -> None:
         return h
 
     found = memfit.estimate(job(logged))
-    assert sum("answered 1" in a for a in found.estimate.assumptions) == 2
+    answers = [a for a in found.estimate.assumptions if a.startswith(".item()")]
+    assert {a.split()[2] for a in answers} == {"torch.int64", "torch.float32"}
+    assert not any("as in the batch" in a for a in answers)
     assert "assumed" in str(found)
     assert "assumed" in found._repr_html_()
 
