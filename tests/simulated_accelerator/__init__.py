@@ -1,0 +1,115 @@
+"""A simulated accelerator for tests: a PyTorch device "sim" whose memory lies in host memory.
+
+    import simulated_accelerator
+
+    simulated_accelerator.activate(capacity_bytes=2**30)
+    torch.ones(3, device="sim")
+
+It has what programs ask of an accelerator: memory of a hard capacity with ``torch.OutOfMemoryError`` and
+the statistics of ``torch.accelerator``, streams and events, pinned host memory, a random generator of its
+own, autocast with CUDA's lists, and collectives over gloo. It computes with the CPU's kernels, so its numbers
+are the CPU's. `device.cpp` says what it does not simulate.
+
+Importing this package does nothing. `activate` makes "sim" the accelerator of the whole process, which cannot
+be undone, so tests call it in child processes only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import platformdirs
+
+_SOURCE: Final = Path(__file__).with_name("device.cpp")
+_LIBRARY: Final = "sim_device"
+_BUILD_LIMIT_S: Final = 600.0
+_BUILD: Final = (
+    "import sys; from torch.utils.cpp_extension import load;"
+    "load(sys.argv[1], [sys.argv[2]], extra_cflags=['-O1', '-w'], build_directory=sys.argv[3])"
+)
+
+
+def missing() -> str | None:
+    """Return what is missing to compile the device, in one line, or None."""
+    compiler = os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension chooses it
+    if sys.platform != "linux":
+        return "the simulated accelerator is built on Linux only"
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler found ({compiler})"
+    if shutil.which("ninja") is None:
+        return "ninja, with which torch builds extensions, is not installed"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "the headers of Python are not installed"
+    return None
+
+
+def build() -> Path:
+    """Return the path of the device's library, and compile it if it is not cached, which takes about half a
+    minute. Raises subprocess.CalledProcessError if it does not compile."""
+    folder = _cache_folder()
+    library = folder / f"{_LIBRARY}.so"
+    if library.exists():
+        return library
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        # In a process of its own: torch loads what it has built.
+        command = [sys.executable, "-c", _BUILD, _LIBRARY, str(_SOURCE), str(draft)]
+        subprocess.run(command, check=True, timeout=_BUILD_LIMIT_S, stdout=sys.stderr)
+        if not library.exists():  # another process may have been faster
+            draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return library
+
+
+def _cache_folder() -> Path:
+    import torch
+
+    parts = f"{torch.__version__} {sys.implementation.cache_tag} {_BUILD}".encode()
+    digest = hashlib.sha256(parts + _SOURCE.read_bytes()).hexdigest()[:16]
+    return platformdirs.user_cache_path("memfit") / f"simulated_accelerator-{digest}"
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Return the device's library. Loading it registers kernels, but no device."""
+    import torch  # noqa: F401 (its libraries must be loaded first)
+
+    spec = importlib.util.spec_from_file_location(_LIBRARY, build())
+    assert spec is not None
+    assert spec.loader is not None
+    library = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(library)
+    return library
+
+
+def activate(*, devices: int = 1, capacity_bytes: int = 2**30) -> ModuleType:
+    """Make "sim" the accelerator of this process, with so many devices of this capacity each. Return its
+    module, which is ``torch.sim`` from now on. It can be called once in a process."""
+    import torch
+
+    if hasattr(torch, "sim"):
+        raise RuntimeError("the simulated accelerator is active already")
+    library = load()
+    torch.utils.rename_privateuse1_backend("sim")
+    library.start(devices, capacity_bytes)
+    if torch.distributed.is_available():
+        library.share_collectives()
+        torch.distributed.Backend.default_device_backend_map["sim"] = "gloo"
+    from simulated_accelerator import device_module
+
+    torch._register_device_module("sim", device_module)
+    torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
+    return device_module
