@@ -108,6 +108,7 @@ def activate(*, devices: int = 1, capacity_bytes: int = 2**30) -> ModuleType:
     if torch.distributed.is_available():
         library.share_collectives()
         torch.distributed.Backend.default_device_backend_map["sim"] = "gloo"
+        torch.distributed.Backend.backend_capability["gloo"].append("sim")
     from simulated_accelerator import device_module
 
     torch._register_device_module("sim", device_module)

@@ -9,7 +9,8 @@
 // pinned memory arrive only where the program has synchronized (Order).
 //
 // Not simulated: speed, overlap, fragmentation, workspaces of a GPU's kernels, the reuse of memory that another
-// stream still reads (record_stream does nothing), late copies to the device, sparse tensors, fused LSTM cells.
+// stream still reads (record_stream does nothing), late copies to the device, sparse tensors, fused LSTM cells,
+// and random operators on DTensors, which count offsets in the state of CUDA's generator.
 //
 // Nothing is registered when this library is loaded but kernels of PrivateUse1; `start` makes it the process's
 // accelerator. What `start` makes is never destroyed, because tensors may be freed while the process exits.
@@ -43,6 +44,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -201,6 +203,11 @@ struct DeviceMemory final : c10::DeviceAllocator {
     check_index(index);
     std::lock_guard<std::mutex> hold(mutex);
     devices[index].capacity = devices[index].limit = bytes;
+  }
+  double fraction(DeviceIndex index) {
+    check_index(index);
+    std::lock_guard<std::mutex> hold(mutex);
+    return static_cast<double>(devices[index].limit) / static_cast<double>(devices[index].capacity);
   }
   void set_fraction(DeviceIndex index, double fraction) {
     check_index(index);
@@ -568,6 +575,17 @@ class Lend {
 
 // -- kernels of the CPU on memory of the device --------------------------------------------------------------
 
+// A tensor with the sizes of another one, on a storage that lies elsewhere.
+at::Tensor alias(const at::Tensor& like, c10::Storage storage, DispatchKeySet keys) {
+  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, like.dtype());
+  auto* impl = made.unsafeGetTensorImpl();
+  impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
+  if (like.is_conj()) impl->_set_conj(true);
+  if (like.is_neg()) impl->_set_neg(true);
+  if (like.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
+  return made;
+}
+
 // One call of an operator on CPU tensors that share the memory of the device tensors among its arguments.
 //
 // Each device storage is shared once, so that the kernel sees which tensors overlap. What the kernel returns is
@@ -576,7 +594,8 @@ class Lend {
 // (`out=`, `resize_`, `set_`) are written back.
 class HostCall {
  public:
-  void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  template <class Kernel>
+  void run(const c10::OperatorHandle& op, torch::jit::Stack* stack, Kernel kernel) {
     HostOnly host_only;
     const auto& schema = op.schema();
     size_t first = stack->size() - schema.arguments().size();
@@ -587,7 +606,7 @@ class HostCall {
       if (op.hasTag(at::Tag::nondeterministic_seeded)) {
         lend.emplace(generator_.defined() ? generator_ : default_generator(device().index()));
       }
-      op.redispatchBoxed(kHostKeys, stack);
+      kernel();
     }
     write_back();
     for (size_t i = first; i < stack->size(); ++i) (*stack)[i] = to_device((*stack)[i]);
@@ -638,17 +657,6 @@ class HostCall {
     }
     TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two devices, ", *device_,
                 has_host_tensor_ ? " and cpu" : " and another one", "! (", name, ")");
-  }
-
-  // A tensor with the sizes of another one, on a storage that lies elsewhere.
-  static at::Tensor alias(const at::Tensor& like, c10::Storage storage, DispatchKeySet keys) {
-    auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, like.dtype());
-    auto* impl = made.unsafeGetTensorImpl();
-    impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
-    if (like.is_conj()) impl->_set_conj(true);
-    if (like.is_neg()) impl->_set_neg(true);
-    if (like.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
-    return made;
   }
 
   static void* data_of(const c10::Storage& storage) {
@@ -750,7 +758,9 @@ class HostCall {
   }
 };
 
-void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) { HostCall().run(op, stack); }
+void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  HostCall().run(op, stack, [&] { op.redispatchBoxed(kHostKeys, stack); });
+}
 
 // -- kernels of the device's own -----------------------------------------------------------------------------
 
@@ -868,21 +878,23 @@ void convolution_backward(const c10::OperatorHandle& own, torch::jit::Stack* sta
   run_on_host(op, stack);
 }
 
-// The CPU's choice among its own kernels of attention. Fake tensors have no memory to share: they take the
-// formula.
+// The CPU's choice among its own kernels of attention, which depends on sizes, not on values: fake tensors have one
+// too. Other subclasses of tensors, as those of tensor parallelism, take the formula, whose operators they know.
 int64_t attention_kernel(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                          const std::optional<at::Tensor>& mask, double dropout_p, bool is_causal,
                          std::optional<double> scale, bool enable_gqa) {
   constexpr int64_t kFormula = 0;
-  if (query.key_set().has(DispatchKey::Python)) return kFormula;
+  bool is_subclass = query.key_set().has(DispatchKey::Python);
+  bool is_fake = is_subclass && query.has_storage() && query.storage().device_type() == c10::DeviceType::Meta;
+  if (is_subclass && (!is_fake || query.unsafeGetTensorImpl()->has_symbolic_sizes_strides())) return kFormula;
   HostOnly host_only;
-  HostCall call;
-  auto host = [&](const at::Tensor& tensor) {
-    return tensor.defined() ? call.to_host(tensor).set_requires_grad(tensor.requires_grad()) : tensor;
+  auto on_host = [](const at::Tensor& tensor) {
+    c10::Storage none(c10::Storage::use_byte_size_t(), 0, c10::DataPtr());
+    return alias(tensor, none, kHostKeys).set_requires_grad(tensor.requires_grad());
   };
   std::optional<at::Tensor> host_mask;
-  if (mask.has_value()) host_mask = host(*mask);
-  return at::_fused_sdp_choice(host(query), host(key), host(value), host_mask, dropout_p, is_causal, scale,
+  if (mask.has_value() && mask->defined()) host_mask = on_host(*mask);
+  return at::_fused_sdp_choice(on_host(query), on_host(key), on_host(value), host_mask, dropout_p, is_causal, scale,
                                enable_gqa);
 }
 
@@ -937,18 +949,30 @@ struct Silence final : c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
 
-// Collectives run on the host's backend (gloo), on shared memory. PyTorch has kernels for this key that look for
-// a backend of the device; the ones registered here replace them, of which PyTorch warns once.
+// PyTorch's collective for this key, which asks the process group for its backend of the device. The backend is
+// gloo, which takes host tensors only.
+struct Collective final : c10::OperatorKernel {
+  c10::SafeKernelFunction kernel;
+
+  explicit Collective(c10::SafeKernelFunction own) : kernel(std::move(own)) {}
+  void operator()(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
+    HostCall().run(op, stack, [&] { kernel.callBoxed(op, kDeviceKeys, stack); });
+  }
+};
+
+// Lets gloo work on memory of the device. The kernels replace PyTorch's, of which PyTorch would warn.
 void share_collectives() {
-  static torch::Library* library = nullptr;
-  if (library != nullptr) return;
+  auto& dispatcher = c10::Dispatcher::singleton();
   Silence silence;
   c10::WarningUtils::WarningHandlerGuard quiet(&silence);
-  library = new torch::Library(torch::Library::IMPL, "c10d", DispatchKey::PrivateUse1, __FILE__, __LINE__);
-  for (const auto& name : c10::Dispatcher::singleton().getRegistrationsForDispatchKey(DispatchKey::PrivateUse1)) {
+  static auto* library =
+      new torch::Library(torch::Library::IMPL, "c10d", DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  for (const auto& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::PrivateUse1)) {
     if (name.getNamespace() != std::string_view("c10d")) continue;
+    auto kernel = dispatcher.findOp(name)->getComputedKernelForDispatchKey(DispatchKey::PrivateUse1);
     std::string full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
-    library->impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+    library->impl(full.c_str(),
+                  torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Collective>(std::move(kernel))));
   }
 }
 
@@ -1023,6 +1047,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_capacity", [](int index, size_t bytes) { memory().set_capacity(static_cast<DeviceIndex>(index), bytes); });
   m.def("set_fraction",
         [](int index, double fraction) { memory().set_fraction(static_cast<DeviceIndex>(index), fraction); });
+  m.def("fraction", [](int index) { return memory().fraction(static_cast<DeviceIndex>(index)); });
   m.def("default_generator", [](int index) { return default_generator(static_cast<DeviceIndex>(index)); });
   m.def("set_late_copies", [](bool on) { order().set_late(on); });
   m.def("pinned_bytes", [] {

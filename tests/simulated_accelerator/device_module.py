@@ -41,6 +41,7 @@ __all__ = [
     "get_amp_supported_dtype",
     "get_device_name",
     "get_device_properties",
+    "get_per_process_memory_fraction",
     "get_rng_state",
     "get_rng_state_all",
     "init",
@@ -143,6 +144,10 @@ def get_amp_supported_dtype() -> list[torch.dtype]:
 def set_capacity(capacity_bytes: int, device: _Device = None) -> None:
     """Set the memory of a device. A fraction that was set is forgotten. What is allocated stays."""
     _library.set_capacity(_get_device_index(device, optional=True), capacity_bytes)
+
+
+def get_per_process_memory_fraction(device: _Device = None) -> float:
+    return float(_library.fraction(_get_device_index(device, optional=True)))
 
 
 def set_per_process_memory_fraction(fraction: float, device: _Device = None) -> None:

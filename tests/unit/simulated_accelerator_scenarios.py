@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -252,9 +253,12 @@ def autocast() -> dict[str, Any]:
     }
 
 
-class _Devices(TorchDispatchMode):
+class _Operators(TorchDispatchMode):
+    """Names of the operators that ran, and of those with a tensor on the host."""
+
     def __init__(self) -> None:
         super().__init__()
+        self.names: set[str] = set()
         self.host: set[str] = set()
 
     def __torch_dispatch__(
@@ -264,6 +268,7 @@ class _Devices(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
         if any(t.device.type == "cpu" for t in tensors):
             self.host.add(str(func))
+        self.names.add(str(func))
         return result
 
 
@@ -272,10 +277,26 @@ def host_tensors_in_a_step() -> list[str]:
     model = made("sim", lambda: Transformer(dropout=0.1))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = batch(0, "sim")
-    with _Devices() as devices:
+    with _Operators() as operators:
         loss_of(model, tokens).backward()
         optimizer.step()
-    return sorted(devices.host)
+    return sorted(operators.host)
+
+
+def fake_tensors() -> dict[str, Any]:
+    """A training step on fake tensors of the device."""
+    before, operators = torch.accelerator.memory_allocated(), _Operators()
+    with FakeTensorMode(), torch.device("sim"), operators:
+        model = Transformer(dropout=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        loss = loss_of(model, torch.zeros(BATCH, LENGTH + 1, dtype=torch.long))
+        loss.backward()
+        optimizer.step()
+    return {
+        "device": str(loss.device),
+        "memory": torch.accelerator.memory_allocated() - before,
+        "fused attention": sorted(name for name in operators.names if "flash_attention" in name),
+    }
 
 
 # -- memory ------------------------------------------------------------------------------------------
@@ -351,7 +372,7 @@ def out_of_memory() -> dict[str, Any]:
     left = torch.accelerator.memory_allocated()
     ooms = torch.accelerator.memory_stats()["num_ooms"]
     torch.sim.set_per_process_memory_fraction((forward + backward) / 2 / torch.sim.mem_get_info()[1])
-    limited = failure(step)
+    limited, fraction = failure(step), torch.sim.get_per_process_memory_fraction()
     torch.sim.set_per_process_memory_fraction(1.0)
     released = failure(step)
     model.zero_grad()
@@ -362,6 +383,7 @@ def out_of_memory() -> dict[str, Any]:
         "left": left - live,
         "ooms": ooms,
         "limited": limited,
+        "fraction": fraction * torch.sim.mem_get_info()[1] - (forward + backward) / 2,
         "released": released,
         "recovered": on_both(lambda device: train(made(device), device)),
         "huge": failure(lambda: torch.empty(2**61, dtype=torch.uint8, device="sim")),
@@ -662,13 +684,48 @@ def _sharded(model: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
+def _tensor_parallel() -> list[list[float]]:
+    """The loss and the sum of a gradient of two layers, whole and split over the ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = made("sim", lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+    inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).to("sim")
+    whole = model(inputs).square().sum()
+    whole.backward()
+    results = [[whole.item(), model[0].weight.grad.abs().sum().item()]]
+    model.zero_grad()
+    parallelize_module(model, init_device_mesh("sim", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    split = model(inputs).square().sum()
+    split.backward()
+    return [*results, [split.item(), model[0].weight.grad.full_tensor().abs().sum().item()]]
+
+
+def _pipeline(rank: int) -> list[float]:
+    """The sum of this stage's gradient, by a pipeline of two stages and by one process."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output - target).square().mean()
+
+    stages = made("sim", lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    inputs = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to("sim")
+    loss(stages(inputs), inputs).backward()
+    alone = stages[rank].weight.grad.abs().sum().item()
+    stages.zero_grad()
+    stage = PipelineStage(stages[rank], rank, 2, torch.device("sim:0"))
+    schedule = Schedule1F1B(stage, 4, loss_fn=loss)
+    schedule.step(inputs) if rank == 0 else schedule.step(target=inputs)
+    return [stages[rank].weight.grad.abs().sum().item(), alone]
+
+
 def ranks() -> dict[str, Any]:
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
     from torch.nn.parallel import DistributedDataParallel
 
-    dist.init_process_group("gloo")
+    dist.init_process_group()  # gloo for tensors of the device; the host's have no backend, as with NCCL
     rank = dist.get_rank()
     result: dict[str, Any] = {"alone": _trained_alone()}
     result["ddp"], _ = _trained_by_ranks(DistributedDataParallel)
@@ -686,14 +743,24 @@ def ranks() -> dict[str, Any]:
         lambda model: _sharded(model, offload_policy=CPUOffloadPolicy())
     )
     result["offloaded devices"] = sorted({p.to_local().device.type for p in offloaded.parameters()})
+    result["tensor parallel"] = _tensor_parallel()
+    result["pipeline"] = _pipeline(rank)
     gathered = torch.empty(2, device="sim")
     dist.all_gather_into_tensor(gathered, torch.full((1,), float(rank), device="sim"))
     parts = [torch.empty(1, device="sim") for _ in range(2)]
     dist.all_gather(parts, torch.full((1,), float(rank), device="sim"))
     sent = torch.full((1,), 5.0, device="sim")
     dist.broadcast(sent, src=0)
+    exchanged = torch.empty(2, device="sim")
+    dist.all_to_all_single(exchanged, torch.tensor([rank * 2.0, rank * 2.0 + 1], device="sim"))
+    work = dist.all_reduce(sent, async_op=True)
+    work.wait()
+    objects: list[Any] = [None, None]
+    dist.all_gather_object(objects, {"rank": rank})
     dist.barrier()
-    result["gathered"] = [gathered.tolist(), [part.item() for part in parts], sent.item()]
+    result["gathered"] = [gathered.tolist(), [part.item() for part in parts]]
+    result["sent"] = [sent.item(), exchanged.tolist(), objects]
+    result["host"] = failure(lambda: dist.all_reduce(torch.ones(1)))
     dist.destroy_process_group()
     return result
 

@@ -42,7 +42,15 @@ class Results:
 
 @pytest.fixture(scope="module")
 def computing(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    names = ("training", "convolutions", "operators", "autocast", "host_tensors_in_a_step", "peak")
+    names = (
+        "training",
+        "convolutions",
+        "operators",
+        "autocast",
+        "host_tensors_in_a_step",
+        "fake_tensors",
+        "peak",
+    )
     return Results(run(tmp_path_factory.mktemp("computing"), *names)[0])
 
 
@@ -113,6 +121,13 @@ def test_a_training_step_has_no_tensor_on_the_host(computing: Results) -> None:
     assert computing["host_tensors_in_a_step"] == []
 
 
+def test_fake_tensors_of_the_device_train_without_its_memory(computing: Results) -> None:
+    result = computing["fake_tensors"]
+    assert result["device"] == "sim:0"
+    assert result["memory"] == 0
+    assert len(result["fused attention"]) == 2  # forward and backward
+
+
 def test_autocast_casts_as_on_cuda(computing: Results) -> None:
     result = computing["autocast"]
     assert result["dtypes"] == {
@@ -181,6 +196,7 @@ def test_training_recovers_after_it_ran_out_of_memory(behaving: Results) -> None
     assert result["left"] == 0
     assert result["ooms"] == 2
     assert result["released"] == ""  # the limit is lifted
+    assert result["fraction"] == pytest.approx(0, abs=1)
     on_cpu, on_device = result["recovered"]
     assert on_device == on_cpu
 
@@ -293,9 +309,27 @@ def test_the_full_state_is_gathered_on_the_host_of_the_first_rank(by_ranks: list
     assert second["full sizes"] == 0
 
 
-def test_collectives_reach_the_other_rank(by_ranks: list[Any]) -> None:
+def test_tensor_parallel_layers_compute_what_whole_ones_do(by_ranks: list[Any]) -> None:
     for rank in by_ranks:
-        assert rank["gathered"] == [[0, 1], [0, 1], 5]
+        whole, split = rank["tensor parallel"]
+        assert split == pytest.approx(whole, rel=1e-6)
+
+
+def test_pipeline_stages_have_the_gradients_of_one_process(by_ranks: list[Any]) -> None:
+    for rank in by_ranks:
+        by_stages, alone = rank["pipeline"]
+        assert by_stages == pytest.approx(alone, rel=1e-6)
+
+
+def test_collectives_reach_the_other_rank(by_ranks: list[Any]) -> None:
+    for index, rank in enumerate(by_ranks):
+        assert rank["gathered"] == [[0, 1], [0, 1]]
+        assert rank["sent"] == [10, [index, index + 2], [{"rank": 0}, {"rank": 1}]]
+
+
+def test_tensors_of_the_host_have_no_backend_beside_the_devices(by_ranks: list[Any]) -> None:
+    for rank in by_ranks:
+        assert "No backend type associated with device type cpu" in rank["host"]
 
 
 # -- the process that activates nothing ------------------------------------------------------------------
