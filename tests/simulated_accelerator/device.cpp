@@ -1004,8 +1004,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("record_stream", &record_stream);
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
-  // These have a composite kernel, which would win over the fallback, beside the CPU's.
-  for (const char* name : {"native_layer_norm", "native_group_norm"}) {
+  // Beside the CPU's kernel these have a composite one, which would win over the fallback and takes more memory.
+  for (const char* name : {"native_layer_norm", "native_group_norm", "silu_backward", "mish_backward", "addr",
+                           "linalg__powsum", "native_channel_shuffle"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   }
 }

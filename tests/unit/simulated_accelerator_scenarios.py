@@ -272,6 +272,31 @@ class _Operators(TorchDispatchMode):
         return result
 
 
+def composite_kernels() -> dict[str, bool]:
+    """Whether autograd runs the same operators on the device as on the CPU."""
+    x = torch.linspace(-2, 2, 64).reshape(1, 8, 8)
+    cases: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "layer_norm": lambda t: functional.layer_norm(t, (8,)),
+        "group_norm": lambda t: functional.group_norm(t, 2),
+        "silu": functional.silu,
+        "mish": functional.mish,
+        "gelu": functional.gelu,
+        "softmax": lambda t: t.softmax(-1),
+        "rms_norm": lambda t: functional.rms_norm(t, (8,)),
+        "attention": lambda t: functional.scaled_dot_product_attention(t[None], t[None], t[None]),
+        "addr": lambda t: torch.addr(t[0], t[0, 0], t[0, 1]),
+        "channel_shuffle": lambda t: functional.channel_shuffle(t, 2),
+    }
+
+    def operators(run: Callable[[torch.Tensor], torch.Tensor], device: str) -> list[str]:
+        tensor = x.clone().to(device).requires_grad_()
+        with _Operators() as seen:
+            run(tensor).sum().backward()
+        return sorted(seen.names)
+
+    return {name: operators(run, "cpu") == operators(run, "sim") for name, run in cases.items()}
+
+
 def host_tensors_in_a_step() -> list[str]:
     """Operators that a dispatch mode sees with a CPU tensor while a step runs on the device."""
     model = made("sim", lambda: Transformer(dropout=0.1))

@@ -47,6 +47,7 @@ def computing(tmp_path_factory: pytest.TempPathFactory) -> Results:
         "convolutions",
         "operators",
         "autocast",
+        "composite_kernels",
         "host_tensors_in_a_step",
         "fake_tensors",
         "peak",
@@ -115,6 +116,11 @@ def test_convolutions_and_norms_have_the_losses_of_the_cpu(computing: Results) -
 
 def test_operators_on_views_storages_and_lists_agree_with_the_cpu(computing: Results) -> None:
     assert [name for name, agrees in computing["operators"].items() if not agrees] == []
+
+
+def test_fused_kernels_of_the_cpu_stay_fused_on_the_device(computing: Results) -> None:
+    """A composite kernel in their place would need more memory."""
+    assert [name for name, same in computing["composite_kernels"].items() if not same] == []
 
 
 def test_a_training_step_has_no_tensor_on_the_host(computing: Results) -> None:
