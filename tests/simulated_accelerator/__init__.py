@@ -33,6 +33,7 @@ import platformdirs
 
 _SOURCE: Final = Path(__file__).with_name("device.cpp")
 _LIBRARY: Final = "sim_device"
+_FIRST_TORCH: Final = "2.13"  # its interfaces for backends change between releases
 _BUILD_LIMIT_S: Final = 600.0
 _BUILD: Final = (
     "import sys; from torch.utils.cpp_extension import load;"
@@ -41,10 +42,14 @@ _BUILD: Final = (
 
 
 def missing() -> str | None:
-    """Return what is missing to compile the device, in one line, or None."""
+    """Return why the device cannot be compiled here, in one line, or None."""
+    import torch
+
     compiler = os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension chooses it
     if sys.platform != "linux":
         return "the simulated accelerator is built on Linux only"
+    if torch.torch_version.TorchVersion(torch.__version__) < _FIRST_TORCH:
+        return f"the simulated accelerator needs torch {_FIRST_TORCH}, whose interfaces it implements"
     if shutil.which(compiler) is None:
         return f"no C++ compiler found ({compiler})"
     if shutil.which("ninja") is None:
