@@ -208,7 +208,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no batch": ({"batch": None}, "contains no tensor"),
     "a loader": ({"batch": torch.utils.data.DataLoader([1])}, "next(iter(loader))"),
     "no loss": ({"loss": 3}, "the loss is a int"),
-    "unknown optimizer": ({"optimizer": "adamx"}, "unknown optimizer 'adamx'"),
+    "unknown optimizer": (
+        {"optimizer": "adamx"},
+        "unknown optimizer 'adamx'; allowed: adamw, adam, sgd, adafactor; did you mean 'adam'?",
+    ),
     "no optimizer": ({"optimizer": 3}, "the optimizer is a int"),
     "another's optimizer": ({"optimizer": torch.optim.SGD(net().parameters())}, "of this model"),
     "unknown technique": ({"plan": {"bf16-autocas": {}}}, "did you mean 'bf16-autocast'"),

@@ -189,9 +189,9 @@ def test_all_problems_of_a_machine_file_are_listed_in_one_line(tmp_path: Path) -
     message = str(caught.value)
     assert "\n" not in message
     assert caught.value.exit_code == 2
-    assert "device_cuont: unknown key (did you mean device_count?)" in message
+    assert "device_cuont: unknown key (did you mean 'device_count'?)" in message
     assert "device.power_watts: unknown key" in message
-    assert "device.peak_flops.bfloat16.dat: unknown key (did you mean date?)" in message
+    assert "device.peak_flops.bfloat16.dat: unknown key (did you mean 'date'?)" in message
     assert "device.kind: " in message
     assert "device.peak_flops.bfloat16.date: " in message
 
@@ -285,7 +285,7 @@ def test_missing_device_and_host_counts_are_derived_from_the_given_ones(
         ('"hdr"', '"IB-NRD"', "network: unknown network: 'IB-NRD'"),
         ('"hdr"', "3", "network: "),
         ('place = "japan"', 'host = "HGX-A10"', "did you mean HGX-A100"),
-        ("hosts = 4", "hotss = 4", "hotss: unknown key (did you mean hosts?"),
+        ("hosts = 4", "hotss = 4", "hotss: unknown key (did you mean 'hosts'?"),
         ('"A100-80GB"', '"A100"', "device: unknown device: 'A100'"),
     ],
 )
@@ -346,7 +346,7 @@ def test_a_machine_file_may_define_device_host_and_network_as_tables(tmp_path: P
         ('"PCIe4"', '"PCI"', "device.link: unknown link"),
         ("= 200", "= 0", "host.power_w: 0, but a positive number"),
         ("1e9", "-1", "network.bytes_s: -1"),
-        ("power_w", "power", "host.power: unknown key (did you mean power_w?)"),
+        ("power_w", "power", "host.power: unknown key (did you mean 'power_w'?)"),
         ("bytes_s", "byte_s", "network.bytes_s: "),
         ("= 0.5", "= 0", "device.efficiency_ratio.matmul: 0"),
     ],

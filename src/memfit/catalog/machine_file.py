@@ -28,7 +28,6 @@ A device of the catalog with its own price or other figures::
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from memfit.catalog import load
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, suggest
 from memfit.types.machine import Device, Fact, Machine
 
 # Keys of the file that are not fields of the data type.
@@ -204,8 +203,8 @@ def _unknown_keys(data_type: Any, data: Any, prefix: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(data_type)
     for key, value in data.items():
         if key not in hints:
-            matches = difflib.get_close_matches(key, [*_OWN_KEYS.get(data_type, ()), *hints], n=1)
-            yield f"{prefix}{key}: unknown key" + (f" (did you mean {matches[0]}?)" if matches else "")
+            hint = suggest(key, [*_OWN_KEYS.get(data_type, ()), *hints])
+            yield f"{prefix}{key}: unknown key" + (f" ({hint})" if hint else "")
         elif typing.get_origin(hints[key]) is Mapping and isinstance(value, Mapping):
             for inner_key, table in value.items():
                 yield from _unknown_keys(Fact, table, f"{prefix}{key}.{inner_key}.")

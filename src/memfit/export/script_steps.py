@@ -4,11 +4,10 @@ them."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
 from memfit.engines import accelerate
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, suggest
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan, Use
 
@@ -144,11 +143,10 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
     names = [step.name for step in steps]
     for name in acknowledged:
         if name not in (*names, "all"):
-            suggestions = difflib.get_close_matches(name, names, n=1)
             raise UserError(
                 f"not a step that the script must apply itself: --script-applies {name}",
                 allowed=", ".join(("all", *names)),
-                hint=f"did you mean {suggestions[0]}?" if suggestions else "",
+                hint=suggest(name, names),
             )
     if "all" in acknowledged or not (missing := [s for s in steps if s.name not in acknowledged]):
         return

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from memfit.jobs.builtin.batches import as_tensors, step_rng
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, suggest
 from memfit.types.job import Job, OptimizerChoice
 
 if TYPE_CHECKING:
@@ -165,10 +165,9 @@ def _change(config: Any, changes: str, name: str) -> None:
     taken as text. Raises UserError for a setting that the configuration does not have."""
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
-            suggestions = difflib.get_close_matches(key, list(config.to_dict()), n=1)
             raise UserError(
                 f"{PREFIX}{name} has no setting {key!r}",
-                hint=f"did you mean {suggestions[0]}?" if suggestions else "",
+                hint=suggest(key, config.to_dict()),
             )
         try:
             setattr(config, key, json.loads(text))

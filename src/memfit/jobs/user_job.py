@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, suggest
 from memfit.types.job import Job
 
 
@@ -214,11 +213,10 @@ def _attribute(module: ModuleType, name: str, path: str) -> Any:
     if hasattr(module, name) and name:
         return getattr(module, name)
     jobs = [n for n, v in vars(module).items() if _job_like(n, v, module)]
-    suggestions = difflib.get_close_matches(name, jobs, n=1)
     raise UserError(
         f"{path} has no attribute {name!r}",
         allowed=", ".join(jobs) or "none: the file defines no memfit.Job and no function",
-        hint=f"did you mean {suggestions[0]}?" if suggestions else "",
+        hint=suggest(name, jobs),
     )
 
 

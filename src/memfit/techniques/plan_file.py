@@ -10,11 +10,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from memfit.techniques.registry import check, make_use
-from memfit.types.errors import MemfitError, UserError
+from memfit.types.errors import MemfitError, UserError, suggest
 from memfit.types.plan import Plan
 
 _KEYS = ("techniques", "ranks", "note")
@@ -76,9 +75,8 @@ def _settings(name: str, value: object) -> dict[str, object]:
 
 
 def _unknown(key: object) -> str:
-    close = difflib.get_close_matches(str(key), _KEYS, n=1)
-    suggestion = f", did you mean {close[0]!r}?" if close else ""
-    return f"unknown key {key!r} (allowed: {', '.join(_KEYS)}{suggestion})"
+    hint = suggest(str(key), _KEYS)
+    return f"unknown key {key!r} (allowed: {', '.join(_KEYS)}{hint and f', {hint}'})"
 
 
 def plan_text(plan: Plan, *, note: str = "") -> str:
