@@ -24,7 +24,7 @@ from memfit.techniques.registry import TECHNIQUES, effect_of, make_use
 from memfit.trace import sample_dependence as trials
 from memfit.trace.sample_dependence import sample_dependence
 from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
-from memfit.types.errors import UserError
+from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Accuracy, Bounds, EffectClass, Plan, use
 from memfit.workflows.single_run import explain
@@ -251,6 +251,7 @@ FILE = """
 import dependent_jobs
 found = {job.name: job for job in (*dependent_jobs.dependent(), *dependent_jobs.independent())}
 norms, summed = found["BatchNorm1d"], found["a sum"]
+images = found["BatchNorm2d without running statistics"]
 """
 
 
@@ -283,6 +284,41 @@ def test_no_micro_batches_are_recommended_for_a_batch_norm_job(own: Path) -> Non
 def test_ranks_sharing_dependent_samples_are_refused_with_alternatives(own: Path) -> None:
     with pytest.raises(UserError, match=r"changes BatchNorm's statistics.*--accuracy any.*SyncBatchNorm"):
         search(_request(f"{own}:norms", ranks=2), _quiet)
+
+
+def test_accumulation_is_offered_as_a_way_out_only_if_the_search_with_it_finds_a_plan(own: Path) -> None:
+    bounds = Bounds(without=tuple(t for t in TECHNIQUES if t != "gradient-accumulation"))
+    gpu = catalog.machine("H100-SXM", "world")
+    on = dataclasses.replace(gpu, device=dataclasses.replace(gpu.device, kind="cpu"))
+
+    def asked(cap_bytes: int, accuracy: Accuracy = Accuracy.ROUNDING) -> Request:
+        request = _request(f"{own}:images", bounds=bounds, cap_bytes=cap_bytes, accuracy=accuracy)
+        return dataclasses.replace(request, machine=on)
+
+    def nothing(request: Request) -> NothingFits:
+        with pytest.raises(NothingFits) as caught:
+            search(request, _quiet)
+        return caught.value
+
+    far = nothing(asked(1))
+    assert far.ways == ()
+    assert nothing(asked(1, Accuracy.ANY)).ways == ()
+    cap_bytes = far.least_bytes - 1
+    assert nothing(asked(cap_bytes)).ways == (
+        "gradient-accumulation, which changes BatchNorm's statistics, under --accuracy any",
+    )
+    recommended = search(asked(cap_bytes, Accuracy.ANY), _quiet).result.recommended
+    assert recommended is not None
+    assert recommended.estimate.plan.get("gradient-accumulation")
+
+
+def test_a_micro_batch_of_dependent_samples_is_refused_with_alternatives(own: Path) -> None:
+    others = tuple(t for t in TECHNIQUES if t not in ("gradient-accumulation", "adamw-single"))
+    bounds = Bounds(micro_batch=2, without=others)
+    with pytest.raises(UserError, match=r"changes BatchNorm's statistics.*allowed: --accuracy any"):
+        search(_request(f"{own}:norms", bounds=bounds), _quiet)
+    with pytest.raises(UserError, match=r"weights the terms.*allowed: a mean over the terms"):
+        search(_request(f"{own}:summed", bounds=bounds, accuracy=Accuracy.ANY), _quiet)
 
 
 def test_accumulation_that_weighs_the_loss_wrongly_is_refused(own: Path) -> None:
