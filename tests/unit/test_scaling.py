@@ -401,7 +401,8 @@ def test_pipelines_have_enough_micro_batches_for_their_schedule() -> None:
 
 def test_plain_training_without_enough_host_memory_is_shown_as_not_fitting() -> None:
     on, plain_plan = machine("2xL4"), make_plain_plan(2)
-    wanted = dataclasses.replace(aim(on), host=lambda e: e.plan != plain_plan)
+    only_ddp = Bounds(without=tuple(t for t in TECHNIQUES if t != "ddp"))
+    wanted = dataclasses.replace(aim(on, bounds=only_ddp), host=lambda e: e.plan != plain_plan)
     assert plain_plan in {e.plan for e in Scale(_two_cards(), wanted).estimates(2)}
     found = search_scale(_two_cards(), 2, wanted)
     assert found.baseline.estimate.plan == plain_plan
