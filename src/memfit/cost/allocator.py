@@ -38,11 +38,13 @@ Event = tuple[Hashable, int, str]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The options of PYTORCH_CUDA_ALLOC_CONF that are replayed, and the memory that the driver can give.
+    """Options of PyTorch's CUDA caching allocator, named as in PYTORCH_CUDA_ALLOC_CONF, and a limit on its
+    memory. By default all options are off and the memory is unlimited.
 
-    That memory, or the fraction of it that the process may use, is ``cap_bytes``; None: unlimited. When more
-    than ``garbage_collection_threshold`` of it is reserved, garbage is collected. There is no garbage
-    collection if the threshold is 0, ``cap_bytes`` is None or segments are expandable.
+    ``cap_bytes``: the most bytes that the driver gives to this process; None: unlimited.
+    ``garbage_collection_threshold``: share of ``cap_bytes``, from 0 to 1. If more than that share is reserved
+    when a new segment is needed, cached segments that have been idle for long are released first. It has no
+    effect if it is 0, if ``cap_bytes`` is None or if ``expandable_segments`` is True.
     """
 
     max_split_size_bytes: int | None = None
@@ -54,10 +56,11 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """What the allocator held during a replay, in bytes.
+    """What the allocator held during a replay: the peaks of the allocated and of the reserved bytes, and both
+    at the end of the replay.
 
-    ``fits`` False: an allocation failed even after all cached memory was released, and the replay ended
-    there; all numbers are those up to then.
+    ``retries``: how often all cached memory was released to make room. ``fits``: False if an allocation
+    failed even after that. The replay ended there, and all numbers are those up to then.
     """
 
     allocated_peak_bytes: int
@@ -69,8 +72,11 @@ class Replayed:
 
 
 class CachingAllocator:
-    """The allocator of one device: call ``allocate`` and ``free``, then read ``allocated_bytes``,
-    ``reserved_bytes``, the peaks of both, and ``retries`` as in `Replayed`.
+    """A simulated CUDA caching allocator of one device.
+
+    Call ``allocate`` and ``free``, then read ``allocated_bytes`` and ``reserved_bytes`` (at this moment),
+    ``allocated_peak_bytes`` and ``reserved_peak_bytes`` (the highest so far) and ``retries`` (how often all
+    cached memory was released to make room). ``settings``: None means `Settings` with its defaults.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -86,9 +92,11 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, key: Hashable, size_bytes: int, stream: str = "") -> bool:
-        """Allocate ``size_bytes`` on ``stream`` under the name ``key``, which `free` takes, and return True.
+        """Allocate a block for ``size_bytes``, rounded up (`rounded_bytes`), on ``stream`` and return True.
+        ``stream``: "" is the compute stream. ``key``: any value that is not in use; `free` and `request_free`
+        take it to find the block.
 
-        Returns False, without an allocation, if there is not enough memory even after all cached memory was
+        Returns False, with nothing allocated, if the memory is not enough even after all cached memory was
         released.
         """
         size = rounded_bytes(size_bytes, self.settings.roundup_power2_divisions)
@@ -115,9 +123,10 @@ class CachingAllocator:
         self.complete_free(key)
 
     def request_free(self, key: Hashable) -> None:
-        """Mark the block of ``key`` as no longer allocated, but not reusable before `complete_free`.
+        """Do the first half of `free`: no longer count the block of ``key`` as allocated, but keep it from
+        being reused until `complete_free` is called. Raises KeyError if ``key`` is not allocated.
 
-        The tensor is gone, but another stream recorded on it may still use the block.
+        This is what happens to a deleted tensor that another stream may still use (``Tensor.record_stream``).
         """
         block = self._held[key] = self._live.pop(key)
         self.allocated_bytes -= block.size
@@ -131,13 +140,14 @@ class CachingAllocator:
     # -- where a block comes from ---------------------------------------------------------------------
 
     def _cached(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Remove the smallest free block of at least ``size`` bytes from the pool and return it; None if
-        there is none or it must not be used.
+        """Remove a free block of at least ``size`` bytes from the pool and return it; None if there is none,
+        or if ``max_split_size_bytes`` forbids its use.
 
-        With expandable segments, the next larger block is taken instead, again and again, if it and the
-        unmapped addresses after it are smaller than the block at hand with those after that. With a
-        `max_split_size`, a block of that size or more only serves requests that are so large, too, and less
-        than 20 MiB smaller than the block.
+        It is the smallest block that is large enough. With expandable segments, the search goes on to the
+        next larger block as long as that one, together with the unmapped addresses after it, is smaller than
+        the current one together with those after it. With ``max_split_size_bytes``, a block of at least that
+        size is not used for a smaller request, and a request of at least that size only uses a block that is
+        less than 20 MiB larger.
         """
         pool.searches[0] += 1
         free = pool.free
@@ -158,11 +168,13 @@ class CachingAllocator:
         return block
 
     def _fresh(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Return a block of at least ``size`` bytes in a new segment or in newly mapped pages; None if the
-        driver has not enough memory.
+        """Return a block of at least ``size`` bytes in a new segment or, with expandable segments, on newly
+        mapped pages; None if the driver has not enough memory even after the steps below.
 
-        First, garbage is collected. If the driver then has not enough memory, cached memory is released and
-        the request is repeated: first oversize blocks, then all of it, which counts as a retry.
+        First, garbage is collected (`_collect_garbage`). If the driver then has not enough memory, oversize
+        blocks are released (`_release_oversize`) and, if that was enough, the request is repeated. If it
+        still fails, all cached memory is released, ``retries`` is increased by 1, and the request is repeated
+        for the last time.
         """
         self._collect_garbage()
         block = self._segment(pool, size)
@@ -200,9 +212,12 @@ class CachingAllocator:
     # -- expandable segments ------------------------------------------------------------------------
 
     def _grown(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Return a block of at least ``size`` bytes on the lowest run of idle addresses that is long enough,
-        or on a new address range, after mapping the pages that it lacks; None if the driver has not enough
-        memory, which may leave pages mapped.
+        """Take a block of at least ``size`` bytes from the pool of expandable segments, mapping the pages
+        that it lacks, and return it. None if the driver has not enough memory; pages mapped until then stay
+        mapped.
+
+        The block starts at the lowest address where idle blocks side by side, at least one of them unmapped,
+        have ``size`` bytes together. If there is no such place, it lies on a new address range.
         """
         block = next((b for b in growable(pool) if run_holds(b, size)), None)
         if block is None:
@@ -239,7 +254,9 @@ class CachingAllocator:
         return True
 
     def _unmap(self, block: SegmentBlock) -> None:
-        """Release the pages that lie entirely in the free block ``block``."""
+        """Return to the driver those pages that lie entirely in the free block ``block``; do nothing if there
+        is none. What is left of the block at either end stays mapped and free.
+        """
         page_bytes, pool = block.pool.page_bytes, block.pool
         start = -(-block.address // page_bytes) * page_bytes
         end = (block.address + block.size) // page_bytes * page_bytes
@@ -263,10 +280,12 @@ class CachingAllocator:
     # -- giving memory back -------------------------------------------------------------------------
 
     def _collect_garbage(self) -> None:
-        """Release idle large blocks that are whole segments and at least as old as the average of these, all
-        at once, and repeat this until the reserved bytes are within the threshold or no such block is left.
+        """Release cached segments until the reserved bytes are at most ``garbage_collection_threshold`` x
+        ``cap_bytes``, or until no idle segment is left.
 
-        Does nothing without a threshold or a cap, and with expandable segments.
+        Only segments of the large size class without any block in use are released. In each round, all those
+        go that have been idle for at least the average time of these segments, counted in requests. Nothing
+        is done if the threshold is 0, if ``cap_bytes`` is None or with expandable segments.
         """
         threshold, cap = self.settings.garbage_collection_threshold, self.settings.cap_bytes
         if not threshold or cap is None or self.settings.expandable_segments:
@@ -282,12 +301,12 @@ class CachingAllocator:
                 self._give_back(block)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """Release idle oversize blocks of the pool, those of at least `max_split_size`, and return whether
-        that was enough for a request of ``size`` bytes.
+        """Release idle blocks of at least ``max_split_size_bytes`` from the pool. Return whether the released
+        bytes are at least ``size`` and at least ``max_split_size_bytes``.
 
-        The smallest one that is also at least as large as the request is released; if there is none, the
-        largest ones until their total is that much. Returns False, and does nothing, without a
-        `max_split_size` and with expandable segments.
+        If a single block is large enough for that, the smallest one of these is released. Otherwise the
+        largest blocks go, one after the other, until their total is enough or none is left. Without
+        ``max_split_size_bytes`` and with expandable segments nothing is released, and False is returned.
         """
         if self._unsplit_bytes is None or self.settings.expandable_segments:
             return False
@@ -303,8 +322,8 @@ class CachingAllocator:
         return released_bytes >= needed_bytes
 
     def _release_cached(self) -> None:
-        """Complete all requested frees, as if other streams were done, then release to the driver every
-        segment without a live block or, with expandable segments, every page without one.
+        """Complete every requested free, as if other streams were done, then release to the driver every
+        segment or, with expandable segments, every page that has no block in use.
         """
         for key in list(self._held):
             self.complete_free(key)
@@ -325,8 +344,11 @@ class CachingAllocator:
 
 
 def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
-    """Replay the events in order, up to the first allocation that fails, and return what the allocator held.
-    ``settings``: None for the defaults.
+    """Replay the events in order with a new allocator, up to and including the first allocation that fails,
+    and return what the allocator held.
+
+    An event is (key, size in bytes, stream) for an allocation, or (key, -1, "") to free it. ``settings``:
+    None means `Settings` with its defaults: all options off, unlimited memory.
     """
     allocator = CachingAllocator(settings)
     fits = all(_played(allocator, *event) for event in events)
@@ -348,18 +370,20 @@ def _played(allocator: CachingAllocator, key: Hashable, size_bytes: int, stream:
 
 
 def replay(allocations: Iterable[Allocation], settings: Settings | None = None) -> Replayed:
-    """Replay the allocations and frees of a trace in the order of their clock, up to the first allocation
-    that fails, and return what the allocator held. ``settings``: None for the defaults.
+    """Replay the allocations of a trace and their frees, in the order of `events_of`, with a new allocator,
+    up to and including the first allocation that fails. Return what the allocator held.
+
+    ``settings``: None means `Settings` with its defaults: all options off, unlimited memory.
     """
     return run(events_of(allocations), settings)
 
 
 def events_of(allocations: Iterable[Allocation]) -> list[Event]:
-    """Return the allocations and frees as events, in the order of their clock; at the same clock, allocations
-    first.
+    """Return each allocation as an event, (key, size in bytes, stream), and its free as another, (key, -1,
+    ""), sorted by their clocks ``start`` and ``end``. At the same clock, allocations come before frees.
 
-    A key is the position among the non-empty allocations. Empty ones never reach the allocator, so they are
-    left out. An allocation without an end is never freed.
+    Allocations of 0 bytes never reach the allocator and are left out. ``key``: index of the allocation among
+    those that are left, from 0. An allocation whose ``end`` is None is never freed.
     """
     nonempty = [a for a in allocations if a.size_bytes]
     free_indices = [i for i, a in enumerate(nonempty) if a.end is not None]

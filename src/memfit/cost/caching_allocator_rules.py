@@ -21,10 +21,11 @@ ADDRESSES_BYTES: Final = LARGE_SEGMENT_BYTES << 24  # address range of an expand
 
 
 def rounded_bytes(size_bytes: int, divisions: int = 0) -> int:
-    """Return a request of ``size_bytes`` rounded up to a multiple of 512 bytes, at least 512.
+    """Return ``size_bytes`` rounded up as the allocator does it: to a multiple of 512 bytes, at least 512.
 
-    With ``divisions`` above 1 (roundup_power2_divisions), sizes above 512 x ``divisions`` round up otherwise:
-    the range between two powers of two has that many equal steps, and sizes round up to a step.
+    ``divisions``: the option roundup_power2_divisions, a power of two; 0 or 1: off. Otherwise sizes above
+    512 x ``divisions`` are rounded up to a multiple of the largest power of two that is not above the size,
+    divided by ``divisions``. With 4, for example, 1.1 MiB becomes 1.25 MiB.
     """
     if divisions > 1 and size_bytes > SMALLEST_BYTES * divisions:
         step = (1 << (size_bytes.bit_length() - 1)) // divisions
@@ -33,8 +34,9 @@ def rounded_bytes(size_bytes: int, divisions: int = 0) -> int:
 
 
 def segment_bytes(size_bytes: int) -> int:
-    """Return the bytes of the segment requested from the driver for a rounded request that no cached block
-    can serve, if segments are not expandable.
+    """Return the bytes of the new segment that the allocator requests from the driver for a request of
+    ``size_bytes``, already rounded by `rounded_bytes`: 2 MiB for at most 1 MiB, 20 MiB for more but less than
+    10 MiB, else the size rounded up to a multiple of 2 MiB. Expandable segments do not use this.
     """
     if size_bytes <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
@@ -44,11 +46,12 @@ def segment_bytes(size_bytes: int) -> int:
 
 
 class SegmentBlock:
-    """A piece of a segment, which is one contiguous range of device addresses. ``idle``: free for use;
-    ``mapped``: its addresses are backed by memory.
+    """A block: a range of device addresses in a segment. The blocks of a segment lie side by side and fill
+    it.
 
-    ``before`` and ``after``: its neighbours in the segment, None at the segment's ends. ``born``: the pool's
-    count of searches when it became idle.
+    ``idle``: True if it is not in use. ``mapped``: True if memory backs its addresses, as is always so
+    without expandable segments. ``before`` and ``after``: the neighbouring blocks in the segment, None at its
+    ends. ``born``: number of requests that the pool had counted in ``searches`` when the block became idle.
     """
 
     __slots__ = ("address", "after", "before", "born", "idle", "mapped", "pool", "size")
@@ -60,8 +63,8 @@ class SegmentBlock:
         self.idle, self.mapped, self.born = True, True, 0
 
     def insert_after(self, address: int, size: int) -> SegmentBlock:
-        """Insert a new block after this one in the same segment and return it. The size of this one is not
-        changed.
+        """Insert a new block of ``size`` bytes at ``address`` after this one in the same segment and return
+        it. The size of this one is not changed, and the new one is not yet added to the pool's lists.
         """
         block = SegmentBlock(self.pool, address, size)
         block.before, block.after, self.after = self, self.after, block
@@ -71,11 +74,12 @@ class SegmentBlock:
 
 
 class Pool:
-    """Idle blocks of one stream and size class (small or large): mapped ones by (size, address), unmapped
-    ones by address.
+    """The idle blocks of one stream and one size class, small (requests of at most 1 MiB) or large.
 
-    ``searches`` counts requests of the size class over all streams, because PyTorch keeps one pool for all
-    streams and separates the blocks by stream.
+    ``free``: the mapped ones as (size, address, block). ``unmapped``: the others as (address, block). Both
+    are sorted. ``searches``: a list with one number, the requests of the size class so far on all streams.
+    All pools of the size class share it, because PyTorch has one pool for all streams and separates them
+    inside it.
     """
 
     __slots__ = ("free", "page_bytes", "searches", "small", "unmapped")
@@ -128,14 +132,16 @@ def is_whole(block: SegmentBlock) -> bool:
 
 
 def room_bytes(block: SegmentBlock) -> int:
-    """Return the block's size plus that of the unmapped block after it, into which it can grow."""
+    """Return the size to which the block can grow: its own plus that of the block directly after it, if that
+    one is unmapped.
+    """
     next_block = block.after
     return block.size + (next_block.size if next_block is not None and not next_block.mapped else 0)
 
 
 def growable(pool: Pool) -> Iterator[SegmentBlock]:
-    """Yield the starts of idle runs that contain unmapped addresses, by address: for each unmapped block of
-    the pool the idle block directly before it, or the unmapped block itself if there is none.
+    """Yield, by address, the blocks of the pool at which mapping more pages makes room: for each unmapped
+    block the block directly before it in the segment if that one is idle, else the unmapped block itself.
     """
     for _, block in pool.unmapped:
         previous = block.before
@@ -143,8 +149,8 @@ def growable(pool: Pool) -> Iterator[SegmentBlock]:
 
 
 def run_holds(block: SegmentBlock | None, size: int) -> bool:
-    """Return whether ``block`` and the idle blocks directly after it, mapped or not, have at least ``size``
-    bytes together. False for None and for a block that is not idle, unless ``size`` is 0.
+    """Return whether ``block`` and the idle blocks directly after it, mapped or not, up to the first one in
+    use, have at least ``size`` bytes together. False for None and for a block in use, unless ``size`` is 0.
     """
     total_bytes = 0
     while total_bytes < size and block is not None and block.idle:

@@ -33,8 +33,9 @@ KINDS = ("all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all"
 
 
 class LinkBandwidths(NamedTuple):
-    """Bytes/s that large transfers of one device reach in one direction: ``inside`` to its neighbours in the
-    host, ``outside`` out of the host, and ``switch`` to the reducing switch (0 if there is none).
+    """Bytes/s, in one direction, that large transfers of one device reach: ``inside`` to another device of
+    its host, ``outside`` to other hosts, ``switch`` in an all-reduce by the switch between the devices of a
+    host (NVLink SHARP; 0 if the device has none).
     """
 
     inside: float
@@ -43,8 +44,9 @@ class LinkBandwidths(NamedTuple):
 
 
 def link_bandwidths(machine: Machine) -> LinkBandwidths:
-    """Return the bandwidths that large transfers reach on this machine, with assumed ones for links and
-    networks that it does not name.
+    """Return the bandwidths that large transfers reach on this machine: the rates of its link and network
+    times the share that such transfers reach. A device without a link is assumed to have 16 GB/s, a machine
+    without a network 12.5 GB/s per device, both before that share.
     """
     device, network = machine.device, machine.network
     link = device.link.bytes_s.value if device.link else ASSUMED_LINK_BYTES_S
@@ -57,11 +59,13 @@ def link_bandwidths(machine: Machine) -> LinkBandwidths:
 
 
 def collective_s(kind: str, size_bytes: Any, ranks: int, ranks_per_host: int, machine: Machine) -> Any:
-    """Return the seconds of a collective, for a number or a numpy array of sizes; 0 for a single rank.
+    """Return the seconds that a collective takes, its launch included; 0 if ``ranks`` is 1.
 
-    ``kind`` is one of `KINDS`. ``size_bytes`` is the size of the whole: what every rank has after a gather or
-    before a scatter, the tensor that is reduced or sent, or all that one rank exchanges. ``ranks``: of the
-    group. ``ranks_per_host``: ranks of the group in one host.
+    ``kind``: "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all" or "send"; any other
+    fails an assertion. ``size_bytes``: a number or a numpy array, as is the result. It is the result of a
+    gather, the input of a scatter, the tensor that is reduced, broadcast or sent, or all that one rank gives
+    to an all-to-all. ``ranks``: number of ranks in the group. ``ranks_per_host``: how many of them are in
+    each host.
     """
     assert kind in KINDS, kind
     if ranks <= 1:
@@ -89,9 +93,10 @@ def _least(options: list[Any]) -> Any:
 
 
 def _speed(ranks: int, local_ranks: int, bandwidths: LinkBandwidths) -> float:
-    """Return the bandwidth of a ring over ``ranks`` ranks in bytes/s. Inside one host, that is the link's;
-    with one rank per host, that of a network port; over several hosts with several ranks each, the lower of
-    the link and of all network ports of a host's ranks together.
+    """Return the bytes/s that a ring over ``ranks`` ranks reaches, of which ``local_ranks`` are in each host:
+    ``bandwidths.outside`` with one rank per host, ``bandwidths.inside`` if all ranks are in one host.
+    Otherwise it is the lower of ``inside`` and ``local_ranks`` x ``outside``, as the ring uses the network
+    ports of all ranks of a host.
     """
     if local_ranks == 1:
         return bandwidths.outside
@@ -122,8 +127,9 @@ def _ring_s(
 
 
 def _tree_s(size: Any, ranks: int, local_ranks: int, bandwidths: LinkBandwidths, protocol: Protocol) -> Any:
-    """Return the seconds of an all-reduce by a tree, without the launch: chains inside hosts and a double
-    binary tree between them, up and down.
+    """Return the seconds of an all-reduce along a tree, without the launch: up and down chains inside the
+    hosts and a double binary tree between the hosts. ``protocol``: (seconds to start, seconds per step inside
+    a host, seconds per step between hosts, share of the bandwidth that it reaches).
     """
     start, inside_s, outside_s, share = protocol
     hosts = -(-ranks // local_ranks)
@@ -142,8 +148,9 @@ def _sent_s(size: Any, bandwidths: LinkBandwidths, *, inside: bool) -> Any:
 
 
 def _exchange_s(size: Any, ranks: int, local_ranks: int, bandwidths: LinkBandwidths) -> Any:
-    """Return the seconds of an all-to-all with its launch. Traffic inside a host and traffic leaving it flow
-    in parallel.
+    """Return the seconds of an all-to-all, its launch included, in which each rank exchanges ``size`` bytes.
+    Traffic inside a host and traffic between hosts flow at the same time, so the longer of them counts. Each
+    other rank adds 2 microseconds.
     """
     local_share, remote_share = (local_ranks - 1) / ranks, (ranks - local_ranks) / ranks
     start, _, outside_s, _ = _RING[2]

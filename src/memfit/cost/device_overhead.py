@@ -44,10 +44,11 @@ BLAS_WORKSPACE: Final = "BLAS workspace"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceOverhead:
-    """Device memory of one process that PyTorch's caching allocator does not see, in bytes.
+    """Device memory of one process outside PyTorch's caching allocator, in bytes.
 
-    ``total_bytes`` is None if a part of it is unknown. ``parts_bytes`` has the known parts: "context",
-    "kernels" (if not included in the context) and "nccl" (if there are communicators).
+    ``parts_bytes``: the known parts by name: "context" (CUDA's context), "kernels" (code of kernels; absent
+    if it is included in the context) and "nccl" (NCCL's buffers; absent if no communicator has several
+    ranks). ``total_bytes``: the sum of all parts with its range, or None if a part is unknown.
     """
 
     total_bytes: Interval | None
@@ -55,8 +56,9 @@ class DeviceOverhead:
 
 
 def with_workspaces(trace: Trace, device: Device) -> Trace:
-    """Return the trace with PyTorch's BLAS workspaces added as allocations, at most two; unchanged if the
-    catalog does not know their size on this device.
+    """Return the trace with PyTorch's BLAS workspaces added as allocations that are never freed: one at the
+    first matrix product of backward, and one at the first matrix product outside backward. The trace is
+    unchanged if it has no matrix product or if ``device.blas_workspace_bytes`` is None.
 
     PyTorch allocates a workspace at the first matrix product of each thread and keeps it. Forward and
     optimizer run in the caller's thread, backward in autograd's; each has one BLAS handle
@@ -80,8 +82,8 @@ def _base_name(op: str) -> str:
 
 
 def _workspace(op: OpCall, size_bytes: int) -> Allocation:
-    """Return a BLAS workspace as an allocation that is never freed, made inside the operator ``op`` after its
-    output: at the same clock as that, but to be placed later in the trace.
+    """Return a BLAS workspace as an allocation that is made in the operator ``op`` and never freed. It starts
+    at the same clock as the operator's output, which comes before it in the trace.
     """
     return Allocation(
         start=op.clock + 1,
@@ -96,10 +98,12 @@ def _workspace(op: OpCall, size_bytes: int) -> Allocation:
 
 
 def device_overhead(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> DeviceOverhead:
-    """Return the bytes of the CUDA context, of kernel code and of NCCL's buffers that one process takes on
-    ``device``.
+    """Return the device memory that one process takes on ``device`` for the CUDA context, the code of kernels
+    and NCCL's buffers.
 
-    ``communicators``: (name, number of ranks) of each; those of one rank have no buffers.
+    ``communicators``: (name, number of ranks) of each NCCL communicator of the process; those of one rank
+    have no buffers. The total is None if the size of the device's context is unknown, or if there are buffers
+    and the device's number of NCCL channels is unknown.
     """
     parts: dict[str, Interval | None] = {"context": interval_of(device.context_bytes)}
     if device.kernels_bytes is not None:
@@ -112,12 +116,13 @@ def device_overhead(device: Device, communicators: Iterable[tuple[str, int]] = (
 
 
 def nccl_bytes(device: Device, ranks: int) -> Interval | None:
-    """Return the bytes of the buffers that one process has for a communicator of ``ranks`` ranks, or None if
-    the number of channels that NCCL uses on the device is unknown.
+    """Return the bytes of device memory that NCCL's buffers of one process take for a communicator of
+    ``ranks`` ranks; None if ``device.nccl_channels`` is None.
 
-    Low: only rings are used (NCCL connects an algorithm at its first use since 2.22). Value: one more
-    algorithm, a tree with one neighbour, as between two ranks; on a device with NVLink SHARP its multicast
-    buffers instead. High: trees with two neighbours, plus the multicast buffers.
+    NCCL allocates the buffers of an algorithm at its first use (since 2.22), so the interval covers several
+    cases. Low: rings only. Value: rings and a second algorithm, which is NVLink SHARP if the device has it,
+    else a tree with one neighbour. High: rings, trees with two neighbours and, if the device has it, NVLink
+    SHARP.
     """
     channels = interval_of(device.nccl_channels)
     if channels is None:
@@ -136,9 +141,7 @@ def _count(fact: Fact | None) -> float:
 
 
 def interval_of(fact: Fact | None) -> Interval | None:
-    """Return a Fact as an interval, or None for None. If the Fact has no low or high end, its value is
-    taken.
-    """
+    """Return a Fact as an interval; None for None. An end that the Fact does not have is its value."""
     if fact is None:
         return None
     low = fact.value if fact.low is None else fact.low
@@ -146,8 +149,9 @@ def interval_of(fact: Fact | None) -> Interval | None:
 
 
 def added(parts: Iterable[Interval | None]) -> Interval | None:
-    """Return the sum of intervals, low ends to low ends and high ends to high ends, because what makes one
-    part large may make another large too. None if a part is None (unknown).
+    """Return the sum of the intervals: of the values, of the low ends and of the high ends, because what
+    makes one part large may make another large too. None if a part is None (unknown); 0 if there are no
+    parts.
     """
     intervals = list(parts)
     if any(part is None for part in intervals):
@@ -163,8 +167,8 @@ def exceeds_probability(amount: Interval, limit: float) -> float:
     """Return the probability, from 0 to 1, that the amount is greater than ``limit``.
 
     The interval is read as the central 95 % of a split normal distribution: its mode is the value, and each
-    side has its own spread and is weighted by its width (Wallis 2014). If its ends are equal, the result is 0
-    or 1.
+    side has its own spread and is weighted by its width (Wallis 2014). If low and high are equal, the result
+    is 1 if the value is greater than ``limit``, else 0.
     """
     below, above = ((amount.value - amount.low) / 1.96, (amount.high - amount.value) / 1.96)
     if below + above == 0:

@@ -39,13 +39,14 @@ def estimate(
     step: SimulatedStep | None = None,
     workers: int = 0,
 ) -> Estimate:
-    """Return the predicted memory, seconds, joules, money and carbon of one optimizer step of ``plan``, from
-    the trace of one of its ranks.
+    """Return the predicted memory, seconds, joules, money and CO2 of one optimizer step of ``plan``, from the
+    trace of one of its ranks.
 
-    ``calibration``: probed workspaces and corrections of step times are taken from it. ``step``: an already
-    simulated step, for plans whose ranks differ. If it is None, the step is simulated with ``model``; if that
-    is None, too, or the step cannot be simulated, seconds and what depends on them are unknown. ``workers``:
-    DataLoader workers of each rank.
+    ``calibration``: what was measured on the machine; its probed kernel workspaces and its corrections of
+    step times are used. ``step``: the step if it is already simulated, for plans whose ranks differ. If
+    ``step`` is None, the step is simulated from ``trace`` with the time model ``model``. If ``model`` is
+    None, too, or if the step cannot be simulated, the seconds, joules, money and CO2 are None. ``workers``:
+    number of DataLoader workers of each rank.
     """
     tensors = HostTensors.of(trace)
     if step is None and model is not None:
@@ -92,8 +93,9 @@ def estimate(
 
 
 def _with_assumed(allocated: Interval, trace: Trace) -> Interval:
-    """Return the interval with its low and high end multiplied by the trace's ratios of the lowest and of the
-    highest peak under other values of what only a run decides. The value stays.
+    """Return ``allocated`` with its low end multiplied by ``trace.assumed_low_ratio`` and its high end by
+    ``trace.assumed_high_ratio``; the value stays. These are the lowest and the highest peak under other
+    values of what the trace had to assume, relative to its peak.
     """
     low, high = allocated.low * trace.assumed_low_ratio, allocated.high * trace.assumed_high_ratio
     return Interval(value=allocated.value, low=low, high=high)
@@ -118,8 +120,9 @@ def interval_around(value: float, ratio: float) -> Interval:
 
 
 def modelled_boundary(machine: Machine) -> str:
-    """Return the text that says what a modelled energy covers: the "package" of a CPU or the "board", with
-    the host if its power is known.
+    """Return a text that says what a modelled energy covers: the "package" of a CPU or else the "board",
+    "and host" if the power of the hosts is known, and how it is modelled. Example: "board and host (modelled:
+    power x time)".
     """
     device_part = "package" if machine.device.kind == "cpu" else "board"
     host = "" if hosts_w(machine) is None else " and host"
