@@ -182,7 +182,7 @@ def test_a_machine_file_sets_the_memory_of_its_host(tmp_path: Path) -> None:
 
 
 def test_host_memory_cannot_be_given_for_a_cpu() -> None:
-    with pytest.raises(UserError, match="apart from its own memory"):
+    with pytest.raises(UserError, match="whose own memory is the memory of the host"):
         memfit.estimate(by_hand.job(64, 2, 2), host_memory="64GiB")
 
 

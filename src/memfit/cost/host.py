@@ -36,11 +36,12 @@ LOADED_IN_PIECES = frozenset({"qlora"})  # quantized tensor by tensor while it i
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostTensors:
-    """Bytes of one rank's tensors in host memory, beside its device.
+    """What one rank's tensors need of host memory, in bytes, beside its device.
 
-    ``kept_bytes``: the most during a step, as by offload. ``building_bytes``: the most at any time, including
-    while the model is built. ``model_bytes``: parameters and buffers as the job builds them. ``batch_bytes``:
-    the rank's part of a batch.
+    ``kept_bytes``: the most at once from the first forward pass on, such as offloaded optimizer state.
+    ``building_bytes``: the most at once, with the time before that, when the model is built. ``model_bytes``:
+    parameters and buffers as the job builds them. ``batch_bytes``: the rank's inputs of one step, of which
+    DataLoader workers hold several.
     """
 
     kept_bytes: float
@@ -65,11 +66,12 @@ class HostTensors:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
-    """Bytes of memory that one host needs for all its ranks.
+    """Memory that one host needs for all its ranks, in bytes.
 
-    ``parts_bytes`` has those of "offload", "tensors" (on a CPU), "workers", "processes" and "loading" that
-    are not zero. ``bytes`` is "processes" plus the larger of "loading", before training, and the sum of
-    "offload", "tensors" and "workers", during training.
+    ``parts_bytes``: the parts that are not zero. "processes": the processes without tensors; "offload":
+    tensors that the plan keeps in host memory; "tensors": all other tensors, on a CPU only; "workers":
+    DataLoader workers; "loading": the model while it is built, before training. ``bytes``: "processes" plus
+    the larger of "loading" and the sum of "offload", "tensors" and "workers", with its range.
     """
 
     bytes: Interval
@@ -77,8 +79,8 @@ class HostMemory:
 
 
 def ranks_of_host(plan: Plan, machine: Machine) -> int:
-    """Return the number of ranks of the plan that share one host: at most the devices of a host; all ranks if
-    the machine is one host.
+    """Return how many ranks of the plan run in one host: all if the machine is one host, else at most
+    ``machine.devices_per_host``.
     """
     return min(plan.ranks, machine.devices_per_host or max(plan.ranks, machine.device_count))
 
@@ -86,11 +88,12 @@ def ranks_of_host(plan: Plan, machine: Machine) -> int:
 def host_memory(
     tensors: HostTensors, plan: Plan, machine: Machine, *, allocated: Interval, workers: int
 ) -> HostMemory:
-    """Return the bytes of memory that one host needs for all its ranks.
+    """Return the memory that one host needs for all its ranks.
 
-    ``tensors``: of one rank. ``allocated``: the peak of a rank's tensors on its device, which counts only on
-    a CPU, where it lies in the same memory. ``workers``: DataLoader workers per rank. Loading the model
-    counts on accelerators only, and not for qlora, which quantizes it tensor by tensor.
+    ``tensors``: of one rank. ``allocated``: the peak of one rank's tensors on its device; it counts only on a
+    CPU, whose memory is the host's. ``workers``: number of DataLoader workers of each rank. Building the
+    model in host memory counts on accelerators only, and not for plans with qlora, which quantizes the model
+    tensor by tensor.
     """
     ranks, cpu = ranks_of_host(plan, machine), machine.device.kind == "cpu"
     process = _times(_CPU_PROCESS if cpu else _CUDA_PROCESS, ranks)
@@ -128,8 +131,8 @@ def host_memory(
 
 
 def uses_pinned(plan: Plan) -> bool:
-    """Return whether some of what the plan keeps in host memory may be pinned, because it uses fsdp2, zero or
-    activation-offload.
+    """Return whether the plan uses fsdp2, zero or activation-offload. What these keep in host memory may be
+    pinned.
     """
     names = {u.technique for u in plan.uses}
     return bool(names & {"fsdp2", "zero", "activation-offload"})
@@ -148,14 +151,15 @@ def _plus(left: Interval, right: Interval) -> Interval:
 
 
 def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
-    """Return a copy of the machine with ``size_bytes`` of memory in each host, as given by the user.
+    """Return a copy of the machine in which each host has ``size_bytes`` of memory, as a figure that the user
+    gave. A machine without a host gets one with the name "your host".
 
     Raises UserError if the machine's device is a CPU.
     """
     if machine.device.kind == "cpu":
         raise UserError(
-            "host memory cannot be set for a CPU, which has none apart from its own memory",
-            hint="on the command line, --memory limits that",
+            "host memory cannot be set if the device is a CPU, whose own memory is the memory of the host",
+            hint="on the command line, --memory limits the memory of the CPU",
         )
     fact = Fact(value=float(size_bytes), source="asked for", date="", kind="measured")
     host = machine.host or Host(name="your host")
@@ -173,11 +177,11 @@ def memory_bytes(machine: Machine) -> float | None:
 
 
 def host_holds(estimate: Estimate, machine: Machine) -> bool:
-    """Return whether each host of the machine has the memory that the estimate's plan is predicted to need
-    there (the value, not the upper end).
+    """Return whether the memory of a host is at least what the estimate says that one host needs,
+    ``estimate.host_bytes``. Its value counts, not its upper end.
 
-    If the host's memory is unknown, a plan that keeps tensors there does not fit, and any other does. If the
-    need is unknown, the plan fits.
+    If that need is None (unknown), the result is True. If the need is known but the host's memory is not, the
+    result is False for a plan that keeps tensors in host memory and True for any other.
     """
     need, available_bytes = estimate.host_bytes, memory_bytes(machine)
     if need is None:
@@ -188,8 +192,8 @@ def host_holds(estimate: Estimate, machine: Machine) -> bool:
 
 
 def known_host(machine: Machine) -> tuple[int | None, bool]:
-    """Return (bytes of one host's memory, None if unknown; whether they are assumed, not a published or given
-    fact).
+    """Return (bytes of one host's memory, or None if they are unknown; whether that figure is marked as
+    assumed).
     """
     available_bytes = memory_bytes(machine)
     fact = machine.host.memory_bytes if machine.host else None
@@ -199,10 +203,14 @@ def known_host(machine: Machine) -> tuple[int | None, bool]:
 
 
 def host_line(estimate: Estimate, machine: Machine) -> str:
-    """Return the text that says what the plan needs of a host's memory, what the host has, that it does not
-    fit if so, and what to do about a plan that does not fit because the host's memory is unknown or assumed.
+    """Return a text for reports: what the plan needs of one host's memory, what the host has, and that the
+    plan does not fit if so. Example: "needs 300 GiB of host memory for 8 ranks, the host has 256 GiB: does
+    not fit".
 
-    Returns "" if the need is unknown, and on a CPU, where the cap already covers this memory.
+    If the host's memory is unknown, the text says that the plan does not fit unless the host has that much,
+    for a plan that keeps tensors there, or that it was not checked, for any other. If a plan does not fit
+    because the memory is unknown or only assumed, the text also says how to give it. Returns "" if the need
+    is unknown, and on a CPU, where the memory cap already covers this memory.
     """
     need, available_bytes = estimate.host_bytes, memory_bytes(machine)
     if machine.device.kind == "cpu" or need is None:

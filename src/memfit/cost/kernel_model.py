@@ -96,7 +96,9 @@ _CAUSAL_AT = {
 
 
 class Product(NamedTuple):
-    """Sizes of a batched matrix product: (batch, rows, inner) x (batch, inner, columns)."""
+    """Sizes of a batched matrix product: ``batch`` products of a matrix (``rows``, ``inner``) with a matrix
+    (``inner``, ``columns``).
+    """
 
     batch: int
     rows: int
@@ -107,9 +109,10 @@ class Product(NamedTuple):
 class Scores(NamedTuple):
     """Sizes that decide the time of an attention kernel.
 
-    ``tiles``: number of tiles, batch x heads x tiles of queries; ``keys``: number of keys that a query sees
-    on average. In backward, tiles of keys are counted instead, and ``keys`` is the number of queries that a
-    key sees on average.
+    ``tiles``: batch x heads x number of tiles of 128 queries. ``keys``: number of keys that a query attends
+    to, on average. ``share``: part of the queries x keys scores that is computed, less than 1 for causal
+    attention. ``backward``: True for the gradient; then ``tiles`` counts tiles of 128 keys, and ``keys`` is
+    the number of queries that attend to a key, on average.
     """
 
     tiles: int
@@ -122,8 +125,11 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """Rates of one accelerator: peak FLOP/s by dtype, peak bytes/s, and ``ratios``, the share of them that
-    large operators reach, by class ("matmul", "attention", "memory" and others of `ASSUMED_RATIOS`).
+    """Rates of one accelerator.
+
+    ``flops_s``: peak FLOP/s by dtype. ``bandwidth_bytes_s``: peak memory bandwidth. ``ratios``: share of
+    these peaks that large operators reach, by class of operator; the classes are the keys of
+    `ASSUMED_RATIOS`, such as "matmul", "attention" and "memory". ``multiprocessors``: their number.
     """
 
     flops_s: Mapping[str, float]
@@ -133,7 +139,7 @@ class Kernels:
 
     def seconds(self, op: OpCall) -> float:
         """Return the seconds from the start of the operator's kernel to the start of the next kernel: the
-        longer of its arithmetic and its memory traffic, and a launch.
+        longer of its arithmetic and its memory traffic, plus 2 microseconds for the launch.
         """
         return max(self.arithmetic_s(op), self.moving_s(op)) + LAUNCH_S
 
@@ -159,8 +165,8 @@ class Kernels:
         return flops / (self.rate(op.dtype) * self.ratio(kind, op.dtype) * share)
 
     def rate(self, dtype: str) -> float:
-        """Return the peak FLOP/s of the dtype, or of float32 if the device has no units for it; infinity if
-        it has neither.
+        """Return the device's peak FLOP/s for the dtype. All dtypes that begin with "float8" have the same.
+        If it is not known, that of float32 is returned, and if that is not known either, infinity.
         """
         name = "float8" if dtype.startswith("float8") else dtype
         return self.flops_s.get(name) or self.flops_s.get("float32") or math.inf
@@ -173,8 +179,8 @@ class Kernels:
 
 
 def kernels(device: Device) -> Kernels | None:
-    """Return the device's rates, with assumed shares where the catalog has none; None if its peak FLOP/s or
-    its memory bandwidth is unknown.
+    """Return the device's rates. Shares that the catalog does not have are those of `ASSUMED_RATIOS`. None if
+    the peak FLOP/s or the memory bandwidth of the device is unknown.
     """
     if not device.peak_flops or device.bandwidth_bytes_s is None:
         return None
@@ -188,8 +194,11 @@ def kernels(device: Device) -> Kernels | None:
 
 
 def bound_by(op: OpCall, rates: Kernels | None) -> str:
-    """Return what limits the operator's speed: "attention" or "matmul" (arithmetic), or "memory" (bytes
-    moved). Operators without FLOPs are limited by memory; without ``rates``, those with FLOPs are not.
+    """Return what limits the operator's speed: "memory" if moving its bytes takes longer than its arithmetic,
+    else "attention" for attention and "matmul" for any other operator.
+
+    Operators without FLOPs are limited by "memory". If ``rates`` is None, operators with FLOPs are taken as
+    limited by their arithmetic.
     """
     if not op.flops:
         return "memory"
@@ -202,10 +211,11 @@ def _value(fact: Fact | None, default: float) -> float:
 
 
 def product_share(shape: Product, multiprocessors: int, start: float = _TILE_START) -> float:
-    """Return the share of an infinitely large product's rate that a product of this shape reaches, for the
-    best size of tile and split of the inner dimension.
+    """Return which share of the rate of an infinitely large product a product of this shape reaches on
+    ``multiprocessors`` multiprocessors, with the best size of its tiles and the best split of its inner
+    dimension.
 
-    ``start``: fixed cost of a tile, in elements of the inner dimension.
+    ``start``: fixed cost of a tile, as a number of elements of the inner dimension.
     """
     best = 0.0
     for rows, columns, rate in _TILES:
@@ -221,10 +231,11 @@ def product_share(shape: Product, multiprocessors: int, start: float = _TILE_STA
 
 
 def _aligned(shape: Product, dtype: str) -> float:
-    """Return the share of a product's rate that it reaches with the lengths of its matrices' rows; 1 for
-    other dtypes than half precision.
+    """Return the share of its rate that a half-precision product keeps with its numbers of columns and of
+    inner elements: 1 if both are multiples of 8, else 0.7 if of 4, 0.45 if of 2, and 0.25 otherwise. For
+    other dtypes the result is 1.
 
-    Half-precision rows that do not start at 16 bytes are loaded in smaller pieces.
+    Half-precision rows that do not start at a multiple of 16 bytes are loaded in smaller pieces.
     """
     if dtype not in _HALF:
         return 1.0
@@ -233,8 +244,8 @@ def _aligned(shape: Product, dtype: str) -> float:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _sums_fully(signature: str) -> bool:
-    """Return whether the operator is an 8-bit product (_scaled_mm) without ``use_fast_accum``, its eighth
-    argument.
+    """Return whether the operator is an 8-bit product (aten._scaled_mm) that accumulates in full precision:
+    ``use_fast_accum``, its eighth argument, is not True. False for any other operator.
     """
     if not signature.startswith('["aten._scaled_mm'):
         return False
@@ -258,8 +269,11 @@ def _attention_share(shape: Scores, multiprocessors: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 16)
 def shape_of(signature: str) -> Product | Scores | None:
-    """Return the shape of a matrix product or of attention, read from the operator's signature
-    (trace/signature.py); None for any other operator, and if the signature does not show the shape.
+    """Return the sizes of a matrix product (`Product`) or of attention (`Scores`), read from the operator's
+    signature, a JSON text with [name, arguments, keyword arguments].
+
+    None for any other operator, if the text is not JSON, and if the tensors do not have the number of
+    dimensions that such an operator takes.
     """
     try:
         name, args, _ = json.loads(signature)
@@ -280,12 +294,14 @@ def shape_of(signature: str) -> Product | Scores | None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def layout_share(signature: str) -> float:
-    """Return which share of the memory bandwidth of a copy of contiguous tensors the operator reaches with
-    the layout of its tensors; 1 if it is not a torch operator.
+    """Return the speed at which the operator moves memory with the layout of its tensors, relative to a copy
+    of contiguous tensors: 1 if all are contiguous and equal in size, 0.8 if they differ in size, 0.6 if one
+    is not contiguous. torch's pointwise kernels load several elements at once only in the first case
+    (TensorIterator).
 
-    torch's pointwise kernels load several elements at once only if all their tensors are contiguous and equal
-    in shape (TensorIterator). Matrix products and layer norms have shares of their own; other operators with
-    their own kernels reach 1.
+    Some operators do not depend on the layout: matrix products have 0.7, layer norms of width w have w / (w +
+    128), and others with their own kernels, such as softmax and convolution, have 1. So have operators that
+    are not of torch.
     """
     try:
         name, args, _ = json.loads(signature)
@@ -317,8 +333,10 @@ def _contiguous(shape: list[int], strides: list[int]) -> bool:
 
 
 def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
-    """Return the shape of the kernel whose place a synthetic operator takes (techniques/synthetic_kernel.py)
-    from its ``kind`` and ``shape``; None if it is neither a product nor attention.
+    """Return the sizes of the kernel that a synthetic operator (techniques/synthetic_kernel.py) stands for.
+
+    For ``kind`` "mm", ``shape`` is [batch, rows, columns, inner]; for "attention" and "attention_backward",
+    it is [batch x heads, queries, keys, head dim, causal]. For any other ``kind`` the result is None.
     """
     if kind == "mm":
         return Product(*shape)
@@ -329,10 +347,12 @@ def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
 
 
 def _grouped(left: list[int], right: list[int]) -> Product | None:
-    """Return the shape of a grouped matrix product, one product per group, of tensors with these sizes; None
-    if ``right`` has no dimension for the groups.
+    """Return the sizes of a grouped matrix product, with the number of groups as the batch. ``left`` is the
+    shape (rows, inner) or (groups, rows, inner), and ``right`` is (groups, inner, columns). None for other
+    numbers of dimensions.
 
-    Rows are divided equally between the groups, because the routing of tokens is unknown.
+    The rows of a ``left`` without groups are divided equally between the groups, rounded up, because the
+    routing of tokens is unknown.
     """
     if len(left) == 2 and len(right) == 3:
         return Product(right[0], -(-left[0] // right[0]), right[-1], left[-1])

@@ -25,10 +25,12 @@ _POOL_BATCHES = 50  # length buckets are sorted within pools of this many batche
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What of a batch decides its memory: ``rows``, and ``length``, to which all of them are padded.
+    """What of a batch decides its memory: ``rows``, the number of rows, and ``length``, the tokens of each
+    row with its padding.
 
-    ``attended``: sum over rows of the squares of the lengths that attend to each other. None: every row
-    attends to its whole padded length.
+    ``attended``: number of pairs of a query and a key in attention, summed over the rows. A row in which
+    several sequences are packed and attend only to themselves has the sum of the squares of their lengths.
+    None: every row has ``length`` squared.
     """
 
     rows: int
@@ -44,10 +46,11 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PeakModel:
-    """Peak of live tensor bytes of a step, as a function of a batch's shape.
+    """Peak of the live tensor bytes of a step, as a function of the shape of its batch.
 
-    ``instants``: polynomial coefficients, in the order of `Shape.terms`, of the live bytes after each
-    allocation; an array of shape (instants, 6).
+    ``instants``: an array of shape (instants, 6). Each row has the coefficients of the live bytes after one
+    allocation, for the six terms of `Shape.terms`: 1, length, pairs of a query and a key per row, rows, rows
+    x length, and pairs in all rows. The peak is the highest of these sums.
     """
 
     instants: npt.NDArray[np.float64]
@@ -57,16 +60,18 @@ class PeakModel:
 
 
 def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
-    """Fit the peak model to ``traces`` of a step with batches of these ``shapes``, in the same order.
+    """Fit the peak model by least squares to ``traces`` of a step. ``shapes``: the shape of the batch of each
+    trace, in the same order.
 
-    Raises UserError if the traces are not the same sequence of allocations and frees, so that no polynomial
-    fits.
+    Raises UserError if the traces differ in their sequence of allocations and frees, because no formula fits
+    then.
     """
-    clocks = [_clocks(t) for t in traces]
-    if any(not np.array_equal(c, clocks[0]) for c in clocks):
+    free_positions = [_allocations_before_free(t) for t in traces]
+    if any(not np.array_equal(c, free_positions[0]) for c in free_positions):
         raise UserError(
-            "the operators of a step change with the length of the sequences, so no formula gives its peak",
-            hint="run a separate prediction for each length that you need",
+            "which operators a step runs depends on the length of the sequences, so no formula gives the "
+            "peak memory of a step by that length",
+            hint="run a separate prediction for each length of the sequences that you need",
         )
     terms = np.array([s.terms for s in shapes])
     scale = terms.max(axis=0)
@@ -75,15 +80,16 @@ def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
     count = len(coefficients)
     live = np.zeros((count + 1, len(terms[0])))
     live[:count] += coefficients
-    np.subtract.at(live, clocks[0], coefficients)
+    np.subtract.at(live, free_positions[0], coefficients)
     return PeakModel(instants=np.unique(np.cumsum(live[:count], axis=0), axis=0))
 
 
-def _clocks(trace: Trace) -> Ints:
-    """Return for each allocation how many allocations were made before it was freed; all of them if it never
-    was.
+def _allocations_before_free(trace: Trace) -> Ints:
+    """Return for each allocation of the trace how many allocations start before it is freed; all of them if
+    it is never freed.
 
-    Frees between two allocations may come in any order, as those of autocast's cache do.
+    The frees between two allocations may come in any order, as those of autocast's cache do: the result is
+    the same.
     """
     starts = [a.start for a in trace.allocations]
     ends = [math.inf if a.end is None else a.end for a in trace.allocations]
@@ -101,19 +107,18 @@ def all_among(chosen: int, good: int, total: int) -> float:
 
 
 def oom_per_step(lengths: Ints, batch: int, limit: int) -> float:
-    """Return the chance, from 0 to 1, that ``batch`` random sequences, without replacement, of those with
-    these ``lengths`` include one longer than ``limit``.
+    """Return the chance, from 0 to 1, that a batch of ``batch`` sequences, drawn without replacement from
+    those with these ``lengths``, contains one that is longer than ``limit``.
     """
     return 1.0 - all_among(batch, int((lengths <= limit).sum()), len(lengths))
 
 
 def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> float:
-    """Return the chance, from 0 to 1, that some batch of a shuffled epoch contains a sequence too long to
-    fit: longer than ``limit``, or in a smaller last batch longer than ``last_limit``.
+    """Return the chance, from 0 to 1, that at least one batch of a shuffled epoch does not fit.
 
-    ``lengths``: of all sequences; ``batch``: rows of a batch. If their number is not a multiple of that, the
-    last batch holds the remainder in fewer rows, so it can take longer sequences. The epoch is safe only if
-    every sequence longer than ``limit`` falls into it and none is longer than ``last_limit``.
+    ``lengths``: the length of every sequence. A batch of ``batch`` sequences fits if none is longer than
+    ``limit``. If the number of sequences is not a multiple of ``batch``, the last batch holds the remainder.
+    It has fewer rows, so it fits if none is longer than ``last_limit``, which is at least ``limit``.
     """
     long_count = int((lengths > limit).sum())
     remainder = len(lengths) % batch
@@ -125,8 +130,8 @@ def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> flo
 
 
 def quantile_length(lengths: Ints, batch: int, share: float) -> int:
-    """Return the smallest of the ``lengths`` that the longest sequence of at least ``share`` (0 to 1) of
-    random batches does not exceed: a quantile of the maximum of ``batch`` draws without replacement.
+    """Return the smallest of the ``lengths`` that is enough for at least the ``share`` (0 to 1) of random
+    batches: none of their sequences is longer. A batch is ``batch`` sequences drawn without replacement.
     """
     distinct_lengths = np.unique(lengths)
     ranks = np.searchsorted(np.sort(lengths), distinct_lengths, side="right")
@@ -139,12 +144,14 @@ def quantile_length(lengths: Ints, batch: int, share: float) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """One way to make an epoch's batches; all ways have about the same number of real tokens per step.
+    """One way to make the batches of an epoch. The ways that `batchings` compares have about the same number
+    of real tokens per step.
 
-    ``peak_bytes``: highest of all batches that can occur. ``padded_tokens``: computed tokens of an epoch,
-    padding included. ``wasted_ratio``: share of them that are padding. ``attention_wasted_ratio``: share of
-    the computed query-key pairs that are padding or belong to two different sequences. ``worst``: indices of
-    the sequences of the batch with the highest peak.
+    ``peak_bytes``: the highest predicted peak of all batches that can occur. ``fits``: whether that fits.
+    ``steps``: number of batches. ``padded_tokens``: computed tokens of the epoch, padding included.
+    ``wasted_ratio``: share of them that are padding. ``attention_wasted_ratio``: share of the computed pairs
+    of a query and a key that have padding or tokens of two different sequences. ``worst``: indices, in the
+    list of lengths, of the sequences in the batch with the highest peak.
     """
 
     name: str
@@ -163,12 +170,19 @@ _Batch = tuple[Ints, Shape]
 def batchings(
     lengths: Ints, batch: int, model: PeakModel, *, fits: Callable[[int], bool], seed: int = 0
 ) -> tuple[Batching, ...]:
-    """Return six ways to make an epoch's batches of the sequences of these ``lengths``, with the peak of each
-    by the peak model ``model``.
+    """Return six ways to make the batches of an epoch from sequences of these ``lengths``, with the peak that
+    ``model`` predicts for each, in this order:
 
-    They are: padding to the longest in random, length-bucketed and sorted batches of ``batch`` rows; sorted
-    batches of about equal tokens; and packing into rows of the longest length with full or block-diagonal
-    attention. ``fits``: whether a peak in bytes fits. ``seed``: of the random order.
+    - "random": ``batch`` rows in random order, padded to the longest of the batch
+    - "length-bucketed": the same, but sorted by length within random pools of 50 batches
+    - "sorted": the same, but sorted by length over the whole epoch, longest first
+    - "max-tokens": sorted by length, longest first, with about equal numbers of tokens in each batch
+    - "packed": several sequences in one row, as long as the longest sequence, with attention over the whole
+      row
+    - "packed-block-diagonal": the same, with attention only within each sequence
+
+    The first two have the peak of every possible order: it includes a batch of the longest sequences.
+    ``fits``: returns whether a peak in bytes fits. ``seed``: of the random order.
     """
     rng = np.random.default_rng(seed)
     random_order = rng.permutation(len(lengths))
@@ -236,8 +250,8 @@ def _chunks(lengths: Ints, order: Ints, batch: int) -> list[_Batch]:
 
 
 def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch]:
-    """Return batches, longest sequences first, each of as many rows, padded to its longest, as have at most
-    ``budget`` tokens, but of at least one.
+    """Return batches of the sequences in the order ``longest_first``. Each has as many rows, padded to its
+    longest sequence, as have at most ``budget`` tokens together, but at least one.
     """
     batches, start = [], 0
     while start < len(longest_first):
@@ -249,10 +263,12 @@ def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch
 
 
 def _packed(lengths: Ints, longest_first: Ints, budget: float, *, block_diagonal: bool) -> list[_Batch]:
-    """Return batches of about ``budget`` tokens, padding included. Their rows have the longest length, and
-    several sequences are packed into a row by best fit, longest sequence first (Johnson 1974).
+    """Return batches of rows that are as long as the longest sequence. Several sequences are packed into a
+    row by best fit: in the order ``longest_first``, each goes into the row with the least free space that is
+    enough (Johnson 1974). A batch has the number of rows that is nearest to ``budget`` tokens, padding
+    included, but at least one; the last may have fewer.
 
-    ``block_diagonal``: whether a token attends to its own sequence only, not to the whole row.
+    ``block_diagonal``: whether a token attends only to its own sequence, not to the whole row.
     """
     length = int(lengths.max())
     rows: list[list[int]] = []

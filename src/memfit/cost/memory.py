@@ -15,11 +15,13 @@ from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, T
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryProfile:
-    """Peak live bytes of one rank's whole trace and of each phase, with what is alive at the peak.
+    """The peak of the live bytes of one rank's trace, over all of it and in each phase, and what is alive at
+    the peak.
 
-    ``at_peak_bytes``: bytes alive at the peak by category, with the workspace of the kernel in which it lies;
-    ``by_module_bytes``: without that, by the module that allocated them. ``peak_op``: the operator in which
-    the peak lies or whose allocation reaches it, or "".
+    ``at_peak_bytes``: bytes alive at the peak by category. If the peak lies inside a kernel whose memory was
+    probed, what this kernel takes counts as "workspace". ``by_module_bytes``: bytes alive at the peak by the
+    module that allocated them, without what that kernel takes. ``peak_op``: that kernel's operator, else the
+    operator whose allocation reaches the peak, or "" if there is none.
     """
 
     peak_bytes: int
@@ -33,8 +35,8 @@ class MemoryProfile:
 
 
 def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return (clock, live bytes after it) of each allocation and each free, sorted by clock; at the same
-    clock allocations come first.
+    """Return two arrays with one entry for each allocation and each free of the trace: its clock, and the
+    live bytes after it. They are sorted by clock; at the same clock, allocations come before frees.
     """
     clock = [a.start for a in trace.allocations] + [a.end for a in trace.allocations if a.end is not None]
     changes = [a.size_bytes for a in trace.allocations]
@@ -47,10 +49,11 @@ def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
-    """Return the profile of the trace's live bytes between operators, and inside those operators whose own
-    peak ``calibration`` has, because they were probed.
+    """Return the profile of the trace's live bytes: the levels between operators, and the levels inside those
+    operators whose own peak was probed (``calibration.op_peak_bytes``).
 
-    The setup of later steps than the first does not count for the setup's peak, as nothing is built then.
+    The setup of later steps than the first does not count for the peak of the setup phase, as nothing is
+    built then.
     """
     trace = with_kept(trace, calibration)
     clock, live = levels(trace)
@@ -92,8 +95,9 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
 
 
 def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
-    """Return the trace with the kernel workspace at the peak of ``profile`` added as an allocation, so that
-    the trace's highest level is that peak; unchanged if it does not lie inside an operator with a workspace.
+    """Return the trace with the kernel workspace at the peak of ``profile`` added as an allocation of one
+    tick of the clock, so that the highest level of the trace is that peak. The trace is unchanged if the peak
+    does not lie inside an operator with a workspace.
     """
     clock = profile.peak_clock
     op = next((o for o in trace.ops if o.clock == clock), None)
@@ -114,8 +118,9 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
 
 
 def with_kept(trace: Trace, calibration: Calibration) -> Trace:
-    """Return the trace with the probed sizes, from ``calibration``, of the tensors by which forward kernels
-    pass workspace to backward, which fake tensors show empty; unchanged if none was probed.
+    """Return the trace with the probed sizes of those tensors in which forward kernels hand workspace to
+    backward. Fake tensors show them with 0 bytes; the sizes come from ``calibration.op_kept_bytes``. The
+    trace is unchanged if that has none of its operators.
     """
     if not any(op.signature in calibration.op_kept_bytes for op in trace.ops):
         return trace
@@ -136,7 +141,10 @@ def with_kept(trace: Trace, calibration: Calibration) -> Trace:
 def _inside(
     trace: Trace, clock: numpy.ndarray, live: numpy.ndarray, calibration: Calibration
 ) -> Iterator[tuple[OpCall, int]]:
-    """Yield (operator, live bytes at the peak inside it) for the operators whose own peak was probed."""
+    """Yield (operator, highest live bytes inside it) for each operator whose own peak was probed: the level
+    at its start plus ``calibration.op_peak_bytes``. ``clock`` and ``live``: the levels of the trace
+    (`levels`).
+    """
     for op in trace.ops:
         op_peak_bytes = calibration.op_peak_bytes.get(op.signature)
         if op_peak_bytes is not None:
@@ -163,11 +171,12 @@ def state_bytes(trace: Trace) -> int:
 
 
 def timeline(trace: Trace, points: int) -> tuple[int, ...]:
-    """Return the live bytes over the last traced step, without setup, thinned to about ``points`` values.
+    """Return the live bytes over the last traced step, without setup, as about ``points`` values in the order
+    of time.
 
-    Every forward, backward and optimizer phase gets the same number of points (the maxima of its stretches),
-    so that a measured step lines up. For micro-steps that were not traced, those that represent them are
-    repeated.
+    Every forward, backward and optimizer phase gets the same number of values, at least two; each is the
+    highest level in its part of the phase. So a measured step can be laid over it. Micro-steps that were not
+    traced are shown as copies of those that represent them.
     """
     clock, live = levels(trace)
     step_spans = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
@@ -180,9 +189,10 @@ def timeline(trace: Trace, points: int) -> tuple[int, ...]:
 
 
 def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
-    """Return (operator call, how often a step makes it) for the calls of the last traced step, without setup.
+    """Return (operator call, how often a step makes it) for the calls of the last traced step, without setup,
+    in the order of the trace.
 
-    Calls of micro-steps that were not traced are counted on those that represent them.
+    A call of a micro-step that represents micro-steps that were not traced counts for those, too.
     """
     ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
     repeated_spans, repetitions = _repeated(trace), trace.repeated_micro_steps

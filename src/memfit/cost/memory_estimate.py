@@ -28,11 +28,13 @@ ASSUMED_RESERVED_RATIO = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Reserved and device memory of one rank of a plan: what the caching allocator reserves, and that plus
-    what the process uses outside it.
+    """Reserved memory and device memory of one rank of a plan. All is None or empty if the device is not a
+    CUDA device.
 
-    None: the device has no such memory (a CPU), or the catalog lacks a part of it. ``device_parts_bytes``:
-    "reserved" and the known parts outside. ``oom_probability``: that the device's memory is not enough.
+    ``reserved_bytes``: what the caching allocator reserves. ``device_bytes``: that plus what the process uses
+    outside the allocator; None if the catalog lacks a part of it. ``device_parts_bytes``: "reserved" and the
+    known parts outside: "context", "kernels" and "nccl". ``oom_probability``: probability, from 0 to 1, that
+    the device's memory is not enough; None if ``device_bytes`` is.
     """
 
     reserved_bytes: Interval | None = None
@@ -42,10 +44,12 @@ class Footprint:
 
 
 def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
-    """Return the footprint of a traced plan; an empty one if the device is not a CUDA device.
+    """Return the footprint of a traced plan; an empty one, ``Footprint()``, if the device is not a CUDA
+    device.
 
-    The allocations of ``trace`` must include the BLAS workspaces. ``allocated``: their predicted peak. For
-    the probability of running out of memory, cached segments count only as far as the step needs them.
+    The allocations of ``trace`` must include the BLAS workspaces. ``allocated``: the predicted peak of the
+    live bytes, with its range. Cached segments that the allocator could give back do not count for
+    ``oom_probability``.
     """
     if machine.device.kind != "cuda":
         return Footprint()
@@ -72,11 +76,12 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
 
 
 def sketch_footprint(allocated: Interval, machine: Machine, *, reserved_ratio: float) -> Footprint:
-    """Return the footprint of a plan that was not traced, without NCCL's buffers; an empty one if the device
-    is not a CUDA device.
+    """Return the footprint of a plan that was not traced, without NCCL's buffers; an empty one,
+    ``Footprint()``, if the device is not a CUDA device.
 
-    ``allocated``: the predicted peak of its tensors. ``reserved_ratio``: reserved to allocated memory of a
-    traced plan of the same job; the upper end is computed with at least 1.06.
+    ``allocated``: the predicted peak of its tensors. ``reserved_ratio``: reserved over allocated memory of a
+    traced plan of the same job. The reserved memory is ``allocated`` times that ratio; its low end is that of
+    ``allocated``, and its high end is computed with a ratio of at least 1.06.
     """
     if machine.device.kind != "cuda":
         return Footprint()
@@ -117,9 +122,12 @@ def delay_frees(events: Sequence[Event], by: int) -> list[Event]:
 
 
 def _least(events: Sequence[Event], plain: Replayed, reserved: Interval, allocated: Interval) -> Interval:
-    """Return about the smallest memory under which the replay of ``events`` succeeds by releasing cached
-    segments on the way, found by bisection between the allocated and the reserved peak of ``plain``, the
-    replay without a limit. The range is that of ``reserved``, scaled.
+    """Return about the smallest memory with which a replay of ``events`` succeeds, because it releases cached
+    segments on the way. It is found by bisection between the allocated and the reserved peak of ``plain``,
+    which is the replay without a limit.
+
+    Its ends are those of ``reserved``, scaled by the result over the reserved peak of ``plain``, but the low
+    end is at least that of ``allocated``, unless the result is less.
     """
     low, high = plain.allocated_peak_bytes, plain.reserved_peak_bytes
     for _ in range(_BISECTIONS):

@@ -20,8 +20,12 @@ S_PER_HOUR: Final = 3600.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bill:
-    """Energy, money and CO2 of one step on the whole machine. ``usd``: electricity plus rental if there is a
-    rental price, else electricity alone. None: a needed fact is unknown.
+    """Energy, money and CO2 of one step on the whole machine. None: a fact that it needs is unknown.
+
+    ``energy_j``: joules of all devices, and of their hosts if their power is known, before PUE.
+    ``electricity_usd``, ``rental_usd``: US dollars for electricity and for renting the machine. ``usd``:
+    electricity plus rental, or electricity alone if there is no rental price. ``co2_g``: grams of CO2
+    equivalent of the electricity.
     """
 
     energy_j: float | None  # of the devices, and of their hosts if known; before PUE
@@ -49,8 +53,9 @@ def hosts_w(machine: Machine) -> float | None:
 
 
 def site_kwh(place: Place | None, energy_j: float | None) -> float | None:
-    """Return the kWh at the site's meter for the computers' energy in joules: energy x PUE. None if the place
-    or the energy is unknown.
+    """Return the kWh at the site's meter for the computers' energy in joules. It is that energy times the
+    site's PUE, which is the electricity of the whole site over that of its computers. None if the place or
+    the energy is None.
     """
     if place is None or energy_j is None:
         return None
@@ -58,8 +63,8 @@ def site_kwh(place: Place | None, energy_j: float | None) -> float | None:
 
 
 def electricity_usd(place: Place | None, energy_j: float | None) -> float | None:
-    """Return the price in US dollars of the site's electricity for the computers' energy in joules: energy x
-    PUE. None if the place or the energy is unknown.
+    """Return the price in US dollars of the site's electricity, `site_kwh`, for the computers' energy in
+    joules. None if the place or the energy is None.
     """
     kwh = site_kwh(place, energy_j)
     return None if place is None or kwh is None else kwh * place.usd_per_kwh.value
@@ -89,16 +94,19 @@ def usd(machine: Machine, *, energy_j: float | None, step_s: float | None) -> fl
 
 
 def co2_g(place: Place | None, energy_j: float | None) -> float | None:
-    """Return the grams of CO2 equivalent of the site's electricity for the computers' energy in joules:
-    energy x PUE. None if the place or the energy is unknown.
+    """Return the grams of CO2 equivalent of the site's electricity, `site_kwh`, for the computers' energy in
+    joules. None if the place or the energy is None.
     """
     kwh = site_kwh(place, energy_j)
     return None if place is None or kwh is None else kwh * place.co2_g_per_kwh.value
 
 
 def bill(machine: Machine, *, step_s: float | None, measured_j: float | None = None) -> Bill:
-    """Return energy, money and CO2 of one step on the whole machine. The energy is `measured_j`, if given,
-    else power x time; hosts of unknown power then count as zero.
+    """Return energy, money and CO2 of one step on the whole machine.
+
+    The energy is ``measured_j``, in joules, if that is given. Otherwise it is the power of all devices and
+    hosts times ``step_s``, where hosts of unknown power count as zero; it is None if the devices' power or
+    ``step_s`` is None.
     """
     power = machine.device.power_w
     boards_j = energy_j(power.value if power else None, step_s, devices=machine.device_count)
