@@ -295,9 +295,9 @@ def shape_of(signature: str) -> Product | Scores | None:
 @functools.lru_cache(maxsize=1 << 16)
 def layout_share(signature: str) -> float:
     """Return the speed at which the operator moves memory with the layout of its tensors, relative to a copy
-    of contiguous tensors: 1 if all are contiguous and equal in size, 0.8 if they differ in size, 0.6 if one
-    is not contiguous. torch's pointwise kernels load several elements at once only in the first case
-    (TensorIterator).
+    of contiguous tensors: 0.6 if a tensor is not contiguous, else 0.8 if they differ in size (not counting
+    tensors of one element), else 1. torch's pointwise kernels load several elements at once only in the last
+    case (TensorIterator).
 
     Some operators do not depend on the layout: matrix products have 0.7, layer norms of width w have w / (w +
     128), and others with their own kernels, such as softmax and convolution, have 1. So have operators that

@@ -36,12 +36,14 @@ ASSUMED_LINK_BYTES_S = 12e9  # pinned copies over PCIe 4.0 x16 under load
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TimeModel:
-    """Predicts seconds of operators on one device.
+    """Predicts the seconds of operators on one device.
 
-    ``flops_s``: FLOP/s by dtype. ``overhead_s``: added to every call that is not taken from ``kernels``.
-    ``efficiency_ratio``: roofline seconds over real ones, of operators without a curve. ``offload_bytes_s``:
-    rate of writing offloaded tensors and of reading them back. ``curves``: (op, dtype) -> sorted [(log of
-    roofline seconds, efficiency)], from timed operators.
+    ``flops_s``: FLOP/s by dtype. ``bandwidth_bytes_s``: memory bandwidth. ``overhead_s``: added to every
+    call, except those whose seconds come from ``kernels``. ``efficiency_ratio``: seconds by `roofline_s` over
+    real seconds, for operators without a curve. ``offload_bytes_s``: rate of writing offloaded tensors and of
+    reading them back. ``curves``: (operator, dtype) -> sorted [(log of the seconds by `roofline_s`,
+    efficiency_ratio at that size)], from timed operators. ``kernels``: rates of an accelerator of the catalog
+    that was not calibrated, else None.
     """
 
     calibration: Calibration
@@ -54,15 +56,20 @@ class TimeModel:
     kernels: Kernels | None = None  # of an accelerator that was not calibrated
 
     def roofline_s(self, op: OpCall) -> float:
-        """Return max(FLOPs / rate, bytes / bandwidth) in seconds. If the rate of its dtype is unknown, that
-        of float32 is taken, else only the bytes count.
+        """Return the longer of FLOPs / rate and moved bytes / bandwidth, in seconds. The rate is that of the
+        operator's dtype or, if unknown, that of float32. If both are unknown, only the bytes count.
         """
         rate = self.flops_s.get(op.dtype) or self.flops_s.get("float32") or math.inf
         return max(op.flops / rate, op.moved_bytes / self.bandwidth_bytes_s)
 
     def op_s(self, op: OpCall) -> float:
-        """Return the seconds of one call, as the module's docstring says; 0 for a collective (see
-        collectives.py) and for one stream's wait for another.
+        """Return the seconds of one call: 0 for a collective (see collectives.py) and for one stream's wait
+        for another, else the first of these that is available:
+
+        - the time that the calibration has for exactly this signature, plus ``overhead_s``
+        - the time by ``kernels``, from the operator's class and shape
+        - `roofline_s` over the efficiency, plus ``overhead_s``. The efficiency is interpolated in the curve
+          of the same operator and dtype (or float32); without a curve it is ``efficiency_ratio``.
         """
         if op.op.startswith((*COLLECTIVES, STREAMS)):
             return 0.0
@@ -88,16 +95,17 @@ class TimeModel:
         return y0 + (y1 - y0) * (log_ideal - x0) / (x1 - x0) if x1 > x0 else y0
 
     def issue_s(self, op: OpCall) -> float:
-        """Return the seconds that the host takes to launch the operator, in parallel with the device; 0 on a
-        CPU, on a calibrated device, and for one stream's wait for another.
+        """Return the seconds that the host takes to launch the operator, in parallel with the work of the
+        device. 0 if ``kernels`` is None (a CPU, or a calibrated device), and for one stream's wait for
+        another.
         """
         if self.kernels is None or op.op.startswith(STREAMS):
             return 0.0
         return ASSUMED_COMPILED_ISSUE_S if op.op.startswith(FUSED) else ASSUMED_ISSUE_S[op.phase]
 
     def total_s(self, ops: Iterable[tuple[OpCall, int]]) -> float:
-        """Return the seconds of (operator, count) pairs run one after the other: the longer of their work and
-        their launches.
+        """Return the seconds of (operator, number of calls) pairs, run one after the other: the sum of `op_s`
+        or the sum of `issue_s` over all calls, whichever is longer.
         """
         pairs = list(ops)
         work_s = sum(self.op_s(op) * times for op, times in pairs)
@@ -105,10 +113,11 @@ class TimeModel:
 
 
 def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] = ()) -> TimeModel | None:
-    """Return the time model of the device, with the calibration's rates, else the catalog's.
+    """Return the time model of the device. FLOP/s and memory bandwidth are the calibration's or, if it has
+    none, the catalog's. None if the FLOP/s or the bandwidth are in neither.
 
-    ``seen``: operators of which those that calibration timed show the efficiency of similar ones. Returns
-    None if compute rates are in neither calibration nor catalog, or if the bandwidth is in neither.
+    ``seen``: operators. Those of them that ``calibration`` has timed give the efficiency for calls of the
+    same operator and dtype with other sizes.
     """
     rates = dict(calibration.flops_s) or {k: f.value for k, f in device.peak_flops.items()}
     catalog_bandwidth = device.bandwidth_bytes_s.value if device.bandwidth_bytes_s else 0.0
@@ -144,8 +153,8 @@ def _weight_s(op: OpCall) -> float:
 
 
 def signatures_by_weight(ops: Iterable[tuple[OpCall, int]]) -> list[str]:
-    """Return the distinct signatures of ``ops``, which are (operator, calls per step), those with most work
-    (seconds of all calls at nominal rates) first.
+    """Return the distinct signatures of ``ops``, which are (operator, calls per step), sorted by the seconds
+    of all their calls at nominal rates (100 GFLOP/s, 10 GB/s), longest first.
     """
     weight: dict[str, float] = {}
     for op, times in ops:
@@ -160,9 +169,12 @@ _CALLS, _CALLS_S, _SETUP_S = 10, 0.1, 2e-3
 def signatures_to_time(
     ops: Iterable[tuple[OpCall, int]], known: Collection[str], *, budget_s: float
 ) -> list[str]:
-    """Return the distinct signatures of ``ops``, which are (operator, calls per step), without the ``known``
-    ones: those with most work first, until timing them would take ``budget_s`` seconds on a machine of
-    nominal rates. The last one may exceed that.
+    """Return the distinct signatures of ``ops``, which are (operator, calls per step), that are not in
+    ``known`` and should be timed.
+
+    They come in the order of `signatures_by_weight`. Another one is added as long as timing the ones before
+    it would take less than ``budget_s`` seconds on a machine of nominal rates (100 GFLOP/s, 10 GB/s), so the
+    last may exceed the budget.
     """
     pairs = list(ops)
     weights_s = {op.signature: _weight_s(op) for op, _ in pairs}

@@ -28,9 +28,10 @@ _NODES = 400  # node limit of the branch and bound; a time limit would not be de
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecomputeChoice:
-    """A set of tensors to drop, with the peak and the seconds of recomputation that a replay gives.
+    """A choice of tensors to drop after forward and to recompute in backward.
 
-    ``dropped``: numbers of the candidates.
+    ``dropped``: their numbers, as in `Candidate`. ``peak_bytes`` and ``cost_s``: the peak of the step and the
+    seconds of recomputation with this choice, as `Replay` computes them.
     """
 
     dropped: frozenset[int]
@@ -39,11 +40,11 @@ class RecomputeChoice:
 
 
 def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) -> RecomputeChoice | None:
-    """Return the choice found whose recomputation takes least time among those whose replayed peak is at most
-    ``budget_bytes``; None if there is none.
+    """Return, of the choices that the integer program gives in up to six rounds, the one whose recomputation
+    takes least time and whose replayed peak is at most ``budget_bytes``; None if no such choice is found.
 
-    ``gap_ratio``: by how much more time than its lower bound a solution of the integer program may take,
-    relative to the bound.
+    ``gap_ratio``: the solver may stop when its solution takes at most this much more time than the proven
+    lower bound, relative to the bound.
     """
     program = _Program(replay)
     choices: list[RecomputeChoice] = []
@@ -62,8 +63,8 @@ def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) ->
 def smallest(replay: Replay) -> RecomputeChoice:
     """Return a choice of tensors to drop whose peak is near the lowest possible one.
 
-    It is the first one found when raising the budget from the optimum of the program without integrality; if
-    none is found, the choice that drops nothing.
+    The budget is raised in steps from a lower bound on the peak towards the peak without dropping, and the
+    first choice that `solve` finds is returned; if it finds none, the choice that drops nothing.
     """
     plain = _choice(replay, frozenset())
     lower_bound = _Program(replay).lowest_bytes()
@@ -81,9 +82,10 @@ def _choice(replay: Replay, dropped: frozenset[int]) -> RecomputeChoice:
 
 
 def refine_choice(replay: Replay, choice: RecomputeChoice, budget_bytes: int) -> RecomputeChoice:
-    """Return the choice without those dropped tensors that need not be dropped for a replayed peak of at most
-    ``budget_bytes``. They are tried one by one, the one whose recomputation takes longest first. A choice
-    whose peak is above the budget is returned as it is.
+    """Return the choice without those tensors that need not be dropped: without them the replayed peak is
+    still at most ``budget_bytes``, and recomputation takes no longer. The tensors are tried one by one, the
+    one that saves most seconds of recomputation first. A choice whose peak is above the budget is returned as
+    it is.
     """
     if choice.peak_bytes > budget_bytes:
         return choice
@@ -96,8 +98,11 @@ def refine_choice(replay: Replay, choice: RecomputeChoice, budget_bytes: int) ->
 
 
 class _Program:
-    """The integer program of one replay. Columns: D (dropped) of each candidate, R (runs again) of each call,
-    A (absent) of each candidate and each first need in its window, and the peak.
+    """The integer program of one replay.
+
+    Its columns are, in this order: for each candidate whether it is dropped; for each call whether it runs
+    again; for each candidate whether it is still absent, at each of the up to 24 clocks before its own first
+    need in backward at which another candidate is first needed; and the peak.
     """
 
     def __init__(self, replay: Replay) -> None:
@@ -155,8 +160,9 @@ class _Program:
                 self.rows.append((row, 1.0))
 
     def _instants(self) -> list[tuple[int, int]]:
-        """Return (clock, bytes) of the highest memory level, without dropping, in each stretch of the step
-        between two clocks at which the tensors that may be absent change.
+        """Return (clock, live bytes) of the highest level, without dropping, in each stretch of the step. A
+        new stretch begins at each clock at which a candidate is no longer needed by forward or is first
+        needed by backward.
         """
         clock, level = self.replay.clock, self.replay.level
         bounds = sorted({*self.events, *(c.gone for c in self.replay.candidates)})
@@ -168,7 +174,9 @@ class _Program:
         return list(highest.values())
 
     def _row(self, instant: int) -> dict[int, float]:
-        """Return the bytes that may be absent at clock ``instant``, by column, as negative coefficients."""
+        """Return column -> minus the bytes that are absent at clock ``instant`` if the column is 1, for the
+        candidates that may be absent then.
+        """
         # index of the last first need up to that clock
         event_index = int(numpy.searchsorted(self.events, instant, side="right")) - 1
         row = {}
@@ -183,8 +191,12 @@ class _Program:
         return row
 
     def dropped(self, budget_bytes: int, gap_ratio: float) -> frozenset[int] | None:
-        """Return the numbers of the candidates that the program drops in its solution of least recomputation
-        time, within the gap and the node limit; None if no solution for ``budget_bytes`` is found.
+        """Return the numbers of the candidates that are dropped in the program's solution of least
+        recomputation time; None if the solver finds no solution for ``budget_bytes`` within its limit of 400
+        nodes.
+
+        ``gap_ratio``: the solver may stop when the solution takes at most this much more time than the proven
+        lower bound, relative to the bound.
         """
         seconds = numpy.zeros(self.width)
         total = sum(self.replay.seconds[k] for k in self.call) or 1.0
@@ -218,10 +230,11 @@ class _Program:
         objective: numpy.ndarray,
         gap_ratio: float | None,
     ) -> numpy.ndarray | None:
-        """Return the values of all columns that minimise ``objective``, or None if no solution is found.
+        """Return the values of all columns that minimise ``objective`` (one coefficient for each column), or
+        None if no solution is found.
 
-        ``extra_rows``: additional rows in bytes. ``gap_ratio``: relative optimality gap; None: without
-        integrality.
+        ``extra_rows``: additional rows, (coefficient by column, upper bound), in bytes. ``gap_ratio``:
+        relative optimality gap; None: fractions are allowed in all columns.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
@@ -247,9 +260,9 @@ class _Program:
         return None if result.x is None else numpy.asarray(result.x)
 
     def learn(self, dropped: frozenset[int], budget_bytes: int) -> bool:
-        """Add to the program's rows the bytes by which a replay of the choice ``dropped`` is above what the
-        program predicts, at instants where the replay is over ``budget_bytes``. Returns whether any were
-        added.
+        """Correct the program by a replay of the choice ``dropped``. Where the replay is above
+        ``budget_bytes``, the bytes by which it is above the program's prediction are added to the level at
+        that clock from now on. Return whether any level was raised.
         """
         clock, level = self.replay.levels(dropped)
         instants = numpy.array([instant for instant, _ in self.instants], dtype=numpy.int64)
@@ -274,8 +287,8 @@ class _Program:
         return changed
 
     def _absent(self, instant: int, dropped: frozenset[int]) -> int:
-        """Return the most bytes that the program treats as absent at clock ``instant``: those of the dropped
-        tensors that forward no longer needs and backward does not need yet.
+        """Return the bytes of the dropped tensors that may be absent at clock ``instant``, because forward no
+        longer needs them and backward does not need them yet.
         """
         return sum(
             c.size_bytes

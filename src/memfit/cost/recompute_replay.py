@@ -21,9 +21,10 @@ from memfit.types.trace import OpCall, Phase, Trace
 class Candidate:
     """A tensor that backward needs and that may be dropped after forward and recomputed.
 
-    ``number``: its position among the tensors of the recording. ``sources``: numbers of other candidates that
-    its recomputation reads. ``calls``: positions of the recorded calls that recompute it, including those for
-    intermediate tensors that are not kept.
+    ``number``: its index in ``Recording.storages``. ``gone``: clock from which forward does not need it.
+    ``first_need``: clock at which backward first needs it. ``sources``: numbers of other candidates that its
+    recomputation reads. ``calls``: indices in ``Recording.calls`` of the calls that recompute it. They
+    include those for intermediate tensors, which are not kept; ``between`` has the numbers of these.
     """
 
     number: int
@@ -37,11 +38,12 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """A recorded forward pass, with which choices of tensors to drop are evaluated: their peak, and the
-    seconds of recomputation.
+    """A recorded forward pass, with which choices of tensors to drop are evaluated: the peak of the step, and
+    the seconds of recomputation.
 
-    ``clock``, ``level``: live bytes of the step without dropping, from the start of the pass to the end of
-    backward, including memory inside kernels.
+    ``clock`` and ``level``: clocks, and the live bytes at them without dropping, from the start of the
+    forward pass to the end of backward, including memory inside kernels. ``outside_bytes``: the highest level
+    while the model is built and while the optimizer steps.
     """
 
     recording: Recording
@@ -53,8 +55,8 @@ class Replay:
     outside_bytes: int  # highest level while the model is built and while the optimizer steps
 
     def cost_s(self, dropped: frozenset[int]) -> float:
-        """Return the seconds that recomputing the dropped tensors takes; a call that several of them share
-        counts once. ``dropped``: numbers of the candidates.
+        """Return the seconds that recomputing the tensors ``dropped`` takes; a call that several of them
+        share counts once. ``dropped``: numbers of candidates.
         """
         calls = {c for candidate in self.candidates if candidate.number in dropped for c in candidate.calls}
         return sum(self.seconds[c] for c in calls)
@@ -66,8 +68,9 @@ class Replay:
         return dropped.union(*(c.between for c in self.candidates if c.number in dropped))
 
     def levels(self, dropped: frozenset[int]) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Return (clock, live bytes), from the start of the pass to the end of backward, if these candidates
-        are dropped. Instants within recomputations follow at the end, so the clock is not sorted.
+        """Return two arrays, clocks and the live bytes at them, from the start of the forward pass to the end
+        of backward, if the candidates with the numbers ``dropped`` are dropped. The levels within
+        recomputations follow at the end, so the clocks are not sorted.
         """
         return _RecomputeSchedule(self, self.closure(dropped)).levels()
 
@@ -80,8 +83,8 @@ def replay(
 ) -> Replay:
     """Return the replay of a recorded step.
 
-    ``seconds`` returns the time of an operator call. ``calibration``: its probed kernel workspaces count
-    towards the memory. Tensors smaller than ``least_bytes`` are always kept.
+    ``seconds``: returns the seconds of an operator call. ``calibration``: the kernel workspaces that were
+    probed count towards the memory. Tensors smaller than ``least_bytes`` are never candidates for dropping.
     """
     trace = with_kept(recording.trace, calibration)
     ops = {op.clock: op for op in trace.ops}
@@ -109,10 +112,10 @@ def replay(
 
 
 def _outside(trace: Trace, points: list[tuple[int, int]]) -> Iterator[int]:
-    """Yield the live bytes of those of the ``points``, (clock, live bytes) by clock, that lie in the building
-    of the model or in an optimizer step.
+    """Yield the live bytes of those ``points``, sorted (clock, live bytes), that lie in the building of the
+    model or in an optimizer step.
 
-    Forward and backward passes beside the recorded one are like it, and are left out.
+    Forward and backward passes other than the recorded one are like it, so they are not among these.
     """
     spans = [s for s in trace.spans if s.phase is Phase.OPTIMIZER or not s.start]
     starts = [s.start for s in spans]
@@ -163,7 +166,10 @@ def _candidates(recording: Recording, least_bytes: int) -> list[Candidate]:
 
 
 class _RecomputeSchedule:
-    """Computes when the dropped tensors of one choice are recomputed, and until when they are held."""
+    """Simulates the recomputation of one choice of dropped tensors in backward: when each tensor is
+    recomputed, and until when it is held. `levels` returns the memory that results. ``dropped`` includes the
+    intermediate tensors (`Replay.closure`).
+    """
 
     def __init__(self, replay: Replay, dropped: frozenset[int]) -> None:
         self.replay, self.dropped = replay, dropped
@@ -210,10 +216,11 @@ class _RecomputeSchedule:
         return {r for c in self.storages[number].calls for r in self.calls[c].reads} - {number}
 
     def _make(self, number: int, clock: int) -> None:
-        """Account for recomputing the tensor ``number`` at ``clock``, its missing sources first, as at run
-        time.
+        """Recompute the tensor ``number`` at ``clock``, as at run time: first the dropped tensors that it is
+        made from and that are not present.
 
-        Changes at ``clock`` apply after it; instants within the recomputation are recorded.
+        What this changes in the live bytes holds after ``clock``; the levels within the recomputation are
+        added to ``instants``.
         """
         self.above = 0
         stack = [number]
@@ -243,8 +250,9 @@ class _RecomputeSchedule:
             self._free(tensor.size_bytes, clock)
 
     def _let_go(self, source: int, clock: int) -> None:
-        """Account for ``source`` after its last reader at ``clock``: free a recomputed intermediate tensor,
-        and hold until now a tensor that the plain step has already freed. Any other is left as it is.
+        """Account for the tensor ``source`` after the last recomputation that reads it, at ``clock``. A
+        recomputed intermediate tensor is freed. A tensor that the plain step has freed before counts as held
+        until now. Nothing changes for any other.
         """
         tensor = self.storages[source]
         if source in self.dropped and not tensor.needs:
