@@ -22,8 +22,12 @@ from memfit.verify.aggregate import ok_runs, peak_bytes
 
 
 def answer(poc: Poc) -> tuple[Sentence, ...]:
-    """Return three sentences: on plain training, the recommended plan (or that no plan fits), and scientific
-    equivalence."""
+    """Return three sentences: (1) whether plain training fits the PoC's memory cap; (2) the recommended plan
+    with its peak memory, or that no plan fits; (3) whether the recommended plan's results are equivalent to
+    those of plain training, and whether a repeated run gives the same results.
+
+    Each states what was measured, else what is predicted, else that it is not known.
+    """
     return (_plain(poc), _recommended(poc), _science(poc))
 
 

@@ -31,10 +31,11 @@ CLASSES: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseRung:
-    """The stored prediction for one plan at one size.
+    """The stored prediction for one plan at one published size of a job.
 
-    ``plan``: its key in the word catalogs. ``parts``: (class, bytes at the peak), ordered as CLASSES, without
-    empty classes.
+    ``plan``: end of the key of its name in the word catalogs, which is ``case.plan.PLAN``. ``step``:
+    predicted time of one step; ``fits``: whether the plan fits the device. ``parts``: (kind of tensors, such
+    as "msa"; bytes at the peak) in the order of CLASSES; kinds with 0 bytes are left out.
     """
 
     plan: str
@@ -47,8 +48,9 @@ class CaseRung:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseSize:
-    """The plans at one published size of the job. ``name``: key in the word catalogs; ``residues`` and
-    ``rows`` (sequences) of a sample."""
+    """One published size of the job. ``name``: end of the key of its name in the word catalogs,
+    ``case.size.NAME``. A sample has ``residues`` positions and ``rows`` sequences. ``rungs``: the plans
+    predicted at this size; the first is the one with which ``share`` compares."""
 
     name: str
     residues: int
@@ -58,7 +60,8 @@ class CaseSize:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseView:
-    """The stored predictions for one job on one device."""
+    """The stored predictions for one job on one device. ``created``: when they were made; ``memory``: that of
+    the device."""
 
     created: str
     device: str
@@ -67,7 +70,8 @@ class CaseView:
 
 
 def case_view(job: str) -> CaseView | None:
-    """Return the stored predictions of the job with this name, or None if it has none."""
+    """Return the predictions for the job named ``job`` that are stored in this package (``cases/JOB.json``),
+    or None if there are none."""
     case = _kept(job)
     if case is None:
         return None
@@ -89,9 +93,9 @@ def case_view(job: str) -> CaseView | None:
 
 
 def case_offers(job: str) -> tuple[Offer, ...]:
-    """Return the stored offers of the job with this name: single devices with a price, each with plain
-    training and with the plan stored for it. Empty if none are stored.
-    """
+    """Return the offers for the job named ``job`` that are stored in this package (``cases/JOB.json``):
+    predictions for single devices with a price, for each of plain training and of the stored plan. Empty if
+    none are stored."""
     case = _kept(job) or {}
     return tuple(
         serialization.loads(Offer, json.dumps(offer), what="a stored case")

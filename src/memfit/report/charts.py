@@ -19,8 +19,8 @@ WIDE: Final = 1000  # width of the stretched picture's coordinate system
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """One axis of a plot. ``scale`` is the unit in which ticks are round numbers: 2**20 for MiB. ``text``
-    formats the label of a tick."""
+    """One axis of a plot, from ``low`` to ``high``. Ticks are at round multiples of ``scale``: 2**20 if the
+    labels are in MiB. ``text``: function that returns the label of a tick from its value."""
 
     title: str
     low: float
@@ -29,7 +29,8 @@ class Axis:
     text: Callable[[float], str] = "{:g}".format
 
     def ticks(self, count: int = 7) -> list[float]:
-        """Return about `count` round values inside the axis."""
+        """Return the round values from ``low`` to ``high``, both included, at distances of 1, 2, 2.5 or 5
+        times a power of ten of ``scale``. There are at most about ``count`` of them."""
         low, high = self.low / self.scale, self.high / self.scale
         step = _round_step((high - low) / count)
         first = math.ceil(low / step - 1e-9)
@@ -37,16 +38,18 @@ class Axis:
         return [i * step * self.scale for i in range(first, last + 1)]
 
     def share(self, value: float) -> float:
-        """Return the position of a value on the axis, 0 at its low end and 1 at its high end."""
+        """Return where ``value`` is on the axis: 0 at ``low``, 1 at ``high``, below 0 or above 1 outside
+        them."""
         return (value - self.low) / (self.high - self.low)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One line of a plot.
+    """One line of a plot through ``points``, each (x, y).
 
-    ``css``: classes that determine its colour. ``area``: filled down to the axis. A ``stepped`` line holds
-    each value until the next.
+    ``css``: CSS classes that determine its colour. ``area``: whether the area between it and the x axis is
+    filled. ``stepped``: whether it is horizontal from each point to the x of the next one, instead of going
+    straight to it.
     """
 
     css: str
@@ -57,7 +60,8 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Dot:
-    """One marker of a plot. ``css``: classes that determine its colour; ``label``: text beside it, if any."""
+    """One marker of a plot. ``css``: CSS classes that determine its colour; ``label``: text below it, "" for
+    none."""
 
     css: str
     x: float
@@ -68,7 +72,8 @@ class Dot:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A straight line across the plot, at the x ``value`` if ``vertical``, else at the y ``value``."""
+    """A straight labelled line across the whole plot: upright at x = ``value`` if ``vertical``, else level at
+    y = ``value``."""
 
     value: float
     label: str
@@ -83,8 +88,11 @@ def axis(
     scale: float = 1.0,
     text: Callable[[float], str] = "{:g}".format,
 ) -> Axis:
-    """Return an axis that contains all finite values, with a margin above; below it begins at 0 if ``zero``,
-    else with a margin.
+    """Return an axis that covers the finite ``values``, or 0 and 1 if there are none.
+
+    It begins at 0 if ``zero``, and values below 0 are then outside it; otherwise it begins 8 % of the range
+    covered below the smallest value. It ends 8 % of that range above the largest value. ``title``, ``scale``
+    and ``text`` are as in `Axis`.
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     top, bottom = max(finite), 0.0 if zero else min(finite)
@@ -105,7 +113,12 @@ def plot(
     dots: Sequence[Dot] = (),
     rules: Sequence[Rule] = (),
 ) -> str:
-    """Return one chart as SVG text; ``description`` is read by screen readers. All texts are escaped here."""
+    """Return one chart as the text of an SVG element: axes with ticks, then ``lines``, ``rules`` and ``dots``
+    above each other in this order.
+
+    ``chart_id``: id that is unique on the page. ``title`` and ``description`` are for screen readers. All
+    texts are escaped here for HTML.
+    """
     parts = [_grid(x, y), _stretched([_path(line, x, y) for line in lines])]
     parts += [_rule(rule, x, y) for rule in rules]
     parts += [_dot(dot, x, y) for dot in dots]
@@ -126,11 +139,13 @@ def bar(
     rule: float | None = None,
     whole: bool = True,
 ) -> str:
-    """Return a bar of `value` relative to `full` as SVG text, with a tick at `marker` (the predicted value)
-    and a line at `rule` (a limit), if given.
+    """Return a bar of the length ``value`` / ``full`` as the text of an SVG element. None counts as 0;
+    ``full`` is the whole width.
 
-    Its numbers stand beside it as text, so it is hidden from screen readers. With `whole` False the value is
-    only predicted and the bar is drawn hollow.
+    ``css``: CSS class of the bar. ``marker``: value at which a tick is drawn (the prediction); ``rule``:
+    value at which a line is drawn (a limit); None draws none. ``whole``: whether the bar is filled; False for
+    a value that is only predicted. Screen readers skip the bar, because the page has its numbers as text
+    beside it.
     """
     style = css if whole else f"{css} hollow"
     box = f'<rect class="{style}" x="0" y="3" height="14" width="{_pct((value or 0) / full)}"/>'
@@ -141,10 +156,12 @@ def bar(
 
 
 def stacked(parts: Sequence[tuple[str, float]], *, full: float, rule: float | None = None) -> str:
-    """Return a bar of adjacent parts relative to `full` as SVG text, each of the colour of its CSS class,
-    with a line at `rule` (a limit) if that is not beyond `full`. ``parts``: (class without "c-", value).
+    """Return a bar whose ``parts`` are drawn one after the other as the text of an SVG element; ``full`` is
+    the whole width.
 
-    It is hidden from screen readers, because its total and its parts stand beside it as text.
+    ``parts``: (name of the kind, value); the CSS class of a part is "c-" and this name. ``rule``: value at
+    which a line is drawn (a limit), unless it is None or above ``full``. Screen readers skip the bar, because
+    the page has its numbers as text beside it.
     """
     boxes, start = "", 0.0
     for css, value in parts:
@@ -157,8 +174,11 @@ def stacked(parts: Sequence[tuple[str, float]], *, full: float, rule: float | No
 
 
 def interval(bounds: tuple[float, float, float], *, reach: float, css: str) -> str:
-    """Return a strip from -reach to reach as SVG text with the interval ``bounds`` (low, value, high), all in
-    units of the margin, which is shaded.
+    """Return a strip of the scale from -``reach`` to ``reach`` as the text of an SVG element, with a line
+    from ``bounds[0]`` (low) to ``bounds[2]`` (high) and a dot at ``bounds[1]``.
+
+    The unit of the scale is the margin within which results count as equivalent; the part from -1 to 1 is
+    shaded. ``css``: CSS class of the line and the dot.
     """
     low, value, high = (_pct((b + reach) / (2 * reach)) for b in bounds)
     left, right = _pct((reach - 1) / (2 * reach)), _pct((reach + 1) / (2 * reach))
@@ -176,7 +196,8 @@ def interval(bounds: tuple[float, float, float], *, reach: float, css: str) -> s
 
 
 def _round_step(raw_step: float) -> float:
-    """Return the number rounded up to 1, 2, 2.5 or 5 times a power of ten."""
+    """Return the smallest of 1, 2, 2.5, 5 and 10 times a power of ten that is not below the positive
+    ``raw_step``: 2.5 for 2.1."""
     power = 10.0 ** math.floor(math.log10(raw_step))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw_step * 0.999)
 
@@ -222,7 +243,8 @@ def _stretched(paths: Sequence[str]) -> str:
 
 
 def _path(line: Line, x: Axis, y: Axis) -> str:
-    """Return a line as an SVG path. Values that are not finite interrupt it."""
+    """Return a line as an SVG path element, or "" if it has no points. Points whose y is not finite are left
+    out and the line is interrupted there."""
     if not line.points:
         return ""
     step = "H" if line.stepped else ""

@@ -9,7 +9,7 @@ from memfit.types.result import Choice, Reason, SearchResult, Sensitivity
 
 
 def search_view(result: SearchResult) -> SearchView:
-    """Convert a search result to rows with figures and sentences."""
+    """Convert a search result to the rows that the report shows, with predicted figures and their sources."""
     best = result.recommended
 
     def row(choice: Choice) -> ChoiceRow:
@@ -74,7 +74,8 @@ def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
 
 
 def _reason(reason: Reason) -> Sentence:
-    """Convert a reason to a sentence. A technique that raises the peak is said to take more, not to save."""
+    """Convert the reason why a technique is in a plan or was left out to a sentence. A technique that raises
+    the peak instead of lowering it gets the sentence that says how many more bytes it takes."""
     saved = reason.saved_bytes
     costs = reason.kind == "saves" and saved is not None and saved < 0
     change = Figure(

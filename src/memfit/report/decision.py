@@ -44,7 +44,7 @@ MONEY: Final = (  # costs of an option, named as in CostSheet, in the order of t
 
 
 def decision_view(poc: Poc, decision: Decision) -> DecisionView:
-    """Convert a decision to the rows and sentences of the page."""
+    """Convert a decision to the rows and sentences of the decision's page."""
     ways = tuple(_way(decision, slot, index) for slot, index in decision.slots)
     best = next((w for w in ways if w.best and not w.again), None)
     reference = next((w for w in ways if w.reference), None)
@@ -81,9 +81,9 @@ def decision_view(poc: Poc, decision: Decision) -> DecisionView:
 
 
 def _energy_saved(percent: float, boundary: str) -> Figure:
-    """Return the energy saved in percent as a figure.
+    """Return ``percent``, the energy saved in percent of plain training's, as a figure.
 
-    It counts as measured unless the energy's boundary says that it is modelled; then it counts as predicted.
+    It is marked as predicted if ``boundary`` (what the energy includes) contains "model", else as measured.
     """
     return predicted(percent, "saving") if "model" in boundary else measured(percent, "saving")
 
@@ -137,8 +137,9 @@ def _way(decision: Decision, slot: str, index: int) -> AlternativeRow:
 
 
 def _energy_percent(way: Alternative) -> float | None:
-    """Return the energy of a run saved relative to plain training on the same machine, in percent, both
-    before PUE; None if one of them is unknown."""
+    """Return how much less energy a run of this option takes than a run of plain training on the same
+    machine, in percent of the latter; negative if it takes more. Both are without the data centre's overhead
+    (PUE). None if one of the two is unknown."""
     if not way.plain_j or way.power_w is None:
         return None
     return 100 * (1 - 3600 * way.hours * way.power_w / way.plain_j)
@@ -157,10 +158,11 @@ def _payback(decision: Decision) -> Sentence | None:
 
 
 def _filled(values: Mapping[str, str | float | None], mark: Mark) -> Filled:
-    """Convert a risk's values to figures or sentences.
+    """Convert the values of a risk's evidence sentence to figures, sentences or texts.
 
-    The value "spare" is a percentage, "minutes" are minutes, other numbers are counts. The text of "verdict"
-    is a key of the word catalogs; other texts are statements about an engine, or stay as they are.
+    A number is a percentage if its name is "spare", minutes if it is "minutes", else a count; ``mark`` is its
+    mark. A text named "verdict" is a key of the word catalogs. Any other text becomes a sentence if it is one
+    of the catalog's known statements about an engine, and else stays as it is.
     """
 
     def one(name: str, value: str | float | None) -> Figure | str | Sentence:

@@ -33,10 +33,11 @@ DECISIVE: Final = ("decide.money.with_saving", "decide.money.with_saving_more")
 
 
 def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]]:
-    """Return the answers to a budget owner's four questions, by the keys fits (can our machine do it), money,
-    risk and next (what to do), in this order.
+    """Return the answers to a budget owner's four questions, each as sentences of which the first is the
+    short answer.
 
-    The first sentence of each is the short answer.
+    The keys, in this order: "fits" (can our machine do it), "money" (does it pay), "risk" (what can go wrong)
+    and "next" (what to do).
     """
     return {
         "fits": _fits(poc, view),
@@ -47,11 +48,11 @@ def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]
 
 
 def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
-    """Return whether the user's existing machine can train the job at its full size, then the PoC's two
-    answers on memory at the size that it ran.
+    """Return whether the user's existing machine can train the job at its full size, then the PoC's answers
+    at the size that it ran: whether plain training and the recommended plan fit.
 
-    If the user named no existing machine: the PoC's answers, that on the recommended plan first, and that
-    the question for the user's own machine is open until the case names it.
+    If the user named no existing machine: the PoC's answer on the recommended plan, that on plain training,
+    and that the question about the user's own machine is open until it is named.
     """
     poc_sentences = answer(poc)[:2]
     existing_ways = [w for w in view.ways if w.slot.startswith("existing")]
@@ -116,10 +117,10 @@ def _unpriced(row: AlternativeRow) -> Sentence:
 
 
 def _doubtful(view: DecisionView) -> list[int]:
-    """Return the indices of the best option and of the reference, of each only if the probability that its
-    plan fits is below 100 %.
+    """Return the indices of the best option and of the reference in ``view.decision.ways``, of each only if
+    it is less than 100 % probable that its plan fits its machine.
 
-    An existing machine is left out, because the answer to the question "fits" covers it.
+    The user's existing machine is left out, because the answer "fits" already says this about it.
     """
     indices = dict.fromkeys(row.index for row in (view.best, view.reference) if row is not None)
     ways = view.decision.ways
@@ -127,10 +128,12 @@ def _doubtful(view: DecisionView) -> list[int]:
 
 
 def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """Yield the sentences below the table of options: that the cheapest option whose working hours are all
-    known may be cheaper than the best one, that the PoC was already at the size of the decision, the time of
-    a run and that of the reference, and up to which size a machine can train with a memory-saving plan and
-    with plain training. Each only where it applies; nothing without a best option.
+    """Yield, each only if it applies, the sentences below the table of options, in this order: which option
+    whose working hours are all known is the cheapest, if hours of the best option are missing; that the PoC
+    was run at the size of the decision; how long a run takes with the best option and with the reference; up
+    to which size a machine can train with a memory-saving plan and with plain training.
+
+    Yield nothing if there is no best option.
     """
     if view.best is None:
         return
@@ -161,7 +164,8 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
 
 def _unknown(view: DecisionView, best: AlternativeRow) -> Sentence:
     """Return the sentence that the best option's cost is a lower bound, because working hours are missing in
-    it; if it is cheaper than the reference, with the cost of these hours up to which it is."""
+    it. If it is cheaper than the reference, the sentence also says up to which cost of these hours that
+    holds."""
     decision, reference = view.decision, view.reference
     sheets = (decision.sheets[reference.index if reference else best.index], decision.sheets[best.index])
     allowance = (sheets[0].present_cost or 0.0) - (sheets[1].present_cost or 0.0)
@@ -173,9 +177,11 @@ def _unknown(view: DecisionView, best: AlternativeRow) -> Sentence:
 
 
 def _with_saving(view: DecisionView) -> list[Sentence]:
-    """Return one sentence on what the cheapest option with the recommended plan saves against the reference,
-    and by how much it is more expensive than the best option, which is plain training. Empty if there is no
-    such option or no reference.
+    """Return, as a list of one sentence, what the cheapest option with a memory-saving plan saves against the
+    reference, and, if known, by how much it is more expensive than the best option. Empty if there is no such
+    option or no reference.
+
+    It is for a best option that is plain training.
     """
     decision, reference = view.decision, view.reference
     index = decision.recommended
@@ -190,8 +196,9 @@ def _with_saving(view: DecisionView) -> list[Sentence]:
 
 
 def _rank(view: DecisionView, best: AlternativeRow) -> list[Sentence]:
-    """Return one sentence: the cheapest option whose hours of work are all known, and up to which cost of its
-    own missing hours ``best`` is cheaper. Empty if there is no such option."""
+    """Return, as a list of one sentence, which option is the cheapest of those that can do all runs and whose
+    working hours are all known, and up to which cost of the missing hours of ``best`` the latter is still
+    cheaper. Empty if there is no such option."""
     decision = view.decision
     costs = {w.index: decision.sheets[w.index].present_cost for w in view.ways if w.enough and not w.at_least}
     complete_costs = {i: c for i, c in costs.items() if c is not None and decision.ways[i].kind != "nothing"}
@@ -248,8 +255,8 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
 
 
 def _stopped(view: DecisionView) -> Filled | None:
-    """Return the first failed gate of the PoC as the placeholders gate, found and limit; None if none failed
-    or there are no stages."""
+    """Return the first failed gate of the stage "poc" as placeholders of a sentence: "gate" (its name),
+    "found" and "limit". None if no gate failed or there are no stages."""
     failed_gates = [g for g in view.stages[0].stage.gates if not g[3]] if view.stages else []
     if not failed_gates:
         return None
@@ -258,11 +265,11 @@ def _stopped(view: DecisionView) -> Filled | None:
 
 
 def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | Figure, Sentence | Figure]:
-    """Return (name of ``gate``, what was found, what is required) as sentences and figures, which can be
+    """Return (name, what was found, what is required) of ``gate`` as sentences and figures, which can be
     shown in any language.
 
-    ``gate``: (name, found, limit, whether it holds). A number that fails but would read like its limit gets
-    more digits.
+    ``gate``: (name, found, limit, whether it holds), all but the last as texts. If the gate fails and found
+    would be shown with the same digits as its limit, found gets more digits.
     """
     name, result, limit, holds = gate
     result_value, limit_value = _gate_value(result, name), _gate_value(limit, name)
@@ -321,15 +328,16 @@ _FACTS: Final = (
 
 
 def engine_fact(text: str) -> Sentence | str:
-    """Return a statement of the catalog about an engine: as a sentence that the word catalogs translate if it
-    is one of those they know, else the text itself."""
+    """Return a statement of the catalog about an engine, such as "released regularly": as a sentence if the
+    word catalogs have a translation of it, else unchanged."""
     return Sentence(key=f"engine_fact.{text}") if text in _FACTS else text
 
 
 def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """Yield the phrases for a meeting: what the best option costs, the stages, the main risks if they are
-    known, and for each engine except replay one on its upkeep and on whether it was used, could be used, or
-    lacks something for the recommended plan."""
+    """Yield the phrases for a meeting, in this order: what the best option costs; what the next stages cost;
+    the main risks, if they are known; and one for each engine except "replay": that it trained the
+    recommended plan in the PoC, that it does not support this plan and why, or that it could train it, each
+    with its release, the torch version it needs, its licence and its upkeep."""
     failed_gate = _stopped(view)
     yield cost_phrase(poc, view, failed_gate)
     yield stages_phrase(view, failed_gate)

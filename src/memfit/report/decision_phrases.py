@@ -15,9 +15,13 @@ Filled = Mapping[str, Figure | str | Sentence]
 
 
 def headline(view: DecisionView) -> str:
-    """Return the key of the answer on money, which the page and the phrases share: saves, loses,
-    does_not_pay (the best option is plain training), is_reference (it is the reference), no_reference, or
-    without a best option the reason why there is none."""
+    """Return the end of the key of the answer on money, which the page and the phrases share.
+
+    Without a best option: the reason why there is none (``why_none`` of the decision). Else the first that
+    applies: "no_reference" (no reference, or the saving is unknown), "is_reference" (the best option is the
+    reference), "does_not_pay" (the best option is plain training), "saves" or "loses" (it costs less than the
+    reference, or not).
+    """
     if view.best is None:
         return view.decision.why_none
     if view.reference is None or view.saved.value is None:
@@ -30,8 +34,9 @@ def headline(view: DecisionView) -> str:
 
 
 def costs_more(view: DecisionView, index: int) -> Sentence | None:
-    """Return by how much the option at ``index`` is more expensive than the best one: in percent, or as a
-    multiple if it costs over three times as much. None if one cost is unknown, or the best's not positive."""
+    """Return by how much the option at ``index`` of the decision costs more than the best one: in percent, or
+    as a multiple if it costs over three times as much. None if one of the two costs is unknown, if there is
+    no best option, or if its cost is not above 0."""
     sheets, best = view.decision.sheets, view.decision.best
     cost, best_cost = sheets[index].present_cost, sheets[best].present_cost if best is not None else None
     if cost is None or not best_cost or best_cost <= 0:
@@ -48,8 +53,11 @@ def _more(ratio: float, source: str) -> Sentence:
 
 
 def cost_phrase(poc: Poc, view: DecisionView, stopped: Filled | None) -> Sentence:
-    """Return the phrase on what the best option costs compared with the reference, with its caveats.
-    `stopped`: the first failed gate as placeholders, or None."""
+    """Return one sentence on what the best option costs compared with the reference, followed by its caveats.
+    Without a best option, it says only that the cost is not known.
+
+    ``stopped``: the first failed gate as placeholders (see `stages_phrase`), or None.
+    """
     sentence = _claim(view)
     if view.best is None:
         return sentence
@@ -87,11 +95,11 @@ def _claim(view: DecisionView) -> Sentence:
 
 
 def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterator[Sentence]:
-    """Yield the caveats of the answer on money: that the best option's plan may not fit, that its results are
-    not shown to be equivalent, that it was not trained as a whole, that a gate failed, that hours are
-    missing.
+    """Yield, each only if it applies, the caveats of the answer on money, in this order: that the best
+    option's plan may not fit; that its results are not shown to be equivalent; which of its techniques were
+    not trained in the PoC; that a gate failed; that working hours are missing in its cost.
 
-    If the best option is plain training, equivalence, training and gates do not matter and are left out.
+    If the best option is plain training, only the first and the last are possible.
     """
     best = view.best
     assert best is not None, "there are no caveats without a best option"
@@ -112,8 +120,9 @@ def _caveats(poc: Poc, view: DecisionView, failed_gate: Filled | None) -> Iterat
 
 
 def fit_phrase(view: DecisionView, index: int) -> Sentence:
-    """Return the sentence on how probable it is that the plan of the option at ``index`` fits, for options
-    whose memory does not fit at its upper end."""
+    """Return the sentence on how probable it is that the plan of the option at ``index`` fits its machine,
+    with the upper end of its predicted memory and the memory there is. It is for options whose upper end is
+    more than that memory."""
     way, source = view.decision.ways[index], way_anchor(index)
     high = None if way.memory_bytes is None else way.memory_bytes.high
     values: Filled = {
@@ -126,8 +135,10 @@ def fit_phrase(view: DecisionView, index: int) -> Sentence:
 
 
 def stages_phrase(view: DecisionView, stopped: Filled | None) -> Sentence:
-    """Return the phrase about the stages: what the pilot and the full stage would cost, that a gate has
-    stopped them (`stopped`: that gate as placeholders, or None), or that the pilot has no machine yet.
+    """Return one sentence on the stages: the gate that stopped them if ``stopped`` is given; else what the
+    pilot and the full stage would cost; else, if the pilot has no machine yet, that its cost is not known.
+
+    ``stopped``: the first failed gate of the PoC as the placeholders "gate", "found" and "limit", or None.
     """
     if stopped is not None:
         return Sentence(key="phrase.staged_stopped", values=stopped)
@@ -138,22 +149,27 @@ def stages_phrase(view: DecisionView, stopped: Filled | None) -> Sentence:
 
 
 def pilot_cost_phrase(pilot: StageRow) -> Sentence:
-    """Return the most that a pilot can cost, and whether that is without labour; or that it is not known."""
+    """Return the most that the pilot can cost, as part of a sentence: "... at most", "... at most without
+    labour" if working hours or their price are missing, or "not known yet"."""
     key = "unknown" if pilot.most.value is None else "without_labour" if pilot.stage.unpaid else "known"
     return Sentence(key=f"stake.{key}", values={"loss": pilot.most})
 
 
 def way_back(view: DecisionView, row: StageRow) -> Sentence:
-    """Return what to go back to if the stage fails, with the name of the option if it is one of the
-    decision's."""
+    """Return what to go back to if the stage ``row`` fails: plain training on the same machine, plain
+    training on another machine (named if it is an option of the decision), or what is done today."""
     way_index = row.stage.back_way
     values = {} if way_index is None else {"way": way_name(view.decision.ways[way_index])}
     return Sentence(key=f"back.{row.stage.back}", values=values)
 
 
 def main_risks(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """Yield one sentence on operating load and reproducibility: the evidence on both, and which of them were
-    evaluated. Nothing if the decision does not have both risks."""
+    """Yield one sentence on the risks "load" (operating load) and "reproducibility": the evidence on both,
+    and which of the two were evaluated. Yield nothing unless the decision has both risks.
+
+    Operating load counts as evaluated if the attended minutes are known, reproducibility if a run was
+    repeated.
+    """
     evidence = {r.kind: r.evidence for r in view.risks}
     if not {"load", "reproducibility"} <= evidence.keys():
         return

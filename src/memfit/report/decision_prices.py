@@ -15,8 +15,13 @@ from memfit.types.machine import Device, Fact
 
 
 def price_rows(decision: Decision) -> Iterator[PriceRow]:
-    """Yield the prices and the watts of every option in the table, once for each machine, way of obtaining it
-    (existing, purchase, cloud) and origin (the catalog or the user). A rented machine has no watts here."""
+    """Yield the prices and then the watts of the options that the page's table shows, in its order; an option
+    with the same kind (existing, purchase or cloud), machine and origin (the catalog or the user) as an
+    earlier one is skipped.
+
+    A price is yielded only if it is known. Rented machines have no row of watts, because their price includes
+    electricity; existing machines have no price.
+    """
     priced_keys = set()
     for index in dict.fromkeys(index for _, index in decision.slots):
         way = decision.ways[index]

@@ -11,8 +11,12 @@ from memfit.types.decision import Alternative, Decision, Stage
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AlternativeRow:
-    """One option as a column of the page's table. ``slot`` names the column; moving a slider may put another
-    option into it. ``index``: of the option in the decision; ``money``: costs named as in CostSheet."""
+    """One option as a column of the page's table.
+
+    ``slot`` names the column, for example "purchase"; when a slider of the page is moved, another option may
+    take it. ``index``: of the option in ``ways`` of the decision. ``money``: name of a cost in CostSheet ->
+    figure. ``saved``: saving over the reference, in percent.
+    """
 
     slot: str
     index: int
@@ -38,7 +42,9 @@ class AlternativeRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RiskRow:
-    """One risk with its evidence and the possible loss."""
+    """One risk. ``level``: low, some, high or unknown; ``evidence``: what it is judged by; ``source``: the
+    section of the page with the evidence ("#runs"), or a citation; ``loss``: the most that can be lost by the
+    pilot."""
 
     kind: str
     level: str
@@ -49,8 +55,13 @@ class RiskRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StageRow:
-    """One stage of the roll-out. ``gates``: (name, what was found, limit, whether it holds); ``memory`` and
-    ``step``: (low, high) of the prediction; ``back``: what to go back to, None for the PoC."""
+    """One stage of the roll-out.
+
+    ``gates``: (name, what was found, limit, whether it holds). ``name``: sentence "on MACHINE", None if the
+    stage has no machine. ``memory`` and ``step``: (low, high) of the predicted memory of one device and time
+    of a step. ``spent`` and ``to_spend``: money. ``back``: what to go back to if the stage fails; None if the
+    stage has none, as the PoC.
+    """
 
     stage: Stage
     gates: tuple[tuple[Sentence, Sentence | Figure, Sentence | Figure, bool], ...]
@@ -66,10 +77,11 @@ class StageRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PriceRow:
-    """One price of a machine, or its watts.
+    """One price of a machine, or its watts. ``name``: the option it is for.
 
-    ``what``: rent, device or server (from the catalog), own_rent or own_price (the user's offers), or watts.
-    ``kind``: kind of a catalog price as its source states it; "" for the others.
+    ``what``: "rent", "device" or "server" (prices of the catalog), "own_rent" or "own_price" (of the user's
+    offers), or "watts". ``kind``: kind of a price of the catalog, as its source states it; "" for the others.
+    ``date``: of the source.
     """
 
     name: Sentence
@@ -82,7 +94,8 @@ class PriceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TermRow:
-    """One number that the decision rests on. ``ranged``: whether it has a range from ``low`` to ``high``."""
+    """One number that the decision is based on. ``ranged``: whether it has a range from ``low`` to ``high``;
+    without one, these two may be unknown."""
 
     name: str
     value: Figure
@@ -95,9 +108,14 @@ class TermRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionView:
-    """Everything that the decision's page shows. ``saved`` to ``chance``: saving of the best option over the
-    reference, its interval, and the probability of any saving. ``swings``: (term, saving at the low end of
-    its range, at the high end). ``energy_saved``: (percent saved in the PoC's runs, energy boundary)."""
+    """Everything that the decision's page shows.
+
+    ``best`` is the cheapest option, ``reference`` what it is compared with. ``saved``, ``saved_low`` and
+    ``saved_high``: saving of the best over the reference in percent, and its interval; ``chance``:
+    probability of any saving in percent. ``swings``: (name of a number, saving if that number is at the low
+    end of its range, at the high end). ``energy_saved``: (percent of plain training's energy that the
+    recommended plan saved in the PoC's runs, what that energy includes), None if not measured.
+    """
 
     decision: Decision
     questions: Mapping[str, tuple[Sentence, ...]]
@@ -121,9 +139,10 @@ class DecisionView:
 
 
 def money_figure(decision: Decision, value: float | None, source: str = "") -> Figure:
-    """Return money in the decision's currency, to its smallest coin.
+    """Return ``value``, money in the decision's currency, as a figure shown to the smallest coin of that
+    currency. ``source``: anchor of its record.
 
-    It counts as predicted; a missing value is marked assumed, so that it reads "not known".
+    It is marked as predicted; a value of None is marked as assumed, so that it is shown as "not known".
     """
     if value is None:
         return assumed(None, f"money {decision.symbol} {decision.decimals}", source)
@@ -131,5 +150,6 @@ def money_figure(decision: Decision, value: float | None, source: str = "") -> F
 
 
 def way_name(way: Alternative) -> Sentence:
-    """Return the name of an option: its kind and machine."""
+    """Return the name of an option by its kind and machine: "buying MACHINE", "renting MACHINE", "the
+    existing MACHINE" or "doing nothing"."""
     return Sentence(key=f"way.{way.kind}", values={"machine": way.machine})

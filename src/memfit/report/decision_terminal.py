@@ -20,9 +20,9 @@ _COLUMNS = ("initial", "running_per_year", "present_cost", "cost_per_run")
 
 
 def print_decision(poc: Poc, decision: Decision, *, console: Console, lang: str) -> None:
-    """Print the answers to the four questions; if there is a best option, the table of options, how certain
-    the saving is, and what the best option brings; and the inputs that are missing. Raises UserError for an
-    unknown `lang`."""
+    """Print, in this order: the answers to the four questions; the table of options, how certain the saving
+    is, and what the best option brings, all only if there is a best option; and which inputs are missing, if
+    any. Raises UserError for an unknown ``lang``."""
     words, view = load_words(lang), decision_view(poc, decision)
     for name, sentences in view.questions.items():
         console.print(Text(words.get(f"decide.{name}_q"), style="bold"))
@@ -41,7 +41,8 @@ def print_decision(poc: Poc, decision: Decision, *, console: Console, lang: str)
 
 
 def _work(decision: Decision, words: Words) -> str:
-    """Return the text that says for how much training work all options are priced."""
+    """Return the text that says for which work all options are priced: size of the job, runs per year, steps
+    of a run, and years."""
     amounts = {
         "runs": decision.terms.runs_per_year,
         "steps": decision.steps_per_run,
@@ -52,8 +53,8 @@ def _work(decision: Decision, words: Words) -> str:
 
 
 def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console, lang: str) -> None:
-    """Print ``gates``, each (name, what was found, limit, whether it holds), as a table. Raises UserError for
-    an unknown `lang`."""
+    """Print a table with one row for each of ``gates``, which are (name, what was found, limit, whether it
+    holds). Raises UserError for an unknown ``lang``."""
     words = load_words(lang)
     columns = ("gate", "found", "limit", "holds")
     table = new_table([words.get(f"gate_column.{name}") for name in columns], left=len(columns))
@@ -66,8 +67,9 @@ def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console
 def print_gate_end(
     gates: Sequence[tuple[str, str, str, bool]], *, predicted: bool, console: Console, lang: str
 ) -> None:
-    """Print which of ``gates`` failed, so that the roll-out stops; or that all hold, and how to have the next
-    stages predicted unless they were (``predicted``). Raises UserError for an unknown `lang`."""
+    """Print which of ``gates`` (name, what was found, limit, whether it holds) failed, so that the roll-out
+    stops. If none failed, print that all hold; and how to have the next stages predicted, unless
+    ``predicted`` says that this is already done. Raises UserError for an unknown ``lang``."""
     words = load_words(lang)
     failed = [_gate(gate, words) for gate in gates if not gate[3]]
     if failed:
@@ -84,8 +86,9 @@ def _gate(gate: tuple[str, str, str, bool], words: Words) -> list[str]:
 
 
 def print_stages(poc: Poc, decision: Decision, *, console: Console, lang: str) -> None:
-    """Print each stage with its machine, plan, predictions and money, and, after the PoC, when to stop, what
-    to go back to and what to watch. Raises UserError for an unknown `lang`."""
+    """Print each stage with its machine and plan, its engine, memory and step time if these are known, and
+    its money; for the stages after the PoC also when to stop, what to go back to and what to watch. Of a
+    stage without a machine, print only that it is not known. Raises UserError for an unknown ``lang``."""
     words = load_words(lang)
     for row in decision_view(poc, decision).stages:
         stage = row.stage
