@@ -17,8 +17,11 @@ _Work = tuple[int, int, int]  # (kind, chunk, micro-batch)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedPipeline:
-    """Result of the simulation of one pipeline step. ``busy_s``: seconds of work of each rank;
-    ``bubble_ratio``: share of all ranks' time during which they are idle.
+    """Result of the simulation of one pipeline step, without the optimizer.
+
+    ``step_s``: seconds until the last rank is done. ``busy_s``: seconds of work of each rank.
+    ``bubble_ratio``: share of the time of all ranks together during which they are idle; 0 if ``step_s`` is
+    0.
     """
 
     step_s: float
@@ -39,12 +42,14 @@ def simulate(
     send_s: float = 0.0,
     virtual: int = 1,
 ) -> SimulatedPipeline:
-    """Simulate one step of a pipeline, without the optimizer, with the schedule ``kind``, one of `KINDS`.
+    """Simulate one step of a pipeline, without the optimizer. ``kind``: the schedule, "gpipe", "1f1b",
+    "interleaved" or "zero-bubble"; any other fails an assertion.
 
-    ``forward_s``, ``backward_s``: seconds of one micro-batch through each stage, in the order of the model.
-    With ``virtual`` chunks per rank there are that many times as many stages, and rank r has stages r, r +
-    ranks, ... ``weight_s``: the part of each stage's backward that no other work waits for (the gradients of
-    weights), split off by zero-bubble only. ``send_s``: seconds to send from one stage to the next.
+    ``forward_s`` and ``backward_s``: seconds of one micro-batch through each stage, in the order of the
+    model. ``micro_batches``: their number in a step. ``virtual``: number of stages per rank, so there are
+    ``len(forward_s) / virtual`` ranks, and rank r has stages r, r + ranks, r + 2 x ranks, ... ``weight_s``:
+    the part of each stage's ``backward_s`` that no other work waits for (the gradients of weights); only
+    "zero-bubble" splits it off. None: zero. ``send_s``: seconds to send from one stage to the next.
     """
     assert kind in KINDS, kind
     stages = len(forward_s)
@@ -79,10 +84,12 @@ def _order(kind: str, rank: int, ranks: int, micros: int, virtual: int) -> list[
 
 
 def _with_weights(order: list[_Work], rank: int) -> list[_Work]:
-    """Return a rank's order of work with its weight gradients inserted, as in the schedule ZB-H1.
+    """Return a rank's order of work with its weight gradients inserted, as in the schedule ZB-H1. ``rank``:
+    its index.
 
-    A rank postpones as many weight gradients as there are ranks before it, and does them where it would
-    otherwise wait for the last backwards.
+    Each backward leaves a weight gradient to be done. While forwards are left, ``rank`` of these are
+    postponed; any more are done at once, the oldest first. After the last forward, one is done after each
+    backward, where the rank would otherwise wait, and the rest at the end.
     """
     ordered_work: list[_Work] = []
     weight_queue: list[_Work] = []
@@ -99,8 +106,9 @@ def _with_weights(order: list[_Work], rank: int) -> list[_Work]:
 
 
 def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the pairs (chunk, micro-batch) of a rank, once in the order of forward and once in that of
-    backward: for each group of micro-batches, chunk by chunk, in backward from the last chunk.
+    """Return the pairs (chunk, micro-batch) of a rank twice: in the order of forward and in that of backward.
+    Both go through the micro-batches in groups (`_group`), and through each group chunk by chunk; backward
+    begins with the last chunk. ``virtual``: number of chunks.
     """
     forward, backward = [], []
     group_size = _group(ranks, micros)
@@ -113,7 +121,8 @@ def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, in
 
 def _group(ranks: int, micros: int) -> int:
     """Return how many micro-batches a rank runs through one chunk before the next: as many as there are
-    ranks, or a few more if the division is uneven; all if there are fewer than twice as many.
+    ranks, or some more if ``micros`` is not a multiple of that; all if ``micros`` is less than twice the
+    ranks. For 4 ranks: 4 of 8, 5 of 10, 7 of 7.
     """
     return -(-micros // max(1, micros // ranks))
 
@@ -121,7 +130,9 @@ def _group(ranks: int, micros: int) -> int:
 def _play(
     orders: list[list[_Work]], seconds: tuple[list[float], ...], send_s: float, ranks: int
 ) -> list[float]:
-    """Return the time, in seconds from the start, when each rank finishes its order of work."""
+    """Return the seconds from the start at which each rank has done its order of work. ``seconds``: of a
+    micro-batch's forward, backward and weight gradients, each by stage.
+    """
     last_stage = len(seconds[0]) - 1
     end_times: dict[tuple[int, int, int], float] = {}  # (kind, stage, micro-batch) -> end
     free_times, positions = [0.0] * ranks, [0] * ranks
@@ -154,8 +165,9 @@ def _ready(
     end_times: dict[tuple[int, int, int], float],
     send_s: float,
 ) -> float | None:
-    """Return the time when the inputs of a piece of work are available, 0 if it needs none from other work;
-    None if it is not known yet.
+    """Return the time when a piece of work can start: when the work before it has ended, plus ``send_s`` if
+    that is on another stage. 0 if it needs no other work; None if the end of that work is not known yet.
+    ``kind``: `_FORWARD`, `_BACKWARD` or `_WEIGHT`.
     """
     if kind == _WEIGHT or (kind == _FORWARD and stage == 0):
         return 0.0
@@ -179,14 +191,16 @@ def closed_s(
     send_s: Any = 0.0,
     virtual: Any = 1,
 ) -> Any:
-    """Return the seconds of a step without the optimizer, for equal stages and without simulating it, for
-    numbers or numpy arrays. ``kind``: one of `KINDS`.
+    """Return the seconds of a pipeline step, without the optimizer, by a formula for equal stages. All
+    arguments but ``kind`` may be numbers or numpy arrays. ``kind``: the schedule, "gpipe", "1f1b",
+    "interleaved" or "zero-bubble"; any other fails an assertion.
 
-    ``forward_s`` and ``backward_s``: of one micro-batch through all of a rank's chunks. ``weight_s``: the
-    part of backward that no other work waits for; used for zero-bubble only. ``virtual``: chunks of a rank;
-    used for interleaved only. ``send_s``: from one stage to the next. It is exact for 1F1B with a multiple of
-    ``ranks`` micro-batches, where every round trip waits for its sends, and for GPipe. For the other
-    schedules it counts the first and last micro-batch only.
+    ``forward_s`` and ``backward_s``: seconds of one micro-batch through all stages of one rank. ``weight_s``:
+    the part of ``backward_s`` that no other work waits for; used for "zero-bubble" only. ``virtual``: number
+    of stages per rank; used for "interleaved" only. ``send_s``: seconds to send from one stage to the next.
+
+    The formula is exact for "gpipe", and for "1f1b" if the number of micro-batches is a multiple of
+    ``ranks``. For the other two it counts the sends of the first and the last micro-batch only.
     """
     micro_batch_s, other_ranks = forward_s + backward_s, ranks - 1
     if kind == "gpipe":

@@ -24,11 +24,11 @@ _WEIGHT_SHARE = 0.5  # share of backward for weight gradients, in a layer of mat
 def simulate_step(
     traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeModel
 ) -> SimulatedStep | None:
-    """Simulate the plan's step and return the result: that of the slowest rank or, with a pipeline, that of
+    """Return the simulated step of the plan: that of the rank that takes longest or, with a pipeline, that of
     all ranks in the order of its schedule.
 
-    ``traces``: one rank of each kind (`Layout.distinct_ranks`), in order. Returns None for several ranks on a
-    CPU, whose cores they share: this is not modelled.
+    ``traces``: one for each of `Layout.distinct_ranks`, in that order. Returns None for several ranks on a
+    CPU: they share its cores, which is not modelled.
     """
     if plan.ranks > 1 and machine.device.kind == "cpu":
         return None
@@ -41,11 +41,12 @@ def simulate_step(
 
 
 def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, micros: int) -> float | None:
-    """Return the step seconds of a plan that was not traced: ``compute_s``, the seconds of one rank's work,
-    and what replicas or shards of the model exchange.
+    """Return the estimated seconds of a step of a plan that was not traced: ``compute_s``, the seconds of one
+    rank's work, plus the exchange between ranks as far as it takes longer than half of ``compute_s``.
 
-    ``parameters``: number of the model's parameters. ``micros``: micro-batches of a step. Half of the compute
-    time hides communication. This is accurate enough to decide which plans are worth a trace. Returns
+    The exchange is an all-reduce of all gradients or, with fsdp2 or zero, a gather of the parameters and a
+    scatter of the gradients. ``parameters``: number of the model's parameters. ``micros``: number of
+    micro-batches of a step. This is accurate enough to decide which plans are worth a trace. Returns
     ``compute_s`` for one rank, and None for several ranks on a CPU, which are not modelled.
     """
     if plan.ranks == 1:
@@ -69,8 +70,8 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
 
 
 def _with_offload(step: SimulatedStep, trace: Trace, machine: Machine, model: TimeModel) -> SimulatedStep:
-    """Return the step with the seconds of offloading added: the copies of tensors to host memory or disk and
-    back, for which compute waits.
+    """Return ``step`` with the seconds that compute waits for offloading added: the copies of tensors to host
+    memory or disk and back. They also become its work of the "host link".
     """
     copy_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)
     copy_s += model.calibration.disk_file_s * _whole(trace, trace.offloaded_tensors)
@@ -79,7 +80,7 @@ def _with_offload(step: SimulatedStep, trace: Trace, machine: Machine, model: Ti
 
 
 def _whole(trace: Trace, traced_quantity: int) -> float:
-    """Return ``traced_quantity``, which the traced micro-batches of a step have together, scaled to all
+    """Return ``traced_quantity``, the sum over the traced micro-batches of a step, scaled to all
     micro-batches of the step.
     """
     forwards = sum(s.phase is Phase.FORWARD and s.step == trace.steps - 1 for s in trace.spans)
@@ -89,8 +90,8 @@ def _whole(trace: Trace, traced_quantity: int) -> float:
 def host_bytes_s(machine: Machine, model: TimeModel) -> float:
     """Return the bytes/s between one device and its host's memory while all devices of the host copy.
 
-    If the catalog does not have the host's rate, or if writing to disk was measured, it is the model's rate
-    of offloading.
+    If the machine's host has no such rate, or if the rate of writing to disk was measured, the result is
+    ``model.offload_bytes_s``.
     """
     host = machine.host
     if host is None or host.device_bytes_s is None or model.calibration.disk_bytes_s:
@@ -105,10 +106,11 @@ def host_bytes_s(machine: Machine, model: TimeModel) -> float:
 def _piped(
     pairs: list[tuple[StreamSimulator, Trace]], plan: Plan, pipeline: Use, machine: Machine
 ) -> SimulatedStep:
-    """Simulate a step of a pipeline and return the result. ``pairs``: the traced ranks in order; the second
-    represents all ranks between the first and the last.
+    """Return the simulated step of a pipeline. ``pairs``: the traced ranks in the order of their stages; the
+    second stands for all ranks between the first and the last.
 
-    The result's work by resource is that of the rank whose forward and backward take longest.
+    Its work by resource and its ``exposed_s`` are those of the traced rank whose forward and backward take
+    longest.
     """
     stages, virtual = layout(plan).pipeline, int(pipeline.settings["virtual"])
     kind = str(pipeline.settings["schedule"])
@@ -138,8 +140,8 @@ def _piped(
 
 
 def micro_steps(trace: Trace) -> int:
-    """Return the number of forwards with operators that the traced rank makes in a step, those not traced
-    included: in a pipeline one per chunk and micro-batch.
+    """Return the number of forwards that the traced rank makes in a step, in a pipeline one per chunk and
+    micro-batch. Forwards that were not traced count, too; traced ones without operators do not.
     """
     forwards = [s for s in trace.spans if s.phase is Phase.FORWARD and s.step == trace.steps - 1]
     forward_clocks = {o.clock for o in trace.ops if o.phase is Phase.FORWARD}
@@ -163,8 +165,8 @@ def _pieces(simulator: StreamSimulator, trace: Trace, micros: int) -> tuple[floa
 
 
 def _send_s(trace: Trace, plan: Plan, machine: Machine) -> float:
-    """Return the seconds to send one stage's output to the next: those of the largest send in the trace, or
-    of an empty one if it has none.
+    """Return the seconds to send one stage's output to the next stage: those of the largest send in the trace
+    or, if it has none, of a send of 0 bytes.
     """
     sizes = [payload_bytes(o) for o in trace.ops if o.op.startswith("c10d.send")]
     rank_distance = plan.ranks // layout(plan).pipeline

@@ -24,12 +24,13 @@ Seen = Sequence[tuple[Plan, float]]  # plans with their measured over predicted 
 
 
 def correct_calibration(calibration: Calibration, seen: Seen, *, source: str) -> Calibration:
-    """Return `calibration` with corrections of predicted step times from short real runs in place of any that
-    it has; unchanged without runs.
+    """Return ``calibration`` with corrections of predicted step times that are fitted to short real runs.
+    They replace any that it has. It is returned unchanged if ``seen`` is empty.
 
-    ``seen``: each run's plan and its measured over predicted step time, the latter without correction. With
-    fewer than 3 runs, the result's ``step_spread_ratio`` is None, so that intervals are not changed.
-    ``source`` names the runs.
+    ``seen``: for each run its plan and the measured step time over the predicted one, the latter without
+    corrections. The result's ``step_spread_ratio``, the new half-width of predicted intervals, is the largest
+    relative error of a run when it is predicted from the others, at least 0.05; with fewer than 3 runs it is
+    None, so that the intervals stay as they are. ``source``: name of the runs, for ``corrected_by``.
     """
     if not seen:
         return calibration
@@ -52,8 +53,9 @@ def correct_calibration(calibration: Calibration, seen: Seen, *, source: str) ->
 
 
 def factor(calibration: Calibration, plan: Plan) -> float:
-    """Return the factor by which the plan's predicted step time is to be multiplied, from the corrections of
-    ``calibration``; 1 if it has none.
+    """Return the factor by which the plan's predicted step time is to be multiplied:
+    ``calibration.step_ratio`` times the ``technique_ratio`` of each of the plan's techniques that has one. 1
+    without corrections.
     """
     return _ratio_of(calibration.step_ratio, calibration.technique_ratio, plan)
 
@@ -75,9 +77,10 @@ def _fit(runs: Seen) -> tuple[float, dict[str, float]]:
 
 
 def merge_calibrations(old: Calibration, new: Calibration) -> Calibration:
-    """Return both calibrations of this machine merged: operator figures of ``new`` win, and rates are the
-    better of both, because noise only slows. The corrections from runs are those of ``old``. At least one of
-    the two must have compute rates.
+    """Return two calibrations of this machine as one. At least one of them must have ``flops_s``.
+
+    Figures of an operator that both have are those of ``new``. Rates are the higher and overheads the lower
+    of both, because noise only slows. The corrections from real runs are those of ``old``.
     """
     rates = {k: max(c.flops_s.get(k, 0.0) for c in (old, new)) for k in {**old.flops_s, **new.flops_s}}
     overheads = [c.overhead_s for c in (old, new) if c.flops_s]

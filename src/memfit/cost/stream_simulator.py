@@ -44,11 +44,12 @@ _ITEM_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedStep:
-    """Result of a simulated step of one rank, in seconds.
+    """Result of a simulated step, in seconds. With a pipeline, ``step_s`` is that of all ranks.
 
-    ``busy_s``: seconds of work by resource: matmul, attention, memory, link, network, host (issuing), host
-    memory, host link (offloading); resources without work may be absent. ``exposed_s``: communication that
-    compute waits for. ``idle_s``: other gaps in compute.
+    ``busy_s``: seconds of work by resource: "matmul", "attention", "memory", "link" (inside a host),
+    "network", "host" (launching operators), "host memory" (work of the host's processor) and "host link"
+    (offloading). Resources without work may be absent. ``exposed_s``: seconds in which compute waits for
+    communication. ``idle_s``: other gaps in compute.
     """
 
     step_s: float
@@ -59,8 +60,9 @@ class SimulatedStep:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TimedCall:
-    """An operator call with the seconds of its work. ``issue_s``: seconds of the host to launch it.
-    ``resource``: what its work keeps busy, as in `SimulatedStep`; "" for a wait.
+    """An operator call with the seconds of its work. ``issue_s``: seconds that the host takes to launch it.
+    ``resource``: what its work keeps busy, a key of ``SimulatedStep.busy_s``; "" for a wait for another
+    stream.
     """
 
     op: OpCall
@@ -73,10 +75,10 @@ class TimedCall:
 class StreamSimulator:
     """Simulates steps of one rank on one machine from its trace.
 
-    ``members``: name of each process group -> its ranks. ``quicker``: resource -> factor on the seconds of
-    its work. ``blocking``: the host waits for every kernel before it issues the next
-    (CUDA_LAUNCH_BLOCKING=1). ``kernel_slowdown``: factor on the seconds of a kernel that runs beside a
-    collective.
+    ``members``: the ranks of each process group, by its name. ``quicker``: factors on the seconds of work, by
+    resource as in ``SimulatedStep.busy_s``; without an entry 1. ``blocking``: whether the host waits for
+    every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1). ``kernel_slowdown``: factor, at least
+    1, on the seconds of a kernel while a collective runs beside it.
     """
 
     model: TimeModel
@@ -135,8 +137,8 @@ class StreamSimulator:
         return _Stage(self.kernel_slowdown, self.blocking).run([self.item(op) for op in ops])
 
     def step(self, trace: Trace) -> SimulatedStep:
-        """Simulate a whole step, the last traced one without setup, and return its result. Micro-steps that
-        were not traced are extrapolated linearly.
+        """Return the simulation of the last traced step, without setup, with all its micro-steps. Those that
+        were not traced are extrapolated linearly from those that were.
         """
         repetitions = trace.repeated_micro_steps
         if trace.repeated_spans:  # a pipeline, whose phases follow its schedule
@@ -156,8 +158,8 @@ class StreamSimulator:
         return _added(_added(longer, [longer], extra_steps), [shorter], -extra_steps)
 
     def bottleneck(self, trace: Trace) -> dict[str, float]:
-        """Return resource -> seconds by which a step is shorter if the work of that resource takes a tenth
-        less time, largest first.
+        """Return for each resource with work how many seconds shorter the step would be if the work of that
+        resource took a tenth less time, largest first.
         """
         base = self.step(trace)
         saved_s = {}
@@ -181,8 +183,8 @@ def _added(base: SimulatedStep, additions: Sequence[SimulatedStep], count: int) 
 
 
 class _Stage:
-    """State of the simulation of one rank, all in seconds from the step's start: when the host has issued
-    all calls so far, and when each stream and each kind of link is free.
+    """State of the simulation of one rank's step, in seconds from its start: until when the host has launched
+    all calls so far (``issued``), and when each stream (``free``) and each kind of link (``links``) is free.
     """
 
     def __init__(self, kernel_slowdown: float, blocking: bool) -> None:
@@ -261,8 +263,8 @@ class _Stage:
             self.issued = max(self.issued, start + seconds)
 
     def _slowed(self, start: float, seconds: float) -> float:
-        """Return by how many seconds the collectives that run beside it lengthen a kernel that starts at
-        ``start`` and takes ``seconds`` alone.
+        """Return by how many seconds a kernel, which starts at ``start`` and would take ``seconds`` alone,
+        takes longer because collectives run at the same time.
         """
         if not self.flying:
             return 0.0
@@ -275,9 +277,11 @@ class _Stage:
 
 
 def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
-    """Return the operators of the last step: (before its last micro-step, of that micro-step, after it).
+    """Return the operators of the last traced step in three lists: before its last micro-step, of that
+    micro-step, and after it. A micro-step is the forward and the backward of one micro-batch. Setup is left
+    out.
 
-    If the step has no forward or no backward, all are after it.
+    If the step has no forward or no backward, all operators are in the third list.
     """
     step_spans = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
     ops = _simulated_ops(trace)
@@ -295,7 +299,7 @@ def _simulated_ops(trace: Trace) -> list[OpCall]:
 
 
 def _window(spans: Sequence[PhaseSpan]) -> tuple[int, int]:
-    """Return the clocks of the start of the last forward and of the end of the last backward; (0, 0) if
+    """Return (clock at which the last forward starts, clock at which the last backward ends); (0, 0) if
     either is missing.
     """
     starts = [s.start for s in spans if s.phase is Phase.FORWARD]
@@ -304,11 +308,11 @@ def _window(spans: Sequence[PhaseSpan]) -> tuple[int, int]:
 
 
 def collective_size(op: OpCall) -> tuple[Any, ...]:
-    """Return (kind, bytes of the whole) of a collective, as `collective_s` takes them; ("", 0) for other
-    operators and for collectives whose kind is not one of `KINDS`.
+    """Return (``kind``, ``size_bytes``) of a collective, as `collective_s` takes them. ("", 0) for other
+    operators and for collectives that it does not have.
 
-    For a synthetic collective (techniques/synthetic_kernel.py) the result also has its number of ranks, and
-    how many of them share a host.
+    For a synthetic collective (techniques/synthetic_kernel.py) the result is (``kind``, ``size_bytes``,
+    number of ranks, how many of them are in each host).
     """
     if op.op.startswith(FUSED):
         _, args, _ = json.loads(op.signature)
@@ -339,7 +343,9 @@ def _sent(signature: str) -> tuple[str, int]:
 
 
 def _bytes(value: Any) -> int:
-    """Return the bytes of a tensor in a signature, or of all tensors in a list; 0 for anything else."""
+    """Return the bytes of a tensor in a signature, {"t": [shape, strides, dtype, ...]}, or of all tensors in
+    a list; 0 for anything else.
+    """
     if isinstance(value, list):
         return sum(map(_bytes, value))
     if not isinstance(value, dict) or "t" not in value:

@@ -103,11 +103,12 @@ _RECURRENT: Final = frozenset({"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"})
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UnprobedWorkspaces:
-    """Operators whose workspaces were not probed and could raise the peak.
+    """Operators that may allocate memory while they run (a workspace), were not probed (run alone to measure
+    it), and could raise the peak.
 
-    ``high_bytes``: the peak if each of them uses its upper bound. ``signatures``: of these operators, largest
-    effect first. ``calls``: operator -> number of its calls in the last traced step that could raise the
-    peak.
+    ``high_bytes``: the peak if each of them needs the upper bound of its workspace. ``signatures``: of these
+    operators, largest effect on the peak first. ``calls``: name of the operator, as `base_name` returns it,
+    -> number of its calls in the last traced step that could raise the peak.
     """
 
     high_bytes: int
@@ -115,7 +116,10 @@ class UnprobedWorkspaces:
     calls: Mapping[str, int]
 
     def assumption(self) -> str:
-        """Return the sentence for the estimate's assumptions, with each operator and its number of calls."""
+        """Return the sentence for the estimate's assumptions, with each operator and its number of calls.
+        Example: "workspaces not probed, so the upper end includes their upper bounds: convolution (12
+        calls)".
+        """
         names = ", ".join(f"{name} ({count} calls)" for name, count in self.calls.items())
         return f"workspaces not probed, so the upper end includes their upper bounds: {names}"
 
@@ -123,9 +127,10 @@ class UnprobedWorkspaces:
 def find_unprobed(
     trace: Trace, profile: MemoryProfile, calibration: Calibration
 ) -> UnprobedWorkspaces | None:
-    """Return the operators whose workspaces were not probed and could raise the peak of ``profile``, which is
-    the trace's, by more than 0.3 %; None if there are none, or if the trace has no operators or no
-    allocations.
+    """Return the operators whose workspaces were not probed (they are not in ``calibration.op_peak_bytes``)
+    and could raise the peak by more than 0.3 %. ``profile``: of ``trace``; it has the peak.
+
+    None if there are no such operators, or if the trace has no operators or no allocations.
     """
     trace = with_kept(trace, calibration)
     clock, live = levels(trace)
@@ -161,8 +166,9 @@ def find_unprobed(
 
 
 def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ...]:
-    """Return the signatures of the operators whose workspaces were not probed and could raise the trace's
-    peak by more than 0.3 %, largest effect first; empty if there are none.
+    """Return the signatures of the operators whose workspaces were not probed (they are not in
+    ``calibration.op_peak_bytes``) and could raise the trace's peak by more than 0.3 %, largest effect first;
+    empty if there are none.
     """
     workspaces = find_unprobed(trace, memory_profile(trace, calibration), calibration)
     return workspaces.signatures if workspaces else ()
@@ -171,8 +177,8 @@ def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ..
 def _with_outputs(
     trace: Trace, clock: numpy.ndarray, live: numpy.ndarray, ops: Sequence[OpCall]
 ) -> list[int]:
-    """Return for each of ``ops`` the most live bytes from its start to the start of the trace's next
-    operator, which include its outputs.
+    """Return for each of ``ops`` the highest live bytes from its start to the start of the trace's next
+    operator. They include its outputs. ``clock`` and ``live``: the levels of the trace (`levels`).
     """
     if not ops:
         return []
@@ -197,8 +203,8 @@ def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
 
 
 def base_name(op: str) -> str:
-    """Reduce ``aten.add_.Tensor`` to ``add``, and ``aten._foreach_add_.List``, for many tensors, to ``add``
-    too.
+    """Return the bare name of an operator, without namespace, overload, "_foreach_" (of operators on many
+    tensors) and trailing underscores: "add" for ``aten.add_.Tensor`` and for ``aten._foreach_add_.List``.
     """
     parts = op.split(".")
     name = parts[1] if len(parts) > 1 else op
@@ -207,11 +213,10 @@ def base_name(op: str) -> str:
 
 @functools.lru_cache(maxsize=100_000)
 def bound_bytes(signature: str, device: str, threads: int) -> int:
-    """Return the most bytes that the operator can use beside its inputs and outputs while it runs.
+    """Return an upper bound on the bytes that the operator uses beside its inputs and outputs while it runs.
 
-    0 if it uses none, if it is not a torch operator, and on an accelerator for all operators but
-    convolutions, which alone are checked there. ``device``: "cpu" or "cuda". ``threads``: those of the CPU
-    that run the operator.
+    0 if it uses none or is not a torch operator, and on an accelerator for all operators but convolutions.
+    ``device``: "cpu" or "cuda". ``threads``: number of the CPU's threads that run the operator.
     """
     if not signature.startswith('["'):
         return 0
@@ -239,11 +244,11 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
 
 
 def _copied_bytes(signature: str, base: str) -> int:
-    """Return the most bytes of the copies that the operator's CPU kernel makes of its inputs; 0 if it makes
-    none. ``base``: the operator's `base_name`.
+    """Return an upper bound on the bytes of the copies that the operator's CPU kernel makes of its inputs; 0
+    if it makes none. ``base``: the operator's `base_name`.
 
-    Copied are tensors whose dtype differs from the one the kernel computes in (for an in-place operator, the
-    result is converted back from a copy too), and tensors whose layout the kernel cannot use.
+    Copied are tensors whose layout the kernel cannot use, and tensors whose dtype differs from the one in
+    which the kernel computes. If one of these is changed in place, its result needs a copy, too.
     """
     name, args, kwargs = json.loads(signature)
     tensors = [t for t in _tensors([args, kwargs]) if t[0]]
@@ -279,7 +284,7 @@ def _takes_product(tensor: Sequence[Any]) -> bool:
 
 def _layout(tensor: Sequence[Any]) -> str:
     """Return the memory layout of a tensor, given as [shape, strides, ...]: "contiguous", "channels last" or
-    "other"; "" if it is both contiguous and channels last.
+    "other"; "" if it is both of the first two.
     """
     shape, strides = tensor[:2]
     channels_last = [0, *range(2, len(shape)), 1]
@@ -301,8 +306,8 @@ def _lies_in(order: Sequence[int], shape: Sequence[int], strides: Sequence[int])
 
 
 def _promoted(dtypes: Collection[str]) -> str:
-    """Return the floating or complex dtype in which tensors of these dtypes are computed; "" if all are
-    integers.
+    """Return the floating or complex dtype in which torch computes with tensors of these dtypes together,
+    such as "float32" for "bfloat16" and "float16"; "" if all are integers.
     """
     float_dtypes = sorted((d for d in dtypes if d.startswith(("float", "bfloat", "complex"))), key=_wideness)
     if len(float_dtypes) > 1 and set(float_dtypes) == set(_HALVES):
@@ -342,8 +347,8 @@ def input_bytes(signature: str) -> int:
 
 
 def _convolution(args: list[Any], *, backward: bool) -> _Convolution:
-    """Return the arguments of aten.convolution or, with ``backward``, of aten.convolution_backward, and the
-    shape of the output.
+    """Return the arguments of a convolution and the shape of its output. ``args``: those of aten.convolution
+    or, with ``backward``, of aten.convolution_backward.
     """
     index = 4 if backward else 3
     stride, padding, dilation, transposed, output_padding, groups = args[index : index + 6]
@@ -374,15 +379,16 @@ def _convolution(args: list[Any], *, backward: bool) -> _Convolution:
 
 
 def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads: int) -> int:
-    """Return an upper bound on the workspace of a convolution in bytes.
+    """Return an upper bound on the workspace of a convolution in bytes. ``args``: those of its signature.
 
-    On the processor it covers oneDNN's reordered copies of input, weight and output with channels padded to
+    On the CPU, the bound covers oneDNN's reordered copies of input, weight and output with channels padded to
     blocks, each thread's partial sums of weight gradients, and unfolded inputs where a matrix product does
     the work. It was fitted to 1,244 calls of random shapes (1 to 3 dimensions, groups, strides, dilations,
-    transposed; float32, float64, bfloat16; 1, 2 and 4 threads). It held for 234 other calls, of which the
-    largest used 0.78 of it: benchmarks/workspaces.py.
+    transposed; float32, float64, bfloat16; 1, 2 and 4 threads). Of 234 other calls, none used more than 0.78
+    of the bound (benchmarks/workspaces.py).
 
-    On an accelerator it is one copy of input, weight and output in another layout, and has not been checked.
+    On an accelerator, the bound is one copy of input, weight and output in another layout. It has not been
+    checked.
     """
     convolution = _convolution(args, backward=backward)
     item_bytes = _ITEM_BYTES.get(convolution.dtype, 4)
@@ -413,8 +419,8 @@ def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads:
 
 
 def _unfolded(convolution: _Convolution, threads: int) -> int:
-    """Return the number of elements of the unfolded input, in which each patch that the kernel covers is
-    written out; 0 if the convolution does not unfold it.
+    """Return the number of elements of the convolution's unfolded input, in which each patch that the kernel
+    covers is written out; 0 if the convolution does not unfold its input.
 
     torch's own kernels unfold the whole batch. oneDNN's matrix products, used for dilated, grouped and narrow
     convolutions, unfold one sample per thread.
@@ -439,8 +445,9 @@ def _filled(channels: int, block: int = _BLOCK) -> int:
 
 
 def _sizes(signature: str) -> tuple[int, int, int]:
-    """Return (length x batch, input size, hidden size) of a recurrent layer's call. A third of the gates'
-    rows is taken as the hidden size, which is too large for layers with more than three gates.
+    """Return (length x batch, input size, hidden size) of a recurrent layer's call. The hidden size is taken
+    as a third of the rows of the weight, which has those of all gates. For layers with more than three gates
+    this is too large.
     """
     args = json.loads(signature)[1]
     (length, batch, width), (gates, _) = args[0]["t"][0], args[1]["t"][0]
@@ -457,11 +464,11 @@ def _recurrent_bytes(rows: int, width: int, hidden: int) -> int:
 
 
 def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
-    """Return an upper bound on the bytes that attention on the CPU needs for scores and sums: one block of
-    queries and keys per thread. ``tensors``: those of its signature, queries and keys first.
+    """Return an upper bound on the bytes that attention on the CPU needs while it runs: scores and sums of
+    one block of queries and keys per thread. ``tensors``: those of its signature, queries and keys first.
 
-    Half precision also packs keys and values (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp). The bound
-    covers backward, which has three blocks.
+    In half precision, keys and values are also packed (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+    Backward has three blocks per thread, so the bound always has three.
     """
     (queries, width), keys = tensors[0][0][-2:], tensors[1][0][-2]
     rows = min(int(queries), 256)
