@@ -88,10 +88,13 @@ def _top(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command in ``arguments``, by default those of the process, and return its exit code. An error
-    is printed as one line on standard error and, with --json, also as an object on standard output. Errors
-    that memfit does not expect are raised, with --json after they are printed so. If the reader of standard
-    output closes the pipe, the exit code is 1."""
+    """Run the command line ``arguments``, for example ["plan", "char-lm", "--json"], and return its exit
+    code: 0 success, 1 failure, 2 invalid use, 3 no plan fits, 130 interrupted. By default, ``arguments`` are
+    those of the process. An error that memfit raises on purpose, or Ctrl-C, is printed as one line on
+    standard error. With --json it is also printed on standard output, as {"error": {"message": ...,
+    "exit_code": ...}}, unless an interrupted search has already printed the best plan so far there. Any other
+    exception is raised; with --json it is first printed in the same two ways. If the reader of standard
+    output closes the pipe, the exit code is 1 and nothing is printed about it."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in argv
     try:
@@ -119,17 +122,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _known_command(argv: Sequence[str]) -> None:
-    """Raise UserError with the nearest name if there is no command of the given name. Options before the
-    command take no values, so the first word of ``argv`` that is no option is the command; without such a
-    word nothing is checked."""
+    """Raise UserError if there is no command of the name in ``argv``; its hint is the nearest name if one is
+    similar. The name is the first word that does not begin with "-", because options before the command take
+    no values. Without such a word, nothing is checked."""
     command = next((word for word in argv if not word.startswith("-")), None)
     if command is not None:
         check_choice("command", command, (c.name for c in app.registered_commands if c.name))
 
 
 def _usage(error: BaseException) -> str:
-    """Return the message of ``error``, the command-line parser's, in one line that ends with the command that
-    shows the help, ``memfit COMMAND --help``."""
+    """Return one line: the message of ``error``, which the command-line parser raised, and the command that
+    shows the help, such as ``memfit plan --help``, or ``memfit --help`` if ``error`` belongs to no
+    command."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "memfit"
     text = " ".join(str(getattr(error, "format_message", lambda: error)()).split())

@@ -16,7 +16,8 @@ from memfit.types.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecideOptions:
-    """The proof of concept, the file with the user's figures, and whether to print such a file to fill in."""
+    """The ID of the proof of concept, the file with the user's figures, such as prices, and whether to print
+    only a template of such a file."""
 
     poc: Annotated[
         str | None,
@@ -45,8 +46,8 @@ class DecideOptions:
 def decide(options: DecideOptions, effort: EffortOptions, store: StoreOptions, output: OutputOptions) -> None:
     """Compare the costs of four options: the machine you have, a purchase, the cloud, and doing nothing.
 
-    The costs follow from the measurements of a proof of concept, the catalog and your own figures.
-    """
+    The costs follow from the measurements of a proof of concept, the figures in memfit's catalog of machines,
+    and your own figures, given with --case."""
     language_code = check_language(output.lang)
     if options.template:
         if options.case is not None or options.poc is not None:

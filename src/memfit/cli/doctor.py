@@ -27,8 +27,9 @@ _IMPORT: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """The result of one check. ``ok``: whether it works, None for plain information; ``fix``: the command or
-    step that would help, "" if none is known."""
+    """The result of one check. ``name``: what was checked. ``ok``: True if it works, False if not, None for
+    plain information. ``detail``: what was found, in words. ``fix``: the command or step that would help, ""
+    if none is needed or known."""
 
     name: str
     ok: bool | None
@@ -37,8 +38,8 @@ class Check:
 
 
 def doctor(store: StoreOptions, output: JsonOptions) -> None:
-    """Show what this machine has, which tools, packages, techniques and engines work on it, and what to
-    install for the others."""
+    """Show this machine, which tools, packages, techniques and engines work on it, what to install for those
+    that do not, and where memfit keeps its files."""
     with Bars("en") as progress:
         checks_by_group = {"machine": list(machine()), "tools": list(tools())}
         progress("packages", 0, 0, ", ".join(EXTRAS))
@@ -60,7 +61,8 @@ def doctor(store: StoreOptions, output: JsonOptions) -> None:
 
 
 def machine() -> Iterator[Check]:
-    """Yield information on the processor, its cores, memory and system, then the check of torch."""
+    """Yield, in this order, information on the processor, the cores, the memory and the system, then the
+    check of torch."""
     from memfit.runtime.local_machine import free_bytes, threads
     from memfit.store import fingerprint
 
@@ -74,8 +76,8 @@ def machine() -> Iterator[Check]:
 
 
 def torch_check() -> Check:
-    """Check whether torch can be imported. The detail is its version and the GPUs that torch.cuda can use, or
-    the error."""
+    """Check whether torch can be imported. The detail is its version and the names of the GPUs that
+    torch.cuda can use, if any, or the error of the import. A machine without a GPU passes the check."""
     quiet_libraries()
     try:
         import torch
@@ -88,15 +90,16 @@ def torch_check() -> Check:
 
 
 def tools() -> Iterator[Check]:
-    """Yield the checks of the counting allocator, the memory cap and the energy meter."""
+    """Yield the checks of the counting allocator, the memory cap and the energy meter, in this order."""
     yield allocator_check()
     yield cap_check()
     yield meter_check()
 
 
 def allocator_check() -> Check:
-    """Check whether the allocator that counts the memory of tensors on the CPU can be used; build it if
-    necessary. Without it, peaks come from torch's allocator events."""
+    """Check whether the counting allocator can be used, a library that counts the memory of tensors on the
+    CPU. It is built now unless it was built before. Without it, the peak memory of runs is computed from the
+    events that torch's own allocator reports."""
     name = "counting allocator"
     try:
         from memfit.runtime.counting_allocator import available
@@ -111,7 +114,8 @@ def allocator_check() -> Check:
 
 
 def cap_check() -> Check:
-    """Check how the memory of runs can be capped: by a cgroup, by RLIMIT_DATA, or not at all."""
+    """Check how the memory of runs can be capped: by a cgroup of each run or, if cgroups cannot be created
+    here, by RLIMIT_DATA. The check fails if neither is possible."""
     from memfit.runtime.cgroup import Group
 
     name = "memory cap"
@@ -129,7 +133,9 @@ def cap_check() -> Check:
 
 
 def meter_check() -> Check:
-    """Name the energy meter that can be read. If there is none, ``ok`` is None: energy is then modelled."""
+    """Check which energy meter can be read. If there is one, the detail says what it measures, such as
+    "package (RAPL)". If there is none, ``ok`` is None and not False: energy is then modelled as power x
+    time."""
     from memfit.runtime.energy import EnergyMeter
 
     meter = EnergyMeter()
@@ -143,8 +149,9 @@ def meter_check() -> Check:
 
 
 def packages(extras: Mapping[str, str]) -> list[Check]:
-    """Return one check for each optional package in ``extras``, package -> the extra of memfit that installs
-    it. Each installed one is imported in a child process, as it may be broken."""
+    """Return one check for each optional package in ``extras`` (package -> the extra of memfit that installs
+    it), in this order. It fails if the package is not installed, or if it is but cannot be imported in a
+    child process. The detail is its version, or why the check failed."""
     installed = {name: version for name in extras if (version := _version(name))}
     broken = dict(broken_imports(list(installed)))
     return [_package(name, extra, installed.get(name), broken.get(name)) for name, extra in extras.items()]
@@ -169,9 +176,10 @@ def _version(package: str) -> str | None:
 
 
 def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name, reason) for each of the modules ``names`` that cannot be imported, also if its import
-    takes more than two minutes. Imports run in child processes, because a broken library may crash the
-    process that imports it."""
+    """Yield (name, reason in one line) for each of the modules ``names`` that cannot be imported, in this
+    order. The imports run one after the other in a child process, because a broken library may crash the
+    process that imports it. After a module that fails, a new child process goes on with the next one. A child
+    is stopped after two minutes, and the module that it is importing then is yielded, too."""
     remaining = list(names)
     while remaining:
         reason, imported_count = _import(remaining)
@@ -181,9 +189,10 @@ def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _import(names: Sequence[str]) -> tuple[str, int]:
-    """Import ``names`` in this order in a child process, until one fails. Return (the last line that the
-    child printed to standard error, how many were imported). If the child printed none, as when all were
-    imported, the text is its exit code; if it did not finish within two minutes, the text says so."""
+    """Import ``names`` in this order in a child process, until one fails. Return (a text, how many were
+    imported before that). The text is the last line that the child printed to standard error; its exit code
+    if it printed none there, as when all were imported; or that the import did not finish, if the child ran
+    for two minutes."""
     try:
         child = subprocess.run(
             (sys.executable, "-P", "-c", _IMPORT, *names),
@@ -199,8 +208,9 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
 
 
 def techniques(checks: Sequence[Check]) -> list[Check]:
-    """Return one check for each technique, failed if one of the optional packages that it needs failed its
-    check in ``checks``. Return a single failed check if memfit's techniques cannot be imported."""
+    """Return one check for each of memfit's techniques. It fails if one of the optional packages that the
+    technique needs failed in ``checks``, those of `packages`; the detail then says why, otherwise what the
+    technique does. If memfit's techniques cannot be imported at all, return a single failed check."""
     quiet_libraries()
     try:
         from memfit.techniques.registry import TECHNIQUES
@@ -223,8 +233,9 @@ def _technique(name: str, summary: str, failed_checks: Sequence[Check]) -> Check
 
 
 def engines() -> Iterator[Check]:
-    """Yield one check for each engine: its installed version, or what keeps it from running here and the
-    command that would help."""
+    """Yield one check for each engine. It fails if something keeps the engine from running here; ``fix`` is
+    then the command that would help. The detail is what keeps it from running, otherwise its installed
+    version, followed by what the engine is."""
     from memfit.engines.registry import ENGINES
 
     for engine in ENGINES.values():
@@ -236,7 +247,8 @@ def engines() -> Iterator[Check]:
 
 
 def files(store: StoreOptions) -> Iterator[Check]:
-    """Yield the path and size of the store, and the path of the cache, as plain information."""
+    """Yield two checks with plain information: the path of the store with its size, if it exists, and the
+    path of the cache's folder."""
     import platformdirs
 
     from memfit.store import default_path

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Whether to list engines or to install one, the engine to install, and the folder for its virtual
-    environment."""
+    """Whether to list engines or to install one, the name of the engine to install, and the folder for its
+    virtual environment."""
 
     action: Annotated[
         str,
@@ -50,7 +50,8 @@ class EngineOptions:
 
 
 def engine(options: EngineOptions, output: JsonOptions) -> None:
-    """List the engines, or create a virtual environment for one whose dependencies conflict with memfit's."""
+    """List the engines, which run a training, or create a virtual environment for one whose dependencies
+    conflict with memfit's."""
     action = check_choice("action", options.action, ("list", "install"))
     if action == "install":
         _install(options, as_json=output.json)
@@ -84,8 +85,9 @@ def _install(options: EngineOptions, *, as_json: bool) -> None:
 
 
 def view(engine: memfit.engines.base.Engine) -> dict[str, Any]:
-    """Return the engine's name and summary ("what"), its installed version, what keeps it from running
-    ("problem") and the command that would help ("fix"), as plain data for ``--json``."""
+    """Return five texts for ``--json``: the engine's "name", its summary ("what"), its installed "version",
+    what keeps it from running here ("problem"), and the command that would help ("fix"). The last three are
+    "" if there is none."""
     from memfit.types.serialization import to_plain
 
     return {"name": engine.name, "what": engine.summary, **to_plain(engine.probe())}

@@ -29,11 +29,11 @@ def engines(
     runtime: RuntimeOptions,
     output: JsonOptions,
 ) -> None:
-    """Compare the engines that train, for one plan.
+    """Compare the engines that train, for one plan: that of --plan or --recommended, else plain training.
 
-    Shows for each engine whether it supports the plan, its predicted memory and step time, whether it is
-    installed, the length of its configuration, and facts about its installation and maintenance.
-    """
+    Shows for each engine whether it supports the plan, its predicted peak memory and step time, whether it is
+    installed, the number of lines of its configuration files, and facts about its installation and
+    maintenance."""
     plan = plan_file(plan_options)
     job_request = request(job, goal, runtime, on.on)
     workload = print_workload_of(job_request, lang="en", quiet=output.json)
@@ -61,8 +61,8 @@ def engines(
 
 
 def view(choice: memfit.workflows.engine_comparison.EngineChoice) -> dict[str, Any]:
-    """Return the comparison of one engine as plain data for ``--json``. "estimate", the predicted memory and
-    step time, is null if the engine does not support the plan or the job."""
+    """Return the fields of ``choice`` by name as plain data for ``--json``. "estimate", the prediction with
+    peak memory and step time, is null if the engine does not support the plan or the job."""
     from memfit.cli.views import estimate_view
     from memfit.types.serialization import to_plain
 

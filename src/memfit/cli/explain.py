@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainOptions:
-    """The plan to explain or the two plans to compare, and the files to write."""
+    """The files of the plan to explain or of the two plans to compare, the files to write, and whether to
+    find the line of the user's code that made each allocation."""
 
     plans: Annotated[
         list[str] | None,
@@ -81,7 +82,8 @@ def explain(
     lang: LanguageOptions,
     output: JsonOptions,
 ) -> None:
-    """Show what uses the memory of a plan, or why the memory of two plans differs, without running them."""
+    """Show what uses the predicted memory of a plan, or why the memory of two plans differs, without running
+    them."""
     language_code = check_language(lang.lang)
     job, files = _plan_files(job, options)
     plans = _plans(files, options, plan_options)
@@ -100,8 +102,9 @@ def explain(
 
 
 def _plan_files(job: JobOptions, options: ExplainOptions) -> tuple[JobOptions, list[str]]:
-    """Return (the job options, the paths of the plan files on the command line). A first argument that ends
-    in .yaml or .yml is a plan file and not a job: ``explain A.yaml B.yaml`` names no job."""
+    """Return (the job options, the paths of the plan files on the command line, in order). The first argument
+    of the command is read as the job. If it ends in .yaml or .yml, it is a plan file instead, and the job is
+    the default: ``explain A.yaml B.yaml`` compares two plans of the default job."""
     files = list(options.plans or ())
     if job.job is not None and job.job.endswith((".yaml", ".yml")):
         return dataclasses.replace(job, job=None), [job.job, *files]
@@ -109,9 +112,11 @@ def _plan_files(job: JobOptions, options: ExplainOptions) -> tuple[JobOptions, l
 
 
 def _plans(files: list[str], options: ExplainOptions, plan_options: PlanOptions) -> list[Plan]:
-    """Return the plans to explain: those in ``files``, otherwise the plan of --plan or plain training; an
-    empty list for --recommended, whose plan must be searched. Raises UserError for more than two plan files,
-    an invalid one, options that contradict each other, or an output file that cannot be written."""
+    """Return the plans to explain: those in ``files``, in order; without files that of --plan, or plain
+    training if there is no --plan. Return an empty list for --recommended, whose plan must be searched.
+    Raises UserError for more than two files, an invalid plan file, files or --plan together with
+    --recommended, files together with --plan, an option that writes a file together with two plan files, and
+    a file that cannot be written."""
     output_paths = [path for path in (options.html, options.snapshot, options.perfetto) if path]
     for path in output_paths:
         writable(path)

@@ -32,7 +32,8 @@ _MOST_BYTES = 512 * 1024  # maximum size of a file that is copied into the expor
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """The target, the folder, the settings of the launch, and the user's own script and configuration."""
+    """The target to export for, such as "slurm", the folder to write, the settings of the launch, and the
+    user's own script and configuration files."""
 
     to: Annotated[
         str,
@@ -170,11 +171,10 @@ def export(
     runtime: RuntimeOptions,
     output: JsonOptions,
 ) -> None:
-    """Write a plan as files to start elsewhere, without training.
+    """Write the files that train with a plan elsewhere. Nothing is trained here.
 
     Without --from and --script, the engine's configuration files are byte for byte those that `memfit run`
-    would use.
-    """
+    would use."""
     from memfit.export.base import Handover
     from memfit.export.readme import dependence_line
     from memfit.export.script_steps import check_acknowledged, script_steps
@@ -259,9 +259,10 @@ def _names(text: str) -> tuple[str, ...]:
 def _as_files_say(
     user_files: memfit.export.base.UserFiles | None, job: JobOptions, goal: GoalOptions
 ) -> tuple[JobOptions, GoalOptions]:
-    """Return the options with the engine of the user's files, unless --engine is given, and with their batch,
-    unless --batch is given. If the job refuses that batch, leave the job's own, and print so on standard
-    error if the two differ. Without files of the user, return the options unchanged."""
+    """Return ``job`` with the batch of the user's files, unless --batch is given or the files state none, and
+    ``goal`` with their engine, unless --engine is given. If the job refuses their batch, it keeps its own
+    number; if that is another number, this is printed on standard error. If ``user_files`` is None, return
+    both unchanged."""
     from memfit.jobs.registry import load
 
     if user_files is None:
@@ -307,11 +308,12 @@ def _launch(
     memfit.export.base.UserFiles | None,
     memfit.types.dependence.SampleDependence | None,
 ]:
-    """Return (the launch; name -> text of the files of the user's own job; ``user_files`` with the job's
-    clipping; how the samples of a batch depend on each other, or None if the plan does not split the batch).
-    A built-in job and an hf: job have no files. Raises UserError for the engine replay, which does not train,
-    for a plan that the engine does not support, for one that splits the batch so that the loss terms of its
-    parts would be weighted wrongly, and for a job that cannot be loaded."""
+    """Return (the launch to export; name -> text of the user's job file and of the modules beside it that it
+    imports, empty for a built-in or hf: job; ``user_files`` with ``job_clip`` filled in, or None; how the
+    samples of a batch depend on each other, None if the plan does not split the batch). Raises UserError for
+    the engine replay, which does not train, for a plan that the engine does not support, for a plan that
+    splits the batch and would thereby weight the terms of the loss wrongly, for a job that cannot be loaded,
+    and for job files that cannot be copied (see `_carried`)."""
     from memfit.engines.registry import render, supporting_engine
     from memfit.jobs.registry import load
     from memfit.planner.single_device import model_sizes
@@ -355,8 +357,8 @@ def _launch(
 
 def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependence.SampleDependence | None:
     """Return how the samples of the job's batch depend on each other, or None if the plan does not split the
-    batch into micro-batches or over ranks. Raises UserError if the loss terms of these parts would be
-    weighted wrongly."""
+    batch into micro-batches or over ranks. Raises UserError if that split would weight the terms of the loss
+    wrongly."""
     from memfit.techniques.registry import refuse_wrong_weights, splits_batch
     from memfit.trace.sample_dependence import sample_dependence
 
@@ -368,9 +370,9 @@ def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependenc
 
 
 def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return (the words of the command line ``script`` with the program's path reduced to its file name, name
-    -> text of the program and of the modules beside it that it imports). Both are empty without a script.
-    Raises UserError as `_carried` does."""
+    """Return (the words of the command line ``script``, in which the program, the first word, is without its
+    folder; name -> text of the program and of the modules beside it that it imports). Both are empty for None
+    and "". Raises UserError for a file that cannot be copied, as `_carried` does."""
     words = shlex.split(script or "")
     if not words:
         return (), {}
@@ -379,9 +381,10 @@ def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def _carried(path: Path) -> dict[str, str]:
-    """Return name -> text of the Python file ``path`` and of all modules beside it that it imports, directly
-    or indirectly. Imported packages beside it are only reported on standard error: the export's files have no
-    subfolders. Raises UserError for a file that cannot be read, is not UTF-8 text or is above 512 KiB."""
+    """Return file name -> text of the Python file ``path`` and of all modules in its folder that it imports,
+    directly or through each other. Packages in the folder that are imported are not included, as the files of
+    an export have no subfolders; they are named on standard error. Raises UserError if one of the files
+    cannot be read, is not UTF-8 text, or is larger than 512 KiB."""
     texts: dict[str, str] = {}
     packages: set[str] = set()
     pending = [path]
@@ -401,8 +404,8 @@ def _carried(path: Path) -> dict[str, str]:
 
 
 def _imported(source: str) -> Iterator[str]:
-    """Yield the top-level package or module of each absolute import in the program text ``source``; nothing
-    if it is not valid Python."""
+    """Yield the first part of each module name that the Python text ``source`` imports, such as "torch" for
+    ``import torch.nn``; relative imports are skipped. Yield nothing if ``source`` is not valid Python."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
