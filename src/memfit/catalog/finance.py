@@ -29,8 +29,8 @@ _PART: Final = re.compile(r"^\d+/\d+ of | with \d+ devices$")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Currency:
-    """A currency. ``per_usd``: how many of it buy one US dollar. ``decimals``: number of decimal places of
-    its smallest coin.
+    """A currency. ``code``: ISO 4217. ``per_usd``: how many of it buy one US dollar. ``decimals``: number of
+    decimal places of an amount, such as 2 for USD and 0 for JPY.
     """
 
     code: str  # ISO 4217
@@ -41,7 +41,10 @@ class Currency:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tariff:
-    """Prices of electricity without consumption tax, in `currency`."""
+    """Prices of electricity in ``currency``, without consumption tax. ``energy_per_kwh``: per kWh.
+    ``levy_per_kwh``: added to that, None if there is none. ``basic_per_kw_month``: per month and kW of
+    contracted power, None if there is none.
+    """
 
     name: str
     place: str
@@ -52,29 +55,35 @@ class Tariff:
 
 
 def currency_codes() -> tuple[str, ...]:
-    """Return the codes of all currencies of the catalog."""
+    """Return the ISO codes of all currencies of the catalog, such as "USD", in the order of its file."""
     return tuple(_rows("currencies"))
 
 
 def tariff_names() -> tuple[str, ...]:
-    """Return the names of all electricity tariffs of the catalog."""
+    """Return the names of all electricity tariffs of the catalog, such as "japan-high-voltage", in the order
+    of its file.
+    """
     return tuple(_rows("tariffs"))
 
 
 def supplier_names() -> tuple[str, ...]:
-    """Return the names of all electricity suppliers of the catalog."""
+    """Return the names of all electricity suppliers of the catalog, such as "TEPCO-EP", in the order of its
+    file.
+    """
     return tuple(_rows("suppliers"))
 
 
 def default_names() -> tuple[str, ...]:
-    """Return the names of the figures for which the catalog has a default, such as ``"discount_rate"``."""
+    """Return the names of the figures for which the catalog has a default, such as "discount_rate", in the
+    order of its file.
+    """
     return tuple(_rows("defaults"))
 
 
 def currency(code: str) -> Currency:
-    """Return a currency by its code, such as ``"JPY"`` or ``"jpy"``.
+    """Return a currency of the catalog by its ISO code, such as ``"JPY"`` or ``"jpy"``.
 
-    Raises UserError with the known codes.
+    Raises UserError for an unknown code, with all known codes.
     """
     catalog_code = find(code, what="currency", rows=_rows("currencies"))
     row = _rows("currencies")[catalog_code]
@@ -83,16 +92,16 @@ def currency(code: str) -> Currency:
 
 
 def tax_ratio(place: str) -> Fact | None:
-    """Return the consumption or value-added tax on purchases in ``place``, relative to the price without tax;
-    None if the place or its tax is unknown.
+    """Return the consumption or value-added tax on purchases in ``place``, as a share of the price without
+    tax, such as 0.1 for "japan". None if the place or its tax is unknown.
     """
     row = _rows("taxes").get(_place(place))
     return fact(row["ratio"], _sources()) if row else None
 
 
 def write_off_years(place: str, computer: str = "server") -> Fact:
-    """Return the years in which a ``computer``, "server" or "pc", is written off in ``place``; for other
-    places than the catalog has, a value for the world.
+    """Return the number of years over which a ``computer``, "server" or "pc", is written off in ``place``.
+    For a place for which the catalog has no number, it is that of "world".
     """
     rows = _rows("write_off")
     row = rows.get(_place(place), rows["world"])
@@ -100,9 +109,9 @@ def write_off_years(place: str, computer: str = "server") -> Fact:
 
 
 def tariff(name: str) -> Tariff:
-    """Return an electricity tariff, for example ``"japan-high-voltage"``.
+    """Return an electricity tariff of the catalog, for example ``"japan-high-voltage"``.
 
-    Raises UserError with the closest names.
+    Raises UserError for an unknown name, with the closest names, if any, and all known names.
     """
     catalog_name = find(name, what="tariff", rows=_rows("tariffs"))
     row = _rows("tariffs")[catalog_name]
@@ -111,9 +120,10 @@ def tariff(name: str) -> Tariff:
 
 
 def supplier_place(name: str) -> str:
-    """Return the name of the place that an electricity supplier serves, such as ``"japan"``.
+    """Return the name of the place that an electricity supplier of the catalog serves, such as ``"japan"``
+    for "TEPCO-EP".
 
-    Raises UserError with the closest names of suppliers.
+    Raises UserError for an unknown supplier, with the closest names, if any, and all known names.
     """
     catalog_name = find(name, what="electricity supplier", rows=_rows("suppliers"))
     place: str = _rows("suppliers")[catalog_name]["place"]
@@ -121,16 +131,20 @@ def supplier_place(name: str) -> str:
 
 
 def supplier_co2(name: str) -> Fact:
-    """Return the grams of CO2 per kWh of an electricity supplier. Raises UserError with the closest names."""
+    """Return the grams of CO2 per kWh of an electricity supplier of the catalog.
+
+    Raises UserError for an unknown supplier, with the closest names, if any, and all known names.
+    """
     catalog_name = find(name, what="electricity supplier", rows=_rows("suppliers"))
     return fact(_rows("suppliers")[catalog_name]["co2_g_per_kwh"], _sources())
 
 
 def host_usd(name: str) -> Fact | None:
-    """Return the price in US dollars of a whole server of the catalog without its accelerators; None if
-    unknown.
+    """Return the price in US dollars of a whole server of the catalog without its accelerators. None if the
+    catalog has no such server or no price of it.
 
-    `name` may also be that of a part (``"1/8 of HGX-H100"``); the price is still that of the whole server.
+    ``name`` may also be that of a part of the server, such as ``"1/8 of HGX-H100"``; the price is still that
+    of the whole server.
     """
     try:
         catalog_name = find(_PART.sub("", name), what="host", rows=table("hosts.toml")["hosts"])
@@ -141,23 +155,25 @@ def host_usd(name: str) -> Fact | None:
 
 
 def price_kind(source: str) -> str:
-    """Return the kind of price that the text of a source states: the first key of `PRICE_KINDS` of whose
-    words the text contains one; "" if there is none.
+    """Return the kind of a price, from the text of its source: the first key of `PRICE_KINDS` of which the
+    text contains a word, such as "list" for a text with "list price"; "" if there is none.
     """
     return next((kind for kind, names in PRICE_KINDS.items() if any(n in source for n in names)), "")
 
 
 def default(name: str) -> Fact:
-    """Return the value used for a figure, for example ``"discount_rate"``, if the user gives none.
+    """Return the value of a figure, for example ``"discount_rate"``, that is used if the user gives none.
 
-    Raises UserError if the catalog has no default of that name.
+    Raises UserError if the catalog has no default of that name, with all known names.
     """
     catalog_name = find(name, what="default", rows={key: {} for key in default_names()})
     return fact(_rows("defaults")[catalog_name], _sources())
 
 
 def _place(name: str) -> str:
-    """Return the catalog's name of the place, or the name itself if the catalog does not have it."""
+    """Return the catalog's spelling of the place's name, or ``name`` as it is if the catalog does not have
+    the place.
+    """
     try:
         return find(name, what="place", rows=table("places.toml")["places"])
     except UserError:

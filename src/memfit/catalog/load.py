@@ -17,42 +17,50 @@ _HOST_FACTS: Final = tuple(f.name for f in dataclasses.fields(Host) if str(f.typ
 
 
 def device_names() -> tuple[str, ...]:
-    """Return the names of all accelerators of the catalog, in the order of the file."""
+    """Return the names of all accelerators of the catalog, in the order of its file."""
     return tuple(table("gpus.toml")["devices"])
 
 
 def place_names() -> tuple[str, ...]:
-    """Return the names of all places of the catalog."""
+    """Return the names of all places of the catalog, such as "japan", in the order of its file."""
     return tuple(table("places.toml")["places"])
 
 
 def link_names() -> tuple[str, ...]:
-    """Return the names of all links between devices of the catalog."""
+    """Return the names of all links between devices of one host that the catalog has, such as "NVLink4", in
+    the order of its file.
+    """
     return tuple(table("links.toml")["links"])
 
 
 def network_names() -> tuple[str, ...]:
-    """Return the names of all networks of the catalog."""
+    """Return the names of all networks between hosts that the catalog has, such as "IB-NDR", in the order of
+    its file.
+    """
     return tuple(table("links.toml")["networks"])
 
 
 def host_names() -> tuple[str, ...]:
-    """Return the names of all hosts of the catalog."""
+    """Return the names of all servers of the catalog, such as "HGX-H100", in the order of its file."""
     return tuple(table("hosts.toml")["hosts"])
 
 
 def device(name: str) -> Device:
-    """Return a device. ``"h100 sxm"``, ``"H100-SXM"`` and torch's ``"NVIDIA H100 80GB HBM3"`` are the same.
+    """Return an accelerator of the catalog by its name. Case, spaces, dashes and brand words do not matter,
+    and some have other names, too: ``"h100 sxm"``, ``"H100-SXM"`` and torch's ``"NVIDIA H100 80GB HBM3"`` are
+    the same.
 
-    Raises UserError with the closest names, also for a name that fits two devices (``"A100"``).
+    Raises UserError with the closest names, if any, for an unknown name, and for one that fits several
+    devices (``"A100"``).
     """
     return _device(find(name, what="device", rows=table("gpus.toml")["devices"]))
 
 
 def place(name: str) -> Place:
-    """Return the electricity's price and CO2 of a country or of ``"world"``.
+    """Return a place of the catalog, a country or ``"world"``, with the price and the CO2 of its electricity
+    and its PUE.
 
-    Raises UserError with the closest names.
+    Raises UserError for an unknown name, with the closest names, if any, else all known names.
     """
     return _place(find(name, what="place", rows=table("places.toml")["places"]))
 
@@ -60,46 +68,52 @@ def place(name: str) -> Place:
 def link(name: str) -> Link:
     """Return a link between devices of one host, for example ``"NVLink4"``.
 
-    Raises UserError with the closest names.
+    Raises UserError for an unknown name, with the closest names, if any, else all known names.
     """
     return _link("links", find(name, what="link", rows=table("links.toml")["links"]))
 
 
 def network(name: str, devices_per_host: int = 1) -> Link:
-    """Return a link between hosts, for example ``"IB-NDR"``, with the rate of one device. If all devices of a
-    host share one network card, that is an equal part of the card's rate.
+    """Return a network between hosts, for example ``"IB-NDR"``. Its ``bytes_s`` is the rate of one device. If
+    the catalog has the rate of one network card that all devices of a host share, that is the card's rate /
+    ``devices_per_host``.
 
-    Raises UserError with the closest names.
+    Raises UserError for an unknown name, with the closest names, if any, else all known names.
     """
     return _network(find(name, what="network", rows=table("links.toml")["networks"]), devices_per_host)
 
 
 def host(name: str, devices: int = 0) -> Host:
-    """Return the server, for example ``"HGX-H100"``, with the figures for `devices` of its devices (0: all it
-    is sold with).
+    """Return a server of the catalog, for example ``"HGX-H100"``, with the figures for ``devices`` of its
+    devices; 0: all with which it is sold.
 
-    Fewer devices get their share of the server's memory, storage rate and power, marked as assumed, and
-    together at most their own rates to its memory. For more devices, the figures are the whole server's. The
-    returned name says so in both cases. Raises UserError with the closest names.
+    For fewer devices, the figures are their share of the server's memory, storage rate and power, marked as
+    assumed; the rate between its memory and these devices together is at most the sum of their own rates. The
+    name then becomes "1/8 of HGX-H100". For more devices, the figures are the whole server's, and the name
+    becomes "HGX-H100 with 16 devices".
+
+    Raises UserError for an unknown name, with the closest names, if any, else all known names.
     """
     return _host(find(name, what="host", rows=table("hosts.toml")["hosts"]), devices)
 
 
 def host_of(device: str) -> str:
-    """Return the name of the catalog's host for a device of the catalog, or "" if there is none."""
+    """Return the name of the host in which the catalog places a device, "" if there is none. ``device``: its
+    exact name in the catalog; for any other the result is "".
+    """
     return str(table("gpus.toml")["devices"].get(device, {}).get("host", ""))
 
 
 def devices_of(host: str) -> int:
-    """Return the number of devices that a host is sold with. ``host``: its exact name in the catalog, else
-    KeyError.
+    """Return the number of devices with which a host is sold. ``host``: its exact name in the catalog; any
+    other raises KeyError.
     """
     return int(table("hosts.toml")["hosts"][host]["devices"])
 
 
 def cpu_power(threads: int) -> Fact:
-    """Return the watts of a server processor with `threads` busy hardware threads: an assumed figure per
-    thread times their number.
+    """Return the watts of a server's CPU while ``threads`` hardware threads are busy: that number times the
+    catalog's assumed watts per thread.
     """
     hosts = table("hosts.toml")
     per_thread = fact(hosts["cpu"]["power_w_per_thread"], hosts["sources"])
@@ -112,11 +126,12 @@ def cpu_power(threads: int) -> Fact:
 
 
 def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
-    """Return the share of a device's peak rate that large operators reach, by class such as "matmul".
+    """Return by class of operator, such as "matmul", which share of its peak rate a device reaches in large
+    operators. ``architecture``: for example "ampere". ``name``: the exact name of the device in the catalog.
 
-    ``name``: the exact name of the device; "" or an unknown name means one that was not measured. Classes
-    that were not measured on it have the values of its architecture, marked as assumed. Raises UserError for
-    an unknown architecture.
+    Classes that were measured on this device have the measured share. All others have the share of its
+    architecture, marked as assumed. So do all if ``name`` is "" or unknown. Raises UserError for an unknown
+    architecture.
     """
     ratios = table("efficiency.toml")
     catalog_name = find(architecture, what="architecture", rows=ratios["architectures"])
@@ -132,15 +147,16 @@ def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
 
 
 def engine_facts(name: str) -> dict[str, tuple[str, str, str]]:
-    """Return what is known of an engine's packages and maintenance: name of the fact -> (value, source,
-    date). Empty for an unknown engine.
+    """Return what the catalog has on the packages of a training engine and their maintenance, as name of the
+    fact -> (value, source, date). Example: "release" -> ("0.19.8, 2026-10-20", ...). Empty for an unknown
+    engine.
     """
     return _upkeep("engines", name)
 
 
 def package_facts(name: str) -> dict[str, tuple[str, str, str]]:
-    """Return what is known of the maintenance of a library that a technique needs: name of the fact ->
-    (value, source, date). Empty for an unknown library.
+    """Return what the catalog has on the maintenance of a library that a technique needs, such as "peft", as
+    name of the fact -> (value, source, date). Empty for an unknown library.
     """
     return _upkeep("packages", name)
 
@@ -215,8 +231,8 @@ def _host(name: str, devices: int) -> Host:
 
 
 def _share(total: Fact, share: Fraction, note: str) -> Fact:
-    """Return ``total`` times ``share``, with ``note`` added to its source and marked as assumed, because the
-    sharing depends on what else runs there. A share of 1 returns ``total`` unchanged.
+    """Return ``total`` and its range times ``share``, with ``note`` added to its source. It is marked as
+    assumed, because the sharing depends on what else runs there. A share of 1 returns ``total`` unchanged.
     """
     if share == 1:
         return total

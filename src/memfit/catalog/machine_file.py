@@ -43,10 +43,11 @@ _OWN_KEYS: Final = {Machine: ("hosts",), Device: ("architecture", "base")}
 
 
 def from_toml(path: str | Path) -> Machine:
-    """Read a machine file.
+    """Return the machine that a TOML file describes.
 
-    Raises one UserError with all problems if the file cannot be read or is not TOML, has unknown or missing
-    keys, names that the catalog does not have, contradictory counts, or impossible values.
+    Raises UserError if the file cannot be read or is not TOML. Otherwise raises one UserError with all
+    problems: unknown or missing keys, names that the catalog does not have, contradictory counts, and
+    impossible values.
     """
     data = _read(Path(path))
     problems = [*_counted(data), *_named(data)]
@@ -65,11 +66,14 @@ def from_toml(path: str | Path) -> Machine:
 
 
 def _counted(data: dict[str, Any]) -> Iterator[str]:
-    """Replace `hosts`, devices_per_host and device_count in ``data`` by devices_per_host (0 for one host) and
-    device_count, and yield what is wrong with them.
+    """Replace ``hosts``, ``devices_per_host`` and ``device_count`` in ``data`` by ``device_count`` and
+    ``devices_per_host``, which becomes 0 if all devices are in one host. Yield a text for each problem with
+    them; then the two may stay as they were.
 
-    Any two give the third. A number of devices alone is in one host. One host alone, or none of the three,
-    means one device. Several hosts alone are a problem, as are several hosts without a network.
+    Any two of the three give the third. ``device_count`` or ``devices_per_host`` alone means that many
+    devices in one host; ``hosts`` = 1 alone, or none of the three, means one device. Problems are a count
+    that is not a whole number of at least 1, counts that contradict each other, several ``hosts`` without
+    another count, and several hosts without a network.
     """
     counts = {key: data.get(key) for key in ("hosts", "devices_per_host", "device_count")}
     hosts, devices_per_host, count = counts.values()
@@ -108,8 +112,8 @@ def _odd(count: Any) -> bool:
 
 
 def _named(data: dict[str, Any]) -> Iterator[str]:
-    """Replace names of the catalog in ``data`` by what they name, and yield the names it does not have, which
-    stay unchanged.
+    """Replace the names of a device, host, network, place, link and architecture in ``data`` by what the
+    catalog has for them. Yield a text for each name that it does not have.
 
     A device of the catalog adds its host if ``data`` has none. The architecture of a [device] table is
     replaced by its efficiency ratios, for those that the table does not give.
@@ -135,9 +139,9 @@ def _named(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _based(data: dict[str, Any]) -> Iterator[str]:
-    """Complete a [device] table whose ``base`` is a device of the catalog: with the figures that the table
-    does not give, and with that device's host if ``data`` has none. Yield the problem if the catalog does not
-    have the base.
+    """Complete a [device] table that has a ``base``, the name of a device of the catalog, with that device's
+    figures, for those that the table does not give. Add that device's host if ``data`` has none. If the
+    catalog does not have the base, yield that as a text and set the device to None.
     """
     table = data.get("device")
     if not isinstance(table, dict) or "base" not in table:
@@ -181,12 +185,12 @@ def _build(data: dict[str, Any]) -> tuple[Machine | None, list[str]]:
     try:
         return pydantic.TypeAdapter(Machine).validate_python(data), []
     except pydantic.ValidationError as error:
-        return None, [f"{'.'.join(map(str, e['loc']))}: {_said(e)}" for e in error.errors()]
+        return None, [f"{'.'.join(map(str, e['loc']))}: {_problem_text(e)}" for e in error.errors()]
 
 
-def _said(error: Any) -> str:
-    """Return the text of one of pydantic's errors. For a bare number where a Fact is needed, it says that the
-    source is missing.
+def _problem_text(error: Any) -> str:
+    """Return the text of one of pydantic's errors, in lower case. For a bare number where a Fact is needed,
+    return instead that the figure needs a source.
     """
     value = error["input"]
     if error["type"] == "dataclass_type" and isinstance(value, (int, float)):
@@ -195,8 +199,9 @@ def _said(error: Any) -> str:
 
 
 def _unknown_keys(data_type: Any, data: Any, prefix: str = "") -> Iterator[str]:
-    """Yield a text for each key of ``data`` and of the tables in it that is not a field of the dataclass
-    `data_type`, with the closest field if there is one. ``prefix``: the keys that lead to ``data``.
+    """Yield a text for each key of ``data``, and of the tables in it, that is not a field of the dataclass
+    ``data_type``, with the closest field if one is close. ``prefix``: the keys that lead to ``data``, with
+    dots. If ``data`` is not a mapping, nothing is yielded.
     """
     if not isinstance(data, Mapping):
         return
@@ -218,8 +223,8 @@ def _dataclass_in(hint: Any) -> Any:
 
 
 def _odd_values(machine: Machine) -> Iterator[str]:
-    """Yield a text for each value that is well-formed but cannot be right: another kind of device than cpu
-    and cuda, a PUE below 1, and figures of device, host and network that are not positive.
+    """Yield a text for each value that has the right type but cannot be true: a kind of device other than cpu
+    and cuda, a PUE below 1, and figures of device, host and network that are not greater than 0.
     """
     if machine.device.kind not in ("cpu", "cuda"):
         yield f"device.kind: {machine.device.kind!r}, but cpu or cuda is needed"
@@ -232,9 +237,11 @@ def _odd_values(machine: Machine) -> Iterator[str]:
 
 
 def facts_in(noun: Any, where: str = "") -> Iterator[tuple[str, Fact]]:
-    """Yield (path, Fact) for every Fact in `noun`, a Fact, mapping or dataclass, recursively.
+    """Yield (path, Fact) for every Fact in ``noun``, which may be a Fact, a mapping or a dataclass, and in
+    what that contains, at any depth. Other values are skipped.
 
-    The path is ``where`` followed by the keys and fields that lead to it, joined by dots.
+    The path is ``where`` followed by the keys and fields that lead to the Fact, joined by dots, such as
+    "device.peak_flops.bfloat16".
     """
     if isinstance(noun, Fact):
         yield where, noun

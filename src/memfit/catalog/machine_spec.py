@@ -19,17 +19,23 @@ _SPELLED: Final = re.compile(rf"\s*{_TIMES}{_TIMES}{_WORDS}\s*(?:@\s*{_WORDS}\s*
 
 
 def machine(spec: str, place: str = "world") -> Machine:
-    """Return the machine that `spec` names, with the electricity of `place`.
+    """Return the machine that ``spec`` names, with the electricity of ``place``. ``spec``: DEVICE,
+    COUNTxDEVICE or HOSTSxCOUNTxDEVICE, each possibly with @NETWORK, where COUNT is the number of devices in
+    each host. Examples: "H100-SXM", "8xH100-SXM", "64x8xH100-SXM@IB-NDR".
 
-    A single count means devices in one host. If a network is named, they fill as many of the catalog's hosts
-    for the device as needed; raises UserError if they need several hosts and do not fill them. Raises
-    UserError also for an unknown device, network or place, for a count of 0, and for several hosts without a
+    With a COUNT alone, all devices are in one host. In COUNTxDEVICE@NETWORK, COUNT is the number of all
+    devices: they fill as many hosts as needed of the kind that the catalog has for the device (one host if it
+    has none). Raises UserError if they need several hosts and do not fill the last one. Raises UserError also
+    for a text of another form, an unknown device, network or place, a count of 0, and several hosts without a
     network.
     """
     match = _SPELLED.fullmatch(spec)
     counts = [int(count) for count in match.groups()[:2] if count] if match else [0]
     if match is None or 0 in counts:
-        raise UserError(f"not a machine, or a count of 0: {spec!r}", hint=f"for example {EXAMPLES}")
+        raise UserError(
+            f"not in the form of a machine, or with a count of 0: {spec!r}",
+            hint=f"for example {EXAMPLES}",
+        )
     device = load.device(match.group(3))
     network = load.network(match.group(4)).name if match.group(4) else ""
     hosts, devices_per_host = (
@@ -54,7 +60,8 @@ def machine(spec: str, place: str = "world") -> Machine:
 
 
 def format_spec(device: str, hosts: int, devices: int, network: str = "") -> str:
-    """Return the shortest spec that `machine` reads as these counts, such as ``2x1xT4@IB-HDR``.
+    """Return the shortest text from which `machine` reads these counts, such as "8xH100-SXM" or
+    "2x1xT4@IB-HDR".
 
     ``devices``: number of devices in each host. ``network``: "" for none.
     """
@@ -67,10 +74,12 @@ def format_spec(device: str, hosts: int, devices: int, network: str = "") -> str
 
 
 def _filled(spec: str, device: str, count: int = 1, *, network: str) -> tuple[int, int]:
-    """Return (number of hosts, number of devices in each) for a single ``count`` of devices.
+    """Return (number of hosts, number of devices in each) if only the total number of devices, ``count``, is
+    given.
 
-    Without a network, or if the catalog has no host for the device, all are in one host. With one, they fill
-    hosts of the catalog; raises UserError if they need several hosts and do not fill the last one.
+    Without a network, or if the catalog has no host for the device, all are in one host. Otherwise they fill
+    hosts of the catalog's kind for the device. Raises UserError with the text ``spec`` if they need several
+    hosts and do not fill the last one.
     """
     host_name = load.host_of(device)
     if not (network and host_name) or count <= (devices_per_host := load.devices_of(host_name)):

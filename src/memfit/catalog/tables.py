@@ -29,8 +29,8 @@ def table(file: str) -> dict[str, Any]:
 
 
 def fact(row: list[Any], sources: Mapping[str, dict[str, str]]) -> Fact:
-    """Convert a row ``[value, key]`` or ``[value, key, low, high]`` to a Fact. ``sources[key]`` holds the
-    Fact's source and date, and its kind if that is not "published".
+    """Return a row of a table, ``[value, key]`` or ``[value, key, low, high]``, as a Fact. ``sources[key]``
+    has the Fact's source and date, and its kind if that is not "published".
     """
     value, key, *bounds = row
     low, high = map(float, bounds) if bounds else (None, None)
@@ -43,10 +43,11 @@ def facts(row: Row, sources: Mapping[str, dict[str, str]], keys: tuple[str, ...]
 
 
 def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
-    """Return the name in `rows` that `name` means, by its spelling in `normalized_name` or by an alias.
+    """Return the key of ``rows`` that ``name`` means: the key itself or one of the row's ``aliases``, both
+    compared after `normalized_name`.
 
-    ``what``: the noun for the error's text. If there is none, raises UserError with the closest names, and
-    with all names if there are few or none is close.
+    If there is none, raises UserError: "unknown" ``what``, the closest names if there are any, and all keys,
+    unless there are more than 12 and close ones.
     """
     names_by_key = {
         normalized_name(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))
@@ -66,16 +67,18 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
 
 
 def normalized_name(name: str) -> str:
-    """Reduce a name to lower-case letters and digits, without brand words such as "NVIDIA"."""
+    """Return a name in lower-case letters and digits only, without the brand words nvidia, amd, tesla,
+    geforce and instinct: "h100sxm" for "NVIDIA H100-SXM".
+    """
     return re.sub(r"[^a-z0-9]", "", _BRANDS.sub("", name.lower()))
 
 
 def _closest(query: str, names_by_key: dict[str, str]) -> tuple[str, ...]:
-    """Return the closest names, without repeats. ``names_by_key``: the names by their `normalized_name`
-    spelling.
+    """Return the names closest to ``query``, without repeats. ``names_by_key``: the names by their
+    `normalized_name`, which is also the form of ``query``.
 
-    These are all names whose spelling begins with `query`, last those that go on with a digit. If there are
-    none, at most 3 similar names.
+    These are all names whose key begins with ``query``; those whose key goes on with a digit come last. If
+    there are none, they are at most 3 names with a similar key.
     """
     prefix_matches = [key for key in names_by_key if query and key.startswith(query)]
     prefix_matches.sort(key=lambda key: key[len(query) :][:1].isdigit())
