@@ -47,8 +47,10 @@ _TESTED: Final = 120  # number of chains in the test set
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Folds(ConcatenatedChains):
-    """Chains of proteins. ``residue`` (n,): numbers of amino acids; ``profile`` (n, 20): shares from 0 to 1;
-    ``atoms`` (n, 3 of N CA C, 3): positions in Angstrom."""
+    """Chains of proteins, one after another, with n residues in all. ``residue`` (n,): numbers of amino
+    acids, 20 for an unknown one. ``profile`` (n, 20): shares of the amino acids in the family, from 0 to 1.
+    ``atoms`` (n, 3 of N CA C, 3): positions in Angstrom. The first ``train_count`` chains are for training.
+    """
 
     residue: Array
     profile: Array
@@ -59,9 +61,10 @@ class Folds(ConcatenatedChains):
 def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES on the built-in chains.
 
-    ``initial`` training (the same as ``paper``) has 256 residues and 128 rows, ``finetune`` 384 residues and
-    512 rows. ``batch``: chains of a step. ``length``: residues to which chains are padded or cropped. Raises
-    UserError for any ``data`` or ``weights``.
+    ``tiny`` is a small network on 40 residues and 12 rows of an MSA. ``initial`` training (the same as
+    ``paper``) has 256 residues and 128 rows, ``finetune`` 384 residues and 512 rows. ``batch``: chains of a
+    step, by default 4 for ``tiny`` and else 1. ``length``: residues to which chains are padded or cropped.
+    Raises UserError for any ``data`` or ``weights``.
     """
     options.refuse(
         "data",
@@ -113,8 +116,8 @@ def _build(shape: FoldSize) -> torch.nn.Module:
 
 
 def built_in_folds() -> Folds:
-    """Return the built-in chains of the job ``protein-ss`` with the positions of their backbone atoms. The
-    residue itself replaces a missing profile."""
+    """Return the built-in chains of the job ``protein-ss`` with the positions of their backbone atoms. A
+    residue without a profile gets one that is almost only its own amino acid."""
     with open_arrays("pdb_ss") as archive:
         profile = archive["profile"].astype(np.float32)
         has_profile = profile.sum(-1, keepdims=True) > 0
@@ -137,7 +140,7 @@ def built_in_folds() -> Folds:
 
 
 def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[str, torch.Tensor]:
-    """Return a training batch with the keys of `pack`.
+    """Return a training batch with the keys of `pack`, which depends on ``step`` and ``seed`` only.
 
     Chains longer than ``shape.residues`` are cropped at a random position, shorter ones are padded.
     """
@@ -150,12 +153,14 @@ def pack(
     folds: Folds, picked: Array, skipped: Array, shape: FoldSize, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
     """Return a batch of the chains with the indices ``picked``, each without its first ``skipped`` residues
-    and then cut or padded to n = ``shape.residues``.
+    (one number per chain) and then cut or padded to n = ``shape.residues``.
 
-    ``target`` (batch, n, 22), ``msa`` (batch, rows, n, 49), ``extra`` (batch, extra rows, n, 25), ``index``
-    (batch, n) int64, ``mask`` (batch, n), 0 at padding, ``atoms`` (batch, n, 3 of N CA C, 3) in Angstrom;
-    ``residue`` (batch, rows, n) int64, to be predicted where ``hidden`` (batch, rows, n) is 1. If the size
-    has templates, ``template`` and ``template_mask`` are zero.
+    Network inputs: ``target`` (batch, n, 22), one-hot residues; ``msa`` (batch, rows, n, 49) and ``extra``
+    (batch, extra rows, n, 25), features of the rows, which but for the first are drawn with ``rng`` from the
+    profile; ``index`` (batch, n) int64, places in the crop; ``mask`` (batch, n), 0 at padding. Targets:
+    ``atoms`` (batch, n, 3 of N CA C, 3) in Angstrom; ``residue`` (batch, rows, n) int64, to be predicted
+    where ``hidden`` (batch, rows, n) is 1 (15 % at random, never padding). If the size has templates,
+    ``template`` and ``template_mask`` are included and all zero.
     """
     count, length = len(picked), shape.residues
     residue, mask = np.full((count, length), 20), np.zeros((count, length), np.float32)
@@ -189,8 +194,8 @@ def pack(
 
 
 def _homologs(profile: Array, rows: int, rng: np.random.Generator) -> Array:
-    """Return residues (batch, rows, n), drawn independently of each other from the ``profile`` of their
-    column (batch, n, 20)."""
+    """Return residue numbers 0 to 19, int64 (batch, rows, n), each drawn independently from the ``profile``
+    (batch, n, 20) of its column."""
     cumulative = np.cumsum(profile, axis=-1)
     random_values = rng.random((profile.shape[0], rows, profile.shape[1]), np.float32)
     residues = np.zeros(random_values.shape, np.int64)
@@ -200,15 +205,17 @@ def _homologs(profile: Array, rows: int, rng: np.random.Generator) -> Array:
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return equation 7 of the supplement for initial training, averaged over the samples."""
+    """Return AlphaFold 2's loss of initial training (equation 7 of its supplement), averaged over the
+    samples."""
     out = model(batch)
     return terms(out, batch)["loss"]
 
 
 def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
-    """Return the parts of the loss, "fape", "auxiliary", "distance", "residue" and "confidence", each
-    averaged over samples with float32 sums; their weighted sum as "loss"; and the mean lDDT (0 to 1) of the
-    predicted CA atoms as "lddt". ``out``: what the model returns for ``batch``."""
+    """Return scalars: the parts of the loss, "fape" (all backbone atoms), "auxiliary" (CA atoms and torsions
+    of every iteration), "distance", "residue" and "confidence", each averaged over samples; "loss", the sum
+    of these with the weights 0.5, 0.5, 0.3, 2 and 0.01; and "lddt", the mean lDDT (0 to 1) of the predicted
+    CA atoms. ``out``: what the model returns for ``batch``, which is read in float32."""
     import torch
     from torch.nn import functional
 
@@ -268,18 +275,18 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
 
 
 def test_parts(folds: Folds, shape: FoldSize) -> Any:
-    """Yield the test chains, at most 120 in all, in batches with the keys of `pack`. Chains longer than
-    ``shape.residues`` are cut after so many residues. The alignments are the same every time."""
+    """Yield the first 120 test chains (all, if there are fewer) in batches with the keys of `pack`. Only the
+    first ``shape.residues`` residues of a chain count. The batches are the same every time."""
     test = np.arange(folds.train_count, folds.count)[:_TESTED]
     for index, chains in enumerate(equal_parts(test, shape.batch_size)):
         yield pack(folds, chains, np.zeros_like(chains), shape, step_rng(index, 0))
 
 
 def contact_precision(model: torch.nn.Module, folds: Folds, shape: FoldSize) -> float:
-    """Return the mean over test chains of the percentage of true contacts among the L/2 pairs of residues
-    that the model's distogram says are most likely in contact. L: residues of the chain, at most
-    ``shape.residues``; pairs are at least 12 residues apart. Chains without such pairs are left out.
-    """
+    """Return a percentage: how many of the L // 2 (at least one) pairs of residues that the model's distance
+    head says are most likely in contact are truly in contact, averaged over the test chains of `test_parts`.
+    In contact: CB atoms under 8 Angstrom apart. L: residues of the chain, at most ``shape.residues``. Only
+    pairs at least 12 residues apart along the chain are ranked; chains without any are left out."""
     from memfit.jobs.builtin.alphafold.model import distance_edges
 
     # bins that end at or before the contact distance
@@ -317,10 +324,11 @@ def _contacts(atoms: Array) -> Array:
 
 
 def metric(folds: Folds, shape: FoldSize) -> Metric:
-    """Return the metric, the precision of contacts at L/2, as `contact_precision` computes it.
+    """Return the metric: contact precision at L/2 in percent, as `contact_precision` computes it. Higher is
+    better.
 
-    Its naive result is that of ranking pairs by how often pairs with their separation along the chain are in
-    contact in every fourth training chain.
+    Its naive result ranks pairs by their separation along the chain alone: by how often pairs with this
+    separation are in contact in every fourth training chain.
     """
     length = shape.residues
     contacts, totals = np.zeros(length), np.zeros(length)

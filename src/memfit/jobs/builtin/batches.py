@@ -19,8 +19,8 @@ EVALUATED_AT_ONCE: Final = 8  # evaluation must not need more memory than a capp
 
 @contextlib.contextmanager
 def open_arrays(name: str) -> Iterator[Mapping[str, Array]]:
-    """Open the file ``name``.npz that comes with memfit. Yields its arrays by name, each read when it is
-    accessed."""
+    """Context manager: open the file ``name``.npz among the data that come with memfit. It yields the arrays
+    by name; each is read from the file whenever it is accessed."""
     with (
         resources.as_file(resources.files("memfit.jobs.builtin") / "data" / f"{name}.npz") as path,
         np.load(path) as archive,
@@ -29,10 +29,11 @@ def open_arrays(name: str) -> Iterator[Mapping[str, Array]]:
 
 
 def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array:
-    """Return the indices of those of ``count`` examples that a step uses, shape ``(batch_size,)``.
+    """Return the indices of the examples, out of ``count``, that step number ``step`` (from 0) uses, shape
+    ``(batch_size,)``.
 
-    Every epoch is a new permutation of all examples, drawn from (seed, epoch). A batch may extend over the
-    end of an epoch.
+    Every epoch is a new permutation of all examples, drawn from (seed, epoch). Steps take consecutive parts
+    of it. A batch may contain the end of one epoch and the start of the next.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs: list[int] = (positions // count).tolist()
@@ -41,23 +42,22 @@ def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array
 
 
 def step_rng(step: int, seed: int) -> np.random.Generator:
-    """Return a random generator that depends on ``step`` and ``seed`` only, and that is independent of the
-    order of examples."""
+    """Return a random generator whose numbers depend on ``step`` and ``seed`` only. They are independent of
+    those that `epoch_indices` draws with the same seed."""
     return np.random.default_rng((seed, step, 1))
 
 
 def as_tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    """Return the arrays as tensors, copied into torch's own memory; numpy's memory would be missing from
-    every count of tensor bytes.
-    """
+    """Return the arrays as tensors under the same names. They are copied, because memory that numpy allocated
+    would be missing where bytes of tensors are counted."""
     import torch
 
     return {name: torch.tensor(array) for name, array in arrays.items()}
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, *, reduction: str = "mean") -> torch.Tensor:
-    """Return the cross-entropy in nats of the ``labels`` (batch, length), of which -100 do not count, for
-    ``logits`` (batch, length, classes). ``reduction``: "mean" or "sum"."""
+    """Return the cross-entropy in nats, computed in float32, of the ``labels`` (batch, length) for ``logits``
+    (batch, length, classes). Labels of -100 do not count. ``reduction``: "mean" over the others, or "sum"."""
     from torch.nn import functional
 
     return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction=reduction)
@@ -65,10 +65,10 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, *, reduction: str = "
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
-    """Put the model in evaluation mode and disable gradients inside this context; then restore the model's
-    mode.
+    """Context manager: put the model in evaluation mode and disable gradients. At the end, also after an
+    exception, the model and all its submodules get the mode that the model had.
 
-    Yields the device of its parameters, to which batches must be moved.
+    Yields the device of the model's first parameter, to which batches must be moved.
     """
     import torch
 
@@ -82,18 +82,18 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
 
 
 def to_device(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors of a batch on ``device``."""
+    """Return the tensors under the same names on ``device``."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def equal_parts(examples: Array, batch_size: int) -> list[Array]:
-    """Return ``examples``, indices of what is evaluated, in parts of nearly equal size: at most
-    ``batch_size`` and EVALUATED_AT_ONCE each."""
+    """Return ``examples`` in consecutive parts along the first dimension, as few as possible. Each has at
+    most ``batch_size`` and at most EVALUATED_AT_ONCE (8) examples, and their sizes differ by at most one."""
     return np.array_split(examples, -(-len(examples) // min(batch_size, EVALUATED_AT_ONCE)))
 
 
 def full_parts(examples: Array, batch_size: int) -> list[Array]:
-    """Return ``examples`` as `equal_parts` does, but with as many in every part except the last as are
-    allowed."""
+    """Return ``examples`` in consecutive parts along the first dimension. Each has ``batch_size`` examples,
+    but at most EVALUATED_AT_ONCE (8); the last has those that remain."""
     size = min(batch_size, EVALUATED_AT_ONCE)
     return [examples[start : start + size] for start in range(0, len(examples), size)]

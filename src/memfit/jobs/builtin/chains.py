@@ -12,8 +12,9 @@ from memfit.jobs.builtin.batches import Array, epoch_indices
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ConcatenatedChains:
-    """Chains, concatenated; the first ``train_count`` are for training. ``offset`` (chains + 1,): where each
-    chain starts, and the end."""
+    """Chains whose residues lie one after another in arrays. Chain i has the residues ``offset[i]`` to
+    ``offset[i + 1]`` (excluded); ``offset`` has shape (chains + 1,). The first ``train_count`` chains are for
+    training, the others for testing."""
 
     offset: Array
     train_count: int
@@ -25,15 +26,17 @@ class ConcatenatedChains:
     def draw_crops(
         self, length: int, batch_size: int, rng: np.random.Generator, *, step: int, seed: int
     ) -> tuple[Array, Array]:
-        """Return (the indices of the training chains of a step; how many residues to skip at the start of
-        each, so that chains longer than ``length`` are cropped at a random position)."""
+        """Return two arrays (batch_size,): the indices of the training chains of a step, and how many
+        residues to skip at the start of each. For a chain longer than ``length`` the latter is drawn with
+        ``rng`` so that a part of ``length`` residues at a random position remains; for others it is 0."""
         chains = epoch_indices(self.train_count, batch_size, step=step, seed=seed)
         excess = np.maximum(self.offset[chains + 1] - self.offset[chains] - length, 0)
         return chains, rng.integers(0, excess + 1)
 
     def spans(self, chains: Array, skipped: Array, length: int) -> Iterator[tuple[slice, slice]]:
-        """Yield for each of ``chains``, without its first ``skipped`` residues and cut to ``length``: (its
-        place in a row of a padded batch, its place in the arrays over residues)."""
+        """Yield for each of ``chains``, without its first ``skipped`` residues (one number per chain) and cut
+        to ``length``, two slices: its place in a row of a padded batch, from 0, and its place in the arrays
+        of all residues."""
         for chain, skip in zip(chains, skipped, strict=True):
             start = self.offset[chain] + skip
             stop = min(self.offset[chain + 1], start + length)

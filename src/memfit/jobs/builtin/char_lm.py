@@ -30,10 +30,12 @@ _TEST_WINDOWS: Final = 64
 
 @accept_keywords
 def make(options: BuiltInOptions) -> Job:
-    """Return the job at one of SIZES, by default on the built-in text.
+    """Return the job at one of SIZES ("tiny", "124M", "1.3B", "paper"), by default on the built-in text.
 
-    ``data``: a text file. ``batch``: windows of a step. ``length``: bytes of a window. The larger sizes keep
-    GPT-2's vocabulary, because its memory is of interest, although their tokens are bytes.
+    ``data``: a UTF-8 text file, which may be gzipped (``.gz``). ``batch``: windows of a step. ``length``:
+    bytes of a window. Sizes other than ``tiny`` have GPT-2's vocabulary of 50,257 tokens for the sake of its
+    memory, although only the 256 byte values occur. Raises UserError for a file that cannot be read or is too
+    short.
     """
     shape = options.resize(_shape(options.size))
     text = read(options.data, shape.length)
@@ -59,8 +61,8 @@ def make(options: BuiltInOptions) -> Job:
 
 
 def _shape(size: str) -> GptSize:
-    """Return a size of its own for tiny, GPT-2 small (Radford et al. 2019) for 124M, and for 1.3B and paper
-    the 1.3B model of GPT-3's table 2.1 with 64-wide heads."""
+    """Return the size of the network: a small one for "tiny", GPT-2 small (Radford et al. 2019) for "124M",
+    and for "1.3B" and "paper" GPT-3's 1.3B model (Brown et al. 2020, table 2.1), but with heads 64 wide."""
     from memfit.jobs.builtin.gpt import GptSize
 
     if size == "tiny":
@@ -77,9 +79,11 @@ def _build(shape: GptSize) -> torch.nn.Module:
 
 
 def read(path: str | None, length: int) -> Corpus:
-    """Return the bytes of the user's text file ``path``, or of the built-in text if None.
+    """Return the bytes of the user's text file ``path``, or of the built-in text if None, split into training
+    and held-out part.
 
-    Raises UserError if the held-out part would be shorter than one window of ``length`` + 1 bytes.
+    Raises UserError for a file that cannot be read, and if the held-out tenth has fewer than ``length`` + 1
+    bytes.
     """
     text_bytes = np.frombuffer((read_text(path) if path else _documentation()).encode(), np.uint8)
     text = split(text_bytes, path or DATA_SOURCE)
@@ -101,9 +105,8 @@ def _documentation() -> str:
 def train_batch(
     text: Array, length: int, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return ``tokens`` and ``next`` (batch, length) int64: windows at random positions and the bytes that
-    follow.
-    """
+    """Return ``tokens``, windows at random positions of ``text``, and ``next``, the byte after each of their
+    bytes, both (batch_size, length) int64."""
     starts = step_rng(step, seed).integers(0, len(text) - length, size=batch_size)
     return as_tensors(_windows(text, starts, length))
 
@@ -115,21 +118,23 @@ def _windows(text: Array, starts: Array, length: int) -> dict[str, Array]:
 
 
 def _test_starts(text: Array, length: int) -> Array:
-    """Return the starts of consecutive windows at the beginning of ``text``, at most 64. They do not overlap,
-    so that each scored byte counts once."""
+    """Return the starts of at most 64 consecutive windows of ``length`` bytes, the first at the beginning of
+    ``text``. They do not overlap, so that each scored byte counts once. After each window there is at least
+    one more byte."""
     return np.arange(0, len(text) - length, length)[:_TEST_WINDOWS]
 
 
 def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: int) -> float:
-    """Return the mean cross-entropy in bits of the next byte over the first windows of the held-out ``text``,
-    at most 64 of ``length`` bytes."""
+    """Return the mean cross-entropy of the next byte in bits over consecutive windows of ``length`` bytes at
+    the beginning of the held-out ``text``, at most 64 of them. At most ``batch_size`` are evaluated at once.
+    """
     starts = _test_starts(text, length)
     return mean_bits(model, starts, lambda part: _windows(text, part, length), batch_size)
 
 
 def metric(text: Corpus, length: int) -> Metric:
-    """Return the metric, bits per byte. Its naive result is that of the byte frequencies of the training text
-    (plus one each)."""
+    """Return the metric, bits per held-out byte; lower is better. Its naive result predicts every byte with
+    its frequency in the training text, with one added to each of the 256 counts."""
     counts = np.bincount(text.train, minlength=256) + 1
     bits = -np.log2(counts / counts.sum())
     targets = _windows(text.test, _test_starts(text.test, length), length)["next"]

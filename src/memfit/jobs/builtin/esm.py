@@ -31,8 +31,9 @@ Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1, length
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EsmSize:
-    """Size of an ESM-2 model. ``layers``: number of encoder layers; ``length``: residues (tokens) of a chain;
-    ``batch_size``: chains of a step."""
+    """Size of an ESM-2 model. ``layers``: number of encoder layers. ``width``: channels of a token.
+    ``heads``: attention heads. ``length``: tokens to which a sequence is padded or cropped. ``batch_size``:
+    sequences of a step."""
 
     layers: int
     width: int
@@ -56,7 +57,7 @@ ESM_SIZES: Final = {
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with rotary positions."""
+    """Multi-head self-attention with rotary positions, without norm, output projection and residual."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class SelfAttention(nn.Module):
 
 def _rotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Return ``x`` (batch, heads, length, width of a head) with rotary positions applied (Su et al. 2021,
-    arXiv 2104.09864, eq. 34), pairing the two halves of a head."""
+    arXiv 2104.09864, eq. 34). Channel i of a head is rotated together with channel i + width / 2."""
     cosines, sines = (part.unsqueeze(1) for part in rotary)
     return ((x.float() * cosines) + (_turned(x.float()) * sines)).to(x.dtype)
 
@@ -91,14 +92,14 @@ def _turned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """Return GELU, computed by separate operators as ESM-2 and Hugging Face do. Results differ in bits from
-    torch's GELU, and more memory is needed.
-    """
+    """Return the exact GELU (not the tanh approximation), computed by separate operators as Hugging Face's
+    ESM-2 does. Compared with torch's GELU, the last bits differ, and more memory is needed."""
     return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
 class Residual(nn.Module):
-    """A linear layer from ``inner`` to ``width`` channels whose output is added to ``before``."""
+    """A linear layer of x (..., inner) to ``width`` channels, plus ``before`` (..., width), the input of the
+    residual branch."""
 
     def __init__(self, inner: int, width: int) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class Residual(nn.Module):
 
 
 class EsmAttention(nn.Module):
-    """Pre-norm attention with its output projection and residual."""
+    """Layer norm, self-attention and output projection, plus the input."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -122,7 +123,8 @@ class EsmAttention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """The widening half of the feed-forward part, with GELU."""
+    """The first layer of the feed-forward part: a linear layer from ``width`` to 4 x ``width`` channels, and
+    GELU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -133,7 +135,8 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """One encoder layer: attention and a feed-forward part."""
+    """One encoder layer: attention, then a feed-forward part, each with a layer norm before it and a
+    residual."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -148,7 +151,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """All encoder layers and the final norm."""
+    """All encoder layers in order, then a layer norm. Input and output have the shape (batch, length, width)."""
 
     def __init__(self, size: EsmSize) -> None:
         super().__init__()
@@ -162,8 +165,8 @@ class Encoder(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """Computes the cosines and sines of rotary positions for a sequence, each (1, length, width of a
-    head)."""
+    """Computes the cosines and sines of rotary positions for ``hidden`` (batch, length, width): two tensors
+    (1, length, width of a head) in the dtype of ``hidden``."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
@@ -178,7 +181,8 @@ class RotaryPositions(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Token embeddings, zero at padding."""
+    """Maps token numbers (batch, length) to embeddings (batch, length, width), which are zero where ``valid``
+    (batch, length) is False."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -189,8 +193,8 @@ class Embeddings(nn.Module):
 
 
 class Esm(nn.Module):
-    """The encoder. ``tokens``: inputs are token numbers (batch, length); otherwise they are already embedded
-    (batch, length, width)."""
+    """The encoder of ESM-2, without a head. If ``tokens``, its inputs are token numbers (batch, length),
+    which it embeds; otherwise they are embeddings (batch, length, width)."""
 
     def __init__(self, size: EsmSize, *, tokens: bool) -> None:
         super().__init__()
@@ -220,8 +224,9 @@ class LanguageHead(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Initialize a Linear or Embedding as ESM-2: normal weights, zero biases, zero embedding of padding.
-    Other modules are left alone."""
+    """Initialize ``module``, if it is a Linear or Embedding, as ESM-2: normal weights of standard deviation
+    0.02, zero biases, zero embedding of the padding token. Other modules, and the module's children, are left
+    alone."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=_INITIAL_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -232,7 +237,9 @@ def _initialize(module: nn.Module) -> None:
 
 
 class SecondaryStructure(nn.Module):
-    """Three-state secondary structure per residue. Parameters ``esm.*`` have ESM-2's own names."""
+    """Predicts the secondary structure of each residue, in three states, with ESM-2's encoder. Each residue's
+    input is a linear layer of the features of the 15 residues around it. The encoder's parameters ``esm.*``
+    have Hugging Face's names."""
 
     def __init__(self, size: EsmSize) -> None:
         super().__init__()
@@ -252,8 +259,8 @@ class SecondaryStructure(nn.Module):
 
 
 class MaskedLanguageModel(nn.Module):
-    """ESM-2's masked language model. All parameters have Hugging Face's names. The output layer has the token
-    embeddings as its weight."""
+    """ESM-2's masked language model. All parameters have Hugging Face's names. The output layer and the token
+    embeddings share one weight."""
 
     def __init__(self, size: EsmSize) -> None:
         super().__init__()

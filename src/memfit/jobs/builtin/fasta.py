@@ -18,8 +18,8 @@ STATES: Final = "HEC"  # helix, strand, coil
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Protein:
-    """A protein. ``sequence`` is in upper case. ``states`` has one of H, E, C (helix, strand, coil) per
-    residue, or is "" if they are unknown."""
+    """A protein. ``name``: first word of its header line. ``sequence``: amino-acid letters in upper case.
+    ``states``: one of H, E, C (helix, strand, coil) per residue, or "" if they are unknown."""
 
     name: str
     sequence: str
@@ -27,9 +27,9 @@ class Protein:
 
 
 def read_text(path: str) -> str:
-    """Return the text of a UTF-8 file, unpacked if its name ends in ``.gz``.
+    """Return the text of a UTF-8 file, decompressed with gzip if its name ends in ``.gz``.
 
-    Raises UserError if it is unreadable, not UTF-8, or without anything but white space.
+    Raises UserError if it cannot be read or decompressed, is not UTF-8, or has nothing but white space.
     """
     try:
         raw = Path(path).read_bytes()
@@ -37,9 +37,9 @@ def read_text(path: str) -> str:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {_reason(error)}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}, counted from 0)") from error
     if not text.strip():
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} is empty or only white space")
     return text
 
 
@@ -48,10 +48,11 @@ def _reason(error: Exception) -> str:
 
 
 def read_fasta(path: str) -> list[Protein]:
-    """Return the sequences of a FASTA file in upper case, without a final ``*``.
+    """Return the proteins of a FASTA file, in its order, with unknown states. Sequences are in upper case,
+    without a final ``*``. The letters of the 20 amino acids and B, J, O, U, X, Z are allowed, in either case.
 
-    Raises UserError with file, line and character for anything that is not an amino-acid letter, and for
-    records without a sequence.
+    Raises UserError as `read_text` does, and with file and line for any other character, for a record without
+    a sequence, and for text before the first header.
     """
     proteins = []
     for line_number, name, lines in _records(path):
@@ -62,14 +63,15 @@ def read_fasta(path: str) -> list[Protein]:
 
 
 def read_labelled(path: str) -> list[Protein]:
-    """Return the proteins of a file with their secondary structure, three lines each::
+    """Return the proteins of a file, in its order, with their secondary structure. Each has three lines::
 
         >name
         MKTAYIAKQR
         CCHHHHHHCC
 
-    Blank lines, lower case and a final ``*`` of a sequence are allowed. Raises UserError with file and line
-    if a name is not followed by two lines of the same length, or for a letter that is no amino acid or state.
+    Blank lines, lower case in both, and a final ``*`` of the sequence are allowed. Raises UserError as
+    `read_text` does, and with file and line if a name is not followed by exactly two lines of the same
+    length, for a letter that is no amino acid or state, and for text before the first name.
     """
     proteins = []
     for line_number, name, lines in _records(path):
@@ -88,8 +90,9 @@ def read_labelled(path: str) -> list[Protein]:
 
 
 def _records(path: str) -> Iterator[tuple[int, str, list[tuple[int, str]]]]:
-    """Yield for each record (number of its header's line, name, following lines as (number, text)), without
-    blank lines. Raises UserError for text before the first header."""
+    """Yield for each record (line number of its header, name, following lines as (line number, text)),
+    without blank lines. The name is the first word after ``>``, or "line N" if there is none. Raises
+    UserError as `read_text` does, and for text before the first header."""
     header: tuple[int, str] | None = None
     body: list[tuple[int, str]] = []
     for number, raw in enumerate(read_text(path).splitlines(), start=1):

@@ -40,10 +40,11 @@ _BUILT_IN_GAIN: Final = 0.0072  # bits that order 4 gains over order 3 on the bu
 
 @accept_keywords
 def make(options: BuiltInOptions) -> Job:
-    """Return the job at one of SIZES, by default on the built-in chromosome.
+    """Return the job at one of SIZES ("tiny", "paper"), by default on the built-in chromosome.
 
-    ``data``: a FASTA file of DNA. ``batch``: windows of a step. ``length``: tokens of a window, one per base;
-    evaluation uses shorter windows if the held-out part is shorter.
+    ``data``: a FASTA file of DNA, which may be gzipped (``.gz``). ``batch``: windows of a step. ``length``:
+    tokens of a window, one per base; evaluation uses shorter windows if the held-out part is shorter. Raises
+    UserError for a file that cannot be read or has too few bases.
     """
     shape = options.resize(_shape(options.size))
     genome = read(options.data, shape.length + shape.kmer)
@@ -89,9 +90,11 @@ def _build(shape: HyenaSize) -> torch.nn.Module:
 
 
 def read(path: str | None, needed: int) -> Corpus:
-    """Return the DNA of the user's file ``path``, or the built-in chromosome if None: 0 to 3 for A, C, G, T.
+    """Return the DNA of the user's file ``path``, or the built-in chromosome if None, as 0 to 3 for A, C, G,
+    T, split into training and held-out part.
 
-    Raises UserError if the training part has fewer than 400 bases, or than two windows of ``needed`` bases.
+    Raises UserError for a file that cannot be read, and if the training part has fewer than 400 bases or
+    fewer than 2 x ``needed`` bases. ``needed``: bases of a training window.
     """
     bases, source = (_fasta(path), path) if path else (_chromosome(), DATA_SOURCE)
     genome = split(bases, source)
@@ -109,8 +112,8 @@ def _chromosome() -> Array:
 
 
 def _fasta(path: str) -> Array:
-    """Return the bases of all records of a FASTA file as 0 to 3, concatenated. Letters that are not A, C, G
-    or T (N, gaps) are left out."""
+    """Return the bases of all records of a FASTA file, concatenated, as 0 to 3 for A, C, G, T. Either case is
+    allowed. Other letters (N, gaps) are left out."""
     lines = [line.strip() for line in read_text(path).splitlines() if not line.startswith(">")]
     letters = np.frombuffer("".join(lines).upper().encode(), np.uint8)
     code_of_letter = np.full(256, 255, np.uint8)
@@ -120,8 +123,9 @@ def _fasta(path: str) -> Array:
 
 
 def words(bases: Array, length: int) -> Array:
-    """Return, for each position in ``bases``, the number (0 to 4**length - 1) of the word of ``length`` bases
-    that starts there, int64 (bases - length + 1,)."""
+    """Return, for each position in ``bases`` at which a word of ``length`` bases starts, the number of this
+    word, 0 to 4**length - 1: its bases are the digits to the base 4, the first one the highest. int64 (bases
+    - length + 1,)."""
     numbers = np.zeros(len(bases) - length + 1, np.int64)
     for i in range(length):
         numbers = 4 * numbers + bases[i : i + len(numbers)]
@@ -131,9 +135,9 @@ def words(bases: Array, length: int) -> Array:
 def train_batch(
     bases: Array, shape: HyenaSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return ``tokens`` and ``next`` (batch, length) int64: windows at random positions, and the base after
-    each token.
-    """
+    """Return ``tokens`` and ``next`` (batch_size, length) int64 of windows at random positions. A token is
+    the number of the word of the last ``shape.kmer`` bases (see `words`); ``next`` is the base that follows
+    it, 0 to 3."""
     last = len(bases) - shape.length - shape.kmer
     return as_tensors(_windows(bases, step_rng(step, seed).integers(0, last, size=batch_size), shape))
 
@@ -145,25 +149,26 @@ def _windows(bases: Array, starts: Array, shape: HyenaSize) -> dict[str, Array]:
 
 
 def _test_starts(bases: Array, shape: HyenaSize) -> Array:
-    """Return the starts of windows spread evenly over ``bases``, the held-out part: as many as have 65,536
-    bases in all, or fewer if ``bases`` has fewer, but at least one."""
+    """Return the starts of windows spread evenly over ``bases``, the held-out part, from its first to its
+    last position where a window fits. Their number is that of windows of ``shape.length`` bases in 65,536
+    bases, or in all of ``bases`` if these are fewer, but at least one."""
     last = len(bases) - shape.length - shape.kmer
     return np.linspace(0, last, max(1, min(_TEST_BASES, len(bases)) // shape.length)).astype(np.int64)
 
 
 def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_size: int) -> float:
     """Return the mean cross-entropy of the next base, in bits, over windows spread evenly over ``bases``, the
-    held-out part."""
+    held-out part, with about 65,536 bases in all. At most ``batch_size`` windows are evaluated at once."""
     starts = _test_starts(bases, shape)
     return mean_bits(model, starts, lambda part: _windows(bases, part, shape), batch_size)
 
 
 def markov_bits(genome: Corpus, places: Array, order: int) -> float:
-    """Return the mean bits per base of a Markov chain for the bases at the positions ``places`` of the
-    held-out part.
+    """Return the mean negative log2 probability, in bits, that a Markov chain gives the bases at the
+    positions ``places`` of the held-out part, each at least ``order``.
 
-    Its probabilities are the frequencies of what follows each word of ``order`` bases in the training part,
-    plus one each.
+    The chain's probabilities are how often each base follows each word of ``order`` bases in the training
+    part, with one added to each count.
     """
     counts = np.bincount(words(genome.train, order + 1), minlength=4 ** (order + 1)).reshape(-1, 4) + 1
     bits = -np.log2(counts / counts.sum(1, keepdims=True))
@@ -171,17 +176,19 @@ def markov_bits(genome: Corpus, places: Array, order: int) -> float:
 
 
 def scored(genome: Corpus, shape: HyenaSize) -> Array:
-    """Return the positions in the held-out part whose base the metric scores."""
+    """Return the positions in the held-out part whose base the metric scores, (windows x length,), one window
+    after another. Positions in overlapping windows occur more than once."""
     starts = _test_starts(genome.test, shape) + shape.kmer
     return (starts[:, None] + np.arange(shape.length)).ravel()
 
 
 def metric(genome: Corpus, shape: HyenaSize) -> Metric:
-    """Return the metric, bits per base.
+    """Return the metric, bits per held-out base; lower is better.
 
-    Its naive result is that of a Markov chain of order two, that is, of words of codon length. The margin is
-    half of what order 4 gains over order 3, or, if it gains nothing, as on few bases, half of what it gains
-    on the built-in chromosome.
+    Its naive result is that of a Markov chain of order two, which sees words of codon length. The margin,
+    below which a difference counts as none, is half of the bits that order 4 gains over order 3 on the scored
+    bases. If it gains nothing, as with few bases, it is half of what order 4 gains on the built-in
+    chromosome.
     """
     positions = scored(genome, shape)
     positions = positions[positions >= 4]

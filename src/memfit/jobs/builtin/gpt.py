@@ -11,8 +11,9 @@ from torch.nn import functional
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GptSize:
-    """Size of a GPT. ``layers``: number of blocks; ``length``: the most tokens of a sequence;
-    ``vocabulary``: number of tokens that exist; ``batch_size``: sequences of a step."""
+    """Size of a GPT. ``layers``: number of blocks. ``width``: channels of a token. ``heads``: attention
+    heads. ``length``: the most tokens of a sequence. ``vocabulary``: number of different tokens.
+    ``batch_size``: sequences of a step."""
 
     layers: int
     width: int
@@ -23,7 +24,8 @@ class GptSize:
 
 
 class GptBlock(nn.Module):
-    """Attention and a feed-forward part four times as wide, each with a residual."""
+    """Causal self-attention, then a feed-forward part with a hidden layer four times as wide, each with a
+    layer norm before it and a residual."""
 
     def __init__(self, size: GptSize) -> None:
         super().__init__()
@@ -50,8 +52,9 @@ class GptBlock(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A GPT, initialized as GPT-2 (Radford et al. 2019): weights normal(0.02), smaller where a layer's output
-    is added to a residual, and biases zero."""
+    """A GPT, initialized as GPT-2 (Radford et al. 2019): weights normal with a standard deviation of 0.02,
+    which is divided by sqrt(2 x layers) where a layer's output is added to a residual, and biases zero. The
+    output layer does not share the weight of the embeddings."""
 
     def __init__(self, size: GptSize) -> None:
         super().__init__()

@@ -21,9 +21,10 @@ _TIME_FEATURES: Final = 5  # time itself, two cosines and two sines of it
 class HyenaSize:
     """Size of a HyenaDNA.
 
-    ``layers``: number of blocks. ``length``: tokens of a window, one per base. ``batch_size``: windows of a
-    step. ``kmer``: each token is the last ``kmer`` bases, as in DNABERT (Ji et al. 2021). ``vocabulary``:
-    number of token embeddings. ``filter_width``: width of the network that generates the long filter.
+    ``layers``: number of blocks. ``width``: channels of a token. ``filter_width``: width of the network that
+    generates the long filter. ``kmer``: each token is the last ``kmer`` bases, as in DNABERT (Ji et al.
+    2021). ``vocabulary``: number of token embeddings. ``length``: tokens of a window, one per base.
+    ``batch_size``: windows of a step.
     """
 
     layers: int
@@ -42,8 +43,9 @@ LARGE_1M: Final = HyenaSize(
 
 
 def causal_convolution(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-    """Return ``x`` (batch, width, length) convolved causally with ``taps`` (width, length), by FFT in
-    float32, in the dtype of ``x``."""
+    """Return ``x`` (batch, width, length) convolved along length with ``taps`` (width, length), one filter
+    per channel: output i is the sum of taps[k] x[i - k] over k up to i. It is computed by FFT in float32 and
+    returned in the dtype of ``x``."""
     length = x.shape[-1]
     spectrum = torch.fft.rfft(x.float(), n=2 * length) * torch.fft.rfft(taps.float(), n=2 * length)
     full_output: torch.Tensor = torch.fft.irfft(spectrum, n=2 * length)
@@ -51,7 +53,8 @@ def causal_convolution(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
 
 
 class Sine(nn.Module):
-    """A sine with a learned frequency for each of the ``width`` channels."""
+    """sin(frequency * x) with a learned frequency, at first 10, for each of the ``width`` channels in x's
+    last dimension."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,8 +65,9 @@ class Sine(nn.Module):
 
 
 class LongFilter(nn.Module):
-    """Generates the filter taps of every channel as a function of time, by a small network (``hidden`` units
-    wide), decaying at a different fixed rate in each channel."""
+    """Generates the filter taps of every channel as a function of time, from 0 to 1 over the sequence, by a
+    small network with ``hidden`` units per layer. Taps decay exponentially with time, at a different fixed
+    rate in each of the ``width`` channels."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -82,7 +86,8 @@ class LongFilter(nn.Module):
         self.register_buffer("rates", torch.linspace(slowest, fastest, width).abs())
 
     def forward(self, length: int) -> torch.Tensor:
-        """Return taps ``(width, length)``, float32 if the parameters are."""
+        """Return taps (width, length) for a sequence of ``length`` tokens, at least float32 even if
+        parameters are in fewer bits."""
         time = torch.linspace(0, 1, length, device=self.rates.device)[:, None]
         bands = torch.tensor([1e-4, 1.0], device=time.device) * (2 * math.pi * (length - 1) / length)
         angles = time * bands
@@ -92,8 +97,8 @@ class LongFilter(nn.Module):
 
 
 class LongConvolution(nn.Module):
-    """Convolves every channel with taps of its own from a `LongFilter` and adds a learned share of the
-    input."""
+    """Convolves every channel causally with taps of its own, as long as the sequence, from a `LongFilter`,
+    and adds the input times a learned factor per channel."""
 
     def __init__(self, size: HyenaSize) -> None:
         super().__init__()
@@ -106,9 +111,9 @@ class LongConvolution(nn.Module):
 
 
 class Hyena(nn.Module):
-    """The Hyena operator of order two: a short convolution, two gates, and the long convolution between
-    them.
-    """
+    """The Hyena operator of order two: three projections with a short convolution each; the third is
+    multiplied by the second, convolved by a `LongConvolution`, and multiplied by the first; then a linear
+    layer."""
 
     def __init__(self, size: HyenaSize) -> None:
         super().__init__()
@@ -128,7 +133,8 @@ class Hyena(nn.Module):
 
 
 class HyenaBlock(nn.Module):
-    """Hyena and a feed-forward part four times as wide, each with a residual."""
+    """The `Hyena` operator, then a feed-forward part with a hidden layer four times as wide, each with a
+    layer norm before it and a residual."""
 
     def __init__(self, size: HyenaSize) -> None:
         super().__init__()
@@ -145,7 +151,7 @@ class HyenaBlock(nn.Module):
 
 
 class HyenaDna(nn.Module):
-    """Maps tokens to logits of the base that follows each."""
+    """Maps tokens to logits of the base that follows each. At first all logits are zero."""
 
     def __init__(self, size: HyenaSize) -> None:
         super().__init__()

@@ -53,10 +53,11 @@ _TRAIN_SHARE: Final = 0.8
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Molecules:
-    """Molecules, each with a measured value.
+    """Molecules, each with a measured value, for training (the first ``train_count``) and for testing.
 
-    ``smiles`` and ``values`` have shape (molecules,); the first ``train_count`` are for training. ``tokens``
-    (molecules, longest) uint8: token numbers, 0 at padding. Batches are padded to ``length`` tokens.
+    ``smiles`` and ``values`` have shape (molecules,). ``tokens`` (molecules, tokens of the longest molecule)
+    uint8: token numbers, 0 at padding. ``length``: tokens to which batches are padded. ``source``: where the
+    data come from.
     """
 
     smiles: tuple[str, ...]
@@ -67,24 +68,26 @@ class Molecules:
     source: str
 
     def padded(self, picked: Array) -> Array:
-        """Return the token numbers of the molecules with the indices ``picked``, (picked, length) int64, 0 at
+        """Return the token numbers of the molecules with the indices ``picked``, int64 (picked, length), 0 at
         padding."""
         return np.pad(self.tokens[picked].astype(np.int64), ((0, 0), (0, self.length - self.tokens.shape[1])))
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Mean and standard deviation of the training values."""
+        """Mean and standard deviation of the training values; the latter is 1.0 if all values are equal."""
         train = self.values[: self.train_count]
         return float(train.mean()), float(train.std()) or 1.0
 
 
 @accept_keywords
 def make(options: BuiltInOptions) -> Job:
-    """Return the job at one of SIZES, by default on the measurements in the package chemicals.
+    """Return the job at one of SIZES ("tiny", "paper"), by default on the measurements of logP in the
+    installed package chemicals.
 
-    ``data``: a file of ``SMILES,value`` lines. ``batch``: molecules of a step. ``length``: molecules with
-    more tokens are left out, and others are padded to it. Raises UserError if chemicals is not installed, for
-    faults in ``data``, and if fewer than ten molecules remain.
+    ``data``: a file of ``SMILES,value`` lines, which is used instead. ``batch``: molecules of a step.
+    ``length``: molecules with more tokens are left out, and others are padded to it. Raises UserError if
+    ``data`` is None and chemicals is not installed, for faults in ``data``, and if fewer than ten molecules
+    remain.
     """
     shape = options.resize(_shape(options.size))
     pairs = _user(options.data) if options.data else _installed()
@@ -131,7 +134,7 @@ Pairs = Sequence[tuple[str, float]]
 
 def _installed() -> Pairs:
     """Return (PubChem's SMILES, measured logP) of the molecules in the files of the package chemicals, joined
-    by CAS number.
+    by CAS number, sorted by SMILES.
 
     The package itself is not imported. Raises UserError if it is not installed.
     """
@@ -156,10 +159,10 @@ def _installed() -> Pairs:
 
 
 def _user(path: str) -> Pairs:
-    """Return (SMILES, value) of each line of the user's file, separated by a comma, else a tab, else a space.
-    Empty lines, and a first line without a number, are skipped. Raises UserError for a file that cannot be
-    read, and with the number of the line for another line without a number or with a broken SMILES string.
-    """
+    """Return (SMILES, value) of each line of the user's file. Both are separated by the line's first comma,
+    or if it has none, its first tab, else its first space. Empty lines, and a first line without a number,
+    are skipped. Raises UserError for a file that cannot be read, and with the number of the line for any
+    other line without a number or with a broken SMILES string."""
     pairs = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         smiles, _, value = line.strip().partition("," if "," in line else "\t" if "\t" in line else " ")
@@ -178,13 +181,14 @@ def _user(path: str) -> Pairs:
 
 
 def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
-    """Return the molecules in ``pairs`` of at most ``length`` tokens, split into training and test.
+    """Return those molecules in ``pairs`` (SMILES, value) that have at most ``length`` tokens, split into
+    training and test.
 
-    They are ordered so that a ring skeleton is only on one side of the split: common skeletons first, as in
-    MoleculeNet (Wu et al. 2018, Chem. Sci. 9:513), and at least the last fifth, with the rarest ones, for
-    testing. Molecules without rings are one group. A group that has over four fifths of the molecules is on
-    both sides, which the returned source says: four fifths of the molecules are for training. Raises
-    UserError if fewer than ten molecules remain.
+    They are ordered by ring skeleton, common ones first, as in MoleculeNet (Wu et al. 2018, Chem. Sci.
+    9:513); molecules without rings have one skeleton. The last fifth, with the rarest skeletons, is for
+    testing. The test part is larger if a skeleton would otherwise be on both sides. Only if the commonest
+    skeleton has over four fifths of the molecules is it on both sides: the first four fifths are then for
+    training, and the returned source says so. Raises UserError if fewer than ten molecules remain.
     """
     short_pairs = [(smiles, value) for smiles, value in pairs if len(tokens(smiles)) <= length]
     if len(short_pairs) < 10:
@@ -211,8 +215,9 @@ def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
 
 
 def _numbers(smiles: Iterable[str], training_smiles: Iterable[str]) -> Array:
-    """Return the token numbers of ``smiles``, (molecules, longest) uint8, 0 at padding. Tokens that occur in
-    no molecule of ``training_smiles``, and those after the first 93 of them in order, are unknown (1)."""
+    """Return the token numbers of ``smiles``, uint8 (molecules, tokens of the longest): 0 at padding, 2 for
+    the mask token, which does not occur here, and 3 to 95 for the first 93 tokens, in alphabetical order,
+    that occur in ``training_smiles``. All other tokens are 1 (unknown)."""
     alphabet = sorted({token for text in training_smiles for token in tokens(text)})
     token_numbers = {token: _FIRST + i for i, token in enumerate(alphabet[: 96 - _FIRST])}
     rows = [[token_numbers.get(token, _UNKNOWN) for token in tokens(text)] for text in smiles]
@@ -223,11 +228,12 @@ def _numbers(smiles: Iterable[str], training_smiles: Iterable[str]) -> Array:
 def train_batch(
     molecules: Molecules, batch_size: int, *, masked: bool, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return a training batch.
+    """Return a training batch of ``batch_size`` molecules.
 
-    ``tokens`` (batch, length) int64, ``valid`` (batch, length) bool, False at padding, ``value`` (batch,)
-    float32, scaled so that the training values have mean 0 and deviation 1. If ``masked``, 15 % of the tokens
-    are replaced by the mask token, and ``labels`` (batch, length) int64 holds them, -100 elsewhere.
+    ``tokens`` (batch, length) int64; ``valid`` (batch, length) bool, False at padding; ``value`` (batch,)
+    float32, scaled so that the training values have mean 0 and standard deviation 1. If ``masked``, each
+    token is replaced by the mask token with a probability of 15 %, and ``labels`` (batch, length) int64 holds
+    the numbers of those that were replaced, -100 elsewhere.
     """
     indices = epoch_indices(molecules.train_count, batch_size, step=step, seed=seed)
     mean, deviation = molecules.scale
@@ -244,10 +250,11 @@ def train_batch(
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return the mean squared error of the value, in squared standard deviations of the training values.
+    """Return the mean over molecules of the squared error of the scaled value, whose unit is the standard
+    deviation of the training values.
 
-    If the batch has labels, the cross-entropy of masked tokens, in nats per position, padding included, is
-    added. Both are means over molecules.
+    If the batch has labels, the cross-entropy of the masked tokens in nats is added: its sum, divided by the
+    number of all positions of the batch, unmasked ones and padding included.
     """
     from torch.nn import functional
 
@@ -274,8 +281,9 @@ def held_out_rmse(model: torch.nn.Module, molecules: Molecules, batch_size: int)
 
 
 def metric(molecules: Molecules) -> Metric:
-    """Return the metric, the RMSE. Its naive result is that of a linear fit to the numbers of atoms of the
-    nine most common elements."""
+    """Return the metric, the RMSE over the test molecules in the unit of the values; lower is better. Its
+    naive result is that of a linear fit, with a constant, of the training values to the numbers of atoms of
+    the nine elements that are commonest in the training molecules."""
     elements = Counter(e for text in molecules.smiles[: molecules.train_count] for e in graph(text)[0])
     common = [element for element, _ in elements.most_common(9)]
     counts = np.array([[graph(s)[0].count(e) for e in common] + [1] for s in molecules.smiles], np.float64)

@@ -18,10 +18,11 @@ TYPICAL_TOKENS: Final = 16  # scale of the sum at initialization; nothing else d
 class MolformerSize:
     """Size of a MoLFormer.
 
-    ``layers``: number of blocks. ``length``: tokens of a molecule. ``batch_size``: molecules of a step.
-    ``features``: number of random features of the attention's kernel per head. ``feed``: inner width of the
-    feed-forward part. ``masked``: whether it has, in addition to the output of the property, a head that
-    predicts masked tokens, as in pre-training.
+    ``layers``: number of blocks. ``width``: channels of a token. ``heads``: attention heads. ``features``:
+    number of random features of the attention's kernel per head. ``feed``: width of the hidden layer of the
+    feed-forward part. ``length``: tokens to which a molecule is padded. ``vocabulary``: number of different
+    tokens. ``batch_size``: molecules of a step. ``masked``: whether it has, in addition to the output of the
+    property, a head that predicts masked tokens, as in pre-training.
     """
 
     layers: int
@@ -50,26 +51,26 @@ XL: Final = MolformerSize(
 
 
 def rotary(length: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine ``(length, width)`` of rotary positions (Su et al. 2021, arXiv 2104.09864),
-    float32.
-    """
+    """Return cosines and sines of rotary positions (Su et al. 2021, arXiv 2104.09864), each (length, width)
+    in float32. Channels i and i + width / 2 have the same angle, position x 10000**(-2 i / width)."""
     rates = 10_000 ** (-torch.arange(0, width, 2, device=device) / width)
     angles = torch.arange(length, device=device)[:, None] * rates
     return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
 
 def turned(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Return ``x`` (..., length, width) rotated by its positions. ``cosine`` and ``sine``: as `rotary`
-    returns them."""
+    """Return ``x`` (..., length, width) with each position's channels i and i + width / 2 rotated by its
+    angle. ``cosine`` and ``sine``: as `rotary` returns them."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine.to(x.dtype) + torch.cat([-second, first], dim=-1) * sine.to(x.dtype)
 
 
 class LinearAttention(nn.Module):
-    """Attention whose kernel is a product of positive random features.
+    """Non-causal attention whose weights are products of positive random features of query and key, instead
+    of a softmax.
 
-    No tensor of length x length is made (Katharopoulos et al. 2020, Choromanski et al. 2021). The features
-    are drawn once.
+    No tensor of length x length is made (Katharopoulos et al. 2020, Choromanski et al. 2021). The random
+    directions of the features are drawn once, at construction, and are not learned.
     """
 
     def __init__(self, width: int, features: int) -> None:
@@ -90,7 +91,7 @@ class LinearAttention(nn.Module):
 
 
 class MolformerBlock(nn.Module):
-    """Pre-norm attention and feed-forward part with residuals.
+    """Attention, then a feed-forward part, each with a layer norm before it and a residual.
 
     The published model has the norms after the sums, which gives the same parameters but does not train
     without warm-up.
@@ -122,9 +123,9 @@ class MolformerBlock(nn.Module):
 
 
 class Readout(nn.Module):
-    """Computes the property as a sum of the tokens' contributions, divided by a constant, because partition
-    is nearly a sum over atoms; the paper uses the mean.
-    """
+    """Computes the property of a molecule: the sum of a linear function of each token, divided by 16, the
+    length of a typical molecule. A sum is used because octanol-water partition is nearly a sum over atoms;
+    the paper uses the mean."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -139,7 +140,8 @@ class Readout(nn.Module):
 
 
 class Molformer(nn.Module):
-    """Maps tokens to one number per molecule, and to logits of every token if the size is ``masked``."""
+    """Maps tokens to one number per molecule and, if the size is ``masked``, to logits of the token at each
+    position."""
 
     def __init__(self, size: MolformerSize) -> None:
         super().__init__()

@@ -19,33 +19,37 @@ Array = np.ndarray[Any, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Square:
-    """The equation on a grid of ``points`` x ``points``. Fields on the grid are (points, points), and
-    spectra, their real Fourier transforms, (points, points // 2 + 1). ``viscosity``: nu of the equation."""
+    """The barotropic vorticity equation on a doubly periodic square with sides of 2 pi, on a grid of
+    ``points`` x ``points``. ``viscosity`` and ``beta``: nu and beta of the equation. Fields on the grid have
+    the shape (points, points) with axes (y, x); spectra, their real Fourier transforms, (points, points // 2
+    + 1)."""
 
     points: int
     viscosity: float
     beta: float = 0.0  # gradient of planetary vorticity along y
 
     def wavenumbers(self) -> tuple[Array, Array]:
-        """Return the wavenumbers along y and x, broadcastable to (points, points // 2 + 1)."""
+        """Return the integer wavenumbers along y, (points, 1), from negative to positive in FFT order, and
+        along x, (1, points // 2 + 1), from 0."""
         frequencies = np.fft.fftfreq(self.points, 1 / self.points)
         return frequencies[:, None], np.arange(self.points // 2 + 1)[None, :]
 
     def linear(self) -> Array:
-        """Return the complex rate of each wavenumber in 1/s: decay as real part, and the westward propagation
-        of Rossby waves as imaginary part."""
+        """Return the complex rate of each wavenumber in 1/s, (points, points // 2 + 1): viscous decay as the
+        real part, zero or negative, and the westward propagation of Rossby waves as the imaginary part."""
         y, x = self.wavenumbers()
         square = y**2 + x**2
         return np.asarray(-self.viscosity * square + 1j * self.beta * x / np.maximum(square, 1))
 
     def velocity(self, spectrum: Array) -> tuple[Array, Array]:
-        """Return the velocities (u, v) on the grid, along x and y. ``spectrum``: that of the vorticity."""
+        """Return the velocities (u along x, v along y) on the grid. ``spectrum``: that of the vorticity."""
         y, x = self.wavenumbers()
         psi = spectrum / np.maximum(y**2 + x**2, 1)
         return self.grid(1j * y * psi), self.grid(-1j * x * psi)
 
     def advection(self, spectrum: Array) -> Array:
-        """Return the dealiased spectrum of ``-u . grad w``. ``spectrum``: that of the vorticity w."""
+        """Return the spectrum of ``-u . grad w``, which is zero from a third of ``points`` on along either
+        axis (two-thirds rule against aliasing). ``spectrum``: that of the vorticity w."""
         y, x = self.wavenumbers()
         u, v = self.velocity(spectrum)
         product = u * self.grid(1j * x * spectrum) + v * self.grid(1j * y * spectrum)
@@ -57,7 +61,8 @@ class Square:
 
 
 def advance(square: Square, vorticity: Array, *, step_s: float, steps: int) -> Array:
-    """Return ``vorticity`` (..., points, points) after ``steps`` Runge-Kutta steps of ``step_s`` seconds."""
+    """Return ``vorticity`` (..., points, points) after ``steps`` fourth-order Runge-Kutta steps of ``step_s``
+    seconds each."""
     half = np.exp(square.linear() * step_s / 2)
     w = np.fft.rfft2(vorticity)
     for _ in range(steps):
@@ -70,9 +75,10 @@ def advance(square: Square, vorticity: Array, *, step_s: float, steps: int) -> A
 
 
 def random_vorticity(rng: np.random.Generator, count: int, points: int, *, peak: float) -> Array:
-    """Return (count, points, points) Gaussian fields with zero mean and unit variance.
+    """Return ``count`` random fields, (count, points, points), Gaussian, each with zero mean and unit
+    variance.
 
-    Their spectrum is highest at wavenumber ``peak``.
+    The amplitude of their Fourier modes is highest at wavenumber ``peak``.
     """
     wave = np.hypot(*Square(points=points, viscosity=0).wavenumbers())
     amplitude = wave**2 * np.exp(-((wave / peak) ** 2))
@@ -93,9 +99,8 @@ def enstrophy(vorticity: Array) -> Array:
 
 
 def coarser(vorticity: Array, points: int) -> Array:
-    """Return the fields ``vorticity`` (..., n, n) on a coarser grid of ``points`` x ``points``, without the
-    wavenumbers from ``points`` / 2 on, which this grid does not resolve.
-    """
+    """Return the fields ``vorticity`` (..., n, n) on a coarser grid of ``points`` x ``points``, an even
+    number up to n, without the wavenumbers from ``points`` / 2 on, which this grid does not resolve."""
     fine_points, half = vorticity.shape[-1], points // 2
     spectrum = np.fft.rfft2(vorticity)[..., : half + 1]
     spectrum = np.concatenate([spectrum[..., :half, :], spectrum[..., -half:, :]], axis=-2)

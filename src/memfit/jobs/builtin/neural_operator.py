@@ -18,11 +18,12 @@ from torch.nn import functional
 class ForecasterSize:
     """Size of a forecaster.
 
-    ``layers``: number of blocks. ``channels``: number of fields. ``modes``: wavenumbers per axis that an FNO
-    keeps, each with its own weights; 0 selects AFNO, whose weights are shared by all wavenumbers and divided
-    into ``groups`` of channels. ``grid`` is (rows, columns); squares of ``patch`` x ``patch`` grid points are
-    embedded as one position. ``positions``: add a learned embedding of positions. ``rollout``: number of
-    steps ahead in the loss. ``batch_size``: windows of a step.
+    ``layers``: number of blocks. ``width``: channels inside the network. ``channels``: number of fields.
+    ``grid``: (rows, columns) of a field. ``patch``: squares of ``patch`` x ``patch`` grid points are embedded
+    as one position. ``modes``: number of wavenumbers per axis and sign that an FNO keeps, each with its own
+    weights; 0 selects an AFNO, whose weights are shared by all wavenumbers and divided into ``groups`` of
+    channels. ``positions``: add a learned embedding of positions. ``rollout``: number of forecast steps in
+    the loss. ``batch_size``: windows of a step.
     """
 
     layers: int
@@ -38,8 +39,8 @@ class ForecasterSize:
 
 
 class ModeFilter(nn.Module):
-    """Applies to every kept wavenumber a complex matrix of its own between channels; wavenumbers that are not
-    kept become zero."""
+    """Multiplies the channels at every kept wavenumber by a complex matrix of its own; the other wavenumbers
+    become zero. The lowest ``size.modes`` are kept along columns, and along rows as many of either sign."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -85,9 +86,9 @@ class SharedFilter(nn.Module):
 
 
 class SpectralMixing(nn.Module):
-    """Fourier transform, filter and inverse transform of the input (batch, rows, columns, channels), added to
-    the input. The input must be float32.
-    """
+    """Fourier transform over rows and columns, filter, and inverse transform of x (batch, rows, columns,
+    channels), plus x itself. The filter is a `ModeFilter` if ``size.modes`` is not 0, else a `SharedFilter`.
+    The input must be float32."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -101,7 +102,8 @@ class SpectralMixing(nn.Module):
 
 
 class OperatorBlock(nn.Module):
-    """Mixing of positions, then a perceptron at each position, both with a residual."""
+    """`SpectralMixing`, then a perceptron at each position with a hidden layer four times as wide, each with
+    a layer norm before it and a residual."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class OperatorBlock(nn.Module):
 
 
 class Forecaster(nn.Module):
-    """Predicts the fields after each of several steps, each forecast from the one before."""
+    """Predicts the fields of several steps, one after another: each forecast is computed from the one before."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -133,8 +135,8 @@ class Forecaster(nn.Module):
     def forward(self, fields: torch.Tensor, steps: int) -> list[torch.Tensor]:
         """Return a list of ``steps`` forecasts, the first one step after ``fields``.
 
-        ``fields`` and each forecast have shape (batch, channels, rows, columns), in units of the fields'
-        spread, and are float32.
+        ``fields`` and each forecast are float32 (batch, channels, rows, columns), in units of the standard
+        deviation of the training data.
         """
         forecasts = []
         for _ in range(steps):

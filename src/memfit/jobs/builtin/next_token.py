@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """A long text or genome as numbers, uint8 (length,). ``test`` is its last tenth, which is held out;
-    ``train`` is the rest. ``source``: where it comes from."""
+    """A long text or genome as numbers, uint8 arrays of one dimension. ``test`` is its last tenth, rounded
+    down, which is held out; ``train`` is the rest. ``source``: where it comes from."""
 
     train: Array
     test: Array
@@ -24,23 +24,23 @@ class Corpus:
 
 
 def split(numbers: Array, source: str) -> Corpus:
-    """Return the corpus of ``numbers``."""
+    """Return ``numbers`` as a corpus whose last tenth, rounded down, is for testing."""
     boundary = len(numbers) - len(numbers) // 10
     return Corpus(train=numbers[:boundary], test=numbers[boundary:], source=source)
 
 
 def next_token_loss(model: torch.nn.Module, batch: Any, *, reduction: str = "mean") -> torch.Tensor:
-    """Return the cross-entropy of ``next`` in nats, over all positions of the batch. ``reduction``: "mean" or
-    "sum"."""
+    """Return the cross-entropy, in nats, of ``batch["next"]`` (batch, length) given ``batch["tokens"]``.
+    ``reduction``: "mean" over all positions of the batch, or "sum"."""
     return token_loss(model(batch["tokens"]), batch["next"], reduction=reduction)
 
 
 def mean_bits(
     model: torch.nn.Module, starts: Array, windows: Callable[[Array], dict[str, Array]], batch_size: int
 ) -> float:
-    """Return the mean cross-entropy in bits of the next token. ``windows(starts)`` returns the batch, with
-    ``tokens`` and ``next``, of the windows that begin at ``starts``; at most ``batch_size`` of them are
-    evaluated at once."""
+    """Return the mean cross-entropy of the next token, in bits, over the windows that begin at ``starts``.
+    ``windows(some_starts)`` returns the arrays ``tokens`` and ``next`` of the windows that begin at these
+    starts. At most ``batch_size`` windows, and at most 8, are evaluated at once."""
     total, count = 0.0, 0
     with evaluating(model) as device:
         for part in full_parts(starts, batch_size):

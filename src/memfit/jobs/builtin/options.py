@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltInOptions:
     """What the user sets of a built-in job. ``size``: one of the job's sizes. ``data``: path of a file; None:
-    the built-in data. ``weights``: path of a folder of safetensors; None: random weights. ``batch``: samples
-    of a step; ``length``: tokens (residues, bases) of a sample; None: those of the size."""
+    the job's own data. ``weights``: path of a folder of safetensors; None: random weights. ``batch``: samples
+    of a step; ``length``: tokens (residues, bases) of a sample; None, for these two: as many as the size has.
+    """
 
     size: str = "tiny"
     data: str | None = None
@@ -48,17 +49,18 @@ class BuiltInOptions:
 
     @property
     def label(self) -> str:
-        """The size and, if the user sets it, the length, as in ``650M@4096``."""
+        """The size alone, such as ``650M``, or, if the user sets the length, both, such as ``650M@4096``."""
         return self.size if self.length is None else f"{self.size}@{self.length}"
 
     def resize(self, shape: Shape) -> Shape:
-        """Return ``shape``, which is that of the size, with the batch and the length that the user sets."""
+        """Return ``shape``, a size with the fields ``batch_size`` and ``length``, changed to the batch and
+        the length that the user sets. What the user does not set stays as it is."""
         changes = {"batch_size": self.batch, "length": self.length}
         return dataclasses.replace(shape, **{name: n for name, n in changes.items() if n is not None})
 
     def load_into(self, model: torch.nn.Module, *, may_miss: tuple[str, ...] = ()) -> torch.nn.Module:
-        """Load the user's weights, if any, into ``model`` and return it. ``may_miss`` and errors: as in
-        `load_weights`."""
+        """Load the user's weights, if any, into ``model``, and return this model. ``may_miss``: starts of
+        names of parameters that the weights may lack. Raises UserError as `load_weights` does."""
         from memfit.jobs.weights import load_weights
 
         if self.weights:
@@ -66,15 +68,16 @@ class BuiltInOptions:
         return model
 
     def refuse(self, *names: str, job: str, allowed: str) -> None:
-        """Raise UserError if the user sets one of the options ``names``, which ``job`` does not support.
-        ``allowed``: what the message says is allowed instead."""
+        """Raise UserError if the user sets (to anything but None) one of the options ``names``, such as
+        "data", which ``job`` does not support. ``allowed``: what the message says is allowed instead."""
         for name in names:
             if (value := getattr(self, name)) is not None:
                 raise UserError(f"{job} does not support any --{name}, given {value}", allowed=allowed)
 
 
 def accept_keywords(make: Callable[[BuiltInOptions], Job]) -> Callable[..., Job]:
-    """Return ``make`` as a function that takes each option by keyword."""
+    """Return ``make``, which takes a `BuiltInOptions`, as a function that takes each field of it by keyword.
+    Those that are not given have their defaults: size "tiny" and None for all others."""
 
     @functools.wraps(make)
     def make_by_keyword(**options: Any) -> Job:

@@ -26,10 +26,13 @@ _COUNT_EPS: Final = 1e-3  # of algorithm 10, where a pair of residues shares no 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Widths:
-    """Channels and heads of a stack of blocks. ``c_m`` and ``c_z``: channels of the MSA and of the pair
-    representation. ``triangle``, ``outer``: channels inside a triangle multiplication and an outer product.
-    ``transition``: factor by which the hidden layer of a transition is wider. ``dropout``: probabilities for
-    (rows of the MSA, pairs)."""
+    """Channels and heads of a stack of blocks of AlphaFold 2. ``c_m``, ``c_z``: channels of the MSA and of
+    the pair representation. ``msa_heads``, ``pair_heads``: attention heads of each; ``msa_head_width``,
+    ``pair_head_width``: channels of one head. ``triangle``, ``outer``: hidden channels of a triangle
+    multiplication and of an outer product. ``transition``: how many times as wide as its input the hidden
+    layer of a transition is. ``dropout``: probabilities for (updates of the MSA, updates of the pairs).
+    ``global_columns``: whether attention along columns has one query per column (algorithm 19 of AlphaFold
+    2)."""
 
     c_m: int
     c_z: int
@@ -45,8 +48,9 @@ class Widths:
 
 
 class Attention(nn.Module):
-    """Gated attention of x (..., n, width) along n. ``biases`` broadcast to (..., heads, n, n) and are added
-    to the logits."""
+    """Gated multi-head attention of x (..., n, width) along n, which is layer-normalized first. Returns a
+    tensor of the shape of x. ``biases``, any number of tensors, must broadcast to (..., heads, n, n); each is
+    added to the logits."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -72,8 +76,10 @@ class Attention(nn.Module):
 
 
 class GlobalAttention(nn.Module):
-    """Gated attention of x (..., n, width) along n with one query per head, from the mean of x where ``mask``
-    (..., n) is 1 (algorithm 19)."""
+    """Gated multi-head attention of x (..., n, width) along n, which is layer-normalized first (algorithm 19
+    of AlphaFold 2). Each head has a single query, computed from the mean of x over the places where ``mask``
+    (..., n) is 1; places where it is 0 are not attended to. Returns a tensor of the shape of x: each place
+    has a gate of its own."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -96,8 +102,9 @@ class GlobalAttention(nn.Module):
 
 
 class PairBias(nn.Module):
-    """Makes the bias (batch, 1, heads, residues, residues) of an attention from z. ``norm`` normalizes z
-    first; it may be shared with an attention whose input is z."""
+    """Computes the bias (batch, 1, heads, residues, residues) of an attention from the pair representation z
+    (batch, residues, residues, width): a linear layer of ``norm(z)``. The layer norm ``norm`` may be shared
+    with an attention whose input is z."""
 
     def __init__(self, norm: nn.LayerNorm, width: int, heads: int) -> None:
         super().__init__()
@@ -108,8 +115,10 @@ class PairBias(nn.Module):
 
 
 class RowAttention(Axial):
-    """Algorithm 7: every row of the MSA attends along residues, biased by the pairs. If ``m`` is this rank's
-    part, the mask ``rows`` must be cut in the same way."""
+    """Algorithm 7 of AlphaFold 2: returns the update of the MSA ``m`` (batch, rows, residues, c_m). Every row
+    attends along residues, with a bias from the pair representation ``z``. The mask ``rows`` (batch, rows,
+    residues) is 0 at padding. If ranks share a sample, ``m`` holds this rank's rows, ``z`` its slice of
+    dimension 1, and ``rows`` must hold only the rows that ``m`` has."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -122,8 +131,10 @@ class RowAttention(Axial):
 
 
 class ColumnAttention(nn.Module):
-    """Algorithm 8, or 19 with ``global_columns``: every column of the MSA, which belongs to one residue,
-    attends along rows."""
+    """Algorithm 8 of AlphaFold 2, or 19 if ``widths.global_columns``: returns the update of the MSA ``m``
+    (batch, rows, residues, c_m). Every column, which belongs to one residue, attends along rows. The mask
+    ``rows`` (batch, rows, residues) is 0 at padding. If ranks share a sample, both hold this rank's residues.
+    """
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -139,7 +150,9 @@ class ColumnAttention(nn.Module):
 
 
 class Transition(nn.Module):
-    """Algorithms 9 and 15: a perceptron at each position whose hidden layer is ``factor`` times as wide."""
+    """Algorithms 9 and 15 of AlphaFold 2: a layer norm and a two-layer perceptron with ReLU at each position
+    of x (..., width). Its hidden layer is ``factor`` times as wide. Returns the update of x, without the
+    residual."""
 
     def __init__(self, width: int, factor: int) -> None:
         super().__init__()
@@ -151,9 +164,9 @@ class Transition(nn.Module):
 
 
 class OuterProduct(Axial):
-    """The outer product of left (batch, rows, i, c) and right (batch, rows, j, c), summed over rows and
-    projected to (batch, i, j, c_z). Both may be cut along residues, of which there are ``length``; ``j`` is
-    whole in the result."""
+    """The outer products of left (batch, rows, i, c) and right (batch, rows, j, c), summed over rows, and
+    mapped by a linear layer to (batch, i, j, c_z). ``length``: number of residues. If ranks share a sample,
+    left and right hold only this rank's residues; the result then has this rank's i and all ``length`` j."""
 
     def __init__(self, width: int, c_z: int) -> None:
         super().__init__()
@@ -164,8 +177,11 @@ class OuterProduct(Axial):
 
 
 class OuterProductMean(Axial):
-    """Algorithm 10: an update of the pairs from the MSA, the outer product's mean over rows. ``m`` may be cut
-    along residues; the mask ``rows`` is whole."""
+    """Algorithm 10 of AlphaFold 2: returns the update of the pair representation from the MSA ``m`` (batch,
+    rows, residues, c_m): for each two residues, the outer product of their left and right channels, averaged
+    over the rows that have both, and mapped to c_z channels. The mask ``rows`` (batch, rows, residues) is 0
+    at padding. If ranks share a sample, ``m`` holds this rank's residues; the mask always has all residues.
+    """
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -182,8 +198,8 @@ class OuterProductMean(Axial):
 
 
 class Gated(nn.Module):
-    """A linear layer of x (..., width) to ``to`` channels, times the sigmoid of another one, times the mask
-    ``held`` (..., 1)."""
+    """A linear layer of x (..., width) to ``to`` channels, multiplied by the sigmoid of a second one and by
+    the mask ``held`` (..., 1), which is 0 at padding."""
 
     def __init__(self, width: int, to: int) -> None:
         super().__init__()
@@ -194,8 +210,10 @@ class Gated(nn.Module):
 
 
 class TriangleMultiplication(Axial):
-    """Triangle multiplication: an update of the pairs by algorithm 11 (outgoing edges) or 12 (incoming
-    edges)."""
+    """Triangle multiplication of AlphaFold 2: returns the update of the pair representation z (batch,
+    residues, residues, c_z) by algorithm 11 (``outgoing`` edges) or 12 (incoming edges). The mask ``pairs``
+    (batch, residues, residues) is 0 at padding. If ranks share a sample, z is this rank's slice of dimension
+    1; the mask is always whole."""
 
     def __init__(self, widths: Widths, *, outgoing: bool) -> None:
         super().__init__()
@@ -217,8 +235,10 @@ class TriangleMultiplication(Axial):
 
 
 class TriangleAttention(Axial):
-    """Triangle attention: an update of the pairs by algorithm 13 (around the starting node) or 14 (around the
-    ending node, which is the same on the transposed pairs)."""
+    """Triangle attention of AlphaFold 2: returns the update of the pair representation z (batch, residues,
+    residues, c_z) by algorithm 13 (around the ``starting`` node) or 14 (around the ending node: the same on z
+    with its residue dimensions swapped). The mask ``pairs`` (batch, residues, residues) is 0 at padding. If
+    ranks share a sample, z is this rank's slice of dimension 1; the mask is always whole."""
 
     def __init__(self, widths: Widths, *, starting: bool) -> None:
         super().__init__()
@@ -236,9 +256,12 @@ class TriangleAttention(Axial):
 
 
 class SharedDropout(Axial):
-    """Dropout with probability ``p`` and one mask for all places along dimension ``dim`` (supplement 1.11.6).
-    If the input is cut along dimension 1, it must be as long along dimension 1, uncut, as along dimension 2,
-    or ``dim`` must be 1."""
+    """Dropout with probability ``p`` whose mask is the same at all places along dimension ``dim`` (supplement
+    1.11.6 of AlphaFold 2). In evaluation mode, or if ``p`` is 0, the input is returned.
+
+    Ranks that share a sample each hold a slice of dimension 1 of the input, and all draw the same mask. The
+    whole input must then have the same length along dimensions 1 and 2, unless ``dim`` is 1.
+    """
 
     def __init__(self, p: float, dim: int) -> None:
         super().__init__()
@@ -254,8 +277,10 @@ class SharedDropout(Axial):
 
 
 class PairStack(nn.Module):
-    """The part of a block that updates the pairs ``z``: triangle multiplications, triangle attentions, and a
-    transition, each with a residual."""
+    """Returns the updated pair representation z (batch, residues, residues, c_z). The updates are added one
+    after another: triangle multiplication by outgoing and by incoming edges, triangle attention around the
+    starting and around the ending node, transition. All but the transition have dropout. The mask ``pairs``
+    (batch, residues, residues) is 0 at padding."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -275,7 +300,8 @@ class PairStack(nn.Module):
 
 
 class TemplateBlock(PairStack):
-    """A block of algorithm 16: as `PairStack`, but with attention before multiplication."""
+    """A block of algorithm 16 of AlphaFold 2: a `PairStack` in which both triangle attentions come before
+    both triangle multiplications."""
 
     def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         z = z + self.by_row(self.starting(z, pairs))
@@ -286,8 +312,9 @@ class TemplateBlock(PairStack):
 
 
 class EvoformerBlock(Axial):
-    """A block of algorithm 6, or, with ``widths.global_columns``, of the extra-MSA stack (algorithm 18).
-    Returns the updated (m, z)."""
+    """A block of the Evoformer (algorithm 6 of AlphaFold 2), or, if ``widths.global_columns``, of the
+    extra-MSA stack (algorithm 18). Returns the updated MSA and pair representation (m, z). The masks ``rows``
+    (batch, rows, residues) and ``pairs`` (batch, residues, residues) are 0 at padding."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -309,8 +336,10 @@ class EvoformerBlock(Axial):
 
 
 class Templates(Axial):
-    """Algorithms 16 and 17: returns the update of z from attention to ``templates`` (batch, templates,
-    residues, residues, features). ``real`` (batch, templates) is 0 where there is no template."""
+    """Algorithms 16 and 17 of AlphaFold 2: returns the update of the pair representation z from attention of
+    each pair of residues to the same pair in ``templates`` (batch, templates, residues, residues, features).
+    ``real`` (batch, templates) is 1 for a template and 0 where there is none; the update of a sample without
+    any is zero. The mask ``pairs`` (batch, residues, residues) is 0 at padding."""
 
     def __init__(self, widths: Widths, features: int, c_z: int, blocks: int, head_width: int) -> None:
         super().__init__()
@@ -340,17 +369,19 @@ class Templates(Axial):
 
 
 def relative_positions(own: torch.Tensor, index: torch.Tensor, reach: int) -> torch.Tensor:
-    """Return the differences of ``own`` (batch, k), residue numbers of this rank's part, and ``index``
-    (batch, residues), those of all, clipped to -reach to reach and one-hot: (batch, k, residues, 2 reach + 1)
-    (algorithm 4)."""
+    """Return the one-hot, float32 (batch, k, residues, 2 reach + 1), of ``own`` minus ``index``, clipped to
+    -reach to reach (algorithm 4 of AlphaFold 2). ``index`` (batch, residues): numbers of all residues.
+    ``own`` (batch, k): those of the residues that this rank holds, all of them if ranks do not share a
+    sample."""
     offsets = (own[:, :, None] - index[:, None, :]).clamp(-reach, reach) + reach
     return functional.one_hot(offsets, 2 * reach + 1).float()
 
 
 def binned(squared: torch.Tensor, least: float, most: float, bins: int) -> torch.Tensor:
-    """Return, for squared distances, the one-hot of the nearest of ``bins`` evenly spaced distances from
-    ``least`` to ``most`` Angstrom (algorithms 32 and 5). The published code has other distances, and no bin
-    for what is nearer than the first."""
+    """Return, for squared distances in Angstrom^2, the one-hot, float32 (..., bins), of the nearest of
+    ``bins`` evenly spaced distances from ``least`` to ``most`` Angstrom (algorithms 32 and 5 of AlphaFold 2).
+    Distances outside this range belong to the first or the last bin. AlphaFold's published code spaces the
+    bins otherwise and has none for distances below the first."""
     centres = torch.linspace(least, most, bins, device=squared.device)
     edges, infinity = ((centres[1:] + centres[:-1]) / 2) ** 2, centres.new_full((1,), torch.inf)
     lower_edges: Any = torch.cat([-infinity, edges])

@@ -31,11 +31,12 @@ _RECYCLED: Final = (3.375, 21.375, 15)  # Angstrom, Angstrom, bins
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FoldSize:
-    """Size of an AlphaFold 2. ``widths``, ``extra``, ``template``, ``structure``: of the Evoformer, the
-    extra-MSA stack, the template stack and the structure module; ``blocks``, ``extra_blocks``,
-    ``template_blocks``: number of blocks of the first three. ``templates``: number of templates, 0 for none.
-    ``rows``, ``extra_rows``, ``residues``: of the cropped MSA. ``recycles``: passes without gradients before
-    the pass that is learned from (the paper draws 0 to 3, which need no more memory than one)."""
+    """Size of an AlphaFold 2. ``widths``, ``extra``, ``template``, ``structure``: channels and heads of the
+    Evoformer, the extra-MSA stack, the template stack and the structure module. ``blocks``, ``extra_blocks``,
+    ``template_blocks``: numbers of blocks of the first three. ``templates``: number of templates, 0 for none.
+    ``rows``, ``extra_rows``: rows of the MSA and of the extra MSA. ``residues``: residues to which a chain is
+    cropped. ``recycles``: passes without gradients before the pass that is learned from (the paper draws 0 to
+    3 of them; more than one need no more memory than one). ``batch_size``: chains of a step."""
 
     widths: Widths
     extra: Widths
@@ -53,8 +54,8 @@ class FoldSize:
 
 
 def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> FoldSize:
-    """Return the size of the published network (supplement; model_1 of its table 5, which has templates) for
-    the given crop and batch."""
+    """Return the size of the published network (model_1 in table 5 of AlphaFold 2's supplement, which has
+    four templates) for the given numbers of residues, rows and chains."""
     return FoldSize(
         widths=Widths(c_m=256, c_z=128, msa_heads=8, msa_head_width=32),
         extra=Widths(c_m=64, c_z=128, msa_heads=8, msa_head_width=8, global_columns=True),
@@ -75,8 +76,8 @@ def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> 
 
 
 def small(*, residues: int, batch_size: int) -> FoldSize:
-    """Return the size of a network about a hundredth as large as the published one, with all its parts but
-    templates, which the data does not have."""
+    """Return the size of a network about a hundredth as large as the published one: 12 rows, 16 extra rows,
+    and all parts but the templates, for which the built-in data has no structures."""
     shared: dict[str, Any] = {"c_z": 32, "pair_head_width": 8, "triangle": 32, "outer": 8, "transition": 2}
     return FoldSize(
         widths=Widths(c_m=48, msa_heads=4, msa_head_width=12, **shared),
@@ -98,8 +99,10 @@ def small(*, residues: int, batch_size: int) -> FoldSize:
 
 
 class InputEmbedder(Axial):
-    """Algorithms 3 and 4: returns the first MSA and pair representations. If ranks share a sample, the pairs
-    are this rank's part along dimension 1."""
+    """Algorithms 3 and 4 of AlphaFold 2: returns the first MSA representation (batch, rows, residues, c_m)
+    and the first pair representation (batch, residues, residues, c_z) from the batch's ``target``, ``msa``
+    and ``index``. If ranks share a sample, the pair representation is this rank's slice of dimension 1; the
+    MSA is whole."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -118,8 +121,10 @@ class InputEmbedder(Axial):
 
 
 class RecyclingEmbedder(Axial):
-    """Algorithm 32: returns the updates of the first row of the MSA and of the pairs from the first row, the
-    pairs ``z`` and the CB positions ``beta`` of the pass before. The pairs may be cut along dimension 1."""
+    """Algorithm 32 of AlphaFold 2: returns (update of the MSA's first row, update of the pair representation)
+    from the previous pass: from the MSA's first row ``first`` (batch, residues, c_m), the pair representation
+    ``z``, and the CB positions ``beta`` (batch, residues, 3) in Angstrom. If ranks share a sample, ``z`` and
+    its update are this rank's slice of dimension 1."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -134,7 +139,8 @@ class RecyclingEmbedder(Axial):
 
 
 class Confidence(nn.Module):
-    """Algorithm 29: logits (batch, residues, 50) of the confidence in each residue."""
+    """Algorithm 29 of AlphaFold 2: maps the single representation (batch, residues, c_s) to logits (batch,
+    residues, 50) of each residue's lDDT, in 50 equal bins from 0 to 1."""
 
     def __init__(self, c_s: int) -> None:
         super().__init__()
@@ -153,8 +159,9 @@ class Confidence(nn.Module):
 
 
 class Heads(nn.Module):
-    """Returns logits of distances (batch, residues, residues, 64), of hidden residues (batch, rows, residues,
-    23) and of confidence (batch, residues, 50)."""
+    """Returns three logits: of the bin of each distance between CB atoms (batch, residues, residues, 64),
+    from the pair representation z; of the masked residues of the MSA (batch, rows, residues, 23), from the
+    MSA representation m; and of each residue's lDDT (batch, residues, 50), from the single representation."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -171,8 +178,10 @@ class Heads(nn.Module):
 
 class AlphaFold(Axial):
     """AlphaFold 2. ``forward(batch)`` takes a batch of the job alphafold2 and returns a mapping of tensors:
-    the heads' logits, the frames and angles of each iteration of the structure module, and what is recycled.
-    Of these, "pairs" may be cut along dimension 1."""
+    the heads' logits "distance", "residue" and "confidence"; "rotations", "translations" (Angstrom) and
+    "angles" of each iteration of the structure module; and what the next pass gets, "first" (the MSA's first
+    row), "pairs" (the pair representation) and "beta" (CB positions, Angstrom). If ranks share a sample,
+    "pairs" is this rank's slice of dimension 1; all others are whole."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -247,8 +256,10 @@ class AlphaFold(Axial):
 
 
 def _initialised(module: nn.Module) -> None:
-    """Initialize a module's own linear layers as supplement 1.11.4 says: normal with a variance of one over
-    their inputs, gates open, and zero for the layer whose output is added to a residual."""
+    """Initialize the linear layers that are direct children of ``module`` (after supplement 1.11.4 of
+    AlphaFold 2): weights normal with a variance of one over the number of inputs, biases zero. Gates get zero
+    weights and biases of one. A layer whose output is added to a residual, the distance head and the
+    structure module's frame update get zero weights and biases."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             nn.init.normal_(child.weight, std=child.in_features**-0.5)
@@ -274,13 +285,14 @@ def _initialised(module: nn.Module) -> None:
 
 
 def distance_edges() -> torch.Tensor:
-    """Return the 63 bounds in Angstrom between the 64 bins of distance."""
+    """Return the 63 bounds between the 64 bins of distance: evenly spaced from 2.3125 to 21.6875 Angstrom."""
     return torch.linspace(2.3125, 21.6875, DISTANCE_BINS - 1)
 
 
 def distance_bins(beta: torch.Tensor) -> torch.Tensor:
-    """Return the number of the bin of each distance between the CB positions ``beta`` (batch, residues, 3),
-    int64 (batch, residues, residues)."""
+    """Return the number, 0 to 63, of the bin of each distance between the CB positions ``beta`` (batch,
+    residues, 3) in Angstrom, as int64 (batch, residues, residues). Distances up to the first bound of
+    `distance_edges` are in bin 0, those above the last in bin 63."""
     edges = distance_edges().to(beta.device) ** 2
     squared = (beta.unsqueeze(1) - beta.unsqueeze(2)).square().sum(-1)
     return torch.bucketize(squared, edges)

@@ -41,8 +41,8 @@ class Frames(NamedTuple):
 
 
 def frames_of(atoms: torch.Tensor) -> Frames:
-    """Return the frames of backbones ``atoms`` (..., 3 of N CA C, 3) by algorithm 21: the origin is CA, C
-    lies on the x axis, and N in the xy plane."""
+    """Return the frames of backbones ``atoms`` (..., 3 of N CA C, 3) by algorithm 21 of AlphaFold 2: CA is
+    the origin, C lies on the positive x axis, and N in the xy plane at positive y."""
     n, ca, c = atoms.unbind(-2)
     x = functional.normalize(c - ca, dim=-1, eps=1e-6)
     to_nitrogen = n - ca
@@ -51,8 +51,8 @@ def frames_of(atoms: torch.Tensor) -> Frames:
 
 
 def rotation_of(vector: torch.Tensor) -> torch.Tensor:
-    """Return the rotations (..., 3, 3) of the quaternions (1, b, c, d), brought to length one, by algorithm
-    23. ``vector`` (..., 3) is (b, c, d)."""
+    """Return the rotation matrices (..., 3, 3) of the quaternions (1, b, c, d), each first divided by its
+    length (algorithm 23 of AlphaFold 2). ``vector`` (..., 3) is (b, c, d)."""
     b, c, d = vector.unbind(-1)
     a = torch.rsqrt(1 + b * b + c * c + d * d)
     b, c, d = b * a, c * a, d * a
@@ -85,9 +85,10 @@ class StructureWidths:
 
 
 class InvariantPointAttention(nn.Module):
-    """Algorithm 22: returns the update of s (batch, residues, c_s) from attention along residues that depends
-    on s, on z (batch, residues, residues, c_z) and on the distances between points in the frames of the
-    residues. ``mask`` (batch, residues) is 0 at padding."""
+    """Algorithm 22 of AlphaFold 2: returns the update of the single representation s (batch, residues, c_s).
+    Its attention along residues depends on s, on the pair representation z (batch, residues, residues, c_z),
+    and on distances between points that each residue places in its frame. ``rotation`` and ``translation``:
+    these frames. ``mask`` (batch, residues) is 0 at padding."""
 
     def __init__(self, widths: StructureWidths) -> None:
         super().__init__()
@@ -137,8 +138,9 @@ class InvariantPointAttention(nn.Module):
 
 
 class Angles(nn.Module):
-    """Algorithm 20, lines 11 to 14: returns sine and cosine of the torsion angles, (batch, residues, angles,
-    2), not yet of length one, from the single representation and the initial one."""
+    """Algorithm 20 of AlphaFold 2, lines 11 to 14: returns (sine, cosine) of the torsion angles, (batch,
+    residues, angles, 2), not scaled to length one, from the single representation ``s`` and the ``initial``
+    one, both (batch, residues, c_s)."""
 
     def __init__(self, widths: StructureWidths) -> None:
         super().__init__()
@@ -170,9 +172,10 @@ class Structure(NamedTuple):
 
 
 class StructureModule(nn.Module):
-    """The structure module, algorithm 20. All iterations have the same weights. s (batch, residues, c_s) and
-    z (batch, residues, residues, c_z) are the single and pair representations; ``mask`` (batch, residues) is
-    0 at padding."""
+    """AlphaFold 2's structure module (algorithm 20). s (batch, residues, c_s) and z (batch, residues,
+    residues, c_z) are the single and the pair representation; ``mask`` (batch, residues) is 0 at padding.
+    Returns the last single representation, and the frames (rotations, translations in Angstrom) and torsion
+    angles after each iteration. All iterations have the same weights."""
 
     def __init__(self, widths: StructureWidths) -> None:
         super().__init__()
@@ -216,10 +219,11 @@ def fape(
     true_points: torch.Tensor,
     held: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """Return the frame-aligned point error (algorithm 28), (batch,): the mean over frames (batch, n) and
-    points (batch, k, 3) of the distance between predicted and true point, each seen from its frame, in units
-    of 10 Angstrom. 0.9 of it is clamped at 10 Angstrom. ``held``: masks of the frames (batch, n) and of the
-    points (batch, k)."""
+    """Return the frame-aligned point error of each sample (algorithm 28 of AlphaFold 2), (batch,). It is the
+    mean over all pairs of a frame (batch, n) and a point (batch, k, 3) of the distance between the predicted
+    point, in coordinates of the predicted frame, and the true point, in those of the true frame, in units of
+    10 Angstrom. A distance counts for 0.9 clamped at 10 Angstrom and for 0.1 unclamped. ``held``: (mask of
+    the frames (batch, n), mask of the points (batch, k)), 0 for those that do not count."""
     differences = predicted.invert(points.unsqueeze(1)) - true.invert(true_points.unsqueeze(1))
     error = (differences.square().sum(-1) + _EPS).sqrt()
     error = CLAMPED_SHARE * error.clamp(max=CLAMP) + (1 - CLAMPED_SHARE) * error
@@ -228,9 +232,10 @@ def fape(
 
 
 def torsion_loss(angles: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Return the loss of torsion angles (algorithm 27), averaged over the first dimension. ``angles`` and
-    ``true`` (batch, residues, angles, 2): sines and cosines; ``held`` (batch, residues, angles): mask of
-    those that are judged."""
+    """Return the loss of torsion angles (algorithm 27 of AlphaFold 2), a scalar. ``angles`` and ``true``
+    (batch, residues, angles, 2): sines and cosines, the first of any length. An angle contributes its squared
+    distance to the truth after scaling to length one, plus 0.02 times the deviation of its length from one.
+    This is averaged over the angles where ``held`` (batch, residues, angles) is 1, then over samples."""
     length = (angles.square().sum(-1) + 1e-8).sqrt()
     deviation = (angles / length.unsqueeze(-1) - true).square().sum(-1)
     count = held.sum((1, 2)).clamp(min=1)
@@ -238,9 +243,10 @@ def torsion_loss(angles: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -
 
 
 def torsions(atoms: torch.Tensor, follows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (sines and cosines (batch, residues, 3 of omega phi psi, 2), mask (batch, residues, 3) of those
-    that exist) of the torsion angles of backbones ``atoms`` (batch, residues, 3 of N CA C, 3). ``follows``
-    (batch, residues) is 1 where a residue continues the chain of the one before."""
+    """Return (sines and cosines (batch, residues, 3 of omega phi psi, 2); mask (batch, residues, 3), 1 where
+    the angle exists) of the torsion angles of backbones ``atoms`` (batch, residues, 3 of N CA C, 3).
+    ``follows`` (batch, residues) is 1 where a residue continues the chain of the one before, which omega and
+    phi need; psi needs that of the next residue."""
     n, ca, c = atoms.unbind(-2)
 
     def before(x: torch.Tensor) -> torch.Tensor:
@@ -266,10 +272,11 @@ def _dihedral(*points: torch.Tensor) -> torch.Tensor:
 
 
 def lddt(points: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Return the lDDT of each residue (batch, residues), 0 to 1 (Mariani et al. 2013): the share of its true
-    distances under 15 Angstrom that the prediction keeps within 0.5, 1, 2 and 4 Angstrom, averaged over these
-    four. ``points`` and ``true``: predicted and true CA positions (batch, residues, 3); ``held`` (batch,
-    residues): mask."""
+    """Return the lDDT of each residue, (batch, residues), 0 to 1 (Mariani et al. 2013): of its distances to
+    others that are truly under 15 Angstrom, the share that the prediction reproduces within 0.5, 1, 2 and 4
+    Angstrom, averaged over these four. ``points`` and ``true``: predicted and true CA positions (batch,
+    residues, 3) in Angstrom. Only residues where ``held`` (batch, residues) is 1 count; the lDDT of others,
+    and of a residue without such distances, is 0."""
     distances, true_distances = _distances(points), _distances(true)
     count = held.unsqueeze(1) * held.unsqueeze(2) * (true_distances < 15.0)
     count = count * (1 - torch.eye(count.shape[1], device=count.device))
