@@ -42,7 +42,8 @@ CHECKS: Mapping[str, tuple[tuple[str, ...], Callable[..., Found]]] = {
 
 
 class Severity(enum.StrEnum):
-    """How bad a finding is. The order of the members is the order of the report."""
+    """How bad a finding is. The members go from the most to the least severe; check() orders its findings in
+    this way."""
 
     ERROR = "error"  # the library refuses to start, or trains something other than the files say
     WARNING = "warning"  # an option has no effect, or costs memory or time without a benefit
@@ -51,9 +52,10 @@ class Severity(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One misconfiguration. ``rule``: name of the rule that found it; ``file``: path of the file, or of the
-    first of those that the rule compares; ``says``: what is wrong, with the values of the files filled in;
-    ``do``: the advice; ``links``: where the problem was reported or is documented."""
+    """One misconfiguration. ``rule``: name of the rule that found it, such as "deepspeed-bucket"; ``file``:
+    path of the file that the rule checks or, if it compares files of several kinds, of that of the first of
+    its kinds in `CHECKS`; ``says``: what is wrong, with the values of the files filled in; ``do``: the
+    advice; ``links``: web addresses where the problem was reported or is documented."""
 
     rule: str
     severity: Severity
@@ -65,17 +67,18 @@ class Finding:
 
 @functools.cache
 def texts() -> Mapping[str, Mapping[str, Any]]:
-    """Return the content of rules.toml: rule name -> "severity", "links", and for each language code a pair
-    of templates (finding, advice)."""
+    """Return the content of rules.toml: rule name -> table with the keys "severity", "links", "en" and "ja".
+    The last two are languages; each holds a pair of templates (finding, advice)."""
     path = resources.files("memfit.lint").joinpath("rules.toml")
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def check(setup: Setup, *, lang: str = "en") -> tuple[Finding, ...]:
-    """Return all findings in ``setup``, the most severe first, with texts in the language ``lang``, "en" or
-    "ja". A rule is applied only if ``setup`` has settings of all kinds that it compares. Raises KeyError if
-    there is a finding and rules.toml has no texts in ``lang``, and UserError for values of OpenFold's JSON
-    that are not whole numbers above 0 where a rule needs them."""
+    """Return all findings in ``setup``, the most severe first, those of equal severity in the order of
+    `CHECKS`. Their texts are in the language ``lang``, "en" or "ja". A rule is applied only if ``setup`` has
+    settings of all kinds that it compares. Raises KeyError if there is a finding and rules.toml has no texts
+    in ``lang``. Raises UserError if OpenFold's JSON gives a crop size or blocks_per_ckpt that is not a whole
+    number above 0 (blocks_per_ckpt may also be null)."""
     findings: list[Finding] = []
     for name, (kinds, find_values) in CHECKS.items():
         options = [getattr(setup, kind) for kind in kinds]

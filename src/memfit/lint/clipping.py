@@ -23,8 +23,8 @@ NORMS: Final[Mapping[str, str]] = {
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ClippingSetting:
     """How gradients are clipped. ``limit``: the largest gradient norm; 0 if gradients are not clipped; None
-    if the files do not determine it. ``explicit``: True if a file sets it, also as "auto"; False if the
-    library's default applies or nothing determines it."""
+    if the files do not determine it. ``explicit``: True if a file sets the limit, also by "auto"; False if
+    the library's default applies or if ``limit`` is None."""
 
     limit: float | None
     explicit: bool
@@ -32,9 +32,9 @@ class ClippingSetting:
 
 def clipping_setting(setup: Setup) -> ClippingSetting:
     """Return the clipping of the library that clips: the first of DeepSpeed, Megatron-LM, torchtitan and the
-    Trainer of which ``setup`` has settings. A norm that is not given is the library's default of 1.0. A norm
-    that is known only when a script runs does not determine the clipping, nor do files of Accelerate and
-    OpenFold alone."""
+    Trainer of which ``setup`` has settings. If none is there, as with files of Accelerate or OpenFold alone,
+    ``limit`` is None. It is None, too, for a norm that is known only when a script runs. A norm that is not
+    given or is no number is the library's default of 1.0. A negative norm counts as 0."""
     if setup.deepspeed is not None:
         return _deepspeed(setup, setup.deepspeed)
     for kind in ("megatron", "torchtitan", "trainer"):
@@ -55,8 +55,9 @@ def _of(options: Options, path: str) -> ClippingSetting:
 
 def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
     """Return the clipping that DeepSpeed's settings ``config`` determine; the default norm is 1.0. "auto"
-    stands for the Trainer's setting; without a Trainer, Accelerate replaces it by 1.0 (accelerator.py,
-    1.15)."""
+    stands for the Trainer's setting or, without a Trainer, for 1.0, with which Accelerate replaces it
+    (accelerator.py, 1.15). ``explicit`` is then True, unless the Trainer's setting is known only when a
+    script runs."""
     if config.raw(NORMS["deepspeed"]) != "auto":
         return _of(config, NORMS["deepspeed"])
     if setup.trainer is None:

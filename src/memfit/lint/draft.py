@@ -13,8 +13,9 @@ from memfit.types.plan import KnobValue, Plan
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A setting that the plan leaves out. ``option``: the setting as the file writes it, with its value;
-    ``reason``: why it is left out."""
+    """A setting that the plan leaves out. ``option``: the setting with its value, such as "optim lomo", or
+    words for it, such as "selective recomputation"; ``reason``: why it is left out, or what is predicted in
+    its place."""
 
     option: str
     reason: str
@@ -22,12 +23,13 @@ class LeftOut:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Carried:
-    """A set-up converted to a plan. ``engine``: the name of memfit's engine that would run it.
-    ``micro_batch``: samples per forward pass of one rank; ``batch``: samples per optimizer step of all ranks;
-    ``length``: tokens per sample. Each of the three is None if the files do not determine it. ``left_out``:
-    the settings that the plan leaves out; ``size``: the size of the built-in job alphafold2 that OpenFold's
-    settings describe, "" for other files; ``model``: the model that Megatron-LM's or torchtitan's settings
-    describe, None if they describe none and for other files."""
+    """A set-up converted to a plan. ``plan``: its techniques and its number of ranks; ``engine``: the name of
+    memfit's engine that would run it: "native", "deepspeed", "accelerate" or "megatron". ``micro_batch``:
+    samples per forward pass of one rank; ``batch``: samples per optimizer step of all ranks; ``length``:
+    tokens per sample. Each of the three is None if the files do not determine it. ``left_out``: the settings
+    that the plan leaves out; ``size``: the size of the built-in job alphafold2 that OpenFold's settings
+    describe, "" for other files or if no size does; ``model``: the model that Megatron-LM's or torchtitan's
+    settings describe, None if they describe none and for other files."""
 
     plan: Plan
     engine: str
@@ -41,9 +43,9 @@ class Carried:
 
 @dataclasses.dataclass(kw_only=True)
 class Draft:
-    """A plan under construction, for ``ranks`` processes; the ranks of ``plan`` itself are not used. A
-    technique that conflicts with those already in the plan is left out, and the setting that asks for it is
-    listed in ``left_out`` with the reason. The other fields are as in Carried."""
+    """A plan under construction, for ``ranks`` processes; ``plan.ranks`` is not used. take() does not add a
+    technique that conflicts with those already in the plan: it lists the setting that asks for it in
+    ``left_out``, with the reason. The other fields are as in Carried."""
 
     ranks: int
     plan: Plan = dataclasses.field(default_factory=Plan)
@@ -55,9 +57,10 @@ class Draft:
     model: DescribedModel | None = None
 
     def take(self, technique: str, option: str, **knobs: KnobValue) -> None:
-        """Add a technique with the settings ``knobs`` to the plan, in place of an earlier use of it. If it or
-        a setting is invalid, or if it conflicts with the plan, list ``option``, the setting of the file that
-        asks for it, as left out for that reason, and leave the plan as it is."""
+        """Add the technique named ``technique``, with the settings ``knobs``, to the plan; it replaces an
+        earlier use of the same technique. ``option``: the setting of the file that asks for it. If memfit has
+        no such technique, if a setting is invalid, or if the technique conflicts with others in the plan, add
+        ``option`` to ``left_out`` with that reason, and leave the plan as it is."""
         try:
             new_plan = self.plan.with_use(make_use(technique, knobs))
         except UserError as error:
@@ -74,7 +77,8 @@ class Draft:
         self.left_out.append(LeftOut(option=option, reason=reason))
 
     def accumulate(self, steps: int | None) -> None:
-        """Add gradient accumulation over ``steps`` micro-batches to the plan, unless that is 1 or None."""
+        """Add gradient accumulation over ``steps`` micro-batches to the plan if ``steps`` is above 1; for 1
+        and None, add nothing."""
         if steps is not None and steps > 1:
             self.take("gradient-accumulation", f"{steps} accumulation steps", micro_batches=steps)
 

@@ -40,11 +40,12 @@ _SHOWN = {hidden: character for character, hidden in _HIDDEN.items()}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What a shell script passes to its program. ``flags``: Python name (``--micro-batch`` is
-    ``micro_batch``) -> True for a switch, otherwise the text of the first value; of a flag that is given
-    twice, the last. ``env``: name -> value of the variables that the script exports. ``unsure``: Python names
-    of flags that are given within a branch or a loop, or given twice with different values. ``underscored``:
-    names of flags that are written with underscores."""
+    """What a shell script passes to the programs that it starts. ``flags``: Python name (``--micro-batch`` is
+    ``micro_batch``) -> True for a flag without a value, otherwise the text of its first value. For a flag
+    that is given twice, the last one counts. ``env``: name -> value of the variables that the script exports.
+    ``unsure``: Python names of flags that are given within a branch or a loop, or given twice with different
+    values. ``underscored``: names of the flags that the script writes with an underscore, such as
+    ``micro_batch`` for ``--micro_batch``."""
 
     flags: Mapping[str, Any]
     env: Mapping[str, str]
@@ -54,9 +55,10 @@ class Script:
 
 def read_script(text: str) -> Script:
     """Return the flags and exported variables of the shell script ``text``. A variable is replaced by its
-    value if it has exactly one in the whole script. Otherwise the default of ``${NAME:-default}`` takes its
-    place, or, without a default, ``$NAME`` stays. An exported variable with several values is left out. JSON
-    text in quotation marks is one value."""
+    value if the whole script gives it only one value. Otherwise the default of ``${NAME:-default}`` takes its
+    place, or, without a default, the text ``$NAME`` stays. Sums such as ``$((2 * N))`` are calculated where
+    all variables are known. An exported variable with several values is left out. JSON text in quotation
+    marks is one value."""
     lines = _lines(text)
     variables = _variables(lines)
     flags: dict[str, Any] = {}
@@ -75,9 +77,9 @@ def read_script(text: str) -> Script:
 
 
 def option_values(text: str) -> dict[str, tuple[str, ...]]:
-    """Return Python name -> all values of each flag in the shell script ``text``, with variables replaced as
-    in `read_script`; the tuple of a switch is empty. If a flag is given twice, the later values replace the
-    earlier ones."""
+    """Return Python name (``--micro-batch`` is ``micro_batch``) -> all values of the flag, for each flag in
+    the shell script ``text``. Variables are replaced as in `read_script`; a flag without values has an empty
+    tuple. If a flag is given twice, only the values of the last one are returned."""
     lines = _lines(text)
     variables = _variables(lines)
     options: dict[str, tuple[str, ...]] = {}
@@ -96,8 +98,9 @@ def option_values(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines of a shell script without comments. Continued lines are joined, and in JSON text in
-    quotation marks ``_HIDDEN`` is applied, so that it is one word."""
+    """Return the lines of a shell script without comments. Lines that are continued with a backslash are
+    joined. In JSON text in quotation marks, private-use characters replace spaces, quotation marks and others
+    that the shell interprets (``_HIDDEN``), so that it is one word."""
     text = re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", _JSON.sub(_hidden, text))
     return re.sub(r"\\\s*\n", " ", text).splitlines()
 
@@ -112,8 +115,8 @@ def _words(line: str) -> list[str]:
 
 
 def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
-    """Yield each line of a shell script, and whether it lies within a branch or a loop. A line that only
-    opens one counts as within, a branch or loop on a single line does not."""
+    """Yield each line of a shell script, and whether it lies within a branch or a loop (if, case, for, while,
+    until). The lines that open and close one count as within; a branch or loop on a single line does not."""
     depth = 0
     for line in lines:
         unquoted = re.sub(r"\"[^\"]*\"|'[^']*'|--[\w-]+", "", line)
@@ -123,8 +126,9 @@ def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _assignments(lines: list[str]) -> Iterator[tuple[str, str, bool]]:
-    """Yield (name, value, whether it is exported) for each assignment of a shell variable at the start of a
-    command in ``lines``, and for each ``${NAME:=value}``."""
+    """Yield (name, value, whether ``export`` precedes it) for each assignment of a shell variable at the
+    start of a command in ``lines``, and, as not exported, for each default that ``${NAME:=value}`` or
+    ``${NAME=value}`` assigns."""
     for line in lines:
         for declaration, assignments in _ASSIGNMENTS.findall(line):
             for name, value in _ASSIGNED.findall(assignments):
@@ -134,8 +138,9 @@ def _assignments(lines: list[str]) -> Iterator[tuple[str, str, bool]]:
 
 
 def _variables(lines: list[str]) -> dict[str, str]:
-    """Return name -> value of the shell variables that are only ever set to one value in ``lines``, those of
-    the whole script. Variables within these values are replaced, too, where they are known."""
+    """Return name -> value of the shell variables to which ``lines``, those of the whole script, assign only
+    one value, once or repeatedly. Variables within these values are replaced by their own values, if they
+    have one here."""
     values: dict[str, set[str]] = {}
     for name, value, _ in _assignments(lines):
         values.setdefault(name, set()).add(value)

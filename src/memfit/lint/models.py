@@ -35,8 +35,8 @@ _MEGATRON_OTHERS = {
 class DescribedModel:
     """The model that a configuration describes. ``layers`` and ``width``: the number of blocks and the hidden
     size, None if unknown. ``job``: the JOB, as on memfit's command line, that builds such a model, or "" if
-    none does; then ``missing`` says why. ``differences``: pairs of (setting of the configuration that the
-    job's model lacks or that had to be assumed, what is built instead)."""
+    none does; then ``missing`` says why. ``differences``: pairs of (what the job's model does differently, or
+    what had to be assumed; what is built or assumed instead)."""
 
     layers: int | None
     width: int | None
@@ -53,9 +53,11 @@ def _job(kind: str, sizes: Mapping[str, Any]) -> str:
 
 
 def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
-    """Return the model that Megatron-LM's arguments describe, or None if they give neither layers, hidden
-    size nor heads. It has no job if they give only some of these, or if no model type here computes alike.
-    ``tensor``: the tensor-parallel size, which determines the padding of the vocabulary."""
+    """Return the model that Megatron-LM's arguments ``given`` describe, or None if they give neither layers,
+    hidden size nor heads. The model has no ``job`` if they give only some of these; if it has parts that
+    memfit cannot build, such as experts; or if none of the model types llama, biogpt and gpt_neox of
+    transformers computes the same. ``tensor``: the tensor-parallel size, which determines the padding of the
+    vocabulary."""
     layers, width, heads = (
         given.size(option) for option in ("num_layers", "hidden_size", "num_attention_heads")
     )
@@ -90,15 +92,18 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
 
 
 def _share(options: Options, name: str) -> float:
-    """Return the dropout probability that the option ``name`` sets; Megatron-LM's default is 0.1."""
+    """Return the dropout probability that the option ``name`` sets, or Megatron-LM's default of 0.1 if it is
+    not given or unknown."""
     value = options.number(name)
     return 0.1 if value is None else value
 
 
 def _family(options: Options, width: int, heads: int) -> tuple[str, dict[str, Any]]:
-    """Return (the model type in transformers that computes as Megatron-LM would: "llama", "biogpt" or
-    "gpt_neox"; the settings of its configuration that not all three share). Return ("", {}) if none does.
-    ``width``: the hidden size; ``heads``: the number of attention heads."""
+    """Return (the model type of transformers that computes as Megatron-LM would: "llama", "biogpt" or
+    "gpt_neox"; settings of its configuration). Among these settings are the size of the feed-forward network
+    and the largest length; not among them are layers, hidden size, heads, vocabulary, tied embeddings and
+    dropout. Return ("", {}) if no model type computes the same. ``width``: the hidden size; ``heads``: the
+    number of attention heads."""
     rotary = options.on("use_rotary_position_embeddings")
     position = options.get("position_embedding_type") or ("rope" if rotary else "learned_absolute")
     gated = options.on("swiglu")
@@ -140,9 +145,11 @@ def _family(options: Options, width: int, heads: int) -> tuple[str, dict[str, An
 
 
 def _vocabulary(options: Options, tensor: int) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Return (the size of the vocabulary, padded as Megatron-LM pads it; assumptions, as pairs of setting and
-    what is assumed). If the arguments do not give the size, it is GPT-2's, which is an assumption unless the
-    tokenizer is GPT2BPETokenizer. ``tensor``: the tensor-parallel size."""
+    """Return (the size of the vocabulary; assumptions, as pairs of what is missing and what is assumed). The
+    size is --padded-vocab-size or, without it, --vocab-size rounded up to a multiple of
+    --make-vocab-size-divisible-by (by default 128) x ``tensor``, the tensor-parallel size. If neither is
+    given, it is GPT-2's 50,257, rounded up in the same way; that is an assumption unless the tokenizer is
+    GPT2BPETokenizer."""
     padded_size = options.size("padded_vocab_size")
     if padded_size is not None:
         return padded_size, ()
@@ -181,9 +188,10 @@ _DEBUG_TOKENS = 2048
 
 
 def of_torchtitan(given: Options) -> DescribedModel | None:
-    """Return the model that torchtitan's file names, or None if it gives neither a name nor a flavor. The
-    default name is llama3 and the default flavor debugmodel, as in torchtitan. A model other than the known
-    flavors of llama3 and qwen3 has no job."""
+    """Return the model that torchtitan's file names, or None if it gives neither model.name nor model.flavor.
+    If it gives only one of them, the name is llama3 and the flavor debugmodel, as in torchtitan. A model
+    other than llama3 and qwen3, or of a flavor that memfit does not know, has no ``job`` and unknown
+    sizes."""
     if not (given.raw("model.name") or given.raw("model.flavor")):
         return None
     name, flavor = str(given.get("model.name") or "llama3"), str(given.get("model.flavor") or "debugmodel")

@@ -10,10 +10,13 @@ from memfit.types.plan import KnobValue, Plan
 
 
 def neighbours(plan: Plan, *, parameters: int | None = None) -> tuple[Plan, ...]:
-    """Return the valid plans that differ from ``plan`` in one change: every block recomputed, a smaller ZeRO
-    bucket, the next ZeRO stage, bf16, FSDP2's parameters resharded after the forward pass, or gradient
-    accumulation over twice as many micro-batches. ``parameters``: the number of the model's parameters, to
-    which a larger ZeRO bucket is reduced; None: it is not reduced."""
+    """Return the plans that differ from ``plan`` in one change and in which no techniques conflict, without
+    duplicates. The changes, in this order: every block recomputed; with ZeRO, its bucket reduced to
+    ``parameters`` elements if it is larger, the next stage up to 3, and, from stage 1 on, precision bf16;
+    with FSDP2 and no ZeRO, precision bf16, and parameters resharded after the forward pass; with neither,
+    bf16 autocast; last, gradient accumulation over twice as many micro-batches (two if there is none). A
+    change that ``plan`` already has is skipped. ``parameters``: the number of the model's parameters; None:
+    the bucket is not reduced."""
     candidates = (_with(plan, name, knobs) for name, knobs in _changes(plan, parameters))
     return tuple(dict.fromkeys(p for p in candidates if p != plan and conflict(p) is None))
 

@@ -19,7 +19,7 @@ from memfit.types.errors import UserError
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """What a preset of OpenFold sets that memory depends on. The crop of a training sample: ``residues``,
-    ``rows`` of clustered MSA sequences, and ``extra_rows`` of extra MSA sequences. ``templates``: whether the
+    ``rows`` (sequences) of the clustered MSA, and ``extra_rows`` of the extra MSA. ``templates``: whether the
     network uses templates."""
 
     residues: int = 256
@@ -102,13 +102,14 @@ def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
 
 
 def arguments(s: Setup) -> Options:
-    """Return the arguments of train_openfold.py; empty options if the set-up has no script with them."""
+    """Return the arguments that a script passes to train_openfold.py; empty options if the set-up has no such
+    script."""
     return s.openfold or Options(file="", data={})
 
 
 def preset(s: Setup) -> str | None:
-    """Return the name of OpenFold's preset (--config_preset), by default initial_training, or None if it is
-    known only when the script runs. The name may be one that OpenFold does not have."""
+    """Return the name of OpenFold's preset (--config_preset). It is initial_training if no preset is given,
+    and None if it is known only when the script runs. The name may be one that OpenFold does not have."""
     options = arguments(s)
     if options.raw("config_preset") is None and "config_preset" not in options.unsure:
         return DEFAULT_PRESET
@@ -117,9 +118,10 @@ def preset(s: Setup) -> str | None:
 
 
 def crop(s: Setup) -> Preset | None:
-    """Return the preset's crop with the changes of OpenFold's JSON, or None if the preset is unknown or not
-    one of the network for single chains (the monomer's). Raises UserError for a size in the JSON that is not
-    a whole number above 0."""
+    """Return the preset with the crop sizes and the use of templates that OpenFold's JSON changes. Return
+    None if the preset is known only when the script runs, or is not in `PRESETS`: these are presets of the
+    network for single chains (the monomer's). Raises UserError for a size in the JSON that is not a whole
+    number above 0."""
     base_preset = PRESETS.get(preset(s) or "")
     if base_preset is None:
         return None
@@ -133,15 +135,17 @@ def crop(s: Setup) -> Preset | None:
 
 
 def blocks_per_ckpt(s: Setup) -> int | None:
-    """Return how many blocks are recomputed together, by default 1, or None if no block is recomputed. Raises
-    UserError for a value that is neither null nor a whole number above 0."""
+    """Return how many blocks are recomputed together, as OpenFold's JSON sets it, by default 1; None if the
+    JSON sets null: then no block is recomputed. Raises UserError for any other value that is not a whole
+    number above 0."""
     value = changed(s, CKPT, 1)
     return None if value is None else _count(CKPT[0], value)
 
 
 def batch_size(s: Setup) -> int:
-    """Return the samples per step of one process, by default 1. Raises UserError for a value that is not a
-    whole number above 0."""
+    """Return the samples per training step of one process, which OpenFold's JSON sets
+    (data.data_module.data_loaders.batch_size), by default 1. Raises UserError for a value that is not a whole
+    number above 0."""
     name = "data.data_module.data_loaders.batch_size"
     return _count(name, changed(s, [name], 1))
 
@@ -153,7 +157,8 @@ def _count(name: str, value: object) -> int:
 
 
 def precision(s: Setup) -> str:
-    """Return the training's precision (--precision) under Lightning's full name, such as 32-true. The default
-    is bf16-mixed. A name that is not one of Lightning's short ones is returned as it is."""
+    """Return the training's precision (--precision) under Lightning's full name: 64-true, 32-true, 16-mixed
+    or bf16-mixed for the short names 64, 32, 16 and bf16. Any other name is returned as it is. The precision
+    is bf16-mixed if none is given or if it is known only when the script runs."""
     value = str(arguments(s).get("precision") or "bf16")
     return {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(value, value)

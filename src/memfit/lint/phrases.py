@@ -13,7 +13,7 @@ from typing import Any
 @dataclasses.dataclass(frozen=True, slots=True)
 class Phrase:
     """A part of a finding: the text ``name`` of phrases.toml with ``values`` in place of its placeholders.
-    The values may be phrases and series themselves."""
+    ``values``: placeholder -> value; a value may itself be a Phrase or a Series."""
 
     name: str
     values: Mapping[str, Any]
@@ -21,27 +21,29 @@ class Phrase:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Series:
-    """Parts of a finding with the text ``separator`` of phrases.toml between them: comma, and, or space."""
+    """Parts of a finding, one after another. ``separator``: the name of the text of phrases.toml that stands
+    between two parts: "comma", "and" or "space". A part may itself be a Phrase or a Series."""
 
     parts: tuple[Any, ...]
     separator: str
 
 
 def phrase(name: str, /, **values: Any) -> Phrase:
-    """Return the part of a finding that is the text ``name`` of phrases.toml, filled with ``values``."""
+    """Return the part of a finding that is the text ``name`` of phrases.toml, with ``values``
+    (placeholder=value) in place of its placeholders."""
     return Phrase(name, values)
 
 
 @functools.cache
 def texts() -> Mapping[str, Mapping[str, str]]:
-    """Return the content of phrases.toml: name -> language code -> text."""
+    """Return the content of phrases.toml: name -> language code ("en" or "ja") -> text."""
     path = resources.files("memfit.lint").joinpath("phrases.toml")
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def render(value: Any, lang: str) -> str:
-    """Return ``value`` as text in the language ``lang``, "en" or "ja". Values other than phrases and series
-    are the same in all languages."""
+    """Return ``value`` as text in the language ``lang``, "en" or "ja": a Phrase filled in, the parts of a
+    Series joined, and anything else as str() gives it."""
     if isinstance(value, Phrase):
         return texts()[value.name][lang].format(**{k: render(v, lang) for k, v in value.values.items()})
     if isinstance(value, Series):

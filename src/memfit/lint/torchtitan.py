@@ -22,7 +22,8 @@ def parallelism_path(t: Options, name: str) -> str:
 
 
 def compiles_model(t: Options) -> bool:
-    """Return whether torch.compile compiles the model. With compile.components, it does only if these contain
-    "model"; older releases have training.compile instead."""
+    """Return whether torch.compile compiles the model. It does if compile.enable is on and compile.components
+    is not given or contains "model". It also does if training.compile is on, the name of the setting in older
+    releases."""
     is_component = t.raw("compile.components") is None or "model" in t.texts("compile.components")
     return (t.on("compile.enable") and is_component) or t.on("training.compile")
