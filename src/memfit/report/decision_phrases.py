@@ -135,8 +135,9 @@ def fit_phrase(view: DecisionView, index: int) -> Sentence:
 
 
 def stages_phrase(view: DecisionView, stopped: Filled | None) -> Sentence:
-    """Return one sentence on the stages: the gate that stopped them if ``stopped`` is given; else what the
-    pilot and the full stage would cost; else, if the pilot has no machine yet, that its cost is not known.
+    """Return one sentence on the stages: the gate that stopped them if ``stopped`` is given; else, if there
+    are fewer than three stages or the pilot has no machine, that the pilot is not priced yet; else what the
+    pilot and the full stage would cost.
 
     ``stopped``: the first failed gate of the PoC as the placeholders "gate", "found" and "limit", or None.
     """

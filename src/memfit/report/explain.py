@@ -18,8 +18,8 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 class TracedEstimate:
     """A plan's estimate with the trace it was made from.
 
-    The level of the trace at the instant ``peak_clock`` is the estimate's peak, less memory that is not in
-    the trace, such as workspaces of BLAS.
+    The allocations of ``trace`` that are alive at the clock ``peak_clock`` add up to the estimate's peak
+    (``allocated_bytes``) minus memory that is not in the trace, such as workspaces of BLAS.
     """
 
     estimate: Estimate
@@ -29,10 +29,12 @@ class TracedEstimate:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Contributor:
-    """Allocations alive at the same time from one operator of one module on one line of user code, taken
-    together. ``count``: their number; ``size_bytes``: their sum.
+    """All allocations that are alive at the peak and have the same category, module, operator and line of
+    user code. ``count``: their number; ``size_bytes``: their sum; ``line``: "FILE:NUMBER", or "" if lines
+    were not traced.
 
-    Modules whose paths differ only in numbers count as one: ``layers.*.mlp``.
+    Modules whose paths differ only in numbers count as the same one, with stars for the numbers:
+    ``layers.*.mlp``.
     """
 
     category: str
@@ -45,9 +47,8 @@ class Contributor:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryChange:
-    """An operator of a module that holds more or fewer bytes at the second plan's peak than at the
-    first's.
-    """
+    """The bytes of one category that one operator of one module has alive at the first plan's peak and at the
+    second plan's; the two differ."""
 
     category: str
     module: str
@@ -62,10 +63,11 @@ class MemoryChange:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanDifference:
-    """The difference of two plans of one job.
+    """The difference of the predictions for two plans of one job.
 
-    The categories add up exactly to the difference of the peaks. The movers do too, except for memory that is
-    not in the traces, such as workspaces of BLAS.
+    ``by_category_bytes`` adds up exactly to the difference of the peaks. So do the ``movers``, which are
+    sorted by the size of the change, largest first, except for memory that is not in the traces, such as
+    workspaces of BLAS. ``sentences``: the main differences in words.
     """
 
     first: Estimate
@@ -81,25 +83,28 @@ class PlanDifference:
 
 
 def events(trace: Trace) -> list[tuple[int, int, Allocation]]:
-    """Return (clock, change in bytes, allocation) for every allocation and every free, by clock. At the same
-    clock, frees come first."""
+    """Return (clock, change in bytes, allocation) for every allocation (positive) and every free (negative),
+    sorted by clock; at the same clock, frees come first. Allocations that are never freed have no free."""
     births = [(a.start, a.size_bytes, a) for a in trace.allocations]
     deaths = [(a.end, -a.size_bytes, a) for a in trace.allocations if a.end is not None]
     return sorted([*births, *deaths], key=lambda e: (e[0], e[1]))
 
 
 def live_allocations(trace: Trace, clock: int) -> Iterator[Allocation]:
-    """Return the allocations that are alive at ``clock``: those made at it are, those freed at it are not."""
+    """Return the allocations that are alive at ``clock``, in the trace's order. Those made at that clock
+    count as alive, those freed at it do not."""
     return (a for a in trace.allocations if a.start <= clock and (a.end is None or a.end > clock))
 
 
 def op_name(op: str) -> str:
-    """Shorten ``aten.mm.default`` to ``mm``."""
+    """Return the name of an operator without the prefix "aten." and the suffix ".default": "mm" for
+    "aten.mm.default"."""
     return op.removeprefix("aten.").removesuffix(".default")
 
 
 def contributors(explained: TracedEstimate) -> tuple[Contributor, ...]:
-    """Return what is alive in the trace at the peak, largest first."""
+    """Return what is alive at the peak, in the trace: one `Contributor` for each combination of category,
+    module, operator and line, the largest sum first."""
     size, count = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
     for a in live_allocations(explained.trace, explained.peak_clock):
         key = (str(a.category), _folded(a.module), op_name(a.op), a.line)
@@ -112,7 +117,8 @@ def contributors(explained: TracedEstimate) -> tuple[Contributor, ...]:
 
 
 def difference(first: TracedEstimate, second: TracedEstimate) -> PlanDifference:
-    """Compare two plans of one job at their peaks."""
+    """Compare the predictions for two plans of one job: what is alive at their two peaks, by category and by
+    operator of a module, and the peaks of each phase. Changes are ``second`` minus ``first``."""
     first_estimate, second_estimate = first.estimate, second.estimate
     bytes_by_plan = [Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()]
     for contributor_bytes, explained in zip(bytes_by_plan, (first, second), strict=True):
@@ -149,8 +155,9 @@ def _changes(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, i
 
 
 def _sentences(comparison: PlanDifference) -> Iterator[Sentence]:
-    """Yield sentences on each plan's peak, their difference, and the largest change by category, by phase and
-    by operator of a module, where there is one."""
+    """Yield, in this order, a sentence on the first plan's peak (A), on the second's (B), and on the
+    difference of the peaks; then on the largest change by category, by phase and by operator of a module,
+    each only if something changed."""
     for name, estimate in (("A", comparison.first), ("B", comparison.second)):
         peak = predicted(estimate.allocated_bytes.value, "bytes")
         phase = Sentence(key=f"phase.{estimate.peak_phase}")

@@ -22,12 +22,13 @@ _PHASES, _MODULES = 1, 2  # thread numbers of the Chrome trace
 
 
 def snapshot(explained: TracedEstimate) -> bytes:
-    """Return the traced step as a pickle in the format of ``torch.cuda.memory._snapshot()``.
+    """Return the traced step as a pickle in the format of ``torch.cuda.memory._snapshot()``, which ``python
+    -m torch.cuda._memory_viz`` and pytorch.org/memory_viz can read.
 
-    It is readable by ``python -m torch.cuda._memory_viz`` and pytorch.org/memory_viz. There is one segment
-    per stream. Addresses do not overlap, but they are not those of the caching allocator. Times are ticks of
-    the trace's clock. Stack frames show operator and line, module, and category with phase and step.
-    Allocations of no bytes are left out.
+    There is one segment for each stream. The addresses of live allocations do not overlap, but they are not
+    those that the caching allocator would choose. Times are ticks of the trace's clock. Each allocation has
+    three stack frames: operator and line; module; category, phase and step. Allocations of 0 bytes are left
+    out.
     """
     trace = explained.trace
     streams = dict.fromkeys(a.stream for a in trace.allocations)
@@ -71,9 +72,10 @@ def snapshot(explained: TracedEstimate) -> bytes:
 
 @dataclasses.dataclass(slots=True)
 class _Space:
-    """Addresses of one stream, from ``address`` on.
+    """The addresses of one stream's allocations, from ``address`` on.
 
-    An allocation takes the smallest hole that is large enough, or if there is none extends the end.
+    An allocation is placed in the smallest hole that is large enough; if there is none, at the end, which
+    grows.
     """
 
     address: int
@@ -123,8 +125,9 @@ def _frames(a: Allocation) -> list[Event]:
 
 
 def _segment(space: _Space, stream: int, live_blocks: list[tuple[int, Allocation, list[Event]]]) -> Event:
-    """Return the stream's segment at the end of the trace: blocks still alive and the gaps between them.
-    ``live_blocks``: (address, allocation, frames), sorted by address."""
+    """Return the stream's segment as it is at the end of the trace: the blocks still alive, and the gaps
+    between them and up to the segment's end as inactive blocks. ``live_blocks``: (address, allocation, stack
+    frames), sorted by address."""
     blocks: list[Event] = []
     end = space.address
 
@@ -159,10 +162,11 @@ def _segment(space: _Space, stream: int, live_blocks: list[tuple[int, Allocation
 
 
 def chrome_trace(explained: TracedEstimate) -> bytes:
-    """Return Chrome's trace-event JSON, for ui.perfetto.dev.
+    """Return the traced step as Chrome's trace-event JSON in UTF-8, for ui.perfetto.dev.
 
-    It has a counter of live bytes for each category and for all together, the phases, the modules with the
-    operators inside them, and the peak. A tick of the trace's clock is shown as a microsecond.
+    It has counters of the live bytes of each category and of all together, a slice for each phase of each
+    step, slices for the operators inside those of their modules, and an instant at the peak. One tick of the
+    trace's clock is one microsecond, so the lengths show an order, not times.
     """
     trace, estimate = explained.trace, explained.estimate
     name = f"memfit: {estimate.plan.label}"
@@ -215,10 +219,10 @@ def _counters(trace: Trace) -> Iterator[Event]:
 
 
 def _module_slices(trace: Trace) -> Iterator[Event]:
-    """Yield a slice for each operator, and slices for the modules whose forward or backward it belongs to.
+    """Yield a slice for each operator, and slices for the modules in whose forward or backward it runs.
 
-    A module's slice lasts as long as consecutive operators are inside the module, at most to the end of the
-    phase.
+    Consecutive operators of one module, those of its submodules included, share one slice of the module. It
+    ends at the next operator outside the module, or at the end of the phase if that is earlier.
     """
     open_modules: list[tuple[str, int]] = []  # (name, start), outermost first
     ends = {s.end for s in trace.spans}

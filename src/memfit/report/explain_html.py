@@ -30,8 +30,8 @@ _STACK: Final = (
 
 
 def render_explained(explained: TracedEstimate, *, job: str, lang: str) -> str:
-    """Return the text of an HTML page with the treemap and the timeline; ``job``: its name. Raises UserError
-    for a language without a catalog."""
+    """Return the text of an HTML page with the treemap of what is alive at an instant and the timeline of the
+    step. ``job``: name of the job, for the title. Raises UserError for a language without a catalog."""
     words, estimate, peak = load_words(lang), explained.estimate, explained.peak_clock
     live_allocations = [
         a for a in explained.trace.allocations if a.start <= peak and (a.end is None or a.end > peak)
@@ -53,8 +53,9 @@ def render_explained(explained: TracedEstimate, *, job: str, lang: str) -> str:
 
 
 def _data(explained: TracedEstimate, words: Words) -> str:
-    """Return JSON for the page's script that is safe inside a script element, with as many instants as fit
-    into `MOST_BYTES`, or the fewest if even these do not."""
+    """Return the data of the page's script as JSON that can stand inside a script element. It has as many
+    instants as the largest of the `_POINTS` (3000 to 90) with which the JSON has at most `MOST_BYTES` (1.8
+    MB), or as the smallest if even that is too large."""
     explain_texts = {
         k.removeprefix("explain."): v for k, v in words.texts.items() if k.startswith("explain.")
     }
@@ -71,12 +72,16 @@ def _data(explained: TracedEstimate, words: Words) -> str:
 
 
 def series(explained: TracedEstimate, points: int) -> dict[str, Any]:
-    """Return what is alive at selected instants of the trace, exactly, as lists for the page's script.
+    """Return what is alive at selected instants of the trace, exactly, as lists for the page's script. Sizes
+    are in bytes.
 
-    The instants (``clock``) are the highest of each of ``points`` stretches, the peak, and the start of each
-    phase. A row is an allocation, alive from instant ``first`` (stored as the difference to the row before)
-    for ``length`` instants. Equal rows are merged with a ``count``. A ``group`` is (category, module,
-    operator, line), as indices into the lists of these. Sizes are in bytes.
+    "clock": the instants, sorted: the highest of each of ``points`` equal stretches of the clock, the peak,
+    and the start of each phase. The lists "first", "length", "group", "bytes" and "count" have one entry for
+    each row. A row stands for "count" equal allocations of "bytes" each, alive from one instant on for
+    "length" instants; "first" is the index of that instant minus the one of the row before. Allocations that
+    are alive at none of the instants, or have 0 bytes, are left out. "group" is an index into "groups", whose
+    entries are (category, module, operator, line) as indices into the page's order of categories and into
+    "modules" (where 0 is the root and i the entry i - 1), "ops" and "lines".
     """
     trace = explained.trace
     clocks = _instants(explained, points)
@@ -113,7 +118,7 @@ def series(explained: TracedEstimate, points: int) -> dict[str, Any]:
 
 
 class _Table:
-    """Distinct values, numbered in order of first occurrence."""
+    """Distinct values, numbered from 0 in the order in which ``index`` was first called with them."""
 
     def __init__(self) -> None:
         self.places: dict[Hashable, int] = {}
@@ -123,8 +128,8 @@ class _Table:
 
 
 def _path(modules: _Table, module: str) -> int:
-    """Return the index of a dotted path in the tree of names ``modules``, from 1, adding it if it is new; the
-    root is 0."""
+    """Return the number of the module with the dotted path ``module`` in the tree ``modules``, whose entries
+    are (number of the parent, name); missing modules are added. The root is 0, the first entry is 1."""
     index = 0
     for name in module.split(".") if module else ():
         index = modules.index((index, name)) + 1

@@ -18,8 +18,8 @@ Row = tuple[list[str], list[Figure]]
 
 
 def print_explained(explained: TracedEstimate, *, console: Console, lang: str) -> None:
-    """Print the estimate, then the largest contributors at its peak, at most `MOST`, and the others together.
-    Raises UserError for an unknown `lang`."""
+    """Print the estimate (see `print_estimate`), then a table of what is alive at its peak: the `MOST` (15)
+    largest contributors, and all others as one row. Raises UserError for an unknown ``lang``."""
     words, parts = load_words(lang), contributors(explained)
     print_estimate(explained.estimate, console=console, lang=lang)
     rows = [([*_who(c, words), c.line], _sizes(c.size_bytes, c.count)) for c in parts[:MOST]]
@@ -32,8 +32,9 @@ def print_explained(explained: TracedEstimate, *, console: Console, lang: str) -
 
 
 def print_difference(difference: PlanDifference, *, console: Console, lang: str) -> None:
-    """Print why two plans differ: sentences, then tables of bytes by category, by phase, and by operator of a
-    module (at most `MOST`, and the others together). Raises UserError for an unknown `lang`."""
+    """Print why two plans differ: sentences, then tables with the bytes of both plans and their change by
+    category, by phase, and by operator of a module; of the last the `MOST` (15) largest changes, and all
+    others as one row. Raises UserError for an unknown ``lang``."""
     words = load_words(lang)
     console.print(Text(words.get("explain.difference"), style="bold"))
     for sentence in difference.sentences:

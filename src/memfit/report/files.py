@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> Path:
-    """Write the file completely or not at all and return its path.
+    """Write ``data`` to the file ``path`` and return the path. An existing file is replaced. Under that name
+    there is never a partly written file.
 
-    Raises OSError if the folder cannot be written; no partial file is left behind.
+    The folder must exist. Raises OSError if it cannot be written to; no partial file is left behind.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

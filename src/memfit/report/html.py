@@ -47,10 +47,11 @@ _LONG: Final = 24  # characters; a longer figure contains a long unit and may wr
 
 
 def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = None) -> Path:
-    """Write the report to ``path`` and return it. Missing folders are made. The file is written completely or
-    not at all.
+    """Write the report as HTML to ``path`` and return that path. Missing folders are made, and an existing
+    file is replaced. The file is written completely or not at all. ``decision`` None: a report without its
+    decision part.
 
-    Raises UserError for a language without a catalog, and OSError if the folder cannot be written.
+    Raises UserError for a language without a catalog, and OSError if the folder cannot be written to.
     """
     text = render_html(poc, lang=lang, decision=decision)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +59,8 @@ def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = N
 
 
 def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str:
-    """Return the report as HTML text, without its decision part if there is no ``decision``. Raises UserError
-    for a language without a catalog."""
+    """Return the report as the text of an HTML page; if ``decision`` is None, without its decision part.
+    Raises UserError for a language without a catalog."""
     words = load_words(lang)
     view = poc_view(poc)
     decision_page = decision_view(poc, decision) if decision is not None else None
@@ -80,15 +81,16 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
 def _labels(
     records: Sequence[ProvenanceRecord], decision: Decision | None, words: Words
 ) -> Mapping[str, str]:
-    """Return anchor -> label of each record and of each number of the decision, for links from figures."""
+    """Return anchor -> label of each record and of each number that the decision is based on. Figures link to
+    these anchors."""
     terms = {term_anchor(t.name): words.name("term", t.name) for t in decision.numbers} if decision else {}
     return {r.anchor: r.label for r in records} | terms
 
 
 def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, Any]:
-    """Return the template's values for the sliders: their data, the hash by which the page's policy allows
-    this script and no other, and constants. Data and hash are empty without a best option.
-    """
+    """Return the values of the page's template for the sliders: the script's data, its hash, by which the
+    page's security policy allows this script and no other, and constants. Without a decision or without a
+    best option, data and hash are ""."""
     from markupsafe import Markup
 
     if decision_page is None or decision_page.best is None:
@@ -121,8 +123,8 @@ def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, An
 
 
 def _swing_css(swings: Sequence[tuple[Figure, Figure]]) -> Callable[[Figure, Figure], str]:
-    """Return a function of a bar's two ends that gives its position and width as CSS, on a scale from the
-    lowest to the highest end of all ``swings``."""
+    """Return a function that gives the position and width of a bar between two figures as CSS, on a scale
+    from the lowest to the highest known figure of all ``swings``. Unknown figures count as 0."""
     ends = [f.value for swing in swings for f in swing if f.value is not None]
     lowest, span = (min(ends), max(ends) - min(ends) or 1.0) if ends else (0.0, 1.0)
 
@@ -134,10 +136,11 @@ def _swing_css(swings: Sequence[tuple[Figure, Figure]]) -> Callable[[Figure, Fig
 
 
 def render(template: str, words: Words, *, labels: Mapping[str, str] | None = None, **values: Any) -> str:
-    """Render a template of this package with ``helpers`` and the given values.
+    """Return the text of a template of this package, filled with the names of `helpers` and the given values.
 
-    `labels`: anchor -> label of the page's records. If given, a figure that is known and whose source is not
-    among them raises ValueError. A number in the page that is no Figure raises TypeError.
+    ``labels``: anchor -> label of the page's records; None: a page without records. Raises ValueError if
+    ``labels`` are given and do not contain the source of a known figure; TypeError if the page would show a
+    number that is not a Figure.
     """
     import jinja2
 
@@ -153,10 +156,9 @@ def render(template: str, words: Words, *, labels: Mapping[str, str] | None = No
 
 
 def _shown_whole(value: Any) -> Any:
-    """Return the value with characters that change the reading direction replaced, if it is text.
-
-    A bare number raises TypeError, because it has no mark (measured, predicted or assumed).
-    """
+    """Return ``value`` as the page shows it: in a text, characters that change the reading direction are
+    replaced; other values are unchanged. Raises TypeError for a bare number, which has no mark (measured,
+    predicted or assumed)."""
     _no_bare_number(value)
     return value.translate(TURNING) if isinstance(value, str) else value
 
@@ -171,9 +173,9 @@ def _asset(name: str) -> str:
 
 
 def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure], Markup]:
-    """Return a function that shows a figure with its mark and, on a page with records (``labels``), a link to
-    its record. It raises ValueError for a known figure whose source is no record of the page.
-    """
+    """Return a function that shows a figure as HTML with its mark and, if ``labels`` (anchor -> label) are
+    given, as a link to its record. Unknown figures get no mark and no link. The function raises ValueError
+    for a known figure whose source is not in the given ``labels``."""
     from markupsafe import Markup
 
     def num(figure: Figure) -> Markup:
@@ -187,7 +189,9 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
                 '<span class="num {0}">{1}<i class="tag" role="img" aria-label="{2}" title="{2}"></i></span>'
             ).format(css, text, mark)
         if figure.source not in labels:
-            raise ValueError(f"{text} ({mark}) is from no record of this page: {figure.source!r}")
+            raise ValueError(
+                f"the figure {text} ({mark}) has the source {figure.source!r}, which is no record of this page"
+            )
         live_attribute = Markup(' data-stage="{}"').format(figure.live) if figure.live else ""
         tooltip = words.get("mark_of", mark=mark, record=labels[figure.source])
         return Markup(
@@ -199,9 +203,13 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
 
 
 def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]:
-    """Return the names that templates use: the functions ``t`` (a text of the catalogs, filled), ``num`` (a
-    figure), ``say`` (a sentence, a figure or a text), ``moment`` (a date) and ``asset`` (a file of this
-    package, unescaped), makers of figures, anchors and labels.
+    """Return the names that all templates can use.
+
+    Functions: ``t`` (text of a key of the word catalogs, filled), ``num`` (a figure with its mark), ``say``
+    (a sentence, a figure or a text), ``moment`` (a date) and ``asset`` (the content of a file of this
+    package, not escaped). Makers of figures: ``assumed``, ``counted`` (measured) and ``guessed`` (predicted).
+    Anchors of records: those that begin with ``of_``. Constants: ``labels`` (empty if None) and
+    ``case_classes``.
     """
     from markupsafe import Markup, escape
 
@@ -234,7 +242,8 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
         return Markup(_asset(name))
 
     def moment(iso: str) -> str:
-        """Format ``2026-03-01T09:30:00+00:00`` for readers."""
+        """Return a time in ISO format for readers: "2026-03-01 09:30 UTC" for "2026-03-01T09:30:00+00:00",
+        and unchanged if it is not in UTC."""
         return iso[:16].replace("T", " ") + " UTC" if iso.endswith("+00:00") else iso
 
     return {
@@ -280,14 +289,17 @@ def _drawings(view: PocView, words: Words) -> Mapping[str, Any]:
 
 
 def largest(*figures: Figure) -> float:
-    """Return the common scale of several bars: the largest known value, or 1 if there is none or it is 0."""
+    """Return the value that the full width of several bars stands for: the largest known value of
+    ``figures``, or 1 if none is known or the largest is 0."""
     return max((f.value for f in figures if f.value is not None), default=1.0) or 1.0
 
 
 def _forest_reach(view: PocView) -> float:
-    """Return half the width of the strips that show the verdicts' intervals, in units of the margin.
+    """Return the value at the right end of the strips that show the verdicts' intervals, in units of the
+    margin; the left end is its negative.
 
-    All strips share this scale, and contain every interval and the margin.
+    It is the same for all verdicts, and 10 % more than the farthest end of any interval, or than 1.3 if that
+    is more.
     """
     widest = max((max(map(abs, v.in_margins)) for v in view.verdicts if v.in_margins), default=1.0)
     return 1.1 * max(1.3, widest)

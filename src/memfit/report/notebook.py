@@ -32,9 +32,11 @@ _STYLE = """<style>
 
 
 def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: int, fits: bool) -> str:
-    """Return HTML with the title, whether the plan fits ``cap_bytes`` of the machine, a table of the kinds of
-    memory with their intervals, the memory at the peak by category as a bar, and warnings: that splitting the
-    batch may change the training, and at most five assumptions that are not taken from the batch."""
+    """Return HTML for a notebook, in this order: ``title``, the plan's label, whether it fits ``cap_bytes``
+    of ``machine`` (as ``fits`` says), and the phase of the peak; a table of the predicted kinds of memory
+    (allocated, reserved, device, host), each with its range; a bar of the memory at the peak by category; a
+    warning if splitting the batch may change the training or this was not tested; and the first five of the
+    assumptions that are not taken from the batch."""
     verdict = f'<b class="{"fits" if fits else "not"}">{"fits" if fits else "does not fit"}</b>'
     kinds = {
         "allocated": estimate.allocated_bytes,

@@ -17,10 +17,14 @@ _COLUMNS: Final = ("module", "why", "alone", "gradient", "autocast", "loss")
 
 
 def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> None:
-    """Print a table of the modules that need float32 and of the worst `MOST` of those that do not; then
-    whether the loss function or the root needs it, the ``islands=`` lines for the Job, the modules that rely
-    on sums in float32, and how far the loss moves without and with the islands. Raises UserError for an
-    unknown `lang`."""
+    """Print advice on which modules to compute in float32.
+
+    First a table of the modules that must be, and the worst `MOST` (12) of the others. Then, each if it
+    applies: how many others there are; that the loss function or the root's own code must be; that no module
+    must be, or the ``islands=`` lines for the Job, without and under autocast; the modules that rely on
+    torch's summing in float32. Last, how far the loss moves without and with the islands. Raises UserError
+    for an unknown ``lang``.
+    """
     words = load_words(lang)
     title = words.get(
         "precision.title",

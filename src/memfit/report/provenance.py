@@ -28,10 +28,11 @@ MARGIN = "record-margin"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ProvenanceRecord:
-    """One source of figures, to which they link by its ``anchor``.
+    """One source of figures. Figures link to its ``anchor``, an id in the HTML page.
 
-    ``label``: short name shown in figures' links. ``what``: what it is. ``of``: anchors of the records it is
-    derived from. ``facts``: (statement, source, date). ``sources``: further texts on its origin.
+    ``label``: short name shown in these links, such as "R1". ``what``: sentence on what it is. ``of``:
+    anchors of the records that it is derived from. ``facts``: (statement, source, date) of the catalog.
+    ``sources``: texts on where it is from, such as the command line of the PoC. ``date``: "" if it has none.
     """
 
     anchor: str
@@ -48,59 +49,62 @@ def _named(kind: str, *parts: str) -> str:
 
 
 def run_anchor(index: int) -> str:
-    """Return the anchor of the PoC's run with this index, from 0."""
+    """Return the anchor of the run with this index in the PoC's list of runs: "run-1" for index 0."""
     return f"run-{index + 1}"
 
 
 def group_anchor(role: str, plan: Plan) -> str:
-    """Return the anchor of the runs of one plan in one role taken together: of those that completed, or of
-    all if none did."""
+    """Return the anchor of the record for all runs of one plan in one role ("baseline", "recommended" or
+    "ablation"). It is derived from those of these runs that completed, or from all if none did."""
     return _named("runs", role, plan.fingerprint)
 
 
 def prediction_anchor(plan: Plan) -> str:
-    """Return the anchor of the predictions for a plan at the PoC's own size."""
+    """Return the anchor of the predictions for ``plan`` at the size that the PoC ran."""
     return _named("prediction", plan.fingerprint)
 
 
 def verdict_anchor(name: str) -> str:
-    """Return the anchor of the verdict with this name."""
+    """Return the anchor of the verdict with this name: "recommended", or an ablation's name."""
     return _named("verdict", name)
 
 
 def paper_anchor(index: int) -> str:
-    """Return the anchor of the PoC's prediction at paper size with this index, from 0."""
+    """Return the anchor of the prediction with this index in the PoC's list of predictions at paper size:
+    "paper-1" for index 0."""
     return f"paper-{index + 1}"
 
 
 def reach_anchor(index: int) -> str:
-    """Return the anchor of the entry with this index, from 0, in the PoC's list of the largest sizes that fit
-    a machine."""
+    """Return the anchor of the entry with this index in the PoC's list of the largest sizes that fit a
+    machine: "reach-1" for index 0."""
     return f"reach-{index + 1}"
 
 
 def interaction_anchor(index: int) -> str:
-    """Return the anchor of the PoC's interaction table with this index, from 0."""
+    """Return the anchor of the table with this index in the PoC's list of interactions of two techniques:
+    "interaction-1" for index 0."""
     return f"interaction-{index + 1}"
 
 
 def way_anchor(index: int) -> str:
-    """Return the anchor of the decision's option with this index, from 0."""
+    """Return the anchor of the option with this index in the decision's list: "way-0" for index 0."""
     return f"way-{index}"
 
 
 def stage_anchor(name: str) -> str:
-    """Return the anchor of a stage of the roll-out: poc, pilot or full."""
+    """Return the anchor of the stage of the roll-out with this name ("poc", "pilot" or "full"):
+    "stage-pilot"."""
     return f"stage-{name}"
 
 
 def term_anchor(name: str) -> str:
-    """Return the anchor of a number that the decision is based on (a Term)."""
+    """Return the anchor of the number with this name that the decision is based on: "term-years"."""
     return f"term-{name}"
 
 
 def machine_anchor(name: str) -> str:
-    """Return the anchor of a machine."""
+    """Return the anchor of the record for the machine with this name."""
     return _named("machine", name)
 
 
@@ -108,12 +112,12 @@ def machine_anchor(name: str) -> str:
 
 
 def poc_records(poc: Poc, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
-    """Return the records of the PoC: itself, its runs, the runs of each plan together, its predictions (at
-    its own size, at paper size, and of the largest sizes that fit), its verdicts and interaction tables, and
-    the source of the metric's margin if it is known.
+    """Return the records of the PoC, in this order: the PoC itself; each run; the runs of each plan together;
+    each predicted plan at its own size; each prediction at paper size; each largest size that fits a machine;
+    each verdict; each interaction table; the source of the metric's margin, if it is known; the predictions
+    for the job's published sizes, if there are any.
 
-    `case_created`: when predictions for the job's published sizes were stored, which gives a record too; ""
-    if there are none.
+    ``case_created``: when those last predictions were made; "" if there are none.
     """
     records = [_poc(poc), *_runs(poc), *_groups(poc), *_predictions(poc), *_outlook(poc), *_tests(poc)]
     if case_created:
@@ -161,8 +165,8 @@ def _groups(poc: Poc) -> Iterator[ProvenanceRecord]:
 
 
 def choices(poc: Poc) -> tuple[Choice, ...]:
-    """Return the plans of the search that the report shows, each once: plain training, the recommended plan
-    if there is one, the frontier, and the smallest plan."""
+    """Return the plans of the search that the report shows, in this order and each only once: plain training,
+    the recommended plan if there is one, the frontier, and the plan that needs the least memory."""
     search = poc.search
     best = [search.recommended] if search.recommended else []
     candidates = (search.baseline, *best, *search.frontier, search.smallest)
@@ -212,7 +216,8 @@ def _tests(poc: Poc) -> Iterator[ProvenanceRecord]:
 
 
 def decision_records(decision: Decision) -> tuple[ProvenanceRecord, ...]:
-    """Return the records of the decision: options, saving, and stages and gates if there are any."""
+    """Return the records of the decision: one for each option, one for the saving, and, if there are stages,
+    one for each of them and one for the gates."""
     return (*_ways(decision), *_saving(decision), *_stages(decision))
 
 
@@ -248,9 +253,9 @@ def _way_of(decision: Decision, machine: str) -> tuple[str, ...]:
 def report_records(
     poc: Poc, decision: Decision | None, case_created: str = ""
 ) -> tuple[ProvenanceRecord, ...]:
-    """Return all records that figures of a page may link to, except the numbers that the decision is based on
-    (its terms), which have their own table.
-    """
+    """Return all records of a page: those of the PoC, of the decision (if it is not None) and of machines.
+    The numbers that the decision is based on have no records; the page lists them in a table of their own, to
+    which figures link too. ``case_created``: see `poc_records`."""
     of_decision = decision_records(decision) if decision is not None else ()
     return (*poc_records(poc, case_created), *of_decision, *machine_records(poc, decision))
 
@@ -259,9 +264,9 @@ def report_records(
 
 
 def machine_records(poc: Poc, decision: Decision | None) -> tuple[ProvenanceRecord, ...]:
-    """Return one record for each machine that the PoC's predictions at other sizes or the decision's options
-    name, with the catalog's facts on it, each with source and date; without facts if it is not in the
-    catalog."""
+    """Return one record for each machine of the PoC's predictions at paper size and of largest sizes, and of
+    the decision's options, in this order. It has the catalog's known facts on the machine, each with source
+    and date, and none if the machine is not in the catalog."""
     names = [*(row.machine for row in poc.paper), *(row.machine for row in poc.reach)]
     names += [way.machine for way in decision.ways if way.machine] if decision is not None else []
     return tuple(_machine(name, f"M{i}") for i, name in enumerate(dict.fromkeys(names), 1))

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Mark(enum.StrEnum):
-    """How a number is known. A number computed from several takes the weakest of their marks."""
+    """How a number is known: measured, predicted or assumed."""
 
     MEASURED = "measured"  # read or counted in this PoC
     PREDICTED = "predicted"  # computed before running
@@ -24,14 +24,14 @@ class Mark(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A number with unit, mark and source.
+    """A number with unit, mark and source. ``value`` None: unknown.
 
-    ``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, saving (in percent), times, points,
-    rate (a bare number with more digits), years, hours, steps, runs, factor, ``money SYMBOL DECIMALS``, or
-    another one, such as the metric's, that is shown after the number. ``value`` is None if it is unknown.
-    ``signed``: whether a positive value has a plus sign. ``source``: anchor of the record it comes from; a
-    page that lists its records shows no figure without one. ``live``: name by which the page's script finds
-    it.
+    ``unit``: "bytes", "s", "j", "usd", "g", "count", "parameters", "ratio", "percent", "saving" (in percent),
+    "times" (a multiple), "points" (percentage points), "rate" (a bare number with more digits), "years",
+    "hours", "steps", "runs", "factor", "money SYMBOL DECIMALS" ("money $ 2"), or any other, such as that of a
+    job's metric, which is shown after the number. ``signed``: whether a positive value is shown with a plus
+    sign. ``source``: anchor of the record it comes from, or "". A page that lists its records shows no known
+    figure without one. ``live``: name by which the page's script finds it, or "".
     """
 
     value: float | None
@@ -44,34 +44,33 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sentence:
-    """A key of the word catalogs with the values of its placeholders: figures, texts by others, or further
-    sentences.
-    """
+    """A sentence that is not yet in a language: a key of the word catalogs, and ``values``, which fill the
+    placeholders of its text: name -> figure, text or further sentence."""
 
     key: str
     values: Mapping[str, Figure | str | Sentence] = dataclasses.field(default_factory=dict)
 
 
 def measured(value: float | None, unit: str, source: str = "") -> Figure:
-    """Return a measured figure; ``source``: anchor of its record."""
+    """Return a figure marked as measured. ``value`` None: unknown. ``source``: anchor of its record."""
     return Figure(value=value, unit=unit, mark=Mark.MEASURED, source=source)
 
 
 def predicted(value: float | None, unit: str, source: str = "") -> Figure:
-    """Return a predicted figure; ``source``: anchor of its record."""
+    """Return a figure marked as predicted. ``value`` None: unknown. ``source``: anchor of its record."""
     return Figure(value=value, unit=unit, mark=Mark.PREDICTED, source=source)
 
 
 def assumed(value: float | None, unit: str, source: str = "") -> Figure:
-    """Return an assumed figure; ``source``: anchor of its record."""
+    """Return a figure marked as assumed. ``value`` None: unknown. ``source``: anchor of its record."""
     return Figure(value=value, unit=unit, mark=Mark.ASSUMED, source=source)
 
 
 def sourced(value: T, source: str) -> T:
-    """Return the value with ``source`` set on every figure in it that has none.
+    """Return ``value`` with ``source`` set on every figure in it whose source is "".
 
-    Figures are found in tuples, mappings and dataclasses of this package, also nested ones; other values are
-    returned as they are.
+    Figures are found in tuples, mappings and the dataclasses of memfit.report, also nested ones. Anything
+    else is returned unchanged.
     """
     result: Any = value
     if isinstance(value, Figure):
@@ -102,15 +101,20 @@ _SUFFIXES: Final = {"": ""} | _PERCENT | dict.fromkeys(_WORDED, "")
 
 
 def difference_unit(unit: str) -> str:
-    """Return the unit of a difference of two values in ``unit``: points for "%" and "percentage points",
-    otherwise the same unit."""
+    """Return the unit of the difference of two values in ``unit``: "points" for "%" and "percentage points",
+    otherwise ``unit``."""
     return "points" if unit in ("%", "percentage points") else unit
 
 
 def number_text(value: float, unit: str) -> str:
-    """Format ``(2048, "bytes")`` as ``2 KiB``. Other numbers have three significant digits, or two below 1,
-    unless their unit has a form of its own: money is exact to the coin, a rate has five digits, a whole count
-    all of them. Units that are words of a language are not added."""
+    """Return a number with its unit: "2 KiB" for ``(2048, "bytes")``.
+
+    Bytes are shown by `format_bytes` and seconds by `format_seconds`. Money is exact to its smallest coin. A
+    "rate" has five significant digits. A whole number of the units "count", "years", "hours", "steps" and
+    "runs" has all its digits. "usd", "j", "g" and "parameters" have three significant digits; the last three
+    are scaled, as in "1.5 kWh". All others have three, or two if they are below 1. Units that are words of a
+    language ("ratio", "points", "years", "hours", "steps", "runs", "factor") are not added.
+    """
     if unit == "bytes":
         return format_bytes(value)
     if unit == "s":
@@ -130,9 +134,8 @@ def number_text(value: float, unit: str) -> str:
 
 
 def _cash(value: float, unit: str) -> str:
-    """Format ``(1234.5, "money $ 2")`` as ``$1,234.50``, to the smallest coin, with the sign before the
-    symbol.
-    """
+    """Return money with its symbol: "$1,234.50" for ``(1234.5, "money $ 2")``, where 2 is the number of
+    decimals. A minus sign comes before the symbol, and is left out if the shown amount is 0."""
     _, symbol, decimals = unit.split(" ")
     text = f"{abs(value):,.{int(decimals)}f}"
     sign = "-" if value < 0 and any(c in "123456789" for c in text) else ""
@@ -140,8 +143,8 @@ def _cash(value: float, unit: str) -> str:
 
 
 def figure_text(figure: Figure, words: Words) -> str:
-    """Format the figure in the language of ``words``. A value that is unknown or not finite is said to be not
-    measured, not predicted or not known, by its mark."""
+    """Return the figure as text in the language of ``words``. A value that is None or not finite is shown as
+    "not measured", "not predicted" or "not known", for the marks measured, predicted and assumed."""
     if figure.value is None or not math.isfinite(figure.value):
         return words.get(f"missing.{figure.mark}")
     if figure.unit == "times":
@@ -155,7 +158,8 @@ def figure_text(figure: Figure, words: Words) -> str:
 
 
 def _times(ratio: float) -> str:
-    """Format a multiple with the precision used in running text: ``3.4``, ``31``."""
+    """Return a multiple as in running text: with two significant digits below 10 ("3.4"), else rounded to a
+    whole number ("31")."""
     return _plain(ratio, 2) if ratio < 10 else f"{math.floor(ratio + 0.5):,}"
 
 
@@ -165,7 +169,8 @@ def sentence_text(sentence: Sentence, words: Words) -> str:
 
 
 def value_text(value: Figure | str | Sentence, words: Words) -> str:
-    """Return a figure, a text or a sentence as text in the language of ``words``."""
+    """Return a figure, a text or a sentence as text in the language of ``words``. A text is translated if the
+    catalogs have a translation of it."""
     if isinstance(value, Figure):
         return figure_text(value, words)
     return words.of(value) if isinstance(value, str) else sentence_text(value, words)
@@ -177,8 +182,8 @@ def _scaled(value: float, scales: tuple[tuple[float, str], ...]) -> str:
 
 
 def _plain(value: float, digits: int) -> str:
-    """Format with `digits` significant digits, never in exponent form: ``0.00012``, ``1,230``. At most nine
-    decimals are shown, so that tinier values appear as zero."""
+    """Return ``value`` rounded to ``digits`` significant digits, with commas and never in exponent form:
+    "0.00012", "1,230". At most nine decimals are shown, so values below 5e-10 look like zero."""
     value = float(f"{value:.{digits - 1}e}")
     if value == 0:
         return "0"

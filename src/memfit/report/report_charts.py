@@ -12,10 +12,8 @@ from memfit.types.units import GIB, KIB, MIB
 
 
 def timeline_plot(timelines: Sequence[Timeline], *, cap: Figure, words: Words) -> str:
-    """Return the memory timelines as steps: measured ones filled, predicted ones as a line on top.
-
-    "" if there are none.
-    """
+    """Return the plot of live memory over one step as SVG text, or "" if there are no timelines. All lines
+    are stepped; the area below measured ones is filled. A level line shows the memory ``cap``."""
     if not timelines:
         return ""
     highest = [float(max(t.values)) for t in timelines]
@@ -43,7 +41,8 @@ def _timeline(timeline: Timeline) -> charts.Line:
 
 
 def _bytes_axis(title: str, values: Sequence[float]) -> charts.Axis:
-    """Return an axis whose ticks are round in the unit shown."""
+    """Return an axis from 0 whose labels are in GiB, MiB, KiB or B, the largest of which the largest value is
+    at least two (else B), with ticks that are round in this unit."""
     scale = next((s for s in (GIB, MIB, KIB) if max(values) >= 2 * s), 1)
     name = {GIB: "GiB", MIB: "MiB", KIB: "KiB"}.get(scale, "B")
     return charts.axis(title, values=values, scale=scale, text=lambda v: f"{v / scale:,g} {name}")
@@ -55,10 +54,10 @@ def _cap_rule(cap: Figure, words: Words, *, vertical: bool = False) -> charts.Ru
 
 
 def pareto_plot(view: PocView, words: Words) -> str:
-    """Return the plot of peak memory and step time: plans as predicted as rings, the frontier as a staircase,
-    and plans as measured as filled dots.
+    """Return the plot of step time over peak memory as SVG text, or "" if no plan has both figures.
 
-    "" if no plan has both figures.
+    Rings are predicted plans: plain training, the frontier and the recommended plan. Filled dots are plans as
+    measured. The frontier is also drawn as a staircase, and the memory cap as an upright line.
     """
     search = view.search
     dots = _rings(search, words) + _filled(view, words)
@@ -77,9 +76,9 @@ def pareto_plot(view: PocView, words: Words) -> str:
 
 
 def _stairs(search: SearchView) -> list[tuple[float, float]]:
-    """Return the (peak, step time) of the frontier's plans, without those that another plan beats in memory
-    and time and that are on the frontier only for their milder effect class.
-    """
+    """Return (peak, step time) of those plans of the frontier that are faster than all plans with a smaller
+    peak, by increasing peak. Plans that are on the frontier only because they change results less are thus
+    left out, and so are plans without a known peak or step time."""
     points = sorted((r.peak.value, r.step.value) for r in search.frontier if r.peak.value and r.step.value)
     corners: list[tuple[float, float]] = []
     for peak, step in points:
@@ -133,7 +132,8 @@ def _hint(plan: str, peak: Figure, step: Figure, words: Words) -> str:
 
 
 def loss_plot(curves: Sequence[LossCurve], words: Words) -> str:
-    """Return the plot of the loss curves; "" if there are none."""
+    """Return the plot of loss over step number as SVG text, one line for each curve; "" if there are no
+    curves."""
     if not curves:
         return ""
     longest = max(len(c.values) for c in curves)

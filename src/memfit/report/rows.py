@@ -11,8 +11,14 @@ from memfit.types.result import Poc
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """One run. ``peak_error`` and ``step_error``: predicted minus measured, in % of the measured value;
-    ``process_peak``: memory of the process above that at its start; ``overhead``: its ratio to ``peak``."""
+    """One run.
+
+    ``predicted_peak``, ``peak`` and ``peak_error``: predicted and measured peak of live tensors, and
+    predicted minus measured in % of measured; the same for ``step``, the median step time. Measured peak,
+    step and metric are unknown if the run did not complete. ``capped``: whether it ran under the memory cap.
+    ``outcome``: ok, oom, timeout or failed; ``reason``: what happened if it is not ok. ``process_peak``: how
+    much memory the process took more than at its start; ``overhead``: ``process_peak`` / ``peak``.
+    """
 
     name: str
     role: str
@@ -34,8 +40,8 @@ class RunRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseRow:
-    """Predicted and measured peak of one phase of a plan. ``error``: predicted minus measured, in % of the
-    measured value."""
+    """Predicted and measured peak of live tensors in one phase (such as "forward") of one plan. ``error``:
+    predicted minus measured, in % of measured."""
 
     role: str
     plan: str
@@ -47,7 +53,9 @@ class PhaseRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRow:
-    """One plan that was run, over all its completed runs. ``share``: its peak in % of plain training's."""
+    """One plan that was run, over all its runs. ``role``: baseline, ablation or recommended. ``peak``: the
+    largest of its completed runs; ``step``: the median of their step times; ``share``: its peak in % of that
+    of plain training."""
 
     role: str
     plan: str
@@ -60,8 +68,12 @@ class PlanRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceRow:
-    """What one run of ``steps`` steps takes: the figure of one step times the number of steps, but the energy
-    of a whole run if it was measured. ``boundary``: what the energy includes."""
+    """What one run of ``steps`` optimizer steps takes.
+
+    ``time``: measured step time times ``steps``; predicted if none was measured. ``energy``: measured for
+    whole runs, or predicted for one step times ``steps``; ``boundary``: what it includes. ``money`` and
+    ``carbon`` (grams of CO2): predicted for one step times ``steps``.
+    """
 
     role: str
     plan: str
@@ -75,7 +87,8 @@ class ResourceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Live bytes over one step, from its start to its end, measured or predicted."""
+    """Bytes of live tensors over one step: ``values`` at equal distances from its start to its end. ``mark``:
+    measured or predicted."""
 
     role: str
     mark: Mark
@@ -84,7 +97,7 @@ class Timeline:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LossCurve:
-    """Loss per step of one run."""
+    """The loss of each step of one run, in order."""
 
     role: str
     seed: int
@@ -93,11 +106,13 @@ class LossCurve:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceRow:
-    """A plan of the search.
+    """A plan of the search, as predicted.
 
-    ``low`` and ``high``: range of its peak. ``needed``: bytes compared with the memory. ``device``: low,
-    expected and high bytes on the device; None if they are not predicted, as on a CPU. ``traced``: traced as
-    a whole, not estimated from traces of parts. ``reasons``: why techniques are in it or were left out.
+    ``effect``: class of its effect on results, "E0" to "E3". ``peak``, ``low`` and ``high``: peak of live
+    tensors and its range. ``needed``: bytes that were compared with the cap. ``device``: low end, value and
+    high end of the memory held on the device; None if that is not predicted, as on a CPU. ``traced``: True if
+    the plan was traced as a whole, False if it was estimated from traces of parts. ``reasons``: why each
+    technique is in the plan or was left out.
     """
 
     plan: str
@@ -116,10 +131,12 @@ class ChoiceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VerdictRow:
-    """A verdict.
+    """A verdict: whether a plan's results are equivalent to those of plain training.
 
-    ``low`` and ``high``: interval of the ``difference``, in the metric's unit; ``in_margins`` has the same in
-    units of the margin, for drawing, None if they are unknown.
+    ``kind``: equivalent, different or undecided. ``difference``: of the metric, in its unit, with the
+    interval ``low`` to ``high``; results within the ``margin`` count as equivalent. ``in_margins``: low,
+    difference and high divided by the margin, for drawing; None if one of them is unknown or the margin is
+    unknown or 0.
     """
 
     name: str
@@ -140,7 +157,9 @@ class VerdictRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InteractionTable:
-    """A 2 x 2 table of two techniques and their interaction."""
+    """A measured quantity ("peak_bytes", "step_s" or "metric") without two techniques, with each of them
+    alone, and with both. ``interaction``: both - first_only - second_only + neither; 0 means that the effects
+    add up."""
 
     first: str
     second: str
@@ -154,8 +173,9 @@ class InteractionTable:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PaperSide:
-    """One plan at paper size on one machine of the catalog. Energy, money and carbon are those of 1,000
-    steps; ``boundary``: what the energy includes."""
+    """The prediction for one plan at paper size on one machine of the catalog. ``step``: time of one step.
+    Energy, money and carbon (grams of CO2) are those of 1,000 steps; ``boundary``: what the energy includes.
+    """
 
     plan: str
     fits: bool
@@ -169,7 +189,8 @@ class PaperSide:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PaperView:
-    """The job at paper size on one machine, plain and recommended."""
+    """Predictions for the job at paper size on one machine: with plain training, and with the best plan that
+    fits (``recommended``; None if none fits). ``memory``: that of the device."""
 
     machine: str
     size: str
@@ -181,8 +202,13 @@ class PaperView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LargestSizeRow:
-    """The largest size that fits one machine, with plain training (``plain``) and with the smallest allowed
-    plan (``recommended``). ``factor``: the second over the first."""
+    """The largest size of the job that fits one machine: with plain training (``plain``), and with the
+    allowed plan that needs the least memory (``recommended``). ``factor``: recommended / plain.
+
+    ``quantity``: "parameters" or "length", what the two numbers count. ``plain_label`` and
+    ``recommended_label``: names of these sizes. ``at_limit``: the largest size that was tried fits, so larger
+    ones may fit too.
+    """
 
     machine: str
     quantity: str
@@ -196,7 +222,8 @@ class LargestSizeRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchView:
-    """A search result as rows. ``sensitivity``: what changes of the machine would bring."""
+    """The result of a search as rows. ``considered``: how many plans were. ``smallest``: the plan that needs
+    the least memory. ``sensitivity``: what changes of the machine would bring, such as more memory."""
 
     goal: str
     considered: Figure
@@ -210,8 +237,12 @@ class SearchView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EstimateView:
-    """What the peak consists of: (name, bytes, % of the peak), largest first. ``phases``: peak of each phase,
-    in order; ``device_parts``: memory held on the device, in % of its sum."""
+    """The prediction for one plan.
+
+    ``categories``, ``modules``: what the peak of live tensors consists of, (name, bytes, % of the peak),
+    largest first. ``phases``: (name, peak in this phase, % of the peak), in the order of the step.
+    ``device_parts``: what the device holds beside tensors, (name, bytes, % of the sum of these parts).
+    """
 
     plan: str
     peak: Figure
@@ -231,7 +262,8 @@ class EstimateView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PocView:
-    """Everything that the report of a PoC shows."""
+    """Everything that the report of a PoC shows, its decision part aside. ``ladder``: one row for each plan
+    that was run. ``naive``: the metric of a naive rule, for comparison."""
 
     poc: Poc
     answer: tuple[Sentence, ...]

@@ -14,7 +14,9 @@ _MOVED: Final = ("energy", "hardware", "labour", "setup", "runs", "utilisation")
 
 
 def sliders(decision: Decision) -> Mapping[str, Mapping[str, float]]:
-    """Return slider -> its start, low end, high end and step."""
+    """Return the sliders of the page, each with its "start", "low" end, "high" end and "step": energy (price
+    of a kWh), hardware (factor on prices), labour (price of an hour), setup (hours), runs (per year) and
+    utilisation (0.05 to 1)."""
     t = decision.terms
     energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
     usual_energy = energy or 0.2 * t.per_usd
@@ -32,19 +34,21 @@ def sliders(decision: Decision) -> Mapping[str, Mapping[str, float]]:
 
 
 def _slider(start: float, low: float, high: float, step: float) -> Mapping[str, float]:
-    """Return a slider's start, low end, high end and step, with the ends moved so that the start lies within
-    them and on a step.
+    """Return a slider's "start", "low" end, "high" end and "step". The low end is raised by less than a step,
+    or lowered to the start if it is above, so that the start is on a step counted from it; it is at least 0.
+    The high end is raised to the start if it is below.
 
-    A browser keeps a slider within its range and on its steps, which count from the low end.
+    A browser keeps a slider within its ends and on such steps.
     """
     low = start - math.floor((start - low) / step + 1e-9) * step if start > low else start
     return {"start": start, "low": max(0.0, low), "high": max(high, start), "step": step}
 
 
 def _stages(decision: Decision) -> Mapping[str, Any]:
-    """Return what decision.js needs to compute the money of the stages again: energy and hours of the PoC,
-    the indices of the options of pilot and full stage, which keep their machines when sliders move, and the
-    most expensive ends of the ranges. None for what is unknown."""
+    """Return what decision.js needs to compute the money of the stages again: "poc" (energy in joules and
+    hours of work), "pilot" and "full" (indices of their options, which keep their machines when sliders
+    move), each None if unknown; and "ends", at which end of its range each number makes the pilot most
+    expensive."""
     stages = {stage.name: stage for stage in decision.stages}
     poc, pilot, full = (stages.get(name) for name in ("poc", "pilot", "full"))
     return {
@@ -56,10 +60,13 @@ def _stages(decision: Decision) -> Mapping[str, Any]:
 
 
 def slider_inputs(decision: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any]:
-    """Return what decision.js needs to compute the costs of all options again: the options, the common terms,
-    which kinds of option are the user's own, the user's own terms, which terms each offer replaces, which
-    option is in which column (``slots``: (column, index of the option)), sliders, stages, currency and
-    ranges.
+    """Return what decision.js needs to compute the costs of all options again, ready for JSON.
+
+    The keys: "ways" (the options), "terms" (numbers common to all), "own" (kind "purchase" or "cloud" ->
+    whether the user has given such an option), "own_terms" (the user's numbers for them), "offers" (which
+    terms they replace), "slots" (which option is in which column; from ``slots``, (column, index of the
+    option)), "sliders", "stages", "symbol" and "decimals" (of the currency), and "swings" (ranges of
+    numbers).
     """
     own_kinds = {w.kind for w in decision.ways if not w.of_catalog}
     names = {swing.name for swing in decision.swings}

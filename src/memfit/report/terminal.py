@@ -49,11 +49,9 @@ Parts = Sequence[tuple[str, Figure, Figure]]
 
 
 def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
-    """Print the workload, that the PoC was interrupted if it was, the answer, every run, why runs failed, the
-    verdicts, the effort, the notes, the report's path, and how long the PoC took.
-
-    Raises UserError for an unknown `lang`.
-    """
+    """Print, in this order and each if there is one: the workload, that the PoC was interrupted, the three
+    sentences of the answer, a table of the runs, why runs failed, the verdicts, the effort, the notes, and
+    the path of the report with how long the PoC took. Raises UserError for an unknown ``lang``."""
     words, view = load_words(lang), poc_view(poc)
     if poc.workload is not None:
         console.print(Text(workload_text(poc.workload, words)))
@@ -80,12 +78,17 @@ _COSTED_STEPS = 1000
 def print_search(
     result: SearchResult, *, console: Console, lang: str, correction: Calibration | None = None
 ) -> None:
-    """Print the goal and the memory cap, the memory and the step time of plain training, cautions, and the
-    frontier (at most twelve rows, and the recommended plan); then the plans tried for a few steps, the
-    recommended plan with the cost of 1,000 steps and its reasons, and what changes of the machine would
-    bring. Without a recommended plan, print after the frontier only what the smallest plan needs.
-    ``correction``: the calibration by which step times were corrected. Raises UserError for an unknown
-    `lang`."""
+    """Print the result of a search: goal, memory cap and number of plans; memory and step time of plain
+    training; why the cap is a part of that, for a demonstration; cautions; and a table of the frontier, of
+    more than twelve plans only twelve and the recommended one.
+
+    If a plan is recommended, then the plans that were tried for a few steps, the recommended plan, the time,
+    cost and CO2 of 1,000 steps with it, its reasons, and what changes of the machine would bring. Otherwise
+    only that no plan fits and what the smallest needs.
+
+    ``correction``: the calibration that corrected the step times by runs, or None. Raises UserError for an
+    unknown ``lang``.
+    """
     words, view = load_words(lang), search_view(result)
     cap = _text(view.cap, words)
     goal = words.name("goal", view.goal)
@@ -125,8 +128,8 @@ def print_search(
 def _print_cautions(
     result: SearchResult, correction: Calibration | None, words: Words, console: Console
 ) -> None:
-    """Print that the search was interrupted, that timings are noisy, and by which runs step times were
-    corrected, as far as each is the case."""
+    """Print, each if it is the case: that the search was interrupted, that timings are noisy, and by the runs
+    of which PoC the step times were corrected."""
     if result.unfinished:
         console.print(Text(words.get("terminal.unfinished"), style="bold yellow"))
     if result.timings is not None and result.timings.noisy:
@@ -160,8 +163,8 @@ def _noise(timings: Timings, words: Words) -> str:
 
 
 def _cost(result: SearchResult, words: Words) -> str | None:
-    """Return the time, cost and CO2 of 1,000 steps of the recommended plan, or None if there is no such plan
-    or its step time or price is unknown."""
+    """Return the sentence on time, cost and CO2 of 1,000 steps of the recommended plan. None if there is no
+    such plan, or if its step time or its cost is unknown."""
     best = result.recommended.estimate if result.recommended else None
     if best is None or best.step_s is None or best.usd is None:
         return None
@@ -183,10 +186,15 @@ def _correction(calibration: Calibration, words: Words) -> str:
 
 
 def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
-    """Print the predicted memory and step time, whether the host has enough memory, the probability that the
-    plan does not fit, the phase and operator at the peak, a warning if splitting the batch may change the
-    training, the first `MOST_ASSUMPTIONS` assumptions, what the peak consists of, and what is not included;
-    each only if it is known or applies. Raises UserError for an unknown `lang`."""
+    """Print the prediction for one plan, in this order: the peak of live tensors with its range, and the step
+    time; other kinds of memory; whether the host has enough memory; the probability that the plan does not
+    fit; phase and operator of the peak; a warning if splitting the batch may change the training or this was
+    not tested; the first `MOST_ASSUMPTIONS` (5) assumptions; tables of memory by category, phase, module and
+    part of the device; what is not included.
+
+    All but the first and the last are printed only if they are known or apply. Raises UserError for an
+    unknown ``lang``.
+    """
     words, view = load_words(lang), estimate_view(estimate)
     peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
     console.print(Text(words.get("terminal.estimate", plan=view.plan), style="bold"))
@@ -221,8 +229,9 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
 
 
 def _host(estimate: Estimate, words: Words) -> str | None:
-    """Return the sentence on whether the host has the memory that the plan needs there, or that this is
-    unknown. None if no need is predicted, or on a CPU, whose memory is the device's."""
+    """Return the sentence on whether the host has the memory that the plan needs there, or that the host's
+    memory is unknown. None if this need is not predicted, or on a CPU, where the host's memory is the
+    device's."""
     need, host_memory_bytes = estimate.host_bytes, estimate.host_memory_bytes
     if need is None or "tensors" in estimate.host_parts_bytes:
         return None
@@ -241,8 +250,8 @@ def _host(estimate: Estimate, words: Words) -> str | None:
 
 
 def _split(dependence: SampleDependence | None, words: Words) -> Text | None:
-    """Return the warning that splitting the batch changes the training, or that this was not tested. None if
-    the plan does not split it or the samples are independent."""
+    """Return the warning that splitting the batch changes the training, or that it was not tested whether it
+    does. None if the plan does not split the batch or the samples do not depend on each other."""
     if dependence is None or dependence.kind is DependenceKind.INDEPENDENT:
         return None
     if dependence.kind is DependenceKind.NOT_TESTED:
@@ -259,10 +268,8 @@ def _text(figure: Figure, words: Words) -> str:
 
 
 def new_table(columns: Iterable[str], *, left: int = 1) -> Table:
-    """Return a table with these columns and no rows.
-
-    The first `left` columns are text and may wrap; the rest are numbers and may not.
-    """
+    """Return a table with these columns and no rows. The first ``left`` columns are for text, which may wrap;
+    the others are for numbers, right-aligned and never wrapped."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         text = index < left
@@ -351,13 +358,14 @@ def _plain_line(view: SearchView, cap: str, words: Words) -> str:
 
 
 def _need(row: ChoiceRow) -> Figure:
-    """Return the bytes that are compared with the memory, or the peak if the record does not have them."""
+    """Return the bytes that were compared with the cap, or the peak of live tensors if the record is of an
+    older version without them."""
     return row.peak if row.needed.value is None else row.needed
 
 
 def _spread(rows: Sequence[ChoiceRow]) -> list[ChoiceRow]:
-    """Return the rows; of more than twelve the first, the last, ten spread evenly between them, and the
-    recommended plan."""
+    """Return the rows; of more than twelve only the first, the last, ten at equal distances between them, and
+    the recommended plan, in the same order."""
     step = max(1.0, (len(rows) - 1) / (_MOST_ROWS - 1))
     indices = {round(i * step) for i in range(_MOST_ROWS)}
     return [row for i, row in enumerate(rows) if i in indices or row.recommended]
@@ -390,9 +398,10 @@ def _reason(reason: Sentence, words: Words) -> Padding:
 
 
 def _few_modules(parts: Parts, words: Words) -> Parts:
-    """Return the first `MOST_MODULES` modules, with the others combined in one line.
+    """Return the first `MOST_MODULES` (15) modules, and all others together as one more entry, if there are
+    any.
 
-    ``parts``: (path, bytes, share), largest first. The root, whose path is empty, gets a name.
+    ``parts``: (path, bytes, % of the peak), largest first. The root, whose path is "", gets a name.
     """
     modules = [(name or words.get("text.root"), size, share) for name, size, share in parts]
     rest = modules[MOST_MODULES:]

@@ -69,7 +69,8 @@ MAX_POINTS: Final = 600  # most points of one timeline, about one per pixel
 
 
 def poc_view(poc: Poc) -> PocView:
-    """Return everything that the report shows. Parts that are missing in `poc` are empty or None."""
+    """Convert a PoC to the figures, rows and sentences that the report shows. Parts that the PoC lacks are
+    empty or None."""
     groups = by_plan(poc.runs)
     return PocView(
         poc=poc,
@@ -102,8 +103,8 @@ def _group(runs: Sequence[Run]) -> str:
 
 
 def estimate_view(estimate: Estimate) -> EstimateView:
-    """Convert an estimate to rows. Shares are of the peak of live tensors, those of ``device_parts`` of their
-    sum."""
+    """Convert an estimate to rows. Shares are in % of the peak of live tensors, but those of ``device_parts``
+    in % of the sum of these parts."""
     peak, chance = estimate.allocated_bytes, estimate.oom_probability
     return EstimateView(
         plan=estimate.plan.label,
@@ -148,9 +149,10 @@ def _shares(parts: Iterable[tuple[str, int]], whole: float) -> tuple[tuple[str, 
 
 
 def _error(guess: float | None, truth: float | None) -> Figure:
-    """Return predicted minus measured, in % of measured; unknown if one of them is, or if measured is 0.
+    """Return predicted (``guess``) minus measured (``truth``), in % of measured; unknown if one of them is
+    None or if measured is 0.
 
-    It is marked as measured, because it rests on a measurement.
+    It is marked as measured, because it depends on a measurement.
     """
     comparable = guess is not None and truth
     value = 100 * (guess - truth) / truth if comparable and guess is not None and truth else None
@@ -182,8 +184,9 @@ def _run_row(run: Run, metric_unit: str) -> RunRow:
 
 
 def _phase_rows(runs: Sequence[Run]) -> tuple[PhaseRow, ...]:
-    """Return one row per phase of the first completed run with measured phases, which stands for all runs of
-    its plan, or of the first run if there is none."""
+    """Return one row for each phase of one run that stands for all ``runs`` of a plan: the first completed
+    run with measured phases, or the first run if there is none. Phases that were only predicted or only
+    measured have rows too."""
     run = next((r for r in ok_runs(runs) if r.measurement.phase_peak_bytes), runs[0])
     measured_bytes, predicted_bytes = run.measurement.phase_peak_bytes, run.predicted_phase_peak_bytes
     return tuple(
@@ -218,8 +221,8 @@ def _rung(runs: Sequence[Run], base_bytes: int | None) -> PlanRow:
 
 
 def downsample(values: Sequence[int], most: int = MAX_POINTS) -> tuple[int, ...]:
-    """Return the values; of more than `most`, the largest of each of `most` consecutive bins of about equal
-    length, so that no peak is lost."""
+    """Return the values as a tuple, at most ``most`` of them. More values are divided in order into ``most``
+    parts of about equal length, and the largest of each part is returned, so that no peak is lost."""
     if len(values) <= most:
         return tuple(values)
     edges = [i * len(values) // most for i in range(most + 1)]
@@ -246,8 +249,8 @@ def _timelines(poc: Poc) -> tuple[Timeline, ...]:
 
 
 def _losses(runs: Sequence[Run]) -> tuple[LossCurve, ...]:
-    """Return the loss curves of completed runs of plain training and of the recommended plan, one per role
-    and seed: the same seed under another cap is the same training."""
+    """Return the loss curves of completed runs of plain training and of the recommended plan. Of several runs
+    with the same role and seed only the first counts, because the cap does not change the training."""
     curves: dict[tuple[str, int], LossCurve] = {}
     for run in ok_runs(runs):
         spec, losses = run.spec, run.measurement.losses
@@ -291,8 +294,8 @@ def _test(verdict: Verdict) -> Sentence:
 
 
 def _why(verdict: Verdict, cause: Cause) -> Sentence:
-    """Return the reason of the verdict as a sentence. The numbers of seeds and steps are put in as text, not
-    as figures with a mark, because they are names and not quantities."""
+    """Return the reason of the verdict as a sentence. Numbers of seeds and steps are texts in it, not figures
+    with a mark, because they are names and not quantities."""
     values: dict[str, Figure | str | Sentence] = {
         "pairs": measured(verdict.pairs, "count"),
         "seed": str(cause.seed),
@@ -358,10 +361,10 @@ def _resources(runs: Sequence[Run], estimates: Mapping[str, Estimate]) -> Resour
 
 
 def _energy(runs: Sequence[Run], estimate: Estimate | None) -> tuple[Figure, str]:
-    """Return (energy of a run, what it includes): the median over the completed runs with a measurement, else
-    the prediction for one step times the number of steps.
+    """Return (energy of one run, what it includes). The energy is the median over the completed runs for
+    which it was measured; else the predicted energy of one step times the number of steps.
 
-    A measurement counts as predicted if its boundary says that it is modelled.
+    A measured energy is marked as predicted if what it includes contains "model".
     """
     measurements = [r.measurement for r in ok_runs(runs) if r.measurement.energy_j is not None]
     if measurements:

@@ -20,11 +20,10 @@ _JAPANESE: Final = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """The texts of one language.
+    """The texts of one language, ``lang``.
 
-    ``texts`` maps a dotted key (``outcome.oom``) to a text with ``{placeholders}``. ``translations`` maps
-    English texts written by other packages, also with placeholders, to this language; it is empty for
-    English.
+    ``texts``: dotted key, such as "outcome.oom", -> text with ``{placeholders}``. ``translations``: English
+    text of another package, which may have placeholders too, -> the text in this language; empty for English.
     """
 
     lang: str
@@ -32,17 +31,19 @@ class Words:
     translations: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def get(self, key: str, **placeholders: object) -> str:
-        """Return the text of `key` with placeholders filled.
+        """Return the text of ``key`` with its placeholders filled. Placeholders that the text does not have
+        are ignored.
 
-        Raises KeyError for an unknown key, or if the text has a placeholder for which no value is given.
+        Raises KeyError for an unknown key, or if the text has a placeholder that is not given.
         """
         return self.template(key, placeholders).format(**placeholders)
 
     def template(self, key: str, values: Mapping[str, object]) -> str:
-        """Return the text of `key` with its placeholders, which are not filled.
+        """Return the text of ``key`` with its placeholders not yet filled. ``values``: what they will be
+        filled with; it matters in Japanese only, where the space after a placeholder is removed if its value
+        is a text that ends in a Japanese character and the next character is Japanese.
 
-        In Japanese, the space after a placeholder is removed if its value is text that ends in a Japanese
-        character and the text goes on with one.
+        Raises KeyError for an unknown key.
         """
         text = self.texts[key]
         for name, value in values.items() if self.lang == "ja" else ():
@@ -51,14 +52,14 @@ class Words:
         return text
 
     def name(self, group: str, value: str) -> str:
-        """Return the text of the key ``GROUP.VALUE``, for a name that other packages define (a phase, a
-        category); without such a key the name, with spaces for underscores."""
+        """Return the text of the key GROUP.VALUE for a name that another package defines: "setup" of the
+        group "phase". Without such a key, return the name with spaces for underscores."""
         return self.texts.get(f"{group}.{value}", value.replace("_", " "))
 
     def of(self, text: str) -> str:
-        """Return the translation of an English text of another package by ``translations``, or the text
-        unchanged if there is none (a name, a citation, a text by others).
-        """
+        """Return the translation of an English text of another package, also if it is one of ``translations``
+        with its placeholders filled. A text without a translation, such as a proper name or a citation, is
+        returned unchanged."""
         if text in self.translations:
             return self.translations[text]
         for pattern, template in _patterns(self.lang):
@@ -69,12 +70,12 @@ class Words:
         return text
 
     def all(self, group: str) -> tuple[str, ...]:
-        """Return every text in a group, in the catalog's order."""
+        """Return the texts of all keys that begin with GROUP and a dot, in the catalog's order."""
         return tuple(text for key, text in self.texts.items() if key.startswith(f"{group}."))
 
 
 def load_words(lang: str) -> Words:
-    """Load the catalogs of a language. Raises UserError for a language without a catalog."""
+    """Return the texts of a language: "en" or "ja". Raises UserError for any other."""
     if lang not in LANGUAGES:
         raise UserError(f"no such language: {lang!r}", allowed=", ".join(LANGUAGES))
     texts: dict[str, str] = {}
@@ -92,7 +93,8 @@ def _translations(lang: str) -> Mapping[str, str]:
 
 @functools.cache
 def _patterns(lang: str) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Return (pattern, translation) for the English texts with placeholders, longest first."""
+    """Return (pattern that the filled English text matches, translation with placeholders) for each text of
+    ``translations`` that has placeholders, the longest English text first."""
     templates = sorted((text for text in _translations(lang) if "{" in text), key=len, reverse=True)
     return tuple((re.compile(_pattern(text)), _translations(lang)[text]) for text in templates)
 

@@ -8,8 +8,9 @@ from memfit.types.workload import Workload
 
 
 def workload_text(workload: Workload, words: Words | None = None) -> str:
-    """Return the line that describes the workload. If the batch or the length was set by a default, it says
-    so and names the command-line option that sets it. In English if ``words`` is None."""
+    """Return the line that describes the workload: model, number of parameters, batch size and length (or
+    shape) of a sample, and the machine if it is given. If the batch or the length is a default, the line says
+    so and names the command-line option that sets it. ``words`` None: in English."""
     words = words or load_words("en")
     count = workload.parameter_count
     parameters = number_text(count, "parameters" if count >= 1000 else "count")
