@@ -26,10 +26,10 @@ _SWITCHES = {True: ("true", "yes", "on", "1", "y", "t"), False: ("false", "no", 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """The values that a setting accepts. ``kind``: integer, number, switch, text, list, table or any;
-    ``least`` and ``most``: bounds of a number, None for no bound; ``open``: whether ``least`` itself is not
-    accepted; ``values``: the only accepted values, empty if they are not enumerated; ``any_case``: whether
-    the case of these values is ignored."""
+    """The values that a setting accepts. ``kind``: integer, number, switch (true or false), text, list, table
+    (a mapping), or any; ``least`` and ``most``: bounds of a number, None for no bound; ``open``: True if the
+    number must be above ``least``, not equal to it; ``values``: the only accepted values, empty if they are
+    not enumerated; ``any_case``: whether upper and lower case are the same in ``values``."""
 
     kind: str = "any"
     least: float | None = None  # inclusive, unless ``open``
@@ -40,8 +40,10 @@ class Spec:
 
     def takes(self, value: Any, *, spelled: bool) -> bool:
         """Return whether the setting accepts ``value``; None is always accepted. ``spelled``: whether a
-        number or a switch may be written as text. A setting of kind text accepts every value, one of kind
-        list everything but a mapping."""
+        number or a switch may be written as text. If ``values`` is not empty, ``value`` must be one of these,
+        compared as text; a boolean also matches words for it, such as yes. Otherwise ``kind`` decides: any
+        and text accept every value, list all but a mapping, table only a mapping; for the other kinds see
+        `counts` and `switches`."""
         if value is None or (self.kind == "any" and not self.values):
             return True
         if self.values:
@@ -59,8 +61,8 @@ class Spec:
         return any(normalize(str(v)) in spellings for v in self.values)
 
     def counts(self, value: Any, spelled: bool) -> bool:
-        """Return whether ``value`` is a number, or an integer if the kind is integer, within ``least`` and
-        ``most``. ``spelled``: whether it may be written as text."""
+        """Return whether ``value`` is a number within ``least`` and ``most`` and, if the kind is integer, a
+        whole one. true and false count as 1 and 0. ``spelled``: whether the number may be written as text."""
         number = _number(value, spelled)
         is_valid_number = number is not None and (self.kind == "number" or _is_integer(value, number))
         return is_valid_number and self._bounded(number)  # type: ignore[arg-type]
@@ -70,13 +72,15 @@ class Spec:
         return above_minimum and (self.most is None or number <= self.most)
 
     def switches(self, value: Any, spelled: bool) -> bool:
-        """Return whether ``value`` is true, false, 0 or 1 or, if ``spelled``, a word for them such as yes."""
+        """Return whether ``value`` is true, false, 0 or 1. If ``spelled``, also whether its text, in any
+        case, is one of true, yes, on, 1, y, t, false, no, off, 0, n and f."""
         words = (*_SWITCHES[True], *_SWITCHES[False])
         return isinstance(value, bool) or value in (0, 1) or (spelled and str(value).lower() in words)
 
     @property
     def description(self) -> Phrase:
-        """Describe the accepted values by their kind and bounds, such as "integer >= 1"."""
+        """The accepted values by their kind and bounds, such as "integer >= 1"; for a setting whose values
+        are not enumerated."""
         minimum, maximum = "above" if self.open else "at-least", "at-most"
         bounds = [
             phrase(name, limit=f"{limit:g}")
@@ -116,11 +120,12 @@ def _is_integer(value: Any, number: float) -> bool:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
     """The settings of one library, by section; a section is a dotted path, "" is the top level. ``release``:
-    the release that ``now`` describes; ``now``: section -> setting -> accepted values; ``older``: section ->
-    names that this release does not have but other releases, forks or front ends do; ``refuses``: sections
-    in which an unknown key stops the library; ``spelled``: sections in which numbers and switches may be
-    written as text; ``needs``: a top-level key that a file must have to be this library's ("": none);
-    ``shares``: whether a file may hold settings of other programs as well."""
+    name and version of the library that ``now`` describes, such as "DeepSpeed 0.19.8"; ``now``: section ->
+    setting -> accepted values; ``older``: section -> names that this release does not have but other
+    releases, forks or front ends do; ``refuses``: sections in which an unknown key stops the library;
+    ``spelled``: sections in which numbers and switches may be written as text; ``needs``: a top-level key
+    without which a file is not the library's, "" if there is none; ``shares``: whether a file may hold
+    settings of other programs as well."""
 
     release: str
     now: Mapping[str, Mapping[str, Spec]]
@@ -139,10 +144,11 @@ class Known:
         return frozenset(self.now.get(section, {})) | self.older.get(section, frozenset())
 
     def near(self, section: str, key: str) -> str | None:
-        """Return the dotted path of the setting that was probably meant by ``key`` in ``section``: a similar
-        name in the same section, otherwise the same name in another section, if exactly one has it. Return
-        None if there is neither. If files may hold settings of other programs (``shares``), only names in
-        ``now`` count as similar, and other sections are not searched for a top-level key."""
+        """Return the dotted path of the setting that was probably meant by ``key``, a name unknown in
+        ``section``: that of the most similar name in the section (see `like`). If none is similar, return the
+        path of the setting called ``key`` in another section, if exactly one section has it, otherwise None.
+        If files may hold settings of other programs (``shares``), only names in ``now`` count as similar, and
+        other sections are not searched for a top-level key."""
         similar_name = like(key, self.now.get(section, {}) if self.shares else self.names(section))
         if similar_name is not None:
             return f"{section}.{similar_name}".lstrip(".")
@@ -158,15 +164,16 @@ class Known:
 
 def like(name: str, names: Iterable[str]) -> str | None:
     """Return the one of ``names`` that is most similar to ``name``, or None if none is so similar that
-    ``name`` may be a misspelling of it. Capitals and hyphens of ``name`` are ignored."""
+    ``name`` may be a misspelling of it (one letter left out, doubled or swapped). Capitals in ``name`` count
+    as small letters, hyphens as underscores."""
     matches = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=_LIKE)
     return matches[0] if matches else None
 
 
 @functools.cache
 def known(library: str) -> Known:
-    """Return the settings that ``library`` accepts. ``library`` is the name of a file in options/ without its
-    suffix: accelerate, deepspeed, megatron, torchtitan or trainer."""
+    """Return the settings that ``library`` accepts. ``library``: "accelerate", "deepspeed", "megatron",
+    "torchtitan" or "trainer", a file in options/ without its suffix."""
     text = resources.files("memfit.lint").joinpath(f"options/{library}.toml").read_text(encoding="utf-8")
     data = tomllib.loads(text)
     now = {
@@ -201,11 +208,11 @@ def _spec(schema: Any, extra_values: Any, any_case: bool) -> Spec:
     return Spec(kind=kind, least=limits.get(">=", limits.get(">")), most=limits.get("<="), open=">" in limits)
 
 
-def _of(options: Options, library: str) -> bool:
-    """Return whether the file of ``options`` is the library's own: it has the key that such files need, if
-    any, and at most half of its top-level keys are unknown to the library. Front ends mix the library's
-    settings with many of their own, and a file that maps words to numbers can contain some of the names by
-    chance."""
+def _is_own(options: Options, library: str) -> bool:
+    """Return whether the file of ``options`` is the library's own: it has the key that such files need
+    (``needs``), if any, and at most half of its top-level keys are unknown to the library. Front ends mix the
+    library's settings with many of their own, and a file that maps words to numbers can contain some of the
+    names by chance."""
     table = known(library)
     foreign = [key for key in options.data if str(key) not in table.names("")]
     if table.needs and table.needs not in options.data:
@@ -215,12 +222,12 @@ def _of(options: Options, library: str) -> bool:
 
 def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | None]]:
     """Yield (section, key, dotted path of the setting that was probably meant) for each setting of
-    ``options`` that the library has neither in the described release nor among its known older or foreign
-    names. The path is None if `Known.near` finds none, or if the file already sets what it finds: then the
-    key is assumed to be the user's own. Yield nothing for a file that is not the library's own (see
-    `_of`)."""
+    ``options`` that the library has in that section neither in the described release (``now``) nor under
+    ``older`` names. The path is None if `Known.near` finds none, or if the file already sets what it finds:
+    then the key is assumed to be the user's own. Yield nothing for a file that is not the library's own (see
+    `_is_own`)."""
     table = known(library)
-    for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
+    for section, key, _ in _settings(options.data, table, "") if _is_own(options, library) else ():
         if key not in table.names(section):
             near = table.near(section, key)
             yield section, key, near if near is None or options.raw(near) is None else None
@@ -228,11 +235,12 @@ def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | No
 
 def wrong(options: Options, library: str) -> Iterator[tuple[str, Any, Spec]]:
     """Yield (dotted path, value, accepted values) for each value in ``options`` that the library does not
-    accept. Skipped are unknown settings, values that are left to the library ("auto") or known only when a
-    script runs, flags of a script without a value, and files that are not the library's own (see `_of`)."""
+    accept. Skipped are settings that are not in ``now`` of `known`, values that are left to the library
+    ("auto") or known only when a script runs, flags of a script without a value, and files that are not the
+    library's own (see `_is_own`)."""
     table = known(library)
     script = not options.file.endswith((".json", ".yaml", ".yml", ".toml"))
-    for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
+    for section, key, _ in _settings(options.data, table, "") if _is_own(options, library) else ():
         path = f"{section}.{key}".lstrip(".")
         spec, value = table.now.get(section, {}).get(key), options.get(path)
         if spec is None or (value is True and script):  # True in a script: its value was not read
@@ -243,8 +251,8 @@ def wrong(options: Options, library: str) -> Iterator[tuple[str, Any, Spec]]:
 
 def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[tuple[str, str, Any]]:
     """Yield (section, key, value) for all settings in ``data``, the content of ``section``, and in the
-    sections below it. The content of a mapping that is no section of the library is not yielded: it is the
-    user's own."""
+    sections below it. If a value is a mapping that is no section of the library, the mapping is yielded as
+    one value, but not what it contains: that is the user's own."""
     for key, value in data.items():
         yield section, str(key), value
         path = f"{section}.{key}".lstrip(".")
@@ -253,8 +261,9 @@ def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[t
 
 
 def shown(spec: Spec, value: Any) -> str | Phrase:
-    """Describe the values that ``spec`` accepts. Enumerated ones are listed; of more than nine, only the
-    three that are most similar to ``value``, and how many there are."""
+    """Return the values that ``spec`` accepts, as a part of a finding. Up to nine enumerated values are all
+    listed; of more, only the three that are most similar to ``value``, followed by "..." and the number of
+    all. Values that are not enumerated are described by kind and bounds."""
     names = [str(v) for v in spec.values]
     if not names:
         return spec.description

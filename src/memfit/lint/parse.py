@@ -118,10 +118,12 @@ _TITAN = {"job", "model", "training", "parallelism", "activation_checkpoint", "o
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The nested settings ``data`` of the file at the path ``file``, accessed by dotted path. ``env``:
-    environment variables that a script exports; ``unsure``: settings that a script sets within a branch or a
-    loop, or with different values. ``defaults``: whether Megatron-LM's own defaults apply to options that are
-    not given; False if its options are written with underscores, as front ends with other defaults do."""
+    """The settings of one file. ``data``: these settings, with sections as nested mappings; the methods take
+    a dotted path, such as "fp16.enabled". ``file``: path of the file; ``env``: environment variables that a
+    script exports; ``unsure``: settings that a script gives within a branch or a loop, or twice with
+    different values. ``defaults``: True if options that are not given have Megatron-LM's own defaults; False
+    if Megatron-LM's options are written with underscores, as front ends write them, which may have other
+    defaults."""
 
     file: str
     data: Mapping[str, Any]
@@ -130,8 +132,8 @@ class Options:
     defaults: bool = True
 
     def raw(self, path: str) -> Any:
-        """Return the value at ``path`` as written, also "auto" or an unknown variable; None if it is not
-        given or null."""
+        """Return the value at ``path`` as written, also "auto" or an unknown variable such as "$BATCH"; None
+        if it is not given or null."""
         node: Any = self.data
         for part in path.split("."):
             if not isinstance(node, Mapping):
@@ -141,7 +143,7 @@ class Options:
 
     def get(self, path: str) -> Any:
         """Return the value at ``path``, or None if it is not given, null, empty text, left to the library
-        ("auto"), or undetermined."""
+        ("auto"), or known only when the script runs (see `undetermined`)."""
         value = self.raw(path)
         return None if value in ("auto", "") or self.undetermined(path) else value
 
@@ -152,8 +154,8 @@ class Options:
         return path in self.unsure or (isinstance(value, str) and ("$" in value or "`" in value))
 
     def number(self, path: str) -> float | None:
-        """Return the value of `get` as a float, also if it is a number written as text; None if it is no
-        finite number. A boolean is none."""
+        """Return the value of `get` as a float, also if it is a number written as text. Return None if it is
+        a boolean or no finite number."""
         value = self.get(path)
         try:
             number_value = None if isinstance(value, bool) or value is None else float(value)
@@ -162,7 +164,8 @@ class Options:
         return number_value if number_value is not None and math.isfinite(number_value) else None
 
     def count(self, path: str) -> int | None:
-        """Return the value of `number` as an integer; None if it is no whole number. 5.0 and "5" are 5."""
+        """Return the value of `number` as an integer: 5 for 5.0 and "5". Return None if it is None or no
+        whole number."""
         number_value = self.number(path)
         return int(number_value) if number_value is not None and number_value == int(number_value) else None
 
@@ -178,24 +181,27 @@ class Options:
         return integer_value if integer_value is not None and integer_value >= 1 else None
 
     def texts(self, path: str) -> tuple[str, ...]:
-        """Return the items of the list at ``path``, or the words of the text there, as strings; an empty
-        tuple for any other value."""
+        """Return, as strings, the items of the list at ``path`` or, if the value is text, its words, which
+        are separated by spaces. Return an empty tuple for any other value, and for one that `get` returns as
+        None."""
         value = self.get(path)
         words = value.split() if isinstance(value, str) else value if isinstance(value, list) else ()
         return tuple(str(w) for w in words)
 
     def section(self, path: str) -> Mapping[str, Any]:
-        """Return the mapping at ``path``; an empty one if the value there is none."""
+        """Return the mapping at ``path``, or an empty one if the value there is no mapping."""
         value = self.raw(path)
         return value if isinstance(value, Mapping) else {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """The settings of one set-up, by kind of file; None for a kind that it does not have. Those of DeepSpeed
-    and Megatron-LM may stand within another library's file. ``ranks``: the number of processes, None if
-    unknown; ``parameters``: the number of parameters of the job's model, None if unknown; ``missing``: names
-    of files that another file names but that do not exist or, except for OpenFold, do not end in .json."""
+    """The settings of one set-up. Each of the first seven fields holds the settings of one kind of file, None
+    if there are none of this kind; settings of DeepSpeed and Megatron-LM may also stand in another library's
+    file. ``ranks``: the number of processes, None if unknown; ``parameters``: the number of parameters of the
+    job's model, None if unknown; ``missing``: names of files that a file names but that do not exist or do
+    not end in .json (the file of OpenFold's --experiment_config_json may end otherwise). It also has text of
+    the Trainer's accelerator_config or fsdp_config that is not valid JSON."""
 
     deepspeed: Options | None = None
     accelerate: Options | None = None
@@ -210,8 +216,8 @@ class Setup:
 
     @property
     def fsdp(self) -> Options | None:
-        """The settings of the file that switches FSDP on, Accelerate's or the Trainer's; None if neither
-        does. If both do, they are Accelerate's."""
+        """The settings of the file that switches FSDP on; None if none does. These are Accelerate's if its
+        distributed_type is FSDP, otherwise the Trainer's if its argument fsdp is neither empty nor off."""
         if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
             return self.accelerate
         trainer_uses_fsdp = (
@@ -221,9 +227,9 @@ class Setup:
 
     @property
     def mixed_precision(self) -> str | None:
-        """The mixed precision, "bf16", "fp16", "fp8" or "no": that which the Trainer's arguments switch on,
-        otherwise that of Accelerate's file. If neither gives one, it is "no" if there are arguments of the
-        Trainer, else None."""
+        """The mixed precision: "bf16", "fp16", "fp8" or "no". It is that which the Trainer's arguments switch
+        on ("bf16" if they switch on bf16 and fp16), otherwise that of Accelerate's file, in small letters. If
+        neither gives one, it is "no" if there are arguments of the Trainer, else None."""
         args, accelerate = self.trainer, self.accelerate
         if args is not None and (enabled := [n for n in ("bf16", "fp16") if args.on(n)]):
             return enabled[0]
@@ -240,11 +246,11 @@ class Setup:
 
 def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | None = None) -> Setup:
     """Read ``paths``, and the files of settings that they name, as one set-up. ``ranks``: the number of
-    processes, by default that of the files; ``parameters``: see Setup. Raises UserError if a file cannot be
-    read, is too large (above 1 MiB), is not valid JSON, YAML or TOML, is of no known kind, or has OpenFold's
-    settings as nested keys; if the file of OpenFold's --experiment_config_json is of another kind;
-    and if two of ``paths`` are of the same kind. A named file that does not exist is listed in
-    ``missing``."""
+    processes; None: the number that the files give, if they do. ``parameters``: see Setup. A named file that
+    does not exist is listed in ``missing``. Raises UserError if a file cannot be read, is above 1 MiB, is no
+    text in UTF-8, is not valid JSON, YAML or TOML, or is of no known kind; if two of ``paths`` are of the
+    same kind; if OpenFold's settings are nested keys, or a key lies below one that has a plain value; and if
+    the file of OpenFold's --experiment_config_json is of another kind."""
     options_by_kind: dict[str, Options] = {}
     missing: list[str] = []
     for path in paths:
@@ -298,8 +304,9 @@ def _read_one(path: Path) -> tuple[str, Options]:
 
 def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
     """Convert OpenFold's flat keys in ``data``, such as "globals.chunk_size", to nested mappings. Return None
-    for data of another library. Raises UserError if the keys are nested already, or if a key lies below one
-    that an earlier key sets to a plain value. ``path`` names the file in the errors."""
+    for data of another library. Raises UserError if the keys are nested already, or if a key such as
+    "globals.eps" comes after a plain value for one of its parents, here "globals". ``path`` names the file in
+    the errors."""
     keys = [str(key) for key in data]
     if "globals" in keys and set(keys) <= OPENFOLD_PARTS:
         raise UserError(
@@ -316,27 +323,27 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise UserError(
-                    f"{path} sets {key}, but earlier it sets a key that contains this one to a plain value",
-                    allowed="either a value for the containing key, or its parts",
+                    f'{path} sets {key} after a plain value for a parent of it ("a" is a parent of "a.b")',
+                    allowed="for each key, either a plain value or keys below it",
                 )
         node[last] = value
     return nested
 
 
 def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
-    """Return the text of a file and its data, with keys as written. The data is None for a file that counts
-    as a shell script because its suffix is not .toml, .json, .yaml or .yml. Raises UserError for a file that
-    cannot be read, is too large or no UTF-8 text, and for one whose suffix says TOML, JSON or YAML but which
-    is not valid or holds a list or a single value instead of keys."""
+    """Return the text of the file ``path`` and its data, with keys as written. The data is None for a file
+    whose suffix is not .toml, .json, .yaml or .yml: it counts as a shell script. Raises UserError for a file
+    that cannot be read, is above 1 MiB or is no UTF-8 text, and for one whose suffix says TOML, JSON or YAML
+    but which is not valid or holds a list or a single value instead of keys."""
     text = _text(path)
     data = _data(path, text)
     return text, None if isinstance(data, Script) else data
 
 
 def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:
-    """Return how many of ``marks``, the keys that identify a library, the top level of ``data`` has. "fp16",
-    "bf16" and "activation_checkpointing" count for DeepSpeed only as mappings, and for the Trainer only as
-    switches."""
+    """Return how many of ``marks``, the keys that identify the library ``kind``, the top level of ``data``
+    has. "fp16", "bf16" and "activation_checkpointing" do not count for DeepSpeed unless they are mappings,
+    nor for the Trainer if they are mappings."""
     sections = {k for k in ("fp16", "bf16", "activation_checkpointing") if isinstance(data.get(k), Mapping)}
     switches = {"fp16", "bf16", "activation_checkpointing"} - sections
     ambiguous = switches if kind == "deepspeed" else sections if kind == "trainer" else set()
@@ -386,9 +393,9 @@ def _data(path: Path, text: str) -> dict[str, Any] | Script:
     return read_script(text)
 
 
-def _unknown(path: Path, description: str) -> UserError:
+def _unknown(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} is not a configuration that memfit can read: {description}",
+        f"{path} is not a configuration that memfit can read: {reason}",
         allowed="; ".join(KINDS.values()),
     )
 
@@ -404,9 +411,10 @@ def _snake(data: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _sections(kind: str, data: dict[str, Any]) -> dict[str, Any]:
-    """For Accelerate and the Trainer, remove prefixes such as ``fsdp_`` from the names of the settings in
-    fsdp_config, megatron_lm_config and parallelism_config: both write some with the prefix and some without.
-    Changes and returns ``data``."""
+    """For Accelerate and the Trainer, remove the prefixes fsdp_, megatron_lm_ and parallelism_config_ from
+    the names of the settings in the sections fsdp_config, megatron_lm_config and parallelism_config: files
+    have some names with the prefix and some without. Changes ``data`` in place and returns it; for other
+    libraries it stays as it is."""
     prefixes = {
         "fsdp_config": "fsdp_",
         "megatron_lm_config": "megatron_lm_",
@@ -419,10 +427,10 @@ def _sections(kind: str, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], missing: list[str]) -> None:
-    """Add to ``options_by_kind`` the DeepSpeed or Megatron-LM settings that the file ``options``, of kind
-    ``kind``, contains, or those of the DeepSpeed file that it names, unless ``options_by_kind`` has such
-    settings already. If the named file does not exist or its name does not end in .json, add the name to
-    ``missing``."""
+    """Add to ``options_by_kind`` the DeepSpeed or Megatron-LM settings that belong to the file ``options``,
+    of kind ``kind``, unless ``options_by_kind`` has settings of that library already. Settings of Megatron-LM
+    may stand in Accelerate's file; those of DeepSpeed may stand in the file itself or in a JSON file that it
+    names. If the named file does not exist or its name does not end in .json, add the name to ``missing``."""
     reference: Any = None
     if kind == "trainer":
         reference = options.raw("deepspeed")
@@ -442,9 +450,9 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
 
 
 def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> None:
-    """Add to ``options_by_kind`` the settings in the JSON file that OpenFold's --experiment_config_json
-    names, unless it has such settings already. Add the name to ``missing`` if the file does not exist. Raises
-    UserError for a file of another kind."""
+    """Add to ``options_by_kind`` the settings in the file that OpenFold's --experiment_config_json names,
+    unless it has such settings already. Add the name to ``missing`` if the file does not exist. Raises
+    UserError if the file is not OpenFold's JSON of changed settings."""
     options = options_by_kind.get("openfold")
     name = options.get("experiment_config_json") if options is not None else None
     if options is None or not name or "openfold_config" in options_by_kind:
@@ -475,9 +483,10 @@ _MAPPING_FILES = ("accelerator_config", "fsdp_config")
 
 
 def _with_mappings(options: Options, missing: list[str]) -> Options:
-    """Return the Trainer's arguments with mappings in place of JSON text, and in place of the names of JSON
-    files that accelerator_config and fsdp_config may give. The name of a file that does not exist, or that
-    does not end in .json, stays and is added to ``missing``; so does, there, text that is not valid JSON."""
+    """Return the Trainer's arguments with mappings in place of those given as JSON text. accelerator_config
+    and fsdp_config may instead name a JSON file: its content then takes the place of the name. If the file
+    does not exist or its name does not end in .json, the name stays and is added to ``missing``. The same
+    happens to text in these two that is not valid JSON; such text in other arguments just stays."""
     data = dict(options.data)
     for name in _MAPPINGS:
         value = options.get(name)
@@ -491,7 +500,8 @@ def _with_mappings(options: Options, missing: list[str]) -> Options:
 
 
 def _mapping(text: str) -> dict[str, Any] | None:
-    """Return the mapping that ``text`` is in JSON, or None if it is none."""
+    """Return the mapping that the JSON text ``text`` holds, or None if it is not valid or holds no
+    mapping."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
@@ -500,8 +510,10 @@ def _mapping(text: str) -> dict[str, Any] | None:
 
 
 def _named_json(options: Options, name: Any, missing: list[str]) -> Options | None:
-    """Return the content of the JSON file ``name`` that the file of ``options`` names. If it does not exist,
-    or its name does not end in .json, add ``name`` to ``missing`` and return None."""
+    """Return the content of the JSON file ``name`` that the file of ``options`` names. It is searched in each
+    folder above that file, from the innermost, and in the current folder. If it does not exist, or its name
+    does not end in .json, add ``name`` to ``missing`` and return None. Raises UserError if it cannot be read,
+    is above 1 MiB, or does not hold keys in valid JSON."""
     target = _named(options, name)
     if target is None or target.suffix != ".json":
         missing.append(str(name))

@@ -39,7 +39,7 @@ def over(setup: Setup) -> Carried:
     for option in _undetermined(tracked_options):
         draft.leave(option, "its value is known only when the script runs: predicted without it")
     for name in setup.missing:
-        draft.leave(f"the file {name}", "it does not exist")
+        draft.leave(f"the file {name}", "it does not exist or is no JSON file")
     plan = dataclasses.replace(draft.plan, ranks=draft.ranks)
     return Carried(
         plan=plan,
