@@ -100,8 +100,8 @@ def tax_ratio(place: str) -> Fact | None:
 
 
 def write_off_years(place: str, computer: str = "server") -> Fact:
-    """Return the number of years over which a ``computer``, "server" or "pc", is written off in ``place``.
-    For a place for which the catalog has no number, it is that of "world".
+    """Return the number of years over which a ``computer``, "server" or "pc" (any other raises KeyError), is
+    written off in ``place``. For a place for which the catalog has no number, it is that of "world".
     """
     rows = _rows("write_off")
     row = rows.get(_place(place), rows["world"])

@@ -130,8 +130,8 @@ def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
     operators. ``architecture``: for example "ampere". ``name``: the exact name of the device in the catalog.
 
     Classes that were measured on this device have the measured share. All others have the share of its
-    architecture, marked as assumed. So do all if ``name`` is "" or unknown. Raises UserError for an unknown
-    architecture.
+    architecture, marked as assumed; if ``name`` is "" or unknown, all classes have that. Raises UserError for
+    an unknown architecture.
     """
     ratios = table("efficiency.toml")
     catalog_name = find(architecture, what="architecture", rows=ratios["architectures"])

@@ -283,9 +283,9 @@ class CachingAllocator:
         """Release cached segments until the reserved bytes are at most ``garbage_collection_threshold`` x
         ``cap_bytes``, or until no idle segment is left.
 
-        Only segments of the large size class without any block in use are released. In each round, all those
-        go that have been idle for at least the average time of these segments, counted in requests. Nothing
-        is done if the threshold is 0, if ``cap_bytes`` is None or with expandable segments.
+        Only segments of the large size class without any block in use are released: in each round all that
+        have been idle for at least the average time of these segments, counted in requests. Nothing is done
+        if the threshold is 0, if ``cap_bytes`` is None or with expandable segments.
         """
         threshold, cap = self.settings.garbage_collection_threshold, self.settings.cap_bytes
         if not threshold or cap is None or self.settings.expandable_segments:

@@ -42,11 +42,11 @@ def estimate(
     """Return the predicted memory, seconds, joules, money and CO2 of one optimizer step of ``plan``, from the
     trace of one of its ranks.
 
-    ``calibration``: what was measured on the machine; its probed kernel workspaces and its corrections of
-    step times are used. ``step``: the step if it is already simulated, for plans whose ranks differ. If
-    ``step`` is None, the step is simulated from ``trace`` with the time model ``model``. If ``model`` is
-    None, too, or if the step cannot be simulated, the seconds, joules, money and CO2 are None. ``workers``:
-    number of DataLoader workers of each rank.
+    ``calibration``: what was measured on the machine; its memory inside kernels and its corrections of step
+    times are used. ``step``: the step if it is already simulated, for plans whose ranks differ. If ``step``
+    is None, the step is simulated from ``trace`` with the time model ``model``. If ``model`` is None, too, or
+    if the step cannot be simulated, the seconds, joules, money and CO2 are None. ``workers``: number of
+    DataLoader workers of each rank.
     """
     tensors = HostTensors.of(trace)
     if step is None and model is not None:

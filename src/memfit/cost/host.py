@@ -39,9 +39,9 @@ class HostTensors:
     """What one rank's tensors need of host memory, in bytes, beside its device.
 
     ``kept_bytes``: the most at once from the first forward pass on, such as offloaded optimizer state.
-    ``building_bytes``: the most at once, with the time before that, when the model is built. ``model_bytes``:
-    parameters and buffers as the job builds them. ``batch_bytes``: the rank's inputs of one step, of which
-    DataLoader workers hold several.
+    ``building_bytes``: the most at once at any time, also before that, while the model is built.
+    ``model_bytes``: parameters and buffers as the job builds them. ``batch_bytes``: the rank's inputs of one
+    step, of which each DataLoader worker holds several.
     """
 
     kept_bytes: float
@@ -205,7 +205,7 @@ def known_host(machine: Machine) -> tuple[int | None, bool]:
 def host_line(estimate: Estimate, machine: Machine) -> str:
     """Return a text for reports: what the plan needs of one host's memory, what the host has, and that the
     plan does not fit if so. Example: "needs 300 GiB of host memory for 8 ranks, the host has 256 GiB: does
-    not fit".
+    not fit". If only the upper end of the need is above the host's memory, the text also gives that end.
 
     If the host's memory is unknown, the text says that the plan does not fit unless the host has that much,
     for a plan that keeps tensors there, or that it was not checked, for any other. If a plan does not fit

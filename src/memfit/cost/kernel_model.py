@@ -299,8 +299,8 @@ def layout_share(signature: str) -> float:
     tensors of one element), else 1. torch's pointwise kernels load several elements at once only in the last
     case (TensorIterator).
 
-    Some operators do not depend on the layout: matrix products have 0.7, layer norms of width w have w / (w +
-    128), and others with their own kernels, such as softmax and convolution, have 1. So have operators that
+    For some operators the layout does not count: matrix products have 0.7, layer norms of width w have w / (w
+    + 128), others with their own kernels, such as softmax and convolution, have 1, and so have operators that
     are not of torch.
     """
     try:

@@ -147,11 +147,11 @@ class Batching:
     """One way to make the batches of an epoch. The ways that `batchings` compares have about the same number
     of real tokens per step.
 
-    ``peak_bytes``: the highest predicted peak of all batches that can occur. ``fits``: whether that fits.
-    ``steps``: number of batches. ``padded_tokens``: computed tokens of the epoch, padding included.
-    ``wasted_ratio``: share of them that are padding. ``attention_wasted_ratio``: share of the computed pairs
-    of a query and a key that have padding or tokens of two different sequences. ``worst``: indices, in the
-    list of lengths, of the sequences in the batch with the highest peak.
+    ``peak_bytes``: the highest predicted peak of all batches that can occur. ``fits``: whether that peak fits
+    the memory. ``steps``: number of batches. ``padded_tokens``: computed tokens of the epoch, padding
+    included. ``wasted_ratio``: share of them that are padding. ``attention_wasted_ratio``: share of the
+    computed pairs of a query and a key that have padding or tokens of two different sequences. ``worst``:
+    indices, in the list of lengths, of the sequences in the batch with the highest peak.
     """
 
     name: str

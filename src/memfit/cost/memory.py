@@ -49,8 +49,8 @@ def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
-    """Return the profile of the trace's live bytes: the levels between operators, and the levels inside those
-    operators whose own peak was probed (``calibration.op_peak_bytes``).
+    """Return the profile of the trace. It counts the live bytes between operators, and those inside the
+    operators of which ``calibration.op_peak_bytes`` has the peak, because they were run alone to measure it.
 
     The setup of later steps than the first does not count for the peak of the setup phase, as nothing is
     built then.
@@ -118,9 +118,9 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
 
 
 def with_kept(trace: Trace, calibration: Calibration) -> Trace:
-    """Return the trace with the probed sizes of those tensors in which forward kernels hand workspace to
+    """Return the trace with the measured sizes of those tensors in which forward kernels hand workspace to
     backward. Fake tensors show them with 0 bytes; the sizes come from ``calibration.op_kept_bytes``. The
-    trace is unchanged if that has none of its operators.
+    trace is unchanged if that has no size for any of its operators.
     """
     if not any(op.signature in calibration.op_kept_bytes for op in trace.ops):
         return trace
@@ -192,7 +192,8 @@ def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
     """Return (operator call, how often a step makes it) for the calls of the last traced step, without setup,
     in the order of the trace.
 
-    A call of a micro-step that represents micro-steps that were not traced counts for those, too.
+    Of equal micro-steps only some are traced. A call in a micro-step that represents n others, which were not
+    traced, counts n + 1 times.
     """
     ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
     repeated_spans, repetitions = _repeated(trace), trace.repeated_micro_steps

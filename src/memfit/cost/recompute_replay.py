@@ -251,8 +251,8 @@ class _RecomputeSchedule:
 
     def _let_go(self, source: int, clock: int) -> None:
         """Account for the tensor ``source`` after the last recomputation that reads it, at ``clock``. A
-        recomputed intermediate tensor is freed. A tensor that the plain step has freed before counts as held
-        until now. Nothing changes for any other.
+        recomputed intermediate tensor is freed. A tensor that the plain step frees earlier is held until
+        ``clock``. Nothing changes for any other.
         """
         tensor = self.storages[source]
         if source in self.dropped and not tensor.needs:

@@ -106,9 +106,11 @@ def _with_weights(order: list[_Work], rank: int) -> list[_Work]:
 
 
 def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the pairs (chunk, micro-batch) of a rank twice: in the order of forward and in that of backward.
-    Both go through the micro-batches in groups (`_group`), and through each group chunk by chunk; backward
-    begins with the last chunk. ``virtual``: number of chunks.
+    """Return two lists of the pairs (chunk, micro-batch) of a rank, in the order of forward and in that of
+    backward. A chunk is one of the ``virtual`` stages of the rank, by its index.
+
+    Both lists go through the micro-batches in groups (`_group`), and through each group chunk by chunk;
+    backward begins with the last chunk.
     """
     forward, backward = [], []
     group_size = _group(ranks, micros)

@@ -27,8 +27,8 @@ def simulate_step(
     """Return the simulated step of the plan: that of the rank that takes longest or, with a pipeline, that of
     all ranks in the order of its schedule.
 
-    ``traces``: one for each of `Layout.distinct_ranks`, in that order. Returns None for several ranks on a
-    CPU: they share its cores, which is not modelled.
+    ``traces``: one for each rank that differs from the others, those of `Layout.distinct_ranks` in that
+    order. Returns None for several ranks on a CPU: they share its cores, which is not modelled.
     """
     if plan.ranks > 1 and machine.device.kind == "cpu":
         return None
@@ -88,10 +88,11 @@ def _whole(trace: Trace, traced_quantity: int) -> float:
 
 
 def host_bytes_s(machine: Machine, model: TimeModel) -> float:
-    """Return the bytes/s between one device and its host's memory while all devices of the host copy.
+    """Return the bytes/s between one device and its host's memory while all devices of the host copy: the
+    lower of ``host.device_bytes_s`` and an equal part of ``host.shared_bytes_s``.
 
-    If the machine's host has no such rate, or if the rate of writing to disk was measured, the result is
-    ``model.offload_bytes_s``.
+    If the machine has no host or its ``device_bytes_s`` is None, or if the rate of writing to disk was
+    measured, the result is ``model.offload_bytes_s``.
     """
     host = machine.host
     if host is None or host.device_bytes_s is None or model.calibration.disk_bytes_s:
