@@ -151,7 +151,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """All encoder layers in order, then a layer norm. Input and output have the shape (batch, length, width)."""
+    """All encoder layers in order, then a layer norm. Input and output have the shape (batch, length,
+    width)."""
 
     def __init__(self, size: EsmSize) -> None:
         super().__init__()

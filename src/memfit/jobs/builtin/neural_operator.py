@@ -120,7 +120,8 @@ class OperatorBlock(nn.Module):
 
 
 class Forecaster(nn.Module):
-    """Predicts the fields of several steps, one after another: each forecast is computed from the one before."""
+    """Predicts the fields of several steps, one after another: each forecast is computed from the one
+    before."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()

@@ -42,11 +42,11 @@ _FITTED: Final = 400  # number of frames to which the naive pair potential is fi
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MoleculeFrames:
-    """Frames of moving molecules, of which the first ``train_count`` are for training.
+    """Frames of moving molecules: the first ``train_count`` are for training, the others for testing.
 
-    ``species`` (frames, atoms) uint8: atomic numbers, 0 at padding. ``positions`` (angstrom) and ``forces``
-    (eV/angstrom) (frames, atoms, 3) float32. ``energy`` (frames,) in eV, minus the contributions of the
-    elements.
+    ``species`` (frames, atoms) uint8: atomic numbers, 0 at padding to the atoms of the largest molecule.
+    ``positions`` (angstrom) and ``forces`` (eV/angstrom) (frames, atoms, 3) float32. ``energy`` (frames,) in
+    eV, minus the sum of the fitted energies of the elements. ``source``: where the data come from.
     """
 
     species: Array
@@ -59,10 +59,11 @@ class MoleculeFrames:
 
 @accept_keywords
 def make(options: BuiltInOptions) -> Job:
-    """Return the job at one of SIZES, by default on the built-in frames.
+    """Return the job at one of SIZES ("tiny", "paper"), by default on the built-in frames.
 
-    ``data``: an ``.npz`` file with the same arrays as the built-in one. ``batch``: samples of a step. Raises
-    UserError for any ``length``, and for ``data`` that cannot be read or lack an array.
+    ``data``: an ``.npz`` file with the arrays numbers, molecule, energy, positions, forces and
+    train_molecules, as the built-in one. ``batch``: samples of a step. Raises UserError for any ``length``,
+    and for ``data`` that cannot be read or lack an array.
     """
     options.refuse("length", job=NAME, allowed="no length: the molecules determine the number of atoms")
     frames = read(options.data)
@@ -113,8 +114,8 @@ def _build(shape: SchnetSize) -> torch.nn.Module:
 def read(path: str | None) -> MoleculeFrames:
     """Return the frames of the user's file ``path``, or the built-in ones if None.
 
-    A least-squares fit over the training frames gives each element's energy, which is subtracted. Raises
-    UserError for a file that cannot be read or lacks one of the arrays.
+    The energy of each element, which is found by a least-squares fit over the training frames, is subtracted.
+    Raises UserError for a file that cannot be read or lacks one of the arrays that `make` names.
     """
     file = Path(path) if path else resources.files("memfit.jobs.builtin") / "data" / "conformers.npz"
     try:
@@ -143,8 +144,9 @@ def train_batch(
 ) -> dict[str, torch.Tensor]:
     """Return a training batch with the keys of `packed`.
 
-    A sample contains as many molecules as its number of atoms allows, on a grid that keeps them farther apart
-    than the cutoff, because their energies and forces were computed one by one.
+    A sample contains as many molecules as fit into ``shape.atoms``, each with room for the largest. They lie
+    on a grid that keeps them farther apart than the cutoff, because their energies and forces were computed
+    one by one.
     """
     molecules_per_sample = shape.atoms // frames.species.shape[1]
     indices = epoch_indices(frames.train_count, batch_size * molecules_per_sample, step=step, seed=seed)
@@ -154,9 +156,10 @@ def train_batch(
 def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str, torch.Tensor]:
     """Return a batch of the frames with the indices ``picked`` (batch, molecules per sample).
 
-    ``species`` (batch, atoms) int64, 0 at padding; ``positions`` and ``forces`` (batch, atoms, 3) and
-    ``energy`` (batch,), the sum over a sample's molecules, float32; the indices of the nearest atoms ``near``
-    (batch, atoms, neighbours) int64, and ``within``, of the same shape, which is True inside the cutoff.
+    ``species`` (batch, atoms) int64: atomic numbers, 0 at padding. ``positions`` (angstrom) and ``forces``
+    (eV/angstrom) (batch, atoms, 3) float32. ``energy`` (batch,) float32: eV, summed over a sample's
+    molecules. ``near`` (batch, atoms, neighbours) int64 and ``within`` (batch, atoms, neighbours) bool: as
+    `neighbours` returns them.
     """
     batch, molecules_per_sample = picked.shape
     cells = np.array(np.unravel_index(np.arange(molecules_per_sample), (molecules_per_sample, 3, 3)))[::-1].T
@@ -183,9 +186,9 @@ def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str
 
 
 def neighbours(species: Array, positions: Array, shape: SchnetSize) -> tuple[Array, Array]:
-    """Return (indices of the nearest other atoms of the sample, (batch, atoms, neighbours) int64; whether
-    each lies within the cutoff, of the same shape). Padding is never within.
-    """
+    """Return two arrays (batch, atoms, neighbours): the indices of each atom's nearest other atoms in the
+    sample, int64, the nearest first; and whether each is closer than the cutoff, bool. The latter is False
+    where either atom is padding; the index then means nothing."""
     near = np.empty((*species.shape, shape.neighbours), np.int64)
     within = np.empty(near.shape, bool)
     for sample, (elements, coordinates) in enumerate(zip(species, positions, strict=True)):
@@ -203,9 +206,8 @@ def _answer(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Ten
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return the mean over samples of the mean squared error of force components, in (eV/angstrom)^2, plus
-    0.05 times the squared energy error, in (eV per atom)^2.
-    """
+    """Return the mean over samples of: the mean squared error of force components in (eV/angstrom)^2, plus
+    0.05 times the square of the error of the energy per atom in eV. Padding does not count."""
     energy, forces = _answer(model, batch)
     atoms = (batch["species"] > 0).sum(1)
     force_term = (forces - batch["forces"]).square().sum((1, 2)) / (3 * atoms)
@@ -219,9 +221,8 @@ def _test(frames: MoleculeFrames) -> Array:
 
 
 def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSize, batch_size: int) -> float:
-    """Return the mean absolute error of force components over the atoms of the test frames, in
-    meV/angstrom. If a sample holds several molecules, the last test frames that do not fill one are left out.
-    """
+    """Return the mean absolute error of force components over the atoms of the test frames, in meV/angstrom.
+    If a sample holds several molecules, the last test frames, which are too few to fill one, are left out."""
     total = count = 0.0
     molecules_per_sample = shape.atoms // frames.species.shape[1]
     test = _test(frames)
@@ -236,11 +237,13 @@ def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSiz
 
 
 def pair_forces(frames: MoleculeFrames, picked: Array, width: float = 0.25, cutoff: float = 5.0) -> Array:
-    """Return the basis of a pair potential for the frames ``picked``: the force components of each of its
-    terms, (frames x atoms x 3, terms).
+    """Return the basis of a pair potential for the frames ``picked``: the force components that each of its
+    terms alone would cause, float32 (frames x atoms x 3, terms).
 
-    There is a term for each pair of elements and bin of distance, which is smoothed into a triangle of
-    half-width ``width``, up to ``cutoff``, both in angstrom: a force along the line between the two atoms.
+    A term is a force along the line between two atoms of one pair of elements (in either order), whose
+    strength is a triangle over distance: highest at the term's distance, zero from ``width`` on either side.
+    These distances are 0.75, 0.75 + ``width``, and so on, below ``cutoff``, from which on all forces are
+    zero. All are in angstrom.
     """
     species, positions = frames.species[picked].astype(np.int64), frames.positions[picked]
     displacement = positions[:, None] - positions[:, :, None]
@@ -262,8 +265,9 @@ def pair_forces(frames: MoleculeFrames, picked: Array, width: float = 0.25, cuto
 
 
 def metric(frames: MoleculeFrames) -> Metric:
-    """Return the metric, the mean absolute error of force components. Its naive result is that of a pair
-    potential fitted to at most 400 training frames by least squares."""
+    """Return the metric, the mean absolute error of force components in meV/angstrom; lower is better. Its
+    naive result is that of a pair potential fitted by least squares to at most 400 training frames, evenly
+    spread over all."""
     train = np.linspace(0, frames.train_count - 1, min(_FITTED, frames.train_count)).astype(np.int64)
     terms, target_forces = pair_forces(frames, train), frames.forces[train].ravel()
     ridge = 1e-3 * np.eye(terms.shape[1], dtype=np.float32)

@@ -45,7 +45,8 @@ _TEST_SEED: Final = 20_230_317
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
-    """Token numbers of each sequence, without its start and end tokens."""
+    """Sequences for training and testing: an int64 array of token numbers for each, without start and end
+    token. ``source``: where they come from."""
 
     train: tuple[Array, ...]
     test: tuple[Array, ...]
@@ -54,10 +55,11 @@ class Sequences:
 
 @accept_keywords
 def make(options: BuiltInOptions) -> Job:
-    """Return the job at one of SIZES, by default on the built-in sequences.
+    """Return the job at one of SIZES ("tiny", "8M", "35M", "150M", "650M", "3B", "15B", "paper"), by default
+    on the built-in sequences.
 
-    ``data``: a FASTA file. ``batch``: sequences of a step. ``length``: tokens to which sequences, with start
-    and end token, are padded or cropped.
+    ``data``: a FASTA file. ``batch``: sequences of a step. ``length``: tokens to which sequences are padded
+    or cropped, the start and the end token included. Raises UserError for a faulty file.
     """
     shape = options.resize(_shape(options.size))
     sequences = read_sequences(options.data)
@@ -96,10 +98,9 @@ def _build(shape: EsmSize) -> torch.nn.Module:
 
 
 def read_sequences(path: str | None) -> Sequences:
-    """Return the sequences of the user's FASTA file ``path``, or of the built-in one if None; the last tenth,
-    at least 1 and at most 128, is held out. Raises UserError for fewer than two sequences, and for faults in
-    the file.
-    """
+    """Return the sequences of the user's FASTA file ``path``, or of the built-in one if None. The last tenth,
+    but at least 1 and at most 128 sequences, is for testing. Raises UserError for fewer than two sequences,
+    and as `read_fasta` does."""
     if path is None:
         resource = resources.files("memfit.jobs.builtin") / "data" / "uniprot_5000.fasta.gz"
         with resources.as_file(resource) as file:
@@ -119,13 +120,14 @@ def read_sequences(path: str | None) -> Sequences:
 
 
 def encode(sequence: str) -> Array:
-    """Return ESM-2's token numbers of an upper-case sequence, int64 (residues,)."""
+    """Return ESM-2's token numbers of the upper-case letters of ``sequence``, int64 (residues,). Letters that
+    ESM-2's alphabet lacks, such as J, become X."""
     return _token_numbers()[np.frombuffer(sequence.encode("ascii"), np.uint8)]
 
 
 @functools.cache
 def _token_numbers() -> Array:
-    """Return the token number of each letter, indexed by ASCII code; that of X for characters that ESM-2's
+    """Return the token number for each ASCII code, int64 (128,); the number of X for characters that ESM-2's
     alphabet lacks."""
     table = np.full(128, _FIRST + _LETTERS.index("X"), np.int64)
     table[[ord(letter) for letter in _LETTERS]] = _FIRST + np.arange(len(_LETTERS))
@@ -135,19 +137,20 @@ def _token_numbers() -> Array:
 def train_batch(
     sequences: Sequences, length: int, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return a training batch: ``tokens`` and ``labels`` (-100 where nothing is to be predicted), both
-    (batch, length) int64, and ``valid`` (batch, length) bool, False at padding.
-    """
+    """Return a training batch of ``batch_size`` sequences: ``tokens`` and ``labels`` (the true token where
+    one is to be predicted, -100 elsewhere), both (batch, length) int64, and ``valid`` (batch, length) bool,
+    False at padding."""
     indices = epoch_indices(len(sequences.train), batch_size, step=step, seed=seed)
     return as_tensors(_masked([sequences.train[i] for i in indices], length, step_rng(step, seed)))
 
 
 def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Return the sequences ``rows`` cropped at random to ``length`` with start and end tokens, padded, and
-    masked as BERT does, with the keys of `train_batch`.
+    """Return the sequences ``rows`` with start and end token, padded to ``length`` or cropped to it at a
+    random position, and masked as BERT does, with the keys of `train_batch`.
 
-    Labels are 15 % of the residues of each sequence, at least one. Of these, 80 % become the mask token, 10 %
-    a random residue, and 10 % stay (Devlin et al. 2019).
+    Labels are 15 % of the residues of each sequence after cropping, at least one. Of these, each becomes the
+    mask token with a probability of 80 %, a random standard residue with 10 %, and stays with 10 % (Devlin et
+    al. 2019).
     """
     tokens = np.full((len(rows), length), _PAD, np.int64)
     labels = np.full_like(tokens, -100)
@@ -166,20 +169,22 @@ def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[st
 
 
 def masked_loss(model: torch.nn.Module, batch: Any, *, reduction: str = "mean") -> torch.Tensor:
-    """Return the cross-entropy in nats over the residues with labels. ``reduction``: "mean" or "sum"."""
+    """Return the cross-entropy, in nats, of the residues with labels. ``reduction``: "mean" over these
+    residues, or "sum"."""
     return token_loss(model(batch["tokens"], batch["valid"]), batch["labels"], reduction=reduction)
 
 
 def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[dict[str, Array]]:
-    """Return batches of the test sequences, of at most 8, with the same crops and masks every time, whatever
-    ``batch_size`` is."""
+    """Return batches of the test sequences, of at most ``batch_size`` and at most 8 sequences each. Crops and
+    masks are the same every time and for every ``batch_size``."""
     arrays = _masked(list(sequences.test), length, np.random.default_rng(_TEST_SEED))
     parts = full_parts(np.arange(len(sequences.test)), batch_size)
     return [{name: array[part] for name, array in arrays.items()} for part in parts]
 
 
 def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, batch_size: int) -> float:
-    """Return the mean cross-entropy in nats over the residues of the test sequences that have labels."""
+    """Return the mean cross-entropy, in nats, of the masked residues of all test sequences. At most
+    ``batch_size`` sequences are evaluated at once."""
     total, terms = 0.0, 0
     with evaluating(model) as device:
         for arrays in _test_batches(sequences, length, batch_size):
@@ -190,9 +195,11 @@ def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, bat
 
 
 def metric(sequences: Sequences, length: int) -> Metric:
-    """Return the metric, the cross-entropy over masked residues of the test sequences.
+    """Return the metric, the mean cross-entropy of masked residues of the test sequences in nats; lower is
+    better.
 
-    Its naive result is that of the residue frequencies of the training sequences (plus one each).
+    Its naive result predicts every residue with its frequency in the training sequences, with one added to
+    each count.
     """
     counts = np.bincount(np.concatenate(sequences.train), minlength=33)[_FIRST : _FIRST + len(_LETTERS)] + 1
     log_share = np.log(counts / counts.sum())

@@ -41,8 +41,10 @@ _BATCH_SIZES: Final = {"tiny": 24, "8M": 32, "35M": 32, "150M": 32}  # of the si
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chains(ConcatenatedChains):
-    """Chains of proteins. ``features`` (residues, 41) uint8 from 0 to 255: 21 of the residue and 20 of the
-    profile. ``state`` (residues,): 0 helix, 1 strand, 2 coil."""
+    """Chains of proteins, one after another, with ``residues`` residues in all. ``features`` (residues, 41)
+    uint8, where 255 stands for 1: 21 of the one-hot residue and 20 of the profile. ``state`` (residues,): 0
+    helix, 1 strand, 2 coil. ``source``: where they come from. The first ``train_count`` chains are for
+    training."""
 
     features: Array
     state: Array
@@ -51,11 +53,12 @@ class Chains(ConcatenatedChains):
 
 @accept_keywords
 def make(options: BuiltInOptions) -> Job:
-    """Return the job at one of SIZES, by default on the built-in chains.
+    """Return the job at one of SIZES ("tiny", "8M", "35M", "150M", "650M", "3B", "15B", "paper"), by default
+    on the built-in chains.
 
-    ``data``: a file of records of three lines, ``>name``, sequence, and states H, E, C. ``weights``: may lack
-    the input projection and the head. ``batch``: chains of a step. ``length``: residues to which chains are
-    padded or cropped.
+    ``data``: a file of records of three lines: ``>name``, sequence, and states H, E, C. ``weights``: those of
+    an ESM-2, which may lack parameters of the input projection and of the head. ``batch``: chains of a step.
+    ``length``: residues to which chains are padded or cropped. Raises UserError for a faulty file.
     """
     shape = options.resize(_shape(options.size))
     chains = user_chains(options.data) if options.data else built_in_chains()
@@ -82,8 +85,8 @@ def make(options: BuiltInOptions) -> Job:
 
 
 def _shape(size: str) -> EsmSize:
-    """Return the size. The available chains have at most 128 residues. For planning, the large sizes keep
-    1,024, ESM-2's training length."""
+    """Return the shape of the network for ``size``. "tiny" to "150M" have 128 residues, as many as the
+    longest built-in chain. The larger ones, which are for planning, have 1,024, ESM-2's training length."""
     from memfit.jobs.builtin.esm import ESM_SIZES
 
     shape = ESM_SIZES[size]
@@ -99,7 +102,7 @@ def _build(shape: EsmSize) -> torch.nn.Module:
 
 
 def built_in_chains() -> Chains:
-    """Return the built-in chains."""
+    """Return the 2,500 chains of the PDB that come with memfit."""
     with open_arrays("pdb_ss") as archive:
         one_hot = _one_hot(archive["residue"])
         return Chains(
@@ -112,10 +115,11 @@ def built_in_chains() -> Chains:
 
 
 def user_chains(path: str) -> Chains:
-    """Return the chains of the user's file; the last fifth of the file, at least one chain, is for testing.
+    """Return the chains of the user's file, as `read_labelled` reads it. The last fifth of them, rounded down
+    but at least one, is for testing.
 
-    The residue itself replaces the missing profile. Raises UserError for fewer than two chains, and for
-    faults in the file.
+    The one-hot residue takes the place of the profile. Raises UserError for fewer than two chains, and as
+    `read_labelled` does.
     """
     proteins = read_labelled(path)
     if len(proteins) < 2:
@@ -134,9 +138,7 @@ def user_chains(path: str) -> Chains:
 
 
 def _one_hot(residue: Array) -> Array:
-    """Return an array (residues, 21) uint8 with 255 at the number of each residue and 0 elsewhere, so that it
-    has the weight of a profile with only that residue.
-    """
+    """Return the one-hot of the residue numbers 0 to 20, uint8 (residues, 21), with 255 in place of 1."""
     return np.where(residue[:, None] == np.arange(21), np.uint8(255), np.uint8(0))
 
 
@@ -168,8 +170,8 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> float:
-    """Return the percentage of residues of the test chains, of which the first ``length`` residues count,
-    whose state is predicted correctly."""
+    """Return the percentage of residues of the test chains whose state is predicted correctly. Only the first
+    ``length`` residues of a chain count. At most ``batch_size`` chains are evaluated at once."""
     correct = total = 0
     test = np.arange(chains.train_count, chains.count)
     with evaluating(model) as device:
@@ -182,8 +184,8 @@ def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> 
 
 
 def metric(chains: Chains, length: int) -> Metric:
-    """Return the metric, Q3 (the percentage of correct states). Its naive result predicts the most common
-    training state everywhere."""
+    """Return the metric, Q3 (the percentage of residues with the correct state); higher is better. Its naive
+    result predicts the most common state of the training chains everywhere."""
     boundary = chains.offset[chains.train_count]
     commonest = np.bincount(chains.state[:boundary], minlength=3).argmax()
     starts, stops = chains.offset[chains.train_count : -1], chains.offset[chains.train_count + 1 :]

@@ -20,10 +20,11 @@ from torch.nn import functional
 class SchnetSize:
     """Size of a SchNet.
 
-    ``layers``: number of interactions. ``filters``: channels of a message. ``radial``: number of Gaussians
-    that represent a distance. ``cutoff``: distance in angstrom beyond which atoms do not interact.
-    ``species``: number of element embeddings. ``atoms`` (per sample) and ``neighbours`` (per atom): capacity
-    of the tensors. ``batch_size``: samples of a step.
+    ``layers``: number of interactions. ``width``: channels of an atom. ``filters``: channels of a message.
+    ``radial``: number of Gaussians that represent a distance. ``cutoff``: distance in angstrom from which on
+    atoms do not interact. ``species``: number of element embeddings; atomic numbers must be lower. ``atoms``:
+    atoms of a sample, padding included. ``neighbours``: neighbours of an atom, unused places included.
+    ``batch_size``: samples of a step.
     """
 
     layers: int
@@ -53,21 +54,22 @@ OPEN_CATALYST: Final = SchnetSize(
 
 
 def shifted_softplus(x: torch.Tensor) -> torch.Tensor:
-    """Return softplus minus its value at zero; it is as smooth as forces require."""
+    """Return log(1 + exp(x)) - log(2), which is zero at zero. Its derivatives are continuous, as forces
+    require."""
     return functional.softplus(x) - math.log(2)
 
 
 def gathered(x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
     """Return the rows of ``x`` (batch, atoms, width) at the indices ``near`` (batch, atoms, neighbours),
-    which count atoms within a sample: (batch, atoms, neighbours, width).
-    """
+    which number the atoms of each sample from 0, as (batch, atoms, neighbours, width)."""
     batch, atoms, _ = near.shape
     start = torch.arange(batch, device=near.device)[:, None, None] * atoms
     return functional.embedding(near + start, x.flatten(0, 1))
 
 
 class Geometry(nn.Module):
-    """Converts positions of atoms to the representation of distances that filters of messages get."""
+    """Represents the distance of each atom to each of its neighbours by ``size.radial`` Gaussians and a
+    weight, from which the filters of messages are computed."""
 
     def __init__(self, size: SchnetSize) -> None:
         super().__init__()
@@ -79,10 +81,12 @@ class Geometry(nn.Module):
     def forward(
         self, positions: torch.Tensor, near: torch.Tensor, within: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (Gaussians, weight) of the distance of each atom to each of its neighbours ``near``.
+        """Return (Gaussians, weight) of the distances between the atoms at ``positions`` (batch, atoms, 3)
+        and their neighbours, whose indices are ``near`` (batch, atoms, neighbours).
 
-        The Gaussians have shape (batch, atoms, neighbours, radial). The weight (batch, atoms, neighbours, 1)
-        falls to zero at the cutoff and is zero where ``within`` is False.
+        The Gaussians have the shape (batch, atoms, neighbours, radial), with centres evenly spaced from 0 to
+        the cutoff. The weight (batch, atoms, neighbours, 1) falls from 1 at distance zero to 0 at the cutoff;
+        it is 0 beyond, and where ``within`` (batch, atoms, neighbours) is False.
         """
         displacement = gathered(positions, near) - positions[:, :, None]
         # sets these distances to one, because the square root has no derivative at zero
@@ -94,7 +98,8 @@ class Geometry(nn.Module):
 
 
 class SchnetInteraction(nn.Module):
-    """Passes messages from neighbours to atoms through filters computed from their distances."""
+    """Adds to the channels of each atom the messages of its neighbours, which are multiplied by filters
+    computed from the distances."""
 
     def __init__(self, size: SchnetSize) -> None:
         super().__init__()
@@ -115,8 +120,8 @@ class SchnetInteraction(nn.Module):
 
 
 class EnergySum(nn.Module):
-    """Computes the energy of a sample as the sum over its atoms. It needs float32, because small differences
-    between large sums matter."""
+    """Computes the energy of a sample as a sum of one number per atom. It needs float32, because small
+    differences between large sums matter."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -124,15 +129,15 @@ class EnergySum(nn.Module):
         self.two = nn.Linear(width // 2, 1)
 
     def forward(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-        """Return energies ``(batch,)`` for ``x`` (batch, atoms, width). ``there`` is False at padding."""
+        """Return energies (batch,) in eV for ``x`` (batch, atoms, width). Atoms where ``there`` (batch,
+        atoms) is False (padding) do not count."""
         shares: torch.Tensor = self.two(shifted_softplus(self.one(x)))[..., 0] * there
         return shares.sum(1)
 
 
 class Schnet(nn.Module):
-    """Maps elements and positions to the energy, in eV minus the contributions of the elements, and to
-    forces.
-    """
+    """Maps atomic numbers and positions to the energy of each sample in eV, without the fitted energies of
+    its elements, and to the forces, which are minus the gradient of this energy."""
 
     def __init__(self, size: SchnetSize) -> None:
         super().__init__()
@@ -146,10 +151,10 @@ class Schnet(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (energy (batch,) in eV, forces (batch, atoms, 3) in eV/angstrom).
 
-        ``species`` (batch, atoms) is 0 at padding. ``positions`` (batch, atoms, 3) are in angstrom. ``near``
-        (batch, atoms, neighbours) holds the indices of neighbours, valid where ``within`` is True. In
-        training mode the forces can be differentiated again. They are also computed when gradients are
-        disabled outside.
+        ``species`` (batch, atoms): atomic numbers, 0 at padding. ``positions`` (batch, atoms, 3) are in
+        angstrom. ``near`` (batch, atoms, neighbours): indices of neighbours within the sample, which count
+        where ``within`` is True. The forces have a graph for backward in training mode only. They are also
+        computed if the caller disables gradients.
         """
         with torch.enable_grad():
             leaf_positions = positions.detach().requires_grad_()

@@ -48,7 +48,7 @@ _LEVELS: Final = 128  # levels of intensity, for the naive result
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The volume of a head.
+    """The volume of a head in voxels of 1 mm.
 
     ``intensity`` (x, y, z) float32, scaled so that the median of white matter is 1. ``tissue``, of the same
     shape, uint8: 0 other, 1 grey matter, 2 white matter.
@@ -60,7 +60,7 @@ class Head:
 
 @accept_keywords
 def make(options: BuiltInOptions) -> Job:
-    """Return the job at one of SIZES on the volume in the package nilearn.
+    """Return the job at one of SIZES ("tiny", "paper") on the volume that comes with the package nilearn.
 
     ``batch``: patches of a step. Raises UserError for any ``data`` or ``length``, and if nilearn is not
     installed.
@@ -107,7 +107,8 @@ def _build(shape: UNetSize) -> torch.nn.Module:
 
 @functools.cache
 def read() -> Head:
-    """Return the volume. Raises UserError if the package that contains it is not installed."""
+    """Return the average head (MNI152) that comes with the package nilearn. The same object is returned every
+    time. Raises UserError if nilearn is not installed."""
     spec = importlib.util.find_spec("nilearn")
     if spec is None or spec.origin is None:
         raise UserError(
@@ -149,17 +150,20 @@ def scanned(clean: Array, rng: np.random.Generator, channels: int = 1) -> Array:
 def train_batch(
     head: Head, shape: UNetSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return a training batch: ``volume`` (batch, channels, x, y, z) float32 and ``tissue`` (batch, x, y, z)
-    int64 of cubes, at random positions outside the held-out slab (at the size paper also inside).
-    """
+    """Return a training batch of ``batch_size`` cubes with the edge ``shape.patch``: ``volume`` (batch,
+    channels, x, y, z) float32, intensities with simulated noise, and ``tissue`` (batch, x, y, z) int64. Their
+    positions are random and outside the held-out slab. Only cubes too large to lie beside the slab, as those
+    of the size "paper", may also contain it."""
     rng = step_rng(step, seed)
     corners = _training_corners(head, shape.patch, batch_size, rng)
     return as_tensors(_cubes(head, corners, shape.patch, shape.channels, rng))
 
 
 def _training_corners(head: Head, patch: int, count: int, rng: np.random.Generator) -> Array:
-    """Return the lowest corners (count, 3) of cubes with the edge ``patch``, each centred on a random voxel
-    of grey or white matter, as far as the volume and the held-out slab allow."""
+    """Return the lowest corners, int64 (count, 3), of cubes with the edge ``patch``. Each is centred on a
+    random voxel of grey or white matter, and then moved as far as is necessary to lie inside the volume and
+    at least 8 planes from the held-out slab. Cubes too large for the latter need only lie inside the
+    volume."""
     low, high = np.zeros((2, count, 3), np.int64)
     high[:] = np.array(head.tissue.shape) - patch
     tissue_voxels = np.argwhere(head.tissue[::4, ::4, ::4] > 0) * 4
@@ -184,11 +188,11 @@ def _cubes(
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return the weighted mean, over the model's outputs, of cross-entropy minus the mean soft Dice of the
-    classes other than 0.
+    """Return the weighted mean, over the model's outputs, of cross-entropy minus soft Dice, in float32. Soft
+    Dice is averaged over the classes other than 0 and over volumes, so the loss of a batch is the mean of the
+    losses of its equal parts.
 
-    An output has half the weight of that at twice its resolution. Dice is a mean over volumes, so that the
-    loss of a batch is the mean of its parts' losses.
+    Each output has half the weight of the one at twice its resolution.
     """
     logits = model(batch["volume"])
     scales = range(len(logits) - 1, -1, -1)
@@ -212,8 +216,8 @@ def _of_output(logits: torch.Tensor, tissue: torch.Tensor, step: int) -> torch.T
 
 def mean_dice(model: torch.nn.Module, head: Head, shape: UNetSize) -> float:
     """Return the mean Dice of grey and white matter, as the model predicts them in the held-out region, in
-    percent. The model gets cubes with the edge that it is trained on, since a network of many stages takes no
-    smaller ones."""
+    percent. The model gets one cube at a time, with the edge ``shape.patch``, since a network of many stages
+    takes no smaller ones."""
     import torch
 
     cubes = _test_cubes(head, shape.patch, shape.channels)
@@ -227,7 +231,8 @@ def mean_dice(model: torch.nn.Module, head: Head, shape: UNetSize) -> float:
 
 
 def dice(found: Array, truth: Array) -> float:
-    """Return the mean Dice of grey and white matter between two label arrays, in percent."""
+    """Return the mean of the Dice of grey (1) and of white matter (2) between two label arrays of one shape,
+    in percent."""
     scores = [
         2
         * ((found == tissue) & (truth == tissue)).sum()
@@ -239,7 +244,8 @@ def dice(found: Array, truth: Array) -> float:
 
 def _test_cubes(head: Head, patch: int, channels: int) -> dict[str, Array]:
     """Return ``volume`` and ``tissue`` of the cubes with the edge ``patch`` that cover the held-out region,
-    always with the same noise, and ``scored``, which is True for the voxels inside the region."""
+    always with the same noise. They may extend beyond it: ``scored`` (cubes, x, y, z) is True for the voxels
+    inside the region."""
     low, end = np.array(_TEST_REGION).T
     tiles = -(-(end - low) // patch)
     corners = (low + end - tiles * patch) // 2 + np.array(list(np.ndindex(*tiles))) * patch
@@ -250,8 +256,9 @@ def _test_cubes(head: Head, patch: int, channels: int) -> dict[str, Array]:
 
 
 def metric(head: Head) -> Metric:
-    """Return the metric, the mean Dice of grey and white matter. Its naive result is that of predicting the
-    most common training tissue of each level of intensity."""
+    """Return the metric, the mean Dice of grey and white matter in the held-out region in percent; higher is
+    better. Its naive result predicts for each of 128 levels of intensity the tissue that is most common there
+    in training cubes."""
     rng = np.random.default_rng(_TEST_SEED + 1)
     corners = _training_corners(head, _TEST_PATCH, 24, rng)
     train, test = _cubes(head, corners, _TEST_PATCH, 1, rng), _test_cubes(head, _TEST_PATCH, 1)

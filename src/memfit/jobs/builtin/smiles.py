@@ -14,18 +14,19 @@ Graph = tuple[list[str], list[tuple[int, int]]]
 
 
 def tokens(smiles: str) -> list[str]:
-    """Split a SMILES string into tokens.
+    """Return the tokens of a SMILES string in order.
 
-    An atom in brackets, Br, Cl, a two-digit ring number, and any other character are one token each
-    (Schwaller et al. 2019).
+    One token each are an atom in brackets (``[nH]``), ``Br``, ``Cl``, a two-digit ring number (``%12``), and
+    any other character (Schwaller et al. 2019).
     """
     return _TOKEN.findall(smiles)
 
 
 def graph(smiles: str) -> Graph:
-    """Return (element in capitals of each atom that the string names, pairs of indices of bonded atoms).
+    """Return (elements, bonds): for each atom that the string names, in order, its element in capitals, such
+    as "CL"; and for each bond the pair of the indices of its atoms.
 
-    Raises ValueError if a ring or branch is not closed, or a branch is closed that was not opened.
+    Raises ValueError if a ring or branch is not closed, or if a branch is closed that was not opened.
     """
     atoms: list[str] = []
     bonds: list[tuple[int, int]] = []
@@ -64,12 +65,13 @@ def _element(token: str) -> str:
 
 
 def ring_skeleton(smiles: str) -> str:
-    """Return a name for the rings of a molecule and the chains between them, without bond orders; "" for a
-    molecule without rings.
+    """Return a name for the rings of a molecule and the chains that link them, regardless of bond orders; ""
+    for a molecule without rings.
 
-    The skeleton is that of Bemis & Murcko 1996 (J. Med. Chem. 39:2887). Side chains are removed atom by atom;
-    the rest is named by colour refinement over elements and bonds. Equal skeletons get equal names. Different
-    ones may share a name, which keeps them on one side of a split. Raises ValueError as `graph` does.
+    This skeleton is that of Bemis & Murcko 1996 (J. Med. Chem. 39:2887). Side chains are removed atom by
+    atom; the rest is named by a hash after colour refinement over elements and bonds. Equal skeletons get
+    equal names. Different ones may share a name, which only keeps them on one side of a split. Raises
+    ValueError as `graph` does.
     """
     atoms, bonds = graph(smiles)
     neighbours: dict[int, set[int]] = {atom: set() for atom in range(len(atoms))}

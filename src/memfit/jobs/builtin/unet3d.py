@@ -17,8 +17,8 @@ class UNetSize:
     """Size of a U-Net.
 
     ``features``: channels of each stage, from full resolution down; each stage after the first halves the
-    edge of the volume. ``channels``: of the input volume. ``patch``: the input's edge in voxels.
-    ``batch_size``: volumes of a step.
+    edge of the volume. ``channels``: channels of the input volume. ``classes``: number of classes of the
+    output. ``patch``: edge of the input in voxels. ``batch_size``: volumes of a step.
     """
 
     features: tuple[int, ...]
@@ -29,8 +29,8 @@ class UNetSize:
 
 
 class Convolution(nn.Module):
-    """A convolution of 3 x 3 x 3 voxels from ``given`` to ``made`` channels with instance norm and leaky
-    ReLU. ``stride`` divides the resolution."""
+    """A convolution of 3 x 3 x 3 voxels from ``given`` to ``made`` channels, then instance norm and leaky
+    ReLU. The edges of the volume are divided by ``stride``."""
 
     def __init__(self, given: int, made: int, stride: int = 1) -> None:
         super().__init__()
@@ -44,10 +44,10 @@ class Convolution(nn.Module):
 
 
 class UnetStage(nn.Module):
-    """Two convolutions at one resolution, to ``made`` channels. The input, with ``given`` channels, comes
-    from the resolution above, or, with ``up``, from the one below; it is then enlarged and concatenated with
-    ``skip``, the output of the stage at this resolution on the way down.
-    """
+    """Two convolutions at one resolution, to ``made`` channels. Without ``up``, the first divides the edges
+    of the input, with ``given`` channels, by ``stride``. With ``up``, the input comes from the next lower
+    resolution: it is enlarged twofold to ``made`` channels and concatenated with ``skip``, the output of the
+    stage at this resolution on the way down."""
 
     def __init__(self, given: int, made: int, *, stride: int = 1, up: bool = False) -> None:
         super().__init__()
@@ -64,7 +64,8 @@ class UnetStage(nn.Module):
 
 
 class UNet(nn.Module):
-    """The U-Net. ``stages``: those down to the lowest resolution, then those up again, in order of use."""
+    """The U-Net. ``stages``: in order of use, those down to the lowest resolution, then those up to full
+    resolution."""
 
     def __init__(self, size: UNetSize) -> None:
         super().__init__()
@@ -82,9 +83,8 @@ class UNet(nn.Module):
         self.heads = nn.ModuleList([nn.Conv3d(f, size.classes, 1) for f in features[-2::-1]])
 
     def forward(self, volumes: torch.Tensor) -> list[torch.Tensor]:
-        """Return logits (batch, classes, ...) for ``volumes`` (batch, channels, z, y, x) at each resolution
-        except the lowest, full resolution last.
-        """
+        """Return a list of logits (batch, classes, x, y, z), one for each resolution except the lowest, full
+        resolution last, for ``volumes`` (batch, channels, x, y, z)."""
         x = volumes.to(next(self.parameters()).dtype)
         skips = []
         for stage in self.stages[: self.depth]:

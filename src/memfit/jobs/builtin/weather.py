@@ -46,23 +46,23 @@ _TEST_STRIDE: Final = 3  # frames between the starts of scored forecasts
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """Trajectories of one field: ``train`` and ``test`` (trajectories, frames, rows, columns) float32, in
-    units of the standard deviation of the training data.
-    """
+    """Trajectories of one field: ``train`` and ``test``, float32 (trajectories, frames, rows, columns), in
+    units of the standard deviation of the training data."""
 
     train: Array
     test: Array
 
     @staticmethod
     def windows(frames: Array, rollout: int) -> int:
-        """Return how many windows of ``rollout`` + 1 consecutive frames of one trajectory there are in
-        ``frames``, overlapping ones included."""
+        """Return how many windows of ``rollout`` + 1 consecutive frames there are in the trajectories
+        ``frames``, (trajectories, frames, rows, columns). Windows may overlap, but each is inside one
+        trajectory."""
         return int(frames.shape[0] * (frames.shape[1] - rollout))
 
 
 @accept_keywords
 def make(options: BuiltInOptions) -> Job:
-    """Return the job at one of SIZES on the built-in fields.
+    """Return the job at one of SIZES ("tiny", "paper") on the built-in fields.
 
     ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``.
     """
@@ -116,7 +116,7 @@ def _build(shape: ForecasterSize) -> torch.nn.Module:
 
 
 def read() -> Fields:
-    """Return the built-in fields."""
+    """Return the built-in fields: 64 trajectories of simulated turbulence."""
     with open_arrays("vorticity") as archive:
         fields, count = archive["vorticity"].astype(np.float32), int(archive["n_train"])
     fields /= fields[:count].std()
@@ -126,9 +126,8 @@ def read() -> Fields:
 def train_batch(
     frames: Array, shape: ForecasterSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return a training batch: ``fields`` (batch, rollout + 1, channels, rows, columns) float32, for each
-    sample a window of one trajectory.
-    """
+    """Return a training batch: ``fields`` (batch_size, rollout + 1, channels, rows, columns) float32. Each
+    sample is a window of consecutive frames of one trajectory. Every epoch uses each window once."""
     indices = epoch_indices(Fields.windows(frames, shape.rollout), batch_size, step=step, seed=seed)
     starts = frames.shape[1] - shape.rollout
     windows = [frames[i // starts, i % starts : i % starts + shape.rollout + 1] for i in indices]
@@ -139,8 +138,8 @@ def _on_grid(windows: Array, shape: ForecasterSize) -> torch.Tensor:
     """Return ``windows`` (windows, time, rows, columns) on the model's grid and with its channels: (windows,
     time, channels, rows, columns).
 
-    If the grid is larger than the data, the periodic fields repeat. Each channel is the one before shifted by
-    a row.
+    If the grid is larger than the data, the fields, which are periodic, are repeated; if it is smaller, they
+    are cut. The first channel is the field; each other is the one before it, rolled by a row.
     """
     import torch
 
@@ -151,8 +150,9 @@ def _on_grid(windows: Array, shape: ForecasterSize) -> torch.Tensor:
 
 
 def _errors(model: torch.nn.Module, fields: torch.Tensor) -> torch.Tensor:
-    """Return the relative L2 error of each forecast, (batch, rollout), for ``fields`` as returned by
-    `train_batch`, whose first frame the model gets."""
+    """Return the relative L2 error of each forecast, (batch, rollout): the norm of its deviation from the
+    truth over channels, rows and columns, divided by the norm of the truth. ``fields``: as `train_batch`
+    returns them; the model gets the first frame."""
     import torch
 
     truth = fields[:, 1:]
@@ -163,13 +163,14 @@ def _errors(model: torch.nn.Module, fields: torch.Tensor) -> torch.Tensor:
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return the mean relative L2 error of all forecasts of the rollout."""
+    """Return the mean relative L2 error (as a share of the truth's norm) over all forecasts of the rollout
+    and all samples."""
     return _errors(model, batch["fields"]).mean()
 
 
 def relative_error(model: torch.nn.Module, frames: Array, shape: ForecasterSize) -> float:
-    """Return the mean relative L2 error of the last forecast of each rollout over the windows of held-out
-    trajectories that start at every third frame."""
+    """Return the mean relative L2 error (as a share of the truth's norm) of the last forecast of the rollout,
+    over the windows of the held-out trajectories ``frames`` that start at every third frame."""
     windows, errors = _test_windows(frames, shape.rollout), []
     with evaluating(model) as device:
         for part in full_parts(windows, EVALUATED_AT_ONCE):
@@ -179,17 +180,18 @@ def relative_error(model: torch.nn.Module, frames: Array, shape: ForecasterSize)
 
 
 def _test_windows(frames: Array, rollout: int) -> Array:
-    """Return the windows of ``frames`` that start at every third frame, (windows, rollout + 1, rows,
-    columns)."""
+    """Return the windows of ``rollout`` + 1 frames of each trajectory in ``frames`` that start at every third
+    frame, from frame 0: (windows, rollout + 1, rows, columns)."""
     starts = range(0, frames.shape[1] - rollout, _TEST_STRIDE)
     return np.concatenate([frames[:, a : a + rollout + 1] for a in starts])
 
 
 def metric(fields: Fields, rollout: int) -> Metric:
-    """Return the metric, the relative L2 error at the end of the rollout.
+    """Return the metric, the relative L2 error of the last forecast of the rollout; lower is better.
 
-    Its naive result is that of the first field times the factor that fits the training data best. On these it
-    is no worse than persistence (factor 1) or the climatological mean (factor 0).
+    Its naive result takes as forecast the first field times one factor, that with the least squared error on
+    the training data. On these it is no worse than persistence (factor 1) or the climatological mean (factor
+    0).
     """
     first, last = fields.train[:, :-rollout], fields.train[:, rollout:]
     factor = float((first * last).sum() / (first * first).sum())
