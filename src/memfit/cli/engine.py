@@ -43,8 +43,8 @@ class EngineOptions:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="For install: folder for the environment, which must be new or empty. Default: a folder in "
-            "your data folder.",
+            help="For install: folder for the environment, which must be new or empty. Default: "
+            "memfit/engines/NAME in your data folder.",
         ),
     ] = None
 

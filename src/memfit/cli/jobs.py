@@ -8,7 +8,7 @@ from memfit.cli.output import emit, print_table
 
 
 def jobs(output: JsonOptions) -> None:
-    """List the built-in jobs, their sizes (the default size first) and their data."""
+    """List the built-in jobs: what each trains on what data, and its sizes, the default size first."""
     quiet_libraries()
     from memfit.jobs.registry import DEFAULT, describe
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LengthOptions:
     """The file with the lengths of sequences, how it is read, the job with its size, batch and memory, and
-    the plan."""
+    the file of the plan."""
 
     file: Annotated[
         str,
@@ -101,10 +101,10 @@ class LengthOptions:
 def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> None:
     """Show how the lengths of your sequences affect the memory of training.
 
-    Prints the predicted peak of a batch by padded length and of random batches, the longest length that fits,
-    the probability of running out of memory per step and per epoch, the batch of the longest sequences to try
-    first, and a comparison of methods of batching.
-    """
+    Prints the predicted peak memory of a batch by padded length and of random batches (median, 90th and 99th
+    percentile, maximum), the longest length to which a whole batch can be padded and fit, the probability of
+    running out of memory per step and per epoch, which sequences make the batch of the longest to try first,
+    and a comparison of six ways to make batches, such as sorted by length or packed."""
     cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
     machine = machine_of(on.on, "world")
     quiet_libraries()

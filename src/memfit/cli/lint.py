@@ -21,7 +21,7 @@ _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LintOptions:
-    """The files to check."""
+    """The configuration files to check, and the number of processes that train."""
 
     files: Annotated[
         list[Path],
@@ -46,9 +46,8 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
     """Find contradictions, options without effect and known pitfalls in configuration files.
 
     Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments, torchtitan
-    TOML and OpenFold's settings. All files together are one set-up. Exits with code 1 if a finding is an
-    error.
-    """
+    TOML and OpenFold's settings. All files together are one set-up. Exits with code 1 if one of the findings
+    is an error; warnings and notes do not change the exit code."""
     language_code = check_language(lang.lang)
     from memfit.lint.check import check
     from memfit.lint.parse import read
@@ -82,8 +81,9 @@ _NOT_LINTED = frozenset(
 
 
 def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
-    """Return ``files`` without those in a folder that `memfit export` wrote for which lint has no rules,
-    because memfit, a cluster or an engine without rules reads them. Raises UserError if none is left."""
+    """Return ``files`` without those for which lint has no rules, such as run.json, README.md or job.sbatch
+    in a folder that `memfit export` wrote: memfit, a cluster or an engine without rules reads them. Files in
+    other folders are never left out. Raises UserError if no file is left."""
     from memfit.export.write import MANIFEST
 
     library_files = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
@@ -97,13 +97,14 @@ def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
 
 
 def findings_view(findings: Sequence[memfit.lint.check.Finding]) -> list[dict[str, Any]]:
-    """Return findings as plain data for ``--json``."""
+    """Return each finding as plain data for ``--json``: its "rule", "severity", "file", "says", "do" and
+    "links"."""
     return [dataclasses.asdict(f) | {"severity": str(f.severity)} for f in findings]
 
 
 def print_findings(findings: Sequence[memfit.lint.check.Finding], *, lang: str) -> None:
-    """Print each finding with its advice and links, or that there is none. ``lang``: the language of what is
-    printed around the findings, whose own texts have their language already."""
+    """Print each finding with its advice and links, or one line that there are none. ``lang``: the language
+    of that line and of the severities; the texts of the findings are printed as they are."""
     from rich.padding import Padding
     from rich.text import Text
 

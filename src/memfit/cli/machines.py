@@ -33,7 +33,8 @@ _UNITS: Final = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NameOptions:
-    """The name of the catalog's entry, or the machine file, to show; None: list all entries."""
+    """The name of the machine or of the catalog's entry to show, or the machine file; None: list all
+    entries."""
 
     name: Annotated[
         str | None,
@@ -46,7 +47,8 @@ class NameOptions:
 
 
 def machines(options: NameOptions, output: JsonOptions) -> None:
-    """List the devices, networks, hosts and places of the catalog, or show one entry with its sources."""
+    """List the devices, networks, hosts and places of the catalog, with --json also the links, or show every
+    figure of one entry with its source."""
     if options.name is not None:
         kind, entry = _found(options.name)
         if output.json:
@@ -79,8 +81,8 @@ def machines(options: NameOptions, output: JsonOptions) -> None:
 
 
 def _print_one(kind: str, entry: Any) -> None:
-    """Print a table of the entry's figures, each with its range and the number of its source, and below it
-    the sources by number."""
+    """Print ``kind`` and the entry's name, a table of its figures, each with its range, if it has one, and
+    the number of its source, and below it the sources by number."""
     sources: dict[str, int] = {}
     rows = []
     for path, fact in facts_in(entry):
@@ -96,9 +98,11 @@ def _print_one(kind: str, entry: Any) -> None:
 
 
 def _found(name: str) -> tuple[str, Any]:
-    """Return (the kind, the entry) that ``name`` names in the catalog. The kind is "machine", "network",
-    "host", "link" or "place", the first that has the name; a ``name`` that ends in .toml is a file with a
-    machine. Raises UserError with the nearest names if there is none, and for an invalid file."""
+    """Return (the kind, the entry) that ``name`` names in the catalog. The kinds are tried in this order:
+    "machine", "network", "host", "link", "place"; a ``name`` that ends in .toml is a file with a machine. A
+    machine of the catalog is returned without a place. Raises UserError if nothing has the name, with the
+    nearest name of each kind that has a similar one; also for an invalid file, and for an invalid machine
+    such as ``0xH100-SXM``."""
     if name.endswith(".toml"):
         return "machine", catalog.from_toml(name)
     loaders: dict[str, Callable[[], Any]] = {

@@ -18,7 +18,8 @@ _DEFAULT_JOB = "protein-ss"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """The job to train, and what replaces its defaults."""
+    """The job to train, and what replaces its default size, data, initial weights, steps, batch and length;
+    None: not replaced."""
 
     job: Annotated[
         str | None,
@@ -33,7 +34,7 @@ class JobOptions:
         typer.Option(
             metavar="NAME",
             help="Size of the job. `memfit jobs` lists the sizes of each built-in job, the default first; "
-            "hf: has tiny (default) and paper. NAME@N also sets --length N.",
+            "hf: has tiny (default) and paper. NAME@N also sets --length N, but not for FILE.py:NAME.",
         ),
     ] = None
     data: Annotated[
@@ -78,7 +79,7 @@ class JobOptions:
 
     @property
     def spec(self) -> str:
-        """The job that the user named, or the default job."""
+        """The job as the user named it, or the default job, "protein-ss"."""
         return self.job or _DEFAULT_JOB
 
     @property
@@ -89,18 +90,18 @@ class JobOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GoalOptions:
-    """What a recommended plan minimizes, the memory and the accuracy that limit it, and the engine that
-    trains."""
+    """What a recommended plan minimizes, the limits on its memory and on its effect on results (accuracy),
+    and the engine that trains."""
 
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
             help="Memory that the training must fit in on each device, for example 24GiB. Default: the "
-            "memory of the device. On a CPU, where memory is each process's, the default is a demonstration: "
-            "a share of what plain training needs (a quarter, unless the job sets another), or, if no plan "
-            "fits that, a little more than the smallest plan needs; with --from, what the plan of the files "
-            "needs.",
+            "memory of the device. On a CPU, where memory is each process's, the default is a "
+            "demonstration: a share of what plain training needs (a quarter, unless the job sets "
+            "another), or, if no plan fits that, 10 % more than the smallest plan needs; with --from, "
+            "what the plan of the files needs.",
         ),
     ] = None
     host_memory: Annotated[
@@ -116,7 +117,8 @@ class GoalOptions:
         typer.Option(
             metavar="fastest|smallest|cheapest|greenest|fewest",
             help="What the recommended plan minimizes. fastest: the time of a step; smallest: the peak "
-            "memory; cheapest: the cost; greenest: the CO2; fewest: the number of devices, then the time.",
+            "memory; cheapest: the cost of a step; greenest: the CO2 of a step; fewest: the number of "
+            "devices, then the time of a step.",
         ),
     ] = "fastest"
     accuracy: Annotated[
@@ -149,14 +151,16 @@ ExcludedTechniques = Annotated[
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BoundsOptions:
-    """Limits on a plan besides memory and accuracy, and whether to show what would help if none fits."""
+    """Limits on a recommended plan besides memory and accuracy: the time and cost of the whole training, the
+    size of a micro-batch, and techniques not to use. Also whether an error that no plan fits names the
+    changes that would help."""
 
     deadline: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Longest time that all --steps may take together, for example 90m, 72h or 3d. Needs --on "
-            "and --steps.",
+            help="Longest time that all --steps may take together, for example 90m, 72h or 3d. Needs "
+            "--steps, and --on with another machine than this one.",
         ),
     ] = None
     budget: Annotated[
@@ -164,7 +168,8 @@ class BoundsOptions:
         typer.Option(
             metavar="USD",
             min=0.01,
-            help="Most that all --steps may cost together, in USD. Needs --on and --steps.",
+            help="Most that all --steps may cost together, in USD. Needs --steps, and --on with another "
+            "machine than this one.",
         ),
     ] = None
     micro_batch: Annotated[
@@ -173,7 +178,7 @@ class BoundsOptions:
             metavar="N",
             min=1,
             help="Samples in one micro-batch of one device; must divide the device's part of the batch. "
-            "Needs --on. Default: memfit chooses the number.",
+            "Needs --on with another machine than this one. Default: memfit chooses the number.",
         ),
     ] = None
     without: ExcludedTechniques = None
@@ -181,17 +186,18 @@ class BoundsOptions:
         bool,
         typer.Option(
             "--explain-infeasible",
-            help="If no plan fits on a machine of several devices, add to the error the smallest changes, "
-            "each of which alone would make a plan fit: more memory, more devices, a longer deadline or a "
-            "larger budget. Not with --from.",
+            help="If no plan fits, add to the error the changes, each of which alone would make a plan "
+            "fit. On a machine of several devices: the least more memory, devices, time or money that "
+            "is enough. On one device: only micro-batches, if they were not tried because the samples "
+            "of a batch depend on each other. Not with --from.",
         ),
     ] = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeOptions:
-    """The place of the electricity, the CPU threads of each process, and whether this machine's operators are
-    timed anew."""
+    """The place of the electricity, the CPU threads of each process, and whether the stored timings of this
+    machine's operators are replaced by new ones."""
 
     place: Annotated[
         str,
@@ -207,7 +213,7 @@ class RuntimeOptions:
             metavar="N",
             min=1,
             help="Number of CPU threads of each training process, and of the timings of this machine. "
-            "Default: all; `memfit poc --nproc` divides all among the processes.",
+            "Default: all that memfit may use, divided among the training processes of this machine.",
         ),
     ] = None
     recalibrate: Annotated[
@@ -237,8 +243,8 @@ class MachineOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """The plan that a command uses. Without either option it is plain training, or in ``memfit export`` with
-    --from the plan of those files."""
+    """The plan that a command uses: that of a file, or the one that a search recommends. With neither option
+    it is plain training, or in ``memfit export`` with --from the plan of those files."""
 
     plan: Annotated[
         Path | None,
@@ -259,21 +265,24 @@ class PlanOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
-    """The store: the file that holds proofs of concept, runs and records of others."""
+    """The path of the store, the file that holds proofs of concept, runs and records of others; None: the
+    default path."""
 
     store: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="Store: the file in which memfit keeps proofs of concept, runs and records of others; "
-            "created if it does not exist. Default: memfit.sqlite3 in your data folder.",
+            "created if it does not exist. Default: memfit/memfit.sqlite3 in your data folder; "
+            "`memfit doctor` prints the path.",
         ),
     ] = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EffortOptions:
-    """The minutes that people spent on a proof of concept; memfit cannot measure them."""
+    """The minutes that people spent attending to a proof of concept; memfit cannot measure them. None: not
+    given."""
 
     attended_minutes: Annotated[
         float | None,
@@ -297,7 +306,7 @@ class LanguageOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JsonOptions:
-    """Whether to print the result as JSON."""
+    """Whether to print the result or the error as JSON."""
 
     json: Annotated[
         bool,
@@ -307,7 +316,7 @@ class JsonOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
-    """The language and format of the result."""
+    """The language of the result, and whether to print the result or the error as JSON."""
 
     lang: Annotated[
         str,
@@ -320,9 +329,9 @@ class OutputOptions:
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a wrapper of the command `function`, all of whose parameters are option dataclasses, for typer,
-    which reads options from a signature. The wrapper has the same name and docstring, and one keyword-only
-    parameter for each field of these dataclasses."""
+    """Return a function that typer can register as a command: typer reads options from a signature. Its
+    parameters are the fields of the option dataclasses that `function` takes, all keyword-only. It fills
+    these dataclasses and calls `function` with them. Its name and docstring are those of `function`."""
     option_types = {n: t for n, t in typing.get_type_hints(function).items() if n != "return"}
     parameters = [
         parameter for option_type in option_types.values() for parameter in _parameters(option_type)

@@ -15,15 +15,16 @@ _PIPE_COLUMNS = 120  # rich assumes 80 if there is no terminal, which is too nar
 
 
 def emit(value: Any) -> None:
-    """Print ``value``, plain data or dataclasses, as indented JSON on standard output."""
+    """Print ``value``, plain data or dataclasses, also nested, as JSON indented by two spaces on standard
+    output. Characters that a terminal would interpret are escaped."""
     from memfit.types import serialization
 
     print(escape_controls(serialization.dumps(value, indent=2)))
 
 
 def console() -> rich.console.Console:
-    """Return a console on standard output: in colour and as wide as the terminal if it is one, otherwise
-    without colour and 120 columns wide."""
+    """Return a console on standard output. If that is a terminal, the console has colours and its width,
+    otherwise no colours and 120 columns."""
     from memfit.cli.safe_console import SafeConsole
 
     plain = SafeConsole(highlight=False)
@@ -32,7 +33,8 @@ def console() -> rich.console.Console:
 
 def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``allowed``. Otherwise raises UserError with the allowed values and,
-    if one is similar, the nearest. ``what`` names the option or kind of value in the error."""
+    if one is similar, that one as a hint. ``what`` says in the error what ``value`` is, for example "--goal"
+    or "command"."""
     names = tuple(map(str, allowed))
     if value in names:
         return value
@@ -41,15 +43,16 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
 
 
 def check_language(code: str) -> str:
-    """Return ``code``, the value of --lang. Raises UserError if it is not the code of a language that memfit
-    has texts in, "en" or "ja". Call it before any long work begins."""
+    """Return ``code``, the value of --lang. Raises UserError if it is not "en" or "ja", the languages in
+    which memfit has texts. Call it before any long work begins."""
     from memfit.report.words import LANGUAGES
 
     return check_choice("--lang", code, LANGUAGES)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table with the headings ``columns`` on standard output."""
+    """Print a table on standard output, with ``columns`` as headings and one line or more for each of
+    ``rows``."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

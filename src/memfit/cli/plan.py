@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
-    """The number of processes, whether to measure the fastest plans before one is recommended, and the file
-    to write the plan to."""
+    """The number of processes, whether to measure the fastest plans before one is recommended and for how
+    long, the file to write the plan to, and whether it may be overwritten."""
 
     nproc: Annotated[
         int,
@@ -99,22 +99,24 @@ class FromOptions:
         typer.Option(
             metavar="ID|last",
             help="Correct the predicted step times by the measured ones of the proof of concept with this "
-            "ID; last: of the one begun last. It must have run the same job on this machine. Not with --from or "
-            "--on another machine.",
+            "ID; last: of the one begun last. It must have run the same job on this machine. Not with "
+            "--from or --on another machine.",
         ),
     ] = None
     store: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Store: the file with the proof of concept of --corrected-by. Default: memfit.sqlite3 in "
-            "your data folder.",
+            help="Store: the file with the proof of concept of --corrected-by. Default: "
+            "memfit/memfit.sqlite3 in your data folder; `memfit doctor` prints the path.",
         ),
     ] = None
 
 
 def _refuse_options_with_from(limits: BoundsOptions, from_options: FromOptions, save: SaveOptions) -> None:
-    """Raise UserError for options that do not apply to the set-up in the files of --from."""
+    """Raise UserError if one of --corrected-by, --nproc (other than 1), --deadline, --budget, --micro-batch,
+    --without and --explain-infeasible is given. It is called with --from, for whose files they have no
+    effect."""
     options = {
         "--corrected-by": from_options.corrected_by,
         "--nproc": save.nproc != 1,
@@ -141,11 +143,11 @@ def plan(
     save: SaveOptions,
     output: OutputOptions,
 ) -> None:
-    """Recommend a plan that fits the memory, without training.
+    """Recommend a plan that fits the memory. Nothing is trained, except for a few steps with --measure.
 
-    Prints the recommended plan and its rivals, what each technique of it saves and costs, and why other plans
-    were left out. With --from, predicts and lints an existing set-up and shows better plans.
-    """
+    Prints the recommended plan and its rivals, what each technique in it saves (memory) and costs (time), and
+    why other plans were left out. With --from, predicts and lints an existing set-up and shows better plans,
+    if there are any."""
     language_code = check_language(output.lang)
     if save.save is not None:
         writable(save.save, overwrite=save.force)
@@ -198,10 +200,10 @@ def _corrected(
 
 
 def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
-    """Return the limits on a plan besides memory and accuracy, None or 0 for those that are not given.
+    """Return the limits on a plan besides memory and accuracy. Those that are not given are None, 0 or empty.
     ``on``: the machine to plan for, as in --on. Raises UserError for a deadline or a budget (in USD) without
-    a number of steps, for a deadline, a budget or a micro-batch if ``on`` is "this", for an invalid deadline,
-    and for an unknown technique."""
+    a number of steps; for a deadline, a budget or a micro-batch if ``on`` is "this", this machine; for a
+    deadline that is not a time; and for an unknown technique."""
     limits_training = options.deadline is not None or options.budget is not None
     if limits_training and job.steps is None:
         raise UserError(
@@ -220,7 +222,8 @@ def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
 
 
 def write_plan(path: Path, plan: Plan, *, note: str) -> None:
-    """Write ``plan`` to ``path`` as YAML, with ``note`` as a comment. An existing file is overwritten."""
+    """Write ``plan`` to ``path`` as YAML, with ``note`` as its first entry. An existing file is
+    overwritten."""
     from memfit.techniques.plan_file import plan_text
 
     path.write_text(plan_text(plan, note=note), encoding="utf-8")

@@ -34,11 +34,12 @@ def review_files(
     lang: str,
     as_json: bool,
 ) -> Plan:
-    """Predict and lint the set-up in ``files``, print the result, and return the plan of the set-up. ``on``:
-    the machine to predict for, as in --on. If the files do not say how many processes train, and the machine
-    has several devices, it is one per device. Raises UserError for files that `memfit.lint.parse.read`
-    refuses, if OpenFold's settings are given for another job than alphafold2, for a plan that the job does
-    not support, and for invalid options, among others."""
+    """Predict and lint the set-up in ``files``, find better plans, print all of this, and return the plan of
+    the set-up. ``on``: the machine to predict for, as in --on; ``as_json``: print one JSON object instead of
+    text in ``lang``. If the files do not say how many processes train, and the machine has several devices,
+    it is one process per device. Raises UserError for files that `memfit.lint.parse.read` refuses, for
+    OpenFold's settings with another job than alphafold2, for a plan that the job does not support, for a job
+    that cannot be built, and for invalid options."""
     from memfit.lint import check, draft, parse, to_plan
     from memfit.lint.clipping import clipping_setting
 
@@ -84,10 +85,11 @@ def _left_out(carried: memfit.lint.draft.Carried, option: str, reason: str) -> m
 def _published(
     carried: memfit.lint.draft.Carried, job: JobOptions
 ) -> tuple[memfit.lint.draft.Carried, JobOptions]:
-    """If the files are OpenFold's and describe the built-in job alphafold2, put its name and size into the
-    job options. --size and --length of the user take precedence; if they differ from the crop of the files,
-    that is listed in ``carried`` as left out. Other files change nothing. Raises UserError if the user named
-    another job."""
+    """Return ``carried`` and ``job``. If the files are OpenFold's, and thus describe the built-in job
+    alphafold2 with some number of residues in a sample (the crop), the job options get its name and size, but
+    keep --size and --length if the user gave them. If these differ from the files' size or number of
+    residues, ``carried`` lists that as left out. With other files, both are returned unchanged. Raises
+    UserError if the files are OpenFold's and the user named another job."""
     from memfit.lint.openfold import JOB
 
     if not carried.size:
@@ -111,9 +113,10 @@ def _published(
 def _modelled(
     carried: memfit.lint.draft.Carried, job: JobOptions
 ) -> tuple[JobOptions, memfit.lint.draft.Carried]:
-    """If the user named no job, put the job that builds the model of the files into the job options, and list
-    in ``carried``, as left out, where it differs from that model. If there is no such job, leave the job
-    options as they are, which is the default job, and list why."""
+    """Return ``job`` and ``carried``. If the user named no job and some job builds the model that the files
+    describe, the job options get that job, and ``carried`` lists as left out where its model differs. If no
+    job builds it, or the files describe no model, the job options are unchanged, so that the default job is
+    predicted, and ``carried`` lists why. If the user named a job, both are returned unchanged."""
     model = carried.model
     if job.job is not None:
         return job, carried
@@ -127,8 +130,8 @@ def _modelled(
 
 
 def _described(model: memfit.lint.models.DescribedModel) -> str:
-    """Return the known sizes of the model as text, such as ``48 layers of width 8192``, or ``the model`` if
-    none is known."""
+    """Return the known sizes of the model as text, such as ``48 layers of width 8192``, ``48 layers``, or
+    ``the model`` if none is known."""
     layers = None if model.layers is None else f"{model.layers} layers"
     width = None if model.width is None else f"width {model.width}"
     return " of ".join(filter(None, (layers, width))) or "the model"
@@ -139,10 +142,10 @@ def _sized(
 ) -> tuple[
     memfit.planner.single_device.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried
 ]:
-    """Return (the request, the size of its job, ``carried`` with the batch and length that are predicted).
-    These are those of the files. If the user gave another value, or the job refuses the files' value, the
-    files' value is listed as left out. Raises UserError for a job that is invalid without the files' values,
-    too."""
+    """Return (the request to predict, the size of its job, ``carried`` with the batch and length of that
+    job). Batch and length are those of the files if they state them. If the user gave another value, that one
+    is used; if the job refuses the files' value, the job's own is used. In both cases ``carried`` lists the
+    files' value as left out. Raises UserError if the job is invalid even without the files' values."""
     from memfit.workflows import config_review
 
     for name in ("batch", "length"):
@@ -169,10 +172,11 @@ def _sized(
 def _as_predicted(
     carried: memfit.lint.draft.Carried, job: JobOptions, size: memfit.workflows.config_review.JobSize
 ) -> memfit.lint.draft.Carried:
-    """Return ``carried`` with the batch that is predicted, and the length of the options ``job`` (None: the
-    job's own). The micro-batch is the predicted batch divided by the files' ratio of batch and micro-batch;
-    None if that does not divide it. If the user named a job whose model differs from that of the files, or
-    the files do not give its sizes, list this as left out."""
+    """Return ``carried`` with the batch of ``size``, and with the length in the options ``job`` (None: the
+    job's own length). Its micro-batch is that batch divided by the files' number of micro-batches in a batch,
+    None if this leaves a remainder; it is unchanged if the files do not state both. If the user named a job
+    whose number of blocks or width differs from the model of the files, or if the files do not state that
+    model's sizes, ``carried`` lists the model as left out."""
     micro_batch = carried.micro_batch
     if micro_batch is not None and carried.batch is not None:
         steps = max(1, carried.batch // micro_batch)
@@ -193,9 +197,10 @@ def _as_predicted(
 def _clipped(
     job_request: memfit.planner.single_device.Request, carried: memfit.lint.draft.Carried, limit: float | None
 ) -> tuple[memfit.planner.single_device.Request, memfit.lint.draft.Carried]:
-    """Return the request with gradients clipped to a norm of ``limit``, and ``carried``. 0: not clipped;
-    None: the files do not say it, and the job's own limit applies. With optimizer-in-backward, which cannot
-    clip, keep the request and list a limit above 0 in ``carried`` as left out."""
+    """Return ``job_request`` with gradients clipped to a norm of ``limit``, and ``carried`` unchanged. 0: not
+    clipped; None: the files do not say, and the request keeps the limit of the job. But if the plan of
+    ``carried`` has optimizer-in-backward, with which gradients cannot be clipped, and ``limit`` is above 0,
+    return the request unchanged, and ``carried`` with the clipping listed as left out."""
     if limit and carried.plan.get("optimizer-in-backward"):
         reason = "each parameter is updated before the whole norm is known: predicted without clipping"
         return job_request, _left_out(carried, f"gradients clipped to {limit:g}", reason)

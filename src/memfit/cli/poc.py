@@ -66,8 +66,9 @@ def poc(
 ) -> None:
     """Predict, search, train, verify and report on this machine.
 
-    Exits with code 1 if no run of the recommended plan succeeds.
-    """
+    Searches a plan, trains plain training and this plan with each of --seeds seeds, tests whether their
+    results are equivalent, and writes an HTML report. Exits with code 1 if no run of the recommended plan
+    succeeds."""
     language_code = check_language(lang.lang)
     path = writable(options.out) if options.out is not None else None
     job_request = request(

@@ -51,9 +51,9 @@ class PrecisionOptions:
 def precision(job: JobOptions, options: PrecisionOptions, lang: LanguageOptions, output: JsonOptions) -> None:
     """Show which modules must stay in float32, and the error they would cause in half precision.
 
-    The code of each module runs in half precision and in float64 on real activations and gradients. It gets
-    the results of its child modules as inputs, so that an error is attributed to the module that causes it.
-    """
+    The code of each module runs in half precision and in float64 on real activations and gradients. The
+    recorded results of its child modules are used instead of running these, so that an error is attributed to
+    the module that causes it."""
     language_code = check_language(lang.lang)
     dtype = check_choice("--dtype", options.dtype, (*_DTYPES, "both"))
     device = check_choice("--device", options.device, ("cuda", "cpu"))

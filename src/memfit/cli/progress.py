@@ -32,8 +32,8 @@ os.register_at_fork(
 
 
 class _Ticker:
-    """A thread that calls ``beat`` every quarter of a second until it is closed, with the lock ``_WRITING``
-    held. The process may fork while it runs."""
+    """A thread that calls ``beat`` every quarter of a second, from its creation until ``close`` is called. It
+    holds the lock ``_WRITING`` during each call. The process may fork while it runs."""
 
     def __init__(self, beat: Callable[[], None]) -> None:
         self._beat, self._closed = beat, threading.Event()
@@ -54,7 +54,8 @@ class _Ticker:
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Stage:
     """One stage in progress, of which ``done`` of ``total`` units are done. ``total`` is 0 if the amount of
-    work is unknown; ``title``: the name shown to the user; ``detail``: what is being worked on."""
+    work is unknown; ``name``: the stage's key, such as "trace"; ``title``: its name in the language of the
+    user; ``detail``: what is being worked on."""
 
     name: str
     title: str
@@ -64,16 +65,17 @@ class _Stage:
     begun_s: float = dataclasses.field(default_factory=time.monotonic)
 
     def gives_way_to(self, name: str, done: int, total: int, detail: str) -> bool:
-        """Return whether an update with these values belongs to a new stage. It does if its name differs, or
-        if it begins the same stage again: its count is 0 of a known total, after a higher count or, in the
-        stage "run", in any case. A detail with ": ", such as ``baseline: evaluate``, begins no new run."""
+        """Return whether an update with these values belongs to a new stage. It does if ``name`` differs.
+        With the same name, it does only if ``done`` is 0, ``total`` is known, ``detail`` contains no ": ",
+        and in addition the stage is "run" or has already counted units: then the same stage begins again.
+        ``baseline: evaluate`` is a detail within the run ``baseline``."""
         from_start = total > 0 and done == 0 and ": " not in detail
         return name != self.name or (from_start and (name == "run" or self.done > 0))
 
     @property
     def complete(self) -> bool:
-        """Whether at most one unit is left, or the amount of work is unknown. Some stages count a unit
-        before its work, so the last unit may not be counted."""
+        """Whether at most one unit is left to do, or the total is unknown. One unit may be left because some
+        stages report a unit when its work begins, and not when it is done."""
         return self.done + 1 >= self.total
 
     @property
@@ -88,7 +90,7 @@ class _Stage:
 class Bars:
     """A progress callback, called with (name of the stage, units done, units in total or 0 if unknown, what
     is being worked on). Within its ``with`` block it shows the progress on standard error, in the language
-    ``lang``: a bar on a terminal, otherwise lines."""
+    ``lang``: as a bar if standard error is a terminal, otherwise as lines of text."""
 
     def __init__(self, lang: str) -> None:
         self._lang = lang
@@ -126,8 +128,8 @@ class Bars:
 
 
 class _Bar:
-    """A display with a live bar for the current stage. A stage that has ended leaves a line, unless it was
-    shorter than a second and its amount of work was unknown."""
+    """The display on a terminal: a live bar for the current stage. When a stage ends, a line with its name
+    and duration stays, unless it took less than a second and its amount of work was unknown."""
 
     def __init__(self, console: rich.console.Console) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -176,8 +178,9 @@ class _Bar:
 
 
 class _Lines:
-    """A display of plain lines on standard error: one when a stage has lasted a second, and another every ten
-    seconds until it ends. In the first three seconds of the command there are none."""
+    """The display where there is no terminal: lines of text on standard error. The first of a stage is
+    printed when the stage has lasted a second, another every ten seconds until it ends, and none in the first
+    three seconds after the display was created."""
 
     def __init__(self) -> None:
         self._stage: _Stage | None = None

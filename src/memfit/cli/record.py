@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordOptions:
-    """The record to write and the file for it, the record of others to add to the store, or whether to print
-    the format of records."""
+    """The ID of the record to write and the file for it; the record of others to add to the store and who
+    reports it; or whether to print the format of records."""
 
     poc: Annotated[
         str | None,
@@ -64,7 +64,7 @@ class RecordOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions:
-    """The two records to compare."""
+    """The two records to compare, each a file or an ID in the store."""
 
     a: Annotated[
         str, typer.Argument(metavar="A", help="First record: a file, or the ID of a record in the store.")
@@ -109,7 +109,8 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
 
 
 def compare(options: CompareOptions, store: StoreOptions, output: JsonOptions) -> None:
-    """Compare two records, and say which quantities are not comparable and why."""
+    """Compare two records, and say which quantities are not comparable and why. Each is a file or an ID in
+    the store."""
     quiet_libraries()
     from memfit.store import exchange
 
@@ -142,18 +143,19 @@ def _value_text(value: float | str | None) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SourcedRecord:
-    """A record and its origin. ``taken_from``: the group that reports it, or the name of its file; "" if it
-    was measured here."""
+    """A record and its origin. ``taken_from``: "" if it was measured here; else the group that reports it, or
+    the name of the file that it was read from."""
 
     record: memfit.store.exchange.Shared
     taken_from: str
 
 
 def find_record(name: str | None, path: Path | None) -> SourcedRecord:
-    """Return the record in the file ``name``, or the one with the ID ``name`` in the store at ``path``, by
-    default in the user's store. If ``name`` is None, it is the record of the proof of concept begun last. A
-    file whose record is in the store, too, has the origin that the store says. Raises UserError if there is
-    no such record, if the file is no valid record, or if the store has a different record with the ID of the
+    """Return the record in the file ``name`` if there is such a file, otherwise the one with the ID ``name``
+    in the store. None: the record of the proof of concept begun last. ``path``: the store; None: the user's.
+    If the store also has the record of the file, the origin is the one in the store, otherwise the file.
+    Raises UserError if there is no such record, if the file is no valid record, if the proof of concept in
+    the store is unfinished or recommends no plan, or if the store has a different record with the ID of the
     file's."""
     from memfit.store import Store, exchange
     from memfit.store.pocs import resolve_poc_id
@@ -169,8 +171,9 @@ def find_record(name: str | None, path: Path | None) -> SourcedRecord:
 
 
 def _stored(store: memfit.store.Store, poc_id: str) -> SourcedRecord:
-    """Return the record of the proof of concept in ``store`` with the ID ``poc_id``; if there is none, the
-    record added last from others with this ID. Raises UserError if there is neither."""
+    """Return the record of the proof of concept with the ID ``poc_id`` that was measured with ``store``. If
+    there is none, return the record with this ID that was added last from others. Raises UserError if there
+    is neither, or if the proof of concept is unfinished or recommends no plan."""
     from memfit.store import exchange
     from memfit.store.database import TAKEN, taken_from
     from memfit.workflows import proof_of_concept
@@ -188,8 +191,9 @@ def _stored(store: memfit.store.Store, poc_id: str) -> SourcedRecord:
 def _known(
     store: memfit.store.Store, file_record: memfit.store.exchange.Shared, source: str
 ) -> SourcedRecord | None:
-    """Return the record that the store has with the ID of ``file_record``, or None if it has none. Raises
-    UserError if the two differ in any byte. ``source``: what the error calls ``file_record``."""
+    """Return the record in the store with the ID of ``file_record``, or None if there is none. Raises
+    UserError if the JSON texts of the two differ, and if this ID in the store is that of a proof of concept
+    that is unfinished or recommends no plan. ``source``: what the error calls ``file_record``."""
     from memfit.store import exchange
     from memfit.store.database import TAKEN
 

@@ -41,7 +41,8 @@ class ReportOptions:
 
 
 def report(options: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
-    """Write the HTML report of a proof of concept in the store, also of one that was interrupted."""
+    """Write the HTML report of a proof of concept in the store. The report of one that was interrupted shows
+    the runs that ended."""
     language_code = check_language(lang.lang)
     path = writable(options.out) if options.out is not None else None
     quiet_libraries()

@@ -35,11 +35,13 @@ def request(
     ranks: int = 1,
     bounds: Bounds | None = None,
 ) -> memfit.planner.single_device.Request:
-    """Return the request that the options make. ``on``: the machine, as in --on; ``ranks``: the number of
-    processes; ``bounds``: further limits on the plan, None for none. Memory, accuracy, machine and number of
-    processes are checked before torch is loaded. Raises UserError for invalid options; the job itself is not
-    built yet. Prints warnings to standard error, about modules that the job imports but Python finds
-    elsewhere, and about an accelerator of this machine that is not used."""
+    """Return the options as a request to the planner. ``on``: the machine, as in --on; ``ranks``: the number
+    of processes, as in --nproc; ``bounds``: further limits on the plan, None for none. Memory, accuracy,
+    machine and number of processes are checked before torch is loaded; the job itself is not built yet.
+    Raises UserError for an invalid option, and if ``ranks`` is neither 1 nor the machine's number of devices,
+    unless its devices are CPUs. Warns on standard error of modules beside the job's file that it imports but
+    for which Python finds others of that name and, if ``on`` is "this", of an accelerator that is not
+    used."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(check_choice("--accuracy", goal.accuracy, Accuracy))
     machine = machine_of(on, runtime.place)
@@ -75,8 +77,9 @@ def request(
 
 
 def warn_of_shadowed_modules(job: str) -> None:
-    """Print a warning to standard error for each module that the job imports from its own folder but for
-    which Python finds another module of that name. ``job``: as the user names it."""
+    """Print one warning to standard error for each module in the folder of the user's job that the job
+    imports, directly or through other such modules, but for which Python finds another module of that name.
+    ``job``: the job as in --job or JOB; nothing is printed for one that is not FILE.py:NAME."""
     from memfit.jobs.user_job import shadowed_modules
 
     for line in shadowed_modules(job):
@@ -86,8 +89,9 @@ def warn_of_shadowed_modules(job: str) -> None:
 def print_workload_of(
     search_request: memfit.planner.single_device.Request, *, lang: str, quiet: bool
 ) -> Workload:
-    """Return the model, data and machine that the answer to the request is about, and print them in the
-    language ``lang`` unless ``quiet``. Raises UserError if the job cannot be built."""
+    """Return what the answer to the request is about: the model, the data of a step, and the machine. Print
+    it on standard output in the language ``lang``, unless ``quiet``. Raises UserError if the job cannot be
+    loaded."""
     from memfit.jobs.registry import load
     from memfit.planner.workload import workload_of
 
@@ -98,7 +102,8 @@ def print_workload_of(
 
 
 def print_workload(workload: Workload, lang: str) -> None:
-    """Print the model, data and machine of an answer on standard output, in the language ``lang``."""
+    """Print what an answer is about, the model, the data of a step and the machine, on standard output in the
+    language ``lang``."""
     from rich.text import Text
 
     from memfit.report.words import load_words
@@ -108,8 +113,8 @@ def print_workload(workload: Workload, lang: str) -> None:
 
 
 def tell_of_unused_accelerator() -> None:
-    """If torch can use an accelerator of this machine, print to standard error that memfit does not: it
-    trains and measures on the CPU."""
+    """If torch can use an accelerator of this machine, print to standard error that memfit does not use it,
+    because memfit trains on the CPU. This loads torch."""
     from memfit.runtime.local_machine import accelerator_kind
 
     if kind := accelerator_kind():
@@ -121,9 +126,10 @@ def tell_of_unused_accelerator() -> None:
 
 
 def machine_of(on: str, place: str) -> Machine:
-    """Return the machine that ``on`` names: ``this``, devices of the catalog, or a machine file (.toml).
-    ``place``: origin of the electricity, not used for a machine file. Raises UserError for an unknown machine
-    or place and for an invalid file."""
+    """Return the machine that ``on`` names as in --on: "this", devices of the catalog such as "8xH100-SXM",
+    or the path of a machine file, which ends in .toml. ``place``: name of the place of the electricity, such
+    as "world"; not used for a machine file, which has its own. Raises UserError for an unknown machine or
+    place and for an invalid file."""
     from memfit import catalog
     from memfit.runtime.local_machine import this_machine
 
@@ -133,16 +139,16 @@ def machine_of(on: str, place: str) -> Machine:
 
 
 def excluded_techniques(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return ``names``, which must be techniques; empty if there are none. Raises UserError with the nearest
-    name for an unknown one."""
+    """Return ``names``, each of which must be the name of a technique, in the same order; empty for None.
+    Raises UserError for an unknown name, with the nearest technique if one is similar."""
     from memfit.techniques.registry import technique
 
     return tuple(technique(name).name for name in names or ())
 
 
 def plan_file(plan_options: PlanOptions) -> Plan | None:
-    """Return the plan in the file of --plan, None for --recommended, or plain training without either. Raises
-    UserError for both options together and for an invalid file."""
+    """Return the plan in the file of --plan, None for --recommended, or plain training if neither is given.
+    Raises UserError if both are given, and if the file cannot be read or has no valid plan."""
     if plan_options.plan is None:
         return None if plan_options.recommended else Plan()
     if plan_options.recommended:
@@ -155,7 +161,8 @@ def plan_file(plan_options: PlanOptions) -> Plan | None:
 
 def recommended_plan(search_request: memfit.planner.single_device.Request, progress: Bars) -> Plan:
     """Search for the plan that is recommended for the request and return it. Raises NothingFits if no plan
-    fits the memory and the other limits, and UserError for a job that cannot be planned."""
+    fits the memory and the other limits, UserError if the request or the job is wrong, and RunError if
+    operators cannot be timed on this machine."""
     from memfit.workflows import proof_of_concept
 
     choice = proof_of_concept.search(search_request, progress).result.recommended
@@ -165,8 +172,9 @@ def recommended_plan(search_request: memfit.planner.single_device.Request, progr
 
 @contextlib.contextmanager
 def best_so_far(*, lang: str, as_json: bool, workload: Workload | None = None) -> Iterator[None]:
-    """If Ctrl-C interrupts a search within the ``with`` block after it has a result to show, print that
-    result (as JSON if ``as_json``, with ``workload``) and raise Interrupted."""
+    """If Ctrl-C interrupts a search within the ``with`` block when it already has a result, print that result
+    in the language ``lang`` (as JSON, with ``workload``, if ``as_json``), and raise Interrupted, whose exit
+    code is 130. An earlier Ctrl-C is raised unchanged, as KeyboardInterrupt."""
     from memfit.planner.single_device import SearchInterrupted
 
     try:
@@ -184,9 +192,9 @@ def show_search(
     correction: Calibration | None = None,
     workload: Workload | None = None,
 ) -> None:
-    """Print the result of a search as text in the language ``lang`` or, with ``as_json``, as JSON that begins
-    with ``workload``. ``correction``: how measured runs corrected the predicted step times, None if they did
-    not."""
+    """Print the result of a search as text in the language ``lang`` or, with ``as_json``, as a JSON object
+    whose first field is ``workload``. ``correction``: how measured runs corrected the predicted step times;
+    None, or one made from no run: they did not."""
     if as_json:
         from memfit.cli.views import search_view
 
@@ -198,9 +206,9 @@ def show_search(
 
 
 def writable(path: Path, *, overwrite: bool = True) -> Path:
-    """Return ``path``, a file to write later. Raises UserError if it is a folder, if the folder for it does
-    not exist or cannot be written to, or if the file exists and ``overwrite`` is False. Call it before the
-    work begins."""
+    """Return ``path``, the path of a file that will be written later. Raises UserError if it is a folder, if
+    its folder does not exist, if it exists and ``overwrite`` is False, or if there is no permission to write
+    the file, or its folder if the file does not exist. Call it before any long work begins."""
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint="give a file name")
     if not path.parent.is_dir():

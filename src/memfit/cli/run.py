@@ -30,7 +30,7 @@ from memfit.types.units import format_bytes, format_seconds
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """The memory cap, seed, time limit and checkpoints of the run."""
+    """The memory cap, seed, time limit and checkpoints of the run; None: the default."""
 
     capped: Annotated[
         bool | None,
@@ -97,8 +97,8 @@ def run(
 ) -> None:
     """Train one plan, and compare its measured memory and time with the prediction.
 
-    Exits with code 1 if the run does not complete.
-    """
+    Exits with code 1 if the run does not complete, for example because it reaches the memory cap or the time
+    limit."""
     timeout_s = parse_duration(options.timeout) if options.timeout is not None else None
     plan = plan_file(plan_options)
     job_request = dataclasses.replace(request(job, goal, runtime), timeout_s=timeout_s)
@@ -131,8 +131,8 @@ def run(
 
 
 def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
-    """Return where checkpoints are written, how often, and which one is resumed; the folders are "" if none
-    are written or resumed. Raises UserError for --save-every without --save."""
+    """Return the settings of --save, --save-every and --resume. "" as the folder to save to, or as the
+    checkpoint to resume, means none. Raises UserError for --save-every without --save."""
     if options.save_every and options.save is None:
         raise UserError("--save-every needs --save", allowed="--save DIR --save-every N")
     return CheckpointSettings(
@@ -141,9 +141,10 @@ def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
 
 
 def lines(run: Run) -> Iterator[str]:
-    """Yield the lines of a summary of the run: its outcome, and whatever is known of its memory and step time
-    with their predictions, the resumed checkpoint, an objection to splitting the batch, the loss, the saved
-    checkpoints and the metric."""
+    """Yield the lines of a summary of the run. The first has the plan and the outcome. One line each follows
+    for what is known of: peak memory and step time with their predictions, the checkpoint that was resumed,
+    an objection to splitting the batch, the first and the last loss, the folder of checkpoints that were
+    saved, and the metric."""
     from memfit.cli.views import step_s
 
     measurement, cap_bytes = run.measurement, run.spec.cap_bytes
@@ -175,8 +176,9 @@ def lines(run: Run) -> Iterator[str]:
 
 def _peak(run: Run, peak_bytes: int) -> str:
     """Describe the measured and the predicted peak memory, such as ``1.5 MiB measured, 1.498 MiB predicted
-    (-0.13 %)``. The error in percent is left out if the run did not complete, or if it had only one step and
-    stayed below the predicted peak, which is reached from the second step on."""
+    (-0.13 %)``. The percentage, predicted relative to measured, is left out in two cases: if the run did not
+    complete, and if it had only one step and stayed below the predicted peak, which is reached from the
+    second step on. Then the text says so."""
     measured, predicted = format_bytes(peak_bytes), run.predicted_peak_bytes
     if run.measurement.outcome is not OutcomeKind.OK:
         prediction = f", {format_bytes(predicted)} predicted for the whole run" if predicted else ""
@@ -187,8 +189,9 @@ def _peak(run: Run, peak_bytes: int) -> str:
 
 
 def _predicted_and_measured(predicted: float | None, measured: float, text: Callable[[float], str]) -> str:
-    """Describe a pair of values, such as ``1.5 MiB measured, 1.498 MiB predicted (-0.13 %)``. Without a
-    prediction, or if 0 was measured, only the measured value is described. ``text`` formats a value."""
+    """Describe a pair of values, such as ``1.5 MiB measured, 1.498 MiB predicted (-0.13 %)``. The percentage
+    says how far the predicted value is above (+) or below (-) the measured one. Without a prediction, or if 0
+    was measured, the text is only ``1.5 MiB measured``. ``text`` converts a value to text with its unit."""
     measured_text = f"{text(measured)} measured"
     if predicted is None or not measured:
         return measured_text

@@ -12,9 +12,9 @@ from memfit.types.sanitize import replace_controls
 
 
 class SafeConsole(Console):
-    """A console that prints U+FFFD for control characters in text, such as names from records of others, so
-    that the terminal does not execute them. rich renders every cell and line through ``render`` and adds its
-    own styles afterwards."""
+    """A console that prints U+FFFD in place of each control character in text, such as names from records of
+    others, so that the terminal does not execute them. rich renders every cell and line through ``render``
+    and adds its own styles afterwards, which are therefore not affected."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, str):

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleOptions:
-    """The record of a proof of concept, the limits that its figures must keep, and the machines, the size and
-    the job of the next stages, the pilot and the full-size training."""
+    """The record of a proof of concept, the file with limits that its figures must keep, and for the next two
+    stages, the pilot and the full-size training, their machines, the size and the job."""
 
     record: Annotated[
         str | None,
@@ -82,8 +82,8 @@ class ScaleOptions:
         str | None,
         typer.Option(
             metavar="JOB",
-            help="Job to predict for the pilot and at full size. Default: the job of the record; this needs "
-            "a record of your own or of a built-in job.",
+            help="Job to predict for the pilot and at full size. Default: the job of the record, if that "
+            "was measured here or is a built-in job.",
         ),
     ] = None
 
@@ -96,11 +96,10 @@ def scale(
     store: StoreOptions,
     output: OutputOptions,
 ) -> None:
-    """Check the figures of a proof of concept against limits, the gates to the next stage, and predict the
-    stages of --pilot and --full.
+    """Check the figures of a proof of concept against limits, called gates, and predict the two next stages:
+    the pilot on the machine --pilot and the full-size training on the machine --full.
 
-    If a gate does not hold, no stage is predicted and the exit code is 1.
-    """
+    If a figure does not keep its limit, no stage is predicted and the exit code is 1."""
     lang = check_language(output.lang)
     machines = {n: m for n, m in (("pilot", options.pilot), ("full", options.full)) if m is not None}
     for name in machines.values():
@@ -141,8 +140,9 @@ def scale(
 
 
 def _attended(sourced_record: SourcedRecord, minutes: float, store: StoreOptions) -> SourcedRecord:
-    """Store ``minutes``, those that people spent attending to the record's proof of concept, and return the
-    updated record. Raises UserError for a record from others."""
+    """Store ``minutes``, for which people attended to the proof of concept of the record, with it, and return
+    its updated record. Raises UserError for a record from others, and for a number that is negative or not
+    finite."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
@@ -157,9 +157,9 @@ def _attended(sourced_record: SourcedRecord, minutes: float, store: StoreOptions
 
 
 def _spec(sourced_record: SourcedRecord, store: StoreOptions) -> str:
-    """Return the record's job as --job names it. For a record measured here it may be a job of the user,
-    FILE.py:NAME. Raises UserError if a record from others is not of a built-in job: predicting the job would
-    run a file that others name."""
+    """Return the record's job as it is named on the command line, such as "char-lm". For a record that was
+    measured here it may be a job of the user, FILE.py:NAME. Raises UserError if a record from others is not
+    of a built-in job: predicting the job would run a file that others name."""
     from memfit.jobs.registry import names
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
@@ -186,9 +186,10 @@ def _job(spec: str, size: str | None) -> JobOptions:
 def _stage(
     job: JobOptions, on: str, goal: GoalOptions, runtime: RuntimeOptions
 ) -> tuple[dict[str, Any], memfit.planner.single_device.Planning]:
-    """Search for the plan of a stage on the machine ``on``. Return (the recommended plan with its prediction
-    and what would stop the stage, as plain data; the search's result). Raises NothingFits if no plan fits the
-    machine, and UserError for invalid options."""
+    """Search for the plan of one stage, the pilot or the full-size training, on the machine ``on``. Return
+    (plain data; the finished search). The data have the recommended plan, its predicted memory, step time,
+    cost and energy, "stop_when", the observations at which the stage should be stopped, and "way_back", what
+    to return to then. Raises NothingFits if no plan fits the machine, and UserError for invalid options."""
     from memfit.planner import single_device
     from memfit.types.units import format_bytes
 
@@ -220,10 +221,11 @@ def _stage(
 
 
 def _keep(poc_id: str, plannings: list[memfit.planner.single_device.Planning], store: StoreOptions) -> None:
-    """Store the predictions of the stages, ``plannings``, with the proof of concept ``poc_id``, for its
-    decision. If predictions for the catalog's machines with prices are not stored for the stages' size of the
-    job, predict and store them as well, unless a trace of the model takes long or the proof of concept
-    recommended no plan. Everything is predicted before anything is stored."""
+    """Store the predictions of the stages in ``plannings`` with the proof of concept ``poc_id``, for its
+    decision on costs. Also predict and store the same size of the job on every device of the catalog that has
+    a price, except in three cases: these predictions are already stored, the model has more than 10,000
+    operators (then its traces take long), or the proof of concept recommended no plan. Everything is
+    predicted before anything is stored. Without ``plannings``, nothing is done."""
     from memfit.planner.single_device import is_long
     from memfit.store import Store
     from memfit.workflows import proof_of_concept, reference_machines
@@ -249,9 +251,10 @@ def _keep(poc_id: str, plannings: list[memfit.planner.single_device.Planning], s
 def _decision(
     poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions
 ) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision]:
-    """Return the proof of concept and its decision, which has the cost of each stage with the user's latest
-    figures. Before that, store the machines of ``stages`` and the text of ``gates``, the file with limits,
-    for the report; without a file the default limits replace those stored before."""
+    """Return the proof of concept and its decision: the costs of each stage and option, with the figures of
+    the user that were stored last. Before that, store the machines of ``stages``, and the text of ``gates``,
+    the file with limits, so that the report shows these gates. If ``gates`` is None, an empty text is stored,
+    which stands for the default limits."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
@@ -264,8 +267,9 @@ def _decision(
 
 
 def _with_money(stages: dict[str, Any], decision: memfit.types.decision.Decision) -> dict[str, Any]:
-    """Return name -> costs and state, as in the report, of every stage in the decision. Predictions just
-    made, in ``stages``, are added; where both have a value, it is theirs."""
+    """Return stage name -> plain data of every stage in the decision: its state, machine, plan, prediction
+    and costs, as in the report. The fields of the same stage in ``stages``, which was predicted just now, are
+    added to them and replace those of the same name."""
     record_keys = (
         "state",
         "machine",
@@ -315,7 +319,8 @@ def _print(
 def _print_plain(
     stages: dict[str, Any], output: rich.console.Console, words: memfit.report.words.Words
 ) -> None:
-    """Print the predictions of ``stages``, without costs, which are not known for a record from others."""
+    """Print the predictions of ``stages`` without costs, as is done for a record from others, whose costs are
+    not known. The texts are those of ``words``."""
     from memfit.types.units import format_bytes
 
     for name, stage in stages.items():

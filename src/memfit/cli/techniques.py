@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def techniques(output: JsonOptions) -> None:
-    """List the techniques that plans combine."""
+    """List the techniques of which plans are made, with their effects on results and their settings."""
     quiet_libraries()
     from memfit.techniques.registry import TECHNIQUES
 
@@ -25,9 +25,10 @@ def techniques(output: JsonOptions) -> None:
 
 
 def view(technique: memfit.techniques.base.Technique) -> dict[str, Any]:
-    """Return what the technique does, its effect on results, its settings with their defaults, the packages
-    that it needs, whether all are installed, and what it cannot be combined with, as plain data for
-    ``--json``."""
+    """Return plain data for ``--json``: the technique's "name"; "what" it does; its "effect" class, "E0" to
+    "E3"; its settings ("knobs": name -> "default", "allowed", "what"); the packages that it "needs", and
+    whether all are "installed"; and the techniques or kinds of technique that it "forbids" in the same
+    plan."""
     return {
         "name": technique.name,
         "what": technique.summary,
@@ -42,8 +43,9 @@ def view(technique: memfit.techniques.base.Technique) -> dict[str, Any]:
 
 
 def row(technique: memfit.techniques.base.Technique) -> tuple[str, ...]:
-    """Return the technique's row of the table: (its name; its effect on results; what it does and, on a
-    second line, its settings and the packages that it needs)."""
+    """Return the technique's row of the table: (its name; its effect class, "E0" to "E3"; what it does and,
+    on a second line, its settings with their allowed values and the packages that it needs). There is no
+    second line without settings and packages."""
     missing = technique.missing
     needs = [f"needs {p}{', which is missing' if p in missing else ''}" for p in technique.needs]
     details = "; ".join([*map(_knob, technique.knobs), *needs])

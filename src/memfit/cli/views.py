@@ -15,21 +15,23 @@ View = Mapping[str, Any]
 
 
 def plan_view(plan: Plan) -> View:
-    """Return "plan" (technique -> settings) and "label" (the plan in one line). The number of ranks is only
-    in the label."""
+    """Return "plan" (technique -> settings) and "label" (the plan in one line). The number of processes is in
+    "label" only."""
     return {"plan": plan.to_dict(), "label": plan.label}
 
 
 def estimate_view(estimate: Estimate) -> View:
-    """Return the estimate's fields by name, with its plan as technique -> settings ("plan"), the plan in one
-    line ("label"), and what predictions do not include ("not_included")."""
+    """Return the estimate's fields by name, of which "plan" is technique -> settings, and in addition
+    "label", the plan in one line, and "not_included", a list of what predicted memory leaves out, such as
+    "metrics"."""
     additional = {**plan_view(estimate.plan), "not_included": list(NOT_INCLUDED)}
     return serialization.to_plain(estimate) | additional  # type: ignore[no-any-return]
 
 
 def choice_view(choice: Choice) -> View:
-    """Return a plan that a search found: its techniques and label, its effect on results, whether it fits,
-    the bytes that it needs, its estimate, and the reasons for and against techniques."""
+    """Return a plan that a search found: "plan" and "label" as in `plan_view`, its "effect" class ("E0" to
+    "E3"), whether it "fits", the "needed_bytes" of one device (null if unknown), its "estimate" by field, and
+    the "reasons" why techniques are in it or were left out."""
     plain = serialization.to_plain(choice.estimate)
     return {
         **plan_view(choice.estimate.plan),
@@ -42,9 +44,10 @@ def choice_view(choice: Choice) -> View:
 
 
 def search_view(result: SearchResult, correction: Calibration | None = None) -> View:
-    """Return the result of a search. "recommended" is null if nothing fits. "smallest" is always the plan
-    that needs the least memory. "timings" is null for a machine of the catalog. "correction" says how
-    measured runs correct predicted step times; it is null if ``correction`` is None or comes from no run."""
+    """Return the fields of a search's result by name. "recommended" is null if nothing fits. "smallest" is
+    always the plan with the lowest peak memory. "timings" is null unless the search was for this machine.
+    "correction" says how measured runs corrected the predicted step times; it is null if ``correction`` is
+    None or made from no run."""
     corrected = correction is not None and correction.corrected_by
     return {
         "correction": correction_view(correction) if correction is not None and corrected else None,
@@ -69,9 +72,10 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
 
 
 def correction_view(calibration: Calibration) -> View:
-    """Return how the measured step times of a proof of concept correct predicted ones: its ID, the number of
-    plans that were measured, the factor on every predicted step time, further factors for single techniques,
-    and the spread that remains, as a ratio."""
+    """Return how the measured step times of a proof of concept correct predicted ones: its ID ("poc_id"), how
+    many of its plans were measured ("plans"), the factor on every predicted step time ("step_ratio"), a
+    further factor for each of some techniques ("technique_ratio"), and the error that remains, as a ratio
+    ("step_spread_ratio"; null if too few plans were measured)."""
     return {
         "poc_id": calibration.corrected_by,
         "plans": calibration.corrected_count,
@@ -83,14 +87,15 @@ def correction_view(calibration: Calibration) -> View:
 
 def step_s(measurement: Measurement) -> float | None:
     """Return the median step time in seconds without the first two steps, which warm the caches. If there are
-    no more than two steps, return the median of those; None if no step was measured."""
+    only one or two steps, return their median; None if no step was measured."""
     steady = measurement.step_s[2:] or measurement.step_s
     return statistics.median(steady) if steady else None
 
 
 def run_view(run: Run) -> View:
-    """Return a run's settings, its predicted and measured memory and step time, and what else was measured;
-    null for what is not known."""
+    """Return a run's plan and settings, its outcome, its predicted and measured peak memory and step time
+    (the median, as in `step_s`), and what else was measured, such as losses and energy. What is not known is
+    null or empty."""
     spec, measurement = run.spec, run.measurement
     return {
         "name": spec.name,
@@ -122,9 +127,9 @@ def run_view(run: Run) -> View:
 
 
 def poc_view(poc: Poc) -> View:
-    """Return a proof of concept, also an unfinished one. "verdict" is the kind of the verdict on the
-    recommended plan, or null before there is one; "verdicts" holds all verdicts, by name. "report" is the
-    path of the HTML report."""
+    """Return a proof of concept, also an unfinished one ("finished" is then false). "verdict" says of the
+    recommended plan "equivalent", "different" or "undecided", or is null before it is judged; "verdicts" has
+    the whole verdict of each plan that was judged, by its name. "report" is the path of the HTML report."""
     verdicts = {named.name: serialization.to_plain(named.verdict) for named in poc.verdicts}
     search = search_view(poc.search)
     return {
