@@ -179,7 +179,7 @@ class Shards:
         threshold, self.offload = int(settings["persist_elements"]), settings["offload"] == "parameters"
         self.persistent = dict.fromkeys(p for p in params if p.numel() <= threshold)
         self.most_live, self.ahead = int(settings["live_elements"]), int(settings["prefetch_elements"])
-        self.whole: set[torch.nn.Parameter] = set()
+        self.whole: dict[torch.nn.Parameter, None] = {}  # in the order in which they were gathered
         self.flying: dict[torch.nn.Parameter, Flight] = {}  # being gathered, or gathered and not used yet
         self.active: dict[torch.nn.Parameter, set[torch.nn.Module]] = defaultdict(set)
         self.running: list[torch.nn.Module] = []
@@ -340,7 +340,7 @@ class Shards:
         """Make parameters empty, even those that modules are using. This rank's pieces of them stay."""
         for param in list(params):
             param.data = torch.empty(0, dtype=param.dtype)
-            self.whole.discard(param)
+            self.whole.pop(param, None)
             self.active[param].clear()
 
     def gather(self, params: list[torch.nn.Parameter]) -> None:
@@ -410,7 +410,7 @@ class Shards:
     def _arrived(self, param: torch.nn.Parameter, flat: torch.Tensor) -> None:
         shape = self.shape[param]
         param.data = flat[: math.prod(shape)].view(shape)
-        self.whole.add(param)
+        self.whole[param] = None
 
 
 class Flight:
