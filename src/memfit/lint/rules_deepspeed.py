@@ -26,9 +26,10 @@ def _device(d: Options, name: str) -> str:
 
 
 def _shares_samples(d: Options, s: Setup) -> bool:
-    """Return whether several processes may work on the same samples, as in tensor and sequence parallelism,
-    so that the batch is not divided by all processes: DeepSpeed's file or Accelerate's configures such
-    parallelism, or Megatron-LM's arguments are given."""
+    """Return whether several processes may work on the same samples, so that the batch is not divided among
+    all processes. This is so if DeepSpeed's file configures tensor or sequence parallelism (tensor_parallel,
+    sequence_parallel_size, the compiler pass autosp), if Accelerate's has a parallelism_config, or if
+    Megatron-LM's arguments are given."""
     has_mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
     splits_model = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
     splits_model = splits_model or "autosp" in d.texts("compile.passes")
@@ -36,9 +37,10 @@ def _shares_samples(d: Options, s: Setup) -> bool:
 
 
 def deepspeed_batch_product(d: Options, s: Setup) -> Found:
-    """Report a train_batch_size that is not micro-batch x accumulation steps x processes. If the steps or
-    the number of processes are unknown, or several processes may work on the same samples, it must be a
-    multiple of the product of the other factors."""
+    """Report a train_batch_size that is not micro-batch x accumulation steps x processes. If the steps or the
+    number of processes are unknown, or several processes may work on the same samples (see
+    `_shares_samples`), it must only be a multiple of the product of the other factors. Nothing is reported if
+    the micro-batch is unknown."""
     global_batch, micro_batch, steps = (d.count(k) for k in _BATCH)
     if not global_batch or not micro_batch or micro_batch < 1:
         return
@@ -55,14 +57,15 @@ def deepspeed_two_precisions(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_fp16_off(d: Options, s: Setup) -> Found:
-    """Report an fp16 section with loss-scale settings but without "enabled", which leaves fp16 off."""
+    """Report loss-scale settings in the fp16 section if it has no "enabled": fp16 is then off."""
     knobs = [k for k in d.section("fp16") if k in _LOSS_SCALE]
     if knobs and d.raw("fp16.enabled") is None:
         yield {"knobs": ", ".join(knobs)}
 
 
 def deepspeed_bf16_loss_scale(d: Options, s: Setup) -> Found:
-    """Report loss-scale settings in the bf16 section; only fp16 has them."""
+    """Report loss-scale settings, such as min_loss_scale, in the bf16 section: only the fp16 section has
+    them."""
     if knobs := [k for k in _LOSS_SCALE if k in d.section("bf16")]:
         yield {"knobs": ", ".join(knobs)}
 
@@ -74,14 +77,14 @@ def deepspeed_offload_parameters(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_offload_optimizer(d: Options, s: Setup) -> Found:
-    """Report offload_optimizer at ZeRO stage 0, where it has no effect."""
+    """Report offload_optimizer at ZeRO stage 0, where it has no effect. The stage is 0 if none is given."""
     if _device(d, "offload_optimizer") != "none" and _stage(d) == 0:
         yield {"device": _device(d, "offload_optimizer")}
 
 
 def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
     """Report stage3_* settings below ZeRO stage 3, where they are not read, unless they are null or "auto".
-    Settings of how a model is saved are not reported: they do no harm there."""
+    Those for saving a model (stage3_*_on_model_save) are not reported: they do no harm there."""
     if (stage := _stage(d)) not in {0, 1, 2}:
         return
     stage3_keys = [
@@ -108,9 +111,8 @@ def deepspeed_nvme_stage(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_torch_adam(d: Options, s: Setup) -> Found:
-    """Report an Adam or AdamW with torch_adam together with offload_optimizer at ZeRO stage 1 or above. Only
-    the optimizer that DeepSpeed's file names is checked: an Adam that the program passes in is refused by
-    DeepSpeed."""
+    """Report torch_adam with the optimizer Adam or AdamW of DeepSpeed's file together with offload_optimizer
+    at ZeRO stage 1 or above. An optimizer that the program itself passes to DeepSpeed is not checked."""
     adam = str(d.get("optimizer.type")).lower() in ("adam", "adamw")
     device = _device(d, "offload_optimizer")
     if adam and d.on("optimizer.params.torch_adam") and device != "none" and _stage(d):
@@ -119,7 +121,8 @@ def deepspeed_torch_adam(d: Options, s: Setup) -> Found:
 
 def deepspeed_hpz_ranks(d: Options, s: Setup) -> Found:
     """Report, at ZeRO stage 3, a zero_hpz_partition_size that does not divide the number of ranks. A size
-    above the number of ranks is valid: the group is then all ranks."""
+    above the number of ranks is valid: the group is then all ranks. Nothing is reported if the number of
+    ranks is unknown."""
     size = d.size("zero_optimization.zero_hpz_partition_size") or 1
     if _stage(d) == 3 and s.ranks is not None and size < s.ranks and s.ranks % size:
         yield {"size": size, "ranks": s.ranks}
@@ -138,7 +141,8 @@ def deepspeed_least_scale(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_contiguous_checkpoints(d: Options, s: Setup) -> Found:
-    """Report contiguous_memory_optimization without partition_activations, which it needs."""
+    """Report contiguous_memory_optimization without partition_activations, which it needs. Both are settings
+    of the section activation_checkpointing."""
     section = "activation_checkpointing"
     if d.on(f"{section}.contiguous_memory_optimization") and not d.on(f"{section}.partition_activations"):
         yield {}
@@ -182,7 +186,8 @@ _ACCELERATE_FILLS = {
 
 
 def deepspeed_auto_unfilled(d: Options, s: Setup) -> Found:
-    """Report "auto" values that Accelerate, in a set-up without a Trainer, does not fill in."""
+    """Report, in a set-up with a file of Accelerate and without a Trainer, "auto" values of settings for
+    which Accelerate fills in no value, such as optimizer.params.betas."""
     if s.accelerate is None or s.trainer is not None:
         return
     keys = [path for path, value in _leaves(d.data) if value == "auto" and path not in _ACCELERATE_FILLS]
@@ -199,22 +204,25 @@ def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def deepspeed_untested_optimizer(d: Options, s: Setup) -> Found:
-    """Report an optimizer that ZeRO does not list as tested, at ZeRO stage 1 or above without
-    zero_allow_untested_optimizer. 1-bit optimizers are left to deepspeed_one_bit."""
+    """Report an optimizer of DeepSpeed's file that is not on ZeRO's list of tested ones, at ZeRO stage 1 or
+    above without zero_allow_untested_optimizer. The list has Adam, AdamW, FusedAdam, CPUAdam, Adagrad, Lion,
+    FusedLion and Muon. 1-bit optimizers are left to deepspeed_one_bit."""
     kind = str(d.get("optimizer.type") or "adam")
     if kind.lower() not in _TESTED and _stage(d) and not d.on("zero_allow_untested_optimizer"):
         yield {"type": kind, "stage": _stage(d)}
 
 
 def deepspeed_one_bit(d: Options, s: Setup) -> Found:
-    """Report a 1-bit optimizer (OneBitAdam, ZeroOneAdam, OneBitLamb) at ZeRO stage 1 or above."""
+    """Report a 1-bit optimizer (OneBitAdam, ZeroOneAdam, OneBitLamb) at ZeRO stage 1 or above. At stage 0,
+    deepspeed_removed reports it."""
     if str(d.get("optimizer.type")).lower() in _ONE_BIT and _stage(d):
         yield {"type": d.get("optimizer.type"), "stage": _stage(d)}
 
 
 def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
-    """Report LAMB with offload_optimizer at ZeRO stage 1 or above: LAMB has no implementation for the host.
-    Without zero_allow_untested_optimizer, deepspeed_untested_optimizer reports LAMB instead."""
+    """Report the optimizer LAMB with offload_optimizer at ZeRO stage 1 or above and with
+    zero_allow_untested_optimizer: DeepSpeed has no LAMB for the host. Without zero_allow_untested_optimizer,
+    deepspeed_untested_optimizer reports LAMB instead."""
     device = _device(d, "offload_optimizer")
     allowed = _stage(d) and d.on("zero_allow_untested_optimizer")
     if str(d.get("optimizer.type")).lower() == "lamb" and allowed and device != "none":
@@ -222,15 +230,17 @@ def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_scheduler_steps(d: Options, s: Setup) -> Found:
-    """Report a WarmupDecayLR or WarmupCosineLR scheduler without total_num_steps, which it needs."""
+    """Report a WarmupDecayLR or WarmupCosineLR scheduler without total_num_steps, which it needs. "auto"
+    counts as given."""
     kind = str(d.get("scheduler.type"))
     if kind in {"WarmupDecayLR", "WarmupCosineLR"} and d.raw("scheduler.params.total_num_steps") is None:
         yield {"type": kind}
 
 
 def deepspeed_pipeline(d: Options, s: Setup) -> Found:
-    """Report several pipeline stages together with ZeRO stage 2 or 3. The pipeline stages come from
-    Megatron-DeepSpeed's arguments, otherwise from DeepSpeed's file."""
+    """Report more than one pipeline stage together with ZeRO stage 2 or 3. The number of pipeline stages is
+    that of Megatron-DeepSpeed's arguments or, without these or with --no-pipeline-parallel, that of
+    DeepSpeed's file."""
     m = s.megatron
     stages = d.count("pipeline.stages") or 1
     if m is not None and not m.on("no_pipeline_parallel"):
@@ -240,9 +250,10 @@ def deepspeed_pipeline(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_bucket(d: Options, s: Setup) -> Found:
-    """Report a reduce_bucket_size, by default 500,000,000 elements, above the model's number of parameters,
-    if that is known, at ZeRO stage 1 or 2. These stages allocate the whole bucket, and a second one if
-    overlap_comm is on, unless contiguous_gradients is off. "auto" is skipped."""
+    """Report, at ZeRO stage 1 or 2, a reduce_bucket_size above the number of the model's parameters; the
+    default is 500,000,000 elements. These stages allocate the whole bucket, and a second one if overlap_comm
+    is on. Nothing is reported if the number of parameters is unknown, if contiguous_gradients is off (then no
+    bucket is allocated), or if the size is "auto"."""
     allocates_bucket = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
     is_auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
     bucket = d.count("zero_optimization.reduce_bucket_size") or 500_000_000
@@ -254,9 +265,10 @@ def deepspeed_bucket(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_no_zero(d: Options, s: Setup) -> Found:
-    """Report a missing zero_optimization section in a set-up of Accelerate or the Trainer, which need it,
-    unless DeepSpeed's autotuning is on. Trainer flags without a training batch are ignored: scripts that only
-    generate text have some of them too."""
+    """Report a missing zero_optimization section in a set-up with a file of Accelerate, or with arguments of
+    the Trainer that give per_device_train_batch_size: both libraries need the section. Without that argument,
+    the Trainer's are ignored: scripts that only generate text have some of them, too. Nothing is reported if
+    DeepSpeed's autotuning is on."""
     trainer_trains = s.trainer is not None and s.trainer.raw("per_device_train_batch_size") is not None
     is_autotuning = d.on("autotuning.enabled")
     if (
@@ -287,8 +299,8 @@ _REMOVED = (
 
 
 def deepspeed_removed(d: Options, s: Setup) -> Found:
-    """Report settings that DeepSpeed has removed and now refuses, whatever their value, and 1-bit optimizers
-    at ZeRO stage 0, which it has removed, too."""
+    """Report settings that DeepSpeed has removed and refuses at any value, such as amp and elasticity. Report
+    also 1-bit optimizers at ZeRO stage 0, or if the stage is unknown: DeepSpeed has removed them, too."""
     keys = [k for k in _REMOVED if d.raw(k) is not None]
     if str(d.get("optimizer.type")).lower() in _ONE_BIT and not _stage(d):
         keys.append(f"optimizer.type {d.get('optimizer.type')}")
@@ -297,8 +309,9 @@ def deepspeed_removed(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_zeropp(d: Options, s: Setup) -> Found:
-    """Report settings of ZeRO++ (zero_quantized_*, and zero_hpz_partition_size above 1) that are on below
-    ZeRO stage 3, the only stage that supports them."""
+    """Report, below ZeRO stage 3, the settings of ZeRO++ that are on: zero_quantized_weights,
+    zero_quantized_gradients, zero_quantized_nontrainable_weights, and zero_hpz_partition_size above 1. Only
+    stage 3 supports them."""
     if _stage(d) not in {0, 1, 2}:
         return
     switches = ("weights", "gradients", "nontrainable_weights")
@@ -310,9 +323,9 @@ def deepspeed_zeropp(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
-    """Report ZeRO stage 3 under a Trainer whose save_strategy is not "no", if
-    stage3_gather_16bit_weights_on_model_save, or an older name of it, is neither true nor "auto": only shards
-    are saved."""
+    """Report ZeRO stage 3 in a set-up with a Trainer, if neither stage3_gather_16bit_weights_on_model_save
+    nor one of its older names is true or "auto": only shards of the model are then saved. Nothing is reported
+    if save_strategy is "no" or known only when a script runs."""
     if _stage(d) != 3 or t.undetermined("save_strategy") or str(t.get("save_strategy")).lower() == "no":
         return
     names = ("stage3_gather_16bit", "gather_16bit", "stage3_gather_fp16")

@@ -27,9 +27,10 @@ _DOUBLED = (
 
 
 def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
-    """Report, with distributed_type DEEPSPEED, settings of Accelerate's file, including mixed_precision, that
-    only the DeepSpeed file which it names may hold. A mixed_precision that contradicts the DeepSpeed file is
-    left to accelerate_deepspeed_precision."""
+    """Report settings of Accelerate's file that only the DeepSpeed file may hold, if distributed_type is
+    DEEPSPEED and Accelerate's file names a DeepSpeed file. These are mixed_precision and, in
+    deepspeed_config, settings such as zero_stage and gradient_clipping. A mixed_precision that contradicts
+    the DeepSpeed file is left to accelerate_deepspeed_precision."""
     path = a.raw("deepspeed_config.deepspeed_config_file")
     if not path or _kind(a) != "DEEPSPEED":
         return
@@ -41,23 +42,25 @@ def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
 
 
 def accelerate_other_launcher(a: Options, d: Options, s: Setup) -> Found:
-    """Report a DeepSpeed file that nothing reads: distributed_type is given and neither DEEPSPEED nor NONE,
-    and there are no TrainingArguments, which may name the file."""
+    """Report that nothing reads the DeepSpeed file: Accelerate's distributed_type is given and is neither
+    DEEPSPEED nor NONE. Nothing is reported if there are TrainingArguments, which may name the file."""
     other_launcher = a.raw("distributed_type") is not None and _kind(a) not in ("DEEPSPEED", "NONE")
     if other_launcher and s.trainer is None:  # an argument of the Trainer may name the file
         yield {"kind": _kind(a)}
 
 
 def accelerate_zero3_init(a: Options, d: Options, s: Setup) -> Found:
-    """Report zero3_init_flag below ZeRO stage 3, where it has no effect."""
+    """Report a zero3_init_flag that is on below ZeRO stage 3, where it has no effect. Nothing is reported if
+    the stage is not given."""
     stage = d.count("zero_optimization.stage")
     if a.on("deepspeed_config.zero3_init_flag") and stage is not None and stage < 3:
         yield {"stage": stage}
 
 
 def accelerate_deepspeed_precision(a: Options, d: Options, s: Setup) -> Found:
-    """Report a mixed_precision that contradicts the DeepSpeed file: bf16 or fp8 if the file enables fp16,
-    fp16 if it enables bf16. Settings of DeepSpeed within Accelerate's file name no precision."""
+    """Report a mixed_precision of Accelerate's file that contradicts the DeepSpeed file: bf16 or fp8 if that
+    file enables fp16, fp16 if it enables bf16. DeepSpeed settings that stand in Accelerate's file are not
+    checked: they name no precision."""
     mixed_precision = str(a.raw("mixed_precision")).lower()
     opposite = {"bf16": "fp16", "fp8": "fp16", "fp16": "bf16"}.get(mixed_precision)
     if opposite is not None and d.file != a.file and d.on(f"{opposite}.enabled"):
@@ -68,23 +71,26 @@ _SECTIONS = {"fsdp_config": "FSDP", "deepspeed_config": "DEEPSPEED", "megatron_l
 
 
 def accelerate_section_ignored(a: Options, s: Setup) -> Found:
-    """Report each of the sections for FSDP, DeepSpeed and Megatron-LM that is ignored because
-    distributed_type names something else."""
+    """Report each of the sections fsdp_config, deepspeed_config and megatron_lm_config that is not empty, if
+    distributed_type is given and is not FSDP, DEEPSPEED or MEGATRON_LM respectively: the section is then
+    ignored."""
     for section, kind in _SECTIONS.items():
         if a.section(section) and a.raw("distributed_type") is not None and _kind(a) != kind:
             yield {"section": section, "kind": a.raw("distributed_type"), "needed": kind}
 
 
 def accelerate_processes(a: Options, s: Setup) -> Found:
-    """Report a num_processes, the number on all machines together, that is no multiple of num_machines."""
+    """Report a num_processes that is no multiple of num_machines. num_processes is the number on all machines
+    together."""
     processes, machines = a.count("num_processes"), a.count("num_machines") or 1
     if processes and machines > 1 and processes % machines:
         yield {"processes": processes, "machines": machines}
 
 
 def _machines(a: Options) -> int | None:
-    """Return num_machines, or None if it is not given, below 1 or unknown, or if another launcher determines
-    it: SageMaker's, that of TPUs, or DeepSpeed's, which reads a hostfile."""
+    """Return num_machines, or None if it is not given, below 1 or known only when a script runs. Return None,
+    too, if another launcher than Accelerate's own determines the machines: SageMaker's, that of TPUs, or
+    DeepSpeed's, which reads a hostfile."""
     is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
     accelerate_launches = (
         _kind(a) != "DEEPSPEED" or a.raw("deepspeed_config.deepspeed_multinode_launcher") == "standard"
@@ -97,9 +103,9 @@ def _machines(a: Options) -> int | None:
 
 
 def accelerate_rendezvous(a: Options, s: Setup) -> Found:
-    """Report several machines without main_process_ip, or without a main_process_port that is needed.
-    Launchers based on torchrun default to port 29500; the plain launcher, for CPUs and distributed_type NO,
-    has no default."""
+    """Report a set-up of several machines without main_process_ip. With use_cpu, or distributed_type NO or
+    MULTI_CPU, report also a missing main_process_port: the launcher for these has no default port, whereas
+    the others, based on torchrun, use 29500."""
     is_plain_launcher = a.on("use_cpu") or _kind(a) in ("NO", "MULTI_CPU")
     required = ("main_process_ip", "main_process_port") if is_plain_launcher else ("main_process_ip",)
     missing = [n for n in required if a.raw(n) in (None, "")]
@@ -108,8 +114,9 @@ def accelerate_rendezvous(a: Options, s: Setup) -> Found:
 
 
 def accelerate_local_address(a: Options, s: Setup) -> Found:
-    """Report several machines with a main_process_ip that names the local machine. Files with an
-    mpirun_config are skipped: the hostfile of mpirun may name this machine only."""
+    """Report, with several machines, a main_process_ip that names the local machine: localhost, or an address
+    that begins with "127.". Files with an mpirun_config are skipped: in their hostfile of mpirun, this
+    machine may be the only one."""
     address, machines = str(a.raw("main_process_ip")), _machines(a)
     if a.section("mpirun_config"):
         return
@@ -120,7 +127,8 @@ def accelerate_local_address(a: Options, s: Setup) -> Found:
 def accelerate_one_process(a: Options, s: Setup) -> Found:
     """Report more processes than machines with distributed_type NO and without use_cpu. Accelerate's launcher
     then starts one process per machine, whatever num_processes is, unless the command line overrides it with
-    --multi_gpu or a similar option."""
+    --multi_gpu or a similar option. Only files for the local machine (compute_environment LOCAL_MACHINE, the
+    default) are checked."""
     processes = a.count("num_processes")
     is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
     # YAML reads no as False.
@@ -144,8 +152,8 @@ def accelerate_machine_rank(a: Options, s: Setup) -> Found:
 
 def _devices(a: Options) -> tuple[int, int] | None:
     """Return (the number of devices that gpu_ids names, the number of processes per machine). Return None if
-    either is unknown, if gpu_ids is "all" or otherwise no list of numbers, if the processes of all machines
-    cannot be split evenly over these, or if the training is on CPUs."""
+    gpu_ids is not given, is "all", or is otherwise no list of numbers; if num_processes is unknown or no
+    multiple of num_machines; or if the training is on CPUs."""
     ids = a.get("gpu_ids")
     device_ids = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
     processes, machines = a.size("num_processes"), a.size("num_machines") or 1
@@ -160,21 +168,21 @@ def _devices(a: Options) -> tuple[int, int] | None:
 
 
 def accelerate_few_devices(a: Options, s: Setup) -> Found:
-    """Report a gpu_ids that names fewer devices than a machine has processes."""
+    """Report a gpu_ids that names fewer devices than there are processes per machine."""
     counts = _devices(a)
     if counts is not None and counts[0] < counts[1]:
         yield {"ids": a.raw("gpu_ids"), "devices": counts[0], "processes": counts[1]}
 
 
 def accelerate_idle_devices(a: Options, s: Setup) -> Found:
-    """Report a gpu_ids that names more devices than a machine has processes."""
+    """Report a gpu_ids that names more devices than there are processes per machine."""
     counts = _devices(a)
     if counts is not None and counts[0] > counts[1]:
         yield {"ids": a.raw("gpu_ids"), "devices": counts[0], "processes": counts[1]}
 
 
 def accelerate_cpu_fp16(a: Options, s: Setup) -> Found:
-    """Report mixed_precision fp16 with use_cpu: Accelerate trains in float32 instead."""
+    """Report mixed_precision fp16 together with use_cpu: Accelerate then trains in float32."""
     if a.on("use_cpu") and str(a.get("mixed_precision")).lower() == "fp16":
         yield {}
 
@@ -187,9 +195,9 @@ def _of(name: str, options: Options) -> str:
 
 
 def _version(options: Options, s: Setup) -> int | None:
-    """Return the version of FSDP that ``options`` sets, 1 or 2. If they do not set it, return 1, the default,
-    for Accelerate's file, and None for the Trainer's, whose default depends on its release: newer ones use
-    2."""
+    """Return the version of FSDP that ``options`` set, 1 or 2. If it is not set or unknown, return 1, the
+    default, for Accelerate's file, and None for the Trainer's arguments, whose default depends on the release
+    of transformers: newer ones use 2."""
     version = options.count("fsdp_config.version")
     return version if version is not None else 1 if options is s.accelerate else None
 
@@ -205,7 +213,8 @@ _HARMLESS = ("none", "false", "no_prefetch")  # values that ask for nothing
 
 
 def fsdp2_old_options(o: Options, s: Setup) -> Found:
-    """Report options that only FSDP1 has, if fsdp_version is 2. An option that is null, false or no_prefetch
+    """Report, if fsdp_version is 2, options that only FSDP1 has: use_orig_params, sync_module_states,
+    forward_prefetch, backward_prefetch and sharding_strategy. An option that is null, false or no_prefetch
     asks for nothing and is not reported."""
     keys = [k for k in _ONLY_FSDP1 if _of(k, o) not in _HARMLESS]
     if _version(o, s) == 2 and keys:
@@ -221,16 +230,16 @@ def fsdp2_reshard(o: Options, s: Setup) -> Found:
 
 
 def fsdp_efficient_loading(o: Options, s: Setup) -> Found:
-    """Report fsdp_cpu_ram_efficient_loading with fsdp_sync_module_states false: all ranks but 0 would train
-    random weights."""
+    """Report fsdp_cpu_ram_efficient_loading that is on with fsdp_sync_module_states false: all ranks but 0
+    would train random weights."""
     if o.on("fsdp_config.cpu_ram_efficient_loading") and _of("sync_module_states", o) == "false":
         yield {}
 
 
 def fsdp_wrapping(o: Options, s: Setup) -> Found:
-    """Report FSDP's options transformer_layer_cls_to_wrap, which only the auto_wrap_policy
-    TRANSFORMER_BASED_WRAP reads, and min_num_params, which only SIZE_BASED_WRAP reads, if another policy is
-    given. Without a policy nothing is reported."""
+    """Report options of FSDP that the given auto_wrap_policy does not read. transformer_layer_cls_to_wrap is
+    read only by TRANSFORMER_BASED_WRAP, and min_num_params (above 0) only by SIZE_BASED_WRAP. Nothing is
+    reported unless the policy is one of these two or NO_WRAP."""
     policy = _of("auto_wrap_policy", o)
     by_class, by_size = policy == "transformer_based_wrap", policy == "size_based_wrap"
     if not (by_class or by_size or policy == "no_wrap"):
@@ -245,7 +254,8 @@ _PREFETCH = ("backward_pre", "backward_post", "no_prefetch", "1", "2", "none")
 
 
 def fsdp_prefetch(o: Options, s: Setup) -> Found:
-    """Report an fsdp_backward_prefetch with a value that does not exist."""
+    """Report an fsdp_backward_prefetch that is given but is not BACKWARD_PRE, BACKWARD_POST, NO_PREFETCH, 1
+    or 2, in any case."""
     if _of("backward_prefetch", o) not in _PREFETCH:
         yield {"value": o.raw("fsdp_config.backward_prefetch")}
 
@@ -254,8 +264,8 @@ def fsdp_prefetch(o: Options, s: Setup) -> Found:
 
 
 def _differs(d: Options, t: Options, trainer_key: str, deepspeed_key: str) -> Found:
-    """Yield a finding if the setting ``trainer_key`` of the TrainingArguments and ``deepspeed_key`` of the
-    DeepSpeed file are both numbers and differ."""
+    """Yield a finding if the setting ``trainer_key`` of the TrainingArguments ``t`` and the setting
+    ``deepspeed_key`` of the DeepSpeed file ``d`` are both given as numbers and differ."""
     trainer_value, deepspeed_value = t.number(trainer_key), d.number(deepspeed_key)
     if trainer_value is not None and deepspeed_value is not None and trainer_value != deepspeed_value:
         yield {
@@ -298,9 +308,9 @@ def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found
 
 
 def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
-    """Report fp16 or bf16 that is on in only one of the DeepSpeed file and the TrainingArguments although
-    both set it, and one that the DeepSpeed file switches on while the TrainingArguments do not set it but
-    switch the other on."""
+    """Report each of fp16 and bf16 that the DeepSpeed file and the TrainingArguments both set, but one of
+    them to on and the other to off. Report also one that the DeepSpeed file switches on, if the
+    TrainingArguments do not set it but switch on the other of the two."""
     for name in ("fp16", "bf16"):
         trainer_value, deepspeed_value = t.get(name), d.get(f"{name}.enabled")
         if (
@@ -321,7 +331,7 @@ _SAME_AS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fu
 
 def trainer_optimizer_twice(d: Options, t: Options, s: Setup) -> Found:
     """Report an optim of the TrainingArguments that is ignored because the DeepSpeed file names an optimizer.
-    Ordinary AdamW, torch's, apex's or adamw_hf, is not reported."""
+    The ordinary AdamWs are not reported: adamw_torch, adamw_torch_fused, adamw_hf and adamw_apex_fused."""
     optim, kind = t.get("optim"), d.get("optimizer.type")
     if kind is not None and optim is not None and optim not in _SAME_AS_ADAMW:
         yield {"optim": optim, "type": kind}
@@ -334,7 +344,8 @@ def trainer_find_batch(d: Options, t: Options, s: Setup) -> Found:
 
 
 def trainer_fsdp_deepspeed(t: Options, s: Setup) -> Found:
-    """Report TrainingArguments that set fsdp in a set-up with DeepSpeed."""
+    """Report TrainingArguments that set fsdp, if they also set deepspeed or the set-up has DeepSpeed settings
+    from another file."""
     if t.get("fsdp") and not t.off("fsdp") and (t.raw("deepspeed") or s.deepspeed is not None):
         yield {"fsdp": t.raw("fsdp")}
 
@@ -347,8 +358,8 @@ def trainer_two_precisions(t: Options, s: Setup) -> Found:
 
 def trainer_accelerate_precision(t: Options, a: Options, s: Setup) -> Found:
     """Report a mixed_precision of Accelerate's file (no, bf16 or fp16) that differs from the precision that
-    is on in the TrainingArguments, which take precedence. Nothing is reported if both bf16 and fp16 or
-    neither is on there."""
+    the TrainingArguments switch on; the latter takes precedence. Nothing is reported if the TrainingArguments
+    switch on both bf16 and fp16, or neither."""
     mixed_precision = str(a.get("mixed_precision")).lower().replace("false", "no")
     enabled = [n for n in ("bf16", "fp16") if t.on(n)]
     if len(enabled) == 1 and mixed_precision in {"no", "bf16", "fp16"} and mixed_precision != enabled[0]:
@@ -360,16 +371,16 @@ def _recomputes(t: Options) -> bool:
 
 
 def trainer_fsdp_checkpointing(t: Options, s: Setup) -> Found:
-    """Report activation_checkpointing of fsdp_config together with gradient_checkpointing, or its other name
-    activation_checkpointing, of the TrainingArguments."""
+    """Report activation_checkpointing in the fsdp_config of the file that switches FSDP on, together with
+    gradient_checkpointing, or its other name activation_checkpointing, of the TrainingArguments."""
     fsdp = s.fsdp
     if fsdp is not None and _recomputes(t) and fsdp.on("fsdp_config.activation_checkpointing"):
         yield {}
 
 
 def trainer_fsdp_save_only_model(t: Options, s: Setup) -> Found:
-    """Report save_only_model with sharded state dicts of FSDP, which do not support it. With
-    load_best_model_at_end, trainer_best_model reports it instead."""
+    """Report save_only_model of the TrainingArguments with FSDP's state_dict_type SHARDED_STATE_DICT, which
+    does not support it. With load_best_model_at_end, trainer_best_model reports it instead."""
     fsdp = s.fsdp
     saves_only_model = t.on("save_only_model") and not t.on("load_best_model_at_end")
     if fsdp is not None and saves_only_model and _of("state_dict_type", fsdp) == "sharded_state_dict":
@@ -377,16 +388,17 @@ def trainer_fsdp_save_only_model(t: Options, s: Setup) -> Found:
 
 
 def trainer_best_model(t: Options, s: Setup) -> Found:
-    """Report load_best_model_at_end with save_only_model under DeepSpeed or FSDP, which need the full
-    checkpoint."""
+    """Report load_best_model_at_end with save_only_model under DeepSpeed or FSDP: to load the best model,
+    these need the full checkpoint, which save_only_model does not save."""
     wrapper = "DeepSpeed" if s.deepspeed is not None else "FSDP" if s.fsdp is not None else None
     if wrapper is not None and t.on("save_only_model") and t.on("load_best_model_at_end"):
         yield {"wrapper": wrapper}
 
 
 def trainer_unused_parameters(t: Options, s: Setup) -> Found:
-    """Report ddp_find_unused_parameters with activation checkpointing whose use_reentrant is on, in a set-up
-    without DeepSpeed and FSDP: together they fail in DDP."""
+    """Report ddp_find_unused_parameters together with activation checkpointing, if use_reentrant is
+    explicitly on in gradient_checkpointing_kwargs or activation_checkpointing_kwargs, in a set-up without
+    DeepSpeed and FSDP: DDP fails with both."""
     is_ddp = s.deepspeed is None and s.fsdp is None
     reentrant = any(t.on(f"{n}_checkpointing_kwargs.use_reentrant") for n in ("gradient", "activation"))
     if is_ddp and _recomputes(t) and t.on("ddp_find_unused_parameters") and reentrant:
@@ -394,14 +406,17 @@ def trainer_unused_parameters(t: Options, s: Setup) -> Found:
 
 
 def trainer_cache(t: Options, s: Setup) -> Found:
-    """Report use_cache together with gradient_checkpointing, or its other name activation_checkpointing."""
+    """Report TrainingArguments that switch on use_cache and gradient_checkpointing, or the latter's other
+    name activation_checkpointing."""
     if _recomputes(t) and t.on("use_cache"):
         yield {}
 
 
 def fsdp2_offload_clipping(t: Options, s: Setup) -> Found:
-    """Report gradient clipping together with the offload of parameters to the host, if fsdp_version is 2. The
-    Trainer clips to a norm of 1.0 unless max_grad_norm says otherwise; 0 switches clipping off."""
+    """Report, if fsdp_version is 2, gradient clipping together with the offload of parameters to the host
+    (offload_params or cpu_offload in fsdp_config). The Trainer clips to a norm of 1.0 unless max_grad_norm
+    says otherwise; 0 switches clipping off. A max_grad_norm that is known only when a script runs is not
+    reported."""
     fsdp = s.fsdp
     if fsdp is None or _version(fsdp, s) != 2:
         return

@@ -8,14 +8,14 @@ from memfit.lint.phrases import Phrase, Series, phrase
 
 
 def _size(m: Options, name: str) -> int | None:
-    """Return the parallel size ``name``, such as "tensor_model": 1 if it is not given, None if it is known
-    only when the script runs or is invalid."""
+    """Return the parallel size ``name``, such as "tensor_model" for --tensor-model-parallel-size: 1 if it is
+    not given, None if it is known only when the script runs or is not a whole number above 0."""
     path = f"{name}_parallel_size"
     return 1 if m.raw(path) is None and path not in m.unsure else m.size(path)
 
 
 def _mesh(m: Options) -> tuple[int, int, int] | None:
-    """Return the (tensor, pipeline, context) parallel sizes, or None if one of them is unknown or invalid. A
+    """Return the (tensor, pipeline, context) parallel sizes, or None if one of them is None (see `_size`). A
     size that is not given is 1."""
     sizes = tuple(_size(m, n) for n in ("tensor_model", "pipeline_model", "context"))
     return None if None in sizes else sizes  # type: ignore[return-value]
@@ -23,7 +23,8 @@ def _mesh(m: Options) -> tuple[int, int, int] | None:
 
 def _data(s: Setup) -> int | None:
     """Return the number of data-parallel ranks: that of all ranks divided by the tensor, pipeline and context
-    parallel sizes. None if one of these is unknown, or if the quotient is not a whole number."""
+    parallel sizes. Return None if the number of ranks or one of these sizes is unknown, or if the quotient is
+    not a whole number."""
     mesh = _mesh(s.megatron) if s.megatron is not None else None
     if mesh is None or s.ranks is None or s.ranks % (mesh[0] * mesh[1] * mesh[2]):
         return None
@@ -57,8 +58,8 @@ def _even(m: Options) -> bool:
 
 
 def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
-    """Report --sequence-parallel without tensor parallelism. Files that give neither the tensor-parallel size
-    nor the micro-batch size are skipped: they are only part of the arguments."""
+    """Report --sequence-parallel without tensor parallelism (size 1 or not given). Files that give neither
+    the tensor-parallel size nor the micro-batch size are skipped: they are only part of the arguments."""
     is_complete = m.raw("tensor_model_parallel_size") is not None or m.raw("micro_batch_size") is not None
     if m.on("sequence_parallel") and _size(m, "tensor_model") == 1 and is_complete:
         yield {}
@@ -67,7 +68,8 @@ def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
 def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
     """Report --use-distributed-optimizer together with --overlap-param-gather or --overlap-grad-reduce if
     there is a single data-parallel rank and no context parallelism. Runs of one process are skipped: they are
-    for debugging and say nothing about the intended run."""
+    for debugging and say nothing about the intended run. Nothing is reported if the number of processes is
+    unknown."""
     if not m.on("use_distributed_optimizer") or _data(s) != 1 or _size(m, "context") != 1 or s.ranks == 1:
         return
     if m.on("overlap_param_gather") or m.on("overlap_grad_reduce"):
@@ -75,8 +77,9 @@ def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
 
 
 def megatron_layers(m: Options, s: Setup) -> Found:
-    """Report a number of layers that is no multiple of the pipeline stages, unless an option asks for an
-    uneven split. Megatron-DeepSpeed's arguments are skipped."""
+    """Report a number of layers that is no multiple of the number of pipeline stages. Nothing is reported if
+    an option, such as --decoder-first-pipeline-num-layers, asks for an uneven split or may do so.
+    Megatron-DeepSpeed's arguments are skipped: it splits layers by its own rules."""
     stages = _size(m, "pipeline_model")
     layers = m.count("num_layers")
     # Megatron-DeepSpeed splits the layers by rules of its own.
@@ -85,8 +88,10 @@ def megatron_layers(m: Options, s: Setup) -> Found:
 
 
 def megatron_virtual_layers(m: Options, s: Setup) -> Found:
-    """Report a number of layers of one pipeline stage that cannot be split evenly into virtual stages, unless
-    an option asks for an uneven split."""
+    """Report a pipeline stage whose number of layers is no multiple of
+    --num-layers-per-virtual-pipeline-stage or of --num-virtual-stages-per-pipeline-rank. Nothing is reported
+    if an option, such as --decoder-first-pipeline-num-layers, asks for an uneven split or may do so, or if
+    the stages themselves are uneven, which megatron_layers reports."""
     if not _even(m):
         return
     layers, stages = m.count("num_layers"), _size(m, "pipeline_model")
@@ -100,8 +105,8 @@ def megatron_virtual_layers(m: Options, s: Setup) -> Found:
 
 
 def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
-    """Report, with a single pipeline stage, each option of the interleaved schedule that is given: the number
-    of layers per virtual stage, and a number of virtual stages per rank above 1."""
+    """Report, with a single pipeline stage, each option of the interleaved schedule that is given:
+    --num-layers-per-virtual-pipeline-stage, and --num-virtual-stages-per-pipeline-rank if above 1."""
     if _size(m, "pipeline_model") != 1:
         return
     for name in _VIRTUAL:
@@ -137,8 +142,10 @@ def megatron_ranks(m: Options, s: Setup) -> Found:
 
 
 def megatron_interleaved_batch(m: Options, s: Setup) -> Found:
-    """Report an interleaved schedule whose number of micro-batches in a step is no multiple of the pipeline
-    stages. Files that set a group size of micro-batches are skipped."""
+    """Report, with an interleaved schedule over several pipeline stages, a number of micro-batches per step
+    that is no multiple of the number of stages. The number is global batch / (micro-batch x data-parallel
+    ranks); nothing is reported if it is unknown or not whole. Files with
+    --microbatch-group-size-per-virtual-pipeline-stage are skipped."""
     data = _data(s)
     if data is None or m.raw("microbatch_group_size_per_virtual_pipeline_stage") is not None:
         return
@@ -157,16 +164,17 @@ _RECOMPUTE = ("recompute_method", "recompute_num_layers")
 
 def _recompute(m: Options) -> tuple[str | None, list[str]]:
     """Return (the granularity of recomputation; those of the options --recompute-method and
-    --recompute-num-layers that are given, with their values). The granularity is "selective" with
-    --recompute-activations, and None if nothing sets it."""
+    --recompute-num-layers that are given, as text with their values). The granularity is that of
+    --recompute-granularity, otherwise "selective" with --recompute-activations, otherwise None."""
     granularity = m.get("recompute_granularity") or ("selective" if m.on("recompute_activations") else None)
     names = [n for n in _RECOMPUTE if m.raw(n) is not None]
     return granularity, [f"--{n.replace('_', '-')} {m.raw(n)}" for n in names]
 
 
 def megatron_recompute(m: Options, s: Setup) -> Found:
-    """Report a --recompute-granularity with the wrong options: "full" needs --recompute-method and
-    --recompute-num-layers, "selective" (also as --recompute-activations) takes neither."""
+    """Report a granularity of recomputation with the wrong options: "full" needs both --recompute-method and
+    --recompute-num-layers, "selective" (also given as --recompute-activations) takes neither. Nothing is
+    reported if one of these is known only when the script runs."""
     granularity, recompute_options = _recompute(m)
     is_wrong = (granularity == "selective" and recompute_options) or (
         granularity == "full" and len(recompute_options) < 2
@@ -181,7 +189,8 @@ def megatron_recompute(m: Options, s: Setup) -> Found:
 
 def megatron_recompute_off(m: Options, s: Setup) -> Found:
     """Report --recompute-method and --recompute-num-layers if neither --recompute-granularity nor
-    --recompute-activations is given: they then have no effect."""
+    --recompute-activations is given: they then have no effect. Arguments of other front ends (``m.defaults``
+    is False) are skipped unless they switch --recompute-granularity off."""
     granularity, recompute_options = _recompute(m)
     if granularity is None and recompute_options and _without(m, "recompute_granularity"):
         yield {"shown": ", ".join(recompute_options)}
@@ -189,7 +198,9 @@ def megatron_recompute_off(m: Options, s: Setup) -> Found:
 
 def megatron_overlap_gather(m: Options, s: Setup) -> Found:
     """Report --overlap-param-gather without --overlap-grad-reduce, or without any option that shards the
-    optimizer: --use-distributed-optimizer, Megatron's FSDP, a layer-wise distributed optimizer, or Muon."""
+    optimizer. These are --use-distributed-optimizer, --use-megatron-fsdp, --use-custom-fsdp,
+    --use-layer-wise-distributed-optimizer, and an --optimizer whose name contains muon. An option that may be
+    on, as its value is known only when the script runs, is not reported as missing."""
     if not m.on("overlap_param_gather"):
         return
     alternatives = ("use_megatron_fsdp", "use_custom_fsdp", "use_layer_wise_distributed_optimizer")
@@ -202,10 +213,10 @@ def megatron_overlap_gather(m: Options, s: Setup) -> Found:
 
 
 def megatron_connections(m: Options, s: Setup) -> Found:
-    """Report a CUDA_DEVICE_MAX_CONNECTIONS that prevents communication from overlapping computation: 1 with
-    FSDP; without FSDP, another value than 1 or 32 with tensor or context parallelism, unless the
-    communication of experts overlaps too. A file that does not set the variable to a number is skipped: the
-    container may set it."""
+    """Report a CUDA_DEVICE_MAX_CONNECTIONS that prevents communication from overlapping computation. With
+    --use-torch-fsdp2 or --use-megatron-fsdp, that is 1. Otherwise it is, with tensor or context parallelism,
+    any number but 1 and 32, unless --overlap-moe-expert-parallel-comm is on, which needs more connections. A
+    file that does not set the variable to a number is skipped: the container may set it."""
     value = m.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if value is None or not value.isdigit():
         return
@@ -241,9 +252,10 @@ def megatron_heads(m: Options, s: Setup) -> Found:
 
 
 def _groups(m: Options) -> int | None:
-    """Return --num-query-groups, or None if it is not given or has no effect: without
-    --group-query-attention, which other front ends than Megatron-LM's may set by default, every head has keys
-    and values of its own."""
+    """Return --num-query-groups, or None if it is not given or has no effect. It has no effect in arguments
+    of Megatron-LM itself without --group-query-attention: every head then has keys and values of its own.
+    Other front ends (``m.defaults`` is False) may switch that option on by default, so it is not required in
+    their arguments."""
     has_groups = m.on("group_query_attention") or not m.defaults
     return m.size("num_query_groups") if has_groups else None
 
@@ -265,8 +277,8 @@ def megatron_few_query_groups(m: Options, s: Setup) -> Found:
 
 
 def megatron_query_groups_off(m: Options, s: Setup) -> Found:
-    """Report --num-query-groups without --group-query-attention, without which it has no effect, unless it
-    equals the number of heads. Multi-latent attention, and arguments that are read from a checkpoint
+    """Report a --num-query-groups other than the number of heads without --group-query-attention: it then has
+    no effect. Files with multi-latent attention, or whose arguments are read from a checkpoint
     (--use-checkpoint-args), are skipped."""
     groups, heads = m.size("num_query_groups"), m.size("num_attention_heads")
     is_plain_attention = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
@@ -275,15 +287,16 @@ def megatron_query_groups_off(m: Options, s: Setup) -> Found:
 
 
 def megatron_two_lengths(m: Options, s: Setup) -> Found:
-    """Report --train-samples together with --train-iters, unless training is skipped."""
+    """Report --train-samples together with --train-iters, unless --skip-train is on or may be."""
     samples, iterations = m.size("train_samples"), m.size("train_iters")
     if samples and iterations and _without(m, "skip_train"):
         yield {"samples": samples, "iterations": iterations}
 
 
 def megatron_distributed_activations(m: Options, s: Setup) -> Found:
-    """Report --distribute-saved-activations with sequence parallelism, with which it cannot be used, or
-    without tensor parallelism or full recomputation, both of which it needs."""
+    """Report --distribute-saved-activations with --sequence-parallel, with which it cannot be used, or
+    without tensor parallelism or --recompute-granularity full, both of which it needs. In arguments of other
+    front ends (``m.defaults`` is False), a missing full recomputation is not reported."""
     if not m.on("distribute_saved_activations"):
         return
     conflicts: list[str | Phrase] = ["--sequence-parallel"] if m.on("sequence_parallel") else []
@@ -296,8 +309,9 @@ def megatron_distributed_activations(m: Options, s: Setup) -> Found:
 
 
 def _dense(m: Options) -> bool:
-    """Return whether the network certainly has no experts: at least one of its sizes (layers, hidden size,
-    heads) is given, but no number of experts, or the number 0."""
+    """Return whether the network certainly has no experts: --num-experts is not given, or is the number 0,
+    but at least one of the network's sizes (layers, hidden size, heads) is given. Without any of these, the
+    file may be only part of the arguments."""
     is_described = any(m.raw(n) is not None for n in ("num_layers", "hidden_size", "num_attention_heads"))
     experts = m.get("num_experts")
     return is_described and "num_experts" not in m.unsure and (m.raw("num_experts") is None or experts == 0)
@@ -305,7 +319,7 @@ def _dense(m: Options) -> bool:
 
 def megatron_experts(m: Options, s: Setup) -> Found:
     """Report an expert-parallel size above 1 that does not divide the number of experts, or that is given for
-    a network without experts."""
+    a network certainly without experts (see `_dense`)."""
     size = _size(m, "expert_model")
     if size is None or size == 1:
         return
@@ -316,16 +330,18 @@ def megatron_experts(m: Options, s: Setup) -> Found:
 
 
 def megatron_grouped_gemm(m: Options, s: Setup) -> Found:
-    """Report --moe-grouped-gemm for a network without experts. With an expert-parallel size above 1,
-    megatron_experts reports the network instead. Arguments of other front ends are skipped."""
+    """Report --moe-grouped-gemm for a network certainly without experts (see `_dense`). With an
+    expert-parallel size above 1, megatron_experts reports the network instead. Arguments of other front ends
+    (``m.defaults`` is False) are skipped."""
     if m.on("moe_grouped_gemm") and _dense(m) and _size(m, "expert_model") == 1 and m.defaults:
         yield {}
 
 
 def megatron_moe_sequence(m: Options, s: Setup) -> Found:
     """Report more than one expert with tensor parallelism but without --sequence-parallel, which Megatron
-    refuses to train. Files that seem to have only part of the arguments, and Megatron-DeepSpeed's, are
-    skipped."""
+    refuses to train. Files are skipped as only part of the arguments if they give neither --train-iters nor
+    --train-samples and not both --global-batch-size and, in the set-up, the number of processes.
+    Megatron-DeepSpeed's arguments are skipped, too."""
     tensor = _size(m, "tensor_model")
     trains = any(m.raw(n) is not None for n in ("train_iters", "train_samples"))
     # Files with only part of the arguments are skipped. A known number of processes together with a global
@@ -354,8 +370,8 @@ def megatron_positions(m: Options, s: Setup) -> Found:
 
 
 def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
-    """Report --use-torch-fsdp2 with the distributed optimizer, fp16, or pipeline or expert parallelism, with
-    which it cannot be used, or without --no-gradient-accumulation-fusion or
+    """Report --use-torch-fsdp2 together with --use-distributed-optimizer, --fp16, or pipeline or expert
+    parallelism, with which it cannot be used, or without --no-gradient-accumulation-fusion or
     --untie-embeddings-and-output-weights, both of which it needs."""
     if not m.on("use_torch_fsdp2"):
         return
@@ -373,13 +389,14 @@ def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
 
 
 def megatron_batch_schedule(m: Options, s: Setup) -> Found:
-    """Report --step-batch-size-schedule together with --global-batch-size."""
+    """Report --step-batch-size-schedule together with --global-batch-size: only one of them may set the
+    batch."""
     if m.raw("step_batch_size_schedule") is not None and m.raw("global_batch_size") is not None:
         yield {"whole": m.raw("global_batch_size")}
 
 
 def megatron_tensor_overlap(m: Options, s: Setup) -> Found:
-    """Report --tp-comm-overlap without --sequence-parallel."""
+    """Report --tp-comm-overlap without --sequence-parallel, which it needs."""
     if m.on("tp_comm_overlap") and _without(m, "sequence_parallel"):
         yield {}
 

@@ -10,19 +10,20 @@ from memfit.lint.phrases import Series, phrase
 
 
 def openfold_seed(o: Options, s: Setup) -> Found:
-    """Report several processes without --seed, which train_openfold.py refuses."""
+    """Report a number of processes above 1 without --seed: train_openfold.py refuses to start."""
     if s.ranks is not None and s.ranks > 1 and o.raw("seed") is None and "seed" not in o.unsure:
         yield {"ranks": s.ranks}
 
 
 def openfold_fp16_deepspeed(o: Options, s: Setup) -> Found:
-    """Report --precision 16 with DeepSpeed, which train_openfold.py refuses."""
+    """Report --precision 16 together with --deepspeed_config_path: train_openfold.py refuses to start."""
     if str(o.get("precision")) == "16" and o.raw("deepspeed_config_path") is not None:
         yield {}
 
 
 def openfold_accumulation(o: Options, s: Setup) -> Found:
-    """Report --accumulate_grad_batches above 1, which train_openfold.py does not pass to its Trainer."""
+    """Report --accumulate_grad_batches above 1: it has no effect, because train_openfold.py does not pass it
+    to its Trainer."""
     if (steps := o.size("accumulate_grad_batches")) and steps > 1:
         yield {"steps": steps}
 
@@ -37,8 +38,8 @@ def openfold_preset(o: Options, s: Setup) -> Found:
 
 
 def openfold_unknown_key(c: Options, s: Setup) -> Found:
-    """Report the keys of "globals" and the top-level keys that OpenFold does not have. It adds them to its
-    configuration, and nothing reads them."""
+    """Report the top-level keys of OpenFold's JSON, and the keys below "globals", that OpenFold does not
+    have. OpenFold adds them to its configuration, but nothing reads them."""
     keys = [f"globals.{k}" for k in c.section("globals") if k not in openfold.GLOBALS]
     keys += [k for k in c.data if k not in OPENFOLD_PARTS]
     if keys:
@@ -46,16 +47,16 @@ def openfold_unknown_key(c: Options, s: Setup) -> Found:
 
 
 def openfold_two_kernels(c: Options, s: Setup) -> Found:
-    """Report more than one attention kernel (use_deepspeed_evo_attention, use_lma, use_flash) that is
-    switched on in "globals"."""
+    """Report attention kernels of which more than one is switched on in "globals":
+    use_deepspeed_evo_attention, use_lma and use_flash."""
     enabled_kernels = [k for k in openfold.KERNELS if c.raw(f"globals.{k}") is True]
     if len(enabled_kernels) > 1:
         yield {"used": Series(tuple(enabled_kernels), "and")}
 
 
 def openfold_chunk_training(c: Options, s: Setup) -> Found:
-    """Report a chunk_size in "globals" unless tune_chunk_size, which is on by default, is switched off: with
-    both, OpenFold stops in training."""
+    """Report a chunk_size in "globals" that is not null, unless tune_chunk_size, which is on by default, is
+    switched off: with both, OpenFold stops in training."""
     chunk = openfold.changed(s, ["globals.chunk_size"])
     if chunk is not None and openfold.changed(s, openfold.TUNED, True) is True:
         yield {"chunk": chunk}
@@ -63,8 +64,8 @@ def openfold_chunk_training(c: Options, s: Setup) -> Found:
 
 def openfold_blocks_per_ckpt(c: Options, s: Setup) -> Found:
     """Report a blocks_per_ckpt, the number of blocks recomputed together, above the number of blocks of a
-    stack. The Evoformer and the smaller template stack share the setting: the template stack sets the limit
-    if the network has templates or is unknown, otherwise the Evoformer."""
+    stack. The Evoformer (48 blocks) and the template stack (2 blocks) share the setting: the limit is 2 if
+    the network has templates or is unknown, otherwise 48."""
     blocks_per_group, crop = openfold.blocks_per_ckpt(s), openfold.crop(s)
     if blocks_per_group is None:
         return
@@ -92,7 +93,8 @@ def openfold_deepspeed_accumulation(o: Options, d: Options, s: Setup) -> Found:
 
 
 def openfold_deepspeed_stage3(o: Options, d: Options, s: Setup) -> Found:
-    """Report ZeRO stage 3 in DeepSpeed's file: OpenFold's moving average needs whole parameters."""
+    """Report ZeRO stage 3 in DeepSpeed's file: OpenFold's moving average of the parameters needs whole
+    parameters on each process."""
     if d.count("zero_optimization.stage") == 3:
         yield {}
 

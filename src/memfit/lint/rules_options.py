@@ -7,15 +7,16 @@ from memfit.lint.parse import Found, Options, Setup
 
 
 def _read_as_written(o: Options, s: Setup) -> bool:
-    """Return whether ``o`` holds settings as its file has them. DeepSpeed or Megatron-LM settings that were
-    derived from Accelerate's file do not count: the settings in that file are checked instead."""
+    """Return whether ``o`` holds settings as their own file has them. Settings of DeepSpeed or Megatron-LM
+    that memfit derived from Accelerate's file do not count: that file's settings are checked instead."""
     return o is s.accelerate or s.accelerate is None or o.file != s.accelerate.file
 
 
 def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
-    """Find settings that the library does not have, but for which it has a similar name or the same name in
-    another section, so that they are probably misspelled or misplaced. ``refused``: True to report those in
-    sections in which the library stops at an unknown key, False for those in other sections."""
+    """Yield a finding for each setting that the library does not have, but for which it has a similar name,
+    or the same name in exactly one other section, that the file does not set: the setting is probably
+    misspelled or misplaced. ``refused``: True for those in sections in which the library stops at an unknown
+    key, False for those in other sections."""
     table = known(library)
     for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is not None and (section in table.refuses) == refused:
@@ -23,9 +24,9 @@ def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
 
 
 def _newer(o: Options, s: Setup, library: str) -> Found:
-    """Find settings that the library does not have, in sections in which it stops at an unknown key, and that
-    are not misspelled: none of the library's settings is similar, or the file has the similar one as well.
-    They may be those of a newer release."""
+    """Yield a finding for each setting that the library does not have, in a section in which it stops at an
+    unknown key, if the setting is probably not misspelled or misplaced: `_unknown` finds no other name for
+    it, or the file sets that one as well. It may be a setting of a newer release."""
     table = known(library)
     for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is None and section in table.refuses:
@@ -33,8 +34,8 @@ def _newer(o: Options, s: Setup, library: str) -> Found:
 
 
 def _value(o: Options, s: Setup, library: str) -> Found:
-    """Find values that the library does not accept. DeepSpeed's autotuner takes lists of values to try, so a
-    list of valid values is valid for DeepSpeed."""
+    """Yield a finding for each value that the library does not accept. Lists are accepted from DeepSpeed's
+    files if DeepSpeed accepts each of their values: its autotuner takes lists of values to try."""
     for path, value, spec in wrong(o, library) if _read_as_written(o, s) else ():
         if (
             library == "deepspeed"
@@ -53,7 +54,8 @@ def _is_number(text: str) -> bool:
 
 
 def deepspeed_unknown_key(d: Options, s: Setup) -> Found:
-    """Report misspelled or misplaced settings that DeepSpeed silently ignores."""
+    """Report settings that DeepSpeed does not have and silently ignores, if they are probably misspelled or
+    misplaced: DeepSpeed has a similar name, or the same name in another section."""
     yield from _unknown(d, s, "deepspeed", refused=False)
 
 
@@ -68,44 +70,48 @@ _COPIED = (
 
 
 def deepspeed_section_key(d: Options, s: Setup) -> Found:
-    """Report misspelled or misplaced settings that DeepSpeed refuses. Loss-scale settings in the bf16 section
+    """Report settings that DeepSpeed does not have and refuses, if they are probably misspelled or misplaced:
+    DeepSpeed has a similar name, or the same name in another section. Loss-scale settings in the bf16 section
     are left to deepspeed_bf16_loss_scale."""
     yield from (f for f in _unknown(d, s, "deepspeed", refused=True) if f["key"] not in _COPIED)
 
 
 def deepspeed_newer_key(d: Options, s: Setup) -> Found:
-    """Report settings that the checked release of DeepSpeed refuses and that another release may have: they
-    are not misspelled. Loss-scale settings in the bf16 section are left to deepspeed_bf16_loss_scale."""
+    """Report settings that the checked release of DeepSpeed does not have and refuses, if they are not
+    similar to any other: another release may have them. Loss-scale settings in the bf16 section are left to
+    deepspeed_bf16_loss_scale."""
     yield from (f for f in _newer(d, s, "deepspeed") if f["key"] not in _COPIED)
 
 
 def deepspeed_text_for_number(d: Options, s: Setup) -> Found:
-    """Report numbers that are written as text where DeepSpeed does not accept text."""
+    """Report values that DeepSpeed does not accept and that are numbers written as text, such as "1.0"."""
     yield from (
         f for f in _value(d, s, "deepspeed") if isinstance(f["value"], str) and _is_number(f["value"])
     )
 
 
 def deepspeed_value(d: Options, s: Setup) -> Found:
-    """Report values that DeepSpeed does not accept, except numbers written as text."""
+    """Report values that DeepSpeed does not accept, except those that deepspeed_text_for_number reports."""
     text_keys = [f["key"] for f in deepspeed_text_for_number(d, s)]
     yield from (f for f in _value(d, s, "deepspeed") if f["key"] not in text_keys)
 
 
 def accelerate_unknown_key(a: Options, s: Setup) -> Found:
-    """Report misspelled or misplaced settings, at the top level, for which Accelerate refuses the file."""
+    """Report top-level settings that Accelerate does not have, if they are probably misspelled or misplaced:
+    Accelerate has a similar name, or the same name in a section. It refuses the file."""
     yield from _unknown(a, s, "accelerate", refused=True)
 
 
 def accelerate_newer_key(a: Options, s: Setup) -> Found:
-    """Report settings that the checked release of Accelerate refuses and that another release may have: they
-    are not misspelled."""
+    """Report top-level settings that the checked release of Accelerate does not have, if they are not similar
+    to any other: another release may have them. The checked release refuses the file."""
     yield from _newer(a, s, "accelerate")
 
 
 def accelerate_section_key(a: Options, s: Setup) -> Found:
-    """Report misspelled or misplaced settings in sections, such as fsdp_config, that Accelerate silently
-    ignores."""
+    """Report settings in sections, such as fsdp_config, that Accelerate does not have and silently ignores,
+    if they are probably misspelled or misplaced: Accelerate has a similar name in the section, or the same
+    name elsewhere."""
     yield from _unknown(a, s, "accelerate", refused=False)
 
 
@@ -115,13 +121,15 @@ def accelerate_value(a: Options, s: Setup) -> Found:
 
 
 def trainer_unknown_key(t: Options, s: Setup) -> Found:
-    """Report misspelled arguments that the Trainer refuses."""
+    """Report arguments that the Trainer does not have and refuses, if they are probably misspelled: an
+    argument of the Trainer has a similar name."""
     yield from _unknown(t, s, "trainer", refused=True)
 
 
 def trainer_section_key(t: Options, s: Setup) -> Found:
-    """Report misspelled or misplaced settings in sections, such as fsdp_config, that the Trainer silently
-    ignores."""
+    """Report settings in sections, such as fsdp_config, that the Trainer does not have and silently ignores,
+    if they are probably misspelled or misplaced: the Trainer has a similar name in the section, or the same
+    name elsewhere."""
     yield from _unknown(t, s, "trainer", refused=False)
 
 
@@ -131,8 +139,9 @@ def trainer_value(t: Options, s: Setup) -> Found:
 
 
 def trainer_gone(t: Options, s: Setup) -> Found:
-    """Report arguments that the checked release of transformers does not have, but another release has. Only
-    a file with nothing but arguments of the Trainer is checked: other front ends still have some of them."""
+    """Report arguments that the checked release of transformers does not have, but other releases have. Only
+    a file with nothing but arguments of the Trainer, of any release, is checked: front ends with options of
+    their own may still accept such arguments."""
     table = known("trainer")
     removed_keys = [key for key in t.data if key in table.older[""]]
     if removed_keys and all(key in table.names("") for key in t.data):
@@ -144,9 +153,9 @@ def _option(finding: dict[str, str]) -> dict[str, str]:
 
 
 def megatron_unknown_option(m: Options, s: Setup) -> Found:
-    """Report misspelled options, which Megatron-LM refuses. The beginning of an option's name is not
-    reported, because Megatron-LM accepts abbreviations. Options of another front end (``m.defaults`` is
-    False) are skipped."""
+    """Report options that Megatron-LM does not have and refuses, if they are probably misspelled: it has a
+    similar one. The beginning of an option's name is not reported, because Megatron-LM accepts abbreviations.
+    Options of another front end (``m.defaults`` is False) are skipped."""
     names = known("megatron").names("")
     for finding in _unknown(m, s, "megatron", refused=True) if m.defaults else ():
         if not any(name.startswith(finding["key"]) for name in names):
@@ -160,8 +169,9 @@ def megatron_value(m: Options, s: Setup) -> Found:
 
 
 def torchtitan_unknown_key(t: Options, s: Setup) -> Found:
-    """Report settings that are misspelled or in the wrong table. Settings that resemble none of torchtitan's
-    are not reported: a custom module may add them."""
+    """Report settings that torchtitan does not have, if they are probably misspelled or in the wrong table:
+    torchtitan has a similar name in the table, or the same name in another. Other unknown settings are not
+    reported: a custom module may add them."""
     yield from _unknown(t, s, "torchtitan", refused=False)
 
 
