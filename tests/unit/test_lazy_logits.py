@@ -138,7 +138,7 @@ MADE: dict[str, Loss] = {
     "scaled": lambda logits, target: cross_entropy()(30 * torch.tanh(logits / 30), target),
     "compared": lambda logits, target: (logits * (logits > 0)).sum(),
     "compared for equality": lambda logits, target: (
-        logits * (logits == logits.amax(-1, keepdim=True)) + 2 * logits * (logits != 0)
+        logits * (logits == logits.amax().item()) + 2 * logits * (logits != logits.amin().item())
     ).sum(),
     "remainder": lambda logits, target: (+logits % 0.5 + abs(logits) + 2**logits).sum(),
     "classes second": lambda logits, target: functional.cross_entropy(logits.transpose(1, 2), target),
