@@ -428,6 +428,6 @@ def _read(path: Path) -> dict[str, str]:
     if len(data) > _MOST_BYTES:
         raise UserError(
             f"{path} has {len(data)} bytes, too many to be copied into an export",
-            allowed=f"at most {_MOST_BYTES}",
+            allowed=f"at most {_MOST_BYTES} bytes",
         )
     return {path.name: text}

@@ -223,9 +223,10 @@ def _stage(
 def _keep(poc_id: str, plannings: list[memfit.planner.single_device.Planning], store: StoreOptions) -> None:
     """Store the predictions of the stages in ``plannings`` with the proof of concept ``poc_id``, for its
     decision on costs. Also predict and store the same size of the job on every device of the catalog that has
-    a price, except in three cases: these predictions are already stored, the model has more than 10,000
-    operators (then its traces take long), or the proof of concept recommended no plan. Everything is
-    predicted before anything is stored. Without ``plannings``, nothing is done."""
+    a price, except in three cases: these predictions are already stored; the first stage has one process and
+    plain training of the model has more than 10,000 operators, so that its traces take long; or the proof of
+    concept recommended no plan. Everything is predicted before anything is stored. Without ``plannings``,
+    nothing is done."""
     from memfit.planner.single_device import is_long
     from memfit.store import Store
     from memfit.workflows import proof_of_concept, reference_machines

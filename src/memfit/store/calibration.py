@@ -31,33 +31,36 @@ _TABLES: Final = (
 
 
 def default_path() -> Path:
-    """Return ``memfit/calibration.sqlite3`` in the user's cache folder (``XDG_CACHE_HOME``, else the system's
-    default)."""
+    """Return ``memfit/calibration.sqlite3`` in the user's cache folder: ``XDG_CACHE_HOME``, or if that is not
+    set the system's default, such as ~/.cache on Linux."""
     import platformdirs
 
     return platformdirs.user_cache_path("memfit", appauthor=False) / "calibration.sqlite3"
 
 
 def machine_key(threads: int) -> str:
-    """Return a digest of everything that a timing depends on: processor, cores, torch, libc, the number of
-    threads, the timing method, and those `VARIABLES` of the environment without CUDA in their names."""
+    """Return a digest of everything on which a timing depends: the processor, its cores, the versions of
+    torch and libc, the number of threads, the version of the timing method, and the environment `VARIABLES`
+    except those with "CUDA" in their names."""
     environment = fingerprint()
     names = [*_MACHINE, *(f"env {name}" for name in VARIABLES if "CUDA" not in name)]
     return digest({**{n: environment[n] for n in names}, "threads": str(threads), "method": str(_METHOD)})
 
 
 class CalibrationCache:
-    """The stored calibration of this machine, the installed torch and ``threads`` threads.
+    """The calibration of this machine in a file: what was measured for the installed torch and ``threads``
+    threads. It consists of rates, such as the speed of matrix products and of copies, and of the timings of
+    single operators.
 
-    ``path``: the file; by default `default_path`."""
+    ``path``: the file; None: `default_path`."""
 
     def __init__(self, threads: int, path: Path | None = None) -> None:
         self.path, self.key = path or default_path(), machine_key(threads)
 
     def read(self) -> Calibration:
-        """Return the stored rates with the timings of all stored operators, or an empty Calibration if no
-        rates are stored or the file cannot be read. Raises UserError if what is stored as rates is not
-        valid."""
+        """Return the stored rates with the timings of all stored operators. Return an empty Calibration if no
+        rates are stored, even if timings are, or if the file cannot be read. Raises UserError if the stored
+        rates are not a valid calibration."""
         with contextlib.suppress(OSError, sqlite3.Error, ValueError), self._connection() as connection:
             rates = connection.execute("SELECT body FROM machine WHERE key = ?", (self.key,)).fetchone()
             rows = connection.execute("SELECT signature, body FROM operator WHERE key = ?", (self.key,))
@@ -67,8 +70,9 @@ class CalibrationCache:
         return Calibration()
 
     def add(self, fresh: Calibration) -> Calibration:
-        """Store what `fresh` has and the file has not, and return everything that is stored now. Return
-        `fresh` itself if the file then has no rates, for example because it cannot be written."""
+        """Store the rates of `fresh`, unless rates are stored already, and its timings of those operators
+        that are not stored already. Return everything that is stored then. Return `fresh` itself if no rates
+        are stored then, for example because the file cannot be written."""
         rates = dataclasses.replace(
             fresh, op_s={}, op_peak_bytes={}, op_kept_bytes={}, op_spread_ratio={}, not_timed=()
         )
@@ -86,8 +90,8 @@ class CalibrationCache:
         return stored if stored.flops_s else fresh
 
     def forget(self) -> None:
-        """Remove the rows of this machine, torch and number of threads, so that all is measured again. Do
-        nothing if the file cannot be written."""
+        """Delete the rates and timings of this machine, torch version and number of threads, so that all is
+        measured again. Do nothing if the file cannot be written."""
         with contextlib.suppress(OSError, sqlite3.Error), self._connection() as connection:
             for table in ("machine", "operator"):
                 connection.execute(f"DELETE FROM {table} WHERE key = ?", (self.key,))
@@ -103,8 +107,8 @@ class CalibrationCache:
 
 
 def selected(calibration: Calibration, signatures: set[str]) -> Calibration:
-    """Return `calibration` with all rates but only the timings of the operators in ``signatures``, so that a
-    result depends only on its own request and not on what earlier requests have timed."""
+    """Return `calibration` with all its rates, but only with the timings of the operators in ``signatures``,
+    so that a result does not depend on operators that earlier requests have timed."""
     return dataclasses.replace(
         calibration,
         op_s={s: v for s, v in calibration.op_s.items() if s in signatures},

@@ -42,20 +42,19 @@ _KEYS: Final = {"record": "record_id", "environment": "digest"}
 
 
 def default_path() -> Path:
-    """Return ``memfit/memfit.sqlite3`` in the user's data folder (``XDG_DATA_HOME``, else the system's
-    default)."""
+    """Return ``memfit/memfit.sqlite3`` in the user's data folder: ``XDG_DATA_HOME``, or if that is not set
+    the system's default, such as ~/.local/share on Linux."""
     import platformdirs
 
     return platformdirs.user_data_path("memfit", appauthor=False) / "memfit.sqlite3"
 
 
 class Store:
-    """Append-only Records in the file `path`, by default `default_path`, which is created if it does not
-    exist.
+    """Rows (`Record`) in an SQLite file; rows can be added, but never changed or deleted. ``path``: the file,
+    by default `default_path`; it and its folder are created if they do not exist.
 
-    Raises UserError if the file cannot be created, opened or written, or is not a memfit store of this
-    version.
-    """
+    Creating a Store and each method raise UserError if the file cannot be created, opened, read or written,
+    and creating one also if it is not a memfit store of this version."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or default_path()
@@ -69,7 +68,8 @@ class Store:
 
     def append(self, poc_id: str, kind: str, body: Any) -> Record:
         """Add one row with `body` as JSON (``serialization.dumps``), the current time and the environment of
-        this process, and return it once it is on disk. `kind` says what the body is."""
+        this process, and return it once it is on disk. `kind` says what the body is, for example "run" or
+        "poc"."""
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         name, environment = self._environment
         text = serialization.dumps(body)
@@ -88,8 +88,8 @@ class Store:
         )
 
     def records(self, poc_id: str | None = None, kind: str | None = None) -> tuple[Record, ...]:
-        """Return rows in the order in which they were added: all rows, or those of one PoC, of one kind, or
-        both."""
+        """Return rows in the order in which they were added: those of the PoC ``poc_id`` (None: of all PoCs
+        and of single runs) that are of ``kind`` (None: of any kind)."""
         rows = self._rows(
             "SELECT record_id, poc_id, kind, created, environment, body FROM record "
             "WHERE (?1 IS NULL OR poc_id = ?1) AND (?2 IS NULL OR kind = ?2) ORDER BY record_id",
@@ -100,8 +100,8 @@ class Store:
         return tuple(Record(**dict(zip(names, row, strict=True))) for row in rows)
 
     def poc_ids(self) -> tuple[str, ...]:
-        """Return the IDs of all PoCs that were begun with this store, oldest first. Single runs and records
-        added from others are not included."""
+        """Return the IDs of all PoCs that were begun with this store, also of unfinished ones, in the order
+        in which they began. Single runs and records added from others are not included."""
         rows = self._rows(
             "SELECT poc_id FROM record WHERE kind IN ('begin', 'poc') GROUP BY poc_id ORDER BY min(record_id)"
         )
@@ -112,9 +112,8 @@ class Store:
         return next(reversed(self.poc_ids()), None)
 
     def environment(self, name: str) -> Mapping[str, str]:
-        """Return the whole fingerprint of which `name` is the digest, as in a Record's ``environment``.
-        Raises UserError if the store has none.
-        """
+        """Return the environment, the mapping from `fingerprint`, whose digest is `name`. A Record's
+        ``environment`` is such a digest. Raises UserError if the store has no environment with it."""
         rows = self._rows("SELECT body FROM environment WHERE digest = ?", name)
         if not rows:
             raise UserError(f"the store {self.path} has no environment with the digest {name!r}")
@@ -141,9 +140,8 @@ class Store:
             raise UserError(f"the store {self.path} cannot be used: {error}", hint=_OTHER) from error
 
     def _is_new(self, connection: sqlite3.Connection) -> bool:
-        """Return False for a memfit store and True for an empty file. Raises UserError for any other
-        database, including a memfit store of another schema version.
-        """
+        """Return False if the file is a memfit store of this schema version, and True if it is empty. Raises
+        UserError for any other database, including a memfit store of another schema version."""
         application, version = _pragma(connection, "application_id"), _pragma(connection, "user_version")
         if application == APPLICATION_ID and version == SCHEMA_VERSION:
             return False
@@ -168,7 +166,8 @@ class Store:
 
 
 def taken_from(row: Record) -> str:
-    """Return from whom the record in a row of the kind TAKEN came; "others" if the row does not say."""
+    """Return who reports the record in ``row``, a row of the kind TAKEN, as stored with it; "others" if the
+    row does not say."""
     return str(json.loads(row.body).get("from", "others"))
 
 
@@ -184,8 +183,8 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _guards() -> Iterator[str]:
-    """Yield the SQL of the triggers that abort UPDATE, DELETE, and an INSERT with an existing key, which as
-    INSERT OR REPLACE would silently delete a row."""
+    """Yield the SQL of triggers for both tables, which abort an UPDATE, a DELETE, and an INSERT with an
+    existing key: as INSERT OR REPLACE, it would silently delete the old row."""
     for table, key in _KEYS.items():
         exists_clause = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {key} = NEW.{key})"
         for event, condition in (("UPDATE", ""), ("DELETE", ""), ("INSERT", exists_clause)):

@@ -31,17 +31,20 @@ _UNKNOWN: Final = "unknown"
 
 
 def fingerprint() -> Mapping[str, str]:
-    """Return interpreter, system, libc, processor, cores, memory, accelerators, the versions of `PACKAGES`
-    and the environment `VARIABLES`, those with "env " before the name. Values that cannot be determined are
-    "unknown", "not installed", "none seen" (accelerators) or "unset" (variables).
+    """Return facts about this machine and its software, name -> text: "python" (interpreter), "system",
+    "libc", "processor", "cores" (physical and logical), "ram_bytes", "accelerators" (NVIDIA GPUs), the
+    versions of `PACKAGES` under their names, and the values of the environment `VARIABLES` under their names
+    with "env " before. What cannot be determined is "unknown", a missing package "not installed", no
+    accelerator "none seen", and a variable that is not set "unset".
 
-    No host name, user name or path is determined, so that a record can be shared.
-    """
+    No host name, user name or path is among the facts unless a variable contains it, so that a record can be
+    shared."""
     return _software() | _hardware() | {f"env {name}": os.environ.get(name, "unset") for name in VARIABLES}
 
 
 def digest(environment: Mapping[str, str]) -> str:
-    """Return sixteen hexadecimal digits that are equal for equal environments, whatever their order."""
+    """Return sixteen hexadecimal digits, which are the same for mappings with equal keys and values, in
+    whatever order."""
     text = json.dumps(dict(environment), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -75,14 +78,15 @@ def _hardware() -> dict[str, str]:
 
 
 def _processor(cpuinfo: Path) -> str:
-    """Return the processor's name from Linux's /proc/cpuinfo, else the less precise name from Python, else
-    "unknown"."""
+    """Return the processor's name from ``cpuinfo``, Linux's /proc/cpuinfo; if it has none, the less precise
+    name from Python, or "unknown"."""
     match = re.search(r"^model name\s*:\s*(.+)$", _read(cpuinfo), re.MULTILINE)
     return match[1].strip() if match else platform.processor() or _UNKNOWN
 
 
 def _nvidia_models(folder: Path) -> list[str]:
-    """Return the model of each GPU for which the NVIDIA driver has a folder in ``folder``."""
+    """Return the model of each GPU for which the NVIDIA driver has a folder in ``folder``, in the order of
+    these folders' names; empty if there is no driver."""
     texts = [_read(file) for file in sorted(folder.glob("*/information"))]
     return [
         match[1].strip() for text in texts if (match := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))

@@ -14,9 +14,8 @@ ATTENDED = "attended"  # kind of a row with the minutes for which people attende
 
 
 def resolve_poc_id(store: Store, poc_id: str | None) -> str:
-    """Return ``poc_id``, which need not exist, or the ID of the latest PoC if it is None or "". Raises
-    UserError if the store has no PoC then.
-    """
+    """Return ``poc_id``, which need not exist, or, if it is None or "", the ID of the PoC in the store that
+    was begun last. Raises UserError if it is None or "" and the store has no PoC."""
     resolved_id = poc_id or store.latest_poc_id()
     if resolved_id is None:
         raise UserError(
@@ -26,9 +25,9 @@ def resolve_poc_id(store: Store, poc_id: str | None) -> str:
 
 
 def store_attended_minutes(store: Store, poc_id: str | None, minutes: float) -> None:
-    """Store for how many minutes people attended to a PoC; None: the latest. The value stored last counts.
-    Raises UserError if ``minutes`` is negative or not finite, or if the store has no such PoC measured here.
-    """
+    """Store for how many minutes people attended to the PoC ``poc_id``; None: the one begun last. Minutes
+    stored before no longer count. Raises UserError if ``minutes`` is negative or not finite, if the store
+    does not have the PoC, or if it has only its record from others."""
     resolved_id = resolve_poc_id(store, poc_id)
     if not 0 <= minutes < math.inf:
         raise UserError(f"--attended-minutes is {minutes:g}", allowed="a finite number of at least 0")
@@ -37,10 +36,10 @@ def store_attended_minutes(store: Store, poc_id: str | None, minutes: float) -> 
 
 
 def stored_poc(store: Store, poc_id: str) -> Poc:
-    """Return the finished PoC, or the beginning of an unfinished one with its runs so far. Attended minutes
-    that were stored later are included. Raises UserError if the store does not have the PoC, or only its
-    record from others.
-    """
+    """Return the PoC as it was stored when it finished; or an unfinished one as it was stored when it began,
+    with the runs that have ended since. The attended minutes that were stored last are included. Raises
+    UserError if the store does not have the PoC, or only its record from others, and if what is stored cannot
+    be read."""
     poc, minutes = _stored_poc(store, poc_id), store.records(poc_id, ATTENDED)
     if not minutes:
         return poc

@@ -12,10 +12,9 @@ from memfit.store.exchange.record import Energy, Part, Shared, Side
 
 
 class Compared(Part):
-    """One quantity of two records, with the value in each, ``a`` and ``b``. ``against``: the reasons why the
-    values are not comparable. ``ratio``: b / a; None if there are reasons, or if the values are not numbers
-    or ``a`` is 0.
-    """
+    """One quantity of two records, with its value in each, ``a`` and ``b``; None: the record has no value.
+    ``against``: the reasons why the values are not comparable, of which a missing value is one; empty if they
+    are. ``ratio``: b / a; None if there are reasons, if the values are not numbers, or if ``a`` is 0."""
 
     quantity: str
     a: float | str | None
@@ -27,8 +26,9 @@ class Compared(Part):
 def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
     """Return the quantities of two records, each with the reasons why its values are not comparable.
 
-    They are, in this order: peak, step time, energy and mean score of plain training ("baseline"); the
-    recommended plan; the same four quantities of it; the verdict."""
+    They are, in this order: peak memory, step time, energy and mean score over the seeds, all of plain
+    training ("baseline"); the label of the recommended plan; the same four quantities of that plan; the kind
+    of the verdict."""
     same_model = [*_unlike("model", a.model, b.model)]
     same_work = [*same_model, *_unlike("data", a.data, b.data)]
     hardware = [*_unlike("hardware", a.hardware, b.hardware)]
@@ -101,9 +101,9 @@ def _row(quantity: str, a: Any, b: Any, reasons: Sequence[str]) -> Compared:
 
 
 def _unlike(what: str, a: Any, b: Any) -> Iterator[str]:
-    """Yield one text for each difference of ``a`` and ``b``, which ``what`` names: one per key of mappings
-    and models. Yield nothing if they are equal.
-    """
+    """Yield one text for each difference between ``a`` and ``b``: one per key of mappings and per field of
+    models, otherwise one in all; nothing if they are equal. ``what`` names the two in the texts, for example
+    "hardware: cores differs: 4 and 8" for "hardware"."""
     if isinstance(a, pydantic.BaseModel):
         a, b = a.model_dump(), b.model_dump()
     if isinstance(a, Mapping) and isinstance(b, Mapping):

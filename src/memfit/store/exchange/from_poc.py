@@ -28,8 +28,9 @@ _OF_HARDWARE = ("processor", "cores", "ram_bytes", "accelerators")
 
 
 def of_poc(poc: Poc) -> Shared:
-    """Return the record of ``poc``. Raises UserError if the PoC is not finished or recommends no plan, as
-    nothing can be compared with half a record, or if its numbers contradict each other."""
+    """Return the record of ``poc``. Raises UserError if the PoC is not finished or recommends no plan,
+    because nothing could be compared with such a record, and if its numbers contradict each other (see
+    `faults` of the record)."""
     recommended = poc.search.recommended
     if not poc.finished or recommended is None:
         raise UserError(
@@ -70,11 +71,12 @@ def of_poc(poc: Poc) -> Shared:
 def _step_time_ratio(
     poc: Poc, plain: Mapping[str, Any], recommended: Mapping[str, Any]
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Return (the PoC's ratio of step times, recommended plan by plain training, or None; notes).
+    """Return (the PoC's ratio of step times, recommended plan by plain training, or None; notes for the
+    record).
 
-    It is None without a note if it or a step time is unknown, or if both plans are the same, whose timings
-    differ only by noise. It is None with a note if it differs too much from the ratio of the median step
-    times in ``plain`` and ``recommended``."""
+    It is None without a note if it or the step time of a plan is unknown, and if both plans are the same, as
+    their timings then differ only by noise. It is None with one note if it is not within a factor of 1.6 of
+    the ratio of "step_s" in ``recommended`` and ``plain``, the plans' median step times."""
     ratio, plain_s, recommended_s = poc.step_time_ratio, plain["step_s"], recommended["step_s"]
     if ratio is None or plain_s is None or recommended_s is None or plain["plan"] == recommended["plan"]:
         return None, ()
@@ -94,8 +96,8 @@ def _judgement(verdict: Verdict) -> Mapping[str, Any]:
 
 
 def _worst(capped_runs: Sequence[Run]) -> str:
-    """Return "ok" if every run under the cap succeeded, otherwise the first other outcome; "" if there are no
-    such runs."""
+    """Return "ok" if all ``capped_runs``, the runs under the memory cap, succeeded; otherwise the outcome of
+    the first that did not, such as "oom"; "" if there are no runs."""
     outcomes = [r.measurement.outcome for r in capped_runs]
     failures = (outcome for outcome in outcomes if outcome is not OutcomeKind.OK)
     return next(failures, OutcomeKind.OK).value if outcomes else ""

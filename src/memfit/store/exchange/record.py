@@ -65,7 +65,8 @@ Moment = Annotated[str, pydantic.Field(pattern=_MOMENT), pydantic.AfterValidator
 
 # The docstrings of the classes below are the descriptions in docs/record.schema.json.
 class Part(pydantic.BaseModel):
-    """Base of all parts of a record: immutable, without unknown fields, and without conversion of types."""
+    """Base of all parts of a record. They cannot be changed. Unknown fields are refused, and values of
+    another type than the field's, except whole numbers for floats."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -130,10 +131,11 @@ class Judgement(Part):
 
 
 class UserEffort(Part):
-    """The work of adopting the plan. ``commands``: number of commands. ``changed_lines``: lines of the user's
-    job file. ``packages``, ``installed_mib``: number and size of the packages that memfit and the plan need.
-    ``attended_minutes``: minutes that people spent, null if nobody counted. ``failed_attempts``: runs that
-    failed or timed out, and PoCs that were begun and not finished."""
+    """The work of adopting the plan. ``commands``: number of commands typed. ``changed_lines``: lines of the
+    user's job file that are not blank. ``packages``, ``installed_mib``: number and size in MiB of the
+    packages that memfit and the plan need beside torch and numpy. ``attended_minutes``: minutes that people
+    spent, null if nobody counted. ``failed_attempts``: runs that failed or timed out, and PoCs that were
+    begun and not finished."""
 
     commands: Count
     changed_lines: Count
@@ -173,7 +175,7 @@ class Shared(Part):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Shared:
-        """Raise ValueError with the first of `faults`, so that a record whose claims do not follow from its
+        """Raise ValueError with the first of `faults`, if any: a record whose claims do not follow from its
         numbers is rejected."""
         for fault in faults(self):
             raise ValueError(fault)
@@ -181,14 +183,15 @@ class Shared(Part):
 
 
 def schema() -> Mapping[str, Any]:
-    """Return the JSON Schema of a record."""
+    """Return the JSON Schema (2020-12) of a record."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"{FORMAT} {VERSION}"}
     return {**Shared.model_json_schema(), **head}
 
 
 def text(record: Shared) -> str:
-    """Return the canonical JSON text of a record: equal records have equal bytes. An unknown
-    ``step_time_ratio`` is left out. Control characters are escaped."""
+    """Return the canonical JSON text of a record, with sorted keys and a line break at the end: equal records
+    have equal bytes. A ``step_time_ratio`` of None is left out. Characters that a terminal would interpret
+    are escaped."""
     data = record.model_dump(mode="json")
     if data["step_time_ratio"] is None:
         del data["step_time_ratio"]  # the text of a record that is older than this field stays the same
@@ -196,8 +199,8 @@ def text(record: Shared) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the fields of one JSON object as a mapping. Raises ValueError for a repeated field, as readers
-    differ in which of its values they use."""
+    """Return the fields of one JSON object, pairs of (name, value), as a mapping. Raises ValueError if a name
+    is repeated, because readers differ in which of its values they use."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
@@ -206,8 +209,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_record(raw: str, *, what: str) -> Shared:
-    """Parse the JSON text of a record. Raises UserError with the first fault: its place, what was given, and
-    what is allowed. ``what`` names the text in messages."""
+    """Parse the JSON text of a record. Raises UserError if it is not JSON, repeats a field, is of another
+    version of the format, or is not a valid record; for the last with the first fault: its place, what was
+    given, and what is allowed. ``what`` names the text in messages."""
     try:
         data = json.loads(raw, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
@@ -225,8 +229,9 @@ def parse_record(raw: str, *, what: str) -> Shared:
 
 
 def checked(data: object, *, what: str) -> Shared:
-    """Return the record that the plain data ``data`` contain. Raises UserError with the first fault: its
-    place, what was given, and what is allowed. ``what`` names the data in messages."""
+    """Return the record that ``data``, parsed from JSON or built alike, contain. Raises UserError with the
+    first fault: its place, such as "effort.commands", what was given, and what is allowed. Numbers that
+    contradict each other (`faults`) are a fault, too. ``what`` names the data in messages."""
     try:
         record = Shared.model_validate(data)
     except pydantic.ValidationError as error:
@@ -240,8 +245,8 @@ def checked(data: object, *, what: str) -> Shared:
 
 
 def _texts(value: object, place: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (place, text) for every text in ``value``, which is at ``place``; a key has the place of its
-    mapping."""
+    """Yield (place, text) for every text in ``value``, which is itself at ``place``. Places are such as
+    "notes.0" or "hardware.cores"; a key of a mapping is yielded with the place of the mapping."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, Mapping):
@@ -254,9 +259,8 @@ def _texts(value: object, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def read(path: Path) -> Shared:
-    """Read a record from a file. Raises UserError if the file is larger than 16 MiB, unreadable or not a
-    valid record.
-    """
+    """Read a record from a JSON file in UTF-8. Raises UserError if the file is larger than 16 MiB, unreadable
+    or not a valid record."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{path} is larger than a record can be", allowed=f"{_MOST_BYTES} bytes at most")
@@ -320,9 +324,8 @@ def _of_ratio(ratio: float, plain_s: float | None, recommended_s: float | None) 
 
 
 def agrees_with_medians(step_time_ratio: float, plain_s: float, chosen_s: float) -> bool:
-    """Return whether the median ratio of pairs of runs is within a factor of 1.6 of ``chosen_s / plain_s``,
-    the ratio of the plans' median step times.
-    """
+    """Return whether ``step_time_ratio``, the median ratio of pairs of runs, lies between 1/1.6 and 1.6 times
+    ``chosen_s / plain_s``, the ratio of the plans' median step times."""
     return 1 / _PAIRED <= step_time_ratio * plain_s / chosen_s <= _PAIRED
 
 
@@ -334,8 +337,8 @@ def _plan(side: Side) -> Plan:
 
 
 def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[str]:
-    """Yield the inconsistencies of the verdict. `same`: both plans are equal, so their equivalence needs no
-    proof."""
+    """Yield the inconsistencies of the verdict. ``same``: the recommended plan is plain training itself, so
+    that "equivalent" needs no proof."""
     baseline_scores, recommended_scores = record.baseline.metric_by_seed, record.recommended.metric_by_seed
     equivalent = verdict.kind == "equivalent"
     if verdict.effect != record.recommended.effect:
@@ -359,9 +362,9 @@ def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[s
 def _of_equivalence(
     verdict: Judgement, baseline_scores: Mapping[str, float], recommended_scores: Mapping[str, float]
 ) -> Iterator[str]:
-    """Yield the inconsistencies of a verdict that two plans are equivalent. It needs pairs of runs, the same
-    seeds in both plans, as many pairs as seeds if there are scores, and a margin unless its effect class is
-    E0."""
+    """Yield the inconsistencies of a verdict that two different plans are equivalent. Such a verdict needs at
+    least one pair of runs, scores of the same seeds in both plans, as many pairs as seeds if there are
+    scores, and a margin unless its effect class is E0."""
     if verdict.pairs == 0:
         yield "the verdict is equivalent on 0 pairs of runs"
     if verdict.margin is None and verdict.effect != "E0":
@@ -381,10 +384,10 @@ def _of_metric(
     baseline_scores: Mapping[str, float],
     recommended_scores: Mapping[str, float],
 ) -> Iterator[str]:
-    """Yield the inconsistencies of a verdict with a margin, which must be what the paired test of the scores
-    gives. After a missing difference or interval, after scores of different seeds, and after fewer than
-    `MIN_PAIRS` pairs, nothing else is checked.
-    """
+    """Yield the inconsistencies of a verdict with a margin. Its difference, interval and kind must be what
+    the paired equivalence test (`tost`) of the scores by seed gives. After one of the difference, low and
+    high is missing, nothing else is checked; the same holds after scores that are of different seeds in the
+    two plans, that are not as many as the pairs, or that are fewer than `MIN_PAIRS`."""
     values = {"difference": verdict.difference, "low": verdict.low, "high": verdict.high}
     for name, value in values.items():
         if value is None:
