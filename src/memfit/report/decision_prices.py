@@ -17,7 +17,7 @@ from memfit.types.machine import Device, Fact
 def price_rows(decision: Decision) -> Iterator[PriceRow]:
     """Yield the prices and then the watts of the options that the page's table shows, in its order; an option
     with the same kind (existing, purchase or cloud), machine and origin (the catalog or the user) as an
-    earlier one is skipped.
+    earlier one is skipped, and so is doing nothing.
 
     A price is yielded only if it is known. Rented machines have no row of watts, because their price includes
     electricity; existing machines have no price.

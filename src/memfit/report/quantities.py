@@ -144,7 +144,8 @@ def _cash(value: float, unit: str) -> str:
 
 def figure_text(figure: Figure, words: Words) -> str:
     """Return the figure as text in the language of ``words``. A value that is None or not finite is shown as
-    "not measured", "not predicted" or "not known", for the marks measured, predicted and assumed."""
+    "not measured", "not predicted" or "not known", for the marks measured, predicted and assumed. A loss of
+    more than 200 % (unit "saving") is also given as a multiple."""
     if figure.value is None or not math.isfinite(figure.value):
         return words.get(f"missing.{figure.mark}")
     if figure.unit == "times":

@@ -23,13 +23,15 @@ from memfit.types.result import Choice, Estimate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigReview:
-    """The estimate of an ``existing`` plan, and better plans.
+    """The prediction for an ``existing`` plan, and better plans.
 
     ``needed_bytes``: memory of one device that the existing plan needs. ``fits``: whether that is at most
-    ``cap_bytes`` and the host has enough memory; ``fits`` and ``cap_bytes`` are None on a CPU if no cap was
-    asked for. ``better``: for a plan of several ranks, its variants with a lower peak, lowest first.
-    ``recommended``: for a plan of one rank, the search's recommendation; if no plan fits, it is None and
-    ``nothing`` is the text of the error.
+    ``cap_bytes`` and the host has enough memory. On a CPU without a cap asked for, ``fits`` and ``cap_bytes``
+    are None.
+
+    For a plan of one rank, ``recommended`` is the plan that a search recommends; if no plan fits, it is None
+    and ``nothing`` is the text of the error. For a plan of several ranks, ``better`` has its variants with a
+    lower peak, lowest first; empty if there are none.
     """
 
     existing: Estimate
@@ -45,9 +47,9 @@ class ConfigReview:
 class JobSize:
     """Size of a job.
 
-    ``batch_size``: samples of a step on all ranks. ``layers``: number of repeated blocks; None if none are
-    found. ``width``: the commonest size of the norms' parameters in the first block; None if there are no
-    norms or no blocks.
+    ``batch_size``: samples of one step on all ranks together. ``layers``: number of the model's repeated
+    blocks; None if it has none. ``width``: the most frequent size of the one-dimensional parameters of
+    normalizations (recognized by their names) in the first block; None if there are none.
     """
 
     batch_size: int
@@ -58,8 +60,7 @@ class JobSize:
 
 def job_size(request: Request) -> JobSize:
     """Return the size of the request's job. Raises UserError if the job cannot be built, or if its batch has
-    fewer samples than there are ranks.
-    """
+    fewer samples than the request has ranks."""
     job, _ = make_pricer(request)
     model = fake_model(job)
     count = sum(p.numel() for p in model.parameters())
@@ -76,13 +77,16 @@ def job_size(request: Request) -> JobSize:
 
 
 def find_alternatives(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> ConfigReview:
-    """Predict the existing ``plan`` and find better ones; return both.
+    """Predict the existing ``plan``, and find better ones.
 
-    For a plan of one rank, they are found by a search under the request's cap; on a CPU without a cap, the
-    cap is what ``plan`` needs. For several ranks, they are variants of ``plan`` with one change that need
-    less memory, and change the numbers by no more than precision (E2) or than ``plan`` itself.
-    ``parameters``: number of the model's parameters, which limits ZeRO's buckets. Raises UserError if the job
-    does not support ``plan``; if no plan of the search fits, that is in the result.
+    For a plan of one rank, a search under the request's cap finds the better plan; on a CPU without a cap,
+    the cap is what ``plan`` needs. If no plan fits, the result says so. For a plan of several ranks, the
+    better ones are variants with one change (see `neighbours`) that need less memory. They change the results
+    by no more than ``plan`` does, or by no more than lower precision does (E2), whichever is more; variants
+    that the job does not support are skipped.
+
+    ``parameters``: number of the model's parameters; larger ZeRO buckets are reduced to it. Raises UserError
+    if the job does not support ``plan``.
     """
     _, pricer = make_pricer(request)
     progress("trace", 0, 0, plan.label)

@@ -20,11 +20,13 @@ _THEIRS = frozenset({"torch", "numpy"})  # already installed by anyone who train
 def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort:
     """Count the work of adopting ``plan`` for the job on this machine.
 
-    Counted are: one command; the non-blank lines of the user's own job file; the installed packages that
-    memfit and the plan's techniques need, with memfit and without torch and numpy, and their size on disk; as
-    failed attempts, the ``runs`` that failed or timed out, and the PoCs in ``store`` that were begun and not
-    finished. If there are ``runs``, the latest PoC is theirs and is not counted. ``attended_minutes`` is
-    None, because only the user can give it.
+    - ``commands``: 1
+    - ``changed_lines``: the non-blank lines of the user's own job file
+    - ``packages`` and ``installed_mib``: number and size on disk of the installed packages that memfit and
+      the plan's techniques need, with memfit itself and without torch and numpy
+    - ``failed_attempts``: those of the ``runs`` that failed or timed out, and the PoCs in ``store`` that were
+      begun and not finished; if there are ``runs``, the latest PoC is theirs and is not counted
+    - ``attended_minutes``: None, because only the user knows it
     """
     packages = _closure(["memfit", *(p for u in plan.uses for p in technique(u.technique).needs)])
     failure_count = sum(r.measurement.outcome in (OutcomeKind.FAILED, OutcomeKind.TIMEOUT) for r in runs)
@@ -43,9 +45,8 @@ def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort
 
 
 def _job_lines(ref: JobRef) -> int:
-    """Return the number of non-blank lines of the user's job file; 0 if the job is not a Python file, as for
-    a built-in or Hugging Face job.
-    """
+    """Return the number of non-blank lines of the user's job file; 0 if the job is not in a Python file, as a
+    built-in or Hugging Face job, or the file does not exist."""
     path = Path(ref.spec.rpartition(":")[0])
     if path.suffix != ".py" or not path.is_file():
         return 0
@@ -53,9 +54,8 @@ def _job_lines(ref: JobRef) -> int:
 
 
 def _closure(roots: Sequence[str]) -> set[str]:
-    """Return the names of the installed distributions among the roots and what these need, directly or not,
-    without torch, numpy and what only those two need. Optional dependencies (extras) are not followed.
-    """
+    """Return the names of the installed packages among ``roots`` and among all that these need, directly or
+    indirectly. Left out are torch and numpy, what only these two need, and optional dependencies (extras)."""
     distributions: set[str] = set()
     queue = list(roots)
     while queue:

@@ -23,14 +23,16 @@ from memfit.types.result import Estimate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineChoice:
-    """What one engine makes of a plan.
+    """What one engine can do with a plan, and what must be installed for it.
 
     ``gaps``: why the engine does not support the plan; empty if it does. ``cuda``: parts of the plan that it
-    runs only on NVIDIA GPUs. ``version``: of its installed package, or "". ``problem``: what keeps it from
-    running here, or ""; ``fix``: the command that would help. ``tested``: the range of its package's versions
-    that memfit was tested with, or "".
-    ``estimate`` and ``config_lines``, the number of lines of its own configuration files, are None if it does
-    not support the plan. ``facts``: what the catalog knows of the engine, name -> (value, source, date).
+    runs on NVIDIA GPUs only. ``version``: of its installed package, "" if there is none. ``problem``: what
+    keeps it from running here, "" for nothing; ``fix``: the command that would help. ``tested``: versions of
+    its package that memfit was tested with (">=2.0, <3"), or "". ``facts``: what the catalog knows about the
+    engine, name -> (value, source, date).
+
+    ``estimate``: the prediction for the plan; ``config_lines``: number of lines of the configuration files
+    that memfit would write for the engine. Both are None if it does not support the plan.
     """
 
     engine: str
@@ -47,11 +49,12 @@ class EngineChoice:
 
 
 def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoice]:
-    """Return all engines but replay: first those that support the plan, by their predicted peak memory.
+    """Return all engines but "replay": first those that support the plan, by predicted peak memory, lowest
+    first; then the others.
 
-    For each of these, a training step is predicted: the engine's own if it has one that can be traced here,
-    else that of native, memfit's own engine. Raises UserError if the job cannot be loaded or the plan's
-    number of ranks does not suit its techniques.
+    For each of the first, a training step is predicted: the engine's own if that can be traced here, else
+    that of native, memfit's own engine. Raises UserError if the job cannot be loaded or the plan's number of
+    ranks does not suit its techniques.
     """
     # shared calibration of this machine, so that engines differ by what they run and not by timing noise
     calibrations = [Calibration()]
@@ -108,9 +111,8 @@ def _priced(
 
 
 def _lines(request: Request, job: Job, plan: Plan) -> Iterator[int]:
-    """Yield the number of lines of each file that is written for the engine to train the plan, except
-    memfit's own run.json.
-    """
+    """Yield the number of lines of each file that memfit writes so that the engine of ``request`` trains the
+    plan; memfit's own run.json is left out."""
     spec = RunSpec(
         name="",
         role="",

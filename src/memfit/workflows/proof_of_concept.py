@@ -104,16 +104,18 @@ def poc(
     command: str,
     progress: Progress,
 ) -> Poc:
-    """Run a proof of concept (PoC): search a plan, train the baseline (plain training), the recommended plan
-    and ablations of it, judge whether each is equivalent to the baseline, write the report, and return the
-    PoC.
+    """Run a proof of concept (PoC) and return it: search a plan; train the baseline (plain training), the
+    recommended plan and ablations (variants of these two); judge whether the results of each plan are
+    equivalent to those of the baseline; write the report.
 
-    Every run is stored as soon as it ends. If the request is for this machine, the batch is first halved
-    until plain training fits its free memory. ``seeds``: number of pairs of runs of baseline and
-    recommendation, with seeds from 0. ``steps``: of each run; None: the job's own number. ``report_path``
-    None: a file in the folder "reports" beside the store. ``lang``: language of the report. ``command``: the
-    command line to record. Raises NothingFits if no plan fits; SearchInterrupted on Ctrl-C while plans are
-    searched; UserError if the request or the job is wrong; RunError if operators cannot be timed.
+    Every run is stored in ``store`` as soon as it ends. If the request is for this machine, the batch is
+    first halved until plain training fits its free memory or has one sample per rank.
+
+    ``seeds``: number of pairs of runs of baseline and recommended plan; their seeds count from 0. ``steps``:
+    optimizer steps of each run; None: the job's own number. ``report_path`` None: a file in the folder
+    "reports" beside the store. ``lang``: language of the report. ``command``: command line that the PoC
+    records. Raises NothingFits if no plan fits; SearchInterrupted on Ctrl-C while plans are searched;
+    UserError if the request or the job is wrong; RunError if operators cannot be timed.
     """
     started = time.perf_counter()
     planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
@@ -137,15 +139,19 @@ def search(
 ) -> Planning:
     """Search the best plan for the request, as `planner.search` does.
 
-    With ``measure_s``, the best plans are then run for about that many seconds, and the recommendation
-    follows these measurements. This needs a goal that depends on step time; for another goal, raises
-    UserError, or with ``must_run`` runs nothing. ``must_run``: if the request is for this machine, halve the
-    batch until plain training fits its free memory. Raises NothingFits if no plan fits, and SearchInterrupted
-    with the result so far on Ctrl-C.
+    If ``measure_s`` is given, the best plans are then run for about that many seconds, and the recommendation
+    is chosen by the measured step times. This is only possible for the goals "fastest", "cheapest" and
+    "greenest", which depend on step time. For any other goal, nothing is run if ``must_run``, and otherwise
+    UserError is raised.
+
+    ``must_run``: whether plain training must be able to run; if the request is for this machine, the batch is
+    then halved until plain training fits its free memory or has one sample per rank. Raises NothingFits if no
+    plan fits, and SearchInterrupted with the result so far on Ctrl-C.
     """
     if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
         raise UserError(
-            f"--measure cannot be used with --goal {request.goal.value}", allowed=", ".join(trials.BY_TIME)
+            f"--measure needs a --goal that depends on step time, not {request.goal.value}",
+            allowed=", ".join(trials.BY_TIME),
         )
     planning = planner.search(request, progress, must_run=must_run)
     if measure_s is None or request.goal not in trials.BY_TIME:
@@ -160,11 +166,12 @@ def search(
 def report(
     store: Store, *, poc_id: str | None, path: Path | None, lang: str, case: Path | None = None
 ) -> Path:
-    """Write the HTML report of a stored PoC, by default the latest, and return its path, by default
-    memfit-ID.LANG.html in the current folder.
+    """Write the HTML report of a stored PoC, with its decision, to ``path``, and return that path. ``poc_id``
+    None: the latest PoC. ``path`` None: memfit-ID.LANG.html in the current folder.
 
-    The report of an interrupted PoC shows the runs that ended. ``case`` is as in `decide`. Raises UserError
-    if there is no such PoC.
+    The report of an interrupted PoC shows the runs that ended. ``case``: file with the user's figures, as in
+    `decide`. Raises UserError if there is no such PoC, if the file is wrong, or for a language without a
+    catalog.
     """
     proof, decision = decide(store, poc_id=poc_id, case=case)
     path = path or Path(f"memfit-{proof.poc_id}.{lang}.html")
@@ -172,12 +179,15 @@ def report(
 
 
 def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
-    """Return a stored PoC, by default the latest, and the decision about adopting its recommended plan.
+    """Return a stored PoC, and the decision about adopting its recommended plan. ``poc_id`` None: the latest
+    PoC.
 
-    The user's figures (`DecisionCase`), such as prices, come from the file `case`, which is then stored with
-    the PoC; without it, from the last case stored with it; else they are defaults. Predictions for other
-    machines and gates of the rollout that were stored with the PoC are taken into account, of the gates the
-    last ones. Raises UserError if there is no such PoC, or if the file or what is stored is wrong.
+    ``case``: file with the user's figures (`DecisionCase`), such as prices; it is then stored with the PoC.
+    None: the last such file stored with the PoC, or defaults if there is none. Also taken into account are
+    the predictions for other machines that were stored with the PoC, the machines of its stages, and the last
+    stored limits of the gates.
+
+    Raises UserError if there is no such PoC, or if the file or what is stored is wrong.
     """
     resolved_id = resolve_poc_id(store, poc_id)
     proof = stored_poc(store, resolved_id)
@@ -212,22 +222,21 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
 
 
 def offers_of(store: Store, poc_id: str) -> list[Offer]:
-    """Return the predictions for other machines that were stored with a PoC after it was made, oldest
-    first.
-    """
+    """Return the predictions for other machines that were stored with this PoC after it was made, oldest
+    first. Empty if there are none."""
     return [
         serialization.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, OFFER)
     ]
 
 
 def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
-    """Return `request` with a correction of predicted step times: by the ratios of measured to predicted time
-    in the runs of a PoC of the same job on this machine, by default the latest PoC. Of several runs of one
-    plan, the median ratio counts.
+    """Return the request with its predicted step times corrected by the runs of a PoC: by the ratio of
+    measured to predicted step time. ``poc_id`` None: the latest PoC. Of several runs of one plan, the median
+    ratio counts.
 
-    Raises UserError if there is no such PoC or it ran another job, if the request is not for this machine, if
-    the processor, its number of cores, torch's version or OMP_NUM_THREADS have changed since, or if no run of
-    the PoC completed with a measured and a predicted step time.
+    Raises UserError if there is no such PoC; if it ran another job than the request's; if the request is not
+    for this machine; if the processor, its number of cores, torch's version or OMP_NUM_THREADS are not as in
+    the PoC; or if no run of the PoC completed with a measured and a predicted step time.
     """
     resolved_id = resolve_poc_id(store, poc_id)
     proof, environment = stored_poc(store, resolved_id), fingerprint()
@@ -243,7 +252,10 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
         changes_text = "; ".join(
             f"{n} {proof.environment.get(n)} then, {environment.get(n)} now" for n in changed_facts
         )
-        raise UserError(f"PoC {resolved_id} was measured in a different environment: {changes_text}")
+        raise UserError(
+            f"PoC {resolved_id} cannot correct predictions, because it ran in a different environment: "
+            f"{changes_text}"
+        )
     # The PoC's trials had already corrected the predictions of its runs. Their factor is taken out again.
     trial_ratios = [
         (t.plan, min(t.step_s) / t.predicted_s) for t in proof.search.trials if t.step_s and t.predicted_s
@@ -268,10 +280,10 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
 
 @dataclasses.dataclass(kw_only=False)
 class _Story:
-    """Makes a PoC: lists its runs, trains and stores them one by one, and judges them at the end.
+    """Makes a PoC in steps: lists its runs, trains and stores them one by one, and judges them at the end.
 
-    ``planning``: the finished search. ``seeds``: number of pairs of runs of baseline and recommendation.
-    ``steps``: of each run. ``command``: the command line to record.
+    ``planning``: the finished search. ``seeds``: number of pairs of runs of baseline and recommended plan.
+    ``steps``: optimizer steps of each run. ``command``: command line that the PoC records.
     """
 
     planning: Planning
@@ -347,14 +359,17 @@ class _Story:
         return proof
 
     def specs(self) -> Iterator[RunSpec]:
-        """Yield the runs of the PoC in order.
+        """Yield the runs of the PoC in the order in which they are made.
 
-        First the baseline under the cap; then, for each seed, the baseline without the cap and the
-        recommendation under it, so that both see the same noise; then the recommendation again with seed 0,
-        for reproducibility; last, on seed 0 and without the cap, the recommendation without each of its
-        techniques, plain training with autocast, and, if the model has repeated blocks, plain training with
-        checkpointing and with both. Of these last ones, plans that were already yielded or that use a
-        technique excluded by the user are left out.
+        1. The baseline with seed 0 under the memory cap.
+        2. For each seed: the baseline without the cap, then the recommended plan under it. Running them in
+           turn exposes both to the same noise.
+        3. The recommended plan again with seed 0 under the cap, to test whether a run is reproducible.
+        4. Ablations, all with seed 0 and without the cap: the recommended plan without each of its techniques
+           in turn, then plain training with autocast, and, if the model has repeated blocks, plain training
+           with checkpointing, then with autocast and checkpointing.
+
+        Ablations are left out if their plan was already yielded or has a technique that the user excluded.
         """
         yield self._spec(BASELINE, BASELINE, self.baseline, seed=0, capped=True)
         for seed in range(self.seeds):
@@ -401,12 +416,12 @@ class _Story:
         )
 
     def shortened(self, spec: RunSpec) -> RunSpec:
-        """Return the run. If it is an ablation whose steps are predicted to take at least 5 times as long as
-        those of plain training, return it with fewer steps (about 30 seconds of them, at least 5) and without
-        evaluation, unless it has no more steps than that.
+        """Return the run unchanged, unless it is an ablation whose steps are predicted to take at least 5
+        times as long as those of plain training, such as bfloat16 on a processor without support for it.
 
-        Such a run measures only memory and step time. An example is bfloat16 on a processor without support
-        for it.
+        Such a run is returned without evaluation and with only as many steps as take about 30 seconds, at
+        least 5: it then measures memory and step time only. If it does not have more steps than that, it is
+        unchanged too.
         """
         spec_step, plain_step = (self.planning.pricer.whole(p).step_s for p in (spec.plan, self.baseline))
         if (
@@ -467,9 +482,9 @@ class _Story:
             yield named(other.spec.name, baseline_runs[:1], [other])
 
     def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
-        """Yield the interaction of autocast and checkpointing on seed 0, for each quantity (peak, step time,
-        metric) that was measured for all four combinations: neither, each alone, and both.
-        """
+        """Yield the interaction of autocast and checkpointing on plain training with seed 0, for each of the
+        quantities peak, step time and metric, in this order. A quantity is left out if it was not measured
+        for all four combinations: neither technique, each alone, and both."""
         uses = ((), (self.mixed,), (_CHECKPOINTING,), (self.mixed, _CHECKPOINTING))
         corners = [functools.reduce(Plan.with_use, corner, self.baseline) for corner in uses]
         cells = [_corner(runs, plan) for plan in corners]
@@ -489,10 +504,9 @@ class _Story:
 
 
 def _notes(job: JobRef, requested_job: JobRef, *, covers_other_sizes: bool) -> tuple[str, ...]:
-    """Return sentences for the reader of a report: that the batch is smaller than in ``requested_job``, and
-    that the job's full size was not planned, which is so if ``covers_other_sizes`` is False and the job has a
-    size "paper". Empty if neither holds.
-    """
+    """Return sentences for the reader of a report, in this order: that the batch is smaller than requested,
+    if ``job`` differs from ``requested_job``; that the job's full size was not planned, if
+    ``covers_other_sizes`` is False and the job has a size "paper". Empty if neither is the case."""
     notes = []
     if job != requested_job:
         notes.append(
@@ -522,8 +536,11 @@ _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
 
 
 def _paired_ratio(baseline_runs: Sequence[Run], recommended_runs: Sequence[Run]) -> float | None:
-    """Return the median of recommended / baseline step time over the pairs of runs at the same position, one
-    per seed, which ran one after the other; None if no pair has both times.
+    """Return the median of recommended / baseline step time over pairs of runs; None if no pair has both
+    times.
+
+    The runs at the same position in the two lists are a pair: they have the same seed and ran one after the
+    other.
     """
     ratios = []
     for baseline_run, recommended_run in zip(baseline_runs, recommended_runs, strict=False):

@@ -33,11 +33,15 @@ _AT_PAPER = ("gradient-accumulation", "bf16-autocast", "activation-checkpointing
 
 
 def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...], tuple[Offer, ...]]:
-    """Predict plain training and the best plan at the size "paper" of the job, or at the job's present size
-    if it has no such size, each on one accelerator.
+    """Predict plain training and the best plan that fits on single accelerators of the catalog.
 
-    Returns (one row for each of `MACHINES`, or none if the job has no size "paper"; offers for every single
-    accelerator of the catalog with a price: plain training and the best plan that fits, if that is another).
+    Returns (rows, offers). ``rows``: predictions at the job's size "paper", one row for each of `MACHINES`;
+    empty if the job has no such size. ``offers``: for every accelerator with a known price, plain training
+    and, if another plan fits, the best one that does; at the size "paper", or at the job's present size if it
+    has none.
+
+    The best plan is the best by the request's goal. In rows it combines at most the techniques of
+    `_AT_PAPER`; for offers see `_offers`.
     """
     ref = _at(planning, "paper")
     pricers = _pricers(planning, ref or planning.request.job, priced())
@@ -50,18 +54,20 @@ def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...],
 
 
 def offers(planning: Planning, trained: Plan, progress: Progress) -> tuple[Offer, ...]:
-    """Return predictions for the job as planned, on every single accelerator of the catalog with a price:
-    for each, plain training and the best plan that fits, if there is one and it is another.
+    """Return predictions for the job at its present size on every single accelerator of the catalog with a
+    known price: for each, plain training, and the best plan that fits by the request's goal, if there is one
+    and it is another.
 
-    ``trained``: the plan that a proof of concept trained. Plans that change results no more than it did are
-    preferred.
+    ``trained``: the plan that a proof of concept trained. Plans whose effects on results its training tested
+    are preferred to all others.
     """
     pricers = _pricers(planning, planning.request.job, priced())
     return tuple(_offers(planning, pricers, progress, trained))
 
 
 def priced() -> tuple[str, ...]:
-    """Return the names of the accelerators of the catalog with a known price for purchase or rental."""
+    """Return the names of the catalog's accelerators that have a known price for purchase or for rental, in
+    the catalog's order."""
     devices = map(catalog.device, catalog.device_names())
     return tuple(d.name for d in devices if d.usd_per_hour is not None or d.usd_to_buy is not None)
 
@@ -70,10 +76,12 @@ def _offers(
     planning: Planning, pricers: Sequence[Pricer], progress: Progress, trained: Plan | None = None
 ) -> Iterator[Offer]:
     """Yield for each pricer's machine a prediction of plain training, and one of the best plan that fits, if
-    there is one and it is not plain training.
+    there is one and it is another.
 
-    The best plan is one whose results a proof of concept has tested by training ``trained``; other plans are
-    considered only if none of those fits. ``trained`` None: the search's recommendation, else plain training.
+    The best plan is sought by the request's goal among the plans of `_seen_plans`, whose effects on results
+    were tested by training ``trained``. Only if none of these fits, it is sought among the combinations of
+    `_AT_PAPER`. ``trained`` None: the plan that the search recommends, or plain training if it recommends
+    none.
     """
     if trained is None:
         recommendation = planning.result.recommended
@@ -97,9 +105,8 @@ def _offers(
 def _fitting(
     pricer: Pricer, candidate_plans: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
 ) -> list[Estimate]:
-    """Return the sketches of the plans that fit. If the upper end of device memory fits for some of them,
-    only these are returned. Empty if no plan fits.
-    """
+    """Return the predictions for those of the plans that fit the machine. If the upper end of device memory
+    fits for some of them, return only these. Empty if no plan fits."""
 
     def surely(sketch: Estimate) -> bool:
         device_bytes = sketch.device_bytes
@@ -110,18 +117,19 @@ def _fitting(
 
 
 def _usable(planning: Planning, pricer: Pricer) -> list[Technique]:
-    """Return the techniques that the job, the pricer's machine and the request's accuracy allow, without
-    those excluded by the user.
-    """
+    """Return the techniques that the job, the pricer's machine and the accuracy in the request allow, without
+    those that the user excluded."""
     techniques, _ = usable(pricer.space, planning.request.accuracy, dependence=planning.pricer.dependence)
     return [t for t in techniques if t.name not in planning.request.bounds.without]
 
 
 def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
-    """Return the plans made of the techniques of ``trained`` and of those of `_AT_PAPER` that change results
-    at most by the order of sums (E1). Techniques that change results by more have the settings of
-    ``trained``. Gradient accumulation is added only if samples are not known to depend on each other, and
-    activation checkpointing recomputes every block.
+    """Return the plans that combine the techniques of ``trained`` and those techniques of `_AT_PAPER` that
+    change results by no more than the order of sums (E1).
+
+    Techniques that change results by more than that have the same settings as in ``trained``. Gradient
+    accumulation is not added if the samples of a batch depend on each other. Activation checkpointing
+    recomputes every block.
     """
     techniques = _usable(planning, pricer)
     trained_names, dependence = {u.technique for u in trained.uses}, planning.pricer.dependence
@@ -140,9 +148,8 @@ def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]
 
 
 def stage_offers(planned: Planning) -> Iterator[Offer]:
-    """Yield the predictions of plain training and of the recommendation of a finished search, the latter if
-    there is one and it is another plan.
-    """
+    """Yield predictions from a finished search: of plain training, and of the recommended plan if there is
+    one and it is another."""
     result, machine, size = planned.result, planned.request.machine.name, planned.job.size
     baseline, recommended = result.baseline, result.recommended
     yield make_offer(baseline.estimate, machine=machine, size=size, plain=True, fits=baseline.fits)
@@ -151,8 +158,10 @@ def stage_offers(planned: Planning) -> Iterator[Offer]:
 
 
 def make_offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:
-    """Return the estimate as an Offer of ``machine`` at the job's size ``size``. ``plain``: whether its plan
-    is plain training. Its memory is that of the device if that can be predicted, else of tensors only.
+    """Return the prediction as an Offer for ``machine``. ``size``: name of the job's size; ``plain``: whether
+    the plan is plain training; ``fits``: whether it fits the machine.
+
+    The offer's memory is all that is held on the device if that is predicted, else the peak of live tensors.
     """
     step_s, energy_j = estimate.step_s, estimate.energy_j
     return Offer(
@@ -168,7 +177,8 @@ def make_offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits
 
 
 def sizes(spec: str) -> tuple[str, ...]:
-    """Return the names of the sizes that the built-in job ``spec`` has; none if it is not a built-in job."""
+    """Return the names of the sizes of the built-in job called ``spec``; empty if there is no such built-in
+    job."""
     return next((b.sizes for b in describe() if b.name == spec), ())
 
 
@@ -180,9 +190,9 @@ def _at(planning: Planning, size: str) -> JobRef | None:
 
 
 def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Pricer]:
-    """Return one pricer of the job ``ref`` for each of the ``machines``, names of the catalog, in order. They
-    share the traces of parts, and take from ``planning`` whether samples depend on each other.
-    """
+    """Return one pricer of the job ``ref`` for each of ``machines`` (names in the catalog), in the same
+    order. They share the traces of parts of the model. Whether the samples of a batch depend on each other is
+    taken from ``planning``."""
     job = load(ref)
     place = planning.request.machine.place
     shared_parts: dict[Any, Any] = {}
@@ -229,12 +239,13 @@ def _one_setting(plan: Plan) -> bool:
 
 
 def reach(planning: Planning, progress: Progress) -> tuple[LargestSize, ...]:
-    """Return the largest model and the longest input that fit each of `MACHINES`, with plain training and
-    with the allowed plan that needs least memory.
+    """Return the largest model that fits each of `MACHINES`, then the longest input that does; each with
+    plain training, and with the allowed plan that needs the least memory (see `_tightest`).
 
-    Models tried are the job's sizes in `_FULL_LENGTH`, because smaller sizes are cut to the available data.
-    Inputs tried have the `LENGTHS`, at the size "paper" with one sample. There are no entries for models if
-    the job has no such sizes, and none for inputs if it has no size "paper" or samples have no length.
+    The models tried are the job's sizes that are in `_FULL_LENGTH`; smaller sizes have samples cut to the
+    available data. The inputs tried have the `LENGTHS` (1,024 to 131,072), at the size "paper" with a batch
+    of one sample. There are no entries for models if the job has none of these sizes, and none for inputs if
+    it has no size "paper" or its samples have no length.
     """
     job = planning.request.job
     models = {s: _sized(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
@@ -259,9 +270,8 @@ def _sized(ref: JobRef, size: str) -> JobRef:
 
 @dataclasses.dataclass(kw_only=False)
 class _Ladder:
-    """Increasingly large versions of a job (``rungs``: name -> reference), smallest first. Each is loaded
-    once for all `MACHINES`.
-    """
+    """Versions of a job by increasing size (``rungs``: name -> job). Each is loaded only once for all
+    `MACHINES`."""
 
     planning: Planning
     rungs: Mapping[str, JobRef]
@@ -269,9 +279,8 @@ class _Ladder:
     shortened: bool = False  # a rung could not be loaded: it and those above it were removed
 
     def stands(self) -> bool:
-        """Return whether there is a smallest version and it can be loaded. Versions by length cannot if the
-        job has no length, as for grids and molecules in space.
-        """
+        """Return whether there is a smallest version and it can be loaded. It cannot if the versions differ
+        in length and the job has none, as one on grids or on molecules in space."""
         try:
             return bool([self.pricer(name, 0) for name in list(self.rungs)[:1]])
         except UserError:
@@ -289,12 +298,12 @@ class _Ladder:
         return self.loaded[name][index]
 
     def highest(self, index: int, *, tight: bool) -> str | None:
-        """Return the name of the largest version that fits the machine with this index in `MACHINES`, by
-        bisection; None if not even the smallest fits.
+        """Return the name of the largest version that fits the machine ``MACHINES[index]``; None if not even
+        the smallest fits.
 
-        ``tight``: with the allowed plan that needs least memory, else with plain training. A version that
-        cannot be loaded is left out with all larger ones. This assumes that nothing larger than a version
-        that does not fit does.
+        ``tight``: True: with the allowed plan that needs the least memory; False: with plain training. If a
+        version cannot be loaded, it and all larger ones are left out. The search is a bisection, which
+        assumes that no version fits that is larger than one that does not.
         """
         while True:
             names = list(self.rungs)
@@ -343,10 +352,9 @@ def _count(pricer: Pricer) -> int:
 
 
 def _tightest(planning: Planning, pricer: Pricer) -> Plan:
-    """Return the plan that `reach` takes as the allowed one with least memory: the smallest micro-batches,
-    bf16 autocast, recomputation of every block, and 8-bit optimizer state, each if it is usable and not
-    excluded by the user. No other plan is tried.
-    """
+    """Return the plan that counts as the allowed one with the least memory: bf16 autocast, recomputation of
+    every block, 8-bit optimizer state, and gradient accumulation with the smallest micro-batches, each only
+    if the job, the machine and the user allow it. No other plan is tried."""
     names = {t.name for t in _usable(planning, pricer)}
     uses: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]
     if pricer.space.parts[-1] > 1:

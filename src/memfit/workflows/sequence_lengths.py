@@ -34,7 +34,8 @@ _FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """A batch shape that was traced to check the fitted peak model, and not used to fit it."""
+    """A batch shape that was traced to test the peak model, not to fit it: the peak that the model predicts
+    for it, and the peak in the trace."""
 
     rows: int
     length: int
@@ -48,14 +49,17 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LengthReport:
-    """What a set of sequence lengths means for memory.
+    """What a set of sequence lengths means for the memory of training.
 
-    ``batch``: sequences per step. ``fits_up_to``: the longest of the lengths to which a whole batch can be
-    padded and fit; 0 if none. ``oom_per_step``, ``oom_per_epoch``: chance that a random batch, or some batch
-    of a shuffled epoch, does not fit. ``quantile_bytes``: "p50", "p90", "p99" and "max" of the peaks of
-    random batches padded to their longest. Peaks are of tensors; ``margin_bytes`` are added to compare them
-    with ``cap_bytes``. ``first``: indices, from 0, of the longest sequences, the batch to try first.
-    ``best``: name of the batching with the lowest peak, then the least padding.
+    ``batch``: sequences per step. ``fits_up_to``: the longest of the lengths to which all sequences of a
+    batch can be padded so that it fits; 0 if none. ``oom_per_step``: probability (0 to 1) that a random batch
+    does not fit; ``oom_per_epoch``: that at least one batch of a shuffled epoch does not. ``quantile_bytes``:
+    "p50", "p90", "p99" and "max" -> peak that this share of random batches, each padded to its longest
+    sequence, does not exceed. ``first``: indices, from 0, of the ``batch`` longest sequences, which should be
+    tried first. ``batchings``: ways to make batches; ``best``: name of the one with the lowest peak, and of
+    several such the one with the least padding.
+
+    All peaks are of live tensors; a batch fits if its peak plus ``margin_bytes`` is at most ``cap_bytes``.
     """
 
     sequences: int
@@ -75,13 +79,15 @@ class LengthReport:
 
 
 def read_lengths(path: str, *, column: str | None = None) -> Ints:
-    """Read sequence lengths from the file ``path``.
+    """Return the lengths of sequences from the file ``path``, in its order.
 
-    They are those of a FASTA file's sequences (.fasta, .fa, .faa, also with .gz), of an array of an .npz file
-    or a column of a .csv file (``column``; None: the first one with whole numbers), or in any other file one
-    whole number per line; empty lines are skipped. Raises UserError if the file cannot be read, has no such
-    column or no lengths, or has a length that is not a whole number of at least 1; for a text that is not a
-    number, with the line.
+    By the file's name, they are: the lengths of the sequences of a FASTA file (.fasta, .fa, .faa, also with
+    .gz); a one-dimensional array of whole numbers in an .npz file; a column of a .csv file; in any other
+    file, the whole number on each line, without empty lines. ``column``: name of the array or of the column;
+    None: the first array of whole numbers, or the first column whose first value is one.
+
+    Raises UserError if the file cannot be read, has no such array or column, has no lengths, or has a length
+    that is not a whole number of at least 1. If a text is not a number, the error names its line.
     """
     if path.endswith(_FASTA):
         values = [len(p.sequence) for p in read_fasta(path)]
@@ -127,11 +133,12 @@ def _from_csv(path: str, column: str | None) -> list[int]:
 
 
 def with_batch_shape(job: Job, rows: int, length: int) -> Job:
-    """Return the job with batches of ``rows`` x ``length``, made by repeating or leaving out samples and
-    positions of its own batch.
+    """Return the job with a batch of ``rows`` samples of the length ``length``, made from its own batch by
+    repeating or leaving out samples and positions. Every step gets the same batch.
 
-    Dimensions after the first that have the size most common among these are lengths; of several equally
-    common sizes, the largest is taken. Raises UserError if no tensor of the batch has a second dimension.
+    Which dimensions are lengths: of the sizes of all dimensions but the first, the most frequent is the old
+    length, and of several equally frequent the largest; all dimensions but the first with this size are
+    lengths. Raises UserError if no tensor of the batch has a second dimension.
     """
     batch = job.make_batch(0, 0)
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)]
@@ -158,12 +165,13 @@ def with_batch_shape(job: Job, rows: int, length: int) -> Job:
 
 
 def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
-    """Return a model of the peak of ``plan`` by rows and length of a batch, fitted to six traces: three
-    lengths (a quarter, half and all of ``longest``, rounded up to multiples of 16), with one and two rows per
-    micro-batch. ``device``: "cpu" or "cuda".
+    """Return a model of the peak of live tensors under ``plan``, by rows and length of a batch. ``device``:
+    "cpu" or "cuda".
 
-    The lengths are 16, 32 and 64 if these three are not distinct. Raises UserError if the step's operators
-    change with the length.
+    It is fitted to six traces: three lengths (a quarter, a half and all of ``longest``, rounded up to
+    multiples of 16; 16, 32 and 64 if these are not distinct), each with one and with two rows per
+    micro-batch. Raises UserError if which operators a step runs depends on the length, or if no tensor of the
+    job's batch has a second dimension.
     """
     accumulation = plan.get("gradient-accumulation")
     rows = int(accumulation.settings["micro_batches"]) if accumulation else 1
@@ -185,11 +193,11 @@ def report(
     cap_bytes: int,
     progress: Progress = lambda stage, done, total, detail: None,
 ) -> LengthReport:
-    """Return what the ``lengths`` mean for memory if ``batch`` sequences, or all if there are fewer, are
-    trained per step with ``plan`` and one device's memory is limited to ``cap_bytes``.
+    """Return what the ``lengths`` mean for memory if each step trains ``batch`` sequences (all, if there are
+    fewer) with ``plan``, and the memory of one device is limited to ``cap_bytes``.
 
-    Raises UserError if the job's batches have no length dimension, or if the step's operators change with the
-    length.
+    Raises UserError if no tensor of the job's batch has a second dimension, or if which operators a step runs
+    depends on the length.
     """
     batch, longest = min(batch, len(lengths)), int(lengths.max())
     progress("trace", 0, 0, "six shapes")
@@ -229,10 +237,10 @@ def report(
 def _checked(
     job: Job, plan: Plan, machine: Machine, model: PeakModel, longest_batch: tuple[int, int]
 ) -> tuple[tuple[HeldOut, ...], int]:
-    """Compare the peak model with traces of whole batches at two lengths, two thirds of the longest and the
-    longest. ``longest_batch``: (rows, longest length).
+    """Compare the peak model with traces of whole batches of two lengths: two thirds of the longest (at least
+    16), and the longest. ``longest_batch``: (rows, longest length).
 
-    Returns (the comparisons, the bytes that the batch of the longest length needs beside its tensors; at
+    Returns (the comparisons, the bytes that a batch of the longest length needs beside its live tensors; at
     least 0).
     """
     rows, longest = longest_batch

@@ -39,21 +39,22 @@ from memfit.types.result import (
     Run,
 )
 
-_TRAIN = "record one with `memfit run` without --engine replay"
+_RUN_WITHOUT_REPLAY = "record one with `memfit run` without --engine replay"
 _NOT_KEPT = CheckpointSettings()
 
 
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
-    """Return the estimate of ``plan`` for the request's job, machine and engine, without running it. On this
-    machine, operators are timed for it. Raises UserError as `anatomy` does.
-    """
+    """Return the prediction for ``plan`` with the request's job, machine and engine. The plan is not trained;
+    if the request is for this machine, its operators are timed here. Raises UserError as `anatomy` does."""
     return anatomy(request, [plan], progress)[0].estimate
 
 
 def resolve_plan(request: Request, plan: Plan, progress: Progress) -> Plan:
-    """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the
-    tensors to recompute are not chosen yet, the plan with these chosen for the request's machine. Raises
-    UserError if the budget cannot be met.
+    """Return the plan with all its settings chosen.
+
+    Only a plan that recomputes tensors so as to stay within a memory budget can have some left: the tensors
+    to recompute are then chosen for the request's machine. Any other plan is returned unchanged. Raises
+    UserError if the budget cannot be met, and as `anatomy` does.
     """
     return plan if open_budget(plan) is None else explain(request, plan, progress).plan
 
@@ -61,12 +62,12 @@ def resolve_plan(request: Request, plan: Plan, progress: Progress) -> Plan:
 def anatomy(
     request: Request, plans: Sequence[Plan], progress: Progress, *, lines: bool = False
 ) -> tuple[TracedEstimate, ...]:
-    """Return each plan's estimate with the trace of one rank, the one with the highest peak. On this machine,
-    the plans' operators are timed first.
+    """Return the prediction for each plan, in the same order, with the trace of the rank that has the highest
+    peak. If the request is for this machine, the plans' operators are timed here first.
 
-    ``lines``: whether the trace has the user's source line of each allocation. Raises UserError if the
-    request's engine or machine does not support a plan, or if a plan would weight the terms of the loss
-    wrongly.
+    ``lines``: whether the trace has the line of the user's code that made each allocation. Raises UserError
+    if the request's engine or machine does not support a plan, or if a plan splits the batch in a way that
+    gives the terms of the loss wrong weights.
     """
     _, pricer = make_pricer(request)
     pricer.lines = lines
@@ -100,17 +101,20 @@ def run_plan(
     keep: CheckpointSettings = _NOT_KEPT,
     store: Store | None = None,
 ) -> Run:
-    """Train one plan on the request's engine and return its prediction and its measurement.
+    """Train a plan on the request's engine and return the run: its prediction and its measurement.
 
-    ``seed`` None: that of the checkpoint to resume from, else 0. ``steps`` None: the job's own number.
-    ``capped``: whether the run is stopped at a memory limit: the request's cap, else what the plan is
-    predicted to need. ``keep``: whether checkpoints are saved and resumed from. The run is stored in
-    ``store``, unless that is None.
+    ``seed`` None: that of the checkpoint to resume from, or 0 without one. ``steps`` None: the job's own
+    number. ``capped``: whether the run is stopped at a memory limit, which is the request's cap, or what the
+    plan is predicted to need if the request has none. ``keep``: whether checkpoints are saved and resumed
+    from. ``store``: where the run is stored; None: nowhere.
 
-    The engine "replay" trains nothing: it returns the last stored run of the same job, seed and plan, with
-    today's prediction. Raises UserError if there is none or the user's job file has changed since, if the
-    plan has too many ranks for this machine, if the engine cannot run it here, or if the run's process
-    refuses it.
+    The engine "replay" trains nothing. It returns the last run of the same job, seed and plan in ``store``
+    (None: the default store), with its prediction replaced by a new one, and stores nothing. Raises UserError
+    if there is no such run or the user's job file has changed since.
+
+    Also raises UserError if the plan has too many ranks for this machine, if the engine does not support the
+    plan or cannot train it here, if the checkpoint to resume from is missing or does not suit, or if the
+    process that trains refuses the plan or the job.
     """
     ready_engine(request.engine, plan)
     max_ranks = max(8, 2 * local_machine.threads())
@@ -153,10 +157,8 @@ def run_plan(
 
 
 def _stored(store: Store, request: Request, seed: int) -> list[Run]:
-    """Return the stored runs of the request's job with this seed and any number of steps.
-
-    Raises UserError if there are none.
-    """
+    """Return the stored runs of the request's job with this seed, whatever their number of steps, oldest
+    first. Raises UserError if there are none."""
     stored_runs = [
         serialization.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(kind="run")
     ]
@@ -164,24 +166,28 @@ def _stored(store: Store, request: Request, seed: int) -> list[Run]:
     if matches := [r for r in stored_runs if (_unlimited(r.spec.job), r.spec.seed) == request_key]:
         return matches
     raise UserError(
-        f"{store.path} has no stored run of this job with this seed and these options (--steps aside)",
-        hint=_TRAIN,
+        f"{store.path} has no stored run of this job with this seed and these options (--steps may differ)",
+        hint=_RUN_WITHOUT_REPLAY,
     )
 
 
 def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) -> Run:
-    """Return the last of the stored runs whose plan is the estimate's, with the estimate as its prediction
-    instead of the stored one.
+    """Return the last of the stored runs that has the plan of ``estimate``, with ``estimate`` as its
+    prediction instead of the stored one.
 
-    Raises UserError if there is none, or if the user's job file has changed since that run.
+    Raises UserError if no run has this plan, or if the user's job file has changed since that run.
     """
     matches = [r for r in stored_runs if r.spec.plan == estimate.plan]
     if not matches:
         raise UserError(
-            f"no stored run of this job with this seed has the plan {estimate.plan.label}", hint=_TRAIN
+            f"no stored run of this job with this seed has the plan {estimate.plan.label}",
+            hint=_RUN_WITHOUT_REPLAY,
         )
     if matches[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
-        raise UserError(f"{request.job.spec} has changed since the stored run of this plan", hint=_TRAIN)
+        raise UserError(
+            f"the file of {request.job.spec} has changed since the stored run of this plan",
+            hint=_RUN_WITHOUT_REPLAY,
+        )
     return dataclasses.replace(
         matches[-1],
         predicted_peak_bytes=int(estimate.allocated_bytes.value),
@@ -193,10 +199,11 @@ def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) 
 def run_spec(
     spec: RunSpec, estimate: Estimate, progress: Progress, label: str, *, strict: bool = False
 ) -> Run:
-    """Train a plan as ``spec`` says and return its prediction (``estimate``) and its measurement.
+    """Train a plan as ``spec`` says and return the run: its prediction (``estimate``) and its measurement.
 
-    A run that fails is not raised: the measurement's outcome says so. ``label``: what ``progress`` calls it.
-    With ``strict``, a refusal of the plan or job by the process that trains is raised as UserError instead.
+    A run that fails raises nothing: the outcome of its measurement says so. With ``strict``, UserError is
+    raised if the process that trains refuses the plan or the job. ``label``: name of the run in what
+    ``progress`` is told.
     """
 
     def listen(event: Mapping[str, object]) -> None:
@@ -221,11 +228,12 @@ def run_spec(
 
 
 def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
-    """Run all ranks and return the measurement of one of them. ``listen`` gets the events of rank 0.
+    """Run all ranks of ``spec`` and return the measurement of one of them. ``listen`` is called with each
+    event of rank 0.
 
-    It is that of a rank that ran out of memory, else of a rank that failed otherwise, preferably not because
-    it was stopped after another one failed; if all ended well, that of the rank with the highest peak (as in
-    predictions), with the mean of all ranks' losses.
+    Of ranks that failed, it is the first of these: one that ran out of memory; one that failed otherwise by
+    itself; one that was stopped because another failed. If none failed, it is the rank with the highest peak,
+    as in predictions, with the losses averaged over all ranks.
     """
     measurements = run_through(spec, _started, on_event=lambda rank, event: None if rank else listen(event))
     if spec.plan.ranks == 1:
@@ -245,5 +253,4 @@ def _started(spec: RunSpec, on_event: OnEvent) -> Sequence[Measurement]:
 
 
 def _unlimited(job: JobRef) -> JobRef:
-    """Return the job reference without its number of steps."""
     return dataclasses.replace(job, steps=None)
