@@ -215,8 +215,8 @@ def megatron_overlap_gather(m: Options, s: Setup) -> Found:
 def megatron_connections(m: Options, s: Setup) -> Found:
     """Report a CUDA_DEVICE_MAX_CONNECTIONS that prevents communication from overlapping computation. With
     --use-torch-fsdp2 or --use-megatron-fsdp, that is 1. Otherwise it is, with tensor or context parallelism,
-    any number but 1 and 32, unless --overlap-moe-expert-parallel-comm is on, which needs more connections. A
-    file that does not set the variable to a number is skipped: the container may set it."""
+    any number but 1 and 32, unless --overlap-moe-expert-parallel-comm, which needs more connections, is on or
+    may be. A file that does not set the variable to a number is skipped: the container may set it."""
     value = m.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if value is None or not value.isdigit():
         return

@@ -77,9 +77,9 @@ def deepspeed_section_key(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_newer_key(d: Options, s: Setup) -> Found:
-    """Report settings that the checked release of DeepSpeed does not have and refuses, if they are not
-    similar to any other: another release may have them. Loss-scale settings in the bf16 section are left to
-    deepspeed_bf16_loss_scale."""
+    """Report settings that the checked release of DeepSpeed does not have and refuses, if they are probably
+    neither misspelled nor misplaced: another release may have them. Loss-scale settings in the bf16 section
+    are left to deepspeed_bf16_loss_scale."""
     yield from (f for f in _newer(d, s, "deepspeed") if f["key"] not in _COPIED)
 
 
@@ -103,8 +103,8 @@ def accelerate_unknown_key(a: Options, s: Setup) -> Found:
 
 
 def accelerate_newer_key(a: Options, s: Setup) -> Found:
-    """Report top-level settings that the checked release of Accelerate does not have, if they are not similar
-    to any other: another release may have them. The checked release refuses the file."""
+    """Report top-level settings that the checked release of Accelerate does not have, if they are probably
+    neither misspelled nor misplaced: another release may have them. The checked release refuses the file."""
     yield from _newer(a, s, "accelerate")
 
 

@@ -18,8 +18,9 @@ _DEGREES = (
 
 
 def _degrees(t: Options) -> tuple[int, int, int, int, int]:
-    """Return the degrees of parallelism (data_parallel_replicate, data_parallel_shard, tensor, pipeline,
-    context), by default 1; shard is -1, for "all remaining ranks", by default."""
+    """Return the degrees of parallelism in this order: data_parallel_replicate, data_parallel_shard, tensor,
+    pipeline, context. A degree that is not given or unknown is 1, but that of data_parallel_shard is -1,
+    which stands for all remaining ranks."""
     degrees = []
     for name in _DEGREES:
         degree = t.count(parallelism_path(t, f"{name}_degree"))
@@ -29,9 +30,9 @@ def _degrees(t: Options) -> tuple[int, int, int, int, int]:
 
 
 def torchtitan_degrees(t: Options, s: Setup) -> Found:
-    """Report degrees of parallelism whose product is not the number of processes, if that is known. If
-    data_parallel_shard_degree is -1, for all remaining ranks, the product of the other degrees must only
-    divide that number. Degrees below 1, other than that of shard, are always reported."""
+    """Report degrees of parallelism (see `_degrees`) whose product is not the number of processes, if that
+    number is known. If data_parallel_shard_degree is -1, for all remaining ranks, the product of the other
+    degrees must only divide that number. Degrees below 1, other than that of shard, are always reported."""
     replicate, shard, tensor, pipeline, context = degrees = _degrees(t)
     shown = " x ".join(f"{n} {d}" for n, d in zip(_DEGREES, degrees, strict=True))
     model = replicate * tensor * pipeline * context
@@ -44,8 +45,8 @@ def torchtitan_degrees(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
-    """Report enable_async_tensor_parallel with tensor parallelism but without compilation of the model by
-    torch.compile, which implements it."""
+    """Report enable_async_tensor_parallel with tensor parallelism if torch.compile does not compile the
+    model: only torch.compile implements it."""
     if compiles_model(t) or _degrees(t)[2] == 1:
         return
     if t.on(parallelism_path(t, "enable_async_tensor_parallel")):
@@ -53,16 +54,16 @@ def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_float8_eager(t: Options, s: Setup) -> Found:
-    """Report converters to float8 and MX formats without compilation of the model by torch.compile: they then
-    cost more memory and time than bf16."""
+    """Report model.converters whose names contain float8 or mx if torch.compile does not compile the model:
+    these formats then cost more memory and time than bf16."""
     converters = [n for n in t.texts("model.converters") if "float8" in n or "mx" in n]
     if converters and not compiles_model(t):
         yield {"converters": ", ".join(converters)}
 
 
 def torchtitan_replicate(t: Options, s: Setup) -> Found:
-    """Report DDP (data_parallel_replicate_degree above 1, data_parallel_shard_degree 1) together with tensor,
-    pipeline or context parallelism."""
+    """Report DDP together with tensor, pipeline or context parallelism. DDP is used if
+    data_parallel_replicate_degree is above 1 and data_parallel_shard_degree is 1."""
     replicate, shard, tensor, pipeline, context = _degrees(t)
     other_degrees = {"tensor_parallel": tensor, "pipeline_parallel": pipeline, "context_parallel": context}
     if replicate > 1 and shard == 1 and max(other_degrees.values()) > 1:
@@ -88,8 +89,9 @@ def torchtitan_unclipped(t: Options, s: Setup) -> Found:
 
 def torchtitan_microbatches(t: Options, s: Setup) -> Found:
     """Report a local batch (samples per data-parallel rank) that gives a pipeline of several stages fewer
-    micro-batches than stages, or uneven micro-batches. Files of older releases, which set the number of
-    micro-batches or have no parallelism table, are skipped."""
+    micro-batches than stages, or that is no multiple of pipeline_parallel_microbatch_size, by default 1.
+    Files of older releases, which set pipeline_parallel_microbatches or have no table parallelism, are
+    skipped."""
     pipeline = _degrees(t)[3]
     if pipeline == 1 or t.count(parallelism_path(t, "pipeline_parallel_microbatches")):
         return
@@ -100,9 +102,10 @@ def torchtitan_microbatches(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_batch(t: Options, s: Setup) -> Found:
-    """Report a global batch that is no multiple of local batch x data-parallel ranks. These are replicate x
-    shard degrees; if shard is -1, for all remaining ranks, they follow from the number of processes or, if
-    that is unknown, are taken to be the replicate degree."""
+    """Report a global batch that is no multiple of local batch x data-parallel ranks. The number of these
+    ranks is the replicate degree x the shard degree. If the shard degree is -1, for all remaining ranks, it
+    is the number of processes / (tensor x pipeline x context degrees) or, if the number of processes is
+    unknown, the replicate degree."""
     global_batch = t.count("training.global_batch_size")
     local_batch = t.count("training.local_batch_size")
     if not global_batch or not local_batch or global_batch < 1:
@@ -118,15 +121,15 @@ def torchtitan_batch(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_budget_eager(t: Options, s: Setup) -> Found:
-    """Report activation_checkpoint.mode memory_budget without compilation of the model by torch.compile,
-    which implements it."""
+    """Report activation_checkpoint.mode memory_budget if torch.compile does not compile the model: only
+    torch.compile implements it."""
     if t.get("activation_checkpoint.mode") == "memory_budget" and not compiles_model(t):
         yield {}
 
 
 def torchtitan_sequence(t: Options, s: Setup) -> Found:
-    """Report, with tensor or context parallelism, a sequence length that is no multiple of tensor x 2 x
-    context degrees. All language models require it; image models (flux) have no sequence length."""
+    """Report, with tensor or context parallelism, a training.seq_len that is no multiple of tensor degree x 2
+    x context degree. All language models require it; image models (whose name contains flux) are skipped."""
     _, _, tensor, _, context = _degrees(t)
     length, is_image_model = t.size("training.seq_len"), "flux" in str(t.get("model.name"))
     splits_sequence = min(tensor, context) > 0 and tensor * context > 1 and not is_image_model
@@ -135,8 +138,8 @@ def torchtitan_sequence(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_selective_option(t: Options, s: Setup) -> Found:
-    """Report a selective_ac_option that is neither "op" nor a number, if activation_checkpoint.mode is
-    selective, its default."""
+    """Report an activation_checkpoint.selective_ac_option that is neither "op" nor a whole number, if
+    activation_checkpoint.mode is selective or not given."""
     value, mode = t.get("activation_checkpoint.selective_ac_option"), t.get("activation_checkpoint.mode")
     if isinstance(value, str) and value != "op" and not value.isdigit() and mode in (None, "selective"):
         yield {"value": value}

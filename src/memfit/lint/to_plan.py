@@ -22,10 +22,11 @@ from memfit.lint.to_plan_scripts import from_megatron, from_torchtitan
 def over(setup: Setup) -> Carried:
     """Convert ``setup`` to a plan. If several libraries are configured, only one decides how the model is
     distributed, the first of OpenFold, Megatron-LM, torchtitan, DeepSpeed, and Accelerate with the Trainer.
-    An unknown number of processes counts as 1, with Megatron-LM and torchtitan as the smallest number that
-    the settings allow. Files in ``setup.missing``, and settings that the plan depends on but that are known
-    only when a script runs, are listed as left out. Raises UserError for a crop, batch or blocks_per_ckpt of
-    OpenFold that is not a whole number above 0."""
+    An unknown number of processes counts as 1; with Megatron-LM and torchtitan, as the smallest number that
+    their degrees of parallelism allow. ``left_out`` of the result lists the settings that no plan can
+    express, settings that the plan depends on but that are known only when a script runs, and the files in
+    ``setup.missing``. Raises UserError for a crop, batch or blocks_per_ckpt of OpenFold that is not a whole
+    number above 0; blocks_per_ckpt may also be null."""
     engine, apply = _whose(setup)
     draft = Draft(ranks=setup.ranks or 1)
     tracked_options: dict[str, Any] = {
@@ -55,7 +56,7 @@ def over(setup: Setup) -> Carried:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _TrackedOptions(Options):
-    """Settings that record in ``read_paths`` the paths whose values were read."""
+    """Options that add each path whose value is read to ``read_paths``."""
 
     read_paths: set[str]
 
@@ -65,9 +66,9 @@ class _TrackedOptions(Options):
 
 
 def _undetermined(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[str]:
-    """Yield, as the library spells it and with its value, each setting that was read or that determines the
-    clipping and whose value is known only when a script runs. ``tracked_options``: kind, as in Setup -> its
-    settings."""
+    """Yield, as "name value" or, for a flag without a value, as "name", each setting whose value is known
+    only when a script runs, if it was read or is the gradient norm for clipping. Names are dotted paths;
+    those of Megatron-LM are written with hyphens. ``tracked_options``: kind, as in Setup -> its settings."""
     for kind, options in tracked_options.items():
         for path in sorted(options.read_paths | {NORMS.get(kind, "")}):
             if options.undetermined(path):

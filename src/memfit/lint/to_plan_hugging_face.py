@@ -57,9 +57,10 @@ _SECTIONS = {
 
 
 def from_deepspeed(setup: Setup, draft: Draft) -> None:
-    """Add DeepSpeed's settings to ``draft``, with the values that the Trainer or Accelerate fills in for
-    "auto", and recomputation. If DeepSpeed's file names no optimizer, add the Trainer's, if there is a
-    Trainer. Settings that no plan can express are listed in the draft as left out."""
+    """Add to ``draft`` the settings of ``setup.deepspeed``, with the values that the Trainer or Accelerate
+    fills in for "auto". Add the recomputation that the Trainer's arguments or the settings of FSDP ask for.
+    If DeepSpeed's file names no optimizer, add the Trainer's, if there is a Trainer. Settings that no plan
+    can express are listed in the draft as left out."""
     config = setup.deepspeed
     assert config is not None
     _batches(setup, config, draft)
@@ -132,11 +133,11 @@ def _offload(config: Options, stage: int, draft: Draft) -> str:
 
 
 def _precision(setup: Setup, config: Options, draft: Draft) -> str:
-    """Return the precision in which memfit predicts DeepSpeed's computation, "bf16" or "fp32". fp16 is
-    predicted as bf16 and listed in ``draft`` as left out. "auto" stands for the setting of the Trainer's
-    arguments or, without these, of Accelerate's file; if neither is there, it counts as off, and is listed
-    too. If the section bf16 or fp16 is missing, Accelerate adds it for the mixed precision of both
-    (DeepSpeedPlugin.set_mixed_precision)."""
+    """Return the precision in which memfit predicts DeepSpeed's computation, "bf16" or "fp32". fp8 is
+    predicted as bf16; so is fp16, which is also listed in ``draft`` as left out. "auto" stands for the
+    setting of the Trainer's arguments or, without these, of Accelerate's file; if neither is there, it counts
+    as off, and is listed too. If the section bf16 or fp16 is missing, Accelerate adds it for the set-up's
+    mixed precision, and so does this function (DeepSpeedPlugin.set_mixed_precision)."""
     mixed_precision = auto_precision = setup.mixed_precision
     if setup.trainer is not None:
         auto_precision = dataclasses.replace(setup, accelerate=None).mixed_precision
@@ -216,7 +217,8 @@ def _trainer_optimizer(setup: Setup, draft: Draft) -> None:
 
 def from_hugging_face(setup: Setup, draft: Draft) -> None:
     """Add the settings of Accelerate's file and of the TrainingArguments to ``draft``, for a set-up without
-    DeepSpeed; either file may be missing."""
+    DeepSpeed; either file may be missing. Settings that no plan can express are listed in the draft as left
+    out."""
     accelerate, args = setup.accelerate, setup.trainer
     kind = str(accelerate.raw("distributed_type") if accelerate is not None else "").upper()
     fsdp = _fsdp_options(setup)
@@ -253,16 +255,17 @@ def from_hugging_face(setup: Setup, draft: Draft) -> None:
 
 
 def _ddp(setup: Setup) -> dict[str, KnobValue]:
-    """Return the settings of the technique ddp under Accelerate or the Trainer. Both keep torch's defaults:
-    gradients are separate from the buckets, which have 25 MiB unless the Trainer's ddp_bucket_cap_mb says
-    otherwise."""
+    """Return the settings of the technique ddp under Accelerate or the Trainer: "bucket_view", "bucket_mib"
+    and "sync" (see `_sync`). As by torch's defaults, gradients are separate from the buckets, and a bucket
+    has 25 MiB, unless the Trainer's ddp_bucket_cap_mb sets another size."""
     mib = setup.trainer.size("ddp_bucket_cap_mb") if setup.trainer is not None else None
     return {"bucket_view": False, "bucket_mib": mib or 25, "sync": _sync(setup)}
 
 
 def _sync(setup: Setup) -> str:
-    """Return after which micro-batches gradients are reduced over ranks: "last" if the Trainer accumulates
-    them over several, unless it is set to sync_each_batch; otherwise, and without a Trainer, "every"."""
+    """Return after which micro-batches of a step gradients are reduced over ranks, "last" or "every". It is
+    "last" if the Trainer's gradient_accumulation_steps is above 1 and its sync_each_batch is not on,
+    otherwise "every"."""
     args = setup.trainer
     steps = args.size("gradient_accumulation_steps") if args is not None else None
     sync_option = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
@@ -270,9 +273,9 @@ def _sync(setup: Setup) -> str:
 
 
 def _fsdp_options(setup: Setup) -> Options | None:
-    """Return FSDP's settings under Accelerate's names without the prefix ``fsdp_``, or None if neither file
-    switches FSDP on. If both do, they are those of Accelerate's file. The version is by default 1 there and 2
-    in the TrainingArguments."""
+    """Return FSDP's settings under the names of Accelerate's fsdp_config, without the prefix ``fsdp_``, or
+    None if neither file switches FSDP on. If both do, they are those of Accelerate's file. If no "version" is
+    set, it is 1 for Accelerate's file and 2 for the TrainingArguments."""
     accelerate, args = setup.accelerate, setup.trainer
     if accelerate is not None and str(accelerate.raw("distributed_type")).upper() == "FSDP":
         return Options(file=accelerate.file, data={"version": 1, **accelerate.section("fsdp_config")})
@@ -289,8 +292,9 @@ def _fsdp_options(setup: Setup) -> Options | None:
 
 def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
     """Add FSDP, and the tensor and context parallelism of Accelerate's file, to the draft. FSDP1 is predicted
-    as FSDP2, or as DDP if its strategy is NO_SHARD. Return the number of ranks that see different samples;
-    with one such rank, only the precision is added in place of FSDP."""
+    as FSDP2, or as DDP if its strategy is NO_SHARD, and listed as left out. Return the number of ranks that
+    see different samples: all ranks / (tensor x context size), at least 1. If it is 1, nothing is sharded:
+    only the precision is added in place of FSDP2."""
     strategy = str(fsdp.raw("sharding_strategy") or "FULL_SHARD").upper()
     strategy = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}.get(
         strategy, strategy

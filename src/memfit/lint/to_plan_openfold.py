@@ -26,7 +26,7 @@ _CHANGES = {
 def from_openfold(setup: Setup, draft: Draft) -> None:
     """Add OpenFold's settings, and those of DeepSpeed's file if there is one, to ``draft``. Settings that no
     plan can express are listed in the draft as left out. Raises UserError for a crop, batch or
-    blocks_per_ckpt that is not a whole number above 0."""
+    blocks_per_ckpt that is not a whole number above 0; blocks_per_ckpt may also be null."""
     precision = openfold.precision(setup)
     if setup.deepspeed is not None:
         _with_deepspeed(setup, setup.deepspeed, precision, draft)
@@ -58,10 +58,11 @@ def _precision(name: str, draft: Draft) -> None:
 
 
 def _with_deepspeed(setup: Setup, config: Options, precision: str, draft: Draft) -> None:
-    """Add DeepSpeed's settings to ``draft``. Lightning enables the half precision that --precision names if
-    DeepSpeed's file has no section for it. With half precision, memfit keeps the structure module and the
-    heads in float32, which its ZeRO in bf16 does not support: ZeRO is then listed as left out, and bf16
-    parameters take its place. In float32, the settings are added as `from_deepspeed` does."""
+    """Add DeepSpeed's settings to ``draft``. ``precision``: the full name of Lightning's precision. Lightning
+    enables the half precision that it names if DeepSpeed's file has no section for it. With half precision,
+    memfit keeps the structure module and the heads in float32, which its ZeRO in bf16 does not support. ZeRO
+    is then listed as left out, and in its place bf16 parameters with float32 masters and, for several ranks,
+    DDP are added. In float32, the settings are added as `from_deepspeed` does."""
     section = _SECTIONS.get(precision)
     enabled_sections = [s for s in ("bf16", "bfloat16", "fp16") if config.on(f"{s}.enabled")]
     if enabled_sections or (section is not None and section not in config.data):
@@ -102,10 +103,11 @@ def _recomputation(setup: Setup, draft: Draft) -> None:
 
 
 def _size(setup: Setup, draft: Draft) -> str:
-    """Return the size of the job alphafold2 that has the set-up's crop: "initial" or "finetune", followed by
-    "@RESIDUES" if the crop has another number of residues than the job at that size. Other differences are
-    listed in ``draft`` as left out. Return "" if the network is not known or not the one for single
-    chains."""
+    """Return the size of the job alphafold2 that has the set-up's crop: "finetune" if the crop has more rows
+    of the MSA than the preset initial_training, otherwise "initial"; followed by "@RESIDUES", such as "@320",
+    if the crop has another number of residues than the job at that size. Other differences are listed in
+    ``draft`` as left out. Return "" if the preset is unknown or its network is not the one for single chains;
+    the preset is then listed as left out."""
     crop, name = openfold.crop(setup), openfold.preset(setup)
     if crop is None:
         draft.leave(f"config_preset {name or 'of a variable'}", "memfit supports only the monomer's network")

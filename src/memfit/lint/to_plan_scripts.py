@@ -13,7 +13,8 @@ from memfit.types.plan import KnobValue
 def from_megatron(setup: Setup, draft: Draft) -> None:
     """Add Megatron-LM's arguments to ``draft``. If the number of processes is unknown, assume the smallest
     that the parallel sizes allow: tensor x pipeline x context. Settings that no plan can express are listed
-    in the draft as left out."""
+    in the draft as left out. Among these are data-parallel replicas beside tensor parallelism, unless torch's
+    FSDP2 shards them: ``ranks`` and ``batch`` are then those of one replica."""
     options = setup.megatron
     assert options is not None
     tensor, pipeline, context = (
@@ -65,8 +66,10 @@ _MEGATRON_REASONS = {
 
 
 def _micro_batches(options: Options, data_ranks: int, draft: Draft) -> int | None:
-    """Set the micro-batch and the batch of ``draft``. Return the number of micro-batches of one rank in an
-    optimizer step, or None if it is unknown. ``data_ranks``: number of ranks that see different samples."""
+    """Set the micro-batch and the batch of ``draft``. The batch is the global batch or, if that is not given,
+    micro-batch x ``data_ranks`` x micro-batches of a rank. Return the number of micro-batches of one rank in
+    an optimizer step, or None if it is unknown. ``data_ranks``: number of ranks that see different
+    samples."""
     micro_batch, global_batch = options.size("micro_batch_size"), options.size("global_batch_size")
     steps = options.size("num_micro_batches")
     if micro_batch and global_batch:
@@ -179,8 +182,8 @@ _SCHEDULES = {
 
 def from_torchtitan(setup: Setup, draft: Draft) -> None:
     """Add torchtitan's settings to ``draft``. If the number of processes is unknown, assume the smallest that
-    the degrees of parallelism allow. Settings that no plan can express are listed in the draft as left
-    out."""
+    the degrees of parallelism allow: the product of the degrees, with 1 for a shard degree of -1. Settings
+    that no plan can express are listed in the draft as left out."""
     options = setup.torchtitan
     assert options is not None
     draft.length, draft.model = (
@@ -272,9 +275,11 @@ def _titan_batches(options: Options, data_ranks: int, stages: int, draft: Draft)
 
 
 def _titan_micro_batches(options: Options, local_batch: int, stages: int) -> int:
-    """Return the number of micro-batches of a pipeline. Files of older releases, which have no parallelism
-    table, give the number itself; by default it is ``stages``, the number of stages on all ranks. Newer ones
-    give the samples of a micro-batch, by default 1."""
+    """Return the number of micro-batches of a pipeline. If the file sets pipeline_parallel_microbatches, as
+    older releases do, it is that number. Otherwise, in a file without a table parallelism, also of older
+    releases, it is ``stages``, the number of stages on all ranks. Otherwise it is ``local_batch``, the
+    samples of a rank, divided by pipeline_parallel_microbatch_size (by default 1) and rounded down, at least
+    1."""
     count = options.size(parallelism_path(options, "pipeline_parallel_microbatches"))
     if count is None and not options.section("parallelism"):
         count = stages
