@@ -149,7 +149,7 @@ class Options:
 
     def undetermined(self, path: str) -> bool:
         """Return whether ``path`` is given, but its value is known only when the script runs: it contains a
-        variable or the output of a command, or ``path`` is in ``unsure``."""
+        variable ("$BATCH") or the output of a command, or ``path`` is in ``unsure``."""
         value = self.raw(path)
         return path in self.unsure or (isinstance(value, str) and ("$" in value or "`" in value))
 
@@ -531,9 +531,9 @@ def _named(options: Options, name: Any) -> Path | None:
 
 
 def _as_deepspeed(options: Options, precision: str | None) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that Accelerate builds from ``options``, its own file, when that
-    names no DeepSpeed file (utils/dataclasses.py, DeepSpeedPlugin, Accelerate 1.15, 2026-11).
-    ``precision``: the mixed precision of the whole set-up, None if unknown."""
+    """Return the DeepSpeed configuration that Accelerate builds from its file ``options`` if this file names
+    no DeepSpeed file (utils/dataclasses.py, DeepSpeedPlugin, Accelerate 1.15, 2026-11). ``precision``: the
+    mixed precision of the whole set-up, None if unknown."""
     section = options.section("deepspeed_config")
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
     for name, old in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_param")):

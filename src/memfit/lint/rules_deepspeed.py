@@ -96,7 +96,7 @@ def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_nvme_path(d: Options, s: Setup) -> Found:
-    """Report offload_param and offload_optimizer to the device nvme without an nvme_path, one finding
+    """Report offload_param and offload_optimizer to the device nvme without an nvme_path, in one finding
     each."""
     for name in ("offload_param", "offload_optimizer"):
         if _device(d, name) == "nvme" and d.raw(f"zero_optimization.{name}.nvme_path") in (None, "", "none"):
@@ -129,9 +129,9 @@ def deepspeed_hpz_ranks(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_least_scale(d: Options, s: Setup) -> Found:
-    """Report a dynamic loss scale of fp16 whose minimum, min_loss_scale, is above its initial value,
-    2**initial_scale_power. DeepSpeed's defaults are 2**16 for the initial value and 1 for the minimum. A
-    static scale (loss_scale other than 0) is skipped."""
+    """Report an fp16 section that is enabled with a dynamic loss scale, if the scale's minimum,
+    min_loss_scale, is above its initial value, 2**initial_scale_power. DeepSpeed's defaults are 2**16 for the
+    initial value and 1 for the minimum. A static scale (loss_scale other than 0) is skipped."""
     min_scale, power = d.number("fp16.min_loss_scale"), d.count("fp16.initial_scale_power")
     power = 16 if d.raw("fp16.initial_scale_power") is None else power
     if not d.on("fp16.enabled") or d.number("fp16.loss_scale") or min_scale is None or power is None:
