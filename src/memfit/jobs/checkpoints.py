@@ -27,11 +27,11 @@ _NAME = re.compile(r"step-\d{8,}")
 
 
 def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
-    """Return (the folder of the newest complete checkpoint in ``folder``, its description, one text for each
-    newer checkpoint that is not complete).
+    """Return (the folder of the newest complete checkpoint in ``folder``; its description; for each newer
+    checkpoint that is not complete, newest first, one text such as "step-00000020: no memfit.json").
 
-    ``folder`` may itself be a checkpoint, which is then returned. Raises UserError if there is no complete
-    checkpoint.
+    ``folder`` may itself be a checkpoint, which is then returned if it is complete. Raises UserError if there
+    is no complete checkpoint.
     """
     if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
         if reason := incomplete(folder):
@@ -52,13 +52,15 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
 
 
 def settled(keep: CheckpointSettings, seed: int | None, steps: int) -> tuple[CheckpointSettings, int]:
-    """Return (``keep`` with absolute paths and, if it resumes, with the newest complete checkpoint; the seed
-    of the run).
+    """Return ``keep`` and the seed, ready for a run. Paths in the returned ``keep`` are absolute. If ``keep``
+    resumes, its ``resume`` becomes the newest complete checkpoint found there, and ``passed_over`` names the
+    newer incomplete ones.
 
-    If ``seed`` is None, the seed is the checkpoint's, or 0 without one. ``steps``: steps of the whole run,
-    those done by the checkpoint included. Raises UserError if there is no complete checkpoint to resume from,
-    if it has another seed than ``seed`` or has done all ``steps``, and if the folder to save in is a file or
-    contains later checkpoints of another run.
+    The returned seed is ``seed``, or if that is None, that of the checkpoint to resume from, or 0 without
+    one. ``steps``: steps of the whole run, those done before the checkpoint included. Raises UserError if
+    there is no complete checkpoint to resume from, if it has another seed than ``seed`` or has done at least
+    ``steps`` steps, if the folder to save in is a file, and if that folder contains checkpoints of later
+    steps than the run starts from (see `must_be_free`).
     """
     completed_steps, resume_seed = 0, seed or 0
     if keep.resume:
@@ -86,8 +88,8 @@ def settled(keep: CheckpointSettings, seed: int | None, steps: int) -> tuple[Che
 def restarted(keep: CheckpointSettings) -> CheckpointSettings:
     """Return ``keep`` for a process that a launcher may have restarted.
 
-    If ``keep`` resumes from the folder that it saves in, the newest complete checkpoint in it is set instead,
-    or none, to start at the beginning, if there is none. Otherwise ``keep`` is returned unchanged.
+    If ``keep.resume`` is the folder ``keep.save``, it is replaced by the newest complete checkpoint in that
+    folder, or by "" (start from the first step) if there is none. Otherwise ``keep`` is returned unchanged.
     """
     if not keep.resume or keep.resume != keep.save:
         return keep
@@ -99,9 +101,8 @@ def restarted(keep: CheckpointSettings) -> CheckpointSettings:
 
 
 def must_be_free(folder: Path, after: int) -> None:
-    """Raise UserError if ``folder`` contains checkpoints of steps later than ``after``, which belong to
-    another run.
-    """
+    """Raise UserError if ``folder`` contains a checkpoint, complete or not, after more than ``after`` steps,
+    because it belongs to another run. Remains of interrupted saves (``.partial``) do not count."""
     later_checkpoints = [p for p in _newest_first(folder) if p.suffix != PARTIAL and _step(p) > after]
     if later_checkpoints:
         raise UserError(
@@ -112,14 +113,15 @@ def must_be_free(folder: Path, after: int) -> None:
 
 
 def about(path: Path) -> Checkpoint:
-    """Return the description stored in the checkpoint ``path``. Raises UserError if it cannot be parsed, and
-    OSError if there is none."""
+    """Return the description stored in the checkpoint folder ``path``, in memfit.json. Raises UserError if it
+    cannot be parsed, and OSError if there is no such file."""
     return serialization.loads(Checkpoint, (path / ABOUT).read_text(encoding="utf-8"), what=f"{path / ABOUT}")
 
 
 def incomplete(path: Path) -> str:
-    """Return why the folder ``path`` is not a complete checkpoint; "" if it is one. Files must exist and have
-    the sizes in its description; their contents are not read."""
+    """Return why the folder ``path`` is not a complete checkpoint, such as "no memfit.json"; "" if it is
+    complete. It is complete if its name does not end in ``.partial``, and if every file in its description
+    exists with the size that is stated there; contents are not read."""
     if path.suffix == PARTIAL:
         return "its save was interrupted"
     if not (path / ABOUT).is_file():
@@ -138,8 +140,9 @@ def incomplete(path: Path) -> str:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Create and return an empty folder in ``folder`` for the checkpoint after ``step`` steps, named as an
-    interrupted save. Remains of earlier interrupted saves are deleted."""
+    """Create an empty folder in ``folder``, which is created too if necessary, for the checkpoint after
+    ``step`` steps, and return it. Its name, such as step-00000010.partial, is that of an unfinished save.
+    Folders left by earlier unfinished saves are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(leftover)
@@ -149,9 +152,9 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def publish(partial: Path, said: Checkpoint) -> Path:
-    """Add the description ``said`` to the folder ``partial``, whose other files are already durable, rename
-    it to its final name, name it as the latest of the run, and return its new path.
-    """
+    """Finish a save and return the folder's final path: write the description ``said`` into the folder
+    ``partial``, whose other files must already be durable, rename the folder to its name without
+    ``.partial``, and write this name into the file ``latest`` beside it."""
     _write(partial / ABOUT, serialization.dumps(said, indent=2) + "\n")
     _sync(partial)
     path = partial.with_suffix("")
@@ -183,7 +186,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the entries of a folder durable, that is, its list of files but not their contents."""
+    """Make the list of the files in ``folder`` durable, but not their contents."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

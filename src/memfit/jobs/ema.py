@@ -11,12 +11,13 @@ from memfit.types.trace import Category
 
 
 class WeightAverage:
-    """A copy of this rank's parameters and buffers, as from ``copy.deepcopy(model)``, and its update.
+    """A moving average of this rank's parameters, and copies of its buffers, held beside the model.
 
     `update`, to be called after each optimizer step, sets ``average = decay * average + (1 - decay) *
-    weights`` and copies buffers. Averages of half-precision parameters are float32, so that small updates are
-    not lost. ``frozen``: whether parameters that are not trained are copied too. Under FSDP2 and ZeRO 3, a
-    rank averages its shards, where they are stored.
+    weights`` and copies the buffers. Averages of half-precision parameters are float32, so that small updates
+    are not lost; others have the parameter's dtype. ``frozen``: whether parameters that are not trained have
+    an average too. Under FSDP2 and ZeRO 3, each rank averages only its shards, on the device where they are
+    stored.
     """
 
     def __init__(self, bench: Workbench, model: torch.nn.Module, decay: float, *, frozen: bool) -> None:

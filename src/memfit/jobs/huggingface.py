@@ -48,13 +48,15 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """Return the job of ``hf:name``.
+    """Return the job of ``hf:name``, a folder with config.json or a model type of transformers, such as
+    llama, optionally with changed settings, as in ``llama?num_hidden_layers=2``. It trains on random tokens.
 
-    ``length``: tokens of a sequence. Without it, ``tiny`` uses 128 tokens and ``paper`` 2,048, or fewer if
-    the model is made for fewer. ``batch``: sequences of a step; without it, four. Both are marked as assumed
-    if not given. Raises UserError for any ``data``, an unknown name or setting, a broken ``config.json``, an
-    architecture without a causal, masked or classification head, or a length for which the model has no
-    positions or that is above MOST_TOKENS.
+    ``length``: tokens of a sequence. Without it, the size "tiny" uses 128 tokens and "paper" 2,048, or fewer
+    if the model is made for fewer. ``batch``: sequences of a step; without it, four. The job lists which of
+    the two were not given in its ``assumed``. ``weights``: a folder of safetensors; by default random
+    weights. Raises UserError for any ``data``, an unknown name or setting, a broken ``config.json``, an
+    architecture without a causal, masked or classification head, a length for which the model has no
+    positions or that is above MOST_TOKENS (16,777,216), and unusable ``weights``, when the model is built.
     """
     if data is not None:
         raise UserError(f"{PREFIX}{name} trains on random tokens and does not accept --data")
@@ -78,21 +80,23 @@ def make(
 
 
 def _shown_name(name: str, config: Any) -> str:
-    """Return the job's name, such as ``hf:llama``; if settings were changed, their place is taken by the
-    number of layers and the width."""
+    """Return the job's name, such as ``hf:llama``; if settings were changed, with the number of layers and
+    the width in place of the changes, such as ``hf:llama (2 layers of width 64)``."""
     base, changes, _ = name.partition("?")
     layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
     return f"{PREFIX}{base}" + (f" ({layers} layers of width {width})" if changes else "")
 
 
 def _longest(config: Any) -> int | None:
-    """Return the largest number of tokens of a sequence that the configuration states, or None."""
+    """Return the largest number of tokens of a sequence that the configuration states, under the first of its
+    known names that has one, or None."""
     return next((int(n) for name in _LENGTH_NAMES if (n := getattr(config, name, None))), None)
 
 
 def _length(config: Any, task: str, requested_length: int | None, size: str, name: str) -> int:
-    """Return the number of tokens of a sequence: the requested one, else the one of ``size``, or fewer if the
-    configuration states fewer or the model's table of positions has fewer.
+    """Return the number of tokens of a sequence: ``requested_length`` if it is given, else 128 for the size
+    "tiny" and 2,048 for "paper", or fewer if the configuration states fewer or the model's table of positions
+    has fewer.
 
     Rotary and relative positions do not limit a requested length. Raises UserError if more tokens are
     requested than the table has positions, or more than MOST_TOKENS.
@@ -115,9 +119,9 @@ def _length(config: Any, task: str, requested_length: int | None, size: str, nam
 
 
 def _positions(config: Any, task: str, longest: int) -> int | None:
-    """Return the number of rows of the model's smallest table of positions, without rows that no token uses;
-    None if it has no table. ``longest``: the number of tokens that the configuration states.
-    """
+    """Return how many positions the smallest of the model's tables of positions has for tokens; None if it
+    has no table. Rows before the first position, which some models reserve, do not count. ``longest``: the
+    number of tokens that the configuration states; a table has 0 to 4 rows more than this."""
     import torch
 
     with torch.device("meta"):
@@ -136,9 +140,10 @@ def _positions(config: Any, task: str, longest: int) -> int | None:
 
 
 def read_config(name: str) -> Any:
-    """Return the configuration of ``name``, a folder or a model type, with the settings after a ``?`` changed
-    and the cache for generation off. Raises UserError if there is no such configuration or setting, or if the
-    folder's cannot be loaded."""
+    """Return the configuration of ``name``, a folder with config.json or a model type of transformers.
+    Settings after a ``?``, as in ``llama?num_hidden_layers=2``, are changed, and the cache of keys and values
+    for generation is turned off. Raises UserError if there is no such configuration or setting, or if the
+    folder's configuration cannot be loaded."""
     from transformers import CONFIG_MAPPING
 
     name, _, changes = name.partition("?")
@@ -185,9 +190,11 @@ def _from_folder(folder: Path) -> Any:
 
 
 def task_of(config: Any, name: str) -> str:
-    """Return the task, "causal-lm", "masked-lm" or "classification": that of the architecture that the
-    configuration names, else of the first of masked, causal and classification head that transformers has for
-    its type. Raises UserError if there is none.
+    """Return the task of the job: "causal-lm", "masked-lm" or "classification".
+
+    It is that of the first architecture in the configuration that has such a head. Without one, it is the
+    first of masked-lm, causal-lm and classification for which transformers has a model of this type; models
+    with encoder and decoder have none. Raises UserError if there is no task. ``name``: for the message.
     """
     for architecture in getattr(config, "architectures", None) or ():
         for ending, task in _ENDINGS.items():
@@ -227,9 +234,10 @@ def _build(config: Any, task: str, weights: str | None) -> torch.nn.Module:
 
 
 def _batch(config: Any, task: str, shape: tuple[int, int], at: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Return random ``input_ids`` (batch, length) and ``labels`` as the head for the task requires them:
-    classes (batch,), or tokens (batch, length), -100 where nothing is to be predicted. ``shape``: (batch,
-    length); ``at``: (step, seed)."""
+    """Return a batch of random tokens: ``input_ids`` (batch, length), without the padding token, and
+    ``labels``: a random class for each sequence (batch,) if ``task`` is "classification"; else tokens (batch,
+    length), for "causal-lm" all of them, for "masked-lm" those that `_some` chooses and -100 elsewhere.
+    ``shape``: (batch, length). ``at``: (step, seed), on which alone the batch depends."""
     rng = step_rng(*at)
     pad = getattr(config, "pad_token_id", None)
     tokens = rng.integers(0, config.vocab_size, size=shape)
@@ -242,8 +250,8 @@ def _batch(config: Any, task: str, shape: tuple[int, int], at: tuple[int, int]) 
 
 
 def _some(tokens: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Return ``tokens`` as labels, with -100 (no label) for all but 15 % of each row, the same number in
-    every row and at least one, so that micro-batches have equal weights.
-    """
+    """Return ``tokens`` (batch, length) as labels, with -100 (no label) at all but 15 % of the positions of
+    each row. These are random, equally many in every row so that micro-batches have equal weights, and at
+    least one."""
     order = rng.random(tokens.shape).argsort(axis=1)
     return np.where(order < max(1, round(0.15 * tokens.shape[1])), tokens, -100)

@@ -20,8 +20,9 @@ MOST_TOKENS: Final = 262_144
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
-    """A built-in job. ``sizes``: the sizes that it accepts, the default first. ``make(size=, data=, weights=,
-    batch=, length=)``, all optional, returns the Job."""
+    """A built-in job. ``sizes``: the sizes that it accepts, the default one first. ``make``: returns the Job;
+    it takes the keywords size, data, weights, batch and length, all optional. ``title`` and ``data_source``:
+    texts for the user."""
 
     name: str
     title: str
@@ -47,12 +48,12 @@ _BUILT_IN: Final = (
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of the built-in jobs."""
+    """Return the names of the built-in jobs, in the order in which they are listed to the user."""
     return _BUILT_IN
 
 
 def describe() -> tuple[BuiltIn, ...]:
-    """Return the descriptions of all built-in jobs."""
+    """Return the descriptions of all built-in jobs, in the order of `names`."""
     return tuple(map(_built_in, _BUILT_IN))
 
 
@@ -68,11 +69,13 @@ def _built_in(name: str) -> BuiltIn:
 
 
 def load(ref: JobRef) -> Job:
-    """Return the job that ``ref`` names, with the size, data, weights, batch, length, steps and clip that
-    ``ref`` states.
+    """Return the job that ``ref`` names: a built-in job, ``hf:NAME``, or the user's ``path.py:attribute``.
+    What ``ref`` states of size, data, weights, batch, length, steps and clip applies; None keeps the job's
+    own.
 
-    A clip of 0 turns clipping off. Raises UserError for an unknown job or size, steps, batch or length below
-    one, a length or another option that the job does not accept, a negative clip, and faults in the files.
+    A clip of 0 turns clipping off. Raises UserError for an unknown job or size; for steps, batch or length
+    below 1; for a length of a built-in job outside 16 to 262,144; for an option that the job does not accept;
+    for a negative clip; and for faults in the files.
     """
     for name, value in (("steps", ref.steps), ("batch", ref.batch), ("length", ref.length)):
         if value is not None and value < 1:
@@ -110,9 +113,10 @@ def _make(ref: JobRef) -> Job:
 
 
 def _split_length(ref: JobRef) -> JobRef:
-    """Return ``ref`` with a size such as ``650M@4096`` split into size ``650M`` and length 4096; return other
-    references unchanged. Raises UserError if there is no size or whole number around the @, if the job is in
-    a file of the user's, and if ``ref`` states another length too."""
+    """Return ``ref`` with a size such as ``650M@4096`` split into the size ``650M`` and the length 4096. A
+    ``ref`` whose size has no @ is returned unchanged. Raises UserError if there is no size before the @ or no
+    whole number after it, if the job is in a file of the user (``path.py:attribute``), and if ``ref`` also
+    states another length."""
     size, separator, length = (ref.size or "").partition("@")
     if not separator:
         return ref

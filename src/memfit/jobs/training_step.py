@@ -39,10 +39,10 @@ def _ignore(phase: Phase) -> None:
 class TrainingStep:
     """A model with a plan applied, its optimizer, and the training step.
 
-    Raises UserError if the plan's techniques conflict, lack a package, or do not suit the job, if the job
-    clips gradients and the plan has optimizer-in-backward, and if the job's optimizer needs the loss several
-    times per step. The step of another engine (engines/*/step.py) is a subclass, which applies the techniques
-    named in ``carried`` itself, in `_prepare`.
+    Creating it raises UserError if the plan's techniques conflict, lack a package, or do not suit the job; if
+    the job clips gradients and the plan has optimizer-in-backward; and if the job's optimizer needs a
+    closure, that is, the loss several times per step. Engines other than memfit's own have subclasses
+    (engines/*/step.py): ``carried`` names the techniques that the subclass applies itself, in `_prepare`.
     """
 
     carried: frozenset[str] = frozenset()
@@ -58,9 +58,9 @@ class TrainingStep:
     ) -> None:
         """Build the model, apply the plan, and create the optimizer.
 
-        ``device`` is the kind of device whose kernels run, "cpu" or "cuda". ``world`` defaults to rank 0 of
-        the plan's layout, without a device mesh. ``on_built`` is called with the workbench, which holds the
-        plain model, before any technique changes it.
+        ``device``: the kind of device whose kernels run, "cpu" or "cuda". ``world``: the plan's layout of
+        ranks with this process's rank; by default rank 0, without a device mesh. ``on_built`` is called with
+        the workbench, which holds the model as the job built it, before any technique changes it.
         """
         check(plan)
         model = job.build_model()
@@ -107,18 +107,20 @@ class TrainingStep:
         terms_per_rank: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one training step on ``batch``, this rank's part of the batch: forward and backward of each
-        micro-batch, then the optimizer's step, which frees the gradients, then the update of the weights'
-        moving average if the job has one.
+        micro-batch, then the optimizer's step and the freeing of gradients, then, if the job has one, the
+        update of the moving average of weights.
 
-        Returns (the sum of the losses of the micro-batches that ran, each weighted by its number of loss
-        terms divided by ``terms_per_rank``; the gradient norm before clipping, 0 if float16 gradients
-        overflowed and the step was skipped) as detached scalar tensors. ``terms_per_rank`` is the mean number
-        of loss terms over ranks with different data, as returned by `local`; by default the number in
-        ``batch``, so that the first result is the mean loss of ``batch``. ``on_phase`` is called at the
-        beginning of each phase. ``micro_batches_played``: run only so many micro-batches, the first ones and
-        the last, for a trace that knows that the others are alike; by default all run. ``update=False``: free
-        the gradients without the optimizer's step. Raises UserError if ``batch`` cannot be split as the plan
-        requires, or if the job's loss is not a scalar tensor that depends on a trainable parameter.
+        Returns two detached scalar tensors. The first is the sum of the losses of the micro-batches that ran,
+        each weighted by its number of loss terms divided by ``terms_per_rank``. That is the mean number of
+        loss terms over ranks with different data, as `local` returns it; by default the number in ``batch``,
+        so that the first result is the mean loss of ``batch``. The second is the gradient norm before
+        clipping, or 0 if float16 gradients overflowed and the optimizer's step was skipped.
+
+        ``on_phase`` is called with each phase when it begins. ``micro_batches_played``: run only this many
+        micro-batches, the first ones and the last, for a trace that knows that the others are alike; by
+        default all run. ``update=False``: free the gradients without the optimizer's step and the average's
+        update. Raises UserError if ``batch`` cannot be split as the plan requires, or if the job's loss is
+        not a scalar tensor that depends on a trainable parameter.
         """
         parts = split(batch, self.bench.micro_batches)
         terms = [self._terms(part) for part in parts]
@@ -139,19 +141,20 @@ class TrainingStep:
 
     def prime(self, on_phase: OnPhase = _ignore) -> None:
         """Create the optimizer's state as a first step does, by an optimizer step with gradients of zero.
-        Used for traces. ``on_phase`` is called with the phase of the optimizer."""
+        Used for traces. ``on_phase`` is called once, with ``Phase.OPTIMIZER``."""
         on_phase(Phase.OPTIMIZER)
         for param in self.bench.trainable():
             param.grad = torch.zeros_like(param)
         self._update()
 
     def local(self, batch: Any) -> tuple[Any, float]:
-        """Return (this rank's part of ``batch``, the whole batch of a step; the mean number of loss terms in
-        the parts).
+        """Return (this rank's part of ``batch``; the mean number of loss terms of a part). ``batch``: the
+        whole batch of a step, the same on all ranks.
 
-        The part of a data-parallel rank consists of new tensors; without data parallelism it is ``batch``
-        itself. If the plan cuts samples along their sequence, the part is the rank's slice of its samples.
-        Raises UserError if ``batch`` has fewer samples than there are data-parallel ranks.
+        Data-parallel ranks get consecutive samples, as `split` cuts them, copied into new tensors; without
+        data parallelism the part is ``batch`` itself. If the plan cuts samples along their sequence, the part
+        is the rank's slice of its samples. Raises UserError if ``batch`` has fewer samples than there are
+        data-parallel ranks.
         """
         world, cut_sample = self.bench.world, self.bench.slices
         if cut_sample is not None:
@@ -166,7 +169,8 @@ class TrainingStep:
         return local_part, self._terms(batch) / world.layout.data
 
     def close(self) -> None:
-        """Release everything that hooks hold in reference cycles. The step must not be used afterwards."""
+        """Release everything that the hooks on the model hold in reference cycles. The step must not be used
+        afterwards."""
         for close in self.bench.closers:
             close()
 
@@ -180,9 +184,11 @@ class TrainingStep:
         return optimizer
 
     def _update(self) -> torch.Tensor:
-        """Undo the loss scale, clip the gradients as the job says, run the optimizer's step and free the
-        gradients. Return the gradient norm before clipping. If the gradients overflowed and the loss scale
-        could be halved, the optimizer's step is skipped and the norm returned is 0.
+        """Undo the loss scale, clip the gradients to the job's ``clip``, run the optimizer's step and free
+        the gradients. Return the gradient norm before clipping.
+
+        If there is a loss scale above 1 and the norm is not finite, the scale is halved, the optimizer's step
+        is skipped, and the norm returned is 0.
         """
         norm, scale = self._grad_norm(), self.bench.loss_scale
         if scale is None or scale.unscaled(norm, self.bench.trainable()):
@@ -194,10 +200,11 @@ class TrainingStep:
         return norm
 
     def _clip(self, norm: torch.Tensor) -> None:
-        """Scale all gradients so that their norm is at most the job's ``clip``; do nothing if that is None.
+        """Scale all gradients by one factor so that their norm is at most the job's ``clip``; do nothing if
+        that is None.
 
-        The arithmetic is that of `torch.nn.utils.clip_grad_norm_`. ``norm``: that of the gradients of all
-        ranks.
+        The arithmetic is that of `torch.nn.utils.clip_grad_norm_`. ``norm``: the norm of all gradients over
+        all ranks.
         """
         if self.job.clip is None:
             return
@@ -252,8 +259,8 @@ class TrainingStep:
 
     @contextlib.contextmanager
     def contexts(self) -> Iterator[None]:
-        """Enter the contexts that the plan puts around a forward pass, such as autocast. Use it for
-        evaluation too."""
+        """Context manager: enter the contexts that the plan puts around a forward pass, such as autocast. To
+        be used for evaluation too."""
         with contextlib.ExitStack() as stack:
             for context in self.bench.forward_contexts:
                 stack.enter_context(context())
@@ -298,10 +305,11 @@ def _must_be_loss(loss: object) -> None:
 
 
 def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
-    """Return (process groups over which the gradient is sharded, this rank's shard). For a plain tensor there
-    are no groups, and the shard is the tensor.
+    """Return (process groups over which ``grad`` is sharded; this rank's shard of it). For a plain tensor
+    there are no groups, and the shard is the tensor.
 
-    Partial sums, as in norms that work on a slice of the sequence, are reduced first.
+    Gradients that ranks hold as partial sums, as in norms that work on a slice of the sequence, are summed
+    over ranks first.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -319,11 +327,12 @@ def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
 def global_norm(
     grads: Sequence[torch.Tensor], world: World, *, own: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:
-    """Return the norm of the gradients of all ranks. All ranks must call it.
+    """Return the L2 norm of the gradients of all ranks, a float32 scalar. All ranks must call it, since they
+    communicate.
 
-    Squares of local shards are summed along the mesh dimensions over which each gradient is sharded, and
-    along the pipeline, whose stages hold different parameters. ``own``: gradients of parameters that differ
-    between data-parallel ranks, whose squares are also summed over these ranks.
+    ``grads``: this rank's gradients. The squares of its shards are summed over the ranks among which each
+    gradient is sharded, and over pipeline stages, which hold different parameters. ``own``: gradients of
+    parameters that differ between data-parallel ranks; their squares are also summed over these ranks.
     """
     squares: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for grad in grads:
@@ -345,17 +354,17 @@ def global_norm(
 
 
 def played(count: int, most: int | None) -> list[int]:
-    """Return the indices of those of ``count`` micro-batches to run if ``most`` of them are enough: the first
-    ``most`` - 1 and the last, or all if ``most`` is None or not below ``count``."""
+    """Return the indices of the micro-batches to run, out of ``count``, if ``most`` (at least 1) are enough:
+    the first ``most`` - 1 and the last. All if ``most`` is None or at least ``count``."""
     if most is None or most >= count:
         return list(range(count))
     return [*range(most - 1), count - 1]
 
 
 def batch_length(batch: Any) -> int:
-    """Return the number of samples of a batch: the one that an object in it, such as a batch of graphs,
-    reports as ``num_graphs`` or ``batch_size``, else the size of the first dimension of its first tensor with
-    dimensions.
+    """Return the number of samples of a batch: the integer ``num_graphs`` or ``batch_size`` of the first
+    object in it that has one and holds tensors, such as a batch of graphs; without one, the size of the first
+    dimension of the batch's first tensor with dimensions.
 
     Raises UserError if the batch contains no tensor with dimensions.
     """
@@ -370,12 +379,13 @@ def batch_length(batch: Any) -> int:
 
 
 def split(batch: Any, parts: int) -> Sequence[Any]:
-    """Split a batch into ``parts`` micro-batches along the first dimension; the first ones have one sample
-    more if the number of samples does not divide evenly.
+    """Return ``parts`` micro-batches with consecutive samples of ``batch``. If the number of samples is not a
+    multiple of ``parts``, the first micro-batches have one sample more than the others.
 
-    Tensors are views. A tensor whose first dimension is not the number of samples is whole in every
-    micro-batch. A batch that is an object is split by its own methods. With ``parts`` 1, the batch itself is
-    the only one. Raises UserError if there are more parts than samples, or if such an object cannot be split.
+    Tensors are cut along the first dimension, as views. A tensor whose first dimension is not the number of
+    samples is whole in every micro-batch. A batch that is an object is split by its own methods. With
+    ``parts`` 1, the result is ``[batch]``. Raises UserError if there are more parts than samples, or if an
+    object cannot be split.
     """
     if parts == 1:
         return [batch]
@@ -400,12 +410,12 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
 
 
 def repeat(batch: Any, times: int) -> Any:
-    """Return a batch with the samples of ``batch``, ``times`` times in a row, which `split` cuts into
-    ``times`` micro-batches equal to ``batch``.
+    """Return a batch with all samples of ``batch`` ``times`` times, one copy after another, so that `split`
+    cuts it into ``times`` micro-batches equal to ``batch``.
 
     A tensor whose first dimension is not the number of samples is kept as it is, and so is a batch that is an
     object. With ``times`` 1, ``batch`` itself is returned. Raises UserError if the batch contains no tensor
-    with dimensions.
+    with dimensions and ``times`` is not 1.
     """
     if times == 1:
         return batch

@@ -19,12 +19,12 @@ from memfit.types.job import Job
 
 
 def load_user_job(spec: str, options: dict[str, Any]) -> Job:
-    """Load the user's job ``spec``, which is ``path.py:attribute``: a Job, or a function that returns one.
+    """Return the user's job ``spec``, which is ``path.py:attribute``: a Job, or a function that returns one.
 
-    ``options`` (those of size, data, weights, batch, length that were given) are passed to the function; a
-    Job accepts none. Raises UserError for a missing file or attribute, for an object that is not a Job, for
-    an option that is not accepted, and for any error in the user's own code, with its location. The functions
-    of the returned Job convert errors in the same way.
+    ``options``: those of size, data, weights, batch and length that the user gave; they are passed to the
+    function by keyword. A Job accepts none. Raises UserError for a missing file or attribute, for a file that
+    is not Python, for an object that is not a Job, for an option that is not accepted, and for any error in
+    the user's own code, with its location. The functions of the returned Job convert errors in the same way.
     """
     path, _, name = spec.rpartition(":")
     module = _run_file(Path(path), spec)
@@ -92,8 +92,8 @@ def guard_job(job: Job, spec: str) -> Job:
 
 
 def _run_file(path: Path, spec: str) -> ModuleType:
-    """Import the file under a module name of its own and return the module. Raises UserError if there is no
-    such Python file, or if it raises an error.
+    """Import the file ``path`` under a module name of its own and return the module. Raises UserError if
+    there is no such Python file, or if importing it raises an error.
 
     The file's folder is appended to the import path and stays there, because the job may import modules
     beside it, at its top or inside a function. At the end of the path, they cannot replace modules of the
@@ -115,10 +115,12 @@ def _run_file(path: Path, spec: str) -> ModuleType:
 
 
 def shadowed_modules(spec: str) -> Iterator[str]:
-    """Yield one line for each module in the folder of the user's job ``spec`` that the job imports, directly
-    or through other such modules, but for which Python would load another module of that name.
+    """Yield a warning of one line for each module beside the user's file that is not the one that Python
+    would load under its name, but for example one of the standard library. ``spec``: the user's job,
+    ``path.py:attribute``. Modules are those that the file imports, directly or through other modules beside
+    it.
 
-    Nothing is imported. Jobs that are not the user's, and unreadable files, are skipped.
+    Nothing is imported. Nothing is yielded for other jobs, and files that cannot be read are skipped.
     """
     path = Path(spec.rpartition(":")[0])
     pending, visited = [path] if path.suffix == ".py" else [], set[str]()
@@ -146,7 +148,8 @@ def _own_module(folder: Path, name: str) -> Path | None:
 
 
 def _imported_names(file: Path) -> set[str]:
-    """Return the top-level names of all absolute imports in a file; none if it cannot be read or parsed."""
+    """Return the top-level names of all absolute imports in a file, such as "numpy" for ``import
+    numpy.linalg``; none if it cannot be read or parsed."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -174,11 +177,11 @@ _NO_GRADIENT = "Expected to have finished reduction in the prior iteration"  # D
 
 
 def guarded(action: Any, spec: str) -> Any:
-    """Call ``action`` and return its result. Convert any error that it raises, SystemExit included, to a
-    one-line UserError with the last location in the user's code.
+    """Return ``action()``. Convert any error that it raises, SystemExit included, to a UserError of one line
+    with the file and line of the innermost call that is in the folder of the user's file.
 
-    UserError, MemoryError and errors that tell that memory ran out are raised unchanged. ``spec``: the user's
-    job, or what else runs; the message begins with it.
+    UserError, MemoryError and errors whose text says that memory ran out are raised unchanged. ``spec``: the
+    user's job, ``path.py:attribute``, or a name for what else runs; the message begins with it.
     """
     try:
         return action()

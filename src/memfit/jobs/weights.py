@@ -22,10 +22,11 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
 
     Tied parameters may be stored under any of their names, and a leading ``esm.`` may be missing. Every
     parameter must be present, except those whose names start with one of ``may_miss`` (the head of a new
-    task). A buffer that is missing keeps its initial value. Tensors that the model does not use are ignored.
-    Under fake tensors, which hold no values, nothing is loaded, because weights do not change sizes; only the
-    folder is checked. Raises UserError for a folder that is missing, has no safetensors or cannot be read,
-    for a missing parameter, and for another shape.
+    task), and at least one tensor. A buffer that is missing keeps its initial value. Tensors that the model
+    does not use are ignored. Under fake tensors, which hold no values, nothing is loaded, because weights do
+    not change sizes; only the folder is checked. Raises UserError for a folder that is missing, has no
+    safetensors or cannot be read, for a missing parameter, and for a tensor of another shape than the
+    model's.
     """
     from torch._guards import detect_fake_mode
 
@@ -46,7 +47,8 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
 
 
 def _aliases(name: str) -> Iterator[str]:
-    """Yield the names that files may use for the model's parameter ``name``, itself included.
+    """Yield the names, each once or twice and in no fixed order, under which files may store the model's
+    tensor ``name``, which is one of them.
 
     An encoder saved alone has no prefix ``esm.``, and Hugging Face still writes TensorFlow's gamma and beta
     for the weights and biases of some layer norms.
