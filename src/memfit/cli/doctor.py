@@ -97,8 +97,8 @@ def tools() -> Iterator[Check]:
 
 
 def allocator_check() -> Check:
-    """Check whether the counting allocator can be used, a library that counts the memory of tensors on the
-    CPU. It is built now unless it was built before. Without it, the peak memory of runs is computed from the
+    """Check whether the counting allocator, a library that counts the memory of tensors on the CPU, can be
+    built, and build it unless that was done before. Without it, the peak memory of runs is computed from the
     events that torch's own allocator reports."""
     name = "counting allocator"
     try:
@@ -179,7 +179,7 @@ def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield (name, reason in one line) for each of the modules ``names`` that cannot be imported, in this
     order. The imports run one after the other in a child process, because a broken library may crash the
     process that imports it. After a module that fails, a new child process goes on with the next one. A child
-    is stopped after two minutes, and the module that it is importing then is yielded, too."""
+    that has run for two minutes is stopped, and the module that it was importing counts as failed."""
     remaining = list(names)
     while remaining:
         reason, imported_count = _import(remaining)

@@ -50,8 +50,8 @@ class EngineOptions:
 
 
 def engine(options: EngineOptions, output: JsonOptions) -> None:
-    """List the engines, which run a training, or create a virtual environment for one whose dependencies
-    conflict with memfit's."""
+    """List the engines, the programs that run a training, or create a virtual environment for one whose
+    dependencies conflict with memfit's."""
     action = check_choice("action", options.action, ("list", "install"))
     if action == "install":
         _install(options, as_json=output.json)

@@ -296,7 +296,7 @@ class EffortOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageOptions:
-    """The language of the result and of the progress."""
+    """The language of the result and of the progress, "en" or "ja"."""
 
     lang: Annotated[
         str,
@@ -316,7 +316,7 @@ class JsonOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
-    """The language of the result, and whether to print the result or the error as JSON."""
+    """The language of the result, "en" or "ja", and whether to print the result or the error as JSON."""
 
     lang: Annotated[
         str,

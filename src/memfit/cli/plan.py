@@ -115,8 +115,8 @@ class FromOptions:
 
 def _refuse_options_with_from(limits: BoundsOptions, from_options: FromOptions, save: SaveOptions) -> None:
     """Raise UserError if one of --corrected-by, --nproc (other than 1), --deadline, --budget, --micro-batch,
-    --without and --explain-infeasible is given. It is called with --from, for whose files they have no
-    effect."""
+    --without and --explain-infeasible is given. It is called if --from is given, with which they cannot be
+    used."""
     options = {
         "--corrected-by": from_options.corrected_by,
         "--nproc": save.nproc != 1,
@@ -145,9 +145,9 @@ def plan(
 ) -> None:
     """Recommend a plan that fits the memory. Nothing is trained, except for a few steps with --measure.
 
-    Prints the recommended plan and its rivals, what each technique in it saves (memory) and costs (time), and
-    why other plans were left out. With --from, predicts and lints an existing set-up and shows better plans,
-    if there are any."""
+    Prints the recommended plan and its best alternatives, what each technique in it saves (memory) and costs
+    (time), and why other plans were left out. With --from, predicts and lints an existing set-up and shows
+    better plans, if there are any."""
     language_code = check_language(output.lang)
     if save.save is not None:
         writable(save.save, overwrite=save.force)

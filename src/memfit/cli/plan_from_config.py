@@ -176,7 +176,7 @@ def _as_predicted(
     job's own length). Its micro-batch is that batch divided by the files' number of micro-batches in a batch,
     None if this leaves a remainder; it is unchanged if the files do not state both. If the user named a job
     whose number of blocks or width differs from the model of the files, or if the files do not state that
-    model's sizes, ``carried`` lists the model as left out."""
+    model's sizes, it lists the model as left out."""
     micro_batch = carried.micro_batch
     if micro_batch is not None and carried.batch is not None:
         steps = max(1, carried.batch // micro_batch)
@@ -197,10 +197,11 @@ def _as_predicted(
 def _clipped(
     job_request: memfit.planner.single_device.Request, carried: memfit.lint.draft.Carried, limit: float | None
 ) -> tuple[memfit.planner.single_device.Request, memfit.lint.draft.Carried]:
-    """Return ``job_request`` with gradients clipped to a norm of ``limit``, and ``carried`` unchanged. 0: not
-    clipped; None: the files do not say, and the request keeps the limit of the job. But if the plan of
-    ``carried`` has optimizer-in-backward, with which gradients cannot be clipped, and ``limit`` is above 0,
-    return the request unchanged, and ``carried`` with the clipping listed as left out."""
+    """Return ``job_request`` with gradients clipped to a norm of ``limit``, and ``carried`` unchanged. A
+    ``limit`` of 0: not clipped; None: the files do not say, and the request keeps the limit of the job. But
+    if the plan of ``carried`` has optimizer-in-backward, with which gradients cannot be clipped, and
+    ``limit`` is above 0, return the request unchanged, and ``carried`` with the clipping listed as left
+    out."""
     if limit and carried.plan.get("optimizer-in-backward"):
         reason = "each parameter is updated before the whole norm is known: predicted without clipping"
         return job_request, _left_out(carried, f"gradients clipped to {limit:g}", reason)

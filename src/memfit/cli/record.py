@@ -75,7 +75,8 @@ class CompareOptions:
 
 
 def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> None:
-    """Write a proof of concept as one JSON file that others can read, or add one from others to the store."""
+    """Write the record of a proof of concept, one JSON file that others can read, or add a record from others
+    to the store."""
     if sum((options.schema, options.add is not None, options.poc is not None or options.out is not None)) > 1:
         raise UserError(
             "--schema and --add cannot be used together, or with --poc or --out",
@@ -109,8 +110,8 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
 
 
 def compare(options: CompareOptions, store: StoreOptions, output: JsonOptions) -> None:
-    """Compare two records, and say which quantities are not comparable and why. Each is a file or an ID in
-    the store."""
+    """Compare two records, each a file or an ID in the store, and say which quantities are not comparable and
+    why."""
     quiet_libraries()
     from memfit.store import exchange
 

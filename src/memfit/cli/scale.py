@@ -96,10 +96,11 @@ def scale(
     store: StoreOptions,
     output: OutputOptions,
 ) -> None:
-    """Check the figures of a proof of concept against limits, called gates, and predict the two next stages:
+    """Check the figures of a proof of concept against limits, called gates, and predict the next two stages:
     the pilot on the machine --pilot and the full-size training on the machine --full.
 
-    If a figure does not keep its limit, no stage is predicted and the exit code is 1."""
+    A stage without a machine is not predicted. If a figure does not keep its limit, no stage is predicted and
+    the exit code is 1."""
     lang = check_language(output.lang)
     machines = {n: m for n, m in (("pilot", options.pilot), ("full", options.full)) if m is not None}
     for name in machines.values():
@@ -187,9 +188,10 @@ def _stage(
     job: JobOptions, on: str, goal: GoalOptions, runtime: RuntimeOptions
 ) -> tuple[dict[str, Any], memfit.planner.single_device.Planning]:
     """Search for the plan of one stage, the pilot or the full-size training, on the machine ``on``. Return
-    (plain data; the finished search). The data have the recommended plan, its predicted memory, step time,
-    cost and energy, "stop_when", the observations at which the stage should be stopped, and "way_back", what
-    to return to then. Raises NothingFits if no plan fits the machine, and UserError for invalid options."""
+    (plain data; the finished search). The data have the recommended plan, its predicted memory and step time,
+    its cost and energy for 1,000 steps, "stop_when", the observations at which the stage should be stopped,
+    and "way_back", what to return to then. Raises NothingFits if no plan fits the machine, and UserError for
+    invalid options."""
     from memfit.planner import single_device
     from memfit.types.units import format_bytes
 

@@ -183,8 +183,9 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _guards() -> Iterator[str]:
-    """Yield the SQL of triggers for both tables, which abort an UPDATE, a DELETE, and an INSERT with an
-    existing key: as INSERT OR REPLACE, it would silently delete the old row."""
+    """Yield the SQL of triggers for the tables record and environment, which abort an UPDATE, a DELETE, and
+    an INSERT with an existing key: written as INSERT OR REPLACE, such an INSERT would silently delete the old
+    row."""
     for table, key in _KEYS.items():
         exists_clause = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {key} = NEW.{key})"
         for event, condition in (("UPDATE", ""), ("DELETE", ""), ("INSERT", exists_clause)):

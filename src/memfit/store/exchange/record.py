@@ -274,8 +274,7 @@ def read(path: Path) -> Shared:
 
 def faults(record: Shared) -> Iterator[str]:
     """Yield the inconsistencies of the record, each as a text that names the fields concerned; nothing for a
-    consistent record. After an invalid plan, nothing else is checked.
-    """
+    consistent record. After the first invalid plan, nothing else is checked."""
     plans = []
     for name, side in (("baseline", record.baseline), ("recommended", record.recommended)):
         try:
@@ -337,8 +336,8 @@ def _plan(side: Side) -> Plan:
 
 
 def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[str]:
-    """Yield the inconsistencies of the verdict. ``same``: the recommended plan is plain training itself, so
-    that "equivalent" needs no proof."""
+    """Yield the inconsistencies of the verdict. ``same``: the record's two plans are equal, so that the
+    verdict "equivalent" needs no proof."""
     baseline_scores, recommended_scores = record.baseline.metric_by_seed, record.recommended.metric_by_seed
     equivalent = verdict.kind == "equivalent"
     if verdict.effect != record.recommended.effect:
