@@ -23,13 +23,15 @@ Seconds = Callable[[Sequence[OpCall]], float]
 
 
 def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
-    """Return the costs, on the traced rank, of what runs before the blocks, of one block (the middle one),
-    and of what runs after them.
+    """Return the costs of three pieces of the model on one rank, seen in the last step of ``trace``: of what
+    runs before the blocks ("before"), of the middle one of the three blocks ("block"), and of what runs after
+    the blocks ("after").
 
-    ``trace`` is a trace of `BLOCKS` blocks at the module path ``path``, without data parallelism, of one
-    micro-batch. ``seconds`` returns the time of operators. The model may run the blocks several times before
-    the pass that gradients flow through, as with recycling. Raises UserError if the blocks do not run one
-    after the other forward, and in reverse order backward.
+    ``trace``: of one rank and one micro-batch, of a model cut to `BLOCKS` (3) blocks, without data
+    parallelism. ``path``: the module path of the blocks, such as "layers". ``seconds`` returns the total time
+    of a sequence of operators. The model may run the blocks several times before the forward pass that
+    gradients flow through, as with recycling. Raises UserError unless the last runs of the three blocks come
+    one after the other in forward, and in reverse order in backward.
     """
     view = _Look(trace, path, seconds)
     forward, backward = view.firsts(Phase.FORWARD), view.firsts(Phase.BACKWARD)
@@ -51,7 +53,9 @@ def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
 
 @dataclasses.dataclass
 class _Look:
-    """Access to the last step of a trace by block and phase."""
+    """Access to the last step of ``trace``: its operators, its live bytes, and the runs of its blocks, whose
+    module path is ``path``.
+    """
 
     trace: Trace
     path: str
@@ -67,8 +71,8 @@ class _Look:
         return [s for s in self.trace.spans if s.phase is phase and s.step == self.last][-1]
 
     def _runs(self, phase: Phase) -> list[tuple[str, list[OpCall]]]:
-        """Return (number of the block as text, its operators) for each time that a block runs in ``phase``,
-        in order.
+        """Return (index of the block as text, such as "0"; operators of this run) for each time that a block
+        runs in ``phase`` of the last step, in order of time.
         """
         span, prefix = self.span(phase), f"{self.path}."
         block_ops = (o for o in self.ops if span.start <= o.clock < span.end and o.module.startswith(prefix))
@@ -76,11 +80,15 @@ class _Look:
         return [(number, list(ops)) for number, ops in groups]
 
     def _of_block(self, phase: Phase, index: int) -> list[OpCall]:
-        """Return the operators of the last run of block ``index`` in ``phase``; empty if it does not run."""
+        """Return the operators of the last run of block ``index`` (from 0) in ``phase`` of the last step;
+        empty if it does not run.
+        """
         return next((ops for number, ops in reversed(self._runs(phase)) if number == str(index)), [])
 
     def passes(self) -> int:
-        """Return how many times the model runs forward through the blocks in a step (block 1 is counted)."""
+        """Return how many times the last step runs forward through the blocks: 1, or more with recycling. The
+        runs of the middle block are counted.
+        """
         return sum(number == "1" for number, _ in self._runs(Phase.FORWARD))
 
     def firsts(self, phase: Phase) -> list[int]:
@@ -88,12 +96,14 @@ class _Look:
         return [ops[0].clock for ops in runs if ops]
 
     def end(self, phase: Phase, index: int) -> int:
-        """Return the clock of the first operator after the block's last one, or the end of the phase."""
+        """Return the clock of the first operator after the last operator of block ``index`` in ``phase`` of
+        the last step. If no operator follows within the phase, return the clock at which the phase ends.
+        """
         last, span = self._of_block(phase, index)[-1].clock, self.span(phase)
         return next((o.clock for o in self.ops if last < o.clock < span.end), span.end)
 
     def level(self, clock: int) -> int:
-        """Return the live bytes just before ``clock``."""
+        """Return the live bytes just before ``clock``; 0 before the first allocation."""
         index = int(numpy.searchsorted(self.clock, clock)) - 1
         return int(self.live[index]) if index >= 0 else 0
 
@@ -110,11 +120,14 @@ class _Look:
         return self.ops[begin:end]
 
     def piece(self, forward: tuple[int, int], backward: tuple[int, int], module: str | None) -> PartCosts:
-        """Return the costs of one piece of the model, from what lies within these clock ranges.
+        """Return the costs of one piece of the model, which runs in the clock ranges ``forward`` and
+        ``backward`` of the last step. A range is (start, end), without the end.
 
-        ``module`` None: the piece lies before or after the blocks, and of the forward only work outside the
-        blocks counts; else it is a block. Forward passes without gradients (recycling) count towards the time
-        of the blocks, and towards the memory of what runs before them.
+        ``module``: the module path of the block, if the piece is a block. None: the piece lies before or
+        after the blocks, and operators inside blocks do not count towards its forward time, FLOPs and
+        collectives. If the model runs the blocks several times (recycling), a block's forward time, FLOPs and
+        collectives are multiplied by the number of passes. The memory of the earlier passes counts in the
+        piece before the blocks, in whose range they run.
         """
         kept_bytes = self.level(forward[1]) - self.level(forward[0])
         step_gradients = (
@@ -144,10 +157,11 @@ def _travel(ops: Sequence[OpCall]) -> Travel:
 
 
 def updating_of(trace: Trace, seconds: Seconds) -> UpdateCosts:
-    """Return the costs of the optimizer's step per trainable element of the parameters.
+    """Return the costs of the optimizer's step, each divided by the number of trainable parameter elements.
 
-    ``trace`` covers two steps on one rank; its second optimizer phase is divided by the number of elements.
-    ``seconds`` returns the time of operators.
+    ``trace``: two steps on one rank. Time, bytes moved and the peak of temporary tensors are those of the
+    second step's optimizer phase; the optimizer state is what is alive at the end. ``seconds`` returns the
+    total time of a sequence of operators.
     """
     view = _Look(trace, "", seconds)
     span = view.span(Phase.OPTIMIZER)

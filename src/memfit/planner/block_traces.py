@@ -40,9 +40,10 @@ class Key:
     """Identifies one small trace: of a plan on ``tensor`` x ``context`` ranks, with three blocks of the
     model.
 
-    ``tensor``, ``context``: degrees of tensor and context parallelism. ``sequence``, ``vocabulary``: settings
-    of tensor parallelism. ``compute``: precision, "fp32", "autocast" or "bf16". ``uses``: the other
-    techniques. ``samples``: number of samples in the micro-batch.
+    ``tensor``, ``context``: degrees of tensor and context parallelism. ``sequence``, ``vocabulary``: the
+    settings of these names of the technique tensor-parallel. ``compute``: precision, "fp32", "autocast" or
+    "bf16". ``uses``: the plan's techniques beside parallelism and precision. ``samples``: number of samples
+    in the micro-batch.
     """
 
     tensor: int
@@ -55,12 +56,12 @@ class Key:
 
 
 class BlockTracer:
-    """Makes small traces of one job for one kind of device ("cpu" or "cuda"), and returns the parts of the
-    model with the costs seen in them.
+    """Makes small traces of one job for one kind of device ("cpu" or "cuda"), and returns the costs of the
+    model's pieces that are seen in them.
 
-    The traces are cached: ``kept`` has each trace by its key, or the error's text if it could not be made;
-    ``updates`` has traces of the optimizer's step by the techniques that decide it. Making one raises
-    UserError if the model has no repeated blocks.
+    The traces are cached. ``kept``: each trace of three blocks by its `Key`, or the text of the error that
+    tracing raised. ``updates``: each trace of the optimizer's step by the set of techniques under which it
+    was made. Creating a BlockTracer raises UserError if the model has no repeated blocks.
     """
 
     def __init__(self, job: Job, device: str) -> None:
@@ -76,9 +77,10 @@ class BlockTracer:
         self._batch = job.make_batch(0, 0)  # made once, with real tensors
 
     def host_tensors(self, kept_bytes: float) -> HostTensors:
-        """Return the host tensors of a rank that keeps ``kept_bytes`` in host memory during a step.
+        """Return what a rank needs of host memory for tensors if it keeps ``kept_bytes`` there during a step,
+        for example of offloaded activations.
 
-        The job's whole batch is counted as the rank's part.
+        Its inputs count as the job's whole batch, although data-parallel ranks divide it.
         """
         tensors = (t for t in _pytree.tree_leaves(self._batch) if isinstance(t, torch.Tensor))
         batch_bytes = sum(t.numel() * t.element_size() for t in tensors)
@@ -87,10 +89,10 @@ class BlockTracer:
         )
 
     def parts(self, key: Key, seconds: Seconds) -> Parts:
-        """Return the costs of the parts of the model in the trace ``key``, which is made if it is not cached.
+        """Return the costs of the model's pieces in the trace ``key``, which is made if it is not cached.
 
-        ``seconds`` returns the time of operators. Raises UserError if the model cannot be cut or run that
-        way.
+        ``seconds`` returns the total time of a sequence of operators. Raises UserError if the trace could not
+        be made, for example because the model cannot be divided by the degree, or if `parts_of` raises it.
         """
         self.trace([key])
         result = self.kept[key]
@@ -100,8 +102,9 @@ class BlockTracer:
 
     @functools.cache  # noqa: B019  lives as long as one search
     def hidden_bytes(self, compute: str) -> float:
-        """Return the bytes of one sample's hidden state between two blocks, in the precision ``compute``: it
-        is what a block that is recomputed in backward keeps.
+        """Return the bytes of one sample's hidden state between two blocks, in the precision ``compute``
+        ("fp32", "autocast" or "bf16"). It is what a block that is recomputed in backward keeps from forward
+        to backward.
         """
         key = Key(
             tensor=1,
@@ -120,12 +123,12 @@ class BlockTracer:
         return updating_of(self.updates[uses], seconds)
 
     def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
-        """Make all traces of ``keys``, and of the optimizer's step under each set of techniques in
-        ``updates``, that are not cached, in parallel. A trace of ``keys`` that fails is cached as the error's
-        text; the error of any other is raised.
+        """Make, in parallel, the trace of each of ``keys``, and a trace of the optimizer's step under each
+        set of techniques in ``updates``. Those that are cached are not made again.
 
-        Traces with torch.compile come first and those with distributed tensors last, because each of these
-        loads parts of torch that the other traces do not need.
+        If a trace of ``keys`` fails, the error's text is cached in its place. If one of ``updates`` fails,
+        its error is raised. Those with torch.compile and those of ``updates`` are made first, and those with
+        distributed tensors last, because each of these loads parts of torch that the others do not need.
         """
         tasks: list[tuple[int, dict[Any, Any], Any, Callable[[Any], Any]]] = [
             (_loads(key), self.kept, key, self._traced) for key in dict.fromkeys(keys) if key not in self.kept
@@ -174,10 +177,10 @@ class BlockTracer:
 
 
 def _loads(key: Key) -> int:
-    """Return the order in which a trace is made, by the parts of torch that it loads.
+    """Return the place of the trace ``key`` in the order in which traces are made: -1 (first) if it uses
+    torch.compile, 1 (last) if it is of several ranks and therefore uses distributed tensors, else 0.
 
-    -1 (first): torch's compiler, which low-bit optimizers load too; 1 (last): distributed tensors; 0:
-    neither.
+    The order keeps apart the traces that load parts of torch which the others do not need.
     """
     if any(u.technique == "compile" for u in key.uses):
         return -1
@@ -186,8 +189,8 @@ def _loads(key: Key) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Few:
-    """A `make_batch` that returns the first ``samples`` samples of the job's batch ``whole``. Cut are tensors
-    whose first dimension is ``of``, the number of samples; all else is returned as it is.
+    """A `make_batch` that always returns the first ``samples`` samples of the batch ``whole``. Tensors whose
+    first dimension is ``of``, the batch size of ``whole``, are cut; all else is returned as it is.
     """
 
     whole: Any

@@ -40,9 +40,10 @@ Tell = Callable[[str, int, int, str], None]
 class Aim:
     """What a search for many devices is asked for.
 
-    ``cap_bytes``: memory of one device that a plan may use. ``needs`` returns the bytes of it that an
-    estimate needs. ``host`` tells whether the host has enough memory for it; by default always true.
-    ``bounds``: limits beside memory. ``tell`` is called with the progress: (stage, done, total, detail).
+    ``cap_bytes``: memory of one device that a plan may use. ``needs`` returns how many bytes of it an
+    estimate's plan needs. ``host`` tells whether the host has enough memory for an estimate's plan; the
+    default says that it always has. ``bounds``: the deadline, the budget of money and other limits beside
+    memory. ``tell(stage, done, total, detail)`` is called with the progress.
     """
 
     goal: Objective
@@ -58,9 +59,10 @@ class Scale:
     """Predicts plans of one job on one machine for different numbers of devices: by sketches, composed from
     small traces, and by whole traces.
 
-    The small traces are shared between the numbers of devices. ``refused``: why plans could not be traced
-    whole. ``pairs``: (sketch, whole trace) of the plans that were. Making one raises UserError if the speed
-    of the device is unknown.
+    The small traces are shared between the numbers of devices. ``refused``: for each plan whose whole trace
+    failed, a text that says why. ``pairs``: (estimate by the sketch, estimate by the whole trace) of each
+    plan that was traced whole and has a step time. Creating a Scale raises UserError if the speed of the
+    device is unknown or the model has no repeated blocks.
     """
 
     def __init__(self, pricer: Pricer, aim: Aim) -> None:
@@ -81,8 +83,8 @@ class Scale:
         self.cap_bytes = self._allocated_cap()
 
     def _allocated_cap(self) -> float:
-        """Return the highest peak of live tensors in bytes with which a sketch needs at most the cap of
-        device memory, found by bisection; 0 if none does.
+        """Return the highest peak of live tensors, in bytes, at which a sketch needs no more device memory
+        than the cap. It is found by bisection between 0 and 2**50. Return 0 if none fits.
         """
         fitting_bytes, excessive_bytes = 0.0, 2.0**50
         for _ in range(60):
@@ -107,8 +109,8 @@ class Scale:
         return fitting_bytes
 
     def _host_cap(self, ranks: int) -> float:
-        """Return the bytes of host memory that each rank may use, the host's memory divided by its ranks; 0
-        if the host's memory is unknown.
+        """Return the bytes of host memory that each of ``ranks`` ranks may use: the memory of one host
+        divided by the number of ranks on it; 0 if the host's memory is unknown.
         """
         host_memory_bytes = memory_bytes(self.machine)
         return 0.0 if host_memory_bytes is None else host_memory_bytes / min(ranks, per_host(self.machine))
@@ -160,8 +162,8 @@ class Scale:
         return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if grid_sketches else None
 
     def neighbours(self, sketch: Sketch) -> list[Estimate]:
-        """Return the sketches, as estimates, of the plans that differ from this one along one axis of its
-        grid, whether they fit or not.
+        """Return, as estimates, the sketches of the plans that differ from this one in the value of exactly
+        one axis of its `Grid`, whether they fit or not.
         """
         ranks = sketch.grid.layout.ranks
         neighbours = self.found[ranks].neighbours(sketch)
@@ -169,8 +171,9 @@ class Scale:
         return [self.estimate(s) for s in neighbours]
 
     def over(self, counts: Sequence[int]) -> list[Estimate]:
-        """Return the sketches worth choosing from for all these numbers of devices, as estimates. Numbers for
-        which no plan is possible are left out; if that is all of them, raises the first UserError.
+        """Return, as estimates, the sketches that `grid_search.find` selects for each of these numbers of
+        devices. A number for which no plan is possible is left out. If no plan is possible for any of them,
+        raise the UserError of the first.
         """
         estimates, reasons = list[Estimate](), list[UserError]()
         for ranks in counts:
@@ -185,10 +188,10 @@ class Scale:
     def expected(self, e: Estimate) -> Estimate:
         """Return the estimate that a whole trace of the plan is expected to give.
 
-        A sketch is scaled by the median ratios of trace to sketch in time and memory, over the traced plans
-        of the same kind and degrees (see `kind`), or over all traced plans if there are none. A traced
-        estimate is returned unchanged, and so is a sketch if nothing was traced yet. The host memory is not
-        scaled.
+        The step time, cost, CO2 and device memory of a sketch are multiplied by the median ratios of trace to
+        sketch, in time and in memory, over the traced plans of the same kind and degrees (see `kind`), or
+        over all traced plans if there are none of these. Energy and host memory are not scaled. A traced
+        estimate is returned unchanged, and so is a sketch if nothing was traced yet.
         """
         if e.traced or not self.pairs:
             return e
@@ -216,15 +219,17 @@ class Scale:
         )
 
     def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
-        """Return (part of the machine, seconds per step saved if its work took a tenth less time) for the
-        plan's first distinct rank, largest saving first.
+        """Return (resource of the machine, seconds by which the step would be shorter if the work of this
+        resource took a tenth less time) for each resource that the plan's rank 0 uses, largest saving first.
         """
         trace = self.pricer.trace(plan, layout(plan).distinct_ranks()[0])
         simulator = StreamSimulator(model=self.model, machine=self.machine, members=trace.members)
         return list(simulator.bottleneck(trace).items())
 
     def estimate(self, sketch: Sketch) -> Estimate:
-        """Convert the sketch to an Estimate, with energy, cost and the memory of device and host."""
+        """Return the sketch as an `Estimate`, with energy, cost, CO2 and the memory of device and host added.
+        Its intervals are the sketch's peak +-15 % and its step time +-40 %.
+        """
         machine = self._machine(sketch.grid.layout.ranks)
         cost = bill(machine, step_s=sketch.step_s)
         allocated = interval_around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
@@ -279,8 +284,9 @@ class Scale:
         """Trace the plan of the sketch ``sketched_as`` whole and return its estimate, with energy, cost and
         CO2 of as many devices as the plan has ranks.
 
-        If the trace gives no step time, time, energy, cost and CO2 are taken from the sketch. Otherwise the
-        pair of sketch and trace is kept, from which `expected` corrects sketches.
+        If the trace gives no step time, time, energy, cost and CO2 are taken from the sketch. Otherwise (the
+        sketch, the estimate by the trace) is added to ``pairs``, from which `expected` corrects other
+        sketches.
         """
         with optimizer_steps_only():
             traced = self.billed(self.pricer.whole(sketched_as.plan))
@@ -296,8 +302,8 @@ class Scale:
         )
 
     def billed(self, e: Estimate) -> Estimate:
-        """Return the estimate with energy, cost and CO2 of as many devices as the plan has ranks, instead of
-        all devices of the machine, as in sketches.
+        """Return the estimate with energy, cost and CO2 of as many devices as the plan has ranks, in place of
+        those of all devices of the machine.
         """
         cost = bill(self._machine(e.plan.ranks), step_s=e.step_s.value if e.step_s else None)
         return dataclasses.replace(e, energy_j=cost.energy_j, usd=cost.usd, co2_g=cost.co2_g)

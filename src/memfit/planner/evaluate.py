@@ -69,12 +69,13 @@ _Part = tuple[list[float], Weighted, Weighted, int]
 @dataclasses.dataclass(kw_only=True)
 class Pricer:
     """Predicts memory, time and cost of plans of one job on one machine and engine. Traces are cached; a new
-    calibration changes the predictions made from them.
+    calibration changes the predictions that are made from them.
 
-    ``model``: seconds of operators; None if the device's speed is unknown, and step times then are, too.
-    ``parts``: cached parts of which sketches are composed. ``vectors``: their numbers, with the seconds by
-    the calibration. ``choices``: cached tensors to recompute, of plans with a memory budget for
-    recomputation.
+    ``model``: predicts the seconds of operators; None if the device's speed is unknown, and then predictions
+    have no step time. ``parts``: what was seen in each traced part (`_digested`), from which sketches are
+    composed. ``vectors``: the same as numbers to add up, with the seconds that the calibration gives.
+    ``choices``: for plans with a memory budget for recomputation, the plan with the tensors to recompute
+    chosen.
     """
 
     job: Job
@@ -108,12 +109,12 @@ class Pricer:
 
     @functools.cached_property
     def dependence(self) -> SampleDependence:
-        """Whether the samples of a batch of the job depend on each other; tested on first access."""
+        """Whether and how the samples of a batch of the job depend on each other; tested on first access."""
         return sample_dependence(self.job)
 
     def dependence_under(self, plan: Plan) -> SampleDependence | None:
-        """Return whether samples depend on each other, if the plan splits the batch into micro-batches or
-        over ranks, else None.
+        """Return `dependence` if the plan splits the batch into micro-batches or over data-parallel ranks,
+        else None.
         """
         return self.dependence if splits_batch(plan) else None
 
@@ -123,8 +124,8 @@ class Pricer:
         self.choices, self.vectors = ChosenPlans(), {}  # both depend on the seconds of operators
 
     def resolve(self, plan: Plan) -> Plan:
-        """Return the plan itself, or, if it recomputes tensors so as to stay within a memory budget and the
-        tensors to recompute are not chosen yet, the plan with these chosen. Raises UserError if the budget
+        """Return the plan with the tensors to recompute chosen, if it has optimal-checkpointing with a memory
+        budget and they are not chosen yet; any other plan is returned itself. Raises UserError if the budget
         cannot be met.
         """
         if open_budget(plan) is None:
@@ -160,11 +161,12 @@ class Pricer:
         self.traces |= {(plan, rank): traced for rank, traced in zip(missing_ranks, traces, strict=True)}
 
     def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
-        """Trace the plan on these ranks and return the traces, one per rank: of the engine's own training
-        step if it has one that can be traced here, else of the step of native, memfit's own engine. If it has
-        one that cannot be traced here, the traces' assumptions say so.
+        """Trace the plan on these ranks and return the traces, one per rank. If the engine has a training
+        step of its own and it can run here, that is traced; else the step of native, memfit's own engine. If
+        the engine's own step cannot run here, the traces' assumptions say so.
 
-        Raises UserError if the model has parameters without dimensions and the engine does not support them.
+        Raises UserError if the model has parameters without dimensions and the engine does not support these
+        under this plan.
         """
         backend = engine(self.engine)
         if backend.no_scalars(plan):
@@ -243,9 +245,11 @@ class Pricer:
     ) -> None:
         """Trace rank 0 of several plans in parallel, for those that are not cached.
 
-        ``tell(done, count, plan)`` is called with the number of finished traces, the number of all, and the
-        label of a plan that is being traced. Plans whose memory budget for recomputation cannot be met are
-        skipped here; `whole` raises the error. On an interrupt, the finished traces are kept.
+        ``tell(done, count, label)`` is called whenever a trace begins or ends, with the number of finished
+        traces, the number of all to make, and the label of a plan that is being traced (if none is, of the
+        one just finished). Plans whose memory budget for recomputation cannot be met are skipped here;
+        `whole` raises the error. An error of a trace is raised. The traces that finished before an error or
+        an interrupt are kept.
         """
         missing_plans = [
             p for p in dict.fromkeys(resolved_plans(plans, self.resolve)) if (p, 0) not in self.traces
@@ -267,7 +271,7 @@ class Pricer:
         self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
         """Trace, in parallel, the parts that the sketches of ``plans`` are composed from and that are not
-        cached. ``tell`` is called as in `trace_all`.
+        cached. ``tell`` is called as in `trace_all`, with the label of the part's plan.
         """
         parts = {
             (plan, blocks, steps, "")
@@ -284,11 +288,14 @@ class Pricer:
         self.parts |= dict(zip(missing_keys, new_parts, strict=True))
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
-        """Return (the weight of the part traced with the whole batch, the parts that the plan's sketch is
-        composed of, each as (plan to trace, number of steps to trace)).
+        """Return (weight of the first part, parts), for the parts that the plan's sketch is composed of. A
+        part is (plan to trace, number of steps to trace). In order, they are:
 
-        The rest of the weight belongs to the part with the smallest micro-batches. A part of weight 0 is left
-        out. The last part is for the optimizer and has no weight.
+        - the plan's `_core` with the whole batch in one micro-batch, whose weight is returned; left out if
+          that is 0
+        - the `_core` with the smallest micro-batches, whose weight is the rest up to 1; left out if that is 0
+        - `_optimizer_only` with the smallest micro-batches, for the optimizer's phase; two steps, and no
+          weight
         """
         max_micro_batches, accumulation = self.space.parts[-1], plan.get(_ACCUMULATION)
         micros = int(accumulation.settings["micro_batches"]) if accumulation else 1
@@ -303,10 +310,12 @@ class Pricer:
         return whole_batch_share, [*parts, (_accumulated(_optimizer_only(plan), max_micro_batches), 2)]
 
     def sketch(self, plan: Plan) -> Estimate:
-        """Return the plan's estimate, composed from traces of parts without tracing the plan itself.
+        """Return the plan's estimate, composed from traces of parts without tracing the plan itself. Parts
+        that are not cached are traced, and so is plain training.
 
-        Peaks between the traced micro-batch sizes are upper bounds: a maximum of linear functions is convex,
-        so it lies below its chord.
+        For a micro-batch between the smallest one and the whole batch, numbers are interpolated linearly
+        between the traces of these two. A peak so found is an upper bound, because a maximum of linear
+        functions is convex and lies below its chord.
         """
         max_micro_batches = self.space.parts[-1]
         accumulation = plan.get(_ACCUMULATION)
@@ -378,8 +387,12 @@ class Pricer:
         )
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:
-        """Return two numbers of blocks, smaller than the model's, with which parts are traced and then
-        extrapolated linearly to all blocks; None if the model has too few blocks for that or they differ.
+        """Return (smaller, larger) numbers of blocks with which parts are traced, and then extrapolated
+        linearly to all blocks of the model. None if parts are traced with all blocks.
+
+        They are (2, 3), or (max(2, k), max(2, k) + k) if activation-checkpointing recomputes every k-th
+        block. It is None if the model has no more blocks than the larger number, or at most 4, or if its
+        blocks are not all alike.
         """
         recompute = plan.get("activation-checkpointing")
         period = int(recompute.settings["every"]) if recompute else 1
@@ -424,11 +437,15 @@ class Pricer:
 
 def _digested(traced: Trace) -> _Part:
     """Return (entries, operators of all micro-steps, operators of the optimizer, number of micro-steps) of
-    the last traced step. The entries are in the order of `_RESIDENT` to `_HOST`: bytes, FLOPs of one
-    micro-step, and the number of tensors that would be offloaded. Operators are (call, number of calls).
+    the last traced step. An operator is (call, number of calls); equal ones are stored once with their count,
+    so that many traces can be kept.
 
-    The memory of forward and backward is counted above the live bytes at the start of the last step, without
-    its batch. Equal operators are stored once with their count, so that many traces can be kept.
+    The entries, in the order of `_RESIDENT` to `_HOST`, are: live bytes at the end; highest live bytes of
+    forward, of backward and of the optimizer; bytes of activations of at least 64 KiB, which would be
+    offloaded; highest live bytes of forward and of backward in a later micro-batch; of backward with the
+    optimizer stepping in it; FLOPs of one micro-step; number of activations of at least 64 KiB; bytes that
+    the step keeps in host memory. Those of forward and backward are above the live bytes at the start of the
+    last step, without its batch.
     """
     clock, live_bytes = levels(traced)
     last_spans = [s for s in traced.spans if s.step == traced.steps - 1 and s.phase is not Phase.SETUP]
@@ -465,8 +482,8 @@ def _digested(traced: Trace) -> _Part:
 
 
 def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
-    """Return the highest live bytes of forward, backward and optimizer within the spans; 0 for a phase
-    without a span.
+    """Return the highest live bytes in each of forward, backward and optimizer, within ``spans``; 0 for a
+    phase that has no span among them.
     """
     clock, live_bytes = levels(traced)
     peaks = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER), 0)
@@ -496,12 +513,12 @@ def _added(gradient: Allocation) -> OpCall:
 def _with_gradients_moved(
     traced: Trace, last_spans: list[PhaseSpan], gradients: list[Allocation]
 ) -> tuple[dict[Phase, int], dict[Phase, int]]:
-    """Return the highest live bytes of each phase, as `_tops` does, in two other cases: (in a micro-batch
-    after the first, with the optimizer stepping in backward).
+    """Return the highest live bytes of each phase, as `_tops` does, in two cases that were not traced: (in a
+    micro-batch after the first, if the optimizer steps in backward).
 
-    In a later micro-batch, the accumulated gradients exist from the start, and for a moment beside the new
-    gradient that is added to them. With the optimizer in backward, each gradient is freed at once, after
-    AdamW's two temporaries of the parameter's size.
+    In a later micro-batch, the accumulated gradients are alive from the start, and for a moment beside the
+    new gradient that is added to them. If the optimizer steps in backward, each gradient is freed as soon as
+    it is computed, after two temporaries of AdamW, together twice its size, were alive beside it.
     """
     accumulated_gradients = [
         dataclasses.replace(g, start=last_spans[0].start, end=g.start + 1) for g in gradients
@@ -529,11 +546,11 @@ def _accumulated(plan: Plan, micros: int) -> Plan:
 
 
 def _core(plan: Plan) -> Plan:
-    """Return the plan with those of its techniques that decide forward and backward: all but gradient
-    accumulation, activation offload and what changes the optimizer. bf16-parameters, if it is among them, has
-    a float32 master copy.
+    """Return the plan with only those of its techniques that decide forward and backward: all but
+    gradient-accumulation, activation-offload, optimizer-in-backward and another optimizer. bf16-parameters,
+    if it is among them, gets a float32 master copy.
 
-    `sketch` adds the effect of what is left out.
+    `Pricer.sketch` adds the effect of what is left out.
     """
     excluded_names = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
     uses = [
@@ -546,7 +563,7 @@ def _core(plan: Plan) -> Plan:
 
 
 def _optimizer_only(plan: Plan) -> Plan:
-    """Return the plan with those of its techniques that decide the optimizer's phase: optimizer,
+    """Return the plan with only those of its techniques that decide the optimizer's phase: another optimizer,
     bf16-parameters, adapters (lora, qlora) and data parallelism.
     """
     names = {"bf16-parameters", "lora", "qlora"}

@@ -26,12 +26,17 @@ _GAIN = 0.03  # relative change of the score that is worth reporting
 def explain_techniques(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Reason]:
-    """Yield one reason per technique of the recommended plan, the ``winner``, or of a ``known`` plan.
+    """Yield one reason for each technique of the recommended plan, the ``winner``, and for each other
+    technique of a plan in ``known``.
 
-    For a technique of the winner, it compares the winner with the best fitting plan without it; for any other
-    technique, with the best fitting plan with it. Sketches that claim to beat the winner are compared only if
-    nothing else fits (see `is_comparable`). If none of these plans fits, the reason is that of `none_fits`.
-    ``known`` are estimates that were traced, or corrected to what a trace is expected to give.
+    For a technique of the winner, the winner is compared with the best fitting plan of ``known`` without it;
+    for another technique, with the best fitting plan that has it. Best is the lowest score by the goal. The
+    kind of the reason says whether that plan is worse by more than 3 % ("without_worse", "left_out_slower")
+    or not ("without_as_good", "left_out_not_needed"). Sketches that predict a better score than the winner's
+    are compared only if no other plan fits (see `is_comparable`). If none of these plans fits, the reason is
+    that of `none_fits`.
+
+    ``known``: estimates by whole traces, and sketches corrected by `Scale.expected`.
     """
     goal = scale.aim.goal
 
@@ -65,11 +70,14 @@ def explain_techniques(
 def smallest_traced(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Estimate]:
-    """Yield traced estimates of the smallest plans that do not fit by their sketches but may fit.
+    """Trace plans whose sketches need a little more memory than the cap, so that they may fit in truth, and
+    yield their estimates.
 
-    These are, for each technique of the winner, the smallest plan without it, and for any other technique of
-    the ``known`` plans, the smallest plan with it, if no such plan fits. They are traced only if their sketch
-    exceeds the memory cap by no more than the error of sketches. Plans that cannot be traced are skipped.
+    There is at most one plan for each technique, in the order of their names: for a technique of the winner,
+    the plan of ``known`` without it that needs the least device memory; for any other technique of ``known``,
+    such a plan with it. It is traced only if none of the plans without (or with) the technique fits, if it
+    was not traced yet, and if 80 % of what its sketch needs is within the cap, because sketches are up to 20
+    % off. Plans that cannot be traced are skipped.
     """
     traced_plans = set[Plan]()
     for _, _, alternatives in _with_or_without(winner, known):
@@ -98,14 +106,15 @@ def _with_or_without(
 
 def is_comparable(e: Estimate, winner: Estimate, goal: Objective) -> bool:
     """Return whether an estimate may be compared with the ``winner``, the best traced plan: it was traced, or
-    it is a sketch that does not claim to be better by the goal, which no trace has verified.
+    it is a sketch whose score by the goal is not better than the winner's. A better score of a sketch is a
+    claim that no trace has verified.
     """
     return e.traced or score(e, goal) >= score(winner, goal)
 
 
 def unsupported_reasons(scale: Scale) -> list[Reason]:
-    """Return one reason for each way in which the model cannot be cut or traced, and for each plan that was
-    to be traced whole and could not be.
+    """Return one reason of kind "cannot" for each way in which the model cannot be divided or small parts of
+    it not be traced, and for each plan whose whole trace failed.
     """
     refusals = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
     return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(refusals)]
@@ -115,11 +124,14 @@ def sensitivity(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], ranks: int
 ) -> Iterator[Sensitivity]:
     """Yield what would change with more memory on each device, with twice as many devices as ``ranks``, and
-    if the work of a part of the machine took a tenth less time.
+    if the work of one resource of the machine took a tenth less time.
 
-    More memory is the least with which a ``known`` plan fits whose score is better by more than 3 %; without
-    such a plan, it is not reported. More devices are not reported if the goal is the fewest or if no plan for
-    them fits; a part of the machine only if more than 0.5 % of the step would be saved.
+    - Memory: reported if some plan of ``known`` needs more than the cap, keeps to the other bounds, and has a
+      score better than the winner's by more than 3 %. Of these, it names the plan that needs the least
+      memory, and how much more than the cap it needs.
+    - Devices: names the best fitting sketch for twice the devices, by the goal, or by time if the goal is
+      least memory. Not reported if the goal is the fewest devices, or if no plan for so many fits.
+    - Each resource of which a tenth less time would shorten the step by more than 0.5 %.
     """
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
 
@@ -182,12 +194,17 @@ def _more_memory(scale: Scale, smallest: Estimate, ranks: int) -> Iterator[str]:
 
 
 def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
-    """Return the NothingFits error with changes, one of which would be enough: if a plan fits the memory, the
-    deadline and the budget of money that the fastest and the cheapest plan would meet, of those that were
-    set; else more memory on device or host; in both cases the least of 2, 4, 8 and 16 times the devices that
-    is enough.
+    """Return the NothingFits error, with a list of changes (``ways``) that would help:
 
-    ``known``: the traced estimates, at least one. ``ranks``: the number of devices that was searched.
+    - If some known plan fits the memory: the deadline that the fastest of these would meet, if a deadline was
+      set, and the budget of money that the cheapest would meet, if a budget was set.
+    - If none does: the memory by which each device falls short of the plan that needs the least, if it does;
+      and, of the plans that fit the device, the one that needs the least host memory, with what it needs of
+      it.
+    - In both cases: the least of 2, 4, 8 and 16 times ``ranks`` devices for which a sketch fits the memory
+      and keeps to the bounds, if there is one.
+
+    ``known``: the traced estimates, at least one. ``ranks``: the largest number of devices that was searched.
     """
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
     smallest = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))
