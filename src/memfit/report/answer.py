@@ -22,12 +22,11 @@ from memfit.verify.aggregate import ok_runs, peak_bytes
 
 
 def answer(poc: Poc) -> tuple[Sentence, ...]:
-    """Return three sentences: (1) whether plain training fits the PoC's memory cap; (2) the recommended plan
-    with its peak memory, or that no plan fits; (3) whether the recommended plan's results are equivalent to
-    those of plain training, and whether a repeated run gives the same results.
-
-    Each states what was measured, else what is predicted, else that it is not known.
-    """
+    """Return three sentences: (1) whether plain training fits the PoC's memory cap, as measured, or as
+    predicted if it did not run under the cap; (2) the recommended plan with its measured peak memory, or the
+    predicted one if it did not run, or how its run ended if none completed, or that no plan fits; (3) whether
+    its results are equivalent to those of plain training and a repeated run gives the same results, or that
+    this was not measured."""
     return (_plain(poc), _recommended(poc), _science(poc))
 
 

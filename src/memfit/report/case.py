@@ -33,9 +33,10 @@ CLASSES: Final = (
 class CaseRung:
     """The stored prediction for one plan at one published size of a job.
 
-    ``plan``: end of the key of its name in the word catalogs, which is ``case.plan.PLAN``. ``step``:
-    predicted time of one step; ``fits``: whether the plan fits the device. ``parts``: (kind of tensors, such
-    as "msa"; bytes at the peak) in the order of CLASSES; kinds with 0 bytes are left out.
+    ``plan``: end of the key of its name in the word catalogs, which is ``case.plan.PLAN``. ``share``: its
+    peak in % of that of the first plan at this size; ``step``: predicted time of one step; ``fits``: whether
+    the plan fits the device. ``parts``: (kind of tensors, such as "msa"; bytes at the peak) in the order of
+    CLASSES; kinds with 0 bytes are left out.
     """
 
     plan: str
@@ -48,9 +49,9 @@ class CaseRung:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseSize:
-    """One published size of the job. ``name``: end of the key of its name in the word catalogs,
+    """One published size of the job. ``name``: end of the key of its name in the word catalogs, which is
     ``case.size.NAME``. A sample has ``residues`` positions and ``rows`` sequences. ``rungs``: the plans
-    predicted at this size; the first is the one with which ``share`` compares."""
+    predicted at this size, in the stored order."""
 
     name: str
     residues: int

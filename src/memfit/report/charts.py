@@ -90,9 +90,10 @@ def axis(
 ) -> Axis:
     """Return an axis that covers the finite ``values``, or 0 and 1 if there are none.
 
-    It begins at 0 if ``zero``, and values below 0 are then outside it; otherwise it begins 8 % of the range
-    covered below the smallest value. It ends 8 % of that range above the largest value. ``title``, ``scale``
-    and ``text`` are as in `Axis`.
+    It begins at 0 if ``zero``, and values below 0 are then outside it; otherwise it begins below the smallest
+    value, with a margin. It ends above the largest value, with the same margin: 8 % of the range from the
+    beginning (0 or the smallest value) to the largest, or if that range is 0, the absolute value, or 1.
+    ``title``, ``scale`` and ``text`` are as in `Axis`.
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     top, bottom = max(finite), 0.0 if zero else min(finite)
@@ -113,8 +114,8 @@ def plot(
     dots: Sequence[Dot] = (),
     rules: Sequence[Rule] = (),
 ) -> str:
-    """Return one chart as the text of an SVG element: axes with ticks, then ``lines``, ``rules`` and ``dots``
-    above each other in this order.
+    """Return one chart as the text of an SVG element: axes with ticks, then ``lines``, ``rules`` and
+    ``dots``, drawn in this order, later ones over earlier ones.
 
     ``chart_id``: id that is unique on the page. ``title`` and ``description`` are for screen readers. All
     texts are escaped here for HTML.

@@ -166,7 +166,8 @@ def _groups(poc: Poc) -> Iterator[ProvenanceRecord]:
 
 def choices(poc: Poc) -> tuple[Choice, ...]:
     """Return the plans of the search that the report shows, in this order and each only once: plain training,
-    the recommended plan if there is one, the frontier, and the plan that needs the least memory."""
+    the recommended plan if there is one, the frontier (plans that fit and that no other plan beats in peak,
+    time and effect on results at once), and the plan with the lowest peak."""
     search = poc.search
     best = [search.recommended] if search.recommended else []
     candidates = (search.baseline, *best, *search.frontier, search.smallest)

@@ -203,11 +203,12 @@ class PaperView:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LargestSizeRow:
     """The largest size of the job that fits one machine: with plain training (``plain``), and with the
-    allowed plan that needs the least memory (``recommended``). ``factor``: recommended / plain.
+    allowed plan that needs the least memory (``recommended``); unknown if no size that was tried fits.
+    ``factor``: recommended / plain.
 
     ``quantity``: "parameters" or "length", what the two numbers count. ``plain_label`` and
-    ``recommended_label``: names of these sizes. ``at_limit``: the largest size that was tried fits, so larger
-    ones may fit too.
+    ``recommended_label``: names of these sizes. ``at_limit``: the largest size that was tried fits with the
+    plan of ``recommended``, so larger ones may fit too.
     """
 
     machine: str
@@ -222,8 +223,13 @@ class LargestSizeRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchView:
-    """The result of a search as rows. ``considered``: how many plans were. ``smallest``: the plan that needs
-    the least memory. ``sensitivity``: what changes of the machine would bring, such as more memory."""
+    """The result of a search as rows.
+
+    ``considered``: number of plans that were predicted. ``frontier``: by increasing peak, the plans that fit
+    and that no other plan beats in peak, time and effect on results at once, and plain training, the smallest
+    and the recommended plan. ``recommended``: None if no plan fits. ``smallest``: the plan with the lowest
+    peak. ``sensitivity``: what changes of the machine would bring, such as more memory.
+    """
 
     goal: str
     considered: Figure
@@ -241,7 +247,9 @@ class EstimateView:
 
     ``categories``, ``modules``: what the peak of live tensors consists of, (name, bytes, % of the peak),
     largest first. ``phases``: (name, peak in this phase, % of the peak), in the order of the step.
-    ``device_parts``: what the device holds beside tensors, (name, bytes, % of the sum of these parts).
+    ``device_parts``: what the device holds, (name, bytes, % of the sum of these parts): "reserved" by the
+    caching allocator, then what is outside it, such as "context". Empty if the device has no such parts, as a
+    CPU.
     """
 
     plan: str

@@ -170,8 +170,8 @@ def report(
     None: the latest PoC. ``path`` None: memfit-ID.LANG.html in the current folder.
 
     The report of an interrupted PoC shows the runs that ended. ``case``: file with the user's figures, as in
-    `decide`. Raises UserError if there is no such PoC, if the file is wrong, or for a language without a
-    catalog.
+    `decide`. Raises UserError if there is no such PoC, if the file or what is stored is wrong, or for a
+    language without a catalog; OSError if the report cannot be written.
     """
     proof, decision = decide(store, poc_id=poc_id, case=case)
     path = path or Path(f"memfit-{proof.poc_id}.{lang}.html")

@@ -83,11 +83,12 @@ def read_lengths(path: str, *, column: str | None = None) -> Ints:
 
     By the file's name, they are: the lengths of the sequences of a FASTA file (.fasta, .fa, .faa, also with
     .gz); a one-dimensional array of whole numbers in an .npz file; a column of a .csv file; in any other
-    file, the whole number on each line, without empty lines. ``column``: name of the array or of the column;
-    None: the first array of whole numbers, or the first column whose first value is one.
+    file, the whole number on each line, without empty lines. ``column``: name of the array or of the column,
+    ignored for other files; None: the first array of whole numbers, or the first column whose first value is
+    one.
 
     Raises UserError if the file cannot be read, has no such array or column, has no lengths, or has a length
-    that is not a whole number of at least 1. If a text is not a number, the error names its line.
+    that is not a whole number of at least 1. If a text is not a whole number, the error names its line.
     """
     if path.endswith(_FASTA):
         values = [len(p.sequence) for p in read_fasta(path)]
