@@ -24,8 +24,8 @@ _MICRO_SIZES: Final = (1, 2)  # traced micro-batch sizes; others lie on the line
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Priced:
-    """Prices of all plans of a grid, as arrays of the grid's shape: seconds of a step, and peak bytes on the
-    device of the rank that needs most and in host memory per rank.
+    """Predictions for all plans of a grid, as arrays of the grid's shape: seconds of a step, peak bytes on
+    the device of the rank that needs most, and bytes in host memory of the rank that needs most.
     """
 
     step_s: Array
@@ -37,9 +37,9 @@ class Priced:
 class Rates:
     """Speeds of the machine.
 
-    ``communicate`` returns seconds of a collective or of a point-to-point send. ``per_host``: number of
-    devices in one host. Rates in bytes per second: ``host_bytes_s`` between one device and its host's memory;
-    ``host_update_bytes_s`` at which one rank's optimizer reads and writes host memory.
+    ``communicate`` returns the seconds of a collective or of a point-to-point send. ``per_host``: number of
+    devices in one host. Rates in bytes per second: ``host_bytes_s``, of copies between one device and its
+    host's memory; ``host_update_bytes_s``, at which the optimizer of one rank reads and writes host memory.
     """
 
     communicate: Communicate
@@ -58,8 +58,8 @@ class Rates:
 class GridInputs:
     """Inputs from which time and memory of the plans of a grid, all of one compute precision, are computed.
 
-    ``inside[i]`` holds the parts of each traced micro-batch size for the i-th value of the axis ``inside``;
-    ``ends[i]`` the same for the axis ``ends`` (the loss).
+    ``inside[i]`` holds the parts for one sample in a micro-batch and, if it is known, for two, under the i-th
+    value of the grid's axis ``inside``. ``ends[i]`` is the same for the axis ``ends``.
     """
 
     blocks: int
@@ -75,8 +75,8 @@ def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array
     """Return the number ``field`` of the piece ``which`` ("before", "block" or "after") for each micro-batch
     size of ``sizes``.
 
-    ``parts``: those of each traced size, 1 and 2. The number lies on the line through these, and is never
-    below 0. If only size 1 was traced, it is proportional to the size.
+    ``parts``: those for one sample and, if it is known, for two. The number lies on the line through these,
+    and is at least 0. If only that for one sample is known, it is proportional to the size.
     """
     single_value = float(getattr(getattr(parts[0], which), field))
     if len(parts) == 1:

@@ -23,10 +23,10 @@ _OFFLOADED_KEEPS = 0.02  # share of kept bytes that stays: tensors too small to 
 
 
 def price(grid: Grid, inputs: GridInputs, rates: Rates) -> Priced:
-    """Return the seconds of a step and the peak bytes of every plan in the grid: on the device of the rank
-    that needs most, including BLAS workspaces, and in host memory per rank.
+    """Return for every plan in the grid the seconds of a step, the peak bytes on the device of the rank that
+    needs most, including BLAS workspaces, and the bytes in host memory of the rank that needs most.
 
-    ``inputs``: the traced parts along the grid's axes, all of one compute precision. ``rates``: speeds of the
+    ``inputs``: the parts along the grid's axes, all of one compute precision. ``rates``: speeds of the
     machine.
     """
     layout, axes = grid.layout, Axes(inputs, grid)
@@ -111,8 +111,8 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, o
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """How often (0 or 1) parameters are gathered for a micro-batch, along the axis ``states``: ``ahead`` of
-    its forward, and between its forward and its backward (``back``).
+    """How often (0 or 1) parameters are gathered for each micro-batch, as arrays along the axis ``states``:
+    before its forward (``ahead``), and between its forward and its backward (``back``).
     """
 
     ahead: Array
@@ -120,12 +120,13 @@ class _Opened:
 
     @staticmethod
     def of(axes: Axes, *, staged: bool) -> _Opened:
-        """Count the gathers. ``staged``: whether the model is cut into pipeline stages.
+        """Return the numbers of gathers. ``staged``: whether the model is cut into pipeline stages.
 
-        Parameters that are freed after forward are gathered twice. Those that stay until the last
-        micro-batch's backward are not counted. Others are freed after backward and gathered again for the
-        next micro-batch: before its forward, or in a pipeline, where forwards run ahead, mostly by the next
-        backward.
+        Parameters that are freed after forward are gathered before forward and again before backward. Those
+        that stay until the last micro-batch's backward are gathered once per step, which is not counted here.
+        Others are freed after backward and gathered once for each micro-batch: before its forward, or, in a
+        pipeline, between forward and backward, because forwards run ahead there and most gathers happen at
+        the next backward.
         """
         reshard, stays = axes.states(lambda s: s.reshard), axes.states(lambda s: s.stays)
         stays_open = (1 - reshard) * (1 - stays)
@@ -145,11 +146,12 @@ def _opening_bytes(state: State) -> float:
 
 
 def _handed_on(axes: Axes, rank_elements: float, each_micro: Array, rates: Rates) -> Array:
-    """Return the seconds per step to copy gradients into the reduction's buffer and to accumulate those of
-    several micro-batches.
+    """Return the seconds per step to copy gradients into the buffer of their reduction (FSDP2 and ZeRO only),
+    and to accumulate the gradients of several micro-batches.
 
-    ``each_micro``: 1 if gradients are reduced in each micro-batch; they are then accumulated in shards. 0 if
-    only in the last one; they are then accumulated whole. ``rank_elements``: parameters of the rank.
+    ``each_micro``: 1 for states that reduce gradients in each micro-batch; these are then accumulated in
+    shards. 0 for states that reduce only in the last one; gradients are then accumulated whole.
+    ``rank_elements``: number of parameters of the rank.
     """
     counts, states = axes.counts, axes.states
     communicates = states(lambda s: s.kind in ("fsdp2", "zero") and s.gradient_shards * s.state_shards > 1)
@@ -163,8 +165,8 @@ def _handed_on(axes: Axes, rank_elements: float, each_micro: Array, rates: Rates
 
 
 def _overlapped_s(work: Array, communication: Array, rates: Rates) -> Array:
-    """Return the seconds of work and communication that begin together: those of the longer one. Work is
-    slowed while communication runs.
+    """Return the seconds until both work and communication that begin together have ended. While
+    communication runs, work is slower by the factor ``rates.kernel_slowdown``.
     """
     slowed_work = work + (rates.kernel_slowdown - 1) / rates.kernel_slowdown * numpy.minimum(
         communication, work * rates.kernel_slowdown
@@ -173,8 +175,8 @@ def _overlapped_s(work: Array, communication: Array, rates: Rates) -> Array:
 
 
 def _spread(layout: GridLayout, rates: Rates) -> int:
-    """Return how many of two ranks that send to each other, in neighbouring pipeline stages, are in one host:
-    2, or 1 if the ranks of one stage fill a host.
+    """Return how many of two ranks that send to each other, in neighbouring pipeline stages, are in the same
+    host: 2 if one stage has fewer ranks than a host has devices, else 1.
     """
     stage_ranks = layout.ranks // layout.stages
     return 2 if stage_ranks < rates.per_host else 1
@@ -182,8 +184,9 @@ def _spread(layout: GridLayout, rates: Rates) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Line:
-    """Seconds of one micro-batch: in the busiest stage (``busiest``), through all stages and back
-    (``through``), forward through one stage (``ahead``), and to send from one stage to the next (``send``).
+    """Seconds of one micro-batch in a pipeline: forward and backward in the stage that takes longest
+    (``busiest``), forward and backward through all stages (``through``), forward through the blocks of one
+    stage (``ahead``), and to send a hidden state from one stage to the next (``send``).
     """
 
     busiest: Array
@@ -193,10 +196,11 @@ class _Line:
 
 
 def _pipelined(layout: GridLayout, counts: Array, stage_times: _Line) -> Array:
-    """Return the seconds of all micro-batches in a pipeline, as `cost.schedules.closed_s` computes them for
-    equal stages. ``counts``: numbers of micro-batches.
+    """Return the seconds from the first forward to the last backward of all micro-batches in a pipeline, as
+    `cost.schedules.closed_s` computes them for equal stages. ``counts``: numbers of micro-batches.
 
-    Zero-bubble schedules postpone half of the backward work, so they wait for forwards only.
+    Zero-bubble schedules postpone half of the backward work, so a stage waits only for the forwards of the
+    others.
     """
     other_stages = layout.stages - 1
     waiting_s = (stage_times.through - stage_times.busiest) / layout.virtual
@@ -210,7 +214,8 @@ def _pipelined(layout: GridLayout, counts: Array, stage_times: _Line) -> Array:
 
 def _travel(layout: GridLayout, axes: Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
     """Return (seconds to gather ``elements`` parameters, seconds to reduce their gradients), each along the
-    axis ``states``; 0 for states whose parameters are not sharded, or whose gradients need no reduction.
+    axis ``states``. The first is 0 for states whose parameters are not sharded, the second for states whose
+    gradients need no reduction.
     """
     local_ranks = max(1, rates.per_host // layout.tensor)
     gather_s, reduce_s = [], []
@@ -291,9 +296,9 @@ def _highest(arrays: Sequence[Array]) -> Array:
 
 
 def _waiting(layout: GridLayout, counts: Array, *, first: bool) -> Array:
-    """Return the largest number of micro-batches whose activations a pipeline rank keeps at once. A
-    micro-batch in one of the rank's ``virtual`` stages counts as 1 / ``virtual``. ``first``: whether it is
-    the first rank, else the last.
+    """Return the largest number of micro-batches whose activations a pipeline rank keeps at once, for each of
+    ``counts``, the numbers of micro-batches. A micro-batch in one of the rank's ``virtual`` stages counts as
+    1 / ``virtual``. ``first``: whether it is the first rank of the pipeline; else it is the last.
 
     Sources: Narayanan et al. 2021; torch.distributed.pipelining.schedules.
     """
@@ -388,11 +393,13 @@ def _stage(
 
 
 def _host_bytes(state: State) -> float:
-    """Return the bytes of host memory per parameter of a rank; 0 without offload.
+    """Return the bytes of host memory on a rank per parameter before sharding; 0 without offload.
 
-    Under FSDP2: the shard, its gradient and the optimizer's state. Under ZeRO: the fp32 master copy with its
-    gradient, the state, and a buffer through which parameters or gradients pass, plus the parameters if those
-    are offloaded too. The update's temporaries are added in both cases.
+    Under FSDP2, these are the parameter, its gradient and the optimizer's state. Under ZeRO, they are the
+    fp32 master copy and its gradient, the rest of the optimizer's state, and a buffer through which
+    parameters or gradients pass, plus the parameter if parameters are offloaded too. In both cases the
+    temporary tensors of the update are added. All is divided by the number of ranks over which the
+    optimizer's state is sharded.
     """
     if not state.offload:
         return 0.0
@@ -408,10 +415,11 @@ def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, A
     """Return (bytes in forward, bytes in backward) of gathered parameters and of gradients in reduction on a
     rank with sharded parameters, along the axis ``states``.
 
-    ``block``, ``root``: elements of one block, and outside the blocks. ``depth``: number of blocks.
-
-    Counted are the group at work, the group gathered ahead and its flat buffer, and the copy of the gradient
-    in the reduction's buffer (torch.distributed.fsdp, overlapping copies).
+    ``block``, ``root``: numbers of elements of one block, and of what lies outside the blocks. ``depth``:
+    number of blocks on the rank. Counted are the gathered parameters of the block at work and outside the
+    blocks, those of the block gathered ahead with their flat buffer, and in backward the copy of the gradient
+    in the buffer of its reduction (torch.distributed.fsdp, overlapping copies). Without resharding after
+    forward, the gathered parameters of all blocks are counted.
     """
     block_bytes, root_bytes = (
         axes.states(lambda s: block * s.gathered),

@@ -74,10 +74,11 @@ _Picked = tuple[tuple[int, ...], float, float, float]  # a sketch without its gr
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridSketches:
-    """Result of a search over grids.
+    """Result of a search over grids for one number of devices.
 
-    ``sketches``: the plans worth choosing from, in no particular order. ``considered``: number of plans
-    priced. ``refused``: why the model cannot be cut or traced in some ways.
+    ``sketches``: the plans that `find` selects, in no particular order. ``considered``: number of plans whose
+    time and memory were predicted. ``refused``: a text for each degree by which the model cannot be divided
+    and each technique that it cannot be traced with, which says why.
     """
 
     sketches: tuple[Sketch, ...]
@@ -90,12 +91,15 @@ Caps = tuple[float, float]  # highest bytes of a rank that fit: on the device, a
 
 
 def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> GridSketches:
-    """Predict time and memory of every plan of the grids that ``limits`` allow, and return sketches of those
-    worth choosing from.
+    """Predict time and memory of every plan of the grids that ``limits`` allow, and return sketches of a
+    selection.
 
-    Degrees by which the model cannot be cut are left out, and techniques that it cannot be traced with.
-    ``model``: seconds of operators. ``caps`` are the highest bytes with which a rank fits, on the device and
-    in host memory; some plans that do not fit are returned too. Raises UserError if there is no grid.
+    The selection is made in two steps: in each grid by `_best`, then among all of them by `_few`. Plans that
+    do not fit are among them. Degrees by which the model cannot be divided are left out, and so are
+    techniques that it cannot be traced with.
+
+    ``model`` predicts the seconds of operators. ``caps``: the highest (bytes on the device, bytes in host
+    memory) with which a rank fits. Raises UserError if there is no grid.
     """
     optimistic_limits = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
     tasks = _todo(machine, optimistic_limits)
@@ -138,11 +142,12 @@ def _todo(machine: Machine, limits: Limits) -> _Todo:
 
 
 def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
-    """Return the compute precisions to search, some of "bf16", "autocast" and "fp32".
+    """Return the compute precisions to search.
 
-    Only "fp32" is searched if the accuracy requires it or an accelerator has no bfloat16. Otherwise it is
-    searched beside the other two only if the techniques bf16-autocast and bf16-parameters are both excluded;
-    data parallelism may then still compute in bfloat16.
+    They are ("fp32",) if the accuracy does not allow lower ones (``limits.effect`` below E2), or if the
+    device is an accelerator without bfloat16. Otherwise they are ("bf16", "autocast"). "fp32" is added to
+    these if the techniques bf16-autocast and bf16-parameters are both excluded; a data-parallel technique may
+    compute in bfloat16 even then.
     """
     has_narrow = "bfloat16" in machine.device.peak_flops or machine.device.kind == "cpu"
     if not has_narrow or limits.effect < 2:
@@ -159,10 +164,13 @@ def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
 
 
 def _cuttable(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
-    """Return (the limits with only those tensor and context degrees by which the model can be cut, why it
-    cannot be cut by others). This is found by tracing it with the largest degree first; the divisors of the
-    first one that works are kept. ``sharing`` of the limits is set to that of the traces, ``vocabulary`` to
-    whether tensor-parallel ranks can share the vocabulary.
+    """Return (the limits with only those tensor and context degrees by which the model can be divided, texts
+    that say why it cannot be divided by others).
+
+    A trace with each degree is tried, largest first. The first one that works and the degrees of the limits
+    that divide it are kept; (1,) if none works. ``sharing`` of the result is the technique that fits the
+    model. ``vocabulary`` says whether tensor-parallel ranks can divide the vocabulary; if they cannot with
+    any degree, the degrees are those that work with the whole vocabulary on every rank.
     """
     compute, refusals = _computes(machine, limits)[0], list[str]()
 
@@ -217,8 +225,8 @@ class _Pricing:
         )
 
     def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
-        """Return (the keys of the small traces, the sets of techniques whose optimizer steps are to be
-        traced) from which the prices of these grids are composed.
+        """Return (keys of the small traces, sets of techniques under which the optimizer's step is traced)
+        for all traces that the prices of these grids are composed from.
         """
         inside, ends, updates, computes = (dict[Any, None]() for _ in range(4))
         for grid, compute, states in todo:
@@ -229,9 +237,9 @@ class _Pricing:
         return list(self.composer.keys(tuple(inside), tuple(ends), tuple(computes))), list(updates)
 
     def traceable(self, grid: Grid, compute: str, refused: list[str]) -> Grid:
-        """Return the grid without the values of its axes ``inside`` and ``ends`` (recomputation, compilation,
-        float8 layers; loss in chunks) that this model cannot be traced with. The reason for each is appended
-        to ``refused``, once. Either axis may then be empty.
+        """Return the grid without those values of its axes ``inside`` (recomputation, compilation, float8
+        layers) and ``ends`` (loss in chunks) that this model cannot be traced with. Either axis may then be
+        empty. A text that says why is appended to ``refused`` for each of them, unless it is there already.
         """
 
         def kept(axis: tuple[Uses, ...]) -> tuple[Uses, ...]:
@@ -252,7 +260,7 @@ class _Pricing:
         return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
     def best(self, parts: Sequence[tuple[Grid, str]], caps: Caps) -> list[tuple[int, list[_Picked]]]:
-        """Return (number of plans, those that `_best` picks) for each pair of a grid and its compute
+        """Return (number of plans, the plans that `_best` selects) for each pair of a grid and its compute
         precision; (0, []) if the model cannot run with the grid's layout.
         """
         results = []
@@ -281,8 +289,8 @@ class _Pricing:
         """
         layout, composer = grid.layout, self.composer
         try:
-            inside = [self._settled(layout, composer.block(layout, compute, u)) for u in grid.inside]
-            ends = [self._settled(layout, composer.ends(layout, compute, u)) for u in grid.ends]
+            inside = [self._with_collectives(layout, composer.block(layout, compute, u)) for u in grid.inside]
+            ends = [self._with_collectives(layout, composer.ends(layout, compute, u)) for u in grid.ends]
         except UserError:
             return None
         ranks, staged = layout.data * layout.context, layout.stages > 1
@@ -303,7 +311,7 @@ class _Pricing:
     def _state(self, uses: Uses, ranks: int, staged: bool) -> State:
         return state_of(uses, ranks, self.composer.updating(_updating(uses)), staged=staged)
 
-    def _settled(self, layout: GridLayout, cuts: Sequence[LayoutCut]) -> list[Parts]:
+    def _with_collectives(self, layout: GridLayout, cuts: Sequence[LayoutCut]) -> list[Parts]:
         """Return the parts of each layout cut, with the time of its tensor- and context-parallel collectives
         added to its forward and backward.
         """
@@ -338,8 +346,8 @@ class _Pricing:
 
 
 def _communicator(machine: Machine) -> Communicate:
-    """Return a function for the seconds of collectives on this machine. Results for scalar sizes are cached,
-    because grids repeat them.
+    """Return the function (kind of collective, bytes, ranks, ranks of them in one host) -> seconds for this
+    machine. Results for scalar sizes are cached, because grids repeat them.
     """
 
     @functools.cache
@@ -360,8 +368,8 @@ def per_host(machine: Machine) -> int:
 
 
 def _updating(uses: Uses) -> Uses:
-    """Return those of the techniques that decide the optimizer's step on one rank: bf16-parameters and the
-    optimizer, without bf16-autocast and data parallelism.
+    """Return those of the techniques that decide the optimizer's step on one rank: bf16-parameters and
+    another optimizer. bf16-autocast and data parallelism are left out.
     """
     names = ("bf16-parameters", "bf16-autocast")
     relevant_uses = [u for u in uses if u.technique in names or technique(u.technique).slot == "optimizer"]
@@ -369,13 +377,14 @@ def _updating(uses: Uses) -> Uses:
 
 
 def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
-    """Pick the plans of one grid that are worth choosing from. ``caps``: the highest bytes of a rank that
-    fit, on the device and in host memory.
+    """Return a selection of the plans of one grid. ``caps``: the highest (bytes on the device, bytes in host
+    memory) of a rank that fit.
 
-    Among the plans whose host memory fits: the fastest three that also fit the device, the simplest of those
-    that fit it and are at most 3 % slower than the fastest, and the fastest of each level of device memory
-    (four levels per doubling). If no plan's host memory fits, the fastest of each level are of all plans. The
-    plan that needs the least device memory is added.
+    - Of the plans that fit both: the three fastest, and the simplest of those that are at most 3 % slower
+      than the fastest.
+    - Of the plans that fit host memory (of all, if none does): the fastest in each interval of device memory.
+      There are four intervals per doubling of memory.
+    - The plan that needs the least device memory.
     """
     step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
     picks: dict[int, None] = {}
@@ -396,8 +405,8 @@ def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
 
 
 def _burden(grid: Grid) -> numpy.ndarray:
-    """Return the complexity of each plan as an array of the grid's shape: 100 times the effects on the
-    numbers of its techniques along each axis, plus the number of techniques.
+    """Return how far each plan is from plain training, as an array of the grid's shape. For each axis, 100
+    times the effect class (0 to 3) and the number of the techniques on it are added up.
     """
     total = numpy.zeros(grid.shape)
     for axis, values in enumerate((grid.inside, grid.ends, grid.away, grid.states), start=1):
@@ -414,11 +423,13 @@ def _weight(uses: Uses) -> float:
 
 
 def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
-    """Reduce the sketches to those worth choosing from.
+    """Return a selection of the sketches:
 
-    Kept are the frontier of time and memory, also of plans that do not fit; the three fastest fitting plans
-    and the smallest fitting one of each layout (degrees and schedule); and at most 60 fitting plans that are
-    at most 3 % slower than the fastest fitting one.
+    - The frontier of device memory and time, also of plans that do not fit. A plan that needs more memory
+      must be faster by more than 0.5 %.
+    - For each combination of tensor, context and pipeline degree and schedule, the three fastest fitting
+      plans and the one that needs the least memory.
+    - Of the fitting plans that are at most 3 % slower than the fastest of these, the first 60.
     """
     by_memory = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
     selection: list[Sketch] = []

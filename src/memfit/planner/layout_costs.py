@@ -24,11 +24,11 @@ _FULL = make_use("activation-checkpointing", {"every": 1})
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutCut:
-    """Parts of a model under one layout, for one micro-batch size and one rank. Their times do not include
-    collectives.
+    """Parts of a model under one layout, for one micro-batch size, as one rank runs them. Their times do not
+    include the collectives of tensor and context parallelism.
 
-    ``tensor_travel`` and ``context_travel`` hold the collectives of tensor and context parallelism: name of
-    the piece ("before", "block", "after") -> (those of its forward, those of its backward).
+    ``tensor_travel`` and ``context_travel`` hold these collectives: name of the piece ("before", "block",
+    "after") -> (those of its forward, those of its backward).
     """
 
     parts: Parts
@@ -39,10 +39,11 @@ class LayoutCut:
 class Composer:
     """Composes the parts of a model under layouts of parallelism from small traces.
 
-    ``seconds`` returns the time of operators. ``compute``: the precision of the base traces; others are
-    scaled from these. ``tensor``, ``context``: the largest degrees of tensor and context parallelism, which
-    are traced; degrees between 1 and these are interpolated. ``vocabulary``: how tensor-parallel ranks hold
-    the vocabulary in traces of blocks, a setting of tensor-parallel.
+    ``seconds`` returns the total time of a sequence of operators. ``compute``: the precision of most traces;
+    parts in another precision are scaled from these. ``tensor``, ``context``: the largest degrees of tensor
+    and context parallelism. Only degree 1 and these are traced; parts for degrees between them are
+    interpolated. ``vocabulary``: how tensor-parallel ranks hold the vocabulary in traces of blocks; a value
+    of the setting ``vocabulary`` of tensor-parallel.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class Composer:
         self.tensor, self.context = tensor, context
 
     def keys(self, inside: Sequence[Uses], ends: Sequence[Uses], computes: Sequence[str]) -> Iterator[Key]:
-        """Yield the keys of all traces from which `block` and `ends` compose these values of the axes
-        ``inside`` and ``ends`` in these precisions.
+        """Yield the keys of all traces from which `block` and `ends` compose the parts for these values of
+        the grid axes ``inside`` and ``ends`` in these precisions.
         """
         yield self._key(samples=2)
         for uses in {_traceable(u) for u in (*inside, *ends, (), (_FULL,))}:
@@ -79,10 +80,11 @@ class Composer:
                 yield self._key(uses=uses, context=self.context)
 
     def block(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
-        """Return [parts for one sample in a micro-batch, parts for two], of which only the block is meant.
+        """Return [parts for one sample in a micro-batch, parts for two] under a layout. Only their piece
+        "block" is to be used; for the others see `ends`.
 
-        ``uses``: techniques of the axis ``inside``, such as recomputation. Raises UserError if the model
-        cannot be cut or run that way.
+        ``uses``: techniques of the grid axis ``inside``, such as recomputation. Raises UserError if the model
+        cannot be divided or traced that way.
         """
         single = self._composed(layout, compute, _traceable(uses), self.vocabulary)
         period = next((int(u.settings["every"]) for u in uses if u.technique == _FULL.technique), 1)
@@ -92,9 +94,11 @@ class Composer:
         return [single, self._twice(single)]
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
-        """Return [parts for one sample in a micro-batch, parts for two], of which only what lies before and
-        after the blocks is meant. ``uses``: techniques of the axis ``ends``, such as a loss in chunks. Raises
-        UserError if the model cannot be cut or run that way.
+        """Return [parts for one sample in a micro-batch, parts for two] under a layout. Only their pieces
+        "before" and "after" are to be used; for the block see `block`.
+
+        ``uses``: techniques of the grid axis ``ends``, such as a loss in chunks. Raises UserError if the
+        model cannot be divided or traced that way.
         """
         single = self._composed(layout, compute, uses, layout.vocabulary)
         return [single, self._twice(single)]
@@ -157,9 +161,9 @@ class Composer:
     def _at_most(self, layout: GridLayout, uses: Uses, base: Parts, vocabulary: str) -> Parts:
         """Return the parts for one sample at the largest tensor-parallel degree.
 
-        ``base``: the parts with ``uses`` at degree 1. With the vocabulary "whole", what lies before and after
-        the blocks is taken from the trace without other techniques that has the whole vocabulary on every
-        rank.
+        ``base``: the parts with ``uses`` at degree 1. They are scaled if there is no trace with ``uses`` at
+        the largest degree. ``vocabulary``: "whole" if every rank holds the whole vocabulary; the pieces
+        before and after the blocks are then ``base`` scaled by such a trace without ``uses``.
         """
         plain_parts = self._parts(self._key())
         most_cut_key = functools.partial(self._key, tensor=self.tensor, sequence=layout.sequence)
@@ -177,8 +181,10 @@ class Composer:
     def _twice(self, single: LayoutCut) -> LayoutCut:
         """Return the parts for two samples in a micro-batch, computed from those for one.
 
-        Times grow as in traces without other techniques, which do not double. What does not grow with the
-        samples (gradients, cast weights) is taken from the same traces; all else doubles.
+        Times are multiplied by the ratio that traces of two samples and of one have without ``uses``; it is
+        below 2. Of the memory and FLOPs, what does not grow with the number of samples, such as gradients and
+        cast weights, is taken from the same two traces; the rest doubles. Parameters stay the same, and the
+        collectives' bytes double.
         """
         plain_parts, double_parts = self._parts(self._key()), self._parts(self._key(samples=2))
 
@@ -214,8 +220,8 @@ def _times(travel: tuple[Travel, Travel], factor: float) -> tuple[Travel, Travel
 
 
 def _weight(degree: int, largest_degree: int) -> float:
-    """Return the weight of the trace on ``largest_degree`` ranks in the costs on ``degree`` ranks, where a
-    cost on n ranks is a + d / n. The trace on one rank has the remaining weight.
+    """Return the weight of the trace on ``largest_degree`` ranks in the costs on ``degree`` ranks; the trace
+    on one rank has the rest up to 1. A cost on n ranks is taken to be a + d / n.
     """
     return (1 - 1 / degree) / (1 - 1 / largest_degree)
 
@@ -224,7 +230,8 @@ def _scaled(parts: Parts, denominator: Parts, numerator: Parts, weight: float) -
     """Return ``parts`` with each number multiplied by the ratio of the same number in ``numerator`` to that
     in ``denominator``.
 
-    ``weight`` 1 applies the full ratio, 0 none of it. A number that is 0 in ``denominator`` is not scaled.
+    ``weight``: the share of this change that is applied; 1 all of it, 0 none. A number that is 0 in
+    ``denominator`` is not scaled.
     """
 
     def piece(which: str) -> PartCosts:
@@ -256,8 +263,8 @@ def _named(uses: Uses, name: str) -> bool:
 
 
 def _traceable(uses: Uses) -> Uses:
-    """Return the techniques with recomputation of every k-th block replaced by that of every block. `_mixed`
-    then averages it with no recomputation.
+    """Return the techniques with activation-checkpointing of every k-th block replaced by that of every
+    block. For k above 1, `_mixed` then averages the parts with those without recomputation.
     """
 
     def one(used: Use) -> Use:
@@ -267,11 +274,11 @@ def _traceable(uses: Uses) -> Uses:
 
 
 def _mixed(recomputed: LayoutCut, plain: LayoutCut, period: int) -> LayoutCut:
-    """Return the parts whose block is an average one when every ``period``-th block is recomputed.
+    """Return the parts whose block is the average one if every ``period``-th block is recomputed.
     ``recomputed``: the parts if all blocks are recomputed; ``plain``: if none is.
 
-    The block's backward time, kept bytes and FLOPs are weighted means; its highest memory in forward is the
-    higher of the two. All else is as in ``recomputed``.
+    The block's backward time, the bytes it keeps for backward and its FLOPs are means in the proportion 1 to
+    ``period`` - 1; its highest memory in forward is the higher of the two. All else is as in ``recomputed``.
     """
     recomputed_block, plain_block, share = recomputed.parts.block, plain.parts.block, 1 / period
 

@@ -24,8 +24,9 @@ from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
 
 def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
-    """Return the numbers of devices to try: ``ranks``; and if the goal can prefer fewer devices (cost,
-    carbon, number of devices), also half of that, a quarter and so on, while these are whole numbers.
+    """Return the numbers of devices to try, largest first: ``ranks``; and if the goal can prefer fewer
+    devices (cheapest, greenest, fewest), also half of that, a quarter and so on, while these are whole
+    numbers.
     """
     if goal in (Objective.FASTEST, Objective.SMALLEST):
         return (ranks,)
@@ -39,9 +40,10 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     """Search plans for up to ``ranks`` devices of the pricer's machine and return the result.
 
     Fewer devices are tried only for goals that can prefer them (see `counts`). The result's baseline is DDP
-    on at most as many ranks as the batch has samples. Raises NothingFits, with the changes that would help,
-    if no plan meets memory, deadline and budget; UserError if no plan is possible, for example because the
-    batch cannot be divided, or if the speed of the device is unknown.
+    on ``ranks`` ranks, or on as many as the batch has samples if these are fewer. Raises NothingFits, with
+    the changes that would help, if no plan meets memory, deadline and budget; UserError if no plan is
+    possible, for example because the batch cannot be divided, if the model has no repeated blocks, or if the
+    speed of the device is unknown.
     """
     scale, goal = Scale(pricer, aim), aim.goal
 

@@ -35,12 +35,15 @@ Fits = Callable[[Estimate], bool]
 
 class FinalistTracer:
     """Traces finalists, the plans with the most promising sketches, one by one, until no other plan may be
-    better than the best traced one.
+    better than the best traced one or enough traced plans fit.
 
-    How good a plan may be follows from its sketch (see `hoped`). A plan is dropped if its sketch exceeds the
-    memory cap after it was scaled by the largest ratio of needed memory, trace to sketch, of a traced plan
-    that did not fit. For a large model (of 13 blocks or more), no plan is traced for a gain of 3 % or less.
-    ``fits`` tells whether an estimate fits and is allowed; ``goal`` None: that of the search.
+    How good a plan may be follows from its sketch (see `hoped`). If a traced plan does not fit the device,
+    the factor by which it needs more than its sketch is noted; other plans whose sketches would exceed the
+    cap after multiplication by the largest such factor are not traced. For a model of at least 13 blocks, no
+    plan is traced for a gain of 3 % or less.
+
+    ``fits`` tells whether an estimate's plan fits and keeps to the other limits of the search. ``goal``: None
+    means that of the search.
     """
 
     def __init__(self, scale: Scale, fits: Fits, goal: Objective | None = None) -> None:
@@ -53,12 +56,13 @@ class FinalistTracer:
         self._equal = 1 + TIE_RATIO * (self._most == _FINALISTS)
 
     def run(self, estimates: Sequence[Estimate], basis: Plan) -> list[Estimate]:
-        """Trace finalists among the sketches ``estimates`` and return the estimates of all traced plans.
+        """Trace finalists among the sketches ``estimates`` and return the estimates of all traced plans, in
+        the order in which they were traced.
 
-        If two finalists are known at the beginning, they and ``basis``, a plan that is needed later, are
-        traced in parallel; the trace of ``basis`` is only cached, not returned. If no traced plan fits, the
-        smallest plan that can be traced, of the three with the lowest peaks, is traced too. Else, for a model
-        of at most 12 blocks, plans near the best one are.
+        If the first two finalists can be named before any is traced, they and ``basis``, a plan that the
+        caller needs later, are traced in parallel; the trace of ``basis`` is only cached, not returned. If no
+        traced plan fits, the plans with the three lowest peaks are tried until one can be traced. If one fits
+        and the model has at most 12 blocks, plans near the best one are traced too.
         """
         candidates = [e for e in estimates if self.fits(e)]
         sketch, rival = self._two(candidates)
@@ -86,10 +90,11 @@ class FinalistTracer:
         return self.traced
 
     def _climb(self) -> None:
-        """Improve on the best traced plan of a small model, whose traces are quick.
+        """Trace plans near the best traced plan of a small model, whose traces are quick.
 
-        Plans that differ from the best one along one axis of its grid are traced, and so on from any better
-        plan, at most 16 in all. Sketches may have excluded such a plan by less than their error.
+        A plan is near if it differs from the best one along one axis of its grid. If one of them is better,
+        those near this one follow, and so on; at most 16 plans in all. The selection of sketches may have
+        left out such a plan because of an error of its sketch.
         """
         traced_plans, neighbours = {e.plan for e in self.traced}, dict[Plan, list[Estimate]]()
         for attempt in range(_CLIMBED):
@@ -111,7 +116,7 @@ class FinalistTracer:
 
     def _neighbours(self, plan: Plan) -> list[Estimate]:
         """Return the sketches of the fitting plans that differ from ``plan`` along one axis of its grid and
-        whose score is at most 1.25 times that of its sketch. Empty if ``plan`` has no sketch.
+        whose score is at most 1.25 times that of the sketch of ``plan``. Empty if ``plan`` has no sketch.
         """
         sketch = self.scale.sketch_of(plan)
         if sketch is None:
@@ -123,8 +128,8 @@ class FinalistTracer:
         """Return the best (lowest) score that a trace of the plan of the sketch ``e`` may be hoped to have.
 
         It is the sketch's score, times the ratio of trace to sketch of the traced plan of the same kind with
-        the nearest degrees, less 3 % per doubling between them. Without such a plan, the ratio is one that
-        assumes that sketches are too high: 0.5 for the goal of least memory, else 0.85.
+        the nearest degrees, times 0.97 for each doubling between the degrees of the two plans. If no plan of
+        the kind was traced, the ratio is an assumed one: 0.5 for the goal of least memory, else 0.85.
         """
         plan_kind, degrees = kind(e.plan)
         ratios_by_distance = [
@@ -134,9 +139,9 @@ class FinalistTracer:
         return float(score(e, self.goal) * nearest[1] * _NEAR ** nearest[0])
 
     def _two(self, candidates: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
-        """Return (the best sketch by the goal, the sketch of another kind that would be traced next if the
-        trace of the best one confirmed it, or None if it need not be). Both are None if there are no
-        candidates.
+        """Return (the best sketch by the goal, another sketch). The other one is that of another kind (see
+        `kind`) that would be traced next if the trace of the best one gave the score of its sketch. It is
+        None if none would be traced then. Both are None if there are no candidates.
         """
         best_sketch = best(candidates, self.goal)
         if best_sketch is None:
@@ -161,8 +166,9 @@ class FinalistTracer:
         return None if is_beaten else sketch
 
     def _closest(self, candidates: Sequence[Estimate]) -> Estimate | None:
-        """Return the sketch with the mildest and simplest plan among those that may be as good as any other
-        (see `hoped`); None if there are no candidates.
+        """Return, of the sketches with the lowest `hoped` score, the one with the mildest and simplest plan;
+        None if there are no candidates. For a model of at least 13 blocks, scores up to 3 % above the lowest
+        count as equal to it.
         """
         hoped_scores = [self.hoped(e) for e in candidates]
         contenders = [
@@ -209,8 +215,8 @@ def _unusual(plan: Plan) -> int:
 
 
 def _family(plan: Plan) -> tuple[object, ...]:
-    """Return what decides whether plans are expected to fail together, if one of them cannot be traced: the
-    names of the techniques, and the settings of the data-parallel one.
+    """Return the names of the plan's techniques, and its data-parallel technique with settings. If a plan
+    cannot be traced, other plans with an equal result are expected to fail, too.
     """
     data = [u for u in plan.uses if technique(u.technique).slot == "data-parallel"]
     return tuple(u.technique for u in plan.uses), tuple(data)

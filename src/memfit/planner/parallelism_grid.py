@@ -54,12 +54,13 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridLayout:
-    """Degrees of parallelism of a plan for ``ranks`` ranks. The ranks that these leave are data-parallel;
-    `data` is their number.
+    """Degrees of parallelism of a plan for ``ranks`` ranks. The ranks divided by the product of the degrees
+    is the number of data-parallel ranks, `data`.
 
     ``tensor``, ``context``, ``stages``: the degrees of tensor, context and pipeline parallelism. ``sequence``
-    and ``vocabulary`` are settings of tensor parallelism, ``schedule`` and ``virtual`` (stages per rank) of
-    the pipeline. ``sharing``: the technique by which context-parallel ranks divide each sample.
+    and ``vocabulary`` are settings of tensor-parallel; ``schedule`` and ``virtual`` (stages per rank) are
+    settings of the pipeline, "" and 1 without one. ``sharing``: the technique by which context-parallel ranks
+    divide each sample, "context-parallel" or "axial-parallel".
     """
 
     ranks: int
@@ -94,10 +95,10 @@ class GridLayout:
 class Grid:
     """Plans of one layout: one for every combination of values of five axes.
 
-    ``micro`` holds (samples in a micro-batch of one rank, number of micro-batches per step). The values of
-    the other axes are sets of techniques, which may be empty. ``inside``: recomputation, compilation and
-    float8 layers, which decide a block's forward and backward. ``ends``: a loss in chunks. ``away``:
-    activation offload. ``states``: data parallelism, precision and optimizer.
+    The values of ``micro`` are (samples in a micro-batch of one rank, number of micro-batches per step). The
+    values of the other axes are sets of techniques, which may be empty. ``inside``: recomputation,
+    compilation and float8 layers, which decide a block's forward and backward. ``ends``: a loss in chunks.
+    ``away``: activation offload. ``states``: data parallelism, precision and optimizer, together.
     """
 
     layout: GridLayout
@@ -139,8 +140,8 @@ class Grid:
 
 def grids(limits: Limits) -> Iterator[Grid]:
     """Yield the grids of all layouts in a fixed order, without plans that the limits forbid. A layout has
-    several grids if its states do not all allow the same values of the other axes. Yields nothing if no plan
-    is left, for example because the batch cannot be divided.
+    several grids if not all values of its axis ``states`` allow the same values of the other axes. Yields
+    nothing if no plan is left, for example because the batch cannot be divided.
     """
     for layout in _layouts(limits):
         if limits.batch % layout.data or (layout.data > 1 and not limits.shares):
@@ -265,10 +266,10 @@ def _ends(limits: Limits, layout: GridLayout) -> list[Uses]:
 
 def _states(limits: Limits, layout: GridLayout, layout_uses: Uses) -> list[Uses]:
     """Return all combinations of data parallelism, precision and optimizer that the limits allow and that a
-    search may combine with each other and with the layout's techniques.
+    search may propose together and with ``layout_uses``, the layout's techniques.
 
-    Conflict rules concern two techniques at a time, so few pairs are checked and many states are built from
-    them.
+    Whether two techniques conflict depends on these two only, so pairs are checked rather than whole
+    combinations.
     """
     optimizers: list[Uses] = [()]
     optimizers += [(_use(n),) for n in ("adamw-fused", "adamw-single", "adamw-8bit", "adamw-4bit")]
@@ -351,8 +352,9 @@ def _carried(axis: Iterable[Uses], layout_uses: Uses, limits: Limits) -> tuple[U
 
 
 def _fine(uses: Uses, limits: Limits) -> bool:
-    """Return whether each of the techniques is allowed: its effect on the numbers is not too strong, it
-    supports the device, its packages are installed, and ``limits.without`` does not exclude it.
+    """Return whether each of the techniques is allowed: its effect on the numbers is at most
+    ``limits.effect`` (at most E1, if that is higher, for techniques that divide work over ranks), it supports
+    the device, its packages are installed, and ``limits.without`` does not exclude it.
     """
     return all(_fine_use(u, limits.effect, limits.device, limits.without) for u in uses)
 
@@ -378,15 +380,17 @@ def _parted(
     states: tuple[Uses, ...],
     engine: tuple[Callable[[Plan], object], Uses, int] | None,
 ) -> list[tuple[list[tuple[Uses, ...]], tuple[Uses, ...]]]:
-    """Split the ``states`` of a layout into groups that allow the same values of the other axes ``axes``.
+    """Split the ``states`` of a layout into groups of those that allow the same values of the other axes,
+    ``axes``.
 
-    Returns (the allowed values of each axis, the states) of each group for which no axis is empty. A state
-    allows a value if both may be proposed together and the engine supports them beside the layout's
-    techniques.
+    Return [(the allowed values of each axis, the states of the group)], without groups for which an axis is
+    empty. A state allows a value if a search may propose both together and the engine supports them beside
+    the layout's techniques.
 
-    ``engine`` is (its refusals, techniques of the layout, ranks); the techniques include gradient
-    accumulation if a step may have several micro-batches. Most engines refuse a plan on several ranks without
-    a data-parallel technique, so the engine is only asked about plans that include a state.
+    ``engine``: (function that returns why the engine does not support a plan, techniques of the layout,
+    ranks), or None if it supports all. These techniques include gradient accumulation if a step may have
+    several micro-batches. Most engines refuse a plan on several ranks without a data-parallel technique, so
+    the engine is only asked about plans that include a state.
     """
 
     def fit(state: Uses, other: Uses) -> bool:
@@ -432,15 +436,18 @@ def _use(name: str, **settings: KnobValue) -> Use:
 
 def no_grid_error(limits: Limits) -> UserError:
     """Return the error to raise if there is no grid for these limits. It names the first cause that applies:
-    samples depend on each other, so that the batch may not be split; the batch is a multiple of the ranks,
-    and the engine supports none of the plans, or exclusions, accuracy and micro-batch leave none; else the
-    batch cannot be divided.
+
+    - Samples depend on each other, and the batch may therefore not be split into micro-batches or over ranks.
+    - The batch is a multiple of the ranks, and the engine is another than native: it supports none of the
+      plans.
+    - The batch is a multiple of the ranks: exclusions, accuracy and micro-batch leave no plan.
+    - The batch cannot be divided evenly.
     """
     if not (limits.splits and limits.shares):
         return UserError(
             f"samples of a batch depend on each other, and every plan for {limits.ranks} devices splits "
             "the batch",
-            allowed="--accuracy any, if the loss weights its terms correctly",
+            allowed="--accuracy any, unless a split batch would weight the terms of the loss wrongly",
             hint="`memfit plan` for one device gives the reason; SyncBatchNorm allows data-parallel ranks",
         )
     if limits.batch % limits.ranks == 0 and limits.refuses is not None:

@@ -17,12 +17,12 @@ _DEGREES = ("stages", "virtual", "degree")
 
 
 def kind(plan: Plan) -> tuple[object, Degrees]:
-    """Return (kind, degrees) of a plan, which decide the error of its sketch, the estimate composed from
-    traces of parts.
+    """Return (kind, degrees) of a plan. The predictions for plans that agree in both have similar errors if
+    they are sketches, composed from traces of parts.
 
-    Plans of equal kinds have the same techniques that cut the model (`CUTTING`) and the same data-parallel
-    technique, all with the same settings, except degrees and numbers of micro-batches of the cutting ones.
-    Degrees: (technique, setting) -> number of ranks, stages or virtual stages.
+    Plans are of the same kind if they have the same techniques that cut the model (`CUTTING`) and the same
+    data-parallel technique, all with the same settings, except degrees and numbers of micro-batches of the
+    cutting ones. Degrees: (technique, setting) -> number of ranks, pipeline stages or virtual stages.
     """
     cutting_settings = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
     degrees = {(name, k): int(v) for name, k, v in cutting_settings if k in _DEGREES}
@@ -34,7 +34,7 @@ def kind(plan: Plan) -> tuple[object, Degrees]:
 
 
 def doublings(one: Degrees, other: Degrees) -> float:
-    """Return how many doublings two sets of degrees are apart, summed over all degrees. A degree that one
-    set lacks is 1.
+    """Return how many doublings two sets of degrees are apart, summed over all degrees. A degree that is in
+    only one of the sets counts as 1 in the other.
     """
     return sum(abs(math.log2(one.get(k, 1) / other.get(k, 1))) for k in one.keys() | other.keys())

@@ -30,17 +30,20 @@ def usable(
     small_states_bytes: int | None = None,
     dependence: SampleDependence | None = None,
 ) -> tuple[list[Technique], tuple[Reason, ...]]:
-    """Return (the techniques that a search may use, one reason for each of the others that has one).
+    """Return (the techniques that a search may use, reasons why others are left out).
 
-    Excluded with a reason are techniques whose packages are not installed; gradient accumulation if
-    ``accuracy`` does not allow how it would change the training; techniques that change the numbers by more
-    than ``accuracy`` allows, except data parallelism, which is asked for explicitly; and optimizers if
-    ``small_states_bytes`` is given. Other techniques that do not support the device or have no setting for
-    the job are left out without a reason.
+    A technique is left out, with one reason, in the first of these cases that applies:
+
+    - its packages are not installed
+    - it is gradient-accumulation, and `may_split` is false for ``dependence``
+    - it does not support the device, or has no setting for the job; this case alone gives no reason
+    - it changes the numbers by more than ``accuracy`` allows, unless it is data parallelism, which is asked
+      for explicitly
+    - it is another optimizer, and ``small_states_bytes`` is given
 
     ``small_states_bytes``: size of parameters, gradients and optimizer state if that is too little to be
-    worth saving, else None. ``dependence``: whether the job's samples depend on each other; None: it does not
-    matter.
+    worth saving, else None. ``dependence``: whether the job's samples depend on each other; None if it does
+    not matter.
     """
     allowed, reasons = [], []
     for candidate in TECHNIQUES.values():
@@ -70,9 +73,9 @@ def usable(
 
 
 def may_split(dependence: SampleDependence, accuracy: Accuracy) -> bool:
-    """Return whether a search may split the batch into micro-batches: always if its samples are not known to
-    depend on each other; else if ``accuracy`` allows a changed algorithm, unless splitting would weight the
-    terms of the loss wrongly.
+    """Return whether a search may split the batch into micro-batches. It may if the samples are not known to
+    depend on each other. Else it may if ``accuracy`` allows a changed algorithm (E3) and splitting does not
+    weight the terms of the loss wrongly.
     """
     if dependence.kind is not DependenceKind.DEPENDENT:
         return True
@@ -80,16 +83,19 @@ def may_split(dependence: SampleDependence, accuracy: Accuracy) -> bool:
 
 
 def may_share(dependence: SampleDependence, accuracy: Accuracy) -> bool:
-    """Return whether a search may divide the batch over data-parallel ranks: if that does not change the
-    training, or under the conditions of `may_split`.
+    """Return whether a search may divide the batch over data-parallel ranks: if this is known not to change
+    the training (``dependence.across_ranks`` is false), or if `may_split` is true.
     """
     return not dependence.across_ranks or may_split(dependence, accuracy)
 
 
 def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason, ...]:
-    """Return what to report about a recommended plan, at most one reason. If samples depend on each other: it
-    changes the training by splitting the batch, or plans that would were left out. If their dependence was
-    not tested and the plan splits the batch: that. Else there is none.
+    """Return what to report about a recommended plan because its batch's samples may depend on each other; at
+    most one reason, of one of these kinds:
+
+    - "changes": samples depend on each other, and the plan changes the training by splitting the batch
+    - "left_out_changes": samples depend on each other, and plans that change the training so were left out
+    - "not_tested": dependence was not tested, and the plan splits the batch
     """
     if dependence.kind is DependenceKind.DEPENDENT:
         changes = changes_training(plan, dependence)
@@ -103,10 +109,10 @@ def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason
 
 
 def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
-    """Yield all plans with some of these techniques, each in one of the settings that it proposes for
-    ``space``, that a search may propose (`proposable`), in a fixed order. On one device plain training comes
-    first; on several, every plan has a data-parallel technique. Settings whose packages are not installed are
-    left out.
+    """Yield all plans with some of ``techniques`` that a search may propose (`proposable`), in a fixed order.
+    Each technique has one of the settings that it proposes for ``space``; at most one technique of each slot
+    is used. On one device plain training comes first; on several, every plan has a data-parallel technique.
+    Settings whose packages are not installed are left out.
     """
     slots: dict[str, list[Use]] = {}
     for candidate in techniques:
@@ -134,8 +140,8 @@ _PLACE = {name: place for place, name in enumerate(TECHNIQUES)}
 def complexity(plan: Plan, dependence: SampleDependence | None = None) -> tuple[int, int, int]:
     """Return a sort key of the plan: of equally good plans, the one with the lowest key is preferred.
 
-    Plans are ordered by their effect class, mildest first; then by the number of techniques; then by how
-    early their techniques stand in `TECHNIQUES`, where the customary ones come first. ``dependence``: whether
-    the job's samples depend on each other, which makes splitting the batch the strongest effect.
+    It is (effect class from 0 to 3, number of techniques, sum of the techniques' positions in `TECHNIQUES`,
+    where the customary ones come first). ``dependence``: whether the job's samples depend on each other; if
+    they do, and the plan changes the training by splitting the batch, the effect class is 3.
     """
     return int(effect_of(plan, dependence)), len(plan.uses), sum(_PLACE[u.technique] for u in plan.uses)
