@@ -22,15 +22,18 @@ class DecideOptions:
     poc: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ID]", help="ID of the proof of concept in the store. Default: the one begun last."
+            metavar="[ID]",
+            help="ID of the proof of concept in the store whose figures are used. Default: the one begun "
+            "last.",
         ),
     ] = None
     case: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.toml",
-            help="Case file with your figures (see --template); it is stored with the proof of concept. "
-            "Default: the case file stored last with it, or no figures if there is none.",
+            help="Case file: a TOML file with your own figures, such as prices (--template prints one to "
+            "fill in). It is stored with the proof of concept. Default: the case file stored last "
+            "with it, or no figures of your own if there is none.",
         ),
     ] = None
     template: Annotated[
@@ -38,7 +41,7 @@ class DecideOptions:
         typer.Option(
             "--template",
             help="Only print a case file to fill in. It names every figure that can be given except "
-            "cloud.power_w.",
+            "cloud.power_w, the power of the cloud's machine. Not with --case or an ID.",
         ),
     ] = False
 

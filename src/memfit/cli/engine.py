@@ -27,23 +27,23 @@ class EngineOptions:
         str,
         typer.Argument(
             metavar="list|install",
-            help="list: show all engines and what is installed of each; install: create an environment with "
-            "the engine NAME.",
+            help="list: show all engines and the installed version of each, or what keeps it from running; "
+            "install: create a virtual environment with the engine NAME.",
         ),
     ] = "list"
     name: Annotated[
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="For install: the engine. Engines that are installed in memfit's own environment need no "
-            "other and are refused.",
+            help="For install: the name of the engine. Engines that are installed in memfit's own "
+            "environment need no other and are refused.",
         ),
     ] = None
     into: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="For install: folder for the environment, which must be new or empty. Default: "
+            help="For install: folder for the virtual environment, which must be new or empty. Default: "
             "memfit/engines/NAME in your data folder.",
         ),
     ] = None

@@ -38,37 +38,40 @@ class ExplainOptions:
         list[str] | None,
         typer.Argument(
             metavar="[A.yaml B.yaml]",
-            help="Plan file to explain, or two to show why their memory differs. Default: the plan of --plan "
-            "or --recommended, otherwise plain training.",
+            help="Plan file (YAML) to explain, or two plan files to show why their memory differs. "
+            "Default: the plan of --plan or --recommended, otherwise plain training.",
         ),
     ] = None
     html: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also write a treemap and a timeline of the plan's memory to this HTML file. Not for two "
-            "plans.",
+            help="Also write an HTML page with a treemap and a timeline of the memory of a training step "
+            "with the plan to this file. Not for two plans.",
         ),
     ] = None
     snapshot: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.pickle",
-            help="Also write the plan's memory to this file as a snapshot for PyTorch's memory viewer. Not "
-            "for two plans.",
+            help="Also write the memory of a training step with the plan to this file, as a snapshot for "
+            "PyTorch's memory viewer. Not for two plans.",
         ),
     ] = None
     perfetto: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="Also write the plan's memory to this file as a Chrome trace for ui.perfetto.dev. Not for "
-            "two plans.",
+            help="Also write the memory of a training step with the plan to this file, as a Chrome trace "
+            "for ui.perfetto.dev. Not for two plans.",
         ),
     ] = None
     lines: Annotated[
         bool,
-        typer.Option(help="Whether to find the line of your code that made each allocation of memory."),
+        typer.Option(
+            help="--lines: also find the line of your code that made each allocation of memory; "
+            "--no-lines: do not."
+        ),
     ] = True
 
 

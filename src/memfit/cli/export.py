@@ -39,15 +39,17 @@ class ExportOptions:
         str,
         typer.Option(
             metavar="TARGET",
-            help="What to write files for. Launchers and clusters: torchrun, slurm, k8s, skypilot. Libraries "
-            "whose own program trains: trainer (Hugging Face), torchtitan, openfold.",
+            help="What starts the training elsewhere. Launchers and clusters: torchrun, slurm, k8s, "
+            "skypilot. Libraries whose own program trains: trainer (Hugging Face), torchtitan, "
+            "openfold.",
         ),
     ]
     out: Annotated[
         Path,
         typer.Option(
             metavar="DIR",
-            help="Folder for the files, created if it does not exist. Without --force it must be empty.",
+            help="Folder to write the files into, created if it does not exist. Without --force it must be "
+            "empty.",
         ),
     ]
     nodes: Annotated[
@@ -55,7 +57,7 @@ class ExportOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of machines. It must divide the plan's number of processes.",
+            help="Number of machines that train. The plan's number of processes must be divisible by it.",
         ),
     ] = 1
     script: Annotated[
@@ -63,8 +65,9 @@ class ExportOptions:
         typer.Option(
             metavar="'FILE.py ARGS'",
             help="Command line of your own training script, in quotes: the Python file and its arguments. "
-            "The file and the modules beside it that it imports are copied, and the written files start it "
-            "instead of memfit's worker. trainer, torchtitan and openfold only copy it.",
+            "The file and the modules beside it that it imports are copied, and the written files "
+            "start it instead of memfit's worker. With --to trainer, torchtitan or openfold it is "
+            "copied but not started.",
         ),
     ] = None
     max_restarts: Annotated[
@@ -72,41 +75,42 @@ class ExportOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="How many times the launcher restarts all processes after a failure. Not used by trainer, "
-            "torchtitan and openfold.",
+            help="How many times the launcher restarts all processes after a failure. Not used with --to "
+            "trainer, torchtitan or openfold.",
         ),
     ] = 3
     gpu: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="For skypilot with --script, which requires it: the accelerator, such as H100. memfit's "
-            "worker trains on CPUs.",
+            help="For --to skypilot with --script, which needs it: the accelerator to rent, such as H100. "
+            "Not used without --script, as memfit's worker trains on CPUs.",
         ),
     ] = ""
     image: Annotated[
         str,
         typer.Option(
             metavar="IMAGE",
-            help="For k8s, which requires it: the container image, with Python, torch and the program to "
-            "start.",
+            help="For --to k8s, which needs it: the container image, with Python, torch and the packages "
+            "that the program to start imports.",
         ),
     ] = ""
     setup: Annotated[
         str,
         typer.Option(
             metavar="COMMAND",
-            help="For skypilot: the shell command that sets up a new machine. Default: a check that the "
-            "needed packages can be imported.",
+            help="For --to skypilot: the shell command that sets up a new machine. Default: a check that "
+            "the needed packages can be imported.",
         ),
     ] = ""
     save: Annotated[
         str,
         typer.Option(
             metavar="DIR",
-            help="Folder to which memfit's worker writes checkpoints, at the end and with --save-every. All "
-            "nodes must share it; a restart continues from the newest checkpoint. For k8s it needs an "
-            "absolute path and --claim. Not with --script. Default: no checkpoints.",
+            help="Folder to which memfit's worker, the program that trains without --script, writes "
+            "checkpoints: at the end and, with --save-every, before. All nodes must share it; a "
+            "restart continues from the newest checkpoint. --to k8s needs an absolute path and "
+            "--claim. Not with --script. Default: no checkpoints.",
         ),
     ] = ""
     save_every: Annotated[
@@ -121,15 +125,16 @@ class ExportOptions:
         str,
         typer.Option(
             metavar="NAME",
-            help="For k8s: the persistent volume claim that is mounted as the folder of --save.",
+            help="For --to k8s with --save, which needs it: the name of the persistent volume claim that "
+            "is mounted as the folder of --save.",
         ),
     ] = ""
     force: Annotated[
         bool,
         typer.Option(
             "--force",
-            help="Write into a folder that is not empty: replace files of the same names, and remove the "
-            "other files of an earlier export.",
+            help="Write into --out even if it is not empty: replace files of the same names, and remove "
+            "the other files of an earlier export. Any other file stays.",
         ),
     ] = False
     from_files: Annotated[
@@ -138,9 +143,9 @@ class ExportOptions:
             "--from",
             metavar="FILE",
             help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
-            "torchtitan or OpenFold. Can be given several times: all files together are one set-up, with at "
-            "most one file of each kind. Its plan is exported unless --plan or --recommended is given. "
-            "Settings that the plan does not decide are kept.",
+            "torchtitan or OpenFold. Can be given several times: all files together are one set-up, "
+            "with at most one file of each kind. The plan of the set-up is exported unless --plan or "
+            "--recommended is given. Settings that the plan does not decide are kept.",
         ),
     ] = None
     ranks: Annotated[
@@ -148,17 +153,17 @@ class ExportOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="With --from: number of processes. Needed if the files do not say it; must not contradict "
-            "them.",
+            help="With --from: number of processes that train. Needed if the files do not state it; if "
+            "they do, it must be the same number.",
         ),
     ] = None
     script_applies: Annotated[
         str,
         typer.Option(
             metavar="NAME,...",
-            help="With --script: names of the parts of the plan that no written file applies and your script "
-            "does, such as activation-checkpointing, separated by commas; all: all such parts. The export is "
-            "refused until every such part is named; the error lists them.",
+            help="With --script: names, separated by commas, of those parts of the plan that no written "
+            "file applies and your script applies itself, such as activation-checkpointing; all: all "
+            "such parts. The export is refused until every such part is named; the error lists them.",
         ),
     ] = ""
 

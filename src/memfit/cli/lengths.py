@@ -60,8 +60,8 @@ class LengthOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that the training must fit in, for example 24GiB. Default: all memory of one "
-            "device of the machine.",
+            help="Memory of one device that the training must fit in, for example 24GiB. Default: all "
+            "memory of one device of the machine --on.",
         ),
     ] = None
     plan: Annotated[
@@ -85,7 +85,7 @@ class LengthOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Cut sequences, with their --extra-tokens, to at most N tokens. Default: not cut.",
+            help="Cut each sequence, its --extra-tokens included, to at most N tokens. Default: not cut.",
         ),
     ] = None
     extra_tokens: Annotated[
@@ -93,7 +93,8 @@ class LengthOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="Number of special tokens to add to the length of each sequence, before --max-length.",
+            help="Number of special tokens to add to the length of each sequence, before it is cut to "
+            "--max-length.",
         ),
     ] = 0
 

@@ -36,8 +36,8 @@ class LintOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of processes of the training, instead of the number in the files. Default: the "
-            "number in the files, if they have one.",
+            help="Number of processes that train, in place of the number in the files. Default: the number "
+            "in the files; unknown if they have none.",
         ),
     ] = None
 

@@ -40,8 +40,9 @@ class NameOptions:
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="Show every figure of one entry with its source: a machine or FILE.toml as in --on, a "
-            "network, host, link or place. Default: list all entries.",
+            help="What to show, with the source of every figure: a machine or FILE.toml as in --on of "
+            "`memfit plan`, or a network, host, link or place of the catalog. Default: a list of all "
+            "entries.",
         ),
     ] = None
 

@@ -49,8 +49,8 @@ class JobOptions:
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Folder with safetensors files to take the initial weights from. Default: as the job "
-            "initializes them, usually at random.",
+            help="Folder with safetensors files to take the initial weights from. Default: the weights as "
+            "the job initializes them, usually at random.",
         ),
     ] = None
     steps: Annotated[
@@ -159,8 +159,8 @@ class BoundsOptions:
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Longest time that all --steps may take together, for example 90m, 72h or 3d. Needs "
-            "--steps, and --on with another machine than this one.",
+            help="Longest time that the whole training of --steps steps may take, for example 90m, 72h or "
+            "3d. Needs --steps, and --on with another machine than this one.",
         ),
     ] = None
     budget: Annotated[
@@ -168,8 +168,8 @@ class BoundsOptions:
         typer.Option(
             metavar="USD",
             min=0.01,
-            help="Most that all --steps may cost together, in USD. Needs --steps, and --on with another "
-            "machine than this one.",
+            help="Most that the whole training of --steps steps may cost, in USD. Needs --steps, and --on "
+            "with another machine than this one.",
         ),
     ] = None
     micro_batch: Annotated[
@@ -177,8 +177,9 @@ class BoundsOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Samples in one micro-batch of one device; must divide the device's part of the batch. "
-            "Needs --on with another machine than this one. Default: memfit chooses the number.",
+            help="Samples in one micro-batch of one device. The number of samples of a device in a step "
+            "must be divisible by it. Needs --on with another machine than this one. Default: memfit "
+            "chooses the number.",
         ),
     ] = None
     without: ExcludedTechniques = None
@@ -258,7 +259,8 @@ class PlanOptions:
         bool,
         typer.Option(
             "--recommended",
-            help="Search for a plan as `memfit plan` does with the same options, and use what it recommends.",
+            help="Search for a plan as `memfit plan` does with the same options, and use the one that it "
+            "recommends. Not with --plan.",
         ),
     ] = False
 
@@ -288,8 +290,8 @@ class EffortOptions:
         float | None,
         typer.Option(
             metavar="MIN",
-            help="Minutes that people spent attending to the proof of concept. They are stored with it and "
-            "replace minutes given earlier.",
+            help="Minutes during which people attended to the proof of concept. They are stored with it, "
+            "in place of minutes given earlier.",
         ),
     ] = None
 
@@ -300,7 +302,10 @@ class LanguageOptions:
 
     lang: Annotated[
         str,
-        typer.Option(metavar="en|ja", help="Language of the result: English or Japanese. Errors: English."),
+        typer.Option(
+            metavar="en|ja",
+            help="Language of the result: en (English) or ja (Japanese). Errors are in English.",
+        ),
     ] = "en"
 
 
@@ -320,7 +325,10 @@ class OutputOptions:
 
     lang: Annotated[
         str,
-        typer.Option(metavar="en|ja", help="Language of the result: English or Japanese. Errors: English."),
+        typer.Option(
+            metavar="en|ja",
+            help="Language of the result: en (English) or ja (Japanese). Errors are in English.",
+        ),
     ] = "en"
     json: Annotated[
         bool,

@@ -45,33 +45,34 @@ class SaveOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Plan for N processes that share the batch. With --on, N is the number of devices, so the "
-            "option is not needed.",
+            help="Plan for N processes of this machine that share the batch. With --on another machine, "
+            "there is one process for each of its devices, and the option is not needed.",
         ),
     ] = 1
     measure: Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="Run the plans whose predicted step times lie within the prediction error of the best for a "
-            "few steps each on this machine, and recommend the best by these measurements. Not with --on, "
-            "--from and the goals smallest and fewest.",
+            help="Run the plans whose predicted step times lie within the prediction error of the best for "
+            "a few steps each on this machine, and recommend the best by these measurements. Not with "
+            "--on another machine, --from, --goal smallest or --goal fewest.",
         ),
     ] = False
     measure_time: Annotated[
         str,
         typer.Option(
             metavar="TIME",
-            help="With --measure: after the first two runs, start no further one when this time has passed, "
-            "for example 90s or 5m.",
+            help="With --measure: start no further run after this time, for example 90s or 5m, unless "
+            "fewer than two plans have run successfully.",
         ),
     ] = "5m"
     save: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Write the recommended plan to this file, which you can read and edit. With --from: write "
-            "the plan of your set-up instead. An existing file is an error without --force.",
+            help="Write the recommended plan to this YAML file, which you can read and edit and which "
+            "other commands take as --plan. With --from: write the plan of your set-up instead. An "
+            "existing file is an error without --force.",
         ),
     ] = None
     force: Annotated[bool, typer.Option("--force", help="With --save: overwrite the file if it exists.")] = (

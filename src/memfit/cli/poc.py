@@ -36,9 +36,10 @@ class PocOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of seeds. With each, plain training and the recommended plan are trained once; the "
-            "verdict is based on these pairs of runs. With fewer than 3 pairs, results can only be shown to "
-            "be equivalent if the plan must not change them at all, as with --accuracy exact.",
+            help="Number of seeds. With each, plain training and the recommended plan are trained once; "
+            "the verdict, whether their results are equivalent, is based on these pairs of runs. With "
+            "fewer than 3 pairs, results can only be shown to be equivalent if the plan must not "
+            "change them at all, as with --accuracy exact.",
         ),
     ] = 3
     nproc: Annotated[
@@ -50,7 +51,8 @@ class PocOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="HTML report to write. Default: reports/ID.LANG.html in the folder of the store.",
+            help="File for the HTML report. Default: reports/ID.LANG.html in the folder of the store, with "
+            "the ID of the proof of concept.",
         ),
     ] = None
 

@@ -22,12 +22,17 @@ class PrecisionOptions:
     and the kind of device to advise for."""
 
     dtype: Annotated[
-        str, typer.Option(metavar="bf16|fp16|both", help="Half precision to try: bfloat16, float16 or both.")
+        str,
+        typer.Option(
+            metavar="bf16|fp16|both", help="Half precision to try: bf16 (bfloat16), fp16 (float16) or both."
+        ),
     ] = "both"
     batches: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, help="Number of training batches to measure, with a few samples of each."
+            metavar="N",
+            min=1,
+            help="Number of training batches on which modules are measured, with only a few samples of each.",
         ),
     ] = 1
     after: Annotated[
@@ -35,7 +40,8 @@ class PrecisionOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="Number of training steps in float32 before measuring: untrained weights hide many errors.",
+            help="Number of training steps in float32 before the modules are measured: untrained weights "
+            "hide many errors.",
         ),
     ] = 40
     device: Annotated[

@@ -31,8 +31,8 @@ class RecordOptions:
         str | None,
         typer.Option(
             metavar="ID",
-            help="ID in the store of the proof of concept to write, or of a record added from others. "
-            "Default: the proof of concept begun last.",
+            help="ID of the proof of concept in the store whose record is written, or of a record in it "
+            "that was added from others. Default: the proof of concept begun last.",
         ),
     ] = None
     out: Annotated[
@@ -46,7 +46,8 @@ class RecordOptions:
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="Add the record in this file, from another group, to the store instead of writing one.",
+            help="Add the record in this file, which comes from another group, to the store instead of "
+            "writing one.",
         ),
     ] = None
     said_by: Annotated[
@@ -58,7 +59,7 @@ class RecordOptions:
         ),
     ] = None
     schema: Annotated[
-        bool, typer.Option("--schema", help="Only print the JSON Schema of the format of records.")
+        bool, typer.Option("--schema", help="Only print the format of records, as a JSON Schema.")
     ] = False
 
 
@@ -67,10 +68,16 @@ class CompareOptions:
     """The two records to compare, each a file or an ID in the store."""
 
     a: Annotated[
-        str, typer.Argument(metavar="A", help="First record: a file, or the ID of a record in the store.")
+        str,
+        typer.Argument(
+            metavar="A", help="First record to compare: a file, or the ID of a record in the store."
+        ),
     ]
     b: Annotated[
-        str, typer.Argument(metavar="B", help="Second record: a file, or the ID of a record in the store.")
+        str,
+        typer.Argument(
+            metavar="B", help="Second record to compare: a file, or the ID of a record in the store."
+        ),
     ]
 
 

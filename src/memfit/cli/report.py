@@ -21,21 +21,25 @@ class ReportOptions:
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="HTML file to write. Default: memfit-ID.LANG.html in the current folder."
+            metavar="FILE",
+            help="HTML file to write. Default: memfit-ID.LANG.html in the current folder, with the ID of "
+            "the proof of concept.",
         ),
     ] = None
     poc: Annotated[
         str | None,
         typer.Option(
-            metavar="ID", help="ID of the proof of concept in the store. Default: the one begun last."
+            metavar="ID",
+            help="ID of the proof of concept in the store to report on. Default: the one begun last.",
         ),
     ] = None
     case: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.toml",
-            help="Case file with your figures, as for `memfit decide`; it is stored with the proof of "
-            "concept. Default: the case file stored last with it, or no figures if there is none.",
+            help="Case file: a TOML file with your own figures, such as prices (`memfit decide --template` "
+            "prints one to fill in). It is stored with the proof of concept. Default: the case file "
+            "stored last with it, or no figures of your own if there is none.",
         ),
     ] = None
 

@@ -64,8 +64,9 @@ class RunOptions:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder to write a checkpoint to at the end, and with --save-every before. It must not hold "
-            "later checkpoints of another run. Default: no checkpoints.",
+            help="Folder to write a checkpoint to at the end and, with --save-every, before. It must not "
+            "hold a checkpoint of a later step than that at which the run begins. Default: no "
+            "checkpoints.",
         ),
     ] = None
     save_every: Annotated[
@@ -80,8 +81,9 @@ class RunOptions:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Continue from the newest complete checkpoint in this folder, or from this checkpoint; it "
-            "may have been saved under another plan. --steps includes the steps before the checkpoint.",
+            help="Checkpoint from which to continue, or a folder of checkpoints, of which the newest "
+            "complete one is taken; it may have been saved under another plan. --steps includes the "
+            "steps before the checkpoint.",
         ),
     ] = None
 

@@ -43,15 +43,16 @@ class ScaleOptions:
         str | None,
         typer.Argument(
             metavar="[RECORD]",
-            help="Record to check: a file, or an ID in the store. Default: the proof of concept begun last.",
+            help="Record of a proof of concept to check: a file, or an ID in the store. Default: that of "
+            "the proof of concept begun last.",
         ),
     ] = None
     gates: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.toml",
-            help="File with your own limits for the figures of the record; limits that it does not name keep "
-            "their defaults. `--json` shows all limits.",
+            help="TOML file with your own limits for the figures of the record; limits that it does not "
+            "name keep their defaults. `memfit scale --json` prints all limits.",
         ),
     ] = None
     pilot: Annotated[
