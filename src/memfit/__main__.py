@@ -9,9 +9,10 @@ from memfit.cli import main
 
 
 def run() -> int:
-    """The command line's own process, which ends with the command: no search for garbage at its end, which
-    takes longer than many a command where torch and transformers are loaded. Triton's bindings, in torch for
-    CUDA, list on stderr what was not collected: there it is."""
+    """Run the command line and return its exit status, after which the process must end. Unless Triton is
+    loaded, all objects are then excluded from garbage collection, which at the process's end takes longer
+    than many a command where torch and transformers are loaded. With Triton it stays on, because otherwise
+    Triton's bindings list on stderr what was not collected."""
     code = main()
     if "triton" not in sys.modules:
         gc.freeze()

@@ -59,9 +59,10 @@ class Prediction:
     """The prediction for one training step of ``job`` under ``plan`` on ``machine``. Memory of the device is
     that of the rank with the highest peak.
 
-    ``cap_bytes``: the memory of one device that the step should fit. ``allocated_bytes``, ``reserved_bytes``,
-    ``device_bytes`` and ``host_bytes`` are intervals. One of the last three is None if the machine has no
-    such memory, or if the catalog has too few facts to predict it.
+    ``cap_bytes``: the memory of one device that the step should fit. ``allocated_bytes`` (live tensors),
+    ``reserved_bytes`` (what torch's allocator takes), ``device_bytes`` (what the device's memory must hold)
+    and ``host_bytes`` (main memory of one host) are intervals. Each of the last three is None if the machine
+    has no such memory, or if the catalog has too few facts to predict it.
     """
 
     estimate: Estimate
@@ -77,9 +78,8 @@ class Prediction:
 
     @property
     def allocated_bytes(self) -> Interval:
-        """Highest bytes of tensors that are alive at once on one device, with the range they should lie
-        in.
-        """
+        """Highest number of bytes of tensors alive at once on one device: the predicted ``value``, and the
+        range from ``low`` to ``high`` that the true number should lie in."""
         return self.estimate.allocated_bytes
 
     @property
@@ -92,10 +92,9 @@ class Prediction:
 
     @property
     def host_bytes(self) -> Interval | None:
-        """Memory that one host needs for all its ranks: the processes, and the larger of loading the model
-        and training (offloaded tensors, DataLoader workers; on a CPU also the tensors of the step, and
-        nothing for loading).
-        """
+        """Memory that one host needs for all its ranks, or None if it is not predicted: the processes, and
+        the larger of what loading the model and what training needs (offloaded tensors, DataLoader workers).
+        On a CPU, training includes the tensors of the step, and loading counts nothing."""
         return self.estimate.host_bytes
 
     @property
@@ -111,8 +110,8 @@ class Prediction:
     @property
     def needed_bytes(self) -> int:
         """The bytes that `fits` compares with ``cap_bytes``: the tensors, and what the process or device
-        takes beside them. On an accelerator, this is the upper end of ``device_bytes`` if that is known.
-        """
+        takes beside them. On an accelerator, this is the upper end of ``device_bytes`` unless that is
+        None."""
         return needed_bytes(self.estimate, self.machine)
 
     @property
@@ -126,39 +125,37 @@ class Prediction:
     @property
     def not_included(self) -> tuple[str, ...]:
         """Names of what a training loop may keep in memory beside the step, such as logging. No number of a
-        prediction includes these.
-        """
+        prediction includes it. The names are the same for every prediction."""
         return NOT_INCLUDED
 
     @property
     def by_category(self) -> Mapping[str, int]:
-        """Bytes of tensors alive at the peak, by category such as "parameter" or "activation"."""
+        """Bytes of the tensors alive at the peak, category -> bytes, such as "parameter" or "activation"."""
         return self.estimate.at_peak_bytes
 
     @property
     def by_module(self) -> Mapping[str, int]:
-        """Bytes of tensors alive at the peak, by module path; "" is the model itself."""
+        """Bytes of the tensors alive at the peak, path of the module that they belong to -> bytes. "" is the
+        model itself."""
         return self.estimate.by_module_bytes
 
     @property
     def by_phase(self) -> Mapping[str, int]:
-        """Peak bytes of live tensors in each phase: "setup" (the model is built), "forward", "backward" and
-        "optimizer".
-        """
+        """Peak bytes of live tensors in each phase, phase -> bytes: "setup" (the model is built), "forward",
+        "backward" and "optimizer"."""
         return self.estimate.phase_peak_bytes
 
     @functools.cached_property
     def workload(self) -> Workload:
-        """Model, number of parameters, batch size over all ranks, length or shape of a sample, and machine of
-        this prediction.
-        """
+        """What is predicted, for a line of text: model, number of parameters, batch size over all ranks,
+        length or shape of a sample, and machine."""
         return workload_of(self.job, self.machine.name)
 
     @functools.cached_property
     def lifecycle(self) -> Lifecycle:
-        """Peaks of live tensors during loading, first step, evaluation, saving and resuming, and sizes of
-        checkpoints; traced on first access. Raises UserError if the plan has several ranks.
-        """
+        """Peaks of live tensors during loading, the first step, evaluation, saving and resuming, and sizes of
+        checkpoints. They are traced when this is first accessed. Raises UserError if the plan has several
+        ranks."""
         if self.plan.ranks > 1:
             raise UserError(
                 "lifecycle peaks and checkpoint sizes are predicted for one process, but this plan has "
@@ -169,16 +166,14 @@ class Prediction:
 
     @property
     def checkpoint_bytes(self) -> Mapping[str, int]:
-        """Bytes of the files that ``torch.save`` writes: of the "model", the "optimizer" and, if some
-        parameters are frozen, the "trainable" parameters alone. Raises UserError if the plan has several
-        ranks.
-        """
+        """Bytes of the files that ``torch.save`` writes, file -> bytes: "model", "optimizer" and, if some
+        parameters are frozen, "trainable", which has the other parameters alone. Raises UserError if the plan
+        has several ranks."""
         return self.lifecycle.checkpoint_bytes
 
     def explain(self) -> str:
-        """Return a text of several lines, in English: the workload, the predicted memory, and what the peak
-        consists of.
-        """
+        """Return a text of several lines of at most 110 characters, in English: the workload, the predicted
+        memory, and what the peak consists of."""
         from rich.console import Console
         from rich.text import Text
 
@@ -242,25 +237,27 @@ def estimate(  # noqa: PLR0913
     each other. The result is in the prediction's ``estimate.dependence``, which is None for other plans.
 
     ``model``: a module, a function that builds one, or a Job, which takes no ``batch``, ``loss`` or
-    ``optimizer``. ``batch``: a tensor, a mapping, tuple or list of tensors, an object with ``.to()`` that
-    holds tensors, or a function that makes one of these. ``loss``:
+    ``optimizer``. ``batch``: the batch of the whole step over all ranks: a tensor, a mapping, tuple or list
+    of tensors, an object with ``.to()`` that holds tensors, or a function that makes one of these. ``loss``:
     ``loss(model, batch)``, ``loss(output, batch)`` or ``loss(output, target)``; by default the loss that the
-    model returns, else the mean of its output. ``optimizer``: a name, an optimizer of this model, or a
-    function of parameters; by default AdamW. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, the name
-    of a technique, YAML text, or the path of a YAML file; by default plain training. A mapping, text or name
-    of techniques for several ranks that does not give ``ranks`` uses all devices of the machine.
-    ``machine``: a name of the catalog such as ``"8xH100-SXM"``, or the path of a machine file (.toml); by
-    default this machine. ``bound``: sizes that only values decide, as in `Job`. ``ema``: the decay of a
-    weight average that the loop keeps (True: 0.999). ``clip``: the largest gradient norm; by default
-    gradients are not clipped. ``workers``: DataLoader worker processes of each rank, which take host memory;
-    by default none. With a Job, ``bound``, ``ema``, ``clip`` and ``workers`` replace its own values if they
-    are not None. ``host_memory``: the memory of each host ("128GiB" or bytes), if it differs from the
-    catalog's; not for a CPU.
+    model returns, else the mean of its output. ``optimizer``: "adamw", "adam", "sgd" or "adafactor", an
+    optimizer of this model, or a function of parameters; by default AdamW.
+
+    ``plan``: a Plan, ``{"activation-checkpointing": {}}``, the name of a technique, YAML text, or the path of
+    a YAML file; by default plain training. A mapping, text or name of techniques for several ranks that does
+    not give ``ranks`` uses all devices of the machine. ``machine``: a name of the catalog such as
+    ``"8xH100-SXM"``, or the path of a machine file (.toml); by default this machine.
+
+    ``bound``: sizes that only values decide, as in `Job`. ``ema``: the decay of a weight average that the
+    loop keeps (True: 0.999); by default none. ``clip``: the largest gradient norm; by default gradients are
+    not clipped. ``workers``: DataLoader worker processes of each rank, which take host memory; by default
+    none. With a Job, these four replace its own values if they are not None. ``host_memory``: the memory of
+    each host ("128GiB" or bytes), if it differs from the catalog's; not for a CPU.
 
     ``probe``: on this machine, run each operator whose kernel may use workspace at the peak once, alone and
     on made-up tensors, in a child process (a few seconds; results are stored on disk). Without it, and for
-    another machine, the interval's upper end includes the most that they can use. If sizes in the step
-    depend on computed values, as in a detector, and the step takes at most 4e12 operations and half of this
+    another machine, the interval's upper end includes the most that they can use. If sizes in the step depend
+    on computed values, as in a detector, and the step takes at most 4e12 operations and half of this
     machine's free memory, ``probe`` also computes the step on a copy of the model. Raises UserError if an
     argument is none of these, if the model does not support the plan, or if the step cannot be traced.
     """
@@ -304,10 +301,9 @@ def _predicted(
 
 
 def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
-    """Return the plan's estimate. With ``probe``, values that decide sizes are computed from the model's
-    weights if the step is small enough (`real_weights`), and on this machine kernel workspaces that could
-    move the peak are probed first. Raises UserError if the step cannot be traced.
-    """
+    """Return the plan's estimate. With ``probe``, sizes that depend on computed values are computed with the
+    model's weights if the step is small enough (`real_weights`), and on this machine the workspaces of
+    kernels that could move the peak are measured first. Raises UserError if the step cannot be traced."""
     try:
         if not probe:
             return pricer.whole(plan)
@@ -332,11 +328,12 @@ def _weights(job: Job) -> WeightsSource:
 def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Prediction:
     """Predict the step that a Hugging Face ``Trainer`` would run in one process.
 
-    Used are the trainer's model, loss and optimizer; the first batch of its loader, repeated for each
-    accumulated micro-batch; and of its ``TrainingArguments``: ``fp16``, ``bf16``, ``gradient_checkpointing``
-    and ``gradient_accumulation_steps`` as a plan, ``max_grad_norm``, and ``dataloader_num_workers``. Other
-    arguments, such as ``fsdp`` and ``deepspeed``, are ignored. ``machine`` and ``probe`` are as in
-    `estimate`. Call it before ``trainer.train()``. Raises UserError as `estimate` does.
+    It uses the trainer's model, loss and optimizer; the first batch of its loader, repeated once for each
+    accumulated micro-batch; and of its ``TrainingArguments`` ``fp16``, ``bf16``, ``gradient_checkpointing``
+    and ``gradient_accumulation_steps``, which become the plan, ``max_grad_norm`` and
+    ``dataloader_num_workers``. Other arguments, such as ``fsdp`` and ``deepspeed``, are ignored. ``machine``
+    and ``probe`` are as in `estimate`. Call it before ``trainer.train()``. Raises UserError as `estimate`
+    does.
     """
     import torch
 
@@ -381,12 +378,13 @@ def assert_fits(  # noqa: PLR0913
     probe: bool = True,
     host_memory: str | int | None = None,
 ) -> Prediction:
-    """Return the prediction if the step fits ``memory`` of a device ("24GiB" or bytes) and the host's memory;
-    else raise AssertionError. For use in tests.
+    """Return the prediction if the step fits ``memory`` of one device ("24GiB" or bytes) and the host's
+    memory; else raise AssertionError. For use in tests.
 
     ``model`` may also be a Prediction; of the other arguments, only ``memory`` is then used. Else all
-    arguments are as in `estimate`. The AssertionError has the peak, its phase and largest contributors, and a
-    plan that would fit, if one is found quickly. Raises UserError as `estimate` does.
+    arguments are as in `estimate`. The text of the AssertionError has the needed bytes, the peak with its
+    phase and operator, its largest categories and modules, and a plan that would fit, if one is found among a
+    few (not for peaks above 64 GiB). Raises UserError as `estimate` does.
     """
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     if isinstance(model, Prediction):
@@ -447,12 +445,12 @@ def _largest(parts: Mapping[str, int]) -> str:
 
 
 def _smaller(prediction: Prediction) -> Iterator[Prediction]:
-    """Yield predictions of the prediction's plan with more and more techniques added: bf16 autocast,
-    activation checkpointing of every block, then gradient accumulation with 2, 4 and as many micro-batches as
-    samples. They may fit or not.
+    """Yield predictions of the prediction's plan with techniques added one after another, each to the plan
+    before: bf16 autocast; activation checkpointing of every block; gradient accumulation with 2, then 4, then
+    as many micro-batches as samples. Each may fit or not.
 
-    A technique that does not suit the plan or the model is left out, and gradient accumulation if samples
-    are known to depend on each other. Yields nothing if the prediction's peak of tensors exceeds 64 GiB.
+    A technique that does not suit the plan or the model is left out, and gradient accumulation if samples are
+    known to depend on each other. Yields nothing if the prediction's peak of tensors exceeds 64 GiB.
     """
     if prediction.allocated_bytes.value > _CHEAP_BYTES:
         return
@@ -481,7 +479,8 @@ def conform(
     ranks: int | None = None,
     clip: float | None = None,
 ) -> Conformance:
-    """Compare a prepared model and optimizer with a plan. Call it on every rank of the job.
+    """Compare a prepared model and optimizer with a plan, and return the result if they conform to it. Call
+    it on every rank of the job.
 
     ``plan``: as in `estimate`. If it is a mapping, text or name without ``ranks``, its number of ranks is the
     argument ``ranks``, by default the world size. If neither gives it and the world size is 1, a plan with
@@ -495,15 +494,16 @@ def conform(
     linear layers of blocks use float8; and which update torch's AdamW runs. If the ranks differ, nothing else
     is checked.
 
-    ``step`` runs one whole training step. With it, these are also checked: gradients and optimizer state on
-    this rank and the state's bytes per element; micro-batches; which blocks are recomputed in backward and
-    which are compiled; autocast; whether replicas are equal; whether data-parallel ranks get different
-    samples and update with the mean of all their gradients; what FSDP2 frees after forward; whether
-    tensor-parallel ranks leave the last block with the same numbers; whether ranks that share a sample work
-    on different parts and use each other's (for this, a block is run four more times); whether pipeline
-    stages hold what other stages train and follow the planned schedule; and, of the tensors that autograd
-    keeps for backward, what was offloaded, dropped, or is whole logits. CPU offload is recognized by devices
-    if the step runs on an accelerator, else by the active policy of FSDP2 or of the ZeRO optimizer.
+    ``step``, a function without arguments, runs one whole training step. With it, these are also checked:
+    gradients and optimizer state on this rank and the state's bytes per element; micro-batches; which blocks
+    are recomputed in backward and which are compiled; autocast; whether replicas are equal; whether
+    data-parallel ranks get different samples and update with the mean of all their gradients; what FSDP2
+    frees after forward; whether tensor-parallel ranks leave the last block with the same numbers; whether
+    ranks that share a sample work on different parts and use each other's (for this, a block is run four more
+    times); whether pipeline stages hold what other stages train and follow the planned schedule; and, of the
+    tensors that autograd keeps for backward, what was offloaded, dropped, or is whole logits. CPU offload is
+    recognized by devices if the step runs on an accelerator, else by the active policy of FSDP2 or of the
+    ZeRO optimizer.
 
     Of the result, ``checked`` says what was compared. What the plan states but could not be checked is in
     ``unseen``, with the reason; it is not reported as conforming. Raises NotConforming with each difference,

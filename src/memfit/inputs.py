@@ -64,10 +64,11 @@ def job_of(
     """Return a Job from a module (or a function that builds one) and a batch (or a function that makes one).
 
     ``model`` may also be a Job, without ``batch``, ``loss`` and ``optimizer``. ``loss`` is as in `loss_of`.
-    ``optimizer``: a name, an optimizer of this model, or a function of parameters; None: AdamW. ``bound``,
-    ``ema``, ``clip`` and ``workers`` are as in `Job`, and replace those of a Job if they are not None. Raises
-    UserError for other arguments. The functions of a new Job raise errors in the user's own code as
-    UserErrors; those of a given Job are kept as they are.
+    ``optimizer``: "adamw", "adam", "sgd" or "adafactor", an optimizer of this model, a function of
+    parameters, or an OptimizerChoice; None: AdamW. ``bound``, ``ema``, ``clip`` and ``workers`` are as in
+    `Job`, and replace those of a given Job if they are not None. Raises UserError for other arguments. The
+    functions of a new Job raise errors in the user's own code as UserErrors; those of a given Job are kept as
+    they are.
     """
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
@@ -158,14 +159,17 @@ def _batch_of(batch: Any) -> Any:
 def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
     """Return a function ``loss(model, batch)`` for the argument ``loss``.
 
-    ``loss`` may be such a function itself; ``loss(output, batch)`` or ``loss(output, target)``, recognized by
-    the names of its parameters (the first one is such as "output" or "logits", the second one such as
-    "batch"); a module or a function of torch.nn.functional, called with (output, target); or None. With None
-    the loss that the model returns is used (see `model_loss`). The target is the last item of a tuple or
-    list, else what the batch has under a key or attribute such as "labels" or "target", else the batch.
+    ``loss`` may be one of these, told apart by the names of its parameters: ``loss(output, target)`` or
+    ``loss(output, batch)``, if the first parameter is named output, outputs, out, o, logits, pred, preds,
+    prediction, predictions, y_hat or y_pred (the second is the batch if it is named batch, inputs, data or b,
+    else the target); ``loss(model, batch)``, if it has any other name. A module or a function of
+    torch.nn.functional is called with (output, target). With None, the loss that the model returns is used
+    (see `model_loss`).
 
-    ``forward``: the signature of the model's forward, which decides what of the batch the model gets. Raises
-    UserError if ``loss`` is neither None nor callable.
+    The target is the last item of a tuple or list; of other batches, what is under the key or attribute
+    labels, label, targets, target or y, whichever is there first, else the batch. ``forward``: the signature
+    of the model's forward, which decides what of the batch the model gets. Raises UserError if ``loss`` is
+    neither None nor callable.
     """
     if loss is None:
         return lambda model, batch: model_loss(_called(model, batch, forward))
@@ -207,10 +211,11 @@ def _target(batch: Any) -> Any:
 def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: bool = False) -> Any:
     """Call the model with what its forward accepts of the batch, and return its output.
 
-    Of a mapping, these are the keys that are parameters of forward; of a tuple or list, as many items as
-    forward has positional parameters. Anything else is passed as it is. With ``target_apart``, the last item
-    of a tuple or list is not passed, unless forward requires it. Raises UserError if forward has a parameter
-    for no key of a mapping.
+    Of a mapping, these are the items whose keys are parameters of forward, or all if it takes ``**kwargs``.
+    Of a tuple or list, these are as many of the first items as forward has positional parameters, or all if
+    it takes ``*args``. Anything else is passed as it is. With ``target_apart``, the last item of a tuple or
+    list is not passed, unless forward requires that many arguments. Raises UserError if none of a mapping's
+    keys is a parameter of forward.
     """
     kinds = [p.kind for p in forward.parameters.values()]
     if isinstance(batch, Mapping):
@@ -235,11 +240,11 @@ def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart:
 
 
 def model_loss(output: Any) -> torch.Tensor:
-    """Return the loss that a model returns itself: ``.loss``, ``["loss"]`` or the first floating-point tensor
-    of one element among its outputs.
+    """Return the loss that a model returns itself: the tensor ``output.loss`` or ``output["loss"]``, else the
+    first floating-point tensor of one element in the output.
 
-    Without one, return the mean of the first floating-point tensor, whose memory is that of a plain
-    reduction. Raises UserError if there is no floating-point tensor.
+    Without one, return the mean of the first floating-point tensor, which stands for a loss in memory. Raises
+    UserError if there is no floating-point tensor.
     """
     loss = getattr(output, "loss", None)
     if loss is None and isinstance(output, Mapping):
@@ -281,13 +286,13 @@ def _optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
 
 
 def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[torch.nn.Parameter]], Any]:
-    """Return a function that makes an optimizer of the same class with the same settings for other
-    parameters.
+    """Return a function that makes, for the parameters that it is given, an optimizer of the same class with
+    the same settings as ``optimizer``.
 
-    Settings are applied group by group if the parameters have the shapes of the model's trainable ones in the
-    same order. Else (a technique replaced some of them) the optimizer's defaults are used for all. Raises
-    UserError if the optimizer holds no trainable parameter of ``model``, as is always so if that is a
-    function.
+    Each parameter group keeps its own settings if the given parameters have the shapes of the model's
+    trainable ones, in the same order. Otherwise (a technique replaced some of them) all get the optimizer's
+    defaults. Raises UserError if the optimizer holds no trainable parameter of ``model``, as is always so if
+    ``model`` is a function.
     """
     trainable = (
         [p for p in model.parameters() if p.requires_grad] if isinstance(model, torch.nn.Module) else []
@@ -321,12 +326,13 @@ def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[t
 
 
 def plan_of(plan: Any) -> Plan:
-    """Return a Plan, with the defaults of all settings filled in, from any of the accepted forms.
+    """Return a Plan, with the defaults of all settings filled in, from any of these forms: a Plan; a mapping
+    of techniques to settings; a mapping with the keys of a plan file (techniques, ranks, note); the path of a
+    plan file (a Path, or text that ends in .yaml or .yml); YAML text of such a mapping; the name of one
+    technique; None for plain training.
 
-    These are a Plan; a mapping of techniques to settings, or one with the keys of a plan file; the path (a
-    Path, or text that ends in .yaml or .yml) or the text of such a file; the name of one technique; None for
-    plain training. Raises UserError if the plan cannot be read, has unknown keys, settings or values,
-    combines techniques that exclude each other, or needs a package that is not installed.
+    Raises UserError if the plan cannot be read, has unknown keys, settings or values, combines techniques
+    that exclude each other, or needs a package that is not installed.
     """
     if plan is None or isinstance(plan, Plan):
         plan = plan or Plan()
@@ -341,8 +347,9 @@ def plan_of(plan: Any) -> Plan:
 
 
 def _read(plan: Any) -> Any:
-    """Return a Path for text that ends in .yaml or .yml, else the data of the text, parsed as YAML; a single
-    word is a technique with its default settings. Anything but text is returned unchanged.
+    """Return the data of ``plan``: for text that ends in .yaml or .yml, its Path; for other text, what it
+    means as YAML, or ``{name: {}}`` if that is a single name of a technique. Anything but text is returned
+    unchanged.
 
     Raises UserError if the text is not valid YAML.
     """
@@ -360,9 +367,9 @@ def _read(plan: Any) -> Any:
 
 
 def says_ranks(plan: Any) -> bool:
-    """Return False for a mapping, a YAML text or a technique's name that does not give the number of ranks,
-    else True: also for None, a Plan and the path of a file.
-    """
+    """Return whether the number of ranks is settled by ``plan``, an argument for `plan_of`. False for a
+    mapping, a YAML text or a technique's name that does not give it; True for all else: also for None, a Plan
+    and the path of a file."""
     data = _read(plan)
     return not isinstance(data, Mapping) or "ranks" in data
 
@@ -378,9 +385,9 @@ def on_ranks(plan: Any, ranks: int) -> Any:
 
 
 def machine_of(machine: Any) -> Machine:
-    """Return a Machine for a Machine, a name such as ``8xH100-SXM``, the path of a machine file (.toml), or
-    None or "this" (this machine). Raises UserError for anything else.
-    """
+    """Return a Machine for: a Machine, which is returned; a name of the catalog such as ``8xH100-SXM``; the
+    path of a machine file (.toml); or None or "this", which is this machine. Raises UserError for anything
+    else, and for an unknown name or a faulty file."""
     if isinstance(machine, Machine):
         return machine
     if machine is None or machine == "this":

@@ -21,11 +21,12 @@ RUN = "run.json"  # read by memfit's worker; all other files of a launch are the
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UserFiles:
-    """The user's own configuration. ``setup``: the files as read; ``carried``: the plan that they describe,
-    with the settings that no plan can express; ``clipping``: the gradient clipping in the files;
+    """The user's own configuration files. ``setup``: the files as read. ``carried``: the plan that they
+    describe, and the settings that no plan can express. ``clipping``: how the files clip gradients.
     ``job_clip``: the largest gradient norm that the job sets, None if it does not clip or is not loaded yet.
-    ``for_worker``: True if memfit's worker, not a script or a library's program, reads the exported files;
-    then every value must be known ("auto" is replaced) and all settings of the plan must be written."""
+    ``for_worker``: who reads the exported files: True for memfit's worker, False for the user's script or a
+    library's own program. For the worker, every value is written ("auto" is replaced), and so are all
+    settings of the plan."""
 
     setup: Setup
     carried: Carried
@@ -35,19 +36,20 @@ class UserFiles:
 
     @property
     def clip(self) -> float | None:
-        """The largest gradient norm, to which gradients are clipped: that which the files set, else the
-        job's, else the default of the files' library. None if gradients are not clipped, or if none of the
-        three determines it."""
+        """The largest gradient norm, to which gradients are clipped, or None if they are not clipped or the
+        norm is unknown. It is the norm that the files set; if they set none, that of the job; if that sets
+        none either, the default of the library whose files these are."""
         files_decide = self.clipping.explicit or self.job_clip is None
         return (self.clipping.limit if files_decide else self.job_clip) or None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UserSettings:
-    """What became of the user's settings in an export. ``files``: name -> text of the exported files;
-    ``sources``: exported file -> the user's file whose settings it keeps; ``changed``: the settings that the
-    plan replaced, added or removed, each as "FILE: SETTING: OLD -> NEW"; ``not_carried``: the user's settings
-    that are not in the export, and why."""
+    """What became of the user's settings in an export. ``files``: name -> text of the exported files.
+    ``sources``: exported file -> the user's file whose settings it keeps. ``changed``: one text for each
+    setting that was replaced, added or removed to fit the plan, such as "deepspeed.json: bf16.enabled: false
+    -> true". ``not_carried``: one text for each of the user's settings that is not in the export, with the
+    reason."""
 
     files: Files
     sources: Mapping[str, str]
@@ -57,14 +59,17 @@ class UserSettings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
-    """A launch ``config`` and what an export of it to ``nodes`` machines needs besides. ``script``: the
-    user's program and its arguments, or empty for memfit's worker; ``own_files``: name -> text of the files
-    that are put beside the program and that no target renders: the plan, and the user's program or job with
-    the modules that it imports; ``user_files``: the user's own configuration, whose settings the
-    export keeps, None if there is none; ``kept``: what became of these settings, None before they are merged;
-    ``dependence``: whether the job's samples depend on each other, None if the plan does not split the batch.
-    Raises UserError if one of ``own_files`` has the name of a file of ``config``, if ``nodes`` is below 1, or
-    if the ranks cannot be split evenly over the nodes."""
+    """What an export renders: a launch and what its start on several machines needs besides.
+
+    ``config``: the launch. ``nodes``: number of machines. ``script``: the user's program and its arguments,
+    or empty if memfit's worker trains. ``own_files``: name -> text of the files that are put beside the
+    program and that no target renders: the plan, and the user's program or job with the modules that it
+    imports. ``user_files``: the user's own configuration, whose settings the export keeps; None if there is
+    none. ``kept``: what became of these settings; None before they are merged. ``dependence``: whether the
+    job's samples depend on each other; None if the plan does not split the batch. Raises UserError if one of
+    ``own_files`` has the name of a file of ``config``, if ``nodes`` is below 1, or if the ranks cannot be
+    split evenly over the nodes.
+    """
 
     config: LaunchConfig
     nodes: int = 1
@@ -102,20 +107,22 @@ class Handover:
 
     @property
     def name(self) -> str:
-        """A name that every scheduler accepts: ``memfit-``, then the script's name or, without a script, the
-        job's name or file, in at most 40 lowercase letters, digits and dashes."""
+        """A name that every scheduler accepts: ``memfit-``, then at most 40 lowercase letters, digits and
+        dashes made of the script's name or, without a script, of the name of the job or its file; "job" if
+        nothing remains of that."""
         job = self.script[0] if self.script else self.config.spec.job.spec.partition(":")[0]
         return f"memfit-{re.sub(r'[^a-z0-9]+', '-', job.lower()).strip('-')[:40].strip('-') or 'job'}"
 
     @property
     def engine_files(self) -> Files:
-        """The engine's configuration files, name -> text: all files of the launch except run.json."""
+        """The engine's configuration files, name -> text: all files of the launch except run.json, which
+        memfit's worker reads."""
         return {name: text for name, text in self.config.files.items() if name != RUN}
 
     @property
     def carried(self) -> Files:
-        """The files that every node needs besides the one that starts the launch, name -> text: the engine's
-        configuration, run.json if memfit's worker trains, and ``own_files``."""
+        """The files that every node needs besides torchrun.sh, name -> text: the engine's configuration,
+        run.json if memfit's worker trains, and ``own_files``."""
         engine = self.engine_files if self.script else self.config.files
         return {**engine, **self.own_files}
 
@@ -136,5 +143,5 @@ def divisors(number: int) -> list[int]:
 
 
 def quoted(words: Iterable[str]) -> str:
-    """Join ``words`` into a shell command; words that the shell would change are quoted."""
+    """Join ``words`` with spaces into a shell command, in which words with special characters are quoted."""
     return " ".join(map(shlex.quote, words))

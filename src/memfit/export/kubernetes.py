@@ -22,10 +22,10 @@ Object = dict[str, Any]
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export, name -> text: those of ``torchrun.files``, and job.yaml, which contains
-    them all. Raises UserError if no container image is given, if checkpoints are written without a volume
-    claim or not to an absolute path, if the files have more than 1,000,000 bytes together, too many for a
-    ConfigMap, or as ``torchrun.files`` does."""
+    """Return the files of the export, name -> text: those of ``torchrun.files``, and job.yaml, which also
+    contains their texts. Raises UserError if no container image is given; if the run saves checkpoints and no
+    volume claim is given or the folder is not an absolute path; if the files have more than 1,000,000 bytes
+    together, too many for a ConfigMap; or as ``torchrun.files`` does."""
     if not handover.image:
         raise UserError(
             "--image is missing",
@@ -46,8 +46,8 @@ def files(handover: Handover) -> Files:
 
 
 def text(documents: list[Object]) -> str:
-    """Render ``documents`` as one YAML text. Strings of several lines are written as blocks, line by line, so
-    that they stay readable."""
+    """Return ``documents`` as one YAML text, in their order. Strings of several lines are written as blocks,
+    line by line, so that they stay readable."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -63,8 +63,8 @@ def text(documents: list[Object]) -> str:
 
 
 def objects(handover: Handover, carried: Files) -> list[Object]:
-    """Return the Kubernetes objects: a ConfigMap of the files ``carried`` (name -> text), a Service and a
-    Job."""
+    """Return the Kubernetes objects, in this order: a ConfigMap with the files ``carried`` (name -> text), a
+    Service and a Job, all named ``handover.name``."""
     name = handover.name
     labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/created-by": "memfit"}
     meta = {"name": name, "labels": labels}

@@ -52,8 +52,8 @@ _ONLY: Mapping[str, tuple[tuple[str, tuple[object, ...], str], ...]] = {
 
 def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: openfold.args, openfold.json, deepspeed_config.json if
-    the plan needs DeepSpeed, and ``handover.own_files``. Raises UserError with all reasons if OpenFold cannot
-    train the plan or the job."""
+    the plan needs DeepSpeed, and ``handover.own_files``. Raises UserError, which lists all reasons, if
+    OpenFold cannot train the plan or the job."""
     if reasons := tuple(_why_not(handover)):
         raise UserError(f"OpenFold cannot train this plan: {'; '.join(reasons)}")
     rendered = {
@@ -83,17 +83,18 @@ def _why_not(handover: Handover) -> Iterator[str]:
 
 
 def _size(handover: Handover) -> tuple[str, int | None]:
-    """Return (name of the job's size, "tiny" by default; its crop in residues). The crop is that of a size
-    given as NAME@RESIDUES, otherwise the length that was given; None if neither was, for the size's own
-    crop."""
+    """Return (the name of the job's size, "tiny" by default; the residues to which chains are cropped). The
+    latter are those of a size given as NAME@RESIDUES, otherwise the length that was given; None if neither
+    was, which means the size's own number."""
     ref = handover.config.spec.job
     name, _, residues = (ref.size or "tiny").partition("@")
     return name, int(residues) if residues else ref.length
 
 
 def changes(handover: Handover) -> dict[str, Any]:
-    """Return the content of openfold.json, for train_openfold.py's --experiment_config_json: dotted key ->
-    value. Settings that OpenFold's training presets have anyway are included, to make them visible."""
+    """Return the content of openfold.json, which train_openfold.py reads by --experiment_config_json: dotted
+    key -> value. It has the crop, the batch of a rank, recomputation and the choice of kernels. Settings that
+    OpenFold's training presets have anyway are included, to make them visible."""
     size, residues = _size(handover)
     preset = PRESETS[SIZES[size]]
     spec, plan = handover.config.spec, handover.plan
@@ -111,7 +112,7 @@ def changes(handover: Handover) -> dict[str, Any]:
 
 
 def arguments(handover: Handover) -> dict[str, Any]:
-    """Return the arguments of train_openfold.py by name, without their leading dashes."""
+    """Return the arguments of train_openfold.py, name without leading dashes -> value."""
     plan = handover.plan
     is_bf16 = any(plan.get(name) is not None for name in ("bf16-autocast", "bf16-parameters"))
     arguments_by_name: dict[str, Any] = {
@@ -132,9 +133,9 @@ def _by_deepspeed(plan: Plan) -> bool:
 
 
 def deepspeed(handover: Handover) -> dict[str, Any]:
-    """Return the content of deepspeed_config.json: DeepSpeed's configuration as memfit's engine writes it,
-    without the accumulation steps, which Lightning sets itself and refuses in the file. A plan with bf16
-    parameters becomes ZeRO stage 2 in bf16, as in OpenFold's own file."""
+    """Return the content of deepspeed_config.json: what memfit's engine deepspeed writes for the plan, but
+    without the accumulation steps, which Lightning sets itself and refuses in the file. A plan with
+    bf16-parameters becomes ZeRO stage 2 in bf16, as in OpenFold's own file."""
     spec, is_bf16 = handover.config.spec, handover.plan.get("bf16-parameters") is not None
     if is_bf16:
         zero = make_use("zero", {"precision": "bf16", "reduce_bucket_elements": _BUCKET_ELEMENTS})
@@ -146,8 +147,8 @@ def deepspeed(handover: Handover) -> dict[str, Any]:
 
 
 def notes(plan: Plan) -> Iterator[str]:
-    """Yield sentences for the README on what OpenFold does that the plan does not describe, and last on how
-    memfit reads the files back."""
+    """Yield the sentences of the README on what OpenFold does that the plan does not describe; the last one
+    says how memfit reads the files back."""
     yield "OpenFold gives its Trainer no number of devices: it uses all that CUDA_VISIBLE_DEVICES shows."
     yield "It also keeps a moving average of the parameters, 4 bytes each, which the plan does not include."
     yield "Its MSA also has rows for torsion angles of four templates: 132 for the plan's 128, 516 for 512."

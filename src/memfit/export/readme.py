@@ -72,9 +72,9 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
 
 
 def dependence_line(handover: Handover) -> str | None:
-    """Return a sentence saying that the plan splits a batch whose samples depend on each other, or that this
-    was not tested, with the plan's effect on results. None if they do not depend on each other, or if the
-    plan does not split the batch."""
+    """Return a line "EFFECT: SENTENCE." if the plan splits a batch whose samples depend on each other, or if
+    this was not tested. SENTENCE says so, and EFFECT is how the plan changes results. None if samples are
+    independent, or if the plan does not split the batch."""
     dependence = handover.dependence
     if dependence is None or not dependence.sentence:
         return None
@@ -118,7 +118,9 @@ _DEFAULT_CLIPPING = {
 
 
 def _clipping(target: str, handover: Handover) -> str:
-    """Return a sentence, or two, on whether gradients are clipped, by whose setting, and to which norm."""
+    """Return one or two sentences for the README on whether gradients are clipped, to which norm, and whether
+    the user's files, the job or a library's default decide this. ``target``: name of the export's target,
+    such as slurm."""
     spec, user_files = handover.config.spec, handover.user_files
     if target == "openfold":
         return _openfold_clipping(handover)

@@ -81,17 +81,17 @@ _CALLS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptStep:
-    """A part of the plan that the user's script must implement itself. ``name``: the technique, or
-    "clipping"; ``text``: what to call, for a human."""
+    """A part of the plan that the user's script must implement itself. ``name``: the technique, or "clipping"
+    for gradient clipping. ``text``: what the script must call or do, for a person to read."""
 
     name: str
     text: str
 
 
 def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
-    """Return what the user's script must implement itself: those techniques of the plan, and gradient
-    clipping if the run clips, that no exported file of the engine applies. Settings of DDP that Accelerate
-    reads from no file count as well."""
+    """Return the steps that the user's script must implement itself because no exported file of the engine
+    applies them: techniques, in the plan's order, and last gradient clipping if the run clips. With
+    Accelerate, ddp is one of them if its buckets are not those of torch's default, which no file sets."""
     return tuple(_steps(spec))
 
 
@@ -121,15 +121,15 @@ def _text(use: Use, plan: Plan) -> str:
 
 
 def _default_buckets(use: Use) -> bool:
-    """Return whether ``use``, of ddp, has the bucket settings of torch's DDP, with which Accelerate creates
-    it by default."""
+    """Return whether ``use``, of the technique ddp, has the buckets of torch's DDP by default (25 MiB,
+    gradients not views of them), with which Accelerate creates it."""
     return (use.settings["bucket_mib"], use.settings["bucket_view"]) == (25, False)
 
 
 def _by_accelerate(spec: RunSpec, use: Use) -> bool:
-    """Return whether ``use`` is activation-checkpointing or gradient-accumulation and Accelerate applies it
-    for a script; False for other techniques and engines. With fsdp2, every block is recomputed (not every
-    k-th), as accelerate.yaml says. With zero, gradients are accumulated as DeepSpeed's file says."""
+    """Return whether Accelerate applies ``use`` for a script: True with the engine accelerate for
+    activation-checkpointing of every block under fsdp2 (accelerate.yaml switches it on), and for
+    gradient-accumulation under zero (DeepSpeed's file sets it). False for all else."""
     if use.technique == _SPLIT:
         return spec.engine == "accelerate" and spec.plan.get("zero") is not None
     every_block = use.technique == "activation-checkpointing" and use.settings["every"] == 1
@@ -137,9 +137,10 @@ def _by_accelerate(spec: RunSpec, use: Use) -> bool:
 
 
 def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str], *, script: str) -> None:
-    """Check that the user declared for each of ``steps`` that the script does it: ``acknowledged`` has its
-    name or "all". Raises UserError with a list of the steps that are not declared, and for a name in
-    ``acknowledged`` that is neither "all" nor one of ``steps``. ``script``: the file name for the message."""
+    """Check that the user declared, with ``--script-applies``, that the script does each of ``steps``:
+    ``acknowledged`` must have its name, or "all". Raises UserError for a name in ``acknowledged`` that is
+    neither "all" nor one of ``steps``, and with a list of the steps that are not declared. ``script``: the
+    file name for the message."""
     names = [step.name for step in steps]
     for name in acknowledged:
         if name not in (*names, "all"):
@@ -159,9 +160,9 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
 
 
 def script_files(config: LaunchConfig) -> Mapping[str, str]:
-    """Return the files of the launch for a script of the user, name -> text. They differ from those for
-    memfit's worker only if the plan recomputes every block under Accelerate's FSDP: the worker recomputes
-    blocks itself, while for a script accelerate.yaml makes FSDP do it."""
+    """Return the files of the launch for a script of the user, name -> text. They are ``config.files``, with
+    one exception: if Accelerate recomputes blocks for the script (see `_by_accelerate`), accelerate.yaml
+    switches that on, which memfit's worker does itself."""
     import yaml
 
     checkpointing = config.spec.plan.get("activation-checkpointing")

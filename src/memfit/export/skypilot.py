@@ -27,14 +27,13 @@ exec bash {script}
 
 def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: those of ``torchrun.files``, and task.yaml. Raises
-    UserError if a script of the user trains and no accelerator (--gpu) is named, or as ``torchrun.files``
-    does."""
+    UserError as `task` and ``torchrun.files`` do."""
     return {**torchrun.files(handover), TASK: text([task(handover)])}
 
 
 def task(handover: Handover) -> dict[str, Any]:
-    """Return the content of task.yaml. Raises UserError if a script of the user trains and no accelerator
-    (--gpu) is named."""
+    """Return the content of task.yaml. Raises UserError if a script of the user trains and no accelerator is
+    named (``--gpu``)."""
     return {
         "name": handover.name,
         "num_nodes": handover.nodes,
@@ -59,9 +58,9 @@ def _resources(handover: Handover) -> dict[str, Any]:
 
 
 def _check(handover: Handover) -> str:
-    """Return a shell command that imports torch, memfit unless a script of the user trains, and the package
-    of the engine if it is accelerate, deepspeed or megatron. It is used if no set-up command is given, so
-    that a node that lacks a package reports it before anything starts."""
+    """Return a shell command that fails if a Python package is missing: it imports torch; memfit if its
+    worker trains; and accelerate, deepspeed or megatron.core if that is the engine. It serves as set-up
+    command if none is given, so that a node reports a missing package before anything starts."""
     packages = ["torch"] if handover.script else ["torch", "memfit"]
     module_by_engine = {"accelerate": "accelerate", "deepspeed": "deepspeed", "megatron": "megatron.core"}
     packages += (

@@ -30,8 +30,8 @@ srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash {script}'
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export, name -> text: those of ``torchrun.files``, which may raise UserError,
-    and job.sbatch."""
+    """Return the files of the export, name -> text: those of ``torchrun.files``, and job.sbatch. Raises
+    UserError as ``torchrun.files`` does."""
     return {**torchrun.files(handover), JOB: sbatch(handover)}
 
 

@@ -29,11 +29,15 @@ LIBRARIES = frozenset(
 
 
 def bundle(target: str, handover: Handover) -> Files:
-    """Return all files of the export folder, name -> text: those of the target, README.md, and copies of
-    configurations under the user's file names that the script's command line uses. Raises UserError if the
-    target cannot express the plan or lacks an option that it needs, such as a container image, if the script
-    is started with a configuration file of the user that the export does not replace, or if one of
-    ``handover.own_files`` has the name of a file that memfit writes with another content."""
+    """Return all files of the export folder, name -> text: those of the target, README.md, and, if the
+    script's command line names configuration files of the user, copies of the exported ones under these
+    names.
+
+    Raises UserError if the target cannot express the plan or lacks an option that it needs, such as a
+    container image; if the script is started with a configuration file of the user that the export does not
+    replace; and if one of ``handover.own_files`` has the name of a file that memfit writes with another
+    content.
+    """
     handover = _without_folders(with_engine_settings(handover))
     files = {**TARGETS[target](handover)}
     if handover.user_files is not None and target in LIBRARIES:
@@ -51,9 +55,9 @@ def bundle(target: str, handover: Handover) -> Files:
 
 
 def _without_folders(handover: Handover) -> Handover:
-    """Return ``handover`` with the script's command line as it is from within the export folder, which has no
-    subfolders: where a word, or a part of it beside "=", is the path of a configuration file of the user,
-    only the file's name is left."""
+    """Return ``handover`` with the arguments of the script as they are inside the export folder, which has no
+    subfolders: paths of the user's configuration files are cut to their file names, so that
+    ``--config=conf/ds.json`` becomes ``--config=ds.json``. Other words stay."""
     paths = handover.user_files.setup.files if handover.user_files is not None else ()
 
     def shortened(word: str) -> str:
@@ -64,17 +68,18 @@ def _without_folders(handover: Handover) -> Handover:
 
 
 def _is_path_of(word: str, path: str) -> bool:
-    """Return whether ``word`` is the absolute path of the file ``path``, or its name after any number of the
-    folders above it."""
+    """Return whether ``word`` is a path of the file ``path``: its absolute path, or its name with any number
+    of the folders directly above it, such as "ds.json" or "conf/ds.json". Parts ".." in ``word`` are
+    ignored."""
     parts = tuple(part for part in Path(word).parts if part != "..")
     return bool(parts) and Path(path).absolute().parts[-len(parts) :] == parts
 
 
 def _by_the_users_names(handover: Handover, files: Files) -> Files:
-    """Return copies of the exported configurations ``files``, name -> text, under the names by which the
-    script's command line refers to the user's files: words, or parts of words beside "=", that are a file's
-    name without its folder. Raises UserError if the command line names, in this way, a configuration file of
-    the user that the export does not replace."""
+    """Return copies of those exported configurations, among ``files``, that the script's arguments refer to
+    by the file name of the user: user's file name -> text. A word, or a part of a word between "=", that
+    equals a file's name without folder refers to it. Raises UserError if a word refers in this way to a
+    configuration file of the user that the export does not replace."""
     sources = handover.kept.sources if handover.kept is not None else {}
     words = [part for word in handover.script[1:] for part in word.split("=")]
     user_paths = handover.user_files.setup.files if handover.user_files is not None else ()

@@ -34,13 +34,13 @@ if [ "$NODE_RANK" = 0 ]; then is_host=1; else is_host=0; fi
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export, name -> text: torchrun.sh and what every node needs beside it. Raises
-    UserError as ``program`` does, if no argument can hand the engine's configuration to the user's script."""
+    """Return the files of the export, name -> text: torchrun.sh and ``handover.carried``. Raises UserError as
+    `program` does."""
     return {**handover.carried, SCRIPT: script(handover)}
 
 
 def script(handover: Handover) -> str:
-    """Return the text of torchrun.sh. Raises UserError as ``program`` does."""
+    """Return the text of torchrun.sh. Raises UserError as `program` does."""
     head = _HEAD.format(
         label=handover.plan.label,
         engine=handover.config.engine,
@@ -79,8 +79,9 @@ def _torchrun(handover: Handover) -> Iterator[str]:
 
 
 def _accelerate(handover: Handover) -> Iterator[str]:
-    """Yield the lines of the command ``accelerate launch``. accelerate.yaml describes one machine; what only
-    the cluster knows is on the command line, which takes precedence."""
+    """Yield the lines of the command ``accelerate launch``. accelerate.yaml describes one machine; the
+    numbers of machines and processes and the first node's address are on the command line, which takes
+    precedence."""
     yield '"$PYTHON" -m accelerate.commands.launch --config_file accelerate.yaml'
     yield f"--num_machines {handover.nodes} --num_processes {handover.plan.ranks}"
     if handover.nodes > 1:
@@ -91,9 +92,9 @@ def _accelerate(handover: Handover) -> Iterator[str]:
 
 
 def program(handover: Handover) -> str:
-    """Return what every rank starts, as shell words: memfit's worker, or the user's script with arguments
-    that hand it the engine's configuration. Raises UserError if there are no such arguments for the engine
-    and the script's own do not name a configuration file of it."""
+    """Return, as shell words, what every rank starts: memfit's worker, or the user's script with its
+    arguments, followed by those that pass it the engine's configuration (see `_handed`). Raises UserError if
+    these are needed and the engine has none."""
     if not handover.script:
         return quoted(part.replace("{dir}/", "") for part in handover.config.argv[1:])
     return " ".join(filter(None, (quoted(handover.script), _handed(handover))))
@@ -101,9 +102,12 @@ def program(handover: Handover) -> str:
 
 def _handed(handover: Handover) -> str:
     """Return, as shell words, the arguments that pass the configuration of DeepSpeed or Megatron-LM to the
-    user's script. "" for the engines native and accelerate, which need none, and if a word of the script's
-    command line contains the name of a configuration file, or of the user's file that it replaces. Raises
-    UserError for other engines."""
+    user's script, such as "--deepspeed --deepspeed_config deepspeed.json".
+
+    It is "" for the engines native and accelerate, which need none, and if the script's command line already
+    contains the name of one of the engine's files, or of the user's file that it replaces. Otherwise raises
+    UserError for an engine with neither deepspeed.json nor megatron.args.
+    """
     engine, config_names = handover.config.engine, handover.engine_files
     sources = handover.kept.sources if handover.kept is not None else {}
     names = (*config_names, *(Path(sources[n]).name for n in config_names if n in sources))

@@ -107,8 +107,8 @@ def _fsdp_not(knobs: Mapping[str, Any], *, staged: bool) -> Iterator[str]:
 
 
 def newer_cannot(plan: Plan) -> tuple[str, ...]:
-    """Return, in words, the parts of the plan that torchtitan v0.3 does not support; empty if it supports
-    all."""
+    """Return, in words for the README, the parts of the plan that torchtitan v0.3 does not support; empty if
+    it supports all."""
     checkpointing, tensor = plan.get("activation-checkpointing"), plan.get("tensor-parallel")
     return tuple(
         text
@@ -176,7 +176,7 @@ def sections(handover: Handover) -> Sections:
 
 
 def _converted(plan: Plan) -> Sections:
-    """Return the settings of torchtitan's float8 converter, table -> setting -> value; {} if the plan has no
+    """Return the tables of torchtitan's float8 converter, table -> setting -> value; {} if the plan has no
     float8-linear. The head is not converted, as in memfit."""
     float8 = plan.get("float8-linear")
     if float8 is None:
@@ -186,9 +186,9 @@ def _converted(plan: Plan) -> Sections:
 
 
 def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of the batch for (the table training, the table parallelism), name -> value. The
-    latter are the pipeline's, {} without one. Raises UserError if the batch cannot be split into equal parts
-    for the data-parallel ranks and micro-batches."""
+    """Return the settings of the batch, name -> value, for two tables: (training, parallelism). The latter
+    are those of the pipeline's micro-batches, {} without a pipeline. Raises UserError if the batch cannot be
+    split into equal parts for the data-parallel ranks and micro-batches."""
     plan, batch_size = handover.plan, handover.config.spec.batch_size
     accumulation, stages = plan.get("gradient-accumulation"), plan.get("pipeline")
     steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
@@ -219,8 +219,8 @@ def _recomputation(plan: Plan) -> dict[str, Any]:
 
 
 def toml(settings: Sections) -> str:
-    """Render ``settings``, table -> setting -> value, as TOML. Strings, numbers, booleans and lists of
-    strings, the only values, have the same form in TOML and JSON."""
+    """Return ``settings``, table -> setting -> value, as TOML. Values may be strings, numbers, booleans and
+    lists of strings, which have the same form in TOML and JSON."""
     tables = (
         f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
         for name, table in settings.items()
@@ -229,10 +229,13 @@ def toml(settings: Sections) -> str:
 
 
 def arguments(settings: Sections) -> Iterator[str]:
-    """Yield the lines of torchtitan.args, one command-line option of torchtitan v0.3 each, for ``--module
-    llama3 --config llama3_8b $(cat torchtitan.args)``. ``settings``: as `sections` returns them. The kind of
-    recomputation comes last, as ``activation-checkpoint:KIND``; disable_loss_parallel, which v0.3 does not
-    have, is left out."""
+    """Yield the lines of torchtitan.args, which are appended to torchtitan v0.3's command line: one option
+    each. ``settings``: as `sections` returns them.
+
+    The first line switches CUDA graphs off, which memfit does not predict. The last is
+    ``activation-checkpoint:KIND``, the kind of recomputation, which v0.3 takes as a word without dashes.
+    disable_loss_parallel, which v0.3 does not have, is left out.
+    """
     yield "--training.disable-cuda-graphs"  # memfit does not predict their pools; pipelines refuse them
     for table, options in settings.items():
         for name, value in options.items():

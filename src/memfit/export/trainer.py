@@ -40,9 +40,9 @@ _SAID = {
 
 def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: training_args.json, deepspeed.json if the engine has it,
-    and ``handover.own_files``. Raises UserError if TrainingArguments cannot express the plan, if the plan has
-    ZeRO and the engine has no deepspeed.json, or if the batch cannot be split into equal parts for the
-    data-parallel ranks and micro-batches."""
+    and ``handover.own_files``. Raises UserError, which lists all reasons, if TrainingArguments cannot express
+    the plan, or if the plan has ZeRO and the engine has no deepspeed.json. Raises UserError, too, if the
+    batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
     reasons = tuple(_why_not(handover.plan))
     if handover.plan.get("zero") is not None and "deepspeed.json" not in handover.engine_files:
         reasons += ("zero needs DeepSpeed: --engine deepspeed",)
@@ -70,8 +70,8 @@ def _why_not(plan: Plan) -> Iterator[str]:
 
 
 def arguments(handover: Handover) -> dict[str, Any]:
-    """Return the TrainingArguments for the plan, name -> value. Raises UserError if the batch cannot be split
-    into equal parts for the data-parallel ranks and micro-batches."""
+    """Return the TrainingArguments that determine memory for the plan, name -> value. Raises UserError if the
+    batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
     plan, batch_size = handover.plan, handover.config.spec.batch_size
     accumulation = plan.get("gradient-accumulation")
     steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1

@@ -36,10 +36,12 @@ _MISSING = object()
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Format:
-    """How an exported file is parsed (``load``) and rendered (``dump``). ``kind``: the field of a Setup that
-    holds the user's settings for it; ``suffixes``: suffixes of the user's files that may be copied as they
-    are, empty if the exported file holds command-line options; ``free``: dotted paths of the settings that
-    memfit's worker leaves to the user, all others being the plan's."""
+    """The format of an exported file. ``load`` parses its text to nested settings, and ``dump`` renders
+    these. ``kind``: the field of a Setup that holds the user's settings for this file. ``suffixes``: the
+    user's files with one of these suffixes may be copied as they are; empty for files of command-line
+    options, which are always rendered. ``free``: dotted paths of settings, such as
+    "zero_optimization.reduce_scatter", that the user decides even in a file for memfit's worker; the plan
+    decides all others there."""
 
     kind: str
     load: Callable[[str], dict[str, Any]]
@@ -74,8 +76,8 @@ def _options_text(data: Mapping[str, Any]) -> str:
 
 
 def toml_text(data: Mapping[str, Any], above: str = "") -> str:
-    """Render ``data`` as TOML, with plain values before nested tables. Strings, numbers, booleans and lists
-    have the same form as in JSON. ``above``: the dotted name of the enclosing table."""
+    """Return ``data`` as TOML, with plain values before nested tables. ``above``: the dotted name of the
+    table that ``data`` is the content of, "" for the whole file."""
     tables = {name: value for name, value in data.items() if isinstance(value, Mapping)}
     lines = [f"{_toml_key(name)} = {_toml_value(v)}\n" for name, v in data.items() if name not in tables]
     head = f"[{above}]\n" if above and (lines or not tables) else ""
@@ -154,10 +156,10 @@ _FORMATS: Mapping[str, _Format] = {
 def read_user_files(
     paths: Sequence[Path], *, ranks: int | None = None, for_worker: bool = False
 ) -> UserFiles:
-    """Read the user's configuration files and convert them to a plan. ``ranks``: the number of processes,
-    None for that of the files; ``for_worker``: see UserFiles. Raises UserError as `memfit.lint.parse.read`
-    does for files that it refuses, if neither the files nor ``ranks`` say how many processes train, or if
-    ``ranks`` contradicts the files."""
+    """Read the user's configuration files ``paths`` and convert them to a plan. ``ranks``: the number of
+    processes that train; None if the files say it. ``for_worker``: see UserFiles. Raises UserError as
+    `memfit.lint.parse.read` does, if neither the files nor ``ranks`` say how many processes train, or if the
+    files say another number than ``ranks``."""
     setup = read(paths)
     if ranks is not None and setup.ranks not in (None, ranks):
         raise UserError(
@@ -177,8 +179,9 @@ Target = Callable[[Handover], Files]
 
 
 def with_engine_settings(handover: Handover) -> Handover:
-    """Return ``handover`` with the user's settings, if any, merged into the engine's configuration files. For
-    a script of the user, the engine's files are those of ``script_files``."""
+    """Return ``handover`` with the user's settings, if it has ``user_files``, merged into the engine's
+    configuration files, and with ``kept`` set to the result. If a script of the user trains, the engine's
+    files are first replaced by those that `script_files` returns."""
     config = handover.config
     if handover.script:
         config = dataclasses.replace(config, files=script_files(config))
@@ -196,9 +199,10 @@ def with_engine_settings(handover: Handover) -> Handover:
 
 
 def with_target_settings(handover: Handover, target: Target) -> Handover:
-    """Return ``handover``, which must have ``user_files``, with ``kept`` holding the export's files, in which
-    the user's settings are merged into the target's own files, such as training_args.json. ``target``: the
-    function that renders all files of the export."""
+    """Return ``handover``, which must have ``user_files``, with a new ``kept``. Its ``files`` are all files
+    of the export, with the user's settings merged into those that the target itself has, such as
+    training_args.json; its other fields also contain those of the former ``kept``. ``target``: the function
+    that renders all files of the export."""
     assert handover.user_files is not None
 
     def rendered(spec: RunSpec) -> Files:
@@ -222,10 +226,13 @@ def with_target_settings(handover: Handover, target: Target) -> Handover:
 def _kept(
     user_files: UserFiles, spec: RunSpec, rendered: Callable[[RunSpec], Files], names: Collection[str]
 ) -> UserSettings:
-    """Merge the user's settings into those files of ``rendered(spec)`` whose names are in ``names``, and
-    return the result; its ``files`` are all files of ``rendered(spec)``. The gradient clipping that the
-    user's files set is not changed, nor is their library's default if neither they nor the job set any. It is
-    written if the job sets it and no file does, and always for memfit's worker."""
+    """Return the result of merging the user's settings into those files of ``rendered(spec)`` whose names are
+    in ``names``. Its ``files`` are all files of ``rendered(spec)``.
+
+    If the user's files set gradient clipping, it stays as it is. If only the job sets it, it is written. If
+    neither does, nothing is written, so that the library's default applies. For memfit's worker,
+    ``spec.clip`` is always written.
+    """
     clip = None if user_files.clipping.explicit else user_files.job_clip
     new_files = rendered(dataclasses.replace(spec, clip=spec.clip if user_files.for_worker else clip))
     batch = user_files.carried.batch or spec.batch_size
@@ -248,10 +255,11 @@ _OF_ENGINES = frozenset({deepspeed.CONFIG, accelerate.CONFIG, megatron.CONFIG})
 def keep_settings(
     files: Files, before: Files, setup: Setup, *, data_ranks: int, for_worker: bool = False
 ) -> UserSettings:
-    """Merge the user's settings into ``files``. ``files``: rendered for the exported plan; ``before``: the
-    same files for the plan that the user's files describe, empty if they cannot be rendered; ``data_ranks``:
-    number of ranks that see different samples. ``for_worker``: True if memfit's worker reads the files; then
-    every value must be known and all settings of the plan must be written."""
+    """Return the result of merging the user's settings into ``files``, rendered for the exported plan (name
+    -> text). ``before``: the same files for the plan that the user's files describe; empty if they cannot be
+    rendered, and then the plan decides all settings that ``files`` have. ``setup``: the user's files.
+    ``data_ranks``: number of ranks that see different samples. ``for_worker``: True if memfit's worker reads
+    the files; then all settings of the plan are written, and "auto" is replaced by a value."""
     merged_files, sources = dict(files), {}
     changed: list[str] = []
     not_carried: list[str] = []
@@ -276,7 +284,7 @@ def keep_settings(
 
 
 def unused_files(setup: Setup, kept: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the user's files of which no exported file keeps the settings. ``kept``: exported file -> the
+    """Return those of the user's files whose settings no exported file keeps. ``kept``: exported file -> the
     user's file whose settings it keeps."""
     return tuple(name for name in setup.files if name not in kept.values())
 
@@ -318,9 +326,9 @@ def _user_data(
     file_format: _Format, options: Options, setup: Setup, name: str
 ) -> tuple[dict[str, Any], str | None, list[str]]:
     """Return (the user's settings for the exported file ``name``; the text of the user's file if it may be
-    copied, else None; in words, the settings that are left out because their values are known only when the
-    user's script runs). Options of launchers, which the exported script sets itself, are left out without
-    mention."""
+    copied as it is, else None; for each setting that is left out because its value is known only when the
+    user's script runs, one text). Options of launchers, such as nnodes, which the exported script sets
+    itself, are left out without a text."""
     path = Path(options.file)
     other_kinds = (
         getattr(setup, kind) for kind in ("accelerate", "trainer", "openfold") if kind != file_format.kind
@@ -347,9 +355,9 @@ def _user_data(
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the options in ``data``, the content of a YAML file of Megatron-LM's arguments, as Python name
-    -> the words of its value. If there is a section MODEL_ARGS, they are those in it. True gives no words;
-    options that are False are left out."""
+    """Return the options in ``data``, the content of a YAML file of Megatron-LM's arguments, as name with
+    underscores -> the words of its value. If ``data`` has a section MODEL_ARGS, only the options in it are
+    returned. An option that is true has no words; options that are false are left out."""
     arguments = data.get("MODEL_ARGS") if isinstance(data.get("MODEL_ARGS"), Mapping) else data
     assert isinstance(arguments, Mapping)
     values = {str(n).lstrip("-").replace("-", "_"): v for n, v in arguments.items()}
@@ -384,14 +392,14 @@ def _leaves(data: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Leaves:
 def _merged(
     user: dict[str, Any], new_leaves: Leaves, old_leaves: Leaves, *, free: frozenset[str] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Replace, in the user's settings ``user``, those that the plan decides. Return ``user`` and a list of
-    the changes, in words. ``new_leaves``: path -> value in the file rendered for the exported plan;
-    ``old_leaves``: the same for the plan that the user's files describe.
+    """Put the settings that the plan decides into the user's settings ``user``. Return ``user`` and one text
+    for each change. ``new_leaves``: path -> value in the file rendered for the exported plan. ``old_leaves``:
+    the same for the plan that the user's files describe.
 
-    If ``free`` is None, the plan decides only the settings that differ between ``old_leaves`` and
+    If ``free`` is None, the plan decides the settings whose value differs between ``old_leaves`` and
     ``new_leaves``; those that only ``old_leaves`` has are removed. Otherwise it decides all of
-    ``new_leaves``, except dotted paths in ``free`` that the user sets to another value than "auto"; settings
-    that the user does not have are then added without being listed.
+    ``new_leaves``, except those whose dotted path is in ``free`` and that the user sets to another value than
+    "auto"; settings that the user does not have are then added without a text.
     """
     changes: list[str] = []
     for path, value in new_leaves.items():
@@ -454,13 +462,19 @@ _SAID_BY_FILE = (
 def _made_consistent(
     name: str, merged: dict[str, Any], files: Files, data_ranks: int, differs: bool
 ) -> Iterator[str]:
-    """Adjust, in ``merged``, settings of the exported file ``name`` that would contradict others, and yield
-    the changes in words. In a file of DeepSpeed, half precision is switched off if the plan has none, and all
-    but bf16 if several kinds are on; a train_batch_size that is not micro-batch x accumulation steps x
-    data-parallel ranks is removed, if the file has these two factors. In the file of the Trainer or
-    Accelerate, the name of DeepSpeed's exported file is set, if there is one; Accelerate's settings that
-    DeepSpeed's file must hold instead are then removed, which is not yielded. In Accelerate's without it,
-    FSDP1 becomes FSDP2 if ``differs``, that is if the plan has changed the file."""
+    """Change settings in ``merged``, the content of the exported file ``name``, that contradict others, and
+    yield one text for each change.
+
+    DeepSpeed's file: half precision is switched off if the plan has none, and all but bf16 if several kinds
+    are on. If train_batch_size is not micro-batch x accumulation steps x ``data_ranks``, and both factors are
+    numbers in the file, it is removed.
+
+    The Trainer's or Accelerate's file, if DeepSpeed's file is exported too: its name is set. Accelerate's
+    settings that DeepSpeed's file holds instead are then removed, for which no text of their own is yielded.
+
+    Accelerate's file without DeepSpeed's: FSDP1 becomes FSDP2 if ``differs``: the plan has changed settings
+    of this file.
+    """
     if name in (deepspeed.CONFIG, openfold.DEEPSPEED):
         yield from _deepspeed_consistent(merged, files[name], data_ranks)
     elif name == trainer.ARGUMENTS and "deepspeed" in json.loads(files[name]):
@@ -490,7 +504,7 @@ _FSDP1_ONLY = (
 
 def _as_fsdp2(section: dict[str, Any]) -> Iterator[str]:
     """Convert ``section``, Accelerate's fsdp_config, in place from FSDP1 to FSDP2, for which the prediction
-    holds, and yield the changes in words. Settings that only FSDP1 has are removed."""
+    holds, and yield one text for each change. Settings that only FSDP1 has are removed."""
     section["fsdp_version"] = 2
     yield "fsdp_config.fsdp_version: 1 -> 2"
     for name in _FSDP1_ONLY:

@@ -16,11 +16,14 @@ MANIFEST: Final = "export.json"  # what was written, with digests; written last
 
 
 def write(folder: Path, files: Files, *, force: bool = False) -> None:
-    """Write ``files`` (name -> text) into ``folder``, which is created if it does not exist, and the manifest
-    export.json, which lists them with their digests. Files named *.sh become executable. Raises UserError if
-    the folder is a file, if it contains anything and ``force`` is not set, if its parent folder does not
-    exist, or if writing fails. With ``force``, files of the same names are replaced, and files that only an
-    earlier export wrote are removed; everything else stays."""
+    """Write ``files`` (name -> text) into ``folder``, which is created if it does not exist, with a manifest
+    export.json that lists the SHA-256 of each. Files named *.sh become executable. If the folder is new or
+    empty, either all files appear or none.
+
+    Raises UserError if the folder is a file, if it contains anything and ``force`` is not set, if its parent
+    folder does not exist, or if writing fails. With ``force``, files of the same names are replaced, and
+    files that an earlier export wrote and that are not in ``files`` are removed; everything else stays.
+    """
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and (not force or not folder.is_dir()):
         hint = "--force writes into it nevertheless" if folder.is_dir() else "it is a file, not a folder"
@@ -56,7 +59,7 @@ def _write(folder: Path, files: Files, *, replacing: bool) -> None:
 
 
 def digest(text: str) -> str:
-    """Return the SHA-256 of ``text`` in UTF-8, as hexadecimal digits."""
+    """Return the SHA-256 of ``text`` in UTF-8, as 64 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

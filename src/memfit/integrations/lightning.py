@@ -44,12 +44,13 @@ _MIXED = {"bf16-autocast": "bf16-mixed", "fp16-autocast": "16-mixed"}
 
 def trainer_arguments(plan: Any) -> dict[str, Any]:
     """Return the Trainer's arguments ``strategy``, ``precision``, ``accumulate_grad_batches`` and ``devices``
-    for a plan, given as a Plan, a mapping or a file. ``devices`` is the plan's number of ranks.
+    for ``plan``, which is anything that `memfit.estimate` accepts as a plan. ``devices`` is the plan's number
+    of ranks, ``precision`` "bf16-mixed", "16-mixed" or "32-true".
 
-    FSDP2 is Lightning's ModelParallelStrategy: the module's ``configure_model`` must call ``fully_shard``
-    with the plan's precision. Without ddp and fsdp2 the strategy is "auto". Recomputation, adapters,
+    The strategy is a DDPStrategy with ddp, a ModelParallelStrategy with fsdp2, else "auto". With fsdp2, the
+    module's ``configure_model`` must call ``fully_shard`` with the plan's precision. Recomputation, adapters,
     compilation, the loss and optimizers are also left to the module. Raises UserError for a plan that cannot
-    be read, for techniques that neither the Trainer nor the module can apply, and for FSDP2 with replicas.
+    be read, for techniques that neither the Trainer nor the module can apply, and for fsdp2 with replicas.
     """
     plan = plan_of(plan)
     unsupported = [u.technique for u in plan.uses if u.technique not in _OF_THE_MODULE | _OF_THE_TRAINER]
@@ -90,17 +91,18 @@ def _strategy(plan: Plan) -> Any:
 
 
 class _Hooks:
-    """Predicts the peak memory of a training step from the loader's first batch when training starts, checks
-    after the first update whether the plan was applied, and writes predicted and measured peak to a file at
-    the end of training. If the step cannot be predicted, the file says why.
+    """Callback that predicts the peak memory of a training step from the loader's first batch when training
+    starts, checks after the first update whether the plan was applied, and at the end of training writes
+    predicted and measured peak to a file and prints them on rank 0. If the step cannot be predicted, the file
+    says why.
 
-    ``plan``: a Plan, mapping or file; by default derived from the Trainer's arguments. ``prediction``: an
-    earlier prediction to use; without it, training on several ranks is not predicted, because the callback
-    predicts one process only. ``path``: the file; by default memfit.json in the Trainer's folder. The name
-    has the rank before its suffix for other ranks than 0, as in memfit.1.json. ``strict``: if the plan was
-    not applied, training stops with NotConforming; otherwise only the file says so. ``blocks``: module path
-    of the repeated blocks, by default found. Raises UserError for a plan that cannot be read, and at the
-    start of training if none can be derived.
+    ``plan``: anything that `memfit.estimate` accepts as a plan; by default it is derived from the Trainer's
+    arguments. ``prediction``: an earlier prediction to use; without it, training on several ranks is not
+    predicted, because the callback predicts one process only. ``path``: the file; by default memfit.json in
+    the Trainer's ``default_root_dir``. For ranks other than 0 its name has the rank before the suffix, as in
+    memfit.1.json. ``strict``: if the plan was not applied, training stops with NotConforming; otherwise only
+    the file says so. ``blocks``: module path of the repeated blocks; by default they are searched. Raises
+    UserError for a plan that cannot be read, and at the start of training if none can be derived.
     """
 
     def __init__(
@@ -161,7 +163,7 @@ class _Hooks:
 
 @functools.cache
 def _callback() -> type:
-    """Return the class MemfitCallback. Lightning is imported when the class is first used."""
+    """Return the class MemfitCallback, always the same one. The first call imports Lightning."""
     from lightning.pytorch.callbacks import Callback
 
     class MemfitCallback(_Hooks, Callback):  # type: ignore[misc]
@@ -178,8 +180,8 @@ def __getattr__(name: str) -> Any:
 
 def plan_of_trainer(trainer: Any) -> Plan:
     """Return the plan that a Lightning Trainer's arguments express: mixed precision (bf16 or fp16), gradient
-    accumulation, DDP with its default settings, and the number of ranks. Other arguments are ignored. Raises
-    UserError for several ranks with a strategy other than DDP."""
+    accumulation, DDP with memfit's default settings on several ranks, and the number of ranks. Other
+    arguments are ignored. Raises UserError for several ranks with another strategy than DDP."""
     uses = [use(name) for name, precision in _MIXED.items() if str(trainer.precision) == precision]
     if trainer.accumulate_grad_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=trainer.accumulate_grad_batches))
@@ -196,9 +198,9 @@ def plan_of_trainer(trainer: Any) -> Plan:
 
 def predicted(trainer: Any, module: Any, plan: Plan) -> Prediction:
     """Return the prediction for ``plan`` of the module's ``training_step`` on the first batch of the
-    Trainer's loader, with the Trainer's first optimizer. With gradient accumulation, the batch of the whole
-    step is the first batch repeated once for each micro-batch. Raises UserError for several ranks, and if the
-    step cannot be predicted."""
+    Trainer's loader, on this machine, with the Trainer's first optimizer. The batch of the whole step is this
+    first batch, repeated once for each accumulated micro-batch. Raises UserError if the plan has several
+    ranks, or if the step cannot be predicted."""
     if plan.ranks > 1:
         raise UserError("the callback cannot predict training on several ranks: pass it prediction=")
     with torch.random.fork_rng(devices=[]):

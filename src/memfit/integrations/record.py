@@ -20,11 +20,13 @@ from memfit.types.units import format_bytes
 
 class Recorder:
     """Checks in the first step whether the plan was applied, and measures the peak memory of every step. It
-    must be created after the model is built and before training begins. ``prediction``: None if there is
-    none; ``why_not`` then says why. ``strict``: whether `updated` raises NotConforming if the plan was not
-    applied; otherwise the result is only kept. ``blocks``: module path of the repeated blocks; None: they are
-    searched. ``clip``: the largest gradient norm to which gradients are clipped, 0 for no limit; None if it
-    is unknown."""
+    must be created after the model is built and before training begins.
+
+    ``prediction``: None if there is none; ``why_not`` then says why. ``strict``: whether `updated` raises
+    NotConforming if the plan was not applied; otherwise the difference is only kept for the file. ``blocks``:
+    module path of the repeated blocks; None: they are searched. ``clip``: the largest gradient norm to which
+    gradients are clipped, 0 if they are not clipped, None if it is unknown, so that clipping is not checked.
+    """
 
     def __init__(
         self,
@@ -78,9 +80,11 @@ class Recorder:
         self.steps += 1
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file: the plan, the predicted peak or why there is none, the measured
-        peak, the number of steps, and the result of the check. The measured peak is the most bytes of live
-        tensors on this rank between the beginning and the end of any step; None if there was no step."""
+        """Return the content of the file, key -> value: "plan"; "predicted_peak_bytes", or None with the
+        reason in "not_predicted"; "measured_peak_bytes", the most bytes of live tensors on this rank between
+        the beginning and the end of any step, or None if there was no step, and "measured_by", its source;
+        "predicted_over_measured_ratio"; the number of "steps"; and "conformance", the result of the check, or
+        None before it."""
         predicted = self.prediction.allocated_bytes if self.prediction is not None else None
         return {
             "plan": {"techniques": self.plan.to_dict(), "ranks": self.plan.ranks},
@@ -103,8 +107,9 @@ class Recorder:
 
     @property
     def line(self) -> str:
-        """One line with the measured peak, the predicted one with its error, and the result of the check.
-        Without a prediction or a measured peak, it has the measured peak and the reason."""
+        """One line with the measured peak, the predicted one with its error in percent, and the result of the
+        check. Without a prediction or a measured peak, it has the measured peak and the reason why nothing
+        was predicted or measured."""
         measured_text = f"peak {format_bytes(self.peak_bytes)} measured over {self.steps} steps"
         if self.prediction is None or not self.peak_bytes:
             return f"memfit: {measured_text}; not predicted: {self.why_not or 'nothing was measured'}"

@@ -24,17 +24,17 @@ from memfit.types.plan import Plan
 
 
 class MemfitCallback(TrainerCallback):  # type: ignore[misc]
-    """Predicts the peak memory of the trainer's step when the callback is created, checks after the first
-    update whether the plan was applied, and writes predicted and measured peak to a file at the end of
-    training. If the step cannot be predicted, the file says why.
+    """Callback that predicts the peak memory of the trainer's step when it is created, checks after the first
+    update whether the plan was applied, and at the end of training writes predicted and measured peak to a
+    file and prints them on rank 0. If the step cannot be predicted, the file says why.
 
-    ``plan``: a Plan, mapping or file; by default that of `plan_of_arguments`. ``prediction``: an earlier
-    prediction to use; without it, training on several ranks or with DeepSpeed is not predicted, because
-    `memfit.from_trainer` predicts one process without DeepSpeed. ``path``: the file; by default memfit.json
-    in the output folder. The name has the rank before its suffix for other ranks than 0, as in memfit.1.json.
-    ``strict``: if the plan was not applied, training stops with NotConforming; otherwise only the file says
-    so. ``blocks``: module path of the repeated blocks, by default found. Raises UserError for a plan that
-    cannot be read.
+    ``trainer``: the Trainer to which it is added. ``plan``: anything that `memfit.estimate` accepts as a
+    plan; by default what `plan_of_arguments` returns. ``prediction``: an earlier prediction to use; without
+    it, training on several ranks or with DeepSpeed is not predicted, because `memfit.from_trainer` predicts
+    one process without DeepSpeed. ``path``: the file; by default memfit.json in the output folder. For ranks
+    other than 0 its name has the rank before the suffix, as in memfit.1.json. ``strict``: if the plan was not
+    applied, training stops with NotConforming; otherwise only the file says so. ``blocks``: module path of
+    the repeated blocks; by default they are searched. Raises UserError for a plan that cannot be read.
     """
 
     def __init__(
@@ -90,8 +90,9 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def plan_of_arguments(args: Any) -> Plan:
-    """Return the plan that the TrainingArguments ``args``, and DeepSpeed's configuration if they use it,
-    express on the current number of ranks. Settings that no plan can express are left out."""
+    """Return the plan that the TrainingArguments ``args`` express, with DeepSpeed's configuration if they use
+    one, on the current number of ranks (``args.world_size``). Settings that no plan can express are left
+    out."""
     trainer = Options(file="TrainingArguments", data=args.to_dict())
     plugin = args.deepspeed_plugin
     deepspeed = None if plugin is None else Options(file="DeepSpeed", data=plugin.deepspeed_config)

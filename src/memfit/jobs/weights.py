@@ -47,8 +47,8 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
 
 
 def _aliases(name: str) -> Iterator[str]:
-    """Yield the names, each once or twice and in no fixed order, under which files may store the model's
-    tensor ``name``, which is one of them.
+    """Yield the names, in no fixed order, under which files may store the model's tensor ``name``, this name
+    included.
 
     An encoder saved alone has no prefix ``esm.``, and Hugging Face still writes TensorFlow's gamma and beta
     for the weights and biases of some layer norms.
