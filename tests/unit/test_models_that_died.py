@@ -229,13 +229,14 @@ class Experts(nn.Module):
 
 @counted
 def test_experts_are_assumed_to_share_tokens_evenly_and_the_interval_allows_other_routes() -> None:
-    found = holds(Experts, torch.rand(512, 64))
+    holds(Experts, torch.rand(512, 64))  # with routes that are computed from the weights
+    found = memfit.estimate(Experts, torch.rand(512, 64), loss=squares, probe=False)
     shares = [a for a in found.estimate.guesses if a.startswith("nonzero gave")]
     assert len(shares) >= 4
     assert all(200 < int(a.split()[2]) < 312 for a in shares)
     assert found.allocated_bytes.high > 1.05 * found.allocated_bytes.value  # all tokens to two experts
     assert "values at test_models_that_died.py" in found.estimate.guesses[-1]
-    assert found.estimate == memfit.estimate(Experts, torch.rand(512, 64), loss=squares).estimate
+    assert found.estimate == memfit.estimate(Experts, torch.rand(512, 64), loss=squares, probe=False).estimate
 
 
 class Detector(nn.Module):
