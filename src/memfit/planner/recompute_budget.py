@@ -41,8 +41,9 @@ _ATTEMPTS, _WORTH, _UNDER_CAP = 3, 0.03, 0.99
 class Cap:
     """The memory limit of a search: ``bytes`` of one device, and the memory of its host.
 
-    ``needs`` returns the bytes that an estimate needs of a device. ``host`` tells whether the host has enough
-    memory for it. ``refuses`` returns why the search's engine does not support a plan; empty if it does.
+    ``needs`` returns how many bytes of a device an estimate's plan needs. ``host`` tells whether the host has
+    enough memory for it. ``refuses`` returns the reasons why the search's engine does not support a plan;
+    empty if it does.
     """
 
     bytes: int
@@ -56,7 +57,7 @@ class Cap:
 
     def may(self, plan: Plan) -> bool:
         """Return whether optimal-checkpointing, which recomputes within a memory budget, can be added to the
-        plan: nothing in it conflicts then, and the engine supports it.
+        plan: the plan is then without conflicts, and the engine supports it.
         """
         budget = plan.with_use(make_use(NAME, {}))
         return conflict(budget) is None and not self.refuses(budget)
@@ -65,7 +66,8 @@ class Cap:
         """Return the peak of tensors, in bytes, at which a plan would need 99 % of the cap; at least 0.
 
         The need is taken to be linear in the peak: on the line through the estimates of ``traced`` with the
-        lowest and the highest peak, or, if that line does not rise, in proportion to the lowest.
+        lowest and the highest peak. If that line does not rise, a change of the need by one byte counts as a
+        change of the peak by the lowest estimate's ratio of peak to need.
         """
         lowest, highest = (f(traced, key=lambda e: e.allocated_bytes.value) for f in (min, max))
         tensor_bytes, lowest_need = lowest.allocated_bytes.value, self.needs(lowest)
@@ -86,12 +88,15 @@ def budgeted(
     cap: Cap,
     tell: Callable[[str, int, int, str], None],
 ) -> list[Estimate]:
-    """Make the best plan that does not fit fit, by adding optimal-checkpointing, which recomputes as many
-    tensors as a memory budget requires.
+    """Take the best plan that does not fit, and try to make it fit by adding optimal-checkpointing, which
+    recomputes as many tensors as a memory budget requires.
 
-    Only plans are tried that would beat the best fitting plan of ``traced`` by at least 3 % if recomputation
-    were free, and at most 3 budgets. ``whole`` returns the estimate of a plan; ``traced`` are estimates from
-    full traces.
+    A plan is tried only if its estimate, without recomputation, beats the best fitting one of ``traced`` by
+    at least 3 % by the goal. At most 3 plans with a budget are traced: if one does not fit, the next has a
+    smaller budget; if a budget cannot be met, the next best plan is taken. ``whole`` returns the estimate of
+    a plan. ``traced``: estimates by whole traces. ``tell`` is called before each of the traces with (stage
+    "finalists", 0, 1, label of the plan).
+
     Returns a list of one estimate that fits; an empty list if there is none or the goal is least memory.
     """
     if goal is Objective.SMALLEST:
@@ -149,12 +154,14 @@ def choose_tensors(
     calibration: Calibration | None = None,
     gap_ratio: float = GAP_RATIO,
 ) -> Plan:
-    """Return the plan with the tensors to recompute chosen for its memory budget: none if the step fits
-    without recomputation. A plan that has no budget, or whose tensors are chosen already, is returned itself.
+    """Return the plan with the tensors to recompute chosen for its memory budget; with none chosen if the
+    step fits the budget without recomputation. A plan that has no budget, or whose tensors are chosen
+    already, is returned itself.
 
-    ``device``: "cpu" or "cuda". ``seconds`` returns the time of one operator call. ``calibration``: probed
-    workspaces count towards the peak. ``gap_ratio`` is the optimality gap of the time that recomputation
-    adds. Raises UserError with the smallest budget found if the plan's budget cannot be met.
+    ``device``: "cpu" or "cuda". ``seconds`` returns the time of one operator call. ``calibration``: the
+    workspaces of operators in it count towards the peak. ``gap_ratio``: by how much the time that
+    recomputation adds may exceed the proven minimum, as a ratio. Raises UserError that names the smallest
+    budget found, if the plan's budget cannot be met; also if the plan itself is not valid.
     """
     budget_bytes = open_budget(check(plan))
     if budget_bytes is None:
@@ -197,18 +204,18 @@ def choose_tensors(
 
 @dataclasses.dataclass(kw_only=True)
 class ChosenPlans:
-    """Cache of what `choose_tensors` returned for each plan: the plan with its tensors to recompute chosen,
-    or the error that says why there is none.
+    """Cache of the results of `choose_tensors` by the plan that it was given: the plan with its tensors to
+    recompute chosen, or the UserError that was raised.
     """
 
     kept: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
 
     def of(self, job: Job, plan: Plan, **how: Any) -> Plan:
-        """Return `choose_tensors` for this plan, computed only in the first call. ``how``: keywords of
-        `choose_tensors`.
+        """Return what `choose_tensors` returns for this plan; it is computed only in the first call. ``how``:
+        keyword arguments of `choose_tensors`.
 
-        If it raised UserError, later calls raise the same error. Only ``plan`` identifies a result, so a
-        cache serves one ``job`` and one set of keywords.
+        If the first call raised UserError, later ones raise the same error. Results are kept by ``plan``
+        alone, so all calls of one cache must have the same ``job`` and keywords.
         """
         if plan not in self.kept:
             try:
@@ -244,9 +251,10 @@ def _closed(
     ``target_bytes``. Return the plan found within it whose recomputation takes least time; None if there is
     none.
 
-    ``traced`` returns the plan that recomputes these tensors, and its traced peak. If a trace exceeds the
-    target, the excess is subtracted from the next try's budget. If it stays below, the difference is added
-    once, and the result is used if it still fits and recomputes in less time.
+    ``traced`` returns (the plan that recomputes these tensors, its traced peak). If a traced peak exceeds the
+    target, the excess is subtracted from the budget of the next try. If it is within the target and below the
+    solver's prediction by more than 0.1 % of the target, there is one more try with this difference added to
+    the budget; its plan is used if it fits, too, and recomputes in less time.
     """
     best: tuple[float, Plan] | None = None
     budget_bytes, is_raised = target_bytes, False

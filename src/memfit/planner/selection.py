@@ -22,11 +22,12 @@ TIE_RATIO = 0.03
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Band:
-    """How far a score, such as a step time, may lie above the best (the lowest) and still count as equal.
+    """How far a score, such as a step time, may lie above the best (the lowest) and still count as equal to
+    it.
 
-    Up to ``low`` it always does, above ``high`` never. In between, the line is drawn at the widest gap
-    between two successive plans, so that a small change of a timing does not move a plan across it. Both are
-    relative to the best score: 0.05 is 5 % above it.
+    Up to ``low`` it always does, above ``high`` never. Of the scores in between, those below the widest gap
+    between two successive scores do, so that a small change of a timing does not move a plan across the line.
+    Both are relative to the best score: 0.05 is 5 % above it.
     """
 
     low: float
@@ -56,8 +57,8 @@ def timed_band(spread_ratio: float) -> Band:
 
 
 class Objective(enum.StrEnum):
-    """What a search minimises: step time, peak of live tensors, cost, carbon emissions or number of
-    devices.
+    """What a search minimises: step time ("fastest"), peak of live tensors ("smallest"), cost ("cheapest"),
+    carbon emissions ("greenest") or number of devices ("fewest").
     """
 
     FASTEST = "fastest"
@@ -96,10 +97,11 @@ def respects_micro_batch(plan: Plan, bounds: Bounds, batch: int) -> bool:
 
 
 def missed_bounds(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
-    """Return a text that says how the deadline and the budget of money are missed: for each of the two that
-    is set, what the fastest or the cheapest plan of ``fitting``, those that fit the memory, would take.
+    """Return a text that says how the deadline and the budget of money are missed. For the deadline it names
+    what the fastest plan of ``fitting``, those that fit the memory, takes in time and money; for the budget,
+    what the cheapest takes. A limit that is not set is not mentioned.
 
-    Returns "" if ``fitting`` is empty, or if neither limit is set.
+    Returns "" if ``fitting`` is empty, or if neither limit is set. That a set limit is missed is not checked.
     """
     limits = (
         (bounds.deadline_s, Objective.FASTEST, "a deadline of {} (the quickest", format_seconds),
@@ -120,12 +122,12 @@ def _usd(step_usd: float | None, steps: int) -> str:
 
 
 def score(estimate: Estimate, goal: Objective) -> float:
-    """Return the score of an estimate by the goal: seconds, bytes, US dollars or grams of CO2 per step, or
-    the number of devices; smaller is better.
+    """Return the score of an estimate by the goal; smaller is better. It is seconds per step, peak bytes, US
+    dollars per step, grams of CO2 per step, or the number of devices.
 
     If money or carbon is unknown, the step time is used, to which both are proportional on one device. An
-    unknown step time counts as infinite. Among equal numbers of devices, less time gives a slightly lower
-    score.
+    unknown step time counts as infinite. To the number of devices, at most 0.1 % is added for the step time,
+    so that of equal numbers the fastest plan has the lowest score.
     """
     time_s = estimate.step_s.value if estimate.step_s else math.inf
     if goal is Objective.SMALLEST:
@@ -140,10 +142,11 @@ def score(estimate: Estimate, goal: Objective) -> float:
 
 
 def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> Estimate | None:
-    """Return the estimate with the mildest and simplest plan (the lowest `mildness`) among those that are as
-    good as the best by the goal; None if there are no estimates.
+    """Return the estimate with the mildest and simplest plan (the lowest `mildness`) among those whose score
+    by the goal counts as equal to the lowest score; None if there are no estimates. If all scores are
+    infinite, it is the mildest and simplest of all.
 
-    ``band``: how much worse still counts as equal; for memory and for the number of devices it is `EXACT`.
+    ``band``: which scores count as equal; for memory and for the number of devices it is always `EXACT`, 3 %.
     """
     candidates = simplest_first(estimates, goal)
     if not candidates or math.isinf(score(candidates[-1], goal)):
@@ -154,10 +157,10 @@ def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> 
 
 
 def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estimate]:
-    """Return estimates with the mildest and simplest plan first (see `mildness`), each better by the goal
-    than all before it.
+    """Return the estimates, with the mildest and simplest plan first (see `mildness`), each with a better
+    score by the goal than all before it.
 
-    An estimate is left out if one with a milder or simpler plan is at least as good.
+    An estimate is left out if one with a milder or simpler plan has at least as good a score.
     """
     ordered: list[Estimate] = []
     for e in sorted(estimates, key=lambda e: (mildness(e.plan, e.dependence), score(e, goal))):
@@ -167,8 +170,8 @@ def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estim
 
 
 def _equal_up_to(scores: Sequence[float], band: Band) -> float:
-    """Return the highest score that counts as equal to the lowest, as `Band` says. The lowest is the last of
-    ``scores``.
+    """Return the highest of ``scores`` that counts as equal to the lowest, which is the last of them, as
+    `Band` says.
     """
     lowest = scores[-1]
     equal_low = max(s for s in scores if s <= lowest * (1 + band.low))
@@ -185,7 +188,8 @@ def _equal_up_to(scores: Sequence[float], band: Band) -> float:
 
 def mildness(plan: Plan, dependence: SampleDependence | None = None) -> tuple[tuple[int, int, int], str]:
     """Return a sort key of the plan: of equally good plans, the one with the lowest key is preferred. It is
-    `complexity`, then the values of the settings, small ones first.
+    (`complexity`, a text). The text has the values of the settings, so that small ones come first, and the
+    plan's fingerprint, so that no two plans have the same key.
     """
     settings = [(u.technique, name, value) for u in plan.uses for name, value in sorted(u.settings.items())]
     return complexity(plan, dependence), ";".join(
@@ -200,7 +204,7 @@ def _padded(value: object) -> str:
 def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
     """Return the estimates that no other one beats, by increasing peak. One beats another if it is at least
     as good in peak, step time and effect class, and better in one of them. Of estimates equal in all three,
-    only that of the simplest plan is returned. An unknown step time counts as infinite.
+    only that of the simplest plan (see `complexity`) is returned. An unknown step time counts as infinite.
     """
     undominated = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
     return sorted(
@@ -225,13 +229,13 @@ def _dominates(e: Estimate, other_e: Estimate) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prices:
-    """How the plans that lack one technique of the recommended plan are estimated, and what else the reasons
-    for the recommendation need.
+    """How `decide` estimates the plans that lack one technique of the recommended plan, and what else the
+    reasons for the recommendation need.
 
-    ``whole`` returns the estimate of one plan. ``prepare`` is called beforehand with all plans that it will
-    be called with, for example to trace them in parallel. ``needs`` returns the bytes of an estimate that are
-    compared with the cap. ``sketches`` are the estimates of all searched plans that were composed from traces
-    of parts.
+    ``whole`` returns the estimate of one plan. ``prepare`` is called beforehand with all plans that ``whole``
+    will be called with, for example to trace them in parallel. ``needs`` returns the bytes of an estimate
+    that are compared with the cap. ``sketches``: the estimates of all searched plans that were composed from
+    traces of parts.
     """
 
     whole: Callable[[Plan], Estimate]
@@ -252,13 +256,17 @@ def decide(
     price: Prices | Callable[[Plan], Estimate],
     inside: Callable[[Estimate], bool] | None = None,
 ) -> SearchResult:
-    """Build the search result with the recommended plan and its reasons; without one if no estimate fits.
+    """Build the search result with the recommended plan and its reasons. If no estimate fits, the result's
+    ``recommended`` is None.
 
-    ``estimates`` were traced and include the plain plan. ``considered``: number of plans that were searched.
+    ``estimates`` were traced and include plain training. ``considered``: number of plans that were searched.
     ``left_out``: reasons to report after those of the recommended plan. ``price`` estimates the plans that
-    lack one of its techniques, for the reasons. ``inside`` tells whether an estimate fits the memory alone,
-    which the result's ``fits`` states; it is given if ``fits`` checks more than that. The result's frontier
-    has the estimates of `frontier` that fit, plain training, the smallest plan and the recommended one.
+    lack one of its techniques, for the reasons. ``fits`` tells whether a plan may be recommended. ``inside``
+    tells whether it fits the memory; it is given if ``fits`` checks more than that, and is what the ``fits``
+    of each choice in the result says.
+
+    The result's frontier has the estimates of `frontier` that fit, plain training and the recommended plan,
+    and the plan with the lowest peak if it is in `frontier`; by increasing peak.
     """
     prices = price if isinstance(price, Prices) else Prices(price)
     baseline = next(e for e in estimates if e.plan == make_plain_plan(e.plan.ranks))
@@ -296,8 +304,8 @@ def reasons_for(
     prices: Prices,
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
-    """Return the reasons for the recommended plan ``winner``: what splitting the batch does to the training,
-    what each of its techniques saves, and why techniques of other plans are not in it.
+    """Return the reasons for the recommended plan ``winner``, in this order: what splitting the batch does to
+    the training, what each of its techniques saves, and why techniques of other plans are not in it.
     """
     splitting = dependence_reasons(winner.plan, winner.dependence) if winner.dependence else ()
     why_not = _why_not(winner, estimates, prices, fits, goal, cap_bytes)
@@ -305,12 +313,13 @@ def reasons_for(
 
 
 def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Reason, ...]:
-    """Return one reason per technique of the plan, largest saving first: the bytes of peak that it saves and
-    the ratio of step time, compared with the plan without this technique, or that it is needed if that plan
-    is impossible.
+    """Return one reason for each technique of the plan, largest saving first. It gives the bytes of peak that
+    the technique saves and the ratio of step times, with the technique to without it. If the plan without it
+    is impossible, because a memory budget for recomputation cannot be met, the reason says that the technique
+    is needed.
 
-    ``price`` returns the estimate of a plan. On several ranks, another data-parallel technique is compared
-    with DDP, which gets no reason itself.
+    ``price`` returns the estimate of a plan. On several ranks, a data-parallel technique other than ddp is
+    compared with ddp; ddp with default settings gets no reason.
     """
     reasons = []
     for use in estimate.plan.uses:
@@ -346,10 +355,11 @@ def _why_not(
     goal: Objective,
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
-    """Return one reason for each technique of other plans that the winner lacks: a comparison with the best
-    traced plan that has the technique and fits, or that no plan with it fits.
+    """Return one reason for each technique that the winner lacks and a plan of ``estimates`` (all traced) or
+    of the sketches has. If a traced plan with the technique fits, the reason compares the winner with the
+    best of these by the goal. Else it says that no plan with it fits.
 
-    Nothing is reported for a technique whose plans were only sketched and may fit.
+    Nothing is reported for a technique if none of its plans was traced and one of its sketches fits.
     """
     reasons = []
     for name in missing_techniques(winner, [*estimates, *prices.sketches]):
@@ -382,9 +392,11 @@ def none_fits(
     """Return the reason why the technique ``name`` is in the winner, or is not, when none of the ``priced``
     plans fits.
 
-    With ``inside``, the winner has the technique and the plans lack it; otherwise the plans have it. The
-    reason says how many plans there are and how many bytes the smallest ``needs``, or that it needs at most
-    ``cap_bytes`` but another limit is not met. If ``priced`` is empty, it says that the technique is needed.
+    ``inside``: True if the winner has the technique and the ``priced`` plans lack it; False if they have it
+    and the winner lacks it. The reason gives the number of ``priced`` plans and the bytes of the one that
+    needs the least. Its kind says whether that is more than ``cap_bytes`` ("needed_priced",
+    "left_out_too_large"), or another limit is not met ("needed_late", "left_out_late"). If ``priced`` is
+    empty, the kind is "needed".
     """
     smallest = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
     if smallest is None:
@@ -402,9 +414,10 @@ def none_fits(
 
 def _compared(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:
     """Return why the technique ``name`` is not in the winner, by comparison with ``rival``, the best plan
-    that has it: the rival is worse by the goal by more than 3 % ("left_out_slower"), or as good within that
-    ("left_out_not_needed"), or better by more, but by less than the error of predicted times
-    ("left_out_uncertain").
+    that has it. Its kind is "left_out_slower" if the rival's score by the goal is more than 3 % above the
+    winner's, "left_out_not_needed" if the two are within 3 % of each other, and "left_out_uncertain" if the
+    rival's is lower by more. A rival of the last kind was not recommended because the difference is less than
+    the error of predicted times.
     """
     ratio = score(rival, goal) / score(winner, goal) if score(winner, goal) else 1.0
     if ratio > 1 + TIE_RATIO:

@@ -14,12 +14,12 @@ class State:
     """How data parallelism, precision and optimizer keep and share a parameter, its gradient and its
     optimizer state.
 
-    Byte figures are per element: ``stored``, of the parameter between uses; ``gathered``, as forward and
-    backward read it; ``gradient``, as it is kept; ``reduced``, of the gradient while it is communicated.
-    ``*_shards`` is the number of ranks over which parameter, gradient and optimizer state are divided, 1 if
-    they are not; ``replicas``, the number of copies of all shards together, over which gradients are reduced.
-    ``reshard``: whether gathered parameters are freed after forward. ``offload``: what is in host memory, the
-    optimizer state or all.
+    Bytes per element: ``stored``, of the parameter between uses; ``gathered``, as forward and backward read
+    it; ``gradient``, as it is kept; ``reduced``, of the gradient while it is communicated.
+    ``parameter_shards``, ``gradient_shards``, ``state_shards``: number of ranks over which each is divided, 1
+    if it is not. ``replicas``: number of groups of ranks that each hold all shards; gradients are reduced
+    over these, too. ``reshard``: whether gathered parameters are freed after forward. ``offload``: what is in
+    host memory; "optimizer" is the optimizer state alone, "all" also parameters and gradients.
     """
 
     compute: str  # "bf16", "autocast", "fp32"
@@ -42,9 +42,9 @@ class State:
 
 
 def compute_of(uses: Sequence[Use]) -> str:
-    """Return the precision of forward and backward under these techniques. The first that matters decides:
-    bf16-autocast gives "autocast"; bf16-parameters, and a setting precision of "bf16", give "bf16". If there
-    is none, it is "fp32".
+    """Return the precision of forward and backward under these techniques: "autocast", "bf16" or "fp32". The
+    first technique that sets one decides: bf16-autocast sets "autocast"; bf16-parameters, or any technique
+    with the setting precision "bf16", sets "bf16". If none does, it is "fp32".
     """
     for used in uses:
         if used.technique == "bf16-autocast":
@@ -57,8 +57,8 @@ def compute_of(uses: Sequence[Use]) -> str:
 def state_of(uses: Sequence[Use], ranks: int, updating: UpdateCosts, *, staged: bool) -> State:
     """Return how these techniques (data parallelism, precision, optimizer) keep and share a parameter.
 
-    ``ranks`` is the number of ranks that share a parameter: data-parallel times context-parallel ranks.
-    ``updating``: costs of the optimizer's step on one rank. ``staged``: whether the model is cut into
+    ``ranks``: number of ranks that have the same part of the model, data-parallel times context-parallel
+    ranks. ``updating``: costs of the optimizer's step on one rank. ``staged``: whether the model is cut into
     pipeline stages.
     """
     settings_by_name = {u.technique: u.settings for u in uses}

@@ -21,11 +21,14 @@ _SPARE = 6  # finalists reserved for plans that are not the best by the goal
 def finalists(
     sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int
 ) -> list[Plan]:
-    """Return the distinct plans to trace whole, at most ``most`` + 4.
+    """Return the plans to trace whole: the first ``most`` + 4 of these, without repetitions, in this order:
 
-    They are the plain plan; at most 4 of the mildest and simplest fitting plans that may be as good as the
-    best, given the error of sketched times; the ``most`` - 6 best fitting plans by the goal; the plan with
-    the lowest peak; and at most 7 plans spread over the frontier of peak, step time and effect.
+    - plain training
+    - at most 4 of the mildest and simplest fitting plans (`simplest_first`) whose score is at most 30 % above
+      the best, which is the error of sketched times
+    - the ``most`` - 6 best fitting plans by the goal
+    - the plan with the lowest peak
+    - at most 7 plans, evenly spread over the `frontier` of peak, step time and effect class
     """
     fitting = _ordered([e for e in sketches if fits(e)], goal)
     smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
@@ -54,11 +57,11 @@ def until_some_fit(
     goal: Objective,
     most: int,
 ) -> list[Plan]:
-    """Trace further plans while fewer of the ``chosen`` and of these fit than intended (``most`` - 6), and
-    return the further ones.
+    """Trace further plans, in at most 3 rounds, until ``most`` - 6 of the ``chosen`` and the further plans
+    together fit, or no other plan may fit. Return the further ones.
 
-    They are chosen by `more_finalists` in at most 3 rounds. ``whole`` returns the estimate of a plan.
-    ``look`` is called with the plans of a round to trace them.
+    The plans of a round are those of `more_finalists`. ``look`` is called with them to trace them. ``whole``
+    returns the estimate of a plan.
     """
     added: list[Plan] = []
     for _ in range(_ROUNDS):
@@ -75,12 +78,12 @@ def until_some_fit(
 def counterfactuals(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], winner: Estimate, *, cap: Cap, goal: Objective
 ) -> list[Plan]:
-    """Return plans to trace for each technique that sketches have and the winner lacks, so that the reason
-    for leaving it out rests on a trace.
+    """Return plans to trace for each technique that a sketch has and the winner lacks, so that the reason for
+    leaving it out rests on a trace. Plans that were traced already are left out.
 
-    For each technique this is the best plan with it, by the goal, that may fit on the device, given how much
-    traces were below their sketches; and also the plan with it that needs the least device memory, if none of
-    the ``traced`` ones with it fits. Plans that were traced are left out.
+    For each technique they are, of the plans with it: the best by the goal that may fit the device, and, if
+    no traced one fits, the one that needs the least device memory. A plan may fit if its sketch does after
+    multiplication by the lowest ratio of needed memory, trace to sketch, that was found (at most 1).
     """
     by_plan = {e.plan: e for e in sketches}
     ratios = [cap.needs(e) / cap.needs(by_plan[e.plan]) for e in traced if e.plan in by_plan]
@@ -100,11 +103,11 @@ def counterfactuals(
 def more_finalists(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], *, cap: Cap, goal: Objective, most: int
 ) -> list[Plan]:
-    """Return the next best plans to trace, by the goal, if fewer of the ``traced`` plans fit than intended
-    (``most`` - 6): as many as are missing, or fewer if no more may fit.
+    """Return the next plans to trace if fewer than ``most`` - 6 of the ``traced`` plans fit: as many as are
+    missing, best by the goal first, or fewer if no others may fit. Empty if enough fit.
 
-    Their sketches must fit the device after they were scaled by the largest ratio of trace to sketch of the
-    traced plans with the same techniques, if there are any, and fit the host.
+    A plan may fit if its sketch fits the host, and fits the device after multiplication by the largest ratio
+    of needed memory, trace to sketch, of the traced plans with the same techniques (1 if there are none).
     """
     missing_count = most - _SPARE - sum(map(cap.has, traced))
     by_plan, ratios = {e.plan: e for e in sketches}, dict[frozenset[str], float]()
