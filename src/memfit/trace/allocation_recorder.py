@@ -52,8 +52,9 @@ _ROWS = "_memfit_rows"
 
 
 class _Rows:
-    """Size of a sparse tensor's indices and values, shared by all its views, and the fraction of its rows
-    that are distinct. ``joined``: equal rows have been joined (the tensor is coalesced)."""
+    """Rows of a sparse tensor, shared by all its views. ``size_bytes`` counts its indices and values.
+    ``distinct_ratio`` is the number of distinct indices divided by that of rows (1.0 if not known).
+    ``joined``: the tensor is coalesced, so rows of equal index have been added up."""
 
     def __init__(self, size_bytes: int, distinct_ratio: float) -> None:
         self.size_bytes, self.distinct_ratio, self.joined = size_bytes, distinct_ratio, False
@@ -79,7 +80,8 @@ class AllocationRecorder(TorchDispatchMode):
     ``phase()`` starts a phase of the training step. ``label()`` assigns a category to storages. ``finish()``
     returns the record: (allocations, operator calls, phase spans). ``device`` ("cpu" or "cuda") decides how
     sizes are rounded and what some kernels allocate. With ``lines``, each allocation records the line of the
-    user's code that made it. ``guesses`` answers when the step reads values of fake tensors.
+    user's code that made it. ``guesses`` gives the answers where the step reads values of fake tensors (None:
+    a new `Guesses` without bounds).
     """
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
@@ -126,8 +128,9 @@ class AllocationRecorder(TorchDispatchMode):
         self.step += 1
 
     def label(self, value: Any, category: Category, *, module: str | None = None) -> None:
-        """Assign ``category`` and, if given, ``module`` to the storages of every tensor in ``value``.
-        Storages that have not been recorded yet are recorded now."""
+        """Assign ``category`` and, unless it is None, ``module`` to the storages of every tensor in
+        ``value``, in place of what they had before. Storages that have not been recorded yet are recorded as
+        made now."""
         for tensor in batch_tensors(value):
             for inner in plain_tensors(tensor):
                 life = self.note_real(inner, category.value)
@@ -135,8 +138,9 @@ class AllocationRecorder(TorchDispatchMode):
                 life.module = life.module if module is None else module
 
     def note_real(self, tensor: torch.Tensor, op: str) -> _Life:
-        """Record the storage of a tensor that this mode did not see being made, as if made now by ``op``,
-        unless it is recorded already. Return the record of the storage's lifetime."""
+        """Record the storage of a tensor that this mode did not see being made, as if the operator ``op``
+        made it now. Do nothing if it is recorded already. Return the record of the storage's lifetime. Raises
+        UserError for a tensor that is neither dense nor sparse COO."""
         return self._note(tensor, op, self.modules.name(self.current))
 
     def note_offload(self, out_bytes: int, back_bytes: int) -> None:
@@ -214,9 +218,13 @@ class AllocationRecorder(TorchDispatchMode):
         return out
 
     def _watched(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any, values: Any) -> Any:
-        """Run an operator that does work; run it in place if torch would do so on plain tensors (`_writes`).
-        Record its outputs' storages and its cost, and return its result. ``values`` is its real result if
-        that is known. The cost of building the model on the host is not recorded."""
+        """Run an operator that does work (all but `OperatorFact.silent` ones), in place if torch would do so
+        on plain tensors (`_writes`), and return its result. ``values`` is its result on real values, or None
+        if they are not known.
+
+        Record the storages of its outputs and temporary tensors, and the call with its cost. While the model
+        is built on the host, the call is not recorded.
+        """
         if func in operators.SPARSE_MAKERS or (self._sparse_seen and any(map(operators.is_sparse, args))):
             return self._sparse(func, fact, args, kwargs)
         module = self.modules.name(self.current)
@@ -261,12 +269,13 @@ class AllocationRecorder(TorchDispatchMode):
         return out
 
     def _sparse(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any) -> Any:
-        """Run an operator that takes or makes sparse tensors, and record the size of the rows of its result.
+        """Run an operator that takes or makes sparse tensors, and return its result. Record the bytes of the
+        rows of each sparse result, but not the call.
 
-        Fake sparse tensors hold no rows, so their size is recorded separately. A call that makes one from
-        dense tensors sets its size. The results of other calls have the size of their largest sparse
-        argument; coalescing leaves the distinct rows. An optimizer that coalesces rows works on copies of
-        them (torch/optim/_functional.py), which are recorded here.
+        Fake sparse tensors hold no rows, so `_Rows` holds their size. A call that makes one from dense
+        tensors gives it the size of these. The results of other calls have the size of their largest sparse
+        argument; coalescing multiplies it by the fraction of distinct rows. If an optimizer coalesces rows,
+        the copies of them that it works on (torch/optim/_functional.py) are recorded as well.
         """
         if func is operators.IS_COALESCED:  # rows may repeat, and coalescing them is work
             return _rows_of(args[0]).joined
@@ -307,30 +316,33 @@ class AllocationRecorder(TorchDispatchMode):
         return life
 
     def _owners(self, args: Any) -> list[str]:
-        """Return the path of the module that owns the first argument or, if that is a list, of those that own
-        each of its tensors ("" if unknown). Outside forward and backward, the result of an operator belongs
-        to the module whose parameter it works on."""
+        """Return the module path (`owner`) of the first argument or, if that is a list or tuple, of each
+        tensor in it. Return [] if there is no tensor. Used while the model is built and in the optimizer,
+        where a result gets the module of the parameter that the operator works on."""
         argument = args[0] if args else None
         tensors = argument if isinstance(argument, list | tuple) else [argument]
         return [self.owner(t) for t in tensors if isinstance(t, torch.Tensor)]
 
     def owner(self, tensor: torch.Tensor) -> str:
-        """Return the path of the module that a tensor belongs to, or "" if it is not known."""
+        """Return the path of the module that the tensor's storage is recorded for (of a wrapper subclass: its
+        first inner tensor's storage), or "" if the storage is not recorded or has no module."""
         entries = [self._known.get(t.untyped_storage()._cdata) for t in plain_tensors(tensor)]
         return entries[0][1].module if entries and entries[0] is not None else ""
 
     def unseen(self, build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:
-        """Return ``build`` as a function whose operators are not recorded. Its tensors are recorded when they
-        are labelled."""
+        """Return a function that calls ``build`` without recording its operators and storages (`pause`). The
+        storages of the model's tensors are recorded when `label` gets them."""
         return self.pause()(build)
 
     def pause(self) -> contextlib._GeneratorContextManager[None]:
-        """Inside this context, record no operators, and no storages that operators make."""
+        """Inside this context, record no operators, no waits, and no storages that operators make. `label`
+        and `note_real` still record storages."""
         return self._set("paused", True)
 
     def placed(self, place: str) -> contextlib._GeneratorContextManager[None]:
-        """Inside this context, record new storages as lying at ``place``: "" (the model's device), "host", or
-        the name of a stream, whose memory pool they come from. Operators are recorded as running there."""
+        """Inside this context, record new storages as lying at ``place``: "" (the model's device), "host"
+        (host memory), or the name of a stream, whose memory pool they come from. Operators are recorded as
+        running there."""
         return self._set("place", place)
 
     @contextlib.contextmanager
@@ -343,8 +355,9 @@ class AllocationRecorder(TorchDispatchMode):
             setattr(self, name, previous)
 
     def wait(self, stream: str, awaited: str, calls: int) -> None:
-        """Record that ``stream`` waits for the first ``calls`` calls of the stream ``awaited``. Do nothing if
-        they are the same stream, or while recording is paused."""
+        """Record that ``stream`` waits until the first ``calls`` operator calls of the stream ``awaited``
+        have ended, counted from the start of the trace. Do nothing if they are the same stream. While
+        recording is paused, nothing is recorded."""
         stream_use = self.stream_tracker.wait(stream, awaited, calls)
         if stream_use is not None and not self.paused:
             self._record(self.clock, "stream.wait", _NOTHING, self.modules.name(self.current), stream_use)
@@ -359,7 +372,7 @@ class AllocationRecorder(TorchDispatchMode):
 
     def move(self, value: Any, place: str) -> None:
         """Record that the storages of every tensor in ``value`` have been at ``place`` (see `placed`) since
-        they were made."""
+        they were made. Storages that have not been recorded yet are recorded as made now."""
         for tensor in tensors_in(value):
             for inner in plain_tensors(tensor):
                 self.note_real(inner, "").place = place
@@ -369,9 +382,10 @@ class AllocationRecorder(TorchDispatchMode):
         return False  # nothing is compiled here, and the check costs more than the bookkeeping
 
     def _widen(self, prediction: torch.Tensor, target: torch.Tensor, loss: torch.Tensor) -> None:
-        """If ``loss`` is reduced to a scalar, enlarge its storage to that of the unreduced loss, and add a
-        temporary tensor of that size to those of the operator. Torch keeps such a loss in the storage of the
-        unreduced one, which it computes from another tensor of that size (aten/src/ATen/native/Loss.cpp)."""
+        """If ``loss`` is a scalar that is reduced from several elements, enlarge its storage to the size of
+        the unreduced loss, and add a temporary tensor of that size to `Guesses.scratch`. Torch keeps such a
+        loss in the storage of the unreduced one, which it computes from another tensor of that size
+        (aten/src/ATen/native/Loss.cpp)."""
         elements = math.prod(torch.broadcast_shapes(prediction.shape, target.shape))
         if loss.dim() == 0 and elements > 1:
             loss.untyped_storage().resize_(elements * loss.element_size())
@@ -387,8 +401,8 @@ class AllocationRecorder(TorchDispatchMode):
             self._flying.pop(out.untyped_storage()._cdata, None)
 
     def _writes(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Return whether torch would run this operator in place on plain tensors. False if it was called on a
-        wrapper subclass, whatever that contains."""
+        """Return whether torch would run ``func`` in place on plain tensors. False if it was called on a
+        wrapper subclass such as DTensor, whatever tensors that contains."""
         is_plain = self._outer is not func
         self._outer = self._outer if is_plain else None
         return (
@@ -399,25 +413,27 @@ class AllocationRecorder(TorchDispatchMode):
         )
 
     def _solely_held(self, tensor: Any, spare: int) -> bool:
-        """Return whether only one reference, in torch's own code, holds this tensor, and only this tensor its
-        storage, which it fills. ``spare`` more references to the tensor are allowed, for a formula that has
-        just checked whether the tensor is a subclass."""
+        """Return whether only one reference holds this tensor, only this tensor holds its storage, and it
+        fills the storage. The one reference is torch's own, in C++. Up to ``spare`` more references to the
+        tensor are allowed, for a derivative formula that has just checked whether the tensor is a
+        subclass."""
         storage = tensor.untyped_storage()
         references = tensor._use_count() - self.modes_above - self._sole[0]
         is_sole = 0 <= references <= spare and torch._C._storage_Use_Count(storage._cdata) == self._sole[1]
         return is_sole and tensor.numel() * tensor.element_size() == storage.nbytes()
 
     def _in_place(self, func: Any, target: Any, operand: Any, *args: Any, **kwargs: Any) -> bool:
-        """Return whether torch runs this operator in place on plain tensors, which it never does on fake
-        ones:
+        """Return whether torch, on plain tensors, runs this operator in place on its first argument
+        ``target``, which nothing else holds (`_solely_held`). ``operand`` is its second argument. On fake
+        tensors torch never does so. The cases are:
 
         - adding the bias of a linear layer (aten/src/ATen/native/Linear.cpp), or the mask to attention scores
           (transformers/attention.cpp there);
-        - in a derivative formula, writing into zeros it has just made, or into the probabilities of logits
-          (areAnyTensorSubclassLike in torch/csrc/autograd/FunctionsManual.cpp);
+        - in a derivative formula, writing into zeros that it has just made, or into the probabilities of
+          logits (areAnyTensorSubclassLike in torch/csrc/autograd/FunctionsManual.cpp);
         - accumulating a gradient that only the autograd engine holds (input_buffer.cpp there). The first term
           was made by an earlier node, or by this node if it has two edges to the same input. Sums inside a
-          formula start from a tensor that the formula made.
+          formula start from a tensor that the formula made and are not in place.
         """
         entry = self._known.get(target.untyped_storage()._cdata)
         if entry is None or (func is operators.ADD and (kwargs or not isinstance(operand, torch.Tensor))):
@@ -452,8 +468,9 @@ class AllocationRecorder(TorchDispatchMode):
         return life
 
     def _line(self) -> str:
-        """Return the running line of the user's code (`user_line`). If none runs in backward, return the line
-        that made the running autograd node in forward. Return "" if there is none."""
+        """Return the line of the user's code that runs, such as "model.py:12" (`user_line`). If none runs in
+        backward, return the line that made the running autograd node in forward. Return "" if there is
+        none."""
         line = user_line()
         if self.current is Phase.FORWARD:
             self._line_of_node.setdefault(newest_node(), line)

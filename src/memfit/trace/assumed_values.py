@@ -23,16 +23,16 @@ _ATEN: Any = torch.ops.aten
 
 
 class AssumedCase(enum.StrEnum):
-    """Which values are assumed.
+    """Which values are assumed for tensors whose values are not known.
 
-    ``USUAL``: numbers are random and spread evenly between 0 and 1, so that a router's choices are balanced.
-    A random operator gives numbers of its range; a single one is the median of several draws. All elements of
-    a mask are True.
+    ``USUAL``: numbers are random and uniform between 0 and 1, so that a router's choices are balanced. A
+    random operator gives what it draws; if this is a single number, the median of 17 draws. All elements of a
+    mask (bool) are True.
 
-    ``LOW`` and ``HIGH``: numbers fall (LOW) or rise (HIGH) along each row, so that all rows make the same
-    choice; a scalar is random as in the usual case. A random operator gives the lowest or the highest of
-    several draws everywhere. The first element of a mask is True; the others are False (LOW), or True at
-    random for about half of them (HIGH).
+    ``LOW`` and ``HIGH``: numbers fall from 0.9 to 0.1 (LOW) or rise from 0.1 to 0.9 (HIGH) along the last
+    dimension, so that all rows make the same choice; a scalar is random as in the usual case. All numbers of
+    a random operator are the lowest (LOW) or the highest (HIGH) number in 17 draws. The first element of a
+    mask is True; the others are False (LOW), or True at random for about half of them (HIGH).
     """
 
     USUAL = "usual"
@@ -135,8 +135,9 @@ def _mark_holder(tensor: torch.Tensor) -> Any:
 
 
 def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor | None:
-    """Return assumed values of the tensor's shape and dtype, marked as assumed. ``seed`` decides the random
-    ones. Return None for integers and complex numbers, whose range is not known."""
+    """Return assumed values of the tensor's shape and dtype, marked as assumed: for a floating-point or bool
+    tensor those that `AssumedCase` says. ``seed`` decides the random ones. Return None for integers and
+    complex numbers, whose range is not known."""
     shape, dtype = tuple(tensor.shape), tensor.dtype
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
@@ -164,12 +165,13 @@ _OF_DRAWS: dict[AssumedCase, Any] = {
 
 
 def draw_values(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> Any:
-    """Return what a random operator gives for real arguments with torch's generator seeded by ``seed``,
-    marked as assumed.
+    """Return what the random operator ``func`` gives for real arguments with torch's generator seeded by
+    ``seed``, marked as assumed. The generator's state is restored.
 
-    In the cases LOW and HIGH, all its numbers are replaced by the lowest or the highest of 17 draws. A single
-    number, which may be compared with a threshold, is the median of such draws in the usual case.
-    Permutations and complex numbers are never replaced.
+    In the cases LOW and HIGH, all its numbers are replaced by the lowest or the highest number in 17 such
+    calls. In the usual case this is done only for a single number, which may be compared with a threshold: it
+    becomes the median of 17 draws. Permutations (``randperm``), complex numbers and results that are not one
+    tensor are never replaced.
     """
     with _own_random_numbers(seed):
         numbers = func(*args, **kwargs)

@@ -20,8 +20,9 @@ from memfit.model.grouped_mm import grouped_products
 @contextlib.contextmanager
 def plain_formulas() -> Iterator[None]:
     """Inside this context, replace ``prod`` and ``cumprod`` by versions whose derivatives assume no zeros,
-    for fake tensors that require a gradient, and let fake grouped matrix products have any dtype. Afterwards
-    ``torch.nn.functional.linear`` is the function that it was before."""
+    for fake tensors that require a gradient outside autocast, and let fake grouped matrix products have any
+    dtype. When the context ends, ``torch.nn.functional.linear`` is again the function that it was at the
+    beginning, even if code in the context replaced it."""
     with contextlib.ExitStack() as stack:
         for home in (torch, torch.Tensor):
             for name, function in (("prod", _Product), ("cumprod", _Cumulated)):

@@ -43,9 +43,10 @@ class ConcreteValues:
 
     The real tensor is stored as an attribute of the fake one. To follow an operator is to compute its result
     from real values, too. ``on``: operators are followed now. ``seeded``: the values of a batch have been
-    attached. ``max_elements``: the size of the largest tensor that is followed; infinite if the whole step is
-    computed on real tensors (`real_weights`), where an operator that fails gives unknown values. ``_stale``
-    holds real storages into which unknown values have been written.
+    attached. ``max_elements``: tensors with more elements are not followed. It is infinite if the whole step
+    is computed on real tensors (`real_weights`); then the result of an operator that fails has unknown
+    values, while otherwise the error is raised. ``_stale`` holds the real storages that are no longer valid,
+    because unknown values have been written into their fake tensors.
     """
 
     def __init__(self) -> None:
@@ -61,8 +62,8 @@ class ConcreteValues:
         return self.max_elements == math.inf
 
     def seed(self, fakes: Any, reals: Any) -> None:
-        """Attach the values of the batch ``reals`` to the tensors of its fake copy ``fakes``, except large
-        ones (more than ``max_elements``), and follow values from now on."""
+        """Attach copies of the values of the batch ``reals`` to the tensors of its fake copy ``fakes``, and
+        follow operators from now on. Tensors of more than ``max_elements`` elements get no values."""
         self.on = self.seeded = True
         for fake, real in zip(batch_tensors(fakes), batch_tensors(reals), strict=True):
             if isinstance(fake, FakeTensor) and real.numel() <= self.max_elements:
@@ -75,8 +76,8 @@ class ConcreteValues:
         setattr(fake, _NAME, mark_assumed(real))
 
     def of(self, tensor: Any) -> torch.Tensor | None:
-        """Return the tensor's known or assumed values, or None if it has none. A real tensor is its own
-        values."""
+        """Return the known or assumed values that are attached to the tensor. Return None if there are none
+        or unknown values have been written into the tensor since. A real tensor is its own values."""
         if type(tensor) is torch.Tensor:
             return tensor  # a real tensor among fake ones
         real: torch.Tensor | None = getattr(tensor, _NAME, None)
@@ -85,11 +86,15 @@ class ConcreteValues:
         return real
 
     def values(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return the operator's result on its arguments' known or assumed values. For an operator that gives
-        indices or counts, values of its first argument are assumed if it has none. Return None if
-        values are missing or the operator is not followed (`may_follow`, `compute`). For a random operator
-        that fills a small tensor without values, or any tensor where all are followed, attach the numbers to
-        the tensor and return None."""
+        """Return the operator's result on its arguments' known or assumed values. Return None if values are
+        missing or the operator is not followed (`may_follow`, `compute`).
+
+        If the first argument has no values: for an operator that gives indices or counts they are assumed
+        (`_chosen`), and for one such as ``zeros_like`` they are not needed (`_constant`). A random operator
+        that fills a whole tensor of at most 64 elements in place has its numbers attached to the tensor, and
+        None is returned. If the whole step is computed, such an operator draws into the real values of its
+        tensor, whatever their size, and None is returned.
+        """
         if self.follows_all and self.on and func in FILLS and (real := self.of(args[0])) is not None:
             with torch.no_grad(), unset_fake_temporarily():
                 draw_values(func, (real, *args[1:]), kwargs, self.case, self._seed())
@@ -109,8 +114,8 @@ class ConcreteValues:
 
     def _chosen(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's indices and counts for assumed values of its first argument, with None for
-        the floating-point numbers among its results. Return None if no values can be assumed, or as `compute`
-        does. Afterwards the assumed values of numbers are forgotten; a mask keeps them."""
+        the floating-point numbers among its results. Return None if no values can be assumed or if `compute`
+        returns None. Afterwards the values of the first argument are forgotten, except those of a mask."""
         has_values = self.assume(args[0]) is not None
         result = self.compute(func, args, kwargs) if has_values and self.may_follow(args) else None
         if has_values and args[0].dtype is not torch.bool:
@@ -120,7 +125,7 @@ class ConcreteValues:
     def _constant(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the real result of an operator such as ``zeros_like``, which fills a tensor with one number
         whatever the values of its argument. Return None if the result holds floating-point or complex
-        numbers, or if the arguments ask for more than ``max_elements``."""
+        numbers, or if a shape among the arguments has more than ``max_elements`` elements."""
         dtype = kwargs.get("dtype") or args[0].dtype
         if dtype.is_floating_point or dtype.is_complex or _large(args, self.max_elements):
             return None
@@ -128,9 +133,9 @@ class ConcreteValues:
             return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
 
     def assume(self, tensor: Any) -> torch.Tensor | None:
-        """Return the tensor's values. If it has none, assume values and keep them from now on. Return None if
-        none can be assumed: for integers, complex numbers, empty tensors and those of more than
-        ``max_elements``."""
+        """Return the tensor's values. If it has none, assume values, attach them to the tensor and return
+        them. Return None if none can be assumed: for integers, complex numbers, empty tensors and those of
+        more than ``max_elements`` elements."""
         real = self.of(tensor)
         if real is None and isinstance(tensor, FakeTensor) and 0 < tensor.numel() <= self.max_elements:
             real = assumed(tensor, self.case, self._seed())
@@ -139,7 +144,7 @@ class ConcreteValues:
         return real
 
     def forget(self, tensor: Any) -> None:
-        """Remove the tensor's values."""
+        """Remove the values that are attached to the tensor, if there are any."""
         if hasattr(tensor, _NAME):
             delattr(tensor, _NAME)
 
@@ -169,11 +174,15 @@ class ConcreteValues:
         )
 
     def compute(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return the operator's result on real values, marked as assumed if an argument is assumed or if it
-        is random. Return None if an argument has no values, if the arguments ask for a large result, or if
-        the operator writes random numbers into an argument. In these cases the values of a tensor that it
-        writes into are no longer known. A tensor made from Python numbers counts as known, wherever they come
-        from."""
+        """Return the operator's result on real values, marked as assumed if an argument is assumed or if the
+        operator is random.
+
+        Return None if an argument has no values, if the arguments ask for more than ``max_elements``
+        (`_large`), if the operator writes random numbers into an argument, or if it fails while the whole
+        step is computed; otherwise the RuntimeError of an operator that fails is raised. Where None is
+        returned, the values of a tensor that the operator writes into are no longer known. A tensor made from
+        Python numbers counts as known, wherever the numbers come from.
+        """
         if func is _LIFT:  # a tensor made from Python numbers
             with unset_fake_temporarily():
                 return args[0].clone()
@@ -219,8 +228,8 @@ class ConcreteValues:
 
 
 def _large(args: Any, max_elements: float) -> bool:
-    """Return whether a list of integers among the arguments, or the only argument, asks for more than
-    ``max_elements``, as arguments of factory functions do."""
+    """Return whether an argument asks for more than ``max_elements`` elements: a list of integers, taken as a
+    shape, or an integer that is the only argument. Such are the arguments of factory functions."""
     if len(args) == 1 and isinstance(args[0], int):
         return args[0] > max_elements
     lists = [a for a in args if isinstance(a, list | tuple) and all(isinstance(n, int) for n in a)]
@@ -228,12 +237,13 @@ def _large(args: Any, max_elements: float) -> bool:
 
 
 def _counts(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether an operator, called on a mask, turns it into integers: positions, counts or a cast."""
+    """Return whether an operator that is called on a mask turns it into integers: positions, counts, or a
+    cast to a dtype that is not floating-point."""
     kind = kwargs.get("dtype")
     return func in COUNTS or (func is _CAST and kind is not None and not kind.is_floating_point)
 
 
 def _whole_numbers(value: Any) -> Any:
-    """Return ``value``, or None for a tensor of floating-point numbers. Operators such as ``topk`` return
-    these beside their indices."""
+    """Return ``value``, or None if it is a tensor of floating-point numbers, such as the values that ``topk``
+    returns beside its indices."""
     return None if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value

@@ -42,10 +42,11 @@ class Guesses:
     """Answers to value-dependent questions in one trace.
 
     ``bound`` is the job's (`Job.bound`): answers that the user gives. ``concrete_values`` holds known and
-    assumed values. ``scratch`` holds temporary tensors of an operator until the recorder has recorded them.
-    ``doubtful`` is the place in the code that last got an answer True that is not known to be true. ``open``
-    lists the lines that got a number without any knowledge, ``assumed`` those whose answer follows from
-    assumed values, and ``assumptions`` the answers as sentences for the user.
+    assumed values. ``scratch`` holds temporary tensors of the running operator until the recorder has
+    recorded them. ``doubtful`` is the place in the code (`reading_line`) that last got an answer True that is
+    not known to be true, or "". ``open`` lists the lines that got a number without any knowledge, ``assumed``
+    those whose answer follows from assumed values (or the operator, where the line is not known), and
+    ``assumptions`` the answers as sentences for the user. The keys of these dicts are the list.
     """
 
     def __init__(self, bound: Bound | None = None) -> None:
@@ -63,14 +64,15 @@ class Guesses:
     def item(self, tensor: torch.Tensor, *, is_listed: bool, value: Any = None) -> bool | int | float:
         """Return the answer to ``tensor.item()``. ``value`` is the tensor's known or assumed value, or None.
 
-        The answer is the bound of the calling line (or of "item"), else ``value``, else True, 1 or 1.0, with
-        which ordinary code continues. A bound of a bool says how many times the line gets True before it gets
-        False. A condition whose place in the code (`reading_line`) is a key of the bounds gets False. A bound
-        that is a single number does not count.
+        The answer is the bound of the calling line (or of the key "item"), else ``value``, else True, 1 or
+        1.0, with which ordinary code continues. For a bool, the bound n is a number of loops: the line gets
+        True n times, then False, and so on. A condition that is not known gets False if its place in the code
+        (`reading_line`) is a key of the bounds. A bound that is a single number, not a mapping, does not
+        count.
 
-        With ``is_listed=False``, as for questions of the optimizer and of the model's construction, other
-        bounds are not used and the answer is not listed as an assumption; one line of one call that keeps
-        asking gets False now and then.
+        With ``is_listed=False``, as for questions of the optimizer and of the model's construction, bounds of
+        lines and of "item" are not used, and the answer is not listed as an assumption. If one line of one
+        call keeps asking for an unknown bool, every 16th answer is False.
 
         Raises UserError if a line without a bound asks more than 1000 times with ``is_listed=True`` (a
         million times if the line is not known).
@@ -113,9 +115,9 @@ class Guesses:
         return answer
 
     def _rejects(self) -> bool:
-        """Return whether one call of a function has asked from the same line so often that it must now get
-        False. Initialisers that redraw until all values are in range, such as trunc_normal_, must
-        terminate."""
+        """Return True for every 16th question in a row that the same line of one call of a function asks,
+        else False. The caller then answers False, because initialisers that redraw until all values are in
+        range, such as trunc_normal_, must terminate."""
         frame: Any = sys._getframe(1)
         while frame.f_code.co_filename.startswith(_HERE):  # skip the dispatcher's frames
             frame = frame.f_back
@@ -124,16 +126,17 @@ class Guesses:
         return self._loop[2] % _REJECTIONS == _REJECTIONS - 1
 
     def decides(self, func: Any) -> bool:
-        """Return whether `call` has a rule of its own for the operator, because its result may depend on more
-        than the shapes of its arguments or differs from torch's fake one."""
+        """Return whether `call` does more for the operator than to run it: it has a rule for it, may replace
+        masks among its indices, or has seen before that torch's fake result depends on values."""
         return func in _SHAPED or func in _INDEXED or func in self._value_dependent
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], values: Any = None) -> Any:
         """Run the operator on fake tensors and return its result, with `size` for sizes that depend on data.
 
         ``values`` is its real result on known or assumed values, or None if some are missing. If torch has no
-        fake result because it depends on values, the result is a fake one like ``values``, or like the real
-        result for values assumed here. Raises UserError if there is none of these, or as `size` does.
+        fake result because it depends on values, the result is a fake one with the shapes of ``values``. If
+        these are None, it has the shapes of the real result on values that are assumed here (`_of_assumed`).
+        Raises UserError if that is None, too, or as `size` does.
         """
         if func in _SHAPED:
             return _SHAPED[func](self, *args, **kwargs)
@@ -162,10 +165,12 @@ class Guesses:
     def size(self, op: str, most: int, decided: torch.Tensor, count: Callable[[torch.Tensor], Any]) -> int:
         """Return how many of ``most`` possible elements the operator ``op`` gives.
 
-        This is the bound of the calling line, of ``op``, or of all sizes, of which a float is the fraction of
-        ``most``. Without a bound it is ``count`` of the values of ``decided``: known ones, or for a mask
-        assumed ones. If there are no values either, it is ``most`` (in the case LOW at most 1) for an
-        operator whose result has an upper limit. Raises UserError for another operator.
+        This is the first of these bounds that is given: that of the calling line, of ``op``, of the key ""
+        (or the bound itself if it is a single number). A float is a fraction of ``most``, rounded up; an
+        integer is the number itself and is not limited to ``most``. Without a bound, the result is ``count``
+        of the values of ``decided``: known ones, or for a mask assumed ones. If there are no values either,
+        it is ``most`` (in the case LOW at most 1) for an operator whose result has an upper limit, such as
+        nonzero or unique. Raises UserError for another operator.
         """
         line = library_line()
         bound = self._given(op, line)
@@ -197,16 +202,17 @@ class Guesses:
         return self.bound.get(line, self.bound.get(user_line(), self.bound.get(op)))
 
     def _source(self, is_guess: bool, line: str) -> str:
-        """Return the end of a sentence about an answer: ", as in the batch" if it is known, "" if it is
-        assumed. In the latter case, record ``line`` in ``assumed``."""
+        """Return the end of a sentence about an answer: "" if it is assumed (``is_guess``), else ", as in the
+        batch". If it is assumed, add ``line`` to ``assumed``."""
         if is_guess:
             self.assumed[line] = None
         return "" if is_guess else ", as in the batch"
 
     def read(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        """Return real values of ``tensor`` for code outside torch, which reads them by the function ``what``:
-        known or else assumed ones. If none can be assumed, as for integers without a known range and for
-        large tensors, all elements are the bound of the calling line (or of "item"), or 1."""
+        """Return real values of ``tensor`` for code outside torch, which reads them by the function ``what``
+        ("numpy" or "tolist"): known or else assumed ones. If none can be assumed (`ConcreteValues.assume`),
+        as for integers and for large tensors, all elements are the bound of the calling line (or of the key
+        "item"), or 1 without a bound."""
         values, line = self.concrete_values.assume(tensor), library_line()
         if values is None:
             bound = self._given("item", line)
@@ -220,9 +226,10 @@ class Guesses:
         return values
 
     def _of_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return the operator's real result, with assumed numbers and masks where values are not known.
-        Return None if no values can be assumed for an argument (`ConcreteValues.assume`), as for integers,
-        some of which would be out of range, or if the operator fails."""
+        """Return the operator's real result, with assumed numbers and masks where values are not known; these
+        are forgotten afterwards. Return None if no values can be assumed for an argument
+        (`ConcreteValues.assume`), as for integers, some of which would be out of range, or if the operator
+        fails."""
         leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         unknown_tensors = [x for x in leaves if self.concrete_values.of(x) is None]
         values = {id(x): self.concrete_values.assume(x) for x in leaves}
@@ -244,9 +251,10 @@ class Guesses:
 
     def positions(self, func: Any, args: Any) -> Any:
         """Return the arguments of an indexing operator with each mask among its indices (bool or uint8)
-        replaced by positions, as the kernel does by one ``nonzero`` each. The positions are added to
-        ``scratch``; `size` gives their number. The arguments of other operators, and of writing a single
-        value (a masked fill), are returned unchanged."""
+        replaced by the positions of its True elements, as the kernel does by one ``nonzero`` for each mask.
+        `size` decides the number of positions. The positions are added to ``scratch``. The arguments of other
+        operators, of calls without a mask, and of writing a single value (a masked fill) are returned
+        unchanged."""
         if func not in _INDEXED or not any(_is_mask(i) for i in args[1]):
             return args
         is_read = func is _ATEN.index.Tensor
@@ -342,9 +350,13 @@ def _pack_padded_sequence(
     self: Guesses, padded: torch.Tensor, lengths: torch.Tensor, batch_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack a batch of padded sequences whose lengths are sorted, longest first. Return (packed elements,
-    batch size of each time step). The batch sizes are a real tensor, because recurrent layers and the
-    derivative read them where no mode sees it. Pieces of equal batch size are copied and concatenated
-    (PackedSequence.cpp). The batch sizes of lengths that are not known are marked as assumed."""
+    batch size of each time step).
+
+    The batch sizes are a real tensor, because recurrent layers and the derivative read them where no mode
+    sees it. Consecutive time steps of equal batch size are copied as one piece, and the pieces are
+    concatenated (PackedSequence.cpp). If the lengths are not known, or a bound says another total, lengths
+    are made up (`_shared_out`) and the batch sizes are marked as assumed.
+    """
     by_time = padded.transpose(0, 1) if batch_first else padded
     longest, rows = by_time.shape[:2]
     size = self.size("_pack_padded_sequence", longest * rows, lengths, torch.sum)
@@ -375,8 +387,10 @@ def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
 def _ctc_loss(
     self: Guesses, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: Any, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return fake (losses, states) of a CTC loss, which keeps one state per time step for every label and
-    every gap between labels (LossCTC.cpp). ``lengths``, those of the targets, are a tensor or numbers."""
+    """Return fake (losses, states) of a CTC loss. The losses are one per sequence. The states have the shape
+    (sequences, time steps, 2 x longest target + 1): one per time step for every label and every gap before,
+    between and after labels (LossCTC.cpp). ``inputs`` and ``lengths`` are the lengths of the inputs and of
+    the targets; the latter are a tensor or numbers."""
     max_labels = targets.shape[1] if targets.dim() == 2 else targets.numel()
     are_numbers = not isinstance(lengths, torch.Tensor)
     states = 2 * (max(lengths) if are_numbers else self.size("ctc_loss", max_labels, lengths, torch.max)) + 1
@@ -409,9 +423,9 @@ def _log_softmax_backward(
 
 
 def _equal(self: Guesses, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Answer ``equal`` or ``allclose`` of fake tensors: False for a bool scalar, else True. Torch compares
-    such a scalar to test a condition (is_scalar_tensor_true in TensorUtils, for istft's windows), and a true
-    condition is an error there."""
+    """Answer ``equal`` or ``allclose`` of fake tensors: False if ``tensor`` is a bool scalar, else True.
+    Torch compares such a scalar to test a condition (is_scalar_tensor_true in TensorUtils, for istft's
+    windows), and a true condition is an error there."""
     answer = tensor.dim() > 0 or tensor.dtype is not torch.bool
     self._tell(f"equal answered {answer}", library_line())
     return answer

@@ -76,9 +76,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Return the scaled dot-product attention of tensors of the shape (batch, heads, length, head dim). The
-    flash kernel runs in half precision without a mask for a head dim of at most 256, else the
-    memory-efficient one. Autocast casts the tensors first."""
+    """Return the scaled dot-product attention of tensors of the shape (batch, heads, length, head dim). It
+    runs the flash kernel for half precision (float16 or bfloat16), no mask and a head dim of at most 256,
+    else the memory-efficient one. Autocast casts the tensors before this choice. With ``enable_gqa``, heads
+    of keys and values are repeated."""
     aten: Any = torch.ops.aten
     if enable_gqa and key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
@@ -98,8 +99,9 @@ def _attention(
 
 
 def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """Return the mask that is added to the scores, in their shape, or None without a mask. A boolean mask
-    becomes one of the query's dtype, as the kernel's caller in torch does it."""
+    """Return the mask that is added to the scores, in their shape (batch, heads, queries, keys), or None
+    without a mask. A boolean mask becomes one of the query's dtype with 0 for True and -inf for False, as the
+    kernel's caller in torch does it."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -121,8 +123,9 @@ def _dropout(
 def _softmax(
     kernel: Callable[..., torch.Tensor], whole: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Run ``whole``, torch's softmax or log_softmax, whose kernel is ``kernel``. For a float16 tensor, run
-    one kernel from float16 to float32 instead if float32 is requested, by the caller or by autocast."""
+    """Return the result of ``whole``, torch's softmax or log_softmax, whose kernel is ``kernel``. Under
+    autocast its dtype is float32 unless the caller gives one. For a float16 tensor, the dtype float32 and a
+    given dim, run one kernel from float16 to float32 instead, which makes no float32 copy of the input."""
     tensor, dim, dtype = _softmax_arguments(*args, **kwargs)
     if torch.is_autocast_enabled("cpu"):
         dtype = dtype or torch.float32
@@ -143,9 +146,9 @@ def _softmax_arguments(
 
 
 class _HalfToFloat(torch.autograd.Function):
-    """log_softmax of a half-precision tensor in float32. It saves its output, and the input's gradient is in
-    half precision. It computes no values: it only allocates what the kernels allocate and notes the bytes
-    that they read."""
+    """Autograd function: log_softmax of a half-precision tensor in float32. It saves its output, and the
+    input's gradient is in half precision. It computes no values: it only allocates what the kernels allocate
+    and notes the bytes that they read."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:

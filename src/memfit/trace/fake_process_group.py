@@ -56,9 +56,9 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _blame_tensor_parallel(plan: Plan) -> Iterator[None]:
-    """If ``plan`` has tensor parallelism, turn a UserError that reports an error of the user's code into one
-    that names tensor parallelism as the cause. The code may reshape the output of a Linear by its full width,
-    of which a rank holds a part. Other errors are raised as they are."""
+    """If ``plan`` has tensor parallelism, turn a UserError that was raised from an error of the user's code
+    (``__cause__``) into one that names tensor parallelism as the cause. The code may reshape the output of a
+    Linear by its full width, of which a rank holds a part. Other errors are raised as they are."""
     try:
         yield
     except UserError as error:
@@ -94,12 +94,13 @@ def _forget_other_worlds(*world: Any) -> None:
 def _without_values() -> Iterator[None]:
     """Inside this context, patch code that needs tensor values or does work that a trace does not need:
 
-    - DDP compares and broadcasts parameter values when it starts; fake tensors have none.
-    - A device mesh, or a part of one, looks up its rank in a real tensor.
-    - Among fake tensors, functional collectives would be waited for at once instead of when their result is
-      used.
-    - FSDP2 cuts a parameter for every rank and takes one part. With thousands of ranks this is most of the
-      work, so the other parts are not made.
+    - DDP does not compare the shapes of parameters across ranks when it starts, for which it would read
+      values.
+    - A device mesh is made outside all dispatch modes, because it looks up its rank in a real tensor.
+    - Functional collectives are waited for when their result is used. Among fake tensors they would be waited
+      for at once.
+    - FSDP2 makes only the part of a parameter that its rank takes, not the parts of all ranks. With thousands
+      of ranks these are most of the work.
     """
     from torch.distributed import _functional_collectives as functional
     from torch.distributed.device_mesh import DeviceMesh
@@ -122,8 +123,8 @@ def _without_values() -> Iterator[None]:
 
 
 class _Chunks:
-    """The ``count`` chunks of a tensor along ``dim`` by index, as `torch.chunk` cuts it. If torch.chunk would
-    make fewer, the others are empty. Each is made when it is indexed."""
+    """Sequence of ``count`` chunks of a tensor along ``dim``, as `torch.chunk` cuts it. Where torch.chunk
+    would make fewer, the others are empty. A chunk is made when it is indexed, as a view of the tensor."""
 
     def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
         self._tensor, self._dim = tensor, dim
@@ -159,9 +160,9 @@ _PRIMES: contextvars.ContextVar[bool] = contextvars.ContextVar("primes", default
 @contextlib.contextmanager
 def optimizer_steps_only() -> Iterator[None]:
     """Let traces made inside this context run only an optimizer step in place of every training step but the
-    last, which halves the time. This applies to plans whose pipeline has several stages per rank. The peaks
-    and operators of the last step are the same. Memory that a caching allocator would keep from a whole first
-    step is not seen."""
+    last, which halves the time of two steps. This applies only to plans whose pipeline has several stages per
+    rank (``virtual`` > 1). The peaks and operators of the last step are the same. Memory that a caching
+    allocator would keep from a whole first step is not seen."""
     token = _PRIMES.set(True)
     try:
         yield
@@ -171,18 +172,18 @@ def optimizer_steps_only() -> Iterator[None]:
 
 def primed(plan: Plan) -> bool:
     """Return whether a trace of ``plan`` made now runs only an optimizer step in place of every training step
-    but the last (`optimizer_steps_only`)."""
+    but the last: inside `optimizer_steps_only`, if the pipeline of ``plan`` has several stages per rank."""
     pipeline = plan.get("pipeline")
     return _PRIMES.get() and pipeline is not None and int(pipeline.settings["virtual"]) > 1
 
 
 class GlooScratch(TorchDispatchMode):
-    """Mode that allocates the temporary memory of gloo's collectives on CPU tensors: two buffers for a
-    gather, one after the other, and a copy of the input of a reduce-scatter or scatter.
+    """Mode that allocates the temporary memory of gloo's collectives on CPU tensors: two buffers for an
+    all-gather, one after the other, and a copy of the input of a reduce-scatter or scatter.
 
-    Each is freed at once. Inside `late_collectives`, the largest one and the collective's tensors are held
-    until the next collective of the process group. Enter the mode inside the recorder, which records the
-    allocations. The rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp.
+    Each is freed at once. Inside `late_collectives`, a buffer of the largest size and the tensors of the
+    collective are held until the next collective of the process group. Enter the mode inside the recorder,
+    which records the allocations. The rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp.
     """
 
     def __init__(self) -> None:
@@ -249,14 +250,15 @@ class _RealIntegers(TorchDispatchMode):
 
 def builds_on_host(plan: Plan, device: str) -> bool:
     """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
-    it: a rank's shards (ZeRO 3, fsdp2), the bf16 copy of ZeRO 1 and 2, or a rank's part under pipeline or
-    tensor parallelism. False if ``device`` is "cpu"."""
+    it. True under ZeRO 3, ZeRO with the precision bf16, fsdp2 that shards over several ranks, and pipeline or
+    tensor parallelism. False for other plans, and if ``device`` is "cpu"."""
     return device != "cpu" and (_shards(plan) or _cuts(plan))
 
 
 def moves_parameters(plan: Plan, device: str) -> bool:
-    """Return whether the model is built in host memory (`builds_on_host`) and its parameters then move to the
-    accelerator. False if shards or a bf16 copy of the parameters are made there instead."""
+    """Return whether the model is built in host memory and its parameters then move to the accelerator: under
+    pipeline or tensor parallelism (`builds_on_host`). False if shards or a bf16 copy of the parameters are
+    made there instead (ZeRO, fsdp2)."""
     return builds_on_host(plan, device) and not _shards(plan)
 
 
@@ -276,9 +278,9 @@ def _cuts(plan: Plan) -> bool:
 def without_host(
     allocations: Sequence[Allocation], spans: Sequence[PhaseSpan]
 ) -> tuple[tuple[Allocation, ...], int, int]:
-    """Return (the allocations that are not in host memory, the peak bytes in host memory, the peak there of
-    allocations that are alive after the first forward pass began, which leaves out the temporary memory of
-    building the model)."""
+    """Return (the allocations that are not in host memory, the peak bytes in host memory, the same peak
+    without the temporary memory of building the model). The latter counts only allocations that are freed
+    after the first forward pass began, or never. Bytes are as requested, not rounded."""
     host = [a for a in allocations if a.stream == "host"]
     forward_start = next((s.start for s in spans if s.phase is Phase.FORWARD), 0)
     later_host = [a for a in host if a.end is None or a.end > forward_start]
@@ -293,8 +295,9 @@ def _highest(allocations: Sequence[Allocation]) -> int:
 
 def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:
     """Prepare the DDP module ``wrapped`` for fake tensors. Its reduction reads the value of the collective's
-    future, which is None on a fake process group; a communication hook replaces the reduction. Its buckets
-    are listed in integer tensors, which are made real and reported to ``note``."""
+    future, which is None on a fake process group, so a communication hook replaces it: it divides each bucket
+    by the number of ranks and all-reduces it. The buckets are listed in integer tensors, which are made real
+    and reported as ``note(tensor, operator)``."""
     enter = wrapped._pre_forward
 
     def pre_forward(*args: Any, **kwargs: Any) -> Any:

@@ -25,13 +25,13 @@ def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
-    """Return ``out``, the fake outputs of a normalisation (forward or backward), corrected to what the real
-    kernels return.
+    """Return ``out``, the fake outputs of a normalisation (layer, group or batch norm, forward or backward),
+    corrected to what the real kernels return.
 
-    With half-precision inputs, means and deviations are float32 if the weights are float32 (is_mixed_type in
-    aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA except for group norm. In backward, the
-    input's gradient exists only if it is requested, and has the input's dtype. The fake implementations
-    return all outputs, in one dtype.
+    The fake implementations return all outputs, in one dtype. Forward: for half-precision inputs, the
+    statistics (means and deviations) become float32 on CUDA, except for group norm, and if a weight, bias or
+    running statistic is float32 (is_mixed_type in aten/src/ATen/native/cpu/mixed_data_type.h). Backward: the
+    input's gradient gets the input's dtype, or becomes None if it is not requested.
     """
     if func in operators.NORM_GRADIENTS:
         has_dtype = out[0] is not None and out[0].dtype == args[1].dtype
@@ -49,8 +49,8 @@ def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
 
 
 def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """Return the storage of a dense tensor. Raises UserError for other layouts, whose bytes are not in one
-    storage. Sparse COO tensors are recorded elsewhere."""
+    """Return the storage of a dense tensor. Raises UserError for every other layout, whose bytes are not in
+    one storage. Callers handle sparse COO tensors, which are allowed, before."""
     if tensor.layout is torch.strided:
         return tensor.untyped_storage()
     line = user_line()
@@ -63,9 +63,9 @@ def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 @functools.cache
 def sole_counts() -> tuple[int, int]:
-    """Return (references to a tensor, references to its storage), as a dispatch mode sees them, when only the
-    autograd engine holds the tensor. They are measured on ``x * x``, where two gradients of ``x`` are
-    added."""
+    """Return (references to a tensor, references to its storage), as a dispatch mode counts them when only
+    the autograd engine holds the tensor. They are measured once per process on ``x * x``, where two gradients
+    of ``x`` are added."""
     counts: list[tuple[int, int]] = []
 
     class Watch(TorchDispatchMode):

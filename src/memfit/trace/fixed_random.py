@@ -30,14 +30,17 @@ _WIDE = {
 
 
 class TimeLimitExceeded(Exception):
-    """A computation under `FixedRandom` has used more processor time than its limit."""
+    """A computation under `FixedRandom` has used more processor time than its ``deadline_s`` allows."""
 
 
 class FixedRandom(TorchDispatchMode):
     """Mode in which random operators give numbers that depend only on the index in the last dimension, and
-    dtypes of lower precision become float64 (complex128): those asked for, and those of arguments beside a
-    float64 one. The random operators are dropout and those of `_FILLS`; others, such as poisson, stay as they
-    are.
+    dtypes of lower precision become float64 (complex128).
+
+    The random operators are dropout and those of `_FILLS`, such as rand, randn, randint, bernoulli, randperm
+    and multinomial (which takes the largest weights); others, such as poisson, stay as they are. The dtypes
+    that change are those that an operator asks for, and those of arguments beside a float64 one, except for
+    operators that write in place.
 
     ``counts`` holds the numbers of samples in the batches that are compared. If the last dimension has one of
     these lengths it may be the batch, and all numbers along it are equal. Raises TimeLimitExceeded at the
@@ -75,8 +78,9 @@ class FixedRandom(TorchDispatchMode):
         return x * mask / max(1 - p, 1e-9), mask
 
     def uniform(self, like: torch.Tensor, same: float = _SAME) -> torch.Tensor:
-        """Return numbers in [0, 1) in the shape of ``like`` that depend on the index in the last dimension
-        only. All are ``same`` if that dimension may be the batch (see the class) or has one element."""
+        """Return float64 numbers in [0, 1) in the shape of ``like`` that depend on the index in the last
+        dimension only. All are ``same`` (default 0.6) if that dimension has one element or a length in
+        ``counts``."""
         length = like.shape[-1] if like.dim() else 1
         if length <= 1 or length in self.counts:
             return torch.full(like.shape, same, dtype=torch.float64, device=like.device)
