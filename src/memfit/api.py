@@ -60,9 +60,10 @@ class Prediction:
     that of the rank with the highest peak.
 
     ``cap_bytes``: the memory of one device that the step should fit. ``allocated_bytes`` (live tensors),
-    ``reserved_bytes`` (what torch's allocator takes), ``device_bytes`` (what the device's memory must hold)
-    and ``host_bytes`` (main memory of one host) are intervals. Each of the last three is None if the machine
-    has no such memory, or if the catalog has too few facts to predict it.
+    ``reserved_bytes`` (what torch's caching allocator takes for them), ``device_bytes`` (these, and all that
+    the device holds outside the allocator, such as the context) and ``host_bytes`` (main memory of one host)
+    are intervals. Each of the last three is None if the machine has no such memory, or if the catalog has too
+    few facts to predict it.
     """
 
     estimate: Estimate
@@ -102,24 +103,23 @@ class Prediction:
         """Whether ``needed_bytes`` is at most ``cap_bytes`` and the host has the memory that the plan needs
         there (see ``host``).
 
-        If the host's memory is unknown, a plan that keeps tensors there does not fit. On a CPU the host is
-        not checked if ``cap_bytes`` is above the machine's memory.
+        If the host's memory is unknown, a plan that keeps tensors there does not fit, and for others it is
+        not checked. On a CPU the host is not checked if ``cap_bytes`` is above the machine's memory.
         """
         return fits_under(self.cap_bytes, self.machine)(self.estimate)
 
     @property
     def needed_bytes(self) -> int:
-        """The bytes that `fits` compares with ``cap_bytes``: the tensors, and what the process or device
-        takes beside them. On an accelerator, this is the upper end of ``device_bytes`` unless that is
-        None."""
+        """The bytes that `fits` compares with ``cap_bytes``. On an accelerator, this is the upper end of
+        ``device_bytes``, or if that is None, ``reserved_bytes`` plus 1 GiB. On a CPU, these are the tensors
+        plus 5 % and 2 MiB, and at least the upper end of ``allocated_bytes``."""
         return needed_bytes(self.estimate, self.machine)
 
     @property
     def host(self) -> str:
         """A line that says what the plan needs of one host's memory, what the host has, and whether that is
-        enough; if the host's memory is unknown or assumed, it says so. "" on a CPU, or if the need is
-        unknown.
-        """
+        not enough, such as "needs 300 GiB of host memory for 8 ranks, the host has 256 GiB: does not fit". If
+        the host's memory is unknown or assumed, it says so. "" on a CPU, or if the need is unknown."""
         return host_line(self.estimate, self.machine)
 
     @property
@@ -135,8 +135,8 @@ class Prediction:
 
     @property
     def by_module(self) -> Mapping[str, int]:
-        """Bytes of the tensors alive at the peak, path of the module that they belong to -> bytes. "" is the
-        model itself."""
+        """Bytes of the tensors alive at the peak, path of the module that made them -> bytes. "" is the model
+        itself."""
         return self.estimate.by_module_bytes
 
     @property

@@ -45,9 +45,9 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
         if not (reason := incomplete(path)):
             return path, about(path), tuple(skipped_reasons)
         skipped_reasons.append(f"{path.name}: {reason}")
-    details = f" ({'; '.join(skipped_reasons)})" if skipped_reasons else ""
+    reasons = f" ({'; '.join(skipped_reasons)})" if skipped_reasons else ""
     raise UserError(
-        f"no complete checkpoint in {folder}{details}", allowed="a folder that `memfit run --save` wrote to"
+        f"no complete checkpoint in {folder}{reasons}", allowed="a folder that `memfit run --save` wrote to"
     )
 
 
