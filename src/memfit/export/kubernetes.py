@@ -22,10 +22,11 @@ Object = dict[str, Any]
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export, name -> text: those of ``torchrun.files``, and job.yaml, which also
-    contains their texts. Raises UserError if no container image is given; if the run saves checkpoints and no
-    volume claim is given or the folder is not an absolute path; if the files have more than 1,000,000 bytes
-    together, too many for a ConfigMap; or as ``torchrun.files`` does."""
+    """Return the files of the export, name -> text: those of ``torchrun.files`` (torchrun.sh and what every
+    node needs beside it), and job.yaml, which also contains their texts. Raises UserError if no container
+    image is given; if the run saves checkpoints and no volume claim is given or the folder is not an absolute
+    path; if the files have more than 1,000,000 bytes together, too many for a ConfigMap; or if the engine's
+    configuration cannot be passed to the user's script."""
     if not handover.image:
         raise UserError(
             "--image is missing",

@@ -26,8 +26,9 @@ exec bash {script}
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export, name -> text: those of ``torchrun.files``, and task.yaml. Raises
-    UserError as `task` and ``torchrun.files`` do."""
+    """Return the files of the export, name -> text: those of ``torchrun.files`` (torchrun.sh and what every
+    node needs beside it), and task.yaml. Raises UserError if a script of the user trains and no accelerator
+    is named (``--gpu``), or if the engine's configuration cannot be passed to the user's script."""
     return {**torchrun.files(handover), TASK: text([task(handover)])}
 
 

@@ -30,8 +30,9 @@ srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash {script}'
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export, name -> text: those of ``torchrun.files``, and job.sbatch. Raises
-    UserError as ``torchrun.files`` does."""
+    """Return the files of the export, name -> text: those of ``torchrun.files`` (torchrun.sh and what every
+    node needs beside it), and job.sbatch. Raises UserError if the engine's configuration cannot be passed to
+    the user's script."""
     return {**torchrun.files(handover), JOB: sbatch(handover)}
 
 

@@ -34,8 +34,9 @@ if [ "$NODE_RANK" = 0 ]; then is_host=1; else is_host=0; fi
 
 
 def files(handover: Handover) -> Files:
-    """Return the files of the export, name -> text: torchrun.sh and ``handover.carried``. Raises UserError as
-    `program` does."""
+    """Return the files of the export, name -> text: torchrun.sh and ``handover.carried``, the files that
+    every node needs beside it. Raises UserError if the engine's configuration cannot be passed to the user's
+    script (see `program`)."""
     return {**handover.carried, SCRIPT: script(handover)}
 
 

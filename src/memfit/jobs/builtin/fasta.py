@@ -18,8 +18,9 @@ STATES: Final = "HEC"  # helix, strand, coil
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Protein:
-    """A protein. ``name``: first word of its header line. ``sequence``: amino-acid letters in upper case.
-    ``states``: one of H, E, C (helix, strand, coil) per residue, or "" if they are unknown."""
+    """A protein. ``name``: first word of its header line, or "line N" if the header is empty. ``sequence``:
+    amino-acid letters in upper case. ``states``: one of H, E, C (helix, strand, coil) per residue, or "" if
+    they are unknown."""
 
     name: str
     sequence: str
