@@ -23,19 +23,25 @@ _DEEP = 4  # depth of containers inside what a hook packed
 
 
 class Graph:
-    """Inspects the autograd graph at the beginning of each `torch.autograd.backward` between `__enter__` and
-    `__exit__`, for the first 16 of them. ``backwards`` counts all, without those inside another.
+    """Inspects the autograd graph at the beginning of the first 16 calls of `torch.autograd.backward` between
+    `__enter__` and `__exit__`. Calls from inside a backward pass are ignored. Numbers and lists are added up
+    over the inspected calls.
 
-    - ``here``: bytes of each storage kept for backward on the device of the loss, without parameters and
+    - ``backwards``: number of calls, those after the 16th included.
+    - ``device``: kind of device of the loss, such as "cuda"; "" before the first call.
+    - ``here``: bytes of each storage kept for backward on that device, without those of parameters and
       buffers.
-    - ``stuck``: like ``here``, for storages with a contiguous tensor.
-    - ``away``: number of saved tensors of which a saved-tensor hook left no copy on that device. Their bytes
-      are ``away_bytes``, without those of the ``unsized`` among them, whose number of bytes is not known.
-    - ``packed``: number of saved tensors that hooks have replaced by something else, without those of torch's
-      checkpointing.
-    - ``unread``: number of saved tensors that this torch does not expose.
-    - ``rows``: last dimension -> most rows (elements divided by it) of a saved tensor on that device.
-    - ``ends``: sums of the tensors at which backward starts: losses, or what a pipeline stage passes on.
+    - ``stuck``: like ``here``, only storages that contain a contiguous saved tensor.
+    - ``away``: number of saved tensors that are not on that device, because a saved-tensor hook has moved or
+      replaced them. ``unsized``: how many of them have an unknown number of bytes. ``away_bytes``: bytes of
+      the others.
+    - ``packed``: number of saved tensors in whose place a hook has stored something that is not a tensor.
+      Those of torch's checkpointing are left out.
+    - ``unread``: number of saved tensors that this version of torch does not let one read (torch 2.5).
+    - ``rows``: last dimension -> most rows (elements divided by it) of a saved tensor on that device that has
+      at least two dimensions and is no parameter or buffer.
+    - ``ends``: the sum of the elements of each tensor at which a backward starts: a loss, or what a pipeline
+      stage passes on.
     - ``compiled``, ``eager``: ids of parameters whose gradient comes from a compiled graph, or from an
       operator's own backward.
     """
@@ -43,8 +49,9 @@ class Graph:
     def __init__(
         self, model: nn.Module, on_backward: Callable[[], None] = lambda: None, *, weighs: bool = False
     ) -> None:
-        """``on_backward`` is called at the beginning of each backward. ``weighs``: measure the bytes of the
-        tensors that saved-tensor hooks receive."""
+        """``on_backward`` is called at the beginning of each counted backward. ``weighs``: whether to measure
+        the bytes of the tensors that saved-tensor hooks receive. Without it, ``away_bytes`` stays 0, and
+        ``unsized`` equals ``away``."""
         self._model = weakref.ref(model)  # a listener that is never exited must not keep the model alive
         self._on_backward, self._weighs = on_backward, weighs
         self.backwards, self.device = 0, ""
@@ -87,7 +94,8 @@ class Graph:
         self._known.clear()
 
     def observed(self) -> SavedTensors:
-        """Return what was recorded so far."""
+        """Return what was recorded so far, but for ``ends``, ``compiled`` and ``eager``, which are attributes
+        only."""
         return SavedTensors(
             backwards=self.backwards,
             device=self.device,
@@ -165,15 +173,15 @@ class Graph:
 
 
 def _resident(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the model's parameters and buffers: of sharded ones the local shard, and what FSDP2 has
-    gathered."""
+    """Yield the tensor on this rank of each parameter and buffer of the model (of a sharded one, its local
+    shard), then of each parameter that `gathered` yields first."""
     for tensor in (*model.parameters(), *model.buffers(), *(p for p, _ in gathered(model))):
         yield getattr(tensor, "_local_tensor", tensor)
 
 
 def gathered(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
     """Yield (parameter that layers compute with, shard that it is gathered from) for each parameter that
-    FSDP2 has gathered at least once."""
+    FSDP2 has gathered at least once, also if its memory is freed now."""
     for fsdp_param in fsdp_params(model):
         if (full_param := getattr(fsdp_param, "_unsharded_param", None)) is not None:
             yield full_param, fsdp_param.sharded_param
@@ -201,8 +209,9 @@ def _raw(node: Any) -> Iterator[Any]:
 
 
 def _tensors(packed: Any, depth: int = _DEEP) -> Iterator[torch.Tensor]:
-    """Yield the tensors that live as long as ``packed``: itself, or those in its elements, values and
-    attributes, down to ``depth`` levels."""
+    """Yield the tensors that ``packed`` keeps alive: ``packed`` itself if it is a tensor, else the tensors in
+    its elements, values and attributes. Containers are entered down to ``depth`` levels, of which a tuple or
+    list takes one, a mapping or an object two."""
     if isinstance(packed, torch.Tensor):
         yield packed
     elif depth and isinstance(packed, tuple | list):

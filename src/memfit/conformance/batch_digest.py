@@ -15,15 +15,18 @@ _LOOKS = 16  # forward passes of one step that are recorded
 
 
 class InputDigester:
-    """Records digests of what the model receives in the first 16 forward passes."""
+    """Records one digest of the model's inputs for each of the first 16 forward passes that have tensor
+    inputs."""
 
     def __init__(self) -> None:
         self._digests: list[str] = []
         self._several = False
 
     def record(self, args: Any, kwargs: Any) -> None:
-        """Record one digest of all tensors among the inputs of a forward pass, if there are any and fewer
-        than 16 passes have been recorded."""
+        """Record one digest of the dtypes, shapes and values of all tensors in ``args`` and ``kwargs``, the
+        inputs of a forward pass, and whether they contain different samples (along dimension 0). Tensors that
+        are scalars, empty or on the meta device are left out. Does nothing if there are no others, or if 16
+        passes have been recorded."""
         leaves = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         tensors = [getattr(t, "_local_tensor", t).detach() for t in leaves]
         tensors = [t for t in tensors if t.numel() and t.dim() and not t.is_meta]

@@ -21,10 +21,16 @@ _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}
 
 
 def parameter_dtypes(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether parameters have the planned dtype: with bf16-parameters, or ZeRO in bf16, at least 90 %
-    of the elements of the blocks (without blocks: of all trained parameters) are bfloat16; else no trained
-    parameter is bfloat16 or float16 unless the model is so by itself. Modules that are to stay in float32 and
-    float64 parameters do not count. Does nothing with qlora."""
+    """Check whether parameters have the planned dtype.
+
+    With bf16-parameters, or with zero in precision bf16, at least 90 % of the elements of the blocks'
+    parameters must be bfloat16 (without blocks: of all trained parameters). Else no trained parameter may be
+    bfloat16 or float16, unless the model without a plan has parameters of that dtype. If its dtypes are
+    unknown, this is no difference, and a `NotChecked` says so. Parameters of modules that are to stay in
+    float32, and float64 parameters, do not count.
+
+    Yields nothing with qlora, or if bfloat16 is not planned and no trained parameter is bfloat16 or
+    float16."""
     zero = plan.get("zero")
     is_bf16 = plan.get("bf16-parameters") or (zero is not None and zero.settings["precision"] == "bf16")
     if plan.get("qlora") is not None:
@@ -46,9 +52,14 @@ def parameter_dtypes(plan: Plan, observed: Observations) -> Iterator[CheckFindin
 
 
 def recomputation(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether exactly those blocks run again in backward that the plan's activation or selective
-    checkpointing covers and through which gradients pass, apart from blocks that the model recomputes by
-    itself. Not checked if the plan has checkpointing and no such blocks ran."""
+    """Check which blocks run again in backward. Those that the plan's activation-checkpointing or
+    selective-checkpointing covers must, if gradients pass through them. Others must not, unless the model
+    without a plan recomputes them, too; if that is unknown, they are no difference, and a `NotChecked` names
+    them.
+
+    Also yields `NotChecked` if the plan has checkpointing and no block ran, or if gradients pass through none
+    of the covered blocks. Yields nothing if the plan has no checkpointing and no block ran. With chunking,
+    only covered blocks are judged."""
     use = _checkpointing(plan)
     if not observed.activity.ran:
         if use is not None:
@@ -77,7 +88,8 @@ def _checkpointing(plan: Plan) -> Use | None:
 
 
 def _recomputed(plan: Plan, observed: Observations) -> tuple[set[int], set[int]]:
-    """Return (blocks that the plan recomputes, blocks that ran again)."""
+    """Return (the observed blocks that the plan's checkpointing covers, the blocks that ran again in
+    backward). With chunking, the second has only covered blocks."""
     use, planned_blocks = _checkpointing(plan), set[int]()
     if use is not None:
         planned_blocks = {i for i in observed.activity.ran if i % int(use.settings.get("every", 1)) == 0}
@@ -88,9 +100,13 @@ def _recomputed(plan: Plan, observed: Observations) -> tuple[set[int], set[int]]
 
 
 def autocast(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether each block has layers that run under the planned autocast, or, if none is planned,
-    whether all layers of the blocks run without autocast, apart from what the model does by itself. Not
-    checked if autocast is planned and no layers of blocks were observed."""
+    """Check whether each block has at least one layer that runs under the planned autocast or, if none is
+    planned, whether all layers of the blocks run without autocast. What the model without a plan does by
+    itself is no difference. If that is unknown, `NotChecked` is yielded for what it might explain
+    (`_outside`, `_unexpected`).
+
+    Also yields `NotChecked` if autocast is planned and no layers of blocks were observed. Yields nothing if
+    neither is the case."""
     feature = _planned_autocast(plan) or "bf16-autocast"
     if not observed.activity.autocast:
         if plan.get(feature):
@@ -113,9 +129,10 @@ def _planned_autocast(plan: Plan) -> str | None:
 
 
 def _outside(feature: str, observed: Observations) -> Generator[CheckFinding, None, bool]:
-    """Return whether some block has no layer under the autocast planned by ``feature``, although the model
-    itself does not cause this. If it is unknown what the model does by itself, return whether these are more
-    than half of the blocks, and yield fewer as not checked."""
+    """Return whether some block has no layer under the autocast of ``feature`` ("bf16-autocast" or
+    "fp16-autocast"), although it has one when the model without a plan runs under that autocast. If no such
+    run is known, return whether this holds for more than half of the blocks; if it holds for fewer, but some,
+    yield a `NotChecked` that names them."""
     planned_dtype = _AUTOCAST[feature]
     outside_blocks = _outside_blocks(observed, planned_dtype)
     plain = observed.plain_runs.get(planned_dtype)
@@ -136,9 +153,12 @@ def _outside_blocks(observed: Observations, dtype: torch.dtype) -> set[int]:
 
 
 def plain_runs(plan: Plan, observed: Observations) -> set[torch.dtype | None]:
-    """Return the runs of the model without a plan that `recomputation` and `autocast` need to judge, each as
-    the dtype of autocast, None for a run without it: those that can explain blocks that differ from the
-    plan."""
+    """Return which runs of the model without a plan `recomputation` and `autocast` need to judge, as a set of
+    autocast dtypes. None stands for a run without autocast.
+
+    None is in the set if blocks run again that the plan does not cover, or if layers run under autocast and
+    none is planned. The planned autocast dtype is in it if some block has no layer under it. Else the set is
+    empty."""
     planned_blocks, recomputed_blocks = _recomputed(plan, observed)
     runs: set[torch.dtype | None] = {None} if recomputed_blocks - planned_blocks else set()
     if (feature := _planned_autocast(plan)) is None:
@@ -147,9 +167,10 @@ def plain_runs(plan: Plan, observed: Observations) -> set[torch.dtype | None]:
 
 
 def fsdp2_precision(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, with fsdp2, whether the layers of the blocks compute with parameters of the planned dtype: with
-    precision bf16, at least 90 % of the elements in bfloat16; else exactly the dtypes in which the blocks'
-    parameters are kept. Does nothing if no layer of the blocks was observed."""
+    """Check, with fsdp2, the dtypes of the parameters with which the layers of the blocks compute. With
+    precision bf16, at least 90 % of the elements must be bfloat16. Else the dtypes must be exactly those in
+    which the blocks' floating-point parameters are kept. Yields nothing without fsdp2, or if no layer of the
+    blocks was observed."""
     fsdp, elements_by_dtype = plan.get("fsdp2"), observed.activity.computed
     if fsdp is None or not elements_by_dtype:
         return
@@ -170,9 +191,9 @@ def fsdp2_precision(plan: Plan, observed: Observations) -> Iterator[CheckFinding
 def _unexpected(
     feature: str, text: str, effects: set[_T], plain_effects: Collection[_T] | None
 ) -> Generator[CheckFinding, None, set[_T]]:
-    """Return those of ``effects`` that are not in ``plain_effects``, the ones that the model causes by
-    itself. If these are unknown (None), yield ``text``, which describes the effects, as not checked, and
-    return an empty set."""
+    """Return the ``effects`` that are not in ``plain_effects``, those of the model without a plan. If
+    ``plain_effects`` is None (unknown), return an empty set, and, if there are any ``effects``, yield a
+    `NotChecked` with ``text``, which describes them."""
     if plain_effects is not None:
         return effects - set(plain_effects)
     if effects:

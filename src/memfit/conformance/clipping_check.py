@@ -18,13 +18,20 @@ _SEVERAL = {"tensor-parallel", "context-parallel", "axial-parallel", "pipeline",
 
 
 def clipped(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether the norm of the gradients at the update is at most ``observed.clip`` or, if that is 0,
-    whether gradients are not clipped. Does nothing if it is None (unknown).
+    """Check the norm of all ranks' gradients at the update against ``observed.clip``. Yields nothing if that
+    is None (unknown).
 
-    A limit is not checked if no update was observed, or if the gradients are smaller than it and torch's
-    clipping was not called with it. That there is no clipping is not checked if torch's clipping was not
-    called, and the norm of all gradients is unknown before clipping or at the update, as it is under tensor,
-    pipeline and other parallelism (`_SEVERAL`). If no update was observed, nothing is reported then."""
+    If it is a limit (above 0), the norm must be at most this, within 1 %. Yields `NotChecked` if no update
+    was observed, or if the norm is below the limit and torch's clipping was not called with it.
+
+    If it is 0, gradients must not be clipped: torch's clipping was not called with a finite norm, and the
+    norm at the update is at least 99 % of that before clipping. Yields `NotChecked` if torch's clipping was
+    not called with a finite norm and the norm before clipping is unknown. Yields nothing if no update was
+    observed.
+
+    With tensor-, context-, axial- or expert-parallel or a pipeline (`_SEVERAL`), the norm of all ranks'
+    gradients is unknown. The largest norm on a single rank, a lower bound, replaces it at the update, and the
+    norm before clipping counts as unknown."""
     if observed.clip is None:
         return
     updates = [r.update for r in observed.ranks]

@@ -20,13 +20,13 @@ _TORCH = ("_clip_grads_with_norm_", "clip_grads_with_norm_")  # torch's function
 
 
 class Clipping:
-    """Records calls of torch's gradient clipping between `__enter__` and `__exit__`, and gradients at
-    updates.
+    """Records calls of torch's gradient clipping between `__enter__` and `__exit__`, and the norms of
+    gradients in each `before_update`.
 
     - ``limits``: the maximum norms with which torch's clipping was called.
-    - ``squares``: for the id of each parameter of the optimizer, (squared norm of its gradient on this rank
-      at the update, number of ranks that hold the same numbers).
-    - ``before``: the norm of all ranks' gradients before any clipping; None unless the caller sets it.
+    - ``squares``: id of a parameter -> (squared norm of its gradient on this rank, number of ranks that hold
+      the same elements of it). Of several updates of a parameter, the one with the largest norm.
+    - ``before``: the norm of all ranks' gradients before any clipping; None until the caller sets it.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -53,10 +53,10 @@ class Clipping:
         return clips
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Record the gradient norm of each parameter before an update of ``optimizer``. An engine may update
-        in several calls with different parameters; of several for one parameter, the largest is kept. If it
-        is unknown whether gradients should be clipped (``Prepared.clip`` is None), nothing is recorded,
-        because each norm waits for the device."""
+        """Record the gradient norm of each parameter of ``optimizer`` that has a gradient; to be called
+        before each of its updates. An engine may update in several calls with different parameters. If a
+        parameter is recorded several times, the largest norm is kept. Does nothing if ``Prepared.clip`` is
+        None (it is unknown whether gradients should be clipped), because each norm waits for the device."""
         if self._prepared.clip is None:
             return
         for param in (p for group in optimizer.param_groups for p in group["params"]):
@@ -66,7 +66,8 @@ class Clipping:
                 self.squares[id(param)] = max((square, copies), self.squares.get(id(param), (0.0, 1.0)))
 
     def _copies(self, grad: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Return (number of ranks that hold these numbers, this rank's part of the gradient)."""
+        """Return (number of ranks that hold the same elements of ``grad`` as this rank, these elements). They
+        are a plain tensor, of a sparse gradient its stored values."""
         mesh: Any = getattr(grad, "device_mesh", None)
         local: torch.Tensor = grad.to_local() if mesh is not None else grad  # type: ignore[attr-defined]
         if local.is_sparse:
@@ -78,12 +79,12 @@ class Clipping:
         return world_size() / shard_count, local
 
     def _flat(self) -> bool:
-        """Return whether a plain tensor of the optimizer belongs to one rank of a shard group alone, as with
-        zero and sharded-ddp."""
+        """Return whether an optimizer's tensor that is no DTensor is on one rank of a shard group only, as
+        with zero and sharded-ddp."""
         return any(self._prepared.plan.get(name) is not None for name in ("zero", "sharded-ddp"))
 
     def observed(self) -> UpdateNorms:
-        """Return what was recorded so far."""
+        """Return what was recorded so far, without ``before``."""
         return UpdateNorms(
             limits=frozenset(self.limits),
             is_observed=bool(self.squares),

@@ -25,10 +25,20 @@ from memfit.conformance.sharding import from_all, in_backward
 
 
 class PartReach:
-    """Between `__enter__` and `__exit__`, tries each block before its first forward with gradients, until one
-    reads other ranks' parts (``reached``). All ranks try the same blocks. ``local_only`` counts blocks that
-    read only the rank's own part. ``running`` is true during a trial. ``place``: the rank's index among those
-    that share a sample; ``group``: its coordinates along all other mesh dimensions."""
+    """Observes whether blocks read the parts of a sample that other ranks hold.
+
+    Between `__enter__` and `__exit__`, each block is tried once, before its first forward with gradients: it
+    runs with inputs changed on some ranks, and the outputs are compared. Once a block reads other ranks'
+    parts, no further block is tried. All ranks must run the same blocks.
+
+    - ``reached``: whether a tried block reads other ranks' parts.
+    - ``local_only``: number of tried blocks whose output depends on other positions of the rank's own part,
+      but not on other ranks' parts.
+    - ``running``: True during a trial.
+    - ``tried``: indices in ``blocks`` of the tried blocks.
+    - ``place``: the rank's index among the ranks that share a sample.
+    - ``group``: the rank's coordinates along all other dimensions of the mesh.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module], *, place: int, group: tuple[int, ...]) -> None:
         self.blocks, self.place, self.group = blocks, place, group
@@ -94,14 +104,14 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _other(tensor: torch.Tensor) -> torch.Tensor:
-    """Return 1 - ``tensor`` if it is floating-point and has more than two dimensions, as activations have;
-    return other tensors unchanged."""
+    """Return 1 - ``tensor``, so that its values differ, if it is floating-point and has more than two
+    dimensions, as activations have. Return other tensors unchanged."""
     return 1 - tensor if tensor.is_floating_point() and tensor.dim() > 2 else tensor
 
 
 def _half_other(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``tensor`` with the first half along its second dimension, the one after the batch, changed as
-    by `_other`; return tensors that `_other` does not change unchanged."""
+    """Return ``tensor`` with the first half along dimension 1 (the one after the batch) replaced by 1 minus
+    its values. Return tensors that `_other` does not change unchanged."""
     if _other(tensor) is tensor:
         return tensor
     return torch.cat([1 - tensor[:, : tensor.shape[1] // 2], _second_half(tensor)], dim=1)
@@ -122,9 +132,8 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 
 def reach_of(prepared: Prepared) -> PartReach:
-    """Return the `PartReach`, which observes whether the blocks of a prepared model read other ranks' parts
-    of a sample. It tries no block if every rank holds whole samples (no context parallelism), or if the plan
-    has compile."""
+    """Return the `PartReach` for the blocks of a prepared model. It has no blocks to try if every rank holds
+    whole samples (no context or axial parallelism), or if the plan has compile."""
     coordinate, plan = (
         prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0),
         prepared.plan,

@@ -19,8 +19,9 @@ _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-
 
 
 def shards(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, if the plan shards parameters, whether all ranks together hold at least 75 % of the elements of
-    one model per replica. Does nothing with expert-parallel, or if the ranks hold no elements."""
+    """Check whether the elements of parameters that all ranks hold together are at least 75 % of one whole
+    model for each group of ranks that shards one. Yields nothing if the plan does not shard parameters, with
+    expert-parallel, or if the ranks hold no elements."""
     degree, feature = shard_degree(plan, "parameters")
     if degree == 1 or plan.get("expert-parallel") is not None:
         return
@@ -36,9 +37,10 @@ def shards(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def units(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, with fsdp2 and at least two blocks, whether no parameter group has most of the parameters of
-    more than one block, so that FSDP2 gathers block by block. Not checked if no group has most of the
-    parameters of a block, or of those outside the blocks."""
+    """Check, with fsdp2, whether FSDP2 gathers each block separately: no parameter group may have more than
+    half of the parameters of more than one block. Yields `NotChecked` if no group has more than half of the
+    parameters of any block, or of those outside the blocks. Yields nothing without fsdp2, or with fewer than
+    two blocks."""
     if plan.get("fsdp2") is None or observed.block_count < 2:
         return
     block_totals = collections.Counter[int]()
@@ -61,10 +63,12 @@ def units(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def resharded(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether FSDP2 frees gathered blocks after their forward or keeps them, as planned. It counts as
-    freeing them if at most half of them are still gathered when backward begins. The last block, which
-    backward needs first, is left out. Does nothing with a pipeline, or if parameters are not sharded. Not
-    checked if gathered blocks were not observed, or if there are fewer than two blocks."""
+    """Check, with fsdp2, whether the gathered parameters of the blocks are freed after forward, or kept if
+    the setting ``reshard`` is False. They count as freed if at most half of the blocks are still gathered
+    when the first backward begins. The last block, which backward needs first, is left out.
+
+    Yields `NotChecked` if it was not observed which blocks are gathered, or with fewer than two blocks.
+    Yields nothing without fsdp2, with a pipeline, or if parameters are not sharded."""
     use, mesh = plan.get("fsdp2"), layout(plan)
     if use is None or mesh.pipeline > 1 or mesh.shard * mesh.context == 1:
         return
@@ -83,9 +87,9 @@ def resharded(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def replicas(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether trained parameters have equal norms on every rank after a step, within a relative 1e-7.
-    If not, gradients were not averaged. Does nothing with expert-parallel, or unless all ranks should hold
-    the same whole parameters."""
+    """Check whether each trained parameter has the same norm on every rank after a step, within a relative
+    1e-7. If not, gradients were not averaged. Yields nothing with one rank, with expert-parallel, or if the
+    plan does not let all ranks hold the same whole parameters."""
     mesh = layout(plan)
     replica_count = mesh.data * mesh.context
     if replica_count == 1 or mesh.ranks != replica_count or shard_degree(plan, "parameters")[0] > 1:
@@ -108,17 +112,20 @@ def replicas(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def near(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Return whether two lists of norms have equal lengths and values, within a relative error of
-    `_REPLICAS_RATIO`."""
+    """Return whether ``a`` and ``b``, norms, have the same length and pairwise equal values, within a
+    relative error of 1e-7 (`_REPLICAS_RATIO`)."""
     return len(a) == len(b) and all(
         math.isclose(x, y, rel_tol=_REPLICAS_RATIO) for x, y in zip(a, b, strict=True)
     )
 
 
 def offloaded_states(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, with fsdp2 or zero, whether parameters and optimizer state are offloaded to the host exactly as
-    planned. If the loss is on an accelerator, the devices of tensors show it, else the settings of the object
-    that would move the tensors. Not checked if an offload is planned and there is no such object."""
+    """Check, with fsdp2 or zero, whether exactly what the setting ``offload`` names is in host memory:
+    parameters and optimizer state, optimizer state alone, or nothing.
+
+    If the loss is on an accelerator, this is read from the devices of the tensors, else from the settings of
+    FSDP2 or of the ZeRO optimizer. If neither is found in the second case, yields `NotChecked` if an offload
+    is planned, else nothing. Yields nothing without fsdp2 and zero."""
     use = plan.get("fsdp2") or plan.get("zero")
     if use is None:
         return
@@ -148,8 +155,9 @@ def _planned_on_host(offload: str) -> list[str]:
 
 def _on_devices(plan: Plan, observed: Observations, planned_names: Sequence[str]) -> frozenset[str]:
     """Return which of "parameters" and "optimizer" (its state) are on the host: with over 90 % of their bytes
-    if they are in ``planned_names``, else with over half. What has no bytes on this rank counts as planned.
-    If parameters are to be on the host, the small ones that ZeRO leaves in place do not count."""
+    if they are in ``planned_names``, else with over half. What has no bytes on this rank is returned if it is
+    in ``planned_names``. If parameters are planned on the host with zero, those that ZeRO 3 keeps whole on
+    every rank because they are small (`persists`) do not count."""
     keeps_small = "parameters" in planned_names and plan.get("zero") is not None
     params = (p for p in observed.parameters if not (keeps_small and persists(plan, p.whole_elements)))
     bytes_by_name = {
@@ -166,10 +174,15 @@ def _on_host(bytes_and_devices: Sequence[tuple[int, str]], is_planned: bool) -> 
 
 
 def stages(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, with a pipeline, whether this rank holds no more blocks than its stages should have, and whether
-    it holds no parameters that only other ranks' stages train. If all ranks train the same parameters with
-    the same values, this is the difference instead of the second. The first is not checked if the size of the
-    whole model is unknown, the second if a rank had no gradients."""
+    """Check, with a pipeline, how many blocks and which parameters this rank holds. Yields nothing without a
+    pipeline.
+
+    Blocks: at most ``virtual`` * ceil(number of blocks / number of stages), where ``virtual`` is the number
+    of stages per rank. Yields `NotChecked` if the size of the whole model is unknown.
+
+    Parameters: none that get no gradient here, but on ranks of other stages. If all ranks train the same
+    parameters with equal norms, this is the difference yielded instead. Yields `NotChecked` if on some rank
+    no parameter got a gradient."""
     use = plan.get("pipeline")
     if use is None:
         return
@@ -215,9 +228,10 @@ def stages(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def shared_samples(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, with context or axial parallelism, whether the ranks that each hold a part of the same samples
-    work on different parts, by the inputs of their blocks. Only if all of these ranks work on the same part
-    is this a difference. Not checked if the inputs were not observed on some rank."""
+    """Check, with context-parallel or axial-parallel, whether the ranks that share samples work on different
+    parts of them, by the inputs of their first blocks. It is a difference only if all of these ranks have the
+    same inputs. Yields `NotChecked` if the inputs were not observed on some rank. Yields nothing if samples
+    are not divided among ranks."""
     use, degree = plan.get("context-parallel") or plan.get("axial-parallel"), layout(plan).context
     if use is None or degree == 1:
         return
@@ -236,8 +250,9 @@ def shared_samples(plan: Plan, observed: Observations) -> Iterator[CheckFinding]
 
 
 def experts(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, with expert-parallel, whether this rank holds fewer elements than the whole model. Not checked
-    if the size of the whole model is unknown."""
+    """Check, with expert-parallel, whether this rank holds fewer elements of parameters than the whole model
+    has. Yields `NotChecked` if the size of the whole model is unknown. Yields nothing without
+    expert-parallel."""
     use = plan.get("expert-parallel")
     if use is None:
         return

@@ -10,8 +10,9 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Checked:
-    """``feature`` was compared: the plan has ``planned``, the model has ``found``, both in words. ``wrong``:
-    whether they differ."""
+    """A comparison that was made. ``feature`` names what was compared, for example "fsdp2: reshard".
+    ``planned`` and ``found`` are texts: what the plan says, and what was observed. ``wrong``: whether they
+    contradict each other."""
 
     feature: str
     planned: str
@@ -21,7 +22,8 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NotChecked:
-    """``text`` names a part of the plan that was not checked, and the reason."""
+    """A part of the plan that was not checked. ``text`` names it and the reason, for example "compile: no
+    training step was observed"."""
 
     text: str
 
@@ -30,5 +32,5 @@ CheckFinding = Checked | NotChecked
 
 
 def join_values(values: Iterable[Any]) -> str:
-    """Return the values separated by commas, or "none" if there are no values."""
+    """Return the values as text, separated by ", ", or "none" if there are no values."""
     return ", ".join(map(str, values)) or "none"

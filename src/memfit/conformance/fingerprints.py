@@ -16,14 +16,20 @@ TURNS = ((2.4, 1.9), (1.1, 0.83), (0.37, 2.65), (2.9, 0.29))
 
 
 def real(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a complex tensor as a real view with a further, last dimension of 2, other tensors unchanged."""
+    """Return a complex tensor as a view of its real and imaginary parts, with a further, last dimension of 2.
+    Return other tensors unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) -> torch.Tensor:
-    """Return the fingerprint of ``values``, consecutive elements of a tensor, as len(TURNS) float64 numbers.
-    The elements begin at index ``start`` of a tensor whose rows (dimension 0) have ``columns`` elements, by
-    default as many as those of ``values``. A sparse tensor is a whole one, whose other elements are zero."""
+    """Return the fingerprint of ``values``: len(TURNS) float64 numbers, each a sum of the elements with other
+    weights, which depend on row and column. Fingerprints of the parts of a tensor add up to that of the
+    tensor.
+
+    ``values`` are consecutive elements of a tensor, from index ``start`` of the flattened tensor on. Its rows
+    (the elements of one index along dimension 0) have ``columns`` elements, by default those of ``values``. A
+    sparse ``values`` is taken for a whole tensor whose other elements are zero; ``start`` and ``columns`` are
+    ignored then."""
     values = real(values.detach())
     columns = columns or math.prod(values.shape[1:])
     if values.is_sparse:
@@ -51,8 +57,9 @@ def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) ->
 
 
 def of_inputs(args: Iterable[Any]) -> Iterator[float]:
-    """Yield numbers that are equal if two ranks receive the same tensors: sum and norm of this rank's part of
-    each floating-point tensor in ``args`` that has at least two dimensions and elements that differ."""
+    """Yield the sum, then the norm of each tensor in ``args``, so that ranks with the same inputs yield the
+    same numbers. Only floating-point tensors with at least two dimensions are used whose elements on this
+    rank are not all equal; of a DTensor, the elements on this rank."""
     for value in args:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
             local = getattr(value, "_local_tensor", value).detach()
@@ -61,9 +68,9 @@ def of_inputs(args: Iterable[Any]) -> Iterator[float]:
 
 
 def of_output(out: Any) -> list[tuple[float, float]]:
-    """Return a list of one pair, (first fingerprint number, norm), of the first floating-point tensor of at
-    least two dimensions in ``out``, what a block returns. Return an empty list if that tensor is sharded or
-    there is none."""
+    """Return [(first number of the fingerprint, norm)] of the first floating-point tensor with at least two
+    dimensions in ``out``, the output of a block. Return [] if there is none, or if it is a DTensor that is
+    not replicated over its whole mesh."""
     for value in _pytree.tree_leaves(out):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
             continue
@@ -75,7 +82,8 @@ def of_output(out: Any) -> list[tuple[float, float]]:
 
 
 def _of_rows(sparse: torch.Tensor) -> torch.Tensor:
-    """Return the fingerprint of a sparse gradient that has only some rows, as embeddings produce."""
+    """Return the fingerprint of a coalesced sparse tensor that stores some of its rows, as gradients of
+    embeddings do."""
     values = sparse.values().reshape(sparse.values().shape[0], -1).float()
     column_weights = _waves(torch.arange(values.shape[1], device=values.device), 1)
     totals: torch.Tensor = ((values @ column_weights) * _waves(sparse.indices()[0], 0)).sum(
@@ -85,7 +93,8 @@ def _of_rows(sparse: torch.Tensor) -> torch.Tensor:
 
 
 def _waves(places: torch.Tensor, axis: int) -> torch.Tensor:
-    """Return the weights of row indices (``axis`` 0) or column indices (1) for each number of a fingerprint,
-    with shape (places, len(TURNS)). An element's weight is the product of those of its row and column."""
+    """Return a weight between -1 and 1 for each of ``places``, indices of rows (``axis`` 0) or of columns
+    (``axis`` 1), and for each number of a fingerprint. The shape is (number of places, len(TURNS)). An
+    element's weight is the product of the weights of its row and its column."""
     turns = torch.tensor([pair[axis] for pair in TURNS], dtype=torch.float64, device=places.device)
     return (places.double()[:, None] * turns + 0.5).cos().float()

@@ -34,10 +34,13 @@ _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-
 
 
 def mean_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether the gradients that the update receives are a multiple of the mean over the data-parallel
-    and context-parallel ranks. Does nothing if there is one such rank. Not checked with expert-parallel, with
-    a zero-bubble pipeline, if the user's hooks may explain a difference, or if the observations do not decide
-    it, for example because the ranks' gradients hardly differ."""
+    """Check whether each parameter's gradient at the update is a multiple of the mean of the gradients of the
+    data-parallel and context-parallel ranks.
+
+    Yields `NotChecked` with expert-parallel, with a zero-bubble pipeline, if gradients are not the mean but
+    hooks of the user may have changed them, or if the observations do not decide it: for example, the ranks'
+    gradients hardly differ, or no gradients were observed in backward. Yields nothing if there is only one
+    such rank."""
     ranks = layout(plan).data * layout(plan).context
     if ranks == 1:
         return
@@ -65,8 +68,8 @@ def mean_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]
 
 
 def _copies(plan: Plan, group: Sequence[RankObservation]) -> list[list[GradientFigures]]:
-    """Return the gradients of the ranks of ``group``, those of the ranks that together hold one whole
-    gradient in one list."""
+    """Return the gradients of the ranks of ``group`` in lists, each of the ranks whose shards together are
+    whole gradients. If neither gradients nor optimizer state are sharded, each list has one rank."""
     dimensions = ("shard", "context") if plan.get("fsdp2") is not None else ("shard",)
     is_sharded = any(shard_degree(plan, kind)[0] > 1 for kind in ("optimizer state", "gradients"))
     copies = collections.defaultdict[tuple[int, ...], list[GradientFigures]](list)
@@ -77,8 +80,8 @@ def _copies(plan: Plan, group: Sequence[RankObservation]) -> list[list[GradientF
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Verdict:
-    """The result for one group of ranks. ``why``: what is wrong if ``wrong``, else why nothing can be said;
-    "" if the gradients are the mean."""
+    """The result for one group of ranks. If ``wrong``, gradients are not the mean, and ``why`` says what they
+    are. Else ``why`` is the reason why nothing can be said, or "" if the gradients are the mean."""
 
     why: str = ""
     wrong: bool = False
@@ -116,9 +119,12 @@ def _compared(ranks: _Ranks, copies: list[list[GradientFigures]]) -> _Verdict:
 
 
 class _Ranks:
-    """The gradients that the ranks' backward passes made, for ranks whose gradients are averaged. ``local``:
-    figures of each, with shape (ranks, parameters, figures). ``sure`` marks parameters whose gradients differ
-    between ranks by more than rounding, so that their mean can be told from a rank's own gradient."""
+    """The gradients that the backward passes of several ranks made, over which gradients should be averaged,
+    as fingerprints (each a row of figures).
+
+    ``local``: the figures of each rank, with shape (ranks, parameters, figures). ``sure``: a mask of the
+    parameters whose gradients differ between ranks by more than rounding. Only of these can the mean be told
+    from a rank's own gradient."""
 
     @classmethod
     def of(cls, group: list[Figures]) -> _Ranks:
@@ -138,8 +144,9 @@ class _Ranks:
         self._rounding = noise * _ROUNDING_BF16**2
 
     def figures(self, copy: list[Figures]) -> torch.Tensor:
-        """Return the figures of whole gradients, with shape (parameters, figures), as the sums over the
-        shards in ``copy``, one mapping per rank."""
+        """Return the figures of whole gradients, with shape (parameters, figures): for each parameter, the
+        sum over the shards in ``copy``, which has one mapping (parameter name -> figures) per rank. What is
+        in no mapping is zero."""
         zeros = [0.0] * len(TURNS)
         shards = [[rank_figures.get(n, zeros) for n in self._names] for rank_figures in copy]
         return torch.tensor(shards, dtype=torch.float64).sum(0)
@@ -148,8 +155,8 @@ class _Ranks:
         return all(bool(f.any()) and self.off(f) < _SHARE for f in copies)
 
     def off(self, gradients: torch.Tensor) -> float:
-        """Return the share of ``gradients``, with shape (parameters, figures), that are not a multiple of the
-        ranks' mean. Parameters that are not in ``sure`` do not count."""
+        """Return the share (`_share`) of the parameters whose ``gradients``, with shape (parameters,
+        figures), are not a multiple of the ranks' mean. Parameters that are not in ``sure`` do not count."""
         return self._share(self._wrong(gradients))
 
     def _wrong(self, gradients: torch.Tensor) -> torch.Tensor:
@@ -157,9 +164,9 @@ class _Ranks:
         return self.sure & (distances > self._near) & (distances > self._rounding)
 
     def of_one(self, gradients: torch.Tensor) -> bool:
-        """Return whether one and the same rank's backward made all of ``gradients`` that are not a multiple
-        of the ranks' mean, but for a share of 1 %. True if all are a multiple of the mean. ``gradients`` has
-        shape (parameters, figures)."""
+        """Return whether one rank exists of whose own gradients all those ``gradients`` are multiples that
+        are not multiples of the ranks' mean. Exceptions with a share (`_share`) of less than 1 % are allowed.
+        Also True if all are multiples of the mean. ``gradients`` has shape (parameters, figures)."""
         wrong = self._wrong(gradients)
         return any(
             self._share(wrong & self._differ(gradients, rank_figures)) < _SHARE for rank_figures in self.local
@@ -167,16 +174,17 @@ class _Ranks:
 
     def alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Return whether ``a`` and ``b``, with shape (parameters, figures), are equal up to a factor per
-        parameter and rounding, but for a share of 1 % of the gradients."""
+        parameter and rounding. Parameters where they differ may have a share (`_share`) of less than 1 %.
+        Parameters that are not in ``sure`` do not count."""
         return self._share(self.sure & self._differ(a, b)) < _SHARE
 
     def _differ(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return _apart(a, b) > torch.maximum(self._near / 10, self._rounding)
 
     def _share(self, mask: torch.Tensor) -> float:
-        """Return the share of the parameters marked by ``mask`` among those in ``sure``: their share of the
-        squares, or a fifth of their share of the number if that is larger, because heads and embeddings may
-        outweigh all blocks."""
+        """Return how much the parameters in ``mask`` weigh among those in ``sure``, from 0 to 1: their share
+        of the sum of all gradients' squares, or a fifth of their share of the number of parameters if that is
+        larger. The number counts because heads and embeddings may outweigh all blocks."""
         by_squares = float(self._squares[mask].sum() / self._squares[self.sure].sum())
         return max(by_squares, float(mask.sum() / self.sure.sum()) / _COUNT)
 

@@ -28,17 +28,19 @@ _FSDP = (
 
 
 class Averages:
-    """Records fingerprints of this rank's gradients between `__enter__` and `__exit__`, if the plan averages
-    gradients over ranks. Figures are the numbers of a fingerprint (fingerprints.py).
+    """Records fingerprints of this rank's gradients between `__enter__` and `__exit__`. Records nothing if
+    the plan has only one data-parallel and context-parallel rank. Figures are the numbers of a fingerprint
+    (fingerprints.py). All mappings have parameter names as keys.
 
-    - ``local``: for each parameter name, the figures of its gradient as this rank's backward passes made it,
-      followed by the sum of its squares, both added up over the passes.
-    - ``backward``, ``before``, ``after``: for each parameter name, figures of the gradient that this rank
-      holds after the last backward, and before and after the optimizer's last step.
-    - ``began``: whether gradients of an earlier pass existed when the first backward began; None before it.
-    - ``waiting``: whether FSDP2 had not reduced some gradients when the optimizer stepped.
-    - ``hooked``: whether parameters have hooks of the user, called after a gradient is accumulated, that may
-      change gradients in backward.
+    - ``local``: the figures of the gradient that this rank's backward passes made, before any reduction over
+      ranks, followed by the sum of its squares. Both are added up over the passes, from the last time on that
+      gradients were reset.
+    - ``backward``, ``before``, ``after``: the figures of what this rank holds of the gradient after the last
+      backward, and before and after the optimizer's last step.
+    - ``began``: whether gradients already existed when the first backward began; None before it.
+    - ``waiting``: whether FSDP2 had not reduced some gradients when the optimizer stepped last.
+    - ``hooked``: whether trained parameters had hooks of the user at `__enter__` that run after a gradient is
+      accumulated and may change it.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -80,8 +82,9 @@ class Averages:
         self._stack.close()
 
     def observed(self, *, only: Container[str] | None = None) -> GradientFigures:
-        """Return what was recorded so far, of backward's own gradients only those of the parameters ``only``,
-        unless that is None."""
+        """Return what was recorded so far. In ``local``, only parameters whose names are in ``only`` are
+        returned, or all if ``only`` is None. ``has_user_hooks`` is true for communication hooks of DDP and,
+        with fsdp2, for hooks in ``hooked``."""
         prepared = self._prepared
         has_comm_hooks = any(getattr(m, "_comm_hooks", None) for m in prepared.model.modules())
         return GradientFigures(
@@ -110,8 +113,9 @@ class Averages:
         self.local[name] = numbers if previous is None else previous + numbers
 
     def _reduce(self, inner: Any, params: Any, grads: Iterable[torch.Tensor], *args: Any, **kw: Any) -> Any:
-        """Record the gradients that FSDP2 is about to reduce with ``inner``, and call that. FSDP2's layers
-        compute with other tensors than the model's parameters, so that hooks on these do not see them."""
+        """Record ``grads``, the gradients of ``params`` that FSDP2 is about to reduce, and return the result
+        of ``inner``, FSDP2's function that reduces them. FSDP2's layers compute with other tensors than the
+        model's parameters, so that hooks on these do not see their gradients."""
         for param, grad in zip(params, grads := list(grads), strict=True):
             if (name := self._names.get(id(param.sharded_param))) is not None:
                 self._made(name, grad)
@@ -160,9 +164,10 @@ def _any(readings: Figures) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Piece:
-    """Adjacent ``values`` of the gradient of parameter ``of``, from its element ``start`` on. ``copies``:
-    number of ranks that hold the same values, although other gradients are sharded over these ranks.
-    ``columns``: elements per row of the parameter."""
+    """``values``: adjacent elements of the gradient of parameter ``of``, whose first has the index ``start``
+    in the flattened gradient. ``copies``: number of ranks of a shard group that hold the same values, for
+    example if FSDP2 shards other parameters, but not this one; 1 if each has others. ``columns``: elements
+    per row (index along dimension 0) of the parameter, twice as many if it is complex."""
 
     of: nn.Parameter
     start: int
@@ -184,8 +189,9 @@ def _fsdp_module() -> Any:
 
 
 def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
-    """Yield the gradients that this rank's update receives, or the parts of them that it keeps, whichever
-    library shards them. ``params``: the model's trained parameters."""
+    """Yield the gradients with which this rank updates: of ``params`` (the model's trained parameters) whole
+    or as DTensors, or the parts that memfit's ZeRO and sharded DDP, DeepSpeed's ZeRO or FairScale keep on
+    this rank. Gradients whose elements on this rank are not adjacent are left out."""
     plain_copies = (
         prepared.layout.shard * prepared.layout.context if prepared.plan.get("fsdp2") is not None else 1
     )
@@ -210,8 +216,9 @@ def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
 
 
 def _deepspeed(optimizer: Any) -> Iterator[_Piece]:
-    """Yield the gradients that DeepSpeed's ZeRO keeps on this rank. Stages 1 and 2 keep a range of the
-    concatenated parameters; stage 3 keeps a part of each parameter."""
+    """Yield the gradients that DeepSpeed's ZeRO optimizer keeps on this rank. Stages 1 and 2 keep a range of
+    the concatenated parameters, so that its first parameter may begin in the middle. Stage 3 keeps a part of
+    each parameter."""
     partitions = getattr(optimizer, "params_in_partition", None)
     for group, grads in optimizer.averaged_gradients.items():
         params = partitions[group] if partitions is not None else optimizer.fp16_groups[group]
@@ -224,8 +231,10 @@ def _deepspeed(optimizer: Any) -> Iterator[_Piece]:
 
 
 def _starts(param: nn.Parameter) -> int | None:
-    """Return the index of this rank's first element of a parameter; under tensor parallelism, the index
-    within the part of its tensor-parallel rank. Return None if the rank's elements are not adjacent."""
+    """Return the index, in the flattened parameter, of the first element on this rank; 0 for a plain tensor.
+    Under tensor parallelism, it is the index within the part of the tensor-parallel rank. Return None if the
+    elements on this rank are not adjacent: the parameter is sharded along another dimension than 0, other
+    than by tensor parallelism."""
     mesh: Any = getattr(param, "device_mesh", None)
     if mesh is None:
         return 0
@@ -247,7 +256,7 @@ def _starts(param: nn.Parameter) -> int | None:
 
 
 def _unreduced(prepared: Prepared) -> Iterator[nn.Parameter]:
-    """Yield the sharded parameters of FSDP2 whose gradients have not been reduced yet, over the ranks of a
+    """Yield the sharded parameters of FSDP2 whose gradients still wait to be reduced, over the ranks of a
     shard group or among replicas."""
     for group in fsdp_groups(prepared.model):
         partly_reduced = getattr(group, "_partial_reduce_output", None) is not None

@@ -16,8 +16,8 @@ from memfit.conformance.sharding import in_backward, whole
 
 
 class BlockListener:
-    """Records what a model's repeated blocks do, by hooks that `listen` registers. The attributes are those
-    of `BlockActivity`."""
+    """Records what a model's repeated blocks do, by hooks that `listen` registers. The attributes have the
+    names and meanings of those of `BlockActivity`."""
 
     def __init__(self) -> None:
         self.ran = defaultdict[int, dict[int, int]](dict)
@@ -34,10 +34,13 @@ class BlockListener:
         on_first: Callable[[Iterable[Any]], None] = lambda args: None,
         busy: Callable[[], bool] = lambda: False,
     ) -> list[Any]:
-        """Register hooks on all modules inside ``blocks``, or on a block itself if it contains none, and
-        return their handles. ``islands``: modules whose autocast and dtypes are not recorded. ``on_first``
-        receives, in forward, the positional inputs of the modules of the block with the lowest index that has
-        run. While ``busy`` returns True, forwards do not belong to the step and are ignored."""
+        """Register hooks on all modules inside each of ``blocks``, or on the block itself if it contains
+        none, and return the hooks' handles, with which the caller removes them.
+
+        ``islands``: modules whose autocast and dtypes are not recorded. ``on_first(args)`` is called for each
+        forward of a module of the first block: the one with the lowest index among those that have run;
+        ``args`` are the module's positional inputs. Modules that run while ``busy()`` is True do not belong
+        to the step and are ignored."""
 
         def hook(index: int) -> Callable[[nn.Module, Any, Any], None]:
             def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -86,8 +89,8 @@ class BlockListener:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlainModel:
     """The model without any plan. ``dtypes``: of its parameters. ``run(dtype)`` runs one training step, under
-    autocast to ``dtype`` unless that is None, and returns what its blocks did; it returns None if the step
-    fails."""
+    autocast to ``dtype``, or without autocast if that is None. It returns what the blocks did in the step, or
+    None if the step fails."""
 
     dtypes: frozenset[torch.dtype]
     run: Callable[[torch.dtype | None], BlockActivity | None]

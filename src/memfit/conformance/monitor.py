@@ -135,9 +135,9 @@ class Monitor(Prepared):
         return sum(local_elements(p.grad) for p in self.trainable() if p.grad is not None)
 
     def before_update(self) -> None:
-        """Record which parameters have gradients and, the first time, how many elements of gradients this
-        rank holds. To be called when gradients are complete and the optimizer has not started; a hook on a
-        torch optimizer does so."""
+        """Record which trained parameters have gradients and, on the first call, how many elements of
+        gradients this rank holds. To be called before each update, when gradients are complete. A torch
+        optimizer does so itself, by a hook, between `__enter__` and `__exit__`."""
         self._learned |= {id(p) for p in self.trainable() if p.grad is not None}
         if self._gradient_elements is None:
             self._gradient_elements = self._held_gradients() + buffered_gradients(self.optimizer)
@@ -147,8 +147,8 @@ class Monitor(Prepared):
         self.clipping.before_update(optimizer)
 
     def _on_step(self) -> None:
-        """Record how many backward passes ran since the previous update, those in the closure of the
-        optimizer's step included."""
+        """Record, after an update, how many backward passes ran since the previous update, those in the
+        closure of the optimizer's step included."""
         self._passes.append(self.graph.backwards - sum(self._passes))
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -174,8 +174,9 @@ class Monitor(Prepared):
     # -- what was observed ----------------------------------------------------------------------------
 
     def observe(self) -> Observations:
-        """Return what was observed, that of other ranks included. All ranks must call it. Runs the plain
-        model if checks have to know what it does by itself."""
+        """Return what was observed on this rank and what the others observed that is compared between ranks.
+        All ranks must call it. If ``plain_model`` is set, runs a step of it for each run that checks need to
+        judge blocks that differ from the plan; if none do, runs none."""
         with meshes_of(self.plan, self.model):
             observed = self._observed()
         if self.plain_model is None:
@@ -253,17 +254,17 @@ class Monitor(Prepared):
         )
 
     def _compares_norms(self) -> bool:
-        """Return whether ranks are compared by the norms of their parameters: replicas, stages of a pipeline
-        and tensor-parallel ranks are."""
+        """Return whether ranks are compared by the norms of their parameters: with several ranks that do not
+        shard parameters, with a pipeline, or with tensor parallelism."""
         has_replicas = self.layout.ranks > 1 and shard_degree(self.plan, "parameters")[0] == 1
         return has_replicas or self.plan.get("pipeline") is not None or self.layout.tensor > 1
 
     # -- comparing ------------------------------------------------------------------------------------
 
     def conclude(self) -> Conformance:
-        """Run all checks and return the result. If the number of ranks is not the planned one, nothing else
-        is checked. All ranks must call it. Raises NotConforming with the differences of all ranks if anything
-        differs on any rank."""
+        """Run all checks and return the result, which has no differences. Raises NotConforming with the
+        differences of all ranks if there are any on any rank. If the number of ranks is not the planned one,
+        this is the difference, and nothing else is checked. All ranks must call it."""
         ranks = world_size()
         findings: list[CheckFinding] = [
             Checked("ranks", str(self.plan.ranks), str(ranks), wrong=ranks != self.plan.ranks)
@@ -277,8 +278,8 @@ class Monitor(Prepared):
 
 
 def _gathered(findings: list[CheckFinding]) -> Conformance:
-    """Return the result: the differences of all ranks, so that all ranks stop if one does, and what was
-    checked and not checked on this rank."""
+    """Return the result for ``findings``: the differences of all ranks, each once, so that all ranks stop if
+    one does; what was checked and not checked on this rank alone. All ranks must call it."""
     checked = [f for f in findings if isinstance(f, Checked)]
     differences = [
         Difference(feature=f.feature, planned=f.planned, found=f.found) for f in checked if f.wrong

@@ -21,21 +21,25 @@ Figures = Mapping[str, list[float]]  # parameter name -> numbers of a fingerprin
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedParameter:
-    """One parameter of the model.
+    """One parameter of the model, as this rank sees it.
 
     - ``shape``: of the whole parameter, also if it is freed.
+    - ``is_trained``: whether it requires gradients.
     - ``elements``: of the parameter as it is now; 0 if it is freed, those of all ranks if it is a DTensor.
     - ``whole_elements``: before data-parallel sharding; under tensor parallelism, of this rank's part.
     - ``local_elements``: those in the memory of this rank.
-    - ``shard_bytes``, ``shard_device``: what this rank keeps of it, and the kind of device that holds this.
-    - ``blocks``: the blocks that contain it.
+    - ``shard_bytes``, ``shard_device``: bytes of what this rank keeps of it, and the kind of device that
+      holds them, such as "cuda".
+    - ``blocks``: indices of the blocks that contain it; empty outside the blocks.
     - ``is_fp32_module``: whether it belongs to a module that is to stay in float32.
     - ``has_mesh``: whether it is a DTensor.
-    - ``is_tensor_sharded``: whether tensor parallelism shards it; None if that is unknown.
+    - ``is_tensor_sharded``: whether tensor parallelism shards it; None if that is unknown, as of tensors that
+      are neither DTensors nor marked by Megatron.
     - ``is_freed_between_uses``: whether ZeRO 3 frees it between uses.
     - ``has_gradient``: whether it got a gradient in the step.
-    - ``in_graph``, ``in_compiled_graph``: whether some graph, or a compiled one, makes its gradient.
-    - ``norm``: of the part on this rank; None if it was not measured.
+    - ``in_graph``, ``in_compiled_graph``: whether its gradient comes from any autograd graph, or from a
+      compiled one.
+    - ``norm``: of the part on this rank; None if it was not measured or is not floating-point.
     """
 
     name: str
@@ -59,9 +63,10 @@ class ObservedParameter:
 
 
 def part_elements(params: Iterable[ObservedParameter], model_elements: int | None) -> int:
-    """Return the number of elements of ``params`` before data-parallel sharding. If some of them are freed
-    and their sizes are unknown (those of ZeRO 3 are known), return at least ``model_elements``, the number of
-    elements of the whole model, if that is known."""
+    """Return the number of elements of ``params`` before data-parallel sharding: the sum of their
+    ``whole_elements``. If one of them is freed and its size is unknown (0 elements, and not freed by ZeRO 3),
+    return the larger of this sum and ``model_elements``, the number of elements of the whole model, if that
+    is not None."""
     params = list(params)
     elements = sum(p.whole_elements for p in params)
     is_freed = any(not p.elements and not p.is_freed_between_uses for p in params)
@@ -70,7 +75,7 @@ def part_elements(params: Iterable[ObservedParameter], model_elements: int | Non
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedLinear:
-    """A linear layer. ``class_name``: of its module."""
+    """A linear layer. ``class_name``: the name of its module's class, such as "Float8Linear"."""
 
     in_features: int
     out_features: int
@@ -79,10 +84,12 @@ class ObservedLinear:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StateTensor:
-    """A tensor of an optimizer's state that is not a scalar.
+    """A tensor of an optimizer's state that is not a scalar, as far as it is on this rank.
 
     - ``address``: equal for state tensors that are the same memory.
-    - ``code_bytes``: bytes in tensors whose elements have one byte.
+    - ``code_bytes``: the bytes that are in elements of one byte each, as the codes of 8-bit and 4-bit
+      optimizers are.
+    - ``device``: the kind of its device, such as "cuda".
     - ``is_parameter``: whether it is the parameter itself.
     """
 
@@ -96,11 +103,11 @@ class StateTensor:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedState:
-    """The state that an optimizer keeps for one tensor, mostly a parameter.
+    """The state that an optimizer keeps for one key, mostly a parameter.
 
-    ``shape``, ``element_bytes`` and ``size_bytes`` are those of the tensor; ``shape`` is None if the state is
-    kept for something other than a tensor. ``is_embedding``: whether it is the weight of an nn.Embedding.
-    """
+    ``shape``, ``element_bytes`` and ``size_bytes`` (on this rank) are those of the parameter. If the key is
+    not a tensor, ``shape`` is None and the others are 0. ``is_embedding``: whether the key is the weight of
+    an nn.Embedding. ``tensors``: the tensors of the state that are not scalars."""
 
     shape: tuple[int, ...] | None
     element_bytes: int
@@ -114,14 +121,18 @@ class ObservedState:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BlockActivity:
-    """What the repeated blocks did.
+    """What the repeated blocks did. Blocks are given by their index, layers (modules inside a block) by their
+    id.
 
-    - ``ran``, ``again``: block -> elements of the parameters of each layer that ran in forward, and of each
-      that ran again in backward, by the layer's id.
-    - ``passed``: blocks through which gradients pass.
-    - ``autocast``: (block, dtype of autocast or "off" while a layer with parameters ran in forward).
-    - ``computed``: dtype -> elements of parameters with which layers ran in forward, added up over all calls
-      and blocks.
+    - ``ran``: block -> (layer that ran in forward -> elements of the layer's parameters).
+    - ``again``: the same for layers that ran again in backward.
+    - ``passed``: blocks through which gradients pass, because inputs or parameters of a layer require them.
+    - ``autocast``: pairs (block, dtype of autocast such as "torch.bfloat16", or "off") of the layers with
+      floating-point parameters that ran in forward.
+    - ``computed``: dtype -> elements of floating-point parameters with which layers ran in forward, added up
+      over all calls and blocks.
+
+    Modules that are to stay in float32 are left out of ``autocast`` and ``computed``.
     """
 
     ran: Mapping[int, Mapping[int, int]] = dataclasses.field(default_factory=dict)
@@ -131,15 +142,15 @@ class BlockActivity:
     computed: Mapping[torch.dtype, int] = dataclasses.field(default_factory=dict)
 
     def recomputed(self) -> set[int]:
-        """Return the blocks of which layers with at least 75 % of the elements that ran in forward ran again
-        in backward."""
+        """Return the blocks whose layers that ran again in backward have at least 75 % of the elements of
+        those that ran in forward. In blocks without parameters, layers are counted instead of elements."""
         shares = {
             i: _weight(self.again.get(i, {})) / max(_weight(elements), 1) for i, elements in self.ran.items()
         }
         return {i for i, share in shares.items() if share >= _MOST}
 
     def under_autocast(self, dtype: torch.dtype) -> set[int]:
-        """Return the blocks of which a layer ran under autocast to ``dtype``."""
+        """Return the blocks of which at least one layer with parameters ran under autocast to ``dtype``."""
         return {i for i, kind in self.autocast if kind == str(dtype)}
 
 
@@ -149,19 +160,21 @@ def _weight(elements_by_layer: Mapping[int, int]) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SavedTensors:
-    """What autograd kept for backward when backward began.
+    """What autograd kept for backward at the beginning of the backward passes of a step. Only the first 16
+    are inspected, and numbers and lists are added up over these.
 
-    - ``backwards``: number of backward passes, without those inside another.
-    - ``device``: kind of device of the loss; "" if there was no backward.
-    - ``resident_bytes``: bytes of each storage kept for backward on the device of the loss, without
-      parameters and buffers; ``contiguous_bytes``: of those with a contiguous tensor.
-    - ``offloaded``: number of saved tensors of which a saved-tensor hook left no copy on that device. Their
-      bytes are ``offloaded_bytes``, without those of the ``unsized`` among them, whose number of bytes is not
-      known.
-    - ``packed``: number of saved tensors that hooks have replaced by something else, without those of torch's
-      checkpointing.
-    - ``unread``: number of saved tensors that this torch does not expose.
-    - ``rows``: last dimension -> most rows (elements divided by it) of a saved tensor on that device.
+    - ``backwards``: number of backward passes, those after the 16th included, without those inside another.
+    - ``device``: kind of device of the loss, such as "cuda"; "" if there was no backward.
+    - ``resident_bytes``: bytes of each storage kept for backward on that device, without those of parameters
+      and buffers. ``contiguous_bytes``: the same, only of storages that contain a contiguous saved tensor.
+    - ``offloaded``: number of saved tensors that are not on that device, because a saved-tensor hook has
+      moved or replaced them. ``unsized``: how many of them have an unknown number of bytes.
+      ``offloaded_bytes``: bytes of the others.
+    - ``packed``: number of saved tensors in whose place a hook has stored something that is not a tensor.
+      Those of torch's checkpointing are left out.
+    - ``unread``: number of saved tensors that this version of torch does not let one read (torch 2.5).
+    - ``rows``: last dimension -> most rows (elements divided by it) of a saved tensor on that device that has
+      at least two dimensions and is no parameter or buffer.
     """
 
     backwards: int = 0
@@ -178,8 +191,9 @@ class SavedTensors:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CrossRankReads:
-    """Whether some block reads other ranks' parts of a sample (``reached``), and the number of blocks that
-    read only the rank's part."""
+    """Whether some tried block reads the parts of a sample that other ranks hold (``reached``), and the
+    number of tried blocks that read other positions of the rank's own part, but no other rank's
+    (``local_only``)."""
 
     reached: bool = False
     local_only: int = 0
@@ -190,9 +204,10 @@ class CrossRankReads:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InputDigests:
-    """What the model received. ``digests`` holds one digest per forward pass. ``several`` says whether these
-    inputs contained more than one distinct sample: two ranks may receive the same sample by chance, but not
-    the same two."""
+    """What the model received in the first 16 forward passes of a step. ``digests`` holds one digest per
+    pass, of all its input tensors. ``several`` says whether the inputs contained more than one distinct
+    sample, in one pass or in different ones: two ranks may receive the same sample by chance, but not the
+    same two."""
 
     digests: tuple[str, ...] = ()
     several: bool = False
@@ -200,9 +215,9 @@ class InputDigests:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PassOrder:
-    """The order of forwards (F), backwards (B) and the weights' parts of backwards (W), as ``letters``.
-    ``is_staged``: whether they are those of torch's pipeline stages, else they are the model's forward passes
-    and calls of backward."""
+    """The order in which a rank ran forwards (F), backwards (B) and the weights' parts of backwards (W), as
+    ``letters``, for example "FFBB"; "" if none were observed. ``is_staged``: whether these are the calls of
+    torch's pipeline stages. Else they are the model's forward passes and calls of backward (F and B only)."""
 
     letters: str = ""
     is_staged: bool = False
@@ -210,12 +225,13 @@ class PassOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateNorms:
-    """The gradients that the updates received.
+    """The norms of the gradients that the updates received.
 
     - ``limits``: the maximum norms with which torch's clipping was called.
     - ``is_observed``: whether an update with gradients was observed.
-    - ``squared_norm``: of the gradients on this rank; ``squared_norm_share``: the terms of this rank in the
-      squared norm of all ranks' gradients.
+    - ``squared_norm``: of all gradients on this rank.
+    - ``squared_norm_share``: what this rank adds to the squared norm of all ranks' gradients. Gradients that
+      n ranks hold equally count 1/n. The sum over the ranks is the squared norm.
     """
 
     limits: frozenset[float] = frozenset()
@@ -226,15 +242,15 @@ class UpdateNorms:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GradientFigures:
-    """Fingerprints of gradients, by parameter name.
+    """Fingerprints of the gradients on one rank. All mappings have parameter names as keys.
 
-    - ``local``: of the gradient as this rank's backward passes made it, followed by the sum of its squares,
-      both added up over the passes. Under tensor parallelism, only of parameters that it shards: the gradient
-      of another may be only this rank's term of a sum.
-    - ``backward``, ``before``, ``after``: of the gradient that this rank holds after the last backward, and
-      before and after the optimizer's last step.
+    - ``local``: of the gradient that this rank's backward passes made, before any reduction over ranks,
+      followed by the sum of its squares. Both are added up over the passes. Under tensor parallelism, only of
+      parameters that it shards: the gradient of another may be only this rank's term of a sum.
+    - ``backward``, ``before``, ``after``: of what this rank holds of the gradient after the last backward,
+      and before and after the optimizer's last step.
     - ``began``: whether gradients of an earlier pass existed when the first backward began.
-    - ``waiting``: whether FSDP2 had not reduced some gradients when the optimizer stepped.
+    - ``waiting``: whether FSDP2 had not reduced some gradients when the optimizer stepped last.
     - ``has_user_hooks``: whether hooks of the user may change gradients.
     """
 
@@ -249,17 +265,20 @@ class GradientFigures:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankObservation:
-    """What one rank observed that is compared with other ranks. What the plan does not compare is empty.
+    """What one rank observed that is compared with other ranks. A field is empty if the plan requires no
+    comparison of it.
 
-    - ``coordinate``: its index along each dimension of the plan's mesh.
-    - ``held_elements``, ``part_elements``: elements of parameters that it holds, and before data-parallel
-      sharding.
-    - ``norms``: of the trained parameters, by name; ``matrix_norms``: of the matrices, in their order.
+    - ``coordinate``: dimension of the plan's mesh -> the rank's index along it.
+    - ``held_elements``: elements of parameters in the rank's memory. ``part_elements``: elements of the same
+      parameters before data-parallel sharding.
+    - ``norms``: name of a trained parameter -> norm of its part on the rank. ``matrix_norms``: of all
+      parameters with at least two dimensions, in the model's order; only under tensor parallelism.
     - ``tensor_sharded``: names of the parameters that tensor parallelism shards; None if that is unknown.
     - ``learned``: names of the trained parameters that got a gradient.
-    - ``block_inputs``, ``block_outputs``: fingerprints of the first inputs of the first block's modules, and
-      of the last block's outputs, each of these with its norm.
-    - ``losses``: sums of the tensors at which backward starts: losses, or what a pipeline stage passes on.
+    - ``block_inputs``: sums and norms of the inputs of the modules of the first block (`of_inputs`).
+      ``block_outputs``: fingerprint and norm of each output of the last block (`of_output`).
+    - ``losses``: the sum of the elements of each tensor at which a backward starts: a loss, or what a
+      pipeline stage passes on.
     """
 
     coordinate: Mapping[str, int]
@@ -278,48 +297,54 @@ class RankObservation:
     gradients: GradientFigures = dataclasses.field(default_factory=GradientFigures)
 
     def other_coordinates(self, *dimensions: str) -> tuple[int, ...]:
-        """Return the rank's coordinates along all dimensions of the plan's mesh except ``dimensions``: equal
-        for the ranks that differ from this one only along these."""
+        """Return the rank's coordinates along all dimensions of the plan's mesh except ``dimensions``, in the
+        mesh's order. Two ranks have equal ones if they differ only along ``dimensions``."""
         return tuple(v for name, v in self.coordinate.items() if name not in dimensions)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Observations:
-    """What checks compare with the plan.
+    """What checks compare with the plan. What is not in ``ranks`` is of this rank.
 
     ``ranks``: what each rank observed, in the order of ranks; ``rank``: the index of this one.
 
-    The caller of the monitor says these. None means unknown.
+    The caller of the monitor says these. None means unknown unless it is said otherwise.
 
     - ``model_elements``: elements of the model's parameters before any sharding.
     - ``micro_batches``: micro-batches of the observed step; None if they are the plan's.
     - ``clip``: the largest gradient norm that the update should receive; 0 means no clipping.
     - ``norm_before_clipping``: the norm of all ranks' gradients before any clipping.
     - ``plain_dtypes``: dtypes of the parameters of the model without a plan.
-    - ``plain_runs``: what the blocks of that model did in a step under autocast to a dtype (None: without
-      autocast), for the runs that checks asked for and that did not fail.
+    - ``plain_runs``: autocast dtype (None: no autocast) -> what the blocks of the model without a plan did in
+      a step under it, for the runs that checks asked for and that did not fail.
 
     These are of the model and the optimizer.
 
-    - ``head``: the output layer, None if it was not found; ``other_linears``: the other linear layers.
-    - ``block_linears``: linear layers in blocks; ``frozen_linears``: those whose weight is not trained,
-      whatever its number of bits or its class.
+    - ``parameters``: in the model's order; ``block_count``: number of repeated blocks, 0 if none were found.
+    - ``head``: the output layer, None if it was not found or the plan does not need it.
+    - ``other_linears``: torch's linear layers other than ``head``; ``block_linears``: those in blocks.
+    - ``frozen_linears``: linear layers in blocks whose weight is not trained, whatever its number of bits or
+      its class.
     - ``has_dropout``: whether some module drops values in training.
-    - ``fsdp_groups``: for each parameter group of FSDP2, block -> number of parameters; -1 for parameters
-      outside the blocks.
-    - ``update_kernels``: how torch's AdamW updates: "fused", "foreach" or "single"; empty without a torch
-      optimizer.
+    - ``fsdp_groups``: for each parameter group of FSDP2, block -> number of parameters; the key -1 is for
+      parameters outside the blocks.
+    - ``states``: one for each key of the optimizer's state.
+    - ``update_kernels``: how torch's AdamW updates: "fused", "foreach" or "single". Empty without a torch
+      optimizer, or if the plan names none of these.
     - ``offload_policy``: which of "parameters" and "optimizer" the settings of FSDP2 or of the ZeRO optimizer
       move to the host; None if there is no such object.
 
     These are of the step.
 
-    - ``activity``: what the blocks did; ``saved``: what autograd kept; ``reads``: of other ranks' parts.
-    - ``forwards``: forward passes of the model; ``passes``: backward passes for each optimizer step.
+    - ``activity``: what the blocks did; ``saved``: what autograd kept; ``reads``: whether blocks read other
+      ranks' parts of a sample.
+    - ``forwards``: number of forward passes of the model; ``passes``: number of backward passes for each
+      optimizer step.
     - ``gradient_elements``: elements of gradients on this rank before the first update; None if no update was
-      observed. ``arrived_gradients``: number of gradients that arrived in backward;
-      ``backward_gradient_elements``: most elements of gradients held while they arrived.
-    - ``gathered_blocks``: blocks that FSDP2 had gathered when backward began; None if not observed.
+      observed.
+    - ``arrived_gradients``: how often a parameter's gradient was accumulated in backward;
+      ``backward_gradient_elements``: most elements of gradients that this rank held then.
+    - ``gathered_blocks``: blocks that FSDP2 had gathered when the first backward began; None if not observed.
     """
 
     rank: int
@@ -360,7 +385,8 @@ class Observations:
 
     @property
     def has_step(self) -> bool:
-        """Whether a training step was observed."""
+        """Whether a training step was observed: a forward pass of the model or of a block, or a backward
+        pass."""
         return bool(self.activity.ran or self.forwards or self.saved.backwards)
 
     @property
@@ -369,9 +395,10 @@ class Observations:
 
     @property
     def block_parameters(self) -> tuple[tuple[ObservedParameter, ...], ...]:
-        """The parameters of each block."""
+        """The parameters of each block, in the order of the blocks."""
         return tuple(tuple(p for p in self.parameters if i in p.blocks) for i in range(self.block_count))
 
     def part_elements(self, params: Iterable[ObservedParameter]) -> int:
-        """Return the number of elements of ``params`` before data-parallel sharding, by `part_elements`."""
+        """Return the number of elements of ``params`` before data-parallel sharding: the function
+        `part_elements` with this object's ``model_elements``."""
         return part_elements(params, self.model_elements)

@@ -7,8 +7,9 @@ from memfit.types.plan import Plan
 
 
 def shard_degree(plan: Plan, what: str) -> tuple[int, str]:
-    """Return (number of ranks over which the plan shards ``what``, 1 if it does not; the name of that
-    feature). ``what`` is "parameters", "gradients" or "optimizer state"."""
+    """Return (number of ranks over which the plan shards ``what``, 1 if it does not; a name of this feature
+    for findings). ``what`` is "parameters", "gradients" or "optimizer state". The name says which technique
+    shards, for example "fsdp2: gradients"; without fsdp2, zero and sharded-ddp it is ``what`` itself."""
     mesh = layout(plan)
     if plan.get("fsdp2") is not None:
         return mesh.shard * mesh.context, f"fsdp2: {what}"
@@ -22,7 +23,7 @@ def shard_degree(plan: Plan, what: str) -> tuple[int, str]:
 
 
 def persists(plan: Plan, elements: int) -> bool:
-    """Return whether the plan has ZeRO, of any stage, and a parameter of ``elements`` elements is so small
-    (``persist_elements``) that stage 3 keeps it whole on every rank."""
+    """Return whether the plan has zero and ``elements`` is at most its setting ``persist_elements``: ZeRO 3
+    keeps a parameter of so few elements whole on every rank. The stage in the plan is ignored."""
     use = plan.get("zero")
     return use is not None and elements <= int(use.settings["persist_elements"])

@@ -26,11 +26,11 @@ from memfit.types.plan import Plan
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConformanceCheck:
     """``function`` compares a plan with what was observed of a model and a step with it, and yields its
-    findings. It has no other input and no effect. It yields nothing if the plan has nothing to check.
+    findings. It has no other input and no effect. It yields nothing if the plan has nothing that it checks.
 
-    ``techniques``: those whose effect it checks. Some checks also find effects that the plan does not
-    request. ``needs_step``: whether it is left out if no training step was observed.
-    """
+    ``techniques``: the techniques whose effect it checks, empty for a check of something that is no
+    technique. Some checks also find effects that the plan does not request. ``needs_step``: whether the check
+    is left out if no training step was observed."""
 
     function: Callable[[Plan, Observations], Iterator[CheckFinding]]
     techniques: tuple[str, ...] = ()
@@ -109,8 +109,9 @@ _UNCHECKED_KNOBS = {
 
 
 def findings(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Yield the findings of all checks, of those that need a training step only if one was observed, and then
-    a finding for each part of the plan that was not checked."""
+    """Yield the findings of all checks in the order of `CHECKS`. Checks that need a training step are left
+    out if none was observed; a `NotChecked` says so if the plan has techniques. At the end, yield a
+    `NotChecked` for each part of the plan that no check covers (`_unchecked`)."""
     for check in CHECKS:
         if observed.has_step or not check.needs_step:
             yield from check.function(plan, observed)
@@ -121,8 +122,9 @@ def findings(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 def _unchecked(plan: Plan, *, has_step: bool) -> Iterator[str]:
     """Yield a text for each part of the plan that no check covers: a technique, a part of a technique, or a
-    setting of ddp, fsdp2 or zero (`_UNCHECKED_KNOBS`) that is not the default. ``has_step``: whether a
-    training step was observed; without one, the techniques that only a step shows are among them."""
+    setting of ddp, fsdp2 or zero in `_UNCHECKED_KNOBS` that is not the default. ``has_step``: whether a
+    training step was observed. If not, techniques whose effect shows only in a step are named, too, but for
+    tensor-parallel and those of data parallelism."""
     for name in (u.technique for u in plan.uses):
         if name not in COVERED:
             yield f"{name}: not checked"

@@ -19,10 +19,13 @@ _DATA_PARALLEL = ("ddp", "fsdp2", "zero", "sharded-ddp")
 
 
 def different_samples(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether all data-parallel ranks train on different samples, by the inputs of their models. Two
-    ranks with the same inputs and losses are a difference if the inputs contain more than one sample. Not
-    checked if no inputs were observed on some rank, or if ranks get the same inputs, but these are only one
-    sample or the losses differ. Does nothing with one data-parallel rank."""
+    """Check whether all data-parallel ranks train on different samples, by digests of the inputs of their
+    models. Two ranks of a group are a difference if their inputs are the same, contain more than one sample,
+    and give the same losses.
+
+    Yields `NotChecked` if no inputs were observed on some rank, or if ranks get the same inputs, but for each
+    pair of them these are only one sample or the losses differ. Yields nothing with one data-parallel
+    rank."""
     if (degree := layout(plan).data) == 1:
         return
     technique = next((u.technique for u in plan.uses if u.technique in _DATA_PARALLEL), "replicas")
@@ -55,7 +58,8 @@ def different_samples(plan: Plan, observed: Observations) -> Iterator[CheckFindi
 
 
 def _equal(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Return whether losses were observed, and are equal."""
+    """Return whether ``a`` and ``b``, losses, are not empty, of equal length and pairwise equal within a
+    relative 1e-6."""
     return (
         bool(a)
         and len(a) == len(b)
@@ -64,9 +68,9 @@ def _equal(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def other_parts(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, with context or axial parallelism, whether some block reads the other ranks' parts of a sample.
-    Not checked if no block was observed in which the output at some positions depends on the input at
-    others."""
+    """Check, with context-parallel or axial-parallel, whether some block reads the other ranks' parts of a
+    sample. Yields `NotChecked` if no block was observed whose output at some positions depends on the input
+    at others. Yields nothing if samples are not divided among ranks."""
     use = plan.get("context-parallel") or plan.get("axial-parallel")
     if use is None or layout(plan).context == 1:
         return

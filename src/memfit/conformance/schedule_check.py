@@ -16,8 +16,11 @@ from memfit.types.plan import Plan
 
 
 def micro_batches(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether the step runs as many micro-batches as planned, or with gradient accumulation a multiple
-    of that number. Not checked if no forward or backward pass was observed."""
+    """Check how many micro-batches the step runs. With a pipeline, as many as planned, on each of this rank's
+    stages. Else a multiple of the number that is planned, which is 1 without gradient-accumulation. Yields
+    `NotChecked` if the plan has gradient-accumulation or a pipeline and no forward or backward pass was
+    observed. Yields nothing if one micro-batch is planned without a pipeline and passes were observed, or if
+    the plan has neither technique and no passes were observed."""
     accumulation, pipeline = plan.get("gradient-accumulation"), plan.get("pipeline")
     planned_count = observed.micro_batches or (
         int(accumulation.settings["micro_batches"]) if accumulation else 1
@@ -41,11 +44,14 @@ def micro_batches(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def schedule(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, if the plan has a pipeline, whether on each stage at most as many micro-batches are in flight as
-    its schedule allows (with gpipe, exactly as many), and whether gradients of weights are computed
-    separately exactly if the schedule is a zero-bubble one. Both are not checked if some rank was not
-    observed to run forwards and backwards, the second also if some rank does not run torch's pipeline
-    stages."""
+    """Check, with a pipeline, the order of forwards and backwards. Yields nothing without a pipeline.
+
+    First, how many micro-batches are in flight (forwards whose backward has not run): on each stage at most
+    as many as the planned schedule allows, with gpipe exactly as many. Second, whether gradients of weights
+    are computed separately from those of inputs: exactly with a zero-bubble schedule.
+
+    Yields one `NotChecked` instead of both if some rank was not observed to run forwards and backwards, and
+    one instead of the second if some rank does not run torch's pipeline stages."""
     use = plan.get("pipeline")
     if use is None:
         return
@@ -84,10 +90,11 @@ def schedule(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def _under_way(name: str, virtual: int, stages: int, micro_batches: int, stage: int) -> int:
-    """Return the largest number of forwards whose backward has not run that the schedule ``name`` allows on
-    the rank at ``stage``, of ``stages`` ranks with ``virtual`` stages each (Huang et al. 2019; Narayanan et
-    al. 2019 and 2021; Qi et al. 2023, whose V schedule holds on every rank what 1F1B holds on its first
-    rank)."""
+    """Return the largest number of forwards whose backward has not run that a schedule allows on the rank at
+    ``stage`` (from 0), of ``stages`` ranks with ``virtual`` stages each. It is at most ``micro_batches`` *
+    ``virtual``. ``name``: "gpipe" (Huang et al. 2019), "1f1b" (Narayanan et al. 2019), "interleaved"
+    (Narayanan et al. 2021), or "zero-bubble" or "zero-bubble-v" (Qi et al. 2023; the second holds on every
+    rank what 1F1B holds on its first rank)."""
     # Interleaved: micro-batches of a stage before the rank's next stage runs.
     at_once = micro_batches // max(1, micro_batches // stages)
     later_stages = stages - 1 - stage

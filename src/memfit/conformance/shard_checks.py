@@ -17,9 +17,10 @@ _IGNORED_RATIO = 0.05  # fraction of elements that FSDP2 may leave whole
 
 
 def parameters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether this rank holds as many elements of parameters as planned: at most its shard if the plan
-    shards them, else at least 99 % of its part of the model. Not checked if they should be sharded and this
-    rank holds none, or with expert-parallel."""
+    """Check how many elements of parameters this rank holds: at most its shard if the plan shards parameters,
+    else at least 99 % of its part of the model (before data-parallel sharding). Yields `NotChecked` if they
+    should be sharded and this rank holds none. Yields nothing with expert-parallel, or if the model has no
+    parameters."""
     if plan.get("expert-parallel") is not None:
         return
     params = observed.parameters
@@ -47,9 +48,12 @@ def parameters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, if the plan shards gradients, whether this rank holds at most its shard of them before the
-    update, and with ZeRO stage 2 at most that and a bucket in backward. The second is not checked if all
-    gradients fit in one bucket. Does nothing with expert-parallel, or if no update was observed."""
+    """Check, if the plan shards gradients, how many elements of them this rank holds. Before the update, at
+    most its shard, and with fsdp2 not none (then gradients were not reduced). In backward, with ZeRO stage 2,
+    at most its shard (rounded up to whole parameters), one reduce bucket and the largest parameter.
+
+    Yields `NotChecked` for the second if this limit is not below the size of all gradients. Yields nothing
+    with expert-parallel, if the plan does not shard gradients, or if no update was observed."""
     params = observed.trained
     degree, feature = shard_degree(plan, "gradients")
     held_elements = observed.gradient_elements
@@ -85,7 +89,8 @@ def gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 def optimizer_state(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check, if the plan shards the optimizer's state, whether this rank has state for at most its shard of
-    the trained parameters. Not checked if there is no state. Does nothing with expert-parallel."""
+    the trained parameters. Yields `NotChecked` if there is no state, whether the plan shards it or not.
+    Yields nothing with expert-parallel, or if there is state and the plan does not shard it."""
     if plan.get("expert-parallel") is not None:
         return
     state_elements = sum(max((t.elements for t in s.tensors), default=0) for s in observed.states)
@@ -102,11 +107,13 @@ def optimizer_state(plan: Plan, observed: Observations) -> Iterator[CheckFinding
 
 
 def _shard(plan: Plan, observed: Observations, params: Sequence[ObservedParameter], degree: int) -> float:
-    """Return the most elements of ``params`` that one of ``degree`` ranks may hold. With fsdp2, they are
-    whole rows of each parameter, and whole parameters that it ignores (at most 5 % of the elements); with
-    sharded-ddp, an even part and most of the largest parameter; else an even part. If some of ``params`` are
-    freed and their sizes unknown, it is an even part of the whole model with any technique. Padding of 64
-    elements per rank is added except with sharded-ddp."""
+    """Return the most elements of ``params`` that one of ``degree`` ranks may hold.
+
+    With fsdp2, these are the rank's rows of each parameter, rounded up to whole rows, and parameters that
+    FSDP2 ignores (if they have at most 5 % of the elements) as a whole. With sharded-ddp, 1/degree of all and
+    (degree - 1)/degree of the largest parameter. Else 1/degree of each, rounded up. If sizes of freed
+    parameters are unknown, it is 1/degree of the whole model with any technique. 64 * degree elements are
+    added for padding, except with sharded-ddp and known sizes."""
     sizes = [p.whole_elements for p in params]
     if (whole_part := observed.part_elements(params)) > sum(sizes):
         return whole_part / degree + _PADDING * degree
@@ -126,8 +133,9 @@ def _shard(plan: Plan, observed: Observations, params: Sequence[ObservedParamete
 
 
 def _overlapping(params: Sequence[ObservedParameter], degree: int, rank: int) -> int:
-    """Return the elements of those of ``params`` that lie at least partly in the part of ``rank`` if all are
-    concatenated and divided evenly among ``degree`` ranks."""
+    """Return the elements of those ``params`` that lie at least partly in one rank's part, if all are
+    concatenated and divided evenly among ``degree`` ranks. The part is the one with index ``rank`` modulo
+    ``degree``."""
     size = math.ceil(sum(p.whole_elements for p in params) / degree)
     first = size * (rank % degree)
     ends = list(itertools.accumulate(p.whole_elements for p in params))
@@ -137,7 +145,7 @@ def _overlapping(params: Sequence[ObservedParameter], degree: int, rank: int) ->
 
 
 def _bucketed(plan: Plan) -> int:
-    """Return the elements of the buckets for gradients, one per owning rank, that sharded-ddp keeps on every
-    rank; 0 without sharded-ddp."""
+    """Return the elements of gradients that sharded-ddp keeps on every rank in buckets, one bucket of
+    ``reduce_buffer_elements`` for each rank of a shard group; 0 without sharded-ddp."""
     use = plan.get("sharded-ddp")
     return int(use.settings["reduce_buffer_elements"]) * layout(plan).shard if use is not None else 0

@@ -18,8 +18,8 @@ _DEEP = 8  # depth of wrappers around an optimizer
 
 
 def whole(param: nn.Parameter) -> int:
-    """Return the number of elements of a parameter before data-parallel sharding. Under tensor parallelism,
-    it is that of this rank's part."""
+    """Return the number of elements of a parameter before data-parallel sharding, also if ZeRO 3 has freed
+    it. Under tensor parallelism, it is that of this rank's part, rounded up."""
     if lets_go(param):
         return math.prod(shape(param))
     mesh: Any = getattr(param, "device_mesh", None)
@@ -37,8 +37,9 @@ _UNNAMED_IS_TENSOR: contextvars.ContextVar[bool] = contextvars.ContextVar("unnam
 
 @contextlib.contextmanager
 def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
-    """Inside this context, let `placed` read device meshes whose dimensions have no names as those of tensor
-    parallelism, if the plan has it and no module of the model uses FSDP2, else as data-parallel."""
+    """Inside this context, `placed` reads device meshes whose dimensions have no names as those of tensor
+    parallelism if the plan has tensor-parallel and no module of the model uses FSDP2, else as data-parallel.
+    Outside, it reads them as data-parallel."""
     only_tensor = plan.get("tensor-parallel") is not None and not any(True for _ in fsdp_groups(model))
     token = _UNNAMED_IS_TENSOR.set(only_tensor)
     try:
@@ -49,7 +50,8 @@ def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
 
 def placed(param: torch.Tensor) -> list[tuple[Any, bool]]:
     """Return (placement, whether it belongs to tensor parallelism) for each dimension of the device mesh of
-    ``param``. Return an empty list for a plain tensor."""
+    ``param``. The name of the dimension decides, for example "tp"; for one without a name, see `meshes_of`.
+    Return an empty list for a plain tensor."""
     mesh: Any = getattr(param, "device_mesh", None)
     if mesh is None:
         return []
@@ -64,7 +66,7 @@ def shape(param: torch.Tensor) -> tuple[int, ...]:
 
 
 def lets_go(param: torch.Tensor) -> bool:
-    """Return whether ZeRO 3 frees this parameter between uses."""
+    """Return whether DeepSpeed's or memfit's ZeRO 3 frees this parameter between uses."""
     return hasattr(param, "ds_shape") or hasattr(param, "whole_shape")
 
 
@@ -95,7 +97,7 @@ def from_all(own: Any) -> list[Any]:
 
 def local_elements(tensor: torch.Tensor) -> int:
     """Return the number of elements of a tensor that this rank holds: of a sparse tensor its stored values,
-    and 0 if its memory is freed."""
+    of a parameter that ZeRO 3 has freed its shard, and 0 of another tensor whose memory is freed."""
     if (shard := own_shard(tensor)) is not tensor and tensor.numel() == 0:
         return int(shard.numel())
     local: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
@@ -106,7 +108,8 @@ def local_elements(tensor: torch.Tensor) -> int:
 
 def layers(optimizer: Any) -> Iterator[Any]:
     """Yield an optimizer and the optimizers that it wraps in its attribute ``optimizer``, ``optim``,
-    ``inner`` or ``base_optimizer``, outermost first, at most 8 in all. Yield nothing for None."""
+    ``inner`` or ``base_optimizer`` (the first of these that has a ``step``), outermost first, at most 8 in
+    all. Yield nothing for None."""
     for _ in range(_DEEP):
         if optimizer is None:
             return
@@ -118,8 +121,8 @@ def layers(optimizer: Any) -> Iterator[Any]:
 
 
 def states(optimizer: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
-    """Yield (parameter, non-scalar tensors of its state) on this rank, from the innermost wrapped optimizer
-    that has any state."""
+    """Yield (key of the state, in general a parameter; the non-scalar tensors of its state) on this rank,
+    from the innermost wrapped optimizer that has any state. Yield nothing if none has."""
     for layer in reversed(list(layers(optimizer))):
         state = getattr(layer, "state", None)
         if isinstance(state, Mapping) and state:

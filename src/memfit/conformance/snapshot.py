@@ -33,8 +33,9 @@ from memfit.types.errors import UserError
 def parameters(
     prepared: Prepared, graph: Graph, learned_ids: Collection[int], *, measures_norms: bool
 ) -> Iterator[ObservedParameter]:
-    """Yield the model's parameters. ``learned_ids``: ids of those that got a gradient. ``measures_norms``:
-    measure the norms of trained parameters, and of matrices under tensor parallelism."""
+    """Yield the model's parameters, in its order. ``learned_ids``: ids of those that got a gradient.
+    ``measures_norms``: whether to measure the norms of trained parameters and, under tensor parallelism, of
+    all matrices; else norms are None."""
     shards = {id(param): id(shard) for param, shard in gathered(prepared.model)}
     compiled_ids = {shards.get(i, i) for i in graph.compiled}
     graph_ids = compiled_ids | {shards.get(i, i) for i in graph.eager}
@@ -85,7 +86,8 @@ def _norm(param: nn.Parameter) -> float | None:
 
 
 def head(prepared: Prepared) -> nn.Linear | None:
-    """Return the output layer, or None if it is not found."""
+    """Return the output layer: the one that ``prepared.head`` names, or else one found in the model. Return
+    None if it is not found."""
     try:
         return find_head(prepared.model, prepared.head)[1]
     except UserError:
@@ -93,20 +95,21 @@ def head(prepared: Prepared) -> nn.Linear | None:
 
 
 def linear(module: Any) -> ObservedLinear:
-    """Return what is observed of a linear layer."""
+    """Return the sizes and the class name of a linear layer."""
     return ObservedLinear(
         in_features=module.in_features, out_features=module.out_features, class_name=type(module).__name__
     )
 
 
 def linears(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
-    """Yield those of ``modules`` that are torch's linear layers."""
+    """Yield those of ``modules`` that are instances of nn.Linear."""
     return (m for m in modules if isinstance(m, nn.Linear))
 
 
 def is_frozen_linear(module: Any) -> bool:
-    """Return whether a module is a linear layer whose weight is not trained, whatever its number of bits, and
-    has parameters or buffers on this rank. False for a module with children."""
+    """Return whether a module is a linear layer (with ``in_features`` and ``out_features``) whose weight is
+    not trained, whatever its number of bits, and has parameters or buffers on this rank. False for a module
+    with children."""
     if not isinstance(getattr(module, "in_features", None), int) or next(module.children(), None) is not None:
         return False
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -119,7 +122,8 @@ def is_frozen_linear(module: Any) -> bool:
 
 
 def drops_values(module: nn.Module) -> bool:
-    """Return whether a module is in training and drops values at random."""
+    """Return whether a module is in training and drops values at random: its attribute ``p`` is a float above
+    0."""
     return bool(module.training and isinstance(p := getattr(module, "p", 0.0), float) and p > 0)
 
 
@@ -127,8 +131,8 @@ def drops_values(module: nn.Module) -> bool:
 
 
 def fsdp_group_blocks(prepared: Prepared) -> Iterator[dict[int, int]]:
-    """Yield, for each parameter group of FSDP2, block -> number of parameters; -1 for those outside the
-    blocks."""
+    """Yield a mapping for each parameter group of FSDP2: index of a block -> number of the group's parameters
+    in it. The key -1 is for parameters outside the blocks."""
     block_of_module = _block_of(prepared)
     for group in fsdp_groups(prepared.model):
         indices = (block_of_module.get(p._module_info.module, -1) for p in group.fsdp_params)
@@ -136,7 +140,8 @@ def fsdp_group_blocks(prepared: Prepared) -> Iterator[dict[int, int]]:
 
 
 def gathered_blocks(prepared: Prepared) -> tuple[int, ...]:
-    """Return the indices of the blocks of whose elements more than half are gathered by FSDP2 now."""
+    """Return the indices of the blocks of which FSDP2 now has more than half of the elements that it shards
+    gathered."""
     block_of_module, block_count = _block_of(prepared), len(prepared.blocks)
     gathered_elements, total_elements = [0] * block_count, [0] * block_count
     for param in fsdp_params(prepared.model):
@@ -163,7 +168,8 @@ def _block_of(prepared: Prepared) -> dict[nn.Module, int]:
 
 
 def optimizer_states(prepared: Prepared) -> Iterator[ObservedState]:
-    """Yield the state that the innermost wrapped optimizer with any state keeps for each parameter."""
+    """Yield what the innermost wrapped optimizer that has any state keeps, one `ObservedState` for each key
+    of its state (mostly a parameter). Yield nothing if none has state."""
     embedding_ids = {id(m.weight) for m in prepared.model.modules() if isinstance(m, nn.Embedding)}
     for param, tensors in states(prepared.optimizer):
         is_tensor = isinstance(param, torch.Tensor)
@@ -203,8 +209,9 @@ def _address(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def update_kernels(optimizer: Any) -> frozenset[str]:
-    """Return how torch's AdamW updates, "fused", "foreach" or "single", by the flags of the parameter groups;
-    torch obeys them or raises an error. It is empty if there is no torch optimizer."""
+    """Return which updates torch's AdamW runs, "fused", "foreach" or "single", as the set over the parameter
+    groups. It is read from their flags: torch obeys them or raises an error. Without flags, it is "foreach",
+    or "single" if all parameters are on the CPU. The set is empty if there is no torch optimizer."""
     inner_optimizers = [o for o in layers(optimizer) if hasattr(o, "param_groups")][-1:]
     inner_optimizers = list(getattr(optimizer, "optimizers", {}).values()) or inner_optimizers
     return frozenset(_kernel(group) for o in inner_optimizers for group in getattr(o, "param_groups", ()))
@@ -220,7 +227,8 @@ def _kernel(group: dict[str, Any]) -> str:
 
 def offload_policy(prepared: Prepared) -> frozenset[str] | None:
     """Return which of "parameters" and "optimizer" (its state) the settings of FSDP2 or of the ZeRO optimizer
-    move to the host, or None if there is no such object."""
+    move to the host. With FSDP2, it is both or, unless all parameter groups offload, none. Return None if the
+    model has no parameter groups of FSDP2 and no ZeRO optimizer."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     if policies := [isinstance(g.offload_policy, CPUOffloadPolicy) for g in fsdp_groups(prepared.model)]:

@@ -17,9 +17,11 @@ _CALLS = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_
 
 class Order:
     """Records this rank's order of forwards (F), backwards (B) and the weights' parts of backwards (W), as
-    letters. ``staged`` is the order of torch's pipeline stages between `__enter__` and `__exit__`, "" if the
-    plan has no pipeline; forwards of stages without a backward are left out. ``plain`` is the order of
-    `on_forward` and `on_backward` calls: the model's forward passes and calls of backward."""
+    strings of these letters, for example "FFBB".
+
+    ``staged`` is the order of torch's pipeline stages between `__enter__` and `__exit__`; "" if the plan has
+    no pipeline. Stages that run without a backward are left out. ``plain`` is the order of the calls of
+    `on_forward` and `on_backward`."""
 
     def __init__(self, plan: Plan) -> None:
         self._listens = plan.get("pipeline") is not None
@@ -38,15 +40,15 @@ class Order:
         self._stack.close()
 
     def on_forward(self) -> None:
-        """Record a forward pass of the model."""
+        """Record a forward pass of the model: append "F" to ``plain``."""
         self.plain += "F"
 
     def on_backward(self) -> None:
-        """Record a backward pass."""
+        """Record a backward pass: append "B" to ``plain``."""
         self.plain += "B"
 
     def observed(self) -> PassOrder:
-        """Return the order of the pipeline stages if some ran, else that of the model's passes."""
+        """Return ``staged``, or ``plain`` if ``staged`` is empty."""
         return PassOrder(letters=self.staged or self.plain, is_staged=bool(self.staged))
 
     def _recording(self, inner: Callable[..., Any], letter: str) -> Callable[..., Any]:

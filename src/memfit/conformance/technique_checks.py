@@ -35,8 +35,11 @@ _LOW_RANK = 32  # rows and columns from which factored moments are clearly small
 
 def offloaded_activations(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check whether activation-offload moves the tensors saved for backward that have at least its minimum
-    size: at most a quarter of their bytes may stay (of their number, if the bytes moved are unknown). Not
-    checked if the step runs in the memory to offload to, or saves no such tensors."""
+    size: at most a quarter of their bytes may stay, or of their number if the bytes moved are unknown. With
+    offload to disk, only contiguous tensors count as staying.
+
+    Yields `NotChecked` if tensors should move to the host and the step runs there, or if it saves no tensors
+    of this size. Yields nothing without activation-offload."""
     use = plan.get("activation-offload")
     if use is None:
         return
@@ -66,9 +69,9 @@ def offloaded_activations(plan: Plan, observed: Observations) -> Iterator[CheckF
 
 
 def dropped_tensors(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether optimal-checkpointing replaces at least one tensor saved for backward by something from
-    which backward recomputes it. Does nothing if the plan drops no tensor. Not checked if this version of
-    torch does not expose saved tensors."""
+    """Check whether optimal-checkpointing replaces at least one tensor saved for backward by something else,
+    from which backward recomputes it. Yields `NotChecked` if this version of torch does not expose saved
+    tensors. Yields nothing without optimal-checkpointing, or if it drops no tensor."""
     use = plan.get("optimal-checkpointing")
     if use is None or use.settings["dropped"] in ("", "none"):
         return
@@ -83,8 +86,9 @@ def dropped_tensors(plan: Plan, observed: Observations) -> Iterator[CheckFinding
 
 def compiled(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check whether the modules that compile covers, each block or the whole model, run compiled: of the
-    elements of a module's parameters that get gradients, over half get them from compiled graphs. Not checked
-    if no parameter of these modules gets a gradient."""
+    elements of a module's parameters that get gradients, over half get them from compiled graphs. A module
+    without such parameters is left out. Yields `NotChecked` if no module has any. Yields nothing without
+    compile."""
     use = plan.get("compile")
     if use is None:
         return
@@ -109,9 +113,12 @@ def compiled(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def chunked_loss(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether no logits are kept for backward, as chunked-cross-entropy promises. Not checked if the
-    model's output layer (head) is not found, if logits cannot be told from the outputs of other layers by
-    their last dimension, if no backward was observed, or if the tensors saved for it cannot be inspected."""
+    """Check whether no logits are kept for backward, as chunked-cross-entropy promises. Logits are recognised
+    by their last dimension, the number of classes.
+
+    Yields `NotChecked` if the model's output layer (head) is not found, if another linear layer has this
+    size, if no backward was observed, if the tensors of this size have too few rows to be a chunk's logits,
+    or if saved tensors cannot be inspected. Yields nothing without chunked-cross-entropy."""
     use = plan.get("chunked-cross-entropy")
     if use is None:
         return
@@ -141,10 +148,16 @@ def chunked_loss(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def adapters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, with lora or qlora, for the model's repeated blocks: whether matrices are trained, and only
-    those of at most the planned rank; whether the trained matrices have as many elements as adapters of that
-    rank for all frozen linear layers; and, with qlora, whether no frozen matrix is in floating point. Not
-    checked if there are no blocks with matrices."""
+    """Check, with lora or qlora, the matrices (parameters with at least two dimensions) of the model's
+    repeated blocks:
+
+    - Some are trained, and only those whose smaller size is at most the planned rank.
+    - Trained ones of exactly this rank have at least as many elements as adapters for all frozen linear
+      layers (not judged if none are trained).
+    - With qlora, no frozen one is in floating point.
+
+    Yields `NotChecked` if the blocks have no matrices. Yields nothing without lora and qlora.
+    """
     use = plan.get("lora") or plan.get("qlora")
     if use is None:
         return
@@ -184,7 +197,8 @@ def adapters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 def eight_bits(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check, with float8-linear, whether all linear layers of the blocks whose sizes it supports are
-    torchao's Float8Linear. Not checked if there are no layers of such sizes."""
+    torchao's Float8Linear. Yields `NotChecked` if there are no layers of such sizes. Yields nothing without
+    float8-linear."""
     if plan.get(float8.NAME) is None:
         return
     eligible_linears = [m for m in observed.block_linears if float8.fits((m.in_features, m.out_features))]
@@ -202,9 +216,11 @@ def eight_bits(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 def optimizer_kind(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check whether the optimizer is of the planned kind, by its bytes of state per element of the
-    parameters. Of these, 8-bit and 4-bit optimizers must keep a minimum in tensors with elements of one byte.
-    Does nothing if the plan names no optimizer. Not checked if there is no state of parameters that are large
-    enough to tell."""
+    parameters, within 1 %. For 8-bit and 4-bit optimizers, the minimum must be reached by state with elements
+    of one byte alone.
+
+    Yields `NotChecked` if there is no state of parameters that are large enough to tell. Yields nothing if
+    the plan names no optimizer that can be told this way (`OPTIMIZERS`)."""
     use = next((u for u in plan.uses if u.technique in OPTIMIZERS), None)
     if use is None:
         return
@@ -240,7 +256,8 @@ def optimizer_kind(plan: Plan, observed: Observations) -> Iterator[CheckFinding]
 
 
 def _counts(kind: str, state: ObservedState) -> bool:
-    """Return whether a tensor with elements on this rank is large enough to tell ``kind`` by its state."""
+    """Return whether the parameter of ``state`` is large enough on this rank for its bytes of state to tell
+    whether the optimizer is of ``kind``. Embeddings do not count for 8-bit and 4-bit optimizers."""
     if state.shape is None or not state.size_bytes or (kind in _CODED and state.is_embedding):
         return False
     if kind == "adafactor":
@@ -258,8 +275,9 @@ def _bounds(kind: str, state: ObservedState) -> tuple[float, float]:
 
 
 def update_kernel(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, with adamw-fused or adamw-single, whether torch's AdamW runs the planned update, fused or one
-    parameter at a time. Not checked if there is no torch optimizer."""
+    """Check, with adamw-fused or adamw-single, whether torch's AdamW runs the planned update for all
+    parameter groups, fused or one parameter at a time. Yields `NotChecked` if there is no torch optimizer.
+    Yields nothing without these techniques."""
     use = plan.get("adamw-fused") or plan.get("adamw-single")
     if use is None:
         return
@@ -274,9 +292,10 @@ def update_kernel(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def in_backward_updates(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether optimizer-in-backward frees gradients: during backward, they never have more elements in
-    all than the largest parameter. Not checked if no gradient was observed, or if one parameter has at least
-    half of the trained elements."""
+    """Check whether optimizer-in-backward frees gradients: at no time during backward do all gradients
+    together have more elements than the largest parameter. Yields `NotChecked` if no gradient was observed,
+    or if one parameter has at least half of the trained elements. Yields nothing without
+    optimizer-in-backward."""
     if plan.get("optimizer-in-backward") is None:
         return
     sizes = [p.whole_elements for p in observed.trained]

@@ -16,12 +16,13 @@ _WHOLE_RATIO = 1e-5  # relative difference of norms
 
 
 def tensor_parallel(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether layers are sharded over the planned number of tensor-parallel ranks, by the elements that
-    this rank holds, and, for DTensors, whether each block is sharded (if all blocks have the same size). Does
-    nothing with expert-parallel or one tensor-parallel rank.
+    """Check whether layers are sharded over the planned number n of tensor-parallel ranks: this rank holds at
+    most (1 + 1/n)/2 of the model's elements, as some parameters stay whole. With DTensors and blocks of equal
+    size, also check that each block is sharded. Yields nothing with expert-parallel or one tensor-parallel
+    rank.
 
-    If there are no DTensors and the model's size is unknown, this is not checked, or it is a difference if
-    all matrices have the same norms on all ranks after a backward pass."""
+    If there are no DTensors and the size of the whole model is unknown, yields `NotChecked`; but a difference
+    if all matrices have the same norms on all ranks after a backward pass."""
     mesh = layout(plan)
     if mesh.tensor == 1 or plan.get("expert-parallel") is not None:
         return
@@ -55,8 +56,9 @@ def tensor_parallel(plan: Plan, observed: Observations) -> Iterator[CheckFinding
 
 
 def _by_matrices(observed: Observations, degree: int) -> CheckFinding:
-    """Judge by the norms of matrices, which are equal on all ranks if they are whole. Before a step, slices
-    may be equal, too."""
+    """Return a difference if a backward pass was observed and all matrices have the same norms on all ranks,
+    which means that they are whole. Else return `NotChecked`: before a step, shards may have equal norms,
+    too."""
     norms = observed.this_rank.matrix_norms
     has_step = bool(observed.saved.backwards)
     if has_step and norms and all(near(norms, r.matrix_norms) for r in observed.ranks):
@@ -73,10 +75,12 @@ def _by_matrices(observed: Observations, degree: int) -> CheckFinding:
 
 
 def summed(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether tensor-parallel ranks get the same output of their last block, which they do if partial
-    sums are summed, and whether parameters that are not sharded are equal on them (`_whole_alike`). Does
-    nothing with expert-parallel or one tensor-parallel rank. The first is not checked with sequence
-    parallelism or compile, if the output was not observed, or if dropout may explain a difference."""
+    """Check whether tensor-parallel ranks have equal parameters that are not sharded (`_whole_alike`), and
+    whether their last blocks have the same output, which they have if partial sums are summed over the ranks.
+
+    The second yields `NotChecked` with sequence parallelism or compile, if the output was not observed, or if
+    outputs differ and dropout may explain it. Yields nothing without tensor-parallel, with expert-parallel,
+    or with one tensor-parallel rank."""
     use, degree = plan.get("tensor-parallel"), layout(plan).tensor
     if use is None or degree == 1 or plan.get("expert-parallel") is not None:
         return
@@ -114,9 +118,10 @@ def _tensor_partners(observed: Observations) -> list[RankObservation]:
 
 
 def _whole_alike(observed: Observations) -> CheckFinding:
-    """Check whether trained parameters that are not sharded have equal norms on all tensor-parallel ranks
-    after a step. If not, sums in backward are missing. Not checked if it is unknown which parameters are
-    sharded, if all are, or if dropout may explain a difference."""
+    """Check whether trained parameters that are not sharded have equal norms on all ranks of the
+    tensor-parallel group after a step, within a relative 1e-5. If not, sums in backward are missing. Return
+    `NotChecked` if on some rank it is unknown which parameters are sharded or all are, or if norms differ and
+    dropout may explain it."""
     feature = "tensor-parallel: parameters that are not cut"
     if not all(map(_whole_norms, observed.ranks)):
         return NotChecked(f"{feature}: it is unknown which parameters are sharded")
@@ -138,7 +143,8 @@ def _whole_alike(observed: Observations) -> CheckFinding:
 
 
 def _whole_norms(rank: RankObservation) -> dict[str, float]:
-    """Return the norms of the trained parameters that are not sharded; none if it is unknown which are."""
+    """Return name -> norm of the trained parameters that tensor parallelism does not shard. It is empty if it
+    is unknown which these are."""
     if rank.tensor_sharded is None:
         return {}
     return {n: norm for n, norm in rank.norms.items() if n not in rank.tensor_sharded}
