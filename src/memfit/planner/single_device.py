@@ -82,11 +82,11 @@ class Request:
     """What the user asked for.
 
     ``cap_bytes``: the memory of one device that the plan must fit. None means the memory of the device; on a
-    CPU it means a demonstration: a share of plain training's peak, by default a quarter, or, if no plan fits
-    that, the least that some plan needs plus 10 %. ``threads``: of this machine, for measurements; 0: all.
-    ``ranks``: number of processes with one device each; on a machine of the catalog with several devices, a
-    search takes 1 to mean all of them. ``bounds``: limits beside memory; instead of its ``steps``, a search
-    uses the job's own number.
+    CPU it means a demonstration, whose cap is a share of plain training's peak, by default a quarter, or, if
+    no plan fits that, the least that some plan needs plus 10 %. ``threads``: number of this machine's threads
+    for measurements and runs; 0: all. ``ranks``: number of processes with one device each. On a machine of
+    the catalog with several devices, a search takes 1 to mean all of them. ``bounds``: limits beside memory;
+    a search takes the number of steps from the job, not from ``bounds.steps``.
     """
 
     job: JobRef
@@ -111,10 +111,10 @@ class Request:
 class Planning:
     """A finished search, with what is needed to predict further plans in the same way.
 
-    ``cap_bytes``: the memory of one device that plans had to fit. ``fits``: whether an estimate fits it and
-    keeps to the request's other limits. ``left_out``: why techniques were not searched. After a search of
-    layouts of parallelism, ``estimates``, ``sketches`` and ``left_out`` are empty, and ``fits`` is always
-    true.
+    ``cap_bytes``: the memory of one device that plans had to fit. ``cap_reason``: where that figure is from,
+    such as "asked for". ``fits``: whether an estimate fits it and keeps to the request's other limits.
+    ``left_out``: why techniques were not searched. After a search for many devices with tensor, context or
+    pipeline parallelism, ``estimates``, ``sketches`` and ``left_out`` are empty, and ``fits`` is always true.
     """
 
     request: Request
@@ -133,8 +133,8 @@ class Planning:
 
 
 def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
-    """Return the result with ``needed_bytes`` filled in for each of its plans: the bytes of one device's
-    memory that are compared with the cap.
+    """Return the result with ``needed_bytes`` of each of its plans set to the bytes of one device's memory
+    that are compared with the cap.
     """
 
     def with_need(choice: Choice) -> Choice:
@@ -151,11 +151,12 @@ def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
 
 def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
     """Return the facts about the job from which techniques propose settings, counted on a model built without
-    memory. ``batch_size`` is that of one rank, at least 1.
+    memory. ``batch_size`` of the result is that of one rank, at least 1.
 
-    ``device``: "cpu" or "cuda". ``half``: `half_precision_of` the machine. If the job names no blocks or no
-    head and none are found, the model counts as having none. Raises UserError if the job names blocks or a
-    head that the model does not have.
+    ``device``: "cpu" or "cuda". ``half``: what `half_precision_of` returns for the machine. If the job does
+    not name its blocks and none are found, ``block_count`` is 0; if it does not name its head and none is
+    found, ``has_head`` is False. Raises UserError if the job names blocks or a head that the model does not
+    have.
     """
     from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalars
@@ -193,8 +194,8 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
 
 
 def half_precision_of(machine: Machine) -> str:
-    """Return "float16" if the machine's device has a peak rate for it and none for bfloat16, as before
-    Ampere; else "bfloat16".
+    """Return "float16" if the machine's device has a peak rate for it and none for bfloat16, as NVIDIA
+    devices before Ampere; else "bfloat16".
     """
     rates = machine.device.peak_flops
     return "float16" if "float16" in rates and "bfloat16" not in rates else "bfloat16"
@@ -206,12 +207,12 @@ def autocast(space: Space) -> Use:
 
 
 def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer]:
-    """Load the request's job and return it with the pricer that predicts its plans on the request's machine
-    and engine.
+    """Load the request's job and return (the job, the pricer that predicts its plans on the request's machine
+    and engine).
 
-    ``replicas``: whether every rank trains its own samples. Raises UserError if so and the batch has fewer
-    samples than there are ranks, if the job cannot be loaded, or if it names blocks or a head that its model
-    does not have.
+    ``replicas``: whether every rank trains samples of its own. If so, and if the batch has fewer samples than
+    there are ranks, raises UserError. Also raises it if the job cannot be loaded, or if it names blocks or a
+    head that its model does not have.
     """
     job, ranks = load(request.job), request.ranks
     if replicas and job.batch_size < ranks:
@@ -246,15 +247,17 @@ def model_sizes(name: str, job: Job) -> Mapping[str, str]:
 def search(request: Request, progress: Progress, *, must_run: bool = False) -> Planning:
     """Search the best plan for the request and return the finished search.
 
-    On a machine of the catalog with several devices, layouts of parallelism (tensor, context, pipeline and
-    data) are searched if the model has at least 3 blocks, all alike; else plans that only divide the batch
-    over the ranks. ``must_run``: if the request is for this machine, halve the batch until plain training
-    fits the free memory, or has one sample per rank; the returned request has the new batch.
+    On a machine of the catalog with several devices, plans with tensor, context, pipeline and data
+    parallelism are searched if the model has at least 3 blocks, all alike. Otherwise, only plans that divide
+    the batch over the ranks are searched. ``must_run``: if the request is for this machine, halve the batch
+    until plain training fits the free memory, or has one sample per rank; the returned request has the new
+    batch.
 
     Raises NothingFits with the least memory that would be enough; UserError if the request or the job is
     wrong, or if dividing the batch over ranks would change the training by more than the request's accuracy
     allows; RunError if operators cannot be timed on this machine. Ctrl-C while plans are predicted raises
-    SearchInterrupted with the result so far; before that, and in a search of layouts, KeyboardInterrupt.
+    SearchInterrupted with the result so far. Before that, and in a search with tensor, context and pipeline
+    parallelism, it raises KeyboardInterrupt.
     """
     if request.machine.device_count > 1 and not request.is_here:
         ranks = request.ranks if request.ranks > 1 else request.machine.device_count
@@ -355,8 +358,8 @@ def _nothing_fits(
 ) -> NothingFits:
     """Return the error for a search in which no plan fits, with the least memory that would be enough.
 
-    ``requested_estimates``: the traced plans with the requested micro-batch. ``ways``: changes, each of which
-    alone would be enough.
+    ``requested_estimates``: the traced plans with the requested micro-batch. ``ways``: texts of changes, each
+    of which alone would be enough.
     """
     smallest = min(requested_estimates, key=lambda e: e.allocated_bytes.value)
     return NothingFits(
@@ -372,7 +375,7 @@ def _nothing_fits(
 
 
 class SearchInterrupted(KeyboardInterrupt):
-    """Raised on Ctrl-C during a search. ``result`` is the result so far."""
+    """Raised on Ctrl-C during a search. ``result`` is the result so far, whose ``unfinished`` is True."""
 
     def __init__(self, result: SearchResult) -> None:
         super().__init__()
@@ -380,8 +383,8 @@ class SearchInterrupted(KeyboardInterrupt):
 
 
 def timings(known: Calibration) -> Timings:
-    """Return what says how reliable the calibration's timings of operators are: spread, load, waiting, and
-    the number of processors.
+    """Return what says how reliable the calibration's timings of operators are: the spread of repeated calls,
+    the load of the machine and the waiting while they were timed, and this machine's number of processors.
     """
     return Timings(
         spread_ratio=known.spread_ratio,
@@ -392,8 +395,8 @@ def timings(known: Calibration) -> Timings:
 
 
 def _band(pricer: Pricer, request: Request) -> Band:
-    """Return the band of scores, such as step times, within which plans count as equally good: on this
-    machine by how much its timings spread, else a fixed one.
+    """Return the band of scores within which plans count as equally good: for this machine `timed_band` of
+    the spread of its timings, else `MODELLED`, 5 %.
     """
     return timed_band(pricer.calibration.spread_ratio) if request.is_here else MODELLED
 
@@ -402,10 +405,11 @@ def _best_so_far(
     pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
 ) -> SearchResult:
     """Return the result of an interrupted search. Its ``recommended`` is the best plan that fits of those
-    traced so far, or of the sketches if no traced plan fits; None if no sketch fits either. Its ``frontier``
-    has only plain training, the smallest plan and the recommended one, by increasing peak.
+    traced so far, or of the sketches if no traced plan fits; None if no sketch fits either. Traced plans that
+    the request's accuracy, engine or excluded techniques forbid are not recommended.
 
-    Of the traced plans, those that the request's accuracy, engine or excluded techniques forbid do not count.
+    Its ``frontier`` has only plain training, the plan with the lowest peak and the recommended one, by
+    increasing peak.
     """
     max_effect, refusals_of = request.accuracy.highest, engine(request.engine).supports
     traced_estimates = [
@@ -440,8 +444,9 @@ def _best_so_far(
 
 def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
     """If samples of a batch depend on each other, set the smallest micro-batch of the pricer's space: two
-    samples if ``accuracy`` allows splitting the batch nevertheless, because some layers need more than one,
-    else the whole batch. If they do not, or if a rank has only one sample, nothing is changed.
+    samples if ``accuracy`` allows splitting the batch nevertheless (some layers need more than one), else the
+    whole batch of a rank. If they do not depend on each other, or if a rank has only one sample, nothing is
+    changed.
     """
     space = pricer.space
     if space.batch_size == 1 or pricer.dependence.kind is not DependenceKind.DEPENDENT:
@@ -451,11 +456,12 @@ def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
 
 
 def _ways(pricer: Pricer, request: Request, estimates: Sequence[Estimate], fits: Fits) -> tuple[str, ...]:
-    """Return the change that would allow gradient accumulation and be enough, if accumulation was not
-    searched because samples of a batch depend on each other; else nothing.
+    """Return (text,) with the change of the request that would allow gradient accumulation, if that would be
+    enough for a plan to fit; else ().
 
-    It would be enough if plain training, or the smallest plan of ``estimates`` that can be combined with it,
-    ``fits`` in the smallest micro-batches of at least two samples, because some layers need more than one.
+    It is () if accumulation was searched, or was excluded by the user. It would be enough if ``fits`` is true
+    of plain training, or of the plan of ``estimates`` with the lowest peak that accumulation can be added to,
+    when trained in the smallest micro-batches of at least two samples (some layers need more than one).
     """
     name, micro_batches = "gradient-accumulation", dataclasses.replace(pricer.space, least_part=2).parts[-1]
     if micro_batches == 1 or name in request.bounds.without:
@@ -514,7 +520,7 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
     """Search plans with tensor, context, pipeline and data parallelism for up to the request's ranks.
 
     Returns None, without a search, if the model has fewer than 3 blocks or they are not alike. Raises
-    NothingFits if no plan fits, and UserError as `search_scale` does or if the job cannot be loaded.
+    NothingFits if no plan fits, and UserError if `search_scale` does or the job cannot be loaded.
     """
     from memfit.planner.block_costs import BLOCKS
     from memfit.planner.device_pricing import Aim
@@ -545,9 +551,9 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
 def _runnable(
     request: Request, job: Job, pricer: Pricer, baseline: Estimate
 ) -> tuple[Request, Job, Pricer, Estimate]:
-    """Return the four arguments for a batch that was halved until plain training fits the memory of this
-    machine that is free now, divided by the ranks, or until there is one sample per rank. They are returned
-    unchanged if it fits already.
+    """Return the four arguments, changed to a batch that was halved until plain training fits the memory of
+    this machine that is free now, divided by the ranks, or until there is one sample per rank. They are
+    returned unchanged if plain training fits already.
     """
     free_bytes = local_machine.free_bytes() // request.ranks
     while needed_bytes(baseline, request.machine) > free_bytes and job.batch_size > request.ranks:
@@ -572,9 +578,9 @@ def _cap(request: Request, baseline: Estimate, ratio: float) -> tuple[int, str]:
 
 
 def _reachable_cap(estimates: Sequence[Estimate], request: Request, batch: int) -> int:
-    """Return the cap of a demonstration whose share of the baseline's peak no plan fits: the least bytes that
-    one of the traced plans ``estimates`` with the requested micro-batch needs, plus 10 %. ``batch``: samples
-    of one rank.
+    """Return a cap that some plan fits, for a demonstration whose first cap, a share of plain training's
+    peak, is too low for all: the least bytes that a plan of ``estimates`` with the requested micro-batch
+    needs, plus 10 %. ``batch``: samples of one rank.
     """
     requested_estimates = [e for e in estimates if respects_micro_batch(e.plan, request.bounds, batch)]
     return int(
@@ -586,11 +592,11 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
     """Return the least cap in bytes under which the estimate's plan fits: its tensors, and what the process
     or device uses beside them.
 
-    On an accelerator whose context and libraries the catalog knows, this is the device memory: the upper end
-    of its range for a traced plan, the value for a sketch, which already is an upper bound. On any other
-    accelerator it is what the caching allocator reserves, plus 1 GiB. On a CPU, 5 % and 2 MiB are added to
-    the tensors; for a traced plan, the result is above the upper end of their range. Memory of an
-    accelerator's host does not count.
+    On an accelerator whose context and libraries the catalog knows, it is the estimate's device memory: the
+    upper end of its interval for a traced plan, the value for a sketch, which already is an upper bound. On
+    any other accelerator it is what the caching allocator reserves, plus 1 GiB. On a CPU, it is the value of
+    the peak of tensors plus 5 % and 2 MiB; for a traced plan, at least the upper end of the peak plus 2 MiB.
+    Memory of an accelerator's host is not included.
     """
     allocated_bytes = estimate.allocated_bytes.value
     if machine.device.kind == "cpu":
@@ -616,8 +622,8 @@ def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
     """Return a function that tells whether the host has the memory that an estimate's plan needs there, as
     `host_holds` does.
 
-    It is always true on a CPU with a cap above the machine's memory: such a cap refers to another machine,
-    and is itself that machine's memory.
+    On a CPU with a cap above the machine's memory, the function always returns True: such a cap stands for
+    the memory of another machine.
     """
     if machine.device.kind == "cpu" and cap_bytes > machine.device.memory_bytes.value:
         return lambda estimate: True
@@ -641,12 +647,14 @@ def _price(
     small_state_bytes: int | None,
     sketches: list[Estimate],
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
-    """Sketch every plan, trace the best ones whole, and on this machine time the operators they need.
+    """Sketch every plan, trace the best ones whole, and, if the request is for this machine, time the
+    operators that they need.
 
-    Returns (estimates of the traced plans, number of sketched plans, why techniques were left out). Plain
-    training is among them even if the request forbids its micro-batch. ``small_state_bytes``: bytes of
-    parameters, gradients and optimizer state if they are too small for another optimizer to matter, else
-    None. The sketches are appended to ``sketches``, which the caller keeps if the search is interrupted.
+    Returns (estimates of the traced plans, number of sketched plans, reasons why techniques were left out).
+    Plain training is among the traced plans, even if the request forbids its micro-batch.
+    ``small_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for
+    another optimizer to matter, else None. The sketches are appended to ``sketches``, so that the caller has
+    them if the search is interrupted. Raises UserError if no plan has the requested micro-batch.
     """
     dependence = pricer.dependence if pricer.job.batch_size > 1 else None
     usable_techniques, left_out = usable(
@@ -696,12 +704,12 @@ def _price(
 def _with_rivals(
     pricer: Pricer, request: Request, fits: Fits, estimates: list[Estimate], progress: Progress
 ) -> list[Estimate]:
-    """Return the estimates with those of the plans that lack one technique of the best fitting plan, which
-    their sketches may have overestimated. Plans that the engine does not support are left out. If no estimate
-    fits, nothing is added.
+    """Return the estimates, and with them those of the plans that lack one technique of the best fitting
+    plan. Their sketches may have been too high, so that they were not traced. Plans that the engine does not
+    support are left out. If no estimate fits, nothing is added.
 
-    They are traced, and on this machine their operators are timed, which may change all estimates. If the
-    best plan is then another, this is done for that one too, in at most 3 rounds in all.
+    The added plans are traced. On this machine, their operators are timed, and all estimates are then made
+    anew. If the best plan is then another, the same is done for that one, in at most 3 rounds in all.
     """
     refusals_of = engine(request.engine).supports
     winner = best(filter(fits, estimates), request.goal, _band(pricer, request))
@@ -731,11 +739,12 @@ def _with_counterfactuals(
     cap: Cap,
     progress: Progress,
 ) -> list[Estimate]:
-    """Return the estimates with those of plans that have a technique which the best fitting plan lacks, so
-    that the reason for leaving it out rests on a trace. If no estimate fits, nothing is added.
+    """Return the estimates, and with them those of the plans that `counterfactuals` names: plans that have a
+    technique which the best fitting plan lacks, so that the reason for leaving it out rests on a trace. If no
+    estimate fits, nothing is added.
 
-    If another plan is the best one then, the plans that lack one of its techniques are added too. All of this
-    is done at most twice.
+    If another plan is the best one then, `_with_rivals` adds the plans that lack one of its techniques. All
+    of this is done at most twice.
     """
     for _ in range(_COUNTERFACTUAL_ROUNDS):
         band = _band(pricer, request)
@@ -775,14 +784,16 @@ def calibrate(
     budget_s: float = _SECOND_BUDGET_S,
 ) -> None:
     """Add to the pricer's calibration the times of those operators of ``plans`` that take most of a step's
-    time, and the kernel workspaces of at most 32 others that could move a plan's peak.
+    time, and the kernel workspaces of at most 32 other operators that could move a plan's peak.
 
     What is stored for this machine is reused; the rest is measured in a child process on this machine and
-    stored. Without ``plans`` (the first call), the operators are those of plans that span the search. The
-    machine's rates of computing and copying are measured too if they are not known. ``budget_s``: seconds
-    that the measurements of the chosen operators would take on a machine of nominal speed; in the first call
-    this is 5 instead. The choice does not depend on how long the probes take, so the same question finds the
-    same stored times. Raises RunError if the child process gives no result.
+    stored. Without ``plans``, as in the first call of a search, the operators are those of plans that span
+    the search. The machine's rates of computing and copying are measured too if they are not known.
+
+    ``budget_s`` limits the number of operators: timing them would take about that many seconds on a machine
+    of nominal speed (100 GFLOP/s, 10 GB/s). Without ``plans``, the limit is 5 seconds. The choice does not
+    depend on how long the measurements take, so the same request finds the same stored times. Raises RunError
+    if the child process gives no result.
     """
     from memfit.cost.memory import step_ops
     from memfit.cost.op_time import signatures_to_time
@@ -831,8 +842,9 @@ def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> 
 
 
 def _representatives(pricer: Pricer, excluded_techniques: Sequence[str]) -> list[Plan]:
-    """Return plans whose operators span the search: plain training and autocast, each with the whole batch,
-    four micro-batches and the smallest micro-batches, as far as the batch can be split so.
+    """Return plans whose operators span the search: plain training and plain training with autocast, each
+    with the whole batch, with four micro-batches and with the smallest micro-batches, as far as the batch can
+    be split so.
 
     Plans with a technique in ``excluded_techniques`` are left out, except plain training.
     """
@@ -862,8 +874,8 @@ def probe_here(request: Request, signatures: list[str], budget_s: float, rates: 
     """Measure the operators with these signatures on this machine, in a child process; with ``rates``, also
     the machine's rates of computing and copying.
 
-    They are measured in order; none is begun after ``budget_s`` seconds. The process is stopped after 900
-    seconds. Raises RunError if it ends without a result.
+    They are measured in the given order; none is begun after ``budget_s`` seconds. The process is stopped
+    after 900 seconds. Raises RunError if no result has come when it ends.
     """
     calibrations: list[Calibration] = []
 

@@ -46,11 +46,12 @@ _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 
 
 def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Planning:
-    """Return `planning` with the recommendation revised by running it and its rivals for a few steps, under
-    the cap.
+    """Return `planning` with the recommendation revised by training the recommended plan and plans that may
+    be faster for a few steps each, under the cap.
 
     No run starts after ``budget_s`` seconds, unless fewer than two plans ran successfully. If every run
-    failed, the recommendation is unchanged. Raises UserError for a goal that does not depend on time.
+    failed, the recommendation is unchanged. Raises UserError for a goal that does not depend on time
+    ("smallest", "fewest").
     """
     if planning.request.goal not in BY_TIME:
         raise UserError(
@@ -76,8 +77,10 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
 
 
 class _Trials:
-    """The runs so far: of each plan its predicted step time, measured step times and highest peak, or why its
-    run failed. ``rounds``: in which round each of the measured times was taken."""
+    """The runs so far. For each plan: its predicted seconds of a step (``predicted``), measured step times
+    (``times``), in which round each of these was measured (``rounds``), highest peak (``peaks``), or a text
+    that says why its run failed (``failed``).
+    """
 
     def __init__(self, planning: Planning, progress: Progress, budget_s: float) -> None:
         self.planning, self.progress = planning, progress
@@ -90,8 +93,9 @@ class _Trials:
         self.failed: dict[Plan, str] = {}
 
     def run_round(self, plans: Sequence[Plan], steps: tuple[int, int]) -> None:
-        """Run each plan once, in this order. ``steps``: steps of a run, and how many of them warm up. No run
-        starts when the time is over, unless fewer than two plans ran successfully."""
+        """Run each plan once, in this order. ``steps``: (steps of a run, how many of them are only to warm
+        up). When the time of the trials is over, no run starts unless fewer than two plans ran successfully.
+        """
         self._round += 1
         for done, plan in enumerate(plans):
             self.progress("trial", done, len(plans), plan.label)
@@ -124,8 +128,9 @@ class _Trials:
         return sorted(step_s, key=lambda p: (step_s[p], p.fingerprint))
 
     def fastest(self, count: int) -> list[Plan]:
-        """Return the fastest plan of each set of techniques, for the ``count`` fastest sets, the fastest
-        first."""
+        """Return the fastest plan of each of the ``count`` fastest sets of techniques, the fastest first.
+        Plans with the same techniques in other settings are of the same set.
+        """
         sets = {_techniques(p): p for p in reversed(self.ordered())}
         return sorted(sets.values(), key=self.ordered().index)[:count]
 
@@ -137,8 +142,9 @@ class _Trials:
         return [p for p in self.ordered() if step_s[p] <= limit][:count]
 
     def measured_ratios(self) -> list[tuple[Plan, float]]:
-        """Return (plan, its step time over the time predicted without correction by runs) for each plan that
-        ran successfully and whose time was predicted."""
+        """Return (plan, measured over predicted step time) for each plan that ran successfully and has a
+        predicted time. The predicted time is that without the corrections by earlier runs.
+        """
         calibration = self.planning.pricer.calibration
         pairs = [(plan, step_s, self.predicted[plan]) for plan, step_s in self.step_s().items()]
         return [
@@ -148,8 +154,10 @@ class _Trials:
         ]
 
     def conclude(self) -> Planning:
-        """Return the planning with the trials, the corrected times and the recommendation by measurement;
-        with the trials alone if every run failed."""
+        """Return the planning with the trials in its result. Unless every run failed, predicted times are
+        corrected by the measured ones, and the recommended plan is the simplest of those whose measured step
+        times count as equal to the fastest.
+        """
         planning, pricer = self.planning, self.planning.pricer
         trials = tuple(
             Trial(
@@ -212,12 +220,12 @@ class _Trials:
 def comparable_times(
     times: Mapping[Plan, Sequence[float]], rounds: Mapping[Plan, Sequence[int]]
 ) -> dict[Plan, list[float]]:
-    """Return the step times of each plan as they would be in the fastest round.
+    """Return, for each plan, its step times as they would be if every round were as fast as the fastest one.
 
-    ``rounds``: in which round each of ``times`` was taken. The logarithm of a time is modelled as the sum of
-    the plan's and the round's level, which are fitted by medians in turn (median polish; Tukey, Exploratory
-    Data Analysis, 1977). The level of a round is subtracted. Rounds without a common plan count as equally
-    fast.
+    ``rounds``: for each plan, in which round each of its ``times`` was measured. The logarithm of a time is
+    modelled as the sum of the plan's and the round's level, which are fitted by medians in turn (median
+    polish; Tukey, Exploratory Data Analysis, 1977). What the level of a round is above the lowest one is
+    subtracted. Rounds without a common plan count as equally fast.
     """
     logs = {
         plan: [(r, math.log(t)) for r, t in zip(rounds[plan], times[plan], strict=True)] for plan in times
@@ -235,11 +243,12 @@ def comparable_times(
 
 
 def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
-    """Return how close the step times of two plans must be to count as equal.
+    """Return how close the measured step times of two plans must be to count as equal.
 
-    ``rounds``: comparable step times of the rounds of each plan. It is the spread between rounds of one plan
-    on a quiet machine, widened by how much the two fastest rounds of a plan differ here (the median over the
-    plans with at least two; else 0): once at the low end, twice at the high end.
+    ``rounds``: for each plan, its comparable step times. The band is 1.5 % to 3.5 %, the spread between
+    rounds of one plan on an otherwise idle machine, widened by how much the two fastest rounds of a plan
+    differ here: by this ratio at the low end and by twice as much at the high end. The ratio is the median
+    over the plans with at least two rounds; 0 if there are none.
     """
     pairs = [sorted(times)[:2] for times in rounds if len(times) > 1]
     spread_ratio = statistics.median(second / first - 1 for first, second in pairs) if pairs else 0.0
@@ -253,13 +262,13 @@ def _with_time(estimate: Estimate, seconds: float) -> Estimate:
 def few_steps(
     planning: Planning, plan: Plan, steps: int, *, expected_s: float, capped: bool = True
 ) -> Measurement:
-    """Run ``steps`` optimizer steps of ``plan`` in child processes, without evaluation, and return the
-    measurement.
+    """Run ``steps`` optimizer steps of ``plan`` in child processes, one per rank, without evaluation, and
+    return the measurement.
 
-    ``expected_s``: predicted seconds of a step, from which the time limit follows. ``capped``: whether memory
-    is limited to the cap of the search. The plan runs on the request's engine, or on native, memfit's own, if
-    that does not support it. For several ranks, the measurement is that of a failed rank, or else of the rank
-    with the highest peak.
+    ``expected_s``: predicted seconds of a step. A run is stopped after 120 s plus ten times the predicted
+    time of its steps. ``capped``: whether memory is limited to the cap of the search. The plan runs on the
+    request's engine, or on native, memfit's own engine, if that does not support it. For several ranks, the
+    measurement is that of the first failed rank, or, if none failed, of the rank with the highest peak.
     """
     request, job = planning.request, planning.job
     name = "native" if engine(request.engine).supports(plan) else request.engine
@@ -286,8 +295,9 @@ def few_steps(
 
 
 def _step_s(measurement: Measurement, warm_up: int) -> float:
-    """Return the median step time after ``warm_up`` steps (of two, the shorter), or of all steps if none is
-    left."""
+    """Return the median step time of the steps after the first ``warm_up``, or of all steps if there are no
+    others. Of an even number of times, it is the lower of the middle two.
+    """
     return statistics.median_low(measurement.step_s[warm_up:] or measurement.step_s)
 
 
@@ -299,14 +309,19 @@ def _techniques(plan: Plan) -> frozenset[str]:
 
 
 def _shortlist(planning: Planning) -> list[Plan]:
-    """Return at most `FIRST` plans for the first round, which fit when they are traced whole, in this order
-    of preference:
+    """Return at most 14 (`FIRST`) plans for the first round, without repetitions. All fit when they are
+    traced whole.
+
+    They are the first that fit in this order. "Near" are the plans whose score is at most 1.6 times the best
+    one, because two predictions may differ by as much through their errors. They are grouped by their set of
+    techniques.
 
     - the recommended plan
-    - the two simplest plans, however slow they are predicted to be
-    - of each set of techniques whose best score is so near that prediction error may hide that it is the best
-      of all: the plan with the best score, and the plan with the fewest micro-batches (those of small sets
-      first)
+    - the best near plan of each of the three best groups
+    - the two mildest and simplest plans of `simplest_first`, however slow they are predicted to be
+    - the near plan with the fewest micro-batches of each of 7 groups, those with the fewest techniques first
+    - the best near plan of each other group
+    - the near plan with the fewest micro-batches of each other group
     """
     goal, recommended = planning.request.goal, planning.result.recommended
     assert recommended is not None, "search raises NothingFits otherwise"
@@ -337,11 +352,11 @@ def _neighbours(
     tried: Iterable[Plan],
     measured_ratios: Sequence[tuple[Plan, float]],
 ) -> list[Plan]:
-    """Return at most `NEIGHBOURS` plans that are one change away from one of the ``fastest`` and were not
-    ``tried``: those that fit when they are traced whole, the best predicted first. ``measured_ratios``, of
-    measured to predicted step time, correct the predicted times.
+    """Return at most 6 (`NEIGHBOURS`) plans that `one_change_away` yields for one of the ``fastest`` and that
+    are not in ``tried``. They are the first that fit when they are traced whole, of the 18 with the best
+    predicted scores, best first.
 
-    A change removes a technique, changes its setting, or adds one.
+    ``measured_ratios``: (plan, measured over predicted step time) by which the predictions are corrected.
     """
     calibration = correct_calibration(planning.pricer.calibration, measured_ratios, source="")
     goal, excluded = planning.request.goal, set(tried)
@@ -357,8 +372,8 @@ def _neighbours(
 
 
 def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
-    """Yield the plans that differ from ``plan`` in one technique or its settings and that the search may
-    propose: accuracy, excluded techniques and the engine allow them.
+    """Yield the plans that differ from ``plan`` in one technique (removed, added, or in another setting) and
+    that the search may propose: accuracy, excluded techniques and the engine allow them.
     """
     request, space = planning.request, planning.pricer.space
     allowed = [t for t in usable(space, request.accuracy)[0] if t.name not in request.bounds.without]
@@ -372,8 +387,9 @@ def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
 
 
 def _that_fit(planning: Planning, candidates: Sequence[Plan], count: int) -> Iterator[Plan]:
-    """Yield the first ``count`` distinct plans of ``candidates`` that fit when they are traced whole, with
-    any tensors to recompute chosen.
+    """Yield the first ``count`` distinct plans of ``candidates`` that fit when they are traced whole. If a
+    plan has a memory budget for recomputation, the tensors to recompute are chosen in the plan that is
+    yielded.
     """
     distinct = list(dict.fromkeys(candidates))
     if planning.request.ranks == 1:

@@ -14,10 +14,10 @@ from memfit.types.workload import Workload
 
 def workload_of(job: Job, machine: str = "") -> Workload:
     """Return the job's workload: model, number of parameters, batch size over all ranks, length or shape of a
-    sample, what of these was assumed, and the machine.
+    sample, which of "batch" and "length" the user did not set, and the machine.
 
-    The model is built without memory to count its parameters. A batch is made if the job gives no length.
-    ``machine``: the machine's name; "" for none.
+    The model is built without memory to count its parameters. If the job gives no number of tokens, the
+    length or shape is that of a sample of its first batch. ``machine``: the machine's name; "" for none.
     """
     length = job.tokens_per_batch // job.batch_size if job.batch_size > 0 else 0
     workload = Workload(
@@ -33,10 +33,11 @@ def workload_of(job: Job, machine: str = "") -> Workload:
 
 
 def _model(job: Job) -> str:
-    """Return the name by which answers call the model: those of the job and of its size, such as ``protein-lm
+    """Return the name by which answers call the model: the job's name and its size, such as ``protein-lm
     650M``.
 
-    The size is omitted for Hugging Face jobs, whose model it does not change, and for "tiny", the default.
+    The size is omitted for Hugging Face jobs ("hf:..."), whose model it does not change, and if it is "tiny",
+    the default. What follows "@" in a size is omitted, too.
     """
     size = job.size.partition("@")[0]
     return job.name if size in ("tiny", "") or job.name.startswith("hf:") else f"{job.name} {size}"
@@ -44,9 +45,10 @@ def _model(job: Job) -> str:
 
 def _with_shape(workload: Workload, job: Job) -> Workload:
     """Return the workload with the shape of a sample: that of the batch's largest tensor without its first
-    dimension. A one-dimensional sample of integers gives a length instead.
+    dimension. If that is one-dimensional and of integers, its size is set as the length instead of a shape.
 
-    If no tensor of the batch has a second dimension, the workload is returned unchanged.
+    Only tensors with at least two dimensions count. If the batch has none, the workload is returned
+    unchanged.
     """
     leaves = _pytree.tree_leaves(job.make_batch(0, 0))
     samples = [t for t in leaves if isinstance(t, torch.Tensor) and t.dim() > 1]
