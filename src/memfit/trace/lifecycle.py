@@ -43,9 +43,9 @@ from memfit.types.trace import Category, rounded
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LifecyclePeak:
-    """Peaks of live tensor bytes during one ``event`` of those that `lifecycle` lists, in the memory of the
-    device and of the host. For a CPU, whose memory is the host's, all bytes count as the device's and
-    ``host_bytes`` is 0."""
+    """Peaks of live tensor bytes during one event, in the memory of the device and of the host. ``event`` is
+    a name that `lifecycle` lists, such as "load". For a CPU, whose memory is the host's, all bytes count as
+    the device's and ``host_bytes`` is 0."""
 
     event: str
     device_bytes: int
@@ -56,9 +56,9 @@ class LifecyclePeak:
 class Lifecycle:
     """Peaks and checkpoint sizes of a job.
 
-    ``peaks`` are in the order of a training script. ``checkpoint_bytes`` are the sizes of files that
-    torch.save writes for the ``model``, the ``optimizer`` and, if some parameters are frozen, the
-    ``trainable`` parameters alone.
+    ``peaks`` are in the order of the list in `lifecycle`. ``checkpoint_bytes`` are the sizes of files that
+    torch.save writes, by the keys "model", "optimizer" (with fp32 masters, if there are any) and, if some
+    parameters are frozen, "trainable" (the trainable parameters alone).
     """
 
     peaks: tuple[LifecyclePeak, ...]
@@ -72,18 +72,22 @@ class Lifecycle:
 @retry_guesses
 def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
     """Return the peaks and checkpoint sizes of one process (``plan.ranks`` must be 1) with the job's first
-    batch. Each event ends when what it makes is in place. The events are:
+    batch. An event's peak counts what is live from the end of the event before it until all that it makes is
+    in place. The events, in this order, are:
 
     - ``load``: build the plain model, ``torch.load`` to its device, ``load_state_dict``.
     - ``load-mmap``: like ``load``, but the file is memory-mapped and not read.
-    - ``load-assign``: the model is built on the meta device and loaded with ``assign=True``.
     - ``load-via-host``: like ``load``, with ``map_location="cpu"``; only if ``device`` is not "cpu".
+    - ``load-assign``: the model is built on the meta device and loaded with ``assign=True``.
     - ``build``: model, plan and optimizer.
     - ``first-step`` creates the optimizer's state; ``steady-step`` finds it in place.
-    - ``evaluate``: forward and loss of one micro-batch without gradients.
+    - ``evaluate``: forward and loss of the first micro-batch without gradients.
     - ``save``, and ``save-async``, which first makes a copy so that training can continue.
     - ``resume``: build a fresh step, then load model and optimizer from one file.
     - ``resume-via-host``: like ``resume``, with ``map_location="cpu"``; only if ``device`` is not "cpu".
+
+    ``build`` and each ``load...`` and ``resume...`` event start with empty memory; the others go on from the
+    one before. Raises UserError as `trace` does if the step fails after a value was guessed.
     """
     batch = job.make_batch(0, 0)
     peaks, sizes = _training(job, plan, batch, device)
@@ -94,8 +98,8 @@ def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
 
 @dataclasses.dataclass(kw_only=True)
 class _Watch:
-    """Reads peaks from a recorder event by event, separately for device and host. ``mark`` is the clock at
-    which the event began."""
+    """Reads peaks from a recorder event by event, separately for device and host. ``mark`` is the recorder's
+    clock when the current event began."""
 
     recorder: AllocationRecorder
     mark: int = 0
@@ -114,8 +118,8 @@ class _Watch:
 
     @contextlib.contextmanager
     def made(self, place: str) -> Iterator[None]:
-        """Assign storages that are made inside this context to `place`: "host", "nowhere" (not counted) or ""
-        (the device, as without this context)."""
+        """Let `_Watch` count storages that are made inside this context as lying at ``place``: "host",
+        "nowhere" (not counted) or "" (the device, as without this context)."""
         start = len(self.recorder.lives)
         yield
         self.aside.update((id(life), place) for life in self.recorder.lives[start:])
@@ -193,7 +197,7 @@ def _evaluated(step: TrainingStep, inputs: Any, watch: _Watch) -> LifecyclePeak:
 
 def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
     """Return the peaks of the events ``save`` and ``save-async``. torch.save copies one storage after the
-    other to the host (none from a CPU); an asynchronous save copies all of them first."""
+    other to the host (none from a CPU); an asynchronous save copies all of them first, also from a CPU."""
     state = _state(step)
     if watch.recorder.device != "cpu":
         for tensor in _pytree.tree_leaves(state):
@@ -243,8 +247,8 @@ def _fake(batch: Any, fake: Any, recorder: AllocationRecorder) -> Any:
 
 
 def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return ``optimizer`` if it is a torch optimizer, else those that it wraps: one per parameter, or the
-    one that updates master weights."""
+    """Return ``[optimizer]`` if it is a torch optimizer, else a list of those that it wraps, at any depth:
+    one per parameter, or the one that updates master weights."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return [optimizer]
     inner = getattr(optimizer, "optimizers", None) or getattr(optimizer, "inner", [])
@@ -253,8 +257,8 @@ def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def _state(step: TrainingStep) -> dict[str, Any]:
-    """Return what a training script saves: the states of the model and of every optimizer, and fp32 masters
-    if there are any."""
+    """Return what a training script saves: {"model": its state dict, "optimizer": a list of the state dicts
+    of every torch optimizer, "masters": a list of fp32 master weights, or [] if there are none}."""
     masters = getattr(step.optimizer, "masters", [])
     return {
         "model": step.model.state_dict(),
@@ -281,8 +285,8 @@ def _loaded(state: Any) -> Any:
 
 
 def _lives_of(recorder: AllocationRecorder, state: Any) -> dict[int, str]:
-    """Return the ids of the recorder's lives of the storages in ``state``, mapped to "nowhere" so that
-    `_Watch` does not count them."""
+    """Return {id of the lifetime record: "nowhere"} for the storages in ``state`` that ``recorder`` has
+    recorded. With these entries in ``aside``, `_Watch` does not count them."""
     tensors = [t for t in _pytree.tree_leaves(state) if isinstance(t, torch.Tensor)]
     keys = {plain.untyped_storage()._cdata for t in tensors for plain in plain_tensors(t)}
     return {id(recorder._known[k][1]): "nowhere" for k in keys if k in recorder._known}
@@ -301,7 +305,7 @@ def _sizes(step: TrainingStep) -> Mapping[str, int]:
 
 
 class _Counted:
-    """A file object that keeps only its length."""
+    """File object for writing that keeps its position and length but no data."""
 
     def __init__(self) -> None:
         self.at, self.length_bytes = 0, 0

@@ -31,8 +31,9 @@ from memfit.types.trace import rounded
 
 
 def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
-    """Trace the job and return the trace with a record of its last forward pass (of the last micro-batch of
-    the last step). Raises UserError as `trace` does, for example if the plan does not suit the job."""
+    """Trace the job and return a `Recording`: the trace, and the storages and operator calls of its last
+    forward pass (of the last micro-batch of the last step). Raises what `trace` raises, such as UserError if
+    the plan does not suit the job."""
     last: list[_Recorder] = []
 
     @contextlib.contextmanager
@@ -60,12 +61,13 @@ def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
 
 
 class _Recorder(StorageNumbering):
-    """Mode that records operators and, as hooks of saved tensors, what backward reads, without dropping any
-    result. All clocks are the recorder's.
+    """Dispatch mode that records the operators of a forward pass and, as hooks of saved tensors, what
+    backward reads. All clocks are those of the AllocationRecorder, which is ``recorder``.
 
-    A result is a storage that an operator makes. ``of``, ``lives``, ``dtypes`` and ``last_read`` are indexed
-    by its number (`StorageNumbering`). ``needs`` maps the number to the clocks at which backward reads the
-    result; ``pinned`` holds the numbers of results that cannot be recomputed.
+    A result is a storage that an operator makes. All results stay as they are: none is dropped to be
+    recomputed. ``of``, ``lives``, ``dtypes`` and ``last_read`` are indexed by a result's number
+    (`StorageNumbering`). ``needs`` maps the number to the clocks at which backward reads the result;
+    ``pinned`` holds the numbers of results that cannot be recomputed.
     """
 
     def __init__(self) -> None:
@@ -119,10 +121,10 @@ class _Recorder(StorageNumbering):
     def _pin(
         self, write_targets: list[torch.Tensor], target_numbers: list[int], new_numbers: range, kwargs: Any
     ) -> None:
-        """Pin results that the call keeps from being recomputed. A result made from a tensor that is then
-        overwritten would have to be recomputed before that write. The call's own results and targets are
-        pinned if it cannot be repeated, writes to several tensors, or writes through a view whose size,
-        stride and offset do not fully describe it."""
+        """Add to ``pinned`` the results that cannot be recomputed because of this call. A result made from a
+        tensor that the call overwrites would have to be recomputed before that write. The results that the
+        call makes or writes to are pinned if it cannot be repeated, writes to several tensors, or writes
+        through a view whose size, stride and offset do not fully describe it."""
         for tensor in write_targets:
             readers = self._readers[storage_key(tensor)]
             self.pinned |= readers - {self.number(tensor)}

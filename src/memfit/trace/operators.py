@@ -22,9 +22,10 @@ from memfit.types.trace import OpCall, Phase
 class OperatorFact:
     """Constant facts about an operator.
 
-    ``silent`` operators do no work, such as views. Of these, only `MAKERS`, which leave a new storage
-    unfilled, make a storage. ``composite`` operators are made of others; below autograd, as in DTensor's own
-    code, they reach the dispatcher undecomposed. ``resizes``: the operator changes the size of a storage.
+    ``name`` is like "aten.add.Tensor". ``silent`` operators do no work, such as views. Of these, only
+    `MAKERS`, which leave a new storage unfilled, make a storage. ``composite`` operators are made of others;
+    below autograd, as in DTensor's own code, they reach the dispatcher undecomposed. ``resizes``: the
+    operator changes the size of a storage.
     """
 
     name: str
@@ -37,8 +38,8 @@ class OperatorFact:
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorWork:
     """What all calls of an operator with equal arguments have in common. ``signature`` is the JSON text of
-    `describe`, ``dtype`` that of the arithmetic, ``flops`` is 0 for an operator without a formula, and
-    ``moved_bytes`` counts inputs read and outputs written."""
+    `describe`. ``dtype`` is the name of the dtype of the arithmetic, such as "float32". ``flops`` is 0 for an
+    operator without a formula. ``moved_bytes`` counts inputs read and outputs written."""
 
     signature: str
     dtype: str
@@ -48,7 +49,8 @@ class OperatorWork:
 
 @functools.cache
 def fact(func: Any) -> OperatorFact:
-    """Return the facts about an operator."""
+    """Return the facts about an operator, such as ``torch.ops.aten.add.Tensor``. They are kept for later
+    calls."""
     count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
     silent = bool(func.is_view) or func in MAKERS or func in _NO_WORK or func.namespace == "profiler"
     resizes = "resize" in func._schema.name or func._schema.name.endswith("set_")
@@ -63,9 +65,9 @@ def _composite(func: Any) -> bool:
 
 
 def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
-    """Return the result of a common view operator on a fake tensor, in half the time that the fake mode
-    takes. Return None, without running it, for other operators, other tensors and calls with keyword
-    arguments."""
+    """Return the result of a common view operator, such as transpose, on a fake tensor, in half the time that
+    the fake mode takes. Return None, without running it, for other operators, for calls with keyword
+    arguments, and if the first argument is not a fake tensor or has known values (``constant``)."""
     if func not in _VIEWS or kwargs or type(args[0]) is not FakeTensor or args[0].constant is not None:
         return None
     mode = args[0].fake_mode
@@ -99,7 +101,8 @@ def make_fake(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) ->
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NewTensors:
-    """New tensors of known layout that an operator makes whenever its arguments have certain shapes.
+    """New tensors of known layout that an operator makes whenever its arguments have certain shapes;
+    ``make()`` makes them.
 
     ``layouts`` holds (size, stride, dtype, device) of each. ``several``: the operator returns a tuple.
     """
@@ -121,7 +124,7 @@ class NewTensors:
 @functools.cache
 def only_writes(func: Any) -> bool:
     """Return whether an ATen operator only writes element by element into its first argument and returns it,
-    like most operators of an optimizer step."""
+    such as ``aten.add_.Tensor`` and most operators of an optimizer step."""
     arguments, returns = func._schema.arguments, func._schema.returns
     writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     return (
@@ -136,8 +139,8 @@ def only_writes(func: Any) -> bool:
 
 def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors | None:
     """Return how to make the outputs ``out`` again for equal arguments, of which ``inputs`` are the tensors.
-    Return None if the operator is not of ATen, writes to an argument or only allocates, if a tensor has known
-    values, or if an output is not a new fake tensor that fills its storage."""
+    Return None if the operator is not of ATen, writes to an argument or is one of `MAKERS`, if a tensor has
+    known values (``constant``), or if an output is not a new fake tensor that fills a storage of its own."""
     outputs = out if isinstance(out, tuple) else (out,)
     if func.namespace != "aten" or func._schema.is_mutable or func in MAKERS:
         return None
@@ -165,8 +168,9 @@ class Results:
         self._written = set[Any]()  # calls known to change only values
 
     def of(self, key: Any, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
-        """Return the operator's result on fake tensors. ``key`` is equal for equal calls (`key` of operator
-        and arguments). ``values`` is as in `Guesses.call`."""
+        """Return the operator's result on fake tensors: new tensors, or the first argument for an operator
+        that `only_writes`. ``key`` is equal for equal calls (the operator and the `key` of its arguments).
+        ``values`` is as in `Guesses.call`."""
         entry = self._made.get(key)
         if entry is not None:
             return entry.make()
@@ -191,7 +195,7 @@ def _plain(tensor: torch.Tensor) -> bool:
 def built(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator of a model's construction that is not recorded, and return its result. Filling a fake
     tensor with zeros, a constant, or uniform or normal numbers is skipped, because fake parameters need no
-    initialisation."""
+    initialisation: the tensor is returned."""
     if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
         return args[0]
     fake_view = view(func, args, kwargs)
@@ -200,8 +204,12 @@ def built(func: Any, args: Any, kwargs: Any) -> Any:
 
 def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
     """Return the signature, dtype, floating-point operations and bytes moved of a call of the operator with
-    the facts ``of``, whose output is ``out``. Of a table that the operator indexes, only as many bytes as its
-    output has count as read. Targets that it overwrites, and the inputs of nll_loss, do not count as read."""
+    the facts ``of``, whose output is ``out``.
+
+    Of a table that the operator indexes, only as many bytes as its output has count as read. Targets that it
+    overwrites, and the inputs of nll_loss, do not count as read. An operator of memfit's own
+    (techniques/synthetic_kernel.py) says its operations, its bytes read and its dtype by arguments.
+    """
     inputs, outputs = tensors_in(args, kwargs), tensors_in(out)
     dtype, flops, total_bytes = _dtype(inputs + outputs), 0, 0
     if func.namespace == "memfit":  # techniques/synthetic_kernel.py
@@ -229,9 +237,10 @@ def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorCall:
-    """One recorded call. ``stream_use`` is (stream, process group, wait), or None for a call on the model's
-    stream. A wait is (awaited stream, number of that stream's last calls that are not waited for), or
-    None."""
+    """One recorded call. ``clock`` is the recorder's when the call began. ``stream_use`` is (stream, process
+    group, wait), or None for a call on the model's stream. The process group is "" unless the call is a
+    collective. The wait is (awaited stream, number of that stream's last calls that are not waited for), or
+    None if the call does not wait."""
 
     clock: int
     name: str
@@ -261,7 +270,8 @@ class OperatorCall:
 
 def key(value: Any) -> Any:
     """Return a hashable key of an argument or of several. It is equal for tensors of equal shape, stride,
-    dtype, device, conjugation and storage size, and for equal plain values. This runs for every operator."""
+    dtype, device, conjugation and storage size, and for equal plain values: those of the same type whose
+    texts are equal."""
     kind = type(value)
     if kind is FakeTensor or isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
@@ -307,15 +317,16 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    """Count the floating-point operations of attention: two products of (queries x keys x head dim) per head.
-    Shapes are (batch, heads, length, head dim)."""
+    """Return the floating-point operations of attention: two products per head, (queries x keys x head dim of
+    the keys) and (queries x keys x head dim of the values), with 2 operations each. Shapes are (batch, heads,
+    length, head dim)."""
     batch, heads, queries, dim = query.shape
     return int(2 * batch * heads * queries * key.shape[2] * (dim + value.shape[3]))
 
 
 def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    """Count the floating-point operations of the five products of attention's backward (the scores again,
-    then dV, dP, dQ, dK)."""
+    """Return the floating-point operations of the five products of attention's backward (the scores again,
+    then dV, dP, dQ, dK): 5/2 of those of `_attention_flops`."""
     return _attention_flops(query, key, value) * 5 // 2
 
 

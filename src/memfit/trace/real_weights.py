@@ -26,9 +26,9 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WeightsSource:
-    """Offers a model's weights to traces. ``load`` returns its tensors by name; they may be written to.
-    ``max_flops`` and ``max_bytes``: operations and peak memory of the largest step that may be computed on
-    real tensors."""
+    """Offers a model's weights to traces. ``load`` returns its tensors by name, as `built_weights` does; the
+    caller may write to them. ``max_flops`` and ``max_bytes``: floating-point operations and peak memory of
+    the largest trace that may be computed on real tensors."""
 
     load: Callable[[], Weights]
     max_flops: float
@@ -44,7 +44,8 @@ _FOLLOWED: contextvars.ContextVar[Weights | None] = contextvars.ContextVar("foll
 
 @contextlib.contextmanager
 def offering(source: WeightsSource) -> Iterator[None]:
-    """Let traces made inside this context use the weights of ``source`` where values would be assumed."""
+    """Let traces made inside this context also compute the step with the weights of ``source`` if values had
+    to be assumed (`cover_assumed_cases`)."""
     token = _OFFERED.set(source)
     try:
         yield
@@ -69,8 +70,9 @@ def following(weights: Weights) -> Iterator[None]:
 
 
 def attach_weights(concrete_values: ConcreteValues, model: torch.nn.Module) -> None:
-    """Attach the weights of `following` to the model's tensors of the same names and shapes. Do nothing
-    outside `following`."""
+    """Attach the weights of `following` to the model's tensors of the same names and shapes, marked as
+    assumed, and let ``concrete_values`` follow tensors of any size. Other tensors of the model get no values.
+    Do nothing outside `following`."""
     weights = _FOLLOWED.get()
     if weights is None:
         return
@@ -81,8 +83,9 @@ def attach_weights(concrete_values: ConcreteValues, model: torch.nn.Module) -> N
 
 
 def built_weights(build: Callable[[], torch.nn.Module]) -> Weights:
-    """Return the tensors of a model that ``build`` builds, without gradients: parameters and buffers by name,
-    and tensors in other attributes of its modules. The state of torch's random numbers is restored."""
+    """Return the tensors of a model that ``build`` builds, detached from autograd: parameters and buffers by
+    name, and tensors in other attributes of its modules, with names such as "encoder.scale[0]". The state of
+    torch's random numbers is restored."""
     with torch.random.fork_rng(devices=[]):
         model = build()
     return {name: tensor.detach() for name, tensor in _tensors_of(model).items()}

@@ -57,13 +57,12 @@ _KNOWN = weakref.WeakKeyDictionary()
 
 
 def sample_dependence(job: Job) -> SampleDependence:
-    """Return whether the samples of the job's batch depend on each other, by a trial with a few of its
-    samples. Jobs with the same functions for model and loss and the same batch size are tried once per
-    process.
+    """Return whether the samples of the job's batch depend on each other ("independent", "dependent" or "not
+    tested", with the reason), by a trial with a few of its samples. Jobs with the same functions for model
+    and loss and the same batch size are tried once per process.
 
     An error of the job's own functions is not raised. If no trial is possible, or if it decides nothing, the
-    result is "dependent" if the model has BatchNorm layers that take batch statistics, else "not tested",
-    with the reason.
+    result is "dependent" if the model has BatchNorm layers that take batch statistics, else "not tested".
     """
     key = (id(job.loss), job.batch_size)
     with contextlib.suppress(TypeError):  # the function cannot be a weak key
@@ -99,8 +98,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _by_batch_norms(job: Job, untested: SampleDependence) -> SampleDependence:
-    """Return the result "dependent" if the model has BatchNorm layers that take batch statistics in training.
-    Return ``untested`` if it has none or cannot be built."""
+    """Return the result "dependent" if the model has BatchNorm layers that take batch statistics in training,
+    with the reason of ``untested``, which says why a trial decided nothing. Return ``untested`` if it has no
+    such layers or cannot be built."""
     try:
         model = fake_model(job).train()
     except Exception:  # noqa: BLE001  whoever traces the job reports why it cannot be built
@@ -114,9 +114,10 @@ def _takes_statistics(module: nn.Module) -> bool:
 
 
 def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False) -> SampleDependence:
-    """Return the result "dependent" for the BatchNorm layers ``norms``, by their module paths. ``loss``:
-    splitting the batch changes the loss even without these layers. Only if it does not, and if all layers are
-    SyncBatchNorm, may the batch be split over data-parallel ranks."""
+    """Return the result "dependent" for the BatchNorm layers ``norms`` (by module path, all of which it
+    lists). ``loss``: splitting the batch changes the loss even without these layers. If it does not, and if
+    all layers are SyncBatchNorm, the batch may be split over data-parallel ranks (``across_ranks`` is
+    False)."""
     only_sync = all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
     suffix = "; the loss also compares samples" if loss else ""
     return SampleDependence(
@@ -132,9 +133,10 @@ def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False
 
 
 def _affordable(job: Job) -> Job:
-    """Return the job with the first samples of its first batch (about 8, else 4, else 2), so that a trial
-    keeps within the limits of memory and time. If the whole model is too large for them, return the job in
-    its reduced form, or with 2 or 1 blocks. Raises UserError if no such job keeps within them."""
+    """Return the job with the first samples of its first batch, so few that a trial keeps within the limits
+    of memory and time: about 8, else about 4, else about 2. If this is too much with the whole model, try the
+    job's reduced form (`Job.reduced`), if it has one, then the model with 2 blocks and with 1. Raises
+    UserError if no such job keeps within the limits."""
     reasons: list[str] = []
     for variant in _smaller(job):
         for count in _SAMPLES:
@@ -180,8 +182,9 @@ def _with_samples(job: Job, count: int) -> Job:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Cost:
-    """The expected cost of a trial: peak memory, seconds of arithmetic, and seconds that calls of operators
-    take besides. ``needed_bytes`` is twice the traced peak, because the trial runs in float64."""
+    """The expected cost of a trial: peak memory, seconds of arithmetic (``flops_s``), and seconds that calls
+    of operators take besides (``call_s``). ``needed_bytes`` is twice the peak of a traced step, because the
+    trial runs in float64."""
 
     needed_bytes: int
     flops_s: float
@@ -195,7 +198,8 @@ class _Cost:
         return cls(2 * _peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
 
     def reason(self, samples: int) -> str:
-        """Return why the cost of a trial of that many samples is too high, or "" if it is not."""
+        """Return why the cost of a trial is too high, as a clause that names ``samples``, its number of
+        samples. Return "" if it is within the limits of memory and time."""
         limit_bytes, seconds = _most_bytes(), self.flops_s + self.call_s
         if self.needed_bytes > limit_bytes:
             needed_text, limit_text = format_bytes(self.needed_bytes), format_bytes(limit_bytes)
@@ -223,8 +227,9 @@ def _most_bytes() -> int:
 
 @dataclasses.dataclass(slots=True)
 class _Gradients:
-    """A loss and the gradient of every trained parameter, of a batch or as a weighted sum over its parts.
-    ``size`` is the sum of the absolute values of the weighted losses, the scale for comparing losses."""
+    """A loss and the gradient of every trained parameter (``by_name``), of a batch or as a weighted sum over
+    its parts. ``size`` is the sum of the absolute values of the weighted losses, the scale for comparing
+    losses."""
 
     loss: float
     size: float
@@ -235,8 +240,9 @@ class _Gradients:
 
     def distance(self, other: _Gradients) -> float:
         """Return the largest of the relative differences between the two losses and between the two gradients
-        of each parameter. The latter are relative to the larger of the two norms, which counts as at least
-        1/1000 of the norm of all parameters' gradients, because rounding may dominate small ones."""
+        of each parameter. That of the losses is relative to the larger ``size``. Those of gradients are
+        relative to the larger of the two norms, which counts as at least 1/1000 of the norm of all
+        parameters' gradients, because rounding may dominate small ones."""
         scale = max(self.norm(), other.norm())
         loss = abs(self.loss - other.loss) / max(self.size, other.size, 1e-300)
         distances = [
@@ -263,7 +269,8 @@ def _sum(parts: Sequence[_Gradients], weights: Sequence[float]) -> _Gradients:
 
 
 class _Trial:
-    """One model and batch, of which loss and gradients are computed whole and in parts."""
+    """One model and batch, whose loss and gradients are computed for the whole batch and for its parts.
+    ``run()`` returns the result."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -297,10 +304,17 @@ class _Trial:
             return random_result if random_result.kind is DependenceKind.DEPENDENT else real_result
 
     def _compared(self, batch: Any, setting: str, *, real: bool) -> SampleDependence:
-        """Compare the whole batch with its halves and, for a ``real`` batch, the first half with its single
-        samples, unless the loss fails on a single one. Return the result. It is "not tested" if loss or
-        gradients are not finite, if all gradients are zero, if the loss fails on a half of the batch, or if
-        `_difference` says so. ``setting`` names the batch in the result's reason."""
+        """Compare loss and gradients of the whole batch with those of its halves and, for a ``real`` batch,
+        those of the first half with those of its single samples, unless the loss fails on a single one.
+        Return the result:
+
+        - "independent" if they are equal up to rounding and a forward pass leaves the model's state as it is.
+        - "dependent" if they differ (`_difference`), or if a forward pass changes the state (`_stateful`).
+        - "not tested" if the whole batch has a loss or gradients that are not finite or gradients that are
+          all zero, if the loss fails on a half of the batch, or if `_difference` says so.
+
+        ``setting`` names the batch in the result's reason, as in "on random samples".
+        """
         if real:  # fill caches and initialise what depends on the first batch
             self._gradients(batch)
             self.state = _state_of(self.model)
@@ -341,8 +355,8 @@ class _Trial:
         )
 
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
-        """Return (the loss and gradients of each part, the model's state after it, see `_state_of`). Every
-        part starts from the same state."""
+        """Return (the loss and gradients of each part, the model's state after each part, see `_state_of`).
+        Every part starts from the same state."""
         gradients, states = [], []
         for part in parts:
             gradients.append(self._gradients(part))
@@ -374,9 +388,10 @@ class _Trial:
         part_gradients: list[_Gradients],
         setting: str,
     ) -> SampleDependence | None:
-        """Return None if the loss and gradients of the whole batch equal the sum of those of its ``parts``,
-        each weighted by its share of the loss terms, up to rounding. Otherwise return the result: "dependent"
-        with the cause, or "not tested" if rounding or random numbers may explain the difference."""
+        """Return None if the loss and gradients of the whole batch equal, up to rounding, the sum of those of
+        its ``parts``, each weighted by its share of the loss terms (`Job.loss_terms`, or the number of
+        samples). Otherwise return the result: "dependent" with the cause, or "not tested" if rounding or
+        random numbers may explain the difference."""
         terms = [self._terms(p) for p in parts]
         shares = [n / sum(terms) for n in terms]
         distance = batch_gradients.distance(_sum(part_gradients, shares))
@@ -397,12 +412,14 @@ class _Trial:
         return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS, reason=reason)
 
     def _is_random(self, batch: Any, batch_gradients: _Gradients) -> bool:
-        """Return whether the same batch has another loss or other gradients with another seed."""
+        """Return whether the same batch has another loss or other gradients with another seed, by more than
+        rounding."""
         return batch_gradients.distance(self._gradients(batch, seed=1)) > _ROUNDING_RATIO
 
     def _differs_without(self, batch: Any, norms: Mapping[str, nn.Module]) -> bool:
-        """Return whether splitting the batch changes the loss or the gradients even if the BatchNorm layers
-        ``norms`` use their running statistics. False if a layer has none."""
+        """Return whether splitting the batch in halves changes the loss or the gradients even if the
+        BatchNorm layers ``norms`` use their running statistics. Return False if one of the layers has
+        none."""
         layers = [m for m in norms.values() if getattr(m, "running_mean", None) is not None]
         if len(layers) < len(norms):
             return False  # layers without running statistics cannot be held fixed
@@ -425,8 +442,12 @@ class _Trial:
     ) -> SampleDependence:
         """Return the result "dependent" for a model whose state (`_state_of`) a forward pass changes: the
         whole and the split batch have the same loss and gradients, but each part updates the state.
-        ``changed_keys``: what the whole batch changes. ``final_state``, ``states``: the states after the
-        whole batch and after each part."""
+
+        ``changed_keys`` are the keys of what the whole batch changes; ``final_state`` is the state after the
+        whole batch, ``states`` those after each part. If BatchNorm layers took batch statistics, they are the
+        cause. Else the result lists the changed state; ``across_ranks`` is True if it depends on the samples,
+        and False if each pass changes it in the same way.
+        """
         if self.norms:
             return _of_norms(dict(self.norms), "each part updates the layers' statistics")
         names = {m: name for name, m in self.model.named_modules()}
@@ -454,8 +475,8 @@ def _wrongly_weighed(weights: list[float], shares: list[float]) -> SampleDepende
 
 def _weights(batch_gradients: _Gradients, part_gradients: list[_Gradients]) -> list[float] | None:
     """Return the weights with which the losses and gradients of two parts add up to those of the whole batch.
-    Return None if there are not two parts, or if the whole is neither their mean (with weights of at least 0
-    that add up to 1) nor their plain sum."""
+    Return None if there are not two parts, or if the whole is neither a weighted mean of the two (weights of
+    at least 0 that add up to 1) nor their plain sum (weights 1 and 1)."""
     if len(part_gradients) != 2:
         return None
     left, right = (_flat(f) for f in part_gradients)
@@ -560,10 +581,10 @@ def _cloned(batch: Any) -> Any:
 
 
 def _redrawn(batch: Any) -> Any:
-    """Return a batch of the same structure in which each floating-point tensor with more than 3 distinct
-    values has random numbers of the same mean and deviation. Other tensors keep their values, in another
-    order within each sample; of these, tensors of one dimension and those whose first dimension is not the
-    batch are unchanged. The result is the same for every call."""
+    """Return a batch of the same structure with other values. Each floating-point tensor with more than 3
+    distinct values gets normal random numbers of the same mean and deviation. Other tensors keep their
+    values, in another order within each sample. Of these other tensors, those of one dimension and those
+    whose first dimension is not the batch stay as they are. The result is the same for every call."""
     generator, length = torch.Generator().manual_seed(0), batch_length(batch)
 
     def drawn(t: torch.Tensor) -> torch.Tensor:
@@ -594,8 +615,8 @@ def _add_noise(model: nn.Module) -> None:
 
 
 def _state_of(model: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
-    """Return copies of the buffers and of other tensors, except parameters, that modules hold, by module and
-    attribute. The copy of a tensor that several modules hold is shared, too."""
+    """Return copies of the buffers and of other tensors, except parameters, that modules hold, by (module,
+    attribute). A tensor that several modules hold is copied once, and its keys share the copy."""
     attributes = [(m, n, t) for m in model.modules() for n, t in (*m._buffers.items(), *vars(m).items())]
     return _copied({(m, n): t for m, n, t in attributes if isinstance(t, torch.Tensor)})
 
@@ -615,8 +636,9 @@ def _changed(
     old_state: Mapping[tuple[nn.Module, str], torch.Tensor],
     new_state: Mapping[tuple[nn.Module, str], torch.Tensor],
 ) -> list[tuple[nn.Module, str]]:
-    """Return the keys of the tensors that differ between two states (`_state_of`), as after a forward pass.
-    Scalars that are not floating-point, such as counters of passes, are left out."""
+    """Return the keys of ``old_state`` whose tensors differ in ``new_state`` by more than rounding or are
+    missing there, as after a forward pass (`_state_of`). Scalars that are not floating-point, such as
+    counters of passes, are left out."""
     return [
         k
         for k, t in old_state.items()

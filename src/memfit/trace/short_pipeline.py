@@ -23,10 +23,10 @@ from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
 class MemoryLine:
     """One rank of a pipeline, and the shorter pipeline (fewer ranks and micro-batches) in which it is traced.
 
-    Fields that begin with ``short_`` describe the shorter pipeline. ``stages`` and ``stage`` are the number
-    of ranks along the pipeline and this rank's index among them. ``virtual`` is the number of model chunks
-    per rank, ``micros`` the number of micro-batches. ``stages`` is 1 if the plan has no pipeline; the shorter
-    pipeline is then the plan itself.
+    Fields that begin with ``short_`` describe the shorter pipeline, the other ones the whole. ``stages`` is
+    the number of ranks along the pipeline, ``stage`` this rank's index among them. ``virtual`` is the number
+    of model chunks per rank, ``micros`` the number of micro-batches. If the plan has no pipeline, ``stages``
+    is 1 and the shorter pipeline is the plan itself.
     """
 
     job: Job
@@ -46,16 +46,18 @@ class MemoryLine:
     fewer: int = 0  # blocks that the last stages of the short pipeline lack
 
     def own_blocks(self, count: int) -> list[int]:
-        """Return the indices of this rank's blocks, in a model of ``count`` blocks."""
+        """Return the indices of this rank's blocks, chunk by chunk, in a model of ``count`` blocks."""
         return _numbers(count, self.stages, self.stage, self.virtual)
 
     def short_blocks(self, depth: int) -> list[int]:
-        """Return the indices of this rank's blocks in the short pipeline, with ``depth`` blocks per stage."""
+        """Return the indices of this rank's blocks, chunk by chunk, in the short pipeline with ``depth``
+        blocks per stage (the last stages together have ``fewer`` less)."""
         return _numbers(self._short_count(depth), self.short_stages, self.short_stage, self.virtual)
 
     def depth(self, count: int) -> int:
         """Return how many blocks per stage the short pipeline must have so that this rank holds as many
-        blocks in it as in the whole pipeline, for a model of ``count`` blocks."""
+        blocks in it as in the whole pipeline, for a model of ``count`` blocks: the number of chunks times
+        that of blocks in the largest."""
         sizes = _of_rank(count, self.stages, self.stage, self.virtual)
         return max(sizes) * self.virtual
 
@@ -64,14 +66,16 @@ class MemoryLine:
 
     def trace(self, depth: int, **options: Any) -> Trace:
         """Return the trace of this rank in the short pipeline, in a model cut to ``depth`` blocks per stage
-        (the last stages have ``fewer``). ``options`` are those of `tracer.trace`."""
+        (the last stages together have ``fewer`` less). ``options`` are those of `tracer.trace` except
+        ``rank``."""
         job = with_blocks(self.short_job, self._short_count(depth))
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 
     def filled(self, trace: Trace) -> Trace:
-        """Return ``trace``, one of the short pipeline, as that of this rank in the whole plan: with the
-        memory of the micro-batches that were not traced, and with their number. Without a pipeline, nothing
-        is added. Raises Mismatch if micro-batches receive tensors of different sizes."""
+        """Return ``trace``, one of the short pipeline, as that of this rank in the whole plan: with this
+        rank's number, with the memory of the micro-batches that were not traced, and with their number.
+        Without a pipeline, only the rank and the number of ranks are set. Raises Mismatch if micro-batches
+        receive tensors of different sizes."""
         result, extra_micros = dataclasses.replace(trace, rank=self.rank, ranks=self.plan.ranks), 0
         if self.stages > 1:
             extra_micros = self.micros - self.short_micros
@@ -113,9 +117,9 @@ class MemoryLine:
         )
 
     def _buffers(self, trace: Trace) -> list[Allocation]:
-        """Return the buffers into which one micro-batch is received. They stay allocated (torch's
-        PipelineStage makes those of all micro-batches at the start). Raises Mismatch if micro-batches receive
-        different sizes."""
+        """Return the buffers into which a rank receives the tensors of one micro-batch. They stay allocated
+        (torch's PipelineStage makes those of all micro-batches at the start). Raises Mismatch if
+        micro-batches receive different sizes."""
         forward = next(s for s in trace.spans if s.phase is Phase.FORWARD)
         buffers = [
             a
@@ -135,9 +139,9 @@ def _spans(trace: Trace, step: int, phase: Phase) -> list[PhaseSpan]:
 
 
 def _kept(trace: Trace, forward: PhaseSpan, last_backward: int) -> tuple[list[Allocation], list[Allocation]]:
-    """Return (the allocations that are made in the span ``forward`` of a micro-batch, outlive it and are
-    freed before the clock ``last_backward``, as by the micro-batch's backward; those that live longer, such
-    as its loss). Allocations that are never freed, and inputs, are left out."""
+    """Return two lists of the allocations that are made in the span ``forward`` of a micro-batch and outlive
+    it: (those that are freed before the clock ``last_backward``, as by the micro-batch's backward; those that
+    are freed later, such as its loss). Allocations that are never freed, and inputs, are left out."""
     allocations = [
         a
         for a in trace.allocations
@@ -164,9 +168,10 @@ class _Short:
 
 
 def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None:
-    """Return the shorter pipeline in which ``rank`` is traced, for a model with ``blocks`` blocks. If the
-    plan has no pipeline, the result's short plan is the plan itself. Return None if no shorter pipeline can
-    stand for the schedule, or if the batch does not divide into the plan's micro-batches."""
+    """Return ``rank`` of ``plan`` with the shorter pipeline in which it is traced, for a model with
+    ``blocks`` blocks. If the plan has no pipeline, the result's short plan is the plan itself. Return None if
+    no shorter pipeline can stand for the schedule (it is none of GPipe, 1F1B and those of `_interleaved`), or
+    if the batch does not divide into equal micro-batches."""
     pipeline, place = plan.get("pipeline"), layout(plan)
     if pipeline is None:
         return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
@@ -222,9 +227,9 @@ def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int
     as stages, in which a rank runs all micro-batches of one chunk in a row.
 
     On the first two ranks all forward passes come before the first backward pass. The last rank starts a
-    backward pass right after the forward pass of its last chunk (`cost.schedules`). Return None for other
-    ranks, for other numbers of micro-batches, for three stages or fewer, and if no such pipeline gives the
-    rank the same number of blocks per chunk.
+    backward pass right after the forward pass of its last chunk (`cost.schedules`). Return None for a stage
+    that is neither of the first two nor the last, for other numbers of micro-batches, for three stages or
+    fewer, and if no such pipeline gives the rank the same number of blocks per chunk.
     """
     is_last = stage == stages - 1
     if micros != stages or stages <= _ROUND or not (stage < 2 or is_last):
@@ -245,16 +250,16 @@ def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int
 
 
 def _numbers(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
-    """Return the indices of the blocks of a rank (the one at ``stage``), chunk by chunk. ``blocks`` is the
-    number of all blocks, ``virtual`` the number of chunks per rank."""
+    """Return the indices, in the model, of the blocks of the rank at ``stage``, chunk by chunk. ``blocks`` is
+    the number of the model's blocks, ``virtual`` the number of chunks per rank."""
     chunk_blocks, remainder = divmod(blocks, stages * virtual)
     sizes = zip(range(stage, stages * virtual, stages), _of_rank(blocks, stages, stage, virtual), strict=True)
     return [chunk_blocks * chunk + min(chunk, remainder) + i for chunk, size in sizes for i in range(size)]
 
 
 def _of_rank(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
-    """Return the number of blocks in each chunk of a rank (the one at ``stage``). ``blocks`` is the number of
-    all blocks, ``virtual`` the number of chunks per rank."""
+    """Return the number of blocks in each chunk of the rank at ``stage``. ``blocks`` is the number of the
+    model's blocks, ``virtual`` the number of chunks per rank."""
     chunk_blocks, remainder = divmod(blocks, stages * virtual)
     return [chunk_blocks + (chunk < remainder) for chunk in range(stage, stages * virtual, stages)]
 
