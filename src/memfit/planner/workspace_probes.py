@@ -47,9 +47,10 @@ def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
     """Add to the calibration of ``pricer`` the workspaces of those operators of the plan that could move its
     peak.
 
-    They are read from the results stored on disk, or else probed in a child process and stored. The threads
-    of the calibration become torch's present number. Workspaces that cannot be probed stay unknown;
-    `cost.estimate` raises the upper end of the interval by their bound.
+    They are read from the results stored on disk; operators without a stored result are probed in a child
+    process, and the results are stored. The calibration's number of threads becomes that of torch in this
+    process. Workspaces that cannot be probed stay unknown; `cost.estimate` then adds an upper bound of them
+    to the upper end of the predicted peak.
     """
     pricer.recalibrate(dataclasses.replace(pricer.calibration, threads=torch.get_num_threads()))
     stored_probes = _Kept.of(pricer.calibration.threads)
@@ -67,8 +68,9 @@ def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
 
 def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
     """Return the signatures of the plan's operators whose workspaces are not in the calibration and could
-    move its peak, for each distinct rank the largest effect first. Operators that are too large to be run
-    are left out: more than 2e10 FLOPs, or more than a quarter of the free memory.
+    move its peak, those of the first distinct rank first, and for each rank the largest effect first.
+    Operators that are too large to be run are left out: more than 2e10 FLOPs, or more than a quarter of the
+    free memory.
     """
     most_bytes = _FREE_RATIO * local_machine.free_bytes()
     signatures: dict[str, None] = {}
@@ -101,11 +103,11 @@ def _learn(pricer: Pricer, workspaces: Mapping[str, Taken]) -> None:
 
 
 def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
-    """Return, by signature, the workspaces of the operators that a child process measured before its time
-    limit; empty if no process can be started.
+    """Return the workspaces of operators by their signature, as a child process measured them before its time
+    limit of 60 seconds; empty if no process can be started.
 
-    An operator that cannot run alone has None, as has the one at which the process was killed. Operators that
-    were not reached are absent.
+    The value is None for an operator that cannot run alone and for the one at which the process was killed.
+    Operators that were not reached are absent.
     """
     if not signatures:
         return {}
@@ -144,8 +146,9 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
 
 @dataclasses.dataclass
 class _Kept:
-    """Stored probe results (``taken``) by key of the operator's signature, in one file for each processor,
-    instruction set, torch version, use of oneDNN, and number of threads.
+    """Results of workspace probes (``taken``), by key of the operator's signature, as stored in the file
+    ``path``. There is one file for each processor, instruction set, torch version, use of oneDNN and number
+    of threads.
     """
 
     path: Path
@@ -160,9 +163,9 @@ class _Kept:
         return cls(path, _read(path))
 
     def add(self, fresh: Mapping[str, Taken]) -> None:
-        """Add results to this object and to the file, which keeps the 50,000 latest.
+        """Add results to this object and to the file, which keeps the 50,000 that were added last.
 
-        The file is replaced by renaming. If two processes add at once the file stays valid, and the results
+        The file is replaced by renaming. If two processes add at once, the file stays valid; results of one
         that are lost are probed again later. If the file cannot be written, nothing is raised.
         """
         self.taken |= fresh
