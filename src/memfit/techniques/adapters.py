@@ -31,10 +31,10 @@ def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _adapt(bench: Workbench, rank: int) -> None:
-    """Add two matrices of the inner width ``rank`` to every Linear of the repeated blocks, and freeze all
-    other parameters of the blocks. Floating-point parameters outside the blocks (input projection, head)
-    become trainable, because a new task's head must be trained. Raises UserError if no repeated blocks, or no
-    Linears in them, are found."""
+    """Add two trained matrices of the inner width ``rank`` to every Linear of the repeated blocks, and freeze
+    all other parameters of the blocks. All floating-point parameters outside the blocks (input projection,
+    head) become trainable, because a new task's head must be trained; all other parameters are frozen. Raises
+    UserError if no repeated blocks, or no Linears in them, are found."""
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
@@ -53,7 +53,8 @@ def _adapt(bench: Workbench, rank: int) -> None:
 
 
 def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torch.nn.Linear]]:
-    """Yield (path in the model, layer) for every linear layer inside the blocks at ``path``."""
+    """Yield (path in the model, layer) for every torch.nn.Linear, at any depth, inside the module at
+    ``path``, which is the one that contains the model's blocks."""
     import torch
 
     for name, module in model.named_modules():

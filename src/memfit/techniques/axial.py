@@ -22,58 +22,67 @@ from memfit.techniques.parallel.sample_parallel_collectives import GroupCollecti
 
 
 class Whole:
-    """Operations for a single rank, which holds everything: `product` is a plain einsum, and all others
-    return their input. The methods' texts say what `Cut`, the version for several ranks, does.
+    """Operations for a single rank, which holds everything: `product` is a plain einsum, `size` returns
+    ``length``, and all others return ``x``. The methods' texts say what `Cut`, the version for several ranks,
+    does.
 
-    ``dim`` is the dimension along which ``x`` is cut or will be cut, ``length`` its length when whole.
+    ``dim`` is the dimension along which ``x`` is cut or will be cut, ``length`` its length when whole. All
+    ranks' parts have the same length, `size`; parts at the end are padded with zeros if ``length`` does not
+    divide.
     """
 
     cuts = False
 
     def size(self, length: int) -> int:
-        """Return the length of a rank's part, with padding, of a dimension of ``length``."""
+        """Return the length, padding included, of each rank's part of a dimension of ``length``: ``length``
+        divided by the number of ranks, rounded up."""
         return length
 
     def own(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return this rank's part, along ``dim``, of a whole tensor that is equal on every rank. In backward,
-        the gradients of all parts are joined and divided by the number of ranks."""
+        """Return this rank's part, along ``dim``, of ``x``, which is whole and equal on every rank. In
+        backward, the gradients of all ranks' parts are joined and divided by the number of ranks."""
         return x
 
     def whole(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """Return the parts of all ranks joined along ``dim``, for a computation that is then the same on
-        every rank. In backward, a rank takes its part of the gradient, times the number of ranks."""
+        """Return the parts ``x`` of all ranks joined along ``dim``, without padding, for a computation that
+        is then the same on every rank. In backward, a rank takes its part of its own gradient, times the
+        number of ranks."""
         return x
 
     def gathered(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """Return the parts of all ranks joined along ``dim``, for a computation that each rank does for its
-        own part. In backward, a rank gets its part of the gradient's sum over ranks."""
+        """Return the parts ``x`` of all ranks joined along ``dim``, without padding, for a computation that
+        each rank does for its own part of another tensor. In backward, the gradients are summed over ranks,
+        and a rank gets its part of the sum."""
         return x
 
     def turned(self, x: torch.Tensor, dim: int, to: int, length: int) -> torch.Tensor:
-        """Return the tensor ``x``, which is cut along ``dim`` and whole along ``to``, as whole along ``dim``
-        and cut along ``to``."""
+        """Return the tensor ``x``, which is cut along ``dim`` and whole along ``to``, as whole along ``dim``,
+        with ``length`` elements there, and cut along ``to``. In backward, the gradient is turned back."""
         return x
 
     def summed(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return this rank's part, along ``dim``, of the sum over ranks of a tensor that is whole on each."""
+        """Return this rank's part, along ``dim``, of the sum over ranks of ``x``, which is whole along
+        ``dim`` and differs between ranks. In backward, the gradients of all parts are joined."""
         return x
 
     def product(
         self, sums: str, left: torch.Tensor, right: torch.Tensor, dim: int, length: int
     ) -> torch.Tensor:
-        """Return the einsum ``sums`` of this rank's ``left`` with the parts of ``right`` of all ranks, which
-        is cut along ``dim``. That dimension of ``right`` must be in the result and not in ``left``."""
+        """Return the einsum ``sums`` of ``left``, of which every rank has its own, with the parts ``right``
+        of all ranks joined along ``dim``, of whole length ``length``. That dimension of ``right`` must be in
+        the result and not in ``left``."""
         return torch.einsum(sums, left, right)
 
 
 class Axial(nn.Module):
-    """A module whose inputs may be cut across ranks. The technique axial-parallel sets ``across``."""
+    """A module whose inputs may be cut across ranks. It calls the operations of ``across``, those of a single
+    rank by default. The technique axial-parallel sets ``across`` to a `Cut`."""
 
     across: Whole = Whole()
 
 
 class Cut(Whole):
-    """The operations of `Whole` across several ranks."""
+    """The operations of `Whole` across the ranks of ``together``."""
 
     cuts = True
 
@@ -125,22 +134,23 @@ class Cut(Whole):
         return self.together.scatter_sum(self.apart(x, dim)).squeeze(0)
 
     def apart(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Cut ``x``, padded with zeros, along ``dim`` into the parts of all ranks. Return them stacked, shape
-        (ranks, ...)."""
+        """Return ``x``, padded with zeros, cut along ``dim`` into one part for each rank. The parts are
+        stacked along a new first dimension, shape (ranks, ...)."""
         size, ranks = self.size(x.shape[dim]), self.together.ranks
         parts: torch.Tensor = _filled(x, dim, size * ranks).unflatten(dim, (ranks, size))
         return parts.movedim(dim, 0).contiguous()
 
 
 def _filled(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """Pad ``x`` with zeros at the end to length ``size`` along ``dim``."""
+    """Pad ``x`` with zeros at the end of ``dim``, so that this dimension has length ``size``."""
     missing = size - x.shape[dim]
     return functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
 def _joined(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    """Join parts of shape (ranks, ...) along ``dim`` to ``length``, without the padding of the last ones. The
-    result is not a view, because a module that FSDP2 wraps must not return a view."""
+    """Join the parts, stacked to shape (ranks, ...), along ``dim``, which counts the dimensions of one part.
+    The result has ``length`` elements there: padding at the end of the parts is left out. The result is not a
+    view, because a module that FSDP2 wraps must not return a view."""
     ranks, shape = parts.shape[0], list(parts.shape[1:])
     size = shape[dim]
     if size * ranks == length and math.prod(shape[:dim]) == 1:
@@ -212,7 +222,8 @@ class _Turned(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """Computes the product part by part, so that einsum's temporaries are no longer than one part."""
+    """The autograd function of `Cut.product`. It multiplies with the part of one rank after the other, so
+    that einsum's temporaries are no longer than one part."""
 
     @staticmethod
     def forward(
@@ -246,7 +257,8 @@ class _Product(torch.autograd.Function):
 
 
 def _place(sums: str, dim: int) -> int:
-    """Return the position, in the result, of dimension ``dim`` of the right operand."""
+    """Return the position, in the einsum's result, of dimension ``dim`` of its second operand: 1 for
+    ("ab,cb->ac", 0)."""
     operands, result = sums.split("->")
     return result.index(operands.split(",")[1][dim])
 

@@ -27,9 +27,11 @@ WeightedLoss = Callable[[Any, Any, float], "torch.Tensor"]  # arguments: model, 
 class RunsPipeline(Protocol):
     """Runs the pipeline stages of one rank for a training step.
 
-    ``micro_batches`` is the number of pieces into which the training step cuts each micro-batch of gradient
-    accumulation. ``ending`` holds the modules inside the blocks of a stage from the start of that stage's
-    last backward of the step until the next backward of any stage begins. Otherwise it is empty.
+    - ``micro_batches`` is the number of pieces into which the training step cuts each micro-batch of gradient
+      accumulation.
+    - ``ending`` is set at the start of each backward of a stage: to all modules inside the blocks of that
+      stage if it is the stage's last backward of the step, else to the empty set. It keeps that value until
+      the next backward, of any stage, starts. Before the first backward it is empty.
     """
 
     micro_batches: int
@@ -46,17 +48,18 @@ class RunsPipeline(Protocol):
         """Run forward and backward of all pieces. Return the sum of their weighted losses, which is the same
         on every stage.
 
-        ``weighted`` returns the loss of a piece times its share. ``mark`` is called with each phase that
-        begins (forward or backward). ``last`` says that the optimizer's step comes next, so that gradients
-        are reduced over ranks.
+        ``weighted`` returns the loss of a piece times its share. ``mark`` is called with the phase, forward
+        or backward, whenever one begins. ``last`` says whether the optimizer's step comes after this call; if
+        so, gradients are reduced over ranks.
         """
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """A technique's setting. Its value is one of ``choices`` if there are any, else text that matches
-    ``pattern`` as a whole if that is set, else an integer of at least ``minimum``. ``needs`` maps single
-    values to the package that they require. ``doc`` is the help text."""
+    """A setting of a technique, called ``name``. Its value is one of ``choices`` if there are any; else text
+    that matches ``pattern`` from start to end if a pattern is set; else an integer of at least ``minimum``.
+    ``needs`` maps those values that require a package to the package's import name. ``doc`` is the help
+    text."""
 
     name: str
     default: KnobValue
@@ -68,7 +71,8 @@ class Knob:
 
     @property
     def allowed(self) -> str:
-        """The allowed values as text: the choices separated by commas, the pattern, or the least integer."""
+        """The allowed values as text: "a, b, c" for choices, "text that matches ..." for a pattern, else "an
+        integer of at least 1" or another minimum."""
         if self.choices:
             return ", ".join(str(c) for c in self.choices)
         if self.pattern is not None:
@@ -76,8 +80,8 @@ class Knob:
         return f"an integer of at least {self.minimum}"
 
     def accepts(self, value: object) -> bool:
-        """Return whether ``value`` is allowed. A value that equals a choice must also have its type, and True
-        and False are not integers."""
+        """Return whether ``value`` is allowed. A value that equals a choice must also have its type (1 is not
+        True). True and False are not accepted as integers."""
         if self.choices:
             return any(value == c and type(value) is type(c) for c in self.choices)
         if self.pattern is not None:
@@ -87,7 +91,8 @@ class Knob:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """Facts about the job and the machine from which a technique proposes settings to the search."""
+    """Facts about the job and the machine, from which ``Technique.settings`` determines the settings that the
+    search tries."""
 
     batch_size: int  # of one rank
     block_count: int
@@ -105,16 +110,16 @@ class Space:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Numbers of equal micro-batches into which a rank's samples can be split so that each has at least
-        ``least_part`` samples. 1 is always included."""
+        """Numbers of equal micro-batches into which a rank's ``batch_size`` samples can be split so that each
+        has at least ``least_part`` samples, in ascending order. 1 is always included."""
         most_parts = max(1, self.batch_size // self.least_part)
         return tuple(n for n in range(1, most_parts + 1) if self.batch_size % n == 0)
 
     @property
     def refused(self) -> frozenset[str]:
-        """Names of the techniques that a search does not propose for the job: fsdp2 if the model has
-        parameters without dimensions, optimizer-in-backward if gradients are clipped by their total norm, and
-        other implementations of AdamW if the job's optimizer is another one."""
+        """Names of techniques that the search does not propose for the job: fsdp2 if the model has parameters
+        without dimensions; optimizer-in-backward if gradients are clipped by their total norm; adamw-8bit,
+        adamw-4bit, adamw-fused and adamw-single if the job's optimizer is not AdamW."""
         reasons = {
             "fsdp2": self.scalars,
             "optimizer-in-backward": self.clipped,
@@ -128,14 +133,18 @@ class Technique:
     """A memory-saving technique.
 
     - ``effect`` says how the technique may change the numbers that training computes.
-    - ``apply`` changes the workbench. Techniques of smaller ``order`` are applied first.
+    - ``apply(bench, settings)`` changes the workbench. Techniques of smaller ``order`` are applied first.
     - ``settings(space)`` gives the knob settings worth searching, in addition to leaving the technique out.
       Knobs that they omit have their default values.
-    - ``slot``: a plan has at most one technique of each slot, except the slot "".
-    - ``needs``: packages required beyond memfit's own.
+    - ``slot``: a kind of technique, such as "optimizer". A plan has at most one technique of each slot; "" is
+      no slot.
+    - ``knobs``: the technique's settings.
+    - ``needs``: import names of the packages required beyond memfit's own.
     - ``forbids``: names of techniques or slots with which it cannot be combined.
-    - ``unsearched``: names of techniques with which only users combine it, not the search.
-    - ``devices``: kinds of device for which the search proposes it.
+    - ``unsearched``: names of techniques with which the search does not combine it, though users may.
+    - ``devices``: kinds of device ("cpu", "cuda") for which the search proposes it.
+    - ``look(bench)`` reads what the technique must know about the plain model, before any technique changes
+      it.
     """
 
     name: str
@@ -150,22 +159,22 @@ class Technique:
     forbids: tuple[str, ...] = ()
     unsearched: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
-    # Reads what the technique must know about the plain model, before any technique changes it.
     look: Callable[[Workbench], None] = lambda bench: None
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Packages that this technique requires and that are not installed."""
+        """Import names of the packages in ``needs`` that are not installed."""
         return tuple(p for p in self.needs if importlib.util.find_spec(p) is None)
 
     def lacks(self, settings: Mapping[str, KnobValue]) -> tuple[str, ...]:
-        """Return the packages that the technique or these settings require and that are not installed."""
+        """Return the import names of the packages that the technique itself, or one of these values of its
+        knobs, requires and that are not installed."""
         packages = (k.needs[settings[k.name]] for k in self.knobs if settings.get(k.name) in k.needs)
         return (*self.missing, *(p for p in packages if importlib.util.find_spec(p) is None))
 
 
 class OptimizerLike(Protocol):
-    """The interface of an optimizer that the training step uses."""
+    """What the training step uses of an optimizer."""
 
     def step(self) -> Any: ...
     def zero_grad(self, set_to_none: bool = True) -> None: ...
@@ -179,23 +188,23 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @dataclasses.dataclass(kw_only=True)
 class Workbench:
-    """The training step under construction. Techniques change it in their order.
+    """The training step under construction. Techniques change it, those of smaller ``Technique.order`` first.
 
     - ``device`` says whose kernels run ("cpu" or "cuda"), not where tensors are: a prediction for CUDA is
       traced on fake CPU tensors.
     - ``make_optimizer`` is called with the trainable parameters once all techniques are applied.
-    - ``forward_contexts`` surround the forward and loss of each micro-batch.
-    - Each of ``before_micro_batch`` is called with whether the micro-batch is the last of the step; with a
-      ``pipeline``, before each backward.
-    - ``call`` is what the job's loss gets as its model, or None for the model itself.
+    - ``forward_contexts``: functions that return context managers for the forward and loss of each micro-batch.
+    - ``before_micro_batch``: functions that are called before each micro-batch (with a ``pipeline``, before
+      each backward) with whether it is the last of the step.
+    - ``call`` is what the job's loss gets in place of ``model``; None if it gets ``model`` itself.
     - ``first_part(n)`` returns the first of n equal parts of the job's first batch.
     - ``pipeline`` runs forward and backward if the plan has pipeline stages; otherwise it is None.
     - ``ddp`` is DDP's wrapper of the model, or None without DDP.
-    - ``counted_elsewhere`` holds the names of tied parameters whose gradient the rank of another pipeline
-      stage counts in the gradient norm.
-    - ``closers`` are called when the step is closed.
-    - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_kept`` and ``place`` are callbacks that the tracer
-      sets.
+    - ``counted_elsewhere`` holds the names of parameters that several pipeline ranks hold and that this rank
+      leaves out of the gradient norm, because another one counts them.
+    - ``closers`` are functions that are called when the step is closed.
+    - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_kept`` and ``place`` are set by the tracer, to be told
+      what happens. In a real run they are None or do nothing.
     """
 
     job: Job
@@ -231,7 +240,8 @@ class Workbench:
     on_offload: Callable[[int, int], None] | None = None
     # Set by the tracer: called with a "parameter" or "gradient" that replaces the model's own.
     on_kept: Callable[[torch.Tensor, str], None] = lambda tensor, category: None
-    # Set by the tracer: places new tensors in "host" memory, in a stream's pool, or ("") with the model.
+    # Set by the tracer: returns a context in which new tensors count as memory of the host ("host"), of the
+    # stream of that name, or ("") of the device.
     place: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()
     gradients_on: str = ""  # a place, as for `place`
     parameters_on: str = ""

@@ -52,15 +52,20 @@ _REDUCTIONS = frozenset(
 
 
 class Region:
-    """Calls a module through its two graphs, and, where gradients are disabled, through its own forward.
+    """Calls a module through a `Pair` of graphs, forward and backward. Where gradients are disabled, it calls
+    the module's own forward.
 
-    ``graphs`` is shared by the regions of one model. Modules of one ``kind``, which do the same, share a
-    `Pair` for calls that are alike: shapes, strides, dtypes and requires_grad of all tensors are equal, other
-    arguments are equal if they are numbers, texts or the like and else the same object, and those attributes
-    that are numbers, texts or the like have changed alike since the regions were made.
+    ``graphs`` is a dict that all regions of one model share: it holds the pairs made so far. ``kind`` is the
+    same number for modules that do the same. Two calls of modules of one kind share a pair if they are alike:
+
+    - All tensors (parameters, buffers and arguments) have equal shapes, strides, dtypes and requires_grad.
+    - Other arguments are equal if they are numbers, texts, None, dtypes, devices or sizes, and the same
+      object otherwise.
+    - The attributes of those types in the modules have changed alike since the regions were made.
+    - CPU autocast is on for both or off for both.
 
     ``recompute`` is set if operators inside the compiled module are checkpointed, else None. It returns a new
-    predicate that is called with forward's operators in their order and says whether the result of each is
+    predicate, which is called with forward's operators in their order and says of each whether its result is
     kept for backward.
     """
 
@@ -114,16 +119,16 @@ _PLAIN = bool | int | float | str | None | torch.dtype | torch.device | torch.Si
 
 
 def _traits(value: Any) -> tuple[Any, ...]:
-    """Return what a graph depends on: of a tensor the layout, of a plain value the value, of another object
-    which one it is."""
+    """Return what a graph depends on: of a tensor (shape, strides, dtype, requires_grad); of a number, text,
+    None, dtype, device or size (type, value); of any other object (type, id)."""
     if isinstance(value, torch.Tensor):
         return (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
     return (type(value), value if isinstance(value, _PLAIN) else id(value))
 
 
 def _plain_attributes(module: torch.nn.Module) -> dict[tuple[str, str], Any]:
-    """Return the attributes of the module and its submodules that are numbers, texts and the like, by the
-    names of submodule and attribute."""
+    """Return (name of the submodule, "" for the module itself; attribute) -> value, for those attributes of
+    the module and its submodules that are numbers, texts, None, dtypes, devices or sizes."""
     return {
         (name, attribute): value
         for name, submodule in module.named_modules()
@@ -133,9 +138,9 @@ def _plain_attributes(module: torch.nn.Module) -> dict[tuple[str, str], Any]:
 
 
 class Pair:
-    """Forward and backward of the function ``call`` of ``tensors``, as schedules of kernels. ``static`` holds
-    the indices of those tensors that stay alive anyway (parameters, buffers), which cost nothing to keep for
-    backward. ``recompute`` is as in `Region`."""
+    """Forward and backward of a function, each as a schedule of kernels. The function ``call`` takes
+    ``tensors``. ``static`` holds the indices of those tensors that stay alive anyway (parameters, buffers),
+    so that it costs nothing to keep them for backward. ``recompute`` is as in `Region`."""
 
     def __init__(
         self,
@@ -157,9 +162,9 @@ class Pair:
 
 
 def _tag(joint: Any, names: set[str], keeps: Callable[[Any], bool]) -> None:
-    """Mark in the joint graph the results of forward's nodes (``names``) that must be kept for backward,
-    which are those for whose operator ``keeps`` is true; the partitioner recomputes all others where it can.
-    (The policies of torch.utils.checkpoint, as torch.compile passes them on.)"""
+    """Mark the nodes of forward (``names``) in the joint graph as torch.compile does for the policies of
+    torch.utils.checkpoint. The result of an operator for which ``keeps`` is true must be saved for backward.
+    The partitioner recomputes all others where it can."""
     from torch.utils.checkpoint import CheckpointPolicy
 
     for node in joint.graph.nodes:
@@ -176,9 +181,10 @@ def _tag(joint: Any, names: set[str], keeps: Callable[[Any], bool]) -> None:
 def _joint(
     call: Callable[..., Any], tensors: list[torch.Tensor]
 ) -> tuple[Any, list[Any], bool, int, set[str]]:
-    """Trace the joint graph of forward and backward of ``call`` on fake tensors shaped like ``tensors``.
-    Active dispatch modes are off meanwhile. Return the graph, the fake tensors, whether the output is a
-    single tensor, the number of outputs, and the names of forward's nodes."""
+    """Trace the joint graph of forward and backward of ``call``, on fake tensors of the shapes, strides,
+    dtypes and requires_grad of ``tensors``. Active dispatch modes are off meanwhile. Return the graph, the
+    fake tensors, whether ``call`` returns a single tensor and not a sequence, the number of tensors it
+    returns, and the names of forward's nodes."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -220,16 +226,17 @@ def _joint(
 
 
 def _drop_checks(graph: fx.Graph) -> None:
-    """Remove the checks of a cast's input that export adds. A compiler does not see them, and they would keep
-    the input alive."""
+    """Remove the nodes that check the dtype of a cast's input, which export adds. A compiler does not see
+    them, and they would keep the input alive."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
 
 
 def _without_last_copies(joint: Any, outputs: int) -> Any:
-    """Remove the copies of forward's outputs, the first ``outputs`` results of the graph, that were made for
-    export. torch.compile returns views as views."""
+    """Remove the copies of forward's outputs that were made for export, and return ``joint``. Forward's
+    outputs are the first ``outputs`` results of the graph. torch.compile returns views as views, without
+    copies."""
     output_node = next(n for n in joint.graph.nodes if n.op == "output")
     results = list(output_node.args[0])
     results[:outputs] = (
@@ -269,8 +276,9 @@ class _Run(torch.autograd.Function):
 
 @dataclasses.dataclass(slots=True)
 class _Kernel:
-    """One kernel or view: the call ``node`` as it is, or, if None, a fused group, of whose values only
-    ``outputs`` are allocated. ``outputs`` is empty for a call. ``inputs`` are the values read."""
+    """One step of a `Schedule`. If ``node`` is set, it is one operator or view, called as it is, and
+    ``outputs`` is empty. If ``node`` is None, it is a group of fused operators, of whose values only
+    ``outputs`` are allocated. ``inputs`` are the values that the step reads."""
 
     node: fx.Node | None
     inputs: list[fx.Node]
@@ -278,9 +286,9 @@ class _Kernel:
 
 
 class Schedule:
-    """A graph's kernels in the order in which they run. Unfused kernels keep the graph's order; before each,
-    and at the end for the graph's results, come the kernels on which it depends. Kernels on which none of
-    these depend are left out."""
+    """A graph's kernels in the order in which they run. Kernels that are not fused keep the graph's order.
+    Before each of them, and at the end for the graph's results, run the fused kernels and views on which it
+    depends. Kernels on which nothing of these depends are left out."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -294,9 +302,9 @@ class Schedule:
         self.uses.update(n for n in self.result if isinstance(n, fx.Node))
 
     def run(self, given: list[Any]) -> list[Any]:
-        """Run the kernels on the inputs ``given``, one for each placeholder, and return the results. Fused
-        groups allocate their outputs but compute nothing. ``given`` is emptied, and every value is freed when
-        it is not needed again."""
+        """Run the kernels on the inputs ``given``, one for each placeholder, and return the graph's results
+        in order. Fused groups allocate their outputs but compute nothing. ``given`` is emptied, and every
+        value is freed when it is not needed again."""
         values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
         given.clear()
         values.update(self.attributes)
@@ -320,9 +328,9 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 
 def _fused(group: _Kernel, reads_left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
-    """Allocate the outputs of a fused group and report it as one kernel; nothing is computed. An input that
-    is not used again, has the size of an output and is no input of the graph is freed first, as a compiler
-    would overwrite it."""
+    """Allocate the outputs of a fused group and report the group as one kernel; nothing is computed. Before
+    that, free an input of the same size for each output, if there is one that no later kernel reads and that
+    is no placeholder of the graph, because a compiler would write the output over it."""
     output_counts = Counter(_meta_bytes(n) for n in group.outputs)
     inputs = dict.fromkeys(group.inputs)  # in a fixed order, so that equal graphs run alike
     reads = read_bytes(values.get(n) for n in inputs)
@@ -360,13 +368,14 @@ def _packet(node: fx.Node) -> Any:
 
 
 def _extern(node: fx.Node) -> bool:
-    """Return whether the node is a kernel that is not fused. This includes collectives."""
+    """Return whether the node calls an operator that a compiler does not fuse: a matrix product, convolution,
+    attention, sort, topk or collective."""
     return _packet(node) in _EXTERN or getattr(node.target, "namespace", "") == "_c10d_functional"
 
 
 def _alone(node: fx.Node) -> bool:
-    """Return whether the node runs as it is: an unfused kernel, a view, an item of the result of one of
-    these, or a node that is no call of an operator."""
+    """Return whether the node belongs to no fused group: an operator of `_extern`, a view, an item of the
+    result of one of these, or a node that is no call of an operator."""
     if node.target is operator.getitem:
         return _alone(node.all_input_nodes[0])
     if node.op != "call_function" or _extern(node):
@@ -375,9 +384,10 @@ def _alone(node: fx.Node) -> bool:
 
 
 def _levels(calls: list[fx.Node]) -> dict[fx.Node, int]:
-    """Return the level of each node, the largest number of unfused kernels on a path that leads to it, itself
-    not counted. Nodes are fused within one level. A fused node that is no reduction and is read only by fused
-    nodes is moved up to the lowest level on which it is read."""
+    """Return the level of each node: the largest number of operators of `_extern` on a path that leads to it,
+    the node itself not counted. Only nodes of one level are fused with each other. A fused node that is no
+    reduction and is read only by fused nodes is raised to the lowest level of these readers, if that is
+    higher."""
     level: dict[fx.Node, int] = {}
     for node in calls:
         earlier_levels = [level[i] + _extern(i) for i in node.all_input_nodes if i in level]
@@ -396,8 +406,8 @@ def _from_extern(node: fx.Node) -> bool:
 
 
 def _groups(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Return the number of each fused node's group. Nodes of one level that are connected, also through
-    views, form a group."""
+    """Return the group of each fused node, as a number that is the same for all nodes of the group. Nodes of
+    one level form a group if they are connected, directly or through views."""
     calls = [n for n in graph.nodes if n.op == "call_function"]
     level = _levels(calls)
     parent: dict[fx.Node, fx.Node] = {n: n for n in calls if not _from_extern(n)}
@@ -451,8 +461,8 @@ def _ordered(graph: fx.Graph, groups: dict[fx.Node, int]) -> list[_Kernel]:
 
 
 def _sources(node: fx.Node, group_nodes: set[fx.Node], groups: dict[fx.Node, int]) -> list[fx.Node]:
-    """Return what a fused node reads from outside its group. Views of values inside the group count as
-    inside."""
+    """Return the nodes that a fused node reads from outside its group. Views of values inside the group count
+    as inside."""
     sources = []
     for source in node.all_input_nodes:
         base = source
@@ -464,9 +474,9 @@ def _sources(node: fx.Node, group_nodes: set[fx.Node], groups: dict[fx.Node, int
 
 
 def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
-    """Return whether a node outside the group reads this node, or the graph returns it, directly or through
-    views. Return False for a fused node with several results, of which the items are asked for one by
-    one."""
+    """Return whether the value of a node of the group is needed outside the group: whether a node outside
+    reads it, or the graph returns it, directly or through views. For a fused node with several results,
+    return False: each result has a node of its own, for which this function is called, too."""
     if node in groups and not isinstance(node.meta.get("val"), torch.Tensor):
         return False  # its items leave one by one; the items of a view (split) are all of it
     for user in node.users:

@@ -15,13 +15,14 @@ _RESHAPES = ("view", "reshape", "flatten", "contiguous", "float", "to", "type_as
 
 
 class LazyLogits:
-    """Stands for ``linear(hidden, head)``, shape ``(..., vocabulary)``, cast to ``cast`` if that is set,
-    until its values are needed.
+    """Stands for ``linear(hidden, head)``, of shape ``(..., vocabulary)`` and cast to ``cast`` if that is
+    set, until its values are needed.
 
     It is not a tensor subclass. Its shape, dtype and device are known without computing. Reshapes, indexing
-    and casts that leave the vocabulary whole return deferred logits. A plain cross-entropy is computed in
-    ``chunks`` parts. Every other use computes the real logits. Once computed they are kept, so that changes
-    in place persist, and every later use is of them.
+    and casts that leave the last dimension, the vocabulary, whole return deferred logits again. A plain
+    cross-entropy (see `_plain`) is computed for at most ``chunks`` equal parts of the rows, one after the
+    other. Every other use computes the real logits. Once computed they are kept, so that changes in place
+    persist, and every later use is of them.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class LazyLogits:
         return LazyLogits(hidden, self.head, self.chunks, cast=self.cast)
 
     def make(self) -> torch.Tensor:
-        """Return the real logits, which the first call computes."""
+        """Return the real logits. The first call computes them, and later calls return the same tensor."""
         if self.real_logits is None:
             logits = functional.linear(self.hidden, self.weight, self.head.bias)
             self.real_logits = logits if self.cast is None else logits.to(self.cast)
@@ -46,7 +47,7 @@ class LazyLogits:
     @property
     def weight(self) -> torch.Tensor:
         """The head's weight. Raises UserError if fsdp2 or zero of stage 3 has freed the gathered weight
-        before the loss."""
+        before the loss uses it."""
         if hasattr(self.head.weight, "device_mesh"):
             raise UserError(
                 "chunked-cross-entropy: fsdp2 has freed the head's weight before the loss uses it",
@@ -148,10 +149,10 @@ _NO_EFFECT = {"weight": None, "size_average": None, "reduce": None, "label_smoot
 
 
 def _plain(lazy: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a cross-entropy with these arguments can be chunked, unless its reduction is "none":
-    class indices against rows of logits that have not been computed, with no options but ignore_index and
-    reduction, or with options of no effect. Logits must have two dimensions; with more, the classes would be
-    along the second one."""
+    """Return whether a call of cross_entropy with these arguments can be computed in chunks, provided that
+    its reduction, which is not looked at, is not "none". The logits must have two dimensions and not be
+    computed yet; with more dimensions, the classes would be along the second one. The target must hold class
+    indices. Options other than ignore_index and reduction must have values of no effect."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
     has_rows = (
         lazy.real_logits is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
@@ -175,8 +176,8 @@ def _materialize(value: Any) -> Any:
 
 
 def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) -> LazyLogits | None:
-    """Return the deferred logits that the method ``name`` (a reshape, indexing or a cast) makes, or None if
-    it changes the last dimension, the vocabulary."""
+    """Return the deferred logits that the method ``name`` (a reshape, a cast, "contiguous" or "__getitem__")
+    makes with these arguments, or None if it would change the last dimension, the vocabulary."""
     hidden, vocabulary = lazy.hidden, lazy.head.out_features
     if name in ("float", "to", "type_as", "contiguous"):
         return _cast(lazy, name, args, kwargs)
@@ -194,9 +195,10 @@ def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) ->
 
 
 def _cast(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits:
-    """Return deferred logits whose real logits will have the dtype that the method ``name`` is given, or
-    ``lazy`` itself if it is given none. Other arguments of ``to``, such as a device or a tensor, have no
-    effect. The cross-entropy of each chunk is computed in float32 in any case."""
+    """Return deferred logits whose real logits will have the dtype that the method ``name`` is given
+    ("float": float32; "type_as": that of its argument), or ``lazy`` itself if it is given no dtype. Other
+    arguments of "to", such as a device or a tensor, have no effect. The cross-entropy of each chunk is
+    computed in float32 in any case."""
     dtypes_by_method = {
         "float": (torch.float32,),
         "type_as": (getattr(args[0], "dtype", None) if args else None,),
@@ -206,7 +208,8 @@ def _cast(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
-    """Return whether this index leaves the vocabulary dimension whole and last."""
+    """Return whether this index of logits with ``dims`` dimensions surely leaves the vocabulary dimension
+    whole and last. Return False for every index that contains None."""
     if any(i is None for i in index):
         return False
     keeps_vocabulary = isinstance(index[-1], slice) and index[-1] == slice(None)
@@ -218,7 +221,8 @@ def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
 
 
 def _leading(shape: Any, lazy: LazyLogits) -> int | None:
-    """Return the number of rows if ``shape[:-1]`` covers exactly the rows of the logits, else None."""
+    """Return the product of ``shape[:-1]`` if that is the number of rows of the logits (the product of all
+    their dimensions but the vocabulary), else None."""
     rows = 1
     for size in shape[:-1]:
         rows *= int(size)
@@ -240,9 +244,10 @@ def _cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Chunked cross-entropy of hidden (rows, width), weight (vocabulary, width), bias or None, and target
-    (rows,), as a mean or a sum over the rows whose target is not ``ignore``. Forward also computes the
-    gradients, which backward only scales."""
+    """Cross-entropy of the logits ``hidden @ weight.T + bias``, computed for at most ``chunks`` parts of the
+    rows. Shapes are (rows, width) of hidden, (vocabulary, width) of weight, (vocabulary,) of bias, which may
+    be None, and (rows,) of target. The result is a mean or a sum over the rows whose target is not
+    ``ignore``. Forward also computes the gradients, which backward only scales."""
 
     @staticmethod
     def forward(
@@ -284,8 +289,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_slope(
     logits: torch.Tensor, target: torch.Tensor, ignore: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed cross-entropy of a chunk and its derivative with respect to the logits, float32
-    (rows, vocabulary). Rows whose target is ``ignore`` count as zero."""
+    """Return the summed cross-entropy of a chunk, and its derivative with respect to the logits, of shape
+    (rows, vocabulary) in float32. For rows whose target is ``ignore``, both are zero."""
     valid = target != ignore
     index = target.where(valid, 0).unsqueeze(1)
     log_probability = functional.log_softmax(logits.float(), dim=-1)

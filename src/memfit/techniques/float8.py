@@ -39,7 +39,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def fits(shape: Iterable[int]) -> bool:
-    """Return whether a layer of these sizes supports 8-bit products: all are multiples of 16."""
+    """Return whether a Linear whose weight has this shape supports 8-bit products: whether all its sizes are
+    multiples of 16."""
     return all(size % _STEP == 0 for size in shape)
 
 

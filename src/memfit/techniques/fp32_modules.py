@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.nn.Module]:
-    """Return, by path, the modules whose path matches a pattern (with * and ?), without those inside another
-    match.
+    """Return, by path, the modules whose path matches one of ``patterns`` (* stands for any text, ? for one
+    character). Modules inside another matching module are left out.
 
-    Raises UserError if a pattern matches no module, unless the model is a shortened one that keeps only the
-    first of its blocks (``has_few_blocks``).
+    Raises UserError if a pattern matches no module. If the model has a true attribute ``has_few_blocks``,
+    which marks a shortened copy with fewer blocks, such a pattern is ignored instead.
     """
     modules = dict(model.named_modules()) if patterns else {}
     islands: dict[str, torch.nn.Module] = {}
@@ -44,9 +44,9 @@ def keep_in_float32(bench: Workbench, plan: Plan, carried: frozenset[str]) -> No
     """Make the job's islands, the modules that match ``Job(islands=...)``, compute in float32, and enter them
     in ``bench.islands``. ``carried`` holds the names of techniques that an engine applies itself.
 
-    Raises UserError if a pattern of the job matches no module (see `find`), or if an island has parameters
-    and the plan has zero, or a technique in ``carried``, with the setting precision=bf16, because these cast
-    all parameters.
+    Raises UserError if a pattern of the job matches no module (see `find`). Raises UserError, too, if an
+    island has parameters and the plan has the setting precision=bf16 in zero or in a technique in
+    ``carried``, because these cast all parameters.
     """
     bench.islands = find(bench.model, bench.job.islands)
     outer_dtype = surroundings(plan)
@@ -62,8 +62,9 @@ def keep_in_float32(bench: Workbench, plan: Plan, carried: frozenset[str]) -> No
 
 
 def surroundings(plan: Plan) -> torch.dtype | None:
-    """Return bfloat16 if tensors between modules have that dtype without autocast: under bf16-parameters, or
-    under a technique with precision bf16 (fsdp2: on several ranks). Otherwise return None."""
+    """Return bfloat16 if tensors between modules have that dtype without autocast: if the plan has
+    bf16-parameters, or a technique with the setting precision=bf16. (For fsdp2, the setting counts only if
+    the plan has several ranks.) Otherwise return None."""
     import torch
 
     has_bf16_use = any(u.settings.get("precision") == "bf16" for u in plan.uses if u.technique != "fsdp2")
@@ -82,11 +83,11 @@ def _lost(plan: Plan, carried: frozenset[str]) -> str:
 
 
 def _wrap(module: torch.nn.Module, outer_dtype: torch.dtype | None) -> None:
-    """Make the module run in float32, without autocast, on inputs that are cast from 16 bits.
+    """Make the module run in float32, without autocast: its 16-bit inputs are cast to float32.
 
-    Its float32 outputs stay so under autocast. Otherwise they are cast to the dtype of its first 16-bit
-    input. If it has no floating-point input, they are cast to ``outer_dtype``, the dtype of the surroundings
-    (None: not cast).
+    Under autocast, its outputs stay as they are. Without, its float32 outputs are cast to the dtype of its
+    first 16-bit input. They stay float32 if it has floating-point inputs but none of 16 bits. If it has no
+    floating-point input, they are cast to ``outer_dtype``, the dtype of the surroundings (None: not cast).
     """
     import torch
     from torch.utils import _pytree
@@ -125,16 +126,16 @@ def _narrowed(value: Any, *, dtype: torch.dtype) -> Any:
 
 
 def members(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield all modules that are islands or inside one. Call `keep_in_float32` first, because only it marks
-    islands."""
+    """Yield each island and all modules inside it. Islands are known only after `keep_in_float32`, which
+    marks them."""
     for module in model.modules():
         if getattr(module.forward, "island", False):
             yield from module.modules()
 
 
 def cast_others(model: torch.nn.Module, islands: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> None:
-    """Do ``model.to(dtype)`` but leave the parameters and buffers of islands, including shared ones,
-    unchanged."""
+    """Cast the floating-point parameters and buffers of the model to ``dtype``, except those of the modules
+    in ``islands``. A parameter that an island shares with another module stays unchanged in both."""
     import torch
 
     island_tensors = {t for m in islands.values() for t in (*m.parameters(), *m.buffers())}

@@ -13,10 +13,10 @@ class LossScale:
     """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2).
 
     Small gradients would underflow in float16, so the loss is multiplied by a scale before backward, and
-    gradients are divided by it afterwards. A step whose gradients overflow is skipped unless the scale is 1,
-    and the scale is halved, to 1 at least. The scale doubles after ``patience`` steps in a row without
-    overflow. The scale, which begins at ``first``, and the number of such steps are in the optimizer's
-    ``param_groups``, so that checkpoints save them.
+    gradients are divided by it afterwards. If the norm of the gradients is not finite, the step is skipped
+    and the scale is halved; a scale of 1 stays 1, and the step is then not skipped. The scale doubles after
+    ``patience`` finite steps in a row. The scale, which begins at ``first``, and the number of such steps are
+    in the optimizer's ``param_groups``, so that checkpoints save them.
     """
 
     first, patience = 65536.0, 2000  # the values of torch.amp.GradScaler
@@ -32,9 +32,9 @@ class LossScale:
         return float(self.groups[0]["loss_scale"])
 
     def unscaled(self, norm: torch.Tensor, params: list[torch.nn.Parameter]) -> bool:
-        """Divide the gradients of ``params`` and their ``norm``, which is the same on all ranks, by the
-        scale, unless the norm is not finite. In either case adjust the scale then. Return False if the step
-        must be skipped: the norm is not finite and the scale could still be halved."""
+        """If ``norm``, the norm of the gradients, the same on all ranks, is finite, divide it and the
+        gradients of ``params`` by the scale, in place. In any case adjust the scale afterwards. Return
+        whether the step may be taken: False if the norm is not finite and the scale was more than 1."""
         import torch
 
         finite = math.isfinite(float(norm))

@@ -33,8 +33,8 @@ class Nf4Linear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map shape (..., in_features) to (..., out_features). Under autocast, ``x`` is cast to its dtype
-        first."""
+        """Return the layer's output, of shape (..., out_features), for ``x`` of shape (..., in_features).
+        Under autocast, ``x`` is first cast to autocast's dtype."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out: torch.Tensor = _Nf4Product.apply(x, self.packed, self.state, self.scales)  # type: ignore[no-untyped-call]

@@ -26,10 +26,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class _Away:
-    """Moves tensors that autograd saves out of memory, if their storage has at least ``minimum_bytes``, and
-    back in backward. Parameters stay, because they are in memory anyway, and so do tensors that `_can`
-    refuses. The same elements of a storage that several operators save are written once, unless they have
-    been changed in between, and read back for each of the operators."""
+    """Base class of `HostCopies` and `DiskSpool`, which keep what autograd saves for backward elsewhere in
+    the meantime. Inside `hooks`, a saved tensor whose storage has at least ``minimum_bytes`` is replaced by a
+    copy elsewhere, which is read back when backward needs the tensor. Parameters stay, because they are in
+    memory anyway, and so do tensors for which `_can` returns False. If several operators save the same
+    elements of a storage, these are copied once, unless they have been changed in between, and read back for
+    each operator."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         self.bench, self.minimum_bytes = bench, minimum_bytes
@@ -71,8 +73,9 @@ class _Away:
         return packed.away.back().view(packed.shape) if isinstance(packed, _Saved) else packed
 
     def _is_resident(self, storage: Any) -> bool:
-        """Return whether the storage belongs to a parameter. ZeRO 3 gives parameters new storages in forward,
-        so that another tensor may get the address of the old one."""
+        """Return whether the storage now belongs to a parameter. The address alone does not tell: ZeRO 3
+        gives parameters new storages in forward, so that another tensor may get the address of the old
+        one."""
         param = self.resident.get(storage._cdata)
         return param is not None and param.untyped_storage()._cdata == storage._cdata
 
@@ -80,7 +83,8 @@ class _Away:
         return True
 
     def _put(self, tensor: Any) -> Any:
-        """Return the offloaded copy, an object whose ``back()`` returns the elements in a new tensor."""
+        """Copy the tensor elsewhere. Return an object whose ``back()`` returns the copied elements in a new
+        tensor."""
         raise NotImplementedError
 
 
@@ -90,7 +94,8 @@ class _Saved(NamedTuple):
 
 
 class HostCopies(_Away):
-    """Moves tensors that autograd saves to host memory, and back in backward."""
+    """Keeps tensors that autograd saves for backward in host memory, and copies them back when backward needs
+    them."""
 
     def _put(self, tensor: Any) -> Any:
         with self.bench.place("host"):  # fake tensors of both places are on the CPU
@@ -106,9 +111,9 @@ class _Copy:
 
 
 class DiskSpool(_Away):
-    """Moves contiguous tensors that autograd saves to a file without a name, which disappears however the
-    process ends, and back in backward. With fake tensors nothing is written, but storages are allocated and
-    freed in the same order."""
+    """Keeps contiguous tensors that autograd saves for backward in a file, and reads them back when backward
+    needs them. Other tensors stay in memory. The file has no name, so that it disappears however the process
+    ends. With fake tensors nothing is written, but storages are allocated and freed in the same order."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         super().__init__(bench, minimum_bytes)
@@ -123,9 +128,9 @@ class DiskSpool(_Away):
 
 
 class Spool:
-    """A temporary file divided into places. The first write creates it. A free place is reused for data of
-    the same size before the file grows, because overwriting pages that the kernel holds is several times
-    faster than writing new ones."""
+    """A temporary file that holds pieces of data, each at its place, an offset in the file. The first write
+    creates the file. A place that has been freed is reused for data of the same size before the file grows,
+    because overwriting pages that the kernel holds is several times faster than writing new ones."""
 
     def __init__(self) -> None:
         self._file: Any = None
@@ -134,7 +139,7 @@ class Spool:
         self._free: dict[int, list[int]] = {}
 
     def write(self, data: memoryview) -> int:
-        """Write ``data`` and return its place, an offset in the file. Raises OSError if the disk is full."""
+        """Write ``data`` and return its place, an offset in bytes. Raises OSError if the disk is full."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="memfit-offload-", buffering=0)  # noqa: SIM115
         free_places = self._free.get(data.nbytes)
@@ -147,8 +152,8 @@ class Spool:
         return place
 
     def read(self, data: memoryview, place: int) -> None:
-        """Fill ``data`` from the file at ``place``, which `write` returned. Raises OSError if the file is too
-        short."""
+        """Fill ``data`` from the file at ``place``, which `write` returned. Raises OSError if the file ends
+        before ``data`` is full."""
         with self._lock:
             self._file.seek(place)
             while data.nbytes:
@@ -157,18 +162,18 @@ class Spool:
                 data = data[count:]
 
     def free(self, place: int, size_bytes: int) -> None:
-        """Release a place of ``size_bytes`` for reuse."""
+        """Free a place, to which `write` wrote ``size_bytes`` bytes, for reuse."""
         self._free.setdefault(size_bytes, []).append(place)
 
     def close(self) -> None:
-        """Close the file, which deletes it, if anything has been written."""
+        """Close the file, which deletes it. Do nothing if nothing has been written."""
         if self._file is not None:
             self._file.close()
 
 
 class SpooledTensor:
-    """The elements of a tensor, stored in a spool until this object is deleted. Those of a fake tensor are
-    not stored."""
+    """The elements of a tensor, written to a spool. Their place there is freed when this object is deleted.
+    The elements of a fake tensor are not written."""
 
     def __init__(self, tensor: Any, spool: Spool) -> None:
         from torch._subclasses.fake_tensor import FakeTensor

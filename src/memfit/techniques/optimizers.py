@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 
 def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
-    """Return the maker of plain training's optimizer: ``choice.make`` if it is set (see `_own`), else torch's
-    optimizer of the chosen name. Its ``foreach`` is set explicitly to what torch chooses for the device (on
-    for CUDA, off for CPU; always off for Adafactor), because a CUDA prediction is traced on CPU tensors.
-    Raises UserError for an unknown name."""
+    """Return the maker of plain training's optimizer, which is called with a list of parameters. It calls
+    ``choice.make`` if that is set (see `_own`), and otherwise makes torch's optimizer of the name
+    ``choice.name``: "adamw", "adam", "sgd" or "adafactor".
+
+    ``foreach`` of torch's optimizer is set explicitly to what torch chooses for ``device`` (on for CUDA, off
+    for CPU; always off for Adafactor), because a prediction for CUDA is traced on CPU tensors. Raises
+    UserError at once if ``choice.make`` is None and the name is another one.
+    """
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
     if choice.make is not None:
         return functools.partial(_own, choice.make, device)
@@ -28,8 +32,8 @@ def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
 
 
 def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
-    """Make the user's optimizer. In groups that leave ``foreach`` at None and are not fused, set it on CUDA
-    to True, as torch would."""
+    """Return the optimizer that ``make``, the user's function, makes. If ``device`` is "cuda", set
+    ``foreach`` to True, as torch would, in parameter groups in which it is None and ``fused`` is off."""
     optimizer = make(params)
     for group in getattr(optimizer, "param_groups", []):
         if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
@@ -39,7 +43,7 @@ def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> 
 
 def _alike(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
     """Return parameter groups that one ``foreach`` kernel can process: one group for each device mesh over
-    which parameters are sharded, and one for plain parameters."""
+    which parameters are sharded, and one for all parameters that are not sharded."""
     groups: dict[Any, list[torch.nn.Parameter]] = {}
     for param in params:
         groups.setdefault(getattr(param, "device_mesh", None), []).append(param)
@@ -62,9 +66,9 @@ def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter
 
 
 def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
-    """Return a maker of torch's AdamW with the numbers of the job's optimizer, whichever that is. ``kernel``
-    is "fused" (the update is one kernel) or "single" (one parameter after the other, as in torch before
-    2.0)."""
+    """Return a maker of torch's AdamW with the learning rate, betas, eps and weight decay of the job's
+    optimizer, even if that is not AdamW. ``kernel`` is "fused" (the update is one kernel) or "single" (one
+    parameter after the other, as in torch before 2.0)."""
 
     def make(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
         import torch
@@ -125,8 +129,8 @@ def _apply_paged(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
-    """Change the optimizer so that a trace counts new tensors of its step as host memory, and return it. In a
-    real run its step is unchanged."""
+    """Make a trace count new tensors of the optimizer's steps as host memory. Return ``optimizer`` itself,
+    whose ``step`` is wrapped. In a real run its steps do the same as before."""
     step = optimizer.step
 
     def on_host() -> None:
@@ -159,8 +163,8 @@ def _numbers(choice: OptimizerChoice) -> dict[str, Any]:
 
 
 class EagerStep:
-    """Runs the compiled update of a torchao optimizer eagerly. The compiler takes tens of seconds and a C++
-    tool chain on the first step, and the arithmetic is the same."""
+    """Runs the steps of a torchao optimizer without compiling them. Its compiler takes tens of seconds and
+    needs a C++ tool chain on the first step, and the arithmetic is the same."""
 
     def __init__(self, inner: OptimizerLike) -> None:
         self.inner = inner
@@ -184,11 +188,11 @@ def _apply_in_backward(bench: Workbench, settings: Mapping[str, KnobValue]) -> N
 
 
 class StepInBackward:
-    """One optimizer per trainable parameter. It steps as soon as the parameter's gradient is complete, and
-    the gradient is then freed.
+    """Holds one optimizer for each trainable parameter. It steps during backward, as soon as the parameter's
+    gradient is complete, and the gradient is then freed, so that only a few gradients exist at once.
 
-    Only a few gradients exist at once. ``square_norms`` collects the squared norms of the gradients until
-    `zero_grad`.
+    ``square_norms`` holds the squared norms of the gradients since the last call of `zero_grad`, which
+    empties it.
     """
 
     def __init__(self, bench: Workbench) -> None:
@@ -232,9 +236,9 @@ class StepInBackward:
 
 
 def is_adamw(choice: OptimizerChoice) -> bool:
-    """Return whether the job's optimizer is AdamW with the choice's hyperparameters, so that variants of it
-    train the same. Adam without weight decay is AdamW, too. A user-defined optimizer (``make``) is not known
-    to be it."""
+    """Return whether the job's optimizer is AdamW with the hyperparameters of ``choice``, so that other
+    implementations of AdamW train the same: if its name is "adamw", or "adam" with a weight decay of 0.
+    Return False for a user-defined optimizer (``make``), because it is not known what that does."""
     return choice.make is None and (
         choice.name == "adamw" or (choice.name == "adam" and choice.weight_decay == 0)
     )

@@ -20,8 +20,8 @@ _KEYS = ("techniques", "ranks", "note")
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan from a YAML file. Raises UserError if the file cannot be read, is not YAML, or does not
-    describe a plan (see `parse_plan`)."""
+    """Read a plan from a YAML file. Raises UserError if the file cannot be read, is not YAML in UTF-8, or
+    does not describe a valid plan (see `parse_plan`)."""
     import yaml
 
     try:
@@ -36,9 +36,13 @@ def read_plan(path: Path) -> Plan:
 def parse_plan(data: object, *, what: str) -> Plan:
     """Return the plan that parsed YAML ``data`` describes. The key ``note`` is ignored.
 
-    Raises UserError if ``data`` is not a mapping, or has unknown keys, techniques, settings or values. One
-    message lists all of these, after ``what``, the name of the source. If there are none, raises UserError
-    for the first conflict or missing package, without ``what``.
+    Raises UserError if ``data`` is not a mapping. Raises UserError if there are unknown keys, a wrong value
+    of ``techniques`` or ``ranks``, unknown techniques or settings, or values that are not allowed: one
+    message lists them all, but of each technique only the first problem. These messages begin with ``what``,
+    the name of the source.
+
+    If there are none, raises UserError for the first conflict between techniques or, without conflicts, for
+    the first technique of which packages are missing. These messages do not name the source.
     """
     if not isinstance(data, dict):
         raise UserError(
@@ -80,8 +84,8 @@ def _unknown(key: object) -> str:
 
 
 def plan_text(plan: Plan, *, note: str = "") -> str:
-    """Return YAML text that `read_plan` reads back as the same plan. A ``note`` that is not empty is its
-    first entry."""
+    """Return YAML text that `read_plan` reads back as the same plan. If ``note`` is not empty, it is the
+    first entry, ``note: ...``."""
     import yaml
 
     data: dict[str, object] = {"note": note} if note else {}

@@ -48,8 +48,8 @@ def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> No
 
 
 class Bf16Inputs:
-    """Context manager in which float32 tensors among the model's arguments are cast to bfloat16. Tensors of
-    other dtypes are unchanged."""
+    """Context manager. Inside it, float32 tensors among the arguments with which the model is called are cast
+    to bfloat16. Tensors of other dtypes are unchanged."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -76,10 +76,10 @@ class MasterWeights:
     """An optimizer of bf16 parameters that updates fp32 master copies of them (Micikevicius et al. 2018,
     section 3.1).
 
-    ``make`` makes one optimizer for each master copy. For one parameter after the other, the gradient is
-    converted to fp32, the master copy is updated and copied into the parameter, and the fp32 gradient is
-    freed, so that the temporary memory is one parameter's and not the model's. Parameters without a gradient
-    are skipped.
+    ``make`` is called once for each master copy and returns its optimizer. `step` handles one parameter after
+    the other: the gradient is converted to fp32, the master copy is updated and copied into the parameter,
+    and the fp32 gradient is freed. The temporary memory is therefore that of one parameter and not of the
+    model. Parameters without a gradient are skipped.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], make: MakeOptimizer) -> None:
@@ -117,8 +117,8 @@ _Settings = Iterable[Mapping[str, KnobValue]]
 
 
 def _in(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[Space], _Settings]:
-    """Return a function of a space that proposes ``settings`` if the device computes in the half precision
-    ``half``, else nothing."""
+    """Return a function of a `Space` that returns ``settings`` if the device multiplies in the half precision
+    ``half`` ("bfloat16" or "float16"), else nothing."""
     return lambda space: settings if space.half == half else ()
 
 

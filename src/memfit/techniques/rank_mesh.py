@@ -29,10 +29,13 @@ SEVERAL = frozenset({*_DEGREE_OF, *_REPLICATED, *_SHARDED, "expert-parallel"})
 class Layout:
     """Degrees (numbers of ranks) along the mesh dimensions. Their product is the number of ranks of the plan.
 
-    Data-parallel ranks form ``replicate`` groups of ``shard`` ranks, and the model state is divided among the
-    ranks of a group. ``context`` is the number of ranks among which each sample is divided, along its
-    sequence or its axes. With ``owned``, whole parameters belong to one rank each, so that all ranks may
-    differ in memory.
+    - ``pipeline``: ranks among which the blocks are divided.
+    - ``replicate`` and ``shard``: the data-parallel ranks form ``replicate`` groups of ``shard`` ranks each.
+      Every group has the whole model state, divided among its ranks.
+    - ``context``: ranks among which each sample is divided, along its sequence or its axes.
+    - ``tensor``: ranks among which each Linear layer is divided.
+    - ``owned``: the plan has sharded-ddp, with which each parameter belongs to one rank, so that the memory
+      of all ranks may differ.
     """
 
     pipeline: int = 1
@@ -44,7 +47,7 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Degrees in the order of `DIMENSIONS`."""
+        """Degrees in the order of `DIMENSIONS`: pipeline, replicate, shard, context, tensor."""
         return tuple(getattr(self, d) for d in DIMENSIONS)
 
     @property
@@ -58,25 +61,26 @@ class Layout:
         return self.replicate * self.shard
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """Return the index of ``rank`` along each dimension, by the dimension's name. Of successive ranks,
-        the index along "tensor" changes first."""
+        """Return the index of ``rank`` along each dimension, by the dimension's name. From one rank to the
+        next, the index along "tensor" changes first, then those along "context", "shard", "replicate" and
+        "pipeline"."""
         place = {}
         for name, degree in zip(reversed(DIMENSIONS), reversed(self.shape), strict=True):
             rank, place[name] = divmod(rank, degree)
         return place
 
     def data_index(self, rank: int) -> int:
-        """Return the index of ``rank`` among the data-parallel ranks. Ranks that differ only in pipeline,
-        context or tensor have the same index."""
+        """Return the index of ``rank`` among the data-parallel ranks, 0 to `data` - 1. Ranks that differ only
+        in pipeline, context or tensor have the same index."""
         place = self.coordinate(rank)
         return place["replicate"] * self.shard + place["shard"]
 
     def distinct_ranks(self) -> tuple[int, ...]:
-        """Return ranks whose memory stands for that of all: the first rank of the first, the second and the
-        last pipeline stage. Stages between the second and the last differ from the second only in keeping
-        fewer micro-batches. Along dimensions other than the pipeline, rank 0 has the largest shard and all
-        ranks do the same work. If parameters are owned, return the first eight ranks (all, if there are
-        fewer), which get the first parameters and therefore the most."""
+        """Return ranks whose memory stands for that of all, in ascending order: the first rank of the first,
+        of the second and of the last pipeline stage, each once. Stages between the second and the last differ
+        from the second only in keeping fewer micro-batches. Along dimensions other than the pipeline, index 0
+        has the largest shard and all ranks do the same work. If parameters are owned, return the first eight
+        ranks instead (all, if there are fewer), which get the first parameters and therefore the most."""
         if self.owned:
             return tuple(range(min(self.ranks, 8)))
         per_stage = self.ranks // self.pipeline
@@ -84,12 +88,13 @@ class Layout:
 
 
 def layout(plan: Plan) -> Layout:
-    """Return the layout of a plan. The number of data-parallel ranks is the number of ranks divided by the
-    degrees of pipeline, context and tensor.
+    """Return the layout of a plan. The degrees of pipeline, context and tensor are those of the plan's
+    techniques, 1 without such a technique. The number of data-parallel ranks is the plan's number of ranks
+    divided by them.
 
     Raises UserError if the product of these degrees does not divide the plan's ranks, if there are several
-    data-parallel ranks but no data-parallel technique, or if the setting ``replicas`` does not divide their
-    number.
+    data-parallel ranks but none of ddp, fsdp2, zero and sharded-ddp, or if the setting ``replicas`` does not
+    divide the number of data-parallel ranks.
     """
     degrees = {}
     for u in plan.uses:
@@ -131,38 +136,40 @@ def _replicas(use: Use, data: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """A layout with this process's rank and the device mesh (None on one rank)."""
+    """A layout, and this process's place in it: its rank, and the device mesh of all ranks (None if the plan
+    has one rank)."""
 
     layout: Layout
     rank: int = 0
     mesh: DeviceMesh | None = None
 
     def sub(self, *names: str) -> DeviceMesh | None:
-        """Return the submesh along these dimensions, without those of degree 1. Return None if no dimension
-        is left or there is no mesh."""
+        """Return the submesh along the dimensions ``names``, in this order, without those of degree 1. Return
+        None if no dimension is left or there is no mesh."""
         dimensions = tuple(n for n in names if getattr(self.layout, n) > 1)
         if not dimensions or self.mesh is None:
             return None
         return self.mesh[dimensions] if len(dimensions) > 1 else self.mesh[dimensions[0]]
 
     def flat(self, *names: str) -> DeviceMesh | None:
-        """Return the submesh along these dimensions, flattened into one dimension, or None where `sub` is
-        None."""
+        """Return the submesh along the dimensions ``names``, flattened into one dimension. Return None if all
+        of these dimensions have degree 1 or there is no mesh."""
         sub = self.sub(*names)
         return sub._flatten("_".join(n for n in names)) if sub is not None and sub.ndim > 1 else sub
 
     def index(self, name: str) -> int:
-        """Return this rank's index along a dimension."""
+        """Return this rank's index along the dimension ``name``, such as "tensor"."""
         return self.layout.coordinate(self.rank)[name]
 
 
 def make_world(plan: Plan, *, rank: int, device: str) -> World:
-    """Return the world of ``plan`` for the process ``rank``. ``device`` is the type of the mesh's devices.
+    """Return the world of ``plan`` for the process ``rank``. ``device`` is the type of the mesh's devices
+    ("cpu" or "cuda").
 
-    If the plan has several ranks, the default process group must be initialised with them. On one rank,
-    ``rank`` and ``device`` are ignored. On torch's fake process group, the mesh is of type "cpu" and only the
-    groups of this rank are made, so that sixteen thousand ranks cost no more than eight. Raises UserError if
-    the plan's degrees do not fit its ranks.
+    If the plan has several ranks, torch's default process group must be initialised with that number of
+    ranks. On one rank, ``rank`` and ``device`` are ignored. On torch's fake process group, the mesh is of
+    type "cpu", and only those process groups are made that contain this rank, so that thousands of ranks cost
+    no more time than eight. Raises UserError if the plan's degrees do not fit its ranks (see `layout`).
     """
     plan_layout = layout(plan)
     if plan.ranks == 1:

@@ -77,14 +77,14 @@ TECHNIQUES: Mapping[str, Technique] = {
 
 
 def technique(name: str) -> Technique:
-    """Return the technique of that name. If there is none, raises UserError with all names and, if one is
-    similar, the closest one."""
+    """Return the technique called ``name``. If there is none, raises UserError, whose message lists all names
+    and suggests the most similar one, if one is similar."""
     return look_up("technique", name, TECHNIQUES)
 
 
 def make_use(name: str, settings: Mapping[str, object]) -> Use:
-    """Return a use of the technique ``name`` with these settings and the defaults of all others. Raises
-    UserError for an unknown technique or setting, and for a value that is not allowed."""
+    """Return a use of the technique ``name`` with the given settings and the default values of its other
+    knobs. Raises UserError for an unknown technique or setting, and for a value that is not allowed."""
     definition = technique(name)
     knobs = {k.name: k for k in definition.knobs}
     for key, value in settings.items():
@@ -102,18 +102,19 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
 
 
 def make_plain_plan(ranks: int = 1) -> Plan:
-    """Return the plan of plain training, which saves no memory. On several ranks it is DDP, which keeps the
-    whole model on each."""
+    """Return the plan of plain training on ``ranks`` ranks, which saves no memory. On one rank it has no
+    techniques. On several ranks it has ddp with default settings, which keeps the whole model on each."""
     return Plan(uses=(make_use("ddp", {}),), ranks=ranks) if ranks > 1 else Plan()
 
 
 def without(plan: Plan, name: str) -> Plan:
-    """Return the plan without the technique ``name``.
+    """Return the plan without the technique ``name``. A plan that does not have it stays as it is, but for
+    the two changes below.
 
-    If that is a data-parallel technique and the plan has several ranks, ddp with default settings takes its
-    place, because the ranks must still divide each batch and average gradients. If optimal-checkpointing
+    If ``name`` is a data-parallel technique and the plan has several ranks, ddp with default settings takes
+    its place, because the ranks must still divide each batch and average gradients. If optimal-checkpointing
     remains, its list of tensors to recompute (``dropped``) is emptied, because it was made for the operators
-    of the old plan. Raises UserError for an unknown name.
+    of the old plan. Raises UserError if no technique is called ``name``.
     """
     reduced_plan = plan.without(name)
     if (budget := reduced_plan.get(optimal.NAME)) is not None:
@@ -124,8 +125,9 @@ def without(plan: Plan, name: str) -> Plan:
 
 
 def conflict(plan: Plan) -> str | None:
-    """Return the first reason why techniques of the plan, or their settings, cannot be combined, or None.
-    Raises UserError for an unknown technique."""
+    """Return the reason, as text, why techniques of the plan or their settings cannot be combined; None if
+    they can. If there are several reasons, return the first: pairs of techniques are checked in the plan's
+    order, then settings. Raises UserError for an unknown technique."""
     techniques = [technique(u.technique) for u in plan.uses]
     for i, left in enumerate(techniques):
         for right in techniques[i + 1 :]:
@@ -171,24 +173,25 @@ def _forbids(left: Technique, right: Technique) -> bool:
 
 
 def proposable(plan: Plan) -> bool:
-    """Return whether the search may propose the plan: nothing in it conflicts, and no technique is combined
-    with one that its ``unsearched`` leaves to users."""
+    """Return whether the search may propose the plan: it has no `conflict`, and none of its techniques names
+    another one in its ``unsearched``, combinations that only users choose."""
     names = {u.technique for u in plan.uses}
     return conflict(plan) is None and all(names.isdisjoint(technique(n).unsearched) for n in names)
 
 
 def unsupported_techniques(machine: Machine) -> frozenset[str]:
     """Return the names of the techniques that the machine's devices do not support: float8-linear if the
-    devices are no CPUs and have no peak rate for 8-bit floats, else none."""
+    devices are not CPUs and the machine's data has no peak rate for 8-bit floats, else none. CPUs emulate
+    these."""
     device = machine.device
     has_float8 = device.kind == "cpu" or "float8" in device.peak_flops  # a CPU emulates float8
     return frozenset() if has_float8 else frozenset({float8.NAME})
 
 
 def check(plan: Plan, machine: Machine | None = None) -> Plan:
-    """Return the plan unchanged. Raises UserError if a technique is unknown, techniques or settings conflict,
-    a package that they need is not installed, or the devices of ``machine`` do not support a technique. If
-    ``machine`` is None, devices are not checked."""
+    """Return the plan unchanged. Raises UserError if the devices of ``machine`` do not support a technique,
+    if a technique is unknown, if techniques or settings conflict, or if a package that they need is not
+    installed. If ``machine`` is None, devices are not checked."""
     if machine is not None and not unsupported_techniques(machine).isdisjoint(u.technique for u in plan.uses):
         raise UserError(
             f"{float8.NAME} is not supported on {machine.device.name}, which has no matrix units for "
@@ -208,38 +211,40 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
 
 
 def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectClass:
-    """Return the strongest effect that a technique of the plan has on the numbers of training, at least E2
-    for a technique whose setting precision is bf16; E0 for a plan without techniques. If ``dependence``,
-    which describes the job's samples, is given and `changes_training` is true of it, return E3."""
+    """Return how far the plan may change the numbers of training: the strongest effect of its techniques,
+    where a technique with the setting precision=bf16 counts as E2 at least. Return E0 for a plan without
+    techniques. If ``dependence``, which describes the job's samples, is given and `changes_training` is true
+    for it, return E3."""
     if dependence is not None and changes_training(plan, dependence):
         return EffectClass.E3
     return max(map(_effect, plan.uses), default=EffectClass.E0)
 
 
 def changes_training(plan: Plan, dependence: SampleDependence) -> bool:
-    """Return whether the plan splits a batch whose samples are known to depend on each other: into
-    micro-batches, or, unless ``dependence.across_ranks`` is false, over data-parallel ranks."""
+    """Return whether the samples of a batch are known to depend on each other (``dependence.kind``) and the
+    plan splits a batch in a way that matters: into several micro-batches, or over several data-parallel
+    ranks. The latter counts only if ``dependence.across_ranks`` is true."""
     if dependence.kind is not DependenceKind.DEPENDENT:
         return False
     return in_micro_batches(plan) or (dependence.across_ranks and plan.ranks > 1 and layout(plan).data > 1)
 
 
 def splits_batch(plan: Plan) -> bool:
-    """Return whether samples of one batch are trained separately, in micro-batches or on data-parallel
-    ranks."""
+    """Return whether samples of one batch are trained separately, in several micro-batches or on several
+    data-parallel ranks. Raises UserError if the plan's degrees do not fit its ranks."""
     return in_micro_batches(plan) or (plan.ranks > 1 and layout(plan).data > 1)
 
 
 def in_micro_batches(plan: Plan) -> bool:
-    """Return whether a technique of the plan (gradient-accumulation, pipeline) trains a batch in more than
+    """Return whether a technique of the plan, gradient-accumulation or pipeline, trains a batch in more than
     one micro-batch."""
     return any(int(u.settings.get("micro_batches", 1)) > 1 for u in plan.uses)
 
 
 def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
-    """Raise UserError if the plan splits the batch (see `changes_training`) and the step would then weight
-    the loss terms of each micro-batch or rank wrongly (`DependenceCause.WEIGHTS`). Other dependences between
-    samples raise nothing."""
+    """Raise UserError if `changes_training` is true because the loss terms of each micro-batch or rank would
+    get wrong weights (``dependence.cause`` is `DependenceCause.WEIGHTS`). Samples that depend on each other
+    for another reason raise nothing."""
     if dependence.cause is DependenceCause.WEIGHTS and changes_training(plan, dependence):
         raise UserError(
             f"{plan.label} splits the batch and would weight its loss terms wrongly: {dependence.reason}",
@@ -254,7 +259,7 @@ def _effect(technique_use: Use) -> EffectClass:
 
 
 def short_label(plan: Plan) -> str:
-    """Return the plan's label without settings that have their default value."""
+    """Return the plan's label, in which settings that have their default value are left out."""
 
     def short(used: Use) -> Use:
         defaults = {k.name: k.default for k in technique(used.technique).knobs}
@@ -265,5 +270,5 @@ def short_label(plan: Plan) -> str:
 
 def ordered_uses(plan: Plan) -> list[tuple[Technique, Use]]:
     """Return (technique, its use in the plan) for each technique of the plan, in the order in which they are
-    applied."""
+    applied: by ``Technique.order``, and in the plan's order where that is equal."""
     return sorted(((technique(u.technique), u) for u in plan.uses), key=lambda pair: pair[0].order)

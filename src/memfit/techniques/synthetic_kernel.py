@@ -16,8 +16,8 @@ _TAKES = "Tensor(a!)[] writes, int read_bytes, int flops, str kind, int[] shape,
 
 @functools.cache
 def _library() -> Any:
-    """Return torch's operator library "memfit", in which the operator ``kernel`` is defined and does nothing.
-    It is cached, because torch unregisters the operators of a deleted library."""
+    """Return torch's operator library "memfit". It defines one operator, ``memfit::kernel``, which does
+    nothing. The library is cached, because torch unregisters the operators of a deleted library."""
     import torch
 
     library = torch.library.Library("memfit", "DEF")
@@ -27,13 +27,13 @@ def _library() -> Any:
 
 
 def read_bytes(tensors: Iterable[Any]) -> int:
-    """Return the bytes of the tensors, counting only this rank's part of distributed ones. Other values count
-    as zero."""
+    """Return the total bytes of the tensors. Of a distributed tensor, only this rank's part counts. Values
+    that are not tensors count as zero."""
     return sum(t.numel() * t.element_size() for t in map(_here, tensors) if hasattr(t, "element_size"))
 
 
 def _here(tensor: Any) -> Any:
-    """Return this rank's part of a distributed tensor, and any other value as it is."""
+    """Return this rank's part if the value is a distributed tensor, else the value itself."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
@@ -46,12 +46,13 @@ def kernel(
     shape: Sequence[int] = (),
     dtype: str = "",
 ) -> None:
-    """Report to the trace one kernel that reads ``reads`` bytes, computes ``flops`` operations and writes the
-    tensors ``writes`` (this rank's parts of distributed ones). Nothing is computed.
+    """Report to the trace one kernel that reads ``reads`` bytes, does ``flops`` floating-point operations and
+    writes the tensors ``writes`` (of distributed ones, this rank's parts). Nothing is computed.
 
-    ``kind`` is "mm" with ``shape`` (batch, rows, columns, inner), or "attention" or "attention_backward" with
-    ``shape`` (batch x heads, queries, keys, head dim, causal). ``dtype`` is the dtype of the arithmetic, by
-    default that of the first written tensor.
+    ``kind`` is "mm" with ``shape`` (batch, rows, columns, inner); or "attention" or "attention_backward" with
+    ``shape`` (batch x heads, queries, keys, head dim, causal: 0 or 1); or "" with an empty ``shape`` for any
+    other kernel. ``dtype`` is the name of the dtype of the arithmetic, "" for that of the first written
+    tensor.
     """
     import torch
 
