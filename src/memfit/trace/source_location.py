@@ -17,9 +17,10 @@ _ON_THE_WAY = (f"{_PACKAGE}trace/", "/torch/_ops.py", "/torch/overrides.py", "/t
 
 
 def user_line() -> str:
-    """Return ``file.py:12`` for the innermost frame of the user's code: outside torch, memfit, the standard
-    library and installed packages. The code of memfit's jobs and of the models in transformers counts as the
-    user's. Return "" if the training step is reached first, as when it or the optimizer allocates."""
+    """Return the file name and line, such as "file.py:12", of the innermost frame of the user's code: outside
+    torch, memfit, the standard library and installed packages. The code of memfit's jobs and of the models in
+    transformers counts as the user's. Return "" if there is none, or if the training step is reached first,
+    as when it or the optimizer allocates."""
     frame: Any = sys._getframe(1)
     while frame is not None and (path := frame.f_code.co_filename) != _STEP:
         is_internal = any(part in path for part in _NOT_THE_USERS)
@@ -34,8 +35,9 @@ def user_line() -> str:
 
 
 def library_line() -> str:
-    """Return ``file.py:12`` for the innermost frame of the user's code or of an installed package other than
-    torch, to say where a value is read. Return what `user_line` returns if there is none."""
+    """Return the file name and line, such as "file.py:12", of the innermost frame of the user's code or of an
+    installed package other than torch and memfit, to say where a value is read. Return what `user_line`
+    returns if there is none before the training step."""
     frame: Any = sys._getframe(1)
     while frame is not None and (path := frame.f_code.co_filename) != _STEP:
         is_library = "/site-packages/" in path and "/site-packages/torch/" not in path
@@ -46,9 +48,10 @@ def library_line() -> str:
 
 
 def reading_line() -> str:
-    """Return the place in the code, torch's own or the user's, that reads a tensor's value, as
-    ``path:line:instruction``. The bytecode instruction is included because several reads may be on one line.
-    Return "" if there is none."""
+    """Return the place in the code that reads a tensor's value, as ``path:line:instruction``: the innermost
+    frame outside memfit's trace package and torch's dispatch of operators, in torch's own code or the user's.
+    The index of the bytecode instruction is included because several reads may be on one line. Return "" if
+    there is none."""
     frame: Any = sys._getframe(1)
     while frame is not None and any(p in frame.f_code.co_filename for p in _ON_THE_WAY):
         frame = frame.f_back
@@ -67,9 +70,10 @@ def running_node() -> int:
 
 
 class ModuleStack:
-    """Finds the path of the running module of the model given to ``watch``: from a stack of module calls, or
-    in backward as the module whose forward made the running autograd node (by its sequence number). The path
-    is "" if no module runs or it is unknown, and for the model itself."""
+    """Finds the path of the module that runs, of the model given to ``watch``; ``name(phase)`` returns it. It
+    is found from a stack of module calls, or in backward as the module whose forward made the running
+    autograd node (by its sequence number). The path is "" if no module runs or it is unknown, and for the
+    model itself."""
 
     def __init__(self) -> None:
         self._stack: list[str] = []

@@ -15,8 +15,8 @@ from memfit.trace.allocation_recorder import AllocationRecorder
 
 
 class _Event(torch.cpu.Event):
-    """An event that stands for the calls of a stream before it was recorded: ``at`` is (stream, number of
-    these calls). If a stream waits for the event, the recorder records that it waits for these calls."""
+    """Event of a patched CPU stream. ``record`` sets ``at`` to (stream, number of its operator calls so far).
+    If a stream waits for the event, the recorder records that it waits for these calls."""
 
     def __init__(self, recorder: AllocationRecorder) -> None:
         self.recorder, self.at = recorder, ("", 0)
@@ -51,8 +51,9 @@ class _Stream(torch.cpu.Stream):
 def streams(recorder: AllocationRecorder) -> Iterator[None]:
     """Inside this context, patch CPU streams so that the recorder records them. FSDP2 gathers and reduces on
     streams of its own, each of which has a memory pool of its own in the CUDA allocator. In a trace FSDP2
-    gets CPU streams. They are named "stream 1" and so on. The recorder records storages that are made on a
-    stream as lying in its pool, and it records waits for streams and for collectives."""
+    gets CPU streams, which are named "stream 1" and so on in the order in which they are made. The recorder
+    records storages that are made on a stream as lying in its pool, and it records waits for streams and for
+    collectives."""
     numbers = itertools.count(1)
 
     def made(priority: int = -1) -> _Stream:

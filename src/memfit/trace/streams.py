@@ -27,8 +27,8 @@ def group_of(func: Any, args: Any) -> str:
 
 class StreamTracker:
     """Counts the operator calls of each stream, in ``calls``, and keeps track of collectives that are not yet
-    waited for. A functional collective, and a c10d collective called asynchronously, runs on a stream of its
-    process group. Other operators run on the current stream."""
+    waited for. A functional collective, and a c10d collective called asynchronously, runs on the stream
+    "group NAME" of its process group. Other operators run on the current stream."""
 
     def __init__(self) -> None:
         self.calls = Counter[str]()
@@ -38,9 +38,11 @@ class StreamTracker:
         self._under_way: list[tuple[str, int, int]] = []
 
     def of(self, func: Any, name: str, args: Any, out: Any, place: str) -> StreamUse | None:
-        """Count a call made on the stream ``place``. Return (stream, process group or "", None), or None for
-        a call on the model's stream that is not a collective. If the call waits for a functional collective,
-        it is not counted: return what `wait` returns, or None if it was waited for already."""
+        """Count a call of ``func`` (whose name is ``name``), made while the current stream is ``place`` (""
+        for the model's). Return (stream on which it runs, process group or "" if it is no collective, None).
+        Return None for a call on the model's stream that is not a collective. If the call waits for a
+        functional collective, it is not counted: return what `wait` returns, or None if the collective was
+        waited for already."""
         if name in _WAITS:
             awaited = self._coming.pop(_storage(args[0]), None)
             return self.wait(place, *awaited) if awaited else None
@@ -61,8 +63,8 @@ class StreamTracker:
 
     def next_under_way(self) -> tuple[str, int] | None:
         """Return (stream, number of its first calls) that the ``wait`` of a c10d collective waits for: up to
-        the collective just called, or else up to the oldest one not yet waited for. It is then no longer
-        under way. Return None if none is under way."""
+        the collective just called, or else up to the oldest one not yet waited for. From then on that
+        collective counts as waited for. Return None if all are waited for."""
         if not self._under_way:
             return None
         newest = self._under_way[-1][2] == self.calls.total()
@@ -70,8 +72,8 @@ class StreamTracker:
 
     def wait(self, stream: str, awaited: str, calls: int) -> StreamUse | None:
         """Return (``stream``, "", (``awaited``, number of its last calls that are not waited for)) if
-        ``stream`` waits for the first ``calls`` calls of the stream ``awaited``. Return None if both are the
-        same stream."""
+        ``stream`` waits for the first ``calls`` calls of the stream ``awaited``, counted from the start.
+        Return None if both are the same stream."""
         return None if stream == awaited else (stream, "", (awaited, self.calls[awaited] - calls))
 
 

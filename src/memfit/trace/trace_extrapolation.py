@@ -27,26 +27,30 @@ _LARGE = 500_000_000  # number of parameters above which two processes are faste
 
 
 def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
-    """Return the trace of one rank of a plan (see `traces_of`)."""
+    """Return the trace of one rank of a plan, made as `traces_of` describes. ``options`` are those of
+    `trace`."""
     return deep_traces(job, plan, [rank], **options)[0]
 
 
 def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> list[Trace]:
-    """Return the traces of several ranks of one plan (see `traces_of`)."""
+    """Return the traces of several ranks of one plan, in the order of ``ranks``, made as `traces_of`
+    describes. ``options`` are those of `trace`."""
     return traces_of(job, [(plan, rank) for rank in ranks], **options)
 
 
 def traces_of(job: Job, requests: Sequence[tuple[Plan, int]], **options: Any) -> list[Trace]:
-    """Return a `trace` for each (plan, rank) pair, at the cost of a few blocks for models with many equal
-    blocks. ``options`` are those of `trace`.
+    """Return a `trace` for each (plan, rank) pair, in their order, at the cost of a few blocks for models
+    with many equal blocks. ``options`` are those of `trace` except ``rank``. Raises what `trace` raises for
+    the whole model.
 
-    Two shallow traces are unrolled to the full depth. That the shallower one, unrolled, equals the deeper one
+    The model is traced twice with few blocks, and the events of a middle block are repeated up to the full
+    depth (`unroll`). That the shallower trace, unrolled to the depth of the deeper one, equals that one
     proves that this is valid. Where it is not valid or not less work, as for models without equal blocks, or
     where the model does not run with fewer blocks, the model is traced whole.
 
-    For a pipeline (GPipe, 1F1B, one round of interleaved), a rank's stages are traced in a shorter pipeline
-    with few micro-batches, and the memory that a micro-batch keeps is repeated for each micro-batch in
-    flight. Equal stages share their traces.
+    For a pipeline (GPipe, 1F1B, or interleaved with as many micro-batches as stages), a rank is traced in a
+    shorter pipeline with few micro-batches, and the memory that a micro-batch keeps is repeated for each
+    micro-batch in flight. Ranks and plans with the same shorter trace share it.
     """
     model = tracer.fake_model(job)
     blocks = repeated(model, job)
@@ -80,8 +84,9 @@ def traces_of(job: Job, requests: Sequence[tuple[Plan, int]], **options: Any) ->
 
 
 def _or_none(run: Callable[..., Trace], *args: Any, **options: Any) -> Trace | None:
-    """Return the trace, or None if it fails, as where a model uses the outputs of certain blocks by number
-    and has fewer blocks here. The whole trace then shows errors that are not due to that."""
+    """Return ``run(*args, **options)``, a trace, or None if it raises, as where a model uses the outputs of
+    certain blocks by number and has fewer blocks here. The whole trace then shows errors that are not due to
+    that."""
     try:
         return run(*args, **options)
     except Exception:  # noqa: BLE001
@@ -89,15 +94,16 @@ def _or_none(run: Callable[..., Trace], *args: Any, **options: Any) -> Trace | N
 
 
 def _repeats(plan: Plan, *, cpu: bool) -> bool:
-    """Return whether traces under ``plan`` may be built from shallow ones. Not under optimal-checkpointing,
-    which recomputes different operators in each block, nor for a pipeline on a CPU, where each rank builds
-    the whole model, and the peak may be there."""
+    """Return whether traces under ``plan`` may be built from traces with fewer blocks. Not under
+    optimal-checkpointing, which recomputes different operators in each block, nor for a pipeline on a CPU,
+    where each rank builds the whole model, and the peak may be there."""
     return plan.get("optimal-checkpointing") is None and not (cpu and plan.get("pipeline"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Deep:
-    """One rank of a model whose repeated blocks need not all be traced."""
+    """One rank of a model whose repeated blocks need not all be traced. ``line`` is the rank and its shorter
+    pipeline. ``first_depth`` is the number of blocks (per stage of a pipeline) of the first shallow trace."""
 
     line: MemoryLine
     blocks: Blocks  # the rank's blocks
@@ -129,9 +135,10 @@ class _Deep:
         return deep if is_worth else None
 
     def depths(self) -> range:
-        """Return the numbers of blocks (per stage of a pipeline) of the shallow traces that may be made. Each
-        trace is unrolled to the next one and compared with it, until two agree. There is only one if all of
-        the rank's blocks are traced."""
+        """Return the numbers of blocks (per stage of a pipeline) of the shallow traces that may be made: at
+        most four, each one period deeper than the one before. Each trace is unrolled to the next one and
+        compared with it, until two are equal. If all of the rank's blocks are traced (``numbers``), there is
+        only one."""
         period = self.blocks.period
         if self.numbers:
             return range(self.first_depth, self.first_depth + 1)
@@ -171,9 +178,9 @@ class _Deep:
 
 
 def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
-    """Return (path of the module that contains them, number) of the model's blocks if all have parameters of
-    the same names and shapes, the same modules in float32, and lie in a ModuleList or Sequential. Return None
-    otherwise, and if no blocks are found."""
+    """Return (path of the module that contains the model's blocks, their number) if all blocks have
+    parameters of the same names and shapes, keep the same inner modules in float32 (`Job.islands`), and lie
+    in a ModuleList or Sequential. Return None otherwise, and if no blocks are found."""
     try:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:
@@ -194,9 +201,10 @@ def _period(plan: Plan) -> int:
 
 
 def _first_depth(plan: Plan, period: int) -> int:
-    """Return the number of blocks of the first shallow trace, for ``period`` adjacent blocks that repeat. The
-    first and the last block may differ from those in between. Prefetching by FSDP2 makes more blocks differ,
-    and so does tensor parallelism under FSDP2."""
+    """Return the number of blocks of the first shallow trace, for ``period`` adjacent blocks that repeat: 3
+    periods, because the first and the last may differ from those in between. Prefetching by FSDP2 makes more
+    blocks differ: 4, 8 and 10 periods for a prefetch of 1, 2 and more. Tensor parallelism under FSDP2 adds
+    one period."""
     fsdp2, tensor_parallel = plan.get("fsdp2"), plan.get("tensor-parallel")
     prefetch = int(fsdp2.settings["prefetch"]) if fsdp2 else 0
     return ((3, 4, 8, 10)[min(prefetch, 3)] + bool(fsdp2 and tensor_parallel)) * period

@@ -25,20 +25,24 @@ def side_by_side(
     tell: Tell = lambda done, index: None,
     results: dict[int, _T] | None = None,
 ) -> list[_T]:
-    """Return the results of the calls, in order. If calls raise exceptions, raise that of the first such
-    call in the list; if calls run in forked processes, only after all of them have ended.
+    """Return the results of the calls, in order. If calls raise exceptions, raise that of the first such call
+    in the list; if calls run in forked processes, only after all of them have ended.
 
     ``tell(done, index)`` is called whenever a call begins or ends: ``done`` calls are finished, and call
     ``index`` is running (or, if none is running, has just ended). ``results`` receives each result by the
     index of its call as soon as it is known, for callers that may be interrupted.
 
     A forked process needs no imports and no picklable job, but forking is safe only on Linux, without other
-    threads and without initialised CUDA. Otherwise, or with one CPU, the calls run one after the other in
-    this process and stop at the first exception. Each forked process makes several calls in a row, so that
-    what torch loads and caches for the first serves the others. Every second process takes calls from the end
-    of the list, so put calls with the least in common first and last. If a forked process is killed, or if no
-    faithful copy of its exception can be sent here, its call runs in this process. If autograd refuses to run
-    in a forked process, all calls run in this process, and so do those of later calls of this function.
+    threads and without initialised CUDA. Otherwise, with one CPU core or one call, and inside a daemon
+    process such as a forked one, the calls run one after the other in this process and stop at the first
+    exception. Else as many processes are forked as there are CPU cores, at most one for each call. Each makes
+    several calls one after another, so that what torch loads and caches for the first serves the others.
+    Every second process takes calls from the end of the list, so put calls with the least in common first and
+    last.
+
+    If a forked process is killed, or if no faithful copy of its exception can be sent here, its call runs in
+    this process. If autograd refuses to run in a forked process, all calls run in this process, and so do
+    those of later calls of this function.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     results = {} if results is None else results
@@ -97,14 +101,16 @@ def _one_by_one(calls: Sequence[Callable[[], _T]], tell: Tell, results: dict[int
 
 
 def _no_backward(is_ok: bool, value: Any) -> bool:
-    """Return whether a call in a forked process failed because autograd has device threads (CUDA builds). No
-    backward can then run in a forked process after one has run in the original process."""
+    """Return whether a call in a forked process, with the outcome ``is_ok``, ``value`` (`_outcome`), failed
+    because autograd has device threads (CUDA builds). No backward can then run in a forked process after one
+    has run in the original process."""
     return not is_ok and isinstance(value, RuntimeError) and "fork-based multiprocessing" in str(value)
 
 
 def _copy(calls: Sequence[Callable[[], Any]]) -> tuple[Connection, Any]:
     """Fork a process. Return (connection, process). The connection takes the index of a call and gives back
-    (True, its result) or (False, its exception)."""
+    (True, its result) or (False, its exception). If the exception cannot be sent faithfully, the process ends
+    without an answer."""
     context = multiprocessing.get_context("fork")
     parent_end, child_end = context.Pipe()
     process = context.Process(target=_answer, args=(calls, child_end), daemon=True)
