@@ -60,7 +60,8 @@ _STEP: contextvars.ContextVar[Callable[..., TrainingStep]] = contextvars.Context
 @contextlib.contextmanager
 def stepping(make_step: Callable[..., TrainingStep]) -> Iterator[None]:
     """Let traces made inside this context run the training step that ``make_step`` returns, such as that of
-    an engine (engines/NAME/step.py). It is called with the arguments of `TrainingStep`."""
+    an engine (engines/NAME/step.py). ``make_step`` is called with the arguments of `TrainingStep`. Outside,
+    `TrainingStep` itself is ``make_step``."""
     token = _STEP.set(make_step)
     try:
         yield
@@ -82,20 +83,21 @@ def trace(
     lines: bool = False,
     rank: int = 0,
 ) -> Trace:
-    """Trace ``steps`` training steps on fake tensors. Two is the default, so that the last step has the
-    optimizer state that the first one made.
+    """Trace ``steps`` training steps on fake tensors and return the trace. Two is the default, so that the
+    last step has the optimizer state that the first one made.
 
-    At most ``max_micro_batches`` micro-batches of a step are run: the first ones and the last. The trace says
-    how many are left out of the last step. Earlier steps than the last run only one micro-batch if the plan
-    has one rank (see also `optimizer_steps_only`). ``update=False`` leaves out the optimizer step. ``device``
-    chooses kernels and rounding ("cpu" or "cuda"). With ``lines``, each allocation records the line of the
-    user's code that made it. ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks if
-    there are several.
+    At most ``max_micro_batches`` micro-batches of a step are run: the first ``max_micro_batches`` - 1 and the
+    last. The trace says how many are left out of the last step. Earlier steps than the last run only one
+    micro-batch if the plan has one rank (see also `optimizer_steps_only`). ``update=False`` leaves out the
+    optimizer step. ``device`` chooses kernels and rounding ("cpu" or "cuda"). With ``lines``, each allocation
+    records the line of the user's code that made it. ``rank`` is the traced rank, on a fake process group of
+    ``plan.ranks`` ranks if there are several.
 
     If values had to be assumed, other values are traced as well (`cover_assumed_cases`). Raises UserError if
-    the plan does not suit the job, if a size depends on values that are neither known nor bounded, or if the
-    step fails after a value was guessed. Other errors of the user's code are raised as they are. Raises
-    MemfitError as `fake_ranks` does.
+    the plan does not suit the job, if a size depends on values that are neither known nor bounded
+    (`Job.bound`), if a guessed number decides sizes (`check_guessed_numbers`), or if the step fails after a
+    value was guessed. Other errors of the user's code are raised as they are. Raises MemfitError as
+    `fake_ranks` does.
     """
     recorder = AllocationRecorder(device, lines=lines, guesses=Guesses(job.bound))
     scratch = plan.ranks > 1 and device == "cpu"
@@ -134,7 +136,7 @@ def trace(
         micro_batches = _run_steps(
             recorder,
             step,
-            partial(_given, recorder, fake, step),
+            partial(_fake_inputs, recorder, fake, step),
             steps=steps,
             max_micro_batches=max_micro_batches,
             update=update,
@@ -174,7 +176,8 @@ def _compiled(module: torch.nn.Module) -> bool:
 
 def fake_model(job: Job) -> torch.nn.Module:
     """Return the job's model on fake tensors, without any plan, to inspect its structure. Do not change it:
-    later calls for jobs with the same ``build_model`` return the same model."""
+    later calls for jobs with the same ``build_model`` return the same model. Raises what ``build_model``
+    raises."""
     with contextlib.suppress(TypeError, KeyError):  # build_model cannot be a weak key, or is not yet known
         model = _FAKES[job.build_model]
         fp32_modules.find(model, job.islands)
@@ -192,11 +195,12 @@ def fake_model(job: Job) -> torch.nn.Module:
 _FAKES: weakref.WeakKeyDictionary[Any, torch.nn.Module] = weakref.WeakKeyDictionary()
 
 
-def _given(
+def _fake_inputs(
     recorder: AllocationRecorder, fake: FakeTensorMode, step: TrainingStep, index: int
 ) -> tuple[Any, float]:
     """Return (this rank's batch on fake tensors, mean number of loss terms per rank) for the step ``index``.
-    Each step has a batch of its own, because lengths and graphs differ between batches."""
+    The batch is recorded as input, and its real values are attached to it. Each step has a batch of its own,
+    because lengths and graphs differ between batches."""
     with _disable_current_modes():
         batch = step.job.make_batch(index, 0)
     part, terms = step.local(batch)
@@ -216,7 +220,8 @@ def _run_steps(
     max_micro_batches: int,
     update: bool,
 ) -> int:
-    """Run the steps and return the number of micro-batches run in the last one."""
+    """Run ``steps`` training steps, each on what ``make_inputs`` returns for its index, and return the number
+    of micro-batches run in the last one."""
     micro_batches = min(step.bench.micro_batches, max_micro_batches)
     with _not_tracing():  # building the model may have imported modules to patch
         return _run_recorded(
@@ -283,7 +288,7 @@ def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbenc
 
 
 def _first_part(recorder: AllocationRecorder, inner: Callable[[int], Any], parts: int) -> Any:
-    """Return ``inner(parts)``, the first of so many equal parts of the job's first batch, with its tensors
+    """Return ``inner(parts)``, the first of ``parts`` equal parts of the job's first batch, with its tensors
     recorded as inputs. Techniques use it to observe how the model runs."""
     part = inner(parts)
     recorder.label(part, Category.INPUT)
@@ -398,9 +403,10 @@ def _propagation_unseen(recorder: AllocationRecorder) -> Iterator[None]:
 @contextlib.contextmanager
 def _guesses_blamed(recorder: AllocationRecorder) -> Iterator[None]:
     """Attribute an error inside this context to a guessed value, if there was one: another value may work, or
-    the user can give it. Raises GuessFailed if a condition was assumed to be true and the error is not one
-    that memfit itself found. Otherwise raises UserError if a value was guessed and the error is a
-    RuntimeError, ValueError, IndexError or TypeError. Other errors are raised as they are."""
+    the user can give it. Raises GuessFailed if a condition was assumed to be true, unless the error is a
+    UserError without a cause, which memfit itself found. Otherwise raises UserError if any value was assumed
+    or guessed and the error is a RuntimeError, ValueError, IndexError or TypeError. Other errors are raised
+    as they are."""
     guesses = recorder.guesses
     try:
         yield
@@ -428,8 +434,8 @@ def _blamed(error: Exception, guesses: list[str]) -> UserError | None:
 
 
 def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
-    """Return a copy of a fake tensor for ``copy.deepcopy``. Torch's own deepcopy would also copy its
-    attributes, including its fake mode, and so break the record of memory."""
+    """Return a copy of a fake tensor for ``copy.deepcopy``; a parameter stays one. Torch's own deepcopy would
+    also copy its attributes, including its fake mode, and so break the record of memory."""
     if id(tensor) not in memo:
         with torch.no_grad():
             clone = tensor.detach().clone()

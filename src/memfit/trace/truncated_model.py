@@ -55,7 +55,7 @@ def remember(job: Job, model: object) -> None:
 @contextlib.contextmanager
 def _hollow_beyond(kind: Any, count: int) -> Iterator[None]:
     """Inside this context, let only the first ``count`` modules of class ``kind`` (not of subclasses) that
-    are made build their contents; the others stay empty. The caller drops these, and building them takes
+    are made build their contents; later ones stay empty. The caller drops these, and building them takes
     longer than tracing those that stay."""
     inner, made = kind.__init__, 0
 
@@ -73,14 +73,16 @@ def _hollow_beyond(kind: Any, count: int) -> Iterator[None]:
 
 
 def with_blocks(job: Job, count: int) -> Job:
-    """Return the same job with a model that keeps only its first ``count`` blocks."""
+    """Return the same job with a model that keeps only its first ``count`` blocks (all, if it has no more).
+    The model is cut when it is built (`FirstBlocks`)."""
     return dataclasses.replace(job, build_model=FirstBlocks(job, count))
 
 
 def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.nn.Module:
-    """Remove all but the first ``count`` blocks from the model, mark it with ``has_few_blocks``, and return
-    it. ``path`` is the path of the module that contains the blocks, or None to find it. Raises UserError if
-    there are no blocks, and AssertionError if they do not lie in a ModuleList or Sequential."""
+    """Remove all but the first ``count`` blocks from the model, set its attribute ``has_few_blocks`` to True,
+    and return it. ``path`` is the path of the module that contains the blocks, or None to find it
+    (`find_blocks`). Raises UserError if there are no blocks, and AssertionError if they do not lie in a
+    ModuleList or Sequential."""
     container = model.get_submodule(find_blocks(model, path)[0])
     assert isinstance(container, CONTAINERS)
     del container[count:]

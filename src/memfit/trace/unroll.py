@@ -37,8 +37,8 @@ _Item = TypeVar("_Item", Allocation, OpCall)
 
 @dataclasses.dataclass(slots=True)
 class _Chapter:
-    """The events of one phase span, grouped into runs of consecutive events that belong to one block, or to
-    none."""
+    """The events (allocations, frees and operator calls) of one phase span, grouped into runs of consecutive
+    events that belong to one block, or to none."""
 
     span: PhaseSpan
     runs: _Runs
@@ -46,7 +46,9 @@ class _Chapter:
 
 class _Place(NamedTuple):
     """Where an allocation was made, which identifies the allocation that another block made at the same
-    point. ``chapter`` is the index of the phase span."""
+    point. ``chapter`` is the index of the phase span, ``block`` the period of blocks that ran (None outside),
+    ``occurrence`` the index among the runs of that block in the chapter, and ``offset`` the index of the
+    allocation within the run."""
 
     chapter: int
     block: int | None
@@ -90,17 +92,19 @@ class Blocks:
     period: int = 1
 
     def period_of(self, module: str) -> int | None:
-        """Return the index of the period that a module path lies in, 0 for the one that begins at ``first``.
-        Return None for a path outside the container's blocks."""
+        """Return the index of the period of blocks that the module path ``module`` lies in: 0 for the period
+        that begins at ``first``, and negative for blocks before it. Return None for a path outside the
+        container's blocks."""
         if not module.startswith(f"{self.path}."):
             return None
         number = module[len(self.path) + 1 :].partition(".")[0]
         return (int(number) - self.first) // self.period if number.isdecimal() else None
 
     def moved(self, module: str, first: int, periods: int) -> str:
-        """Return the path of the module that corresponds to ``module``, which must lie in a block, in the
-        block that comes ``periods`` periods later, if the blocks start at index ``first`` instead of this
-        object's."""
+        """Return the path of a module in another trace, whose blocks start at index ``first`` instead of
+        ``self.first``: of the module that corresponds to ``module`` in the block that comes ``periods``
+        periods after the corresponding block. ``module`` must lie in a block. With ``self.first`` 0,
+        ``first`` 4, ``periods`` 2 and ``period`` 1, "layers.1.mlp" becomes "layers.7.mlp"."""
         number, dot, rest = module[len(self.path) + 1 :].partition(".")
         return f"{self.path}.{int(number) - self.first + first + periods * self.period}{dot}{rest}"
 
@@ -118,12 +122,14 @@ _ON_A_LINE = (
 
 
 def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks: Blocks) -> Trace:
-    """Return the trace with ``target_blocks``, from the trace ``shallow`` with ``shallow_blocks`` and
-    the trace ``deeper`` with one period more.
+    """Return the trace with ``target_blocks``, from the trace ``shallow`` with ``shallow_blocks`` and the
+    trace ``deeper`` with one period more.
 
-    ``target_blocks`` must have a whole number of periods more than ``shallow_blocks``. Raises Mismatch if
-    ``shallow_blocks`` has fewer than three periods, or if unrolling ``shallow`` by one period does not give
-    ``deeper``, apart from what may grow linearly (see the module).
+    ``target_blocks`` must have a whole number of periods more than ``shallow_blocks`` (else AssertionError is
+    raised). Raises Mismatch if ``shallow_blocks`` has fewer than three periods, or if unrolling ``shallow``
+    by one period does not give ``deeper``. These may differ, and are extrapolated linearly: sizes of
+    allocations outside the blocks, the work of operators, how far back a stream is waited for, and totals
+    such as the number of parameters.
     """
     assert (target_blocks.count - shallow_blocks.count) % shallow_blocks.period == 0, (
         shallow_blocks,
@@ -145,8 +151,8 @@ def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks:
 
 
 def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
-    """Return the trace with the blocks at ``path`` renumbered in module paths, from the keys of ``numbers``
-    to its values. Blocks whose index is no key keep it."""
+    """Return the trace with the numbers of the blocks in the container at ``path`` replaced in module paths:
+    each key of ``numbers`` by its value. Blocks whose number is no key keep it."""
 
     def moved(item: _Item) -> _Item:
         if not item.module.startswith(f"{path}."):
@@ -166,9 +172,10 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
 def _middle(
     shallow: Trace, deeper: Trace, blocks: Blocks
 ) -> tuple[int, dict[int, int], dict[int, tuple[_Work, _Work]]]:
-    """Return (the index of a period of ``blocks`` whose repetition gives the deeper trace, what `_growth`
-    returns for it, what `_more_work` returns for it). The nearest to the middle is preferred, because the
-    first and last periods, and those that prefetch them, may differ. Raises Mismatch if there is none."""
+    """Return (``middle``, the index of a period of ``blocks`` whose repetition gives the deeper trace; what
+    `_growth` returns for it; what `_more_work` returns for it). The index nearest to the middle is tried
+    first, because the first and last periods, and those that prefetch them, may differ. Raises Mismatch if
+    there is none."""
     reason = "the shallow trace has fewer than three periods of blocks, so none lies between two others"
     expected, periods = canonical(deeper), -(-blocks.count // blocks.period)
     deeper_blocks = dataclasses.replace(blocks, count=blocks.count + blocks.period)
@@ -266,8 +273,8 @@ def _spanned(events: list[_Event], spans: tuple[PhaseSpan, ...]) -> Iterator[tup
 
 
 def canonical(trace: Trace) -> Trace:
-    """Return the same trace with consecutive frees of a phase span in the order of their allocations, and
-    with clocks that count its events from 0."""
+    """Return the same trace with clocks that count its events from 0, phase span by phase span. Frees that
+    follow one another directly in a span are put in the order of their allocations."""
     starts, ends, clocks = dict[int, int](), dict[int, int](), dict[int, int]()
     tables = {_ALLOCATE: starts, _FREE: ends, _OPERATE: clocks}
     spans, clock = [], 0
@@ -380,9 +387,9 @@ class _Unrolled:
         return dataclasses.replace(self.shallow, allocations=allocations, ops=tuple(ops), spans=tuple(spans))
 
     def _expanded(self, chapter: _Chapter) -> Iterator[tuple[int | None, int | None, list[_Event]]]:
-        """Yield the chapter's runs as (block in the shallow trace, block in the deep one, events), with None
-        twice for events outside the blocks. Copies of the middle block follow the direction in which the
-        chapter visits blocks."""
+        """Yield the chapter's runs as (block in the shallow trace, block in the deep one, events). Both
+        blocks are None for events outside the blocks. The runs of the middle block are repeated, with deep
+        numbers that rise or fall in the direction in which the chapter visits blocks."""
         order = [b for b, _ in chapter.runs if b is not None]
         position = 0
         for block, events in chapter.runs:
@@ -403,9 +410,10 @@ class _Unrolled:
 
     def _like(self, place: _Place, template: int | None, block: int | None) -> _Place:
         """Return the place, in the deep trace, of the allocation that relates to ``block`` there as the one
-        made at ``place`` in the shallow trace relates to its block ``template`` (None: events outside the
-        blocks). Allocations far from ``template`` keep their distance from the nearer end of the blocks, and
-        places outside the blocks stay as they are."""
+        made at ``place`` in the shallow trace relates to its block ``template``. ``template`` is None for
+        events outside the blocks. An allocation that is more than half of the blocks away from ``template``,
+        or all if that is None, keeps its distance from the nearer end of the blocks. Places outside the
+        blocks stay as they are."""
         if place.block is None:
             return place
         is_far = template is not None and 2 * abs(place.block - template) > self.periods - 1
@@ -443,8 +451,8 @@ def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
 
 
 def _joined(runs: _Runs) -> _Runs:
-    """Return the runs with adjacent runs of one block joined. Events without a block that lie inside a block,
-    or between two neighbouring blocks, join the run before them."""
+    """Return the runs with adjacent runs of one block joined. Events without a block that lie within a block,
+    or between two blocks whose numbers differ by 1, join the run before them."""
     result: _Runs = []
     for i, (run_block, events) in enumerate(runs):
         is_between = run_block is None and 0 < i < len(runs) - 1

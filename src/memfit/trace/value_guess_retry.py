@@ -38,8 +38,8 @@ class GuessFailed(Exception):
 
 def retry_guesses(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
     """Wrap ``run``: if it raises GuessFailed, run it again with False for the condition that was last assumed
-    to be true, and so on, at most four runs in all. If none of them succeeds, raise the error of the
-    first."""
+    to be true, and so on, at most four runs in all. If none of them succeeds, or one raises another error,
+    raise the error that the first failed with."""
 
     @functools.wraps(run)
     def wrapper(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -62,8 +62,9 @@ def retry_guesses(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate
 
 def check_guessed_numbers(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
     """Wrap ``run``: raise UserError if a number that the trace lists in ``guessed`` decides sizes, that is,
-    if 2 in place of 1 leads to other allocations in forward or backward of the first step. If the run fails
-    with 2, the number decides nothing."""
+    if 2 in place of 1 leads to other allocations in forward or backward of the first step. The error names
+    the lines that do so alone, or all of them if none does. If the run fails with 2, the number decides
+    nothing."""
 
     @functools.wraps(run)
     def wrapper(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
@@ -91,11 +92,13 @@ def check_guessed_numbers(run: Callable[Concatenate[Job, P], Trace]) -> Callable
 
 def cover_assumed_cases(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
     """Wrap ``run``: if values were assumed, also trace the step in the cases LOW and HIGH (`AssumedCase`). If
-    weights are offered and the step is small enough, also trace it with values computed from them
-    (`real_weights`).
+    weights are offered (`offering`) and the step is within the limits of their source, also trace it with
+    values computed from them (`real_weights`).
 
     The returned trace is that of the computed values, else that of the usual case. It gives the lowest and
-    the highest peak of all cases as ratios to its own peak. Cases in which the step fails are left out."""
+    the highest peak of all cases as ratios to its own peak (``assumed_low_ratio``, ``assumed_high_ratio``).
+    Cases in which the step fails are left out.
+    """
 
     @functools.wraps(run)
     def wrapper(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:

@@ -25,9 +25,9 @@ def values_read(guesses: Guesses) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for home, name, replacement in (
             (torch._VF, "_pad_packed_sequence", _padding(concrete_values)),
-            (torch, "ctc_loss", _given_tensors(torch.ctc_loss)),
-            (torch, "tensor_split", _given_numbers(torch.tensor_split)),
-            (torch.Tensor, "tensor_split", _given_numbers(torch.Tensor.tensor_split)),
+            (torch, "ctc_loss", _with_lengths_as_tensors(torch.ctc_loss)),
+            (torch, "tensor_split", _with_parts_as_numbers(torch.tensor_split)),
+            (torch.Tensor, "tensor_split", _with_parts_as_numbers(torch.Tensor.tensor_split)),
             (torch.Tensor, "numpy", _of_values(guesses, torch.Tensor.numpy)),
             (FakeTensor, "tolist", _of_values(guesses, torch.Tensor.tolist)),
         ):
@@ -36,8 +36,9 @@ def values_read(guesses: Guesses) -> Iterator[None]:
 
 
 def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a version of ``inner``, which is ``numpy`` or ``tolist``, for fake tensors: it returns their
-    known or assumed values, or else a bound or ones (`Guesses.read`). Other libraries call it."""
+    """Return a version of ``inner``, which is ``Tensor.numpy`` or ``Tensor.tolist``, for fake tensors: it
+    works on their known or assumed values, or else on a bound or ones (`Guesses.read`). Other libraries call
+    it. Real tensors are passed to ``inner``."""
 
     def called(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
         if type(tensor) is not FakeTensor:
@@ -48,9 +49,9 @@ def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any
     return called
 
 
-def _given_tensors(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a version of ``inner``, which is ``ctc_loss``, that turns lists of lengths into fake tensors.
-    Torch's own version turns them into tensors at a point where they cannot be fake."""
+def _with_lengths_as_tensors(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a version of ``inner``, which is ``ctc_loss``, that turns lists and tuples of lengths into fake
+    tensors. Torch's own version turns them into tensors at a point where they cannot be fake."""
 
     def called(scores: Any, targets: Any, *lengths: Any, **options: Any) -> Any:
         lengths = tuple(torch.tensor(n) if isinstance(n, list | tuple) else n for n in lengths)
@@ -59,7 +60,7 @@ def _given_tensors(inner: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def _given_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
+def _with_parts_as_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
     """Return a version of ``inner``, which is ``tensor_split``, that also takes the indices, or the number of
     parts, as a fake tensor."""
 
@@ -71,8 +72,9 @@ def _given_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 def _padding(concrete_values: ConcreteValues) -> Callable[..., Any]:
     """Return a ``pad_packed_sequence`` that takes the batch sizes as a real tensor and returns (fake padded
-    sequences, fake lengths). The values of the lengths are kept in ``concrete_values``,
-    as assumed ones if the batch sizes are assumed (aten/src/ATen/native/PackedSequence.cpp)."""
+    sequences, fake lengths). The real lengths are attached in ``concrete_values``, as assumed ones if the
+    batch sizes are assumed (aten/src/ATen/native/PackedSequence.cpp). It raises ValueError if
+    ``total_length`` is positive and less than the longest sequence."""
 
     def pad(
         data: torch.Tensor, batch_sizes: torch.Tensor, batch_first: bool, value: float, total_length: int
