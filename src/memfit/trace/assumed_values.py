@@ -115,13 +115,13 @@ FILLS = frozenset(
 
 
 def is_assumed(value: Any) -> bool:
-    """Return whether ``value`` is a tensor that is marked as assumed."""
+    """Return whether ``value`` is a tensor that `mark_assumed` has marked. False for anything else."""
     return isinstance(value, torch.Tensor) and hasattr(_mark_holder(value), _ASSUMED)
 
 
 def mark_assumed(values: Any) -> Any:
-    """Mark the tensors in ``values``, and all tensors that share a storage with them, as assumed. Return
-    ``values``."""
+    """Mark the tensors in ``values``, also in nested lists, tuples and dicts, and all tensors that share a
+    storage with them, as assumed. Return ``values``."""
     for value in _pytree.tree_leaves(values):
         if isinstance(value, torch.Tensor):
             setattr(_mark_holder(value), _ASSUMED, True)

@@ -376,8 +376,8 @@ def _pack_padded_sequence(
 
 def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
     """Return lengths of ``rows`` sequences with ``size`` elements in total: the first as long as possible,
-    the others about equal. Each is between 1 and ``longest``; a ``size`` that does not allow this is
-    replaced by the nearest that does."""
+    the others about equal. Each is between 1 and ``longest``; a ``size`` that does not allow this is replaced
+    by the nearest that does. With 10, 5 and 3, the lengths are 5, 3 and 2."""
     size = min(max(size, rows), longest * rows)
     max_length = min(longest, size - rows + 1)
     rest_length, remainder = divmod(size - max_length, max(1, rows - 1))
@@ -417,8 +417,8 @@ def _ctc_loss_backward(
 def _log_softmax_backward(
     self: Guesses, grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return a contiguous gradient of the input, as the kernel does (SoftMax.cpp). Torch's fake
-    implementation would copy the layout of ``grad``."""
+    """Return a fake, contiguous gradient of the input, of the shape of ``grad`` and the dtype ``dtype``, as
+    the kernel does (SoftMax.cpp). Torch's fake implementation would copy the layout of ``grad``."""
     return grad.new_empty(grad.shape, dtype=dtype)
 
 

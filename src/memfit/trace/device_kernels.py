@@ -34,7 +34,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 class CudaKernelMode(TorchFunctionMode):
     """Mode that redirects calls of torch functions on fake CPU tensors to the kernels that CUDA would run:
-    attention, dropout, softmax, and the functions that autocast runs in float32."""
+    attention, dropout, softmax, log_softmax and, under autocast, the functions that CUDA's autocast runs in
+    float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -114,10 +114,10 @@ def _takes_statistics(module: nn.Module) -> bool:
 
 
 def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False) -> SampleDependence:
-    """Return the result "dependent" for the BatchNorm layers ``norms`` (by module path, all of which it
-    lists). ``loss``: splitting the batch changes the loss even without these layers. If it does not, and if
-    all layers are SyncBatchNorm, the batch may be split over data-parallel ranks (``across_ranks`` is
-    False)."""
+    """Return the result "dependent", whose cause is the BatchNorm layers ``norms`` (module path: layer) and
+    which lists their paths. ``loss`` says whether splitting the batch changes the loss even without these
+    layers; if so, the reason says it, too. ``across_ranks`` is False (the batch may be split over
+    data-parallel ranks) only if ``loss`` is False and all layers are SyncBatchNorm."""
     only_sync = all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
     suffix = "; the loss also compares samples" if loss else ""
     return SampleDependence(
@@ -532,8 +532,8 @@ def _batch_norm_anywhere() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None]:
-    """Inside this context, add to ``norms``, by path, the BatchNorm layers of ``model`` that take batch
-    statistics when they are called."""
+    """Inside this context, add to ``norms`` (module path: layer) each BatchNorm layer of ``model`` that is
+    called and takes batch statistics then."""
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -576,7 +576,7 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _cloned(batch: Any) -> Any:
-    """Clone the batch, because the loss may change it."""
+    """Return the batch with clones of its tensors, because the loss may change them."""
     return _pytree.tree_map_only(torch.Tensor, torch.clone, batch)
 
 

@@ -25,8 +25,10 @@ class MemoryLine:
 
     Fields that begin with ``short_`` describe the shorter pipeline, the other ones the whole. ``stages`` is
     the number of ranks along the pipeline, ``stage`` this rank's index among them. ``virtual`` is the number
-    of model chunks per rank, ``micros`` the number of micro-batches. If the plan has no pipeline, ``stages``
-    is 1 and the shorter pipeline is the plan itself.
+    of model chunks per rank, ``micros`` the number of micro-batches. ``missing`` is, for each chunk, the
+    number of micro-batches in flight that are not traced; ``fewer`` is the number of blocks that the last
+    stages of the shorter pipeline lack. If the plan has no pipeline, ``stages`` is 1 and the shorter pipeline
+    is the plan itself.
     """
 
     job: Job
@@ -50,8 +52,8 @@ class MemoryLine:
         return _numbers(count, self.stages, self.stage, self.virtual)
 
     def short_blocks(self, depth: int) -> list[int]:
-        """Return the indices of this rank's blocks, chunk by chunk, in the short pipeline with ``depth``
-        blocks per stage (the last stages together have ``fewer`` less)."""
+        """Return the indices of this rank's blocks, chunk by chunk, in the short pipeline, whose model has
+        ``depth`` blocks per stage, minus ``fewer`` blocks in all."""
         return _numbers(self._short_count(depth), self.short_stages, self.short_stage, self.virtual)
 
     def depth(self, count: int) -> int:
@@ -65,9 +67,8 @@ class MemoryLine:
         return depth * self.short_stages - self.fewer
 
     def trace(self, depth: int, **options: Any) -> Trace:
-        """Return the trace of this rank in the short pipeline, in a model cut to ``depth`` blocks per stage
-        (the last stages together have ``fewer`` less). ``options`` are those of `tracer.trace` except
-        ``rank``."""
+        """Return the trace of this rank in the short pipeline, in a model cut to ``depth`` blocks per stage,
+        minus ``fewer`` blocks in all. ``options`` are those of `tracer.trace` except ``rank``."""
         job = with_blocks(self.short_job, self._short_count(depth))
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 

@@ -40,8 +40,7 @@ def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> l
 
 def traces_of(job: Job, requests: Sequence[tuple[Plan, int]], **options: Any) -> list[Trace]:
     """Return a `trace` for each (plan, rank) pair, in their order, at the cost of a few blocks for models
-    with many equal blocks. ``options`` are those of `trace` except ``rank``. Raises what `trace` raises for
-    the whole model.
+    with many equal blocks. ``options`` are those of `trace` except ``rank``. Raises what `trace` raises.
 
     The model is traced twice with few blocks, and the events of a middle block are repeated up to the full
     depth (`unroll`). That the shallower trace, unrolled to the depth of the deeper one, equals that one

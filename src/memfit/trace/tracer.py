@@ -86,12 +86,12 @@ def trace(
     """Trace ``steps`` training steps on fake tensors and return the trace. Two is the default, so that the
     last step has the optimizer state that the first one made.
 
-    At most ``max_micro_batches`` micro-batches of a step are run: the first ``max_micro_batches`` - 1 and the
-    last. The trace says how many are left out of the last step. Earlier steps than the last run only one
-    micro-batch if the plan has one rank (see also `optimizer_steps_only`). ``update=False`` leaves out the
-    optimizer step. ``device`` chooses kernels and rounding ("cpu" or "cuda"). With ``lines``, each allocation
-    records the line of the user's code that made it. ``rank`` is the traced rank, on a fake process group of
-    ``plan.ranks`` ranks if there are several.
+    At most ``max_micro_batches`` (default 3) micro-batches of a step are run: the first ``max_micro_batches``
+    - 1 and the last. The trace says how many are left out of the last step. Earlier steps than the last run
+    only one micro-batch if the plan has one rank (see also `optimizer_steps_only`). ``update=False`` leaves
+    out the optimizer step. ``device`` chooses kernels and rounding ("cpu" or "cuda"). With ``lines``, each
+    allocation records the line of the user's code that made it. ``rank`` is the traced rank, on a fake
+    process group of ``plan.ranks`` ranks if there are several.
 
     If values had to be assumed, other values are traced as well (`cover_assumed_cases`). Raises UserError if
     the plan does not suit the job, if a size depends on values that are neither known nor bounded
@@ -358,8 +358,8 @@ def _not_tracing() -> Iterator[None]:
 
 
 def _random_states(recorder: AllocationRecorder) -> Any:
-    """Return a patch that records the result of torch.get_rng_state, a real tensor made below the dispatcher.
-    Each checkpointed block keeps one."""
+    """Return a context manager that lets ``recorder`` record the result of torch.get_rng_state, a real tensor
+    made below the dispatcher. Each checkpointed block keeps one."""
     inner = torch.get_rng_state
 
     def noted() -> torch.Tensor:
@@ -371,8 +371,8 @@ def _random_states(recorder: AllocationRecorder) -> Any:
 
 
 def _resizes(recorder: AllocationRecorder) -> Any:
-    """Return a patch that records storages that are resized below the dispatcher, as FSDP2 does to free and
-    refill its parameters."""
+    """Return a context manager that lets ``recorder`` record storages that are resized below the dispatcher,
+    as FSDP2 does to free and refill its parameters."""
     inner = torch.UntypedStorage.resize_
 
     def noted(storage: torch.UntypedStorage, size: int) -> Any:

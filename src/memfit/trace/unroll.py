@@ -58,8 +58,8 @@ class _Place(NamedTuple):
 
 class _Work(NamedTuple):
     """By how much the work of an operator call grows with each additional period of blocks (`Blocks`):
-    operations, bytes moved and, if it waits for a stream, ``waited_calls``: the number of that stream's last
-    calls for which it does not wait."""
+    floating-point operations, bytes moved and, if it waits for a stream, ``waited_calls``: the number of that
+    stream's last calls for which it does not wait."""
 
     flops: int
     moved_bytes: int
