@@ -193,7 +193,7 @@ class Workbench:
     - ``device`` says whose kernels run ("cpu" or "cuda"), not where tensors are: a prediction for CUDA is
       traced on fake CPU tensors.
     - ``make_optimizer`` is called with the trainable parameters once all techniques are applied.
-    - ``forward_contexts``: functions that return context managers for the forward and loss of each micro-batch.
+    - ``forward_contexts``: functions whose context managers surround forward and loss of each micro-batch.
     - ``before_micro_batch``: functions that are called before each micro-batch (with a ``pipeline``, before
       each backward) with whether it is the last of the step.
     - ``call`` is what the job's loss gets in place of ``model``; None if it gets ``model`` itself.

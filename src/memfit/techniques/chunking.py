@@ -42,7 +42,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if not cuts:
         raise UserError(
             f"chunking finds nothing to cut in {type(bench.model).__name__}",
-            allowed="modules that work on independent slices and allocate more inside than the budget",
+            allowed="modules that work on independent slices and allocate more inside than the budget of a "
+            "slice (settings parts and mib)",
         )
     for name, cut in cuts.items():
         _wrap(bench.model.get_submodule(name), cut, budget)

@@ -29,7 +29,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if not names:
         raise UserError(
             f"{NAME} finds no suitable linear layers in the blocks of {type(bench.model).__name__}",
-            allowed=f"blocks with linear layers whose sizes are multiples of {_STEP}",
+            allowed=f"blocks with linear layers whose input and output sizes are multiples of {_STEP}",
         )
     config = Float8LinearConfig.from_recipe_name(str(settings["scaling"]))
     config = dataclasses.replace(config, emulate=bench.device == "cpu")  # the CPU's own kernel takes minutes

@@ -45,8 +45,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def axial_modules(model: torch.nn.Module) -> list[Axial]:
-    """Return the modules of the model that support inputs cut across ranks, which are those that derive from
-    `Axial`."""
+    """Return the modules of the model, itself included, whose inputs may be cut across ranks: those of
+    classes derived from `Axial`."""
     from memfit.techniques.axial import Axial
 
     return [module for module in model.modules() if isinstance(module, Axial)]

@@ -47,7 +47,7 @@ _SHAPE_ONLY = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorPlaceholder:
-    """The shape and dtype of a tensor that was removed from a structure."""
+    """Stands for a tensor of this shape and dtype in a structure from which the tensors have been removed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -55,17 +55,18 @@ class TensorPlaceholder:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
-    """A model as a chain of blocks.
+    """A model whose blocks form a chain: each block reads only parameters and what the position just before
+    it made. Positions are -1 (everything before the first block), the indices of the blocks, and
+    ``len(blocks)`` (everything after the last).
 
     - ``path`` is the path of the module that contains the blocks.
-    - ``uses`` maps a parameter name to the positions at which it is used (-1: before the first block;
-      ``len(blocks)``: after the last). A parameter of a block counts as used there in any case, and another
-      parameter that nothing uses at -1.
-    - ``carried`` maps, for each block, the indices in its flattened (args, kwargs) of the tensors that the
-      position before made to their `TensorPlaceholder`.
-    - ``returns`` holds what each block returns, with tensors as `TensorPlaceholder`.
-    - ``before`` maps names of modules that are called once, before the first block, and have a parameter that
-      is used only there, to what they return, with tensors as `TensorPlaceholder`.
+    - ``uses`` maps each parameter's name to the positions at which it is used. A parameter of a block counts
+      as used at that block in any case, and one that is in no block and used nowhere counts as used at -1.
+    - ``carried`` has a mapping for each block, whose keys are indices in its flattened (args, kwargs): those
+      of the tensors that the position before made. The values are `TensorPlaceholder`s.
+    - ``returns`` holds what each block returns, with `TensorPlaceholder`s in place of tensors.
+    - ``before`` maps names of modules to what they return, with `TensorPlaceholder`s in place of tensors.
+      These modules are called once, before the first block, and have a parameter that is used only at -1.
     """
 
     path: str
@@ -77,11 +78,11 @@ class Chain:
 
 
 def record_chain(bench: Workbench, parts: int) -> Chain:
-    """Record the chain of the workbench's model in a forward pass of the first of ``parts`` equal parts of
-    the job's first batch.
+    """Return the `Chain` of the workbench's model, as recorded in one forward pass and loss on fake tensors:
+    those of the first of ``parts`` equal parts of the job's first batch.
 
-    Raises UserError if no repeated blocks are found, if the loss does not call all of them, or if the model
-    is not a chain of them.
+    Raises UserError if no repeated blocks are found, if the loss does not call all of them, or if they do not
+    form a chain.
     """
     path, blocks = find_blocks(bench.model, bench.job.blocks)
     with _disable_current_modes():
@@ -118,9 +119,10 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
 
 
 class _Recorder(TorchDispatchMode):
-    """Mode that follows storages that depend on parameters, and notes at which position each was made.
-    ``names`` maps the keys of parameters' storages to their names. Raises UserError where the model is not a
-    chain."""
+    """Dispatch mode for one forward pass, from which `record_chain` makes the `Chain`. It notes at which
+    position each tensor that depends on parameters was made and each parameter was used. ``names`` maps the
+    keys of parameters' storages to parameter names. Raises UserError as soon as the model turns out not to be
+    a chain."""
 
     def __init__(self, names: Mapping[int, str], path: str, blocks: list[torch.nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -228,9 +230,9 @@ class _Recorder(TorchDispatchMode):
         return call
 
     def _output(self, index: int, block: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the output of block ``index``. If an equal earlier block had the same inputs (tensors of the
-        same shapes and dtypes) and no other effect than its output, the block is not run, and the output
-        consists of new tensors like those of that block's output."""
+        """Return the output of block ``index``. The block is not run if an equal earlier block had the same
+        inputs (tensors of the same shapes and dtypes) and had no other effect than its output: then return
+        new tensors like those of that block's output."""
         inputs = (holes((args, kwargs)), self.carried[-1])
         if self._twins[index] in self._ran and _same(self._ran[self._twins[index]][0], inputs):
             out = _pytree.tree_map_only(torch.Tensor, torch.empty_like, self._ran[self._twins[index]][1])
@@ -252,9 +254,9 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def called_once(self) -> dict[str, Any]:
-        """Return, by name and with tensors as `TensorPlaceholder`, what those modules returned that were
-        called once, entirely before the blocks, and hold a parameter that is used only before the blocks.
-        Modules inside another such module are left out."""
+        """Return what modules returned, by the module's name and with `TensorPlaceholder`s in place of
+        tensors. These are the modules that were called once, entirely before the blocks, and that have a
+        parameter that is used only before the blocks. Modules inside another such module are left out."""
         early_names = {n for n, positions in self.uses.items() if positions == {-1.0}}
         results: dict[str, Any] = {}
         for name, outs in sorted(self._called.items(), key=lambda pair: pair[0].count(".")):
@@ -265,19 +267,20 @@ class _Recorder(TorchDispatchMode):
 
 
 def holes(value: Any) -> Any:
-    """Return the same structure with tensors replaced by holes."""
+    """Return the same structure with a `TensorPlaceholder` in place of each tensor."""
     return _pytree.tree_map_only(torch.Tensor, lambda t: TensorPlaceholder(tuple(t.shape), t.dtype), value)
 
 
 class ZeroFiller:
-    """Replaces holes by zeros that take no memory: views of one element per dtype on the device."""
+    """Puts zeros that take no memory in place of `TensorPlaceholder`s: each is an expanded view of a single
+    zero of that dtype on ``device``."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._elements: dict[torch.dtype, torch.Tensor] = {}
 
     def fill(self, value: Any) -> Any:
-        """Return the same structure with holes replaced by zeros."""
+        """Return the same structure with zeros in place of each `TensorPlaceholder`."""
         return _pytree.tree_map_only(TensorPlaceholder, self._like, value)
 
     def _like(self, hole: TensorPlaceholder) -> torch.Tensor:
@@ -288,9 +291,9 @@ class ZeroFiller:
 
 @contextlib.contextmanager
 def _lent(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[dict[int, torch.Tensor]]:
-    """Give the model fake copies of its parameters and buffers, inside this context. Yield them by the id of
-    the original. Afterwards every module's attributes are restored, also where a forward has cached
-    tables."""
+    """Replace the model's parameters and buffers by fake copies inside this context. Yield the copies by the
+    id of the original. Afterwards the attributes of all modules are as before; tables that a forward has
+    cached there are gone."""
     module_states = [(module, dict(vars(module))) for module in model.modules()]
     copies: dict[int, torch.Tensor] = {}
 
@@ -313,7 +316,8 @@ def _lent(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[dict[int, to
 
 
 def _held(block: torch.nn.Module) -> list[int]:
-    """Return the ids of the attributes of a block's modules, which change if the block stores something."""
+    """Return the ids of the values of all attributes of a block's modules. They differ before and after a
+    call in which the block stores something."""
     return [id(value) for m in block.modules() for value in vars(m).values()]
 
 

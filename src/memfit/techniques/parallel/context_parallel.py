@@ -80,8 +80,9 @@ def _look(bench: Workbench) -> None:
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:
-    """Return the model's blocks, or none if no repeated blocks are found. They need the attention mode of
-    their own, because recomputation in backward calls blocks after the model's forward has ended."""
+    """Return the model's blocks; an empty list if no repeated blocks are found. Each block's forward enters
+    the attention mode itself, because recomputation in backward calls blocks when the model's forward has
+    ended."""
     try:
         return find_blocks(bench.model, bench.job.blocks)[1]
     except UserError:
@@ -103,8 +104,8 @@ def _under(module: torch.nn.Module, mode: Any) -> None:
 
 @contextlib.contextmanager
 def _packing_unseen() -> Iterator[None]:
-    """Disable, inside this context, Hugging Face's detection of packed sequences, which takes jumps in
-    positions for several sequences."""
+    """Disable, inside this context, Hugging Face's detection of packed sequences, which takes a jump in
+    positions for the start of another sequence."""
     if "transformers.masking_utils" not in sys.modules:
         yield
         return
@@ -146,9 +147,9 @@ def _shifted(batch: Any) -> Any:
 
 
 def _terms(part: Any) -> int | None:
-    """Return the number of labels (``shift_labels``, else ``labels``) in a part of a batch that are not
-    ignored (-100), which may differ between slices of a sequence. Return None if the part is no mapping with
-    integer labels of at least two dimensions."""
+    """Return the number of labels that count in a part of a batch: those other than -100 in its
+    ``shift_labels`` or, without these, its ``labels``. The parts of a sequence may have different numbers.
+    Return None if the part is no mapping with labels that are integers of at least two dimensions."""
     labels = part.get("shift_labels", part.get("labels")) if isinstance(part, Mapping) else None
     if labels is None or labels.dim() < 2 or labels.is_floating_point():
         return None

@@ -56,7 +56,8 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class _Forwarding:
-    """Passes calls through DDP and attributes to the model inside, so that a job's loss works unchanged."""
+    """Passes calls to DDP's wrapper ``wrapped``, and reading of attributes to the model inside it, so that a
+    job's loss works unchanged."""
 
     def __init__(self, wrapped: torch.nn.Module) -> None:
         self._wrapped = wrapped
@@ -109,11 +110,12 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool], None]:
-    """Return a function to call before each backward, with whether it is the last of the step. It makes every
-    pipeline stage reduce gradients in that stage's last backward of the step.
+    """Return a function to call before each backward, with whether it is the last of the step. It makes
+    FSDP2's modules reduce gradients only in the last backward of the step. With a pipeline, each module
+    reduces them in the last backward of its own stage.
 
-    With ``stay``, parameters stay gathered until then, as when torch's schedules are given FSDP2's modules
-    (torch.distributed.pipelining.stage).
+    With ``stay``, gathered parameters are freed only then, too, as when torch's schedules are given FSDP2's
+    modules (torch.distributed.pipelining.stage).
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -130,9 +132,10 @@ def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool],
 
 
 def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[str, Any]) -> list[Any]:
-    """Shard the model. Return the groups of `_groups` after sharding, the root last. If gathered parameters
-    are cast or parameters have several dtypes, the parameters of islands (modules that compute in float32)
-    are not cast. Islands that are no group then become further groups, which are not returned."""
+    """Shard the model with FSDP2. Return the sharded groups in the order of `_groups`, so that the model is
+    the last. If the setting precision casts gathered parameters, or the parameters have several dtypes, the
+    parameters of islands (modules that compute in float32) are not cast. For that, islands that are no group
+    of `_groups` become groups of their own, which are not returned."""
     from torch.distributed.fsdp import fully_shard
 
     group_specs = _groups(bench, str(settings.get("units")), settings["reshard"])
@@ -174,8 +177,9 @@ def _optimize_on_host(bench: Workbench) -> None:
 
 
 def _with_context(bench: Workbench) -> Any:
-    """Return a mesh of one dimension, over all data-parallel ranks and the ranks among which each sample is
-    divided, along which parameters are sharded. Raises UserError if there are also replicas."""
+    """Return the mesh over which parameters are sharded if each sample is divided among ranks: one dimension
+    of all data-parallel ranks and the ranks that share a sample. Raises UserError if there are several
+    replicas."""
     flat = bench.world.flat("shard", "context")
     if bench.world.layout.replicate > 1:
         raise UserError(
@@ -195,9 +199,9 @@ def _blocks(bench: Workbench) -> list[Any]:
 
 
 def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any, bool]]:
-    """Return (group, whether its gathered parameters are freed after forward) for the groups that are
-    gathered together: modules or lists of modules, as the knobs ``units`` and ``reshard`` say. The last group
-    is the model, for everything that is in no other group."""
+    """Return (group, whether its gathered parameters are freed after forward) for each group of modules that
+    is gathered together, as the knobs ``units`` and ``reshard`` say. A group is a module or a list of
+    modules. The last one is the model, for all parameters that are in no other group."""
     blocks = _blocks(bench)
     modules_before, modules_after = _modules_around_blocks(bench, blocks)
     modules: list[Any] = list(blocks)
@@ -212,9 +216,9 @@ def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any,
 
 
 def _modules_around_blocks(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the modules of `_callable` that have parameters and contain no blocks: those before the blocks
-    (embedding) and those after them (last norm, head), in the order of the model's attributes. Without
-    blocks, all are before."""
+    """Return two lists of the modules that `_callable` yields, have parameters and contain no blocks: those
+    before the blocks (embedding) and those after them (last norm, head). The order is that of the model's
+    attributes. Without blocks, all modules are in the first list."""
     block_modules = {m for block in blocks for m in block.modules()}
     modules_before: list[Any] = []
     modules_after: list[Any] = []
@@ -228,7 +232,8 @@ def _modules_around_blocks(bench: Workbench, blocks: list[Any]) -> tuple[list[An
 
 
 def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield a module's children, and the children of ModuleLists and ModuleDicts in place of these."""
+    """Yield the module's children. In place of a ModuleList or ModuleDict, which cannot be called, yield its
+    members, also if one of these contains another."""
     import torch
 
     for child in module.children():
@@ -248,9 +253,9 @@ def _precision(name: str) -> Any:
 
 
 def _prefetch(groups: list[Any], depth: int) -> None:
-    """Let each group prefetch the next ``depth`` groups in forward, and the previous ``depth`` groups in
-    backward, where they come next. With a depth of 1, leave it to torch, which prefetches one group, and only
-    in backward."""
+    """Let each group gather ahead the parameters of the next ``depth`` groups in forward, and of the previous
+    ``depth`` groups, which come next there, in backward. With a ``depth`` of 1, change nothing: torch gathers
+    one group ahead by itself, and only in backward."""
     if depth <= 1:
         return
     for i, group in enumerate(groups):
@@ -259,8 +264,8 @@ def _prefetch(groups: list[Any], depth: int) -> None:
 
 
 def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[Space], Iterable[Mapping[str, KnobValue]]]:
-    """Return a function of a space that proposes ``settings`` for plans of several ranks, and nothing for one
-    rank, where the technique is useless."""
+    """Return a function of a `Space` that returns ``settings`` if the plan has several ranks, and nothing for
+    one rank, where the technique is useless."""
     return lambda space: settings if space.ranks > 1 else ()
 
 

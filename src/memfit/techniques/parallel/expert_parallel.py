@@ -53,8 +53,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _mixtures(bench: Workbench) -> list[str]:
-    """Return the names of the modules that hold experts: those that match the pattern ``experts`` of the job,
-    or, if that is None, those of modules built like Hugging Face's. Raises UserError if there are none."""
+    """Return the names of the modules that hold experts: those that match the pattern ``Job(experts=...)``.
+    If that is None, return those that are built like Hugging Face's: their parameters are gate_up_proj and
+    down_proj, of three dimensions each, and they have act_fn. Raises UserError if there are none."""
     names = [name for name, _ in bench.model.named_modules()]
     if (pattern := bench.job.experts) is not None:
         mixtures = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
@@ -77,17 +78,18 @@ def _is_grouped(module: torch.nn.Module) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Dealt:
-    """This rank's experts. ``run`` maps tokens (own experts, n, width) to the same shape. ``total`` is the
-    number of experts in the mixture."""
+    """The experts of one mixture that this rank keeps. ``run`` applies them: it maps the tokens of each of
+    them, shape (experts of this rank, n, width), to results of the same shape. ``total`` is the number of
+    experts of all ranks."""
 
     total: int
     run: Callable[[torch.Tensor], torch.Tensor]
 
 
 def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
-    """Keep only the experts of ``rank`` in the module, and return them. Raises UserError if the module
-    neither has a ModuleList of experts as its only child nor is built like Hugging Face's, or if the number
-    of experts is no multiple of ``ranks``."""
+    """Remove all experts but those of ``rank`` from the module, whose name is ``name``, and return those of
+    ``rank``. Raises UserError if the module neither has a ModuleList of experts as its only child nor is
+    built like Hugging Face's (see `_mixtures`), or if the number of experts is no multiple of ``ranks``."""
     import torch
 
     lists = [(n, m) for n, m in module.named_children() if isinstance(m, torch.nn.ModuleList)]
@@ -119,8 +121,8 @@ def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
 
 
 def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Return down(act(gate) * up) of each expert for its tokens. Tokens and results have shape (experts, n,
-    width)."""
+    """Return down(act(gate) * up) of each expert of the module for its own tokens. Tokens and results have
+    shape (experts, n, width)."""
     import torch
 
     gate, up = torch.bmm(tokens, module.gate_up_proj.to(tokens.dtype).mT).chunk(2, dim=-1)
@@ -129,8 +131,9 @@ def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Travel:
-    """Sends tokens to the ranks of their experts and back. ``experts`` is the number of experts of all ranks,
-    ``run`` is that of `_Dealt`."""
+    """Sends tokens to the ranks of their experts, runs the experts there, and sends the results back.
+    ``experts`` is the number of experts of all ranks. ``run`` is that of `_Dealt`. Each expert takes, from
+    each rank, at most ``capacity_percent`` of an even share of that rank's choices."""
 
     group: Any
     ranks: int
@@ -139,10 +142,10 @@ class _Travel:
     run: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Replace the forward of the module of experts. ``tokens`` has shape (N, width), ``chosen`` (indices
-        of experts) and ``weights`` (N, k). Return, for each token, the weighted sum of its experts' results,
-        where choices beyond an expert's capacity count as zero. N must be the same on every rank, because the
-        capacity depends on it."""
+        """The forward of the module of experts. ``tokens`` has shape (N, width), ``chosen`` (indices of
+        experts) and ``weights`` have shape (N, k). Return, for each token, the sum of its k experts' results
+        times their weights, shape (N, width). Choices beyond an expert's capacity add zero. N must be the
+        same on every rank, because the capacity depends on it."""
         import torch
 
         choices, width = chosen.shape[-1], tokens.shape[-1]
@@ -159,9 +162,9 @@ class _Travel:
         return torch.zeros_like(tokens).index_add(0, order // choices, weighted_results)
 
     def _slots(self, by_expert: torch.Tensor, capacity: int) -> torch.Tensor:
-        """Return, for choices sorted by expert, the row of each in what is sent: ``capacity`` rows for each
-        expert, given to its first choices. Later choices get the row after the last, which is not
-        sent."""
+        """Return, for each of the choices, which are sorted by expert, the row in which its token is sent.
+        Each expert has ``capacity`` rows, which its first choices get. Later choices get the row after the
+        last one, which is not sent."""
         import torch
 
         numbers = torch.arange(by_expert.numel(), device=by_expert.device)
@@ -171,8 +174,8 @@ class _Travel:
         return torch.where(index < capacity, by_expert * capacity + index, self.experts * capacity)
 
     def _swap(self, rows: torch.Tensor) -> torch.Tensor:
-        """Cut ``rows`` into one equal part for each rank and send them. Return the parts received, in the
-        order of ranks. This operation is its own inverse."""
+        """Cut ``rows`` into one equal part for each rank, and send the i-th part to the i-th rank. Return the
+        parts received, in the order of ranks. Called twice, it returns the original rows."""
         import torch
         from torch.distributed._functional_collectives import all_to_all_single
 

@@ -25,10 +25,11 @@ Slices = tuple[slice, slice, bool]  # of queries and of keys, and whether attent
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class SequenceRanks(GroupCollectives):
-    """The ranks that share a sequence. ``length`` is the length of one rank's part, set when a batch is cut;
-    ``device`` says whose attention kernels run ("cpu" or "cuda").
+    """The ranks that share a sequence, each of which holds an equal part of it. ``length`` is the length of
+    one rank's part, 0 until a batch is cut. ``device`` says whose attention kernels run ("cpu" or "cuda").
 
-    The sequence has 2 x ranks chunks. Rank r holds chunk r and, after it, chunk 2 x ranks - 1 - r.
+    The sequence consists of 2 x ranks chunks of one length. Rank r holds chunk r and, after it, chunk 2 x
+    ranks - 1 - r.
     """
 
     device: str
@@ -36,15 +37,17 @@ class SequenceRanks(GroupCollectives):
     fixed: Mapping[Site, frozenset[int]] = dataclasses.field(default_factory=dict)  # from `GatheredCounts`
 
     def positions(self, rank: int) -> torch.Tensor:
-        """Return the positions of a rank's part in the whole sequence."""
+        """Return the positions, in the whole sequence, of the elements of a rank's part, in the order of that
+        part."""
         chunk = self.length // 2
         front, back = rank * chunk, (2 * self.ranks - 1 - rank) * chunk
         return torch.cat([torch.arange(front, front + chunk), torch.arange(back, back + chunk)])
 
     def blocks(self, causal: bool) -> Iterator[tuple[int, Slices]]:
         """Yield (rank of the keys, (slice of this rank's queries, slice of those keys, whether attention
-        between them is causal)), this rank first. Under causal attention, the back chunks of earlier ranks
-        are never seen, and later ranks are seen only by the back chunk of this rank."""
+        between them is causal)) for each pair whose attention must be computed: this rank first, then the
+        others in ascending order. Under causal attention, nothing sees the second chunk of earlier ranks, and
+        only the second chunk of this rank sees later ranks."""
         everything, front, back = slice(None), slice(0, self.length // 2), slice(self.length // 2, None)
         yield self.rank, (everything, everything, causal)
         for key_rank in range(self.ranks):
@@ -59,9 +62,13 @@ class SequenceRanks(GroupCollectives):
 
 
 class GatheredAttention(TorchFunctionMode):
-    """Mode in which scaled_dot_product_attention runs over all ranks' slices of the sequence, and
-    ``torch.arange`` returns this rank's positions where it counts to the length of a slice, except at places
-    in the code at which it also counted to that number while the sequence was whole (``across.fixed``)."""
+    """Mode in which scaled_dot_product_attention covers the keys and values of all ranks' parts of the
+    sequence, and ``torch.arange(n)`` returns this rank's positions in the whole sequence if n is the length
+    of a part.
+
+    ``across.fixed`` lists exceptions: the places in the code that also counted to n when the sequence was
+    whole, and therefore count something else than positions.
+    """
 
     def __init__(self, across: SequenceRanks) -> None:
         super().__init__()
@@ -79,9 +86,9 @@ class GatheredAttention(TorchFunctionMode):
 
 
 class GatheredCounts(TorchFunctionMode):
-    """Mode that records in ``found`` the counts of ``torch.arange`` at each place in the code, to be used
-    while the sequence is whole. A place that gives the same count on a slice counts something else than
-    positions, such as channels or heads."""
+    """Mode that records in ``found``, for each place in the code, the numbers to which ``torch.arange``
+    counts there. It is used while the sequence is whole. A place that later counts to the same number on a
+    part of the sequence counts something else than positions, such as channels or heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,17 +101,17 @@ class GatheredCounts(TorchFunctionMode):
 
 
 def _counted(func: Any, args: Any) -> int | None:
-    """Return n for arange(n) and arange(0, n) with positional integers, else None. Keyword arguments are not
-    looked at."""
+    """Return n if the call is torch.arange(n) or torch.arange(0, n) with positional integers, else None.
+    Keyword arguments are not looked at."""
     if func is not torch.arange or len(args) not in {1, 2} or not all(isinstance(a, int) for a in args):
         return None
     return args[-1] if args[0] in {0, args[-1]} else None
 
 
 def _site() -> Site:
-    """Return (code, instruction) of the two innermost calls in code outside torch and this folder. The
-    instruction is included because one line may hold several calls. There are fewer if the stack ends
-    before."""
+    """Return (code, index of the instruction) of the two innermost calls in code that is neither torch's nor
+    in the folder of this file. There is only one, or none, if the stack has no more. The instruction is
+    included because one line may hold several calls."""
     calls = list[tuple[Any, int]]()
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and len(calls) < _DEEP:
@@ -125,9 +132,10 @@ def _attention(
     scale: float | None = None,
     **grouped: bool,
 ) -> torch.Tensor:
-    """Scaled dot-product attention of shapes (batch, heads, length, head dim) over the ranks' slices. Raises
-    UserError for queries or keys that are not this rank's slice, for dropout, and for masks other than of
-    keys (batch, 1, 1, length)."""
+    """Return scaled dot-product attention of this rank's queries to the keys of all ranks. Tensors have shape
+    (batch, heads, length of a part, head dim). Raises UserError if the number of queries or of keys is not
+    the length of a part, for dropout, and for a mask that is not of shape (batch, 1, 1, length), which masks
+    keys."""
     if query.shape[2] != across.length or key.shape[2] != across.length:
         raise UserError(
             f"context-parallel does not support attention of {query.shape[2]} queries to {key.shape[2]} keys",
@@ -149,9 +157,9 @@ def _attention(
 
 
 def _additive(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Return a mask, boolean (True: visible) or additive, as an additive one of the query's dtype without
-    minus infinity. A query may have no visible key in a block, and its weight must then be 0 and not
-    nan."""
+    """Return the mask, which is boolean (True: visible) or additive, as an additive mask of the query's
+    dtype. In place of minus infinity it has the lowest finite value: a query may have no visible key in a
+    block, whose weight must then be 0 and not nan."""
     lowest = torch.finfo(query.dtype).min
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), lowest)
@@ -159,9 +167,9 @@ def _additive(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 class _Attend(torch.autograd.Function):
-    """Attention of this rank's queries to the keys and values of all ranks, block by block. It saves only
-    this rank's tensors for backward, in which the keys and values of other ranks are gathered again. ``bias``
-    is an additive mask of this rank's keys, or None."""
+    """The autograd function of attention of this rank's queries to the keys and values of all ranks, block by
+    block. It saves only this rank's tensors for backward, in which the keys and values of other ranks are
+    gathered again. ``bias`` is an additive mask of this rank's keys, or None."""
 
     @staticmethod
     def forward(
@@ -225,8 +233,9 @@ def _columns(
 
 
 def _merge(out: torch.Tensor, total: torch.Tensor, part: torch.Tensor, weight: torch.Tensor) -> None:
-    """Merge the softmax averages ``out`` and ``part`` into ``out``, in place. ``total`` and ``weight`` are
-    the logarithms of their sums of exponentials; ``total`` becomes that of both."""
+    """Merge the attention outputs ``out`` and ``part`` of the same queries over two sets of keys into
+    ``out``, in place. ``total`` and ``weight`` are their log-sum-exps. ``total`` becomes that of both
+    sets."""
     log_sum = torch.logaddexp(total, weight)
     out.mul_((total - log_sum).exp_().unsqueeze(-1)).add_(part.mul((weight - log_sum).exp_().unsqueeze(-1)))
     total.copy_(log_sum)
@@ -241,8 +250,8 @@ def _repeated(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Kernel:
-    """The attention kernel that torch would choose on the device ("cpu" or "cuda"). ``bias`` is an additive
-    mask or None."""
+    """One call of the attention kernel that torch would choose on the device ("cpu" or "cuda"). ``bias`` is
+    an additive mask or None."""
 
     device: str
     causal: bool
@@ -252,7 +261,7 @@ class _Kernel:
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (output, log-sum-exp of shape (batch, heads, queries))."""
+        """Return (output, log-sum-exp of the scores, shape (batch, heads, queries))."""
         inputs = query, _repeated(key, query), _repeated(value, query)
         causal, scale, bias = self.causal, self.scale, self.bias
         if self.device == "cpu":
@@ -275,8 +284,8 @@ class _Kernel:
         total: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """Return the gradients of query, key and value, which are ``inputs``. ``grad``, ``out`` and ``total``
-        are the gradient, the output and the log-sum-exp of these queries over the keys of all
-        ranks."""
+        belong to the attention of these queries to the keys of all ranks: the gradient of its output, the
+        output and its log-sum-exp."""
         query, key, value = inputs
         kernel_inputs = query, _repeated(key, query), _repeated(value, query)
         causal, scale, bias = self.causal, self.scale, self.bias

@@ -34,7 +34,8 @@ SCHEDULES: dict[str, Any] = {
 
 
 class StageEnd(Exception):
-    """Ends a stage's forward. ``carried`` holds the tensors that the stage passes to the next one."""
+    """Raised inside the model's forward to end it where a stage ends. ``carried`` holds the tensors that the
+    stage passes to the next one."""
 
     def __init__(self, carried: tuple[torch.Tensor, ...]) -> None:
         super().__init__()
@@ -42,8 +43,8 @@ class StageEnd(Exception):
 
 
 class Pipeline:
-    """The ``virtual`` stages of one rank. The constructor replaces parameters that only other ranks use, and
-    the buffers of blocks that only they run, by zeros that take no memory.
+    """The ``virtual`` pipeline stages of one rank. Creating it replaces parameters that only other ranks use,
+    and buffers of blocks that only other ranks run, by zeros that take no memory.
 
     Raises UserError if the model is not a chain of blocks, if it has fewer blocks than the plan has stages,
     or if the schedule does not support the numbers of stages and micro-batches.
@@ -90,8 +91,8 @@ class Pipeline:
         return {*range(first, end), *prefix, *({end} if stage == len(self.bounds) - 1 else ())}
 
     def _learns(self, stage: int) -> bool:
-        """Return whether a parameter before the stage is trained, so that the stage's input needs a
-        gradient."""
+        """Return whether the input of the stage needs a gradient: whether a parameter is trained that is used
+        before the stage's first block."""
         first = self.bounds[stage][0]
         return any(
             p.requires_grad and min(self.chain.uses[n]) < first
@@ -99,9 +100,9 @@ class Pipeline:
         )
 
     def _find_shared(self) -> dict[str, Any]:
-        """Return, for each trained parameter that this rank and others use, its name and the group of these
-        ranks. On all of them but the first, also add the name to ``counted_elsewhere`` of the workbench, so
-        that the gradient norm counts the parameter once."""
+        """Return, by name, for each trained parameter that this rank and other pipeline ranks use, the
+        process group of all these ranks. The gradient norm must count such a parameter once: all of these
+        ranks but the first enter the name in the workbench's ``counted_elsewhere``."""
         groups_by_name, groups = dict[str, Any](), dict[tuple[int, ...], Any]()
         global_ranks = dist.get_process_group_ranks(self.group)
         for name, param in self.bench.model.named_parameters():
@@ -166,9 +167,9 @@ class Pipeline:
         return call
 
     def _until_end(self, inner: Callable[..., Any]) -> Any:
-        """Return a forward of the model that runs ``inner`` and, where a stage ends inside it, returns what
-        the stage passes to the next one, so that wrappers around it get an output. ``ended`` is then
-        set."""
+        """Return a forward of the model that runs ``inner``. If a stage ends inside ``inner``, it sets
+        ``ended`` and returns what the stage passes to the next one, so that wrappers around it get an
+        output."""
 
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -196,9 +197,9 @@ class Pipeline:
 
     def _make_stage(self, stage: int, learns: list[bool]) -> _Stage:
         def like(at: int) -> tuple[torch.Tensor, ...]:
-            """Return tensors on the meta device, which have no values, like those that enter stage ``at``:
-            none for the first stage, what its first block receives for later ones, and the loss if ``at`` is
-            the number of stages."""
+            """Return tensors on the meta device, which have no values, with the shapes and dtypes of those
+            that enter stage ``at``. They are none for the first stage, what its first block receives for a
+            later one, and the loss if ``at`` is the number of stages."""
             if at == 0:
                 return ()
             loss = at == len(self.bounds)
@@ -233,12 +234,12 @@ class Pipeline:
         *,
         last: bool,
     ) -> torch.Tensor:
-        """Run forward and backward of all pieces. Return the sum of their weighted losses, the same on every
-        stage.
+        """Run forward and backward of all pieces. Return the sum of their weighted losses, which is the same
+        on every stage.
 
-        ``weighted`` returns the loss of a piece times its share. ``mark`` is called with each phase that
-        begins (forward or backward). ``last`` says that the optimizer's step comes next; gradients of
-        parameters that several ranks of the pipeline use are then summed over these ranks.
+        ``weighted`` returns the loss of a piece times its share. ``mark`` is called with the phase, forward
+        or backward, whenever one begins. ``last`` says whether the optimizer's step comes after this call; if
+        so, the gradients of parameters that several pipeline ranks use are summed over these ranks.
         """
         self._pieces, self._weighted, self._mark, self._last = pieces, weighted, mark, last
         self._backwards_left = dict.fromkeys(self.stages, len(pieces))
@@ -306,8 +307,8 @@ class Pipeline:
 
 
 class _Whole:
-    """The model as the job's loss sees it. If a stage ends inside its forward, a call raises StageEnd, which
-    ends the loss, too."""
+    """What the job's loss gets as its model. A call runs the rank's model. If the stage ends inside its
+    forward, the call raises StageEnd, which ends the loss, too. Attributes are those of the model."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
@@ -325,8 +326,8 @@ class _Whole:
 
 
 class _Part(torch.nn.Module):
-    """The module that torch's stage calls. It holds the rank's model, so that the model's parameters are the
-    stage's."""
+    """The module that torch's stage calls to run one micro-batch. The rank's model is its submodule, so that
+    the stage has the model's parameters."""
 
     def __init__(self, pipeline: Pipeline, stage: int) -> None:
         super().__init__()
@@ -338,8 +339,8 @@ class _Part(torch.nn.Module):
 
 
 class _Stage(PipelineStage):
-    """Torch's stage. It also tells the `Pipeline` when forward and backward of a micro-batch begin, and does
-    not ask other ranks for shapes."""
+    """Torch's stage. In addition, it tells the `Pipeline` before forward and backward of each micro-batch
+    begin. It does not ask other ranks for shapes, because these are known."""
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         self._pipeline.before_forward()
@@ -365,9 +366,9 @@ class _Stage(PipelineStage):
 
 
 def _works_as_on(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which work objects of the fake process group keep the tensors that they send or
-    receive, if the device is the CPU. gloo's work objects do so; NCCL's release them when they have been
-    waited for."""
+    """Return a context in which torch's fake process group keeps sent and received tensors alive as the
+    process group of ``device`` does. On "cpu", the work object of a transfer refers to its tensors, as gloo's
+    does. Otherwise nothing is changed: NCCL's work object releases them when it has been waited for."""
     if dist.get_backend() != "fake" or device != "cpu":
         return contextlib.nullcontext()
     original = schedules._batch_p2p
@@ -391,9 +392,9 @@ def _as_it_is(loss: torch.Tensor, target: None) -> torch.Tensor:
 
 
 def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
-    """Return (index of the first block, index after the last) of each stage, for ``blocks`` blocks on
-    ``stages`` stages. Sizes differ by at most one, larger ones first. Raises UserError if there are more
-    stages than blocks."""
+    """Divide ``blocks`` blocks among ``stages`` stages. Return (index of the first block, index after the
+    last) of each stage. Numbers of blocks differ by at most one, and the larger ones come first. Raises
+    UserError if there are more stages than blocks."""
     if stages > blocks:
         raise UserError(
             f"{stages} pipeline stages are more than the model's {blocks} blocks", allowed=f"at most {blocks}"
@@ -403,8 +404,8 @@ def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
 
 
 def _drop(module: torch.nn.Module, key: str, tensors: dict[str, Any]) -> None:
-    """Remove ``key`` from ``tensors``, the module's parameters or buffers, and set the attribute to zeros
-    that take no memory, or to None if it was None."""
+    """Remove ``key`` from ``tensors``, the dict of the module's parameters or buffers. Set the attribute
+    ``key`` to zeros of that shape and dtype that take no memory, or to None if it was None."""
     tensor = tensors.pop(key)
     if tensor is not None:
         zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)

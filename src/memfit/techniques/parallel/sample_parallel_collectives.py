@@ -16,20 +16,21 @@ _COMM: Any = torch.ops._c10d_functional
 @dataclasses.dataclass(slots=True, kw_only=True)
 class GroupCollectives:
     """Collectives of one process group. ``group`` is its name, ``rank`` this rank's index in it, ``ranks``
-    its size."""
+    the number of its ranks."""
 
     group: str
     rank: int
     ranks: int
 
     def stack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return every rank's tensor, stacked to shape (ranks, ...)."""
+        """Return every rank's tensor, stacked in the order of ranks to shape (ranks, ...). All have one
+        shape."""
         whole = _COMM.all_gather_into_tensor(tensor.contiguous(), self.ranks, self.group)
         parts: torch.Tensor = _COMM.wait_tensor(whole).unflatten(0, (self.ranks, -1))
         return parts
 
     def gather(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return every rank's tensor, in the order of ranks."""
+        """Return every rank's tensor, in the order of ranks. All have one shape."""
         return self.stack(tensor).unbind()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -54,10 +55,11 @@ class GroupCollectives:
 
 
 def average_gradients(bench: Workbench, together: GroupCollectives) -> Callable[[bool], None]:
-    """Return a function to call before each micro-batch, whose argument is ignored.
+    """Return a function for ``Workbench.before_micro_batch``. Its argument is ignored.
 
     Its first call makes every later backward average each gradient over the ranks of ``together`` as soon as
-    it is ready, unless the model is under DDP or FSDP2, which average over these ranks themselves.
+    it is ready. It does nothing if the model is under DDP or FSDP2, which average over these ranks
+    themselves.
     """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor

@@ -59,9 +59,14 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _roles(bench: Workbench, blocks: list[str]) -> tuple[LinearFlow, dict[str, str]]:
-    """Return what was observed of the blocks at the paths ``blocks``, and the roles ("colwise" or "rowwise")
-    of the Linears to split, by name. Raises UserError if no Linear can be split, if no Linear split by rows
-    follows one that the job splits by columns, or if the blocks do not run on tensors without values."""
+    """Return two things about the Linears in the blocks, which are at the paths ``blocks``: how features flow
+    between them in a run on tensors without values, and the roles ("colwise" or "rowwise") of those to split,
+    by name. Roles are those in ``Job(tensor_parallel=...)`` or, without these, in the model's own plan. If
+    neither gives any, they follow from the flow.
+
+    Raises UserError if no Linear can be split, if the job splits one by columns that no Linear split by rows
+    follows, or if the blocks do not run on tensors without values.
+    """
     given_roles = _given(
         bench.model, bench.job.tensor_parallel or getattr(bench.model, "_tp_plan", None) or {}
     )
@@ -84,8 +89,9 @@ def _roles(bench: Workbench, blocks: list[str]) -> tuple[LinearFlow, dict[str, s
 
 
 def _given(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str]:
-    """Return module names with the role given by the first pattern that matches. Names that match none, or
-    whose role is neither "colwise" nor "rowwise", are left out."""
+    """Return the role of each module by name. ``patterns`` maps patterns of names to roles, and the first
+    that matches a name decides. Names that match none, or whose role is neither "colwise" nor "rowwise", are
+    left out."""
     roles = {}
     for name, _ in model.named_modules():
         role = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), "")
@@ -135,9 +141,9 @@ def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
 def _check_split(
     bench: Workbench, blocks: list[str], roles: Mapping[str, str], flow: LinearFlow, degree: int
 ) -> None:
-    """Raise UserError if a width or number of heads is not divisible by the degree, if the blocks do not run
-    with every Linear split, or if heads would be split between ranks. Code that takes the number of heads
-    from elsewhere than an attribute would otherwise split heads silently."""
+    """Raise UserError if the width of a Linear to split, or a number of heads, is not divisible by
+    ``degree``; if the blocks do not run with every Linear split; or if a head would be split between ranks.
+    (The last would happen silently if code takes the number of heads from elsewhere than an attribute.)"""
     for name, role in roles.items():
         linear: Any = bench.model.get_submodule(name)
         size = linear.out_features // flow.linears[name].parts if role == _COLWISE else linear.in_features
@@ -179,8 +185,9 @@ def _must_divide(quantity: str, count: int, degree: int) -> None:
 
 
 def _split_heads(model: torch.nn.Module, roles: Mapping[str, str], degree: int) -> None:
-    """Divide the integer attributes that count heads (such as num_heads) by the degree, in modules that
-    contain column-split Linears, except the model itself. Raises UserError if one is not divisible."""
+    """Divide by ``degree`` the integer attributes that count heads, whose names end in "head" or "heads".
+    This is done in all modules that contain a Linear split by columns, except the model itself. Raises
+    UserError if such a number is not divisible."""
     holders = {name.rpartition(".")[0] for name, role in roles.items() if role == _COLWISE}
     for name, module in model.named_modules():
         if name and any(_within(holder, name) for holder in holders):
@@ -208,10 +215,14 @@ def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
 def _styles(
     model: torch.nn.Module, blocks: list[str], flow: LinearFlow, roles: Mapping[str, str], sequence: bool
 ) -> tuple[list[tuple[str, Any]], dict[str, int | str]]:
-    """Return (module name, style) pairs as torch.distributed.tensor.parallel expects them, and, by the name
-    of each module at which the sequence is to be gathered, the argument that arrives sharded along it. Raises
-    UserError if ``sequence`` is set and a Linear's input has not three dimensions, or if another module with
-    parameters receives features split over the ranks in other than four dimensions."""
+    """Return (module name, style) pairs, with the styles of torch.distributed.tensor.parallel. Also return at
+    which modules the sequence must be gathered: the module's name -> the argument, by position or keyword,
+    that arrives sharded along it.
+
+    Raises UserError if ``sequence`` is set and a Linear to split does not work on (batch, sequence,
+    features). Raises UserError, too, if another module with parameters inside the blocks works on features
+    split over the ranks, unless these tensors have four dimensions.
+    """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
@@ -250,8 +261,8 @@ def _styles(
 
 
 def _gather(module: torch.nn.Module, mesh: DeviceMesh, argument: int | str) -> None:
-    """Make the module gather its ``argument`` (position or keyword), which is sharded along the sequence, as
-    a whole DTensor before it runs, once for all Linears inside. Other arguments are unchanged."""
+    """Make the module gather one ``argument`` (position or keyword) before it runs: a tensor sharded along
+    the sequence becomes a whole DTensor, once for all Linears inside. Other arguments are unchanged."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -270,9 +281,9 @@ def _parallelize(model: torch.nn.Module, name: str, mesh: DeviceMesh, style: Any
 
 
 def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
-    """Make the first block shard its first argument along the sequence (dimension 1), and the last block
-    gather its output, or the first of a tuple, again. A forward of a sequence whose length is no multiple of
-    the number of ranks then raises UserError."""
+    """Make the first block keep this rank's part, along the sequence (dimension 1), of its first argument.
+    Make the last block gather its output, or the first item of a tuple. A forward then raises UserError if
+    the length of the sequence is no multiple of the number of ranks."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def to(tensor: torch.Tensor, one: Any, other: Any) -> torch.Tensor:
@@ -297,11 +308,12 @@ def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
 
 
 def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool) -> None:
-    """Split the head by columns and embeddings of the same vocabulary by rows, whether they are tied or not.
+    """Split the head by columns, and all embeddings of as many tokens as the head has outputs by rows,
+    whether they share the head's weight or not.
 
-    With ``parallel_loss``, the logits stay split and torch's loss_parallel is active until the step is
-    closed; otherwise they are gathered. Raises UserError if there is no head, if chunked-cross-entropy has
-    changed it, or if the size of the vocabulary is no multiple of the number of ranks.
+    With ``parallel_loss``, the logits stay split, and torch's loss_parallel is active until the step is
+    closed. Otherwise the logits are gathered. Raises UserError if there is no head, if chunked-cross-entropy
+    has changed it, or if its number of outputs is no multiple of the number of ranks.
     """
     import torch
     from torch.distributed.tensor import Replicate, Shard

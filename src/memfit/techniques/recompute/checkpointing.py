@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def recompute(block: torch.nn.Module, **options: Any) -> None:
-    """Make the block keep only its inputs in training and run again in backward. In evaluation it runs as
-    before. ``options`` are passed to torch's checkpoint."""
+    """Make the block, in training, keep only its inputs and run again in backward. In evaluation it runs as
+    before. ``options`` are passed to torch.utils.checkpoint.checkpoint."""
     from torch.utils.checkpoint import checkpoint
 
     inner: Callable[..., Any] = block.forward
@@ -60,9 +60,9 @@ def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> Non
 
 
 def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a block's forward with autocast's cache of cast weights disabled while it runs. In a block
-    called several times, the forward would find cached copies from the second call on but the recomputation
-    would not, so that their operators would differ."""
+    """Return the forward ``inner`` of a block with autocast's cache of cast weights disabled while it runs.
+    With the cache, a block that is called several times would find cached copies in forward from the second
+    call on, but not in the recomputation, so that the operators of the two would differ."""
     import torch
 
     @functools.wraps(inner)
@@ -91,8 +91,8 @@ def _contexts(make_predicate: Callable[[], Callable[[Any], bool]]) -> Any:
 
 
 class _Lasting:
-    """Wraps torch's recomputation context, which returns kept values only once. Here another backward pass
-    through a retained graph, as for higher-order gradients, finds them again."""
+    """Wraps torch's context for recomputation, which returns kept values only once. With this class, a second
+    backward pass through a retained graph, as for higher-order gradients, finds them again."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -116,9 +116,9 @@ def _all_of(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
 
 
 def _every_second(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
-    """Return a new predicate with torchtitan's policy, for one call of a block: of the plain matrix products
-    (mm), only every second one is kept (the first, the third, ...). All other ``kept_operators`` are
-    kept."""
+    """Return a new predicate, for one call of a block, that says whether the output of an operator is kept.
+    It follows torchtitan: of the plain matrix products (mm, also of torchao's 8-bit tensors), the first, the
+    third and so on are kept. All other ``kept_operators`` are always kept."""
     import torch
 
     # In eager mode, policies see a product of torchao's 8-bit tensors as a plain one; a compiler's graph has
@@ -135,9 +135,9 @@ def _every_second(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
 
 
 def _kept_operators(policy: str) -> Iterable[Any]:
-    """Yield the operators whose outputs are kept. The policy "attention" keeps those of the fused attention
-    kernels, whose recomputation costs most per byte; other policies also keep those of matrix products and
-    convolutions."""
+    """Yield the operators whose outputs are kept under the policy ``policy``. With "attention", these are the
+    fused attention kernels, whose recomputation costs most per byte. With any other policy, matrix products
+    and convolutions are added."""
     import torch
 
     aten: Any = torch.ops.aten

@@ -26,14 +26,20 @@ _CONSTANTS = re.compile(r"::(new_)?(full|empty|zeros|ones|arange|scalar_tensor)"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorNumber:
-    """Facts about an operator. ``written`` holds the positions, or names if keyword-only, of arguments that
-    it writes to. ``random`` says that it draws random numbers. ``checked`` is its contribution to the
-    checksum; makers of constants contribute nothing, because code may use other ones on fake tensors.
-    ``statistics`` is the position of the first of two arguments with running statistics that it updates
-    undeclared, or None."""
+    """Facts about an operator.
+
+    - ``checked`` is its contribution to the checksum of `StorageNumbering`: its name as bytes. Operators that
+      make constants contribute nothing, because code may use other ones of these on fake tensors.
+    - ``views``: True if all its outputs are views of arguments and it writes to nothing, None if that depends
+      on the call.
+    - ``random`` says whether it draws random numbers.
+    - ``written`` holds the positions of arguments that it writes to, or their names if they are keyword-only.
+    - ``statistics`` is None for most operators. Some update running statistics without declaring it, in two
+      adjacent arguments: it is then the position of the first.
+    """
 
     checked: bytes
-    views: bool | None  # all outputs are views of arguments and nothing is written; None: depends on the call
+    views: bool | None
     random: bool
     written: tuple[int | str, ...]
     statistics: int | None
@@ -41,7 +47,7 @@ class OperatorNumber:
 
 @functools.cache
 def fact(func: Any) -> OperatorNumber:
-    """Return the facts about an operator."""
+    """Return the facts about the operator ``func``."""
     written_arguments: list[int | str] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -56,8 +62,8 @@ def fact(func: Any) -> OperatorNumber:
 
 
 def flat(values: Any) -> Iterator[torch.Tensor]:
-    """Yield the strided tensors, each of which has one storage, among ``values`` and in lists and tuples in
-    them."""
+    """Yield the strided tensors among ``values``, and those in lists and tuples in them at any depth. Such a
+    tensor has exactly one storage."""
     for value in values:
         if isinstance(value, torch.Tensor):
             if value.layout is torch.strided:
@@ -72,10 +78,10 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def called(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call an operator and return its result. Without dispatch modes, torch does some additions in place
-    (aten/src/ATen/native/Linear.cpp); under this one they are out of place. While an addition runs whose
-    first argument is no plain tensor (a fake one, in a trace), an alias of that argument is held, so that the
-    trace does not treat it as overwritten."""
+    """Call an operator and return its result. An addition whose first argument is no plain tensor (a fake
+    one, in a trace) is treated apart: an alias of that argument is held while it runs. Torch does some
+    additions in place (aten/src/ATen/native/Linear.cpp), but out of place under a dispatch mode. The alias
+    keeps the trace from treating the argument as overwritten."""
     if func is not _ATEN.add.Tensor or type(args[0]) in _PLAIN:
         return func(*args, **kwargs)
     alias = args[0].detach()
@@ -85,10 +91,10 @@ def called(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class StorageNumbering(TorchDispatchMode):
-    """Mode that numbers the storages that operators make, in their order.
+    """Base class of modes that number the storages that operators make, in their order.
 
-    ``count`` is the next number, ``key`` a checksum of the operators that made storages so far. While
-    ``busy`` is set, operators run unobserved.
+    ``count`` is the number of the next storage, beginning with 0. ``key`` is a checksum of the operators that
+    have made storages so far. While ``busy`` is set, operators run unobserved.
     """
 
     sees_views = False
@@ -98,13 +104,14 @@ class StorageNumbering(TorchDispatchMode):
         self.count, self.key, self.busy = 0, 0, False
 
     def before(self, known: OperatorNumber, func: Any, args: Any, kwargs: Any) -> Any:
-        """Called before an operator, with the facts about it (``known``). The return value is passed to
-        `after` as ``state``. View operators are reported only if ``sees_views``."""
+        """Called before an operator with the facts about it, ``known``. The return value, here None, is
+        passed to `after` as ``state``. Operators that only make views are left out unless ``sees_views`` is
+        set."""
 
     def after(self, func: Any, args: Any, kwargs: Any, new_storages: NewStorages, state: Any) -> None:
-        """Called after an operator. ``new_storages`` holds new storages, numbered from ``count``, as (index
-        among the tensors that the operator returned, tensor). View operators are reported only if
-        ``sees_views``."""
+        """Called after an operator. ``new_storages`` holds the storages that it made, as (index among the
+        tensors that the operator returned, tensor). They are numbered from ``count`` on. Operators that only
+        make views are left out unless ``sees_views`` is set."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,14 +144,14 @@ class StorageNumbering(TorchDispatchMode):
 
 
 def plain_view(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether size, stride and offset fully describe how the tensor reads a storage of elements of
-    ``dtype``: it has that dtype, and no conjugate or negative bit."""
+    """Return whether size, stride and offset fully describe how the tensor reads its storage, taken as
+    elements of ``dtype``: it has that dtype, and neither a conjugate nor a negative bit."""
     return tensor.dtype == dtype and not tensor.is_conj() and not tensor.is_neg()
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """Return the strided tensors among the arguments that a call writes to, according to the operator's
-    schema."""
+    """Return the strided tensors that a call of ``func`` with these arguments writes to, according to the
+    operator's schema."""
     places = fact(func).written
     if not places:
         return []
@@ -152,7 +159,6 @@ def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 def repeatable(kwargs: Any, written_elsewhere: int) -> bool:
-    """Return whether a call with these keyword arguments can be repeated: it is given no random generator,
-    and it writes to no storage that is kept. ``written_elsewhere`` is the number of such storages that it
-    writes to."""
+    """Return whether a call with these keyword arguments can be repeated: no random generator is passed to
+    it, and ``written_elsewhere``, the number of tensors it writes to that are not dropped, is 0."""
     return kwargs.get("generator") is None and not written_elsewhere

@@ -21,9 +21,8 @@ _SHAPE = r"(|none|[0-9a-f]{8}:\d+(-\d+)?(,\d+(-\d+)?)*)"
 
 
 def encode_dropped(key: int, dropped: Iterable[int]) -> str:
-    """Return a choice of the storages to drop as text: ``0badcafe:3-9,12`` is ``key``, the checksum of
-    forward's operators in hexadecimal, and the numbers of dropped storages. If ``dropped`` is empty, return
-    "none"."""
+    """Return the checksum ``key`` of forward's operators, in hexadecimal, and the numbers of the storages to
+    drop as text, such as ``0badcafe:3-9,12``. If ``dropped`` is empty, return "none"."""
     runs: list[list[int]] = []
     for number in sorted(dropped):
         if runs and runs[-1][1] == number - 1:
@@ -35,8 +34,8 @@ def encode_dropped(key: int, dropped: Iterable[int]) -> str:
 
 
 def read_dropped(text: str) -> tuple[int, frozenset[int]]:
-    """Return the checksum and the numbers of dropped storages from the text of `encode_dropped`, which must
-    not be "none"."""
+    """Return (checksum, numbers of dropped storages) from a text that `encode_dropped` returned. The text
+    must not be "none"."""
     key, _, numbers_text = text.partition(":")
     numbers = set[int]()
     for run in numbers_text.split(","):

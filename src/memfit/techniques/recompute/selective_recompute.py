@@ -43,31 +43,33 @@ class StorageGeometry(NamedTuple):
 
 
 class Ref(NamedTuple):
-    """A dropped tensor as an argument of a recorded call: its storage, and how the tensor reads it."""
+    """A dropped tensor as an argument of a recorded call: the storage that it is in, and size, stride and
+    offset of the tensor there."""
 
     value: Value
     geometry: StorageGeometry
 
 
 class WrittenStorage(NamedTuple):
-    """An argument of a recorded call in the dropped storage that the call writes to. It holds no reference to
-    the storage, which would be circular."""
+    """A tensor as an argument of a recorded call that writes to its storage, which is a dropped one. It does
+    not refer to the storage: the storage refers to the call."""
 
     geometry: StorageGeometry
 
 
 class KeptTensor(NamedTuple):
-    """A kept tensor as an argument of a recorded call. ``version`` is set for parameters, which an optimizer
-    may update during backward, and else None. Writes to other tensors happen in forward, where
-    `SelectiveRecompute` sees them."""
+    """A kept tensor as an argument of a recorded call. ``version`` is the tensor's version at that time if it
+    is a parameter, because an optimizer may update it during backward. For other tensors it is None: these
+    are written to in forward only, where `SelectiveRecompute` sees it."""
 
     tensor: torch.Tensor
     version: int | None
 
 
 class Value:
-    """A dropped storage. ``pending`` holds the recorded calls, in their order, that make it or write to it
-    and have not been repeated yet. ``dtype`` is that of the tensor for which it was made."""
+    """A dropped storage. ``pending`` holds, in their order, the recorded calls that made it or wrote to it
+    and that have not been repeated yet. ``dtype`` is that of the tensor that was made with it. ``tensor`` is
+    the recomputed tensor, None until then."""
 
     __slots__ = ("__weakref__", "dtype", "pending", "tensor")
 
@@ -78,16 +80,18 @@ class Value:
 
 
 class Handle(NamedTuple):
-    """What autograd keeps instead of a dropped tensor."""
+    """What autograd keeps instead of a dropped tensor: the storage that the tensor is in, and its size,
+    stride and offset there."""
 
     value: Value
     geometry: StorageGeometry
 
 
 class RecomputedCall:
-    """A call of an operator that can be repeated once. ``given`` holds its positional and keyword arguments,
-    ``state`` (device, random state to start from), or None if it draws no random numbers. ``outputs`` holds
-    (index among its outputs, dropped storage that it makes), or (-1, dropped storage that it writes to)."""
+    """A recorded call of an operator, which can be repeated once. ``given`` is (positional arguments, keyword
+    arguments). ``state`` is (device, random state before the call), or None if the operator draws no random
+    numbers. ``outputs`` holds (index among the call's outputs, dropped storage that it makes) and (-1,
+    dropped storage that it writes to)."""
 
     __slots__ = ("__weakref__", "args", "func", "kwargs", "outputs", "sources", "state")
 
@@ -101,8 +105,9 @@ class RecomputedCall:
         return _references((*self.args, *self.kwargs.values()))
 
     def reads(self, tensor: torch.Tensor, value: Value | None) -> bool:
-        """Return whether an argument of the call is in the storage of ``tensor``, or is a reference to
-        ``value``, the dropped storage of ``tensor`` (None if that is not dropped)."""
+        """Return whether the call reads the storage of ``tensor``: whether one of its arguments is a kept
+        tensor in that storage, or refers to ``value``. ``value`` is the dropped storage of ``tensor``, None
+        if it is not dropped."""
         key = storage_key(tensor)
         return any(
             r.value is value if isinstance(r, Ref) else storage_key(r.tensor) == key
@@ -110,9 +115,9 @@ class RecomputedCall:
         )
 
     def run(self, own: Value) -> None:
-        """Repeat the call: make its dropped outputs, of which ``own`` is one, or write to ``own``. The
-        arguments are given up, so that a call can be repeated only once. Raises MemfitError if a parameter
-        among them has been changed since the call was recorded."""
+        """Repeat the call for ``own``, a dropped storage that it makes or writes to. It makes all the dropped
+        storages that it made before. It gives up its arguments, so that it can be repeated only once. Raises
+        MemfitError if a parameter among them has been changed since the call was recorded."""
         args = [_given(own, a) for a in self.args]
         kwargs = {k: _given(own, a) for k, a in self.kwargs.items()}
         # Tensors that are kept for this call alone are freed with the arguments.
@@ -150,8 +155,8 @@ def _given(target: Value, leaf: Any) -> Any:
 
 
 def view_of(value: Value, geometry: StorageGeometry) -> torch.Tensor:
-    """Return a tensor with this size, stride and offset in the storage of ``value``, which must have been
-    recomputed."""
+    """Return a tensor with this size, stride and offset in the storage of ``value``. That storage must have
+    been recomputed."""
     tensor = value.tensor
     assert tensor is not None
     return tensor if StorageGeometry.of(tensor) == geometry else tensor.as_strided(*geometry)
@@ -195,9 +200,10 @@ def device_of(args: Any, kwargs: Any) -> torch.device:
 
 
 class SelectiveRecompute(StorageNumbering):
-    """Mode for one forward pass, of which autograd does not keep the storages numbered in ``dropped``, except
-    those that an unrepeatable call makes or writes to. Enter it together with saved-tensor hooks of its
-    `pack` and `unpack`. ``packed`` counts the tensors that autograd has asked to save, kept ones included."""
+    """Mode for one forward pass. Autograd does not keep the storages whose numbers are in ``dropped``, except
+    those that a call makes or writes to that cannot be repeated. Enter the mode together with saved-tensor
+    hooks of its `pack` and `unpack`. ``packed`` counts the tensors that autograd has asked to save, including
+    those that are kept."""
 
     def __init__(self, dropped: frozenset[int]) -> None:
         super().__init__()
@@ -249,15 +255,16 @@ class SelectiveRecompute(StorageNumbering):
             self._remember(tensor, value)
 
     def _is_odd(self, tensor: torch.Tensor, targets: list[torch.Tensor], kwargs: Any) -> bool:
-        """Return whether ``tensor``, one of the ``targets`` of a write, belongs to a dropped storage and the
-        write cannot be repeated on the recomputed storage."""
+        """Return whether ``tensor``, one of the tensors ``targets`` that a call writes to, is in a dropped
+        storage and the call cannot be repeated on the recomputed storage."""
         value = self.value(tensor)
         unrepeatable = len(targets) > 1 or not repeatable(kwargs, 0)
         return value is not None and (unrepeatable or not plain_view(tensor, value.dtype))
 
     def _keep(self, tensor: torch.Tensor) -> None:
-        """Keep the storage of ``tensor`` from now on, if it is a dropped one. If autograd or a recorded call
-        still refers to it, recompute for them the contents that it has now."""
+        """Treat the storage of ``tensor`` as kept from now on, if it is a dropped one. If autograd or a
+        recorded call still refers to it as dropped, recompute it for them with the contents that it has
+        now."""
         entry = self.values.pop(storage_key(tensor), None)
         if entry is not None:
             value_reference = weakref.ref(entry[1])
@@ -275,10 +282,10 @@ class SelectiveRecompute(StorageNumbering):
         values[key] = (weakref.ref(tensor.untyped_storage(), died), value)
 
     def _sources(self, args: Any, kwargs: Any, targets: list[Value]) -> Any:
-        """Return (positional, keyword) arguments of a call in the form that `RecomputedCall` takes: dropped
-        tensors by reference (`Ref`, or `WrittenStorage` in one of the storages ``targets`` that the call
-        writes to), kept ones as `KeptTensor`, detached unless they are parameters, and other values as they
-        are."""
+        """Return (positional, keyword) arguments of a call in the form that `RecomputedCall` takes. A tensor
+        in one of the dropped storages ``targets``, to which the call writes, becomes a `WrittenStorage`.
+        Other dropped tensors become a `Ref`. Kept tensors become a `KeptTensor`, detached unless they are
+        parameters. Other values stay as they are, except that tuples become lists."""
         positional = [self._source(leaf, targets) for leaf in args]
         return positional, {name: self._source(leaf, targets) for name, leaf in kwargs.items()}
 
@@ -302,8 +309,9 @@ class SelectiveRecompute(StorageNumbering):
         return KeptTensor(leaf.detach(), None)
 
     def _run_readers(self, tensor: torch.Tensor) -> None:
-        """Repeat the recorded calls that read the storage of ``tensor``, before that is overwritten. Calls
-        that write to it are repeated in order anyway."""
+        """Repeat the recorded calls that read the storage of ``tensor``, because it is about to be
+        overwritten. Calls that write to that storage are left out: they are repeated in their order
+        anyway."""
         target = self.value(tensor)
         for reader in [c for c in self.calls if c.reads(tensor, target)]:
             for _, reference in reader.outputs:
@@ -327,8 +335,8 @@ class SelectiveRecompute(StorageNumbering):
         return view_of(packed.value, packed.geometry)
 
     def _make(self, value: Value) -> None:
-        """Recompute a dropped storage: run its pending calls, after those of the dropped storages that they
-        read. Do nothing if it has no pending calls."""
+        """Recompute a dropped storage: repeat its pending calls, in order, each after those of the dropped
+        storages that it reads. Do nothing if it has no pending calls."""
         if not value.pending:
             return
         was_busy, self.busy = self.busy, True

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Alone:
-    """A process group of one rank, which communicates with no other."""
+    """Stands for the process group of a single rank, where nothing is communicated."""
 
     def size(self) -> int:
         """Return the number of ranks."""
@@ -29,7 +29,8 @@ Group = Any  # a torch ProcessGroup, or Alone
 
 
 def shard_group(bench: Workbench) -> Group:
-    """Return the group of the ranks among which the plan shards the model state."""
+    """Return the process group of the ranks among which the plan shards the model state. If this rank shares
+    it with no other, return `Alone`."""
     mesh = bench.world.sub("shard")
     return mesh.get_group() if mesh is not None else Alone()
 
@@ -41,8 +42,9 @@ def all_reduce(tensor: torch.Tensor, group: Group) -> None:
 
 
 def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
-    """Start to gather ``own`` of all ranks of ``group`` into ``whole``. Return a handle to wait for. On one
-    rank, copy at once and return None."""
+    """Start to gather ``own``, of one size on all ranks of ``group``, into ``whole``, in the order of ranks.
+    Return a handle whose ``wait()`` ends when ``whole`` is complete. On one rank, copy ``own`` to ``whole``
+    at once and return None."""
     if group.size() > 1:
         return group._allgather_base(whole, own)
     whole.copy_(own)
@@ -50,28 +52,29 @@ def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
 
 
 def norm64(grad: torch.Tensor) -> torch.Tensor:
-    """Return the norm of one gradient in float64, as DeepSpeed computes it."""
+    """Return the Euclidean norm of one gradient as a float64 scalar, as DeepSpeed computes it."""
     norm: torch.Tensor = torch.linalg.vector_norm(grad.double())
     return norm
 
 
 def stack_norms(norms: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return one tensor of the norms of a rank's gradients. It is empty if the rank has none."""
+    """Return the scalars ``norms``, those of a rank's gradients, as one tensor of one dimension. It is empty
+    if there are none."""
     scalars = list(norms)
     return torch.stack(scalars) if scalars else torch.zeros(0)
 
 
 class Reducing:
-    """Base class of the optimizers of all stages.
+    """Base class of the optimizers of ZeRO's stages, 0 to 3.
 
-    In each micro-batch, calls `_on_gradient` with each parameter whose gradient backward has completed, and
-    `_after_backward` at the end of backward. ``params`` are the trained parameters. ``inner``, the optimizer
-    that ``make`` returns, updates what `_prepare` returns: in stages 1 to 3, an fp32 master copy of this
-    rank's part of the parameters, ``master``.
+    In each micro-batch, it calls `_on_gradient` with each parameter as soon as backward has completed its
+    gradient, and `_after_backward` at the end of backward. ``params`` are the trained parameters. ``inner``,
+    the optimizer that ``make`` returns, updates what `_prepare` returns: the parameters in stage 0, and in
+    stages 1 to 3 ``master``, an fp32 copy of this rank's part of the parameters.
 
-    Stages 1 to 3 collect gradients in the first of ``buffers``, which holds ``limit`` elements. ``pending``
-    are the parameters whose gradients will be reduced together, with ``elements`` elements in all, and
-    ``added`` those that were pending in this micro-batch.
+    Stages 1 to 3 collect gradients in the first of ``buffers``, each of which holds ``limit`` elements.
+    ``pending`` are the parameters whose gradients have been collected and not reduced yet, with ``elements``
+    elements in all. ``added`` are the parameters whose gradients have been collected in this micro-batch.
     """
 
     inner: OptimizerLike
@@ -113,8 +116,9 @@ class Reducing:
             self._on_gradient(param)
 
     def _add(self, param: torch.nn.Parameter) -> None:
-        """Copy the gradient of ``param`` to the buffer, after reducing what is pending if they do not fit
-        together. A gradient larger than a buffer stays where it is and is reduced alone."""
+        """Collect the gradient of ``param``: copy it to the first buffer. If the buffer would then hold more
+        than ``limit`` elements, first reduce the pending gradients. A gradient of more than ``limit``
+        elements stays where it is and is reduced alone."""
         if self.elements + param.numel() > self.limit:
             self._reduce()
             self.buffers.reverse()  # if there are two, the other fills while this one is reduced
@@ -138,7 +142,8 @@ class Reducing:
         param.grad = place
 
     def _norm(self, norms: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Return the norm of all gradients over all ranks, from the norms of this rank's gradients."""
+        """Return the Euclidean norm of the gradients of all ranks together, a float32 scalar. ``norms`` are
+        those of the gradients that this rank keeps."""
         total = stack_norms(norms).square().sum().float()
         all_reduce(total, self.group)
         return total.sqrt()
@@ -148,8 +153,8 @@ class Reducing:
             param.grad = None
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
-        """Let the next step, and only that, multiply the fp32 gradients by ``factor`` just before the update,
-        as DeepSpeed clips."""
+        """Make the next step, and only that, multiply the fp32 gradients by ``factor`` just before the
+        update, as DeepSpeed clips gradients. Stage 0 multiplies the gradients at once."""
         self.scale = factor
 
     def _scaled(self) -> None:
@@ -163,13 +168,14 @@ class Reducing:
         return {self.master: {"master": self.master, **self.inner.state.get(self.master, {})}}
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """Return (parameter, start, the part of its reduced gradient with which this rank updates it) for
-        each parameter of which this rank updates a part. ``start`` is the element of the parameter at which
+        """Yield (parameter, start, gradient) for each parameter of which this rank updates a part.
+        ``gradient`` is the reduced gradient of that part, and ``start`` the element of the parameter at which
         the part begins."""
         raise NotImplementedError
 
     def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
-        """Make the permanent tensors of the stage. Return what the inner optimizer updates."""
+        """Make the tensors that the stage keeps from step to step. Return what the inner optimizer
+        updates."""
         raise NotImplementedError
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
@@ -179,7 +185,8 @@ class Reducing:
         raise NotImplementedError
 
     def _reduce_pending(self) -> None:
-        """Average the pending gradients over all ranks, and keep what this rank needs of them."""
+        """Average the pending gradients over all ranks, and keep of them what this rank needs to update its
+        part of the parameters."""
         raise NotImplementedError
 
     def grad_norm(self) -> torch.Tensor:

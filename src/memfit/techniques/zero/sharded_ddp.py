@@ -27,11 +27,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class ShardedDdp:
-    """The optimizer of a rank, which reduces gradients to their owners and updates the parameters that it
-    owns.
+    """The optimizer of one rank. Each parameter is owned by one rank (see `owners`). Gradients are reduced to
+    their owner, which updates the parameter and sends it to all ranks.
 
-    A bucket takes gradients while it has fewer than ``most`` elements with them. With 0, or on one rank,
-    there are no buckets, and each gradient is reduced alone.
+    Gradients of small parameters are reduced in buckets, one for each owner. An owner's bucket takes the
+    gradients of its smallest parameters, as long as it then has fewer than ``most`` elements; the gradients
+    of other parameters are reduced alone. With a ``most`` of 0, or on one rank, there are no buckets.
     """
 
     def __init__(
@@ -79,10 +80,10 @@ class ShardedDdp:
         self.last, self.queued = last, False
 
     def _on_forward(self, *_: Any) -> None:
-        """Before the first forward, make the flat tensors that hold each owner's parameters again, and the
-        buckets. Before the forward of the last micro-batch of a step, broadcast the model's buffers from the
-        first rank. Before each forward, mark the gradients of all buckets as missing. Do nothing where
-        gradients are disabled."""
+        """Called before each forward of the model. Do nothing where gradients are disabled. Before the first
+        forward, copy each owner's parameters into a new flat tensor, of which they become views, and make the
+        buckets. Before the forward of a step's last micro-batch, broadcast the model's buffers from the first
+        rank. Before each forward, mark the gradients of all buckets as missing."""
         import torch
 
         if not torch.is_grad_enabled():
@@ -181,9 +182,9 @@ class ShardedDdp:
         return total.sqrt()
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """Return (parameter, 0, gradient) of the parameters that this rank updates and that have a gradient:
-        whole gradients, which begin at element 0. The gradients of parameters that other ranks own are not
-        averaged over ranks, or are freed."""
+        """Return (parameter, 0, gradient) for each parameter that this rank owns and that has a gradient. The
+        gradient is whole: it begins at element 0. Gradients of parameters that other ranks own are left out,
+        because on this rank they are not averaged, or are freed."""
         owned_params = (p for p in self.params if self.owner[p] == self.rank)
         return ((p, 0, p.grad) for p in owned_params if p.grad is not None)
 
@@ -206,7 +207,8 @@ class ShardedDdp:
 
 
 class Bucket:
-    """The gradients of one owner's small parameters, as views of one buffer."""
+    """The gradients of small parameters that one rank owns. They are views of one buffer, which is reduced at
+    once."""
 
     def __init__(self, owner: int, buffer: torch.Tensor) -> None:
         self.owner, self.buffer, self.elements = owner, buffer, 0
@@ -214,7 +216,7 @@ class Bucket:
         self.missing, self.sent = 0, False
 
     def add(self, param: torch.nn.Parameter) -> None:
-        """Make the gradient of ``param`` a view of the next free elements of the buffer, set to zero."""
+        """Set the gradient of ``param`` to zeros, in a view of the next free elements of the buffer."""
         import torch
 
         param.grad = torch.zeros_like(param)
@@ -223,7 +225,8 @@ class Bucket:
         self.elements += param.numel()
 
     def shrink(self) -> None:
-        """Replace the buffer by a copy of its elements in use, of which the gradients then are views."""
+        """Replace the buffer by a smaller one with only the elements in use. The gradients become views of
+        that."""
         self.buffer, offset = self.buffer[: self.elements].clone(), 0
         for param in self.params:
             self._place(param, offset)
@@ -237,8 +240,8 @@ class Bucket:
 
 
 def owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parameter, int]:
-    """Return the rank that owns each parameter. In the order of ``params``, each goes to the rank with the
-    fewest elements so far, the first of several such ranks."""
+    """Return the rank that owns each parameter. Parameters are dealt in the order of ``params``, each to the
+    rank that has the fewest elements so far, and among several such ranks to the lowest."""
     sizes, owner_of = [0] * ranks, {}
     for param in params:
         owner_of[param] = rank = sizes.index(min(sizes))

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 class ZeroNone(Reducing):
     """Stage 0: everything is whole on every rank. After the last backward of a step, gradients are averaged
-    over ranks in flat copies, each of which takes gradients until it exceeds ``most_elements``
-    (deepspeed/runtime/engine.py). A parameter without a gradient gets one of zeros."""
+    over ranks in flat copies, one after the other. A copy takes gradients until it has more than
+    ``most_elements`` elements (deepspeed/runtime/engine.py). A parameter without a gradient gets one of
+    zeros."""
 
     most_elements = 500_000_000
 
@@ -63,8 +64,9 @@ class ZeroNone(Reducing):
 
 
 class ZeroTwo(Reducing):
-    """Stages 1 and 2: whole parameters on every rank, as views of one flat buffer. Each rank updates an fp32
-    master copy of its part of the buffer; then the parts are gathered."""
+    """Stages 1 and 2: every rank has whole parameters, which are views of one flat buffer. Each rank updates
+    an fp32 master copy of its part of the buffer and copies it back. Then the parts of all ranks are
+    gathered."""
 
     def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
         bench, params = self.bench, self.params
@@ -96,8 +98,9 @@ class ZeroTwo(Reducing):
         return [self.master]
 
     def _keep_on_host(self, largest: int) -> None:
-        """Make the permanent buffers on the host, and one of ``largest`` elements on the device, through
-        which sums of gradients come back from the host."""
+        """Make the host's buffers, which are kept from step to step. Also make one of ``largest`` elements,
+        the largest number of elements of a parameter, on the device: through it, sums of gradients come back
+        from the host."""
         self.low = torch.zeros(self.size, dtype=self.flat.dtype)
         self.spare_host = torch.zeros(largest, dtype=self.flat.dtype)
         with self.bench.place(""):
@@ -135,8 +138,9 @@ class ZeroTwo(Reducing):
             self._keep(param)
 
     def _average(self, whole: torch.Tensor) -> None:
-        """Average the pending gradients, whose elements are ``whole``, over all ranks in a copy. Copy back
-        only what belongs to this rank's part; the rest of ``whole`` is only divided."""
+        """Average the pending gradients over all ranks. ``whole`` holds their elements. Only what belongs to
+        this rank's part is replaced by the average; the rest of ``whole`` is only divided by the number of
+        ranks."""
         whole.div_(self.ranks)
         slices = [(owner, whole.narrow(0, offset, count)) for owner, offset, count in self._slices()]
         copy = torch._utils._flatten_dense_tensors([s for _, s in slices])
@@ -146,9 +150,9 @@ class ZeroTwo(Reducing):
                 target.copy_(mean)
 
     def _slices(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (rank that owns the slice, its start, number of elements) for slices of the pending
-        gradients, laid out one after the other. A gradient on the border of parts is cut; adjacent gradients
-        of one owner are merged."""
+        """Yield (owner, start, number of elements) for slices of the pending gradients, which lie one after
+        the other. The owner is the rank to whose part of the parameters the slice belongs. A gradient that
+        crosses the border of two parts is cut; adjacent slices of one owner are merged."""
         offset, run = 0, (-1, 0, 0)
         for param in self.pending:
             start, end = self.span[param]
@@ -165,8 +169,8 @@ class ZeroTwo(Reducing):
         yield run
 
     def _keep(self, param: torch.nn.Parameter) -> None:
-        """If this rank needs the gradient of ``param``, because its part has elements of the parameter, move
-        it out of the bucket, which is reused: to the host if state is offloaded, else to a buffer of such
+        """Move the reduced gradient of ``param`` out of the bucket, which is reused. If this rank's part has
+        elements of the parameter, move it to the host if state is offloaded, else to a buffer of such
         gradients. Otherwise stage 2 frees the gradient, and stage 1 keeps it until the end of backward."""
         if param not in self.mine:
             param.grad = None if self.shards_gradients else param.grad
@@ -182,9 +186,10 @@ class ZeroTwo(Reducing):
             self.own_at += param.numel()
 
     def _to_host(self, param: torch.nn.Parameter) -> None:
-        """Add a gradient, on the device, to its sum over earlier micro-batches, which is kept on the host
-        (stage 2). In micro-batches before the last, write the new sum to the host. In the last, write this
-        rank's part of it to the gradient of the master copy on the host, remember the norm of that part for
+        """Handle the reduced gradient of ``param``, of which this rank's part has elements, if state is
+        offloaded. In stage 2, first add to it the sum over earlier micro-batches, which is on the host. In
+        micro-batches before the last, write the new sum to the host. In the last one, write this rank's part
+        of it to the gradient of the master copy, which is on the host, store the norm of that part for
         `grad_norm`, and free the gradient on the device."""
         (a, b), grad = self.mine[param], param.grad
         assert self.master.grad is not None and grad is not None
@@ -204,8 +209,9 @@ class ZeroTwo(Reducing):
             param.grad = None
 
     def _after_backward(self) -> None:
-        """Reduce the gradients that are not reduced yet. A parameter without a gradient gets one of zeros, in
-        the place of what the host kept in the former step."""
+        """Reduce the gradients that are not reduced yet; in stage 1, only after the last backward of a step.
+        A parameter without a gradient gets one of zeros. If state is offloaded, these replace what the host
+        kept from the step before."""
         if not self.shards_gradients and not self.last:
             return  # stage 1 reduces once per step
         with torch.no_grad():

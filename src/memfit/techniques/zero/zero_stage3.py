@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 class ZeroThree(Reducing):
-    """Stage 3: every parameter is cut into pieces of one size, one for each rank, the last ones padded. This
-    rank's pieces of trained parameters are in one flat buffer. A step updates an fp32 master copy of that
-    buffer and copies it back."""
+    """Stage 3: every parameter is cut into as many pieces of one size as there are ranks; pieces at the end
+    are padded. Each rank keeps one piece of each parameter. Its pieces of trained parameters are in one flat
+    buffer. A step updates an fp32 master copy of that buffer and copies it back."""
 
     def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
         bench, params = self.bench, self.params
@@ -60,8 +60,8 @@ class ZeroThree(Reducing):
         return [self.master]
 
     def _watch(self, module: torch.nn.Module) -> None:
-        """Add hooks that gather a module's parameters before its forward and its backward, and release them
-        after each."""
+        """Add hooks to the module. They gather its parameters before its forward and before its backward, and
+        release them after each of the two."""
         fetch, release, running = self.shards.fetch, self.shards.release, self.shards.running
 
         def before(mod: torch.nn.Module, args: Any) -> Any:
@@ -81,9 +81,8 @@ class ZeroThree(Reducing):
         self._add(param)
 
     def _reduce_pending(self) -> None:
-        """Average the pending gradients over ranks and scatter them, in a tensor in which each rank's pieces
-        are adjacent. Add this rank's pieces to those of earlier micro-batches of the step, and free the
-        whole gradients."""
+        """Average the pending gradients over ranks, and give each rank its pieces. Add this rank's pieces to
+        those of earlier micro-batches of the step, and free the whole gradients."""
         pending = sorted(self.pending, key=self.shards.number.__getitem__)
         sizes = [self.shards.size[p] for p in pending]
         rank_part = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
@@ -127,8 +126,8 @@ class ZeroThree(Reducing):
         param.grad = None
 
     def _after_backward(self) -> None:
-        """Reduce the pending gradients. A parameter without a gradient gets zeros, in the place of what it
-        kept in the former step."""
+        """Reduce the pending gradients. For a parameter without a gradient, add zeros to this rank's piece
+        or, in the first micro-batch of a step, replace by zeros what it holds from the step before."""
         with torch.no_grad():
             self._reduce()
             for param in self.params:
@@ -162,7 +161,8 @@ class ZeroThree(Reducing):
 
 
 class Shards:
-    """This rank's pieces of all parameters, and which parameters are whole at the moment."""
+    """This rank's pieces of all parameters, and the bookkeeping of which parameters are whole at the moment.
+    Parameters that are not whole are empty tensors."""
 
     def __init__(
         self,
@@ -207,8 +207,9 @@ class Shards:
         return shard
 
     def _flattened(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
-        """Copy this rank's pieces of the trained parameters one by one into a buffer on the host, which then
-        moves to the device unless parameters are offloaded. Return it; the pieces become views of it."""
+        """Copy this rank's pieces of the trained parameters, one by one, into a flat buffer on the host. Move
+        the buffer to the device unless parameters are offloaded, and return it. The pieces become views of
+        it."""
         with self.bench.place("host"):
             flat = torch.empty(sum(self.size[p] for p in trained), dtype=trained[0].dtype)
         offset = 0
@@ -224,13 +225,14 @@ class Shards:
         return flat
 
     def of(self, param: torch.nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
-        """Return the view of ``flat``, a buffer of this rank's pieces of trained parameters, that belongs to
-        a parameter."""
+        """Return the view of ``flat`` that belongs to ``param``. ``flat`` has the layout of the buffer of
+        this rank's pieces of trained parameters."""
         return flat.narrow(0, self.place[param], self.size[param])
 
     def begin(self) -> None:
-        """Start a forward pass of the whole model: free what was gathered ahead and not used. If no order of
-        modules is known, take the one recorded since the previous call, or else begin to record."""
+        """Start a forward pass of the whole model. Free the parameters that were gathered ahead and not used.
+        If the order in which modules run is not known, take the one recorded since the last call of this
+        method; if none was recorded, begin to record."""
         for param in list(self.flying):
             if param in self.flying:
                 self._land(param)
@@ -245,8 +247,8 @@ class Shards:
         self.queue = deque((p, i) for i, m in enumerate(self.order) for p in self._of(m))
 
     def end(self) -> None:
-        """End backward: free parameters of modules whose inputs need no gradient, because the hooks that
-        would free them do not run. Persistent parameters stay whole."""
+        """End backward. Free the parameters that modules are still using: these are modules whose inputs need
+        no gradient, so that the hooks that would free them do not run. Persistent parameters stay whole."""
         for param in [p for p, modules in self.active.items() if modules]:
             self.active[param].clear()
             if param not in self.persistent:
@@ -257,18 +259,18 @@ class Shards:
         return sorted(params, key=self.number.__getitem__)
 
     def read(self, param: torch.nn.Parameter) -> None:
-        """Gather a parameter that the running module reads though nothing has gathered it, such as another
-        module's. From now on it is fetched for the running module too. If no module is running, or the
-        parameter is whole or being gathered, do nothing."""
+        """Called when code reads ``param``. Gather it if a module is running and the parameter is neither
+        whole nor being gathered, as when the module uses a parameter of another one. From then on, it is
+        fetched together with the running module's own parameters."""
         if self.running and param in self.number and param not in self.whole and param not in self.flying:
             self.others[self.running[-1]].append(param)
             with torch.no_grad():
                 self.gather([param])
 
     def fetch(self, module: torch.nn.Module) -> None:
-        """Gather the parameters of a module that is about to run in forward or backward. If the order of
-        modules is known, prefetch those of later modules. A module that runs out of that order ends
-        prefetching until an order is recorded anew."""
+        """Make the parameters of ``module``, which is about to run in forward or backward, whole. If the
+        order in which modules run is known, start gathering those of later modules. If a module does not run
+        in that order, the order is forgotten, and nothing is gathered ahead until a new one is known."""
         if self.order and (self.at >= len(self.order) or self.order[self.at] is not module):
             # The modules run in another order than before.
             self.order, self.queue, self.visits = [], deque(), None
@@ -286,9 +288,10 @@ class Shards:
         self.at += 1
 
     def _prefetch(self, module_params: list[torch.nn.Parameter]) -> None:
-        """Start gathering the parameters that come next in the known order of modules, until the limit of
-        gathered or that of prefetched elements is reached; the last one may exceed it. ``module_params`` are
-        those of the current module."""
+        """Start gathering the parameters that come next in the known order of modules. Stop when the number
+        of all gathered elements reaches ``live_elements`` or that of those gathered here reaches
+        ``prefetch_elements`` (knobs of zero); the last parameter may exceed these. ``module_params`` are the
+        parameters of the current module."""
         new_params = {p for p in module_params if self.latest[p] < self.at}
         used_params: set[torch.nn.Parameter] = set()
         while self.queue and len(used_params) < len(new_params):
@@ -307,9 +310,9 @@ class Shards:
         self._send(sorted(next_params, key=self.number.__getitem__))
 
     def release(self, module: torch.nn.Module) -> None:
-        """Free the parameters of a module that has run, unless another module is using them or they are kept
-        for reuse (see `_kept`). While no order of modules is known, none are kept, not even persistent ones
-        (release_sub_module in partitioned_param_coordinator.py)."""
+        """Free the parameters of ``module``, which has run, except those that another module is using and, if
+        the order of modules is known, those of `_kept`. While it is not known, even persistent parameters are
+        freed (release_sub_module in partitioned_param_coordinator.py)."""
         params = self._of(module)
         kept_params = self._kept(params) if self.order else set()
         for param in params:
@@ -318,9 +321,9 @@ class Shards:
                 self._free(param)
 
     def _kept(self, module_params: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
-        """Return the parameters to keep: persistent ones, those of the current module that were fetched ahead
-        for a later one, and those of the next modules in the known order, until the limit of live elements is
-        reached."""
+        """Return the parameters that `release` must not free: persistent ones; those in ``module_params``,
+        which are the parameters of the released module, that were gathered ahead for a later module; and
+        those of the next modules in the known order, until these have ``live_elements`` elements."""
         kept_params = set(self.persistent) | {p for p in module_params if self.latest[p] > self.at}
         elements = 0
         for module in self.order[self.at :]:
@@ -337,15 +340,15 @@ class Shards:
             self.live -= math.prod(self.shape[param])
 
     def let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """Make parameters empty, even those that modules are using. This rank's pieces of them stay."""
+        """Make the parameters empty, even those that modules are using. This rank's pieces of them stay."""
         for param in list(params):
             param.data = torch.empty(0, dtype=param.dtype)
             self.whole.pop(param, None)
             self.active[param].clear()
 
     def gather(self, params: list[torch.nn.Parameter]) -> None:
-        """Gather each parameter into its own tensor, and wait for it. On one rank, several parameters use
-        their pieces instead (see `_be_whole`), and a single one a copy of its piece."""
+        """Gather each parameter into a tensor of its own, and wait until all are whole. On one rank, several
+        parameters use their pieces instead (see `_be_whole`), and a single parameter a copy of its piece."""
         if self.ranks == 1 and len(params) > 1:
             self._be_whole(params)
             return
@@ -358,8 +361,8 @@ class Shards:
             self._arrived(param, whole)
 
     def _send(self, params: list[torch.nn.Parameter]) -> None:
-        """Start gathering parameters, several of them in one flat tensor. On one rank they are whole at
-        once."""
+        """Start gathering the parameters; several of them are gathered into one flat tensor. They are then in
+        ``flying`` until `_land`. On one rank they are made whole at once."""
         if not params:
             return
         self.live += sum(math.prod(self.shape[p]) for p in params)
@@ -374,16 +377,16 @@ class Shards:
         self.flying.update(dict.fromkeys(params, flight))
 
     def _be_whole(self, params: list[torch.nn.Parameter]) -> None:
-        """On one rank, use the pieces as the whole parameters, or copies on the device of pieces that are
-        offloaded."""
+        """On one rank, make the parameters whole: use the pieces themselves, or copies on the device if the
+        pieces are offloaded to the host."""
         for param in params:
             on_host = self.offload and self.bench.device != "cpu"
             self._arrived(param, self.shard[param].clone() if on_host else self.shard[param])
 
     def _land(self, param: torch.nn.Parameter) -> None:
-        """Wait for the gather that contains a parameter, and make all parameters of that gather whole. Do
-        nothing if another of them has already caused that. Their common flat tensor is kept until each of
-        them has been asked for."""
+        """Wait for the gather that contains ``param``, and make all parameters of that gather whole. If that
+        has been done for another of them, only remove ``param`` from ``flying``. The flat tensor of the
+        gather is kept until all of its parameters have been removed."""
         flight = self.flying.pop(param)
         if flight.landed:
             return
@@ -414,16 +417,16 @@ class Shards:
 
 
 class Flight:
-    """A gather of ``params`` into ``flat``, in progress until ``landed``. ``work`` is the handle to wait for,
-    or None."""
+    """A gather of ``params`` into ``flat``. It is in progress until ``landed`` is True. ``work`` is the
+    handle to wait for, or None if there is nothing to wait for."""
 
     def __init__(self, params: list[torch.nn.Parameter], flat: torch.Tensor, work: Any) -> None:
         self.params, self.flat, self.work, self.landed = params, flat, work, False
 
 
 def piece(flat: torch.Tensor, size: int, rank: int) -> list[torch.Tensor]:
-    """Return a rank's piece of a flat tensor that is cut into pieces of ``size`` elements, followed by a
-    tensor of zeros up to ``size`` if the piece is shorter."""
+    """Return the piece of ``rank`` of a flat tensor that is cut into pieces of ``size`` elements: a list of
+    the elements and, if there are fewer than ``size``, of as many zeros as are missing."""
     start = min(rank * size, flat.numel())
     elements = flat[start : start + size]
     return [elements] if elements.numel() == size else [elements, flat.new_zeros(size - elements.numel())]

@@ -12,8 +12,8 @@ from torch.utils import _pytree
 
 
 def watch_reads(module: torch.nn.Module, read: Callable[[Any], None]) -> Callable[[], None]:
-    """From now on, call ``read`` with each parameter of the module, but not of its submodules, that code
-    reads as an attribute. Return a function that ends this."""
+    """From now on, call ``read`` with a parameter whenever code reads it as an attribute of ``module``.
+    Parameters of submodules are not watched. Return a function that ends this."""
     original = module._parameters
     module._parameters = _Parameters(original, read)
 
@@ -39,21 +39,22 @@ _PLAIN = functional.linear
 
 
 class LinearPatch:
-    """Replaces torch.nn.functional.linear by `_linear`, which saves no view of the weight, while a module
-    given to `during` runs, also when backward recomputes it."""
+    """Replaces torch.nn.functional.linear while a module given to `during` runs, also when backward
+    recomputes it. The replacement, `_linear`, saves the weight itself for backward and not a view of it."""
 
     def __init__(self) -> None:
         self.depth = 0
 
     def during(self, module: torch.nn.Module) -> list[Callable[[], None]]:
-        """From now on, patch whenever ``module`` runs. Return functions that end this; the last one restores
-        the function."""
+        """From now on, replace torch.nn.functional.linear whenever ``module`` runs. Return functions to call
+        to end this. The last of them puts torch's own function back."""
         enter = module.register_forward_pre_hook(lambda *_: self._turn(1))
         leave = module.register_forward_hook(lambda *_: self._turn(-1), always_call=True)
         return [enter.remove, leave.remove, self._end]
 
     def _end(self) -> None:
-        """Restore the linear function. A step that failed inside a module has not left it."""
+        """Put torch's own linear function back, even if a step failed inside a module, whose end was then not
+        reported."""
         self.depth = 0
         functional.linear = _PLAIN
 
@@ -90,9 +91,10 @@ class _Linear(torch.autograd.Function):
 
 
 def tapped(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
-    """Return the same structure of values, with each tensor that needs a gradient replaced by an alias.
-    ``call`` runs in backward for each alias whose gradient is ready, or with ``once`` when all are. If no
-    tensor needs a gradient or gradients are disabled, return ``values``; ``call`` then never runs."""
+    """Return the same structure of values, in which each tensor that needs a gradient is replaced by an
+    alias. In backward, ``call`` runs for each alias, when its gradient is ready. With ``once``, it runs once,
+    when the gradients of all aliases are ready. If no tensor needs a gradient or gradients are disabled,
+    return ``values`` itself, and ``call`` never runs."""
     leaves, shape = _pytree.tree_flatten(values)
     places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.requires_grad]
     if not places or not torch.is_grad_enabled():
