@@ -160,7 +160,10 @@ class _Deep:
                 break
             for blocks in (depth, deeper):
                 if self.key(blocks) not in kept:
-                    kept[self.key(blocks)] = line.trace(blocks, **options)
+                    trace = _or_none(line.trace, blocks, **options)
+                    if trace is None:
+                        return tracer.trace(line.job, line.plan, rank=line.rank, **options)
+                    kept[self.key(blocks)] = trace
             short_blocks = dataclasses.replace(rank_blocks, first=line.short_stage * depth, count=depth)
             shallow_trace, deeper_trace = kept[self.key(depth)], kept[self.key(deeper)]
             try:
