@@ -14,14 +14,14 @@ from memfit.types.errors import UserError
 
 
 def batch_tensors(batch: Any) -> list[torch.Tensor]:
-    """Return every tensor of the batch, also those in attributes of objects with ``.to()``. Batches of the
-    same structure give their tensors in the same order."""
+    """Return every tensor of the batch: in nested mappings, tuples and lists, and in attributes of objects
+    with ``.to()``. Batches of the same structure give their tensors in the same order."""
     return [tensor for leaf in _pytree.tree_leaves(batch) for tensor in _tensors_inside(leaf)]
 
 
 def map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
-    """Return the batch with ``function(tensor)`` in place of each tensor. Objects that hold tensors are
-    copied and not changed."""
+    """Return the batch with ``function(tensor)`` in place of each tensor that `batch_tensors` finds. Objects
+    that hold tensors are copied and not changed."""
 
     def mapped(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -33,9 +33,9 @@ def map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
 
 
 def sample_count(batch: Any) -> int | None:
-    """Return the number of samples that an object with tensors and ``.to()`` in the batch gives as integer
-    ``num_graphs`` or, without that, ``batch_size``. The first object that has one counts. Return None if
-    there is none."""
+    """Return the number of samples that an object in the batch states in its attribute ``num_graphs`` or,
+    without an integer there, ``batch_size``. Objects are those with ``.to()`` and tensors in their
+    attributes; the first that states an integer counts. Return None if there is none."""
     for leaf in _pytree.tree_leaves(batch):
         if _is_object(leaf):
             for name in ("num_graphs", "batch_size"):
@@ -82,8 +82,9 @@ def _tensors_inside(leaf: Any) -> Iterator[torch.Tensor]:
 
 
 def _walk(value: Any, visited_ids: set[int]) -> Iterator[torch.Tensor]:
-    """Yield tensors depth first through containers and attributes, visiting each object once. Modules and
-    classes are not entered."""
+    """Yield the tensors inside ``value`` depth first: of an object its attributes, of a container also its
+    elements or values. Each object is visited once; those with an id in ``visited_ids`` are skipped. Modules
+    and classes are not entered."""
     if id(value) in visited_ids or isinstance(value, torch.nn.Module | type):
         return
     visited_ids.add(id(value))

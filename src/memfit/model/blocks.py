@@ -37,13 +37,12 @@ _HEAD_NAMES = ("lm_head", "head", "decoder", "classifier", "output")
 
 
 def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, list[torch.nn.Module]]:
-    """Return (module path, its blocks).
+    """Return (module path, blocks in order).
 
-    With ``path``, the blocks are all children of the module there. If it is None, choose the ModuleList or
-    Sequential of two or more members of one class that together have the most elements of parameters, and of
-    several such the one with the most members. Raises UserError if there are no children at ``path``, or if
-    no repeated blocks are found.
-    """
+    With ``path``, the blocks are all children of the module there. If it is None, they are the members of a
+    ModuleList or Sequential with two or more members, all of one class: the one with the most elements of
+    parameters and, of equal ones, with the most members. Raises UserError if no module or no children are at
+    ``path``, or if no repeated blocks are found."""
     if path is not None:
         return path, _children_at(model, path)
     candidates = [(name, list(m.children())) for name, m in model.named_modules() if _repeats(m)]
@@ -61,10 +60,11 @@ def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, l
 def find_stacks(
     model: torch.nn.Module, path: str | None = None, more: Sequence[str] = ()
 ) -> list[list[torch.nn.Module]]:
-    """Return the stacks of blocks of a model: the blocks of `find_blocks`, those at the paths ``more``, and
-    other stacks, outside of these, whose members are of the class of the first block or, like it, are
-    checkpointing layers of Hugging Face. An example is an encoder's stack beside a decoder's. Raises
-    UserError as `find_blocks` does, also for the paths ``more``."""
+    """Return the stacks of blocks of a model, each a list of modules, in this order: the blocks of
+    `find_blocks`; the children of the modules at the paths ``more``; and other ModuleLists or Sequentials of
+    repeated blocks, neither inside nor around these, whose members are of the class of the first block or,
+    like it, are checkpointing layers of Hugging Face. An example of the last is an encoder's stack beside a
+    decoder's. Raises UserError as `find_blocks` does, also for the paths ``more``."""
     main_path, blocks = find_blocks(model, path)
     stacks = {main_path: blocks} | {name: _children_at(model, name) for name in more}
     kinds = {kind for kind in type(blocks[0]).__mro__ if kind.__name__ == "GradientCheckpointingLayer"}
@@ -86,8 +86,8 @@ def _repeats(module: torch.nn.Module) -> bool:
 
 
 def _kind(module: torch.nn.Module) -> type:
-    """Return the module's class without wrappers (checkpoint_wrapper, torch.compile) and mixins
-    (fully_shard)."""
+    """Return the module's class, for wrappers (checkpoint_wrapper, torch.compile) that of the module inside,
+    and without the mixin that fully_shard adds."""
     for name in ("_checkpoint_wrapped_module", "_orig_mod"):
         module = module._modules.get(name) or module
     kind = type(module)
@@ -97,12 +97,12 @@ def _kind(module: torch.nn.Module) -> type:
 
 
 def equal_blocks(blocks: Sequence[torch.nn.Module]) -> list[int]:
-    """Return for each block the index of an earlier block that does the same, or its own index.
+    """Return an index for each block: that of an earlier block with which it is equal and does the same, or
+    its own.
 
-    Of a group of equal blocks this is the second one, because the first may receive inputs that no other
-    gets. The first two blocks of a group have their own index. If any two blocks share a parameter, all
-    blocks have their own index.
-    """
+    Of a group of equal blocks, the first two have their own index, and all later ones have that of the
+    second. The first is not used for the others because it may receive inputs that no other gets. If any two
+    blocks share a parameter, all blocks have their own index."""
     indices: list[int] = []
     groups: dict[object, list[int]] = {}
     params = [p for b in blocks for p in b.parameters()]
@@ -117,7 +117,7 @@ def equal_blocks(blocks: Sequence[torch.nn.Module]) -> list[int]:
 def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
     """Return a key that is equal for blocks whose modules have the same names, classes, numbers of forward
     hooks and attributes, and whose parameters and buffers have the same names, classes, shapes and dtypes.
-    Attributes that hold the block's own ``index`` may differ."""
+    Integers equal to the block's ``index`` in attributes may differ."""
     converter = _Told(index, {id(m): name for name, m in block.named_modules()})
     modules = (
         (
@@ -134,9 +134,9 @@ def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
 
 
 class _Told:
-    """Converts the attributes of a module to values that can be compared between two blocks. ``index`` is the
-    block's own index, which is converted to a value that is the same for all blocks. ``modules`` maps the ids
-    of the block's modules to their names."""
+    """Converts attributes of a block's modules to values that are equal for two blocks if the attributes mean
+    the same. ``index`` is the block's index: integers that equal it become the same value for all blocks.
+    ``modules`` maps the ids of the block's modules to their names, which stand for them."""
 
     def __init__(self, index: int, modules: Mapping[int, str]) -> None:
         self._index, self._modules = index, modules
@@ -153,8 +153,8 @@ class _Told:
 
 
 def _parts(value: Any) -> Iterable[Any] | None:
-    """Return the parts that define a container or a function, such as a forward that a technique has wrapped.
-    Return None for other values."""
+    """Return the parts by which a list, tuple, dict, function, method or partial can be compared, such as a
+    function's code, defaults and closure. Return None for other values."""
     if isinstance(value, list | tuple):
         return value
     if isinstance(value, dict):
@@ -188,10 +188,10 @@ def _containers(model: torch.nn.Module) -> list[str]:
 def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, torch.nn.Linear]:
     """Return (module path, Linear) of the projection to the vocabulary or classes.
 
-    This is the module at ``path``. If that is None, it is the Linear that Hugging Face calls output
-    embeddings, or else the first Linear that has a common name of heads and is a child of the model or of one
-    of its children. Raises UserError if there is none.
-    """
+    This is the module at ``path``. If that is None, it is the Linear that the model's
+    ``get_output_embeddings()`` returns (Hugging Face) or, without that, the first Linear named lm_head, head,
+    decoder, classifier or output that is a child of the model or of one of its children. Raises UserError if
+    there is none, or if the module at ``path`` is not a Linear."""
     import torch
 
     modules = dict(model.named_modules())

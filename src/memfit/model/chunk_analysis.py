@@ -29,13 +29,12 @@ _WORTH = 4  # the search considers cutting a module if it makes this many times 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChunkCut:
-    """How to cut a module's inputs.
+    """How to cut a module's inputs. A leaf is an element of the flattened (args, kwargs), given by its index.
 
-    ``axes`` maps the index of a leaf of the flattened (args, kwargs) to the axis along which that tensor is
-    cut. ``first`` is the leaf from which lengths are read. ``out_axis`` is the axis along which the outputs
-    of slices are joined. ``inside_bytes`` is what the module allocates inside for ``first_count`` elements of
-    the leaf ``first``. ``form`` is the `_form` of the call that was tried.
-    """
+    ``axes``: leaf that is cut -> axis along which that tensor is cut. ``first``: the leaf in ``axes`` whose
+    size decides how many slices there are. ``out_axis``: the axis along which the outputs of slices are
+    joined. ``inside_bytes``: what the module allocates inside if the leaf ``first`` has ``first_count``
+    elements. ``form``: the `_form` of the call that was tried."""
 
     axes: Mapping[int, int]
     first: int
@@ -45,9 +44,9 @@ class ChunkCut:
     form: tuple[object, ...]
 
     def length(self, leaves: list[Any], spec: Any) -> int:
-        """Return the length of the cut axes in a call with these flattened (args, kwargs). Return 0 if there
-        are several lengths, or if the call has another `_form` than the one that was tried: its slices may
-        depend on each other, or its tensors may have other axes."""
+        """Return the length of the cut axes in a call with these flattened (args, kwargs). Return 0 if it
+        cannot be cut: its tensors have different lengths there, or it has another `_form` than the call that
+        was tried, so that its slices may depend on each other, or its tensors may have other axes."""
         if _form(leaves, spec) != self.form:
             return 0
         lengths = {leaves[leaf].shape[axis] for leaf, axis in self.axes.items()}
@@ -122,8 +121,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _reach(func: Any, args: Any) -> int:
     """Return how far apart the elements are that an operator combines: the largest dilation of a convolution,
-    the largest width that a padding adds or removes, or 0 for another operator. An input no longer than this
-    does not show the operator's effect."""
+    the largest width that a padding adds or removes, or 0 for another operator. A trial with an input no
+    longer than this does not show that the operator combines elements."""
     if func is torch.ops.aten.convolution.default:
         return int(max(args[5]))
     return int(max(map(abs, args[1]))) if "_pad" in func.__name__ and isinstance(args[1], list) else 0
@@ -131,17 +130,17 @@ def _reach(func: Any, args: Any) -> int:
 
 @dataclasses.dataclass(slots=True)
 class ChunkTrials:
-    """Results of trials (`tried`), keyed by everything that decides them, and the largest memory that a trial
-    has taken."""
+    """``known``: results of trials (`tried`), by a key of everything that decides them. ``peak_bytes``: the
+    largest memory that a trial has taken."""
 
     known: dict[object, Any] = dataclasses.field(default_factory=dict)
     peak_bytes: int = 0
 
 
 def first_calls(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
-    """Return, by name, the first call of every module that is called in a forward pass and loss of a copy of
-    the model that holds no values, on the job's first batch. The model itself is left out. Results for the
-    last few models are cached."""
+    """Return module path -> the first call of that module, for all modules that are called when the job's
+    loss is computed on its first batch. The model itself is left out. A copy of the model without values
+    runs. Results for the last 4 models are cached."""
     parts = (job.build_model, job.make_batch, job.loss)
     tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())
     wrapped_names = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
@@ -161,13 +160,12 @@ def first_calls(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
 def to_cut(
     model: nn.Module, calls: Mapping[str, ModuleCall], budget: int, trials: ChunkTrials | None = None
 ) -> dict[str, ChunkCut]:
-    """Return, by name, how to cut modules that allocate more than ``budget`` bytes inside, as far as they can
-    be cut, so that slices of them that allocate no more can run one after the other.
+    """Return module path -> how to cut it, for modules that allocate more than ``budget`` bytes inside and
+    can be cut. Slices of such a module can then run one after the other, each within the budget.
 
-    A module is left whole, and its submodules are cut, if those of them that can be cut hold more than three
-    quarters of its inner bytes, or if it cannot be cut itself. ``calls`` is the result of `first_calls`.
-    ``trials`` is used and extended; without it, results of trials are forgotten.
-    """
+    If a module's submodules that can be cut hold more than three quarters of its inner bytes, they are cut
+    and the module is left whole, as also if it cannot be cut itself. ``calls`` is the result of
+    `first_calls`. ``trials`` is used and extended; without it, results of trials are forgotten."""
     trials = trials or ChunkTrials()
 
     def choose(name: str, module: nn.Module) -> dict[str, ChunkCut]:
@@ -187,20 +185,20 @@ def to_cut(
 
 
 def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, trials: ChunkTrials) -> int:
-    """Return the budget: the bytes that one slice of a module may allocate inside. It follows from the module
-    that allocates the most inside among those that can be cut, and is 0 if there are none.
+    """Return the bytes that one slice of a module may allocate inside. They follow from the one module that
+    allocates the most inside among those that `to_cut` would cut without a budget, and are 0 if there are
+    none.
 
-    If ``parts`` is not 0, the budget is the module's inner bytes divided by it. Otherwise it is half of the
-    module's output, which exists anyway, but at most half of its inner bytes.
-    """
+    If ``parts`` is not 0, they are this module's inner bytes divided by ``parts``. If it is 0, they are half
+    of the module's output, which exists anyway, but at most half of its inner bytes."""
     sizes = [(calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0, trials)]
     inside_bytes, out_bytes = max(sizes, default=(0, 0))
     return inside_bytes // parts if parts else min(inside_bytes, out_bytes) // 2
 
 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
-    """Return whether some module allocates inside more than 4 times its output and can be cut along an axis
-    other than the first, that of the batch."""
+    """Return whether some module allocates inside more than 4 times its output and is cut along an axis other
+    than the first (that of the batch) when `to_cut` runs with `budget_bytes` of 0 parts."""
     calls, trials = first_calls(job, model), ChunkTrials()
     cuts = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
     return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in cuts.items())
@@ -260,8 +258,8 @@ def _constants(module: nn.Module) -> tuple[str, ...]:
 
 
 def _state_text(value: Any, depth: int = 3) -> str:
-    """Return a text that is equal for equal values. A value of an unknown kind, or nested deeper than
-    ``depth``, is equal only to itself."""
+    """Return a text that is equal for equal values. A value of an unknown kind, such as a tensor or a
+    function, or nested more than ``depth`` levels deep, has a text of its own, by its id."""
     if value is None or isinstance(value, int | float | str | bool | torch.dtype | torch.device):
         return repr(value)
     if depth and isinstance(value, tuple | list):

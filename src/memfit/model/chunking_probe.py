@@ -26,8 +26,11 @@ _FAR = (1024, 512, 256, 128, 64, 32)  # longer lengths of the cut axis, to test 
 
 @dataclasses.dataclass(slots=True)
 class ModuleCall:
-    """A module's first call: the flattened (args, kwargs) as ``leaves`` (with tensors that hold no values)
-    and ``spec``, and facts about the call."""
+    """A module's first call. ``leaves``, ``spec``: the flattened (args, kwargs), in which tensors hold no
+    values. ``inside_bytes``: bytes of new tensors, those of submodules included, without the output.
+    ``columns_bytes``: bytes to which convolutions would unfold their inputs. ``reach``: the largest dilation
+    or padding inside. ``random``: whether it draws random numbers. ``out_shape`` and ``out_bytes`` are None
+    and 0 if the output is not a tensor."""
 
     leaves: list[Any]
     spec: Any
@@ -46,8 +49,8 @@ def columns_bytes(out: torch.Tensor, weight: torch.Tensor) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Mode that tracks the bytes of live storages that operators return, and the peak of their sum
-    (``peak_bytes``), to which each convolution adds its unfolded input while it runs."""
+    """Mode that tracks the bytes of the live storages that operators return. ``peak_bytes`` is the peak of
+    their sum; while a convolution runs, its unfolded input (`columns_bytes`) is added."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -67,12 +70,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]]) -> Any:
-    """Return ({leaf: axis to cut}, the output's axis) for the longest axis of the largest input that can be
-    cut, together with the axes of other inputs that are cut with it. Return None if none can be cut, or if
-    the module cannot be copied or does not run on inputs of a trial's size.
+    """Return ({leaf: axis to cut}, the output's axis) for the longest axis of the largest input tensor that
+    can be cut, together with the axes of the same length in other tensors that are cut with it. Return None
+    if no axis can be cut, or if the module cannot be copied or does not run on inputs of a trial's size.
 
-    ``shapes`` are the real shapes of the tensors among the leaves of ``call``, by the leaf's index.
-    """
+    ``shapes`` are the real shapes of the tensors among the leaves of ``call``, by the leaf's index."""
     try:
         module_copy = _random_copy(module)
     except (RuntimeError, TypeError):  # a module that holds a file or a tensor of a graph cannot be copied
@@ -83,7 +85,8 @@ def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]
         return {i: torch.randn(s, generator=generator, dtype=torch.float64) for i, s in sizes.items()}
 
     def small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
-        """Return whether inputs of these shapes fit the limits of a trial on elements and on bytes. No
+        """Return whether inputs of these shapes are small enough for a trial: at most 2**18 elements in all,
+        and estimated bytes inside of at most 4 MiB, or of those of the real call if these are more. No
         dimension is longer than in the real call, so nothing inside is."""
         elements, real_elements = (sum(map(math.prod, s.values())) for s in (sizes, shapes))
         trial_bytes = (call.inside_bytes + call.columns_bytes) * elements / max(1, real_elements)
@@ -93,8 +96,9 @@ def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]
         return small(sizes) and run(drawn(sizes)) is not None
 
     def reaches(axes: Mapping[int, int], out_axis: int) -> bool:
-        """Return whether a slice of the output along ``out_axis`` may depend on inputs outside that slice
-        along ``axes``, which inputs with a longer cut axis show. Return True if that cannot be tested."""
+        """Return whether a slice of the output along ``out_axis`` may depend on inputs outside the same slice
+        along ``axes``. This is tested on inputs with a longer cut axis than ``sizes``. Return True if it
+        cannot be tested."""
         long_sizes = _lengthened(shapes, sizes, axes, runs)
         tested_length = min((long_sizes or sizes)[i][axis] for i, axis in axes.items())
         if tested_length <= call.reach or (
@@ -136,12 +140,13 @@ def _lengthened(
     axes: Mapping[int, int],
     runs: Callable[[dict[int, tuple[int, ...]]], bool],
 ) -> dict[int, tuple[int, ...]] | None:
-    """Return the shapes ``sizes`` of a trial with the cut axis at its real length, else at the longest of
-    some shorter lengths with which the module runs. Return None if there is none that differs from ``sizes``.
+    """Return the shapes ``sizes`` of a trial with the cut axis made longer: at its real length in ``shapes``
+    or, if the module does not run with that (``runs``), at the longest of 1024, 512, ..., 32 elements below
+    it with which it runs. All axes that have the same length in ``shapes`` and in ``sizes`` become longer
+    with it. Return None if no longer length is possible.
 
     A module that combines positions far apart, such as a dilated convolution, combines none in a short input
-    and would look as if its slices were independent.
-    """
+    and would look as if its slices were independent."""
     leaf, axis = next(iter(axes.items()))
     lengths = shapes[leaf][axis], sizes[leaf][axis]
     for new_length in (lengths[0], *(n for n in _FAR if lengths[1] < n < lengths[0])):
@@ -155,9 +160,9 @@ def _lengthened(
 
 
 def _random_copy(module: nn.Module) -> nn.Module:
-    """Return a float64 copy with random parameters and buffers, without hooks and without wrappers of
-    forward. With zeros, as some layers are initialised, everything would look independent. Raises
-    RuntimeError or TypeError if the module cannot be copied."""
+    """Return a float64 copy with random parameters and buffers, without forward hooks and without functions
+    that replace forward. With zeros, as some layers are initialised, everything would look independent.
+    Raises RuntimeError or TypeError if the module cannot be copied."""
     generator = torch.Generator().manual_seed(1)
     copies: dict[int, Any] = {}
     for parameter in module.parameters():
@@ -177,9 +182,10 @@ def _random_copy(module: nn.Module) -> nn.Module:
 def _shortened(
     shapes: dict[int, tuple[int, ...]], runs: Callable[[dict[int, tuple[int, ...]]], bool]
 ) -> dict[int, tuple[int, ...]]:
-    """Return small shapes with which the module still runs, or ``shapes`` if none are found. Equal long
-    dimensions are shortened together: all of them, or all except last dimensions (of every tensor or of
-    one), which may be channels of the same size, or none."""
+    """Return small shapes with which the module still runs, or ``shapes`` if none are found in 96 attempts.
+    Dimensions of more than 13 elements are shortened. Those of equal length get equal short lengths. For each
+    length, either all such dimensions are shortened, or all but the last dimension of every tensor, or of one
+    tensor (which may be channels that happen to have this size), or none."""
     lengths = sorted({n for s in shapes.values() for n in s if n > max(_SHORT)}, reverse=True)
     short_lengths = dict(zip(lengths, itertools.cycle(_SHORT), strict=False))
     all_dims, all_but_last = frozenset[int](), frozenset(shapes)
@@ -203,11 +209,11 @@ def _shortened(
 
 
 def _ways(shapes: dict[int, tuple[int, ...]], sizes: dict[int, tuple[int, ...]]) -> Iterator[dict[int, int]]:
-    """Yield choices of the axes to cut, {leaf: axis}: an axis of the largest tensor, longest first, and for
-    each other tensor an axis of the same length, or none.
+    """Yield choices of the axes to cut, {leaf: axis}, to be tried in this order: an axis of the largest
+    tensor, longest first, together with an axis of the same length, or none, of each other tensor.
 
-    ``shapes`` are the real shapes, ``sizes`` those of a trial. Axes of at most 3 elements are not cut.
-    """
+    ``shapes`` are the real shapes, ``sizes`` those of a trial. Axes of the largest tensor with at most 3
+    elements are not cut."""
     largest = max(shapes, key=lambda i: math.prod(shapes[i]))
     other_leaves = [i for i in shapes if i != largest]
     long_axes = [a for a, n in enumerate(sizes[largest]) if n >= 3 and shapes[largest][a] > 3]
@@ -227,9 +233,10 @@ def _same(
     expected: torch.Tensor,
     axes: Mapping[int, int],
 ) -> Iterator[int]:
-    """Yield the axes of ``expected``, the output of the whole ``inputs``, along which a slice of it equals
-    the output of the inputs cut to that slice along ``axes``. Slices of 2 elements at the start, in the
-    middle and at the end are tested, and one of 1 element, which has a dimension that code may drop."""
+    """Yield the axes of ``expected``, the output for the whole ``inputs``, along which each tested slice of
+    ``expected`` equals the output for the inputs cut to that slice along ``axes``. Tested are slices of 2
+    elements at the start, in the middle and at the end, and one of 1 element, as code may drop a dimension of
+    1 element."""
     length = next(inputs[i].shape[a] for i, a in axes.items())
     slices = [(0, 1), (0, 2), (length // 2 - 1, 2), (length - 2, 2)]
     outputs = [

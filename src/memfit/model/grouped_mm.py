@@ -15,7 +15,7 @@ _known: Any = getattr(_meta_registrations, _NAME)
 
 
 def grouped_products() -> AbstractContextManager[Any]:
-    """Patch the shape rule of grouped matrix products to accept every dtype, inside the returned context."""
+    """Return a context in which torch's shape rule of grouped matrix products accepts every dtype."""
     return mock.patch.object(_meta_registrations, _NAME, _of_any_dtype)
 
 

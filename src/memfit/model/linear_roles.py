@@ -29,7 +29,8 @@ COLWISE, ROWWISE = "colwise", "rowwise"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Call:
-    """A running module and the tensors it received, by position or keyword."""
+    """A call of a module that is running. ``arguments``: the tensors that it received, each as (position or
+    keyword, tensor)."""
 
     name: str
     arguments: tuple[tuple[int | str, torch.Tensor], ...]
@@ -37,9 +38,11 @@ class _Call:
 
 @dataclasses.dataclass(slots=True)
 class LinearUsage:
-    """What was observed of a Linear in its first call, and its role: "colwise", "rowwise", or "" if it is not
-    to be split. ``output_dims`` is the number of dimensions of its input and output. ``reaches_rows`` says
-    that a Linear split by rows depends on its output."""
+    """What was observed of a Linear in its first call. ``role``: "colwise", "rowwise", or "" if it is not to
+    be split. ``input``: its input. ``within``: the modules of the block that were running, outermost first,
+    the Linear itself last. ``output_dims``: number of dimensions of its input and output. ``parts``: number
+    of equal parts into which its output is split. ``reaches_rows``: whether the input of a row-split Linear
+    depends on its output."""
 
     role: str
     input: torch.Tensor
@@ -51,7 +54,8 @@ class LinearUsage:
 
 
 class PlaceholderValues(TorchDispatchMode):
-    """Mode in which reading a value of a tensor without values gives True or 1, so that the model runs on."""
+    """Mode in which reading the value of a tensor without values, for example by ``.item()``, gives True for
+    a boolean tensor and 1 for another, so that the model runs on."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -66,13 +70,13 @@ class PlaceholderValues(TorchDispatchMode):
 
 class LinearFlow(PlaceholderValues):
     """Mode that observes how Linear layers of blocks feed each other. ``roles`` maps names of Linears to
-    roles; if it is empty, roles follow from what is observed.
+    roles, "" for names that are missing. If it is empty, roles follow from what is observed: a Linear whose
+    input depends on the output of a column-split Linear is split by rows, any other by columns.
 
-    ``linears`` holds the Linear layers by name, in the order in which they ran. ``views`` holds (name of a
-    column-split layer, shape into which the features of its output are viewed, such as (heads, head dim)).
-    ``inside`` maps names of other modules with parameters of their own whose first input depends on such
-    outputs to the number of dimensions of that input.
-    """
+    ``linears``: name of a Linear -> what was observed of it, in the order in which they ran. ``views``: pairs
+    (name of a column-split Linear, shape into which the features of its output are viewed, such as (heads,
+    head dim)). ``inside``: name of a module that is not a Linear, has parameters of its own, and has a first
+    input that depends on the output of a column-split Linear -> number of dimensions of that input."""
 
     def __init__(self, roles: Mapping[str, str]) -> None:
         super().__init__()
@@ -86,9 +90,9 @@ class LinearFlow(PlaceholderValues):
 
     def gather_at(self, name: str) -> tuple[str, int | str]:
         """Return (name of a module, position or keyword of its argument) at which the input of the Linear
-        ``name`` can be gathered for all its readers. This is the outermost running module that receives that
-        tensor and uses it only for Linears split by columns, or else the Linear itself with its argument
-        0."""
+        ``name`` can be gathered once for all Linears that read it. This is the outermost module around the
+        Linear that receives that tensor and uses it only for Linears split by columns; if there is none, it
+        is the Linear itself and position 0."""
         linear = self.linears[name]
         _, users = self._used.get(id(linear.input), (None, ()))
         for call in linear.within:
@@ -109,8 +113,8 @@ class LinearFlow(PlaceholderValues):
             module.register_forward_hook(self._leaving(name, name == paths[-1]))
 
     def copy(self, block: str, twin: str) -> None:
-        """Enter what was observed of the block at the path ``block`` also for the block ``twin``, which was
-        not run. Views are not copied."""
+        """Enter what was observed of the block at the path ``block`` also for the equal block at the path
+        ``twin``, which was not run. Views are not copied."""
 
         def there(name: str) -> str:
             return twin + name[len(block) :] if _in(name, block) else name
@@ -182,10 +186,10 @@ class LinearFlow(PlaceholderValues):
         return out
 
     def _cut(self, func: Any, tensor: torch.Tensor, out: Any) -> tuple[str, int] | None:
-        """Return (name of the Linear, width of its features) if ``out`` is a split into equal parts or a view
-        of the output ``tensor`` of a column-split Linear, and keeps its features in the last dimension. Else
-        return None. Enter the number of parts in ``linears``, and in ``views`` a view that divides
-        features."""
+        """Return (name of the Linear, number of its features) for the output ``out`` of the operator
+        ``func``, if ``tensor`` comes from the output of a column-split Linear, and ``out`` is its split into
+        equal parts or a view that keeps all features in the last dimension. Else return None. Also enter the
+        number of equal parts in ``linears`` and, in ``views``, a view that divides the features."""
         origin: tuple[str, int] | None = getattr(tensor, "_memfit_origin", None)
         if origin is None or func.overloadpacket.__name__ not in (
             "split",
@@ -218,11 +222,13 @@ class _Done(BaseException):
 def observe(
     job: Any, model: nn.Module, blocks: list[str], roles: Mapping[str, str], shrink: Any = None
 ) -> LinearFlow:
-    """Return the flow through the blocks (paths in the model, in their order) of a copy of ``model`` whose
-    tensors hold no values, for the Linears' ``roles`` (see `LinearFlow`). ``shrink(copy)``, if set, may
-    change that copy first. Modes that are active outside see nothing of the run. It ends after the last block
-    that has no twin (see `equal_blocks`); for the blocks after that, what was observed of their twins is
-    entered."""
+    """Run the job's loss on a copy of ``model`` whose tensors hold no values, and return the flow through the
+    blocks (paths in the model, in their order), for the ``roles`` of Linears (see `LinearFlow`).
+    ``shrink(copy)``, if set, may change that copy first. Modes that are active outside see nothing of the
+    run.
+
+    The run ends after the last block that has its own index in `equal_blocks`. What was observed of earlier
+    blocks that equal the remaining ones is entered for these."""
     flow = LinearFlow(roles)
     twin_indices = _twins(model, blocks, roles)
     with without_values(job, model) as (model_copy, batch):
@@ -242,8 +248,8 @@ def observe(
 
 
 def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> list[int]:
-    """Return `equal_blocks` of the blocks at these paths, except that a block whose Linears have other roles
-    than those of its twin gets its own index."""
+    """Return `equal_blocks` of the blocks at these paths, except that a block whose Linears have other
+    ``roles`` than those of the block with its index gets its own index."""
     block_roles = [{(n[len(b) :], role) for n, role in roles.items() if _in(n, b)} for b in blocks]
     twin_indices = equal_blocks([model.get_submodule(name) for name in blocks])
     return [twin if block_roles[twin] == block_roles[i] else i for i, twin in enumerate(twin_indices)]
@@ -251,8 +257,8 @@ def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> lis
 
 @contextlib.contextmanager
 def without_values(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """Yield a copy of the model and the job's first batch, both without values, for a forward pass without
-    gradients that no mode outside sees."""
+    """Yield (a copy of the model, the job's first batch), both without values, for a forward pass without
+    gradients. Modes that are active outside see nothing of it."""
     with (
         grouped_products(),
         _disable_current_modes(),
@@ -283,8 +289,8 @@ def _in(name: str, path: str) -> bool:
 
 
 def _tail(shape: torch.Size, width: int) -> tuple[int, ...]:
-    """Return the last dimensions of ``shape`` whose product is ``width``, or the whole shape if there are
-    none."""
+    """Return the last dimensions of ``shape`` whose product is ``width``, as few as possible; the whole shape
+    if no number of last dimensions has this product."""
     for start in range(len(shape) - 1, -1, -1):
         if math.prod(shape[start:]) == width:
             return tuple(shape[start:])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def scalars(model: torch.nn.Module) -> list[str]:
-    """Return the names of parameters without dimensions."""
+    """Return the names of the model's parameters without dimensions, in its order."""
     return [name for name, param in model.named_parameters() if param.dim() == 0]
 
 

@@ -52,10 +52,11 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 @dataclasses.dataclass(slots=True)
 class _Place:
-    """Modules of one class whose paths differ only in numbers (``pattern`` has stars for these). ``found``:
-    path -> name of the mode -> errors, for the modules that were examined. ``loss_ratio``,
-    ``effect_ratio``: how far the loss, and the gradients of all other modules, move if only these modules
-    are narrow; None if that was not run."""
+    """Modules of one class whose paths differ only in numbers. ``pattern``: their path with stars for these
+    numbers; ``kind``: the name of the class. ``calls``: the paths of all of them as keys. ``found``: path ->
+    name of the mode -> errors, for the modules that were examined. ``loss_ratio``, ``effect_ratio``: how far
+    the loss, and the gradients of all other modules, move relative to their size if only these modules run in
+    the narrow dtype; None if that was not run."""
 
     pattern: str
     kind: str
@@ -72,13 +73,13 @@ class _Place:
 def advise(
     job: Job, dtypes: Sequence[str], *, batches: int, trained: int, device: str = "cuda", say: Say = _silent
 ) -> tuple[PrecisionAdvice, ...]:
-    """Return one advice for each of ``dtypes``, "bf16" or "fp16".
+    """Return the advice which modules must stay in float32, one for each of ``dtypes``, "bf16" or "fp16", in
+    their order.
 
-    It is based on a few samples of each of ``batches`` batches, after ``trained`` steps of plain training on
-    a few samples each. ``device`` ("cuda" or "cpu") selects which operators torch.autocast keeps in float32.
-    ``say`` receives the progress: (stage, done, total). Raises UserError if the loss is not finite in
-    float32.
-    """
+    The model is trained without a plan for ``trained`` steps, and then examined on ``batches`` further
+    batches, always with only a few samples of a batch. ``device`` ("cuda" or "cpu") selects whose list of
+    operators that torch.autocast keeps in float32 is used; everything runs on the CPU. ``say`` receives the
+    progress: (stage, done, total). Raises UserError if the loss is not finite in float32."""
     model = _trained(job, trained, say)
     modes_by_dtype = {d: modes(model, DTYPES[d], cuda=device == "cuda") for d in dtypes}
     for other_modes in list(modes_by_dtype.values())[1:]:
@@ -118,9 +119,9 @@ def _trained(job: Job, steps: int, say: Say) -> nn.Module:
 
 
 def _few(job: Job, index: int) -> Any:
-    """Return the first samples of the batch of step ``index``: at least n and fewer than 2 n, so that equal
-    parts are cut, or all if there are fewer than n. n: as many samples as fit into 2**15 elements of the
-    batch's largest tensor, but at least two."""
+    """Return the first samples of the batch of step ``index``: the first of as many micro-batches as can be
+    cut with at least n samples each, or all samples if there are fewer than 2 n. n is the number of samples
+    that fit into 2**15 elements of the batch's largest tensor, but at least 2."""
     batch = job.make_batch(index, 0)
     length = batch_length(batch)
     elements = max(t.numel() for t in leaves(batch)) // length
@@ -147,7 +148,8 @@ def add_padding(batch: Any) -> Any:
 
 
 def _learn(root: RecordedCall, modes_by_name: dict[str, Mode], batch: Any, job: Job, dtype: str) -> None:
-    """Record in ``root`` in which dtype each tensor arrives in real runs in the modes pure and autocast."""
+    """Record in ``root``, in the ``dtypes`` of its calls, which dtypes inputs and outputs have in real runs
+    in the modes pure and autocast."""
 
     def narrowed(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return rebuild((args, kwargs), lambda t: t.to(DTYPES[dtype]) if is_float(t) else t)
@@ -243,11 +245,19 @@ def _merged(results: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayError
 
 
 def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
-    """Return why a module's own code must not run in ``mode`` but in float32: fails, overflow, inputs,
-    computation, gradient or spread; "" if it may run in ``mode``, or if float32 would not help.
+    """Return why a module's own code must run in float32 instead of ``mode``, or "" if it may run in ``mode``
+    or float32 would not help. The reasons, of which the first that applies is returned:
 
-    ``errors``: by mode. ``effect``: how far the gradients of other modules move if only this module is
-    narrow, None if unknown; "spread" is returned only if it is known and large.
+    - "fails": it raises an error.
+    - "overflow": it makes values that are not finite.
+    - "inputs": the error of an output is too large, and mostly comes from rounding inputs and parameters.
+    - "computation": that error comes from computing.
+    - "gradient": the error of a gradient is too large.
+    - "spread": the error is too large relative to the standard deviation of an output. Only if ``effect`` is
+      known and above 2**-6.
+
+    ``errors``: by name of the mode. ``effect``: how far the gradients of other modules move if only this
+    module is narrow, None if unknown.
     """
     mode_errors, float32_errors, rounded_errors = errors[mode], errors["float32"], errors["rounded"]
     if mode_errors.failed and not float32_errors.failed:
@@ -285,19 +295,20 @@ def _rank(place: _Place) -> tuple[bool, float]:
 
 
 class _Whole:
-    """Compares the loss and the gradients of the whole model in float32 with those if the own code of some
-    modules runs in the dtype ``low``. ``narrow``: a copy of the model with its parameters in ``low``."""
+    """Compares the loss and the gradients of the whole model in float32 with those of a run in which the own
+    code of some modules runs in the dtype ``low``. ``narrow``: a copy of the model with its parameters in
+    ``low``. Both run on ``batch``."""
 
     def __init__(self, model: nn.Module, narrow: nn.Module, low: torch.dtype, batch: Any, job: Job) -> None:
         self.model, self.narrow, self.low, self.batch, self.job = model, narrow, low, batch, job
         self.loss, self.grads = casting.step(model, batch, job.loss, backward=True)
 
     def effect(self, paths: set[str], *, backward: bool = True) -> tuple[float, float]:
-        """Return how far (the loss, the gradients of all other modules) move, relative to their size in
-        float32, if the modules at ``paths`` are narrow.
+        """Return how far (the loss, the gradients of all other modules) move if the own code of the modules
+        at ``paths`` runs in the narrow dtype. Both are relative to the size in float32.
 
-        Both are infinite if the run fails or its loss is not finite. Without ``backward`` the second is 0.
-        """
+        Both are infinite if the run fails or its loss is not finite, the second also if a gradient is not
+        finite. Without ``backward`` the second is 0, unless the run fails or its loss is not finite."""
         try:
             with casting.casting(self.model, self.narrow, paths, self.low):
                 loss, grads = casting.step(self.model, self.batch, self.job.loss, backward=backward)
@@ -339,9 +350,9 @@ def _advise_dtype(
 
 
 def _sums(place: ExaminedModules) -> bool:
-    """Return whether modules that need not be float32 rely on kernels that sum in float32: with narrow sums
-    their error would be above 2**-8, and more than twice that with narrow tensors alone. False for the root
-    and the loss function."""
+    """Return whether modules that need not be float32 rely on kernels that sum in float32: if sums are
+    rounded to the narrow dtype after every addition, their error is above 2**-8 and more than twice that with
+    narrow tensors alone. False for the root and the loss function."""
     return (
         not place.reason
         and place.pattern not in ("", LOSS)

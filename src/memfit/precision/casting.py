@@ -16,10 +16,11 @@ from memfit.precision.tensors import is_float, rebuild
 @contextlib.contextmanager
 def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: torch.dtype) -> Iterator[None]:
     """Make ``model``, within the context, run the own code of the modules at ``paths`` in the dtype ``low``.
+    Their inputs are cast to it and their outputs back to float32.
 
     Their children run in float32 unless they are in ``paths`` too. ``narrow`` is a copy of the model with its
-    parameters in ``low``; its modules are used and gather the gradients of these parameters.
-    """
+    parameters in ``low``. Its modules run in place of those at ``paths``, and its parameters get the
+    gradients."""
 
     def cast(dtype: torch.dtype) -> Callable[[Any], Any]:
         return lambda value: rebuild(value, lambda t: t.to(dtype) if is_float(t) else t)
@@ -57,7 +58,8 @@ def step(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Run one forward and, if ``backward``, one backward pass, without dropout. Return (loss, gradients by
-    name of the parameter, {} without backward). The gradients are removed from the model."""
+    name of the parameter, {} without backward). The gradients are removed from the model. Always starts from
+    the same random numbers."""
     with deterministic(), contextlib.nullcontext() if backward else torch.no_grad():
         loss_value = loss(model, batch)
     if backward:
@@ -70,12 +72,11 @@ def step(
 def relative_difference(
     first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], without: Collection[str]
 ) -> float:
-    """Return the norm of the difference of two gradients over the norm of the first; 0 if that is zero or
-    nothing can be compared.
+    """Return the norm of the difference of ``first`` and ``second`` over the norm of ``first``; 0 if that
+    norm is zero or nothing can be compared.
 
-    Gradients are by name of the parameter; only names in both count. ``without``: paths of modules whose
-    parameters, except those of their children, are left out.
-    """
+    Both are gradients by name of the parameter; only names in both count. ``without``: paths of modules whose
+    own parameters, but not those of their children, are left out."""
     names = [n for n in first if n in second and n.rpartition(".")[0] not in without]
     if not names:
         return 0.0

@@ -37,11 +37,11 @@ class RecordedCall:
 
     ``path``: of the module, or LOSS for the job's loss function. ``inputs``: copies of (args, kwargs);
     ``output``: a copy of the result. ``input_grads``, ``output_grads``: the gradients of their tensors, by
-    the index of the tensor in the order of `leaves`; tensors without a gradient are absent. ``inner``: calls
-    of children, in the order of the run. ``computes``: whether the module's own code makes floating-point
-    tensors by computing, not by moving, copying or creating them. ``dtypes``: name of a mode -> (dtypes of
-    the tensors of inputs, those of output) in a real run in that mode.
-    """
+    the index of the tensor in the order of `leaves`; tensors without a gradient are absent. ``inner``: the
+    calls that the module's own code makes of other modules, in order. ``computes``: whether the module's own
+    code makes floating-point tensors by computing, not by moving, copying or creating them. ``dtypes``: name
+    of a mode -> (dtypes of the tensors of inputs, those of output) in a real run in that mode; empty for a
+    mode without such a run."""
 
     path: str
     inputs: Any = None
@@ -53,7 +53,7 @@ class RecordedCall:
     dtypes: dict[str, tuple[list[torch.dtype], list[torch.dtype]]] = dataclasses.field(default_factory=dict)
 
     def all(self) -> Iterator[RecordedCall]:
-        """Yield this call and all calls within it."""
+        """Yield this call and all calls within it, each before its inner calls."""
         yield self
         for call in self.inner:
             yield from call.all()
@@ -62,8 +62,8 @@ class RecordedCall:
 def record(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool = True
 ) -> RecordedCall:
-    """Record one step without dropout and return the tree of calls, with the loss function at its root.
-    Without ``backward`` no gradients are recorded."""
+    """Run the loss and, with ``backward``, its backward without dropout, and return the tree of the calls of
+    modules. Its root is the call of the loss function. Without ``backward`` no gradients are recorded."""
     root = RecordedCall(LOSS, inputs=((batch,), {}))
     recorder = _Watch(model, root)
     with recorder, _Computing(recorder.stack), deterministic():
@@ -109,10 +109,9 @@ class _Watch:
 
 
 def _kept(value: Any) -> Any:
-    """Return the value with its tensors copied.
+    """Return a copy of the value in which its tensors are detached copies that require gradients as before.
 
-    A tensor that occurs twice gets one copy, because code may test whether query and key are identical.
-    """
+    A tensor that occurs twice gets one copy, because code may test whether query and key are identical."""
     memo: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,8 +123,9 @@ def _kept(value: Any) -> Any:
 
 
 def _listening(value: Any, grads: dict[int, torch.Tensor]) -> Any:
-    """Return the value with an alias for each tensor that requires gradients. In backward, ``grads`` gets the
-    gradient of each alias, which is that of this call alone, by the tensor's first index in the value."""
+    """Return a copy of the value with an alias in place of each floating-point tensor that requires
+    gradients. In backward, ``grads`` gets the gradient of each alias, by the index of the tensor's first
+    occurrence in the order of `leaves`. It is the gradient that comes from this call alone."""
     memo: dict[int, torch.Tensor] = {}
     count = -1
 
@@ -150,8 +150,8 @@ def _keeping(grads: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tens
 
 
 class _Computing(TorchDispatchMode):
-    """Sets ``computes`` of the calls whose own code makes floating-point tensors by computing, not by moving,
-    copying or creating them. ``stack``: the calls under way, innermost last."""
+    """Mode that sets ``computes`` of a call when its own code makes floating-point tensors by computing, not
+    by moving, copying or creating them. ``stack``: the calls that are running, innermost last."""
 
     def __init__(self, stack: list[RecordedCall]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -167,8 +167,8 @@ class _Computing(TorchDispatchMode):
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Disable dropout and start from the same random numbers each time, within the context. The state of the
-    random number generators is restored afterwards."""
+    """Within the context, disable dropout (functions named so, and that of attention), and start from the
+    same random numbers each time. The state of the random number generators is restored afterwards."""
     with torch.random.fork_rng(), _WithoutDropout():
         torch.manual_seed(0)
         yield

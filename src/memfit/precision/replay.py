@@ -49,11 +49,10 @@ class CudaLists(TorchFunctionMode):
 class Mode:
     """A precision in which modules are replayed.
 
-    ``model``: owner of the parameters. ``arrives``: dtype of inputs whose dtype was not learned from a real
-    run. ``rounded``: dtype to which inputs and outputs are rounded, while the computation is in ``arrives``;
-    None: no rounding. ``around`` makes a context in which modules run. ``narrow``: whether the operators that
-    make non-finite values are recorded by default.
-    """
+    ``model``: the model whose parameters are used. ``arrives``: dtype of inputs whose dtype was not learned
+    from a real run. ``rounded``: dtype to which inputs and outputs are rounded, while the computation is in
+    ``arrives``; None: no rounding. ``around``: called without arguments, it makes a context in which modules
+    run. ``narrow``: whether the operators that make non-finite values are recorded by default."""
 
     name: str
     model: nn.Module
@@ -64,9 +63,15 @@ class Mode:
 
 
 def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
-    """Return the modes of a float32 ``model`` by name. exact: float64. float32: the model as it is. rounded:
-    inputs, parameters and outputs rounded to ``low``, computation in float64. pure: everything in ``low``.
-    autocast: under torch.autocast to ``low``, with the lists of CUDA if ``cuda``, else those of the CPU."""
+    """Return the modes of a float32 ``model`` by name:
+
+    - "exact": everything in float64.
+    - "float32": the model as it is.
+    - "rounded": inputs, parameters and outputs rounded to ``low``, computation in float64.
+    - "pure": everything in ``low``.
+    - "autocast": under torch.autocast to ``low``. What this keeps in float32 is that of CUDA if ``cuda``,
+      else that of the CPU.
+    """
 
     def twin(*dtypes: torch.dtype) -> nn.Module:
         twin_model = copy.deepcopy(model)
@@ -96,11 +101,12 @@ class ReplayedModule:
     """Result of a replay.
 
     ``outputs``: floating-point tensors that the module's own code gave to its children and to its caller.
-    ``inputs``: those that it received from both. ``grads``: gradients of the inputs, None where there is
-    none. ``parameters``: the gradients of its parameters as one float64 vector, None if there are none.
-    ``nonfinite_operators``: operators that made non-finite values from finite ones. ``failed``: the error if
-    the replay failed, and then all other fields but ``nonfinite_operators`` are empty; "" if it did not fail.
-    """
+    ``passed``: for each output, whether it is an input or shares an input's memory, so that it was not
+    computed. ``inputs``: floating-point tensors that the own code received from its caller and its children.
+    ``grads``: gradients of the inputs, None where there is none. ``parameters``: the gradients of the
+    module's parameters as one float64 vector, None if there are none. ``nonfinite_operators``: names of
+    operators that made non-finite values from finite ones. ``failed``: "", or the error if the replay failed;
+    then all fields but ``nonfinite_operators`` are empty."""
 
     outputs: list[torch.Tensor]
     passed: list[bool]  # of each output: whether it is an input, or shares its memory, and is not computed
@@ -122,9 +128,9 @@ def replay_call(
     """Run the forward of the call's module again in ``mode``, with its children's recorded outputs in place
     of the children, and, with ``backward``, its backward. For the call of the loss function, run ``loss``.
 
-    ``listening``: context manager around the forward; by default `NonFiniteOperators` if the mode is narrow,
-    else none. Errors that a precision may cause are not raised but described in ``failed`` of the result.
-    """
+    ``listening``: a context manager around the forward; None: `NonFiniteOperators` if the mode is narrow,
+    else none. Errors that a precision may cause (`FAILURES`) are not raised but described in ``failed`` of
+    the result."""
     run = _Replay(call, mode)
     listener = listening or (NonFiniteOperators() if mode.narrow else contextlib.nullcontext())
     nonfinite_operators = listener.names if isinstance(listener, NonFiniteOperators) else set()
@@ -143,7 +149,8 @@ def replay_call(
 
 
 class ReplayMismatch(RuntimeError):
-    """Raised if a replayed module calls another child, or one more, than in the recorded run."""
+    """Raised if a replayed module calls another child than in the recorded run, or one more. Calling fewer is
+    not noticed."""
 
 
 class _Replay:
@@ -157,9 +164,10 @@ class _Replay:
         self.handed = self.sources
 
     def enters(self, value: Any, dtypes: list[torch.dtype] | None) -> Any:
-        """Return the value with its floating-point tensors as inputs of a new autograd graph. They are cast
-        to ``dtypes``, by order of all tensors of the value, or to the mode's ``arrives`` where that has no
-        entry."""
+        """Return the value with its floating-point tensors replaced by new tensors that begin an autograd
+        graph, and add these to ``sources``. They are cast to the ``dtypes`` of the same index in the order of
+        `leaves`, or to the mode's ``arrives`` where there is none; if the mode rounds, they are rounded
+        before."""
         memo: dict[int, torch.Tensor] = {}
         dtype_order = iter(dtypes or ())
 
@@ -219,10 +227,9 @@ class _Replay:
             self.ends = [(t.to(self.mode.rounded).to(t.dtype), g) for t, g in self.ends]
 
     def run_backward(self) -> None:
-        """Run backward from the outputs with all their recorded gradients divided by the largest of their
-        absolute values, so that they do not vanish in float16, whose smallest positive number is 6e-8. Do
-        nothing if all are zero.
-        """
+        """Run backward from the outputs with their recorded gradients. All of these are divided by the
+        largest of their absolute values, so that they do not vanish in float16, whose smallest positive
+        number is 6e-8. Do nothing if all are zero or there are none."""
         pairs = [(t, g) for t, g in self.ends if g is not None and t.requires_grad]
         largest = max((float(g.abs().max()) for _, g in pairs if g.numel()), default=0.0)
         if largest > 0:
@@ -243,10 +250,9 @@ class _Replay:
 
 
 def _within(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cast the tensor. Finite values beyond the range of ``dtype`` become its largest or smallest value, so
-    that their overflow is attributed to the module that made them, not to its readers. Infinities and NaN
-    stay.
-    """
+    """Return the tensor in ``dtype``. Finite values beyond the range of ``dtype`` become its largest or
+    smallest value, so that their overflow is attributed to the module that made them, not to those that read
+    them. Infinities and NaN stay."""
     limit = torch.finfo(dtype).max
     if limit >= torch.finfo(tensor.dtype).max:
         return tensor.to(dtype)
@@ -261,8 +267,9 @@ def _restore(module: nn.Module, forward: Any) -> None:
 
 
 class NonFiniteOperators(TorchDispatchMode):
-    """Collects, within the context, the names of operators whose floating-point results are not all finite
-    although all their inputs are. Operators that make empty tensors do not count."""
+    """Collects in ``names``, within the context, the names of operators whose floating-point results are not
+    all finite although all their inputs are. Operators that make uninitialised tensors (empty) do not
+    count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -283,11 +290,10 @@ def _broken(value: Any) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class ReplayErrors:
-    """Errors of a replay relative to the one in float64. ``output``: the worst of the outputs; ``gradient``:
-    the worst error of the gradients of inputs and parameters, relative to their root mean square;
-    ``nonfinite_operators``: operators that made non-finite values from finite ones, joined by commas;
-    ``failed``: the error if the replay failed, else "".
-    """
+    """Errors of a replay relative to the one in float64. ``output``: the worst of the outputs, lost also if a
+    gradient is lost. ``gradient``: the worst error of the gradients of inputs and parameters, relative to
+    their root mean square. ``nonfinite_operators``: names of operators that made non-finite values from
+    finite ones, joined by ", ". ``failed``: the error if the replay failed, else ""."""
 
     output: Gap
     gradient: float
@@ -307,11 +313,11 @@ class ReplayErrors:
 
 
 def compare(exact: ReplayedModule, replay: ReplayedModule) -> ReplayErrors:
-    """Return the errors of the replay ``replay`` relative to the replay ``exact``. Outputs that were not
-    computed but passed through are not compared. The error of a gradient is relative to its own root mean
-    square, or to a quarter of that of the largest gradient if that is more; the worst 1 % of its elements is
-    left out. If ``replay`` failed, its output counts as lost.
-    """
+    """Return the errors of the replay ``replay`` relative to the replay ``exact``, of the same call. Outputs
+    that were not computed but passed through (``passed``) are not compared. The error of a gradient is
+    relative to its own root mean square, or to a quarter of that of the largest gradient if that is more; the
+    worst 1 % of its elements is left out. If ``replay`` failed, the result has its error, an output that is
+    lost, and errors of 0."""
     output, gradient = Gap(), 0.0
     if replay.failed:
         return ReplayErrors(Gap(lost=True), 0.0, failed=replay.failed)

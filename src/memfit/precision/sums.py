@@ -14,12 +14,11 @@ _MOST: Final = 512  # most consecutive additions; with more elements, each addit
 
 
 class NarrowSums(TorchDispatchMode):
-    """Replaces, within the context, sums, means, softmax and layer norms of bfloat16 and float16 tensors by
-    ones whose sums are rounded to that dtype after every addition.
+    """Mode that replaces sums, means, softmax and layer norms of bfloat16 and float16 tensors by ones whose
+    sums are rounded to that dtype after every addition (`added`).
 
-    Sums and means over several dimensions, or with a given result dtype, are not replaced. ``used``: whether
-    anything was replaced.
-    """
+    Sums and means over a list of several dimensions, or with a given result dtype, are not replaced.
+    ``used``: whether anything was replaced."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -39,7 +38,8 @@ _NARROW: Final = (torch.bfloat16, torch.float16)
 
 def added(x: torch.Tensor) -> torch.Tensor:
     """Return the sum over the last dimension, (..., n) to (...), rounded to the dtype of ``x`` after every
-    addition. Of more than 512 elements, groups are first summed in float32, so that at most 512 are added."""
+    addition. If n is above 512, groups of equal size (the last may be smaller) are first summed in float32
+    and rounded, as few per group as leave at most 512 to be added."""
     groups = -(-x.shape[-1] // _MOST)
     parts = [p.float().sum(-1).to(x.dtype) if groups > 1 else p.squeeze(-1) for p in x.split(groups, -1)]
     total = torch.zeros_like(parts[0])

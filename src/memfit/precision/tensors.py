@@ -15,10 +15,9 @@ _SAMPLE: Final = 1 << 14  # number of elements that is enough for a mean
 
 
 def leaves(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of a value in a fixed order: in nested dicts, tuples and lists, and in dataclasses
-    and plain objects with a tensor, tuple or list as attribute, such as rigid frames. Modules are not
-    searched.
-    """
+    """Yield the tensors of a value in a fixed order, depth first: in dicts, tuples and lists, and in
+    dataclasses and plain objects that have a tensor, tuple or list as attribute, such as rigid frames. A
+    tensor that occurs twice is yielded twice. Modules and classes are not searched."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -68,7 +67,8 @@ def _fields(value: Any) -> list[str]:
 
 
 def is_float(tensor: torch.Tensor) -> bool:
-    """Return whether the tensor is an initialized floating-point tensor."""
+    """Return whether the tensor is floating-point, and not a parameter of a lazy module that has no shape
+    yet."""
     return tensor.is_floating_point() and not isinstance(tensor, torch.nn.parameter.UninitializedParameter)
 
 
@@ -88,8 +88,7 @@ class Gap:
 
     ``error``: root mean square of the difference over that of the reference. ``spread``: root mean square of
     the difference over the reference's standard deviation. ``lost``: whether the tensor is not finite
-    somewhere where the reference is, or has another shape.
-    """
+    somewhere where the reference is, or has another number of elements."""
 
     error: float = 0.0
     spread: float = 0.0
@@ -100,14 +99,14 @@ class Gap:
 
 
 def gap(reference: torch.Tensor, tensor: torch.Tensor, floor: float = 0.0, *, trim: bool = False) -> Gap:
-    """Return the difference of ``tensor`` from ``reference``, over a sample of their elements.
+    """Return the difference of ``tensor`` from ``reference``. ``error`` and ``spread`` are those of a regular
+    sample of the elements, of between 2**13 and 2**15 if there are more.
 
-    Elements that are not finite in one of them, or far larger in ``reference`` than its median, as in an
-    additive mask, are left out. ``floor``: lower bound of the reference's root mean square, because nothing
-    is accurate relative to zero. ``trim`` leaves out the worst 1 % of at least 100 elements, such as values
-    near a kink (of a ReLU) that fall on its other side. Tensors of different sizes give errors of 1, and
-    lost.
-    """
+    Elements that are not finite in one of the two are left out. So are those whose absolute value in the
+    reference is above 10**4 times the median there (without zeros), as in an additive mask. ``floor``: lower
+    bound of the reference's root mean square, because nothing is accurate relative to zero. ``trim`` leaves
+    out the worst 1 % if there are at least 100 elements: values near a kink, as of a ReLU, may fall on its
+    other side. If the numbers of elements differ, both errors are 1, and ``lost`` is True."""
     reference_values, values = reference.detach().flatten(), tensor.detach().flatten()
     if reference_values.shape != values.shape:
         return Gap(1.0, 1.0, lost=True)

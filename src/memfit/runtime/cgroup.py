@@ -19,8 +19,8 @@ _OWN: Final = Path("/proc/self/cgroup")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The control group, with a memory limit, for process `pid`. `path` is its folder, which need not exist.
-    `home` is the folder of the group that the process came from."""
+    """The control group that limits the memory of process `pid`. `path` is its folder, which exists only
+    between `make` and `remove`. `home` is the folder of the group in which the process is before `enter`."""
 
     path: Path
     home: Path
@@ -28,9 +28,9 @@ class Group:
 
     @classmethod
     def of(cls, pid: int, *, root: Path = _ROOT, own: Path = _OWN) -> Group | None:
-        """Return the group for process `pid`, which is this process or its child. Return None if the user may
-        not make such a group, and for root. Nothing is created. ``root`` is the folder of all control groups,
-        ``own`` the file that names this process's group."""
+        """Return the group for process `pid`, which is this process or its child. Nothing is created. Return
+        None if the user is root, or may not make a sibling of this process's group that limits memory.
+        ``root`` is the folder of all control groups, ``own`` the file that names this process's group."""
         home = _delegated_home(root, own)
         return cls(path=home.parent / f"memfit-{pid}", home=home, pid=pid) if home else None
 
@@ -56,15 +56,15 @@ class Group:
         (self.home / "cgroup.procs").write_text(str(self.pid))
 
     def peak_bytes(self) -> int | None:
-        """Return the peak memory of the group since it was created. Return None before Linux 5.19, and if the
-        group does not exist."""
+        """Return the highest number of bytes that the group has held since it was created. Return None before
+        Linux 5.19, and if the group does not exist."""
         with contextlib.suppress(OSError):
             return int((self.path / "memory.peak").read_text())
         return None
 
     def oom_kills(self) -> int:
-        """Return how many processes in the group the kernel killed because memory ran out, or 0 if the group
-        does not exist."""
+        """Return how many processes in the group the kernel has killed because memory ran out, since the
+        group was created; 0 if the group does not exist."""
         with contextlib.suppress(OSError):
             return _oom_kills(self.path / "memory.events")
         return 0
@@ -76,9 +76,10 @@ class Group:
 
 
 def oom_kills_here(*, root: Path = _ROOT, own: Path = _OWN) -> int | None:
-    """Return how many processes in this process's group, without the groups below it, the kernel has killed
-    because memory ran out. Return None if it does not count them: without version 2, before Linux 5.2 and in
-    the top group. ``root`` and ``own``: as in `Group.of`."""
+    """Return how many processes in this process's control group, without the groups below it, the kernel has
+    killed because memory ran out. Return None if the kernel does not count them: without control groups of
+    version 2, before Linux 5.2, and if this process is in the top group. ``root`` and ``own``: as in
+    `Group.of`."""
     with contextlib.suppress(OSError, StopIteration):
         return _oom_kills(_home(root, own) / "memory.events.local")
     return None
@@ -90,18 +91,18 @@ def _oom_kills(events: Path) -> int:
 
 
 def _home(root: Path, membership_file: Path) -> Path:
-    """Return the folder of this process's group. Raises OSError or StopIteration if it has none."""
+    """Return the folder of this process's control group of version 2. Raises OSError if the file cannot be
+    read, and StopIteration if it names no such group."""
     lines = membership_file.read_text().splitlines()
     return root / next(line[4:] for line in lines if line.startswith("0::/"))
 
 
 def _delegated_home(root: Path, membership_file: Path) -> Path | None:
-    """Return the folder of this process's group if the user may write to its parent group, and that delegates
-    the memory controller. Return None otherwise, and for root.
+    """Return the folder of this process's control group if the user may write to its parent group, and if the
+    parent delegates the memory controller to its children. Return None otherwise, and if the user is root.
 
     A group that contains processes cannot delegate a controller, so a new group must be a sibling of this
-    process's group.
-    """
+    process's group."""
     if os.geteuid() == 0:
         return None  # root may write anywhere, which does not show a delegation
     with contextlib.suppress(OSError, StopIteration):

@@ -35,9 +35,9 @@ Box = tuple[Shape, Shape]  # (offsets, sizes)
 
 
 def boxes(shape: Shape, start: int, end: int) -> Iterator[Box]:
-    """Yield the elements ``start`` to ``end`` (exclusive) of a contiguous tensor of ``shape`` as boxes, in
-    order: at most one box of whole rows, and two for each further dimension. Yield none if there are no such
-    elements."""
+    """Yield boxes, each as (offsets, sizes), that together are the elements ``start`` to ``end`` (exclusive)
+    of the flattened contiguous tensor of ``shape``, in the order of the elements. For d dimensions, these are
+    at most 2 d - 1 boxes. Yield none if ``start`` is not below ``end``."""
     if start >= end:
         return
     if not shape:
@@ -61,9 +61,9 @@ def _in_row(row: int, inner: Shape, start: int, end: int) -> Iterator[Box]:
 
 
 class Pieces:
-    """The boxes that this rank holds of a tensor of ``shape``, as views of this rank's memory.
-    torch.distributed.checkpoint handles it like a DTensor. ``views`` maps the offsets of a box in the whole
-    tensor to its view."""
+    """The part of a tensor of ``shape`` that this rank holds, as boxes: ``views`` maps the offsets of a box
+    in the whole tensor to the box's elements, a view of this rank's memory. torch.distributed.checkpoint
+    handles a `Pieces` like a DTensor."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, views: dict[torch.Size, torch.Tensor]) -> None:
         self.shape, self.dtype, self.views = torch.Size(shape), dtype, views
@@ -138,8 +138,8 @@ class PiecesLoadPlanner(DefaultLoadPlanner):
 
 
 def pieces_of_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
-    """Return the pieces of a tensor of ``shape``, as views of ``flat``, which holds its elements from
-    ``start`` on and nothing else."""
+    """Return the pieces of a tensor of ``shape`` that are in ``flat``, as views of it. ``flat`` has one
+    dimension, and holds the consecutive elements of the flattened tensor from index ``start`` on."""
     views, index = {}, 0
     for offsets, sizes in boxes(shape, start, start + flat.numel()):
         count = math.prod(sizes)
@@ -149,9 +149,11 @@ def pieces_of_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
 
 
 def pieces_of_rows(rows: DTensor, parts: int) -> Pieces:
-    """Return this rank's pieces of the parameter ``rows``, which consists of ``parts`` fused parts, such as
-    query, key and value. In ``rows`` the rows are ordered by tensor-parallel rank, and within a rank by part
-    (techniques/parallel/tensor_parallel.py). The tensor that the pieces belong to is ordered by part."""
+    """Return this rank's pieces of the parameter ``rows``, as views of its local tensor. The parameter
+    consists of ``parts`` fused parts of equal size along dimension 0, such as query, key and value. In
+    ``rows`` the rows are ordered by tensor-parallel rank, and within a rank by part
+    (techniques/parallel/tensor_parallel.py). In the tensor that the pieces belong to, they are ordered by
+    part."""
     degree = rows.device_mesh["tensor"].size()
     local = rows.to_local()
     _, offsets = compute_local_shape_and_global_offset(rows.shape, rows.device_mesh, rows.placements)
@@ -172,10 +174,12 @@ class TensorPlace:
     master if there is one, else the parameter or this rank's shard of it. If the parameter is trained, the
     optimizer has state for the owner.
 
-    If ``at`` is None, the owner has the shape of the parameter, whose rows consist of ``fused`` fused parts
-    (0: not fused). Otherwise the owner is flat, and holds the parameter's elements from ``start`` to ``end``
-    (exclusive) from index ``at`` on.
-    """
+    If ``at`` is None, the owner has the shape of the parameter, and ``start`` and ``end`` are unused.
+    ``fused`` is the number of fused parts, such as 3 for query, key and value, in the order of
+    `pieces_of_rows`; 0: not fused.
+
+    Otherwise the owner has one dimension and may hold several parameters. The elements ``start`` to ``end``
+    (exclusive) of the flattened parameter are in it from index ``at`` on."""
 
     owner: torch.Tensor
     shape: Shape
@@ -185,8 +189,9 @@ class TensorPlace:
     fused: int = 0
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | Pieces:
-        """Return the parameter's part of ``tensor``, which is the owner or has its layout, as the optimizer's
-        state has. The part shares the memory of ``tensor``."""
+        """Return the parameter's part of ``tensor``, detached, in the same memory. ``tensor`` is the owner or
+        has its layout, as the optimizer's state has. The part is ``tensor`` itself if the owner has the shape
+        of the parameter and is not fused, else a `Pieces`."""
         detached = tensor.detach()
         if self.fused:
             assert isinstance(detached, DTensor)
@@ -198,7 +203,7 @@ class TensorPlace:
 
 def places(step: TrainingStep) -> dict[str, TensorPlace]:
     """Return the place of every parameter of which this rank holds a part, by its name without wrappers
-    (`unwrapped_name`). Owners of trained parameters are fp32 masters if there are any (`TensorPlace`)."""
+    (`unwrapped_name`). The owner is the parameter's fp32 master if the optimizer has one."""
     names = {p: unwrapped_name(n) for n, p in step.model.named_parameters()}
     optimizer: Any = step.optimizer
     fused_parts = {unwrapped_name(n): parts for n, parts in step.bench.fused_rows.items()}
@@ -240,8 +245,8 @@ def _stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, TensorPlace]]:
 
 
 def _deepspeed12(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
-    """Yield the place of a parameter's fp32 fragment on this rank, if there is one, under DeepSpeed's ZeRO 1
-    and 2 (deepspeed/utils/tensor_fragment.py)."""
+    """Yield the place of the part of a parameter whose fp32 master this rank has, under DeepSpeed's ZeRO 1
+    and 2 (deepspeed/utils/tensor_fragment.py). Yield nothing if this rank has no part of it."""
     if (fragment := getattr(param, "_hp_mapping", None)) is not None:
         address, flat_address = fragment.lp_fragment_address, fragment.hp_fragment_address
         yield TensorPlace(
@@ -313,9 +318,10 @@ def unwrapped_name(name: str) -> str:
 
 
 def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return the torch optimizers inside ``optimizer``, which is one or wraps one or several (a list or a
-    mapping) in the first that it has of the attributes ``optimizers``, ``inner``, ``optimizer`` and
-    ``optim``. Wrappers may be nested. Raises UserError if an innermost object is not a torch optimizer."""
+    """Return the torch optimizers inside ``optimizer``: itself, or those that it wraps. A wrapper holds one,
+    or a list or mapping of several, in one of the attributes ``optimizers``, ``inner``, ``optimizer`` and
+    ``optim``; if it has several of these, only the first in this order counts. Wrappers may be nested. Raises
+    UserError if an innermost object is not a torch optimizer."""
     attributes = vars(optimizer)
     inner = next(
         (attributes[n] for n in ("optimizers", "inner", "optimizer", "optim") if n in attributes), None
@@ -336,10 +342,12 @@ def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 def make_states(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]) -> None:
     """Create the state that the optimizer makes in its first step, by steps with zero gradients, one trained
-    parameter at a time. The caller then overwrites parameters and state with those of a checkpoint, because
-    these steps may change them. Existing gradients are kept but become zero. ``flats`` holds the tensors that
-    the optimizer will get; it is used only if the optimizer has no trained parameters between steps, as under
-    DeepSpeed's ZeRO 3."""
+    parameter at a time. These steps may change parameters and state, so the caller overwrites both afterwards
+    with those of a checkpoint. Existing gradients are kept but become zero.
+
+    ``flats``: the flat tensors that the optimizer gets for each step under DeepSpeed's ZeRO 3, where it has
+    no parameters between steps. Steps are made for these if the optimizer has no trained parameters, else
+    ``flats`` is ignored."""
     grads = {p: p.grad for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
     for param in grads:
         param.grad = None

@@ -67,13 +67,14 @@ _VMSTAT: Final = Path("/proc/vmstat")
 def run(
     config: LaunchConfig, *, on_event: Callable[[Event], None], stop: threading.Event | None = None
 ) -> Measurement:
-    """Run the child process of `config` to its end and return its measurement. ``{dir}`` in argv stands for a
-    temporary folder with `config.files`. ``on_event`` is called with every event when it arrives.
+    """Run the child process of `config` to its end and return its measurement. ``{dir}`` in argv is replaced
+    by a temporary folder that contains `config.files`. ``on_event`` is called with every event when it
+    arrives, the result included.
 
-    The child is killed at the time limit of the spec, and soon after another thread sets ``stop``. Its errors
-    are outcomes of the measurement. Only an interruption of this process (Ctrl-C, an error in `on_event`) is
-    raised, after the child and its process group have been killed.
-    """
+    The child is killed at the time limit of the spec, and soon after another thread sets ``stop``. What goes
+    wrong in the child is not raised: it is the outcome of the measurement (failed, timeout or oom). Only an
+    interruption of this process (Ctrl-C, an error in `on_event`) is raised, after the child and its process
+    group have been killed."""
     with tempfile.TemporaryDirectory(prefix="memfit-") as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
@@ -86,8 +87,8 @@ def run(
 
 
 class _Watch:
-    """A child, which constructing this starts, and what it has reported so far. `end` must be called, also
-    after an error."""
+    """A child process, which constructing this starts, and what it has reported so far. Call `follow`, then
+    `end` (also after an error), then `measurement`."""
 
     def __init__(self, config: LaunchConfig, folder: str, errors: IO[bytes], stop: threading.Event) -> None:
         self._spec, self._errors, self._stop = config.spec, errors, stop
@@ -164,8 +165,9 @@ class _Watch:
         return 0.0 if self._stop.is_set() else max(0.0, self._started_s + limit_s - time.monotonic())
 
     def end(self) -> None:
-        """Kill the child's process group, wait for the child, and read the out-of-memory kills of its control
-        group, if it may have one, before removing that."""
+        """Kill the child's process group and wait for the child. If the child may have made a control group
+        (`Group.of`), read how many of its processes the kernel has killed because memory ran out, and remove
+        it."""
         # macOS forbids signals to a group of zombies.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -178,8 +180,9 @@ class _Watch:
             group.remove()
 
     def measurement(self) -> Measurement:
-        """Return the child's last result. If there is none or it is invalid, return a measurement with the
-        outcome and the reason."""
+        """Return the measurement that the child reported, of several the last. If it cannot be parsed, return
+        a failed one with the reason. If there is none, return one with the outcome and reason of `_ending`.
+        These two have only the reported steps and losses and the time."""
         if self._result is not None:
             try:
                 return serialization.loads(Measurement, json.dumps(self._result), what="the child's result")
@@ -197,12 +200,11 @@ class _Watch:
         )
 
     def _ending(self) -> tuple[OutcomeKind, str]:
-        """Return the outcome and reason of an end without a result: stopped, out of time, out of memory or
-        failed.
+        """Return (outcome, reason) of an end without a result, by the first of these that applies: FAILED if
+        stopped because of ``stop``; TIMEOUT after the time limit; OOM if memory ran out; else FAILED.
 
         SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one since the start
-        (`_oom_kill`). Any exit code but 0 counts as out of memory if the end of standard error says so.
-        """
+        (`_oom_kill`). Any exit code but 0 counts as out of memory if the end of standard error says so."""
         code, lines = self._process.returncode, self._last_words()
         if self._timed_out and self._stop.is_set():
             return OutcomeKind.FAILED, STOPPED
@@ -217,13 +219,12 @@ class _Watch:
         return OutcomeKind.FAILED, f"{ending}: {lines[-1]}" if lines else ending
 
     def _oom_kill(self) -> str:
-        """Return in words that the kernel killed the child, which died of SIGKILL, because memory ran out; ""
-        if it did not.
+        """Return a text that says how the kernel killed the child because memory ran out; "" if it did not.
+        The child has died of SIGKILL.
 
-        It did if it counted such a kill in the child's own control group, or else in that of this process,
-        where the child was. If it counts only those of the whole machine, the words say that it is not
-        certain.
-        """
+        The kernel did if it has counted such a kill in the child's own control group. Otherwise, if it counts
+        such kills in this process's group, where the child was then, that count decides. Otherwise the count
+        of the whole machine decides, and the text says "probably"."""
         if self._group_kills:
             return f"killed by the kernel at its cap of {format_bytes(self._spec.cap_bytes or 0)}"
         kills = oom_kills_here()
@@ -261,8 +262,8 @@ def _code_text(code: int) -> str:
 
 
 def _machine_oom_kills() -> int:
-    """Return how many processes of this machine the kernel has killed because memory ran out, or 0 if this is
-    not known."""
+    """Return how many processes of this machine the kernel has killed because memory ran out, since it
+    booted; 0 if this is not known."""
     with contextlib.suppress(OSError):
         for line in _VMSTAT.read_text().splitlines():
             if line.startswith("oom_kill "):

@@ -35,7 +35,7 @@ class AllocatorUnavailable(MemfitError):
 
 
 class Counts(NamedTuple):
-    """Numbers of allocations and frees since the install, and of the blocks that are alive now."""
+    """Numbers of allocations and of frees since the install, and of the blocks that are allocated now."""
 
     allocations: int
     frees: int
@@ -68,8 +68,9 @@ class Log(NamedTuple):
 
 
 def downsample_peaks(live_bytes: Iterable[int], points: int) -> tuple[int, ...]:
-    """Return at most `points` values (at least 1): the maximum of each run of adjacent values, so that the
-    peak is kept. Runs are of equal length, except the last. Return an empty tuple if there are no values."""
+    """Return at most `points` values (at least 1). The values are divided into runs of equal length, the last
+    of which may be shorter, and each run gives its maximum, so that the peak is kept. Return an empty tuple
+    if there are no values."""
     values = tuple(live_bytes)
     per_point = -(-len(values) // points) or 1
     return tuple(max(values[i : i + per_point]) for i in range(0, len(values), per_point))
@@ -86,11 +87,10 @@ def available() -> str | None:
 
 
 class CountingAllocator:
-    """Handle of the process's single counting allocator. Raises AllocatorUnavailable if it cannot be built or
-    loaded.
+    """Handle of the process's single counting allocator. Constructing it raises AllocatorUnavailable if the
+    allocator cannot be built or loaded.
 
-    It counts from `install()` until the process ends, so install it before the model is built.
-    """
+    Storages are counted from `install()` until the process ends, so install it before the model is built."""
 
     source = "counting allocator"
 
@@ -222,7 +222,8 @@ def _cache_path(command: tuple[str, ...]) -> Path:
 
 def _compile(command: tuple[str, ...], target: Path) -> None:
     """Compile to a file beside `target` and rename it to `target`, so that two processes may build at the
-    same time. Raises AllocatorUnavailable if this fails or takes too long."""
+    same time. Raises AllocatorUnavailable if the folder cannot be written, if compiling fails, or if it takes
+    longer than 120 s."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(suffix=".so", dir=target.parent)

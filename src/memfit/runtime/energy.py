@@ -13,12 +13,12 @@ _NO_METER: Final = (None, "")
 
 
 class EnergyMeter:
-    """Measures the energy between start() and stop(), and names the boundary at which it is measured.
+    """Measures the energy between start() and stop(), and names the boundary at which it is measured:
+    "package (RAPL)" or "board (NVML)".
 
     For a CPU the boundary is the package (cores and caches of every socket, without DRAM, disks and power
     supply), for a GPU (``device`` "cuda" or "cuda:1") the board. The counters include everything that runs
-    there, not only this process. ``powercap`` is the folder of the CPU's counters.
-    """
+    there, not only this process. ``powercap`` is the folder of the CPU's counters, unused for a GPU."""
 
     def __init__(self, device: str = "cpu", *, powercap: Path = _POWERCAP) -> None:
         self._board = _board(device) if device.startswith("cuda") else None
@@ -26,7 +26,7 @@ class EnergyMeter:
         self._started: tuple[int | None, ...] = ()
 
     def start(self) -> None:
-        """Start measuring."""
+        """Start measuring, from now on only."""
         self._started = self._read()
 
     def stop(self) -> tuple[float | None, str]:

@@ -18,9 +18,12 @@ _LIMIT_S = 3600.0
 
 def install(engine: Engine, into: Path | None, on_line: OnLine) -> Environment:
     """Create the virtual environment of ``engine`` in the folder ``into`` (None: one named after the engine
-    in `environments_folder`), record it, and return the record. ``on_line`` is called with every line
-    that venv and pip print. Raises UserError if the engine needs no environment or the folder exists and is
-    not empty, and RunError with the last line printed if a command fails."""
+    in `environments_folder`) and install the engine's requirements there. Record it as the engine's
+    environment, and return the record. ``on_line`` is called with every line that venv and pip print, except
+    empty ones.
+
+    Raises UserError if the engine has no requirements, or if the folder exists and is not empty. Raises
+    RunError, with the last line printed, if venv or pip fails."""
     if not engine.requirements:
         raise UserError(
             f"engine {engine.name} needs no environment of its own",

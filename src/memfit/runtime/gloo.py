@@ -32,14 +32,14 @@ def gloo_threads(*names: str) -> list[int]:
 
 @contextlib.contextmanager
 def gloo_first(settle: bool = True, *, patient: bool = False) -> Iterator[Callable[[], bool]]:
-    """Yield a function that asks the system to run gloo's current threads before others whenever they are
-    ready (real-time scheduling), and returns whether the system agreed. It returns False if the user has no
-    permission, if there are no such threads, and, without asking, if ``settle`` is False. When the context
-    ends, gloo's threads get ordinary scheduling again.
+    """Yield a function without arguments. It asks the system to run gloo's current threads before others
+    whenever they are ready (real-time scheduling), and returns whether the system agreed for all of them. It
+    returns False if the user has no permission, and if there are no such threads. When the context ends,
+    gloo's threads get ordinary scheduling again. If ``settle`` is False, the function asks for nothing and
+    returns False.
 
-    With ``patient``, waiting for a collective takes half a millisecond longer, and gathers run one after the
-    other, which makes memory measurements accurate and time measurements inaccurate.
-    """
+    With ``patient``, waiting for a collective takes half a millisecond longer inside the context, and gathers
+    run one after the other. This makes memory measurements accurate and time measurements inaccurate."""
 
     def ask() -> bool:
         threads = gloo_threads(RUNS, _SENDS)
@@ -58,8 +58,10 @@ def _patient() -> Iterator[None]:
     """Inside this context, waiting for a collective takes half a millisecond longer, so that a gloo thread
     that has reported completion can free what it holds. Without this, threads on several cores race, whatever
     their priority.
-    A call that starts a gather into one tensor (ZeRO's) returns when the gather is complete, so that gathers
-    run one after the other, as they are predicted, and not two at a time on two threads."""
+
+    A call that starts a gather into one tensor, as ZeRO makes, returns only when the gather is complete.
+    Gathers thus run one after the other, as the memory prediction assumes, and not two at a time on two
+    threads."""
     import torch.distributed as dist
     from torch.distributed import _functional_collectives as functional
 

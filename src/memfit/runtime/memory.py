@@ -23,7 +23,8 @@ _ALIGN_BYTES: Final = 64
 
 
 class PeakCounter(Protocol):
-    """Counts the live tensor bytes of one device, and their peak. `source` names the method."""
+    """Counts the live tensor bytes of one device, and their peak. `source` names the method, for example
+    "counting allocator"."""
 
     source: str
 
@@ -74,9 +75,8 @@ class TorchEvents:
     """Counts torch.profiler's allocation events, for systems where the counting allocator cannot be built.
 
     It counts CPU blocks allocated after its construction, rounded up to 64 bytes. It is slower than the
-    counting allocator, keeps every event since the last reading in memory, and misses frees on threads that
-    the profiler does not follow. Reading it ends one profile and starts the next.
-    """
+    counting allocator, keeps every event since the last call of a method in memory, and misses frees on
+    threads that the profiler does not follow. Each call of a method ends one profile and starts the next."""
 
     source = "torch allocator events"
 

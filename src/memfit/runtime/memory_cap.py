@@ -27,13 +27,12 @@ _PROBE_BYTES: Final = 32 * 1024**2
 
 
 class MemoryLimit:
-    """A cap of `cap_bytes` above the footprint, which is what this process holds when `apply` sets the cap.
-    `kind` is "RLIMIT_DATA", "cgroup" or "cuda fraction".
+    """A cap on the memory of this process: `cap_bytes` above the footprint, which is what the process holds
+    when `apply` sets the cap. `kind` says what enforces it: "RLIMIT_DATA", "cgroup" or "cuda fraction".
 
-    Under RLIMIT_DATA the used bytes are known only if `counter` is the counting allocator. Constructing a
-    limit sets no cap. It raises MemfitError if `device` is a CPU and the system supports neither RLIMIT_DATA
-    nor a control group.
-    """
+    Under RLIMIT_DATA, `used_bytes` is known only if `counter` is the counting allocator. Constructing a limit
+    sets no cap. It raises MemfitError if `device` is a CPU and neither RLIMIT_DATA nor a control group can be
+    used here."""
 
     def __init__(self, cap_bytes: int, *, device: str = "cpu", counter: PeakCounter | None = None) -> None:
         self.cap_bytes = cap_bytes
@@ -95,8 +94,9 @@ def _cpu_cap(cap_bytes: int, allocator: CountingAllocator | None) -> _Cap:
 
 
 def _data_limit_holds() -> bool:
-    """Return whether RLIMIT_DATA limits memory mappings. This is tried out, because kernels before Linux 4.7
-    and some sandboxes do not apply it to them. Return False on systems without /proc."""
+    """Return whether RLIMIT_DATA limits memory mappings here. This is tried out with a mapping of 64 MiB,
+    because kernels before Linux 4.7 and some sandboxes do not apply the limit to them. Return False on
+    systems without /proc."""
     current_bytes = data_bytes()
     if current_bytes is None:
         return False
@@ -113,7 +113,7 @@ def _data_limit_holds() -> bool:
 
 class _DataLimit:
     """A cap by RLIMIT_DATA, which counts private writable memory, touched or not (VmData). If the process
-    already has a lower limit, that stays in force instead."""
+    already has a lower limit, that stays in force instead. `lift` sets the earlier limit again."""
 
     kind = "RLIMIT_DATA"
 
@@ -166,7 +166,7 @@ class _Cgroup:
 
 class _CudaFraction:
     """A cap by torch's caching CUDA allocator, which limits the memory that it reserves from the device for
-    this process. What it holds at `apply` is the footprint. `lift` allows the whole device."""
+    this process. What it has reserved at `apply` is the footprint. `lift` allows the whole device."""
 
     kind = "cuda fraction"
 

@@ -35,7 +35,7 @@ def is_oom_error(error: BaseException) -> bool:
 
 
 def is_oom_text(text: str) -> bool:
-    """Return whether ``text``, an error message or a line of a dead process's output, says that memory ran
-    out."""
+    """Return whether ``text``, an error message or a line of a dead process's output, contains a phrase such
+    as "out of memory", in upper or lower case."""
     lower_text = text.lower()
     return any(t in lower_text for t in _TEXTS)

@@ -37,14 +37,13 @@ _SCHEDULED = Path("/proc/thread-self/schedstat")
 def calibrate(
     signatures: Iterable[str], *, budget_s: float, counter: PeakCounter, rates: bool = True
 ) -> Calibration:
-    """Return the times (medians) and peak bytes of the operators that ``signatures`` describe (JSON, see
-    `prepare_call`).
+    """Run the operators that ``signatures`` describe (JSON, see `prepare_call`) and return their times
+    (medians, in seconds) and peak bytes.
 
     They are run in order; none is begun after ``budget_s`` seconds. With ``rates``, the machine itself is
-    measured first, within this time: matrix products, copies, the disk and the overhead of a call. Operators
-    that cannot run alone are listed in ``not_timed``; those for which no time was left are in no list.
-    ``counter`` measures the peaks.
-    """
+    measured first: matrix products, copies, the disk and the overhead of a call. This takes from the same
+    ``budget_s``, but is never cut short. Operators that cannot run alone are listed in ``not_timed``; those
+    for which no time was left are in no list. ``counter`` measures the peaks."""
     start, waited_s = time.perf_counter(), _waited_s()
     machine = _rates() if rates else Calibration()
     probes: dict[str, ProbeResult] = {}
@@ -95,8 +94,9 @@ def _waited_s() -> float:
 def workspaces(
     signatures: Iterable[str], *, budget_s: float, counter: PeakCounter
 ) -> Iterator[tuple[str, CallMemory | None]]:
-    """Run each signature's operator once, in order; none is begun after ``budget_s`` seconds. Yield the
-    signature with the bytes that its operator takes, or with None if the operator cannot run alone."""
+    """Run each signature's operator once, in order, as the results are asked for. End when ``budget_s``
+    seconds have passed, without the remaining operators. Yield (signature, bytes that its operator takes),
+    with None instead of the bytes if the operator cannot run alone."""
     start = time.perf_counter()
     for signature in signatures:
         if time.perf_counter() - start > budget_s:
@@ -108,8 +108,8 @@ def workspaces(
 
 
 class CallMemory(NamedTuple):
-    """Bytes of one operator call: its peak, including outputs but not inputs, and the part of it that is a
-    oneDNN workspace kept for backward."""
+    """Bytes of one operator call. ``peak_bytes``: its peak, including outputs but not inputs. ``kept_bytes``:
+    the part of the peak that is a oneDNN workspace kept for backward."""
 
     peak_bytes: int
     kept_bytes: int
@@ -130,7 +130,8 @@ class ProbeResult(NamedTuple):
 
 
 def probe(signature: str, counter: PeakCounter) -> ProbeResult | None:
-    """Measure one operator, or return None if it cannot run alone."""
+    """Measure one operator: run it once for the memory, then several times for the time. Return None if it
+    cannot run alone."""
     try:
         call, usage = measure_call(signature, counter)
         seconds, spread_ratio = _typical_s(call)
@@ -204,8 +205,8 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 
 def _best_s(call: Callable[[], Any]) -> float:
-    """Return the shortest time of a few calls: 10, or fewer if they take 0.1 s together before. It is the
-    shortest because other work on the machine only adds time."""
+    """Return the shortest time of up to 10 calls in seconds. No further call is begun once they have taken
+    0.1 s together. It is the shortest because other work on the machine only adds time."""
     times_s: list[float] = []
     while len(times_s) < _REPEATS and sum(times_s) < _OP_LIMIT_S:
         start = time.perf_counter()
@@ -215,13 +216,12 @@ def _best_s(call: Callable[[], Any]) -> float:
 
 
 def _typical_s(call: Callable[[], Any]) -> tuple[float, float]:
-    """Return (median time of 2 to 9 calls, fewer if they are long; by which fraction it lies above the
-    shortest).
+    """Return (median time of 2 to 9 calls in seconds; by which fraction it lies above the shortest). After
+    the second call, no further one is begun once they have taken 0.1 s together.
 
     As in a step, the calls do not find their operands in the innermost caches: the shortest of consecutive
-    calls is about a quarter below the time in a step. Time in which a call waited for a CPU that another
-    process used does not count, but at least a twentieth of each call's time does.
-    """
+    calls is about a quarter below the time in a step. The time that a call waited for a CPU is subtracted,
+    but at least a twentieth of its time always counts."""
     filler, times_s = torch.ones(_BETWEEN_BYTES // 4), list[float]()
     while len(times_s) < _CALLS and (sum(times_s) < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
         filler.add_(1.0)
@@ -253,9 +253,10 @@ def _real(value: Any) -> Any:
 
 
 def _tensor(shape: list[int], stride: list[int], dtype_name: str, variant: str = "") -> torch.Tensor:
-    """Return a CPU tensor of random numbers between 0.1 and 1. Integers are zeros, which are always valid
-    indices, and masks are True. Complex numbers, and numbers of tensors with a stride of 0, are 0.5.
-    ``variant`` "conj" makes a conjugate view."""
+    """Return a CPU tensor of this shape, stride and dtype. Floating-point numbers are random, between 0.1 and
+    1. Integers are zeros, which are always valid indices, and booleans are True. Complex numbers, and
+    floating-point numbers of tensors with a stride of 0, are 0.5. ``variant`` "conj" makes a conjugate
+    view."""
     if variant == "conj":
         return _tensor(shape, stride, dtype_name).conj()
     dtype = getattr(torch, dtype_name)
@@ -286,8 +287,8 @@ def _copy_bytes_s() -> float:
 def _disk() -> tuple[float, float]:
     """Return (bytes written or read per second, additional seconds per tensor) for writing tensors to a file
     and reading them back as activation offload does: through the page cache, and in places of the file that
-    were used before. The first is measured with large tensors, the second with many of the smallest that are
-    offloaded."""
+    were used before. The first is measured with tensors of 4 MiB, the second with 64 tensors of 64 KiB, the
+    smallest that are offloaded."""
     spool = Spool()
 
     def seconds(tensor: torch.Tensor, count: int) -> float:

@@ -20,13 +20,13 @@ GRACE_S: Final = 60.0  # time for the other ranks to report why they fail too
 def run_ranks(
     config: LaunchConfig, *, on_event: Callable[[int, Event], None] = lambda rank, event: None
 ) -> tuple[Measurement, ...]:
-    """Run all ranks of the plan and return their measurements, in the order of the ranks. ``on_event(rank,
-    event)`` is called with every event of a rank, from one thread per rank.
+    """Run all ranks of the plan, one child process each, and return their measurements, in the order of the
+    ranks. ``on_event(rank, event)`` is called with every event of a rank, from one thread per rank.
 
-    If a rank does not end well, the other ranks wait in a collective. They end when gloo notices the closed
-    connection, and are stopped if they have not ended after `GRACE_S` seconds. An interruption of this
-    process, or an error in ``on_event``, stops all ranks and is raised.
-    """
+    If a rank ends with another outcome than OK, the other ranks wait in a collective. They end when gloo
+    notices the closed connection. Those that have not ended `GRACE_S` (60) seconds later are killed, and
+    their measurements have the outcome failed. An interruption of this process, or an error in ``on_event``,
+    kills all ranks and is raised."""
     ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
     timers: list[threading.Timer] = []
 
@@ -52,8 +52,8 @@ def run_ranks(
 
 
 def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Return the environment variables that torchrun sets for a rank on one machine, and the loopback as
-    gloo's interface."""
+    """Return the environment variables that torchrun sets for a rank if all ``ranks`` are on one machine, and
+    the one that makes gloo use the loopback interface. ``port`` is the TCP port on which rank 0 listens."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -26,12 +26,14 @@ def run_through(
 ) -> Sequence[Measurement]:
     """Call ``start(spec, on_event)``, which runs all ranks, and return its measurements, one per rank.
 
-    If ``spec`` saves checkpoints and a rank died in training, ``start`` is called again, up to `RESTARTS`
-    times, to resume from the newest complete checkpoint (from where the run began if there is none). If a
-    restarted rank ends well, its losses and number of steps are those of all starts together, and everything
-    else is from the last start. ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted",
-    "why": ...})`` before each restart.
-    """
+    If ``spec`` saves checkpoints and a rank died in training (failed without a result after its first step),
+    ``start`` is called again, up to `RESTARTS` (3) times, to resume from the newest complete checkpoint; if
+    there is none, from where the run began. The measurements of the last call are returned, whether a rank
+    died in it or not. If a restarted rank ends well, its losses and number of steps are those of all calls
+    together.
+
+    ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted", "why": ...})`` before each
+    restart."""
     losses: dict[int, dict[int, float]] = {rank: {} for rank in range(spec.plan.ranks)}
 
     def listen(rank: int, event: Event) -> None:
@@ -53,15 +55,16 @@ def run_through(
 
 
 def _died(measurement: Measurement) -> bool:
-    """Return whether a rank failed without a result after its first step. A failure before it would happen
-    again. Running out of memory or of time does not count."""
+    """Return whether a rank failed without a result after at least one step. A failure before that would
+    happen again. Running out of memory or of time does not count."""
     is_silent = measurement.outcome is OutcomeKind.FAILED and measurement.peak_bytes is None
     return is_silent and measurement.steps_done > 0
 
 
 def _newest(keep: CheckpointSettings) -> CheckpointSettings:
-    """Return ``keep`` set to resume from the newest complete checkpoint in its folder, and with the reasons
-    why newer ones were passed over. Return it unchanged if there is no complete checkpoint."""
+    """Return ``keep`` with ``resume`` set to the newest complete checkpoint in the folder where the run
+    saves, and ``passed_over`` to the reasons why newer ones were not taken. Return it unchanged if there is
+    no complete checkpoint."""
     try:
         path, _, passed_over = checkpoints.find(Path(keep.save))
     except UserError:

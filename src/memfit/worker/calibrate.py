@@ -11,9 +11,10 @@ from memfit.types.result import Measurement, OutcomeKind
 
 
 def main(path: Path) -> None:
-    """Run the request in the JSON file ``path`` and report results as events on standard output: the times of
-    its operators and, if asked for, the machine's rates; or, with ``memory_only``, the memory that each
-    operator takes inside."""
+    """Run the operators in the JSON file ``path`` and report results as events on standard output. With
+    ``memory_only`` in the file, an event "workspace" reports the memory that each operator takes inside.
+    Otherwise one event "calibration" reports the operators' times and peaks and, with ``rates``, those of the
+    machine. The last event is "result", with the outcome OK."""
     import torch
 
     from memfit.runtime.memory import peak_counter

@@ -49,7 +49,7 @@ class Checkpointer:
 
     def __init__(self, spec: RunSpec, step: TrainingStep) -> None:
         """Create it before ``step`` runs. Raises UserError if the state of the run cannot be saved by name
-        because of its engine, plan or optimizer."""
+        because of its engine or plan, or if no torch optimizer is inside the step's optimizer."""
         self.spec, self.step, self.rank = spec, step, step.bench.world.rank
         if not ENGINES[spec.engine].saves:
             raise UserError(
@@ -97,15 +97,15 @@ class Checkpointer:
             _ = entry.stored
 
     def due(self, done: int) -> bool:
-        """Return whether to save after ``done`` steps: after each multiple of the chosen number of steps (0:
-        none) and after the last step, if the run has a folder to save in."""
+        """Return whether to save after ``done`` steps: after each multiple of the setting ``every_steps``
+        unless that is 0, and after the last step of the run. False if the run has no folder to save in."""
         keep = self.spec.keep
         is_due = done == self.spec.steps or (keep.every_steps > 0 and done % keep.every_steps == 0)
         return bool(keep.save) and is_due
 
     def save(self, done: int) -> None:
-        """Save a checkpoint after ``done`` steps. All ranks must call it. Raises MemfitError if it, or the
-        folder for it, cannot be written."""
+        """Save a checkpoint of the state after ``done`` steps in the run's folder. All ranks must call it.
+        Raises MemfitError if the checkpoint or the folder cannot be written."""
         folder = Path(self.spec.keep.save)
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         metadata = self._about(done, entries)
@@ -152,9 +152,9 @@ class Checkpointer:
         return dict(sorted(_everyone(set(shapes.items()))))
 
     def _tensors(self, *, writing: bool = False) -> dict[str, Any]:
-        """Return this rank's parts of parameters, and its buffers, by key. Buffers may differ between ranks.
-        With ``writing``, only ranks of index 0 along every mesh dimension but the pipeline return buffers, so
-        that only theirs are saved."""
+        """Return this rank's parts of parameters, and its buffers, by their keys in the checkpoint ("model."
+        and the name). Buffers may differ between ranks. With ``writing``, only ranks of index 0 along every
+        mesh dimension but the pipeline return buffers, so that only theirs are saved."""
         tensors: dict[str, Any] = {f"model.{n}": p.of(p.owner) for n, p in places(self.step).items()}
         coordinate = self.step.bench.world.layout.coordinate(self.rank)
         if not (writing and any(index for name, index in coordinate.items() if name != "pipeline")):
@@ -162,8 +162,8 @@ class Checkpointer:
         return tensors
 
     def _entries(self) -> Iterator[Entry]:
-        """Yield, for each parameter of this rank, the values of its optimizer state and the numbers of its
-        parameter group, if it has them."""
+        """Yield an `Entry` for each value of the optimizer state of each parameter on this rank, and for each
+        number of its parameter group. A parameter that is not in the optimizer has none."""
         states: dict[str, dict[int, Any]] = {
             "state": {id(owner): s for o in self.optimizers for owner, s in o.state.items()},
             "param_groups": {id(p): group for group in self._groups() for p in group["params"]},
@@ -177,8 +177,8 @@ class Checkpointer:
         return [group for o in self.optimizers for group in o.param_groups]
 
     def _moved(self, entry: Entry) -> bool:
-        """Return whether training has changed the number of a parameter group that ``entry`` holds. Only
-        changed numbers are saved; the plan sets the others."""
+        """Return whether ``entry``, a number of a parameter group, differs from what it was before the run's
+        first step. Only changed numbers are saved; the plan sets the others."""
         initial = next(b for g, b in zip(self._groups(), self.begun, strict=True) if g is entry.state)
         return bool(initial.get(entry.key) != entry.state[entry.key])
 
@@ -199,9 +199,9 @@ class Checkpointer:
         _must_step_together(path, [e for e in entries if e.shared], target)
 
     def _forget(self, entry: Entry) -> None:
-        """Reset ``entry``, a value of a parameter's optimizer state that the checkpoint does not have: set it
-        to zero if it is kept in pieces, else remove the parameter's whole state. A number that all parameters
-        of a flat tensor share is left as it is."""
+        """Reset ``entry``, a value of a parameter's optimizer state that the checkpoint does not have. A
+        value in `Pieces` is set to zero. A number that a flat tensor keeps for all parameters in it stays.
+        For any other value, the parameter's whole state is removed from the optimizer."""
         if isinstance(entry.stored, Pieces):
             for view in entry.stored.views.values():
                 view.zero_()
@@ -212,9 +212,10 @@ class Checkpointer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One value that the optimizer keeps for the parameter ``name``, in ``state`` under ``key``. ``kind`` is
-    "state" for a value of the parameter's state, or "param_groups" for a number of its group, which
-    ``state`` then is."""
+    """One value that the optimizer keeps for the parameter ``name``, which is in the dict ``state`` under
+    ``key``. ``kind`` is "state" if ``state`` is the optimizer's state of the parameter, or "param_groups" if
+    it is the parameter's group, of which only numbers are entries. ``place``: where the parameter is on this
+    rank."""
 
     kind: str
     name: str
@@ -224,20 +225,21 @@ class Entry:
 
     @property
     def text(self) -> str:
-        """Key of the entry in the checkpoint."""
+        """Key of the entry in the checkpoint, for example "optimizer.state.head.weight.exp_avg"."""
         return f"optimizer.{self.kind}.{self.name}.{self.key}"
 
     @property
     def shared(self) -> bool:
-        """Whether this is one number that a flat tensor keeps for all parameters in it."""
+        """Whether the owner is a flat tensor and this is one number that the optimizer keeps for it, so for
+        all parameters in it: a tensor of one element, or no tensor at all."""
         value = self.state[self.key]
         return self.place.at is not None and (not isinstance(value, torch.Tensor) or value.numel() == 1)
 
     @property
     def stored(self) -> Any:
-        """What is written to the checkpoint: the parameter's part of the value, or the value as it is. Raises
-        UserError if the parameter is in a flat tensor, and the value neither has the shape of that tensor nor
-        is one number."""
+        """What is written to the checkpoint: the parameter's part of a tensor with the owner's shape, or any
+        other value as it is. Raises UserError if the owner is a flat tensor, and the value is a tensor of
+        another shape with several elements."""
         value, owner = self.state[self.key], self.place.owner
         if isinstance(value, torch.Tensor) and value.shape == owner.shape:
             return self.place.of(value)
@@ -251,14 +253,15 @@ class Entry:
 
     @property
     def into(self) -> Any:
-        """What a checkpoint's value is read into: the memory of this value, or a copy of a tensor of one
-        element that several parameters share."""
+        """What a checkpoint's value is read into: `stored`, which is in the memory of this value, or a copy
+        of it if it is a tensor of one element that several parameters share."""
         value = self.stored
         return value.clone() if self.shared and isinstance(value, torch.Tensor) else value
 
     def enter(self, read: Any) -> None:
-        """Set the value to ``read``, which was read from a checkpoint. Tensors are left alone, because they
-        were read in place, except those of one element that parameters of a flat tensor share."""
+        """Set the value to ``read``, which was read from a checkpoint into `into`. Tensors have then been
+        read in place already, and only those that several parameters share are set; values that are no
+        tensors are replaced."""
         value = self.state[self.key]
         if not isinstance(value, torch.Tensor):
             self.state[self.key] = read
@@ -267,8 +270,8 @@ class Entry:
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return copies of the numbers in a parameter group by key. True and False and tensors of one element are
-    numbers, too."""
+    """Return the numbers in a parameter group by key. True, False and tensors of one element are numbers,
+    too; tensors are copied."""
     numbers = {k: v for k, v in group.items() if isinstance(v, int | float) or _is_scalar(v)}
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}
 
@@ -333,7 +336,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _everyone(values: set[Any]) -> set[Any]:
-    """Return the union of all ranks' ``values``. All ranks must call it."""
+    """Return the union of all ranks' ``values``. All ranks must call it. Without a process group, return
+    ``values``."""
     if _alone():
         return values
     rank_values: list[Any] = [None] * dist.get_world_size()
@@ -343,7 +347,7 @@ def _everyone(values: set[Any]) -> set[Any]:
 
 def _from_first(value: Any) -> Any:
     """Return rank 0's ``value`` on every rank. All ranks must call it; none continues before rank 0 has sent
-    the value."""
+    the value. Without a process group, return ``value``."""
     if dist.is_initialized():
         values = [value]
         dist.broadcast_object_list(values, src=0)

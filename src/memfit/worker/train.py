@@ -40,13 +40,17 @@ _COLLECTIVE_LIMIT = datetime.timedelta(days=7)
 
 
 class NonFinite(Exception):
-    """The loss or the gradient norm is not finite."""
+    """Raised after a step whose loss or gradient norm is not finite. The message says which, its value and
+    the step."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Gauge:
     """The measurements of a run so far. ``base_bytes``: live bytes before the model is built, which are
-    subtracted from all peaks that the counter measures."""
+    subtracted from all peaks that the counter measures. ``phase``: the phase that is running.
+    ``phase_peaks``, ``phase_rss``: name of a phase -> peak bytes of tensors, and of resident memory of the
+    process. ``step_peak_bytes``: peak of the current step. ``headroom``: cap minus peak of each step, empty
+    without a cap."""
 
     counter: PeakCounter
     base_bytes: int
@@ -68,9 +72,9 @@ class _Gauge:
     used_bytes: int | None = None  # of the cap, used by training alone
 
     def turn(self, phase: str) -> None:
-        """Start the phase called ``phase``. The phase that ends gets the peaks of allocated and of resident
-        memory since it started, if they exceed those of earlier phases of the same name. The peaks of the
-        step and of the run are raised likewise."""
+        """End the running phase and start the one called ``phase``. The phase that ends gets the peaks of
+        tensor memory and of resident memory since it started, if they exceed those of earlier phases of the
+        same name. The peaks of the step and of the run are raised likewise."""
         from memfit.runtime.memory import reset_rss_peak, rss_peak_bytes
 
         peak = self.counter.peak_bytes() - self.base_bytes
@@ -85,8 +89,9 @@ class _Gauge:
 
 def main(path: Path) -> None:
     """Run the RunSpec in the JSON file ``path`` and report progress and the result as events on standard
-    output. A MemfitError of the run becomes a result with the outcome failed; for a UserError, an event
-    ``refused`` with its parts comes before. A file that cannot be read, and other errors, raise."""
+    output. If the run raises a MemfitError, the result has the outcome failed and the error's text as reason.
+    If this is a UserError, an event ``refused`` with its fields ``given``, ``allowed`` and ``hint`` comes
+    before. An error in reading the file, and other errors, are raised, without a result."""
     spec = serialization.loads(RunSpec, path.read_text(), what="run specification")
     try:
         measurement = _run(spec, path)
@@ -124,9 +129,9 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
 
 @contextlib.contextmanager
 def join_world(plan: Plan) -> Iterator[World]:
-    """Yield the plan's world: its layout, this process's rank, and the mesh of ranks. With several ranks,
-    join a gloo process group by the environment variables that torchrun sets, and leave it at the end. With
-    one, there is no process group."""
+    """Yield the plan's world on CPUs: its layout, this process's rank, and the mesh of ranks. With several
+    ranks, join a gloo process group by the environment variables that torchrun sets, and leave it at the end.
+    With one, there is no process group."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -144,9 +149,9 @@ def join_world(plan: Plan) -> Iterator[World]:
 
 
 def step_maker(engine: str, folder: Path | None) -> MakeStep:
-    """Return the class of the training step of the engine called ``engine``. It is configured by the engine's
-    files in ``folder``, or by the plan alone if ``folder`` is None, for a trace. The native step reads no
-    files."""
+    """Return the class of the training step of the engine called ``engine``. Its instances are configured by
+    the engine's files in ``folder``, or by the plan alone if ``folder`` is None, as when a step is only
+    traced. The native step reads no files."""
     if engine == "native":
         from memfit.jobs.training_step import TrainingStep
 
@@ -186,10 +191,10 @@ def _conform(
     spec: RunSpec,
     model_facts: tuple[int, frozenset[Any]],
 ) -> None:
-    """Watch one step of up to two micro-batches, compare it with the plan, and report what was found as an
-    event. ``inputs``: this rank's part of the batch, and the mean number of loss terms per rank.
-    ``model_facts``: the number of elements of the plain model's parameters, and their dtypes. Raises
-    NotConforming if the step differs from the plan."""
+    """Run one step of up to two micro-batches, watch what it does, compare that with the plan, and report the
+    result as an event "conformance". ``inputs``: this rank's part of the batch, and the mean number of loss
+    terms per rank. ``model_facts``: the number of elements of the plain model's parameters, and their dtypes.
+    Raises NotConforming if the step differs from the plan."""
     from memfit.conformance.module_hooks import PlainModel
     from memfit.conformance.monitor import Monitor
 
@@ -234,9 +239,9 @@ _WATCHED = 2  # micro-batches that are watched if the plan has several
 
 
 def _own_step(job: Job, part: Any, autocast_dtype: Any) -> Any:
-    """Run forward and backward of the plain model on the first two samples of ``part`` (three of an odd
-    number of samples, the only one of one), under autocast to ``autocast_dtype`` unless that is None. Return
-    what was observed of its blocks (`BlockActivity`), or None if the run fails."""
+    """Run forward and backward of the model without a plan on the first two samples of ``part`` (on three if
+    their number is odd, on one if there is one), under autocast to ``autocast_dtype`` unless that is None.
+    Return what was observed of its blocks (`BlockActivity`), or None if the run fails."""
     import torch
 
     from memfit.conformance.module_hooks import BlockListener
@@ -275,9 +280,9 @@ def _cap(spec: RunSpec, counter: PeakCounter) -> Any:
 
 
 def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
-    """Train, evaluate and compare the trained step with the plan. Running out of memory and a non-finite loss
-    or gradient norm become the outcome of the measurement; other errors are raised. ``limit``: the memory
-    cap, lifted before the evaluation; None: no cap."""
+    """Train, evaluate, compare the trained step with the plan, and return the measurement. Running out of
+    memory becomes its outcome oom, a non-finite loss or gradient norm its outcome failed; other errors are
+    raised. ``limit``: the memory cap, lifted before the evaluation; None: no cap."""
     from memfit.runtime.energy import EnergyMeter
     from memfit.runtime.memory_cap import is_oom_error
 
@@ -387,9 +392,9 @@ def _event_count(counter: Any) -> int:
 
 
 def _timeline(event_log: Any, phase_starts: list[int], base_bytes: int) -> tuple[int, ...]:
-    """Return the live bytes above ``base_bytes`` over a step, thinned to about TIMELINE_POINTS values, as
-    in the prediction's timeline. ``phase_starts``: indices in the event log at which the step's phases
-    start."""
+    """Return the live bytes above ``base_bytes`` over a step, thinned to about TIMELINE_POINTS (400) values
+    in the same way as the timeline of a prediction (`thin_phases`). ``phase_starts``: indices in the event
+    log at which the step's phases start."""
     from itertools import accumulate, pairwise
 
     from memfit.types.downsample import thin_phases
