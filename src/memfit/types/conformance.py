@@ -10,7 +10,8 @@ from memfit.types.errors import MemfitError
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """One deviation of a prepared model from its plan. ``feature``: the technique and the aspect of it that
-    differs; ``planned`` and ``found``: what the plan and the model have there, in words."""
+    differs; ``planned`` and ``found``: texts that say what the plan and the model have there.
+    """
 
     feature: str
     planned: str
@@ -24,8 +25,8 @@ class Difference:
 class Conformance:
     """The result of a check of a prepared model against its plan.
 
-    ``differences``: empty if none was found; ``checked``: what was checked; ``unseen``: what the plan states
-    but could not be checked, with the reason.
+    ``differences``: empty if none was found. ``checked``: names of what was checked. ``unseen``: texts that
+    name what the plan states but could not be checked, with the reason.
     """
 
     differences: tuple[Difference, ...]
@@ -38,8 +39,9 @@ class Conformance:
 
 
 class NotConforming(MemfitError):
-    """Raised if a prepared model differs from its plan. ``found``: the result of the check, with at least one
-    difference."""
+    """Raised if a prepared model differs from its plan; the message lists the differences. ``found``: the
+    result of the check, with at least one difference.
+    """
 
     def __init__(self, conformance: Conformance) -> None:
         self.found = conformance

@@ -22,14 +22,17 @@ DRAWS: Final = 4000  # draws of the uncertain numbers for the interval of the sa
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
-    """Money in two parts: ``usd``, catalog prices in US dollars, and ``own``, amounts in the user's
-    currency."""
+    """Money in two parts: ``usd``, catalog prices in US dollars, and ``own``, amounts in the user's currency,
+    which is that of the case file.
+    """
 
     usd: float = 0.0
     own: float = 0.0
 
     def at(self, per_usd: float) -> float:
-        """Return both parts together in the user's currency; ``per_usd``: price of one US dollar in it."""
+        """Return the sum of both parts in the user's currency. ``per_usd``: how many units of it one US
+        dollar costs.
+        """
         return self.usd * per_usd + self.own
 
 
@@ -37,9 +40,10 @@ class Amount:
 class Term:
     """One number that the decision is based on.
 
-    ``value`` is None if it is unknown. ``unit``: "money" (in the user's currency), "hours", "years", "factor"
-    and so on; "" for ratios. ``low`` and ``high`` equal the value, or are None, if no range is known.
-    ``mark``: measured, predicted or assumed. ``date``: of the source, in ISO form, or "".
+    ``value`` is None if it is unknown. ``unit``: "money" (in the user's currency), "hours", "years", "steps",
+    "runs", "factor" or "g/kWh"; "" for ratios and the exchange rate. ``low``, ``high``: its range; if no
+    range is known, both equal the value or are None. ``mark``: "measured", "predicted" or "assumed".
+    ``date``: of the source, in ISO form, or "".
     """
 
     name: str
@@ -56,13 +60,19 @@ class Term:
 class Terms:
     """Numbers common to all options; see docs/decisions/014-money.md. Money is in the user's currency.
 
-    Costs are added up over ``years``; a machine is written off after ``life_years``. ``utilisation_ratio``:
-    share of a year that a machine can be busy; ``support_ratio``: support per year over the purchase;
-    ``labour_per_hour``: of people, 0 if it was not given; ``per_usd``: price of one US dollar;
-    ``basic_per_kw_month``: the electricity tariff's charge by power. The four factors multiply the catalog's
-    purchase and rental prices, and the predicted hours of plain training and of the recommended plan.
-    ``value_per_run``: what a finished run is worth, None if unknown; ``longest_run_hours``: a run that takes
-    longer does not count as doing the work; None: no limit.
+    Costs are added up over ``years``. A machine lasts ``life_years`` and is then replaced.
+    ``discount_ratio``: interest per year, by which later payments count less. ``utilisation_ratio``: share of
+    a year that a machine can be busy. ``tax_ratio``: tax that cannot be reclaimed, over the price without
+    tax. ``support_ratio``: cost of support per year over the purchase price. ``labour_per_hour``: price of a
+    working hour of people, 0 if it was not given. ``per_usd``: how many units of the user's currency one US
+    dollar costs. Prices of electricity: ``energy_per_kwh``, ``levy_per_kwh`` (a surcharge), and
+    ``basic_per_kw_month`` (a charge by power). ``co2_g_per_kwh``: grams of CO2 per kWh. ``pue_ratio``:
+    electricity of the whole site over that of its computers.
+
+    ``value_per_run``: what a finished run is worth to the user; None: unknown. ``longest_run_hours``: an
+    option whose run takes longer does not count as doing the work; None: no limit. ``hardware_factor`` and
+    ``rental_factor`` multiply the catalog's purchase and rental prices; ``plain_time_factor`` and
+    ``recommended_time_factor`` multiply the predicted hours of plain training and of the recommended plan.
     """
 
     runs_per_year: float
@@ -91,10 +101,11 @@ class Terms:
 class Alternative:
     """One option of the decision: a machine with a plan, or doing nothing.
 
-    ``kind``: existing, purchase, cloud or nothing. ``plan``: its label; ``plain``: whether it is plain
-    training. ``price`` (to buy) and ``per_hour`` (to rent) are for one machine with all its devices; None if
-    the kind has no such price. ``power_w`` is for its devices and host, before PUE; None if unknown.
-    ``hours``: duration of one run. ``storage_per_month``: price of data storage in the cloud.
+    ``kind``: "existing", "purchase", "cloud" (to rent) or "nothing". ``plan``: the plan's label. ``plain``:
+    whether it is plain training. ``price`` (to buy) and ``per_hour`` (to rent) are for one machine with all
+    its devices; None if the kind has no such price. ``power_w``: of the machine's devices and host, without
+    the site's overhead (PUE); None if unknown. ``hours``: duration of one run. ``storage_per_month``: price
+    per month of storing the data in the cloud.
     """
 
     kind: str
@@ -130,11 +141,16 @@ class Alternative:
 class CostSheet:
     """What one option costs, in the user's currency.
 
-    ``setup``, ``purchase`` and their sum ``initial`` are spent at the beginning. ``present_cost`` and
-    ``net_present_value`` are discounted sums over all years of the decision. ``residual`` is what the
-    machines are worth at the end. ``cost_per_run`` is the present cost over all runs. Grams are of CO2, per
-    run. None: it depends on an unknown power draw; ``net_present_value`` also if the value of a run is
-    unknown, ``embodied_g`` and ``sci_g`` (the sum of both kinds of grams) if the devices' CO2 is unknown.
+    ``setup``, ``purchase`` and their sum ``initial`` are spent at the beginning. ``running_per_year`` is the
+    sum of electricity, rental, people and support per year. ``residual``: what the machines are worth at the
+    end, not discounted. ``present_cost``: the discounted costs of all years of the decision, less the
+    discounted residual. ``cost_per_run``: the present cost over the number of all runs.
+    ``net_present_value``: the discounted value of all runs less the present cost. ``operation_g`` and
+    ``embodied_g``: grams of CO2 per run from electricity and from the manufacture of the devices; ``sci_g``:
+    their sum.
+
+    A field is None if it depends on an unknown power draw. ``net_present_value`` is also None if the value of
+    a run is unknown, ``embodied_g`` and ``sci_g`` if the CO2 of the devices' manufacture is.
     """
 
     machines: int  # number needed
@@ -159,9 +175,10 @@ class CostSheet:
     enough: bool
 
     def saved_percent(self, reference: CostSheet) -> float | None:
-        """Return the saving in percent of the reference's present cost; negative is a loss.
+        """Return by how many percent the present cost is below that of ``reference``; negative if it is
+        above.
 
-        None if one of the two costs is unknown, or if the reference's is not positive.
+        None if one of the two costs is unknown, or if that of ``reference`` is not positive.
         """
         cost, reference_cost = self.present_cost, reference.present_cost
         return (
@@ -173,8 +190,9 @@ class CostSheet:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Swing:
-    """The saving in percent with the term ``name`` at the low and at the high end of its range, all other
-    terms unchanged."""
+    """What the best option saves over the reference, in percent, with the term ``name`` at the low and at the
+    high end of its range, all other terms unchanged.
+    """
 
     name: str
     low_percent: float
@@ -185,9 +203,10 @@ class Swing:
 class Risk:
     """One risk of the decision.
 
-    ``evidence`` is a key of the word catalogs; ``values`` fills its placeholders. ``level``: low, some, high
-    or unknown. ``source``: the section of the page with the evidence ("#runs"), or a citation. ``loss``: the
-    most that can be lost by the pilot, in the user's currency; None: unknown, or not a matter of money.
+    ``evidence``: key of a text in the word catalogs; ``values`` fills its placeholders. ``level``: "low",
+    "some", "high" or "unknown". ``source``: the section of the report's page with the evidence, such as
+    "#runs", or a citation; "" if there is none. ``loss``: the most that can be lost by the pilot, one run
+    before anything is bought, in the user's currency; None: unknown, or not a matter of money.
     """
 
     kind: str
@@ -200,8 +219,11 @@ class Risk:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A stage of the roll-out. ``name``: poc, pilot or full; ``state``: done, next, stopped or later. Money
-    is in the user's currency, None if unknown; memory is that of one device."""
+    """A stage of the roll-out. ``name``: "poc" (proof of concept), "pilot" (one run before anything is
+    bought) or "full". ``state``: "done", "next", "stopped" (a gate before it was not passed) or "later".
+    ``spent`` and ``to_spend`` are in the user's currency, None if unknown. ``memory_bytes`` is that of one
+    device.
+    """
 
     name: str
     state: str
@@ -234,10 +256,12 @@ class Stage:
 class Decision:
     """The decision as a whole.
 
-    ``ways`` (the options) and ``sheets`` (their costs) correspond; integers in ``shown`` to ``recommended``
-    are their indices, None means that there is no such option. ``best`` has the lowest present cost of those
-    that do all the work. ``reference``, which it is compared with, is the cheapest purchase or rental with
-    plain training. ``currency`` is its code, ``symbol`` and ``decimals`` how it is written.
+    ``ways[i]`` is an option and ``sheets[i]`` its costs. The fields ``shown``, ``slots``, ``best``,
+    ``reference`` and ``recommended`` hold indices i; None: there is no such option. An option does all the
+    work if its machines can do all runs of a year and no run takes longer than allowed (`CostSheet.enough`).
+    ``best``: the option with the lowest present cost of those that do all the work. ``reference``, with which
+    it is compared: the cheapest purchase or rental with plain training that does all the work. ``currency``:
+    the currency's code; ``symbol``, ``decimals``: how amounts are written.
     """
 
     currency: str

@@ -7,7 +7,9 @@ import enum
 
 
 class DependenceKind(enum.StrEnum):
-    """Result of the test for dependence between samples."""
+    """Result of the test whether the samples of a batch depend on each other: "independent", "dependent" or
+    "not tested".
+    """
 
     INDEPENDENT = "independent"
     DEPENDENT = "dependent"
@@ -15,7 +17,10 @@ class DependenceKind(enum.StrEnum):
 
 
 class DependenceCause(enum.StrEnum):
-    """What depends on the other samples of the batch."""
+    """What depends on the other samples of the batch: "" (nothing, or it is not known), statistics
+    ("batch-norm", "sync-batch-norm"), a state that a forward pass changes ("state"), the loss or anything
+    before it ("loss"), or the weights of the loss terms ("weights").
+    """
 
     NONE = ""
     BATCH_NORM = "batch-norm"
@@ -36,11 +41,12 @@ _CHANGES = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleDependence:
-    """Result of the test for one job.
+    """Result of the test of one job whether the samples of its batch depend on each other.
 
-    ``reason``: in one line, how it is known or why it was not tested. ``modules``: paths of modules whose
-    results depend on the other samples of the batch. ``across_ranks``: whether splitting the batch over
-    data-parallel ranks changes the training too; False if only micro-batches do.
+    ``kind``: the result. ``cause``: what depends on other samples. ``reason``: in one line, how this is known
+    or why it was not tested. ``modules``: paths of modules whose results depend on the other samples of the
+    batch. ``across_ranks``: whether splitting the batch over data-parallel ranks changes the training, too;
+    False if only micro-batches do.
     """
 
     kind: DependenceKind
@@ -51,13 +57,17 @@ class SampleDependence:
 
     @property
     def changes(self) -> str:
-        """What splitting the batch does to the training; "" if nothing is known."""
+        """What splitting the batch does to the training, such as "changes BatchNorm's statistics"; "" without
+        a cause.
+        """
         return _CHANGES.get(self.cause, "")
 
     @property
     def sentence(self) -> str:
-        """The objection to a plan that splits the batch: that it changes the training, or that this was not
-        tested. "" if the samples are independent."""
+        """The objection to a plan that splits the batch: if samples are dependent, what splitting does to the
+        training, why, and what to use instead; if not tested, that and why. "" if the samples are
+        independent.
+        """
         if self.kind is DependenceKind.NOT_TESTED:
             return f"not tested whether samples of a batch depend on each other ({self.reason})"
         if self.kind is DependenceKind.DEPENDENT:

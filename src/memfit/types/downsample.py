@@ -7,8 +7,12 @@ from itertools import pairwise
 
 
 def thin_phases(stretches: Sequence[Sequence[int]], points: int) -> tuple[int, ...]:
-    """Reduce each stretch to ``points // len(stretches)`` values (at least two), each the maximum of its bin,
-    and join them. Empty stretches are left out; of shorter stretches values are repeated."""
+    """Shorten a series that is given in pieces (``stretches``, one per phase), and return it in one piece.
+
+    Each stretch is divided into ``points // len(stretches)`` bins of equal length, but at least two, and each
+    bin becomes the highest of its values. If a stretch has fewer values than bins, values are repeated. Empty
+    stretches are left out.
+    """
     count = max(2, points // max(1, len(stretches)))
     out: list[int] = []
     for values in (s for s in stretches if s):

@@ -23,13 +23,18 @@ _Entry = TypeVar("_Entry")
 
 
 class MemfitError(Exception):
-    """Base class of memfit's errors. ``exit_code`` is what the command line returns."""
+    """Base class of memfit's errors. ``exit_code``: the exit status of the command line for this error; 1
+    unless a subclass sets another.
+    """
 
     exit_code = 1
 
 
 class UserError(MemfitError):
-    """Wrong input, explained in one line: what was given, what is allowed, what to do."""
+    """Wrong input; exit code 2. ``given``: what is wrong with what was given. ``allowed``: what is allowed;
+    ``hint``: what to do; both "" if there is nothing to say. The message is these three in one line: "GIVEN;
+    allowed: ALLOWED; HINT".
+    """
 
     exit_code = 2
 
@@ -44,29 +49,32 @@ class UserError(MemfitError):
 
 
 def look_up(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
-    """Return the entry of ``table`` called ``name``. If there is none, raises UserError with all names and,
-    if one is similar, that one. ``what``: what the names are of, for the message."""
+    """Return the entry of ``table`` called ``name``. If there is none, raises UserError that lists all names
+    and suggests a similar one, if any (`suggest`). ``what``: what the names are of, such as "engine", for the
+    message.
+    """
     if name in table:
         return table[name]
     raise UserError(f"unknown {what} {name!r}", allowed=", ".join(table), hint=suggest(name, table))
 
 
 def suggest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """Return the hint ``did you mean 'NAME'?`` with the one of ``names`` that is most similar to ``name``; ""
-    if none has a similarity of at least ``cutoff``, between 0 and 1."""
+    """Return the hint ``did you mean 'NAME'?`` with the one of ``names`` that is most similar to ``name``.
+    Return "" if none has a similarity (`difflib`, from 0 to 1) of at least ``cutoff``.
+    """
     matches = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f"did you mean {matches[0]!r}?" if matches else ""
 
 
 class NothingFits(MemfitError):
     """No plan of the allowed effect classes fits the memory, or none that fits meets the deadline and the
-    limit on cost.
+    limit on cost. Exit code 3.
 
     ``cap_bytes``: the memory that a plan may use. ``least_bytes``, ``plan_text``: what the smallest plan
-    needs, and that plan. ``ways``: changes in words, each of which alone would be enough; not in the message
+    needs, and that plan's label. ``ways``: texts of changes that would help; they are not in the message
     before `explained` is called. ``missed``: the message if a plan fits the memory but the deadline or the
-    limit on cost is missed, else "". ``host``: in words, that the host's memory is too small for the smallest
-    plan, else "".
+    limit on cost is missed, else "". ``host``: a text that says that the host's memory is too small for the
+    smallest plan, else "".
     """
 
     exit_code = 3
@@ -91,18 +99,22 @@ class NothingFits(MemfitError):
         )
 
     def explained(self) -> NothingFits:
-        """Add the possible changes, if any, to this error's message, and return it."""
+        """Add ``ways``, the changes that would help, to this error's message, if there are any. Return the
+        error itself.
+        """
         if self.ways:
             self.args = (f"{self}; any one of these would be enough: {'; '.join(self.ways)}",)
         return self
 
 
 class RunError(MemfitError):
-    """A child process, such as a worker or an installation, failed without reporting an outcome."""
+    """A child process, such as a training run or an installation, failed before it reported a result. Exit
+    code 1.
+    """
 
 
 class Interrupted(MemfitError):
-    """The user interrupted a search and was shown the best plan so far."""
+    """The user interrupted a search (Ctrl-C) and was shown the best plan so far. Exit code 130."""
 
     exit_code = 130  # 128 + SIGINT, as shells count
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def pause_gc() -> Iterator[None]:
-    """Disable the garbage collector within the context, and enable it afterwards if it was enabled.
+    """A context manager that disables Python's garbage collector within the context, and enables it
+    afterwards if it was enabled before.
 
-    Its walks over the objects left by imports and fake tensors take a fifth of a cold prediction's time.
-    Reference cycles of a model stay alive within the context, as they may without it: when the collector runs
-    is chance.
+    The collector's walks over the objects left by imports and fake tensors take a fifth of the time of a
+    first prediction. Reference cycles of a model stay alive within the context.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """The scientific metric of a job, with the equivalence margin fixed before anything runs."""
+    """The scientific metric of a job. ``margin``: differences below it, in ``unit``, count as scientifically
+    equivalent; it is fixed before anything runs.
+    """
 
     name: str
     unit: str
@@ -36,10 +38,11 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerChoice:
-    """The optimizer of plain training. Techniques may replace the algorithm, but not the hyperparameters.
+    """The optimizer of plain training and its hyperparameters: learning rate, betas, eps and weight decay. A
+    technique may replace the algorithm, but not the hyperparameters.
 
-    ``name``: adamw, adam, sgd or adafactor. If ``make`` is given, ``make(params)`` builds a user-defined
-    optimizer instead: ``name`` is then only its name, and the hyperparameters here are not used.
+    ``name``: "adamw", "adam", "sgd" or "adafactor". If ``make`` is given, ``make(params)`` builds a
+    user-defined optimizer instead; ``name`` is then only its name, and the hyperparameters here are not used.
     """
 
     name: str = "adamw"
@@ -61,30 +64,32 @@ class Job:
     many terms were averaged (default: the batch size), so that accumulated micro-batches are weighted
     correctly. ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
 
-    ``blocks`` and ``head`` are module paths: the repeated blocks (found by default as the longest
-    ``nn.ModuleList``/``nn.Sequential``) and the output projection whose logits the loss reads. Activation
-    checkpointing also recomputes other stacks of blocks of the same class, and those at the paths
+    ``blocks`` and ``head`` are module paths: the repeated blocks (None: the longest ``nn.ModuleList`` or
+    ``nn.Sequential`` that is found), and the output projection whose logits the loss reads. Activation
+    checkpointing also recomputes other stacks of blocks of the same class, and the stacks at the paths
     ``more_blocks``.
 
-    For plans with several ranks: ``tensor_parallel`` names the Linear layers of the blocks to cut if they
-    cannot be found by observing the model. ``experts`` names modules called with (tokens, chosen experts,
-    weights). Context parallelism cuts ``sequence_dim`` and requires inputs and targets to be aligned in the
+    For plans with several ranks: ``tensor_parallel`` names the Linear layers of the blocks to cut, {pattern
+    of the module path: "colwise" or "rowwise"}; None: they are found by observing the model. ``experts`` is
+    the pattern of modules called with (tokens, chosen experts, weights). Context parallelism cuts the
+    dimension ``sequence_dim`` of the batch's tensors, and requires inputs and targets to be aligned in the
     batch.
 
-    ``bound`` is for shapes that depend on data and cannot be predicted. It is the number of elements (an
+    ``bound`` answers what depends on data and cannot be predicted. It gives the number of elements (an
     integer) or the share of the possible ones (a float) that ``nonzero``, ``masked_select``, a boolean index,
-    ``unique`` and similar operators return: one number, or a mapping by operator name or line
-    (``{"model.py:12": 4096}``). For a line, or under "item", it also answers ``.item()``; for a condition, it
-    is how often the condition is true.
+    ``unique`` and similar operators return. It is one number for all of them, or a mapping whose keys are
+    operator names or lines of code (``{"model.py:12": 4096}``). Under a line, or under the key "item", it is
+    also what ``.item()`` returns there; if that is a bool, such as a loop's condition, it is how often in a
+    row it is True before it is False.
 
-    ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan, found by
-    ``memfit precision``. ``clip`` is the largest gradient norm, over all parameters and ranks, as in
-    ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema`` is the decay of an
-    exponential moving average of the weights, kept beside the model (True: 0.999); None or False: no copy.
-    ``workers`` is the number of DataLoader worker processes per rank, which take host memory. ``reduced``
-    makes the same job with a small model, for trials on real numbers if this one is too large.
+    ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan; ``memfit
+    precision`` finds them. ``clip``: the largest gradient norm, over all parameters and ranks, as in
+    ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema``: the decay of an exponential
+    moving average of the weights, kept beside the model; True means 0.999; None or False: no average is kept.
+    ``workers``: number of DataLoader worker processes per rank, which take host memory. ``reduced`` makes the
+    same job with a small model, for the test of samples' dependence if this model is too large for it.
 
-    Raises UserError if ``ema``, ``clip`` or ``workers`` is out of range.
+    Raises UserError unless 0 < ``ema`` < 1, ``clip`` > 0, and ``workers`` is a whole number of at least 0.
     """
 
     name: str
@@ -146,9 +151,10 @@ def _is_number(value: object) -> bool:
 class JobRef:
     """How a child process builds the same Job again: plain data that can be sent as JSON.
 
-    ``spec`` is a built-in name, ``path.py:attribute`` or ``hf:PATH_OR_NAME``. ``data`` and ``weights`` are
-    paths. ``batch``: samples per step. ``length``: tokens (residues, bases) of a sample. ``clip``: the
-    largest gradient norm; 0: gradients are not clipped. None keeps the job's own setting.
+    ``spec`` is the name of a built-in job, ``path.py:attribute`` or ``hf:PATH_OR_NAME`` (Hugging Face).
+    ``data`` and ``weights`` are paths. ``batch``: samples per step over all ranks. ``length``: tokens
+    (residues, bases) of a sample. ``clip``: the largest gradient norm; 0: gradients are not clipped. None of
+    any field keeps the job's own setting.
     """
 
     spec: str

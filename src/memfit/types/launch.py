@@ -19,9 +19,9 @@ class CheckpointSettings:
     """Checkpoint settings of a run.
 
     ``save``: folder for checkpoints; "": none are saved. They are saved at the end, and before that every
-    ``every_steps`` steps unless that is 0. ``resume``: the checkpoint to resume from, or a folder of
-    checkpoints, of which the newest complete one is then taken; "": none. ``passed_over``: newer checkpoints
-    that were not used, with the reasons.
+    ``every_steps`` steps; if that is 0, only at the end. ``resume``: the checkpoint to resume from, or a
+    folder of checkpoints, of which the newest complete one is taken; "": none. ``passed_over``: texts that
+    name newer checkpoints that were not used, with the reasons.
     """
 
     save: str = ""
@@ -35,8 +35,8 @@ class RunSpec:
     """One training run of one plan.
 
     ``cap_bytes``: memory that the process may use above what it has when the cap is set; None: no cap.
-    ``timeout_s``: time after which it is stopped; None: never. ``steps`` counts from the very first step,
-    including steps done before a checkpoint that is resumed.
+    ``timeout_s``: seconds after which it is stopped; None: never. ``steps``: number of the last step, counted
+    from the very first one; a resumed run does only the steps that its checkpoint had not done.
     """
 
     name: str  # "baseline", "recommended", "ablation: ..."
@@ -63,9 +63,9 @@ class RunSpec:
 class Checkpoint:
     """The description stored in a checkpoint.
 
-    ``step``: number of steps done. ``job``: its name; ``plan``: its label. ``shapes``: shapes of whole
-    parameters and buffers by name. ``optimizer``: name of its class. ``state``: names of what the optimizer
-    keeps per parameter. ``files_bytes``: file name -> size.
+    ``step``: number of steps done. ``job``: the job's name. ``plan``: the plan's label. ``shapes``: name ->
+    shape of each parameter and buffer, as a whole if it is sharded. ``optimizer``: name of the optimizer's
+    class. ``state``: names of what the optimizer keeps per parameter. ``files_bytes``: file name -> size.
     """
 
     step: int
@@ -85,7 +85,8 @@ class LaunchConfig:
     """A child process to be started.
 
     ``argv``: the program and its arguments; ``{dir}`` in an argument stands for the folder into which
-    ``files`` (name -> text) are written. ``env``: environment variables. ``spec``: the run.
+    ``files`` (name -> text) are written. ``env``: environment variables. ``spec``: the run that the process
+    makes.
     """
 
     engine: str

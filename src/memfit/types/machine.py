@@ -10,8 +10,8 @@ from collections.abc import Mapping
 class Fact:
     """A number that somebody published, that was measured on this machine, or that is assumed.
 
-    ``kind``: measured, published or assumed. ``low`` and ``high``, if not None, are its stated or assumed
-    range.
+    ``kind``: "measured", "published" or "assumed". ``low`` and ``high``: its stated or assumed range; None:
+    no range.
     """
 
     value: float
@@ -36,11 +36,11 @@ class Link:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """The server around the devices.
+    """One server around the devices.
 
     Data rates in bytes per second: ``device_bytes_s`` between its memory and one device, in one direction;
-    ``shared_bytes_s`` the same for all its devices together; ``storage_bytes_s`` of its local NVMe. None:
-    unknown.
+    ``shared_bytes_s`` the same for all its devices together; ``storage_bytes_s`` of its local NVMe storage.
+    None: unknown.
     """
 
     name: str
@@ -53,7 +53,9 @@ class Host:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One accelerator, or this machine's processor as one device. None: unknown, unless stated otherwise."""
+    """One accelerator, or this machine's processor as one device. A field that is None is unknown, unless its
+    comment states otherwise.
+    """
 
     name: str
     kind: str  # "cpu" or "cuda": determines the kernels in a trace
@@ -91,7 +93,8 @@ class Place:
 class Machine:
     """Devices, hosts and network.
 
-    ``device_count`` is the total over all hosts; ``devices_per_host`` is per host (0: all in one host).
+    ``device_count``: number of devices in all hosts together. ``devices_per_host``: number in one host; 0:
+    all are in one host.
     """
 
     name: str
@@ -105,21 +108,22 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What was measured on this machine. An empty one means that the catalog's figures are used instead.
+    """What was measured on this machine. In a calibration without measurements (``Calibration()``), the
+    catalog's figures are used instead.
 
-    ``op_s`` and ``op_peak_bytes`` map an operator signature to the operator's time when run alone (seconds)
-    and to the bytes at its peak, including outputs. ``overhead_s`` is the time of one operator call of
-    negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the rate of a
-    large copy; ``disk_bytes_s`` that of writing a file and reading it back; ``disk_file_s`` the additional
-    time per file. ``op_spread_ratio``: how far the median time of an operator's repeated calls lies above the
-    shortest, which is the one used, relative to it. ``not_timed``: signatures that cannot run alone.
+    ``op_s``: operator signature -> seconds of the operator run alone. ``op_peak_bytes``: operator signature
+    -> bytes at its peak, including outputs. ``overhead_s``: time of one operator call of negligible size.
+    ``flops_s``: dtype -> best rate of a dense matrix product. ``bandwidth_bytes_s``: rate of a large copy.
+    ``disk_bytes_s``: rate of writing a file and reading it back; ``disk_file_s``: the additional time per
+    file. ``op_spread_ratio``: operator signature -> (median over shortest time of its repeated calls) - 1;
+    the shortest is the one in ``op_s``. ``not_timed``: signatures of operators that cannot run alone.
     ``load_count``: the system's load average during the timings. ``waited_ratio``: share of that time during
     which the timed operators waited for a processor used by others. ``idle_w``: power without load.
 
     Short runs of whole steps correct predicted step times (cost/step_time_calibration.py): ``step_ratio`` is
-    a factor for every plan, ``technique_ratio`` one for each of its techniques; ``step_spread_ratio`` is the
-    error left, None if too few plans were run. ``corrected_by`` names the runs and ``corrected_count`` is
-    their number of plans.
+    a factor for every plan; ``technique_ratio``: technique -> factor for each plan that has it;
+    ``step_spread_ratio``: the relative error that remains, None if too few plans were run. ``corrected_by``:
+    name of these runs; ``corrected_count``: number of plans in them.
     """
 
     machine: str = ""
@@ -146,7 +150,7 @@ class Calibration:
 
     @property
     def spread_ratio(self) -> float:
-        """Mean of ``op_spread_ratio``, weighted by the operators' times; 0 if none was timed."""
+        """Mean of ``op_spread_ratio``, weighted by the operators' times in ``op_s``; 0 if none was timed."""
         total_s = sum(self.op_s.get(s, 0.0) for s in self.op_spread_ratio)
         weighted_sum = sum(ratio * self.op_s.get(s, 0.0) for s, ratio in self.op_spread_ratio.items())
         return weighted_sum / total_s if total_s else 0.0

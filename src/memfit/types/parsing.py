@@ -30,9 +30,10 @@ _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 def parse_bytes(text: str) -> int:
     """Parse ``"24GiB"``, ``"80 GB"``, ``"512m"`` or plain bytes into a number of bytes.
 
-    ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as in Docker and Slurm. Case does not
-    matter; fractions of a byte are cut off. Raises UserError if the text is not a positive size, or if it is
-    a number below 2**20 without a unit, which is too small to be meant in bytes.
+    ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as in Docker and Slurm, and so are
+    ``k``, ``m`` and ``t``. Case does not matter; fractions of a byte are cut off. Raises UserError if the
+    text is not a positive size, or if it is a number below 2**20 without a unit, which is too small to be
+    meant in bytes.
     """
     match = _SIZE.fullmatch(text)
     unit = match.group(2).lower() if match else None
@@ -54,8 +55,10 @@ _DURATION_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w":
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of a positive number with s, m or min (minutes), h, d or w, such as ``90m`` or
-    ``1.5d``. Raises UserError for other text."""
+    """Return the seconds of a positive number with s, m or min (both minutes), h, d or w (weeks), such as
+    ``90m`` or ``1.5d``. Case does not matter. Raises UserError for other text, also for a number without a
+    unit.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
     if match is None or match[2] not in _DURATION_S or not float(match[1]):
         raise UserError(

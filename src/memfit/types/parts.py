@@ -13,8 +13,9 @@ Travel = tuple[tuple[str, float], ...]
 class PartCosts:
     """Costs of one micro-batch in a piece of the model (a block, or what lies before or after all blocks).
 
-    They are for one rank, with nothing sharded over data-parallel ranks. ``*_travel``: collectives that the
-    piece's work waits for.
+    They are for one rank, with nothing sharded over data-parallel ranks. ``forward_s`` and ``backward_s`` are
+    without collectives, until these are added. ``forward_travel``, ``backward_travel``: collectives that the
+    piece's forward and backward wait for.
     """
 
     forward_s: float
@@ -41,7 +42,9 @@ NUMBERS = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """The pieces of a chain: before the blocks, one of the equal blocks, after the blocks."""
+    """The costs of the three pieces of a model of equal blocks: before the blocks, one block, after the
+    blocks.
+    """
 
     before: PartCosts
     block: PartCosts

@@ -11,7 +11,10 @@ KnobValue = str | int | float | bool
 
 
 class EffectClass(enum.IntEnum):
-    """How far a technique may change the results of training. It decides how equality is tested."""
+    """How far a technique may change the results of training. It decides how equality is tested. E0: bitwise
+    equal. E1: sums are reordered, equal within float32 tolerance. E2: the precision changes. E3: the
+    algorithm changes.
+    """
 
     E0 = 0  # bitwise equal
     E1 = 1  # sums reordered: equal within float32 tolerance
@@ -24,7 +27,9 @@ class EffectClass(enum.IntEnum):
 
 
 class Accuracy(enum.StrEnum):
-    """The accuracy that the user asks for: ``highest`` is the highest effect class that a plan may have."""
+    """The accuracy that the user asks for: "exact", "rounding" or "any". ``highest`` is the highest effect
+    class that a plan may have: E0, E2 or E3.
+    """
 
     EXACT = "exact"
     ROUNDING = "rounding"
@@ -37,7 +42,7 @@ class Accuracy(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Use:
-    """One technique in use. ``knobs``: its settings as sorted (name, value) pairs."""
+    """One technique in use. ``knobs``: its settings as (name, value) pairs, sorted by name."""
 
     technique: str
     knobs: tuple[tuple[str, KnobValue], ...] = ()
@@ -51,7 +56,9 @@ class Use:
 
 
 def use(technique: str, **knobs: KnobValue) -> Use:
-    """Return a Use, as in ``use("gradient-accumulation", micro_batches=4)``."""
+    """Return a Use of ``technique`` with these settings, as in ``use("gradient-accumulation",
+    micro_batches=4)``.
+    """
     return Use(technique=technique, knobs=tuple(sorted(knobs.items())))
 
 
@@ -86,10 +93,11 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """Short, stable text: ``activation-checkpointing(every=1) + bf16-autocast on 2 ranks``.
+        """Short text that is the same every time: ``activation-checkpointing(every=1) + bf16-autocast on 2
+        ranks``.
 
-        "plain" without techniques; one rank is not mentioned. Setting values of more than 24 characters are
-        shortened.
+        A plan without techniques is "plain"; one rank is not mentioned. Setting values of more than 24
+        characters are shortened to the first 12 and a checksum.
         """
         techniques = " + ".join(_label(u) for u in self.uses) or "plain"
         return f"{techniques} on {self.ranks} ranks" if self.ranks > 1 else techniques
@@ -106,7 +114,9 @@ def _label(u: Use) -> str:
 
 
 def _short(value: KnobValue) -> str:
-    """Return the value as text; if longer than 24 characters, its first 12 and a checksum of the whole."""
+    """Return the value as text. If that is longer than 24 characters, return its first 12, "..." and a
+    checksum of the whole.
+    """
     text = str(value)
     return text if len(text) <= 24 else f"{text[:12]}...{zlib.crc32(text.encode()):08x}"
 

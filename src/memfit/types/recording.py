@@ -9,7 +9,9 @@ from memfit.types.trace import Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardStorage:
-    """A storage made by an operator of forward. Storages are numbered in the order in which they are made."""
+    """A tensor storage that an operator of forward made: its size, its lifetime, and when it is read.
+    Storages are numbered from 0 in the order in which they are made.
+    """
 
     size_bytes: int
     start: int  # clock of its allocation
@@ -22,7 +24,7 @@ class ForwardStorage:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardCall:
-    """A recorded operator call of forward."""
+    """A recorded operator call of forward: its clock and the numbers of the storages that it reads."""
 
     clock: int  # clock of its operator in the trace
     reads: tuple[int, ...]  # numbers of the storages it reads
@@ -31,7 +33,8 @@ class ForwardCall:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
     """The last forward pass of ``trace``: its operator calls and the storages that they made. ``key``:
-    checksum of the operators that made storages."""
+    checksum of the operators that made storages.
+    """
 
     trace: Trace
     key: int

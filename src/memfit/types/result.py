@@ -16,7 +16,9 @@ NOT_INCLUDED = ("learning-rate schedulers", "metrics", "logging", "retain_graph"
 
 
 class OutcomeKind(enum.StrEnum):
-    """How a run ended."""
+    """How a run ended: "ok" (completed), "oom" (out of memory), "timeout" (stopped at its time limit) or
+    "failed".
+    """
 
     OK = "ok"
     OOM = "oom"
@@ -25,7 +27,7 @@ class OutcomeKind(enum.StrEnum):
 
 
 class VerdictKind(enum.StrEnum):
-    """Result of an equivalence test."""
+    """Result of an equivalence test: "equivalent", "different" or "undecided"."""
 
     EQUIVALENT = "equivalent"
     DIFFERENT = "different"
@@ -34,7 +36,7 @@ class VerdictKind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A value with the range it should lie in; ``low <= value <= high``."""
+    """A value with the range that it should lie in; ``low <= value <= high`` is asserted."""
 
     value: float
     low: float
@@ -47,11 +49,11 @@ class Interval:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """The prediction for one plan on one machine. A field is None if facts that it needs are unknown, unless
-    stated otherwise.
+    its comment states otherwise.
 
-    Memory is that of one device. ``allocated_bytes`` is the peak of live tensor bytes. ``phase_peak_bytes``
-    has one peak per phase of a step. ``at_peak_bytes`` splits the bytes at the peak by category.
-    ``peak_phase`` and ``peak_op``: phase and operator at the peak.
+    Memory is that of one device. ``allocated_bytes``: the peak of live tensor bytes. ``phase_peak_bytes``:
+    phase of a step -> its peak. ``at_peak_bytes``: category of allocations -> bytes at the peak.
+    ``peak_phase`` and ``peak_op``: phase and operator in which the peak occurs.
     """
 
     plan: Plan
@@ -71,7 +73,7 @@ class Estimate:
     workspace_probed: bool = False  # the peak lies inside a kernel whose own workspace was measured
     reserved_bytes: Interval | None = None  # by the caching allocator; None: the device has none
     device_bytes: Interval | None = None  # reserved, plus everything outside the allocator
-    # what the device holds outside the allocator: context, kernels, ...
+    # the parts of device_bytes that are known: reserved, and outside the allocator context, kernels, ...
     device_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     # memory of one host that all its ranks need: the maximum of before and during training
     host_bytes: Interval | None = None
@@ -86,19 +88,24 @@ class Estimate:
     @property
     def split_warning(self) -> str:
         """The objection to splitting the batch as the plan does: that it changes the training, or that this
-        was not tested. "" if there is none, or if the plan does not split it."""
+        was not tested. "" if the samples are known to be independent, or if the plan does not split the
+        batch.
+        """
         return self.dependence.sentence if self.dependence is not None else ""
 
     @property
     def guesses(self) -> list[str]:
-        """Those of ``assumptions`` that do not say "as in the batch": they are not taken from the batch."""
+        """Those of ``assumptions`` that do not contain "as in the batch": values that were guessed, not taken
+        from the job's batch.
+        """
         return [a for a in self.assumptions if "as in the batch" not in a]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One run as measured by its child process. Tuples have one entry per optimizer step, in order, except
-    ``timeline_bytes``. None or empty: not measured."""
+    """One run as measured by its child process. ``step_s``, ``losses``, ``grad_norms`` and ``headroom_bytes``
+    have one entry per optimizer step, in order. A field that is None or empty was not measured.
+    """
 
     outcome: OutcomeKind
     reason: str = ""  # what happened, in one line, unless the outcome is ok
@@ -126,7 +133,9 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A RunSpec with its prediction, None or empty if there is none, and its measurement."""
+    """A RunSpec with its prediction and its measurement. If there is no prediction, its fields are None or
+    empty.
+    """
 
     spec: RunSpec
     predicted_peak_bytes: int | None
@@ -140,7 +149,8 @@ class Run:
 class Cause:
     """The reason for a verdict, independent of language.
 
-    ``kind`` names a text of the word catalogs (``why.KIND``); the other fields fill its placeholders.
+    ``kind``: the text ``why.KIND`` of the word catalogs, such as "loss_differs"; the other fields fill its
+    placeholders.
     """
 
     kind: str
@@ -154,11 +164,12 @@ class Cause:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Whether the runs of a plan (the candidate) are scientifically equivalent to plain training.
+    """Whether the runs of a plan (the candidate) are scientifically equivalent to plain training (the
+    baseline).
 
-    ``effect``: the plan's effect class, which decides the test. ``test`` names the test. If metrics were not
-    compared, as for the class E0 or with too few runs, ``metric`` is "" and ``margin``, ``difference``,
-    ``low``, ``high`` and ``power`` are None.
+    ``effect``: the plan's effect class, which decides the test. ``test``: name of the test. ``reason``: the
+    result in words. If metrics were not compared, as for the class E0 or with too few runs, ``metric`` is ""
+    and ``margin``, ``difference``, ``low``, ``high`` and ``power`` are None.
     """
 
     kind: VerdictKind
@@ -177,10 +188,11 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reproducibility:
-    """Whether a second run with the same plan and seed gave the same result. ``reproducible`` is None if this
-    was not tried or could not be judged, for example because a run did not complete.
-    ``first_differing_step`` is counted from 0; None if no step is known to differ. ``detail`` says in words
-    what differs, what was equal, or why it could not be judged."""
+    """Whether a second run with the same plan and seed gave the same result, bit for bit. ``reproducible`` is
+    None if this was not tried or could not be judged, for example because a run did not complete.
+    ``first_differing_step`` is counted from 0; None if no step is known to differ. ``detail``: a text that
+    says what differs, what was equal, or why it could not be judged.
+    """
 
     reproducible: bool | None
     first_differing_step: int | None = None
@@ -189,13 +201,13 @@ class Reproducibility:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """The work of adopting the plan here.
+    """The work of adopting the plan with memfit.
 
-    ``commands``: number of commands typed. ``changed_lines``: non-blank lines of the user's job file.
-    ``packages`` and ``installed_mib``: number and size of the packages that memfit and the plan need beside
-    torch and numpy. ``failed_attempts``: runs that failed or timed out, and proofs of concept that were begun
-    and not finished. ``attended_minutes``: minutes during which a person attended; None if nobody counted
-    them. They are never estimated.
+    ``commands``: number of commands typed. ``changed_lines``: number of lines of the user's job file that are
+    not blank. ``packages`` and ``installed_mib``: number and size of the packages that memfit and the plan
+    need beside torch and numpy. ``failed_attempts``: number of runs that failed or timed out, and of proofs
+    of concept that were begun and not finished. ``attended_minutes``: minutes during which a person attended;
+    None if nobody counted them. They are never estimated.
     """
 
     commands: int
@@ -208,7 +220,9 @@ class Effort:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """An append-only row of the store. ``body`` is JSON text; ``kind`` says how to read it."""
+    """A row of the store, where rows are only added. ``body`` is JSON text; ``kind`` says what it describes,
+    and so how to read it.
+    """
 
     record_id: int
     poc_id: str
@@ -222,12 +236,12 @@ class Record:
 class Reason:
     """Why a technique is in a plan or was left out.
 
-    ``kind`` names a text of the word catalogs (``reason.KIND``), such as ``saves`` or ``left_out_slower``;
-    the other fields fill its placeholders. ``left_out_too_large``: none of the ``plan_count`` priced plans
-    with the technique fits the device's memory; the smallest needs ``least_bytes``. ``needed_priced``: the
-    same of the plans without it. ``left_out_late`` (plans with it) and ``needed_late`` (without it): none
-    meets device memory, host memory, deadline and cost limit together, although the device has enough memory
-    for the smallest.
+    ``kind``: the text ``reason.KIND`` of the word catalogs, such as "saves" or "left_out_slower"; the other
+    fields fill its placeholders. "left_out_too_large": none of the ``plan_count`` priced plans with the
+    technique fits the device's memory; the smallest needs ``least_bytes``. "needed_priced": the same of the
+    plans without it. "left_out_late" (plans with it) and "needed_late" (plans without it): the device has
+    enough memory for the smallest of these plans, but none meets device memory, host memory, deadline and
+    cost limit together.
     """
 
     kind: str
@@ -244,9 +258,10 @@ class Choice:
     """A plan kept by the search, with its estimate, whether it fits, its effect class, and the reasons why
     techniques are in it or were left out.
 
-    ``fits``: on one device, the memory; in a search over several devices also host memory, deadline, cost
-    limit and requested micro-batch. ``needed_bytes``: the bytes that are compared with the memory cap; None
-    in records of older versions.
+    ``fits``: whether it fits the memory of device and host; in a search over several devices with tensor,
+    context and pipeline parallelism, and in an interrupted search, also whether it meets deadline, cost limit
+    and requested micro-batch. ``needed_bytes``: the bytes that are compared with the memory cap; None in
+    records of older versions.
     """
 
     estimate: Estimate
@@ -258,12 +273,13 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
-    """What a change of the machine would bring, as ratios to the recommended plan; None: unknown.
+    """What a change of the machine would bring. The ratios are those of the changed step time, cost and CO2
+    over those of the recommended plan; None: unknown.
 
-    ``kind``: "memory" (``more_bytes`` on each device), "devices" (``more_devices``), or a part of the machine
-    whose work takes a tenth less time; then only ``time_ratio`` is known. ``plan``: the plan with the change:
-    for memory the better plan that needs the fewest bytes, for devices the best one; "": the recommended
-    plan.
+    ``kind``: "memory" (``more_bytes`` more on each device), "devices" (``more_devices`` more), or a resource
+    of the machine whose work takes a tenth less time; then only ``time_ratio`` is known. ``plan``: label of
+    the plan after the change: for memory, of the plans that are better, the one that needs the fewest bytes;
+    for devices the best one; "" means the recommended plan.
     """
 
     kind: str
@@ -277,11 +293,11 @@ class Sensitivity:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """How reliable this machine's timings are.
+    """How reliable the timings of operators on this machine are.
 
-    ``spread_ratio``: spread of an operator's repeated calls, as in Calibration. ``load_count`` and
-    ``waited_ratio``: the system's load average during the timings, and the share of that time spent waiting
-    for a processor. ``processor_count``: number of processors used.
+    ``spread_ratio``: by how much repeated calls of an operator differ, as in Calibration. ``load_count``: the
+    system's load average during the timings. ``waited_ratio``: share of that time during which the operators
+    waited for a processor. ``processor_count``: number of processors that the load is compared with.
     """
 
     spread_ratio: float
@@ -291,8 +307,9 @@ class Timings:
 
     @property
     def noisy(self) -> bool:
-        """Whether the timings are too noisy to be trusted: one of the ratios is above 15 %, or the load
-        average above 1.5 per processor."""
+        """Whether the timings are too noisy to be trusted: ``spread_ratio`` or ``waited_ratio`` is above 15
+        %, or the load average is above 1.5 per processor.
+        """
         return (
             self.spread_ratio > 0.15
             or self.waited_ratio > 0.15
@@ -302,11 +319,11 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A few steps of one plan on this machine. It is run in rounds, in turn with the plans that it is
-    compared with.
+    """Measured runs of a few steps of one plan on this machine. There are several rounds; in each, every plan
+    that is compared is run once.
 
-    ``step_s``: the median of the step times of each round; empty if the plan did not run, for the ``reason``
-    given. ``predicted_s``: the predicted time of a step, None if unknown.
+    ``step_s``: for each round of the plan, the median of its step times; empty if no run succeeded.
+    ``reason``: then why it failed, else "". ``predicted_s``: the predicted time of a step, None if unknown.
     """
 
     plan: Plan
@@ -325,13 +342,13 @@ class Trial:
 class SearchResult:
     """The result of a search for the best plan.
 
-    ``cap_bytes``: the memory that a plan may use. ``considered``: number of distinct plans priced.
-    ``baseline``: plain training. ``frontier``: by increasing peak, the plans that fit and that no other plan
-    beats in peak, time and effect class at once, and, even if they do not fit or are beaten, plain training
-    and the smallest and the recommended plan. ``recommended`` is None if nothing fits. ``smallest`` has the
-    lowest peak. ``trials``: plans run for a few steps before one of them was recommended. ``unfinished``: the
-    search was interrupted. ``cap_reason``: where the cap comes from, such as "asked for" or "the device's
-    memory".
+    ``cap_bytes``: the memory that a plan may use. ``considered``: number of distinct plans whose memory and
+    time were predicted. ``baseline``: plain training. ``frontier``, by increasing peak: the plans that fit
+    and that no other plan beats in peak, time and effect class at once; and, even if they do not fit or are
+    beaten, plain training, the smallest and the recommended plan (in an interrupted search only these three).
+    ``recommended`` is None if nothing fits. ``smallest``: the plan with the lowest peak. ``trials``: plans
+    run for a few steps before one of them was recommended. ``unfinished``: whether the search was
+    interrupted. ``cap_reason``: where the cap is from, such as "asked for" or "the device's memory".
     """
 
     goal: str
@@ -350,10 +367,10 @@ class SearchResult:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Interaction:
-    """Interaction of two techniques (such as precision and checkpointing): a measured quantity without both,
-    with each alone, and with both, at equal numbers of steps.
+    """Interaction of two techniques (such as precision and checkpointing): one measured quantity in four
+    plans, without both (``neither``), with each alone and with ``both``, at equal numbers of steps.
 
-    The interaction is both - first only - second only + neither; zero means that the effects add up.
+    ``interaction`` is both - first only - second only + neither; zero means that the effects add up.
     """
 
     first: str  # technique name
@@ -371,8 +388,9 @@ class Interaction:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PaperRow:
-    """Predictions for a PoC's job at its size "paper" on one machine of the catalog: plain training and the
-    best plan that fits."""
+    """Predictions for a job at its size "paper" on one machine of the catalog: plain training, and the best
+    plan that fits.
+    """
 
     machine: str
     size: str
@@ -387,8 +405,8 @@ class PaperRow:
 class Offer:
     """What one machine would do with one plan of the job at one size, as predicted.
 
-    ``plain``: whether it is plain training. ``power_w``: of the machine's devices and hosts during a step.
-    None: unknown.
+    ``plain``: whether the plan is plain training. ``power_w``: of the machine's devices and hosts during a
+    step; None: unknown. ``step_s``: None: unknown.
     """
 
     machine: str
@@ -404,12 +422,13 @@ class Offer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LargestSize:
-    """The largest size of a job that fits one machine, with plain training (``plain``) and with the allowed
+    """The largest size of a job that fits one machine: with plain training (``plain``), and with that allowed
     plan that needs the least memory (``recommended``).
 
-    ``quantity``: what the two numbers count: "parameters" or "length" (tokens or residues of a sample). None:
-    not even the smallest size tried fits. ``*_label``: name of the size. ``at_limit``: the largest size tried
-    fits with that plan, so that larger ones may fit too.
+    ``quantity``: what these two numbers count: "parameters", or "length" (tokens or residues of a sample).
+    They are None if not even the smallest size tried fits. ``plain_label``, ``recommended_label``: names of
+    the sizes. ``at_limit``: whether the largest size tried fits with the ``recommended`` plan, so that larger
+    ones may fit, too.
     """
 
     machine: str
@@ -423,7 +442,9 @@ class LargestSize:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NamedVerdict:
-    """The verdict on one plan against plain training."""
+    """The verdict on one plan against plain training. ``name``: "recommended" or the name of an ablation, a
+    variant of the recommended plan or of plain training.
+    """
 
     name: str  # "recommended" or the ablation's name
     plan: Plan
@@ -432,7 +453,9 @@ class NamedVerdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Poc:
-    """Everything that one proof of concept found. The report and ``--json`` are made from this alone."""
+    """Everything that one proof of concept (PoC) found: the search, the runs and the verdicts. The report and
+    ``--json`` are made from this alone.
+    """
 
     poc_id: str
     created: str  # ISO, UTC

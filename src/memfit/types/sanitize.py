@@ -15,18 +15,22 @@ _ESCAPED: Final = {c: f"\\u{c:04x}" for c in _UNSEEN if c >= 0x20}
 
 
 def replace_controls(text: str) -> str:
-    """Return `text` with U+FFFD in place of every character that a terminal would interpret, except newlines
-    and tabs, which stay. Marks of the reading direction and surrogate halves are replaced too."""
+    """Return `text` with U+FFFD in place of every control character that a terminal would interpret, except
+    newlines and tabs, which stay. Marks of the reading direction, Unicode line separators and surrogate
+    halves are replaced too.
+    """
     return text.translate(_SHOWN)
 
 
 def one_line(text: str) -> str:
-    """Return `text` as in `replace_controls`, on a single line with single spaces, so that it cannot imitate
-    a line of memfit's output."""
+    """Return `text` after `replace_controls` on one line: each run of whitespace becomes one space, and there
+    is none at the ends. It thus cannot imitate a line of memfit's output.
+    """
     return " ".join(replace_controls(text).split())
 
 
 def escape_controls(json: str) -> str:
-    """Return JSON text with the same value in which characters that a terminal would interpret are escaped.
-    Characters below U+0020 stay: valid JSON has them only as whitespace."""
+    """Return JSON text with the same value, in which the characters that `replace_controls` would replace are
+    written as escapes (``\\u202e``). Characters below U+0020 stay: valid JSON has them only as whitespace.
+    """
     return json.translate(_ESCAPED)

@@ -23,8 +23,10 @@ T = TypeVar("T")
 
 
 def to_plain(value: Any) -> Any:
-    """Convert dataclasses, enums, tuples and mappings, also nested ones, to what ``json`` accepts. An enum
-    becomes its value, and keys of mappings become text; other objects are returned unchanged."""
+    """Convert a value to what ``json`` accepts, also inside of it: dataclasses and mappings become dicts with
+    text as keys, lists and tuples become lists, an enum becomes its value. Other objects are returned
+    unchanged.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):
@@ -37,7 +39,7 @@ def to_plain(value: Any) -> Any:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """Return JSON text of a value that `to_plain` can convert.
+    """Return JSON text of a value that `to_plain` can convert. ``indent`` is that of ``json.dumps``.
 
     Floats that are not finite become the strings "nan", "inf" and "-inf", which `loads` reads back.
     """
@@ -55,8 +57,9 @@ def _finite(value: Any) -> Any:
 
 
 def loads(kind: type[T], text: str, *, what: str = "record") -> T:
-    """Parse JSON text into the dataclass `kind`. Raises UserError with the location of the first fault if it
-    does not conform; `what` names the text in the message."""
+    """Parse JSON text into the dataclass `kind`. Raises UserError with the location of the first fault if the
+    text is not JSON or does not conform to `kind`; `what` names the text in the message.
+    """
     import pydantic
 
     try:
@@ -71,8 +74,9 @@ _LONGEST = 80
 
 
 def toml_text(path: Path) -> str:
-    """Return the text of a user's TOML file, which is not parsed. Raises UserError if it cannot be read as
-    UTF-8 text."""
+    """Return the text of a user's TOML file; it is not parsed. Raises UserError if the file cannot be read or
+    is not text in UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -82,8 +86,10 @@ def toml_text(path: Path) -> str:
 
 
 def to_user_error(error: pydantic.ValidationError, what: str) -> UserError:
-    """Return a UserError with the first fault in one line: its location, what was given and what is allowed,
-    or pydantic's message if that does not say what is allowed. `what` names the text with the fault."""
+    """Return a UserError for the first fault of ``error``: its location, what was given and what is allowed.
+    If pydantic does not say what is allowed, its message takes the place of the latter two. `what` names the
+    text with the fault.
+    """
     main_error, *other_errors = error.errors(include_url=False, include_context=False)
     branches = [e for e in other_errors if main_error["loc"] and e["loc"][:-1] == main_error["loc"][:-1]]
     # for a value with several allowed types

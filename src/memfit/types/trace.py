@@ -11,7 +11,10 @@ from collections.abc import Mapping
 
 
 class Category(enum.StrEnum):
-    """What a memory allocation is for."""
+    """What a memory allocation is for: "parameter" (parameters and buffers), "gradient", "optimizer_state",
+    "ema" (an averaged copy of the weights), "activation" (made in forward and needed after it), "temporary"
+    (lives within one phase), "input", or "workspace" (inside a kernel while it runs).
+    """
 
     PARAMETER = "parameter"  # parameters and buffers
     GRADIENT = "gradient"
@@ -24,7 +27,9 @@ class Category(enum.StrEnum):
 
 
 class Phase(enum.StrEnum):
-    """A phase of a training step."""
+    """A phase of a training step: "forward", "backward" or "optimizer"; or "setup", in which the model and
+    the optimizer are built.
+    """
 
     SETUP = "setup"  # the model and the optimizer are built
     FORWARD = "forward"
@@ -36,15 +41,16 @@ GRANULARITY_BYTES = {"cpu": 64, "cuda": 512}  # alignment of c10; smallest block
 
 
 def rounded(size_bytes: int, device: str) -> int:
-    """Return the bytes that the allocator of a device of kind ``device``, "cpu" or "cuda", takes for a
-    request of ``size_bytes``: the next multiple of 64 or 512 bytes."""
+    """Return the bytes that the allocator of a device of kind ``device`` takes for a request of
+    ``size_bytes``: the next multiple of 64 for "cpu", of 512 for "cuda"; ``size_bytes`` itself if it is one.
+    """
     step = GRANULARITY_BYTES[device]
     return -(-size_bytes // step) * step
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """The lifetime of one storage, with its size rounded to the device's allocation granularity."""
+    """One tensor storage: when it was allocated and freed, and its size, rounded up as by `rounded`."""
 
     start: int  # clock
     end: int | None  # clock of the free; None: still alive when the trace ended
@@ -64,9 +70,9 @@ class Allocation:
 class OpCall:
     """One operator call.
 
-    ``signature`` is JSON with enough information to run the operator alone on real tensors. ``group``: name
-    of the process group of a collective, else "". ``waits``: (stream, count); this call waits for all calls
-    of that stream made before it except the last ``count`` of them; None: it waits for no stream.
+    ``signature``: JSON with enough information to run the operator alone on real tensors. ``group``: name of
+    the process group of a collective, else "". ``waits``: (stream, count): this call waits for all calls made
+    on that stream before it, except the last ``count`` of them; None: it waits for no stream.
     """
 
     clock: int  # just before its outputs exist
@@ -85,7 +91,7 @@ class OpCall:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseSpan:
-    """The clock range of one phase in one step."""
+    """The range of clocks of one phase in one step, from ``start`` until before ``end``."""
 
     phase: Phase
     step: int
@@ -95,10 +101,11 @@ class PhaseSpan:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """The trace of some training steps.
+    """The trace of some training steps. Times in it are clocks, which count allocations, frees and operators.
 
-    Of equal micro-steps only a few are traced. The other `repeated_micro_steps` of a step take time and FLOPs
-    like the last traced one, or in a pipeline like the forwards and backwards in `repeated_spans` each.
+    Of the equal micro-steps (micro-batches) of a step, only a few are traced. Each of the other
+    `repeated_micro_steps` takes time and FLOPs like the last traced one; in a pipeline, like the forwards and
+    backwards in `repeated_spans`.
     """
 
     device: str  # determines the kernels: "cpu", "cuda"
@@ -128,6 +135,6 @@ class Trace:
     members: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # their ranks
 
     def untraced_passes(self, phase: Phase) -> int:
-        """Return how many forwards, or backwards, of a step were not traced."""
+        """Return how many passes of ``phase``, forward or backward, one step has beside the traced ones."""
         per_micro_step = sum(s.phase is phase for s in self.repeated_spans) or 1
         return per_micro_step * self.repeated_micro_steps

@@ -13,8 +13,10 @@ GIB: Final = 1024**3
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Format in binary units with at most four significant digits, ``1.234 GiB``, or in whole bytes below
-    1 KiB."""
+    """Return the size as text, in the largest binary unit that it reaches, with at most four significant
+    digits, such as ``1.234 GiB``. Units are KiB, MiB, GiB and TiB; below 1 KiB it is in whole bytes, ``512
+    B``.
+    """
     value, sign = abs(size_bytes), "-" if size_bytes < 0 else ""
     for unit, scale in (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if value >= scale:
@@ -23,9 +25,9 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Format a duration with at most three significant digits: ``12.3 ms``, ``4.56 s``, ``3.2 h``.
+    """Return the duration as text with at most three significant digits: ``12.3 ms``, ``4.56 s``, ``3.2 h``.
 
-    Below 1 s it is in ms; min, h and d are used from two of them on.
+    It is in ms below 1 s, in s below 2 min, in min below 2 h, in h below 2 d, else in d.
     """
     for unit, scale in (("d", 86_400.0), ("h", 3_600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= scale * (2 if unit in ("d", "h", "min") else 1):
