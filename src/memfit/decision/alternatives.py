@@ -30,8 +30,8 @@ class AlternativeInputs:
 
     ``case``: the user's figures. ``offers``: predictions for machines, each for plain training or a
     recommended plan. ``steps_per_run``: optimizer steps of one run. ``plan_hours``: people's working hours
-    for adopting the recommended plan, from the case or counted in the PoC; None if unknown. ``labour_known``:
-    whether the case has the price of a working hour.
+    for adopting the recommended plan, from the case or counted in the proof of concept; None if unknown.
+    ``labour_known``: whether the case has the price of a working hour.
     """
 
     case: DecisionCase
@@ -42,11 +42,12 @@ class AlternativeInputs:
     trained: Plan = dataclasses.field(default_factory=Plan)  # the plan whose results the PoC judged
 
     def ways(self) -> tuple[Alternative, ...]:
-        """Return the options of the decision: doing nothing, the machines that the case names, and the
-        catalog's machines with a price, a step time and a prediction that fits (see `_counts`), bought and
-        rented.
+        """Return the options of the decision, in this order: doing nothing; the machines that the case names;
+        and the catalog's machines, bought and rented, that have a price, a predicted step time and a
+        prediction that fits (see `_makes_options`).
 
-        Raises UserError if the case names a machine without known hours or price, or gives figures of a
+        A machine that the case names gives up to two options, with plain training and with the recommended
+        plan. Raises UserError if the case names a machine without known hours or price, or gives figures of a
         machine but does not name it.
         """
         case = self.case
@@ -57,11 +58,13 @@ class AlternativeInputs:
                 user_ways += self._named(kind, section)
             elif section != type(section)():
                 self._needs_a_machine(kind, section)
-        catalog_ways = [way for offer in self.offers if _counts(offer) for way in self._of_catalog(offer)]
+        catalog_ways = [
+            way for offer in self.offers if _makes_options(offer) for way in self._of_catalog(offer)
+        ]
         return (Alternative(kind="nothing"), *user_ways, *catalog_ways)
 
     def _needs_a_machine(self, kind: str, section: ExistingMachine) -> None:
-        """Raise UserError if the section, which names no machine, sets figures of a machine.
+        """Raise UserError if the section ``kind`` of the case, which names no machine, sets figures of one.
 
         Setup hours, operating hours and the price of storage may be set without a machine.
         """
@@ -127,7 +130,7 @@ class AlternativeInputs:
                     hint="add per_hour = ..., the price of one machine with all its devices",
                 )
         return dataclasses.replace(
-            _roomy(way, offer if hours is None else None),
+            _with_memory(way, offer if hours is None else None),
             hours=hours if hours is not None else self._hours(offer),
             predicted=hours is None,
             power_w=power_w,
@@ -148,7 +151,7 @@ class AlternativeInputs:
             if amount is None or offer.step_s is None:
                 continue
             yield dataclasses.replace(
-                _roomy(self._labelled(kind, offer.machine, offer.plain, offer), offer),
+                _with_memory(self._labelled(kind, offer.machine, offer.plain, offer), offer),
                 hours=self._hours(offer),
                 power_w=offer.power_w,
                 price=amount if kind == "purchase" else None,
@@ -158,8 +161,8 @@ class AlternativeInputs:
             )
 
     def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Alternative:
-        """Return an option with its plan, people's working hours and the price of storage, but without the
-        hours of a run, power and the machine's price.
+        """Return an option of this kind on the machine ``name``, with its plan's label, people's working
+        hours and the price of storage. The hours of a run, power and the machine's price are not set.
 
         Its ``unknown`` names the working hours that were not given, and money.labour_per_hour if that is not
         given and any working hours are unknown or not zero.
@@ -208,20 +211,22 @@ class AlternativeInputs:
         return self.steps_per_run * offer.step_s.value / 3600
 
 
-def _counts(offer: Offer) -> bool:
-    """Return whether a prediction makes options with the catalog's prices.
+def _makes_options(offer: Offer) -> bool:
+    """Return whether options with the catalog's prices are made from a prediction.
 
     The plan must fit as predicted. For a recommended plan, the upper end of the predicted memory must fit the
-    device, too; for plain training, with which it is compared, this is not required. Uncertainty thus never
-    makes the comparison look better than it is.
+    device, too. For plain training, with which it is compared, this is not required, so that uncertainty
+    never makes the saving look larger than it is.
     """
     return offer.fits and (offer.plain or _fit_percent(offer) >= _SURE)
 
 
-def _roomy(way: Alternative, offer: Offer | None) -> Alternative:
-    """Return the option with the predicted memory, the device's memory and the probability that it fits.
+def _with_memory(way: Alternative, offer: Offer | None) -> Alternative:
+    """Return the option with the predicted memory, the device's memory and the probability that it fits, from
+    ``offer``.
 
-    Without ``offer``, because the user gave the hours of a run, it stays as it is and counts as fitting.
+    If ``offer`` is None, because the user gave the hours of a run, the option is returned as it is; its
+    probability to fit is then 100 %.
     """
     if offer is None:
         return way
@@ -234,16 +239,17 @@ def _roomy(way: Alternative, offer: Offer | None) -> Alternative:
 
 
 def usable_bytes(machine: str) -> float | None:
-    """Return the memory of one device of the machine that a program may use; None if the name is not one of a
-    catalog machine.
+    """Return the memory of one device of the machine in bytes; None if the catalog has no machine of this
+    name.
     """
     catalog_machine = _known(machine)
     return catalog_machine.device.memory_bytes.value if catalog_machine is not None else None
 
 
 def _fit_percent(offer: Offer) -> float:
-    """Return the probability in percent that the device has enough memory, with a triangular distribution
-    over the interval of the prediction; 100 if the device's memory is unknown.
+    """Return the probability in percent that the device has enough memory. The need is taken to be
+    distributed triangularly over the interval of the prediction, with its peak at the value. Return 100 if
+    the device's memory is unknown.
     """
     prediction, available_bytes = offer.memory_bytes, usable_bytes(offer.machine)
     if available_bytes is None or available_bytes >= prediction.high:
@@ -264,7 +270,7 @@ def _near(name: str) -> str:
 
 
 def _known(name: str) -> CatalogMachine | None:
-    """Return the machine of that name, or None if the name is not one of a catalog machine."""
+    """Return the catalog's machine of that name, or None if it has none."""
     try:
         return catalog.machine(name)
     except UserError:
@@ -274,8 +280,8 @@ def _known(name: str) -> CatalogMachine | None:
 def price_of(machine: CatalogMachine | None) -> Amount | None:
     """Return the catalog's purchase price of the machine: its devices and the servers around them.
 
-    None without a machine, if a price is unknown, or if the devices are sold only in whole servers and their
-    number does not fill whole servers.
+    Return None without a machine, if a price is unknown, or if the devices are sold only in whole servers and
+    their number does not fill whole servers.
     """
     if machine is None:
         return None
@@ -292,8 +298,8 @@ def price_of(machine: CatalogMachine | None) -> Amount | None:
 
 
 def rent_of(machine: CatalogMachine | None) -> Amount | None:
-    """Return the catalog's rental price per hour of the machine with all its devices; None without a machine
-    or if the price is unknown.
+    """Return the catalog's rental price per hour of the machine with all its devices. Return None without a
+    machine or if the price is unknown.
     """
     if machine is None:
         return None
@@ -302,9 +308,10 @@ def rent_of(machine: CatalogMachine | None) -> Amount | None:
 
 
 def _power_w(machine: CatalogMachine | None) -> float | None:
-    """Return the watts of devices and hosts at full load, used as an upper bound if there is no prediction.
+    """Return the watts of the machine's devices and hosts at full load, which are an upper bound where no
+    prediction exists.
 
-    None without a machine or if the devices' watts are unknown; hosts of unknown watts count as zero.
+    Return None without a machine or if the devices' watts are unknown. Hosts of unknown watts count as zero.
     """
     from memfit.cost.money import hosts_w
 
@@ -320,7 +327,7 @@ def _embodied_kg(machine: CatalogMachine | None) -> float | None:
 
 def missing_inputs(ways: Iterable[Alternative], case: DecisionCase) -> tuple[str, ...]:
     """Return the names of the case's unset keys that a complete decision between ``ways`` needs, most
-    important first: the existing machine, what the options do not know, and the value of a run.
+    important first: "existing.machine", then what the options name as unknown, then "work.value_per_run".
     """
     unknown_keys = dict.fromkeys(name for way in ways for name in way.unknown)
     missing = [] if case.existing.machine else ["existing.machine"]

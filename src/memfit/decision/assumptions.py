@@ -25,10 +25,11 @@ _WHOLE: Final = ("steps_per_run", "years", "life_years")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Assumptions:
-    """The numbers of the decision.
+    """The numbers of the decision that are common to all options.
 
-    ``terms``: as the formulas use them. ``numbers``: the same with ranges and sources, and the user's prices
-    of machines. ``place``: where the machines run, which determines taxes, electricity and carbon.
+    ``terms``: as the formulas use them. ``numbers``: the same numbers with ranges and sources, and the prices
+    of machines that the user gave. ``place``: where the machines run, which determines taxes, electricity and
+    carbon.
     """
 
     currency: finance.Currency
@@ -41,17 +42,18 @@ class Assumptions:
 def collect_assumptions(
     case: DecisionCase, *, place: str, offers: Sequence[Offer], seen: Mapping[bool, float] | None = None
 ) -> Assumptions:
-    """Collect the numbers of the decision.
+    """Collect the numbers of the decision: the user's where the case has them, else the catalog's.
 
-    `place`: used if the case names no place, tariff or supplier. `seen`: measured over predicted step time of
-    plain training (True) and of the recommended plan (False) in the PoC's runs. Raises UserError for a
-    currency, place, tariff or electricity supplier that the catalog does not have, for a place, tariff and
-    supplier that do not belong together, and for an implausible exchange rate.
+    `place`: used if the case names no place, tariff or supplier. `offers`: predictions, for the ranges of
+    step times. `seen`: measured over predicted step time of plain training (True) and of the recommended plan
+    (False) in the runs of the proof of concept. Raises UserError for a currency, place, tariff or electricity
+    supplier that the catalog does not have, for a place, tariff and supplier that do not belong together, and
+    for an implausible exchange rate.
     """
     currency = finance.currency(case.currency)
     case_place = _where(case, place)
     rate = _rate(case, currency)
-    electricity_prices = _Here(case, currency, case_place, rate)
+    electricity_prices = _Electricity(case, currency, case_place, rate)
     numbers = [
         rate,
         *_work(case),
@@ -92,9 +94,11 @@ def collect_assumptions(
 
 
 def _where(case: DecisionCase, place: str) -> str:
-    """Return the place of the case, else that of its electricity tariff or supplier, else ``place``.
+    """Return the place that the case names, else the place of its electricity tariff, else that of its
+    electricity supplier, else ``place``.
 
-    Raises UserError if those of the case differ, or if the catalog does not have one of them.
+    Raises UserError if the case has several of these and their places differ, or if the catalog does not have
+    one of them.
     """
     places = {
         "place": catalog.place(case.place).name if case.place else None,
@@ -116,8 +120,8 @@ def _where(case: DecisionCase, place: str) -> str:
 def _rate(case: DecisionCase, currency: finance.Currency) -> Term:
     """Return how many units of the currency one US dollar costs: the user's rate, else the catalog's.
 
-    Raises UserError if the user's range goes beyond a tenth or ten times the catalog's rate, as that of
-    another currency or an inverted rate would. For the US dollar, only 1 is allowed.
+    Raises UserError if an end of the user's range is below a tenth or above ten times the catalog's rate, as
+    for another currency or an inverted rate. For the US dollar, only 1 is allowed.
     """
     figure, catalog_rate = case.money.per_usd, currency.per_usd.value
     if figure is not None:
@@ -163,11 +167,12 @@ def _money(case: DecisionCase, place: str) -> Iterable[Term]:
 
 
 @dataclasses.dataclass
-class _Here:
-    """The prices of electricity: energy, levy and basic charge.
+class _Electricity:
+    """The three prices of electricity: per kWh, levy per kWh and basic charge per kW and month.
 
-    Each is the user's, else that of the case's tariff. Otherwise energy has the average price of the place
-    ``where``, and the other two are zero. ``amounts`` is empty until `electricity` has been iterated.
+    Each is the user's, else that of the case's tariff. If there is neither, energy has the average price of
+    the place ``where``, and the other two are zero. ``amounts``: name -> price; it is filled while
+    `electricity` is iterated.
     """
 
     case: DecisionCase
@@ -180,7 +185,7 @@ class _Here:
         self.tariff = finance.tariff(self.case.tariff) if self.case.tariff else None
 
     def electricity(self) -> Iterable[Term]:
-        average = _spread(catalog.place(self.where).usd_per_kwh, finance.default("electricity_spread"))
+        average = _with_range(catalog.place(self.where).usd_per_kwh, finance.default("electricity_spread"))
         for name in ("energy_per_kwh", "levy_per_kwh", "basic_per_kw_month"):
             figure = getattr(self.case.money, name)
             row: Fact | None = getattr(self.tariff, name) if self.tariff else None
@@ -198,7 +203,8 @@ class _Here:
         return number
 
     def _priced(self, name: str, row: Fact, currency: str) -> Term:
-        """Return a catalog price of ``currency`` as a Term in the currency of the case, and store its Amount.
+        """Return the catalog price ``row``, in ``currency``, as a Term in the currency of the case, and store
+        it as an Amount in ``amounts``.
 
         The Amount is in US dollars if the price had to be converted, else in the currency of the case.
         """
@@ -215,11 +221,12 @@ class _Here:
 def _factors(
     case: DecisionCase, offers: Sequence[Offer], step_errors: Mapping[bool, float]
 ) -> Iterable[Term]:
-    """Yield the factors that are uncertain, each with its range around 1: on the catalog's purchase prices,
-    on its rental prices, and on the predicted step times of plain training and of the recommended plan.
+    """Yield the uncertain factors, of value 1 and with a range: on the catalog's purchase prices, on its
+    rental prices, and on the predicted step times of plain training and of the recommended plan.
 
     Also yield the purchase and rental price of the case, if given. ``step_errors``: measured over predicted
-    step time of plain training (True) and of the recommended plan (False); it widens the range.
+    step time of plain training (True) and of the recommended plan (False); it widens the range of that
+    factor.
     """
     for name, default in (("hardware_factor", "hardware_spread"), ("rental_factor", "rental_spread")):
         yield _number(name, None, finance.default(default), "factor")
@@ -238,18 +245,19 @@ def _factors(
 
 
 def widen_range(low: float, high: float, ratio: float) -> tuple[float, float]:
-    """Return the range ``low`` to ``high`` around 1, widened by an error of `ratio` (measured / predicted).
+    """Return the range ``low`` to ``high``, which contains 1, widened by an error of `ratio` (measured over
+    predicted).
 
-    As all are factors, the squares of the logarithms of each end and of the error are added, like those of
-    independent errors. A ``low`` of 0 stays.
+    All are factors, so logarithms are used: the new logarithm of an end is the root of the sum of the squares
+    of its old one and of that of `ratio`, as for independent errors. A ``low`` of 0 stays.
     """
     error = math.log(ratio)
     lower = math.exp(-math.hypot(math.log(low), error)) if low > 0 else low
     return lower, math.exp(math.hypot(math.log(high), error))
 
 
-def _spread(row: Fact, spread: Fact) -> Fact:
-    """Return the row. If it has no range, its range becomes its value times that of ``spread``, if any."""
+def _with_range(row: Fact, spread: Fact) -> Fact:
+    """Return ``row`` with a range: its own, else its value times the range of ``spread``, if that has one."""
     if row.low is not None or spread.low is None or spread.high is None:
         return row
     return dataclasses.replace(row, low=row.value * spread.low, high=row.value * spread.high)

@@ -32,8 +32,8 @@ class _Strict(pydantic.BaseModel):
 class CaseFigure(_Strict):
     """A figure, such as ``12.5`` or ``{value = 12.5, low = 10, high = 15, source = "an offer"}``.
 
-    It is not negative. An end of the range that is not set is the value. It may also have a date in ISO form:
-    ``date = "2026-03-03"``. Validation fails unless low <= value <= high.
+    It is not negative. If an end of the range is not set, it is the value. The figure may have a date in ISO
+    form: ``date = "2026-03-03"``. Validation fails unless low <= value <= high and the date is valid.
     """
 
     value: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
@@ -101,8 +101,9 @@ Share = Annotated[CaseValue, pydantic.AfterValidator(_above), pydantic.AfterVali
 class TrainingWork(_Strict):
     """The section [work]: how much is trained, how long a run may take, and what a finished run is worth.
 
-    ``years``: how long the training goes on. ``utilisation_ratio``: share of a year in which a machine can be
-    busy.
+    ``years``: how many years the training goes on, 1 to 20. ``utilisation_ratio``: share of a year in which a
+    machine can be busy. What is unset is the catalog's default; without ``longest_run_hours`` a run may take
+    any time, and without ``value_per_run`` its worth is unknown.
     """
 
     steps_per_run: Whole | None = None
@@ -115,10 +116,11 @@ class TrainingWork(_Strict):
 
 
 class Money(_Strict):
-    """The section [money]: prices in the currency of the case and other figures that all options share.
+    """The section [money]: prices in the currency of the case, and other figures that all options share. What
+    is unset is the catalog's.
 
-    ``life_years``: after which a machine is written off. ``support_ratio``: cost of support per year, as a
-    share of the purchase price.
+    ``life_years``: years after which a machine is replaced, 1 to 20. ``support_ratio``: cost of support per
+    year, as a share of the purchase price.
     """
 
     labour_per_hour: CaseValue | None = None
@@ -137,19 +139,20 @@ class Money(_Strict):
 class AdoptionEffort(_Strict):
     """The section [effort]: people's working hours.
 
-    ``setup_hours``: to adopt the recommended plan; if unset, the minutes that people attended to the PoC are
-    used, if they were counted.
+    ``setup_hours``: hours to adopt the recommended plan. If unset, they are the time that people attended to
+    the proof of concept, if that was counted, else unknown.
     """
 
     setup_hours: CaseValue | None = None
 
 
 class ExistingMachine(_Strict):
-    """The machine of an option: one that exists, or one to buy or rent.
+    """Figures of the machine of one option, which exists or is to be bought or rented; the sections add what
+    is special.
 
-    ``machine`` is written as in --on, such as ``8xH100-SXM``. The figures are those that memfit cannot
-    predict or that the user knows better. ``setup_hours`` and ``operating_hours_per_year`` are people's
-    working hours.
+    ``machine`` is written as in --on, such as ``8xH100-SXM``. ``hours_plain``, ``hours_recommended``: hours
+    of one run, and ``power_w``: watts under load; set them if memfit cannot predict them or the user knows
+    better. ``setup_hours`` and ``operating_hours_per_year`` are people's working hours.
     """
 
     machine: Name | None = None
@@ -161,8 +164,8 @@ class ExistingMachine(_Strict):
 
 
 class Existing(ExistingMachine):
-    """The section [existing]: a machine that the user already has. ``machines``: how many such machines there
-    are.
+    """The section [existing]: a machine that the user already has. ``machines``: how many of these the user
+    has.
 
     It has no price, because it is paid for.
     """
@@ -183,7 +186,7 @@ class Cloud(ExistingMachine):
     """The section [cloud]: a machine to rent.
 
     ``per_hour``: price of one machine with all its devices, without tax; if unset, the catalog's.
-    ``storage_per_month``: price of storing the data.
+    ``storage_per_month``: price per month of storing the data; 0 if unset.
     """
 
     per_hour: CaseValue | None = None
@@ -191,11 +194,12 @@ class Cloud(ExistingMachine):
 
 
 class DecisionCase(_Strict):
-    """The user's figures. All are optional. Missing ones come from the catalog; those that it does not have
-    are unknown, and the decision lists them.
+    """The user's figures for a decision. All are optional. Missing ones come from the catalog; those that the
+    catalog does not have are unknown, and the decision lists them.
 
-    ``place``, ``tariff``, ``supplier``: names in the catalog of the place, which determines electricity,
-    taxes and write-off, of the electricity tariff and of the electricity supplier.
+    ``currency``: code of the currency of all prices, by default "USD". ``place``, ``tariff``, ``supplier``:
+    names in the catalog of the place, which determines electricity, taxes and a machine's life, of the
+    electricity tariff, and of the electricity supplier.
     """
 
     currency: Name = "USD"
@@ -213,8 +217,8 @@ class DecisionCase(_Strict):
 def read(path: Path) -> DecisionCase:
     """Read a case file.
 
-    Raises UserError if it cannot be read or is not TOML, otherwise with the location of the first fault and
-    what is allowed there.
+    Raises UserError if the file cannot be read or is not TOML. If a figure or key is wrong, the error has the
+    location of the first fault and what is allowed there.
     """
     return parse_case(serialization.toml_text(path), str(path))
 
@@ -222,8 +226,8 @@ def read(path: Path) -> DecisionCase:
 def parse_case(text: str, what: str) -> DecisionCase:
     """Parse the text of a case file; `what` names it in errors.
 
-    Raises UserError if it is not TOML, otherwise with the location of the first fault and what is allowed
-    there.
+    Raises UserError if the text is not TOML. If a figure or key is wrong, the error has the location of the
+    first fault and what is allowed there.
     """
     try:
         return DecisionCase.model_validate(tomllib.loads(text))
@@ -250,7 +254,9 @@ def _keys(location: list[str]) -> list[str]:
 
 
 def term(name: str, figure: CaseFigure, unit: str) -> Term:
-    """Return a number of the case with its range as a Term. If it names no source, that is "your case"."""
+    """Return a figure of the case with its range as a Term called ``name``. If the figure names no source,
+    the Term's source is "your case".
+    """
     low, high = figure.bounds
     return Term(
         name=name,

@@ -30,11 +30,12 @@ def decide(
 ) -> Decision:
     """Return the decision: the options, their costs, the saving and how certain it is, stages and risks.
 
-    `more`: predictions made after the PoC; they replace the PoC's predictions for the same machine and kind
-    of plan. Only predictions of one job size are used: that of the last in `more`, else of the PoC's first.
-    `name`: path of the case file; "" without one. `named`: stage ("pilot" or "full") -> machine. `limits`: of
-    the gate before the pilot; None: the default limits. Raises UserError for a case that names an unknown
-    currency, place, tariff or supplier, contradicts itself, or lacks the hours or price of a machine.
+    `more`: predictions made after the proof of concept (PoC); they replace the PoC's predictions for the same
+    machine and kind of plan (plain or recommended). Only predictions of one job size are used: that of the
+    last in `more`, else of the PoC's first. `name`: path of the case file; "" without one. `named`: stage
+    ("pilot" or "full") -> machine that the user chose for it. `limits`: of the gate before the pilot; None:
+    the default limits. Raises UserError for a case that names an unknown currency, place, tariff or supplier,
+    contradicts itself, or lacks the hours or price of a machine.
     """
     size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
     # predictions of the same work
@@ -67,7 +68,7 @@ def decide(
         hours = Term(
             name="setup_hours", value=plan_hours, unit="hours", mark="measured", source="counted in the PoC"
         )
-    decision = _weighed(
+    decision = _without_stages(
         assumptions, ways, sheets, (*assumptions.numbers, hours), case=case, name=name, size=size
     )
     gates = limits or rollout_gates.Gates()
@@ -93,8 +94,8 @@ def _step_errors(poc: Poc) -> Mapping[bool, float]:
 
 
 def _place(name: str) -> str:
-    """Return the catalog's name of the place; "world" if ``name`` is "" or not in the catalog, such as a
-    place defined by a machine file.
+    """Return the catalog's name of the place; "world" if ``name`` is "" or the catalog does not have it, as
+    for a place that a machine file defines.
     """
     try:
         return catalog.place(name or "world").name
@@ -102,9 +103,11 @@ def _place(name: str) -> str:
         return "world"
 
 
-def _own(ways: Sequence[Alternative], sheets: Sequence[CostSheet], indices: Sequence[int]) -> int | None:
-    """Return the index of the cheapest of the options ``indices`` that does all the work; if there is none of
-    known cost, the first of unknown cost, so that the user sees it; else None.
+def _cheapest_or_unknown(
+    ways: Sequence[Alternative], sheets: Sequence[CostSheet], indices: Sequence[int]
+) -> int | None:
+    """Return the index of the cheapest of the options ``indices`` that does all the work. If none of known
+    cost does, return the first option of unknown cost, so that the user sees it; None if there is none.
     """
     unknown = [i for i in indices if sheets[i].present_cost is None]
     best = money.cheapest(ways, sheets, indices)
@@ -117,7 +120,7 @@ def _why_none(sheets: Sequence[CostSheet]) -> str:
     return "none_priced" if any(s.enough and s.present_cost is None for s in sheets) else "none_does_it"
 
 
-def _weighed(
+def _without_stages(
     assumptions: Assumptions,
     ways: Sequence[Alternative],
     sheets: Sequence[CostSheet],
@@ -129,8 +132,10 @@ def _weighed(
 ) -> Decision:
     """Return the decision without its stages and risks.
 
-    The best option is the cheapest that does all the work. The reference it is compared with is the cheapest
-    one with plain training on a machine that is bought or rented.
+    The best option is the one with the lowest present cost of those that do all the work. The reference, with
+    which it is compared, is the cheapest of these with plain training on a machine that is bought or rented.
+    ``numbers``: all numbers that the decision is based on. ``name``: path of the case file. ``size``: size of
+    the job.
     """
     existing = [i for i, w in enumerate(ways) if w.kind == "existing"]
     by_kind = {kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("purchase", "cloud")}
@@ -141,7 +146,10 @@ def _weighed(
     )
     candidates = [
         *zip(("existing", "existing_plain"), existing, strict=False),
-        *((f"own_{kind}", _own(ways, sheets, indices)) for kind, indices in user_by_kind.items()),
+        *(
+            (f"own_{kind}", _cheapest_or_unknown(ways, sheets, indices))
+            for kind, indices in user_by_kind.items()
+        ),
         *((kind, money.cheapest(ways, sheets, indices)) for kind, indices in by_kind.items()),
         ("nothing", 0),
         ("reference", reference),

@@ -17,8 +17,8 @@ HOURS_PER_YEAR: Final = 8760
 def sheet(way: Alternative, terms: Terms) -> CostSheet:
     """Return what an option costs in the currency of the case, and its energy and emissions.
 
-    Without ``power_w``, what depends on it is None; the cost of a rental does not, because its price includes
-    electricity. Doing nothing costs nothing and yields nothing.
+    If ``power_w`` is unknown, what depends on it is None. The costs of a rental do not depend on it, because
+    its price includes electricity. Doing nothing costs nothing and yields nothing.
     """
     does_work = way.kind != "nothing"
     hours = run_hours(way, terms)
@@ -90,14 +90,16 @@ def run_hours(way: Alternative, terms: Terms) -> float:
 
 
 def machines_needed(hours_per_year: float, terms: Terms) -> int:
-    """Return how many machines, busy for ``utilisation_ratio`` of the year, do that many hours of work per
-    year; at least one.
+    """Return how many machines do ``hours_per_year`` hours of work per year if each is busy for
+    ``utilisation_ratio`` of the year; at least 1.
     """
     return max(1, math.ceil(hours_per_year / (HOURS_PER_YEAR * terms.utilisation_ratio) - 1e-9))
 
 
 def annuity(discount_ratio: float, years: int) -> float:
-    """Return the present value of 1 paid at the end of each of ``years`` years."""
+    """Return the present value of paying 1 at the end of each of ``years`` years, at ``discount_ratio``
+    interest per year.
+    """
     return sum((1 + discount_ratio) ** -t for t in range(1, years + 1))
 
 
@@ -107,10 +109,10 @@ def _electricity(meter_kw: float, hours: float, machines: int, terms: Terms) -> 
 
 
 def _purchases(purchase: float, terms: Terms) -> tuple[float, float]:
-    """Return (present value of the first purchase and of each replacement after ``life_years``, residual
-    value of the last one after ``years``, not discounted).
+    """Return (present value of the first purchase and of each replacement after ``life_years``; value of the
+    last machines at the end of ``years``, not discounted).
 
-    Depreciation is straight-line.
+    The value of machines falls linearly to zero over ``life_years``.
     """
     life, years = terms.life_years, terms.years
     purchase_count = math.ceil(years / life)
@@ -119,8 +121,9 @@ def _purchases(purchase: float, terms: Terms) -> tuple[float, float]:
 
 
 def _embodied(way: Alternative, hours: float, terms: Terms) -> float | None:
-    """Return the embodied grams of CO2 equivalent per run: those of one machine's devices, times the run's
-    share of the hours that they work in ``life_years``. None if unknown.
+    """Return the grams of CO2 equivalent of manufacture that one run accounts for: those of one machine's
+    devices, times the hours of the run over the hours that the machine works in ``life_years``. None if
+    unknown.
     """
     if way.embodied_kg is None:
         return None
@@ -131,8 +134,8 @@ def _embodied(way: Alternative, hours: float, terms: Terms) -> float | None:
 
 
 def cheapest(ways: Sequence[Alternative], sheets: Sequence[CostSheet], among: Sequence[int]) -> int | None:
-    """Return the index of the lowest present cost among the options ``among`` that do all the work; the first
-    if equal, None if there is none.
+    """Return the index of the option with the lowest present cost among those of ``among`` that do all the
+    work; the first if several have it, None if there is none.
 
     Options of unknown cost and doing nothing are not considered.
     """
@@ -142,19 +145,25 @@ def cheapest(ways: Sequence[Alternative], sheets: Sequence[CostSheet], among: Se
 
 
 def saved_percent(sheet: CostSheet, reference: CostSheet) -> float | None:
-    """Return the saving in percent of the reference's present cost; negative is a loss, None is unknown."""
+    """Return by how many percent the present cost of ``sheet`` is below that of ``reference``; negative if it
+    is above. None if one of them is unknown, or if that of ``reference`` is not positive.
+    """
     return sheet.saved_percent(reference)
 
 
 def payback(sheet: CostSheet, reference: CostSheet, life_years: float = math.inf) -> tuple[str, float | None]:
-    """Return the kind of payback of ``sheet`` against ``reference``, and its years.
+    """Return (kind, years) of the payback of ``sheet`` against ``reference``. Compared are the costs at the
+    beginning (``initial``) and per year (``running_per_year``).
 
-    The result is ("at once", 0) if neither the first cost nor the running cost is higher; ("never", None) if
-    neither is lower; ("years", years until the additional first cost is recovered); or ("until", years for
-    which ``sheet``, with a lower first cost, stays cheaper). If a machine is bought, years beyond
-    ``life_years`` are not stated, as new machines are bought then: the result is ("not in life", life_years)
-    instead of "years", or ("all life", life_years) instead of "until". ("", None) if a running cost is
-    unknown.
+    - ("at once", 0): neither cost is higher than that of ``reference``
+    - ("never", None): neither is lower
+    - ("years", n): more at the beginning; after n years, the lower cost per year has made up for it
+    - ("until", n): less at the beginning; after n years, the higher cost per year has used that up
+    - ("", None): a cost per year is unknown
+
+    If one of the two options is a purchase, machines are bought anew after ``life_years``, so n above that is
+    not stated: the result is then ("not in life", life_years) instead of "years", and ("all life",
+    life_years) instead of "until".
     """
     extra_cost = sheet.initial - reference.initial
     if reference.running_per_year is None or sheet.running_per_year is None:

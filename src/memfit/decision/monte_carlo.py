@@ -17,13 +17,13 @@ _DUST: Final = 1e-9  # relative to the saving: a smaller swing is rounding
 def interval(
     best: Alternative, reference: Alternative, terms: Terms, numbers: Sequence[Term], *, draws: int = DRAWS
 ) -> tuple[Interval, float] | None:
-    """Return (interval of what ``best`` saves over ``reference`` in percent; percentage of draws in which it
-    saves anything).
+    """Return (interval of what ``best`` saves over ``reference`` in percent; percentage of random draws in
+    which it saves anything). Return None if the saving is unknown.
 
-    ``numbers``: the numbers of the decision with their ranges. The interval goes from the 5th to the 95th
-    percentile of ``draws`` random draws of them, widened to contain the saving at their values. It is that
-    point, with 0 or 100 percent, if no number has a range or both options are the same. None if the saving is
-    unknown.
+    ``numbers``: the numbers of the decision with their ranges. For each of ``draws`` draws, every number with
+    a range is drawn from it. The interval goes from the 5th to the 95th percentile of the saving in them, and
+    is widened to contain the saving with all numbers at their values. If no number has a range, or if both
+    options are the same, the interval is only this saving, and the percentage is 100 or 0.
     """
     import numpy
 
@@ -46,10 +46,10 @@ def interval(
 
 def _drawn(name: str, span: Interval, draws: int) -> Any:
     """Return ``draws`` draws from the triangular distribution over the range ``span`` with its peak at the
-    value. The random stream is seeded by ``name``.
+    value. The random generator is seeded by ``name``.
 
-    The draws thus do not depend on which other numbers are drawn, and are at the same position of the range
-    in every currency.
+    A number's draws thus do not depend on which other numbers are drawn, and lie at the same positions of its
+    range in every currency.
     """
     import numpy
 
@@ -63,11 +63,10 @@ def _drawn(name: str, span: Interval, draws: int) -> Any:
 def tornado(
     best: Alternative, reference: Alternative, terms: Terms, numbers: Sequence[Term]
 ) -> tuple[Swing, ...]:
-    """Return what ``best`` saves over ``reference`` at both ends of each number's range, the other numbers
-    unchanged; largest effect first.
+    """Return, for each number with a range, what ``best`` saves over ``reference`` in percent at both ends of
+    the range, with the other numbers at their values; largest difference first.
 
-    Numbers without a range, those whose effect is only rounding, and those with which the saving is unknown
-    are left out.
+    Numbers whose effect is only rounding, and those with which the saving is unknown, are left out.
     """
     swings, saved_at = [], _saver(best, reference, terms, numbers)
     for name, span in ranged(numbers).items():
@@ -80,11 +79,11 @@ def tornado(
 
 
 def replace_numbers(terms: Terms, values: Mapping[str, Any]) -> Terms:
-    """Return `terms` with the numbers in ``values``, {name: new value}, replaced; money is in the currency of
+    """Return `terms` with the numbers of ``values``, {name: new value}, replaced; money is in the currency of
     the case.
 
-    An Amount is scaled to its value, so that its parts in US dollars and in the currency of the case keep
-    their proportion; an Amount of zero gets all of it in the currency of the case.
+    The two parts of an Amount, in US dollars and in the currency of the case, are scaled by the same factor
+    so that their sum is the new value. If the Amount was zero, the new value is in the currency of the case.
     """
     changes: dict[str, Any] = {}
     for name, value in values.items():
@@ -99,8 +98,8 @@ def replace_numbers(terms: Terms, values: Mapping[str, Any]) -> Terms:
 
 
 def ranged(numbers: Sequence[Term]) -> dict[str, Interval]:
-    """Return {name: range} of those of ``numbers`` that the formulas of an option use and whose range is not
-    a point.
+    """Return {name: range} of those of ``numbers`` that the formulas of an option use and whose low end is
+    below the high end.
     """
     fields = {*OWN, *(f.name for f in dataclasses.fields(Terms))}
     return {
@@ -114,8 +113,8 @@ def ranged(numbers: Sequence[Term]) -> dict[str, Interval]:
 def _saver(
     best: Alternative, reference: Alternative, terms: Terms, numbers: Sequence[Term]
 ) -> Callable[[Mapping[str, float]], float | None]:
-    """Return a function from {name of a number: its value} to the saving of ``best`` in percent; None if the
-    saving is unknown. Numbers that are not named keep their values.
+    """Return a function from {name of a number: its value} to what ``best`` saves over ``reference`` in
+    percent, or None if that is unknown. Numbers that are not named keep their values.
     """
     user_values = {t.name: t.value for t in numbers if t.name in OWN and t.value is not None}
 
@@ -132,11 +131,12 @@ def _saver(
 def with_draw(
     way: Alternative, values: Mapping[str, float], own: Mapping[str, float], terms: Terms
 ) -> Alternative:
-    """Return the option with its setup hours, if its plan is not plain training, and its user-given price
-    changed from ``own`` to ``values``, both {name: value}.
+    """Return the option with its setup hours and its user-given price changed from the values in ``own`` to
+    those in ``values``, both {name: value}. Setup hours change only if the plan is not plain training.
 
-    A price given by the user has a range of its own. It is therefore divided by the factor on the catalog's
-    prices in ``values``, so that the factor has no effect when the costs are computed.
+    A price that the user gave has a range of its own. The price is therefore multiplied by the factor on the
+    catalog's prices in ``terms`` and divided by that in ``values``, so that a draw of this factor has no
+    effect on it when the costs are computed.
     """
     changes: dict[str, Any] = {}
     if "setup_hours" in values and not way.plain:

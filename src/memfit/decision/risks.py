@@ -17,8 +17,9 @@ _FEW_MACHINES = 5
 
 
 def risks(poc: Poc, decision: Decision) -> tuple[Risk, ...]:
-    """Return the seven risks of a decision whose stages are already set, each with its level and evidence:
-    accuracy, stability, reproducibility, load (of the people), maturity, supply and security.
+    """Return the risks of a decision whose stages are already set, each with its level and evidence, in this
+    order: accuracy, stability, reproducibility, load (the work that people have), maturity, supply and
+    security.
 
     Their `loss` is the highest cost of the pilot, None if unknown; always None for security, which is not a
     matter of money.
@@ -113,11 +114,11 @@ def _load(poc: Poc) -> _Found:
 
 
 def _maturity(poc: Poc, decision: Decision) -> _Found:
-    """Judge the upkeep of the engine that ran the recommended plan, and of the libraries that the recommended
+    """Judge the upkeep of the engine that ran the recommended plan, and of the packages that the recommended
     plan and the plan of the best option need.
 
-    The risk is low if the catalog says of all that they are released regularly, unknown if it does not know
-    the status of one, else high.
+    The risk is "low" if the catalog says of all of them that they are released regularly, "unknown" if it
+    does not know the status of one of them, else "high".
     """
     engine = next((r.spec.engine for r in _runs(poc)), "native")
     facts = catalog.engine_facts(engine)

@@ -22,12 +22,12 @@ _Number = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Kind = Literal["equivalent", "undecided", "different"]
 
 
-def _asked(value: Any) -> Any:
-    """Return None for false, because TOML has no null; return any other value as it is."""
+def _none_if_false(value: Any) -> Any:
+    """Return None if ``value`` is False, because TOML has no null; return any other value as it is."""
     return None if value is False else value
 
 
-Limit = Annotated[_Number | None, pydantic.BeforeValidator(_asked)]
+Limit = Annotated[_Number | None, pydantic.BeforeValidator(_none_if_false)]
 Kinds = Annotated[Sequence[Kind], pydantic.Field(min_length=1)]
 
 
@@ -38,9 +38,9 @@ class _Strict(pydantic.BaseModel):
 class MemoryLimits(_Strict):
     """Limits on memory.
 
-    ``prediction_error``: largest allowed |predicted / measured - 1| of the peak memory of the recommended
-    plan, and of plain training if it could run. ``under_cap``: whether the recommended plan must have been
-    trained under the memory cap.
+    ``prediction_error``: largest allowed |predicted / measured - 1| of the peak memory, by default 0.02. It
+    applies to the recommended plan, and to plain training if that could run. ``under_cap``: whether the
+    recommended plan must have been trained under the memory cap; by default yes.
     """
 
     prediction_error: Limit = 0.02
@@ -48,40 +48,44 @@ class MemoryLimits(_Strict):
 
 
 class TimeLimits(_Strict):
-    """Limit on the recommended plan's step time divided by plain training's.
+    """Limit on the recommended plan's step time divided by plain training's, by default 2.
 
-    The figure is the median over pairs of runs if the record has it, else the ratio of both median step
-    times.
+    The figure is the record's ratio, a median over pairs of runs, if it has one, else the ratio of both
+    median step times.
     """
 
     step_ratio: Limit = 2.0
 
 
 class AccuracyLimits(_Strict):
-    """Verdicts on the recommended plan that are accepted; None disables the gate."""
+    """Verdicts on the recommended plan that are accepted, by default only "equivalent"; None disables the
+    gate.
+    """
 
-    verdicts: Annotated[Kinds | None, pydantic.BeforeValidator(_asked)] = ("equivalent",)
+    verdicts: Annotated[Kinds | None, pydantic.BeforeValidator(_none_if_false)] = ("equivalent",)
 
 
 class ReproducibilityLimits(_Strict):
-    """Limit on reproducibility. ``same_again``: whether a repeated run must have given the same bits."""
+    """Limit on reproducibility. ``same_again``: whether a repeated run must have given the same result bit
+    for bit; by default yes.
+    """
 
     same_again: bool = True
 
 
 class EnergyLimits(_Strict):
-    """Limit on the energy of a run of the recommended plan divided by plain training's; none by default.
+    """Limit on the energy of a run of the recommended plan divided by that of plain training; by default
+    there is none.
 
-    The figure is unknown unless both were measured within the same boundary, such as the package or the
-    board.
+    The figure is unknown unless both were measured within the same boundary, such as the processor's package.
     """
 
     ratio: Limit = None
 
 
 class EffortLimits(_Strict):
-    """Limits on failed attempts and on the minutes that people attended to the PoC; by default the latter has
-    no limit.
+    """Limits on failed attempts, by default 3, and on the minutes that people attended to the proof of
+    concept, by default without limit.
     """
 
     failed_attempts: Limit = 3
@@ -89,7 +93,7 @@ class EffortLimits(_Strict):
 
 
 class Gates(_Strict):
-    """All limits of the gate; false in the file disables a limit."""
+    """All limits of the gate. In the TOML file, false disables a limit."""
 
     memory: MemoryLimits = MemoryLimits()
     time: TimeLimits = TimeLimits()
@@ -100,7 +104,9 @@ class Gates(_Strict):
 
 
 class Gate(_Strict):
-    """One figure of a PoC's record compared with its limit. ``found``: None if it was not measured."""
+    """One figure of the record of a proof of concept, compared with its limit. ``found``: the figure, None if
+    it was not measured; the gate does not hold then.
+    """
 
     name: str
     found: float | bool | str | None
@@ -109,7 +115,9 @@ class Gate(_Strict):
 
     @property
     def words(self) -> tuple[str, str, str, bool]:
-        """(Name, figure as text ("" if it was not measured), limit, whether the gate holds), for reports."""
+        """(name, figure as text, limit, whether the gate holds), for reports. The figure is "" if it was not
+        measured.
+        """
         figure = self.found
         if isinstance(figure, bool):
             text = "yes" if figure else "no"
@@ -119,8 +127,8 @@ class Gate(_Strict):
 
 
 def read(path: Path) -> Gates:
-    """Read a TOML file of limits. Raises UserError if it cannot be read or is not TOML, otherwise with the
-    location of the first fault.
+    """Read a TOML file of limits. Raises UserError if it cannot be read or is not TOML. If a limit or key is
+    wrong, the error has the location of the first fault.
     """
     return parse_gates(serialization.toml_text(path), str(path))
 
@@ -128,7 +136,8 @@ def read(path: Path) -> Gates:
 def parse_gates(text: str, path: str) -> Gates:
     """Parse the text of a TOML file of limits; `path` names it in errors.
 
-    Raises UserError if it is not TOML, otherwise with the location of the first fault.
+    Raises UserError if it is not TOML. If a limit or key is wrong, the error has the location of the first
+    fault.
     """
     try:
         data = tomllib.loads(text)
@@ -147,8 +156,8 @@ def parse_gates(text: str, path: str) -> Gates:
 
 
 def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
-    """Return the gates whose limit is not disabled, with the record's figures, in the order in which they
-    should be read.
+    """Return the gates whose limit is not disabled, with the record's figures, in this order: memory, time,
+    accuracy, reproducibility, energy, effort.
     """
     plain, recommended = record.baseline, record.recommended
     effort = record.effort

@@ -23,10 +23,12 @@ def stages(
     named: Mapping[str, str],
     limits: rollout_gates.Gates,
 ) -> tuple[Stage, ...]:
-    """Return the stages PoC, pilot and full; the gates are those of the PoC.
+    """Return the stages "poc" (proof of concept), "pilot" and "full". The gates, which must hold before the
+    pilot, are part of the first.
 
-    `named`: "pilot" or "full" -> machine chosen by the user. `limits`: of the gates. Returns no stages for a
-    PoC that makes no valid record, for example because it did not finish: without a record no gate is passed.
+    `named`: "pilot" or "full" -> machine chosen by the user. `limits`: those of the gates. Returns no stages
+    for a PoC that makes no valid record, for example because it did not finish: without a record no gate
+    holds.
     """
     try:
         record = exchange.of_poc(poc)
@@ -48,8 +50,10 @@ def stages(
         hours=hours,
     )
     state = "next" if all(gate.holds for gate in gates) else "stopped"
-    pilot_way = _named(decision, named.get("pilot")) or (pilot(decision) if "pilot" not in named else None)
-    full_way = _named(decision, named.get("full"))
+    pilot_way = _cheapest_on(decision, named.get("pilot")) or (
+        pilot(decision) if "pilot" not in named else None
+    )
+    full_way = _cheapest_on(decision, named.get("full"))
     if full_way is None and "full" not in named and decision.best is not None:
         full_way = decision.ways[decision.best]
     pilot_stage = _stage("pilot", state, named.get("pilot", ""), pilot_way, offers, decision)
@@ -58,7 +62,7 @@ def stages(
         pilot_stage,
         to_spend=pilot_cost(decision, pilot_way),
         most=pilot_most(decision, pilot_way),
-        ends=_dear(decision),
+        ends=_expensive_ends(decision),
     )
     return (
         poc_stage,
@@ -81,11 +85,12 @@ def _unpriced(decision: Decision) -> tuple[str, ...]:
 def cost_after_pilot(
     decision: Decision, whole: Alternative | None, trial: Alternative | None
 ) -> float | None:
-    """Return the present cost of the option ``whole`` of the full stage after the pilot with ``trial``.
+    """Return the present cost of the option ``whole`` of the full stage, less what a pilot with the option
+    ``trial`` has already paid. None if there is no ``whole`` or its cost is unknown.
 
-    The pilot has already paid the setup of the plan, and that of the machine if both options use the same one
-    and both own, rent or buy it. The cost is not reduced if the pilot's cost is unknown. None if there is no
-    ``whole`` or its cost is unknown.
+    The pilot pays the working hours to adopt the plan, and those to set up the machine if both options have
+    the same machine and kind (existing, purchase or cloud). If there is no ``trial`` or its cost is unknown,
+    nothing is subtracted.
     """
     cost = None if whole is None else decision.sheets[decision.ways.index(whole)].present_cost
     if cost is None or whole is None or trial is None or pilot_cost(decision, trial) is None:
@@ -96,9 +101,9 @@ def cost_after_pilot(
     return cost - paid_hours * decision.terms.labour_per_hour
 
 
-def _named(decision: Decision, machine: str | None) -> Alternative | None:
-    """Return the cheapest option of known cost on this machine; existing is preferred to rented, and rented
-    to bought, whatever they cost. None if there is none.
+def _cheapest_on(decision: Decision, machine: str | None) -> Alternative | None:
+    """Return the cheapest option of known cost on this machine; an existing one is preferred to a rented one,
+    and that to one to be bought, whatever they cost. None if there is none.
     """
     order = ("existing", "cloud", "purchase")
     matches = [(w, s) for w, s in zip(decision.ways, decision.sheets, strict=True) if w.machine == machine]
@@ -115,14 +120,14 @@ def _stage(
 ) -> Stage:
     """Return a stage without its costs.
 
-    ``machine`` is used only if there is no option ``way``, for example because the machine has no price; its
-    predictions are shown nevertheless.
+    ``way``: its option, or None if there is none, for example because the machine has no price. Only then is
+    ``machine`` used; the predictions for it are shown all the same.
     """
     machine = way.machine if way is not None else machine
     fitting_offers = [o for o in offers if o.machine == machine and o.fits]
     matching_offers = [o for o in fitting_offers if way is None or o.plain is way.plain]
     offer = min(matching_offers, key=lambda o: o.plain, default=None)
-    back, back_way = _back(decision, machine, way is not None and way.plain)
+    back, back_way = _fallback(decision, machine, way is not None and way.plain)
     usable = usable_bytes(machine)
     return Stage(
         name=name,
@@ -140,12 +145,16 @@ def _stage(
     )
 
 
-def _back(decision: Decision, machine: str, plain: bool) -> tuple[str, int | None]:
+def _fallback(decision: Decision, machine: str, plain: bool) -> tuple[str, int | None]:
     """Return (what to go back to if a stage on ``machine`` fails, index of that option or None).
 
-    It is "plain", plain training on the same machine, if it surely fits there; else "reference", the cheapest
-    plain training on a machine that is bought or rented, if that is another machine; else "stay", what is
-    done today. If the stage itself is plain training, ``plain``, it is "stay".
+    ``plain``: whether the stage itself is plain training. The first that applies:
+
+    - ("stay", None), what is done today, if ``plain``
+    - ("plain", index): plain training on the same machine, if it surely fits there and does all the work
+    - ("reference", index): the cheapest plain training on a machine that is bought or rented, if that is
+      another machine
+    - ("stay", None)
     """
     plain_here = [
         i
@@ -161,9 +170,11 @@ def _back(decision: Decision, machine: str, plain: bool) -> tuple[str, int | Non
 
 def pilot(decision: Decision) -> Alternative | None:
     """Return the option of the pilot: one run before anything is bought, on an existing or rented machine.
+    None if there is none.
 
     It is the best option if that is not a purchase. Otherwise it is a rental with the same kind of plan
-    (plain or recommended): of the same machine if possible, else the cheapest. None if there is none.
+    (plain or recommended): on the same machine if it is rented, too, else the rental that costs least for one
+    run.
     """
     if decision.best is None:
         return None
@@ -177,22 +188,23 @@ def pilot(decision: Decision) -> Alternative | None:
 
 
 def pilot_cost(decision: Decision, way: Alternative | None) -> float | None:
-    """Return the cost of a pilot: setup and one run, with monthly charges for each month begun.
+    """Return the cost of a pilot with the option ``way``: setup and one run. Monthly charges are paid for
+    each month begun.
 
-    None without an option, if it is a purchase, or if its power is unknown and not included in a rent.
+    None if there is no option, if it is a purchase, or if the cost of electricity is unknown.
     """
     return None if way is None or way.kind == "purchase" else _one_run(way, decision.terms)[0]
 
 
 def pilot_most(decision: Decision, way: Alternative | None) -> float | None:
-    """Return the highest cost of a pilot: setup and one run with every number at its most expensive end, plus
-    people's hours of operating the machine in each month begun.
+    """Return the highest cost of a pilot with the option ``way``: setup and one run with every number at the
+    most expensive end of its range, plus people's hours of operating the machine in each month begun.
 
-    None without an option, if it is a purchase, or if its power is unknown and not included in a rent.
+    None if there is no option, if it is a purchase, or if the cost of electricity is unknown.
     """
     if way is None or way.kind == "purchase":
         return None
-    ends = _dear(decision)
+    ends = _expensive_ends(decision)
     user_values = {t.name: t.value for t in decision.numbers if t.name in OWN and t.value is not None}
     dear_terms = monte_carlo.replace_numbers(
         decision.terms, {n: end for n, end in ends.items() if n not in OWN}
@@ -201,7 +213,7 @@ def pilot_most(decision: Decision, way: Alternative | None) -> float | None:
     return None if cost is None else cost + people
 
 
-def _dear(decision: Decision) -> dict[str, float]:
+def _expensive_ends(decision: Decision) -> dict[str, float]:
     """Return {name of a number: most expensive end of its range}: the low end of utilisation_ratio, the high
     end of all others. Numbers without a range are left out.
     """
@@ -210,8 +222,9 @@ def _dear(decision: Decision) -> dict[str, float]:
 
 
 def _one_run(way: Alternative, base_terms: Terms) -> tuple[float | None, float]:
-    """Return (cost of setup, electricity and rental; cost of operating hours) of one run, with monthly and
-    yearly charges for each month begun; (None, 0) if the cost of electricity is unknown.
+    """Return (cost of setup, electricity and rental; cost of operating hours) of one run. Charges per month
+    and the operating hours per year are counted for each month begun. Return (None, 0) if the cost of
+    electricity is unknown.
     """
     year_share = max(1, math.ceil(12 * run_hours(way, base_terms) / HOURS_PER_YEAR)) / 12
     basic = base_terms.basic_per_kw_month
@@ -232,7 +245,7 @@ def _one_run(way: Alternative, base_terms: Terms) -> tuple[float | None, float]:
 
 def running_cost(energy_j: float, hours: float, terms: Terms) -> float:
     """Return the cost of ``energy_j`` joules of electricity with tax, plus that of ``hours`` working hours of
-    people, which cost nothing if the price of an hour is unknown.
+    people. If the price of a working hour is unknown, these cost nothing.
     """
     per_kwh = terms.energy_per_kwh.at(terms.per_usd) + terms.levy_per_kwh.at(terms.per_usd)
     return energy_j / J_PER_KWH * per_kwh * (1 + terms.tax_ratio) + hours * terms.labour_per_hour
@@ -241,8 +254,8 @@ def running_cost(energy_j: float, hours: float, terms: Terms) -> float:
 def _energy_j(poc: Poc, terms: Terms) -> float | None:
     """Return the joules that the PoC's runs drew from the grid, including the overhead of the site (PUE).
 
-    Runs without a meter are modelled: the power of plain training's predicted step times the duration of the
-    run. None if there is such a run, but no predicted power.
+    For a run whose energy was not measured, it is the power of plain training as predicted, times the
+    duration of the run. None if there is such a run, but no predicted power.
     """
     estimate = poc.search.baseline.estimate
     power_w = estimate.energy_j / estimate.step_s.value if estimate.energy_j and estimate.step_s else None
