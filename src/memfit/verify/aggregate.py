@@ -12,16 +12,16 @@ WARM_UP_STEPS: Final = 2
 
 
 def median_step_s(measurement: Measurement) -> float | None:
-    """Return the median step time without the first two (warm-up) steps, or of all steps if there are no
-    others; None without steps.
+    """Return the median step time of a run without its first two (warm-up) steps, or of all steps if there
+    are no others; None without steps.
     """
     steady = measurement.step_s[WARM_UP_STEPS:] or measurement.step_s
     return statistics.median(steady) if steady else None
 
 
 def by_plan(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs by role and plan: first the baseline, then ablations by decreasing peak, last the
-    recommended plan.
+    """Group runs by role and plan, and return the groups: first the baseline, then ablations by decreasing
+    peak, last the recommended plan.
 
     An ablation with the same plan as the baseline or the recommended plan is left out.
     """
@@ -37,30 +37,30 @@ def by_plan(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def ok_runs(runs: Iterable[Run]) -> list[Run]:
-    """Return the runs that completed."""
+    """Return the runs whose outcome is "ok"."""
     return [run for run in runs if run.measurement.outcome is OutcomeKind.OK]
 
 
 def peak_bytes(runs: Iterable[Run]) -> int | None:
-    """Return the largest peak of the completed runs; None if none of them has one."""
+    """Return the largest measured peak of the completed runs; None if none of them has one."""
     return max((r.measurement.peak_bytes for r in ok_runs(runs) if r.measurement.peak_bytes), default=None)
 
 
 def step_s(runs: Iterable[Run]) -> float | None:
-    """Return the median of the completed runs' median step times (see `median_step_s`); None if there are
-    none.
+    """Return the median of the median step times of the completed runs (see `median_step_s`); None if there
+    are none.
     """
     medians = [step for run in ok_runs(runs) if (step := median_step_s(run.measurement)) is not None]
     return statistics.median(medians) if medians else None
 
 
 def energy_saved(runs: Iterable[Run]) -> tuple[float, str] | None:
-    """Return the percentage of plain training's energy that the recommended plan saved, and the energy
-    boundary of both.
+    """Return (percentage of plain training's energy that the recommended plan saved, the energy boundary of
+    both).
 
-    Of each, the median of the completed runs is used; all runs must have the same number of steps. A negative
-    percentage means that saving memory cost energy. None if one of the two was not measured, or if not all
-    runs of both were measured within the same boundary.
+    Of each, the median of its completed runs with a measured energy is used; all runs must have the same
+    number of steps. A negative percentage means that saving memory cost energy. None if one of the two was
+    not measured, or if not all of these runs were measured within the same boundary.
     """
     energies: dict[str, list[tuple[float, str]]] = {"baseline": [], "recommended": []}
     for run in ok_runs(runs):

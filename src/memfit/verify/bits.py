@@ -9,8 +9,8 @@ from memfit.types.result import Measurement, OutcomeKind, Reproducibility, Run
 
 
 def first_difference(a: Sequence[float], b: Sequence[float]) -> int | None:
-    """Return the index of the first entry whose bits differ, or that only one of the two has; None if there
-    is none. All NaN count as equal.
+    """Return the index of the first entry whose bits differ between ``a`` and ``b``, or that only one of them
+    has; None if there is none. All NaN count as equal.
     """
     pairs = zip_longest(map(float.hex, map(float, a)), map(float.hex, map(float, b)))
     return next((i for i, (x, y) in enumerate(pairs) if x != y), None)
@@ -21,8 +21,8 @@ def reproducibility(run_a: Run, run_b: Run) -> Reproducibility:
     bitwise equal.
 
     The result names the first step that differs. If only the weights differ, that is the last step, because
-    its update is what differs. ``reproducible`` is None if a run did not complete or recorded no losses or no
-    digest of its weights.
+    only its update has no later loss that would show it. ``reproducible`` is None if a run did not complete
+    or recorded no losses or no digest of its weights.
     """
     assert run_a.spec.seed == run_b.spec.seed, "both runs must have the same seed"
     assert run_a.spec.plan == run_b.spec.plan, "both runs must have the same plan"

@@ -19,11 +19,11 @@ _MOST_PAIRS = 200
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tost:
-    """The result of paired two one-sided tests against ``margin``.
+    """The result of paired two one-sided tests (TOST) against ``margin``.
 
-    ``difference``: mean of the paired differences. ``low`` and ``high``: its 90 % interval. ``sd``: standard
-    deviation of the paired differences. ``power``: probability that such tests show equivalence if there is
-    no true difference and ``sd`` is the true spread.
+    ``difference``: mean of the paired differences. ``low`` and ``high``: the 90 % interval of that mean.
+    ``sd``: standard deviation of the paired differences. ``pairs``: their number. ``power``: probability that
+    such tests show equivalence if there is no true difference and ``sd`` is the true standard deviation.
     """
 
     difference: float
@@ -36,8 +36,8 @@ class Tost:
 
     @property
     def kind(self) -> VerdictKind:
-        """Equivalent if the interval lies inside (-margin, margin), different if entirely outside, else
-        undecided.
+        """ "equivalent" if the interval lies inside (-margin, margin), "different" if entirely outside, else
+        "undecided".
         """
         if -self.margin < self.low and self.high < self.margin:
             return VerdictKind.EQUIVALENT
@@ -47,9 +47,11 @@ class Tost:
 
 
 def tost(differences: Sequence[float], *, margin: float) -> Tost:
-    """Run Schuirmann's test (1987) on paired differences. There must be at least `MIN_PAIRS`, all finite.
+    """Run two one-sided tests (Schuirmann 1987) on paired differences. There must be at least `MIN_PAIRS` (3)
+    of them, all finite.
 
-    Equivalence at level `ALPHA` is the same as the 90 % interval lying inside (-margin, margin).
+    Equivalence at the level `ALPHA` (5 % for each test) is the same as the 90 % interval lying inside
+    (-margin, margin).
     """
     n = len(differences)
     assert n >= MIN_PAIRS, f"{n} pairs are too few for the test"
@@ -69,8 +71,9 @@ def tost(differences: Sequence[float], *, margin: float) -> Tost:
 
 
 def pairs_needed(*, margin: float, sd: float) -> int | None:
-    """Return the smallest number of pairs, at least `MIN_PAIRS`, with which the test has a power of
-    `GOOD_POWER` if the paired differences have the standard deviation ``sd``; None if above 200.
+    """Return the smallest number of pairs, at least `MIN_PAIRS` (3), with which the test shows equivalence
+    with a probability of `GOOD_POWER` (80 %), if there is no true difference and the paired differences have
+    the standard deviation ``sd``. None if more than 200 are needed.
     """
     choices = range(MIN_PAIRS, _MOST_PAIRS + 1)
     index = bisect.bisect_left(

@@ -31,16 +31,16 @@ STEPS = 5
 
 def tolerance(step: int) -> float:
     """Return the largest relative difference of two runs' losses at `step` (counted from 0) that reordered
-    float32 sums explain.
+    float32 sums explain: about 4.3e-5 at step 0, and twice as much with each further step.
     """
     return LAMBDA * math.sqrt(2 * TERMS) * UNIT_ROUNDOFF * GROWTH**step
 
 
 def first_out_of_tolerance(a: Sequence[float], b: Sequence[float]) -> tuple[int, float] | None:
-    """Return (the first step at which the losses ``a`` and ``b`` differ by more than `tolerance`, the
-    relative difference there); None if there is none.
+    """Return (the first step, counted from 0, at which the losses ``a`` and ``b`` differ by more than
+    `tolerance`, the relative difference there); None if there is none.
 
-    Only the first `STEPS` steps are checked; of these, both must have the same number.
+    Only the first `STEPS` (5) steps are checked; of these, ``a`` and ``b`` must have the same number.
     """
     for step, (x, y) in enumerate(zip(a[:STEPS], b[:STEPS], strict=True)):
         difference = abs(x - y) / max(abs(x), abs(y), UNIT_ROUNDOFF)

@@ -32,12 +32,17 @@ def verdict(
 ) -> Verdict:
     """Judge the runs of a plan, `candidate`, against those of plain training, `baseline`, on the same seeds.
 
-    `effect` is the plan's effect class. E0: losses and trained weights must be bitwise equal on every seed.
-    E1: the first losses must be within float32 tolerance (see `float32`), then as E2. E2 and E3: equivalence
-    of the metric within its fixed margin. The verdict is undecided if the seeds do not pair one to one, a run
-    did not complete with finite losses, the numbers of steps differ, or a digest of the weights (E0), the
-    metric or enough pairs for its test (E1 to E3) are missing, or if the interval of the metric's difference
-    is neither inside nor outside the margin. The order of the runs does not matter.
+    `effect` is the plan's effect class, which decides the test:
+
+    - E0: losses and trained weights must be bitwise equal on every seed.
+    - E1: the losses of the first steps must be within float32 tolerance (see `float32`), else the verdict is
+      different; then as E2.
+    - E2 and E3: the metric must be equivalent within its fixed margin.
+
+    The verdict is undecided if the seeds do not pair one to one, a run did not complete with finite losses,
+    the numbers of steps differ, or a digest of the weights (E0), the metric or enough pairs for its test (E1
+    to E3) are missing, or if the interval of the metric's difference is neither inside nor outside the
+    margin. The order of the runs does not matter.
     """
     pairs = _paired(baseline, candidate)
     if problem := _unpaired(baseline, candidate):

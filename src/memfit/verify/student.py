@@ -26,7 +26,7 @@ def central_probability(t: float, freedom: int) -> float:
 
 def critical_t(freedom: int, *, alpha: float) -> float:
     """Return the t that a Student variable with `freedom` degrees of freedom exceeds with probability `alpha`
-    (one-sided), by bisection.
+    (one-sided), found by bisection.
     """
     low, high = 0.0, 1.0
     while central_probability(high, freedom) < 1 - 2 * alpha:
@@ -38,13 +38,14 @@ def critical_t(freedom: int, *, alpha: float) -> float:
 
 
 def tost_power(*, margin: float, sd: float, pairs: int, alpha: float) -> float:
-    """Return the probability that a paired TOST shows equivalence if the true difference is zero.
+    """Return the probability that a paired TOST (two one-sided tests) shows equivalence within ``margin`` if
+    the true difference is zero.
 
-    `sd` is the true standard deviation of a pair's difference; with 0 the power is 1. `alpha` is the level of
-    each one-sided test. The mean of the n pairs is normal and the observed sd is `c * sd` with c
-    chi-distributed and independent of the mean (Schuirmann 1987). Hence, with z = sqrt(n) margin / sd, t the
-    critical value at `alpha`, f the density of c and Phi the normal distribution, power = integral of
-    f(c) (2 Phi(z - t c) - 1) over 0 <= c <= z / t.
+    `sd` is the true standard deviation of a pair's difference; with 0 the power is 1. `pairs` is n below.
+    `alpha` is the level of each one-sided test. The mean of the n pairs is normal and the observed sd is `c *
+    sd` with c chi-distributed and independent of the mean (Schuirmann 1987). Hence, with z = sqrt(n) margin /
+    sd, t the critical value at `alpha`, f the density of c and Phi the normal distribution, power = integral
+    of f(c) (2 Phi(z - t c) - 1) over 0 <= c <= z / t.
     """
     if sd == 0:
         return 1.0
@@ -62,8 +63,8 @@ def tost_power(*, margin: float, sd: float, pairs: int, alpha: float) -> float:
 
 
 def _chi_density(c: float, freedom: int) -> float:
-    """Return the density at ``c`` of the observed over the true standard deviation: a chi variable with
-    ``freedom`` degrees of freedom over the root of that number.
+    """Return the density at ``c`` of (observed standard deviation / true one): a chi-distributed variable
+    with ``freedom`` degrees of freedom, divided by the square root of ``freedom``.
     """
     if c == 0:
         return math.sqrt(2 / math.pi) if freedom == 1 else 0.0
