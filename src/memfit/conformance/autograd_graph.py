@@ -94,8 +94,7 @@ class Graph:
         self._known.clear()
 
     def observed(self) -> SavedTensors:
-        """Return what was recorded so far, but for ``ends``, ``compiled`` and ``eager``, which are attributes
-        only."""
+        """Return what was recorded so far, as a value. ``ends``, ``compiled`` and ``eager`` are not in it."""
         return SavedTensors(
             backwards=self.backwards,
             device=self.device,

@@ -190,8 +190,9 @@ class _Ranks:
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return, for each parameter, the squared sine of the angle between its figures in ``a`` and in ``b``, 0
-    if one of the two is zero. The last dimension is that of the figures."""
+    """Return, for each parameter, the squared sine of the angle between its figures in ``a`` and in ``b``
+    (the last dimension): 0 if one is a multiple of the other, also if one is zero; 1 if they are
+    orthogonal."""
     product, sizes = (a * b).sum(-1).square(), a.square().sum(-1) * b.square().sum(-1)
     nonzero = sizes > 0
     return torch.where(nonzero, 1 - product / torch.where(nonzero, sizes, 1.0), 0.0).clamp_min(0.0)

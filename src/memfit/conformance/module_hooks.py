@@ -76,7 +76,7 @@ class BlockListener:
                 self.computed[p.dtype] += whole(p)
 
     def observed(self) -> BlockActivity:
-        """Return what was recorded so far."""
+        """Return what was recorded so far, as a value."""
         return BlockActivity(
             ran={i: dict(elements) for i, elements in self.ran.items()},
             again={i: dict(elements) for i, elements in self.again.items()},

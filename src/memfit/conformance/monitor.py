@@ -50,15 +50,14 @@ _LOOKS = 16  # in one backward pass
 
 
 class Monitor(Prepared):
-    """Listens to one training step of a prepared model between `__enter__` and `__exit__`. `observe` returns
-    what it observed, and `conclude` compares that with the plan. If no step was listened to, it observes only
-    what can be seen without one.
+    """Observes one training step of a prepared model, run between `__enter__` and `__exit__`. `observe`
+    returns what was observed, and `conclude` compares that with the plan. Both can be called without a step;
+    then they cover only what can be seen without one.
 
-    ``micro_batches`` is the number of micro-batches that the observed step runs, if it differs from the
-    plan's. ``plain_model``, which the caller may set, is the model without a plan. If it is None, effects
-    that the plan does not request, and that the model may cause by itself, are reported as not checked
-    instead of as differences.
-    """
+    ``micro_batches`` is the number of micro-batches that the observed step runs; None: the plan's.
+    ``plain_model``, which the caller may set, is the model without a plan. If it is None, effects that the
+    plan does not request, and that the model may cause by itself, are reported as not checked instead of as
+    differences."""
 
     def __init__(
         self,

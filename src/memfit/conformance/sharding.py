@@ -78,7 +78,7 @@ def own_shard(param: torch.Tensor) -> torch.Tensor:
 
 
 def in_backward() -> bool:
-    """Return whether the autograd engine is running."""
+    """Return whether the autograd engine is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -133,8 +133,8 @@ def states(optimizer: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
 
 
 def buffered_gradients(optimizer: Any) -> int:
-    """Return the number of elements of gradients that memfit's ZeRO 3 keeps in a buffer of its optimizer; 0
-    for other optimizers."""
+    """Return the number of elements of gradients that memfit's ZeRO 3 keeps in a buffer of its optimizer,
+    which may be wrapped; 0 for other optimizers."""
     buffers = (getattr(layer, "grads", None) for layer in layers(optimizer))
     return sum(local_elements(b) for b in buffers if isinstance(b, torch.Tensor))
 

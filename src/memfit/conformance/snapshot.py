@@ -159,8 +159,8 @@ def gathered_blocks(prepared: Prepared) -> tuple[int, ...]:
 
 
 def _block_of(prepared: Prepared) -> dict[nn.Module, int]:
-    """Return, for each module inside a block, the block's index. Modules are the keys because gathered
-    parameters are other tensors than the shards."""
+    """Return, for each module of a block, the block itself included, the block's index. The keys are modules,
+    not parameters, because the parameters that FSDP2 has gathered are other tensors than the shards."""
     return {module: i for i, block in enumerate(prepared.blocks) for module in block.modules()}
 
 

@@ -55,8 +55,8 @@ class ChunkCut:
 
 def _form(leaves: list[Any], spec: Any) -> tuple[object, ...]:
     """Return what two calls must have in common, so that what is true of slices of one is true of the other:
-    how arguments are passed, the values of those that are no tensors, and of each tensor the dimensions,
-    which of them have length 1, as broadcast ones do, and whether it is of floating point."""
+    how arguments are passed; the values of arguments that are no tensors; and of each tensor whether it is
+    floating-point, the number of its dimensions, and which of these have length 1, as broadcast ones do."""
     return (
         repr(spec),
         *(
@@ -246,9 +246,9 @@ _NOT_CONSTANT = {*vars(nn.Module()), "forward"}
 
 
 def _constants(module: nn.Module) -> tuple[str, ...]:
-    """Return, as texts, the attributes of the module and its submodules that are neither torch's own nor
-    ``forward``, such as the axis they sum over. They distinguish modules of one class and of the same
-    shapes."""
+    """Return texts "path.attribute=value" for the attributes of the module and its submodules that are
+    neither torch's own nor ``forward``, such as the axis over which they sum. Modules of the same classes and
+    shapes may differ in these."""
     return tuple(
         f"{name}.{k}={_state_text(v)}"
         for name, m in module.named_modules()

@@ -43,8 +43,8 @@ class ModuleCall:
 
 
 def columns_bytes(out: torch.Tensor, weight: torch.Tensor) -> int:
-    """Return the bytes to which a convolution with output ``out`` and ``weight`` unfolds its input; 0 if its
-    kernel has one element."""
+    """Return the bytes of the matrix to which a convolution unfolds its input before it multiplies it with
+    ``weight``, for the output ``out``. Return 0 if its kernel has one element, as it need not unfold then."""
     return out.nbytes // out.shape[1] * weight[0].numel() if weight[0, 0].numel() > 1 else 0
 
 

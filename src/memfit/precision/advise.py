@@ -132,9 +132,9 @@ def add_padding(batch: Any) -> Any:
     """Return the batch with zeros in the last sixteenth of each mask, so that code for masked positions is
     examined too.
 
-    A tensor counts as a mask if all its elements are one, it has at least two dimensions, of which the last
-    has at least 16 elements, and it needs no gradient. It is padded along its last dimension.
-    """
+    A tensor counts as a mask if all its elements are one (or True), it is not complex, it has at least two
+    dimensions, of which the last has at least 16 elements, and it needs no gradient. It is padded along its
+    last dimension, in a copy."""
 
     def pad(mask: torch.Tensor) -> torch.Tensor:
         is_mask = mask.dim() > 1 and mask.shape[-1] >= _PADDED and not mask.requires_grad
@@ -395,8 +395,9 @@ def _told_place(place: _Place) -> ExaminedModules:
 
 
 def _named(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:
-    """Return patterns, as in ``fnmatch``, of the paths of exactly those modules of ``model`` whose own code
-    must not run in ``mode``; the root and the loss function are left out."""
+    """Return patterns, as for ``fnmatch``, that match the paths of exactly those modules of ``model`` whose
+    own code must not run in ``mode``. The root and the loss function are left out. Where no pattern matches
+    exactly, the paths themselves are returned."""
     names = [n for n, _ in model.named_modules()]
     paths_by_pattern = [(p.pattern, _paths(p, mode)) for p in places if p.pattern not in ("", LOSS)]
     return tuple(p for pattern, paths in paths_by_pattern for p in _patterns(pattern, paths, names))

@@ -33,8 +33,7 @@ _WIDE_ON_CUDA: Final = frozenset(_CUDA_LIST.split())
 
 class CudaLists(TorchFunctionMode):
     """Makes torch.autocast on the CPU compute in float32 what it computes in float32 on CUDA, such as norms
-    and softmax, which autocast on the CPU keeps narrow.
-    """
+    and softmax, which autocast on the CPU keeps narrow. Without autocast, nothing changes."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -128,8 +128,8 @@ class _Watch:
             self._losses += [float(loss)] if isinstance(loss, int | float) else []
 
     def _lines(self) -> Iterator[bytes]:
-        """Yield the lines of the child's output until it closes its output, exits or runs out of time, or the
-        run is stopped. The last line may be empty or cut off."""
+        """Yield the lines of the child's output, without their ends, until it closes its output, exits or
+        runs out of time, or the run is stopped. The last one may be empty or cut off."""
         rest = b""
         for chunk in self._chunks():
             *lines, rest = (rest + chunk).split(b"\n")
@@ -272,10 +272,9 @@ def _machine_oom_kills() -> int:
 
 
 def _dying_with_parent(argv: Sequence[str]) -> list[str]:
-    """Return `argv` wrapped so that Linux kills the process when this process dies in any way. If this
-    process has died already, `argv` is not started.
+    """Return a command that runs `argv` in such a way that Linux kills it when this process dies, however it
+    dies. If this process has died before it starts, `argv` is not run.
 
-    A small program requests this and then replaces itself with `argv`, because running Python code between
-    fork and exec is unsafe with threads.
-    """
+    The command is a small Python program that asks for this and then replaces itself with `argv`, because
+    running Python code between fork and exec is unsafe with threads."""
     return [sys.executable, "-I", "-S", "-c", _ASK, str(os.getpid()), *argv]

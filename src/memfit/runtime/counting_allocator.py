@@ -31,7 +31,8 @@ _BUILD_LIMIT_S: Final = 120.0
 
 
 class AllocatorUnavailable(MemfitError):
-    """The counting allocator cannot be built, loaded or installed here. The message says why."""
+    """Raised if the counting allocator cannot be built, loaded or installed on this machine. The message says
+    why."""
 
 
 class Counts(NamedTuple):
@@ -43,7 +44,8 @@ class Counts(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One allocation (positive ``delta_bytes``) or free (negative)."""
+    """One allocation (``delta_bytes`` above 0) or free (below 0), with its time on the monotonic clock in ns
+    and the operating system's id of its thread."""
 
     delta_bytes: int
     time_ns: int  # monotonic clock
@@ -51,7 +53,8 @@ class Event(NamedTuple):
 
 
 class Log(NamedTuple):
-    """Every allocation and free between start_log and stop_log, in the order in which they were counted."""
+    """Every allocation and free between start_log and stop_log, in the order in which they were counted.
+    ``start_bytes``: live bytes when the log started."""
 
     start_bytes: int  # live when the log started
     events: tuple[Event, ...]

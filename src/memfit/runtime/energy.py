@@ -30,8 +30,8 @@ class EnergyMeter:
         self._started = self._read()
 
     def stop(self) -> tuple[float | None, str]:
-        """Return (joules since start(), boundary). Return (None, "") if there is no meter, if a counter could
-        not be read now or at the start, or if start() was not called."""
+        """Return (joules since the last start(), boundary). Return (None, "") if there is no meter, if a
+        counter could not be read now or at the start, or if start() was not called."""
         start_readings, end_readings = self._started, self._read()
         if not end_readings or len(start_readings) != len(end_readings):
             return _NO_METER
@@ -56,7 +56,8 @@ class EnergyMeter:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Zone:
-    """One package (socket) in /sys/class/powercap. Its counter of microjoules wraps around at `range_uj`."""
+    """A package (socket) of the CPU: its folder in /sys/class/powercap, and the number of microjoules at
+    which its counter starts again at 0."""
 
     path: Path
     range_uj: int

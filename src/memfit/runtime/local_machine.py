@@ -11,9 +11,9 @@ from memfit.types.machine import Device, Fact, Machine
 
 
 def this_machine(place: str) -> Machine:
-    """Return a machine whose only device is this machine's CPU, with the memory that the operating system
-    reports and an assumed power for each CPU thread that this process may use. ``place`` is the name of a
-    place in the catalog."""
+    """Return a machine, called "this machine", whose only device is this machine's CPU. Its memory is what
+    the operating system reports in all, its power an assumed number of watts for each CPU thread that this
+    process may use. ``place`` is the name of a place in the catalog."""
     import psutil
 
     today = datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -74,7 +74,8 @@ class _Cap(Protocol):
     kind: str
 
     def apply(self, cap_bytes: int) -> int:
-        """Set the cap and return the footprint in bytes: what the process holds now."""
+        """Set the cap to `cap_bytes` above what the process holds now (the footprint), and return the
+        footprint in bytes."""
         ...
 
     def lift(self) -> None: ...
@@ -138,7 +139,7 @@ class _DataLimit:
 
     def used_bytes(self) -> int | None:
         """Return by how many bytes the peak of VmData since apply() exceeds its value at apply(). Return None
-        without the counting allocator, which records this peak; the kernel keeps none."""
+        without the counting allocator, which records this peak: the kernel does not record it."""
         return None if self._allocator is None else self._allocator.data_peak_bytes() - self._start_bytes
 
 

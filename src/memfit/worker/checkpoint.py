@@ -45,7 +45,8 @@ Shapes = Mapping[str, Shape]
 
 
 class Checkpointer:
-    """Saves and restores the checkpoints of one run. Every rank has one."""
+    """Saves and restores the checkpoints of one run. Every rank has one, and all ranks must save and restore
+    together."""
 
     def __init__(self, spec: RunSpec, step: TrainingStep) -> None:
         """Create it before ``step`` runs. Raises UserError if the state of the run cannot be saved by name
@@ -91,8 +92,8 @@ class Checkpointer:
         return metadata.step
 
     def check(self) -> None:
-        """Raise UserError if the optimizer's state cannot be saved by name. Call after the first step, which
-        creates the state."""
+        """Raise UserError if a value of the optimizer's state cannot be saved by name (`Entry.stored`). To be
+        called after the first step, which creates the state."""
         for entry in self._entries():
             _ = entry.stored
 
@@ -246,8 +247,8 @@ class Entry:
         if self.place.at is None or self.shared:
             return value
         raise UserError(
-            f"{self.key} of a flat optimizer state has {value.numel()} elements, but its parameters have "
-            f"{owner.numel()}",
+            f"{self.key} of a flat optimizer state has {value.numel()} elements, but the flat tensor "
+            f"of its parameters has {owner.numel()}",
             allowed="with zero, an optimizer whose state has the shape of its parameters",
         )
 
@@ -318,7 +319,7 @@ def _must_step_together(path: Path, shared: list[Entry], target: Mapping[str, An
     if differences:
         raise UserError(
             f"{path}: the saved parameters differ in {sorted(differences)[0]}, but the flat optimizer state "
-            "of this plan holds one value",
+            "of this plan holds one value for all of them",
             allowed="a plan without zero stages 1 to 3",
         )
 

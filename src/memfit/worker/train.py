@@ -162,11 +162,11 @@ def step_maker(engine: str, folder: Path | None) -> MakeStep:
 
 
 def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
-    """Build the step of the run, compare it with the plan while it runs up to two micro-batches, and run it
-    again with one micro-batch. Kernels, their caches and thread stacks then exist before the memory that the
-    process itself takes is read (docs/decisions/002-memory-cap.md gives the difference). Return the number of
-    elements of the plain model's parameters. Raises NotConforming if the step does not do what the plan
-    says."""
+    """Build the step of the run, run it with up to two micro-batches while comparing it with the plan
+    (`_conform`), run it again with one micro-batch, and throw it away. Kernels, their caches and thread
+    stacks then exist before the memory that the process itself takes is read
+    (docs/decisions/002-memory-cap.md gives the difference). Return the number of elements of the parameters
+    of the model without a plan. Raises NotConforming if the step does not do what the plan says."""
     import torch
 
     batch = job.make_batch(0, spec.seed)
@@ -193,8 +193,8 @@ def _conform(
 ) -> None:
     """Run one step of up to two micro-batches, watch what it does, compare that with the plan, and report the
     result as an event "conformance". ``inputs``: this rank's part of the batch, and the mean number of loss
-    terms per rank. ``model_facts``: the number of elements of the plain model's parameters, and their dtypes.
-    Raises NotConforming if the step differs from the plan."""
+    terms per rank. ``model_facts``: the number of elements of the parameters of the model without a plan, and
+    their dtypes. Raises NotConforming if the step differs from the plan."""
     from memfit.conformance.module_hooks import PlainModel
     from memfit.conformance.monitor import Monitor
 
@@ -225,9 +225,10 @@ def _conform(
 
 
 def _still(step: TrainingStep, job: Job, elements: int) -> None:
-    """Compare the trained model and optimizer with the plan, without watching a step: the step that the
-    warm-up watched was another instance, made by the same code. ``elements``: number of elements of the plain
-    model's parameters. Raises NotConforming if they differ from the plan."""
+    """Compare the trained model and optimizer with the plan, as far as this is possible without watching a
+    step. The step that the warm-up watched was another instance, made by the same code. ``elements``: number
+    of elements of the parameters of the model without a plan. Raises NotConforming if they differ from the
+    plan."""
     from memfit.conformance.monitor import Monitor
 
     Monitor(
