@@ -92,7 +92,7 @@ def test_conflicting_techniques_are_refused_in_either_order(one: str, other: str
         assert clash is not None
         assert one in clash
         assert other in clash
-        with pytest.raises(UserError, match="take one of them out"):
+        with pytest.raises(UserError, match="take one of these techniques out"):
             check(plan)
 
 

@@ -34,7 +34,8 @@ APPLIED_BY_MEMFIT = frozenset(
 
 
 def no_files(spec: RunSpec) -> Files:
-    """Return no files: the default of `Engine.files`, for an engine that has no configuration file."""
+    """Return no files. This is the default of `Engine.files`, for an engine that has no configuration
+    file."""
     return {}
 
 
@@ -43,30 +44,31 @@ class Engine:
     """A library, or memfit itself, that trains a plan.
 
     - ``summary``: what the engine is and offers, in one line.
-    - ``install``: the command that installs it; "" if it is part of torch.
+    - ``distribution``: the name of its package on the package index; "" if it has no package of its own.
+    - ``tested``: the tested versions of that package, from (inclusive) and to (exclusive).
+    - ``install``: the command that installs it; "" if it has no package of its own.
     - ``carries``: names of the techniques that the engine applies itself.
     - ``applied_by_memfit``: names of the techniques that memfit applies to the model or the step and that the
       engine does not affect. Plans with a technique in neither set are not supported.
     - ``reasons(plan)``: why the engine does not support a plan whose techniques are all in ``carries`` or
-      ``applied_by_memfit``, such as a setting that its library lacks; empty if it does.
+      ``applied_by_memfit``, such as a setting that its library lacks; empty if it does support it.
     - ``asks_cuda(plan)``: the parts of the plan, in words, that the engine runs only on NVIDIA GPUs; may be
       empty.
     - ``no_scalars(plan)``: whether the engine refuses parameters without dimensions.
-    - ``files(spec)``: the files that configure the engine, name -> text, besides the run's run.json. The
-      worker reads them.
-    - ``env``: environment variables that its worker gets.
-    - ``tested``: the tested versions of the package, from (inclusive) and to (exclusive).
-    - ``saves``: whether memfit's worker can save and resume its training.
+    - ``saves``: whether memfit's worker can save and resume training on this engine.
     - ``own_trace``: whether the engine's step runs on fake tensors. If so, predictions are traces of it.
       Otherwise they are traces of the native step for the plan ``predicted(plan)``, which needs the same
       memory as the engine's step for ``plan``.
-    - ``requirements``: what pip installs in a separate environment, for an engine whose dependencies
-      conflict with memfit's; empty if it runs in memfit's environment.
+    - ``requirements``: what pip installs in a separate environment, for an engine whose dependencies conflict
+      with memfit's; empty if it runs in memfit's environment.
+    - ``files(spec)``: the files that configure the engine, name -> text, besides the run's run.json. The
+      worker reads them.
+    - ``env``: environment variables that its worker gets.
     """
 
     name: str
     summary: str
-    distribution: str = ""  # its name on the package index; "" if it is part of torch
+    distribution: str = ""
     tested: tuple[str, str] = ("", "")
     install: str = ""
     carries: frozenset[str] = frozenset()
@@ -87,17 +89,18 @@ class Engine:
 
     def supports(self, plan: Plan) -> tuple[str, ...]:
         """Return the reasons why the engine does not support the plan; empty if it does. If the plan has
-        techniques that are neither in ``carries`` nor in ``applied_by_memfit``, return one reason for each
-        of these and no others."""
+        techniques that are neither in ``carries`` nor in ``applied_by_memfit``, return one reason for each of
+        these and no others."""
         techniques = (u.technique for u in plan.uses if u.technique not in self.known)
         reasons = tuple(f"{technique} is not supported by {self.name}" for technique in techniques)
         return reasons or self.reasons(plan)
 
     def probe(self) -> Probe:
-        """Return the installed version of the engine's package and what keeps the engine from running: the
-        package is not installed, or its version is untested. Nothing is imported. The version is torch's for
-        an engine that is part of torch. An engine with ``requirements`` is looked up only in its recorded
-        environment."""
+        """Return the installed version of the engine's package, and what keeps the engine from running: the
+        package is not installed, or its version is not one of ``tested``. Nothing is imported. For an engine
+        without a package of its own, the package is torch, of which every version will do. An engine with
+        ``requirements`` is looked up only in its environment on record (`recorded`), and counts as not
+        installed if there is none."""
         if not self.distribution:
             return Probe(
                 version=_version("torch") or "", problem="" if _version("torch") else "torch is not installed"
@@ -141,7 +144,7 @@ def _version(distribution: str, folder: str | None = None) -> str | None:
 
 
 def _at(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version in comparable form: "0.19.8+x" -> (0, 19, 8); () if it does not
-    begin with a number."""
+    """Return the leading numbers of a version as a tuple, so that versions can be compared: (0, 19, 8) for
+    "0.19.8+x"; () if it does not begin with a number."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(n) for n in match.group().split(".")) if match else ()

@@ -11,9 +11,9 @@ from memfit.types.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """An engine's virtual environment. ``folder``: its folder; ``python``: path of its interpreter;
-    ``packages``: its site-packages folder; ``installed_bytes``: bytes of its files after it was created;
-    ``took_s``: seconds that its creation took."""
+    """An engine's virtual environment. ``folder``: path of its folder; ``python``: path of its interpreter;
+    ``packages``: path of its site-packages folder; ``installed_bytes``: total size of its files when it had
+    been created; ``took_s``: seconds that its creation took."""
 
     folder: str
     python: str
@@ -23,16 +23,16 @@ class Environment:
 
 
 def environments_folder() -> Path:
-    """Return the folder that holds the record of each engine's environment, and in which environments are
-    created unless another folder is named."""
+    """Return the folder "memfit/engines" in the user's data folder. It holds a record of each engine's
+    environment. Environments are also created there, unless the user names another folder."""
     import platformdirs
 
     return platformdirs.user_data_path("memfit") / "engines"
 
 
 def recorded(name: str) -> Environment | None:
-    """Return the environment of the engine ``name`` from its record, whether or not the environment still
-    exists. Return None if there is no record or it cannot be read."""
+    """Return the environment of the engine ``name`` as its record describes it. It is not checked whether the
+    environment still exists. Return None if there is no record or it cannot be read."""
     try:
         return serialization.loads(
             Environment, _record(name).read_text(encoding="utf-8"), what=f"record of {name}"
@@ -42,8 +42,7 @@ def recorded(name: str) -> Environment | None:
 
 
 def record(name: str, environment: Environment) -> None:
-    """Write the record that ``environment`` is the environment of the engine ``name``, in place of any
-    earlier record."""
+    """Store ``environment`` as the record of the engine ``name``, in place of any earlier record."""
     path = _record(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(serialization.dumps(environment, indent=2) + "\n", encoding="utf-8")

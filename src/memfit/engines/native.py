@@ -26,8 +26,9 @@ ENGINE = Engine(
 def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
     """Return the launch of the run ``spec`` on ``engine``: memfit's worker as a command, its environment
     variables, run.json and the engine's configuration files. It is what runs execute and what `memfit export`
-    writes. The command uses the interpreter of the engine's own environment, which then imports memfit from
-    this source folder, or this interpreter if the engine needs no environment or none is recorded."""
+    writes. The command uses the interpreter that runs now. If the engine has an environment of its own on
+    record, the command uses that one's interpreter, which imports memfit from the folder from which it is
+    imported now."""
     environment = recorded(engine.name) if engine.requirements else None
     return LaunchConfig(
         engine=engine.name,
@@ -57,11 +58,15 @@ def render_calibration(
     rates: bool = True,
     memory_only: bool = False,
 ) -> LaunchConfig:
-    """Return the launch of a worker process that times the operators ``signatures``, with the environment
+    """Return the launch of a worker process that measures the operators ``signatures``, with the environment
     variables of a run on the native engine. ``spec`` gives the number of threads and the time limit.
-    ``budget_s``: seconds for the measurements. ``packages``: modules to import first, which register
-    operators. ``rates``: measure the machine's rates, such as its memory bandwidth, too. ``memory_only``:
-    measure only the peak memory within each operator (its inputs not counted), neither times nor rates."""
+
+    - ``budget_s``: seconds for the measurements.
+    - ``packages``: modules to import first, which register operators.
+    - ``rates``: also measure the machine's rates, such as its memory bandwidth.
+    - ``memory_only``: measure only the peak memory inside each operator, without its inputs, and neither
+      times nor rates. Otherwise the operators' times are measured, too.
+    """
     request = {
         "signatures": list(signatures),
         "budget_s": budget_s,
@@ -80,7 +85,7 @@ def render_calibration(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Return the worker's environment variables: PYTHONSAFEPATH, and OMP_NUM_THREADS unless ``threads`` is 0.
-    PYTHONSAFEPATH removes the current folder from the import path, so that a user's file cannot shadow a
-    module of the standard library or of an installed package."""
+    """Return the worker's environment variables: PYTHONSAFEPATH and, unless ``threads`` is 0, OMP_NUM_THREADS
+    with the value ``threads``. PYTHONSAFEPATH removes the current folder from the import path, so that a
+    user's file cannot shadow a module of the standard library or of an installed package."""
     return {"PYTHONSAFEPATH": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

@@ -26,16 +26,16 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def engine(name: str) -> Engine:
-    """Return the engine called ``name``. If there is none, raises UserError with all names and, if one is
-    similar, that one."""
+    """Return the engine called ``name``. If there is none, raises UserError, whose message lists all names
+    and suggests the most similar one, if one is similar."""
     return look_up("engine", name, ENGINES)
 
 
 def supporting_engine(name: str, plan: Plan) -> Engine:
     """Return the engine called ``name`` if it supports the plan; whether it is installed does not matter.
-    Otherwise raises UserError with the reasons, and with the engines other than replay that support the plan.
-    Raises UserError, too, if there is no such engine, or if the plan's number of ranks does not suit its
-    techniques."""
+    Raises UserError if there is no such engine, or if the plan's degrees do not fit its number of ranks.
+    Raises UserError, too, if the engine does not support the plan: the message gives the reasons and lists
+    the engines that do, except replay, or "none"."""
     candidate = engine(name)
     layout(plan)  # raises first for an invalid number of ranks, which no engine would support
     if reasons := candidate.supports(plan):
@@ -50,8 +50,9 @@ def supporting_engine(name: str, plan: Plan) -> Engine:
 
 def ready_engine(name: str, plan: Plan) -> Engine:
     """Return the engine called ``name`` if it supports the plan, can train it here, on CPU ranks, and is
-    installed in a tested version. Otherwise raises UserError, as `supporting_engine` does, with the parts of
-    the plan that require CUDA, or with the command that installs a tested version."""
+    installed in a tested version. Otherwise raises UserError: the errors of `supporting_engine`; an error
+    that names the parts of the plan that require CUDA; or one that says what is wrong with the installation
+    and gives the command that installs a tested version."""
     candidate = supporting_engine(name, plan)
     if parts := candidate.asks_cuda(plan):
         raise UserError(

@@ -142,8 +142,8 @@ def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLik
 
 
 def stochastic_adamw(choice: OptimizerChoice) -> MakeOptimizer:
-    """Return a maker of AdamW that rounds bf16 parameter updates stochastically (torchao), with the numbers
-    of ``choice`` (learning rate, betas, eps, weight decay) but not its name or its ``make``."""
+    """Return a maker of torchao's AdamW, which rounds the updates of bf16 parameters stochastically. It has
+    the learning rate, betas, eps and weight decay of ``choice``, whatever optimizer that names or makes."""
 
     def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
         from torchao.optim import _AdamW

@@ -2,8 +2,8 @@
 
 A new technique is entered in `TECHNIQUES`. The search for one device then finds it through its ``settings``.
 These places name techniques and are to be looked at, too: planner/parallelism_grid.py (the search for many
-devices), ``carries`` and ``beside`` of each engine, export/script_steps.py (the call that a user's script
-makes), conformance/registry.py, integrations/lightning.py, and lint/to_plan*.py.
+devices), ``carries`` and ``applied_by_memfit`` of each engine, export/script_steps.py (the call that a user's
+script makes), conformance/registry.py, integrations/lightning.py, and lint/to_plan*.py.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ def proposable(plan: Plan) -> bool:
 
 def unsupported_techniques(machine: Machine) -> frozenset[str]:
     """Return the names of the techniques that the machine's devices do not support: float8-linear if the
-    devices are not CPUs and the machine's data has no peak rate for 8-bit floats, else none. CPUs emulate
-    these."""
+    devices are not CPUs, which emulate 8-bit floats, and the machine's data has no peak rate for these; else
+    none."""
     device = machine.device
     has_float8 = device.kind == "cpu" or "float8" in device.peak_flops  # a CPU emulates float8
     return frozenset() if has_float8 else frozenset({float8.NAME})
@@ -200,7 +200,7 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
             hint="`memfit machines` lists the peak rates of devices",
         )
     if (clash := conflict(plan)) is not None:
-        raise UserError(f"impossible plan: {clash}", hint="take one of them out")
+        raise UserError(f"impossible plan: {clash}", hint="take one of these techniques out")
     for u in plan.uses:
         if missing := technique(u.technique).lacks(u.settings):
             raise UserError(

@@ -47,9 +47,9 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """Return the content of the file that `accelerate launch --config_file` reads, for one machine.
-    `mixed_precision` is the dtype of gathered parameters under FSDP2, and autocast otherwise. With ZeRO it is
-    left out, and the content names DeepSpeed's own file."""
+    """Return the content of the YAML file that `accelerate launch --config_file` reads, for one machine.
+    `mixed_precision` ("bf16", "fp16" or "no") is the dtype of gathered parameters under FSDP2, and that of
+    autocast otherwise. With ZeRO it is left out, and the content names DeepSpeed's own file."""
     mixed_precision = "bf16" if plan.get("bf16-autocast") else "fp16" if plan.get("fp16-autocast") else "no"
     content: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -86,8 +86,8 @@ def config(plan: Plan) -> dict[str, Any]:
 
 
 def _asks_cuda(plan: Plan) -> tuple[str, ...]:
-    """Return ("fp16-autocast",) if the plan uses it, else (): on a CPU an Accelerator set to fp16 silently
-    trains in float32."""
+    """Return ("fp16-autocast",) if the plan uses that technique, else (). On a CPU, an Accelerator set to
+    fp16 silently trains in float32."""
     return ("fp16-autocast",) if plan.get("fp16-autocast") is not None else ()
 
 

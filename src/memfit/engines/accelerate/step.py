@@ -32,15 +32,16 @@ _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_
 
 
 class Step(TrainingStep):
-    """The training step on the engine accelerate. ``folder``: folder of the run's configuration files, or
-    None if the step is only traced for a prediction."""
+    """The training step on the engine accelerate. ``folder`` is the folder of the run's configuration files,
+    set before a step is created; None if the step is only traced for a prediction."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
 
     def __new__(cls, job: Job, plan: Plan, **options: Any) -> Step:
-        """Create the step. For a run whose plan has zero it is DeepSpeed's, with a DeepSpeed engine that
-        Accelerate creates. A trace of such a plan uses memfit's own ZeRO."""
+        """Create the step. If the plan has zero and ``folder`` is set, as in a run, its class is
+        `_ThroughDeepspeed`. Without ``folder``, in a trace, it is this class, and memfit's own ZeRO stands
+        for DeepSpeed's."""
         uses_deepspeed = plan.get("zero") is not None and cls.folder is not None
         return super().__new__(_ThroughDeepspeed if uses_deepspeed else cls)
 
@@ -71,17 +72,18 @@ class Step(TrainingStep):
         return cast(OptimizerLike, optimizer)
 
     def _as_native(self) -> OptimizerLike:
-        """Prepare a trace of a plan without FSDP with memfit's own techniques. For DDP, autocast and
-        accumulation, Accelerate does the same; memfit's ZeRO stands for DeepSpeed's."""
+        """Prepare the step for a trace of a plan without FSDP, by memfit's own techniques, and return the
+        optimizer. For DDP, autocast and gradient accumulation, Accelerate does the same as memfit; memfit's
+        ZeRO stands for DeepSpeed's."""
         for technique, use in ordered_uses(self.plan):
             if technique.name in self.carried:
                 technique.apply(self.bench, use.settings)
         return super()._prepare()
 
     def _prepared_fake(self) -> OptimizerLike:
-        """Prepare a trace of a plan with FSDP. Accelerate finds an optimizer's parameters by their addresses,
-        which fake tensors do not have, so the optimizer is created after the model is prepared, without
-        Accelerate."""
+        """Prepare the step for a trace of a plan with FSDP, and return the optimizer. Accelerate finds an
+        optimizer's parameters by their addresses, which fake tensors do not have. So the optimizer is created
+        after the model is prepared, without Accelerate."""
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         # Torch would create the same mesh, but it cannot do so with fake tensors.
@@ -106,9 +108,9 @@ class Step(TrainingStep):
 
 
 class _ThroughDeepspeed(step.Step, Step):
-    """DeepSpeed's step, with a DeepSpeed engine that Accelerate creates. Accelerate's own `backward` also
-    updates parameters. Here the DeepSpeed engine's `backward` and `step` are called instead, so that the
-    phases of the step can be measured separately."""
+    """The step of a run whose plan has zero: DeepSpeed's step, with a DeepSpeed engine that Accelerate
+    creates. Accelerate's own `backward` also updates parameters. Here the DeepSpeed engine's `backward` and
+    `step` are called instead, so that the phases of the step can be measured separately."""
 
     carried = Step.carried
 
@@ -154,10 +156,10 @@ def _block_classes(bench: Any) -> Iterator[str]:
 
 
 def _accelerator(content: Mapping[str, Any], plan: Plan, folder: Path | None = None) -> Any:
-    """Return a new Accelerator on CPU, after a reset of Accelerate's state. It is configured by ``content``,
-    that of the configuration file, through the environment variables that `accelerate launch` would set from
-    it. DDP's buckets are not in the file: they are passed as arguments, from ``plan``. ``folder`` holds
-    DeepSpeed's own file; without it, DeepSpeed is not set up."""
+    """Return a new Accelerator on CPU, after a reset of Accelerate's state. ``content`` is the content of the
+    configuration file: it is passed on through the environment variables that `accelerate launch` would set
+    from it. The sizes of DDP's buckets, which the file does not hold, are taken from ``plan`` and passed as
+    arguments. ``folder`` is the folder with DeepSpeed's own file; if it is None, DeepSpeed is not set up."""
     from accelerate import Accelerator
     from accelerate.utils import patch_environment
 
@@ -182,8 +184,8 @@ def _handlers(plan: Plan) -> Iterator[Any]:
 
 
 def _variables(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return those environment variables that accelerate/utils/launch.py sets from ``content``, that of the
-    configuration file, for mixed precision, FSDP and DeepSpeed."""
+    """Return, name -> value, the environment variables for mixed precision, FSDP and DeepSpeed that
+    accelerate/utils/launch.py sets from ``content``, the content of the configuration file."""
     variables = {"ACCELERATE_MIXED_PRECISION": str(content.get("mixed_precision", "no"))}
     if fsdp_settings := content.get("fsdp_config"):
         variables["ACCELERATE_USE_FSDP"] = "true"
@@ -195,7 +197,8 @@ def _variables(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reset() -> None:
-    """Reset Accelerate's state, which exists once per process and which the step of a warm-up has set."""
+    """Reset Accelerate's state. There is one such state per process, and an earlier step in this process,
+    such as that of a warm-up, may have set it."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):

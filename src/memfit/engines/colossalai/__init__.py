@@ -22,8 +22,9 @@ _STYLES = {"1f1b": "1f1b", "interleaved": "interleaved"}
 
 
 def plugin_of(plan: Plan) -> str:
-    """Return the name of the Booster plugin that trains the plan; "" if the plan has none of ddp, zero,
-    tensor-parallel and pipeline, so that it needs no plugin."""
+    """Return the name of the Booster plugin that trains the plan: "HybridParallelPlugin" for tensor-parallel
+    or pipeline; else, for zero, "GeminiPlugin" in stage 3 and "LowLevelZeroPlugin" in other stages; else
+    "TorchDDPPlugin" for ddp. Return "" for any other plan, which needs no plugin."""
     if plan.get("tensor-parallel") or plan.get("pipeline"):
         return HYBRID
     if (zero := plan.get("zero")) is not None:
@@ -33,8 +34,9 @@ def plugin_of(plan: Plan) -> str:
 
 def config(plan: Plan, clip: float | None = None) -> dict[str, Any]:
     """Return the content of colossalai.json: the name of the Booster ``plugin`` and its ``arguments``.
-    ``clip``: the largest gradient norm, None or 0 for no limit. It is not among the arguments of the DDP
-    plugin, which does not clip: there, and without a plugin, memfit's worker clips."""
+    ``clip`` is the largest norm of gradients, beyond which they are clipped; None or 0 for no limit. It is an
+    argument (max_norm) of all plugins but that of DDP, which does not clip: there, and without a plugin,
+    memfit's worker clips."""
     name = plugin_of(plan)
     arguments = _ARGUMENTS[name](plan) if name else {}
     if clip and name not in {"", DDP}:

@@ -18,7 +18,8 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
-    """The training step on the engine colossalai. ``folder``: folder of the run's configuration files."""
+    """The training step on the engine colossalai. ``folder`` is the folder of the run's configuration files,
+    which must be set before a step is created."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path
@@ -58,8 +59,8 @@ class Step(TrainingStep):
 
 
 class _Stepping:
-    """Gives ``inner``, Colossal-AI's wrapper of an optimizer, the interface of an optimizer. The wrapper
-    itself hides the optimizer's state and passes arguments on by position."""
+    """Gives Colossal-AI's wrapper of an optimizer, ``inner``, the interface of torch's optimizers. The
+    wrapper itself hides the optimizer's state, and passes arguments on by position only."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

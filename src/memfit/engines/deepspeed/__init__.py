@@ -20,9 +20,9 @@ CONFIG = "deepspeed.json"
 
 
 def as_zero(plan: Plan) -> Plan:
-    """Return the plan with the technique ddp replaced by zero at stage 0, which is DeepSpeed's DDP: it
-    averages gradients over ranks after backward, in pieces of its own size, so ddp's settings are dropped. A
-    plan without ddp is returned unchanged."""
+    """Return the plan with zero of stage 0 in place of ddp; a plan without ddp is returned unchanged. Stage 0
+    is DeepSpeed's DDP: it averages gradients over ranks after backward, in pieces of its own size. The
+    settings of ddp are therefore dropped."""
     if plan.get("ddp") is None:
         return plan
     return plan.without("ddp").with_use(make_use("zero", {"stage": 0}))
@@ -51,8 +51,9 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 
 def config(spec: RunSpec) -> dict[str, Any]:
-    """Return the content of the file that `deepspeed --deepspeed_config` reads. It has no optimizer: the
-    program creates that. DDP, and a plan of one rank without zero, are written as ZeRO stage 0."""
+    """Return the content of the JSON file that `deepspeed --deepspeed_config` reads. It does not describe the
+    optimizer, which the program that trains creates. DDP, and a plan of one rank without zero, are written as
+    ZeRO stage 0."""
     zero = as_zero(spec.plan).get("zero")
     accumulation = spec.plan.get("gradient-accumulation")
     micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1

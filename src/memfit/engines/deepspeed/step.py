@@ -17,8 +17,8 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
-    """The training step on the engine deepspeed. ``folder``: folder of the run's configuration files, which
-    must be set before a step is created."""
+    """The training step on the engine deepspeed. ``folder`` is the folder of the run's configuration files,
+    which must be set before a step is created."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
@@ -64,8 +64,8 @@ class Step(TrainingStep):
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed and return it, without the kernel that it would compile for all-reduces between
-    processes of one host.
+    """Import DeepSpeed and return it. Keep it from compiling its kernel for all-reduces between processes of
+    one host.
 
     Only inference uses that kernel. A process that is killed while it builds or loads the kernel leaves a
     lock file behind, and every later start on the machine would wait for that lock forever.
@@ -77,8 +77,8 @@ def import_deepspeed() -> Any:
 
 
 def _join_alone() -> None:
-    """Create a process group of this process alone if there is none: DeepSpeed needs one even with one rank.
-    DeepSpeed keeps a reference to it, so it stays until the process ends."""
+    """If there is no process group yet, create one of this process alone, because DeepSpeed needs one even
+    with one rank. It stays until the process ends, because DeepSpeed keeps a reference to it."""
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -31,8 +31,9 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 
 def config(plan: Plan) -> dict[str, object]:
-    """Return the arguments of FairScale's ShardedDataParallel, name -> value, besides the model, the
-    optimizer and the process group. Without sharded-ddp in the plan, its reduce buffer is off (size 0)."""
+    """Return the content of fairscale.json: the arguments of FairScale's ShardedDataParallel, name -> value,
+    besides the model, the optimizer and the process group. Without sharded-ddp in the plan, the size of its
+    reduce buffer is 0, so that it has none."""
     use = plan.get("sharded-ddp")
     buffer_elements = int(use.settings["reduce_buffer_elements"]) if use is not None else 0
     return {

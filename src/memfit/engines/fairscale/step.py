@@ -26,7 +26,8 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
-    """The training step on the engine fairscale. ``folder``: folder of the run's configuration files."""
+    """The training step on the engine fairscale. ``folder`` is the folder of the run's configuration files,
+    which must be set before a step is created."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path
@@ -84,8 +85,9 @@ class Step(TrainingStep):
             ) from error
 
     def _sync_last(self, last: bool) -> None:
-        """Before a micro-batch, suppress the reduction of gradients over ranks unless it is the step's last
-        (``last``). A second reduction would average averaged gradients again."""
+        """Called before each micro-batch. Let its backward reduce gradients over ranks only if it is the last
+        of the step (``last``), because a second reduction would average gradients that are averages
+        already."""
         self._syncing.close()
         if not last:
             self._syncing.enter_context(self.wrapped.no_sync())
@@ -98,8 +100,8 @@ class Step(TrainingStep):
         return norm
 
     def _grad_norm(self) -> torch.Tensor:
-        """Return the norm of all gradients, over all ranks. Each rank contributes the gradients of the
-        parameters that it owns; on it, other gradients are freed or only partially reduced."""
+        """Return the norm of all gradients, over all ranks. Each rank counts the gradients of the parameters
+        that it owns: its gradients of other parameters are freed or only partially reduced."""
         optimizer: Any = self.optimizer
         own_params = [p for p, rank in optimizer._param_to_rank.items() if rank == optimizer.rank]
         norms = [torch.linalg.vector_norm(p.grad).float() for p in own_params if p.grad is not None]
@@ -114,9 +116,9 @@ class Step(TrainingStep):
 
 
 def _must_be_flat(block: torch.nn.Module, args: Any, output: Any) -> None:
-    """A forward hook. Raise UserError unless the block's output is a tensor, or a tuple or list with at least
-    one tensor and no tensors nested deeper. `checkpoint_wrapper` returns deeper tensors without gradients,
-    and of a mapping only the keys."""
+    """Hook after a block's forward. Raises UserError unless ``output`` is a tensor, or a tuple or list with
+    at least one tensor and no tensors nested deeper. `checkpoint_wrapper` returns deeper tensors without
+    gradients, and of a mapping only the keys."""
     parts = output if isinstance(output, tuple | list) else (output,)
     nested_parts = [p for p in parts if not isinstance(p, torch.Tensor)]
     has_nested_tensors = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(nested_parts))

@@ -66,8 +66,8 @@ def _asks_cuda(plan: Plan) -> tuple[str, ...]:
 
 def arguments(spec: RunSpec) -> dict[str, str]:
     """Return the options of Megatron-LM's trainer for the run, name without dashes -> value; the value of a
-    switch is "". Without ``spec.sizes`` and ``spec.batch_size``, the options of the model's sizes and of the
-    batches are left out."""
+    switch is "". The options for the sizes of the model are left out if ``spec.sizes`` is empty, and those
+    for the sizes of batches if ``spec.batch_size`` is 0."""
     mesh = layout(spec.plan)
     return {
         **spec.sizes,
@@ -150,13 +150,13 @@ def _step(spec: RunSpec) -> dict[str, str]:
 
 
 def _files(spec: RunSpec) -> dict[str, str]:
-    """Return the file megatron.args, name -> text, with one of the trainer's options per line, for
-    ``pretrain_gpt.py $(cat megatron.args) --data-path ...``"""
+    """Return the one file megatron.args, name -> text. Each line is an option of the trainer, such as
+    "--num-layers 12". The file is for ``pretrain_gpt.py $(cat megatron.args) --data-path ...``"""
     return {CONFIG: "".join(f"--{k} {v}".rstrip() + "\n" for k, v in arguments(spec).items())}
 
 
 def parse(text: str) -> dict[str, str]:
-    """Parse the text of megatron.args, as `_files` makes it: option without dashes -> value, "" for a
+    """Parse the text of megatron.args, which `_files` wrote. Return option without dashes -> value, "" for a
     switch."""
     pairs = (line.removeprefix("--").partition(" ") for line in text.splitlines())
     return {name: value for name, _, value in pairs}

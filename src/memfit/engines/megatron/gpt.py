@@ -43,7 +43,7 @@ class GptShape:
 
 def read(model: nn.Module) -> GptShape:
     """Return the shape of ``model``. Raises UserError if its class is not exactly memfit's Gpt (a subclass is
-    refused, too), or if Megatron's GPTModel cannot express something in it; the message says what."""
+    refused, too), or if it has something that Megatron's GPTModel cannot express, which the message names."""
     if type(model) is not Gpt:
         raise UserError(
             f"engine megatron cannot convert the job's model: the job's model is {type(model).__name__}",
@@ -52,7 +52,8 @@ def read(model: nn.Module) -> GptShape:
     if reasons := list(_differences(model)):
         raise UserError(
             f"engine megatron: Megatron's GPTModel cannot express, in the job's model, {'; '.join(reasons)}",
-            allowed="a memfit.jobs.builtin.gpt.Gpt, all trainable, whose blocks have equal heads and biases",
+            allowed="a memfit.jobs.builtin.gpt.Gpt whose parameters are all trainable and whose blocks have "
+            "equally many heads, with biases in all of their Linear layers or in none",
         )
     first_block: Any = model.blocks[0]
     return GptShape(
@@ -110,9 +111,9 @@ def _differences(model: Gpt) -> Iterator[str]:
 
 
 def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
-    """Yield descriptions of settings that vary within the model although GPTModel has one value for all
-    blocks, and of properties of the model that GPTModel cannot have. ``linears``: the Linear layers of all
-    blocks; ``norms``: the norms of all blocks and the one before the head."""
+    """Yield what GPTModel cannot express, each as a text: settings that vary within the model although
+    GPTModel has one value for all blocks, and properties of the model that GPTModel cannot have. ``linears``
+    are the Linear layers of all blocks; ``norms`` are the norms of all blocks and the one before the head."""
     values_by_problem = {
         "norms with different eps": {n.eps for n in norms},
         "blocks with different heads": {b.heads for b in model.blocks},
@@ -133,8 +134,8 @@ def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
 
 
 def check_cut(shape: GptShape, degree: int) -> None:
-    """Raise UserError if ``degree``, the number of tensor-parallel ranks, does not divide the number of heads
-    and the feed-forward width."""
+    """Raise UserError if ``degree``, the number of tensor-parallel ranks, does not divide the number of
+    heads, or does not divide the feed-forward width."""
     must_divide("number of heads", shape.heads, degree)
     must_divide("feed-forward width", shape.feed, degree)
 
@@ -170,9 +171,9 @@ class CoreAttention(nn.Module):
 
 
 class Norm(nn.LayerNorm):
-    """torch's LayerNorm whose parameters are marked by the attribute ``sequence_parallel``, True if the
-    configuration has sequence parallelism. Megatron sums only the gradients of parameters that are so marked,
-    and therefore refuses torch's LayerNorm with sequence parallelism."""
+    """torch's LayerNorm with an attribute ``sequence_parallel`` on each parameter, which says whether the
+    configuration has sequence parallelism. Megatron then sums the gradients of these parameters over ranks.
+    It refuses torch's own LayerNorm with sequence parallelism, because that does not mark them."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float, **ignored: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -181,9 +182,9 @@ class Norm(nn.LayerNorm):
 
 
 class MegatronGpt(nn.Module):
-    """Megatron's GPTModel with the interface of the job's Gpt: its call, ``blocks`` and ``head``. The
-    vocabulary is padded to a multiple of the tensor-parallel ranks, as in Megatron's trainer. Logits of the
-    padding are left out."""
+    """Megatron's GPTModel with the interface of memfit's Gpt: it is called with tokens and has ``blocks`` and
+    ``head``. The vocabulary is padded to a multiple of the number of tensor-parallel ranks, as in Megatron's
+    trainer. Logits of the padding are left out."""
 
     def __init__(self, shape: GptShape, config: Any) -> None:
         super().__init__()
@@ -229,7 +230,7 @@ class MegatronGpt(nn.Module):
 
 def transformer_config(shape: GptShape, **parallel: Any) -> Any:
     """Return Megatron's TransformerConfig for the shape, without dropout and without anything that requires
-    CUDA. ``parallel``: further fields of the configuration."""
+    CUDA. ``parallel`` holds further fields of it, by name."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
@@ -253,9 +254,10 @@ def transformer_config(shape: GptShape, **parallel: Any) -> Any:
 
 
 def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
-    """Copy the weights from ``source`` to ``target``: of a sharded parameter the slice of ``rank``, this
-    process's rank within its tensor-parallel group, and other parameters whole. Rows that pad the vocabulary
-    become zero. Then replace the parameters of ``source`` by empty tensors to free their memory."""
+    """Copy the weights of ``source`` to ``target``. ``rank`` is this process's rank within its
+    tensor-parallel group: of a sharded parameter its slice is copied, and other parameters are copied whole.
+    Rows that pad the vocabulary become zero. Then replace the parameters of ``source`` by empty tensors to
+    free their memory."""
     shape = read(source)
     target_params = dict(target.core.named_parameters())
     for name, full_tensor in _whole(source, shape):
@@ -278,8 +280,8 @@ def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
 
 
 def _whole(source: Gpt, shape: GptShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name of a parameter in GPTModel, its whole, unsharded tensor from ``source``, with rows in
-    Megatron's order) for every parameter."""
+    """Yield (name in GPTModel, whole tensor from ``source``) for every parameter of GPTModel. "Whole" means
+    not sharded, and rows are in Megatron's order."""
     yield "embedding.word_embeddings.weight", source.embed.weight
     yield "embedding.position_embeddings.weight", source.position.weight
     pairs: Mapping[str, str] = {

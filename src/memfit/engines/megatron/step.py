@@ -32,8 +32,8 @@ from memfit.types.launch import RunSpec
 
 
 class Step(TrainingStep):
-    """The training step on the engine megatron. ``folder``: folder of the run's configuration files, or None
-    if the step is only traced for a prediction."""
+    """The training step on the engine megatron. ``folder`` is the folder of the run's configuration files,
+    set before a step is created; None if the step is only traced for a prediction."""
 
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
@@ -76,17 +76,17 @@ class Step(TrainingStep):
                 self.wrapped = bench.call = _wrapped(megatron_model, config, options)
 
     def _given(self) -> Mapping[str, str]:
-        """Return the options of Megatron-LM's trainer, name without dashes -> value: those in the run's
-        megatron.args, or in a trace, which has no such file, those that follow from the plan."""
+        """Return the options of Megatron-LM's trainer, name without dashes -> value: in a run those in the
+        run's megatron.args, in a trace, which has no such file, those that follow from the plan."""
         if self.folder is not None:
             return parse((self.folder / CONFIG).read_text())
         job = JobRef(spec=self.job.name)
         return arguments(RunSpec(name="", role="", job=job, plan=self.plan, seed=0, steps=0))
 
     def _check_sequence(self, is_split: bool) -> None:
-        """Compare whether activations are split along the sequence (sequence parallelism) with the plan.
-        ``is_split``: what Megatron's configuration says. Raises NotConforming if the two differ. The check is
-        here because no parameter's size shows it."""
+        """Raise NotConforming if ``is_split``, whether Megatron's configuration splits activations along the
+        sequence (sequence parallelism), differs from what the plan says. The check is here because no
+        parameter's size shows it."""
         use = self.plan.get("tensor-parallel")
         planned_split = use is not None and bool(use.settings["sequence"])
         if planned_split != is_split:
@@ -116,8 +116,8 @@ class Step(TrainingStep):
         return norm
 
     def _reduced(self) -> None:
-        """Let Megatron finish the reduction of gradients over ranks, and set the views of its gradient
-        buffers as ``grad`` of the parameters, where torch's optimizers expect the gradients."""
+        """Let Megatron finish the reduction of gradients over ranks. Then make ``grad`` of each parameter a
+        view of Megatron's gradient buffer, because torch's optimizers look for the gradients there."""
         from megatron.core.distributed import finalize_model_grads
 
         finalize_model_grads([self.wrapped])
@@ -125,8 +125,9 @@ class Step(TrainingStep):
             param.grad = cast(Any, param).main_grad
 
     def _grad_norm(self) -> torch.Tensor:
-        """Return the norm of all gradients. Squares of the gradients of sharded parameters are summed over
-        the tensor-parallel ranks; gradients that all ranks hold count once."""
+        """Return the norm of all gradients. The squares of gradients of sharded parameters are summed over
+        the tensor-parallel ranks. Gradients of other parameters, which all of these ranks hold, count
+        once."""
         sharded_square, replicated_square = torch.zeros(()), torch.zeros(())
         for param in self.bench.trainable():
             square = torch.linalg.vector_norm(cast(torch.Tensor, param.grad)).float().square()
@@ -167,10 +168,10 @@ def _wrapped(model: MegatronGpt, config: Any, options: Mapping[str, str]) -> Any
 
 @contextlib.contextmanager
 def _parallel_state(degree: int, *, traced: bool) -> Iterator[None]:
-    """Initialize Megatron's process groups inside this context, in addition to torch's. If torch has no
-    process group, create one of this process alone first and destroy it at the end. ``degree``: number of
-    tensor-parallel ranks. ``traced``: the step is traced with fake tensors; a group created here is then
-    fake, and Megatron's coalesced collectives are replaced by plain ones."""
+    """Initialize Megatron's process groups inside this context. They are made in addition to torch's process
+    group; if there is none, create one of this process alone first, and destroy it at the end. ``degree`` is
+    the number of tensor-parallel ranks. ``traced`` says that the step is traced with fake tensors: a group
+    created here is then fake, and Megatron's coalesced collectives run uncoalesced."""
     dist: Any = torch.distributed
     from megatron.core import parallel_state
 
@@ -196,8 +197,9 @@ def _parallel_state(degree: int, *, traced: bool) -> Iterator[None]:
 
 
 def _uncoalesced() -> Any:
-    """Return a context inside which Megatron's coalesced collectives are replaced by plain ones, as fake
-    tensors do not support them. For a single bucket both do the same, and each call here has only one."""
+    """Return a context inside which Megatron runs the collectives of one call separately and not coalesced,
+    because fake tensors do not support that. Here each call has only one, for a single bucket, so that the
+    result is the same."""
     from megatron.core.distributed import param_and_grad_buffer
 
     @contextlib.contextmanager

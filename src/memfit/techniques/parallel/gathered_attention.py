@@ -46,8 +46,8 @@ class SequenceRanks(GroupCollectives):
     def blocks(self, causal: bool) -> Iterator[tuple[int, Slices]]:
         """Yield (rank of the keys, (slice of this rank's queries, slice of those keys, whether attention
         between them is causal)) for each pair whose attention must be computed: this rank first, then the
-        others in ascending order. Under causal attention, nothing sees the second chunk of earlier ranks, and
-        only the second chunk of this rank sees later ranks."""
+        others in ascending order. Under causal attention, this rank sees only the first chunk of earlier
+        ranks, and only its second chunk sees later ranks."""
         everything, front, back = slice(None), slice(0, self.length // 2), slice(self.length // 2, None)
         yield self.rank, (everything, everything, causal)
         for key_rank in range(self.ranks):

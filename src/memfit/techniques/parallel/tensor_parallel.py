@@ -128,8 +128,9 @@ def _observed(
 
 
 def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Return a key of the model's structure: the modules with the numbers and texts they hold, such as
-    numbers of heads, the parameters with their shapes and dtypes, and the model's config as text."""
+    """Return a key that is equal for models of equal structure. It consists of the modules with the numbers
+    and texts that they hold, such as numbers of heads, of the parameters' names, shapes and dtypes, and of
+    the model's config as text."""
     modules = (
         (name, type(m), *((k, v) for k, v in vars(m).items() if type(v) in (int, float, bool, str)))
         for name, m in model.named_modules()
@@ -202,9 +203,9 @@ def _within(name: str, path: str) -> bool:
 
 
 def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
-    """Reorder the rows of a Linear that fuses ``parts`` layers, such as query, key and value: from (q, k, v)
-    of all heads to (q, k, v) of the first rank's heads, then of the second's, and so on for ``degree``
-    ranks."""
+    """Reorder, in place, the rows of a Linear that fuses ``parts`` layers, such as query, key and value, for
+    ``degree`` ranks. Before, the rows of each layer are together (q, k, v of all heads). After, those of each
+    rank are together: q, k, v of the first rank's heads, then of the second's, and so on."""
     import torch
 
     with torch.no_grad():

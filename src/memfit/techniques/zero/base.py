@@ -17,11 +17,11 @@ class Alone:
     """Stands for the process group of a single rank, where nothing is communicated."""
 
     def size(self) -> int:
-        """Return the number of ranks."""
+        """Return the number of ranks, 1."""
         return 1
 
     def rank(self) -> int:
-        """Return this rank's index."""
+        """Return this rank's index, 0."""
         return 0
 
 
@@ -170,7 +170,8 @@ class Reducing:
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
         """Yield (parameter, start, gradient) for each parameter of which this rank updates a part.
         ``gradient`` is the reduced gradient of that part, and ``start`` the element of the parameter at which
-        the part begins."""
+        the part begins. In stage 3, ``gradient`` may end with elements of padding, beyond the end of the
+        parameter."""
         raise NotImplementedError
 
     def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
