@@ -374,6 +374,9 @@ def test_a_megatron_export_passes_the_models_sizes_to_the_users_script(tmp_path:
         (["--to", "slurm", "--engine", "deepsped"], "did you mean 'deepspeed'"),
         (["--to", "slurm", "--engine", "replay"], "replay does not train"),
         (["--to", "slurm", "--script", "nowhere.py"], "cannot read nowhere.py"),
+        (["--to", "slurm", "--script", "train.py 'a b"], "--script is not a valid command line: No closing"),
+        (["--to", "slurm", "--script", "train.py \\"], "--script is not a valid command line: No escaped"),
+        (["--to", "k8s", "--image", "a/b:1", "--claim", "disk"], "--claim needs --save"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(

@@ -158,6 +158,8 @@ def test_pods_keep_checkpoints_on_a_persistent_volume_claim() -> None:
     for save, claim in (("/kept", ""), ("kept", "disk")):
         with pytest.raises(UserError, match="needs a volume"):
             documents(kept(save, claim))
+    with pytest.raises(UserError, match="--claim needs --save"):
+        documents(kept("", "disk"))
 
 
 @pytest.mark.parametrize(

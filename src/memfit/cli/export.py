@@ -377,8 +377,14 @@ def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependenc
 def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return (the words of the command line ``script``, in which the program, the first word, is without its
     folder; name -> text of the program and of the modules beside it that it imports). Both are empty for None
-    and "". Raises UserError for a file that cannot be copied, as `_carried` does."""
-    words = shlex.split(script or "")
+    and "". Raises UserError if a quotation mark in ``script`` is not closed or a backslash ends it, and for a
+    file that cannot be copied, as `_carried` does."""
+    try:
+        words = shlex.split(script or "")
+    except ValueError as error:
+        raise UserError(
+            f"--script is not a valid command line: {error}", allowed="'FILE.py ARGS', quoted as for a shell"
+        ) from error
     if not words:
         return (), {}
     path = Path(words[0])

@@ -25,8 +25,9 @@ def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: those of ``torchrun.files`` (torchrun.sh and what every
     node needs beside it), and job.yaml, which also contains their texts. Raises UserError if no container
     image is given; if the run saves checkpoints and no volume claim is given or the folder is not an absolute
-    path; if the files have more than 1,000,000 bytes together, too many for a ConfigMap; or if the engine's
-    configuration cannot be passed to the user's script."""
+    path; if a volume claim is given and the run saves no checkpoints; if the files have more than 1,000,000
+    bytes together, too many for a ConfigMap; or if the engine's configuration cannot be passed to the user's
+    script."""
     if not handover.image:
         raise UserError(
             "--image is missing",
@@ -38,6 +39,8 @@ def files(handover: Handover) -> Files:
             f"--save {save_path} needs a volume and an absolute path for --to k8s",
             allowed="--save /PATH --claim NAME, a claim that all pods can mount",
         )
+    if handover.claim and not save_path:
+        raise UserError("--claim needs --save", allowed="--save /PATH --claim NAME")
     carried = torchrun.files(handover)
     if (size := sum(len(t.encode()) for t in carried.values())) > _MOST_BYTES:
         raise UserError(
