@@ -66,6 +66,29 @@ def test_our_own_record_imported_again_counts_as_our_own(
     assert json.loads(capsys.readouterr().out.partition("\n")[2])["taken_from"] == ""
 
 
+def test_a_record_added_twice_is_reported_as_stored_before(
+    ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = written(tmp_path / "theirs.json", poc_id="theirs")
+    for key in ("added", "already_stored"):
+        assert main(["record", "--store", ours, "--add", theirs, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {key: "theirs"}
+
+
+def test_a_ratio_of_zero_is_printed(ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = exchange.of_poc(full_poc())
+    plain, changed = record.baseline.metric_by_seed, record.recommended.metric_by_seed
+    theirs = written(
+        tmp_path / "theirs.json",
+        poc_id="theirs",
+        baseline={"metric_by_seed": dict.fromkeys(plain, 0.0)},
+        recommended={"metric_by_seed": {seed: changed[seed] - plain[seed] for seed in changed}},
+    )
+    assert main(["compare", ID, theirs, "--store", ours]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "baseline: Q3" in line)
+    assert "0.000" in row
+
+
 def test_the_source_of_an_imported_record_is_named_by_every_command(
     ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

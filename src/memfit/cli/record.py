@@ -105,8 +105,11 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
         if stored is None:
             body = {"from": options.said_by or options.add.name, "record": received.model_dump(mode="json")}
             records.append(received.poc_id, TAKEN, body)
-        status = "added" if stored is None else "already in the store:"
-        emit({"added": received.poc_id}) if output.json else print(f"{status} {received.poc_id}")
+        if output.json:
+            emit({"added" if stored is None else "already_stored": received.poc_id})
+        else:
+            status = "added" if stored is None else "already in the store:"
+            print(f"{status} {received.poc_id}")
         return
     text = exchange.text(find_record(options.poc, store.store).record)
     if options.out is None:
@@ -131,7 +134,10 @@ def compare(options: CompareOptions, store: StoreOptions, output: JsonOptions) -
         return
     print_table(
         ("Quantity", "A", "B", "B / A"),
-        [(r.quantity, _value_text(r.a), _value_text(r.b), f"{r.ratio:.3f}" if r.ratio else "") for r in rows],
+        [
+            (r.quantity, _value_text(r.a), _value_text(r.b), "" if r.ratio is None else f"{r.ratio:.3f}")
+            for r in rows
+        ],
     )
     reasons: dict[str, list[str]] = {}
     for row in rows:
