@@ -504,6 +504,21 @@ def test_the_doctor_imports_packages_and_continues_after_a_broken_one(
     }
 
 
+def test_the_doctor_names_the_slow_module_whatever_the_modules_before_it_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "print('loading memfit_slow')\nprint('memfit_slow')\nprint('half a line', end='', flush=True)"
+    (tmp_path / "memfit_talks.py").write_text(text)
+    (tmp_path / "memfit_slow.py").write_text(f"import time\n{text}\ntime.sleep(60)")
+    (tmp_path / "memfit_broken.py").write_text(f"{text}\nraise RuntimeError('half installed')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "_IMPORT_LIMIT_S", 2.0)
+    assert dict(doctor.broken_imports(["memfit_talks", "memfit_slow", "memfit_broken"])) == {
+        "memfit_slow": "the import did not finish within 2 s",
+        "memfit_broken": "RuntimeError: half installed",
+    }
+
+
 def test_the_doctor_reports_techniques_that_a_missing_package_disables() -> None:
     packages = doctor.packages({"no-such-package-here": "lowbit"})
     assert [(p.ok, p.fix) for p in packages] == [(False, "pip install 'memfit[lowbit]'")]

@@ -20,8 +20,12 @@ from memfit.types.units import format_bytes
 # Optional package -> the extra of memfit that installs it.
 EXTRAS: Final[Mapping[str, str]] = {"bitsandbytes": "lowbit", "torchao": "lowbit", "peft": "lora"}
 _IMPORT_LIMIT_S: Final = 120.0
+_IMPORTED: Final = "memfit: imported"  # a line of its own, as modules may print while they are imported
 _IMPORT: Final = (
-    "import importlib, sys\nfor n in sys.argv[1:]:\n    importlib.import_module(n)\n    print(n, flush=True)"
+    "import importlib, sys\n"
+    "for n in sys.argv[1:]:\n"
+    "    importlib.import_module(n)\n"
+    f"    print('\\n{_IMPORTED}', flush=True)"
 )
 
 
@@ -197,14 +201,18 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
         child = subprocess.run(
             (sys.executable, "-P", "-c", _IMPORT, *names),
             capture_output=True,
-            text=True,
             check=False,
             timeout=_IMPORT_LIMIT_S,
         )
     except subprocess.TimeoutExpired as error:
-        return f"the import did not finish within {_IMPORT_LIMIT_S:.0f} s", len((error.stdout or b"").split())
-    lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-    return _one_line(lines[-1]), sum(line in names for line in child.stdout.splitlines())
+        reason = f"the import did not finish within {_IMPORT_LIMIT_S:.0f} s"
+        return reason, _imported_count(error.stdout or b"")
+    lines = child.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {child.returncode}"]
+    return _one_line(lines[-1]), _imported_count(child.stdout)
+
+
+def _imported_count(output: bytes) -> int:
+    return output.splitlines().count(_IMPORTED.encode())
 
 
 def techniques(checks: Sequence[Check]) -> list[Check]:
