@@ -208,8 +208,9 @@ def test_lengths_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("3\n\n5\n")
     (tmp_path / "a.fasta").write_text(">x\nMKT\n>y\nMKTAY\n")
     (tmp_path / "a.csv").write_text("name,tokens\nx,3\ny,5\n")
+    (tmp_path / "longer_row.csv").write_text("tokens\n3,x\n5\n")
     np.savez(tmp_path / "a.npz", scores=np.ones(2), tokens=np.array([3, 5]))
-    for name in ("a.txt", "a.fasta", "a.csv", "a.npz"):
+    for name in ("a.txt", "a.fasta", "a.csv", "longer_row.csv", "a.npz"):
         assert house.read_lengths(str(tmp_path / name)).tolist() == [3, 5]
     assert house.read_lengths(str(tmp_path / "a.npz"), column="tokens").tolist() == [3, 5]
 
@@ -222,6 +223,11 @@ def test_lengths_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
         ("a.csv", "name\nx\n", None, "no column of whole numbers"),
         ("a.csv", "n\n1\n-2\n", "n", "line 3"),
         ("a.csv", "n\n1\n", "m", "no column m; allowed: n"),
+        ("a.csv", "name\nx,1\n", None, "no column of whole numbers; allowed: name"),
+        ("a.csv", "n\n1,2\n", "m", "no column m; allowed: n"),
+        ("a.csv", "n\n", "n", "contains no lengths"),
+        ("a.csv", "n\n²\n", None, "no column of whole numbers"),
+        ("a.txt", "3\n²\n", None, "line 2: '²' is not a length"),
         ("a.npz", "not one", None, "cannot read"),
         ("none.txt", None, None, "cannot read"),
     ],

@@ -105,7 +105,7 @@ def read_lengths(path: str, *, column: str | None = None) -> Ints:
 
 
 def _whole(text: str, location: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"{location}: {text[:40]!r} is not a length", allowed="a whole number of tokens")
     return int(text)
 
@@ -125,9 +125,10 @@ def _from_npz(path: str, column: str | None) -> list[int]:
 
 
 def _from_csv(path: str, column: str | None) -> list[int]:
-    rows = list(csv.DictReader(io.StringIO(read_text(path))))
-    names = list(rows[0]) if rows else []
-    column_name = column or next((n for n in names if (rows[0][n] or "").strip().isdigit()), None)
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    rows, names = list(reader), reader.fieldnames or []
+    first = rows[0] if rows else {}
+    column_name = column or next((n for n in names if (first.get(n) or "").strip().isdecimal()), None)
     if column_name is None or column_name not in names:
         raise UserError(f"{path} has no column {column or 'of whole numbers'}", allowed=", ".join(names))
     return [_whole((r[column_name] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
