@@ -69,6 +69,23 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
     return asked
 
 
+def test_a_proof_of_concept_in_an_unknown_language_is_refused_before_any_search(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(proof_of_concept, "search", lambda *_, **__: pytest.fail("a plan was searched"))
+    with pytest.raises(UserError, match="no such language: 'xx'"):
+        proof_of_concept.poc(
+            Request(job=JobRef(spec="words"), machine=PROCESSOR),
+            store=Store(tmp_path / "s"),
+            seeds=1,
+            steps=None,
+            report_path=None,
+            lang="xx",
+            command="",
+            progress=quiet,
+        )
+
+
 # --- the cap of a demonstration
 
 

@@ -36,6 +36,7 @@ from memfit.planner.single_device import (
 from memfit.planner.workload import workload_of
 from memfit.report.case import case_offers
 from memfit.report.html import write_html
+from memfit.report.words import load_words
 from memfit.runtime import local_machine
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
@@ -115,8 +116,10 @@ def poc(
     optimizer steps of each run; None: the job's own number. ``report_path`` None: a file in the folder
     "reports" beside the store. ``lang``: language of the report. ``command``: command line that the PoC
     records. Raises NothingFits if no plan fits; SearchInterrupted on Ctrl-C while plans are searched;
-    UserError if the request or the job is wrong; RunError if operators cannot be timed.
+    UserError for a language without a catalog or if the request or the job is wrong; RunError if operators
+    cannot be timed.
     """
+    load_words(lang)  # a wrong language is an error before anything is trained
     started = time.perf_counter()
     planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
     runner = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
