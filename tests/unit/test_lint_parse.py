@@ -131,6 +131,13 @@ def test_a_flag_has_the_value_of_a_variable_that_is_set_elsewhere_in_the_script(
     assert script.unsure == set()
 
 
+def test_sums_with_operators_other_than_the_basic_four_are_left_unresolved() -> None:
+    lines = 'N=4\nx --a $((2 * N + 1)) --b $((~5)) --c $((!0)) --d $((2*²)) --e $(("$N" / 2)) --f $((8/00))'
+    flags = read_script(lines).flags
+    assert (flags["a"], flags["e"]) == ("9", "2")
+    assert all("$" in flags[name] for name in "bcdf")
+
+
 def test_script_values_known_only_at_run_time_are_unknown(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_text(
         "x --num-layers $LAYERS --micro-batch-size 1 --micro-batch-size 2 --seq-length $((8 / 0))"

@@ -109,6 +109,7 @@ TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam"
 DISK = NVME | {"nvme_path": "/disk"}
 TWO = {"num_machines": 2, "num_processes": 16}
 DENSE = "--hidden-size 1024"
+EVERY_LOG = "--eval_strategy steps --eval_steps 0"
 GROUPED = f"{DENSE} --num-attention-heads 24 --group-query-attention"
 RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 MOE = "--num-experts 8 --expert-model-parallel-size 2 --train-iters 5"
@@ -572,6 +573,11 @@ OTHERS: list[tuple[str, File, str]] = [
     ("deepspeed-nvme-stage", ds(**zero(1, offload_optimizer=DISK)), "the stage is 1"),
     ("deepspeed-least-scale", ds(fp16={"enabled": True, "min_loss_scale": 100000}), "65536"),
     ("megatron-experts", mg(f"{DENSE} --expert-model-parallel-size 2"), "no experts"),
+    (
+        "megatron-experts",
+        mg(f"{DENSE} --num-experts 0 --expert-model-parallel-size 2"),
+        "no experts",
+    ),
     ("megatron-experts", mg("--num-experts 6 --expert-model-parallel-size 4"), "with 6 experts"),
     (
         "megatron-moe-sequence",
@@ -604,6 +610,9 @@ OTHERS: list[tuple[str, File, str]] = [
     ),
     ("deepspeed-section-key", ds(**zero(2, offload_optimizer=CPU | {"pin_memry": True})), "pin_memry"),
     ("deepspeed-text-for-number", ds(**zero(2, reduce_bucket_size="5e8")), "5e8"),
+    ("deepspeed-text-for-number", ds(gradient_clipping="-1"), "-1"),
+    ("deepspeed-value", ds(**zero(2, reduce_bucket_size="0")), "integer > 0"),
+    ("deepspeed-value", ds(activation_checkpointing="1"), "table"),
     ("deepspeed-value", ds(**zero(3, offload_param={"device": "gpu"})), "none, cpu, nvme"),
     ("deepspeed-value", ds(**zero(2, reduce_bucket_size=0)), "integer > 0"),
     ("deepspeed-value", ds(**zero(2, overlap_comm="ture")), "true, false"),
@@ -623,6 +632,14 @@ OTHERS: list[tuple[str, File, str]] = [
         "trainer-best-steps",
         tr(load_best_model_at_end=True, eval_strategy="steps", eval_steps=0.1),
         "every 500",
+    ),
+    (
+        "trainer-best-steps",
+        (
+            "train.sh",
+            f"run.py --output_dir x --load_best_model_at_end {EVERY_LOG} --logging_steps 300",
+        ),
+        "every 300",
     ),
     ("trainer-no-workers", tr(dataloader_persistent_workers=True), "dataloader_persistent_workers"),
     ("megatron-value", mg("--seq-length 4k"), "--seq-length is 4k"),

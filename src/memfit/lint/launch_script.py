@@ -166,20 +166,23 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
 
 def _worked_out(text: str, variables: Mapping[str, str]) -> str | None:
     """Evaluate ``text``, an expression of whole numbers and variables: * and / first, then + and -, from left
-    to right; quotients are rounded down. Return the result as text, or None if a variable is unknown, an
-    intermediate or the final result is negative, a divisor is 0, or the expression has anything else."""
-    parts = [variables.get(p, p) for p in re.findall(r"\w+|[*/+-]", text)]
+    to right; quotients are rounded down. Double quotes are ignored, as in the shell. Return the result as
+    text, or None if a variable is unknown, an intermediate or the final result is negative, a divisor is 0,
+    or the expression has anything else."""
+    parts = [variables.get(p, p) for p in re.findall(r'\w+|[^\s\w"]', text)]
     for operators in ("*/", "+-"):
         reduced: list[str] = []
         for part in parts:
             if len(reduced) > 1 and reduced[-1] in _WORK and reduced[-1] in operators:
-                if not (part.isdigit() and reduced[-2].isdigit()) or (reduced[-1] == "/" and part == "0"):
+                if not (part.isdecimal() and reduced[-2].isdecimal()) or (
+                    reduced[-1] == "/" and int(part) == 0
+                ):
                     return None
                 reduced[-2:] = [str(_WORK[reduced[-1]](int(reduced[-2]), int(part)))]
             else:
                 reduced.append(part)
         parts = reduced
-    return parts[0] if len(parts) == 1 and parts[0].isdigit() else None
+    return parts[0] if len(parts) == 1 and parts[0].isdecimal() else None
 
 
 def _flags(line: str) -> Iterator[tuple[str, Any]]:

@@ -309,12 +309,12 @@ def megatron_distributed_activations(m: Options, s: Setup) -> Found:
 
 
 def _dense(m: Options) -> bool:
-    """Return whether the network certainly has no experts: --num-experts is not given, or is the number 0,
-    but at least one of the network's sizes (layers, hidden size, heads) is given. Without any of these, the
+    """Return whether the network certainly has no experts: --num-experts is not given or is 0, but at least
+    one of the network's sizes (layers, hidden size, heads) is given. Without any of these, the
     file may be only part of the arguments."""
     is_described = any(m.raw(n) is not None for n in ("num_layers", "hidden_size", "num_attention_heads"))
-    experts = m.get("num_experts")
-    return is_described and "num_experts" not in m.unsure and (m.raw("num_experts") is None or experts == 0)
+    has_no_experts = m.raw("num_experts") is None or m.number("num_experts") == 0
+    return is_described and "num_experts" not in m.unsure and has_no_experts
 
 
 def megatron_experts(m: Options, s: Setup) -> Found:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from memfit.lint.option_schema import known, shown, unknown, wrong
+from collections.abc import Iterator
+from typing import Any
+
+from memfit.lint.option_schema import Spec, known, shown, unknown, wrong
 from memfit.lint.parse import Found, Options, Setup
 
 
@@ -33,9 +36,10 @@ def _newer(o: Options, s: Setup, library: str) -> Found:
             yield {"key": f"{section}.{key}".lstrip("."), "release": table.release}
 
 
-def _value(o: Options, s: Setup, library: str) -> Found:
-    """Yield a finding for each value that the library does not accept. Lists are accepted from DeepSpeed's
-    files if DeepSpeed accepts each of their values: its autotuner takes lists of values to try."""
+def _wrong(o: Options, s: Setup, library: str) -> Iterator[tuple[str, Any, Spec]]:
+    """Yield (dotted path, value, accepted values) for each value that the library does not accept. Lists are
+    accepted from DeepSpeed's files if DeepSpeed accepts each of their values: its autotuner takes lists of
+    values to try."""
     for path, value, spec in wrong(o, library) if _read_as_written(o, s) else ():
         if (
             library == "deepspeed"
@@ -43,12 +47,23 @@ def _value(o: Options, s: Setup, library: str) -> Found:
             and all(spec.takes(v, spelled=False) for v in value)
         ):
             continue
-        yield {"key": path, "value": value, "allowed": shown(spec, value)}
+        yield path, value, spec
 
 
-def _is_number(text: str) -> bool:
+def _finding(path: str, value: Any, spec: Spec) -> dict[str, Any]:
+    return {"key": path, "value": value, "allowed": shown(spec, value)}
+
+
+def _value(o: Options, s: Setup, library: str) -> Found:
+    """Yield a finding for each value that the library does not accept (see `_wrong`)."""
+    yield from (_finding(*found) for found in _wrong(o, s, library))
+
+
+def _is_quoted_number(value: Any, spec: Spec) -> bool:
+    """Return whether ``value`` is a number written as text that ``spec`` accepts without the quotation
+    marks."""
     try:
-        return bool(float(text) + 1)
+        return isinstance(value, str) and spec.takes(float(value), spelled=False)
     except ValueError:
         return False
 
@@ -84,9 +99,12 @@ def deepspeed_newer_key(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_text_for_number(d: Options, s: Setup) -> Found:
-    """Report values that DeepSpeed does not accept and that are numbers written as text, such as "1.0"."""
+    """Report values that DeepSpeed does not accept because they are numbers written as text, such as "1.0":
+    it accepts the numbers themselves."""
     yield from (
-        f for f in _value(d, s, "deepspeed") if isinstance(f["value"], str) and _is_number(f["value"])
+        _finding(path, value, spec)
+        for path, value, spec in _wrong(d, s, "deepspeed")
+        if _is_quoted_number(value, spec)
     )
 
 

@@ -41,7 +41,9 @@ def _steps(t: Options) -> tuple[float | None, float | None]:
     default is 500."""
     logging_interval = 500.0 if t.raw("logging_steps") is None else t.number("logging_steps")
     save_interval = 500.0 if t.raw("save_steps") is None else t.number("save_steps")
-    return save_interval, logging_interval if t.raw("eval_steps") in (None, 0) else t.number("eval_steps")
+    eval_interval = t.number("eval_steps")
+    follows_logging = t.raw("eval_steps") is None or eval_interval == 0
+    return save_interval, logging_interval if follows_logging else eval_interval
 
 
 def _multiple(save_interval: float | None, eval_interval: float | None) -> bool:
