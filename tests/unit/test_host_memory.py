@@ -12,9 +12,10 @@ import pytest
 
 import memfit
 from memfit import catalog
-from memfit.cost.host import HostTensors, host_holds, host_line, host_memory, with_host_memory
+from memfit.cost.host import HostTensors, host_holds, host_line, host_memory, known_host, with_host_memory
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
+from memfit.types.machine import Fact
 from memfit.types.plan import Plan
 from memfit.types.result import Interval
 
@@ -73,6 +74,14 @@ def test_offloaded_parameters_gradients_and_optimizer_states_count_as_host_memor
         offload = found.estimate.host_parts_bytes["offload"]
         assert least * count <= offload < 1.9 * least * count, techniques
         assert found.fits
+
+
+@pytest.mark.parametrize("kind", ["assumed", "published"])
+def test_host_memory_of_a_cpu_is_assumed_if_the_device_memory_is(kind: str) -> None:
+    machine = catalog.machine("H100-SXM")
+    memory = Fact(value=64 * GIB, source="a test", date="2026-01-01", kind=kind)
+    cpu = dataclasses.replace(machine.device, kind="cpu", memory_bytes=memory)
+    assert known_host(dataclasses.replace(machine, device=cpu)) == (64 * GIB, kind == "assumed")
 
 
 def test_unknown_host_memory_is_reported_and_an_offloading_plan_does_not_fit() -> None:

@@ -169,11 +169,16 @@ def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
 # -- does the host have enough? ------------------------------------------------------------------
 
 
+def _memory_fact(machine: Machine) -> Fact | None:
+    if machine.device.kind == "cpu":
+        return machine.device.memory_bytes
+    return machine.host.memory_bytes if machine.host else None
+
+
 def memory_bytes(machine: Machine) -> float | None:
     """Return the bytes of one host's memory, or None if unknown. On a CPU they are the device's memory."""
-    if machine.device.kind == "cpu":
-        return machine.device.memory_bytes.value
-    return machine.host.memory_bytes.value if machine.host and machine.host.memory_bytes else None
+    fact = _memory_fact(machine)
+    return None if fact is None else fact.value
 
 
 def host_holds(estimate: Estimate, machine: Machine) -> bool:
@@ -193,13 +198,10 @@ def host_holds(estimate: Estimate, machine: Machine) -> bool:
 
 def known_host(machine: Machine) -> tuple[int | None, bool]:
     """Return (bytes of one host's memory, or None if they are unknown; whether that figure is marked as
-    assumed).
+    assumed). On a CPU both are those of the device's memory.
     """
-    available_bytes = memory_bytes(machine)
-    fact = machine.host.memory_bytes if machine.host else None
-    return (
-        None if available_bytes is None else int(available_bytes)
-    ), fact is not None and fact.kind == "assumed"
+    fact = _memory_fact(machine)
+    return (None, False) if fact is None else (int(fact.value), fact.kind == "assumed")
 
 
 def host_line(estimate: Estimate, machine: Machine) -> str:
