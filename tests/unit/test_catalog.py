@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit import catalog
+from memfit.catalog.tables import find
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Host
 
@@ -228,6 +229,17 @@ def test_a_misspelt_or_ambiguous_device_name_is_refused_with_similar_names(
     assert all(name in caught.value.hint for name in suggested)
     assert "\n" not in str(caught.value)
     assert "(`memfit machines` lists all)" in caught.value.hint
+
+
+def test_only_what_memfit_machines_lists_is_referred_to_it() -> None:
+    rows: dict[str, dict[str, str]] = {f"C{n:02}": {} for n in range(20)}
+    with pytest.raises(UserError) as caught:
+        find("C1", what="currency", rows=rows)
+    assert caught.value.allowed == ", ".join(rows)
+    assert "memfit machines" not in caught.value.hint
+    with pytest.raises(UserError, match="NVLink5, ") as caught:
+        catalog.link("NVLink")
+    assert "memfit machines" not in str(caught.value)
 
 
 def test_an_unrecognisable_name_is_refused_with_the_list_and_no_suggestion() -> None:

@@ -68,7 +68,7 @@ def place(name: str) -> Place:
 def link(name: str) -> Link:
     """Return a link between devices of one host, for example ``"NVLink4"``.
 
-    Raises UserError for an unknown name, with the closest names, if any, else all known names.
+    Raises UserError for an unknown name, with the closest names, if any, and all known names.
     """
     return _link("links", find(name, what="link", rows=table("links.toml")["links"]))
 

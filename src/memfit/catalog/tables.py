@@ -15,6 +15,7 @@ from memfit.types.machine import Fact
 
 _BRANDS: Final = re.compile(r"\b(nvidia|amd|tesla|geforce|instinct)\b")
 _FEW_ROWS: Final = 12  # a longer list of all names would hide the closest ones
+_LISTED: Final = ("device", "host", "network", "place")  # what `memfit machines` lists
 
 Row = Mapping[str, Any]
 
@@ -46,8 +47,9 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
     """Return the key of ``rows`` that ``name`` means: the key itself or one of the row's ``aliases``, both
     compared after `normalized_name`.
 
-    If there is none, raises UserError: "unknown" ``what``, the closest names if there are any, and all keys,
-    unless there are more than 12 and close ones.
+    If there is none, raises UserError: "unknown" ``what``, the closest names if there are any, and all keys.
+    If there are close names and more than 12 keys, and `memfit machines` lists these, the error names that
+    command instead of all keys.
     """
     names_by_key = {
         normalized_name(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))
@@ -61,7 +63,7 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
         if matches
         else ""
     )
-    if matches and len(rows) > _FEW_ROWS:
+    if matches and len(rows) > _FEW_ROWS and what in _LISTED:
         raise UserError(f"unknown {what}: {name!r}", hint=f"{hint} (`memfit machines` lists all)")
     raise UserError(f"unknown {what}: {name!r}", allowed=", ".join(rows), hint=hint)
 
