@@ -102,8 +102,8 @@ class Pricer:
 
     @functools.cached_property
     def repeats(self) -> bool:
-        """Whether the model has blocks that are all alike, so that traces with few of them can represent the
-        whole model.
+        """Whether the model has repeated blocks that are all alike (`repeated`), so that traces with few of
+        them can represent the whole model. It becomes False if such a trace fails.
         """
         return repeated(fake_model(self.job), self.job) is not None
 
@@ -141,8 +141,8 @@ class Pricer:
         )
 
     def seen(self) -> list[OpCall]:
-        """Return one operator call for each distinct signature in all traces of whole plans made so far, not
-        of parts.
+        """Return one operator call for each distinct signature in the cached traces of whole plans. Traces of
+        parts, from which sketches are composed, do not count.
         """
         ops = {op.signature: op for t in self.traces.values() for op in t.ops}
         return list(ops.values())
@@ -187,7 +187,8 @@ class Pricer:
         """Trace every distinct rank (`Layout.distinct_ranks`) of all these plans in parallel, so that later
         calls find the traces cached. Does nothing if the engine is not native.
 
-        If one of them cannot be traced, none is kept. The later call for that plan raises the error.
+        If one of the plans cannot be traced, none of these traces is kept, and nothing is raised; the later
+        call for that plan raises the error.
         """
         if self.engine != "native":
             return

@@ -124,7 +124,7 @@ class Elements:
 
 
 def deepest(blocks: int, layout: GridLayout) -> int:
-    """Return the number of blocks on the pipeline rank that has most of them, over all its stages; all if
-    there is no pipeline. ``blocks``: number of blocks of the model.
+    """Return the number of blocks on the pipeline rank that has most of them, in all of its virtual stages
+    together; all blocks if there is no pipeline. ``blocks``: number of blocks of the model.
     """
     return -(-blocks // (layout.stages * layout.virtual)) * layout.virtual

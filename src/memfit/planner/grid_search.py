@@ -51,9 +51,9 @@ _COPY = OpCall(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sketch:
-    """A plan of a grid, given by its index along each axis, with its predicted step time and its peak bytes:
-    on the device of the rank that needs most, and in host memory per rank. The plan itself is built on access
-    to `plan`.
+    """A plan of a grid, given by its index along each axis, with its predicted step time, its peak bytes on
+    the device of the rank that needs most, and its bytes in host memory of the rank that needs most. The plan
+    itself is built on access to `plan`.
     """
 
     grid: Grid
@@ -363,7 +363,9 @@ def _communicator(machine: Machine) -> Communicate:
 
 
 def per_host(machine: Machine) -> int:
-    """Return the number of devices in one host."""
+    """Return the number of devices in one host: ``devices_per_host`` of the machine, or all its devices if
+    that is 0.
+    """
     return machine.devices_per_host or machine.device_count
 
 

@@ -181,10 +181,10 @@ class Composer:
     def _twice(self, single: LayoutCut) -> LayoutCut:
         """Return the parts for two samples in a micro-batch, computed from those for one.
 
-        Times are multiplied by the ratio that traces of two samples and of one have without ``uses``; it is
-        below 2. Of the memory and FLOPs, what does not grow with the number of samples, such as gradients and
-        cast weights, is taken from the same two traces; the rest doubles. Parameters stay the same, and the
-        collectives' bytes double.
+        Times do not double: they are multiplied by the ratio that traces of two samples and of one have
+        without other techniques. Of the memory and FLOPs, what does not grow with the number of samples, such
+        as gradients and cast weights, is taken from the same two traces; the rest doubles. Parameters stay
+        the same, and the collectives' bytes double.
         """
         plain_parts, double_parts = self._parts(self._key()), self._parts(self._key(samples=2))
 

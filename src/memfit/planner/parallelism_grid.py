@@ -58,9 +58,9 @@ class GridLayout:
     is the number of data-parallel ranks, `data`.
 
     ``tensor``, ``context``, ``stages``: the degrees of tensor, context and pipeline parallelism. ``sequence``
-    and ``vocabulary`` are settings of tensor-parallel; ``schedule`` and ``virtual`` (stages per rank) are
-    settings of the pipeline, "" and 1 without one. ``sharing``: the technique by which context-parallel ranks
-    divide each sample, "context-parallel" or "axial-parallel".
+    and ``vocabulary`` ("whole" or "parallel-loss") are settings of tensor-parallel. ``schedule`` and
+    ``virtual`` (stages per rank) are settings of the pipeline; "" and 1 without one. ``sharing``: the
+    technique by which context-parallel ranks divide each sample, "context-parallel" or "axial-parallel".
     """
 
     ranks: int

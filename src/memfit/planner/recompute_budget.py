@@ -92,10 +92,10 @@ def budgeted(
     recomputes as many tensors as a memory budget requires.
 
     A plan is tried only if its estimate, without recomputation, beats the best fitting one of ``traced`` by
-    at least 3 % by the goal. At most 3 plans with a budget are traced: if one does not fit, the next has a
-    smaller budget; if a budget cannot be met, the next best plan is taken. ``whole`` returns the estimate of
-    a plan. ``traced``: estimates by whole traces. ``tell`` is called before each of the traces with (stage
-    "finalists", 0, 1, label of the plan).
+    at least 3 % by the goal. There are at most 3 attempts: if a plan with a budget does not fit, the next
+    attempt has a smaller budget; if a budget cannot be met, the next best plan is taken. ``whole`` returns
+    the estimate of a plan. ``traced``: estimates by whole traces. ``tell`` is called before each attempt with
+    (stage "finalists", 0, 1, label of the plan).
 
     Returns a list of one estimate that fits; an empty list if there is none or the goal is least memory.
     """

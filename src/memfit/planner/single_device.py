@@ -500,8 +500,11 @@ def _refuse_ranks(request: Request, pricer: Pricer) -> None:
 
 
 def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> UserError:
-    """Return the error to raise if no plan of the search has the requested micro-batch. ``dependence``:
-    whether samples of a batch depend on each other; None for a batch of one."""
+    """Return the error to raise if no plan of the search has the requested micro-batch. If splitting the
+    batch is not allowed because its samples depend on each other, the error says so; else that exclusions,
+    accuracy and engine leave no such plan. ``dependence``: whether samples depend on each other; None for a
+    batch of one.
+    """
     size = request.bounds.micro_batch
     if dependence is None or may_split(dependence, request.accuracy):
         return UserError(
@@ -570,7 +573,10 @@ def _cap(request: Request, baseline: Estimate, ratio: float) -> tuple[int, str]:
         return request.cap_bytes, "asked for"
     if request.machine.device.kind == "cpu":
         if not 0 < ratio <= 1:
-            raise UserError(f"the job's demonstration_ratio is {ratio}", allowed="above 0, at most 1")
+            raise UserError(
+                f"the job's demonstration_ratio, the cap as a share of plain training's peak, is {ratio}",
+                allowed="above 0, at most 1",
+            )
         ratio_text = {0.25: "a quarter", 0.5: "half"}.get(ratio, f"{ratio:.0%}")
         reason = f"{_DEMONSTRATION} {ratio_text} of the baseline's predicted peak"
         return int(baseline.allocated_bytes.value * ratio), reason

@@ -55,9 +55,9 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
     """
     if planning.request.goal not in BY_TIME:
         raise UserError(
-            f"measuring for the goal {planning.request.goal.value}",
+            f"measured step times do not decide for the goal {planning.request.goal.value}",
             allowed=", ".join(BY_TIME),
-            hint="memory is predicted exactly",
+            hint="search without measuring: peaks and numbers of devices are predicted",
         )
     trials = _Trials(planning, progress, budget_s)
     trials.run_round(_shortlist(planning), _SCREENING)
@@ -114,8 +114,9 @@ class _Trials:
             self.failed[plan] = measurement.reason or measurement.outcome.value
 
     def step_s(self) -> dict[Plan, float]:
-        """Return the step time of each plan that ran successfully: the median of its comparable times (of an
-        even number of times, the lower of the middle two)."""
+        """Return the step time of each plan that ran successfully: the median of its times after
+        `comparable_times` (of an even number of times, the lower of the middle two).
+        """
         comparable = comparable_times(self.times, self.rounds)
         return {plan: statistics.median_low(times) for plan, times in comparable.items()}
 
@@ -135,8 +136,9 @@ class _Trials:
         return sorted(sets.values(), key=self.ordered().index)[:count]
 
     def contenders(self, count: int, within: float) -> list[Plan]:
-        """Return up to ``count`` plans whose step takes at most ``within`` times that of the fastest, the
-        fastest first."""
+        """Return the plans whose measured step takes at most ``within`` times as long as that of the fastest
+        plan, the fastest first, but no more than ``count``.
+        """
         step_s = self.step_s()
         limit = min(step_s.values(), default=0.0) * within
         return [p for p in self.ordered() if step_s[p] <= limit][:count]
