@@ -35,8 +35,8 @@ class RunSpec:
     """One training run of one plan.
 
     ``cap_bytes``: memory that the process may use above what it has when the cap is set; None: no cap.
-    ``timeout_s``: seconds after which it is stopped; None: never. ``steps``: number of the last step, counted
-    from the very first one; a resumed run does only the steps that its checkpoint had not done.
+    ``timeout_s``: seconds after which it is stopped; None: never. ``steps``: number of steps from the very
+    first one, including those done before a checkpoint that is resumed.
     """
 
     name: str  # "baseline", "recommended", "ablation: ..."

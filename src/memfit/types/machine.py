@@ -80,8 +80,9 @@ class Device:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where the electricity comes from. ``pue_ratio``: electricity of the whole site over that of its
-    computers."""
+    """A place where machines run: the price and CO2 of its electricity. ``pue_ratio``: electricity of a whole
+    site over that of its computers.
+    """
 
     name: str
     usd_per_kwh: Fact

@@ -56,7 +56,9 @@ PIECES = ("before", "block", "after")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCosts:
-    """Costs of the optimizer's step, each divided by the number of parameter elements that it updates."""
+    """Costs of the optimizer's step, each divided by the number of parameter elements that it updates:
+    seconds, bytes of optimizer state, highest bytes of temporary tensors, and bytes read plus written.
+    """
 
     update_s: float
     state_bytes: float

@@ -104,7 +104,9 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Canonical text that is equal for equal plans and different for different ones."""
+        """Canonical text of techniques, settings and ranks: equal for equal plans and different for different
+        ones.
+        """
         return json.dumps(self.to_dict(), sort_keys=True) + (f" x{self.ranks}" if self.ranks > 1 else "")
 
 
