@@ -74,21 +74,21 @@ Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
 
 def _above(figure: CaseFigure) -> CaseFigure:
     if figure.bounds[0] < _LEAST:
-        raise ValueError(f"a number above 0 is needed, also as low: at least {_LEAST:g}")
+        raise ValueError(f"a number above 0 is needed, also for low: at least {_LEAST:g}")
     return figure
 
 
 def _pue(figure: CaseFigure) -> CaseFigure:
     if not _PUE[0] <= figure.bounds[0] <= figure.bounds[1] <= _PUE[1]:
         raise ValueError(
-            "a PUE is the electricity of a site divided by that of its computers: 1 to 10, with its range"
+            "a PUE, electricity of a site divided by that of its computers, is 1 to 10, also for low and high"
         )
     return figure
 
 
 def _ratio(figure: CaseFigure) -> CaseFigure:
     if figure.bounds[1] > 1:
-        raise ValueError("a ratio of at most 1 is needed, also as high: 0.1 for 10 %")
+        raise ValueError("a ratio of at most 1 is needed, also for high; 0.1 is 10 %")
     return figure
 
 
@@ -117,7 +117,7 @@ class TrainingWork(_Strict):
 
 class Money(_Strict):
     """The section [money]: prices in the currency of the case, and other figures that all options share. What
-    is unset is the catalog's.
+    is unset is the catalog's; ``labour_per_hour`` is then unknown.
 
     ``life_years``: years after which a machine is replaced, 1 to 20. ``support_ratio``: cost of support per
     year, as a share of the purchase price.
@@ -165,7 +165,7 @@ class ExistingMachine(_Strict):
 
 class Existing(ExistingMachine):
     """The section [existing]: a machine that the user already has. ``machines``: how many of these the user
-    has.
+    has, by default 1.
 
     It has no price, because it is paid for.
     """

@@ -81,8 +81,9 @@ def decide(
 
 
 def _step_errors(poc: Poc) -> Mapping[bool, float]:
-    """Return measured over predicted step time in the PoC's runs, of plain training (True) and of the
-    recommended plan (False); only those for which both times are known.
+    """Return measured over predicted step time in the completed runs of the proof of concept, by whether the
+    plan is plain training (True) or the recommended plan (False). A plan for which one of the times is
+    unknown is absent.
     """
     errors = {}
     for role, plain in (("baseline", True), ("recommended", False)):

@@ -148,8 +148,8 @@ def _library_text(name: str, facts: Mapping[str, tuple[str, str, str]]) -> str:
 
 
 def _libraries(poc: Poc, decision: Decision) -> tuple[str, ...]:
-    """Return the packages that the techniques of the PoC's recommended plan and of the best option's plan
-    need, each once. Stochastic rounding needs torchao.
+    """Return the names of the packages that the techniques of the PoC's recommended plan and of the best
+    option's plan need, each once. For bf16-parameters with stochastic rounding, torchao is added.
     """
     recommended = poc.search.recommended
     labels = [recommended.estimate.plan.label] if recommended else []

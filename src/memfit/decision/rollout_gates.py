@@ -198,8 +198,8 @@ def _capped(side: Side) -> bool | None:
 
 
 def _error(plain: Side, recommended: Side) -> float | None:
-    """Return the largest |predicted / measured - 1| of the peak memory; None if the recommended plan's is
-    unknown, or plain training's although it ran.
+    """Return |predicted / measured - 1| of the peak memory, the larger one of the recommended plan's and, if
+    that ran, plain training's. None if a predicted or measured peak that it needs is unknown.
     """
     sides = [recommended, *([plain] if plain.measured_peak_bytes else [])]
     errors = [
