@@ -230,6 +230,28 @@ def test_tensors_inside_objects_are_cast_to_lower_precision_too() -> None:
     assert advice.islands == ("into",)
 
 
+class OnlyInFloat32(nn.Module):
+    """Calls its child in float32 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.weight = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = self.weight(batch["x"])
+        return self.child(x) if x.dtype is torch.float32 else x
+
+
+def test_a_module_that_does_not_call_a_child_in_lower_precision_is_no_traceback() -> None:
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(4, 16)}
+
+    advice = advise(
+        job(OnlyInFloat32, batch, lambda m, b: m(b).float().square().mean()), ("bf16",), batches=1, trained=0
+    )
+    assert [a.dtype for a in advice] == ["bf16"]
+
+
 class FarNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x + 2000)

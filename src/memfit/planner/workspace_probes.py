@@ -74,7 +74,7 @@ def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
     """
     most_bytes = _FREE_RATIO * local_machine.free_bytes()
     signatures: dict[str, None] = {}
-    for rank in layout(pricer.settled(plan)).distinct_ranks():
+    for rank in layout(pricer.resolve(plan)).distinct_ranks():
         trace = pricer.trace(plan, rank)
         ops = {op.signature: op for op in trace.ops}
         for signature in unprobed_signatures(trace, pricer.calibration):

@@ -136,6 +136,8 @@ def replay_call(
     try:
         with deterministic(), run.children(), listener, mode.around():
             output = run.run_forward(loss)
+        if run.pending:
+            raise ReplayMismatch(f"the module does not call its child {run.pending[0].path} again")
         run.collect(output)
         if backward:
             run.run_backward()
@@ -148,8 +150,8 @@ def replay_call(
 
 
 class ReplayMismatch(RuntimeError):
-    """Raised if a replayed module calls another child than in the recorded run, or one more. Calling fewer is
-    not noticed."""
+    """Raised if a replayed module does not call the same children in the same order as in the recorded
+    run."""
 
 
 class _Replay:
