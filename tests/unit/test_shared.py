@@ -30,7 +30,7 @@ def plain() -> dict[str, Any]:
 def changed(change: Change) -> exchange.Shared:
     record = plain()
     change(record)
-    return exchange.parsed(json.dumps(record), what="it")
+    return exchange.parse_record(json.dumps(record), what="it")
 
 
 def test_a_record_holds_the_measured_figures() -> None:
@@ -232,7 +232,7 @@ def test_values_that_the_schema_refuses_are_not_read() -> None:
                 continue
             refused += 1
             with pytest.raises(UserError):
-                exchange.parsed(json.dumps(record), what=f"{place} as {value!r}")
+                exchange.parse_record(json.dumps(record), what=f"{place} as {value!r}")
     assert refused > 500
 
 
@@ -272,7 +272,7 @@ def test_text_that_is_not_json_is_refused_with_its_line(tmp_path: Path) -> None:
 def test_a_number_of_5000_digits_is_refused() -> None:
     raw = json.dumps(plain()).replace(str(CAP), "9" * 5000)
     with pytest.raises(UserError, match="not a record"):
-        exchange.parsed(raw, what="it")
+        exchange.parse_record(raw, what="it")
 
 
 def test_deeply_nested_text_is_refused(tmp_path: Path) -> None:
@@ -327,9 +327,9 @@ def _other_seeds(r: dict[str, Any]) -> None:
 def test_records_of_unequal_conditions_are_not_compared(change: Change, quantity: str, why: str) -> None:
     record = plain()
     record["baseline"]["energy"] = record["recommended"]["energy"] = {"joules": 5.0, "boundary": "package"}
-    a = exchange.parsed(json.dumps(record), what="a")
+    a = exchange.parse_record(json.dumps(record), what="a")
     change(record)
-    b = exchange.parsed(json.dumps(record), what="b")
+    b = exchange.parse_record(json.dumps(record), what="b")
     found = {row.quantity: row for row in exchange.compare(b, a)}[quantity]
     assert found.ratio is None
     assert any(why in reason for reason in found.against)
@@ -350,4 +350,4 @@ def test_a_field_that_appears_twice_is_refused() -> None:
     text = exchange.text(exchange.of_poc(full_poc()))
     twice = text.replace('"reproducible":', '"reproducible": false, "reproducible":', 1)
     with pytest.raises(UserError, match="'reproducible' is a repeated field"):
-        exchange.parsed(twice, what="b")
+        exchange.parse_record(twice, what="b")
