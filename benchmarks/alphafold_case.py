@@ -35,8 +35,9 @@ from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
 from memfit.lint.openfold import PRESETS
 from memfit.lint.openfold import SIZES as PUBLISHED_SIZES
+from memfit.planner.capacity import needed_bytes
 from memfit.planner.evaluate import Pricer
-from memfit.planner.single_device import Request, make_pricer, needed_bytes, space_of
+from memfit.planner.request import Request, make_pricer, space_of
 from memfit.runtime import local_machine
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import effect_of, make_use

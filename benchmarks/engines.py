@@ -25,7 +25,7 @@ from memfit.cost.memory import memory_profile
 from memfit.engines.environment import recorded
 from memfit.engines.registry import engine, render
 from memfit.jobs.registry import load
-from memfit.planner.single_device import Request, make_pricer
+from memfit.planner.request import Request, make_pricer
 from memfit.runtime.child_process import run
 from memfit.runtime.counting_allocator import CountingAllocator
 from memfit.runtime.local_machine import this_machine

@@ -35,7 +35,7 @@ from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.plan_space import usable
-from memfit.planner.single_device import space_of
+from memfit.planner.request import space_of
 from memfit.runtime.counting_allocator import CountingAllocator
 from memfit.runtime.op_benchmark import ProbeResult, probe
 from memfit.store.environment import fingerprint

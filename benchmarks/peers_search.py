@@ -297,7 +297,7 @@ def to_plan(layout: Mapping[str, Any], question: Question) -> Any:
 def memfit_costs(name: str, layouts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     from memfit.catalog import machine
     from memfit.planner.evaluate import Pricer
-    from memfit.planner.single_device import space_of
+    from memfit.planner.request import space_of
 
     question = QUESTIONS[name]
     on, job = machine(question["on"]), _job(name, question)

@@ -24,9 +24,11 @@ import regret_drawn
 
 from memfit.cost.step_time_calibration import correct_calibration, factor
 from memfit.engines import native
+from memfit.planner.capacity import fits_under
 from memfit.planner.plan_space import plans, usable
+from memfit.planner.request import Planning, Request, autocast
+from memfit.planner.search import search
 from memfit.planner.selection import Objective, score
-from memfit.planner.single_device import Planning, Request, autocast, fits_under, search
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
 from memfit.store.environment import fingerprint

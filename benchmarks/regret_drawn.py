@@ -22,7 +22,7 @@ from typing import Any
 
 from regret_jobs import ARCHITECTURES, named
 
-from memfit.planner.single_device import Planning, Request, autocast, make_pricer
+from memfit.planner.request import Planning, Request, autocast, make_pricer
 from memfit.planner.trials import few_steps
 from memfit.runtime import local_machine
 from memfit.store.environment import fingerprint

@@ -71,11 +71,12 @@ def _llama(size: str, rows: int) -> Any:
 def _searched(job: Any, machine: Any, tell: Any = None, **wanted: Any) -> tuple[Any, Any, Any]:
     """(result, scale, aim)."""
     from memfit.cost.host import host_holds
+    from memfit.planner.capacity import needed_bytes
     from memfit.planner.device_pricing import Aim, Scale
     from memfit.planner.evaluate import Pricer
     from memfit.planner.multi_device import search_scale
+    from memfit.planner.request import space_of
     from memfit.planner.selection import Objective
-    from memfit.planner.single_device import needed_bytes, space_of
     from memfit.types.plan import Accuracy, Bounds
 
     ranks = machine.device_count

@@ -24,8 +24,8 @@ from memfit.conformance.sharding import world_size
 from memfit.cost.host import host_holds, host_line, with_host_memory
 from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
 from memfit.jobs.training_step import repeat
+from memfit.planner.capacity import fits_under, needed_bytes
 from memfit.planner.evaluate import Pricer
-from memfit.planner.single_device import fits_under, needed_bytes
 from memfit.planner.workload import workload_of
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.workload_text import workload_text

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -483,6 +484,8 @@ class _Offload(torch.autograd.graph.saved_tensors_hooks):
 
 
 def offload() -> dict[str, Any]:
+    from memfit.techniques.offload import DiskSpool
+
     def gradient(hooks: contextlib.AbstractContextManager[Any]) -> float:
         model = made("sim")
         with hooks:
@@ -529,6 +532,12 @@ def offload() -> dict[str, Any]:
         target.copy_(source)
         result["blocking"] = float(target.sum())
     result["late no more"] = read(lambda _: None)
+    offloaded_bytes: list[int] = []
+    bench: Any = SimpleNamespace(
+        model=nn.Module(), closers=[], on_offload=lambda out, back: offloaded_bytes.append(out)
+    )
+    result["disk"] = gradient(DiskSpool(bench, 1024).hooks())
+    result["bytes on disk"] = sum(offloaded_bytes)
     return result
 
 

@@ -19,7 +19,7 @@ from memfit.planner.block_traces import BlockTracer
 from memfit.planner.evaluate import Pricer
 from memfit.planner.grid_search import find
 from memfit.planner.parallelism_grid import Limits
-from memfit.planner.single_device import space_of
+from memfit.planner.request import space_of
 from memfit.techniques.axial import Axial, Whole
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.trace.tracer import trace

@@ -10,8 +10,9 @@ import pytest
 from memfit.catalog import machine
 from memfit.cli import main
 from memfit.cost.step_time import sketched_s
+from memfit.planner.request import Planning, Request
+from memfit.planner.search import search
 from memfit.planner.selection import Objective, missed_bounds, respects_micro_batch
-from memfit.planner.single_device import Planning, Request, search
 from memfit.techniques.registry import TECHNIQUES, make_plain_plan, make_use
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from memfit.cli.app import main
 from memfit.cost.step_time_calibration import LEAST_SPREAD, correct_calibration, factor
-from memfit.planner.single_device import Request
+from memfit.planner.request import Request
 from memfit.report import terminal
 from memfit.runtime import local_machine
 from memfit.store import Store

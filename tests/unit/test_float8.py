@@ -49,6 +49,15 @@ def test_linear_layers_of_the_blocks_are_converted_and_the_head_is_not() -> None
     assert {k for n, k in kinds.items() if not n.startswith("blocks.")} == {"Linear"}
 
 
+def test_linear_layers_are_converted_in_a_model_that_is_itself_the_sequence_of_blocks() -> None:
+    job = dataclasses.replace(
+        JOB,
+        build_model=lambda: nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(2))),
+    )
+    layers = [m for m in TrainingStep(job, plan(NAME)).model.modules() if isinstance(m, nn.Linear)]
+    assert [type(layer).__name__ for layer in layers] == ["Float8Linear"] * 2
+
+
 def test_float8_is_refused_where_no_layer_has_sizes_that_are_multiples_of_16() -> None:
     size = dataclasses.replace(SIZE, width=36)
     odd = dataclasses.replace(JOB, build_model=lambda: Gpt(size))

@@ -143,7 +143,8 @@ def test_no_random_plan_fits_where_its_host_tensors_exceed_the_host_memory() -> 
 
 
 def test_sketches_and_traces_agree_on_the_host_memory_that_a_plan_needs() -> None:
-    from memfit.planner.single_device import Request, fits_under, make_pricer
+    from memfit.planner.capacity import fits_under
+    from memfit.planner.request import Request, make_pricer
     from memfit.types.job import JobRef
 
     plan = memfit.Plan(uses=(make_use("activation-offload", {"to": "host"}),))

@@ -18,7 +18,7 @@ from memfit.jobs.builtin.navier_stokes import Square, advance, coarser, energy, 
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_blocks
 from memfit.planner.evaluate import Pricer
-from memfit.planner.single_device import space_of
+from memfit.planner.request import space_of
 from memfit.runtime.local_machine import this_machine
 from memfit.trace.trace_extrapolation import repeated
 from memfit.trace.tracer import fake_model

@@ -18,7 +18,7 @@ from memfit.cli import app
 from memfit.cli.views import search_view
 from memfit.jobs.registry import load
 from memfit.lint import parse, to_plan
-from memfit.planner.single_device import with_needs
+from memfit.planner.request import with_needs
 from memfit.planner.workload import workload_of
 from memfit.report.terminal import print_search
 from memfit.report.words import load_words

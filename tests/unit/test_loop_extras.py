@@ -152,7 +152,7 @@ def test_clipping_is_refused_with_the_optimizer_in_backward() -> None:
 
 def test_a_search_for_a_clipped_job_leaves_out_the_optimizer_in_backward() -> None:
     from memfit.planner.plan_space import usable
-    from memfit.planner.single_device import space_of
+    from memfit.planner.request import space_of
     from memfit.types.plan import Accuracy
 
     names = {
@@ -166,7 +166,7 @@ def test_a_search_for_a_clipped_job_leaves_out_the_optimizer_in_backward() -> No
 
 def test_a_search_proposes_no_other_adamw_to_a_job_with_another_optimizer() -> None:
     from memfit.planner.plan_space import usable
-    from memfit.planner.single_device import space_of
+    from memfit.planner.request import space_of
     from memfit.types.job import OptimizerChoice
     from memfit.types.plan import Accuracy
 

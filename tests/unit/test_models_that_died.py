@@ -18,7 +18,7 @@ from torch import nn
 import memfit
 from memfit.jobs.training_step import batch_length, split
 from memfit.planner.plan_space import plans, usable
-from memfit.planner.single_device import space_of
+from memfit.planner.request import space_of
 from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.techniques.registry import conflict, make_use, proposable
 from memfit.trace.tracer import trace

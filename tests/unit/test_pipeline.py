@@ -11,7 +11,8 @@ import pytest
 
 from memfit.cost.estimate import interval_around
 from memfit.cost.memory import memory_profile
-from memfit.planner import plan_space, single_device
+from memfit.planner import machine_calibration, plan_space, single_device
+from memfit.planner.request import Planning, make_pricer
 from memfit.planner.selection import score
 from memfit.runtime import local_machine
 from memfit.runtime.counting_allocator import available
@@ -108,8 +109,8 @@ def whole(
     stages: list[str] = []
     store = Store(tmp_path_factory.mktemp("store") / "store.sqlite3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(single_device, "_FIRST_BUDGET_S", 2.0)
-        patch.setattr(single_device, "_SECOND_BUDGET_S", 2.0)
+        patch.setattr(machine_calibration, "_FIRST_BUDGET_S", 2.0)
+        patch.setattr(machine_calibration, "_SECOND_BUDGET_S", 2.0)
         patch.setattr(single_device, "FINALISTS", 4)
         patch.setattr(proof_of_concept, "_TRIALS_S", 0.0)  # two runs
         found = poc(
@@ -212,7 +213,7 @@ def test_the_frontier_is_sorted_by_peak_and_the_recommendation_is_the_best_that_
 def test_explain_gives_the_peak_of_a_whole_trace_and_refuses_impossible_plans(request_: Request) -> None:
     plan = Plan(uses=(use("activation-checkpointing", every=1),))
     found = explain(request_, plan, quiet)
-    _, pricer = single_device.make_pricer(request_)
+    _, pricer = make_pricer(request_)
     assert found.allocated_bytes.value == memory_profile(pricer.trace(plan), Calibration()).peak_bytes
     with pytest.raises(UserError, match="impossible plan"):
         explain(request_, Plan(uses=(use("sgd"), use("adafactor"))), quiet)
@@ -273,7 +274,9 @@ def test_an_impossible_cap_is_refused_before_anything_runs(
     request_: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        single_device, "probe_here", lambda *a: Calibration(flops_s={"float32": 1e9}, bandwidth_bytes_s=1e9)
+        machine_calibration,
+        "probe_here",
+        lambda *a: Calibration(flops_s={"float32": 1e9}, bandwidth_bytes_s=1e9),
     )
     monkeypatch.setattr(single_run, "run", lambda *a, **k: pytest.fail("something ran"))
     store = Store(tmp_path / "store.sqlite3")
@@ -314,9 +317,9 @@ def test_step_times_are_compared_pair_by_pair() -> None:
 
 def test_plain_training_may_be_the_recommendation(whole: Whole, request_: Request, tmp_path: Path) -> None:
     found = whole[0]
-    _, pricer = single_device.make_pricer(request_)
+    _, pricer = make_pricer(request_)
     result = dataclasses.replace(found.search, recommended=found.search.baseline)
-    finished = single_device.Planning(
+    finished = Planning(
         request=request_, job=pricer.job, pricer=pricer, cap_bytes=1, cap_reason="", result=result
     )
     story = proof_of_concept._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 4, "", quiet)
@@ -333,8 +336,8 @@ def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
     whole: Whole, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ablations only show memory and step time; runs that are judged keep all their steps."""
-    _, pricer = single_device.make_pricer(request_)
-    finished = single_device.Planning(
+    _, pricer = make_pricer(request_)
+    finished = Planning(
         request=request_, job=pricer.job, pricer=pricer, cap_bytes=1, cap_reason="", result=whole[0].search
     )
     story = proof_of_concept._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 40, "", quiet)

@@ -16,8 +16,9 @@ from tiny import words
 from memfit.cli.options import BoundsOptions, GoalOptions, JobOptions, RuntimeOptions
 from memfit.cli.plan import bounds_of
 from memfit.cli.request import request as request_of
-from memfit.planner import single_device
-from memfit.planner.single_device import Planning, Request, needed_bytes
+from memfit.planner import capacity, search, single_device
+from memfit.planner.capacity import needed_bytes
+from memfit.planner.request import Planning, Request
 from memfit.report.words import load_words
 from memfit.store.database import Store
 from memfit.techniques.registry import effect_of
@@ -56,7 +57,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
     """A search for a job of a few kilobytes on a CPU."""
 
     def asked(job: Job | None = None, **more: Any) -> Planning:
-        monkeypatch.setattr(single_device, "load", lambda ref: job or words(2))
+        monkeypatch.setattr("memfit.planner.request.load", lambda ref: job or words(2))
         monkeypatch.setattr(single_device, "FINALISTS", 3)
         request = Request(
             job=JobRef(spec="words"),
@@ -64,7 +65,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
             accuracy=Accuracy.EXACT,
             **more,
         )
-        return single_device.search(request, quiet)
+        return search.search(request, quiet)
 
     return asked
 
@@ -109,7 +110,7 @@ def test_a_demonstration_cap_that_no_plan_fits_is_raised_to_fit_the_smallest_pla
 def test_a_demonstration_cap_that_a_plan_fits_keeps_the_jobs_own_ratio(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)
+    monkeypatch.setattr(capacity, "CPU_HEADROOM_BYTES", 0)
     found = ask(dataclasses.replace(words(2), demonstration_ratio=0.95))
     assert found.cap_reason == "demonstration: 95% of the baseline's predicted peak"
     assert found.cap_bytes == int(0.95 * found.result.baseline.estimate.allocated_bytes.value)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from tiny import words
 
-from memfit.planner import single_device
+from memfit.planner import capacity, search, single_device
+from memfit.planner.capacity import needed_bytes
 from memfit.planner.explanations import explain_techniques, smallest_traced
 from memfit.planner.recompute_budget import Cap
+from memfit.planner.request import Request
 from memfit.planner.selection import Objective, Prices, decide
 from memfit.planner.shortlist import counterfactuals
-from memfit.planner.single_device import Request, needed_bytes
 from memfit.report.choices import search_view
 from memfit.report.quantities import sentence_text
 from memfit.report.words import load_words
@@ -221,10 +222,10 @@ PROCESSOR = Machine(
 def test_a_search_traces_a_plan_with_every_technique_that_it_leaves_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(single_device, "load", lambda ref: words(2))
+    monkeypatch.setattr("memfit.planner.request.load", lambda ref: words(2))
     monkeypatch.setattr(single_device, "FINALISTS", 1)
-    monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)
-    found = single_device.search(
+    monkeypatch.setattr(capacity, "CPU_HEADROOM_BYTES", 0)
+    found = search.search(
         Request(job=JobRef(spec="words"), machine=PROCESSOR, cap_bytes=950_000, accuracy=Accuracy.EXACT),
         lambda *begun: None,
     )

@@ -12,13 +12,14 @@ from memfit.cost.estimate import interval_around
 from memfit.cost.memory import step_ops
 from memfit.cost.op_time import signatures_by_weight
 from memfit.cost.step_time_calibration import merge_calibrations
-from memfit.planner import evaluate, single_device
+from memfit.planner import capacity, evaluate, machine_calibration, search, single_device
+from memfit.planner.capacity import fits_under, needed_bytes
 from memfit.planner.evaluate import Pricer
 from memfit.planner.plan_space import usable
 from memfit.planner.recompute_budget import Cap
+from memfit.planner.request import Request, space_of
 from memfit.planner.selection import Objective
 from memfit.planner.shortlist import finalists, more_finalists
-from memfit.planner.single_device import Request, fits_under, needed_bytes, space_of
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Calibration, Device, Fact, Machine
@@ -247,9 +248,9 @@ def test_more_finalists_are_the_next_best_that_fit_after_correction_by_traced_pl
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, machine: Machine = CPU, cap_bytes: int | None = None) -> Request:
-    monkeypatch.setattr(single_device, "load", lambda ref: words(2))
+    monkeypatch.setattr("memfit.planner.request.load", lambda ref: words(2))
     monkeypatch.setattr(single_device, "FINALISTS", 3)
-    monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
+    monkeypatch.setattr(capacity, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
     return Request(
         job=JobRef(spec="words"),
         machine=machine,
@@ -263,7 +264,7 @@ def test_a_search_recommends_a_plan_that_fits_and_was_traced(monkeypatch: pytest
     stages: list[str] = []
     plain = Pricer(job=words(2), machine=CPU, space=space_of(words(2), "cpu")).whole(Plan())
     cap = int(plain.allocated_bytes.value * 0.95)
-    found = single_device.search(asked(monkeypatch, cap_bytes=cap), lambda stage, *rest: stages.append(stage))
+    found = search.search(asked(monkeypatch, cap_bytes=cap), lambda stage, *rest: stages.append(stage))
     assert found.cap_reason == "asked for"
     assert found.result.recommended is not None
     best = found.result.recommended.estimate
@@ -277,13 +278,13 @@ def test_a_search_raises_where_nothing_fits_and_caps_a_gpu_at_its_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(NothingFits) as told:
-        single_device.search(asked(monkeypatch, cap_bytes=1), quiet)
+        search.search(asked(monkeypatch, cap_bytes=1), quiet)
     assert 1 == told.value.cap_bytes < told.value.least_bytes
     request = asked(
         monkeypatch,
         dataclasses.replace(CUDA, device=dataclasses.replace(CUDA.device, memory_bytes=fact(2**34))),
     )
-    found = single_device.search(request, quiet)
+    found = search.search(request, quiet)
     assert (found.cap_bytes, found.cap_reason) == (2**34, "the device's memory")
 
 
@@ -292,22 +293,22 @@ def test_the_demonstration_cap_is_the_jobs_share_of_the_baselines_peak(
 ) -> None:
     request, peak = asked(monkeypatch), Interval(value=800, low=800, high=800)
     basis = dataclasses.replace(pricer.sketch(Plan()), allocated_bytes=peak)
-    assert single_device._cap(request, basis, 0.25) == (
+    assert search._cap(request, basis, 0.25) == (
         200,
         "demonstration: a quarter of the baseline's predicted peak",
     )
-    assert single_device._cap(request, basis, 0.4) == (
+    assert search._cap(request, basis, 0.4) == (
         320,
         "demonstration: 40% of the baseline's predicted peak",
     )
     with pytest.raises(UserError, match="at most 1"):
-        single_device._cap(request, basis, 1.5)
+        search._cap(request, basis, 1.5)
 
 
 def test_excluded_techniques_are_not_considered(monkeypatch: pytest.MonkeyPatch) -> None:
     request = asked(monkeypatch, cap_bytes=2**34)
     unwanted = dataclasses.replace(request, bounds=Bounds(without=("activation-checkpointing",)))
-    searches = [single_device.search(r, quiet).result for r in (request, unwanted)]
+    searches = [search.search(r, quiet).result for r in (request, unwanted)]
     used = [{u.technique for c in found.frontier for u in c.estimate.plan.uses} for found in searches]
     assert "activation-checkpointing" not in used[1]
     assert searches[1].considered < searches[0].considered
@@ -386,7 +387,7 @@ def test_the_best_plan_is_measured_beside_those_that_lack_one_of_its_techniques(
     device = dataclasses.replace(CPU.device, name="this machine")
     request = Request(job=JobRef(spec="words"), machine=dataclasses.replace(CPU, device=device))
     made = [prices.whole(plan) for plan in (Plan(), BOTH, OTHER)]
-    fits = single_device.fits_under(500 * mib, request.machine)
+    fits = capacity.fits_under(500 * mib, request.machine)
     found = single_device._with_rivals(prices, request, fits, made, quiet)
     fitting = [e for e in found if e.allocated_bytes.value < 450 * mib]
     best = min(fitting, key=lambda e: e.step_s.value if e.step_s else 0.0)
@@ -406,7 +407,7 @@ def here(monkeypatch: pytest.MonkeyPatch, told: Calibration | None) -> Request:
         on_event({"event": "calibration", "calibration": told})
         return Measurement(outcome=OutcomeKind.OK)
 
-    monkeypatch.setattr(single_device, "run", child)
+    monkeypatch.setattr(machine_calibration, "run", child)
     device = dataclasses.replace(CPU.device, name="this machine")
     return asked(monkeypatch, dataclasses.replace(CPU, device=device), cap_bytes=2**30)
 
@@ -417,7 +418,7 @@ def test_on_this_machine_the_search_calibrates_and_keeps_the_better_rates(
     told = Calibration(
         flops_s={"float32": 1e9}, bandwidth_bytes_s=1e8, op_s={"s": 1.0}, overhead_s=1e-6, took_s=1.0
     )
-    found = single_device.search(here(monkeypatch, told), quiet).pricer.calibration
+    found = search.search(here(monkeypatch, told), quiet).pricer.calibration
     assert found.machine == "this machine"
     assert found.flops_s == {"float32": 1e9}
     assert found.took_s >= 2.0  # calibrated twice: over the search space, and for its best plans
@@ -442,12 +443,12 @@ def test_timings_of_operators_without_rates_leave_the_known_rates_unchanged() ->
 
 def test_a_failed_calibration_raises_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="it broke"):
-        single_device.search(here(monkeypatch, None), quiet)
+        search.search(here(monkeypatch, None), quiet)
 
 
 def test_representatives_span_batch_and_precision(pricer: Pricer) -> None:
-    labels = {p.label for p in single_device._representatives(pricer, [])}
+    labels = {p.label for p in machine_calibration._representatives(pricer, [])}
     assert {"plain", "bf16-autocast", "gradient-accumulation(micro_batches=8)"} <= labels
     alone = dataclasses.replace(pricer, space=dataclasses.replace(pricer.space, batch_size=1))
-    assert [p.label for p in single_device._representatives(alone, [])] == ["plain", "bf16-autocast"]
-    assert [p.label for p in single_device._representatives(alone, ["bf16-autocast"])] == ["plain"]
+    assert [p.label for p in machine_calibration._representatives(alone, [])] == ["plain", "bf16-autocast"]
+    assert [p.label for p in machine_calibration._representatives(alone, ["bf16-autocast"])] == ["plain"]

@@ -25,9 +25,11 @@ from memfit.cost.recompute_ilp import smallest, solve
 from memfit.cost.recompute_replay import Replay, replay
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner import recompute_budget
+from memfit.planner.capacity import needed_bytes
 from memfit.planner.recompute_budget import choose_tensors, nominal_s
+from memfit.planner.request import Request, make_pricer
+from memfit.planner.search import search
 from memfit.planner.selection import Objective, score
-from memfit.planner.single_device import Request, make_pricer, needed_bytes, search
 from memfit.techniques.plan_file import plan_text, read_plan
 from memfit.techniques.recompute.optimal import encode_dropped, read_dropped
 from memfit.techniques.recompute.selective_recompute import RecomputedCall, SelectiveRecompute, Value

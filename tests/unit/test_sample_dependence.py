@@ -17,7 +17,8 @@ from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.parallelism_grid import Limits, grids
 from memfit.planner.plan_space import dependence_reasons, usable
-from memfit.planner.single_device import Request, make_pricer, search
+from memfit.planner.request import Request, make_pricer
+from memfit.planner.search import search
 from memfit.techniques.base import Space
 from memfit.techniques.plan_file import plan_text
 from memfit.techniques.registry import TECHNIQUES, effect_of, make_use

@@ -16,7 +16,7 @@ from memfit.catalog import machine
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.device_pricing import Scale
 from memfit.planner.evaluate import Pricer
-from memfit.planner.single_device import space_of
+from memfit.planner.request import space_of
 from memfit.runtime import local_machine
 from memfit.techniques.registry import make_use, technique
 from memfit.types.errors import UserError

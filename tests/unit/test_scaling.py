@@ -16,23 +16,26 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memfit.catalog import machine
+from memfit.cost.estimate import interval_around
 from memfit.cost.money import bill
 from memfit.cost.op_time import time_model
 from memfit.engines.registry import engine
 from memfit.planner.block_traces import BlockTracer
+from memfit.planner.capacity import needed_bytes
 from memfit.planner.device_pricing import Aim, Scale
 from memfit.planner.evaluate import Pricer
 from memfit.planner.grid_search import GridSketches, Sketch, _picked, _Pricing, _todo, find
 from memfit.planner.multi_device import search_scale
 from memfit.planner.parallelism_grid import Limits, grids, no_grid_error
+from memfit.planner.request import space_of
 from memfit.planner.selection import Objective, frontier, score
-from memfit.planner.single_device import needed_bytes, space_of
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import TECHNIQUES, conflict, make_plain_plan
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Accuracy, Bounds, EffectClass, Plan
+from memfit.types.result import Estimate
 
 # Left out where the techniques do not matter: each one needs more traces.
 FEW = ("compile", "zero", "context-parallel", "adamw-single", "selective-checkpointing", "bf16-autocast")
@@ -351,6 +354,28 @@ def test_a_device_count_without_plans_is_skipped_if_others_have_plans() -> None:
     assert {e.plan.ranks for e in scale.over((3, 2))} == {2}
     with pytest.raises(UserError, match="a batch of 8 cannot be shared evenly by 3 devices"):
         scale.over((3,))
+
+
+def test_a_sketch_is_expected_to_err_as_traced_plans_did_in_time_energy_cost_and_co2() -> None:
+    on = machine("4xL4")
+    scale = Scale(pricer_of(8, on), aim(on))
+    sketch = Estimate(
+        plan=make_plain_plan(4),
+        allocated_bytes=interval_around(2.0**30, 0.1),
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=interval_around(1.0, 0.1),
+        flops_per_step=0,
+        energy_j=300.0,
+        usd=0.25,
+        co2_g=40.0,
+        traced=False,
+    )
+    scale.pairs.append((sketch, dataclasses.replace(sketch, step_s=interval_around(2.0, 0.1), traced=True)))
+    expected = scale.expected(sketch)
+    assert expected.step_s is not None
+    assert (expected.step_s.value, expected.energy_j, expected.usd, expected.co2_g) == (2.0, 600.0, 0.5, 80.0)
 
 
 def test_a_search_without_bf16_techniques_stays_in_float32() -> None:

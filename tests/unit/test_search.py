@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from memfit import catalog
 from memfit.planner.plan_space import complexity, plans, usable
+from memfit.planner.request import half_precision_of
 from memfit.planner.selection import TIE_RATIO, Band, Objective, Prices, best, decide, frontier, score
-from memfit.planner.single_device import half_precision_of
 from memfit.techniques.base import Space
 from memfit.techniques.registry import conflict, effect_of, make_use
 from memfit.types.plan import Accuracy, EffectClass, Plan, use

@@ -219,6 +219,12 @@ def test_offloaded_tensors_return_unchanged_where_the_program_synchronizes(behav
     assert result["at once"] == result["waits"] == result["save_on_cpu"] == result["plain"]
 
 
+def test_tensors_offloaded_to_disk_return_to_the_device(behaving: Results) -> None:
+    result = behaving["offload"]
+    assert result["bytes on disk"] > 0
+    assert result["disk"] == result["plain"]
+
+
 def test_late_copies_show_a_reload_on_a_stream_that_did_not_wait(behaving: Results) -> None:
     assert behaving["offload"]["does not wait"] != behaving["offload"]["does not wait"]  # NaN
 

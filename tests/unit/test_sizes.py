@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from memfit.jobs.registry import load
-from memfit.planner import single_device
-from memfit.planner.single_device import Request, make_pricer
+from memfit.planner import capacity, search
+from memfit.planner.request import Request, make_pricer
 from memfit.runtime import local_machine
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -39,9 +39,9 @@ def test_the_batch_is_halved_until_plain_training_can_run(monkeypatch: pytest.Mo
     request = Request(job=JobRef(spec="protein-ss", batch=8), machine=local_machine.this_machine("world"))
     job, pricer = make_pricer(request)
     plain = pricer.whole(Plan())
-    need = single_device.needed_bytes(plain, request.machine)
+    need = capacity.needed_bytes(plain, request.machine)
     monkeypatch.setattr(local_machine, "free_bytes", lambda: need // 2)
-    smaller, job, _, estimate = single_device._runnable(request, job, pricer, plain)
+    smaller, job, _, estimate = search._runnable(request, job, pricer, plain)
     assert smaller.job == dataclasses.replace(request.job, batch=job.batch_size)
     assert job.batch_size in (2, 4)
-    assert single_device.needed_bytes(estimate, request.machine) <= need // 2
+    assert capacity.needed_bytes(estimate, request.machine) <= need // 2

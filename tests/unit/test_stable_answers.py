@@ -21,9 +21,10 @@ from memfit.cli import main
 from memfit.cli.progress import Bars
 from memfit.cost.estimate import interval_around
 from memfit.cost.op_time import signatures_to_time
-from memfit.planner import single_device, trials
+from memfit.planner import capacity, machine_calibration, search, single_device, trials
+from memfit.planner.request import Planning, Request
+from memfit.planner.search import SearchInterrupted
 from memfit.planner.selection import TIMED, Objective, best, timed_band
-from memfit.planner.single_device import Planning, Request, SearchInterrupted
 from memfit.report.terminal import print_search
 from memfit.store.calibration import CalibrationCache, selected
 from memfit.trace import trace_pool
@@ -210,10 +211,10 @@ class Probes:
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> Probes:
     found = Probes()
-    monkeypatch.setattr(single_device, "probe_here", found)
-    monkeypatch.setattr(single_device, "load", lambda ref: words(2))
+    monkeypatch.setattr(machine_calibration, "probe_here", found)
+    monkeypatch.setattr("memfit.planner.request.load", lambda ref: words(2))
     monkeypatch.setattr(single_device, "FINALISTS", 3)
-    monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
+    monkeypatch.setattr(capacity, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
     return found
 
 
@@ -231,15 +232,15 @@ def quiet(stage: str, done: int, total: int, detail: str) -> None:
 def test_the_same_question_is_answered_by_the_same_timings_and_those_of_others_change_nothing(
     probes: Probes,
 ) -> None:
-    first = single_device.search(question(), quiet)
+    first = search.search(question(), quiet)
     taken = len(probes.asked)
     CalibrationCache(1).add(timed(9.0, "of another question"))
-    second = single_device.search(question(), quiet)
+    second = search.search(question(), quiet)
     assert len(probes.asked) == taken > 0, "nothing is timed again"
     assert second.result == first.result
     assert second.pricer.calibration.op_s == first.pricer.calibration.op_s
     with pytest.raises(KeyboardInterrupt):
-        single_device.search(question(recalibrate=True), interrupted_at("search"))
+        search.search(question(recalibrate=True), interrupted_at("search"))
     assert probes.asked[taken] == probes.asked[0], "all of it is timed again"
 
 
@@ -249,11 +250,11 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planning]:
     with pytest.MonkeyPatch.context() as patch:
         path = tmp_path_factory.mktemp("searched") / "calibration.sqlite3"
         patch.setattr("memfit.store.calibration.default_path", lambda: path)
-        patch.setattr(single_device, "probe_here", Probes())
-        patch.setattr(single_device, "load", lambda ref: words(2))
+        patch.setattr(machine_calibration, "probe_here", Probes())
+        patch.setattr("memfit.planner.request.load", lambda ref: words(2))
         patch.setattr(single_device, "FINALISTS", 3)
-        patch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)
-        yield single_device.search(question(), quiet)
+        patch.setattr(capacity, "CPU_HEADROOM_BYTES", 0)
+        yield search.search(question(), quiet)
 
 
 def test_a_plan_fits_only_if_the_host_holds_what_it_keeps_there(searched: Planning) -> None:
@@ -276,7 +277,7 @@ def interrupted_at(stage: str) -> Callable[[str, int, int, str], None]:
 @pytest.mark.parametrize("stage", ["price", "finalists"])
 def test_an_interrupted_search_has_the_best_plan_so_far(stage: str) -> None:
     with pytest.raises(SearchInterrupted) as stop:
-        single_device.search(question(), interrupted_at(stage))
+        search.search(question(), interrupted_at(stage))
     found = stop.value.result
     assert found.unfinished
     assert found.recommended is not None

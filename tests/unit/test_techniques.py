@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny import VOCABULARY, WIDTH, Words, words
+from tiny import VOCABULARY, WIDTH, Words, regression, words
 from torch import nn
 from torch.testing import assert_close
 
@@ -20,7 +20,7 @@ from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_blocks, find_head
 from memfit.planner.plan_space import plans
-from memfit.planner.single_device import space_of
+from memfit.planner.request import space_of
 from memfit.techniques.base import Knob, Space, Workbench
 from memfit.techniques.offload import DiskSpool, HostCopies, Spool, SpooledTensor
 from memfit.techniques.optimizers import default_optimizer
@@ -34,6 +34,7 @@ from memfit.techniques.registry import (
     make_use,
     ordered_uses,
     technique,
+    without,
 )
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -119,6 +120,13 @@ def test_techniques_are_applied_in_a_fixed_order_not_in_the_plans() -> None:
     names = ("bf16-autocast", "activation-checkpointing", "lora")
     plan = Plan(uses=tuple(make_use(n, {}) for n in names))
     assert [t.name for t, _ in ordered_uses(plan)] == ["lora", "activation-checkpointing", "bf16-autocast"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero", "sgd"])
+def test_a_plan_without_a_technique_that_it_lacks_is_the_same_plan(name: str) -> None:
+    plan = Plan(uses=(make_use("fsdp2", {}),), ranks=2)
+    assert without(plan, name) == plan
+    assert without(plan, "fsdp2") == Plan(uses=(make_use("ddp", {}),), ranks=2)
 
 
 def test_every_proposed_setting_is_valid_user_input() -> None:
@@ -336,6 +344,21 @@ def test_adapters_freeze_the_blocks_and_train_the_rest(name: str) -> None:
     assert sum(before[n].numel() for n in trainable) == 3 * 2 * 2 * (16 + 64) + 512 * 16 + 512 * 17
 
 
+@needs("peft")
+def test_adapters_reach_the_blocks_of_a_model_that_is_itself_the_sequence_of_blocks() -> None:
+    job = dataclasses.replace(
+        regression(),
+        build_model=lambda: nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))),
+        make_batch=lambda step, seed: (torch.ones(32, 8), torch.zeros(32, 8)),
+    )
+    assert space_of(job, "cpu").linears
+    step = TrainingStep(job, Plan(uses=(make_use("lora", {"rank": 2}),)))
+    trainable = {n: p.numel() for n, p in step.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n for n in trainable)
+    assert sum(trainable.values()) == 2 * 2 * (8 + 8)
+    step.run(job.make_batch(0, 0))
+
+
 @needs("bitsandbytes")
 def test_nf4_linear_takes_half_a_byte_per_weight_and_stays_accurate() -> None:
     from memfit.techniques.nf4 import Nf4Linear
@@ -463,8 +486,6 @@ def test_master_weights_keep_updates_that_bfloat16_would_lose() -> None:
 
 
 def test_a_bfloat16_model_accepts_float32_inputs() -> None:
-    from tiny import regression
-
     torch.manual_seed(0)
     step = TrainingStep(regression(), Plan(uses=(use("bf16-parameters", rounding="master"),)))
     loss, _ = step.run(step.job.make_batch(0, 0))

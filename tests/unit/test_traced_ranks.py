@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
 from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.techniques.parallel.gathered_attention import GatheredAttention, SequenceRanks
 from memfit.techniques.registry import make_use
 from memfit.trace.fake_process_group import optimizer_steps_only
 from memfit.trace.tracer import trace
@@ -152,6 +153,13 @@ def test_chunked_cross_entropy_needs_fsdp2_without_resharding() -> None:
     trace(words(), on_two(chunked_cross_entropy={}, fsdp2={"reshard": False}))
     with pytest.raises(UserError, match="has freed the head's weight"):
         trace(words(), on_two(chunked_cross_entropy={}, fsdp2={}))
+
+
+def test_context_parallelism_replaces_only_ranges_that_count_the_positions_of_a_part() -> None:
+    across = SequenceRanks(group="", rank=1, ranks=2, device="cpu", length=4)
+    with GatheredAttention(across):
+        counts = torch.arange(4), torch.arange(0, 4), torch.arange(4, 4), torch.arange(1, 4)
+    assert [c.tolist() for c in counts] == [[2, 3, 4, 5], [2, 3, 4, 5], [], [1, 2, 3]]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 8, 9])

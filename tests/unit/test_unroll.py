@@ -12,7 +12,7 @@ from torch import nn
 from memfit.catalog.machine_spec import machine
 from memfit.cost.memory import memory_profile, step_ops
 from memfit.planner.evaluate import Pricer
-from memfit.planner.single_device import space_of
+from memfit.planner.request import space_of
 from memfit.techniques.rank_mesh import layout
 from memfit.trace.trace_extrapolation import deep_trace, deep_traces
 from memfit.trace.tracer import trace

@@ -15,7 +15,7 @@ from memfit.catalog.machine_spec import machine
 from memfit.engines import native
 from memfit.jobs.registry import load
 from memfit.jobs.user_job import source_digest
-from memfit.planner.single_device import Request
+from memfit.planner.request import Request
 from memfit.runtime import counting_allocator, memory, memory_cap
 from memfit.runtime.child_process import run
 from memfit.store.database import Store

@@ -16,7 +16,7 @@ from report_fixture import PEAKS, PLAIN, full_poc
 
 from memfit.catalog import machine
 from memfit.jobs.user_job import shadowed_modules
-from memfit.planner.single_device import Request
+from memfit.planner.request import Request
 from memfit.runtime.child_process import STOPPED, run
 from memfit.runtime.ranks import run_ranks
 from memfit.store import exchange

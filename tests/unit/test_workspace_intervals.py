@@ -19,7 +19,7 @@ import memfit
 import memfit.planner.workspace_probes
 from memfit.api import Prediction
 from memfit.cost.workspaces import bound_bytes
-from memfit.planner.single_device import needed_bytes
+from memfit.planner.capacity import needed_bytes
 from memfit.runtime.memory import peak_counter
 from memfit.trace.signature import describe
 

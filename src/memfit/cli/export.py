@@ -321,7 +321,7 @@ def _launch(
     and for job files that cannot be copied (see `_carried`)."""
     from memfit.engines.registry import render, supporting_engine
     from memfit.jobs.registry import load
-    from memfit.planner.single_device import model_sizes
+    from memfit.planner.request import model_sizes
 
     if engine == "replay":
         raise UserError(

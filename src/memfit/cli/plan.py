@@ -32,7 +32,7 @@ from memfit.types.parsing import parse_duration
 from memfit.types.plan import Bounds, Plan
 
 if TYPE_CHECKING:
-    import memfit.planner.single_device
+    import memfit.planner.request
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +191,8 @@ def plan(
 
 
 def _corrected(
-    job_request: memfit.planner.single_device.Request, options: FromOptions
-) -> memfit.planner.single_device.Request:
+    job_request: memfit.planner.request.Request, options: FromOptions
+) -> memfit.planner.request.Request:
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import memfit.lint.check
     import memfit.lint.draft
     import memfit.lint.models
-    import memfit.planner.single_device
+    import memfit.planner.request
     import memfit.types.result
     import memfit.workflows.config_review
 
@@ -139,9 +139,7 @@ def _described(model: memfit.lint.models.DescribedModel) -> str:
 
 def _sized(
     carried: memfit.lint.draft.Carried, job: JobOptions, goal: GoalOptions, runtime: RuntimeOptions, on: str
-) -> tuple[
-    memfit.planner.single_device.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried
-]:
+) -> tuple[memfit.planner.request.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried]:
     """Return (the request to predict, the size of its job, ``carried`` with the batch and length of that
     job). Batch and length are those of the files if they state them. If the user gave another value, that one
     is used; if the job refuses the files' value, the job's own is used. In both cases ``carried`` lists the
@@ -195,8 +193,8 @@ def _as_predicted(
 
 
 def _clipped(
-    job_request: memfit.planner.single_device.Request, carried: memfit.lint.draft.Carried, limit: float | None
-) -> tuple[memfit.planner.single_device.Request, memfit.lint.draft.Carried]:
+    job_request: memfit.planner.request.Request, carried: memfit.lint.draft.Carried, limit: float | None
+) -> tuple[memfit.planner.request.Request, memfit.lint.draft.Carried]:
     """Return ``job_request`` with gradients clipped to a norm of ``limit``, and ``carried`` unchanged. A
     ``limit`` of 0: not clipped; None: the files do not say, and the request keeps the limit of the job. But
     if the plan of ``carried`` has optimizer-in-backward, with which gradients cannot be clipped, and

@@ -23,7 +23,7 @@ from memfit.types.sanitize import one_line
 from memfit.types.workload import Workload
 
 if TYPE_CHECKING:
-    import memfit.planner.single_device
+    import memfit.planner.request
 
 
 def request(
@@ -34,7 +34,7 @@ def request(
     *,
     ranks: int = 1,
     bounds: Bounds | None = None,
-) -> memfit.planner.single_device.Request:
+) -> memfit.planner.request.Request:
     """Return the options as a request to the planner. ``on``: the machine, as in --on; ``ranks``: the number
     of processes, as in --nproc; ``bounds``: further limits on the plan, None for none. Memory, accuracy,
     machine and number of processes are checked before torch is loaded; the job itself is not built yet.
@@ -57,8 +57,8 @@ def request(
     warn_of_shadowed_modules(job.spec)
     quiet_libraries()
     from memfit.engines.registry import engine
+    from memfit.planner.request import Request
     from memfit.planner.selection import Objective
-    from memfit.planner.single_device import Request
 
     if on == "this":
         tell_of_unused_accelerator()
@@ -86,9 +86,7 @@ def warn_of_shadowed_modules(job: str) -> None:
         print(f"memfit: warning: {one_line(line)}", file=sys.stderr)
 
 
-def print_workload_of(
-    search_request: memfit.planner.single_device.Request, *, lang: str, quiet: bool
-) -> Workload:
+def print_workload_of(search_request: memfit.planner.request.Request, *, lang: str, quiet: bool) -> Workload:
     """Return what the answer to the request is about: the model, the data of a step, and the machine. Print
     it on standard output in the language ``lang``, unless ``quiet``. Raises UserError if the job cannot be
     loaded."""
@@ -159,7 +157,7 @@ def plan_file(plan_options: PlanOptions) -> Plan | None:
     return read_plan(plan_options.plan)
 
 
-def recommended_plan(search_request: memfit.planner.single_device.Request, progress: Bars) -> Plan:
+def recommended_plan(search_request: memfit.planner.request.Request, progress: Bars) -> Plan:
     """Search for the plan that is recommended for the request and return it. Raises NothingFits if no plan
     fits the memory and the other limits, UserError if the request or the job is wrong, and RunError if
     operators cannot be timed on this machine."""
@@ -175,7 +173,7 @@ def best_so_far(*, lang: str, as_json: bool, workload: Workload | None = None) -
     """If Ctrl-C interrupts a search within the ``with`` block when it already has a result, print that result
     in the language ``lang`` (as JSON, with ``workload``, if ``as_json``), and raise Interrupted, whose exit
     code is 130. An earlier Ctrl-C is raised unchanged, as KeyboardInterrupt."""
-    from memfit.planner.single_device import SearchInterrupted
+    from memfit.planner.search import SearchInterrupted
 
     try:
         yield

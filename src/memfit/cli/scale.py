@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import rich.console
 
     import memfit.decision.rollout_gates
-    import memfit.planner.single_device
+    import memfit.planner.request
     import memfit.report.words
     import memfit.types.decision
     import memfit.types.result
@@ -187,18 +187,18 @@ def _job(spec: str, size: str | None) -> JobOptions:
 
 def _stage(
     job: JobOptions, on: str, goal: GoalOptions, runtime: RuntimeOptions
-) -> tuple[dict[str, Any], memfit.planner.single_device.Planning]:
+) -> tuple[dict[str, Any], memfit.planner.request.Planning]:
     """Search for the plan of one stage, the pilot or the full-size training, on the machine ``on``. Return
     (plain data; the finished search). The data have the recommended plan, its predicted memory and step time,
     its cost and energy for 1,000 steps, "stop_when", the observations at which the stage should be stopped,
     and "way_back", what to return to then. Raises NothingFits if no plan fits the machine, and UserError for
     invalid options."""
-    from memfit.planner import single_device
+    from memfit.planner import search
     from memfit.types.units import format_bytes
 
     job_request = request(job, goal, runtime, on)
     with Bars("en") as progress:
-        planning = single_device.search(job_request, progress)
+        planning = search.search(job_request, progress)
     choice = planning.result.recommended
     assert choice is not None, "search raises NothingFits otherwise"
     estimate = choice.estimate
@@ -223,7 +223,7 @@ def _stage(
     return stage, planning
 
 
-def _keep(poc_id: str, plannings: list[memfit.planner.single_device.Planning], store: StoreOptions) -> None:
+def _keep(poc_id: str, plannings: list[memfit.planner.request.Planning], store: StoreOptions) -> None:
     """Store the predictions of the stages in ``plannings`` with the proof of concept ``poc_id``, for its
     decision on costs. Also predict and store the same size of the job on every device of the catalog that has
     a price, except in three cases: these predictions are already stored; the first stage has one process and

@@ -188,9 +188,9 @@ class Scale:
     def expected(self, e: Estimate) -> Estimate:
         """Return the estimate that a whole trace of the plan is expected to give.
 
-        The step time, cost, CO2 and device memory of a sketch are multiplied by the median ratios of trace to
-        sketch, in time and in memory, over the traced plans of the same kind and degrees (see `kind`), or
-        over all traced plans if there are none of these. Energy and host memory are not scaled. A traced
+        The step time, energy, cost, CO2 and device memory of a sketch are multiplied by the median ratios of
+        trace to sketch, in time and in memory, over the traced plans of the same kind and degrees (see
+        `kind`), or over all traced plans if there are none of these. Host memory is not scaled. A traced
         estimate is returned unchanged, and so is a sketch if nothing was traced yet.
         """
         if e.traced or not self.pairs:
@@ -214,6 +214,7 @@ class Scale:
             device_bytes=device_memory.device_bytes,
             device_parts_bytes=device_memory.device_parts_bytes,
             oom_probability=device_memory.oom_probability,
+            energy_j=e.energy_j and e.energy_j * step_ratio,
             usd=e.usd and e.usd * step_ratio,
             co2_g=e.co2_g and e.co2_g * step_ratio,
         )

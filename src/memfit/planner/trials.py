@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from memfit.cost.estimate import interval_around
 from memfit.cost.step_time_calibration import correct_calibration, factor
 from memfit.engines.registry import engine, render
+from memfit.planner.capacity import needed_bytes
 from memfit.planner.plan_space import plans, usable
+from memfit.planner.request import Planning, Progress, model_sizes
 from memfit.planner.selection import Band, Objective, Prices, best, reasons_for, score, simplest_first
-from memfit.planner.single_device import Planning, Progress, model_sizes, needed_bytes
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
 from memfit.runtime.ranks import run_ranks

@@ -38,9 +38,10 @@ def _adapt(bench: Workbench, rank: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
+    prefix = f"{path}.".lstrip(".")  # "" if the model itself contains the blocks
     # Keep ids, not parameters: the imports below log and keep this frame alive, and would keep parameters
     # that shards replace.
-    outside_ids = {id(p) for name, p in bench.model.named_parameters() if not name.startswith(path + ".")}
+    outside_ids = {id(p) for name, p in bench.model.named_parameters() if not name.startswith(prefix)}
     targets = sorted(name for name, _ in block_linears(bench.model, path))
     if not targets:
         raise UserError(
@@ -54,11 +55,12 @@ def _adapt(bench: Workbench, rank: int) -> None:
 
 def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torch.nn.Linear]]:
     """Yield (path in the model, layer) for every torch.nn.Linear, at any depth, inside the module at
-    ``path``, which is the one that contains the model's blocks."""
+    ``path``, which is the one that contains the model's blocks. The path of the model itself is ""."""
     import torch
 
+    prefix = f"{path}.".lstrip(".")
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.startswith(path + "."):
+        if isinstance(module, torch.nn.Linear) and name.startswith(prefix):
             yield name, module
 
 

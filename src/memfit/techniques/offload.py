@@ -178,20 +178,23 @@ class SpooledTensor:
     def __init__(self, tensor: Any, spool: Spool) -> None:
         from torch._subclasses.fake_tensor import FakeTensor
 
-        self.count, self.dtype, self.spool = tensor.numel(), tensor.dtype, spool
+        self.count, self.dtype, self.device = tensor.numel(), tensor.dtype, tensor.device
+        self.spool = spool
         self.size_bytes = tensor.numel() * tensor.element_size()
         self.place: int | None = None
         if not isinstance(tensor, FakeTensor):
-            self.place = spool.write(_raw(tensor.detach()))
+            self.place = spool.write(_raw(tensor.detach().cpu()))
 
     def back(self) -> Any:
-        """Return the elements as a new one-dimensional CPU tensor (without values for a fake tensor)."""
+        """Return the elements as a new one-dimensional tensor on the device of the original (without values
+        for a fake tensor)."""
         import torch
 
+        if self.place is None:
+            return torch.empty(self.count, dtype=self.dtype, device=self.device)
         tensor = torch.empty(self.count, dtype=self.dtype)
-        if self.place is not None:
-            self.spool.read(_raw(tensor), self.place)
-        return tensor
+        self.spool.read(_raw(tensor), self.place)
+        return tensor.to(self.device)
 
     def __del__(self) -> None:
         if self.place is not None:

@@ -108,18 +108,20 @@ def make_plain_plan(ranks: int = 1) -> Plan:
 
 
 def without(plan: Plan, name: str) -> Plan:
-    """Return the plan without the technique ``name``. A plan that does not have it stays as it is, but for
-    the two changes below.
+    """Return the plan without the technique ``name``. A plan that does not have it is returned unchanged.
 
     If ``name`` is a data-parallel technique and the plan has several ranks, ddp with default settings takes
     its place, because the ranks must still divide each batch and average gradients. If optimal-checkpointing
     remains, its list of tensors to recompute (``dropped``) is emptied, because it was made for the operators
     of the old plan. Raises UserError if no technique is called ``name``.
     """
+    slot = technique(name).slot
+    if plan.get(name) is None:
+        return plan
     reduced_plan = plan.without(name)
     if (budget := reduced_plan.get(optimal.NAME)) is not None:
         reduced_plan = reduced_plan.with_use(make_use(optimal.NAME, {**budget.settings, "dropped": ""}))
-    if technique(name).slot != "data-parallel" or plan.ranks == 1:
+    if slot != "data-parallel" or plan.ranks == 1:
         return reduced_plan
     return reduced_plan.with_use(make_use("ddp", {}))
 

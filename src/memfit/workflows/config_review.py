@@ -13,7 +13,9 @@ from collections import Counter
 
 from memfit.lint.neighbours import neighbours
 from memfit.model.blocks import find_blocks
-from memfit.planner.single_device import Progress, Request, fits_under, make_pricer, needed_bytes, search
+from memfit.planner.capacity import fits_under, needed_bytes
+from memfit.planner.request import Progress, Request, make_pricer
+from memfit.planner.search import search
 from memfit.techniques.registry import check, effect_of
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import NothingFits, UserError

@@ -11,7 +11,8 @@ from memfit import catalog
 from memfit.engines.base import Engine
 from memfit.engines.registry import ENGINES, render
 from memfit.jobs.registry import load
-from memfit.planner.single_device import Progress, Request, calibrate, make_pricer, model_sizes
+from memfit.planner.machine_calibration import calibrate
+from memfit.planner.request import Progress, Request, make_pricer, model_sizes
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.job import Job

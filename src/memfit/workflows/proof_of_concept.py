@@ -21,18 +21,12 @@ from memfit.decision import case as cases
 from memfit.decision import rollout_gates
 from memfit.decision.decide import decide as decide_on
 from memfit.engines.registry import engine
-from memfit.planner import single_device as planner
+from memfit.planner import search as plan_search
 from memfit.planner import trials
+from memfit.planner.machine_calibration import calibrate
+from memfit.planner.request import Planning, Progress, Request, autocast, model_sizes
 from memfit.planner.selection import Objective
-from memfit.planner.single_device import (
-    Planning,
-    Progress,
-    Request,
-    autocast,
-    calibrate,
-    is_long,
-    model_sizes,
-)
+from memfit.planner.single_device import is_long
 from memfit.planner.workload import workload_of
 from memfit.report.case import case_offers
 from memfit.report.html import write_html
@@ -140,7 +134,7 @@ def poc(
 def search(
     request: Request, progress: Progress, *, must_run: bool = False, measure_s: float | None = None
 ) -> Planning:
-    """Search the best plan for the request, as `planner.search` does.
+    """Search the best plan for the request, as `planner.search.search` does.
 
     If ``measure_s`` is given, the best plans are then run for about that many seconds, and the recommendation
     is chosen by the measured step times. This is only possible for the goals "fastest", "cheapest" and
@@ -156,14 +150,14 @@ def search(
             f"--measure needs a --goal that depends on step time, not {request.goal.value}",
             allowed=", ".join(trials.BY_TIME),
         )
-    planning = planner.search(request, progress, must_run=must_run)
+    planning = plan_search.search(request, progress, must_run=must_run)
     if measure_s is None or request.goal not in trials.BY_TIME:
         return planning
     try:
         return trials.measured(planning, progress, budget_s=measure_s)
     except KeyboardInterrupt:
         partial_result = dataclasses.replace(planning.result, unfinished=True)
-        raise planner.SearchInterrupted(partial_result) from None
+        raise plan_search.SearchInterrupted(partial_result) from None
 
 
 def report(

@@ -13,10 +13,11 @@ from typing import Any
 
 from memfit import catalog
 from memfit.jobs.registry import describe, load
+from memfit.planner.capacity import fits_under
 from memfit.planner.evaluate import Pricer
 from memfit.planner.plan_space import plans, usable
+from memfit.planner.request import Planning, Progress, limit_parts, space_of
 from memfit.planner.selection import MODELLED, best
-from memfit.planner.single_device import Planning, Progress, fits_under, limit_parts, space_of
 from memfit.techniques.base import Space, Technique
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import UserError

@@ -20,8 +20,9 @@ from memfit.cost.lengths import Batching, Ints, PeakModel, Shape
 from memfit.cost.memory import levels
 from memfit.jobs.builtin.fasta import read_fasta, read_text
 from memfit.jobs.training_step import batch_length
+from memfit.planner.capacity import needed_bytes
 from memfit.planner.evaluate import Pricer
-from memfit.planner.single_device import Progress, needed_bytes, space_of
+from memfit.planner.request import Progress, space_of
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job

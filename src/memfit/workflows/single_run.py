@@ -10,16 +10,11 @@ from memfit.cost.memory import memory_profile, with_workspace
 from memfit.engines.registry import ready_engine, render, supporting_engine
 from memfit.jobs import checkpoints
 from memfit.jobs.user_job import source_digest
+from memfit.planner.capacity import needed_bytes
 from memfit.planner.evaluate import Pricer
+from memfit.planner.machine_calibration import calibrate
 from memfit.planner.recompute_budget import open_budget
-from memfit.planner.single_device import (
-    Progress,
-    Request,
-    calibrate,
-    make_pricer,
-    model_sizes,
-    needed_bytes,
-)
+from memfit.planner.request import Progress, Request, make_pricer, model_sizes
 from memfit.report.explain import TracedEstimate
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import STOPPED, run

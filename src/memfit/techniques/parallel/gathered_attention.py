@@ -105,7 +105,7 @@ def _counted(func: Any, args: Any) -> int | None:
     Keyword arguments are not looked at."""
     if func is not torch.arange or len(args) not in {1, 2} or not all(isinstance(a, int) for a in args):
         return None
-    return args[-1] if args[0] in {0, args[-1]} else None
+    return args[-1] if len(args) == 1 or args[0] == 0 else None
 
 
 def _site() -> Site:

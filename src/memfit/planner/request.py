@@ -1,0 +1,206 @@
+"""What a search is asked and what it answers, and the pricer that predicts a request's plans."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from memfit.jobs.registry import load
+from memfit.model.blocks import find_blocks, find_head
+from memfit.planner.capacity import Fits, needed_bytes
+from memfit.planner.evaluate import Pricer
+from memfit.planner.plan_space import may_split
+from memfit.planner.selection import (
+    Objective,
+)
+from memfit.techniques.base import Space
+from memfit.techniques.optimizers import is_adamw
+from memfit.types.dependence import DependenceKind
+from memfit.types.errors import UserError
+from memfit.types.job import Job, JobRef
+from memfit.types.machine import Calibration, Machine
+from memfit.types.plan import Accuracy, Bounds, Use, use
+from memfit.types.result import Choice, Estimate, Reason, SearchResult
+
+Progress = Callable[[str, int, int, str], None]
+"""(stage, done, total, detail): called often; total 0 means unknown."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked for.
+
+    ``cap_bytes``: the memory of one device that the plan must fit. None means the memory of the device; on a
+    CPU it means a demonstration, whose cap is a share of plain training's peak, by default a quarter, or, if
+    no plan fits that, the least that some plan needs plus 10 %. ``threads``: number of this machine's threads
+    for measurements and runs; 0: all. ``ranks``: number of processes with one device each. On a machine of
+    the catalog with several devices, a search takes 1 to mean all of them. ``bounds``: limits beside memory;
+    a search takes the number of steps from the job, not from ``bounds.steps``.
+    """
+
+    job: JobRef
+    machine: Machine
+    cap_bytes: int | None = None
+    goal: Objective = Objective.FASTEST
+    accuracy: Accuracy = Accuracy.ROUNDING
+    threads: int = 0
+    timeout_s: float | None = None  # of each training run; None: no limit
+    engine: str = "native"
+    bounds: Bounds = dataclasses.field(default_factory=Bounds)
+    ranks: int = 1
+    correction: Calibration = dataclasses.field(default_factory=Calibration)  # from runs on this machine
+    recalibrate: bool = False  # time this machine's operators again, ignoring stored times
+
+    @property
+    def is_here(self) -> bool:
+        return self.machine.device.name == "this machine"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Planning:
+    """A finished search, with what is needed to predict further plans in the same way.
+
+    ``cap_bytes``: the memory of one device that plans had to fit. ``cap_reason``: where that figure is from,
+    such as "asked for". ``fits``: whether an estimate fits it and keeps to the request's other limits.
+    ``left_out``: why techniques were not searched. After a search for many devices with tensor, context or
+    pipeline parallelism, ``estimates``, ``sketches`` and ``left_out`` are empty, and ``fits`` is always true.
+    """
+
+    request: Request
+    job: Job
+    pricer: Pricer
+    cap_bytes: int
+    cap_reason: str
+    result: SearchResult
+    estimates: Sequence[Estimate] = ()  # of the traced plans
+    sketches: Sequence[Estimate] = ()  # of every plan
+    fits: Fits = lambda estimate: True
+    left_out: tuple[Reason, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.result = with_needs(self.result, self.request.machine)
+
+
+def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
+    """Return the result with ``needed_bytes`` of each of its plans set to the bytes of one device's memory
+    that are compared with the cap.
+    """
+
+    def with_need(choice: Choice) -> Choice:
+        return dataclasses.replace(choice, needed_bytes=needed_bytes(choice.estimate, machine))
+
+    return dataclasses.replace(
+        result,
+        baseline=with_need(result.baseline),
+        frontier=tuple(map(with_need, result.frontier)),
+        recommended=with_need(result.recommended) if result.recommended else None,
+        smallest=with_need(result.smallest),
+    )
+
+
+def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
+    """Return the facts about the job from which techniques propose settings, counted on a model built without
+    memory. ``batch_size`` of the result is that of one rank, at least 1.
+
+    ``device``: "cpu" or "cuda". ``half``: what `half_precision_of` returns for the machine. If the job does
+    not name its blocks and none are found, ``block_count`` is 0; if it does not name its head and none is
+    found, ``has_head`` is False. Raises UserError if the job names blocks or a head that the model does not
+    have.
+    """
+    from memfit.model.chunk_analysis import worth_cutting
+    from memfit.model.scalar_parameters import scalars
+    from memfit.techniques.adapters import block_linears
+    from memfit.trace.tracer import fake_model
+
+    model = fake_model(job)
+    try:
+        path, modules = find_blocks(model, job.blocks)
+        block_count, has_linears = len(modules), any(True for _ in block_linears(model, path))
+    except UserError:
+        if job.blocks is not None:
+            raise
+        block_count, has_linears = 0, False
+    try:
+        vocabulary = find_head(model, job.head)[1].out_features
+    except UserError:
+        if job.head is not None:
+            raise
+        vocabulary = 0
+    return Space(
+        batch_size=max(1, job.batch_size // ranks),
+        block_count=block_count,
+        has_head=vocabulary > 0,
+        vocabulary=vocabulary,
+        device=device,
+        ranks=ranks,
+        half=half,
+        linears=has_linears,
+        scalars=bool(scalars(model)),
+        clipped=job.clip is not None,
+        adamw=is_adamw(job.optimizer),
+        slices=ranks == 1 and worth_cutting(job, model),
+    )
+
+
+def half_precision_of(machine: Machine) -> str:
+    """Return "float16" if the machine's device has a peak rate for it and none for bfloat16, as NVIDIA
+    devices before Ampere; else "bfloat16".
+    """
+    rates = machine.device.peak_flops
+    return "float16" if "float16" in rates and "bfloat16" not in rates else "bfloat16"
+
+
+def autocast(space: Space) -> Use:
+    """Return the autocast technique for the half precision of ``space``: fp16-autocast or bf16-autocast."""
+    return use("fp16-autocast" if space.half == "float16" else "bf16-autocast")
+
+
+def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer]:
+    """Load the request's job and return (the job, the pricer that predicts its plans on the request's machine
+    and engine).
+
+    ``replicas``: whether every rank trains samples of its own. If so, and if the batch has fewer samples than
+    there are ranks, raises UserError. Also raises it if the job cannot be loaded, or if it names blocks or a
+    head that its model does not have.
+    """
+    job, ranks = load(request.job), request.ranks
+    if replicas and job.batch_size < ranks:
+        raise UserError(
+            f"a batch of {job.batch_size} has fewer samples than the {ranks} ranks",
+            allowed=f"--batch {ranks} or more",
+        )
+    space = space_of(job, request.machine.device.kind, request.ranks, half_precision_of(request.machine))
+    return job, Pricer(
+        job=job,
+        machine=request.machine,
+        space=space,
+        engine=request.engine,
+        calibration=request.correction,
+    )
+
+
+def model_sizes(name: str, job: Job) -> Mapping[str, str]:
+    """Return the model's sizes as options of Megatron-LM's trainer, name of the option -> value, if ``name``
+    is the engine "megatron". Empty for other engines, which build the job's own model.
+
+    Raises UserError if Megatron-LM cannot build the model.
+    """
+    if name != "megatron":
+        return {}
+    from memfit.engines.megatron.gpt import read, sizes
+    from memfit.trace.tracer import fake_model
+
+    return sizes(read(fake_model(job)))
+
+
+def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
+    """If samples of a batch depend on each other, set the smallest micro-batch of the pricer's space: two
+    samples if ``accuracy`` allows splitting the batch nevertheless (some layers need more than one), else the
+    whole batch of a rank. If they do not depend on each other, or if a rank has only one sample, nothing is
+    changed.
+    """
+    space = pricer.space
+    if space.batch_size == 1 or pricer.dependence.kind is not DependenceKind.DEPENDENT:
+        return
+    smallest_part = 2 if may_split(pricer.dependence, accuracy) else space.batch_size
+    pricer.space = dataclasses.replace(space, least_part=smallest_part)

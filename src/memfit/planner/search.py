@@ -1,0 +1,343 @@
+"""Search the best plan for a job on a machine.
+
+Plain training is traced, the cap decided, and plans are priced by single_device.py, or, where tensor, context
+and pipeline parallelism can be searched, by multi_device.py. One of the traced plans is recommended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from memfit.cost.host import host_holds, host_line
+from memfit.engines.registry import engine
+from memfit.planner.capacity import Fits, fits_under, needed_bytes, states_bytes
+from memfit.planner.evaluate import Pricer
+from memfit.planner.machine_calibration import begin_calibration, score_band, timings
+from memfit.planner.plan_space import may_share, may_split
+from memfit.planner.request import Planning, Progress, Request, limit_parts, make_pricer
+from memfit.planner.selection import (
+    Prices,
+    best,
+    decide,
+    missed_bounds,
+    respects_micro_batch,
+    within_bounds,
+)
+from memfit.planner.single_device import price_plans
+from memfit.runtime import local_machine
+from memfit.techniques.recompute.optimal import NAME
+from memfit.techniques.registry import effect_of, make_plain_plan, proposable, refuse_wrong_weights
+from memfit.types.dependence import DependenceCause
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.job import Job
+from memfit.types.plan import Bounds, use
+from memfit.types.result import Choice, Estimate, SearchResult
+
+# Of the cap: techniques that only affect states smaller than this are not worth a search.
+_SMALL_STATES_RATIO = 1 / 16
+_DEMONSTRATION = "demonstration:"  # start of the cap's reason if no cap was given on a CPU
+_DEMONSTRATION_SPARE_RATIO = 1.1
+_REACHABLE = (
+    _DEMONSTRATION + " what the smallest plan needs plus 10 %, because no plan fits {share:.0%} of the "
+    "baseline's predicted peak"
+)
+_GAP_RATIO = 0.05  # optimality gap in a search, where a better answer takes longer than it saves
+
+
+def search(request: Request, progress: Progress, *, must_run: bool = False) -> Planning:
+    """Search the best plan for the request and return the finished search.
+
+    On a machine of the catalog with several devices, plans with tensor, context, pipeline and data
+    parallelism are searched if the model has at least 3 blocks, all alike. Otherwise, only plans that divide
+    the batch over the ranks are searched. ``must_run``: if the request is for this machine, halve the batch
+    until plain training fits the free memory, or has one sample per rank; the returned request has the new
+    batch.
+
+    Raises NothingFits with the least memory that would be enough; UserError if the request or the job is
+    wrong, or if dividing the batch over ranks would change the training by more than the request's accuracy
+    allows; RunError if operators cannot be timed on this machine. Ctrl-C while plans are predicted raises
+    SearchInterrupted with the result so far. Before that, and in a search with tensor, context and pipeline
+    parallelism, it raises KeyboardInterrupt.
+    """
+    if request.machine.device_count > 1 and not request.is_here:
+        ranks = request.ranks if request.ranks > 1 else request.machine.device_count
+        request = dataclasses.replace(request, ranks=ranks)
+        if (planning := _search_many(request, progress)) is not None:
+            return planning
+    progress("trace", 0, 0, "plain training")
+    job, pricer = make_pricer(request)
+    _refuse_ranks(request, pricer)
+    limit_parts(pricer, request.accuracy)
+    baseline = pricer.whole(make_plain_plan(request.ranks))
+    if request.is_here and must_run:
+        request, job, pricer, baseline = _runnable(request, job, pricer, baseline)
+    pricer.gap_ratio = _GAP_RATIO
+    cap_bytes, cap_reason = _cap(request, baseline, job.demonstration_ratio)
+    if request.is_here:
+        begin_calibration(pricer, request, progress)
+    batch, bounds = pricer.space.batch_size, dataclasses.replace(request.bounds, steps=job.steps)
+
+    def inside(e: Estimate) -> bool:
+        return fits_under(cap_bytes, request.machine)(e)
+
+    def fits(e: Estimate) -> bool:
+        return inside(e) and respects_micro_batch(e.plan, bounds, batch) and within_bounds(bounds, e)
+
+    state_bytes = states_bytes(baseline)
+    small_state_bytes = state_bytes if state_bytes < _SMALL_STATES_RATIO * cap_bytes else None
+    sketches: list[Estimate] = []
+    try:
+        estimates, considered, left_out = price_plans(
+            pricer, request, cap_bytes, progress, fits, small_state_bytes=small_state_bytes, sketches=sketches
+        )
+        if cap_reason.startswith(_DEMONSTRATION) and not any(map(fits, estimates)):
+            cap_bytes = _reachable_cap(estimates, request, batch)
+            cap_reason = _REACHABLE.format(share=job.demonstration_ratio)
+            sketches.clear()
+            capped_estimates, considered, left_out = price_plans(
+                pricer,
+                request,
+                cap_bytes,
+                progress,
+                fits,
+                small_state_bytes=small_state_bytes,
+                sketches=sketches,
+            )
+            estimates = list({e.plan: e for e in (*estimates, *capped_estimates)}.values())
+        result = decide(
+            estimates,
+            goal=request.goal,
+            cap_bytes=cap_bytes,
+            considered=considered,
+            fits=fits,
+            left_out=left_out,
+            inside=inside,
+            price=_prices(pricer, request, sketches),
+        )
+    except KeyboardInterrupt:
+        partial_result = _best_so_far(pricer, request, cap_bytes, fits, sketches)
+        raise SearchInterrupted(partial_result) from None
+    result = dataclasses.replace(
+        result, cap_reason=cap_reason, timings=timings(pricer.calibration) if request.is_here else None
+    )
+    if result.recommended is None:
+        requested_estimates = [e for e in estimates if respects_micro_batch(e.plan, bounds, batch)]
+        ways = _ways(pricer, request, requested_estimates, fits)
+        raise _nothing_fits(requested_estimates, request, cap_bytes, bounds, ways=ways)
+    return Planning(
+        request=request,
+        job=job,
+        pricer=pricer,
+        cap_bytes=cap_bytes,
+        cap_reason=cap_reason,
+        result=result,
+        estimates=estimates,
+        sketches=sketches,
+        fits=fits,
+        left_out=left_out,
+    )
+
+
+def _prices(pricer: Pricer, request: Request, sketches: list[Estimate]) -> Prices:
+    return Prices(
+        pricer.whole,
+        pricer.trace_all if request.ranks == 1 else lambda plans: None,
+        score_band(pricer, request),
+        lambda e: needed_bytes(e, request.machine),
+        sketches,
+    )
+
+
+def _nothing_fits(
+    requested_estimates: Sequence[Estimate],
+    request: Request,
+    cap_bytes: int,
+    bounds: Bounds,
+    *,
+    ways: tuple[str, ...],
+) -> NothingFits:
+    """Return the error for a search in which no plan fits, with the least memory that would be enough.
+
+    ``requested_estimates``: the traced plans with the requested micro-batch. ``ways``: texts of changes, each
+    of which alone would be enough.
+    """
+    smallest = min(requested_estimates, key=lambda e: e.allocated_bytes.value)
+    return NothingFits(
+        cap_bytes=cap_bytes,
+        least_bytes=needed_bytes(smallest, request.machine),
+        plan_text=smallest.plan.label,
+        missed=missed_bounds(
+            bounds, list(filter(fits_under(cap_bytes, request.machine), requested_estimates))
+        ),
+        ways=ways,
+        host="" if host_holds(smallest, request.machine) else host_line(smallest, request.machine),
+    )
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Raised on Ctrl-C during a search. ``result`` is the result so far, whose ``unfinished`` is True."""
+
+    def __init__(self, result: SearchResult) -> None:
+        super().__init__()
+        self.result = result
+
+
+def _best_so_far(
+    pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
+) -> SearchResult:
+    """Return the result of an interrupted search. Its ``recommended`` is the best plan that fits of those
+    traced so far, or of the sketches if no traced plan fits; None if no sketch fits either. Traced plans that
+    the request's accuracy, engine or excluded techniques forbid are not recommended.
+
+    Its ``frontier`` has only plain training, the plan with the lowest peak and the recommended one, by
+    increasing peak.
+    """
+    max_effect, refusals_of = request.accuracy.highest, engine(request.engine).supports
+    traced_estimates = [
+        pricer.whole(plan)
+        for plan, rank in list(pricer.traces)
+        if rank == 0
+        and effect_of(plan, pricer.dependence) <= max_effect
+        and not refusals_of(plan)
+        and not any(plan.get(name) for name in request.bounds.without)
+    ]
+    baseline = pricer.whole(make_plain_plan(request.ranks))
+    candidates = traced_estimates if any(map(fits, traced_estimates)) else [*traced_estimates, *sketches]
+    winner = best(filter(fits, candidates), request.goal, score_band(pricer, request))
+    smallest = min([baseline, *candidates], key=lambda e: e.allocated_bytes.value)
+
+    def choice(e: Estimate) -> Choice:
+        need_bytes, effect = needed_bytes(e, request.machine), effect_of(e.plan, e.dependence)
+        return Choice(estimate=e, fits=fits(e), effect=effect, needed_bytes=need_bytes)
+
+    by_plan = {e.plan: e for e in (baseline, smallest, *([winner] if winner else []))}
+    return SearchResult(
+        goal=request.goal.value,
+        cap_bytes=cap_bytes,
+        considered=len(sketches) or len(candidates),
+        baseline=choice(baseline),
+        recommended=choice(winner) if winner else None,
+        smallest=choice(smallest),
+        frontier=tuple(map(choice, sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value))),
+        unfinished=True,
+    )
+
+
+def _ways(pricer: Pricer, request: Request, estimates: Sequence[Estimate], fits: Fits) -> tuple[str, ...]:
+    """Return (text,) with the change of the request that would allow gradient accumulation, if that would be
+    enough for a plan to fit; else ().
+
+    It is () if accumulation was searched, or was excluded by the user. It would be enough if ``fits`` is true
+    of plain training, or of the plan of ``estimates`` with the lowest peak that accumulation can be added to,
+    when trained in the smallest micro-batches of at least two samples (some layers need more than one).
+    """
+    name, micro_batches = "gradient-accumulation", dataclasses.replace(pricer.space, least_part=2).parts[-1]
+    if micro_batches == 1 or name in request.bounds.without:
+        return ()
+    dependence = pricer.dependence
+    if may_split(dependence, request.accuracy):  # it was searched
+        return ()
+    by_peak = sorted(estimates, key=lambda e: e.allocated_bytes.value)
+    split_plans = [
+        plan.with_use(use(name, micro_batches=micro_batches))
+        for plan in (make_plain_plan(request.ranks), *(e.plan for e in by_peak))
+        if plan.get(NAME) is None  # its choice of tensors holds for the whole batch
+    ]
+    refusals_of = engine(request.engine).supports
+    possible_plans = [p for p in split_plans if proposable(p) and not refusals_of(p)]
+    if not any(fits(pricer.whole(p)) for p in possible_plans[:2]):
+        return ()
+    if dependence.cause is DependenceCause.WEIGHTS:
+        return (f"{name}, with {dependence.way_out}",)
+    return (f"{name}, which {dependence.changes}, under --accuracy any",)
+
+
+def _refuse_ranks(request: Request, pricer: Pricer) -> None:
+    """Raise UserError if the request has several ranks, and dividing the batch over them would change the
+    training by more than its accuracy allows. With one rank, nothing is checked.
+    """
+    if request.ranks == 1 or may_share(pricer.dependence, request.accuracy):
+        return
+    dependence = pricer.dependence
+    refuse_wrong_weights(make_plain_plan(request.ranks), dependence)
+    raise UserError(
+        f"dividing the batch over {request.ranks} ranks {dependence.changes} ({dependence.reason})",
+        allowed="--accuracy any",
+        hint=f"instead, use {dependence.way_out}",
+    )
+
+
+def _search_many(request: Request, progress: Progress) -> Planning | None:
+    """Search plans with tensor, context, pipeline and data parallelism for up to the request's ranks.
+
+    Returns None, without a search, if the model has fewer than 3 blocks or they are not alike. Raises
+    NothingFits if no plan fits, and UserError if `search_scale` does or the job cannot be loaded.
+    """
+    from memfit.planner.block_costs import BLOCKS
+    from memfit.planner.device_pricing import Aim
+    from memfit.planner.multi_device import search_scale
+
+    ranks = request.ranks
+    progress("trace", 0, 0, "plain training")
+    job, pricer = make_pricer(request, replicas=False)
+    if pricer.space.block_count < BLOCKS or not pricer.repeats:
+        return None
+    cap_bytes = request.cap_bytes or int(request.machine.device.memory_bytes.value)
+    aim = Aim(
+        goal=request.goal,
+        accuracy=request.accuracy,
+        cap_bytes=cap_bytes,
+        needs=lambda estimate: needed_bytes(estimate, request.machine),
+        host=lambda estimate: host_holds(estimate, request.machine),
+        bounds=dataclasses.replace(request.bounds, steps=job.steps),
+        tell=progress,
+    )
+    result = search_scale(pricer, ranks, aim)
+    reason = "asked for" if request.cap_bytes is not None else "the device's memory"
+    return Planning(
+        request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=reason, result=result
+    )
+
+
+def _runnable(
+    request: Request, job: Job, pricer: Pricer, baseline: Estimate
+) -> tuple[Request, Job, Pricer, Estimate]:
+    """Return the four arguments, changed to a batch that was halved until plain training fits the memory of
+    this machine that is free now, divided by the ranks, or until there is one sample per rank. They are
+    returned unchanged if plain training fits already.
+    """
+    free_bytes = local_machine.free_bytes() // request.ranks
+    while needed_bytes(baseline, request.machine) > free_bytes and job.batch_size > request.ranks:
+        smaller_job = dataclasses.replace(request.job, batch=job.batch_size // 2)
+        request = dataclasses.replace(request, job=smaller_job)
+        job, pricer = make_pricer(request)
+        limit_parts(pricer, request.accuracy)
+        baseline = pricer.whole(make_plain_plan(request.ranks))
+    return request, job, pricer, baseline
+
+
+def _cap(request: Request, baseline: Estimate, ratio: float) -> tuple[int, str]:
+    if request.cap_bytes is not None:
+        return request.cap_bytes, "asked for"
+    if request.machine.device.kind == "cpu":
+        if not 0 < ratio <= 1:
+            raise UserError(
+                f"the job's demonstration_ratio, the cap as a share of plain training's peak, is {ratio}",
+                allowed="above 0, at most 1",
+            )
+        ratio_text = {0.25: "a quarter", 0.5: "half"}.get(ratio, f"{ratio:.0%}")
+        reason = f"{_DEMONSTRATION} {ratio_text} of the baseline's predicted peak"
+        return int(baseline.allocated_bytes.value * ratio), reason
+    return int(request.machine.device.memory_bytes.value), "the device's memory"
+
+
+def _reachable_cap(estimates: Sequence[Estimate], request: Request, batch: int) -> int:
+    """Return a cap that some plan fits, for a demonstration whose first cap, a share of plain training's
+    peak, is too low for all: the least bytes that a plan of ``estimates`` with the requested micro-batch
+    needs, plus 10 %. ``batch``: samples of one rank.
+    """
+    requested_estimates = [e for e in estimates if respects_micro_batch(e.plan, request.bounds, batch)]
+    return int(
+        min(needed_bytes(e, request.machine) for e in requested_estimates) * _DEMONSTRATION_SPARE_RATIO
+    )
