@@ -23,8 +23,8 @@ class DecideOptions:
         str | None,
         typer.Argument(
             metavar="[ID]",
-            help="ID of the proof of concept in the store whose figures are used. Default: the one begun "
-            "last.",
+            help="ID of the proof of concept in the store from whose measurements the costs are computed. "
+            "Default: the one begun last.",
         ),
     ] = None
     case: Annotated[
@@ -32,16 +32,18 @@ class DecideOptions:
         typer.Option(
             metavar="FILE.toml",
             help="Case file: a TOML file with your own figures, such as prices (--template prints one to "
-            "fill in). It is stored with the proof of concept. Default: the case file stored last "
-            "with it, or no figures of your own if there is none.",
+            "fill in). It is stored with the proof of concept, and later commands use it if no other "
+            "is given. Default: the case file stored last with it, or no figures of your own if there "
+            "is none. Not with --template.",
         ),
     ] = None
     template: Annotated[
         bool,
         typer.Option(
             "--template",
-            help="Only print a case file to fill in. It names every figure that can be given except "
-            "cloud.power_w, the power of the cloud's machine. Not with --case or an ID.",
+            help="Only print a case file to fill in, to standard output. It names every figure that can be "
+            "given except cloud.power_w, the power of the cloud's machine. Not with --case or the ID "
+            "of a proof of concept.",
         ),
     ] = False
 
@@ -56,7 +58,7 @@ def decide(options: DecideOptions, effort: EffortOptions, store: StoreOptions, o
         if options.case is not None or options.poc is not None:
             raise UserError(
                 "--template cannot be used with --case or the ID of a proof of concept",
-                allowed="--template alone",
+                allowed="--template without --case and ID",
             )
         from memfit.decision.case import TEMPLATE
 

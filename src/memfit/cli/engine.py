@@ -35,8 +35,9 @@ class EngineOptions:
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="For install: the name of the engine. Engines that are installed in memfit's own "
-            "environment need no other and are refused.",
+            help="For install, which needs it: the engine to install, with a name that `memfit engine list` "
+            "shows. Engines that run in memfit's own environment need no other environment and are "
+            "refused. Ignored with list.",
         ),
     ] = None
     into: Annotated[
@@ -44,7 +45,7 @@ class EngineOptions:
         typer.Option(
             metavar="DIR",
             help="For install: folder for the virtual environment, which must be new or empty. Default: "
-            "memfit/engines/NAME in your data folder.",
+            "memfit/engines/NAME in your data folder (on Linux ~/.local/share). Ignored with list.",
         ),
     ] = None
 
@@ -74,7 +75,11 @@ def _install(options: EngineOptions, *, as_json: bool) -> None:
     from memfit.types.serialization import to_plain
 
     if options.name is None:
-        raise UserError("the name of the engine to install is missing", allowed="memfit engine install NAME")
+        raise UserError(
+            "the name of the engine to install is missing",
+            allowed="memfit engine install NAME",
+            hint="`memfit engine list` shows the names",
+        )
     with Bars("en") as progress:
         environment = install(named(options.name), options.into, lambda line: progress("install", 0, 0, line))
     if as_json:

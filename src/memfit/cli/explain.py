@@ -38,8 +38,9 @@ class ExplainOptions:
         list[str] | None,
         typer.Argument(
             metavar="[A.yaml B.yaml]",
-            help="Plan file (YAML) to explain, or two plan files to show why their memory differs. "
-            "Default: the plan of --plan or --recommended, otherwise plain training.",
+            help="Plan file (YAML) to explain, or two plan files to show why their memory differs. Default: "
+            "the plan of --plan or --recommended, otherwise plain training. Not with --plan or "
+            "--recommended.",
         ),
     ] = None
     html: Annotated[
@@ -47,7 +48,8 @@ class ExplainOptions:
         typer.Option(
             metavar="FILE",
             help="Also write an HTML page with a treemap and a timeline of the memory of a training step "
-            "with the plan to this file. Not for two plans.",
+            "with the plan to this file, which is overwritten if it exists. Refused with two plan "
+            "files.",
         ),
     ] = None
     snapshot: Annotated[
@@ -55,7 +57,8 @@ class ExplainOptions:
         typer.Option(
             metavar="FILE.pickle",
             help="Also write the memory of a training step with the plan to this file, as a snapshot for "
-            "PyTorch's memory viewer. Not for two plans.",
+            "PyTorch's memory viewer. The file is overwritten if it exists. Refused with two plan "
+            "files.",
         ),
     ] = None
     perfetto: Annotated[
@@ -63,14 +66,14 @@ class ExplainOptions:
         typer.Option(
             metavar="FILE.json",
             help="Also write the memory of a training step with the plan to this file, as a Chrome trace "
-            "for ui.perfetto.dev. Not for two plans.",
+            "for ui.perfetto.dev. The file is overwritten if it exists. Refused with two plan files.",
         ),
     ] = None
     lines: Annotated[
         bool,
         typer.Option(
-            help="--lines: also find the line of your code that made each allocation of memory; "
-            "--no-lines: do not."
+            help="--lines: also find the line of your code that made each allocation of memory; --no-lines: "
+            "do not."
         ),
     ] = True
 
@@ -124,16 +127,19 @@ def _plans(files: list[str], options: ExplainOptions, plan_options: PlanOptions)
     for path in output_paths:
         writable(path)
     if len(files) > 2:
-        raise UserError(f"{len(files)} plan files are given", allowed="one to explain, or two to compare")
+        raise UserError(
+            f"{len(files)} plan files are given",
+            allowed="one to explain, two to compare, or none: then --plan, --recommended or plain training",
+        )
     if files and (plan_options.plan or plan_options.recommended):
         raise UserError(
             "the plan is given both as a file and by --plan or --recommended",
-            hint="leave out --plan and --recommended",
+            hint="leave out the file, or leave out --plan and --recommended",
         )
     if len(files) == 2 and output_paths:
         raise UserError(
             "--html, --snapshot and --perfetto show one plan, but two plan files are given",
-            hint="leave these options out to compare two plans",
+            hint="leave these three options out, or give one plan file",
         )
     selections = [PlanOptions(plan=Path(file)) for file in files] or [plan_options]
     return [plan for plan in map(plan_file, selections) if plan is not None]

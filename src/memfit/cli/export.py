@@ -48,8 +48,8 @@ class ExportOptions:
         Path,
         typer.Option(
             metavar="DIR",
-            help="Folder to write the files into, created if it does not exist. Without --force it must be "
-            "empty.",
+            help="Folder to write the files into. It is created if it does not exist; the folder above it "
+            "must exist. Without --force it must be new or empty.",
         ),
     ]
     nodes: Annotated[
@@ -57,7 +57,8 @@ class ExportOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of machines that train. The plan's number of processes must be divisible by it.",
+            help="Number of machines that train. The number of processes of the plan must be divisible by "
+            "it.",
         ),
     ] = 1
     script: Annotated[
@@ -65,9 +66,9 @@ class ExportOptions:
         typer.Option(
             metavar="'FILE.py ARGS'",
             help="Command line of your own training script, in quotes: the Python file and its arguments. "
-            "The file and the modules beside it that it imports are copied, and the written files "
-            "start it instead of memfit's worker. With --to trainer, torchtitan or openfold it is "
-            "copied but not started.",
+            "The file and the modules beside it (not packages) that it imports are copied, and the "
+            "written files start it instead of memfit's worker. With --to trainer, torchtitan or "
+            "openfold it is copied but not started: the library's own program trains.",
         ),
     ] = None
     max_restarts: Annotated[
@@ -75,7 +76,7 @@ class ExportOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="How many times the launcher restarts all processes after a failure. Not used with --to "
+            help="How many times the launcher restarts all processes after a failure. Ignored with --to "
             "trainer, torchtitan or openfold.",
         ),
     ] = 3
@@ -84,7 +85,8 @@ class ExportOptions:
         typer.Option(
             metavar="NAME",
             help="For --to skypilot with --script, which needs it: the accelerator to rent, such as H100. "
-            "Not used without --script, as memfit's worker trains on CPUs.",
+            "Ignored without --script, as memfit's worker then trains on CPUs, and with any other "
+            "--to.",
         ),
     ] = ""
     image: Annotated[
@@ -92,7 +94,8 @@ class ExportOptions:
         typer.Option(
             metavar="IMAGE",
             help="For --to k8s, which needs it: the container image, with Python, torch and the packages "
-            "that the program to start imports.",
+            "that the program that trains imports: memfit, or those of --script. Ignored with any "
+            "other --to.",
         ),
     ] = ""
     setup: Annotated[
@@ -100,17 +103,19 @@ class ExportOptions:
         typer.Option(
             metavar="COMMAND",
             help="For --to skypilot: the shell command that sets up a new machine. Default: a check that "
-            "the needed packages can be imported.",
+            "torch, the library of the engine and, without --script, memfit can be imported. Ignored "
+            "with any other --to.",
         ),
     ] = ""
     save: Annotated[
         str,
         typer.Option(
             metavar="DIR",
-            help="Folder to which memfit's worker, the program that trains without --script, writes "
-            "checkpoints: at the end and, with --save-every, before. All nodes must share it; a "
-            "restart continues from the newest checkpoint. --to k8s needs an absolute path and "
-            "--claim. Not with --script. Default: no checkpoints.",
+            help="Folder for the checkpoints of memfit's worker, which the written files start unless "
+            "--script is given: one at the end and, with --save-every, earlier ones. All nodes must "
+            "share it; a restart continues from the newest checkpoint. --to k8s needs an absolute path "
+            "and --claim. Ignored with --to trainer, torchtitan or openfold. Not with --script. "
+            "Default: no checkpoints.",
         ),
     ] = ""
     save_every: Annotated[
@@ -118,15 +123,16 @@ class ExportOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="With --save: also write a checkpoint after every N steps. 0: only at the end.",
+            help="With --save: also write a checkpoint after every N steps. 0: only at the end. Refused "
+            "without --save.",
         ),
     ] = 0
     claim: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="For --to k8s with --save, which needs it: the name of the persistent volume claim that "
-            "is mounted as the folder of --save.",
+            help="For --to k8s with --save, which needs it: the name of the persistent volume claim that is "
+            "mounted as the folder of --save. Refused without --save; ignored with any other --to.",
         ),
     ] = ""
     force: Annotated[
@@ -145,7 +151,7 @@ class ExportOptions:
             help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
             "torchtitan or OpenFold. Can be given several times: all files together are one set-up, "
             "with at most one file of each kind. The plan of the set-up is exported unless --plan or "
-            "--recommended is given. Settings that the plan does not decide are kept.",
+            "--recommended is given. Your other settings, which the plan does not decide, are kept.",
         ),
     ] = None
     ranks: Annotated[
@@ -153,17 +159,19 @@ class ExportOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="With --from: number of processes that train. Needed if the files do not state it; if "
-            "they do, it must be the same number.",
+            help="With --from: number of processes that train. Needed if the files do not state it; if they "
+            "do, it must be the same number. Ignored without --from.",
         ),
     ] = None
     script_applies: Annotated[
         str,
         typer.Option(
             metavar="NAME,...",
-            help="With --script: names, separated by commas, of those parts of the plan that no written "
-            "file applies and your script applies itself, such as activation-checkpointing; all: all "
-            "such parts. The export is refused until every such part is named; the error lists them.",
+            help="With --script and --to torchrun, slurm, k8s or skypilot: what your script applies itself, "
+            "because no written file does. Names of techniques of the plan, such as "
+            "activation-checkpointing, or clipping for gradient clipping, separated by commas; all: "
+            "everything that no written file applies. The export is refused until each of these is "
+            "named; the error lists their names.",
         ),
     ] = ""
 
@@ -293,7 +301,8 @@ def _as_files_say(
 def _kept(options: ExportOptions) -> CheckpointSettings:
     if options.script is not None and options.save:
         raise UserError(
-            "--save cannot be used with --script", hint="your own script writes its own checkpoints"
+            "--save cannot be used with --script, as only memfit's own training program saves to it",
+            hint="leave out --save: your script saves its checkpoints itself",
         )
     if options.save_every and not options.save:
         raise UserError("--save-every needs --save", allowed="--save DIR --save-every N")
@@ -325,7 +334,8 @@ def _launch(
 
     if engine == "replay":
         raise UserError(
-            "the engine replay does not train", hint="name the engine whose recorded runs it replays"
+            "the engine replay only shows recorded runs again and does not train, so it cannot be exported",
+            hint="name with --engine the engine that made the recorded runs",
         )
     supporting_engine(engine, plan)
     ref = job.ref
@@ -433,12 +443,14 @@ def _read(path: Path) -> dict[str, str]:
         data = path.read_bytes()
         text = data.decode()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}, to be copied into the export: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file", allowed="a Python file in UTF-8") from error
+        raise UserError(
+            f"{path}, to be copied into the export, is not UTF-8 text", allowed="a Python file in UTF-8"
+        ) from error
     if len(data) > _MOST_BYTES:
         raise UserError(
-            f"{path} has {len(data)} bytes, too many to be copied into an export",
+            f"{path} has {len(data)} bytes, too many for a file that is copied into the export",
             allowed=f"at most {_MOST_BYTES} bytes",
         )
     return {path.name: text}

@@ -31,8 +31,9 @@ class LengthOptions:
         str,
         typer.Argument(
             metavar="FILE",
-            help="File with the lengths of your sequences: one whole number per line, or a .fasta, .fa or "
-            ".faa file (also .gz) with the sequences, or a .csv or .npz file (see --column).",
+            help="File with your sequences or their lengths. .fasta, .fa or .faa (also with .gz): the "
+            "sequences; .csv or .npz: the lengths (see --column); any other file: the lengths, one "
+            "whole number per line.",
         ),
     ]
     job: Annotated[
@@ -40,7 +41,8 @@ class LengthOptions:
         typer.Option(
             metavar="JOB",
             help="Job to train: a built-in job (`memfit jobs` lists them), FILE.py:NAME for a job of your "
-            "own, or hf:PATH_OR_NAME for a Hugging Face configuration.",
+            "own, or hf:PATH_OR_NAME for a Hugging Face configuration. potential, weather and "
+            "segmentation3d have no length and are refused.",
         ),
     ] = "protein-lm"
     size: Annotated[
@@ -48,13 +50,19 @@ class LengthOptions:
         typer.Option(
             metavar="NAME",
             help="Size of the job; `memfit jobs` lists the sizes of each built-in job. Default: the job's "
-            "default size, tiny for a built-in job. NAME@N sets the number of positions; without it a "
-            "built-in job gets enough for the longest sequence.",
+            "default size, tiny for a built-in job. SIZE@N sets the number of positions; without @N a "
+            "built-in job gets as many as the longest sequence has, at least 16. A job FILE.py:NAME "
+            "refuses SIZE@N.",
         ),
     ] = None
     batch: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Sequences per optimizer step. Default: the job's number."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Sequences per optimizer step. Default: the job's number. If the file has fewer "
+            "sequences, all of them.",
+        ),
     ] = None
     memory: Annotated[
         str | None,
@@ -76,8 +84,9 @@ class LengthOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Column of the .csv file, or array of the .npz file, that holds the lengths. Default: the "
-            "first with whole numbers.",
+            help="Column of the .csv file, or one-dimensional array of the .npz file, that holds the "
+            "lengths. Default: the first column whose first value is a whole number, or the first such "
+            "array of whole numbers. Ignored for other files.",
         ),
     ] = None
     max_length: Annotated[

@@ -28,7 +28,8 @@ class LintOptions:
         typer.Argument(
             metavar="FILE...",
             help="Configuration files that belong to one set-up, at most one of each kind: DeepSpeed, "
-            "Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold. Files that they name are read as well.",
+            "Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold. Configuration files that they "
+            "name are read as well.",
         ),
     ]
     ranks: Annotated[
@@ -36,8 +37,8 @@ class LintOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of processes that train, in place of the number in the files. Default: the number "
-            "in the files; unknown if they have none.",
+            help="Number of processes that train. It replaces the number in the files, if they have one. "
+            "Default: the number in the files; unknown if they have none.",
         ),
     ] = None
 
@@ -89,8 +90,7 @@ def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
     library_files = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
     if not library_files:
         raise UserError(
-            f"{', '.join(map(str, files))}: none of these files of an export is for a library that memfit "
-            "lints",
+            f"memfit has no rules to check any of these files of an export: {', '.join(map(str, files))}",
             allowed="files for DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan or OpenFold",
         )
     return library_files

@@ -40,9 +40,9 @@ class NameOptions:
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="What to show, with the source of every figure: a machine or FILE.toml as in --on of "
-            "`memfit plan`, or a network, host, link or place of the catalog. Default: a list of all "
-            "entries.",
+            help="What to show, with the source of every figure: a machine of the catalog or FILE.toml as "
+            "in --on of `memfit plan`, or a network, host, link or place of the catalog; not this, the "
+            "machine that memfit runs on. Default: a list of all entries, the links only with --json.",
         ),
     ] = None
 
@@ -122,8 +122,10 @@ def _found(name: str) -> tuple[str, Any]:
                 raise
             hints.append(error.hint)
     candidates = " or ".join(hint.removeprefix("did you mean ").rstrip("?") for hint in hints if hint)
-    hint = f"did you mean {candidates}?" if candidates else "`memfit machines` lists them"
-    raise UserError(f"no machine, network, host, link or place has the name {name!r}", hint=hint)
+    did_you_mean_or_list = f"did you mean {candidates}?" if candidates else "`memfit machines` lists them"
+    raise UserError(
+        f"no machine, network, host, link or place has the name {name!r}", hint=did_you_mean_or_list
+    )
 
 
 def _unit(path: str) -> tuple[float, str]:

@@ -26,7 +26,9 @@ class JobOptions:
         typer.Argument(
             metavar="[JOB]",
             help="What to train: a built-in job (`memfit jobs` lists them), FILE.py:NAME for a job of your "
-            "own, or hf:PATH_OR_NAME for a Hugging Face configuration. Default: protein-ss.",
+            "own (a memfit.Job or a function that returns one), or hf:PATH_OR_NAME for a Hugging Face "
+            "configuration. Default: protein-ss; for `memfit plan --from`, the job of the model that "
+            "the files describe, if there is one.",
         ),
     ] = None
     size: Annotated[
@@ -34,23 +36,27 @@ class JobOptions:
         typer.Option(
             metavar="NAME",
             help="Size of the job. `memfit jobs` lists the sizes of each built-in job, the default first; "
-            "hf: has tiny (default) and paper. NAME@N also sets --length N, but not for FILE.py:NAME.",
+            "hf: has tiny (default) and paper. SIZE@N also sets --length N; a job FILE.py:NAME refuses "
+            "it, use --length.",
         ),
     ] = None
     data: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="File with your own data, in the job's format. Default: the data of the job. Some jobs "
-            "accept no other data.",
+            help="File with your own data, in place of the job's. char-lm: a text; protein-lm, genome: "
+            "FASTA; protein-ss: records of three lines (>name, sequence, states H, E, C); molecules: "
+            "lines SMILES,value; potential: .npz; FILE.py:NAME: as its function reads it. Default: the "
+            "data of the job. Refused by alphafold2, weather, segmentation3d and hf:.",
         ),
     ] = None
     weights: Annotated[
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Folder with safetensors files to take the initial weights from. Default: the weights as "
-            "the job initializes them, usually at random.",
+            help="Folder with safetensors files (*.safetensors) of a model of the same architecture and "
+            "size, from which to take the initial weights. Default: the weights as the job initializes "
+            "them, usually at random. Refused by alphafold2.",
         ),
     ] = None
     steps: Annotated[
@@ -64,7 +70,8 @@ class JobOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Samples per optimizer step, of all processes together. Default: the job's number.",
+            help="Samples per optimizer step, of all processes together. Default: the job's number; with "
+            "--from, that of the files if they state one that the job accepts.",
         ),
     ] = None
     length: Annotated[
@@ -72,8 +79,10 @@ class JobOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Length of a sample: tokens, residues or bases. Default: the length of the job's size. Some "
-            "jobs have no such length and refuse this option.",
+            help="Length of a sample: tokens, residues or bases. Default: the length of the job's size; for "
+            "`memfit plan --from`, that of the files if they state one that the job accepts. Built-in "
+            "jobs take 16 to 262144; potential, weather and segmentation3d have no length and refuse "
+            "this option.",
         ),
     ] = None
 
@@ -98,10 +107,10 @@ class GoalOptions:
         typer.Option(
             metavar="SIZE",
             help="Memory that the training must fit in on each device, for example 24GiB. Default: the "
-            "memory of the device. On a CPU, where memory is each process's, the default is a "
-            "demonstration: a share of what plain training needs (a quarter, unless the job sets "
-            "another), or, if no plan fits that, 10 % more than the smallest plan needs; with --from, "
-            "what the plan of the files needs.",
+            "memory of the device. On a CPU, where each process counts as a device, the default is "
+            "only a demonstration: a quarter of the peak memory of plain training (the job may set "
+            "another share) or, if no plan fits that, 10 % more than the smallest plan needs; for "
+            "`memfit plan --from`, what the plan of the files needs.",
         ),
     ] = None
     host_memory: Annotated[
@@ -109,7 +118,7 @@ class GoalOptions:
         typer.Option(
             metavar="SIZE",
             help="Memory of each host of the machine, apart from that of its devices. Default: the value in "
-            "the catalog or the machine file. Refused for this machine and other CPUs.",
+            "the catalog or the machine file. Refused if the device is a CPU, as on this machine.",
         ),
     ] = None
     goal: Annotated[
@@ -117,8 +126,8 @@ class GoalOptions:
         typer.Option(
             metavar="fastest|smallest|cheapest|greenest|fewest",
             help="What the recommended plan minimizes. fastest: the time of a step; smallest: the peak "
-            "memory; cheapest: the cost of a step; greenest: the CO2 of a step; fewest: the number of "
-            "devices, then the time of a step.",
+            "memory of the tensors of one device; cheapest: the cost of a step; greenest: the CO2 of a "
+            "step; fewest: the number of devices and, if that is equal, the time of a step.",
         ),
     ] = "fastest"
     accuracy: Annotated[
@@ -126,15 +135,16 @@ class GoalOptions:
         typer.Option(
             metavar="exact|rounding|any",
             help="How a recommended plan may change the numbers that training computes. exact: not at all; "
-            "rounding: by sums in another order or other rounding; any: also by another algorithm.",
+            "rounding: by sums in another order or other rounding, as in lower precision; any: also by "
+            "another algorithm.",
         ),
     ] = "rounding"
     engine: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Engine that runs the training; `memfit engine` lists them. Default: that of the files "
-            "given with --from, otherwise native, which is memfit itself.",
+            help="Engine that runs the training; `memfit engine` lists them. Default: native, which is "
+            "memfit itself; in `memfit export` with --from, the engine of those files.",
         ),
     ] = None
 
@@ -144,7 +154,8 @@ ExcludedTechniques = Annotated[
     typer.Option(
         "--without",
         metavar="TECHNIQUE",
-        help="Technique that no recommended plan may use. Repeat the option for further techniques.",
+        help="Technique that no recommended plan may use; `memfit techniques` lists the names. Repeat the "
+        "option for further techniques. Default: all techniques may be used.",
     ),
 ]
 
@@ -177,9 +188,9 @@ class BoundsOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Samples in one micro-batch of one device. The number of samples of a device in a step "
-            "must be divisible by it. Needs --on with another machine than this one. Default: memfit "
-            "chooses the number.",
+            help="Samples in one micro-batch of one device. It must divide the number of samples of a "
+            "device in a step. Needs --on with another machine than this one. Default: memfit chooses "
+            "the number.",
         ),
     ] = None
     without: ExcludedTechniques = None
@@ -187,10 +198,11 @@ class BoundsOptions:
         bool,
         typer.Option(
             "--explain-infeasible",
-            help="If no plan fits, add to the error the changes, each of which alone would make a plan "
-            "fit. On a machine of several devices: the least more memory, devices, time or money that "
-            "is enough. On one device: only micro-batches, if they were not tried because the samples "
-            "of a batch depend on each other. Not with --from.",
+            help="If no plan fits, add to the error the changes that memfit knows of, each of which alone "
+            "would make a plan fit. With --on a machine of several devices and a model of repeated "
+            "blocks: more memory on each device or host, 2, 4, 8 or 16 times as many devices, a later "
+            "deadline or a higher budget. Otherwise: only gradient accumulation, if it was not tried "
+            "because it would change what is trained. Not with --from.",
         ),
     ] = False
 
@@ -213,16 +225,18 @@ class RuntimeOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of CPU threads of each training process, and of the timings of this machine. "
-            "Default: all that memfit may use, divided among the training processes of this machine.",
+            help="Number of CPU threads of each training process, and number with which operators are timed "
+            "on this machine. Default: all that memfit may use; several training processes on this "
+            "machine share them.",
         ),
     ] = None
     recalibrate: Annotated[
         bool,
         typer.Option(
             "--recalibrate",
-            help="When a search for plans on this machine begins, delete the stored timings of its operators "
-            "and time them again.",
+            help="When a search for plans on this machine begins, delete the stored timings of its "
+            "operators (those with the same number of threads) and time them again. Ignored without "
+            "such a search.",
         ),
     ] = False
 
@@ -236,8 +250,8 @@ class MachineOptions:
         typer.Option(
             metavar="MACHINE",
             help="Machine to plan for: this (the CPU of this machine), H100-SXM (one device), 8xH100-SXM "
-            "(devices of one host), 64x8xH100-SXM@IB-NDR (hosts x devices @ network) or FILE.toml (a machine "
-            "file). `memfit machines` lists the names.",
+            "(devices of one host), 64x8xH100-SXM@IB-NDR (hosts x devices of each @ network) or "
+            "FILE.toml (a machine file). `memfit machines` lists the names of devices and networks.",
         ),
     ] = "this"
 
@@ -275,8 +289,8 @@ class StoreOptions:
         typer.Option(
             metavar="FILE",
             help="Store: the file in which memfit keeps proofs of concept, runs and records of others; "
-            "created if it does not exist. Default: memfit/memfit.sqlite3 in your data folder; "
-            "`memfit doctor` prints the path.",
+            "created if it does not exist. Default: memfit/memfit.sqlite3 in your data folder (on "
+            "Linux ~/.local/share); `memfit doctor` prints the path.",
         ),
     ] = None
 
@@ -290,8 +304,8 @@ class EffortOptions:
         float | None,
         typer.Option(
             metavar="MIN",
-            help="Minutes during which people attended to the proof of concept. They are stored with it, "
-            "in place of minutes given earlier.",
+            help="Minutes, 0 or more, during which people attended to the proof of concept. They are stored "
+            "with it, in place of minutes given earlier. Refused for a record from others.",
         ),
     ] = None
 

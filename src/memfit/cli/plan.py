@@ -45,39 +45,41 @@ class SaveOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Plan for N processes of this machine that share the batch. With --on another machine, "
-            "there is one process for each of its devices, and the option is not needed.",
+            help="Plan for N processes of this machine that share the batch. With --on a machine of GPUs, "
+            "there is one process for each GPU, and N other than 1 or the number of GPUs is refused. "
+            "Not with --from.",
         ),
     ] = 1
     measure: Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="Run the plans whose predicted step times lie within the prediction error of the best for "
-            "a few steps each on this machine, and recommend the best by these measurements. Not with "
-            "--on another machine, --from, --goal smallest or --goal fewest.",
+            help="Before recommending, train the best plans by prediction and similar ones for a few steps "
+            "each on this machine: the measured step times then decide. Needs --goal fastest, cheapest "
+            "or greenest. Not with --from or --on another machine.",
         ),
     ] = False
     measure_time: Annotated[
         str,
         typer.Option(
             metavar="TIME",
-            help="With --measure: start no further run after this time, for example 90s or 5m, unless "
-            "fewer than two plans have run successfully.",
+            help="With --measure: start no further run after this time, for example 90s or 5m, unless fewer "
+            "than two plans have run successfully. Ignored without --measure.",
         ),
     ] = "5m"
     save: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Write the recommended plan to this YAML file, which you can read and edit and which "
-            "other commands take as --plan. With --from: write the plan of your set-up instead. An "
-            "existing file is an error without --force.",
+            help="Write the recommended plan to this YAML file, which you can read and edit and which other "
+            "commands take as --plan. With --from: write the plan of your set-up instead of the "
+            "recommended one. An existing file is refused without --force.",
         ),
     ] = None
-    force: Annotated[bool, typer.Option("--force", help="With --save: overwrite the file if it exists.")] = (
-        False
-    )
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="With --save: overwrite the file if it exists. Ignored without --save."),
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +93,10 @@ class FromOptions:
             "--from",
             metavar="FILE",
             help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
-            "torchtitan or OpenFold. Can be given several times: all files together are one set-up, with at "
-            "most one file of each kind. The set-up is predicted and linted, and compared with better plans.",
+            "torchtitan or OpenFold. Can be given several times: all files together are one set-up, "
+            "with at most one file of each kind. The set-up is predicted and linted, and compared with "
+            "better plans. Not with --nproc, --measure, --corrected-by, --deadline, --budget, "
+            "--micro-batch, --without or --explain-infeasible.",
         ),
     ] = None
     corrected_by: Annotated[
@@ -100,8 +104,8 @@ class FromOptions:
         typer.Option(
             metavar="ID|last",
             help="Correct the predicted step times by the measured ones of the proof of concept with this "
-            "ID; last: of the one begun last. It must have run the same job on this machine. Not with "
-            "--from or --on another machine.",
+            "ID; last: of the one begun last. It must have run the same job on this machine, with the "
+            "same torch and OMP_NUM_THREADS. Not with --from or --on another machine.",
         ),
     ] = None
     store: Annotated[
@@ -109,7 +113,8 @@ class FromOptions:
         typer.Option(
             metavar="FILE",
             help="Store: the file with the proof of concept of --corrected-by. Default: "
-            "memfit/memfit.sqlite3 in your data folder; `memfit doctor` prints the path.",
+            "memfit/memfit.sqlite3 in your data folder (on Linux ~/.local/share); `memfit doctor` "
+            "prints the path. Ignored without --corrected-by.",
         ),
     ] = None
 
@@ -130,7 +135,7 @@ def _refuse_options_with_from(limits: BoundsOptions, from_options: FromOptions, 
     if names := [name for name, value in options.items() if value]:
         raise UserError(
             f"{', '.join(names)} cannot be used with --from",
-            allowed="--from without them: the set-up is predicted as the files say",
+            allowed="--from without these options: the set-up is predicted exactly as its files describe it",
         )
 
 
@@ -155,7 +160,11 @@ def plan(
     if from_options.from_files:
         _refuse_options_with_from(limits, from_options, save)
     if save.measure and (from_options.from_files or on.on != "this"):
-        raise UserError("--measure runs plans on this machine", allowed="--measure without --on and --from")
+        raise UserError(
+            "--measure runs plans on this machine, so it cannot be used with another machine in --on or with "
+            "--from",
+            allowed="--measure without --on and --from",
+        )
     budget_s = parse_duration(save.measure_time)
     if from_options.from_files:
         from memfit.cli.plan_from_config import review_files
@@ -209,10 +218,13 @@ def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
     if limits_training and job.steps is None:
         raise UserError(
             "--deadline and --budget limit the whole training and need its number of steps",
-            hint="give --steps",
+            hint="give --steps N",
         )
     if on == "this" and (limits_training or options.micro_batch):
-        raise UserError("--deadline, --budget and --micro-batch need --on with a machine other than this one")
+        raise UserError(
+            "--deadline, --budget and --micro-batch cannot be used if the plan is for this machine",
+            hint="name another machine with --on, such as --on 8xH100-SXM",
+        )
     return Bounds(
         steps=job.steps or 0,
         deadline_s=parse_duration(options.deadline) if options.deadline is not None else None,

@@ -51,8 +51,8 @@ class PocOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="File for the HTML report. Default: reports/ID.LANG.html in the folder of the store, with "
-            "the ID of the proof of concept.",
+            help="File for the HTML report, overwritten if it exists. Default: reports/ID.LANG.html in the "
+            "folder of the store, with the ID of the proof of concept and the value of --lang.",
         ),
     ] = None
 

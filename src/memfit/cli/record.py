@@ -31,23 +31,26 @@ class RecordOptions:
         str | None,
         typer.Option(
             metavar="ID",
-            help="ID of the proof of concept in the store whose record is written, or of a record in it "
-            "that was added from others. Default: the proof of concept begun last.",
+            help="ID of the proof of concept in the store whose record is written, or ID of a record from "
+            "others that was added to the store. Default: the proof of concept begun last. Not with "
+            "--add or --schema.",
         ),
     ] = None
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="File to write the record to; overwritten if it exists. Default: standard output.",
+            help="File to write the record to; overwritten if it exists. Default: standard output. Not with "
+            "--add or --schema.",
         ),
     ] = None
     add: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="Add the record in this file, which comes from another group, to the store instead of "
-            "writing one.",
+            help="Instead of writing a record, add the one in this file, which comes from another group, to "
+            "the store. Refused if the store has a different record with the same ID. Not with --poc, "
+            "--out or --schema.",
         ),
     ] = None
     said_by: Annotated[
@@ -55,11 +58,16 @@ class RecordOptions:
         typer.Option(
             "--from",
             metavar="NAME",
-            help="With --add: name of the group that reports the record. Default: the name of the file.",
+            help="With --add: name of the group that reports the record. Default: the name of the file. "
+            "Refused without --add.",
         ),
     ] = None
     schema: Annotated[
-        bool, typer.Option("--schema", help="Only print the format of records, as a JSON Schema.")
+        bool,
+        typer.Option(
+            "--schema",
+            help="Only print the format of records, as a JSON Schema. Not with --poc, --out or --add.",
+        ),
     ] = False
 
 
@@ -70,13 +78,17 @@ class CompareOptions:
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A", help="First record to compare: a file, or the ID of a record in the store."
+            metavar="A",
+            help="First record to compare: a file, or the ID of a proof of concept in the store or of a "
+            "record that was added to it from others.",
         ),
     ]
     b: Annotated[
         str,
         typer.Argument(
-            metavar="B", help="Second record to compare: a file, or the ID of a record in the store."
+            metavar="B",
+            help="Second record to compare: a file, or the ID of a proof of concept in the store or of a "
+            "record that was added to it from others.",
         ),
     ]
 
@@ -87,7 +99,7 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
     if sum((options.schema, options.add is not None, options.poc is not None or options.out is not None)) > 1:
         raise UserError(
             "--schema and --add cannot be used together, or with --poc or --out",
-            allowed="--schema alone, --add without --poc and --out, or neither",
+            allowed="only --schema; --add without --schema, --poc and --out; or neither --schema nor --add",
         )
     if options.said_by is not None and options.add is None:
         raise UserError("--from needs --add", allowed="--add FILE.json --from NAME")
@@ -180,7 +192,9 @@ def find_record(name: str | None, path: Path | None) -> SourcedRecord:
         stored = _known(records, file_record, name)
         return stored or SourcedRecord(record=file_record, taken_from=name)
     if name is not None and ("/" in name or name.endswith(".json")):
-        raise UserError(f"there is no file {name}")
+        raise UserError(
+            f"there is no file {name}", allowed="a file with a record, or the ID of a record in the store"
+        )
     return _stored(records, resolve_poc_id(records, name))
 
 
@@ -216,8 +230,9 @@ def _known(
     stored = _stored(store, file_record.poc_id)
     if exchange.text(stored.record) != exchange.text(file_record):
         raise UserError(
-            f"{source} has the ID {file_record.poc_id}, but the store has a different record under this ID",
-            hint=f"`memfit record --poc {file_record.poc_id}` writes the record in the store; --store "
+            f"the record in the file {source} has the ID {file_record.poc_id}, but the store has a different "
+            "record with this ID",
+            hint=f"`memfit record --poc {file_record.poc_id}` writes the store's record to a file; --store "
             "chooses another store",
         )
     return stored

@@ -22,8 +22,8 @@ class ReportOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="HTML file to write. Default: memfit-ID.LANG.html in the current folder, with the ID of "
-            "the proof of concept.",
+            help="HTML file to write, overwritten if it exists. Default: memfit-ID.LANG.html in the current "
+            "folder, with the ID of the proof of concept and the value of --lang.",
         ),
     ] = None
     poc: Annotated[
@@ -38,8 +38,9 @@ class ReportOptions:
         typer.Option(
             metavar="FILE.toml",
             help="Case file: a TOML file with your own figures, such as prices (`memfit decide --template` "
-            "prints one to fill in). It is stored with the proof of concept. Default: the case file "
-            "stored last with it, or no figures of your own if there is none.",
+            "prints one to fill in). It is stored with the proof of concept, and later commands use it "
+            "if no other is given. Default: the case file stored last with it, or no figures of your "
+            "own if there is none.",
         ),
     ] = None
 

@@ -36,10 +36,10 @@ class RunOptions:
         bool | None,
         typer.Option(
             "--capped/--no-capped",
-            help="--capped: after its first step, no training process can use more memory than --memory "
-            "or, without it, than the plan is predicted to need, beside what Python and the libraries hold; "
-            "a run that needs more fails. --no-capped: no limit. Default: "
-            "--capped if --memory is given.",
+            help="--capped: after its first step, no training process can use more memory than --memory or, "
+            "without it, than the plan is predicted to need, beside what Python and the libraries hold "
+            "by then; a run that needs more fails. --no-capped: no limit. Default: --capped if "
+            "--memory is given, otherwise --no-capped.",
         ),
     ] = None
     seed: Annotated[
@@ -48,8 +48,8 @@ class RunOptions:
             metavar="N",
             min=0,
             max=2**31 - 1,
-            help="Seed of the initial weights and of the data. Default: with --resume, the seed of the "
-            "checkpoint; otherwise 0.",
+            help="Seed of the initial weights and of the data. With --resume, a seed other than that of the "
+            "checkpoint is refused. Default: with --resume, the seed of the checkpoint; otherwise 0.",
         ),
     ] = None
     timeout: Annotated[
@@ -64,9 +64,9 @@ class RunOptions:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder to write a checkpoint to at the end and, with --save-every, before. It must not "
-            "hold a checkpoint of a later step than that at which the run begins. Default: no "
-            "checkpoints.",
+            help="Folder for checkpoints: one at the end and, with --save-every, earlier ones. It is "
+            "created if it does not exist. It must not hold a checkpoint of a later step than that at "
+            "which the run begins. Default: no checkpoints.",
         ),
     ] = None
     save_every: Annotated[
@@ -74,7 +74,8 @@ class RunOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="With --save: also write a checkpoint after every N steps. 0: only at the end.",
+            help="With --save: also write a checkpoint after every N steps. 0: only at the end. Refused "
+            "without --save.",
         ),
     ] = 0
     resume: Annotated[
@@ -83,7 +84,8 @@ class RunOptions:
             metavar="DIR",
             help="Checkpoint from which to continue, or a folder of checkpoints, of which the newest "
             "complete one is taken; it may have been saved under another plan. --steps includes the "
-            "steps before the checkpoint.",
+            "steps before the checkpoint and must be above their number. Default: start at the first "
+            "step.",
         ),
     ] = None
 

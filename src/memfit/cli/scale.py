@@ -43,16 +43,18 @@ class ScaleOptions:
         str | None,
         typer.Argument(
             metavar="[RECORD]",
-            help="Record of a proof of concept to check: a file, or an ID in the store. Default: that of "
-            "the proof of concept begun last.",
+            help="Record of a proof of concept to check: a file, or the ID of a proof of concept in the "
+            "store or of a record that was added to it from others. Default: the record of the proof "
+            "of concept begun last.",
         ),
     ] = None
     gates: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.toml",
-            help="TOML file with your own limits for the figures of the record; limits that it does not "
-            "name keep their defaults. `memfit scale --json` prints all limits.",
+            help="TOML file with your own limits for the figures of the record; false disables a limit. "
+            "Limits that the file does not name keep their defaults. `memfit scale --json` prints all "
+            "limits.",
         ),
     ] = None
     pilot: Annotated[
@@ -60,7 +62,7 @@ class ScaleOptions:
         typer.Option(
             metavar="MACHINE",
             help="Predict the pilot, the stage between the proof of concept and the full-size training, on "
-            "this machine, given as in --on of `memfit plan`. Default: no pilot.",
+            "this machine, given as in --on of `memfit plan`. Default: the pilot is not predicted.",
         ),
     ] = None
     full: Annotated[
@@ -68,7 +70,7 @@ class ScaleOptions:
         typer.Option(
             metavar="MACHINE",
             help="Predict the full-size training on this machine, given as in --on of `memfit plan`. "
-            "Default: it is not predicted.",
+            "Default: the full-size training is not predicted.",
         ),
     ] = None
     size: Annotated[
@@ -83,8 +85,8 @@ class ScaleOptions:
         str | None,
         typer.Option(
             metavar="JOB",
-            help="Job to predict for the pilot and at full size. Default: the job of the record, if that "
-            "was measured here or is a built-in job.",
+            help="Job to predict for the pilot and at full size. Default: the job of the record. For a "
+            "record from others whose job is not built in, this option is needed.",
         ),
     ] = None
 
@@ -151,8 +153,8 @@ def _attended(sourced_record: SourcedRecord, minutes: float, store: StoreOptions
     poc_id = sourced_record.record.poc_id
     if sourced_record.taken_from:
         raise UserError(
-            f"--attended-minutes cannot be set for {poc_id}, which was not measured here but taken from "
-            f"{sourced_record.taken_from}"
+            f"--attended-minutes cannot be set for the proof of concept {poc_id}, which was not run here: "
+            f"its record was taken from {sourced_record.taken_from}"
         )
     proof_of_concept.store_attended_minutes(Store(store.store), poc_id, minutes)
     return find_record(poc_id, store.store)
@@ -174,7 +176,7 @@ def _spec(sourced_record: SourcedRecord, store: StoreOptions) -> str:
     raise UserError(
         f"the record of {sourced_record.taken_from} is of the job {record.model.job!r}, which is not built "
         "in; memfit does not run files that others name",
-        allowed=", ".join(names()),
+        allowed=f"a record of a built-in job: {', '.join(names())}",
         hint="name your own job with --job FILE.py:NAME",
     )
 

@@ -66,8 +66,9 @@ class AccuracyLimits(_Strict):
 
 
 class ReproducibilityLimits(_Strict):
-    """Limit on reproducibility. ``same_again``: whether a repeated run must have given the same result bit
-    for bit; by default yes.
+    """Limit on reproducibility. ``same_again``: whether a repeated run of the recommended plan must have
+    given the same result bit for bit, by default yes; the gate then fails also if no run was repeated. False
+    disables it.
     """
 
     same_again: bool = True
@@ -142,7 +143,7 @@ def parse_gates(text: str, path: str) -> Gates:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"cannot read {path} as TOML: {error}") from error
+        raise UserError(f"{path} is not TOML: {error}") from error
     try:
         return Gates.model_validate(data)
     except pydantic.ValidationError as error:

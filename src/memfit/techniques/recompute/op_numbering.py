@@ -78,10 +78,11 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def called(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call an operator and return its result. An addition whose first argument is no plain tensor (a fake
-    one, in a trace) is treated apart: an alias of that argument is held while it runs. Torch does some
-    additions in place (aten/src/ATen/native/Linear.cpp), but out of place under a dispatch mode. The alias
-    keeps the trace from treating the argument as overwritten."""
+    """Call an operator and return its result. Torch does some additions in place, such as that of a linear
+    layer's bias (aten/src/ATen/native/Linear.cpp), but out of place under a dispatch mode, such as the
+    caller. A trace takes such an addition to be in place if nothing else holds its first argument. So while
+    an addition runs whose first argument is not a plain tensor (in a trace it is a fake one), an alias of
+    that argument is held, which tells the trace that the addition is out of place."""
     if func is not _ATEN.add.Tensor or type(args[0]) in _PLAIN:
         return func(*args, **kwargs)
     alias = args[0].detach()
