@@ -103,8 +103,8 @@ class ExportOptions:
         typer.Option(
             metavar="COMMAND",
             help="For --to skypilot: the shell command that sets up a new machine. Default: a check that "
-            "torch, the library of the engine and, without --script, memfit can be imported. Ignored "
-            "with any other --to.",
+            "these can be imported: torch; memfit, without --script; and accelerate, deepspeed or "
+            "megatron.core, if that is the engine. Ignored with any other --to.",
         ),
     ] = ""
     save: Annotated[
