@@ -33,7 +33,7 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
         return guard_job(value, spec)
     if isinstance(value, Job):
         raise UserError(
-            f"{spec} is a Job, not a function, and does not accept --{next(iter(options))}",
+            f"{spec} is a Job, not a function, and does not accept {', '.join(f'--{o}' for o in options)}",
             hint=f"make {name} a function with the arguments {', '.join(options)} that returns the Job",
         )
     if not callable(value):
@@ -64,7 +64,8 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{spec} cannot be called with {', '.join(options) or 'no arguments'}: {error}",
-            allowed="a function whose arguments are among size, data, weights, batch, length, with defaults",
+            allowed="a function that accepts each given one of size, data, weights, batch and length by "
+            "keyword, and has defaults for all other arguments",
         ) from error
     job = guarded(lambda: function(**options), spec)
     if not isinstance(job, Job):
@@ -100,7 +101,10 @@ def _run_file(path: Path, spec: str) -> ModuleType:
     standard library or of installed packages.
     """
     if not path.is_file():
-        raise UserError(f"no such file: {path}", hint="a job of your own is given as path.py:attribute")
+        raise UserError(
+            f"no such file: {path}",
+            hint="name a job of your own as path.py:attribute, its file and a Job or function in it",
+        )
     resolved = path.resolve()
     name = f"memfit_user_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
     module_spec = importlib.util.spec_from_file_location(name, resolved)
@@ -202,10 +206,12 @@ def guarded(action: Any, spec: str) -> Any:
             for f in traceback.extract_tb(error.__traceback__)
             if Path(f.filename).is_relative_to(folder) and "site-packages" not in f.filename
         ]
-        location = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
+        at_file_and_line = (
+            f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
+        )
         error_text = error.msg if isinstance(error, SyntaxError) else str(error)
         message = (error_text.splitlines() or [""])[0]
-        raise UserError(f"{spec} raised {type(error).__name__}: {message}{location}") from error
+        raise UserError(f"{spec} raised {type(error).__name__}: {message}{at_file_and_line}") from error
 
 
 def _syntax_place(error: BaseException) -> str:
@@ -215,11 +221,11 @@ def _syntax_place(error: BaseException) -> str:
 def _attribute(module: ModuleType, name: str, path: str) -> Any:
     if hasattr(module, name) and name:
         return getattr(module, name)
-    jobs = [n for n, v in vars(module).items() if _job_like(n, v, module)]
+    jobs_and_functions = [n for n, v in vars(module).items() if _job_like(n, v, module)]
     raise UserError(
         f"{path} has no attribute {name!r}",
-        allowed=", ".join(jobs) or "none: the file defines no memfit.Job and no function",
-        hint=suggest(name, jobs),
+        allowed=", ".join(jobs_and_functions) or "none: the file defines no memfit.Job and no function",
+        hint=suggest(name, jobs_and_functions),
     )
 
 

@@ -62,13 +62,16 @@ def _stored(folder: Path) -> dict[str, Path]:
     """Return tensor name -> the file in ``folder`` that contains it. Raises UserError if there is no such
     folder or it has no safetensors."""
     if not folder.is_dir():
-        raise UserError(f"no such folder of weights: {folder}", allowed="a folder with model.safetensors")
+        raise UserError(
+            f"no such folder of weights: {folder}", allowed="a folder that contains *.safetensors files"
+        )
     if (folder / _INDEX).is_file():
         return {name: folder / file for name, file in _index(folder / _INDEX).items()}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"no safetensors files in {folder}", allowed=f"model.safetensors or {_INDEX} with its shards"
+            f"no safetensors files in {folder}",
+            allowed=f"files *.safetensors, such as model.safetensors, or {_INDEX} with its shards",
         )
     return {name: file for file in files for name in _open(file).keys()}  # noqa: SIM118 - not a mapping
 
@@ -77,7 +80,10 @@ def _index(path: Path) -> dict[str, str]:
     try:
         names = json.loads(path.read_text("utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not an index of safetensors: {error}") from error
+        raise UserError(
+            f"{path} cannot be read as an index of safetensors files: {error}",
+            allowed='JSON such as {"weight_map": {"TENSOR NAME": "FILE.safetensors"}}',
+        ) from error
     return dict(names)
 
 
@@ -87,7 +93,7 @@ def _open(file: Path) -> Any:
     try:
         return safetensors.safe_open(str(file), framework="pt")
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
+        raise UserError(f"cannot read {file} as a safetensors file: {error}") from error
 
 
 def _copy(tensor: torch.Tensor, file: Path, name: str) -> None:
@@ -96,8 +102,8 @@ def _copy(tensor: torch.Tensor, file: Path, name: str) -> None:
     value = _open(file).get_tensor(name)
     if value.shape != tensor.shape:
         raise UserError(
-            f"{name} in {file} has shape {tuple(value.shape)}",
-            allowed=f"{tuple(tensor.shape)}, the shape in the model",
+            f"the tensor {name} in {file} has shape {tuple(value.shape)}",
+            allowed=f"{tuple(tensor.shape)}, its shape in the model",
             hint="choose the --size that the weights were saved from",
         )
     with torch.no_grad():

@@ -258,7 +258,7 @@ def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | N
         if kind in options_by_kind:
             raise UserError(
                 f"{options_by_kind[kind].file} and {options.file} are both {KINDS[kind]}",
-                allowed="one file of each kind",
+                allowed="at most one file of each kind, such as one DeepSpeed JSON and one Accelerate YAML",
             )
         options_by_kind[kind] = options
     if (options_of_trainer := options_by_kind.get("trainer")) is not None:
@@ -311,7 +311,8 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
     if "globals" in keys and set(keys) <= OPENFOLD_PARTS:
         raise UserError(
             f"{path} contains OpenFold's settings as nested keys",
-            allowed='flat keys, as OpenFold reads them: "globals.chunk_size"',
+            allowed='flat keys, as OpenFold reads them: {"globals.chunk_size": 4} instead of '
+            '{"globals": {"chunk_size": 4}}',
         )
     if not any(map(_FOLD.match, keys)):
         return None
@@ -323,8 +324,8 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise UserError(
-                    f'{path} sets {key} after a plain value for a parent of it ("a" is a parent of "a.b")',
-                    allowed="for each key, either a plain value or keys below it",
+                    f'{path} sets {key} after a plain value for a key above it ("a" is above "a.b")',
+                    allowed='either a plain value for a key such as "a", or keys below it such as "a.b"',
                 )
         node[last] = value
     return nested
@@ -358,7 +359,7 @@ def _text(path: Path) -> str:
             )
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise _unknown(path, "it is not a text file") from error
 
@@ -395,8 +396,8 @@ def _data(path: Path, text: str) -> dict[str, Any] | Script:
 
 def _unknown(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} is not a configuration that memfit can read: {reason}",
-        allowed="; ".join(KINDS.values()),
+        f"{path} is not a configuration of a training library that memfit can read: {reason}",
+        allowed=f"a file of one of these kinds: {'; '.join(KINDS.values())}",
     )
 
 
@@ -463,8 +464,8 @@ def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> 
     kind, changes = _read_one(target)
     if kind != "openfold_config":
         raise UserError(
-            f"{target}, the file of --experiment_config_json, is {KINDS[kind]}",
-            allowed=KINDS["openfold_config"],
+            f"{target}, which OpenFold's argument --experiment_config_json names, is {KINDS[kind]}",
+            allowed=f'{KINDS["openfold_config"]}, with keys such as "globals.chunk_size"',
         )
     options_by_kind["openfold_config"] = changes
 

@@ -57,8 +57,8 @@ def split_object(batch: Any, sizes: Sequence[int]) -> list[Any] | None:
     if join is None or split is None:
         raise UserError(
             f"a batch that is or contains a {_object_name(batch)} cannot be split into {len(sizes)} parts",
-            allowed="tensors with the batch as first dimension, or one object with to_data_list() and "
-            "from_data_list()",
+            allowed="tensors with the samples along dimension 0, also inside tuples, lists and dicts; or a "
+            "batch that is itself one object with to_data_list() and from_data_list()",
         )
     samples = iter(split())
     return [join([next(samples) for _ in range(size)]) for size in sizes]

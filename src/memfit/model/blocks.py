@@ -50,7 +50,7 @@ def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, l
         raise UserError(
             "no repeated blocks found in the model",
             allowed="an nn.ModuleList or nn.Sequential of two or more modules of one class",
-            hint="name its module path in Job(blocks=...)",
+            hint="set Job(blocks=...) to the path of a module whose children are the blocks",
         )
     return max(
         candidates, key=lambda pair: (sum(p.numel() for b in pair[1] for p in b.parameters()), len(pair[1]))
@@ -176,12 +176,14 @@ def _children_at(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
         children = []
     if not children:
         raise UserError(
-            f"the model has no blocks at {path!r}", allowed=", ".join(_containers(model)) or "none"
+            f"the model has no module with children, so no blocks at {path!r}",
+            allowed=", ".join(_paths_of_repeated_blocks(model)) or "none",
+            hint="set Job(blocks=...) to the path of a module whose children are the blocks",
         )
     return children
 
 
-def _containers(model: torch.nn.Module) -> list[str]:
+def _paths_of_repeated_blocks(model: torch.nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if _repeats(m)]
 
 
@@ -198,7 +200,11 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
     if path is not None:
         head = modules.get(path)
         if not isinstance(head, torch.nn.Linear):
-            raise UserError(f"the model has no nn.Linear at {path!r}", hint="correct Job(head=...)")
+            raise UserError(
+                f"the model has no nn.Linear at {path!r}",
+                hint="set Job(head=...) to the path of the nn.Linear that projects to the vocabulary or "
+                "classes",
+            )
         return path, head
     output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     linears = {name: m for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
@@ -207,7 +213,8 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
     if names := embedding_names or common_names:
         return names[0], linears[names[0]]
     raise UserError(
-        "no output projection found in the model",
-        allowed=f"a Linear named one of {', '.join(_HEAD_NAMES)}, in the model or in one of its children",
-        hint="name its module path in Job(head=...)",
+        "no output projection to the vocabulary or classes found in the model",
+        allowed="an nn.Linear that the model's get_output_embeddings() returns, or one with one of the names "
+        f"{', '.join(_HEAD_NAMES)} that is a child of the model or of one of its children",
+        hint="set Job(head=...) to the path of the nn.Linear that projects to the vocabulary or classes",
     )

@@ -17,15 +17,18 @@ def scalars(model: torch.nn.Module) -> list[str]:
     return [name for name, param in model.named_parameters() if param.dim() == 0]
 
 
-def refuse_scalars(model: torch.nn.Module, who: str, *, left_alone: Collection[str] = ()) -> None:
+def refuse_scalars(
+    model: torch.nn.Module, technique_or_engine: str, *, left_alone: Collection[str] = ()
+) -> None:
     """Raise UserError if the model has parameters without dimensions whose names are not in ``left_alone``.
-    The message names the first one and says that ``who``, a technique or an engine, does not support
-    them."""
+    The message names the first one and says that ``technique_or_engine``, its name, does not
+    support them."""
     names = [name for name in scalars(model) if name not in left_alone]
     if names:
-        count_note = f" ({len(names)} such parameters)" if len(names) > 1 else ""
+        count_of_them = f" ({len(names)} such parameters)" if len(names) > 1 else ""
         raise UserError(
-            f"{who} does not support parameters without dimensions, but {names[0]!r} is one{count_note}",
+            f"{technique_or_engine} does not support parameters without dimensions, but {names[0]!r} is "
+            f"one{count_of_them}",
             allowed="parameters of at least one dimension",
-            hint="give it one dimension of one element, which computes the same: nn.Parameter(torch.ones(1))",
+            hint="give it the shape (1,), which computes the same: for example nn.Parameter(torch.ones(1))",
         )

@@ -73,8 +73,9 @@ class Scale:
         self.pairs: list[tuple[Estimate, Estimate]] = []  # (sketch, whole trace) of each finalist
         if pricer.model is None:
             raise UserError(
-                f"the speed of {self.machine.device.name} is unknown",
-                hint="add its peak FLOP/s and memory bandwidth to the machine file",
+                f"step times on {self.machine.device.name} are unknown, because its machine file does not "
+                "say how fast it computes",
+                hint="add the device's peak FLOP/s and memory bandwidth to its machine file",
             )
         self.model = pricer.model
         self.traced = BlockTracer(pricer.job, pricer.device)

@@ -445,10 +445,11 @@ def no_grid_error(limits: Limits) -> UserError:
     """
     if not (limits.splits and limits.shares):
         return UserError(
-            f"samples of a batch depend on each other, and every plan for {limits.ranks} devices splits "
-            "the batch",
-            allowed="--accuracy any, unless a split batch would weight the terms of the loss wrongly",
-            hint="`memfit plan` for one device gives the reason; SyncBatchNorm allows data-parallel ranks",
+            "splitting the batch would change the training, because its samples depend on each other or its "
+            f"loss terms would be weighted wrongly, and every plan for {limits.ranks} devices splits it",
+            allowed="--accuracy any; but nothing if a split batch would weight the terms of the loss wrongly",
+            hint="`memfit plan` for one device names the reason; if it is BatchNorm, replace it by "
+            "SyncBatchNorm, which allows data-parallel ranks",
         )
     if limits.batch % limits.ranks == 0 and limits.refuses is not None:
         return UserError(
@@ -464,7 +465,7 @@ def no_grid_error(limits: Limits) -> UserError:
         )
     return UserError(
         f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} devices",
-        allowed=f"a global batch that is a multiple of {limits.ranks}, or of the data-parallel ranks if "
-        "tensor, context or pipeline parallelism can cut the model",
+        allowed=f"a multiple of {limits.ranks}; or a multiple of the data-parallel ranks, if tensor, context "
+        "or pipeline parallelism can divide the model among the other devices",
         hint="--batch sets the samples of one step over all devices",
     )

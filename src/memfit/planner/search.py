@@ -260,11 +260,12 @@ def _refuse_ranks(request: Request, pricer: Pricer) -> None:
     if request.ranks == 1 or may_share(pricer.dependence, request.accuracy):
         return
     dependence = pricer.dependence
+    effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
     refuse_wrong_weights(make_plain_plan(request.ranks), dependence)
     raise UserError(
-        f"dividing the batch over {request.ranks} ranks {dependence.changes} ({dependence.reason})",
+        f"dividing the batch over {request.ranks} ranks {effect_on_training} ({dependence.reason})",
         allowed="--accuracy any",
-        hint=f"instead, use {dependence.way_out}",
+        hint=f"to keep the training, use {dependence.way_out}",
     )
 
 
@@ -323,7 +324,8 @@ def _cap(request: Request, baseline: Estimate, ratio: float) -> tuple[int, str]:
     if request.machine.device.kind == "cpu":
         if not 0 < ratio <= 1:
             raise UserError(
-                f"the job's demonstration_ratio, the cap as a share of plain training's peak, is {ratio}",
+                "Job(demonstration_ratio=...), the memory cap as a share of plain training's peak, "
+                f"is {ratio}",
                 allowed="above 0, at most 1",
             )
         ratio_text = {0.25: "a quarter", 0.5: "half"}.get(ratio, f"{ratio:.0%}")

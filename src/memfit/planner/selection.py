@@ -88,9 +88,9 @@ def respects_micro_batch(plan: Plan, bounds: Bounds, batch: int) -> bool:
     if not size:
         return True
     if batch % size:
-        allowed = ", ".join(str(d) for d in range(1, batch + 1) if batch % d == 0)
+        divisors = ", ".join(str(d) for d in range(1, batch + 1) if batch % d == 0)
         raise UserError(
-            f"a micro-batch of {size} does not divide the {batch} samples of a rank", allowed=allowed
+            f"a micro-batch of {size} does not divide the {batch} samples of a rank", allowed=divisors
         )
     used = plan.get("gradient-accumulation")
     return size * (int(used.settings["micro_batches"]) if used else 1) == batch

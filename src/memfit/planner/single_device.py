@@ -46,10 +46,12 @@ def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> 
             f"the excluded techniques, accuracy and engine leave no plan with a micro-batch of {size}",
             hint="relax --without, --accuracy or --micro-batch",
         )
+    effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
+    mean_over_counted_terms = dependence.way_out  # if weighted wrongly: the loss that may be split
     is_weighted_wrongly = dependence.cause is DependenceCause.WEIGHTS
     return UserError(
-        f"a micro-batch of {size} splits the batch, which {dependence.changes} ({dependence.reason})",
-        allowed=dependence.way_out if is_weighted_wrongly else "--accuracy any",
+        f"a micro-batch of {size} splits the batch, which {effect_on_training} ({dependence.reason})",
+        allowed=mean_over_counted_terms if is_weighted_wrongly else "--accuracy any",
         hint="or leave out --micro-batch",
     )
 

@@ -56,9 +56,9 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
     """
     if planning.request.goal not in BY_TIME:
         raise UserError(
-            f"measured step times do not decide for the goal {planning.request.goal.value}",
-            allowed=", ".join(BY_TIME),
-            hint="search without measuring: peaks and numbers of devices are predicted",
+            f"plans cannot be chosen by measured step times for the goal {planning.request.goal.value}",
+            allowed=f"the goals {', '.join(BY_TIME)}",
+            hint="for other goals, search without measuring: what they compare is predicted",
         )
     trials = _Trials(planning, progress, budget_s)
     trials.run_round(_shortlist(planning), _SCREENING)

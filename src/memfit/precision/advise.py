@@ -89,9 +89,9 @@ def advise(
     for index, batch in enumerate(data):
         say("record", index, batches)
         root = record(model, batch, job.loss)
-        if not math.isfinite(float(root.output)):
+        if not math.isfinite(loss := float(root.output)):
             raise UserError(
-                f"the loss of {job.name} is {float(root.output)} in float32",
+                f"the loss of {job.name} is {loss} in float32, without any lower precision",
                 hint="fix the job first: its loss must be finite",
             )
         for dtype, dtype_modes in modes_by_dtype.items():

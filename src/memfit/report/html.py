@@ -190,7 +190,8 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
             ).format(css, text, mark)
         if figure.source not in labels:
             raise ValueError(
-                f"{text} ({mark}) has the source {figure.source!r}, which is no record of this page"
+                f"the figure {text} ({mark}) has the source {figure.source!r}, "
+                "which is no record of this page"
             )
         live_attribute = Markup(' data-stage="{}"').format(figure.live) if figure.live else ""
         tooltip = words.get("mark_of", mark=mark, record=labels[figure.source])

@@ -334,8 +334,8 @@ def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(
             f"{type(optimizer).__name__} is not a torch optimizer, so its state cannot be saved",
-            allowed="a torch.optim.Optimizer, or a wrapper that holds one in its attribute optimizers, "
-            "inner, optimizer or optim",
+            allowed="a torch.optim.Optimizer, or a wrapper that holds one, or a list or mapping of several, "
+            "in its attribute optimizers, inner, optimizer or optim",
         )
     return [optimizer]
 

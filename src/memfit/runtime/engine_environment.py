@@ -26,8 +26,8 @@ def install(engine: Engine, into: Path | None, on_line: OnLine) -> Environment:
     RunError, with the last line printed, if venv or pip fails."""
     if not engine.requirements:
         raise UserError(
-            f"engine {engine.name} needs no environment of its own",
-            hint=engine.install or "it comes with torch",
+            f"engine {engine.name} needs no environment of its own: it runs in that of memfit",
+            hint=engine.install or "it comes with torch, so there is nothing to install",
         )
     folder = (into or environments_folder() / engine.name).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -63,7 +63,11 @@ def _run(command: list[str], on_line: OnLine) -> None:
                 last_line = line.strip()
                 on_line(last_line)
     if child.returncode:
-        raise RunError(f"{' '.join(command[:4])} failed with exit code {child.returncode}: {last_line}")
+        first_words = " ".join(command[:4])
+        raise RunError(
+            f"the environment was not installed: {first_words} ... failed with exit code "
+            f"{child.returncode}; its last line is: {last_line}"
+        )
 
 
 def _bytes(folder: Path) -> int:

@@ -248,7 +248,10 @@ def _real(value: Any) -> Any:
             return getattr(torch, value["torch"])
         if "device" in value:
             return torch.device(value["device"])
-        raise ValueError(f"this argument of an operator cannot be made from its description: {value}")
+        raise ValueError(
+            "the description of an operator's argument has none of the keys t (tensor), torch (object of "
+            f"torch) and device: {value}"
+        )
     return value
 
 

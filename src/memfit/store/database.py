@@ -26,7 +26,6 @@ APPLICATION_ID: Final = 0x6D666974  # "mfit", in the file's header: identifies a
 SCHEMA_VERSION: Final = 1
 TAKEN: Final = "taken"  # kind of a row that holds another group's record and the name of its source
 _WAIT_S: Final = 30.0  # maximum time to wait for another process's append
-_OTHER: Final = "choose another file with --store"
 
 _TABLES: Final = (
     """CREATE TABLE record (
@@ -61,7 +60,10 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot create the folder of the store: {error}", hint=_OTHER) from error
+            raise UserError(
+                f"cannot create the folder of the store {self.path}: {error}",
+                hint="choose another file with --store",
+            ) from error
         with self._connection() as connection:
             if self._is_new(connection):
                 self._lay_out(connection)
@@ -116,7 +118,7 @@ class Store:
         ``environment`` is such a digest. Raises UserError if the store has no environment with it."""
         rows = self._rows("SELECT body FROM environment WHERE digest = ?", name)
         if not rows:
-            raise UserError(f"the store {self.path} has no environment with the digest {name!r}")
+            raise UserError(f"the store {self.path} has no recorded environment with the digest {name!r}")
         return dict(json.loads(rows[0][0]))
 
     @functools.cached_property
@@ -137,7 +139,9 @@ class Store:
                 connection.execute("PRAGMA synchronous = FULL")
                 yield connection
         except sqlite3.Error as error:
-            raise UserError(f"the store {self.path} cannot be used: {error}", hint=_OTHER) from error
+            raise UserError(
+                f"the store {self.path} cannot be used: {error}", hint="choose another file with --store"
+            ) from error
 
     def _is_new(self, connection: sqlite3.Connection) -> bool:
         """Return False if the file is a memfit store of this schema version, and True if it is empty. Raises
@@ -149,10 +153,13 @@ class Store:
             raise UserError(
                 f"the store {self.path} has schema version {version}",
                 allowed=f"version {SCHEMA_VERSION}",
-                hint=f"update memfit, or {_OTHER}",
+                hint="update memfit, or choose another file with --store",
             )
         if application or connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            raise UserError(f"{self.path} is a database, but not a memfit store", hint=_OTHER)
+            raise UserError(
+                f"{self.path} is an SQLite database, but not a memfit store",
+                hint="choose another file with --store",
+            )
         return True
 
     def _lay_out(self, connection: sqlite3.Connection) -> None:

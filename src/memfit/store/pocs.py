@@ -52,8 +52,9 @@ def _stored_poc(store: Store, poc_id: str) -> Poc:
         return serialization.loads(Poc, finished_rows[-1].body, what=f"record {finished_rows[-1].record_id}")
     begin_rows = store.records(poc_id, "begin")
     if not begin_rows and (taken_rows := store.records(poc_id, TAKEN)):
+        reporter = taken_from(taken_rows[-1])
         raise UserError(
-            f"{poc_id} is a record from {taken_from(taken_rows[-1])}, not measured here, so it has no runs",
+            f"{poc_id} is a record from {reporter}, not measured here, so it has no runs",
             hint="`memfit scale` and `memfit compare` can read it",
         )
     if not begin_rows:

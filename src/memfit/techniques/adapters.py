@@ -45,8 +45,9 @@ def _adapt(bench: Workbench, rank: int) -> None:
     targets = sorted(name for name, _ in block_linears(bench.model, path))
     if not targets:
         raise UserError(
-            f"low-rank adapters find no linear layers in the blocks of {type(bench.model).__name__}",
-            allowed="blocks that contain linear layers",
+            "low-rank adapters (lora, qlora) find no linear layers in the repeated blocks of "
+            f"{type(bench.model).__name__}",
+            allowed="repeated blocks that contain nn.Linear",
         )
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), bench.model)
     for name, param in bench.model.named_parameters():

@@ -42,8 +42,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if not cuts:
         raise UserError(
             f"chunking finds nothing to cut in {type(bench.model).__name__}",
-            allowed="modules that work on independent slices and allocate more inside than the budget of a "
-            "slice (settings parts and mib)",
+            allowed="a module that can run on independent slices of its input one after the other, and that "
+            "allocates more memory inside than one slice may use (setting mib or, if that is 0, parts)",
         )
     for name, cut in cuts.items():
         _wrap(bench.model.get_submodule(name), cut, budget)

@@ -51,12 +51,13 @@ class LazyLogits:
         if hasattr(self.head.weight, "device_mesh"):
             raise UserError(
                 "chunked-cross-entropy: fsdp2 has freed the head's weight before the loss uses it",
-                hint='use fsdp2 with reshard=False or "not-last"',
+                hint='use fsdp2 with reshard=False or reshard="not-last"',
             )
         if not self.head.weight.numel():
             raise UserError(
                 "chunked-cross-entropy: zero of stage 3 has freed the head's weight before the loss uses it",
-                hint="use zero of stage 2, or persist_elements as large as the head's weight",
+                hint="use zero with stage=2, or with persist_elements of at least the number of elements of "
+                "the head's weight",
             )
         return self.head.weight
 

@@ -28,8 +28,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     names = {name for name, linear in block_linears(bench.model, path) if fits(linear.weight.shape)}
     if not names:
         raise UserError(
-            f"{NAME} finds no suitable linear layers in the blocks of {type(bench.model).__name__}",
-            allowed=f"blocks with linear layers whose input and output sizes are multiples of {_STEP}",
+            "float8-linear finds no suitable linear layers in the repeated blocks of "
+            f"{type(bench.model).__name__}",
+            allowed=f"blocks with an nn.Linear whose input and output sizes are multiples of {_STEP}",
         )
     config = Float8LinearConfig.from_recipe_name(str(settings["scaling"]))
     config = dataclasses.replace(config, emulate=bench.device == "cpu")  # the CPU's own kernel takes minutes

@@ -29,7 +29,8 @@ def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.n
         if not matches and not getattr(model, "has_few_blocks", False):
             raise UserError(
                 f"Job(islands=...): {pattern!r} matches no module of the model",
-                allowed="module paths as named_modules() gives them, with * and ?",
+                allowed="module paths as named_modules() gives them, where * stands for any text and ? for "
+                "one character",
                 hint=suggest(pattern, modules),
             )
         islands |= matches

@@ -35,7 +35,7 @@ def of_poc(poc: Poc) -> Shared:
     if not poc.finished or recommended is None:
         raise UserError(
             f"PoC {poc.poc_id} was interrupted or recommends no plan",
-            hint="only a finished PoC with a recommended plan has a record",
+            hint="a record can be made only of a finished PoC that recommends a plan",
         )
     verdict = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
     environment = dict(poc.environment)

@@ -55,7 +55,7 @@ def _dated(date: str) -> str:
     except ValueError as error:
         raise ValueError(f"{date} is not an existing date and time: {error}") from error
     if moment > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1):  # clocks may differ
-        raise ValueError(f"{date} is in the future, by more than a day")
+        raise ValueError(f"{date} is in the future, by more than a day after the time of this machine")
     return date
 
 
@@ -125,7 +125,8 @@ class Judgement(Part):
     def _ordered(self) -> Judgement:
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(
-                "the interval of the metric's difference between the two plans has low above high"
+                "in the interval of the metric's difference between the two plans, "
+                f"low ({self.low}) is above high ({self.high})"
             )
         return self
 
@@ -204,7 +205,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is a repeated field of an object")
+        repeated_name = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"{repeated_name!r} is a repeated field of a JSON object")
     return mapping
 
 
@@ -217,14 +219,16 @@ def parse_record(raw: str, *, what: str) -> Shared:
     except json.JSONDecodeError as error:
         raise UserError(f"{what} is not JSON: {error.msg} in line {error.lineno}") from error
     except RecursionError:
-        raise UserError(f"{what} is nested deeper than a record can be") from None
+        raise UserError(f"{what} is not a record: its JSON is nested deeper than can be read") from None
     except ValueError as error:  # a repeated field, or a number with thousands of digits
-        raise UserError(f"{what} is not a record: {error}") from error
+        raise UserError(f"{what} is not a record that can be read: {error}") from error
     if isinstance(data, dict) and data.get("format") == FORMAT:
         version = data.get("version")
         if isinstance(version, bool) or version != VERSION:
             shown_version = ascii(version)[:40]
-            raise UserError(f"{what} has version {shown_version} of the record format", allowed=str(VERSION))
+            raise UserError(
+                f"{what} has version {shown_version} of the record format", allowed=f"version {VERSION}"
+            )
     return checked(data, what=what)
 
 
@@ -239,7 +243,8 @@ def checked(data: object, *, what: str) -> Shared:
     for place, value in _texts(record.model_dump(mode="python")):
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise UserError(
-                f"{what} is invalid at {place}: {value!a} has half a character (a lone surrogate)"
+                f"{what} is invalid at {place}: {value!a} has half a character (a lone surrogate, "
+                "U+D800 to U+DFFF, which no UTF-8 text contains)"
             )
     return record
 
@@ -263,10 +268,10 @@ def read(path: Path) -> Shared:
     or not a valid record."""
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{path} is larger than a record can be", allowed=f"{_MOST_BYTES} bytes at most")
+            raise UserError(f"{path} is larger than a record can be", allowed=f"at most {_MOST_BYTES} bytes")
         return parse_record(path.read_text(encoding="utf-8"), what=str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read the record {path}: {error}") from error
 
 
 # -- what a record claims beyond its types must follow from its own numbers ---------------------------------

@@ -34,7 +34,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         raise UserError(
             f"axial-parallel finds nothing to cut in {type(bench.model).__name__}",
             allowed="a model whose modules derive from memfit.techniques.axial.Axial, as those of alphafold2",
-            hint="context-parallel cuts a sequence, and tensor-parallel cuts the layers",
+            hint="for other models, context-parallel divides the sequence, and tensor-parallel the layers",
         )
     together = GroupCollectives(
         group=mesh.get_group().group_name, rank=bench.world.index("context"), ranks=mesh.size()

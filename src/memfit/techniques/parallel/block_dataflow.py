@@ -101,7 +101,8 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
             del fake_tensors
     if recorder.position != len(blocks):
         raise UserError(
-            f"the job's loss does not call every block of {path}", hint="name the blocks in Job(blocks=...)"
+            f"pipeline cannot cut the model, because the job's loss does not call every block of {path}",
+            hint="set Job(blocks=...) to the path of a module whose children the loss all calls, in order",
         )
     for name, _ in bench.model.named_parameters():
         block_indices = [i for i in range(len(blocks)) if name.startswith(f"{path}.{i}.")]
@@ -176,8 +177,9 @@ class _Recorder(TorchDispatchMode):
     def _broken(self, reason: str) -> UserError:
         return UserError(
             f"pipeline cannot cut the model, which is not a chain of blocks: {reason}",
-            allowed=f"modules in {self.path} that pass their output to the next one and to nothing else",
-            hint="move such operations into the blocks, or name other blocks in Job(blocks=...)",
+            allowed=f"blocks in {self.path} that run once each, in order, and pass their output to the next "
+            "one and to nothing else",
+            hint="move what runs between the blocks into them, or name other blocks in Job(blocks=...)",
         )
 
     def _place(self, position: float) -> str:

@@ -53,7 +53,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         if length % (2 * across.ranks):
             raise UserError(
                 f"a sequence of length {length} cannot be cut for {across.ranks} context-parallel ranks",
-                allowed=f"a multiple of {2 * across.ranks}",
+                allowed=f"a length that is a multiple of {2 * across.ranks}",
             )
         across.length = length // across.ranks
         return [_slice(whole, dim, length, across.positions(rank)) for rank in range(across.ranks)]
@@ -120,9 +120,10 @@ def _length(batch: Any, dim: int) -> int:
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim() > dim]
     if not tensors:
         raise UserError(
-            f"context-parallel cuts dimension {dim} of the batch's tensors, the job's sequence_dim, but none "
-            "has that many dimensions",
-            hint="set Job(sequence_dim=...) to the dimension along which the tokens lie",
+            f"context-parallel cuts dimension {dim} (Job.sequence_dim, counted from 0) of the batch's "
+            f"tensors, but none has more than {dim} dimensions",
+            hint="set Job(sequence_dim=...) to the dimension along which the tokens lie: 1 for tensors of "
+            "shape (batch, tokens)",
         )
     return int(tensors[0].shape[dim])
 

@@ -184,7 +184,7 @@ def _with_context(bench: Workbench) -> Any:
     if bench.world.layout.replicate > 1:
         raise UserError(
             "fsdp2 with replicas does not support context-parallel and axial-parallel",
-            hint="leave out the replicas, or the technique that cuts samples",
+            hint="set replicas=1 of fsdp2, or leave out context-parallel or axial-parallel",
         )
     return flat
 

@@ -32,7 +32,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None or mesh.ndim > 1 or int(settings["degree"]) != ranks:
         raise UserError(
             f"expert-parallel of degree {settings['degree']} does not fit {ranks} data-parallel ranks",
-            allowed=f"degree={ranks}, if that is at least 2 and fsdp2 has no replicas",
+            allowed=f"degree={ranks}, if that is at least 2; and fsdp2, if used, with replicas=1",
         )
     group = mesh.get_group()
     for name in _mixtures(bench):
@@ -98,13 +98,14 @@ def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
     if not total or (not is_grouped and len(list(module.named_children())) > 1):
         raise UserError(
             f"{name} is not a module of experts",
-            allowed="a module whose only child is an nn.ModuleList of experts, or whose parameters are "
-            "gate_up_proj and down_proj and which has act_fn",
+            allowed="a module whose only child is an nn.ModuleList of experts; or one whose own parameters "
+            "are only gate_up_proj and down_proj, of three dimensions each, and that has an attribute act_fn",
+            hint="correct Job(experts=...), the pattern of the paths of such modules",
         )
     if total % ranks:
         raise UserError(
-            f"{total} experts of {name} cannot be shared equally by {ranks} ranks",
-            allowed=f"a number of ranks that divides {total}",
+            f"{total} experts of {name} cannot be shared equally by {ranks} data-parallel ranks",
+            allowed=f"a number of data-parallel ranks that divides {total}",
         )
     own_slice = slice(rank * (total // ranks), (rank + 1) * (total // ranks))
     if is_grouped:

@@ -139,14 +139,14 @@ def _attention(
     if query.shape[2] != across.length or key.shape[2] != across.length:
         raise UserError(
             f"context-parallel does not support attention of {query.shape[2]} queries to {key.shape[2]} keys",
-            allowed=f"self-attention over this rank's {across.length} positions",
+            allowed=f"self-attention, with this rank's {across.length} positions as queries and as keys",
         )
     if dropout_p:
-        raise UserError("context-parallel does not support dropout in attention", allowed="a dropout of 0")
+        raise UserError("context-parallel does not support dropout in attention", allowed="dropout_p=0")
     if attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.shape[1:3] != (1, 1)):
         raise UserError(
             f"context-parallel does not support an attention mask of shape {tuple(attn_mask.shape)}",
-            allowed="is_causal=True, or a mask of keys (batch, 1, 1, length)",
+            allowed="no mask (is_causal=True is possible), or one of shape (batch, 1, 1, length) for keys",
         )
     if torch.is_autocast_enabled(query.device.type):
         half = torch.get_autocast_dtype(query.device.type)

@@ -41,19 +41,21 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _check(schedule: str, virtual: int, layout: Layout) -> None:
     low, high = _VIRTUAL[schedule]
     if not low <= virtual <= high:
-        allowed = f"virtual={low}" + ("" if high == low else " or more")
-        raise UserError(f"pipeline schedule {schedule!r} does not support virtual={virtual}", allowed=allowed)
+        raise UserError(
+            f"pipeline schedule {schedule!r} does not support virtual={virtual} (stages on each rank)",
+            allowed=f"virtual={low}{'' if high == low else ' or more'}",
+        )
     if virtual > 1 and layout.replicate > 1 and layout.shard == 1:
         raise UserError(
             f"ddp does not support {virtual} pipeline stages on a rank",
-            allowed="fsdp2",
+            allowed="fsdp2 instead of ddp, or virtual=1 with a schedule that supports it",
             hint="DDP waits for every parameter's gradient, but each backward computes those of one stage",
         )
     if schedule.startswith("zero-bubble") and layout.data > 1:
         raise UserError(
             f"pipeline schedule {schedule!r} does not support {layout.data} data-parallel ranks",
-            allowed="gpipe, 1f1b, interleaved",
-            hint="torch's split backward bypasses the hooks of data parallelism",
+            allowed="the schedules gpipe, 1f1b and interleaved, or one data-parallel rank",
+            hint="the reason: torch's split backward bypasses the hooks with which ranks average gradients",
         )
 
 

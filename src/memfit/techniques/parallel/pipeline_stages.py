@@ -397,7 +397,8 @@ def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
     UserError if there are more stages than blocks."""
     if stages > blocks:
         raise UserError(
-            f"{stages} pipeline stages are more than the model's {blocks} blocks", allowed=f"at most {blocks}"
+            f"{stages} pipeline stages are more than the model's {blocks} blocks",
+            allowed=f"at most {blocks} stages on all ranks together: stages times virtual",
         )
     sizes = [blocks // stages + (s < blocks % stages) for s in range(stages)]
     return [(sum(sizes[:s]), sum(sizes[: s + 1])) for s in range(stages)]
