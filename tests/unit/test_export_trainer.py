@@ -166,3 +166,14 @@ def test_the_export_command_writes_training_arguments(
     out = str(tmp_path / "out")
     assert main(["export", job, "--plan", str(tmp_path / "plan.yaml"), "--to", "trainer", "--out", out]) == 0
     assert json.loads((tmp_path / "out" / "training_args.json").read_text())["bf16"] is True
+
+
+@pytest.mark.parametrize("target", ["trainer", "torchtitan", "openfold"])
+def test_checkpoints_of_memfits_worker_are_refused_for_other_programs(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["export", "char-lm", "--to", target, "--out", str(out), "--save", str(tmp_path / "kept")]
+    assert main(words) == 2
+    assert f"--save cannot be used with --to {target}" in capsys.readouterr().err
+    assert not out.exists()

@@ -114,8 +114,8 @@ class ExportOptions:
             help="Folder for the checkpoints of memfit's worker, which the written files start unless "
             "--script is given: one at the end and, with --save-every, earlier ones. All nodes must "
             "share it; a restart continues from the newest checkpoint. --to k8s needs an absolute path "
-            "and --claim. Ignored with --to trainer, torchtitan or openfold. Not with --script. "
-            "Default: no checkpoints.",
+            "and --claim. Not with --script, and not with --to trainer, torchtitan or openfold. Default: "
+            "no checkpoints.",
         ),
     ] = ""
     save_every: Annotated[
@@ -299,6 +299,13 @@ def _as_files_say(
 
 
 def _kept(options: ExportOptions) -> CheckpointSettings:
+    from memfit.export.targets import LIBRARIES
+
+    if options.save and options.to in LIBRARIES:
+        raise UserError(
+            f"--save cannot be used with --to {options.to}, whose own program trains and saves",
+            hint="leave out --save, and let that program write its checkpoints",
+        )
     if options.script is not None and options.save:
         raise UserError(
             "--save cannot be used with --script, as only memfit's own training program saves to it",
