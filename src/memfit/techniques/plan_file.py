@@ -29,7 +29,7 @@ def read_plan(path: Path) -> Plan:
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())[:160]}") from error
     return parse_plan(data, what=str(path))
 
 
@@ -46,7 +46,7 @@ def parse_plan(data: object, *, what: str) -> Plan:
     """
     if not isinstance(data, dict):
         raise UserError(
-            f"{what} does not contain a mapping", allowed=f"a mapping with the keys {', '.join(_KEYS)}"
+            f"{what} does not contain a mapping", allowed=f"a mapping with any of the keys {', '.join(_KEYS)}"
         )
     problems = [_unknown(key) for key in data if key not in _KEYS]
     techniques = data.get("techniques") or {}
@@ -63,7 +63,7 @@ def parse_plan(data: object, *, what: str) -> Plan:
         except MemfitError as error:
             problems.append(str(error))
     if problems:
-        raise UserError(f"{what}: {'. '.join(problems)}")
+        raise UserError(f"{what} is not a valid plan: {'. '.join(problems)}")
     return check(Plan(uses=tuple(uses), ranks=ranks))
 
 
@@ -72,8 +72,8 @@ def _settings(name: str, value: object) -> dict[str, object]:
         return {}
     if not isinstance(value, dict):
         raise UserError(
-            f"{name}: the technique's settings are {value!r}",
-            allowed="a mapping such as {setting: value}, or {}",
+            f"the settings of the technique {name} are {value!r}",
+            allowed="a mapping such as {micro_batches: 2}; {} or nothing for the default settings",
         )
     return {str(k): v for k, v in value.items()}
 

@@ -104,10 +104,10 @@ def layout(plan: Plan) -> Layout:
     model_ranks = math.prod(degrees.values())
     data, rest = divmod(plan.ranks, model_ranks)
     if rest or not data:
-        parts = " x ".join(f"{d} {n}" for d, n in degrees.items())
+        degrees_of_techniques = " x ".join(f"{d} {n}" for d, n in degrees.items())
         raise UserError(
-            f"{plan.ranks} ranks cannot be divided among the degrees {parts}",
-            allowed=f"a multiple of {model_ranks} ranks",
+            f"{plan.ranks} ranks cannot be divided among the degrees {degrees_of_techniques}",
+            allowed=f"a multiple of {model_ranks} ranks, the product of these degrees",
         )
     replicate, shard = _data_degrees(plan, data)
     return Layout(replicate=replicate, shard=shard, owned=plan.get("sharded-ddp") is not None, **degrees)
@@ -119,8 +119,9 @@ def _data_degrees(plan: Plan, data: int) -> tuple[int, int]:
         if data == 1:
             return 1, 1
         raise UserError(
-            f"{data} groups of the plan's {plan.ranks} ranks would all train on the same samples",
-            allowed=f"a data-parallel technique: {', '.join((*_REPLICATED, *_SHARDED))}",
+            f"the plan has {plan.ranks} ranks and no data-parallel technique, so {data} groups of these "
+            "ranks would all train on the same samples",
+            allowed=f"one data-parallel technique of {', '.join((*_REPLICATED, *_SHARDED))}",
         )
     return (data, 1) if data_uses[0].technique in _REPLICATED else _replicas(data_uses[0], data)
 
@@ -129,7 +130,8 @@ def _replicas(use: Use, data: int) -> tuple[int, int]:
     replicas = int(use.settings.get("replicas", 1))
     if data % replicas:
         raise UserError(
-            f"{replicas} replicas do not divide {data} data-parallel ranks", allowed=f"a divisor of {data}"
+            f"the setting replicas={replicas} of {use.technique} does not divide {data} data-parallel ranks",
+            allowed=f"a divisor of {data}",
         )
     return replicas, data // replicas
 

@@ -95,7 +95,7 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
                 hint=suggest(key, knobs),
             )
         if not knobs[key].accepts(value):
-            raise UserError(f"{name}: the setting {key} is {value!r}", allowed=knobs[key].allowed)
+            raise UserError(f"technique {name}: the setting {key} is {value!r}", allowed=knobs[key].allowed)
     values: dict[str, KnobValue] = {k.name: k.default for k in definition.knobs}
     values.update({k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)})
     return use(name, **values)
@@ -196,13 +196,17 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
     installed. If ``machine`` is None, devices are not checked."""
     if machine is not None and not unsupported_techniques(machine).isdisjoint(u.technique for u in plan.uses):
         raise UserError(
-            f"{float8.NAME} is not supported on {machine.device.name}, which has no matrix units for "
+            f"float8-linear is not supported on {machine.device.name}, which has no matrix units for "
             "8-bit floats",
-            allowed="H100, L4, L40S, RTX 40 and later; MI300 and later",
+            allowed="CPUs, which emulate them, and devices with a peak rate for float8, such as H100, L4, "
+            "L40S, RTX 4090, B200 and MI300X",
             hint="`memfit machines` lists the peak rates of devices",
         )
-    if (clash := conflict(plan)) is not None:
-        raise UserError(f"impossible plan: {clash}", hint="take one of these techniques out")
+    if (why_they_conflict := conflict(plan)) is not None:
+        raise UserError(
+            f"impossible plan: {why_they_conflict}",
+            hint="take one of these techniques out, or change their settings",
+        )
     for u in plan.uses:
         if missing := technique(u.technique).lacks(u.settings):
             raise UserError(
@@ -248,9 +252,10 @@ def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
     get wrong weights (``dependence.cause`` is `DependenceCause.WEIGHTS`). Samples that depend on each other
     for another reason raise nothing."""
     if dependence.cause is DependenceCause.WEIGHTS and changes_training(plan, dependence):
+        mean_over_counted_terms = dependence.way_out  # the loss that may be split
         raise UserError(
             f"{plan.label} splits the batch and would weight its loss terms wrongly: {dependence.reason}",
-            allowed=dependence.way_out,
+            allowed=mean_over_counted_terms,
             hint="or a plan that does not split the batch",
         )
 

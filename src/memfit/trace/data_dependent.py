@@ -95,7 +95,8 @@ class Guesses:
         limit = _LOOP_LIMIT if line else 1000 * _LOOP_LIMIT
         if bound is None and self._asked[line] > limit:
             raise UserError(
-                f"a loop on .item() at {line or 'an unknown line'} does not end on fake tensors",
+                f"a loop on .item() at {line or 'an unknown line'} does not end on fake tensors, "
+                "which have no values",
                 allowed="bound={"
                 + repr(line or "item")
                 + ": number of iterations} in Job(...) or estimate(...)",

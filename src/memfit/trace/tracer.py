@@ -424,10 +424,11 @@ def _blamed(error: Exception, guesses: list[str]) -> UserError | None:
     if not guesses or not isinstance(error, RuntimeError | ValueError | IndexError | TypeError):
         return None
     reason = (str(error).splitlines() or [repr(error)])[0]
+    last_guess = guesses[-1]
     user_error = UserError(
         f"the step does not run on fake tensors: {reason[:200]}",
-        hint=f"memfit had to guess ({guesses[-1]}); give a better value in bound= of Job(...) or "
-        "estimate(...)",
+        hint=f"before, memfit had to guess a value ({last_guess}); give the true one as bound= of Job(...) "
+        "or estimate(...)",
     )
     user_error.__cause__ = error
     return user_error

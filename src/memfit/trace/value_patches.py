@@ -88,7 +88,8 @@ def _padding(concrete_values: ConcreteValues) -> Callable[..., Any]:
         longest = len(batch_sizes)
         if 0 < total_length < longest:
             raise ValueError(
-                f"the argument total_length is {total_length}, but the longest sequence has length {longest}"
+                f"total_length of pad_packed_sequence is {total_length}, but the longest sequence has "
+                f"length {longest}"
             )
         out = data.new_full((max(longest, total_length), rows, *data.shape[1:]), value)
         lengths = torch.empty(rows, dtype=torch.int64)

@@ -78,12 +78,13 @@ def _roles(bench: Workbench, blocks: list[str]) -> tuple[LinearFlow, dict[str, s
         elif linear.role == _COLWISE and bench.job.tensor_parallel:
             raise UserError(
                 f"Job.tensor_parallel splits {name} by columns, but no Linear split by rows follows it",
-                hint="name the Linear that follows it too, or leave this one out",
+                hint='name the Linear that it feeds too, with the value "rowwise", or leave this one out',
             )
     if not roles:
         raise UserError(
-            "tensor-parallel finds no pair of Linear layers in the blocks of which one feeds the other",
-            hint='name them in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
+            "tensor-parallel finds no Linear layers to split in the blocks: none that "
+            "Job(tensor_parallel=...) or the model names or, without these, none that feeds another",
+            hint='name pairs in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
         )
     return flow, roles
 
@@ -118,10 +119,10 @@ def _observed(
         if key not in flows:
             flows[key] = observe(bench.job, bench.model, blocks, roles, shrink)
     except (RuntimeError, ValueError, TypeError) as error:
-        condition = "on a slice of their features" if shrink else "on tensors without values"
+        on_which_tensors = "on a slice of their features" if shrink else "on tensors without values"
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"tensor-parallel: the blocks do not run {condition}: "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)}",
+            f"tensor-parallel: the blocks do not run {on_which_tensors}: {first_line}",
             hint="name the Linear layers to split in Job(tensor_parallel=...)",
         ) from error
     return flows[key]
@@ -164,9 +165,10 @@ def _check_split(
     for (name, whole_view), (_, split_view) in zip(flow.views, split_flow.views, strict=False):
         if name in roles and whole_view[-1] != split_view[-1]:
             raise UserError(
-                f"tensor-parallel: the output of {name} is viewed as {whole_view}, but on {degree} ranks as "
-                f"{split_view}: its heads would be split between ranks",
-                hint="keep the number of heads in an attribute of the module such as num_heads",
+                f"tensor-parallel: the output of {name} is viewed with shape {whole_view}, but on "
+                f"{degree} ranks as {split_view}: its heads would be split between ranks",
+                hint="read the number of heads from an integer attribute of the module whose name ends in "
+                "head or heads, such as num_heads: memfit divides it by the ranks",
             )
 
 
@@ -233,8 +235,9 @@ def _styles(
     for name, role in roles.items():
         if sequence and flow.linears[name].output_dims != 3:
             raise UserError(
-                f"{name} does not take an input of shape (batch, sequence, features), as sequence=True needs",
-                hint="leave out sequence=True of tensor-parallel",
+                f"the output of {name} is not of shape (batch, sequence, features), as sequence=True of "
+                "tensor-parallel needs",
+                hint="leave out sequence=True",
             )
         if role == _ROWWISE:
             styles.append((name, RowwiseParallel(output_layouts=activation_layout)))
@@ -253,7 +256,10 @@ def _styles(
             if flow.inside[name] != 4:
                 raise UserError(
                     f"tensor-parallel: {name} has parameters and works on features that are split over the "
-                    "ranks"
+                    "ranks",
+                    allowed="between split Linear layers, only modules without parameters, or ones that "
+                    "work on tensors of four dimensions",
+                    hint="name other Linear layers to split in Job(tensor_parallel=...)",
                 )
             styles.append((name, SequenceParallel(sequence_dim=2, use_local_output=True)))
         elif sequence:
@@ -325,8 +331,8 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
     name, head = find_head(model, bench.job.head)
     if "forward" in vars(head):
         raise UserError(
-            "tensor-parallel cannot split the vocabulary together with chunked-cross-entropy",
-            hint="leave one of them out",
+            "tensor-parallel with a split vocabulary cannot be combined with chunked-cross-entropy",
+            hint='leave out chunked-cross-entropy, or set vocabulary="whole" of tensor-parallel',
         )
     _must_divide(f"the vocabulary of {name}", head.out_features, mesh.size())
     tables = [

@@ -48,9 +48,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     text = str(settings["dropped"])
     if not text:
         raise UserError(
-            f"{NAME} with a budget of {settings['budget_mib']} MiB has no choice of tensors to drop yet",
+            f"optimal-checkpointing with a budget of {settings['budget_mib']} MiB has no choice of tensors "
+            "to drop yet: its setting dropped is empty",
             allowed="a plan for which memfit has chosen the tensors",
-            hint="memfit.planner.recompute_budget.choose_tensors(job, plan) returns one",
+            hint="memfit.planner.recompute_budget.choose_tensors(job, plan) returns such a plan",
         )
     if text != "none":
         key, numbers = read_dropped(text)
@@ -68,9 +69,9 @@ def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
         yield
     if recompute_mode.packed and recompute_mode.key != key:
         raise UserError(
-            f"{NAME}: the forward pass runs other operators than those the plan was made for",
+            "optimal-checkpointing: the forward pass runs other operators than those the plan was made for",
             allowed="the same job, device and versions of torch and of the model's library",
-            hint="remove 'dropped' from the plan, and memfit chooses again",
+            hint="remove its setting dropped from the plan, and memfit chooses the tensors again",
         )
 
 

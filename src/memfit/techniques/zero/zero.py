@@ -31,11 +31,14 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     stage, offload = int(settings["stage"]), str(settings["offload"])
     if stage == 0 and (offload != "none" or settings["precision"] != "fp32"):
-        raise UserError("zero of stage 0 supports neither offload nor bf16", allowed="stages 1 to 3")
+        raise UserError(
+            'zero with stage=0 supports neither offload nor precision="bf16"',
+            allowed='stage=1, 2 or 3; or offload="none" and precision="fp32"',
+        )
     if offload == "parameters" and stage < 3:
         raise UserError(
-            f"zero of stage {stage} cannot offload parameters, which it keeps whole on the device",
-            allowed='offload="none" or "optimizer"; "parameters" with stage=3',
+            f"zero with stage={stage} cannot offload parameters, which it keeps whole on the device",
+            allowed='offload="none" or offload="optimizer"; offload="parameters" only with stage=3',
         )
     bench.parameters_on = "host" if offload == "parameters" else ""
     with bench.place("" if stage < 3 else "host"):  # stages 1 and 2 move the model to the device first
