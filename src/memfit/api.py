@@ -158,9 +158,9 @@ class Prediction:
         ranks."""
         if self.plan.ranks > 1:
             raise UserError(
-                "lifecycle peaks and checkpoint sizes are predicted for one process, but this plan has "
-                "several ranks",
-                hint="take a plan of 1 rank",
+                "lifecycle and checkpoint_bytes are predicted only for plans of 1 rank, but this plan has "
+                f"{self.plan.ranks} ranks",
+                hint="predict a plan of 1 rank",
             )
         return lifecycle(self.job, self.plan, device=self.machine.device.kind)
 
@@ -314,8 +314,9 @@ def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
     except _FAILURES as error:  # outside the user's own functions, whose errors are already UserErrors
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"the training step does not run on fake tensors: {type(error).__name__}: {reason[:200]}",
-            hint="if it trains without memfit, this is a limitation of memfit",
+            "the training step does not run on fake tensors, which have shapes but no data: "
+            f"{type(error).__name__}: {reason[:200]}",
+            hint="if the same step trains without memfit, this is a limitation of memfit, not your mistake",
         ) from error
 
 
@@ -510,7 +511,7 @@ def conform(
     on all ranks alike; UserError if the arguments are wrong.
     """
     if not callable(getattr(model, "named_parameters", None)):
-        raise UserError(f"the model is a {type(model).__name__}", allowed="a torch.nn.Module")
+        raise UserError(f"the argument model is a {type(model).__name__}", allowed="a torch.nn.Module")
     _check_step(step)
     target_plan = plan_of(on_ranks(plan, ranks or world_size()))
     multi_rank_techniques = tuple(
@@ -526,7 +527,7 @@ def conform(
     if clip is not None and not 0 <= clip < math.inf:
         raise UserError(
             f"the argument clip is not a gradient norm: {clip!r}",
-            allowed="a finite positive number such as 1.0, or 0 if gradients must not be clipped",
+            allowed="None, a finite positive number such as 1.0, or 0 if gradients must not be clipped",
         )
     monitor = Monitor(model, optimizer, target_plan, blocks=blocks)
     monitor.clip = clip
@@ -537,15 +538,18 @@ def conform(
 
 
 def _check_step(step: object) -> None:
-    allowed = "a function without arguments that runs one whole training step"
     if step is None:
         return
     if not callable(step):
-        raise UserError(f"the argument step is not a function: {step!r:.60}", allowed=allowed)
+        raise UserError(
+            f"the argument step is not a function: {step!r:.60}",
+            allowed="a function without arguments that runs one whole training step",
+        )
     with contextlib.suppress(ValueError):  # built-in functions have no signature
         try:
             inspect.signature(step).bind()
         except TypeError as error:
             raise UserError(
-                f"the argument step cannot be called without arguments: {error}", allowed=allowed
+                f"the argument step cannot be called without arguments: {error}",
+                allowed="a function without arguments that runs one whole training step",
             ) from None

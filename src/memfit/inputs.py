@@ -73,8 +73,8 @@ def job_of(
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
             raise UserError(
-                "batch, loss or optimizer were given together with a Job, which has its own",
-                hint="leave them out, or change them in the Job",
+                "batch, loss or optimizer were given although the argument model is a Job, which has its own",
+                hint="leave out these three arguments, or change them in the Job",
             )
         overrides: dict[str, Any] = {"bound": bound, "ema": ema, "clip": clip, "workers": workers}
         return dataclasses.replace(model, **{k: v for k, v in overrides.items() if v is not None})
@@ -96,7 +96,10 @@ def job_of(
     )
     module = model if isinstance(model, torch.nn.Module) else fake_model(guard_job(job, _MINE))
     if not isinstance(module, torch.nn.Module):
-        raise UserError(f"{name}() returned a {type(module).__name__}", allowed="a torch.nn.Module")
+        raise UserError(
+            f"the function {name}, given as model, returned a {type(module).__name__}",
+            allowed="a torch.nn.Module",
+        )
     loss_function = loss_of(loss, inspect.signature(module.forward))
     return guard_job(dataclasses.replace(job, loss=loss_function), _MINE)
 
@@ -109,14 +112,14 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
             replaced_forward = vars(module).get("forward")
             if replaced_forward is not None and getattr(replaced_forward, "__self__", None) is not module:
                 raise UserError(
-                    f"the forward of {name or 'the model'} was replaced by {replaced_forward!r:.60} and "
-                    "cannot be copied",
-                    hint="give a function that builds the model, or the model before it was wrapped",
+                    f"the method forward of {name or 'the model'} was replaced by {replaced_forward!r:.60}, "
+                    "so the module cannot be copied",
+                    hint="give as model a function that builds it, or the module before forward was replaced",
                 )
         return lambda: copy_model(model)
     if not callable(model):
         raise UserError(
-            f"the model is a {type(model).__name__}",
+            f"the argument model is a {type(model).__name__}",
             allowed="a torch.nn.Module, a function that builds one, or a memfit.Job",
         )
 
@@ -175,8 +178,9 @@ def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
         return lambda model, batch: model_loss(_called(model, batch, forward))
     if not callable(loss):
         raise UserError(
-            f"the loss is a {type(loss).__name__}",
-            allowed="a function of (model, batch), (output, batch) or (output, target)",
+            f"the argument loss is a {type(loss).__name__}",
+            allowed="a function of (model, batch), (output, batch) or (output, target), or None: the loss "
+            "in the model's output",
         )
     names = _parameters(loss)
     is_torch_loss = (
@@ -223,7 +227,8 @@ def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart:
         keywords = {k: v for k, v in batch.items() if takes_all or k in forward.parameters}
         if not keywords:
             raise UserError(
-                f"the model's forward{forward} takes none of the batch's keys: {', '.join(batch)}",
+                f"the model's forward{forward} has no parameter named like one of the batch's keys: "
+                f"{', '.join(batch)}",
                 hint="give loss=lambda model, batch: ...",
             )
         return model(**keywords)
@@ -256,7 +261,7 @@ def model_loss(output: Any) -> torch.Tensor:
     if loss_tensor is None:
         raise UserError(
             f"no loss can be read from the model's output, a {type(output).__name__}",
-            allowed="an output with .loss, or with a floating-point tensor",
+            allowed="an output whose .loss or ['loss'] is a tensor, or that holds a floating-point tensor",
             hint="give loss=lambda model, batch: ...",
         )
     return loss_tensor if loss_tensor.numel() == 1 else loss_tensor.mean()
@@ -278,8 +283,9 @@ def _optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
         make = optimizer
     else:
         raise UserError(
-            f"the optimizer is a {type(optimizer).__name__}",
-            allowed="a name, a torch.optim.Optimizer of this model, or a function of its parameters",
+            f"the argument optimizer is a {type(optimizer).__name__}",
+            allowed="adamw, adam, sgd or adafactor as text, a torch.optim.Optimizer of the argument model, a "
+            "function that makes one from a list of parameters, an OptimizerChoice, or None: AdamW",
         )
     name = getattr(optimizer, "__name__", type(optimizer).__name__)
     return OptimizerChoice(name=name, make=lambda params: guarded(lambda: make(params), "your optimizer"))
@@ -301,8 +307,9 @@ def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[t
     groups = [([index[id(p)] for p in g["params"] if id(p) in index], g) for g in optimizer.param_groups]
     if not any(indices for indices, _ in groups):
         raise UserError(
-            "the optimizer holds no trainable parameter of this model",
-            hint="give the module it was made for, or a function of parameters that makes it",
+            "the argument optimizer holds no trainable parameter of the argument model",
+            hint="give as model the module that it was made for, or as optimizer a function that makes "
+            "one from a list of parameters",
         )
     optimizer_class: Any = type(optimizer)
     accepted_names = _parameters(optimizer_class)
@@ -394,8 +401,9 @@ def machine_of(machine: Any) -> Machine:
         return this_machine("world")
     if not isinstance(machine, str | Path):
         raise UserError(
-            f"the machine is a {type(machine).__name__}",
-            allowed="a name of the catalog, the path of a machine file (.toml), or None for this machine",
+            f"the argument machine is a {type(machine).__name__}",
+            allowed="a Machine, a name of the catalog such as 8xH100-SXM, the path of a machine file "
+            "(.toml), or None for this machine",
         )
     name = str(machine)
     return catalog.from_toml(name) if name.endswith(".toml") else catalog.machine(name)

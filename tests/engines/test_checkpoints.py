@@ -308,9 +308,12 @@ def test_a_missing_or_interrupted_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_resume_and_save_options_are_checked_before_a_run_starts(saved: Path) -> None:
     keep, seed = checkpoints.settled(CheckpointSettings(resume=str(saved), save=str(saved)), None, 5)
     assert (keep.resume, seed) == (str(saved / "step-00000003"), 0)
-    with pytest.raises(UserError, match="seed 4 differs from that of the run to resume, 0"):
+    with pytest.raises(UserError, match="seed 4 differs from the seed of the run to resume, 0"):
         checkpoints.settled(CheckpointSettings(resume=str(saved)), 4, 5)
-    with pytest.raises(UserError, match="has already done 3 of 3 steps; allowed: --steps above 3"):
+    with pytest.raises(
+        UserError,
+        match="has done 3 steps, so nothing remains to be done of 3 steps in all; allowed: --steps above 3",
+    ):
         checkpoints.settled(CheckpointSettings(resume=str(saved)), 0, 3)
     with pytest.raises(UserError, match="already contains step-00000003 of another run"):
         checkpoints.settled(CheckpointSettings(save=str(saved)), 0, 3)

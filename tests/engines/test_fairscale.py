@@ -354,7 +354,11 @@ def test_on_one_rank_losses_are_bitwise_equal(one: dict[str, Any], reference: li
         ("island", [True, False], "fine: "),
         ("named", [True, True], "would lose gradients of what the block Named returns"),
         ("nested", [True, True], "would lose gradients of what the block Nested returns"),
-        ("force", [True, True], "does not support the job's loss, which computes gradients itself"),
+        (
+            "force",
+            [True, True],
+            "does not support the job's loss, which itself computes gradients with torch.autograd.grad",
+        ),
     ],
 )
 def test_fairscale_recomputes_only_the_blocks_that_it_supports(

@@ -198,7 +198,7 @@ def test_a_model_that_megatron_cannot_express_is_refused_with_the_difference(
 
 
 def test_heads_that_ranks_cannot_share_are_refused() -> None:
-    with pytest.raises(UserError, match="number of heads of 4 on 3 tensor-parallel ranks"):
+    with pytest.raises(UserError, match="number of heads of 4 evenly over 3 tensor-parallel ranks"):
         check_cut(read(Gpt(SIZE)), 3)
 
 
@@ -223,7 +223,7 @@ def test_tensor_parallelism_that_is_not_applied_is_reported(name: str, line: str
 
 
 def test_a_model_of_another_class_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="the job's model is Linear"):
+    with pytest.raises(UserError, match="the job's model, which is a Linear"):
         read(nn.Linear(2, 2))
 
 

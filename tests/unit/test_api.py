@@ -204,26 +204,26 @@ def _replaced() -> nn.Module:
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "no model": ({"model": "gpt2"}, "the model is a str"),
+    "no model": ({"model": "gpt2"}, "the argument model is a str"),
     "no batch": ({"batch": None}, "contains no tensor"),
     "a loader": ({"batch": torch.utils.data.DataLoader([1])}, "next(iter(loader))"),
-    "no loss": ({"loss": 3}, "the loss is a int"),
+    "no loss": ({"loss": 3}, "the argument loss is a int"),
     "unknown optimizer": (
         {"optimizer": "adamx"},
         "unknown optimizer 'adamx'; allowed: adamw, adam, sgd, adafactor; did you mean 'adam'?",
     ),
-    "no optimizer": ({"optimizer": 3}, "the optimizer is a int"),
-    "another's optimizer": ({"optimizer": torch.optim.SGD(net().parameters())}, "of this model"),
+    "no optimizer": ({"optimizer": 3}, "the argument optimizer is a int"),
+    "another's optimizer": ({"optimizer": torch.optim.SGD(net().parameters())}, "of the argument model"),
     "unknown technique": ({"plan": {"bf16-autocas": {}}}, "did you mean 'bf16-autocast'"),
     "broken text": ({"plan": "a: ["}, "not valid YAML"),
     "unknown machine": ({"machine": "H10"}, "unknown device"),
-    "no machine": ({"machine": 8}, "the machine is a int"),
+    "no machine": ({"machine": 8}, "the argument machine is a int"),
     "wrong shape": ({"batch": (torch.ones(3, 5), Y[:3])}, "your training step raised RuntimeError"),
     "not a module": ({"model": lambda: 3}, "returned a int"),
     "raises": ({"batch": lambda: 1 // 0}, "ZeroDivisionError"),
-    "names": ({"batch": {"a": X}}, "takes none of the batch's keys: a"),
+    "names": ({"batch": {"a": X}}, "has no parameter named like one of the batch's keys: a"),
     "closure": ({"model": _replaced()}, "cannot be copied"),
-    "job and batch": ({"model": job()}, "were given together with a Job"),
+    "job and batch": ({"model": job()}, "were given although the argument model is a Job"),
 }
 
 

@@ -65,7 +65,7 @@ def test_a_probe_reports_an_untested_version_and_a_missing_package_with_its_inst
     inside = dataclasses.replace(probed, tested=("1", "99"))
     assert not inside.probe().problem
     monkeypatch.setitem(ENGINES, "x", missing)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="engine x: not installed; pip install x"):
+    with pytest.raises(UserError, match="engine x cannot be used here: not installed; pip install x"):
         ready_engine("x", Plan())
 
 
@@ -91,7 +91,10 @@ def test_accelerate_supports_autocast_without_fsdp2_and_fp16_only_on_gpus() -> N
     )
     assert "mixed_precision: fp16" in render(spec).files["accelerate.yaml"]
     assert supporting_engine("accelerate", half)
-    with pytest.raises(UserError, match="cannot train this plan here: fp16-autocast requires CUDA"):
+    with pytest.raises(
+        UserError,
+        match="cannot train this plan on the CPU ranks of memfit's runs: fp16-autocast requires CUDA",
+    ):
         ready_engine("accelerate", half)
     assert not ENGINES["accelerate"].asks_cuda(half.without("fp16-autocast"))
     for kind in ("fp16", "bf16"):

@@ -252,7 +252,7 @@ def test_accelerate_launch_accepts_the_exported_command_line(
 def test_ranks_that_do_not_divide_evenly_among_nodes_are_refused() -> None:
     with pytest.raises(
         UserError,
-        match="4 ranks cannot be divided evenly among 3 nodes; allowed: numbers of nodes that divide 4: 1",
+        match="4 ranks cannot be divided evenly among --nodes 3; allowed: numbers of nodes that divide 4: 1",
     ):
         handover(ZERO, "deepspeed", nodes=3)
 
@@ -372,7 +372,7 @@ def test_a_megatron_export_passes_the_models_sizes_to_the_users_script(tmp_path:
         (["--to", "slrum"], "did you mean 'slurm'"),
         (["--to", "slurm", "--nodes", "3"], "nodes that divide 2"),
         (["--to", "slurm", "--engine", "deepsped"], "did you mean 'deepspeed'"),
-        (["--to", "slurm", "--engine", "replay"], "replay does not train"),
+        (["--to", "slurm", "--engine", "replay"], "does not train, so it cannot be exported"),
         (["--to", "slurm", "--script", "nowhere.py"], "cannot read nowhere.py"),
         (["--to", "slurm", "--script", "train.py 'a b"], "--script is not a valid command line: No closing"),
         (["--to", "slurm", "--script", "train.py \\"], "--script is not a valid command line: No escaped"),

@@ -156,7 +156,7 @@ def test_pods_keep_checkpoints_on_a_persistent_volume_claim() -> None:
     assert {"name": "kept", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
     assert {"name": "kept", "mountPath": "/kept"} in pod["containers"][0]["volumeMounts"]
     for save, claim in (("/kept", ""), ("kept", "disk")):
-        with pytest.raises(UserError, match="needs a volume"):
+        with pytest.raises(UserError, match="needs --claim and must be an absolute path"):
             documents(kept(save, claim))
     with pytest.raises(UserError, match="--claim needs --save"):
         documents(kept("", "disk"))
@@ -170,7 +170,7 @@ def test_pods_keep_checkpoints_on_a_persistent_volume_claim() -> None:
         (
             "k8s",
             Handover(config=handover().config, image="a", own_files={"x": "y" * 2_000_000}),
-            "at most 1000000 in a ConfigMap",
+            "too many for a ConfigMap; allowed: at most 1000000 bytes",
         ),
     ],
 )

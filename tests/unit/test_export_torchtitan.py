@@ -200,7 +200,10 @@ def test_the_config_manager_of_torchtitan_0_3_refuses_an_unknown_argument(
         (plan(2, zero={}), "zero is not supported"),
         (plan(2, tensor_parallel={"vocabulary": "gathered"}), "sequence must be true"),
         (plan(2, pipeline={"schedule": "zero-bubble", "virtual": 3}), "virtual must be 2"),
-        (plan(gradient_accumulation={"micro_batches": 3}), "a batch of 8 cannot be split into 3 equal parts"),
+        (
+            plan(gradient_accumulation={"micro_batches": 3}),
+            "a batch of 8 samples cannot be split into 3 equal parts",
+        ),
     ],
 )
 def test_plans_that_torchtitan_cannot_run_are_refused(given: Plan, said: str) -> None:

@@ -126,7 +126,10 @@ def loaded_as_is(folder: Path) -> Any:
         (plan(activation_checkpointing={"every": 2}), "every must be 1"),
         (plan(2, ddp={}), "bucket_view must be false"),
         (plan(2, zero={}), "--engine deepspeed"),
-        (plan(gradient_accumulation={"micro_batches": 3}), "a batch of 8 cannot be split into 3 equal parts"),
+        (
+            plan(gradient_accumulation={"micro_batches": 3}),
+            "a batch of 8 samples cannot be split into 3 equal parts",
+        ),
     ],
 )
 def test_plans_that_training_arguments_cannot_express_are_refused(given: Plan, said: str) -> None:

@@ -298,10 +298,10 @@ def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary() -> None:
     [
         (">a\nMKV\n>b\nMK1L\n", "line 4, column 3: '1' is not an amino acid"),
         (">a\nMKV\nM-V\n", "line 3, column 2: '-'"),
-        (">a\nMKV\n>empty\n\n>c\nMK\n", "line 3: 'empty' has no sequence"),
-        ("MKV\n", "line 1: a FASTA file starts with '>'"),
+        (">a\nMKV\n>empty\n\n>c\nMK\n", "line 3: no sequence follows the header of 'empty'"),
+        ("MKV\n", "line 1: the first line with text must start with '>'"),
         ("\n \n", "is empty"),
-        (">only\nMKV\n", "contains 1 sequence"),
+        (">only\nMKV\n", "contains only 1 sequence"),
     ],
 )
 def test_a_broken_fasta_is_refused_with_its_file_and_line(tmp_path: Path, text: str, place: str) -> None:
@@ -333,7 +333,7 @@ def test_a_compressed_fasta_is_read_and_an_unreadable_one_is_refused(tmp_path: P
         (">a\nMKV\nHEC\n>b\nMKV\nHE\n", "line 6: 2 states for 3 residues of 'b'"),
         (">a\nMKV\nHEX\n>b\nMK\nHE\n", "line 3, column 3: 'X' is not a state"),
         (">a\nMKV\n", "line 1: 'a' is followed by 1 lines"),
-        (">a\nMKV\nHEC\n", "contains 1 chain"),
+        (">a\nMKV\nHEC\n", "contains only 1 chain"),
     ],
 )
 def test_broken_labels_are_refused_with_their_line(tmp_path: Path, text: str, place: str) -> None:
@@ -487,7 +487,7 @@ def test_a_bundled_hugging_face_configuration_builds_without_network() -> None:
 def test_hugging_face_configurations_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{not json")
     assert "config.json" in refusal(f"hf:{tmp_path}")
-    assert "has no head that memfit can train" in refusal("hf:clip")
+    assert "has no head for which memfit has a loss" in refusal("hf:clip")
     assert "a file of your own can train any model" in refusal("hf:t5")
     assert "does not accept --data" in refusal("hf:gpt2", data="x")
     assert "unknown size" in refusal("hf:gpt2", size="8M")

@@ -76,7 +76,7 @@ def test_a_job_object_refuses_a_length_and_suggests_a_function(own: str) -> None
 
 @pytest.mark.parametrize("spec", ["weather", "segmentation3d", "potential"])
 def test_a_job_without_lengths_refuses_one(spec: str) -> None:
-    with pytest.raises(UserError, match=f"{spec} does not support any --length, given 64; allowed: "):
+    with pytest.raises(UserError, match=f"{spec} does not accept --length, which is given as 64; allowed: "):
         load(JobRef(spec=spec, length=64))
 
 
@@ -102,7 +102,7 @@ def test_no_model_is_given_more_tokens_than_it_has_positions(model: str, most: i
     assert load(JobRef(spec=few, length=most)).tokens_per_batch == 4 * most
     with pytest.raises(
         UserError,
-        match=f"length {most + 1} of .* is out of range; allowed: 1 to {most}, the model's positions",
+        match=f"length {most + 1} of .* is out of range; allowed: 1 to {most} tokens, as many",
     ):
         load(JobRef(spec=few, length=most + 1))
     assert load(JobRef(spec=few, size="paper")).tokens_per_batch <= 4 * most
@@ -124,11 +124,11 @@ def test_an_unknown_setting_of_a_model_gets_a_suggestion() -> None:
         ("plan protein-lm --length 5", "length 5 of protein-lm is out of range; allowed: 16 to 262144"),
         (
             "plan protein-lm --size tiny@64 --length 128",
-            "--size tiny@64 and --length 128 state different lengths; allowed: one length",
+            "--size tiny@64 and --length 128 state different lengths; allowed: the length in only one",
         ),
         (
             "plan hf:gpt2 --length 999999",
-            "length 999999 of hf:gpt2 is out of range; allowed: 1 to 1024, the model's positions",
+            "length 999999 of hf:gpt2 is out of range; allowed: 1 to 1024 tokens, as many as the model has",
         ),
         ("run protein-lm --length many", "--length"),
     ],

@@ -31,7 +31,7 @@ def test_invalid_sizes_and_lengths_are_refused(size: str) -> None:
 
 def test_two_different_lengths_are_refused() -> None:
     assert load(JobRef(spec="hf:gpt2", size="tiny@64", length=64)).tokens_per_batch == 4 * 64
-    with pytest.raises(UserError, match="one length"):
+    with pytest.raises(UserError, match="only one of them"):
         load(JobRef(spec="hf:gpt2", size="tiny@64", length=65))
 
 

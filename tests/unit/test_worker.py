@@ -263,7 +263,7 @@ def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: A
             request, Plan(uses=uses), seed=0, steps=1, capped=False, progress=lambda *_: None, store=store
         )
 
-    with pytest.raises(UserError, match="has no stored run of this job with this seed"):
+    with pytest.raises(UserError, match="has no stored run to replay of this job with this seed"):
         replayed()
     done = Run(
         spec=asked,

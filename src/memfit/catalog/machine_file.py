@@ -61,7 +61,7 @@ def from_toml(path: str | Path) -> Machine:
     ]
     problems += [] if machine is None else _odd_values(machine)
     if problems or machine is None:
-        raise UserError(f"machine file {path}: {'; '.join(problems)}")
+        raise UserError(f"machine file {path} has wrong or missing keys: {'; '.join(problems)}")
     return machine
 
 
@@ -174,9 +174,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"machine file {path}: {error.strerror or error}") from error
+        raise UserError(f"machine file {path} cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"machine file {path} is not TOML: {error}") from error
+        raise UserError(f"machine file {path} is not TOML in UTF-8: {error}") from error
 
 
 def _build(data: dict[str, Any]) -> tuple[Machine | None, list[str]]:

@@ -34,6 +34,7 @@ def machine(spec: str, place: str = "world") -> Machine:
     if match is None or 0 in counts:
         raise UserError(
             f"not in the form of a machine, or with a count of 0: {spec!r}",
+            allowed="DEVICE, COUNTxDEVICE or HOSTSxCOUNTxDEVICE, each with @NETWORK or without",
             hint=f"for example {EXAMPLES}",
         )
     device = load.device(match.group(3))
@@ -86,8 +87,8 @@ def _filled(spec: str, device: str, count: int = 1, *, network: str) -> tuple[in
         return 1, count
     if count % devices_per_host:
         raise UserError(
-            f"{spec!r} names a network, but {count} devices do not fill whole hosts: one {host_name} holds "
-            f"{devices_per_host}",
+            f"{spec!r} names a network, but {count} devices do not fill whole hosts: one host of the "
+            f"kind {host_name} holds {devices_per_host}",
             hint="give the number of hosts and of devices in each, for example "
             f"{format_spec(device, 2, devices_per_host, network)}",
         )

@@ -58,14 +58,14 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
     if query in names_by_key:
         return names_by_key[query]
     matches = _closest(query, names_by_key)
-    hint = (
+    did_you_mean = (
         f"did you mean {' or '.join(filter(None, (', '.join(matches[:-1]), matches[-1])))}?"
         if matches
         else ""
     )
     if matches and len(rows) > _FEW_ROWS and what in _LISTED:
-        raise UserError(f"unknown {what}: {name!r}", hint=f"{hint} (`memfit machines` lists all)")
-    raise UserError(f"unknown {what}: {name!r}", allowed=", ".join(rows), hint=hint)
+        raise UserError(f"unknown {what}: {name!r}", hint=f"{did_you_mean} (`memfit machines` lists all)")
+    raise UserError(f"unknown {what}: {name!r}", allowed=", ".join(rows), hint=did_you_mean)
 
 
 def normalized_name(name: str) -> str:

@@ -35,11 +35,14 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``allowed``. Otherwise raises UserError with the allowed values and,
     if one is similar, that one as a hint. ``what`` says in the error what ``value`` is, for example "--goal"
     or "command"."""
-    names = tuple(map(str, allowed))
-    if value in names:
+    allowed_values = tuple(map(str, allowed))
+    if value in allowed_values:
         return value
-    hint = suggest(value, names, cutoff=0.4)
-    raise UserError(f"unknown {what}: {value!r}", allowed=", ".join(names), hint=hint)
+    raise UserError(
+        f"unknown {what}: {value!r}",
+        allowed=", ".join(allowed_values),
+        hint=suggest(value, allowed_values, cutoff=0.4),
+    )
 
 
 def check_language(code: str) -> str:

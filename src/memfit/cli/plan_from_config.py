@@ -96,8 +96,8 @@ def _published(
         return carried, job
     if job.job not in (None, JOB):
         raise UserError(
-            f"OpenFold's settings describe the job {JOB}, not {job.spec}",
-            allowed=f"memfit plan {JOB} --from ...",
+            f"the files of --from are OpenFold's settings, which describe the job {JOB}, not {job.spec}",
+            allowed=f"memfit plan {JOB} --from ..., or memfit plan --from ... without a job",
         )
     job, (size, _, length) = dataclasses.replace(job, job=JOB), carried.size.partition("@")
     if job.size is None and (job.length is None or not length or job.length == int(length)):

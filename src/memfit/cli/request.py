@@ -51,8 +51,8 @@ def request(
     if ranks > 1 and machine.device.kind != "cpu" and ranks != count:
         raise UserError(
             f"--nproc {ranks} does not suit {machine.name}, which has {count} device{'s' * (count > 1)}",
-            allowed="one process per device",
-            hint=f"--on sets the number of devices: {ranks}x{machine.device.name}",
+            allowed=f"--nproc {count}, one process per device, or --nproc 1",
+            hint=f"or set the number of devices with --on, such as --on {ranks}x{machine.device.name}",
         )
     warn_of_shadowed_modules(job.spec)
     quiet_libraries()
@@ -208,9 +208,9 @@ def writable(path: Path, *, overwrite: bool = True) -> Path:
     its folder does not exist, if it exists and ``overwrite`` is False, or if there is no permission to write
     the file, or its folder if the file does not exist. Call it before any long work begins."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder", hint="give a file name")
+        raise UserError(f"{path} is a folder, not a file that can be written", hint="give a file name")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}", hint="create it first")
+        raise UserError(f"{path} cannot be written: there is no folder {path.parent}", hint="create it first")
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists", hint="--force overwrites it")
     if not os.access(path if path.exists() else path.parent, os.W_OK):

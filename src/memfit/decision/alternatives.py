@@ -73,7 +73,7 @@ class AlternativeInputs:
         if keys:
             raise UserError(
                 f"section [{kind}] of the case sets {', '.join(keys)} but names no machine",
-                hint='add machine = "..." to it',
+                hint='add to it the machine that they describe, such as machine = "8xH100-SXM"',
             )
 
     def _named(self, kind: str, section: ExistingMachine) -> list[Alternative]:
@@ -88,14 +88,15 @@ class AlternativeInputs:
             candidates.append(self._way(kind, section, name, plain, hours, offer, machine))
         if not candidates and machine is None:
             raise UserError(
-                f"the case's [{kind}] machine {name!r} is not in the catalog, and its hours are not set",
-                hint=_near(name)
-                + "set hours_plain or hours_recommended (hours of one run) and power_w for your own machine",
+                f"the machine {name!r} in section [{kind}] of the case is not in the catalog, and neither "
+                "hours_plain nor hours_recommended is set",
+                hint=f"{_did_you_mean_or(name)}set for your own machine hours_plain or hours_recommended, "
+                "the hours of one run with the plain or recommended plan, and power_w, its watts under load",
             )
         if not candidates:
             raise UserError(
-                f"for the case's [{kind}] machine {name!r}, the record has no prediction that fits and has a "
-                "step time",
+                f"for the machine {name!r} in section [{kind}] of the case, the record has no prediction of "
+                "a plan, plain or recommended, that fits its memory and has a step time",
                 hint=f"`memfit scale --pilot {name}` predicts it; or set hours_plain or hours_recommended",
             )
         return candidates
@@ -118,15 +119,15 @@ class AlternativeInputs:
             price = Amount(own=section.price.value) if section.price else price_of(machine)
             if price is None:
                 raise UserError(
-                    f"the case's [purchase] machine {name} has no price in the catalog, or is sold only in "
-                    "whole servers",
+                    f"the catalog has no price for the machine {name} in section [purchase] of the case, or "
+                    "its devices are sold only in whole servers, which their number does not fill",
                     hint="add price = ..., the price of one machine with all its devices",
                 )
         if isinstance(section, Cloud):
             per_hour = Amount(own=section.per_hour.value) if section.per_hour else rent_of(machine)
             if per_hour is None:
                 raise UserError(
-                    f"the case's [cloud] machine {name} has no rental price in the catalog",
+                    f"the catalog has no rental price for the machine {name} in section [cloud] of the case",
                     hint="add per_hour = ..., the price of one machine with all its devices",
                 )
         return dataclasses.replace(
@@ -264,7 +265,7 @@ def _fit_percent(offer: Offer) -> float:
     return 100 * (available_bytes - prediction.low) ** 2 / (width * (prediction.value - prediction.low))
 
 
-def _near(name: str) -> str:
+def _did_you_mean_or(name: str) -> str:
     hint = suggest(name, catalog.device_names())
     return f"{hint} or " if hint else ""
 

@@ -107,12 +107,12 @@ def _where(case: DecisionCase, place: str) -> str:
     }
     stated_places = {name: country for name, country in places.items() if country is not None}
     if len(set(stated_places.values())) > 1:
-        conflict = ", ".join(
+        places_text = ", ".join(
             f"{name} {getattr(case, name)!r} belongs to {country}" for name, country in stated_places.items()
         )
         raise UserError(
-            f"the case mixes countries: {conflict}",
-            allowed="a place, an electricity tariff and an electricity supplier of the same country",
+            f"the keys place, tariff and supplier of the case are not of one place: {places_text}",
+            allowed="a place, an electricity tariff and an electricity supplier of the same place",
         )
     return next(iter(stated_places.values()), place)
 
@@ -129,7 +129,8 @@ def _rate(case: DecisionCase, currency: finance.Currency) -> Term:
         factor = 1.0 if currency.code == "USD" else _ODD
         if low < catalog_rate / factor or high > catalog_rate * factor:
             raise UserError(
-                f"money.per_usd or its range is implausible: {figure.value:g} {currency.code} per US dollar",
+                f"money.per_usd, or the low or high of its range, is implausible: {figure.value:g} "
+                f"{currency.code} per US dollar",
                 allowed=f"{catalog_rate / factor:g} to {catalog_rate * factor:g}; "
                 f"the catalog's rate is {catalog_rate:g}",
             )

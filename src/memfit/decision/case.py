@@ -61,7 +61,9 @@ class CaseFigure(_Strict):
 
 def _figure(value: Any) -> Any:
     if isinstance(value, bool | str | list):
-        raise ValueError("a number is needed, or {value = ..., low = ..., high = ...}")
+        raise ValueError(
+            "a number such as 12.5 is needed, or a table such as {value = 12.5, low = 10, high = 15}"
+        )
     return {"value": value} if isinstance(value, int | float) else value
 
 
@@ -74,21 +76,22 @@ Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
 
 def _above(figure: CaseFigure) -> CaseFigure:
     if figure.bounds[0] < _LEAST:
-        raise ValueError(f"a number above 0 is needed, also for low: at least {_LEAST:g}")
+        raise ValueError(f"the value, and low if it is given, must be above 0: at least {_LEAST:g}")
     return figure
 
 
 def _pue(figure: CaseFigure) -> CaseFigure:
     if not _PUE[0] <= figure.bounds[0] <= figure.bounds[1] <= _PUE[1]:
         raise ValueError(
-            "a PUE, electricity of a site divided by that of its computers, is 1 to 10, also for low and high"
+            "a PUE, the electricity of a site divided by that of its computers, must be 1 to 10, also its "
+            "low and high"
         )
     return figure
 
 
 def _ratio(figure: CaseFigure) -> CaseFigure:
     if figure.bounds[1] > 1:
-        raise ValueError("a ratio of at most 1 is needed, also for high; 0.1 is 10 %")
+        raise ValueError("the ratio, and high if it is given, must be at most 1; 0.1 is 10 %")
     return figure
 
 

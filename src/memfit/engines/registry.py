@@ -40,10 +40,10 @@ def supporting_engine(name: str, plan: Plan) -> Engine:
     layout(plan)  # raises first for an invalid number of ranks, which no engine would support
     if reasons := candidate.supports(plan):
         engines = (e for e in ENGINES.values() if e is not replay.ENGINE)
-        alternatives = ", ".join(e.name for e in engines if not e.supports(plan)) or "none"
+        supporting_engines = ", ".join(e.name for e in engines if not e.supports(plan)) or "none"
         raise UserError(
             f"engine {name} does not support this plan: {'; '.join(reasons)}",
-            allowed=f"engines that support it: {alternatives}",
+            allowed=f"engines that support it: {supporting_engines}",
         )
     return candidate
 
@@ -54,13 +54,14 @@ def ready_engine(name: str, plan: Plan) -> Engine:
     that names the parts of the plan that require CUDA; or one that says what is wrong with the installation
     and gives the command that installs a tested version."""
     candidate = supporting_engine(name, plan)
-    if parts := candidate.asks_cuda(plan):
+    if cuda_only_parts := candidate.asks_cuda(plan):
         raise UserError(
-            f"engine {name} cannot train this plan here: {', '.join(parts)} requires CUDA",
+            f"engine {name} cannot train this plan on the CPU ranks of memfit's runs: "
+            f"{', '.join(cuda_only_parts)} requires CUDA",
             hint="`memfit explain` predicts the plan, and `memfit export` writes the engine's configuration",
         )
     if (probe := candidate.probe()).problem:
-        raise UserError(f"engine {name}: {probe.problem}", hint=probe.fix)
+        raise UserError(f"engine {name} cannot be used here: {probe.problem}", hint=probe.fix)
     return candidate
 
 

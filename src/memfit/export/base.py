@@ -85,16 +85,17 @@ class Handover:
     claim: str = ""  # the volume claim on which pods store checkpoints
 
     def __post_init__(self) -> None:
-        if clash := sorted(self.own_files.keys() & self.config.files.keys()):
+        if clashing_names := sorted(self.own_files.keys() & self.config.files.keys()):
             raise UserError(
-                f"your file {clash[0]} has the name of a file that memfit writes", hint="rename it"
+                f"your file {clashing_names[0]} has the name of a file that memfit writes into the export",
+                hint="rename your file",
             )
         ranks = self.plan.ranks
         if self.nodes < 1 or ranks % self.nodes:
             raise UserError(
-                f"{ranks} ranks cannot be divided evenly among {self.nodes} nodes",
+                f"the plan's {ranks} ranks cannot be divided evenly among --nodes {self.nodes}",
                 allowed=f"numbers of nodes that divide {ranks}: {', '.join(map(str, divisors(ranks)))}",
-                hint="ranks: N in the plan file says how many processes train",
+                hint="the number of ranks is set by ranks: N in the plan file",
             )
 
     @property

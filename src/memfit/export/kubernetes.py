@@ -30,21 +30,22 @@ def files(handover: Handover) -> Files:
     script."""
     if not handover.image:
         raise UserError(
-            "--image is missing",
+            "--image is missing, which --to k8s needs",
             allowed="a container image with Python, torch and the packages that the program imports",
             hint="for example --image registry/name:tag",
         )
     if (save_path := handover.config.spec.keep.save) and not (handover.claim and save_path.startswith("/")):
         raise UserError(
-            f"--save {save_path} needs a volume and an absolute path for --to k8s",
-            allowed="--save /PATH --claim NAME, a claim that all pods can mount",
+            f"with --to k8s, --save {save_path} needs --claim and must be an absolute path",
+            allowed="--save /PATH --claim NAME, a persistent volume claim that all pods can mount",
         )
     if handover.claim and not save_path:
         raise UserError("--claim needs --save", allowed="--save /PATH --claim NAME")
     carried = torchrun.files(handover)
     if (size := sum(len(t.encode()) for t in carried.values())) > _MOST_BYTES:
         raise UserError(
-            f"the exported files have {size} bytes together", allowed=f"at most {_MOST_BYTES} in a ConfigMap"
+            f"the exported files have {size} bytes together, too many for a ConfigMap",
+            allowed=f"at most {_MOST_BYTES} bytes",
         )
     return {**carried, JOB: text(objects(handover, carried))}
 

@@ -145,7 +145,7 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
     for name in acknowledged:
         if name not in (*names, "all"):
             raise UserError(
-                f"not a step that the script must apply itself: --script-applies {name}",
+                f"--script-applies {name} is not a part of the plan that the script must apply itself",
                 allowed=", ".join(("all", *names)),
                 hint=suggest(name, names),
             )
@@ -153,9 +153,9 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
         return
     steps_text = "; ".join(f"({n}) {s.name}: {s.text}" for n, s in enumerate(missing, 1))
     raise UserError(
-        f"no exported file applies these steps, so {script} must; otherwise it trains a different plan from "
-        f"the predicted one: {steps_text}",
-        hint=f"when it does, confirm it with --script-applies {','.join(names)}",
+        f"no exported file applies these parts of the plan, so {script} must; otherwise it trains a "
+        f"different plan from the predicted one: {steps_text}",
+        hint=f"when {script} applies them, confirm it with --script-applies {','.join(names)}",
     )
 
 

@@ -51,7 +51,7 @@ def _resources(handover: Handover) -> dict[str, Any]:
         return {"cpus": f"{handover.cpus_per_node}+", **recovery}
     if not handover.gpu:
         raise UserError(
-            "--gpu is missing",
+            "--gpu is missing, which --to skypilot needs with --script",
             allowed="an accelerator as `sky show-gpus` lists it",
             hint="for example --gpu H100",
         )

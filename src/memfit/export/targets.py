@@ -49,7 +49,9 @@ def bundle(target: str, handover: Handover) -> Files:
     clashing = sorted(n for n, text in handover.own_files.items() if files[n] != text)
     if clashing:
         raise UserError(
-            f"{', '.join(clashing)}: memfit itself writes a file of this name", hint="rename your file"
+            f"{', '.join(clashing)}: memfit writes files of these names into the export, as your files are "
+            "called",
+            hint="rename your files",
         )
     return files
 
@@ -87,7 +89,7 @@ def _by_the_users_names(handover: Handover, files: Files) -> Files:
         raise UserError(
             f"{handover.script[0]} is started with {missing[0]}, which engine {handover.config.engine} does "
             "not read, so the run would not have the plan's settings",
-            allowed=f"configurations of {handover.config.engine} in --script, or another --to",
+            allowed=f"--script with configurations of {handover.config.engine} only, or another --to",
         )
     return {
         word: files[name]

@@ -118,4 +118,7 @@ def _handed(handover: Handover) -> str:
         return "--deepspeed --deepspeed_config deepspeed.json"  # deepspeed.add_config_arguments
     if "megatron.args" in config_names:
         return "$(cat megatron.args)"
-    raise UserError(f"engine {engine} has no argument for its configuration: name its file in --script")
+    raise UserError(
+        f"memfit does not know the argument by which your script gets the configuration of engine {engine}",
+        hint="name the file of the configuration in --script",
+    )

@@ -196,8 +196,9 @@ def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
     parts = layout(plan).data * steps * pipeline_batches
     if batch_size % parts:
         raise UserError(
-            f"a batch of {batch_size} cannot be split into {parts} equal parts, one per rank and micro-batch",
-            allowed=f"a multiple of {parts} (--batch)",
+            f"a batch of {batch_size} samples cannot be split into {parts} equal parts, one for each "
+            "micro-batch of each data-parallel rank",
+            allowed=f"--batch with a multiple of {parts}",
         )
     micro_batch_size = batch_size // parts
     training = {"local_batch_size": micro_batch_size * pipeline_batches, "global_batch_size": batch_size}

@@ -78,8 +78,9 @@ def arguments(handover: Handover) -> dict[str, Any]:
     share = layout(plan).data * steps
     if batch_size % share:
         raise UserError(
-            f"a batch of {batch_size} cannot be split into {share} equal parts, one per rank and micro-batch",
-            allowed=f"a multiple of {share} (--batch)",
+            f"a batch of {batch_size} samples cannot be split into {share} equal parts, one for each "
+            "micro-batch of each data-parallel rank",
+            allowed=f"--batch with a multiple of {share}",
         )
     optimizer = next(
         (_OPTIMIZERS[u.technique] for u in plan.uses if u.technique in _OPTIMIZERS), "adamw_torch"

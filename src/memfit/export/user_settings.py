@@ -163,7 +163,8 @@ def read_user_files(
     setup = read(paths)
     if ranks is not None and setup.ranks not in (None, ranks):
         raise UserError(
-            f"--ranks {ranks} is given, but the files of --from say {setup.ranks}", hint="omit --ranks"
+            f"--ranks {ranks} is given, but the files of --from say that {setup.ranks} processes train",
+            hint="leave out --ranks",
         )
     if setup.ranks is None and ranks is None:
         raise UserError(

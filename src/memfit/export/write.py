@@ -26,8 +26,11 @@ def write(folder: Path, files: Files, *, force: bool = False) -> None:
     """
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and (not force or not folder.is_dir()):
-        hint = "--force writes into it nevertheless" if folder.is_dir() else "it is a file, not a folder"
-        raise UserError(f"{folder} already exists", allowed="a folder that is new or empty", hint=hint)
+        raise UserError(
+            f"{folder} already exists",
+            allowed="a folder that is new or empty",
+            hint="--force writes into it nevertheless" if folder.is_dir() else "it is a file, not a folder",
+        )
     if not folder.absolute().parent.is_dir():
         raise UserError(
             f"{folder} cannot be written: there is no folder {folder.parent}", hint="create that folder first"

@@ -55,13 +55,12 @@ def trainer_arguments(plan: Any) -> dict[str, Any]:
     plan = plan_of(plan)
     unsupported = [u.technique for u in plan.uses if u.technique not in _OF_THE_MODULE | _OF_THE_TRAINER]
     if unsupported:
-        zero_hint = (
-            "for zero, DeepSpeedStrategy(config='deepspeed.json') reads the file of "
-            "`memfit export --engine deepspeed`"
-        )
         raise UserError(
             f"neither Lightning's Trainer nor its module can apply {', '.join(unsupported)}",
-            hint=zero_hint if "zero" in unsupported else "",
+            hint="for zero, DeepSpeedStrategy(config='deepspeed.json') reads the file of "
+            "`memfit export --engine deepspeed`"
+            if "zero" in unsupported
+            else "",
         )
     accumulation = plan.get("gradient-accumulation")
     return {
@@ -83,8 +82,8 @@ def _strategy(plan: Plan) -> Any:
     if plan.get("fsdp2") is not None:
         if layout(plan).replicate > 1:
             raise UserError(
-                "Lightning's ModelParallelStrategy cannot apply fsdp2 with replicas (HSDP)",
-                allowed="fsdp2 with replicas: 1",
+                "Lightning's ModelParallelStrategy cannot apply fsdp2 with several replicas (HSDP)",
+                allowed="fsdp2 with the setting replicas: 1",
             )
         return ModelParallelStrategy(data_parallel_size=plan.ranks, tensor_parallel_size=1)
     return "auto"
@@ -202,7 +201,10 @@ def predicted(trainer: Any, module: Any, plan: Plan) -> Prediction:
     first batch, repeated once for each accumulated micro-batch. Raises UserError if the plan has several
     ranks, or if the step cannot be predicted."""
     if plan.ranks > 1:
-        raise UserError("the callback cannot predict training on several ranks: pass it prediction=")
+        raise UserError(
+            "MemfitCallback cannot predict training on several ranks itself",
+            hint="pass a prediction: MemfitCallback(prediction=...)",
+        )
     with torch.random.fork_rng(devices=[]):
         first_batch = next(iter(trainer.train_dataloader))
     batch = repeat(first_batch, trainer.accumulate_grad_batches)

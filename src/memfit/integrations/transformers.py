@@ -53,8 +53,8 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
             try:
                 if args.world_size > 1 or args.deepspeed_plugin is not None:
                     raise UserError(
-                        "the callback cannot predict a Trainer on several ranks or with DeepSpeed: pass "
-                        "prediction="
+                        "MemfitCallback cannot itself predict a Trainer on several ranks or with DeepSpeed",
+                        hint="pass a prediction: MemfitCallback(trainer, prediction=...)",
                     )
                 prediction = from_trainer(trainer)
             except UserError as error:

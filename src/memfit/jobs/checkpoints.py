@@ -47,7 +47,8 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
         skipped_reasons.append(f"{path.name}: {reason}")
     reasons = f" ({'; '.join(skipped_reasons)})" if skipped_reasons else ""
     raise UserError(
-        f"no complete checkpoint in {folder}{reasons}", allowed="a folder that `memfit run --save` wrote to"
+        f"no complete checkpoint in {folder}{reasons}",
+        allowed="a folder that `memfit run --save` wrote checkpoints into, or one of these checkpoints",
     )
 
 
@@ -68,17 +69,18 @@ def settled(keep: CheckpointSettings, seed: int | None, steps: int) -> tuple[Che
         completed_steps, resume_seed = checkpoint.step, checkpoint.seed
         if seed not in {None, checkpoint.seed}:
             raise UserError(
-                f"seed {seed} differs from that of the run to resume, {checkpoint.seed}",
-                allowed="the same seed, or none",
+                f"seed {seed} differs from the seed of the run to resume, {checkpoint.seed}",
+                allowed=f"seed {checkpoint.seed}, or none: then the run to resume gives it",
             )
         if completed_steps >= steps:
             raise UserError(
-                f"{path} has already done {completed_steps} of {steps} steps",
+                f"the run of the checkpoint {path} has done {completed_steps} steps, so nothing remains "
+                f"to be done of {steps} steps in all",
                 allowed=f"--steps above {completed_steps}",
             )
         keep = dataclasses.replace(keep, resume=str(path.resolve()), passed_over=skipped_reasons)
     if keep.save and Path(keep.save).exists() and not Path(keep.save).is_dir():
-        raise UserError(f"--save {keep.save} is a file", allowed="an existing or a new folder")
+        raise UserError(f"--save {keep.save} is a file", allowed="a folder, existing or new")
     if keep.save:
         must_be_free(Path(keep.save), completed_steps)
         keep = dataclasses.replace(keep, save=str(Path(keep.save).resolve()))
@@ -107,8 +109,8 @@ def must_be_free(folder: Path, after: int) -> None:
     if later_checkpoints:
         raise UserError(
             f"{folder} already contains {later_checkpoints[0].name} of another run",
-            allowed="a folder without later checkpoints than the run resumes from",
-            hint=f"or --resume {folder} to continue from it",
+            allowed=f"a folder without checkpoints after more than {after} steps, from which this run starts",
+            hint=f"to continue that other run, give --resume {folder}",
         )
 
 

@@ -106,14 +106,16 @@ def _length(config: Any, task: str, requested_length: int | None, size: str, nam
         config_length or _PAPER_LENGTH, _TINY_LENGTH if size == "tiny" else _PAPER_LENGTH
     )
     if length > MOST_TOKENS:
-        raise UserError(f"length {length} is out of range", allowed=f"1 to {MOST_TOKENS}")
+        raise UserError(
+            f"length {length} of a sequence is out of range", allowed=f"1 to {MOST_TOKENS} tokens"
+        )
     allowed_length = length
     if config_length is not None and length > config_length - _RESERVED_POSITIONS:
         allowed_length = min(length, _positions(config, task, config_length) or length)
     if requested_length is not None and allowed_length < requested_length:
         raise UserError(
             f"length {requested_length} of {PREFIX}{name} is out of range",
-            allowed=f"1 to {allowed_length}, the model's positions",
+            allowed=f"1 to {allowed_length} tokens, as many as the model has positions for",
         )
     return allowed_length
 
@@ -171,7 +173,7 @@ def _change(config: Any, changes: str, name: str) -> None:
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
             raise UserError(
-                f"{PREFIX}{name} has no setting {key!r}",
+                f"the configuration of {PREFIX}{name} has no setting {key!r}",
                 hint=suggest(key, config.to_dict()),
             )
         try:
@@ -204,7 +206,7 @@ def task_of(config: Any, name: str) -> str:
         if type(config) in auto._model_mapping and not getattr(config, "is_encoder_decoder", False):
             return task
     raise UserError(
-        f"{PREFIX}{name} ({type(config).__name__}) has no head that memfit can train",
+        f"{PREFIX}{name} ({type(config).__name__}) has no head for which memfit has a loss",
         allowed="architectures with a masked-LM, causal-LM or sequence-classification head",
         hint="a file of your own can train any model: FILE.py:NAME, see README",
     )

@@ -79,7 +79,7 @@ def load(ref: JobRef) -> Job:
     """
     for name, value in (("steps", ref.steps), ("batch", ref.batch), ("length", ref.length)):
         if value is not None and value < 1:
-            raise UserError(f"--{name} {value}", allowed="a whole number of at least 1")
+            raise UserError(f"--{name} is {value}", allowed="a whole number of at least 1")
     with pause_gc():
         job = _make(ref)
     job = job if ref.steps is None else dataclasses.replace(job, steps=ref.steps)
@@ -98,7 +98,8 @@ def _make(ref: JobRef) -> Job:
         _check_size(ref, built_in.sizes)
         if ref.length is not None and not SHORTEST <= ref.length <= MOST_TOKENS:
             raise UserError(
-                f"length {ref.length} of {ref.spec} is out of range", allowed=f"{SHORTEST} to {MOST_TOKENS}"
+                f"length {ref.length} of {ref.spec} is out of range",
+                allowed=f"{SHORTEST} to {MOST_TOKENS} tokens (residues, bases)",
             )
         job = built_in.make(**options)
         is_smallest = ref.size is None or ref.size == built_in.sizes[0]
@@ -107,7 +108,7 @@ def _make(ref: JobRef) -> Job:
         return load_user_job(ref.spec, options)
     raise UserError(
         f"unknown job {ref.spec!r}",
-        allowed=f"{', '.join(names())}, path.py:attribute or hf:PATH_OR_NAME",
+        allowed=f"{', '.join(names())}, FILE.py:NAME or hf:PATH_OR_NAME",
         hint=suggest(ref.spec, names()),
     )
 
@@ -122,12 +123,14 @@ def _split_length(ref: JobRef) -> JobRef:
         return ref
     if not size or not length.isdigit() or ":" in ref.spec.removeprefix(huggingface.PREFIX):
         raise UserError(
-            f"size {ref.size!r} of {ref.spec} cannot be read",
-            allowed="SIZE@LENGTH for a job that is not in a file, or --length",
+            f"--size {ref.size} of the job {ref.spec} has an @, but is not SIZE@LENGTH with a whole "
+            "number, or the job is in a file of the user",
+            allowed="SIZE@LENGTH for a job that is not in a file, or --size SIZE --length LENGTH",
         )
     if ref.length not in (None, int(length)):
         raise UserError(
-            f"--size {ref.size} and --length {ref.length} state different lengths", allowed="one length"
+            f"--size {ref.size} and --length {ref.length} state different lengths",
+            allowed="the length in only one of them",
         )
     return dataclasses.replace(ref, size=size, length=int(length))
 

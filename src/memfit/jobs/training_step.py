@@ -93,7 +93,7 @@ class TrainingStep:
         if closure is not None and closure.default is closure.empty:
             raise UserError(
                 f"{type(self.optimizer).__name__}, the job's optimizer, "
-                "needs the loss several times per step",
+                "needs a closure in its step, to compute the loss several times",
                 allowed="an optimizer whose step needs no closure",
             )
 
@@ -235,7 +235,7 @@ class TrainingStep:
             count, length = self.bench.pipeline.micro_batches, batch_length(part)
             if length % count:
                 raise UserError(
-                    f"{count} pipeline micro-batches cannot be cut evenly from {length} samples",
+                    f"{count} pipeline micro-batches cannot be cut evenly from the {length} samples at hand",
                     allowed=f"a number of samples that {count} divides",
                 )
             parts = split(part, count)
@@ -300,7 +300,7 @@ def _must_be_loss(loss: object) -> None:
             description = "a scalar tensor that does not depend on any trainable parameter"
         raise UserError(
             f"the job's loss(model, batch) returned {description[:120]}",
-            allowed="a scalar tensor that depends on the model's parameters",
+            allowed="a tensor with one element that depends on the model's trainable parameters",
         )
 
 
@@ -371,8 +371,8 @@ def batch_length(batch: Any) -> int:
     tensors = [t for t in batch_tensors(batch) if t.dim() > 0]
     if not tensors:
         raise UserError(
-            "the job's batch contains no tensor with dimensions",
-            allowed="a tensor, a mapping or tuple of tensors, or an object with .to() that holds tensors",
+            "the job's batch contains no tensor with at least one dimension",
+            allowed="a tensor, a mapping, tuple or list of tensors, or an object with .to() and tensors",
         )
     count = sample_count(batch)
     return int(tensors[0].shape[0]) if count is None else count
@@ -393,7 +393,7 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
     if parts > length:
         raise UserError(
             f"{parts} micro-batches cannot be cut from a batch of {length} samples",
-            allowed=f"at most {length}",
+            allowed=f"at most {length} micro-batches",
         )
     sizes = [length // parts + (i < length % parts) for i in range(parts)]
     if (objects := split_object(batch, sizes)) is not None:

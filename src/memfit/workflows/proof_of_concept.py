@@ -147,7 +147,7 @@ def search(
     """
     if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
         raise UserError(
-            f"--measure needs a --goal that depends on step time, not {request.goal.value}",
+            f"--measure needs a --goal that is calculated from step time, not {request.goal.value}",
             allowed=", ".join(trials.BY_TIME),
         )
     planning = plan_search.search(request, progress, must_run=must_run)
@@ -246,12 +246,13 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
         )
     changed_facts = [name for name in _SAME if proof.environment.get(name) != environment.get(name)]
     if changed_facts:
-        changes_text = "; ".join(
+        changed_facts_text = "; ".join(
             f"{n} {proof.environment.get(n)} then, {environment.get(n)} now" for n in changed_facts
         )
         raise UserError(
             f"PoC {resolved_id} cannot correct predictions, because it ran in a different environment: "
-            f"{changes_text}"
+            f"{changed_facts_text}",
+            hint="run `memfit poc` again here, and name the new PoC with --corrected-by",
         )
     # The PoC's trials had already corrected the predictions of its runs. Their factor is taken out again.
     trial_ratios = [
@@ -267,7 +268,8 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
     if not ratios:
         raise UserError(
             f"no run of PoC {resolved_id} completed with a measured and a predicted step time, so it cannot "
-            "correct predictions"
+            "correct predictions",
+            hint="name another PoC with --corrected-by",
         )
     median_ratios = [(plan, statistics.median(plan_ratios)) for plan, plan_ratios in ratios.items()]
     return dataclasses.replace(

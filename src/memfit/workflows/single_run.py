@@ -34,7 +34,6 @@ from memfit.types.result import (
     Run,
 )
 
-_RUN_WITHOUT_REPLAY = "record one with `memfit run` without --engine replay"
 _NOT_KEPT = CheckpointSettings()
 
 
@@ -161,8 +160,9 @@ def _stored(store: Store, request: Request, seed: int) -> list[Run]:
     if matches := [r for r in stored_runs if (_unlimited(r.spec.job), r.spec.seed) == request_key]:
         return matches
     raise UserError(
-        f"{store.path} has no stored run of this job with this seed and these options (--steps may differ)",
-        hint=_RUN_WITHOUT_REPLAY,
+        f"{store.path} has no stored run to replay of this job with this seed, --size, --data, --weights, "
+        "--batch and --length (--steps may differ)",
+        hint="record one with `memfit run` without --engine replay",
     )
 
 
@@ -176,12 +176,12 @@ def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) 
     if not matches:
         raise UserError(
             f"no stored run of this job with this seed has the plan {estimate.plan.label}",
-            hint=_RUN_WITHOUT_REPLAY,
+            hint="record one with `memfit run` without --engine replay",
         )
     if matches[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
         raise UserError(
             f"the file of {request.job.spec} has changed since the stored run of this plan",
-            hint=_RUN_WITHOUT_REPLAY,
+            hint="record one with `memfit run` without --engine replay",
         )
     return dataclasses.replace(
         matches[-1],

@@ -116,8 +116,10 @@ class _ThroughDeepspeed(step.Step, Step):
 
     def _prepare(self) -> OptimizerLike:
         if importlib.util.find_spec("deepspeed") is None:
-            hint = deepspeed.ENGINE.install
-            raise UserError("engine accelerate with zero: deepspeed is not installed", hint=hint)
+            raise UserError(
+                "engine accelerate needs the package deepspeed for a plan with zero, and it is not installed",
+                hint=deepspeed.ENGINE.install,
+            )
         from accelerate.utils import patch_environment
 
         self.folder = Step.folder

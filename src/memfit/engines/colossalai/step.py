@@ -78,9 +78,12 @@ class _Stepping:
 
 
 def _check(model: torch.nn.Module, device: str) -> None:
-    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    if norms and device == "cpu":
+    batch_norm_names = [
+        n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+    if batch_norm_names and device == "cpu":
         raise UserError(
-            f"engine colossalai turns the module {norms[0]} into a SyncBatchNorm, which requires CUDA",
-            allowed="models without batch normalisation on CPU ranks",
+            f"engine colossalai turns the module {batch_norm_names[0]} into a SyncBatchNorm, which requires "
+            "CUDA, but the ranks train on CPUs",
+            allowed="models without batch normalisation",
         )

@@ -31,7 +31,7 @@ class Step(TrainingStep):
             raise UserError(
                 "the job's ema is not supported on engine deepspeed with ZeRO stage 3, "
                 "which frees parameters between steps",
-                allowed="stages 0 to 2, or the native engine, which averages shards",
+                allowed="ZeRO stages 0 to 2, or the engine native, which averages the shards of each rank",
             )
         import_deepspeed()
         assert self.folder is not None

@@ -80,7 +80,7 @@ class Step(TrainingStep):
                 raise
             raise UserError(
                 "FairScale's checkpoint_wrapper does not support the job's loss, "
-                "which computes gradients itself",
+                "which itself computes gradients with torch.autograd.grad",
                 hint="leave activation-checkpointing out, or train on another engine",
             ) from error
 
@@ -126,6 +126,6 @@ def _must_be_flat(block: torch.nn.Module, args: Any, output: Any) -> None:
         raise UserError(
             f"FairScale's checkpoint_wrapper would lose gradients of what the block {type(block).__name__} "
             "returns",
-            allowed="blocks that return a tensor or a tuple of tensors",
+            allowed="blocks that return a tensor, or a tuple or list of tensors, none of them nested deeper",
             hint="leave activation-checkpointing out, or train on another engine",
         )

@@ -46,14 +46,16 @@ def read(model: nn.Module) -> GptShape:
     refused, too), or if it has something that Megatron's GPTModel cannot express, which the message names."""
     if type(model) is not Gpt:
         raise UserError(
-            f"engine megatron cannot convert the job's model: the job's model is {type(model).__name__}",
-            allowed="memfit.jobs.builtin.gpt.Gpt",
+            f"engine megatron cannot convert the job's model, which is a {type(model).__name__}",
+            allowed="a model whose class is memfit.jobs.builtin.gpt.Gpt, not a subclass of it",
         )
     if reasons := list(_differences(model)):
         raise UserError(
             f"engine megatron: Megatron's GPTModel cannot express, in the job's model, {'; '.join(reasons)}",
-            allowed="a memfit.jobs.builtin.gpt.Gpt whose parameters are all trainable and whose blocks have "
-            "equally many heads, with biases in all of their Linear layers or in none",
+            allowed="a memfit.jobs.builtin.gpt.Gpt with the submodules that it builds; with all parameters "
+            "trainable; with equal numbers of heads and equal feed-forward widths in all blocks; with "
+            "biases in all Linear layers of the blocks or in none; with weight, bias and the same eps in "
+            "all norms; and with a head that has no bias and one output per token of the embedding",
         )
     first_block: Any = model.blocks[0]
     return GptShape(
@@ -144,8 +146,8 @@ def must_divide(what: str, count: int, degree: int) -> None:
     """Raise UserError if ``degree`` does not divide ``count``. ``what`` names the count in the message."""
     if count % degree:
         raise UserError(
-            f"engine megatron cannot split a {what} of {count} on {degree} tensor-parallel ranks evenly",
-            allowed=f"a multiple of {degree}",
+            f"engine megatron cannot split a {what} of {count} evenly over {degree} tensor-parallel ranks",
+            allowed=f"a {what} that is a multiple of {degree}",
         )
 
 

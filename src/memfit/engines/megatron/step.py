@@ -44,7 +44,7 @@ class Step(TrainingStep):
             raise UserError(
                 "engine megatron does not support the job's islands (modules kept in float32) with a plan of "
                 "lower precision, because it builds its own model without them",
-                hint="train in float32 with this engine",
+                hint="train in float32, or on another engine",
             )
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())

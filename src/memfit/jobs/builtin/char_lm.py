@@ -90,8 +90,9 @@ def read(path: str | None, length: int) -> Corpus:
     if len(text.test) < length + 1:
         source = path or "the built-in text"
         raise UserError(
-            f"{source} has {len(text_bytes)} bytes, too few for a window",
-            allowed=f"at least {10 * (length + 1)}",
+            f"{source} has {len(text_bytes)} bytes, too few: the last tenth, held out for testing, must hold "
+            f"a window of {length} bytes and the byte after it",
+            allowed=f"at least {10 * (length + 1)} bytes",
         )
     return text
 

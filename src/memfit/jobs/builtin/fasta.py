@@ -58,7 +58,7 @@ def read_fasta(path: str) -> list[Protein]:
     proteins = []
     for line_number, name, lines in _records(path):
         if not lines:
-            raise UserError(f"{path} line {line_number}: {name!r} has no sequence")
+            raise UserError(f"{path} line {line_number}: no sequence follows the header of {name!r}")
         proteins.append(Protein(name=name, sequence=_sequence(path, lines)))
     return proteins
 
@@ -79,7 +79,7 @@ def read_labelled(path: str) -> list[Protein]:
         if len(lines) != 2:
             raise UserError(
                 f"{path} line {line_number}: {name!r} is followed by {len(lines)} lines",
-                allowed="one line of sequence and one of H, E, C of the same length",
+                allowed="two lines of the same length: the sequence, and its states as letters H, E, C",
             )
         sequence, states = _sequence(path, lines[:1]), _checked(path, *lines[1], STATES, "a state")
         if len(sequence) != len(states):
@@ -103,7 +103,9 @@ def _records(path: str) -> Iterator[tuple[int, str, list[tuple[int, str]]]]:
                 yield *header, body
             header, body = (number, (line[1:].split() or [f"line {number}"])[0]), []
         elif line and header is None:
-            raise UserError(f"{path} line {number}: a FASTA file starts with '>', not {line[:20]!r}")
+            raise UserError(
+                f"{path} line {number}: the first line with text must start with '>', not {line[:20]!r}"
+            )
         elif line:
             body.append((number, line))
     if header:

@@ -99,8 +99,10 @@ def read(path: str | None, needed: int) -> Corpus:
     bases, source = (_fasta(path), path) if path else (_chromosome(), DATA_SOURCE)
     genome = split(bases, source)
     if len(genome.train) < max(2 * needed, 400):
-        at_least = f"at least {max(int(2.3 * needed), 450)} for this window"
-        raise UserError(f"{len(bases)} bases of DNA are too few", allowed=at_least)
+        raise UserError(
+            f"{len(bases)} bases of DNA are too few for training on windows of {needed} bases",
+            allowed=f"at least {max(int(2.3 * needed), 450)} bases",
+        )
     return genome
 
 

@@ -142,7 +142,7 @@ def _installed() -> Pairs:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"the data of {NAME} come from the package `chemicals`, which is not installed",
-            hint="pip install 'memfit[science]', or give --data FILE of SMILES,value lines",
+            hint="pip install 'memfit[science]', or give --data FILE with SMILES and a number in each line",
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     with gzip.open(folder / "Environment" / "Syrres logP data.csv.gz", "rt", encoding="utf-8-sig") as file:
@@ -171,11 +171,17 @@ def _user(path: str) -> Pairs:
         except ValueError as error:
             if number == 1 or not line.strip():
                 continue
-            raise UserError(f"{path} line {number}: {error}", allowed="SMILES,value") from error
+            raise UserError(
+                f"{path} line {number}: {error}",
+                allowed="SMILES,value: valid SMILES and a number, separated by a comma, tab or space",
+            ) from error
         try:
             graph(pair[0])
         except ValueError as error:
-            raise UserError(f"{path} line {number}: {error}", allowed="SMILES,value") from error
+            raise UserError(
+                f"{path} line {number}: {error}",
+                allowed="SMILES,value: valid SMILES and a number, separated by a comma, tab or space",
+            ) from error
         pairs.append(pair)
     return pairs
 
@@ -193,7 +199,8 @@ def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
     short_pairs = [(smiles, value) for smiles, value in pairs if len(tokens(smiles)) <= length]
     if len(short_pairs) < 10:
         raise UserError(
-            f"{len(short_pairs)} molecules of at most {length} tokens are too few", allowed="at least 10"
+            f"only {len(short_pairs)} molecules have at most {length} tokens (--length), which is too few",
+            allowed="at least 10 such molecules",
         )
     skeletons = [ring_skeleton(smiles) for smiles, _ in short_pairs]
     count = Counter(skeletons)

@@ -72,7 +72,9 @@ class BuiltInOptions:
         "data", which ``job`` does not support. ``allowed``: what the message says is allowed instead."""
         for name in names:
             if (value := getattr(self, name)) is not None:
-                raise UserError(f"{job} does not support any --{name}, given {value}", allowed=allowed)
+                raise UserError(
+                    f"the job {job} does not accept --{name}, which is given as {value}", allowed=allowed
+                )
 
 
 def accept_keywords(make: Callable[[BuiltInOptions], Job]) -> Callable[..., Job]:

@@ -123,7 +123,7 @@ def read(path: str | None) -> MoleculeFrames:
             arrays = {key: archive[key] for key in _KEYS}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} cannot be read: {error}", allowed=f"an .npz with the arrays {', '.join(_KEYS)}"
+            f"{path} cannot be read: {error}", allowed=f"a NumPy file .npz with the arrays {', '.join(_KEYS)}"
         ) from error
     train_count = int((arrays["molecule"] < arrays["train_molecules"]).sum())
     species = arrays["numbers"][arrays["molecule"]]

@@ -109,7 +109,8 @@ def read_sequences(path: str | None) -> Sequences:
         proteins = read_fasta(path)
     if len(proteins) < 2:
         raise UserError(
-            f"{path} contains {len(proteins)} sequence", allowed="at least 2, for training and for testing"
+            f"{path} contains only {len(proteins)} sequence",
+            allowed="at least 2 sequences: one for training and one for testing",
         )
     tokens = tuple(encode(p.sequence) for p in proteins)
     test_count = min(_TEST_COUNT, max(1, len(tokens) // 10))

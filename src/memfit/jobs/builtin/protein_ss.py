@@ -124,7 +124,8 @@ def user_chains(path: str) -> Chains:
     proteins = read_labelled(path)
     if len(proteins) < 2:
         raise UserError(
-            f"{path} contains {len(proteins)} chain", allowed="at least 2, for training and for testing"
+            f"{path} contains only {len(proteins)} chain",
+            allowed="at least 2 chains: one for training and one for testing",
         )
     residue = np.array([max(RESIDUES.find(r), -1) % 21 for p in proteins for r in p.sequence], np.uint8)
     one_hot = _one_hot(residue)

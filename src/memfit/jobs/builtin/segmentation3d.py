@@ -112,7 +112,7 @@ def read() -> Head:
     spec = importlib.util.find_spec("nilearn")
     if spec is None or spec.origin is None:
         raise UserError(
-            f"{NAME} reads a volume that comes with the package nilearn, which is not installed",
+            f"the job {NAME} reads a volume that comes with the package nilearn, which is not installed",
             hint="pip install 'memfit[science]'",
         )
     folder = Path(spec.origin).parent / "datasets" / "data"

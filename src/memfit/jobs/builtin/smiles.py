@@ -49,13 +49,13 @@ def graph(smiles: str) -> Graph:
                 bonds.append((last_atom, len(atoms) - 1))
             last_atom = len(atoms) - 1
     if rings or branches:
-        raise ValueError(f"an unclosed ring or branch in {smiles!r}")
+        raise ValueError(f"a ring or branch is not closed in {smiles!r}")
     return atoms, bonds
 
 
 def _reopened(branches: list[int], smiles: str) -> int:
     if not branches:
-        raise ValueError(f"a branch that was never opened in {smiles!r}")
+        raise ValueError(f"a branch is closed that was not opened in {smiles!r}")
     return branches.pop()
 
 
