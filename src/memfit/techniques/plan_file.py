@@ -63,7 +63,7 @@ def parse_plan(data: object, *, what: str) -> Plan:
         except MemfitError as error:
             problems.append(str(error))
     if problems:
-        raise UserError(f"{what} is not a valid plan: {'. '.join(problems)}")
+        raise UserError(f"{what} is not valid as a plan: {'. '.join(problems)}")
     return check(Plan(uses=tuple(uses), ranks=ranks))
 
 

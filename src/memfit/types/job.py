@@ -128,18 +128,18 @@ class Job:
             object.__setattr__(self, "ema", DEFAULT_EMA_DECAY if self.ema else None)
         if self.ema is not None and not (_is_number(self.ema) and 0 < self.ema < 1):
             raise UserError(
-                f"not the decay of an average of the weights: ema={self.ema!r}",
-                allowed="True, a decay between 0 and 1 such as 0.999, or None",
+                f"Job(ema=...), the decay of the moving average of the weights, is {self.ema!r}",
+                allowed="True (0.999), a number above 0 and below 1, or None or False (no average)",
             )
         if self.clip is not None and not (_is_number(self.clip) and self.clip > 0):
             raise UserError(
-                f"not a largest gradient norm: clip={self.clip!r}",
-                allowed="a positive gradient norm such as 1.0, or None",
+                f"Job(clip=...), the largest norm of the gradients, is {self.clip!r}",
+                allowed="a finite number above 0 such as 1.0, or None (gradients are not clipped)",
             )
         if not (_is_number(self.workers) and self.workers >= 0 and self.workers == int(self.workers)):
             raise UserError(
-                f"not a number of DataLoader workers: workers={self.workers!r}",
-                allowed="a whole number of processes, 0 or more",
+                f"Job(workers=...), the number of worker processes of the DataLoader, is {self.workers!r}",
+                allowed="a whole number, 0 or more",
             )
 
 

@@ -40,13 +40,15 @@ def parse_bytes(text: str) -> int:
     if match is None or unit not in _UNIT_BYTES or float(match.group(1)) <= 0:
         raise UserError(
             f"not a memory size: {text!r}",
-            allowed="a positive number with B, KiB, MiB, GiB, TiB (or K, M, G, T), or kB, MB, GB, TB",
+            allowed="a positive number with B, with KiB, MiB, GiB, TiB (or K, M, G, T, which mean the same) "
+            "or with kB, MB, GB, TB; or at least 1048576 without a unit, which are bytes",
             hint="for example 24GiB or 512MiB",
         )
     if not unit and float(match.group(1)) < MIB:
-        units = "B, KiB, MiB, GiB, TiB"
         raise UserError(
-            f"{text} has no unit and is too small to be bytes", allowed=units, hint=f"did you mean {text}GiB?"
+            f"{text} has no unit and is too small to be bytes",
+            allowed="a unit after the number, such as MiB or GB; without a unit, at least 1048576 bytes",
+            hint=f"did you mean {text}GiB?",
         )
     return int(float(match.group(1)) * _UNIT_BYTES[unit])
 
@@ -62,6 +64,7 @@ def parse_duration(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
     if match is None or match[2] not in _DURATION_S or not float(match[1]):
         raise UserError(
-            f"not a time: {text!r}", allowed="a positive number with s, m or min, h, d or w, such as 72h"
+            f"not a time: {text!r}",
+            allowed="a positive number with s, m or min (both minutes), h, d or w (weeks), such as 72h",
         )
     return float(match[1]) * _DURATION_S[match[2]]

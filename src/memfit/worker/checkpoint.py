@@ -55,17 +55,20 @@ class Checkpointer:
         if not ENGINES[spec.engine].saves:
             raise UserError(
                 f"checkpoints are not supported for engine {spec.engine}",
-                allowed=", ".join(e.name for e in ENGINES.values() if e.saves),
+                allowed=f"{', '.join(e.name for e in ENGINES.values() if e.saves)}, or a run without --save "
+                "and --resume",
             )
         if spec.engine == "fairscale" and spec.plan.get("fsdp2") is not None:
             raise UserError(
-                "checkpoints are not supported for FairScale's flat parameters",
+                "checkpoints are not supported for plans with fsdp2 on engine fairscale, which flattens "
+                "parameters",
                 allowed="engine native with fsdp2",
             )
         if step.bench.own_parameters:
             raise UserError(
                 "checkpoints are not supported for plans with expert-parallel",
-                hint="remove expert-parallel from the plan: its experts have no parameter names to save by",
+                hint="remove expert-parallel from the plan: the experts of each rank have no names of their "
+                "own to save by",
             )
         self.optimizers = optimizers(step.optimizer)
         self.begun = [_numbers(group) for group in self._groups()]
@@ -247,9 +250,10 @@ class Entry:
         if self.place.at is None or self.shared:
             return value
         raise UserError(
-            f"{self.key} of a flat optimizer state has {value.numel()} elements, but the flat tensor "
-            f"of its parameters has {owner.numel()}",
-            allowed="with zero, an optimizer whose state has the shape of its parameters",
+            f"{self.key} of a flat optimizer state has {value.numel()} elements, but the flat tensor of its "
+            f"parameters has {owner.numel()}, so it cannot be saved by parameter name",
+            allowed="with zero, an optimizer whose state tensors have one element or the shape of their "
+            "parameter",
         )
 
     @property
@@ -284,14 +288,14 @@ def _is_scalar(value: object) -> bool:
 def _must_be_alike(path: Path, saved_shapes: Shapes, run_shapes: Shapes) -> None:
     differences = [n for n in {**saved_shapes, **run_shapes} if saved_shapes.get(n) != run_shapes.get(n)]
     if differences:
-        details = "; ".join(
+        first_differences = "; ".join(
             f"{n} {_shape(saved_shapes, n)} in the checkpoint and {_shape(run_shapes, n)} in this run"
             for n in differences[:_NAMED]
         )
-        suffix = f"; and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
+        and_how_many_more = f"; and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
         raise UserError(
             f"{path} belongs to a different model: {len(differences)} of "
-            f"{len({**saved_shapes, **run_shapes})} tensors differ: {details}{suffix}",
+            f"{len({**saved_shapes, **run_shapes})} tensors differ: {first_differences}{and_how_many_more}",
             allowed="the job, size and adapters that the checkpoint was saved with",
         )
 
@@ -302,10 +306,10 @@ def _shape(shapes: Shapes, name: str) -> str:
 
 def _must_keep_the_same(path: Path, metadata: Checkpoint, keys: Collection[str]) -> None:
     if set(metadata.state) != set(keys):
-        key_names = ", ".join(sorted(keys)) or "nothing"
+        own_states = ", ".join(sorted(keys)) or "nothing"
         raise UserError(
             f"{path} was saved by {metadata.optimizer}, which keeps "
-            f"{', '.join(metadata.state) or 'nothing'}; this plan's optimizer keeps {key_names}",
+            f"{', '.join(metadata.state) or 'nothing'}; this plan's optimizer keeps {own_states}",
             allowed="the optimizer that the checkpoint was saved with",
         )
 
@@ -317,9 +321,10 @@ def _must_step_together(path: Path, shared: list[Entry], target: Mapping[str, An
             values.setdefault(entry.key, set()).add(float(target[entry.text]))
     differences = _everyone({f"{key} {sorted(v)}" for key, v in values.items() if len(v) > 1})
     if differences:
+        state_and_values = sorted(differences)[0]  # such as "step [2.0, 3.0]"
         raise UserError(
-            f"{path}: the saved parameters differ in {sorted(differences)[0]}, but the flat optimizer state "
-            "of this plan holds one value for all of them",
+            f"{path}: the saved parameters differ in the state {state_and_values}, but the flat optimizer "
+            "state of this plan holds one value for all of them",
             allowed="a plan without zero stages 1 to 3",
         )
 

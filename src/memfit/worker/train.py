@@ -324,7 +324,8 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
     keeper = _keeper(spec, step)
     if keeper is not None and step.average is not None:
         raise UserError(
-            "checkpoints are not supported for jobs with ema: they do not store the averaged weights",
+            "checkpoints are not supported for a job with Job(ema=...), whose averaged weights they do not "
+            "store",
             allowed="a run without --save and --resume",
         )
     if keeper is not None and spec.keep.resume:

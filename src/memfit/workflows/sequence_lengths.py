@@ -101,13 +101,19 @@ def read_lengths(path: str, *, column: str | None = None) -> Ints:
         lines = enumerate(read_text(path).splitlines(), start=1)
         values = [_whole(x.strip(), f"{path} line {n}") for n, x in lines if x.strip()]
     if not values or min(values) < 1:
-        raise UserError(f"{path} contains {'a length below 1' if values else 'no lengths'}")
+        raise UserError(
+            f"{path} contains {'a length below 1' if values else 'no lengths'}",
+            allowed="one or more lengths, each a whole number of at least 1",
+        )
     return np.array(values, np.int64)
 
 
-def _whole(text: str, location: str) -> int:
+def _whole(text: str, path_and_line: str) -> int:
     if not text.isdecimal():
-        raise UserError(f"{location}: {text[:40]!r} is not a length", allowed="a whole number of tokens")
+        raise UserError(
+            f"{path_and_line}: {text[:40]!r} is not a length",
+            allowed="a whole number of tokens, at least 1",
+        )
     return int(text)
 
 
@@ -116,22 +122,25 @@ def _from_npz(path: str, column: str | None) -> list[int]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files if column in (None, k)}
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path} as an .npz file of NumPy: {error}") from error
     length_arrays = [a for a in arrays.values() if a.ndim == 1 and np.issubdtype(a.dtype, np.integer)]
     if not length_arrays:
+        with_the_name = f" with the name {column!r}" if column else ""
         raise UserError(
-            f"{path} has no one-dimensional array of whole numbers{f' {column!r}' if column else ''}"
+            f"{path} has no one-dimensional array of whole numbers{with_the_name}",
         )
     return [int(v) for v in length_arrays[0]]
 
 
 def _from_csv(path: str, column: str | None) -> list[int]:
     reader = csv.DictReader(io.StringIO(read_text(path)))
-    rows, names = list(reader), reader.fieldnames or []
+    rows, column_names = list(reader), reader.fieldnames or []
     first = rows[0] if rows else {}
-    column_name = column or next((n for n in names if (first.get(n) or "").strip().isdecimal()), None)
-    if column_name is None or column_name not in names:
-        raise UserError(f"{path} has no column {column or 'of whole numbers'}", allowed=", ".join(names))
+    column_name = column or next((n for n in column_names if (first.get(n) or "").strip().isdecimal()), None)
+    if column_name is None or column_name not in column_names:
+        raise UserError(
+            f"{path} has no column {column or 'of whole numbers'}", allowed=", ".join(column_names)
+        )
     return [_whole((r[column_name] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
 
 
@@ -148,7 +157,8 @@ def with_batch_shape(job: Job, rows: int, length: int) -> Job:
     sizes = Counter(size for t in tensors for size in t.shape[1:])
     if not sizes:
         raise UserError(
-            f"the batches of {job.name} have no length dimension", allowed="tensors of (rows, length, ...)"
+            f"the batches of {job.name} have no length dimension: no tensor has more than one dimension",
+            allowed="tensors of shape (samples, length, ...)",
         )
     old_rows = batch_length(batch)
     old_length = max(sizes, key=lambda size: (sizes[size], size))
