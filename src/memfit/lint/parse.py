@@ -396,8 +396,8 @@ def _data(path: Path, text: str) -> dict[str, Any] | Script:
 
 def _unknown(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} is not a configuration of a training library that memfit can read: {reason}",
-        allowed=f"a file of one of these kinds: {'; '.join(KINDS.values())}",
+        f"{path} is not a configuration that memfit can read: {reason}",
+        allowed=f"a configuration of a training library, one of: {'; '.join(KINDS.values())}",
     )
 
 
