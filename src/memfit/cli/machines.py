@@ -122,7 +122,11 @@ def _found(name: str) -> tuple[str, Any]:
                 raise
             hints.append(error.hint)
     candidates = " or ".join(hint.removeprefix("did you mean ").rstrip("?") for hint in hints if hint)
-    did_you_mean_or_list = f"did you mean {candidates}?" if candidates else "`memfit machines` lists them"
+    did_you_mean_or_list = (
+        f"did you mean {candidates}?"
+        if candidates
+        else "`memfit machines` lists them, links only with --json"
+    )
     raise UserError(
         f"no machine, network, host, link or place has the name {name!r}", hint=did_you_mean_or_list
     )

@@ -163,7 +163,7 @@ def plan(
         raise UserError(
             "--measure runs plans on this machine, so it cannot be used with another machine in --on or with "
             "--from",
-            allowed="--measure without --on and --from",
+            allowed="--measure without --from, and without --on or with --on this",
         )
     budget_s = parse_duration(save.measure_time)
     if from_options.from_files:

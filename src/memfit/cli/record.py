@@ -232,7 +232,7 @@ def _known(
         raise UserError(
             f"the record in the file {source} has the ID {file_record.poc_id}, but the store has a different "
             "record with this ID",
-            hint=f"`memfit record --poc {file_record.poc_id}` writes the store's record to a file; --store "
+            hint=f"`memfit record --poc {file_record.poc_id}` prints the store's record; --store "
             "chooses another store",
         )
     return stored

@@ -49,8 +49,7 @@ def bundle(target: str, handover: Handover) -> Files:
     clashing = sorted(n for n, text in handover.own_files.items() if files[n] != text)
     if clashing:
         raise UserError(
-            f"{', '.join(clashing)}: memfit writes files of these names into the export, as your files are "
-            "called",
+            f"your files {', '.join(clashing)} have names of files that memfit writes into the export",
             hint="rename your files",
         )
     return files

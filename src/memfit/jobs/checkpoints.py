@@ -109,7 +109,7 @@ def must_be_free(folder: Path, after: int) -> None:
     if later_checkpoints:
         raise UserError(
             f"{folder} already contains {later_checkpoints[0].name} of another run",
-            allowed=f"a folder without checkpoints after more than {after} steps, from which this run starts",
+            allowed=f"a folder without checkpoints of more than {after} steps, after which this run starts",
             hint=f"to continue that other run, give --resume {folder}",
         )
 

@@ -235,8 +235,8 @@ class TrainingStep:
             count, length = self.bench.pipeline.micro_batches, batch_length(part)
             if length % count:
                 raise UserError(
-                    f"{count} pipeline micro-batches cannot be cut evenly from the {length} samples at hand",
-                    allowed=f"a number of samples that {count} divides",
+                    f"{count} pipeline micro-batches cannot be cut evenly from {length} samples",
+                    allowed=f"in each accumulation step, a number of samples that {count} divides",
                 )
             parts = split(part, count)
             terms = [self._terms(p) for p in parts]
