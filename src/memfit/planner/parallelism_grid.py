@@ -437,7 +437,8 @@ def _use(name: str, **settings: KnobValue) -> Use:
 def no_grid_error(limits: Limits) -> UserError:
     """Return the error to raise if there is no grid for these limits. It names the first cause that applies:
 
-    - Samples depend on each other, and the batch may therefore not be split into micro-batches or over ranks.
+    - Samples depend on each other, or a split batch would weight the loss terms wrongly. The batch may
+      therefore not be split into micro-batches or over ranks.
     - The batch is a multiple of the ranks, and the engine is another than native: it supports none of the
       plans.
     - The batch is a multiple of the ranks: exclusions, accuracy and micro-batch leave no plan.
@@ -461,7 +462,8 @@ def no_grid_error(limits: Limits) -> UserError:
         return UserError(
             f"the excluded techniques, the accuracy and the micro-batch leave no plan for {limits.ranks} "
             f"device{'s' * (limits.ranks > 1)}",
-            hint="relax --without, --accuracy or --micro-batch",
+            hint="relax --without (exclude fewer techniques), --accuracy (allow larger changes of the "
+            "training) or --micro-batch (another size, or none)",
         )
     return UserError(
         f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} devices",

@@ -44,7 +44,8 @@ def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> 
     if dependence is None or may_split(dependence, request.accuracy):
         return UserError(
             f"the excluded techniques, accuracy and engine leave no plan with a micro-batch of {size}",
-            hint="relax --without, --accuracy or --micro-batch",
+            hint="relax --without (exclude fewer techniques), --accuracy (allow larger changes of the "
+            "training) or --micro-batch (another size, or none)",
         )
     effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
     mean_over_counted_terms = dependence.way_out  # if weighted wrongly: the loss that may be split
