@@ -194,7 +194,7 @@ def choose_tensors(
         return refined_plan if peak_bytes <= _aim(budget_bytes) else smallest_plan
     smallest_budget_mib = math.ceil(smallest_peak / (1 - _SPARE_RATIO) / _MIB)
     raise UserError(
-        f"optimal-checkpointing: recomputation cannot reduce the peak to a budget of "
+        "optimal-checkpointing: recomputation cannot reduce the peak to a budget of "
         f"{format_bytes(budget_bytes)}",
         allowed=f"at least {smallest_budget_mib} MiB, the smallest budget found for this job and plan",
         hint="a smaller batch, gradient-accumulation or bf16-autocast reduces what must be kept in memory",
