@@ -158,8 +158,8 @@ class Prediction:
         ranks."""
         if self.plan.ranks > 1:
             raise UserError(
-                "lifecycle and checkpoint_bytes are predicted only for plans of 1 rank, but this plan has "
-                f"{self.plan.ranks} ranks",
+                "lifecycle (peaks of loading, first step, evaluation, saving and resuming) and "
+                f"checkpoint_bytes are predicted only for plans of 1 rank, but this plan has {self.plan.ranks} ranks",
                 hint="predict a plan of 1 rank",
             )
         return lifecycle(self.job, self.plan, device=self.machine.device.kind)

@@ -42,8 +42,7 @@ class DecideOptions:
         typer.Option(
             "--template",
             help="Only print a case file to fill in, to standard output. It names every figure that can be "
-            "given except cloud.power_w, the power of the cloud's machine. Not with --case or the ID "
-            "of a proof of concept.",
+            "given. Not with --case or the ID of a proof of concept.",
         ),
     ] = False
 

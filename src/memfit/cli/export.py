@@ -171,7 +171,8 @@ class ExportOptions:
             "because no written file does. Names of techniques of the plan, such as "
             "activation-checkpointing, or clipping for gradient clipping, separated by commas; all: "
             "everything that no written file applies. The export is refused until each of these is "
-            "named; the error lists their names.",
+            "named; the error lists their names. Any other name is refused; so is every name except all "
+            "without --script or with another --to.",
         ),
     ] = ""
 

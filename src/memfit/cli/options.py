@@ -110,7 +110,7 @@ class GoalOptions:
             "memory of the device. On a CPU, where each process counts as a device, the default is "
             "only a demonstration: a quarter of the peak memory of plain training (the job may set "
             "another share) or, if no plan fits that, 10 % more than the smallest plan needs; for "
-            "`memfit plan --from`, what the plan of the files needs.",
+            "`memfit plan --from` on a CPU, what the plan of the files needs.",
         ),
     ] = None
     host_memory: Annotated[
@@ -235,8 +235,9 @@ class RuntimeOptions:
         typer.Option(
             "--recalibrate",
             help="When a search for plans on this machine begins, delete the stored timings of its "
-            "operators (those with the same number of threads) and time them again. Ignored without "
-            "such a search.",
+            "operators (those with the same number of threads) and time them again. `memfit poc` and "
+            "`memfit plan` search so (with --from only for files of one process), and other commands with "
+            "--recommended. Ignored without such a search.",
         ),
     ] = False
 

@@ -102,7 +102,9 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
             allowed="only --schema; --add without --schema, --poc and --out; or neither --schema nor --add",
         )
     if options.said_by is not None and options.add is None:
-        raise UserError("--from needs --add", allowed="--add FILE.json --from NAME")
+        raise UserError(
+            "--from, the group that reports a record, needs --add", allowed="--add FILE.json --from NAME"
+        )
     quiet_libraries()
     from memfit.store import Store, exchange
     from memfit.store.database import TAKEN

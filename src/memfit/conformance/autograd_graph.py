@@ -173,7 +173,8 @@ class Graph:
 
 def _resident(model: nn.Module) -> Iterator[torch.Tensor]:
     """Yield the tensor on this rank of each parameter and buffer of the model (of a sharded one, its local
-    shard), then of each parameter that `gathered` yields first."""
+    shard), then of each full parameter that FSDP2 has gathered (the first of each pair that `gathered`
+    yields)."""
     for tensor in (*model.parameters(), *model.buffers(), *(p for p, _ in gathered(model))):
         yield getattr(tensor, "_local_tensor", tensor)
 

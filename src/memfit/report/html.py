@@ -190,8 +190,8 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
             ).format(css, text, mark)
         if figure.source not in labels:
             raise ValueError(
-                f"the figure {text} ({mark}) has the source {figure.source!r}, "
-                "which is no record of this page"
+                f"the figure {text} ({mark}) names {figure.source!r} as its source, "
+                "but this page has no record with that anchor"
             )
         live_attribute = Markup(' data-stage="{}"').format(figure.live) if figure.live else ""
         tooltip = words.get("mark_of", mark=mark, record=labels[figure.source])

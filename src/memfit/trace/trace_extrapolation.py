@@ -33,8 +33,9 @@ def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
 
 
 def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> list[Trace]:
-    """Return the traces of several ranks of one plan, in the order of ``ranks``, made as `traces_of`
-    describes. ``options`` are those of `trace`."""
+    """Return the traces of several ranks of one plan, in the order of ``ranks``. Those of models with many
+    equal blocks are built from traces with few blocks, as `traces_of` describes. ``options`` are those of
+    `trace` except ``rank``."""
     return traces_of(job, [(plan, rank) for rank in ranks], **options)
 
 

@@ -9,8 +9,9 @@ from memfit.types.trace import Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardStorage:
-    """A tensor storage that an operator of forward made: its size, its lifetime, and when it is read.
-    Storages are numbered from 0 in the order in which they are made.
+    """A tensor storage that an operator of forward made: its size, its lifetime, the calls that wrote to it,
+    when forward last read it, when backward needed it, and whether it must not be recomputed. Storages are
+    numbered from 0 in the order in which they are made.
     """
 
     size_bytes: int

@@ -136,8 +136,8 @@ class EnergySum(nn.Module):
 
 
 class Schnet(nn.Module):
-    """Maps atomic numbers and positions to the energy of each sample in eV, without the fitted energies of
-    its elements, and to the forces, which are minus the gradient of this energy."""
+    """Maps atomic numbers, positions and lists of neighbours to the energy of each sample in eV, without the
+    fitted energies of its elements, and to the forces, which are minus the gradient of this energy."""
 
     def __init__(self, size: SchnetSize) -> None:
         super().__init__()
