@@ -159,7 +159,7 @@ class Prediction:
         if self.plan.ranks > 1:
             raise UserError(
                 "lifecycle (peaks of loading, first step, evaluation, saving and resuming) and "
-                f"checkpoint_bytes are predicted only for plans of 1 rank, but this plan has {self.plan.ranks} ranks",
+                f"checkpoint_bytes are predicted only for plans of 1 rank, not of {self.plan.ranks}",
                 hint="predict a plan of 1 rank",
             )
         return lifecycle(self.job, self.plan, device=self.machine.device.kind)
