@@ -90,7 +90,7 @@ def test_a_step_whose_operators_depend_on_length_is_refused() -> None:
         return Job(name="x", build_model=_Attention, make_batch=made.make_batch, loss=loss, batch_size=2)
 
     shapes = [Shape(rows=2, length=n) for n in (16, 32)]
-    with pytest.raises(UserError, match="change with the length"):
+    with pytest.raises(UserError, match="depends on the length"):
         fit(shapes, [trace(job(s.length), Plan()) for s in shapes])
 
 

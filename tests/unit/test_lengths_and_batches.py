@@ -335,7 +335,7 @@ def test_a_length_and_batch_that_the_job_cannot_take_are_listed_as_left_out(
     left = {one["option"]: one["reason"] for one in told["left_out"]}
     assert "does not accept --length" in left["length 32"]
     assert "does not accept --batch" in left["batch 2"]
-    assert told["batch"] is None
+    assert told["batch"] == 2, "the batch that is used"
 
 
 def test_a_batch_on_the_command_line_replaces_the_one_of_the_configuration(

@@ -279,7 +279,7 @@ def test_an_unsupported_network_and_a_missing_file_are_listed_as_left_out(tmp_pa
     ("text", "said"),
     [
         ('{"globals": {"chunk_size": 4}}', "nested"),
-        ('{"globals.chunk_size": 4, "globals.chunk_size.x": 1}', "or its parts"),
+        ('{"globals.chunk_size": 4, "globals.chunk_size.x": 1}', "or keys below it"),
         ('{"crop_size": 4}', "not a configuration that memfit can read"),
         ('{"globals.blocks_per_ckpt": "two"}', 'blocks_per_ckpt is "two"'),
         ('{"data.train.crop_size": null}', "crop_size is null"),
