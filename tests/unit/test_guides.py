@@ -169,6 +169,7 @@ class Reader:
         return code, told.out + told.err
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)  # a proof of concept, on a machine that runs other tests too
 @pytest.mark.skipif(sys.platform != "linux", reason="the user's data folder is moved as Linux has it")
 def test_every_command_of_the_guides_exits_and_prints_as_shown(
