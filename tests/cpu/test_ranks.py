@@ -40,14 +40,12 @@ LONG_PLANS = [
     {"ddp": {"sync": "last"}, "gradient-accumulation": {"micro_batches": 2}},
     {"fsdp2": {"reshard": False}, "gradient-accumulation": {"micro_batches": 2}},
     {"zero": {"stage": 2, "reduce_bucket_elements": 1_000_000}},
+    {"fsdp2": {}, "lora": {}, "bf16-autocast": {}},
 ]
 
 
-ADAPTERS = {"fsdp2": {}, "lora": {}, "bf16-autocast": {}}
-
-
 @pytest.mark.parametrize(
-    "uses", [*PLANS, ADAPTERS, *(pytest.param(p, marks=pytest.mark.long) for p in LONG_PLANS)], ids=str
+    "uses", [*PLANS, *(pytest.param(p, marks=pytest.mark.long) for p in LONG_PLANS)], ids=str
 )
 def test_two_ranks_peak_as_predicted_and_train_as_one(uses: dict[str, dict[str, object]]) -> None:
     narrow = "bf16-autocast" in uses
