@@ -329,7 +329,7 @@ class _Sums(_Skip):
         (_Skip, _plan(2), "not a chain"),
         (_Sums, _plan(2), "not a chain"),
         (None, _plan(2, micro_batches=3), "cannot be cut evenly"),
-        (None, _plan(8), "at most 4$"),
+        (None, _plan(8), "at most 4 stages"),
         (None, _plan(2, "interleaved"), "virtual=2 or more"),
         (None, _plan(4, "zero-bubble", ddp={}, stages=2), "data-parallel"),
         (None, _plan(4, "interleaved", 2, ddp={}), "allowed: fsdp2"),
