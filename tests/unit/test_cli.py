@@ -169,7 +169,7 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("plan --accuracy roundng", "did you mean 'rounding'?"),
         ("poc --lang jp", "did you mean 'ja'?"),
         ("plan --on H10", "H100-SXM"),
-        ("plan --on nowhere.toml", "nowhere.toml: No such file"),
+        ("plan --on nowhere.toml", "nowhere.toml cannot be read: No such file"),
         ("plan --place atlantis", "atlantis"),
         ("explain --plan missing.yaml", "missing.yaml: No such file"),
         ("explain a.yaml b.yaml c.yaml", "3 plan files"),
