@@ -264,7 +264,7 @@ def test_all_values_of_a_flag_are_read() -> None:
     ("words", "said"),
     [
         (("--from", "ds.json"), "nothing in ds.json says how many processes train; allowed: --ranks N"),
-        (("--from", "accelerate.yaml", "--ranks", "4"), "the files of --from say 2"),
+        (("--from", "accelerate.yaml", "--ranks", "4"), "the files of --from say that 2"),
         (
             ("--from", "trainer.json", "--ranks=2", "--script=train.py trainer.json", "--script-applies=all"),
             "started with trainer.json, which engine accelerate does not read",

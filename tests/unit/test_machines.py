@@ -225,7 +225,7 @@ def test_impossible_values_in_a_machine_file_are_refused(
 
 
 def test_a_missing_machine_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.toml: No such file"):
+    with pytest.raises(UserError, match=r"none\.toml cannot be read: No such file"):
         catalog.from_toml(tmp_path / "none.toml")
 
 
