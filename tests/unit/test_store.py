@@ -52,7 +52,7 @@ def test_poc_ids_are_oldest_first_and_the_latest_is_the_one_begun_last(store: St
 def test_a_record_refers_to_its_full_environment(store: Store) -> None:
     record = store.append("poc", "run", {})
     assert store.environment(record.environment) == fingerprint()
-    with pytest.raises(UserError, match="no environment"):
+    with pytest.raises(UserError, match="no recorded environment"):
         store.environment("0" * 16)
 
 

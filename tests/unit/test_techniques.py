@@ -235,7 +235,7 @@ def test_all_mistakes_of_a_plan_file_are_reported_at_once(tmp_path: Path) -> Non
     path.write_text("technique: {}\ntechniques: {bf16: {}, activation-checkpointing: {evry: 2}, sgd: 3}\n")
     with pytest.raises(UserError) as told:
         read_plan(path)
-    for part in ("'technique'", "did you mean 'techniques'", "'bf16'", "'evry'", "settings are 3"):
+    for part in ("'technique'", "did you mean 'techniques'", "'bf16'", "'evry'", "the technique sgd are 3"):
         assert part in str(told.value)
     assert "\n" not in str(told.value)
 
