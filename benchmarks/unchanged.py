@@ -239,14 +239,17 @@ def compare(before: Path, after: Path, *, reworded: bool) -> int:
 
 
 def _numbers(value: Any) -> Any:
-    """``value`` with each sentence (a text of at least three words) replaced by the numbers in it."""
+    """``value`` with each sentence (a text of at least three words) replaced by the numbers in it, and
+    without digests of files, which hold sentences."""
     if isinstance(value, dict):
         return {k: _numbers(v) for k, v in value.items()}
     if isinstance(value, str) and value.startswith(("{", "[")):  # JSON that a command printed
         with contextlib.suppress(json.JSONDecodeError):
             return _numbers(json.loads(value))
     if isinstance(value, str) and len(value.split()) > 2:
-        return re.findall(r"\d[\d.,]*", value)
+        return re.findall(r"\d+(?:[.,]\d+)*", value)
+    if isinstance(value, str):
+        return re.sub(r"[0-9a-f]{64}", "DIGEST", value)
     return [_numbers(v) for v in value] if isinstance(value, list) else value
 
 
