@@ -327,7 +327,7 @@ def _advise_dtype(
 ) -> PrecisionAdvice:
     all_paths = [p for place in places.values() for p in place.calls if p not in ("", LOSS)]
     islands = {m: _named(places.values(), m, effects.model) for m in ("pure", "autocast")}
-    examined = [_told_place(p) for p in sorted(places.values(), key=_rank, reverse=True) if p.found]
+    examined = [_examined_module(p) for p in sorted(places.values(), key=_rank, reverse=True) if p.found]
     pure_islands = islands["pure"]
     narrow_paths = {
         p for p in all_paths if not any(fnmatch.fnmatchcase(o, i) for i in pure_islands for o in _above(p))
@@ -365,7 +365,7 @@ def _above(path: str) -> Iterator[str]:
     yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
-def _told_place(place: _Place) -> ExaminedModules:
+def _examined_module(place: _Place) -> ExaminedModules:
     worst = place.worst
     errors = {
         name: PrecisionErrors(

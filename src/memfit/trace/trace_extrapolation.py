@@ -89,7 +89,7 @@ def _or_none(run: Callable[..., Trace], *args: Any, **options: Any) -> Trace | N
     that."""
     try:
         return run(*args, **options)
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001  any error of the user's model; the whole trace then shows it
         return None
 
 

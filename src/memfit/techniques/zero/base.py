@@ -3,6 +3,7 @@ class of the optimizers of all ZeRO stages."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def stack_norms(norms: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(scalars) if scalars else torch.zeros(0)
 
 
-class Reducing:
+class Reducing(abc.ABC):
     """Base class of the optimizers of ZeRO's stages, 0 to 3.
 
     In each micro-batch, it calls `_on_gradient` with each parameter as soon as backward has completed its
@@ -167,31 +168,33 @@ class Reducing:
     def state(self) -> Any:
         return {self.master: {"master": self.master, **self.inner.state.get(self.master, {})}}
 
+    @abc.abstractmethod
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
         """Yield (parameter, start, gradient) for each parameter of which this rank updates a part.
         ``gradient`` is the reduced gradient of that part, and ``start`` the element of the parameter at which
         the part begins. In stage 3, ``gradient`` may end with elements of padding, beyond the end of the
         parameter."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
         """Make the tensors that the stage keeps from step to step. Return what the inner optimizer
         updates."""
-        raise NotImplementedError
 
-    def _on_gradient(self, param: torch.nn.Parameter) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _on_gradient(self, param: torch.nn.Parameter) -> None: ...
 
-    def _after_backward(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _after_backward(self) -> None: ...
 
     def _reduce_pending(self) -> None:
         """Average the pending gradients over all ranks, and keep of them what this rank needs to update its
-        part of the parameters."""
+        part of the parameters. Stages 1 to 3 define it; stage 0 has no pending gradients."""
         raise NotImplementedError
 
     def grad_norm(self) -> torch.Tensor:
+        """Return the norm of all gradients, over all ranks. Stages 1 to 3 define it; in stage 0 the norm is
+        that of the parameters' own gradients."""
         raise NotImplementedError
 
-    def step(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def step(self) -> None: ...
