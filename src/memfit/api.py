@@ -312,11 +312,12 @@ def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
                 probe_workspaces(pricer, plan)
             return pricer.whole(plan)
     except _FAILURES as error:  # outside the user's own functions, whose errors are already UserErrors
-        reason = (str(error).splitlines() or [""])[0]
+        first_line_of_error = (str(error).splitlines() or [""])[0]
         raise UserError(
-            "the training step does not run on fake tensors, which have shapes but no data: "
-            f"{type(error).__name__}: {reason[:200]}",
-            hint="if the same step trains without memfit, this is a limitation of memfit, not your mistake",
+            "memfit cannot predict this training step, as it does not run on fake tensors, which have shapes "
+            f"but no data: {type(error).__name__}: {first_line_of_error[:200]}",
+            hint="if the same step trains without memfit, this is a limitation of memfit; if it fails "
+            "there too, correct the step",
         ) from error
 
 
@@ -511,7 +512,11 @@ def conform(
     on all ranks alike; UserError if the arguments are wrong.
     """
     if not callable(getattr(model, "named_parameters", None)):
-        raise UserError(f"the argument model is a {type(model).__name__}", allowed="a torch.nn.Module")
+        raise UserError(
+            f"the argument model is a {type(model).__name__}",
+            allowed="a torch.nn.Module, as it was prepared for training: memfit.conform compares it with the "
+            "plan",
+        )
     _check_step(step)
     target_plan = plan_of(on_ranks(plan, ranks or world_size()))
     multi_rank_techniques = tuple(
@@ -527,7 +532,8 @@ def conform(
     if clip is not None and not 0 <= clip < math.inf:
         raise UserError(
             f"the argument clip is not a gradient norm: {clip!r}",
-            allowed="None, a finite positive number such as 1.0, or 0 if gradients must not be clipped",
+            allowed="a finite positive number such as 1.0, the largest norm of all gradients; 0 if gradients "
+            "must not be clipped; or None, with which clipping is not checked",
         )
     monitor = Monitor(model, optimizer, target_plan, blocks=blocks)
     monitor.clip = clip
@@ -543,13 +549,15 @@ def _check_step(step: object) -> None:
     if not callable(step):
         raise UserError(
             f"the argument step is not a function: {step!r:.60}",
-            allowed="a function without arguments that runs one whole training step",
+            allowed="a function without arguments that runs one whole training step, or None, with which no "
+            "step is run",
         )
     with contextlib.suppress(ValueError):  # built-in functions have no signature
         try:
             inspect.signature(step).bind()
-        except TypeError as error:
+        except TypeError as missing_argument:
             raise UserError(
-                f"the argument step cannot be called without arguments: {error}",
-                allowed="a function without arguments that runs one whole training step",
+                f"the argument step cannot be called without arguments: {missing_argument}",
+                allowed="a function without required arguments that runs one whole training step, or None, "
+                "with which no step is run",
             ) from None

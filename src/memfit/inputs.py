@@ -369,7 +369,11 @@ def _read(plan: Any) -> Any:
     try:
         data = yaml.safe_load(plan)
     except yaml.YAMLError as error:
-        raise UserError(f"the plan is not valid YAML: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(
+            f"the text given as plan is not valid YAML: {' '.join(str(error).split())[:160]}",
+            allowed="as text, the path of a plan file (.yaml or .yml), the content of one, or the name of a "
+            "technique",
+        ) from error
     return {data: {}} if isinstance(data, str) else data
 
 
@@ -403,7 +407,7 @@ def machine_of(machine: Any) -> Machine:
         raise UserError(
             f"the argument machine is a {type(machine).__name__}",
             allowed="a Machine, a name of the catalog such as 8xH100-SXM, the path of a machine file "
-            "(.toml), or None for this machine",
+            "(.toml), or None or 'this' for this machine",
         )
     name = str(machine)
     return catalog.from_toml(name) if name.endswith(".toml") else catalog.machine(name)

@@ -225,7 +225,7 @@ def test_a_misspelt_or_ambiguous_device_name_is_refused_with_similar_names(
 ) -> None:
     with pytest.raises(UserError) as caught:
         catalog.device(given_name)
-    assert caught.value.given == f"unknown device: {given_name!r}"
+    assert caught.value.given == f"unknown device: {given_name!r} is not in memfit's catalog"
     assert all(name in caught.value.hint for name in suggested)
     assert "\n" not in str(caught.value)
     assert "(`memfit machines` lists all)" in caught.value.hint

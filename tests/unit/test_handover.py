@@ -263,7 +263,10 @@ def test_all_values_of_a_flag_are_read() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--from", "ds.json"), "nothing in ds.json says how many processes train; allowed: --ranks N"),
+        (
+            ("--from", "ds.json"),
+            "nothing in ds.json, given with --from, says how many processes train; allowed: --ranks N",
+        ),
         (("--from", "accelerate.yaml", "--ranks", "4"), "the files of --from say that 2"),
         (
             ("--from", "trainer.json", "--ranks=2", "--script=train.py trainer.json", "--script-applies=all"),

@@ -123,7 +123,7 @@ def test_a_job_file_named_by_an_imported_record_is_not_run(
     asked = ["scale", theirs, "--store", ours, "--pilot", "RTX-4090"]
     assert main(asked) == 2
     told = capsys.readouterr().err
-    assert "memfit does not run files that others name" in told
+    assert "memfit does not run a file because a record from others names it" in told
     assert "--job FILE.py:NAME" in told
     assert not ran.exists()
     assert main([*asked, "--job", f"{evil}:job"]) == 2, "it has no job, and is run: it was asked for"

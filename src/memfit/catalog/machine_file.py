@@ -61,7 +61,10 @@ def from_toml(path: str | Path) -> Machine:
     ]
     problems += [] if machine is None else _odd_values(machine)
     if problems or machine is None:
-        raise UserError(f"machine file {path} has wrong or missing keys: {'; '.join(problems)}")
+        raise UserError(
+            f"machine file {path} has keys that are missing, unknown or have a wrong value: "
+            f"{'; '.join(problems)}"
+        )
     return machine
 
 

@@ -45,7 +45,7 @@ def machine(spec: str, place: str = "world") -> Machine:
     if hosts > 1 and not network:
         raise UserError(
             f"{spec!r} has {hosts} hosts but names no network between them",
-            allowed=", ".join(load.network_names()),
+            allowed=f"@NETWORK at the end; networks: {', '.join(load.network_names())}",
             hint=f"for example {format_spec(device.name, hosts, devices_per_host, 'IB-NDR')}",
         )
     host_name = load.host_of(device.name)
@@ -87,9 +87,11 @@ def _filled(spec: str, device: str, count: int = 1, *, network: str) -> tuple[in
         return 1, count
     if count % devices_per_host:
         raise UserError(
-            f"{spec!r} names a network, but {count} devices do not fill whole hosts: one host of the "
+            f"{spec!r} names a network, so its {count} devices must fill whole hosts, but one host of the "
             f"kind {host_name} holds {devices_per_host}",
-            hint="give the number of hosts and of devices in each, for example "
+            allowed=f"at most {devices_per_host} devices, which are in one host, or a multiple of "
+            f"{devices_per_host}",
+            hint="or give the number of hosts and of devices in each, for example "
             f"{format_spec(device, 2, devices_per_host, network)}",
         )
     return count // devices_per_host, devices_per_host

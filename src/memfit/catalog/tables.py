@@ -64,8 +64,15 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
         else ""
     )
     if matches and len(rows) > _FEW_ROWS and what in _LISTED:
-        raise UserError(f"unknown {what}: {name!r}", hint=f"{did_you_mean} (`memfit machines` lists all)")
-    raise UserError(f"unknown {what}: {name!r}", allowed=", ".join(rows), hint=did_you_mean)
+        raise UserError(
+            f"unknown {what}: {name!r} is not in memfit's catalog",
+            hint=f"{did_you_mean} (`memfit machines` lists all)",
+        )
+    raise UserError(
+        f"unknown {what}: {name!r} is not in memfit's catalog",
+        allowed=", ".join(rows),
+        hint=did_you_mean,
+    )
 
 
 def normalized_name(name: str) -> str:

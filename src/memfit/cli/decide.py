@@ -23,8 +23,8 @@ class DecideOptions:
         str | None,
         typer.Argument(
             metavar="[ID]",
-            help="ID of the proof of concept in the store from whose measurements the costs are computed. "
-            "Default: the one begun last.",
+            help="ID of the proof of concept in the store from whose measurements the costs are computed; "
+            "one that was run here, not a record from others. Default: the one begun last.",
         ),
     ] = None
     case: Annotated[
@@ -32,9 +32,9 @@ class DecideOptions:
         typer.Option(
             metavar="FILE.toml",
             help="Case file: a TOML file with your own figures, such as prices (--template prints one to "
-            "fill in). It is stored with the proof of concept, and later commands use it if no other "
-            "is given. Default: the case file stored last with it, or no figures of your own if there "
-            "is none. Not with --template.",
+            "fill in). It is stored with the proof of concept, and later commands for this proof of concept "
+            "use it if no other is given. Default: the case file stored last with it, or no figures of your "
+            "own if there is none. Not with --template.",
         ),
     ] = None
     template: Annotated[

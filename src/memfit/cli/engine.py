@@ -27,8 +27,8 @@ class EngineOptions:
         str,
         typer.Argument(
             metavar="list|install",
-            help="list: show all engines and the installed version of each, or what keeps it from running; "
-            "install: create a virtual environment with the engine NAME.",
+            help="list (the default): show all engines and the installed version of each, or what keeps it "
+            "from running; install: create a virtual environment with the engine NAME.",
         ),
     ] = "list"
     name: Annotated[

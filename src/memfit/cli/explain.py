@@ -38,7 +38,8 @@ class ExplainOptions:
         list[str] | None,
         typer.Argument(
             metavar="[A.yaml B.yaml]",
-            help="Plan file (YAML) to explain, or two plan files to show why their memory differs. Default: "
+            help="Plan file (YAML) to explain, or two plan files to show why their memory differs. The first "
+            "argument of the command is one of them, instead of JOB, if it ends in .yaml or .yml. Default: "
             "the plan of --plan or --recommended, otherwise plain training. Not with --plan or "
             "--recommended.",
         ),
@@ -72,8 +73,8 @@ class ExplainOptions:
     lines: Annotated[
         bool,
         typer.Option(
-            help="--lines: also find the line of your code that made each allocation of memory; --no-lines: "
-            "do not."
+            help="--lines (the default): also show the line of your code that made each allocation of "
+            "memory; --no-lines: do not look for these lines. No effect with two plan files."
         ),
     ] = True
 

@@ -58,7 +58,7 @@ class ExportOptions:
             metavar="N",
             min=1,
             help="Number of machines that train. The number of processes of the plan must be divisible by "
-            "it.",
+            "it. Default: 1.",
         ),
     ] = 1
     script: Annotated[
@@ -67,8 +67,9 @@ class ExportOptions:
             metavar="'FILE.py ARGS'",
             help="Command line of your own training script, in quotes: the Python file and its arguments. "
             "The file and the modules beside it (not packages) that it imports are copied, and the "
-            "written files start it instead of memfit's worker. With --to trainer, torchtitan or "
-            "openfold it is copied but not started: the library's own program trains.",
+            "written files start it instead of memfit's worker, the program that trains the job by default. "
+            "With --to trainer, torchtitan or openfold it is copied but not started: the library's own "
+            "program trains.",
         ),
     ] = None
     max_restarts: Annotated[
@@ -76,8 +77,8 @@ class ExportOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="How many times the launcher restarts all processes after a failure. Ignored with --to "
-            "trainer, torchtitan or openfold.",
+            help="How many times the launcher restarts all processes after a failure. Default: 3. Ignored "
+            "with --to trainer, torchtitan or openfold.",
         ),
     ] = 3
     gpu: Annotated[
@@ -103,8 +104,8 @@ class ExportOptions:
         typer.Option(
             metavar="COMMAND",
             help="For --to skypilot: the shell command that sets up a new machine. Default: a check that "
-            "these can be imported: torch; memfit, without --script; and accelerate, deepspeed or "
-            "megatron.core, if that is the engine. Ignored with any other --to.",
+            "these can be imported: torch; memfit, without --script; and accelerate, deepspeed, fairscale, "
+            "colossalai or megatron.core, if that is the engine. Ignored with any other --to.",
         ),
     ] = ""
     save: Annotated[
@@ -123,8 +124,8 @@ class ExportOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="With --save: also write a checkpoint after every N steps. 0: only at the end. Refused "
-            "without --save.",
+            help="With --save: also write a checkpoint after every N steps. 0 (default): only at the end. "
+            "Another number is refused without --save.",
         ),
     ] = 0
     claim: Annotated[
@@ -132,7 +133,8 @@ class ExportOptions:
         typer.Option(
             metavar="NAME",
             help="For --to k8s with --save, which needs it: the name of the persistent volume claim that is "
-            "mounted as the folder of --save. Refused without --save; ignored with any other --to.",
+            "mounted as the folder of --save. With --to k8s it is refused without --save; with any other "
+            "--to it is ignored.",
         ),
     ] = ""
     force: Annotated[
@@ -167,12 +169,12 @@ class ExportOptions:
         str,
         typer.Option(
             metavar="NAME,...",
-            help="With --script and --to torchrun, slurm, k8s or skypilot: what your script applies itself, "
-            "because no written file does. Names of techniques of the plan, such as "
-            "activation-checkpointing, or clipping for gradient clipping, separated by commas; all: "
-            "everything that no written file applies. The export is refused until each of these is "
-            "named; the error lists their names. Any other name is refused; so is every name except all "
-            "without --script or with another --to.",
+            help="With --script and --to torchrun, slurm, k8s or skypilot: the parts of the plan that your "
+            "script applies itself, because no written file does. Their names, separated by commas: of "
+            "techniques, such as activation-checkpointing, or clipping for gradient clipping; all: every "
+            "such part. Default: none. The export is refused until every such part is named; the error lists "
+            "the names. Any other name is refused. Without --script, or with another --to, the plan has no "
+            "such part, so that only all is accepted, without effect.",
         ),
     ] = ""
 
@@ -451,7 +453,10 @@ def _read(path: Path) -> dict[str, str]:
         data = path.read_bytes()
         text = data.decode()
     except OSError as error:
-        raise UserError(f"cannot read {path}, to be copied into the export: {error.strerror}") from error
+        raise UserError(
+            f"cannot read {path}, the Python file of --script or of the job, or one that it imports, to be "
+            f"copied into the export: {error.strerror}"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}, to be copied into the export, is not UTF-8 text", allowed="a Python file in UTF-8"

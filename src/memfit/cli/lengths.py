@@ -32,17 +32,17 @@ class LengthOptions:
         typer.Argument(
             metavar="FILE",
             help="File with your sequences or their lengths. .fasta, .fa or .faa (also with .gz): the "
-            "sequences; .csv or .npz: the lengths (see --column); any other file: the lengths, one "
-            "whole number per line.",
+            "sequences, of which each letter counts as a token; .csv with a header line, or .npz: the "
+            "lengths (see --column); any other file: the lengths, one whole number per line.",
         ),
     ]
     job: Annotated[
         str,
         typer.Option(
             metavar="JOB",
-            help="Job to train: a built-in job (`memfit jobs` lists them), FILE.py:NAME for a job of your "
-            "own, or hf:PATH_OR_NAME for a Hugging Face configuration. potential, weather and "
-            "segmentation3d have no length and are refused.",
+            help="Job whose memory is predicted: a built-in job (`memfit jobs` lists them), FILE.py:NAME for "
+            "a job of your own, or hf:PATH_OR_NAME for a Hugging Face configuration. Default: protein-lm. "
+            "potential, weather and segmentation3d have no length and are refused.",
         ),
     ] = "protein-lm"
     size: Annotated[
@@ -50,9 +50,9 @@ class LengthOptions:
         typer.Option(
             metavar="NAME",
             help="Size of the job; `memfit jobs` lists the sizes of each built-in job. Default: the job's "
-            "default size, tiny for a built-in job. SIZE@N sets the number of positions; without @N a "
-            "built-in job gets as many as the longest sequence has, at least 16. A job FILE.py:NAME "
-            "refuses SIZE@N.",
+            "default size, tiny for a built-in job and for hf:. SIZE@N sets the number of positions; "
+            "without @N a built-in job gets as many as the longest sequence has, at least 16, and hf: the "
+            "number of its size. A job FILE.py:NAME refuses SIZE@N.",
         ),
     ] = None
     batch: Annotated[
@@ -60,8 +60,8 @@ class LengthOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Sequences per optimizer step. Default: the job's number. If the file has fewer "
-            "sequences, all of them.",
+            help="Sequences per optimizer step. Default: the job's number. If the file has fewer sequences "
+            "than this number, given or default, each step takes all of them.",
         ),
     ] = None
     memory: Annotated[
@@ -69,7 +69,7 @@ class LengthOptions:
         typer.Option(
             metavar="SIZE",
             help="Memory of one device that the training must fit in, for example 24GiB. Default: all "
-            "memory of one device of the machine --on.",
+            "memory of one device of the machine --on, or of this computer without --on.",
         ),
     ] = None
     plan: Annotated[
@@ -84,9 +84,9 @@ class LengthOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Column of the .csv file, or one-dimensional array of the .npz file, that holds the "
-            "lengths. Default: the first column whose first value is a whole number, or the first such "
-            "array of whole numbers. Ignored for other files.",
+            help="Name of the column of the .csv file, or of the one-dimensional array of the .npz file, "
+            "that holds the lengths. Default: the first column whose first value is a whole number, or the "
+            "first such array of whole numbers. Ignored for other files.",
         ),
     ] = None
     max_length: Annotated[
@@ -103,7 +103,7 @@ class LengthOptions:
             metavar="N",
             min=0,
             help="Number of special tokens to add to the length of each sequence, before it is cut to "
-            "--max-length.",
+            "--max-length. Default: 0.",
         ),
     ] = 0
 

@@ -90,8 +90,10 @@ def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
     library_files = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
     if not library_files:
         raise UserError(
-            f"memfit has no rules to check any of these files of an export: {', '.join(map(str, files))}",
-            allowed="files for DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan or OpenFold",
+            "memfit lint has no rules for the given files, which an export contains for memfit, a cluster or "
+            f"an engine without rules: {', '.join(map(str, files))}",
+            allowed="at least one configuration file for DeepSpeed, Accelerate, the Trainer, Megatron-LM, "
+            "torchtitan or OpenFold; others of the export are then skipped",
         )
     return library_files
 

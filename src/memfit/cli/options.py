@@ -26,8 +26,9 @@ class JobOptions:
         typer.Argument(
             metavar="[JOB]",
             help="What to train: a built-in job (`memfit jobs` lists them), FILE.py:NAME for a job of your "
-            "own (a memfit.Job or a function that returns one), or hf:PATH_OR_NAME for a Hugging Face "
-            "configuration. Default: protein-ss; for `memfit plan --from`, the job of the model that "
+            "own, or hf:PATH_OR_NAME for a Hugging Face configuration. NAME is a memfit.Job, which refuses "
+            "--size, --data, --weights, --batch and --length, or a function that returns one and takes "
+            "these as arguments. Default: protein-ss; for `memfit plan --from`, the job of the model that "
             "the files describe, if there is one.",
         ),
     ] = None
@@ -35,9 +36,9 @@ class JobOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Size of the job. `memfit jobs` lists the sizes of each built-in job, the default first; "
-            "hf: has tiny (default) and paper. SIZE@N also sets --length N; a job FILE.py:NAME refuses "
-            "it, use --length.",
+            help="Size of the job: for a built-in job, a name that `memfit jobs` lists (default: the first); "
+            "for hf:, tiny (default) or paper; for FILE.py:NAME, what its function accepts, or none if NAME "
+            "is a memfit.Job. SIZE@N also sets --length N; a job FILE.py:NAME refuses it, use --length.",
         ),
     ] = None
     data: Annotated[
@@ -46,8 +47,9 @@ class JobOptions:
             metavar="FILE",
             help="File with your own data, in place of the job's. char-lm: a text; protein-lm, genome: "
             "FASTA; protein-ss: records of three lines (>name, sequence, states H, E, C); molecules: "
-            "lines SMILES,value; potential: .npz; FILE.py:NAME: as its function reads it. Default: the "
-            "data of the job. Refused by alphafold2, weather, segmentation3d and hf:.",
+            "lines SMILES,value; potential: .npz with the arrays numbers, molecule, energy, positions, "
+            "forces and train_molecules; a function FILE.py:NAME: as it reads it. Default: the data of the "
+            "job. Refused by alphafold2, weather, segmentation3d, hf: and a memfit.Job in FILE.py:NAME.",
         ),
     ] = None
     weights: Annotated[
@@ -56,7 +58,7 @@ class JobOptions:
             metavar="DIR",
             help="Folder with safetensors files (*.safetensors) of a model of the same architecture and "
             "size, from which to take the initial weights. Default: the weights as the job initializes "
-            "them, usually at random. Refused by alphafold2.",
+            "them, usually at random. Refused by alphafold2 and by a memfit.Job in FILE.py:NAME.",
         ),
     ] = None
     steps: Annotated[
@@ -71,7 +73,8 @@ class JobOptions:
             metavar="N",
             min=1,
             help="Samples per optimizer step, of all processes together. Default: the job's number; with "
-            "--from, that of the files if they state one that the job accepts.",
+            "--from, that of the files if they state one that the job accepts. Refused by a memfit.Job in "
+            "FILE.py:NAME.",
         ),
     ] = None
     length: Annotated[
@@ -81,8 +84,8 @@ class JobOptions:
             min=1,
             help="Length of a sample: tokens, residues or bases. Default: the length of the job's size; for "
             "`memfit plan --from`, that of the files if they state one that the job accepts. Built-in "
-            "jobs take 16 to 262144; potential, weather and segmentation3d have no length and refuse "
-            "this option.",
+            "jobs take 16 to 262144; potential, weather, segmentation3d and a memfit.Job in FILE.py:NAME "
+            "refuse this option.",
         ),
     ] = None
 
@@ -106,37 +109,42 @@ class GoalOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that the training must fit in on each device, for example 24GiB. Default: the "
-            "memory of the device. On a CPU, where each process counts as a device, the default is "
-            "only a demonstration: a quarter of the peak memory of plain training (the job may set "
-            "another share) or, if no plan fits that, 10 % more than the smallest plan needs; for "
-            "`memfit plan --from` on a CPU, what the plan of the files needs.",
+            help="Memory that the training must fit in on each device, for example 24GiB. Without a search "
+            "for a plan it is ignored, except by `memfit plan --from`, which checks whether the plan of the "
+            "files fits it, and by `memfit run`, which limits the training to it (see --capped). Default: on "
+            "a GPU, its memory; on a CPU, where each process counts as a device, only a demonstration: a "
+            "quarter of the peak memory of plain training (the job may set another share) or, if no plan "
+            "fits that, 10 % more than the smallest plan needs; for `memfit plan --from` on a CPU, what the "
+            "plan of the files needs, if that is for one process, otherwise no limit.",
         ),
     ] = None
     host_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory of each host of the machine, apart from that of its devices. Default: the value in "
-            "the catalog or the machine file. Refused if the device is a CPU, as on this machine.",
+            help="Memory of each host of the machine, apart from that of its devices, for example 512GiB. A "
+            "recommended plan must fit in it too. Default: the value in the catalog or the machine file; "
+            "without one, no plan that keeps tensors in host memory is recommended. Refused if the device is "
+            "a CPU, as on this machine.",
         ),
     ] = None
     goal: Annotated[
         str,
         typer.Option(
             metavar="fastest|smallest|cheapest|greenest|fewest",
-            help="What the recommended plan minimizes. fastest: the time of a step; smallest: the peak "
-            "memory of the tensors of one device; cheapest: the cost of a step; greenest: the CO2 of a "
-            "step; fewest: the number of devices and, if that is equal, the time of a step.",
+            help="What the recommended plan minimizes. fastest (the default): the time of a step; smallest: "
+            "the peak memory of the tensors of one device; cheapest: the cost of a step; greenest: the CO2 "
+            "of a step; fewest: the number of devices and, if that is equal, the time of a step. Plans that "
+            "differ little in it count as equal: of these, the simplest is recommended.",
         ),
     ] = "fastest"
     accuracy: Annotated[
         str,
         typer.Option(
             metavar="exact|rounding|any",
-            help="How a recommended plan may change the numbers that training computes. exact: not at all; "
-            "rounding: by sums in another order or other rounding, as in lower precision; any: also by "
-            "another algorithm.",
+            help="How a recommended plan may change the numbers that training computes. exact: not at all, "
+            "they stay equal bit by bit; rounding (the default): by sums in another order or other rounding, "
+            "as in lower precision; any: also by another algorithm, such as another optimizer or LoRA.",
         ),
     ] = "rounding"
     engine: Annotated[
@@ -171,7 +179,7 @@ class BoundsOptions:
         typer.Option(
             metavar="TIME",
             help="Longest time that the whole training of --steps steps may take, for example 90m, 72h or "
-            "3d. Needs --steps, and --on with another machine than this one.",
+            "3d. Needs --steps, and --on with another machine than this one. Default: no limit.",
         ),
     ] = None
     budget: Annotated[
@@ -180,7 +188,7 @@ class BoundsOptions:
             metavar="USD",
             min=0.01,
             help="Most that the whole training of --steps steps may cost, in USD. Needs --steps, and --on "
-            "with another machine than this one.",
+            "with another machine than this one. Default: no limit.",
         ),
     ] = None
     micro_batch: Annotated[
@@ -198,11 +206,12 @@ class BoundsOptions:
         bool,
         typer.Option(
             "--explain-infeasible",
-            help="If no plan fits, add to the error the changes that memfit knows of, each of which alone "
-            "would make a plan fit. With --on a machine of several devices and a model of repeated "
+            help="If no plan fits, add to the error the changes that memfit finds, each of which alone would "
+            "make a plan fit. With --on a machine of several devices and a model of at least 3 equal "
             "blocks: more memory on each device or host, 2, 4, 8 or 16 times as many devices, a later "
-            "deadline or a higher budget. Otherwise: only gradient accumulation, if it was not tried "
-            "because it would change what is trained. Not with --from.",
+            "deadline or a higher budget. Otherwise: only gradient accumulation, if the search left it out "
+            "because splitting the batch changes what is trained. Default: the error names no changes. Not "
+            "with --from.",
         ),
     ] = False
 
@@ -216,8 +225,9 @@ class RuntimeOptions:
         str,
         typer.Option(
             metavar="PLACE",
-            help="Place of the electricity, for its price and CO2: world or a name that `memfit machines` "
-            "lists. Ignored with --on FILE.toml: the machine file says the place.",
+            help="Place of the electricity, for its price and CO2: world (the average of the world; the "
+            "default) or another name that `memfit machines` lists. Ignored with --on FILE.toml: the "
+            "machine file says the place.",
         ),
     ] = "world"
     threads: Annotated[
@@ -226,18 +236,19 @@ class RuntimeOptions:
             metavar="N",
             min=1,
             help="Number of CPU threads of each training process, and number with which operators are timed "
-            "on this machine. Default: all that memfit may use; several training processes on this "
-            "machine share them.",
+            "on this machine. Default: all that memfit may use, which several training processes on this "
+            "machine share; the files of `memfit export` then set no number.",
         ),
     ] = None
     recalibrate: Annotated[
         bool,
         typer.Option(
             "--recalibrate",
-            help="When a search for plans on this machine begins, delete the stored timings of its "
-            "operators (those with the same number of threads) and time them again. `memfit poc` and "
-            "`memfit plan` search so (with --from only for files of one process), and other commands with "
-            "--recommended. Ignored without such a search.",
+            help="Delete all stored timings of operators on this machine that were made with the same number "
+            "of threads and version of torch, and time operators again. This happens when a search for "
+            "plans for this machine begins: in `memfit poc`; without --on or with --on this, in `memfit "
+            "plan` (with --from only for files of one process) and in other commands with --recommended; "
+            "in `memfit scale` with --pilot this or --full this. Ignored without such a search.",
         ),
     ] = False
 
@@ -250,9 +261,10 @@ class MachineOptions:
         str,
         typer.Option(
             metavar="MACHINE",
-            help="Machine to plan for: this (the CPU of this machine), H100-SXM (one device), 8xH100-SXM "
-            "(devices of one host), 64x8xH100-SXM@IB-NDR (hosts x devices of each @ network) or "
-            "FILE.toml (a machine file). `memfit machines` lists the names of devices and networks.",
+            help="Machine to plan for: this (the CPU of this machine; the default), H100-SXM (one device), "
+            "8xH100-SXM (devices of one host), 64x8xH100-SXM@IB-NDR (hosts x devices of each @ network "
+            "between the hosts) or FILE.toml (a file that describes your machine). `memfit machines` lists "
+            "the names of devices and networks.",
         ),
     ] = "this"
 
@@ -266,8 +278,9 @@ class PlanOptions:
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Use the plan in this file, as written by `memfit plan --save`. Default, without "
-            "--recommended: plain training; in `memfit export` with --from, the plan of those files.",
+            help="Use the plan in this file, as written by `memfit plan --save`. Not with --recommended. "
+            "Default, without --recommended: plain training; in `memfit export` with --from, the plan of "
+            "those files.",
         ),
     ] = None
     recommended: Annotated[
@@ -275,7 +288,7 @@ class PlanOptions:
         typer.Option(
             "--recommended",
             help="Search for a plan as `memfit plan` does with the same options, and use the one that it "
-            "recommends. Not with --plan.",
+            "recommends. Commands without --on search for this machine. Not with --plan.",
         ),
     ] = False
 
@@ -306,7 +319,8 @@ class EffortOptions:
         typer.Option(
             metavar="MIN",
             help="Minutes, 0 or more, during which people attended to the proof of concept. They are stored "
-            "with it, in place of minutes given earlier. Refused for a record from others.",
+            "with it, in place of minutes given earlier. Refused for a record from others. Default: minutes "
+            "given earlier are kept.",
         ),
     ] = None
 
@@ -319,7 +333,7 @@ class LanguageOptions:
         str,
         typer.Option(
             metavar="en|ja",
-            help="Language of the result: en (English) or ja (Japanese). Errors are in English.",
+            help="Language of the result: en (English, the default) or ja (Japanese). Errors are in English.",
         ),
     ] = "en"
 
@@ -330,7 +344,11 @@ class JsonOptions:
 
     json: Annotated[
         bool,
-        typer.Option("--json", help="Print the result or the error as one JSON object on standard output."),
+        typer.Option(
+            "--json",
+            help="Print the result or the error as one JSON object on standard output. Default: the result "
+            "as text; an error is printed as text on standard error in any case.",
+        ),
     ] = False
 
 
@@ -342,12 +360,16 @@ class OutputOptions:
         str,
         typer.Option(
             metavar="en|ja",
-            help="Language of the result: en (English) or ja (Japanese). Errors are in English.",
+            help="Language of the result: en (English, the default) or ja (Japanese). Errors are in English.",
         ),
     ] = "en"
     json: Annotated[
         bool,
-        typer.Option("--json", help="Print the result or the error as one JSON object on standard output."),
+        typer.Option(
+            "--json",
+            help="Print the result or the error as one JSON object on standard output. Default: the result "
+            "as text; an error is printed as text on standard error in any case.",
+        ),
     ] = False
 
 

@@ -31,15 +31,15 @@ def console() -> rich.console.Console:
     return plain if plain.is_terminal else SafeConsole(highlight=False, width=_PIPE_COLUMNS)
 
 
-def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
+def check_choice(option_or_argument: str, value: str, allowed: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``allowed``. Otherwise raises UserError with the allowed values and,
-    if one is similar, that one as a hint. ``what`` says in the error what ``value`` is, for example "--goal"
-    or "command"."""
+    if one is similar, that one as a hint. ``option_or_argument``: what ``value`` is the value of, for the
+    error; for example "--goal" or "command"."""
     allowed_values = tuple(map(str, allowed))
     if value in allowed_values:
         return value
     raise UserError(
-        f"unknown {what}: {value!r}",
+        f"unknown {option_or_argument}: {value!r}",
         allowed=", ".join(allowed_values),
         hint=suggest(value, allowed_values, cutoff=0.4),
     )

@@ -45,9 +45,9 @@ class SaveOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Plan for N processes of this machine that share the batch. With --on a machine of GPUs, "
-            "there is one process for each GPU, and N other than 1 or the number of GPUs is refused. "
-            "Not with --from.",
+            help="Plan for N processes of this machine that share the batch, which must have at least N "
+            "samples. Default: 1. With --on a machine of GPUs, N must be 1 or the number of its GPUs; both "
+            "mean that all of them can be used, with one process each. Not with --from.",
         ),
     ] = 1
     measure: Annotated[
@@ -63,8 +63,9 @@ class SaveOptions:
         str,
         typer.Option(
             metavar="TIME",
-            help="With --measure: start no further run after this time, for example 90s or 5m, unless fewer "
-            "than two plans have run successfully. Ignored without --measure.",
+            help="With --measure: start no further run after this time, for example 90s, counted from the "
+            "first run, unless fewer than two plans have run successfully. Default: 5m. Ignored without "
+            "--measure.",
         ),
     ] = "5m"
     save: Annotated[
@@ -104,8 +105,9 @@ class FromOptions:
         typer.Option(
             metavar="ID|last",
             help="Correct the predicted step times by the measured ones of the proof of concept with this "
-            "ID; last: of the one begun last. It must have run the same job on this machine, with the "
-            "same torch and OMP_NUM_THREADS. Not with --from or --on another machine.",
+            "ID; last: of the one begun last. It must have run the same job, of any size, on this machine, "
+            "with the same processor, number of cores, torch version and OMP_NUM_THREADS, and one of its "
+            "runs must have completed. Default: no correction. Not with --from or --on another machine.",
         ),
     ] = None
     store: Annotated[
@@ -132,9 +134,9 @@ def _refuse_options_with_from(limits: BoundsOptions, from_options: FromOptions, 
         "--without": limits.without,
         "--explain-infeasible": limits.explain_infeasible,
     }
-    if names := [name for name, value in options.items() if value]:
+    if given_options := [name for name, value in options.items() if value]:
         raise UserError(
-            f"{', '.join(names)} cannot be used with --from",
+            f"{', '.join(given_options)} cannot be used with --from",
             allowed="--from without these options: the set-up is predicted exactly as its files describe it",
         )
 
@@ -222,7 +224,8 @@ def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
         )
     if on == "this" and (limits_training or options.micro_batch):
         raise UserError(
-            "--deadline, --budget and --micro-batch cannot be used if the plan is for this machine",
+            "none of --deadline, --budget and --micro-batch can be used if the plan is for this machine, as "
+            "it is without --on and with --on this",
             hint="name another machine with --on, such as --on 8xH100-SXM",
         )
     return Bounds(

@@ -36,15 +36,20 @@ class PocOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of seeds. With each, plain training and the recommended plan are trained once; "
-            "the verdict, whether their results are equivalent, is based on these pairs of runs. With "
-            "fewer than 3 pairs, results can only be shown to be equivalent if the plan must not "
-            "change them at all, as with --accuracy exact.",
+            help="Number of seeds: 0, 1 and so on; by default 3. With each of them, plain training and the "
+            "recommended plan are trained; the verdict, whether their results are equivalent, is based on "
+            "these pairs of runs. With fewer than 3 pairs, results can only be shown to be equivalent if "
+            "the plan must not change them at all, as with --accuracy exact.",
         ),
     ] = 3
     nproc: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="Train on N processes of this machine, which share the batch."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Train on N processes of this machine, which share the batch; it must have at least N "
+            "samples. Default: 1.",
+        ),
     ] = 1
     without: ExcludedTechniques = None
     out: Annotated[

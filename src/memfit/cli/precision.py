@@ -25,7 +25,8 @@ class PrecisionOptions:
         str,
         typer.Option(
             metavar="bf16|fp16|both",
-            help="Half precision to try: bf16 (bfloat16), fp16 (float16) or both, each by itself.",
+            help="Half precision to try: bf16 (bfloat16), fp16 (float16) or both (the default), each by "
+            "itself.",
         ),
     ] = "both"
     batches: Annotated[
@@ -33,7 +34,8 @@ class PrecisionOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of training batches on which modules are measured, with only a few samples of each.",
+            help="Number of training batches on which modules are measured, with only a few samples of "
+            "each. Default: 1.",
         ),
     ] = 1
     after: Annotated[
@@ -41,16 +43,16 @@ class PrecisionOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="Number of training steps in float32 before the modules are measured: untrained weights "
-            "hide many errors. 0: measure at once.",
+            help="Number of training steps in float32, on a few samples each, before the modules are "
+            "measured: untrained weights hide many errors. 0: measure at once. Default: 40.",
         ),
     ] = 40
     device: Annotated[
         str,
         typer.Option(
             metavar="cuda|cpu",
-            help="Kind of device for which to advise, cuda (GPUs) or cpu: torch.autocast keeps other "
-            "operators in float32 on GPUs than on CPUs. The measurement itself runs on the CPU.",
+            help="Kind of device for which to advise, cuda (GPUs; the default) or cpu: torch.autocast keeps "
+            "other operators in float32 on GPUs than on CPUs. The measurement itself runs on the CPU.",
         ),
     ] = "cuda"
 

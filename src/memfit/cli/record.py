@@ -98,12 +98,14 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
     to the store."""
     if sum((options.schema, options.add is not None, options.poc is not None or options.out is not None)) > 1:
         raise UserError(
-            "--schema and --add cannot be used together, or with --poc or --out",
-            allowed="only --schema; --add without --schema, --poc and --out; or neither --schema nor --add",
+            "--schema, --add, and writing a record (--poc, --out) exclude each other",
+            allowed="--schema alone; --add without --schema, --poc and --out; or --poc, --out, both or "
+            "neither of them, without --schema and --add",
         )
     if options.said_by is not None and options.add is None:
         raise UserError(
-            "--from, the group that reports a record, needs --add", allowed="--add FILE.json --from NAME"
+            "--from names the group that reports the record of --add, so it needs --add",
+            allowed="--add FILE.json --from NAME",
         )
     quiet_libraries()
     from memfit.store import Store, exchange
@@ -195,7 +197,8 @@ def find_record(name: str | None, path: Path | None) -> SourcedRecord:
         return stored or SourcedRecord(record=file_record, taken_from=name)
     if name is not None and ("/" in name or name.endswith(".json")):
         raise UserError(
-            f"there is no file {name}", allowed="a file with a record, or the ID of a record in the store"
+            f"there is no file {name}, which cannot be an ID, as it contains a / or ends in .json",
+            allowed="a file with a record, or the ID of a record in the store",
         )
     return _stored(records, resolve_poc_id(records, name))
 

@@ -30,7 +30,8 @@ class ReportOptions:
         str | None,
         typer.Option(
             metavar="ID",
-            help="ID of the proof of concept in the store to report on. Default: the one begun last.",
+            help="ID of the proof of concept in the store to report on; one that was run here, not a record "
+            "from others. Default: the one begun last.",
         ),
     ] = None
     case: Annotated[
@@ -38,9 +39,9 @@ class ReportOptions:
         typer.Option(
             metavar="FILE.toml",
             help="Case file: a TOML file with your own figures, such as prices (`memfit decide --template` "
-            "prints one to fill in). It is stored with the proof of concept, and later commands use it "
-            "if no other is given. Default: the case file stored last with it, or no figures of your "
-            "own if there is none.",
+            "prints one to fill in). It is stored with the proof of concept, and later commands for this "
+            "proof of concept use it if no other is given. Default: the case file stored last with it, or no "
+            "figures of your own if there is none.",
         ),
     ] = None
 

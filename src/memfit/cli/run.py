@@ -36,10 +36,10 @@ class RunOptions:
         bool | None,
         typer.Option(
             "--capped/--no-capped",
-            help="--capped: after its first step, no training process can use more memory than --memory or, "
+            help="--capped: while it trains, no training process can use more memory than --memory or, "
             "without it, than the plan is predicted to need, beside what Python and the libraries hold "
-            "by then; a run that needs more fails. --no-capped: no limit. Default: --capped if "
-            "--memory is given, otherwise --no-capped.",
+            "after a step for warm-up; a run that needs more fails. --no-capped: no limit. Default: "
+            "--capped if --memory is given, otherwise --no-capped.",
         ),
     ] = None
     seed: Annotated[
@@ -56,8 +56,9 @@ class RunOptions:
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Stop the run after this time, for example 90s, 10m or 72h; the exit code is then 1. "
-            "Default: no limit.",
+            help="Stop the training processes when they have run for this time since their start or restart, "
+            "for example 90s, 10m or 72h; the exit code is then 1. The search and the prediction before do "
+            "not count. Default: no limit.",
         ),
     ] = None
     save: Annotated[
@@ -66,7 +67,10 @@ class RunOptions:
             metavar="DIR",
             help="Folder for checkpoints: one at the end and, with --save-every, earlier ones. It is "
             "created if it does not exist. It must not hold a checkpoint of a later step than that at "
-            "which the run begins. Default: no checkpoints.",
+            "which the run begins. With it, if a process dies in training, all restart from the newest "
+            "checkpoint, or if there is none, from where the run began, at most 3 times. Refused for a job "
+            "with Job(ema=...), a plan with expert-parallel, and engines that cannot save. Default: no "
+            "checkpoints.",
         ),
     ] = None
     save_every: Annotated[
@@ -74,8 +78,8 @@ class RunOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="With --save: also write a checkpoint after every N steps. 0: only at the end. Refused "
-            "without --save.",
+            help="With --save: also write a checkpoint after every N steps. 0 (default): only at the end. "
+            "Another number is refused without --save.",
         ),
     ] = 0
     resume: Annotated[

@@ -52,41 +52,44 @@ class ScaleOptions:
         Path | None,
         typer.Option(
             metavar="FILE.toml",
-            help="TOML file with your own limits for the figures of the record; false disables a limit. "
-            "Limits that the file does not name keep their defaults. `memfit scale --json` prints all "
-            "limits.",
+            help="TOML file with your own limits for the figures of the record, such as step_ratio = 1.5 "
+            "under [time]; false disables a limit. Limits that the file does not name keep their defaults, "
+            "as do all without this option. `memfit scale --json` prints all limits.",
         ),
     ] = None
     pilot: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Predict the pilot, the stage between the proof of concept and the full-size training, on "
-            "this machine, given as in --on of `memfit plan`. Default: the pilot is not predicted.",
+            help="Machine for which the pilot is predicted, the stage between the proof of concept and the "
+            "full-size training; given as in --on of `memfit plan`. Nothing is predicted if a figure of the "
+            "record does not keep its limit (see --gates). Default: the pilot is not predicted.",
         ),
     ] = None
     full: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Predict the full-size training on this machine, given as in --on of `memfit plan`. "
-            "Default: the full-size training is not predicted.",
+            help="Machine for which the full-size training is predicted, given as in --on of `memfit plan`. "
+            "Nothing is predicted if a figure of the record does not keep its limit (see --gates). Default: "
+            "the full-size training is not predicted.",
         ),
     ] = None
     size: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Size of the job in the pilot and at full size. Default: paper for a built-in job that has "
-            "it, otherwise the job's default size.",
+            help="Size of the job in both predicted stages, the pilot and the full-size training, whatever "
+            "size the record has. Default: paper for a built-in job, otherwise the job's default size.",
         ),
     ] = None
     job: Annotated[
         str | None,
         typer.Option(
             metavar="JOB",
-            help="Job to predict for the pilot and at full size. Default: the job of the record. For a "
-            "record from others whose job is not built in, this option is needed.",
+            help="Job to predict for the pilot and the full-size training, as in JOB of `memfit plan`. "
+            "Default: the job of the record. If such a stage is predicted for a record from others whose job "
+            "is not built in, this option is needed.",
         ),
     ] = None
 
@@ -174,10 +177,10 @@ def _spec(sourced_record: SourcedRecord, store: StoreOptions) -> str:
     if record.model.job in names():
         return record.model.job
     raise UserError(
-        f"the record of {sourced_record.taken_from} is of the job {record.model.job!r}, which is not built "
-        "in; memfit does not run files that others name",
+        f"the record from {sourced_record.taken_from} is of the job {record.model.job!r}, which is not built "
+        "into memfit, and memfit does not run a file because a record from others names it",
         allowed=f"a record of a built-in job: {', '.join(names())}",
-        hint="name your own job with --job FILE.py:NAME",
+        hint="or give with --job FILE.py:NAME your own file with this job, to predict it",
     )
 
 

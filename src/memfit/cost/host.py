@@ -158,8 +158,9 @@ def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
     """
     if machine.device.kind == "cpu":
         raise UserError(
-            "host memory cannot be set if the device is a CPU, whose own memory is the memory of the host",
-            hint="on the command line, --memory limits the memory of the CPU",
+            "host memory (--host-memory, or the argument host_memory) cannot be set if the device is a CPU, "
+            "whose own memory is the memory of the host",
+            hint="leave it out; on the command line, --memory limits the memory of the CPU",
         )
     fact = Fact(value=float(size_bytes), source="asked for", date="", kind="measured")
     host = machine.host or Host(name="your host")

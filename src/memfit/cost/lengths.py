@@ -69,9 +69,9 @@ def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
     free_positions = [_allocations_before_free(t) for t in traces]
     if any(not np.array_equal(c, free_positions[0]) for c in free_positions):
         raise UserError(
-            "which operators a step runs depends on the length of the sequences, so no formula gives the "
-            "peak memory of a step by that length",
-            hint="run a separate prediction for each length of the sequences that you need",
+            "memfit lengths cannot predict this job: which operators a step runs depends on the length of "
+            "the sequences, so no formula gives the peak memory of a step by that length",
+            hint="run `memfit explain` for each length that you need, with --length",
         )
     terms = np.array([s.terms for s in shapes])
     scale = terms.max(axis=0)

@@ -121,14 +121,16 @@ class AlternativeInputs:
                 raise UserError(
                     f"the catalog has no price for the machine {name} in section [purchase] of the case, or "
                     "its devices are sold only in whole servers, which their number does not fill",
-                    hint="add price = ..., the price of one machine with all its devices",
+                    hint="add price = ..., the price of one machine with all its devices, without tax, in "
+                    "the currency of the case",
                 )
         if isinstance(section, Cloud):
             per_hour = Amount(own=section.per_hour.value) if section.per_hour else rent_of(machine)
             if per_hour is None:
                 raise UserError(
                     f"the catalog has no rental price for the machine {name} in section [cloud] of the case",
-                    hint="add per_hour = ..., the price of one machine with all its devices",
+                    hint="add per_hour = ..., the rent for an hour of one machine with all its devices, "
+                    "without tax, in the currency of the case",
                 )
         return dataclasses.replace(
             _with_memory(way, offer if hours is None else None),

@@ -47,7 +47,8 @@ class CaseFigure(_Strict):
         low, high = self.bounds
         if not low <= self.value <= high:
             raise ValueError(
-                f"low {low:g}, value {self.value:g} and high {high:g} are out of order: low <= value <= high"
+                f"low {low:g}, value {self.value:g} and high {high:g} of this figure are out of order: it "
+                "must be low <= value <= high"
             )
         if self.date:
             datetime.date.fromisoformat(self.date)
@@ -62,7 +63,8 @@ class CaseFigure(_Strict):
 def _figure(value: Any) -> Any:
     if isinstance(value, bool | str | list):
         raise ValueError(
-            "a number such as 12.5 is needed, or a table such as {value = 12.5, low = 10, high = 15}"
+            "this figure of the case must be a number such as 12.5, or a table such as "
+            "{value = 12.5, low = 10, high = 15}"
         )
     return {"value": value} if isinstance(value, int | float) else value
 
@@ -76,7 +78,9 @@ Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
 
 def _above(figure: CaseFigure) -> CaseFigure:
     if figure.bounds[0] < _LEAST:
-        raise ValueError(f"the value, and low if it is given, must be above 0: at least {_LEAST:g}")
+        raise ValueError(
+            f"this figure of the case, and its low if it has one, must be above 0: at least {_LEAST:g}"
+        )
     return figure
 
 
@@ -91,7 +95,10 @@ def _pue(figure: CaseFigure) -> CaseFigure:
 
 def _ratio(figure: CaseFigure) -> CaseFigure:
     if figure.bounds[1] > 1:
-        raise ValueError("the ratio, and high if it is given, must be at most 1; 0.1 is 10 %")
+        raise ValueError(
+            "this figure of the case is a share, so it, and its high if it has one, must be at most 1; 10 % "
+            "is 0.1"
+        )
     return figure
 
 
@@ -235,7 +242,7 @@ def parse_case(text: str, what: str) -> DecisionCase:
     try:
         return DecisionCase.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{what} is not TOML: {error}") from error
+        raise UserError(f"{what} is not TOML, as the case of `memfit decide` must be: {error}") from error
     except pydantic.ValidationError as error:
         details = error.errors()[0]
         if details["type"] != "extra_forbidden":
@@ -243,8 +250,8 @@ def parse_case(text: str, what: str) -> DecisionCase:
         location = [str(p) for p in details["loc"]]
         keys = _keys(location[:-1])
         raise UserError(
-            f"{what} has an unknown key: {'.'.join(location)}",
-            allowed=", ".join(keys),
+            f"{what} has a key that the case of `memfit decide` does not have: {'.'.join(location)}",
+            allowed=f"in its place {', '.join(keys)}",
             hint=suggest(location[-1], keys),
         ) from error
 

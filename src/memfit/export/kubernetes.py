@@ -37,14 +37,19 @@ def files(handover: Handover) -> Files:
     if (save_path := handover.config.spec.keep.save) and not (handover.claim and save_path.startswith("/")):
         raise UserError(
             f"with --to k8s, --save {save_path} needs --claim and must be an absolute path",
-            allowed="--save /PATH --claim NAME, a persistent volume claim that all pods can mount",
+            allowed="--save /PATH --claim NAME, where NAME is a persistent volume claim that all pods can "
+            "mount, at /PATH",
         )
     if handover.claim and not save_path:
-        raise UserError("--claim needs --save", allowed="--save /PATH --claim NAME")
-    carried = torchrun.files(handover)
-    if (size := sum(len(t.encode()) for t in carried.values())) > _MOST_BYTES:
         raise UserError(
-            f"the exported files have {size} bytes together, too many for a ConfigMap",
+            "--claim needs --save, as it names the volume for the checkpoints of --save",
+            allowed="--save /PATH --claim NAME, or neither",
+        )
+    carried = torchrun.files(handover)
+    if (total_bytes := sum(len(t.encode()) for t in carried.values())) > _MOST_BYTES:
+        raise UserError(
+            f"--to k8s puts all files of the export into a ConfigMap, but they have {total_bytes} bytes "
+            "together, too many for a ConfigMap",
             allowed=f"at most {_MOST_BYTES} bytes",
         )
     return {**carried, JOB: text(objects(handover, carried))}

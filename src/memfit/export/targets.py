@@ -87,8 +87,10 @@ def _by_the_users_names(handover: Handover, files: Files) -> Files:
     if missing := [Path(f).name for f in user_paths if Path(f).name in words and f not in sources.values()]:
         raise UserError(
             f"{handover.script[0]} is started with {missing[0]}, which engine {handover.config.engine} does "
-            "not read, so the run would not have the plan's settings",
-            allowed=f"--script with configurations of {handover.config.engine} only, or another --to",
+            "not read: the export has no file in its place with the plan's settings, so the run would not "
+            "have them",
+            allowed=f"in --script, of the files of --from, only names of those that configure "
+            f"{handover.config.engine}; or another --to",
         )
     return {
         word: files[name]

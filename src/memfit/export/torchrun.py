@@ -119,6 +119,7 @@ def _handed(handover: Handover) -> str:
     if "megatron.args" in config_names:
         return "$(cat megatron.args)"
     raise UserError(
-        f"memfit does not know the argument by which your script gets the configuration of engine {engine}",
-        hint="name the file of the configuration in --script",
+        f"memfit does not know the argument by which your script gets the configuration of engine {engine}, "
+        f"{' and '.join(config_names)}",
+        hint="name this file in the command line of --script, as your script expects it",
     )

@@ -168,7 +168,8 @@ def read_user_files(
         )
     if setup.ranks is None and ranks is None:
         raise UserError(
-            f"nothing in {', '.join(setup.files)} says how many processes train", allowed="--ranks N"
+            f"nothing in {', '.join(setup.files)}, given with --from, says how many processes train",
+            allowed="--ranks N, the number of processes",
         )
     setup = dataclasses.replace(setup, ranks=ranks or setup.ranks)
     return UserFiles(

@@ -27,7 +27,7 @@ def write(folder: Path, files: Files, *, force: bool = False) -> None:
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and (not force or not folder.is_dir()):
         raise UserError(
-            f"{folder} already exists",
+            f"{folder} already exists and is not an empty folder",
             allowed="a folder that is new or empty",
             hint="--force writes into it nevertheless" if folder.is_dir() else "it is a file, not a folder",
         )

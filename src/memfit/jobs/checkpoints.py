@@ -34,9 +34,9 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     is no complete checkpoint.
     """
     if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
-        if reason := incomplete(folder):
+        if what_is_missing := incomplete(folder):
             raise UserError(
-                f"{folder} is not a complete checkpoint: {reason}",
+                f"{folder} is not a complete checkpoint: {what_is_missing}",
                 hint=f"name {folder.parent} to use the newest complete checkpoint in it",
             )
         return folder, about(folder), ()
@@ -45,10 +45,11 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
         if not (reason := incomplete(path)):
             return path, about(path), tuple(skipped_reasons)
         skipped_reasons.append(f"{path.name}: {reason}")
-    reasons = f" ({'; '.join(skipped_reasons)})" if skipped_reasons else ""
+    incomplete_ones = f", only incomplete ones: {'; '.join(skipped_reasons)}" if skipped_reasons else ""
     raise UserError(
-        f"no complete checkpoint in {folder}{reasons}",
-        allowed="a folder that `memfit run --save` wrote checkpoints into, or one of these checkpoints",
+        f"there is no complete checkpoint in {folder}{incomplete_ones}",
+        allowed="to resume a run, a folder that `memfit run --save` wrote checkpoints into, or one of these "
+        "checkpoints",
     )
 
 

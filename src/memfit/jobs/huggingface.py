@@ -107,7 +107,8 @@ def _length(config: Any, task: str, requested_length: int | None, size: str, nam
     )
     if length > MOST_TOKENS:
         raise UserError(
-            f"length {length} of a sequence is out of range", allowed=f"1 to {MOST_TOKENS} tokens"
+            f"length {length} of {PREFIX}{name} is out of range",
+            allowed=f"1 to {MOST_TOKENS} tokens in a sequence (--length)",
         )
     allowed_length = length
     if config_length is not None and length > config_length - _RESERVED_POSITIONS:
@@ -173,7 +174,8 @@ def _change(config: Any, changes: str, name: str) -> None:
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
             raise UserError(
-                f"the configuration of {PREFIX}{name} has no setting {key!r}",
+                f"the job {PREFIX}{name}?{key}=... changes a setting, but the configuration of {name} has no "
+                f"setting {key!r}",
                 hint=suggest(key, config.to_dict()),
             )
         try:

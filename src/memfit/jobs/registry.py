@@ -123,9 +123,9 @@ def _split_length(ref: JobRef) -> JobRef:
         return ref
     if not size or not length.isdigit() or ":" in ref.spec.removeprefix(huggingface.PREFIX):
         raise UserError(
-            f"--size {ref.size} of the job {ref.spec} has an @, but is not SIZE@LENGTH with a whole "
-            "number, or the job is in a file of the user",
-            allowed="SIZE@LENGTH for a job that is not in a file, or --size SIZE --length LENGTH",
+            f"--size {ref.size} has an @, so it must be SIZE@LENGTH with a whole number LENGTH, and the job, "
+            f"{ref.spec}, must not be in a file of yours (FILE.py:NAME)",
+            allowed="SIZE@LENGTH for a built-in or hf: job; for any job, --size SIZE --length LENGTH",
         )
     if ref.length not in (None, int(length)):
         raise UserError(

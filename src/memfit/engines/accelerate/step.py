@@ -118,7 +118,7 @@ class _ThroughDeepspeed(step.Step, Step):
         if importlib.util.find_spec("deepspeed") is None:
             raise UserError(
                 "engine accelerate needs the package deepspeed for a plan with zero, and it is not installed",
-                hint=deepspeed.ENGINE.install,
+                hint=f"install it: {deepspeed.ENGINE.install}",
             )
         from accelerate.utils import patch_environment
 

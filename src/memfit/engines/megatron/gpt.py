@@ -52,10 +52,11 @@ def read(model: nn.Module) -> GptShape:
     if reasons := list(_differences(model)):
         raise UserError(
             f"engine megatron: Megatron's GPTModel cannot express, in the job's model, {'; '.join(reasons)}",
-            allowed="a memfit.jobs.builtin.gpt.Gpt with the submodules that it builds; with all parameters "
-            "trainable; with equal numbers of heads and equal feed-forward widths in all blocks; with "
-            "biases in all Linear layers of the blocks or in none; with weight, bias and the same eps in "
-            "all norms; and with a head that has no bias and one output per token of the embedding",
+            allowed="a memfit.jobs.builtin.gpt.Gpt with at least one block and the submodules that it "
+            "builds; with all parameters trainable; with equal numbers of heads and equal feed-forward "
+            "widths in all blocks; with biases in all Linear layers of the blocks or in none; with weight, "
+            "bias and the same eps in all norms; and with a head that has no bias and one output per token "
+            "of the embedding",
         )
     first_block: Any = model.blocks[0]
     return GptShape(

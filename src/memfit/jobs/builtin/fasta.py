@@ -40,7 +40,7 @@ def read_text(path: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}, counted from 0)") from error
     if not text.strip():
-        raise UserError(f"{path} is empty or only white space")
+        raise UserError(f"the data file {path} is empty or only white space")
     return text
 
 
@@ -58,7 +58,10 @@ def read_fasta(path: str) -> list[Protein]:
     proteins = []
     for line_number, name, lines in _records(path):
         if not lines:
-            raise UserError(f"{path} line {line_number}: no sequence follows the header of {name!r}")
+            raise UserError(
+                f"{path} line {line_number}: no sequence follows the header of {name!r}",
+                allowed="FASTA: after each header (a line that starts with '>'), lines of sequence",
+            )
         proteins.append(Protein(name=name, sequence=_sequence(path, lines)))
     return proteins
 

@@ -172,16 +172,16 @@ def _user(path: str) -> Pairs:
             if number == 1 or not line.strip():
                 continue
             raise UserError(
-                f"{path} line {number}: {error}",
+                f"{path} line {number}: no number follows the SMILES string: {error}",
                 allowed="SMILES,value: valid SMILES and a number, separated by a comma, tab or space",
             ) from error
         try:
             graph(pair[0])
-        except ValueError as error:
+        except ValueError as broken_smiles:
             raise UserError(
-                f"{path} line {number}: {error}",
+                f"{path} line {number}: broken SMILES string: {broken_smiles}",
                 allowed="SMILES,value: valid SMILES and a number, separated by a comma, tab or space",
-            ) from error
+            ) from broken_smiles
         pairs.append(pair)
     return pairs
 

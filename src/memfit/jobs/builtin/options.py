@@ -73,7 +73,9 @@ class BuiltInOptions:
         for name in names:
             if (value := getattr(self, name)) is not None:
                 raise UserError(
-                    f"the job {job} does not accept --{name}, which is given as {value}", allowed=allowed
+                    f"the job {job} does not accept --{name}, which is given as {value}",
+                    allowed=allowed,
+                    hint=f"leave out --{name}",
                 )
 
 

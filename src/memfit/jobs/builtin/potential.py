@@ -121,10 +121,11 @@ def read(path: str | None) -> MoleculeFrames:
     try:
         with resources.as_file(file) as local_path, np.load(local_path) as archive:
             arrays = {key: archive[key] for key in _KEYS}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as reason:
         raise UserError(
-            f"{path} cannot be read: {error}", allowed=f"a NumPy file .npz with the arrays {', '.join(_KEYS)}"
-        ) from error
+            f"the data file {path} cannot be read, or lacks an array: {reason}",
+            allowed=f"a NumPy file .npz with the arrays {', '.join(_KEYS)}",
+        ) from reason
     train_count = int((arrays["molecule"] < arrays["train_molecules"]).sum())
     species = arrays["numbers"][arrays["molecule"]]
     counts = (species[:, :, None] == np.unique(species[species > 0])).sum(1).astype(np.float64)

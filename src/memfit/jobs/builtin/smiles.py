@@ -55,7 +55,7 @@ def graph(smiles: str) -> Graph:
 
 def _reopened(branches: list[int], smiles: str) -> int:
     if not branches:
-        raise ValueError(f"a branch is closed that was not opened in {smiles!r}")
+        raise ValueError(f"a ) closes a branch that was not opened in {smiles!r}")
     return branches.pop()
 
 
