@@ -175,7 +175,7 @@ def test_every_verdict_cause_has_a_sentence_on_the_page(lang: str) -> None:
 
 def test_a_figure_without_a_record_is_refused() -> None:
     """Rendering fails for a figure without a source and for a number without a mark."""
-    with pytest.raises(ValueError, match="names '' as its source"):
+    with pytest.raises(ValueError, match="with the source ''"):
         _shown(measured(1.0, "s"))
     with pytest.raises(ValueError, match="'run-2'"):
         _shown(measured(1.0, "s", "run-2"))

@@ -318,7 +318,7 @@ def test_a_micro_batch_of_dependent_samples_is_refused_with_alternatives(own: Pa
     bounds = Bounds(micro_batch=2, without=others)
     with pytest.raises(UserError, match=r"changes BatchNorm's statistics.*allowed: --accuracy any"):
         search(_request(f"{own}:norms", bounds=bounds), _quiet)
-    with pytest.raises(UserError, match=r"weights the terms.*allowed: a mean over the terms"):
+    with pytest.raises(UserError, match=r"weights the terms.*allowed: a loss that is a mean over the terms"):
         search(_request(f"{own}:summed", bounds=bounds, accuracy=Accuracy.ANY), _quiet)
 
 

@@ -349,5 +349,5 @@ def test_an_unfinished_poc_has_no_record() -> None:
 def test_a_field_that_appears_twice_is_refused() -> None:
     text = exchange.text(exchange.of_poc(full_poc()))
     twice = text.replace('"reproducible":', '"reproducible": false, "reproducible":', 1)
-    with pytest.raises(UserError, match="'reproducible' is a repeated field"):
+    with pytest.raises(UserError, match="has the field 'reproducible' more than once"):
         exchange.parse_record(twice, what="b")

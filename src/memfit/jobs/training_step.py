@@ -232,13 +232,15 @@ class TrainingStep:
 
     def _micro_step(self, part: Any, share: float, on_phase: OnPhase, *, last: bool) -> torch.Tensor:
         if self.bench.pipeline is not None:
-            count, length = self.bench.pipeline.micro_batches, batch_length(part)
-            if length % count:
+            micro_batches, samples = self.bench.pipeline.micro_batches, batch_length(part)
+            if samples % micro_batches:
                 raise UserError(
-                    f"{count} pipeline micro-batches cannot be cut evenly from {length} samples",
-                    allowed=f"in each accumulation step, a number of samples that {count} divides",
+                    f"pipeline cannot divide the {samples} samples that a data-parallel rank gets in one "
+                    f"accumulation step into {micro_batches} equal micro-batches",
+                    allowed=f"a multiple of {micro_batches} samples; or a value of pipeline's setting "
+                    f"micro_batches that divides {samples}",
                 )
-            parts = split(part, count)
+            parts = split(part, micro_batches)
             terms = [self._terms(p) for p in parts]
             pieces = [(p, share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
             return self.bench.pipeline.run(pieces, self._weighted, on_phase, last=last)

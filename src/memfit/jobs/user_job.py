@@ -102,8 +102,8 @@ def _run_file(path: Path, spec: str) -> ModuleType:
     """
     if not path.is_file():
         raise UserError(
-            f"no such file: {path}",
-            hint="name a job of your own as path.py:attribute, its file and a Job or function in it",
+            f"no such file: {path}, which the job {spec} names",
+            hint="FILE.py:NAME names a job of your own: a Job, or a function that returns one, in this file",
         )
     resolved = path.resolve()
     name = f"memfit_user_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
@@ -210,8 +210,10 @@ def guarded(action: Any, spec: str) -> Any:
             f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
         )
         error_text = error.msg if isinstance(error, SyntaxError) else str(error)
-        message = (error_text.splitlines() or [""])[0]
-        raise UserError(f"{spec} raised {type(error).__name__}: {message}{at_file_and_line}") from error
+        first_line_of_error = (error_text.splitlines() or [""])[0]
+        raise UserError(
+            f"{spec} raised {type(error).__name__}: {first_line_of_error}{at_file_and_line}"
+        ) from error
 
 
 def _syntax_place(error: BaseException) -> str:

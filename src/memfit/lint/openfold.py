@@ -152,7 +152,10 @@ def batch_size(s: Setup) -> int:
 
 def _count(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"OpenFold's setting {name} is {json.dumps(value)}", allowed="a whole number above 0")
+        raise UserError(
+            f"OpenFold's setting {name} is {json.dumps(value)}",
+            allowed="a whole number above 0; for blocks_per_ckpt also null (no recomputation)",
+        )
     return value
 
 

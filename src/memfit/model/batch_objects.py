@@ -55,8 +55,10 @@ def split_object(batch: Any, sizes: Sequence[int]) -> list[Any] | None:
         return None
     join, split = getattr(type(batch), "from_data_list", None), getattr(batch, "to_data_list", None)
     if join is None or split is None:
+        class_of_object = _object_name(batch)
         raise UserError(
-            f"a batch that is or contains a {_object_name(batch)} cannot be split into {len(sizes)} parts",
+            f"a batch that is or contains a {class_of_object} cannot be split into {len(sizes)} parts, "
+            "such as micro-batches",
             allowed="tensors with the samples along dimension 0, also inside tuples, lists and dicts; or a "
             "batch that is itself one object with to_data_list() and from_data_list()",
         )

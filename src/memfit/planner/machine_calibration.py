@@ -173,8 +173,9 @@ def probe_here(request: Request, signatures: list[str], budget_s: float, rates: 
     config = native.render_calibration(spec, signatures, budget_s=budget_s, packages=packages, rates=rates)
     outcome = run(config, on_event=listen)
     if not calibrations:
+        why_it_ended = outcome.reason or outcome.outcome.value
         raise RunError(
             "the calibration of this machine, in which operators are timed, ended without a result: "
-            f"{outcome.reason or outcome.outcome.value}"
+            f"{why_it_ended}"
         )
     return calibrations[0]

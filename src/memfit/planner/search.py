@@ -261,11 +261,13 @@ def _refuse_ranks(request: Request, pricer: Pricer) -> None:
         return
     dependence = pricer.dependence
     effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
+    how_this_is_known, plan_or_norm_to_use = dependence.reason, dependence.way_out
     refuse_wrong_weights(make_plain_plan(request.ranks), dependence)
     raise UserError(
-        f"dividing the batch over {request.ranks} ranks {effect_on_training} ({dependence.reason})",
+        f"dividing the batch over {request.ranks} ranks would change the training: it {effect_on_training} "
+        f"({how_this_is_known})",
         allowed="--accuracy any",
-        hint=f"to keep the training, use {dependence.way_out}",
+        hint=f"to keep the training as it is, use {plan_or_norm_to_use}",
     )
 
 

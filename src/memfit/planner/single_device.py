@@ -44,15 +44,16 @@ def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> 
     if dependence is None or may_split(dependence, request.accuracy):
         return UserError(
             f"the excluded techniques, accuracy and engine leave no plan with a micro-batch of {size}",
-            hint="relax --without (exclude fewer techniques), --accuracy (allow larger changes of the "
-            "training) or --micro-batch (another size, or none)",
+            hint="relax --without (exclude fewer techniques) or --accuracy (allow larger changes of the "
+            "training), or choose another --engine or --micro-batch (or none)",
         )
     effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
-    mean_over_counted_terms = dependence.way_out  # if weighted wrongly: the loss that may be split
+    how_this_is_known, mean_over_counted_terms = dependence.reason, dependence.way_out
     is_weighted_wrongly = dependence.cause is DependenceCause.WEIGHTS
     return UserError(
-        f"a micro-batch of {size} splits the batch, which {effect_on_training} ({dependence.reason})",
-        allowed=mean_over_counted_terms if is_weighted_wrongly else "--accuracy any",
+        f"a micro-batch of {size} would change the training: splitting the batch {effect_on_training} "
+        f"({how_this_is_known})",
+        allowed=f"a loss that is {mean_over_counted_terms}" if is_weighted_wrongly else "--accuracy any",
         hint="or leave out --micro-batch",
     )
 

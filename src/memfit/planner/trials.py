@@ -51,14 +51,15 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
     be faster for a few steps each, under the cap.
 
     No run starts after ``budget_s`` seconds, unless fewer than two plans ran successfully. If every run
-    failed, the recommendation is unchanged. Raises UserError for a goal that does not depend on time
+    failed, the recommendation is unchanged. Raises UserError for a goal that is not calculated from step time
     ("smallest", "fewest").
     """
     if planning.request.goal not in BY_TIME:
         raise UserError(
-            f"plans cannot be chosen by measured step times for the goal {planning.request.goal.value}",
+            "plans can be chosen by measured step times only for a goal that is calculated from step time, "
+            f"not for {planning.request.goal.value}",
             allowed=f"the goals {', '.join(BY_TIME)}",
-            hint="for other goals, search without measuring: what they compare is predicted",
+            hint="for other goals, search without measuring: plans are then chosen by their predictions",
         )
     trials = _Trials(planning, progress, budget_s)
     trials.run_round(_shortlist(planning), _SCREENING)

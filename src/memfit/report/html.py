@@ -190,8 +190,8 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
             ).format(css, text, mark)
         if figure.source not in labels:
             raise ValueError(
-                f"the figure {text} ({mark}) names {figure.source!r} as its source, "
-                "but this page has no record with that anchor"
+                f"this page shows the number {text}, marked as {mark}, with the source {figure.source!r}, "
+                "but has no record with this anchor to which the number could link"
             )
         live_attribute = Markup(' data-stage="{}"').format(figure.live) if figure.live else ""
         tooltip = words.get("mark_of", mark=mark, record=labels[figure.source])

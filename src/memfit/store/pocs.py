@@ -54,7 +54,7 @@ def _stored_poc(store: Store, poc_id: str) -> Poc:
     if not begin_rows and (taken_rows := store.records(poc_id, TAKEN)):
         reporter = taken_from(taken_rows[-1])
         raise UserError(
-            f"{poc_id} is a record from {reporter}, not measured here, so it has no runs",
+            f"{poc_id} is a record from {reporter}, not measured here, so the store has no PoC with its runs",
             hint="`memfit scale` and `memfit compare` can read it",
         )
     if not begin_rows:

@@ -43,7 +43,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         raise UserError(
             f"chunking finds nothing to cut in {type(bench.model).__name__}",
             allowed="a module that can run on independent slices of its input one after the other, and that "
-            "allocates more memory inside than one slice may use (setting mib or, if that is 0, parts)",
+            "allocates more memory inside than the budget of one slice, which the settings mib and parts set",
         )
     for name, cut in cuts.items():
         _wrap(bench.model.get_submodule(name), cut, budget)

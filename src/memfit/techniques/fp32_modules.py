@@ -52,11 +52,11 @@ def keep_in_float32(bench: Workbench, plan: Plan, carried: frozenset[str]) -> No
     bench.islands = find(bench.model, bench.job.islands)
     outer_dtype = surroundings(plan)
     for name, module in bench.islands.items():
-        bf16_technique = _lost(plan, carried)
-        if bf16_technique and next(module.parameters(), None) is not None:
+        technique_with_precision_bf16 = _lost(plan, carried)
+        if technique_with_precision_bf16 and next(module.parameters(), None) is not None:
             raise UserError(
-                f"{bf16_technique} has one dtype for all parameters, but the job's island {name!r} "
-                "must stay float32",
+                f"{technique_with_precision_bf16} has one dtype for all parameters, but the module "
+                f"{name!r} of Job(islands=...) must stay float32",
                 hint="use bf16-autocast, bf16-parameters or memfit's own fsdp2, which keep islands float32",
             )
         _wrap(module, outer_dtype if name else None)  # the whole model has no surroundings

@@ -16,7 +16,7 @@ from memfit.techniques.registry import check, make_use
 from memfit.types.errors import MemfitError, UserError, suggest
 from memfit.types.plan import Plan
 
-_KEYS = ("techniques", "ranks", "note")
+_KEYS_OF_A_PLAN = ("techniques", "ranks", "note")
 
 
 def read_plan(path: Path) -> Plan:
@@ -29,7 +29,8 @@ def read_plan(path: Path) -> Plan:
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())[:160]}") from error
+        parser_message = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} is not valid YAML in UTF-8: {parser_message}") from error
     return parse_plan(data, what=str(path))
 
 
@@ -46,9 +47,10 @@ def parse_plan(data: object, *, what: str) -> Plan:
     """
     if not isinstance(data, dict):
         raise UserError(
-            f"{what} does not contain a mapping", allowed=f"a mapping with any of the keys {', '.join(_KEYS)}"
+            f"{what} is not a plan: it does not contain a mapping",
+            allowed=f"a mapping with any of the keys {', '.join(_KEYS_OF_A_PLAN)}",
         )
-    problems = [_unknown(key) for key in data if key not in _KEYS]
+    problems = [_unknown(key) for key in data if key not in _KEYS_OF_A_PLAN]
     techniques = data.get("techniques") or {}
     if not isinstance(techniques, dict):
         problems.append("the value of techniques is not a mapping of technique names to settings")
@@ -79,8 +81,8 @@ def _settings(name: str, value: object) -> dict[str, object]:
 
 
 def _unknown(key: object) -> str:
-    hint = suggest(str(key), _KEYS)
-    return f"unknown key {key!r} (allowed: {', '.join(_KEYS)}{hint and f', {hint}'})"
+    hint = suggest(str(key), _KEYS_OF_A_PLAN)
+    return f"unknown key {key!r} (allowed: {', '.join(_KEYS_OF_A_PLAN)}{hint and f', {hint}'})"
 
 
 def plan_text(plan: Plan, *, note: str = "") -> str:

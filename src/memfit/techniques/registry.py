@@ -202,9 +202,9 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
             "L40S, RTX 4090, B200 and MI300X",
             hint="`memfit machines` lists the peak rates of devices",
         )
-    if (why_they_conflict := conflict(plan)) is not None:
+    if (why_techniques_or_settings_conflict := conflict(plan)) is not None:
         raise UserError(
-            f"impossible plan: {why_they_conflict}",
+            f"impossible plan: {why_techniques_or_settings_conflict}",
             hint="take one of these techniques out, or change their settings",
         )
     for u in plan.uses:
@@ -252,10 +252,10 @@ def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
     get wrong weights (``dependence.cause`` is `DependenceCause.WEIGHTS`). Samples that depend on each other
     for another reason raise nothing."""
     if dependence.cause is DependenceCause.WEIGHTS and changes_training(plan, dependence):
-        mean_over_counted_terms = dependence.way_out  # the loss that may be split
+        how_this_is_known, mean_over_counted_terms = dependence.reason, dependence.way_out
         raise UserError(
-            f"{plan.label} splits the batch and would weight its loss terms wrongly: {dependence.reason}",
-            allowed=mean_over_counted_terms,
+            f"{plan.label} splits the batch and would weight its loss terms wrongly: {how_this_is_known}",
+            allowed=f"a loss that is {mean_over_counted_terms}",
             hint="or a plan that does not split the batch",
         )
 

@@ -423,10 +423,10 @@ def _guesses_blamed(recorder: AllocationRecorder) -> Iterator[None]:
 def _blamed(error: Exception, guesses: list[str]) -> UserError | None:
     if not guesses or not isinstance(error, RuntimeError | ValueError | IndexError | TypeError):
         return None
-    reason = (str(error).splitlines() or [repr(error)])[0]
+    first_line_of_error = (str(error).splitlines() or [repr(error)])[0]
     last_guess = guesses[-1]
     user_error = UserError(
-        f"the step does not run on fake tensors: {reason[:200]}",
+        f"the step does not run on fake tensors: {first_line_of_error[:200]}",
         hint=f"before, memfit had to guess a value ({last_guess}); give the true one as bound= of Job(...) "
         "or estimate(...)",
     )

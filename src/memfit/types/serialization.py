@@ -80,7 +80,7 @@ def toml_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read the TOML file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8, so it is not TOML: {error}") from error
 
@@ -96,15 +96,15 @@ def to_user_error(error: pydantic.ValidationError, what: str) -> UserError:
     branches = [e for e in branches if e["input"] is main_error["input"]]
     path = main_error["loc"][:-1] if branches else main_error["loc"]
     location = ".".join(map(str, path)) or ("the whole text" if main_error["type"] == "json_invalid" else "")
-    at_place = f" at {_short(location)}" if location else ""
+    at_field = f" at {_short(location)}" if location else ""
     matches = (_SHOULD.fullmatch(_OBJECT.sub("an object", e["msg"])) for e in (main_error, *branches))
-    allowed = [m[1] for m in matches if m]
-    allowed = allowed or (["a list"] if main_error["type"] == "sequence_str" else [])
-    if not allowed:
+    accepted = [m[1] for m in matches if m]
+    accepted = accepted or (["a list"] if main_error["type"] == "sequence_str" else [])
+    if not accepted:
         why_it_is_invalid = _short(main_error["msg"].removeprefix("Value error, "), 6 * _LONGEST)
-        return UserError(f"{what} is invalid{at_place}: {why_it_is_invalid}")
+        return UserError(f"{what} is invalid{at_field}: {why_it_is_invalid}")
     given_value = _short(ascii(main_error["input"]))
-    return UserError(f"{what} is invalid{at_place}: it is {given_value}", allowed=" or ".join(allowed))
+    return UserError(f"{what} is invalid{at_field}: it is {given_value}", allowed=" or ".join(accepted))
 
 
 def _short(text: str, longest: int = _LONGEST) -> str:

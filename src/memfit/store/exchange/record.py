@@ -53,9 +53,11 @@ def _dated(date: str) -> str:
     try:
         moment = datetime.datetime.fromisoformat(date)
     except ValueError as error:
-        raise ValueError(f"{date} is not an existing date and time: {error}") from error
+        raise ValueError(f"the record's time {date} does not exist: {error}") from error
     if moment > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1):  # clocks may differ
-        raise ValueError(f"{date} is in the future, by more than a day after the time of this machine")
+        raise ValueError(
+            f"the record's time {date} is in the future, more than a day ahead of this machine's clock"
+        )
     return date
 
 
@@ -206,7 +208,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         repeated_name = next(n for n in names if names.count(n) > 1)
-        raise ValueError(f"{repeated_name!r} is a repeated field of a JSON object")
+        raise ValueError(f"an object in the JSON has the field {repeated_name!r} more than once")
     return mapping
 
 

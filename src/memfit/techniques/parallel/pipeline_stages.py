@@ -190,10 +190,12 @@ class Pipeline:
             return SCHEDULES[name](
                 stages[0] if single else stages, self.micro_batches, loss_fn=_as_it_is, scale_grads=False
             )
-        except ValueError as error:
+        except ValueError as reason_from_torch:
             raise UserError(
-                f"pipeline schedule {name!r} does not support these stages and micro-batches: {error}"
-            ) from error
+                f"pipeline schedule {name!r} does not support this plan's numbers of stages and "
+                f"micro-batches: {reason_from_torch}",
+                hint="choose another schedule, or other values of virtual or micro_batches",
+            ) from reason_from_torch
 
     def _make_stage(self, stage: int, learns: list[bool]) -> _Stage:
         def like(at: int) -> tuple[torch.Tensor, ...]:

@@ -119,10 +119,13 @@ def _observed(
         if key not in flows:
             flows[key] = observe(bench.job, bench.model, blocks, roles, shrink)
     except (RuntimeError, ValueError, TypeError) as error:
-        on_which_tensors = "on a slice of their features" if shrink else "on tensors without values"
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        on_sliced_features_or_no_values = (
+            "on a slice of their features" if shrink else "on tensors without values"
+        )
+        first_line_of_error = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"tensor-parallel: the blocks do not run {on_which_tensors}: {first_line}",
+            f"tensor-parallel: in a test run {on_sliced_features_or_no_values}, the blocks raised: "
+            f"{first_line_of_error}",
             hint="name the Linear layers to split in Job(tensor_parallel=...)",
         ) from error
     return flows[key]
