@@ -388,15 +388,14 @@ def _data(path: Path, text: str) -> dict[str, Any] | Script:
                 return data
             raise _unknown(path, f"it must contain keys with values, not a {type(data).__name__}")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())[:120]}"
-        ) from error
+        format_name, parser_message = path.suffix[1:].upper(), " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is not valid {format_name}: {parser_message}") from error
     return read_script(text)
 
 
-def _unknown(path: Path, reason: str) -> UserError:
+def _unknown(path: Path, what_was_found: str) -> UserError:
     return UserError(
-        f"{path} is not a configuration that memfit can read: {reason}",
+        f"{path} is not a configuration that memfit can read: {what_was_found}",
         allowed=f"a configuration of a training library, one of: {'; '.join(KINDS.values())}",
     )
 
@@ -464,7 +463,7 @@ def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> 
     kind, changes = _read_one(target)
     if kind != "openfold_config":
         raise UserError(
-            f"{target}, which OpenFold's argument --experiment_config_json names, is {KINDS[kind]}",
+            f"{target}, which train_openfold.py's argument --experiment_config_json names, is {KINDS[kind]}",
             allowed=f'{KINDS["openfold_config"]}, with keys such as "globals.chunk_size"',
         )
     options_by_kind["openfold_config"] = changes

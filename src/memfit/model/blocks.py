@@ -175,10 +175,12 @@ def _children_at(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
     except AttributeError:
         children = []
     if not children:
+        paths = ", ".join(_paths_of_repeated_blocks(model))
+        such_as_these_paths = f", such as {paths}" if paths else ""
         raise UserError(
-            f"the model has no module with children, so no blocks at {path!r}",
-            allowed=", ".join(_paths_of_repeated_blocks(model)) or "none",
-            hint="set Job(blocks=...) to the path of a module whose children are the blocks",
+            f"no blocks at {path!r}: the model has no module with this path, or that module has no children",
+            allowed=f"the path of a module whose children are the blocks{such_as_these_paths}",
+            hint="correct the path in Job(blocks=...) or Job(more_blocks=...)",
         )
     return children
 
@@ -213,7 +215,8 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
     if names := embedding_names or common_names:
         return names[0], linears[names[0]]
     raise UserError(
-        "no output projection to the vocabulary or classes found in the model",
+        "no output projection to the vocabulary or classes found in the model, but chunked-cross-entropy, "
+        "and tensor-parallel with a split vocabulary, need one",
         allowed="an nn.Linear that the model's get_output_embeddings() returns, or one with one of the names "
         f"{', '.join(_HEAD_NAMES)} that is a child of the model or of one of its children",
         hint="set Job(head=...) to the path of the nn.Linear that projects to the vocabulary or classes",

@@ -38,8 +38,8 @@ def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
     is_ordered = forward == sorted(forward) and backward == sorted(backward, reverse=True)
     if len(forward) != BLOCKS or len(backward) != BLOCKS or not is_ordered:
         raise UserError(
-            f"the blocks at {path!r} do not run one after the other in forward, and in reverse order in "
-            "backward",
+            "a search of plans for several devices needs a chain of blocks, but those at "
+            f"{path!r} do not run one after the other in forward and in reverse order in backward",
             allowed="a chain of blocks, of which each works on the output of the one before it",
         )
     forward_span, backward_span = view.span(Phase.FORWARD), view.span(Phase.BACKWARD)

@@ -448,13 +448,15 @@ def no_grid_error(limits: Limits) -> UserError:
         return UserError(
             "splitting the batch would change the training, because its samples depend on each other or its "
             f"loss terms would be weighted wrongly, and every plan for {limits.ranks} devices splits it",
-            allowed="--accuracy any; but nothing if a split batch would weight the terms of the loss wrongly",
+            allowed="--accuracy any if samples depend on each other; nothing if a split batch would weight "
+            "the loss terms wrongly",
             hint="`memfit plan` for one device names the reason; if it is BatchNorm, replace it by "
             "SyncBatchNorm, which allows data-parallel ranks",
         )
     if limits.batch % limits.ranks == 0 and limits.refuses is not None:
         return UserError(
-            f"the engine supports none of the plans for {limits.ranks} devices that a search considers",
+            f"the engine (--engine) supports none of the plans for {limits.ranks} devices that a search "
+            "considers",
             allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
             hint="`memfit engines JOB --plan FILE` prices a plan of yours and shows which engines support it",
         )

@@ -127,7 +127,9 @@ def _from_npz(path: str, column: str | None) -> list[int]:
     if not length_arrays:
         with_the_name = f" with the name {column!r}" if column else ""
         raise UserError(
-            f"{path} has no one-dimensional array of whole numbers{with_the_name}",
+            f"the .npz file {path} has no one-dimensional array of whole numbers{with_the_name}",
+            allowed="such an array with the lengths of the sequences",
+            hint="--column names the array; without it, the first such array is used",
         )
     return [int(v) for v in length_arrays[0]]
 
@@ -138,8 +140,11 @@ def _from_csv(path: str, column: str | None) -> list[int]:
     first = rows[0] if rows else {}
     column_name = column or next((n for n in column_names if (first.get(n) or "").strip().isdecimal()), None)
     if column_name is None or column_name not in column_names:
+        named_or_of_whole_numbers = column or "whose first value is a whole number"
         raise UserError(
-            f"{path} has no column {column or 'of whole numbers'}", allowed=", ".join(column_names)
+            f"the CSV file {path} has no column {named_or_of_whole_numbers}",
+            allowed=f"a column with the lengths; those of this file are {', '.join(column_names) or 'none'}",
+            hint="--column names the column",
         )
     return [_whole((r[column_name] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
 

@@ -174,9 +174,9 @@ class _Recorder(TorchDispatchMode):
                     self._origin[key] = self.position
             self._kept.append(tensor)
 
-    def _broken(self, reason: str) -> UserError:
+    def _broken(self, what_breaks_the_chain: str) -> UserError:
         return UserError(
-            f"pipeline cannot cut the model, which is not a chain of blocks: {reason}",
+            f"pipeline cannot cut the model, which is not a chain of blocks: {what_breaks_the_chain}",
             allowed=f"blocks in {self.path} that run once each, in order, and pass their output to the next "
             "one and to nothing else",
             hint="move what runs between the blocks into them, or name other blocks in Job(blocks=...)",
