@@ -115,6 +115,20 @@ def test_the_skypilot_task_has_only_known_keys(given: Handover) -> None:
     assert task["num_nodes"] == 2
 
 
+@pytest.mark.parametrize(
+    ("engine", "packages"),
+    [
+        ("native", "torch, memfit"),
+        ("fairscale", "torch, memfit, fairscale"),
+        ("colossalai", "torch, memfit, colossalai"),
+        ("megatron", "torch, memfit, megatron.core"),
+    ],
+)
+def test_the_default_setup_imports_the_engines_package(engine: str, packages: str) -> None:
+    task = yaml.safe_load(bundle("skypilot", handover(engine=engine))["task.yaml"])
+    assert task["setup"] == f"python -c 'import {packages}'\n"
+
+
 def test_the_skypilot_task_starts_its_share_of_the_ranks(tmp_path: Path) -> None:
     write(tmp_path / "out", bundle("skypilot", scripted(gpu="H100")))
     task = yaml.safe_load((tmp_path / "out" / "task.yaml").read_text())

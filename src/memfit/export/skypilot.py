@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from memfit.engines import native
 from memfit.export import torchrun
 from memfit.export.base import Files, Handover
 from memfit.export.kubernetes import text
@@ -60,11 +61,9 @@ def _resources(handover: Handover) -> dict[str, Any]:
 
 def _check(handover: Handover) -> str:
     """Return a shell command that fails if a Python package is missing: it imports torch; memfit if its
-    worker trains; and accelerate, deepspeed or megatron.core if that is the engine. It serves as set-up
-    command if none is given, so that a node reports a missing package before anything starts."""
+    worker trains; and the engine's package unless the engine is native. It serves as set-up command if none
+    is given, so that a node reports a missing package before anything starts."""
     packages = ["torch"] if handover.script else ["torch", "memfit"]
-    module_by_engine = {"accelerate": "accelerate", "deepspeed": "deepspeed", "megatron": "megatron.core"}
-    packages += (
-        [module_by_engine[handover.config.engine]] if handover.config.engine in module_by_engine else []
-    )
+    if (engine := handover.config.engine) != native.ENGINE.name:
+        packages.append("megatron.core" if engine == "megatron" else engine)
     return f"python -c {shlex.quote('import ' + ', '.join(packages))}"
