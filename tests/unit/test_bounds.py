@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from memfit.catalog import machine
 from memfit.cli import main
 from memfit.cost.step_time import sketched_s
+from memfit.planner.explanations import nothing_fits
 from memfit.planner.request import Planning, Request
 from memfit.planner.search import search
 from memfit.planner.selection import Objective, missed_bounds, respects_micro_batch
@@ -127,3 +130,71 @@ def test_more_processes_than_devices_are_refused_before_anything_is_traced(
     told = capsys.readouterr().err
     assert "--nproc 2 does not suit A100-80GB-SXM, which has 1 device;" in told
     assert "2xA100-80GB-SXM" in told
+
+
+def _traced(technique: str, step_s: float, usd: float) -> Estimate:
+    exactly = Interval(value=1.0, low=1.0, high=1.0)
+    return Estimate(
+        plan=Plan(uses=(make_use(technique, {}),)),
+        allocated_bytes=exactly,
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=Interval(value=step_s, low=step_s, high=step_s),
+        flops_per_step=0,
+        traced=True,
+        usd=usd,
+    )
+
+
+QUICK, CHEAP = _traced("adafactor", 36.0, 1.0), _traced("sgd", 72.0, 0.1)  # 10 h, 1000 USD; 20 h, 100 USD
+
+
+def ways_out(needs_bytes: int = 0, **limits: float) -> tuple[str, ...]:
+    """Return what is suggested if neither QUICK nor CHEAP keeps to a cap of 1 GiB and ``limits``, in 1,000
+    steps, and there is no plan for more devices."""
+
+    def estimates(ranks: int) -> list[Estimate]:
+        if ranks > 1:
+            raise UserError("no plan")
+        return []
+
+    aim = SimpleNamespace(goal=Objective.FASTEST, cap_bytes=2**30, host=lambda e: True)
+    scale: Any = SimpleNamespace(
+        aim=aim,
+        bounds=Bounds(steps=1000, **limits),  # type: ignore[arg-type]
+        estimates=estimates,
+        needs=lambda e: needs_bytes,
+        fits_memory=lambda e: needs_bytes <= aim.cap_bytes,
+    )
+    return nothing_fits(scale, [QUICK, CHEAP], 1).ways
+
+
+def test_each_suggested_deadline_or_budget_is_enough_alone() -> None:
+    assert ways_out(deadline_s=3600.0) == ("a deadline of 10.00 h, with adafactor",)
+    assert ways_out(deadline_s=15 * 3600.0, budget_usd=500.0) == (
+        "a deadline of 20.00 h, with sgd",
+        "a budget of 1000.00 USD, with adafactor",
+    )
+    assert ways_out(deadline_s=3600.0, budget_usd=10.0) == (
+        "a deadline of 10.00 h and a budget of 1000.00 USD, with adafactor",
+        "a deadline of 20.00 h and a budget of 100.00 USD, with sgd",
+    )
+
+
+def test_more_memory_is_suggested_only_for_plans_that_keep_to_the_deadline() -> None:
+    assert ways_out(2**30 + 1, deadline_s=15 * 3600.0) == ("0.1 GiB more on each device",)
+    assert ways_out(2**30 + 1, deadline_s=3600.0) == ()
+
+
+def test_a_device_that_only_a_machine_file_describes_is_not_suggested_as_a_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lab.toml"
+    memory = '{value = 48e9, source = "torch", date = "2026-01-01", kind = "measured"}'
+    device = f'name = "this machine"\nkind = "cuda"\nmemory_bytes = {memory}\n'
+    file.write_text(f'name = "lab"\nplace = "world"\n[device]\n{device}')
+    assert main(["plan", "char-lm", "--on", str(file), "--nproc", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "--nproc 2 does not suit lab, which has 1 device;" in told
+    assert "xthis machine" not in told

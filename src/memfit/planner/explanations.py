@@ -4,6 +4,7 @@ plans are impossible, what more hardware would bring, and what would help if no 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from memfit.planner.plan_space import complexity
 from memfit.planner.selection import Objective, best, missed_bounds, none_fits, score, within_bounds
 from memfit.techniques.registry import short_label
 from memfit.types.errors import NothingFits, UserError
-from memfit.types.plan import Plan
+from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate, Reason, Sensitivity
 
 if TYPE_CHECKING:
@@ -182,25 +183,76 @@ def _sensitivity_to(kind: str, winner: Estimate, changed: Estimate, **extra: Any
     )
 
 
-def _more_memory(scale: Scale, smallest: Estimate, ranks: int) -> Iterator[str]:
-    if (extra_bytes := scale.needs(smallest) - scale.aim.cap_bytes) > 0:
-        yield f"{extra_bytes / 2**30:.1f} GiB more on each device"
-    fitting = [e for e in (smallest, *scale.estimates(ranks)) if scale.needs(e) <= scale.aim.cap_bytes]
-    if fitting:
+def _more_memory(scale: Scale, known: Sequence[Estimate], ranks: int) -> Iterator[str]:
+    """Yield changes of memory, each of which alone would be enough: by how much each device falls short of
+    what the smallest plan needs; and the plan that fits the device and needs the least of the host, with what
+    it needs of it. Only plans that keep to the deadline and the budget count; for the first change, also only
+    those for which the host has enough memory.
+
+    ``known``: the traced estimates, none of which fits both device and host. ``ranks``: as in `nothing_fits`.
+    """
+    on_host = [e for e in known if within_bounds(scale.bounds, e) and scale.aim.host(e)]
+    if on_host:
+        extra_bytes = min(map(scale.needs, on_host)) - scale.aim.cap_bytes
+        yield f"{_rounded_up(extra_bytes / 2**30, 1)} GiB more on each device"
+    on_device = [
+        e
+        for e in (*known, *scale.estimates(ranks))
+        if scale.needs(e) <= scale.aim.cap_bytes and within_bounds(scale.bounds, e)
+    ]
+    if on_device:
         preferred = min(
-            fitting, key=lambda e: (e.host_bytes.value if e.host_bytes else 0.0, complexity(e.plan))
+            on_device, key=lambda e: (e.host_bytes.value if e.host_bytes else 0.0, complexity(e.plan))
         )
         yield f"{short_label(preferred.plan)}, which {host_line(preferred, scale.machine)}"
+
+
+def _looser_bounds(bounds: Bounds, fitting: Sequence[Estimate]) -> Iterator[str]:
+    """Yield changes of the deadline and the budget, each of which alone would be enough. For the deadline, it
+    is what the fastest plan needs of those that keep to the budget; for the budget, what the cheapest plan
+    needs of those that keep to the deadline. If no plan keeps to the other limit, it is what the fastest (or
+    the cheapest) of all plans needs, of both. A plan whose time or cost is limited but unknown does not
+    count.
+
+    ``fitting``: plans that fit the memory.
+    """
+    deadline, budget = (
+        dataclasses.replace(bounds, budget_usd=None),
+        dataclasses.replace(bounds, deadline_s=None),
+    )
+    wanted = (
+        (bounds.deadline_s, Objective.FASTEST, budget),
+        (bounds.budget_usd, Objective.CHEAPEST, deadline),
+    )
+    priced = [
+        e
+        for e in fitting
+        if (bounds.deadline_s is None or e.step_s) and (bounds.budget_usd is None or e.usd is not None)
+    ]
+    for limit, objective, other_limit in wanted:
+        if limit is None or not priced:
+            continue
+        preferred = min(priced, key=lambda e: (not within_bounds(other_limit, e), score(e, objective)))
+        changes = []
+        if not within_bounds(deadline, preferred) and preferred.step_s:
+            needed_s = preferred.step_s.value * bounds.steps
+            changes.append(f"a deadline of {_rounded_up(needed_s / 3600, 2)} h")
+        if not within_bounds(budget, preferred) and preferred.usd is not None:
+            changes.append(f"a budget of {_rounded_up(preferred.usd * bounds.steps, 2)} USD")
+        if changes:
+            yield f"{' and '.join(changes)}, with {short_label(preferred.plan)}"
+
+
+def _rounded_up(value: float, digits: int) -> str:
+    """Return ``value`` with ``digits`` decimals, rounded up, so that the number is enough."""
+    return f"{math.ceil(value * 10**digits) / 10**digits:.{digits}f}"
 
 
 def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
     """Return the NothingFits error, with a list of changes (``ways``) that would help:
 
-    - If some known plan fits the memory: the deadline that the fastest of these would meet, if a deadline was
-      set, and the budget of money that the cheapest would meet, if a budget was set.
-    - If none does: the memory by which each device falls short of the plan that needs the least, if it does;
-      and, of the plans that fit the device, the one that needs the least host memory, with what it needs of
-      it.
+    - If some known plan fits the memory: the deadline and the budget of money of `_looser_bounds`.
+    - If none does: the memory of `_more_memory`.
     - In both cases: the least of 2, 4, 8 and 16 times ``ranks`` devices for which a sketch fits the memory
       and keeps to the bounds, if there is one.
 
@@ -208,20 +260,8 @@ def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int) -> Nothing
     """
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
     smallest = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))
-    ways = []
     fitting = [e for e in known if scale.fits_memory(e)]
-    if fitting:
-        fastest = min(fitting, key=lambda e: score(e, Objective.FASTEST))
-        cheapest = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
-        if scale.bounds.deadline_s is not None and fastest.step_s:
-            needed_s = fastest.step_s.value * scale.bounds.steps
-            ways.append(f"a deadline of {needed_s / 3600:.2f} h, with {short_label(fastest.plan)}")
-        if scale.bounds.budget_usd is not None and cheapest.usd is not None:
-            ways.append(
-                f"a budget of {cheapest.usd * scale.bounds.steps:.2f} USD, with {short_label(cheapest.plan)}"
-            )
-    else:
-        ways += _more_memory(scale, smallest, ranks)
+    ways = list(_looser_bounds(scale.bounds, fitting) if fitting else _more_memory(scale, known, ranks))
     for factor in (2, 4, 8, 16):
         try:
             candidates = [e for e in scale.estimates(factor * ranks) if scale.fits_memory(e)]
@@ -235,6 +275,6 @@ def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int) -> Nothing
         cap_bytes=cap_bytes,
         least_bytes=scale.needs(smallest),
         plan_text=short_label(smallest.plan),
-        ways=tuple(ways),
+        ways=tuple(dict.fromkeys(ways)),
         missed=missed_bounds(scale.bounds, fitting),
     )
