@@ -49,10 +49,14 @@ def request(
         machine = with_host_memory(machine, parse_bytes(goal.host_memory))
     count = machine.device_count
     if ranks > 1 and machine.device.kind != "cpu" and ranks != count:
+        from memfit import catalog
+
+        device = machine.device.name
+        suggestion = f"or set the number of devices with --on, such as --on {ranks}x{device}"
         raise UserError(
             f"--nproc {ranks} does not suit {machine.name}, which has {count} device{'s' * (count > 1)}",
             allowed=f"--nproc {count}, one process per device, or --nproc 1",
-            hint=f"or set the number of devices with --on, such as --on {ranks}x{machine.device.name}",
+            hint=suggestion if device in catalog.device_names() else "",
         )
     warn_of_shadowed_modules(job.spec)
     quiet_libraries()
