@@ -395,6 +395,18 @@ def test_excluded_techniques_are_blamed_if_the_batch_could_be_shared() -> None:
         raise no_grid_error(limits)
 
 
+def test_an_engine_is_blamed_only_if_native_would_have_plans() -> None:
+    refusing = functools.partial(limits, ranks=2, batch=4, refuses=lambda plan: "not supported")
+    replicas = frozenset({"ddp", "fsdp2", "zero"})  # that the engine does not know
+    for engine_limits in (refusing(), refusing(without=replicas)):
+        with pytest.raises(UserError, match=r"the engine .*supports none of the plans for 2 devices"):
+            raise no_grid_error(engine_limits)
+    every = frozenset(TECHNIQUES)
+    for user_limits in (refusing(micro_batch=3), refusing(without=every, excluded=every)):
+        with pytest.raises(UserError, match="leave no plan for 2 devices"):
+            raise no_grid_error(user_limits)
+
+
 def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
     """Its reasons compare traces with traces and sketches with sketches. The optimizer of a small model is
     not offloaded, because copies and operators of many small tensors would have to be started."""

@@ -153,6 +153,7 @@ class Scale:
             without=frozenset(self.bounds.without)
             | (frozenset(TECHNIQUES) - known_techniques)
             | unsupported_techniques(self.machine),
+            excluded=frozenset(self.bounds.without),
         )
 
     def estimates(self, ranks: int) -> list[Estimate]:

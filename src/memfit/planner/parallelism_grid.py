@@ -44,7 +44,9 @@ class Limits:
     chunks: bool = False
     vocabulary: bool = True  # whether tensor-parallel ranks can share it
     effect: EffectClass = EffectClass.E2
-    without: frozenset[str] = frozenset()  # techniques that the user excluded or the engine does not support
+    # techniques that the user excluded, or that the engine or the device does not support
+    without: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()  # those of ``without`` that the user excluded
     # returns why the engine does not support a plan; None: it supports all
     refuses: Callable[[Plan], object] | None = None
     micro_batch: int = 0  # required samples per micro-batch; 0: any
@@ -439,8 +441,7 @@ def no_grid_error(limits: Limits) -> UserError:
 
     - Samples depend on each other, or a split batch would weight the loss terms wrongly. The batch may
       therefore not be split into micro-batches or over ranks.
-    - The batch is a multiple of the ranks, and the engine is another than native: it supports none of the
-      plans.
+    - The batch is a multiple of the ranks, and native would have plans: the engine supports none of them.
     - The batch is a multiple of the ranks: exclusions, accuracy and micro-batch leave no plan.
     - The batch cannot be divided evenly.
     """
@@ -453,7 +454,9 @@ def no_grid_error(limits: Limits) -> UserError:
             hint="`memfit plan` for one device names the reason; if it is BatchNorm, replace it by "
             "SyncBatchNorm, which allows data-parallel ranks",
         )
-    if limits.batch % limits.ranks == 0 and limits.refuses is not None:
+    of_any_engine = dataclasses.replace(limits, refuses=None, without=limits.excluded)
+    engine_refuses = limits.refuses is not None and any(True for _ in grids(of_any_engine))
+    if limits.batch % limits.ranks == 0 and engine_refuses:
         return UserError(
             f"the engine (--engine) supports none of the plans for {limits.ranks} devices that a search "
             "considers",
