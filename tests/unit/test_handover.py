@@ -216,6 +216,26 @@ def test_an_export_for_the_trainer_keeps_auto_values_and_the_trainers_clipping(f
     assert json.loads((folder / "out" / "deepspeed.json").read_text()) == AUTO
 
 
+def test_the_settings_in_a_file_that_fsdp_config_names_are_kept(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["Block"], "reshard_after_forward": True}
+    (folder / "fsdp.json").write_text(json.dumps(section))
+    (folder / "sharded.json").write_text(json.dumps({**TRAINER, "fsdp": True, "fsdp_config": "fsdp.json"}))
+    words, kept = ("--from", "sharded.json", "--ranks", "2"), {"version": 2, **section}
+    del kept["fsdp_version"]
+    for plan, reshard in (((), True), (wanted(fsdp2={"reshard": False, "precision": "bf16"}), False)):
+        assert export(*words, *plan, to="trainer") == 0
+        args = json.loads((folder / "out" / "training_args.json").read_text())
+        assert args["fsdp_config"] == {**kept, "reshard_after_forward": reshard}
+    (folder / "fsdp.json").unlink()
+    capsys.readouterr()
+    assert export(*words, to="trainer") == 2
+    told = capsys.readouterr().err
+    assert "fsdp_config of sharded.json is fsdp.json, but there is no such JSON file" in told
+    assert told.count("\n") == 1
+
+
 def test_an_export_for_accelerate_keeps_the_settings_that_the_plan_does_not_decide(folder: Path) -> None:
     plan = wanted(fsdp2={"reshard": False, "precision": "bf16"}, activation_checkpointing={})
     assert export("--from", "accelerate.yaml", *plan, "--script", "train.py") == 0

@@ -25,7 +25,7 @@ from memfit.export.script_steps import script_files
 from memfit.lint import to_plan
 from memfit.lint.clipping import clipping_setting
 from memfit.lint.launch_script import option_values
-from memfit.lint.parse import Options, Setup, parsed, read
+from memfit.lint.parse import FILE_ARGUMENTS, Options, Setup, parsed, read
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.launch import RunSpec
@@ -330,7 +330,8 @@ def _user_data(
     """Return (the user's settings for the exported file ``name``; the text of the user's file if it may be
     copied as it is, else None; for each setting that is left out because its value is known only when the
     user's script runs, one text). Options of launchers, such as nnodes, which the exported script sets
-    itself, are left out without a text."""
+    itself, are left out without a text. Arguments of the Trainer that name a file of settings, which is not
+    in the export, hold these settings instead. Raises UserError as `_sections_of_text` does."""
     path = Path(options.file)
     other_kinds = (
         getattr(setup, kind) for kind in ("accelerate", "trainer", "openfold") if kind != file_format.kind
@@ -340,7 +341,9 @@ def _user_data(
         return copy.deepcopy(dict(options.data)), None, []
     text, data = parsed(path)
     if data is not None and file_format.suffixes:
-        return copy.deepcopy(data), text if path.suffix in file_format.suffixes else None, []
+        sections = _sections_of_text(data, options, setup)
+        is_copyable = path.suffix in file_format.suffixes and not sections
+        return copy.deepcopy(data | sections), text if is_copyable else None, []
     values = option_values(text) if data is None else _flat(data)
     values = {n: words for n, words in values.items() if n not in _OF_LAUNCHERS}
     unknown_names = {n for n, words in values.items() if n in options.unsure or any("$" in w for w in words)}
@@ -349,11 +352,28 @@ def _user_data(
     ]
     known_values = {n: w for n, w in values.items() if n not in unknown_names}
     if name == trainer.ARGUMENTS:
-        return {n: _typed(words) for n, words in known_values.items()}, None, omitted
+        arguments = {n: _typed(words) for n, words in known_values.items()}
+        return copy.deepcopy(arguments | _sections_of_text(arguments, options, setup)), None, omitted
     options_text = {
         n.replace("_", "-") if name == megatron.CONFIG else n: " ".join(w) for n, w in known_values.items()
     }
     return options_text, None, omitted
+
+
+def _sections_of_text(data: Mapping[str, Any], options: Options, setup: Setup) -> dict[str, Any]:
+    """Return the settings that are text in ``data``, the content of the user's file, but mappings in
+    ``options``, which was read from it: arguments of the Trainer that are JSON text or name a JSON file, such
+    as fsdp_config. Raises UserError if a file that they name does not exist, as its settings would be
+    lost."""
+    for name in FILE_ARGUMENTS:
+        if data.get(name) in setup.missing:
+            raise UserError(
+                f"{name} of {options.file} is {data[name]}, but there is no such JSON file, so its settings "
+                "cannot be kept",
+                hint="correct the name, or write the settings in its place",
+            )
+    texts = (name for name, value in data.items() if isinstance(value, str))
+    return {name: value for name in texts if isinstance(value := options.raw(name), Mapping)}
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -479,7 +479,7 @@ _MAPPINGS = (
     "gradient_checkpointing_kwargs",
     "lr_scheduler_kwargs",
 )
-_MAPPING_FILES = ("accelerator_config", "fsdp_config")
+FILE_ARGUMENTS = ("accelerator_config", "fsdp_config")
 
 
 def _with_mappings(options: Options, missing: list[str]) -> Options:
@@ -494,7 +494,7 @@ def _with_mappings(options: Options, missing: list[str]) -> Options:
             continue
         if (mapping := _mapping(value)) is not None:
             data[name] = mapping
-        elif name in _MAPPING_FILES and (named := _named_json(options, value, missing)) is not None:
+        elif name in FILE_ARGUMENTS and (named := _named_json(options, value, missing)) is not None:
             data[name] = named.data
     return dataclasses.replace(options, data=_sections("trainer", data))
 
