@@ -141,6 +141,7 @@ def test_plan_from_a_one_rank_configuration_also_shows_the_recommended_plan(
     assert recommended is not None
     assert recommended.estimate.plan.label in out
     assert asked[0].cap_bytes > 0  # on a CPU: as much as the given plan asks for
+    assert "反映されないもの：バッチ 4（" in out
 
 
 def test_plan_from_a_configuration_reports_the_smallest_need_when_nothing_fits(

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import re
 import string
+from types import ModuleType
+from typing import Any
 
 import pytest
 from report_fixture import full_poc, offers
 
 from memfit import catalog
 from memfit.catalog import finance
+from memfit.cli import plan_from_config
 from memfit.decision.case import parse_case
 from memfit.decision.decide import decide
 from memfit.jobs import registry
+from memfit.lint import draft, to_plan, to_plan_hugging_face, to_plan_openfold, to_plan_scripts
+from memfit.planner import block_costs
 from memfit.report.html import render_html
 from memfit.report.words import load_words
+from memfit.techniques import float8
+from memfit.techniques.parallel import (
+    axial_parallel,
+    context_parallel,
+    gathered_attention,
+    tensor_parallel,
+)
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.verify import judge
 
@@ -71,6 +86,54 @@ def test_metrics_of_built_in_jobs_are_translated_to_japanese() -> None:
         assert metric is not None
         for text in {metric.name, metric.margin_source, metric.naive_name, metric.unit} - names - units:
             assert JAPANESE.search(JA.of(text)), text
+
+
+def calls(module: ModuleType, name: str) -> list[ast.Call]:
+    """All calls of the function or method ``name`` in the source of a module."""
+    nodes = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Call)]
+    return [n for n in nodes if name in (getattr(n.func, "id", ""), getattr(n.func, "attr", ""))]
+
+
+def literal(node: Any) -> str:
+    """The text of a literal or an f-string, with 7 for each value that it is filled with; "" for all else."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "7" for part in node.values)
+    return str(node.value) if isinstance(node, ast.Constant) else ""
+
+
+def left_out_reasons() -> list[str]:
+    """Why settings of a configuration, and plans of a search for many devices, are left out."""
+    lint = (draft, to_plan, to_plan_hugging_face, to_plan_openfold, to_plan_scripts)
+    reasons = [literal(call.args[1]) for module in lint for call in calls(module, "leave")]
+    reasons += [literal(call.args[2]) for call in calls(plan_from_config, "_left_out")]
+    for table in (
+        to_plan_hugging_face._SECTIONS,
+        to_plan_openfold._KERNELS,
+        to_plan_openfold._CHANGES,
+        to_plan_scripts._MEGATRON_REASONS,
+    ):
+        reasons += table.values()
+    parallel = (axial_parallel, context_parallel, gathered_attention, tensor_parallel)
+    for call in (call for module in (*parallel, float8, block_costs) for call in calls(module, "UserError")):
+        texts = {keyword.arg or "": literal(keyword.value) for keyword in call.keywords}
+        reasons.append(str(UserError(literal(call.args[0]), **texts)))
+    return sorted(set(reasons) - {""})
+
+
+@pytest.mark.parametrize("text", left_out_reasons())
+def test_reasons_why_something_is_left_out_are_translated_to_japanese(text: str) -> None:
+    assert JAPANESE.search(JA.of(text)), text
+
+
+def test_a_translated_reason_within_another_is_translated_too() -> None:
+    reason = (
+        "tensor-parallel: the width of up is 6, which 4 ranks cannot share equally; "
+        "allowed: a degree that divides 6"
+    )
+    translated = "tensor-parallel：up の幅（6）は 4 ランクで等分できない。次数は 6 の約数に限られる"
+    assert JA.of(reason) == translated
+    whole = f"tensor-parallel cannot be traced with this model: {reason}"
+    assert JA.of(whole) == f"このモデルでは tensor-parallel をトレースできない（{translated}）"
 
 
 def test_the_japanese_page_uses_the_translations() -> None:

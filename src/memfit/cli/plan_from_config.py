@@ -239,7 +239,8 @@ def _print_carried(carried: memfit.lint.draft.Carried, lang: str) -> None:
     title = words.get("lint.carried", engine=carried.engine, plan=carried.plan.label, batch=carried.batch)
     output.print(Text(title, style="bold"))
     for note in carried.left_out:
-        output.print(Text(words.get("lint.left_out", option=note.option, reason=note.reason), style="dim"))
+        option, reason = words.of(note.option), words.of(note.reason)
+        output.print(Text(words.get("lint.left_out", option=option, reason=reason), style="dim"))
 
 
 def _print(result: memfit.workflows.config_review.ConfigReview, lang: str) -> None:

@@ -164,6 +164,8 @@ class BlockTracer:
                 max_micro_batches=1,
                 update=False,
             )
+        except UserError as error:
+            return str(error)
         except Exception as error:  # noqa: BLE001  a trace that fails is left out, and the others go on
             return str(error).partition("\n")[0][:200] or type(error).__name__
 

@@ -274,10 +274,12 @@ class Scale:
     def traced_or_refused(self, sketch: Estimate) -> Estimate | None:
         try:
             return self.whole(sketch)
+        except UserError as error:
+            reason = str(error)
         except Exception as error:  # noqa: BLE001  the next best plan is still an answer
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
-            self.refused[sketch.plan] = f"{short_label(sketch.plan)} could not be traced: {reason}"
-            return None
+        self.refused[sketch.plan] = f"{short_label(sketch.plan)} could not be traced: {reason}"
+        return None
 
     def ahead(self, plans: Sequence[Plan]) -> None:
         with optimizer_steps_only():

@@ -58,15 +58,13 @@ class Words:
 
     def of(self, text: str) -> str:
         """Return the translation of an English text of another package, also if it is one of ``translations``
-        with its placeholders filled. A text without a translation, such as a proper name or a citation, is
-        returned unchanged."""
+        with its placeholders filled; what fills them is translated in the same way. A text without a
+        translation, such as a proper name or a citation, is returned unchanged."""
         if text in self.translations:
             return self.translations[text]
         for pattern, template in _patterns(self.lang):
             if match := pattern.fullmatch(text):
-                return template.format(
-                    **{k: self.translations.get(v, v) for k, v in match.groupdict().items()}
-                )
+                return template.format(**{k: self.of(v) for k, v in match.groupdict().items()})
         return text
 
     def all(self, group: str) -> tuple[str, ...]:
@@ -99,8 +97,10 @@ def _patterns(lang: str) -> tuple[tuple[re.Pattern[str], str], ...]:
     return tuple((re.compile(_pattern(text)), _translations(lang)[text]) for text in templates)
 
 
-# placeholders for single names, not for sentences by others
-_ONE_WORD: Final = dict.fromkeys(("technique", "engine", "knob"), r"\S+")
+# placeholders for single names and numbers, not for sentences by others
+_ONE_WORD: Final = dict.fromkeys(
+    ("technique", "engine", "knob", "name", "option", "job", "count", "layers", "ranks"), r"\S+"
+)
 
 
 def _pattern(text: str) -> str:
