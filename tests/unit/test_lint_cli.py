@@ -144,6 +144,43 @@ def test_plan_from_a_one_rank_configuration_also_shows_the_recommended_plan(
     assert "反映されないもの：バッチ 4（" in out
 
 
+@pytest.mark.parametrize(
+    ("file", "words", "engine", "reason"),
+    [
+        ("clean.json", (), "deepspeed", None),
+        ("clean.json", ("--engine", "native"), "native", "--engine native was given"),
+        ("half.json", (), "native", "bf16-parameters is not supported by deepspeed; predicted with native"),
+    ],
+)
+def test_plan_from_a_configuration_predicts_with_its_engine(
+    ask: Ask,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    words: tuple[str, ...],
+    engine: str,
+    reason: str | None,
+) -> None:
+    asked: list[Any] = []
+
+    def search(request: Any, progress: Any) -> Any:
+        asked.append(request.engine)
+        return SimpleNamespace(result=fixture.full_poc().search)
+
+    monkeypatch.setattr(memfit.workflows.config_review, "search", search)
+    Path("half.json").write_text('{"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": true}}')
+    code, out, _ = ask("plan", "own.py:job", "--from", file, *words, "--json")
+    assert (code, asked) == (0, [engine])
+    reasons = [left["reason"] for left in json.loads(out)["left_out"] if left["option"] == "engine deepspeed"]
+    assert len(reasons) == (reason is not None)
+    assert all(str(reason) in text for text in reasons)
+
+
+def test_plan_from_refuses_a_chosen_engine_that_does_not_support_the_plan(ask: Ask) -> None:
+    code, out, err = ask("plan", "own.py:job", "--from", "clean.json", "--engine", "fairscale")
+    assert (code, out) == (2, "")
+    assert "engine fairscale does not support this plan: zero is not supported by fairscale" in err
+
+
 def test_plan_from_a_configuration_reports_the_smallest_need_when_nothing_fits(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,7 +152,8 @@ class GoalOptions:
         typer.Option(
             metavar="NAME",
             help="Engine that runs the training; `memfit engine` lists them. Default: native, which is "
-            "memfit itself; in `memfit export` with --from, the engine of those files.",
+            "memfit itself; with --from, the engine of those files. `memfit plan --from` predicts with "
+            "native if their engine, as memfit runs it, does not support the plan or the model.",
         ),
     ] = None
 

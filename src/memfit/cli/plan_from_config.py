@@ -37,9 +37,10 @@ def review_files(
     """Predict and lint the set-up in ``files``, find better plans, print all of this, and return the plan of
     the set-up. ``on``: the machine to predict for, as in --on; ``as_json``: print one JSON object instead of
     text in ``lang``. If the files do not say how many processes train, and the machine has several devices,
-    it is one process per device. Raises UserError for files that `memfit.lint.parse.read` refuses, for
-    OpenFold's settings with another job than alphafold2, for a plan that the job does not support, for a job
-    that cannot be built, and for invalid options."""
+    it is one process per device. The engine that predicts is that of --engine or, without it, that of the
+    files (see `_on_engine`). Raises UserError for files that `memfit.lint.parse.read` refuses, for
+    OpenFold's settings with another job than alphafold2, for a plan that the job or the engine of --engine
+    does not support, for a job that cannot be built, and for invalid options."""
     from memfit.lint import check, draft, parse, to_plan
     from memfit.lint.clipping import clipping_setting
 
@@ -57,6 +58,7 @@ def review_files(
     job, carried = _modelled(*_published(carried, job))
     job_request, size, carried = _sized(carried, job, goal, runtime, on)
     job_request, carried = _clipped(job_request, carried, clipping_setting(setup).limit)
+    job_request, carried = _on_engine(job_request, carried, goal.engine)
     from memfit.workflows import config_review
 
     findings = check.check(dataclasses.replace(setup, parameters=size.parameter_count), lang=lang)
@@ -204,6 +206,30 @@ def _clipped(
         reason = "each parameter is updated before the whole norm is known: predicted without clipping"
         return job_request, _left_out(carried, f"gradients clipped to {limit:g}", reason)
     return dataclasses.replace(job_request, job=dataclasses.replace(job_request.job, clip=limit)), carried
+
+
+def _on_engine(
+    job_request: memfit.planner.request.Request, carried: memfit.lint.draft.Carried, chosen: str | None
+) -> tuple[memfit.planner.request.Request, memfit.lint.draft.Carried]:
+    """Return (``job_request`` with the engine to predict with, ``carried``). The engine is ``chosen``, the
+    value of --engine; without it (None), that of the files, or native if theirs does not support the plan or
+    the model. If it is not that of the files, ``carried`` lists theirs as left out. Raises UserError if
+    ``chosen`` does not support the plan or the model."""
+    from memfit.engines.registry import engine, supporting_engine
+    from memfit.jobs.registry import load
+    from memfit.planner.request import model_sizes
+
+    reason = f"--engine {chosen} was given"
+    try:
+        backend = supporting_engine(chosen or carried.engine, carried.plan)
+        model_sizes(backend.name, load(job_request.job))  # Megatron-LM cannot build every model
+    except UserError as error:
+        if chosen is not None:
+            raise
+        backend, reason = engine("native"), f"{error.given}; predicted with native"
+    if backend.name != carried.engine:
+        carried = _left_out(carried, f"engine {carried.engine}", reason)
+    return dataclasses.replace(job_request, engine=backend.name), carried
 
 
 def _view(

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections import Counter
 
+from memfit.engines.registry import supporting_engine
 from memfit.lint.neighbours import neighbours
 from memfit.model.blocks import find_blocks
 from memfit.planner.capacity import fits_under, needed_bytes
@@ -85,7 +86,7 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
     the cap is what ``plan`` needs. If no plan fits, the result says so. For a plan of several ranks, the
     better ones are variants with one change (see `neighbours`) that need less memory. They change the results
     by no more than ``plan`` does, or by no more than lower precision does (E2), whichever is more; variants
-    that the job does not support are skipped.
+    that the job or the request's engine does not support are skipped.
 
     ``parameters``: number of the model's parameters; larger ZeRO buckets are reduced to it. Raises UserError
     if the job does not support ``plan``.
@@ -114,7 +115,8 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
     better = []
     for neighbour in neighbours(plan, parameters=parameters):
         progress("trace", 0, 0, neighbour.label)
-        with contextlib.suppress(UserError):  # the job does not support it, for example half a sample
+        with contextlib.suppress(UserError):  # engine or job do not support it, for example half a sample
+            supporting_engine(request.engine, neighbour)
             neighbour_estimate = pricer.whole(check(neighbour))
             if effect_of(neighbour, neighbour_estimate.dependence) <= max(
                 effect_of(plan, existing_estimate.dependence), EffectClass.E2
