@@ -138,6 +138,12 @@ def test_sums_with_operators_other_than_the_basic_four_are_left_unresolved() -> 
     assert all("$" in flags[name] for name in "bcdf")
 
 
+def test_numbers_in_sums_are_octal_if_they_begin_with_0() -> None:
+    flags = read_script("N=010\nx --a $((010)) --b $((N * 2)) --c $((08 + 1)) --d $((100 - 0))").flags
+    assert (flags["a"], flags["b"], flags["d"]) == ("8", "16", "100")
+    assert "$" in flags["c"]  # an error of the shell
+
+
 def test_script_values_known_only_at_run_time_are_unknown(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_text(
         "x --num-layers $LAYERS --micro-batch-size 1 --micro-batch-size 2 --seq-length $((8 / 0))"

@@ -25,6 +25,7 @@ _FLAG = re.compile(r"--[A-Za-z][\w-]*")
 _OPENS, _CLOSES = re.compile(r"\b(?:if|case|for|while|until)\b"), re.compile(r"\b(?:fi|esac|done)\b")
 _OPERATORS = frozenset({"\\", "|", "||", "&", "&&", ">"})
 _NUMBER = re.compile(r"-[\d.][\d.e-]*")
+_INTEGER = re.compile(r"0[0-7]*|[1-9][0-9]*")  # in shell arithmetic; octal after a leading 0
 _MOST_ROUNDS = 6  # of substitution, for variables whose values refer to other variables
 _WORK: Mapping[str, Callable[[int, int], int]] = {
     "*": operator.mul,
@@ -166,15 +167,16 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
 
 def _worked_out(text: str, variables: Mapping[str, str]) -> str | None:
     """Evaluate ``text``, an expression of whole numbers and variables: * and / first, then + and -, from left
-    to right; quotients are rounded down. Double quotes are ignored, as in the shell. Return the result as
-    text, or None if a variable is unknown, an intermediate or the final result is negative, a divisor is 0,
-    or the expression has anything else."""
-    parts = [variables.get(p, p) for p in re.findall(r'\w+|[^\s\w"]', text)]
+    to right; quotients are rounded down. A number that begins with 0 is octal, and double quotes are ignored,
+    as in the shell. Return the result as text, or None if a variable is unknown, an intermediate or the final
+    result is negative, a divisor is 0, or the expression has anything else, such as the invalid number 08."""
+    words = [variables.get(w, w) for w in re.findall(r'\w+|[^\s\w"]', text)]
+    parts = [str(int(w, 8 if w.startswith("0") else 10)) if _INTEGER.fullmatch(w) else w for w in words]
     for operators in ("*/", "+-"):
         reduced: list[str] = []
         for part in parts:
             if len(reduced) > 1 and reduced[-1] in _WORK and reduced[-1] in operators:
-                if not (part.isdecimal() and reduced[-2].isdecimal()) or (
+                if not (_INTEGER.fullmatch(part) and _INTEGER.fullmatch(reduced[-2])) or (
                     reduced[-1] == "/" and int(part) == 0
                 ):
                     return None
@@ -182,7 +184,7 @@ def _worked_out(text: str, variables: Mapping[str, str]) -> str | None:
             else:
                 reduced.append(part)
         parts = reduced
-    return parts[0] if len(parts) == 1 and parts[0].isdecimal() else None
+    return parts[0] if len(parts) == 1 and _INTEGER.fullmatch(parts[0]) else None
 
 
 def _flags(line: str) -> Iterator[tuple[str, Any]]:
