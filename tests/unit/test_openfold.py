@@ -280,6 +280,7 @@ def test_an_unsupported_network_and_a_missing_file_are_listed_as_left_out(tmp_pa
     [
         ('{"globals": {"chunk_size": 4}}', "nested"),
         ('{"globals.chunk_size": 4, "globals.chunk_size.x": 1}', "or keys below it"),
+        ('{"globals.chunk_size.x": 1, "globals.chunk_size": 4}', "or keys below it"),
         ('{"crop_size": 4}', "not a configuration that memfit can read"),
         ('{"globals.blocks_per_ckpt": "two"}', 'blocks_per_ckpt is "two"'),
         ('{"data.train.crop_size": null}', "crop_size is null"),
@@ -293,6 +294,16 @@ def test_bad_configuration_changes_are_refused_in_one_line(
     told = capsys.readouterr().err
     assert said in told
     assert len(told.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_key_below_another_is_set_after_it_wherever_it_stands(tmp_path: Path, reverse: bool) -> None:
+    """As by ml_collections' update_from_flattened_dict."""
+    changes = {"globals": {"chunk_size": 4, "eps": 0.1}, "globals.eps": 0.2}
+    (tmp_path / "a.json").write_text(json.dumps(dict(sorted(changes.items(), reverse=reverse))))
+    options = read([tmp_path / "a.json"]).openfold_config
+    assert options is not None
+    assert options.data == {"globals": {"chunk_size": 4, "eps": 0.2}}
 
 
 def test_export_and_plan_accept_openfold_settings_for_alphafold2_only(

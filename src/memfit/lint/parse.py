@@ -304,9 +304,9 @@ def _read_one(path: Path) -> tuple[str, Options]:
 
 def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
     """Convert OpenFold's flat keys in ``data``, such as "globals.chunk_size", to nested mappings. Return None
-    for data of another library. Raises UserError if the keys are nested already, or if a key such as
-    "globals.eps" comes after a plain value for one of its parents, here "globals". ``path`` names the file in
-    the errors."""
+    for data of another library. As in OpenFold, a key such as "globals.eps" is set after its parents, here
+    "globals", wherever it stands in ``data``. Raises UserError if the keys are nested already, or if a parent
+    has a plain value. ``path`` names the file in the errors."""
     keys = [str(key) for key in data]
     if "globals" in keys and set(keys) <= OPENFOLD_PARTS:
         raise UserError(
@@ -317,14 +317,14 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
     if not any(map(_FOLD.match, keys)):
         return None
     nested: dict[str, Any] = {}
-    for key, value in data.items():
+    for key, value in sorted(data.items(), key=lambda item: str(item[0]).count(".")):
         *parents, last = str(key).split(".")
         node = nested
         for part in parents:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise UserError(
-                    f'{path} sets {key} after a plain value for a key above it ("a" is above "a.b")',
+                    f'{path} sets {key} and a plain value for a key above it ("a" is above "a.b")',
                     allowed='either a plain value for a key such as "a", or keys below it such as "a.b"',
                 )
         node[last] = value
