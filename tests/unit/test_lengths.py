@@ -220,6 +220,8 @@ def test_lengths_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
     [
         ("a.txt", "3\nfour\n", None, "line 2: 'four' is not a length"),
         ("a.txt", "0\n", None, "a length below 1"),
+        ("a.txt", f"3\n{2**63}\n", None, r"a length of 2\*\*63 or more; allowed: .* below 2\*\*63"),
+        ("a.csv", f"n\n{'9' * 5000}\n", "n", "line 2: '9{40}' is not a length"),
         ("a.csv", "name\nx\n", None, "no column whose first value is a whole number"),
         ("a.csv", "n\n1\n-2\n", "n", "line 3"),
         ("a.csv", "n\n1\n", "m", "no column m; .* of this file are n;"),
@@ -239,6 +241,14 @@ def test_files_without_valid_lengths_are_refused(
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=told):
         house.read_lengths(str(tmp_path / name), column=column)
+
+
+def test_lengths_of_an_array_beyond_64_bit_integers_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", np.array([3, 2**63], np.uint64))
+    with pytest.raises(UserError, match=r"contains a length of 2\*\*63 or more"):
+        house.read_lengths(str(tmp_path / "a.npz"))
+    np.savez(tmp_path / "a.npz", np.array([3, 2**63 - 1], np.uint64))
+    assert house.read_lengths(str(tmp_path / "a.npz")).tolist() == [3, 2**63 - 1]
 
 
 # --- report and command

@@ -30,6 +30,7 @@ from memfit.types.machine import Machine
 from memfit.types.plan import Plan
 
 _SHORTEST = 16
+_LIMIT = 2**63  # lengths are 64-bit integers
 _FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
 
 
@@ -89,7 +90,8 @@ def read_lengths(path: str, *, column: str | None = None) -> Ints:
     one.
 
     Raises UserError if the file cannot be read, has no such array or column, has no lengths, or has a length
-    that is not a whole number of at least 1. If a text is not a whole number, the error names its line.
+    that is not a whole number of at least 1 and below 2**63. If a text is not a whole number, the error names
+    its line.
     """
     if path.endswith(_FASTA):
         values = [len(p.sequence) for p in read_fasta(path)]
@@ -100,19 +102,20 @@ def read_lengths(path: str, *, column: str | None = None) -> Ints:
     else:
         lines = enumerate(read_text(path).splitlines(), start=1)
         values = [_whole(x.strip(), f"{path} line {n}") for n, x in lines if x.strip()]
-    if not values or min(values) < 1:
+    if not values or min(values) < 1 or max(values) >= _LIMIT:
+        wrong_length = "a length below 1" if values and min(values) < 1 else "a length of 2**63 or more"
         raise UserError(
-            f"{path} contains {'a length below 1' if values else 'no lengths'}",
-            allowed="one or more lengths, each a whole number of at least 1",
+            f"{path} contains {wrong_length if values else 'no lengths'}",
+            allowed="one or more lengths, each a whole number of at least 1 and below 2**63",
         )
     return np.array(values, np.int64)
 
 
 def _whole(text: str, path_and_line: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > len(str(_LIMIT)):
         raise UserError(
             f"{path_and_line}: {text[:40]!r} is not a length",
-            allowed="a whole number of tokens, at least 1",
+            allowed="a whole number of tokens, at least 1 and below 2**63",
         )
     return int(text)
 
