@@ -5,6 +5,7 @@ The file is also the program that each rank runs.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import json
@@ -99,6 +100,20 @@ PLANS = {
 ALONE = {"alone": _plan(1, sharded_ddp={})}
 
 
+class Scale(nn.Module):
+    """One parameter, so that the second of two ranks owns none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x[:, :8]
+
+
+SCALE = dataclasses.replace(JOB, build_model=Scale, blocks=None)
+
+
 def _spec(plan: Plan) -> RunSpec:
     return RunSpec(
         name="x",
@@ -132,9 +147,21 @@ def _rank(folder: Path, target: Path) -> None:
             for _ in range(REPEATS):
                 peaks = min(peaks, _train(kind, plan, counter, settle, rank, 2)[1])
             found[name] = {"losses": losses, "peak": peaks}
+        found["one parameter"] = _losses_of_one_parameter(folder / f"scale-{rank}", rank)
         found["not sharded"] = _told_of_one_owner(folder / f"one-{rank}", rank)
         found["not recomputed"] = _told_without_wrapper(folder / f"kept-{rank}", rank)
     target.write_text(json.dumps(found))
+
+
+def _losses_of_one_parameter(folder: Path, rank: int) -> list[float]:
+    plan, losses = PLANS["each alone"], []
+    kind = step_maker("fairscale", _configured(folder, plan))
+    step = kind(SCALE, plan, world=make_world(plan, rank=rank, device="cpu"))
+    for index in range(STEPS):
+        part, terms = step.local(SCALE.make_batch(index, 0))
+        losses.append(float(step.run(part, terms_per_rank=terms)[0]))
+    step.close()
+    return losses
 
 
 def _told_of_one_owner(folder: Path, rank: int) -> str:
@@ -227,6 +254,12 @@ def test_two_ranks_have_the_losses_of_one_process(
 ) -> None:
     losses = [statistics.fmean(parts) for parts in zip(*(of[name]["losses"] for of in ran), strict=True)]
     assert losses == pytest.approx(reference, rel=LOSS_RATIO)
+
+
+@installed
+def test_a_rank_that_owns_no_parameter_has_the_losses_of_one_process(ran: list[dict[str, Any]]) -> None:
+    losses = [statistics.fmean(parts) for parts in zip(*(of["one parameter"] for of in ran), strict=True)]
+    assert losses == pytest.approx(_losses(TrainingStep(SCALE, Plan())), rel=LOSS_RATIO)
 
 
 @installed

@@ -14,6 +14,7 @@ from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
 from memfit.types.job import Job, OptimizerChoice
 from memfit.types.plan import Plan
+from memfit.types.trace import Category
 
 # Whether the right branch runs for the first and for the second half of the batch of each step.
 STEPS = ((True, True), (False, True), (True, False), (False, False), (True, True))
@@ -117,3 +118,10 @@ class _Unused(nn.Module):
 def test_a_rank_that_owns_only_unused_parameters_has_a_gradient_norm() -> None:
     plan = _plan(1, ranks=2, sharded_ddp={"reduce_buffer_elements": 0})
     assert trace(regression(_Unused), plan, rank=1).spans
+
+
+def test_a_rank_that_owns_no_parameter_is_traced_without_optimizer_state() -> None:
+    """Two parameters are divided among four ranks."""
+    traces = [trace(regression(_Unused), _plan(1, ranks=4, sharded_ddp={}), rank=rank) for rank in (0, 3)]
+    states = [{a.category for a in t.allocations} & {Category.OPTIMIZER_STATE} for t in traces]
+    assert states == [{Category.OPTIMIZER_STATE}, set()]

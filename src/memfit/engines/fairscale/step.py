@@ -22,6 +22,7 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_stacks
 from memfit.techniques.base import OptimizerLike
 from memfit.techniques.recompute.checkpointing import recompute
+from memfit.techniques.zero.base import make_inner
 from memfit.types.errors import UserError
 
 
@@ -47,7 +48,7 @@ class Step(TrainingStep):
         make = bench.make_optimizer
         optimizer = OSS(
             bench.trainable(),
-            optim=lambda groups: make([p for g in groups for p in g["params"]]),
+            optim=lambda groups: make_inner(make, [p for g in groups for p in g["params"]]),
             group=group,
         )
         settings = json.loads((self.folder / CONFIG).read_text())
@@ -105,7 +106,8 @@ class Step(TrainingStep):
         optimizer: Any = self.optimizer
         own_params = [p for p, rank in optimizer._param_to_rank.items() if rank == optimizer.rank]
         norms = [torch.linalg.vector_norm(p.grad).float() for p in own_params if p.grad is not None]
-        total = torch.stack(norms or [torch.zeros(())]).square().sum()  # a rank may own nothing
+        no_norm = torch.zeros((), device=optimizer._default_device)  # a rank may own nothing
+        total = torch.stack(norms or [no_norm]).square().sum()
         torch.distributed.all_reduce(total, group=optimizer.group)
         return total.sqrt()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -63,6 +63,12 @@ def stack_norms(norms: Iterable[torch.Tensor]) -> torch.Tensor:
     if there are none."""
     scalars = list(norms)
     return torch.stack(scalars) if scalars else torch.zeros(0)
+
+
+def make_inner(make: MakeOptimizer, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    """Return the optimizer that ``make`` makes of ``params``, the parameters that one rank updates. If there
+    are none, return an optimizer that updates nothing, because torch's do not accept an empty list."""
+    return make(params) if params else cast("OptimizerLike", torch.optim.SGD([{"params": []}]))
 
 
 class Reducing(abc.ABC):

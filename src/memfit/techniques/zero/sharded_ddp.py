@@ -27,8 +27,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class ShardedDdp:
-    """The optimizer of one rank. Each parameter is owned by one rank (see `owners`). Gradients are reduced to
-    their owner, which updates the parameter and sends it to all ranks.
+    """The optimizer of one rank. Each parameter is owned by one rank (see `owners`), and a rank may own none.
+    Gradients are reduced to their owner, which updates the parameter and sends it to all ranks.
 
     Gradients of small parameters are reduced in buckets, one for each owner. An owner's bucket takes the
     gradients of its smallest parameters, as long as it then has fewer than ``most`` elements; the gradients
@@ -38,6 +38,8 @@ class ShardedDdp:
     def __init__(
         self, bench: Workbench, params: list[torch.nn.Parameter], most: int, make: MakeOptimizer, group: Any
     ) -> None:
+        from memfit.techniques.zero.base import make_inner
+
         self.bench, self.group, self.ranks, self.rank = bench, group, group.size(), group.rank()
         model_elements = sum(p.numel() for p in bench.model.parameters())
         self.most = min(most, model_elements) if self.ranks > 1 else 0
@@ -59,7 +61,7 @@ class ShardedDdp:
         bench.closers.append(bench.model.register_forward_pre_hook(self._on_forward).remove)
         bench.before_micro_batch.append(self._begin)
         bench.grad_norm = self.grad_norm
-        self.inner = make([p for p in params if self.owner[p] == self.rank])
+        self.inner = make_inner(make, [p for p in params if self.owner[p] == self.rank])
 
     def _flatten(self) -> None:
         import torch
@@ -178,6 +180,7 @@ class ShardedDdp:
 
         grads = [p.grad for p in self.params if self.owner[p] == self.rank and p.grad is not None]
         total = stack_norms(torch.linalg.vector_norm(g) for g in grads).float().square().sum()
+        total = total.to(self.params[0].device)  # without gradients, it is on the CPU
         all_reduce(total, self.group)
         return total.sqrt()
 
