@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import pytest
-from tiny import regression, words
+import torch
+from tiny import WIDTH, Block, regression, words
+from torch import nn
 
 from memfit.cost.estimate import interval_around
 from memfit.cost.memory import step_ops
 from memfit.cost.op_time import signatures_by_weight
 from memfit.cost.step_time_calibration import merge_calibrations
 from memfit.planner import capacity, evaluate, machine_calibration, search, single_device
+from memfit.planner.block_traces import BlockTracer, Key
 from memfit.planner.capacity import fits_under, needed_bytes
 from memfit.planner.evaluate import Pricer
 from memfit.planner.plan_space import usable
@@ -21,8 +24,9 @@ from memfit.planner.request import Request, space_of
 from memfit.planner.selection import Objective
 from memfit.planner.shortlist import finalists, more_finalists
 from memfit.types.errors import NothingFits, RunError, UserError
-from memfit.types.job import JobRef
+from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration, Device, Fact, Machine
+from memfit.types.parts import Parts
 from memfit.types.plan import Accuracy, Bounds, Plan, Use, use
 from memfit.types.result import Estimate, Interval, Measurement, OutcomeKind
 
@@ -331,6 +335,37 @@ def test_parts_traced_in_parallel_equal_parts_traced_one_by_one() -> None:
     assert ready.parts.keys() == made.keys()
     ready.trace_all(some)
     assert [ready.whole(plan) for plan in some] == [plain.whole(plan) for plan in some]
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = bare()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x)  # type: ignore[no-any-return]
+
+
+def bare() -> nn.Sequential:
+    return nn.Sequential(*(Block() for _ in range(5)))
+
+
+def test_the_parts_of_a_bare_sequential_are_those_of_a_model_that_contains_it() -> None:
+    key = Key(tensor=1, sequence=False, vocabulary="whole", context=1, compute="fp32", uses=(), samples=2)
+
+    def parts(build: Callable[[], nn.Module]) -> Parts:
+        job = Job(
+            name="bare",
+            build_model=build,
+            make_batch=lambda step, seed: torch.zeros(4, 8, WIDTH),
+            loss=lambda model, batch: model(batch * 2).square().mean(),
+            batch_size=4,
+        )
+        return BlockTracer(job, "cuda").parts(key, lambda ops: float(len(ops)))
+
+    found = parts(bare)
+    assert found == parts(Wrapped)
+    assert min(found.before.forward_s, found.block.forward_s, found.after.forward_s) > 0
 
 
 # --- measured rivals of the best plan

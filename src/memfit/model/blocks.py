@@ -70,11 +70,19 @@ def find_stacks(
     kinds = {kind for kind in type(blocks[0]).__mro__ if kind.__name__ == "GradientCheckpointingLayer"}
     kinds.add(type(blocks[0]))
     for name, module in model.named_modules():
-        overlaps = any(name == s or name.startswith(f"{s}.") or s.startswith(f"{name}.") for s in stacks)
+        overlaps = any(
+            name.startswith(child_prefix(s)) or f"{s}.".startswith(child_prefix(name)) for s in stacks
+        )
         children = list(module.children())
         if not overlaps and _repeats(module) and isinstance(children[0], tuple(kinds)):
             stacks[name] = children
     return list(stacks.values())
+
+
+def child_prefix(path: str) -> str:
+    """Return what the names of all modules inside the module at ``path`` begin with: "layers." for "layers",
+    and nothing for "", the path of the model itself."""
+    return f"{path}." if path else ""
 
 
 def _repeats(module: torch.nn.Module) -> bool:

@@ -13,6 +13,7 @@ import numpy
 from memfit.cost.memory import levels
 from memfit.cost.op_time import COLLECTIVES
 from memfit.cost.stream_simulator import collective_size
+from memfit.model.blocks import child_prefix
 from memfit.types.errors import UserError
 from memfit.types.parts import PartCosts, Parts, Travel, UpdateCosts
 from memfit.types.trace import Category, OpCall, Phase, PhaseSpan, Trace
@@ -44,7 +45,7 @@ def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
         )
     forward_span, backward_span = view.span(Phase.FORWARD), view.span(Phase.BACKWARD)
     forward_end, backward_end = view.end(Phase.FORWARD, BLOCKS - 1), view.end(Phase.BACKWARD, 0)
-    modules = [f"{path}.{i}" for i in range(BLOCKS)]
+    modules = [f"{child_prefix(path)}{i}" for i in range(BLOCKS)]
     return Parts(
         before=view.piece((forward_span.start, forward[0]), (backward_end, backward_span.end), None),
         block=view.piece((forward[1], forward[2]), (backward[1], backward[0]), modules[1]),
@@ -71,13 +72,20 @@ class _Look:
     def span(self, phase: Phase) -> PhaseSpan:
         return [s for s in self.trace.spans if s.phase is phase and s.step == self.last][-1]
 
+    def _block_of(self, op: OpCall) -> str:
+        """Return the index of the block in which the operator runs as text, such as "0"; "" if it runs
+        outside the blocks.
+        """
+        prefix = child_prefix(self.path)
+        return op.module.removeprefix(prefix).partition(".")[0] if op.module.startswith(prefix) else ""
+
     def _runs(self, phase: Phase) -> list[tuple[str, list[OpCall]]]:
         """Return (index of the block as text, such as "0"; operators of this run) for each time that a block
         runs in ``phase`` of the last step, in order of time.
         """
-        span, prefix = self.span(phase), f"{self.path}."
-        block_ops = (o for o in self.ops if span.start <= o.clock < span.end and o.module.startswith(prefix))
-        groups = itertools.groupby(block_ops, lambda o: o.module.removeprefix(prefix).partition(".")[0])
+        span = self.span(phase)
+        block_ops = (o for o in self.ops if span.start <= o.clock < span.end and self._block_of(o))
+        groups = itertools.groupby(block_ops, self._block_of)
         return [(number, list(ops)) for number, ops in groups]
 
     def _of_block(self, phase: Phase, index: int) -> list[OpCall]:
@@ -137,7 +145,7 @@ class _Look:
         gradients = sum(a.size_bytes for a in step_gradients if backward[0] <= a.start < backward[1])
         forward_ops, backward_ops = self.within(forward), self.within(backward)
         if module is None:
-            forward_ops = [o for o in forward_ops if not o.module.startswith(f"{self.path}.")]
+            forward_ops = [o for o in forward_ops if not self._block_of(o)]
         pass_count = 1 if module is None else self.passes()
         return PartCosts(
             forward_s=self.seconds(forward_ops) * pass_count,

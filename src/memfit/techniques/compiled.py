@@ -29,7 +29,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     else:
         path, blocks = find_blocks(bench.model, bench.job.blocks)
         if settings["scope"] == "parts":
-            others = [m for n, m in bench.model.named_children() if n != path.partition(".")[0]]
+            top_name = path.partition(".")[0]  # "" if the blocks are the model's own children
+            others = [m for n, m in bench.model.named_children() if top_name and n != top_name]
     modules = [*blocks, *others]
     if torch._guards.active_fake_mode() is None:  # real training uses the real compiler
         # `module.compile()` skips torch's own classes, and pipelines bypass it

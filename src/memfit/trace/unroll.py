@@ -3,7 +3,7 @@
 Every allocation, free and operator of a trace belongs to the running block, or to none. A trace with ``k``
 blocks becomes one with ``n`` blocks by repeating the events of its middle block wherever that block occurs
 (construction, forward, backward, each optimizer operator), with the storages it refers to renumbered. If a
-plan treats only every p-th block alike, a block means such a period of p adjacent blocks here.
+plan or the model treats only every p-th block alike, a block means such a period of p adjacent blocks here.
 
 That this is valid for the model, plan and rank is checked: the trace with ``k`` blocks, unrolled to ``k`` +
 1, must equal the trace with that many blocks, event for event. Quantities that depend on the depth are
@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from memfit.model.blocks import child_prefix
 from memfit.types.trace import Allocation, OpCall, Phase, PhaseSpan, Trace, rounded
 
 _ALLOCATE, _FREE, _OPERATE = range(3)
@@ -95,9 +96,10 @@ class Blocks:
         """Return the index of the period of blocks that the module path ``module`` lies in: 0 for the period
         that begins at ``first``, and negative for blocks before it. Return None for a path outside the
         container's blocks."""
-        if not module.startswith(f"{self.path}."):
+        prefix = child_prefix(self.path)
+        if not module.startswith(prefix):
             return None
-        number = module[len(self.path) + 1 :].partition(".")[0]
+        number = module.removeprefix(prefix).partition(".")[0]
         return (int(number) - self.first) // self.period if number.isdecimal() else None
 
     def moved(self, module: str, first: int, periods: int) -> str:
@@ -105,8 +107,9 @@ class Blocks:
         ``self.first``: of the module that corresponds to ``module`` in the block that comes ``periods``
         periods after the corresponding block. ``module`` must lie in a block. With ``self.first`` 0,
         ``first`` 4, ``periods`` 2 and ``period`` 1, "layers.1.mlp" becomes "layers.7.mlp"."""
-        number, dot, rest = module[len(self.path) + 1 :].partition(".")
-        return f"{self.path}.{int(number) - self.first + first + periods * self.period}{dot}{rest}"
+        prefix = child_prefix(self.path)
+        number, dot, rest = module.removeprefix(prefix).partition(".")
+        return f"{prefix}{int(number) - self.first + first + periods * self.period}{dot}{rest}"
 
 
 _ON_A_LINE = (
@@ -154,15 +157,17 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
     """Return the trace with the numbers of the blocks in the container at ``path`` replaced in module paths:
     each key of ``numbers`` by its value. Blocks whose number is no key keep it."""
 
+    prefix = child_prefix(path)
+
     def moved(item: _Item) -> _Item:
-        if not item.module.startswith(f"{path}."):
+        if not item.module.startswith(prefix):
             return item
-        number, dot, rest = item.module[len(path) + 1 :].partition(".")
+        number, dot, rest = item.module.removeprefix(prefix).partition(".")
         if not number.isdecimal():
             return item
         # A missing number is that of another rank's block, which is built and then dropped.
         new_number = numbers.get(int(number), number)
-        return dataclasses.replace(item, module=f"{path}.{new_number}{dot}{rest}")
+        return dataclasses.replace(item, module=f"{prefix}{new_number}{dot}{rest}")
 
     return dataclasses.replace(
         trace, allocations=tuple(map(moved, trace.allocations)), ops=tuple(map(moved, trace.ops))

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import (
 )
 
 from memfit.model.batch_objects import map_batch
-from memfit.model.blocks import equal_blocks, find_blocks
+from memfit.model.blocks import child_prefix, equal_blocks, find_blocks
 from memfit.techniques.base import Workbench
 from memfit.types.errors import UserError
 
@@ -101,11 +101,12 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
             del fake_tensors
     if recorder.position != len(blocks):
         raise UserError(
-            f"pipeline cannot cut the model, because the job's loss does not call every block of {path}",
+            "pipeline cannot cut the model, because the job's loss does not call every block of "
+            f"{path or 'the model'}",
             hint="set Job(blocks=...) to the path of a module whose children the loss all calls, in order",
         )
     for name, _ in bench.model.named_parameters():
-        block_indices = [i for i in range(len(blocks)) if name.startswith(f"{path}.{i}.")]
+        block_indices = [i for i in range(len(blocks)) if name.startswith(f"{child_prefix(path)}{i}.")]
         recorder.uses[name].update(block_indices or (() if recorder.uses[name] else (-1,)))
     return Chain(
         path=path,
@@ -177,8 +178,8 @@ class _Recorder(TorchDispatchMode):
     def _broken(self, what_breaks_the_chain: str) -> UserError:
         return UserError(
             f"pipeline cannot cut the model, which is not a chain of blocks: {what_breaks_the_chain}",
-            allowed=f"blocks in {self.path} that run once each, in order, and pass their output to the next "
-            "one and to nothing else",
+            allowed=f"blocks in {self.path or 'the model'} that run once each, in order, and pass their "
+            "output to the next one and to nothing else",
             hint="move what runs between the blocks into them, or name other blocks in Job(blocks=...)",
         )
 
@@ -213,7 +214,8 @@ class _Recorder(TorchDispatchMode):
     def _around(self, index: int, block: torch.nn.Module) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.position != (index - 0.5 if index else -1):
-                raise self._broken(f"{self.path}.{index} is not called exactly once and in order")
+                name = f"{child_prefix(self.path)}{index}"
+                raise self._broken(f"{name} is not called exactly once and in order")
             leaves = _pytree.tree_leaves((args, kwargs))
             self.carried.append(
                 {
@@ -245,7 +247,9 @@ class _Recorder(TorchDispatchMode):
         attribute_ids = _held(block)
         out = block._call_impl(*args, **kwargs)
         reads_own_parameters = all(
-            n.startswith(f"{self.path}.{index}.") for n, positions in self.uses.items() if index in positions
+            n.startswith(f"{child_prefix(self.path)}{index}.")
+            for n, positions in self.uses.items()
+            if index in positions
         )
         input_storages = {key for t in _tensors((args, kwargs)) for key in _storages(t)}
         outputs_are_new = all(
