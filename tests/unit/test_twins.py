@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.model import linear_roles
-from memfit.model.blocks import equal_blocks
+from memfit.model.blocks import attribute_period, equal_blocks, find_stacks
+from memfit.techniques import compiled_regions
 from memfit.techniques.parallel import block_dataflow
 from memfit.techniques.recompute.checkpointing import recompute
 from memfit.techniques.registry import make_use
 from memfit.trace.operators import make_fake
 from memfit.trace.tracer import trace
+from memfit.types.job import Job
 from memfit.types.plan import Plan
 
 SIZE = GptSize(layers=6, width=64, heads=8, length=16, vocabulary=64, batch_size=4)
@@ -39,8 +41,62 @@ class Block(nn.Module):
 def test_identical_blocks_are_represented_by_their_second_occurrence() -> None:
     assert equal_blocks([Block(i) for i in range(5)]) == [0, 1, 1, 1, 1]
     assert equal_blocks([Block(i, window=50 + i % 2) for i in range(6)]) == [0, 1, 2, 3, 2, 3]
-    assert equal_blocks([Block(i, sizes=[9, i]) for i in range(4)]) == [0, 1, 1, 1]
+    assert equal_blocks([Block(i, sizes=[9, 9]) for i in range(4)]) == [0, 1, 1, 1]
     assert equal_blocks([Block(i, scale=float(i > 2)) for i in range(5)]) == [0, 1, 1, 3, 4]
+
+
+class Sparse(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if self.index % 4 else x
+
+
+class Routed(Block):
+    kinds = ("local", "local", "global")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if self.kinds[self.index % 3] == "local" else x
+
+
+class Looked(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kind = self.kinds[self.index]
+        return super().forward(x) if kind == "local" else x
+
+
+class Aliased(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = self.index
+        return super().forward(x) if index else x
+
+
+class Cached(Block):
+    """Uses its number only to find its place in a cache, as decoders do."""
+
+    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        if cache is not None:
+            if self.index is None:
+                raise ValueError(f"block {self.index} needs a number")
+            x = cache.update(x, self.index) + cache.layers[self.index].keys
+        return super().forward(x)
+
+
+def test_blocks_that_compute_with_their_number_represent_themselves() -> None:
+    for kind in (Sparse, Routed, Looked, Aliased):
+        assert equal_blocks([kind(i) for i in range(5)]) == [0, 1, 2, 3, 4], kind
+    assert equal_blocks([Cached(i) for i in range(5)]) == [0, 1, 1, 1, 1]
+    assert equal_blocks([Block(i, sizes=[9, i]) for i in range(4)]) == [0, 1, 2, 3]
+
+
+def test_an_attribute_that_equals_the_number_of_one_block_only_does_not_set_it_apart() -> None:
+    assert equal_blocks([Block(i, heads=3) for i in range(5)]) == [0, 1, 1, 1, 1]
+
+
+def test_the_period_of_attributes_is_that_of_numbers_bools_and_strings() -> None:
+    assert attribute_period([Block(i, other=object()) for i in range(6)]) == 1
+    assert attribute_period([Block(i, window=50 + i % 2) for i in range(7)]) == 2
+    assert attribute_period([Block(i, is_global=i % 3 == 2, name="x") for i in range(6)]) == 3
+    assert attribute_period([Block(i, rate=0.1 * i) for i in range(6)]) == 6
+    assert attribute_period([Sparse(i) for i in range(6)]) == 6
 
 
 def test_blocks_that_differ_represent_themselves() -> None:
@@ -95,6 +151,48 @@ def test_a_pipeline_chain_equals_the_one_from_running_every_block(
     births = [[(a.op, a.module, a.size_bytes) for a in t.allocations if a.step] for t in traces]
     assert births[0] == births[1]
     assert [o.signature for o in traces[0].ops] == [o.signature for o in traces[1].ops]
+
+
+def _bare(count: int = 4) -> Job:
+    """A model whose container of blocks is the model itself. Each block has a layer that it does not run."""
+    return Job(
+        name="bare",
+        build_model=lambda: nn.Sequential(*(Block(i, spare=nn.Linear(16, 16)) for i in range(count))),
+        make_batch=lambda step, seed: torch.zeros(8, 16),
+        loss=lambda model, batch: model(batch).square().mean(),
+        batch_size=8,
+    )
+
+
+def test_parameters_of_a_bare_sequential_belong_to_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[block_dataflow.Chain] = []
+    inner = block_dataflow.record_chain
+    record = lambda bench, parts: seen.append(inner(bench, parts)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr("memfit.techniques.parallel.pipeline_stages.record_chain", record)
+    trace(_bare(), Plan(ranks=2, uses=(make_use("pipeline", {}),)), device="cuda")
+    parts = [f"{layer}.{name}" for layer in ("up", "spare") for name in ("weight", "bias")]
+    assert seen[0].uses == {f"{i}.{part}": {i} for i in range(4) for part in parts}
+
+
+def test_each_block_of_a_bare_sequential_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+
+    class Recorded(compiled_regions.Region):
+        def __init__(self, module: nn.Module, *rest: Any) -> None:
+            compiled.append(module)
+            super().__init__(module, *rest)
+
+    monkeypatch.setattr(compiled_regions, "Region", Recorded)
+    trace(_bare(), Plan(uses=(make_use("compile", {"scope": "parts"}),)))
+    assert len(compiled) == len(set(compiled)) == 4
+
+
+def test_a_container_inside_a_block_of_a_bare_sequential_is_no_stack_of_its_own() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)))
+
+    model = nn.Sequential(block(), block())
+    assert find_stacks(model) == [list(model.children())]
 
 
 def _plain(block: Block, x: torch.Tensor) -> torch.Tensor:

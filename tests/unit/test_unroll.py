@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,13 +122,7 @@ def test_a_deep_trace_equals_the_trace_of_the_whole_model(
 ) -> None:
     depth = 10 if plan.get("compile") else DEPTH
     whole = canonical(trace(with_blocks(job(), depth), plan, device=device))
-    depths = []
-
-    def watched(job: Job, plan: Plan, **options: object) -> Trace:
-        depths.append(getattr(job.build_model, "count", None))
-        return trace(job, plan, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("memfit.trace.trace_extrapolation.tracer.trace", watched)
+    depths = _watched_depths(monkeypatch)
     deep = deep_trace(job(depth=depth), plan, device=device)
     assert None not in depths, "it fell back to tracing the whole model"
     assert same(deep, whole)
@@ -135,6 +130,18 @@ def test_a_deep_trace_equals_the_trace_of_the_whole_model(
     assert deep.host_peak_bytes == whole.host_peak_bytes
     for one, other in zip(deep.ops, whole.ops, strict=True):
         assert worked(one) == worked(other)
+
+
+def _watched_depths(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """Return a list to which every later trace for a deep one adds its number of blocks, None if whole."""
+    depths: list[int | None] = []
+
+    def watched(job: Job, plan: Plan, **options: object) -> Trace:
+        depths.append(getattr(job.build_model, "count", None))
+        return trace(job, plan, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("memfit.trace.trace_extrapolation.tracer.trace", watched)
+    return depths
 
 
 def test_on_a_cpu_a_deep_trace_of_a_stage_has_the_peaks_of_a_whole_trace() -> None:
@@ -173,6 +180,76 @@ def test_a_model_that_needs_all_its_blocks_is_traced_and_priced_whole() -> None:
     assert pricer.repeats
     assert pricer.sketch(Plan()).allocated_bytes.value > 0
     assert not pricer.repeats, "the next sketch is made from the whole model at once"
+
+
+class Alternating(Block):
+    """Every other block runs twice."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(16)
+        self.is_doubled = number % 2 == 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(super().forward(x) if self.is_doubled else x)
+
+
+class EveryEighth(Block):
+    """Every eighth block runs twice, which the first ones do not show."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(16)
+        self.number = number
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(super().forward(x) if self.number % 8 == 7 else x)
+
+
+class Numbered(Deep):
+    def __init__(self, kind: Callable[[int], Block]) -> None:
+        super().__init__(depth=0)
+        self.blocks = nn.ModuleList(kind(i) for i in range(DEPTH))
+
+
+@pytest.mark.parametrize(("kind", "is_unrolled"), [(Alternating, True), (EveryEighth, False)])
+def test_a_deep_trace_of_blocks_that_differ_in_what_they_do_equals_the_trace_of_the_whole_model(
+    kind: Callable[[int], Block], is_unrolled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered = dataclasses.replace(job(), build_model=lambda: Numbered(kind))
+    whole = canonical(trace(with_blocks(numbered, DEPTH) if is_unrolled else numbered, Plan()))
+    depths = _watched_depths(monkeypatch)
+    assert same(canonical(deep_trace(numbered, Plan())), whole)
+    assert (None not in depths) is is_unrolled
+
+
+def _bare(depth: int) -> Job:
+    """A model whose container of blocks is the model itself."""
+    return Job(
+        name="bare",
+        build_model=lambda: nn.Sequential(*(Block(16) for _ in range(depth))),
+        batch_size=4,
+        make_batch=lambda step, seed: torch.zeros(4, 8, 16),
+        loss=lambda model, batch: model(batch).square().mean(),
+    )
+
+
+@pytest.mark.parametrize("plan", [Plan(), PLANS[2], fsdp2()], ids=lambda p: p.label)
+def test_a_deep_trace_of_a_bare_sequential_equals_the_trace_of_the_whole_model(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = canonical(trace(with_blocks(_bare(DEPTH), DEPTH), plan))
+    depths = _watched_depths(monkeypatch)
+    assert same(deep_trace(_bare(DEPTH), plan), whole)
+    assert None not in depths
+
+
+def test_a_stage_of_a_bare_sequential_has_the_modules_and_peaks_of_a_whole_trace() -> None:
+    plan = Plan(ranks=4, uses=(use("pipeline", stages=4, micro_batches=4, schedule="gpipe", virtual=1),))
+    for rank, deep in enumerate(deep_traces(_bare(34), plan, range(4), device="cuda")):
+        whole = trace(_bare(34), plan, rank=rank, device="cuda")
+        assert len(deep.ops) < len(whole.ops)
+        peaks = [memory_profile(t, Calibration()).phase_peak_bytes for t in (deep, whole)]
+        assert peaks[0] == peaks[1], rank
+        assert {a.module for a in deep.allocations} == {a.module for a in whole.allocations}
 
 
 def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import operator
+import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,6 +37,8 @@ _MODULES_OWN = frozenset(
     }
 )
 _DEEPEST = 12
+_PLAIN = (bool, int, float, str, type(None))
+_Path = tuple[str, str, tuple[int, ...]]  # name of a module, of its attribute, positions of nested parts
 _HEAD_NAMES = ("lm_head", "head", "decoder", "classifier", "output")
 
 
@@ -115,49 +121,125 @@ def equal_blocks(blocks: Sequence[torch.nn.Module]) -> list[int]:
     groups: dict[object, list[int]] = {}
     params = [p for b in blocks for p in b.parameters()]
     no_shared_parameters = len({id(p) for p in params}) == len(params)
-    for index, block in enumerate(blocks):
-        group = groups.setdefault(_looks(block, index) if no_shared_parameters else index, [])
+    for index, (block, attributes) in enumerate(zip(blocks, _compared_attributes(blocks), strict=True)):
+        group = groups.setdefault(_looks(block, attributes) if no_shared_parameters else index, [])
         group.append(index)
         indices.append(group[1] if len(group) > 1 else index)
     return indices
 
 
-def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
-    """Return a key that is equal for blocks whose modules have the same names, classes, numbers of forward
-    hooks and attributes, and whose parameters and buffers have the same names, classes, shapes and dtypes.
-    Integers equal to the block's ``index`` in attributes may differ."""
-    converter = _Told(index, {id(m): name for name, m in block.named_modules()})
+def attribute_period(blocks: Sequence[torch.nn.Module]) -> int:
+    """Return after how many blocks the numbers, bools and strings in the attributes of the blocks' modules
+    repeat: 1 if all blocks have the same, 2 if every other block has the same, and the number of blocks if
+    they do not repeat. Integers that only number the blocks count as the same (`_compared_attributes`)."""
+    plain = [{p: v for p, v in a.items() if isinstance(v, _PLAIN)} for a in _compared_attributes(blocks)]
+    return next(n for n in range(1, len(plain) + 1) if all(map(operator.eq, plain, plain[n:])))
+
+
+def _looks(block: torch.nn.Module, attributes: Mapping[_Path, object]) -> tuple[object, ...]:
+    """Return a key that is equal for blocks whose modules have the same names, classes and numbers of forward
+    hooks, whose parameters and buffers have the same names, classes, shapes and dtypes, and whose
+    ``attributes`` are equal."""
     modules = (
-        (
-            name,
-            type(m),
-            len(m._forward_hooks),
-            len(m._forward_pre_hooks),
-            *((k, converter.of(v)) for k, v in vars(m).items() if k not in _MODULES_OWN),
-        )
-        for name, m in block.named_modules()
+        (name, type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in block.named_modules()
     )
-    tensors = [*block.named_parameters(), *block.named_buffers()]
-    return (*modules, *((name, type(t), tuple(t.shape), t.dtype) for name, t in tensors))
+    tensors = (
+        (name, type(t), tuple(t.shape), t.dtype)
+        for name, t in (*block.named_parameters(), *block.named_buffers())
+    )
+    return *modules, *tensors, frozenset(attributes.items())
 
 
-class _Told:
-    """Converts attributes of a block's modules to values that are equal for two blocks if the attributes mean
-    the same. ``index`` is the block's index: integers that equal it become the same value for all blocks.
-    ``modules`` maps the ids of the block's modules to their names, which stand for them."""
+def _compared_attributes(blocks: Sequence[torch.nn.Module]) -> list[dict[_Path, object]]:
+    """Return, for each block, those of its `_attributes` that are equal in blocks that do the same.
 
-    def __init__(self, index: int, modules: Mapping[int, str]) -> None:
-        self._index, self._modules = index, modules
+    Attributes that only number the blocks are left out: integers that are 0 in the first block, 1 in the
+    second and so on, unless the code of their modules may compute with them (`_may_compute`)."""
+    attributes = [_attributes(b) for b in blocks]
+    kinds = {(name, type(m)) for b in blocks for name, m in b.named_modules()}
 
-    def of(self, value: Any, depth: int = 0) -> object:
-        if isinstance(value, bool | float | str | type(None)):
-            return value
-        if isinstance(value, int):
-            return "its number" if value == self._index else value
-        parts = _parts(value) if depth < _DEEPEST else None
-        if parts is None:
-            return self._modules.get(id(value), id(value))
-        return (type(value), *(self.of(v, depth + 1) for v in parts))
+    def is_number_of_block(path: _Path) -> bool:
+        module_name, attribute, positions = path
+        return (
+            not positions
+            and all(type(a.get(path)) is int and a[path] == i for i, a in enumerate(attributes))
+            and not any(_may_compute(kind, attribute) for name, kind in kinds if name == module_name)
+        )
+
+    return [{p: v for p, v in a.items() if not is_number_of_block(p)} for a in attributes]
+
+
+def _attributes(block: torch.nn.Module) -> dict[_Path, object]:
+    """Return the attributes of the block's modules, except torch's own, in a form that can be compared
+    between blocks. A value with parts (`_parts`), such as a list, is represented by its type, and each part
+    has a path of its own. Other objects are represented by a tuple: modules of the block by (their name,),
+    the rest by (their id,)."""
+    modules = {id(m): name for name, m in block.named_modules()}
+    attributes: dict[_Path, object] = {}
+
+    def add(path: _Path, value: object) -> None:
+        module_name, attribute, positions = path
+        is_whole = isinstance(value, _PLAIN) or len(positions) == _DEEPEST
+        parts = None if is_whole else _parts(value)
+        if isinstance(value, _PLAIN):
+            attributes[path] = value
+        elif parts is None:
+            attributes[path] = (modules.get(id(value), id(value)),)
+        else:
+            attributes[path] = type(value)
+            for position, part in enumerate(parts):
+                add((module_name, attribute, (*positions, position)), part)
+
+    for module_name, module in block.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in _MODULES_OWN:
+                add((module_name, attribute, ()), value)
+    return attributes
+
+
+def _may_compute(kind: type, name: str) -> bool:
+    """Return whether modules of the class ``kind`` may compute with their attribute ``name``, apart from
+    ``__init__`` (`_computes`)."""
+    import torch
+
+    bases = [b for b in kind.__mro__ if b not in (torch.nn.Module, object)]
+    members = (getattr(m, "fget", m) for b in bases for key, m in vars(b).items() if key != "__init__")
+    return any(_computes(m, name) for m in members if isinstance(m, types.FunctionType))
+
+
+@functools.cache
+def _computes(method: types.FunctionType, name: str) -> bool:
+    """Return whether the code of a method reads an attribute ``name`` for anything but these, in which the
+    value decides nothing: a comparison with ``is``, a formatted string, and an argument or a key of an object
+    that is neither the method's own nor global, as in ``cache.update(x, self.layer)`` and
+    ``states[self.layer]``. True if the method has no source code."""
+    function: Any = inspect.unwrap(method)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return True
+    not_local = {*function.__globals__, *function.__builtins__, *function.__code__.co_varnames[:1]}
+    allowed: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            arguments = (*node.args, *(k.value for k in node.keywords))
+            allowed |= {id(a) for a in arguments if _first_name(node.func) not in not_local}
+        elif isinstance(node, ast.Subscript) and _first_name(node.value) not in not_local:
+            allowed.add(id(node.slice))
+        elif isinstance(node, ast.Compare) and all(isinstance(o, ast.Is | ast.IsNot) for o in node.ops):
+            allowed |= {id(node.left), *map(id, node.comparators)}
+        elif isinstance(node, ast.FormattedValue):
+            allowed.add(id(node.value))
+    reads = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load))
+    return any(n.attr == name and id(n) not in allowed for n in reads)
+
+
+def _first_name(node: ast.expr) -> str:
+    """Return the variable with which an expression such as ``cache.layers[0].keys`` begins, "" if it does not
+    begin with one."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _parts(value: Any) -> Iterable[Any] | None:

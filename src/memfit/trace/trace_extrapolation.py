@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from memfit.model.blocks import find_blocks
+from memfit.model.blocks import attribute_period, child_prefix, find_blocks
 from memfit.techniques import fp32_modules
 from memfit.trace import tracer
 from memfit.trace.short_pipeline import MemoryLine, shortened
@@ -44,7 +45,8 @@ def traces_of(job: Job, requests: Sequence[tuple[Plan, int]], **options: Any) ->
     with many equal blocks. ``options`` are those of `trace` except ``rank``. Raises what `trace` raises.
 
     The model is traced twice with few blocks, and the events of a middle block are repeated up to the full
-    depth (`unroll`). That the shallower trace, unrolled to the depth of the deeper one, equals that one
+    depth (`unroll`), or those of several adjacent blocks if the plan or attributes of the blocks repeat with
+    such a period. That the shallower trace, unrolled to the depth of the deeper one, equals that one
     proves that this is valid. Where it is not valid or not less work, as for models without equal blocks, or
     where the model does not run with fewer blocks, the model is traced whole.
 
@@ -113,11 +115,11 @@ class _Deep:
     numbers: dict[int, int] | None = None
 
     @staticmethod
-    def of(job: Job, plan: Plan, rank: int, path: str, count: int) -> _Deep | None:
+    def of(job: Job, plan: Plan, rank: int, path: str, count: int, model_period: int) -> _Deep | None:
         line = shortened(job, plan, rank, count)
         if line is None:
             return None
-        indices, period = line.own_blocks(count), _period(plan)
+        indices, period = line.own_blocks(count), math.lcm(_period(plan), model_period)
         first_depth = _first_depth(plan, period)
         first_depth += (len(indices) - first_depth) % period
         rank_blocks = Blocks(path=path, first=indices[0], count=len(indices), period=period)
@@ -131,7 +133,8 @@ class _Deep:
             )
         else:
             bucketed = any(map(plan.get, ("ddp", "zero", "sharded-ddp")))  # buckets span blocks
-            is_worth = not bucketed and deep._is_worth(first_depth)
+            is_aligned = (line.short_stage * first_depth - indices[0]) % period == 0
+            is_worth = not bucketed and is_aligned and deep._is_worth(first_depth)
         return deep if is_worth else None
 
     def depths(self) -> range:
@@ -180,17 +183,21 @@ class _Deep:
         return shallow < self.blocks.count * self.line.micros
 
 
-def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
-    """Return (path of the module that contains the model's blocks, their number) if all blocks have
-    parameters of the same names and shapes, keep the same inner modules in float32 (`Job.islands`), and lie
-    in a ModuleList or Sequential. Return None otherwise, and if no blocks are found."""
+def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int, int] | None:
+    """Return (path of the module that contains the model's blocks, their number, their `attribute_period`) if
+    all blocks have parameters of the same names and shapes, keep the same inner modules in float32
+    (`Job.islands`), and lie in a ModuleList or Sequential. Return None otherwise, and if no blocks are
+    found."""
     try:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:
         return None
     fp32_names = fp32_modules.find(model, job.islands)
-    are_equal = len({_shape(b, f"{path}.{i}", fp32_names) for i, b in enumerate(blocks)}) == 1
-    return (path, len(blocks)) if are_equal and isinstance(model.get_submodule(path), CONTAINERS) else None
+    prefix = child_prefix(path)
+    are_equal = len({_shape(b, f"{prefix}{i}", fp32_names) for i, b in enumerate(blocks)}) == 1
+    if not are_equal or not isinstance(model.get_submodule(path), CONTAINERS):
+        return None
+    return path, len(blocks), attribute_period(blocks)
 
 
 def _shape(block: torch.nn.Module, path: str, fp32_names: Iterable[str]) -> tuple[Any, ...]:
