@@ -411,6 +411,17 @@ def test_values_that_follow_from_assumed_ones_are_not_called_known(forward: Any)
     assert not any("as in the batch" in a for a in found.assumptions)
 
 
+def test_the_interval_covers_sizes_that_assumed_values_decide_through_python_numbers() -> None:
+    """Each case of assumed values is a trace of its own, so numbers need not be followed through Python."""
+
+    def through_python(m: Any, x: torch.Tensor) -> torch.Tensor:
+        count = int((m.first(x)[:, 0] > 0).sum())
+        return m.second(x[: torch.tensor([count]).clamp(1, 40).item()])
+
+    found = trace(job(through_python), Plan())
+    assert found.assumed_low_ratio < 1 == found.assumed_high_ratio
+
+
 def test_a_tensor_into_which_unknown_values_are_written_is_no_longer_known() -> None:
     def summed(m: Any, x: torch.Tensor) -> torch.Tensor:
         ends = torch.zeros(5, dtype=torch.int64)
