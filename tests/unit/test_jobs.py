@@ -330,7 +330,7 @@ def test_a_compressed_fasta_is_read_and_an_unreadable_one_is_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        (">a\nMKV\nHEC\n>b\nMKV\nHE\n", "line 6: 2 states for 3 residues of 'b'"),
+        (">a\nMKV\nHEC\n>b\nMKV\nHE\n", "line 6: 2 states in this line for 3 residues of 'b'"),
         (">a\nMKV\nHEX\n>b\nMK\nHE\n", "line 3, column 3: 'X' is not a state"),
         (">a\nMKV\n", "line 1: 'a' is followed by 1 lines"),
         (">a\nMKV\nHEC\n", "contains only 1 chain"),

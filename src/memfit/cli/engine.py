@@ -28,7 +28,8 @@ class EngineOptions:
         typer.Argument(
             metavar="list|install",
             help="list (the default): show all engines and the installed version of each, or what keeps it "
-            "from running; install: create a virtual environment with the engine NAME.",
+            "from running; install: create a virtual environment with the engine that the next argument, "
+            "NAME, names.",
         ),
     ] = "list"
     name: Annotated[

@@ -69,7 +69,8 @@ class LengthOptions:
         typer.Option(
             metavar="SIZE",
             help="Memory of one device that the training must fit in, for example 24GiB. Default: all "
-            "memory of one device of the machine --on, or of this computer without --on.",
+            "memory of one device of the machine --on; without --on, that of this computer's GPU or, if it "
+            "has none, its main memory.",
         ),
     ] = None
     plan: Annotated[

@@ -32,8 +32,8 @@ class RecordOptions:
         typer.Option(
             metavar="ID",
             help="ID of the proof of concept in the store whose record is written, or ID of a record from "
-            "others that was added to the store. Default: the proof of concept begun last. Not with "
-            "--add or --schema.",
+            "others that was added to the store. Default: the proof of concept begun last with this store, "
+            "never a record from others. Not with --add or --schema.",
         ),
     ] = None
     out: Annotated[

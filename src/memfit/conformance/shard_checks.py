@@ -88,9 +88,10 @@ def gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 
 def optimizer_state(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check, if the plan shards the optimizer's state, whether this rank has state for at most its shard of
-    the trained parameters. Yields `NotChecked` if there is no state, whether the plan shards it or not.
-    Yields nothing with expert-parallel, or if there is state and the plan does not shard it."""
+    """Check, if the plan shards the optimizer's state, that this rank has state for at most its shard of the
+    trained parameters. Yields one `Checked`, whose ``wrong`` is whether it has state for more. Yields
+    `NotChecked` instead if there is no state, whether the plan shards it or not. Yields nothing with
+    expert-parallel, or if there is state and the plan does not shard it."""
     if plan.get("expert-parallel") is not None:
         return
     state_elements = sum(max((t.elements for t in s.tensors), default=0) for s in observed.states)

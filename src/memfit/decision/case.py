@@ -174,8 +174,8 @@ class ExistingMachine(_Strict):
 
 
 class Existing(ExistingMachine):
-    """The section [existing]: a machine that the user already has. ``machines``: how many of these the user
-    has, by default 1.
+    """The section [existing] of the case file: a machine that the user already has. ``machines``: how many of
+    these the user has, by default 1.
 
     It has no price, because it is paid for.
     """

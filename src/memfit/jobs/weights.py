@@ -20,13 +20,13 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
     """Copy the safetensors in ``folder`` (the shards named by its index if it has one, else all files) into
     the model's parameters and persistent buffers, one tensor at a time.
 
-    Tied parameters may be stored under any of their names, and a leading ``esm.`` may be missing. Every
-    parameter must be present, except those whose names start with one of ``may_miss`` (the head of a new
-    task), and at least one tensor. A buffer that is missing keeps its initial value. Tensors that the model
-    does not use are ignored. Under fake tensors, which hold no values, nothing is loaded, because weights do
-    not change sizes; only the folder is checked. Raises UserError for a folder that is missing, has no
-    safetensors or cannot be read, for a missing parameter, and for a tensor of another shape than the
-    model's.
+    Tied parameters may be stored under any of their names, and a leading ``esm.`` of the model's names may be
+    missing in the files (see `_aliases`). Every parameter must be present in them, except those whose names
+    start with one of ``may_miss`` (the head of a new task). A buffer that is missing keeps its initial value.
+    Tensors that the model does not use are ignored. Under fake tensors, which hold no values, nothing is
+    loaded, because weights do not change sizes; only the folder is checked. Raises UserError for a folder
+    that is missing, has no safetensors or cannot be read, for a missing parameter, for files with none of the
+    model's tensors, and for a tensor of another shape than the model's.
     """
     from torch._guards import detect_fake_mode
 

@@ -166,9 +166,11 @@ class _Replay:
 
     def enters(self, value: Any, dtypes: list[torch.dtype] | None) -> Any:
         """Return the value with its floating-point tensors replaced by new tensors that begin an autograd
-        graph, and add these to ``sources``. They are cast to the ``dtypes`` of the same index in the order of
-        `leaves`, or to the mode's ``arrives`` where there is none; if the mode rounds, they are rounded
-        before."""
+        graph, and add these to ``sources``. A tensor that occurs twice gets one new tensor.
+
+        ``dtypes`` has one dtype for each tensor of the value, also for those that are not floating-point, in
+        the order of `leaves`. The new tensor is cast to it, or to the mode's ``arrives`` if ``dtypes`` is
+        None or too short; if the mode rounds, it is rounded before."""
         memo: dict[int, torch.Tensor] = {}
         dtype_order = iter(dtypes or ())
 

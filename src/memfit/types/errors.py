@@ -72,9 +72,11 @@ class NothingFits(MemfitError):
 
     ``cap_bytes``: the memory that a plan may use. ``least_bytes``, ``plan_text``: what the smallest plan
     needs, and that plan's label. ``ways``: texts of changes that would help; they are not in the message
-    before `explained` is called. ``missed``: the message if a plan fits the memory but the deadline or the
-    limit on cost is missed, else "". ``host``: a text that says that the host's memory is too small for the
-    smallest plan, else "".
+    before `explained` is called.
+
+    Two more arguments only form the message and are not attributes. ``missed``: the whole message if a plan
+    fits the memory but the deadline or the limit on cost is missed, else "". ``host``: a text that says that
+    the host's memory is too small for the smallest plan, else ""; it is left out if ``missed`` is given.
     """
 
     exit_code = 3

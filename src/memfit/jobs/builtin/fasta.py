@@ -87,7 +87,8 @@ def read_labelled(path: str) -> list[Protein]:
         sequence, states = _sequence(path, lines[:1]), _checked(path, *lines[1], STATES, "a state")
         if len(sequence) != len(states):
             raise UserError(
-                f"{path} line {lines[1][0]}: {len(states)} states for {len(sequence)} residues of {name!r}"
+                f"{path} line {lines[1][0]}: {len(states)} states in this line for {len(sequence)} residues "
+                f"of {name!r}"
             )
         proteins.append(Protein(name=name, sequence=sequence, states=states))
     return proteins

@@ -127,7 +127,7 @@ class Judgement(Part):
     def _ordered(self) -> Judgement:
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(
-                "in the interval of the metric's difference between the two plans, "
+                "in the record's interval of the metric's difference between the two plans, "
                 f"low ({self.low}) is above high ({self.high})"
             )
         return self
