@@ -18,12 +18,7 @@ from hypothesis import settings
 
 # Not the modules that handle tensors: a checking wrapper holds its arguments and so changes what is measured.
 _CHECKED = (
-    "types",
     "catalog",
-    "cost",
-    "planner.selection",
-    "planner.plan_space",
-    "planner.parallelism_grid",
     "engines.base",
     "engines.registry",
     "engines.native",
@@ -40,10 +35,8 @@ _CHECKED = (
     "cli",
     "decision",
 )
-beartype_packages(
-    tuple(f"memfit.{name}" for name in _CHECKED),
-    conf=BeartypeConf(is_pep484_tower=True),  # an int is a float, as for mypy
-)
+# Checking these makes a search half as long again, so that it is done with --long only.
+_CHECKED_WITH_LONG = ("types", "cost", "planner.selection", "planner.plan_space", "planner.parallelism_grid")
 
 settings.register_profile("memfit", deadline=None, derandomize=True)
 settings.load_profile("memfit")
@@ -56,6 +49,15 @@ _OF_CHILDREN = "COVERAGE_PROCESS_CONFIG"  # by which coverage begins in a child 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before memfit is imported, in this process and in those of xdist."""
+    names = (*_CHECKED, *(_CHECKED_WITH_LONG if config.getoption("--long") else ()))
+    beartype_packages(
+        tuple(f"memfit.{name}" for name in names),
+        conf=BeartypeConf(is_pep484_tower=True),  # an int is a float, as for mypy
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
