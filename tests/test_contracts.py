@@ -70,7 +70,7 @@ BANNED = {
 }
 
 # Who may read environment variables: one file records them, and one hands them on to a child process.
-READS_ENVIRONMENT = {"store/environment.py", "runtime/child_process.py"}
+READS_ENVIRONMENT = {"store/environment.py", "runtime/child_process.py", "runtime/devices.py"}
 
 # Numbers that count or compare have no unit. Any other number has its unit at the end of its name.
 UNITS = (
@@ -104,6 +104,7 @@ UNITS = (
     "_factor",
 )
 DIMENSIONLESS = {
+    "allocator_retries",
     "nccl_channels",
     "nccl_multicast_channels",
     "oom_probability",
@@ -330,6 +331,29 @@ def test_only_modules_that_run_foreign_code_catch_all_exceptions() -> None:
         "trace/sample_dependence.py",
     )
     assert not {place for place in wide if not place.startswith(allowed)}
+
+
+DEVICES = {"cpu", "cuda", "xpu", "mps", "gloo", "nccl", "xccl"}
+
+
+def test_no_worker_technique_or_engine_names_a_device_or_a_backend() -> None:
+    """They take devices as values. Whose kernels run (`DeviceKind.kernels`) is not a device."""
+    named = set()
+    for name, tree in trees():
+        if not name.startswith(("worker/", "techniques/", "engines/")):
+            continue
+        of_kernels = {
+            id(other)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith(".kernels")
+            for other in node.comparators
+        }
+        named |= {
+            f"{name}:{node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and node.value in DEVICES and id(node) not in of_kernels
+        }
+    assert not named
 
 
 def test_modules_have_no_import_cycles() -> None:

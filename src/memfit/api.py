@@ -246,7 +246,8 @@ def estimate(  # noqa: PLR0913
     ``plan``: a Plan, ``{"activation-checkpointing": {}}``, the name of a technique, YAML text, or the path of
     a YAML file; by default plain training. A mapping, text or name of techniques for several ranks that does
     not give ``ranks`` uses all devices of the machine. ``machine``: a name of the catalog such as
-    ``"8xH100-SXM"``, or the path of a machine file (.toml); by default this machine.
+    ``"8xH100-SXM"``, or the path of a machine file (.toml); by default this machine, that is its accelerator
+    or, without one, its CPU; "this:cpu" is its CPU.
 
     ``bound``: sizes that only values decide, as in `Job`. ``ema``: the decay of a weight average that the
     loop keeps (True: 0.999); by default none. ``clip``: the largest gradient norm; by default gradients are
@@ -308,7 +309,7 @@ def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
         if not probe:
             return pricer.whole(plan)
         with offering(_weights(pricer.job)):
-            if pricer.machine.device.name == "this machine":
+            if pricer.machine.is_here and pricer.machine.device.is_host:
                 probe_workspaces(pricer, plan)
             return pricer.whole(plan)
     except _FAILURES as error:  # outside the user's own functions, whose errors are already UserErrors

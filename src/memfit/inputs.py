@@ -26,6 +26,7 @@ from memfit.techniques.plan_file import parse_plan, read_plan
 from memfit.techniques.registry import check, make_use
 from memfit.trace.fake_copy import copy_model
 from memfit.trace.tracer import fake_model
+from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import Bound, Job, OptimizerChoice
 from memfit.types.machine import Machine
@@ -275,7 +276,7 @@ def _optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
         return optimizer or OptimizerChoice()
     if isinstance(optimizer, str):
         choice = OptimizerChoice(name=optimizer.lower())
-        default_optimizer(choice, "cpu")  # raises UserError for an unknown name
+        default_optimizer(choice, device_kind(HOST))  # raises UserError for an unknown name
         return choice
     if isinstance(optimizer, torch.optim.Optimizer):
         make = _made_like(optimizer, model)
@@ -397,12 +398,15 @@ def on_ranks(plan: Any, ranks: int) -> Any:
 
 def machine_of(machine: Any) -> Machine:
     """Return a Machine for: a Machine, which is returned; a name of the catalog such as ``8xH100-SXM``; the
-    path of a machine file (.toml); or None or "this", which is this machine. Raises UserError for anything
-    else, and for an unknown name or a faulty file."""
+    path of a machine file (.toml); None or "this", which is the accelerator of this machine or, without one,
+    its CPU; or "this:cpu", its CPU. Raises UserError for anything else, and for an unknown name or a faulty
+    file."""
     if isinstance(machine, Machine):
         return machine
-    if machine is None or machine == "this":
+    if machine is None:
         return this_machine("world")
+    if isinstance(machine, str) and machine.partition(":")[0] == "this":
+        return this_machine("world", machine.partition(":")[2])
     if not isinstance(machine, str | Path):
         raise UserError(
             f"the argument machine is a {type(machine).__name__}",

@@ -328,7 +328,7 @@ class _Sums(_Skip):
     [
         (_Skip, _plan(2), "not a chain"),
         (_Sums, _plan(2), "not a chain"),
-        (None, _plan(2, micro_batches=3), "cannot be cut evenly"),
+        (None, _plan(2, micro_batches=3), "pipeline cannot divide the 8 samples"),
         (None, _plan(8), "at most 4 stages"),
         (None, _plan(2, "interleaved"), "virtual=2 or more"),
         (None, _plan(4, "zero-bubble", ddp={}, stages=2), "data-parallel"),

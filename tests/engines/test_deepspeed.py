@@ -183,7 +183,9 @@ Found = list[dict[str, Any]]
 
 def _ran(folder: Path, ranks: int) -> Found:
     run_children(
-        __file__, [[folder, str(ranks), folder / f"{rank}.json"] for rank in range(ranks)], env=ENGINE.env
+        __file__,
+        [[folder, str(ranks), folder / f"{rank}.json"] for rank in range(ranks)],
+        env=ENGINE.environment("cpu"),
     )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -287,7 +289,10 @@ def test_the_deepspeed_parser_reads_the_settings_of_the_plan(tmp_path: Path) -> 
     (tmp_path / CONFIG).write_text(render(_spec(plan)).files[CONFIG])
     command = [sys.executable, "-c", _READ, str(tmp_path / CONFIG), str(tmp_path / "read.json")]
     subprocess.run(
-        command, check=True, capture_output=True, env={**os.environ, **ENGINE.env, "WORLD_SIZE": "1"}
+        command,
+        check=True,
+        capture_output=True,
+        env={**os.environ, **ENGINE.environment("cpu"), "WORLD_SIZE": "1"},
     )
     assert json.loads((tmp_path / "read.json").read_text()) == {
         "stage": 3,
@@ -310,9 +315,10 @@ def test_the_deepspeed_parser_reads_the_settings_of_the_plan(tmp_path: Path) -> 
 _SECTION = """
 import json, sys
 import torch
-from memfit.engines.deepspeed.step import _join_alone, import_deepspeed
+from memfit.engines.deepspeed.step import import_deepspeed
+from memfit.techniques.rank_mesh import join_alone
 deepspeed, found = import_deepspeed(), []
-_join_alone()
+join_alone("cpu")
 for section in ({}, {"activation_checkpointing": {"partition_activations": True, "number_checkpoints": 2}}):
     calls, model = [], torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[0].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -334,7 +340,7 @@ def test_the_activation_checkpointing_section_is_left_out_as_it_has_no_effect(tm
     assert "activation_checkpointing" not in json.loads(text)
     (tmp_path / CONFIG).write_text(text)
     command = [sys.executable, "-c", _SECTION, str(tmp_path / CONFIG), str(tmp_path / "found.json")]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **ENGINE.env})
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **ENGINE.environment("cpu")})
     assert json.loads((tmp_path / "found.json").read_text()) == [[False, 1, False], [True, 1, False]]
 
 

@@ -11,7 +11,8 @@ own, autocast with CUDA's lists, and collectives over gloo. It computes with the
 are the CPU's. `device.cpp` says what it does not simulate.
 
 Importing this package does nothing. `activate` makes "sim" the accelerator of the whole process, which cannot
-be undone, so tests call it in child processes only.
+be undone, so tests call it in child processes only. A child process with the environment of `environment`
+has the device as soon as it imports torch, as with the devices that other packages bring to torch.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _SOURCE: Final = Path(__file__).with_name("device.cpp")
 _LIBRARY: Final = "sim_device"
 _FIRST_TORCH: Final = "2.13"  # its interfaces for backends change between releases
 _BUILD_LIMIT_S: Final = 600.0
+_SETTING: Final = "SIMULATED_ACCELERATOR"  # "DEVICES CAPACITY_BYTES"
+_CACHE: Final = "SIMULATED_ACCELERATOR_CACHE"  # where its library is, if not in the user's cache
 _BUILD: Final = (
     "import sys; from torch.utils.cpp_extension import load;"
     "load(sys.argv[1], [sys.argv[2]], extra_cflags=['-O1', '-w'], build_directory=sys.argv[3])"
@@ -84,7 +87,38 @@ def _cache_folder() -> Path:
 
     parts = f"{torch.__version__} {sys.implementation.cache_tag} {_BUILD}".encode()
     digest = hashlib.sha256(parts + _SOURCE.read_bytes()).hexdigest()[:16]
-    return platformdirs.user_cache_path("memfit") / f"simulated_accelerator-{digest}"
+    cache = os.environ.get(_CACHE) or platformdirs.user_cache_path("memfit")
+    return Path(cache) / f"simulated_accelerator-{digest}"
+
+
+def environment(folder: Path, *, devices: int = 1, capacity_bytes: int = 2**30) -> dict[str, str]:
+    """Return the variables for child processes that find so many devices of this capacity each when they
+    import torch. ``folder``: an existing folder, in which the package is described to Python's package
+    metadata."""
+    metadata = folder / "simulated_accelerator-1.0.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated-accelerator\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[torch.backends]\nsimulated = simulated_accelerator:activate_by_environment\n"
+    )
+    paths = [str(folder), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        _SETTING: f"{devices} {capacity_bytes}",
+        _CACHE: str(_cache_folder().parent),
+    }
+
+
+def activate_by_environment() -> None:
+    """Activate the device as the variables of `environment` say. Torch calls this when it is imported."""
+    if _SETTING not in os.environ:
+        return
+    from memfit.types.device_kind import DeviceKind, add_device_kind
+
+    devices, capacity_bytes = map(int, os.environ[_SETTING].split())
+    activate(devices=devices, capacity_bytes=capacity_bytes)
+    # The CPU's kernels, but what torch itself decides by the type of a device is decided as on CUDA.
+    add_device_kind(DeviceKind(name="sim", kernels="cpu", checked=True))
 
 
 @functools.cache

@@ -566,49 +566,6 @@ def test_where_no_memory_limit_works_an_error_is_raised(
     assert not group.path.exists()  # nothing half-made stays
 
 
-class FakeCuda:
-    """The functions of torch.cuda that are called, on a GPU of 100 GB with 4 GB reserved by this process."""
-
-    reserved, allocated, fraction = 4 * 10**9, 3 * 10**9, 1.0
-
-    def empty_cache(self) -> None: ...
-
-    def reset_peak_memory_stats(self, _: str) -> None: ...
-
-    def memory_reserved(self, _: str) -> int:
-        return self.reserved
-
-    max_memory_reserved = memory_reserved
-
-    def memory_allocated(self, _: str) -> int:
-        return self.allocated
-
-    max_memory_allocated = memory_allocated
-
-    def get_device_properties(self, _: str) -> SimpleNamespace:
-        return SimpleNamespace(total_memory=100 * 10**9)
-
-    def set_per_process_memory_fraction(self, fraction: float, _: str) -> None:
-        self.fraction = fraction
-
-
-def test_the_cap_on_a_gpu_is_a_memory_fraction_above_the_reserved_bytes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cuda = FakeCuda()
-    monkeypatch.setattr("torch.cuda", cuda)
-    counter = memory.peak_counter("cuda:0")
-    assert counter.source == "torch CUDA allocator"
-    assert (counter.live_bytes(), counter.peak_bytes()) == (3 * 10**9, 3 * 10**9)
-    limit = MemoryLimit(20 * 10**9, device="cuda:0", counter=counter)
-    limit.apply()
-    assert (limit.kind, limit.footprint_bytes) == ("cuda fraction", 4 * 10**9)
-    assert cuda.fraction == pytest.approx(0.24)
-    cuda.reserved = 9 * 10**9
-    limit.lift()
-    assert (limit.used_bytes(), cuda.fraction) == (5 * 10**9, 1.0)
-
-
 # --- energy
 
 

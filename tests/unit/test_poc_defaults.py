@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny import words
 
 from memfit.cli.options import BoundsOptions, GoalOptions, JobOptions, RuntimeOptions
@@ -20,6 +19,7 @@ from memfit.planner import capacity, search, single_device
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.request import Planning, Request
 from memfit.report.words import load_words
+from memfit.runtime import devices
 from memfit.store.database import Store
 from memfit.techniques.registry import effect_of
 from memfit.types.errors import NothingFits, UserError
@@ -149,21 +149,28 @@ def test_plan_on_this_machine_accepts_excluded_techniques_and_corrects_misspelli
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-
-
-@pytest.mark.usefixtures("gpu")
-def test_on_a_machine_with_a_gpu_one_line_says_that_the_cpu_trains(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    request_of(JobOptions(), GoalOptions(), RuntimeOptions())
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "memfit: this machine's accelerator (cuda) is not used: memfit trains on the processor"
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices, as a child process would describe them."""
+    found = tuple(
+        devices.Accelerator(device=f"cuda:{i}", name="Acme Z9", total_bytes=2**34, free_bytes=2**33)
+        for i in range(2)
     )
+    monkeypatch.setattr(devices, "accelerator_kind", lambda: "cuda")
+    monkeypatch.setattr(devices, "accelerators", lambda: found)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_on_a_machine_with_gpus_one_line_says_which_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    request = request_of(JobOptions(), GoalOptions(), RuntimeOptions())
+    assert capsys.readouterr().err == "memfit: device: Acme Z9 (cuda); --nproc 2 uses all 2\n"
+    assert (request.device, request.machine.device.name) == ("cuda", "Acme Z9")
+    request_of(JobOptions(), GoalOptions(), RuntimeOptions(), ranks=2)
+    assert capsys.readouterr().err == "memfit: device: Acme Z9 (cuda)\n"
+    with pytest.raises(UserError, match="--nproc 3 is more than the 2 devices of this machine"):
+        request_of(JobOptions(), GoalOptions(), RuntimeOptions(), ranks=3)
     request_of(JobOptions(), GoalOptions(), RuntimeOptions(), "H100-SXM")
+    assert capsys.readouterr().err == ""
+    assert request_of(JobOptions(), GoalOptions(), RuntimeOptions(), "this:cpu").device == "cpu"
     assert capsys.readouterr().err == ""
 
 

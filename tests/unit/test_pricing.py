@@ -419,8 +419,7 @@ def test_the_best_plan_is_measured_beside_those_that_lack_one_of_its_techniques(
     }
     prices = Prices(pricer.whole(Plan()), told, then)
     monkeypatch.setattr(single_device, "calibrate", lambda p, r, t, plans, **rest: p.measured.update(plans))
-    device = dataclasses.replace(CPU.device, name="this machine")
-    request = Request(job=JobRef(spec="words"), machine=dataclasses.replace(CPU, device=device))
+    request = Request(job=JobRef(spec="words"), machine=dataclasses.replace(CPU, is_here=True))
     made = [prices.whole(plan) for plan in (Plan(), BOTH, OTHER)]
     fits = capacity.fits_under(500 * mib, request.machine)
     found = single_device._with_rivals(prices, request, fits, made, quiet)
@@ -443,8 +442,7 @@ def here(monkeypatch: pytest.MonkeyPatch, told: Calibration | None) -> Request:
         return Measurement(outcome=OutcomeKind.OK)
 
     monkeypatch.setattr(machine_calibration, "run", child)
-    device = dataclasses.replace(CPU.device, name="this machine")
-    return asked(monkeypatch, dataclasses.replace(CPU, device=device), cap_bytes=2**30)
+    return asked(monkeypatch, dataclasses.replace(CPU, is_here=True), cap_bytes=2**30)
 
 
 def test_on_this_machine_the_search_calibrates_and_keeps_the_better_rates(

@@ -37,6 +37,7 @@ from memfit.techniques.registry import (
     without,
 )
 from memfit.trace.tracer import trace
+from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef, OptimizerChoice
 from memfit.types.plan import EffectClass, Plan, Use, use
@@ -496,7 +497,7 @@ def test_a_bfloat16_model_accepts_float32_inputs() -> None:
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_plain_training_uses_the_optimizer_of_the_job(name: str, device: str) -> None:
-    make = default_optimizer(OptimizerChoice(name=name, learning_rate=0.5), device)
+    make = default_optimizer(OptimizerChoice(name=name, learning_rate=0.5), device_kind(device))
     made: Any = make([nn.Parameter(torch.ones(2))])
     assert type(made).__name__.lower() == name
     assert made.param_groups[0]["lr"] == 0.5
@@ -506,7 +507,7 @@ def test_plain_training_uses_the_optimizer_of_the_job(name: str, device: str) ->
 
 def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(UserError, match="allowed: adamw, adam, sgd, adafactor"):
-        default_optimizer(OptimizerChoice(name="lion"), "cpu")
+        default_optimizer(OptimizerChoice(name="lion"), device_kind("cpu"))
 
 
 # --- where blocks and head are
@@ -551,7 +552,10 @@ def test_the_head_is_found_by_path_by_output_embeddings_or_by_name() -> None:
 def test_the_chunked_head_returns_logits_in_evaluation() -> None:
     job, model = words(), Words()
     bench = Workbench(
-        job=job, model=model, device="cpu", make_optimizer=default_optimizer(job.optimizer, "cpu")
+        job=job,
+        model=model,
+        device=device_kind("cpu"),
+        make_optimizer=default_optimizer(job.optimizer, device_kind("cpu")),
     )
     technique("chunked-cross-entropy").apply(bench, {"chunks": 2})
     technique("activation-checkpointing").apply(bench, {"every": 1})

@@ -20,7 +20,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, Use, use
-from memfit.types.trace import GRANULARITY_BYTES, Allocation, Category, Phase, Trace
+from memfit.types.trace import Allocation, Category, Phase, Trace, rounded
 
 # 8 -> 16 -> 4 in float32: weights 512 and 256 B, biases 64 and 16 B (rounded to 64)
 PARAMETER_BYTES = 512 + 64 + 256 + 64
@@ -88,7 +88,7 @@ def test_cuda_rounds_every_storage_to_512_bytes() -> None:
     found = trace(regression(), Plan(), device="cuda")
     assert all(a.size_bytes % 512 == 0 for a in found.allocations)
     assert by_category(found)[Category.PARAMETER] == 4 * 512
-    assert GRANULARITY_BYTES == {"cpu": 64, "cuda": 512}
+    assert (rounded(1, "cpu"), rounded(64, "cpu"), rounded(513, "cuda")) == (64, 64, 1024)
 
 
 def test_phases_follow_each_other_without_a_gap(plain: Trace) -> None:

@@ -173,6 +173,7 @@ def test_a_calibration_request_holds_its_signatures_and_budget() -> None:
         "signatures": ["a", "b"],
         "budget_s": 1.5,
         "threads": 2,
+        "device": "cpu",
         "packages": ["bitsandbytes"],
         "rates": True,
         "memory_only": False,

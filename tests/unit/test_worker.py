@@ -128,7 +128,7 @@ class Counter:
 
     source = "test"
 
-    def __init__(self) -> None:
+    def __init__(self, device: object = None) -> None:
         self.reads, self.events = 100, 0
 
     def live_bytes(self) -> int:
@@ -320,7 +320,7 @@ def test_calibration_reports_its_rates_and_a_result(
     monkeypatch.setattr(op_benchmark, "_COPY_BYTES", 2**16)
     path = tmp_path / "request.json"
     for threads in (0, 1):
-        request = {"threads": threads, "packages": ["math"], "signatures": [], "budget_s": 1}
+        request = {"threads": threads, "device": "cpu", "packages": ["math"], "signatures": [], "budget_s": 1}
         path.write_text(json.dumps({**request, "rates": True, "memory_only": False}))
         calibrate.main(path)
         rates, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())

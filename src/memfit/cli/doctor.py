@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from memfit.cli.log_filters import quiet_libraries
@@ -19,6 +20,12 @@ from memfit.types.units import format_bytes
 
 # Optional package -> the extra of memfit that installs it.
 EXTRAS: Final[Mapping[str, str]] = {"bitsandbytes": "lowbit", "torchao": "lowbit", "peft": "lora"}
+# Whose driver a file shows, and how to install a build of torch for its devices.
+_DRIVERS: Final[Mapping[str, str]] = {"NVIDIA": "/proc/driver/nvidia/version", "AMD": "/dev/kfd"}
+_BUILDS: Final[Mapping[str, str]] = {
+    "NVIDIA": "pip install --force-reinstall torch  (on Linux: the build for CUDA)",
+    "AMD": "install torch's build for ROCm: https://pytorch.org/get-started/locally has the command",
+}
 _IMPORT_LIMIT_S: Final = 120.0
 _IMPORTED: Final = "memfit: imported"  # a line of its own, as modules may print while they are imported
 _IMPORT: Final = (
@@ -66,7 +73,7 @@ def doctor(store: StoreOptions, output: JsonOptions) -> None:
 
 def machine() -> Iterator[Check]:
     """Yield, in this order, information on the processor, the cores, the memory and the system, then the
-    check of torch."""
+    check of torch and one check for each accelerator."""
     from memfit.runtime.local_machine import free_bytes, threads
     from memfit.store import fingerprint
 
@@ -76,21 +83,46 @@ def machine() -> Iterator[Check]:
     total = format_bytes(int(facts["ram_bytes"]))
     yield Check(name="memory", ok=None, detail=f"{total}, {format_bytes(free_bytes())} free now")
     yield Check(name="system", ok=None, detail=f"{facts['system']}, {facts['python']}")
-    yield torch_check()
+    check = torch_check()
+    yield check
+    if check.ok:
+        yield from accelerator_checks()
 
 
 def torch_check() -> Check:
-    """Check whether torch can be imported. The detail is its version and the names of the GPUs that
-    torch.cuda can use, if any, or the error of the import. A machine without a GPU passes the check."""
+    """Check whether torch can be imported. The detail is its version, or the error of the import."""
     quiet_libraries()
     try:
         import torch
     except (ImportError, OSError) as error:
         return Check(name="torch", ok=False, detail=_one_line(str(error)), fix="pip install torch")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Check(
-        name="torch", ok=True, detail=f"{torch.__version__}, GPU: {', '.join(gpus) or 'none usable'}"
-    )
+    return Check(name="torch", ok=True, detail=str(torch.__version__))
+
+
+def accelerator_checks() -> Iterator[Check]:
+    """Yield one check for each accelerator that torch finds, with its product name and its memory, or a
+    single one if it finds none. That one fails if the machine has the driver of a GPU which this build of
+    torch cannot use; ``fix`` then installs a build that can."""
+    from memfit.runtime.devices import accelerator_kind, accelerators
+
+    try:
+        found = accelerators()
+    except MemfitError as error:
+        yield Check(name="accelerator", ok=False, detail=_one_line(str(error)))
+        return
+    for accelerator in found:
+        detail = f"{accelerator.name}: {format_bytes(accelerator.total_bytes)}"
+        detail += f", {format_bytes(accelerator.free_bytes)} free now"
+        if accelerator.context_bytes:
+            detail += f", of which each process takes {format_bytes(accelerator.context_bytes)}"
+        yield Check(name=accelerator.device, ok=True, detail=detail)
+    if not accelerator_kind():
+        driver = next((name for name, path in _DRIVERS.items() if Path(path).exists()), None)
+        if driver is None:
+            yield Check(name="accelerator", ok=None, detail="none: memfit trains on the processor")
+        else:
+            detail = f"there is a driver of {driver}, but this build of torch cannot use the device"
+            yield Check(name="accelerator", ok=False, detail=detail, fix=_BUILDS[driver])
 
 
 def tools() -> Iterator[Check]:

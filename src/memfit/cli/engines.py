@@ -60,6 +60,9 @@ def engines(
     )
 
 
+_NOT_TRIED = {True: "", False: "not tried on a GPU yet"}
+
+
 def view(choice: memfit.workflows.engine_comparison.EngineChoice) -> dict[str, Any]:
     """Return the fields of ``choice`` by name as plain data for ``--json``. "estimate", the prediction with
     peak memory and step time, is null if the engine does not support the plan or the job."""
@@ -88,7 +91,16 @@ def _row(choice: memfit.workflows.engine_comparison.EngineChoice) -> tuple[str, 
         "; ".join(choice.gaps) or "supported" + "".join(f"; {part} needs CUDA" for part in choice.cuda),
         format_bytes(estimate.allocated_bytes.value) if estimate else "",
         format_seconds(step.value) if step else "",
-        (choice.problem or choice.version) + (f"\n{choice.fix}" if choice.problem else ""),
+        "\n".join(
+            filter(
+                None,
+                (
+                    choice.problem or choice.version,
+                    choice.problem and choice.fix,
+                    _NOT_TRIED[choice.is_tried],
+                ),
+            )
+        ),
         "" if choice.config_lines is None else f"{choice.config_lines} lines",
         "\n".join(needs),
         "\n".join(filter(None, upkeep)),

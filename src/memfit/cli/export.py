@@ -94,9 +94,9 @@ class ExportOptions:
         str,
         typer.Option(
             metavar="IMAGE",
-            help="For --to k8s, which needs it: the container image, with Python, torch and the packages "
-            "that the program that trains imports: memfit, or those of --script. Ignored with any "
-            "other --to.",
+            help="For --to k8s, which needs it: the container image. It must have Python, torch, the package "
+            "of the engine if that is not native, and memfit or, with --script, in place of memfit what "
+            "your script imports. Ignored with any other --to.",
         ),
     ] = ""
     setup: Annotated[

@@ -112,10 +112,12 @@ class GoalOptions:
             help="Memory that the training must fit in on each device, for example 24GiB. Without a search "
             "for a plan it is ignored, except by `memfit plan --from`, which checks whether the plan of the "
             "files fits it, and by `memfit run`, which limits the training to it (see --capped). Default: on "
-            "a GPU, its memory; on a CPU, where each process counts as a device, only a demonstration: a "
-            "quarter of the peak memory of plain training (the job may set another share) or, if no plan "
-            "fits that, 10 % more than the smallest plan needs; for `memfit plan --from` on a CPU, what the "
-            "plan of the files needs, if that is for one process, otherwise no limit.",
+            "another machine's GPU, its memory; on this machine's GPU, what is free of its memory now; on a "
+            "CPU, where each process counts as a device, and always in `memfit poc`, only a demonstration: "
+            "a quarter of the peak memory of plain training (the job may set another share) or, if no plan "
+            "fits that, 10 % more than the smallest plan needs. `memfit plan --from` checks the plan of the "
+            "files against all memory of a GPU; on a CPU, the limit is what that plan needs, if it is for "
+            "one process, otherwise there is none.",
         ),
     ] = None
     host_memory: Annotated[
@@ -262,10 +264,24 @@ class MachineOptions:
         str,
         typer.Option(
             metavar="MACHINE",
-            help="Machine to plan for: this (the CPU of this machine; the default), H100-SXM (one device), "
-            "8xH100-SXM (devices of one host), 64x8xH100-SXM@IB-NDR (hosts x devices of each @ network "
-            "between the hosts) or FILE.toml (a file that describes your machine). `memfit machines` lists "
-            "the names of devices and networks.",
+            help="Machine to plan for: this (the GPU of this machine or, without one, its CPU; the default), "
+            "this:cpu (its CPU), H100-SXM (one device), 8xH100-SXM (devices of one host), "
+            "64x8xH100-SXM@IB-NDR (hosts x devices of each @ network between the hosts) or FILE.toml (a file "
+            "that describes your machine). `memfit machines` lists the names of devices and networks.",
+        ),
+    ] = "this"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceOptions:
+    """The device of this machine on which a command trains."""
+
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where to train: this (the GPU of this machine or, without one, its CPU; the default) or "
+            "this:cpu (its CPU, even if there is a GPU).",
         ),
     ] = "this"
 

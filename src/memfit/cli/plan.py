@@ -22,6 +22,7 @@ from memfit.cli.progress import Bars
 from memfit.cli.request import (
     best_so_far,
     excluded_techniques,
+    is_here,
     print_workload_of,
     request,
     show_search,
@@ -161,7 +162,7 @@ def plan(
         writable(save.save, overwrite=save.force)
     if from_options.from_files:
         _refuse_options_with_from(limits, from_options, save)
-    if save.measure and (from_options.from_files or on.on != "this"):
+    if save.measure and (from_options.from_files or not is_here(on.on)):
         raise UserError(
             "--measure runs plans on this machine, so it cannot be used with another machine in --on or with "
             "--from",
@@ -214,7 +215,7 @@ def _corrected(
 def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
     """Return the limits on a plan besides memory and accuracy. Those that are not given are None, 0 or empty.
     ``on``: the machine to plan for, as in --on. Raises UserError for a deadline or a budget (in USD) without
-    a number of steps; for a deadline, a budget or a micro-batch if ``on`` is "this", this machine; for a
+    a number of steps; for a deadline, a budget or a micro-batch if ``on`` is this machine; for a
     deadline that is not a time; and for an unknown technique."""
     limits_training = options.deadline is not None or options.budget is not None
     if limits_training and job.steps is None:
@@ -222,7 +223,7 @@ def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
             "--deadline and --budget limit the whole training and need its number of steps",
             hint="give --steps N",
         )
-    if on == "this" and (limits_training or options.micro_batch):
+    if is_here(on) and (limits_training or options.micro_batch):
         raise UserError(
             "none of --deadline, --budget and --micro-batch can be used if the plan is for this machine, as "
             "it is without --on and with --on this",

@@ -174,9 +174,11 @@ def _as_predicted(
 ) -> memfit.lint.draft.Carried:
     """Return ``carried`` with the batch of ``size``, and with the length in the options ``job`` (None: the
     job's own length). Its micro-batch is that batch divided by the files' number of micro-batches in a batch,
-    None if this leaves a remainder; it is unchanged if the files do not state both. If the user named a job
-    whose number of blocks or width differs from the model of the files, or if the files do not state that
-    model's sizes, it lists the model as left out."""
+    None if this leaves a remainder; it is unchanged if the files do not state both batch and micro-batch.
+
+    If the user named another job than the one that builds the files' model, it lists the model as left out if
+    that job has another number of blocks or another width, or if the files do not state the model's number of
+    blocks."""
     micro_batch = carried.micro_batch
     if micro_batch is not None and carried.batch is not None:
         steps = max(1, carried.batch // micro_batch)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from memfit.cli.options import (
+    DeviceOptions,
     ExcludedTechniques,
     GoalOptions,
     JobOptions,
@@ -21,7 +22,7 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import check_language, console, emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import best_so_far, excluded_techniques, request, writable
+from memfit.cli.request import best_so_far, device_here, excluded_techniques, request, writable
 from memfit.types.plan import Bounds
 from memfit.types.result import OutcomeKind, Poc
 
@@ -67,6 +68,7 @@ def poc(
     goal: GoalOptions,
     options: PocOptions,
     runtime: RuntimeOptions,
+    device: DeviceOptions,
     store: StoreOptions,
     lang: LanguageOptions,
     output: JsonOptions,
@@ -79,7 +81,12 @@ def poc(
     language_code = check_language(lang.lang)
     path = writable(options.out) if options.out is not None else None
     job_request = request(
-        job, goal, runtime, ranks=options.nproc, bounds=Bounds(without=excluded_techniques(options.without))
+        job,
+        goal,
+        runtime,
+        device_here(device),
+        ranks=options.nproc,
+        bounds=Bounds(without=excluded_techniques(options.without)),
     )
     from memfit.store import Store
 

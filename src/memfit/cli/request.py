@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import GoalOptions, JobOptions, PlanOptions, RuntimeOptions
+from memfit.cli.options import DeviceOptions, GoalOptions, JobOptions, PlanOptions, RuntimeOptions
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cost.host import with_host_memory
@@ -40,15 +40,16 @@ def request(
     machine and number of processes are checked before torch is loaded; the job itself is not built yet.
     Raises UserError for an invalid option, and if ``ranks`` is neither 1 nor the machine's number of devices,
     unless its devices are CPUs. Warns on standard error of modules beside the job's file that it imports but
-    for which Python finds others of that name and, if ``on`` is "this", of an accelerator that is not
-    used."""
+    for which Python finds others of that name, and says which accelerator of this machine is used."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(check_choice("--accuracy", goal.accuracy, Accuracy))
     machine = machine_of(on, runtime.place)
     if goal.host_memory is not None:
         machine = with_host_memory(machine, parse_bytes(goal.host_memory))
     count = machine.device_count
-    if ranks > 1 and machine.device.kind != "cpu" and ranks != count:
+    if machine.is_here and not machine.device.is_host:
+        _say_device(machine, ranks)
+    elif ranks > 1 and not machine.device.is_host and ranks != count:
         from memfit import catalog
 
         device = machine.device.name
@@ -64,8 +65,6 @@ def request(
     from memfit.planner.request import Request
     from memfit.planner.selection import Objective
 
-    if on == "this":
-        tell_of_unused_accelerator()
     return Request(
         job=job.ref,
         machine=machine,
@@ -114,29 +113,48 @@ def print_workload(workload: Workload, lang: str) -> None:
     console().print(Text(workload_text(workload, load_words(lang))))
 
 
-def tell_of_unused_accelerator() -> None:
-    """If torch can use an accelerator of this machine, print to standard error that memfit does not use it,
-    because memfit trains on the CPU. This loads torch."""
-    from memfit.runtime.local_machine import accelerator_kind
-
-    if kind := accelerator_kind():
-        print(
-            f"memfit: this machine's accelerator ({kind}) is not used: memfit trains on the processor; "
-            "`memfit plan --on NAME` plans for a device of the catalog",
-            file=sys.stderr,
+def _say_device(machine: Machine, ranks: int) -> None:
+    """Print to standard error on which accelerator of this machine runs train, and how to use all of them if
+    there are several. Raises UserError if there are more ranks than accelerators."""
+    count, name = machine.device_count, machine.device.name
+    if ranks > count:
+        raise UserError(
+            f"--nproc {ranks} is more than the {count} device{'s' * (count > 1)} of this machine ({name})",
+            allowed=f"1 to {count}, one process for each device",
+            hint="`--on this:cpu` uses the processor, with any number of processes",
         )
+    unused = f"; --nproc {count} uses all {count}" if ranks < count else ""
+    print(f"memfit: device: {name} ({machine.device.kind}){unused}", file=sys.stderr)
+
+
+def is_here(on: str) -> bool:
+    """Return whether ``on``, the machine as in --on, is the one on which memfit runs."""
+    return on.partition(":")[0] == "this"
+
+
+def device_here(options: DeviceOptions) -> str:
+    """Return the device of --on of a command that trains. Raises UserError if it is another machine."""
+    if not is_here(options.on):
+        raise UserError(
+            f"--on {options.on}: training runs on this machine only",
+            allowed="this, this:cpu",
+            hint="`memfit plan --on MACHINE` plans for another one, `memfit export` hands over to it",
+        )
+    return options.on
 
 
 def machine_of(on: str, place: str) -> Machine:
-    """Return the machine that ``on`` names as in --on: "this", devices of the catalog such as "8xH100-SXM",
-    or the path of a machine file, which ends in .toml. ``place``: name of the place of the electricity, such
-    as "world"; not used for a machine file, which has its own. Raises UserError for an unknown machine or
-    place and for an invalid file."""
+    """Return the machine that ``on`` names as in --on: "this" for the accelerators of this machine or,
+    without one, its processor; "this:cpu" for the processor; devices of the catalog such as "8xH100-SXM"; or
+    the path of a machine file, which ends in .toml. ``place``: name of the place of the electricity, such as
+    "world"; not used for a machine file, which has its own. Raises UserError for an unknown machine or place
+    and for an invalid file."""
     from memfit import catalog
     from memfit.runtime.local_machine import this_machine
 
-    if on == "this":
-        return this_machine(place)
+    name, _, kind = on.partition(":")
+    if name == "this":
+        return this_machine(place, kind)
     return catalog.from_toml(on) if on.endswith(".toml") else catalog.machine(on, place)
 
 

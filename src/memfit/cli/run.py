@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from memfit.cli.options import (
+    DeviceOptions,
     GoalOptions,
     JobOptions,
     JsonOptions,
@@ -19,7 +20,7 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import plan_file, print_workload_of, recommended_plan, request
+from memfit.cli.request import device_here, plan_file, print_workload_of, recommended_plan, request
 from memfit.types.errors import UserError
 from memfit.types.launch import CheckpointSettings
 from memfit.types.parsing import parse_duration
@@ -100,6 +101,7 @@ def run(
     goal: GoalOptions,
     options: RunOptions,
     runtime: RuntimeOptions,
+    device: DeviceOptions,
     store: StoreOptions,
     output: JsonOptions,
 ) -> None:
@@ -109,7 +111,7 @@ def run(
     limit."""
     timeout_s = parse_duration(options.timeout) if options.timeout is not None else None
     plan = plan_file(plan_options)
-    job_request = dataclasses.replace(request(job, goal, runtime), timeout_s=timeout_s)
+    job_request = dataclasses.replace(request(job, goal, runtime, device_here(device)), timeout_s=timeout_s)
     workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.store import Store

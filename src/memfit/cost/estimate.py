@@ -106,7 +106,7 @@ def _spread(calibration: Calibration, machine: Machine) -> float:
         return calibration.step_spread_ratio
     if calibration.flops_s:
         return CALIBRATED_TIME_RATIO
-    return CATALOG_TIME_RATIO if machine.device.kind == "cpu" else KERNELS_TIME_RATIO
+    return CATALOG_TIME_RATIO if machine.device.is_host else KERNELS_TIME_RATIO
 
 
 def scaled(interval: Interval, factor: float) -> Interval:
@@ -124,6 +124,6 @@ def modelled_boundary(machine: Machine) -> str:
     "and host" if the power of the hosts is known, and how it is modelled. Example: "board and host (modelled:
     power x time)".
     """
-    device_part = "package" if machine.device.kind == "cpu" else "board"
+    device_part = "package" if machine.device.is_host else "board"
     host = "" if hosts_w(machine) is None else " and host"
     return f"{device_part}{host} (modelled: power x time)"

@@ -95,7 +95,7 @@ def host_memory(
     model in host memory counts on accelerators only, and not for plans with qlora, which quantizes the model
     tensor by tensor.
     """
-    ranks, cpu = ranks_of_host(plan, machine), machine.device.kind == "cpu"
+    ranks, cpu = ranks_of_host(plan, machine), machine.device.is_host
     process = _times(_CPU_PROCESS if cpu else _CUDA_PROCESS, ranks)
     if cpu and plan.ranks > 1:
         process = _plus(process, _exactly(ranks * _CPU_GROUP_BYTES))
@@ -156,7 +156,7 @@ def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
 
     Raises UserError if the machine's device is a CPU.
     """
-    if machine.device.kind == "cpu":
+    if machine.device.is_host:
         raise UserError(
             "host memory (--host-memory, or the argument host_memory) cannot be set if the device is a CPU, "
             "whose own memory is the memory of the host",
@@ -171,7 +171,7 @@ def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
 
 
 def _memory_fact(machine: Machine) -> Fact | None:
-    if machine.device.kind == "cpu":
+    if machine.device.is_host:
         return machine.device.memory_bytes
     return machine.host.memory_bytes if machine.host else None
 
@@ -216,7 +216,7 @@ def host_line(estimate: Estimate, machine: Machine) -> str:
     is unknown, and on a CPU, where the memory cap already covers this memory.
     """
     need, available_bytes = estimate.host_bytes, memory_bytes(machine)
-    if machine.device.kind == "cpu" or need is None:
+    if machine.device.is_host or need is None:
         return ""
     ranks = ranks_of_host(estimate.plan, machine)
     need_text = f"needs {format_bytes(need.value)} of host memory"

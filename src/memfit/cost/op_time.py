@@ -133,7 +133,7 @@ def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] 
         efficiency_ratio=1.0 if calibrated else ASSUMED_EFFICIENCY_RATIO,
         offload_bytes_s=calibration.disk_bytes_s or ASSUMED_LINK_BYTES_S,
         curves={},
-        kernels=None if calibrated or device.kind == "cpu" else kernels(device),
+        kernels=None if calibrated or device.is_host else kernels(device),
     )
     return dataclasses.replace(base_model, curves=_curves(base_model, seen))
 

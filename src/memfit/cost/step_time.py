@@ -30,7 +30,7 @@ def simulate_step(
     ``traces``: one for each rank that differs from the others, those of `Layout.distinct_ranks` in that
     order. Returns None for several ranks on a CPU: they share its cores, which is not modelled.
     """
-    if plan.ranks > 1 and machine.device.kind == "cpu":
+    if plan.ranks > 1 and machine.device.is_host:
         return None
     pairs = [(StreamSimulator(model=model, machine=machine, members=t.members), t) for t in traces]
     pipeline = plan.get("pipeline")
@@ -51,7 +51,7 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
     """
     if plan.ranks == 1:
         return compute_s
-    if machine.device.kind == "cpu":
+    if machine.device.is_host:
         return None
     ranks_per_host = min(plan.ranks, machine.devices_per_host or machine.device_count)
     is_bf16 = plan.get("bf16-parameters") or any(u.settings.get("precision") == "bf16" for u in plan.uses)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from memfit.engines.environment import recorded
+from memfit.types.device_kind import HOST
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
@@ -63,7 +64,9 @@ class Engine:
       with memfit's; empty if it runs in memfit's environment.
     - ``files(spec)``: the files that configure the engine, name -> text, besides the run's run.json. The
       worker reads them.
-    - ``env``: environment variables that its worker gets.
+    - ``tried_on``: kinds of devices on which memfit has run it.
+    - ``env``: environment variables that its worker gets. ``{device}`` in a value stands for the kind of
+      device on which it trains.
     """
 
     name: str
@@ -81,7 +84,12 @@ class Engine:
     predicted: Callable[[Plan], Plan] = lambda plan: plan
     requirements: tuple[str, ...] = ()
     files: Callable[[RunSpec], Files] = no_files
+    tried_on: frozenset[str] = frozenset({HOST})
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def environment(self, device: str) -> dict[str, str]:
+        """Return ``env`` for training on devices of the kind ``device``."""
+        return {name: value.replace("{device}", device) for name, value in self.env.items()}
 
     @property
     def known(self) -> frozenset[str]:

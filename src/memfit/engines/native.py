@@ -41,7 +41,7 @@ def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
         ),
         env={
             **_environment(spec.threads),
-            **engine.env,
+            **engine.environment(spec.device),
             **({"PYTHONPATH": str(_SOURCE)} if environment else {}),
         },
         files={"run.json": serialization.dumps(spec, indent=2), **engine.files(spec)},
@@ -59,7 +59,8 @@ def render_calibration(
     memory_only: bool = False,
 ) -> LaunchConfig:
     """Return the launch of a worker process that measures the operators ``signatures``, with the environment
-    variables of a run on the native engine. ``spec`` gives the number of threads and the time limit.
+    variables of a run on the native engine. ``spec`` gives the kind of device, the number of threads and the
+    time limit.
 
     - ``budget_s``: seconds for the measurements.
     - ``packages``: modules to import first, which register operators.
@@ -71,6 +72,7 @@ def render_calibration(
         "signatures": list(signatures),
         "budget_s": budget_s,
         "threads": spec.threads,
+        "device": spec.device,
         "packages": list(packages),
         "rates": rates,
         "memory_only": memory_only,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from memfit.engines import accelerate, colossalai, deepspeed, fairscale, megatron, native, replay
 from memfit.engines.base import Engine
 from memfit.techniques.rank_mesh import layout
+from memfit.types.device_kind import CUDA, HOST
 from memfit.types.errors import UserError, look_up
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
@@ -48,16 +49,16 @@ def supporting_engine(name: str, plan: Plan) -> Engine:
     return candidate
 
 
-def ready_engine(name: str, plan: Plan) -> Engine:
-    """Return the engine called ``name`` if it supports the plan, can train it here, on CPU ranks, and is
-    installed in a tested version. Otherwise raises UserError: the errors of `supporting_engine`; an error
-    that names the parts of the plan that require CUDA; or one that says what is wrong with the installation
-    and gives the command that installs a tested version."""
+def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
+    """Return the engine called ``name`` if it supports the plan, can train it on devices of the kind
+    ``device``, and is installed in a tested version. Otherwise raises UserError: the errors of
+    `supporting_engine`; an error that names the parts of the plan that require CUDA; or one that says what is
+    wrong with the installation and gives the command that installs a tested version."""
     candidate = supporting_engine(name, plan)
-    if cuda_only_parts := candidate.asks_cuda(plan):
+    if device != CUDA and (cuda_only_parts := candidate.asks_cuda(plan)):
+        where = "the CPU ranks of memfit's runs" if device == HOST else f"devices of the kind {device!r}"
         raise UserError(
-            f"engine {name} cannot train this plan on the CPU ranks of memfit's runs: "
-            f"{', '.join(cuda_only_parts)} requires CUDA",
+            f"engine {name} cannot train this plan on {where}: {', '.join(cuda_only_parts)} requires CUDA",
             hint="`memfit explain` predicts the plan, and `memfit export` writes the engine's configuration",
         )
     if (probe := candidate.probe()).problem:

@@ -22,8 +22,9 @@ from memfit.model.batch_objects import batch_tensors, map_batch, sample_count, s
 from memfit.techniques import fp32_modules
 from memfit.techniques.base import OptimizerLike, Workbench
 from memfit.techniques.optimizers import StepInBackward, default_optimizer
-from memfit.techniques.rank_mesh import World, layout
+from memfit.techniques.rank_mesh import World, builds_on_host, layout, moves_parameters
 from memfit.techniques.registry import check, ordered_uses
+from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -52,26 +53,32 @@ class TrainingStep:
         job: Job,
         plan: Plan,
         *,
-        device: str = "cpu",
+        device: str = HOST,
+        torch_device: str = HOST,
         world: World | None = None,
         on_built: Callable[[Workbench], None] = lambda bench: None,
     ) -> None:
         """Build the model, apply the plan, and create the optimizer.
 
-        ``device``: the kind of device whose kernels run, "cpu" or "cuda". ``world``: the plan's layout of
+        ``device``: the kind of device whose kernels run, such as "cuda". ``torch_device``: where the model
+        and batches are, such as "cuda:0"; a trace leaves them on the CPU. ``world``: the plan's layout of
         ranks with this process's rank; by default rank 0, without a device mesh. ``on_built`` is called with
         the workbench, which holds the model as the job built it, before any technique changes it.
         """
         check(plan)
         model = job.build_model()
         model.train()
+        is_moved_later = builds_on_host(plan, device)  # by the technique that divides the model
+        if torch_device != HOST and not is_moved_later:
+            model.to(torch_device)
         bench = Workbench(
             job=job,
             model=model,
-            device=device,
-            make_optimizer=default_optimizer(job.optimizer, device),
+            device=device_kind(device),
+            torch_device=torch_device,
+            make_optimizer=default_optimizer(job.optimizer, device_kind(device)),
             world=world or World(layout=layout(plan)),
-            first_part=lambda parts: split(job.make_batch(0, 0), parts)[0],
+            first_part=lambda parts: moved(split(job.make_batch(0, 0), parts)[0], torch_device),
         )
         on_built(bench)
         fp32_modules.keep_in_float32(bench, plan, self.carried)
@@ -80,6 +87,8 @@ class TrainingStep:
         for technique, use in ordered_uses(plan):
             if technique.name not in self.carried:
                 technique.apply(bench, use.settings)
+        if torch_device != HOST and is_moved_later:
+            _move_rest(model, torch_device, parameters=moves_parameters(plan, device))
         self.job, self.bench, self.model, self.plan = job, bench, model, plan
         self.optimizer: OptimizerLike = self._prepare()
         self.average = self._weight_average()
@@ -153,19 +162,22 @@ class TrainingStep:
 
         Data-parallel ranks get consecutive samples, as `split` cuts them, copied into new tensors; without
         data parallelism the part is ``batch`` itself. If the plan cuts samples along their sequence, the part
-        is the rank's slice of its samples. Raises UserError if ``batch`` has fewer samples than there are
-        data-parallel ranks.
+        is the rank's slice of its samples. The part is copied to the step's device. Raises UserError if
+        ``batch`` has fewer samples than there are data-parallel ranks.
         """
         world, cut_sample = self.bench.world, self.bench.slices
         if cut_sample is not None:
             with _disable_current_modes():  # labels are counted on real values, in a trace too
                 parts = [s for part in split(batch, world.layout.data) for s in cut_sample(part)]
                 index = world.layout.data_index(world.rank) * world.layout.context + world.index("context")
-                return parts[index], sum(self._terms(p) for p in parts) / len(parts)
+                return moved(parts[index], self.bench.torch_device), sum(self._terms(p) for p in parts) / len(
+                    parts
+                )
         if world.layout.data == 1:
-            return batch, float(self._terms(batch))
+            return moved(batch, self.bench.torch_device), float(self._terms(batch))
         part = split(batch, world.layout.data)[world.layout.data_index(world.rank)]
-        local_part = map_batch(torch.clone, part)
+        device = self.bench.torch_device
+        local_part = map_batch(torch.clone, part) if device == HOST else moved(part, device)
         return local_part, self._terms(batch) / world.layout.data
 
     def close(self) -> None:
@@ -293,6 +305,23 @@ class TrainingStep:
         return total
 
 
+def moved(batch: Any, device: str) -> Any:
+    """Return the batch with its tensors on ``device``, such as "cuda:0"; the batch itself if that is the
+    host."""
+    return batch if device == HOST else map_batch(lambda tensor: tensor.to(device), batch)
+
+
+def _move_rest(model: torch.nn.Module, device: str, *, parameters: bool) -> None:
+    """Move the buffers of a model that techniques have divided to ``device``, and with ``parameters`` its
+    parameters too."""
+    if parameters:
+        model.to(device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
 def _must_be_loss(loss: object) -> None:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         description = (
@@ -344,7 +373,7 @@ def global_norm(
         data: Any = world.sub("replicate", "shard")
         values = squares.setdefault((data.get_group(),), [])
         values += [torch.linalg.vector_norm(g).float().square() for g in own]
-    total = torch.zeros(())
+    total = torch.zeros((), device=grads[0].device if grads else None)
     for groups, values in squares.items():
         part = torch.stack(values).sum()
         for group in groups:

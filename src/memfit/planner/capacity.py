@@ -20,20 +20,25 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
     """Return the least cap in bytes under which the estimate's plan fits: its tensors, and what the process
     or device uses beside them.
 
-    On an accelerator whose context and libraries the catalog knows, it is the estimate's device memory: the
-    upper end of its interval for a traced plan, the value for a sketch, which already is an upper bound. On
-    any other accelerator it is what the caching allocator reserves, plus 1 GiB. On a CPU, it is the value of
-    the peak of tensors plus 5 % and 2 MiB; for a traced plan, at least the upper end of the peak plus 2 MiB.
-    Memory of an accelerator's host is not included.
+    On an accelerator of this machine, it is what the caching allocator reserves, because only that is capped.
+    On another accelerator whose context and libraries the catalog knows, it is the estimate's device memory:
+    the upper end of its interval for a traced plan, the value for a sketch, which already is an upper bound.
+    On any other accelerator it is what the caching allocator reserves, plus 1 GiB. On a CPU, it is the value
+    of the peak of tensors plus 5 % and 2 MiB; for a traced plan, at least the upper end of the peak plus 2
+    MiB. Memory of an accelerator's host is not included.
     """
     allocated_bytes = estimate.allocated_bytes.value
-    if machine.device.kind == "cpu":
+    if machine.device.is_host:
         if estimate.traced:  # the upper end is higher if the workspaces of kernels were not probed
             allocated_bytes = max(allocated_bytes, estimate.allocated_bytes.high / CPU_HEADROOM_RATIO)
         return int(allocated_bytes * CPU_HEADROOM_RATIO) + CPU_HEADROOM_BYTES
+    reserved = estimate.reserved_bytes
+    if machine.is_here:
+        if reserved is None:
+            return int(allocated_bytes * ASSUMED_RESERVED_RATIO)
+        return int(reserved.high if estimate.traced else reserved.value)
     if (device_bytes := estimate.device_bytes) is not None:
         return int(device_bytes.high if estimate.traced else device_bytes.value)
-    reserved = estimate.reserved_bytes
     reserved_bytes = reserved.value if reserved else allocated_bytes * ASSUMED_RESERVED_RATIO
     return int(reserved_bytes) + UNKNOWN_DEVICE_BYTES
 
@@ -53,7 +58,7 @@ def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
     On a CPU with a cap above the machine's memory, the function always returns True: such a cap stands for
     the memory of another machine.
     """
-    if machine.device.kind == "cpu" and cap_bytes > machine.device.memory_bytes.value:
+    if machine.device.is_host and cap_bytes > machine.device.memory_bytes.value:
         return lambda estimate: True
     return lambda estimate: host_holds(estimate, machine)
 

@@ -336,7 +336,9 @@ class Pricer:
             vector[[_BACKWARD, _OPTIMIZER]] = vector[[_STEPPED, _RESIDENT]]
         if (offload := plan.get("activation-offload")) is not None:
             vector[[_FORWARD, _BACKWARD]] -= vector[_SAVED]
-            vector[_HOST] += vector[_SAVED] * (offload.settings["to"] == "host" and self.device != "cpu")
+            vector[_HOST] += vector[_SAVED] * (
+                offload.settings["to"] == "host" and not self.machine.device.is_host
+            )
             if self.model:
                 vector[_MICRO_S] += 2 * vector[_SAVED] / self.model.offload_bytes_s
                 vector[_MICRO_S] += vector[_TENSORS] * self.calibration.disk_file_s

@@ -149,7 +149,7 @@ def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
     these if the techniques bf16-autocast and bf16-parameters are both excluded; a data-parallel technique may
     compute in bfloat16 even then.
     """
-    has_narrow = "bfloat16" in machine.device.peak_flops or machine.device.kind == "cpu"
+    has_narrow = "bfloat16" in machine.device.peak_flops or machine.device.is_host
     if not has_narrow or limits.effect < 2:
         return ("fp32",)
     narrow_excluded = {"bf16-autocast", "bf16-parameters"} <= limits.without
@@ -386,7 +386,9 @@ def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
       than the fastest.
     - Of the plans that fit host memory (of all, if none does): the fastest in each interval of device memory.
       There are four intervals per doubling of memory.
-    - The plan that needs the least device memory.
+    - Of all plans, whether they fit or not: the one that needs the least device memory.
+
+    A plan that is selected for several reasons is in the list once.
     """
     step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
     picks: dict[int, None] = {}

@@ -90,7 +90,7 @@ def calibrate(
     )
     if not is_first_call and not signatures:
         return
-    cache = CalibrationCache(_threads(request))
+    cache = CalibrationCache(_threads(request), device=calibrated_device(request))
     stored_calibration = cache.read()
     missing_signatures = [
         s for s in signatures if s not in stored_calibration.op_s and s not in stored_calibration.not_timed
@@ -109,7 +109,7 @@ def begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> N
     the timings stored for this machine and number of threads are discarded first.
     """
     if request.recalibrate:
-        CalibrationCache(_threads(request)).forget()
+        CalibrationCache(_threads(request), device=calibrated_device(request)).forget()
     calibrate(pricer, request, progress)
 
 
@@ -136,6 +136,13 @@ def _representatives(pricer: Pricer, excluded_techniques: Sequence[str]) -> list
 _MOST_DECISIVE = 32  # most operators whose workspaces could move a peak, probed beside those that take time
 _CALIBRATION_LIMIT_S = 900.0  # time limit for a busy machine; the measurement itself is short
 _LONGEST_RATIO = 20.0  # of the nominal budget: no machine should take longer
+
+
+def calibrated_device(request: Request) -> str:
+    """Return under which name the calibration of the request's device is stored: "" for the processor, else
+    the product name of the accelerator."""
+    device = request.machine.device
+    return "" if device.is_host or not request.is_here else device.name
 
 
 def _threads(request: Request) -> int:
@@ -166,6 +173,7 @@ def probe_here(request: Request, signatures: list[str], budget_s: float, rates: 
         plan=Plan(),
         seed=0,
         steps=0,
+        device=request.device,
         threads=_threads(request),
         timeout_s=_CALIBRATION_LIMIT_S,
     )

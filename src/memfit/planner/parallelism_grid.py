@@ -370,7 +370,7 @@ def _fine_use(used: Use, effect: EffectClass, device: str, excluded: frozenset[s
     )
     return (
         accurate_enough
-        and device in definition.devices
+        and definition.runs_on(device)
         and not definition.lacks(used.settings)
         and used.technique not in excluded
     )

@@ -47,7 +47,7 @@ def usable(
     """
     allowed, reasons = [], []
     for candidate in TECHNIQUES.values():
-        is_applicable = space.device in candidate.devices and any(True for _ in candidate.settings(space))
+        is_applicable = candidate.runs_on(space.device) and any(True for _ in candidate.settings(space))
         if missing_packages := candidate.missing:
             reasons.append(
                 Reason(

@@ -16,6 +16,7 @@ from memfit.planner.selection import (
 from memfit.techniques.base import Space
 from memfit.techniques.optimizers import is_adamw
 from memfit.types.dependence import DependenceKind
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration, Machine
@@ -53,7 +54,14 @@ class Request:
 
     @property
     def is_here(self) -> bool:
-        return self.machine.device.name == "this machine"
+        """Whether the request is for the machine on which memfit runs."""
+        return self.machine.is_here
+
+    @property
+    def device(self) -> str:
+        """Torch's name of the kind of device on which runs train: that of the machine if it is this one, else
+        the processor of this machine."""
+        return self.machine.device.kind if self.machine.is_here else HOST
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -102,10 +110,10 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
     """Return the facts about the job from which techniques propose settings, counted on a model built without
     memory. ``batch_size`` of the result is that of one rank, at least 1.
 
-    ``device``: "cpu" or "cuda". ``half``: what `half_precision_of` returns for the machine. If the job does
-    not name its blocks and none are found, ``block_count`` is 0; if it does not name its head and none is
-    found, ``has_head`` is False. Raises UserError if the job names blocks or a head that the model does not
-    have.
+    ``device``: its kind, such as "cuda". ``half``: what `half_precision_of` returns for the machine. If the
+    job does not name its blocks and none are found, ``block_count`` is 0; if it does not name its head and
+    none is found, ``has_head`` is False. Raises UserError if the job names blocks or a head that the model
+    does not have.
     """
     from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalars

@@ -73,7 +73,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     if request.is_here and must_run:
         request, job, pricer, baseline = _runnable(request, job, pricer, baseline)
     pricer.gap_ratio = _GAP_RATIO
-    cap_bytes, cap_reason = _cap(request, baseline, job.demonstration_ratio)
+    cap_bytes, cap_reason = _cap(request, baseline, job.demonstration_ratio, demonstrates=must_run)
     if request.is_here:
         begin_calibration(pricer, request, progress)
     batch, bounds = pricer.space.batch_size, dataclasses.replace(request.bounds, steps=job.steps)
@@ -310,7 +310,9 @@ def _runnable(
     this machine that is free now, divided by the ranks, or until there is one sample per rank. They are
     returned unchanged if plain training fits already.
     """
-    free_bytes = local_machine.free_bytes() // request.ranks
+    free_bytes = local_machine.free_device_bytes(request.device)
+    if request.machine.device.is_host:
+        free_bytes //= request.ranks
     while needed_bytes(baseline, request.machine) > free_bytes and job.batch_size > request.ranks:
         smaller_job = dataclasses.replace(request.job, batch=job.batch_size // 2)
         request = dataclasses.replace(request, job=smaller_job)
@@ -320,10 +322,16 @@ def _runnable(
     return request, job, pricer, baseline
 
 
-def _cap(request: Request, baseline: Estimate, ratio: float) -> tuple[int, str]:
+def _cap(
+    request: Request, baseline: Estimate, ratio: float, *, demonstrates: bool = False
+) -> tuple[int, str]:
+    """Return (the memory of one device that plans must fit; where that figure is from). ``demonstrates``: a
+    request for an accelerator of this machine without a cap is a demonstration, as it is on a CPU; otherwise
+    its cap is what is free now. ``ratio``: the cap of a demonstration, as a share of plain training's peak.
+    """
     if request.cap_bytes is not None:
         return request.cap_bytes, "asked for"
-    if request.machine.device.kind == "cpu":
+    if request.machine.device.is_host or (request.is_here and demonstrates):
         if not 0 < ratio <= 1:
             raise UserError(
                 "Job(demonstration_ratio=...), the memory cap as a share of plain training's peak, "
@@ -333,6 +341,8 @@ def _cap(request: Request, baseline: Estimate, ratio: float) -> tuple[int, str]:
         ratio_text = {0.25: "a quarter", 0.5: "half"}.get(ratio, f"{ratio:.0%}")
         reason = f"{_DEMONSTRATION} {ratio_text} of the baseline's predicted peak"
         return int(baseline.allocated_bytes.value * ratio), reason
+    if request.is_here:
+        return local_machine.free_device_bytes(request.device), "what is free on the device now"
     return int(request.machine.device.memory_bytes.value), "the device's memory"
 
 

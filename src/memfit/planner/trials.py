@@ -289,6 +289,7 @@ def few_steps(
         evaluate=False,
         cap_bytes=planning.cap_bytes if capped else None,
         timeout_s=120.0 + 10 * steps * expected_s,
+        device=request.device,
         threads=request.threads or max(1, local_machine.threads() // request.ranks),
     )
     if plan.ranks == 1:

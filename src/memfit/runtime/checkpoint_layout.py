@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from memfit.jobs.training_step import TrainingStep
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.launch import Shape
 
@@ -109,7 +110,7 @@ def _apart(part: torch.Tensor) -> torch.Tensor:
     The writer would copy a part of a larger storage, and keep all copies until its file is complete. Return
     ``part`` itself if it is not a plain contiguous CPU tensor."""
     is_plain = type(part) in {torch.Tensor, nn.Parameter}
-    if not is_plain or part.device.type != "cpu" or not part.is_contiguous():
+    if not is_plain or part.device.type != HOST or not part.is_contiguous():
         return part
     width, start = part.element_size(), part.storage_offset() * part.element_size()
     storage = part.untyped_storage()[start : start + part.numel() * width]

@@ -8,6 +8,8 @@ import importlib
 from pathlib import Path
 from typing import Any, Final
 
+from memfit.types.device_kind import HOST
+
 _POWERCAP: Final = Path("/sys/class/powercap")
 _NO_METER: Final = (None, "")
 
@@ -17,12 +19,13 @@ class EnergyMeter:
     "package (RAPL)" or "board (NVML)".
 
     For a CPU the boundary is the package (cores and caches of every socket, without DRAM, disks and power
-    supply), for a GPU (``device`` "cuda" or "cuda:1") the board. The counters include everything that runs
-    there, not only this process. ``powercap`` is the folder of the CPU's counters, unused for a GPU."""
+    supply), for a GPU of NVIDIA (``device`` "cuda" or "cuda:1") the board. Other accelerators have no meter.
+    The counters include everything that runs there, not only this process. ``powercap`` is the folder of the
+    CPU's counters, unused for other devices."""
 
-    def __init__(self, device: str = "cpu", *, powercap: Path = _POWERCAP) -> None:
-        self._board = _board(device) if device.startswith("cuda") else None
-        self._zones = () if device.startswith("cuda") else _zones(powercap)
+    def __init__(self, device: str = HOST, *, powercap: Path = _POWERCAP) -> None:
+        self._board = board(device) if device.startswith("cuda") else None
+        self._zones = _zones(powercap) if device == HOST else ()
         self._started: tuple[int | None, ...] = ()
 
     def start(self) -> None:
@@ -96,18 +99,35 @@ def _int(path: Path) -> int | None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Board:
+class Board:
+    """A GPU of NVIDIA, as its management library NVML knows it. What NVML does not tell is None."""
+
     nvml: Any
     handle: Any
 
+    def free_bytes(self) -> int | None:
+        """Return the bytes of the board's memory that no process uses."""
+        try:
+            return int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).free)
+        except self.nvml.NVMLError:
+            return None
+
+    def used_bytes(self) -> int | None:
+        """Return the bytes of the board's memory that all processes use together."""
+        try:
+            return int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used)
+        except self.nvml.NVMLError:
+            return None
+
     def energy_mj(self) -> int | None:
+        """Return the millijoules that the board has used since its driver was loaded."""
         try:
             return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle))
         except self.nvml.NVMLError:
             return None  # GPUs before Volta have no such counter
 
 
-def _board(device: str) -> _Board | None:
+def board(device: str) -> Board | None:
     """Return NVML and its handle of torch's `device`, found by UUID because NVML ignores
     CUDA_VISIBLE_DEVICES. Return None if pynvml is not installed or NVML does not find the device."""
     try:
@@ -119,6 +139,6 @@ def _board(device: str) -> _Board | None:
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     try:
         nvml.nvmlInit()
-        return _Board(nvml=nvml, handle=nvml.nvmlDeviceGetHandleByUUID(uuid))
+        return Board(nvml=nvml, handle=nvml.nvmlDeviceGetHandleByUUID(uuid))
     except nvml.NVMLError:
         return None

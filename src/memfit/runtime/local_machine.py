@@ -1,29 +1,79 @@
-"""This machine: its CPU as a machine of the catalog, the CPUs and the memory that can be used now, and the
-kind of its accelerator."""
+"""This machine as a machine of the catalog, with its accelerators or its processor as devices, and the CPUs
+and the memory that can be used now."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 
 from memfit import catalog
-from memfit.types.machine import Device, Fact, Machine
+from memfit.runtime import devices
+from memfit.types.device_kind import HOST
+from memfit.types.errors import UserError
+from memfit.types.machine import Device, Fact, Host, Machine
+
+NAME = "this machine"
 
 
-def this_machine(place: str) -> Machine:
-    """Return a machine, called "this machine", whose only device is this machine's CPU. Its memory is what
-    the operating system reports in all, its power an assumed number of watts for each CPU thread that this
-    process may use. ``place`` is the name of a place in the catalog."""
+def this_machine(place: str, kind: str = "") -> Machine:
+    """Return the machine on which memfit runs, with devices of the kind ``kind``, such as "cuda" or "cpu". ""
+    means its accelerators if torch finds some, else its processor. ``place``: name of a place in the catalog.
+
+    Accelerators are called by their product name and have the catalog's figures if it knows the product.
+    Their memory is what the driver reports in all. The processor is called "this machine", or "this machine's
+    processor" if there is an accelerator as well. Its memory is what the operating system reports in all, its
+    power an assumed number of watts for each CPU thread that this process may use. Raises UserError if torch
+    finds no device of this kind, and MemfitError if it finds one that does not work.
+    """
+    found = devices.accelerator_kind()
+    if kind not in ("", HOST, found):
+        raise UserError(
+            f"torch finds no device of the kind {kind!r} on this machine",
+            allowed=", ".join(f"this:{k}" for k in (found, HOST) if k),
+            hint="`memfit doctor` says what torch finds",
+        )
+    if not found or kind == HOST:
+        name = f"{NAME}'s processor" if found else NAME
+        device = Device(
+            name=name, kind=HOST, memory_bytes=_host_memory(), power_w=catalog.cpu_power(threads())
+        )
+        return Machine(name=name, device=device, place=catalog.place(place), is_here=True)
+    accelerators = devices.accelerators()
+    first = accelerators[0]
+    memory = _measured(first.total_bytes, "driver of the device")
+    return Machine(
+        name=f"{first.name} of {NAME}",
+        device=dataclasses.replace(
+            _known(first.name) or Device(name=first.name, kind=found, memory_bytes=memory),
+            name=first.name,
+            kind=found,
+            memory_bytes=memory,
+        ),
+        device_count=len(accelerators),
+        place=catalog.place(place),
+        host=Host(name=NAME, memory_bytes=_host_memory()),
+        is_here=True,
+    )
+
+
+def _known(name: str) -> Device | None:
+    """Return the catalog's device with the product name ``name``, or None."""
+    try:
+        return catalog.device(name)
+    except UserError:
+        return None
+
+
+def _host_memory() -> Fact:
     import psutil
 
+    return _measured(psutil.virtual_memory().total, "operating system")
+
+
+def _measured(size_bytes: int, source: str) -> Fact:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    memory = Fact(
-        value=float(psutil.virtual_memory().total), source="operating system", date=today, kind="measured"
-    )
-    device = Device(
-        name="this machine", kind="cpu", memory_bytes=memory, power_w=catalog.cpu_power(threads())
-    )
-    return Machine(name="this machine", device=device, place=catalog.place(place))
+    return Fact(value=float(size_bytes), source=source, date=today, kind="measured")
 
 
 def threads() -> int:
@@ -31,19 +81,17 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def accelerator_kind() -> str:
-    """Return the kind of the accelerator that torch can use here, such as "cuda", or "" if there is none.
-    This imports torch but does not initialise the device."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        return ""
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator.type if accelerator is not None else ""
-
-
 def free_bytes() -> int:
     """Return the bytes of this machine's memory that can be allocated now without swapping."""
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def free_device_bytes(kind: str) -> int:
+    """Return the bytes that training on a device of this kind could take now: `free_bytes` on the processor;
+    of an accelerator its free memory, less what the process's context takes there."""
+    if kind == HOST:
+        return free_bytes()
+    first = devices.accelerators()[0]
+    return first.free_bytes - first.context_bytes

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 
 from memfit.runtime.counting_allocator import AllocatorUnavailable, CountingAllocator
+from memfit.runtime.devices import accelerator_counter
+from memfit.types.device_kind import HOST
 
 if TYPE_CHECKING:
     from torch.profiler import profile
@@ -37,38 +39,18 @@ class PeakCounter(Protocol):
     def reset_peak(self) -> None: ...
 
 
-def peak_counter(device: str = "cpu") -> PeakCounter:
-    """Return a counter for `device` ("cpu", "cuda:1") that is already counting: torch's statistics for CUDA,
-    else the counting allocator, or `TorchEvents` if that is not available. Call it before the model is
-    built, because the counters for a CPU do not see earlier tensors."""
-    if device.startswith("cuda"):
-        return CudaCounter(device)
+def peak_counter(device: str | torch.device = HOST) -> PeakCounter:
+    """Return a counter for `device` ("cpu", "cuda:1") that is already counting: torch's statistics for an
+    accelerator, else the counting allocator, or `TorchEvents` if that is not available. Call it before the
+    model is built, because the counters for a CPU do not see earlier tensors."""
+    if (counted_device := torch.device(device)).type != HOST:
+        return accelerator_counter(counted_device)
     try:
         counter = CountingAllocator()
         counter.install()
     except AllocatorUnavailable:
         return TorchEvents()
     return counter
-
-
-class CudaCounter:
-    """Torch's own CUDA statistics, which are exact because its caching allocator provides every block. They
-    include tensors that existed before. Constructing a counter resets the peak."""
-
-    source = "torch CUDA allocator"
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self.reset_peak()
-
-    def live_bytes(self) -> int:
-        return int(torch.cuda.memory_allocated(self._device))
-
-    def peak_bytes(self) -> int:
-        return int(torch.cuda.max_memory_allocated(self._device))
-
-    def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
 
 
 class TorchEvents:
@@ -129,7 +111,7 @@ def _allocations(session: profile) -> list[tuple[int, int]]:
     results = session.profiler.kineto_results if session.profiler else None
     events: list[tuple[int, int, int]] = []
     for event in _tree(results.experimental_event_tree() if results else []):
-        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == HOST:
             fields = event.extra_fields
             events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
     return [(pointer, size) for _, pointer, size in sorted(events, key=lambda item: item[0])]

@@ -13,13 +13,18 @@ import ctypes
 import mmap
 import os
 import resource
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from memfit.runtime import devices
 from memfit.runtime.cgroup import Group
 from memfit.runtime.counting_allocator import CountingAllocator
 from memfit.runtime.memory import PeakCounter, data_bytes, rss_bytes
 from memfit.runtime.oom import is_oom_error
+from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["MemoryLimit", "is_oom_error"]
 
@@ -28,20 +33,24 @@ _PROBE_BYTES: Final = 32 * 1024**2
 
 class MemoryLimit:
     """A cap on the memory of this process: `cap_bytes` above the footprint, which is what the process holds
-    when `apply` sets the cap. `kind` says what enforces it: "RLIMIT_DATA", "cgroup" or "cuda fraction".
+    when `apply` sets the cap. `kind` says what enforces it: "RLIMIT_DATA", "cgroup" or "memory fraction".
 
     Under RLIMIT_DATA, `used_bytes` is known only if `counter` is the counting allocator. Constructing a limit
-    sets no cap. It raises MemfitError if `device` is a CPU and neither RLIMIT_DATA nor a control group can be
-    used here."""
+    sets no cap. ``device`` None is the CPU. Raises MemfitError for a CPU if neither RLIMIT_DATA nor a control
+    group can be used here."""
 
-    def __init__(self, cap_bytes: int, *, device: str = "cpu", counter: PeakCounter | None = None) -> None:
+    def __init__(
+        self, cap_bytes: int, *, device: torch.device | None = None, counter: PeakCounter | None = None
+    ) -> None:
         self.cap_bytes = cap_bytes
         self.footprint_bytes: int | None = None  # None until apply()
         self._used_bytes: int | None = None  # None until lift()
         self._lifted = False
         self._allocator = counter if isinstance(counter, CountingAllocator) else None
-        cuda = device.startswith("cuda")
-        self._cap: _Cap = _CudaFraction(device) if cuda else _cpu_cap(cap_bytes, self._allocator)
+        if device is None or device.type == HOST:
+            self._cap: _Cap = _cpu_cap(cap_bytes, self._allocator)
+        else:
+            self._cap = _MemoryFraction(device, counter)
 
     @property
     def kind(self) -> str:
@@ -49,7 +58,7 @@ class MemoryLimit:
 
     def apply(self) -> None:
         """Return free memory to the system and set the cap. From now on an allocation beyond it fails
-        (RLIMIT_DATA, CUDA) or the process is killed (cgroup)."""
+        (RLIMIT_DATA, memory fraction) or the process is killed (cgroup)."""
         if self._allocator is not None:
             self._allocator.release(self.cap_bytes)
         _trim()
@@ -165,37 +174,30 @@ class _Cgroup:
         return self._group.peak_bytes()
 
 
-class _CudaFraction:
-    """A cap by torch's caching CUDA allocator, which limits the memory that it reserves from the device for
-    this process. What it has reserved at `apply` is the footprint. `lift` allows the whole device."""
+class _MemoryFraction:
+    """A cap by torch's caching allocator of an accelerator, which limits the memory that it takes from the
+    device for this process. What it has taken at `apply` is the footprint. `lift` allows the whole device."""
 
-    kind = "cuda fraction"
+    kind = "memory fraction"
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: torch.device, counter: PeakCounter | None) -> None:
         self._device = device
+        is_usable = isinstance(counter, devices.AllocatorCounter | devices.SampledCounter)
+        self._counter: Any = counter if is_usable else devices.accelerator_counter(device)
 
     def apply(self, cap_bytes: int) -> int:
-        import torch
-
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._start_bytes = int(torch.cuda.memory_reserved(self._device))
-        total = torch.cuda.get_device_properties(self._device).total_memory
-        self._set(min(1.0, (self._start_bytes + cap_bytes) / total))
+        devices.free_cache(self._device)
+        self._counter.reset_reserved_peak()
+        self._start_bytes = devices.reserved_bytes(self._device)
+        total_bytes = devices.memory_info(self._device)[1]
+        devices.set_memory_fraction(self._device, min(1.0, (self._start_bytes + cap_bytes) / total_bytes))
         return self._start_bytes
 
-    def _set(self, fraction: float) -> None:
-        import torch
-
-        torch.cuda.set_per_process_memory_fraction(fraction, self._device)
-
     def lift(self) -> None:
-        self._set(1.0)
+        devices.set_memory_fraction(self._device, 1.0)
 
     def used_bytes(self) -> int:
-        import torch
-
-        return int(torch.cuda.max_memory_reserved(self._device)) - self._start_bytes
+        return int(self._counter.reserved_peak_bytes()) - self._start_bytes
 
 
 def _trim() -> None:

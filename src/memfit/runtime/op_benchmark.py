@@ -1,4 +1,4 @@
-"""Calibration: run single operators on this machine's CPU to measure their time and their peak memory.
+"""Calibration: run single operators on a device of this machine to measure their time and peak memory.
 
 If a kernel allocates scratch memory, the peak of an operator's call (including outputs) cannot be seen on
 fake tensors. Running it once on real tensors of the same shapes shows it. Times and peaks are labelled as
@@ -18,15 +18,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from memfit.runtime.devices import synchronize
 from memfit.runtime.memory import PeakCounter
 from memfit.techniques.offload import Spool, SpooledTensor
+from memfit.types.device_kind import HOST
 from memfit.types.machine import Calibration
 
+_HOST = torch.device(HOST)
 _RNN_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
 _REPEATS = 10
 _CALLS, _FEWEST_CALLS = 9, 2  # per operator
 _OP_LIMIT_S = 0.1  # no single operator may use up the budget
 _MATMUL_SIZE = 1024
+_DEVICE_MATMUL_SIZE = 4096  # large enough for the matrix units of an accelerator
 _COPY_BYTES = 64 * 2**20
 _BETWEEN_BYTES = 8 * 2**20  # written between two calls, as other operators of a step fill the caches
 _LARGE_BYTES = 4 * 2**20
@@ -35,23 +39,28 @@ _SCHEDULED = Path("/proc/thread-self/schedstat")
 
 
 def calibrate(
-    signatures: Iterable[str], *, budget_s: float, counter: PeakCounter, rates: bool = True
+    signatures: Iterable[str],
+    *,
+    budget_s: float,
+    counter: PeakCounter,
+    rates: bool = True,
+    device: torch.device = _HOST,
 ) -> Calibration:
-    """Run the operators that ``signatures`` describe (JSON, see `prepare_call`) and return their times
-    (medians, in seconds) and peak bytes.
+    """Run the operators that ``signatures`` describe (JSON, see `prepare_call`) on ``device`` and return
+    their times (medians, in seconds) and peak bytes.
 
     They are run in order; none is begun after ``budget_s`` seconds. With ``rates``, the machine itself is
-    measured first: matrix products, copies, the disk and the overhead of a call. This takes from the same
+    measured first: matrix products, copies, offloading and the overhead of a call. This takes from the same
     ``budget_s``, but is never cut short. Operators that cannot run alone are listed in ``not_timed``; those
     for which no time was left are in no list. ``counter`` measures the peaks."""
     start, waited_s = time.perf_counter(), _waited_s()
-    machine = _rates() if rates else Calibration()
+    machine = _rates(device) if rates else Calibration()
     probes: dict[str, ProbeResult] = {}
     failures: list[str] = []
     for signature in signatures:
         if time.perf_counter() - start > budget_s:
             break
-        if (result := probe(signature, counter)) is not None:
+        if (result := probe(signature, counter, device)) is not None:
             probes[signature] = result
         else:
             failures.append(signature)
@@ -70,13 +79,13 @@ def calibrate(
     )
 
 
-def _rates() -> Calibration:
+def _rates(device: torch.device) -> Calibration:
     dtypes = (torch.float32, torch.bfloat16)
-    disk_bytes_s, disk_file_s = _disk()
+    disk_bytes_s, disk_file_s = _disk() if device == _HOST else (_host_bytes_s(device), 0.0)
     return Calibration(
-        overhead_s=_overhead_s(),
-        flops_s={str(d).removeprefix("torch."): _matmul_flops_s(d) for d in dtypes},
-        bandwidth_bytes_s=_copy_bytes_s(),
+        overhead_s=_overhead_s(device),
+        flops_s={str(d).removeprefix("torch."): _matmul_flops_s(d, device) for d in dtypes},
+        bandwidth_bytes_s=_copy_bytes_s(device),
         disk_bytes_s=disk_bytes_s,
         disk_file_s=disk_file_s,
     )
@@ -129,12 +138,12 @@ class ProbeResult(NamedTuple):
     spread_ratio: float = 0.0
 
 
-def probe(signature: str, counter: PeakCounter) -> ProbeResult | None:
+def probe(signature: str, counter: PeakCounter, device: torch.device = _HOST) -> ProbeResult | None:
     """Measure one operator: run it once for the memory, then several times for the time. Return None if it
     cannot run alone."""
     try:
-        call, usage = measure_call(signature, counter)
-        seconds, spread_ratio = _typical_s(call)
+        call, usage = measure_call(signature, counter, device)
+        seconds, spread_ratio = _typical_s(call, device)
         return ProbeResult(seconds, usage.peak_bytes, usage.kept_bytes, spread_ratio)
     except CANNOT_RUN:
         return None
@@ -154,11 +163,13 @@ CANNOT_RUN = (
 )
 
 
-def measure_call(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], CallMemory]:
-    """Run the signature's operator once. Return a function that repeats the call with the same made-up
-    arguments, and the bytes that the call took. Raises one of `CANNOT_RUN` if the operator cannot run
+def measure_call(
+    signature: str, counter: PeakCounter, device: torch.device = _HOST
+) -> tuple[Callable[[], Any], CallMemory]:
+    """Run the signature's operator once on ``device``. Return a function that repeats the call with the same
+    made-up arguments, and the bytes that the call took. Raises one of `CANNOT_RUN` if the operator cannot run
     alone."""
-    call, args, kwargs = prepare_call(signature)
+    call, args, kwargs = prepare_call(signature, device)
     start_bytes = counter.live_bytes()
     counter.reset_peak()
     out = call(*args, **kwargs)  # no input requires a gradient; kernels that check see training
@@ -167,15 +178,17 @@ def measure_call(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any
     return lambda: call(*args, **kwargs), CallMemory(peak_bytes, kept_bytes)
 
 
-def prepare_call(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
-    """Return (operator, arguments with real CPU tensors of made-up values, keyword arguments) for a
+def prepare_call(
+    signature: str, device: torch.device = _HOST
+) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+    """Return (operator, arguments with real tensors of made-up values on ``device``, keyword arguments) for a
     ``signature``, the JSON text that `memfit.trace.signature.describe` makes. Raises one of `CANNOT_RUN` if
     an argument cannot be made."""
     name, args, kwargs = json.loads(signature)
-    inputs = [_real(a) for a in args]
+    inputs = [_real(a, device) for a in args]
     if name == _RNN_BACKWARD:
         inputs = _after_forward(inputs)
-    return _operator(name), inputs, {k: _real(v) for k, v in kwargs.items()}
+    return _operator(name), inputs, {k: _real(v, device) for k, v in kwargs.items()}
 
 
 def _after_forward(inputs: list[Any]) -> list[Any]:
@@ -204,29 +217,33 @@ def _tensors(out: Any) -> list[torch.Tensor]:
     return [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
 
 
-def _best_s(call: Callable[[], Any]) -> float:
-    """Return the shortest time of up to 10 calls in seconds. No further call is begun once they have taken
-    0.1 s together. It is the shortest because other work on the machine only adds time."""
+def _best_s(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the shortest time of up to 10 calls in seconds, until ``device`` has done its work. No further
+    call is begun once they have taken 0.1 s together. It is the shortest because other work on the machine
+    only adds time."""
     times_s: list[float] = []
     while len(times_s) < _REPEATS and sum(times_s) < _OP_LIMIT_S:
         start = time.perf_counter()
         call()
+        synchronize(device)
         times_s.append(time.perf_counter() - start)
     return min(times_s)
 
 
-def _typical_s(call: Callable[[], Any]) -> tuple[float, float]:
+def _typical_s(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Return (median time of 2 to 9 calls in seconds; by which fraction it lies above the shortest). After
     the second call, no further one is begun once they have taken 0.1 s together.
 
     As in a step, the calls do not find their operands in the innermost caches: the shortest of consecutive
     calls is about a quarter below the time in a step. The time that a call waited for a CPU is subtracted,
     but at least a twentieth of its time always counts."""
-    filler, times_s = torch.ones(_BETWEEN_BYTES // 4), list[float]()
+    filler, times_s = torch.ones(_BETWEEN_BYTES // 4, device=device), list[float]()
     while len(times_s) < _CALLS and (sum(times_s) < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
         filler.add_(1.0)
+        synchronize(device)
         waited_s, start = _waited_s(), time.perf_counter()
         call()
+        synchronize(device)
         wall_s = time.perf_counter() - start
         times_s.append(max(wall_s / 20, wall_s - (_waited_s() - waited_s)))
     median_s = statistics.median(times_s)
@@ -238,16 +255,16 @@ def _operator(name: str) -> Any:
     return getattr(getattr(getattr(torch.ops, space), packet), overload)
 
 
-def _real(value: Any) -> Any:
+def _real(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
-        return [_real(v) for v in value]
+        return [_real(v, device) for v in value]
     if isinstance(value, dict):
         if "t" in value:
-            return _tensor(*value["t"])
+            return _tensor(*value["t"], device=device)
         if "torch" in value:
             return getattr(torch, value["torch"])
         if "device" in value:
-            return torch.device(value["device"])
+            return device if value["device"] == HOST else torch.device(value["device"])  # traced on the CPU
         raise ValueError(
             "the description of an operator's argument has none of the keys t (tensor), torch (object of "
             f"torch) and device: {value}"
@@ -255,15 +272,17 @@ def _real(value: Any) -> Any:
     return value
 
 
-def _tensor(shape: list[int], stride: list[int], dtype_name: str, variant: str = "") -> torch.Tensor:
-    """Return a CPU tensor of this shape, stride and dtype. Floating-point numbers are random, between 0.1 and
-    1. Integers are zeros, which are always valid indices, and booleans are True. Complex numbers, and
-    floating-point numbers of tensors with a stride of 0, are 0.5. ``variant`` "conj" makes a conjugate
-    view."""
+def _tensor(
+    shape: list[int], stride: list[int], dtype_name: str, variant: str = "", *, device: torch.device = _HOST
+) -> torch.Tensor:
+    """Return a tensor of this shape, stride and dtype on ``device``. Floating-point numbers are random,
+    between 0.1 and 1. Integers are zeros, which are always valid indices, and booleans are True. Complex
+    numbers, and floating-point numbers of tensors with a stride of 0, are 0.5. ``variant`` "conj" makes a
+    conjugate view."""
     if variant == "conj":
-        return _tensor(shape, stride, dtype_name).conj()
+        return _tensor(shape, stride, dtype_name, device=device).conj()
     dtype = getattr(torch, dtype_name)
-    tensor = torch.empty_strided(shape, stride, dtype=dtype)
+    tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
     if dtype == torch.bool:
         return tensor.fill_(True)
     if not dtype.is_floating_point and not dtype.is_complex:
@@ -274,17 +293,24 @@ def _tensor(shape: list[int], stride: list[int], dtype_name: str, variant: str =
     return tensor.uniform_(0.1, 1.0) if dtype.is_floating_point else tensor.fill_(0.5)
 
 
-def _matmul_flops_s(dtype: torch.dtype) -> float:
-    n = _MATMUL_SIZE
-    left, right, out = (torch.ones(n, n, dtype=dtype) for _ in range(3))
+def _matmul_flops_s(dtype: torch.dtype, device: torch.device) -> float:
+    n = _MATMUL_SIZE if device == _HOST else _DEVICE_MATMUL_SIZE
+    left, right, out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
     torch.mm(left, right, out=out)
-    return 2 * n**3 / _best_s(lambda: torch.mm(left, right, out=out))
+    return 2 * n**3 / _best_s(lambda: torch.mm(left, right, out=out), device)
 
 
-def _copy_bytes_s() -> float:
-    source = torch.ones(_COPY_BYTES // 4)
+def _copy_bytes_s(device: torch.device) -> float:
+    source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source).copy_(source)
-    return 2 * _COPY_BYTES / _best_s(lambda: target.copy_(source))
+    return 2 * _COPY_BYTES / _best_s(lambda: target.copy_(source), device)
+
+
+def _host_bytes_s(device: torch.device) -> float:
+    """Return the bytes per second between ``device`` and the host as activation offload copies them: to
+    memory that is not pinned and back."""
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    return 2 * _COPY_BYTES / _best_s(lambda: source.to(_HOST).to(device), device)
 
 
 def _disk() -> tuple[float, float]:
@@ -309,11 +335,11 @@ def _disk() -> tuple[float, float]:
     return bytes_s, max(0.0, small_s / _FILES - 2 * _FILE_BYTES / bytes_s)
 
 
-def _overhead_s() -> float:
+def _overhead_s(device: torch.device) -> float:
     """Return the seconds that autograd and Python add to a call of an operator without work, averaged over
     forward and backward."""
-    x, calls = torch.ones(1, requires_grad=True), 200
-    factor = torch.ones(1)
+    x, calls = torch.ones(1, requires_grad=True, device=device), 200
+    factor = torch.ones(1, device=device)
 
     def chain() -> None:
         y = x
@@ -322,5 +348,5 @@ def _overhead_s() -> float:
         y.backward()
 
     chain()
-    alone_s = _best_s(lambda: torch.mul(factor, factor))
-    return max(0.0, _best_s(chain) / (2 * calls) - alone_s)
+    alone_s = _best_s(lambda: torch.mul(factor, factor), device)
+    return max(0.0, _best_s(chain, device) / (2 * calls) - alone_s)

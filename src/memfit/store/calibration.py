@@ -38,13 +38,14 @@ def default_path() -> Path:
     return platformdirs.user_cache_path("memfit", appauthor=False) / "calibration.sqlite3"
 
 
-def machine_key(threads: int) -> str:
-    """Return a digest of everything on which a timing depends: the processor, its cores, the versions of
-    torch and libc, the number of threads, the version of the timing method, and the environment `VARIABLES`
-    except those with "CUDA" in their names."""
+def machine_key(threads: int, device: str = "") -> str:
+    """Return a digest of everything on which a timing depends: the accelerator ``device`` ("" for none), the
+    processor, its cores, the versions of torch and libc, the number of threads, the version of the timing
+    method, and the environment `VARIABLES` except those with "CUDA" in their names."""
     environment = fingerprint()
     names = [*_MACHINE, *(f"env {name}" for name in VARIABLES if "CUDA" not in name)]
-    return digest({**{n: environment[n] for n in names}, "threads": str(threads), "method": str(_METHOD)})
+    facts = {**{n: environment[n] for n in names}, "threads": str(threads), "method": str(_METHOD)}
+    return digest(facts | ({"device": device} if device else {}))
 
 
 class CalibrationCache:
@@ -52,10 +53,11 @@ class CalibrationCache:
     threads. It consists of rates, such as the speed of matrix products and of copies, and of the timings of
     single operators.
 
-    ``path``: the file; None: `default_path`."""
+    ``path``: the file; None: `default_path`. ``device``: product name of the accelerator; "": the
+    processor."""
 
-    def __init__(self, threads: int, path: Path | None = None) -> None:
-        self.path, self.key = path or default_path(), machine_key(threads)
+    def __init__(self, threads: int, path: Path | None = None, *, device: str = "") -> None:
+        self.path, self.key = path or default_path(), machine_key(threads, device)
 
     def read(self) -> Calibration:
         """Return the stored rates with the timings of all stored operators. Return an empty Calibration if no

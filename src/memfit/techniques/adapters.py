@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from memfit.model.blocks import find_blocks
 from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.device_kind import BITSANDBYTES
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -96,5 +97,6 @@ QLORA = Technique(
     slot="adapters",
     knobs=(_RANK,),
     needs=("peft", "bitsandbytes"),
+    devices=BITSANDBYTES,
     forbids=("bf16-parameters",),
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Protocol
 
 from memfit.techniques.rank_mesh import Layout, World
+from memfit.types.device_kind import HOST, DeviceKind
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Space:
     block_count: int
     has_head: bool
     vocabulary: int  # output size of the head; 0 if there is no head
-    device: str
+    device: str  # its kind, such as "cpu" or "cuda"
     ranks: int = 1
     half: str = "bfloat16"  # the half precision in which the device multiplies
     linears: bool = True  # the blocks have linear layers, to which adapters can be added
@@ -142,7 +143,8 @@ class Technique:
     - ``needs``: import names of the packages required beyond memfit's own.
     - ``forbids``: names of techniques or slots with which it cannot be combined.
     - ``unsearched``: names of techniques with which the search does not combine it, though users may.
-    - ``devices``: kinds of device ("cpu", "cuda") for which the search proposes it.
+    - ``devices``: kinds of device for which the packages that it needs have kernels; empty: all. The search
+      proposes it for these only.
     - ``look(bench)`` reads what the technique must know about the plain model, before any technique changes
       it.
     """
@@ -158,8 +160,12 @@ class Technique:
     needs: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
     unsearched: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: frozenset[str] = frozenset()
     look: Callable[[Workbench], None] = lambda bench: None
+
+    def runs_on(self, device: str) -> bool:
+        """Whether it can run on devices of the kind ``device``."""
+        return not self.devices or device in self.devices
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -190,8 +196,8 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 class Workbench:
     """The training step under construction. Techniques change it, those of smaller ``Technique.order`` first.
 
-    - ``device`` says whose kernels run ("cpu" or "cuda"), not where tensors are: a prediction for CUDA is
-      traced on fake CPU tensors.
+    - ``device`` is the kind of device whose kernels run. ``torch_device`` is where tensors are: the device in
+      a real run, but the CPU in a trace, whatever ``device`` is.
     - ``make_optimizer`` is called with the trainable parameters once all techniques are applied.
     - ``forward_contexts``: functions whose context managers surround forward and loss of each micro-batch.
     - ``before_micro_batch``: functions that are called before each micro-batch (with a ``pipeline``, before
@@ -209,8 +215,9 @@ class Workbench:
 
     job: Job
     model: torch.nn.Module
-    device: str
+    device: DeviceKind
     make_optimizer: MakeOptimizer
+    torch_device: str = HOST
     world: World = dataclasses.field(default_factory=lambda: World(layout=Layout()))
     call: Any = None
     micro_batches: int = 1
@@ -246,6 +253,10 @@ class Workbench:
     gradients_on: str = ""  # a place, as for `place`
     parameters_on: str = ""
     grad_norm: Callable[[], torch.Tensor] | None = None  # set if gradients are not in the parameters
+
+    def device_at(self, place: str) -> str:
+        """Return where tensors of this place are: ``torch_device`` for "", the host's memory for "host"."""
+        return HOST if place == "host" else self.torch_device
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

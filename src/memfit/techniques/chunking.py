@@ -38,7 +38,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     requested_bytes = int(settings["mib"]) * MIB
     budget = requested_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
     cuts = to_cut(bench.model, calls, budget, trials)
-    torch.empty(trials.peak_bytes, dtype=torch.uint8)  # stands for the memory of the trials in a prediction
+    with bench.place("host"):  # stands for the memory of the trials in a prediction
+        torch.empty(trials.peak_bytes, dtype=torch.uint8)
     if not cuts:
         raise UserError(
             f"chunking finds nothing to cut in {type(bench.model).__name__}",

@@ -15,6 +15,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
+from memfit.types.device_kind import HOST
 
 _ATEN: Any = torch.ops.aten
 _EXTERN = frozenset(
@@ -81,13 +82,14 @@ class Region:
         leaves, spec = _pytree.tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [*state.values(), *(leaves[i] for i in places)]
+        device_type = tensors[0].device.type if tensors else HOST
         key = (
             self.kind,
             frozenset(_plain_attributes(self.module).items() - self.attributes.items()),
             tuple(state),
             repr(spec),
             tuple(map(_traits, [*state.values(), *leaves])),
-            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled(device_type),
         )
         if key not in self.graphs:
             call = self._functional(tuple(state), leaves, places, spec)

@@ -33,7 +33,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             allowed=f"blocks with an nn.Linear whose input and output sizes are multiples of {_STEP}",
         )
     config = Float8LinearConfig.from_recipe_name(str(settings["scaling"]))
-    config = dataclasses.replace(config, emulate=bench.device == "cpu")  # the CPU's own kernel takes minutes
+    config = dataclasses.replace(config, emulate=bench.device.is_host)  # the CPU's own kernel takes minutes
     convert_to_float8_training(
         bench.model, config=config, module_filter_fn=lambda module, name: name in names
     )

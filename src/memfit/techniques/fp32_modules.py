@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques.base import Workbench
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError, suggest
 from memfit.types.plan import Plan
 
@@ -100,7 +101,7 @@ def _wrap(module: torch.nn.Module, outer_dtype: torch.dtype | None) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         leaves = _pytree.tree_leaves((args, kwargs))
         inputs = [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
-        device_type = inputs[0].device.type if inputs else "cpu"
+        device_type = inputs[0].device.type if inputs else HOST
         under_autocast = torch.is_autocast_enabled(device_type)
         args, kwargs = _pytree.tree_map(
             lambda t: t.float() if isinstance(t, torch.Tensor) and t.dtype in narrow_dtypes else t,

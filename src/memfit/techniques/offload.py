@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.device_kind import HOST, device_kind
 from memfit.types.plan import EffectClass, KnobValue
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     minimum = int(settings["minimum_kib"]) * 1024
     if settings["to"] == "host":
-        if bench.device == "cpu":
+        if bench.device.is_host:
             return  # saved tensors are in host memory already
         bench.forward_contexts.append(HostCopies(bench, minimum).hooks)
         return
@@ -48,7 +49,11 @@ class _Away:
         self.gone.clear()
         with saved_tensors_hooks(self._pack, self._unpack):
             yield
+        self._finish()
         self.gone.clear()
+
+    def _finish(self) -> None:
+        """Finish copies that are underway when forward ends."""
 
     def _pack(self, tensor: Any) -> Any:
         from torch.multiprocessing.reductions import StorageWeakRef
@@ -94,20 +99,64 @@ class _Saved(NamedTuple):
 
 
 class HostCopies(_Away):
-    """Keeps tensors that autograd saves for backward in host memory, and copies them back when backward needs
-    them."""
+    """Keeps tensors that autograd saves for backward in pinned host memory, and copies them back when
+    backward needs them.
+
+    A copy to the host runs on a stream of its own beside the next operators. The tensor is therefore kept on
+    the device until the next one is offloaded or forward ends, and computing waits for the copy then. In a
+    trace, fake tensors of both places are on the CPU, and nothing is copied."""
+
+    def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
+        super().__init__(bench, minimum_bytes)
+        self.stream: Any = None  # made by the first copy of a real tensor
+        self.underway: tuple[Any, HostCopy] | None = None  # tensor and its copy
 
     def _put(self, tensor: Any) -> Any:
-        with self.bench.place("host"):  # fake tensors of both places are on the CPU
-            return _Copy(tensor.device, tensor.detach().to("cpu", copy=True))
+        import torch
+
+        self._finish()
+        if self.bench.torch_device != HOST and self.stream is None:
+            self.stream = torch.Stream(device=tensor.device)
+        source = tensor.detach()
+        with self.bench.place("host"):
+            copy = HostCopy(source, self.stream)
+        self.underway = source, copy
+        return copy
+
+    def _finish(self) -> None:
+        if self.underway is not None:
+            self.underway[1].wait()
+            self.underway = None
 
 
-class _Copy:
-    def __init__(self, device: Any, copy: Any) -> None:
-        self.device, self.copy = device, copy
+class HostCopy:
+    """A copy of ``tensor`` in host memory. With a ``stream``, it is in pinned memory and is made there; the
+    tensor must then be kept until `wait` has been called."""
+
+    def __init__(self, tensor: Any, stream: Any) -> None:
+        import torch
+
+        self.device, self.event = tensor.device, None
+        if stream is None:
+            self.copy = tensor.to(HOST, copy=True)
+            return
+        self.copy = torch.empty_like(tensor, device=HOST, pin_memory=True)
+        stream.wait_stream(torch.accelerator.current_stream(self.device))
+        with stream:
+            self.copy.copy_(tensor, non_blocking=True)
+            self.event = stream.record_event()
+
+    def wait(self) -> None:
+        """Let what is computed from now on wait for the copy."""
+        import torch
+
+        if self.event is not None:
+            torch.accelerator.current_stream(self.device).wait_event(self.event)
 
     def back(self) -> Any:
-        return self.copy.to(self.device, copy=True)
+        """Return the tensor's elements as a new tensor on its device."""
+        self.wait()
+        return self.copy.to(self.device, non_blocking=True, copy=True)
 
 
 class DiskSpool(_Away):
@@ -208,7 +257,7 @@ def _raw(tensor: Any) -> memoryview:
 
 
 def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    target = "disk" if space.device == "cpu" else "host"
+    target = "disk" if device_kind(space.device).is_host else "host"
     return [{"to": target, "minimum_kib": 64}]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from memfit.techniques.base import MakeOptimizer, OptimizerLike, Space, Technique, Workbench
+from memfit.types.device_kind import BITSANDBYTES, DeviceKind
 from memfit.types.errors import look_up
 from memfit.types.job import OptimizerChoice
 from memfit.types.plan import EffectClass, KnobValue
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
+def default_optimizer(choice: OptimizerChoice, device: DeviceKind) -> MakeOptimizer:
     """Return the maker of plain training's optimizer, which is called with a list of parameters. It calls
     ``choice.make`` if that is set (see `_own`), and otherwise makes torch's optimizer of the name
     ``choice.name``: "adamw", "adam", "sgd" or "adafactor".
 
     ``foreach`` of torch's optimizer is set explicitly to what torch chooses for ``device`` (on for CUDA, off
-    for CPU; always off for Adafactor), because a prediction for CUDA is traced on CPU tensors. Raises
+    for CPU; always off for Adafactor), because a prediction for a device is traced on CPU tensors. Raises
     UserError at once if ``choice.make`` is None and the name is another one.
     """
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
@@ -31,14 +32,41 @@ def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
     return functools.partial(look_up("optimizer", choice.name, makers), choice, device)
 
 
-def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
-    """Return the optimizer that ``make``, the user's function, makes. If ``device`` is "cuda", set
-    ``foreach`` to True, as torch would, in parameter groups in which it is None and ``fused`` is off."""
+def _own(make: MakeOptimizer, device: DeviceKind, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    """Return the optimizer that ``make``, the user's function, makes. If torch chooses
+    ``foreach`` for ``device``, set it to True in parameter groups in which it is None and ``fused`` is
+    off."""
     optimizer = make(params)
     for group in getattr(optimizer, "param_groups", []):
-        if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
+        if device.foreach and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
     return optimizer
+
+
+def counts_steps_on_host(optimizer: Any) -> bool:
+    """Return whether all torch optimizers inside ``optimizer`` keep their step counters, tensors without
+    dimensions, in host memory whatever the device: False if a parameter group of one of them is fused or
+    capturable (torch/optim/adamw.py, ``_init_group``), else True, also if there is no torch optimizer."""
+    import torch
+
+    parts = [optimizer]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, torch.optim.Optimizer):
+            if any(group.get("fused") or group.get("capturable") for group in part.param_groups):
+                return False
+            continue
+        for name in ("optimizers", "inner", "optimizer", "optim"):
+            inner = getattr(part, name, None)
+            parts += (
+                inner.values()
+                if isinstance(inner, Mapping)
+                else inner
+                if isinstance(inner, list)
+                else [inner]
+            )
+        parts = [p for p in parts if p is not None]
+    return True
 
 
 def _alike(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
@@ -50,7 +78,7 @@ def _alike(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": group} for group in groups.values()]
 
 
-def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+def _adamw(choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Parameter]) -> OptimizerLike:
     import torch
 
     kind = torch.optim.Adam if choice.name == "adam" else torch.optim.AdamW
@@ -60,7 +88,7 @@ def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter
         betas=choice.betas,
         eps=choice.eps,
         weight_decay=choice.weight_decay,
-        foreach=device == "cuda",
+        foreach=device.foreach,
     )
     return cast(OptimizerLike, optimizer)
 
@@ -70,7 +98,7 @@ def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
     optimizer, even if that is not AdamW. ``kernel`` is "fused" (the update is one kernel) or "single" (one
     parameter after the other, as in torch before 2.0)."""
 
-    def make(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    def make(choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Parameter]) -> OptimizerLike:
         import torch
 
         fused = True if kernel == "fused" else None
@@ -80,19 +108,21 @@ def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
     return make
 
 
-def _sgd(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+def _sgd(choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Parameter]) -> OptimizerLike:
     import torch
 
     # Adam's learning rate is per unit of gradient sign, and plain SGD needs a larger one. The factor is a
     # convention; as an E3 technique, SGD is judged by the metric.
     rate = choice.learning_rate * (100.0 if choice.name != "sgd" else 1.0)
     optimizer = torch.optim.SGD(
-        _alike(params), lr=rate, momentum=0.9, weight_decay=choice.weight_decay, foreach=device == "cuda"
+        _alike(params), lr=rate, momentum=0.9, weight_decay=choice.weight_decay, foreach=device.foreach
     )
     return cast(OptimizerLike, optimizer)
 
 
-def _adafactor(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+def _adafactor(
+    choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Parameter]
+) -> OptimizerLike:
     import torch
 
     optimizer = torch.optim.Adafactor(
@@ -101,13 +131,17 @@ def _adafactor(choice: OptimizerChoice, device: str, params: list[torch.nn.Param
     return cast(OptimizerLike, optimizer)
 
 
-def _adamw4bit(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+def _adamw4bit(
+    choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Parameter]
+) -> OptimizerLike:
     from torchao.optim import AdamW4bit
 
     return EagerStep(AdamW4bit(params, **_numbers(choice)))
 
 
-def _adamw8bit(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+def _adamw8bit(
+    choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Parameter]
+) -> OptimizerLike:
     import bitsandbytes as bnb
 
     optimizer = bnb.optim.AdamW8bit(
@@ -278,6 +312,7 @@ ADAMW_8BIT = _technique(
     _adamw8bit,
     settings=lambda space: () if "adamw-8bit" in space.refused else _once(space),
     needs=("bitsandbytes",),
+    devices=BITSANDBYTES,
     forbids=("bf16-parameters",),
 )
 ADAMW_PAGED = Technique(
@@ -289,6 +324,7 @@ ADAMW_PAGED = Technique(
     order=40,
     slot="optimizer",
     needs=("bitsandbytes",),
+    devices=BITSANDBYTES,
     forbids=("bf16-parameters",),
 )
 ADAMW_4BIT = _technique(

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan, Use
 
@@ -165,8 +166,8 @@ class World:
 
 
 def make_world(plan: Plan, *, rank: int, device: str) -> World:
-    """Return the world of ``plan`` for the process ``rank``. ``device`` is the type of the mesh's devices
-    ("cpu" or "cuda").
+    """Return the world of ``plan`` for the process ``rank``. ``device`` is the type of the mesh's devices,
+    such as "cpu" or "cuda".
 
     If the plan has several ranks, torch's default process group must be initialised with that number of
     ranks. On one rank, ``rank`` and ``device`` are ignored. On torch's fake process group, the mesh is of
@@ -201,4 +202,49 @@ def _mesh_of_own_groups(
         dist.new_group(grid[tuple(slice(None) if n == name else coordinate[n] for n in names)].tolist())
         for name in names
     ]
-    return DeviceMesh.from_group(groups, "cpu", mesh=grid, mesh_dim_names=names)
+    return DeviceMesh.from_group(groups, HOST, mesh=grid, mesh_dim_names=names)
+
+
+def join_alone(device: str) -> bool:
+    """If this process has no process group yet, create one of this process alone, for libraries that need one
+    even with one rank, and return True; else return False. ``device``: where tensors are, such as "cuda:0";
+    the group has the backend that torch prefers for it."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import get_default_backend_for_device
+
+    if dist.is_initialized():
+        return False
+    dist.init_process_group(
+        get_default_backend_for_device(device),
+        store=dist.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
+    )
+    return True
+
+
+def builds_on_host(plan: Plan, device: str) -> bool:
+    """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
+    it. True under ZeRO 3, ZeRO with the precision bf16, fsdp2 that shards over several ranks, and pipeline or
+    tensor parallelism. False for other plans, and if ``device`` is "cpu"."""
+    return not device_kind(device).is_host and (_shards(plan) or _cuts(plan))
+
+
+def moves_parameters(plan: Plan, device: str) -> bool:
+    """Return whether the model is built in host memory and its parameters then move to the accelerator: under
+    pipeline or tensor parallelism (`builds_on_host`). False if shards or a bf16 copy of the parameters are
+    made there instead (ZeRO, fsdp2)."""
+    return builds_on_host(plan, device) and not _shards(plan)
+
+
+def _shards(plan: Plan) -> bool:
+    uses = {u.technique: u.settings for u in plan.uses}
+    zero = uses.get("zero", {})
+    if zero.get("stage") == 3 or zero.get("precision") == "bf16":
+        return True
+    return "fsdp2" in uses and layout(plan).shard > 1
+
+
+def _cuts(plan: Plan) -> bool:
+    place = layout(plan)
+    return place.pipeline > 1 or place.tensor > 1

@@ -186,7 +186,7 @@ def unsupported_techniques(machine: Machine) -> frozenset[str]:
     devices are not CPUs, which emulate 8-bit floats, and the machine's data has no peak rate for these; else
     none."""
     device = machine.device
-    has_float8 = device.kind == "cpu" or "float8" in device.peak_flops  # a CPU emulates float8
+    has_float8 = device.is_host or "float8" in device.peak_flops  # a CPU emulates float8
     return frozenset() if has_float8 else frozenset({float8.NAME})
 
 
@@ -254,7 +254,8 @@ def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
     if dependence.cause is DependenceCause.WEIGHTS and changes_training(plan, dependence):
         how_this_is_known, mean_over_counted_terms = dependence.reason, dependence.way_out
         raise UserError(
-            f"{plan.label} splits the batch and would weight its loss terms wrongly: {how_this_is_known}",
+            f"{plan.label} splits the batch into micro-batches or over ranks, and would thus weight its loss "
+            f"terms wrongly: {how_this_is_known}",
             allowed=f"a loss that is {mean_over_counted_terms}",
             hint="or a plan that does not split the batch",
         )

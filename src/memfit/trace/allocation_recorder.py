@@ -1,7 +1,7 @@
 """Record the allocation and release of every storage and every operator call, in order.
 
 Storages are counted, so a tensor and its views count once. Sizes are rounded up to the device's allocation
-granularity: 64 B on CPU (c10's alignment) and 512 B on CUDA (the caching allocator's smallest block).
+granularity: 64 B on CPU and 512 B on CUDA (types/device_kind.py).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from memfit.trace.fake_storage import of_kernels_types, plain_tensors, sole_coun
 from memfit.trace.operators import tensors_in
 from memfit.trace.source_location import ModuleStack, newest_node, running_node, user_line
 from memfit.trace.streams import StreamTracker, StreamUse
+from memfit.types.device_kind import device_kind
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
 
 _PRODUCT = ("aten.bmm.default", "aten.mm.default")  # makes attention scores; computes a linear layer
@@ -86,7 +87,7 @@ class AllocationRecorder(TorchDispatchMode):
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device = device
+        self.device, self.kind = device, device_kind(device)
         self.lines = lines
         self.clock = 0
         self.step = 0
@@ -100,7 +101,8 @@ class AllocationRecorder(TorchDispatchMode):
         self.results = operators.Results(self.guesses)
         self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
         self.paused = False
-        # Where new tensors are placed: "" (the model's device), "host", or the name of another stream's pool.
+        # Where new tensors are placed: "" (the model's device), "host", "nowhere" (not counted), or the name
+        # of another stream's pool.
         self.place = ""
         # Dispatch modes entered after this one; each holds a reference to the arguments during a call.
         self.modes_above = 0
@@ -241,7 +243,7 @@ class AllocationRecorder(TorchDispatchMode):
             out = self.results.of(key, func, args, kwargs, values)
             if func in operators.WIDE_LOSSES:
                 self._widen(args[0], args[1], out)
-            elif func is operators.SOFTMAX_BACKWARD and self.device == "cuda":
+            elif func is operators.SOFTMAX_BACKWARD and self.kind.kernels == "cuda":
                 # The product with the gradient: SoftMax.cu.
                 self.guesses.scratch.append(torch.empty_like(args[1]))
             elif func in operators.NORMS:

@@ -1,6 +1,6 @@
 """Choose the kernels of the target device while all tensors are fake CPU tensors.
 
-For CUDA:
+What a device chooses follows from its `DeviceKind`. For CUDA:
 
 - Attention uses the flash kernel (half precision, no mask, a head dim of at most 256) or else the
   memory-efficient kernel, as torch's own dispatcher chooses
@@ -28,21 +28,33 @@ from torch.overrides import TorchFunctionMode
 
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
 from memfit.trace.autograd_patches import plain_formulas
+from memfit.types.device_kind import DeviceKind, device_kind
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class CudaKernelMode(TorchFunctionMode):
-    """Mode that redirects calls of torch functions on fake CPU tensors to the kernels that CUDA would run:
-    attention, dropout, softmax, log_softmax and, under autocast, the functions that CUDA's autocast runs in
-    float32."""
+class DeviceKernelMode(TorchFunctionMode):
+    """Mode that redirects calls of torch functions on fake CPU tensors to the kernels that a device of this
+    kind would run: attention, dropout, softmax, log_softmax and, under autocast, the functions that its
+    autocast runs in float32."""
+
+    def __init__(self, kind: DeviceKind) -> None:
+        super().__init__()
+        self._replacements: dict[Any, Callable[..., Any]] = {}
+        if kind.kernels == "cuda":
+            self._replacements |= _ATTENTION | _softmax_kernels(half_to_float=True)
+        elif kind.autocast == "cuda":
+            self._replacements |= _softmax_kernels(half_to_float=False)
+        if kind.fused_dropout:
+            self._replacements |= _DROPOUT
+        self._in_float32 = _IN_FLOAT32 if kind.autocast == "cuda" else frozenset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        replacement = _KERNELS.get(func)
+        replacement = self._replacements.get(func)
         if replacement is not None:
             return replacement(*args, **kwargs)
-        if func in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+        if func in self._in_float32 and torch.is_autocast_enabled("cpu"):
             return _widened(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -50,14 +62,14 @@ class CudaKernelMode(TorchFunctionMode):
 @contextlib.contextmanager
 def use_device_kernels(device: str) -> Iterator[None]:
     """Inside this context, patch the derivatives that differ for fake tensors (`plain_formulas`) and, unless
-    ``device`` is "cpu", use `CudaKernelMode` in forward and in what backward recomputes. Torch disables
+    ``device`` is "cpu", use `DeviceKernelMode` in forward and in what backward recomputes. Torch disables
     function modes before its autograd engine runs, so the mode is entered again there."""
-    if device == "cpu":
+    if (kind := device_kind(device)).is_host:
         with plain_formulas():
             yield
         return
     engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
-    mode = CudaKernelMode()
+    mode = DeviceKernelMode(kind)
 
     def run_in_mode(*args: Any, **kwargs: Any) -> Any:
         with mode:
@@ -122,15 +134,16 @@ def _dropout(
 
 
 def _softmax(
-    kernel: Callable[..., torch.Tensor], whole: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    kernel: Callable[..., torch.Tensor] | None, whole: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Return the result of ``whole``, torch's softmax or log_softmax, whose kernel is ``kernel``. Under
-    autocast its dtype is float32 unless the caller gives one. For a float16 tensor, the dtype float32 and a
-    given dim, run one kernel from float16 to float32 instead, which makes no float32 copy of the input."""
+    """Return the result of ``whole``, torch's softmax or log_softmax. Under autocast its dtype is float32
+    unless the caller gives one. ``kernel``: one that goes from float16 to float32, or None. With one, for a
+    float16 tensor, the dtype float32 and a given dim, run it instead, which makes no float32 copy of the
+    input."""
     tensor, dim, dtype = _softmax_arguments(*args, **kwargs)
     if torch.is_autocast_enabled("cpu"):
         dtype = dtype or torch.float32
-    if tensor.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
+    if kernel is not None and tensor.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
         if kernel is torch._softmax:
             return torch._softmax(tensor, dim, True)
         return _HalfToFloat.apply(tensor)  # type: ignore[no-any-return,no-untyped-call]
@@ -180,18 +193,23 @@ def _widened(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return func(*(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()})
 
 
-_KERNELS: dict[Any, Callable[..., Any]] = {
-    functional.scaled_dot_product_attention: _attention,
-    functional.dropout: _dropout,
-    **{
-        f: functools.partial(_softmax, torch._softmax, torch.softmax)
-        for f in (functional.softmax, torch.softmax, torch.Tensor.softmax)
-    },
-    **{
-        f: functools.partial(_softmax, torch._log_softmax, torch.log_softmax)
-        for f in (functional.log_softmax, torch.log_softmax, torch.Tensor.log_softmax)
-    },
-}
+_ATTENTION: dict[Any, Callable[..., Any]] = {functional.scaled_dot_product_attention: _attention}
+_DROPOUT: dict[Any, Callable[..., Any]] = {functional.dropout: _dropout}
+
+
+def _softmax_kernels(*, half_to_float: bool) -> dict[Any, Callable[..., Any]]:
+    """Return torch's functions of softmax and log_softmax -> what replaces them. ``half_to_float``: the
+    device's kernels read float16 and write float32."""
+    softmax = functools.partial(_softmax, torch._softmax if half_to_float else None, torch.softmax)
+    log_softmax = functools.partial(
+        _softmax, torch._log_softmax if half_to_float else None, torch.log_softmax
+    )
+    return {
+        **dict.fromkeys((functional.softmax, torch.softmax, torch.Tensor.softmax), softmax),
+        **dict.fromkeys((functional.log_softmax, torch.log_softmax, torch.Tensor.log_softmax), log_softmax),
+    }
+
+
 _NAMES = (
     "acos",
     "asin",

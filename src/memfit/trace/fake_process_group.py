@@ -248,43 +248,18 @@ class _RealIntegers(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def builds_on_host(plan: Plan, device: str) -> bool:
-    """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
-    it. True under ZeRO 3, ZeRO with the precision bf16, fsdp2 that shards over several ranks, and pipeline or
-    tensor parallelism. False for other plans, and if ``device`` is "cpu"."""
-    return device != "cpu" and (_shards(plan) or _cuts(plan))
-
-
-def moves_parameters(plan: Plan, device: str) -> bool:
-    """Return whether the model is built in host memory and its parameters then move to the accelerator: under
-    pipeline or tensor parallelism (`builds_on_host`). False if shards or a bf16 copy of the parameters are
-    made there instead (ZeRO, fsdp2)."""
-    return builds_on_host(plan, device) and not _shards(plan)
-
-
-def _shards(plan: Plan) -> bool:
-    uses = {u.technique: u.settings for u in plan.uses}
-    zero = uses.get("zero", {})
-    if zero.get("stage") == 3 or zero.get("precision") == "bf16":
-        return True
-    return "fsdp2" in uses and layout(plan).shard > 1
-
-
-def _cuts(plan: Plan) -> bool:
-    place = layout(plan)
-    return place.pipeline > 1 or place.tensor > 1
-
-
 def without_host(
     allocations: Sequence[Allocation], spans: Sequence[PhaseSpan]
 ) -> tuple[tuple[Allocation, ...], int, int]:
-    """Return (the allocations that are not in host memory, the peak bytes in host memory, the same peak
-    without the temporary memory of building the model). The latter counts only allocations that are freed
-    after the first forward pass began, or never. Bytes are as requested, not rounded."""
+    """Return (the allocations that are on the device, the peak bytes in host memory, the same peak without
+    the temporary memory of building the model). The latter counts only allocations that are freed after the
+    first forward pass began, or never. Bytes are as requested, not rounded. Allocations at the place
+    "nowhere" are left out of all."""
     host = [a for a in allocations if a.stream == "host"]
     forward_start = next((s.start for s in spans if s.phase is Phase.FORWARD), 0)
     later_host = [a for a in host if a.end is None or a.end > forward_start]
-    return tuple(a for a in allocations if a.stream != "host"), _highest(host), _highest(later_host)
+    on_device = tuple(a for a in allocations if a.stream not in ("host", "nowhere"))
+    return on_device, _highest(host), _highest(later_host)
 
 
 def _highest(allocations: Sequence[Allocation]) -> int:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from memfit.trace import operators
 from memfit.trace.source_location import user_line
+from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError
 
 
@@ -42,7 +43,7 @@ def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
             else (torch.empty_like(args[1]) if is_requested else None, *out[1:])
         )
     is_mixed = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[1:5])
-    is_wide = is_mixed or (device != "cpu" and func is not operators.GROUP_NORM)
+    is_wide = is_mixed or (device_kind(device).kernels == "cuda" and func is not operators.GROUP_NORM)
     if not is_wide or args[0].element_size() != 2:
         return out
     return (out[0], *(torch.empty_like(statistic, dtype=torch.float32) for statistic in out[1:]))

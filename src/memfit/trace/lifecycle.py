@@ -36,6 +36,7 @@ from memfit.trace.tracer import (
 )
 from memfit.trace.value_guess_retry import retry_guesses
 from memfit.trace.value_patches import values_read
+from memfit.types.device_kind import device_kind
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, rounded
@@ -91,7 +92,7 @@ def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
     """
     batch = job.make_batch(0, 0)
     peaks, sizes = _training(job, plan, batch, device)
-    ways = ["resume"] if device == "cpu" else ["resume", "resume-via-host"]
+    ways = ["resume"] if device_kind(device).is_host else ["resume", "resume-via-host"]
     resume_peaks = [_resuming(job, plan, batch, device, way) for way in ways]
     return Lifecycle(peaks=(*_loading(job, device), *peaks, *resume_peaks), checkpoint_bytes=sizes)
 
@@ -111,7 +112,7 @@ class _Watch:
 
     def end(self, event: str) -> LifecyclePeak:
         device, host = self._highest(""), self._highest("host")
-        if self.recorder.device == "cpu":
+        if self.recorder.kind.is_host:
             device, host = self._highest("", "host"), 0
         self.begin()
         return LifecyclePeak(event=event, device_bytes=device, host_bytes=host)
@@ -152,7 +153,7 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
     """Return the peaks of the events of `lifecycle` that load a checkpoint of the plain model."""
     peaks = []
     places = {"load": "", "load-mmap": "nowhere", "load-via-host": "host", "load-assign": ""}
-    if device == "cpu":
+    if device_kind(device).is_host:
         del places["load-via-host"]
     for way, place in places.items():
         with _watched(job, device) as (watch, _):
@@ -199,7 +200,7 @@ def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
     """Return the peaks of the events ``save`` and ``save-async``. torch.save copies one storage after the
     other to the host (none from a CPU); an asynchronous save copies all of them first, also from a CPU."""
     state = _state(step)
-    if watch.recorder.device != "cpu":
+    if not watch.recorder.kind.is_host:
         for tensor in _pytree.tree_leaves(state):
             with watch.made("host"):
                 _loaded(tensor)

@@ -18,6 +18,7 @@ from memfit.trace.short_pipeline import MemoryLine, shortened
 from memfit.trace.trace_pool import side_by_side
 from memfit.trace.truncated_model import CONTAINERS
 from memfit.trace.unroll import Blocks, Mismatch, renumbered, unroll
+from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -56,7 +57,7 @@ def traces_of(job: Job, requests: Sequence[tuple[Plan, int]], **options: Any) ->
     """
     model = tracer.fake_model(job)
     blocks = repeated(model, job)
-    cpu = options.get("device", "cpu") == "cpu"
+    cpu = device_kind(options.get("device", HOST)).is_host
     deep_ranks = [
         _Deep.of(job, plan, rank, *blocks) if blocks and _repeats(plan, cpu=cpu) else None
         for plan, rank in requests

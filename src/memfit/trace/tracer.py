@@ -22,16 +22,16 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.model.batch_objects import map_batch
 from memfit.techniques import fp32_modules
 from memfit.techniques.base import Workbench
+from memfit.techniques.optimizers import counts_steps_on_host
+from memfit.techniques.rank_mesh import builds_on_host, moves_parameters
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.device_kernels import use_device_kernels
 from memfit.trace.fake_copy import script_modules_loaded
 from memfit.trace.fake_process_group import (
     GlooScratch,
-    builds_on_host,
     fake_ranks,
     members,
-    moves_parameters,
     primed,
     ready_for_fakes,
     without_host,
@@ -46,6 +46,7 @@ from memfit.trace.value_guess_retry import (
     retry_guesses,
 )
 from memfit.trace.value_patches import values_read
+from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -89,7 +90,8 @@ def trace(
     At most ``max_micro_batches`` (default 3) micro-batches of a step are run: the first ``max_micro_batches``
     - 1 and the last. The trace says how many are left out of the last step. Earlier steps than the last run
     only one micro-batch if the plan has one rank (see also `optimizer_steps_only`). ``update=False`` leaves
-    out the optimizer step. ``device`` chooses kernels and rounding ("cpu" or "cuda"). With ``lines``, each
+    out the optimizer step. ``device`` is the kind of device, such as "cuda", whose kernels and rounding
+    are traced. With ``lines``, each
     allocation records the line of the user's code that made it. ``rank`` is the traced rank, on a fake
     process group of ``plan.ranks`` ranks if there are several.
 
@@ -100,7 +102,7 @@ def trace(
     `fake_ranks` does.
     """
     recorder = AllocationRecorder(device, lines=lines, guesses=Guesses(job.bound))
-    scratch = plan.ranks > 1 and device == "cpu"
+    scratch = plan.ranks > 1 and device_kind(device).is_host
     recorder.modes_above = int(scratch)
     with (
         _guesses_blamed(recorder),
@@ -113,7 +115,7 @@ def trace(
         recorder,
         values_read(recorder.guesses),
         GlooScratch() if scratch else contextlib.nullcontext(),
-        streams(recorder) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
+        streams(recorder) if plan.ranks > 1 and not recorder.kind.is_host else contextlib.nullcontext(),
     ):
         recorder.place = "host" if builds_on_host(plan, device) else ""
         model_bytes: list[int] = []
@@ -129,6 +131,11 @@ def trace(
         recorder.move(list(step.model.buffers()), "")
         if moves_parameters(plan, device):
             recorder.move(list(step.model.parameters()), "")
+        if not recorder.kind.checked:
+            recorder.guesses.assumptions[
+                f"the kernels of CUDA stand for those of {device} devices; no prediction for these was "
+                "compared with a measurement"
+            ] = None
         if any(_compiled(m) for m in step.model.modules()):
             recorder.guesses.assumptions[
                 "modules under torch.compile keep the same tensors as in eager mode"
@@ -279,7 +286,7 @@ def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbenc
     tensors = [*bench.model.parameters(), *bench.model.buffers()]
     model_bytes.append(sum(t.numel() * t.element_size() for t in tensors))
     bench.on_ddp = partial(ready_for_fakes, note=recorder.note_real)
-    if recorder.device != "cpu":
+    if not recorder.kind.is_host:
         bench.place = recorder.placed
     else:
         bench.first_part = partial(_first_part, recorder, bench.first_part)
@@ -300,7 +307,7 @@ def _marker(recorder: AllocationRecorder, step: TrainingStep) -> Any:
         if recorder.current is Phase.BACKWARD:
             for name, param in step.model.named_parameters():
                 recorder.label(param.grad, Category.GRADIENT, module=name.rpartition(".")[0])
-                if recorder.device != "cpu" and step.bench.gradients_on:
+                if not recorder.kind.is_host and step.bench.gradients_on:
                     recorder.move(param.grad, step.bench.gradients_on)
         recorder.phase(phase)
 
@@ -311,8 +318,12 @@ def _label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
     """Label the optimizer's state, and then the model's parameters and buffers, whose label therefore holds
     for a storage that belongs to both."""
     owner = {id(p): name.rpartition(".")[0] for name, p in step.model.named_parameters()}
+    on_host = not recorder.kind.is_host and counts_steps_on_host(step.optimizer)
     for param, state in step.optimizer.state.items():
         recorder.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)) or recorder.owner(param))
+        counter = state.get("step") if on_host and isinstance(state, dict) else None
+        if isinstance(counter, torch.Tensor) and not counter.dim():
+            recorder.move(counter, "nowhere")  # a few bytes of host memory per parameter
     _label_model(recorder, step.model)
 
 
@@ -359,12 +370,14 @@ def _not_tracing() -> Iterator[None]:
 
 def _random_states(recorder: AllocationRecorder) -> Any:
     """Return a context manager that lets ``recorder`` record the result of torch.get_rng_state, a real tensor
-    made below the dispatcher. Each checkpointed block keeps one."""
+    in host memory, made below the dispatcher. Each checkpointed block keeps one."""
     inner = torch.get_rng_state
 
     def noted() -> torch.Tensor:
         state = inner()
-        recorder.note_real(state, "get_rng_state")
+        life = recorder.note_real(state, "get_rng_state")
+        if not recorder.kind.is_host:
+            life.place = "nowhere"  # 5 KiB of host memory per recomputed block
         return state
 
     return mock.patch.object(torch, "get_rng_state", noted)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from memfit.types.device_kind import HOST
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan
 
@@ -52,6 +53,7 @@ class RunSpec:
     clip: float | None = None  # largest gradient norm, as in the job
     cap_bytes: int | None = None
     threads: int = 0  # 0: torch's default
+    device: str = HOST  # torch's name of the kind of device: "cpu", "cuda"; a rank uses that of its number
     evaluate: bool = True
     timeline: bool = False  # keep the measured memory timeline
     timeout_s: float | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from memfit.types.device_kind import device_kind
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
@@ -58,7 +60,7 @@ class Device:
     """
 
     name: str
-    kind: str  # "cpu" or "cuda": determines the kernels in a trace
+    kind: str  # torch's name, such as "cpu" or "cuda"; determines the kernels in a trace
     memory_bytes: Fact
     bandwidth_bytes_s: Fact | None = None
     peak_flops: Mapping[str, Fact] = dataclasses.field(default_factory=dict)  # dense, by dtype name
@@ -76,6 +78,11 @@ class Device:
     # memory.
     efficiency_ratio: Mapping[str, Fact] = dataclasses.field(default_factory=dict)
     embodied_kg: Fact | None = None  # CO2 equivalent of its manufacture
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the device is a processor, so that its memory is the host's."""
+        return device_kind(self.kind).is_host
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +102,7 @@ class Machine:
     """Devices, hosts and network.
 
     ``device_count``: number of devices in all hosts together. ``devices_per_host``: number in one host; 0:
-    all are in one host.
+    all are in one host. ``is_here``: it is the machine on which memfit runs.
     """
 
     name: str
@@ -105,6 +112,7 @@ class Machine:
     devices_per_host: int = 0
     host: Host | None = None
     network: Link | None = None  # between hosts
+    is_here: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,12 +111,18 @@ class Measurement:
     reason: str = ""  # what happened, in one line, unless the outcome is ok
     steps_done: int = 0
     peak_bytes: int | None = None  # live tensor bytes, counting allocator over all threads
-    peak_source: str = ""  # "counting allocator" or "torch allocator events"
+    peak_source: str = ""  # what counted it, such as "counting allocator"
+    device: str = ""  # product name of the accelerator; "": the processor
+    reserved_peak_bytes: int | None = None  # taken by torch's allocator of an accelerator
+    device_peak_bytes: int | None = (
+        None  # of an accelerator, by its driver, less what was used before the run
+    )
+    allocator_retries: int | None = None  # times that the allocator freed its cache to find a block
     phase_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     phase_rss_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     rss_peak_bytes: int | None = None
     footprint_bytes: int | None = None  # of the process before the limit was set
-    limit_kind: str = ""  # "", "RLIMIT_DATA", "cgroup", "cuda fraction"
+    limit_kind: str = ""  # "", "RLIMIT_DATA", "cgroup", "memory fraction"
     process_peak_bytes: int | None = None  # as counted by the cap, above the footprint
     overhead_ratio: float | None = None  # process_peak_bytes / peak_bytes
     step_s: tuple[float, ...] = ()

@@ -9,6 +9,8 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 
+from memfit.types.device_kind import device_kind
+
 
 class Category(enum.StrEnum):
     """What a memory allocation is for: "parameter" (parameters and buffers), "gradient", "optimizer_state",
@@ -37,14 +39,12 @@ class Phase(enum.StrEnum):
     OPTIMIZER = "optimizer"
 
 
-GRANULARITY_BYTES = {"cpu": 64, "cuda": 512}  # alignment of c10; smallest block of the caching allocator
-
-
 def rounded(size_bytes: int, device: str) -> int:
     """Return the bytes that the allocator of a device of kind ``device`` takes for a request of
-    ``size_bytes``: the next multiple of 64 for "cpu", of 512 for "cuda"; ``size_bytes`` itself if it is one.
+    ``size_bytes``: the next multiple of the kind's ``block_bytes``, which is 64 for "cpu" and 512 for "cuda";
+    ``size_bytes`` itself if it is one.
     """
-    step = GRANULARITY_BYTES[device]
+    step = device_kind(device).block_bytes
     return -(-size_bytes // step) * step
 
 
@@ -108,7 +108,7 @@ class Trace:
     backwards in `repeated_spans`.
     """
 
-    device: str  # determines the kernels: "cpu", "cuda"
+    device: str  # its kind, such as "cpu" or "cuda", which determines the kernels (types/device_kind.py)
     steps: int
     allocations: tuple[Allocation, ...]
     ops: tuple[OpCall, ...]

@@ -1,13 +1,15 @@
 """Entry point: ``python -m memfit.worker run SPEC.json`` trains, ``... calibrate REQUEST.json`` measures
-single operators."""
+single operators, ``... devices`` prints the accelerators of this machine."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from memfit.worker import calibrate, train
+from memfit.worker import calibrate, devices, train
 
 if __name__ == "__main__":
-    verb, path = sys.argv[1:3]
-    {"run": train.main, "calibrate": calibrate.main}[verb](Path(path))
+    if sys.argv[1] == "devices":
+        devices.main()
+    else:
+        {"run": train.main, "calibrate": calibrate.main}[sys.argv[1]](Path(sys.argv[2]))

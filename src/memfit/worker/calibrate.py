@@ -17,6 +17,7 @@ def main(path: Path) -> None:
     machine. The last event is "result", with the outcome OK."""
     import torch
 
+    from memfit.runtime.devices import use_device
     from memfit.runtime.memory import peak_counter
     from memfit.runtime.op_benchmark import calibrate, workspaces
 
@@ -25,7 +26,8 @@ def main(path: Path) -> None:
         torch.set_num_threads(request["threads"])
     for package in request["packages"]:
         __import__(package)  # registers the package's operators
-    counter = peak_counter()
+    device = use_device(request["device"])
+    counter = peak_counter(device)
     if request["memory_only"]:
         probes = workspaces(request["signatures"], budget_s=request["budget_s"], counter=counter)
         # Reported one by one, because the next one may crash this process.
@@ -34,7 +36,11 @@ def main(path: Path) -> None:
         tell("result", measurement=Measurement(outcome=OutcomeKind.OK))
         return
     result = calibrate(
-        request["signatures"], budget_s=request["budget_s"], counter=counter, rates=request["rates"]
+        request["signatures"],
+        budget_s=request["budget_s"],
+        counter=counter,
+        rates=request["rates"],
+        device=device,
     )
     tell("calibration", calibration=result)
     tell("result", measurement=Measurement(outcome=OutcomeKind.OK))

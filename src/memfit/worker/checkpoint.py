@@ -36,7 +36,9 @@ from memfit.runtime.checkpoint_layout import (
     places,
     spread,
 )
+from memfit.runtime.devices import random_state, set_random_state
 from memfit.runtime.progress_events import tell
+from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import Checkpoint, RunSpec, Shape
 
@@ -70,6 +72,7 @@ class Checkpointer:
                 hint="remove expert-parallel from the plan: the experts of each rank have no names of their "
                 "own to save by",
             )
+        self.device = torch.device(step.bench.torch_device)
         self.optimizers = optimizers(step.optimizer)
         self.begun = [_numbers(group) for group in self._groups()]
 
@@ -114,7 +117,7 @@ class Checkpointer:
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         metadata = self._about(done, entries)
         state: dict[str, Any] = {**self._tensors(writing=True), **{e.text: e.stored for e in entries}}
-        state[f"random.{self.rank}"] = torch.get_rng_state()
+        state |= self._random_states(f"random.{self.rank}")
         try:
             partial_folder = _from_first(checkpoints.begin(folder, done) if self.rank == 0 else None)
             with _quiet():
@@ -191,16 +194,28 @@ class Checkpointer:
         metadata = reader.read_metadata().state_dict_metadata
         target = {k: v for k, v in self._tensors().items() if k in metadata}
         target |= {e.text: e.into for e in entries if e.text in metadata}
-        target[random_key] = torch.get_rng_state()
+        random_states = {k: v for k, v in self._random_states(random_key).items() if k in metadata}
+        target |= random_states
         with _quiet():
             load(target, storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=_alone())
         torch.set_rng_state(target[random_key])
+        if (device_key := f"{random_key}.{self.device.type}") in random_states:
+            set_random_state(self.device, target[device_key])
         for entry in entries:
             if entry.text in metadata:
                 entry.enter(target[entry.text])
             elif entry.kind == "state":
                 self._forget(entry)
         _must_step_together(path, [e for e in entries if e.shared], target)
+
+    def _random_states(self, key: str) -> dict[str, torch.Tensor]:
+        """Return the random state of the host under ``key`` and, on an accelerator, the device's under
+        ``key``
+        and its kind."""
+        states = {key: torch.get_rng_state()}
+        if self.device.type != HOST:
+            states[f"{key}.{self.device.type}"] = random_state(self.device)
+        return states
 
     def _forget(self, entry: Entry) -> None:
         """Reset ``entry``, a value of a parameter's optimizer state that the checkpoint does not have. A

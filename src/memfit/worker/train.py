@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.runtime.progress_events import tell
 from memfit.types import serialization
+from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import RunSpec
 from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.trace import Phase
 
 if TYPE_CHECKING:
+    import torch
+
     from memfit.jobs.training_step import TrainingStep
     from memfit.runtime.memory import PeakCounter
     from memfit.runtime.memory_cap import MemoryLimit
@@ -58,6 +61,8 @@ class _Gauge:
     settle: Callable[[], bool]
     make_step: MakeStep
     elements: int  # of the whole model
+    device: torch.device
+    driver_bytes_before: int | None  # of the device's memory, by all processes, before this one used it
     phase: str = "setup"
     first: int = 0  # number of steps that a checkpoint has done
     peak_bytes: int = 0
@@ -107,43 +112,49 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
 
     from memfit.jobs.checkpoints import restarted
     from memfit.jobs.registry import load
+    from memfit.runtime.devices import driver_used_bytes, local_rank, use_device
     from memfit.runtime.gloo import gloo_first
     from memfit.runtime.memory import peak_counter
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    counter = peak_counter()
+    device = use_device(spec.device, local_rank())
+    used_bytes = driver_used_bytes(device)
+    counter = peak_counter(device)
     spec = dataclasses.replace(spec, keep=restarted(spec.keep))
     job = load(spec.job)
-    with join_world(spec.plan) as world, gloo_first(spec.plan.ranks > 1) as settle:
+    with join_world(spec.plan, spec.device) as world, gloo_first(spec.plan.ranks > 1) as settle:
         tell("stage", stage="warm-up")
-        make_step = step_maker(spec.engine, path.parent)
+        make_step = functools.partial(
+            step_maker(spec.engine, path.parent), device=spec.device, torch_device=str(device)
+        )
         elements = _warm_up(job, spec, world, make_step)
         start = time.perf_counter()
-        gauge = _Gauge(counter, counter.live_bytes(), world, settle, make_step, elements)
+        gauge = _Gauge(counter, counter.live_bytes(), world, settle, make_step, elements, device, used_bytes)
         counter.reset_peak()
-        with _cap(spec, counter) as limit:
+        with _cap(spec, counter, device) as limit:
             measurement = _guarded(job, spec, gauge, limit)
     return dataclasses.replace(measurement, wall_s=time.perf_counter() - start)
 
 
 @contextlib.contextmanager
-def join_world(plan: Plan) -> Iterator[World]:
-    """Yield the plan's world on CPUs: its layout, this process's rank, and the mesh of ranks. With several
-    ranks, join a gloo process group by the environment variables that torchrun sets, and leave it at the end.
-    With one, there is no process group."""
+def join_world(plan: Plan, device: str = HOST) -> Iterator[World]:
+    """Yield the plan's world on devices of the kind ``device``: its layout, this process's rank, and the mesh
+    of ranks. With several ranks, join a process group of the device's own backend by the environment
+    variables that torchrun sets, and leave it at the end. With one, there is no process group."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
+    from memfit.runtime.devices import collective_backend
     from memfit.techniques.rank_mesh import make_world
 
     if plan.ranks == 1:
-        yield make_world(plan, rank=0, device="cpu")
+        yield make_world(plan, rank=0, device=device)
         return
     distributed_c10d.default_pg_timeout = _COLLECTIVE_LIMIT  # also for groups that are made later
-    dist.init_process_group("gloo")
+    dist.init_process_group(collective_backend(device))
     try:
-        yield make_world(plan, rank=dist.get_rank(), device="cpu")
+        yield make_world(plan, rank=dist.get_rank(), device=device)
     finally:
         dist.destroy_process_group()
 
@@ -212,7 +223,9 @@ def _conform(
         micro_batches=micro_batches,
     )
     monitor.clip = job.clip or 0.0
-    monitor.plain_model = PlainModel(dtypes=model_facts[1], run=functools.partial(_own_step, job, inputs[0]))
+    monitor.plain_model = PlainModel(
+        dtypes=model_facts[1], run=functools.partial(_own_step, job, inputs[0], step.bench.torch_device)
+    )
 
     def on_phase(phase: Phase) -> None:
         if phase is Phase.OPTIMIZER:
@@ -239,9 +252,10 @@ def _still(step: TrainingStep, job: Job, elements: int) -> None:
 _WATCHED = 2  # micro-batches that are watched if the plan has several
 
 
-def _own_step(job: Job, part: Any, autocast_dtype: Any) -> Any:
+def _own_step(job: Job, part: Any, device: str, autocast_dtype: Any) -> Any:
     """Run forward and backward of the model without a plan on the first two samples of ``part`` (on three if
-    their number is odd, on one if there is one), under autocast to ``autocast_dtype`` unless that is None.
+    their number is odd, on one if there is one), on ``device``, under autocast to ``autocast_dtype`` unless
+    that is None.
     Return what was observed of its blocks (`BlockActivity`), or None if the run fails."""
     import torch
 
@@ -249,10 +263,10 @@ def _own_step(job: Job, part: Any, autocast_dtype: Any) -> Any:
     from memfit.jobs.training_step import batch_length, split
     from memfit.model.blocks import find_blocks
 
-    listener, model = BlockListener(), job.build_model().train()
+    listener, model = BlockListener(), job.build_model().train().to(device)
     try:
         listener.listen(find_blocks(model, job.blocks)[1])
-        with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
+        with torch.autocast(torch.device(device).type, autocast_dtype, enabled=autocast_dtype is not None):
             loss = job.loss(model, split(part, max(1, batch_length(part) // 2))[0])
         loss.backward()
     except Exception:  # noqa: BLE001  the user's own code, which may need more samples
@@ -266,13 +280,13 @@ def _made(model: Any) -> tuple[int, frozenset[Any]]:
 
 
 @contextlib.contextmanager
-def _cap(spec: RunSpec, counter: PeakCounter) -> Any:
+def _cap(spec: RunSpec, counter: PeakCounter, device: torch.device) -> Any:
     if spec.cap_bytes is None:
         yield None
         return
     from memfit.runtime.memory_cap import MemoryLimit
 
-    limit = MemoryLimit(spec.cap_bytes, counter=counter)
+    limit = MemoryLimit(spec.cap_bytes, device=device, counter=counter)
     limit.apply()
     try:
         yield limit
@@ -288,7 +302,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
     from memfit.runtime.memory_cap import is_oom_error
 
     outcome, reason, metric, digest = OutcomeKind.OK, "", None, ""
-    meter = EnergyMeter()
+    meter = EnergyMeter(str(gauge.device))
     meter.start()
     energy: tuple[float | None, str] = (None, "")
     try:
@@ -357,6 +371,8 @@ def _one_step(
     step: TrainingStep, inputs: tuple[Any, float], index: int, spec: RunSpec, gauge: _Gauge
 ) -> None:
     is_last = index == spec.steps - 1
+    from memfit.runtime.devices import synchronize
+
     log = getattr(gauge.counter, "start_log", None) if spec.timeline and is_last else None
     if log is not None:
         log()
@@ -373,6 +389,7 @@ def _one_step(
 
     loss, norm = step.run(inputs[0], mark, terms_per_rank=inputs[1])
     values = float(loss), float(norm)
+    synchronize(gauge.device)
     gauge.step_s.append(time.perf_counter() - start)
     gauge.turn("between")
     if log is not None:
@@ -418,8 +435,26 @@ def _digest(model: Any) -> str:
         local = getattr(param, "to_local", lambda p=param: p)()  # this rank's shard of a sharded parameter
         if not local.untyped_storage().nbytes():
             continue  # freed by ZeRO 3
-        checksum.update(local.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        checksum.update(local.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return checksum.hexdigest()
+
+
+def _of_accelerator(gauge: _Gauge) -> dict[str, Any]:
+    """Return the fields of a `Measurement` that only an accelerator has. Empty on a CPU."""
+    from memfit.runtime.devices import AllocatorCounter, SampledCounter, device_name, driver_used_bytes
+
+    counter = gauge.counter
+    if not isinstance(counter, AllocatorCounter | SampledCounter):
+        return {}
+    used_bytes, before_bytes = driver_used_bytes(gauge.device), gauge.driver_bytes_before
+    return {
+        "device": device_name(gauge.device),
+        "device_peak_bytes": None
+        if used_bytes is None or before_bytes is None
+        else used_bytes - before_bytes,
+        "reserved_peak_bytes": counter.reserved_peak_bytes(),
+        "allocator_retries": counter.retries(),
+    }
 
 
 def _measurement(
@@ -440,6 +475,7 @@ def _measurement(
         steps_done=len(gauge.losses),
         peak_bytes=gauge.peak_bytes,
         peak_source=gauge.counter.source,
+        **_of_accelerator(gauge),
         phase_peak_bytes=phases,
         phase_rss_bytes={k: v for k, v in gauge.phase_rss.items() if k != "between"},
         rss_peak_bytes=max(gauge.phase_rss.values(), default=None),

@@ -17,6 +17,7 @@ from memfit.model.blocks import find_blocks
 from memfit.planner.capacity import fits_under, needed_bytes
 from memfit.planner.request import Progress, Request, make_pricer
 from memfit.planner.search import search
+from memfit.runtime import local_machine
 from memfit.techniques.registry import check, effect_of
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import NothingFits, UserError
@@ -95,8 +96,12 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
     progress("trace", 0, 0, plan.label)
     existing_estimate = pricer.whole(check(plan, request.machine))
     cap_bytes = request.cap_bytes
-    if cap_bytes is None and request.machine.device.kind != "cpu":
-        cap_bytes = int(request.machine.device.memory_bytes.value)
+    if cap_bytes is None and not request.machine.device.is_host:
+        cap_bytes = (
+            local_machine.free_device_bytes(request.device)
+            if request.is_here
+            else int(request.machine.device.memory_bytes.value)
+        )
     need_bytes = needed_bytes(existing_estimate, request.machine)
     comparison = ConfigReview(
         existing=existing_estimate,

@@ -29,7 +29,8 @@ class EngineChoice:
     ``gaps``: why the engine does not support the plan; empty if it does. ``cuda``: parts of the plan that it
     runs on NVIDIA GPUs only. ``version``: of its installed package, "" if there is none. ``problem``: what
     keeps it from running here, "" for nothing; ``fix``: the command that would help. ``tested``: versions of
-    its package that memfit was tested with (">=2.0, <3"), or "". ``facts``: what the catalog knows about the
+    its package that memfit was tested with (">=2.0, <3"), or "". ``is_tried``: whether memfit has run it on a
+    device of the machine's kind. ``facts``: what the catalog knows about the
     engine, name -> (value, source, date).
 
     ``estimate``: the prediction for the plan; ``config_lines``: number of lines of the configuration files
@@ -44,6 +45,7 @@ class EngineChoice:
     problem: str
     fix: str
     tested: str
+    is_tried: bool
     estimate: Estimate | None
     config_lines: int | None
     facts: dict[str, tuple[str, str, str]]
@@ -93,6 +95,7 @@ def _choice(
         problem=probe.problem,
         fix=probe.fix,
         tested=f">={low}, <{high}" if low else "",
+        is_tried=request.machine.device.kind in engine.tried_on,
         estimate=estimate,
         config_lines=lines,
         facts=catalog.engine_facts(engine.name),

@@ -410,6 +410,7 @@ class _Story:
             clip=job.clip,
             sizes=model_sizes(engine_name, job),
             cap_bytes=self.planning.cap_bytes if capped else None,
+            device=request.device,
             threads=request.threads or max(1, local_machine.threads() // request.ranks),
             timeline=seed == 0,
         )

@@ -110,12 +110,16 @@ def run_plan(
     plan or cannot train it here, if the checkpoint to resume from is missing or does not suit, or if the
     process that trains refuses the plan or the job.
     """
-    ready_engine(request.engine, plan)
-    max_ranks = max(8, 2 * local_machine.threads())
+    ready_engine(request.engine, plan, request.device)
+    device = request.machine.device
+    if request.is_here and not device.is_host:
+        max_ranks, reason = request.machine.device_count, f"each of which needs a {device.name}"
+    else:
+        max_ranks, reason = max(8, 2 * local_machine.threads()), "each of which is one process"
     if plan.ranks > max_ranks:
         raise UserError(
             f"a plan with {plan.ranks} ranks cannot run on this machine",
-            allowed=f"at most {max_ranks} ranks, each of which is one process",
+            allowed=f"at most {max_ranks} ranks, {reason}",
             hint="`memfit explain` predicts it without running it",
         )
     job = make_pricer(request)[0]
@@ -140,6 +144,7 @@ def run_plan(
         clip=job.clip,
         sizes=model_sizes(request.engine, job),
         cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
+        device=request.device,
         threads=request.threads or max(1, local_machine.threads() // plan.ranks),
         evaluate=plan.ranks == 1,
         source_digest=source_digest(request.job.spec),

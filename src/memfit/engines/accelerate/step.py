@@ -24,6 +24,7 @@ from memfit.model.blocks import find_blocks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.techniques.base import OptimizerLike
 from memfit.techniques.registry import ordered_uses
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -51,7 +52,7 @@ class Step(TrainingStep):
         has_fsdp = bool(content.get("fsdp_config"))
         if self.folder is None and not has_fsdp:
             return self._as_native()
-        self.accelerator = accelerator = _accelerator(content, plan)
+        self.accelerator = accelerator = _accelerator(content, plan, on_host=bench.torch_device == HOST)
         if has_fsdp:
             refuse_scalars(self.model, "fsdp2")
             cast(Any, self.model)._no_split_modules = list(_block_classes(bench))
@@ -124,13 +125,15 @@ class _ThroughDeepspeed(step.Step, Step):
 
         self.folder = Step.folder
         # DeepSpeed looks for a device when it is imported, and needs LOCAL_RANK even with one rank.
-        with patch_environment(DS_ACCELERATOR="cpu", LOCAL_RANK=str(self.bench.world.rank)):
+        with patch_environment(DS_ACCELERATOR=_kind(self.bench), LOCAL_RANK=str(self.bench.world.rank)):
             return super()._prepare()
 
     def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
         assert self.folder is not None
         content = yaml.safe_load((self.folder / CONFIG).read_text())
-        self.accelerator = _accelerator(content, self.plan, folder=self.folder)
+        self.accelerator = _accelerator(
+            content, self.plan, on_host=self.bench.torch_device == HOST, folder=self.folder
+        )
         self.bench.closers.append(self.accelerator.free_memory)
         return self.accelerator.prepare(model, optimizer)[0]
 
@@ -149,6 +152,10 @@ class _Forwarding:
         return getattr(self.inner, name)
 
 
+def _kind(bench: Any) -> str:
+    return torch.device(bench.torch_device).type
+
+
 def _block_classes(bench: Any) -> Iterator[str]:
     try:
         blocks = find_blocks(bench.model, bench.job.blocks)[1]
@@ -157,8 +164,9 @@ def _block_classes(bench: Any) -> Iterator[str]:
     yield from sorted({type(b).__name__ for b in blocks})
 
 
-def _accelerator(content: Mapping[str, Any], plan: Plan, folder: Path | None = None) -> Any:
-    """Return a new Accelerator on CPU, after a reset of Accelerate's state. ``content`` is the content of the
+def _accelerator(content: Mapping[str, Any], plan: Plan, *, on_host: bool, folder: Path | None = None) -> Any:
+    """Return a new Accelerator, on the CPU if ``on_host``, after a reset of Accelerate's state. ``content``
+    is the content of the
     configuration file: it is passed on through the environment variables that `accelerate launch` would set
     from it. The sizes of DDP's buckets, which the file does not hold, are taken from ``plan`` and passed as
     arguments. ``folder`` is the folder with DeepSpeed's own file; if it is None, DeepSpeed is not set up."""
@@ -167,10 +175,10 @@ def _accelerator(content: Mapping[str, Any], plan: Plan, folder: Path | None = N
 
     _reset()
     with patch_environment(**_variables(content)):
-        accelerator = Accelerator(cpu=True, kwargs_handlers=list(_handlers(plan)))
-        if content.get("fsdp_config"):
+        accelerator = Accelerator(cpu=on_host, kwargs_handlers=list(_handlers(plan)))
+        if content.get("fsdp_config") and on_host:
             _shard_on_cpu(accelerator)
-        if content.get("deepspeed_config") and folder is not None:
+        if content.get("deepspeed_config") and folder is not None and on_host:
             _deepspeed_on_cpu(accelerator, folder / content["deepspeed_config"]["deepspeed_config_file"])
     return accelerator
 

@@ -14,6 +14,7 @@ import torch
 from memfit.engines.colossalai import CONFIG, ENGINE
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.base import OptimizerLike
+from memfit.types.device_kind import DeviceKind
 from memfit.types.errors import UserError
 
 
@@ -77,11 +78,11 @@ class _Stepping:
         return self.inner.optim.state
 
 
-def _check(model: torch.nn.Module, device: str) -> None:
+def _check(model: torch.nn.Module, device: DeviceKind) -> None:
     batch_norm_names = [
         n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
     ]
-    if batch_norm_names and device == "cpu":
+    if batch_norm_names and device.is_host:
         raise UserError(
             f"engine colossalai turns the module {batch_norm_names[0]} into a SyncBatchNorm, which requires "
             "CUDA, but the ranks train on CPUs",

@@ -13,6 +13,7 @@ from typing import Any
 
 from memfit.engines.base import APPLIED_BY_MEMFIT, Engine
 from memfit.techniques.registry import make_use
+from memfit.types.device_kind import HOST
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use
 
@@ -99,7 +100,7 @@ def _zero(use: Use) -> dict[str, Any]:
 
 
 def _to_host(enabled: bool) -> dict[str, Any]:
-    return {"device": "cpu", "pin_memory": True} if enabled else {"device": "none"}
+    return {"device": HOST, "pin_memory": True} if enabled else {"device": "none"}
 
 
 ENGINE = Engine(
@@ -115,5 +116,5 @@ ENGINE = Engine(
     no_scalars=lambda plan: True,  # parameters are sent as bytes; torch cannot view a scalar as bytes
     predicted=as_zero,
     files=_files,
-    env={"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},  # LOCAL_RANK is needed even with one rank
+    env={"DS_ACCELERATOR": "{device}", "LOCAL_RANK": "0"},  # LOCAL_RANK is needed even with one rank
 )

@@ -13,6 +13,7 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.techniques.base import OptimizerLike
 from memfit.techniques.precision import Bf16Inputs
+from memfit.techniques.rank_mesh import join_alone
 from memfit.types.errors import UserError
 
 
@@ -39,7 +40,7 @@ class Step(TrainingStep):
         if config["bf16"]["enabled"]:
             bench.forward_contexts.append(lambda: Bf16Inputs(model))
         linear = torch.nn.functional.linear  # ZeRO stage 3 replaces it for the whole process
-        _join_alone()
+        join_alone(bench.torch_device)  # it stays, because DeepSpeed keeps a reference to it
         engine = self._initialized(model, bench.make_optimizer(bench.trainable()), config)
         self.wrapped, self.model, bench.call = engine, engine.module, engine
         bench.before_micro_batch.append(engine.set_gradient_accumulation_boundary)
@@ -74,11 +75,3 @@ def import_deepspeed() -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _join_alone() -> None:
-    """If there is no process group yet, create one of this process alone, because DeepSpeed needs one even
-    with one rank. It stays until the process ends, because DeepSpeed keeps a reference to it."""
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

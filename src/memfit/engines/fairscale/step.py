@@ -21,6 +21,7 @@ from memfit.engines.fairscale import CONFIG, ENGINE
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_stacks
 from memfit.techniques.base import OptimizerLike
+from memfit.techniques.rank_mesh import join_alone
 from memfit.techniques.recompute.checkpointing import recompute
 from memfit.techniques.zero.base import make_inner
 from memfit.types.errors import UserError
@@ -38,9 +39,7 @@ class Step(TrainingStep):
         from fairscale.optim.oss import OSS
 
         bench = self.bench
-        if not torch.distributed.is_initialized():
-            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        join_alone(bench.torch_device)
         for block in self._recomputed():
             self._checkpoint(block)
         mesh = bench.world.sub("shard")

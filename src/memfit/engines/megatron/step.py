@@ -25,7 +25,9 @@ from memfit.engines.megatron.gpt import MegatronGpt, check_cut, copy_weights, re
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques import fp32_modules
 from memfit.techniques.base import OptimizerLike
+from memfit.techniques.rank_mesh import join_alone
 from memfit.types.conformance import Conformance, Difference, NotConforming
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
@@ -66,8 +68,9 @@ class Step(TrainingStep):
         is_trace = isinstance(next(source.parameters()), FakeTensor)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron's imports warn about other packages
-            stack.enter_context(_on_cpu())
-            stack.enter_context(_parallel_state(degree, traced=is_trace))
+            if bench.torch_device == HOST:
+                stack.enter_context(_on_cpu())
+            stack.enter_context(_parallel_state(degree, bench.torch_device, traced=is_trace))
             config = transformer_config(shape, **_transformer(options))
             self._check_sequence(bool(config.sequence_parallel))
             with bench.place(""):  # its buffers must also be allocated on the training device
@@ -167,11 +170,12 @@ def _wrapped(model: MegatronGpt, config: Any, options: Mapping[str, str]) -> Any
 
 
 @contextlib.contextmanager
-def _parallel_state(degree: int, *, traced: bool) -> Iterator[None]:
+def _parallel_state(degree: int, device: str, *, traced: bool) -> Iterator[None]:
     """Initialize Megatron's process groups inside this context. They are made in addition to torch's process
     group; if there is none, create one of this process alone first, and destroy it at the end. ``degree`` is
-    the number of tensor-parallel ranks. ``traced`` says that the step is traced with fake tensors: a group
-    created here is then fake, and Megatron's coalesced collectives run uncoalesced."""
+    the number of tensor-parallel ranks, ``device`` where tensors are. ``traced`` says that the step is traced
+    with fake tensors: a group created here is then fake, and Megatron's coalesced collectives run
+    uncoalesced."""
     dist: Any = torch.distributed
     from megatron.core import parallel_state
 
@@ -181,8 +185,8 @@ def _parallel_state(degree: int, *, traced: bool) -> Iterator[None]:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
             dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
-        elif owns_group:
-            dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        else:
+            owns_group = join_alone(device)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=degree, create_gloo_process_groups=False
         )
@@ -217,7 +221,7 @@ def _on_cpu() -> Iterator[None]:
     tracker = random.get_cuda_rng_tracker()
     tracker.states_ = {"model-parallel-rng": state}
     with (
-        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        mock.patch.object(torch.cuda, "current_device", lambda: torch.device(HOST)),
         mock.patch.object(random, "_get_cuda_rng_state", lambda *args, **kwargs: state),
         mock.patch.object(random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
     ):

@@ -84,7 +84,7 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         return
     refuse_scalars(bench.model, "fsdp2", left_alone=bench.own_parameters)
     # Fake tensors cannot be pinned.
-    pinned = bench.device == "cuda" and torch._guards.active_fake_mode() is None
+    pinned = not bench.device.is_host and torch._guards.active_fake_mode() is None
     offload = CPUOffloadPolicy(pin_memory=pinned) if settings["offload"] else OffloadPolicy()
     options: dict[str, Any] = {
         "mesh": mesh,

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from memfit.techniques.parallel.sample_parallel_collectives import GroupCollectives
+from memfit.types.device_kind import DeviceKind
 from memfit.types.errors import UserError
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -26,13 +27,13 @@ Slices = tuple[slice, slice, bool]  # of queries and of keys, and whether attent
 @dataclasses.dataclass(slots=True, kw_only=True)
 class SequenceRanks(GroupCollectives):
     """The ranks that share a sequence, each of which holds an equal part of it. ``length`` is the length of
-    one rank's part, 0 until a batch is cut. ``device`` says whose attention kernels run ("cpu" or "cuda").
+    one rank's part, 0 until a batch is cut. ``device`` is the kind of device whose attention kernels run.
 
     The sequence consists of 2 x ranks chunks of one length. Rank r holds chunk r and, after it, chunk 2 x
     ranks - 1 - r.
     """
 
-    device: str
+    device: DeviceKind
     length: int = 0
     fixed: Mapping[Site, frozenset[int]] = dataclasses.field(default_factory=dict)  # from `GatheredCounts`
 
@@ -250,10 +251,10 @@ def _repeated(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Kernel:
-    """One call of the attention kernel that torch would choose on the device ("cpu" or "cuda"). ``bias`` is
-    an additive mask or None."""
+    """One call of the attention kernel that torch would choose on the device. ``bias`` is an additive mask or
+    None."""
 
-    device: str
+    device: DeviceKind
     causal: bool
     scale: float | None
     bias: torch.Tensor | None
@@ -264,7 +265,7 @@ class _Kernel:
         """Return (output, log-sum-exp of the scores, shape (batch, heads, queries))."""
         inputs = query, _repeated(key, query), _repeated(value, query)
         causal, scale, bias = self.causal, self.scale, self.bias
-        if self.device == "cpu":
+        if self.device.kernels == "cpu":
             results = _ATEN._scaled_dot_product_flash_attention_for_cpu(
                 *inputs, 0.0, causal, attn_mask=bias, scale=scale
             )
@@ -290,7 +291,7 @@ class _Kernel:
         kernel_inputs = query, _repeated(key, query), _repeated(value, query)
         causal, scale, bias = self.causal, self.scale, self.bias
         seed = torch.zeros((), dtype=torch.int64, device=query.device)  # dropout's seed, which is not used
-        if self.device == "cpu":
+        if self.device.kernels == "cpu":
             grads = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, *kernel_inputs, out, total, 0.0, causal, attn_mask=bias, scale=scale
             )

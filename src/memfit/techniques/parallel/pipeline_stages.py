@@ -21,6 +21,7 @@ from torch.utils import _pytree
 
 from memfit.techniques.base import Piece, WeightedLoss, Workbench
 from memfit.techniques.parallel.block_dataflow import TensorPlaceholder, ZeroFiller, record_chain
+from memfit.types.device_kind import DeviceKind
 from memfit.types.errors import UserError
 from memfit.types.trace import Phase
 
@@ -367,11 +368,11 @@ class _Stage(PipelineStage):
         return cast(_Part, self.submod).pipeline
 
 
-def _works_as_on(device: str) -> contextlib.AbstractContextManager[Any]:
+def _works_as_on(device: DeviceKind) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which torch's fake process group keeps sent and received tensors alive as the
-    process group of ``device`` does. On "cpu", the work object of a transfer refers to its tensors, as gloo's
+    process group of ``device`` does. On CPUs, the work object of a transfer refers to its tensors, as gloo's
     does. Otherwise nothing is changed: NCCL's work object releases them when it has been waited for."""
-    if dist.get_backend() != "fake" or device != "cpu":
+    if dist.get_backend() != "fake" or not device.is_host:
         return contextlib.nullcontext()
     original = schedules._batch_p2p
 

@@ -27,6 +27,7 @@ from memfit.techniques.recompute.op_numbering import (
     storage_key,
     written,
 )
+from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError
 
 
@@ -179,14 +180,14 @@ def _repeated(func: Any, args: Any, kwargs: Any, state: Any) -> Any:
 
 def rng_state(device: torch.device) -> torch.Tensor:
     """Return the state of the device's default random generator."""
-    if device.type == "cpu":
+    if device.type == HOST:
         return torch.get_rng_state()
     return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
 
 
 def set_rng_state(device: torch.device, state: torch.Tensor) -> None:
     """Set the state of the device's default random generator."""
-    if device.type == "cpu":
+    if device.type == HOST:
         torch.set_rng_state(state)
     else:
         torch.get_device_module(device).set_rng_state(state, device)
@@ -196,7 +197,7 @@ def device_of(args: Any, kwargs: Any) -> torch.device:
     """Return the device on which a call runs: that of its first tensor argument, else its argument
     ``device``, else the CPU."""
     tensor = next(flat((args, tuple(kwargs.values()))), None)
-    return tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
+    return tensor.device if tensor is not None else torch.device(kwargs.get("device") or HOST)
 
 
 class SelectiveRecompute(StorageNumbering):

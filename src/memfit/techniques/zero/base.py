@@ -58,11 +58,11 @@ def norm64(grad: torch.Tensor) -> torch.Tensor:
     return norm
 
 
-def stack_norms(norms: Iterable[torch.Tensor]) -> torch.Tensor:
+def stack_norms(norms: Iterable[torch.Tensor], device: str) -> torch.Tensor:
     """Return the scalars ``norms``, those of a rank's gradients, as one tensor of one dimension. It is empty
-    if there are none."""
+    and on ``device`` if there are none."""
     scalars = list(norms)
-    return torch.stack(scalars) if scalars else torch.zeros(0)
+    return torch.stack(scalars) if scalars else torch.zeros(0, device=device)
 
 
 def make_inner(make: MakeOptimizer, params: list[torch.nn.Parameter]) -> OptimizerLike:
@@ -151,7 +151,7 @@ class Reducing(abc.ABC):
     def _norm(self, norms: Iterable[torch.Tensor]) -> torch.Tensor:
         """Return the Euclidean norm of the gradients of all ranks together, a float32 scalar. ``norms`` are
         those of the gradients that this rank keeps."""
-        total = stack_norms(norms).square().sum().float()
+        total = stack_norms(norms, self.bench.torch_device).square().sum().float()
         all_reduce(total, self.group)
         return total.sqrt()
 
@@ -167,7 +167,7 @@ class Reducing(abc.ABC):
     def _scaled(self) -> None:
         if self.scale is not None and self.master.grad is not None:
             with torch.no_grad():
-                self.master.grad.mul_(self.scale)
+                self.master.grad.mul_(self.scale.to(self.master.grad.device))
         self.scale = None
 
     @property

@@ -142,7 +142,7 @@ class ShardedDdp:
             self._hand_over(param)
             # The newest reduction is still running. An accelerator runs behind the program, so that there
             # none may have finished.
-            while len(self.sent) > 1 and self.bench.device == "cpu":
+            while len(self.sent) > 1 and self.bench.device.is_host:
                 self._arrive()
 
     def _hand_over(self, param: torch.nn.Parameter) -> None:
@@ -179,8 +179,8 @@ class ShardedDdp:
         from memfit.techniques.zero.base import all_reduce, stack_norms
 
         grads = [p.grad for p in self.params if self.owner[p] == self.rank and p.grad is not None]
-        total = stack_norms(torch.linalg.vector_norm(g) for g in grads).float().square().sum()
-        total = total.to(self.params[0].device)  # without gradients, it is on the CPU
+        norms = (torch.linalg.vector_norm(g) for g in grads)
+        total = stack_norms(norms, self.bench.torch_device).float().square().sum()
         all_reduce(total, self.group)
         return total.sqrt()
 

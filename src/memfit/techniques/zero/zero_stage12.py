@@ -88,8 +88,10 @@ class ZeroTwo(Reducing):
         with torch.no_grad(), bench.place(""):
             part_copy = self.part.clone()
         with torch.no_grad(), bench.place(self.state_on):
-            on_host = bool(self.state_on) and bench.device != "cpu"
-            self.master = torch.nn.Parameter(part_copy.to(torch.float32, copy=on_host))
+            on_host = bool(self.state_on) and not bench.device.is_host
+            self.master = torch.nn.Parameter(
+                part_copy.to(bench.device_at(self.state_on), torch.float32, copy=on_host)
+            )
             del part_copy
             if self.state_on:
                 self._keep_on_host(max(p.numel() for p in params))
@@ -101,10 +103,11 @@ class ZeroTwo(Reducing):
         """Make the host's buffers, which are kept from step to step. Also make one of ``largest`` elements,
         the largest number of elements of a parameter, on the device: through it, sums of gradients come back
         from the host."""
-        self.low = torch.zeros(self.size, dtype=self.flat.dtype)
-        self.spare_host = torch.zeros(largest, dtype=self.flat.dtype)
+        host, dtype = self.bench.device_at("host"), self.flat.dtype
+        self.low = torch.zeros(self.size, dtype=dtype, device=host)
+        self.spare_host = torch.zeros(largest, dtype=dtype, device=host)
         with self.bench.place(""):
-            self.spare = torch.zeros(largest, dtype=self.flat.dtype)
+            self.spare = torch.zeros(largest, dtype=dtype, device=self.bench.torch_device)
         self.master.grad = torch.zeros_like(self.master)
         self.gathered: dict[torch.nn.Parameter, torch.Tensor] = {}
         self.norms: dict[torch.nn.Parameter, torch.Tensor] = {}
@@ -112,7 +115,9 @@ class ZeroTwo(Reducing):
     def _flatten(self, alignment: int) -> torch.Tensor:
         count = sum(p.numel() for p in self.params)
         padding = [self.params[0].new_zeros(-count % alignment)] if count % alignment else []
-        flat: torch.Tensor = torch._utils._flatten_dense_tensors([p.detach() for p in self.params] + padding)
+        flat: torch.Tensor = torch._utils._flatten_dense_tensors(
+            [p.detach() for p in self.params] + padding
+        ).to(self.bench.torch_device)
         offset = 0
         for param in self.params:
             param.data = flat.narrow(0, offset, param.numel()).view_as(param)
@@ -121,7 +126,7 @@ class ZeroTwo(Reducing):
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
         while len(self.buffers) < self.buffer_count:
-            self.buffers.append(torch.empty(self.limit, dtype=self.flat.dtype))
+            self.buffers.append(torch.empty(self.limit, dtype=self.flat.dtype, device=self.flat.device))
         if self.in_backward and (self.last or self.shards_gradients):
             self._add(param)
 
@@ -179,7 +184,9 @@ class ZeroTwo(Reducing):
         else:
             if self.own is None:
                 self.own, self.own_at = (
-                    torch.empty(sum(p.numel() for p in self.mine), dtype=self.flat.dtype),
+                    torch.empty(
+                        sum(p.numel() for p in self.mine), dtype=self.flat.dtype, device=self.flat.device
+                    ),
                     0,
                 )
             self._into(self.own, self.own_at, param)
@@ -197,7 +204,9 @@ class ZeroTwo(Reducing):
         if has_sum or not self.last:
             if param not in self.gathered:
                 with self.bench.place("host"):
-                    self.gathered[param] = torch.zeros(param.numel(), dtype=param.dtype)
+                    self.gathered[param] = torch.zeros(
+                        param.numel(), dtype=param.dtype, device=self.bench.device_at("host")
+                    )
             if has_sum:
                 grad.view(-1).add_(self.spare[: param.numel()].copy_(self.gathered[param]))
             if not self.last:

@@ -37,14 +37,14 @@ class ZeroThree(Reducing):
             self.shards = shards = Shards(bench, params, settings, self.group)
             flat = shards.flat
             with bench.place(self.state_on):
-                self.master = torch.nn.Parameter(flat.float().clone())
+                self.master = torch.nn.Parameter(flat.float().clone().to(bench.device_at(self.state_on)))
                 if self.state_on:
                     self.master.grad = torch.zeros_like(self.master)
                 torch.zeros_like(self.master)
             with bench.place(""):
-                self.buffers = [torch.empty(self.limit, dtype=flat.dtype)]
+                self.buffers = [torch.empty(self.limit, dtype=flat.dtype, device=bench.torch_device)]
             with bench.place(self.state_on):
-                self.grads = torch.zeros_like(flat)
+                self.grads = torch.zeros_like(flat, device=bench.device_at(self.state_on))
             for param in params:  # so that its gradient's shape is known
                 shards.gather([param])
                 shards.let_go([param])
@@ -110,16 +110,21 @@ class ZeroThree(Reducing):
         return rank_part
 
     def _keep(self, param: torch.nn.Parameter, part: torch.Tensor) -> None:
-        total, on_host = self.shards.of(param, self.grads), bool(self.state_on) and self.bench.device != "cpu"
+        total, on_host = (
+            self.shards.of(param, self.grads),
+            bool(self.state_on) and not self.bench.device.is_host,
+        )
         if self.micro_batch == 0:
             total.copy_(part)
         elif on_host:
-            total.copy_(part.clone().add_(total))  # the sum comes to the device and goes back
+            total.copy_(
+                total.to(part.device, copy=True).add_(part)
+            )  # the sum comes to the device and goes back
         else:
             total.add_(part)
         if self.state_on and self.last:
             with self.bench.place(""):
-                grad = total.clone() if on_host else total
+                grad = total.to(self.bench.torch_device, copy=True) if on_host else total
                 self.norms[param] = norm64(grad)
                 assert self.master.grad is not None
                 self.shards.of(param, self.master.grad).copy_(grad.float())
@@ -197,30 +202,35 @@ class Shards:
 
     def _cut(self, param: torch.nn.Parameter) -> torch.Tensor:
         on_host = self.offload and param not in self.persistent
-        with self.bench.place("host" if on_host else ""):
-            shard = torch.empty(self.size[param], dtype=param.dtype)
+        place = "host" if on_host else ""
+        with self.bench.place(place):
+            shard = torch.empty(self.size[param], dtype=param.dtype, device=self.bench.device_at(place))
         start = min(self.group.rank() * self.size[param], param.numel())
         elements = param.detach().view(-1)[start : start + self.size[param]]
         shard[: elements.numel()].copy_(elements)
         shard[elements.numel() :].zero_()
-        param.data = torch.empty(0, dtype=param.dtype)
+        param.data = torch.empty(0, dtype=param.dtype, device=self.bench.torch_device)
         return shard
 
     def _flattened(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
         """Copy this rank's pieces of the trained parameters, one by one, into a flat buffer on the host. Move
         the buffer to the device unless parameters are offloaded, and return it. The pieces become views of
-        it."""
+        the returned buffer."""
         with self.bench.place("host"):
-            flat = torch.empty(sum(self.size[p] for p in trained), dtype=trained[0].dtype)
+            flat = torch.empty(
+                sum(self.size[p] for p in trained),
+                dtype=trained[0].dtype,
+                device=self.bench.device_at("host"),
+            )
         offset = 0
         for param in trained:
             self.place[param] = offset
             offset += self.size[param]
             self.of(param, flat).copy_(self.shard[param])
             del self.shard[param]
-        if not self.offload and self.bench.device != "cpu":
+        if not self.offload and not self.bench.device.is_host:
             with self.bench.place(""):
-                flat = flat.clone()
+                flat = flat.to(self.bench.torch_device, copy=True)
         self.shard.update((p, self.of(p, flat)) for p in trained)
         return flat
 
@@ -342,7 +352,7 @@ class Shards:
     def let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
         """Make the parameters empty, even those that modules are using. This rank's pieces of them stay."""
         for param in list(params):
-            param.data = torch.empty(0, dtype=param.dtype)
+            param.data = torch.empty(0, dtype=param.dtype, device=self.bench.torch_device)
             self.whole.pop(param, None)
             self.active[param].clear()
 
@@ -352,8 +362,11 @@ class Shards:
         if self.ranks == 1 and len(params) > 1:
             self._be_whole(params)
             return
-        wholes = [torch.empty(self.size[p] * self.ranks, dtype=p.dtype) for p in params]
-        works = [all_gather(w, self.shard[p], self.group) for w, p in zip(wholes, params, strict=True)]
+        device = self.bench.torch_device
+        wholes = [torch.empty(self.size[p] * self.ranks, dtype=p.dtype, device=device) for p in params]
+        works = [
+            all_gather(w, self.shard[p].to(device), self.group) for w, p in zip(wholes, params, strict=True)
+        ]
         for work in works:
             if work is not None:
                 work.wait()
@@ -369,10 +382,14 @@ class Shards:
         if self.ranks == 1:
             self._be_whole(params)
             return
-        flat = torch.empty(sum(self.size[p] for p in params) * self.ranks, dtype=params[0].dtype)
-        rank_part = flat.chunk(self.ranks)[self.group.rank()] if len(params) > 1 else self.shard[params[0]]
+        device = self.bench.torch_device
+        shards = [self.shard[p].to(device) for p in params]
+        flat = torch.empty(
+            sum(self.size[p] for p in params) * self.ranks, dtype=params[0].dtype, device=device
+        )
+        rank_part = flat.chunk(self.ranks)[self.group.rank()] if len(params) > 1 else shards[0]
         if len(params) > 1:
-            torch.cat([self.shard[p] for p in params], out=rank_part)
+            torch.cat(shards, out=rank_part)
         flight = Flight(params, flat, all_gather(flat, rank_part, self.group))
         self.flying.update(dict.fromkeys(params, flight))
 
@@ -380,8 +397,11 @@ class Shards:
         """On one rank, make the parameters whole: use the pieces themselves, or copies on the device if the
         pieces are offloaded to the host."""
         for param in params:
-            on_host = self.offload and self.bench.device != "cpu"
-            self._arrived(param, self.shard[param].clone() if on_host else self.shard[param])
+            on_host = self.offload and not self.bench.device.is_host
+            self._arrived(
+                param,
+                self.shard[param].to(self.bench.torch_device, copy=True) if on_host else self.shard[param],
+            )
 
     def _land(self, param: torch.nn.Parameter) -> None:
         """Wait for the gather that contains ``param``, and make all parameters of that gather whole. If that

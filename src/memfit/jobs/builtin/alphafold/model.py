@@ -284,16 +284,16 @@ def _initialised(module: nn.Module) -> None:
         nn.init.zeros_(getattr(module, residual).bias)
 
 
-def distance_edges() -> torch.Tensor:
+def distance_edges(device: torch.device | None = None) -> torch.Tensor:
     """Return the 63 bounds between the 64 bins of distance: evenly spaced from 2.3125 to 21.6875 Angstrom."""
-    return torch.linspace(2.3125, 21.6875, DISTANCE_BINS - 1)
+    return torch.linspace(2.3125, 21.6875, DISTANCE_BINS - 1, device=device)
 
 
 def distance_bins(beta: torch.Tensor) -> torch.Tensor:
     """Return the number, 0 to 63, of the bin of each distance between the CB positions ``beta`` (batch,
     residues, 3) in Angstrom, as int64 (batch, residues, residues). Distances up to the first bound of
     `distance_edges` are in bin 0, those above the last in bin 63."""
-    edges = distance_edges().to(beta.device) ** 2
+    edges = distance_edges(beta.device) ** 2
     squared = (beta.unsqueeze(1) - beta.unsqueeze(2)).square().sum(-1)
     return torch.bucketize(squared, edges)
 

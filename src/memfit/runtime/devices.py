@@ -1,0 +1,379 @@
+"""The devices on which training runs, and all that memfit asks of them. No other module knows how one kind of
+accelerator differs from another.
+
+Torch serves most accelerators through one interface, ``torch.accelerator``. What it lacks comes from the
+module of the kind, such as ``torch.cuda``, ``torch.xpu`` or ``torch.mps``: the memory fraction, names and
+properties. An accelerator that a package adds to torch needs the same functions in its module.
+
+Asking for the memory of an accelerator creates a context on it, which takes some of this memory for as long
+as the process runs. `accelerator_kind` and `accelerator_count` do not; `accelerators` asks a child process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from memfit.types.device_kind import CUDA, HOST
+from memfit.types.errors import MemfitError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.runtime.energy import Board
+
+_SAMPLING_S: Final = 0.0005
+_DESCRIBE_LIMIT_S: Final = 120.0
+_INSTEAD: Final = "`--on this:cpu` uses the processor instead"
+_KINDS_WITHOUT_PEAK: Final = frozenset({"mps"})  # torch keeps no peak of their memory
+_SAFE_PATH: Final = "PYTHONSAFEPATH"  # as for every worker (engines/native.py)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """An accelerator of this machine, as torch sees it.
+
+    ``device``: torch's name, such as "cuda:0". ``name``: its product name. ``total_bytes`` and
+    ``free_bytes``: its memory, and what of it nobody uses. ``context_bytes``: what a process takes of it
+    before it makes a tensor.
+    """
+
+    device: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    context_bytes: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Torch's name of the type of device, such as "cuda"."""
+        return self.device.partition(":")[0]
+
+
+def accelerator_kind() -> str:
+    """Return the kind of the accelerator that torch can use here, such as "cuda", or "" if there is none.
+    This imports torch but creates no context on the device."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return ""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator is not None else ""
+
+
+def accelerator_count() -> int:
+    """Return the number of accelerators that torch can use here."""
+    import torch
+
+    return torch.accelerator.device_count() if accelerator_kind() else 0
+
+
+@functools.cache
+def accelerators() -> tuple[Accelerator, ...]:
+    """Return the accelerators of this machine. A child process looks at them, once in the life of this
+    process, so that this process creates no context. Raises MemfitError if the child fails, with the last
+    line of its error."""
+    if not accelerator_kind():
+        return ()
+    command = [sys.executable, "-m", "memfit.worker", "devices"]
+    env = {**os.environ, _SAFE_PATH: "1"}
+    try:
+        child = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=_DESCRIBE_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise MemfitError(
+            f"the accelerator did not answer within {_DESCRIBE_LIMIT_S:.0f} s; {_INSTEAD}"
+        ) from None
+    lines = [line for line in child.stdout.splitlines() if line.startswith("[{")]
+    if child.returncode or not lines:
+        reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
+        raise MemfitError(f"the accelerator of this machine could not be used: {reason}; {_INSTEAD}")
+    return tuple(Accelerator(**facts) for facts in json.loads(lines[-1]))
+
+
+def describe_accelerators() -> list[Accelerator]:
+    """Return the accelerators that torch sees, with a context created on each. `accelerators` calls this in a
+    child process."""
+    import torch
+
+    return [_describe(torch.device(accelerator_kind(), i)) for i in range(accelerator_count())]
+
+
+def _describe(device: torch.device) -> Accelerator:
+    import torch
+
+    found = _board(device)
+    before = None if found is None else found.free_bytes()
+    torch.zeros(1, device=device)
+    synchronize(device)
+    free_bytes, total_bytes = memory_info(device)
+    outside = free_bytes + reserved_bytes(device)
+    return Accelerator(
+        device=str(device),
+        name=device_name(device),
+        total_bytes=total_bytes,
+        free_bytes=before if before is not None else outside,
+        context_bytes=max(0, before - outside) if before is not None else 0,
+    )
+
+
+def _board(device: torch.device) -> Board | None:
+    """Return a CUDA device as its driver's management library knows it, which needs no context on it, or None
+    without that library."""
+    if device.type != CUDA:
+        return None
+    from memfit.runtime.energy import board
+
+    return board(str(device))
+
+
+def driver_used_bytes(device: torch.device) -> int | None:
+    """Return the bytes of the device's memory that all processes use together, contexts included, or None if
+    the driver does not tell."""
+    found = _board(device)
+    return None if found is None else found.used_bytes()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the product name of an accelerator, such as "NVIDIA H100 80GB HBM3", or its kind in capitals if
+    torch does not tell it."""
+    name = getattr(_module(device), "get_device_name", None)
+    return str(name(device)) if name is not None else device.type.upper()
+
+
+def _module(device: torch.device) -> Any:
+    """Return torch's module for this kind of device, such as ``torch.cuda``."""
+    import torch
+
+    return torch.get_device_module(device)
+
+
+# -- the device of a process ---------------------------------------------------------------------------
+
+
+def use_device(kind: str, local_rank: int = 0) -> torch.device:
+    """Make the device number ``local_rank`` of this kind the current one of the process and return it. For
+    the kind "cpu" that is the processor. Raises UserError if torch finds no such device here."""
+    import torch
+
+    if kind == HOST:
+        return torch.device(HOST)
+    if accelerator_kind() != kind:
+        raise UserError(
+            f"torch finds no device of the kind {kind!r} here",
+            allowed=f"{accelerator_kind() or 'no accelerator'}, or cpu",
+            hint="`memfit doctor` says what torch finds",
+        )
+    if local_rank >= accelerator_count():
+        raise UserError(
+            f"rank {local_rank} of this machine has no {kind} device: there are {accelerator_count()}",
+            allowed=f"at most {accelerator_count()} ranks, one for each device",
+        )
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all work that was handed to it."""
+    import torch
+
+    if device.type != HOST:
+        torch.accelerator.synchronize(device)
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """Return the state of the accelerator's default random generator, a tensor in host memory."""
+    state: torch.Tensor = _module(device).get_rng_state()
+    return state
+
+
+def set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    """Set the state of the accelerator's default random generator to what `random_state` returned."""
+    _module(device).set_rng_state(state)
+
+
+def collective_backend(kind: str) -> str:
+    """Return the backends of a process group for training on devices of this kind, as
+    ``torch.distributed.init_process_group`` takes them, such as "gloo" or "cpu:gloo,cuda:nccl". The host's
+    tensors have one too, because offloaded states are reduced there."""
+    from torch.distributed.distributed_c10d import get_default_backend_for_device
+
+    on_host = get_default_backend_for_device(HOST)
+    if kind == HOST:
+        return on_host
+    return f"{HOST}:{on_host},{kind}:{get_default_backend_for_device(kind)}"
+
+
+def local_rank() -> int:
+    """Return the number of this process among those of the launch on this machine: torchrun's LOCAL_RANK, or
+    0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+# -- memory -------------------------------------------------------------------------------------------
+
+
+def memory_info(device: torch.device) -> tuple[int, int]:
+    """Return (free, total) bytes of the accelerator's memory."""
+    import torch
+
+    if device.type in _KINDS_WITHOUT_PEAK:
+        total = int(_module(device).recommended_max_memory())
+        return total - int(_module(device).driver_allocated_memory()), total
+    free, total = torch.accelerator.get_memory_info(device)
+    return int(free), int(total)
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Return the bytes of tensors on the accelerator now, as torch's allocator rounds them."""
+    import torch
+
+    if device.type in _KINDS_WITHOUT_PEAK:
+        return int(_module(device).current_allocated_memory())
+    return int(torch.accelerator.memory_allocated(device))
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Return the bytes that torch's allocator has taken from the accelerator."""
+    import torch
+
+    if device.type in _KINDS_WITHOUT_PEAK:
+        return int(_module(device).driver_allocated_memory())
+    return int(torch.accelerator.memory_reserved(device))
+
+
+def free_cache(device: torch.device) -> None:
+    """Give back to the accelerator what torch's allocator keeps without using it."""
+    import torch
+
+    if device.type in _KINDS_WITHOUT_PEAK:
+        _module(device).empty_cache()
+    else:
+        torch.accelerator.empty_cache()
+
+
+def set_memory_fraction(device: torch.device, fraction: float) -> None:
+    """Let torch's allocator take at most this share of the accelerator's memory for this process. Raises
+    MemfitError if this kind of device has no such limit."""
+    limit = getattr(_module(device), "set_per_process_memory_fraction", None)
+    if limit is None:
+        raise MemfitError(f"torch has no memory limit for devices of the kind {device.type!r}")
+    if device.type in _KINDS_WITHOUT_PEAK:
+        limit(fraction)
+    else:
+        limit(fraction, device)
+
+
+def accelerator_counter(device: torch.device) -> AllocatorCounter | SampledCounter:
+    """Return a counter of the accelerator's tensor bytes: torch's own statistics, or samples of them where
+    torch keeps no peak."""
+    return SampledCounter(device) if device.type in _KINDS_WITHOUT_PEAK else AllocatorCounter(device)
+
+
+class AllocatorCounter:
+    """The statistics of torch's allocator of an accelerator, which are exact because it provides every block.
+    They include tensors that existed before. Constructing a counter resets the peaks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._reserved_peak = device, 0
+        self.source = f"torch's allocator of {device.type}"
+        self.reset_peak()
+        self.reset_reserved_peak()
+
+    def live_bytes(self) -> int:
+        """Return the bytes of tensors now."""
+        return allocated_bytes(self._device)
+
+    def peak_bytes(self) -> int:
+        """Return the peak of the bytes of tensors since `reset_peak`."""
+        import torch
+
+        return int(torch.accelerator.max_memory_allocated(self._device))
+
+    def reserved_peak_bytes(self) -> int:
+        """Return the peak of the bytes that the allocator has taken from the device since
+        `reset_reserved_peak`."""
+        import torch
+
+        self._reserved_peak = max(
+            self._reserved_peak, int(torch.accelerator.max_memory_reserved(self._device))
+        )
+        return self._reserved_peak
+
+    def reset_peak(self) -> None:
+        """Set the peak of tensors to what is there now. The peak of `reserved_peak_bytes` stays."""
+        import torch
+
+        self.reserved_peak_bytes()
+        torch.accelerator.reset_peak_memory_stats(self._device)
+
+    def reset_reserved_peak(self) -> None:
+        """Set the peak of `reserved_peak_bytes` to what is reserved now."""
+        self.reset_peak()
+        self._reserved_peak = reserved_bytes(self._device)
+
+    def retries(self) -> int | None:
+        """Return how often the allocator found no free block, freed its cache and tried again, since the
+        process started; None if it does not count this."""
+        import torch
+
+        count = torch.accelerator.memory_stats(self._device).get("num_alloc_retries")
+        return None if count is None else int(count)
+
+
+class SampledCounter:
+    """Samples of the bytes that an accelerator's tensors take, for accelerators of which torch keeps no peak.
+    A thread takes one every half millisecond, so that a shorter peak can be missed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._peak = device, 0
+        self.source = f"samples of {device.type}'s allocator, which may miss short peaks"
+        self._lock = threading.Lock()
+        self.reset_peak()
+        threading.Thread(target=_sample, args=[weakref.ref(self)], daemon=True).start()
+
+    def live_bytes(self) -> int:
+        """Return the bytes of tensors now."""
+        return allocated_bytes(self._device)
+
+    def peak_bytes(self) -> int:
+        """Return the highest sample since `reset_peak`."""
+        self.take()
+        return self._peak
+
+    def reserved_peak_bytes(self) -> int:
+        """Return the bytes that the allocator has taken from the device now: it keeps no peak of them."""
+        return reserved_bytes(self._device)
+
+    def reset_peak(self) -> None:
+        """Forget earlier samples."""
+        with self._lock:
+            self._peak = self.live_bytes()
+
+    def reset_reserved_peak(self) -> None:
+        """Do nothing: there is no such peak."""
+
+    def retries(self) -> None:
+        """Return None: this allocator does not count how often it tried again."""
+
+    def take(self) -> None:
+        """Take a sample now."""
+        with self._lock:
+            self._peak = max(self._peak, self.live_bytes())
+
+
+def _sample(counter: weakref.ref[SampledCounter]) -> None:
+    """Take samples until the counter is no longer used."""
+    while (used_counter := counter()) is not None:
+        used_counter.take()
+        del used_counter
+        time.sleep(_SAMPLING_S)

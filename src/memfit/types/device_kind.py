@@ -1,0 +1,77 @@
+"""Kinds of devices: which of torch's choices, made by the type of a device, a trace has to repeat.
+
+A trace runs on fake CPU tensors, whatever the device. What torch would do differently on the device follows
+from the fields of its `DeviceKind`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+HOST: Final = "cpu"  # torch's name of the host's processor and its memory
+CUDA: Final = "cuda"  # and of devices that run CUDA or, with torch's build for it, ROCm
+
+BITSANDBYTES: Final = frozenset({HOST, CUDA, "xpu"})  # kinds for which bitsandbytes has kernels
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceKind:
+    """A type of device, by torch's name for it, and what torch chooses by that type.
+
+    - ``block_bytes``: its allocator rounds sizes up to multiples of this.
+    - ``kernels``: "cpu" or "cuda": whose attention, normalisation and softmax kernels it runs, with their
+      outputs and temporary memory.
+    - ``autocast``: "cpu" or "cuda": whose lists of float32 functions its autocast follows.
+    - ``fused_dropout``: dropout keeps a mask of one byte per element, not one of the input's dtype.
+    - ``foreach``: torch's optimizers update all parameters together unless told otherwise.
+    - ``checked``: predictions were compared with measurements on devices of this kind.
+    """
+
+    name: str
+    block_bytes: int = 512  # smallest block of torch's caching allocator
+    kernels: str = "cuda"
+    autocast: str = "cuda"
+    fused_dropout: bool = True
+    foreach: bool = True
+    checked: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.kernels in ("cpu", "cuda"), self.kernels
+        assert self.autocast in ("cpu", "cuda"), self.autocast
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the device is the host's processor, so that its memory is the host's."""
+        return self.name == HOST
+
+
+_KINDS: Final[dict[str, DeviceKind]] = {}
+
+
+def add_device_kind(kind: DeviceKind) -> None:
+    """Make ``kind`` known under its name. It replaces an earlier one of that name. A package that brings a
+    device to torch can call this when torch loads it (entry point group ``torch.backends``)."""
+    _KINDS[kind.name] = kind
+
+
+def device_kind(name: str) -> DeviceKind:
+    """Return the kind with torch's name ``name``, such as "cuda". A kind that nobody has added counts as one
+    with CUDA's kernels, unchecked."""
+    return _KINDS.get(name) or DeviceKind(name=name)
+
+
+add_device_kind(
+    DeviceKind(
+        name=HOST,
+        block_bytes=64,  # alignment of c10's allocator
+        kernels="cpu",
+        autocast="cpu",
+        fused_dropout=False,
+        foreach=False,
+        checked=True,
+    )
+)
+add_device_kind(DeviceKind(name=CUDA, checked=True))
+add_device_kind(DeviceKind(name="xpu"))
+add_device_kind(DeviceKind(name="mps", foreach=False))

@@ -1,0 +1,56 @@
+"""Commands and steps on the simulated accelerator, in child processes that find it when they import torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import simulated_accelerator
+
+MISSING = simulated_accelerator.missing()
+_LIMIT_S = 280.0
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.parent == here and MISSING is not None:
+            item.add_marker(pytest.mark.skip(reason=MISSING))
+
+
+@pytest.fixture(scope="session")
+def device_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """Variables of child processes that have so many devices of this capacity."""
+    simulated_accelerator.build()
+
+    def of(*, devices: int = 1, capacity_bytes: int = 2**30) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("device")
+        own = {"XDG_CACHE_HOME": str(tmp_path_factory.getbasetemp() / "cache"), "OMP_NUM_THREADS": "1"}
+        return own | simulated_accelerator.environment(folder, devices=devices, capacity_bytes=capacity_bytes)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def memfit_on_device(device_environment: Callable[..., dict[str, str]]) -> Command:
+    """Run a command of memfit where torch finds simulated accelerators."""
+
+    def run(
+        *arguments: str | Path, devices: int = 1, capacity_bytes: int = 2**30
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "memfit", *map(str, arguments)],
+            env={**os.environ, **device_environment(devices=devices, capacity_bytes=capacity_bytes)},
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT_S,
+            check=False,
+        )
+
+    return run

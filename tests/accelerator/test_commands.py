@@ -1,0 +1,181 @@
+"""What a user of a machine with accelerators sees: every command says which device it means, and uses it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+NAME = "Simulated accelerator"
+MIB = 2**20
+# What a search leaves out here, so that it is short.
+WITHOUT = [
+    argument
+    for name in (
+        "bf16-parameters",
+        "optimizer-in-backward",
+        "selective-checkpointing",
+        "optimal-checkpointing",
+    )
+    for argument in ("--without", name)
+]
+
+JOB = """
+import torch
+from torch import nn
+from memfit import Job, Metric
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(16, 64)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 99), nn.GELU(), nn.Linear(99, 64), nn.Dropout(0.1))
+            for _ in range(4)
+        )
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def make_batch(step, seed):
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    labels = torch.randint(0, 8, (512,), generator=generator)
+    return {"x": torch.randn(512, 16, generator=generator), "y": labels}
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def job():
+    return Job(name="net", build_model=Net, make_batch=make_batch, loss=loss, batch_size=512, blocks="blocks")
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("job") / "net.py"
+    path.write_text(JOB)
+    return f"{path}:job"
+
+
+def test_doctor_shows_each_device_with_its_memory(memfit_on_device: Command) -> None:
+    result = memfit_on_device("doctor", "--json", devices=2, capacity_bytes=512 * MIB)
+    assert result.returncode == 0, result.stderr
+    checks = {check["name"]: check for check in json.loads(result.stdout)["machine"]}
+    for name in ("sim:0", "sim:1"):
+        assert checks[name]["ok"]
+        assert f"{NAME}: 512 MiB" in checks[name]["detail"]
+
+
+def test_plan_is_for_the_accelerator_and_says_so(job: str, memfit_on_device: Command) -> None:
+    result = memfit_on_device("plan", job, "--memory", "8MiB", *WITHOUT, devices=2)
+    assert result.returncode == 0, result.stderr
+    assert f"device: {NAME} (sim); --nproc 2 uses all 2" in result.stderr
+    assert f"{NAME} of this machine" in result.stdout
+    on_processor = memfit_on_device("plan", job, "--memory", "64MiB", "--on", "this:cpu", *WITHOUT, devices=2)
+    assert on_processor.returncode == 0, on_processor.stderr
+    assert "this machine's processor" in on_processor.stdout
+    assert NAME not in on_processor.stdout
+
+
+def test_run_trains_on_the_accelerator_within_its_prediction(job: str, memfit_on_device: Command) -> None:
+    result = memfit_on_device("run", job, "--steps", "3", "--json")
+    assert result.returncode == 0, result.stderr
+    run = json.loads(result.stdout)
+    assert (run["device"], run["peak_source"]) == (NAME, "torch's allocator of sim")
+    assert run["measured_peak_bytes"] == pytest.approx(run["predicted_peak_bytes"], rel=0.005)
+    assert run["reserved_peak_bytes"] >= run["measured_peak_bytes"]
+
+
+def test_running_out_of_the_devices_memory_is_an_outcome(job: str, memfit_on_device: Command) -> None:
+    result = memfit_on_device("run", job, "--steps", "3", "--memory", "2MiB", "--json")
+    assert result.returncode == 1
+    run = json.loads(result.stdout)
+    assert (run["outcome"], run["limit_kind"]) == ("oom", "memory fraction")
+    assert "out of memory in" in run["reason"]
+
+
+def test_a_resumed_run_ends_as_an_undisturbed_one(
+    job: str, memfit_on_device: Command, tmp_path: Path
+) -> None:
+    whole = memfit_on_device("run", job, "--steps", "4", "--json")
+    first = memfit_on_device("run", job, "--steps", "2", "--save", tmp_path / "kept", "--json")
+    assert first.returncode == 0, first.stderr
+    second = memfit_on_device("run", job, "--steps", "4", "--resume", tmp_path / "kept", "--json")
+    assert second.returncode == 0, second.stderr
+    losses = [*json.loads(first.stdout)["losses"], *json.loads(second.stdout)["losses"]]
+    assert losses == json.loads(whole.stdout)["losses"]
+
+
+def test_another_machine_is_refused_where_training_runs_here(job: str, memfit_on_device: Command) -> None:
+    result = memfit_on_device("run", job, "--on", "H100-SXM")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "training runs on this machine only; allowed: this, this:cpu" in result.stderr
+    missing = memfit_on_device("run", job, "--on", "this:cuda")
+    assert missing.returncode == 2
+    assert "no device of the kind 'cuda'" in missing.stderr
+
+
+def test_more_ranks_than_devices_are_refused(job: str, memfit_on_device: Command) -> None:
+    result = memfit_on_device("plan", job, "--nproc", "2")
+    assert result.returncode == 2
+    assert "--nproc 2 is more than the 1 device of this machine" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def poc(
+    job: str, memfit_on_device: Command, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], str, str]:
+    folder = tmp_path_factory.mktemp("poc")
+    report = folder / "report.html"
+    result = memfit_on_device(
+        "poc",
+        job,
+        *WITHOUT,
+        "--goal",
+        "smallest",
+        "--steps",
+        "6",
+        "--seeds",
+        "1",
+        "--json",
+        "--out",
+        report,
+        "--store",
+        folder / "store.db",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout), report.read_text(encoding="utf-8"), result.stderr
+
+
+def test_a_proof_of_concept_runs_on_the_accelerator(poc: tuple[dict[str, Any], str, str]) -> None:
+    answer, report, errors = poc
+    runs = {(r["role"], r["capped"]): r for r in answer["runs"]}
+    assert {r["device"] for r in answer["runs"]} == {NAME}
+    assert runs["baseline", True]["outcome"] == "oom"
+    assert runs["recommended", True]["outcome"] == "ok"
+    assert answer["verdict"] is not None
+    for run in answer["runs"]:
+        if run["outcome"] == "ok":
+            assert run["measured_peak_bytes"] == pytest.approx(run["predicted_peak_bytes"], rel=0.005)
+    assert f"device: {NAME} (sim)" in errors
+    assert NAME in report
+
+
+def test_the_report_calls_one_thing_this_machine(poc: tuple[dict[str, Any], str, str]) -> None:
+    text = re.sub(r"<[^>]+>", " ", poc[1])
+    names = set(re.findall(r"[\w ]*\bthis machine\b(?:'s processor)?", text))
+    assert any(NAME in name for name in names) or NAME in text
