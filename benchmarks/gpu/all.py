@@ -128,6 +128,7 @@ def main() -> int:
             line["error"] = f"{type(error).__name__}: {str(error)[:200]}"
         line["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         append(options.records, line)
+        known.add(_key(line))
         print(f"{case.piece}: {case.name}: {line.get('error', 'done')}", flush=True)
     target.write_text(page(read(options.records)), encoding="utf-8")
     if left:
@@ -156,7 +157,8 @@ def _steps(*, simulated: bool) -> Iterator[Case]:
             ref = ref if simulated else dataclasses.replace(ref, batch=batch)
         for uses in plans:
             plan = Plan(uses=uses)
-            label = f"{Path(spec).name} {size} {plan.label}".replace("  ", " ")
+            name = f"{Path(ref.spec).name} {ref.size or ''} {plan.label}"
+            label = " ".join(name.split())
             yield Case(
                 piece="steps", name=label, measure=lambda r=ref, p=plan: step(r, p, simulated=simulated)
             )

@@ -28,6 +28,14 @@ PLANS = {
     "fsdp2": Plan(ranks=2, uses=(make_use("fsdp2", {}),)),
     "fsdp2 in bf16": Plan(ranks=2, uses=(make_use("fsdp2", {"precision": "bf16"}),)),
     "fsdp2 offloaded to the host": Plan(ranks=2, uses=(make_use("fsdp2", {"offload": True}),)),
+    "tensor parallel": Plan(ranks=2, uses=(make_use("tensor-parallel", {"degree": 2}),)),
+    "pipeline": Plan(ranks=2, uses=(make_use("pipeline", {"stages": 2, "micro_batches": 2}),)),
+    "context parallel": Plan(ranks=2, uses=(make_use("context-parallel", {"degree": 2}),)),
+    "zero 2 offloaded": Plan(
+        ranks=2,
+        uses=(make_use("zero", {"stage": 2, "offload": "optimizer", "reduce_bucket_elements": 1_000_000}),),
+    ),
+    "sharded ddp": Plan(ranks=2, uses=(make_use("sharded-ddp", {}),)),
     "zero 3": Plan(ranks=2, uses=(make_use("zero", {"stage": 3, "reduce_bucket_elements": 1_000_000}),)),
 }
 

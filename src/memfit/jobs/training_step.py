@@ -71,6 +71,7 @@ class TrainingStep:
         is_moved_later = builds_on_host(plan, device)  # by the technique that divides the model
         if torch_device != HOST and not is_moved_later:
             model.to(torch_device)
+        first_device = HOST if is_moved_later else torch_device  # where the model is until then
         bench = Workbench(
             job=job,
             model=model,
@@ -78,7 +79,7 @@ class TrainingStep:
             torch_device=torch_device,
             make_optimizer=default_optimizer(job.optimizer, device_kind(device)),
             world=world or World(layout=layout(plan)),
-            first_part=lambda parts: moved(split(job.make_batch(0, 0), parts)[0], torch_device),
+            first_part=lambda parts: moved(split(job.make_batch(0, 0), parts)[0], first_device),
         )
         on_built(bench)
         fp32_modules.keep_in_float32(bench, plan, self.carried)

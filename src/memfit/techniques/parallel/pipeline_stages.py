@@ -65,7 +65,7 @@ class Pipeline:
         )
         rank = bench.world.index("pipeline")
         self.stages = [s for s in range(count) if self.rank_of[s] == rank]
-        self.device = next(bench.model.parameters()).device
+        self.device = torch.device(bench.torch_device)
         self.zeros = ZeroFiller(self.device)
         self.now = -1  # the running stage
         self.received: tuple[torch.Tensor, ...] = ()
