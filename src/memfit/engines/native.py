@@ -89,5 +89,8 @@ def render_calibration(
 def _environment(threads: int) -> dict[str, str]:
     """Return the worker's environment variables: PYTHONSAFEPATH and, unless ``threads`` is 0, OMP_NUM_THREADS
     with the value ``threads``. PYTHONSAFEPATH removes the current folder from the import path, so that a
-    user's file cannot shadow a module of the standard library or of an installed package."""
-    return {"PYTHONSAFEPATH": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    user's file cannot shadow a module of the standard library or of an installed package.
+    TORCH_CUDNN_SDPA_DEPRIORITIZED makes CUDA choose the attention kernels that a trace chooses
+    (trace/device_kernels.py), and not cuDNN's, on devices for which torch prefers those."""
+    variables = {"PYTHONSAFEPATH": "1", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+    return variables | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

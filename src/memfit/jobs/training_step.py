@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class TrainingStep:
             if technique.name not in self.carried:
                 technique.apply(bench, use.settings)
         if torch_device != HOST and is_moved_later:
-            _move_rest(model, torch_device, parameters=moves_parameters(plan, device))
+            _move_rest(model, torch_device, bench.own_parameters, parameters=moves_parameters(plan, device))
         self.job, self.bench, self.model, self.plan = job, bench, model, plan
         self.optimizer: OptimizerLike = self._prepare()
         self.average = self._weight_average()
@@ -300,7 +300,7 @@ class TrainingStep:
             g for n, g in grads_by_name.items() if n not in counted_elsewhere | self.bench.own_parameters
         ]
         if self.bench.world.mesh is not None:
-            return global_norm(grads, self.bench.world, own=own_grads)
+            return global_norm(grads, self.bench.world, own=own_grads, device=self.bench.torch_device)
         norms = [torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g) for g in grads]
         total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).float())
         return total
@@ -312,11 +312,16 @@ def moved(batch: Any, device: str) -> Any:
     return batch if device == HOST else map_batch(lambda tensor: tensor.to(device), batch)
 
 
-def _move_rest(model: torch.nn.Module, device: str, *, parameters: bool) -> None:
-    """Move the buffers of a model that techniques have divided to ``device``, and with ``parameters`` its
-    parameters too."""
+def _move_rest(
+    model: torch.nn.Module, device: str, own_parameters: Collection[str], *, parameters: bool
+) -> None:
+    """Move what is still on the host of a model that techniques have divided to ``device``: its buffers, the
+    parameters called ``own_parameters``, which differ between ranks, and with ``parameters`` all others."""
     if parameters:
         model.to(device)
+    for name, param in model.named_parameters():
+        if name in own_parameters:
+            param.data = param.data.to(device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -357,7 +362,11 @@ def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
 
 
 def global_norm(
-    grads: Sequence[torch.Tensor], world: World, *, own: Sequence[torch.Tensor] = ()
+    grads: Sequence[torch.Tensor],
+    world: World,
+    *,
+    own: Sequence[torch.Tensor] = (),
+    device: str = HOST,
 ) -> torch.Tensor:
     """Return the L2 norm of the gradients of all ranks, a float32 scalar. All ranks must call it, since they
     communicate.
@@ -365,6 +374,7 @@ def global_norm(
     ``grads``: this rank's gradients. The squares of its shards are summed over the ranks among which each
     gradient is sharded, and over pipeline stages, which hold different parameters. ``own``: gradients of
     parameters that differ between data-parallel ranks; their squares are also summed over these ranks.
+    ``device``: where the sum of a rank without gradients is made.
     """
     squares: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for grad in grads:
@@ -374,7 +384,7 @@ def global_norm(
         data: Any = world.sub("replicate", "shard")
         values = squares.setdefault((data.get_group(),), [])
         values += [torch.linalg.vector_norm(g).float().square() for g in own]
-    total = torch.zeros((), device=grads[0].device if grads else None)
+    total = torch.zeros((), device=grads[0].device if grads else device)
     for groups, values in squares.items():
         part = torch.stack(values).sum()
         for group in groups:

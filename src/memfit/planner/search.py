@@ -342,7 +342,9 @@ def _cap(
         reason = f"{_DEMONSTRATION} {ratio_text} of the baseline's predicted peak"
         return int(baseline.allocated_bytes.value * ratio), reason
     if request.is_here:
-        return local_machine.free_device_bytes(request.device), "what is free on the device now"
+        kernels = request.machine.device.kernels_bytes  # loaded later, outside torch's allocator
+        free_bytes = local_machine.free_device_bytes(request.device) - int(kernels.value if kernels else 0)
+        return free_bytes, "what is free on the device now"
     return int(request.machine.device.memory_bytes.value), "the device's memory"
 
 

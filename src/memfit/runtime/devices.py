@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _SAMPLING_S: Final = 0.0005
 _DESCRIBE_LIMIT_S: Final = 120.0
+_DEFAULT_FRACTIONS: Final = {"mps": 1.7}  # of the recommended memory (torch.mps)
 _INSTEAD: Final = "`--on this:cpu` uses the processor instead"
 _KINDS_WITHOUT_PEAK: Final = frozenset({"mps"})  # torch keeps no peak of their memory
 _SAFE_PATH: Final = "PYTHONSAFEPATH"  # as for every worker (engines/native.py)
@@ -261,6 +262,11 @@ def free_cache(device: torch.device) -> None:
         torch.accelerator.empty_cache()
 
 
+def lift_memory_fraction(device: torch.device) -> None:
+    """Allow torch's allocator what it may take when no fraction has been set."""
+    set_memory_fraction(device, _DEFAULT_FRACTIONS.get(device.type, 1.0))
+
+
 def set_memory_fraction(device: torch.device, fraction: float) -> None:
     """Let torch's allocator take at most this share of the accelerator's memory for this process. Raises
     MemfitError if this kind of device has no such limit."""
@@ -271,6 +277,13 @@ def set_memory_fraction(device: torch.device, fraction: float) -> None:
         limit(fraction)
     else:
         limit(fraction, device)
+
+
+def reset_reserved_peak(counter: object) -> None:
+    """Set the peak of reserved bytes of an accelerator's counter to what is reserved now. Do nothing for a
+    counter of the host."""
+    if isinstance(counter, AllocatorCounter | SampledCounter):
+        counter.reset_reserved_peak()
 
 
 def accelerator_counter(device: torch.device) -> AllocatorCounter | SampledCounter:

@@ -194,7 +194,7 @@ class _MemoryFraction:
         return self._start_bytes
 
     def lift(self) -> None:
-        devices.set_memory_fraction(self._device, 1.0)
+        devices.lift_memory_fraction(self._device)
 
     def used_bytes(self) -> int:
         return int(self._counter.reserved_peak_bytes()) - self._start_bytes

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memfit.runtime.devices import synchronize
+from memfit.runtime.devices import memory_info, synchronize
 from memfit.runtime.memory import PeakCounter
 from memfit.techniques.offload import Spool, SpooledTensor
 from memfit.types.device_kind import HOST
@@ -32,6 +32,8 @@ _OP_LIMIT_S = 0.1  # no single operator may use up the budget
 _MATMUL_SIZE = 1024
 _DEVICE_MATMUL_SIZE = 4096  # large enough for the matrix units of an accelerator
 _COPY_BYTES = 64 * 2**20
+_DEVICE_CACHE_BYTES = 256 * 2**20  # several times the cache of an accelerator
+_IN_A_ROW_S, _MOST_IN_A_ROW = 1e-3, 100
 _BETWEEN_BYTES = 8 * 2**20  # written between two calls, as other operators of a step fill the caches
 _LARGE_BYTES = 4 * 2**20
 _FILE_BYTES, _FILES = 64 * 2**10, 64
@@ -169,6 +171,8 @@ def measure_call(
     """Run the signature's operator once on ``device``. Return a function that repeats the call with the same
     made-up arguments, and the bytes that the call took. Raises one of `CANNOT_RUN` if the operator cannot run
     alone."""
+    if device != _HOST:  # the first product takes a workspace that stays
+        torch.mm(*(torch.ones(2, 2, device=device) for _ in range(2)))
     call, args, kwargs = prepare_call(signature, device)
     start_bytes = counter.live_bytes()
     counter.reset_peak()
@@ -237,17 +241,46 @@ def _typical_s(call: Callable[[], Any], device: torch.device) -> tuple[float, fl
     As in a step, the calls do not find their operands in the innermost caches: the shortest of consecutive
     calls is about a quarter below the time in a step. The time that a call waited for a CPU is subtracted,
     but at least a twentieth of its time always counts."""
-    filler, times_s = torch.ones(_BETWEEN_BYTES // 4, device=device), list[float]()
+    if device != _HOST:
+        return _typical_of_device_s(call, device)
+    filler, times_s = torch.ones(_BETWEEN_BYTES // 4), list[float]()
     while len(times_s) < _CALLS and (sum(times_s) < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
         filler.add_(1.0)
-        synchronize(device)
         waited_s, start = _waited_s(), time.perf_counter()
         call()
-        synchronize(device)
         wall_s = time.perf_counter() - start
         times_s.append(max(wall_s / 20, wall_s - (_waited_s() - waited_s)))
     median_s = statistics.median(times_s)
     return median_s, median_s / min(times_s) - 1
+
+
+def _typical_of_device_s(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Return (median time of a call in seconds; by which fraction it lies above the shortest) on an
+    accelerator. Calls run back to back for about a millisecond before the host waits for them, because a
+    step does not wait for each of its operators either."""
+    filler = torch.ones(_between_bytes(device) // 4, device=device)
+
+    def seconds(count: int) -> float:
+        filler.add_(1.0)
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - start) / count
+
+    count = max(1, min(_MOST_IN_A_ROW, int(_IN_A_ROW_S / max(seconds(1), 1e-7))))
+    times_s: list[float] = []
+    while len(times_s) < _CALLS and (sum(times_s) * count < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
+        times_s.append(seconds(count))
+    median_s = statistics.median(times_s)
+    return median_s, median_s / min(times_s) - 1
+
+
+def _between_bytes(device: torch.device) -> int:
+    """Return the size of a tensor that displaces others from the caches of the device, at most a 32th of its
+    free memory."""
+    return _BETWEEN_BYTES if device == _HOST else min(_DEVICE_CACHE_BYTES, memory_info(device)[0] // 32)
 
 
 def _operator(name: str) -> Any:
@@ -301,16 +334,24 @@ def _matmul_flops_s(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _copy_bytes_s(device: torch.device) -> float:
-    source = torch.ones(_COPY_BYTES // 4, device=device)
+    size_bytes = _COPY_BYTES if device == _HOST else 4 * _between_bytes(device)
+    source = torch.ones(size_bytes // 4, device=device)
     target = torch.empty_like(source).copy_(source)
-    return 2 * _COPY_BYTES / _best_s(lambda: target.copy_(source), device)
+    return 2 * size_bytes / _best_s(lambda: target.copy_(source), device)
 
 
 def _host_bytes_s(device: torch.device) -> float:
     """Return the bytes per second between ``device`` and the host as activation offload copies them: to
-    memory that is not pinned and back."""
+    pinned memory and back."""
     source = torch.ones(_COPY_BYTES // 4, device=device)
-    return 2 * _COPY_BYTES / _best_s(lambda: source.to(_HOST).to(device), device)
+    pinned = torch.empty(_COPY_BYTES // 4, pin_memory=True)
+
+    def both_ways() -> None:
+        pinned.copy_(source, non_blocking=True)
+        source.copy_(pinned, non_blocking=True)
+
+    both_ways()
+    return 2 * _COPY_BYTES / _best_s(both_ways, device)
 
 
 def _disk() -> tuple[float, float]:

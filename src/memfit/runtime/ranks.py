@@ -1,4 +1,4 @@
-"""Run one child process per rank of a plan, all on this machine. The ranks join over gloo."""
+"""Run one child process per rank of a plan, all on this machine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def run_ranks(
     """Run all ranks of the plan, one child process each, and return their measurements, in the order of the
     ranks. ``on_event(rank, event)`` is called with every event of a rank, from one thread per rank.
 
-    If a rank ends with another outcome than OK, the other ranks wait in a collective. They end when gloo
-    notices the closed connection. Those that have not ended `GRACE_S` (60) seconds later are killed, and
-    their measurements have the outcome failed. An interruption of this process, or an error in ``on_event``,
-    kills all ranks and is raised."""
+    If a rank ends with another outcome than OK, the other ranks wait in a collective. They end if the backend
+    notices the closed connection, as gloo does. Those that have not ended `GRACE_S` (60) seconds later are
+    killed, and their measurements have the outcome failed. An interruption of this process, or an error in
+    ``on_event``, kills all ranks and is raised."""
     ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
     timers: list[threading.Timer] = []
 

@@ -115,7 +115,7 @@ class HostCopies(_Away):
         import torch
 
         self._finish()
-        if self.bench.torch_device != HOST and self.stream is None:
+        if self.bench.torch_device != HOST and self.bench.device.streams and self.stream is None:
             self.stream = torch.Stream(device=tensor.device)
         source = tensor.detach()
         with self.bench.place("host"):

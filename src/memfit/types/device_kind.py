@@ -25,6 +25,7 @@ class DeviceKind:
     - ``autocast``: "cpu" or "cuda": whose lists of float32 functions its autocast follows.
     - ``fused_dropout``: dropout keeps a mask of one byte per element, not one of the input's dtype.
     - ``foreach``: torch's optimizers update all parameters together unless told otherwise.
+    - ``streams``: torch has streams for it, on which copies run beside operators.
     - ``checked``: predictions were compared with measurements on devices of this kind.
     """
 
@@ -34,6 +35,7 @@ class DeviceKind:
     autocast: str = "cuda"
     fused_dropout: bool = True
     foreach: bool = True
+    streams: bool = True
     checked: bool = False
 
     def __post_init__(self) -> None:
@@ -74,4 +76,4 @@ add_device_kind(
 )
 add_device_kind(DeviceKind(name=CUDA, checked=True))
 add_device_kind(DeviceKind(name="xpu"))
-add_device_kind(DeviceKind(name="mps", foreach=False))
+add_device_kind(DeviceKind(name="mps", fused_dropout=False, foreach=False, streams=False))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from memfit.jobs.training_step import TrainingStep
+    from memfit.runtime.energy import EnergyMeter
     from memfit.runtime.memory import PeakCounter
     from memfit.runtime.memory_cap import MemoryLimit
     from memfit.techniques.rank_mesh import World
@@ -75,6 +76,7 @@ class _Gauge:
     headroom: list[int] = dataclasses.field(default_factory=list)
     timeline: tuple[int, ...] = ()
     used_bytes: int | None = None  # of the cap, used by training alone
+    of_accelerator: dict[str, Any] = dataclasses.field(default_factory=dict)  # by training alone
 
     def turn(self, phase: str) -> None:
         """End the running phase and start the one called ``phase``. The phase that ends gets the peaks of
@@ -99,27 +101,32 @@ def main(path: Path) -> None:
     before. An error in reading the file, and other errors, are raised, without a result."""
     spec = serialization.loads(RunSpec, path.read_text(), what="run specification")
     try:
-        measurement = _run(spec, path)
+        _run(spec, path)
     except MemfitError as error:
         if isinstance(error, UserError):
             tell("refused", given=error.given, allowed=error.allowed, hint=error.hint)
-        measurement = Measurement(outcome=OutcomeKind.FAILED, reason=str(error))
-    tell("result", measurement=measurement)
+        tell("result", measurement=Measurement(outcome=OutcomeKind.FAILED, reason=str(error)))
 
 
-def _run(spec: RunSpec, path: Path) -> Measurement:
+def _run(spec: RunSpec, path: Path) -> None:
     import torch
 
     from memfit.jobs.checkpoints import restarted
     from memfit.jobs.registry import load
-    from memfit.runtime.devices import driver_used_bytes, local_rank, use_device
+    from memfit.runtime.devices import (
+        driver_used_bytes,
+        free_cache,
+        local_rank,
+        reset_reserved_peak,
+        use_device,
+    )
     from memfit.runtime.gloo import gloo_first
     from memfit.runtime.memory import peak_counter
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
+    used_bytes = driver_used_bytes(torch.device(spec.device, local_rank()))  # before there is a context
     device = use_device(spec.device, local_rank())
-    used_bytes = driver_used_bytes(device)
     counter = peak_counter(device)
     spec = dataclasses.replace(spec, keep=restarted(spec.keep))
     job = load(spec.job)
@@ -128,20 +135,28 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
         make_step = functools.partial(
             step_maker(spec.engine, path.parent), device=spec.device, torch_device=str(device)
         )
+        base_bytes = counter.live_bytes()
         elements = _warm_up(job, spec, world, make_step)
+        if device.type == HOST:
+            base_bytes = counter.live_bytes()
+        else:  # the workspaces that the warm-up has left are part of what is predicted
+            free_cache(device)
+            reset_reserved_peak(counter)
         start = time.perf_counter()
-        gauge = _Gauge(counter, counter.live_bytes(), world, settle, make_step, elements, device, used_bytes)
+        gauge = _Gauge(counter, base_bytes, world, settle, make_step, elements, device, used_bytes)
         counter.reset_peak()
         with _cap(spec, counter, device) as limit:
             measurement = _guarded(job, spec, gauge, limit)
-    return dataclasses.replace(measurement, wall_s=time.perf_counter() - start)
+        # Before the process group is left: a backend may wait there for ranks that wait for this one.
+        tell("result", measurement=dataclasses.replace(measurement, wall_s=time.perf_counter() - start))
 
 
 @contextlib.contextmanager
 def join_world(plan: Plan, device: str = HOST) -> Iterator[World]:
     """Yield the plan's world on devices of the kind ``device``: its layout, this process's rank, and the mesh
     of ranks. With several ranks, join a process group of the device's own backend by the environment
-    variables that torchrun sets, and leave it at the end. With one, there is no process group."""
+    variables that torchrun sets, and leave it at the end unless an exception is raised. With one, there is no
+    process group."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -153,10 +168,8 @@ def join_world(plan: Plan, device: str = HOST) -> Iterator[World]:
         return
     distributed_c10d.default_pg_timeout = _COLLECTIVE_LIMIT  # also for groups that are made later
     dist.init_process_group(collective_backend(device))
-    try:
-        yield make_world(plan, rank=dist.get_rank(), device=device)
-    finally:
-        dist.destroy_process_group()
+    yield make_world(plan, rank=dist.get_rank(), device=device)
+    dist.destroy_process_group()  # not after an exception, when other ranks may wait in a collective
 
 
 def step_maker(engine: str, folder: Path | None) -> MakeStep:
@@ -263,8 +276,9 @@ def _own_step(job: Job, part: Any, device: str, autocast_dtype: Any) -> Any:
     from memfit.jobs.training_step import batch_length, split
     from memfit.model.blocks import find_blocks
 
-    listener, model = BlockListener(), job.build_model().train().to(device)
+    listener = BlockListener()
     try:
+        model = job.build_model().train().to(device)
         listener.listen(find_blocks(model, job.blocks)[1])
         with torch.autocast(torch.device(device).type, autocast_dtype, enabled=autocast_dtype is not None):
             loss = job.loss(model, split(part, max(1, batch_length(part) // 2))[0])
@@ -303,11 +317,11 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
 
     outcome, reason, metric, digest = OutcomeKind.OK, "", None, ""
     meter = EnergyMeter(str(gauge.device))
-    meter.start()
     energy: tuple[float | None, str] = (None, "")
     try:
-        step = _train(job, spec, gauge)
+        step = _train(job, spec, gauge, meter)
         energy = meter.stop()
+        gauge.of_accelerator = _of_accelerator(gauge)
         gauge.used_bytes = limit.used_bytes() if limit is not None else None
         if spec.evaluate and job.evaluate is not None:
             if limit is not None:
@@ -329,7 +343,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
     return _measurement(spec, gauge, limit, outcome, reason, energy, metric, digest)
 
 
-def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
+def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> TrainingStep:
     import torch
 
     torch.manual_seed(spec.seed)
@@ -345,6 +359,7 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
     if keeper is not None and spec.keep.resume:
         gauge.turn("resume")
         gauge.first = keeper.restore()
+    meter.start()
     for index in range(gauge.first, spec.steps):
         inputs = step.local(job.make_batch(index, spec.seed))
         gauge.turn("between")
@@ -475,7 +490,7 @@ def _measurement(
         steps_done=len(gauge.losses),
         peak_bytes=gauge.peak_bytes,
         peak_source=gauge.counter.source,
-        **_of_accelerator(gauge),
+        **(gauge.of_accelerator or _of_accelerator(gauge)),
         phase_peak_bytes=phases,
         phase_rss_bytes={k: v for k, v in gauge.phase_rss.items() if k != "between"},
         rss_peak_bytes=max(gauge.phase_rss.values(), default=None),

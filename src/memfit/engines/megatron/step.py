@@ -71,10 +71,15 @@ class Step(TrainingStep):
             if bench.torch_device == HOST:
                 stack.enter_context(_on_cpu())
             stack.enter_context(_parallel_state(degree, bench.torch_device, traced=is_trace))
+            from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
             config = transformer_config(shape, **_transformer(options))
             self._check_sequence(bool(config.sequence_parallel))
             with bench.place(""):  # its buffers must also be allocated on the training device
                 self.model = bench.model = megatron_model = MegatronGpt(shape, config)
+                if bench.torch_device != HOST:
+                    megatron_model.to(bench.torch_device)
+                    model_parallel_cuda_manual_seed(torch.initial_seed())
                 copy_weights(source, megatron_model, rank=bench.world.rank % degree)
                 self.wrapped = bench.call = _wrapped(megatron_model, config, options)
 

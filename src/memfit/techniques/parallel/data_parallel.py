@@ -14,6 +14,7 @@ from memfit.model.blocks import find_blocks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.techniques.base import Knob, Space, Technique, Workbench
 from memfit.techniques.optimizers import stepping_on_host
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -36,6 +37,8 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     mesh = bench.world.flat("replicate", "context")
     if mesh is None:
         return
+    if bench.torch_device != HOST:  # DDP's hooks do not survive a later move
+        bench.model.to(bench.torch_device)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bench.model, bench.own_parameters)
     with bench.place(""):  # DDP's buckets are on the device
         ddp = DistributedDataParallel(

@@ -127,13 +127,13 @@ class Pipeline:
         dropped_names = {n for n, positions in chain.uses.items() if not positions & own_positions}
         for name, module in model.named_modules(remove_duplicate=False):
             for key in [k for k in module._parameters if f"{name}.{k}".lstrip(".") in dropped_names]:
-                _drop(module, key, module._parameters)
+                _drop(module, key, module._parameters, self.device)
         for index, block in enumerate(chain.blocks):
             block._compiled_call_impl = self._route(index, block)
             if index not in own_positions:
                 for module in block.modules():
                     for key in list(module._buffers):
-                        _drop(module, key, module._buffers)
+                        _drop(module, key, module._buffers, self.device)
         for name, returns in chain.before.items():
             module = model.get_submodule(name)
             module._compiled_call_impl = self._route_early(module, returns)
@@ -407,12 +407,12 @@ def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
     return [(sum(sizes[:s]), sum(sizes[: s + 1])) for s in range(stages)]
 
 
-def _drop(module: torch.nn.Module, key: str, tensors: dict[str, Any]) -> None:
+def _drop(module: torch.nn.Module, key: str, tensors: dict[str, Any], device: torch.device) -> None:
     """Remove ``key`` from ``tensors``, the dict of the module's parameters or buffers. Set the attribute
-    ``key`` to zeros of that shape and dtype that take no memory, or to None if it was None."""
+    ``key`` to zeros of that shape and dtype on ``device`` that take no memory, or to None if it was None."""
     tensor = tensors.pop(key)
     if tensor is not None:
-        zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+        zero = torch.zeros((), dtype=tensor.dtype, device=device)
         object.__setattr__(module, key, zero.expand(tensor.shape))
     else:
         object.__setattr__(module, key, None)
