@@ -58,10 +58,12 @@ def script(handover: Handover) -> str:
 
 def environment(handover: Handover) -> dict[str, str]:
     """Return the environment variables of the launch, name -> value, without PYTHONPATH, which holds paths of
-    this machine, and LOCAL_RANK, which the launcher sets. For a script of the user two variables of memfit's
-    worker are left out too: DS_ACCELERATOR, which makes DeepSpeed train on CPUs, and PYTHONSAFEPATH, which
-    removes the current folder from the import path."""
-    worker_variables = ("DS_ACCELERATOR", "PYTHONSAFEPATH") if handover.script else ()
+    this machine, and LOCAL_RANK, which the launcher sets. For a script of the user three variables of
+    memfit's worker are left out too: DS_ACCELERATOR, which makes DeepSpeed train on CPUs, PYTHONSAFEPATH,
+    which removes the current folder from the import path, and TORCH_CUDNN_SDPA_DEPRIORITIZED, which chooses
+    attention kernels."""
+    of_worker = ("DS_ACCELERATOR", "PYTHONSAFEPATH", "TORCH_CUDNN_SDPA_DEPRIORITIZED")
+    worker_variables = of_worker if handover.script else ()
     excluded = {"PYTHONPATH", "LOCAL_RANK", *worker_variables}
     return {k: v for k, v in handover.config.env.items() if k not in excluded}
 
