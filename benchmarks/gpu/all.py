@@ -233,14 +233,20 @@ def poc(job: str) -> dict[str, Any]:
 
 
 def _engines(*, simulated: bool) -> Iterator[Case]:
-    ref = JobRef(spec="protein-lm", size=None if simulated else "35M", batch=2 if simulated else 16)
+    """Yield one case for each engine that is installed, with a plan that it supports on one device."""
+    zero = make_use("zero", {"stage": 2, "reduce_bucket_elements": 1_000_000})
     for engine in ENGINES.values():
-        if engine.name != "replay" and not engine.probe().problem:
-            yield Case(
-                piece="engines",
-                name=f"{engine.name}: protein-lm, bf16-autocast",
-                measure=lambda name=engine.name: step(ref, Plan(uses=(AUTOCAST,)), name, simulated=simulated),
-            )
+        if engine.name == "replay" or engine.probe().problem:
+            continue
+        job, size, batch = ("char-lm", "", 64) if engine.name == "megatron" else ("protein-lm", "35M", 16)
+        ref = JobRef(spec=job, size=None if simulated else size or None, batch=2 if simulated else batch)
+        by_engine = {"deepspeed": Plan(uses=(zero,)), "megatron": Plan(), "colossalai": Plan()}
+        plan = by_engine.get(engine.name, Plan(uses=(AUTOCAST,)))
+        yield Case(
+            piece="engines",
+            name=f"{engine.name}: {job}, {plan.label}",
+            measure=lambda r=ref, p=plan, name=engine.name: step(r, p, name, simulated=simulated),
+        )
 
 
 # -- records and the page ---------------------------------------------------------------------------
