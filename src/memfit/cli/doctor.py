@@ -106,11 +106,11 @@ def accelerator_checks() -> Iterator[Check]:
     from memfit.runtime.devices import accelerator_kind, accelerators
 
     try:
-        found = accelerators()
+        devices = accelerators()
     except MemfitError as error:
         yield Check(name="accelerator", ok=False, detail=_one_line(str(error)))
         return
-    for accelerator in found:
+    for accelerator in devices:
         detail = f"{accelerator.name}: {format_bytes(accelerator.total_bytes)}"
         detail += f", {format_bytes(accelerator.free_bytes)} free now"
         if accelerator.context_bytes:

@@ -112,8 +112,8 @@ def describe_accelerators() -> list[Accelerator]:
 def _describe(device: torch.device) -> Accelerator:
     import torch
 
-    found = _board(device)
-    before = None if found is None else found.free_bytes()
+    board = _board(device)
+    before = None if board is None else board.free_bytes()
     torch.zeros(1, device=device)
     synchronize(device)
     free_bytes, total_bytes = memory_info(device)
@@ -140,8 +140,8 @@ def _board(device: torch.device) -> Board | None:
 def driver_used_bytes(device: torch.device) -> int | None:
     """Return the bytes of the device's memory that all processes use together, contexts included, or None if
     the driver does not tell."""
-    found = _board(device)
-    return None if found is None else found.used_bytes()
+    board = _board(device)
+    return None if board is None else board.used_bytes()
 
 
 def device_name(device: torch.device) -> str:
@@ -189,17 +189,6 @@ def synchronize(device: torch.device) -> None:
 
     if device.type != HOST:
         torch.accelerator.synchronize(device)
-
-
-def random_state(device: torch.device) -> torch.Tensor:
-    """Return the state of the accelerator's default random generator, a tensor in host memory."""
-    state: torch.Tensor = _module(device).get_rng_state()
-    return state
-
-
-def set_random_state(device: torch.device, state: torch.Tensor) -> None:
-    """Set the state of the accelerator's default random generator to what `random_state` returned."""
-    _module(device).set_rng_state(state)
 
 
 def collective_backend(kind: str) -> str:

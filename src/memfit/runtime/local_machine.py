@@ -26,15 +26,15 @@ def this_machine(place: str, kind: str = "") -> Machine:
     power an assumed number of watts for each CPU thread that this process may use. Raises UserError if torch
     finds no device of this kind, and MemfitError if it finds one that does not work.
     """
-    found = devices.accelerator_kind()
-    if kind not in ("", HOST, found):
+    accelerator_kind = devices.accelerator_kind()
+    if kind not in ("", HOST, accelerator_kind):
         raise UserError(
             f"torch finds no device of the kind {kind!r} on this machine",
-            allowed=", ".join(f"this:{k}" for k in (found, HOST) if k),
+            allowed=", ".join(f"this:{k}" for k in (accelerator_kind, HOST) if k),
             hint="`memfit doctor` says what torch finds",
         )
-    if not found or kind == HOST:
-        name = f"{NAME}'s processor" if found else NAME
+    if not accelerator_kind or kind == HOST:
+        name = f"{NAME}'s processor" if accelerator_kind else NAME
         device = Device(
             name=name, kind=HOST, memory_bytes=_host_memory(), power_w=catalog.cpu_power(threads())
         )
@@ -45,9 +45,9 @@ def this_machine(place: str, kind: str = "") -> Machine:
     return Machine(
         name=f"{first.name} of {NAME}",
         device=dataclasses.replace(
-            _known(first.name) or Device(name=first.name, kind=found, memory_bytes=memory),
+            _known(first.name) or Device(name=first.name, kind=accelerator_kind, memory_bytes=memory),
             name=first.name,
-            kind=found,
+            kind=accelerator_kind,
             memory_bytes=memory,
         ),
         device_count=len(accelerators),

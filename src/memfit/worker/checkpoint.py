@@ -36,8 +36,8 @@ from memfit.runtime.checkpoint_layout import (
     places,
     spread,
 )
-from memfit.runtime.devices import random_state, set_random_state
 from memfit.runtime.progress_events import tell
+from memfit.techniques.recompute.selective_recompute import rng_state, set_rng_state
 from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import Checkpoint, RunSpec, Shape
@@ -200,7 +200,7 @@ class Checkpointer:
             load(target, storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=_alone())
         torch.set_rng_state(target[random_key])
         if (device_key := f"{random_key}.{self.device.type}") in random_states:
-            set_random_state(self.device, target[device_key])
+            set_rng_state(self.device, target[device_key])
         for entry in entries:
             if entry.text in metadata:
                 entry.enter(target[entry.text])
@@ -214,7 +214,7 @@ class Checkpointer:
         and its kind."""
         states = {key: torch.get_rng_state()}
         if self.device.type != HOST:
-            states[f"{key}.{self.device.type}"] = random_state(self.device)
+            states[f"{key}.{self.device.type}"] = rng_state(self.device)
         return states
 
     def _forget(self, entry: Entry) -> None:
