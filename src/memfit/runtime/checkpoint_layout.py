@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from memfit.jobs.training_step import TrainingStep
+from memfit.techniques.optimizers import innermost
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.launch import Shape
@@ -319,26 +320,17 @@ def unwrapped_name(name: str) -> str:
 
 
 def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return the torch optimizers inside ``optimizer``: itself, or those that it wraps. A wrapper holds one,
-    or a list or mapping of several, in one of the attributes ``optimizers``, ``inner``, ``optimizer`` and
-    ``optim``; if it has several of these, only the first in this order counts. Wrappers may be nested. Raises
-    UserError if an innermost object is not a torch optimizer."""
-    attributes = vars(optimizer)
-    inner = next(
-        (attributes[n] for n in ("optimizers", "inner", "optimizer", "optim") if n in attributes), None
-    )
-    if inner is not None:
-        parts = (
-            inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list) else [inner]
-        )
-        return [torch_optimizer for part in parts for torch_optimizer in optimizers(part)]
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(
-            f"{type(optimizer).__name__} is not a torch optimizer, so its state cannot be saved",
-            allowed="a torch.optim.Optimizer, or a wrapper that holds one, or a list or mapping of several, "
-            "in its attribute optimizers, inner, optimizer or optim",
-        )
-    return [optimizer]
+    """Return the torch optimizers inside ``optimizer`` (`innermost`). Raises UserError if an innermost object
+    is not a torch optimizer."""
+    inner_optimizers = innermost(optimizer)
+    for inner in inner_optimizers:
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise UserError(
+                f"{type(inner).__name__} is not a torch optimizer, so its state cannot be saved",
+                allowed="a torch.optim.Optimizer, or a wrapper that holds one, or a list or mapping of "
+                "several, in its attribute optimizers, inner, optimizer or optim",
+            )
+    return inner_optimizers
 
 
 def make_states(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]) -> None:

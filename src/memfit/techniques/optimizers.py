@@ -43,30 +43,25 @@ def _own(make: MakeOptimizer, device: DeviceKind, params: list[torch.nn.Paramete
     return optimizer
 
 
+def innermost(optimizer: Any) -> list[Any]:
+    """Return the optimizers inside ``optimizer``: itself, or those that it wraps. A wrapper holds one, or a
+    list or mapping of several, in one of the attributes ``optimizers``, ``inner``, ``optimizer`` and
+    ``optim``; if it has several of these, only the first in this order counts. Wrappers may be nested."""
+    attributes = getattr(optimizer, "__dict__", {})
+    names = ("optimizers", "inner", "optimizer", "optim")
+    inner = next((attributes[name] for name in names if name in attributes), None)
+    if inner is None:
+        return [optimizer]
+    parts = inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list) else [inner]
+    return [single for part in parts for single in innermost(part)]
+
+
 def counts_steps_on_host(optimizer: Any) -> bool:
     """Return whether all torch optimizers inside ``optimizer`` keep their step counters, tensors without
     dimensions, in host memory whatever the device: False if a parameter group of one of them is fused or
-    capturable (torch/optim/adamw.py, ``_init_group``), else True, also if there is no torch optimizer."""
-    import torch
-
-    parts = [optimizer]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, torch.optim.Optimizer):
-            if any(group.get("fused") or group.get("capturable") for group in part.param_groups):
-                return False
-            continue
-        for name in ("optimizers", "inner", "optimizer", "optim"):
-            inner = getattr(part, name, None)
-            parts += (
-                inner.values()
-                if isinstance(inner, Mapping)
-                else inner
-                if isinstance(inner, list)
-                else [inner]
-            )
-        parts = [p for p in parts if p is not None]
-    return True
+    capturable (torch/optim/adamw.py, ``_init_group``), else True."""
+    groups = [group for inner in innermost(optimizer) for group in getattr(inner, "param_groups", [])]
+    return not any(group.get("fused") or group.get("capturable") for group in groups)
 
 
 def _alike(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
