@@ -136,11 +136,15 @@ def test_more_ranks_than_devices_are_refused(job: str, memfit_on_device: Command
 
 
 @pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store") / "store.sqlite3"
+
+
+@pytest.fixture(scope="module")
 def poc(
-    job: str, memfit_on_device: Command, tmp_path_factory: pytest.TempPathFactory
+    job: str, memfit_on_device: Command, store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], str, str]:
-    folder = tmp_path_factory.mktemp("poc")
-    report = folder / "report.html"
+    report = tmp_path_factory.mktemp("poc") / "report.html"
     result = memfit_on_device(
         "poc",
         job,
@@ -155,7 +159,7 @@ def poc(
         "--out",
         report,
         "--store",
-        folder / "store.db",
+        store,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout), report.read_text(encoding="utf-8"), result.stderr
@@ -175,7 +179,17 @@ def test_a_proof_of_concept_runs_on_the_accelerator(poc: tuple[dict[str, Any], s
     assert NAME in report
 
 
+def test_scale_names_the_device_of_the_proof_of_concept(
+    poc: tuple[dict[str, Any], str, str], memfit_on_device: Command, store: Path
+) -> None:
+    result = memfit_on_device("scale", "--store", store)
+    assert f"PoC {poc[0]['poc_id']}: net tiny, {NAME} of this machine" in result.stdout
+
+
 def test_the_report_calls_one_thing_this_machine(poc: tuple[dict[str, Any], str, str]) -> None:
     text = re.sub(r"<[^>]+>", " ", poc[1])
-    names = set(re.findall(r"[\w ]*\bthis machine\b(?:'s processor)?", text))
-    assert any(NAME in name for name in names) or NAME in text
+    assert f"{NAME} of this machine" in text
+    assert "this machine's processor" not in text
+    assert not re.search(
+        r"(?<!of )this machine, \d", text
+    )  # alone, as the processor is called without a device

@@ -310,7 +310,10 @@ def _print(
     from memfit.report.words import load_words
 
     output, words, model = console(), load_words(lang), sourced_record.record.model
-    output.print(one_line(f"PoC {sourced_record.record.poc_id}: {model.job} {model.size}"), markup=False)
+    title = f"PoC {sourced_record.record.poc_id}: {model.job} {model.size}"
+    if machine := sourced_record.record.hardware.get("machine"):
+        title += f", {words.of(machine)}"
+    output.print(one_line(title), markup=False)
     if sourced_record.taken_from:
         notice = words.get("scale.taken", source=sourced_record.taken_from)
         output.print(one_line(notice), markup=False, style="yellow")
