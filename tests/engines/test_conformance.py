@@ -148,9 +148,9 @@ def _left(shape: tuple[int, ...] | None) -> Callable[[], Any]:
 
     drop = pipeline_stages._drop
 
-    def kept(module: Any, key: str, held: dict[str, Any]) -> None:
+    def kept(module: Any, key: str, held: dict[str, Any], device: torch.device) -> None:
         if shape is not None and held[key].shape != shape:
-            drop(module, key, held)
+            drop(module, key, held, device)
 
     return lambda: mock.patch.object(pipeline_stages, "_drop", kept)
 
