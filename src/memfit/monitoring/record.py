@@ -1,0 +1,347 @@
+"""The record of a watched training: one file of JSON lines for each rank, read and merged.
+
+A file begins with a line ``start`` and has a line ``step`` for each recorded step, ``alarm`` for each alarm
+and ``end`` if the process ended by itself. ``memfit watch -- COMMAND`` adds a line ``exit`` to the file of
+rank 0. Each line is written by one call of the operating system. A last line that is cut off is ignored.
+
+::
+
+    run.jsonl      rank 0
+    run.1.jsonl    rank 1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from memfit.types.errors import UserError
+from memfit.types.result import Interval
+
+FORMAT: Final = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WatchStart:
+    """What is known when the watch of one rank begins.
+
+    ``host``: name of its machine. ``time_s``: seconds since 1970. ``device``: torch's name, such as "cuda:0",
+    and ``device_name`` its product name, "" for a processor. ``total_bytes``: memory of the device or, for a
+    processor, of the machine or its control group. ``memory_source``: what counts allocated bytes, such as
+    "torch's allocator of cuda"; "" if nothing does. ``energy_boundary``: what the joules include, such as
+    "board (NVML)"; "" without a meter. ``environment``: versions and settings
+    (`memfit.store.environment.fingerprint`). ``prediction``: "allocated_bytes", "reserved_bytes",
+    "device_bytes" and "host_bytes", those that were predicted. ``limits``: the thresholds of the alarms, name
+    -> number.
+    """
+
+    rank: int
+    world_size: int
+    pid: int
+    host: str
+    time_s: float
+    device: str
+    device_name: str
+    total_bytes: int | None
+    memory_source: str
+    energy_boundary: str
+    environment: Mapping[str, str]
+    prediction: Mapping[str, Interval]
+    limits: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WatchStep:
+    """One recorded step of one rank. A field that is None was not measured in this step.
+
+    ``step``: its number, from 1 unless the training gave another. ``time_s``: when it ended, in seconds
+    since 1970. ``step_s``: its duration. ``before_backward_s``: the part of it before its first backward pass
+    began: loading of data and forward pass, on the host. Memory is that right after the step:
+
+    - ``allocated_bytes``: tensors, ``reserved_bytes``: what torch's allocator keeps for them.
+    - ``peak_allocated_bytes``, ``peak_reserved_bytes``: their peaks since the process began, or since the
+      training itself reset them. memfit never does.
+    - ``allocator_retries``: how often the allocator freed its cache to find a block, since the process began.
+    - ``device_bytes``: what all processes use of the device.
+    - ``host_bytes``: resident memory of the process, ``peak_host_bytes``: its peak.
+    - ``headroom_bytes``: free memory of the device; for a processor, what the process can still take.
+
+    ``energy_j``: joules since the watch began.
+    """
+
+    step: int
+    time_s: float
+    step_s: float | None = None
+    before_backward_s: float | None = None
+    allocated_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    allocator_retries: int | None = None
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    peak_host_bytes: int | None = None
+    headroom_bytes: int | None = None
+    loss: float | None = None
+    grad_norm: float | None = None
+    energy_j: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """Something unusual in a training.
+
+    ``kind``: "creep", "maximum", "above-prediction", "fragmentation", "retries", "loss-spike", "non-finite",
+    "headroom" or "slow-rank". ``quantity``: the field of WatchStep in which it was seen. ``value``: its
+    value; for "creep" its growth in bytes per step, for "slow-rank" its ratio to that of the other ranks.
+    ``limit``: the threshold that ``value`` crossed. ``text``: one sentence.
+    """
+
+    kind: str
+    step: int
+    rank: int
+    quantity: str
+    value: float
+    limit: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WatchEnd:
+    """The end of a process by itself. ``error``: the type of the error that ended it, such as
+    "OutOfMemoryError", or "". ``message``: the error's text, at most its first 4,000 characters. ``memory``:
+    what could then be measured, by the names of WatchStep's fields.
+    """
+
+    time_s: float
+    error: str = ""
+    message: str = ""
+    memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CommandExit:
+    """The end of a command that ``memfit watch -- COMMAND`` ran. ``code``: its exit status; -9 means killed
+    by signal 9. ``oom_kills``: how many processes the kernel killed meanwhile in the command's control group
+    because memory ran out; None: unknown.
+    """
+
+    time_s: float
+    code: int
+    oom_kills: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RankRecord:
+    """What one rank wrote since its watch last began. ``start`` is None if that line is missing. ``end`` is
+    None while the process runs, and if it was killed. ``earlier_starts``: how often a watch began in this
+    file before, as before a restart of the training. ``unreadable_lines``: number of lines that are left out
+    because they are not valid.
+    """
+
+    path: Path
+    rank: int
+    start: WatchStart | None
+    steps: tuple[WatchStep, ...]
+    alarms: tuple[Alarm, ...]
+    end: WatchEnd | None
+    earlier_starts: int = 0
+    unreadable_lines: int = 0
+
+    def peak(self, quantity: str) -> int | None:
+        """Return the highest value of a field of WatchStep over all steps, or None if it was never
+        measured."""
+        return max((v for s in self.steps if (v := getattr(s, quantity)) is not None), default=None)
+
+    @property
+    def least_headroom_bytes(self) -> int | None:
+        """The least free memory after a step, or None if it was never measured."""
+        return min((s.headroom_bytes for s in self.steps if s.headroom_bytes is not None), default=None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WatchRecord:
+    """The records of all ranks of a training, sorted by rank. ``exit``: the end of the command, if memfit ran
+    it.
+    """
+
+    ranks: tuple[RankRecord, ...]
+    exit: CommandExit | None = None
+
+    @property
+    def fullest(self) -> RankRecord | None:
+        """The rank with the least free memory on its device. If free memory is unknown, the one with the
+        highest peak of tensors, or else of its resident memory. None if nothing was measured."""
+        return _least(self.ranks, lambda r: r.least_headroom_bytes if _on_own_device(r) else None) or _least(
+            self.ranks,
+            lambda r: _negative(r.peak("peak_allocated_bytes") or r.peak("peak_host_bytes")),
+        )
+
+
+def _on_own_device(record: RankRecord) -> bool:
+    return record.start is not None and bool(record.start.device_name)
+
+
+def _negative(value: int | None) -> int | None:
+    return None if value is None else -value
+
+
+def _least(ranks: Iterable[RankRecord], value: Callable[[RankRecord], int | None]) -> RankRecord | None:
+    values = [(v, r.rank, r) for r in ranks if (v := value(r)) is not None]
+    return min(values, key=lambda item: item[:2])[2] if values else None
+
+
+# -- files ------------------------------------------------------------------------------------------------
+
+
+def rank_path(path: Path, rank: int) -> Path:
+    """Return the file of a rank: ``path`` for rank 0, else with the rank before the suffix, as in
+    run.1.jsonl."""
+    return path.with_suffix(f".{rank}{path.suffix}") if rank else path
+
+
+def rank_paths(path: Path) -> dict[int, Path]:
+    """Return the files of all ranks that exist beside ``path``, the file of rank 0, by rank."""
+    pattern = re.compile(re.escape(path.stem) + r"\.(\d+)" + re.escape(path.suffix))
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    others = {int(m[1]): p for p in siblings if (m := pattern.fullmatch(p.name))}
+    paths = {0: path, **others} if path.is_file() else others
+    return dict(sorted(paths.items()))
+
+
+def read_records(path: str | Path) -> WatchRecord:
+    """Read and merge what the ranks of a training wrote. ``path``: the file of rank 0. Files of other ranks
+    are read from the same folder. Raises UserError if there is no such file, or if none of its lines is one
+    of a watched training."""
+    reader = RecordReader(path)
+    record = reader.update()
+    if not record.ranks:
+        raise UserError(
+            f"cannot read the record {path}: "
+            + ("no line is one of a watched training" if Path(path).exists() else "there is no such file"),
+            allowed="the file of rank 0 that `memfit watch -- COMMAND` or `memfit.watch` writes",
+        )
+    return record
+
+
+class RecordReader:
+    """Reads the record of a training that may still run: each `update` reads only what is new."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._files: dict[int, _RankFile] = {}
+
+    def update(self) -> WatchRecord:
+        """Return the whole record so far, without ranks that wrote no valid line. Raises UserError if a file
+        cannot be read."""
+        for rank, path in rank_paths(self._path).items():
+            self._files.setdefault(rank, _RankFile(path, rank)).update()
+        files = [self._files[rank] for rank in sorted(self._files)]
+        exits = [f.exit for f in files if f.exit is not None]
+        return WatchRecord(
+            ranks=tuple(f.record() for f in files if f.has_lines), exit=exits[-1] if exits else None
+        )
+
+
+class _RankFile:
+    """The lines of one rank that were read so far."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self._path, self._rank, self._offset = path, rank, 0
+        self._starts = self._unreadable = 0
+        self.exit: CommandExit | None = None
+        self._begin(None)
+
+    def _begin(self, start: WatchStart | None) -> None:
+        self._start, self._end = start, None
+        self._steps: list[WatchStep] = []
+        self._alarms: list[Alarm] = []
+
+    @property
+    def has_lines(self) -> bool:
+        return bool(self._starts or self._steps or self._end or self.exit)
+
+    def update(self) -> None:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except OSError as error:
+            raise UserError(f"cannot read the record {self._path}: {error.strerror}") from error
+        whole_lines = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole_lines)
+        for line in whole_lines.splitlines():
+            if line.strip():
+                self._add(line)
+
+    def _add(self, line: bytes) -> None:
+        try:
+            values = json.loads(line)
+            self._add_values(values.pop("kind"), values)
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+            self._unreadable += 1
+
+    def _add_values(self, kind: str, values: dict[str, Any]) -> None:
+        match kind:
+            case "start":
+                prediction = {name: Interval(**v) for name, v in values.pop("prediction").items()}
+                self._begin(WatchStart(**_known(WatchStart, values), prediction=prediction))
+                self._starts += 1
+            case "step":
+                self._steps.append(WatchStep(**_known(WatchStep, values)))
+            case "values":
+                self._complete(values)
+            case "alarm":
+                values["kind"] = values.pop("alarm")
+                self._alarms.append(Alarm(**_known(Alarm, values)))
+            case "end":
+                self._end = WatchEnd(**_known(WatchEnd, values))
+            case "exit":
+                self.exit = CommandExit(**_known(CommandExit, values))
+            case _:
+                raise ValueError(kind)
+
+    def _complete(self, values: dict[str, Any]) -> None:
+        """Add values that were read from the device after the line of their step had been written."""
+        values = _known(WatchStep, values)
+        for i in range(len(self._steps) - 1, max(-1, len(self._steps) - 1000), -1):
+            if self._steps[i].step == values["step"]:
+                self._steps[i] = dataclasses.replace(self._steps[i], **values)
+                return
+
+    def record(self) -> RankRecord:
+        return RankRecord(
+            path=self._path,
+            rank=self._start.rank if self._start else self._rank,
+            start=self._start,
+            steps=tuple(self._steps),
+            alarms=tuple(self._alarms),
+            end=self._end,
+            earlier_starts=max(0, self._starts - 1),
+            unreadable_lines=self._unreadable,
+        )
+
+
+_NUMBERS: Final = {"loss", "grad_norm", "value", "limit"}  # that may be "nan", "inf" or "-inf" in a file
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ``values`` that are fields of ``kind``. Others may come from a newer version."""
+    names = {f.name for f in dataclasses.fields(kind)} - {"prediction"}
+    return {
+        name: float(v) if name in _NUMBERS and v is not None else v
+        for name, v in values.items()
+        if name in names
+    }
+
+
+def line_of(kind: str, value: Mapping[str, Any]) -> bytes:
+    """Return a line of the file. Values that are None are left out."""
+    from memfit.types.serialization import dumps
+
+    filled = {name: v for name, v in value.items() if v is not None}
+    return dumps({"kind": kind, **filled}).encode() + b"\n"
