@@ -26,7 +26,7 @@ from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_storage import of_kernels_types, plain_tensors, sole_counts, strided_storage
 from memfit.trace.operators import tensors_in
-from memfit.trace.source_location import ModuleStack, newest_node, running_node, user_line
+from memfit.trace.source_location import ModuleStack, newest_node, running_node, user_place
 from memfit.trace.streams import StreamTracker, StreamUse
 from memfit.types.device_kind import device_kind
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
@@ -470,10 +470,10 @@ class AllocationRecorder(TorchDispatchMode):
         return life
 
     def _line(self) -> str:
-        """Return the line of the user's code that runs, such as "model.py:12" (`user_line`). If none runs in
-        backward, return the line that made the running autograd node in forward. Return "" if there is
-        none."""
-        line = user_line()
+        """Return the line of the user's code that runs, such as "/home/me/model.py:12" (`user_place`). If
+        none runs in backward, return the line that made the running autograd node in forward. Return "" if
+        there is none."""
+        line = user_place()
         if self.current is Phase.FORWARD:
             self._line_of_node.setdefault(newest_node(), line)
         elif not line and self.current is Phase.BACKWARD:
@@ -543,7 +543,8 @@ class AllocationRecorder(TorchDispatchMode):
             step=life.step,
             module=life.module,
             op=life.op,
-            line=life.line,
+            line=life.line.rpartition("/")[2],
+            file=life.line.rpartition(":")[0],
             requested_bytes=life.size_bytes,
             stream=life.place,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ _NOT_THE_USERS = (_PACKAGE, "/torch/", "/lib/python3", "<")
 _ON_THE_WAY = (f"{_PACKAGE}trace/", "/torch/_ops.py", "/torch/overrides.py", "/torch/utils/_")
 
 
-def user_line() -> str:
-    """Return the file name and line, such as "file.py:12", of the innermost frame of the user's code: outside
-    torch, memfit, the standard library and installed packages. The code of memfit's jobs and of the models in
-    transformers counts as the user's. Return "" if there is none, or if the training step is reached first,
-    as when it or the optimizer allocates."""
+def user_place() -> str:
+    """Return the path and line, such as "/home/me/file.py:12", of the innermost frame of the user's code:
+    outside torch, memfit, the standard library and installed packages. The code of memfit's jobs and of the
+    models in transformers counts as the user's. Return "" if there is none, or if the training step is
+    reached first, as when it or the optimizer allocates."""
     frame: Any = sys._getframe(1)
     while frame is not None and (path := frame.f_code.co_filename) != _STEP:
         is_internal = any(part in path for part in _NOT_THE_USERS)
@@ -29,9 +30,14 @@ def user_line() -> str:
             or path.startswith(f"{_PACKAGE}jobs/")
             or "/site-packages/transformers/models/" in path
         ):
-            return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
+            return f"{path}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def user_line() -> str:
+    """Return what `user_place` returns without the folder: "file.py:12"."""
+    return user_place().rpartition("/")[2]
 
 
 def library_line() -> str:
@@ -81,7 +87,15 @@ class ModuleStack:
         self._handles: list[Any] = []
 
     def watch(self, model: torch.nn.Module) -> None:
-        names = {id(m): n for n, m in model.named_modules()}
+        self.watch_all({"": model})
+
+    def watch_all(self, models: Mapping[str, torch.nn.Module]) -> None:
+        """Follow calls of several models. The keys are put before the paths of their modules."""
+        names = {
+            id(module): ".".join(filter(None, (name, path)))
+            for name, model in models.items()
+            for path, module in model.named_modules()
+        }
 
         def enter(module: torch.nn.Module, args: Any) -> None:
             if id(module) in names:

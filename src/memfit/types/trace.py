@@ -61,6 +61,7 @@ class Allocation:
     module: str  # dotted path of the module whose forward or backward made it; "" is the root
     op: str
     line: str = ""  # "file.py:123" in user code, if requested
+    file: str = ""  # path of that file
     requested_bytes: int = 0  # before rounding
     # "" is the compute stream; others, such as "all-gather", have their own pool in the CUDA allocator
     stream: str = ""
