@@ -108,12 +108,8 @@ def trace(
         _guesses_blamed(recorder),
         fake_ranks(plan, rank) as world,
         _fake_world() as fake,
-        _random_states(recorder),
-        _resizes(recorder),
-        _propagation_unseen(recorder),
-        use_device_kernels(device),
+        recording_patches(recorder),
         recorder,
-        values_read(recorder.guesses),
         GlooScratch() if scratch else contextlib.nullcontext(),
         streams(recorder) if plan.ranks > 1 and not recorder.kind.is_host else contextlib.nullcontext(),
     ):
@@ -334,7 +330,15 @@ def _label_model(recorder: AllocationRecorder, model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def _fake_world() -> Iterator[FakeTensorMode]:
-    """Yield an active fake tensor mode, with patches of torch that let a training step run in it. Among
+    """Yield an active fake tensor mode, with the patches of torch that let a training step run in it."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_patches(fake), fake:
+        yield fake
+
+
+@contextlib.contextmanager
+def fake_patches(fake: FakeTensorMode) -> Iterator[None]:
+    """Inside this context, patch torch so that a training step can run on tensors of the mode ``fake``. Among
     others, code that asks whether it is being traced takes its ordinary branch, torch.compile runs eagerly,
     modules on fake tensors can be copied and converted, and pin_memory does nothing. Torch does not log
     failing operators, because the error itself says it in one line."""
@@ -352,9 +356,22 @@ def _fake_world() -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.multiple(torch.autograd.profiler.record_function, **no_ops))
         # pin_memory does nothing: fake tensors cannot be pinned, and pinned memory counts as host memory.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *a, **k: self))
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(script_modules_loaded(fake))
-        yield stack.enter_context(fake)
+        yield
+
+
+@contextlib.contextmanager
+def recording_patches(recorder: AllocationRecorder) -> Iterator[None]:
+    """Inside this context, patch torch so that ``recorder`` sees what bypasses dispatch modes: states of
+    random numbers, resized storages, values that are read, and the kernels of the recorder's device."""
+    with (
+        _random_states(recorder),
+        _resizes(recorder),
+        _propagation_unseen(recorder),
+        use_device_kernels(recorder.device),
+        values_read(recorder.guesses),
+    ):
+        yield
 
 
 @contextlib.contextmanager

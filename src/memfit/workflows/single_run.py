@@ -6,7 +6,6 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from memfit.cost.memory import memory_profile, with_workspace
 from memfit.engines.registry import ready_engine, render, supporting_engine
 from memfit.jobs import checkpoints
 from memfit.jobs.user_job import source_digest
@@ -15,11 +14,11 @@ from memfit.planner.evaluate import Pricer
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.recompute_budget import open_budget
 from memfit.planner.request import Progress, Request, make_pricer, model_sizes
-from memfit.report.explain import TracedEstimate
+from memfit.report.explain import TracedEstimate, explain_plan
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import STOPPED, run
 from memfit.runtime.ranks import run_ranks
-from memfit.runtime.restart import OnEvent, run_through
+from memfit.runtime.restart import Losses, OnEvent, run_through
 from memfit.store.database import Store
 from memfit.techniques.registry import check, refuse_wrong_weights
 from memfit.types import serialization
@@ -33,6 +32,7 @@ from memfit.types.result import (
     OutcomeKind,
     Run,
 )
+from memfit.workflows.recovery import OnRecovery, train_with_recoveries
 
 _NOT_KEPT = CheckpointSettings()
 
@@ -73,15 +73,7 @@ def anatomy(
         pricer.whole(check(plan, request.machine))
     if request.is_here:
         calibrate(pricer, request, progress, plans=list(plans))
-    return tuple(_explained(pricer, plan) for plan in plans)
-
-
-def _explained(pricer: Pricer, plan: Plan) -> TracedEstimate:
-    estimate = pricer.whole(plan)
-    base_trace = pricer.trace(plan, estimate.rank)
-    profile = memory_profile(base_trace, pricer.calibration)
-    full_trace = with_workspace(base_trace, profile)
-    return TracedEstimate(estimate=estimate, trace=full_trace, peak_clock=profile.peak_clock)
+    return tuple(explain_plan(pricer, plan) for plan in plans)
 
 
 def run_plan(
@@ -94,13 +86,18 @@ def run_plan(
     progress: Progress,
     keep: CheckpointSettings = _NOT_KEPT,
     store: Store | None = None,
+    most_recoveries: int = 0,
+    frontier: Sequence[Plan] = (),
+    on_recovery: OnRecovery = lambda recovery, count: None,
 ) -> Run:
     """Train a plan on the request's engine and return the run: its prediction and its measurement.
 
     ``seed`` None: that of the checkpoint to resume from, or 0 without one. ``steps`` None: the job's own
     number. ``capped``: whether the run is stopped at a memory limit, which is the request's cap, or what the
     plan is predicted to need if the request has none. ``keep``: whether checkpoints are saved and resumed
-    from. ``store``: where the run is stored; None: nowhere.
+    from. ``store``: where the run is stored; None: nowhere. ``most_recoveries``: how often the run, if memory
+    runs out, continues under a safer plan, as `train_with_recoveries` does with ``frontier`` and
+    ``on_recovery``; 0: never.
 
     The engine "replay" trains nothing. It returns the last run of the same job, seed and plan in ``store``
     (None: the default store), with its prediction replaced by a new one, and stores nothing. Raises UserError
@@ -111,6 +108,8 @@ def run_plan(
     process that trains refuses the plan or the job.
     """
     ready_engine(request.engine, plan, request.device)
+    if request.engine == "replay" and most_recoveries:
+        raise UserError("engine replay trains nothing, so it cannot recover from running out of memory")
     device = request.machine.device
     if request.is_here and not device.is_host:
         max_ranks, reason = request.machine.device_count, f"each of which needs a {device.name}"
@@ -149,7 +148,19 @@ def run_plan(
         evaluate=plan.ranks == 1,
         source_digest=source_digest(request.job.spec),
     )
-    result = run_spec(spec, estimate, progress, plan.label, strict=True)
+
+    def train(spec: RunSpec, estimate: Estimate, losses: Losses, *, strict: bool) -> Run:
+        return run_spec(spec, estimate, progress, spec.name, strict=strict, losses=losses)
+
+    result = train_with_recoveries(
+        train,
+        request,
+        spec,
+        estimate,
+        most=most_recoveries,
+        frontier=frontier,
+        on_recovery=on_recovery,
+    )
     if store is not None:
         store.append("run", "run", result)
     return result
@@ -197,13 +208,19 @@ def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) 
 
 
 def run_spec(
-    spec: RunSpec, estimate: Estimate, progress: Progress, label: str, *, strict: bool = False
+    spec: RunSpec,
+    estimate: Estimate,
+    progress: Progress,
+    label: str,
+    *,
+    strict: bool = False,
+    losses: Losses | None = None,
 ) -> Run:
     """Train a plan as ``spec`` says and return the run: its prediction (``estimate``) and its measurement.
 
     A run that fails raises nothing: the outcome of its measurement says so. With ``strict``, UserError is
     raised if the process that trains refuses the plan or the job. ``label``: name of the run in what
-    ``progress`` is told.
+    ``progress`` is told. ``losses``: as for `run_through`.
     """
 
     def listen(event: Mapping[str, object]) -> None:
@@ -222,12 +239,14 @@ def run_spec(
         predicted_peak_bytes=int(estimate.allocated_bytes.value),
         predicted_phase_peak_bytes=estimate.phase_peak_bytes,
         predicted_step_s=estimate.step_s.value if estimate.step_s else None,
-        measurement=_measured(spec, listen),
+        measurement=_measured(spec, listen, losses),
         dependence=estimate.dependence,
     )
 
 
-def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
+def _measured(
+    spec: RunSpec, listen: Callable[[Mapping[str, object]], None], losses: Losses | None = None
+) -> Measurement:
     """Run all ranks of ``spec`` and return the measurement of one of them. ``listen`` is called with each
     event of rank 0.
 
@@ -235,7 +254,9 @@ def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> 
     itself; one that was stopped because another failed. If none failed, it is the rank with the highest peak,
     as in predictions, with the losses averaged over all ranks.
     """
-    measurements = run_through(spec, _started, on_event=lambda rank, event: None if rank else listen(event))
+    measurements = run_through(
+        spec, _started, on_event=lambda rank, event: None if rank else listen(event), losses=losses
+    )
     if spec.plan.ranks == 1:
         return measurements[0]
     # ranks fail when their neighbour has run out of memory

@@ -1,0 +1,161 @@
+"""The process that runs a user's script on fake parameters, traces its first steps and predicts their memory.
+
+``python -m memfit.capture.child SPEC.json`` reads a `ScriptSpec` and writes a `ScriptAnswer` to the file that it
+names. The process ends as soon as the steps are traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memfit.capture.program import Program, load_program
+from memfit.capture.result import ScriptAnswer, ScriptSpec
+from memfit.capture.script_patches import script_patches
+from memfit.capture.script_trace import LoopMode, ScriptTrace
+from memfit.inputs import machine_of
+from memfit.planner.evaluate import Pricer
+from memfit.planner.workspace_probes import probe_workspaces
+from memfit.report.explain import explain_plan
+from memfit.techniques.base import Space
+from memfit.trace.tracer import fake_patches, recording_patches
+from memfit.types.errors import UserError
+from memfit.types.gc_pause import pause_gc
+from memfit.types.job import Job
+from memfit.types.machine import Machine
+from memfit.types.plan import Plan
+from memfit.types.serialization import dumps, loads
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+class _Session:
+    """One script: what was asked, its trace, and the answer."""
+
+    def __init__(self, spec: ScriptSpec) -> None:
+        self.spec = spec
+        self.program = load_program(spec.command)
+        self.machine = machine_of(spec.machine)
+        self.trace = ScriptTrace(self.machine.device.kind, bound=spec.bound, on_traced=self.end)
+        self.notes: list[str] = []
+
+    def run(self) -> NoReturn:
+        """Run the script until its steps are traced; write the answer and end the process."""
+        try:
+            with fake_patches(self.trace.fake), recording_patches(self.trace.recorder):
+                self._enter(self.program)
+                with script_patches(self.trace), LoopMode(self.trace):
+                    if self.program.module:
+                        runpy.run_module(self.program.module, run_name="__main__", alter_sys=True)
+                    else:
+                        runpy.run_path(self.program.script, run_name="__main__")
+            problem = "the script ended"
+        except SystemExit as ending:
+            problem = f"the script ended with {'code ' if isinstance(ending.code, int) else ''}{ending.code or 0}"
+        except BaseException as error:
+            problem = self._described(error)
+        self.fail(problem)
+
+    def _enter(self, program: Program) -> None:
+        sys.argv = [program.script or program.module, *program.arguments]
+        os.environ.update(program.environment)
+        # The folder of a script, or for a module the current one, comes first on the path, as for python itself.
+        sys.path.insert(0, str(Path(program.script).resolve().parent) if program.script else os.getcwd())
+
+    def end(self, trace: ScriptTrace) -> NoReturn:
+        """Price the trace, write the answer and end the process."""
+        with _disable_current_modes():
+            self._write(self._answer(trace))
+
+    def _answer(self, trace: ScriptTrace) -> ScriptAnswer:
+        job = Job(
+            name=self.program.name,
+            build_model=_not_built,
+            make_batch=_not_built,
+            loss=_not_built,
+            batch_size=1,
+            workers=trace.workers,
+        )
+        plan = Plan()
+        pricer = Pricer(
+            job=job,
+            machine=self.machine,
+            space=Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device=trace.recorder.device),
+            traces={(plan, 0): trace.finish()},
+        )
+        if self.spec.probe and self.machine.is_here and self.machine.device.is_host:
+            probe_workspaces(pricer, plan)
+        explained = explain_plan(pricer, plan)
+        full_trace = explained.trace
+        if not self.spec.whole_trace:
+            full_trace = _at_peak(full_trace, explained.peak_clock)
+        return ScriptAnswer(
+            program=self.program.name,
+            estimate=explained.estimate,
+            trace=full_trace,
+            peak_clock=explained.peak_clock,
+            model=type(trace.model).__name__,
+            optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.updates)),
+            ranks=self.program.ranks,
+            notes=tuple(self.notes),
+        )
+
+    def fail(self, problem: str, hint: str = "") -> NoReturn:
+        steps = max(self.trace.updates.values(), default=0)
+        if steps and self.trace.begun and problem.startswith("the script ended"):
+            self.notes.append(f"the script made {steps} optimizer step only: a later one may need more memory")
+            self.end(self.trace)
+        before = "before its first forward pass with gradients" if not self.trace.begun else (
+            "before its first optimizer step" if not steps else "before its second optimizer step"
+        )
+        self._write(
+            ScriptAnswer(
+                program=self.program.name, problem=f"{problem}, {before}", hint=hint, notes=tuple(self.notes)
+            )
+        )
+
+    def _write(self, answer: ScriptAnswer) -> NoReturn:
+        draft = Path(f"{self.spec.answer}.draft")
+        draft.write_text(dumps(answer))
+        draft.replace(self.spec.answer)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+    def _described(self, error: BaseException) -> str:
+        """Return a line that says what the script raised, and where in the user's code."""
+        if os.environ.get("MEMFIT_TRACEBACK"):
+            traceback.print_exception(error)
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_PACKAGE)]
+        own = [f for f in frames if "/lib/python" not in f.filename and not f.filename.startswith("<")]
+        place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+        text = (str(error).splitlines() or [""])[0]
+        if isinstance(error, UserError):
+            return f"{text}{place}"
+        return f"the script raised {type(error).__name__}{place}: {text[:300]}"
+
+
+def _at_peak(trace: Any, peak_clock: int) -> Any:
+    alive = (a for a in trace.allocations if a.start <= peak_clock and (a.end is None or a.end > peak_clock))
+    return dataclasses.replace(trace, allocations=tuple(alive), ops=())
+
+
+def _not_built(*arguments: Any) -> Any:
+    raise AssertionError("the model of a script is not built again")
+
+
+def main() -> None:
+    _Session(loads(ScriptSpec, Path(sys.argv[1]).read_text())).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Read the command that starts a training script, with any launcher before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from memfit.types.errors import UserError
+
+_PYTHON = re.compile(r"python(\d(\.\d+)?)?(\.exe)?")
+_PYTHON_WITH_VALUE = frozenset({"-W", "-X", "--check-hash-based-pycs"})
+_RUNNERS = ("uv", "poetry", "pdm", "hatch", "pipenv", "rye")  # `uv run COMMAND`
+_RANKS_OPTIONS = ("-n", "--ntasks", "-np", "--np")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A Python program: the path of a script or the name of a module, and its arguments. ``ranks``: how many
+    processes the launcher would start. ``environment``: variables that the launcher would set."""
+
+    script: str = ""
+    module: str = ""
+    arguments: tuple[str, ...] = ()
+    ranks: int = 1
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.module or Path(self.script).name
+
+
+def load_program(command: Sequence[str]) -> Program:
+    """Return the Python program that ``command`` would run.
+
+    The command may start with python, torchrun, ``accelerate launch``, ``deepspeed``, ``srun``, ``mpirun``,
+    or ``uv run`` and the like; or be the name or the path of a Python script. Raises UserError for other
+    commands, and if the script does not exist.
+    """
+    if not command:
+        raise UserError("no command is given after --", hint="memfit estimate -- python train.py ARGS")
+    first, rest = command[0], list(command[1:])
+    name = Path(first).name
+    if "=" in first and not Path(first).exists():
+        key, _, value = first.partition("=")
+        program = load_program(rest)
+        return dataclasses.replace(program, environment={key: value, **program.environment})
+    if name == "env":
+        return load_program(rest)
+    if name in _RUNNERS and rest[:1] == ["run"]:
+        return load_program(_without_options(rest[1:]))
+    if name in ("srun", "mpirun", "mpiexec"):
+        program = load_program(_without_options(rest))
+        return dataclasses.replace(program, ranks=_ranks_option(rest) or program.ranks)
+    if _PYTHON.fullmatch(name):
+        return _of_python(rest)
+    if name == "torchrun":
+        return _of_torchrun(rest)
+    if name == "accelerate" and rest[:1] == ["launch"]:
+        return _of_accelerate(rest[1:])
+    if name == "deepspeed":
+        return _of_deepspeed(rest)
+    return _of_executable(first, rest)
+
+
+def _of_python(arguments: list[str]) -> Program:
+    index = 0
+    while index < len(arguments) and arguments[index].startswith("-"):
+        option = arguments[index]
+        if option == "-m":
+            return _of_module(arguments[index + 1 :])
+        if option.startswith("-m") and not option.startswith("--"):
+            return _of_module([option[2:], *arguments[index + 1 :]])
+        if option == "-c":
+            raise UserError("the program is given as text with -c", allowed="a script file, or a module with -m")
+        index += 2 if option in _PYTHON_WITH_VALUE else 1
+    if index == len(arguments):
+        raise UserError("the command names no script", hint="memfit estimate -- python train.py ARGS")
+    return _of_script(arguments[index], arguments[index + 1 :])
+
+
+def _of_module(arguments: list[str]) -> Program:
+    if not arguments:
+        raise UserError("no module is given after -m", hint="memfit estimate -- python -m package.train ARGS")
+    launchers = {
+        "torch.distributed.run": _of_torchrun,
+        "torch.distributed.launch": _of_torchrun,
+        "accelerate.commands.launch": _of_accelerate,
+        "deepspeed.launcher.runner": _of_deepspeed,
+    }
+    module, rest = arguments[0], arguments[1:]
+    return launchers[module](rest) if module in launchers else Program(module=module, arguments=tuple(rest))
+
+
+def _of_script(path: str, arguments: list[str]) -> Program:
+    if not Path(path).is_file():
+        raise UserError(
+            f"the script {path} does not exist", hint="give its path from the current folder, or an absolute one"
+        )
+    return Program(script=path, arguments=tuple(arguments))
+
+
+def _of_executable(name: str, arguments: list[str]) -> Program:
+    path = name if Path(name).is_file() else shutil.which(name) or _beside_python(name)
+    if path is None:
+        raise UserError(f"the command {name} does not exist", allowed=_ALLOWED)
+    if path.endswith(".py"):
+        return Program(script=path, arguments=tuple(arguments))
+    with Path(path).open("rb") as file:
+        first_line = file.readline(300).decode(errors="replace")
+    if not first_line.startswith("#!") or "python" not in first_line:
+        raise UserError(f"the command {name} is no Python script", allowed=_ALLOWED)
+    return Program(script=path, arguments=tuple(arguments))
+
+
+_ALLOWED = (
+    "python, torchrun, accelerate launch, deepspeed, srun, or the name of a program written in Python, then its "
+    "arguments"
+)
+
+
+def _beside_python(name: str) -> str | None:
+    path = Path(sys.executable).with_name(name)
+    return str(path) if path.is_file() else None
+
+
+def _of_torchrun(arguments: list[str]) -> Program:
+    from torch.distributed.run import get_args_parser
+
+    args = _parsed(get_args_parser(), arguments, "torchrun")
+    per_node = str(args.nproc_per_node)
+    if not per_node.isdigit():
+        raise UserError(
+            f"--nproc-per-node={per_node} depends on the machine", allowed="the number of processes of a node"
+        )
+    nodes = int(str(args.nnodes).rpartition(":")[2])
+    program = (
+        _of_module([args.training_script, *args.training_script_args])
+        if args.module
+        else _of_script(args.training_script, args.training_script_args)
+    )
+    return dataclasses.replace(program, ranks=int(per_node) * nodes)
+
+
+def _of_accelerate(arguments: list[str]) -> Program:
+    try:
+        from accelerate.commands.launch import (
+            _validate_launch_command,
+            launch_command_parser,
+            prepare_simple_launcher_cmd_env,
+        )
+    except ImportError as error:
+        raise UserError("accelerate is not installed here", hint="pip install accelerate") from error
+    args = _parsed(launch_command_parser(), arguments, "accelerate launch")
+    args, _, _ = _validate_launch_command(args)
+    program = (
+        _of_module([args.training_script, *args.training_script_args])
+        if args.module
+        else _of_script(args.training_script, args.training_script_args)
+    )
+    _, environment = prepare_simple_launcher_cmd_env(args)
+    names = ("ACCELERATE_", "FSDP_", "DEEPSPEED_")
+    kept = {k: v for k, v in environment.items() if k.startswith(names) and k != "ACCELERATE_USE_CPU"}
+    return dataclasses.replace(program, ranks=int(args.num_processes or 1), environment=kept)
+
+
+def _of_deepspeed(arguments: list[str]) -> Program:
+    ranks, index = 1, 0
+    while index < len(arguments) and arguments[index].startswith("-"):
+        name, equals, value = arguments[index].partition("=")
+        value = value if equals else (arguments[index + 1] if index + 1 < len(arguments) else "")
+        if name in ("--num_gpus", "--num_nodes"):
+            ranks *= int(value)
+        index += 1 if equals or name in ("--no_python", "--module", "--force_multi") else 2
+    if index >= len(arguments):
+        raise UserError("the command names no script", hint="memfit estimate -- deepspeed train.py ARGS")
+    return dataclasses.replace(_of_script(arguments[index], arguments[index + 1 :]), ranks=ranks)
+
+
+def _parsed(parser: object, arguments: list[str], launcher: str) -> object:
+    try:
+        return parser.parse_args(arguments)  # type: ignore[attr-defined]
+    except SystemExit as error:
+        raise UserError(f"{launcher} does not accept the arguments {' '.join(arguments)}") from error
+
+
+def _without_options(arguments: list[str]) -> list[str]:
+    """Return the command after the options of a starter such as srun: from the first word that is a program
+    which `load_program` reads."""
+    for index, word in enumerate(arguments):
+        name = Path(word).name
+        is_program = _PYTHON.fullmatch(name) or name in ("torchrun", "accelerate", "deepspeed")
+        if is_program or word.endswith(".py"):
+            return arguments[index:]
+    raise UserError(f"no Python program is found in the command: {' '.join(arguments)}", allowed=_ALLOWED)
+
+
+def _ranks_option(arguments: list[str]) -> int | None:
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, inline = option.partition("=")
+        text = inline if equals else value
+        if name in _RANKS_OPTIONS and text.isdigit():
+            return int(text)
+    return None

@@ -1,0 +1,44 @@
+"""What is asked of the process that runs a script, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from memfit.types.result import Estimate
+from memfit.types.trace import Trace
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptSpec:
+    """A script to trace. ``command``: the command that starts it. ``machine``: the machine for which its memory
+    is predicted, as in `memfit.inputs.machine_of`. ``answer``: the file for the `ScriptAnswer`. ``scratch``: an
+    empty folder for what the script would write. ``bound``: as in `Job`. ``probe``: whether workspaces of
+    kernels may be measured. ``whole_trace``: whether the answer holds all allocations, not only those that are
+    alive at the peak."""
+
+    command: tuple[str, ...]
+    machine: str
+    answer: str
+    scratch: str
+    bound: int | float | dict[str, int | float] | None = None
+    probe: bool = True
+    whole_trace: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptAnswer:
+    """What is known of a script's training steps. ``estimate``, ``trace`` and ``peak_clock`` are None if no step
+    could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is assumed.
+    """
+
+    program: str
+    estimate: Estimate | None = None
+    trace: Trace | None = None
+    peak_clock: int | None = None
+    model: str = ""
+    optimizers: tuple[str, ...] = ()
+    micro_batches: int = 1
+    ranks: int = 1
+    problem: str = ""
+    hint: str = ""
+    notes: tuple[str, ...] = ()

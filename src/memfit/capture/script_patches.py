@@ -1,0 +1,150 @@
+"""Patches of torch through which a script's training steps are noticed while it runs unmodified."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils import _pytree
+from torch.utils.data import DataLoader, dataloader
+from torch.utils.weak import WeakIdKeyDictionary
+
+from memfit.capture.script_trace import ScriptTrace, is_real
+
+_NOT_FINITE = frozenset({torch.isnan, torch.isinf, torch.Tensor.isnan, torch.Tensor.isinf})
+_FINITE = frozenset({torch.isfinite, torch.Tensor.isfinite})
+
+
+@contextlib.contextmanager
+def script_patches(trace: ScriptTrace) -> Iterator[None]:
+    """Inside this context, new parameters are fake, and ``trace`` sees calls of modules, backward passes and
+    steps of optimizers. Data loaders work in this process. Losses and gradients count as finite. Files that
+    ``torch.save`` writes stay empty."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in (
+            (torch.nn.Parameter, "__new__", _parameter_new(trace)),
+            (torch.nn.Module, "__call__", _module_call(trace)),
+            (torch.autograd, "backward", _backward(trace, torch.autograd.backward)),
+            (torch.autograd, "grad", _backward(trace, torch.autograd.grad)),
+            (torch.amp.GradScaler, "_maybe_opt_step", _step_without_overflow),
+            (torch, "save", lambda *args, **options: None),
+            (DataLoader, "_get_iterator", _single_process_iterator(trace)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.enter_context(_optimizer_hooks(trace))
+        stack.enter_context(LoopFunctions())
+        yield
+
+
+class LoopFunctions(torch.overrides.TorchFunctionMode):
+    """Mode in which fake tensors count as finite, so that a script's checks for overflow pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (func in _NOT_FINITE or func in _FINITE) and isinstance(args[0], FakeTensor):
+            return torch.full(args[0].shape, func in _FINITE, dtype=torch.bool)
+        return func(*args, **(kwargs or {}))
+
+
+def _parameter_new(trace: ScriptTrace) -> Any:
+    inner = torch.nn.Parameter.__new__
+
+    def new(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+        if cls is torch.nn.Parameter and data is not None and is_real(data):
+            data = trace.fake_parameter(data)
+        return inner(cls, data, requires_grad)
+
+    return staticmethod(new)
+
+
+def _module_call(trace: ScriptTrace) -> Any:
+    inner: Any = torch.nn.Module.__call__
+    with_fakes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # modules that have fake parameters
+
+    def is_traced(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
+        if module not in with_fakes and any(isinstance(p, FakeTensor) for p in module.parameters()):
+            with_fakes[module] = True
+        return module in with_fakes or has_fakes((args, kwargs))
+
+    def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if trace.inside or not is_traced(self, args, kwargs):
+            return inner(self, *args, **kwargs)
+        return trace.forward(self, functools.partial(inner, self), args, kwargs)
+
+    return call
+
+
+def has_fakes(value: Any) -> bool:
+    """Return whether there is a fake tensor in nested lists, tuples, mappings and dataclasses."""
+    return any(isinstance(leaf, FakeTensor) for leaf in _pytree.tree_leaves(value))
+
+
+def _backward(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        if trace.inside or not has_fakes((args, kwargs)):
+            return inner(*args, **kwargs)
+        return trace.backward(inner, args, kwargs)
+
+    return backward
+
+
+def _step_without_overflow(
+    scaler: Any, optimizer: Any, optimizer_state: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Stands for `GradScaler._maybe_opt_step`: no gradient overflows."""
+    return optimizer.step(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _optimizer_hooks(trace: ScriptTrace) -> Iterator[None]:
+    running: list[tuple[Any, contextlib.ExitStack]] = []  # an optimizer may call another
+
+    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+        stack = contextlib.ExitStack()
+        if not running and not trace.inside:
+            stack.enter_context(trace.region())
+        running.append((optimizer, stack))
+
+    def after(optimizer: Any, args: Any, kwargs: Any) -> None:
+        _, stack = running.pop()
+        stack.close()
+        if not running:
+            trace.updated(optimizer)
+
+    handles = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _single_process_iterator(trace: ScriptTrace) -> Any:
+    """Return a ``DataLoader._get_iterator`` that loads in this process. What worker processes would load is not
+    counted: it comes in shared memory."""
+
+    def get_iterator(loader: Any) -> Any:
+        workers, timeout = loader.num_workers, loader.timeout
+        loader.num_workers, loader.timeout = 0, 0
+        try:
+            iterator = dataloader._SingleProcessDataLoaderIter(loader)
+        finally:
+            loader.num_workers, loader.timeout = workers, timeout
+        trace.workers = max(trace.workers, workers)
+        if workers:
+            inner = iterator._next_data
+
+            def next_data() -> Any:
+                with trace.uncounted():
+                    return inner()
+
+            iterator._next_data = next_data  # type: ignore[method-assign]
+        return iterator
+
+    return get_iterator

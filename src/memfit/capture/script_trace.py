@@ -1,0 +1,325 @@
+"""Trace the first training steps of a script that runs unmodified.
+
+The script's parameters are fake tensors, which have shapes but no data. What depends on them is fake, too, and
+is recorded; all else (data sets, samplers, batches, random numbers) is computed for real. While the outermost
+module's forward, a backward or an optimizer's step runs, all new tensors are fake.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+from memfit.model.batch_objects import map_batch
+from memfit.trace import operators
+from memfit.trace.allocation_recorder import AllocationRecorder
+from memfit.trace.data_dependent import Guesses
+from memfit.types.job import Bound
+from memfit.types.trace import Category, Phase, Trace
+
+_Kind = TypeVar("_Kind")
+_STEPS = 2  # the second has the optimizer state that the first one made
+_NOWHERE = "nowhere"
+
+
+class StepsTraced(BaseException):
+    """Raised inside the script when its steps are traced, to leave it. It is no Exception, so that the
+    script's own handlers let it pass."""
+
+
+class ScriptTrace:
+    """The record of a script's training steps, and the state of its tracing.
+
+    ``device``: kind of the device for which the memory is predicted. ``fake``: the mode of all fake tensors.
+    ``recorder`` records nothing until `begin`. ``on_traced`` is called when every optimizer that has been used
+    has made two steps.
+    """
+
+    def __init__(self, device: str, *, bound: Bound | None, on_traced: Callable[[ScriptTrace], None]) -> None:
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.recorder = AllocationRecorder(device, lines=True, guesses=Guesses(bound))
+        self.recorder.paused = True
+        self.on_traced = on_traced
+        self.begun = False
+        self.forwards = 0  # of outermost modules, since `begin`
+        self.micro_batches = 0  # backwards since the last optimizer step
+        self.updates: WeakIdKeyDictionary = WeakIdKeyDictionary()  # optimizer -> number of its steps
+        self.model: torch.nn.Module | None = None  # the first that was trained
+        self.workers = 0  # most worker processes of a data loader
+        self._depth = 0  # of regions in which all new tensors are fake
+        self._twins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> its fake copy
+        self._roots: dict[str, torch.nn.Module] = {}
+        self._adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._uncounted = False  # batches of worker processes come in memory that torch does not allocate
+
+    @property
+    def is_host(self) -> bool:
+        return self.recorder.kind.is_host
+
+    # -- tensors ------------------------------------------------------------------------------------
+
+    def fake_parameter(self, data: torch.Tensor) -> torch.Tensor:
+        """Return a fake tensor like the real tensor ``data``, which is not kept."""
+        with _disable_current_modes(), self.fake:
+            return torch.empty_strided(data.size(), data.stride(), dtype=data.dtype)
+
+    def twin(self, real: torch.Tensor) -> torch.Tensor:
+        """Return the fake copy of a real tensor, which lives as long as ``real``; the same for every call.
+        The values are attached to it if they are few. On the host, the memory of ``real`` is recorded."""
+        twin: torch.Tensor | None = self._twins.get(real)
+        if twin is None:
+            with _disable_current_modes():
+                twin = self.fake.from_tensor(real, static_shapes=True)
+                self.recorder.concrete_values.seed(twin, real)
+            self.recorder.move(twin, _NOWHERE)  # the real tensor is what is counted
+            self.note_real(real, Category.INPUT)
+            self._twins[real] = twin
+        return twin
+
+    def note_real(self, tensor: torch.Tensor, category: Category | None = None) -> None:
+        """Record the memory of a real tensor, if torch's allocator made it, on the device on which the script
+        runs: real tensors lie in host memory, which is not counted if the target is an accelerator."""
+        if not (self.begun and self.is_host) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return
+        life = self.recorder.note_real(tensor, category or "data")
+        if category is not None and life.category is None:
+            life.category = category
+        if self._uncounted or not tensor.untyped_storage().resizable():
+            life.place = _NOWHERE
+
+    def as_fake(self, value: Any) -> Any:
+        """Return ``value`` with the real tensors in it replaced by their fake copies."""
+        return map_batch(lambda t: self.twin(t) if is_real(t) else t, value)
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside this context, real tensors are not counted: they come from worker processes."""
+        before, self._uncounted = self._uncounted, True
+        try:
+            yield
+        finally:
+            self._uncounted = before
+
+    # -- operators ----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def region(self) -> Iterator[None]:
+        """Inside this context, all new tensors are fake and all operators are recorded."""
+        if self._depth:
+            yield
+            return
+        self._depth += 1
+        above, self.recorder.modes_above = self.recorder.modes_above, 0
+        try:
+            with _disable_current_modes(), self.fake, self.recorder:
+                yield
+        finally:
+            self._depth -= 1
+            self.recorder.modes_above = above
+
+    @property
+    def inside(self) -> bool:
+        return self._depth > 0
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator of the script's loop on fake tensors and record it."""
+        if func is operators.ITEM:
+            values = self.recorder.concrete_values.of(args[0])
+            if values is not None:
+                return values.item()
+            return self.recorder.guesses.item(args[0], is_listed=False)
+        args, kwargs = _pytree.tree_map_only(
+            torch.Tensor, lambda t: self.twin(t) if is_real(t) else t, (args, kwargs)
+        )
+        self._depth += 1
+        above, self.recorder.modes_above = self.recorder.modes_above, 1
+        try:
+            with self.fake, self.recorder:
+                return func(*args, **kwargs)
+        finally:
+            self._depth -= 1
+            self.recorder.modes_above = above
+
+    # -- the training step ----------------------------------------------------------------------------
+
+    def begin(self, model: torch.nn.Module) -> None:
+        """Start to record: ``model`` is about to be trained. All tensors that exist count from now on."""
+        self.begun, self.model = True, model
+        self.recorder.paused = False
+        self._find_roots(model)
+        self.recorder.modules.watch_all(self._roots)
+        for name, root in self._roots.items():
+            self.adopt(root, name)
+        tensors = _existing(torch.Tensor)
+        copies = {id(self.recorder.concrete_values.of(t)) for t in tensors if isinstance(t, FakeTensor)}
+        for tensor in tensors:
+            if isinstance(tensor, FakeTensor):
+                self.recorder.note_real(tensor, "created before training")
+            elif id(tensor) not in copies:  # values attached to fake tensors are memfit's own
+                self.note_real(tensor, Category.INPUT)
+
+    def adopt(self, root: torch.nn.Module, name: str = "") -> None:
+        """Replace the real parameters and buffers of a module by fake ones, and label them."""
+        if root in self._adopted:
+            return
+        self._adopted[root] = True
+        for module in root.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and is_real(buffer):
+                    module._buffers[key] = self.twin(buffer)
+                    self._keep(module, buffer)
+            for param in module._parameters.values():
+                if param is not None and is_real(param):
+                    self._make_fake(param)
+        for path, tensor in (*root.named_parameters(), *root.named_buffers()):
+            owner = ".".join(filter(None, (name, path.rpartition(".")[0])))
+            self.recorder.label(tensor, Category.PARAMETER, module=owner)
+
+    def _keep(self, module: torch.nn.Module, real: torch.Tensor) -> None:
+        """Keep a real buffer alive as long as its module, and label it."""
+        vars(module).setdefault("_memfit_buffers", []).append(real)
+        if self.is_host and real.untyped_storage().resizable():
+            self.recorder.note_real(real, "buffer").category = Category.PARAMETER
+
+    def _make_fake(self, param: torch.nn.Parameter) -> None:
+        """Turn a real parameter into a fake one without changing the object, which optimizers hold."""
+        fake = torch.nn.Parameter(self.fake_parameter(param.data), param.requires_grad)
+        torch.utils.swap_tensors(param, fake)
+
+    def _find_roots(self, model: torch.nn.Module) -> None:
+        """Name the outermost modules that exist and have parameters: "" for that of ``model``, for others
+        their class."""
+        modules = _existing(torch.nn.Module)
+        inner = {id(c) for m in modules for c in m._modules.values() if c is not None}
+        self._roots[""] = model
+        for module in modules:
+            if id(module) in inner or module is model or next(module.parameters(), None) is None:
+                continue
+            if any(m is model for m in module.modules()):
+                continue  # a wrapper that is not called itself
+            name, number = type(module).__name__, 2
+            while name in self._roots:
+                name, number = f"{type(module).__name__}-{number}", number + 1
+            self._roots[name] = module
+
+    def forward(self, module: torch.nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the forward of an outermost module."""
+        if not self.begun and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+            self.begin(module)
+        if self.begun:
+            self.adopt(module, "" if module is self.model else type(module).__name__)
+            if not self.recorder.current is Phase.FORWARD:
+                self._close_backward()
+                self.recorder.phase(Phase.FORWARD)
+            self.forwards += 1
+        args, kwargs = self.as_fake(args), self.as_fake(kwargs)
+        with self.region():
+            return call(*args, **kwargs)
+
+    def backward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a backward pass."""
+        if self.begun:
+            self.recorder.phase(Phase.BACKWARD)
+            self.micro_batches += 1
+        with self.region():
+            out = call(*self.as_fake(args), **self.as_fake(kwargs))
+        if self.begun:
+            self._close_backward()
+            self.recorder.phase(Phase.OPTIMIZER)
+        return out
+
+    def _close_backward(self) -> None:
+        for name, root in self._roots.items():
+            for path, param in root.named_parameters():
+                if param.grad is not None:
+                    owner = ".".join(filter(None, (name, path.rpartition(".")[0])))
+                    self.recorder.label(param.grad, Category.GRADIENT, module=owner)
+
+    def updated(self, optimizer: Any) -> None:
+        """Note that an optimizer has made a step; call ``on_traced`` if it was the last to trace."""
+        if not self.begun:
+            return
+        for param, state in optimizer.state.items():
+            owner = self.recorder.owner(param)
+            for tensor in _pytree.tree_leaves(state):
+                if isinstance(tensor, FakeTensor):
+                    self.recorder.label(tensor, Category.OPTIMIZER_STATE, module=owner)
+        self.updates[optimizer] = self.updates.get(optimizer, 0) + 1
+        self.recorder.phase(Phase.SETUP)
+        counts = set(self.updates.values())
+        if len(counts) == 1:
+            self.micro_batches = 0
+            if counts == {_STEPS}:
+                self.on_traced(self)
+            self.recorder.next_step()
+
+    def finish(self) -> Trace:
+        """Return the trace of the steps that were made."""
+        self.recorder.modules.close()
+        allocations, ops, spans = self.recorder.finish()
+        params = {id(p): p for root in self._roots.values() for p in root.parameters()}.values()
+        steps = max(s.step for s in spans) + 1
+        return Trace(
+            device=self.recorder.device,
+            steps=steps,
+            allocations=tuple(a for a in allocations if a.stream != _NOWHERE),
+            ops=ops,
+            spans=spans,
+            parameter_count=sum(p.numel() for p in params),
+            trainable_count=sum(p.numel() for p in params if p.requires_grad),
+            assumptions=tuple(self.recorder.guesses.assumptions),
+            guessed=tuple(filter(None, self.recorder.guesses.open)),
+            assumed=tuple(self.recorder.guesses.assumed),
+            model_bytes=sum(
+                t.numel() * t.element_size() for r in self._roots.values() for t in (*r.parameters(), *r.buffers())
+            ),
+        )
+
+
+class LoopMode(TorchDispatchMode):
+    """The lowest mode, active while the script runs. Operators on fake tensors are recorded; all others run
+    for real."""
+
+    def __init__(self, trace: ScriptTrace) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace = trace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(kind, FakeTensor) for kind in types):
+            return self.trace.call(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if self.trace.begun:
+            for tensor in _pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    self.trace.note_real(tensor)
+        return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def is_real(tensor: Any) -> bool:
+    """Return whether ``tensor`` is an ordinary tensor with data in host memory."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.device.type == "cpu"
+        and not isinstance(tensor, FakeTensor)
+    )
+
+
+def _existing(kind: type[_Kind]) -> list[_Kind]:
+    """Return all objects of this class that exist in the process."""
+    # type() does not run code of the object, which isinstance may do for proxies
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
