@@ -180,14 +180,22 @@ def plan_file(plan_options: PlanOptions) -> Plan | None:
 
 
 def recommended_plan(search_request: memfit.planner.request.Request, progress: Bars) -> Plan:
-    """Search for the plan that is recommended for the request and return it. Raises NothingFits if no plan
-    fits the memory and the other limits, UserError if the request or the job is wrong, and RunError if
-    operators cannot be timed on this machine."""
+    """Search for the plan that is recommended for the request and return it. Raises what `recommended_plans`
+    raises."""
+    return recommended_plans(search_request, progress)[0]
+
+
+def recommended_plans(
+    search_request: memfit.planner.request.Request, progress: Bars
+) -> tuple[Plan, tuple[Plan, ...]]:
+    """Search for the plan that is recommended for the request. Return (this plan, the plans of the search's
+    frontier). Raises NothingFits if no plan fits the memory and the other limits, UserError if the request or
+    the job is wrong, and RunError if operators cannot be timed on this machine."""
     from memfit.workflows import proof_of_concept
 
-    choice = proof_of_concept.search(search_request, progress).result.recommended
-    assert choice is not None, "search raises NothingFits otherwise"
-    return choice.estimate.plan
+    result = proof_of_concept.search(search_request, progress).result
+    assert result.recommended is not None, "search raises NothingFits otherwise"
+    return result.recommended.estimate.plan, tuple(choice.estimate.plan for choice in result.frontier)
 
 
 @contextlib.contextmanager

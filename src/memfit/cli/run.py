@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +20,15 @@ from memfit.cli.options import (
     RuntimeOptions,
     StoreOptions,
 )
-from memfit.cli.output import emit
+from memfit.cli.output import check_choice, emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import device_here, plan_file, print_workload_of, recommended_plan, request
+from memfit.cli.request import device_here, plan_file, print_workload_of, recommended_plans, request
 from memfit.types.errors import UserError
 from memfit.types.launch import CheckpointSettings
 from memfit.types.parsing import parse_duration
-from memfit.types.result import OutcomeKind, Run
-from memfit.types.sanitize import replace_controls
+from memfit.types.plan import Plan
+from memfit.types.result import OutcomeKind, Recovery, Run
+from memfit.types.sanitize import one_line, replace_controls
 from memfit.types.units import format_bytes, format_seconds
 
 
@@ -93,6 +96,27 @@ class RunOptions:
             "step.",
         ),
     ] = None
+    on_oom: Annotated[
+        str,
+        typer.Option(
+            metavar="ACTION",
+            help="What to do if memory runs out in training. stop (default): end with exit code 1. "
+            "next-plan: continue from the newest checkpoint of --save, or without one from where the run "
+            "began, under a plan that is predicted to need less memory for the batch that failed, and that "
+            "changes the results no more (its effect class is not higher): more micro-batches if the class "
+            "is E1 or above, then activation checkpointing, then activation offload. Example: memfit run "
+            "my.py:job --memory 2GiB --save run/ --save-every 50 --on-oom next-plan",
+        ),
+    ] = "stop"
+    most_recoveries: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --on-oom next-plan: how often the run continues after memory ran out; the next time "
+            "it ends. Default: 2. Refused without --on-oom next-plan.",
+        ),
+    ] = None
 
 
 def run(
@@ -110,15 +134,18 @@ def run(
     Exits with code 1 if the run does not complete, for example because it reaches the memory cap or the time
     limit."""
     timeout_s = parse_duration(options.timeout) if options.timeout is not None else None
+    most = most_recoveries(options)
     plan = plan_file(plan_options)
+    frontier: tuple[Plan, ...] = ()
     job_request = dataclasses.replace(request(job, goal, runtime, device_here(device)), timeout_s=timeout_s)
     workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.store import Store
         from memfit.workflows import proof_of_concept
+        from memfit.workflows.recovery import RecoverySettings
 
         if plan is None:
-            plan = recommended_plan(job_request, progress)
+            plan, frontier = recommended_plans(job_request, progress)
         capped = goal.memory is not None if options.capped is None else options.capped
         finished_run = proof_of_concept.run_plan(
             job_request,
@@ -129,6 +156,9 @@ def run(
             progress=progress,
             keep=checkpoint_settings(options),
             store=Store(store.store),
+            recoveries=RecoverySettings(
+                most=most, frontier=frontier, on_recovery=functools.partial(print_recovery, most=most)
+            ),
         )
     if output.json:
         from memfit.cli.views import run_view
@@ -150,11 +180,63 @@ def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
     )
 
 
+def most_recoveries(options: RunOptions) -> int:
+    """Return how often the run may continue after memory ran out, as --on-oom and --most-recoveries say; 0:
+    never. Raises UserError for an unknown --on-oom, and for --most-recoveries without --on-oom next-plan."""
+    action = check_choice("--on-oom", options.on_oom, ("stop", "next-plan"))
+    if action == "next-plan":
+        return options.most_recoveries or _MOST_RECOVERIES
+    if options.most_recoveries is not None:
+        raise UserError(
+            "--most-recoveries needs --on-oom next-plan", allowed="--on-oom next-plan --most-recoveries N"
+        )
+    return 0
+
+
+_MOST_RECOVERIES = 2
+
+
+def print_recovery(recovery: Recovery, count: int, *, most: int) -> None:
+    """Print to standard error what failed and how the run continues: recovery ``count`` of at most
+    ``most``."""
+    print(f"memfit: {one_line(recovery.reason)}, under {recovery.failed_plan.label}", file=sys.stderr)
+    print(
+        f"memfit: recovery {count} of at most {most}: {one_line(_continued(recovery))}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _continued(recovery: Recovery) -> str:
+    """Describe from which step and under which plan a run continued after it ran out of memory."""
+    steps = f"{recovery.first_step} step{'s' * (recovery.first_step != 1)}"
+    start = (
+        f"from {recovery.checkpoint}, after {steps}" if recovery.checkpoint else "from step 0: no checkpoint"
+    )
+    return (
+        f"{start}, under {recovery.plan.label} (at most {recovery.effect.label}), predicted to need "
+        f"{format_bytes(recovery.needed_bytes)} of {format_bytes(recovery.limit_bytes)} for the batch of "
+        f"step {recovery.step}, instead of {format_bytes(recovery.failed_bytes)}"
+    )
+
+
+def _recovery_lines(run: Run) -> Iterator[str]:
+    """Yield two lines for each recovery, of which the second has the verdict on the repeated steps, and one
+    that says why there was no further recovery although memory ran out."""
+    for recovery in run.recoveries:
+        yield f"  failed  {recovery.reason}, under {recovery.failed_plan.label}"
+        yield f"  went on {_continued(recovery)}"
+        if (verdict := recovery.verdict) is not None:
+            yield f"  verdict {verdict.effect.label} {verdict.kind.value}: {verdict.reason}"
+    if run.recovery_stop:
+        yield f"  ended   without recovery: {run.recovery_stop}"
+
+
 def lines(run: Run) -> Iterator[str]:
-    """Yield the lines of a summary of the run. The first has the plan and the outcome. One line each follows
-    for what is known of: peak memory and step time with their predictions, the checkpoint that was resumed,
-    an objection to splitting the batch, the first and the last loss, the folder of checkpoints that were
-    saved, and the metric."""
+    """Yield the lines of a summary of the run. The first has the plan and the outcome. The recoveries from
+    running out of memory follow, and one line each for what is known of: peak memory and step time with their
+    predictions, the checkpoint that was resumed, an objection to splitting the batch, the first and the last
+    loss, the folder of checkpoints that were saved, and the metric."""
     from memfit.cli.views import step_s
 
     measurement, cap_bytes = run.measurement, run.spec.cap_bytes
@@ -162,6 +244,7 @@ def lines(run: Run) -> Iterator[str]:
     yield ": ".join(
         filter(None, (run.spec.plan.label, f"{measurement.outcome.value} {cap}", measurement.reason))
     )
+    yield from _recovery_lines(run)
     if measurement.peak_bytes is not None:
         yield f"  peak    {_peak(run, measurement.peak_bytes)}, {measurement.peak_source}"
     if (step := step_s(measurement)) is not None:

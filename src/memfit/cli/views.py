@@ -9,7 +9,7 @@ from typing import Any
 from memfit.types import serialization
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.types.result import NOT_INCLUDED, Choice, Estimate, Measurement, Poc, Run, SearchResult
+from memfit.types.result import NOT_INCLUDED, Choice, Estimate, Measurement, Poc, Recovery, Run, SearchResult
 
 View = Mapping[str, Any]
 
@@ -126,6 +126,20 @@ def run_view(run: Run) -> View:
         "energy_j": measurement.energy_j,
         "energy_boundary": measurement.energy_boundary,
         "wall_s": measurement.wall_s,
+        "recoveries": [_recovery_view(recovery) for recovery in run.recoveries],
+        "recovery_stop": run.recovery_stop,
+    }
+
+
+def _recovery_view(recovery: Recovery) -> View:
+    """Return the recovery's fields by name. Of the plans, "failed_plan" and "plan" are technique -> settings,
+    "failed_label" and "label" the plans in one line. "effect" is such as "E0"."""
+    return {
+        **serialization.to_plain(recovery),
+        **plan_view(recovery.plan),
+        "failed_plan": recovery.failed_plan.to_dict(),
+        "failed_label": recovery.failed_plan.label,
+        "effect": recovery.effect.label,
     }
 
 

@@ -94,12 +94,12 @@ class _Watch:
         self._spec, self._errors, self._stop = config.spec, errors, stop
         self._started_s = time.monotonic()
         self._kills_here, self._machine_kills = oom_kills_here(), _machine_oom_kills()
-        self._group_kills = self._steps = 0
+        self._group_kills = self._steps = self._first_step = 0
         self._timed_out = False
         self._losses: list[float] = []
         self._result: object = None
         self._process = subprocess.Popen(
-            _dying_with_parent([part.replace("{dir}", folder) for part in config.argv]),
+            dying_with_parent([part.replace("{dir}", folder) for part in config.argv]),
             env={**os.environ, **CHILD_ENV, **config.env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -123,6 +123,8 @@ class _Watch:
         loss = event.get("loss")
         if event["event"] == "result":
             self._result = event.get("measurement")
+        elif event["event"] == "resumed" and isinstance(event.get("step"), int):
+            self._first_step = int(str(event["step"]))
         elif event["event"] == "step":
             self._steps += 1
             self._losses += [float(loss)] if isinstance(loss, int | float) else []
@@ -195,6 +197,7 @@ class _Watch:
             outcome=outcome,
             reason=reason,
             steps_done=self._steps,
+            first_step=self._first_step,
             losses=tuple(self._losses),
             wall_s=time.monotonic() - self._started_s,
         )
@@ -271,7 +274,7 @@ def _machine_oom_kills() -> int:
     return 0
 
 
-def _dying_with_parent(argv: Sequence[str]) -> list[str]:
+def dying_with_parent(argv: Sequence[str]) -> list[str]:
     """Return a command that runs `argv` in such a way that Linux kills it when this process dies, however it
     dies. If this process has died before it starts, `argv` is not run.
 

@@ -18,11 +18,17 @@ from memfit.types.launch import CheckpointSettings, RunSpec
 from memfit.types.result import Measurement, OutcomeKind
 
 OnEvent = Callable[[int, Event], None]
+Losses = dict[int, dict[int, float]]
+"""Rank -> step, counted from 0 -> loss."""
 RESTARTS: Final = 3
 
 
 def run_through(
-    spec: RunSpec, start: Callable[[RunSpec, OnEvent], Sequence[Measurement]], *, on_event: OnEvent
+    spec: RunSpec,
+    start: Callable[[RunSpec, OnEvent], Sequence[Measurement]],
+    *,
+    on_event: OnEvent,
+    losses: Losses | None = None,
 ) -> Sequence[Measurement]:
     """Call ``start(spec, on_event)``, which runs all ranks, and return its measurements, one per rank.
 
@@ -33,8 +39,10 @@ def run_through(
     together.
 
     ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted", "why": ...})`` before each
-    restart."""
-    losses: dict[int, dict[int, float]] = {rank: {} for rank in range(spec.plan.ranks)}
+    restart. ``losses``: an empty mapping that gets the loss of each step that a rank reports, also if the run
+    fails."""
+    losses = {} if losses is None else losses
+    losses.update({rank: {} for rank in range(spec.plan.ranks)})
 
     def listen(rank: int, event: Event) -> None:
         step, loss = event.get("step"), event.get("loss")
@@ -49,7 +57,7 @@ def run_through(
             return measurements
         failure = min(failures, key=lambda m: (not m.reason.startswith("killed"), m.reason == STOPPED))
         on_event(0, {"event": "restarted", "why": failure.reason})
-        spec = dataclasses.replace(spec, keep=_newest(spec.keep))
+        spec = dataclasses.replace(spec, keep=newest(spec.keep))
         measurements = [_whole(m, losses[rank]) for rank, m in enumerate(start(spec, listen))]
     return measurements
 
@@ -61,13 +69,17 @@ def _died(measurement: Measurement) -> bool:
     return is_silent and measurement.steps_done > 0
 
 
-def _newest(keep: CheckpointSettings) -> CheckpointSettings:
+def newest(keep: CheckpointSettings) -> CheckpointSettings:
     """Return ``keep`` with ``resume`` set to the newest complete checkpoint in the folder where the run
-    saves, and ``passed_over`` to the reasons why newer ones were not taken. Return it unchanged if there is
-    no complete checkpoint."""
+    saves, and ``passed_over`` to the reasons why newer ones were not taken. Return it unchanged if the run
+    saves nowhere, if there is no complete checkpoint, or if it is of an earlier step than ``resume``."""
+    if not keep.save:
+        return keep
     try:
-        path, _, passed_over = checkpoints.find(Path(keep.save))
+        path, checkpoint, passed_over = checkpoints.find(Path(keep.save))
     except UserError:
+        return keep
+    if keep.resume and checkpoint.step < checkpoints.find(Path(keep.resume))[1].step:
         return keep
     return dataclasses.replace(keep, resume=str(path), passed_over=passed_over)
 
@@ -76,5 +88,8 @@ def _whole(measurement: Measurement, losses: dict[int, float]) -> Measurement:
     if measurement.outcome is not OutcomeKind.OK:
         return measurement
     return dataclasses.replace(
-        measurement, losses=tuple(losses[step] for step in sorted(losses)), steps_done=len(losses)
+        measurement,
+        losses=tuple(losses[step] for step in sorted(losses)),
+        steps_done=len(losses),
+        first_step=min(losses, default=0),
     )

@@ -110,6 +110,7 @@ class Measurement:
     outcome: OutcomeKind
     reason: str = ""  # what happened, in one line, unless the outcome is ok
     steps_done: int = 0
+    first_step: int = 0  # counted from 0; above it if the run resumed from a checkpoint
     peak_bytes: int | None = None  # live tensor bytes, counting allocator over all threads
     peak_source: str = ""  # what counted it, such as "counting allocator"
     device: str = ""  # product name of the accelerator; "": the processor
@@ -135,20 +136,6 @@ class Measurement:
     timeline_bytes: tuple[int, ...] = ()  # live bytes over the last step, thinned
     weights_digest: str = ""  # SHA-256 of the trained parameters
     wall_s: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """A RunSpec with its prediction and its measurement. If there is no prediction, its fields are None or
-    empty.
-    """
-
-    spec: RunSpec
-    predicted_peak_bytes: int | None
-    predicted_phase_peak_bytes: Mapping[str, int]
-    predicted_step_s: float | None
-    measurement: Measurement
-    dependence: SampleDependence | None = None  # of the job's samples, if the plan splits the batch
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +177,52 @@ class Verdict:
     pairs: int = 0
     power: float | None = None  # probability of showing equivalence if there is no difference
     cause: Cause | None = None  # the reason in structured form; None in records of older versions
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """A run ran out of memory and continued under another plan.
+
+    ``step``: the step that failed, counted from 0. ``reason``: how it failed. ``checkpoint``: path of the
+    checkpoint that the run continued from; "": it began again with its first step. ``first_step``: the step
+    that it continued with. ``effect``: effect class of the plan that failed; ``plan`` has the same or a lower
+    one. The bytes are the memory that the two plans are predicted to need for the batch of the failed step,
+    and ``limit_bytes`` is what ``plan`` had to fit. ``verdict``: on the steps that both plans trained, from
+    ``first_step`` to before ``step``; None if the run did not reach them again.
+    """
+
+    step: int
+    reason: str
+    failed_plan: Plan
+    plan: Plan
+    effect: EffectClass
+    checkpoint: str
+    first_step: int
+    failed_bytes: int
+    needed_bytes: int
+    limit_bytes: int
+    verdict: Verdict | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A RunSpec with its prediction and its measurement. If there is no prediction, its fields are None or
+    empty.
+
+    ``recoveries``: from running out of memory, in order. If there are any, the plan of ``spec`` and the
+    prediction are those after the last one, predicted for the batch of the step that had failed. The losses
+    are those of all steps, and the other measurements those after the last recovery. ``recovery_stop``: why
+    there was no further recovery although memory ran out; "" if it did not, or if none was asked for.
+    """
+
+    spec: RunSpec
+    predicted_peak_bytes: int | None
+    predicted_phase_peak_bytes: Mapping[str, int]
+    predicted_step_s: float | None
+    measurement: Measurement
+    dependence: SampleDependence | None = None  # of the job's samples, if the plan splits the batch
+    recoveries: tuple[Recovery, ...] = ()
+    recovery_stop: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -488,6 +488,7 @@ def _measurement(
         outcome=outcome,
         reason=reason,
         steps_done=len(gauge.losses),
+        first_step=gauge.first,
         peak_bytes=gauge.peak_bytes,
         peak_source=gauge.counter.source,
         **(gauge.of_accelerator or _of_accelerator(gauge)),

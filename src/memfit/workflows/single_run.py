@@ -10,7 +10,6 @@ from memfit.engines.registry import ready_engine, render, supporting_engine
 from memfit.jobs import checkpoints
 from memfit.jobs.user_job import source_digest
 from memfit.planner.capacity import needed_bytes
-from memfit.planner.evaluate import Pricer
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.recompute_budget import open_budget
 from memfit.planner.request import Progress, Request, make_pricer, model_sizes
@@ -32,7 +31,7 @@ from memfit.types.result import (
     OutcomeKind,
     Run,
 )
-from memfit.workflows.recovery import OnRecovery, train_with_recoveries
+from memfit.workflows.recovery import NO_RECOVERY, RecoverySettings, train_with_recoveries
 
 _NOT_KEPT = CheckpointSettings()
 
@@ -76,7 +75,7 @@ def anatomy(
     return tuple(explain_plan(pricer, plan) for plan in plans)
 
 
-def run_plan(
+def run_plan(  # noqa: PLR0913
     request: Request,
     plan: Plan,
     *,
@@ -86,18 +85,15 @@ def run_plan(
     progress: Progress,
     keep: CheckpointSettings = _NOT_KEPT,
     store: Store | None = None,
-    most_recoveries: int = 0,
-    frontier: Sequence[Plan] = (),
-    on_recovery: OnRecovery = lambda recovery, count: None,
+    recoveries: RecoverySettings = NO_RECOVERY,
 ) -> Run:
     """Train a plan on the request's engine and return the run: its prediction and its measurement.
 
     ``seed`` None: that of the checkpoint to resume from, or 0 without one. ``steps`` None: the job's own
     number. ``capped``: whether the run is stopped at a memory limit, which is the request's cap, or what the
     plan is predicted to need if the request has none. ``keep``: whether checkpoints are saved and resumed
-    from. ``store``: where the run is stored; None: nowhere. ``most_recoveries``: how often the run, if memory
-    runs out, continues under a safer plan, as `train_with_recoveries` does with ``frontier`` and
-    ``on_recovery``; 0: never.
+    from. ``store``: where the run is stored; None: nowhere. ``recoveries``: whether the run continues
+    under a safer plan if memory runs out (`train_with_recoveries`).
 
     The engine "replay" trains nothing. It returns the last run of the same job, seed and plan in ``store``
     (None: the default store), with its prediction replaced by a new one, and stores nothing. Raises UserError
@@ -108,7 +104,7 @@ def run_plan(
     process that trains refuses the plan or the job.
     """
     ready_engine(request.engine, plan, request.device)
-    if request.engine == "replay" and most_recoveries:
+    if request.engine == "replay" and recoveries.most:
         raise UserError("engine replay trains nothing, so it cannot recover from running out of memory")
     device = request.machine.device
     if request.is_here and not device.is_host:
@@ -152,15 +148,7 @@ def run_plan(
     def train(spec: RunSpec, estimate: Estimate, losses: Losses, *, strict: bool) -> Run:
         return run_spec(spec, estimate, progress, spec.name, strict=strict, losses=losses)
 
-    result = train_with_recoveries(
-        train,
-        request,
-        spec,
-        estimate,
-        most=most_recoveries,
-        frontier=frontier,
-        on_recovery=on_recovery,
-    )
+    result = train_with_recoveries(train, request, spec, estimate, recoveries)
     if store is not None:
         store.append("run", "run", result)
     return result

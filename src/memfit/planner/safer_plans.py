@@ -1,0 +1,233 @@
+"""The next safer plan for a run that has run out of memory: one that needs less memory and changes the
+training no further.
+
+A safer plan differs from the one that failed only in techniques that leave parameters and optimizer as they
+are, so that it can continue from its checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from memfit.engines.registry import supporting_engine
+from memfit.planner.capacity import fits_under, needed_bytes
+from memfit.planner.evaluate import Pricer
+from memfit.planner.workspace_probes import probe_workspaces
+from memfit.techniques.registry import (
+    check,
+    effect_of,
+    in_micro_batches,
+    make_use,
+    proposable,
+    technique,
+)
+from memfit.types.dependence import DependenceKind
+from memfit.types.errors import MemfitError
+from memfit.types.plan import EffectClass, Plan
+from memfit.types.result import Estimate
+from memfit.types.units import format_bytes
+
+_ACCUMULATION, _OFFLOAD = "gradient-accumulation", "activation-offload"
+_RECOMPUTATION = "recomputation"  # a slot
+# These may differ between a plan and a safer one. Others decide parameters, optimizer, precision or ranks.
+_MAY_DIFFER = (_ACCUMULATION, _OFFLOAD, "chunked-loss", "chunking")
+# A plan that failed although it was predicted to fit needs more than predicted: of a safer one at most this
+# share of what the failed one was predicted to need.
+_UNEXPLAINED_RATIO = 0.9
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SaferPlan:
+    """A safer plan, as ``estimate``; the memory that it and the failed plan are predicted to need; and the
+    limit that it fits."""
+
+    estimate: Estimate
+    needed_bytes: int
+    failed_bytes: int
+    limit_bytes: int
+
+
+def pricer_of_batch(pricer: Pricer, batch: Any) -> Pricer:
+    """Return a pricer of the same job, machine and calibration, for which every step has the batch
+    ``batch``."""
+    job = dataclasses.replace(pricer.job, make_batch=lambda step, seed: batch)
+    return dataclasses.replace(pricer, job=job, traces={}, parts={}, vectors={})
+
+
+def safer_plan(
+    pricer: Pricer,
+    failed: Plan,
+    *,
+    limit_bytes: int,
+    frontier: Sequence[Plan] = (),
+    tried: Collection[Plan] = (),
+) -> SaferPlan | str:
+    """Return a plan to continue with after ``failed`` has run out of memory, or a text that says why there is
+    none. ``pricer``: predicts plans for the batch that failed. ``limit_bytes``: the memory that is there.
+
+    The plan has the same effect class as ``failed`` or a lower one, and fits the limit with that batch. It
+    also needs at least 10 % less than ``failed`` if that was itself predicted to fit, and so needs more than
+    predicted. It is none of ``tried``, and differs from ``failed`` only in micro-batches, recomputation,
+    offload of activations and chunking.
+
+    It is the first of these: a plan of ``frontier``, with other micro-batches only if there is one, and the
+    largest that fits; ``failed`` with the fewest additional micro-batches, if its effect class allows them
+    and the samples of a batch are known to be independent, or the plan splits them already; the same with
+    activation checkpointing of every block; the same with activation offload, too. Raises UserError if
+    ``failed`` cannot be predicted.
+    """
+    failed_bytes = needed_bytes(pricer.whole(failed), pricer.machine)
+    if failed_bytes <= limit_bytes:
+        limit_bytes = int(failed_bytes * _UNEXPLAINED_RATIO)
+    search = _Search(pricer=pricer, failed=failed, limit_bytes=limit_bytes, tried={failed, *tried})
+    estimate = search.of_frontier(frontier) or search.of_extensions()
+    if estimate is None:
+        return search.why_not()
+    return SaferPlan(
+        estimate=estimate,
+        needed_bytes=needed_bytes(estimate, pricer.machine),
+        failed_bytes=failed_bytes,
+        limit_bytes=limit_bytes,
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Search:
+    """The search for a safer plan than ``failed`` within ``limit_bytes``. ``smallest``: the least bytes that
+    a plan that was priced needs, and this plan; None if none was priced."""
+
+    pricer: Pricer
+    failed: Plan
+    limit_bytes: int
+    tried: Collection[Plan]
+    smallest: tuple[int, Plan] | None = None
+
+    def of_frontier(self, frontier: Sequence[Plan]) -> Estimate | None:
+        """Return the estimate of a plan of ``frontier`` that can follow the failed one and fits; of several
+        one with other micro-batches only, and then the one that needs most. None if there is none."""
+        estimates = [e for plan in frontier if self._can_follow(plan) and (e := self._fitting(plan))]
+        alone = self.failed.without(_ACCUMULATION)
+        return max(
+            estimates,
+            key=lambda e: (e.plan.without(_ACCUMULATION) == alone, needed_bytes(e, self.pricer.machine)),
+            default=None,
+        )
+
+    def of_extensions(self) -> Estimate | None:
+        """Return the estimate of the first extension of the failed plan that fits. None if none does."""
+        for variants in self._extensions():
+            # More micro-batches never need more memory, so if the last variant does not fit, none does.
+            if self._fitting(variants[-1]) is not None:
+                return next(e for plan in variants if (e := self._fitting(plan)) is not None)
+        return None
+
+    def why_not(self) -> str:
+        """Return why there is no safer plan: a text."""
+        effect = self._effect(self.failed)
+        hint = (
+            "; a plan with gradient-accumulation (E1) could be cut into more micro-batches"
+            if effect is EffectClass.E0 and self.pricer.space.parts[-1] > 1
+            else ""
+        )
+        if self.smallest is None:
+            return f"no plan of effect class {effect.label} is left to try{hint}"
+        needed, plan = self.smallest
+        return (
+            f"of the plans of effect class {effect.label} that are left, {plan.label} needs least, "
+            f"{format_bytes(needed)}, and {format_bytes(self.limit_bytes)} may be used{hint}"
+        )
+
+    def _extensions(self) -> Iterator[list[Plan]]:
+        """Yield lists of plans to try, those that change least first. The plans of a list differ in their
+        number of micro-batches only, fewest first."""
+        base = self.failed
+        for names in ((), ("activation-checkpointing",), (_OFFLOAD,)):
+            for name in names:
+                base = self._with(base, name)
+            splits = self._splits(base)
+            if variants := [p for p in (base, *splits) if p not in self.tried and self._can_follow(p)]:
+                yield variants
+
+    def _with(self, plan: Plan, name: str) -> Plan:
+        """Return the plan with the technique ``name`` in the first setting that it proposes for the job, in
+        place of others of its slot. The plan is returned unchanged if it proposes none."""
+        definition = technique(name)
+        settings = next(iter(definition.settings(self.pricer.space)), None)
+        if settings is None:
+            return plan
+        others = [
+            u for u in plan.uses if not definition.slot or technique(u.technique).slot != definition.slot
+        ]
+        return dataclasses.replace(plan, uses=tuple(others)).with_use(make_use(name, settings))
+
+    def _splits(self, plan: Plan) -> list[Plan]:
+        """Return the plan with each larger number of micro-batches, ascending, at least doubling."""
+        count = _micro_batches(plan)
+        largest, plans = self.pricer.space.parts[-1], []
+        for parts in self.pricer.space.parts:
+            if parts >= 2 * count or count < parts == largest:
+                count = parts
+                plans.append(plan.with_use(make_use(_ACCUMULATION, {"micro_batches": parts})))
+        return plans
+
+    def _can_follow(self, plan: Plan) -> bool:
+        """Return whether the plan was not tried, can continue from a checkpoint of the failed one, and has at
+        most its effect class."""
+        if plan in self.tried or plan.ranks != self.failed.ranks or _core(plan) != _core(self.failed):
+            return False
+        if proposable(self.failed) and not proposable(plan):
+            return False
+        if _micro_batches(plan) > _micro_batches(self.failed) and not self._may_split():
+            return False
+        with contextlib.suppress(MemfitError):  # a package is not installed, or the engine lacks a technique
+            supporting_engine(self.pricer.engine, check(plan, self.pricer.machine))
+            return self._effect(plan) <= self._effect(self.failed)
+        return False
+
+    def _may_split(self) -> bool:
+        """Return whether the batch may be cut into more micro-batches: if sums may be reordered (E1), and if
+        the samples are independent, or not known to be dependent and already cut."""
+        if effect_of(self.failed) < EffectClass.E1:
+            return False
+        kind = self.pricer.dependence.kind
+        if kind is DependenceKind.NOT_TESTED:
+            return in_micro_batches(self.failed)
+        return kind is DependenceKind.INDEPENDENT
+
+    def _effect(self, plan: Plan) -> EffectClass:
+        return effect_of(plan, self.pricer.dependence_under(plan))
+
+    def _fitting(self, plan: Plan) -> Estimate | None:
+        """Return the plan's estimate if it fits the limit, else None, also for a plan that does not suit the
+        model. On the processor of this machine, workspaces of kernels are probed if they decide this."""
+        fits = fits_under(self.limit_bytes, self.pricer.machine)
+        device = self.pricer.machine.device
+        with contextlib.suppress(MemfitError):
+            estimate = self.pricer.whole(plan)
+            is_probed_here = self.pricer.machine.is_here and device.is_host
+            if not fits(estimate) and is_probed_here and estimate.allocated_bytes.value < self.limit_bytes:
+                probe_workspaces(self.pricer, plan)
+                estimate = self.pricer.whole(plan)
+            needed = needed_bytes(estimate, self.pricer.machine)
+            if self.smallest is None or needed < self.smallest[0]:
+                self.smallest = needed, plan
+            return estimate if fits(estimate) else None
+        return None
+
+
+def _core(plan: Plan) -> Plan:
+    """Return the plan without the techniques in which a safer plan may differ."""
+    uses = tuple(
+        u
+        for u in plan.uses
+        if u.technique not in _MAY_DIFFER and technique(u.technique).slot != _RECOMPUTATION
+    )
+    return Plan(uses=uses, ranks=plan.ranks)
+
+
+def _micro_batches(plan: Plan) -> int:
+    accumulation = plan.get(_ACCUMULATION)
+    return int(accumulation.settings["micro_batches"]) if accumulation else 1
