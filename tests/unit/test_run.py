@@ -343,7 +343,7 @@ run(config, on_event=lambda e: print(e["pid"], flush=True))
 
 @LINUX
 def test_a_child_whose_parent_is_already_gone_does_not_start() -> None:
-    command = child_process._dying_with_parent([sys.executable, "-c", "print('started')"])
+    command = child_process.dying_with_parent([sys.executable, "-c", "print('started')"])
     command[command.index(str(os.getpid()))] = "1"  # the parent that it is started for is another process
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "the parent process has died\n")

@@ -16,6 +16,7 @@ from memfit.cli import (
     doctor,
     engine,
     engines,
+    estimate,
     explain,
     export,
     jobs,
@@ -51,6 +52,7 @@ app = typer.Typer(
 for _name, _function in (
     ("poc", poc.poc),
     ("plan", plan.plan),
+    ("estimate", estimate.estimate),
     ("explain", explain.explain),
     ("run", run.run),
     ("lint", lint.lint),
@@ -69,7 +71,10 @@ for _name, _function in (
     ("engines", engines.engines),
     ("doctor", doctor.doctor),
 ):
-    app.command(_name)(grouped(_function))
+    # What follows the script's name are the script's arguments, also without "--" before it.
+    app.command(_name, context_settings={"allow_interspersed_args": _name != "estimate"})(
+        grouped(_function)
+    )
 
 
 @app.callback()
@@ -96,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exception is raised; with --json it is first printed in the same two ways. If the reader of standard
     output closes the pipe, the exit code is 1 and nothing is printed about it."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in argv
+    as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
     try:
         _known_command(argv)
         code = typer.main.get_command(app).main(argv, prog_name="memfit", standalone_mode=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,11 +18,58 @@ MOST: Final = 15
 Row = tuple[list[str], list[Figure]]
 
 
-def print_explained(explained: TracedEstimate, *, console: Console, lang: str) -> None:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptFacts:
+    """What is said of a training script beside its estimate. ``needed_bytes``, ``fits``: the memory of one
+    device that it needs, and whether that is at most ``cap_bytes``. ``notes``: sentences for the user."""
+
+    program: str
+    model: str
+    parameter_count: int
+    trainable_count: int
+    optimizers: tuple[str, ...]
+    machine: str
+    ranks: int
+    cap_bytes: int
+    needed_bytes: int
+    fits: bool
+    notes: tuple[str, ...]
+
+
+def print_script(explained: TracedEstimate, facts: ScriptFacts, *, console: Console, lang: str) -> None:
+    """Print the estimate of a script's training step: what the script trains, whether it fits, notes, and
+    then what `print_explained` prints. Raises UserError for an unknown ``lang``."""
+    words = load_words(lang)
+    line = words.get(
+        "script.line",
+        program=facts.program,
+        model=facts.model,
+        parameters=figure_text(predicted(facts.parameter_count, "parameters"), words),
+        trainable=figure_text(predicted(facts.trainable_count, "parameters"), words),
+        optimizer=", ".join(facts.optimizers),
+        machine=words.of(facts.machine),
+        ranks=facts.ranks,
+    )
+    console.print(Text(line))
+    need, cap = (predicted(n, "bytes") for n in (facts.needed_bytes, facts.cap_bytes))
+    verdict = words.get(
+        "script.fits" if facts.fits else "script.does_not_fit",
+        needed=figure_text(need, words),
+        cap=figure_text(cap, words),
+    )
+    console.print(Text(verdict, style="bold green" if facts.fits else "bold red"))
+    for note in facts.notes:
+        console.print(Text(words.get("script.note", note=words.of(note)), style="yellow"))
+    print_explained(explained, console=console, lang=lang, title=words.get("script.title"))
+
+
+def print_explained(
+    explained: TracedEstimate, *, console: Console, lang: str, title: str | None = None
+) -> None:
     """Print the estimate (see `print_estimate`), then a table of what is alive at its peak: the `MOST` (15)
     largest contributors, and all others as one row. Raises UserError for an unknown ``lang``."""
     words, parts = load_words(lang), contributors(explained)
-    print_estimate(explained.estimate, console=console, lang=lang)
+    print_estimate(explained.estimate, console=console, lang=lang, title=title)
     rows = [([*_who(c, words), c.line], _sizes(c.size_bytes, c.count)) for c in parts[:MOST]]
     if rest := parts[MOST:]:
         label = words.get("explain.more", count=len(rest))

@@ -185,8 +185,11 @@ def _correction(calibration: Calibration, words: Words) -> str:
     return words.get("terminal.corrected", ratio=ratio, spread=_text(percent, words), **placeholders)
 
 
-def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
-    """Print the prediction for one plan, in this order: the peak of live tensors with its range, and the step
+def print_estimate(
+    estimate: Estimate, *, console: Console, lang: str, title: str | None = None
+) -> None:
+    """Print the prediction for one plan, in this order: the title (by default one that names the plan); the
+    peak of live tensors with its range, and the step
     time; other kinds of memory; whether the host has enough memory; the probability that the plan does not
     fit; phase and operator of the peak; a warning if splitting the batch may change the training or this was
     not tested; the first `MOST_ASSUMPTIONS` (5) assumptions; tables of memory by category, phase, module and
@@ -197,7 +200,8 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
     """
     words, view = load_words(lang), estimate_view(estimate)
     peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
-    console.print(Text(words.get("terminal.estimate", plan=view.plan), style="bold"))
+    title = words.get("terminal.estimate", plan=view.plan) if title is None else title
+    console.print(Text(title, style="bold"))
     console.print(Text(words.get("terminal.peak_line", peak=peak, low=low, high=high, step=step)))
     for kind, *figures in view.further:
         value, low, high = (_text(f, words) for f in figures)

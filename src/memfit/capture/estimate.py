@@ -1,0 +1,95 @@
+"""Predict the memory of a training script by running it unmodified, in a child process, up to its first steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from memfit.capture.program import load_program
+from memfit.capture.result import ScriptAnswer, ScriptSpec
+from memfit.runtime.child_process import CHILD_ENV, dying_with_parent
+from memfit.types.errors import UserError
+from memfit.types.serialization import dumps, loads
+
+_SHOWN_LINES = 6  # of the script's output, in an error
+_ROOT = str(Path(__file__).parents[2])  # memfit may be imported from a folder that is on this process's path only
+
+
+def estimate_script(
+    command: Sequence[str],
+    *,
+    machine: str = "this",
+    bound: int | float | Mapping[str, int | float] | None = None,
+    probe: bool = True,
+    limit_s: float = 1800.0,
+    show_output: bool = False,
+    whole_trace: bool = False,
+) -> ScriptAnswer:
+    """Run the script of ``command`` in a child process until its second optimizer step, on fake parameters, and
+    return the prediction for that step on ``machine``. Nothing is trained.
+
+    ``limit_s``: seconds after which the script is ended. ``show_output``: whether the script's output is shown,
+    on standard error. The other arguments are as in `ScriptSpec`. Raises UserError if the command is none that
+    `load_program` reads, and if the script ends, fails or is ended before its first optimizer step.
+    """
+    program = load_program(command)
+    with tempfile.TemporaryDirectory(prefix="memfit-script-") as folder:
+        spec = ScriptSpec(
+            command=tuple(command),
+            machine=machine,
+            answer=str(Path(folder) / "answer.json"),
+            scratch=str(Path(folder) / "files"),
+            bound=dict(bound) if isinstance(bound, Mapping) else bound,
+            probe=probe,
+            whole_trace=whole_trace,
+        )
+        Path(spec.scratch).mkdir()
+        output = Path(folder) / "output.txt"
+        reason = _run(spec, Path(folder), output, limit_s, show_output=show_output)
+        answer_file = Path(spec.answer)
+        if not answer_file.exists():
+            raise UserError(f"{program.name} {reason} before its second optimizer step{_end_of(output)}")
+        answer = loads(ScriptAnswer, answer_file.read_text(), what="the answer of the script's process")
+        if answer.problem:
+            raise UserError(f"{program.name}: {answer.problem}{_end_of(output)}", hint=answer.hint)
+        return answer
+
+
+def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_output: bool) -> str:
+    """Run the child process, and return how it ended, such as "was killed by signal 9"."""
+    spec_file = folder / "spec.json"
+    spec_file.write_text(dumps(spec))
+    paths = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), _ROOT)))
+    with contextlib.ExitStack() as stack:
+        sink = sys.stderr if show_output else stack.enter_context(output.open("wb"))
+        process = subprocess.Popen(
+            dying_with_parent([sys.executable, "-m", "memfit.capture.child", str(spec_file)]),
+            env={**os.environ, **CHILD_ENV, "PYTHONPATH": paths},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return f"was ended after {limit_s:g} s,"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.wait()
+    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+
+
+def _end_of(output: Path) -> str:
+    """Return the last lines of the script's output, for an error; "" if there are none or they were shown."""
+    with contextlib.suppress(OSError):
+        lines = [" ".join(line.split()) for line in output.read_text(errors="replace").splitlines()]
+        if lines := [line for line in lines if line][-_SHOWN_LINES:]:
+            return f"; the end of its output: {' | '.join(lines)[-600:]}"
+    return ""

@@ -1,0 +1,158 @@
+"""``memfit estimate``: predict the memory of a training script as it is, before it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memfit.cli.options import JsonOptions, LanguageOptions, MachineOptions
+from memfit.cli.output import check_language, console, emit
+from memfit.cli.progress import Bars
+from memfit.cli.request import machine_of, writable
+from memfit.types.errors import UserError
+from memfit.types.parsing import parse_bytes
+
+if TYPE_CHECKING:
+    from memfit.capture.result import ScriptAnswer
+    from memfit.types.machine import Machine
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptOptions:
+    """The command that starts the script, and how it is run."""
+
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="-- COMMAND...",
+            help="The command that starts your training, as you would type it: python train.py ARGS, python -m "
+            "MODULE ARGS, torchrun, accelerate launch, deepspeed or srun with their options, or the name of a "
+            "program written in Python.",
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of one device that the training must fit in, for example 24GiB. Default: the memory "
+            "of the device.",
+        ),
+    ] = None
+    bound: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.py:LINE=N",
+            help="The number that a line of your code reads from a tensor, where it depends on data; memfit "
+            "says where it assumed one. Repeat the option for further lines.",
+        ),
+    ] = None
+    show_output: Annotated[
+        bool,
+        typer.Option("--show-output", help="Show on standard error what the script prints. Default: hidden."),
+    ] = False
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=1, help="End the script after so many seconds. Default: 1800 (half an hour)."
+        ),
+    ] = 1800.0
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write an HTML page with a treemap and a timeline of the memory to this file, which is "
+            "overwritten if it exists.",
+        ),
+    ] = None
+
+
+def estimate(options: ScriptOptions, on: MachineOptions, lang: LanguageOptions, output: JsonOptions) -> None:
+    """Predict the memory of your training script as it is, before it trains.
+
+    The script runs unmodified, in a process of its own, until its second optimizer step. Its parameters have
+    shapes but no data, so a model that is too large for this machine can be predicted, too. A script that
+    needs a GPU can be predicted without one: name it with --on.
+
+    Example: memfit estimate --on H100-SXM -- python train.py --batch-size 32
+    """
+    language_code = check_language(lang.lang)
+    if not options.command:
+        raise UserError("no command is given", hint="memfit estimate -- python train.py ARGS")
+    cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
+    machine = machine_of(on.on, "world")
+    if options.html is not None:
+        writable(options.html)
+    with Bars(language_code) as progress:
+        progress("script", 0, 0, " ".join(options.command))
+        from memfit.capture.estimate import estimate_script
+
+        answer = estimate_script(
+            options.command,
+            machine=on.on,
+            bound=_bounds(options.bound or []),
+            limit_s=options.time_limit,
+            show_output=options.show_output,
+            whole_trace=options.html is not None,
+        )
+    _show(answer, machine, cap_bytes, options, lang=language_code, as_json=output.json)
+
+
+def _bounds(texts: list[str]) -> dict[str, int | float] | None:
+    bounds: dict[str, int | float] = {}
+    for text in texts:
+        line, separator, number = text.rpartition("=")
+        try:
+            bounds[line] = float(number) if "." in number else int(number)
+        except ValueError:
+            separator = ""
+        if not (line and separator):
+            raise UserError(f"--bound {text}", allowed="FILE.py:LINE=N with a number N, such as train.py:12=4096")
+    return bounds or None
+
+
+def _show(
+    answer: ScriptAnswer,
+    machine: Machine,
+    cap_bytes: int | None,
+    options: ScriptOptions,
+    *,
+    lang: str,
+    as_json: bool,
+) -> None:
+    from memfit.planner.capacity import fits_under, needed_bytes
+    from memfit.report import explain_html
+    from memfit.report.explain import TracedEstimate, contributors
+    from memfit.report.explain_terminal import ScriptFacts, print_script
+    from memfit.report.files import write_whole
+
+    assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
+    explained = TracedEstimate(
+        estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock
+    )
+    cap_bytes = cap_bytes or int(machine.device.memory_bytes.value)
+    facts = ScriptFacts(
+        program=answer.program,
+        model=answer.model,
+        parameter_count=answer.trace.parameter_count,
+        trainable_count=answer.trace.trainable_count,
+        optimizers=answer.optimizers,
+        machine=machine.name,
+        ranks=answer.ranks,
+        cap_bytes=cap_bytes,
+        needed_bytes=needed_bytes(answer.estimate, machine),
+        fits=fits_under(cap_bytes, machine)(answer.estimate),
+        notes=answer.notes,
+    )
+    if options.html is not None:
+        page = explain_html.render_explained(explained, job=answer.program, lang=lang)
+        write_whole(options.html, page.encode())
+    if as_json:
+        from memfit.cli.views import estimate_view
+
+        view: dict[str, Any] = {"script": facts, "estimate": estimate_view(answer.estimate)}
+        emit({**view, "contributors": contributors(explained)})
+    else:
+        print_script(explained, facts, console=console(), lang=lang)
