@@ -1,0 +1,110 @@
+"""Measure the peak of live tensor bytes of an unmodified training script, per optimizer step.
+
+Python imports this module at start when its folder is on PYTHONPATH. It does nothing unless the environment
+names a folder in MEMFIT_TRUTH. Then the import of torch also installs the counting allocator, and each
+process that takes two optimizer steps writes `rank-<RANK>.json` there and ends. Nothing here imports memfit's
+tracer or its cost model.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_STEPS = 2
+_WAIT_S = 30.0
+
+
+class _TorchFinder(importlib.abc.MetaPathFinder):
+    """Find torch as usual, with a loader that starts the count after torch's own code has run."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("torch")
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _Measurement(Path(os.environ["MEMFIT_TRUTH"])).start()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+class _Measurement:
+    """Peaks of live bytes: until the first forward pass that computes gradients, then of each optimizer
+    step."""
+
+    def __init__(self, folder: Path) -> None:
+        from memfit.runtime.counting_allocator import CountingAllocator
+
+        self._folder = folder
+        self._allocator = CountingAllocator()
+        self._begin_s = time.monotonic()
+        self._setup: dict[str, Any] | None = None
+        self._steps: list[dict[str, Any]] = []
+        self._process = os.getpid()
+
+    def start(self) -> None:
+        from torch.nn.modules.module import register_module_forward_pre_hook
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self._allocator.install()
+        self._handle = register_module_forward_pre_hook(self._before_forward)
+        register_optimizer_step_post_hook(self._after_step)
+
+    def _before_forward(self, module: Any, arguments: Any) -> None:
+        import torch
+
+        trains = module.training and torch.is_grad_enabled()
+        if trains and any(p.requires_grad for p in module.parameters()):
+            self._handle.remove()
+            self._setup = self._next_period()
+
+    def _after_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
+        if os.getpid() != self._process:
+            return
+        self._steps.append(self._next_period() | {"optimizer": type(optimizer).__name__})
+        if len(self._steps) == _STEPS:
+            self._write()
+            os._exit(0)
+
+    def _next_period(self) -> dict[str, Any]:
+        period = {
+            "peak_bytes": self._allocator.peak_bytes(),
+            "end_bytes": self._allocator.live_bytes(),
+            "end_s": time.monotonic() - self._begin_s,
+        }
+        self._allocator.reset_peak()
+        return period
+
+    def _write(self) -> None:
+        rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        record = {
+            "rank": rank,
+            "setup": self._setup,
+            "steps": self._steps,
+            "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        draft = self._folder / f"rank-{rank}.draft"
+        draft.write_text(json.dumps(record), encoding="utf-8")
+        draft.rename(self._folder / f"rank-{rank}.json")
+        limit_s = time.monotonic() + _WAIT_S  # a rank that leaves early would end the others
+        while len(list(self._folder.glob("rank-*.json"))) < ranks and time.monotonic() < limit_s:
+            time.sleep(0.05)
+
+
+if os.environ.get("MEMFIT_TRUTH"):
+    sys.meta_path.insert(0, _TorchFinder())

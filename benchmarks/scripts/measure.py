@@ -1,0 +1,103 @@
+"""Run a public script to its second optimizer step and count its bytes; ask memfit for its prediction."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from memfit.store.environment import fingerprint
+from scripts.corpus import PublicScript, ScriptError
+from scripts.prepare import PREPARE
+
+_HOOKS: Final = Path(__file__).with_name("counting")
+_SOURCE: Final = Path(__file__).parents[2] / "src"
+LIMIT_S: Final = 600.0
+
+
+def prepare(script: PublicScript, sources: Path) -> Path:
+    """Make the script's data once, and return its work folder."""
+    work = sources / "work" / script.name
+    mark = work / ".prepared"
+    if not mark.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        PREPARE[script.prepare](sources, work)
+        mark.touch()
+    return work
+
+
+def measure(script: PublicScript, sources: Path, work: Path) -> dict[str, Any]:
+    """Run the script to the end of its second optimizer step and return the peaks of its ranks. Raise
+    ScriptError if a rank does not reach it in 10 minutes."""
+    begin_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = _child_environment(script, work) | {"MEMFIT_TRUTH": folder}
+        done = _call(script.arguments(sources, work), script, sources, work, environment)
+        ranks = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("rank-*.json"))]
+    if len(ranks) != script.ranks:
+        raise ScriptError(f"{len(ranks)} of {script.ranks} ranks took 2 steps: {_last_lines(done)}")
+    return {
+        "peak_bytes": max(step["peak_bytes"] for r in ranks for step in r["steps"]),
+        "from_start_bytes": max(p["peak_bytes"] for r in ranks for p in (r["setup"], *r["steps"]) if p),
+        "wall_s": time.monotonic() - begin_s,
+        "ranks": ranks,
+    }
+
+
+def predict(script: PublicScript, sources: Path, work: Path) -> dict[str, Any]:
+    """Return what `memfit estimate --json -- COMMAND` answers: its bytes, or the last lines of its error."""
+    begin_s = time.monotonic()
+    command = [sys.executable, "-m", "memfit", "estimate", "--json", "--", *script.arguments(sources, work)]
+    done = _call(command, script, sources, work, _child_environment(script, work))
+    wall = {"wall_s": time.monotonic() - begin_s}
+    try:
+        return wall | {"allocated_bytes": json.loads(done.stdout)["estimate"]["allocated_bytes"]}
+    except (ValueError, KeyError, TypeError):
+        return wall | {"error": _last_lines(done)}
+
+
+def _call(
+    command: Sequence[str], script: PublicScript, sources: Path, work: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    folder = script.folder.format(sources=sources, work=work)
+    try:
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ScriptError(f"not done after {LIMIT_S:.0f} s") from error
+
+
+def _child_environment(script: PublicScript, work: Path) -> dict[str, str]:
+    """Return the environment in which the script and the prediction run: this one's programs first, no
+    network, no accelerator."""
+    programs = str(Path(sys.executable).parent)
+    paths = (str(_HOOKS), str(_SOURCE), os.environ.get("PYTHONPATH", ""))
+    return (
+        os.environ
+        | {
+            "PATH": os.pathsep.join((programs, os.environ["PATH"])),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(work / "hf"),
+        }
+        | ({"MEMFIT_ANY_CIFAR": "1"} if script.any_cifar else {})
+    )
+
+
+def _last_lines(done: subprocess.CompletedProcess[str]) -> str:
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return f"exit code {done.returncode}: " + " | ".join(lines[-3:])[-400:]
+
+
+def environment_of(script: PublicScript) -> dict[str, str]:
+    """Return the fingerprint of this machine and the versions of the script's packages."""
+    return dict(fingerprint()) | {p: version(p) for p in script.packages}
