@@ -29,9 +29,10 @@ from memfit.types.job import Job, Metric, OptimizerChoice
 from memfit.types.plan import Plan
 
 if TYPE_CHECKING:
-    from memfit.api import Prediction, assert_fits, conform, estimate, from_trainer
+    from memfit.api import Fit, Prediction, apply, assert_fits, conform, estimate, from_trainer
 
 __all__ = [
+    "Fit",
     "Job",
     "MemfitError",
     "Metric",
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "Prediction",
     "UserError",
+    "apply",
     "assert_fits",
     "conform",
     "estimate",

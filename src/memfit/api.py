@@ -1,5 +1,6 @@
 """Functions to call in the user's own code: ``memfit.estimate``, ``from_trainer`` and ``assert_fits`` predict
-the memory of a training step; ``conform`` compares a prepared model with a plan.
+the memory of a training step; ``apply`` applies a plan to a model in the user's own loop; ``conform``
+compares a prepared model with a plan.
 
 ::
 
@@ -24,8 +25,11 @@ from memfit.conformance.sharding import world_size
 from memfit.cost.host import host_holds, host_line, with_host_memory
 from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
 from memfit.jobs.training_step import repeat
+from memfit.jobs.user_job import guarded
+from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import fits_under, needed_bytes
 from memfit.planner.evaluate import Pricer
+from memfit.planner.largest import LargestValue, batch_multiple, find_largest, prober
 from memfit.planner.workload import workload_of
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.workload_text import workload_text
@@ -46,8 +50,9 @@ from memfit.types.plan import Plan, Use, use
 from memfit.types.result import NOT_INCLUDED, Estimate, Interval
 from memfit.types.units import format_bytes
 from memfit.types.workload import Workload
+from memfit.user_loop import Fit, apply_plan
 
-__all__ = ["Prediction", "assert_fits", "conform", "estimate", "from_trainer"]
+__all__ = ["Fit", "Prediction", "apply", "assert_fits", "conform", "estimate", "from_trainer"]
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 # Limits of a step that is computed on real tensors: operations, and share of free memory.
 _MOST_COMPUTED_FLOPS, _FREE_RATIO = 4e12, 0.5
@@ -472,6 +477,63 @@ def _smaller(prediction: Prediction) -> Iterator[Prediction]:
             plan = extended_plan
 
 
+def apply(  # noqa: PLR0913
+    plan: Any,
+    model: Any,
+    optimizer: Any = None,
+    *,
+    batch: Any = None,
+    loss: Any = None,
+    loss_terms: Callable[[Any], int] | None = None,
+    clip: float | None = None,
+    device: Any = None,
+    conform: bool = True,
+    **structure: Any,
+) -> Fit:
+    """Apply ``plan`` to ``model``, in place, and return what the user's own loop must use. Call it on every
+    rank, before the first step::
+
+        fit = memfit.apply(plan, model, optimizer)
+        for batch in loader:
+            for part in fit.split(batch):
+                with fit.forward():
+                    loss = loss_function(fit.model(part["x"]), part["y"])
+                fit.backward(loss)
+            fit.step()
+
+    The plan is applied by the code that memfit's worker runs. After the first step, what that step did is
+    compared with the plan, as by `memfit.conform`, unless ``conform`` is False.
+
+    ``plan``: as in `estimate`; its number of ranks must be the world size of torch.distributed, 1 without.
+    ``optimizer``: a torch optimizer of this model, a function of parameters, "adamw", "adam", "sgd" or
+    "adafactor"; by default AdamW. ``fit.optimizer`` has its groups and learning rates; it is another object
+    if the plan replaces parameters or the optimizer. ``device``: where to train, such as "cuda:0"; by default
+    where the model's parameters are. ``clip``: the largest gradient norm; by default gradients are not
+    clipped. ``loss_terms``: returns how many terms the loss of a batch averages, by default its number of
+    samples; micro-batches are weighted by it.
+
+    ``batch``, an example, and ``loss``, as in `estimate`, are needed only for plans that look at a run of the
+    model first: chunking, tensor-parallel and context-parallel. ``structure``: the fields of `Job` that say
+    where things are in the model: blocks, more_blocks, head, tensor_parallel, sequence_dim, experts, islands.
+
+    Raises UserError if an argument is none of these, if the plan does not suit the model or the optimizer,
+    and for a pipeline, which a loop cannot run. After an error in a technique, the model may be changed in
+    part.
+    """
+    return apply_plan(
+        plan,
+        model,
+        optimizer,
+        batch=batch,
+        loss=loss,
+        loss_terms=loss_terms,
+        clip=clip,
+        device=device,
+        conform=conform,
+        fields=structure,
+    )
+
+
 def conform(
     model: Any,
     optimizer: Any,
@@ -562,3 +624,86 @@ def _check_step(step: object) -> None:
                 allowed="a function without required arguments that runs one whole training step, or None, "
                 "with which no step is run",
             ) from None
+
+
+@pause_gc()
+def largest(  # noqa: PLR0913
+    model: Any,
+    batch: Any = None,
+    *,
+    memory: str | int | None = None,
+    machine: Any = None,
+    plan: Any = None,
+    loss: Any = None,
+    optimizer: Any = None,
+    start: int | None = None,
+    step: int = 1,
+    bound: Bound | None = None,
+    clip: float | None = None,
+) -> LargestValue:
+    """Return the largest number for which a training step fits ``memory`` of one device; nothing is trained.
+
+    With ``batch``, the number is that of samples: ``model`` and ``batch`` are as in `estimate`, and the batch
+    is repeated or cut. A Job without ``batch`` is varied in the same way. Otherwise ``model`` is a function
+    of the number, whatever it counts: ``model(n)`` returns a Job or a pair (model, batch), where both are as
+    in `estimate`.
+
+    ::
+
+        memfit.largest(model, batch, machine="H100-SXM").value
+        memfit.largest(lambda n: (Net(layers=n), batch), memory="24GiB", start=4)
+
+    ``memory``: "24GiB" or bytes; by default that of the device. ``start``: the number that is tried first; by
+    default the samples of ``batch``, or 1. ``step``: only multiples of it are tried, and for samples of those
+    that the plan needs, which are multiples of its micro-batches and data-parallel ranks. ``machine``,
+    ``plan``, ``loss``, ``optimizer``, ``bound`` and ``clip`` are as in `estimate`.
+
+    The result's ``value`` is the largest that is safe, or None if none fits; ``safe_next`` is the next
+    multiple, which was traced and does not fit; ``expected`` is the largest that fits without memfit's
+    margin. Raises UserError as `estimate` does, and if the first number cannot be predicted.
+    """
+    target, samples = machine_of(machine), batch is not None or isinstance(model, Job)
+    settings: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "bound": bound, "clip": clip}
+    if samples:
+        own_job = job_of(model, batch, **settings)
+        start = start or own_job.batch_size
+
+        def job_at(value: int) -> Job:
+            return with_batch_shape(own_job, value)
+
+    else:
+
+        def job_at(value: int) -> Job:
+            built = guarded(lambda: model(value), "the function given as model")
+            pair = built if isinstance(built, tuple) else (built,)
+            return job_of(*pair, **settings)
+
+    if not samples and (not callable(model) or hasattr(model, "named_parameters")):
+        raise UserError(
+            f"the argument model is a {type(model).__name__}, and there is no batch",
+            allowed="a model and a batch, a memfit.Job, or a function of the number that returns a Job or a "
+            "pair (model, batch)",
+        )
+    target_plan = _plan_on(plan, target)
+    first_job = job_at(start or 1)
+    space = Space(
+        batch_size=first_job.batch_size, block_count=0, has_head=False, vocabulary=0, device=target.device.kind
+    )
+    pricer = Pricer(job=first_job, machine=target, space=space)
+    cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
+    cap_bytes = cap_bytes or int(target.device.memory_bytes.value)
+    is_cpu_here = target.is_here and target.device.is_host
+    return find_largest(
+        prober(
+            pricer,
+            target_plan,
+            job_at,
+            cap_bytes=cap_bytes,
+            prepare=probe_workspaces if is_cpu_here else lambda pricer, plan: None,
+        ),
+        dimension="batch" if samples else "number",
+        plan=target_plan,
+        cap_bytes=cap_bytes,
+        start=start or 1,
+        step=math.lcm(step, batch_multiple(target_plan) if samples else 1),
+    )

@@ -81,7 +81,7 @@ def job_of(
         return dataclasses.replace(model, **{k: v for k, v in overrides.items() if v is not None})
     model = getattr(model, "_orig_mod", model)  # a compiled module is predicted as the eager module inside it
     build = _build_of(model)
-    value = _batch_of(batch)
+    value = batch_of(batch)
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
     job = Job(
         name=name,
@@ -134,7 +134,7 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
     return build
 
 
-def _batch_of(batch: Any) -> Any:
+def batch_of(batch: Any) -> Any:
     """Return the batch, or what ``batch`` makes if it is a function, with its tensors detached and on the
     CPU. Tensors on the meta device become zeros. A mapping becomes a dict. The given batch is not changed.
 

@@ -119,7 +119,7 @@ def test_without_update_weights_are_kept_and_gradients_freed() -> None:
     ("wrong", "said"),
     [
         (lambda net, batch: net(batch[0]), r"a tensor of shape \(32, 4\)"),
-        (lambda net, batch: 0.5, r"returned 0\.5"),
+        (lambda net, batch: 0.5, r"is 0\.5"),
         (lambda net, batch: batch[0].mean(), "does not depend on any trainable parameter"),
     ],
 )

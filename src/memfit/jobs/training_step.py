@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from memfit.jobs.ema import WeightAverage
 from memfit.model.batch_objects import batch_tensors, map_batch, sample_count, split_object
 from memfit.techniques import fp32_modules
 from memfit.techniques.base import OptimizerLike, Workbench
-from memfit.techniques.optimizers import StepInBackward, default_optimizer
+from memfit.techniques.optimizers import StepInBackward, default_optimizer, innermost
 from memfit.techniques.rank_mesh import World, builds_on_host, layout, moves_parameters
 from memfit.techniques.registry import check, ordered_uses
 from memfit.types.device_kind import HOST, device_kind
@@ -35,6 +36,16 @@ OnPhase = Callable[[Phase], None]
 
 def _ignore(phase: Phase) -> None:
     """Do nothing when a phase begins: the default of ``on_phase``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """A part of a batch that is trained at once. ``share``: the factor of its mean loss in the loss of the
+    step. ``last``: whether the optimizer's step comes after it."""
+
+    batch: Any
+    share: float
+    last: bool
 
 
 class TrainingStep:
@@ -92,6 +103,7 @@ class TrainingStep:
             _move_rest(model, torch_device, bench.own_parameters, parameters=moves_parameters(plan, device))
         self.job, self.bench, self.model, self.plan = job, bench, model, plan
         self.optimizer: OptimizerLike = self._prepare()
+        self.take_step: Callable[[], Any] | None = None  # called in place of the optimizer's step, if set
         self.average = self._weight_average()
         if job.clip is not None and bench.step_in_backward:
             raise UserError(
@@ -132,19 +144,16 @@ class TrainingStep:
         update. Raises UserError if ``batch`` cannot be split as the plan requires, or if the job's loss is
         not a scalar tensor that depends on a trainable parameter.
         """
-        parts = split(batch, self.bench.micro_batches)
-        terms = [self._terms(part) for part in parts]
-        total = terms_per_rank or sum(terms)
+        micro_batches = self.split(batch, terms_per_rank)
         loss_sum: torch.Tensor | None = None
-        for index in played(len(parts), micro_batches_played):
-            last = index == len(parts) - 1
-            loss = self._micro_step(parts[index], terms[index] / total, on_phase, last=last)
+        for index in played(len(micro_batches), micro_batches_played):
+            loss = self._micro_step(micro_batches[index], on_phase)
             loss_sum = loss if loss_sum is None else loss_sum + loss
         assert loss_sum is not None
         on_phase(Phase.OPTIMIZER)
         if not update:
             return loss_sum, self._forgo()
-        norm = self._update()
+        norm = self.update()
         if self.average is not None:
             self.average.update()
         return loss_sum, norm
@@ -155,7 +164,7 @@ class TrainingStep:
         on_phase(Phase.OPTIMIZER)
         for param in self.bench.trainable():
             param.grad = torch.zeros_like(param)
-        self._update()
+        self.update()
 
     def local(self, batch: Any) -> tuple[Any, float]:
         """Return (this rank's part of ``batch``; the mean number of loss terms of a part). ``batch``: the
@@ -181,6 +190,45 @@ class TrainingStep:
         local_part = map_batch(torch.clone, part) if device == HOST else moved(part, device)
         return local_part, self._terms(batch) / world.layout.data
 
+    def split(self, batch: Any, terms_per_rank: float | None = None) -> list[MicroBatch]:
+        """Return the micro-batches of the plan, in their order. ``batch`` is this rank's part of the batch;
+        ``terms_per_rank`` is as in `run`. Raises UserError if ``batch`` cannot be split as the plan
+        requires."""
+        parts = split(batch, self.bench.micro_batches)
+        terms = [self._terms(part) for part in parts]
+        total = terms_per_rank or sum(terms)
+        return [
+            MicroBatch(batch=part, share=n / total, last=index == len(parts) - 1)
+            for index, (part, n) in enumerate(zip(parts, terms, strict=True))
+        ]
+
+    def begin(self, micro_batch: MicroBatch) -> None:
+        """Tell the plan's techniques that ``micro_batch`` begins. To be called before its forward pass."""
+        for callback in self.bench.before_micro_batch:
+            callback(micro_batch.last)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run backward from ``loss``, a weighted loss (`weighted`), multiplied by the loss scale if the plan
+        has one."""
+        scale = self.bench.loss_scale
+        self._backward(loss if scale is None else loss * scale.value)
+
+    def update(self) -> torch.Tensor:
+        """Undo the loss scale, clip the gradients to the job's ``clip``, run the optimizer's step and free
+        the gradients. Return the gradient norm before clipping.
+
+        If there is a loss scale above 1 and the norm is not finite, the scale is halved, the optimizer's step
+        is skipped, and the norm returned is 0.
+        """
+        norm, scale = self._grad_norm(), self.bench.loss_scale
+        if scale is None or scale.unscaled(norm, self.bench.trainable()):
+            self._clip(norm)
+            (self.take_step or self.optimizer.step)()
+        else:
+            norm = torch.zeros_like(norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
     def close(self) -> None:
         """Release everything that the hooks on the model hold in reference cycles. The step must not be used
         afterwards."""
@@ -193,24 +241,8 @@ class TrainingStep:
             return StepInBackward(bench)
         optimizer = bench.make_optimizer(bench.trainable())
         if bench.loss_scale is not None:
-            bench.loss_scale.keep_in(optimizer)
+            bench.loss_scale.keep_in(innermost(optimizer)[0])
         return optimizer
-
-    def _update(self) -> torch.Tensor:
-        """Undo the loss scale, clip the gradients to the job's ``clip``, run the optimizer's step and free
-        the gradients. Return the gradient norm before clipping.
-
-        If there is a loss scale above 1 and the norm is not finite, the scale is halved, the optimizer's step
-        is skipped, and the norm returned is 0.
-        """
-        norm, scale = self._grad_norm(), self.bench.loss_scale
-        if scale is None or scale.unscaled(norm, self.bench.trainable()):
-            self._clip(norm)
-            self.optimizer.step()
-        else:
-            norm = torch.zeros_like(norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def _clip(self, norm: torch.Tensor) -> None:
         """Scale all gradients by one factor so that their norm is at most the job's ``clip``; do nothing if
@@ -243,34 +275,35 @@ class TrainingStep:
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def _micro_step(self, part: Any, share: float, on_phase: OnPhase, *, last: bool) -> torch.Tensor:
+    def _micro_step(self, micro_batch: MicroBatch, on_phase: OnPhase) -> torch.Tensor:
         if self.bench.pipeline is not None:
-            micro_batches, samples = self.bench.pipeline.micro_batches, batch_length(part)
-            if samples % micro_batches:
-                raise UserError(
-                    f"pipeline cannot divide the {samples} samples that a data-parallel rank gets in one "
-                    f"accumulation step into {micro_batches} equal micro-batches",
-                    allowed=f"a multiple of {micro_batches} samples; or a value of pipeline's setting "
-                    f"micro_batches that divides {samples}",
-                )
-            parts = split(part, micro_batches)
-            terms = [self._terms(p) for p in parts]
-            pieces = [(p, share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
-            return self.bench.pipeline.run(pieces, self._weighted, on_phase, last=last)
-        for callback in self.bench.before_micro_batch:
-            callback(last)
+            return self._pipelined(micro_batch, on_phase)
+        self.begin(micro_batch)
         on_phase(Phase.FORWARD)
-        weighted_loss = self._weighted(self.bench.call or self.model, part, share)
+        loss = self._weighted(self.bench.call or self.model, micro_batch.batch, micro_batch.share)
         on_phase(Phase.BACKWARD)
-        scale = self.bench.loss_scale
-        self._backward(weighted_loss if scale is None else weighted_loss * scale.value)
-        return weighted_loss.detach().float()
+        self.backward(loss)
+        return loss.detach().float()
+
+    def _pipelined(self, micro_batch: MicroBatch, on_phase: OnPhase) -> torch.Tensor:
+        assert self.bench.pipeline is not None
+        parts_count, samples = self.bench.pipeline.micro_batches, batch_length(micro_batch.batch)
+        if samples % parts_count:
+            raise UserError(
+                f"pipeline cannot divide the {samples} samples that a data-parallel rank gets in one "
+                f"accumulation step into {parts_count} equal micro-batches",
+                allowed=f"a multiple of {parts_count} samples; or a value of pipeline's setting "
+                f"micro_batches that divides {samples}",
+            )
+        parts = split(micro_batch.batch, parts_count)
+        terms = [self._terms(p) for p in parts]
+        pieces = [(p, micro_batch.share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
+        return self.bench.pipeline.run(pieces, self._weighted, on_phase, last=micro_batch.last)
 
     def _weighted(self, model: Any, part: Any, share: float) -> torch.Tensor:
         with self.contexts():
             loss = self.job.loss(model, part)
-            _must_be_loss(loss)
-            return loss * share if share != 1.0 else loss
+        return weighted(loss, share)
 
     @contextlib.contextmanager
     def contexts(self) -> Iterator[None]:
@@ -328,7 +361,9 @@ def _move_rest(
                 module._buffers[name] = buffer.to(device)
 
 
-def _must_be_loss(loss: object) -> None:
+def weighted(loss: Any, share: float) -> torch.Tensor:
+    """Return the loss of a micro-batch times its share of the step's loss. Raises UserError unless it is a
+    tensor with one element that depends on a trainable parameter."""
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         description = (
             f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
@@ -336,9 +371,10 @@ def _must_be_loss(loss: object) -> None:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             description = "a scalar tensor that does not depend on any trainable parameter"
         raise UserError(
-            f"the job's loss(model, batch) returned {description[:120]}",
+            f"the loss of the training step is {description[:120]}",
             allowed="a tensor with one element that depends on the model's trainable parameters",
         )
+    return loss * share if share != 1.0 else loss
 
 
 def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:

@@ -55,7 +55,7 @@ class Step(TrainingStep):
     def _backward(self, loss: torch.Tensor) -> None:
         self.wrapped.backward(loss, scale_wrt_gas=False)  # losses are already scaled by their share
 
-    def _update(self) -> torch.Tensor:
+    def update(self) -> torch.Tensor:
         if not self.wrapped.zero_optimization():
             norm = self._grad_norm()
             self.wrapped.step()

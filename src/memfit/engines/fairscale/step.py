@@ -92,7 +92,7 @@ class Step(TrainingStep):
         if not last:
             self._syncing.enter_context(self.wrapped.no_sync())
 
-    def _update(self) -> torch.Tensor:
+    def update(self) -> torch.Tensor:
         norm = self._grad_norm()
         self._clip(norm)
         self.optimizer.step()

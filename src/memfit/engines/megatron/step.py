@@ -111,9 +111,9 @@ class Step(TrainingStep):
         if self.syncing is not None:
             self.syncing.__enter__()
 
-    def _update(self) -> torch.Tensor:
+    def update(self) -> torch.Tensor:
         self._reduced()
-        norm = super()._update()
+        norm = super().update()
         self.wrapped.zero_grad_buffer()
         return norm
 

@@ -1,0 +1,283 @@
+"""The parameter groups of a user's optimizer, kept under a plan that needs another optimizer.
+
+Techniques may replace parameters (shards, adapters, fp32 copies) and the optimizer. `UserGroups` then gives
+the new optimizer the learning rates and other settings of the user's groups.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from memfit.techniques.optimizers import EagerStep, StepInBackward, innermost
+from memfit.techniques.precision import MasterWeights
+from memfit.techniques.zero.base import Reducing
+from memfit.techniques.zero.sharded_ddp import ShardedDdp
+from memfit.types.errors import UserError
+from memfit.types.job import OptimizerChoice
+
+_ADAPTER = re.compile(r"\.(base_layer|lora_[AB]\.\w+)")
+# Settings that choose a kernel or belong to the loss scale; the plan decides them.
+_OF_THE_PLAN = frozenset({"foreach", "fused", "capturable", "differentiable", "loss_scale", "good_steps"})
+_OF_ANY_OPTIMIZER = frozenset({"betas", "eps", "weight_decay"})
+
+Group = dict[str, Any]
+
+
+class UserGroups:
+    """The groups of ``optimizer``, which was made for parameters of ``model``. Create it before a plan is
+    applied to the model."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+        self.optimizer = optimizer
+        self.settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        group_of = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._group_of_name = {name: group_of[key] for key, name in names.items() if key in group_of}
+        self._trainable = {id(p) for p in model.parameters() if p.requires_grad}
+        self._left_out = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in group_of]
+        self._foreign_count = len(group_of.keys() - names.keys())
+        if not self._group_of_name:
+            raise UserError(
+                "the argument optimizer holds no parameter of the argument model",
+                hint="give the optimizer that was made for this model, or a function that makes one from a "
+                "list of parameters",
+            )
+
+    def choice(self) -> OptimizerChoice:
+        """Return the optimizer of a job that trains as the user does. Its maker returns the user's own
+        optimizer when it is called with the trainable parameters that the model had at first, else a new one
+        of the same class. Learning rates are not in it; `adopt` sets them."""
+        first = self.settings[0]
+        betas, eps, decay = first.get("betas"), first.get("eps"), first.get("weight_decay")
+        own: dict[str, Any] = {}
+        if isinstance(betas, tuple | list) and len(betas) == 2:
+            own["betas"] = (float(betas[0]), float(betas[1]))
+        if isinstance(eps, float):
+            own["eps"] = eps
+        if isinstance(decay, int | float):
+            own["weight_decay"] = float(decay)
+        name = type(self.optimizer).__name__.lower()
+        return OptimizerChoice(name=name, learning_rate=1.0, make=self._make, **own)
+
+    def adopt(self, optimizer: Any, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """Return a torch optimizer that has the user's groups and runs ``optimizer``, the one that the plan
+        made for ``model``: the user's own optimizer if the plan keeps it; ``optimizer`` itself, with its
+        groups divided like the user's, if it is a torch optimizer; else a `PlanOptimizer`.
+
+        A new parameter (an adapter) belongs to the group of the weight that it adapts. If the plan does not
+        keep the user's optimizer, that one loses its parameters, so that it holds no memory. Raises UserError
+        if it must be replaced but has state or a learning-rate scheduler, or holds not just the trainable
+        parameters of the model.
+        """
+        if optimizer is self.optimizer:
+            return self.optimizer
+        self._must_be_replaceable(optimizer)
+        for group in self.optimizer.param_groups:
+            group["params"] = []
+        groups = {p: self._group(name) for name, p in model.named_parameters() if p.requires_grad}
+        if isinstance(optimizer, torch.optim.Optimizer) and "step" not in vars(optimizer):
+            optimizer.param_groups[:] = self._divided(optimizer, groups)
+            self._set(optimizer.defaults, self.settings[0], type(optimizer))
+            return optimizer
+        return PlanOptimizer(optimizer, groups, self)
+
+    def _make(self, params: list[torch.nn.Parameter]) -> Any:
+        if {id(p) for p in params} == self._trainable:
+            return self.optimizer
+        kind: Any = type(self.optimizer)
+        names = inspect.signature(kind).parameters
+        defaults = {k: v for k, v in self.optimizer.defaults.items() if k in names}
+        try:
+            return kind(params, **defaults)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the plan needs a new {kind.__name__}, for parameters that it makes, but "
+                f"{kind.__name__}(params, ...) raised {type(error).__name__}: {str(error)[:160]}",
+                allowed="an optimizer whose class can be called with a list of parameters and its defaults",
+            ) from error
+
+    def _must_be_replaceable(self, optimizer: Any) -> None:
+        kind, scheduled = type(self.optimizer).__name__, any("initial_lr" in s for s in self.settings)
+        if self.optimizer.state or scheduled:
+            what = "has a learning-rate scheduler" if scheduled else "has state: it has trained already"
+            raise UserError(
+                f"the plan replaces the optimizer {kind}, but this {what}",
+                hint="call memfit.apply first, then create the scheduler for fit.optimizer and train",
+            )
+        if self._left_out or self._foreign_count:
+            what = (
+                f"leaves out trainable parameters of the model, such as {self._left_out[0]}"
+                if self._left_out
+                else f"holds {self._foreign_count} parameters that are not the model's"
+            )
+            raise UserError(
+                f"the plan replaces the optimizer {kind}, but this {what}",
+                allowed="an optimizer of exactly the model's trainable parameters",
+                hint="set requires_grad_(False) on parameters that are not to be trained",
+            )
+        needs_betas = any("betas" in g for o in innermost(optimizer) for g in o.param_groups)
+        if needs_betas and "betas" not in self.settings[0]:
+            raise UserError(
+                f"the plan replaces {kind} by {type(innermost(optimizer)[0]).__name__}, whose betas "
+                f"{kind} does not have",
+                allowed="Adam or AdamW, or a plan without such an optimizer",
+            )
+
+    def _group(self, name: str) -> int:
+        """Return the index of the user's group of the parameter ``name``: the first for a parameter that the
+        user did not train."""
+        return self._group_of_name.get(_ADAPTER.sub("", name), 0)
+
+    def _divided(
+        self, optimizer: torch.optim.Optimizer, groups: Mapping[torch.nn.Parameter, int]
+    ) -> Iterator[Group]:
+        for group in optimizer.param_groups:
+            for index, settings in enumerate(self.settings):
+                params = [p for p in group["params"] if groups[p] == index]
+                if params:
+                    divided_group = {**group, "params": params}
+                    self._set(divided_group, settings, type(optimizer))
+                    yield divided_group
+
+    def _set(self, group: Group, settings: Mapping[str, Any], kind: type) -> None:
+        rate = self.rate_factor(group, kind)
+        for key, value in self.shared(group, settings, kind):
+            group[key] = value
+        if "lr" in group and "lr" in settings:
+            set_rate(group, float(settings["lr"]) * rate)
+
+    def rate_factor(self, group: Group, kind: type) -> float:
+        """Return by what the learning rates of the user are multiplied in ``group``, a group of an optimizer
+        of the class ``kind`` as the plan made it: 1 for the user's own class. Other optimizers were made by
+        `choice`, with a learning rate of 1."""
+        return 1.0 if kind is type(self.optimizer) else float(group.get("lr", 1.0))
+
+    def shared(self, group: Group, settings: Mapping[str, Any], kind: type) -> Iterator[tuple[str, Any]]:
+        """Yield the settings but the learning rate, as (name, value), that ``group``, of an optimizer of the
+        class ``kind``, takes over from a group of the user."""
+        for key, value in settings.items():
+            is_same_kind = kind is type(self.optimizer) or key in _OF_ANY_OPTIMIZER
+            has_same_type = key in group and type(group[key]) is type(value)
+            if is_same_kind and has_same_type and key not in {"params", "lr", *_OF_THE_PLAN}:
+                yield key, value
+
+
+def set_rate(group: Group, rate: float) -> None:
+    """Set the learning rate of a group. If it was a tensor, as in torchao, it becomes a new tensor."""
+    is_tensor = isinstance(group["lr"], torch.Tensor)
+    group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate
+
+
+class PlanOptimizer(torch.optim.Optimizer):
+    """Shows a plan's optimizer, which is no torch optimizer or consists of several, as one with the user's
+    groups, so that learning-rate schedulers work. ``inner`` is the plan's optimizer, and ``groups`` maps the
+    trained parameters of the model to the indices of their groups.
+
+    Learning rate, weight decay and other settings of its groups are passed on by `push`. Raises UserError if
+    ``inner`` updates parameters of several groups as one flat tensor, as ZeRO does.
+    """
+
+    def __init__(self, inner: Any, groups: Mapping[torch.nn.Parameter, int], user: UserGroups) -> None:
+        self.inner, self.user = inner, user
+        indices = sorted(set(groups.values()))
+        visible: list[Group] = [
+            {**user.settings[i], "params": [p for p, index in groups.items() if index == i]} for i in indices
+        ]
+        super().__init__(visible, {})
+        self.links: list[tuple[Group, Group, type, float]] = []
+        for kind, group, params in _inner_groups(inner):
+            members = {groups[p] for p in params}
+            if len(members) > 1:
+                raise UserError(
+                    f"the plan updates the parameters of {len(members)} groups of the optimizer as one "
+                    "tensor",
+                    allowed="one parameter group under zero; or fsdp2, which keeps groups",
+                )
+            if members:
+                shown = self.param_groups[indices.index(members.pop())]
+                self.links.append((group, shown, kind, user.rate_factor(group, kind)))
+        self.push()
+
+    def push(self) -> None:
+        """Pass the settings of the groups on. To be called before backward if the plan updates there."""
+        for group, shown, kind, rate in self.links:
+            for key, value in self.user.shared(group, shown, kind):
+                group[key] = value
+            if "lr" in group and "lr" in shown:
+                set_rate(group, float(shown["lr"]) * rate)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.push()
+        self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings of the groups, the state of the inner optimizers, and fp32 copies of
+        parameters. Raises UserError under zero and sharded-ddp, which divide these among ranks."""
+        self._must_be_whole()
+        return {
+            "groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
+            "inner": [optimizer.state_dict() for optimizer in innermost(self.inner)],
+            "masters": [master.detach().clone() for master in self._masters()],
+        }
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Load what `state_dict` returned under the same plan. Raises UserError as that does."""
+        self._must_be_whole()
+        for group, settings in zip(self.param_groups, state_dict["groups"], strict=True):
+            group.update(settings)
+        for optimizer, state in zip(innermost(self.inner), state_dict["inner"], strict=True):
+            optimizer.load_state_dict(state)
+        with torch.no_grad():
+            for master, value in zip(self._masters(), state_dict["masters"], strict=True):
+                master.copy_(value)
+        self._link_again()
+
+    def _link_again(self) -> None:
+        """Find the groups of the inner optimizers anew, because torch replaces them when it loads state."""
+        groups = [group for _, group, params in _inner_groups(self.inner) if params]
+        self.links = [(new, *link[1:]) for new, link in zip(groups, self.links, strict=True)]
+
+    def _masters(self) -> list[torch.Tensor]:
+        shown = {p for group in self.param_groups for p in group["params"]}
+        groups = [group for optimizer in innermost(self.inner) for group in optimizer.param_groups]
+        return [p for group in groups for p in group["params"] if p not in shown]
+
+    def _must_be_whole(self) -> None:
+        if isinstance(self.inner, Reducing | ShardedDdp):
+            raise UserError(
+                "the optimizer's state cannot be returned as one mapping: the plan divides it among ranks",
+                allowed="a plan without zero and sharded-ddp, such as fsdp2 in their place",
+            )
+
+
+def _inner_groups(optimizer: Any) -> Iterator[tuple[type, Group, list[torch.nn.Parameter]]]:
+    """Yield (class, group, the model's parameters that the group updates) for each group of each torch
+    optimizer inside ``optimizer``."""
+    match optimizer:
+        case StepInBackward():
+            for single in optimizer.optimizers.values():
+                yield from _inner_groups(single)
+        case MasterWeights():
+            for param, single in zip(optimizer.params, optimizer.inner, strict=True):
+                yield from ((kind, group, [param]) for kind, group, _ in _inner_groups(single))
+        case Reducing() if hasattr(optimizer, "master"):
+            yield from _of_all(optimizer.inner, optimizer.params)
+        case EagerStep() | Reducing() | ShardedDdp():
+            yield from _inner_groups(optimizer.inner)
+        case _:
+            for group in optimizer.param_groups:
+                yield type(optimizer), group, group["params"]
+
+
+def _of_all(
+    optimizer: Any, params: Iterable[torch.nn.Parameter]
+) -> Iterator[tuple[type, Group, list[torch.nn.Parameter]]]:
+    yield from ((kind, group, list(params)) for kind, group, _ in _inner_groups(optimizer))

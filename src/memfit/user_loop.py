@@ -1,0 +1,330 @@
+"""The techniques of a plan on a user's own model and optimizer, in the user's own loop: ``memfit.apply``.
+
+The plan is applied by `TrainingStep`, which the trace and the worker run, too; a `Fit` calls its methods one
+by one, where the worker calls them in `TrainingStep.run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from memfit.conformance.monitor import Monitor
+from memfit.conformance.sharding import world_size
+from memfit.inputs import batch_of, loss_of, on_ranks, plan_of
+from memfit.jobs.optimizer_groups import PlanOptimizer, UserGroups
+from memfit.jobs.training_step import MicroBatch, TrainingStep, batch_length, moved, weighted
+from memfit.techniques.optimizers import default_optimizer
+from memfit.techniques.rank_mesh import make_world
+from memfit.types.conformance import Conformance
+from memfit.types.device_kind import HOST, device_kind
+from memfit.types.errors import UserError, suggest
+from memfit.types.job import Job, OptimizerChoice
+from memfit.types.plan import Plan
+
+_FIELDS = ("blocks", "more_blocks", "head", "tensor_parallel", "sequence_dim", "experts", "islands")
+_APPLIED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models to which a plan was applied
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "OptimizedModule")
+
+
+class Fit:
+    """A plan in a loop of the user. `apply_plan` makes it.
+
+    ``model`` is what the loop calls in place of its model, and ``optimizer`` the optimizer for learning-rate
+    schedulers and checkpoints. ``plan`` is the plan. ``conformance`` is what was compared with the plan after
+    the first step, and what could not be; None before.
+    """
+
+    def __init__(
+        self, step: TrainingStep, optimizer: torch.optim.Optimizer, *, elements: int, conform: bool
+    ) -> None:
+        """``elements``: number of elements of the model's parameters before the plan was applied.
+        ``conform``: whether the first step is compared with the plan."""
+        self.model: Any = step.bench.call or step.model
+        self.optimizer, self.plan = optimizer, step.plan
+        self.conformance: Conformance | None = None
+        self._step, self._conform = step, conform
+        self._elements = elements
+        self._monitor: Monitor | None = None
+        self._micro_batch: MicroBatch | None = None  # the one that waits for backward
+        self._is_open = self._is_complete = False  # micro-batches have begun; have all ended
+        self._updates_count = 0
+        step.take_step = self._take_step
+
+    def split(self, batch: Any, *, whole: bool = False) -> Iterator[Any]:
+        """Yield the micro-batches of ``batch``, on the device of the step: one without gradient accumulation.
+        For each, run forward inside `forward`, then `backward`; after the last, `step`.
+
+        ``batch``: this rank's batch of a whole step, as a DistributedSampler gives it. ``whole``: it is the
+        batch of all ranks, the same on each, of which this rank takes its part. Raises UserError if the batch
+        cannot be split as the plan says, if the plan cuts samples along their sequence and ``whole`` is
+        False, and if a step or a micro-batch before was not finished.
+        """
+        if self._is_open:
+            raise UserError(
+                "fit.split was called before the step before it ended",
+                hint="call fit.step() once after all micro-batches, or fit.discard() to give a step up",
+            )
+        if self._step.bench.slices is not None and not whole:
+            raise UserError(
+                f"{self.plan.label} cuts each sample along its sequence, so it needs the batch of all ranks",
+                hint="fit.split(batch, whole=True), with the same batch on all ranks",
+            )
+        terms: float | None = None
+        if whole:
+            part, terms = self._step.local(batch)
+        else:
+            part = moved(batch, self._step.bench.torch_device)
+        micro_batches = self._step.split(part, terms)
+        self._is_open, self._is_complete = True, False
+        self._watch()
+        for micro_batch in micro_batches:
+            self._begin(micro_batch)
+            yield micro_batch.batch
+            if self._micro_batch is micro_batch:
+                self._close_step()
+                raise UserError(
+                    "no backward ran for a micro-batch of fit.split",
+                    hint="call fit.backward(loss) in place of loss.backward()",
+                )
+        self._is_complete = True
+
+    def _begin(self, micro_batch: MicroBatch) -> None:
+        if isinstance(self.optimizer, PlanOptimizer):
+            self.optimizer.push()
+        self._step.begin(micro_batch)
+        self._micro_batch = micro_batch
+
+    def forward(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which forward and loss of a micro-batch run: autocast, hooks of saved tensors
+        and what else the plan puts around them."""
+        return self._step.contexts()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run backward from ``loss``, the mean loss of the current micro-batch. It is multiplied by the
+        micro-batch's share of the batch and by the loss scale of the plan, if any. Raises UserError if no
+        micro-batch waits for it, or if ``loss`` is not a scalar tensor that requires gradients."""
+        if self._micro_batch is None:
+            raise UserError(
+                "fit.backward was called outside fit.split, or twice for one micro-batch",
+                hint="for part in fit.split(batch): ... fit.backward(loss)",
+            )
+        share, self._micro_batch = self._micro_batch.share, None
+        self._step.backward(weighted(loss, share))
+
+    def step(self) -> torch.Tensor:
+        """Undo the loss scale, clip the gradients, update the parameters and free the gradients. Return the
+        gradient norm before clipping, over all ranks; 0 if float16 gradients overflowed, with which nothing
+        is updated.
+
+        After the first update, what the step did is compared with the plan, and the result is in
+        ``conformance``. Raises NotConforming if it differs; UserError if not all micro-batches of `split`
+        have run.
+        """
+        if not (self._is_open and self._is_complete):
+            raise UserError(
+                "fit.step was called before all micro-batches of fit.split have run",
+                hint="call it after the loop `for part in fit.split(batch)`",
+            )
+        monitor, updates_count = self._monitor, self._updates_count
+        if monitor is not None:
+            monitor.before_update()
+        norm = self._step.update()
+        self._close_step()
+        if monitor is not None and self._updates_count > updates_count:
+            monitor.clipping.before = float(norm)
+            self.conformance = monitor.conclude()
+        return norm
+
+    def discard(self) -> None:
+        """Give up the current step: free its gradients, without an update. Raises UserError if the plan
+        updates parameters during backward, or keeps gradients in buffers (zero, sharded-ddp)."""
+        if self.plan.get("optimizer-in-backward") or self._step.bench.grad_norm is not None:
+            raise UserError(
+                f"a step under {self.plan.label} cannot be given up: backward has used its gradients already",
+                allowed="plans without optimizer-in-backward, zero and sharded-ddp",
+            )
+        self._step.optimizer.zero_grad(set_to_none=True)
+        self._close_step()
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[Any]:
+        """Context manager: yield the model in evaluation mode, without gradients, inside the contexts of
+        forward. Afterwards its modules are in training or evaluation mode as before."""
+        model: torch.nn.Module = self._step.bench.ddp or self._step.model
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with torch.no_grad(), self.forward():
+                yield self.model
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def close(self) -> None:
+        """Release what the plan holds: hooks of optimizers, and files of offloaded tensors. The model keeps
+        what else the plan changed in it. Nothing of this object can be used afterwards."""
+        self._step.close()
+
+    def _take_step(self) -> None:
+        self._updates_count += 1
+        self.optimizer.step()
+
+    def _watch(self) -> None:
+        if not self._conform or self.conformance is not None:
+            return
+        job = self._step.job
+        self._monitor = Monitor(
+            self._step.model,
+            self._step.optimizer,
+            self.plan,
+            blocks=job.blocks,
+            head=job.head,
+            whole_elements=self._elements,
+        )
+        self._monitor.clip = job.clip
+        self._monitor.__enter__()
+
+    def _close_step(self) -> None:
+        if self._monitor is not None:
+            self._monitor.__exit__()
+        self._monitor = self._micro_batch = None
+        self._is_open = self._is_complete = False
+
+
+def apply_plan(  # noqa: PLR0913
+    plan: Any,
+    model: torch.nn.Module,
+    optimizer: Any,
+    *,
+    batch: Any,
+    loss: Any,
+    loss_terms: Callable[[Any], int] | None,
+    clip: float | None,
+    device: Any,
+    conform: bool,
+    fields: dict[str, Any],
+) -> Fit:
+    """Apply ``plan`` to ``model`` in place and return a `Fit`. The arguments are those of `memfit.apply`."""
+    job_plan = _plan(plan)
+    _must_be_plain(model)
+    for name in fields:
+        if name not in _FIELDS:
+            raise UserError(
+                f"memfit.apply has no argument {name!r}",
+                allowed=", ".join(_FIELDS),
+                hint=suggest(name, _FIELDS),
+            )
+    torch_device = torch.device(device) if device is not None else next(model.parameters()).device
+    user_groups = UserGroups(_optimizer(optimizer, model, torch_device), model)
+    example = None if batch is None else batch_of(batch)
+
+    def make_batch(step: int, seed: int) -> Any:
+        if example is None:
+            raise UserError(
+                f"the plan {job_plan.label} runs the model on an example before training",
+                hint="give one batch of a whole step: memfit.apply(plan, model, optimizer, batch=batch)",
+            )
+        return example
+
+    job = Job(
+        name=type(model).__name__,
+        build_model=lambda: model,
+        make_batch=make_batch,
+        loss=loss_of(loss, inspect.signature(model.forward)),
+        batch_size=1 if example is None else batch_length(example),
+        loss_terms=loss_terms,
+        optimizer=user_groups.choice(),
+        clip=clip,
+        **fields,
+    )
+    elements = sum(p.numel() for p in model.parameters())
+    world = make_world(job_plan, rank=dist.get_rank() if job_plan.ranks > 1 else 0, device=torch_device.type)
+    step = TrainingStep(
+        job, job_plan, device=torch_device.type, torch_device=_text(torch_device), world=world
+    )
+    _APPLIED.add(model)
+    return Fit(step, user_groups.adopt(step.optimizer, model), elements=elements, conform=conform)
+
+
+def _text(device: torch.device) -> str:
+    """Return the device's name, such as "cuda:0"; the current device's index if it has none."""
+    if device.type == HOST or device.index is not None:
+        return str(device)
+    return f"{device.type}:{torch.accelerator.current_device_index()}"
+
+
+def _plan(plan: Any) -> Plan:
+    ranks = world_size()
+    job_plan = plan_of(on_ranks(plan, ranks))
+    if job_plan.ranks != ranks:
+        raise UserError(
+            f"the plan is for {job_plan.ranks} ranks, but this process is one of {ranks}",
+            allowed=f"a plan with ranks: {ranks}",
+            hint=f"torchrun --nproc-per-node {job_plan.ranks}, and torch.distributed.init_process_group() "
+            "before memfit.apply"
+            if job_plan.ranks > ranks
+            else "",
+        )
+    if job_plan.get("pipeline") is not None:
+        raise UserError(
+            "memfit.apply cannot apply pipeline to a loop: its schedule decides when forward and backward of "
+            "each part of the model run",
+            allowed="the other techniques",
+            hint="describe the training as a Job and use `memfit run` or torch.distributed.pipelining; or "
+            "plan with --without pipeline",
+        )
+    return job_plan
+
+
+def _must_be_plain(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"the argument model is a {type(model).__name__}", allowed="a torch.nn.Module")
+    if model in _APPLIED:
+        raise UserError(
+            "a plan was applied to this model already",
+            hint="build the model anew for another plan",
+        )
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
+    if sharded or kinds & set(_WRAPPERS):
+        raise UserError(
+            f"the model is wrapped or sharded already ({type(model).__name__})",
+            allowed="the plain model: ddp, fsdp2, compile and the like belong into the plan",
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise UserError(
+            "parameters of the model are on the meta device, so they have no values",
+            hint="model.to_empty(device=...) and initialise it, or build it on a device",
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"the model {type(model).__name__} has no trainable parameter")
+
+
+def _optimizer(optimizer: Any, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """Return the optimizer that the argument ``optimizer`` is or makes, for the trainable parameters of
+    ``model``."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    params = [p for p in model.parameters() if p.requires_grad]
+    if optimizer is None or isinstance(optimizer, str):
+        optimizer = OptimizerChoice(name=optimizer.lower() if optimizer else "adamw")
+    if isinstance(optimizer, OptimizerChoice):
+        instance: Any = default_optimizer(optimizer, device_kind(device.type))(params)
+    elif callable(optimizer):
+        instance = optimizer(params)
+    else:
+        instance = optimizer
+    if not isinstance(instance, torch.optim.Optimizer):
+        raise UserError(
+            f"the argument optimizer is or makes a {type(instance).__name__}",
+            allowed="a torch.optim.Optimizer of the model, a function or class that makes one from a list of "
+            "parameters, adamw, adam, sgd or adafactor as text, or None: AdamW",
+        )
+    return instance
