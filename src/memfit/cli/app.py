@@ -12,6 +12,7 @@ import typer.main
 
 from memfit import __version__
 from memfit.cli import (
+    baseline,
     decide,
     doctor,
     engine,
@@ -56,6 +57,7 @@ for _name, _function in (
     ("explain", explain.explain),
     ("run", run.run),
     ("lint", lint.lint),
+    ("baseline", baseline.baseline),
     ("export", export.export),
     ("lengths", lengths.lengths),
     ("precision", precision.precision),

@@ -68,3 +68,13 @@ def parse_duration(text: str) -> float:
             allowed="a positive number with s, m or min (both minutes), h, d or w (weeks), such as 72h",
         )
     return float(match[1]) * _DURATION_S[match[2]]
+
+
+def parse_percent(text: str) -> float:
+    """Return the ratio of a percentage of at least 0 such as ``2%`` or ``0.5 %``: 0.02 and 0.005. Raises
+    UserError for other text, also for a number without the sign.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if match is None:
+        raise UserError(f"not a percentage: {text!r}", allowed="a number of at least 0 with a %, such as 2%")
+    return float(match[1]) / 100
