@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.capture.device_redirect import DeviceRedirect, device_patches
 from memfit.capture.program import Program, load_program
 from memfit.capture.result import ScriptAnswer, ScriptSpec
 from memfit.capture.script_patches import script_patches
@@ -25,7 +26,7 @@ from memfit.capture.script_trace import LoopMode, ScriptTrace
 from memfit.inputs import machine_of
 from memfit.planner.evaluate import Pricer
 from memfit.planner.workspace_probes import probe_workspaces
-from memfit.report.explain import explain_plan
+from memfit.report.explain import traced_estimate
 from memfit.techniques.base import Space
 from memfit.trace.tracer import fake_patches, recording_patches
 from memfit.types.errors import UserError
@@ -46,6 +47,7 @@ class _Session:
         self.program = load_program(spec.command)
         self.machine = machine_of(spec.machine)
         self.trace = ScriptTrace(self.machine.device.kind, bound=spec.bound, on_traced=self.end)
+        self.redirect: DeviceRedirect | None = None
         self.notes: list[str] = []
 
     def run(self) -> NoReturn:
@@ -53,7 +55,11 @@ class _Session:
         try:
             with fake_patches(self.trace.fake), recording_patches(self.trace.recorder):
                 self._enter(self.program)
-                with script_patches(self.trace), LoopMode(self.trace):
+                with (
+                    script_patches(self.trace),
+                    LoopMode(self.trace),
+                    device_patches(self.trace, self.machine) as self.redirect,
+                ):
                     if self.program.module:
                         runpy.run_module(self.program.module, run_name="__main__", alter_sys=True)
                     else:
@@ -94,7 +100,8 @@ class _Session:
         )
         if self.spec.probe and self.machine.is_here and self.machine.device.is_host:
             probe_workspaces(pricer, plan)
-        explained = explain_plan(pricer, plan)
+        estimate = pricer.whole(plan)
+        explained = traced_estimate(estimate, pricer.trace(plan, estimate.rank), pricer.calibration)
         full_trace = explained.trace
         if not self.spec.whole_trace:
             full_trace = _at_peak(full_trace, explained.peak_clock)

@@ -6,16 +6,13 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from memfit.cost.memory import memory_profile, with_workspace
 from memfit.report.quantities import Figure, Sentence, predicted
+from memfit.types.machine import Calibration
 from memfit.types.result import Estimate
 from memfit.types.trace import Allocation, Trace
 
-if TYPE_CHECKING:
-    from memfit.planner.evaluate import Pricer
-    from memfit.types.plan import Plan
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
@@ -33,12 +30,10 @@ class TracedEstimate:
     peak_clock: int
 
 
-def explain_plan(pricer: Pricer, plan: Plan) -> TracedEstimate:
-    """Return the estimate of a plan with the trace of the rank that has the highest peak. Raises UserError as
-    `Pricer.whole` does."""
-    estimate = pricer.whole(plan)
-    trace = pricer.trace(plan, estimate.rank)
-    profile = memory_profile(trace, pricer.calibration)
+def traced_estimate(estimate: Estimate, trace: Trace, calibration: Calibration) -> TracedEstimate:
+    """Return the estimate with ``trace``, the trace of its rank, to which the workspace at the peak is
+    added."""
+    profile = memory_profile(trace, calibration)
     return TracedEstimate(
         estimate=estimate, trace=with_workspace(trace, profile), peak_clock=profile.peak_clock
     )

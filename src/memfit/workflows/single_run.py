@@ -13,7 +13,7 @@ from memfit.planner.capacity import needed_bytes
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.recompute_budget import open_budget
 from memfit.planner.request import Progress, Request, make_pricer, model_sizes
-from memfit.report.explain import TracedEstimate, explain_plan
+from memfit.report.explain import TracedEstimate, traced_estimate
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import STOPPED, run
 from memfit.runtime.ranks import run_ranks
@@ -72,7 +72,11 @@ def anatomy(
         pricer.whole(check(plan, request.machine))
     if request.is_here:
         calibrate(pricer, request, progress, plans=list(plans))
-    return tuple(explain_plan(pricer, plan) for plan in plans)
+    estimates = [pricer.whole(plan) for plan in plans]
+    return tuple(
+        traced_estimate(e, pricer.trace(p, e.rank), pricer.calibration)
+        for p, e in zip(plans, estimates, strict=True)
+    )
 
 
 def run_plan(  # noqa: PLR0913
