@@ -27,7 +27,7 @@ from memfit.types.trace import Category, Phase, Trace
 
 _Kind = TypeVar("_Kind")
 _STEPS = 2  # the second has the optimizer state that the first one made
-_NOWHERE = "nowhere"
+NOWHERE = "nowhere"
 
 
 class StepsTraced(BaseException):
@@ -69,7 +69,10 @@ class ScriptTrace:
     def fake_parameter(self, data: torch.Tensor) -> torch.Tensor:
         """Return a fake tensor like the real tensor ``data``, which is not kept."""
         with _disable_current_modes(), self.fake:
-            return torch.empty_strided(data.size(), data.stride(), dtype=data.dtype)
+            fake = torch.empty_strided(data.size(), data.stride(), dtype=data.dtype)
+        if not self.is_host:
+            self.recorder.move(fake, NOWHERE)  # until it is moved to the device
+        return fake
 
     def twin(self, real: torch.Tensor) -> torch.Tensor:
         """Return the fake copy of a real tensor, which lives as long as ``real``; the same for every call.
@@ -79,7 +82,7 @@ class ScriptTrace:
             with _disable_current_modes():
                 twin = self.fake.from_tensor(real, static_shapes=True)
                 self.recorder.concrete_values.seed(twin, real)
-            self.recorder.move(twin, _NOWHERE)  # the real tensor is what is counted
+            self.recorder.move(twin, NOWHERE)  # the real tensor is what is counted
             self.note_real(real, Category.INPUT)
             self._twins[real] = twin
         return twin
@@ -95,7 +98,7 @@ class ScriptTrace:
         if category is not None and life.category is None:
             life.category = category
         if self._uncounted or not tensor.untyped_storage().resizable():
-            life.place = _NOWHERE
+            life.place = NOWHERE
 
     def as_fake(self, value: Any) -> Any:
         """Return ``value`` with the real tensors in it replaced by their fake copies."""
@@ -272,7 +275,7 @@ class ScriptTrace:
         return Trace(
             device=self.recorder.device,
             steps=steps,
-            allocations=tuple(a for a in allocations if a.stream != _NOWHERE),
+            allocations=tuple(a for a in allocations if a.stream != NOWHERE),
             ops=ops,
             spans=spans,
             parameter_count=sum(p.numel() for p in params),

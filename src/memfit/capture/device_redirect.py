@@ -1,0 +1,306 @@
+"""Let a script that trains on an accelerator run on a machine without one, on fake CPU tensors.
+
+Tensors keep torch's CPU as their device. Whether they lie on the target device or on its host is kept by the
+recorder (``place``), and the script's loop is answered as if the device existed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import types as python_types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from memfit.capture.script_trace import NOWHERE, ScriptTrace, is_real
+from memfit.types.device_kind import CUDA, HOST
+from memfit.types.machine import Machine
+from memfit.types.trace import Category
+
+_HERE = (HOST, "meta")  # devices that are not redirected
+
+
+class DeviceRedirect(TorchFunctionMode):
+    """Mode that sends tensors to the target device where the script names an accelerator.
+
+    If the target is the host, accelerators are other names for it. ``redirected`` holds the types of the
+    accelerators that the script named.
+    """
+
+    def __init__(self, trace: ScriptTrace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.redirected: dict[str, None] = {}
+        self.target = torch.device(HOST if trace.is_host else trace.recorder.device)
+        self._handlers: dict[Any, Callable[..., Any]] = {
+            torch.Tensor.to: self._to,
+            torch.Tensor.cuda: self._cuda,
+            torch.Tensor.cpu: self._cpu,
+        }
+        if not trace.is_host:
+            self._handlers |= {
+                torch.Tensor.device.__get__: self._device,
+                torch.Tensor.is_cuda.__get__: lambda tensor: self._device(tensor).type == CUDA,
+                torch.Tensor.get_device: lambda tensor: 0 if self.is_on_target(tensor) else -1,
+            }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = self._handlers.get(func)
+        if handler is not None:
+            return handler(*args, **kwargs)
+        device = kwargs.get("device")
+        if device is not None and self.names_accelerator(device):
+            kwargs = {**kwargs, "device": HOST}
+            if self.trace.is_host or self.trace.inside:
+                return func(*args, **kwargs)
+            with self.trace.region():  # a new tensor on the target device
+                return self._born_on_target(func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def names_accelerator(self, device: Any) -> bool:
+        """Return whether ``device``, as the script gave it, is not the host. An index names an accelerator."""
+        if isinstance(device, bool) or device is None:
+            return False
+        kind = CUDA if isinstance(device, int) else torch.device(device).type
+        if kind in _HERE:
+            return False
+        self.redirected[kind] = None
+        return True
+
+    def is_on_target(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor lies on the target device."""
+        if self.trace.is_host or not isinstance(tensor, FakeTensor):
+            return self.trace.is_host
+        return self.trace.recorder.note_real(tensor, "").place != NOWHERE
+
+    def _born_on_target(self, out: Any) -> Any:
+        for leaf in _pytree.tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.trace.recorder.note_real(leaf, "created on the device")
+        return out
+
+    def _to(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        other = args[0] if args and isinstance(args[0], torch.Tensor) else kwargs.get("other")
+        if other is not None:
+            device, dtype = self._device(other), other.dtype
+            copy = kwargs.get("copy", args[2] if len(args) > 2 else False)
+        else:
+            named = {k: v for k, v in kwargs.items() if k != "copy"}
+            device, dtype, _, _ = torch._C._nn._parse_to(*args[:3], **named)
+            copy = kwargs.get("copy", args[3] if len(args) > 3 else False)
+        return self._moved(tensor, device, dtype, copy=copy)
+
+    def _cuda(self, tensor: torch.Tensor, device: Any = None, **options: Any) -> Any:
+        return self._moved(tensor, torch.device(CUDA) if device is None else device, None)
+
+    def _cpu(self, tensor: torch.Tensor, **options: Any) -> Any:
+        return self._moved(tensor, torch.device(HOST), None)
+
+    def _moved(self, tensor: torch.Tensor, device: Any, dtype: Any, *, copy: bool = False) -> Any:
+        """Return the tensor on ``device`` (None: where it is) in ``dtype`` (None: its own), as Tensor.to does."""
+        trace = self.trace
+        to_accelerator = device is not None and self.names_accelerator(device)
+        if trace.is_host or device is None or trace.inside:
+            target = torch.device(device) if device is not None and not to_accelerator else None
+            is_meta = target is not None and target.type == "meta"
+            options = {"device": target} if is_meta else {}
+            return torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy, **options)
+        is_there = self.is_on_target(tensor)
+        if is_there == to_accelerator:
+            return torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
+        if torch.device(device).type == "meta":
+            return torch.Tensor.to(tensor, "meta", dtype=dtype or tensor.dtype)
+        if not to_accelerator:
+            with trace.region(), trace.recorder.placed(NOWHERE):
+                out = torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=True)
+                trace.recorder.move(out, NOWHERE)
+                return out
+        source = trace.twin(tensor) if is_real(tensor) else tensor
+        with trace.region():
+            out = torch.Tensor.to(source, dtype=dtype or tensor.dtype, copy=True)
+            life = trace.recorder.note_real(out, "to the device")
+            life.place = ""
+            if is_real(tensor) and trace.begun:
+                life.category = Category.INPUT
+        values = trace.recorder.concrete_values.of(source)
+        if values is not None:
+            trace.recorder.concrete_values.attach(out, values.to(out.dtype, copy=True))
+        return out
+
+    def _device(self, tensor: torch.Tensor) -> torch.device:
+        plain: torch.device = torch.Tensor.device.__get__(tensor)
+        if plain.type != HOST or self.trace.inside or not self.is_on_target(tensor):
+            return plain
+        return torch.device(self.target.type, 0) if not self.trace.is_host else plain
+
+
+@contextlib.contextmanager
+def device_patches(trace: ScriptTrace, machine: Machine) -> Iterator[DeviceRedirect]:
+    """Inside this context, accelerators that the script names stand for the target device (`DeviceRedirect`).
+    Unless that is the host, torch says that this machine has it."""
+    redirect = DeviceRedirect(trace)
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in _device_arguments(redirect):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        if not trace.is_host:
+            stack.enter_context(
+                mock.patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", _answer(None))
+            )
+            for owner, name, replacement in _present(trace, machine):
+                stack.enter_context(mock.patch.object(owner, name, replacement, create=True))
+            if trace.recorder.kind.foreach:
+                for module in [m for n, m in sys.modules.items() if n.startswith("torch.optim.")]:
+                    if hasattr(module, "_default_to_fused_or_foreach"):
+                        stack.enter_context(
+                            mock.patch.object(module, "_default_to_fused_or_foreach", _foreach_by_default)
+                        )
+        stack.enter_context(redirect)
+        yield redirect
+
+
+def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
+    """Return patches (owner, name, replacement) of functions that take a device and no tensors."""
+    autocast_init, load = torch.amp.autocast_mode.autocast.__init__, torch.load
+
+    @functools.wraps(autocast_init)
+    def init(self: Any, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
+        if redirect.names_accelerator(device_type):
+            dtype = dtype or torch.get_autocast_dtype(device_type)
+            device_type = HOST
+        autocast_init(self, device_type, dtype, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_here(*args: Any, **kwargs: Any) -> Any:
+        place = kwargs.get("map_location", args[1] if len(args) > 1 else None)
+        if isinstance(place, str | torch.device) and redirect.names_accelerator(place):
+            args, kwargs = args[:1], {**kwargs, "map_location": HOST}
+        return load(*args, **kwargs)
+
+    class Generator(torch.Generator):
+        def __new__(cls, device: Any = HOST) -> Any:
+            redirect.names_accelerator(device)
+            return super().__new__(cls, device=HOST)
+
+    def of_host(inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda device=CUDA, *rest: inner(HOST if redirect.names_accelerator(device) else device, *rest)
+
+    scaler_init = torch.amp.GradScaler.__init__
+
+    @functools.wraps(scaler_init)
+    def scaler(self: Any, device: Any = CUDA, *args: Any, **kwargs: Any) -> None:
+        redirect.names_accelerator(device)
+        scaler_init(self, HOST, *args, **kwargs)
+
+    return [
+        (torch.amp.autocast_mode.autocast, "__init__", init),
+        (torch, "load", load_here),
+        (torch, "Generator", Generator),
+        (torch, "is_autocast_enabled", of_host(torch.is_autocast_enabled)),
+        (torch, "get_autocast_dtype", of_host(torch.get_autocast_dtype)),
+        (torch.amp.GradScaler, "__init__", scaler),
+    ]
+
+
+def _foreach_by_default(params: Any, differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
+    return False, not differentiable
+
+
+class _Inert:
+    """Stands for a stream, an event or a device context: every method does nothing and returns it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.cuda_stream = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *arguments, **options: self
+
+    def __enter__(self) -> _Inert:
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        return None
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 1.0
+
+
+def _present(trace: ScriptTrace, machine: Machine) -> list[tuple[Any, str, Any]]:
+    """Return patches (owner, name, replacement) with which torch says that the target device is present."""
+    device = machine.device
+    total_bytes, count = int(device.memory_bytes.value), machine.device_count
+    kind = trace.recorder.device
+    properties = python_types.SimpleNamespace(
+        name=device.name,
+        total_memory=total_bytes,
+        major=8,
+        minor=0,
+        multi_processor_count=100,
+        warp_size=32,
+        is_integrated=False,
+        gcnArchName="",
+    )
+    answers: Mapping[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "is_bf16_supported": True,
+        "device_count": count,
+        "current_device": 0,
+        "current_device_index": 0,
+        "current_device_idx": 0,
+        "get_device_name": device.name,
+        "get_device_capability": (8, 0),
+        "get_device_properties": properties,
+        "mem_get_info": (total_bytes, total_bytes),
+        "memory_stats": {},
+        "get_rng_state_all": [],
+        "utilization": 0,
+        "temperature": 0,
+        "power_draw": 0,
+        "initial_seed": 0,
+        "memory_summary": "",
+        "get_arch_list": [],
+        "current_accelerator": torch.device(kind),
+    }
+    numbers = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+    numbers += ("memory_cached", "max_memory_cached", "current_allocated_memory", "driver_allocated_memory")
+    inert = ("Stream", "Event", "stream", "device", "device_of", "current_stream", "default_stream", "device_index")
+    silent = ("synchronize", "empty_cache", "set_device", "set_device_index", "set_device_idx", "ipc_collect")
+    silent += ("manual_seed", "manual_seed_all", "seed", "seed_all", "init", "_lazy_init", "set_stream")
+    silent += ("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached")
+    silent += ("reset_accumulated_memory_stats", "set_rng_state", "set_rng_state_all", "_lazy_call", "_check_capability")
+    silent += ("set_per_process_memory_fraction", "cudart")
+    replacements: dict[str, Any] = {name: _answer(value) for name, value in answers.items()}
+    replacements |= {name: _answer(0) for name in numbers}
+    replacements |= {name: _Inert for name in inert}
+    replacements |= {name: _answer(None) for name in silent}
+    replacements["get_rng_state"] = lambda *arguments, **options: torch.get_rng_state()
+    replacements |= {name: _answer(False) for name in ("is_current_stream_capturing", "_is_in_bad_fork")}
+    homes = [torch.accelerator, getattr(torch, kind, None)]
+    if kind == "mps":
+        homes.append(torch.backends.mps)
+    patches = []
+    for home in filter(None, homes):
+        patches += [(home, name, value) for name, value in replacements.items() if hasattr(home, name)]
+        memory = getattr(home, "memory", None)
+        patches += [(memory, name, value) for name, value in replacements.items() if hasattr(memory, name)]
+    if kind == CUDA:
+        nvtx = ("range_push", "range_pop", "mark", "range_start", "range_end")
+        patches += [(torch.cuda.nvtx, name, _answer(0)) for name in nvtx]
+    return patches
+
+
+def _answer(value: Any) -> Callable[..., Any]:
+    return lambda *arguments, **options: value
