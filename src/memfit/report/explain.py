@@ -13,7 +13,6 @@ from memfit.types.machine import Calibration
 from memfit.types.result import Estimate
 from memfit.types.trace import Allocation, Trace
 
-
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
