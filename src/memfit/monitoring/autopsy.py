@@ -1,0 +1,598 @@
+"""Find out why a training ran out of memory, from its log, a memory snapshot or the record of a watch.
+
+Every answer names its evidence. If the evidence allows several causes, all of them are given; if it does not
+say, the answer is "unknown" with what to record next time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from memfit.monitoring.diagnosis import Certainty, DeathCause, Diagnosis
+from memfit.monitoring.host_kill import HostKill, host_kills
+from memfit.monitoring.memory_snapshot import LiveStack, MemorySnapshot, user_frame
+from memfit.monitoring.oom_text import AllocationFailure, allocation_failures
+from memfit.monitoring.phases import PhaseOfDeath, phase_of
+from memfit.monitoring.record import RankRecord, WatchRecord
+from memfit.monitoring.remedies import advice_for, capture_for
+from memfit.monitoring.traceback_text import TracebackText, read_tracebacks
+from memfit.monitoring.training_log import NumberSeries, TrainingLog, outlier, read_training_log
+from memfit.types.units import GIB, format_bytes
+
+_LARGE_SHARE: Final = 0.1  # of the memory: below it, free parts do not matter
+_OUTSIDE_SHARE: Final = 0.25
+_USUAL_OUTSIDE_BYTES: Final = 2 * GIB  # context, libraries, a desktop
+_ROUNDING: Final = 0.95  # the allocator asks for a little more than a tensor needs
+
+# Errors of other ranks and of launchers, which follow from the death of a process.
+_CONSEQUENCE: Final = re.compile(
+    r"ChildFailedError|ProcessRaisedException|ProcessExitedException|CalledProcessError|exited unexpectedly|"
+    r"Caught \w+ in (?:DataLoader|replica)|[Cc]onnection (?:closed|reset)|Connection refused|Broken pipe|"
+    r"ncclRemoteError|NCCL communicator was aborted|KeyboardInterrupt|SystemExit|EOFError|killed by signal",
+)
+_LIBRARY: Final = re.compile(
+    r"(?P<library>NCCL)\b.*out of memory|NCCL WARN Failed to CUDA [cm]alloc|(?P<status>CU\w+_STATUS_ALLOC_FAILED)|"
+    r"(?:CUDA|HIP)(?: driver)? error: out of memory|[Cc]uda failure '?(?:2 )?'?out of memory|"
+    r"cudaErrorMemoryAllocation|hipErrorOutOfMemory"
+)
+_NCCL: Final = re.compile(r"NCCL.*(?:out of memory|Failed to CUDA [cm]alloc)|[Cc]uda failure .*out of memory")
+_AMBIGUOUS: Final = re.compile(
+    r"CU\w+_STATUS_(?:NOT_INITIALIZED|INTERNAL_ERROR)|unable to find an engine to execute|"
+    r"GET was unable to find an engine"
+)
+_SKIPPED: Final = re.compile(r"skip\w*|retry\w*|retrying|attempting to recover", re.IGNORECASE)
+_OTHER_ENDS: Final = (
+    (re.compile(r"[Ww]atchdog caught collective operation timeout"), "a collective operation timed out"),
+    (re.compile(r"DUE TO TIME LIMIT|TIMEOUT|time limit exceeded", re.IGNORECASE), "it reached a time limit"),
+    (re.compile(r"\bSIGTERM\b|signal 15\b|Terminated\s*$|PREEMPTION"), "it was told to stop (SIGTERM)"),
+    (re.compile(r"Segmentation fault|SIGSEGV"), "it crashed (segmentation fault)"),
+    (re.compile(r"No space left on device"), "a disk was full"),
+    (re.compile(r"illegal memory access|device-side assert"), "a kernel made an invalid access"),
+)
+
+
+# -- logs -------------------------------------------------------------------------------------------------
+
+
+def diagnose_log(text: str) -> Diagnosis:
+    """Return why a training ended, judged by the end of its log, an error message, or the kernel's log."""
+    lines = re.split(r"\r\n|\r|\n", text)
+    kills = list(host_kills(lines))
+    stated = [k for k in kills if k.kind != "sigkill"]
+    tracebacks = [t for t in read_tracebacks(lines) if not _CONSEQUENCE.search(f"{t.error}: {t.message}")]
+    last = tracebacks[-1] if tracebacks else None
+    failure = _fatal_failure(lines, last)
+    if stated and failure is None:
+        return _killed(stated[-1], read_training_log(lines[: stated[-1].row]))
+    if failure is not None:
+        start = min(failure.row, last.start if last else failure.row)
+        diagnosis = judge(
+            failure, phase_of(last.frames) if last else PhaseOfDeath(), read_training_log(lines[:start])
+        )
+        diagnosis = _with_place(diagnosis, last)
+        return combine([diagnosis, _killed(stated[-1], None)]) if stated else diagnosis
+    if library := _library_failure(lines, last):
+        return _with_place(library, last)
+    if kills and (last is None or kills[-1].row >= last.start):
+        return _killed(kills[-1], read_training_log(lines[: kills[-1].row]))
+    return _with_place(_other_end(lines, last), last)
+
+
+def _fatal_failure(lines: Sequence[str], last: TracebackText | None) -> AllocationFailure | None:
+    """Return the allocation failure that ended the training, None if none did. One that the training survived
+    is followed by an error of another kind, or by progress."""
+    failures = list(allocation_failures(lines))
+    if not failures:
+        return None
+    if last is not None:
+        own = [f for f in failures if last.start <= f.row <= last.end + 3]
+        return own[-1] if own else None
+    final = failures[-1]
+    rest = lines[final.row + 1 :]
+    is_survived = _SKIPPED.search(" ".join([lines[final.row], *rest[:2]])) and len(rest) > 2
+    if is_survived or len(read_training_log(rest).progress_rows) >= 2:
+        return None
+    return final
+
+
+def _with_place(diagnosis: Diagnosis, traceback: TracebackText | None) -> Diagnosis:
+    """Add the line of the user's code and the module that the traceback shows."""
+    if traceback is None:
+        return diagnosis
+    frame, phase = traceback.user_frame, phase_of(traceback.frames)
+    return dataclasses.replace(
+        diagnosis,
+        line=frame.place if frame else "",
+        module=phase.module,
+        phase=diagnosis.phase or ("evaluation" if phase.in_evaluation else phase.name),
+    )
+
+
+def _killed(kill: HostKill, log: TrainingLog | None) -> Diagnosis:
+    """Return the diagnosis of a process that was killed from outside."""
+    if kill.kind == "shared-memory":
+        return _diagnosis(
+            DeathCause.SHARED_MEMORY,
+            Certainty.CERTAIN,
+            [f"the log says that shared memory (/dev/shm) was too small: {kill.text[:200]}"],
+            memory="host",
+        )
+    evidence, figures = [], {}
+    if kill.kind == "kernel":
+        group = (
+            "a control group (container or job) had reached its limit"
+            if kill.in_group
+            else "the host was full"
+        )
+        evidence.append(f"the kernel killed the process {kill.process!r} because {group}")
+    elif kill.kind == "stated":
+        evidence.append(f"the scheduler or container runtime says that memory ran out: {kill.text[:200]}")
+    else:
+        evidence.append(f"a process died of SIGKILL, which the log does not explain: {kill.text[:200]}")
+    if kill.resident_bytes:
+        figures["resident_bytes"] = kill.resident_bytes
+        evidence.append(f"it had {format_bytes(kill.resident_bytes)} of resident memory")
+    if kill.limit_bytes:
+        figures["limit_bytes"] = kill.limit_bytes
+        evidence.append(f"the limit of the group was {format_bytes(kill.limit_bytes)}")
+    if (
+        log is not None
+        and log.memory is not None
+        and log.memory.is_growing
+        and "rss" in log.memory.key.lower()
+    ):
+        evidence.append(_growth_text(log.memory))
+    if not kill.is_training:
+        evidence.append(f"whether {kill.process!r} belongs to the training, this evidence does not say")
+    is_certain = kill.kind != "sigkill" and kill.is_training
+    return _diagnosis(
+        DeathCause.HOST_KILLED,
+        Certainty.CERTAIN if is_certain else Certainty.LIKELY,
+        evidence,
+        memory="host",
+        figures=figures,
+        alternatives=[] if is_certain else [DeathCause.NOT_MEMORY],
+    )
+
+
+def _library_failure(lines: Sequence[str], last: TracebackText | None) -> Diagnosis | None:
+    """Return the diagnosis if a library outside torch's allocator found no memory, None otherwise."""
+    message = f"{last.error}: {last.message}" if last else ""
+    own = [message] if last and _LIBRARY.search(message) else []
+    if last is None or "NCCL" in message or "DistBackendError" in message:
+        own += [line for line in lines if _LIBRARY.search(line)]
+    if own:
+        text = " ".join(own[0].split())[:200]
+        is_nccl = any(_NCCL.search(line) for line in own)
+        evidence = [f"memory outside torch's allocator could not be had: {text}"]
+        if not is_nccl:
+            evidence.append("the message has no figures: who holds the memory, it does not say")
+        return _diagnosis(
+            DeathCause.OUTSIDE_TORCH,
+            Certainty.CERTAIN if is_nccl else Certainty.LIKELY,
+            evidence,
+            memory="device",
+            alternatives=[] if is_nccl else [DeathCause.TENSORS_TOO_LARGE],
+        )
+    if _AMBIGUOUS.search(message):
+        return _diagnosis(
+            DeathCause.UNKNOWN,
+            Certainty.UNKNOWN,
+            [f"a library failed in a way that lack of memory and other faults can cause: {message[:200]}"],
+            alternatives=[DeathCause.OUTSIDE_TORCH, DeathCause.NOT_MEMORY],
+        )
+    return None
+
+
+def _other_end(lines: Sequence[str], last: TracebackText | None) -> Diagnosis:
+    """Return the diagnosis of a log without any sign that memory ran out."""
+    if last is not None:
+        text = f"the training ended with {last.error}: {last.message}"[:240].rstrip(": ")
+        return _diagnosis(DeathCause.NOT_MEMORY, Certainty.CERTAIN, [text])
+    for line in reversed(lines[-200:]):
+        for pattern, meaning in _OTHER_ENDS:
+            if pattern.search(line):
+                evidence = [f"{meaning}: {line.strip()[:200]}"]
+                return _diagnosis(DeathCause.NOT_MEMORY, Certainty.LIKELY, evidence)
+    evidence = ["no error of an allocator, no kill and no traceback is in this text"]
+    return _diagnosis(DeathCause.UNKNOWN, Certainty.UNKNOWN, evidence)
+
+
+# -- rules ------------------------------------------------------------------------------------------------
+
+
+def judge(failure: AllocationFailure, phase: PhaseOfDeath, log: TrainingLog) -> Diagnosis:
+    """Return why an allocation failed. The figures of the message are judged first, then what ran, then how
+    far the training had come."""
+    by_figures = _by_figures(failure)
+    by_time = _by_phase(phase, log) or _by_progress(log) or _by_start(failure, log)
+    if by_figures is None:
+        causes = by_time
+    elif by_figures[1] is Certainty.CERTAIN:
+        also = [by_time[0]] if by_time[0] not in (by_figures[0], DeathCause.TENSORS_TOO_LARGE) else []
+        also = [c for c in also if c is not DeathCause.LATE_GROWTH]
+        causes = (*by_figures[:2], [*by_figures[2], *(by_time[2] if also else [])], also)
+    else:
+        causes = (*by_figures[:2], [*by_figures[2], *by_time[2]], [by_time[0], *by_figures[3]])
+    cause, certainty, evidence, alternatives = causes
+    return _diagnosis(
+        cause,
+        certainty,
+        [_figures_text(failure), *evidence],
+        memory="host" if failure.on_host else "device",
+        phase="evaluation" if phase.in_evaluation else phase.name,
+        figures=failure.figures(),
+        alternatives=[a for a in dict.fromkeys(alternatives) if a is not cause],
+    )
+
+
+_Judgement = tuple[DeathCause, Certainty, list[str], list[DeathCause]]
+
+
+def _by_figures(failure: AllocationFailure) -> _Judgement | None:
+    """Return what the figures of the message alone say, None if only that the memory is full."""
+    request, limit = failure.request_bytes, failure.limit_bytes
+    if request is None or limit is None or failure.on_host:
+        return None
+    if request >= limit:
+        text = f"the request alone is larger than the memory of {format_bytes(limit)}"
+        if request >= 16 * limit:
+            text += ", many times: a wrong size, such as of an unintended broadcast, is likely"
+        return DeathCause.TENSORS_TOO_LARGE, Certainty.CERTAIN, [text], []
+    outside, free = failure.outside_bytes, failure.free_bytes or 0
+    unallocated = failure.unallocated_bytes or 0
+    if outside is not None and outside >= max(_OUTSIDE_SHARE * limit, _USUAL_OUTSIDE_BYTES):
+        if request <= outside + free + unallocated:
+            return _outside(failure, outside)
+    if unallocated >= max(request, _LARGE_SHARE * limit):
+        text = (
+            f"{format_bytes(unallocated)} are reserved but in no tensor, more than the {format_bytes(request)} "
+            "asked for: no free block is large enough"
+        )
+        return DeathCause.FRAGMENTATION, Certainty.CERTAIN, [text], []
+    if request <= _ROUNDING * free and failure.allowed_bytes is None:
+        text = (
+            f"the device had {format_bytes(free)} free, more than the {format_bytes(request)} asked for: by these "
+            "figures memory was not short. Another process may have held it for a moment, or a limit of the "
+            "driver applies"
+        )
+        return DeathCause.UNKNOWN, Certainty.UNKNOWN, [text], [DeathCause.OUTSIDE_TORCH]
+    if unallocated + free >= request and unallocated >= _LARGE_SHARE * limit:
+        text = f"{format_bytes(unallocated)} are reserved but in no tensor; with the free memory they would be enough"
+        return DeathCause.FRAGMENTATION, Certainty.LIKELY, [text], []
+    return None
+
+
+def _outside(failure: AllocationFailure, outside_bytes: int) -> _Judgement:
+    text = f"{format_bytes(outside_bytes)} of the device are used outside torch's allocator in this process"
+    if failure.other_processes:
+        text += f"; the message names {failure.other_processes} other process(es)"
+        return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
+    if failure.device == "mps":
+        return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
+    if failure.process_bytes is not None:
+        own = failure.process_bytes - (failure.allocated_bytes or 0) - (failure.unallocated_bytes or 0)
+        if own >= 0.8 * outside_bytes:
+            text += ", by libraries in this process (communication, kernels, CUDA graphs)"
+            return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
+        text += ", by other processes or containers"
+        return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
+    text += ", by other processes or by libraries in this one"
+    return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
+
+
+def _by_phase(phase: PhaseOfDeath, log: TrainingLog) -> _Judgement | None:
+    """Return what the calls of the traceback say."""
+    if phase.name in ("save", "load"):
+        action = "saving" if phase.name == "save" else "loading"
+        return DeathCause.CHECKPOINT, Certainty.CERTAIN, [f"it died while {action} a checkpoint"], []
+    if phase.in_evaluation or (log.in_evaluation and not phase.in_training):
+        evidence = ["it died in an evaluation, not in a training step"]
+        is_after_training = phase.in_training or log.is_late or log.in_evaluation or bool(log.progress_rows)
+        return (
+            DeathCause.EVALUATION,
+            Certainty.CERTAIN if is_after_training else Certainty.LIKELY,
+            evidence,
+            [],
+        )
+    if phase.name == "optimizer":
+        if phase.adds_state:
+            text = "it died while the optimizer made its state, which the first step does"
+            return DeathCause.OPTIMIZER_STEP, Certainty.CERTAIN, [text], []
+        if not log.is_late:
+            text = "it died in the optimizer's step"
+            if log.is_first_step:
+                return DeathCause.OPTIMIZER_STEP, Certainty.CERTAIN, [f"{text}, the first by the log"], []
+            return DeathCause.OPTIMIZER_STEP, Certainty.LIKELY, [text], [DeathCause.LATE_GROWTH]
+    return None
+
+
+def _by_progress(log: TrainingLog) -> _Judgement | None:
+    """Return what the log before the death says if steps had fitted before, None if they had not."""
+    memory = log.memory
+    growing_sample = next((s for s in log.samples if s.is_growing), None)
+    row_count = max((s.rows[-1] for s in log.samples), default=0) + 1
+    row_count = max([row_count, *log.progress_rows, *([memory.rows[-1] + 1] if memory else [])])
+    factors = [(f, s) for s in log.samples if (f := outlier(s, row_count)) is not None]
+    if factors:
+        factor, series = max(factors, key=lambda item: item[0])
+        text = f"the last value of {series.key!r} in the log is {factor:.2g} times the highest before it"
+        is_certain = memory is None or not memory.is_growing
+        others = [] if is_certain else [DeathCause.LEAK]
+        return DeathCause.LONGER_SAMPLE, Certainty.CERTAIN if is_certain else Certainty.LIKELY, [text], others
+    if memory is not None and memory.is_growing:
+        evidence = [_growth_text(memory)]
+        if growing_sample is not None:
+            evidence.append(f"{growing_sample.key!r} grows as well")
+            return DeathCause.LONGER_SAMPLE, Certainty.LIKELY, evidence, [DeathCause.LEAK]
+        is_certain = not memory.is_peak and len(memory.values) >= 8
+        others = [] if is_certain else [DeathCause.LONGER_SAMPLE]
+        return DeathCause.LEAK, Certainty.CERTAIN if is_certain else Certainty.LIKELY, evidence, others
+    if not log.is_late:
+        return None
+    evidence = [f"at least {log.last_step or 'one epoch of'} steps had fitted before"]
+    if memory is not None and memory.is_flat:
+        evidence.append(f"{memory.key!r} did not grow until then, so this step needed more than those before")
+        return DeathCause.LONGER_SAMPLE, Certainty.LIKELY, evidence, [DeathCause.FRAGMENTATION]
+    others = [DeathCause.LEAK, DeathCause.LONGER_SAMPLE, DeathCause.FRAGMENTATION]
+    return DeathCause.LATE_GROWTH, Certainty.LIKELY, evidence, others
+
+
+def _by_start(failure: AllocationFailure, log: TrainingLog) -> _Judgement:
+    if log.is_first_step:
+        text = "no more than one step was finished by the log"
+        others = [DeathCause.OPTIMIZER_STEP] if log.last_step == 1 else []
+        certainty = Certainty.LIKELY if others else Certainty.CERTAIN
+        return DeathCause.TENSORS_TOO_LARGE, certainty, [text], others
+    text = "the log shows no finished step"
+    return DeathCause.TENSORS_TOO_LARGE, Certainty.LIKELY, [text], [DeathCause.LATE_GROWTH]
+
+
+def _growth_text(series: NumberSeries) -> str:
+    first, last = series.values[0], series.values[-1]
+    values = (format_bytes(first), format_bytes(last)) if series.has_unit else (f"{first:g}", f"{last:g}")
+    return f"{series.key!r} grows over {len(series.values)} lines of the log, from {values[0]} to {values[1]}"
+
+
+def _figures_text(failure: AllocationFailure) -> str:
+    parts = []
+    if failure.request_bytes is not None:
+        parts.append(f"{format_bytes(failure.request_bytes)} were asked for")
+    names = (
+        ("capacity_bytes", "{} device"),
+        ("allowed_bytes", "{} allowed"),
+        ("allocated_bytes", "{} in tensors"),
+        ("unallocated_bytes", "{} reserved but in no tensor"),
+        ("free_bytes", "{} free"),
+    )
+    parts += [t.format(format_bytes(v)) for n, t in names if (v := getattr(failure, n)) is not None]
+    where = "memory of the host" if failure.on_host else f"memory of the device ({failure.device})"
+    return f"{where} ran out: {', '.join(parts)}" if parts else f"{where} ran out"
+
+
+# -- snapshots --------------------------------------------------------------------------------------------
+
+
+def diagnose_snapshot(snapshots: Sequence[MemorySnapshot]) -> Diagnosis:
+    """Return why an allocation failed, judged by the devices of a memory snapshot. The device with a failed
+    request counts, or else the one with most memory."""
+    if not snapshots:
+        evidence = ["the snapshot has no memory of any device"]
+        return _diagnosis(DeathCause.UNKNOWN, Certainty.UNKNOWN, evidence)
+    snapshot = max(snapshots, key=lambda s: (s.request_bytes is not None, s.reserved_bytes))
+    cause, certainty, evidence, alternatives = _by_snapshot(snapshot)
+    phase = phase_of(snapshot.failed_stack)
+    frame = user_frame(snapshot.failed_stack)
+    names = ("request_bytes", "reserved_bytes", "allocated_bytes", "free_bytes", "largest_free_bytes")
+    values = {n: getattr(snapshot, n) for n in (*names, "device_free_bytes", "leak_bytes")}
+    stacks = [_stack_text(s) for s in snapshot.stacks[:3]]
+    return _diagnosis(
+        cause,
+        certainty,
+        [*evidence, *([f"most live memory: {'; '.join(stacks)}"] if stacks else [])],
+        memory="device",
+        phase="evaluation" if phase.in_evaluation else phase.name,
+        line=frame.place if frame else "",
+        figures={n: v for n, v in values.items() if v is not None},
+        alternatives=alternatives,
+    )
+
+
+def _by_snapshot(snapshot: MemorySnapshot) -> _Judgement:
+    request = snapshot.request_bytes
+    if request is None and not snapshot.leak_bytes:
+        evidence = ["the snapshot records no request that failed"]
+        return DeathCause.UNKNOWN, Certainty.UNKNOWN, evidence, []
+    if request is not None and snapshot.free_bytes >= max(request, _LARGE_SHARE * snapshot.reserved_bytes):
+        text = (
+            f"{format_bytes(request)} were asked for; {format_bytes(snapshot.free_bytes)} are free in "
+            f"{snapshot.free_block_count} blocks, the largest of {format_bytes(snapshot.largest_free_bytes)}"
+        )
+        is_certain = snapshot.largest_free_bytes < request
+        if not is_certain:
+            text += ": a block that is large enough belongs to another stream or pool"
+        return DeathCause.FRAGMENTATION, Certainty.CERTAIN if is_certain else Certainty.LIKELY, [text], []
+    asked = f"{format_bytes(request)} were asked for" if request is not None else "no request failed"
+    evidence = [f"{asked}; {format_bytes(snapshot.allocated_bytes)} are in tensors"]
+    if snapshot.leak_bytes:
+        lines = "; ".join(_stack_text(s) for s in snapshot.survivors[:3])
+        text = f"memory between the steps grew by {format_bytes(snapshot.leak_bytes)}"
+        evidence.append(f"{text}, allocated at {lines}" if lines else text)
+        return DeathCause.LEAK, Certainty.CERTAIN, evidence, []
+    steps = len(snapshot.peak_bytes)
+    log = TrainingLog(
+        last_step=steps, epochs=0, in_evaluation=False, progress_rows=(), memory=None, samples=()
+    )
+    if by_phase := _by_phase(phase_of(snapshot.failed_stack), log):
+        return (*by_phase[:2], [*evidence, *by_phase[2]], by_phase[3])
+    if steps >= 2 and snapshot.last_rise_bytes >= 1.05 * max(snapshot.peak_bytes):
+        evidence.append(
+            f"the last step needed {format_bytes(snapshot.last_rise_bytes)}, the {steps} before at most "
+            f"{format_bytes(max(snapshot.peak_bytes))}; between the steps memory did not grow"
+        )
+        return DeathCause.LONGER_SAMPLE, Certainty.LIKELY, evidence, []
+    if steps >= 2:
+        evidence.append(f"{steps} steps of the trace had fitted before")
+        others = [DeathCause.FRAGMENTATION, DeathCause.OUTSIDE_TORCH]
+        return DeathCause.LATE_GROWTH, Certainty.LIKELY, evidence, others
+    if snapshot.event_count == 0:
+        evidence.append("the snapshot has no trace of what was allocated before")
+        return DeathCause.TENSORS_TOO_LARGE, Certainty.LIKELY, evidence, [DeathCause.LATE_GROWTH]
+    evidence.append("its trace shows no two steps that had fitted before")
+    others = [DeathCause.OPTIMIZER_STEP] if steps else []
+    return DeathCause.TENSORS_TOO_LARGE, Certainty.LIKELY, evidence, others
+
+
+def _stack_text(stack: LiveStack) -> str:
+    frame = user_frame(stack.stack)
+    place = frame.place if frame else "lines that were not recorded"
+    return f"{place} ({format_bytes(stack.size_bytes)} in {stack.block_count} blocks)"
+
+
+# -- watched trainings ------------------------------------------------------------------------------------
+
+
+def diagnose_record(record: WatchRecord) -> Diagnosis:
+    """Return why a watched training ended, judged by the rank that ended with an error of memory, or else by
+    the fullest."""
+    diagnoses = [d for r in record.ranks if (d := _of_rank(r)) is not None]
+    end = record.exit
+    if end is not None and end.oom_kills:
+        evidence = [f"the kernel killed {end.oom_kills} process(es) of the command because memory ran out"]
+        diagnoses.append(_diagnosis(DeathCause.HOST_KILLED, Certainty.CERTAIN, evidence, memory="host"))
+    elif end is not None and end.code in (-9, 137):
+        evidence = [
+            "the command died of SIGKILL; the kernel counted no kill in its control group, or none is known"
+        ]
+        others = [DeathCause.NOT_MEMORY]
+        diagnoses.append(
+            _diagnosis(DeathCause.HOST_KILLED, Certainty.LIKELY, evidence, memory="host", alternatives=others)
+        )
+    if diagnoses:
+        return combine(diagnoses)
+    ended = [r for r in record.ranks if r.end is not None and r.end.error]
+    if ended and ended[0].end is not None:
+        text = f"rank {ended[0].rank} ended with {ended[0].end.error}: {ended[0].end.message[:200]}"
+        return _diagnosis(DeathCause.NOT_MEMORY, Certainty.CERTAIN, [text])
+    return _diagnosis(
+        DeathCause.UNKNOWN, Certainty.UNKNOWN, ["no rank ended with an error of memory", *_headroom(record)]
+    )
+
+
+def _headroom(record: WatchRecord) -> list[str]:
+    rank = record.fullest
+    if rank is None or rank.least_headroom_bytes is None:
+        return []
+    return [f"the least free memory was {format_bytes(rank.least_headroom_bytes)}, on rank {rank.rank}"]
+
+
+def _of_rank(record: RankRecord) -> Diagnosis | None:
+    """Return the diagnosis of a rank that ended with an error of memory, None for another."""
+    if record.end is None or not record.end.error:
+        return None
+    text = f"{record.end.error}: {record.end.message}"
+    failure = next(iter(allocation_failures(text.splitlines())), None)
+    if failure is None:
+        if _LIBRARY.search(text) or "OutOfMemory" in record.end.error or record.end.error == "MemoryError":
+            failure = AllocationFailure(device="cuda" if _LIBRARY.search(text) else "cpu", row=0, text=text)
+        else:
+            return None
+    diagnosis = judge(failure, PhaseOfDeath(), _log_of(record))
+    alarms = tuple(f"alarm at step {a.step}: {a.text}" for a in record.alarms if a.kind in _ALARMS)
+    return dataclasses.replace(diagnosis, evidence=(*diagnosis.evidence, *alarms[-3:]))
+
+
+_ALARMS: Final = ("creep", "maximum", "above-prediction", "fragmentation", "headroom", "retries")
+
+
+def _log_of(record: RankRecord) -> TrainingLog:
+    """Return the steps of a rank as what a log would tell: memory after each step."""
+    quantity = "allocated_bytes" if record.peak("allocated_bytes") is not None else "host_bytes"
+    values = [(row, v) for row, s in enumerate(record.steps) if (v := getattr(s, quantity)) is not None]
+    memory = NumberSeries(
+        key=quantity,
+        values=tuple(float(v) for _, v in values),
+        rows=tuple(row for row, _ in values),
+        has_unit=True,
+    )
+    return TrainingLog(
+        last_step=max((s.step for s in record.steps), default=None),
+        epochs=0,
+        in_evaluation=False,
+        progress_rows=tuple(range(len(record.steps))),
+        memory=memory if values else None,
+        samples=(),
+    )
+
+
+# -- several pieces of evidence ---------------------------------------------------------------------------
+
+_GENERAL: Final = (
+    DeathCause.UNKNOWN,
+    DeathCause.NOT_MEMORY,
+    DeathCause.LATE_GROWTH,
+    DeathCause.TENSORS_TOO_LARGE,
+)
+_ORDER: Final = (Certainty.CERTAIN, Certainty.LIKELY, Certainty.UNKNOWN)
+
+
+def combine(diagnoses: Sequence[Diagnosis]) -> Diagnosis:
+    """Return one diagnosis from several of the same death: the most certain and most specific, with the
+    evidence of all. If two that are certain differ, the result is only likely and names both."""
+    assert diagnoses
+    ranked = sorted(
+        diagnoses,
+        key=lambda d: (
+            d.cause is DeathCause.UNKNOWN,
+            _ORDER.index(d.certainty),
+            d.cause is DeathCause.NOT_MEMORY,
+            d.cause in _GENERAL,
+        ),
+    )
+    main, *others = ranked
+    rivals = [
+        d.cause for d in others if d.certainty is Certainty.CERTAIN and d.cause not in (main.cause, *_GENERAL)
+    ]
+    is_disputed = main.certainty is Certainty.CERTAIN and any(
+        d.certainty is Certainty.CERTAIN and d.cause is not main.cause for d in others
+    )
+    alternatives = [a for a in (*rivals, *main.alternatives) if a is not main.cause]
+    return dataclasses.replace(
+        main,
+        certainty=Certainty.LIKELY if is_disputed else main.certainty,
+        alternatives=tuple(dict.fromkeys(alternatives)),
+        evidence=tuple(dict.fromkeys(e for d in ranked for e in d.evidence)),
+        memory=next((d.memory for d in ranked if d.memory), ""),
+        phase=next((d.phase for d in ranked if d.phase), ""),
+        line=next((d.line for d in ranked if d.line), ""),
+        module=next((d.module for d in ranked if d.module), ""),
+        figures={n: v for d in reversed(ranked) for n, v in d.figures.items()},
+    )
+
+
+def _diagnosis(
+    cause: DeathCause,
+    certainty: Certainty,
+    evidence: Sequence[str],
+    *,
+    alternatives: Sequence[DeathCause] = (),
+    memory: str = "",
+    phase: str = "",
+    line: str = "",
+    figures: dict[str, int] | None = None,
+) -> Diagnosis:
+    return Diagnosis(
+        cause=cause,
+        certainty=certainty,
+        evidence=tuple(evidence),
+        alternatives=tuple(alternatives),
+        memory=memory,
+        phase=phase,
+        line=line,
+        figures=figures or {},
+        advice=advice_for(cause, memory),
+        capture=() if certainty is Certainty.CERTAIN else capture_for(cause, memory),
+    )

@@ -1,0 +1,131 @@
+"""What a training was doing, judged by the calls of a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from memfit.monitoring.traceback_text import StackFrame
+
+_EVALUATION: Final = re.compile(
+    r"^(?:_*(?:run_)?(?:evaluat\w*|eval(?:_\w+)?|validat\w*|validation\w*|predict(?:ion)?(?:_\w+)?|"
+    r"(?:do_|run_)?(?:val|test|dev)(?:_(?:epoch|step|loop|one_epoch|model|phase))?|"
+    r"_maybe_log_save_evaluate|_run_sanity_check))$"
+)
+_EVALUATION_CALL: Final = re.compile(
+    r"\b(?:evaluate\w*|validate\w*|validation_step|evaluation_loop|trainer\.(?:test|predict))\("
+)
+_TRAINING: Final = re.compile(
+    r"^(?:train\w*|fit\w*|_?inner_training_loop|training_\w+|_fit_impl|run_train\w*)$"
+)
+_STEP_CALL: Final = re.compile(r"\b(?:\w*optim\w*|opt\w{0,4}|scaler|accelerator)(?:\[[^\]]*\])?\.step\(")
+_OPTIMIZER_FILE: Final = re.compile(
+    r"/torch/optim/|/apex/optimizers/|/deepspeed/ops/|/bitsandbytes/optim/|/torch/amp/grad_scaler|"
+    r"/cuda/amp/grad_scaler"
+)
+_STATE: Final = re.compile(r"state\[[^\]]+\] = |exp_avg|momentum_buffer")
+_STATE_FUNCTION: Final = re.compile(r"^_?init_(?:group|state)\w*$|^initialize_optimizer_states$")
+_SAVE: Final = re.compile(
+    r"^_?(?!\w*evaluate)(?:save\w*|\w*_save_\w*|\w*save_checkpoint\w*|(?:\w*_)?state_dict)$"
+)
+_SAVE_CALL: Final = re.compile(
+    r"\b(?:torch|dcp|dist_cp|xm|fabric|accelerator)\.save\w*\(|save_checkpoint\(|save_pretrained\(|\.state_dict\(\)"
+)
+_LOAD: Final = re.compile(r"^_?(?:load_(?:state_dict|checkpoint|model)|resume\w*|restore\w*)$")
+_LOAD_CALL: Final = re.compile(r"\btorch\.load\(|load_state_dict\(|load_checkpoint\(")
+_BUILD: Final = re.compile(
+    r"^(?:_apply|convert|to|cuda|half|from_pretrained|_load_pretrained_model|to_empty)$"
+)
+_BUILD_CALL: Final = re.compile(r"\.(?:to|cuda|half|bfloat16)\(|from_pretrained\(")
+_ATTRIBUTE: Final = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])?\(")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseOfDeath:
+    """``name``: "optimizer", "save", "load", "backward", "forward", "build", "data" or "". ``in_evaluation``
+    and ``in_training``: calls of an evaluation or a training loop are among the frames. ``adds_state``: the
+    optimizer was making its state. ``module``: attributes of the model that forward calls went through.
+    """
+
+    name: str = ""
+    in_evaluation: bool = False
+    in_training: bool = False
+    adds_state: bool = False
+    module: str = ""
+
+
+def phase_of(frames: Sequence[StackFrame]) -> PhaseOfDeath:
+    """Return what ran, judged by ``frames``, outermost first. What the innermost frames do decides, so that a
+    forward pass in the closure of an optimizer is a forward pass."""
+    if not frames:
+        return PhaseOfDeath()
+    in_backward = any(_is_backward(f) for f in frames)
+    name = next((n for f in reversed(frames) if (n := _activity(f))), "")
+    return PhaseOfDeath(
+        name="backward" if in_backward and name == "forward" else name,
+        in_evaluation=any(_is_evaluation(f) for f in frames),
+        in_training=any(_TRAINING.match(_function(f)) for f in frames),
+        adds_state=name == "optimizer" and _adds_state(frames),
+        module=_module(frames),
+    )
+
+
+def _function(frame: StackFrame) -> str:
+    return frame.function.rpartition(".")[2]
+
+
+def _path(frame: StackFrame) -> str:
+    return "/" + frame.file.replace("\\", "/")
+
+
+def _is_evaluation(frame: StackFrame) -> bool:
+    """Whether the frame belongs to an evaluation. ``torch.autograd`` and the like have no such names."""
+    return bool(_EVALUATION.match(_function(frame)) or _EVALUATION_CALL.search(frame.code))
+
+
+def _is_backward(frame: StackFrame) -> bool:
+    return "/torch/autograd/" in _path(frame) and "grad_mode" not in frame.file or ".backward(" in frame.code
+
+
+def _activity(frame: StackFrame) -> str:
+    """Return what the frame does, "" if that cannot be seen from it."""
+    function, path, code = _function(frame), _path(frame), frame.code
+    if "/torch/utils/data/" in path:
+        return "data"
+    if _is_backward(frame) or function == "backward":
+        return "backward"
+    if _OPTIMIZER_FILE.search(path) or _STEP_CALL.search(code):
+        return "optimizer"
+    if (
+        _LOAD.match(function)
+        or _LOAD_CALL.search(code)
+        or "/torch/serialization.py" in path
+        and "load" in function
+    ):
+        return "load"
+    if _SAVE.match(function) or _SAVE_CALL.search(code):
+        return "save"
+    if function in ("forward", "_call_impl", "_wrapped_call_impl", "__call__") or "/nn/functional.py" in path:
+        return "forward"
+    if _BUILD.match(function) or _BUILD_CALL.search(code):
+        return "build"
+    return ""
+
+
+def _adds_state(frames: Sequence[StackFrame]) -> bool:
+    """Whether the innermost frames make the optimizer's state, not the temporary tensors of its update."""
+    return any(
+        _STATE_FUNCTION.match(_function(f)) or (_STATE.search(f.code) and "zeros" in f.code)
+        for f in frames[-3:]
+    )
+
+
+def _module(frames: Sequence[StackFrame]) -> str:
+    calls = (
+        match[1]
+        for f in frames
+        if _function(f) == "forward" and "/torch/nn/" not in _path(f) and (match := _ATTRIBUTE.search(f.code))
+    )
+    return ".".join(c for c in calls if not c.startswith("_"))

@@ -1,0 +1,76 @@
+"""What to change after a training ran out of memory, and what to record if its cause is not known."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from memfit.monitoring.diagnosis import DeathCause
+
+_SMALLER: Final = "`memfit plan` finds the techniques that make the step fit, with what each costs in time"
+_ADVICE: Final = {
+    DeathCause.TENSORS_TOO_LARGE: (_SMALLER, "a smaller batch or shorter samples also need less"),
+    DeathCause.FRAGMENTATION: (
+        "set PYTORCH_ALLOC_CONF=expandable_segments:True (PYTORCH_CUDA_ALLOC_CONF before torch 2.9)",
+        "pad samples to few different sizes, and begin with the largest, so that its blocks are reused",
+    ),
+    DeathCause.LEAK: (
+        "look for tensors that are kept from step to step: a sum of losses without .item() or .detach(), a list "
+        "of outputs, retain_graph=True",
+    ),
+    DeathCause.LONGER_SAMPLE: (
+        "limit or bucket the length of samples, or make batches of equal token counts",
+        "`memfit lengths FILE` says what the lengths of your data imply",
+    ),
+    DeathCause.EVALUATION: (
+        "evaluate under torch.no_grad() or inference_mode(), with a smaller batch, and move outputs to the host "
+        "after each batch (Trainer: eval_accumulation_steps)",
+    ),
+    DeathCause.OPTIMIZER_STEP: (
+        "the optimizer's state and temporary tensors do not fit: a smaller state (8-bit Adam, Adafactor), "
+        "sharding, or foreach=False or fused=True help",
+        _SMALLER,
+    ),
+    DeathCause.CHECKPOINT: (
+        "save sharded, or gather the state on the host (offload_to_cpu); load with map_location='cpu' and delete "
+        "the loaded state afterwards",
+    ),
+    DeathCause.LATE_GROWTH: ("find out what grows: `memfit watch -- COMMAND` records memory after each step",),
+    DeathCause.OUTSIDE_TORCH: (
+        "end other processes on the device (nvidia-smi shows them), or leave memory for libraries",
+        "torch.cuda.set_per_process_memory_fraction(0.9) keeps some for communication and kernels",
+    ),
+    DeathCause.HOST_KILLED: (
+        "give the job more host memory, or use fewer DataLoader workers, a smaller prefetch_factor, no pin_memory",
+        "offload to the host and datasets held in memory also count",
+    ),
+    DeathCause.SHARED_MEMORY: (
+        "raise the size of /dev/shm (docker run --shm-size=16g or --ipc=host), or use fewer DataLoader workers",
+    ),
+}  # fmt: skip
+_ON_HOST: Final = (
+    "the memory of the host ran out, not that of a device: fewer DataLoader workers need less, too"
+)
+_SNAPSHOT: Final = (
+    "torch.cuda.memory._record_memory_history(max_entries=100000) before the training, and "
+    "torch.cuda.memory._dump_snapshot('oom.pickle') when it fails; then `memfit autopsy oom.pickle`"
+)
+_WATCH: Final = "`memfit watch -- COMMAND`, then `memfit autopsy` with its file"
+_KERNEL_LOG: Final = (
+    "the kernel's log: `dmesg -T | memfit autopsy -`, or the state that the scheduler reports"
+)
+
+
+def advice_for(cause: DeathCause, memory: str) -> tuple[str, ...]:
+    """Return what to change, the most useful first. ``memory``: "host" or "device"."""
+    advice = _ADVICE.get(cause, ())
+    is_tensor = cause in (DeathCause.TENSORS_TOO_LARGE, DeathCause.LATE_GROWTH, DeathCause.LEAK)
+    return (*advice, _ON_HOST) if memory == "host" and is_tensor else advice
+
+
+def capture_for(cause: DeathCause, memory: str) -> tuple[str, ...]:
+    """Return what to record next time, so that the cause becomes certain."""
+    if cause is DeathCause.NOT_MEMORY:
+        return ()
+    if cause is DeathCause.HOST_KILLED:
+        return (_KERNEL_LOG, _WATCH)
+    return (_WATCH,) if memory == "host" else (_SNAPSHOT, _WATCH)

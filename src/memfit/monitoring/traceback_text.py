@@ -1,0 +1,139 @@
+"""Read Python tracebacks in a log: plain ones, those of notebooks and of rich, also of several ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Final
+
+_HEADER: Final = "Traceback (most recent call last)"
+_RANK: Final = re.compile(r"^\s*\[(?:rank|default)?(\d+)\]:\s?")
+_TIME: Final = re.compile(r"^\d{4}-\d\d-\d\d[T ][\d:.,]+Z?\s+(?=\S)")
+_EDGE: Final = re.compile(r"^[\s│|]*│ ?|\s*│\s*$")
+_PLAIN: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in (?P<function>\S+))?')
+_NOTEBOOK: Final = re.compile(
+    r"^(?:File )?(?P<file>\S+\.py|<ipython-input[^>]*>|Cell In ?\[\d+\])"
+    r"(?::(?P<line>\d+))?,? (?:line (?P<cell>\d+)|in (?P<function>[\w.<>]+))"
+)
+_ARROW: Final = re.compile(r"^\s*(?:-+>|❱)\s*(?P<line>\d+)\s(?P<code>.*)")
+_ERROR: Final = re.compile(
+    r"^(?P<type>(?:[A-Za-z_]\w*\.)*_*[A-Z]\w*(?:Error|Exception|Interrupt|Exit))\b(?::\s?(?P<message>.*)|\s*)$"
+)
+_CHAIN: Final = ("During handling of the above exception", "direct cause of the following exception")
+_LIBRARIES: Final = (
+    "site-packages/", "dist-packages/", "/lib/python3", "/python3.", "/torch/", "<frozen", "<string>",
+)  # fmt: skip
+_MESSAGE_LINES: Final = 6
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StackFrame:
+    """A call in a traceback. ``line`` is 0 and ``code`` "" if the log does not show them."""
+
+    file: str
+    line: int
+    function: str
+    code: str = ""
+
+    @property
+    def is_library(self) -> bool:
+        """Whether the file belongs to an installed package or to Python."""
+        path = self.file.replace("\\", "/").lower()
+        return path.startswith("torch/") or any(part in path for part in _LIBRARIES)
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TracebackText:
+    """A traceback in a log. ``frames``: outermost first. ``error``: type of the exception without its
+    package. ``start`` and ``end``: indices of its first line and of the line with the exception.
+    ``is_chained``: it was raised while the one before was handled.
+    """
+
+    frames: tuple[StackFrame, ...]
+    error: str
+    message: str
+    start: int
+    end: int
+    is_chained: bool
+
+    @property
+    def user_frame(self) -> StackFrame | None:
+        """The innermost frame outside installed packages, or None."""
+        return next((f for f in reversed(self.frames) if not f.is_library), None)
+
+
+def read_tracebacks(lines: Sequence[str]) -> list[TracebackText]:
+    """Return the tracebacks of a log by the line of their exception. Lines that begin with ``[rank3]:`` form
+    a log of their own for each rank."""
+    by_rank: dict[str, list[tuple[int, str]]] = {}
+    for row, line in enumerate(lines):
+        rank = _RANK.match(line)
+        text = _TIME.sub("", line[rank.end() :] if rank else line)
+        by_rank.setdefault(rank[1] if rank else "", []).append((row, _EDGE.sub("", text)))
+    readers = [_Reader(rows) for rows in by_rank.values()]
+    return sorted((t for r in readers for t in r.read()), key=lambda t: t.end)
+
+
+class _Reader:
+    """Reads the lines of one rank."""
+
+    def __init__(self, rows: Sequence[tuple[int, str]]) -> None:
+        self._rows = rows
+        self._frames: list[StackFrame] = []
+        self._start = -1
+        self._is_chained = False
+        self._tracebacks: list[TracebackText] = []
+
+    def read(self) -> list[TracebackText]:
+        for i, (row, line) in enumerate(self._rows):
+            if _HEADER in line:
+                self._frames, self._start = [], row
+            elif any(text in line for text in _CHAIN):
+                self._is_chained = True
+            elif frame := _frame(line):
+                self._start = row if self._start < 0 else self._start
+                self._frames.append(frame)
+            elif self._frames and (error := _ERROR.match(line.strip())) and not line.startswith("    "):
+                self._end(i, error)
+            elif self._frames:
+                self._add_code(line)
+        return self._tracebacks
+
+    def _add_code(self, line: str) -> None:
+        last = self._frames[-1]
+        if arrow := _ARROW.match(line):
+            self._frames[-1] = dataclasses.replace(
+                last, line=int(arrow["line"]), code=arrow["code"].strip(" │")
+            )
+        elif not last.code and line.startswith("    ") and not set(line.strip()) <= set("^~"):
+            self._frames[-1] = dataclasses.replace(last, code=line.strip())
+
+    def _end(self, i: int, error: re.Match[str]) -> None:
+        more = [line for _, line in self._rows[i + 1 : i + _MESSAGE_LINES]]
+        ends = (n for n, line in enumerate(more) if not line.strip() or _HEADER in line)
+        message = " ".join([error["message"] or "", *more[: next(ends, len(more))]])
+        self._tracebacks.append(
+            TracebackText(
+                frames=tuple(self._frames),
+                error=error["type"].rpartition(".")[2],
+                message=" ".join(message.split()),
+                start=self._start,
+                end=self._rows[i][0],
+                is_chained=self._is_chained,
+            )
+        )
+        self._frames, self._start, self._is_chained = [], -1, False
+
+
+def _frame(line: str) -> StackFrame | None:
+    match = _PLAIN.search(line) or _NOTEBOOK.match(line.strip())
+    if match is None:
+        return None
+    groups = match.groupdict()
+    number = groups.get("line") or groups.get("cell") or 0
+    return StackFrame(file=groups["file"], line=int(number), function=groups.get("function") or "")

@@ -1,0 +1,175 @@
+"""Read how far a training had come from its log, and the series of numbers that the log prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from memfit.types.units import GIB, KIB, MIB
+
+_OTHER_BAR: Final = re.compile(
+    r"loading|shards|\bmap\b|download|tokeniz|generat|filter|fetching|building|preprocess|caching|scanning|"
+    r"extract|B/s\b",
+    re.IGNORECASE,
+)
+_EVALUATION: Final = re.compile(r"\b(?:valid\w*|val|eval\w*|test\w*|predict\w*)\b", re.IGNORECASE)
+_BAR: Final = re.compile(r"(\d+)/(\d+) \[")
+_STEP: Final = re.compile(
+    r"\b(?:global[_ ]?step|step|iter(?:ation)?|it|batch|num_updates|update)s?\s*[=:#]?\s*\[?\s*(\d+)\b",
+    re.IGNORECASE,
+)
+_IN_EPOCH: Final = re.compile(r"\]\s*\[\s*(\d+)\s*/\s*\d+\s*\]")
+_EPOCH: Final = re.compile(r"\b(?:epoch|ep)\b['\"]?\s*[=:#]?\s*\[?\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
+_LOGGED_LOSS: Final = re.compile(r"['\"]loss['\"]: ")
+_YOLO: Final = re.compile(r"^\s*(\d+)/(\d+)\s+(\d+(?:\.\d+)?)G\s")
+_NUMBER: Final = re.compile(
+    r"(?P<key>[A-Za-z_][\w:./-]*(?: [A-Za-z_][\w:./-]*){0,2}?)\s*[=:]?\s*"
+    r"(?<![\w.])(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B\b|[GM]\b)?"
+)
+_MEMORY: Final = re.compile(r"mem|alloc|reserv|vram|\brss", re.IGNORECASE)
+_PEAK: Final = re.compile(r"max|peak|^memory$", re.IGNORECASE)
+_SAMPLE: Final = re.compile(
+    r"longest|max_?(?:len|size|seq)|seq_?len|\blengths?\b|tokens?\b|atoms|nodes|residues|frames|pixels",
+    re.IGNORECASE,
+)
+_UNIT: Final = {"K": KIB, "M": MIB, "G": GIB, "T": 2**40}
+_NEAR: Final = 3  # lines before the death in which the last sample is described
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NumberSeries:
+    """Numbers that a log prints under one name, in order. ``rows``: the lines they are in."""
+
+    key: str
+    values: tuple[float, ...]
+    rows: tuple[int, ...]
+    has_unit: bool = False  # values are bytes
+
+    @property
+    def is_peak(self) -> bool:
+        """Whether the name says that each value is the highest so far."""
+        return _PEAK.search(self.key) is not None
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether the values grow by at least a tenth, nearly steadily, and still do so in the second half;
+        False for fewer than four."""
+        first, middle, last = self.values[0], self.values[len(self.values) // 2], self.values[-1]
+        falls = sum(b < 0.98 * a for a, b in zip(self.values, self.values[1:], strict=False))
+        rises = sum(b > a for a, b in zip(self.values, self.values[1:], strict=False))
+        return (
+            len(self.values) >= 4
+            and first > 0
+            and last >= 1.1 * first
+            and last - middle >= 0.25 * (last - first)
+            and falls <= 0.1 * len(self.values)
+            and rises >= 0.5 * len(self.values)
+        )
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the second half of at least four values lies within 3 %."""
+        tail = self.values[len(self.values) // 2 :]
+        return len(self.values) >= 4 and max(tail) <= 1.03 * min(tail)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingLog:
+    """What the lines before a death tell. ``last_step``: the highest number of a training step, None if
+    none is printed. ``epochs``: number of different epochs. ``in_evaluation``: the last progress is that of
+    an evaluation. ``progress_rows``: lines that show progress of the training. ``memory``: the series of
+    memory with most values. ``samples``: series of the sizes of samples.
+    """
+
+    last_step: int | None
+    epochs: int
+    in_evaluation: bool
+    progress_rows: tuple[int, ...]
+    memory: NumberSeries | None
+    samples: tuple[NumberSeries, ...]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether at least two steps were finished."""
+        return (self.last_step or 0) >= 2 or self.epochs >= 2
+
+    @property
+    def is_first_step(self) -> bool:
+        """Whether the log shows that at most one step was finished."""
+        return self.last_step is not None and self.last_step <= 1 and self.epochs <= 1
+
+
+def read_training_log(lines: Sequence[str]) -> TrainingLog:
+    """Return what ``lines``, a log up to the death, tell about the training."""
+    steps: list[int] = []
+    epochs: set[int] = set()
+    rows: list[int] = []
+    in_evaluation = False
+    series: dict[str, list[tuple[int, float, bool]]] = {}
+    for row, line in enumerate(lines):
+        if "out of memory" in line.lower() or "Tried to allocate" in line or 'File "' in line:
+            continue
+        for key, value, has_unit in _numbers(line):
+            series.setdefault(key, []).append((row, value, has_unit))
+        numbers, epoch = _steps(line), _EPOCH.search(line)
+        if numbers or epoch:
+            in_evaluation = _EVALUATION.search(line) is not None
+        if in_evaluation:
+            continue
+        steps += numbers
+        if epoch:
+            epochs.add(int(float(epoch[1])))
+        if numbers or _LOGGED_LOSS.search(line):
+            rows.append(row)
+        if _LOGGED_LOSS.search(line):
+            steps.append(2)  # trainers log the first loss after several steps
+    all_series = {key: _series(key, values) for key, values in series.items()}
+    memory = [s for s in all_series.values() if _MEMORY.search(s.key)]
+    return TrainingLog(
+        last_step=max(steps, default=None),
+        epochs=len(epochs),
+        in_evaluation=in_evaluation,
+        progress_rows=tuple(rows),
+        memory=max(memory, key=lambda s: (len(s.values), not s.is_peak), default=None),
+        samples=tuple(s for s in all_series.values() if _SAMPLE.search(s.key) and not _MEMORY.search(s.key)),
+    )
+
+
+def outlier(series: NumberSeries, row_count: int) -> float | None:
+    """Return by what factor the last value, in one of the last lines of ``row_count``, exceeds the highest of
+    at least four before it; None if by less than 1.3."""
+    *earlier, last = series.values
+    if len(earlier) < 4 or series.rows[-1] < row_count - _NEAR or last < 1.3 * max(earlier):
+        return None
+    return last / max(earlier)
+
+
+def _steps(line: str) -> list[int]:
+    """Return the numbers of steps that a line of a training or an evaluation shows."""
+    if _OTHER_BAR.search(line):
+        return []
+    matches = [*_BAR.finditer(line), *_STEP.finditer(line), *_IN_EPOCH.finditer(line)]
+    yolo = _YOLO.match(line)
+    return [int(m[1]) for m in matches] + ([int(yolo[1])] if yolo else [])
+
+
+def _numbers(line: str) -> list[tuple[str, float, bool]]:
+    """Return (name, value, whether it is in bytes) of the memory and sample sizes that a line prints."""
+    if yolo := _YOLO.match(line):
+        return [("GPU_mem", float(yolo[3]) * GIB, True)]
+    return [
+        (key, float(m["value"]) * _UNIT.get((m["unit"] or " ")[0].upper(), 1), bool(m["unit"]))
+        for m in _NUMBER.finditer(line)
+        if _MEMORY.search(key := m["key"].strip(" :=.")) or _SAMPLE.search(key)
+    ]
+
+
+def _series(key: str, values: Sequence[tuple[int, float, bool]]) -> NumberSeries:
+    return NumberSeries(
+        key=key,
+        rows=tuple(row for row, _, _ in values),
+        values=tuple(value for _, value, _ in values),
+        has_unit=all(has_unit for _, _, has_unit in values),
+    )
