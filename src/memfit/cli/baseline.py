@@ -148,7 +148,7 @@ def _check_options(options: BaselineOptions, action: str) -> None:
 def _write(options: BaselineOptions, *, as_json: bool) -> None:
     quiet_libraries()
     with Bars("en") as progress:
-        from memfit.report.baseline import read_baseline
+        from memfit.report.baseline_file import read_baseline
         from memfit.workflows.baseline import MACHINE, target_in, write_baseline
 
         if options.file.exists():
@@ -206,7 +206,7 @@ def _tell(folder: Path, progress: Bars) -> memfit.workflows.baseline.Tell:
 
 
 def _print(comparisons: Sequence[BaselineComparison], *, tolerance: str) -> None:
-    from memfit.report.baseline import drift_text
+    from memfit.report.baseline_drift import drift_text
 
     for comparison in comparisons:
         for drift in comparison.drifts:
@@ -237,7 +237,7 @@ def _write_sarif(path: Path, file: Path, comparisons: Sequence[BaselineCompariso
 def _sarif_result(title: str, drift: MemoryDrift, file: Path) -> memfit.report.sarif.SarifResult:
     """Return the drift as a result at the line of the first of its modules that has one in a file that
     exists, else at the baseline file."""
-    from memfit.report.baseline import drift_text
+    from memfit.report.baseline_drift import drift_text
     from memfit.report.sarif import SarifResult
 
     places = (module.line.rpartition(":") for module in drift.modules if module.line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy
 
@@ -117,4 +117,5 @@ def largest_modules(rows: Sequence[ModuleMemory], peak_bytes: int) -> tuple[Modu
 
 def _added(rows: Iterable[ModuleMemory]) -> Iterator[ModuleMemory]:
     for module, sums in module_sums(rows).items():
-        yield ModuleMemory(module=module, **sums)
+        columns: dict[str, Any] = dict(sums)
+        yield ModuleMemory(module=module, **columns)

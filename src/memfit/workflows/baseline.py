@@ -24,7 +24,8 @@ from memfit.inputs import on_ranks, plan_of
 from memfit.jobs import huggingface
 from memfit.jobs.registry import load
 from memfit.planner.evaluate import Pricer
-from memfit.report.baseline import baseline_text, compare_baseline, read_baseline
+from memfit.report.baseline_drift import compare_baseline
+from memfit.report.baseline_file import baseline_text, read_baseline
 from memfit.report.files import write_whole
 from memfit.techniques.base import Space
 from memfit.techniques.rank_mesh import SEVERAL
