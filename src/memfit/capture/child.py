@@ -34,6 +34,7 @@ from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan
+from memfit.types.units import format_bytes
 from memfit.types.serialization import dumps, loads
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -83,6 +84,11 @@ class _Session:
             self._write(self._answer(trace))
 
     def _answer(self, trace: ScriptTrace) -> ScriptAnswer:
+        if trace.is_host and trace.foreign_bytes:
+            self.notes.append(
+                f"{format_bytes(trace.foreign_bytes)} of weights are mapped from files, as safetensors does; they "
+                "are no memory that torch allocates, and are not in the peak"
+            )
         job = Job(
             name=self.program.name,
             build_model=_not_built,

@@ -26,6 +26,7 @@ from memfit.types.job import Bound
 from memfit.types.trace import Category, Phase, Trace
 
 _Kind = TypeVar("_Kind")
+_MOST_DRAWN = 2_000_000_000  # random numbers that are drawn for parameters: some ten seconds
 _STEPS = 2  # the second has the optimizer state that the first one made
 NOWHERE = "nowhere"
 
@@ -53,6 +54,8 @@ class ScriptTrace:
         self.micro_batches = 0  # backwards since the last optimizer step
         self.updates: WeakIdKeyDictionary = WeakIdKeyDictionary()  # optimizer -> number of its steps
         self.model: torch.nn.Module | None = None  # the first that was trained
+        self.foreign_bytes = 0  # of parameters in memory that torch's allocator did not make
+        self.drawn = 0  # random numbers of parameters
         self.workers = 0  # most worker processes of a data loader
         self._depth = 0  # of regions in which all new tensors are fake
         self._twins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> its fake copy
@@ -70,8 +73,11 @@ class ScriptTrace:
         """Return a fake tensor like the real tensor ``data``, which is not kept."""
         with _disable_current_modes(), self.fake:
             fake = torch.empty_strided(data.size(), data.stride(), dtype=data.dtype)
-        if not self.is_host:
-            self.recorder.move(fake, NOWHERE)  # until it is moved to the device
+        is_foreign = not data.untyped_storage().resizable()
+        if is_foreign:
+            self.foreign_bytes += data.numel() * data.element_size()
+        if is_foreign or not self.is_host:  # on an accelerator: until it is moved there
+            self.recorder.move(fake, NOWHERE)
         return fake
 
     def twin(self, real: torch.Tensor) -> torch.Tensor:
@@ -144,6 +150,8 @@ class ScriptTrace:
         args, kwargs = _pytree.tree_map_only(
             torch.Tensor, lambda t: self.twin(t) if is_real(t) else t, (args, kwargs)
         )
+        if not self.begun and torch.Tag.nondeterministic_seeded in func.tags:
+            self._draw(func, args, kwargs)
         self._depth += 1
         above, self.recorder.modes_above = self.recorder.modes_above, 1
         try:
@@ -152,6 +160,17 @@ class ScriptTrace:
         finally:
             self._depth -= 1
             self.recorder.modes_above = above
+
+    def _draw(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Draw the random numbers of an operator on a real tensor that is dropped, so that later ones, such as
+        the order of the samples, are those of the script's own run. Stop after `_MOST_DRAWN`."""
+        tensor = args[0]
+        if not func._schema.is_mutable or not isinstance(tensor, FakeTensor):
+            return
+        self.drawn += tensor.numel()
+        if self.drawn <= _MOST_DRAWN:
+            real = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+            func(real, *args[1:], **kwargs)
 
     # -- the training step ----------------------------------------------------------------------------
 
