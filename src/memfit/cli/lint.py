@@ -11,6 +11,7 @@ import typer
 
 from memfit.cli.options import JsonOptions, LanguageOptions
 from memfit.cli.output import check_language, console, emit
+from memfit.cli.request import writable
 from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LintOptions:
-    """The configuration files to check, and the number of processes that train."""
+    """The configuration files to check, whether each is a set-up of its own, the number of processes that
+    train, and the file for the findings."""
 
     files: Annotated[
         list[Path],
@@ -41,6 +43,22 @@ class LintOptions:
             "Default: the number in the files; unknown if they have none.",
         ),
     ] = None
+    each: Annotated[
+        bool,
+        typer.Option(
+            "--each",
+            help="Check each file as a set-up of its own, so that there may be several of a kind. Default: "
+            "all files together are one set-up.",
+        ),
+    ] = False
+    sarif: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write the findings to this file as SARIF 2.1.0, for code hosts and editors, with the "
+            "line of the setting where it is known. It is overwritten if it exists.",
+        ),
+    ] = None
 
 
 def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> None:
@@ -50,17 +68,57 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
     TOML and OpenFold's settings. All files together are one set-up. Exits with code 1 if one of the findings
     is an error; warnings and notes do not change the exit code."""
     language_code = check_language(lang.lang)
+    if options.sarif is not None:
+        writable(options.sarif)
     from memfit.lint.check import check
     from memfit.lint.parse import read
 
-    setup = read(_of_libraries(options.files), ranks=options.ranks)
-    findings = check(setup, lang=language_code)
+    files = _of_libraries(options.files)
+    setups = [
+        read(group, ranks=options.ranks) for group in ([[f] for f in files] if options.each else [files])
+    ]
+    findings = [finding for setup in setups for finding in check(setup, lang=language_code)]
+    if options.sarif is not None:
+        _write_sarif(options.sarif, findings)
     if output.json:
-        emit({"files": list(setup.files), "findings": findings_view(findings)})
+        checked = dict.fromkeys(file for setup in setups for file in setup.files)
+        emit({"files": list(checked), "findings": findings_view(findings)})
     else:
         print_findings(findings, lang=language_code)
     if any(f.severity == "error" for f in findings):
         raise typer.Exit(1)
+
+
+def _write_sarif(path: Path, findings: Sequence[memfit.lint.check.Finding]) -> None:
+    from memfit import __version__
+    from memfit.report.files import write_whole
+    from memfit.report.sarif import SarifResult, sarif_text
+
+    results = []
+    for finding in findings:
+        file = Path(finding.file)
+        line, column = _position(file, finding.says)
+        results.append(
+            SarifResult(
+                rule=finding.rule,
+                level=str(finding.severity),
+                text=finding.says,
+                advice=finding.do,
+                file=file,
+                line=line,
+                column=column,
+                link=next(iter(finding.links), ""),
+            )
+        )
+    write_whole(path, sarif_text(results, version=__version__).encode())
+
+
+def _position(file: Path, sentence: str) -> tuple[int | None, int | None]:
+    from memfit.lint.location import locate
+    from memfit.lint.parse import parsed
+
+    text, _ = parsed(file)
+    return locate(text, file.suffix, sentence) or (None, None)
 
 
 # Files of an export that are not linted: memfit, a cluster or an engine without rules reads them.
