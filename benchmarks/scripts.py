@@ -53,9 +53,8 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(load_scripts())}; default all"
-    )
+    names = ", ".join(load_scripts())
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {names}; default all")
     parser.add_argument("--sources", type=Path, help="folder of the checkouts; data is written there, too")
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--truth-only", action="store_true")

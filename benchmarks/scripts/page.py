@@ -12,6 +12,20 @@ from scripts.corpus import PublicScript, load_scripts
 
 _BENCHMARKS = Path(__file__).parents[1]
 RECORDS, PAGE = _BENCHMARKS / "records" / "scripts.jsonl", _BENCHMARKS / "scripts.md"
+_COLUMNS = (
+    "script",
+    "kind",
+    "ranks",
+    "use",
+    "measured",
+    "set-up",
+    "predicted",
+    "interval",
+    "error",
+    "inside",
+    "script's",
+    "memfit's",
+)
 
 
 def error_ratio(record: Mapping[str, Any]) -> float | None:
@@ -73,18 +87,14 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         f"All: {summarize(records)}",
         *(f"{use.replace('_', ' ').capitalize()}: {summarize(rows)}" for use, rows in parts.items()),
         "",
-        "| script | kind | ranks | use | measured | set-up | predicted | interval | error | inside"
-        " | script's | memfit's |",
+        f"| {' | '.join(_COLUMNS)} |",
         "|---|---|--:|---|--:|--:|--:|--:|--:|---|--:|--:|",
         *(_row(r, scripts[r["script"]]) for r in records),
         "",
         "The last two columns are wall times in seconds: of the script to its second step, and of the",
         "prediction.",
         "",
-        *(
-            f"- `{s.name}`: {s.repository} `{s.path}` at `{s.commit[:12]}`{_note(s)}"
-            for s in scripts.values()
-        ),
+        *map(_source, scripts.values()),
     ]
     return "\n".join(lines) + "\n"
 

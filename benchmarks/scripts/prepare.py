@@ -267,7 +267,7 @@ def _save_tokenizer(folder: Path, *, bos: str, eos: str, **special: str) -> Any:
 
 
 def _save_bert(folder: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertConfig, BertModel
 
     tokenizer = _save_tokenizer(
         folder, bos="[CLS]", eos="[SEP]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
@@ -280,7 +280,7 @@ def _save_bert(folder: Path) -> None:
         intermediate_size=1024,
         pad_token_id=tokenizer.pad_token_id,
     )
-    _save_model(BertForSequenceClassification, config, folder)
+    _save_model(BertModel, config, folder)
 
 
 def _save_model(kind: Any, config: Any, folder: Path) -> None:
