@@ -210,9 +210,8 @@ def print_recovery(recovery: Recovery, count: int, *, most: int) -> None:
 def _continued(recovery: Recovery) -> str:
     """Describe from which step and under which plan a run continued after it ran out of memory."""
     steps = f"{recovery.first_step} step{'s' * (recovery.first_step != 1)}"
-    start = (
-        f"from {recovery.checkpoint}, after {steps}" if recovery.checkpoint else "from step 0: no checkpoint"
-    )
+    checkpoint = recovery.checkpoint
+    start = f"from {checkpoint}, after {steps}" if checkpoint else "from step 0, as there is no checkpoint"
     return (
         f"{start}, under {recovery.plan.label} (at most {recovery.effect.label}), predicted to need "
         f"{format_bytes(recovery.needed_bytes)} of {format_bytes(recovery.limit_bytes)} for the batch of "

@@ -71,8 +71,7 @@ def train_with_recoveries(
         if run.measurement.outcome is not OutcomeKind.OOM:
             return _finished(run, keep, recoveries, losses)
         if len(recoveries) == settings.most:
-            stop = f"{settings.most} recoveries were made, the most allowed" if settings.most else ""
-            return _finished(run, keep, recoveries, losses, stop)
+            return _finished(run, keep, recoveries, losses, _limit_text(settings.most))
         step = run.measurement.first_step + run.measurement.steps_done
         choice = _next_plan(request, spec, step, settings.frontier, tried)
         if isinstance(choice, str):
@@ -83,6 +82,12 @@ def train_with_recoveries(
         estimate = choice.estimate
         tried.add(estimate.plan)
         spec = dataclasses.replace(spec, plan=estimate.plan, name=estimate.plan.label, keep=next_keep)
+
+
+def _limit_text(most: int) -> str:
+    if most == 1:
+        return "1 recovery was made, the most allowed"
+    return f"{most} recoveries were made, the most allowed" if most else ""
 
 
 def _next_plan(
