@@ -29,7 +29,17 @@ from memfit.types.job import Job, Metric, OptimizerChoice
 from memfit.types.plan import Plan
 
 if TYPE_CHECKING:
-    from memfit.api import Fit, Prediction, apply, assert_fits, conform, estimate, from_trainer
+    from memfit.api import (
+        Fit,
+        Prediction,
+        apply,
+        assert_fits,
+        conform,
+        estimate,
+        from_trainer,
+        largest,
+        watch,
+    )
 
 __all__ = [
     "Fit",
@@ -45,6 +55,8 @@ __all__ = [
     "conform",
     "estimate",
     "from_trainer",
+    "largest",
+    "watch",
 ]
 __version__ = "0.1.0"
 

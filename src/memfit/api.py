@@ -26,6 +26,7 @@ from memfit.cost.host import host_holds, host_line, with_host_memory
 from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
 from memfit.jobs.training_step import repeat
 from memfit.jobs.user_job import guarded
+from memfit.monitoring.watch import watch
 from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import fits_under, needed_bytes
 from memfit.planner.evaluate import Pricer
@@ -52,7 +53,17 @@ from memfit.types.units import format_bytes
 from memfit.types.workload import Workload
 from memfit.user_loop import Fit, apply_plan
 
-__all__ = ["Fit", "Prediction", "apply", "assert_fits", "conform", "estimate", "from_trainer"]
+__all__ = [
+    "Fit",
+    "Prediction",
+    "apply",
+    "assert_fits",
+    "conform",
+    "estimate",
+    "from_trainer",
+    "largest",
+    "watch",
+]
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 # Limits of a step that is computed on real tensors: operations, and share of free memory.
 _MOST_COMPUTED_FLOPS, _FREE_RATIO = 4e12, 0.5
@@ -664,31 +675,25 @@ def largest(  # noqa: PLR0913
     """
     target, samples = machine_of(machine), batch is not None or isinstance(model, Job)
     settings: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "bound": bound, "clip": clip}
-    if samples:
-        own_job = job_of(model, batch, **settings)
-        start = start or own_job.batch_size
-
-        def job_at(value: int) -> Job:
-            return with_batch_shape(own_job, value)
-
-    else:
-
-        def job_at(value: int) -> Job:
-            built = guarded(lambda: model(value), "the function given as model")
-            pair = built if isinstance(built, tuple) else (built,)
-            return job_of(*pair, **settings)
-
     if not samples and (not callable(model) or hasattr(model, "named_parameters")):
         raise UserError(
             f"the argument model is a {type(model).__name__}, and there is no batch",
             allowed="a model and a batch, a memfit.Job, or a function of the number that returns a Job or a "
             "pair (model, batch)",
         )
+    if samples:
+        own_job = job_of(model, batch, **settings)
+        start = start or own_job.batch_size
+
+    def job_at(value: int) -> Job:
+        if samples:
+            return with_batch_shape(own_job, value)
+        built = guarded(lambda: model(value), "the function given as model")
+        return job_of(*(built if isinstance(built, tuple) else (built,)), **settings)
+
     target_plan = _plan_on(plan, target)
-    first_job = job_at(start or 1)
-    space = Space(
-        batch_size=first_job.batch_size, block_count=0, has_head=False, vocabulary=0, device=target.device.kind
-    )
+    first_job, kind = job_at(start or 1), target.device.kind
+    space = Space(batch_size=first_job.batch_size, block_count=0, has_head=False, vocabulary=0, device=kind)
     pricer = Pricer(job=first_job, machine=target, space=space)
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     cap_bytes = cap_bytes or int(target.device.memory_bytes.value)

@@ -26,6 +26,7 @@ from memfit.cost.lengths import (
     quantile_length,
 )
 from memfit.cost.memory import levels
+from memfit.planner.batch_shape import with_batch_shape
 from memfit.runtime.local_machine import this_machine
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -95,7 +96,7 @@ def test_a_step_whose_operators_depend_on_length_is_refused() -> None:
 
 
 def test_at_shape_resizes_only_the_batch_and_length_dimensions() -> None:
-    job = house.with_batch_shape(tiny.words(), 3, 40)
+    job = with_batch_shape(tiny.words(), 3, 40)
     batch = job.make_batch(0, 0)
     assert {k: tuple(v.shape) for k, v in batch.items()} == {"tokens": (3, 40), "labels": (3, 40)}
     masks = Job(
@@ -105,7 +106,7 @@ def test_at_shape_resizes_only_the_batch_and_length_dimensions() -> None:
         loss=lambda m, b: b[0].sum(),
         batch_size=2,
     )
-    shapes = [tuple(t.shape) for t in house.with_batch_shape(masks, 4, 9).make_batch(0, 0)]
+    shapes = [tuple(t.shape) for t in with_batch_shape(masks, 4, 9).make_batch(0, 0)]
     assert shapes == [(4, 9, 7), (4, 9, 9), (4,), (5,)]
 
 
@@ -118,7 +119,7 @@ def test_a_batch_without_a_length_dimension_is_refused() -> None:
         batch_size=4,
     )
     with pytest.raises(UserError, match="no length"):
-        house.with_batch_shape(job, 2, 8)
+        with_batch_shape(job, 2, 8)
 
 
 # --- probabilities of running out of memory

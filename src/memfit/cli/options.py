@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 
 _DEFAULT_JOB = "protein-ss"
@@ -89,6 +90,17 @@ class JobOptions:
         ),
     ] = None
 
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=N",
+            help="Another size of the job, such as crop=96, atoms=2000, rollout=8, layers=6 or hidden=512; "
+            "repeat the option for further sizes. A built-in job and hf: list theirs if you name one that "
+            "they lack; for a function FILE.py:NAME it is any argument that takes a whole number. Default: "
+            "the job's own sizes.",
+        ),
+    ] = None
+
     @property
     def spec(self) -> str:
         """The job as the user named it, or the default job, "protein-ss"."""
@@ -96,8 +108,22 @@ class JobOptions:
 
     @property
     def ref(self) -> JobRef:
-        names = [f.name for f in dataclasses.fields(self) if f.name != "job"]
-        return JobRef(spec=self.spec, **{name: getattr(self, name) for name in names})
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("job", "dim")]
+        options = {name: getattr(self, name) for name in names}
+        return JobRef(spec=self.spec, **options, dimensions=_dimensions(self.dim or []))
+
+
+def _dimensions(texts: list[str]) -> dict[str, int]:
+    """Return what --dim says, name -> number. Raises UserError for a text that is not NAME=N, with a whole
+    number N."""
+    pairs = [text.partition("=") for text in texts]
+    for name, separator, number in pairs:
+        if not (name and separator and number.isdecimal()):
+            raise UserError(
+                f"--dim {name}{separator}{number}",
+                allowed="NAME=N with the name of a size and a whole number, such as crop=96",
+            )
+    return {name.strip(): int(number) for name, _, number in pairs}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memfit.cli.largest import LargestOptions, print_largest, refuse_without_largest
 from memfit.cli.options import (
     BoundsOptions,
     GoalOptions,
@@ -142,7 +143,26 @@ def _refuse_options_with_from(limits: BoundsOptions, from_options: FromOptions, 
         )
 
 
-def plan(
+def _refuse_options_with_largest(limits: BoundsOptions, from_options: FromOptions, save: SaveOptions) -> None:
+    """Raise UserError if one of the options is given that cannot be used with --largest."""
+    options = {
+        "--from": from_options.from_files,
+        "--corrected-by": from_options.corrected_by,
+        "--measure": save.measure,
+        "--save": save.save,
+        "--deadline": limits.deadline,
+        "--budget": limits.budget,
+        "--micro-batch": limits.micro_batch,
+        "--explain-infeasible": limits.explain_infeasible,
+    }
+    if unusable := [name for name, value in options.items() if value]:
+        raise UserError(
+            f"{', '.join(unusable)} cannot be used with --largest",
+            allowed="--largest without these options",
+        )
+
+
+def plan(  # noqa: PLR0913
     job: JobOptions,
     goal: GoalOptions,
     on: MachineOptions,
@@ -150,14 +170,23 @@ def plan(
     runtime: RuntimeOptions,
     from_options: FromOptions,
     save: SaveOptions,
+    largest: LargestOptions,
     output: OutputOptions,
 ) -> None:
     """Recommend a plan that fits the memory. Nothing is trained, except for a few steps with --measure.
 
     Prints the recommended plan and its best alternatives, what each technique in it saves (memory) and costs
     (time), and why other plans were left out. With --from, predicts and lints an existing set-up and shows
-    better plans, if there are any."""
+    better plans, if there are any. With --largest, finds the largest batch or other size that fits."""
     language_code = check_language(output.lang)
+    if largest.largest is not None:
+        _refuse_options_with_largest(limits, from_options, save)
+        job_request = request(
+            job, goal, runtime, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on)
+        )
+        print_largest(job_request, largest, as_json=output.json, force=save.force)
+        return
+    refuse_without_largest(largest)
     if save.save is not None:
         writable(save.save, overwrite=save.force)
     if from_options.from_files:

@@ -19,7 +19,7 @@ import numpy as np
 
 from memfit.jobs.builtin.batches import as_tensors, step_rng
 from memfit.types.errors import UserError, suggest
-from memfit.types.job import Job, OptimizerChoice
+from memfit.types.job import Dimension, Job, OptimizerChoice
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ _BATCH_SIZE: Final = 4
 MOST_TOKENS: Final = 1 << 24
 _RESERVED_POSITIONS: Final = 4  # additional rows in tables of positions, as in RoBERTa and OPT
 _LENGTH_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+_DIMENSIONS: Final = {"layers": "num_hidden_layers", "hidden": "hidden_size"}
 _ENDINGS: Final = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
@@ -47,20 +48,24 @@ def make(
     weights: str | None = None,
     batch: int | None = None,
     length: int | None = None,
+    dimensions: Mapping[str, int] | None = None,
 ) -> Job:
     """Return the job of ``hf:name``, a folder with config.json or a model type of transformers, such as
     llama, optionally with changed settings, as in ``llama?num_hidden_layers=2``. It trains on random tokens.
 
     ``length``: tokens of a sequence. Without it, the size "tiny" uses 128 tokens and "paper" 2,048, or fewer
     if the model is made for fewer. ``batch``: sequences of a step; without it, four. The job lists which of
-    the two were not given in its ``assumed``. ``weights``: a folder of safetensors; by default random
-    weights. Raises UserError for any ``data``, an unknown name or setting, a broken ``config.json``, an
-    architecture without a causal, masked or classification head, a length for which the model has no
-    positions or that is above MOST_TOKENS (16,777,216), and unusable ``weights``, when the model is built.
+    the two were not given in its ``assumed``. ``dimensions``: "layers" and "hidden" replace the settings
+    num_hidden_layers and hidden_size, and nothing that depends on them. ``weights``: a folder of
+    safetensors; by default random weights. Raises UserError for any ``data``, an unknown name, setting or
+    dimension, a broken ``config.json``, an architecture without a causal, masked or classification head, a
+    length for which the model has no positions or that is above MOST_TOKENS (16,777,216), and unusable
+    ``weights``, when the model is built.
     """
     if data is not None:
         raise UserError(f"{PREFIX}{name} trains on random tokens and does not accept --data")
     config = read_config(name)
+    _set_dimensions(config, dimensions or {}, name)
     task, batch_size = task_of(config, name), batch or _BATCH_SIZE
     assumptions = tuple(o for o, value in (("batch", batch), ("length", length)) if value is None)
     length = _length(config, task, length, size, name)
@@ -76,7 +81,40 @@ def make(
         assumed=assumptions,
         optimizer=OptimizerChoice(learning_rate=1e-4),
         data_source="random tokens",
+        dimensions=(
+            Dimension(name="batch", value=batch_size),
+            Dimension(name="length", value=length),
+            *_dimensions(config),
+        ),
     )
+
+
+def _dimensions(config: Any) -> list[Dimension]:
+    """Return the layers and the width of the network, if the configuration states them under their usual
+    names. Only multiples of the number of heads are possible for the width."""
+    multiples = {"hidden": int(getattr(config, "num_attention_heads", None) or 1)}
+    return [
+        Dimension(name=name, value=getattr(config, setting), multiple=multiples.get(name, 1))
+        for name, setting in _DIMENSIONS.items()
+        if isinstance(getattr(config, setting, None), int)
+    ]
+
+
+def _set_dimensions(config: Any, dimensions: Mapping[str, int], name: str) -> None:
+    allowed = {dimension.name: dimension.multiple for dimension in _dimensions(config)}
+    for dimension, value in dimensions.items():
+        if dimension not in allowed:
+            raise UserError(
+                f"{PREFIX}{name} has no dimension {dimension!r}",
+                allowed=", ".join(("batch", "length", *allowed)),
+                hint=suggest(dimension, allowed),
+            )
+        if value % allowed[dimension]:
+            raise UserError(
+                f"the dimension {dimension} of {PREFIX}{name} is set to {value}",
+                allowed=f"multiples of {allowed[dimension]}, its number of heads",
+            )
+        setattr(config, _DIMENSIONS[dimension], value)
 
 
 def _shown_name(name: str, config: Any) -> str:

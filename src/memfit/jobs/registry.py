@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from memfit.jobs import huggingface
 from memfit.jobs.user_job import load_user_job
@@ -21,8 +21,8 @@ MOST_TOKENS: Final = 262_144
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
     """A built-in job. ``sizes``: the sizes that it accepts, the default one first. ``make``: returns the Job;
-    it takes the keywords size, data, weights, batch and length, all optional. ``title`` and ``data_source``:
-    texts for the user."""
+    it takes the keywords size, data, weights, batch, length and dimensions, all optional. ``title`` and
+    ``data_source``: texts for the user."""
 
     name: str
     title: str
@@ -70,29 +70,35 @@ def _built_in(name: str) -> BuiltIn:
 
 def load(ref: JobRef) -> Job:
     """Return the job that ``ref`` names: a built-in job, ``hf:NAME``, or the user's ``path.py:attribute``.
-    What ``ref`` states of size, data, weights, batch, length, steps and clip applies; None keeps the job's
-    own.
+    What ``ref`` states of size, data, weights, batch, length, dimensions, steps, clip and ema applies; None keeps
+    the job's own.
 
     A clip of 0 turns clipping off. Raises UserError for an unknown job or size; for steps, batch or length
     below 1; for a length of a built-in job outside 16 to 262,144; for an option that the job does not accept;
-    for a negative clip; and for faults in the files.
+    for a negative clip; for a dimension that the job does not have or that is below 1; and for faults in the
+    files.
     """
-    for name, value in (("steps", ref.steps), ("batch", ref.batch), ("length", ref.length)):
+    numbers = {"--steps": ref.steps, "--batch": ref.batch, "--length": ref.length}
+    for name, value in (numbers | {f"--dim {name}": n for name, n in ref.dimensions.items()}).items():
         if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}", allowed="a whole number of at least 1")
+            raise UserError(f"{name} is {value}", allowed="a whole number of at least 1")
     with pause_gc():
         job = _make(ref)
     job = job if ref.steps is None else dataclasses.replace(job, steps=ref.steps)
+    job = job if ref.ema is None else dataclasses.replace(job, ema=ref.ema)
     return job if ref.clip is None else dataclasses.replace(job, clip=ref.clip or None)
 
 
 def _make(ref: JobRef) -> Job:
     ref = _split_length(ref)
     names_of_options = ("size", "data", "weights", "batch", "length")
-    options = {name: value for name in names_of_options if (value := getattr(ref, name)) is not None}
+    options: dict[str, Any] = {
+        name: value for name in names_of_options if (value := getattr(ref, name)) is not None
+    }
+    dimensions: dict[str, Any] = {"dimensions": ref.dimensions} if ref.dimensions else {}
     if ref.spec.startswith(huggingface.PREFIX):
         _check_size(ref, huggingface.SIZES)
-        return huggingface.make(ref.spec.removeprefix(huggingface.PREFIX), **options)
+        return huggingface.make(ref.spec.removeprefix(huggingface.PREFIX), **options, **dimensions)
     if ref.spec in _BUILT_IN:
         built_in = _built_in(ref.spec)
         _check_size(ref, built_in.sizes)
@@ -101,11 +107,11 @@ def _make(ref: JobRef) -> Job:
                 f"length {ref.length} of {ref.spec} is out of range",
                 allowed=f"{SHORTEST} to {MOST_TOKENS} tokens (residues, bases)",
             )
-        job = built_in.make(**options)
+        job = built_in.make(**options, **dimensions)
         is_smallest = ref.size is None or ref.size == built_in.sizes[0]
         return job if is_smallest else dataclasses.replace(job, reduced=built_in.make)
     if ":" in ref.spec:
-        return load_user_job(ref.spec, options)
+        return load_user_job(ref.spec, options | dict(ref.dimensions))
     raise UserError(
         f"unknown job {ref.spec!r}",
         allowed=f"{', '.join(names())}, FILE.py:NAME or hf:PATH_OR_NAME",

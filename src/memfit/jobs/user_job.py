@@ -9,22 +9,24 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from memfit.types.errors import UserError, suggest
-from memfit.types.job import Job
+from memfit.types.job import Dimension, Job
 
 
 def load_user_job(spec: str, options: dict[str, Any]) -> Job:
     """Return the user's job ``spec``, which is ``path.py:attribute``: a Job, or a function that returns one.
 
-    ``options``: those of size, data, weights, batch and length that the user gave; they are passed to the
-    function by keyword. A Job accepts none. Raises UserError for a missing file or attribute, for a file that
-    is not Python, for an object that is not a Job, for an option that is not accepted, and for any error in
-    the user's own code, with its location. The functions of the returned Job convert errors in the same way.
+    ``options``: those of size, data, weights, batch and length that the user gave, and further dimensions;
+    they are passed to the function by keyword. A Job accepts none. The dimensions of the returned Job are the
+    function's parameters that take whole numbers. Raises UserError for a missing file or attribute, for a
+    file that is not Python, for an object that is not a Job, for an option that is not accepted, and for any
+    error in the user's own code, with its location. The functions of the returned Job convert errors in the
+    same way.
     """
     path, _, name = spec.rpartition(":")
     module = _run_file(Path(path), spec)
@@ -64,13 +66,26 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{spec} cannot be called with {', '.join(options) or 'no arguments'}: {error}",
-            allowed="a function that accepts each given one of size, data, weights, batch and length by "
-            "keyword, and has defaults for all other arguments",
+            allowed="a function that accepts each given one of size, data, weights, batch, length and of --dim "
+            "by keyword, and has defaults for all other arguments",
         ) from error
     job = guarded(lambda: function(**options), spec)
     if not isinstance(job, Job):
         raise UserError(f"{spec}() returned a {type(job).__name__}", allowed="a memfit.Job")
-    return guard_job(job, spec)
+    return guard_job(dataclasses.replace(job, dimensions=_dimensions(function, options, job)), spec)
+
+
+def _dimensions(function: Any, options: Mapping[str, Any], job: Job) -> tuple[Dimension, ...]:
+    """Return the parameters of the function whose value in this call, or default, is a whole number of at
+    least 1. A parameter ``batch`` or ``batch_size`` without such a default has the batch size of the job."""
+    dimensions = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = options.get(name, parameter.default)
+        if value is None and name in ("batch", "batch_size"):
+            value = job.batch_size
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            dimensions.append(Dimension(name=name, value=value))
+    return tuple(dimensions)
 
 
 def guard_job(job: Job, spec: str) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from memfit.cost.host import host_holds
@@ -13,6 +14,8 @@ from memfit.types.result import Estimate
 CPU_HEADROOM_RATIO, CPU_HEADROOM_BYTES = 1.05, 2 * 2**20
 # Assumed for context and libraries on an accelerator for which the catalog has no figure.
 UNKNOWN_DEVICE_BYTES = 1 * 2**30
+# Of the observed process memory above tensors, the middle: what is expected, not what is safe.
+CPU_EXPECTED_RATIO = 1.03
 Fits = Callable[[Estimate], bool]
 
 
@@ -41,6 +44,16 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
         return int(device_bytes.high if estimate.traced else device_bytes.value)
     reserved_bytes = reserved.value if reserved else allocated_bytes * ASSUMED_RESERVED_RATIO
     return int(reserved_bytes) + UNKNOWN_DEVICE_BYTES
+
+
+def expected_bytes(estimate: Estimate, machine: Machine) -> int:
+    """Return the bytes of one device's memory that the estimate's plan is expected to need: the same quantity
+    as `needed_bytes`, without its margin and with the value of each interval instead of its upper end. A step
+    that needs this much may need more, up to `needed_bytes`, or less."""
+    if machine.device.is_host:
+        return int(estimate.allocated_bytes.value * CPU_EXPECTED_RATIO)
+    values = dataclasses.replace(estimate, traced=False)  # of which `needed_bytes` takes the values
+    return needed_bytes(values, machine)
 
 
 def fits_under(cap_bytes: int, machine: Machine) -> Fits:

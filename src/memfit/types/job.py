@@ -54,6 +54,18 @@ class OptimizerChoice:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Dimension:
+    """A size of a job that its user can set. ``name``: such as "batch", "length", "crop" or "layers".
+    ``value``: what the job has. ``multiple``: only multiples of it are possible, such as the number of heads
+    for the width of a transformer.
+    """
+
+    name: str
+    value: int
+    multiple: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A training job.
 
@@ -88,6 +100,7 @@ class Job:
     moving average of the weights, kept beside the model; True means 0.999; None or False: no average is kept.
     ``workers``: number of DataLoader worker processes per rank, which take host memory. ``reduced`` makes the
     same job with a small model, for the test of samples' dependence if this model is too large for it.
+    ``dimensions``: the sizes that can be set when the job is loaded; memfit fills it in.
 
     Raises UserError unless 0 < ``ema`` < 1, ``clip`` > 0, and ``workers`` is a whole number of at least 0.
     """
@@ -122,6 +135,7 @@ class Job:
     clip: float | None = None
     ema: float | None = None
     workers: int = 0
+    dimensions: tuple[Dimension, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.ema, bool):
@@ -153,8 +167,9 @@ class JobRef:
 
     ``spec`` is the name of a built-in job, ``path.py:attribute`` or ``hf:PATH_OR_NAME`` (Hugging Face).
     ``data`` and ``weights`` are paths. ``batch``: samples per step over all ranks. ``length``: tokens
-    (residues, bases) of a sample. ``clip``: the largest gradient norm; 0: gradients are not clipped. None of
-    any field keeps the job's own setting.
+    (residues, bases) of a sample. ``clip``: the largest gradient norm; 0: gradients are not clipped. ``ema``: the decay of an average of
+    the weights. None of any field keeps the job's own setting. ``dimensions``: further sizes, name -> number, such as {"crop":
+    96}; those that it lacks keep the job's own number.
     """
 
     spec: str
@@ -165,3 +180,5 @@ class JobRef:
     batch: int | None = None
     length: int | None = None
     clip: float | None = None
+    ema: float | None = None
+    dimensions: Mapping[str, int] = dataclasses.field(default_factory=dict)

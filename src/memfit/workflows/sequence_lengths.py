@@ -7,19 +7,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils import _pytree
 
 from memfit.cost import lengths as cost
 from memfit.cost.lengths import Batching, Ints, PeakModel, Shape
 from memfit.cost.memory import levels
 from memfit.jobs.builtin.fasta import read_fasta, read_text
-from memfit.jobs.training_step import batch_length
+from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.evaluate import Pricer
 from memfit.planner.request import Progress, space_of
@@ -150,39 +147,6 @@ def _from_csv(path: str, column: str | None) -> list[int]:
             hint="--column names the column",
         )
     return [_whole((r[column_name] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
-
-
-def with_batch_shape(job: Job, rows: int, length: int) -> Job:
-    """Return the job with a batch of ``rows`` samples of the length ``length``, made from its own batch by
-    repeating or leaving out samples and positions. Every step gets the same batch.
-
-    Which dimensions are lengths: of the sizes of all dimensions but the first, the most frequent is the old
-    length, and of several equally frequent the largest; all dimensions but the first with this size are
-    lengths. Raises UserError if no tensor of the batch has a second dimension.
-    """
-    batch = job.make_batch(0, 0)
-    tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)]
-    sizes = Counter(size for t in tensors for size in t.shape[1:])
-    if not sizes:
-        raise UserError(
-            f"the batches of {job.name} have no length dimension: no tensor has more than one dimension",
-            allowed="tensors of shape (samples, length, ...)",
-        )
-    old_rows = batch_length(batch)
-    old_length = max(sizes, key=lambda size: (sizes[size], size))
-
-    def resized(tensor: torch.Tensor) -> torch.Tensor:
-        for dim, size in enumerate(tensor.shape):
-            if dim == 0 and size == old_rows:
-                tensor = tensor[torch.arange(rows) % old_rows]
-            elif dim > 0 and size == old_length:
-                tensor = tensor.index_select(dim, torch.arange(length) * old_length // length)
-        return tensor.contiguous()
-
-    resized_batch = _pytree.tree_map_only(torch.Tensor, resized, batch)
-    return dataclasses.replace(
-        job, make_batch=lambda step, seed: resized_batch, batch_size=rows, loss_terms=None, tokens_per_batch=0
-    )
 
 
 def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:

@@ -39,6 +39,13 @@ DATA_SOURCE: Final = (
     "(wwPDB, CC0; profiles from ProMod3, Apache-2.0)"
 )
 HIDDEN_SHARE: Final = 0.15  # of the alignment's residues (supplement 1.2.7)
+_DIMENSIONS: Final = {
+    "length": "residues",
+    "crop": "residues",
+    "rows": "rows",
+    "extra_rows": "extra_rows",
+    "layers": "blocks",
+}
 _MASK_CLASS: Final = 22
 CONTACT_ANGSTROM: Final = 8.0  # between CB atoms
 APART: Final = 12  # least separation in residues of a medium- or long-range contact
@@ -72,7 +79,8 @@ def make(options: BuiltInOptions) -> Job:
         job=NAME,
         allowed="neither: it trains from scratch on the chains that come with memfit",
     )
-    shape, folds = _shape(options.size, options.length, options.batch), built_in_folds()
+    shape = options.set_dimensions(_shape(options.size, options.length, options.batch), _DIMENSIONS)
+    folds = built_in_folds()
     return Job(
         name=NAME,
         title=TITLE,
@@ -86,6 +94,7 @@ def make(options: BuiltInOptions) -> Job:
             name="adam", learning_rate=2e-3 if options.size == "tiny" else 1e-3, eps=1e-6
         ),
         batch_size=shape.batch_size,
+        dimensions=options.dimensions_of(shape, _DIMENSIONS),
         tokens_per_batch=shape.batch_size * shape.residues,
         length_unit="residues",
         steps=40,

@@ -25,6 +25,7 @@ SIZES: Final = ("tiny", "124M", "1.3B", "paper")
 DATA_SOURCE: Final = (
     f"Python {platform.python_version()} documentation from the standard library (PSF License)"
 )
+_DIMENSIONS: Final = {"layers": "layers", "hidden": "width"}
 _TEST_WINDOWS: Final = 64
 
 
@@ -37,7 +38,7 @@ def make(options: BuiltInOptions) -> Job:
     memory, although only the 256 byte values occur. Raises UserError for a file that cannot be read or is too
     short.
     """
-    shape = options.resize(_shape(options.size))
+    shape = options.resize(_shape(options.size), _DIMENSIONS)
     text = read(options.data, shape.length)
     return Job(
         name=NAME,
@@ -53,6 +54,7 @@ def make(options: BuiltInOptions) -> Job:
         metric=metric(text, shape.length),
         optimizer=OptimizerChoice(learning_rate=2e-3 if options.label == "tiny" else 2e-4, betas=(0.9, 0.95)),
         batch_size=shape.batch_size,
+        dimensions=options.dimensions_of(shape, _DIMENSIONS, {"hidden": shape.heads}),
         tokens_per_batch=shape.batch_size * shape.length,
         blocks="blocks",
         head="head",

@@ -33,6 +33,7 @@ DATA_SOURCE: Final = (
     "chromosome of Escherichia coli 536, 4,938,920 bases (NCBI NC_008253.1, free to use); the last tenth is "
     "held out"
 )
+_DIMENSIONS: Final = {"layers": "layers", "hidden": "width"}
 _TEST_BASES: Final = 65_536
 _NAIVE_ORDER: Final = 2
 _BUILT_IN_GAIN: Final = 0.0072  # bits that order 4 gains over order 3 on the built-in chromosome
@@ -46,7 +47,7 @@ def make(options: BuiltInOptions) -> Job:
     tokens of a window, one per base; evaluation uses shorter windows if the held-out part is shorter. Raises
     UserError for a file that cannot be read or has too few bases.
     """
-    shape = options.resize(_shape(options.size))
+    shape = options.resize(_shape(options.size), _DIMENSIONS)
     genome = read(options.data, shape.length + shape.kmer)
     max_length = len(genome.test) - shape.kmer - 1
     # The held-out part may be shorter than a window.
@@ -66,6 +67,7 @@ def make(options: BuiltInOptions) -> Job:
         metric=metric(genome, test_shape),
         optimizer=OptimizerChoice(learning_rate=2e-3 if shape.kmer > 1 else 6e-4, betas=(0.9, 0.98)),
         batch_size=shape.batch_size,
+        dimensions=options.dimensions_of(shape, _DIMENSIONS),
         tokens_per_batch=shape.batch_size * shape.length,
         length_unit="bases",
         blocks="blocks",

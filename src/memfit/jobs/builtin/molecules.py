@@ -47,6 +47,7 @@ DATA_SOURCE: Final = (
 )
 _PAD, _UNKNOWN, _MASK, _FIRST = 0, 1, 2, 3
 _MASKED_SHARE: Final = 0.15
+_DIMENSIONS: Final = {"layers": "layers", "hidden": "width"}
 _NO_LABEL: Final = -100
 _TRAIN_SHARE: Final = 0.8
 
@@ -89,7 +90,7 @@ def make(options: BuiltInOptions) -> Job:
     ``data`` is None and chemicals is not installed, for faults in ``data``, and if fewer than ten molecules
     remain.
     """
-    shape = options.resize(_shape(options.size))
+    shape = options.resize(_shape(options.size), _DIMENSIONS)
     pairs = _user(options.data) if options.data else _installed()
     molecules = arranged(pairs, shape.length, options.data or DATA_SOURCE)
     return Job(
@@ -106,6 +107,7 @@ def make(options: BuiltInOptions) -> Job:
         metric=metric(molecules),
         optimizer=OptimizerChoice(learning_rate=1e-4 if shape.masked else 2e-3, betas=(0.9, 0.99)),
         batch_size=shape.batch_size,
+        dimensions=options.dimensions_of(shape, _DIMENSIONS, {"hidden": 2 * shape.heads}),
         tokens_per_batch=shape.batch_size * shape.length,
         blocks="blocks",
         head="head" if shape.masked else None,

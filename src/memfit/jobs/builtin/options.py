@@ -4,13 +4,14 @@
 
     @accept_keywords
     def make(options: BuiltInOptions) -> Job:
-        shape = options.resize(_shape(options.size))
+        shape = options.resize(_shape(options.size), DIMENSIONS)
         data = read(options.data)
         return Job(
             name=NAME,
             size=options.label,
             build_model=lambda: options.load_into(Model(shape)),
             make_batch=lambda step, seed: train_batch(data, shape, step=step, seed=seed),
+            dimensions=options.dimensions_of(shape, DIMENSIONS, {"hidden": shape.heads}),
             ...
         )
 """
@@ -19,11 +20,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.types.errors import UserError
-from memfit.types.job import Job
+from memfit.types.errors import UserError, suggest
+from memfit.types.job import Dimension, Job
 
 if TYPE_CHECKING:
     from typing import TypeVar
@@ -39,6 +40,7 @@ class BuiltInOptions:
     """What the user sets of a built-in job. ``size``: one of the job's sizes. ``data``: path of a file; None:
     the job's own data. ``weights``: path of a folder of safetensors; None: random weights. ``batch``: samples
     of a step; ``length``: tokens (residues, bases) of a sample; None, for these two: as many as the size has.
+    ``dimensions``: further sizes that replace those of the size, such as {"layers": 6}.
     """
 
     size: str = "tiny"
@@ -46,17 +48,55 @@ class BuiltInOptions:
     weights: str | None = None
     batch: int | None = None
     length: int | None = None
+    dimensions: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        """The size alone, such as ``650M``, or, if the user sets the length, both, such as ``650M@4096``."""
-        return self.size if self.length is None else f"{self.size}@{self.length}"
+        """The size alone, such as ``650M``, or, if the user sets the length or further dimensions, all of
+        them, such as ``650M@4096`` or ``tiny@layers=6``."""
+        sizes = [] if self.length is None else [str(self.length)]
+        sizes += [f"{name}={value}" for name, value in self.dimensions.items()]
+        return "@".join((self.size, *([",".join(sizes)] if sizes else [])))
 
-    def resize(self, shape: Shape) -> Shape:
-        """Return ``shape``, a size with the fields ``batch_size`` and ``length``, changed to the batch and
-        the length that the user sets. What the user does not set stays as it is."""
+    def resize(self, shape: Shape, fields: Mapping[str, str]) -> Shape:
+        """Return ``shape``, a size with the fields ``batch_size`` and ``length``, changed to the batch, the
+        length and the dimensions that the user sets. What the user does not set stays as it is. ``fields``
+        and the errors are as in `set_dimensions`."""
         changes = {"batch_size": self.batch, "length": self.length}
-        return dataclasses.replace(shape, **{name: n for name, n in changes.items() if n is not None})
+        shape = dataclasses.replace(shape, **{name: n for name, n in changes.items() if n is not None})
+        return self.set_dimensions(shape, fields)
+
+    def set_dimensions(self, shape: Shape, fields: Mapping[str, str]) -> Shape:
+        """Return ``shape`` changed to the dimensions that the user sets. ``fields``: name of a dimension ->
+        field of ``shape`` that it sets. Raises UserError for a dimension without a field."""
+        for name in self.dimensions:
+            if name not in fields:
+                raise UserError(
+                    f"this job has no dimension {name!r}",
+                    allowed=", ".join(("batch", *(["length"] if hasattr(shape, "length") else []), *fields)),
+                    hint=suggest(name, fields),
+                )
+        return dataclasses.replace(shape, **{fields[name]: n for name, n in self.dimensions.items()})
+
+    def dimensions_of(
+        self, shape: Any, fields: Mapping[str, str], multiples: Mapping[str, int] | None = None
+    ) -> tuple[Dimension, ...]:
+        """Return the dimensions of a job with this ``shape``: batch, length if it has that field, and
+        those of ``fields``, as in `set_dimensions`. ``multiples``: name -> the number of which only multiples
+        are possible. Raises UserError if the user sets another number."""
+        own_fields = {"batch": "batch_size", "length": "length"} | dict(fields)
+        dimensions = [
+            Dimension(name=name, value=getattr(shape, field), multiple=(multiples or {}).get(name, 1))
+            for name, field in own_fields.items()
+            if hasattr(shape, field)
+        ]
+        for dimension in dimensions:
+            if dimension.name in self.dimensions and dimension.value % dimension.multiple:
+                raise UserError(
+                    f"the dimension {dimension.name} of this job is set to {dimension.value}",
+                    allowed=f"multiples of {dimension.multiple}",
+                )
+        return tuple(dimensions)
 
     def load_into(self, model: torch.nn.Module, *, may_miss: tuple[str, ...] = ()) -> torch.nn.Module:
         """Load the user's weights, if any, into ``model``, and return this model. ``may_miss``: starts of

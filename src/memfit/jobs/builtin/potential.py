@@ -36,6 +36,12 @@ DATA_SOURCE: Final = (
     "the test molecules are not among those for training"
 )
 _KEYS: Final = ("numbers", "molecule", "energy", "positions", "forces", "train_molecules")
+_DIMENSIONS: Final = {
+    "atoms": "atoms",
+    "neighbours": "neighbours",
+    "layers": "layers",
+    "hidden": "width",
+}
 _ENERGY_WEIGHT: Final = 0.05  # weight of squared eV per atom, relative to squared eV/angstrom
 _FITTED: Final = 400  # number of frames to which the naive pair potential is fitted
 
@@ -67,7 +73,9 @@ def make(options: BuiltInOptions) -> Job:
     """
     options.refuse("length", job=NAME, allowed="no length: the molecules determine the number of atoms")
     frames = read(options.data)
-    shape = options.resize(_shape(options.size, frames))
+    shape = options.resize(_shape(options.size, frames), _DIMENSIONS)
+    # The tiny size has whole molecules only; every atom of the paper's size may be padding.
+    multiples = {"atoms": frames.species.shape[1] if options.size == "tiny" else 1, "hidden": 2}
     return Job(
         name=NAME,
         title=TITLE,
@@ -80,6 +88,7 @@ def make(options: BuiltInOptions) -> Job:
         metric=metric(frames),
         optimizer=OptimizerChoice(learning_rate=3e-3 if options.size == "tiny" else 1e-4),
         batch_size=shape.batch_size,
+        dimensions=options.dimensions_of(shape, _DIMENSIONS, multiples),
         blocks="blocks",
         data_source=frames.source,
         islands=("geometry", "energy"),

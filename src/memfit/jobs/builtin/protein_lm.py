@@ -37,6 +37,7 @@ DATA_SOURCE: Final = "5,000 sequences drawn at random from UniProt (The UniProt 
 # ESM-2's alphabet: four special tokens, then letters by number. It has no J, which is read as X.
 _LETTERS: Final = "LAGVSERTIDPKQNFYMHWCXBUZO"
 _START, _PAD, _END, _FIRST, _MASK = 0, 1, 2, 4, 32
+_DIMENSIONS: Final = {"layers": "layers", "hidden": "width"}
 _STANDARD: Final = 20  # number of letters that random replacements are drawn from
 _MASKED_SHARE: Final = 0.15
 _TEST_COUNT: Final = 128
@@ -61,7 +62,7 @@ def make(options: BuiltInOptions) -> Job:
     ``data``: a FASTA file. ``batch``: sequences of a step. ``length``: tokens to which sequences are padded
     or cropped, the start and the end token included. Raises UserError for a faulty file.
     """
-    shape = options.resize(_shape(options.size))
+    shape = options.resize(_shape(options.size), _DIMENSIONS)
     sequences = read_sequences(options.data)
     return Job(
         name=NAME,
@@ -77,6 +78,7 @@ def make(options: BuiltInOptions) -> Job:
         metric=metric(sequences, shape.length),
         optimizer=OptimizerChoice(learning_rate=1e-3 if options.label == "tiny" else 4e-4, betas=(0.9, 0.98)),
         batch_size=shape.batch_size,
+        dimensions=options.dimensions_of(shape, _DIMENSIONS, {"hidden": 2 * shape.heads}),
         tokens_per_batch=shape.batch_size * shape.length,
         length_unit="residues",
         blocks="esm.encoder.layer",

@@ -35,6 +35,7 @@ DATA_SOURCE: Final = (
     "2,500 PDB chains split by 30 % identity clusters "
     "(wwPDB, CC0; profiles and DSSP from ProMod3, Apache-2.0)"
 )
+_DIMENSIONS: Final = {"layers": "layers", "hidden": "width"}
 _NO_LABEL: Final = -100
 _BATCH_SIZES: Final = {"tiny": 24, "8M": 32, "35M": 32, "150M": 32}  # of the sizes for chains of 128 residues
 
@@ -60,7 +61,7 @@ def make(options: BuiltInOptions) -> Job:
     an ESM-2, which may lack parameters of the input projection and of the head. ``batch``: chains of a step.
     ``length``: residues to which chains are padded or cropped. Raises UserError for a faulty file.
     """
-    shape = options.resize(_shape(options.size))
+    shape = options.resize(_shape(options.size), _DIMENSIONS)
     chains = user_chains(options.data) if options.data else built_in_chains()
     return Job(
         name=NAME,
@@ -76,6 +77,7 @@ def make(options: BuiltInOptions) -> Job:
         metric=metric(chains, shape.length),
         optimizer=OptimizerChoice(learning_rate=5e-4 if options.label == "tiny" else 1e-4),
         batch_size=shape.batch_size,
+        dimensions=options.dimensions_of(shape, _DIMENSIONS, {"hidden": 2 * shape.heads}),
         tokens_per_batch=shape.batch_size * shape.length,
         length_unit="residues",
         blocks="esm.encoder.layer",

@@ -37,6 +37,7 @@ DATA_SOURCE: Final = (
     "MNI152 2009a T1 template with tissue probabilities, read from the installed package nilearn (which "
     "does not state the template's licence), with simulated noise and bias field; a slab of 24 mm held out"
 )
+_DIMENSIONS: Final = {"crop": "patch"}
 NOISE, BIAS = 0.09, 0.4  # relative to white matter, and peak to peak relative to 1
 _HELD_OUT: Final = (104, 128)  # planes along y
 _GAP: Final = 8  # planes on either side that belong to no set
@@ -66,7 +67,7 @@ def make(options: BuiltInOptions) -> Job:
     installed.
     """
     options.refuse("data", "length", job=NAME, allowed="the volume of the package nilearn")
-    shape, head = options.resize(_shape(options.size)), read()
+    shape, head = options.resize(_shape(options.size), _DIMENSIONS), read()
     return Job(
         name=NAME,
         title=TITLE,
@@ -79,6 +80,7 @@ def make(options: BuiltInOptions) -> Job:
         metric=metric(head),
         optimizer=OptimizerChoice(learning_rate=5e-3),
         batch_size=shape.batch_size,
+        dimensions=options.dimensions_of(shape, _DIMENSIONS, {"crop": 2 ** (len(shape.features) - 1)}),
         steps=100,
         # a quarter would need four techniques, and a PoC also runs the plan without each of them
         demonstration_ratio=0.5,

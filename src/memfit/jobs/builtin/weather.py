@@ -41,6 +41,7 @@ DATA_SOURCE: Final = (
     "64 trajectories of turbulence on a beta plane, solved pseudo-spectrally by scripts/vorticity.py "
     "(memfit's own, Apache-2.0)"
 )
+_DIMENSIONS: Final = {"rollout": "rollout", "layers": "layers", "hidden": "width"}
 _TEST_STRIDE: Final = 3  # frames between the starts of scored forecasts
 
 
@@ -67,7 +68,7 @@ def make(options: BuiltInOptions) -> Job:
     ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``.
     """
     options.refuse("data", "length", job=NAME, allowed="the fields that come with memfit")
-    shape, fields = options.resize(_shape(options.size)), read()
+    shape, fields = options.resize(_shape(options.size), _DIMENSIONS), read()
     return Job(
         name=NAME,
         title=TITLE,
@@ -82,6 +83,7 @@ def make(options: BuiltInOptions) -> Job:
         metric=metric(fields, shape.rollout),
         optimizer=OptimizerChoice(learning_rate=5e-3 if options.size == "tiny" else 5e-4),
         batch_size=shape.batch_size,
+        dimensions=options.dimensions_of(shape, _DIMENSIONS, {"hidden": shape.groups}),
         steps=100,
         blocks="blocks",
         islands=("blocks.*.mixing",),

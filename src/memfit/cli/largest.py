@@ -1,0 +1,270 @@
+"""``memfit plan --largest``: the largest batch, length or other size that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memfit.cli.output import emit, print_table
+from memfit.cli.progress import Bars
+from memfit.cli.request import print_workload_of, writable
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+from memfit.types.sanitize import replace_controls
+from memfit.types.units import format_bytes
+
+if TYPE_CHECKING:
+    import memfit.planner.largest
+    import memfit.planner.request
+    import memfit.workflows.largest
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LargestOptions:
+    """The size whose largest value is asked for, along which values of another size, for which plans, and
+    where to write the answer for a sampler. None: not given."""
+
+    largest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE[,SIZE]",
+            help="Instead of recommending a plan: the largest batch, length (seq_len), crop, atoms, rollout, "
+            "hidden, layers or other size of the job (see --dim) that fits, for each plan of the frontier. "
+            "With two sizes, such as length,batch, the largest of the second for several values of the "
+            "first. Every answer is traced, and so is the next larger value, which does not fit. Without "
+            "--memory: all memory of the device. Example: memfit plan protein-lm --largest batch --on "
+            "H100-SXM.",
+        ),
+    ] = None
+    plans: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE.yaml",
+            help="With --largest: answer for the plan in this file, as written by --save. Can be given "
+            "several times. Default: the plans of the frontier of a search, at most five; with --buckets, "
+            "the recommended one.",
+        ),
+    ] = None
+    values: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="With --largest and two sizes: the values of the first. Default: a quarter, half, once, "
+            "twice and four times the job's own value.",
+        ),
+    ] = None
+    buckets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...|FILE",
+            help="With --largest batch: the largest batch for sequences padded to each of these lengths, or "
+            "to those of at most 8 buckets with equally many sequences of FILE, which is as for `memfit "
+            "lengths`.",
+        ),
+    ] = None
+    step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --largest: try only multiples of N. Default: what the job and the plan need, such as "
+            "a multiple of the number of ranks and micro-batches for the batch.",
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="With --buckets or two sizes: write the answer for the first plan to this file as one JSON "
+            'object for a sampler, such as {"128": 96, "256": 40}. A length for which nothing fits is '
+            "left out. An existing file is refused without --force.",
+        ),
+    ] = None
+
+
+def refuse_without_largest(options: LargestOptions) -> None:
+    """Raise UserError if an option is given that is only for --largest."""
+    names = {
+        "--plan": options.plans,
+        "--values": options.values,
+        "--buckets": options.buckets,
+        "--step": options.step,
+        "--out": options.out,
+    }
+    if unused := [name for name, value in names.items() if value]:
+        raise UserError(
+            f"{', '.join(unused)} cannot be used without --largest",
+            hint="give --largest batch, or another size of the job",
+        )
+
+
+def print_largest(
+    job_request: memfit.planner.request.Request, options: LargestOptions, *, as_json: bool, force: bool
+) -> None:
+    """Find the largest values that ``options`` ask for, print them, and write them to the file of --out.
+    Raises UserError for sizes that the job does not have and for options that do not go together."""
+    along, dimension, values = _question(options)
+    if options.out is not None:
+        if not along:
+            raise UserError("--out needs --buckets or two sizes in --largest")
+        writable(options.out, overwrite=force)
+    from memfit.techniques.plan_file import read_plan
+    from memfit.types.serialization import dumps
+    from memfit.workflows.largest import largest
+
+    plans = [read_plan(path) for path in options.plans or ()]
+    workload = print_workload_of(job_request, lang="en", quiet=as_json)
+    with Bars("en") as progress:
+        report = largest(
+            job_request,
+            dimension,
+            along=along,
+            values=values,
+            plans=plans,
+            most_plans=1 if options.buckets else None,
+            step=options.step,
+            progress=progress,
+        )
+    if options.out is not None:
+        options.out.write_text(dumps(report.buckets, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        emit({"workload": workload, **_plain(report)})
+    else:
+        _print(report)
+        if options.out is not None:
+            print(f"written to {options.out}")
+    if all(row.result is None or row.result.value is None for row in report.rows):
+        raise typer.Exit(3)
+
+
+def _question(options: LargestOptions) -> tuple[str, str, list[int]]:
+    """Return (the size along which is asked or "", the size whose largest value is asked for, the values of
+    the former; none: those that are the default)."""
+    names = [name.strip() for name in (options.largest or "").split(",")]
+    if not all(names) or len(names) > 2:
+        raise UserError(
+            f"--largest {options.largest}",
+            allowed="the name of one size, such as batch, or of two with a comma, such as length,batch",
+        )
+    if options.buckets is not None:
+        if names not in (["batch"], ["batch_size"]) or options.values:
+            raise UserError(
+                "--buckets gives lengths for which the largest batch is asked",
+                allowed="--largest batch, without --values",
+            )
+        return "length", names[0], _bucket_lengths(options.buckets)
+    if len(names) == 1:
+        if options.values:
+            raise UserError("--values needs two sizes in --largest, such as --largest length,batch")
+        return "", names[0], []
+    return names[0], names[1], _numbers("--values", options.values) if options.values else []
+
+
+def _bucket_lengths(text: str) -> list[int]:
+    if not Path(text).is_file():
+        return sorted(_numbers("--buckets", text))
+    from memfit.workflows.largest import bucket_edges
+    from memfit.workflows.sequence_lengths import read_lengths
+
+    return bucket_edges(read_lengths(text))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(
+            f"{option} {text}",
+            allowed="whole numbers of at least 1 with commas, such as 128,256,512"
+            + (", or the path of a file" if option == "--buckets" else ""),
+        )
+    return [int(part) for part in parts]
+
+
+def _plain(report: memfit.workflows.largest.LargestReport) -> dict[str, object]:
+    from memfit.types.serialization import to_plain
+
+    plain: dict[str, object] = to_plain(report)
+    rows = [
+        {
+            "label": row.plan.label,
+            "largest": row.result.value if row.result else None,
+            "largest_expected": row.result.expected.value if row.result and row.result.expected else None,
+            **to_plain(row),
+        }
+        for row in report.rows
+    ]
+    return plain | {"rows": rows, "buckets": dict(report.buckets) if report.along else None}
+
+
+def _print(report: memfit.workflows.largest.LargestReport) -> None:
+    along = [report.along] if report.along else []
+    print(
+        f"Largest {report.dimension} that fits {format_bytes(report.cap_bytes)} of one device "
+        f"({report.cap_reason})"
+    )
+    numbers = {plan: str(n) for n, plan in enumerate(dict.fromkeys(r.plan for r in report.rows), start=1)}
+    print_table(
+        ("plan", *along, f"largest {report.dimension}", "needs", "next", "needs", "expected up to", "speed"),
+        [(numbers[row.plan], *([str(row.value)] if along else []), *_cells(row)) for row in report.rows],
+    )
+    for plan, number in numbers.items():
+        print(f"plan {number}: {plan.label}")
+    print(
+        "largest: safe, with the margin that memfit keeps; expected up to: the largest whose expected memory "
+        "fits without it, which may run out of memory"
+    )
+    for line in _remarks(report, numbers):
+        print(replace_controls(line))
+
+
+def _cells(row: memfit.workflows.largest.LargestRow) -> tuple[str, ...]:
+    result = row.result
+    if result is None:
+        return "none", "", "", "", "", ""
+    safe, following, expected = result.safe, result.safe_next, result.expected
+    return (
+        str(safe.value) if safe else "none",
+        format_bytes(safe.needed_bytes) if safe else "",
+        str(following.value) if following else "",
+        ("refused" if following.problem else format_bytes(following.needed_bytes)) if following else "",
+        str(expected.value) if expected else "none",
+        _speed(safe),
+    )
+
+
+def _speed(size: memfit.planner.largest.TracedSize | None) -> str:
+    if size is None or size.samples_per_s is None:
+        return ""
+    if size.tokens_per_s is not None:
+        return f"{size.samples_per_s:.3g} samples/s ({size.tokens_per_s:.3g} tokens/s)"
+    return f"{size.samples_per_s:.3g} samples/s"
+
+
+def _remarks(report: memfit.workflows.largest.LargestReport, numbers: Mapping[Plan, str]) -> Iterator[str]:
+    from memfit.planner.largest import LIMIT_TEXTS
+
+    lines: dict[str, None] = {}
+    for row in report.rows:
+        where = f"plan {numbers[row.plan]}"
+        if row.value is not None:
+            where += f", {report.along} {row.value}"
+        result = row.result
+        if result is None:
+            lines[f"{where}: {row.problem}"] = None
+        elif result.limit == "job" and result.safe_next is not None:
+            lines[f"{where}: the limit is the job's, not that of memory: {result.safe_next.problem}"] = None
+        elif result.limit != "memory":
+            lines[f"{where}: {LIMIT_TEXTS[result.limit]}"] = None
+        elif result.safe is None and result.safe_next is not None:
+            smallest = result.safe_next
+            lines[
+                f"{where}: no {report.dimension} fits; the smallest, {smallest.value}, needs "
+                f"{format_bytes(smallest.needed_bytes)}"
+            ] = None
+    yield from lines
+    yield from (f"note: {note}" for note in report.notes)

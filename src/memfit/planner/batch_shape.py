@@ -1,0 +1,60 @@
+"""A job with its own batch cut or repeated to another number of samples or another length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import torch
+from torch.utils import _pytree
+
+from memfit.jobs.training_step import batch_length
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+
+
+def with_batch_shape(job: Job, rows: int | None = None, length: int | None = None) -> Job:
+    """Return the job with a batch of ``rows`` samples of the length ``length``, made from its own batch by
+    repeating or leaving out samples and positions. Every step gets the same batch. None keeps the number.
+
+    Which dimensions are lengths: of the sizes of all dimensions but the first, the most frequent is the old
+    length, and of several equally frequent the largest; all dimensions but the first with this size are
+    lengths. Raises UserError if a length is given and no tensor of the batch has a second dimension, and if
+    the samples of the batch cannot be repeated because it is an object.
+    """
+    batch = job.make_batch(0, 0)
+    old_rows = batch_length(batch)
+    old_length = 0 if length is None else length_of(job)
+    rows = rows or old_rows
+
+    def resized(tensor: torch.Tensor) -> torch.Tensor:
+        for dim, size in enumerate(tensor.shape):
+            if dim == 0 and size == old_rows:
+                tensor = tensor[torch.arange(rows) % old_rows]
+            elif dim > 0 and length is not None and size == old_length:
+                tensor = tensor.index_select(dim, torch.arange(length) * old_length // length)
+        return tensor.contiguous()
+
+    resized_batch = _pytree.tree_map_only(torch.Tensor, resized, batch)
+    if batch_length(resized_batch) != rows:
+        raise UserError(
+            f"the batch of {job.name}, a {type(batch).__name__}, cannot be repeated or cut to {rows} samples",
+            allowed="a tensor, mapping, tuple or list of tensors whose first dimension is the samples",
+            hint="make the batch in a function that takes the number of samples",
+        )
+    return dataclasses.replace(
+        job, make_batch=lambda step, seed: resized_batch, batch_size=rows, loss_terms=None, tokens_per_batch=0
+    )
+
+
+def length_of(job: Job) -> int:
+    """Return the length of the samples of the job's first batch, as `with_batch_shape` finds it. Raises
+    UserError if no tensor of the batch has a second dimension."""
+    tensors = [t for t in _pytree.tree_leaves(job.make_batch(0, 0)) if isinstance(t, torch.Tensor)]
+    sizes = Counter(size for t in tensors for size in t.shape[1:])
+    if not sizes:
+        raise UserError(
+            f"the batches of {job.name} have no length dimension: no tensor has more than one dimension",
+            allowed="tensors of shape (samples, length, ...)",
+        )
+    return max(sizes, key=lambda size: (sizes[size], size))

@@ -1,0 +1,300 @@
+"""The inverse of a prediction: the largest batch, length or other size of a job that fits a machine, for each
+plan of the frontier."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from memfit.cost.lengths import Ints
+from memfit.engines.registry import supporting_engine
+from memfit.jobs.registry import load
+from memfit.planner.batch_shape import length_of, with_batch_shape
+from memfit.planner.evaluate import Pricer
+from memfit.planner.largest import LargestValue, batch_multiple, find_largest, prober
+from memfit.planner.machine_calibration import calibrate
+from memfit.planner.request import Progress, Request, make_pricer
+from memfit.planner.search import search
+from memfit.planner.workspace_probes import probe_workspaces
+from memfit.runtime import local_machine
+from memfit.techniques.registry import check
+from memfit.types.errors import NothingFits, UserError, suggest
+from memfit.types.job import Dimension, Job, JobRef
+from memfit.types.plan import Plan
+from memfit.types.result import Choice
+
+_MOST_PLANS = 5
+_OTHER_VALUES = (0.25, 0.5, 1, 2, 4)  # of the job's own value of the first of two dimensions
+_BUCKETS = 8
+_SYNONYMS = (("batch", "batch_size"), ("length", "seq_len"), ("hidden", "width"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LargestRow:
+    """The answer for one plan and, if two dimensions were asked for, one ``value`` of the first of them.
+    ``problem``: why there is no answer; ``result`` is then None."""
+
+    plan: Plan
+    value: int | None
+    result: LargestValue | None
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LargestReport:
+    """The largest values of ``dimension`` that fit ``cap_bytes`` of one device, for which ``cap_reason``
+    says where it is from; for each of several values of the dimension ``along``, unless that is "".
+    ``notes``: what the reader must know to judge the answer."""
+
+    dimension: str
+    along: str
+    cap_bytes: int
+    cap_reason: str
+    rows: tuple[LargestRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def buckets(self) -> Mapping[str, int]:
+        """Value of ``along`` -> largest safe value of ``dimension`` with the first plan, for a sampler.
+        Values for which nothing fits are left out."""
+        plan = self.rows[0].plan if self.rows else None
+        return {
+            str(row.value): row.result.value
+            for row in self.rows
+            if row.plan == plan and row.result is not None and row.result.value is not None
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """The dimensions of a job, and how it is built with other values. ``fixed``: the job is an object that
+    takes no sizes, so that its own batch is repeated or cut."""
+
+    ref: JobRef
+    job: Job
+    dimensions: Mapping[str, Dimension]
+    fixed: bool
+
+    def resolve(self, name: str) -> Dimension:
+        """Return the dimension called ``name``, or by a synonym of it. Raises UserError if there is none."""
+        for synonyms in _SYNONYMS:
+            if name not in self.dimensions and name in synonyms:
+                name = next((n for n in synonyms if n in self.dimensions), name)
+        if name not in self.dimensions:
+            raise UserError(
+                f"--largest {name}: the job {self.ref.spec} has no such size",
+                allowed=", ".join(self.dimensions) or "none: the job takes no sizes",
+                hint=suggest(name, self.dimensions)
+                or "a function FILE.py:NAME offers every argument whose default is a whole number",
+            )
+        return self.dimensions[name]
+
+    def build(self, values: Mapping[str, int]) -> Job:
+        if self.fixed:
+            return with_batch_shape(self.job, values.get("batch"), values.get("length"))
+        return load(self.ref_at(values))
+
+    def ref_at(self, values: Mapping[str, int]) -> JobRef:
+        """Return the reference to the job with these sizes."""
+        others = {name: value for name, value in values.items() if name not in ("batch", "length")}
+        return dataclasses.replace(
+            self.ref,
+            batch=values.get("batch", self.ref.batch),
+            length=values.get("length", self.ref.length),
+            dimensions=dict(self.ref.dimensions) | others,
+        )
+
+
+def _sizes(ref: JobRef) -> _Sizes:
+    job = load(ref)
+    if job.dimensions:
+        return _Sizes(ref=ref, job=job, dimensions={d.name: d for d in job.dimensions}, fixed=False)
+    dimensions = {"batch": Dimension(name="batch", value=job.batch_size)}
+    with contextlib.suppress(UserError):  # its batch may have no length
+        dimensions["length"] = Dimension(name="length", value=length_of(job))
+    return _Sizes(ref=ref, job=job, dimensions=dimensions, fixed=True)
+
+
+def largest(
+    request: Request,
+    dimension: str,
+    *,
+    along: str = "",
+    values: Sequence[int] = (),
+    plans: Sequence[Plan] = (),
+    most_plans: int | None = None,
+    step: int | None = None,
+    progress: Progress = lambda stage, done, total, detail: None,
+) -> LargestReport:
+    """Return the largest value of the job's ``dimension`` that fits the request's machine, for each plan.
+
+    ``plans``: those to answer for; none: at most ``most_plans`` (None: five) of a search with the job's own
+    sizes or, if nothing fits these, with the smallest value of the dimension: the recommended one, then
+    those of its frontier. With ``along`` or ``values`` the
+    question is asked for each of ``values`` of the dimension ``along``, by default a quarter of the job's
+    own, half, the same, twice and four times as much. ``step``: only multiples of it are tried; None: what
+    the job and the plan need.
+
+    Raises UserError for a dimension that the job does not have or a plan that the engine does not support,
+    and NothingFits if no plan of a search fits even with the smallest value.
+    """
+    sizes = _sizes(request.job)
+    asked = sizes.resolve(dimension)
+    other = sizes.resolve(along) if along else None
+    if other is not None and other.name == asked.name:
+        raise UserError(f"{asked.name} is asked for along itself", allowed="two different sizes")
+    cap_bytes, cap_reason = _cap(request)
+    request = dataclasses.replace(request, cap_bytes=cap_bytes)
+    pricer, chosen_plans = _plans(request, sizes, asked, plans, progress)
+    chosen_plans = chosen_plans if plans else chosen_plans[: most_plans or _MOST_PLANS]
+    if other is None:
+        other_values: Sequence[int | None] = [None]
+    else:
+        other_values = _other_values(other, values)
+    rows = []
+    for plan in chosen_plans:
+        start = asked.value
+        for value in other_values:
+            fixed = {} if other is None or value is None else {other.name: value}
+            row = _row(request, pricer, sizes, asked, plan, fixed, start, step, progress)
+            rows.append(dataclasses.replace(row, value=value))
+            if row.result is not None and row.result.value is not None:
+                start = row.result.value
+    return LargestReport(
+        dimension=asked.name,
+        along=other.name if other else "",
+        cap_bytes=cap_bytes,
+        cap_reason=cap_reason,
+        rows=tuple(rows),
+        notes=_notes(sizes, rows),
+    )
+
+
+def _row(  # noqa: PLR0913
+    request: Request,
+    pricer: Pricer,
+    sizes: _Sizes,
+    asked: Dimension,
+    plan: Plan,
+    fixed: Mapping[str, int],
+    start: int,
+    step: int | None,
+    progress: Progress,
+) -> LargestRow:
+    multiple = math.lcm(asked.multiple, batch_multiple(plan) if asked.name.startswith("batch") else 1)
+    count = 0
+
+    def job_of(value: int) -> Job:
+        nonlocal count
+        count += 1
+        at = "".join(f", {name} {n}" for name, n in fixed.items())
+        progress("trace", count, 0, f"{asked.name} {value}{at}: {plan.label}")
+        return sizes.build({**fixed, asked.name: value})
+
+    try:
+        result = find_largest(
+            prober(
+                pricer, plan, job_of, cap_bytes=request.cap_bytes or 0, prepare=_workspaces(request, pricer)
+            ),
+            dimension=asked.name,
+            plan=plan,
+            cap_bytes=request.cap_bytes or 0,
+            start=start,
+            step=math.lcm(multiple, step or 1),
+        )
+    except UserError as error:
+        return LargestRow(plan=plan, value=None, result=None, problem=str(error))
+    return LargestRow(plan=plan, value=None, result=result)
+
+
+def _workspaces(request: Request, base: Pricer) -> Callable[[Pricer, Plan], None]:
+    """Return what to do before an estimate counts: on the CPU of this machine, kernel workspaces that could
+    move the peak are measured, and kept in the calibration of ``base`` for later values."""
+
+    def prepare(pricer: Pricer, plan: Plan) -> None:
+        if request.is_here and request.machine.device.is_host:
+            probe_workspaces(pricer, plan)
+            base.calibration = pricer.calibration
+
+    return prepare
+
+
+def _cap(request: Request) -> tuple[int, str]:
+    """Return (the memory of one device that must not be exceeded, where that figure is from)."""
+    if request.cap_bytes is not None:
+        return request.cap_bytes, "asked for"
+    device = request.machine.device
+    if request.is_here and not device.is_host:
+        kernels = device.kernels_bytes  # loaded later, outside torch's allocator
+        free_bytes = local_machine.free_device_bytes(request.device)
+        return free_bytes - int(kernels.value if kernels else 0), "what is free on the device now"
+    return int(device.memory_bytes.value), "the device's memory"
+
+
+def _plans(
+    request: Request, sizes: _Sizes, asked: Dimension, plans: Sequence[Plan], progress: Progress
+) -> tuple[Pricer, Sequence[Plan]]:
+    """Return (the pricer of the job with its own sizes, the plans to answer for)."""
+    if plans:
+        _, pricer = make_pricer(request)
+        for plan in plans:
+            supporting_engine(request.engine, plan)
+        checked_plans = [check(plan, request.machine) for plan in plans]
+        if request.is_here:
+            for plan in checked_plans:
+                pricer.whole(plan)
+            calibrate(pricer, request, progress, plans=checked_plans)
+        return pricer, checked_plans
+    try:
+        planning = search(request, progress)
+    except NothingFits:
+        if sizes.fixed:
+            raise
+        smallest = max(asked.multiple, request.ranks if asked.name == "batch" else 1)
+        smaller_request = dataclasses.replace(request, job=sizes.ref_at({asked.name: smallest}))
+        planning = search(smaller_request, progress)
+    result = planning.result
+    recommended = [result.recommended] if result.recommended else []
+    choices = [*recommended, result.baseline, *_spread([c for c in result.frontier if c.fits])]
+    return planning.pricer, list(dict.fromkeys(choice.estimate.plan for choice in choices))
+
+
+def _spread(frontier: Sequence[Choice]) -> list[Choice]:
+    """Return the plans of the frontier in an order of which every beginning is spread over it: the one with
+    the lowest peak, that with the highest, the middle one, then the others."""
+    if len(frontier) < 3:
+        return list(frontier)
+    middle = len(frontier) // 2
+    return [frontier[0], frontier[-1], frontier[middle], *frontier[1:middle], *frontier[middle + 1 : -1]]
+
+
+def _other_values(other: Dimension, values: Sequence[int]) -> list[int]:
+    if values:
+        return list(dict.fromkeys(values))
+    scaled = [round(other.value * ratio / other.multiple) * other.multiple for ratio in _OTHER_VALUES]
+    return sorted({max(other.multiple, value) for value in scaled})
+
+
+def _notes(sizes: _Sizes, rows: Sequence[LargestRow]) -> tuple[str, ...]:
+    notes = []
+    if sizes.fixed:
+        notes.append(
+            f"{sizes.ref.spec} takes no sizes: other sizes were made by repeating or cutting its own batch; "
+            "`memfit run` cannot train them before the job is a function that takes them"
+        )
+    results = [row.result for row in rows if row.result is not None]
+    notes += [note for result in results if result.safe for note in result.safe.notes]
+    return tuple(dict.fromkeys(notes))
+
+
+def bucket_edges(lengths: Ints, count: int = _BUCKETS) -> list[int]:
+    """Return at most ``count`` ascending lengths of buckets that each hold about the same number of the
+    sequences: a sequence belongs to the first bucket that is at least as long. The edges are multiples of 8,
+    and the last is at least the longest sequence."""
+    shares = np.arange(1, count + 1) / count
+    edges = np.quantile(lengths, shares, method="inverted_cdf")
+    return sorted({int(-(-edge // 8) * 8) for edge in edges})
