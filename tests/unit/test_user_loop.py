@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
-import warnings
-from collections.abc import Callable, Iterator
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
+import child_ranks
 import pytest
 import torch
 from torch import nn
@@ -16,12 +17,12 @@ from torch.nn import functional
 import memfit
 from memfit.inputs import plan_of
 from memfit.jobs.training_step import TrainingStep
-from memfit.runtime.counting_allocator import CountingAllocator, available
+from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import effect_of, technique
 from memfit.types.conformance import NotConforming
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
-from memfit.types.plan import EffectClass, Plan, use
+from memfit.types.plan import EffectClass, Plan
 
 STEPS = 3
 Batch = dict[str, torch.Tensor]
@@ -137,5 +138,286 @@ def test_a_loop_under_fit_trains_as_the_worker_does(name: str) -> None:
     if effect_of(plan) is EffectClass.E0:
         assert losses == expected
     assert losses == pytest.approx(expected, rel=1e-6)
-    assert fit.conformance is not None and not fit.conformance.differences
+    assert fit.conformance is not None
+    assert not fit.conformance.differences
     assert losses[0] != losses[-1]  # it trains
+
+
+# -- groups, learning rates, schedulers -----------------------------------------------------------
+
+
+def two_groups(model: nn.Module) -> torch.optim.AdamW:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": 3e-4}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.9))
+
+
+def test_a_plan_that_keeps_the_optimizer_returns_the_users_own() -> None:
+    model = make_model()
+    optimizer = two_groups(model)
+    assert memfit.apply("activation-checkpointing", model, optimizer).optimizer is optimizer
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [
+        {"adamw-single": {}},
+        {"bf16-parameters": {}},
+        {"optimizer-in-backward": {}},
+        {"optimizer-in-backward": {}, "bf16-parameters": {}},
+        {"adamw-4bit": {}},
+        {"sgd": {}},
+    ],
+)
+def test_another_optimizer_has_the_groups_of_the_users(techniques: dict[str, dict[str, Any]]) -> None:
+    if "adamw-4bit" in techniques:
+        pytest.importorskip("torchao", reason="not installed: torchao")
+    model = make_model()
+    fit = memfit.apply(techniques, model, two_groups(model))
+    factor = 100 if "sgd" in techniques else 1
+    settings = [(g["lr"], g["weight_decay"]) for g in fit.optimizer.param_groups]
+    assert settings == [(pytest.approx(1e-3 * factor), 0.1), (pytest.approx(3e-4 * factor), 0.0)]
+    dims = [{p.dim() for p in g["params"]} for g in fit.optimizer.param_groups]
+    assert dims == [{2}, {1}]
+    assert "betas" not in fit.optimizer.param_groups[0] or fit.optimizer.param_groups[0]["betas"] == (
+        0.8,
+        0.9,
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "optimizer-in-backward", "bf16-parameters", "adamw-single"])
+def test_a_scheduler_of_the_fit_sets_the_learning_rate_of_each_step(name: str) -> None:
+    """With a rate of 0 after the first step, later steps change nothing."""
+    model = make_model()
+    fit = memfit.apply(PLANS[name], model, two_groups(model))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(fit.optimizer, lambda step: 1.0 if step < 1 else 0.0)
+    states = []
+    for index in range(3):
+        states.append(fit.model.head.weight.detach().clone())
+        for part in fit.split(make_batch(index)):
+            fit.backward(loss_of(fit.model, part))
+        fit.step()
+        scheduler.step()
+    states.append(fit.model.head.weight.detach().clone())
+    assert not torch.equal(states[0], states[1])
+    assert torch.equal(states[1], states[2])
+    assert torch.equal(states[2], states[3])
+
+
+@pytest.mark.parametrize("name", ["plain", "optimizer-in-backward", "bf16-parameters", "adamw-single"])
+def test_a_loop_continues_from_the_states_of_model_and_optimizer(name: str) -> None:
+    def fit() -> memfit.Fit:
+        model = make_model()
+        return memfit.apply(PLANS[name], model, two_groups(model))
+
+    first, second = fit(), fit()
+    run_loop(first, 2)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    assert run_loop(first, 2) == run_loop(second, 2)
+
+
+def test_clipping_is_that_of_the_worker_and_the_norm_that_before_it() -> None:
+    plan = plan_of(PLANS["gradient-accumulation"])
+    model = make_model()
+    fit = memfit.apply(plan, model, torch.optim.AdamW(model.parameters(), weight_decay=0.0), clip=0.1)
+    expected = run_job(plan, OptimizerChoice(), clip=0.1)
+    assert run_loop(fit) == pytest.approx(expected, rel=1e-6)
+    for part in fit.split(make_batch(5)):
+        fit.backward(loss_of(fit.model, part))
+    assert float(fit.step()) > 0.1
+
+
+def test_micro_batches_are_weighted_by_their_loss_terms() -> None:
+    model, batch = make_model(), make_batch(0)
+    batch["y"][:2, 4:] = -100
+
+    def count_labels(part: Batch) -> int:
+        return int((part["y"] != -100).sum())
+
+    loss_of(model, batch).backward()
+    expected = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))  # type: ignore[union-attr]
+    model.zero_grad()
+    fit = memfit.apply(PLANS["gradient-accumulation"], model, "adamw", loss_terms=count_labels)
+    for part in fit.split(batch):
+        fit.backward(loss_of(fit.model, part))
+    assert float(fit.step()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_evaluation_changes_no_mode_and_keeps_no_graph() -> None:
+    model = make_model()
+    model.blocks[1].eval()
+    fit = memfit.apply("bf16-autocast", model)
+    model.blocks[1].eval()
+    with fit.evaluation() as evaluated:
+        out = evaluated(make_batch(0)["x"])
+        assert not any(m.training for m in model.modules())
+    assert not out.requires_grad
+    assert out.dtype is torch.bfloat16
+    assert [m.training for m in model.blocks] == [True, False, True]
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_step_that_does_not_follow_the_plan_does_not_conform() -> None:
+    """The loop leaves fit.forward out, so that nothing is autocast."""
+    model = make_model()
+    fit = memfit.apply("bf16-autocast", model)
+    for part in fit.split(make_batch(0)):
+        fit.backward(loss_of(fit.model, part))
+    with pytest.raises(NotConforming, match="autocast"):
+        fit.step()
+
+
+def test_without_conform_the_first_step_is_not_compared() -> None:
+    model = make_model()
+    fit = memfit.apply("bf16-autocast", model, conform=False)
+    for part in fit.split(make_batch(0)):
+        fit.backward(loss_of(fit.model, part))
+    fit.step()
+    assert fit.conformance is None
+
+
+def test_backward_in_the_users_own_way_is_refused() -> None:
+    fit = memfit.apply("fp16-autocast", make_model())
+    with pytest.raises(UserError, match=r"call fit\.backward"):  # noqa: PT012
+        for part in fit.split(make_batch(0)):
+            loss_of(fit.model, part).backward()
+    with pytest.raises(UserError, match=r"before all micro-batches"):
+        fit.step()
+
+
+def test_an_unfinished_step_is_refused_until_it_is_discarded() -> None:
+    model = make_model()
+    fit = memfit.apply(PLANS["gradient-accumulation"], model)
+    for part in fit.split(make_batch(0)):
+        fit.backward(loss_of(fit.model, part))
+        break
+    with pytest.raises(UserError, match="before all micro-batches"):
+        fit.step()
+    with pytest.raises(UserError, match=r"fit\.discard"):
+        next(fit.split(make_batch(1)))
+    fit.discard()
+    assert all(p.grad is None for p in model.parameters())
+    run_loop(fit, 1)
+
+
+def wrong_calls() -> dict[str, tuple[Any, str]]:
+    def with_scheduler(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(model.parameters())
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        return optimizer
+
+    return {
+        "pipeline": (
+            lambda m: memfit.apply({"ranks": 1, "techniques": {"pipeline": {}}}, m),
+            "pipeline|ranks",
+        ),
+        "ranks": (lambda m: memfit.apply({"ranks": 2, "techniques": {"ddp": {}}}, m), "torchrun"),
+        "twice": (lambda m: (memfit.apply({}, m), memfit.apply({}, m)), "already"),
+        "no model": (lambda m: memfit.apply({}, "model"), "argument model is a str"),
+        "wrapped": (lambda m: memfit.apply({}, nn.DataParallel(m)), "wrapped"),
+        "argument": (lambda m: memfit.apply({}, m, block="blocks"), "no argument 'block'.*blocks"),
+        "optimizer": (lambda m: memfit.apply({}, m, 3), "argument optimizer"),
+        "other model's": (
+            lambda m: memfit.apply({}, m, torch.optim.SGD(make_model().parameters())),
+            "no parameter",
+        ),
+        "scheduled": (lambda m: memfit.apply("adamw-single", m, with_scheduler(m)), "scheduler"),
+        "left out": (
+            lambda m: memfit.apply("adamw-single", m, torch.optim.AdamW(m.blocks.parameters())),
+            "leaves out trainable parameters",
+        ),
+        "betas": (
+            lambda m: memfit.apply("adamw-single", m, torch.optim.SGD(m.parameters(), lr=0.1)),
+            "betas",
+        ),
+        "groups": (lambda m: memfit.apply("zero", m, two_groups(m)), "one parameter group"),
+        "no example": (lambda m: memfit.apply("chunking", m), "batch=batch"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_calls())
+def test_a_call_that_cannot_be_right_is_refused_in_one_line(name: str) -> None:
+    call, message = wrong_calls()[name]
+    with pytest.raises(UserError, match=message) as error:
+        call(make_model())
+    assert "\n" not in str(error.value)
+
+
+# -- two ranks ------------------------------------------------------------------------------------
+
+RANKED: dict[str, dict[str, dict[str, Any]]] = {
+    "ddp": {"ddp": {}},
+    "ddp, accumulated": {"ddp": {"sync": "last"}, "gradient-accumulation": {"micro_batches": 2}},
+    "fsdp2": {"fsdp2": {}},
+    "fsdp2, recomputed": {"fsdp2": {"precision": "bf16"}, "activation-checkpointing": {}},
+    "zero": {"zero": {"stage": 3}},
+    "sharded-ddp": {"sharded-ddp": {}},
+    "tensor-parallel": {"tensor-parallel": {"degree": 2}},
+    "context-parallel": {"context-parallel": {"degree": 2}},
+}
+
+
+def rank_losses(techniques: dict[str, dict[str, Any]], rank: int) -> dict[str, Any]:
+    """Losses of a loop under fit and of the worker's step, each on this rank's part of the same batches."""
+    plan = plan_of({"ranks": 2, "techniques": techniques})
+    model = make_model()
+    fit = memfit.apply(
+        plan,
+        model,
+        two_groups(model) if "fsdp2" in techniques else "adamw",
+        batch=make_batch(0),
+        loss=loss_of,
+    )
+    if "fsdp2" in techniques:
+        assert [g["weight_decay"] for g in fit.optimizer.param_groups] == [0.1, 0.0]
+        for group in fit.optimizer.param_groups:
+            group.update(weight_decay=0.0, lr=1e-3, betas=(0.9, 0.999))
+    is_data_parallel = not {"tensor-parallel", "context-parallel"} & set(techniques)
+    losses = []
+    for index in range(STEPS):
+        batch = make_batch(index)
+        whole = index != 1 or not is_data_parallel
+        own = batch if whole else {k: v[4 * rank : 4 * rank + 4] for k, v in batch.items()}
+        parts = []
+        for part in fit.split(own, whole=whole):
+            with fit.forward():
+                loss = loss_of(fit.model, part)
+            fit.backward(loss)
+            parts.append(loss.detach().float())
+        fit.step()
+        losses.append(float(torch.stack(parts).mean()))
+    fit.close()
+    with pytest.raises(UserError, match="pipeline"):
+        memfit.apply({"ranks": 2, "techniques": {"pipeline": {}}}, make_model())
+    job = Job(name="words", build_model=make_model, make_batch=make_batch, loss=loss_of, batch_size=8)
+    step = TrainingStep(job, plan, world=make_world(plan, rank=rank, device="cpu"))
+    expected = []
+    for index in range(STEPS):
+        part, terms = step.local(make_batch(index))
+        expected.append(float(step.run(part, terms_per_rank=terms)[0]))
+    step.close()
+    return {"losses": losses, "expected": expected, "conformance": str(fit.conformance)}
+
+
+def test_two_ranks_train_as_the_worker_does(tmp_path: Path) -> None:
+    answers = child_ranks.answers(__file__, tmp_path)
+    for answer in answers:
+        assert set(answer) == set(RANKED)
+        for name, result in answer.items():
+            assert result["losses"] == pytest.approx(result["expected"], rel=1e-5), name
+            assert result["conformance"].startswith("as planned"), name
+
+
+def run_rank(file: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    file.write_text(json.dumps({name: rank_losses(techniques, rank) for name, techniques in RANKED.items()}))
+    child_ranks.leave()
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))

@@ -75,15 +75,19 @@ class UserGroups:
         parameters of the model.
         """
         if optimizer is self.optimizer:
-            return self.optimizer
+            return self.optimizer  # its groups are as the user made them
         self._must_be_replaceable(optimizer)
         for group in self.optimizer.param_groups:
             group["params"] = []
         groups = {p: self._group(name) for name, p in model.named_parameters() if p.requires_grad}
         if isinstance(optimizer, torch.optim.Optimizer) and "step" not in vars(optimizer):
-            optimizer.param_groups[:] = self._divided(optimizer, groups)
-            self._set(optimizer.defaults, self.settings[0], type(optimizer))
-            return optimizer
+            divide_groups(optimizer, groups)
+            kind = type(optimizer)
+            for group in optimizer.param_groups:
+                settings = self.settings[groups[group["params"][0]]]
+                self.set(group, settings, kind, self.rate_factor(group, kind))
+            self.set(optimizer.defaults, self.settings[0], kind, self.rate_factor(optimizer.defaults, kind))
+            return optimizer  # type: ignore[no-any-return]
         return PlanOptimizer(optimizer, groups, self)
 
     def _make(self, params: list[torch.nn.Parameter]) -> Any:
@@ -133,44 +137,35 @@ class UserGroups:
         user did not train."""
         return self._group_of_name.get(_ADAPTER.sub("", name), 0)
 
-    def _divided(
-        self, optimizer: torch.optim.Optimizer, groups: Mapping[torch.nn.Parameter, int]
-    ) -> Iterator[Group]:
-        for group in optimizer.param_groups:
-            for index, settings in enumerate(self.settings):
-                params = [p for p in group["params"] if groups[p] == index]
-                if params:
-                    divided_group = {**group, "params": params}
-                    self._set(divided_group, settings, type(optimizer))
-                    yield divided_group
-
-    def _set(self, group: Group, settings: Mapping[str, Any], kind: type) -> None:
-        rate = self.rate_factor(group, kind)
-        for key, value in self.shared(group, settings, kind):
-            group[key] = value
-        if "lr" in group and "lr" in settings:
-            set_rate(group, float(settings["lr"]) * rate)
-
     def rate_factor(self, group: Group, kind: type) -> float:
         """Return by what the learning rates of the user are multiplied in ``group``, a group of an optimizer
         of the class ``kind`` as the plan made it: 1 for the user's own class. Other optimizers were made by
         `choice`, with a learning rate of 1."""
         return 1.0 if kind is type(self.optimizer) else float(group.get("lr", 1.0))
 
-    def shared(self, group: Group, settings: Mapping[str, Any], kind: type) -> Iterator[tuple[str, Any]]:
-        """Yield the settings but the learning rate, as (name, value), that ``group``, of an optimizer of the
-        class ``kind``, takes over from a group of the user."""
+    def set(self, group: Group, settings: Mapping[str, Any], kind: type, rate_factor: float) -> None:
+        """Give ``group``, of an optimizer of the class ``kind``, the learning rate in ``settings`` times
+        ``rate_factor``, and the other settings that such an optimizer takes over from one of the user's
+        class. A learning rate that was a tensor, as in torchao, becomes a new tensor."""
         for key, value in settings.items():
             is_same_kind = kind is type(self.optimizer) or key in _OF_ANY_OPTIMIZER
             has_same_type = key in group and type(group[key]) is type(value)
             if is_same_kind and has_same_type and key not in {"params", "lr", *_OF_THE_PLAN}:
-                yield key, value
+                group[key] = value
+        if "lr" in group and "lr" in settings:
+            rate, is_tensor = float(settings["lr"]) * rate_factor, isinstance(group["lr"], torch.Tensor)
+            group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate
 
 
-def set_rate(group: Group, rate: float) -> None:
-    """Set the learning rate of a group. If it was a tensor, as in torchao, it becomes a new tensor."""
-    is_tensor = isinstance(group["lr"], torch.Tensor)
-    group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate
+def divide_groups(optimizer: torch.optim.Optimizer, groups: Mapping[torch.nn.Parameter, int]) -> None:
+    """Divide each group of ``optimizer`` so that parameters to which ``groups`` gives different indices are
+    in different groups, with equal settings."""
+    optimizer.param_groups[:] = [
+        {**group, "params": params}
+        for group in optimizer.param_groups
+        for index in sorted({groups[p] for p in group["params"]})
+        if (params := [p for p in group["params"] if groups[p] == index])
+    ]
 
 
 class PlanOptimizer(torch.optim.Optimizer):
@@ -189,6 +184,9 @@ class PlanOptimizer(torch.optim.Optimizer):
             {**user.settings[i], "params": [p for p, index in groups.items() if index == i]} for i in indices
         ]
         super().__init__(visible, {})
+        for optimizer in innermost(inner):
+            if all(p in groups for group in optimizer.param_groups for p in group["params"]):
+                divide_groups(optimizer, groups)
         self.links: list[tuple[Group, Group, type, float]] = []
         for kind, group, params in _inner_groups(inner):
             members = {groups[p] for p in params}
@@ -205,11 +203,8 @@ class PlanOptimizer(torch.optim.Optimizer):
 
     def push(self) -> None:
         """Pass the settings of the groups on. To be called before backward if the plan updates there."""
-        for group, shown, kind, rate in self.links:
-            for key, value in self.user.shared(group, shown, kind):
-                group[key] = value
-            if "lr" in group and "lr" in shown:
-                set_rate(group, float(shown["lr"]) * rate)
+        for group, shown, kind, rate_factor in self.links:
+            self.user.set(group, shown, kind, rate_factor)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.push()
