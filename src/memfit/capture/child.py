@@ -22,6 +22,7 @@ from memfit.capture.device_redirect import DeviceRedirect, device_patches
 from memfit.capture.program import Program, load_program
 from memfit.capture.result import ScriptAnswer, ScriptSpec
 from memfit.capture.script_patches import script_patches
+from memfit.capture.script_ranks import ScriptRanks, script_ranks
 from memfit.capture.script_trace import LoopMode, ScriptTrace
 from memfit.inputs import machine_of
 from memfit.planner.evaluate import Pricer
@@ -49,6 +50,7 @@ class _Session:
         self.machine = machine_of(spec.machine)
         self.trace = ScriptTrace(self.machine.device.kind, bound=spec.bound, on_traced=self.end)
         self.redirect: DeviceRedirect | None = None
+        self.ranks: ScriptRanks | None = None
         self.notes: list[str] = []
 
     def run(self) -> NoReturn:
@@ -60,6 +62,7 @@ class _Session:
                     script_patches(self.trace),
                     LoopMode(self.trace),
                     device_patches(self.trace, self.machine) as self.redirect,
+                    script_ranks(self.trace, self.redirect, self.program.ranks) as self.ranks,
                 ):
                     if self.program.module:
                         runpy.run_module(self.program.module, run_name="__main__", alter_sys=True)
@@ -97,12 +100,13 @@ class _Session:
             batch_size=1,
             workers=trace.workers,
         )
-        plan = Plan()
+        assert self.ranks is not None
+        plan = Plan(uses=tuple(self.ranks.uses.values()), ranks=self.ranks.count)
         pricer = Pricer(
             job=job,
             machine=self.machine,
             space=Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device=trace.recorder.device),
-            traces={(plan, 0): trace.finish()},
+            traces={(plan, 0): trace.finish(plan.ranks)},
         )
         if self.spec.probe and self.machine.is_here and self.machine.device.is_host:
             probe_workspaces(pricer, plan)
@@ -118,7 +122,7 @@ class _Session:
             peak_clock=explained.peak_clock,
             model=type(trace.model).__name__,
             optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.updates)),
-            ranks=self.program.ranks,
+            ranks=plan.ranks,
             notes=tuple(self.notes),
         )
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree
 from torch.utils.data import DataLoader, dataloader
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memfit.capture.script_trace import ScriptTrace, is_real
+from memfit.capture.script_trace import ScriptTrace, is_fake, is_real
 
 _NOT_FINITE = frozenset({torch.isnan, torch.isinf, torch.Tensor.isnan, torch.Tensor.isinf})
 _FINITE = frozenset({torch.isfinite, torch.Tensor.isfinite})
@@ -67,7 +67,7 @@ def _module_call(trace: ScriptTrace) -> Any:
     with_fakes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # modules that have fake parameters
 
     def is_traced(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
-        if module not in with_fakes and any(isinstance(p, FakeTensor) for p in module.parameters()):
+        if module not in with_fakes and any(map(is_fake, module.parameters())):
             with_fakes[module] = True
         return module in with_fakes or has_fakes((args, kwargs))
 
@@ -80,8 +80,8 @@ def _module_call(trace: ScriptTrace) -> Any:
 
 
 def has_fakes(value: Any) -> bool:
-    """Return whether there is a fake tensor in nested lists, tuples, mappings and dataclasses."""
-    return any(isinstance(leaf, FakeTensor) for leaf in _pytree.tree_leaves(value))
+    """Return whether there is a fake tensor in nested lists, tuples and mappings."""
+    return any(map(is_fake, _pytree.tree_leaves(value)))
 
 
 def _backward(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,17 +103,33 @@ def _step_without_overflow(
 
 @contextlib.contextmanager
 def _optimizer_hooks(trace: ScriptTrace) -> Iterator[None]:
-    running: list[tuple[Any, contextlib.ExitStack]] = []  # an optimizer may call another
+    running: list[contextlib.ExitStack] = []  # an optimizer may call another
 
-    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+    def before(optimizer: Any, args: Any, kwargs: Any) -> Any:
         stack = contextlib.ExitStack()
-        if not running and not trace.inside:
+        is_outermost = not running and not trace.inside
+        running.append(stack)
+        if not is_outermost:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
             stack.enter_context(trace.region())
-        running.append((optimizer, stack))
+            return None
+
+        def outside_region() -> Any:
+            """Run the script's code that computes the loss, between the optimizer's own operators."""
+            stack.close()
+            try:
+                return closure()
+            finally:
+                stack.enter_context(trace.region())
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": outside_region}
+        return (args[0], outside_region, *args[2:]), kwargs
 
     def after(optimizer: Any, args: Any, kwargs: Any) -> None:
-        _, stack = running.pop()
-        stack.close()
+        running.pop().close()
         if not running:
             trace.updated(optimizer)
 

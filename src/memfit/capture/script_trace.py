@@ -15,13 +15,19 @@ from typing import Any, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memfit.model.batch_objects import map_batch
 from memfit.trace import operators
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
+from memfit.trace.fake_process_group import members
+from memfit.trace.fake_storage import plain_tensors
 from memfit.types.job import Bound
 from memfit.types.trace import Category, Phase, Trace
 
@@ -56,6 +62,7 @@ class ScriptTrace:
         self.model: torch.nn.Module | None = None  # the first that was trained
         self.foreign_bytes = 0  # of parameters in memory that torch's allocator did not make
         self.drawn = 0  # random numbers of parameters
+        self.inner_modes: list[Callable[[], Any]] = []  # further modes of a region
         self.workers = 0  # most worker processes of a data loader
         self._depth = 0  # of regions in which all new tensors are fake
         self._twins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> its fake copy
@@ -128,9 +135,11 @@ class ScriptTrace:
             yield
             return
         self._depth += 1
-        above, self.recorder.modes_above = self.recorder.modes_above, 0
+        above, self.recorder.modes_above = self.recorder.modes_above, len(self.inner_modes)
         try:
-            with _disable_current_modes(), self.fake, self.recorder:
+            with _disable_current_modes(), self.fake, self.recorder, contextlib.ExitStack() as stack:
+                for make_mode in self.inner_modes:
+                    stack.enter_context(make_mode())
                 yield
         finally:
             self._depth -= 1
@@ -274,7 +283,7 @@ class ScriptTrace:
         for param, state in optimizer.state.items():
             owner = self.recorder.owner(param)
             for tensor in _pytree.tree_leaves(state):
-                if isinstance(tensor, FakeTensor):
+                if is_fake(tensor):
                     self.recorder.label(tensor, Category.OPTIMIZER_STATE, module=owner)
         self.updates[optimizer] = self.updates.get(optimizer, 0) + 1
         self.recorder.phase(Phase.SETUP)
@@ -285,14 +294,18 @@ class ScriptTrace:
                 self.on_traced(self)
             self.recorder.next_step()
 
-    def finish(self) -> Trace:
-        """Return the trace of the steps that were made."""
+    def finish(self, ranks: int) -> Trace:
+        """Return the trace of the steps that were made. ``ranks``: the size of the script's process group."""
         self.recorder.modules.close()
+        groups = members()
         allocations, ops, spans = self.recorder.finish()
         params = {id(p): p for root in self._roots.values() for p in root.parameters()}.values()
         steps = max(s.step for s in spans) + 1
         return Trace(
             device=self.recorder.device,
+            ranks=ranks,
+            communicators=tuple((name, len(of_group)) for name, of_group in groups.items()),
+            members=groups,
             steps=steps,
             allocations=tuple(a for a in allocations if a.stream != NOWHERE),
             ops=ops,
@@ -318,6 +331,8 @@ class LoopMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # its inner operators arrive here one by one
         if any(issubclass(kind, FakeTensor) for kind in types):
             return self.trace.call(func, args, kwargs)
         out = func(*args, **kwargs)
@@ -339,6 +354,11 @@ def is_real(tensor: Any) -> bool:
         and tensor.device.type == "cpu"
         and not isinstance(tensor, FakeTensor)
     )
+
+
+def is_fake(value: Any) -> bool:
+    """Return whether ``value`` is a fake tensor, or a wrapper such as DTensor around fake ones."""
+    return isinstance(value, torch.Tensor) and any(isinstance(t, FakeTensor) for t in plain_tensors(value))
 
 
 def _existing(kind: type[_Kind]) -> list[_Kind]:

@@ -47,7 +47,7 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
     hook = sys.excepthook  # torch installs one that adds the rank to every later traceback
     dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     try:
-        with _without_values(), _blame_tensor_parallel(plan):
+        with rank_patches(), _blame_tensor_parallel(plan):
             yield make_world(plan, rank=rank, device="cpu")
     finally:
         dist.destroy_process_group()
@@ -91,7 +91,7 @@ def _forget_other_worlds(*world: Any) -> None:
 
 
 @contextlib.contextmanager
-def _without_values() -> Iterator[None]:
+def rank_patches() -> Iterator[None]:
     """Inside this context, patch code that needs tensor values or does work that a trace does not need:
 
     - DDP does not compare the shapes of parameters across ranks when it starts, for which it would read

@@ -1,0 +1,126 @@
+"""Let one process of a distributed training run alone, as rank 0 on a fake process group."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from memfit.capture.device_redirect import DeviceRedirect
+from memfit.capture.script_trace import ScriptTrace
+from memfit.trace.fake_process_group import GlooScratch, rank_patches, ready_for_fakes
+from memfit.trace.stream_patches import streams
+from memfit.types.device_kind import HOST
+from memfit.types.plan import Use, use
+
+
+class ScriptRanks:
+    """The ranks of a script. ``count``: the size of its process group, 1 without one. ``uses``: the techniques
+    of several ranks that it uses, of those that memfit knows."""
+
+    def __init__(self, trace: ScriptTrace, redirect: DeviceRedirect, launched: int) -> None:
+        self.trace, self.redirect, self.launched = trace, redirect, launched
+        self.count = 1
+        self.uses: dict[str, Use] = {}
+        self.backend = ""
+        self._stack = contextlib.ExitStack()
+
+    def join(self, backend: Any = None, *args: Any, world_size: int = -1, **options: Any) -> None:
+        """Stand for ``torch.distributed.init_process_group``: make a fake group of the script's world size."""
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        self.count = world_size if world_size > 0 else int(os.environ.get("WORLD_SIZE", "1"))
+        self.backend = str(backend or ("gloo" if self.trace.is_host else "nccl")).rpartition(":")[2]
+        _INIT("fake", rank=0, world_size=self.count, store=FakeStore())
+        if self.trace.is_host:
+            self.trace.inner_modes.append(GlooScratch)
+        else:
+            self._stack.enter_context(streams(self.trace.recorder))
+
+    def wrap_ddp(self, inner: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(inner)
+        def init(ddp: Any, module: Any, device_ids: Any = None, output_device: Any = None, **options: Any) -> None:
+            with self.trace.region():
+                inner(ddp, module, **options)
+                ready_for_fakes(ddp, self.trace.recorder.note_real)
+            self.uses["ddp"] = use("ddp")
+
+        return init
+
+    def shard(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def fully_shard(module: Any, **options: Any) -> Any:
+            with self.trace.region():
+                out = inner(module, **options)
+            self.uses["fsdp2"] = use("fsdp2")
+            return out
+
+        return fully_shard
+
+    def spawn(self, function: Callable[..., Any], args: Any = (), nprocs: int = 1, *rest: Any, **options: Any) -> None:
+        """Stand for ``torch.multiprocessing.spawn``: run rank 0 in this process."""
+        os.environ.setdefault("WORLD_SIZE", str(nprocs))
+        function(0, *args)
+
+    def mesh(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``inner``, whose first argument is the type of a device, for the host's."""
+
+        @functools.wraps(inner)
+        def make(device_type: str, *args: Any, **options: Any) -> Any:
+            return inner(HOST if self.redirect.names_accelerator(device_type) else device_type, *args, **options)
+
+        return make
+
+
+_INIT = dist.distributed_c10d.init_process_group
+
+
+@contextlib.contextmanager
+def script_ranks(trace: ScriptTrace, redirect: DeviceRedirect, launched: int) -> Iterator[ScriptRanks]:
+    """Inside this context, the process group that the script makes is a fake one, in which this process is
+    rank 0. ``launched``: how many processes the script's launcher would start."""
+    from torch.distributed import device_mesh, fsdp
+
+    ranks = ScriptRanks(trace, redirect, launched)
+    if launched > 1:
+        names = {"WORLD_SIZE": launched, "LOCAL_WORLD_SIZE": launched, "RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0}
+        names |= {"ROLE_RANK": 0, "ROLE_WORLD_SIZE": launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+        os.environ.update({name: str(value) for name, value in names.items()})
+    distributed = torch.nn.parallel.DistributedDataParallel
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rank_patches())
+        for owner, name, replacement in (
+            (dist, "init_process_group", ranks.join),
+            (dist.distributed_c10d, "init_process_group", ranks.join),
+            (dist, "get_backend", lambda group=None: ranks.backend),
+            (dist, "is_nccl_available", lambda: True),
+            (dist, "all_gather_object", _all_gather_object),
+            (dist, "gather_object", _gather_object),
+            (dist, "broadcast_object_list", lambda *args, **options: None),
+            (torch.multiprocessing, "spawn", ranks.spawn),
+            (distributed, "__init__", ranks.wrap_ddp(distributed.__init__)),
+            (fsdp, "fully_shard", ranks.shard(fsdp.fully_shard)),
+            (dist, "init_device_mesh", ranks.mesh(dist.init_device_mesh)),
+            (device_mesh, "init_device_mesh", ranks.mesh(device_mesh.init_device_mesh)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        try:
+            yield ranks
+        finally:
+            ranks._stack.close()
+
+
+def _all_gather_object(objects: list[Any], value: Any, group: Any = None) -> None:
+    objects[:] = [value] * len(objects)
+
+
+def _gather_object(value: Any, objects: list[Any] | None = None, dst: int = 0, group: Any = None) -> None:
+    if objects is not None:
+        objects[:] = [value] * len(objects)
