@@ -294,6 +294,7 @@ def test_without_proc_resident_memory_is_read_with_psutil(
 ) -> None:
     real = memory.rss_bytes()
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(memory, "_STATM", tmp_path / "none")
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "none" / "x")
     assert memory.rss_bytes() == pytest.approx(real, rel=0.2)
     assert memory.rss_peak_bytes() >= 0.8 * real

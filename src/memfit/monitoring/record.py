@@ -1,8 +1,9 @@
 """The record of a watched training: one file of JSON lines for each rank, read and merged.
 
 A file begins with a line ``start`` and has a line ``step`` for each recorded step, ``alarm`` for each alarm
-and ``end`` if the process ended by itself. ``memfit watch -- COMMAND`` adds a line ``exit`` to the file of
-rank 0. Each line is written by one call of the operating system. A last line that is cut off is ignored.
+and ``end`` if the process ended by itself. ``memfit watch -- COMMAND`` adds lines ``command`` before and
+``exit`` after the others to the file of rank 0. Each line is written by one call of the operating system. A
+last line that is cut off is ignored. A new line ``command`` or ``start`` begins a new record.
 
 ::
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -240,7 +243,9 @@ class RecordReader:
         cannot be read."""
         for rank, path in rank_paths(self._path).items():
             self._files.setdefault(rank, _RankFile(path, rank)).update()
-        files = [self._files[rank] for rank in sorted(self._files)]
+        first = self._files.get(0)
+        ranks = first.world_size if first is not None else None  # others are of an earlier training
+        files = [self._files[rank] for rank in sorted(self._files) if ranks is None or rank < ranks]
         exits = [f.exit for f in files if f.exit is not None]
         return WatchRecord(
             ranks=tuple(f.record() for f in files if f.has_lines), exit=exits[-1] if exits else None
@@ -253,17 +258,22 @@ class _RankFile:
     def __init__(self, path: Path, rank: int) -> None:
         self._path, self._rank, self._offset = path, rank, 0
         self._starts = self._unreadable = 0
-        self.exit: CommandExit | None = None
         self._begin(None)
 
     def _begin(self, start: WatchStart | None) -> None:
-        self._start, self._end = start, None
+        self._start: WatchStart | None = start
+        self._end: WatchEnd | None = None
+        self.exit: CommandExit | None = None
         self._steps: list[WatchStep] = []
         self._alarms: list[Alarm] = []
 
     @property
     def has_lines(self) -> bool:
         return bool(self._starts or self._steps or self._end or self.exit)
+
+    @property
+    def world_size(self) -> int | None:
+        return self._start.world_size if self._start is not None else None
 
     def update(self) -> None:
         try:
@@ -291,6 +301,8 @@ class _RankFile:
                 prediction = {name: Interval(**v) for name, v in values.pop("prediction").items()}
                 self._begin(WatchStart(**_known(WatchStart, values), prediction=prediction))
                 self._starts += 1
+            case "command":
+                self._begin(None)
             case "step":
                 self._steps.append(WatchStep(**_known(WatchStep, values)))
             case "values":
@@ -339,9 +351,33 @@ def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def line_of(kind: str, value: Mapping[str, Any]) -> bytes:
-    """Return a line of the file. Values that are None are left out."""
-    from memfit.types.serialization import dumps
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
-    filled = {name: v for name, v in value.items() if v is not None}
-    return dumps({"kind": kind, **filled}).encode() + b"\n"
+
+# -- writing ----------------------------------------------------------------------------------------------
+
+
+class LineFile:
+    """A file to which lines are appended, each by one call of the operating system, so that a process can be
+    killed at any time. Raises OSError if that fails."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._is_torn = False
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append a line. Values that are None are left out. Numbers that are not finite become text."""
+        filled = {name: _plain(v) for name, v in values.items() if v is not None}
+        line = f"{json.dumps({'kind': kind, **filled})}\n".encode()
+        data = b"\n" + line if self._is_torn else line
+        self._is_torn = os.write(self._descriptor, data) < len(data)
+
+    def write_alarms(self, alarms: Iterable[Alarm]) -> None:
+        for alarm in alarms:
+            values = dataclasses.asdict(alarm)
+            self.write("alarm", {"alarm": values.pop("kind"), **values})
+
+    def close(self) -> None:
+        os.close(self._descriptor)

@@ -85,6 +85,28 @@ def oom_kills_here(*, root: Path = _ROOT, own: Path = _OWN) -> int | None:
     return None
 
 
+def limit_here(*, root: Path = _ROOT, own: Path = _OWN) -> tuple[int, int] | None:
+    """Return (limit, free bytes) of this process's control group or of that group above it which has the
+    least free. Cached files that the kernel can drop count as free. Return None without a control group of
+    version 2 that has a limit. ``root`` and ``own``: as in `Group.of`."""
+    with contextlib.suppress(OSError, StopIteration):
+        home = _home(root, own)
+        groups = [home, *(p for p in home.parents if p.is_relative_to(root))]
+        limits = [limit for g in groups if (limit := _limit(g)) is not None]
+        return min(limits, key=lambda limit: limit[1], default=None)
+    return None
+
+
+def _limit(group: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError, ValueError):
+        limit_bytes = int((group / "memory.max").read_text())  # "max" if there is no limit
+        lines = (group / "memory.stat").read_text().splitlines()
+        cache_bytes = int(dict(line.split() for line in lines).get("inactive_file", 0))
+        used_bytes = int((group / "memory.current").read_text())
+        return limit_bytes, max(0, limit_bytes - used_bytes + cache_bytes)
+    return None
+
+
 def _oom_kills(events: Path) -> int:
     lines = events.read_text().splitlines()
     return int(dict(line.split() for line in lines).get("oom_kill", 0))

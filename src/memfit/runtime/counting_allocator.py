@@ -89,6 +89,12 @@ def available() -> str | None:
     return None
 
 
+def active_allocator() -> CountingAllocator | None:
+    """Return the counting allocator if this process counts with it already, else None. Nothing is built or
+    installed."""
+    return CountingAllocator() if _count_copied_storages.cache_info().currsize else None
+
+
 class CountingAllocator:
     """Handle of the process's single counting allocator. Constructing it raises AllocatorUnavailable if the
     allocator cannot be built or loaded.

@@ -209,6 +209,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def launch_rank() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, as torchrun's RANK and WORLD_SIZE say, or
+    (0, 1)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 # -- memory -------------------------------------------------------------------------------------------
 
 
@@ -239,6 +245,38 @@ def reserved_bytes(device: torch.device) -> int:
     if device.type in _KINDS_WITHOUT_PEAK:
         return int(_module(device).driver_allocated_memory())
     return int(torch.accelerator.memory_reserved(device))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorFigures:
+    """What torch's allocator of an accelerator says of itself: bytes of tensors, bytes taken from the device,
+    their peaks since the process began or somebody reset them, and how often it freed its cache to find a
+    block. None: it does not count this."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    retries: int | None = None
+
+
+def allocator_figures(device: torch.device) -> AllocatorFigures:
+    """Return the figures of the accelerator's allocator now. Nothing is reset, and nothing waits for the
+    device."""
+    import torch
+
+    if device.type in _KINDS_WITHOUT_PEAK:
+        return AllocatorFigures(
+            allocated_bytes=allocated_bytes(device), reserved_bytes=reserved_bytes(device)
+        )
+    figures = torch.accelerator.memory_stats(device)
+    return AllocatorFigures(
+        allocated_bytes=int(figures.get("allocated_bytes.all.current", 0)),
+        reserved_bytes=int(figures.get("reserved_bytes.all.current", 0)),
+        peak_allocated_bytes=figures.get("allocated_bytes.all.peak"),
+        peak_reserved_bytes=figures.get("reserved_bytes.all.peak"),
+        retries=figures.get("num_alloc_retries"),
+    )
 
 
 def free_cache(device: torch.device) -> None:

@@ -1,0 +1,30 @@
+"""The watch in a process of ``memfit watch -- COMMAND``."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+
+from memfit.monitoring.watch import Watch
+from memfit.runtime.oom import is_oom_error
+
+
+@functools.cache
+def begin(settings: str) -> Watch:
+    """Begin the watch of this process, once. It ends with the process. ``settings``: JSON with the arguments
+    ``file``, ``prediction`` and ``limits`` of `Watch`."""
+    watch = Watch(**json.loads(settings))
+    watch.__enter__()
+    atexit.register(watch.close)
+    return watch
+
+
+def fail(settings: str, error: BaseException) -> None:
+    """End the watch of this process with the error that ends the process, if it has trained or is out of
+    memory. Processes that only start others are thus left out."""
+    if begin.cache_info().currsize == 0 and not is_oom_error(error):
+        return
+    watch = begin(settings)
+    if watch.is_recording or is_oom_error(error):
+        watch.close(error)

@@ -1,0 +1,76 @@
+"""Run a command whose Python processes are watched."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from memfit.monitoring.record import CommandExit, LineFile
+from memfit.monitoring.startup.sitecustomize import SETTINGS
+from memfit.runtime.cgroup import oom_kills_here
+from memfit.types.errors import UserError
+from memfit.types.serialization import to_plain
+
+_STARTUP: Final = Path(__file__).parent / "startup"
+
+
+def run_watched(
+    command: Sequence[str], file: Path, *, prediction: Mapping[str, Any], limits: Mapping[str, float]
+) -> CommandExit:
+    """Run a command and wait for its end. Each Python process of it that trains with torch appends what it
+    measures to ``file`` or, for ranks other than 0, to a file beside it (`rank_path`); the end of the command
+    is appended to ``file``. Standard input and output are those of this process. Ctrl-C reaches the command
+    alone; the signal SIGTERM is passed on to it. ``prediction`` and ``limits``: as for `Watch`, as plain
+    data. Raises UserError if the command cannot be started or the file cannot be written."""
+    settings = {
+        "file": str(file.absolute()),
+        "prediction": to_plain(prediction) or None,
+        "limits": dict(limits),
+    }
+    paths = [str(_STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, SETTINGS: json.dumps(settings), "PYTHONPATH": os.pathsep.join(paths)}
+    try:
+        record = LineFile(file)
+        record.write("command", {"time_s": time.time()})
+    except OSError as error:
+        raise UserError(f"cannot write the record {file}: {error.strerror or error}") from error
+    kills_before = oom_kills_here()
+    try:
+        child = subprocess.Popen(list(command), env=env)
+    except OSError as error:
+        raise UserError(f"cannot run {command[0]!r}: {error.strerror or error}") from error
+    with _signals_to(child):
+        code = child.wait()
+    kills = oom_kills_here()
+    known = kills is not None and kills_before is not None
+    end = CommandExit(
+        time_s=time.time(), code=code, oom_kills=(kills or 0) - (kills_before or 0) if known else None
+    )
+    with contextlib.suppress(OSError):  # the command's own exit code matters more
+        record.write("exit", to_plain(end))
+    return end
+
+
+@contextlib.contextmanager
+def _signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leave Ctrl-C to the child, which the terminal sends it too, and pass SIGTERM on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number)),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,110 @@
+"""Thresholds of the alarms of a watched training, and how they are read from a file or a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from memfit.types.errors import UserError, suggest
+from memfit.types.parsing import parse_bytes
+from memfit.types.serialization import toml_text
+from memfit.types.units import MIB
+
+SECTION: Final = "watch"  # of a plan file
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AlarmLimits:
+    """The thresholds of the alarms. A file can change each of them by its name.
+
+    - ``warmup_steps``: recorded steps at the beginning that no alarm about memory looks at.
+    - ``creep_bytes``: least growth of memory over the steps that are compared, 40 at least.
+    - ``maximum_after_steps``: recorded steps whose peak is the reference for later ones; a later peak that is
+      above it by ``maximum_ratio`` of it, and by ``maximum_bytes`` at least, is a new maximum.
+    - ``fragmentation_ratio``, ``fragmentation_bytes``: peak of reserved over peak of allocated memory, and
+      least difference of the two.
+    - ``loss_spike_factor``: how many standard deviations (estimated from the median absolute deviation) a
+      loss lies above the median of up to 50 losses before it.
+    - ``headroom_ratio``: least free share of the device's memory.
+    - ``slow_rank_ratio``, ``slow_rank_s``: by which factor and by how many seconds a rank takes longer than
+      the median of the others.
+    """
+
+    warmup_steps: int = 10
+    creep_bytes: int = 16 * MIB
+    maximum_after_steps: int = 50
+    maximum_ratio: float = 0.1
+    maximum_bytes: int = 64 * MIB
+    fragmentation_ratio: float = 1.3
+    fragmentation_bytes: int = 512 * MIB
+    loss_spike_factor: float = 10.0
+    headroom_ratio: float = 0.05
+    slow_rank_ratio: float = 1.2
+    slow_rank_s: float = 0.01
+
+
+def limits_of(limits: AlarmLimits | Mapping[str, Any] | str | Path | None) -> AlarmLimits:
+    """Return the thresholds that ``limits`` gives: a mapping of names to numbers, a TOML file of them, or a
+    plan file (.yaml, .yml) with them under the key ``watch``. Others have their default. Names that end in
+    ``_bytes`` also take a size such as "64MiB". Raises UserError if the file cannot be read, for unknown
+    names, and for values that are not numbers of at least 0."""
+    if limits is None:
+        return AlarmLimits()
+    if isinstance(limits, AlarmLimits):
+        return limits
+    if isinstance(limits, Mapping):
+        return _checked(limits, "limits")
+    path = Path(limits)
+    return _checked(_section(path) if path.suffix in (".yaml", ".yml") else _toml(path), str(path))
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(toml_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+
+
+def _section(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the plan {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())[:160]}") from error
+    section = data.get(SECTION) if isinstance(data, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(
+            f"{path} has no thresholds for alarms", allowed=f"a mapping under the key {SECTION!r}"
+        )
+    return section
+
+
+def _checked(values: Mapping[str, Any], what: str) -> AlarmLimits:
+    defaults = {f.name: f.default for f in dataclasses.fields(AlarmLimits)}
+    for name in values:
+        if name not in defaults:
+            raise UserError(
+                f"{what}: unknown limit {name!r}",
+                allowed=", ".join(defaults),
+                hint=suggest(str(name), defaults),
+            )
+    numbers: dict[str, Any] = {n: _number(v, f"{what}: {n}", type(defaults[n])) for n, v in values.items()}
+    return AlarmLimits(**numbers)
+
+
+def _number(value: Any, what: str, kind: type) -> int | float:
+    if isinstance(value, str) and what.endswith("_bytes"):
+        return parse_bytes(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0 or (kind is int and value != int(value)):
+        sizes = ', or a size such as "64MiB"' if what.endswith("_bytes") else ""
+        kinds = "a whole number" if kind is int else "a number"
+        raise UserError(f"{what} is {value!r}", allowed=f"{kinds} of at least 0{sizes}")
+    return kind(value)  # type: ignore[no-any-return]

@@ -1,0 +1,68 @@
+"""The predicted memory with which a watched training is compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from memfit.types.errors import UserError
+from memfit.types.result import Interval
+
+QUANTITIES: Final = ("allocated_bytes", "reserved_bytes", "device_bytes", "host_bytes")
+_ALLOWED: Final = (
+    "a prediction of memfit.estimate, or the JSON of `memfit estimate` or `memfit plan` with --json, or a "
+    f"mapping of {', '.join(QUANTITIES)} to a number or to value, low and high"
+)
+
+
+def predicted_intervals(prediction: Any) -> dict[str, Interval]:
+    """Return the predicted memory by name, of those of `QUANTITIES` that were predicted. ``prediction``: what
+    `memfit.estimate` returns, an Estimate, a file with the JSON output of a command, a mapping of names to
+    numbers or intervals, or None. Raises UserError for anything else."""
+    if prediction is None:
+        return {}
+    if isinstance(prediction, str | Path):
+        return _of_file(Path(prediction))
+    if isinstance(prediction, Mapping):
+        return _of_mapping(prediction, "the prediction")
+    values = {name: getattr(prediction, name, None) for name in QUANTITIES}
+    intervals = {name: v for name, v in values.items() if isinstance(v, Interval)}
+    if not intervals:
+        raise UserError(f"the prediction is a {type(prediction).__name__}", allowed=_ALLOWED)
+    return intervals
+
+
+def _of_file(path: Path) -> dict[str, Interval]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the prediction {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}", allowed=_ALLOWED) from error
+    while isinstance(data, dict) and not data.keys() & set(QUANTITIES):
+        data = next((data[key] for key in ("estimate", "prediction", "recommended") if key in data), None)
+    if not isinstance(data, dict):
+        raise UserError(f"{path} has no predicted memory", allowed=_ALLOWED)
+    return _of_mapping(data, str(path))
+
+
+def _of_mapping(values: Mapping[str, Any], what: str) -> dict[str, Interval]:
+    intervals = {}
+    for name in QUANTITIES:
+        value = values.get(name)
+        try:
+            if isinstance(value, Interval):
+                intervals[name] = value
+            elif isinstance(value, Mapping):
+                number = float(value["value"])
+                low, high = float(value.get("low", number)), float(value.get("high", number))
+                intervals[name] = Interval(value=number, low=low, high=high)
+            elif value is not None:
+                intervals[name] = Interval(value=float(value), low=float(value), high=float(value))
+        except (TypeError, ValueError, KeyError, AssertionError) as error:
+            raise UserError(f"{what}: {name} is {value!r}", allowed=_ALLOWED) from error
+    if not intervals:
+        raise UserError(f"{what} has no predicted memory", allowed=_ALLOWED)
+    return intervals

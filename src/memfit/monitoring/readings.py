@@ -1,0 +1,103 @@
+"""Read the memory of a training process. No counter is reset, and no reading waits for a device."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import psutil
+import torch
+
+from memfit.runtime import cgroup, devices
+from memfit.runtime.counting_allocator import active_allocator
+from memfit.runtime.energy import EnergyMeter
+from memfit.runtime.memory import rss_bytes, rss_peak_bytes
+from memfit.types.device_kind import HOST
+
+_DRIVER_PERIOD_S: Final = 0.25  # between questions to the driver or the operating system that take longer
+_ENERGY_PERIOD_S: Final = 1.0
+
+
+class MemoryReadings:
+    """The memory of one device and of this process.
+
+    ``source``: what counts allocated bytes; "" if nothing does, as on a processor without memfit's counting
+    allocator. ``total_bytes``: memory of the device; for a processor, that of the machine, or the limit of
+    the process's control group if that is less.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._is_host = device, device.type == HOST
+        self._next_driver_s = 0.0
+        self._counter = active_allocator() if self._is_host else None
+        if self._is_host:
+            self.source = self._counter.source if self._counter is not None else ""
+            limit = cgroup.limit_here()
+            total_bytes = int(psutil.virtual_memory().total)
+            self.total_bytes = total_bytes if limit is None else min(total_bytes, limit[0])
+        else:
+            self.source = f"torch's allocator of {device.type}"
+            self.total_bytes = devices.memory_info(device)[1]
+
+    def read(self) -> dict[str, int | None]:
+        """Return what can be measured now, by the names of `WatchStep`. What needs a question to the driver
+        is left out if it was asked less than a quarter of a second ago."""
+        asks_driver = time.monotonic() >= self._next_driver_s
+        if asks_driver:
+            self._next_driver_s = time.monotonic() + _DRIVER_PERIOD_S
+        if self._is_host:
+            return self._host(asks_driver)
+        figures = devices.allocator_figures(self._device)
+        values: dict[str, int | None] = {
+            "allocated_bytes": figures.allocated_bytes,
+            "peak_allocated_bytes": figures.peak_allocated_bytes,
+            "reserved_bytes": figures.reserved_bytes,
+            "peak_reserved_bytes": figures.peak_reserved_bytes,
+            "allocator_retries": figures.retries,
+        }
+        if asks_driver:
+            free_bytes, total_bytes = devices.memory_info(self._device)
+            values |= {
+                "device_bytes": total_bytes - free_bytes,
+                "headroom_bytes": free_bytes,
+                "host_bytes": rss_bytes(),
+                "peak_host_bytes": rss_peak_bytes(),
+            }
+        return values
+
+    def _host(self, asks_driver: bool) -> dict[str, int | None]:
+        values: dict[str, int | None] = {"host_bytes": rss_bytes()}
+        if asks_driver:
+            values |= {"peak_host_bytes": rss_peak_bytes(), "headroom_bytes": _host_headroom_bytes()}
+        if self._counter is not None:
+            values["allocated_bytes"] = self._counter.live_bytes()
+            values["peak_allocated_bytes"] = self._counter.peak_bytes()
+        return values
+
+
+def _host_headroom_bytes() -> int:
+    """Return what this process can still take of the memory of the machine and of its control group."""
+    available_bytes, limit = int(psutil.virtual_memory().available), cgroup.limit_here()
+    return available_bytes if limit is None else min(available_bytes, limit[1])
+
+
+class EnergyReadings:
+    """Joules since its construction, read once a second at most. ``boundary``: what they include; "" without
+    a meter."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._meter = EnergyMeter(str(device))
+        self._meter.start()
+        _, self.boundary = self._meter.stop()
+        self._joules = 0.0
+        self._next_s = time.monotonic() + _ENERGY_PERIOD_S
+
+    def read(self) -> float | None:
+        """Return the joules so far, or None without a meter or less than a second after the last reading."""
+        if not self.boundary or time.monotonic() < self._next_s:
+            return None
+        self._next_s = time.monotonic() + _ENERGY_PERIOD_S
+        joules, _ = self._meter.stop()
+        self._meter.start()
+        self._joules += joules or 0.0
+        return self._joules

@@ -1,0 +1,54 @@
+"""Numbers of a training step, some of them tensors on a device, read without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from memfit.types.device_kind import HOST
+
+
+def scalar_tensor(value: Any) -> torch.Tensor | None:
+    """Return a tensor of one element without its graph, or None if ``value`` is none. Subclasses, such as
+    fake tensors and those that are distributed over ranks, are none."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.numel() != 1:
+        return None
+    return None if value.device.type == "meta" else value.detach()
+
+
+def split_scalars(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Return the numbers among ``values`` and those in tensors of one element on the host, and the tensors of
+    one element that a device has to copy first. Anything else is left out."""
+    now: dict[str, float] = {}
+    later: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            now[name] = float(value)
+        elif (tensor := scalar_tensor(value)) is not None:
+            if tensor.device.type == HOST:
+                now[name] = float(tensor)
+            else:
+                later[name] = tensor
+    return now, later
+
+
+class PendingScalars:
+    """Numbers of a step that a device copies to the host while the training goes on. ``tensors``: one at
+    least, all on one device."""
+
+    def __init__(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.step = step
+        self._copies = {name: t.to(HOST, non_blocking=True) for name, t in tensors.items()}
+        self._event = torch.Event(next(iter(tensors.values())).device)
+        self._event.record()
+
+    def is_ready(self) -> bool:
+        """Return whether the copies are complete, without waiting for them."""
+        return bool(self._event.query())
+
+    def values(self) -> dict[str, float]:
+        """Wait until the copies are complete and return the numbers."""
+        self._event.synchronize()
+        return {name: float(t) for name, t in self._copies.items()}
