@@ -237,6 +237,34 @@ def test_a_model_without_a_batch_is_refused() -> None:
         memfit.largest(nn.Linear(4, 4))
 
 
+class Positions(nn.Module):
+    """Tokens and learned positions, of which there are 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(50, 8), nn.Embedding(64, 8)
+        self.head = nn.Linear(8, 50)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(tokens.shape[1], device=tokens.device)
+        out: torch.Tensor = self.head(self.tokens(tokens) + self.positions(at))
+        return out
+
+
+def test_a_length_beyond_the_models_positions_is_the_models_limit() -> None:
+    def build(length: int) -> tuple[nn.Module, torch.Tensor]:
+        return Positions(), torch.zeros(2, length, dtype=torch.long)
+
+    assert memfit.estimate(*build(64), machine="H100-SXM").fits
+    with pytest.raises(UserError, match="embedding of 64 rows is looked up at row 64"):
+        memfit.estimate(*build(65), machine="H100-SXM")
+    with pytest.raises(UserError, match="embedding of 50 rows is looked up at row 50"):
+        memfit.estimate(Positions(), torch.full((2, 8), 50), machine="H100-SXM")
+    found = memfit.largest(build, machine="H100-SXM")
+    assert found.value == 64
+    assert found.limit == "job"
+
+
 # -- the command ----------------------------------------------------------------------------------
 
 GRAPH = """

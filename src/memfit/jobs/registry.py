@@ -70,8 +70,8 @@ def _built_in(name: str) -> BuiltIn:
 
 def load(ref: JobRef) -> Job:
     """Return the job that ``ref`` names: a built-in job, ``hf:NAME``, or the user's ``path.py:attribute``.
-    What ``ref`` states of size, data, weights, batch, length, dimensions, steps, clip and ema applies; None keeps
-    the job's own.
+    What ``ref`` states of size, data, weights, batch, length, dimensions, steps, clip and ema applies; None
+    keeps the job's own.
 
     A clip of 0 turns clipping off. Raises UserError for an unknown job or size; for steps, batch or length
     below 1; for a length of a built-in job outside 16 to 262,144; for an option that the job does not accept;

@@ -23,7 +23,7 @@ from memfit.types.plan import Plan
 from memfit.types.units import format_bytes
 
 _LARGEST_RATIO = 2**16  # no larger multiple of the first value is tried
-_UNAFFECTED_RATIO = 64  # a size that leaves the memory unchanged up to this multiple does not affect it
+_UNAFFECTED_RATIO = 2**10  # a size that hardly changes the memory up to this multiple is not tried further
 _UNCHANGED = 1e-3
 _NEAR = 1.1  # of the cap: an estimate whose value is below may fit once it is more certain
 # What a step of a size that the job cannot have may raise while it is traced.
@@ -64,7 +64,7 @@ class LargestValue:
     are None if no value fits; then ``safe_next`` and ``expected_next`` are the smallest that the job accepts.
 
     ``limit``: "memory"; "job" if the job refuses ``safe_next``, whose ``problem`` says why, although the
-    memory would be enough; "none" if the needed memory does not depend on the dimension; or "untried" if the
+    memory would be enough; "none" if the needed memory hardly depends on the dimension; or "untried" if the
     largest value that memfit tries fits. In the last two cases there is no next value. ``traced``: every
     value that was tried, in ascending order.
     """
@@ -109,7 +109,7 @@ class LargestValue:
 LIMIT_TEXTS: Mapping[str, str] = {
     "memory": "",
     "job": "the job's own limit",
-    "none": "the needed memory does not depend on it",
+    "none": "the needed memory hardly depends on it",
     "untried": "larger values were not tried",
 }
 

@@ -30,12 +30,14 @@ from memfit.trace.assumed_values import (
     is_assumed,
     mark_assumed,
 )
+from memfit.types.errors import UserError
 
 _MOST_ELEMENTS = 2**20
 _MOST_FILLED = 64  # most elements of a tensor whose random numbers are kept
 _NAME = "_memfit_shadow"
 _LIFT: Any = torch.ops.aten.lift_fresh.default
 _CAST: Any = torch.ops.aten._to_copy.default
+_EMBEDDING: Any = torch.ops.aten.embedding.default
 
 
 class ConcreteValues:
@@ -93,8 +95,11 @@ class ConcreteValues:
         (`_chosen`), and for one such as ``zeros_like`` they are not needed (`_constant`). A random operator
         that fills a whole tensor of at most 64 elements in place has its numbers attached to the tensor, and
         None is returned. If the whole step is computed, such an operator draws into the real values of its
-        tensor, whatever their size, and None is returned.
+        tensor, whatever their size, and None is returned. Raises UserError if an embedding is looked up at a
+        row that it does not have.
         """
+        if func is _EMBEDDING and self.on:
+            self._check_rows(args[0], args[1])
         if self.follows_all and self.on and func in FILLS and (real := self.of(args[0])) is not None:
             with torch.no_grad(), unset_fake_temporarily():
                 draw_values(func, (real, *args[1:]), kwargs, self.case, self._seed())
@@ -111,6 +116,22 @@ class ConcreteValues:
         if kwargs:  # such as ``out``, where the first argument is not written to
             self._forget(func, args, kwargs)
         return None
+
+    def _check_rows(self, table: torch.Tensor, indices: torch.Tensor) -> None:
+        """Raise UserError if a known index, such as that of a position, is not a row of the table. A fake
+        table is looked up at any index, so the step would be predicted although it cannot run."""
+        rows, known = table.shape[0], self.of(indices)
+        if known is None or is_assumed(known) or not known.numel():
+            return
+        with unset_fake_temporarily():
+            largest = int(known.max())
+        if largest >= rows:
+            raise UserError(
+                f"an embedding of {rows} rows is looked up at row {largest}, which it does not have",
+                allowed=f"rows 0 to {rows - 1}",
+                hint="if these are positions, the samples are longer than the model was built for; if they "
+                "are tokens, its vocabulary is too small",
+            )
 
     def _chosen(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's indices and counts for assumed values of its first argument, with None for
