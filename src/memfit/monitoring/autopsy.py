@@ -34,7 +34,7 @@ _CONSEQUENCE: Final = re.compile(
     r"ncclRemoteError|NCCL communicator was aborted|KeyboardInterrupt|SystemExit|EOFError|killed by signal",
 )
 _LIBRARY: Final = re.compile(
-    r"(?P<library>NCCL)\b.*out of memory|NCCL WARN Failed to CUDA [cm]alloc|(?P<status>CU\w+_STATUS_ALLOC_FAILED)|"
+    r"\bNCCL\b.*out of memory|NCCL WARN Failed to CUDA [cm]alloc|CU\w+_STATUS_ALLOC_FAILED|"
     r"(?:CUDA|HIP)(?: driver)? error: out of memory|[Cc]uda failure '?(?:2 )?'?out of memory|"
     r"cudaErrorMemoryAllocation|hipErrorOutOfMemory"
 )
@@ -201,23 +201,18 @@ def _other_end(lines: Sequence[str], last: TracebackText | None) -> Diagnosis:
     return _diagnosis(DeathCause.UNKNOWN, Certainty.UNKNOWN, evidence)
 
 
+_Judgement = tuple[DeathCause, Certainty, list[str], list[DeathCause]]
+
+
 # -- rules ------------------------------------------------------------------------------------------------
 
 
 def judge(failure: AllocationFailure, phase: PhaseOfDeath, log: TrainingLog) -> Diagnosis:
     """Return why an allocation failed. The figures of the message are judged first, then what ran, then how
     far the training had come."""
-    by_figures = _by_figures(failure)
-    by_time = _by_phase(phase, log) or _by_progress(log) or _by_start(failure, log)
-    if by_figures is None:
-        causes = by_time
-    elif by_figures[1] is Certainty.CERTAIN:
-        also = [by_time[0]] if by_time[0] not in (by_figures[0], DeathCause.TENSORS_TOO_LARGE) else []
-        also = [c for c in also if c is not DeathCause.LATE_GROWTH]
-        causes = (*by_figures[:2], [*by_figures[2], *(by_time[2] if also else [])], also)
-    else:
-        causes = (*by_figures[:2], [*by_figures[2], *by_time[2]], [by_time[0], *by_figures[3]])
-    cause, certainty, evidence, alternatives = causes
+    cause, certainty, evidence, alternatives = _merge(
+        failure, _by_figures(failure), _by_phase(phase, log) or _by_progress(log) or _by_start(log)
+    )
     return _diagnosis(
         cause,
         certainty,
@@ -229,7 +224,47 @@ def judge(failure: AllocationFailure, phase: PhaseOfDeath, log: TrainingLog) -> 
     )
 
 
-_Judgement = tuple[DeathCause, Certainty, list[str], list[DeathCause]]
+def _merge(failure: AllocationFailure, figures: _Judgement | None, time: _Judgement) -> _Judgement:
+    """Return one judgement from that of the message's figures and that of what ran and when."""
+    if figures is None:
+        return _with_free_blocks(failure, time)
+    cause, certainty, evidence, alternatives = figures
+    evidence = [*evidence, *time[2]]
+    if cause is DeathCause.TENSORS_TOO_LARGE and time[0] in _TIMES:
+        return time[0], time[1], evidence, time[3]
+    if certainty is not Certainty.CERTAIN:
+        return cause, certainty, evidence, [time[0], *alternatives]
+    return cause, certainty, evidence, [time[0]] if time[0] in _TIMES else alternatives
+
+
+# Causes that say when more memory was needed than in the steps before.
+_TIMES: Final = (
+    DeathCause.LEAK,
+    DeathCause.LONGER_SAMPLE,
+    DeathCause.EVALUATION,
+    DeathCause.OPTIMIZER_STEP,
+    DeathCause.CHECKPOINT,
+)
+
+
+def _with_free_blocks(failure: AllocationFailure, time: _Judgement) -> _Judgement:
+    """Return ``time`` with fragmentation as a possible cause if the allocator holds more free memory than was
+    asked for, though little of the whole."""
+    request, unallocated, limit = failure.request_bytes, failure.unallocated_bytes, failure.limit_bytes
+    if (
+        request is None
+        or unallocated is None
+        or limit is None
+        or unallocated < max(2 * request, 0.02 * limit)
+    ):
+        return time
+    text = f"{format_bytes(unallocated)} are reserved but in no tensor, more than was asked for"
+    cause, certainty, evidence, alternatives = time
+    if cause is DeathCause.LATE_GROWTH:
+        return DeathCause.FRAGMENTATION, Certainty.LIKELY, [*evidence, text], [cause, *alternatives]
+    if certainty is Certainty.CERTAIN:
+        return time
+    return cause, certainty, [*evidence, text], [*alternatives, DeathCause.FRAGMENTATION]
 
 
 def _by_figures(failure: AllocationFailure) -> _Judgement | None:
@@ -244,24 +279,24 @@ def _by_figures(failure: AllocationFailure) -> _Judgement | None:
         return DeathCause.TENSORS_TOO_LARGE, Certainty.CERTAIN, [text], []
     outside, free = failure.outside_bytes, failure.free_bytes or 0
     unallocated = failure.unallocated_bytes or 0
-    if outside is not None and outside >= max(_OUTSIDE_SHARE * limit, _USUAL_OUTSIDE_BYTES):
-        if request <= outside + free + unallocated:
-            return _outside(failure, outside)
+    is_much = outside is not None and outside >= max(_OUTSIDE_SHARE * limit, _USUAL_OUTSIDE_BYTES)
+    if outside is not None and is_much and request <= outside + free + unallocated:
+        return _outside(failure, outside)
     if unallocated >= max(request, _LARGE_SHARE * limit):
         text = (
-            f"{format_bytes(unallocated)} are reserved but in no tensor, more than the {format_bytes(request)} "
-            "asked for: no free block is large enough"
+            f"{format_bytes(unallocated)} are reserved but in no tensor, more than the "
+            f"{format_bytes(request)} asked for: no free block that can be used is large enough"
         )
         return DeathCause.FRAGMENTATION, Certainty.CERTAIN, [text], []
     if request <= _ROUNDING * free and failure.allowed_bytes is None:
         text = (
-            f"the device had {format_bytes(free)} free, more than the {format_bytes(request)} asked for: by these "
-            "figures memory was not short. Another process may have held it for a moment, or a limit of the "
-            "driver applies"
+            f"the device had {format_bytes(free)} free, more than the {format_bytes(request)} asked for: by "
+            "these figures memory was not short. Another process may have held it for a moment, or a limit "
+            "of the driver applies"
         )
         return DeathCause.UNKNOWN, Certainty.UNKNOWN, [text], [DeathCause.OUTSIDE_TORCH]
     if unallocated + free >= request and unallocated >= _LARGE_SHARE * limit:
-        text = f"{format_bytes(unallocated)} are reserved but in no tensor; with the free memory they would be enough"
+        text = f"{format_bytes(unallocated)} are reserved but in no tensor; with the free memory, enough"
         return DeathCause.FRAGMENTATION, Certainty.LIKELY, [text], []
     return None
 
@@ -328,7 +363,7 @@ def _by_progress(log: TrainingLog) -> _Judgement | None:
         if growing_sample is not None:
             evidence.append(f"{growing_sample.key!r} grows as well")
             return DeathCause.LONGER_SAMPLE, Certainty.LIKELY, evidence, [DeathCause.LEAK]
-        is_certain = not memory.is_peak and len(memory.values) >= 8
+        is_certain = memory.is_current and len(memory.values) >= 8
         others = [] if is_certain else [DeathCause.LONGER_SAMPLE]
         return DeathCause.LEAK, Certainty.CERTAIN if is_certain else Certainty.LIKELY, evidence, others
     if not log.is_late:
@@ -341,7 +376,7 @@ def _by_progress(log: TrainingLog) -> _Judgement | None:
     return DeathCause.LATE_GROWTH, Certainty.LIKELY, evidence, others
 
 
-def _by_start(failure: AllocationFailure, log: TrainingLog) -> _Judgement:
+def _by_start(log: TrainingLog) -> _Judgement:
     if log.is_first_step:
         text = "no more than one step was finished by the log"
         others = [DeathCause.OPTIMIZER_STEP] if log.last_step == 1 else []

@@ -10,26 +10,27 @@ from typing import Final
 from memfit.types.units import KIB
 
 _KERNEL: Final = re.compile(
-    r"(?P<group>Memory cgroup out of memory|Out of memory): Kill(?:ed)? process (?P<pid>\d+) \((?P<name>[^)]*)\)"
+    r"(?P<group>Memory cgroup out of memory|Out of memory): Kill(?:ed)? process \d+ \((?P<name>[^)]*)\)"
 )
 _RESIDENT: Final = re.compile(r"(?:anon|file|shmem)-rss:(\d+) ?kB")
 _LIMIT: Final = re.compile(r"memory: usage (\d+)kB, limit (\d+)kB")
 # The scheduler, the container runtime or a daemon says that memory ran out.
 _STATED: Final = re.compile(
     r"oom[-_ ]kill event|Exceeded (?:job|step) memory limit|exceeded memory limit|task \d+: Out Of Memory|"
-    r"\bOUT_OF_MEMORY\b|(?:reason|Reason|lastState|status).{0,40}\bOOMKilled\b|^\s*\S*\s*OOMKilled\b|"
+    r"\bOUT_OF_MEMORY\b|(?:reason|Reason|lastState|status).{0,40}\bOOMKilled\b(?!\W+false)|^\s*OOMKilled\b|"
     r"\"OOMKilled\": true|\bTERM_MEMLIMIT\b|mem(?:ory)? .{0,40}exceeded limit|node running low on memory|"
     r"systemd-oomd.*Killed|killed by the kernel (?:at its cap|: its group)"
 )
 _SHARED: Final = re.compile(
     r"insufficient shared memory|out of shared memory|unable to (?:write to file|mmap .*from file) </?torch_|"
-    r"(?:failed to extend|Error while creating shared memory segment) /dev/shm|No space left on device.*/dev/shm|"
-    r"/dev/shm.*No space left on device"
+    r"(?:failed to extend|Error while creating shared memory segment) /dev/shm|"
+    r"No space left on device.*/dev/shm|/dev/shm.*No space left on device"
 )
 # SIGKILL, of which the log does not say who sent it.
 _SIGKILL: Final = re.compile(
-    r"killed by signal: Killed|exit ?code *:? *\(?-9\b|exit(?:ed)?(?: with)? (?:code|status)[: =]+\(?(?:137|-9)\b|"
-    r"return code = -9|SIGKILL|Exit Code: *137|^\s*Killed\s*$|\b\d+ Killed\s{3,}\S|^\S*: line \d+: +\d+ Killed"
+    r"killed by signal: Killed|exit ?code *:? *\(?-9\b|"
+    r"exit(?:ed)?(?: with)? (?:code|status)[: =]+\(?(?:137|-9)\b|return code = -9|SIGKILL|"
+    r"Exit Code: *137|^\s*Killed\s*$|\b\d+ Killed\s{3,}\S|^\S*: line \d+: +\d+ Killed"
 )
 _TRAINER: Final = re.compile(r"python|^pt_|train|torchrun|accelerate|deepspeed|ray|^memfit", re.IGNORECASE)
 

@@ -8,6 +8,7 @@ request failed. The trace keeps the newest events only, so it may begin in the m
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from memfit.monitoring.traceback_text import StackFrame
 from memfit.types.errors import UserError
 
 _LIVE: Final = ("active_allocated", "active_awaiting_free", "active_pending_free")
-_MOST_ITEMS: Final = 20_000_000  # blocks, events and frames that are looked at
+_MOST_ITEMS: Final = 5_000_000  # blocks, events and frames that are looked at
 _SWING: Final = 0.1  # of the peak: what counts as a rise or a fall of memory from step to step
 _STACKS: Final = 5
 
@@ -77,7 +78,7 @@ class MemorySnapshot:
         troughs = self.trough_bytes[1:]
         if len(troughs) < 3:
             return 0
-        rises = sum(b > a for a, b in zip(troughs, troughs[1:], strict=False))
+        rises = sum(b > a for a, b in itertools.pairwise(troughs))
         growth = troughs[-1] - troughs[0]
         return growth if growth >= 0.05 * max(self.peak_bytes) and rises >= 0.7 * (len(troughs) - 1) else 0
 
@@ -126,7 +127,7 @@ def parse_snapshot(data: bytes, *, what: str) -> list[MemorySnapshot]:
         ) from None
 
 
-class _TooMany(Exception):  # noqa: N818
+class _TooMany(Exception):
     """More is to be looked at than a file of this size can hold without repeating itself."""
 
 
@@ -172,9 +173,9 @@ class _Reader:
         self._stacks: dict[int, Stack] = {}  # by identity of the list of frames, which events share
 
     def summary(self) -> MemorySnapshot:
-        blocks = [(s, b) for s in self._segments for b in self._budget.items(s["blocks"])]
-        live = [b for _, b in blocks if b["state"] in _LIVE]
-        free_bytes = [_integer(b["size"]) for _, b in blocks if b["state"] not in _LIVE]
+        blocks = [b for s in self._segments for b in self._budget.items(s["blocks"])]
+        live = [b for b in blocks if b["state"] in _LIVE]
+        free_bytes = [_integer(b["size"]) for b in blocks if b["state"] not in _LIVE]
         allocated_bytes = sum(_integer(b["size"]) for b in live)
         end = max(
             (i for i, e in enumerate(self._trace) if e.get("action") == "oom"), default=len(self._trace)

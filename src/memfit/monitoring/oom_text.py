@@ -23,7 +23,8 @@ _DEVICE: Final = re.compile(
 )
 _TRIED: Final = re.compile(r"\bTried to allocate [\d.]+ \w+ \(GPU \d")  # messages cut off at their front
 _HOST: Final = re.compile(
-    r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|not enough memory: you tried to allocate|"
+    r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|"
+    r"not enough memory: you tried to allocate|"
     r"^(?:[\w.]*\.)?_?(?:Array)?MemoryError\b|std::bad_alloc|\[Errno 12\] Cannot allocate memory",
     re.IGNORECASE,
 )

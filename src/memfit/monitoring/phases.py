@@ -10,12 +10,11 @@ from typing import Final
 from memfit.monitoring.traceback_text import StackFrame
 
 _EVALUATION: Final = re.compile(
-    r"^(?:_*(?:run_)?(?:evaluat\w*|eval(?:_\w+)?|validat\w*|validation\w*|predict(?:ion)?(?:_\w+)?|"
-    r"(?:do_|run_)?(?:val|test|dev)(?:_(?:epoch|step|loop|one_epoch|model|phase))?|"
-    r"_maybe_log_save_evaluate|_run_sanity_check))$"
+    r"^_*(?:run_|do_)?(?:evaluat\w*|eval(?:_\w+)?|(?:validate|validation|val|test|dev|predict|prediction)"
+    r"(?:_(?:epoch|step|loop|one_epoch|model|phase|batch|impl))|validate|validation|val|test|sanity_check)$"
 )
 _EVALUATION_CALL: Final = re.compile(
-    r"\b(?:evaluate\w*|validate\w*|validation_step|evaluation_loop|trainer\.(?:test|predict))\("
+    r"\b(?:evaluate\w*|validate|validation_step|evaluation_loop|trainer\.(?:test|predict))\("
 )
 _TRAINING: Final = re.compile(
     r"^(?:train\w*|fit\w*|_?inner_training_loop|training_\w+|_fit_impl|run_train\w*)$"
@@ -28,12 +27,13 @@ _OPTIMIZER_FILE: Final = re.compile(
 _STATE: Final = re.compile(r"state\[[^\]]+\] = |exp_avg|momentum_buffer")
 _STATE_FUNCTION: Final = re.compile(r"^_?init_(?:group|state)\w*$|^initialize_optimizer_states$")
 _SAVE: Final = re.compile(
-    r"^_?(?!\w*evaluate)(?:save\w*|\w*_save_\w*|\w*save_checkpoint\w*|(?:\w*_)?state_dict)$"
+    r"^_*(?:save(?:_(?:model|checkpoint|ckpt|pretrained|state|weights|to_state_dict))?|"
+    r"\w*save_(?:checkpoint|ckpt|model)\w*|(?!load)(?:\w*_)?state_dict)$"
 )
 _SAVE_CALL: Final = re.compile(
     r"\b(?:torch|dcp|dist_cp|xm|fabric|accelerator)\.save\w*\(|save_checkpoint\(|save_pretrained\(|\.state_dict\(\)"
 )
-_LOAD: Final = re.compile(r"^_?(?:load_(?:state_dict|checkpoint|model)|resume\w*|restore\w*)$")
+_LOAD: Final = re.compile(r"^_*(?:load_(?:state_dict|checkpoint)|resume\w*|restore(?:_checkpoint|_model)?)$")
 _LOAD_CALL: Final = re.compile(r"\btorch\.load\(|load_state_dict\(|load_checkpoint\(")
 _BUILD: Final = re.compile(
     r"^(?:_apply|convert|to|cuda|half|from_pretrained|_load_pretrained_model|to_empty)$"
@@ -86,7 +86,8 @@ def _is_evaluation(frame: StackFrame) -> bool:
 
 
 def _is_backward(frame: StackFrame) -> bool:
-    return "/torch/autograd/" in _path(frame) and "grad_mode" not in frame.file or ".backward(" in frame.code
+    in_autograd = "/torch/autograd/" in _path(frame) and "grad_mode" not in frame.file
+    return in_autograd or ".backward(" in frame.code
 
 
 def _activity(frame: StackFrame) -> str:
@@ -101,8 +102,7 @@ def _activity(frame: StackFrame) -> str:
     if (
         _LOAD.match(function)
         or _LOAD_CALL.search(code)
-        or "/torch/serialization.py" in path
-        and "load" in function
+        or ("/torch/serialization.py" in path and "load" in function)
     ):
         return "load"
     if _SAVE.match(function) or _SAVE_CALL.search(code):
@@ -115,10 +115,9 @@ def _activity(frame: StackFrame) -> str:
 
 
 def _adds_state(frames: Sequence[StackFrame]) -> bool:
-    """Whether the innermost frames make the optimizer's state, not the temporary tensors of its update."""
-    return any(
-        _STATE_FUNCTION.match(_function(f)) or (_STATE.search(f.code) and "zeros" in f.code)
-        for f in frames[-3:]
+    """Whether the optimizer's state is made, not the temporary tensors of its update."""
+    return any(_STATE_FUNCTION.match(_function(f)) for f in frames) or any(
+        _STATE.search(f.code) and "zeros" in f.code for f in frames[-3:]
     )
 
 

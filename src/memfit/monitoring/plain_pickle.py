@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from memfit.types.errors import UserError
 
@@ -26,17 +26,19 @@ _NAMES: Final = (
 _INSTRUCTIONS: Final = {op.name: op.code.encode("latin-1")[0] for op in pickletools.opcodes}
 _NAME_OF: Final = {code: name for name, code in _INSTRUCTIONS.items()}
 _FAULTS: Final = (
-    pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
-    MemoryError, RecursionError,
+    pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError,
+    OverflowError, MemoryError, RecursionError,
 )  # fmt: skip
 
 
-class _Refusal(Exception):  # noqa: N818 (an end of reading, not an error of this program)
+class _Refusal(Exception):
     """The file contains an instruction that is not carried out."""
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    dispatch = {code: pickle._Unpickler.dispatch[code] for code in (_INSTRUCTIONS[n] for n in _NAMES)}
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: pickle._Unpickler.dispatch[code] for code in (_INSTRUCTIONS[n] for n in _NAMES)
+    }
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         raise _Refusal(f"it names {module_name}.{global_name}")

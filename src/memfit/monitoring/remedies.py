@@ -7,46 +7,55 @@ from typing import Final
 from memfit.monitoring.diagnosis import DeathCause
 
 _SMALLER: Final = "`memfit plan` finds the techniques that make the step fit, with what each costs in time"
+_STATE_TOO_LARGE: Final = (
+    "the optimizer's state and temporary tensors do not fit: a smaller state (8-bit Adam, Adafactor), "
+    "sharding, foreach=False or fused=True help"
+)
+_EVALUATION: Final = (
+    "evaluate under torch.no_grad() or inference_mode(), with a smaller batch, and move outputs to the host "
+    "after each batch (Trainer: eval_accumulation_steps)"
+)
+_KEPT_TENSORS: Final = (
+    "look for tensors that are kept from step to step: a sum of losses without .item() or .detach(), a list "
+    "of outputs, retain_graph=True"
+)
+_SHARDED_STATE: Final = (
+    "save sharded, or gather the state on the host (offload_to_cpu); load with map_location='cpu', and "
+    "delete the loaded state afterwards"
+)
+_EXPANDABLE: Final = (
+    "set PYTORCH_ALLOC_CONF=expandable_segments:True (torch before 2.10: PYTORCH_CUDA_ALLOC_CONF)"
+)
+_LESS_ON_HOST: Final = (
+    "give the job more host memory, or use fewer DataLoader workers, a smaller prefetch_factor, no pin_memory"
+)
+_SHM: Final = (
+    "raise the size of /dev/shm (docker run --shm-size=16g or --ipc=host), or use fewer DataLoader workers"
+)
 _ADVICE: Final = {
     DeathCause.TENSORS_TOO_LARGE: (_SMALLER, "a smaller batch or shorter samples also need less"),
     DeathCause.FRAGMENTATION: (
-        "set PYTORCH_ALLOC_CONF=expandable_segments:True (PYTORCH_CUDA_ALLOC_CONF before torch 2.9)",
+        _EXPANDABLE,
         "pad samples to few different sizes, and begin with the largest, so that its blocks are reused",
     ),
-    DeathCause.LEAK: (
-        "look for tensors that are kept from step to step: a sum of losses without .item() or .detach(), a list "
-        "of outputs, retain_graph=True",
-    ),
+    DeathCause.LEAK: (_KEPT_TENSORS,),
     DeathCause.LONGER_SAMPLE: (
         "limit or bucket the length of samples, or make batches of equal token counts",
         "`memfit lengths FILE` says what the lengths of your data imply",
     ),
-    DeathCause.EVALUATION: (
-        "evaluate under torch.no_grad() or inference_mode(), with a smaller batch, and move outputs to the host "
-        "after each batch (Trainer: eval_accumulation_steps)",
+    DeathCause.EVALUATION: (_EVALUATION,),
+    DeathCause.OPTIMIZER_STEP: (_STATE_TOO_LARGE, _SMALLER),
+    DeathCause.CHECKPOINT: (_SHARDED_STATE,),
+    DeathCause.LATE_GROWTH: (
+        "find out what grows: `memfit watch -- COMMAND` records memory after each step",
     ),
-    DeathCause.OPTIMIZER_STEP: (
-        "the optimizer's state and temporary tensors do not fit: a smaller state (8-bit Adam, Adafactor), "
-        "sharding, or foreach=False or fused=True help",
-        _SMALLER,
-    ),
-    DeathCause.CHECKPOINT: (
-        "save sharded, or gather the state on the host (offload_to_cpu); load with map_location='cpu' and delete "
-        "the loaded state afterwards",
-    ),
-    DeathCause.LATE_GROWTH: ("find out what grows: `memfit watch -- COMMAND` records memory after each step",),
     DeathCause.OUTSIDE_TORCH: (
         "end other processes on the device (nvidia-smi shows them), or leave memory for libraries",
         "torch.cuda.set_per_process_memory_fraction(0.9) keeps some for communication and kernels",
     ),
-    DeathCause.HOST_KILLED: (
-        "give the job more host memory, or use fewer DataLoader workers, a smaller prefetch_factor, no pin_memory",
-        "offload to the host and datasets held in memory also count",
-    ),
-    DeathCause.SHARED_MEMORY: (
-        "raise the size of /dev/shm (docker run --shm-size=16g or --ipc=host), or use fewer DataLoader workers",
-    ),
-}  # fmt: skip
+    DeathCause.HOST_KILLED: (_LESS_ON_HOST, "offload to the host and datasets held in memory also count"),
+    DeathCause.SHARED_MEMORY: (_SHM,),
+}
 _ON_HOST: Final = (
     "the memory of the host ran out, not that of a device: fewer DataLoader workers need less, too"
 )

@@ -10,6 +10,9 @@ from typing import Final
 _HEADER: Final = "Traceback (most recent call last)"
 _RANK: Final = re.compile(r"^\s*\[(?:rank|default)?(\d+)\]:\s?")
 _TIME: Final = re.compile(r"^\d{4}-\d\d-\d\d[T ][\d:.,]+Z?\s+(?=\S)")
+# What loggers put before a line: times, levels, names in brackets.
+_LOGGED: Final = re.compile(r"^(?:\s*(?:\d[\d:.,/TZ+-]*|\[[^\]]*\]|\([^)]*\)|[A-Z]{3,}:?))+\s+(?=[A-Za-z_])")
+_PATH: Final = re.compile(r"^(?:[/~]|[A-Za-z]:\\)\S+(?P<calls> in)?\s*$")  # the rest is on the next line
 _EDGE: Final = re.compile(r"^[\s│|]*│ ?|\s*│\s*$")
 _PLAIN: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in (?P<function>\S+))?')
 _NOTEBOOK: Final = re.compile(
@@ -87,6 +90,7 @@ class _Reader:
         self._frames: list[StackFrame] = []
         self._start = -1
         self._is_chained = False
+        self._half_line = ""
         self._tracebacks: list[TracebackText] = []
 
     def read(self) -> list[TracebackText]:
@@ -95,10 +99,13 @@ class _Reader:
                 self._frames, self._start = [], row
             elif any(text in line for text in _CHAIN):
                 self._is_chained = True
-            elif frame := _frame(line):
+            elif frame := _frame(line) or _frame(self._half_line + line.strip()):
+                self._half_line = ""
                 self._start = row if self._start < 0 else self._start
                 self._frames.append(frame)
-            elif self._frames and (error := _ERROR.match(line.strip())) and not line.startswith("    "):
+            elif half := _PATH.match(line):
+                self._half_line = line.strip() + (" " if half["calls"] else "")
+            elif self._frames and (error := _error(line)):
                 self._end(i, error)
             elif self._frames:
                 self._add_code(line)
@@ -128,6 +135,11 @@ class _Reader:
             )
         )
         self._frames, self._start, self._is_chained = [], -1, False
+
+
+def _error(line: str) -> re.Match[str] | None:
+    """Return the match of a line that names an exception. Lines of code are indented."""
+    return None if line.startswith("    ") else _ERROR.match(_LOGGED.sub("", line).strip())
 
 
 def _frame(line: str) -> StackFrame | None:

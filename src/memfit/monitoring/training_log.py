@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -29,7 +30,7 @@ _NUMBER: Final = re.compile(
     r"(?<![\w.])(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B\b|[GM]\b)?"
 )
 _MEMORY: Final = re.compile(r"mem|alloc|reserv|vram|\brss", re.IGNORECASE)
-_PEAK: Final = re.compile(r"max|peak|^memory$", re.IGNORECASE)
+_CURRENT: Final = re.compile(r"^(?!.*(?:max|peak|reserv)).*alloc", re.IGNORECASE)
 _SAMPLE: Final = re.compile(
     r"longest|max_?(?:len|size|seq)|seq_?len|\blengths?\b|tokens?\b|atoms|nodes|residues|frames|pixels",
     re.IGNORECASE,
@@ -48,17 +49,17 @@ class NumberSeries:
     has_unit: bool = False  # values are bytes
 
     @property
-    def is_peak(self) -> bool:
-        """Whether the name says that each value is the highest so far."""
-        return _PEAK.search(self.key) is not None
+    def is_current(self) -> bool:
+        """Whether the name says that the values are what is allocated, not a peak or what is reserved."""
+        return _CURRENT.search(self.key) is not None
 
     @property
     def is_growing(self) -> bool:
         """Whether the values grow by at least a tenth, nearly steadily, and still do so in the second half;
         False for fewer than four."""
         first, middle, last = self.values[0], self.values[len(self.values) // 2], self.values[-1]
-        falls = sum(b < 0.98 * a for a, b in zip(self.values, self.values[1:], strict=False))
-        rises = sum(b > a for a, b in zip(self.values, self.values[1:], strict=False))
+        falls = sum(b < 0.98 * a for a, b in itertools.pairwise(self.values))
+        rises = sum(b > a for a, b in itertools.pairwise(self.values))
         return (
             len(self.values) >= 4
             and first > 0
@@ -132,7 +133,7 @@ def read_training_log(lines: Sequence[str]) -> TrainingLog:
         epochs=len(epochs),
         in_evaluation=in_evaluation,
         progress_rows=tuple(rows),
-        memory=max(memory, key=lambda s: (len(s.values), not s.is_peak), default=None),
+        memory=max(memory, key=lambda s: (len(s.values), s.is_current), default=None),
         samples=tuple(s for s in all_series.values() if _SAMPLE.search(s.key) and not _MEMORY.search(s.key)),
     )
 
