@@ -12,6 +12,9 @@ What a device chooses follows from its `DeviceKind`. For CUDA:
 - ``softmax(dtype=float32)`` of a float16 tensor is one kernel and makes no float32 copy of its input. Of a
   bfloat16 tensor it makes one (``softmax`` in aten/src/ATen/native/SoftMax.cpp).
 - Layer normalisation keeps its statistics in float32.
+
+On every accelerator, a layer of an LSTM is one kernel. Torch chooses it for CPU tensors by their dtype and by
+the instructions of this machine's processor; the trace must depend on neither.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from memfit.trace.autograd_patches import plain_formulas
 from memfit.types.device_kind import DeviceKind, device_kind
 
 _HALF = (torch.float16, torch.bfloat16)
+_LSTM_MODE = 2  # among torch's recurrent networks
 
 
 class DeviceKernelMode(TorchFunctionMode):
@@ -40,7 +44,7 @@ class DeviceKernelMode(TorchFunctionMode):
 
     def __init__(self, kind: DeviceKind) -> None:
         super().__init__()
-        self._replacements: dict[Any, Callable[..., Any]] = {}
+        self._replacements: dict[Any, Callable[..., Any]] = {torch.lstm: _lstm}
         if kind.kernels == "cuda":
             self._replacements |= _ATTENTION | _softmax_kernels(half_to_float=True)
         elif kind.autocast == "cuda":
@@ -131,6 +135,50 @@ def _dropout(
     if not training or p == 0.0 or inplace or not input.requires_grad:
         return functional.dropout(input, p, training, inplace)
     return torch.native_dropout(input, p, True)[0]
+
+
+def _lstm(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: A002
+    """Return (output, last hidden states, last cell states) of an LSTM, with the arguments of ``torch.lstm``.
+    Each layer and direction is one kernel, as torch's own implementation calls it on a CPU in float32
+    (aten/src/ATen/native/mkldnn/RNN.cpp). LSTMs of packed sequences, of complex numbers or with projections
+    are left to torch."""
+    is_packed = isinstance(args[0], torch.Tensor)
+    directions = 2 if args[-2] is True else 1
+    if is_packed or len(args[1]) != (4 if args[2] else 2) * args[3] * directions or input.is_complex():
+        return torch.lstm(input, *args)
+    (hidden, cell), weights, has_biases, layers, dropout, train, bidirectional, batch_first = args
+    count = len(weights) // (layers * directions)
+    states = hidden.contiguous(), cell.contiguous()
+    hidden_size = hidden.shape[-1]
+    layer_input = (input.transpose(0, 1) if batch_first else input).contiguous()
+    ends: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for layer in range(layers):
+        outputs = []
+        for direction in range(directions):
+            index = layer * directions + direction
+            own = [*weights[index * count : (index + 1) * count]]
+            own += [torch.zeros_like(own[0][:, 0]) for _ in range(4 - count)]  # without biases
+            output, *end, _ = torch.ops.aten.mkldnn_rnn_layer(
+                layer_input,
+                *own,
+                *(state[index] for state in states),
+                direction > 0,
+                [],
+                _LSTM_MODE,
+                hidden_size,
+                layers,
+                has_biases,
+                bidirectional,
+                batch_first,
+                train,
+            )
+            outputs.append(output)
+            ends.append((end[0], end[1]))
+        layer_input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if dropout and train and layer < layers - 1:
+            layer_input = functional.dropout(layer_input, dropout)
+    last_hidden, last_cell = (torch.stack([end[i] for end in ends]) for i in range(2))
+    return layer_input.transpose(0, 1) if batch_first else layer_input, last_hidden, last_cell
 
 
 def _softmax(

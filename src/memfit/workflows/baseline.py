@@ -246,6 +246,7 @@ def _place_in(folder: Path) -> Place:
     line). Its path is relative to ``folder``, or to where packages are installed, so that it is the same on
     other computers; of other files it is the name."""
     root = folder.resolve()
+    linecache.checkcache()  # files may have changed since they were read
 
     def place(file: str, line: str) -> tuple[str, str]:
         number = int(line.rpartition(":")[2])
