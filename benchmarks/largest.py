@@ -1,0 +1,210 @@
+"""`memfit plan --largest` against runs: does the value found run under the cap, and does the next one die?
+
+    python benchmarks/largest.py [--only WORD]    ask, run, record, write the page
+    python benchmarks/largest.py --page           the page from the records only
+
+The questions were fixed before the first of them was asked. For each, the largest safe value, the largest
+that is expected to fit, and the next of either are trained for three steps in memfit's worker under the same
+hard cap. Then larger and smaller values are run until the largest that runs is known to a step, or to 0.25 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memfit.planner.capacity import expected_bytes, needed_bytes
+from memfit.planner.request import Request, make_pricer
+from memfit.runtime import local_machine
+from memfit.techniques.registry import make_use
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+from memfit.types.result import OutcomeKind
+from memfit.workflows.largest import largest
+from memfit.workflows.single_run import run_spec
+
+HERE = Path(__file__).parent
+RECORDS, PAGE = HERE / "records" / "largest.jsonl", HERE / "largest.md"
+MIB = 2**20
+STEPS = 3
+RESOLUTION = 0.0025  # of the value: the largest that runs is not searched more finely
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    job: str
+    dimension: str
+    cap_mib: int
+    uses: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(uses=tuple(make_use(name, settings) for name, settings in self.uses.items()))
+
+    @property
+    def name(self) -> str:
+        return f"{self.job.rpartition('/')[2]}: {self.dimension}"
+
+
+QUESTIONS = (
+    Question(job="char-lm", dimension="batch", cap_mib=256),
+    Question(
+        job="protein-ss", dimension="length", cap_mib=192, uses={"activation-checkpointing": {"every": 1}}
+    ),
+    Question(job="protein-lm", dimension="hidden", cap_mib=192),
+    Question(job="potential", dimension="atoms", cap_mib=128),
+    Question(job="segmentation3d", dimension="crop", cap_mib=320),
+    Question(job="weather", dimension="rollout", cap_mib=96),
+    Question(job=f"{HERE / 'largest_jobs.py'}:graph", dimension="edges", cap_mib=128),
+)
+
+
+def run(question: Question, value: int) -> dict[str, Any]:
+    """Train the plan at one value under the cap, and return what was predicted and what happened."""
+    own = {"batch": value} if question.dimension == "batch" else {}
+    own |= {"length": value} if question.dimension == "length" else {}
+    ref = JobRef(spec=question.job, **own, dimensions={} if own else {question.dimension: value})
+    request = Request(job=ref, machine=local_machine.this_machine("world", "cpu"))
+    job, pricer = make_pricer(request)
+    estimate = pricer.whole(question.plan)
+    spec = RunSpec(
+        name=f"{question.name} {value}",
+        role="run",
+        job=ref,
+        plan=question.plan,
+        seed=0,
+        steps=STEPS,
+        batch_size=job.batch_size,
+        cap_bytes=question.cap_mib * MIB,
+        threads=local_machine.threads(),
+        timeout_s=300,
+    )
+    measured = run_spec(spec, estimate, lambda *progress: None, spec.name).measurement
+    return {
+        "value": value,
+        "outcome": measured.outcome.value,
+        "reason": measured.reason,
+        "needed_bytes": needed_bytes(estimate, request.machine),
+        "expected_bytes": expected_bytes(estimate, request.machine),
+        "tensor_bytes": int(estimate.allocated_bytes.value),
+        "measured_tensor_bytes": measured.peak_bytes,
+        "measured_process_bytes": measured.process_peak_bytes,
+        "limit": measured.limit_kind,
+    }
+
+
+def answer(question: Question) -> dict[str, Any]:
+    request = Request(
+        job=JobRef(spec=question.job),
+        machine=local_machine.this_machine("world", "cpu"),
+        cap_bytes=question.cap_mib * MIB,
+    )
+    begun = time.perf_counter()
+    report = largest(request, question.dimension, plans=[question.plan])
+    asked_s = time.perf_counter() - begun
+    row = report.rows[0]
+    assert row.result is not None, row.problem
+    result = row.result
+    predicted = {
+        name: size.value if size is not None else None
+        for name in ("safe", "safe_next", "expected", "expected_next")
+        for size in [getattr(result, name)]
+    }
+    runs: dict[int, dict[str, Any]] = {}
+
+    def runs_at(value: int) -> bool:
+        if value not in runs:
+            runs[value] = run(question, value)
+            print(question.name, value, runs[value]["outcome"], flush=True)
+        return bool(runs[value]["outcome"] == OutcomeKind.OK.value)
+
+    for value in filter(None, predicted.values()):
+        runs_at(value)
+    low, high = _boundary(runs_at, runs, result.step)
+    return {
+        "question": question.name,
+        "cap_mib": question.cap_mib,
+        "plan": question.plan.label,
+        "step": result.step,
+        **predicted,
+        "limit": result.limit,
+        "traces": len(result.traced),
+        "asked_s": asked_s,
+        "largest_run": low,
+        "smallest_dead": high,
+        "runs": [runs[value] for value in sorted(runs)],
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _boundary(runs_at: Any, runs: Mapping[int, Mapping[str, Any]], step: int) -> tuple[int, int]:
+    """Return (the largest value that runs, a value that dies), which are next to each other or at most
+    RESOLUTION apart."""
+    value, stride = max(runs), step
+    while runs_at(value):
+        value, stride = value + stride, 2 * stride
+    high = min(v for v, r in runs.items() if r["outcome"] != OutcomeKind.OK.value)
+    low = max((v for v, r in runs.items() if v < high), default=0)
+    while high - low > max(step, RESOLUTION * high // step * step):
+        value = (low + high) // 2 // step * step
+        low, high = (value, high) if runs_at(value) else (low, value)
+    return low, high
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    safe_ran = sum(_outcome(r, "safe") == "ok" for r in records)
+    next_died = sum(_outcome(r, "expected_next") not in ("ok", None) for r in records)
+    shares = [r["safe"] / r["largest_run"] for r in records if r["safe"]]
+    lines = [
+        "# The largest value that fits",
+        "",
+        "Generated by `python benchmarks/largest.py` from `benchmarks/records/largest.jsonl`; do not edit.",
+        "The questions and their caps were fixed before the first was asked. CPU, RLIMIT_DATA, three steps.",
+        "",
+        f"- the largest safe value ran under the cap in {safe_ran} of {len(records)}",
+        f"- it is {min(shares):.1%} to {max(shares):.1%} of the largest value that runs",
+        f"- the value after the largest expected one died in {next_died} of {len(records)}",
+        "",
+        "| job: size | plan | cap MiB | largest safe | ran | largest expected | ran | the next | ran "
+        "| largest that runs | dies | traces | s |",
+        "|---|---|--:|--:|---|--:|---|--:|---|--:|--:|--:|--:|",
+    ]
+    for r in records:
+        cells = [r["question"], r["plan"], f"{r['cap_mib']}"]
+        for name in ("safe", "expected", "expected_next"):
+            cells += [f"{r[name]:,}" if r[name] else "none", _word(_outcome(r, name))]
+        cells += [f"{r['largest_run']:,}", f"{r['smallest_dead']:,}", str(r["traces"]), f"{r['asked_s']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _outcome(record: Mapping[str, Any], name: str) -> str | None:
+    return next((r["outcome"] for r in record["runs"] if r["value"] == record[name]), None)
+
+
+def _word(outcome: str | None) -> str:
+    return {"ok": "yes", "oom": "out of memory", None: ""}.get(outcome, outcome or "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--page", action="store_true")
+    args = parser.parse_args()
+    for question in QUESTIONS if not args.page else ():
+        if args.only in question.name:
+            with RECORDS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(answer(question)) + "\n")
+    by_question = {r["question"]: r for r in map(json.loads, RECORDS.read_text().splitlines())}
+    PAGE.write_text(page(list(by_question.values())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
