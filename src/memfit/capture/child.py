@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memfit.capture.device_redirect import DeviceRedirect, device_patches
 from memfit.capture.program import Program, load_program
 from memfit.capture.result import ScriptAnswer, ScriptSpec
+from memfit.capture.sandbox import Sandbox, sandboxed
 from memfit.capture.script_patches import script_patches
 from memfit.capture.script_ranks import ScriptRanks, script_ranks
 from memfit.capture.script_trace import LoopMode, ScriptTrace
@@ -51,13 +52,18 @@ class _Session:
         self.trace = ScriptTrace(self.machine.device.kind, bound=spec.bound, on_traced=self.end)
         self.redirect: DeviceRedirect | None = None
         self.ranks: ScriptRanks | None = None
+        self.sandbox: Sandbox | None = None
         self.notes: list[str] = []
 
     def run(self) -> NoReturn:
         """Run the script until its steps are traced; write the answer and end the process."""
         try:
-            with fake_patches(self.trace.fake), recording_patches(self.trace.recorder):
-                self._enter(self.program)
+            self._enter(self.program)
+            with (
+                fake_patches(self.trace.fake),
+                recording_patches(self.trace.recorder),
+                sandboxed(Path(self.spec.scratch)) as self.sandbox,
+            ):
                 with (
                     script_patches(self.trace),
                     LoopMode(self.trace),
@@ -77,6 +83,7 @@ class _Session:
 
     def _enter(self, program: Program) -> None:
         sys.argv = [program.script or program.module, *program.arguments]
+        sys.dont_write_bytecode = True
         os.environ.update(program.environment)
         # The folder of a script, or for a module the current one, comes first on the path, as for python itself.
         sys.path.insert(0, str(Path(program.script).resolve().parent) if program.script else os.getcwd())
@@ -84,6 +91,7 @@ class _Session:
     def end(self, trace: ScriptTrace) -> NoReturn:
         """Price the trace, write the answer and end the process."""
         with _disable_current_modes():
+            self._leave()
             self._write(self._answer(trace))
 
     def _answer(self, trace: ScriptTrace) -> ScriptAnswer:
@@ -127,6 +135,7 @@ class _Session:
         )
 
     def fail(self, problem: str, hint: str = "") -> NoReturn:
+        self._leave()
         steps = max(self.trace.updates.values(), default=0)
         if steps and self.trace.begun and problem.startswith("the script ended"):
             self.notes.append(f"the script made {steps} optimizer step only: a later one may need more memory")
@@ -139,6 +148,17 @@ class _Session:
                 program=self.program.name, problem=f"{problem}, {before}", hint=hint, notes=tuple(self.notes)
             )
         )
+
+    def _leave(self) -> None:
+        """Let this process write again as it wants, and keep what is to be said of the script."""
+        if self.sandbox is not None and self.sandbox.active:
+            self.sandbox.active = False
+            self.notes += self.sandbox.notes()
+        if self.redirect is not None and self.trace.is_host and self.redirect.redirected:
+            self.notes.append(
+                f"the script trains on {', '.join(self.redirect.redirected)}, but the prediction is for a CPU: name "
+                "the device with --on, such as --on H100-SXM"
+            )
 
     def _write(self, answer: ScriptAnswer) -> NoReturn:
         draft = Path(f"{self.spec.answer}.draft")

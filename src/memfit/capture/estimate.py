@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from memfit.capture.program import load_program
+from memfit.capture.sandbox import remove_created
 from memfit.capture.result import ScriptAnswer, ScriptSpec
 from memfit.runtime.child_process import CHILD_ENV, dying_with_parent
 from memfit.types.errors import UserError
@@ -50,7 +51,10 @@ def estimate_script(
         )
         Path(spec.scratch).mkdir()
         output = Path(folder) / "output.txt"
-        reason = _run(spec, Path(folder), output, limit_s, show_output=show_output)
+        try:
+            reason = _run(spec, Path(folder), output, limit_s, show_output=show_output)
+        finally:
+            remove_created(Path(spec.scratch))
         answer_file = Path(spec.answer)
         if not answer_file.exists():
             raise UserError(f"{program.name} {reason} before its second optimizer step{_end_of(output)}")

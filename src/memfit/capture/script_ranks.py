@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from memfit.capture.device_redirect import DeviceRedirect
-from memfit.capture.script_trace import ScriptTrace
+from memfit.capture.script_trace import ScriptTrace, is_real
 from memfit.trace.fake_process_group import GlooScratch, rank_patches, ready_for_fakes
 from memfit.trace.stream_patches import streams
 from memfit.types.device_kind import HOST
@@ -80,6 +80,7 @@ class ScriptRanks:
 
 
 _INIT = dist.distributed_c10d.init_process_group
+_NEW_GROUP, _ALL_REDUCE, _ALL_GATHER = dist.new_group, dist.all_reduce, dist.all_gather
 
 
 @contextlib.contextmanager
@@ -101,6 +102,9 @@ def script_ranks(trace: ScriptTrace, redirect: DeviceRedirect, launched: int) ->
             (dist.distributed_c10d, "init_process_group", ranks.join),
             (dist, "get_backend", lambda group=None: ranks.backend),
             (dist, "is_nccl_available", lambda: True),
+            (dist, "new_group", _new_group),
+            (dist, "all_reduce", _all_reduce),
+            (dist, "all_gather", _all_gather),
             (dist, "all_gather_object", _all_gather_object),
             (dist, "gather_object", _gather_object),
             (dist, "broadcast_object_list", lambda *args, **options: None),
@@ -115,6 +119,25 @@ def script_ranks(trace: ScriptTrace, redirect: DeviceRedirect, launched: int) ->
             yield ranks
         finally:
             ranks._stack.close()
+
+
+def _new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *rest: Any, **options: Any) -> Any:
+    return _NEW_GROUP(ranks, timeout, "fake", *rest, **options)
+
+
+def _all_reduce(tensor: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+    """Reduce as if all ranks had the values of this one."""
+    if is_real(tensor) and op == dist.ReduceOp.SUM:
+        tensor.mul_(dist.get_world_size(group))
+    return _ALL_REDUCE(tensor, op, group, async_op)
+
+
+def _all_gather(tensors: list[Any], tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+    """Gather as if all ranks had the values of this one."""
+    if is_real(tensor):
+        for target in tensors:
+            target.copy_(tensor)
+    return _ALL_GATHER(tensors, tensor, group, async_op)
 
 
 def _all_gather_object(objects: list[Any], value: Any, group: Any = None) -> None:

@@ -1,0 +1,272 @@
+"""Keep the side effects of a script out: what it writes is removed again, and no existing file is changed.
+
+New files and folders are made where the script wants them, because libraries write there without Python's
+knowledge; they are listed in a journal, by which the parent process removes them. Existing files are not
+touched: they are written, moved and removed as copies in a scratch folder. Folders for temporary files and
+caches are left to the script.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import io
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_JOURNAL = "created.txt"
+_MOST_COPIED_BYTES = 2**30
+# Trackers that would write or send before the first step, and the settings that keep them quiet.
+_QUIET_TRACKERS = {
+    "WANDB_MODE": "disabled",
+    "COMET_MODE": "disabled",
+    "CLEARML_OFFLINE_MODE": "1",
+    "NEPTUNE_MODE": "debug",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+class Sandbox:
+    """What a script has written. ``scratch``: an empty folder. ``hosts``: machines it connected to.
+    ``kept``: existing files that it would have changed. ``programs``: programs that it started."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.hosts: dict[str, None] = {}
+        self.kept: dict[str, None] = {}
+        self.programs: dict[str, None] = {}
+        self.created: dict[str, None] = {}
+        self.active = True
+        self._copies: dict[str, str] = {}  # existing file -> its copy in the scratch folder
+        self._removed: set[str] = set()
+        self._journal = os.open(scratch / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._free = tuple(os.path.realpath(p) for p in _free_folders(scratch))
+        # a project may lie in a folder for temporary files
+        self._protected = tuple(dict.fromkeys(map(os.path.realpath, (os.getcwd(), sys.path[0] or "."))))
+
+    def notes(self) -> list[str]:
+        """Return sentences that say what the script was kept from and what it did outside this process."""
+        notes = []
+        tops = _outermost(self.created)
+        if tops:
+            notes.append(f"what the script wrote is removed again: {_few(tops)}")
+        if self.kept:
+            notes.append(f"existing files that the script would have changed are as they were: {_few(self.kept)}")
+        if self.hosts:
+            notes.append(f"the script connected to {_few(self.hosts)}")
+        if self.programs:
+            notes.append(f"the script started other programs, which are not kept from writing: {_few(self.programs)}")
+        return notes
+
+    # -- patches --------------------------------------------------------------------------------------
+
+    def open(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            writes = any(letter in mode for letter in "wax+")
+            return inner(self.place(file, writes=writes), mode, *args, **kwargs)
+
+        return opened
+
+    def os_open(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def opened(path: Any, flags: int, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("dir_fd") is None:
+                path = self.place(path, writes=bool(flags & _WRITES))
+            return inner(path, flags, *args, **kwargs)
+
+        return opened
+
+    def make_folder(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def mkdir(path: Any, *args: Any, **kwargs: Any) -> Any:
+            out = inner(path, *args, **kwargs)
+            self._note_created(path)
+            return out
+
+        return mkdir
+
+    def remove(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def removed(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("dir_fd") is None and (name := self._existing(path)) is not None:
+                self.kept[name] = None
+                self._removed.add(name)
+                return None
+            return inner(path, *args, **kwargs)
+
+        return removed
+
+    def rename(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def renamed(source: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+            source_name = self._existing(source)
+            if source_name is not None:
+                self.kept[source_name] = None
+                if os.path.isdir(source_name):
+                    return None
+                source = self._copy(source_name)
+            if (target_name := self._existing(target)) is not None:
+                self.kept[target_name] = None
+                copy = self._copies.setdefault(target_name, self._new_copy(target_name))
+                return shutil.move(source, copy)
+            self._note_created(target)
+            return shutil.move(source, target) if source_name else inner(source, target, *args, **kwargs)
+
+        return renamed
+
+    def remove_tree(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def rmtree(path: Any, *args: Any, **kwargs: Any) -> Any:
+            name = self._existing(path)
+            if name is None:
+                return inner(path, *args, **kwargs)
+            self.kept[name] = None
+            return None
+
+        return rmtree
+
+    # -- paths ----------------------------------------------------------------------------------------
+
+    def place(self, path: Any, *, writes: bool) -> Any:
+        """Return the path to open instead of ``path``: a copy of an existing file that the script writes or has
+        written. A new file is listed as created."""
+        if not self.active or isinstance(path, int):
+            return path
+        name = os.path.realpath(os.fsdecode(path))
+        if name in self._copies:
+            return self._copies[name]
+        if not writes or self._is_free(name):
+            return path
+        existing = self._existing(path)
+        if existing is None:
+            self._note_created(path)
+            return path
+        self.kept[existing] = None
+        return self._copy(existing)
+
+    def _copy(self, name: str) -> str:
+        if name not in self._copies:
+            copy = self._new_copy(name)
+            if name not in self._removed and os.path.getsize(name) <= _MOST_COPIED_BYTES:
+                shutil.copyfile(name, copy)
+            self._copies[name] = copy
+        return self._copies[name]
+
+    def _new_copy(self, name: str) -> str:
+        return str(self.scratch / f"{len(self._copies)}-{os.path.basename(name)[-80:]}")
+
+    def _existing(self, path: Any) -> str | None:
+        """Return the absolute path of a file or folder that the script did not make, or None if it does not
+        exist, was made by the script, is no plain file or folder, or lies in a free folder."""
+        if not self.active or isinstance(path, int):
+            return None
+        name = os.path.realpath(os.fsdecode(path))
+        try:
+            mode = os.stat(name).st_mode
+        except OSError:
+            return None
+        is_plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+        return None if not is_plain or self._is_free(name) or self._is_created(name) else name
+
+    def _is_created(self, name: str) -> bool:
+        return any(name == made or name.startswith(f"{made}{os.sep}") for made in self.created)
+
+    def _is_free(self, name: str) -> bool:
+        """Return whether the innermost of the free and the protected folders around a path is a free one."""
+        free, protected = (_innermost(name, folders) for folders in (self._free, self._protected))
+        return len(free) > len(protected)
+
+    def _note_created(self, path: Any) -> None:
+        if not self.active or isinstance(path, int):
+            return
+        name = os.path.realpath(os.fsdecode(path))
+        if self._is_free(name) or self._is_created(name):
+            return
+        self.created[name] = None
+        os.write(self._journal, name.encode() + b"\0")
+
+    def listen(self, event: str, args: Any) -> None:
+        """Note connections and programs that are started; for `sys.addaudithook`."""
+        if not self.active:
+            return
+        if event == "socket.getaddrinfo" and args[0] not in (None, "", "localhost", "127.0.0.1", "::1"):
+            self.hosts[str(args[0])] = None
+        elif event == "subprocess.Popen":
+            self.programs[os.path.basename(str(args[0]))] = None
+
+
+@contextlib.contextmanager
+def sandboxed(scratch: Path) -> Iterator[Sandbox]:
+    """Inside this context, keep the script from changing files (see above), and experiment trackers from
+    sending. Call `remove_created` with the same folder afterwards, in any process."""
+    sandbox = Sandbox(scratch)
+    os.environ.update(_QUIET_TRACKERS)
+    os.environ["MLFLOW_TRACKING_URI"] = f"file://{scratch}/mlflow"
+    sys.addaudithook(sandbox.listen)
+    opener = sandbox.open(builtins.open)
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in (
+            (builtins, "open", opener),
+            (io, "open", opener),
+            (os, "open", sandbox.os_open(os.open)),
+            (os, "mkdir", sandbox.make_folder(os.mkdir)),
+            (os, "remove", sandbox.remove(os.remove)),
+            (os, "unlink", sandbox.remove(os.unlink)),
+            (os, "rmdir", sandbox.remove(os.rmdir)),
+            (os, "rename", sandbox.rename(os.rename)),
+            (os, "replace", sandbox.rename(os.replace)),
+            (shutil, "rmtree", sandbox.remove_tree(shutil.rmtree)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        try:
+            yield sandbox
+        finally:
+            sandbox.active = False
+
+
+def remove_created(scratch: Path) -> None:
+    """Remove the files and folders that a script has made, by the journal in ``scratch``."""
+    with contextlib.suppress(OSError):
+        names = [n.decode() for n in (scratch / _JOURNAL).read_bytes().split(b"\0") if n]
+        for name in reversed(names):
+            path = Path(name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _free_folders(scratch: Path) -> list[str]:
+    caches = [os.environ.get(n, "") for n in ("HF_HOME", "HF_DATASETS_CACHE", "TORCH_HOME", "XDG_CACHE_HOME")]
+    home = Path.home()
+    known = [str(scratch), tempfile.gettempdir(), "/dev", "/proc", "/sys", str(home / ".cache")]
+    return [*known, str(home / ".config"), str(home / ".triton"), *filter(None, caches)]
+
+
+def _innermost(name: str, folders: tuple[str, ...]) -> str:
+    around = [f for f in folders if name == f or name.startswith(f.rstrip(os.sep) + os.sep)]
+    return max(around, key=len, default="")
+
+
+def _outermost(names: dict[str, None]) -> list[str]:
+    tops: list[str] = []
+    for name in sorted(names):
+        if not tops or not name.startswith(f"{tops[-1]}{os.sep}"):
+            tops.append(name)
+    return tops
+
+
+def _few(names: Any) -> str:
+    shown = [os.path.relpath(n) if os.path.isabs(n) and n.startswith(os.getcwd() + os.sep) else n for n in names]
+    rest = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return ", ".join(shown[:4]) + rest
