@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import linecache
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,6 @@ from typing import Any, Final
 
 import torch
 
-import memfit
 from memfit import catalog
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.module_memory import Place, largest_modules, module_memory
@@ -47,7 +47,7 @@ from memfit.types.plan import Plan
 
 MACHINE: Final = "H100-SXM"  # for which a baseline is predicted by default
 _PACKAGES: Final = "/site-packages/"
-_MEMFIT: Final = Path(memfit.__file__).parents[1]
+_SOURCE: Final = Path(__file__).parents[2]  # the folder of memfit's package
 
 # (number of finished predictions, number of all, the target that is predicted)
 Tell = Callable[[int, int, BaselineTarget], None]
@@ -203,7 +203,7 @@ def predict(target: BaselineTarget, job: Job, plan: Plan, machine: Machine, fold
     return MemoryBaseline(
         **{f.name: getattr(target, f.name) for f in dataclasses.fields(BaselineTarget)},
         plan_label=plan.label,
-        memfit=memfit.__version__,
+        memfit=_version(),
         torch=torch.__version__.partition("+")[0],
         parameter_count=sum(p.numel() for p in model.parameters()),
         allocated_bytes=int(estimate.allocated_bytes.value),
@@ -213,6 +213,13 @@ def predict(target: BaselineTarget, job: Job, plan: Plan, machine: Machine, fold
         category_bytes=dict(sorted(estimate.at_peak_bytes.items())),
         modules=module_memory(trace, _fold_of(model), _place_in(folder)),
     )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("memfit")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def shortened(prediction: MemoryBaseline) -> MemoryBaseline:
@@ -253,8 +260,8 @@ def _place_in(folder: Path) -> Place:
         path = Path(file).resolve()
         if _PACKAGES in file:
             shown = file.rpartition(_PACKAGES)[2]
-        elif path.is_relative_to(_MEMFIT / "memfit"):
-            shown = path.relative_to(_MEMFIT).as_posix()
+        elif path.is_relative_to(_SOURCE / "memfit"):
+            shown = path.relative_to(_SOURCE).as_posix()
         else:
             shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
         return f"{shown}:{number}", linecache.getline(file, number).strip()
