@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ class Block(nn.Module):
         self.narrow = nn.Linear(4 * CHANNELS, CHANNELS)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Any) -> Any:
         return x + self.dropout(self.narrow(torch.nn.functional.gelu(self.wide(self.norm(x)))))
 
 
@@ -33,7 +34,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(dropout) for _ in range(6))
         self.head = nn.Linear(CHANNELS, CHANNELS)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Any) -> Any:
         for block in self.blocks:
             x = block(x)
         return self.head(x)
@@ -46,7 +47,7 @@ def make_batch(step: int, seed: int) -> torch.Tensor:
     return torch.randn(SAMPLES, length, CHANNELS, generator=generator)
 
 
-def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def loss(model: nn.Module, batch: torch.Tensor) -> Any:
     return (model(batch) - batch.roll(1, 1)).square().mean()
 
 

@@ -115,6 +115,24 @@ def test_a_plan_of_the_frontier_is_preferred_if_it_can_follow(pricer: Pricer) ->
     assert _next(pricer, _plan(_micro(2)), 60, frontier=frontier) == _plan(_micro(8))
 
 
+def test_a_plan_of_the_frontier_cannot_follow_if_it_has_a_higher_class_or_another_precision(
+    pricer: Pricer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def whole(self: Pricer, plan: Plan) -> Estimate:
+        value = 200.0 * MIB / (1 + len(plan.uses))
+        return dataclasses.replace(
+            _estimate(plan), allocated_bytes=Interval(value=value, low=value, high=value)
+        )
+
+    monkeypatch.setattr(Pricer, "whole", whole)
+    assert _next(pricer, Plan(), 110, frontier=[_plan("chunked-cross-entropy")]) == _plan(CHECKPOINTING)
+    assert _next(pricer, _plan("sgd"), 80, frontier=[_plan("chunked-cross-entropy", CHECKPOINTING)]) == _plan(
+        "sgd", _micro(2)
+    )
+    cut = _plan(_micro(2), "chunked-cross-entropy")
+    assert _next(pricer, _plan(_micro(2)), 80, frontier=[cut]) == cut
+
+
 @pytest.mark.parametrize("kind", [DependenceKind.DEPENDENT, DependenceKind.NOT_TESTED])
 def test_a_batch_is_not_cut_unless_its_samples_are_known_to_be_independent(
     kind: DependenceKind, pricer: Pricer

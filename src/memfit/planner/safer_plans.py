@@ -33,7 +33,7 @@ from memfit.types.units import format_bytes
 _ACCUMULATION, _OFFLOAD = "gradient-accumulation", "activation-offload"
 _RECOMPUTATION = "recomputation"  # a slot
 # These may differ between a plan and a safer one. Others decide parameters, optimizer, precision or ranks.
-_MAY_DIFFER = (_ACCUMULATION, _OFFLOAD, "chunked-loss", "chunking")
+_MAY_DIFFER = (_ACCUMULATION, _OFFLOAD, "chunked-cross-entropy", "chunking")
 # A plan that failed although it was predicted to fit needs more than predicted: of a safer one at most this
 # share of what the failed one was predicted to need.
 _UNEXPLAINED_RATIO = 0.9

@@ -255,8 +255,8 @@ def _measured(
     failures = [m for m in measurements if m.outcome is not OutcomeKind.OK]
     if failures:
         return min(failures, key=lambda m: (m.outcome is not OutcomeKind.OOM, m.reason == STOPPED))
-    losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in measurements), strict=True))
-    return dataclasses.replace(max(measurements, key=lambda m: m.peak_bytes or 0), losses=losses)
+    means = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in measurements), strict=True))
+    return dataclasses.replace(max(measurements, key=lambda m: m.peak_bytes or 0), losses=means)
 
 
 def _started(spec: RunSpec, on_event: OnEvent) -> Sequence[Measurement]:
